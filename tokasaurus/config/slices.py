@@ -1,0 +1,101 @@
+"""The slice of the configuration that each room gets: resolved, frozen, nothing left to default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tokasaurus.protocol.messages import LogprobsMode
+
+__all__ = ["EngineSlices", "ManagerConfig", "ModelFacts", "ServerConfig", "WorkerConfig"]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What resolution needs to know of a model; read from its files by the composition root."""
+
+    path: str  # local directory
+    vocab_size: int
+    max_position_embeddings: int
+    kv_elements_per_token: int  # 2 * layers * kv heads * head size
+    eos_token_ids: tuple[int, ...]
+    # From generation_config.json; None where it says nothing.
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """The server room's slice."""
+
+    host: str
+    port: int
+    model_name: str  # the id that /v1/models reports
+    model_root: str  # where it came from, as the user wrote it
+    tokenizer_path: str
+    trust_remote_code: bool
+    uvicorn_log_level: str
+    log_level: str
+    shutdown_timeout_s: float  # how long a drain may take
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    max_request_tokens: int  # prompt and completion together
+    max_seqs_per_forward: int
+    max_topk_logprobs: int
+    logprobs_mode: LogprobsMode
+    # Defaults of requests that leave these out; None means the endpoint's own default.
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+
+
+@dataclass(frozen=True)
+class ManagerConfig:
+    """The manager room's slice."""
+
+    page_size: int  # tokens
+    num_pages: int
+    num_slots: int  # more than max_seqs_per_forward: a slot is reused only after its last batch is absorbed
+    max_seqs_per_forward: int  # running sequences
+    max_tokens_per_forward: int
+    max_request_tokens: int
+    scheduling_steps_ahead: int
+    stop_lag: (
+        int  # tokens planned beyond what the server acknowledged, for sequences with stop strings
+    )
+    check_invariants: bool  # after every step; slow
+    force_preemption: bool  # preempt now and then without need; for tests
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """The model room's slice."""
+
+    model_path: str
+    trust_remote_code: bool
+    rope_scaling: str | None  # JSON that replaces the model's
+    device: str  # "cpu" or "cuda"
+    dtype: str  # "float32", "bfloat16" or "float16"
+    attention: str  # "auto", "compiled" or "reference"
+    page_size: int
+    num_pages: int
+    num_slots: int
+    max_seqs_per_forward: int
+    max_tokens_per_forward: int
+    max_request_tokens: int
+    max_topk_logprobs: int
+    num_threads: int | None  # of the CPU backend; None leaves it to torch
+
+
+@dataclass(frozen=True)
+class EngineSlices:
+    """Everything that resolution decides."""
+
+    server: ServerConfig
+    manager: ManagerConfig
+    worker: WorkerConfig
+    log_level: str
+    log_procs: tuple[str, ...] | None
+    local_proc_name: str

@@ -1,0 +1,240 @@
+"""The messages, one direction after the other.
+
+    server ──GenerateRequest, AbortRequest, StopSequence, Acknowledge──▶ manager
+    manager ──ForwardBatch──▶ worker ──ForwardResult──▶ manager
+    manager ──SequenceUpdates, PromptLogprobs, RequestRejected──▶ server
+
+A *sequence* is one sample of a request and is named by (request id, sample index). A *slot* is the
+row that a running sequence owns in every table of the manager and the worker. Columns named
+``*_slots``, ``*_ids`` ... of one message are parallel arrays.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TypeAlias
+
+import msgspec
+
+from tokasaurus.protocol.arrays import BoolArray, Float32Array, Int32Array, Int64Array
+
+__all__ = [
+    "Acknowledge",
+    "AbortRequest",
+    "FinishReason",
+    "ForwardBatch",
+    "ForwardResult",
+    "FromServer",
+    "GenerateRequest",
+    "LogprobsMode",
+    "PromptLogprobs",
+    "RequestRejected",
+    "Sampling",
+    "SequenceUpdates",
+    "SlotParameters",
+    "StopSequence",
+    "ToServer",
+]
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, eq=False):
+    """Base of all messages: immutable, encoded as an array whose first item is the class name."""
+
+
+class FinishReason(enum.IntEnum):
+    """Why a sequence ended; RUNNING where it has not."""
+
+    RUNNING = 0
+    STOP = 1  # an end-of-sequence id, or the server's StopSequence
+    LENGTH = 2  # max_tokens reached (also if the last token is an end-of-sequence id)
+    ABORT = 3  # AbortRequest
+
+
+class LogprobsMode(enum.IntEnum):
+    """Which distribution a logprob is taken from, as a natural logarithm in fp32."""
+
+    TEMPERATURE = 0  # softmax(logits / temperature); temperature 0 counts as 1
+    RAW = 1  # softmax(logits)
+    PROCESSED = 2  # after temperature, top_k, top_p and min_p; tokens cut off are -inf
+
+
+class Sampling(msgspec.Struct, frozen=True, array_like=True):
+    """How the next token is drawn; already validated by the server.
+
+    The filters apply in the order temperature, top_k, top_p, min_p, each on what the one before left.
+    """
+
+    temperature: float = 1.0  # 0 means argmax
+    top_k: int = 0  # 0 means off
+    top_p: float = 1.0  # in (0, 1]
+    min_p: float = 0.0  # in [0, 1]
+    logprobs_mode: LogprobsMode = LogprobsMode.TEMPERATURE
+
+
+# --- server to manager -----------------------------------------------------------------------------
+
+
+class GenerateRequest(Message):
+    """Generate ``n`` samples that continue one prompt.
+
+    The draw of the token at generated position t of sample i is a function of (seed, i, t) and of
+    the model's logits, of nothing else. The manager answers with exactly one final SequenceUpdates
+    row for every sample, or with one RequestRejected for the whole request.
+    """
+
+    request_id: int  # unique for the life of the engine
+    prompt_ids: Int32Array  # [prompt length], at least 1
+    n: int
+    max_tokens: int  # at least 1
+    sampling: Sampling
+    seed: int  # 0 <= seed < 2**63; the server draws one where the client gave none
+    stop_token_ids: tuple[
+        int, ...
+    ]  # a sequence ends after sampling one of these; () with ignore_eos
+    num_logprobs: int = -1  # of generated tokens: -1 none, 0 the chosen one, k also the top k
+    num_prompt_logprobs: int = -1  # of prompt tokens, likewise
+    stream: bool = False  # send updates as tokens come; otherwise one update at the end
+    hold_for_acks: bool = False  # has stop strings: plan few tokens beyond what was acknowledged
+
+
+class AbortRequest(Message):
+    """The client went away: end every sample of the request that still runs."""
+
+    request_id: int
+
+
+class StopSequence(Message):
+    """The server found a stop string: end this sequence. The server already knows which tokens count."""
+
+    request_id: int
+    sample_index: int
+
+
+class Acknowledge(Message):
+    """For sequences with stop strings: the server has searched so many generated tokens. Columns."""
+
+    request_ids: Int64Array
+    sample_indices: Int32Array
+    num_tokens: Int32Array  # counted from the sequence's first generated token
+
+
+# --- manager to server -----------------------------------------------------------------------------
+
+
+class SequenceUpdates(Message):
+    """New tokens and ends of sequences, one row for each sequence.
+
+    Row r brings the next ``num_tokens[r]`` ids of its sequence, in ``token_ids`` after those of the
+    rows before it. Rows with ``num_logprobs[r] >= 0`` bring as many ``logprobs``, and
+    ``num_tokens[r] * num_logprobs[r]`` entries of ``top_ids`` and ``top_logprobs`` (row-major, best
+    first), all concatenated in row order.
+    """
+
+    request_ids: Int64Array  # [rows]
+    sample_indices: Int32Array  # [rows]
+    num_tokens: Int32Array  # [rows]
+    finish_reasons: Int32Array  # [rows] FinishReason
+    num_cached_tokens: (
+        Int32Array  # [rows] prompt tokens found in the prefix cache at first admission
+    )
+    num_logprobs: Int32Array  # [rows] as in the request
+    token_ids: Int32Array  # [sum(num_tokens)]
+    logprobs: Float32Array
+    top_ids: Int32Array
+    top_logprobs: Float32Array
+
+
+class PromptLogprobs(Message):
+    """Logprobs of prompt tokens ``first_position ...``; the first token of a prompt has none.
+
+    May come in pieces and, after a preemption, come again; all pieces of a request come before the
+    final update of its sample 0.
+    """
+
+    request_id: int
+    first_position: int
+    logprobs: Float32Array  # [tokens]
+    top_ids: Int32Array  # [tokens, k]
+    top_logprobs: Float32Array  # [tokens, k]
+
+
+class RequestRejected(Message):
+    """The request can never run; none of its samples will send an update."""
+
+    request_id: int
+    reason: str
+    field: str | None = None
+
+
+# --- manager to worker, and back -------------------------------------------------------------------
+
+
+class SlotParameters(msgspec.Struct, frozen=True, array_like=True, eq=False):
+    """What the worker must remember of slots that a sequence enters with this batch. Columns."""
+
+    slots: Int32Array
+    temperature: Float32Array
+    top_k: Int32Array
+    top_p: Float32Array
+    min_p: Float32Array
+    seed: Int64Array
+    sample_index: Int32Array
+    num_generated: Int32Array  # generated position of the next draw; above 0 after a preemption
+    num_logprobs: Int32Array
+    logprobs_mode: Int32Array
+
+
+class ForwardBatch(Message):
+    """One forward pass, as differences to what the worker already knows.
+
+    The worker applies ``parameters``, then the page-table entries, then runs: first one token for
+    every slot of ``decode_slots`` (its input is the last token sampled for that slot, its position
+    the slot's length), then the chunks of prompts. Row order is decode rows, then prefill rows::
+
+        decode_slots   4 7 9
+        prefill_slots           2        5
+        prefill_ids             a b c d  e f
+        rows           4 7 9    2        5
+        sampled        x x x             x      prefill_samples = [False, True]
+    """
+
+    number: int  # 0, 1, 2 ...; a worker that sees a gap fails
+    parameters: SlotParameters | None
+    table_slots: Int32Array  # page_table[table_slots[i], table_columns[i]] = table_pages[i]
+    table_columns: Int32Array
+    table_pages: Int32Array
+    decode_slots: Int32Array
+    prefill_slots: Int32Array
+    prefill_starts: (
+        Int32Array  # position of the chunk's first token; the slot's length is set to it
+    )
+    prefill_lengths: Int32Array  # tokens of the chunk, at least 1
+    prefill_ids: Int32Array  # [sum(prefill_lengths)]
+    prefill_samples: BoolArray  # the chunk ends the prompt: draw a token from its last row
+    prefill_num_logprobs: Int32Array  # prompt logprobs of the chunk: -1 none, else top k
+    # The token after the chunk, whose logprob the chunk's last row predicts; -1 where the chunk ends
+    # the prompt. Only read where prompt logprobs are asked for.
+    prefill_next_ids: Int32Array
+
+
+class ForwardResult(Message):
+    """What a batch sampled, in the order of its sampling rows.
+
+    ``logprobs`` is NaN, and ``top_ids`` is -1, where a row asked for none; K is the largest number
+    any row of the batch asked for. ``prompt_*`` are the prompt logprobs of all chunks that asked,
+    concatenated in row order: a chunk yields one for each token it feeds, less one at a prompt's end.
+    """
+
+    number: int
+    token_ids: Int32Array  # [sampling rows]
+    logprobs: Float32Array  # [sampling rows], or [0] if no row asked
+    top_ids: Int32Array  # [sampling rows, K]
+    top_logprobs: Float32Array  # [sampling rows, K]
+    prompt_logprobs: Float32Array  # [prompt tokens]
+    prompt_top_ids: Int32Array  # [prompt tokens, K of the prompts]
+    prompt_top_logprobs: Float32Array
+    device_s: float  # seconds the device took for the batch
+
+
+FromServer: TypeAlias = GenerateRequest | AbortRequest | StopSequence | Acknowledge
+ToServer: TypeAlias = SequenceUpdates | PromptLogprobs | RequestRejected
