@@ -19,8 +19,8 @@ import msgspec
 from tokasaurus.protocol.arrays import BoolArray, Float32Array, Int32Array, Int64Array
 
 __all__ = [
-    "Acknowledge",
     "AbortRequest",
+    "Acknowledge",
     "FinishReason",
     "ForwardBatch",
     "ForwardResult",
@@ -74,7 +74,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
 # --- server to manager -----------------------------------------------------------------------------
 
 
-class GenerateRequest(Message):
+class GenerateRequest(Message, frozen=True):
     """Generate ``n`` samples that continue one prompt.
 
     The draw of the token at generated position t of sample i is a function of (seed, i, t) and of
@@ -97,20 +97,20 @@ class GenerateRequest(Message):
     hold_for_acks: bool = False  # has stop strings: plan few tokens beyond what was acknowledged
 
 
-class AbortRequest(Message):
+class AbortRequest(Message, frozen=True):
     """The client went away: end every sample of the request that still runs."""
 
     request_id: int
 
 
-class StopSequence(Message):
+class StopSequence(Message, frozen=True):
     """The server found a stop string: end this sequence. The server already knows which tokens count."""
 
     request_id: int
     sample_index: int
 
 
-class Acknowledge(Message):
+class Acknowledge(Message, frozen=True):
     """For sequences with stop strings: the server has searched so many generated tokens. Columns."""
 
     request_ids: Int64Array
@@ -121,7 +121,7 @@ class Acknowledge(Message):
 # --- manager to server -----------------------------------------------------------------------------
 
 
-class SequenceUpdates(Message):
+class SequenceUpdates(Message, frozen=True):
     """New tokens and ends of sequences, one row for each sequence.
 
     Row r brings the next ``num_tokens[r]`` ids of its sequence, in ``token_ids`` after those of the
@@ -144,7 +144,7 @@ class SequenceUpdates(Message):
     top_logprobs: Float32Array
 
 
-class PromptLogprobs(Message):
+class PromptLogprobs(Message, frozen=True):
     """Logprobs of prompt tokens ``first_position ...``; the first token of a prompt has none.
 
     May come in pieces and, after a preemption, come again; all pieces of a request come before the
@@ -158,7 +158,7 @@ class PromptLogprobs(Message):
     top_logprobs: Float32Array  # [tokens, k]
 
 
-class RequestRejected(Message):
+class RequestRejected(Message, frozen=True):
     """The request can never run; none of its samples will send an update."""
 
     request_id: int
@@ -184,7 +184,7 @@ class SlotParameters(msgspec.Struct, frozen=True, array_like=True, eq=False):
     logprobs_mode: Int32Array
 
 
-class ForwardBatch(Message):
+class ForwardBatch(Message, frozen=True):
     """One forward pass, as differences to what the worker already knows.
 
     The worker applies ``parameters``, then the page-table entries, then runs: first one token for
@@ -217,7 +217,7 @@ class ForwardBatch(Message):
     prefill_next_ids: Int32Array
 
 
-class ForwardResult(Message):
+class ForwardResult(Message, frozen=True):
     """What a batch sampled, in the order of its sampling rows.
 
     ``logprobs`` is NaN, and ``top_ids`` is -1, where a row asked for none; K is the largest number
