@@ -1,0 +1,45 @@
+"""Tokasaurus: a high-throughput LLM inference engine.
+
+    from tokasaurus import LLM, SamplingParams
+
+The names below are loaded on first use, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+try:
+    __version__ = version("tokasaurus")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+if TYPE_CHECKING:
+    from tokasaurus.config.engine import EngineConfig
+    from tokasaurus.launch.llm import LLM, CompletionOutput, RequestOutput
+    from tokasaurus.server.params import SamplingParams
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "EngineConfig",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+]
+
+_HOMES = {
+    "LLM": "tokasaurus.launch.llm",
+    "CompletionOutput": "tokasaurus.launch.llm",
+    "RequestOutput": "tokasaurus.launch.llm",
+    "EngineConfig": "tokasaurus.config.engine",
+    "SamplingParams": "tokasaurus.server.params",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tokasaurus' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

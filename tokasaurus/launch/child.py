@@ -1,0 +1,32 @@
+"""The main program of a process that the supervisor spawns: ``python -m tokasaurus.launch.child FD``."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import socket
+import sys
+
+from tokasaurus.launch.lifeline import Assignment, Lifeline
+from tokasaurus.launch.roles import run_role
+
+
+def main() -> int:
+    # Ctrl-C and a service manager's SIGTERM reach every process at once. Only the supervisor heeds
+    # them; it tells the others when their turn has come.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    faulthandler.enable()
+    lifeline = Lifeline(socket.socket(fileno=int(sys.argv[1])))
+    notes = lifeline.receive()
+    while notes is not None and not notes:
+        notes = lifeline.receive()
+    if notes is None or not isinstance(notes[0], Assignment):
+        return 1
+    # Manager and worker keep nothing that must be put away, so they end on the spot.
+    return 0 if run_role(notes[0], lifeline, interrupt=lambda: os._exit(0)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

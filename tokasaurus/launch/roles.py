@@ -1,0 +1,114 @@
+"""What each process of an engine does, from its first line to its last.
+
+A role gets its lifeline and its assignment, and returns when it has done its work; it does not know
+whether it runs in a process of its own or in the foreground of ``toka``.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from tokasaurus.errors import ConfigError, ModelError
+from tokasaurus.launch.lifeline import Assignment, Failed, Lifeline, Ready, Stop
+from tokasaurus.observability.logging import configure_logging
+from tokasaurus.protocol.channels import Receiver, Sender
+from tokasaurus.protocol.messages import (
+    ForwardBatch,
+    ForwardResult,
+    FromServer,
+    ToServer,
+)
+from tokasaurus.protocol.wire import Codec
+
+__all__ = ["ROLES", "TO_MANAGER", "TO_SERVER", "TO_WORKER", "run_role"]
+
+ROLES = ("server", "manager", "worker")
+
+TO_SERVER: Codec[ToServer] = Codec(ToServer)
+TO_MANAGER: Codec[FromServer | ForwardResult] = Codec(FromServer | ForwardResult)
+TO_WORKER: Codec[ForwardBatch] = Codec(ForwardBatch)
+
+
+def run_role(assignment: Assignment, lifeline: Lifeline, interrupt: Callable[[], None]) -> bool:
+    """Runs one role to its end.
+
+    Args:
+        assignment: which role, and its configuration.
+        lifeline: this side's end; closed on return.
+        interrupt: called from another thread when a role that has no event loop must end.
+
+    Returns:
+        False if the role failed; the supervisor has been told why.
+    """
+    slices = assignment.slices
+    configure_logging(assignment.role, slices.log_level, slices.log_procs)
+    try:
+        if assignment.role == "server":
+            _run_server(assignment, lifeline)
+        else:
+            threading.Thread(
+                target=_await_end, args=(lifeline, interrupt), name="lifeline", daemon=True
+            ).start()
+            run = _run_manager if assignment.role == "manager" else _run_worker
+            run(assignment, lifeline)
+    except KeyboardInterrupt:
+        return True
+    except (ConfigError, ModelError) as error:
+        lifeline.send(Failed(str(error), ""))  # the user's to mend: where it was raised is no news
+        return False
+    except BaseException as error:
+        summary = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+        lifeline.send(Failed(summary, traceback.format_exc()))
+        return False
+    finally:
+        lifeline.close()
+    return True
+
+
+def _await_end(lifeline: Lifeline, interrupt: Callable[[], None]) -> None:
+    while True:
+        notes = lifeline.receive()
+        if notes is None or any(isinstance(note, Stop) for note in notes):
+            interrupt()
+            return
+
+
+def _run_server(assignment: Assignment, lifeline: Lifeline) -> None:
+    from tokasaurus.launch.serving import serve
+
+    serve(assignment, lifeline)
+
+
+def _run_manager(assignment: Assignment, lifeline: Lifeline) -> None:
+    from tokasaurus.manager.manager import Manager
+
+    directory = Path(assignment.directory)
+    door = Receiver(directory, "manager", TO_MANAGER)
+    to_server = Sender(directory, "server", TO_SERVER)
+    to_worker = Sender(directory, "worker", TO_WORKER)
+    manager = Manager(assignment.slices.manager)
+    lifeline.send(Ready())
+    while True:
+        actions = manager.step(door.receive(), time.monotonic())
+        for batch in actions.batches:
+            to_worker.send(batch)
+        for message in actions.messages:
+            to_server.send(message)
+
+
+def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:
+    from tokasaurus.model.worker import Worker
+
+    directory = Path(assignment.directory)
+    door = Receiver(directory, "worker", TO_WORKER)
+    to_manager = Sender(directory, "manager", TO_MANAGER)
+    worker = Worker(assignment.slices.worker)
+    worker.warm_up()
+    lifeline.send(Ready())
+    while True:
+        for batch in door.receive():
+            to_manager.send(worker.run(batch))

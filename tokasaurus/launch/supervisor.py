@@ -1,0 +1,251 @@
+"""The supervisor: starts the processes of an engine, watches them, and ends them.
+
+::
+
+    toka ─┬─ server   (in the foreground of toka itself, unless local_proc_name says otherwise)
+          ├─ manager
+          └─ worker
+
+One thread watches the lifelines; the foreground role has the main thread. Whatever ends the engine,
+a signal, an exception, a killed process, it ends in the same order: the server first, so that every
+client gets its answer or its error, then the others, then the private directory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from types import FrameType
+
+from tokasaurus.config.slices import EngineSlices
+from tokasaurus.launch.lifeline import (
+    Assignment,
+    Dead,
+    Failed,
+    FromProcess,
+    Lifeline,
+    Ready,
+    Start,
+    Stop,
+    ToProcess,
+)
+from tokasaurus.launch.roles import ROLES, run_role
+
+__all__ = ["Supervisor"]
+
+log = logging.getLogger(__name__)
+
+_FLUSH_S = 5.0  # for a server to answer its clients after a death, and for the others to exit
+
+
+class Supervisor:
+    """Owns every process, socket and file of one engine.
+
+    Args:
+        slices: the resolved configuration.
+        listener: the bound, listening socket of the server; the supervisor closes it.
+    """
+
+    def __init__(self, slices: EngineSlices, listener: socket.socket) -> None:
+        self._slices = slices
+        self._listener = listener
+        self._local_role = slices.local_proc_name
+        self._directory = tempfile.mkdtemp(prefix="tokasaurus-")
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._lifelines: dict[str, Lifeline] = {}
+        self._alive: set[str] = set()
+        self._ready: set[str] = set()
+        self._failure: Failed | None = None
+        self._failed_role = ""
+        self._stopping = False
+        self._interrupting = False  # the next SIGINT is our own: it ends the foreground role
+        self._wake_watcher, self._wake_sender = socket.socketpair()
+        self._deadline: float | None = None
+
+    def run(self) -> int:
+        """Runs the engine until a signal or a death ends it.
+
+        Returns:
+            The exit status: 0 after a drain, 1 after a death, 130 if a second signal cut the drain.
+        """
+        for role in ROLES:
+            if role != self._local_role:
+                self._spawn(role)
+        ours, theirs = Lifeline.pair()
+        self._adopt(self._local_role, ours)
+        previous = {
+            number: signal.signal(number, self._on_signal)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        watcher = threading.Thread(target=self._watch, name="supervisor", daemon=True)
+        watcher.start()
+        try:
+            run_role(
+                self._assignment(self._local_role), theirs, interrupt=self._interrupt_foreground
+            )
+            watcher.join()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            self._clean_up()
+        if self._failure is not None:
+            self._report_failure(self._failure)
+            return 1
+        return 0
+
+    # --- starting ----------------------------------------------------------------------------------
+
+    def _assignment(self, role: str) -> Assignment:
+        fd = self._listener.fileno() if role == "server" else None
+        return Assignment(role, self._directory, self._slices, fd)
+
+    def _spawn(self, role: str) -> None:
+        ours, theirs = Lifeline.pair()
+        passed = [theirs.fileno()]
+        if role == "server":
+            passed.append(self._listener.fileno())
+        self._processes[role] = subprocess.Popen(
+            [sys.executable, "-m", "tokasaurus.launch.child", str(theirs.fileno())],
+            pass_fds=passed,
+            stdin=subprocess.DEVNULL,
+        )
+        theirs.close()
+        self._adopt(role, ours)
+        ours.send(self._assignment(role))
+
+    def _adopt(self, role: str, lifeline: Lifeline) -> None:
+        self._lifelines[role] = lifeline
+        self._alive.add(role)
+
+    # --- signals, in the main thread ---------------------------------------------------------------
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._interrupting:
+            raise KeyboardInterrupt
+        self._wake_sender.send(b"s")
+
+    def _interrupt_foreground(self) -> None:
+        """Ends a foreground role that has no event loop; called by its lifeline thread."""
+        self._interrupting = True
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    # --- watching, in a thread of its own ----------------------------------------------------------
+
+    def _watch(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._wake_watcher, selectors.EVENT_READ, None)
+            for role, lifeline in self._lifelines.items():
+                selector.register(lifeline, selectors.EVENT_READ, role)
+            while self._alive:
+                wait = None if self._deadline is None else self._deadline - time.monotonic()
+                events = selector.select(None if wait is None else max(0.0, wait))
+                if not events:
+                    self._kill_all()
+                    return
+                for key, _ in events:
+                    if key.data is None:
+                        self._on_stop_requested()
+                    elif not self._on_readable(key.data):
+                        selector.unregister(key.fileobj)
+                        self._on_ended(key.data)
+
+    def _on_stop_requested(self) -> None:
+        self._wake_watcher.recv(1024)
+        if self._stopping:
+            log.warning("stopping at once")
+            self._kill_all()
+            return
+        log.info("draining (a second signal stops at once)")
+        self._stop_server(Stop(), self._slices.server.shutdown_timeout_s)
+
+    def _on_readable(self, role: str) -> bool:
+        notes = self._lifelines[role].receive()
+        if notes is None:
+            return False
+        for note in notes:
+            self._on_note(role, note)
+        return True
+
+    def _on_note(self, role: str, note: FromProcess | ToProcess) -> None:
+        if isinstance(note, Ready):
+            self._ready.add(role)
+            if self._ready >= {"manager", "worker"} and role != "server":
+                self._lifelines["server"].send(Start())
+        elif isinstance(note, Failed) and self._failure is None:
+            self._failure, self._failed_role = note, role
+
+    def _on_ended(self, role: str) -> None:
+        self._alive.discard(role)
+        if self._failure is None and not (self._stopping and self._is_clean_end(role)):
+            self._failure = Failed(self._how_it_ended(role), "")
+            self._failed_role = role
+        if role == "server":
+            self._stop_others()
+        elif self._failure is not None and "server" in self._alive:
+            reason = f"the {self._failed_role} ended: {self._failure.summary}"
+            self._stop_server(Dead(reason), 0.0)
+
+    def _is_clean_end(self, role: str) -> bool:
+        """During a drain only the server may end; the others wait for their Stop."""
+        if role != "server":
+            return "server" not in self._alive
+        process = self._processes.get(role)
+        return process is None or process.wait() == 0
+
+    def _how_it_ended(self, role: str) -> str:
+        process = self._processes.get(role)
+        if process is None:
+            return "it returned without being asked to"
+        status = process.wait()
+        if status >= 0:
+            return f"exit status {status}"
+        name = signal.Signals(-status).name
+        hint = "; perhaps the system ran out of memory" if status == -signal.SIGKILL else ""
+        return f"killed by {name}{hint}"
+
+    # --- ending ------------------------------------------------------------------------------------
+
+    def _stop_server(self, note: Stop | Dead, timeout_s: float) -> None:
+        self._stopping = True
+        self._deadline = time.monotonic() + timeout_s + _FLUSH_S
+        if "server" in self._alive:
+            self._lifelines["server"].send(note)
+        else:
+            self._stop_others()
+
+    def _stop_others(self) -> None:
+        self._stopping = True
+        self._deadline = time.monotonic() + _FLUSH_S
+        for role in list(self._alive):
+            self._lifelines[role].send(Stop())
+
+    def _kill_all(self) -> None:
+        """The end of patience. The foreground role cannot be killed apart from toka, so toka exits."""
+        self._clean_up()
+        if self._local_role in self._alive:
+            if self._failure is not None:
+                self._report_failure(self._failure)
+            os._exit(1 if self._failure is not None else 130)
+
+    def _clean_up(self) -> None:
+        for process in self._processes.values():
+            if process.poll() is None:
+                process.kill()
+        for process in self._processes.values():
+            process.wait()
+        self._listener.close()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _report_failure(self, failure: Failed) -> None:
+        sys.stderr.write(failure.traceback)
+        sys.stderr.write(f"toka: the {self._failed_role} ended: {failure.summary}\n")
+        sys.stderr.flush()

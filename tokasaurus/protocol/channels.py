@@ -1,0 +1,90 @@
+"""Channels between the processes of one engine: ZeroMQ PUSH/PULL over Unix sockets in a private directory.
+
+Each room has one door, a socket that it binds; everybody who has something to tell it connects::
+
+    server.sock  ◀── manager
+    manager.sock ◀── server, worker
+    worker.sock  ◀── manager
+
+Sending never blocks and never drops: a peer that died is the supervisor's business. Messages of one
+sender arrive in order.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import zmq
+import zmq.asyncio
+
+from tokasaurus.protocol.wire import Codec
+
+__all__ = ["AsyncReceiver", "Receiver", "Sender"]
+
+M = TypeVar("M")
+
+
+def _address(directory: Path, door: str) -> str:
+    return f"ipc://{directory / door}.sock"
+
+
+class Sender(Generic[M]):
+    """Sends to one door; may be created before the door opens.
+
+    Args:
+        directory: the engine's private directory.
+        door: whose door: "server", "manager" or "worker".
+        codec: of the messages that door takes.
+    """
+
+    def __init__(self, directory: Path, door: str, codec: Codec[M]) -> None:
+        self._codec = codec
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
+        self._socket.set(zmq.SNDHWM, 0)
+        self._socket.set(zmq.LINGER, 0)
+        self._socket.connect(_address(directory, door))
+
+    def send(self, message: M) -> None:
+        self._socket.send(self._codec.encode(message))
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Receiver(Generic[M]):
+    """Opens a door and takes what comes in, in a process that has nothing else to wait for."""
+
+    def __init__(self, directory: Path, door: str, codec: Codec[M]) -> None:
+        self._codec = codec
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
+        self._socket.set(zmq.RCVHWM, 0)
+        self._socket.bind(_address(directory, door))
+
+    def receive(self) -> list[M]:
+        """Waits for at least one message; returns all that are there, oldest first."""
+        messages = [self._codec.decode(self._socket.recv())]
+        while True:
+            try:
+                messages.append(self._codec.decode(self._socket.recv(zmq.NOBLOCK)))
+            except zmq.Again:
+                return messages
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+
+
+class AsyncReceiver(Generic[M]):
+    """The same door for a process that runs an asyncio event loop."""
+
+    def __init__(self, directory: Path, door: str, codec: Codec[M]) -> None:
+        self._codec = codec
+        self._socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
+        self._socket.set(zmq.RCVHWM, 0)
+        self._socket.bind(_address(directory, door))
+
+    async def receive(self) -> M:
+        return self._codec.decode(await self._socket.recv())
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
