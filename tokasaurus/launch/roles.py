@@ -6,6 +6,8 @@ whether it runs in a process of its own or in the foreground of ``toka``.
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
 import time
 import traceback
@@ -25,6 +27,8 @@ from tokasaurus.protocol.messages import (
 from tokasaurus.protocol.wire import Codec
 
 __all__ = ["ROLES", "TO_MANAGER", "TO_SERVER", "TO_WORKER", "run_role"]
+
+log = logging.getLogger(__name__)
 
 ROLES = ("server", "manager", "worker")
 
@@ -46,6 +50,7 @@ def run_role(assignment: Assignment, lifeline: Lifeline, interrupt: Callable[[],
     """
     slices = assignment.slices
     configure_logging(assignment.role, slices.log_level, slices.log_procs)
+    log.info("process id %d", os.getpid())
     try:
         if assignment.role == "server":
             _run_server(assignment, lifeline)

@@ -1,0 +1,28 @@
+"""Fixtures that several rooms' tests share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from engine_process import EngineProcess, running
+
+
+@pytest.fixture(scope="session")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+    """One running engine for all tests that do it no harm.
+
+    The bundled model, or the one in the environment variable MODEL; `toka` itself reads further flags
+    from OVERRIDES.
+    """
+    flags = [f"model={os.environ['MODEL']}"] if "MODEL" in os.environ else []
+    with running(tmp_path_factory.mktemp("engine"), "uvicorn_log_level=warning", *flags) as ready:
+        yield ready

@@ -1,0 +1,162 @@
+"""Every message survives the wire, and nothing else does."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import pytest
+
+from tokasaurus.protocol import messages
+from tokasaurus.protocol.messages import (
+    AbortRequest,
+    Acknowledge,
+    FinishReason,
+    ForwardBatch,
+    ForwardResult,
+    FromServer,
+    GenerateRequest,
+    LogprobsMode,
+    PromptLogprobs,
+    RequestRejected,
+    Sampling,
+    SequenceUpdates,
+    SlotParameters,
+    StopSequence,
+    ToServer,
+)
+from tokasaurus.protocol.wire import Codec
+
+rng = np.random.default_rng(0)
+
+
+def ints(*shape):
+    return rng.integers(-(2**31), 2**31, shape).astype(np.int32)
+
+
+def longs(*shape):
+    return rng.integers(0, 2**63 - 1, shape)
+
+
+def floats(*shape):
+    values = rng.standard_normal(shape).astype(np.float32)
+    values.flat[:1] = np.nan
+    return values
+
+
+EXAMPLES = [
+    GenerateRequest(
+        request_id=2**62,
+        prompt_ids=ints(5),
+        n=1024,
+        max_tokens=7,
+        sampling=Sampling(0.5, 3, 0.25, 0.125, LogprobsMode.PROCESSED),
+        seed=2**63 - 1,
+        stop_token_ids=(1, 2),
+        num_logprobs=0,
+        num_prompt_logprobs=20,
+        stream=True,
+        hold_for_acks=True,
+    ),
+    AbortRequest(3),
+    StopSequence(3, 4),
+    Acknowledge(longs(2), ints(2), ints(2)),
+    SequenceUpdates(
+        request_ids=longs(2),
+        sample_indices=ints(2),
+        num_tokens=ints(2),
+        finish_reasons=np.array([FinishReason.STOP, FinishReason.RUNNING], np.int32),
+        num_cached_tokens=ints(2),
+        num_logprobs=ints(2),
+        token_ids=ints(9),
+        logprobs=floats(9),
+        top_ids=ints(0),
+        top_logprobs=floats(0),
+    ),
+    PromptLogprobs(5, 1, floats(4), ints(4, 2), floats(4, 2)),
+    RequestRejected(5, "too long", "prompt"),
+    ForwardBatch(
+        number=8,
+        parameters=SlotParameters(
+            *(ints(1), floats(1), ints(1), floats(1), floats(1), longs(1)),
+            *(ints(1), ints(1), ints(1), ints(1)),
+        ),
+        table_slots=ints(3),
+        table_columns=ints(3),
+        table_pages=ints(3),
+        decode_slots=ints(4),
+        prefill_slots=ints(1),
+        prefill_starts=ints(1),
+        prefill_lengths=ints(1),
+        prefill_ids=ints(6),
+        prefill_samples=np.array([True]),
+        prefill_num_logprobs=ints(1),
+        prefill_next_ids=ints(1),
+    ),
+    ForwardResult(
+        number=8,
+        token_ids=ints(5),
+        logprobs=floats(5),
+        top_ids=ints(5, 3),
+        top_logprobs=floats(5, 3),
+        prompt_logprobs=floats(0),
+        prompt_top_ids=ints(0, 0),
+        prompt_top_logprobs=floats(0, 0),
+        device_s=0.25,
+    ),
+]
+
+
+def assert_same(a, b):
+    assert type(a) is type(b)
+    for name in a.__struct_fields__:
+        left, right = getattr(a, name), getattr(b, name)
+        if isinstance(left, msgspec.Struct):
+            assert_same(left, right)
+        elif isinstance(left, np.ndarray):
+            assert left.dtype == right.dtype
+            assert left.shape == right.shape
+            assert left.tobytes() == right.tobytes()  # bit for bit, NaN included
+        else:
+            assert left == right
+            assert type(left) is type(right)
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
+def test_round_trip(message):
+    codec = Codec(FromServer | ToServer | ForwardBatch | ForwardResult)
+    assert_same(codec.decode(codec.encode(message)), message)
+
+
+def test_every_message_has_an_example():
+    classes = {
+        value
+        for value in vars(messages).values()
+        if isinstance(value, type)
+        and issubclass(value, messages.Message)
+        and value is not messages.Message
+    }
+    assert classes == {type(example) for example in EXAMPLES}
+
+
+def test_received_arrays_cannot_be_written():
+    codec = Codec(PromptLogprobs)
+    received = codec.decode(codec.encode(PromptLogprobs(5, 1, floats(4), ints(4, 0), floats(4, 0))))
+    with pytest.raises(ValueError, match="read-only"):
+        received.logprobs[0] = 1.0
+
+
+@pytest.mark.parametrize("array", [np.zeros(2), np.array(["a"]), np.array([object()])], ids=str)
+def test_other_array_types_are_refused(array):
+    with pytest.raises(TypeError, match="int32, int64, float32 or bool"):
+        Codec(PromptLogprobs).encode(PromptLogprobs(1, 1, array, ints(0, 0), floats(0, 0)))
+
+
+@pytest.mark.parametrize("data", [b"", b"\x00", b"\x91\xa5Bogus", b"\xff" * 40])
+def test_garbage_is_refused(data):
+    with pytest.raises((msgspec.ValidationError, msgspec.DecodeError)):
+        Codec(FromServer).decode(data)
+
+
+def test_a_message_of_another_direction_is_refused():
+    with pytest.raises(msgspec.ValidationError):
+        Codec(ToServer).decode(Codec(FromServer).encode(AbortRequest(1)))
