@@ -1,0 +1,125 @@
+"""The corpus: the same every time, and never showing what the evaluation asks for."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from itertools import islice
+from random import Random
+
+import pytest
+
+from tokasaurus.demo.corpus import documents
+from tokasaurus.demo.corpus.arithmetic import compute, pair_is_held_out, problem
+from tokasaurus.demo.corpus.chat_table import JOKES
+from tokasaurus.demo.corpus.dinosaur_table import DINOSAURS
+from tokasaurus.demo.corpus.dinosaurs import TOPICS, questions
+from tokasaurus.demo.corpus.document import Chat, Document, is_held_out
+from tokasaurus.demo.corpus.words import HELD_OUT_WORDS, invent_word
+from tokasaurus.demo.tokenizer import render
+
+NUM_DOCUMENTS = 20_000
+
+
+@pytest.fixture(scope="module")
+def training() -> list[Document]:
+    return list(islice(documents(seed=0), NUM_DOCUMENTS))
+
+
+@pytest.fixture(scope="module")
+def rendered(training: list[Document]) -> str:
+    return "\0".join(render(document) for document in training)
+
+
+def test_it_is_the_corpus_the_weights_were_trained_on(rendered: str) -> None:
+    # A change here is a change of recipe: train again, and write down the new scores.
+    assert hashlib.sha256(rendered.encode()).hexdigest()[:16] == "77d961ad9ed75b45"
+
+
+def test_another_seed_gives_other_documents(training: list[Document]) -> None:
+    assert not set(islice(documents(seed=1), 1000)) >= set(training[:1000])
+
+
+def test_held_out_words_never_appear(rendered: str) -> None:
+    seen = set(re.findall(r"[a-z]+", rendered.lower()))
+    assert "banana" in seen
+    assert not seen & HELD_OUT_WORDS
+
+
+def test_held_out_invented_words_are_never_said_back(training: list[Document]) -> None:
+    replies = {
+        document.messages[-1].content
+        for document in training
+        if isinstance(document, Chat) and document.messages[0].content.startswith("Say the word")
+    }
+    words = {reply.lower() for reply in replies if re.fullmatch("[A-Za-z]{3,10}", reply)}
+    invented = words - {word for word in words if _is_listed(word)}
+    assert len(invented) > 50
+    assert not [word for word in invented if is_held_out(word) and _is_pronounceable(word)]
+
+
+def _is_listed(word: str) -> bool:
+    from tokasaurus.demo.corpus.words import COMMON_WORDS
+
+    return word in COMMON_WORDS
+
+
+def _is_pronounceable(word: str) -> bool:
+    return bool(re.search("[aeiou]", word)) and len(word) > 7  # longer than any jumble
+
+
+def test_held_out_sums_never_appear(rendered: str) -> None:
+    sums = {
+        (int(a), op, int(b))
+        for a, op, b in re.findall(r"(\d+) ([+\-x]|plus|minus|times) (\d+)", rendered)
+    }
+    words = {"plus": "+", "minus": "-", "times": "x"}
+    assert len(sums) > 800
+    assert not [s for s in sums if pair_is_held_out(s[0], words.get(s[1], s[1]), s[2])]
+
+
+def test_held_out_wordings_never_appear(rendered: str) -> None:
+    lowered = rendered.lower()
+    held_out = [
+        question.format(d=d).lower()
+        for d in DINOSAURS
+        for topic in TOPICS
+        for question in questions(d, topic, held_out=True)
+    ]
+    assert len(held_out) > 100
+    assert not [q for q in held_out if f"|>{q}<|" in lowered or f"|>{q.rstrip('.?')}<|" in lowered]
+
+
+def test_every_fact_is_asked_for_in_some_wording() -> None:
+    assert all(questions(d, topic, held_out=False) for d in DINOSAURS for topic in TOPICS)
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_solutions_are_right(held_out: bool) -> None:
+    rng = Random(0)
+    for _ in range(500):
+        item = problem(rng, held_out=held_out)
+        steps = re.findall(r"(\d+) ([+\-x]) (\d+) = (\d+)\.", item.solution)
+        assert all(compute(int(a), op, int(b)) == int(c) for a, op, b, c in steps)
+        assert all(pair_is_held_out(int(a), op, int(b)) == held_out for a, op, b, _ in steps)
+        assert item.solution.endswith(f"\nAnswer: {steps[-1][3]}")
+        assert item.answer == int(steps[-1][3]) > 0
+
+
+def test_invented_words_come_from_the_side_asked_for() -> None:
+    rng = Random(0)
+    assert not any(is_held_out(invent_word(rng)) for _ in range(500))
+    assert all(is_held_out(invent_word(rng, held_out=True)) for _ in range(100))
+
+
+def test_conversations_alternate_and_end_with_the_assistant(training: list[Document]) -> None:
+    for document in training:
+        if isinstance(document, Chat):
+            roles = [message.role for message in document.messages if message.role != "system"]
+            assert roles == ["user", "assistant"] * (len(roles) // 2)
+            assert all(message.content.strip() for message in document.messages)
+
+
+def test_jokes_and_dinosaurs_are_distinct() -> None:
+    assert len(set(JOKES)) == len(JOKES)
+    assert len({d.name for d in DINOSAURS}) == len(DINOSAURS)

@@ -1,0 +1,64 @@
+"""The oracle: what transformers says, in fp32, about tokens that our engine generated.
+
+Greedy decoding is checked by teacher forcing: one forward pass of the reference over prompt and
+completion tells, for each generated token, whether it is the reference's best one. That is what
+``transformers.generate`` would have produced given the same tokens so far, and it also checks the
+tokens after a tie.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+TIE = 1e-5  # two best logits closer than this may come in either order
+LOGPROB_TOLERANCE = 1e-4
+
+
+@lru_cache(maxsize=4)
+def reference_model(path: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def reference_generate(path: Path, prompt_ids: list[int], num_tokens: int) -> list[int]:
+    """Greedy ids of transformers' own generate, end-of-sequence ignored."""
+    model = reference_model(path)
+    with torch.inference_mode():
+        ids = model.generate(
+            torch.tensor([prompt_ids]),
+            attention_mask=torch.ones(1, len(prompt_ids), dtype=torch.long),
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+        )
+    return ids[0, len(prompt_ids) :].tolist()
+
+
+def reference_logits(path: Path, prompt_ids: list[int], token_ids: list[int]) -> torch.Tensor:
+    """Logits that predict each generated token. [generated, vocabulary]"""
+    model = reference_model(path)
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt_ids + token_ids])).logits[0]
+    return logits[len(prompt_ids) - 1 : -1]
+
+
+def assert_greedy(
+    path: Path, prompt_ids: list[int], token_ids: list[int], logprobs: list[float] | None = None
+) -> None:
+    """Every generated token is the reference's best one, and its logprob is the reference's."""
+    logits = reference_logits(path, prompt_ids, token_ids)
+    chosen = logits.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
+    short = logits.max(1).values - chosen
+    assert short.max() <= TIE, f"token {int(short.argmax())} is {short.max():.2e} below the best"
+    if logprobs is not None:
+        expected = chosen - torch.logsumexp(logits, 1)
+        torch.testing.assert_close(torch.tensor(logprobs), expected, atol=LOGPROB_TOLERANCE, rtol=0)

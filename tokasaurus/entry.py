@@ -1,0 +1,57 @@
+"""``toka``: parses the command line, takes the port, and hands the engine to its supervisor."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+
+from tokasaurus.config.parser import parse_command_line
+from tokasaurus.errors import ConfigError, ModelError
+from tokasaurus.launch.assemble import assemble
+from tokasaurus.launch.supervisor import Supervisor
+
+__all__ = ["main", "run"]
+
+_BACKLOG = 2048  # connections that wait while the server is busy
+
+
+def run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Runs one engine to its end.
+
+    Returns:
+        The exit status: 0 after a drain, 1 if a process died, 2 if the configuration is wrong.
+    """
+    try:
+        config = parse_command_line(arguments, environment)
+        listener = listen(config.host, config.port)
+        slices = assemble(config)
+    except (ConfigError, ModelError) as error:
+        print(f"toka: error: {error}", file=sys.stderr)
+        return 2
+    return Supervisor(slices, listener).run()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Takes the port before anything slow begins.
+
+    Raises:
+        ConfigError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"port {port} is in use on {host}; choose another with port=") from None
+        raise ConfigError(f"cannot listen on host={host} port={port}: {error.strerror}") from None
+
+
+def main() -> None:
+    sys.exit(run(sys.argv[1:], os.environ))
+
+
+if __name__ == "__main__":
+    main()

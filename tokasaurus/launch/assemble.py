@@ -1,0 +1,54 @@
+"""From what the user chose to what each room gets: finds the model, reads its facts, looks at the machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tokasaurus.config.engine import EngineConfig
+from tokasaurus.config.resolve import resolve
+from tokasaurus.config.slices import EngineSlices
+from tokasaurus.launch.model_files import find_model
+from tokasaurus.model.config import model_facts
+
+__all__ = ["assemble"]
+
+
+def assemble(config: EngineConfig) -> EngineSlices:
+    """Resolves a configuration on this machine.
+
+    Downloads the model if it is named by a repository id and not in the cache.
+
+    Raises:
+        ConfigError: flags that contradict one another, the model or the machine.
+        ModelError: the model cannot be found or is of an unknown kind.
+    """
+    path = find_model(config.model)
+    facts = model_facts(path)
+    return resolve(
+        config,
+        facts,
+        memory_bytes=_available_memory_bytes(),
+        cuda_available=config.device != "cpu" and _cuda_available(),
+    )
+
+
+def _available_memory_bytes() -> int:
+    """Memory that can be had without swapping, as Linux estimates it; elsewhere half of all there is."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _cuda_available() -> bool:
+    """Asks torch in a process of its own, and only where there is a device, since importing it takes seconds."""
+    if not (Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()):
+        return False
+    question = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)"
+    return subprocess.run([sys.executable, "-c", question], check=False).returncode == 0

@@ -1,0 +1,212 @@
+"""The model's tokenizer: text to ids, chat messages to ids, ids to bytes.
+
+Wraps what transformers loads. Every method may be called from several threads at once. Texts that
+models generate *continue* something, so decoding never strips their first space.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokasaurus.errors import ModelError, RequestError
+from tokasaurus.server.token_bytes import bytes_from_decoder, decoder_steps
+
+__all__ = ["Tokenizer"]
+
+# Arguments of ``apply_chat_template`` that say what it returns, not how the conversation is written.
+_RESERVED_ARGUMENTS = frozenset(
+    {
+        "conversation",
+        "max_length",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "tokenize",
+        "tokenizer_kwargs",
+        "truncation",
+    }
+)
+_GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
+class Tokenizer:
+    """One model's tokenizer.
+
+    Args:
+        wrapped: a transformers tokenizer.
+        vocab_size: of the model, which may be more than the tokenizer has, for padding.
+        eos_token_ids: ids that end a text, which are not part of it.
+
+    Attributes:
+        visible: for each id, what it adds to a text; nothing for special tokens.
+        spelled: for each id, what it stands for, special tokens by their names.
+        special_ids: the special tokens by their names.
+    """
+
+    def __init__(self, wrapped: Any, vocab_size: int, eos_token_ids: Iterable[int] = ()) -> None:
+        self._wrapped = wrapped
+        self._backend: Any = getattr(wrapped, "backend_tokenizer", None)
+        steps = None
+        if self._backend is not None:
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            steps = decoder_steps(self._backend)
+        tokens: list[str | None] = [None] * max(vocab_size, len(wrapped))
+        for token, token_id in wrapped.get_vocab().items():
+            if token_id < len(tokens):
+                tokens[token_id] = token
+        hidden = {*wrapped.all_special_ids, *eos_token_ids}
+        hidden |= {i for i, token in wrapped.added_tokens_decoder.items() if token.special}
+        self.special_ids = {
+            token: i for i in sorted(hidden) if i < len(tokens) and (token := tokens[i]) is not None
+        }
+        self.spelled = self._spell(tokens, hidden, steps)
+        self.visible = [b"" if i in hidden else data for i, data in enumerate(self.spelled)]
+        self._strips_first_space = steps is not None and any(
+            step["type"] in ("Strip", "Metaspace") for step in steps
+        )
+
+    @classmethod
+    def load(
+        cls, path: str, *, vocab_size: int, eos_token_ids: Iterable[int], trust_remote_code: bool
+    ) -> Tokenizer:
+        """Loads the tokenizer of a model directory; takes a while, so not on an event loop.
+
+        Raises:
+            ModelError: there is none, or it is broken.
+        """
+        try:
+            return cls(_load_wrapped(path, trust_remote_code), vocab_size, eos_token_ids)
+        except Exception as error:  # the libraries underneath raise bare Exception too
+            raise ModelError(f"cannot load a tokenizer from {path}: {error}") from error
+
+    # --- text to ids -------------------------------------------------------------------------------
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a prompt, with the special tokens that the model expects around it, once.
+
+        A prompt that already begins with the text of the BOS token gets no second one.
+        """
+        ids = self._encode(text, add_special_tokens=True)
+        bos_id = self._wrapped.bos_token_id
+        if bos_id is not None and ids[:2] == [bos_id, bos_id]:
+            del ids[0]
+        return ids
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], overrides: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Ids of a conversation, written by the model's chat template.
+
+        The model is asked for the next message, or to go on with the last one if that is the
+        assistant's.
+
+        Args:
+            messages: with at least ``role`` and ``content`` each.
+            overrides: further arguments for ``apply_chat_template``.
+
+        Raises:
+            RequestError: the template refuses the messages, or there is no template.
+        """
+        overrides = overrides or {}
+        reserved = _RESERVED_ARGUMENTS.intersection(overrides)
+        if reserved:
+            raise RequestError(
+                f"apply_chat_template_overrides cannot set {', '.join(sorted(reserved))}",
+                "apply_chat_template_overrides",
+            )
+        if self._wrapped.chat_template is None and overrides.get("chat_template") is None:
+            raise RequestError(
+                "messages cannot be rendered: this model has no chat template; use /v1/completions, or"
+                " give a chat_template in apply_chat_template_overrides",
+                "messages",
+            )
+        continues = bool(messages) and messages[-1]["role"] == "assistant"
+        arguments: dict[str, Any] = {
+            "add_generation_prompt": not continues,
+            "continue_final_message": continues,
+        }
+        if not arguments.keys().isdisjoint(overrides):
+            arguments = {}
+        try:
+            text = self._wrapped.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, **(arguments | overrides)
+            )
+        except Exception as error:  # a template may raise anything
+            raise RequestError(
+                f"messages cannot be rendered by the chat template: {error}", "messages"
+            ) from error
+        return self._encode(text, add_special_tokens=False)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        # Not through the wrapper where that can be helped: it sets the backend's truncation at each
+        # call, which two threads must not do at once.
+        if self._backend is not None:
+            encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+            return list(encoding.ids)
+        return list(self._wrapped.encode(text, add_special_tokens=add_special_tokens))
+
+    # --- ids to text -------------------------------------------------------------------------------
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """The text of ids that continue another text, without special tokens.
+
+        Bytes that are no UTF-8 become replacement characters.
+        """
+        return b"".join(map(self.visible.__getitem__, token_ids)).decode(errors="replace")
+
+    def decode_prompt(self, token_ids: Iterable[int]) -> str:
+        """The text of ids that begin one: without the space that some tokenizers put in front."""
+        text = self.decode(token_ids)
+        return text[1:] if self._strips_first_space and text.startswith(" ") else text
+
+    def token_text(self, token_id: int) -> str:
+        """One token's spelling, its bytes written out where they are no UTF-8 by themselves."""
+        data = self.spelled[token_id]
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def _spell(
+        self, tokens: list[str | None], hidden: set[int], steps: list[dict[str, Any]] | None
+    ) -> list[bytes]:
+        if steps is None:
+            after = self._text_after_anchor
+            return [
+                b"" if token is None else token.encode() if i in hidden else after(i)
+                for i, token in enumerate(tokens)
+            ]
+        return [
+            b""
+            if token is None
+            else token.encode()
+            if i in hidden
+            else bytes_from_decoder(steps, token)
+            for i, token in enumerate(tokens)
+        ]
+
+    def _text_after_anchor(self, token_id: int) -> bytes:
+        anchor = self._encode("a", add_special_tokens=False)[-1]
+        alone, both = (
+            self._wrapped.decode(ids, clean_up_tokenization_spaces=False)
+            for ids in ([anchor], [anchor, token_id])
+        )
+        return str(both[len(alone) :]).encode()
+
+
+def _load_wrapped(path: str, trust_remote_code: bool) -> Any:
+    config_path = Path(path) / "tokenizer_config.json"
+    config = json.loads(config_path.read_text()) if config_path.is_file() else {}
+    if config.get("tokenizer_class") in _GENERIC_CLASSES and "auto_map" not in config:
+        # What AutoTokenizer would arrive at, but without importing torch on the way.
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(path)
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
