@@ -1,0 +1,177 @@
+"""Drives a worker by hand: a manager without a plan, for tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from tokasaurus.config.slices import WorkerConfig
+from tokasaurus.model.worker import Worker
+from tokasaurus.protocol.messages import (
+    ForwardBatch,
+    ForwardResult,
+    LogprobsMode,
+    Sampling,
+    SlotParameters,
+)
+
+GREEDY = Sampling(temperature=0.0)
+
+
+def worker_config(path: Path, **fields) -> WorkerConfig:
+    """A small worker in fp32."""
+    defaults = {
+        "model_path": str(path),
+        "trust_remote_code": False,
+        "rope_scaling": None,
+        "device": "cpu",
+        "dtype": "float32",
+        "attention": "auto",
+        "page_size": 16,
+        "num_pages": 64,
+        "num_slots": 8,
+        "max_seqs_per_forward": 8,
+        "max_tokens_per_forward": 128,
+        "max_request_tokens": 256,
+        "max_topk_logprobs": 5,
+        "num_threads": None,
+    }
+    return WorkerConfig(**{**defaults, **fields})
+
+
+@dataclass
+class Enter:
+    """A sequence that starts, or goes on with the next chunk of its prompt."""
+
+    slot: int
+    ids: list[int]
+    start: int = 0
+    ends_prompt: bool = True
+    next_id: int = -1
+    num_prompt_logprobs: int = -1
+
+
+@dataclass
+class Driver:
+    """Numbers the batches, gives out pages in a shuffled order."""
+
+    worker: Worker
+    config: WorkerConfig
+    seed: int = 0
+    number: int = 0
+    lengths: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        order = np.random.default_rng(self.seed).permutation(self.config.num_pages)
+        self.free = [int(page) for page in order]
+        self.held: dict[int, list[int]] = {}
+        self._parameters: list[tuple] = []
+
+    def start(
+        self,
+        slot: int,
+        sampling: Sampling = GREEDY,
+        *,
+        seed: int = 0,
+        sample_index: int = 0,
+        num_generated: int = 0,
+        num_logprobs: int = -1,
+    ) -> None:
+        """The next batch brings these parameters for the slot; its pages go back."""
+        self.free.extend(self.held.pop(slot, []))
+        self._parameters.append((slot, sampling, seed, sample_index, num_generated, num_logprobs))
+
+    def step(self, decode: list[int] = (), prefill: list[Enter] = ()) -> ForwardResult:
+        batch = self.batch(decode, prefill)
+        self.number += 1
+        return self.worker.run(batch)
+
+    def batch(self, decode: list[int] = (), prefill: list[Enter] = ()) -> ForwardBatch:
+        table: list[tuple[int, int, int]] = []
+        for slot in decode:
+            self._grow(slot, self.lengths[slot] + 1, table)
+        for chunk in prefill:
+            self._grow(chunk.slot, chunk.start + len(chunk.ids), table)
+        slots, columns, pages = np.array(table, np.int32).reshape(-1, 3).T
+        return ForwardBatch(
+            number=self.number,
+            parameters=self._take_parameters(),
+            table_slots=slots.copy(),
+            table_columns=columns.copy(),
+            table_pages=pages.copy(),
+            decode_slots=_ints(decode),
+            prefill_slots=_ints(chunk.slot for chunk in prefill),
+            prefill_starts=_ints(chunk.start for chunk in prefill),
+            prefill_lengths=_ints(len(chunk.ids) for chunk in prefill),
+            prefill_ids=_ints(token for chunk in prefill for token in chunk.ids),
+            prefill_samples=np.array([chunk.ends_prompt for chunk in prefill], np.bool_),
+            prefill_num_logprobs=_ints(chunk.num_prompt_logprobs for chunk in prefill),
+            prefill_next_ids=_ints(chunk.next_id for chunk in prefill),
+        )
+
+    def chunks(
+        self, slot: int, ids: list[int], size: int, num_prompt_logprobs: int = -1
+    ) -> list[Enter]:
+        """A prompt cut into chunks."""
+        return [
+            Enter(
+                slot,
+                ids[start : start + size],
+                start,
+                start + size >= len(ids),
+                ids[start + size] if start + size < len(ids) else -1,
+                num_prompt_logprobs,
+            )
+            for start in range(0, len(ids), size)
+        ]
+
+    def _grow(self, slot: int, length: int, table: list[tuple[int, int, int]]) -> None:
+        pages = self.held.setdefault(slot, [])
+        while len(pages) * self.config.page_size < length:
+            table.append((slot, len(pages), self.free[0]))
+            pages.append(self.free.pop(0))
+        self.lengths[slot] = length
+
+    def _take_parameters(self) -> SlotParameters | None:
+        if not self._parameters:
+            return None
+        slots, samplings, seeds, indices, generated, logprobs = zip(*self._parameters, strict=True)
+        self._parameters = []
+        return SlotParameters(
+            slots=_ints(slots),
+            temperature=np.array([s.temperature for s in samplings], np.float32),
+            top_k=_ints(s.top_k for s in samplings),
+            top_p=np.array([s.top_p for s in samplings], np.float32),
+            min_p=np.array([s.min_p for s in samplings], np.float32),
+            seed=np.array(seeds, np.int64),
+            sample_index=_ints(indices),
+            num_generated=_ints(generated),
+            num_logprobs=_ints(logprobs),
+            logprobs_mode=_ints(LogprobsMode(s.logprobs_mode) for s in samplings),
+        )
+
+
+def make_driver(path: Path, **fields) -> Driver:
+    config = worker_config(path, **fields)
+    return Driver(Worker(config), config)
+
+
+def generate(
+    driver: Driver, prompt: list[int], num_tokens: int, *, slot: int = 0, chunk: int = 10**9, **start
+) -> tuple[list[int], list[float]]:
+    """One sequence alone: chunked prefill, then decode. Token ids and their logprobs."""
+    driver.start(slot, **{"num_logprobs": 0, **start})
+    for part in driver.chunks(slot, prompt, chunk):
+        result = driver.step(prefill=[part])
+    ids, logprobs = [int(result.token_ids[0])], [float(result.logprobs[0])]
+    for _ in range(num_tokens - 1):
+        result = driver.step(decode=[slot])
+        ids.append(int(result.token_ids[0]))
+        logprobs.append(float(result.logprobs[0]))
+    return ids, logprobs
+
+
+def _ints(values) -> np.ndarray:
+    return np.array(list(values), np.int32)

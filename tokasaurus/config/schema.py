@@ -1,0 +1,219 @@
+"""Flags as data: what a field of a dataclass means on a command line.
+
+Owns a flag's metadata, its checks, and the table of the flags of a dataclass. Knows no particular
+flag, and nothing of tokens, files or processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from tokasaurus.config.suggestions import Foreign, explain_unknown, nearest
+from tokasaurus.config.values import BadValue, convert, split_optional
+from tokasaurus.errors import ConfigError
+
+__all__ = ["REQUIRED", "Flag", "Retired", "Schema", "UnknownFlag", "check_fields", "flag"]
+
+C = TypeVar("C")
+
+REQUIRED: Any = dataclasses.MISSING
+
+
+class UnknownFlag(ValueError):
+    """A key that names no flag; the message names the nearest one."""
+
+
+@dataclass(frozen=True)
+class _Notes:
+    """What the author of a field says about it; see :func:`flag`."""
+
+    help: str
+    group: str = ""
+    aliases: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    adapts: str | None = None
+    later: str | None = None
+    accepts: tuple[object, ...] = ()
+    verbatim: bool = False
+    may_be_empty: bool = False
+
+
+def flag(default: Any = REQUIRED, **notes: Any) -> Any:
+    """A dataclass field that is a flag.
+
+    Args:
+        default: its default; without one the flag is required.
+        help: what it does, in a sentence or two.
+        group: the heading under which help lists it.
+        aliases: other names it goes by.
+        choices: the values of a text, in any case; the spelling here is what the field gets.
+        minimum, maximum: inclusive bounds of a number.
+        adapts: what None becomes, where that depends on other flags or on the model.
+        later: names the feature that this version lacks: only the default is accepted,
+        accepts: and these values.
+        verbatim: the text is taken as it is, not read as a literal or an expression.
+        may_be_empty: an empty text is a value too.
+    """
+    return field(default=default, metadata={"flag": _Notes(**notes)})
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag: a name, a form (see ``values``), a default, and its notes."""
+
+    name: str
+    form: Any
+    default: Any
+    notes: _Notes
+
+    @property
+    def inner_form(self) -> Any:
+        return split_optional(self.form)[0]
+
+    @property
+    def required(self) -> bool:
+        return self.default is REQUIRED
+
+    def check(self, value: Any) -> Any:
+        """The value, converted to the flag's form.
+
+        Raises:
+            BadValue: it is of another type, out of range, no choice, or asks for what is not there.
+        """
+        value = convert(value, self.form)
+        if value is not None:
+            self._check_range(value)
+            if self.notes.choices:
+                value = self._choice(value)
+        notes = self.notes
+        if notes.later is not None and value != self.default and value not in notes.accepts:
+            raise BadValue(
+                f"{notes.later} is not available yet; leave {self.name} at its default ({self.default})"
+            )
+        return value
+
+    def _check_range(self, value: Any) -> None:
+        low, high = self.notes.minimum, self.notes.maximum
+        if low is not None and value < low:
+            raise BadValue(f"must be at least {low}")
+        if high is not None and value > high:
+            raise BadValue(f"must be at most {high}")
+        if value == "" and not self.notes.may_be_empty:
+            raise BadValue("must not be empty")
+
+    def _choice(self, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(self._choice(item) for item in value)
+        by_lower = {choice.lower(): choice for choice in self.notes.choices}
+        if value.lower() not in by_lower:
+            others = ", ".join(self.notes.choices)
+            near = by_lower[nearest(value.lower(), by_lower)]
+            raise BadValue(f"must be one of {others}; the nearest is {near}")
+        return by_lower[value.lower()]
+
+
+@dataclass(frozen=True)
+class Retired:
+    """A flag that other versions have and that has nothing to do here: accepted with a warning."""
+
+    form: Any
+    default: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class Schema(Generic[C]):
+    """The command line of a dataclass.
+
+    Args:
+        target: the dataclass; every field was made by :func:`flag`, or holds such a dataclass.
+        program: the command's name.
+        summary: what the command does, for its help.
+        shortcuts: what ``.name(...)`` sets: functions that return keys and values.
+        retired: flags that are accepted and do nothing.
+        foreign: names of other programs' flags, for the errors that meet them.
+        reads_files: whether ``config=FILE`` reads the keys of a YAML file.
+        examples: command lines for the help.
+    """
+
+    target: type[C]
+    program: str
+    summary: str
+    shortcuts: Mapping[str, Callable[..., Mapping[str, Any]]] = field(default_factory=dict)
+    retired: Mapping[str, Retired] = field(default_factory=dict)
+    foreign: Mapping[str, Foreign] = field(default_factory=dict)
+    reads_files: bool = False
+    examples: tuple[str, ...] = ()
+
+    def __iter__(self) -> Iterator[Flag]:
+        return iter(flags_of(self.target).values())
+
+    def find(self, key: str) -> Flag:
+        """The flag of this name or alias; dashes count as underscores.
+
+        Raises:
+            UnknownFlag: there is none.
+        """
+        return find_flag(self.target, key, tuple(self.retired), self.foreign)
+
+
+@functools.cache
+def flags_of(target: type[Any]) -> Mapping[str, Flag]:
+    """The flags of a dataclass by name, in order."""
+    forms = typing.get_type_hints(target)
+    flags = {}
+    for item in dataclasses.fields(target):
+        notes = item.metadata.get("flag") or _Notes(help="")
+        default = item.default
+        if item.default_factory is not dataclasses.MISSING:
+            default = item.default_factory()
+        flags[item.name] = Flag(item.name, forms[item.name], default, notes)
+    return flags
+
+
+@functools.cache
+def _names(target: type[Any]) -> Mapping[str, str]:
+    names = {name: name for name in flags_of(target)}
+    for item in flags_of(target).values():
+        names.update(dict.fromkeys(item.notes.aliases, item.name))
+    return names
+
+
+def find_flag(
+    target: type[Any],
+    key: str,
+    more_names: tuple[str, ...] = (),
+    foreign: Mapping[str, Foreign] | None = None,
+) -> Flag:
+    """The flag of a dataclass that goes by this name; see :meth:`Schema.find`."""
+    names = _names(target)
+    name = names.get(key.replace("-", "_"))
+    if name is None:
+        raise UnknownFlag(explain_unknown(key, (*names, *more_names), foreign or {}))
+    return flags_of(target)[name]
+
+
+def check_fields(instance: Any) -> None:
+    """Checks and converts every field of a frozen dataclass; its ``__post_init__`` calls this.
+
+    Raises:
+        ConfigError: one line for every field at fault.
+    """
+    problems = []
+    for item in flags_of(type(instance)).values():
+        if dataclasses.is_dataclass(item.inner_form):
+            continue  # has checked itself
+        value = getattr(instance, item.name)
+        try:
+            object.__setattr__(instance, item.name, item.check(value))
+        except BadValue as error:
+            problems.append(f"{item.name}={value!r}: {error}")
+    if problems:
+        raise ConfigError("\n".join(problems))

@@ -1,0 +1,123 @@
+"""Writes down a planned batch as a ForwardBatch. Decides nothing and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import numpy as np
+
+from tokasaurus.manager.in_flight import PromptPiece
+from tokasaurus.manager.sequence import Sequence
+from tokasaurus.manager.slots import IndexArray
+from tokasaurus.protocol.arrays import Int32Array
+from tokasaurus.protocol.messages import ForwardBatch, SlotParameters
+
+__all__ = ["Chunk", "forward_batch", "prompt_pieces", "sampling_slots"]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Chunk:
+    """The decision to feed a part of a prompt."""
+
+    sequence: Sequence
+    start: int  # position of its first token
+    length: int
+
+    @property
+    def end(self) -> int:
+        """The position after its last token."""
+        return self.start + self.length
+
+    @property
+    def ends_prompt(self) -> bool:
+        """Its last row samples the next token."""
+        return self.end == len(self.sequence.prompt_ids)
+
+    @property
+    def num_prompt_logprobs(self) -> int:
+        """How many top logprobs its tokens want; -1 for none at all."""
+        sequence = self.sequence
+        return sequence.request.message.num_prompt_logprobs if sequence.prompt_logprobs_due else -1
+
+
+def forward_batch(
+    number: int,
+    entered: Rows[Sequence],
+    table_changes: tuple[Int32Array, Int32Array, Int32Array],
+    decode_slots: IndexArray,
+    chunks: Rows[Chunk],
+) -> ForwardBatch:
+    """The message.
+
+    Args:
+        number: of the batch.
+        entered: sequences whose parameters the worker does not know yet.
+        table_changes: slots, columns and pages.
+        decode_slots: one row each.
+        chunks: of prompts, in row order.
+    """
+    table_slots, table_columns, table_pages = table_changes
+    next_ids = [
+        -1 if chunk.ends_prompt else int(chunk.sequence.prompt_ids[chunk.end]) for chunk in chunks
+    ]
+    fed = [chunk.sequence.prompt_ids[chunk.start : chunk.end] for chunk in chunks]
+    return ForwardBatch(
+        number=number,
+        parameters=_slot_parameters(entered) if entered else None,
+        table_slots=table_slots,
+        table_columns=table_columns,
+        table_pages=table_pages,
+        decode_slots=decode_slots.astype(np.int32),
+        prefill_slots=_int32([chunk.sequence.slot for chunk in chunks]),
+        prefill_starts=_int32([chunk.start for chunk in chunks]),
+        prefill_lengths=_int32([chunk.length for chunk in chunks]),
+        prefill_ids=np.concatenate(fed) if fed else _int32([]),
+        prefill_samples=np.array([chunk.ends_prompt for chunk in chunks], np.bool_),
+        prefill_num_logprobs=_int32([chunk.num_prompt_logprobs for chunk in chunks]),
+        prefill_next_ids=_int32(next_ids),
+    )
+
+
+def sampling_slots(decode_slots: IndexArray, chunks: Rows[Chunk]) -> IndexArray:
+    """The slot of each row that samples, in the order of the result."""
+    if not chunks:
+        return decode_slots
+    ends = [chunk.sequence.slot for chunk in chunks if chunk.ends_prompt]
+    return np.concatenate([decode_slots, np.array(ends, np.intp)])
+
+
+def prompt_pieces(chunks: Rows[Chunk]) -> list[PromptPiece]:
+    """The prompt logprobs that the result will bring, in its order."""
+    return [
+        PromptPiece(
+            sequence=chunk.sequence,
+            first_position=chunk.start + 1,
+            num_tokens=chunk.length - chunk.ends_prompt,
+            num_logprobs=chunk.num_prompt_logprobs,
+            ends_prompt=chunk.ends_prompt,
+        )
+        for chunk in chunks
+        if chunk.num_prompt_logprobs >= 0
+    ]
+
+
+def _slot_parameters(entered: Rows[Sequence]) -> SlotParameters:
+    messages = [sequence.request.message for sequence in entered]
+    samplings = [message.sampling for message in messages]
+    return SlotParameters(
+        slots=_int32([sequence.slot for sequence in entered]),
+        temperature=np.array([sampling.temperature for sampling in samplings], np.float32),
+        top_k=_int32([sampling.top_k for sampling in samplings]),
+        top_p=np.array([sampling.top_p for sampling in samplings], np.float32),
+        min_p=np.array([sampling.min_p for sampling in samplings], np.float32),
+        seed=np.array([message.seed for message in messages], np.int64),
+        sample_index=_int32([sequence.sample_index for sequence in entered]),
+        num_generated=_int32([sequence.num_stored for sequence in entered]),
+        num_logprobs=_int32([message.num_logprobs for message in messages]),
+        logprobs_mode=_int32([sampling.logprobs_mode for sampling in samplings]),
+    )
+
+
+def _int32(values: Rows[int]) -> Int32Array:
+    return np.array(values, np.int32)

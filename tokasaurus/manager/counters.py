@@ -1,0 +1,42 @@
+"""What the manager counts, for the statistics line and for people who ask how it is doing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Counters", "Gauges"]
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the start."""
+
+    num_batches: int = 0
+    num_prefill_tokens: int = 0  # prompt tokens computed
+    num_decode_tokens: int = 0  # decode rows
+    num_cached_tokens: int = 0  # prompt tokens that were not computed, at any admission
+    num_generated_tokens: int = 0  # absorbed
+    num_wasted_tokens: int = 0  # sampled after their sequence had ended
+    num_requests: int = 0  # accepted
+    num_rejected: int = 0
+    num_finished: int = 0  # sequences, whatever the reason
+    num_preemptions: int = 0
+    queue_s: float = 0.0  # from arrival to first admission, summed over sequences
+    device_s: float = 0.0  # as the worker reports it
+
+
+@dataclass(frozen=True, slots=True)
+class Gauges:
+    """The state of one moment."""
+
+    num_requests: int  # that have not ended
+    num_queued: int  # sequences in the queue
+    num_parked: int  # sequences that wait for a leader's prompt or an acknowledgement
+    num_prefilling: int
+    num_decoding: int
+    num_draining: int  # slots whose last batch is in flight
+    num_in_flight: int  # batches
+    num_pages: int
+    num_free_pages: int
+    num_evictable_pages: int  # cached, and nobody's
+    num_evicted_pages: int  # since the start

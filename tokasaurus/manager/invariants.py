@@ -1,0 +1,227 @@
+"""The full check of the manager's state, for tests and for ``check_invariants=T``. Slow, changes nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+
+from tokasaurus.errors import ProtocolError
+from tokasaurus.manager.allocator import PageAllocator
+from tokasaurus.manager.running import RunningSequences
+from tokasaurus.manager.sequence import Sequence, SequenceState
+from tokasaurus.manager.waiting import Backlog
+
+__all__ = ["check_allocator", "check_invariants"]
+
+
+def check_invariants(running: RunningSequences, backlog: Backlog) -> None:
+    """Checks everything that must hold between two steps.
+
+    Raises:
+        ProtocolError: something does not; says what.
+    """
+    holders = [sequence for sequence in running.slots.sequences if _holds_pages(sequence)]
+    check_allocator(
+        running.pages, [running.slots.pages(sequence.slot) for sequence in holders if sequence]
+    )
+    for sequence in holders:
+        if sequence is not None:
+            _check_prefix_is_shared(running, sequence)
+    _check_slots(running, backlog)
+    _check_progress(running)
+    _check_flights(running)
+    _check_backlog(running, backlog)
+
+
+def check_allocator(pages: PageAllocator, tables: list[np.ndarray]) -> None:
+    """Checks that every page is accounted for exactly once.
+
+    Args:
+        pages: the allocator.
+        tables: the pages of each holder.
+    """
+    pool = pages.pool
+    held = np.zeros(pool.num_pages, np.int64)
+    for table in tables:
+        _require(len(set(table.tolist())) == len(table), "a table names a page twice")
+        held[table] += 1
+    _require(np.array_equal(held, pool.references), "reference counts differ from the page tables")
+    free = np.zeros(pool.num_pages, np.int64)
+    np.add.at(free, pool.free_pages, 1)
+    _require(bool((free <= 1).all()), "a page is free twice")
+    is_free = free == 1
+    _require(
+        np.array_equal(is_free, (held == 0) & ~pool.cached), "a page leaked, or is free and in use"
+    )
+    _require(bool((held[~pool.cached] <= 1).all()), "a private page has two holders")
+    _require(
+        pool.num_evictable == int(np.count_nonzero((held == 0) & pool.cached)),
+        "the number of evictable pages is wrong",
+    )
+    _check_tree(pages)
+
+
+def _check_tree(pages: PageAllocator) -> None:
+    pool, page_ids = pages.pool, pages.page_size
+    seen = np.zeros(pool.num_pages, np.int64)
+    num_reachable = 0
+    for node in pages.cache.nodes():
+        _require(len(node.pages) > 0, "a node of the prefix cache is empty")
+        _require(
+            len(node.ids) == len(node.pages) * page_ids * 4, "a node's ids do not fit its pages"
+        )
+        np.add.at(seen, node.pages, 1)
+        parent = node.parent
+        _require(
+            parent is not None and parent.children.get(node.ids[: page_ids * 4]) is node,
+            "a node of the prefix cache is not its parent's child",
+        )
+        references = pool.references[node.pages]
+        if parent is not None and len(parent.pages):
+            references = np.concatenate([pool.references[parent.pages[-1:]], references])
+            _require(node.last_used <= parent.last_used, "a node was used after its parent")
+        _require(bool((np.diff(references) <= 0).all()), "a page is held without the one before it")
+        unreferenced = pool.num_unreferenced(node.pages)
+        if unreferenced and not node.children:
+            _require(node.queued, "an unreferenced leaf cannot be evicted")
+        num_reachable += unreferenced
+    _require(
+        np.array_equal(seen, pool.cached.astype(np.int64)), "the tree's pages are not as marked"
+    )
+    _require(num_reachable == pool.num_evictable, "evictable pages cannot be reached")
+
+
+def _check_prefix_is_shared(running: RunningSequences, sequence: Sequence) -> None:
+    """A holder's cached pages are a path from the root of the tree, of the ids it believes in."""
+    slots, pages = running.slots, running.pages
+    table = slots.pages(sequence.slot)
+    ids = running.window.all_ids(sequence)
+    cached = pages.pool.cached[table]
+    count = int(cached.sum())
+    _require(bool(cached[:count].all()), f"{sequence.name} holds a cached page after a private one")
+    _require(count >= slots.published[sequence.slot], f"{sequence.name} lost a published page")
+    found = pages.cache.lookup(ids, count)
+    _require(
+        np.array_equal(found, table[:count]), f"{sequence.name} holds cached pages of other ids"
+    )
+
+
+def _check_slots(running: RunningSequences, backlog: Backlog) -> None:
+    slots = running.slots
+    owned = [slot for slot, sequence in enumerate(slots.sequences) if sequence is not None]
+    _require(len(owned) + slots.num_free == slots.num_slots, "a slot leaked")
+    for slot in owned:
+        sequence = slots.sequence(slot)
+        state = sequence.state
+        runs = state is SequenceState.RUNNING
+        _require(sequence.slot == slot, f"{sequence.name} does not know its slot")
+        _require(runs == (slots.order[slot] >= 0), f"{sequence.name} is {state} in the slot table")
+        counts = state in (SequenceState.RUNNING, SequenceState.PREEMPTED)
+        _require(counts == bool(slots.absorbing[slot]), f"{sequence.name}: absorbing is wrong")
+        if counts:
+            name = (int(slots.request_id[slot]), int(slots.sample_index[slot]))
+            _require(backlog.find(*name) is sequence, f"{sequence.name} is in no table")
+    free = np.setdiff1d(np.arange(slots.num_slots), owned)
+    for column in (slots.length, slots.capacity, slots.final_length, slots.decode_limit):
+        _require(not column[free].any(), "a free slot has something planned")
+
+
+def _check_progress(running: RunningSequences) -> None:
+    """Lengths and counts of each running slot agree with one another."""
+    slots = running.slots
+    rows = np.flatnonzero(slots.order >= 0)
+    length, final, capacity = slots.length[rows], slots.final_length[rows], slots.capacity[rows]
+    _require(bool((length <= final).all()), "a sequence is planned beyond max_tokens")
+    _require(bool((length <= capacity).all()), "a sequence is planned beyond its pages")
+    _require(bool((capacity < final + slots.page_size).all()), "a sequence holds needless pages")
+    _require(bool((slots.decode_limit[rows] <= final).all()), "a decode limit is too high")
+    _require(bool((slots.delivered <= slots.known).all()), "more was delivered than is known")
+    prefilling = [
+        slot for slot in rows.tolist() if slots.length[slot] < len(slots.sequence(slot).prompt_ids)
+    ]
+    _require(
+        [sequence.slot for sequence in running.prefilling]
+        == sorted(prefilling, key=lambda slot: int(slots.order[slot])),
+        "the prompts being fed are not those that are unfinished, oldest first",
+    )
+    _require(
+        not slots.decode_limit[prefilling].any(), "a sequence decodes before its prompt is fed"
+    )
+
+
+def _check_flights(running: RunningSequences) -> None:
+    """What is planned and not known is exactly what is in flight."""
+    slots = running.slots
+    rows_in_flight: Counter[int] = Counter()
+    departing: list[int] = []
+    for flight in running.in_flight.flights:
+        rows_in_flight.update(flight.sampling_slots.tolist())
+        departing += flight.departures
+        for slot in flight.sampling_slots.tolist():
+            _require(slots.last_batch[slot] >= flight.number, "a slot does not know its last batch")
+    for slot in range(slots.num_slots):
+        sequence = slots.sequences[slot]
+        if sequence is None:
+            _require(not rows_in_flight[slot], "a slot was given up before its last result")
+        elif sequence.state is SequenceState.RUNNING:
+            num_planned = max(
+                int(slots.known[slot]),
+                int(slots.length[slot] - slots.prompt_length[slot]) + 1
+                if slots.length[slot] >= len(sequence.prompt_ids)
+                else 0,
+            )
+            _require(
+                num_planned - slots.known[slot] == rows_in_flight[slot],
+                f"{sequence.name}: tokens in flight are miscounted",
+            )
+    draining = [
+        slot
+        for slot, sequence in enumerate(slots.sequences)
+        if sequence is not None and sequence.state is not SequenceState.RUNNING
+    ]
+    _require(sorted(departing) == draining, "a slot departs never, or twice, or too early")
+
+
+def _check_backlog(running: RunningSequences, backlog: Backlog) -> None:
+    waiting = backlog.waiting()
+    _require(len(set(map(id, waiting))) == len(waiting), "a sequence is in the queue twice")
+    _require(len(waiting) == len(backlog), "the queue is miscounted")
+    living = [
+        sequence for request in backlog.requests.values() for sequence in request.sequences.values()
+    ]
+    _require(len(living) == backlog.num_sequences, "the living sequences are miscounted")
+    states = Counter(sequence.state for sequence in living)
+    _require(states[SequenceState.ENDED] == 0, "an ended sequence is still in a table")
+    _require(
+        states[SequenceState.WAITING] == len(waiting), "a waiting sequence is not in the queue"
+    )
+    in_slots = sum(sequence.slot >= 0 for sequence in living)
+    _require(
+        states[SequenceState.RUNNING] + states[SequenceState.PREEMPTED] == in_slots,
+        "a sequence has a slot and does not run, or the other way round",
+    )
+    for request in backlog.requests.values():
+        _require(bool(request.sequences), "a request without sequences lives on")
+        leader = request.leader
+        _require(
+            not request.followers
+            or (leader is not None and leader.sample_index in request.sequences),
+            "followers wait for nobody",
+        )
+    for sequence in living:
+        if sequence.state is SequenceState.PARKED:
+            is_follower = sequence.request.followers.get(sequence.sample_index) is sequence
+            _require(
+                is_follower or not sequence.may_sample(running.stop_lag),
+                f"{sequence.name} is parked for nothing",
+            )
+
+
+def _holds_pages(sequence: Sequence | None) -> bool:
+    return sequence is not None and sequence.state is SequenceState.RUNNING
+
+
+def _require(condition: bool, complaint: str) -> None:
+    if not condition:
+        raise ProtocolError(f"invariant broken: {complaint}")

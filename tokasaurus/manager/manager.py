@@ -1,0 +1,271 @@
+"""The manager: events in, actions out.
+
+``step`` takes what happened (requests, aborts, acknowledgements, results of batches), brings everything
+up to date, and plans batches until enough are in flight. Knows no clock, socket, thread or randomness:
+the same events lead to the same actions, so simulations drive the very object that serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from tokasaurus.config.slices import ManagerConfig
+from tokasaurus.errors import ProtocolError
+from tokasaurus.manager.counters import Counters, Gauges
+from tokasaurus.manager.in_flight import PromptPiece
+from tokasaurus.manager.invariants import check_invariants
+from tokasaurus.manager.outbox import Outbox
+from tokasaurus.manager.running import RunningSequences
+from tokasaurus.manager.scheduler import Scheduler
+from tokasaurus.manager.sequence import Sequence, SequenceState
+from tokasaurus.manager.slots import IndexArray
+from tokasaurus.manager.waiting import Backlog
+from tokasaurus.protocol.messages import (
+    AbortRequest,
+    Acknowledge,
+    FinishReason,
+    ForwardBatch,
+    ForwardResult,
+    FromServer,
+    GenerateRequest,
+    PromptLogprobs,
+    RequestRejected,
+    StopSequence,
+    ToServer,
+)
+
+__all__ = ["Actions", "Manager"]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Actions:
+    """What is to be done after a step, each list in order."""
+
+    batches: list[ForwardBatch]  # to the worker
+    messages: list[ToServer]
+
+
+class Manager:
+    """Continuous batching over a paged KV cache, for one worker.
+
+    Args:
+        config: the manager's slice.
+    """
+
+    def __init__(self, config: ManagerConfig) -> None:
+        self.counters = Counters()
+        self._config = config
+        self._backlog = Backlog(config.page_size, config.stop_lag)
+        self._running = RunningSequences(config, self._backlog, self.counters)
+        self._scheduler = Scheduler(config, self._running, self._backlog, self.counters)
+        self._outbox = Outbox()
+        self._departing: list[
+            int
+        ] = []  # slots to let go of once the server was told of their tokens
+
+    @property
+    def idle(self) -> bool:
+        """No sequence lives and no batch is in flight."""
+        return not self._backlog.requests and not self._running.in_flight
+
+    @property
+    def num_in_flight(self) -> int:
+        """Batches whose results have not come back."""
+        return len(self._running.in_flight)
+
+    def step(self, events: Iterable[FromServer | ForwardResult], now: float) -> Actions:
+        """One turn. Afterwards there is nothing to do until the next event comes.
+
+        Args:
+            events: in the order they came.
+            now: seconds on any clock that does not run backwards; only measured by, never acted on.
+
+        Raises:
+            ProtocolError: a result is not that of the oldest batch in flight.
+        """
+        for event in events:
+            self._take(event, now)
+        messages = self._outbox.collect(self._running.slots, self._running.window)
+        for slot in self._departing:
+            self._running.depart(slot)
+        self._departing.clear()
+        batches = self._plan(now)
+        if self._config.check_invariants:
+            check_invariants(self._running, self._backlog)
+        return Actions(batches, messages)
+
+    def gauges(self) -> Gauges:
+        """The state of this moment, for statistics."""
+        slots, pages = self._running.slots, self._running.pages
+        num_running = int(np.count_nonzero(slots.order >= 0))
+        num_prefilling = len(self._running.prefilling)
+        num_in_slots = slots.num_slots - slots.num_free
+        num_preempted = int(np.count_nonzero(slots.absorbing)) - num_running
+        return Gauges(
+            num_requests=len(self._backlog.requests),
+            num_queued=len(self._backlog),
+            num_parked=self._backlog.num_sequences
+            - len(self._backlog)
+            - num_running
+            - num_preempted,
+            num_prefilling=num_prefilling,
+            num_decoding=num_running - num_prefilling,
+            num_draining=num_in_slots - num_running,
+            num_in_flight=self.num_in_flight,
+            num_pages=pages.pool.num_pages,
+            num_free_pages=pages.pool.num_free,
+            num_evictable_pages=pages.pool.num_evictable,
+            num_evicted_pages=pages.cache.num_evicted,
+        )
+
+    def _plan(self, now: float) -> list[ForwardBatch]:
+        batches: list[ForwardBatch] = []
+        while self.num_in_flight < self._config.scheduling_steps_ahead:
+            batch = self._scheduler.plan(now)
+            if batch is None:
+                break
+            batches.append(batch)
+        return batches
+
+    def _take(self, event: FromServer | ForwardResult, now: float) -> None:
+        if isinstance(event, ForwardResult):
+            self._absorb(event)
+        elif isinstance(event, Acknowledge):
+            self._acknowledge(event)
+        elif isinstance(event, GenerateRequest):
+            self._accept(event, now)
+        elif isinstance(event, StopSequence):
+            sequence = self._backlog.find(event.request_id, event.sample_index)
+            if sequence is not None:
+                self._end(sequence, FinishReason.STOP)
+        elif isinstance(event, AbortRequest):
+            self._abort(event)
+        else:
+            raise ProtocolError(f"the manager takes no {type(event).__name__}")
+
+    # --- from the server ---------------------------------------------------------------------------
+
+    def _accept(self, request: GenerateRequest, now: float) -> None:
+        refusal = self._refusal(request)
+        if refusal is None:
+            self._backlog.add(request, now)
+            self.counters.num_requests += 1
+        else:
+            field, reason = refusal
+            self._outbox.add(RequestRejected(request.request_id, reason, field))
+            self.counters.num_rejected += 1
+
+    def _refusal(self, request: GenerateRequest) -> tuple[str | None, str] | None:
+        """The field and the reason why a request can never run; None if it can."""
+        prompt_length = len(request.prompt_ids)
+        if prompt_length == 0:
+            return "prompt", "the prompt is empty"
+        if request.n < 1:
+            return "n", f"n is {request.n}; it must be at least 1"
+        if request.max_tokens < 1:
+            return "max_tokens", f"max_tokens is {request.max_tokens}; it must be at least 1"
+        total = prompt_length + request.max_tokens
+        lengths = f"{prompt_length} prompt tokens and max_tokens={request.max_tokens}"
+        if total > self._config.max_request_tokens:
+            limit = self._config.max_request_tokens
+            return "max_tokens", f"{lengths} are more than the {limit} tokens a request may have"
+        num_pages = -(-(total - 1) // self._config.page_size)  # the last token's KV is never needed
+        if num_pages > self._config.num_pages:
+            limit = self._config.num_pages * self._config.page_size
+            return "max_tokens", f"{lengths} never fit the KV cache of {limit} tokens"
+        if request.request_id in self._backlog.requests:
+            return None, f"request id {request.request_id} is already in use"
+        return None
+
+    def _abort(self, event: AbortRequest) -> None:
+        request = self._backlog.requests.get(event.request_id)
+        if request is not None:
+            # Last sample first, so that no follower takes over only to be ended next.
+            for sequence in reversed(list(request.sequences.values())):
+                self._end(sequence, FinishReason.ABORT)
+
+    def _acknowledge(self, event: Acknowledge) -> None:
+        columns = (event.request_ids, event.sample_indices, event.num_tokens)
+        for request_id, sample_index, num_tokens in zip(
+            *(column.tolist() for column in columns), strict=True
+        ):
+            sequence = self._backlog.find(request_id, sample_index)
+            if sequence is None or num_tokens <= sequence.num_acked:
+                continue
+            sequence.num_acked = num_tokens
+            if sequence.state is SequenceState.RUNNING:
+                self._running.acknowledged(sequence)
+            else:
+                self._backlog.acknowledged(sequence)
+
+    # --- from the worker ---------------------------------------------------------------------------
+
+    def _absorb(self, result: ForwardResult) -> None:
+        flight = self._running.in_flight.land(result)
+        self._deliver_prompt_logprobs(flight.prompt_pieces, result)
+        rows = flight.sampling_slots
+        is_live = self._running.slots.absorbing[rows]
+        sampling_rows = np.flatnonzero(is_live)
+        rows = rows[sampling_rows]
+        self._running.window.append(rows, result, sampling_rows)
+        self._end_rows(rows, result.token_ids[sampling_rows])
+        self._departing.extend(flight.departures)
+        self.counters.num_generated_tokens += len(rows)
+        self.counters.num_wasted_tokens += len(is_live) - len(rows)
+        self.counters.device_s += result.device_s
+
+    def _end_rows(self, rows: IndexArray, token_ids: np.ndarray) -> None:
+        """Ends the sequences that this was the last token of."""
+        slots = self._running.slots
+        is_full = slots.known[rows] == slots.max_tokens[rows]
+        is_last = is_full.copy()
+        for column in slots.stop_ids:
+            is_last |= column[rows] == token_ids
+        for index in np.flatnonzero(is_last).tolist():
+            reason = FinishReason.LENGTH if is_full[index] else FinishReason.STOP
+            self._end(slots.sequence(int(rows[index])), reason)
+
+    def _deliver_prompt_logprobs(self, pieces: list[PromptPiece], result: ForwardResult) -> None:
+        start = 0
+        for piece in pieces:
+            end = start + piece.num_tokens
+            sequence = piece.sequence
+            if sequence.state is not SequenceState.ENDED:
+                if piece.num_tokens:
+                    self._outbox.add(_prompt_logprobs(piece, result, start, end))
+                if piece.ends_prompt:
+                    sequence.prompt_logprobs_due = False
+            start = end
+        if start != len(result.prompt_logprobs):
+            raise ProtocolError(
+                f"batch {result.number} asks for {start} prompt logprobs,"
+                f" its result has {len(result.prompt_logprobs)}"
+            )
+
+    # --- ends --------------------------------------------------------------------------------------
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        """The one way in which a sequence ends."""
+        self._outbox.add_final(sequence, reason, self._running.window.undelivered(sequence))
+        if sequence.slot >= 0:
+            slot = self._running.end(sequence)
+            if slot is not None:
+                self._departing.append(slot)
+        self._backlog.end(sequence)
+        self.counters.num_finished += 1
+
+
+def _prompt_logprobs(
+    piece: PromptPiece, result: ForwardResult, start: int, end: int
+) -> PromptLogprobs:
+    width = piece.num_logprobs
+    return PromptLogprobs(
+        request_id=piece.sequence.request.message.request_id,
+        first_position=piece.first_position,
+        logprobs=result.prompt_logprobs[start:end],
+        top_ids=result.prompt_top_ids[start:end, :width],
+        top_logprobs=result.prompt_top_logprobs[start:end, :width],
+    )

@@ -1,0 +1,207 @@
+"""The prefix cache: a radix tree from token ids to the pages that hold their KV.
+
+A node is a *run* of pages, so a prompt of a thousand pages is one object. Children are found by the
+bytes of their first page's ids. With pages of two tokens::
+
+    root ── [a b|c d|e f]  pages 7 3 9
+                 ├── [g h]      page 4
+                 └── [g x|y z]  pages 1 8
+
+Whoever holds a page of the tree holds all pages above it. So reference counts never grow from root to
+leaf, unreferenced pages are the tails of leaves and whole subtrees, and each of them can be evicted.
+
+Eviction takes the least recently used leaf, last page first. Knows nothing of slots or of time: "used"
+means inserted again, in the order of calls.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+
+import numpy as np
+
+from tokasaurus.errors import ProtocolError
+from tokasaurus.manager.page_pool import PagePool
+from tokasaurus.protocol.arrays import Int32Array
+
+__all__ = ["PrefixCache", "PrefixNode"]
+
+_BYTES_PER_ID = 4
+
+
+class PrefixNode:
+    """A run of pages and the ids they hold; only this module changes one."""
+
+    __slots__ = ("children", "ids", "last_used", "pages", "parent", "queued", "serial")
+
+    def __init__(
+        self, parent: PrefixNode | None, ids: bytes, pages: Int32Array, serial: int
+    ) -> None:
+        self.parent = parent
+        self.ids = ids  # int32, page after page
+        self.pages = pages
+        self.children: dict[bytes, PrefixNode] = {}
+        self.last_used = 0
+        self.serial = serial  # breaks ties in the heap
+        self.queued = False  # has an entry in the eviction heap
+
+
+class PrefixCache:
+    """Finds, inserts and evicts runs of full pages.
+
+    Args:
+        pool: told which pages are cached, asked which are referenced.
+        page_size: tokens.
+    """
+
+    def __init__(self, pool: PagePool, page_size: int) -> None:
+        self._pool = pool
+        self._page_bytes = page_size * _BYTES_PER_ID
+        self._num_nodes = 0
+        self._clock = 0
+        # (last_used, serial, node) of every leaf that may have an unreferenced tail. Entries go stale
+        # when a leaf is used again, gets children or is referenced: noticed when they are popped.
+        self._heap: list[tuple[int, int, PrefixNode]] = []
+        self.root = self._new_node(None, b"", np.empty(0, np.int32))
+        self.num_evicted = 0
+
+    def lookup(self, ids: Int32Array, max_pages: int) -> Int32Array:
+        """Returns the pages of the longest cached prefix of ``ids``, at most ``max_pages``."""
+        data = ids[: max_pages * self._page_bytes // _BYTES_PER_ID].tobytes()
+        runs = [node.pages[:count] for node, count in self._walk(data)]
+        return np.concatenate(runs) if runs else np.empty(0, np.int32)
+
+    def insert(self, ids: Int32Array, pages: Int32Array) -> tuple[Int32Array, PrefixNode]:
+        """Makes a prefix findable, and counts as a use of it.
+
+        Args:
+            ids: of ``len(pages)`` full pages, from position 0.
+            pages: where their KV is; those not yet in the tree must be private.
+
+        Returns:
+            The tree's page for each of ``pages`` (another where the same ids were cached before), and
+            the node that ends the prefix.
+        """
+        data = ids.tobytes()
+        path = list(self._walk(data))
+        runs = [node.pages[:count] for node, count in path]
+        num_found = sum(count for _, count in path)
+        node = self.root
+        if path:
+            node, count = path[-1]
+            if count < len(node.pages):
+                node = self._split(node, count)
+        if num_found < len(pages):
+            rest = pages[num_found:]
+            node = self._append(node, data[num_found * self._page_bytes :], rest)
+            self._pool.mark_cached(rest)
+            runs.append(rest)
+        self._touch(node)
+        return (np.concatenate(runs) if runs else pages), node
+
+    def offer(self, node: PrefixNode) -> None:
+        """To be called when a holder of the prefix that ends with ``node`` has let go of it."""
+        if not (node.queued or node.children or node is self.root):
+            node.queued = True
+            heapq.heappush(self._heap, (node.last_used, node.serial, node))
+
+    def evict(self, count: int) -> None:
+        """Frees ``count`` pages.
+
+        Raises:
+            ProtocolError: fewer are unreferenced.
+        """
+        while count > 0:
+            if not self._heap:
+                raise ProtocolError(f"{count} pages to evict, but no leaf is unreferenced")
+            last_used, _, node = heapq.heappop(self._heap)
+            node.queued = False
+            if last_used != node.last_used:
+                self.offer(node)
+            elif not node.children:
+                count -= self._cut_tail(node, count)
+
+    def nodes(self) -> Iterator[PrefixNode]:
+        """Every node but the root, parents first."""
+        stack = list(self.root.children.values())
+        while stack:
+            node = stack.pop()
+            yield node
+            stack.extend(node.children.values())
+
+    def _walk(self, data: bytes) -> Iterator[tuple[PrefixNode, int]]:
+        """Yields the nodes along a prefix, each with how many of its pages match (at least one)."""
+        size = self._page_bytes
+        node, at = self.root, 0
+        while True:
+            child = node.children.get(data[at : at + size])
+            if child is None:
+                return
+            if not data.startswith(child.ids, at):
+                yield child, self._num_common_pages(child.ids, data, at)
+                return
+            yield child, len(child.pages)
+            node = child
+            at += len(child.ids)
+
+    def _num_common_pages(self, run: bytes, data: bytes, at: int) -> int:
+        length = min(len(run), len(data) - at)
+        one = np.frombuffer(run, np.int32, length // _BYTES_PER_ID)
+        other = np.frombuffer(data, np.int32, length // _BYTES_PER_ID, offset=at)
+        differs = one != other
+        first = int(differs.argmax()) if differs.any() else len(differs)
+        return first * _BYTES_PER_ID // self._page_bytes
+
+    def _split(self, node: PrefixNode, count: int) -> PrefixNode:
+        """Cuts a run in two; returns the new upper part.
+
+        ``node`` stays the lower part, so that its entry in the eviction heap stays right.
+        """
+        parent = node.parent
+        if parent is None:
+            raise ProtocolError("the root of the prefix cache has no pages to split")
+        cut = count * self._page_bytes
+        upper = self._new_node(parent, node.ids[:cut], node.pages[:count])
+        upper.last_used = node.last_used
+        parent.children[upper.ids[: self._page_bytes]] = upper
+        node.parent, node.ids, node.pages = upper, node.ids[cut:], node.pages[count:]
+        upper.children[node.ids[: self._page_bytes]] = node
+        return upper
+
+    def _append(self, node: PrefixNode, ids: bytes, pages: Int32Array) -> PrefixNode:
+        """Adds pages below ``node``; a leaf just grows."""
+        if node is not self.root and not node.children:
+            node.ids += ids
+            node.pages = np.concatenate([node.pages, pages])
+            return node
+        child = self._new_node(node, ids, pages.copy())
+        node.children[ids[: self._page_bytes]] = child
+        return child
+
+    def _touch(self, node: PrefixNode | None) -> None:
+        self._clock += 1
+        while node is not None:
+            node.last_used = self._clock
+            node = node.parent
+
+    def _cut_tail(self, node: PrefixNode, limit: int) -> int:
+        """Evicts up to ``limit`` unreferenced pages at a leaf's end; returns how many."""
+        count = min(limit, self._pool.num_unreferenced(node.pages))
+        if count == 0:
+            return 0
+        left = len(node.pages) - count
+        self._pool.evict(node.pages[left:])
+        self.num_evicted += count
+        if left > 0:
+            node.pages, node.ids = node.pages[:left], node.ids[: left * self._page_bytes]
+            self.offer(node)
+        elif node.parent is not None:
+            del node.parent.children[node.ids[: self._page_bytes]]
+            self.offer(node.parent)
+            node.parent = None
+        return count
+
+    def _new_node(self, parent: PrefixNode | None, ids: bytes, pages: Int32Array) -> PrefixNode:
+        self._num_nodes += 1
+        return PrefixNode(parent, ids, pages, self._num_nodes)

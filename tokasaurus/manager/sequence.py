@@ -1,0 +1,117 @@
+"""Requests and their sequences, as far as they need objects: identity, prompt, stored tokens.
+
+What changes at every step of a running sequence is in the slot table instead. Knows nothing of pages.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tokasaurus.protocol.arrays import Float32Array, Int32Array
+from tokasaurus.protocol.messages import GenerateRequest
+
+__all__ = ["GeneratedTokens", "Request", "Sequence", "SequenceState"]
+
+
+class SequenceState(enum.Enum):
+    """Where a sequence is on its way.
+
+    ::
+
+                    ┌──────────┐
+                    ▼          │
+        PARKED ─▶ WAITING ─▶ RUNNING ─▶ PREEMPTED ─▶ WAITING or PARKED
+                                                                       any of them ─▶ ENDED
+    """
+
+    PARKED = enum.auto()  # waits for its leader's prompt, or for the server to acknowledge tokens
+    WAITING = enum.auto()  # in the queue
+    RUNNING = enum.auto()  # owns a slot and pages
+    PREEMPTED = enum.auto()  # owns a slot and no pages: results in flight are still its own
+    ENDED = enum.auto()
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class GeneratedTokens:
+    """Consecutive generated tokens, with logprobs if the sequence asked for them."""
+
+    ids: Int32Array  # [tokens]
+    logprobs: Float32Array  # [tokens], or [0]
+    top_ids: Int32Array  # [tokens, k], or [0, 0]
+    top_logprobs: Float32Array
+
+    @staticmethod
+    def without_logprobs(ids: Int32Array) -> GeneratedTokens:
+        """Tokens of a sequence that asked for no logprobs, or whose logprobs were sent before."""
+        return GeneratedTokens(
+            ids, np.empty(0, np.float32), np.empty((0, 0), np.int32), np.empty((0, 0), np.float32)
+        )
+
+    @staticmethod
+    def joined(pieces: list[GeneratedTokens]) -> GeneratedTokens:
+        """Pieces of one sequence, in order, as one."""
+        if not pieces:
+            return GeneratedTokens.without_logprobs(np.empty(0, np.int32))
+        if len(pieces) == 1:
+            return pieces[0]
+        return GeneratedTokens(
+            ids=np.concatenate([piece.ids for piece in pieces]),
+            logprobs=np.concatenate([piece.logprobs for piece in pieces]),
+            top_ids=np.concatenate([piece.top_ids for piece in pieces]),
+            top_logprobs=np.concatenate([piece.top_logprobs for piece in pieces]),
+        )
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One prompt and its samples that have not ended."""
+
+    message: GenerateRequest
+    arrived_at: float
+    sequences: dict[int, Sequence] = field(default_factory=dict)  # by sample index
+    # While the prompt's pages are not findable: the sample that computes them, and those that wait.
+    leader: Sequence | None = None
+    followers: dict[int, Sequence] = field(default_factory=dict)
+
+    @property
+    def incremental(self) -> bool:
+        """Tokens are sent as they come. Holding for acknowledgements implies it: no text, no ack."""
+        return self.message.stream or self.message.hold_for_acks
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One sample of a request, from its arrival to its end, through all its preemptions."""
+
+    request: Request
+    sample_index: int
+    order: int  # of arrival, over all sequences
+    prompt_ids: (
+        Int32Array  # to be fed: the request's prompt, then what was generated before this run
+    )
+    state: SequenceState
+    prompt_logprobs_due: bool  # the request asks for them and not all were delivered yet
+    was_admitted: bool = False
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
+    num_acked: int = 0  # generated tokens that the server has searched for stop strings
+    slot: int = -1  # -1 where it owns none
+    stored: list[GeneratedTokens] = field(default_factory=list)  # moved out of the token window
+    num_stored: int = 0  # tokens in ``stored``; all that are known where it owns no slot
+
+    @property
+    def name(self) -> str:
+        """For messages to people."""
+        return f"sample {self.sample_index} of request {self.request.message.request_id}"
+
+    @property
+    def final_length(self) -> int:
+        """Positions of KV when all its tokens are generated; the last one's is never written."""
+        message = self.request.message
+        return len(message.prompt_ids) + message.max_tokens - 1
+
+    def may_sample(self, stop_lag: int) -> bool:
+        """Whether a token beyond the stored ones may be planned before the server acknowledges more."""
+        return not self.request.message.hold_for_acks or self.num_stored < self.num_acked + stop_lag

@@ -1,0 +1,51 @@
+"""Page-table entries that the worker does not know yet."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tokasaurus.manager.sequence import Sequence, SequenceState
+from tokasaurus.manager.slots import IndexArray, SlotTable
+from tokasaurus.protocol.arrays import Int32Array
+
+__all__ = ["TableChanges"]
+
+
+class TableChanges:
+    """Collects changed entries; their values are read from the table when the next batch is built.
+
+    Args:
+        slots: whose page table changes.
+    """
+
+    def __init__(self, slots: SlotTable) -> None:
+        self._slots = slots
+        self._entries: list[tuple[IndexArray, IndexArray]] = []
+        self._patches: list[tuple[Sequence, IndexArray]] = []
+
+    def add(self, slots: IndexArray, columns: IndexArray) -> None:
+        """Entries of slots that are in the batch being planned."""
+        self._entries.append((slots, columns))
+
+    def patch(self, sequence: Sequence, columns: IndexArray) -> None:
+        """Entries of a running sequence, for the batch after the one just planned.
+
+        The sequence may have left its slot by then; the entries are dropped if so.
+        """
+        self._patches.append((sequence, columns))
+
+    def flush(self) -> tuple[Int32Array, Int32Array, Int32Array]:
+        """Returns slots, columns and pages of all changes, and forgets them."""
+        for sequence, columns in self._patches:
+            if sequence.state is SequenceState.RUNNING:
+                self._entries.append((np.full(len(columns), sequence.slot), columns))
+        entries, self._entries, self._patches = self._entries, [], []
+        if not entries:
+            return _NONE, _NONE, _NONE
+        slots = np.concatenate([slots for slots, _ in entries])
+        columns = np.concatenate([columns for _, columns in entries])
+        pages = self._slots.page_table[slots, columns]
+        return slots.astype(np.int32), columns.astype(np.int32), pages
+
+
+_NONE: Int32Array = np.empty(0, np.int32)

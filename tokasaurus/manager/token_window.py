@@ -1,0 +1,157 @@
+"""The last generated tokens of every slot: where a step's results land, all rows at once.
+
+A ring for each slot. Token t of a sequence, counted from its first generated one, is in column
+t % columns; whenever a ring is full, its content moves to the sequence as one array. So memory follows
+what was really generated, rows stay close together however long sequences grow, and moving costs a
+sequence a few microseconds every ``columns`` tokens. With 8 columns::
+
+    sequence.stored            window row          t:  0..15 stored, 16..18 in the ring,
+    [t0 .. t7] [t8 .. t15]     t16 t17 t18 . . .   19 is next
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tokasaurus.errors import ProtocolError
+from tokasaurus.manager.sequence import GeneratedTokens, Sequence
+from tokasaurus.manager.slots import IndexArray, SlotTable
+from tokasaurus.protocol.arrays import Float32Array, Int32Array
+from tokasaurus.protocol.messages import ForwardResult
+
+__all__ = ["MIN_COLUMNS", "TokenWindow"]
+
+MIN_COLUMNS = 64
+
+
+class TokenWindow:
+    """Rings of generated tokens over the slots of a table.
+
+    Args:
+        slots: whose ``known`` counts the tokens of each slot.
+        max_undelivered: tokens of one slot that one step may bring; the ring holds at least as many.
+    """
+
+    def __init__(self, slots: SlotTable, max_undelivered: int) -> None:
+        self._slots = slots
+        self._columns = 1 << (max(MIN_COLUMNS, max_undelivered) - 1).bit_length()
+        size = slots.num_slots * self._columns
+        self._ids: Int32Array = np.zeros(size, np.int32)
+        # Allocated when the first sequence asks for logprobs, and widened for more top ones.
+        self._logprobs: Float32Array = np.zeros(0, np.float32)
+        self._top_ids: Int32Array = np.zeros((0, 0), np.int32)
+        self._top_logprobs: Float32Array = np.zeros((0, 0), np.float32)
+
+    def prepare(self, num_logprobs: int) -> None:
+        """A sequence that asks for so many enters; -1 for none."""
+        if num_logprobs < 0:
+            return
+        size = len(self._ids)
+        if len(self._logprobs) == 0:
+            self._logprobs = np.zeros(size, np.float32)
+        old = self._top_ids.shape[1]
+        if len(self._top_ids) == 0 or old < num_logprobs:
+            top_ids = np.zeros((size, num_logprobs), np.int32)
+            top_logprobs = np.zeros((size, num_logprobs), np.float32)
+            if old:
+                top_ids[:, :old] = self._top_ids
+                top_logprobs[:, :old] = self._top_logprobs
+            self._top_ids, self._top_logprobs = top_ids, top_logprobs
+
+    def append(self, rows: IndexArray, result: ForwardResult, sampling_rows: IndexArray) -> None:
+        """Adds one token to each of ``rows``, from the given sampling rows of a result."""
+        known = self._slots.known[rows]
+        cells = rows * self._columns + (known & (self._columns - 1))
+        self._ids[cells] = result.token_ids[sampling_rows]
+        if len(self._logprobs):
+            asked = np.flatnonzero(self._slots.num_logprobs[rows] >= 0)
+            if asked.size:
+                self._append_logprobs(cells[asked], result, sampling_rows[asked])
+        known += 1
+        self._slots.known[rows] = known
+        full = rows[(known & (self._columns - 1)) == 0]
+        for slot in full.tolist():
+            self.store(self._slots.sequence(slot))
+
+    def store(self, sequence: Sequence) -> None:
+        """Moves what the ring has of a sequence to the sequence."""
+        known = int(self._slots.known[sequence.slot])
+        if known > sequence.num_stored:
+            # A stream's logprobs were sent when they came; only its ids are needed again.
+            logprobs = not sequence.request.incremental
+            sequence.stored.append(self._read(sequence, sequence.num_stored, known, logprobs))
+            sequence.num_stored = known
+
+    def all_ids(self, sequence: Sequence) -> Int32Array:
+        """All known ids of a sequence in a slot: its request's prompt, then the generated ones."""
+        prompt_ids = sequence.request.message.prompt_ids
+        known = int(self._slots.known[sequence.slot])
+        if known == 0:
+            return prompt_ids
+        tail = self._ids[self._cells(sequence.slot, sequence.num_stored, known)]
+        return np.concatenate([prompt_ids, *(piece.ids for piece in sequence.stored), tail])
+
+    def undelivered(self, sequence: Sequence) -> GeneratedTokens:
+        """What the server has not been sent of a sequence, wherever it is."""
+        slot = sequence.slot
+        incremental = sequence.request.incremental
+        if slot < 0:  # a stream was sent everything before it lost its slot
+            return GeneratedTokens.joined([] if incremental else sequence.stored)
+        known = int(self._slots.known[slot])
+        if incremental:
+            return self._read(sequence, int(self._slots.delivered[slot]), known, True)
+        tail = self._read(sequence, sequence.num_stored, known, True)
+        return GeneratedTokens.joined([*sequence.stored, tail])
+
+    def undelivered_rows(self, rows: IndexArray) -> GeneratedTokens:
+        """What the server has not been sent of these streams, row after row, as one piece.
+
+        Logprobs only of those rows that asked; top ones flat, as many of each token as its row asked.
+        """
+        slots = self._slots
+        first = slots.delivered[rows]
+        counts = slots.known[rows] - first
+        # Row r of `rows` brings counts[r] tokens: `owner` says r for each of them.
+        owner = np.repeat(np.arange(len(rows)), counts)
+        before = np.cumsum(counts) - counts
+        positions = first[owner] + (np.arange(len(owner)) - before[owner])
+        cells = rows[owner] * self._columns + (positions & (self._columns - 1))
+        wanted = slots.num_logprobs[rows[owner]]
+        asked = wanted >= 0
+        if not asked.any():
+            return GeneratedTokens.without_logprobs(self._ids[cells])
+        asked_cells = cells[asked]
+        is_wanted = np.arange(self._top_ids.shape[1]) < wanted[asked, None]
+        return GeneratedTokens(
+            ids=self._ids[cells],
+            logprobs=self._logprobs[asked_cells],
+            top_ids=self._top_ids[asked_cells][is_wanted],
+            top_logprobs=self._top_logprobs[asked_cells][is_wanted],
+        )
+
+    def _append_logprobs(
+        self, cells: IndexArray, result: ForwardResult, sampling_rows: IndexArray
+    ) -> None:
+        if len(result.logprobs) != len(result.token_ids):
+            raise ProtocolError(f"batch {result.number} was asked for logprobs and brings none")
+        self._logprobs[cells] = result.logprobs[sampling_rows]
+        width = min(self._top_ids.shape[1], result.top_ids.shape[1])
+        if width:
+            self._top_ids[cells, :width] = result.top_ids[sampling_rows, :width]
+            self._top_logprobs[cells, :width] = result.top_logprobs[sampling_rows, :width]
+
+    def _cells(self, slot: int, start: int, end: int) -> IndexArray:
+        return slot * self._columns + (np.arange(start, end) & (self._columns - 1))
+
+    def _read(self, sequence: Sequence, start: int, end: int, logprobs: bool) -> GeneratedTokens:
+        cells = self._cells(sequence.slot, start, end)
+        ids = self._ids[cells]
+        width = sequence.request.message.num_logprobs
+        if width < 0 or not logprobs:
+            return GeneratedTokens.without_logprobs(ids)
+        return GeneratedTokens(
+            ids,
+            self._logprobs[cells],
+            self._top_ids[cells, :width],
+            self._top_logprobs[cells, :width],
+        )

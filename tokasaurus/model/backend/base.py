@@ -1,0 +1,71 @@
+"""The seam between the model and the kernels of a device.
+
+A backend owns attention over the paged KV cache. It knows nothing of weights, slots' parameters or
+sampling. Each is proven against ``cpu/reference.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from tokasaurus.protocol.arrays import Int32Array
+
+__all__ = ["Attention", "Backend", "SequenceRows"]
+
+
+@dataclass(frozen=True)
+class SequenceRows:
+    """Which rows of a flat batch belong to which sequence, and how much context each has.
+
+    Sequence s owns rows ``query_starts[s] : query_starts[s + 1]``; its last row is at position
+    ``kv_lengths[s] - 1``::
+
+        sequence       0    1        2
+        rows           a    b c d    e f         query_starts = [0, 1, 4, 6]
+        positions      9    0 1 2    4 5         kv_lengths   = [10, 3, 6]
+
+    Attributes:
+        slots: [sequences], the row of each in the page table.
+        query_starts: [sequences + 1].
+        kv_lengths: [sequences], positions to attend to, those of this batch included.
+        positions: [rows], on the host.
+        page_table: [slots, pages] int32, on the device.
+    """
+
+    slots: Int32Array
+    query_starts: Int32Array
+    kv_lengths: Int32Array
+    positions: Int32Array
+    page_table: Tensor
+
+
+class Attention(Protocol):
+    """The attention of one batch, for all its layers."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Writes the rows' keys and values into their pages, then attends causally.
+
+        A row sees every position of its sequence up to its own. Scores are scaled by
+        1 / sqrt(head_dim); query head h reads key/value head h // (heads / kv_heads).
+
+        Args:
+            layer: whose cache.
+            query: [rows, heads, head_dim]; the last two dimensions contiguous, here and below.
+            key: [rows, kv_heads, head_dim], already rotated.
+            value: [rows, kv_heads, head_dim].
+
+        Returns:
+            [rows, heads, head_dim] in the query's dtype, contiguous.
+        """
+        ...
+
+
+class Backend(Protocol):
+    """The kernels of one device over one KV cache."""
+
+    def plan(self, rows: SequenceRows) -> Attention:
+        """Prepares what all layers of one batch share. Called once per batch, before its layers."""
+        ...

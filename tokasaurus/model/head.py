@@ -1,0 +1,78 @@
+"""From hidden states to tokens and logprobs, for the rows that need it.
+
+The vocabulary is large and most rows of a prompt need no logits: chosen rows are gathered, then go
+through the head, the sampler and the logprobs a chunk at a time, so that [all rows, vocabulary] never
+exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tokasaurus.model.llama import LlamaModel
+from tokasaurus.model.sampler import Logprobs, SamplingParameters, draw, logprobs_of
+from tokasaurus.model.state import PromptRows, SamplingRows
+
+__all__ = ["draw_tokens", "score_prompts"]
+
+# Elements of the logits of one chunk: 128 MiB in fp32.
+_MAX_LOGITS = 1 << 25
+
+
+def draw_tokens(
+    model: LlamaModel, hidden: Tensor, rows: SamplingRows
+) -> tuple[Tensor, Logprobs | None]:
+    """Draws one token for each sampling row.
+
+    Args:
+        model: its head is used.
+        hidden: [rows of the batch, hidden].
+        rows: which of them, and how to sample each.
+
+    Returns:
+        [sampling rows] int64, and their logprobs if any row asked.
+    """
+    tokens = torch.empty(len(rows.rows), dtype=torch.int64, device=hidden.device)
+    wanted = bool((rows.parameters.num_logprobs >= 0).any())
+    width = _width(rows.parameters)
+    parts = []
+    for part, logits in _logits(model, hidden, rows.rows):
+        parameters = rows.parameters.take(part)
+        tokens[part] = draw(logits, parameters)
+        if wanted:
+            parts.append(logprobs_of(logits, tokens[part], parameters, width))
+    return tokens, Logprobs.joined(parts) if wanted else None
+
+
+def score_prompts(model: LlamaModel, hidden: Tensor, rows: PromptRows) -> Logprobs:
+    """Logprobs of the prompt tokens that follow rows of prompts.
+
+    Args:
+        model: its head is used.
+        hidden: [rows of the batch, hidden].
+        rows: which of them, at least one, and the token that follows each.
+    """
+    width = _width(rows.parameters)
+    following = torch.from_numpy(rows.next_ids).to(hidden.device)
+    return Logprobs.joined(
+        [
+            logprobs_of(logits, following[part], rows.parameters.take(part), width)
+            for part, logits in _logits(model, hidden, rows.rows)
+        ]
+    )
+
+
+def _width(parameters: SamplingParameters) -> int:
+    return max(int(parameters.num_logprobs.max(initial=0)), 0)
+
+
+def _logits(model: LlamaModel, hidden: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """For some rows after the others: which, and their logits [rows, vocabulary] in fp32."""
+    vocab_size = model.head.weight.shape[0]
+    step = max(_MAX_LOGITS // vocab_size, 1)
+    for start in range(0, len(rows), step):
+        part = slice(start, min(start + step, len(rows)))
+        yield part, model.logits(hidden[rows[part]]).to(torch.float32)

@@ -1,0 +1,88 @@
+"""The paged KV cache: where the keys and values of every token position lie.
+
+A page holds ``page_size`` consecutive positions of one sequence, in every layer. For each layer there
+are two tensors, [num_pages, kv_heads, page_size, head_dim]. A page's positions of one head lie next to
+each other, so whoever works on one head reads long contiguous runs::
+
+    page table of slot 7:   [ 5, 2, 9 ]              page_size 4, length 10
+
+    position                0 1 2 3   4 5 6 7   8 9
+                            └ page 5┘ └ page 2┘ └ page 9 ...
+
+    keys[5]   head 0 │ k0 k1 k2 k3 │   one line of head_dim numbers for each k
+              head 1 │ k0 k1 k2 k3 │
+    keys[2]   head 0 │ k4 k5 k6 k7 │
+              head 1 │ k4 k5 k6 k7 │
+    keys[9]   head 0 │ k8 k9  ?  ? │   ?: never written, never read
+              head 1 │ k8 k9  ?  ? │
+
+    position p  ->  page_table[slot, p // page_size], row p % page_size
+
+The memory is not initialised, so the operating system hands it out as pages are first written. A
+backend therefore must not read beyond a sequence's length: 0 * NaN is NaN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["KVCache"]
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of all layers.
+
+    Attributes:
+        keys: for each layer [num_pages, kv_heads, page_size, head_dim].
+        values: likewise.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    @classmethod
+    def allocate(
+        cls,
+        *,
+        num_layers: int,
+        num_pages: int,
+        page_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> KVCache:
+        shape = (num_pages, num_kv_heads, page_size, head_dim)
+
+        def tensors() -> tuple[Tensor, ...]:
+            return tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers))
+
+        return cls(tensors(), tensors())
+
+    @property
+    def num_pages(self) -> int:
+        return self.keys[0].shape[0]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.keys[0].shape[1]
+
+    @property
+    def page_size(self) -> int:
+        return self.keys[0].shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.keys[0].shape[3]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.keys[0].dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.keys + self.values)

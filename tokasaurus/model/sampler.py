@@ -1,0 +1,325 @@
+"""Draws tokens from logits, and the logprobs that go with them.
+
+Each row is sampled for itself: its token is a function of its logits, its parameters and its random
+number (``randomness``), never of the rows around it. Tokens are ranked by logit, equal ones by id, and
+the filters keep what is left of that ranking, one after the other:
+
+    temperature   divide the logits; 0 means the first of the ranking, whatever the filters
+    top_k         keep the first k
+    top_p         keep the shortest beginning whose share of the probability left is at least p
+    min_p         keep those at least p times as probable as the first
+
+A draw inverts the cumulative distribution, in float64 and in order of token ids, so a last-bit
+difference between two kernels moves a boundary by a last bit instead of reordering tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokasaurus.model.randomness import uniforms
+from tokasaurus.protocol.arrays import Float32Array, Int32Array, Int64Array
+from tokasaurus.protocol.messages import LogprobsMode, SlotParameters
+
+__all__ = ["Logprobs", "SamplingParameters", "draw", "logprobs_of", "processed"]
+
+# How far down the ranking top_p looks before it sorts the whole vocabulary.
+_NUCLEUS_CANDIDATES = 512
+
+# Below it logits could overflow, and the draw is an argmax long before.
+_MIN_TEMPERATURE = 1e-20
+
+
+@dataclass(frozen=True)
+class SamplingParameters:
+    """One column for each parameter, one row for each slot or sampling row. On the host."""
+
+    temperature: Float32Array
+    top_k: Int32Array  # 0 means off
+    top_p: Float32Array
+    min_p: Float32Array
+    seed: Int64Array
+    sample_index: Int32Array
+    num_generated: Int32Array  # generated position of the next draw
+    num_logprobs: Int32Array  # -1 none, 0 the chosen one, k also the top k
+    logprobs_mode: Int32Array
+
+    @classmethod
+    def neutral(cls, num_rows: int) -> SamplingParameters:
+        """Plain sampling at temperature 1, no logprobs."""
+        return cls(
+            temperature=np.ones(num_rows, np.float32),
+            top_k=np.zeros(num_rows, np.int32),
+            top_p=np.ones(num_rows, np.float32),
+            min_p=np.zeros(num_rows, np.float32),
+            seed=np.zeros(num_rows, np.int64),
+            sample_index=np.zeros(num_rows, np.int32),
+            num_generated=np.zeros(num_rows, np.int32),
+            num_logprobs=np.full(num_rows, -1, np.int32),
+            logprobs_mode=np.zeros(num_rows, np.int32),
+        )
+
+    def assign(self, rows: Int32Array, values: SlotParameters) -> None:
+        """Overwrites rows with the columns of a message."""
+        for field in fields(self):
+            getattr(self, field.name)[rows] = getattr(values, field.name)
+
+    def take(self, rows: NDArray[np.integer[Any]] | slice) -> SamplingParameters:
+        """A copy of some rows, or a view if they are a slice."""
+        return SamplingParameters(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def __len__(self) -> int:
+        return len(self.temperature)
+
+    @property
+    def greedy(self) -> NDArray[np.bool_]:
+        return np.equal(self.temperature, 0)
+
+    @property
+    def filtered(self) -> NDArray[np.bool_]:
+        """Which rows cut tokens off."""
+        return np.greater(self.top_k, 0) | (self.top_p < 1) | (self.min_p > 0)
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Logprobs of rows; NaN, and -1 for ids, where a row asked for none.
+
+    Attributes:
+        chosen: [rows] fp32.
+        top_ids: [rows, K] int64, best first.
+        top: [rows, K] fp32. Where the best is the chosen token, its number is the very same.
+    """
+
+    chosen: Tensor
+    top_ids: Tensor
+    top: Tensor
+
+    @classmethod
+    def none(cls, num_chosen: int, num_rows: int) -> Logprobs:
+        """Of rows none of which asked: ``num_chosen`` may be 0 to say so."""
+        return cls(
+            torch.full((num_chosen,), torch.nan),
+            torch.empty(num_rows, 0, dtype=torch.int64),
+            torch.empty(num_rows, 0),
+        )
+
+    @classmethod
+    def joined(cls, parts: list[Logprobs]) -> Logprobs:
+        """One below the other; at least one, all of the same width."""
+        return cls(
+            torch.cat([part.chosen for part in parts]),
+            torch.cat([part.top_ids for part in parts]),
+            torch.cat([part.top for part in parts]),
+        )
+
+
+def draw(logits: Tensor, parameters: SamplingParameters) -> Tensor:
+    """Draws one token for each row.
+
+    Args:
+        logits: [rows, vocabulary] fp32.
+        parameters: of the same rows.
+
+    Returns:
+        [rows] int64.
+    """
+    random = np.flatnonzero(~parameters.greedy)
+    if len(random) == len(logits):
+        return _draw_at_random(logits, parameters)
+    tokens = logits.argmax(dim=-1)
+    if len(random):
+        rows = _index(random, logits)
+        tokens[rows] = _draw_at_random(logits[rows], parameters.take(random))
+    return tokens
+
+
+def _draw_at_random(logits: Tensor, parameters: SamplingParameters) -> Tensor:
+    scores = processed(logits, parameters)
+    weights = (scores - scores.amax(dim=-1, keepdim=True)).exp_()
+    numbers = uniforms(parameters.seed, parameters.sample_index, parameters.num_generated)
+    return _invert(weights, torch.from_numpy(numbers).to(logits.device))
+
+
+def processed(logits: Tensor, parameters: SamplingParameters) -> Tensor:
+    """Logits after temperature and filters; tokens cut off are -inf. Temperature 0 counts as 1.
+
+    Args:
+        logits: [rows, vocabulary] fp32; left as it is, and returned if there is nothing to change.
+    """
+    return _filter(_tempered(logits, parameters), parameters)
+
+
+def logprobs_of(
+    logits: Tensor, token_ids: Tensor, parameters: SamplingParameters, width: int
+) -> Logprobs:
+    """Logprobs of chosen tokens and of each row's best.
+
+    Args:
+        logits: [rows, vocabulary] fp32.
+        token_ids: [rows] int64.
+        parameters: of the same rows: how many logprobs each wants, and of which distribution.
+        width: K, at least what any row wants.
+    """
+    num_rows, vocab_size = logits.shape
+    chosen = logits.new_full((num_rows,), torch.nan)
+    top_ids = token_ids.new_full((num_rows, width), -1)
+    top = logits.new_full((num_rows, width), torch.nan)
+    for mode in LogprobsMode:
+        rows = np.flatnonzero((parameters.num_logprobs >= 0) & (parameters.logprobs_mode == mode))
+        if not len(rows):
+            continue
+        index = _index(rows, logits)
+        scores = _distribution(logits[index], parameters.take(rows), mode)
+        # x - logsumexp(x) is finite wherever x is; the logarithm of a probability underflows.
+        norm = scores.logsumexp(dim=-1, keepdim=True)
+        chosen[index] = (scores.gather(1, token_ids[index, None]) - norm)[:, 0]
+        depth = min(int(parameters.num_logprobs[rows].max()), vocab_size)
+        if depth > 0:
+            best = scores.topk(depth, dim=-1)
+            wanted = torch.from_numpy(parameters.num_logprobs[rows]).to(logits.device)
+            asked = torch.arange(depth, device=logits.device) < wanted[:, None]
+            top_ids[index, :depth] = best.indices.where(asked, -1)
+            top[index, :depth] = (best.values - norm).where(asked, torch.nan)
+    return Logprobs(chosen, top_ids, top)
+
+
+def _distribution(logits: Tensor, parameters: SamplingParameters, mode: LogprobsMode) -> Tensor:
+    if mode is LogprobsMode.RAW:
+        return logits
+    if mode is LogprobsMode.TEMPERATURE:
+        return _tempered(logits, parameters)
+    return processed(logits, parameters)
+
+
+def _tempered(logits: Tensor, parameters: SamplingParameters) -> Tensor:
+    temperature = np.where(parameters.greedy, 1, parameters.temperature.clip(_MIN_TEMPERATURE))
+    if (temperature == 1).all():
+        return logits
+    return logits / _column(temperature.astype(np.float32), logits)
+
+
+def _invert(weights: Tensor, numbers: Tensor) -> Tensor:
+    """The token in whose share of the cumulative weight each number falls.
+
+        weights      0.5     0     1.0        0.25
+        cumulative   0.5    0.5    1.5        1.75
+        number 0.4 -> target 0.7: the first cumulative weight above it is the third
+
+    Args:
+        weights: [rows, vocabulary], not negative.
+        numbers: [rows] float64 in [0, 1).
+    """
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    # Rounding may lift a number close to 1 to the total, above which there is nothing.
+    below = torch.nextafter(total, torch.zeros_like(total))
+    target = torch.minimum(numbers[:, None] * total, below)
+    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+
+
+def _filter(scores: Tensor, parameters: SamplingParameters) -> Tensor:
+    """Sets what the filters cut off to -inf, in a copy where there is something to cut."""
+    rows = np.flatnonzero(parameters.filtered)
+    if not len(rows):
+        return scores
+    everything = len(rows) == len(scores)
+    index = _index(rows, scores)
+    part = scores if everything else scores[index]
+    chosen = parameters.take(rows)
+    part = part.masked_fill(~_kept(part, chosen), -torch.inf)
+    if everything:
+        return part
+    scores = scores.clone()
+    scores[index] = part
+    return scores
+
+
+def _kept(scores: Tensor, parameters: SamplingParameters) -> Tensor:
+    """[rows, vocabulary] bool: what the three filters leave."""
+    best = scores.amax(dim=-1, keepdim=True)
+    # Filters before min_p neither remove the first token nor change ratios, so it needs no ranking.
+    floor = best + torch.log(_column(parameters.min_p, scores))
+    kept = scores >= floor
+    limited = (parameters.top_k > 0) & (parameters.top_k < scores.shape[1])
+    ranked = np.flatnonzero(limited | (parameters.top_p < 1))
+    if len(ranked):
+        index = _index(ranked, scores)
+        kept[index] &= _ranked_first(scores[index], parameters.take(ranked))
+    return kept
+
+
+def _ranked_first(scores: Tensor, parameters: SamplingParameters) -> Tensor:
+    """[rows, vocabulary] bool: what top_k and top_p leave.
+
+    A row that looks for a nucleus ranks only so many candidates at first; if they do not hold enough
+    probability, and only then, its whole vocabulary is sorted.
+    """
+    vocab_size = scores.shape[1]
+    limits = np.where(parameters.top_k > 0, parameters.top_k, vocab_size).clip(max=vocab_size)
+    unlimited = limits == vocab_size
+    depth = int(limits[~unlimited].max(initial=1))
+    if unlimited.any():
+        depth = min(max(depth, _NUCLEUS_CANDIDATES), vocab_size)
+    limits_column = _column(limits, scores)
+    shares = _column(parameters.top_p.astype(np.float64), scores)
+    threshold, num_equal, enough = _last_kept(scores, depth, limits_column, shares)
+    if not enough.all():
+        rest = (~enough).nonzero()[:, 0]
+        threshold[rest], num_equal[rest], _ = _last_kept(
+            scores[rest], vocab_size, limits_column[rest], shares[rest]
+        )
+    equal = scores == threshold
+    return (scores > threshold) | (equal & (equal.cumsum(dim=-1) <= num_equal))
+
+
+def _last_kept(
+    scores: Tensor, depth: int, limits: Tensor, shares: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Finds where the ranking is cut.
+
+    Args:
+        scores: [rows, vocabulary].
+        depth: of the ranking to look at.
+        limits: [rows, 1] top_k; the vocabulary's size where it is off.
+        shares: [rows, 1] float64 top_p.
+
+    Returns:
+        threshold: [rows, 1], the score of the last token kept.
+        num_equal: [rows, 1], how many tokens with just that score are kept.
+        enough: [rows], whether the depth reached as far as it had to.
+    """
+    vocab_size = scores.shape[1]
+    ranking = scores.topk(depth, dim=-1).values
+    weights = (ranking - ranking[:, :1]).exp().to(torch.float64)
+    within = torch.arange(depth, device=scores.device) < limits
+    weights = weights.where(within, 0)
+    cumulative = weights.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    if depth < vocab_size:
+        # What lies below the ranking counts for rows without top_k.
+        everything = (scores - ranking[:, :1]).exp().sum(dim=-1, keepdim=True, dtype=torch.float64)
+        total = torch.where(limits > depth, torch.maximum(everything, total), total)
+    # A token stays if those before it do not yet hold the share.
+    before = torch.cat((torch.zeros_like(total), cumulative[:, :-1]), dim=-1)
+    num_kept = (within & (before < shares * total)).sum(dim=-1, keepdim=True)
+    num_kept = torch.where(shares >= 1, limits.clamp(max=depth), num_kept)
+    enough = ((num_kept < depth) | (limits <= depth))[:, 0]
+    threshold = ranking.gather(1, num_kept - 1)
+    num_equal = num_kept - (ranking > threshold).sum(dim=-1, keepdim=True)
+    return threshold, num_equal, enough
+
+
+def _index(rows: NDArray[np.int64], like: Tensor) -> Tensor:
+    return torch.from_numpy(rows).to(like.device)
+
+
+def _column(values: NDArray[np.generic], like: Tensor) -> Tensor:
+    """[rows] on the host to [rows, 1] beside a tensor."""
+    return torch.from_numpy(np.ascontiguousarray(values)).to(like.device)[:, None]

@@ -1,0 +1,227 @@
+"""What the worker remembers of each slot between batches.
+
+The device holds what the device itself writes or walks: page tables and last tokens. Lengths, counts
+and sampling parameters are numpy arrays on the host: each is a function of the batches alone, never of
+what was sampled, so the host can prepare a batch without waiting for the one before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokasaurus.errors import ProtocolError
+from tokasaurus.model.backend.base import SequenceRows
+from tokasaurus.model.sampler import SamplingParameters
+from tokasaurus.protocol.arrays import Int32Array, Int64Array
+from tokasaurus.protocol.messages import ForwardBatch, SlotParameters
+
+__all__ = ["PlannedBatch", "PromptRows", "SamplingRows", "SlotState"]
+
+
+@dataclass(frozen=True)
+class SamplingRows:
+    """The last row of each decode and of each chunk that ends its prompt, in the order of the results.
+
+    Attributes:
+        rows: [sampling rows] int64, on the device.
+        slots: [sampling rows].
+        parameters: of each.
+    """
+
+    rows: Tensor
+    slots: Int32Array
+    parameters: SamplingParameters
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """The rows of chunks that asked for prompt logprobs, except a prompt's last.
+
+    Attributes:
+        rows: [prompt tokens] int64, on the device.
+        next_ids: [prompt tokens], the token after each row, whose logprob is asked for.
+        parameters: of each row's slot, with the chunk's number of logprobs.
+    """
+
+    rows: Tensor
+    next_ids: Int64Array
+    parameters: SamplingParameters
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """The rows of one batch: decode rows, then prefill rows.
+
+    Attributes:
+        ids: [rows] int64, on the device.
+        positions: [rows] int64, on the device.
+        sequences: which rows belong to whom.
+        sampling: rows that a token is drawn from.
+        prompt: rows that a prompt's logprobs are taken from; None if no chunk asked.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    sequences: SequenceRows
+    sampling: SamplingRows
+    prompt: PromptRows | None
+
+
+class SlotState:
+    """The tables over slots.
+
+    Args:
+        num_slots: rows of each table.
+        num_pages: of the KV cache; ids in the page table are below it.
+        page_size: tokens.
+        max_request_tokens: the longest a sequence can get.
+        vocab_size: ids are below it.
+        device: of the page table and the last tokens.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_slots: int,
+        num_pages: int,
+        page_size: int,
+        max_request_tokens: int,
+        vocab_size: int,
+        device: torch.device,
+    ) -> None:
+        self._num_slots, self._num_pages, self._page_size = num_slots, num_pages, page_size
+        self._vocab_size = vocab_size
+        self._num_columns = -(-max_request_tokens // page_size)
+        self._device = device
+        self.page_table = torch.zeros(
+            num_slots, self._num_columns, dtype=torch.int32, device=device
+        )
+        self.last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self.lengths: Int32Array = np.zeros(num_slots, np.int32)
+        self.pages_held: Int32Array = np.zeros(
+            num_slots, np.int32
+        )  # columns of the page table in use
+        self.sampling = SamplingParameters.neutral(num_slots)
+
+    def apply(self, batch: ForwardBatch) -> PlannedBatch:
+        """Takes over the batch's differences and lays out its rows.
+
+        Afterwards ``lengths`` count the batch's own tokens too.
+
+        Raises:
+            ProtocolError: if the batch names slots, pages, ids or positions that cannot be.
+        """
+        if batch.parameters is not None:
+            self._enter(batch.parameters)
+        self._patch_page_table(batch)
+        self._check_slots(batch)
+        num_decodes = len(batch.decode_slots)
+        slots = np.concatenate((batch.decode_slots, batch.prefill_slots))
+        counts = np.concatenate((np.ones(num_decodes, np.int32), batch.prefill_lengths))
+        firsts = np.concatenate((self.lengths[batch.decode_slots], batch.prefill_starts))
+        ends = np.cumsum(counts, dtype=np.int32)
+        lengths = firsts + counts
+        self._check_lengths(slots, firsts, lengths)
+        self.lengths[slots] = lengths
+        query_starts = np.concatenate((np.zeros(1, np.int32), ends))
+        num_rows = int(query_starts[-1])
+        positions = np.arange(num_rows, dtype=np.int32) + np.repeat(firsts - ends + counts, counts)
+        samples = np.concatenate((np.ones(num_decodes, np.bool_), batch.prefill_samples))
+        return PlannedBatch(
+            ids=self._ids(batch),
+            positions=self._upload(positions),
+            sequences=SequenceRows(slots, query_starts, lengths, positions, self.page_table),
+            sampling=SamplingRows(
+                self._upload(ends[samples] - 1), slots[samples], self.sampling.take(slots[samples])
+            ),
+            prompt=self._prompt_rows(batch) if (batch.prefill_num_logprobs >= 0).any() else None,
+        )
+
+    def record(self, slots: Int32Array, token_ids: Tensor) -> None:
+        """Remembers what was sampled: the input of the slots' next decode row.
+
+        Args:
+            slots: [rows].
+            token_ids: [rows] int64, on the device.
+        """
+        self.last_tokens[self._upload(slots)] = token_ids
+        self.sampling.num_generated[slots] += 1
+
+    def _prompt_rows(self, batch: ForwardBatch) -> PromptRows | None:
+        #   ids        a b c | d e        two chunks, the second ends its prompt
+        #   next_ids   b c d | e -1       d: what the first chunk's prefill_next_ids says
+        ends = np.cumsum(batch.prefill_lengths)
+        next_ids = np.empty(len(batch.prefill_ids), np.int64)
+        next_ids[:-1] = batch.prefill_ids[1:]
+        next_ids[ends - 1] = batch.prefill_next_ids
+        chunks = np.repeat(np.arange(len(ends)), batch.prefill_lengths)
+        counts = batch.prefill_num_logprobs[chunks]
+        rows = np.flatnonzero((counts >= 0) & (next_ids >= 0))
+        if not len(rows):  # prompts of a single token
+            return None
+        self._check_range("prompt ids", next_ids[rows], self._vocab_size)
+        parameters = self.sampling.take(batch.prefill_slots[chunks[rows]])
+        parameters.num_logprobs[:] = counts[rows]
+        return PromptRows(self._upload(rows + len(batch.decode_slots)), next_ids[rows], parameters)
+
+    def _enter(self, parameters: SlotParameters) -> None:
+        slots = parameters.slots
+        self._check_range("slots of parameters", slots, self._num_slots)
+        self.lengths[slots] = 0
+        self.pages_held[slots] = 0
+        self.sampling.assign(slots, parameters)
+
+    def _patch_page_table(self, batch: ForwardBatch) -> None:
+        slots, columns, pages = batch.table_slots, batch.table_columns, batch.table_pages
+        if not len(slots):
+            return
+        self._check_range("slots of the page table", slots, self._num_slots)
+        self._check_range("columns of the page table", columns, self._num_columns)
+        self._check_range("pages", pages, self._num_pages)
+        np.maximum.at(self.pages_held, slots, columns + 1)
+        entries = torch.from_numpy(np.array(pages)).to(self._device)
+        self.page_table[self._upload(slots), self._upload(columns)] = entries
+
+    def _check_slots(self, batch: ForwardBatch) -> None:
+        slots = np.concatenate((batch.decode_slots, batch.prefill_slots))
+        self._check_range("slots", slots, self._num_slots)
+        named = np.zeros(self._num_slots, np.bool_)
+        named[slots] = True
+        if np.count_nonzero(named) != len(slots):
+            raise ProtocolError(f"batch {batch.number} names a slot twice")
+        if (self.lengths[batch.decode_slots] == 0).any():
+            raise ProtocolError(f"batch {batch.number} decodes a slot that has no tokens yet")
+        self._check_range("prompt ids", batch.prefill_ids, self._vocab_size)
+        if int(batch.prefill_lengths.sum()) != len(batch.prefill_ids) or (
+            len(batch.prefill_lengths) and batch.prefill_lengths.min() < 1
+        ):
+            raise ProtocolError(f"batch {batch.number}: lengths and ids of its prompts disagree")
+
+    def _check_lengths(self, slots: Int32Array, firsts: Int32Array, lengths: Int32Array) -> None:
+        beyond = (firsts < 0) | (lengths > self.pages_held[slots] * self._page_size)
+        if beyond.any():
+            slot, length = slots[beyond][0], lengths[beyond][0]
+            raise ProtocolError(
+                f"slot {slot} would hold {length} tokens in {self.pages_held[slot]} pages"
+            )
+
+    def _check_range(self, what: str, values: NDArray[np.integer[Any]], limit: int) -> None:
+        if len(values) and (values.min() < 0 or values.max() >= limit):
+            raise ProtocolError(
+                f"{what} range from {values.min()} to {values.max()}, the limit is {limit}"
+            )
+
+    def _ids(self, batch: ForwardBatch) -> Tensor:
+        prompts = self._upload(batch.prefill_ids)
+        if not len(batch.decode_slots):
+            return prompts
+        return torch.cat((self.last_tokens[self._upload(batch.decode_slots)], prompts))
+
+    def _upload(self, values: NDArray[np.integer[Any]]) -> Tensor:
+        return torch.from_numpy(values.astype(np.int64)).to(self._device)

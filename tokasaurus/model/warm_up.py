@@ -1,0 +1,107 @@
+"""The batches a worker runs before it says it is ready."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from tokasaurus.config.slices import WorkerConfig
+from tokasaurus.protocol.arrays import Int32Array
+from tokasaurus.protocol.messages import ForwardBatch, LogprobsMode, SlotParameters
+
+__all__ = ["warm_up_batches"]
+
+# On a processor memory is promised before it is there, so even the largest batch would prove little,
+# and a full one takes minutes: so many floating-point operations, about a second, are enough to load
+# libraries and touch the weights.
+_CPU_WORK = 1e11
+_MIN_TOKENS = 16
+
+
+def warm_up_batches(config: WorkerConfig, num_parameters: int) -> list[ForwardBatch]:
+    """Largest first: a full prefill, then as many decode rows as there may be, and what these need before.
+
+    Every sequence uses the same pages; nobody reads what is computed. All rows sample with every filter
+    and the most logprobs that a request may ask for, which takes the most memory.
+
+    Args:
+        config: the model room's slice.
+        num_parameters: of the model.
+    """
+    num_tokens, num_decodes = config.max_tokens_per_forward, config.max_seqs_per_forward
+    if config.device == "cpu":
+        affordable = max(int(_CPU_WORK / (2 * num_parameters)), _MIN_TOKENS)
+        num_tokens, num_decodes = min(num_tokens, affordable), min(num_decodes, affordable)
+    longest = min(config.max_request_tokens, config.num_pages * config.page_size)
+    prompts = _prompts(num_tokens, longest, config.num_slots)
+    batches = [_prefill(config, 0, prompts)]
+    num_decodes = min(num_decodes, config.num_slots)
+    if longest > 1:
+        batches.append(_prefill(config, 1, np.ones(num_decodes, np.int32)))
+        batches.append(_decode(2, num_decodes))
+    return batches
+
+
+def _prompts(num_tokens: int, longest: int, limit: int) -> Int32Array:
+    """Lengths of at most ``limit`` prompts with so many tokens together, as long as they may be."""
+    full, rest = divmod(num_tokens, longest)
+    lengths = [longest] * full + ([rest] if rest else [])
+    return np.array(lengths[:limit], np.int32)
+
+
+def _prefill(config: WorkerConfig, number: int, lengths: Int32Array) -> ForwardBatch:
+    slots = np.arange(len(lengths), dtype=np.int32)
+    # Room for the decode row that follows, too.
+    num_columns = np.minimum(
+        lengths // config.page_size + 1, -(-config.max_request_tokens // config.page_size)
+    )
+    columns = np.concatenate([np.arange(count, dtype=np.int32) for count in num_columns])
+    return ForwardBatch(
+        number=number,
+        parameters=_parameters(slots, config.max_topk_logprobs),
+        table_slots=np.repeat(slots, num_columns),
+        table_columns=columns,
+        table_pages=columns % config.num_pages,
+        decode_slots=np.zeros(0, np.int32),
+        prefill_slots=slots,
+        prefill_starts=np.zeros(len(slots), np.int32),
+        prefill_lengths=lengths,
+        prefill_ids=np.zeros(lengths.sum(), np.int32),
+        prefill_samples=np.ones(len(slots), np.bool_),
+        prefill_num_logprobs=np.full(len(slots), -1, np.int32),
+        prefill_next_ids=np.full(len(slots), -1, np.int32),
+    )
+
+
+def _decode(number: int, num_slots: int) -> ForwardBatch:
+    none = np.zeros(0, np.int32)
+    return ForwardBatch(
+        number=number,
+        parameters=None,
+        table_slots=none,
+        table_columns=none,
+        table_pages=none,
+        decode_slots=np.arange(num_slots, dtype=np.int32),
+        prefill_slots=none,
+        prefill_starts=none,
+        prefill_lengths=none,
+        prefill_ids=none,
+        prefill_samples=np.zeros(0, np.bool_),
+        prefill_num_logprobs=none,
+        prefill_next_ids=none,
+    )
+
+
+def _parameters(slots: Int32Array, num_logprobs: int) -> SlotParameters:
+    count = len(slots)
+    return SlotParameters(
+        slots=slots,
+        temperature=np.full(count, 0.9, np.float32),
+        top_k=np.full(count, 50, np.int32),
+        top_p=np.full(count, 0.9, np.float32),
+        min_p=np.full(count, 0.01, np.float32),
+        seed=slots.astype(np.int64),
+        sample_index=np.zeros(count, np.int32),
+        num_generated=np.zeros(count, np.int32),
+        num_logprobs=np.full(count, num_logprobs, np.int32),
+        logprobs_mode=np.full(count, LogprobsMode.PROCESSED, np.int32),
+    )

@@ -1,0 +1,146 @@
+"""The worker: runs numbered batches in order, with one model, one KV cache, one set of slot tables.
+
+Knows nothing of processes and sockets: the launch room carries batches in and results out.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokasaurus.config.slices import WorkerConfig
+from tokasaurus.errors import ProtocolError
+from tokasaurus.model.backend import make_backend
+from tokasaurus.model.config import read_model_config
+from tokasaurus.model.head import draw_tokens, score_prompts
+from tokasaurus.model.kv_cache import KVCache
+from tokasaurus.model.layers import Placement
+from tokasaurus.model.loader import load_model
+from tokasaurus.model.sampler import Logprobs
+from tokasaurus.model.state import PlannedBatch, SlotState
+from tokasaurus.model.warm_up import warm_up_batches
+from tokasaurus.protocol.messages import ForwardBatch, ForwardResult
+
+__all__ = ["Worker"]
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+class Worker:
+    """Owns the model and everything on the device.
+
+    Args:
+        config: the model room's slice.
+
+    Raises:
+        ModelError: the checkpoint cannot be served; names the file, tensor or field.
+        ConfigError: the attention asked for is not to be had here.
+    """
+
+    def __init__(self, config: WorkerConfig) -> None:
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self._config = config
+        self._device = torch.device(config.device)
+        place = Placement(_DTYPES[config.dtype], self._device)
+        model_config = read_model_config(config.model_path, config.rope_scaling)
+        self._vocab_size = model_config.vocab_size
+        self._model = load_model(config.model_path, model_config, place)
+        cache = KVCache.allocate(
+            num_layers=model_config.num_layers,
+            num_pages=config.num_pages,
+            page_size=config.page_size,
+            num_kv_heads=model_config.num_kv_heads,
+            head_dim=model_config.head_dim,
+            dtype=place.dtype,
+            device=place.device,
+        )
+        self._backend = make_backend(config.attention, cache, self._device)
+        self._state = self._fresh_state()
+        self._next_number = 0
+        log.info(
+            "KV cache of %d pages for %d tokens in %s: %.1f MB when full",
+            config.num_pages,
+            config.num_pages * config.page_size,
+            config.dtype,
+            cache.num_bytes / 1e6,
+        )
+
+    def warm_up(self) -> None:
+        """Runs the largest batches that may come, so that a lack of memory shows now.
+
+        To be called before the first ``run``. The slot tables are as new afterwards.
+        """
+        started = time.perf_counter()
+        num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
+        for batch in warm_up_batches(self._config, num_parameters):
+            self._run(batch)
+        self._state = self._fresh_state()
+        log.info("warmed up in %.1f s", time.perf_counter() - started)
+
+    def run(self, batch: ForwardBatch) -> ForwardResult:
+        """Runs one batch to its end.
+
+        Raises:
+            ProtocolError: the batch is not the next one, or names what cannot be.
+        """
+        if batch.number != self._next_number:
+            raise ProtocolError(f"batch {batch.number} came, batch {self._next_number} was due")
+        self._next_number += 1
+        return self._run(batch)
+
+    @torch.inference_mode()
+    def _run(self, batch: ForwardBatch) -> ForwardResult:
+        started = time.perf_counter()
+        planned = self._state.apply(batch)
+        hidden = self._forward(planned)
+        token_ids, drawn = draw_tokens(self._model, hidden, planned.sampling)
+        self._state.record(planned.sampling.slots, token_ids)
+        prompt = score_prompts(self._model, hidden, planned.prompt) if planned.prompt else None
+        return _result(batch.number, token_ids, drawn, prompt, time.perf_counter() - started)
+
+    def _forward(self, planned: PlannedBatch) -> Tensor:
+        """Hidden states of all rows, [rows, hidden]."""
+        if not len(planned.ids):  # a batch may bring differences only
+            return torch.empty(0, 0, device=self._device)
+        attention = self._backend.plan(planned.sequences)
+        hidden: Tensor = self._model(planned.ids, planned.positions, attention)
+        return hidden
+
+    def _fresh_state(self) -> SlotState:
+        return SlotState(
+            num_slots=self._config.num_slots,
+            num_pages=self._config.num_pages,
+            page_size=self._config.page_size,
+            max_request_tokens=self._config.max_request_tokens,
+            vocab_size=self._vocab_size,
+            device=self._device,
+        )
+
+
+def _result(
+    number: int, token_ids: Tensor, drawn: Logprobs | None, prompt: Logprobs | None, device_s: float
+) -> ForwardResult:
+    drawn = drawn or Logprobs.none(0, len(token_ids))
+    prompt = prompt or Logprobs.none(0, 0)
+    return ForwardResult(
+        number=number,
+        token_ids=token_ids.cpu().numpy().astype(np.int32),
+        logprobs=drawn.chosen.cpu().numpy(),
+        top_ids=drawn.top_ids.cpu().numpy().astype(np.int32),
+        top_logprobs=drawn.top.cpu().numpy(),
+        prompt_logprobs=prompt.chosen.cpu().numpy(),
+        prompt_top_ids=prompt.top_ids.cpu().numpy().astype(np.int32),
+        prompt_top_logprobs=prompt.top.cpu().numpy(),
+        device_s=device_s,
+    )
