@@ -159,7 +159,13 @@ def make_driver(path: Path, **fields) -> Driver:
 
 
 def generate(
-    driver: Driver, prompt: list[int], num_tokens: int, *, slot: int = 0, chunk: int = 10**9, **start
+    driver: Driver,
+    prompt: list[int],
+    num_tokens: int,
+    *,
+    slot: int = 0,
+    chunk: int = 10**9,
+    **start,
 ) -> tuple[list[int], list[float]]:
     """One sequence alone: chunked prefill, then decode. Token ids and their logprobs."""
     driver.start(slot, **{"num_logprobs": 0, **start})

@@ -1,0 +1,165 @@
+"""Tiny checkpoints with random weights, made by transformers, for tests of anything that loads a model.
+
+Weights are drawn with a wide spread, so that logits have margins and greedy decoding wanders through
+the vocabulary instead of repeating one token.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+ARCHITECTURES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+
+# Contexts so short that all branches of a scaling show within a few dozen tokens.
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default", "rope_theta": 10000.0},
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+    },
+}
+
+BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+VOCAB_SIZE = 256 + 3 + 5  # bytes, special tokens, and a few rows that no token has
+EOS_ID = 257
+
+_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '[' + message['role'] + ']' + message['content'] + eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+)
+
+
+def make_checkpoint(
+    directory: Path,
+    architecture: str,
+    *,
+    tied: bool = False,
+    num_heads: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int = 16,
+    num_layers: int = 3,
+    shards: int = 1,
+    dtype: torch.dtype = torch.float32,
+    rope: str | dict[str, Any] = "default",
+    config_style: int = 5,
+    seed: int = 0,
+    **config_fields: Any,
+) -> Path:
+    """Writes model, tokenizer and generation config into a directory.
+
+    Args:
+        directory: made if it does not exist.
+        architecture: "llama", "qwen2" or "qwen3".
+        tied: the head shares the embedding's weight.
+        head_dim: written explicitly, except for qwen2, whose config has no such field.
+        shards: at least so many safetensors files.
+        rope: a name in ROPES, or ``rope_parameters`` as transformers 5 spells them.
+        config_style: spell config.json as transformers 4 or 5 does.
+        **config_fields: further fields of the architecture's config.
+
+    Returns:
+        The directory.
+    """
+    config_class, model_class = ARCHITECTURES[architecture]
+    fields: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": num_heads * head_dim,
+        "intermediate_size": 96,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": num_kv_heads,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": tied,
+        "initializer_range": 0.3,
+        "bos_token_id": 256,
+        "eos_token_id": EOS_ID,
+        "pad_token_id": 258,
+        "rope_parameters": dict(ROPES[rope] if isinstance(rope, str) else rope),
+    }
+    if architecture != "qwen2":
+        fields["head_dim"] = head_dim
+    config = config_class(**{**fields, **config_fields})
+    torch.manual_seed(seed)
+    model = model_class(config).to(dtype)
+    _spread_biases_and_norms(model)
+    model.generation_config = GenerationConfig(bos_token_id=256, eos_token_id=EOS_ID)
+    num_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    model.save_pretrained(directory, max_shard_size=num_bytes // shards if shards > 1 else "1GB")
+    make_tokenizer().save_pretrained(directory)
+    if config_style == 4:
+        _respell_config(directory / "config.json")
+    return directory
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte, three special tokens, a chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD
+    )
+    fast.chat_template = _CHAT_TEMPLATE
+    return fast
+
+
+def edit_json(path: Path, **fields: Any) -> None:
+    """Sets fields of a JSON file; None removes one."""
+    values = json.loads(path.read_text())
+    for name, value in fields.items():
+        if value is None:
+            values.pop(name, None)
+        else:
+            values[name] = value
+    path.write_text(json.dumps(values))
+
+
+def _spread_biases_and_norms(model: torch.nn.Module) -> None:
+    """transformers sets biases to 0 and norms to 1, where a loader that mixes them up would go unseen."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0, 0.3)
+            elif "norm" in name:
+                parameter.normal_(1, 0.2)
+
+
+def _respell_config(path: Path) -> None:
+    rope = json.loads(path.read_text())["rope_parameters"]
+    theta = rope.pop("rope_theta")
+    scaling = None if rope["rope_type"] == "default" else rope
+    edit_json(path, rope_parameters=None, rope_theta=theta, rope_scaling=scaling)
+    dtype = json.loads(path.read_text())["dtype"]
+    edit_json(path, dtype=None, torch_dtype=dtype, transformers_version="4.57.1")
