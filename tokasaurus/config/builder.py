@@ -7,9 +7,8 @@ a config file and keyword arguments all end here.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import yaml
 
 from tokasaurus.config.schema import Flag, Schema, UnknownFlag, find_flag, flags_of
 from tokasaurus.config.suggestions import nearest
-from tokasaurus.config.values import BadValue, convert, read_text
+from tokasaurus.config.values import BadValue, convert, is_mapping, read_text
 from tokasaurus.errors import ConfigError
 
 __all__ = ["Builder", "Parsed", "Texts"]
@@ -126,7 +125,7 @@ class Builder(Generic[C]):
     ) -> None:
         name, _, rest = key.partition(".")
         flag = self._find(target, name, scope)
-        if dataclasses.is_dataclass(flag.inner_form):
+        if flag.is_nested:
             nested = values.setdefault(flag.name, {})
             for below, item in _items(flag, rest, value):
                 self._store(flag.inner_form, nested, below, item, f"{scope}{flag.name}.")
@@ -185,9 +184,9 @@ def _items(flag: Flag, rest: str, value: Any) -> list[tuple[str, Any]]:
 
 def _with_entry(flag: Flag, values: dict[str, Any], rest: str, value: Any) -> dict[str, Any]:
     """The flag's mapping with one more entry, at the dotted path ``rest``."""
-    if flag.inner_form is not Any and getattr(flag.inner_form, "__origin__", None) is not dict:
+    if not is_mapping(flag.form):
         raise UnknownFlag(f"unknown key '{flag.name}.{rest}': {flag.name} has no keys")
-    top: dict[str, Any] = convert(values.get(flag.name, flag.default) or {}, dict[str, Any])
+    top: dict[str, Any] = convert(values.get(flag.name, flag.default) or {}, flag.form)
     *path, last = rest.split(".")
     level = top
     for part in path:
@@ -205,20 +204,16 @@ def _read_form(form: Any, value: Any, verbatim: bool) -> Any:
         if not isinstance(value, Texts):
             return convert(value, form)
         if value.is_list:
-            items = [read_text(item, _item_form(form)) for item in value.items]
-            return convert(items, form)
+            item_form = Any if form is Any else str
+            return convert([read_text(item, item_form) for item in value.items], form)
         return value.items[0] if verbatim else read_text(value.items[0], form)
     except BadValue as error:
         raise BadValue(f"{value if isinstance(value, Texts) else repr(value)}: {error}") from None
 
 
-def _item_form(form: Any) -> Any:
-    return Any if form is Any else str
-
-
 def _instance(target: type[C], values: Mapping[str, Any]) -> C:
     made = dict(values)
     for flag in flags_of(target).values():
-        if flag.name in made and dataclasses.is_dataclass(flag.inner_form):
+        if flag.name in made and flag.is_nested:
             made[flag.name] = _instance(flag.inner_form, made[flag.name])
     return target(**made)

@@ -53,82 +53,379 @@ class EngineConfig:
         ConfigError: one line for every field of a wrong type, out of range or not available.
     """
 
-    # fmt: off
-    model: str | None = flag(None, group=_MODEL, help="A directory in Hugging Face format, or a repository id, which is downloaded once and cached.", adapts="the small bundled model")
-    tokenizer: str | None = flag(None, group=_MODEL, help="Where to take the tokenizer from: a directory or a repository id.", adapts="model")
-    served_model_name: str | None = flag(None, group=_MODEL, help="The model's id in the API.", adapts="model, as written")
-    trust_remote_code: bool = flag(False, group=_MODEL, help="Let the repository's own Python code load its configuration and tokenizer.")
-    dtype: str = flag("auto", group=_MODEL, choices=("auto", "float32", "bfloat16", "float16"), help="Precision of weights, activations and KV cache. auto: float32 on cpu, bfloat16 on cuda.")
-    rope_scaling: dict[str, Any] | None = flag(None, group=_MODEL, help="Replaces the model's rope_scaling: JSON, or nested keys such as rope_scaling.factor=2.", adapts="the model's")
-    device: str = flag("auto", group=_MODEL, choices=("auto", "cpu", "cuda"), help="Where the model runs. auto: cuda where there is one.")
-    attention: str = flag("auto", group=_MODEL, choices=("auto", "compiled", "reference"), help="Which attention of the device: its fast kernel, or the plain one that serves as the reference. auto: compiled where it works.")
-    cpu_threads: int | None = flag(None, group=_MODEL, minimum=1, help="Threads of the model process on cpu.", adapts="PyTorch's choice")
+    model: str | None = flag(
+        None,
+        group=_MODEL,
+        help="A directory in Hugging Face format, or a repository id, which is downloaded once and cached.",
+        adapts="the small bundled model",
+    )
+    tokenizer: str | None = flag(
+        None,
+        group=_MODEL,
+        help="Where to take the tokenizer from: a directory or a repository id.",
+        adapts="model",
+    )
+    served_model_name: str | None = flag(
+        None, group=_MODEL, help="The model's id in the API.", adapts="model, as written"
+    )
+    trust_remote_code: bool = flag(
+        False,
+        group=_MODEL,
+        help="Let the repository's own Python code load its configuration and tokenizer.",
+    )
+    dtype: str = flag(
+        "auto",
+        group=_MODEL,
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="Precision of weights, activations and KV cache. auto: float32 on cpu, bfloat16 on cuda.",
+    )
+    rope_scaling: Mapping[str, Any] | None = flag(
+        None,
+        group=_MODEL,
+        help="Replaces the model's rope_scaling: JSON, or nested keys such as rope_scaling.factor=2.",
+        adapts="the model's",
+    )
+    device: str = flag(
+        "auto",
+        group=_MODEL,
+        choices=("auto", "cpu", "cuda"),
+        help="Where the model runs. auto: cuda where there is one.",
+    )
+    attention: str = flag(
+        "auto",
+        group=_MODEL,
+        choices=("auto", "compiled", "reference"),
+        help="Which attention of the device: its fast kernel, or the plain one that serves as the reference. auto: compiled where it works.",
+    )
+    cpu_threads: int | None = flag(
+        None,
+        group=_MODEL,
+        minimum=1,
+        help="Threads of the model process on cpu.",
+        adapts="PyTorch's choice",
+    )
 
-    host: str = flag("127.0.0.1", group=_SERVER, help="The address to listen on; 0.0.0.0 lets other machines in.")
-    port: int = flag(10210, group=_SERVER, minimum=0, maximum=65535, help="The port to listen on, one for all replicas; 0 takes a free one.")
-    shutdown_timeout_s: float = flag(30.0, group=_SERVER, minimum=0, help="How long running requests may take to finish after a first Ctrl-C or SIGTERM.")
+    host: str = flag(
+        "127.0.0.1", group=_SERVER, help="The address to listen on; 0.0.0.0 lets other machines in."
+    )
+    port: int = flag(
+        10210,
+        group=_SERVER,
+        minimum=0,
+        maximum=65535,
+        help="The port to listen on, one for all replicas; 0 takes a free one.",
+    )
+    shutdown_timeout_s: float = flag(
+        30.0,
+        group=_SERVER,
+        minimum=0,
+        help="How long running requests may take to finish after a first Ctrl-C or SIGTERM.",
+    )
 
-    uvicorn_log_level: str = flag("info", group=_LOGGING, choices=_UVICORN_LEVELS, help="Log level of the web server; warning hides the line of each request.")
+    uvicorn_log_level: str = flag(
+        "info",
+        group=_LOGGING,
+        choices=_UVICORN_LEVELS,
+        help="Log level of the web server; warning hides the line of each request.",
+    )
     log_level: str = flag("INFO", group=_LOGGING, choices=_LEVELS, help="Log level of the engine.")
-    log_procs: tuple[str, ...] | None = flag(None, group=_LOGGING, choices=_PROCESSES, help="Only these processes log; model and worker name the same one.", adapts="all")
-    local_proc_name: str = flag("server", group=_DEBUG, choices=_PROCESSES, help="The process that runs in the foreground, where a debugger can reach it.")
+    log_procs: tuple[str, ...] | None = flag(
+        None,
+        group=_LOGGING,
+        choices=_PROCESSES,
+        help="Only these processes log; model and worker name the same one.",
+        adapts="all",
+    )
+    local_proc_name: str = flag(
+        "server",
+        group=_DEBUG,
+        choices=_PROCESSES,
+        help="The process that runs in the foreground, where a debugger can reach it.",
+    )
 
-    kv_cache_num_tokens: int | None = flag(None, group=_LIMITS, aliases=("kv_cache_size_num_tokens",), minimum=1, help="Tokens that the KV cache holds, per replica.", adapts="131072; on cpu no more than half of the free memory holds")
-    page_size: int | None = flag(None, group=_LIMITS, minimum=1, help="Tokens in a page of the KV cache, which is a whole number of pages.", adapts="16, or the largest power of two below that fits kv_cache_num_tokens")
-    max_seqs_per_forward: int | None = flag(None, group=_LIMITS, minimum=1, help="Sequences that run at the same time.", adapts="1024, or max_tokens_per_forward if that is less")
-    max_tokens_per_forward: int | None = flag(None, group=_LIMITS, minimum=1, help="Prompt and generated tokens that one step computes, together.", adapts="8192, or max_seqs_per_forward if that is more")
-    max_num_tokens_per_request: int | None = flag(None, group=_LIMITS, minimum=2, help="Prompt and completion of a request together.", adapts="what the model's positions and the KV cache allow")
+    kv_cache_num_tokens: int | None = flag(
+        None,
+        group=_LIMITS,
+        aliases=("kv_cache_size_num_tokens",),
+        minimum=1,
+        help="Tokens that the KV cache holds, per replica.",
+        adapts="131072; on cpu no more than half of the free memory holds",
+    )
+    page_size: int | None = flag(
+        None,
+        group=_LIMITS,
+        minimum=1,
+        help="Tokens in a page of the KV cache, which is a whole number of pages.",
+        adapts="16, or the largest power of two below that fits kv_cache_num_tokens",
+    )
+    max_seqs_per_forward: int | None = flag(
+        None,
+        group=_LIMITS,
+        minimum=1,
+        help="Sequences that run at the same time.",
+        adapts="1024, or max_tokens_per_forward if that is less",
+    )
+    max_tokens_per_forward: int | None = flag(
+        None,
+        group=_LIMITS,
+        minimum=1,
+        help="Prompt and generated tokens that one step computes, together.",
+        adapts="8192, or max_seqs_per_forward if that is more",
+    )
+    max_num_tokens_per_request: int | None = flag(
+        None,
+        group=_LIMITS,
+        minimum=2,
+        help="Prompt and completion of a request together.",
+        adapts="what the model's positions and the KV cache allow",
+    )
 
-    scheduling_steps_ahead: int = flag(8, group=_SCHEDULING, minimum=1, help="Steps planned before the result of the first is known, at most.")
+    scheduling_steps_ahead: int = flag(
+        8,
+        group=_SCHEDULING,
+        minimum=1,
+        help="Steps planned before the result of the first is known, at most.",
+    )
 
-    max_topk_logprobs: int | None = flag(20, group=_LOGPROBS, minimum=1, help="The most top logprobs a request may ask for; None allows only those of the chosen tokens.")
-    logprobs_mode: str = flag("temperature", group=_LOGPROBS, choices=("temperature", "raw", "processed"), help="The distribution that logprobs come from: softmax of logits / temperature, of the logits alone, or after temperature, top_k, top_p and min_p.")
+    max_topk_logprobs: int | None = flag(
+        20,
+        group=_LOGPROBS,
+        minimum=1,
+        help="The most top logprobs a request may ask for; None allows only those of the chosen tokens.",
+    )
+    logprobs_mode: str = flag(
+        "temperature",
+        group=_LOGPROBS,
+        choices=("temperature", "raw", "processed"),
+        help="The distribution that logprobs come from: softmax of logits / temperature, of the logits alone, or after temperature, top_k, top_p and min_p.",
+    )
 
-    allocator_sanity_checks: bool = flag(False, group=_DEBUG, help="Check every invariant of the page tables after each step; slow.")
-    bump_city_population_me: bool = flag(False, group=_DEBUG, help="Preempt running sequences without need, to test that nobody notices.")
+    allocator_sanity_checks: bool = flag(
+        False, group=_DEBUG, help="Check every invariant of the page tables after each step; slow."
+    )
+    bump_city_population_me: bool = flag(
+        False,
+        group=_DEBUG,
+        help="Preempt running sequences without need, to test that nobody notices.",
+    )
 
     # --- features still to come ---------------------------------------------------------------------
-    dp_size: int = flag(1, group=_PARALLEL, minimum=1, later="data parallelism", help="Replicas of the model behind one port.")
-    pp_size: int = flag(1, group=_PARALLEL, minimum=1, later="pipeline parallelism", help="Pipeline stages of each replica.")
-    tp_size: int = flag(1, group=_PARALLEL, minimum=1, later=_TENSOR, help="GPUs that share each layer.")
-    pp_num_buffer_stages: int = flag(1, group=_PARALLEL, minimum=0, later="pipeline parallelism", help="Batches in flight beyond one for each pipeline stage.")
-    async_tp_threshold: int | None = flag(None, group=_PARALLEL, minimum=1, later=_TENSOR, help="Tokens in a batch from which on communication overlaps with computation.", adapts="never")
+    dp_size: int = flag(
+        1,
+        group=_PARALLEL,
+        minimum=1,
+        later="data parallelism",
+        help="Replicas of the model behind one port.",
+    )
+    pp_size: int = flag(
+        1,
+        group=_PARALLEL,
+        minimum=1,
+        later="pipeline parallelism",
+        help="Pipeline stages of each replica.",
+    )
+    tp_size: int = flag(
+        1, group=_PARALLEL, minimum=1, later=_TENSOR, help="GPUs that share each layer."
+    )
+    pp_num_buffer_stages: int = flag(
+        1,
+        group=_PARALLEL,
+        minimum=0,
+        later="pipeline parallelism",
+        help="Batches in flight beyond one for each pipeline stage.",
+    )
+    async_tp_threshold: int | None = flag(
+        None,
+        group=_PARALLEL,
+        minimum=1,
+        later=_TENSOR,
+        help="Tokens in a batch from which on communication overlaps with computation.",
+        adapts="never",
+    )
 
-    torch_compile: bool = flag(False, group=_GRAPHS, later=_COMPILE, help="Compile the whole model, with dynamic shapes: slower to start, faster to run.")
-    torch_compile_config: dict[str, Any] | None = flag(None, group=_GRAPHS, later=_COMPILE, help="Options of torch.compile, by nested keys.", adapts="its own")
-    use_cudagraphs: bool = flag(True, group=_GRAPHS, later=_CUDA_GRAPHS, accepts=(False,), help="Run batches of generated tokens as CUDA graphs where the device has them; for now all batches run without, whatever this says.")
-    cudagraph_max_size: int = flag(128, group=_GRAPHS, minimum=1, later=_CUDA_GRAPHS, help="Sequences in the largest captured batch.")
-    cudagraph_step: int = flag(16, group=_GRAPHS, minimum=1, later=_CUDA_GRAPHS, help="Distance between captured batch sizes.")
-    cudagraph_max_kv_indices_per_seq: int = flag(32768, group=_GRAPHS, minimum=1, later=_CUDA_GRAPHS, help="Page-table room per sequence of a captured batch.")
+    torch_compile: bool = flag(
+        False,
+        group=_GRAPHS,
+        later=_COMPILE,
+        help="Compile the whole model, with dynamic shapes: slower to start, faster to run.",
+    )
+    torch_compile_config: Mapping[str, Any] | None = flag(
+        None,
+        group=_GRAPHS,
+        later=_COMPILE,
+        help="Options of torch.compile, by nested keys.",
+        adapts="its own",
+    )
+    use_cudagraphs: bool = flag(
+        True,
+        group=_GRAPHS,
+        later=_CUDA_GRAPHS,
+        accepts=(False,),
+        help="Run batches of generated tokens as CUDA graphs where the device has them; for now all batches run without, whatever this says.",
+    )
+    cudagraph_max_size: int = flag(
+        128,
+        group=_GRAPHS,
+        minimum=1,
+        later=_CUDA_GRAPHS,
+        help="Sequences in the largest captured batch.",
+    )
+    cudagraph_step: int = flag(
+        16,
+        group=_GRAPHS,
+        minimum=1,
+        later=_CUDA_GRAPHS,
+        help="Distance between captured batch sizes.",
+    )
+    cudagraph_max_kv_indices_per_seq: int = flag(
+        32768,
+        group=_GRAPHS,
+        minimum=1,
+        later=_CUDA_GRAPHS,
+        help="Page-table room per sequence of a captured batch.",
+    )
 
-    use_hydragen: bool = flag(False, group=_HYDRAGEN, later=_SHARED_PREFIXES, help="Compute attention over a shared prefix once for all sequences that share it.")
-    hydragen_min_group_size: int = flag(32, group=_HYDRAGEN, minimum=2, later=_SHARED_PREFIXES, help="Sequences that must share a prefix.")
-    hydragen_min_prefix_len: int = flag(256, group=_HYDRAGEN, minimum=1, later=_SHARED_PREFIXES, help="Tokens that a shared prefix must have.")
+    use_hydragen: bool = flag(
+        False,
+        group=_HYDRAGEN,
+        later=_SHARED_PREFIXES,
+        help="Compute attention over a shared prefix once for all sequences that share it.",
+    )
+    hydragen_min_group_size: int = flag(
+        32,
+        group=_HYDRAGEN,
+        minimum=2,
+        later=_SHARED_PREFIXES,
+        help="Sequences that must share a prefix.",
+    )
+    hydragen_min_prefix_len: int = flag(
+        256,
+        group=_HYDRAGEN,
+        minimum=1,
+        later=_SHARED_PREFIXES,
+        help="Tokens that a shared prefix must have.",
+    )
 
-    greedy_prefill: bool = flag(True, group=_SCHEDULING, later=_FILL, help="Fill every step with as much of the waiting prompts as fits.")
-    prefill_round_up_multiple: int = flag(16, group=_SCHEDULING, minimum=1, later=_FILL, help="Without greedy_prefill: round the prompt tokens of a step up to this.")
-    enable_precise_onboard: bool = flag(True, group=_SCHEDULING, later=_FORECAST, help="Try to admit more sequences by an exact forecast where a rough one refuses.")
-    precise_onboard_batch_size: int = flag(128, group=_SCHEDULING, minimum=1, later=_FORECAST, help="The largest group tried at once.")
-    track_early_stopping: bool = flag(True, group=_SCHEDULING, later=_FORECAST, help="Learn from finished sequences how early others will end.")
-    early_stopping_buffer_size: int = flag(2048, group=_SCHEDULING, minimum=1, later=_FORECAST, help="Finished sequences that are remembered.")
-    early_stopping_num_prediction_buckets: int = flag(1024, group=_SCHEDULING, minimum=1, later=_FORECAST, help="Resolution of the learned table.")
-    early_stopping_initial_wait: int = flag(16, group=_SCHEDULING, minimum=0, later=_FORECAST, help="Sequences that must finish before predictions count.")
-    early_stopping_init_mean: float | None = flag(None, group=_SCHEDULING, minimum=0, later=_FORECAST, help="Expected length before that, as a fraction of max_tokens.", adapts="1.0")
-    early_stopping_init_std: float | None = flag(None, group=_SCHEDULING, minimum=0, later=_FORECAST, help="Its standard deviation.", adapts="0.0")
-    use_spec_allocation: bool = flag(True, group=_SCHEDULING, later=_FORECAST, help="Admit sequences by predicted rather than by largest possible lengths.")
-    spec_allocation_std_buffer_scale: float = flag(0.25, group=_SCHEDULING, minimum=0, later=_FORECAST, help="Safety margin of a predicted length, in standard deviations.")
-    spec_allocation_target_kv_cache_utilization: float = flag(1.0, group=_SCHEDULING, minimum=0, later=_FORECAST, help="Share of the KV cache that predictions may fill; more than 1 overcommits.")
+    greedy_prefill: bool = flag(
+        True,
+        group=_SCHEDULING,
+        later=_FILL,
+        help="Fill every step with as much of the waiting prompts as fits.",
+    )
+    prefill_round_up_multiple: int = flag(
+        16,
+        group=_SCHEDULING,
+        minimum=1,
+        later=_FILL,
+        help="Without greedy_prefill: round the prompt tokens of a step up to this.",
+    )
+    enable_precise_onboard: bool = flag(
+        True,
+        group=_SCHEDULING,
+        later=_FORECAST,
+        help="Try to admit more sequences by an exact forecast where a rough one refuses.",
+    )
+    precise_onboard_batch_size: int = flag(
+        128, group=_SCHEDULING, minimum=1, later=_FORECAST, help="The largest group tried at once."
+    )
+    track_early_stopping: bool = flag(
+        True,
+        group=_SCHEDULING,
+        later=_FORECAST,
+        help="Learn from finished sequences how early others will end.",
+    )
+    early_stopping_buffer_size: int = flag(
+        2048,
+        group=_SCHEDULING,
+        minimum=1,
+        later=_FORECAST,
+        help="Finished sequences that are remembered.",
+    )
+    early_stopping_num_prediction_buckets: int = flag(
+        1024, group=_SCHEDULING, minimum=1, later=_FORECAST, help="Resolution of the learned table."
+    )
+    early_stopping_initial_wait: int = flag(
+        16,
+        group=_SCHEDULING,
+        minimum=0,
+        later=_FORECAST,
+        help="Sequences that must finish before predictions count.",
+    )
+    early_stopping_init_mean: float | None = flag(
+        None,
+        group=_SCHEDULING,
+        minimum=0,
+        later=_FORECAST,
+        help="Expected length before that, as a fraction of max_tokens.",
+        adapts="1.0",
+    )
+    early_stopping_init_std: float | None = flag(
+        None,
+        group=_SCHEDULING,
+        minimum=0,
+        later=_FORECAST,
+        help="Its standard deviation.",
+        adapts="0.0",
+    )
+    use_spec_allocation: bool = flag(
+        True,
+        group=_SCHEDULING,
+        later=_FORECAST,
+        help="Admit sequences by predicted rather than by largest possible lengths.",
+    )
+    spec_allocation_std_buffer_scale: float = flag(
+        0.25,
+        group=_SCHEDULING,
+        minimum=0,
+        later=_FORECAST,
+        help="Safety margin of a predicted length, in standard deviations.",
+    )
+    spec_allocation_target_kv_cache_utilization: float = flag(
+        1.0,
+        group=_SCHEDULING,
+        minimum=0,
+        later=_FORECAST,
+        help="Share of the KV cache that predictions may fill; more than 1 overcommits.",
+    )
 
-    stats_report_seconds: float = flag(5.0, group=_STATISTICS, minimum=0, later="the statistics line", help="Period of the line of statistics in the log.")
-    statsd_server_url: str | None = flag(None, group=_STATISTICS, aliases=("statsd_addr",), later=_STATSD, help="Where to send statsd gauges.", adapts="nowhere")
-    wandb_enabled: bool = flag(False, group=_STATISTICS, later=_WANDB, help="Send statistics to Weights & Biases.")
+    stats_report_seconds: float = flag(
+        5.0,
+        group=_STATISTICS,
+        minimum=0,
+        later="the statistics line",
+        help="Period of the line of statistics in the log.",
+    )
+    statsd_server_url: str | None = flag(
+        None,
+        group=_STATISTICS,
+        aliases=("statsd_addr",),
+        later=_STATSD,
+        help="Where to send statsd gauges.",
+        adapts="nowhere",
+    )
+    wandb_enabled: bool = flag(
+        False, group=_STATISTICS, later=_WANDB, help="Send statistics to Weights & Biases."
+    )
     wandb_entity: str = flag("hazy-research", group=_STATISTICS, later=_WANDB, help="Its entity.")
     wandb_project: str = flag("tokasaurus", group=_STATISTICS, later=_WANDB, help="Its project.")
-    wandb_run_name: str | None = flag(None, group=_STATISTICS, later=_WANDB, help="Its run.", adapts="a generated name")
+    wandb_run_name: str | None = flag(
+        None, group=_STATISTICS, later=_WANDB, help="Its run.", adapts="a generated name"
+    )
 
-    cartridge_dir: str = flag("./cartridges", group=_CARTRIDGES, later="serving cartridges", help="Where cartridges are stored.")
-    max_completion_tokens: int | None = flag(None, group=_CARTRIDGES, minimum=1, later="a server-wide default for max_completion_tokens", help="Length of a chat completion whose request names none.", adapts="what fits")
-    # fmt: on
+    cartridge_dir: str = flag(
+        "./cartridges",
+        group=_CARTRIDGES,
+        later="serving cartridges",
+        help="Where cartridges are stored.",
+    )
+    max_completion_tokens: int | None = flag(
+        None,
+        group=_CARTRIDGES,
+        minimum=1,
+        later="a server-wide default for max_completion_tokens",
+        help="Length of a chat completion whose request names none.",
+        adapts="what fits",
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -178,7 +475,9 @@ ENGINE = Schema(
             int, 5, "stop strings are searched for in the whole text, however long they are"
         ),
         "enable_chosen_logprobs": Retired(
-            bool, True, "logprobs of the chosen tokens are computed whenever a request asks for them"
+            bool,
+            True,
+            "logprobs of the chosen tokens are computed whenever a request asks for them",
         ),
     },
     foreign=OTHER_ENGINES,

@@ -7,7 +7,6 @@ flag, and nothing of tokens, files or processes.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -76,6 +75,15 @@ class Flag:
     @property
     def inner_form(self) -> Any:
         return split_optional(self.form)[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.notes.aliases)
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether its value is a dataclass with flags of its own."""
+        return dataclasses.is_dataclass(self.inner_form)
 
     @property
     def required(self) -> bool:
@@ -164,9 +172,17 @@ class Schema(Generic[C]):
         return find_flag(self.target, key, tuple(self.retired), self.foreign)
 
 
-@functools.cache
+_FLAGS: dict[type[Any], Mapping[str, Flag]] = {}  # type hints are slow to evaluate
+
+
 def flags_of(target: type[Any]) -> Mapping[str, Flag]:
     """The flags of a dataclass by name, in order."""
+    if target not in _FLAGS:
+        _FLAGS[target] = _read_flags(target)
+    return _FLAGS[target]
+
+
+def _read_flags(target: type[Any]) -> Mapping[str, Flag]:
     forms = typing.get_type_hints(target)
     flags = {}
     for item in dataclasses.fields(target):
@@ -178,14 +194,6 @@ def flags_of(target: type[Any]) -> Mapping[str, Flag]:
     return flags
 
 
-@functools.cache
-def _names(target: type[Any]) -> Mapping[str, str]:
-    names = {name: name for name in flags_of(target)}
-    for item in flags_of(target).values():
-        names.update(dict.fromkeys(item.notes.aliases, item.name))
-    return names
-
-
 def find_flag(
     target: type[Any],
     key: str,
@@ -193,11 +201,11 @@ def find_flag(
     foreign: Mapping[str, Foreign] | None = None,
 ) -> Flag:
     """The flag of a dataclass that goes by this name; see :meth:`Schema.find`."""
-    names = _names(target)
-    name = names.get(key.replace("-", "_"))
-    if name is None:
-        raise UnknownFlag(explain_unknown(key, (*names, *more_names), foreign or {}))
-    return flags_of(target)[name]
+    flags = {name: item for item in flags_of(target).values() for name in item.names}
+    found = flags.get(key.replace("-", "_"))
+    if found is None:
+        raise UnknownFlag(explain_unknown(key, (*flags, *more_names), foreign or {}))
+    return found
 
 
 def check_fields(instance: Any) -> None:
@@ -208,7 +216,7 @@ def check_fields(instance: Any) -> None:
     """
     problems = []
     for item in flags_of(type(instance)).values():
-        if dataclasses.is_dataclass(item.inner_form):
+        if item.is_nested:
             continue  # has checked itself
         value = getattr(instance, item.name)
         try:

@@ -63,7 +63,9 @@ OTHER_ENGINES: Mapping[str, Foreign] = {
     "context_length": Foreign("max_num_tokens_per_request", _TOGETHER),
     "ctx_size": Foreign("max_num_tokens_per_request", _TOGETHER),
     "cuda_graph_max_bs": Foreign("cudagraph_max_size", "sequences in a captured batch"),
-    "cuda_graph_sizes": Foreign("cudagraph_max_size", "the largest; cudagraph_step is the distance"),
+    "cuda_graph_sizes": Foreign(
+        "cudagraph_max_size", "the largest; cudagraph_step is the distance"
+    ),
     "data_parallel_size": Foreign("dp_size"),
     "disable_cuda_graph": Foreign("use_cudagraphs", _OPPOSITE),
     "disable_log_requests": Foreign("uvicorn_log_level", "warning hides the line of each request"),
@@ -89,7 +91,9 @@ OTHER_ENGINES: Mapping[str, Foreign] = {
     "max_num_batched_tokens": Foreign("max_tokens_per_forward", _STEP),
     "max_num_seqs": Foreign("max_seqs_per_forward", _RUNNING),
     "max_prefill_tokens": Foreign("max_tokens_per_forward", _STEP),
-    "max_running_requests": Foreign("max_seqs_per_forward", "sequences: a request with n=8 is eight"),
+    "max_running_requests": Foreign(
+        "max_seqs_per_forward", "sequences: a request with n=8 is eight"
+    ),
     "max_seq_len": Foreign("max_num_tokens_per_request", _TOGETHER),
     "max_seq_len_to_capture": Foreign("cudagraph_max_kv_indices_per_seq", "pages, not tokens"),
     "max_total_tokens": Foreign("kv_cache_num_tokens", "tokens in the KV cache, as there"),
@@ -105,7 +109,9 @@ OTHER_ENGINES: Mapping[str, Foreign] = {
     "random_seed": Foreign(None, _PER_REQUEST),
     "revision": Foreign(None, "download the revision you want and give its directory as model"),
     "seed": Foreign(None, _PER_REQUEST),
-    "swap_space": Foreign(None, "the KV cache is never swapped out; preempted sequences are recomputed"),
+    "swap_space": Foreign(
+        None, "the KV cache is never swapped out; preempted sequences are recomputed"
+    ),
     "tensor_parallel_size": Foreign("tp_size"),
     "threads": Foreign("cpu_threads"),
     "tokenizer_path": Foreign("tokenizer", _LOCAL),

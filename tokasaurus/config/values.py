@@ -2,7 +2,7 @@
 
 Owns the literals of the command line and the conversions between types. Knows no flags: a *form* is
 the annotation of a dataclass field, one of ``str``, ``int``, ``float``, ``bool``, ``tuple[str, ...]``,
-``dict[str, Any]`` and ``Any``, each possibly ``| None``.
+``Mapping[str, Any]`` and ``Any``, each possibly ``| None``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from tokasaurus.config.expressions import ExpressionError, evaluate
 
-__all__ = ["BadValue", "convert", "describe", "read_text", "split_optional"]
+__all__ = ["BadValue", "convert", "describe", "is_mapping", "read_text", "split_optional"]
 
 _TRUE = frozenset({"t", "true", "yes", "on", "1"})
 _FALSE = frozenset({"f", "false", "no", "off", "0"})
@@ -45,6 +45,11 @@ def describe(form: Any) -> str:
     inner, optional = split_optional(form)
     name = _KINDS[_kind(inner)][0]
     return f"{name} or None" if optional else name
+
+
+def is_mapping(form: Any) -> bool:
+    """Whether a value of the form has keys, which can be set one by one."""
+    return _kind(split_optional(form)[0]) is Mapping
 
 
 def _kind(inner: Any) -> Any:
@@ -147,7 +152,7 @@ def _literal(text: str) -> Any:
             value = ast.literal_eval(text)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             return None
-    allowed = str | int | float | list | tuple | dict
+    allowed = (str, int, float, list, tuple, dict)
     return value if isinstance(value, allowed) else None
 
 
@@ -211,8 +216,10 @@ def _to_dict(value: Any) -> Any:
 def _describe_value(value: Any) -> str:
     if value is None or isinstance(value, bool | int | float):
         return repr(value)
-    kinds = {str: "text", list: "a list", tuple: "a tuple", dict: "a mapping"}
-    return kinds.get(type(value), type(value).__name__)
+    if isinstance(value, str):
+        return "text"
+    kind = type(value).__name__
+    return {"list": "a list", "tuple": "a tuple", "dict": "a mapping"}.get(kind, kind)
 
 
 _KINDS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
@@ -221,6 +228,6 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
     float: ("a number", _to_float),
     str: ("text", _to_str),
     tuple: ("a list of texts", _to_texts),
-    dict: ("a mapping", _to_dict),
+    Mapping: ("a mapping", _to_dict),
     Any: ("anything", lambda value: value),
 }

@@ -1,0 +1,157 @@
+"""The reference of flags as data, and as the Markdown of ``docs/configuration.md``:
+
+python -m tokasaurus.config.reference > docs/configuration.md
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from tokasaurus.config.engine import ENGINE
+from tokasaurus.config.schema import Flag, Schema
+from tokasaurus.config.values import describe
+
+__all__ = ["Row", "Section", "markdown", "sections"]
+
+_LATER = "Not available yet"
+_RETIRED = "Accepted, without effect"
+
+_INTRODUCTION = """\
+# Configuration
+
+<!-- Written by `python -m tokasaurus.config.reference`; a test compares the two. -->
+
+An engine is configured by `key=value` arguments of `toka`, by the same keys in a YAML file, or by
+keyword arguments in Python. `toka --help` prints what stands here, `toka ... --show` the result.
+
+```bash
+toka model=meta-llama/Llama-3.2-1B-Instruct port=8080 kv_cache_num_tokens='(128 * 1024)'
+```
+
+## How values are written
+
+| written | meaning |
+|---|---|
+| `key=value` | split at the first `=`, so `key=a=b` is the text `a=b`; `--key=value` and `--key value` are the same |
+| `--key` | sets a true-or-false flag |
+| `a.b=value` | a nested key, such as `rope_scaling.factor=2.0` |
+| `T`, `F` | true and false, also `true`/`false`, `yes`/`no`, `on`/`off`, `1`/`0`, in any case |
+| `None` | the flag's own default, where the table says what it adapts to |
+| `1024`, `1e6`, `2.5` | numbers; a whole number may be written with an exponent |
+| `'(128 * 1024)'` | arithmetic: `+ - * / // % **`, parentheses, `min`, `max`, `int`, `round`; never names or code |
+| `a,b` or `['a', 'b']` | a list |
+| `{...}` | a mapping, as a Python literal or as JSON |
+| anything else | text; quotes inside the value (`"'(text)'"`) keep it from being read as something else |
+| `--list key a b list--` | a list |
+| `--in a b=1 c=2 in--` | the keys `a.b` and `a.c` |
+| `config=file.yaml` | the keys of a file, at this place in the order |
+| `.uvsh` | `uvicorn_log_level=warning` |
+| `.dmanager`, `.dmodel` | `local_proc_name=manager` or `model`: that process runs in the foreground |
+| `.par(dp=2, pp=2, tp=1)` | `dp_size`, `pp_size` and `tp_size` |
+| `--show` | print the configuration as YAML, which `config=` reads back, and exit |
+
+Arguments count from left to right, and later ones win. The environment variable `OVERRIDES` holds
+more arguments, written as in a shell, which count as if they stood at the end. Everything that is
+wrong is reported at once, with the nearest flag for a name that does not exist.
+
+In Python, `EngineConfig.from_flags(model=..., page_size=32)` and `LLM(model, page_size=32)` take the
+same keys with Python values.
+
+## Limits adapt
+
+A limit that is not set adapts to those that are, to the model and to the memory:
+`max_tokens_per_forward=128` alone also lowers `max_seqs_per_forward` to 128. Two flags conflict only
+if both are set.
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One flag in words."""
+
+    name: str
+    default: str
+    meaning: str
+    form: str
+    aliases: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Section:
+    """Flags under one heading."""
+
+    title: str
+    rows: tuple[Row, ...]
+
+
+def sections(schema: Schema[Any]) -> list[Section]:
+    """Every flag of a schema: by group, then those of features still to come, then retired ones."""
+    groups: dict[str, list[Row]] = {}
+    later = []
+    for flag in schema:
+        if flag.notes.later is None:
+            groups.setdefault(flag.notes.group or "Flags", []).append(_row(flag))
+        else:
+            later.append(_row(flag))
+    if schema.reads_files:
+        meaning = "A YAML file with the same keys, read at this place in the order."
+        groups.setdefault("Configuration file", []).append(Row("config", "FILE", meaning, "text"))
+    retired = [
+        Row(
+            name, str(flag.default), f"{flag.reason[0].upper()}{flag.reason[1:]}.", _kind(flag.form)
+        )
+        for name, flag in schema.retired.items()
+    ]
+    all_groups = {**groups, _LATER: later, _RETIRED: retired}
+    return [Section(title, tuple(rows)) for title, rows in all_groups.items() if rows]
+
+
+def _row(flag: Flag) -> Row:
+    notes = flag.notes
+    if flag.required:
+        default = "REQUIRED"
+    elif isinstance(flag.default, tuple):
+        default = ",".join(flag.default)
+    else:
+        default = str(flag.default)
+    adapts = f" None: {notes.adapts}." if notes.adapts else ""
+    return Row(
+        flag.name, default, f"{notes.help}{adapts}", _kind(flag.form), notes.aliases, notes.choices
+    )
+
+
+def _kind(form: Any) -> str:
+    return describe(form).removesuffix(" or None")
+
+
+def markdown(schema: Schema[Any] = ENGINE) -> str:
+    """The whole page."""
+    parts = [_INTRODUCTION]
+    for section in sections(schema):
+        parts.append(f"## {section.title}\n")
+        if section.title == _LATER:
+            parts.append(
+                "These names are settled and their features are not here yet: a value other than the "
+                "default is refused.\n"
+            )
+        if section.title == _RETIRED:
+            parts.append(
+                "These are accepted with a warning, since nothing is left for them to do.\n"
+            )
+        lines = ["| flag | value | default | meaning |", "|---|---|---|---|"]
+        lines += [_markdown_row(row) for row in section.rows]
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def _markdown_row(row: Row) -> str:
+    names = ", ".join(f"`{name}`" for name in (row.name, *row.aliases))
+    value = ", ".join(f"`{choice}`" for choice in row.choices) or row.form
+    return f"| {names} | {value} | `{row.default}` | {row.meaning} |"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown())

@@ -1,0 +1,264 @@
+"""From the choices of a user to the slice of each room: every default that adapts, every conflict.
+
+One pure function. Knows what it is told of the model and the machine, and asks neither.
+
+A limit that the user left alone (None) adapts to the others, to the model and to the memory. So two
+flags conflict only where both were set, or where one was set and the model or the machine is too small.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+
+from tokasaurus.config.engine import EngineConfig
+from tokasaurus.config.slices import (
+    EngineSlices,
+    ManagerConfig,
+    ModelFacts,
+    ServerConfig,
+    WorkerConfig,
+)
+from tokasaurus.errors import ConfigError
+from tokasaurus.protocol.messages import LogprobsMode
+
+__all__ = ["BUNDLED_MODEL_NAME", "resolve"]
+
+BUNDLED_MODEL_NAME = "tokasaurus-demo"
+
+DEFAULT_KV_TOKENS = 131072
+DEFAULT_PAGE_SIZE = 16
+DEFAULT_MAX_SEQS = 1024
+DEFAULT_MAX_TOKENS = 8192
+STOP_LAG = 16  # tokens
+
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_LOGPROBS_MODES = {
+    "temperature": LogprobsMode.TEMPERATURE,
+    "raw": LogprobsMode.RAW,
+    "processed": LogprobsMode.PROCESSED,
+}
+
+
+def resolve(
+    config: EngineConfig,
+    facts: ModelFacts,
+    *,
+    cuda_available: bool,
+    memory_bytes: int | None,
+) -> EngineSlices:
+    """Decides everything that the user did not, for this model on this machine.
+
+    Args:
+        config: the user's choices; ``tokenizer``, where set, is what the server room can load.
+        facts: of the model that ``config.model`` names.
+        cuda_available: whether the machine has a CUDA device that works.
+        memory_bytes: main memory that is free; None if that is unknown. Only a model on cpu uses it.
+
+    Raises:
+        ConfigError: one line for every conflict, naming the flags and the remedy.
+    """
+    problems: list[str] = []
+    device = _device(config, cuda_available, problems)
+    dtype = _dtype(config, device)
+    token_bytes = facts.kv_elements_per_token * _DTYPE_BYTES[dtype]
+    room = None if memory_bytes is None or device != "cpu" else memory_bytes // token_bytes
+    limits = _limits(config, _max_positions(config, facts), room, problems)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return EngineSlices(
+        server=_server(config, facts, limits),
+        manager=_manager(config, limits),
+        worker=_worker(config, facts, limits, device, dtype),
+        log_level=config.log_level,
+        log_procs=None if config.log_procs is None else tuple(map(_role, config.log_procs)),
+        local_proc_name=_role(config.local_proc_name),
+    )
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """Sizes that fit one another."""
+
+    page_size: int
+    num_pages: int
+    max_request_tokens: int
+    max_seqs: int
+    max_tokens: int
+
+
+def _device(config: EngineConfig, cuda_available: bool, problems: list[str]) -> str:
+    if config.device == "auto":
+        return "cuda" if cuda_available else "cpu"
+    if config.device == "cuda" and not cuda_available:
+        problems.append(
+            "device=cuda: PyTorch finds no CUDA device here; leave device out, or set cpu"
+        )
+    return config.device
+
+
+def _dtype(config: EngineConfig, device: str) -> str:
+    if config.dtype != "auto":
+        return config.dtype
+    return "bfloat16" if device == "cuda" else "float32"
+
+
+def _max_positions(config: EngineConfig, facts: ModelFacts) -> int:
+    """The longest text the model can see; a rope_scaling with a factor stretches it."""
+    scaling = config.rope_scaling or {}
+    factor = scaling.get("factor")
+    original = scaling.get("original_max_position_embeddings", facts.max_position_embeddings)
+    if not isinstance(factor, int | float) or not isinstance(original, int):
+        return facts.max_position_embeddings
+    return max(facts.max_position_embeddings, int(factor * original))
+
+
+def _limits(
+    config: EngineConfig, max_positions: int, room: int | None, problems: list[str]
+) -> _Limits:
+    """Sizes of the KV cache and of a step. ``room`` is how many tokens the memory could hold."""
+    page_size = _page_size(config, problems)
+    kv_tokens = _kv_tokens(config, page_size, room, problems)
+    max_seqs, max_tokens = _step_size(config, problems)
+    asked = config.max_num_tokens_per_request
+    if asked is not None and asked > max_positions:
+        problems.append(
+            f"max_num_tokens_per_request={asked}: the model has {max_positions} positions; "
+            "lower it, or stretch the model with rope_scaling"
+        )
+    return _Limits(
+        page_size=page_size,
+        num_pages=kv_tokens // page_size,
+        max_request_tokens=asked or min(max_positions, kv_tokens),
+        max_seqs=max_seqs,
+        max_tokens=max_tokens,
+    )
+
+
+def _page_size(config: EngineConfig, problems: list[str]) -> int:
+    kv_tokens, page_size = config.kv_cache_num_tokens, config.page_size
+    if page_size is None:
+        return math.gcd(DEFAULT_PAGE_SIZE, kv_tokens or DEFAULT_PAGE_SIZE)
+    if kv_tokens is not None and kv_tokens % page_size:
+        below = kv_tokens // page_size * page_size
+        nearby = f"{below} or {below + page_size}" if below else f"{page_size}"
+        problems.append(
+            f"kv_cache_num_tokens={kv_tokens} is no multiple of page_size={page_size}; "
+            f"set kv_cache_num_tokens={nearby}, or leave page_size out"
+        )
+    return page_size
+
+
+def _kv_tokens(config: EngineConfig, page_size: int, room: int | None, problems: list[str]) -> int:
+    """Tokens in the KV cache, a multiple of the page size unless that is a problem already."""
+    tokens, asked = config.kv_cache_num_tokens, config.max_num_tokens_per_request or 0
+    if tokens is None:
+        tokens = DEFAULT_KV_TOKENS if room is None else min(DEFAULT_KV_TOKENS, room // 2)
+        needed = -(-max(asked, 1) // page_size)  # pages
+        tokens = max(tokens // page_size, needed) * page_size
+        if room is not None and tokens > room:
+            flag = f"max_num_tokens_per_request={asked}" if asked else f"page_size={page_size}"
+            problems.append(
+                f"{flag} needs a KV cache of {tokens} tokens, and the free memory holds {room}; "
+                "lower it, or free memory"
+            )
+        return tokens
+    if asked > tokens:
+        problems.append(
+            f"max_num_tokens_per_request={asked} does not fit into kv_cache_num_tokens={tokens}; "
+            "raise the second, or leave the first out"
+        )
+    if room is not None and tokens > room:
+        problems.append(
+            f"kv_cache_num_tokens={tokens}: the free memory holds {room} tokens; "
+            "lower it, or leave it out to take half of the memory at most"
+        )
+    return tokens
+
+
+def _step_size(config: EngineConfig, problems: list[str]) -> tuple[int, int]:
+    """Sequences that run together, and tokens of a step, at least one for each sequence."""
+    seqs, tokens = config.max_seqs_per_forward, config.max_tokens_per_forward
+    if seqs is not None and tokens is not None and seqs > tokens:
+        problems.append(
+            f"max_seqs_per_forward={seqs} exceeds max_tokens_per_forward={tokens}, and each running "
+            "sequence takes a token of every step; lower the first, or leave one of them out"
+        )
+    if seqs is None:
+        seqs = min(DEFAULT_MAX_SEQS, tokens or DEFAULT_MAX_TOKENS)
+    return seqs, tokens or max(DEFAULT_MAX_TOKENS, seqs)
+
+
+def _server(config: EngineConfig, facts: ModelFacts, limits: _Limits) -> ServerConfig:
+    return ServerConfig(
+        host=config.host,
+        port=config.port,
+        model_name=config.served_model_name or config.model or BUNDLED_MODEL_NAME,
+        model_root=config.model or facts.path,
+        tokenizer_path=config.tokenizer or facts.path,
+        trust_remote_code=config.trust_remote_code,
+        uvicorn_log_level=config.uvicorn_log_level,
+        log_level=config.log_level,
+        shutdown_timeout_s=config.shutdown_timeout_s,
+        vocab_size=facts.vocab_size,
+        eos_token_ids=facts.eos_token_ids,
+        max_request_tokens=limits.max_request_tokens,
+        max_seqs_per_forward=limits.max_seqs,
+        max_topk_logprobs=_max_topk(config, facts),
+        logprobs_mode=_LOGPROBS_MODES[config.logprobs_mode],
+        temperature=facts.temperature,
+        top_p=facts.top_p,
+        top_k=facts.top_k,
+        min_p=facts.min_p,
+    )
+
+
+def _manager(config: EngineConfig, limits: _Limits) -> ManagerConfig:
+    return ManagerConfig(
+        page_size=limits.page_size,
+        num_pages=limits.num_pages,
+        num_slots=_num_slots(limits),
+        max_seqs_per_forward=limits.max_seqs,
+        max_tokens_per_forward=limits.max_tokens,
+        max_request_tokens=limits.max_request_tokens,
+        scheduling_steps_ahead=config.scheduling_steps_ahead,
+        stop_lag=STOP_LAG,
+        check_invariants=config.allocator_sanity_checks,
+        force_preemption=config.bump_city_population_me,
+    )
+
+
+def _worker(
+    config: EngineConfig, facts: ModelFacts, limits: _Limits, device: str, dtype: str
+) -> WorkerConfig:
+    scaling = config.rope_scaling
+    return WorkerConfig(
+        model_path=facts.path,
+        trust_remote_code=config.trust_remote_code,
+        rope_scaling=None if scaling is None else json.dumps(scaling, sort_keys=True),
+        device=device,
+        dtype=dtype,
+        attention=config.attention,
+        page_size=limits.page_size,
+        num_pages=limits.num_pages,
+        num_slots=_num_slots(limits),
+        max_seqs_per_forward=limits.max_seqs,
+        max_tokens_per_forward=limits.max_tokens,
+        max_request_tokens=limits.max_request_tokens,
+        max_topk_logprobs=_max_topk(config, facts),
+        num_threads=config.cpu_threads,
+    )
+
+
+def _num_slots(limits: _Limits) -> int:
+    return 2 * limits.max_seqs  # those of finished sequences rest until their last batch is back
+
+
+def _max_topk(config: EngineConfig, facts: ModelFacts) -> int:
+    return min(config.max_topk_logprobs or 0, facts.vocab_size)
+
+
+def _role(process: str) -> str:
+    """Users may call the worker by the room it works in."""
+    return "worker" if process == "model" else process
