@@ -1,28 +1,36 @@
-"""The text core: requests in flight, from token ids to finished answers. No HTTP, no clock, no thread.
+"""The text core: prompts in flight, from token ids to finished samples. No HTTP, no clock, no thread.
 
 The HTTP server and the embedded engine both stand on it: they submit prompts, feed it what the manager
-says, and read samples. It holds one entry for each request, made by ``submit`` and dropped when the
-last sample's final update has come, so an empty table means that the manager has nothing of ours.
+says, and take outputs::
+
+    generations = Generations(config, tokenizer, send)
+    generation = generations.submit(prompt_ids, params)
+    while not generation.finished:
+        generations.absorb(next_message_of_the_manager())
+    outputs = generation.take_all()
+
+It holds one entry for each request: made by ``start``, dropped when the last sample's final update has
+come, or when nobody wants it any more.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import RequestError, RequestTooLong, TokasaurusError
-from tokasaurus.protocol.arrays import Float32Array, Int32Array
+from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
     FinishReason,
     FromServer,
     GenerateRequest,
+    LogprobsMode,
     PromptLogprobs,
     RequestRejected,
     Sampling,
@@ -31,178 +39,117 @@ from tokasaurus.protocol.messages import (
     ToServer,
 )
 from tokasaurus.server.params import SamplingParams
-from tokasaurus.server.stop_strings import StopStringSearch
-from tokasaurus.server.tokenizer import IncrementalDetokenizer, Tokenizer
+from tokasaurus.server.samples import Sample, SampleOutput, TokenLogprobs
+from tokasaurus.server.stop_strings import StopStrings
+from tokasaurus.server.text import TextStream
+from tokasaurus.server.tokenizer import Tokenizer
 
-__all__ = ["Delta", "Generation", "Generations", "Sample", "TokenLogprobs"]
+__all__ = ["Generation", "Generations", "PreparedRequest"]
 
-_FINISH = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.ABORT: "abort"}
-
-
-@dataclass
-class TokenLogprobs:
-    """Logprobs of consecutive tokens, natural logarithms. k is the number of alternatives asked for."""
-
-    logprobs: Float32Array  # [tokens]
-    top_ids: Int32Array  # [tokens, k], best first
-    top_logprobs: Float32Array  # [tokens, k]
-
-    @classmethod
-    def empty(cls, num_top: int) -> TokenLogprobs:
-        floats = np.zeros((0, num_top), np.float32)
-        return cls(np.zeros(0, np.float32), np.zeros((0, num_top), np.int32), floats)
-
-    def __getitem__(self, tokens: slice) -> TokenLogprobs:
-        return TokenLogprobs(self.logprobs[tokens], self.top_ids[tokens], self.top_logprobs[tokens])
-
-    @classmethod
-    def join(cls, pieces: Sequence[TokenLogprobs]) -> TokenLogprobs:
-        return cls(
-            np.concatenate([piece.logprobs for piece in pieces]),
-            np.concatenate([piece.top_ids for piece in pieces]),
-            np.concatenate([piece.top_logprobs for piece in pieces]),
-        )
+_FINISH_REASONS = {
+    FinishReason.RUNNING: None,
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.ABORT: "abort",
+}
 
 
-@dataclass(frozen=True)
-class Delta:
-    """News of one sample of a stream."""
+@dataclass(frozen=True, eq=False)
+class PreparedRequest:
+    """A prompt that can run, with everything decided that the client left open."""
 
-    sample_index: int
-    text: str
-    token_ids: list[int]
-    logprobs: TokenLogprobs | None
-    finish_reason: str | None
-
-
-class Sample:
-    """One sample: what was generated and, where text is needed on the way, the text so far."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self.token_ids: list[int] = []
-        self.finish_reason: str | None = None  # "stop", "length", "abort"; None while running
-        self.stop_string: str | None = None  # the one that ended it
-        self.num_cached_tokens = 0
-        self._logprobs: list[TokenLogprobs] = []
-        self._pieces: list[str] | None = None
-        self._detokenizer: IncrementalDetokenizer | None = None
-        self._search: StopStringSearch | None = None
-
-    def watch_text(self, detokenizer: IncrementalDetokenizer, stops: Sequence[str]) -> None:
-        self._pieces, self._detokenizer = [], detokenizer
-        self._search = StopStringSearch(stops)
-
-    @property
-    def logprobs(self) -> TokenLogprobs | None:
-        """Logprobs of ``token_ids``; None if none were asked for."""
-        if len(self._logprobs) > 1:
-            self._logprobs = [TokenLogprobs.join(self._logprobs)]
-        return self._logprobs[0] if self._logprobs else None
-
-    def text(self, tokenizer: Tokenizer, stop_token_ids: frozenset[int]) -> str:
-        """The sample's text. Decodes everything if nothing was decoded on the way: may take a while."""
-        if self._pieces is not None:
-            return "".join(self._pieces)
-        return tokenizer.decode(self._visible(self.token_ids, stop_token_ids))
-
-    def _visible(self, ids: list[int], stop_token_ids: frozenset[int]) -> list[int]:
-        ended_by_id = self.finish_reason == "stop" and ids and ids[-1] in stop_token_ids
-        return ids[:-1] if ended_by_id else ids
-
-    def extend(
-        self,
-        ids: list[int],
-        logprobs: TokenLogprobs | None,
-        finish_reason: str | None,
-        stop_token_ids: frozenset[int],
-    ) -> Delta:
-        """Appends tokens, up to a stop string if one completes in them, and ends if told to."""
-        self.finish_reason = finish_reason
-        text = ""
-        if self._detokenizer is not None:
-            num_taken, text = self._decode(ids, stop_token_ids)
-            ids = ids[:num_taken]
-            logprobs = None if logprobs is None else logprobs[:num_taken]
-        self.token_ids.extend(ids)
-        if logprobs is not None:
-            self._logprobs.append(logprobs)
-        return Delta(self.index, text, ids, logprobs, self.finish_reason)
-
-    def _decode(self, ids: list[int], stop_token_ids: frozenset[int]) -> tuple[int, str]:
-        assert self._detokenizer is not None
-        assert self._search is not None
-        assert self._pieces is not None
-        visible = self._visible(ids, stop_token_ids)
-        begin = len(self._pieces)
-        num_taken = len(ids)
-        for position, token_id in enumerate(visible):
-            self._pieces.append(self._search.feed(self._detokenizer.feed(token_id)))
-            if self._search.found is not None:
-                num_taken = position + 1
-                break
-        if self._search.found is None and self.finish_reason is not None:
-            self._pieces.append(self._search.feed(self._detokenizer.finish()))
-        if self._search.found is not None:
-            self.finish_reason, self.stop_string = "stop", self._search.found
-        elif self.finish_reason is not None:
-            self._pieces.append(self._search.finish())
-        return num_taken, "".join(self._pieces[begin:])
-
-
-@dataclass(eq=False)
-class Generation:
-    """One prompt on its way: its samples, and who wants to hear of them."""
-
-    request_id: int
-    prompt_ids: list[int]
+    prompt_ids: Int32Array
     params: SamplingParams
     max_tokens: int
+    sampling: Sampling
     seed: int
-    samples: list[Sample]
-    stop_token_ids: frozenset[int]
-    stream: bool
-    on_change: Callable[[], None]
-    deltas: deque[Delta] = field(default_factory=deque)
-    error: TokasaurusError | None = None
-    num_running: int = 0  # samples without a verdict
-    num_open: int = 0  # samples whose final update has not come
-    _prompt_pieces: dict[int, TokenLogprobs] = field(default_factory=dict)
+    stops: StopStrings | None
+    stop_token_ids: tuple[int, ...]
+
+
+class Generation:
+    """One prompt in flight and its samples.
+
+    Attributes:
+        error: why there will be no more; None while all is well.
+    """
+
+    def __init__(
+        self,
+        request_id: int,
+        request: PreparedRequest,
+        samples: list[Sample],
+        on_change: Callable[[], None],
+    ) -> None:
+        self.request_id = request_id
+        self.request = request
+        self.samples = samples
+        self.error: TokasaurusError | None = None
+        self._on_change = on_change
+        self._num_running = len(samples)  # samples that have not ended, as far as a client can see
+        self._num_open = len(samples)  # samples that the manager has not reported the end of
+        self._changed: dict[int, Sample] = {}
+        self._prompt_logprobs = _PromptLogprobs.for_request(request)
 
     @property
     def finished(self) -> bool:
-        return self.num_running == 0 or self.error is not None
+        """Whether everything is there, or nothing more will come."""
+        return self.error is not None or (self._num_running == 0 and self._has_prompt_logprobs)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_ids)
 
     @property
     def num_cached_tokens(self) -> int:
-        """Tokens of the prompt that were already there, when its first sample started."""
-        return self.samples[0].num_cached_tokens
+        """Prompt tokens that need not be computed, because other prompts had begun with them."""
+        return min(sample.num_cached_tokens for sample in self.samples)
 
     @property
     def num_generated_tokens(self) -> int:
-        return sum(len(sample.token_ids) for sample in self.samples)
+        return sum(sample.num_tokens for sample in self.samples)
 
     @property
     def prompt_logprobs(self) -> TokenLogprobs | None:
-        """Of prompt tokens 1, 2, ...: the first token has none. None if none were asked for."""
-        if self.params.prompt_logprobs is None:
-            return None
-        pieces = [self._prompt_pieces[start] for start in sorted(self._prompt_pieces)]
-        if not pieces:
-            return TokenLogprobs.empty(self.params.prompt_logprobs)
-        return TokenLogprobs.join(pieces)
+        """Of the prompt's tokens from the second on: the first has none. None if not asked for."""
+        return None if self._prompt_logprobs is None else self._prompt_logprobs.values
 
-    def add_prompt_piece(self, message: PromptLogprobs) -> None:
-        piece = TokenLogprobs(message.logprobs, message.top_ids, message.top_logprobs)
-        end = message.first_position + len(piece.logprobs)
-        # After a preemption the prompt is computed again, perhaps in other pieces.
-        for start in [s for s in self._prompt_pieces if message.first_position < s < end]:
-            del self._prompt_pieces[start]
-        self._prompt_pieces[message.first_position] = piece
+    @property
+    def _has_prompt_logprobs(self) -> bool:
+        return self._prompt_logprobs is None or self._prompt_logprobs.complete
+
+    def take_news(self) -> list[SampleOutput]:
+        """For streams: what there is to show since the last call."""
+        if not self._has_prompt_logprobs:
+            return []
+        changed, self._changed = self._changed, {}
+        return [sample.take() for sample in changed.values() if sample.has_news]
+
+    def take_all(self) -> list[SampleOutput]:
+        """The output of every sample, in order. Decodes them, which may take a while."""
+        return [sample.take() for sample in self.samples]
+
+    # --- for Generations only ----------------------------------------------------------------------
+
+    def _extend(
+        self, sample: Sample, token_ids: list[int], logprobs: TokenLogprobs | None, reason: int
+    ) -> None:
+        sample.extend(token_ids, logprobs, _FINISH_REASONS[FinishReason(reason)])
+        self._changed[sample.index] = sample
+        self._num_running -= sample.finish_reason is not None
+
+    def _close_one(self) -> bool:
+        """The manager is done with one more sample; returns whether it is with all of them."""
+        self._num_open -= 1
+        return self._num_open == 0
+
+    def _fail(self, error: TokasaurusError) -> None:
+        self.error = error
+        self._on_change()
 
 
 class Generations:
-    """The table of requests in flight.
+    """The table of prompts in flight.
 
     Args:
         config: the server's slice.
@@ -220,50 +167,55 @@ class Generations:
         self._next_id = 0
 
     def __len__(self) -> int:
+        """How many prompts are in flight."""
         return len(self._table)
 
-    # --- requests ----------------------------------------------------------------------------------
+    # --- towards the manager -----------------------------------------------------------------------
 
-    def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> int:
-        """Whether this prompt can run.
-
-        Returns:
-            How many tokens may be generated.
-
-        Raises:
-            RequestError: names the field.
-        """
-        config = self.config
-        if not prompt_ids:
-            raise RequestError("prompt is empty: it needs at least one token", "prompt")
-        if min(prompt_ids) < 0 or max(prompt_ids) >= config.vocab_size:
-            wrong = next(i for i in prompt_ids if not 0 <= i < config.vocab_size)
-            raise RequestError(
-                f"prompt holds token id {wrong}, outside the vocabulary of {config.vocab_size}",
-                "prompt",
-            )
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(params, name)
-            if value is not None and value > config.max_topk_logprobs:
-                raise RequestError(
-                    f"{name} is {value}, but this engine computes at most "
-                    f"{config.max_topk_logprobs}; start it with a larger max_topk_logprobs",
-                    name,
-                )
-        room = config.max_request_tokens - len(prompt_ids)
-        wanted = 1 if params.max_tokens is None else params.max_tokens
-        if wanted > room:
-            limit = f"the limit of {config.max_request_tokens} tokens for a request"
-            raise RequestTooLong(
-                f"prompt ({len(prompt_ids)} tokens) and max_tokens ({wanted}) exceed {limit}",
-                "prompt" if room < 1 else "max_tokens",
-            )
-        return room if params.max_tokens is None else params.max_tokens
-
-    def submit(
+    def prepare(
         self,
         prompt_ids: Sequence[int],
         params: SamplingParams,
+        *,
+        default_temperature: float = 1.0,
+    ) -> PreparedRequest:
+        """Decides what was left open, and checks that the prompt can run. Sends nothing yet.
+
+        Args:
+            prompt_ids: the prompt.
+            params: how to continue it.
+            default_temperature: where neither the parameters nor the generation config say.
+
+        Raises:
+            RequestError: it cannot run; names the field.
+        """
+        config = self.config
+        prompt = _checked_prompt(prompt_ids, config.vocab_size)
+        for name in ("logprobs", "prompt_logprobs"):
+            number = getattr(params, name)
+            if number is not None and number > config.max_topk_logprobs:
+                raise RequestError(
+                    f"{name} must be at most {config.max_topk_logprobs}, not {number}: the engine was"
+                    f" started with max_topk_logprobs={config.max_topk_logprobs}",
+                    name,
+                )
+        stops = StopStrings.compile(params.stop_strings, self.tokenizer.special_ids)
+        stop_token_ids = set(stops.token_ids if stops else ())
+        if not params.ignore_eos:
+            stop_token_ids.update(config.eos_token_ids)
+        return PreparedRequest(
+            prompt_ids=prompt,
+            params=params,
+            max_tokens=_room(len(prompt), params.max_tokens, config.max_request_tokens),
+            sampling=_sampling(params, config, default_temperature),
+            seed=secrets.randbits(63) if params.seed is None else int(params.seed),
+            stops=stops,
+            stop_token_ids=tuple(sorted(stop_token_ids)),
+        )
+
+    def start(
+        self,
+        request: PreparedRequest,
         *,
         stream: bool = False,
         on_change: Callable[[], None] = lambda: None,
@@ -271,145 +223,145 @@ class Generations:
         """Sends a request to the manager.
 
         Args:
-            prompt_ids: the prompt.
-            params: how to continue it.
-            stream: fill ``deltas`` as tokens come.
-            on_change: called when there are new deltas, and when the generation has finished.
-
-        Raises:
-            RequestError: the request is wrong; nothing was sent.
+            request: as prepared.
+            stream: there will be news before the end.
+            on_change: called when there is news for a stream, and when the generation has finished.
         """
-        max_tokens = self.check(prompt_ids, params)
-        stops = params.stop_strings
-        # A special token never shows in the text, so a stop string that reads like one is its id.
-        special = [self.tokenizer.special_id(stop) for stop in stops]
-        stop_ids = {token_id for token_id in special if token_id is not None}
-        if not params.ignore_eos:
-            stop_ids.update(self.config.eos_token_ids)
-        text_stops = [stop for stop, sid in zip(stops, special, strict=True) if sid is None]
-        seed = secrets.randbits(63) if params.seed is None else params.seed % 2**63
-        generation = Generation(
-            request_id=self._next_id,
-            prompt_ids=list(prompt_ids),
-            params=params,
-            max_tokens=max_tokens,
-            seed=seed,
-            samples=[Sample(index) for index in range(params.n)],
-            stop_token_ids=frozenset(stop_ids),
-            stream=stream,
-            on_change=on_change,
-            num_running=params.n,
-            num_open=params.n,
-        )
-        if stream or text_stops:
-            for sample in generation.samples:
-                sample.watch_text(self.tokenizer.detokenizer(), text_stops)
+        tokenizer, stops, params = self.tokenizer, request.stops, request.params
+        reads = stream or stops is not None  # the text, while it grows
+        samples = [
+            Sample(index, tokenizer, TextStream(tokenizer, stops) if reads else None)
+            for index in range(params.n)
+        ]
+        generation = Generation(self._next_id, request, samples, on_change)
         self._next_id += 1
         self._table[generation.request_id] = generation
-        self._send(self._message(generation, hold_for_acks=bool(text_stops)))
+        self._send(
+            GenerateRequest(
+                request_id=generation.request_id,
+                prompt_ids=request.prompt_ids,
+                n=int(params.n),
+                max_tokens=request.max_tokens,
+                sampling=request.sampling,
+                seed=request.seed,
+                stop_token_ids=request.stop_token_ids,
+                num_logprobs=_number(params.logprobs),
+                num_prompt_logprobs=_number(params.prompt_logprobs),
+                stream=stream,
+                hold_for_acks=stops is not None,
+            )
+        )
         return generation
 
-    def _message(self, generation: Generation, *, hold_for_acks: bool) -> GenerateRequest:
-        params = generation.params
-        mode = params.logprobs_mode
-        return GenerateRequest(
-            request_id=generation.request_id,
-            prompt_ids=np.asarray(generation.prompt_ids, np.int32),
-            n=params.n,
-            max_tokens=generation.max_tokens,
-            sampling=Sampling(
-                temperature=float(params.temperature),
-                top_k=max(params.top_k, 0),
-                top_p=float(params.top_p),
-                min_p=float(params.min_p),
-                logprobs_mode=self.config.logprobs_mode if mode is None else mode,
-            ),
-            seed=generation.seed,
-            stop_token_ids=tuple(sorted(generation.stop_token_ids)),
-            num_logprobs=-1 if params.logprobs is None else params.logprobs,
-            num_prompt_logprobs=-1 if params.prompt_logprobs is None else params.prompt_logprobs,
-            stream=generation.stream,
-            hold_for_acks=hold_for_acks,
-        )
+    def submit(self, prompt_ids: Sequence[int], params: SamplingParams) -> Generation:
+        """``prepare`` and ``start`` for a prompt whose samples are wanted at the end."""
+        return self.start(self.prepare(prompt_ids, params))
 
     def abort(self, generation: Generation) -> None:
-        """The caller lost interest: ends what still runs. Harmless if nothing does."""
-        if generation.request_id in self._table and generation.num_open > 0:
-            generation.on_change = lambda: None
+        """Nobody wants the generation any more. Harmless if it is over."""
+        if self._table.pop(generation.request_id, None) is not None:
             self._send(AbortRequest(generation.request_id))
 
     def fail_all(self, error: TokasaurusError) -> None:
         """The engine is gone: every generation in flight ends with this error."""
-        generations, self._table = list(self._table.values()), {}
-        for generation in generations:
-            generation.error = error
-            generation.on_change()
+        generations, self._table = self._table, {}
+        for generation in generations.values():
+            generation._fail(error)
 
-    # --- answers -----------------------------------------------------------------------------------
+    # --- from the manager --------------------------------------------------------------------------
 
     def absorb(self, message: ToServer) -> None:
-        """Takes one message of the manager; may send acknowledgements and stops."""
+        """Takes one message of the manager; may send some back.
+
+        Whatever concerns a request that is not in the table any more is ignored: it was on its way
+        when the request was aborted.
+        """
         if isinstance(message, SequenceUpdates):
             self._absorb_updates(message)
         elif isinstance(message, PromptLogprobs):
-            if (generation := self._table.get(message.request_id)) is not None:
-                generation.add_prompt_piece(message)
-        elif isinstance(message, RequestRejected) and message.request_id in self._table:
-            generation = self._table.pop(message.request_id)
-            generation.error = RequestError(message.reason, message.field)
-            generation.on_change()
+            generation = self._table.get(message.request_id)
+            if generation is not None and generation._prompt_logprobs is not None:
+                generation._prompt_logprobs.fill(message)
+                generation._on_change()
+        else:
+            self._absorb_rejection(message)
+
+    def _absorb_rejection(self, message: RequestRejected) -> None:
+        generation = self._table.pop(message.request_id, None)
+        if generation is not None:
+            generation._fail(RequestError(message.reason, message.field))
 
     def _absorb_updates(self, message: SequenceUpdates) -> None:
-        acks: list[tuple[int, int, int]] = []
+        acknowledged: list[tuple[int, int, int]] = []
         changed: dict[int, Generation] = {}
-        for request_id, index, ids, logprobs, finish, cached in _rows(message):
+        for request_id, index, token_ids, logprobs, reason, num_cached in _rows(message):
             generation = self._table.get(request_id)
             if generation is None:
                 continue
             sample = generation.samples[index]
-            sample.num_cached_tokens = cached
-            final = finish != FinishReason.RUNNING
             if sample.finish_reason is None:
-                reason = _FINISH[finish] if final else None
-                delta = sample.extend(ids, logprobs, reason, generation.stop_token_ids)
-                if generation.stream and (delta.text or delta.token_ids or delta.finish_reason):
-                    generation.deltas.append(delta)
-                    changed[request_id] = generation
-                if sample.finish_reason is not None:
-                    generation.num_running -= 1
-                    changed[request_id] = generation
-                    if not final:
+                sample.num_cached_tokens = num_cached
+                generation._extend(sample, token_ids, logprobs, reason)
+                changed[request_id] = generation
+                if reason == FinishReason.RUNNING:
+                    if sample.finish_reason is not None:
                         self._send(StopSequence(request_id, index))
-                else:
-                    acks.append((request_id, index, len(sample.token_ids)))
-            if final:
-                self._close(generation)
-        if acks:
-            ids64, indices, counts = zip(*acks, strict=True)
-            self._send(
-                Acknowledge(
-                    np.array(ids64, np.int64),
-                    np.array(indices, np.int32),
-                    np.array(counts, np.int32),
-                )
-            )
+                    elif generation.request.stops is not None:
+                        acknowledged.append((request_id, index, sample.num_tokens))
+            if reason != FinishReason.RUNNING and generation._close_one():
+                del self._table[request_id]
+        if acknowledged:
+            self._acknowledge(acknowledged)
         for generation in changed.values():
-            if generation.stream or generation.finished:
-                generation.on_change()
+            generation._on_change()
 
-    def _close(self, generation: Generation) -> None:
-        generation.num_open -= 1
-        if generation.num_open == 0:
-            del self._table[generation.request_id]
+    def _acknowledge(self, rows: list[tuple[int, int, int]]) -> None:
+        request_ids, sample_indices, num_tokens = zip(*rows, strict=True)
+        self._send(
+            Acknowledge(
+                request_ids=np.array(request_ids, np.int64),
+                sample_indices=np.array(sample_indices, np.int32),
+                num_tokens=np.array(num_tokens, np.int32),
+            )
+        )
+
+
+class _PromptLogprobs:
+    """Logprobs of a prompt's tokens from the second on, put together from pieces that may come twice."""
+
+    def __init__(self, num_tokens: int, num_top: int) -> None:
+        self.values = TokenLogprobs(
+            np.zeros(num_tokens, np.float32),
+            np.zeros((num_tokens, num_top), np.int32),
+            np.zeros((num_tokens, num_top), np.float32),
+        )
+        self._missing = np.ones(num_tokens, np.bool_)
+
+    @staticmethod
+    def for_request(request: PreparedRequest) -> _PromptLogprobs | None:
+        number = request.params.prompt_logprobs
+        return None if number is None else _PromptLogprobs(len(request.prompt_ids) - 1, number)
+
+    @property
+    def complete(self) -> bool:
+        return not self._missing.any()
+
+    def fill(self, message: PromptLogprobs) -> None:
+        start = message.first_position - 1
+        here = slice(start, start + len(message.logprobs))
+        self.values.logprobs[here] = message.logprobs
+        self.values.top_ids[here] = message.top_ids
+        self.values.top_logprobs[here] = message.top_logprobs
+        self._missing[here] = False
 
 
 def _rows(
     message: SequenceUpdates,
-) -> Iterable[tuple[int, int, list[int], TokenLogprobs | None, FinishReason, int]]:
-    """The rows of a columnar update, one by one."""
+) -> Iterator[tuple[int, int, list[int], TokenLogprobs | None, int, int]]:
+    """Each row: request id, sample index, token ids, logprobs, finish reason, cached tokens."""
     token_ids = message.token_ids.tolist()
     token = chosen = top = 0
-    for request_id, index, count, finish, cached, num_top in zip(
+    for request_id, index, count, reason, num_cached, num_top in zip(
         message.request_ids.tolist(),
         message.sample_indices.tolist(),
         message.num_tokens.tolist(),
@@ -420,13 +372,66 @@ def _rows(
     ):
         logprobs = None
         if num_top >= 0:
-            shape, width = (count, num_top), count * num_top
+            top_end = top + count * num_top
             logprobs = TokenLogprobs(
                 message.logprobs[chosen : chosen + count],
-                message.top_ids[top : top + width].reshape(shape),
-                message.top_logprobs[top : top + width].reshape(shape),
+                message.top_ids[top:top_end].reshape(count, num_top),
+                message.top_logprobs[top:top_end].reshape(count, num_top),
             )
-            chosen, top = chosen + count, top + width
-        ids = token_ids[token : token + count]
+            chosen, top = chosen + count, top_end
+        yield request_id, index, token_ids[token : token + count], logprobs, reason, num_cached
         token += count
-        yield request_id, index, ids, logprobs, FinishReason(finish), cached
+
+
+def _checked_prompt(prompt_ids: Sequence[int], vocab_size: int) -> Int32Array:
+    if len(prompt_ids) == 0:
+        raise RequestError("prompt must hold at least one token", "prompt")
+    ids = np.asarray(prompt_ids)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise RequestError("prompt must hold token ids, which are whole numbers", "prompt")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise RequestError(
+            f"prompt must hold token ids from 0 to {vocab_size - 1}, not {low if low < 0 else high}",
+            "prompt",
+        )
+    return ids.astype(np.int32)
+
+
+def _room(num_prompt_tokens: int, max_tokens: int | None, limit: int) -> int:
+    """How many tokens each sample may have."""
+    room = limit - num_prompt_tokens
+    if room < 1:
+        raise RequestTooLong(
+            f"prompt has {num_prompt_tokens} tokens; prompt and completion together may have {limit}",
+            "prompt",
+        )
+    if max_tokens is None:
+        return room
+    if max_tokens > room:
+        raise RequestTooLong(
+            f"max_tokens is {max_tokens}, and the prompt has {num_prompt_tokens} tokens; together they"
+            f" may be {limit}, so max_tokens can be at most {room}",
+            "max_tokens",
+        )
+    return int(max_tokens)
+
+
+def _sampling(params: SamplingParams, config: ServerConfig, default_temperature: float) -> Sampling:
+    top_k = int(_first(params.top_k, config.top_k, 0))
+    mode = params.logprobs_mode
+    return Sampling(
+        temperature=float(_first(params.temperature, config.temperature, default_temperature)),
+        top_k=top_k if 0 < top_k < config.vocab_size else 0,
+        top_p=float(_first(params.top_p, config.top_p, 1.0)),
+        min_p=float(_first(params.min_p, config.min_p, 0.0)),
+        logprobs_mode=mode if isinstance(mode, LogprobsMode) else config.logprobs_mode,
+    )
+
+
+def _first(*choices: float | None) -> float:
+    return next(choice for choice in choices if choice is not None)
+
+
+def _number(num_logprobs: int | None) -> int:
+    return -1 if num_logprobs is None else int(num_logprobs)

@@ -6,7 +6,7 @@ context's length, ``max_topk_logprobs``) is checked where a request is prepared.
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -102,21 +102,21 @@ def renamed(error: RequestError, names: Mapping[str, str]) -> RequestError:
     field = error.field
     if field is None or field not in names:
         return error
-    message = error.message.replace(field, names[field], 1)
+    message = re.sub(rf"\b{field}\b", names[field], error.message)
     return type(error)(message, names[field])
 
 
 def _check_int(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise RequestError(f"{name} must be a whole number, not {value!r}", name)
-    if not low <= value <= high:
+    if not low <= int(value) <= high:
         raise RequestError(f"{name} must be from {low} to {high}, not {value}", name)
 
 
 def _check_number(name: str, value: Any, low: float, high: float, also: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise RequestError(f"{name} must be a number, not {value!r}", name)
-    if not low <= value <= high or math.isnan(value):
+    if not low <= float(value) <= high:
         raise RequestError(f"{name} must be {also}from {low:g} to {high:g}, not {value!r}", name)
 
 

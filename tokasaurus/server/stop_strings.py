@@ -1,69 +1,115 @@
-"""Finds stop strings in text that arrives in pieces, and never lets any part of one out.
+"""Finding stop strings in a text that grows token by token, without ever letting go of a part of one.
 
-::
-
-    text so far   "... the answer is 12\\n\\nQ"          stop string "\\n\\nQuestion"
-                   ───────── released ─────┴─ held ─┘     its prefix "\\n\\nQ" is held back
+All stop strings of a request make one Aho-Corasick automaton, shared by its samples. Its state is the
+longest end of the text that a stop string begins with: exactly what has to be held back. A step costs
+the same for one stop string and for a hundred, however long they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeAlias
 
-__all__ = ["StopStringSearch"]
+__all__ = ["Automaton", "StopStrings"]
+
+Symbol: TypeAlias = str | int
+"""A character, or the id of a special token, which is no character of the text."""
 
 
-class StopStringSearch:
-    """Searches one sample's text.
-
-    Of the stop strings in the text, the one that ends first wins; of those that end together, the
-    longest. The text ends where the winner begins.
+class Automaton:
+    """Searches for several patterns at once.
 
     Args:
-        strings: the stop strings; none empty.
+        patterns: not empty, and none of them empty.
+
+    Attributes:
+        held: for each state, the characters at the text's end that may turn out to begin a pattern.
+        found: for each state, the characters of the longest pattern that ends there; -1 if none does.
     """
 
-    def __init__(self, strings: Sequence[str]) -> None:
-        self._strings = sorted(strings, key=len, reverse=True)
-        self._longest = max((len(string) for string in strings), default=0)
-        self._held = ""
-        self.found: str | None = None
+    def __init__(self, patterns: Iterable[Sequence[Symbol]]) -> None:
+        self._next: list[dict[Symbol, int]] = [{}]
+        self._fallback = [0]
+        self.held = [0]
+        self.found = [-1]
+        for pattern in patterns:
+            self._add(pattern)
+        self._link()
+        self.first_symbols = frozenset(self._next[0])
 
-    def feed(self, piece: str) -> str:
-        """Takes the next piece; returns what may be shown now. Sets ``found`` at a stop string."""
-        if self.found is not None:
-            return ""
-        if not self._strings:
-            return piece
-        text = self._held + piece
-        begin = self._first(text)
-        if begin is not None:
-            self._held = ""
-            return text[:begin]
-        keep = self._partial(text)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+    def _add(self, pattern: Sequence[Symbol]) -> None:
+        state = 0
+        for symbol in pattern:
+            following = self._next[state].get(symbol)
+            if following is None:
+                following = len(self._next)
+                self._next[state][symbol] = following
+                self._next.append({})
+                self._fallback.append(0)
+                self.held.append(self.held[state] + isinstance(symbol, str))
+                self.found.append(-1)
+            state = following
+        self.found[state] = self.held[state]
 
-    def finish(self) -> str:
-        """The sample ended without a stop string: releases what was held back."""
-        held, self._held = self._held, ""
-        return held
+    def _link(self) -> None:
+        """Breadth first: a state falls back to the longest proper end of it that is a state too."""
+        queue = list(self._next[0].values())
+        for state in queue:
+            for symbol, child in self._next[state].items():
+                self._fallback[child] = self.step(self._fallback[state], symbol)
+                if self.found[child] < 0:
+                    self.found[child] = self.found[self._fallback[child]]
+                queue.append(child)
 
-    def _first(self, text: str) -> int | None:
-        best: tuple[int, int] | None = (
-            None  # (end, begin); the held text holds no whole stop string
-        )
-        for string in self._strings:
-            begin = text.find(string)
-            if begin >= 0 and (best is None or (begin + len(string), begin) < best):
-                best = (begin + len(string), begin)
-                self.found = string
-        return None if best is None else best[1]
+    def step(self, state: int, symbol: Symbol) -> int:
+        """The state after one more symbol."""
+        while True:
+            following = self._next[state].get(symbol)
+            if following is not None:
+                return following
+            if state == 0:
+                return 0
+            state = self._fallback[state]
 
-    def _partial(self, text: str) -> int:
-        """Length of the longest end of the text with which some stop string begins."""
-        for length in range(min(self._longest - 1, len(text)), 0, -1):
-            tail = text[len(text) - length :]
-            if any(len(s) > length and s.startswith(tail) for s in self._strings):
-                return length
-        return 0
+
+@dataclass(frozen=True)
+class StopStrings:
+    """The stop strings of a request, ready to be searched for.
+
+    Attributes:
+        in_text: finds stop strings in the text.
+        across_special: finds those that contain a special token's name among other characters, in
+            the text with its special tokens; None if there are none.
+        token_ids: special tokens whose name is a stop string: sampling one ends a sequence.
+    """
+
+    in_text: Automaton
+    across_special: Automaton | None
+    token_ids: tuple[int, ...]
+
+    @staticmethod
+    def compile(stop: tuple[str, ...], special_ids: Mapping[str, int]) -> StopStrings | None:
+        """None if there is nothing to stop at. Equal arguments are compiled once."""
+        return _compile(stop, tuple(special_ids.items())) if stop else None
+
+
+@lru_cache(maxsize=64)
+def _compile(stop: tuple[str, ...], special: tuple[tuple[str, int], ...]) -> StopStrings:
+    special_ids = dict(special)
+    names = "|".join(re.escape(name) for name in sorted(special_ids, key=len, reverse=True))
+    across: list[list[Symbol]] = []
+    for string in stop:
+        pieces = re.split(f"({names})", string) if names else [string]
+        if string not in special_ids and len(pieces) > 1:
+            symbols: list[Symbol] = []
+            for piece in pieces:
+                symbols.extend([special_ids[piece]] if piece in special_ids else piece)
+            across.append(symbols)
+    return StopStrings(
+        in_text=Automaton(stop),
+        across_special=Automaton(across) if across else None,
+        token_ids=tuple(special_ids[string] for string in stop if string in special_ids),
+    )

@@ -2,8 +2,9 @@
 
 Detokenizing is then a look-up, a join and an incremental UTF-8 decoder, and no text is ever decoded
 twice. That holds for every tokenizer whose decoder treats tokens one by one: byte-level BPE, and
-SentencePiece with or without byte fallback. Of any other kind, the table is read off by decoding each
-id behind a fixed first token.
+SentencePiece with or without byte fallback (where bytes are no UTF-8, only their number of replacement
+characters may differ). Of any other kind, the tokenizer reads the table off by decoding each id behind a
+fixed first token.
 """
 
 from __future__ import annotations

@@ -45,6 +45,7 @@ class Tokenizer:
         visible: for each id, what it adds to a text; nothing for special tokens.
         spelled: for each id, what it stands for, special tokens by their names.
         special_ids: the special tokens by their names.
+        special_token_ids: the same, ids only.
     """
 
     def __init__(self, wrapped: Any, vocab_size: int, eos_token_ids: Iterable[int] = ()) -> None:
@@ -64,9 +65,10 @@ class Tokenizer:
         self.special_ids = {
             token: i for i in sorted(hidden) if i < len(tokens) and (token := tokens[i]) is not None
         }
+        self.special_token_ids = frozenset(self.special_ids.values())
         self.spelled = self._spell(tokens, hidden, steps)
         self.visible = [b"" if i in hidden else data for i, data in enumerate(self.spelled)]
-        self._strips_first_space = steps is not None and any(
+        self._strips_first_space = steps is None or any(
             step["type"] in ("Strip", "Metaspace") for step in steps
         )
 
@@ -134,7 +136,9 @@ class Tokenizer:
             arguments = {}
         try:
             text = self._wrapped.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, **(arguments | overrides)
+                [dict(message) for message in messages],
+                tokenize=False,
+                **{**arguments, **overrides},
             )
         except Exception as error:  # a template may raise anything
             raise RequestError(
@@ -175,26 +179,21 @@ class Tokenizer:
     def _spell(
         self, tokens: list[str | None], hidden: set[int], steps: list[dict[str, Any]] | None
     ) -> list[bytes]:
-        if steps is None:
-            after = self._text_after_anchor
-            return [
-                b"" if token is None else token.encode() if i in hidden else after(i)
-                for i, token in enumerate(tokens)
-            ]
-        return [
-            b""
-            if token is None
-            else token.encode()
-            if i in hidden
-            else bytes_from_decoder(steps, token)
-            for i, token in enumerate(tokens)
-        ]
+        anchor = self._encode("a", add_special_tokens=False)[-1:] if steps is None else []
 
-    def _text_after_anchor(self, token_id: int) -> bytes:
-        anchor = self._encode("a", add_special_tokens=False)[-1]
+        def spell(token_id: int, token: str) -> bytes:
+            if token_id in hidden:
+                return token.encode()
+            if steps is not None:
+                return bytes_from_decoder(steps, token)
+            return self._text_after(anchor, token_id)
+
+        return [b"" if token is None else spell(i, token) for i, token in enumerate(tokens)]
+
+    def _text_after(self, anchor: list[int], token_id: int) -> bytes:
         alone, both = (
             self._wrapped.decode(ids, clean_up_tokenization_spaces=False)
-            for ids in ([anchor], [anchor, token_id])
+            for ids in (anchor, [*anchor, token_id])
         )
         return str(both[len(alone) :]).encode()
 
