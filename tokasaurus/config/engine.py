@@ -148,29 +148,33 @@ class EngineConfig:
         group=_LIMITS,
         aliases=("kv_cache_size_num_tokens",),
         minimum=1,
-        help="Tokens that the KV cache holds, per replica.",
-        adapts="131072; on cpu no more than half of the free memory holds",
+        help="Tokens that the KV cache of a replica holds.",
+        usually="131072",
+        adapts="on cpu to half of the free memory, where that holds less; up to max_num_tokens_per_request",
     )
     page_size: int | None = flag(
         None,
         group=_LIMITS,
         minimum=1,
-        help="Tokens in a page of the KV cache, which is a whole number of pages.",
-        adapts="16, or the largest power of two below that fits kv_cache_num_tokens",
+        help="Tokens in a page of the KV cache; kv_cache_num_tokens is a multiple of it.",
+        usually="16",
+        adapts="it does not, but an explicit kv_cache_num_tokens is then rounded up to whole pages",
     )
     max_seqs_per_forward: int | None = flag(
         None,
         group=_LIMITS,
         minimum=1,
         help="Sequences that run at the same time.",
-        adapts="1024, or max_tokens_per_forward if that is less",
+        usually="1024",
+        adapts="down to max_tokens_per_forward",
     )
     max_tokens_per_forward: int | None = flag(
         None,
         group=_LIMITS,
         minimum=1,
         help="Prompt and generated tokens that one step computes, together.",
-        adapts="8192, or max_seqs_per_forward if that is more",
+        usually="8192",
+        adapts="up to max_seqs_per_forward",
     )
     max_num_tokens_per_request: int | None = flag(
         None,
@@ -449,7 +453,23 @@ class EngineConfig:
         return parsed.value
 
 
+def _uvsh() -> Mapping[str, Any]:
+    """uvicorn_log_level=warning"""
+    return {"uvicorn_log_level": "warning"}
+
+
+def _dmanager() -> Mapping[str, Any]:
+    """local_proc_name=manager: debug the manager"""
+    return {"local_proc_name": "manager"}
+
+
+def _dmodel() -> Mapping[str, Any]:
+    """local_proc_name=model: debug the worker"""
+    return {"local_proc_name": "model"}
+
+
 def _par(dp: int = 1, pp: int = 1, tp: int = 1) -> Mapping[str, Any]:
+    """.par(dp=2, pp=2, tp=1) sets dp_size, pp_size and tp_size; 1 where left out"""
     return {"dp_size": dp, "pp_size": pp, "tp_size": tp}
 
 
@@ -464,12 +484,7 @@ ENGINE = Schema(
         "toka model=my_directory kv_cache_num_tokens='(512 * 1024)' .uvsh",
         "toka config=engine.yaml max_seqs_per_forward=256 --show",
     ),
-    shortcuts={
-        "uvsh": lambda: {"uvicorn_log_level": "warning"},
-        "dmanager": lambda: {"local_proc_name": "manager"},
-        "dmodel": lambda: {"local_proc_name": "model"},
-        "par": _par,
-    },
+    shortcuts={"uvsh": _uvsh, "dmanager": _dmanager, "dmodel": _dmodel, "par": _par},
     retired={
         "stop_string_num_token_lookback": Retired(
             int, 5, "stop strings are searched for in the whole text, however long they are"

@@ -116,8 +116,9 @@ def _row(flag: Flag) -> Row:
     elif isinstance(flag.default, tuple):
         default = ",".join(flag.default)
     else:
-        default = str(flag.default)
-    adapts = f" None: {notes.adapts}." if notes.adapts else ""
+        default = notes.usually or str(flag.default)
+    unset = "Adapts" if notes.usually else "None"
+    adapts = f" {unset}: {notes.adapts}." if notes.adapts else ""
     return Row(
         flag.name, default, f"{notes.help}{adapts}", _kind(flag.form), notes.aliases, notes.choices
     )

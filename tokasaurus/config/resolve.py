@@ -9,7 +9,6 @@ flags conflict only where both were set, or where one was set and the model or t
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 
 from tokasaurus.config.engine import EngineConfig
@@ -138,43 +137,46 @@ def _limits(
 
 def _page_size(config: EngineConfig, problems: list[str]) -> int:
     kv_tokens, page_size = config.kv_cache_num_tokens, config.page_size
-    if page_size is None:
-        return math.gcd(DEFAULT_PAGE_SIZE, kv_tokens or DEFAULT_PAGE_SIZE)
-    if kv_tokens is not None and kv_tokens % page_size:
+    if page_size is not None and kv_tokens is not None and kv_tokens % page_size:
         below = kv_tokens // page_size * page_size
         nearby = f"{below} or {below + page_size}" if below else f"{page_size}"
         problems.append(
             f"kv_cache_num_tokens={kv_tokens} is no multiple of page_size={page_size}; "
             f"set kv_cache_num_tokens={nearby}, or leave page_size out"
         )
-    return page_size
+    return page_size or DEFAULT_PAGE_SIZE
 
 
 def _kv_tokens(config: EngineConfig, page_size: int, room: int | None, problems: list[str]) -> int:
-    """Tokens in the KV cache, a multiple of the page size unless that is a problem already."""
-    tokens, asked = config.kv_cache_num_tokens, config.max_num_tokens_per_request or 0
+    """Tokens in the KV cache, a whole number of pages."""
+    tokens, asked = config.kv_cache_num_tokens, config.max_num_tokens_per_request
     if tokens is None:
         tokens = DEFAULT_KV_TOKENS if room is None else min(DEFAULT_KV_TOKENS, room // 2)
-        needed = -(-max(asked, 1) // page_size)  # pages
-        tokens = max(tokens // page_size, needed) * page_size
-        if room is not None and tokens > room:
-            flag = f"max_num_tokens_per_request={asked}" if asked else f"page_size={page_size}"
+        tokens = max(_round_down(tokens, page_size), _round_up(asked or 1, page_size))
+        flag = f"max_num_tokens_per_request={asked}" if asked else f"page_size={page_size}"
+        remedy = "lower it, or free memory"
+    else:
+        if asked is not None and asked > tokens:
             problems.append(
-                f"{flag} needs a KV cache of {tokens} tokens, and the free memory holds {room}; "
-                "lower it, or free memory"
+                f"max_num_tokens_per_request={asked} does not fit into "
+                f"kv_cache_num_tokens={tokens}; raise the second, or leave the first out"
             )
-        return tokens
-    if asked > tokens:
-        problems.append(
-            f"max_num_tokens_per_request={asked} does not fit into kv_cache_num_tokens={tokens}; "
-            "raise the second, or leave the first out"
-        )
+        tokens = _round_up(tokens, page_size)
+        flag = f"kv_cache_num_tokens={config.kv_cache_num_tokens}"
+        remedy = "lower it, or leave it out to take at most half of the memory"
     if room is not None and tokens > room:
         problems.append(
-            f"kv_cache_num_tokens={tokens}: the free memory holds {room} tokens; "
-            "lower it, or leave it out to take half of the memory at most"
+            f"{flag} needs a KV cache of {tokens} tokens, and the free memory holds {room}; {remedy}"
         )
     return tokens
+
+
+def _round_down(tokens: int, page_size: int) -> int:
+    return tokens // page_size * page_size
+
+
+def _round_up(tokens: int, page_size: int) -> int:
+    return -(-tokens // page_size) * page_size
 
 
 def _step_size(config: EngineConfig, problems: list[str]) -> tuple[int, int]:

@@ -38,6 +38,7 @@ class _Notes:
     minimum: float | None = None
     maximum: float | None = None
     adapts: str | None = None
+    usually: str | None = None
     later: str | None = None
     accepts: tuple[object, ...] = ()
     verbatim: bool = False
@@ -55,6 +56,7 @@ def flag(default: Any = REQUIRED, **notes: Any) -> Any:
         choices: the values of a text, in any case; the spelling here is what the field gets.
         minimum, maximum: inclusive bounds of a number.
         adapts: what None becomes, where that depends on other flags or on the model.
+        usually: what None becomes as a rule; documentation shows it as the default.
         later: names the feature that this version lacks: only the default is accepted,
         accepts: and these values.
         verbatim: the text is taken as it is, not read as a literal or an expression.
@@ -144,7 +146,7 @@ class Schema(Generic[C]):
         target: the dataclass; every field was made by :func:`flag`, or holds such a dataclass.
         program: the command's name.
         summary: what the command does, for its help.
-        shortcuts: what ``.name(...)`` sets: functions that return keys and values.
+        shortcuts: what ``.name(...)`` sets: functions that return keys and values, with a docstring.
         retired: flags that are accepted and do nothing.
         foreign: names of other programs' flags, for the errors that meet them.
         reads_files: whether ``config=FILE`` reads the keys of a YAML file.

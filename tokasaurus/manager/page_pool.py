@@ -48,7 +48,7 @@ class PagePool:
         if count > self.num_free:
             raise ProtocolError(f"{count} pages wanted, {self.num_free} free")
         self.num_free -= count
-        pages = self._free[self.num_free : self.num_free + count].copy()
+        pages: Int32Array = self._free[self.num_free : self.num_free + count].copy()
         self.references[pages] = 1
         return pages
 

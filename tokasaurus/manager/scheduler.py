@@ -82,7 +82,7 @@ class Scheduler:
         budget = self._config.max_tokens_per_forward - len(decode_slots)
         chunks = self._plan_chunks(budget)
         budget -= sum(chunk.length for chunk in chunks)
-        admitted = self._admit(budget, now)
+        admitted = self._admit(budget, decoding, now)
         chunks += admitted
         if not len(decode_slots) and not chunks:
             return None
@@ -139,12 +139,12 @@ class Scheduler:
         start = int(self._slots.length[sequence.slot])
         return Chunk(sequence, start, min(budget, len(sequence.prompt_ids) - start))
 
-    def _admit(self, budget: int, now: float) -> list[Chunk]:
+    def _admit(self, budget: int, decoding: BoolArray, now: float) -> list[Chunk]:
         """Lets sequences run while there is room; returns the first chunk of each."""
         chunks: list[Chunk] = []
         if budget <= 0 or not len(self._backlog):
             return chunks
-        headroom = self._headroom(budget)
+        headroom = self._headroom(budget, decoding)
         while (admission := self._plan_admission(headroom)) is not None:
             sequence = self._backlog.pop()
             self._running.enter(admission, now)
@@ -156,10 +156,10 @@ class Scheduler:
             headroom.must_admit = False
         return chunks
 
-    def _headroom(self, budget: int) -> _Headroom:
+    def _headroom(self, budget: int, decoding: BoolArray) -> _Headroom:
         slots = self._slots
-        # A slot whose tokens are all planned enters no further batch: it does not count.
-        num_active = int(np.count_nonzero(slots.length < slots.final_length))
+        # A slot whose tokens are all planned enters no further batch: it does not count after this one.
+        num_active = int(np.count_nonzero(decoding | (slots.length < slots.final_length)))
         to_come = np.clip(slots.final_length - slots.capacity, 0, RESERVE_TOKENS)
         return _Headroom(
             num_sequences=self._max_running - num_active,

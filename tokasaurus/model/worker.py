@@ -65,7 +65,7 @@ class Worker:
             dtype=place.dtype,
             device=place.device,
         )
-        self._backend = make_backend(config.attention, cache, self._device)
+        self._backend = make_backend(config.attention, cache, model_config.num_heads, self._device)
         self._state = self._fresh_state()
         self._next_number = 0
         log.info(

@@ -6,15 +6,40 @@ import logging
 
 import torch
 
-from tokasaurus.model.backend.base import Attention, Backend, SequenceRows
+from tokasaurus.errors import ConfigError
+from tokasaurus.model.backend.base import Backend
+from tokasaurus.model.backend.cpu.build import BuildError
+from tokasaurus.model.backend.cpu.compiled import CompiledBackend
 from tokasaurus.model.backend.cpu.reference import ReferenceBackend
 from tokasaurus.model.kv_cache import KVCache
 
-__all__ = ["Attention", "Backend", "SequenceRows", "make_backend"]
+__all__ = ["make_backend"]
 
 log = logging.getLogger(__name__)
 
 
-def make_backend(attention: str, cache: KVCache, device: torch.device) -> Backend:
-    """Chooses the kernels."""
+def make_backend(attention: str, cache: KVCache, num_heads: int, device: torch.device) -> Backend:
+    """Chooses the kernels.
+
+    Args:
+        attention: "auto", "compiled" or "reference".
+        cache: the pages to attend over.
+        num_heads: query heads.
+        device: where the cache lies.
+
+    Raises:
+        ConfigError: the compiled kernel was asked for and cannot be had.
+    """
+    if attention != "reference":
+        try:
+            if device.type != "cpu":
+                raise BuildError(f"there is none for {device.type}")
+            return CompiledBackend(cache, num_heads)
+        except BuildError as error:
+            if attention == "compiled":
+                raise ConfigError(
+                    f"attention=compiled: no kernel can be built: {error}; "
+                    "install g++ or set attention=auto"
+                ) from error
+            log.warning("attention runs in plain torch, slowly; no kernel can be built: %s", error)
     return ReferenceBackend(cache)

@@ -1,0 +1,269 @@
+"""A worker without a model, and an oracle of what it must generate.
+
+The device keeps what a real one keeps: page tables, lengths, last tokens, sampling parameters, and a KV
+cache. A KV cell is the token it is of, its position, and a digest of all tokens up to it, computed from the
+cell before it *as found through the page table*. Every row checks all cells it attends to. The drawn token
+is a hash of the seed, the sample, the generated position and the digest, so a token lost, repeated or
+reordered, or a page that is stale, changes what comes out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tokasaurus.config.slices import ManagerConfig
+from tokasaurus.protocol.messages import ForwardBatch, ForwardResult, GenerateRequest
+
+VOCAB_SIZE = 61
+
+_MASK = (1 << 64) - 1
+_EMPTY_CONTEXT = 0x0123456789ABCDEF
+
+
+def mix(digest: int, value: int) -> int:
+    """A 64-bit digest that goes on with a value."""
+    mixed = (digest ^ (value * 0x9E3779B97F4A7C15 & _MASK)) * 0xBF58476D1CE4E5B9 & _MASK
+    return mixed ^ (mixed >> 31)
+
+
+def _mix_arrays(digests: np.ndarray, values: np.ndarray) -> np.ndarray:
+    mixed = digests ^ (values.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def draw(digest: int, seed: int, sample_index: int, position: int) -> int:
+    """The token at a generated position."""
+    return mix(mix(mix(digest, seed), sample_index), position) % VOCAB_SIZE
+
+
+def logprob_of(digest: int, token: int) -> float:
+    """The "logprob" of a token after a context, exact in fp32."""
+    return -float(mix(digest, token + 1) % 4096)
+
+
+def top_of(digest: int, count: int) -> list[tuple[int, float]]:
+    """The "best" tokens after a context."""
+    ids = [mix(digest, 1000 + rank) % VOCAB_SIZE for rank in range(count)]
+    return [(token, logprob_of(digest, token)) for token in ids]
+
+
+@dataclass
+class Generated:
+    """What one sequence should bring."""
+
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    tops: list[list[tuple[int, float]]] = field(default_factory=list)
+    by_length: bool = False  # it ends at max_tokens, not with a stop id
+
+
+def oracle(request: GenerateRequest, sample_index: int) -> Generated:
+    """Generates a sequence alone, without pages or batches."""
+    digest = _EMPTY_CONTEXT
+    for token in request.prompt_ids.tolist():
+        digest = mix(digest, token)
+    result = Generated()
+    while True:
+        token = draw(digest, request.seed, sample_index, len(result.ids))
+        result.ids.append(token)
+        result.logprobs.append(logprob_of(digest, token))
+        result.tops.append(top_of(digest, max(0, request.num_logprobs)))
+        if len(result.ids) == request.max_tokens:
+            result.by_length = True
+            return result
+        if token in request.stop_token_ids:
+            return result
+        digest = mix(digest, token)
+
+
+def prompt_logprobs_oracle(request: GenerateRequest) -> list[tuple[float, list[tuple[int, float]]]]:
+    """Logprob and top ones of each prompt token but the first."""
+    digest = _EMPTY_CONTEXT
+    prompt = request.prompt_ids.tolist()
+    rows = []
+    for token, following in zip(prompt, prompt[1:], strict=False):
+        digest = mix(digest, token)
+        rows.append((logprob_of(digest, following), top_of(digest, request.num_prompt_logprobs)))
+    return rows
+
+
+@dataclass
+class Slot:
+    """What the device remembers of a slot."""
+
+    seed: int = -1
+    sample_index: int = -1
+    num_generated: int = 0
+    num_logprobs: int = -1
+    last_token: int = -1
+    length: int = 0
+
+
+class FakeDevice:
+    """Runs batches in order; raises AssertionError at anything a real worker would get wrong by."""
+
+    def __init__(self, config: ManagerConfig) -> None:
+        self.config = config
+        size = config.page_size
+        self.max_pages = -(-config.max_request_tokens // size)
+        self.page_table = np.full((config.num_slots, self.max_pages), -1, np.int64)
+        self.slots: dict[int, Slot] = {}
+        self.cell_tokens = np.full((config.num_pages, size), -1, np.int64)
+        self.cell_positions = np.full((config.num_pages, size), -1, np.int64)
+        self.cell_digests = np.zeros((config.num_pages, size), np.uint64)
+        self.next_number = 0
+        # By (seed, sample index): generated tokens drawn so far. Never drawn twice, none left out.
+        self.num_drawn: dict[tuple[int, int], int] = {}
+        self.num_rows = 0
+        self.num_prompt_tokens = 0
+        self.num_entered = 0
+
+    def run(self, batch: ForwardBatch) -> ForwardResult:
+        assert batch.number == self.next_number, "a batch is missing"
+        self.next_number += 1
+        self._patch(batch)
+        self._check_limits(batch)
+        rows, prompt_rows = [], []
+        written: set[tuple[int, int]] = set()
+        reads: list[tuple[int, int]] = []
+        for slot in batch.decode_slots.tolist():
+            state = self.slots[slot]
+            self._write(slot, state.length, [state.last_token], written)
+            state.length += 1
+            reads.append((slot, state.length))
+            rows.append((slot, state.length - 1))
+        at = 0
+        for index, slot in enumerate(batch.prefill_slots.tolist()):
+            length = int(batch.prefill_lengths[index])
+            start = int(batch.prefill_starts[index])
+            assert length >= 1
+            ids = batch.prefill_ids[at : at + length].tolist()
+            at += length
+            self._write(slot, start, ids, written)
+            state = self.slots[slot]
+            state.length = start + length
+            reads.append((slot, state.length))
+            if batch.prefill_samples[index]:
+                assert batch.prefill_next_ids[index] == -1
+                rows.append((slot, state.length - 1))
+            width = int(batch.prefill_num_logprobs[index])
+            if width >= 0:
+                following = [*ids[1:], int(batch.prefill_next_ids[index])]
+                if batch.prefill_samples[index]:
+                    following.pop()
+                prompt_rows += [
+                    (slot, start + offset, token, width) for offset, token in enumerate(following)
+                ]
+        assert at == len(batch.prefill_ids)
+        for slot, length in reads:  # after all writes, as in a forward pass
+            self._check_context(slot, length)
+        self.num_rows += len(rows)
+        self.num_prompt_tokens += len(batch.prefill_ids)
+        return self._result(batch.number, rows, prompt_rows)
+
+    def _patch(self, batch: ForwardBatch) -> None:
+        parameters = batch.parameters
+        if parameters is not None:
+            for index, slot in enumerate(parameters.slots.tolist()):
+                self.num_entered += 1
+                self.page_table[slot] = -1
+                self.slots[slot] = Slot(
+                    seed=int(parameters.seed[index]),
+                    sample_index=int(parameters.sample_index[index]),
+                    num_generated=int(parameters.num_generated[index]),
+                    num_logprobs=int(parameters.num_logprobs[index]),
+                )
+        self.page_table[batch.table_slots, batch.table_columns] = batch.table_pages
+
+    def _check_limits(self, batch: ForwardBatch) -> None:
+        named = batch.decode_slots.tolist() + batch.prefill_slots.tolist()
+        assert len(set(named)) == len(named), "a slot has two rows"
+        assert 0 < len(named) <= self.config.max_seqs_per_forward
+        num_tokens = len(batch.decode_slots) + int(batch.prefill_lengths.sum())
+        assert num_tokens <= self.config.max_tokens_per_forward
+
+    def _cells(self, slot: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        positions = np.arange(start, end)
+        pages = self.page_table[slot, positions // self.config.page_size]
+        assert (pages >= 0).all(), "a position has no page"
+        return pages, positions % self.config.page_size
+
+    def _write(self, slot: int, start: int, ids: list[int], written: set[tuple[int, int]]) -> None:
+        pages, offsets = self._cells(slot, start, start + len(ids))
+        cells = set(zip(pages.tolist(), offsets.tolist(), strict=True))
+        assert len(cells) == len(ids)
+        assert not cells & written, "two rows write to one cell"
+        written |= cells
+        digest = _EMPTY_CONTEXT
+        if start > 0:
+            page, offset = self._cells(slot, start - 1, start)
+            digest = int(self.cell_digests[page, offset][0])
+        for index, token in enumerate(ids):
+            assert 0 <= token < VOCAB_SIZE
+            digest = mix(digest, token)
+            self.cell_tokens[pages[index], offsets[index]] = token
+            self.cell_positions[pages[index], offsets[index]] = start + index
+            self.cell_digests[pages[index], offsets[index]] = digest
+
+    def _check_context(self, slot: int, length: int) -> None:
+        pages, offsets = self._cells(slot, 0, length)
+        assert np.array_equal(self.cell_positions[pages, offsets], np.arange(length)), (
+            f"slot {slot} attends to cells of other positions"
+        )
+        digests = self.cell_digests[pages, offsets]
+        before = np.concatenate([np.array([_EMPTY_CONTEXT], np.uint64), digests[:-1]])
+        expected = _mix_arrays(before, self.cell_tokens[pages, offsets])
+        assert np.array_equal(expected, digests), f"slot {slot} attends to cells of other contexts"
+
+    def _digest(self, slot: int, position: int) -> int:
+        page, offset = self._cells(slot, position, position + 1)
+        return int(self.cell_digests[page, offset][0])
+
+    def _result(
+        self,
+        number: int,
+        rows: list[tuple[int, int]],
+        prompt_rows: list[tuple[int, int, int, int]],
+    ) -> ForwardResult:
+        width = max([0, *(self.slots[slot].num_logprobs for slot, _ in rows)])
+        asked = any(self.slots[slot].num_logprobs >= 0 for slot, _ in rows)
+        token_ids = np.zeros(len(rows), np.int32)
+        logprobs = np.full(len(rows), np.nan, np.float32)
+        top_ids = np.full((len(rows), width), -1, np.int32)
+        top_logprobs = np.full((len(rows), width), np.nan, np.float32)
+        for index, (slot, position) in enumerate(rows):
+            state = self.slots[slot]
+            digest = self._digest(slot, position)
+            key = (state.seed, state.sample_index)
+            assert self.num_drawn.get(key, 0) == state.num_generated, "a token is drawn twice"
+            token = draw(digest, state.seed, state.sample_index, state.num_generated)
+            state.num_generated += 1
+            self.num_drawn[key] = state.num_generated
+            state.last_token = token_ids[index] = token
+            if state.num_logprobs >= 0:
+                logprobs[index] = logprob_of(digest, token)
+                for rank, (top, value) in enumerate(top_of(digest, state.num_logprobs)):
+                    top_ids[index, rank], top_logprobs[index, rank] = top, value
+        prompt_width = max([0, *(row[3] for row in prompt_rows)])
+        prompt_logprobs = np.zeros(len(prompt_rows), np.float32)
+        prompt_top_ids = np.full((len(prompt_rows), prompt_width), -1, np.int32)
+        prompt_top_logprobs = np.full((len(prompt_rows), prompt_width), np.nan, np.float32)
+        for index, (slot, position, following, count) in enumerate(prompt_rows):
+            digest = self._digest(slot, position)
+            prompt_logprobs[index] = logprob_of(digest, following)
+            for rank, (top, value) in enumerate(top_of(digest, count)):
+                prompt_top_ids[index, rank], prompt_top_logprobs[index, rank] = top, value
+        return ForwardResult(
+            number=number,
+            token_ids=token_ids,
+            logprobs=logprobs if asked else logprobs[:0],
+            top_ids=top_ids,
+            top_logprobs=top_logprobs,
+            prompt_logprobs=prompt_logprobs,
+            prompt_top_ids=prompt_top_ids,
+            prompt_top_logprobs=prompt_top_logprobs,
+            device_s=0.001,
+        )

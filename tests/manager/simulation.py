@@ -1,0 +1,367 @@
+"""A seeded world around a manager: clients that come and go, a server that lags, results that are late.
+
+After every step: the manager's own invariants (``check_invariants``), the device's checks (see
+``fake_device``), and here: each sequence gets exactly the oracle's tokens, in order, and ends once.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+from fake_device import (
+    VOCAB_SIZE,
+    FakeDevice,
+    Generated,
+    oracle,
+    prompt_logprobs_oracle,
+)
+
+from tokasaurus.config.slices import ManagerConfig
+from tokasaurus.manager.manager import Manager
+from tokasaurus.protocol.messages import (
+    AbortRequest,
+    Acknowledge,
+    FinishReason,
+    ForwardBatch,
+    ForwardResult,
+    FromServer,
+    GenerateRequest,
+    PromptLogprobs,
+    RequestRejected,
+    Sampling,
+    SequenceUpdates,
+    StopSequence,
+    ToServer,
+)
+
+
+def make_config(**changes: object) -> ManagerConfig:
+    """A small manager that checks itself."""
+    values: dict[str, object] = {
+        "page_size": 4,
+        "num_pages": 32,
+        "num_slots": 12,
+        "max_seqs_per_forward": 8,
+        "max_tokens_per_forward": 24,
+        "max_request_tokens": 64,
+        "scheduling_steps_ahead": 3,
+        "stop_lag": 4,
+        "check_invariants": True,
+        "force_preemption": False,
+    }
+    return ManagerConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def make_request(request_id: int, prompt: object, max_tokens: int, **changes: object):
+    """A request with defaults; its seed names it on the device."""
+    values: dict[str, object] = {
+        "request_id": request_id,
+        "prompt_ids": np.array(prompt, np.int32),
+        "n": 1,
+        "max_tokens": max_tokens,
+        "sampling": Sampling(),
+        "seed": 10_000 + request_id,
+        "stop_token_ids": (),
+    }
+    return GenerateRequest(**{**values, **changes})  # type: ignore[arg-type]
+
+
+@dataclass
+class Answer:
+    """What the server has of one sequence, and what it does about it."""
+
+    expected: Generated
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    tops: list[list[tuple[int, float]]] = field(default_factory=list)
+    num_rows: int = 0
+    num_cached_tokens: int = 0
+    reason: FinishReason = FinishReason.RUNNING
+    acked: int = 0  # as the manager was told
+    stop_at: int | None = None  # tokens after which the server finds a stop string
+    stop_sent: bool = False
+
+
+class World:
+    """One manager, one device, one server; ``step`` passes on what the caller chooses."""
+
+    def __init__(self, config: ManagerConfig) -> None:
+        self.config = config
+        self.manager = Manager(config)
+        self.device = FakeDevice(config)
+        self.requests: dict[int, GenerateRequest] = {}
+        self.answers: dict[tuple[int, int], Answer] = {}
+        self.aborted: set[int] = set()
+        self.prompt_logprobs: dict[int, dict[int, tuple[float, list[tuple[int, float]]]]] = {}
+        self.rejected: dict[int, RequestRejected] = {}
+        self.results: deque[ForwardResult] = deque()
+        self.batches: list[ForwardBatch] = []
+        self.last_named: dict[int, int] = {}
+        self.num_absorbed = 0
+        self.num_events = 0
+        self.now = 0.0
+
+    def step(self, *events: FromServer, num_results: int = 0) -> None:
+        """One turn of the manager with these events and so many of the results that are ready."""
+        arrived: list[FromServer | ForwardResult] = list(events)
+        for event in events:
+            self._note(event)
+        for _ in range(min(num_results, len(self.results))):
+            arrived.append(self.results.popleft())
+            self.num_absorbed += 1
+        self.num_events += len(arrived)
+        self.now += 0.001
+        actions = self.manager.step(arrived, self.now)
+        for message in actions.messages:
+            self._receive(message)
+        for batch in actions.batches:
+            self._send(batch)
+        assert self.manager.num_in_flight <= self.config.scheduling_steps_ahead
+
+    def drain(self, max_steps: int = 10_000) -> None:
+        """Lets everything that lives come to its end, with a server that acknowledges all it gets."""
+        for _ in range(max_steps):
+            if self.manager.idle:
+                break
+            acks = self.acknowledgements()
+            before = len(self.results)
+            self.step(*acks, num_results=1)
+            assert before or acks or self.results or self.manager.idle, "the manager is stuck"
+        assert self.manager.idle, "the manager does not come to an end"
+        self.check_all_ended()
+        self.check_empty()
+
+    def acknowledgements(self) -> list[FromServer]:
+        """What a server that has caught up would send."""
+        events: list[FromServer] = []
+        columns: list[tuple[int, int, int]] = []
+        for (request_id, sample_index), answer in self.answers.items():
+            if not self.requests[request_id].hold_for_acks or answer.reason:
+                continue
+            if answer.stop_at is not None and len(answer.ids) >= answer.stop_at:
+                if not answer.stop_sent:
+                    answer.stop_sent = True
+                    events.append(StopSequence(request_id, sample_index))
+            elif len(answer.ids) > answer.acked:
+                columns.append((request_id, sample_index, len(answer.ids)))
+        if columns:
+            ids, indices, counts = zip(*columns, strict=True)
+            events.append(
+                Acknowledge(
+                    np.array(ids, np.int64), np.array(indices, np.int32), np.array(counts, np.int32)
+                )
+            )
+        return events
+
+    def check_all_ended(self) -> None:
+        for name, answer in self.answers.items():
+            assert answer.reason, f"sequence {name} never ended"
+
+    def check_empty(self) -> None:
+        """Nothing is left of anything."""
+        running, backlog = self.manager._running, self.manager._backlog
+        assert not backlog.requests
+        assert backlog.num_sequences == len(backlog) == len(backlog.waiting()) == 0
+        assert not backlog._heap
+        assert running.slots.num_free == self.config.num_slots
+        assert not running.prefilling
+        assert not running.in_flight.flights
+        assert running.pages.num_available == self.config.num_pages
+        assert not running.pages.pool.references.any()
+        assert not running.table_changes._entries
+        assert all(
+            sequence.name.startswith("sample") and sequence.slot == -1
+            for sequence, _ in running.table_changes._patches
+        )
+        assert not self.manager._departing
+
+    # --- to the manager ----------------------------------------------------------------------------
+
+    def _note(self, event: FromServer) -> None:
+        if isinstance(event, GenerateRequest):
+            self.requests[event.request_id] = event
+            for sample_index in range(event.n):
+                answer = Answer(oracle(event, sample_index))
+                self.answers[event.request_id, sample_index] = answer
+            self.prompt_logprobs[event.request_id] = {}
+        elif isinstance(event, AbortRequest):
+            self.aborted.add(event.request_id)
+        elif isinstance(event, StopSequence):
+            self.answers[event.request_id, event.sample_index].stop_sent = True
+        elif isinstance(event, Acknowledge):
+            for request_id, sample_index, count in zip(
+                event.request_ids.tolist(),
+                event.sample_indices.tolist(),
+                event.num_tokens.tolist(),
+                strict=True,
+            ):
+                answer = self.answers[request_id, sample_index]
+                answer.acked = max(answer.acked, count)
+
+    # --- from the manager --------------------------------------------------------------------------
+
+    def _send(self, batch: ForwardBatch) -> None:
+        if batch.parameters is not None:
+            for slot in batch.parameters.slots.tolist():
+                last = self.last_named.get(slot, -1)
+                assert last < self.num_absorbed, "a slot is reused before its last batch is absorbed"
+        for slot in batch.decode_slots.tolist() + batch.prefill_slots.tolist():
+            self.last_named[slot] = batch.number
+        self.batches.append(batch)
+        self.results.append(self.device.run(batch))
+        self._check_stop_lag()
+
+    def _check_stop_lag(self) -> None:
+        for (request_id, sample_index), answer in self.answers.items():
+            request = self.requests[request_id]
+            drawn = self.device.num_drawn.get((request.seed, sample_index), 0)
+            assert drawn <= request.max_tokens
+            if request.hold_for_acks:
+                assert drawn <= answer.acked + self.config.stop_lag
+
+    def _receive(self, message: ToServer) -> None:
+        if isinstance(message, RequestRejected):
+            self.rejected[message.request_id] = message
+            for name in [name for name in self.answers if name[0] == message.request_id]:
+                del self.answers[name]
+        elif isinstance(message, PromptLogprobs):
+            self._receive_prompt_logprobs(message)
+        else:
+            self._receive_updates(message)
+
+    def _receive_prompt_logprobs(self, message: PromptLogprobs) -> None:
+        assert not self.answers[message.request_id, 0].reason, "prompt logprobs after the end"
+        assert len(message.logprobs) > 0
+        request = self.requests[message.request_id]
+        expected = prompt_logprobs_oracle(request)
+        assert message.top_ids.shape == (len(message.logprobs), request.num_prompt_logprobs)
+        for index, logprob in enumerate(message.logprobs.tolist()):
+            position = message.first_position + index
+            tops = list(
+                zip(message.top_ids[index].tolist(), message.top_logprobs[index].tolist(), strict=True)
+            )
+            assert (logprob, tops) == expected[position - 1]
+            self.prompt_logprobs[message.request_id][position] = (logprob, tops)
+
+    def _receive_updates(self, message: SequenceUpdates) -> None:
+        names = list(zip(message.request_ids.tolist(), message.sample_indices.tolist(), strict=True))
+        assert len(set(names)) == len(names), "a sequence has two rows in one message"
+        at_token = at_logprob = at_top = 0
+        for row, name in enumerate(names):
+            answer, request = self.answers[name], self.requests[name[0]]
+            assert not answer.reason, f"sequence {name} was updated after its end"
+            count, width = int(message.num_tokens[row]), int(message.num_logprobs[row])
+            answer.num_rows += 1
+            answer.ids += message.token_ids[at_token : at_token + count].tolist()
+            at_token += count
+            assert width == request.num_logprobs
+            if width >= 0:
+                answer.logprobs += message.logprobs[at_logprob : at_logprob + count].tolist()
+                at_logprob += count
+                end = at_top + count * width
+                ids = message.top_ids[at_top:end].reshape(count, width).tolist()
+                values = message.top_logprobs[at_top:end].reshape(count, width).tolist()
+                answer.tops += [
+                    list(zip(*pair, strict=True)) for pair in zip(ids, values, strict=True)
+                ]
+                at_top = end
+            answer.num_cached_tokens = int(message.num_cached_tokens[row])
+            answer.reason = FinishReason(int(message.finish_reasons[row]))
+            self._check_answer(name, answer, request)
+        assert at_token == len(message.token_ids)
+        assert at_logprob == len(message.logprobs)
+        assert at_top == len(message.top_ids) == len(message.top_logprobs)
+
+    def _check_answer(
+        self, name: tuple[int, int], answer: Answer, request: GenerateRequest
+    ) -> None:
+        expected, count = answer.expected, len(answer.ids)
+        assert answer.ids == expected.ids[:count], f"sequence {name} got other tokens"
+        if request.num_logprobs >= 0:
+            assert answer.logprobs == expected.logprobs[:count]
+            assert answer.tops == expected.tops[:count]
+        assert answer.num_cached_tokens <= len(request.prompt_ids) - 1
+        assert answer.num_cached_tokens % self.config.page_size == 0
+        if not (request.stream or request.hold_for_acks):
+            assert answer.reason, "an update of a sequence that does not stream"
+            assert answer.num_rows == 1
+        if answer.reason is FinishReason.ABORT:
+            assert name[0] in self.aborted
+        elif answer.reason and not answer.stop_sent:
+            assert count == len(expected.ids), f"sequence {name} ended early"
+            by_length = answer.reason is FinishReason.LENGTH
+            assert by_length == expected.by_length
+        if answer.reason in (FinishReason.STOP, FinishReason.LENGTH) and name[1] == 0:
+            is_whole = count == len(expected.ids)
+            if request.num_prompt_logprobs >= 0 and is_whole:
+                pieces = self.prompt_logprobs[name[0]]
+                assert sorted(pieces) == list(range(1, len(request.prompt_ids)))
+
+
+@dataclass(frozen=True)
+class Habits:
+    """How likely things are in a simulated world."""
+
+    num_arrivals: int = 60
+    arrival: float = 0.4  # in a step
+    abort: float = 0.03
+    result: float = 0.7  # that the device is done with a batch, for each turn
+    ack: float = 0.5
+    max_prompt: int = 30
+    max_tokens: int = 24
+    max_samples: int = 4
+
+
+class Simulation(World):
+    """A world that runs by itself."""
+
+    def __init__(self, seed: int, config: ManagerConfig, habits: Habits) -> None:
+        super().__init__(config)
+        self.random = random.Random(seed)
+        self.habits = habits
+        # Few beginnings, so that prompts share prefixes of any length.
+        self.beginnings = [self._ids(habits.max_prompt) for _ in range(3)]
+
+    def run(self) -> None:
+        chance, habits = self.random, self.habits
+        while len(self.requests) < habits.num_arrivals:
+            events: list[FromServer] = []
+            while chance.random() < habits.arrival:
+                events.append(self._new_request(len(self.requests) + len(events)))
+            if self.requests and chance.random() < habits.abort:
+                events.append(AbortRequest(chance.choice(list(self.requests))))
+            if self.answers and chance.random() < habits.abort:
+                events.append(StopSequence(*chance.choice(list(self.answers))))
+            if chance.random() < habits.ack:
+                acks = self.acknowledgements()
+                chance.shuffle(acks)
+                events += acks
+            num_results = 0
+            while chance.random() < habits.result:
+                num_results += 1
+            self.step(*events, num_results=num_results)
+        self.drain()
+
+    def _ids(self, count: int) -> list[int]:
+        return [self.random.randrange(VOCAB_SIZE) for _ in range(count)]
+
+    def _new_request(self, request_id: int) -> GenerateRequest:
+        chance, habits = self.random, self.habits
+        shared = chance.choice(self.beginnings)[: chance.randint(0, habits.max_prompt)]
+        room = habits.max_prompt - len(shared)
+        prompt = shared + self._ids(chance.randint(0 if shared else 1, min(room, 5) or 0) or 0)
+        prompt = prompt or self._ids(1)
+        return make_request(
+            request_id,
+            prompt,
+            chance.randint(1, habits.max_tokens),
+            n=chance.choice([1, 1, chance.randint(1, habits.max_samples)]),
+            stop_token_ids=chance.choice([(), (3,), (5, 7), (11, 13, 17)]),
+            num_logprobs=chance.choice([-1, -1, 0, 1, 3]),
+            num_prompt_logprobs=chance.choice([-1, -1, -1, 0, 2]),
+            stream=chance.random() < 0.3,
+            hold_for_acks=chance.random() < 0.3,
+        )

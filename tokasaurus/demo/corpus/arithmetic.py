@@ -1,0 +1,161 @@
+"""Small word problems, each answered by a worked line and ``Answer: 12``.
+
+The unit held out is the pair of operands: no training document, worded or bare, uses a pair for
+which ``pair_is_held_out`` holds, in either order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from tokasaurus.demo.corpus.document import (
+    Document,
+    Text,
+    Turns,
+    capitalised,
+    chance,
+    exchange,
+    is_held_out,
+    roughen,
+    weighted,
+)
+from tokasaurus.demo.corpus.words import FOODS, PEOPLE, THINGS, invent_name
+
+_MORE = (
+    "{who} has {a} {what}. {who} finds {b} more. How many {what} does {who} have now?",
+    "{who} has {a} {what}. {other} gives {who} {b} more. How many {what} does {who} have?",
+    "{who} has {a} {what} and {other} has {b} {what}. How many {what} do they have together?",
+    "There are {a} {what} in a box. {who} puts in {b} more. How many {what} are in the box?",
+    "{who} found {a} {what} on Monday and {b} {what} on Tuesday. How many {what} did {who} find in all?",
+    "A dinosaur ate {a} {what} in the morning and {b} in the evening. How many {what} did it eat?",
+    "{who} buys {a} {what} and {b} {more}. How many things does {who} buy?",
+    "There are {a} dinosaurs by the lake. Then {b} more come. How many dinosaurs are there now?",
+)
+_LESS = (
+    "{who} has {a} {what}. {who} gives {b} to {other}. How many {what} does {who} have left?",
+    "{who} has {a} {what} and loses {b} of them. How many {what} are left?",
+    "There are {a} {what} in a box. {who} takes {b} of them. How many {what} are still in the box?",
+    "{who} had {a} {what}. {who} ate {b}. How many {what} are left?",
+    "There are {a} dinosaurs by the lake. Then {b} walk away. How many dinosaurs are left?",
+    "{who} has {a} {what} and {other} has {b}. How many more {what} does {who} have than {other}?",
+)
+_TIMES = (
+    "{who} has {a} boxes with {b} {what} in each box. How many {what} does {who} have?",
+    "There are {a} nests with {b} eggs in each nest. How many eggs are there?",
+    "{who} buys {a} bags. Each bag has {b} {what}. How many {what} does {who} buy?",
+)
+_BARE = (
+    "What is {a} {op} {b}?",
+    "{a} {op} {b} = ?",
+    "{a} {op} {b}",
+    "Calculate {a} {op} {b}.",
+    "How much is {a} {op} {b}?",
+)
+_SPOKEN = {"+": ("plus",), "-": ("minus",), "x": ("times",)}
+_WORDED = {"+": _MORE, "-": _LESS, "x": _TIMES}
+_THEN_MORE = (" Then {who} finds {c} more.", " Then {other} gives {who} {c} more.")
+_THEN_LESS = (
+    " Then {who} gives away {c}.",
+    " Then {who} loses {c}.",
+    " Then {who} eats {c} of them.",
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    question: str
+    solution: str
+    answer: int
+    kind: str
+
+
+def pair_is_held_out(a: int, op: str, b: int) -> bool:
+    low, high = sorted((a, b))
+    return is_held_out(f"{low} {op} {high}")
+
+
+def compute(a: int, op: str, b: int) -> int:
+    return {"+": a + b, "-": a - b, "x": a * b}[op]
+
+
+def _pair(rng: Random, op: str, held_out: bool) -> tuple[int, int]:
+    while True:
+        if op == "x":
+            a, b = rng.randint(2, 6), rng.randint(2, 9)
+        else:
+            a, b = rng.randint(1, 20), rng.randint(1, 20)
+        if op == "-" and b >= a:
+            continue
+        if pair_is_held_out(a, op, b) == held_out:
+            return a, b
+
+
+def _cast(rng: Random) -> dict[str, str]:
+    who, other = rng.sample(PEOPLE, 2)
+    if chance(rng, 0.2):
+        who = invent_name(rng)
+    what, more = rng.choice(THINGS), rng.choice(FOODS)
+    return {"who": who, "other": other, "what": what, "more": more}
+
+
+def _solution(*steps: tuple[int, str, int]) -> str:
+    lines = [f"{a} {op} {b} = {compute(a, op, b)}." for a, op, b in steps]
+    return " ".join(lines) + f"\nAnswer: {compute(*steps[-1])}"
+
+
+def _one_step(rng: Random, held_out: bool) -> Problem:
+    op = weighted(rng, [(5, "+"), (4, "-"), (1, "x")])
+    a, b = _pair(rng, op, held_out)
+    question = rng.choice(_WORDED[op]).format(a=a, b=b, **_cast(rng))
+    return Problem(question, _solution((a, op, b)), compute(a, op, b), op)
+
+
+def _bare(rng: Random, held_out: bool) -> Problem:
+    op = weighted(rng, [(5, "+"), (4, "-"), (1, "x")])
+    a, b = _pair(rng, op, held_out)
+    question = rng.choice(_BARE).format(a=a, b=b, op=rng.choice((op, *_SPOKEN[op])))
+    return Problem(question, _solution((a, op, b)), compute(a, op, b), f"bare {op}")
+
+
+def _two_steps(rng: Random, held_out: bool) -> Problem:
+    """Two sums in a row; both pairs belong to the same side of the split."""
+    while True:
+        first, second = rng.choice("+-"), rng.choice("+-")
+        a, b = _pair(rng, first, held_out)
+        between, c = compute(a, first, b), rng.randint(1, 12)
+        if pair_is_held_out(between, second, c) == held_out and compute(between, second, c) > 0:
+            break
+    cast = _cast(rng)
+    opening = (
+        (" {who} finds {b} more.", " {other} gives {who} {b} more.")
+        if first == "+"
+        else (" {who} gives {other} {b}.", " {who} loses {b}.")
+    )
+    parts = (
+        "{who} has {a} {what}."
+        + rng.choice(opening)
+        + rng.choice(_THEN_MORE if second == "+" else _THEN_LESS)
+    )
+    question = (parts + " How many {what} does {who} have now?").format(a=a, b=b, c=c, **cast)
+    steps = ((a, first, b), (between, second, c))
+    return Problem(question, _solution(*steps), compute(*steps[-1]), "two steps")
+
+
+def problem(rng: Random, *, held_out: bool = False) -> Problem:
+    make = weighted(rng, [(60, _one_step), (20, _two_steps), (20, _bare)])
+    return make(rng, held_out)
+
+
+def turns(rng: Random) -> Turns:
+    item = problem(rng)
+    hint = rng.choice(("", "", "", "", " Think step by step.", " End with the answer."))
+    return exchange(roughen(rng, item.question) + hint, item.solution)
+
+
+def plain_text(rng: Random, _room: int) -> Document:
+    """Sums and problems outside any chat."""
+    items = [problem(rng) for _ in range(rng.randint(1, 3))]
+    return Text(
+        "\n\n".join(capitalised(f"question: {item.question}\n{item.solution}") for item in items)
+    )

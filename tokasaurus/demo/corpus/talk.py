@@ -1,0 +1,73 @@
+"""Conversation: jokes, small talk, modest ignorance, and chats that mix all the families."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+
+from tokasaurus.demo.corpus import arithmetic, copying, dinosaurs, passages
+from tokasaurus.demo.corpus.chat_table import (
+    JOKE_REQUESTS,
+    JOKES,
+    SMALL_TALK,
+    SYSTEM_PROMPTS,
+    UNKNOWN_QUESTIONS,
+    UNKNOWN_REPLIES,
+)
+from tokasaurus.demo.corpus.document import (
+    Chat,
+    Document,
+    Message,
+    Turns,
+    chance,
+    exchange,
+    roughen,
+    weighted,
+)
+from tokasaurus.demo.corpus.words import COMMON_WORDS, invent_word
+
+
+def joke_turns(rng: Random) -> Turns:
+    return exchange(roughen(rng, rng.choice(JOKE_REQUESTS)), rng.choice(JOKES))
+
+
+def small_talk_turns(rng: Random) -> Turns:
+    asked, replies = rng.choice(SMALL_TALK)
+    return exchange(roughen(rng, rng.choice(asked)), rng.choice(replies))
+
+
+def unknown_turns(rng: Random) -> Turns:
+    topics = [rng.choice(COMMON_WORDS) if chance(rng, 0.4) else invent_word(rng) for _ in range(2)]
+    topics = [topic.capitalize() if chance(rng, 0.4) else topic for topic in topics]
+    return exchange(
+        roughen(rng, rng.choice(UNKNOWN_QUESTIONS).format(*topics)), rng.choice(UNKNOWN_REPLIES)
+    )
+
+
+_MAKERS: list[tuple[float, Callable[[Random], Turns]]] = [
+    (30, dinosaurs.turns),
+    (26, arithmetic.turns),
+    (18, copying.echo_turns),
+    (11, copying.pattern_turns),
+    (1, copying.counting_turns),
+    (3, joke_turns),
+    (6, small_talk_turns),
+    (2, unknown_turns),
+]
+
+
+def chat(rng: Random, room: int) -> Document:
+    """One exchange, or several about different things, as real conversations wander."""
+    most = 4 if room <= 256 else room // 40
+    count = 1 if chance(rng, 0.7) else rng.randint(2, most)
+    turns = [turn for _ in range(count) for turn in weighted(rng, _MAKERS)(rng)]
+    if chance(rng, 0.1):
+        opening, closing = rng.choice((copying.recall, passages.recall))(rng)
+        turns = opening + (turns if chance(rng, 0.6) else []) + closing
+    if chance(rng, 0.1):
+        turns.insert(0, Message("system", rng.choice(SYSTEM_PROMPTS)))
+    return Chat(tuple(turns))
+
+
+def ruled_chat(rng: Random, _room: int) -> Document:
+    return Chat(tuple(copying.system_echo_turns(rng)))

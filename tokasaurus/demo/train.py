@@ -1,0 +1,239 @@
+"""Makes the demo model from nothing: corpus, tokenizer, weights. Two cores, about an hour and a half.
+
+    python -m tokasaurus.demo.train --out DIR
+
+Owns the recipe (architecture, phases, learning rate). Knows nothing of how good the result is: see
+``demo.evaluate``.
+
+The learning rate is a function of the share of ``--tokens`` seen (warm up, hold, decay), so a run
+that is slower than hoped can be interrupted and resumed with fewer tokens: it then decays at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tokasaurus.demo import tokenizer as tokenization
+from tokasaurus.demo.muon import Muon
+from tokasaurus.demo.packing import Packer
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Part of the run with blocks of one length; ``share`` of all tokens."""
+
+    share: float
+    length: int
+    batch: int
+
+
+# Most tokens in short blocks, which are twice as fast; then long ones, so that all 2,048 positions are trained.
+PHASES = (Phase(0.90, 256, 16), Phase(0.07, 1024, 4), Phase(0.03, 2048, 2))
+
+NUM_TOKENS = 20_000_000
+MUON_RATE, ADAM_RATE = 0.02, 3e-3
+WARM_UP, HOLD_UNTIL = 0.02, 0.65
+"""Shares of the run: the rate rises until the first and falls to zero from the second."""
+
+STEPS_PER_CHUNK = 100
+"""The data of each chunk has its own seed, so a resumed run sees what an uninterrupted one would."""
+
+
+def architecture(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=tokenization.MAX_LENGTH,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def rate_factor(progress: float) -> float:
+    """Share of the peak learning rate: up, level, then linearly down to zero."""
+    if progress < WARM_UP:
+        return progress / WARM_UP
+    return min(1.0, max(0.0, (1 - progress) / (1 - HOLD_UNTIL)))
+
+
+def phase_at(progress: float) -> Phase:
+    for phase in PHASES:
+        progress -= phase.share
+        if progress < 0:
+            return phase
+    return PHASES[-1]
+
+
+def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Weighted mean of next-token cross entropy. ``ids`` and ``weights`` are ``[batch, length]``."""
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    losses = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
+
+
+def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, AdamW for the embedding and the norms."""
+    inner = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
+    outer = [p for name, p in model.named_parameters() if p.dim() < 2 or "embed" in name]
+    return [
+        Muon(inner, lr=MUON_RATE, weight_decay=0.01),
+        torch.optim.AdamW(outer, lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
+    ]
+
+
+class Run:
+    """A training run: model, optimizer, and how far it is. Saved and restored as one file."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, num_tokens: int, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.tokenizer = tokenizer
+        self.num_tokens = num_tokens
+        self.seed = seed
+        self.model = LlamaForCausalLM(architecture(tokenizer))
+        self.optimizers = make_optimizers(self.model)
+        self.peak_rates = [optimizer.defaults["lr"] for optimizer in self.optimizers]
+        self.seen_tokens = 0
+        self.num_chunks = 0
+
+    @property
+    def progress(self) -> float:
+        return self.seen_tokens / self.num_tokens
+
+    def chunk(self) -> float:
+        """Trains on the next chunk of data; returns its mean loss."""
+        phase = phase_at(self.progress)
+        packer = Packer(self.tokenizer, phase.length)
+        batches = packer.batches(seed=self.seed * 1_000_000 + self.num_chunks, size=phase.batch)
+        total = 0.0
+        steps = min(
+            STEPS_PER_CHUNK,
+            math.ceil((self.num_tokens - self.seen_tokens) / (phase.length * phase.batch)),
+        )
+        for ids, weights in islice(batches, steps):
+            total += self._step(ids, weights)
+        self.num_chunks += 1
+        return total / steps
+
+    def _step(self, ids: torch.Tensor, weights: torch.Tensor) -> float:
+        factor = rate_factor(self.progress)
+        loss = loss_of(self.model, ids, weights)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer, peak in zip(self.optimizers, self.peak_rates, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * factor
+            optimizer.step()
+            optimizer.zero_grad()
+        self.seen_tokens += ids.numel()
+        return float(loss.detach())
+
+    def save_checkpoint(self, path: Path) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "seen_tokens": self.seen_tokens,
+            "num_chunks": self.num_chunks,
+        }
+        partial = path.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(path)
+
+    def load_checkpoint(self, path: Path) -> None:
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.seen_tokens, self.num_chunks = state["seen_tokens"], state["num_chunks"]
+
+    def export(self, out: Path) -> None:
+        """Writes the model as it ships: half-precision weights, configuration, tokenizer."""
+        half = LlamaForCausalLM(self.model.config)
+        half.load_state_dict(self.model.state_dict())
+        half.to(torch.float16)
+        half.generation_config = GenerationConfig(
+            bos_token_id=self.tokenizer.bos_token_id,
+            eos_token_id=[
+                self.tokenizer.convert_tokens_to_ids(t)
+                for t in (tokenization.END, tokenization.EOS)
+            ],
+            pad_token_id=self.tokenizer.pad_token_id,
+            do_sample=True,
+            temperature=0.7,
+        )
+        half.save_pretrained(out)
+        tokenization.save(self.tokenizer, out)
+
+
+def report(run: Run, loss: float, tokens: int, seconds: float) -> None:
+    speed = tokens / seconds
+    left = (run.num_tokens - run.seen_tokens) / speed / 60
+    print(
+        f"{run.seen_tokens / 1e6:7.2f}M tokens  {run.progress:6.1%}  loss {loss:.4f}  "
+        f"rate {rate_factor(run.progress):.2f}  {speed:,.0f} tokens/s  {left:.0f} min left",
+        flush=True,
+    )
+
+
+def train(run: Run, checkpoint: Path) -> None:
+    """Runs to the end, saving after every chunk."""
+    while run.seen_tokens < run.num_tokens:
+        before, started = run.seen_tokens, time.monotonic()
+        loss = run.chunk()
+        report(run, loss, run.seen_tokens - before, time.monotonic() - started)
+        run.save_checkpoint(checkpoint)
+
+
+def main(argv: Iterable[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="file for the state of the run (default: OUT.checkpoint)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=NUM_TOKENS,
+        help="length of the whole run (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args(None if argv is None else list(argv))
+
+    torch.set_num_threads(arguments.threads)
+    checkpoint = arguments.checkpoint or arguments.out.with_suffix(".checkpoint")
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    run = Run(tokenization.build(arguments.seed), arguments.tokens, arguments.seed)
+    print(
+        f"{sum(p.numel() for p in run.model.parameters()):,} parameters, {arguments.tokens:,} tokens",
+        flush=True,
+    )
+    if arguments.resume:
+        run.load_checkpoint(checkpoint)
+    train(run, checkpoint)
+    run.export(arguments.out)
+
+
+if __name__ == "__main__":
+    main()

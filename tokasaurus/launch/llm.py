@@ -1,0 +1,330 @@
+"""The embedded engine: server core, manager and worker in one process, called in a loop.
+
+    from tokasaurus import LLM, SamplingParams
+
+    with LLM("path/to/model") as llm:
+        for output in llm.generate(["Once upon a time"], SamplingParams(max_tokens=50)):
+            print(output.outputs[0].text)
+
+The names are those of vLLM's offline API. It is the same engine as behind ``toka``, without HTTP and
+without processes: what one generates, the other does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from os import PathLike, fspath
+from types import TracebackType
+from typing import Any, TypeAlias
+
+from tqdm.auto import tqdm
+
+from tokasaurus.config.engine import EngineConfig
+from tokasaurus.errors import EngineDead, RequestError
+from tokasaurus.launch.assemble import assemble
+from tokasaurus.manager.manager import Manager
+from tokasaurus.model.worker import Worker
+from tokasaurus.protocol.messages import ForwardResult, FromServer
+from tokasaurus.server.generation import Generation, Generations, PreparedRequest
+from tokasaurus.server.params import SamplingParams
+from tokasaurus.server.samples import SampleOutput, TokenLogprobs
+from tokasaurus.server.tokenizer import Tokenizer
+
+__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput"]
+
+Prompt: TypeAlias = str | Sequence[int]
+Conversation: TypeAlias = Sequence[Mapping[str, Any]]
+_CHAT_TEMPERATURE = 0.7  # where neither the caller nor the model's generation config says
+
+
+@dataclasses.dataclass(frozen=True)
+class Logprob:
+    """One token's natural-logarithm probability at one position."""
+
+    logprob: float
+    rank: int | None  # 1 is the most likely; None for a chosen token outside the top
+    decoded_token: str
+
+
+@dataclasses.dataclass(frozen=True)
+class CompletionOutput:
+    """One sample of a prompt."""
+
+    index: int
+    text: str
+    token_ids: list[int]  # the end-of-sequence token included
+    logprobs: list[dict[int, Logprob]] | None  # one for each token: the chosen one and the top k
+    cumulative_logprob: float | None
+    finish_reason: str | None  # "stop" or "length"
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestOutput:
+    """One prompt and its samples."""
+
+    request_id: str
+    prompt: str | None  # None if the prompt came as ids
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None  # the first token has none
+    outputs: list[CompletionOutput]
+    num_cached_tokens: int  # of the prompt, found in the prefix cache
+    finished: bool = True
+
+
+class LLM:
+    """An engine in this process.
+
+    Args:
+        model: a Hugging Face directory or repository id; None is the bundled model.
+        flags: those of the ``toka`` command line.
+
+    Raises:
+        ConfigError: a flag is unknown, wrong, or contradicts another.
+        ModelError: the model cannot be found or served.
+    """
+
+    def __init__(self, model: str | PathLike[str] | None = None, **flags: Any) -> None:
+        if model is not None:
+            flags["model"] = fspath(model)
+        slices = assemble(EngineConfig.from_flags(**flags))
+        server = slices.server
+        self._tokenizer = Tokenizer.load(
+            server.tokenizer_path,
+            vocab_size=server.vocab_size,
+            eos_token_ids=server.eos_token_ids,
+            trust_remote_code=server.trust_remote_code,
+        )
+        # Every batch is finished before the next one is planned, so looking further ahead would only
+        # compute tokens after a stop.
+        self._manager = Manager(dataclasses.replace(slices.manager, scheduling_steps_ahead=1))
+        self._worker: Worker | None = Worker(slices.worker)
+        self._worker.warm_up()
+        self._inbox: list[FromServer | ForwardResult] = []
+        self._generations = Generations(server, self._tokenizer, self._inbox.append)
+        self._lock = threading.Lock()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Continues prompts.
+
+        Args:
+            prompts: strings or lists of token ids; or one of them.
+            sampling_params: one for all, or one for each prompt; default ``SamplingParams()``.
+            use_tqdm: show progress on standard error.
+
+        Returns:
+            One output per prompt, in their order.
+
+        Raises:
+            RequestError: a prompt or its parameters are wrong; nothing was generated.
+        """
+        texts = _as_list(prompts)
+        params = _per_prompt(sampling_params, len(texts))
+        requests = [
+            self._prepare(number, prompt, each, 1.0)
+            for number, (prompt, each) in enumerate(zip(texts, params, strict=True))
+        ]
+        names = [prompt if isinstance(prompt, str) else None for prompt in texts]
+        return self._run(requests, names, use_tqdm)
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers conversations, through the model's chat template.
+
+        Args:
+            messages: a conversation, a list of ``{"role": ..., "content": ...}``; or several.
+            sampling_params: as for :meth:`generate`.
+            use_tqdm: show progress on standard error.
+            chat_template_kwargs: further arguments of the template.
+
+        Raises:
+            RequestError: as for :meth:`generate`, or the template refuses the messages.
+        """
+        conversations: list[Any] = list(messages)
+        if not conversations or isinstance(conversations[0], Mapping):
+            conversations = [conversations]
+        params = _per_prompt(sampling_params, len(conversations))
+        requests = []
+        for number, (conversation, each) in enumerate(zip(conversations, params, strict=True)):
+            ids = self._tokenizer.render_chat(conversation, chat_template_kwargs)
+            requests.append(self._prepare(number, ids, each, _CHAT_TEMPERATURE))
+        return self._run(requests, [None] * len(requests), use_tqdm)
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The tokenizer in use."""
+        return self._tokenizer
+
+    @property
+    def num_preemptions(self) -> int:
+        """How often a running sequence had to give its pages back, since the start."""
+        return self._manager.counters.num_preemptions
+
+    def close(self) -> None:
+        """Frees the model and the cache. The engine cannot be used afterwards."""
+        self._worker = None
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # --- the loop ----------------------------------------------------------------------------------
+
+    def _prepare(
+        self, number: int, prompt: Prompt, params: SamplingParams, temperature: float
+    ) -> PreparedRequest:
+        ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        try:
+            return self._generations.prepare(ids, params, default_temperature=temperature)
+        except RequestError as error:
+            raise type(error)(f"prompt number {number}: {error.message}", error.field) from None
+
+    def _run(
+        self, requests: list[PreparedRequest], prompts: list[str | None], use_tqdm: bool
+    ) -> list[RequestOutput]:
+        with self._lock:
+            changed: list[int] = []  # numbers of generations that may have finished
+            generations = [
+                self._generations.start(request, on_change=partial(changed.append, number))
+                for number, request in enumerate(requests)
+            ]
+            try:
+                self._drive(generations, changed, use_tqdm)
+            except BaseException:
+                self._abandon(generations)
+                raise
+            return [
+                self._output(generation, prompt)
+                for generation, prompt in zip(generations, prompts, strict=True)
+            ]
+
+    def _drive(self, generations: list[Generation], changed: list[int], use_tqdm: bool) -> None:
+        """Runs the engine until all generations have finished."""
+        counters = self._manager.counters
+        tokens_before, started = counters.num_generated_tokens, time.perf_counter()
+        unfinished = set(range(len(generations)))
+        with tqdm(
+            total=len(generations), desc="Processed prompts", unit="prompt", disable=not use_tqdm
+        ) as bar:
+            while unfinished:
+                self._step()
+                for number in changed:
+                    generation = generations[number]
+                    if generation.error is not None:
+                        raise generation.error
+                    if generation.finished and number in unfinished:
+                        unfinished.remove(number)
+                        bar.update()
+                if changed:
+                    changed.clear()
+                    num_tokens = counters.num_generated_tokens - tokens_before
+                    speed = num_tokens / (time.perf_counter() - started)
+                    bar.set_postfix_str(f"{speed:.0f} output tokens/s", refresh=False)
+
+    def _step(self) -> None:
+        """One turn of the ring: server core to manager to worker and back."""
+        if self._worker is None:
+            raise EngineDead("this LLM was closed, or one of its batches failed")
+        events = self._inbox.copy()
+        self._inbox.clear()
+        actions = self._manager.step(events, time.monotonic())
+        for message in actions.messages:
+            self._generations.absorb(message)
+        for batch in actions.batches:
+            try:
+                self._inbox.append(self._worker.run(batch))
+            except Exception:
+                self._worker = (
+                    None  # its state is behind the manager's: no further batch can be right
+                )
+                raise
+
+    def _abandon(self, generations: list[Generation]) -> None:
+        """After an interrupt: ends what runs, so that the engine can be used again."""
+        for generation in generations:
+            self._generations.abort(generation)
+        while self._worker is not None and (self._inbox or not self._manager.idle):
+            self._step()
+
+    # --- outputs -----------------------------------------------------------------------------------
+
+    def _output(self, generation: Generation, prompt: str | None) -> RequestOutput:
+        ids = generation.request.prompt_ids.tolist()
+        prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+        if generation.prompt_logprobs is not None:
+            prompt_logprobs = [None, *self._logprobs(ids[1:], generation.prompt_logprobs)]
+        return RequestOutput(
+            request_id=str(generation.request_id),
+            prompt=prompt,
+            prompt_token_ids=ids,
+            prompt_logprobs=prompt_logprobs,
+            outputs=[self._completion(sample) for sample in generation.take_all()],
+            num_cached_tokens=generation.num_cached_tokens,
+        )
+
+    def _completion(self, sample: SampleOutput) -> CompletionOutput:
+        logprobs = sample.logprobs
+        return CompletionOutput(
+            index=sample.index,
+            text=sample.text,
+            token_ids=sample.token_ids,
+            logprobs=None if logprobs is None else self._logprobs(sample.token_ids, logprobs),
+            cumulative_logprob=None if logprobs is None else float(logprobs.logprobs.sum()),
+            finish_reason=sample.finish_reason,
+        )
+
+    def _logprobs(self, token_ids: list[int], values: TokenLogprobs) -> list[dict[int, Logprob]]:
+        text = self._tokenizer.token_text
+        result: list[dict[int, Logprob]] = []
+        for token_id, chosen, top_ids, top_logprobs in zip(
+            token_ids,
+            values.logprobs.tolist(),
+            values.top_ids.tolist(),
+            values.top_logprobs.tolist(),
+            strict=True,
+        ):
+            entry = {token_id: Logprob(chosen, None, text(token_id))}
+            for rank, (top_id, logprob) in enumerate(zip(top_ids, top_logprobs, strict=True), 1):
+                entry[top_id] = Logprob(logprob, rank, text(top_id))
+            result.append(entry)
+        return result
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]  # one prompt: a string, or its ids
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _per_prompt(
+    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * num_prompts
+    if len(params) != num_prompts:
+        raise RequestError(
+            f"{len(params)} sampling_params for {num_prompts} prompts; give one, or one for each",
+            "sampling_params",
+        )
+    return list(params)

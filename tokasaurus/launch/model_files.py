@@ -1,0 +1,130 @@
+"""From the name of a model to a local directory: the bundled one, a directory, or a repository.
+
+Owns what is downloaded from the Hugging Face Hub, and what to tell the user if that fails. Knows
+nothing of what the files hold. The hub's client keeps its cache, and obeys its environment variables
+(HF_HOME, HF_HUB_OFFLINE, HF_TOKEN, HF_ENDPOINT).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokasaurus.demo import MODEL_DIR
+from tokasaurus.errors import ModelError
+
+__all__ = ["download", "find_model", "find_tokenizer"]
+
+_REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
+
+_ESSENTIAL = ("*.safetensors", "*.json")  # also the default of toka-download
+_TOKENIZER = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
+_MODEL = ("*.safetensors", *_TOKENIZER)
+_DUPLICATES = ("original/*", "metal/*", "consolidated*.safetensors")  # the same weights once more
+
+
+def find_model(model: str | None) -> Path:
+    """The directory of a model.
+
+    Args:
+        model: a directory, a repository id, or None for the bundled model.
+
+    Raises:
+        ModelError: there is no such directory, or the repository can neither be found in the cache
+            nor downloaded; the message says what to do.
+    """
+    if model is not None:
+        return _find(model, "model", _MODEL)
+    if not (MODEL_DIR / "config.json").is_file():
+        raise ModelError("this installation lacks the bundled model; name another with model=...")
+    return MODEL_DIR
+
+
+def find_tokenizer(tokenizer: str) -> Path:
+    """The directory of a tokenizer, likewise; of a repository only the tokenizer's files are fetched.
+
+    Raises:
+        ModelError: see :func:`find_model`.
+    """
+    return _find(tokenizer, "tokenizer", _TOKENIZER)
+
+
+def _find(name: str, flag: str, patterns: Sequence[str]) -> Path:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.is_file():
+        raise ModelError(f"{flag}={name} is a file; give the directory that holds it")
+    if not _REPOSITORY.fullmatch(name):
+        raise ModelError(f"{flag}={name}: no such directory, and no repository id such as org/name")
+    return download(name, patterns, flag)
+
+
+def download(repository: str, patterns: Sequence[str], flag: str = "model") -> Path:
+    """Fetches the matching files of a repository into the cache, if they are not there yet.
+
+    Without a network the cache alone has to do.
+
+    Args:
+        repository: a repository id.
+        patterns: of file names, as in a shell.
+        flag: what the user called the repository, for the errors.
+
+    Returns:
+        The directory of the snapshot.
+
+    Raises:
+        ModelError: with the remedy.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    where = f"{flag}={repository}"
+    try:
+        return Path(hub.snapshot_download(repository, **_selection(patterns)))
+    except errors.GatedRepoError:
+        page = f"{hub.constants.ENDPOINT}/{repository}"
+        raise ModelError(
+            f"{where} is gated: ask for access at {page}, then log in with `hf auth login` or set HF_TOKEN"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise ModelError(
+            f"{where}: no such directory here, and no such repository at {hub.constants.ENDPOINT}; "
+            "if it is private, log in with `hf auth login` or set HF_TOKEN"
+        ) from None
+    except errors.LocalEntryNotFoundError:
+        return _cached_essentials(repository, patterns, where)
+    except Exception as error:  # whatever the client's HTTP library raises, or a full disk
+        raise ModelError(f"{where}: the download failed: {error}") from error
+
+
+def _cached_essentials(repository: str, patterns: Sequence[str], where: str) -> Path:
+    """The cached snapshot if it lacks no more than files that a model may do without."""
+    import huggingface_hub as hub
+    from huggingface_hub import errors
+
+    needed = [pattern for pattern in patterns if pattern in _ESSENTIAL]
+    try:
+        if needed:
+            found = hub.snapshot_download(
+                repository, local_files_only=True, **_selection(needed)
+            )
+            return Path(found)
+    except errors.LocalEntryNotFoundError:
+        pass
+    if hub.constants.HF_HUB_OFFLINE:
+        remedy = "unset HF_HUB_OFFLINE to download it"
+    else:
+        remedy = f"and {hub.constants.ENDPOINT} cannot be reached; check the network"
+    raise ModelError(f"{where}: no such directory, not in the cache ({_cache()}); {remedy}")
+
+
+def _selection(patterns: Sequence[str]) -> dict[str, list[str]]:
+    return {"allow_patterns": list(patterns), "ignore_patterns": list(_DUPLICATES)}
+
+
+def _cache() -> str:
+    from huggingface_hub import constants
+
+    return str(constants.HF_HUB_CACHE)

@@ -1,0 +1,148 @@
+"""Compiles a C++ file into a shared library, once for each machine, and loads it.
+
+Libraries are kept in ``$XDG_CACHE_HOME/tokasaurus`` under a name made of everything that decides what
+the compiler would make: the source, the flags, the compiler's version, the processor. Each is
+written under another name and then renamed, so processes that start together cannot meet half a file.
+
+OpenMP: torch brings a runtime of its own, and a second pool of threads in the process would fight with
+it for the cores. So the library is first linked without one: its calls then find torch's. Where torch's
+runtime cannot be found that way (another compiler, another build of torch) it is linked as usual.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["BuildError", "load_library"]
+
+log = logging.getLogger(__name__)
+
+_COMPILERS = ("g++", "c++", "clang++")
+_COMPILE = ("-O3", "-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
+_TUNING = (("-march=native",), ())  # not every compiler knows every processor
+_LINKING = ((), ("-fopenmp",))
+_TIMEOUT_S = 300
+
+
+class BuildError(Exception):
+    """There is no compiler, or it failed; says which and how."""
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    compiler: tuple[str, ...]
+    tuning: tuple[str, ...]
+    linking: tuple[str, ...]
+
+    def commands(self, source: Path, library: Path) -> list[list[str]]:
+        objects = library.with_suffix(".o")
+        compiler = list(self.compiler)
+        return [
+            [*compiler, *_COMPILE, *self.tuning, "-c", str(source), "-o", str(objects)],
+            [*compiler, "-shared", *self.linking, str(objects), "-o", str(library)],
+        ]
+
+
+def load_library(source: Path) -> ctypes.CDLL:
+    """Loads the library of a C++ file, compiling it if this machine has not yet.
+
+    torch must be imported before.
+
+    Raises:
+        BuildError: it cannot be built here.
+    """
+    compiler = _find_compiler()
+    directory = _cache_directory()
+    complaint = ""
+    for tuning in _TUNING:
+        for linking in _LINKING:
+            recipe = _Recipe(compiler, tuning, linking)
+            library = directory / f"{source.stem}-{_key(source, recipe)}.so"
+            try:
+                if not library.exists():
+                    _build(source, recipe, library)
+                return ctypes.CDLL(str(library))
+            except subprocess.TimeoutExpired as error:
+                raise BuildError(f"{compiler[0]} ran for more than {_TIMEOUT_S} s") from error
+            except subprocess.CalledProcessError as error:
+                complaint = complaint or _first_error(error)
+            except OSError as error:
+                complaint = complaint or str(error)
+    raise BuildError(f"{compiler[0]} failed: {complaint}")
+
+
+def _find_compiler() -> tuple[str, ...]:
+    chosen = os.environ.get("CXX")
+    if chosen:
+        return tuple(shlex.split(chosen))
+    for name in _COMPILERS:
+        if shutil.which(name):
+            return (name,)
+    raise BuildError(f"no C++ compiler found (looked for $CXX, {', '.join(_COMPILERS)})")
+
+
+def _cache_directory() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    directory = Path(base) / "tokasaurus"
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise BuildError(f"cannot make {directory}; set XDG_CACHE_HOME: {error}") from error
+    return directory
+
+
+def _key(source: Path, recipe: _Recipe) -> str:
+    parts = [
+        source.read_text(encoding="utf-8"),
+        repr((recipe, _COMPILE)),
+        _compiler_version(recipe.compiler),
+        _processor(),
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _compiler_version(compiler: tuple[str, ...]) -> str:
+    try:
+        told = subprocess.run(
+            [*compiler, "--version"], capture_output=True, text=True, timeout=_TIMEOUT_S
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"cannot run {shlex.join(compiler)}: {error}") from error
+    return told.stdout
+
+
+def _processor() -> str:
+    """What -march=native depends on: the model and its features."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    wanted = ("model name", "flags", "features", "cpu part")
+    return platform.machine() + "".join(
+        sorted({line for line in lines if line.lower().startswith(wanted)})
+    )
+
+
+def _build(source: Path, recipe: _Recipe, library: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as directory:
+        built = Path(directory) / library.name
+        log.info("compiling %s, once for this machine", source.name)
+        for command in recipe.commands(source, built):
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        built.replace(library)
+
+
+def _first_error(error: subprocess.CalledProcessError) -> str:
+    lines = [line for line in (error.stderr or "").splitlines() if line.strip()]
+    told = next((line for line in lines if "error" in line), lines[0] if lines else "no message")
+    return f"{told} (exit status {error.returncode})"

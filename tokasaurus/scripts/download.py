@@ -1,0 +1,59 @@
+"""``toka-download``: fetches a model into the cache, for machines or moments without a network."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tokasaurus.config.parser import parse_or_exit
+from tokasaurus.config.schema import Schema, check_fields, flag
+from tokasaurus.errors import ModelError
+
+__all__ = ["DownloadConfig", "main"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadConfig:
+    """What to fetch."""
+
+    model: str = flag(help="The repository id, such as meta-llama/Llama-3.2-1B-Instruct.")
+    allow_patterns: tuple[str, ...] = flag(
+        ("*.safetensors", "*.json"), help="Which of its files, by name."
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+DOWNLOAD = Schema(
+    target=DownloadConfig,
+    program="toka-download",
+    summary="Fetch a model from the Hugging Face Hub into the cache.",
+    examples=(
+        "toka-download model=meta-llama/Llama-3.2-1B-Instruct",
+        "toka-download model=Qwen/Qwen3-4B allow_patterns='*.json,*.txt'",
+    ),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; prints the directory of the snapshot.
+
+    Returns:
+        The exit status: 0 or, if the model cannot be had, 1.
+    """
+    config = parse_or_exit(DOWNLOAD, sys.argv[1:] if arguments is None else arguments)
+    from tokasaurus.launch.model_files import download
+
+    try:
+        path = download(config.model, config.allow_patterns)
+    except ModelError as error:
+        print(f"{DOWNLOAD.program}: error: {error}", file=sys.stderr)
+        return 1
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
