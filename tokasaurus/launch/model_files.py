@@ -58,10 +58,12 @@ def _find(name: str, flag: str, patterns: Sequence[str]) -> Path:
         raise ModelError(f"{flag}={name} is a file; give the directory that holds it")
     if not _REPOSITORY.fullmatch(name):
         raise ModelError(f"{flag}={name}: no such directory, and no repository id such as org/name")
-    return download(name, patterns, flag)
+    return download(name, patterns, flag, _DUPLICATES)
 
 
-def download(repository: str, patterns: Sequence[str], flag: str = "model") -> Path:
+def download(
+    repository: str, patterns: Sequence[str], flag: str = "model", ignore: Sequence[str] = ()
+) -> Path:
     """Fetches the matching files of a repository into the cache, if they are not there yet.
 
     Without a network the cache alone has to do.
@@ -69,6 +71,7 @@ def download(repository: str, patterns: Sequence[str], flag: str = "model") -> P
     Args:
         repository: a repository id.
         patterns: of file names, as in a shell.
+        ignore: patterns of files to leave out.
         flag: what the user called the repository, for the errors.
 
     Returns:
@@ -77,54 +80,53 @@ def download(repository: str, patterns: Sequence[str], flag: str = "model") -> P
     Raises:
         ModelError: with the remedy.
     """
-    import huggingface_hub as hub
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors, snapshot_download
 
     where = f"{flag}={repository}"
     try:
-        return Path(hub.snapshot_download(repository, **_selection(patterns)))
+        return Path(
+            snapshot_download(
+                repository, allow_patterns=list(patterns), ignore_patterns=list(ignore)
+            )
+        )
     except errors.GatedRepoError:
-        page = f"{hub.constants.ENDPOINT}/{repository}"
+        page = f"{constants.ENDPOINT}/{repository}"
         raise ModelError(
             f"{where} is gated: ask for access at {page}, then log in with `hf auth login` or set HF_TOKEN"
         ) from None
     except errors.RepositoryNotFoundError:
         raise ModelError(
-            f"{where}: no such directory here, and no such repository at {hub.constants.ENDPOINT}; "
+            f"{where}: no such directory here, and no such repository at {constants.ENDPOINT}; "
             "if it is private, log in with `hf auth login` or set HF_TOKEN"
         ) from None
     except errors.LocalEntryNotFoundError:
-        return _cached_essentials(repository, patterns, where)
+        found = _cached_essentials(repository, patterns, ignore)
+        if found is not None:
+            return found
+        if constants.HF_HUB_OFFLINE:
+            remedy = "unset HF_HUB_OFFLINE to download it"
+        else:
+            remedy = f"and {constants.ENDPOINT} cannot be reached; check the network"
+        raise ModelError(
+            f"{where}: no such directory, not in the cache ({constants.HF_HUB_CACHE}); {remedy}"
+        ) from None
     except Exception as error:  # whatever the client's HTTP library raises, or a full disk
         raise ModelError(f"{where}: the download failed: {error}") from error
 
 
-def _cached_essentials(repository: str, patterns: Sequence[str], where: str) -> Path:
+def _cached_essentials(
+    repository: str, patterns: Sequence[str], ignore: Sequence[str]
+) -> Path | None:
     """The cached snapshot if it lacks no more than files that a model may do without."""
-    import huggingface_hub as hub
-    from huggingface_hub import errors
+    from huggingface_hub import errors, snapshot_download
 
     needed = [pattern for pattern in patterns if pattern in _ESSENTIAL]
+    if not needed:
+        return None
     try:
-        if needed:
-            found = hub.snapshot_download(
-                repository, local_files_only=True, **_selection(needed)
-            )
-            return Path(found)
+        found = snapshot_download(
+            repository, local_files_only=True, allow_patterns=needed, ignore_patterns=list(ignore)
+        )
     except errors.LocalEntryNotFoundError:
-        pass
-    if hub.constants.HF_HUB_OFFLINE:
-        remedy = "unset HF_HUB_OFFLINE to download it"
-    else:
-        remedy = f"and {hub.constants.ENDPOINT} cannot be reached; check the network"
-    raise ModelError(f"{where}: no such directory, not in the cache ({_cache()}); {remedy}")
-
-
-def _selection(patterns: Sequence[str]) -> dict[str, list[str]]:
-    return {"allow_patterns": list(patterns), "ignore_patterns": list(_DUPLICATES)}
-
-
-def _cache() -> str:
-    from huggingface_hub import constants
-
-    return str(constants.HF_HUB_CACHE)
+        return None
+    return Path(found)
