@@ -207,7 +207,9 @@ class World:
         if batch.parameters is not None:
             for slot in batch.parameters.slots.tolist():
                 last = self.last_named.get(slot, -1)
-                assert last < self.num_absorbed, "a slot is reused before its last batch is absorbed"
+                assert last < self.num_absorbed, (
+                    "a slot is reused before its last batch is absorbed"
+                )
         for slot in batch.decode_slots.tolist() + batch.prefill_slots.tolist():
             self.last_named[slot] = batch.number
         self.batches.append(batch)
@@ -241,13 +243,19 @@ class World:
         for index, logprob in enumerate(message.logprobs.tolist()):
             position = message.first_position + index
             tops = list(
-                zip(message.top_ids[index].tolist(), message.top_logprobs[index].tolist(), strict=True)
+                zip(
+                    message.top_ids[index].tolist(),
+                    message.top_logprobs[index].tolist(),
+                    strict=True,
+                )
             )
             assert (logprob, tops) == expected[position - 1]
             self.prompt_logprobs[message.request_id][position] = (logprob, tops)
 
     def _receive_updates(self, message: SequenceUpdates) -> None:
-        names = list(zip(message.request_ids.tolist(), message.sample_indices.tolist(), strict=True))
+        names = list(
+            zip(message.request_ids.tolist(), message.sample_indices.tolist(), strict=True)
+        )
         assert len(set(names)) == len(names), "a sequence has two rows in one message"
         at_token = at_logprob = at_top = 0
         for row, name in enumerate(names):
