@@ -23,6 +23,5 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     The bundled model, or the one in the environment variable MODEL; `toka` itself reads further flags
     from OVERRIDES.
     """
-    flags = [f"model={os.environ['MODEL']}"] if "MODEL" in os.environ else []
-    with running(tmp_path_factory.mktemp("engine"), "uvicorn_log_level=warning", *flags) as ready:
+    with running(tmp_path_factory.mktemp("engine"), "uvicorn_log_level=warning") as ready:
         yield ready

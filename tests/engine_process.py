@@ -25,11 +25,13 @@ def free_port() -> int:
 
 
 class EngineProcess:
-    """One running ``toka``; its log goes to a file that failing tests print."""
+    """One running ``toka``, on the model that the environment variable MODEL names; its log goes to a file that failing tests print."""
 
     def __init__(self, log_path: Path, *flags: str, port: int | None = None) -> None:
         self.port = port or free_port()
         self.log_path = log_path
+        if "MODEL" in os.environ and not any(flag.startswith("model=") for flag in flags):
+            flags = (f"model={os.environ['MODEL']}", *flags)
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
         with log_path.open("wb") as log:
             self.process = subprocess.Popen(

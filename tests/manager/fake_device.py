@@ -9,6 +9,7 @@ reordered, or a page that is stale, changes what comes out.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -84,7 +85,7 @@ def prompt_logprobs_oracle(request: GenerateRequest) -> list[tuple[float, list[t
     digest = _EMPTY_CONTEXT
     prompt = request.prompt_ids.tolist()
     rows = []
-    for token, following in zip(prompt, prompt[1:], strict=False):
+    for token, following in itertools.pairwise(prompt):
         digest = mix(digest, token)
         rows.append((logprob_of(digest, following), top_of(digest, request.num_prompt_logprobs)))
     return rows

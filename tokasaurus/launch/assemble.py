@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.resolve import resolve
 from tokasaurus.config.slices import EngineSlices
-from tokasaurus.launch.model_files import find_model
+from tokasaurus.launch.model_files import find_model, find_tokenizer
 from tokasaurus.model.config import model_facts
 
 __all__ = ["assemble"]
@@ -25,8 +26,9 @@ def assemble(config: EngineConfig) -> EngineSlices:
         ConfigError: flags that contradict one another, the model or the machine.
         ModelError: the model cannot be found or is of an unknown kind.
     """
-    path = find_model(config.model)
-    facts = model_facts(path)
+    facts = model_facts(find_model(config.model))
+    if config.tokenizer is not None:
+        config = dataclasses.replace(config, tokenizer=str(find_tokenizer(config.tokenizer)))
     return resolve(
         config,
         facts,

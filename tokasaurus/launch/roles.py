@@ -15,26 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tokasaurus.errors import ConfigError, ModelError
+from tokasaurus.launch.doors import TO_MANAGER, TO_SERVER, TO_WORKER
 from tokasaurus.launch.lifeline import Assignment, Failed, Lifeline, Ready, Stop
 from tokasaurus.observability.logging import configure_logging
 from tokasaurus.protocol.channels import Receiver, Sender
-from tokasaurus.protocol.messages import (
-    ForwardBatch,
-    ForwardResult,
-    FromServer,
-    ToServer,
-)
-from tokasaurus.protocol.wire import Codec
 
-__all__ = ["ROLES", "TO_MANAGER", "TO_SERVER", "TO_WORKER", "run_role"]
+__all__ = ["ROLES", "run_role"]
 
 log = logging.getLogger(__name__)
 
 ROLES = ("server", "manager", "worker")
-
-TO_SERVER: Codec[ToServer] = Codec(ToServer)
-TO_MANAGER: Codec[FromServer | ForwardResult] = Codec(FromServer | ForwardResult)
-TO_WORKER: Codec[ForwardBatch] = Codec(ForwardBatch)
 
 
 def run_role(assignment: Assignment, lifeline: Lifeline, interrupt: Callable[[], None]) -> bool:
