@@ -15,6 +15,7 @@ import numpy as np
 from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.errors import ProtocolError
 from tokasaurus.manager.counters import Counters, Gauges
+from tokasaurus.manager.held_slots import find_holding_slots
 from tokasaurus.manager.in_flight import PromptPiece
 from tokasaurus.manager.invariants import check_invariants
 from tokasaurus.manager.outbox import Outbox
@@ -188,18 +189,19 @@ class Manager:
                 self._end(sequence, FinishReason.ABORT)
 
     def _acknowledge(self, event: Acknowledge) -> None:
-        columns = (event.request_ids, event.sample_indices, event.num_tokens)
-        for request_id, sample_index, num_tokens in zip(
-            *(column.tolist() for column in columns), strict=True
-        ):
-            sequence = self._backlog.find(request_id, sample_index)
-            if sequence is None or num_tokens <= sequence.num_acked:
+        slots = find_holding_slots(self._running.slots, event.request_ids, event.sample_indices)
+        is_found = slots >= 0
+        self._running.acknowledge(slots[is_found], event.num_tokens[is_found])
+        for row in np.flatnonzero(~is_found).tolist():
+            name = (int(event.request_ids[row]), int(event.sample_indices[row]))
+            sequence = self._backlog.find(*name)
+            if sequence is None:
                 continue
-            sequence.num_acked = num_tokens
-            if sequence.state is SequenceState.RUNNING:
-                self._running.acknowledged(sequence)
+            if sequence.slot >= 0:
+                slot = np.array([sequence.slot])
+                self._running.acknowledge(slot, event.num_tokens[row : row + 1])
             else:
-                self._backlog.acknowledged(sequence)
+                self._backlog.acknowledged(sequence, int(event.num_tokens[row]))
 
     # --- from the worker ---------------------------------------------------------------------------
 

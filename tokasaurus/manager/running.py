@@ -19,7 +19,7 @@ from tokasaurus.manager.allocator import PageAllocator
 from tokasaurus.manager.counters import Counters
 from tokasaurus.manager.in_flight import InFlight
 from tokasaurus.manager.sequence import Sequence, SequenceState
-from tokasaurus.manager.slots import SlotTable
+from tokasaurus.manager.slots import IndexArray, SlotTable
 from tokasaurus.manager.table_changes import TableChanges
 from tokasaurus.manager.token_window import TokenWindow
 from tokasaurus.manager.waiting import Backlog
@@ -81,13 +81,14 @@ class RunningSequences:
     def prompt_is_fed(self, sequence: Sequence) -> None:
         """The last chunk of its prompt was sent: it may decode, and its followers find the prompt."""
         self.prefilling.remove(sequence)
-        self.slots.update_decode_limit(sequence.slot, self.stop_lag)
+        self.slots.update_decode_limits(np.array([sequence.slot]), self.stop_lag)
         self._backlog.prompt_is_findable(sequence)
 
-    def acknowledged(self, sequence: Sequence) -> None:
-        """The server acknowledged more of a running sequence."""
-        if not self._is_prefilling(sequence):
-            self.slots.update_decode_limit(sequence.slot, self.stop_lag)
+    def acknowledge(self, slots: IndexArray, num_tokens: Int32Array) -> None:
+        """The server has searched so many tokens of the sequences in these slots."""
+        np.maximum.at(self.slots.acked, slots, num_tokens)
+        running = slots[self.slots.order[slots] >= 0]
+        self.slots.update_decode_limits(running, self.stop_lag)
 
     def publish(self, sequence: Sequence) -> None:
         """Makes the full pages of a prompt findable, as far as batches that fill them were sent.
@@ -144,7 +145,7 @@ class RunningSequences:
         slots, slot = self.slots, sequence.slot
         num_known = slots.num_known_pages(slot) * slots.page_size
         self.pages.release(self.window.all_ids(sequence)[:num_known], slots.pages(slot))
-        if self._is_prefilling(sequence):
+        if slots.length[slot] < slots.prompt_end[slot]:
             self.prefilling.remove(sequence)
         slots.stop_planning(slot)
         last_batch = int(slots.last_batch[slot])
@@ -152,6 +153,3 @@ class RunningSequences:
             return False
         self.in_flight.depart_after(last_batch, slot)
         return True
-
-    def _is_prefilling(self, sequence: Sequence) -> bool:
-        return bool(self.slots.length[sequence.slot] < len(sequence.prompt_ids))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,8 +35,12 @@ class SequenceState(enum.Enum):
     ENDED = enum.auto()
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class GeneratedTokens:
+_NO_LOGPROBS: Float32Array = np.empty(0, np.float32)
+_NO_TOP_IDS: Int32Array = np.empty((0, 0), np.int32)
+_NO_TOP_LOGPROBS: Float32Array = np.empty((0, 0), np.float32)
+
+
+class GeneratedTokens(NamedTuple):
     """Consecutive generated tokens, with logprobs if the sequence asked for them."""
 
     ids: Int32Array  # [tokens]
@@ -46,9 +51,7 @@ class GeneratedTokens:
     @staticmethod
     def without_logprobs(ids: Int32Array) -> GeneratedTokens:
         """Tokens of a sequence that asked for no logprobs, or whose logprobs were sent before."""
-        return GeneratedTokens(
-            ids, np.empty(0, np.float32), np.empty((0, 0), np.int32), np.empty((0, 0), np.float32)
-        )
+        return GeneratedTokens(ids, _NO_LOGPROBS, _NO_TOP_IDS, _NO_TOP_LOGPROBS)
 
     @staticmethod
     def joined(pieces: list[GeneratedTokens]) -> GeneratedTokens:
@@ -96,7 +99,7 @@ class Sequence:
     prompt_logprobs_due: bool  # the request asks for them and not all were delivered yet
     was_admitted: bool = False
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
-    num_acked: int = 0  # generated tokens that the server has searched for stop strings
+    num_acked: int = 0  # generated tokens that the server searched; in a slot, the table has it
     slot: int = -1  # -1 where it owns none
     stored: list[GeneratedTokens] = field(default_factory=list)  # moved out of the token window
     num_stored: int = 0  # tokens in ``stored``; all that are known where it owns no slot

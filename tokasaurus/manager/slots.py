@@ -55,6 +55,8 @@ class SlotTable:
         self.decode_limit = _column(num_slots)
         self.final_length = _column(num_slots)
         self.prompt_length = _column(num_slots)  # of the request, whatever was generated since
+        self.prompt_end = _column(num_slots)  # where decoding starts in this run
+        self.acked = _column(num_slots)  # generated tokens that the server has searched
         self.known = _column(num_slots)  # generated ids, counted from the sequence's first
         self.max_tokens = _column(num_slots)
         self.delivered = _column(num_slots)  # of the known ones, those that the server was sent
@@ -67,6 +69,7 @@ class SlotTable:
         # Results: whether they still count, and how they are reported.
         self.absorbing: BoolArray = np.zeros(num_slots, np.bool_)
         self.incremental: BoolArray = np.zeros(num_slots, np.bool_)
+        self.holding: BoolArray = np.zeros(num_slots, np.bool_)  # for acknowledgements
         self.request_id: Int64Array = np.zeros(num_slots, np.int64)
         self.sample_index = _column(num_slots)
         self.num_cached_tokens = _column(num_slots)
@@ -102,6 +105,8 @@ class SlotTable:
         self.decode_limit[slot] = 0
         self.final_length[slot] = sequence.final_length
         self.prompt_length[slot] = len(message.prompt_ids)
+        self.prompt_end[slot] = len(sequence.prompt_ids)
+        self.acked[slot] = sequence.num_acked
         self.known[slot] = self.delivered[slot] = sequence.num_stored
         self.max_tokens[slot] = message.max_tokens
         self.published[slot] = num_cached_pages
@@ -109,6 +114,7 @@ class SlotTable:
         self.order[slot] = sequence.order
         self.absorbing[slot] = True
         self.incremental[slot] = sequence.request.incremental
+        self.holding[slot] = message.hold_for_acks
         self.request_id[slot] = message.request_id
         self.sample_index[slot] = sequence.sample_index
         self.num_cached_tokens[slot] = sequence.num_cached_tokens
@@ -123,23 +129,24 @@ class SlotTable:
 
     def stop_absorbing(self, slot: int) -> None:
         """Results that are still in flight for the slot are nobody's."""
-        self.absorbing[slot] = self.incremental[slot] = False
+        self.absorbing[slot] = self.incremental[slot] = self.holding[slot] = False
 
     def leave(self, slot: int) -> None:
         """The slot is free for another sequence."""
-        self.sequence(slot).slot = -1
+        sequence = self.sequence(slot)
+        sequence.slot = -1
+        sequence.num_acked = int(self.acked[slot])
         self.sequences[slot] = None
         self.stop_absorbing(slot)
         self._free.append(slot)
 
-    def update_decode_limit(self, slot: int, stop_lag: int) -> None:
-        """The prompt is fed, or the server acknowledged more: how far the slot may decode."""
-        sequence = self.sequence(slot)
-        limit = int(self.final_length[slot])
-        if sequence.request.message.hold_for_acks:
-            planned = sequence.num_acked + stop_lag
-            limit = min(limit, int(self.prompt_length[slot]) + planned - 1)
-        self.decode_limit[slot] = limit
+    def update_decode_limits(self, rows: IndexArray, stop_lag: int) -> None:
+        """After a prompt was fed or an acknowledgement came: how far these running slots decode."""
+        final_length = self.final_length[rows]
+        acked_length = self.prompt_length[rows] + self.acked[rows] + (stop_lag - 1)
+        limit = np.where(self.holding[rows], np.minimum(final_length, acked_length), final_length)
+        is_fed = self.length[rows] >= self.prompt_end[rows]
+        self.decode_limit[rows] = np.where(is_fed, limit, 0)
 
     def num_known_pages(self, slot: int) -> int:
         """Leading pages that batches sent so far fill, and whose ids are all known."""

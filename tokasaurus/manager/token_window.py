@@ -60,27 +60,29 @@ class TokenWindow:
 
     def append(self, rows: IndexArray, result: ForwardResult, sampling_rows: IndexArray) -> None:
         """Adds one token to each of ``rows``, from the given sampling rows of a result."""
-        known = self._slots.known[rows]
-        cells = rows * self._columns + (known & (self._columns - 1))
+        slots = self._slots
+        known = slots.known[rows]
+        columns = known & (self._columns - 1)
+        cells = rows * self._columns + columns
         self._ids[cells] = result.token_ids[sampling_rows]
         if len(self._logprobs):
-            asked = np.flatnonzero(self._slots.num_logprobs[rows] >= 0)
-            if asked.size:
-                self._append_logprobs(cells[asked], result, sampling_rows[asked])
-        known += 1
-        self._slots.known[rows] = known
-        full = rows[(known & (self._columns - 1)) == 0]
-        for slot in full.tolist():
-            self.store(self._slots.sequence(slot))
+            self._append_logprobs(rows, cells, result, sampling_rows)
+        slots.known[rows] = known + 1
+        for slot in rows[columns == self._columns - 1].tolist():
+            self.store(slots.sequence(slot))
 
     def store(self, sequence: Sequence) -> None:
         """Moves what the ring has of a sequence to the sequence."""
-        known = int(self._slots.known[sequence.slot])
-        if known > sequence.num_stored:
+        start, end = sequence.num_stored, int(self._slots.known[sequence.slot])
+        if end > start:
             # A stream's logprobs were sent when they came; only its ids are needed again.
             logprobs = not sequence.request.incremental
-            sequence.stored.append(self._read(sequence, sequence.num_stored, known, logprobs))
-            sequence.num_stored = known
+            # Rings are stored when they are full, so this is never wrapped around.
+            first = sequence.slot * self._columns + (start & (self._columns - 1))
+            sequence.stored.append(
+                self._read(sequence, slice(first, first + end - start), logprobs)
+            )
+            sequence.num_stored = end
 
     def all_ids(self, sequence: Sequence) -> Int32Array:
         """All known ids of a sequence in a slot: its request's prompt, then the generated ones."""
@@ -99,8 +101,9 @@ class TokenWindow:
             return GeneratedTokens.joined([] if incremental else sequence.stored)
         known = int(self._slots.known[slot])
         if incremental:
-            return self._read(sequence, int(self._slots.delivered[slot]), known, True)
-        tail = self._read(sequence, sequence.num_stored, known, True)
+            cells = self._cells(slot, int(self._slots.delivered[slot]), known)
+            return self._read(sequence, cells, True)
+        tail = self._read(sequence, self._cells(slot, sequence.num_stored, known), True)
         return GeneratedTokens.joined([*sequence.stored, tail])
 
     def undelivered_rows(self, rows: IndexArray) -> GeneratedTokens:
@@ -130,28 +133,39 @@ class TokenWindow:
         )
 
     def _append_logprobs(
-        self, cells: IndexArray, result: ForwardResult, sampling_rows: IndexArray
+        self, rows: IndexArray, cells: IndexArray, result: ForwardResult, sampling_rows: IndexArray
     ) -> None:
-        if len(result.logprobs) != len(result.token_ids):
-            raise ProtocolError(f"batch {result.number} was asked for logprobs and brings none")
+        wanted = self._slots.num_logprobs[rows]
+        asked = wanted >= 0
+        if not asked.all():
+            cells, sampling_rows = cells[asked], sampling_rows[asked]
+        if not len(cells):
+            return
+        width = result.top_ids.shape[1]
+        if len(result.logprobs) != len(result.token_ids) or width < wanted.max():
+            raise ProtocolError(f"batch {result.number} was asked for more logprobs than it brings")
         self._logprobs[cells] = result.logprobs[sampling_rows]
-        width = min(self._top_ids.shape[1], result.top_ids.shape[1])
-        if width:
+        if width == self._top_ids.shape[1]:
+            self._top_ids[cells] = result.top_ids[sampling_rows]
+            self._top_logprobs[cells] = result.top_logprobs[sampling_rows]
+        else:  # slower; nobody wants what lies beyond either width
+            width = min(width, self._top_ids.shape[1])
             self._top_ids[cells, :width] = result.top_ids[sampling_rows, :width]
             self._top_logprobs[cells, :width] = result.top_logprobs[sampling_rows, :width]
 
     def _cells(self, slot: int, start: int, end: int) -> IndexArray:
         return slot * self._columns + (np.arange(start, end) & (self._columns - 1))
 
-    def _read(self, sequence: Sequence, start: int, end: int, logprobs: bool) -> GeneratedTokens:
-        cells = self._cells(sequence.slot, start, end)
-        ids = self._ids[cells]
+    def _read(
+        self, sequence: Sequence, cells: IndexArray | slice, logprobs: bool
+    ) -> GeneratedTokens:
+        ids = self._ids[cells].copy()
         width = sequence.request.message.num_logprobs
         if width < 0 or not logprobs:
             return GeneratedTokens.without_logprobs(ids)
         return GeneratedTokens(
             ids,
-            self._logprobs[cells],
-            self._top_ids[cells, :width],
-            self._top_logprobs[cells, :width],
+            self._logprobs[cells].copy(),
+            self._top_ids[cells, :width].copy(),
+            self._top_logprobs[cells, :width].copy(),
         )

@@ -90,8 +90,9 @@ class Backlog:
         else:
             sequence.state = SequenceState.PARKED
 
-    def acknowledged(self, sequence: Sequence) -> None:
-        """The server has caught up with a sequence that may be parked for that reason."""
+    def acknowledged(self, sequence: Sequence, num_tokens: int) -> None:
+        """The server has searched so many tokens of a sequence without a slot."""
+        sequence.num_acked = max(sequence.num_acked, num_tokens)
         is_follower = sequence.sample_index in sequence.request.followers
         if sequence.state is SequenceState.PARKED and not is_follower:
             self.resume(sequence)
