@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from tokasaurus.errors import RequestError
+from tokasaurus.errors import RequestError, TokasaurusError
 from tokasaurus.protocol.messages import LogprobsMode
 
 __all__ = ["MAX_SAMPLES", "SamplingParams", "renamed"]
@@ -97,11 +97,11 @@ class SamplingParams:
         return self.stop if isinstance(self.stop, tuple) else ()
 
 
-def renamed(error: RequestError, names: Mapping[str, str]) -> RequestError:
+def renamed(error: TokasaurusError, names: Mapping[str, str]) -> TokasaurusError:
     """The same error in the words of a client that spells the field differently."""
-    field = error.field
-    if field is None or field not in names:
+    if not isinstance(error, RequestError) or error.field is None or error.field not in names:
         return error
+    field = error.field
     message = re.sub(rf"\b{field}\b", names[field], error.message)
     return type(error)(message, names[field])
 

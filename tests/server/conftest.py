@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from fake_engine import CONFIG, TOKENIZER, FakeEngine, RunningServer, random_ids
+
+from tokasaurus.server.generation import Generations
+
+
+@pytest.fixture(scope="session")
+def shared_server() -> Iterator[RunningServer]:
+    with RunningServer().running() as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared_server: RunningServer) -> Iterator[RunningServer]:
+    """The server that all tests share; nothing may be in flight after any of them."""
+    engine = shared_server.engine
+    engine.script, engine.reject, engine.paused = random_ids, None, False
+    engine.num_cached_tokens, engine.largest_step = 0, 3
+    engine.received.clear()
+    yield shared_server
+    engine.paused = False
+    shared_server.wait_idle()
+
+
+@pytest.fixture
+def fake() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+def core(fake: FakeEngine) -> Generations:
+    """A text core on the fake engine, without HTTP."""
+    return Generations(CONFIG, TOKENIZER, fake.send)

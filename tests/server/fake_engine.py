@@ -1,0 +1,357 @@
+"""Stand-ins for everything around the server room: a tokenizer, a manager with a model, a running server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import openai
+import uvicorn
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from tokasaurus.config.slices import ServerConfig
+from tokasaurus.protocol.messages import (
+    AbortRequest,
+    Acknowledge,
+    FinishReason,
+    FromServer,
+    GenerateRequest,
+    LogprobsMode,
+    PromptLogprobs,
+    RequestRejected,
+    SequenceUpdates,
+    StopSequence,
+)
+from tokasaurus.server import tokenizer as server_tokenizer
+from tokasaurus.server.app import create_app
+from tokasaurus.server.generation import Generations
+from tokasaurus.server.state import EngineState
+
+BOS, EOS = "<s>", "</s>"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('Unknown role: ' + m['role']) }}{% endif %}"
+    "<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if shout is defined and shout %}SHOUT{% endif %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = (BOS, EOS, "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+STOP_LAG = 16
+
+
+def make_wrapped() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of a few hundred tokens, with a chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        special_tokens=list(SPECIAL),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the cat sat on the mat, naïve élan, hello world"] * 9, trainer)
+    tokenizer.add_tokens([AddedToken("<think>", special=False)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, chat_template=CHAT_TEMPLATE
+    )
+
+
+WRAPPED = make_wrapped()
+VOCAB_SIZE = len(WRAPPED) + 5  # padded, as models are
+EOS_ID = WRAPPED.eos_token_id
+TOKENIZER = server_tokenizer.Tokenizer(WRAPPED, VOCAB_SIZE, [EOS_ID])
+
+CONFIG = ServerConfig(
+    host="127.0.0.1",
+    port=0,
+    model_name="org/tiny-model",
+    model_root="org/tiny-model-source",
+    tokenizer_path="",
+    trust_remote_code=False,
+    uvicorn_log_level="warning",
+    log_level="info",
+    shutdown_timeout_s=5.0,
+    vocab_size=VOCAB_SIZE,
+    eos_token_ids=(EOS_ID,),
+    max_request_tokens=512,
+    max_seqs_per_forward=64,
+    max_topk_logprobs=20,
+    logprobs_mode=LogprobsMode.TEMPERATURE,
+    temperature=None,
+    top_p=None,
+    top_k=None,
+    min_p=None,
+)
+
+
+def ids_of(text: str) -> list[int]:
+    return TOKENIZER._encode(text, add_special_tokens=False)
+
+
+def random_ids(request: GenerateRequest, index: int) -> list[int]:
+    """What the fake model says by default: text in which the seed and the sample decide everything."""
+    rng = random.Random(f"{request.seed if request.sampling.temperature else 0}:{index}")
+    return [rng.randrange(len(SPECIAL), VOCAB_SIZE) for _ in range(request.max_tokens)]
+
+
+def logprob_row(token_id: int, number: int) -> tuple[float, list[int], list[float]]:
+    """Chosen logprob and the best ``number``; every third id is the second best, others the best."""
+    ids = [(token_id + 7 * i) % VOCAB_SIZE for i in range(max(number, 2))]
+    values = [float(np.float32(-0.1 - 0.37 * i)) for i in range(max(number, 2))]
+    if token_id % 3 == 0:
+        ids[0], ids[1] = ids[1], ids[0]
+    return values[ids.index(token_id)], ids[:number], values[:number]
+
+
+@dataclass(eq=False)
+class _Sequence:
+    request: GenerateRequest
+    index: int
+    ids: list[int]
+    position: int = 0
+    acknowledged: int = 0
+    pending: list[int] = field(default_factory=list)  # generated, but not sent
+
+
+class FakeEngine:
+    """A manager with a model behind it, as far as the server can tell. Checks what it is sent.
+
+    Attributes:
+        script: what a sample of a request says; an EOS ends it early.
+        received: every message of the server.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.script: Callable[[GenerateRequest, int], list[int]] = random_ids
+        self.received: list[FromServer] = []
+        self.rng = random.Random(seed)
+        self.reject: str | None = None
+        self.num_cached_tokens = 0
+        self.paused = False
+        self.largest_step = 3  # tokens of a sequence in one update
+        self._running: dict[tuple[int, int], _Sequence] = {}
+        self._outbox: list[object] = []
+
+    # --- what the server calls ---------------------------------------------------------------------
+
+    def send(self, message: FromServer) -> None:
+        self.received.append(message)
+        if isinstance(message, GenerateRequest):
+            self._begin(message)
+        elif isinstance(message, AbortRequest):
+            for index in [i for r, i in self._running if r == message.request_id]:
+                self._end(self._running[message.request_id, index], FinishReason.ABORT)
+        elif isinstance(message, StopSequence):
+            sequence = self._running.get((message.request_id, message.sample_index))
+            if sequence is not None:
+                self._end(sequence, FinishReason.STOP)
+        else:
+            assert isinstance(message, Acknowledge)
+            for request_id, index, count in zip(
+                message.request_ids.tolist(),
+                message.sample_indices.tolist(),
+                message.num_tokens.tolist(),
+                strict=True,
+            ):
+                if (request_id, index) in self._running:
+                    self._running[request_id, index].acknowledged = count
+
+    # --- what a test calls -------------------------------------------------------------------------
+
+    @property
+    def requests(self) -> list[GenerateRequest]:
+        return [message for message in self.received if isinstance(message, GenerateRequest)]
+
+    @property
+    def aborted(self) -> set[int]:
+        return {m.request_id for m in self.received if isinstance(m, AbortRequest)}
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def step(self) -> list[object]:
+        """One turn: every running sequence may go on; returns messages for the server."""
+        messages, self._outbox = self._outbox, []
+        rows = []
+        for sequence in [] if self.paused else list(self._running.values()):
+            row = self._advance(sequence)
+            if row is not None:
+                rows.append(row)
+        self.rng.shuffle(rows)
+        return [*messages, _updates(rows)] if rows else messages
+
+    def run(self, generations: Generations) -> None:
+        """Steps until nothing runs any more."""
+        for _ in range(100_000):
+            messages = self.step()
+            if not messages and not self._running:
+                return
+            for message in messages:
+                generations.absorb(message)
+        raise AssertionError("the engine never comes to rest")
+
+    # --- inside ------------------------------------------------------------------------------------
+
+    def _begin(self, request: GenerateRequest) -> None:
+        assert request.prompt_ids.dtype == np.int32
+        assert request.max_tokens >= 1
+        if self.reject is not None:
+            self._outbox.append(RequestRejected(request.request_id, self.reject, "prompt"))
+            return
+        for index in range(request.n):
+            ids = self.script(request, index)[: request.max_tokens]
+            self._running[request.request_id, index] = _Sequence(request, index, ids)
+        if request.num_prompt_logprobs >= 0:
+            self._outbox += _prompt_logprobs(request)
+
+    def _advance(self, sequence: _Sequence) -> tuple | None:
+        request = sequence.request
+        count = self.rng.randint(0, self.largest_step)
+        if request.hold_for_acks:
+            count = min(count, sequence.acknowledged + STOP_LAG - sequence.position)
+        new = sequence.ids[sequence.position : sequence.position + count]
+        for number, token_id in enumerate(new):
+            if token_id in request.stop_token_ids:
+                new = new[: number + 1]
+        sequence.position += len(new)
+        sequence.pending += new
+        if new and new[-1] in request.stop_token_ids and sequence.position < request.max_tokens:
+            return self._end(sequence, FinishReason.STOP, report=False)
+        if sequence.position >= len(sequence.ids):
+            return self._end(sequence, FinishReason.LENGTH, report=False)
+        if not (request.stream or request.hold_for_acks) or not new:
+            return None
+        return self._row(sequence, FinishReason.RUNNING)
+
+    def _row(self, sequence: _Sequence, reason: FinishReason) -> tuple:
+        ids, sequence.pending = sequence.pending, []
+        return sequence.request, sequence.index, ids, reason, self.num_cached_tokens
+
+    def _end(self, sequence: _Sequence, reason: FinishReason, *, report: bool = True) -> tuple:
+        del self._running[sequence.request.request_id, sequence.index]
+        row = self._row(sequence, reason)
+        if report:
+            self._outbox.append(_updates([row]))
+        return row
+
+
+def _updates(rows: list[tuple]) -> SequenceUpdates:
+    chosen, top_ids, top_logprobs = [], [], []
+    for request, _, ids, _, _ in rows:
+        if request.num_logprobs >= 0:
+            for token_id in ids:
+                one, best, values = logprob_row(token_id, request.num_logprobs)
+                chosen.append(one)
+                top_ids += best
+                top_logprobs += values
+    return SequenceUpdates(
+        request_ids=np.array([row[0].request_id for row in rows], np.int64),
+        sample_indices=np.array([row[1] for row in rows], np.int32),
+        num_tokens=np.array([len(row[2]) for row in rows], np.int32),
+        finish_reasons=np.array([row[3] for row in rows], np.int32),
+        num_cached_tokens=np.array([row[4] for row in rows], np.int32),
+        num_logprobs=np.array([row[0].num_logprobs for row in rows], np.int32),
+        token_ids=np.array([i for row in rows for i in row[2]], np.int32),
+        logprobs=np.array(chosen, np.float32),
+        top_ids=np.array(top_ids, np.int32),
+        top_logprobs=np.array(top_logprobs, np.float32),
+    )
+
+
+def _prompt_logprobs(request: GenerateRequest) -> list[PromptLogprobs]:
+    """In two pieces, the second of which comes twice, as after a preemption."""
+    number, ids = request.num_prompt_logprobs, request.prompt_ids.tolist()
+    middle = max(1, len(ids) // 2)
+    pieces = []
+    for first, last in ((1, middle), (middle, len(ids)), (middle, len(ids))):
+        rows = [logprob_row(token_id, number) for token_id in ids[first:last]]
+        pieces.append(
+            PromptLogprobs(
+                request.request_id,
+                first,
+                np.array([row[0] for row in rows], np.float32),
+                np.array([row[1] for row in rows], np.int32).reshape(len(rows), number),
+                np.array([row[2] for row in rows], np.float32).reshape(len(rows), number),
+            )
+        )
+    return pieces
+
+
+class RunningServer:
+    """A server on a loopback port, in a thread, with a fake engine behind it."""
+
+    def __init__(self, config: ServerConfig = CONFIG, *, ready: bool = True) -> None:
+        self.engine = FakeEngine()
+        self.state = EngineState()
+        self.generations = Generations(config, TOKENIZER, self.engine.send)
+        if ready:
+            self.state.ready(self.generations)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        settings = uvicorn.Config(
+            create_app(config, self.state), log_level="warning", timeout_graceful_shutdown=2
+        )
+        self._server = uvicorn.Server(settings)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        steps = asyncio.create_task(self._step_forever())
+        await self._server.serve(sockets=[self._listener])
+        steps.cancel()
+
+    async def _step_forever(self) -> None:
+        while True:
+            for message in self.engine.step():
+                self.generations.absorb(message)
+            await asyncio.sleep(0.0005 if self.engine.num_running else 0.003)
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Calls something in the event loop's thread, and waits for it."""
+        done = threading.Event()
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(lambda: (function(), done.set()))
+        assert done.wait(5)
+
+    def client(self, **options: object) -> openai.OpenAI:
+        return openai.OpenAI(
+            api_key="none", base_url=f"{self.url}/v1", max_retries=0, timeout=20, **options
+        )
+
+    def wait_idle(self, timeout_s: float = 5.0) -> None:
+        """Returns once nothing is in flight, in the server or in the engine."""
+        deadline = time.monotonic() + timeout_s
+        while len(self.generations) or self.engine.num_running:
+            assert time.monotonic() < deadline, "something is still in flight"
+            time.sleep(0.005)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[RunningServer]:
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.005)
+        try:
+            yield self
+        finally:
+            self._server.should_exit = True
+            self._thread.join(10)
+
+
+def with_config(**changes: object) -> ServerConfig:
+    return replace(CONFIG, **changes)

@@ -1,0 +1,58 @@
+"""The HTTP application: the endpoints, the shape of errors, and the OpenAPI document.
+
+::
+
+    state = EngineState()
+    app = create_app(config, state)                    # answers /ping and /health from now on
+    generations = Generations(config, tokenizer, send)
+    state.ready(generations)                           # serves
+    generations.absorb(message)                        # for every message of the manager
+    state.drain() ... state.die(reason)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic.json_schema import models_json_schema
+
+import tokasaurus
+from tokasaurus.config.slices import ServerConfig
+from tokasaurus.server.endpoints import Endpoints
+from tokasaurus.server.http_errors import install_error_handlers
+from tokasaurus.server.schemas import ChatRequest, CompletionRequest
+from tokasaurus.server.state import EngineState
+
+__all__ = ["create_app"]
+
+
+def create_app(config: ServerConfig, state: EngineState) -> FastAPI:
+    """An ASGI application that serves one engine.
+
+    Args:
+        config: the server's slice.
+        state: of the engine; its owner tells it when the engine is ready, drains and dies.
+    """
+    app = FastAPI(title="Tokasaurus", version=tokasaurus.__version__, redirect_slashes=False)
+    app.include_router(Endpoints(config, state).router())
+    install_error_handlers(app)
+    _document_bodies(app)
+    return app
+
+
+def _document_bodies(app: FastAPI) -> None:
+    """Adds the requests' schemas, which FastAPI does not see: the endpoints read bodies themselves."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = generate()
+            _, schemas = models_json_schema(
+                [(CompletionRequest, "validation"), (ChatRequest, "validation")],
+                ref_template="#/components/schemas/{model}",
+            )
+            document.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
+        return generate()
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,168 @@
+"""One HTTP request while it runs: its generations, and its client, who may go away at any moment."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
+from typing import TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from tokasaurus.errors import TokasaurusError
+from tokasaurus.server.generation import Generation, Generations, PreparedRequest
+from tokasaurus.server.http_errors import error_body
+from tokasaurus.server.params import renamed
+from tokasaurus.server.render import DONE, Renderer, event
+from tokasaurus.server.samples import SampleOutput
+
+__all__ = ["Call", "ClientGone", "EventStream", "in_thread_if"]
+
+T = TypeVar("T")
+
+
+class ClientGone(TokasaurusError):
+    """The client disconnected: nobody is left to answer."""
+
+
+class Call:
+    """The generations of one HTTP request; starts them.
+
+    Args:
+        table: where to start them.
+        requests: one for each prompt.
+        stream: there will be news before the end.
+    """
+
+    def __init__(
+        self, table: Generations, requests: Sequence[PreparedRequest], *, stream: bool
+    ) -> None:
+        self._table = table
+        self._wake = asyncio.Event()
+        self._changed: dict[int, None] = {}  # positions of generations with news, in order
+        self._client_gone = False
+        self.generations: list[Generation] = []
+        for position, request in enumerate(requests):
+            note = partial(self._note, position)
+            self.generations.append(table.start(request, stream=stream, on_change=note))
+        self._unfinished = set(range(len(requests)))
+
+    @contextlib.asynccontextmanager
+    async def watched(self, receive: Receive) -> AsyncIterator[None]:
+        """Within it, a disconnect ends the generations at once; after it, nothing runs any more."""
+        watcher = asyncio.ensure_future(self._watch(receive))
+        try:
+            yield
+        finally:
+            watcher.cancel()
+            self._abort()
+
+    async def news(self) -> AsyncIterator[list[tuple[int, SampleOutput]]]:
+        """For streams: (prompt's position, output), whenever there are some, until all is there.
+
+        Raises:
+            RequestError: the manager refuses a prompt.
+            EngineDead: the engine died.
+            ClientGone: as it says.
+        """
+        while self._unfinished:
+            changed = await self._next_changes()
+            outputs = [
+                (position, output)
+                for position in changed
+                for output in self.generations[position].take_news()
+            ]
+            if outputs:
+                yield outputs
+
+    async def finish(self) -> None:
+        """Returns when every generation has finished. Raises what ``news`` raises."""
+        while self._unfinished:
+            await self._next_changes()
+
+    async def _next_changes(self) -> list[int]:
+        await self._wake.wait()
+        self._wake.clear()
+        if self._client_gone:
+            raise ClientGone("the client disconnected")
+        changed, self._changed = list(self._changed), {}
+        for position in changed:
+            generation = self.generations[position]
+            if generation.error is not None:
+                raise generation.error
+            if generation.finished:
+                self._unfinished.discard(position)
+        return changed
+
+    def _note(self, position: int) -> None:
+        self._changed[position] = None
+        self._wake.set()
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._client_gone = True
+        self._abort()
+        self._wake.set()
+
+    def _abort(self) -> None:
+        for generation in self.generations:
+            self._table.abort(generation)
+
+
+class EventStream(Response):
+    """A stream of server-sent events.
+
+    The status line waits for the first event: a request that fails before it gets an ordinary error.
+    Later errors are events themselves. No comments, no multi-line data: some clients take every line
+    for JSON.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, call: Call, renderer: Renderer) -> None:
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"Cache-Control": "no-store"})
+        self._call = call
+        self._renderer = renderer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+        async with self._call.watched(receive):
+            try:
+                async for data in self._events():
+                    if not started:
+                        await self._start(send)
+                        started = True
+                    await self._send(send, data)
+            except ClientGone:
+                return
+            except TokasaurusError as error:
+                told = renamed(error, self._renderer.request.field_names())
+                if not started:
+                    raise told from None
+                await self._send(send, event(error_body(told)))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        call, renderer = self._call, self._renderer
+        async for outputs in call.news():
+            chunks = (renderer.chunk(call.generations, *output) for output in outputs)
+            yield b"".join(chunks)
+        last = renderer.usage_chunk(call.generations) if renderer.includes_usage else b""
+        yield last + DONE
+
+    async def _start(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": self.status_code}
+        await send({**start, "headers": self.raw_headers})
+
+    async def _send(self, send: Send, data: bytes) -> None:
+        await send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+async def in_thread_if(heavy: bool, function: Callable[[], T]) -> T:
+    """Calls a function, away from the event loop if it would hold it up for long."""
+    return await asyncio.to_thread(function) if heavy else function()

@@ -1,0 +1,116 @@
+"""Request fields that this server knows and does not support, with the values that change nothing.
+
+Clients send many of them at a harmless value, and are not to be refused for that. Any other value is an
+error that names the field: a field is never ignored when it would have changed the answer.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from tokasaurus.errors import RequestError
+
+__all__ = ["HARMLESS", "without_harmless"]
+
+_BOTH = (True, False)
+_ANY_STRING = str
+
+HARMLESS: Mapping[str, tuple[Any, ...]] = {
+    # OpenAI: sampling
+    "best_of": (1,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "presence_penalty": (0,),
+    "suffix": ("",),
+    # OpenAI: the form of the answer
+    "audio": (),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "moderation": (),
+    "parallel_tool_calls": _BOTH,  # without tools there is nothing to call
+    "prediction": (),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "verbosity": (),
+    "web_search_options": (),
+    # OpenAI: names and hints, which never change an answer
+    "metadata": ({},),
+    "prompt_cache_key": (_ANY_STRING,),
+    "prompt_cache_options": ({},),
+    "prompt_cache_retention": (_ANY_STRING,),
+    "safety_identifier": (_ANY_STRING,),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "user": (_ANY_STRING,),
+    # Other engines
+    "add_special_tokens": (True,),
+    "bad_words": ([],),
+    "cartridges": ([],),
+    "chat_template_kwargs": ({},),
+    "detokenize": (True,),
+    "early_stopping": (False,),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "ids": (),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "lora_path": (),
+    "min_tokens": (0,),
+    "priority": (0,),
+    "prompt_logprobs": (),
+    "repetition_penalty": (1,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "stop_token_ids": ([],),
+    "structured_outputs": (),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
+}
+"""Null is harmless everywhere and not listed. A type stands for all its values."""
+
+
+def without_harmless(body: Mapping[str, Any], supported: Collection[str]) -> dict[str, Any]:
+    """The fields of a request that its schema is to look at.
+
+    Args:
+        body: the request.
+        supported: the fields of its schema.
+
+    Raises:
+        RequestError: names a field that is unknown, or has a value that is not supported.
+    """
+    fields = {}
+    for name, value in body.items():
+        if name in supported:
+            fields[name] = value
+        elif name not in HARMLESS:
+            raise RequestError(_unknown(name, supported), name)
+        elif value is not None and not any(_matches(value, each) for each in HARMLESS[name]):
+            raise RequestError(_unsupported(name, value), name)
+    return fields
+
+
+def _matches(value: Any, harmless: Any) -> bool:
+    return isinstance(value, harmless) if isinstance(harmless, type) else bool(value == harmless)
+
+
+def _unknown(name: str, supported: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, supported, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"{name} is no field of this request{hint}"
+
+
+def _unsupported(name: str, value: Any) -> str:
+    shown = repr(value)
+    if len(shown) > 100:
+        shown = shown[:100] + "..."
+    return f"{name} is not supported, but for values that change nothing; it was {shown}"

@@ -1,0 +1,99 @@
+"""Errors as HTTP answers, in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from tokasaurus.errors import (
+    EngineError,
+    EngineNotReady,
+    RequestError,
+    RequestTooLong,
+    TokasaurusError,
+)
+
+__all__ = ["BodyTooLarge", "UnknownModel", "WrongMediaType", "error_body", "install_error_handlers"]
+
+log = logging.getLogger(__name__)
+
+_RETRY_AFTER_S = 5
+
+
+class WrongMediaType(RequestError):
+    """The body is not declared to be JSON."""
+
+
+class BodyTooLarge(RequestError):
+    """The body is larger than the server is willing to hold."""
+
+
+class UnknownModel(RequestError):
+    """There is no model of this name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"the model {name!r} does not exist", "model")
+
+
+# The first that fits.
+_STATUSES: dict[type[Exception], int] = {
+    UnknownModel: 404,
+    BodyTooLarge: 413,
+    WrongMediaType: 415,
+    RequestError: 400,
+    EngineError: 503,
+    Exception: 500,
+}
+_CODES = {RequestTooLong: "context_length_exceeded", UnknownModel: "model_not_found"}
+
+
+def error_body(error: Exception) -> dict[str, Any]:
+    """What a client is told of an error; of an unexpected one, nothing."""
+    if isinstance(error, RequestError):
+        code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), None)
+        return _body(error.message, "invalid_request_error", error.field, code)
+    if isinstance(error, EngineError):
+        return _body(str(error), "service_unavailable", None, None)
+    return _body("internal error; the server's log says more", "internal_error", None, None)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Makes every error of an application come out in OpenAI's shape."""
+
+    def tokasaurus_error(request: Request, error: Exception) -> Response:
+        headers = {"Retry-After": str(_RETRY_AFTER_S)} if isinstance(error, EngineNotReady) else {}
+        return _answer(_status(error), error_body(error), headers)
+
+    def http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        path = f"{request.method} {request.url.path}"
+        message = {404: f"no such route: {path}", 405: f"method not allowed: {path}"}.get(
+            error.status_code, str(error.detail)
+        )
+        body = _body(message, "invalid_request_error", None, None)
+        return _answer(error.status_code, body, dict(error.headers or {}))
+
+    def unexpected_error(request: Request, error: Exception) -> Response:
+        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return _answer(500, error_body(error), {})
+
+    app.add_exception_handler(TokasaurusError, tokasaurus_error)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(Exception, unexpected_error)
+
+
+def _status(error: Exception) -> int:
+    return next(status for kind, status in _STATUSES.items() if isinstance(error, kind))
+
+
+def _body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _answer(status: int, body: dict[str, Any], headers: dict[str, str]) -> Response:
+    content = msgspec.json.encode(body)
+    return Response(content, status, headers, media_type="application/json")

@@ -1,0 +1,250 @@
+"""The JSON that clients get: whole answers and chunks of a stream. Knows nothing of sockets.
+
+A choice's index is ``prompt_index * n + sample_index``. Bodies are one line each, since some clients
+read even whole answers line by line.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from tokasaurus.server.generation import Generation
+from tokasaurus.server.logprobs import CompletionLogprobs, chat_logprobs, fingerprint
+from tokasaurus.server.samples import SampleOutput
+from tokasaurus.server.schemas import ChatRequest, CompletionRequest, GenerationRequest
+from tokasaurus.server.tokenizer import Tokenizer
+
+__all__ = ["DONE", "ChatRenderer", "CompletionRenderer", "Renderer", "event"]
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(body: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + msgspec.json.encode(body) + b"\n\n"
+
+
+class Renderer:
+    """Writes the answer to one HTTP request; what the two endpoints have in common.
+
+    Args:
+        request: what was asked.
+        model: the name to answer with where the request has none.
+        tokenizer: spells tokens for logprobs.
+    """
+
+    id_prefix: str
+    whole_object: str
+    chunk_object: str
+
+    def __init__(self, request: GenerationRequest, model: str, tokenizer: Tokenizer) -> None:
+        options = request.stream_options
+        self.request = request
+        self.tokenizer = tokenizer
+        self.includes_usage = bool(options and options.include_usage)
+        self._continuous_usage = bool(options and options.continuous_usage_stats)
+        self._packs_logprobs = bool(request.logprobs_in_fingerprint)
+        self._num_streamed_tokens = 0
+        self._begun: set[int] = set()  # choices of which a chunk was sent
+        self._head = {
+            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model if request.model is None else request.model,
+        }
+
+    def whole(self, generations: Sequence[Generation]) -> bytes:
+        """The answer to a request without ``stream``. Decodes all text, which may take a while."""
+        choices, outputs = [], []
+        for position, generation in enumerate(generations):
+            for output in generation.take_all():
+                index = position * self.request.num_samples + output.index
+                choices.append(self._choice(index, position, generation, output))
+                outputs.append(output)
+        num_tokens = sum(len(output.token_ids) for output in outputs)
+        return msgspec.json.encode(
+            {
+                **self._head,
+                "object": self.whole_object,
+                "choices": choices,
+                "usage": _usage(generations, num_tokens),
+                "system_fingerprint": fingerprint(outputs, packed=self._packs_logprobs),
+            }
+        )
+
+    def chunk(
+        self, generations: Sequence[Generation], position: int, output: SampleOutput
+    ) -> bytes:
+        """The next event of one choice; its fingerprint carries the ids that this chunk brings."""
+        index = position * self.request.num_samples + output.index
+        choice = self._delta(
+            index, position, generations[position], output, first=index not in self._begun
+        )
+        self._begun.add(index)
+        self._num_streamed_tokens += len(output.token_ids)
+        body = {
+            **self._head,
+            "object": self.chunk_object,
+            "choices": [choice],
+            "system_fingerprint": fingerprint([output], packed=self._packs_logprobs),
+        }
+        if self._continuous_usage:
+            body["usage"] = _usage(generations, self._num_streamed_tokens)
+        elif self.includes_usage:
+            body["usage"] = None
+        return event(body)
+
+    def usage_chunk(self, generations: Sequence[Generation]) -> bytes:
+        """The event that ends a stream which was to include the usage."""
+        usage = _usage(generations, self._num_streamed_tokens)
+        return event({**self._head, "object": self.chunk_object, "choices": [], "usage": usage})
+
+    def _choice(
+        self, index: int, position: int, generation: Generation, output: SampleOutput
+    ) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def _delta(
+        self,
+        index: int,
+        position: int,
+        generation: Generation,
+        output: SampleOutput,
+        *,
+        first: bool,
+    ) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class CompletionRenderer(Renderer):
+    """``text_completion``, whole and in chunks.
+
+    Args:
+        request: what was asked.
+        model: the name to answer with where the request has none.
+        tokenizer: spells tokens for logprobs.
+        echoes: the text of each prompt, if it is to be repeated.
+    """
+
+    id_prefix = "cmpl"
+    whole_object = chunk_object = "text_completion"
+
+    def __init__(
+        self,
+        request: CompletionRequest,
+        model: str,
+        tokenizer: Tokenizer,
+        echoes: Sequence[str] | None,
+    ) -> None:
+        super().__init__(request, model, tokenizer)
+        self._echoes = echoes
+        self._logprobs: dict[int, CompletionLogprobs] = {}  # of choices that are being streamed
+
+    def _choice(
+        self, index: int, position: int, generation: Generation, output: SampleOutput
+    ) -> dict[str, Any]:
+        return self._delta(index, position, generation, output, first=True)
+
+    def _delta(
+        self,
+        index: int,
+        position: int,
+        generation: Generation,
+        output: SampleOutput,
+        *,
+        first: bool,
+    ) -> dict[str, Any]:
+        text = output.text
+        if first and self._echoes is not None:
+            text = self._echoes[position] + text
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": self._render_logprobs(index, generation, output, first=first),
+            "finish_reason": output.finish_reason,
+        }
+
+    def _render_logprobs(
+        self, index: int, generation: Generation, output: SampleOutput, *, first: bool
+    ) -> dict[str, Any] | None:
+        if output.logprobs is None or self._packs_logprobs:
+            return None
+        if first:
+            self._logprobs[index] = CompletionLogprobs(self.tokenizer)
+        writer = self._logprobs[index]
+        if output.finish_reason is not None:
+            del self._logprobs[index]
+        prompt = generation.prompt_logprobs
+        if first and prompt is not None:
+            prompt_ids = generation.request.prompt_ids.tolist()
+            return writer.prompt_and_generated(
+                prompt_ids, prompt, output.token_ids, output.logprobs
+            )
+        return writer.generated(output.token_ids, output.logprobs)
+
+
+class ChatRenderer(Renderer):
+    """``chat.completion`` and its chunks.
+
+    Args:
+        request: what was asked.
+        model: the name to answer with where the request has none.
+        tokenizer: spells tokens for logprobs.
+    """
+
+    id_prefix = "chatcmpl"
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def __init__(self, request: ChatRequest, model: str, tokenizer: Tokenizer) -> None:
+        super().__init__(request, model, tokenizer)
+
+    def _choice(
+        self, index: int, position: int, generation: Generation, output: SampleOutput
+    ) -> dict[str, Any]:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": output.text},
+            "logprobs": self._render_logprobs(output),
+            "finish_reason": output.finish_reason,
+        }
+
+    def _delta(
+        self,
+        index: int,
+        position: int,
+        generation: Generation,
+        output: SampleOutput,
+        *,
+        first: bool,
+    ) -> dict[str, Any]:
+        delta = {"role": "assistant"} if first else {}
+        if first or output.text:
+            delta["content"] = output.text
+        return {
+            "index": index,
+            "delta": delta,
+            "logprobs": self._render_logprobs(output),
+            "finish_reason": output.finish_reason,
+        }
+
+    def _render_logprobs(self, output: SampleOutput) -> dict[str, Any] | None:
+        if output.logprobs is None or self._packs_logprobs:
+            return None
+        return chat_logprobs(self.tokenizer, output.token_ids, output.logprobs)
+
+
+def _usage(generations: Sequence[Generation], num_generated_tokens: int) -> dict[str, Any]:
+    """Counts each prompt once, however many samples it has."""
+    num_prompt_tokens = sum(generation.num_prompt_tokens for generation in generations)
+    num_cached_tokens = sum(generation.num_cached_tokens for generation in generations)
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_generated_tokens,
+        "total_tokens": num_prompt_tokens + num_generated_tokens,
+        "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
+    }

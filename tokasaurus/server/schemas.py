@@ -1,0 +1,318 @@
+"""The JSON that clients send to the two generating endpoints, and what it asks for.
+
+A field left out and a field that is null mean the same. Types are strict: "1" is no number. Ranges are
+checked by ``SamplingParams``, so that the embedded engine refuses the same values in the same words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, WithJsonSchema
+
+from tokasaurus.errors import RequestError
+from tokasaurus.protocol.messages import LogprobsMode
+from tokasaurus.server.fields import without_harmless
+from tokasaurus.server.params import MAX_SAMPLES, SamplingParams, renamed
+
+__all__ = ["ChatRequest", "CompletionRequest", "GenerationRequest", "StreamOptions", "parse"]
+
+_COMPLETION_MAX_TOKENS = 16  # OpenAI's default
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+class StreamOptions(_Schema):
+    """What a stream tells besides the text."""
+
+    include_usage: bool | None = None
+    """End with a chunk that has no choices but the usage of the whole request."""
+    continuous_usage_stats: bool | None = None
+    """Tell the usage so far in every chunk."""
+
+
+class GenerationRequest(_Schema):
+    """What the two endpoints have in common."""
+
+    model: str | None = None
+    """Any name will do: there is one model. The answer repeats it."""
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    ignore_eos: bool | None = None
+    max_tokens: int | None = None
+    logprobs_mode: str | None = None
+    logprobs_ignore_temperature: bool | None = None
+    """The same as ``logprobs_mode="raw"``."""
+    logprobs_in_fingerprint: bool | None = None
+    """Packed logprobs in ``system_fingerprint`` instead of the ``logprobs`` field."""
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @property
+    def num_samples(self) -> int:
+        return 1 if self.n is None else self.n
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives per generated token; 0 is the chosen one only, None is no logprobs."""
+        raise NotImplementedError
+
+    @property
+    def token_limit(self) -> int | None:
+        """What the client asked for; None if nothing."""
+        return self.max_tokens
+
+    def field_names(self) -> Mapping[str, str]:
+        """How this request spells fields of ``SamplingParams`` that it spells differently."""
+        return {}
+
+    def check(self) -> None:
+        """Raises RequestError where fields contradict one another."""
+        if self.logprobs_ignore_temperature and self.logprobs_mode not in (None, "raw"):
+            raise RequestError(
+                "logprobs_ignore_temperature asks for raw logprobs, logprobs_mode for"
+                f" {self.logprobs_mode!r}",
+                "logprobs_ignore_temperature",
+            )
+
+    def params(self) -> SamplingParams:
+        """Raises RequestError, in the words of this request."""
+        num_logprobs = self.num_logprobs
+        if self.logprobs_in_fingerprint and num_logprobs is None:
+            num_logprobs = 0
+        try:
+            return SamplingParams(
+                n=self.num_samples,
+                temperature=self.temperature,
+                top_p=self.top_p,
+                top_k=self.top_k,
+                min_p=self.min_p,
+                seed=self.seed,
+                stop=self.stop,
+                ignore_eos=bool(self.ignore_eos),
+                max_tokens=self.token_limit,
+                logprobs=num_logprobs,
+                logprobs_mode=LogprobsMode.RAW
+                if self.logprobs_ignore_temperature
+                else self.logprobs_mode,
+            )
+        except RequestError as error:
+            raise renamed(error, self.field_names()) from None
+
+
+class CompletionRequest(GenerationRequest):
+    """``POST /v1/completions``."""
+
+    prompt: Annotated[
+        Any,
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"type": "string"},
+                    {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                    {"type": "array", "items": {"type": "integer"}, "minItems": 1},
+                    {
+                        "type": "array",
+                        "items": {"type": "array", "items": {"type": "integer"}, "minItems": 1},
+                        "minItems": 1,
+                    },
+                ]
+            }
+        ),
+    ]
+    logprobs: int | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+    """Samples to choose from: nothing is chosen, so it must be 1, or as many as are returned."""
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    def check(self) -> None:
+        super().check()
+        if self.best_of not in (None, 1, self.num_samples):
+            raise RequestError(
+                f"best_of is not supported above n; it was {self.best_of}, and n is {self.num_samples}",
+                "best_of",
+            )
+        if self.echo and self.logprobs_in_fingerprint:
+            raise RequestError(
+                "logprobs_in_fingerprint has no place for the prompt's logprobs that echo asks for",
+                "logprobs_in_fingerprint",
+            )
+
+    def prompts(self) -> list[str | list[int]]:
+        """One or several, as text or as ids. Raises RequestError if it is none of these."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            prompts: list[Any] = [prompt]
+        elif not isinstance(prompt, list) or not prompt:
+            raise _wrong_prompt()
+        elif isinstance(prompt[0], int):
+            prompts = [prompt]
+        else:
+            prompts = prompt
+        kind = str if isinstance(prompts[0], str) else list
+        for each in prompts:
+            if not isinstance(each, kind):
+                raise _wrong_prompt()
+            if kind is list and not all(type(token_id) is int for token_id in each):
+                raise _wrong_prompt()
+        if len(prompts) * self.num_samples > MAX_SAMPLES:
+            raise RequestError(
+                f"prompt has {len(prompts)} prompts, for n={self.num_samples} samples each; one request"
+                f" may have {MAX_SAMPLES} samples in all",
+                "prompt",
+            )
+        return prompts
+
+    def params_for(self, num_prompt_tokens: int, max_request_tokens: int) -> SamplingParams:
+        """Parameters for one prompt: a limit that the client left out gives way to the context's."""
+        params = self.params()
+        changes: dict[str, Any] = {}
+        if params.max_tokens is None:
+            room = max_request_tokens - num_prompt_tokens
+            changes["max_tokens"] = max(1, min(_COMPLETION_MAX_TOKENS, room))
+        if self.echo and params.logprobs is not None:
+            changes["prompt_logprobs"] = params.logprobs
+        return params if not changes else SamplingParams(**{**vars(params), **changes})
+
+
+class TextPart(_Schema):
+    """A part of a message's content; other types than text are refused by name."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Schema):
+    """One message. The chat template decides which roles there are."""
+
+    role: str
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def for_template(self) -> dict[str, str]:
+        """What the chat template sees of it."""
+        content = self.content
+        if not isinstance(content, str):
+            content = "".join(part.text for part in content)
+        message = {"role": self.role, "content": content}
+        return message if self.name is None else {**message, "name": self.name}
+
+
+class ChatRequest(GenerationRequest):
+    """``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[ChatMessage], WithJsonSchema({"type": "array", "minItems": 1})]
+    max_completion_tokens: int | None = None
+    """A newer name of ``max_tokens``. Without either, the rest of the context."""
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    apply_chat_template_overrides: dict[str, Any] | None = None
+    """Further arguments for the tokenizer's ``apply_chat_template``."""
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def token_limit(self) -> int | None:
+        both = (self.max_completion_tokens, self.max_tokens)
+        return next((limit for limit in both if limit is not None), None)
+
+    def field_names(self) -> Mapping[str, str]:
+        names = {"logprobs": "top_logprobs", "prompt": "messages"}
+        if self.max_completion_tokens is not None:
+            names["max_tokens"] = "max_completion_tokens"
+        return names
+
+    def check(self) -> None:
+        super().check()
+        if not self.messages:
+            raise RequestError("messages must hold at least one message", "messages")
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
+        if None not in (self.max_tokens, self.max_completion_tokens) and (
+            self.max_tokens != self.max_completion_tokens
+        ):
+            raise RequestError(
+                f"max_completion_tokens ({self.max_completion_tokens}) and max_tokens"
+                f" ({self.max_tokens}) are two names of one limit",
+                "max_completion_tokens",
+            )
+
+
+R = TypeVar("R", bound=GenerationRequest)
+
+# Fields of a message that clients copy from an answer into the next request; harmless when empty.
+_EMPTY_MESSAGE_FIELDS = frozenset(
+    {"annotations", "audio", "function_call", "reasoning_content", "refusal", "tool_calls"}
+)
+
+
+def parse(body: Any, schema: type[R]) -> R:
+    """Reads a decoded JSON body.
+
+    Raises:
+        RequestError: it is no such request; names the field.
+    """
+    if not isinstance(body, dict):
+        raise RequestError("the body must be a JSON object")
+    fields = without_harmless(body, schema.model_fields.keys())
+    if isinstance(messages := fields.get("messages"), list):
+        fields["messages"] = [_without_empty_fields(message) for message in messages]
+    try:
+        request = schema.model_validate(fields)
+    except ValidationError as error:
+        raise _as_request_error(error) from None
+    request.check()
+    return request
+
+
+def _without_empty_fields(message: Any) -> Any:
+    if not isinstance(message, dict):
+        return message
+    return {
+        name: value for name, value in message.items() if value or name not in _EMPTY_MESSAGE_FIELDS
+    }
+
+
+def _as_request_error(error: ValidationError) -> RequestError:
+    """The first thing that is wrong; of a union's members, the one that came furthest."""
+    first = max(error.errors(include_url=False), key=lambda each: len(each["loc"]))
+    field = str(first["loc"][0])
+    if first["type"] == "missing" and len(first["loc"]) == 1:
+        return RequestError(f"{field} is required", field)
+    if first["type"] == "extra_forbidden":
+        return RequestError(f"{_path(first['loc'])} is no known field", field)
+    shown = repr(first["input"])
+    shown = shown if len(shown) <= 100 else shown[:100] + "..."
+    return RequestError(f"{_path(first['loc'])}: {first['msg'].lower()}; it was {shown}", field)
+
+
+def _path(location: Sequence[str | int]) -> str:
+    """``messages[0].content[1].type``, without the names that pydantic gives to a union's members."""
+    path = ""
+    for step in location:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif "[" not in step and step not in ("str", "int", "bool", "float"):
+            path += f".{step}" if path else step
+    return path
+
+
+def _wrong_prompt() -> RequestError:
+    return RequestError(
+        "prompt must be a string, a list of strings, a list of token ids, or a list of such lists",
+        "prompt",
+    )

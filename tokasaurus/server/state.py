@@ -1,0 +1,74 @@
+"""Whether the engine behind the server can serve: the composition root says so, the endpoints ask.
+
+::
+
+    loading ──ready()──▶ ok ──drain()──▶ draining
+       └──────────────────┴──────die()──────┴───▶ dead
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from tokasaurus.errors import EngineDead, EngineNotReady
+from tokasaurus.server.generation import Generations
+
+__all__ = ["EngineState"]
+
+_POLL_S = 0.02
+
+
+class EngineState:
+    """The state of one engine. All methods belong to the event loop's thread.
+
+    Attributes:
+        status: "loading", "ok", "draining" or "dead".
+    """
+
+    def __init__(self) -> None:
+        self.status = "loading"
+        self._generations: Generations | None = None
+        self._reason = ""
+
+    def ready(self, generations: Generations) -> None:
+        """The model is loaded: requests may come."""
+        if self.status == "loading":
+            self.status, self._generations = "ok", generations
+
+    def drain(self) -> None:
+        """New requests are refused from now on; those in flight go on."""
+        if self.status != "dead":
+            self.status = "draining"
+
+    def die(self, reason: str) -> None:
+        """Every request in flight, and every later one, ends with this reason."""
+        if self.status == "dead":
+            return
+        self.status, self._reason = "dead", reason
+        if self._generations is not None:
+            self._generations.fail_all(EngineDead(reason))
+
+    async def drained(self) -> None:
+        """Returns when nothing is in flight any more."""
+        while self.num_running:
+            await asyncio.sleep(_POLL_S)
+
+    @property
+    def num_running(self) -> int:
+        """Prompts in flight."""
+        return 0 if self._generations is None else len(self._generations)
+
+    def check(self) -> None:
+        """Raises EngineNotReady or EngineDead if nothing can be served."""
+        if self.status == "loading":
+            raise EngineNotReady("the model is still loading; try again in a moment")
+        if self.status == "draining":
+            raise EngineNotReady("the engine is shutting down")
+        if self.status == "dead":
+            raise EngineDead(f"the engine is dead: {self._reason}")
+
+    def generations(self) -> Generations:
+        """Where to submit a request, right now. Raises what ``check`` raises."""
+        self.check()
+        assert self._generations is not None
+        return self._generations
