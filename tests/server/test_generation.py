@@ -1,0 +1,288 @@
+"""The text core on the fake engine, without HTTP."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from fake_engine import (
+    CONFIG,
+    EOS_ID,
+    TOKENIZER,
+    VOCAB_SIZE,
+    ids_of,
+    logprob_row,
+    random_ids,
+    with_config,
+)
+
+from tokasaurus.errors import EngineDead, RequestError, RequestTooLong
+from tokasaurus.protocol.messages import (
+    AbortRequest,
+    Acknowledge,
+    LogprobsMode,
+    StopSequence,
+)
+from tokasaurus.server.generation import Generations
+from tokasaurus.server.params import SamplingParams
+
+PROMPT = [10, 11, 12]
+
+
+def run(core, fake, params, prompt=PROMPT):
+    generation = core.submit(prompt, params)
+    fake.run(core)
+    assert len(core) == 0
+    assert generation.finished
+    return generation
+
+
+def stream(core, fake, params, prompt=PROMPT):
+    """All outputs of each sample, in order."""
+    generation = core.start(core.prepare(prompt, params), stream=True)
+    outputs = [[] for _ in range(params.n)]
+    for _ in range(10_000):
+        for message in fake.step():
+            core.absorb(message)
+        for output in generation.take_news():
+            outputs[output.index].append(output)
+        if generation.finished:
+            break
+    fake.run(core)
+    assert len(core) == 0
+    return outputs
+
+
+def test_what_is_sent(core, fake):
+    params = SamplingParams(
+        n=3, temperature=0.5, top_p=0.9, top_k=40, min_p=0.1, seed=7, max_tokens=9, logprobs=2
+    )
+    run(core, fake, params)
+    (request,) = fake.received
+    assert request.prompt_ids.tolist() == PROMPT
+    assert (request.n, request.max_tokens, request.seed) == (3, 9, 7)
+    assert (request.num_logprobs, request.num_prompt_logprobs) == (2, -1)
+    assert request.stop_token_ids == (EOS_ID,)
+    assert not request.stream
+    assert not request.hold_for_acks
+    sampling = request.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.9, 40)
+    assert (sampling.min_p, sampling.logprobs_mode) == (0.1, LogprobsMode.TEMPERATURE)
+
+
+def test_what_is_left_out_comes_from_the_generation_config(fake):
+    config = with_config(
+        temperature=0.6, top_p=0.8, top_k=5, min_p=0.2, logprobs_mode=LogprobsMode.RAW
+    )
+    core = Generations(config, TOKENIZER, fake.send)
+    core.submit(PROMPT, SamplingParams())
+    core.submit(PROMPT, SamplingParams(temperature=0, top_p=1, top_k=-1, min_p=0))
+    first, second = (request.sampling for request in fake.requests)
+    assert (first.temperature, first.top_p, first.top_k, first.min_p) == (0.6, 0.8, 5, 0.2)
+    assert first.logprobs_mode == LogprobsMode.RAW
+    assert (second.temperature, second.top_p, second.top_k, second.min_p) == (0, 1, 0, 0)
+
+
+def test_missing_seeds_differ(core, fake):
+    for _ in range(20):
+        run(core, fake, SamplingParams())
+    seeds = {request.seed for request in fake.requests}
+    assert len(seeds) == 20
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_top_k_as_large_as_the_vocabulary_is_off(core, fake):
+    run(core, fake, SamplingParams(top_k=VOCAB_SIZE))
+    assert fake.requests[0].sampling.top_k == 0
+
+
+def test_without_a_limit_the_rest_of_the_context(core, fake):
+    run(core, fake, SamplingParams(max_tokens=None))
+    assert fake.requests[0].max_tokens == CONFIG.max_request_tokens - len(PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "kind", "field"),
+    [
+        ([], {}, RequestError, "prompt"),
+        ([VOCAB_SIZE], {}, RequestError, "prompt"),
+        ([-1], {}, RequestError, "prompt"),
+        ([2**63], {}, RequestError, "prompt"),
+        ([1.5], {}, RequestError, "prompt"),
+        ([1] * 512, {}, RequestTooLong, "prompt"),
+        ([1] * 500, {"max_tokens": 13}, RequestTooLong, "max_tokens"),
+        ([1], {"logprobs": 21}, RequestError, "logprobs"),
+        ([1], {"prompt_logprobs": 21}, RequestError, "prompt_logprobs"),
+    ],
+)
+def test_refused_at_the_door(core, fake, prompt, params, kind, field):
+    with pytest.raises(kind) as error:
+        core.submit(prompt, SamplingParams(**params))
+    assert error.value.field == field
+    assert error.value.message.startswith(field)
+    assert not fake.received
+    assert len(core) == 0
+
+
+def test_numbers_are_in_the_refusals(core):
+    with pytest.raises(RequestTooLong, match=r"13.*500.*512.*12"):
+        core.submit([1] * 500, SamplingParams(max_tokens=13))
+    with pytest.raises(RequestError, match="max_topk_logprobs=20"):
+        core.submit([1], SamplingParams(logprobs=21))
+
+
+def test_all_samples_come_in_order(core, fake):
+    generation = run(core, fake, SamplingParams(n=50, seed=3, max_tokens=7))
+    outputs = generation.take_all()
+    assert [output.index for output in outputs] == list(range(50))
+    for output in outputs:
+        assert output.token_ids == random_ids(fake.requests[0], output.index)
+        assert output.text == TOKENIZER.decode(output.token_ids)
+        assert output.finish_reason == "length"
+    assert generation.num_generated_tokens == 350
+
+
+def test_an_end_of_sequence_token_counts_but_does_not_show(core, fake):
+    fake.script = lambda request, index: [*ids_of("hello"), EOS_ID, *ids_of("more") * 50]
+    (output,) = run(core, fake, SamplingParams(max_tokens=50)).take_all()
+    assert (output.text, output.finish_reason) == ("hello", "stop")
+    assert output.token_ids == [*ids_of("hello"), EOS_ID]
+    (output,) = run(core, fake, SamplingParams(max_tokens=6, ignore_eos=True)).take_all()
+    assert output.finish_reason == "length"
+    assert len(output.token_ids) == 6
+    assert output.text.startswith("hellom")
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_streams_and_wholes_are_the_same(core, fake, seed):
+    """With stop strings and without, with logprobs and without, however the tokens come."""
+    rng = random.Random(seed)
+    said = [rng.choices(ids_of("ab é😀") + ids_of("hello the"), k=60) for _ in range(3)]
+    fake.script = lambda request, index: [*said[index], EOS_ID]
+    for stop in (None, ["ba", "é a"], ["😀", "</s>"], ["never"]):
+        fake.largest_step = rng.choice([1, 3, 30])
+        params = SamplingParams(n=3, max_tokens=rng.randint(1, 80), stop=stop, logprobs=2)
+        whole = run(core, fake, params).take_all()
+        pieces = stream(core, fake, params)
+        for sample, parts in zip(whole, pieces, strict=True):
+            assert "".join(part.text for part in parts) == sample.text
+            assert [i for part in parts for i in part.token_ids] == sample.token_ids
+            assert parts[-1].finish_reason == sample.finish_reason
+            assert all(part.finish_reason is None for part in parts[:-1])
+            logprobs = np.concatenate([part.logprobs.logprobs for part in parts if part.logprobs])
+            assert logprobs.tolist() == sample.logprobs.logprobs.tolist()
+            assert not any(string in sample.text for string in stop or [])
+
+
+def test_logprobs_belong_to_their_tokens(core, fake):
+    for number in (0, 1, 5):
+        params = SamplingParams(n=2, max_tokens=9, logprobs=number, stop="never")
+        for output in run(core, fake, params).take_all():
+            for row, token_id in enumerate(output.token_ids):
+                chosen, top_ids, top = logprob_row(token_id, number)
+                assert output.logprobs.logprobs[row] == np.float32(chosen)
+                assert output.logprobs.top_ids[row].tolist() == top_ids
+                assert output.logprobs.top_logprobs[row].tolist() == top
+
+
+def test_prompt_logprobs(core, fake):
+    prompt = list(range(10, 31))
+    generation = run(core, fake, SamplingParams(prompt_logprobs=3), prompt)
+    logprobs = generation.prompt_logprobs
+    assert len(logprobs) == len(prompt) - 1
+    for row, token_id in enumerate(prompt[1:]):
+        chosen, top_ids, top = logprob_row(token_id, 3)
+        assert logprobs.logprobs[row] == np.float32(chosen)
+        assert logprobs.top_ids[row].tolist() == top_ids
+        assert logprobs.top_logprobs[row].tolist() == top
+    assert (
+        run(core, fake, SamplingParams(prompt_logprobs=0), [5]).prompt_logprobs.logprobs.size == 0
+    )
+
+
+def test_a_stop_string_stops_the_engine(core, fake):
+    fake.script = lambda request, index: ids_of("x") * 5 + ids_of("END") + ids_of("y") * 400
+    generation = run(core, fake, SamplingParams(n=4, max_tokens=450, stop="END"))
+    for output in generation.take_all():
+        assert (output.text, output.finish_reason) == ("xxxxx", "stop")
+        assert output.token_ids == ids_of("x") * 5 + ids_of("END")
+    assert sum(isinstance(message, StopSequence) for message in fake.received) == 4
+    assert fake.requests[0].hold_for_acks
+
+
+def test_acknowledgements_keep_a_sequence_going_and_come_in_one_message(core, fake):
+    fake.largest_step = 50  # more than it may run ahead
+    run(core, fake, SamplingParams(n=5, max_tokens=200, stop="never"))
+    acknowledged = [m for m in fake.received if isinstance(m, Acknowledge)]
+    assert max(len(m.request_ids) for m in acknowledged) > 1
+    counts = {}
+    for message in acknowledged:
+        for index, count in zip(message.sample_indices, message.num_tokens, strict=True):
+            assert count > counts.get(int(index), 0)
+            counts[int(index)] = count
+
+
+def test_no_acknowledgements_without_stop_strings(core, fake):
+    stream(core, fake, SamplingParams(n=3, max_tokens=20))
+    assert len(fake.received) == 1
+
+
+def test_abort(core, fake):
+    generation = core.submit(PROMPT, SamplingParams(n=3, max_tokens=100))
+    core.abort(generation)
+    core.abort(generation)
+    assert len(core) == 0
+    assert [type(m) for m in fake.received[1:]] == [AbortRequest]
+    fake.run(core)  # the late updates concern nobody
+    assert fake.num_running == 0
+
+
+def test_a_refusal_of_the_manager(core, fake):
+    fake.reject = "it can never fit"
+    generation = run(core, fake, SamplingParams())
+    assert isinstance(generation.error, RequestError)
+    assert generation.error.field == "prompt"
+
+
+def test_the_death_of_the_engine_reaches_everyone(core, fake):
+    notes = []
+    generations = [
+        core.start(core.prepare(PROMPT, SamplingParams()), on_change=lambda: notes.append(1))
+        for _ in range(3)
+    ]
+    core.fail_all(EngineDead("the worker ended"))
+    assert all(generation.finished for generation in generations)
+    assert all("worker" in str(generation.error) for generation in generations)
+    assert len(notes) == 3
+    assert len(core) == 0
+
+
+def test_cached_tokens_are_those_of_the_sample_that_computed_the_prompt(core, fake):
+    fake.num_cached_tokens = 2
+    assert run(core, fake, SamplingParams(n=2)).num_cached_tokens == 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_mix_leaves_nothing_behind(core, fake, seed):
+    rng = random.Random(seed)
+    fake.script = lambda request, index: rng.choices([*ids_of("ab"), EOS_ID], k=request.max_tokens)
+    alive = []
+    for _ in range(200):
+        if rng.random() < 0.5:
+            stop = rng.choice([None, "ab", ["bb", "aa"]])
+            params = SamplingParams(n=rng.randint(1, 4), max_tokens=rng.randint(1, 40), stop=stop)
+            request = core.prepare(PROMPT, replace(params, ignore_eos=rng.random() < 0.5))
+            alive.append(core.start(request, stream=rng.random() < 0.5))
+        if alive and rng.random() < 0.1:
+            core.abort(alive.pop(rng.randrange(len(alive))))
+        for message in fake.step():
+            core.absorb(message)
+    fake.run(core)
+    assert len(core) == 0
+    assert fake.num_running == 0
+    assert all(generation.finished and generation.error is None for generation in alive)
+    for generation in alive:
+        for sample in generation.samples:
+            assert sample.finish_reason in ("stop", "length")

@@ -1,0 +1,75 @@
+"""What SamplingParams lets pass, and how it refuses the rest."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tokasaurus import SamplingParams
+from tokasaurus.errors import RequestError
+from tokasaurus.protocol.messages import LogprobsMode
+from tokasaurus.server.params import renamed
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", 0),
+        ("n", 1 << 17),
+        ("n", True),
+        ("n", 1.5),
+        ("n", None),
+        ("temperature", -0.1),
+        ("temperature", 1e-9),
+        ("temperature", float("nan")),
+        ("temperature", float("inf")),
+        ("temperature", "hot"),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("top_k", -2),
+        ("top_k", 0.5),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("seed", -1),
+        ("seed", 1 << 63),
+        ("stop", 5),
+        ("stop", [""]),
+        ("stop", [5]),
+        ("stop", ["x" * 2000]),
+        ("stop", [str(i) for i in range(129)]),
+        ("ignore_eos", 1),
+        ("max_tokens", 0),
+        ("logprobs", -1),
+        ("prompt_logprobs", -1),
+        ("logprobs_mode", "hot"),
+    ],
+)
+def test_wrong_values_name_their_field(field, value):
+    with pytest.raises(RequestError, match=rf"^{field} ") as error:
+        SamplingParams(**{field: value})
+    assert error.value.field == field
+
+
+def test_values_at_the_edge_pass():
+    SamplingParams(n=1 << 16, temperature=0, top_p=1, top_k=-1, min_p=1, seed=0, max_tokens=None)
+    SamplingParams(temperature=1e-5, top_k=0, seed=(1 << 63) - 1, logprobs=0, stop="x" * 1024)
+    SamplingParams(n=np.int64(3), temperature=np.float32(0.5))
+
+
+def test_stop_is_one_tuple_however_it_was_given():
+    assert SamplingParams().stop_strings == ()
+    assert SamplingParams(stop="a").stop_strings == ("a",)
+    assert SamplingParams(stop=["b", "a", "b"]).stop_strings == ("b", "a")
+
+
+def test_logprobs_mode_by_name():
+    assert SamplingParams(logprobs_mode="raw").logprobs_mode is LogprobsMode.RAW
+    assert SamplingParams(logprobs_mode=LogprobsMode.PROCESSED).logprobs_mode == 2
+
+
+def test_renaming_changes_whole_words_only():
+    error = RequestError("logprobs must be at most 3: max_topk_logprobs=3", "logprobs")
+    other = renamed(error, {"logprobs": "top_logprobs"})
+    assert str(other) == "top_logprobs must be at most 3: max_topk_logprobs=3"
+    assert other.field == "top_logprobs"
+    assert renamed(error, {"n": "m"}) is error
