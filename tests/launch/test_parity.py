@@ -91,13 +91,13 @@ def test_alone_and_among_64(checkpoint, variant):
 def test_chunks_hits_and_preemptions(checkpoint, architecture, page_size):
     """A small cache, small batches and forced preemption, over prompts that share prefixes of all kinds."""
     path = checkpoint(Variant(architecture, {"num_heads": 4, "num_kv_heads": 2, "tied": True}))
-    base = random_prompts(1, seed=7, longest=1)[0] * 0 + [30 + i % 150 for i in range(192)]
+    base = [30 + i % 150 for i in range(192)]
     prompts = [
         base[:128],
         base[:128],
         base[:129],
         base[:127],
-        base[:64] + [11, 12, 13],
+        [*base[:64], 11, 12, 13],
         base,
         base[:7],
     ]
