@@ -6,8 +6,10 @@ not implemented is refused by name, never ignored. Knows nothing of weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from tokasaurus.config.slices import ModelFacts
 from tokasaurus.errors import ModelError
@@ -16,6 +18,8 @@ from tokasaurus.model.registry import ARCHITECTURES
 from tokasaurus.model.rope_config import LinearRope, RopeConfig, YarnRope, parse_rope
 
 __all__ = ["ModelConfig", "model_facts", "read_model_config"]
+
+T = TypeVar("T")
 
 _SILU = ("silu", "swish")  # two names that transformers has for one function
 _QWEN3_HEAD_DIM = 128  # Qwen3Config's default; the others derive it
@@ -82,7 +86,7 @@ def read_model_config(path: str | Path, rope_scaling_override: str | None = None
         num_kv_heads=num_kv_heads,
         head_dim=_head_dim(fields, architecture, num_heads),
         max_position_embeddings=max_position,
-        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6, minimum=0),
         tie_word_embeddings=fields.flag("tie_word_embeddings", False),
         attention_bias=fields.flag("attention_bias", False),
         mlp_bias=fields.flag("mlp_bias", False),
@@ -101,6 +105,10 @@ def model_facts(path: str | Path, rope_scaling_override: str | None = None) -> M
     generation = JsonFields({}, "")
     if (directory / "generation_config.json").exists():
         generation = JsonFields.read(directory / "generation_config.json")
+
+    def said(name: str, read: Callable[[str], T]) -> T | None:
+        return read(name) if name in generation else None
+
     eos_token_ids = generation.integers("eos_token_id")
     if not eos_token_ids:
         eos_token_ids = _read_config(directory).integers("eos_token_id")
@@ -110,10 +118,10 @@ def model_facts(path: str | Path, rope_scaling_override: str | None = None) -> M
         max_position_embeddings=config.max_position_embeddings,
         kv_elements_per_token=config.kv_elements_per_token,
         eos_token_ids=eos_token_ids,
-        temperature=generation.number("temperature") if "temperature" in generation else None,
-        top_p=generation.number("top_p") if "top_p" in generation else None,
-        top_k=generation.integer("top_k", minimum=0) if "top_k" in generation else None,
-        min_p=generation.number("min_p") if "min_p" in generation else None,
+        temperature=said("temperature", lambda name: generation.number(name, minimum=0)),
+        top_p=said("top_p", lambda name: generation.positive(name, maximum=1)),
+        top_k=said("top_k", lambda name: generation.integer(name, minimum=0)),
+        min_p=said("min_p", lambda name: generation.number(name, minimum=0)),
     )
 
 

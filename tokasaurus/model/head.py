@@ -48,7 +48,7 @@ def draw_tokens(
 
 
 def score_prompts(model: LlamaModel, hidden: Tensor, rows: PromptRows) -> Logprobs:
-    """Logprobs of the prompt tokens that follow rows of prompts.
+    """Logprobs of the prompt tokens that follow rows of prompts, in the mode of each one's sequence.
 
     Args:
         model: its head is used.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,19 +66,19 @@ class JsonFields:
             raise self.error(name, f"must be an integer of at least {minimum}, not {value!r}")
         return value
 
-    def number(self, name: str, default: float | None = None) -> float:
-        """Raises ModelError if the field is absent without a default, or no finite number."""
+    def number(self, name: str, default: float | None = None, minimum: float = -math.inf) -> float:
+        """Raises ModelError if the field is absent without a default, too small, or no finite number."""
         value = self._present(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.error(name, f"must be a number, not {value!r}")
-        if value - value != 0:  # Python's JSON reads NaN and Infinity
-            raise self.error(name, f"must be finite, not {value!r}")
+        if not math.isfinite(value) or value < minimum:  # Python's JSON reads NaN and Infinity
+            raise self.error(name, f"must be finite and at least {minimum}, not {value!r}")
         return float(value)
 
-    def positive(self, name: str, default: float | None = None) -> float:
+    def positive(self, name: str, default: float | None = None, maximum: float = math.inf) -> float:
         value = self.number(name, default)
-        if value <= 0:
-            raise self.error(name, f"must be above 0, not {value!r}")
+        if not 0 < value <= maximum:
+            raise self.error(name, f"must be above 0 and at most {maximum}, not {value!r}")
         return value
 
     def flag(self, name: str, default: bool) -> bool:

@@ -1,0 +1,229 @@
+"""Every attention backend against dense attention in float64, over batches as the worker makes them."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from tokasaurus.errors import ConfigError
+from tokasaurus.model.backend import make_backend
+from tokasaurus.model.backend.base import SequenceRows
+from tokasaurus.model.backend.cpu import build, compiled
+from tokasaurus.model.backend.cpu.compiled import CompiledBackend
+from tokasaurus.model.backend.cpu.reference import ReferenceBackend
+from tokasaurus.model.kv_cache import KVCache
+
+CPU = torch.device("cpu")
+MAX_LENGTH = 200
+
+
+def make_cache(num_pages, page_size, num_kv_heads, head_dim, dtype=torch.float32, num_layers=1):
+    """Full of NaN, as uninitialised memory may be: whoever reads too far shows it."""
+    cache = KVCache.allocate(
+        num_layers=num_layers,
+        num_pages=num_pages,
+        page_size=page_size,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype=dtype,
+        device=CPU,
+    )
+    for tensor in cache.keys + cache.values:
+        tensor.fill_(torch.nan)
+    return cache
+
+
+class DenseOracle:
+    """Keeps each sequence's keys and values in a row; attends in float64."""
+
+    def __init__(self):
+        self.keys, self.values = {}, {}
+
+    def attend(self, rows, query, key, value):
+        output = torch.empty(query.shape, dtype=torch.float64)
+        for index, slot in enumerate(rows.slots.tolist()):
+            start, end = rows.query_starts[index : index + 2].tolist()
+            for kept, new in ((self.keys, key), (self.values, value)):
+                before = kept.get(slot, torch.empty(0, *new.shape[1:], dtype=torch.float64))
+                kept[slot] = torch.cat((before, new[start:end].double()))
+            group = query.shape[1] // key.shape[1]
+            keys = self.keys[slot].repeat_interleave(group, 1)
+            values = self.values[slot].repeat_interleave(group, 1)
+            for row in range(start, end):
+                seen = int(rows.positions[row]) + 1
+                scores = torch.einsum("hd,khd->hk", query[row].double(), keys[:seen])
+                shares = (scores / query.shape[2] ** 0.5).softmax(-1)
+                output[row] = torch.einsum("hk,khd->hd", shares, values[:seen])
+        return output
+
+
+def random_steps(rng, num_sequences, num_steps, page_size):
+    """Batches that mix chunks of prompts with decode rows; page tables in a shuffled order."""
+    columns = -(-MAX_LENGTH // page_size)
+    pages = rng.permutation(num_sequences * columns).astype(np.int32)
+    page_table = torch.from_numpy(pages.reshape(num_sequences, columns))
+    lengths = np.zeros(num_sequences, np.int32)
+    for _ in range(num_steps):
+        slots = rng.permutation(num_sequences)[: rng.integers(1, num_sequences + 1)].astype(
+            np.int32
+        )
+        counts = np.where(rng.random(len(slots)) < 0.5, 1, rng.integers(1, 45, len(slots)))
+        counts = np.minimum(counts, MAX_LENGTH - lengths[slots]).astype(np.int32)
+        slots, counts = slots[counts > 0], counts[counts > 0]
+        if not len(slots):
+            continue
+        lengths[slots] += counts
+        starts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+        positions = np.concatenate(
+            [np.arange(lengths[s] - n, lengths[s]) for s, n in zip(slots, counts, strict=True)]
+        ).astype(np.int32)
+        yield SequenceRows(slots, starts, lengths[slots], positions, page_table)
+
+
+@pytest.fixture(params=["reference", "compiled"])
+def backend_of(request):
+    def get(cache, num_heads):
+        if request.param == "reference":
+            return ReferenceBackend(cache)
+        return CompiledBackend(cache, num_heads)
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim"),
+    [
+        (4, 2, 16),
+        (3, 1, 32),
+        (9, 3, 64),
+        (5, 5, 80),
+        (8, 1, 128),
+        (2, 2, 20),
+        (6, 2, 6),
+        (40, 1, 8),
+    ],
+)
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+def test_against_dense(backend_of, num_heads, num_kv_heads, head_dim, page_size):
+    rng = np.random.default_rng(num_heads * 100 + page_size)
+    torch.manual_seed(0)
+    cache = make_cache(4 * -(-MAX_LENGTH // page_size), page_size, num_kv_heads, head_dim)
+    backend, oracle = backend_of(cache, num_heads), DenseOracle()
+    for rows in random_steps(rng, 4, 6, page_size):
+        # As in the model: views into one wider tensor.
+        heads = torch.randn(len(rows.positions), num_heads + 2 * num_kv_heads, head_dim) * 2
+        query, key, value = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+        output = backend.plan(rows).attend(0, query, key, value)
+        expected = oracle.attend(rows, query, key, value)
+        assert output.is_contiguous()
+        torch.testing.assert_close(output.double(), expected, atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
+def test_half_precision(backend_of, dtype, tolerance):
+    """Inputs are rounded, sums are not: the error is that of rounding the result."""
+    rng = np.random.default_rng(1)
+    torch.manual_seed(0)
+    cache = make_cache(3 * 13, 16, 2, 24, dtype)
+    backend, oracle = backend_of(cache, 6), DenseOracle()
+    for rows in random_steps(rng, 3, 5, 16):
+        heads = torch.randn(len(rows.positions), 10, 24).to(dtype)
+        query, key, value = heads.split([6, 2, 2], dim=1)
+        output = backend.plan(rows).attend(0, query, key, value)
+        assert output.dtype == dtype
+        expected = oracle.attend(rows, query, key, value)
+        torch.testing.assert_close(output.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("special", [0.0, -0.0, 6e-8, 5.9e-5, 65504.0, -1.5])
+def test_fp16_numbers_of_all_kinds(special):
+    """A single key: the output is its value, whatever it is."""
+    cache = make_cache(1, 16, 1, 8, torch.float16)
+    rows = SequenceRows(
+        *(np.array(x, np.int32) for x in ([0], [0, 1], [1], [0])),
+        page_table=torch.zeros(1, 1, dtype=torch.int32),
+    )
+    one = torch.ones(1, 1, 8, dtype=torch.float16)
+    value = torch.full((1, 1, 8), special, dtype=torch.float16)
+    output = CompiledBackend(cache, 1).plan(rows).attend(0, one, one, value)
+    assert torch.equal(output, value)
+
+
+def test_large_scores_do_not_overflow(backend_of):
+    cache = make_cache(4, 16, 1, 16)
+    rows = SequenceRows(
+        np.array([0], np.int32),
+        np.array([0, 40], np.int32),
+        np.array([40], np.int32),
+        np.arange(40, dtype=np.int32),
+        torch.arange(4, dtype=torch.int32).view(1, 4),
+    )
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 40, 1, 16)
+    output = backend_of(cache, 1).plan(rows).attend(0, query * 100, key * 100, value)
+    expected = DenseOracle().attend(rows, query * 100, key * 100, value)
+    torch.testing.assert_close(output.double(), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_layers_do_not_mix(backend_of):
+    cache = make_cache(1, 16, 1, 8, num_layers=2)
+    rows = SequenceRows(
+        *(np.array(x, np.int32) for x in ([0], [0, 2], [2], [0, 1])),
+        page_table=torch.zeros(1, 1, dtype=torch.int32),
+    )
+    attention = backend_of(cache, 1).plan(rows)
+    ones = torch.ones(2, 1, 8)
+    attention.attend(0, ones, ones, ones)
+    attention.attend(1, ones, ones, 2 * ones)
+    assert cache.values[0][0, 0, :2].eq(1).all()
+    assert cache.values[1][0, 0, :2].eq(2).all()
+    assert cache.values[0][0, 0, 2:].isnan().all()
+
+
+@pytest.fixture
+def no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    compiled._library.cache_clear()
+    yield
+    compiled._library.cache_clear()
+
+
+def test_without_a_compiler(no_compiler, caplog):
+    cache = make_cache(1, 16, 1, 8)
+    with caplog.at_level(logging.WARNING, "tokasaurus"):
+        assert isinstance(make_backend("auto", cache, 1, CPU), ReferenceBackend)
+    assert "no C++ compiler found" in caplog.text
+    with pytest.raises(ConfigError, match=r"attention=compiled.*no C\+\+ compiler"):
+        make_backend("compiled", cache, 1, CPU)
+
+
+def test_a_broken_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(build.BuildError, match="false failed"):
+        build.load_library(compiled._SOURCE)
+    assert list((tmp_path / "tokasaurus").iterdir()) == []
+
+
+def test_a_library_is_built_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source = tmp_path / "answer.cpp"
+    source.write_text('extern "C" int answer() { return 41; }')
+    assert build.load_library(source).answer() == 41
+    (kept,) = (tmp_path / "tokasaurus").iterdir()
+    before = kept.stat().st_mtime_ns
+    assert build.load_library(source).answer() == 41
+    assert kept.stat().st_mtime_ns == before
+    source.write_text('extern "C" int answer() { return 42; }')
+    assert build.load_library(source).answer() == 42
+
+
+def test_the_choice():
+    cache = make_cache(1, 16, 1, 8)
+    assert isinstance(make_backend("reference", cache, 1, CPU), ReferenceBackend)
+    assert isinstance(make_backend("compiled", cache, 1, CPU), CompiledBackend)
+    assert isinstance(make_backend("auto", cache, 1, CPU), CompiledBackend)
