@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import http.client
+import json
 import random
 import socket
 import threading
@@ -291,6 +293,37 @@ def _prompt_logprobs(request: GenerateRequest) -> list[PromptLogprobs]:
     return pieces
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What came back over HTTP."""
+
+    status: int
+    headers: dict[str, str]
+    content: bytes
+
+    @property
+    def json(self) -> dict:
+        assert b"\n" not in self.content
+        return json.loads(self.content)
+
+    @property
+    def error(self) -> dict:
+        """The error, of the shape that OpenAI's clients expect."""
+        body = self.json
+        assert set(body) == {"error"}
+        assert set(body["error"]) == {"message", "type", "param", "code"}
+        return body["error"]
+
+    @property
+    def events(self) -> list[dict]:
+        """The chunks of a finished stream, read as the strictest client reads them."""
+        assert self.headers["content-type"].startswith("text/event-stream")
+        *lines, last, end = self.content.split(b"\n\n")
+        assert (last, end) == (b"data: [DONE]", b"")
+        assert all(line.startswith(b"data: ") and b"\n" not in line for line in lines)
+        return [json.loads(line.removeprefix(b"data: ")) for line in lines]
+
+
 class RunningServer:
     """A server on a loopback port, in a thread, with a fake engine behind it."""
 
@@ -328,6 +361,21 @@ class RunningServer:
         assert self._loop is not None
         self._loop.call_soon_threadsafe(lambda: (function(), done.set()))
         assert done.wait(5)
+
+    def post(self, path: str, body: object, **headers: str) -> Answer:
+        """Posts JSON, or bytes as they are."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return self._ask("POST", path, data, {"Content-Type": "application/json", **headers})
+
+    def get(self, path: str) -> Answer:
+        return self._ask("GET", path, None, {})
+
+    def _ask(self, method: str, path: str, data: bytes | None, headers: dict[str, str]) -> Answer:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        with contextlib.closing(connection):
+            connection.request(method, path, data, headers)
+            answer = connection.getresponse()
+            return Answer(answer.status, dict(answer.headers), answer.read())
 
     def client(self, **options: object) -> openai.OpenAI:
         return openai.OpenAI(
