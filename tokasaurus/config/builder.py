@@ -125,6 +125,7 @@ class Builder(Generic[C]):
     ) -> None:
         name, _, rest = key.partition(".")
         flag = self._find(target, name, scope)
+        value = self._written(value)
         if flag.is_nested:
             nested = values.setdefault(flag.name, {})
             for below, item in _items(flag, rest, value):
@@ -133,6 +134,10 @@ class Builder(Generic[C]):
             values[flag.name] = _with_entry(flag, values, rest, value)
         else:
             values[flag.name] = _read_form(flag.form, value, flag.notes.verbatim)
+
+    def _written(self, value: Any) -> Any:
+        """A text from a file is read as one of the command line is."""
+        return Texts((value,)) if self._in_file and isinstance(value, str) else value
 
     def _find(self, target: type[Any], name: str, scope: str) -> Flag:
         if not scope:
@@ -145,7 +150,7 @@ class Builder(Generic[C]):
     def _retire(self, name: str, value: Any) -> None:
         retired = self._schema.retired[name]
         with self._noting(name):
-            _read_form(retired.form, value, verbatim=False)
+            _read_form(retired.form, self._written(value), verbatim=False)
             self._warnings[f"{name} has no effect: {retired.reason}"] = None
 
     def _read_file(self, value: Any) -> None:
@@ -169,7 +174,7 @@ class Builder(Generic[C]):
         self._in_file = True
         with self.reading(path):
             for key, item in content.items():
-                self.assign(key, Texts((item,)) if isinstance(item, str) else item)
+                self.assign(key, item)
         self._in_file = False
 
 

@@ -38,7 +38,8 @@ def print_help(schema: Schema[Any]) -> None:
     width = max(_MIN_WIDTH, min(columns, _MAX_WIDTH))
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     console.print(Text(f"{schema.program}: {schema.summary}"))
-    _print_title(console, "Examples")
+    if schema.examples:
+        _print_title(console, "Examples")
     for example in schema.examples:
         console.print(Text(f"  {example}"))
     _print_title(console, "Grammar")
@@ -71,6 +72,7 @@ def _print_pairs(console: Console, width: int, pairs: Iterable[tuple[str, str]])
             console.print(Text(f"  {name}", style="cyan"))
         else:
             first = Text.assemble((f"  {name}".ljust(left), "cyan"), lines.pop(0))
+            first.rstrip()
             console.print(first)
         for line in lines:
             console.print(Text(" " * left + line))

@@ -6,11 +6,12 @@ python -m tokasaurus.config.reference > docs/configuration.md
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from tokasaurus.config.engine import ENGINE
-from tokasaurus.config.schema import Flag, Schema
+from tokasaurus.config.schema import Flag, Schema, flags_of
 from tokasaurus.config.values import describe
 
 __all__ = ["Row", "Section", "markdown", "sections"]
@@ -91,11 +92,11 @@ def sections(schema: Schema[Any]) -> list[Section]:
     """Every flag of a schema: by group, then those of features still to come, then retired ones."""
     groups: dict[str, list[Row]] = {}
     later = []
-    for flag in schema:
+    for prefix, flag in _leaves(schema.target):
         if flag.notes.later is None:
-            groups.setdefault(flag.notes.group or "Flags", []).append(_row(flag))
+            groups.setdefault(flag.notes.group or "Flags", []).append(_row(prefix, flag))
         else:
-            later.append(_row(flag))
+            later.append(_row(prefix, flag))
     if schema.reads_files:
         meaning = "A YAML file with the same keys, read at this place in the order."
         groups.setdefault("Configuration file", []).append(Row("config", "FILE", meaning, "text"))
@@ -109,7 +110,16 @@ def sections(schema: Schema[Any]) -> list[Section]:
     return [Section(title, tuple(rows)) for title, rows in all_groups.items() if rows]
 
 
-def _row(flag: Flag) -> Row:
+def _leaves(target: type[Any], prefix: str = "") -> Iterator[tuple[str, Flag]]:
+    """Every flag that has a value of its own, and the path to it."""
+    for flag in flags_of(target).values():
+        if flag.is_nested:
+            yield from _leaves(flag.inner_form, f"{prefix}{flag.name}.")
+        else:
+            yield prefix, flag
+
+
+def _row(prefix: str, flag: Flag) -> Row:
     notes = flag.notes
     if flag.required:
         default = "REQUIRED"
@@ -120,7 +130,12 @@ def _row(flag: Flag) -> Row:
     unset = "Adapts" if notes.usually else "None"
     adapts = f" {unset}: {notes.adapts}." if notes.adapts else ""
     return Row(
-        flag.name, default, f"{notes.help}{adapts}", _kind(flag.form), notes.aliases, notes.choices
+        name=f"{prefix}{flag.name}",
+        default=default,
+        meaning=f"{notes.help}{adapts}",
+        form=_kind(flag.form),
+        aliases=notes.aliases,
+        choices=notes.choices,
     )
 
 

@@ -1,0 +1,343 @@
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from tokasaurus import common_types
+from tokasaurus.config.engine import ENGINE, EngineConfig
+from tokasaurus.config.parser import parse_command_line
+from tokasaurus.config.schema import flags_of
+from tokasaurus.config.suggestions import OTHER_ENGINES
+from tokasaurus.errors import ConfigError
+
+# The command line is an interface: whoever changes a line here breaks somebody's script.
+NAMES_AND_DEFAULTS = {
+    "model": None,
+    "tokenizer": None,
+    "served_model_name": None,
+    "trust_remote_code": False,
+    "dtype": "auto",
+    "rope_scaling": None,
+    "device": "auto",
+    "attention": "auto",
+    "cpu_threads": None,
+    "host": "127.0.0.1",
+    "port": 10210,
+    "shutdown_timeout_s": 30.0,
+    "uvicorn_log_level": "info",
+    "log_level": "INFO",
+    "log_procs": None,
+    "local_proc_name": "server",
+    "kv_cache_num_tokens": None,
+    "page_size": None,
+    "max_seqs_per_forward": None,
+    "max_tokens_per_forward": None,
+    "max_num_tokens_per_request": None,
+    "scheduling_steps_ahead": 8,
+    "max_topk_logprobs": 20,
+    "logprobs_mode": "temperature",
+    "allocator_sanity_checks": False,
+    "bump_city_population_me": False,
+    "dp_size": 1,
+    "pp_size": 1,
+    "tp_size": 1,
+    "pp_num_buffer_stages": 1,
+    "async_tp_threshold": None,
+    "torch_compile": False,
+    "torch_compile_config": None,
+    "use_cudagraphs": True,
+    "cudagraph_max_size": 128,
+    "cudagraph_step": 16,
+    "cudagraph_max_kv_indices_per_seq": 32768,
+    "use_hydragen": False,
+    "hydragen_min_group_size": 32,
+    "hydragen_min_prefix_len": 256,
+    "greedy_prefill": True,
+    "prefill_round_up_multiple": 16,
+    "enable_precise_onboard": True,
+    "precise_onboard_batch_size": 128,
+    "track_early_stopping": True,
+    "early_stopping_buffer_size": 2048,
+    "early_stopping_num_prediction_buckets": 1024,
+    "early_stopping_initial_wait": 16,
+    "early_stopping_init_mean": None,
+    "early_stopping_init_std": None,
+    "use_spec_allocation": True,
+    "spec_allocation_std_buffer_scale": 0.25,
+    "spec_allocation_target_kv_cache_utilization": 1.0,
+    "stats_report_seconds": 5.0,
+    "statsd_server_url": None,
+    "wandb_enabled": False,
+    "wandb_entity": "hazy-research",
+    "wandb_project": "tokasaurus",
+    "wandb_run_name": None,
+    "cartridge_dir": "./cartridges",
+    "max_completion_tokens": None,
+}
+ALIASES = {"kv_cache_size_num_tokens": "kv_cache_num_tokens", "statsd_addr": "statsd_server_url"}
+RETIRED = {"stop_string_num_token_lookback": 5, "enable_chosen_logprobs": True}
+USUALLY = {
+    "kv_cache_num_tokens": "131072",
+    "page_size": "16",
+    "max_seqs_per_forward": "1024",
+    "max_tokens_per_forward": "8192",
+}
+
+
+def toka(*arguments, **environment):
+    return parse_command_line(arguments, environment)
+
+
+def test_names_and_defaults_are_frozen():
+    assert dataclasses.asdict(EngineConfig()) == NAMES_AND_DEFAULTS
+    aliases = {alias: item.name for item in ENGINE for alias in item.notes.aliases}
+    assert aliases == ALIASES
+    assert {name: item.default for name, item in ENGINE.retired.items()} == RETIRED
+    usually = {item.name: item.notes.usually for item in ENGINE if item.notes.usually}
+    assert usually == USUALLY
+    assert set(ENGINE.shortcuts) == {"uvsh", "dmanager", "dmodel", "par"}
+
+
+def test_every_flag_is_explained():
+    for item in ENGINE:
+        assert item.notes.help.endswith("."), item.name
+        assert item.notes.group, item.name
+        assert (item.default is None) == (item.notes.adapts is not None), item.name
+
+
+def test_nothing_is_set_without_arguments():
+    assert toka() == EngineConfig()
+    assert common_types.EngineConfig is EngineConfig
+
+
+@pytest.mark.parametrize(
+    ("argument", "name", "value"),
+    [
+        ("kv_cache_num_tokens=(512 * 1024)", "kv_cache_num_tokens", 524288),
+        ("kv_cache_num_tokens=(200000)", "kv_cache_num_tokens", 200000),
+        ("kv_cache_num_tokens=((1024 + 512) * 1024)", "kv_cache_num_tokens", 1572864),
+        ("kv_cache_size_num_tokens=(1024*1024)", "kv_cache_num_tokens", 1048576),
+        ("kv_cache_num_tokens=100000", "kv_cache_num_tokens", 100000),
+        ("model=meta-llama/Llama-3.2-1B-Instruct", "model", "meta-llama/Llama-3.2-1B-Instruct"),
+        ("model=123", "model", "123"),
+        ("model=(1)+(2)", "model", "3"),
+        ("model=None", "model", None),
+        ("tokenizer=a=b", "tokenizer", "a=b"),
+        ("torch_compile=f", "torch_compile", False),
+        ("torch_compile=false", "torch_compile", False),
+        ("torch_compile=no", "torch_compile", False),
+        ("use_cudagraphs=F", "use_cudagraphs", False),
+        ("use_cudagraphs=T", "use_cudagraphs", True),
+        (".uvsh", "uvicorn_log_level", "warning"),
+        (".uvsh()", "uvicorn_log_level", "warning"),
+        (".dmanager", "local_proc_name", "manager"),
+        (".dmodel", "local_proc_name", "model"),
+        (".par(dp=1,pp=1,tp=1)", "dp_size", 1),
+        ("log_level=debug", "log_level", "DEBUG"),
+        ("uvicorn_log_level=WARNING", "uvicorn_log_level", "warning"),
+        ("log_procs=server,model", "log_procs", ("server", "model")),
+        ("--port=8080", "port", 8080),
+        ("trust_remote_code=T", "trust_remote_code", True),
+        ("rope_scaling.factor=2.0", "rope_scaling", {"factor": 2.0}),
+        (
+            'rope_scaling={"rope_type": "yarn", "factor": 4}',
+            "rope_scaling",
+            {"rope_type": "yarn", "factor": 4},
+        ),
+        ("max_topk_logprobs=None", "max_topk_logprobs", None),
+    ],
+)
+def test_documented_uses(argument, name, value):
+    result = getattr(toka(argument), name)
+    assert result == value
+    assert type(result) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("port=2.7", ["port='2.7'", "an integer"]),
+        ("port=99999", ["port=99999", "65535"]),
+        ("torch_compile=maybe", ["torch_compile='maybe'", "true or false"]),
+        ("model=", ["model", "must not be empty"]),
+        ("model=(__import__('os').getpid())", ["model", "__import__", "(character 2)"]),
+        ("dtype=bf16", ["dtype='bf16'", "bfloat16"]),
+        ("log_procs=server,wroker", ["log_procs", "worker"]),
+        ("prot=1", ["prot", "'port'"]),
+        ("kv_cache_num_token=1", ["kv_cache_num_token", "'kv_cache_num_tokens'"]),
+        ("max_topk_logprobs=0", ["max_topk_logprobs=0", "at least 1"]),
+        ("kv_cache_num_tokens=(512 * 1024", ["kv_cache_num_tokens", "an integer", "parentheses"]),
+        (".uvs", [".uvs", ".uvsh"]),
+    ],
+)
+def test_errors(argument, words):
+    with pytest.raises(ConfigError) as caught:
+        toka(argument)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize("name", [item.name for item in ENGINE if item.notes.later])
+def test_features_still_to_come_are_refused_by_name(name):
+    item = flags_of(EngineConfig)[name]
+    assert getattr(EngineConfig(**{name: item.default}), name) == item.default
+    other = {bool: not item.default, int: 77, float: 0.77, str: "x"}.get(item.inner_form, {"x": 1})
+    if other in item.notes.accepts:
+        assert getattr(EngineConfig(**{name: other}), name) == other
+        return
+    with pytest.raises(ConfigError, match=f"^{name}=.* not available yet"):
+        EngineConfig(**{name: other})
+
+
+def test_the_commands_of_the_documents_that_need_what_is_to_come():
+    with pytest.raises(ConfigError, match=r"torch_compile=True: .*torch.compile is not available"):
+        toka("model=org/name", "port=1", "kv_cache_num_tokens=(128 * 1024)", "torch_compile=T")
+    with pytest.raises(ConfigError) as caught:
+        toka(".par(dp=2,pp=2,tp=1)")
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
+        "dp_size=2",
+        "pp_size=2",
+    ]
+    assert toka("dp_size=2", "dp_size=1").dp_size == 1
+
+
+def test_retired_flags_are_accepted_with_a_warning(capsys):
+    assert toka("stop_string_num_token_lookback=9", "enable_chosen_logprobs=F") == EngineConfig()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" has no effect")[0] for line in lines] == [
+        "toka: warning: stop_string_num_token_lookback",
+        "toka: warning: enable_chosen_logprobs",
+    ]
+
+
+def test_flags_of_other_engines():
+    known = set(NAMES_AND_DEFAULTS)
+    for name, foreign in OTHER_ENGINES.items():
+        assert name not in known | set(ALIASES) | set(RETIRED), name
+        assert foreign.ours is None or foreign.ours in known, name
+        assert foreign.ours or foreign.note, name
+        with pytest.raises(ConfigError) as caught:
+            toka(f"{name}=1")
+        assert f"unknown flag '{name}'" in str(caught.value)
+        assert (foreign.ours or foreign.note) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ours"),
+    [
+        (["--max-model-len", "4096"], "max_num_tokens_per_request"),
+        (["--context-length=4096"], "max_num_tokens_per_request"),
+        (["--tensor-parallel-size", "2"], "tp_size"),
+        (["-tp", "2"], "tp_size"),
+        (["--max-num-seqs", "256"], "max_seqs_per_forward"),
+        (["max_running_requests=256"], "max_seqs_per_forward"),
+        (["--max-num-batched-tokens", "8192"], "max_tokens_per_forward"),
+        (["--chunked-prefill-size", "8192"], "max_tokens_per_forward"),
+        (["--gpu-memory-utilization", "0.9"], "kv_cache_num_tokens"),
+        (["--mem-fraction-static", "0.9"], "kv_cache_num_tokens"),
+        (["--block-size", "16"], "page_size"),
+        (["--model-path", "org/name"], "model"),
+        (["--tokenizer-path", "org/name"], "tokenizer"),
+        (["--enforce-eager"], "use_cudagraphs"),
+        (["--no-enforce-eager", "port=1"], "use_cudagraphs"),
+    ],
+)
+def test_flags_of_other_engines_with_dashes(arguments, ours):
+    with pytest.raises(ConfigError) as caught:
+        toka(*arguments)
+    assert f"the flag for this is '{ours}'" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_overrides():
+    assert toka("port=1", "host=::1", OVERRIDES="port=2 'model=a b' .uvsh") == EngineConfig(
+        port=2, host="::1", model="a b", uvicorn_log_level="warning"
+    )
+
+
+def test_show_and_back(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        toka("model=not/there", "--show", "port=1", "log_procs=server", "rope_scaling.factor=2")
+    assert caught.value.code == 0
+    path = tmp_path / "engine.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert toka(f"config={path}") == EngineConfig(
+        model="not/there", port=1, log_procs=("server",), rope_scaling={"factor": 2}
+    )
+
+
+def test_help_lists_every_flag_with_default_and_meaning(capsys):
+    with pytest.raises(SystemExit) as caught:
+        toka("--help")
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    words = " ".join(out.split())
+    for name, default in NAMES_AND_DEFAULTS.items():
+        assert f"{name}={USUALLY.get(name, default)}" in out
+        assert " ".join(flags_of(EngineConfig)[name].notes.help.split()) in words
+    for name in (*ALIASES, *RETIRED, ".uvsh", ".par", "config=FILE"):
+        assert name in out
+
+
+# --- in Python --------------------------------------------------------------------------------------
+
+
+def test_from_flags(tmp_path):
+    path = tmp_path / "engine.yaml"
+    path.write_text("port: 5\nmax_seqs_per_forward: (2 * 8)")
+    config = EngineConfig.from_flags(
+        port=6, config=path, kv_cache_size_num_tokens=1e3, log_procs=["server"]
+    )
+    assert config == EngineConfig(
+        port=6, max_seqs_per_forward=16, kv_cache_num_tokens=1000, log_procs=("server",)
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"prot": 1}, ["prot", "'port'"]),
+        ({"max_model_len": 5}, ["max_model_len", "'max_num_tokens_per_request'"]),
+        ({"port": "8080"}, ["port='8080'", "expected an integer, got text"]),
+        ({"model": 123}, ["model=123", "expected text or None"]),
+        ({"trust_remote_code": "T"}, ["trust_remote_code='T'", "true or false"]),
+        ({"port": True}, ["port=True", "an integer"]),
+        ({"dp_size": 2}, ["dp_size=2", "not available yet"]),
+    ],
+)
+def test_from_flags_errors(flags, words):
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig.from_flags(**flags)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_from_flags_warns_of_retired_flags():
+    with pytest.warns(UserWarning, match="stop_string_num_token_lookback has no effect"):
+        assert EngineConfig.from_flags(stop_string_num_token_lookback=7) == EngineConfig()
+
+
+def test_the_constructor_checks_too():
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig(port="x", page_size=0, dtype="int8", use_hydragen=True)
+    assert len(str(caught.value).splitlines()) == 4
+    with pytest.raises(TypeError):
+        EngineConfig(prot=1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        EngineConfig().port = 1
+
+
+def test_a_mapping_is_copied():
+    scaling = {"factor": 2.0}
+    config = EngineConfig(rope_scaling=scaling)
+    scaling["factor"] = 3.0
+    assert config.rope_scaling == {"factor": 2.0}
+
+
+def test_config_imports_nothing_heavy():
+    code = (
+        "import sys, tokasaurus.config.parser, tokasaurus.config.resolve\n"
+        "heavy = {'torch', 'transformers', 'fastapi', 'uvicorn', 'pydantic', 'openai', 'rich'}\n"
+        "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,273 @@
+import json
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokasaurus.config.engine import EngineConfig
+from tokasaurus.config.resolve import resolve
+from tokasaurus.config.slices import ModelFacts
+from tokasaurus.errors import ConfigError
+from tokasaurus.protocol.messages import LogprobsMode
+
+FACTS = ModelFacts(
+    path="/models/tiny",
+    vocab_size=2048,
+    max_position_embeddings=4096,
+    kv_elements_per_token=1000,
+    eos_token_ids=(1, 2),
+    temperature=0.6,
+    top_k=50,
+)
+GIB = 2**30
+
+
+def slices(*, facts=FACTS, cuda_available=False, memory_bytes=24 * GIB, **flags):
+    config = EngineConfig(**flags)
+    return resolve(config, facts, cuda_available=cuda_available, memory_bytes=memory_bytes)
+
+
+def problems(**arguments):
+    with pytest.raises(ConfigError) as caught:
+        slices(**arguments)
+    return str(caught.value).splitlines()
+
+
+def test_defaults():
+    result = slices()
+    manager, worker, server = result.manager, result.worker, result.server
+    assert (manager.page_size, manager.num_pages, manager.num_slots) == (16, 8192, 2048)
+    assert (manager.max_seqs_per_forward, manager.max_tokens_per_forward) == (1024, 8192)
+    assert (manager.max_request_tokens, manager.scheduling_steps_ahead) == (4096, 8)
+    assert (manager.stop_lag, manager.check_invariants, manager.force_preemption) == (
+        16,
+        False,
+        False,
+    )
+    assert (worker.device, worker.dtype, worker.attention) == ("cpu", "float32", "auto")
+    assert (worker.rope_scaling, worker.num_threads) == (None, None)
+    assert (server.model_name, server.model_root) == ("tokasaurus-demo", "/models/tiny")
+    assert server.tokenizer_path == "/models/tiny"
+    assert (server.max_topk_logprobs, worker.max_topk_logprobs) == (20, 20)
+    assert server.logprobs_mode is LogprobsMode.TEMPERATURE
+    assert (server.temperature, server.top_p, server.top_k) == (0.6, None, 50)
+    assert server.eos_token_ids == (1, 2)
+    assert (result.log_level, result.log_procs, result.local_proc_name) == ("INFO", None, "server")
+
+
+def test_the_rooms_agree():
+    result = slices(page_size=8, kv_cache_num_tokens=1024, max_seqs_per_forward=4)
+    for name in ("page_size", "num_pages", "num_slots", "max_tokens_per_forward"):
+        assert getattr(result.manager, name) == getattr(result.worker, name)
+    for room in (result.manager, result.worker, result.server):
+        assert room.max_request_tokens == 1024
+        assert room.max_seqs_per_forward == 4
+
+
+def test_what_the_user_chose_arrives():
+    result = slices(
+        model="org/name",
+        tokenizer="/other",
+        served_model_name="mine",
+        rope_scaling={"factor": 2.0},
+        trust_remote_code=True,
+        cpu_threads=3,
+        attention="reference",
+        logprobs_mode="raw",
+        max_topk_logprobs=5,
+        allocator_sanity_checks=True,
+        bump_city_population_me=True,
+        log_procs=("model", "server"),
+        local_proc_name="model",
+        shutdown_timeout_s=1,
+        port=0,
+    )
+    server, worker = result.server, result.worker
+    assert (server.model_name, server.model_root, server.tokenizer_path) == (
+        "mine",
+        "org/name",
+        "/other",
+    )
+    assert (server.port, server.shutdown_timeout_s) == (0, 1.0)
+    assert server.logprobs_mode is LogprobsMode.RAW
+    assert (server.trust_remote_code, worker.trust_remote_code) == (True, True)
+    assert json.loads(worker.rope_scaling) == {"factor": 2.0}
+    assert (worker.num_threads, worker.attention, worker.max_topk_logprobs) == (3, "reference", 5)
+    assert (result.manager.check_invariants, result.manager.force_preemption) == (True, True)
+    assert (result.log_procs, result.local_proc_name) == (("worker", "server"), "worker")
+    assert slices(model="org/name").server.model_name == "org/name"
+
+
+# --- device and dtype -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "cuda_available", "expected"),
+    [
+        ({}, False, ("cpu", "float32")),
+        ({}, True, ("cuda", "bfloat16")),
+        ({"device": "cpu"}, True, ("cpu", "float32")),
+        ({"device": "cuda"}, True, ("cuda", "bfloat16")),
+        ({"dtype": "float16"}, True, ("cuda", "float16")),
+        ({"dtype": "bfloat16"}, False, ("cpu", "bfloat16")),
+    ],
+)
+def test_device_and_dtype(flags, cuda_available, expected):
+    worker = slices(cuda_available=cuda_available, **flags).worker
+    assert (worker.device, worker.dtype) == expected
+
+
+def test_no_cuda():
+    (line,) = problems(device="cuda")
+    assert line.startswith("device=cuda: ")
+
+
+# --- limits that adapt ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"max_tokens_per_forward": 128}, (128, 128)),
+        ({"max_tokens_per_forward": 2048}, (1024, 2048)),
+        ({"max_seqs_per_forward": 4}, (4, 8192)),
+        ({"max_seqs_per_forward": 10000}, (10000, 10000)),
+        ({"max_seqs_per_forward": 64, "max_tokens_per_forward": 64}, (64, 64)),
+    ],
+)
+def test_step_size(flags, expected):
+    manager = slices(**flags).manager
+    assert (manager.max_seqs_per_forward, manager.max_tokens_per_forward) == expected
+    assert manager.num_slots == 2 * expected[0]
+
+
+def test_step_size_conflict():
+    (line,) = problems(max_seqs_per_forward=65, max_tokens_per_forward=64)
+    assert "max_seqs_per_forward=65" in line
+    assert "max_tokens_per_forward=64" in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "page_size", "num_pages"),
+    [
+        ({"page_size": 48}, 48, 2730),
+        ({"page_size": 200000}, 200000, 1),
+        ({"kv_cache_num_tokens": 1000}, 16, 63),
+        ({"kv_cache_num_tokens": 1}, 16, 1),
+        ({"kv_cache_num_tokens": 1000, "page_size": 8}, 8, 125),
+        ({"max_num_tokens_per_request": 4000}, 16, 8192),
+    ],
+)
+def test_pages(flags, page_size, num_pages):
+    manager = slices(**flags).manager
+    assert (manager.page_size, manager.num_pages) == (page_size, num_pages)
+
+
+def test_page_size_conflict():
+    (line,) = problems(kv_cache_num_tokens=1000, page_size=16)
+    assert "kv_cache_num_tokens=1000" in line
+    assert "page_size=16" in line
+    assert "992 or 1008" in line
+    (line,) = problems(kv_cache_num_tokens=5, page_size=16)
+    assert "kv_cache_num_tokens=16," in line
+
+
+def test_request_size():
+    assert slices().manager.max_request_tokens == 4096
+    assert slices(kv_cache_num_tokens=1024).manager.max_request_tokens == 1024
+    assert slices(max_num_tokens_per_request=99).manager.max_request_tokens == 99
+    (line,) = problems(max_num_tokens_per_request=2000, kv_cache_num_tokens=1000)
+    assert "max_num_tokens_per_request=2000" in line
+    assert "kv_cache_num_tokens=1000" in line
+    (line,) = problems(max_num_tokens_per_request=4097)
+    assert "4096 positions" in line
+
+
+def test_the_kv_cache_grows_for_a_large_request():
+    facts = ModelFacts("/m", 100, 10**6, 1000, ())
+    manager = slices(facts=facts, max_num_tokens_per_request=200001).manager
+    assert manager.num_pages == math.ceil(200001 / 16)
+    assert manager.max_request_tokens == 200001
+
+
+@pytest.mark.parametrize(
+    ("scaling", "positions"),
+    [
+        ({"factor": 2.0}, 8192),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}, 8192),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 256}, 4096),
+        ({"rope_type": "default"}, 4096),
+    ],
+)
+def test_rope_scaling_stretches_the_model(scaling, positions):
+    assert slices(rope_scaling=scaling).manager.max_request_tokens == positions
+
+
+def test_topk_logprobs():
+    assert slices(max_topk_logprobs=None).server.max_topk_logprobs == 0
+    assert slices(max_topk_logprobs=10**4).server.max_topk_logprobs == 2048
+
+
+# --- memory -----------------------------------------------------------------------------------------
+
+
+def test_the_default_kv_cache_takes_half_of_the_memory_at_most():
+    # 4,000 bytes for a token in float32, 2,000 in bfloat16
+    assert slices(memory_bytes=8_000_000).manager.num_pages == 1000 // 16
+    assert slices(memory_bytes=8_000_000, dtype="bfloat16").manager.num_pages == 2000 // 16
+    assert slices(memory_bytes=None).manager.num_pages == 8192
+    assert slices(memory_bytes=8_000_000, cuda_available=True).manager.num_pages == 8192
+
+
+def test_an_explicit_kv_cache_may_take_more_than_half():
+    assert slices(memory_bytes=8_000_000, kv_cache_num_tokens=1600).manager.num_pages == 100
+    (line,) = problems(memory_bytes=8_000_000, kv_cache_num_tokens=2016)
+    assert "kv_cache_num_tokens=2016" in line
+    assert "2000" in line
+
+
+def test_no_room_for_a_request():
+    (line,) = problems(memory_bytes=8_000_000, max_num_tokens_per_request=3000)
+    assert "max_num_tokens_per_request=3000" in line
+    (line,) = problems(memory_bytes=4000)
+    assert "page_size=16" in line
+
+
+# --- all of it --------------------------------------------------------------------------------------
+
+
+def test_every_conflict_is_reported_at_once():
+    lines = problems(
+        device="cuda",
+        kv_cache_num_tokens=1000,
+        page_size=16,
+        max_num_tokens_per_request=5000,
+        max_seqs_per_forward=20,
+        max_tokens_per_forward=10,
+    )
+    assert [line.split()[0].rstrip(":") for line in lines] == [
+        "device=cuda",
+        "kv_cache_num_tokens=1000",
+        "max_num_tokens_per_request=5000",
+        "max_seqs_per_forward=20",
+        "max_num_tokens_per_request=5000",
+    ]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    name=st.sampled_from(
+        ["kv_cache_num_tokens", "page_size", "max_seqs_per_forward", "max_tokens_per_forward"]
+    ),
+    value=st.integers(1, 300_000),
+)
+def test_one_explicit_limit_never_conflicts(name, value):
+    manager = slices(**{name: value}).manager
+    assert 1 <= manager.max_seqs_per_forward <= manager.max_tokens_per_forward
+    assert 1 <= manager.max_request_tokens <= manager.num_pages * manager.page_size
+    assert manager.num_slots == 2 * manager.max_seqs_per_forward
+    if name == "kv_cache_num_tokens":
+        assert value <= manager.num_pages * manager.page_size < value + 16
+    else:
+        assert getattr(manager, name) == value
