@@ -18,6 +18,9 @@ from fake_engine import (
     with_config,
 )
 
+from tokasaurus.server.logprobs import chat_logprobs
+from tokasaurus.server.samples import TokenLogprobs
+
 SAID = "hello 😀 naïve\n"
 
 
@@ -174,14 +177,14 @@ def test_echo_with_logprobs(server, client):
         assert [token for piece in pieces for token in piece] == logprobs.tokens
 
 
-def test_minus_infinity_is_written_as_a_number(server, client):
-    def script(request, index):
-        return [5]
-
-    server.engine.script = script
-    from tokasaurus.server import logprobs
-
-    assert logprobs._finite(np.array([-np.inf, -1], np.float32)) == [-9999.0, -1.0]
+def test_minus_infinity_is_written_as_a_number():
+    cut_off = TokenLogprobs(
+        np.array([-1.5], np.float32),
+        np.array([[5, 6]], np.int32),
+        np.array([[-1.5, -np.inf]], np.float32),
+    )
+    top = chat_logprobs(TOKENIZER, [5], cut_off)["content"][0]["top_logprobs"]
+    assert [each["logprob"] for each in top] == [-1.5, -9999.0]
 
 
 @pytest.mark.parametrize("stream", [False, True])

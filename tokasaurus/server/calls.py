@@ -13,18 +13,14 @@ from starlette.types import Receive, Scope, Send
 
 from tokasaurus.errors import TokasaurusError
 from tokasaurus.server.generation import Generation, Generations, PreparedRequest
-from tokasaurus.server.http_errors import error_body
+from tokasaurus.server.http_errors import ClientGone, error_body
 from tokasaurus.server.params import renamed
 from tokasaurus.server.render import DONE, Renderer, event
 from tokasaurus.server.samples import SampleOutput
 
-__all__ = ["Call", "ClientGone", "EventStream", "in_thread_if"]
+__all__ = ["Call", "EventStream", "in_thread_if"]
 
 T = TypeVar("T")
-
-
-class ClientGone(TokasaurusError):
-    """The client disconnected: nobody is left to answer."""
 
 
 class Call:

@@ -8,13 +8,14 @@ from typing import Any, TypeVar
 
 import msgspec
 from fastapi import APIRouter, Request, Response
+from starlette.requests import ClientDisconnect
 
 import tokasaurus
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import RequestError
-from tokasaurus.server.calls import Call, ClientGone, EventStream, in_thread_if
+from tokasaurus.server.calls import Call, EventStream, in_thread_if
 from tokasaurus.server.generation import PreparedRequest
-from tokasaurus.server.http_errors import BodyTooLarge, UnknownModel, WrongMediaType
+from tokasaurus.server.http_errors import BodyTooLarge, ClientGone, UnknownModel, WrongMediaType
 from tokasaurus.server.params import renamed
 from tokasaurus.server.render import ChatRenderer, CompletionRenderer, Renderer
 from tokasaurus.server.schemas import ChatRequest, CompletionRequest, GenerationRequest, parse
@@ -136,8 +137,6 @@ class Endpoints:
         try:
             async with call.watched(request.receive):
                 await call.finish()
-        except ClientGone:
-            return Response(status_code=499)  # nobody reads it
         except RequestError as error:
             raise renamed(error, body.field_names()) from None
         size = sum(generation.num_generated_tokens for generation in call.generations)
@@ -194,10 +193,13 @@ async def _read(request: Request, schema: type[R]) -> R:
             f"the body must be sent with Content-Type: application/json, not {media_type or 'nothing'!r}"
         )
     data = bytearray()
-    async for piece in request.stream():
-        data += piece
-        if len(data) > MAX_BODY_BYTES:
-            raise BodyTooLarge(f"the body is larger than {MAX_BODY_BYTES} bytes")
+    try:
+        async for piece in request.stream():
+            data += piece
+            if len(data) > MAX_BODY_BYTES:
+                raise BodyTooLarge(f"the body is larger than {MAX_BODY_BYTES} bytes")
+    except ClientDisconnect:
+        raise ClientGone("the client disconnected") from None
     try:
         body = msgspec.json.decode(data)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:

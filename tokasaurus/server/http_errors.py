@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import msgspec
@@ -19,8 +18,6 @@ from tokasaurus.errors import (
 
 __all__ = ["BodyTooLarge", "UnknownModel", "WrongMediaType", "error_body", "install_error_handlers"]
 
-log = logging.getLogger(__name__)
-
 _RETRY_AFTER_S = 5
 
 
@@ -30,6 +27,10 @@ class WrongMediaType(RequestError):
 
 class BodyTooLarge(RequestError):
     """The body is larger than the server is willing to hold."""
+
+
+class ClientGone(TokasaurusError):
+    """The client disconnected: whatever is answered, nobody reads it."""
 
 
 class UnknownModel(RequestError):
@@ -45,6 +46,7 @@ _STATUSES: dict[type[Exception], int] = {
     BodyTooLarge: 413,
     WrongMediaType: 415,
     RequestError: 400,
+    ClientGone: 499,
     EngineError: 503,
     Exception: 500,
 }
@@ -78,7 +80,7 @@ def install_error_handlers(app: FastAPI) -> None:
         return _answer(error.status_code, body, dict(error.headers or {}))
 
     def unexpected_error(request: Request, error: Exception) -> Response:
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        # Starlette raises it again behind this answer, and uvicorn logs it.
         return _answer(500, error_body(error), {})
 
     app.add_exception_handler(TokasaurusError, tokasaurus_error)

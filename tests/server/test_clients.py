@@ -1,0 +1,215 @@
+"""The requests that real clients send, and their ways of reading the answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import openai
+import pytest
+from fake_engine import EOS_ID, TOKENIZER, ids_of
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+MESSAGES = [{"role": "user", "content": "hi"}]
+PARTS = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+
+
+# --- lm-evaluation-harness -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("next_id", [ids_of("a")[0], EOS_ID])
+def test_lm_eval_loglikelihood(server, next_id):
+    """Read as the harness reads it: the last token is cut off, whatever it was."""
+    server.engine.script = lambda request, index: [next_id]
+    pairs = [(ids_of("the cat"), ids_of(" sat on")), (ids_of("a"), ids_of(" mat"))]
+    body = {
+        "model": "m",
+        "prompt": [context + continuation for context, continuation in pairs],
+        "temperature": 0,
+        "max_tokens": 1,
+        "logprobs": 1,
+        "seed": 1234,
+        "echo": True,
+    }
+    choices = sorted(server.post(COMPLETIONS, body).json["choices"], key=lambda c: c["index"])
+    for (context, continuation), choice in zip(pairs, choices, strict=True):
+        logprobs = choice["logprobs"]
+        assert len(logprobs["token_logprobs"]) == len(context) + len(continuation) + 1
+        chosen = logprobs["token_logprobs"][len(context) : -1]
+        top = logprobs["top_logprobs"][len(context) : -1]
+        assert len(chosen) == len(continuation)
+        assert all(isinstance(value, float) for value in [*chosen, sum(chosen)])
+        greedy = [one == max(best.values()) for one, best in zip(chosen, top, strict=True)]
+        assert greedy == [token_id % 3 != 0 for token_id in continuation]
+
+
+def test_lm_eval_loglikelihood_of_strings(server):
+    body = {"prompt": ["the cat", "a"], "max_tokens": 1, "logprobs": 1, "echo": True}
+    for choice, prompt in zip(
+        server.post(COMPLETIONS, body).json["choices"], body["prompt"], strict=True
+    ):
+        assert len(choice["logprobs"]["token_logprobs"]) == len(TOKENIZER.encode(prompt)) + 1
+
+
+def test_lm_eval_generate_until(server):
+    server.engine.script = lambda request, index: [*ids_of("42\n\nQuestion: more"), EOS_ID]
+    stop = ["Question:", "</s>", "<|end|>", "<|im_end|>", "\n\n\n", "Q:"]
+    body = {"prompt": [ids_of("the cat")], "model": "m", "max_tokens": 256, "temperature": 0.0}
+    answer = server.post(COMPLETIONS, {**body, "stop": stop, "seed": 1234}).json
+    assert answer["choices"][0]["text"] == "42\n\n"
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert EOS_ID in server.engine.requests[0].stop_token_ids
+
+
+def test_lm_eval_starts_without_a_tokenizer_route(server):
+    assert server.get("/tokenizer_info").status == 404
+
+
+# --- load generators -------------------------------------------------------------------------------
+
+SGLANG = {"model": "m", "best_of": 1, "max_tokens": 8, "temperature": 0.0, "ignore_eos": True}
+VLLM = {"model": "m", "repetition_penalty": 1.0, "max_tokens": 8, "logprobs": None}
+USAGE = {"include_usage": True}
+SHAPES = {
+    "sglang": (COMPLETIONS, {**SGLANG, "prompt": "the cat", "stream": True}),
+    "sglang-whole": (
+        COMPLETIONS,
+        {**SGLANG, "prompt": "the cat", "stream": False, "lora_path": None},
+    ),
+    "sglang-logprobs": (
+        COMPLETIONS,
+        {**SGLANG, "prompt": "the cat", "stream": True, "logprobs": 0},
+    ),
+    "sglang-chat": (
+        CHAT,
+        {
+            "model": "m",
+            "messages": MESSAGES,
+            "max_completion_tokens": 8,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": USAGE,
+        },
+    ),
+    "vllm": (COMPLETIONS, {**VLLM, "prompt": "the cat", "stream": True, "stream_options": USAGE}),
+    "vllm-ids": (
+        COMPLETIONS,
+        {
+            **VLLM,
+            "prompt": ids_of("the cat"),
+            "stream": True,
+            "stream_options": USAGE,
+            "ignore_eos": True,
+            "top_p": 0.9,
+            "top_k": 10,
+            "min_p": 0.0,
+            "min_tokens": 0,
+        },
+    ),
+    "vllm-chat": (
+        CHAT,
+        {
+            "model": "m",
+            "messages": PARTS,
+            "max_completion_tokens": 8,
+            "stream": True,
+            "stream_options": USAGE,
+        },
+    ),
+    "guidellm": (
+        COMPLETIONS,
+        {
+            "model": "m",
+            "prompt": "the cat",
+            "max_tokens": 8,
+            "stop": None,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {**USAGE, "continuous_usage_stats": True},
+        },
+    ),
+    "guidellm-chat": (
+        CHAT,
+        {
+            "model": "m",
+            "messages": PARTS,
+            "max_completion_tokens": 8,
+            "stop": None,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {**USAGE, "continuous_usage_stats": True},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_load_generators(server, name):
+    """Read line by line, each line JSON behind its prefix, choices in every chunk but the usage."""
+    path, body = SHAPES[name]
+    answer = server.post(path, body)
+    assert answer.status == 200
+    lines = [line for line in answer.content.decode().split("\n") if line.strip()]
+    if not body["stream"]:
+        (line,) = lines
+        assert json.loads(line)["usage"]["completion_tokens"] == 8
+        return
+    assert lines[-1] == "data: [DONE]"
+    events = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+    wants_usage = "stream_options" in body
+    if wants_usage:
+        assert events[-1]["usage"]["completion_tokens"] == 8
+        assert events.pop()["choices"] == []
+    key = "text" if path == COMPLETIONS else "delta"
+    assert all(key in event["choices"][0] for event in events)
+    if "continuous_usage_stats" in body.get("stream_options", {}):
+        assert all(event["usage"]["completion_tokens"] > 0 for event in events)
+
+
+def test_the_first_model_has_an_id_and_a_root(server):
+    first = server.get("/v1/models").json["data"][0]
+    assert first["id"]
+    assert first["root"]
+
+
+# --- openai ----------------------------------------------------------------------------------------
+
+
+def test_openai_async(server):
+    async def ask(client, number):
+        request = {"model": "", "prompt": [20 + number], "seed": number, "max_tokens": 12}
+        if number % 2:
+            return (await client.completions.create(**request)).choices[0].text
+        chunks = await client.completions.create(**request, stream=True)
+        return "".join([chunk.choices[0].text async for chunk in chunks])
+
+    async def everyone():
+        async with openai.AsyncOpenAI(
+            api_key="none", base_url=f"{server.url}/v1", max_retries=0, timeout=20
+        ) as client:
+            together = await asyncio.gather(*(ask(client, i) for i in range(40)))
+            return together, [await ask(client, i + 1 - 2 * (i % 2)) for i in range(4)]
+
+    together, _ = asyncio.run(everyone())
+    assert len(set(together)) == 40
+
+
+def test_openai_helper_for_streams(server):
+    server.engine.script = lambda request, index: [*ids_of("hello"), EOS_ID]
+    with server.client().chat.completions.stream(model="m", messages=MESSAGES) as stream:
+        for _ in stream:
+            pass
+        assert stream.get_final_completion().choices[0].message.content == "hello"
+
+
+def test_openai_errors(server):
+    client = server.client()
+    with pytest.raises(openai.BadRequestError) as error:
+        client.completions.create(model="m", prompt="a", frequency_penalty=0.5)
+    assert error.value.param == "frequency_penalty"
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(model="m", messages=MESSAGES, max_tokens=5000)
+    assert error.value.code == "context_length_exceeded"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("nothing")

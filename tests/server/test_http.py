@@ -1,0 +1,133 @@
+"""The other routes, the shape of errors, and what is let in at all."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+from fake_engine import CONFIG
+
+import tokasaurus
+from tokasaurus.server import endpoints
+
+BODY = {"prompt": "the cat"}
+
+
+def test_ping_and_version(server):
+    assert server.get("/ping").json == {"message": "pong"}
+    assert server.get("/version").json == {"version": tokasaurus.__version__}
+
+
+def test_models(server):
+    listed = server.get("/v1/models").json
+    (model,) = listed["data"]
+    assert listed["object"] == "list"
+    assert (model["id"], model["root"]) == (CONFIG.model_name, CONFIG.model_root)
+    assert (model["object"], model["owned_by"]) == ("model", "tokasaurus")
+    assert server.get(f"/v1/models/{CONFIG.model_name}").json == model
+    client = server.client()
+    assert [each.id for each in client.models.list()] == [CONFIG.model_name]
+    assert client.models.retrieve(CONFIG.model_name).id == CONFIG.model_name
+
+
+def test_a_model_that_is_not_there(server):
+    answer = server.get("/v1/models/another/model")
+    assert (answer.status, answer.error["code"]) == (404, "model_not_found")
+    assert answer.error["param"] == "model"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/", 404),
+        ("GET", "/v1/nothing", 404),
+        ("POST", "/v1/completions/", 404),
+        ("GET", "/v1/completions", 405),
+        ("POST", "/v1/models", 405),
+        ("DELETE", "/v1/chat/completions", 405),
+    ],
+)
+def test_no_such_route(server, method, path, status):
+    answer = server._ask(method, path, None, {})
+    assert answer.status == status
+    assert answer.error["type"] == "invalid_request_error"
+    assert path in answer.error["message"]
+    assert ("allow" in answer.headers) == (status == 405)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"5",
+        b"null",
+        b'"text"',
+        b'{"prompt": NaN}',
+        b'{"prompt": "\xff"}',
+        b'{"prompt": "\\ud800"}',
+        b'{"a": ' + b"[" * 100_000,
+    ],
+)
+def test_a_body_that_is_no_json_object(server, body):
+    answer = server.post("/v1/completions", body)
+    assert answer.status == 400
+    assert "body" in answer.error["message"]
+
+
+@pytest.mark.parametrize("media_type", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_only_json_is_read(server, media_type):
+    """A page in a browser can send anything else to a server on the same machine, unasked."""
+    answer = server._ask(
+        "POST", "/v1/completions", json.dumps(BODY).encode(), {"Content-Type": media_type}
+    )
+    assert answer.status == 415
+    assert "application/json" in answer.error["message"]
+    assert not server.engine.requests
+
+
+@pytest.mark.parametrize("media_type", ["application/json; charset=utf-8", "Application/JSON"])
+def test_json_by_other_spellings(server, media_type):
+    assert server.post("/v1/completions", BODY, **{"Content-Type": media_type}).status == 200
+
+
+def test_a_body_that_is_too_large(server, monkeypatch):
+    monkeypatch.setattr(endpoints, "MAX_BODY_BYTES", 1000)
+    answer = server.post("/v1/completions", {"prompt": "x" * 2000})
+    assert answer.status == 413
+    assert "1000" in answer.error["message"]
+
+
+def test_a_defect_of_ours_is_a_500_without_details(server, monkeypatch, caplog):
+    def broken(*_, **__):
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(server.generations, "prepare", broken)
+    answer = server.post("/v1/completions", BODY)
+    assert answer.status == 500
+    assert "secret" not in answer.error["message"]
+    deadline = time.monotonic() + 5
+    while "secret" not in caplog.text:  # the operator learns it
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("authorization", ["", "Bearer ", "Bearer anything"])
+def test_headers_that_clients_send(server, authorization):
+    headers = {"Authorization": authorization, "x-request-id": "5", "x-anything": "else"}
+    assert server.post("/v1/completions", BODY, **headers).status == 200
+
+
+def test_the_openapi_document_describes_the_bodies(server):
+    document = json.loads(server.get("/openapi.json").content)
+    for path, name in (
+        ("/v1/completions", "CompletionRequest"),
+        ("/v1/chat/completions", "ChatRequest"),
+    ):
+        body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        assert body["schema"] == {"$ref": f"#/components/schemas/{name}"}
+        assert "temperature" in document["components"]["schemas"][name]["properties"]
+    references = json.dumps(document).split('"#/components/schemas/')[1:]
+    assert {each.split('"')[0] for each in references} <= set(document["components"]["schemas"])

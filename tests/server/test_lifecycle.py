@@ -1,0 +1,255 @@
+"""Clients that go away, engines that load, drain and die, and what is left behind: nothing."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+from fake_engine import RunningServer, ids_of, random_ids
+
+LONG = {"prompt": "the cat", "max_tokens": 400, "ignore_eos": True}
+CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 400, "ignore_eos": True}
+
+
+@pytest.fixture
+def own_server():
+    """A server that the test may break."""
+    with RunningServer().running() as server:
+        server.engine.largest_step = 1
+        yield server
+
+
+def wait_for(condition, timeout_s=5.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def send_raw(server, path, body):
+    """A request on a bare socket, so that the test can hang up whenever it likes."""
+    data = json.dumps(body).encode()
+    connection = socket.create_connection(("127.0.0.1", server.port))
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    return connection
+
+
+# --- clients that go away --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {**LONG, "n": 3, "prompt": ["a", "b"]}),
+        ("/v1/completions", {**LONG, "stop": ["never"]}),
+        ("/v1/chat/completions", CHAT),
+    ],
+)
+def test_a_disconnect_frees_everything_at_once(server, path, body, stream):
+    server.engine.paused = True  # nothing will end by itself
+    connection = send_raw(server, path, {**body, "stream": stream})
+    expected = len(body["prompt"]) if isinstance(body.get("prompt"), list) else 1
+    wait_for(lambda: len(server.engine.requests) == expected)
+    time.sleep(0.02)
+    assert not server.engine.aborted
+    connection.close()
+    wait_for(lambda: len(server.generations) == 0, timeout_s=1)
+    assert server.engine.aborted == {request.request_id for request in server.engine.requests}
+    assert server.engine.num_running == 0
+
+
+def test_a_disconnect_in_the_middle_of_a_stream(server):
+    server.engine.largest_step = 1
+    connection = send_raw(server, "/v1/completions", {**LONG, "stream": True})
+    received = b""
+    while received.count(b"data:") < 3:
+        received += connection.recv(1 << 16)
+    connection.close()
+    wait_for(lambda: server.engine.aborted, timeout_s=1)
+    wait_for(lambda: len(server.generations) == 0, timeout_s=1)
+
+
+def test_a_client_that_breaks_off_its_stream(server):
+    with server.client().completions.create(model="m", **_openai(LONG), stream=True) as chunks:
+        next(iter(chunks))
+    wait_for(lambda: server.engine.aborted, timeout_s=1)
+
+
+def test_finished_requests_are_not_aborted(server):
+    for stream in (True, False):
+        for _ in range(5):
+            server.post("/v1/completions", {**LONG, "max_tokens": 3, "stream": stream})
+    server.wait_idle()
+    assert not server.engine.aborted
+
+
+def test_half_a_body_is_no_request(server, caplog):
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(head + b'Content-Length: 1000\r\n\r\n{"prompt":')
+    assert server.get("/health").status == 200
+    assert not server.engine.requests
+    assert not caplog.records
+
+
+def _openai(body):
+    """A body as the openai client takes it: what it does not know in extra_body."""
+    known = {name: value for name, value in body.items() if name != "ignore_eos"}
+    return {**known, "extra_body": {"ignore_eos": True}}
+
+
+# --- an engine that dies ---------------------------------------------------------------------------
+
+
+def test_death_reaches_everyone(own_server):
+    client = own_server.client()
+
+    def stream():
+        chunks = client.completions.create(model="m", **_openai(LONG), stream=True)
+        next(chunks)
+        begun.release()
+        with pytest.raises(openai.APIError, match="the worker ended: killed"):
+            list(chunks)
+
+    def whole():
+        with pytest.raises(openai.InternalServerError, match="the worker ended: killed") as error:
+            client.completions.create(model="m", **_openai(LONG))
+        return error.value.status_code
+
+    begun = threading.Semaphore(0)
+    with ThreadPoolExecutor(4) as pool:
+        streams, wholes = [pool.submit(stream) for _ in range(2)], pool.submit(whole)
+        assert all(begun.acquire(timeout=5) for _ in streams)
+        own_server.call(lambda: own_server.state.die("the worker ended: killed by SIGKILL"))
+        for each in streams:
+            each.result(5)
+        assert wholes.result(5) == 503
+    assert len(own_server.generations) == 0
+    answer = own_server.get("/health")
+    assert (answer.status, answer.json["status"]) == (503, "dead")
+    answer = own_server.post("/v1/completions", LONG)
+    assert answer.status == 503
+    assert "killed by SIGKILL" in answer.error["message"]
+
+
+def test_a_stream_that_broke_ends_with_an_error_event(own_server):
+    connection = send_raw(own_server, "/v1/chat/completions", {**CHAT, "stream": True})
+    received = connection.recv(1 << 16)
+    own_server.call(lambda: own_server.state.die("the manager ended"))
+    while data := connection.recv(1 << 16):
+        received += data
+        if data.endswith(b"0\r\n\r\n"):
+            break
+    events = [line for line in received.split(b"\n") if line.startswith(b"data: ")]
+    error = json.loads(events[-1].removeprefix(b"data: "))["error"]
+    assert "the manager ended" in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert b"[DONE]" not in received
+
+
+def test_a_death_before_the_first_event_is_an_ordinary_error(own_server):
+    own_server.engine.paused = True
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(own_server.post, "/v1/completions", {**LONG, "stream": True})
+        wait_for(lambda: own_server.engine.requests)
+        own_server.call(lambda: own_server.state.die("the worker ended"))
+        assert answer.result(5).status == 503
+        assert "the worker ended" in answer.result().error["message"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_the_manager_refuses_is_the_clients_error(server, stream):
+    server.engine.reject = "the prompt can never fit the cache"
+    answer = server.post("/v1/completions", {**LONG, "prompt": ["a", "b"], "stream": stream})
+    assert (answer.status, answer.error["param"]) == (400, "prompt")
+    answer = server.post("/v1/chat/completions", {**CHAT, "stream": stream})
+    assert (answer.status, answer.error["param"]) == (400, "messages")
+    assert "can never fit" in answer.error["message"]
+
+
+# --- an engine that loads or drains ----------------------------------------------------------------
+
+
+def test_loading():
+    with RunningServer(ready=False).running() as server:
+        assert server.get("/ping").json == {"message": "pong"}
+        assert server.get("/version").status == 200
+        answer = server.get("/health")
+        assert (answer.status, answer.json["status"]) == (503, "loading")
+        for answer in (
+            server.post("/v1/completions", LONG),
+            server.post("/v1/chat/completions", CHAT),
+            server.get("/v1/models"),
+            server.get("/v1/models/org/tiny-model"),
+        ):
+            assert answer.status == 503
+            assert int(answer.headers["retry-after"]) > 0
+            assert "loading" in answer.error["message"]
+        server.call(lambda: server.state.ready(server.generations))
+        assert server.get("/health").json == {"status": "ok", "running": 0}
+        assert server.post("/v1/completions", LONG).status == 200
+
+
+def test_draining(own_server):
+    with ThreadPoolExecutor(2) as pool:
+        whole = pool.submit(own_server.post, "/v1/completions", LONG)
+        stream = pool.submit(own_server.post, "/v1/completions", {**LONG, "stream": True})
+        wait_for(lambda: len(own_server.engine.requests) == 2)
+        own_server.call(own_server.state.drain)
+        answer = own_server.post("/v1/completions", LONG)
+        assert (answer.status, answer.error["type"]) == (503, "service_unavailable")
+        assert "shutting down" in answer.error["message"]
+        answer = own_server.get("/health")
+        assert (answer.status, answer.json["status"]) == (503, "draining")
+        assert whole.result(20).json["usage"]["completion_tokens"] == 400
+        assert stream.result(20).events
+    assert own_server.state.num_running == 0
+
+
+def test_health_counts_what_runs(server):
+    server.engine.paused = True
+    connection = send_raw(server, "/v1/completions", {**LONG, "prompt": ["a", "b", "c"]})
+    wait_for(lambda: server.get("/health").json["running"] == 3)
+    connection.close()
+    wait_for(lambda: server.get("/health").json["running"] == 0)
+
+
+# --- many at once ----------------------------------------------------------------------------------
+
+
+def test_many_kinds_of_requests_at_once(server):
+    """Each gets its own answer, whoever else is there or hangs up."""
+    server.engine.script = lambda request, index: (
+        ids_of("stop me here") + random_ids(request, index)
+    )[: request.max_tokens]
+
+    def ask(number):
+        body = {"prompt": [20 + number], "seed": number, "max_tokens": 20 + number % 30, "n": 2}
+        if number % 5 == 0:
+            connection = send_raw(server, "/v1/completions", {**LONG, "stream": number % 2 == 0})
+            time.sleep(0.01)
+            connection.close()
+            return None
+        stop = ["here"] if number % 3 == 0 else None
+        body |= {"stop": stop, "stream": number % 2 == 0}
+        answer = server.post("/v1/completions", body)
+        if not body["stream"]:
+            return [choice["text"] for choice in answer.json["choices"]]
+        texts = ["", ""]
+        for event in answer.events:
+            texts[event["choices"][0]["index"]] += event["choices"][0]["text"]
+        return texts
+
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(ask, range(80)))
+    server.wait_idle()
+    for number in range(1, 80, 13):
+        assert together[number] == ask(number)
+    assert together[3] == ["stop me "] * 2
