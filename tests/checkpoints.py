@@ -101,7 +101,7 @@ def make_checkpoint(
         "num_key_value_heads": num_kv_heads,
         "max_position_embeddings": 512,
         "tie_word_embeddings": tied,
-        "initializer_range": 0.3,
+        "initializer_range": 0.18,
         "bos_token_id": 256,
         "eos_token_id": EOS_ID,
         "pad_token_id": 258,

@@ -1,0 +1,190 @@
+"""Checkpoints that load, and complaints about those that do not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from checkpoints import VOCAB_SIZE, edit_json, make_checkpoint
+from safetensors.torch import load_file, save_file
+
+from tokasaurus.errors import ModelError
+from tokasaurus.model.config import read_model_config
+from tokasaurus.model.layers import Placement
+from tokasaurus.model.loader import load_model
+
+PLACE = Placement(torch.float32, torch.device("cpu"))
+QUERY = "model.layers.1.self_attn.q_proj.weight"
+
+
+def load(path, place=PLACE):
+    return load_model(path, read_model_config(path), place)
+
+
+@pytest.fixture
+def editable(checkpoint, tmp_path):
+    """A copy of a checkpoint; ``edit(change)`` changes its dictionary of tensors."""
+
+    def make(**options):
+        path = tmp_path / "model"
+        shutil.copytree(checkpoint(**options), path)
+        return path
+
+    return make
+
+
+def edit_tensors(path, change):
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors")
+
+
+def test_shards_load_like_one_file(checkpoint):
+    whole, cut = load(checkpoint(seed=3)), load(checkpoint(seed=3, shards=4))
+    assert len(list(checkpoint(seed=3, shards=4).glob("*.safetensors"))) >= 4
+    for (name, one), (_, other) in zip(
+        whole.named_parameters(), cut.named_parameters(), strict=True
+    ):
+        assert torch.equal(one, other), name
+
+
+def test_fused_parameters_are_in_order(checkpoint):
+    path = checkpoint("qwen2")
+    tensors, model = load_file(path / "model.safetensors"), load(path)
+    names = [f"model.layers.1.self_attn.{x}_proj" for x in "qkv"]
+    layer = model.layers[1]
+    for kind in ("weight", "bias"):
+        expected = torch.cat([tensors[f"{name}.{kind}"] for name in names])
+        assert torch.equal(getattr(layer.attention.qkv, kind), expected)
+    gate_up = torch.cat([tensors[f"model.layers.1.mlp.{x}_proj.weight"] for x in ("gate", "up")])
+    assert torch.equal(layer.mlp.gate_up.weight, gate_up)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtypes_are_converted(checkpoint, dtype):
+    path = checkpoint(dtype=dtype)
+    wide, narrow = load(path), load(path, Placement(dtype, PLACE.device))
+    assert narrow.norm.weight.dtype == dtype
+    assert torch.equal(wide.norm.weight, narrow.norm.weight.float())
+
+
+def test_tied_heads_share_memory(checkpoint):
+    tied = load(checkpoint(tied=True))
+    assert tied.head.weight is tied.embedding.weight
+    untied = load(checkpoint(tied=False))
+    assert not torch.equal(untied.head.weight, untied.embedding.weight)
+
+
+def test_harmless_tensors_are_ignored(editable):
+    path = editable(tied=True)
+
+    def add(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+
+    edit_tensors(path, add)
+    load(path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_padding_of_the_vocabulary_is_cut(editable, tied):
+    path = editable(tied=tied)
+    edit_json(path / "config.json", vocab_size=VOCAB_SIZE - 5)
+    model = load(path)
+    assert model.embedding.weight.shape[0] == model.head.weight.shape[0] == VOCAB_SIZE - 5
+
+
+def test_a_vocabulary_that_is_too_small(editable):
+    path = editable()
+    edit_json(path / "config.json", vocab_size=VOCAB_SIZE + 5)
+    shape = r"model\.embed_tokens\.weight has shape \[264, 64\].*asks for \[269, 64\]"
+    with pytest.raises(ModelError, match=rf"{shape}|lm_head"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(QUERY), f"lacks tensors: {QUERY}"),
+        (lambda t: t.pop("lm_head.weight"), "lacks tensors: lm_head.weight"),
+        (
+            lambda t: t.update({QUERY: t[QUERY][:-1].clone()}),
+            rf"{QUERY} has shape \[63, 64\]; config.json asks for \[64, 64\]",
+        ),
+        (lambda t: t.update({QUERY + "_scale": torch.ones(1)}), f"does not use: {QUERY}_scale"),
+        (
+            lambda t: t.update({QUERY: t[QUERY].to(torch.int8)}),
+            f"tensor {QUERY} is torch.int8: quantized",
+        ),
+        (
+            lambda t: [t.pop(name) for name in list(t) if "layers.2" in name],
+            r"lacks tensors: model\.layers\.2\.input_layernorm\.weight, .* and 4 more",
+        ),
+    ],
+    ids=["missing", "no head", "shape", "unknown", "quantized", "a layer"],
+)
+def test_wrong_tensors_are_named(editable, change, message):
+    path = editable()
+    edit_tensors(path, change)
+    with pytest.raises(ModelError, match=message):
+        load(path)
+
+
+def test_a_checkpoint_of_another_kind(editable):
+    """Biases that the config does not promise are no harmless extra."""
+    path = editable(architecture="qwen2")
+    edit_json(path / "config.json", architectures=["LlamaForCausalLM"])
+    with pytest.raises(
+        ModelError, match=r"does not use: model\.layers\.0\.self_attn\.k_proj\.bias"
+    ):
+        load(path)
+
+
+def test_a_missing_shard(editable):
+    path = editable(shards=3)
+    shard = sorted(path.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(ModelError, match=f"lacks 1 of .* weight files: {shard.name}"):
+        load(path)
+
+
+def test_a_truncated_file(editable):
+    path = editable()
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"model\.safetensors is damaged or incomplete"):
+        load(path)
+
+
+@pytest.mark.parametrize("index", ["{}", "[]", "oops", '{"weight_map": {"a": "../b"}}'])
+def test_a_bad_index(editable, index):
+    path = editable(shards=3)
+    (path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ModelError, match=r"index\.json.*weight_map"):
+        load(path)
+
+
+def test_other_formats(editable):
+    path = editable()
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+    with pytest.raises(
+        ModelError, match=r"only pytorch_model\.bin; convert it once.*save_pretrained"
+    ):
+        load(path)
+    (path / "pytorch_model.bin").unlink()
+    with pytest.raises(ModelError, match="no weights at all"):
+        load(path)
+
+
+def test_the_builder_spells_both_styles(tmp_path):
+    """Of the tests' own tool: what the two styles of config.json look like."""
+    old = make_checkpoint(tmp_path / "4", "llama", rope="llama3", config_style=4)
+    new = make_checkpoint(tmp_path / "5", "llama", rope="llama3")
+    old_fields = json.loads((old / "config.json").read_text())
+    new_fields = json.loads((new / "config.json").read_text())
+    assert {"rope_scaling", "rope_theta", "torch_dtype"} <= set(old_fields)
+    assert "rope_parameters" not in old_fields
+    assert {"rope_parameters", "dtype"} <= set(new_fields)
+    assert read_model_config(old) == read_model_config(new)

@@ -1,0 +1,211 @@
+"""The sampler against a row-by-row oracle, against exact probabilities, and in any company."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tokasaurus.model import sampler
+from tokasaurus.model.randomness import uniforms
+from tokasaurus.model.sampler import SamplingParameters, draw, logprobs_of, processed
+from tokasaurus.protocol.messages import LogprobsMode
+
+
+def parameters(num_rows, **columns):
+    """Neutral parameters, with some columns set."""
+    result = SamplingParameters.neutral(num_rows)
+    for name, values in columns.items():
+        getattr(result, name)[:] = values
+    return result
+
+
+def ranking(logits):
+    """Ids, best first, equal ones by id."""
+    return sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+
+
+def kept_by_oracle(logits, temperature, top_k, top_p, min_p):
+    """The ids that the filters leave, one filter after the other, in float64."""
+    scores = [x / (temperature or 1) for x in logits]
+    weights = [np.exp(x - max(scores)) for x in scores]
+    left = ranking(logits)
+    if top_k > 0:
+        left = left[:top_k]
+    total = sum(weights[i] for i in left)
+    nucleus, held = [], 0.0
+    for i in left:
+        if top_p < 1 and held >= top_p * total:
+            break
+        nucleus.append(i)
+        held += weights[i]
+    best = weights[nucleus[0]]
+    return {i for i in nucleus if weights[i] >= min_p * best}
+
+
+FILTERS = [
+    {},
+    {"top_k": 1},
+    {"top_k": 5},
+    {"top_k": 10_000},
+    {"top_p": 0.5},
+    {"top_p": 0.95},
+    {"top_p": 1e-6},
+    {"min_p": 0.1},
+    {"min_p": 1.0},
+    {"top_k": 8, "top_p": 0.7},
+    {"top_p": 0.8, "min_p": 0.2},
+    {"top_k": 40, "top_p": 0.9, "min_p": 0.05},
+]
+
+
+@pytest.mark.parametrize("candidates", [4, 512])
+@pytest.mark.parametrize("vocab_size", [7, 300])
+def test_filters_against_the_oracle(monkeypatch, candidates, vocab_size):
+    """All combinations in one batch; few candidates force the full sort."""
+    monkeypatch.setattr(sampler, "_NUCLEUS_CANDIDATES", candidates)
+    rng = np.random.default_rng(vocab_size)
+    rows = [(f, t) for f in FILTERS for t in (0.0, 0.5, 1.0, 1.7)]
+    logits = torch.from_numpy(rng.normal(0, 2, (len(rows), vocab_size)).astype(np.float32))
+    chosen = parameters(len(rows), temperature=[t for _, t in rows])
+    for name in ("top_k", "top_p", "min_p"):
+        for row, (filters, _) in enumerate(rows):
+            if name in filters:
+                getattr(chosen, name)[row] = filters[name]
+    left = processed(logits, chosen).isfinite()
+    for row, (filters, temperature) in enumerate(rows):
+        options = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, **filters}
+        expected = kept_by_oracle(logits[row].double().tolist(), temperature, **options)
+        assert set(left[row].nonzero()[:, 0].tolist()) == expected, rows[row]
+
+
+def test_equal_logits_rank_by_id(monkeypatch):
+    monkeypatch.setattr(sampler, "_NUCLEUS_CANDIDATES", 2)
+    logits = torch.tensor([[1.0, 3.0, 1.0, 3.0, 3.0, 1.0]] * 4)
+    chosen = parameters(4, top_k=[2, 4, 0, 0], top_p=[1, 1, 0.5, 0.2])
+    left = processed(logits, chosen).isfinite().int().tolist()
+    assert left[0] == [0, 1, 0, 1, 0, 0]
+    assert left[1] == [1, 1, 0, 1, 1, 0]
+    assert left[2] == [0, 1, 0, 1, 0, 0]  # two of the three best hold 0.58
+    assert left[3] == [0, 1, 0, 0, 0, 0]
+
+
+def test_greedy_is_the_first_of_the_ranking():
+    logits = torch.tensor([[0.0, 2.0, 2.0], [5.0, 5.0, 5.0]])
+    assert draw(logits, parameters(2, temperature=0)).tolist() == [1, 0]
+    assert draw(logits, parameters(2, top_k=1, seed=[3, 4])).tolist() == [1, 0]
+    # Filters cannot change it, nor can a temperature at which numbers would overflow.
+    assert draw(logits * 1e4, parameters(2, temperature=1e-44, top_p=0.1)).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_distribution(filters):
+    """Chi-square of many draws against exact probabilities; all tokens cut off stay away."""
+    n, vocab_size = 20_000, 12
+    logits = torch.from_numpy(np.random.default_rng(3).normal(0, 1, vocab_size).astype(np.float32))
+    chosen = parameters(n, temperature=0.8, seed=np.arange(n) * 7919, **filters)
+    tokens = draw(logits.repeat(n, 1), chosen)
+    counts = np.bincount(tokens.numpy(), minlength=vocab_size)
+    options = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, **filters}
+    kept = sorted(kept_by_oracle(logits.double().tolist(), 0.8, **options))
+    weights = np.exp(logits.double().numpy() / 0.8)[kept]
+    expected = n * weights / weights.sum()
+    assert counts.sum() == counts[kept].sum() == n
+    chi_square = ((counts[kept] - expected) ** 2 / expected).sum()
+    freedom = len(kept) - 1
+    assert chi_square <= freedom + 5 * (2 * freedom) ** 0.5 + 10 * (freedom > 0)
+
+
+def test_a_number_falls_into_its_share():
+    """Zero weights are never drawn, not even by the extreme numbers."""
+    weights = torch.tensor([0.0, 0.5, 0.0, 1.0, 0.25, 0.0, 0.0]).repeat(6, 1)
+    numbers = torch.tensor([0.0, 0.2857, 0.2858, 0.857, 0.858, 1 - 2.0**-53], dtype=torch.float64)
+    assert sampler._invert(weights, numbers).tolist() == [1, 1, 3, 3, 4, 4]
+
+
+def test_a_large_flat_vocabulary_is_drawn_evenly():
+    """In fp32 the cumulative sum of 100,000 shares would swallow the last of them."""
+    vocab_size, n = 100_000, 64
+    chosen = parameters(n, seed=np.arange(n))
+    tokens = draw(torch.zeros(n, vocab_size), chosen).numpy()
+    numbers = uniforms(chosen.seed, chosen.sample_index, chosen.num_generated)
+    assert np.abs(tokens - np.floor(numbers * vocab_size)).max() <= 1
+
+
+def random_batch(num_rows, vocab_size=500):
+    rng = np.random.default_rng(11)
+    logits = torch.from_numpy(rng.normal(0, 3, (num_rows, vocab_size)).astype(np.float32))
+    chosen = parameters(
+        num_rows,
+        temperature=rng.choice([0, 0.6, 1, 1.5], num_rows),
+        top_k=rng.choice([0, 0, 1, 20, 400], num_rows),
+        top_p=rng.choice([1, 1, 0.9, 0.3], num_rows),
+        min_p=rng.choice([0, 0, 0.05], num_rows),
+        seed=rng.integers(0, 2**63, num_rows),
+        sample_index=rng.integers(0, 1000, num_rows),
+        num_generated=rng.integers(0, 5000, num_rows),
+        num_logprobs=rng.choice([-1, 0, 1, 5], num_rows),
+        logprobs_mode=rng.choice([0, 1, 2], num_rows),
+    )
+    return logits, chosen
+
+
+def test_the_company_does_not_matter():
+    logits, chosen = random_batch(80)
+    together = draw(logits, chosen)
+    for row in range(80):
+        assert draw(logits[row : row + 1], chosen.take(slice(row, row + 1))) == together[row]
+    order = np.random.default_rng(0).permutation(80)[:50]
+    shuffled = draw(logits[torch.from_numpy(order)], chosen.take(order))
+    assert torch.equal(shuffled, together[torch.from_numpy(order)])
+
+
+def test_seed_sample_and_position_matter():
+    logits = torch.zeros(4, 10_000)
+    chosen = parameters(4, seed=[1, 2, 1, 1], sample_index=[0, 0, 1, 0], num_generated=[0, 0, 0, 1])
+    assert len(set(draw(logits, chosen).tolist())) == 4
+
+
+def test_logprobs_against_the_oracle():
+    logits, chosen = random_batch(60)
+    tokens = draw(logits, chosen)
+    result = logprobs_of(logits, tokens, chosen, width=6)
+    for row in range(60):
+        wanted = int(chosen.num_logprobs[row])
+        if wanted < 0:
+            assert result.chosen[row].isnan()
+        else:
+            mode, temperature = LogprobsMode(chosen.logprobs_mode[row]), chosen.temperature[row]
+            scores = logits[row].double()
+            if mode is not LogprobsMode.RAW:
+                scores = scores / float(temperature or 1)
+            if mode is LogprobsMode.PROCESSED:
+                one = chosen.take(slice(row, row + 1))
+                scores[~processed(logits[row : row + 1], one)[0].isfinite()] = -torch.inf
+            expected = scores.log_softmax(-1)
+            torch.testing.assert_close(
+                result.chosen[row].double(), expected[tokens[row]], atol=1e-5, rtol=1e-5
+            )
+            best = expected.topk(max(wanted, 1))
+            assert result.top_ids[row, :wanted].tolist() == best.indices[:wanted].tolist()
+            torch.testing.assert_close(
+                result.top[row, :wanted].double(), best.values[:wanted], atol=1e-5, rtol=1e-5
+            )
+            if wanted and tokens[row] == best.indices[0]:
+                assert result.chosen[row] == result.top[row, 0]  # the very same number
+        assert result.top_ids[row, max(wanted, 0) :].eq(-1).all()
+        assert result.top[row, max(wanted, 0) :].isnan().all()
+
+
+def test_logprobs_do_not_underflow():
+    logits = torch.tensor([[0.0, 500.0]])
+    result = logprobs_of(logits, torch.tensor([0]), parameters(1, num_logprobs=2), width=2)
+    assert result.chosen[0] == -500
+    assert result.top[0].tolist() == [0, -500]
+
+
+def test_more_logprobs_than_tokens():
+    result = logprobs_of(
+        torch.zeros(1, 3), torch.tensor([0]), parameters(1, num_logprobs=5), width=5
+    )
+    assert result.top_ids[0, 3:].tolist() == [-1, -1]
