@@ -45,7 +45,9 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise ConfigError(f"port {port} is in use on {host}; choose another with port=") from None
+            raise ConfigError(
+                f"port {port} is in use on {host}; choose another with port="
+            ) from None
         raise ConfigError(f"cannot listen on host={host} port={port}: {error.strerror}") from None
 
 

@@ -12,10 +12,12 @@ without processes: what one generates, the other does.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import signal
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from os import PathLike, fspath
 from types import TracebackType
@@ -210,7 +212,8 @@ class LLM:
                 for number, request in enumerate(requests)
             ]
             try:
-                self._drive(generations, changed, use_tqdm)
+                with _deferred_interrupt() as interrupted:
+                    self._drive(generations, changed, interrupted, use_tqdm)
             except BaseException:
                 self._abandon(generations)
                 raise
@@ -219,8 +222,14 @@ class LLM:
                 for generation, prompt in zip(generations, prompts, strict=True)
             ]
 
-    def _drive(self, generations: list[Generation], changed: list[int], use_tqdm: bool) -> None:
-        """Runs the engine until all generations have finished."""
+    def _drive(
+        self,
+        generations: list[Generation],
+        changed: list[int],
+        interrupted: threading.Event,
+        use_tqdm: bool,
+    ) -> None:
+        """Runs the engine until all generations have finished, or Ctrl-C was pressed."""
         counters = self._manager.counters
         tokens_before, started = counters.num_generated_tokens, time.perf_counter()
         unfinished = set(range(len(generations)))
@@ -228,6 +237,8 @@ class LLM:
             total=len(generations), desc="Processed prompts", unit="prompt", disable=not use_tqdm
         ) as bar:
             while unfinished:
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
                 self._step()
                 for number in changed:
                     generation = generations[number]
@@ -309,6 +320,20 @@ class LLM:
                 entry[top_id] = Logprob(logprob, rank, text(top_id))
             result.append(entry)
         return result
+
+
+@contextlib.contextmanager
+def _deferred_interrupt() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event instead of breaking off a batch half-way, which no engine could survive."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted  # signals only ever interrupt the main thread
+        return
+    previous = signal.signal(signal.SIGINT, lambda number, frame: interrupted.set())
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

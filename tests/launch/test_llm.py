@@ -1,0 +1,148 @@
+"""The embedded engine as a user of vLLM's offline API would use it."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+
+import pytest
+from checkpoints import make_checkpoint
+
+from tokasaurus import LLM, SamplingParams
+from tokasaurus.errors import ConfigError, EngineDead, ModelError, RequestError
+
+pytestmark = pytest.mark.engine
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("llm")
+    make_checkpoint(directory, "llama", seed=3, num_heads=4, num_kv_heads=2, tied=True)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def llm(model):
+    with LLM(model, kv_cache_num_tokens=4096, max_seqs_per_forward=32) as engine:
+        yield engine
+
+
+def test_strings_and_ids_in_order(llm):
+    prompts = ["one", [20, 21, 22], "three", [23]]
+    outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert [output.prompt for output in outputs] == ["one", None, "three", None]
+    assert outputs[1].prompt_token_ids == [20, 21, 22]
+    assert outputs[0].prompt_token_ids == llm.get_tokenizer().encode("one")
+    for prompt, output in zip(prompts, outputs, strict=True):
+        alone = llm.generate(prompt, GREEDY, use_tqdm=False)
+        assert len(alone) == 1
+        assert alone[0].outputs == output.outputs
+
+
+def test_one_params_for_each_prompt(llm):
+    params = [SamplingParams(max_tokens=k, n=k, ignore_eos=True) for k in (1, 2, 3)]
+    outputs = llm.generate(["a", "b", "c"], params, use_tqdm=False)
+    for k, output in zip((1, 2, 3), outputs, strict=True):
+        assert [sample.index for sample in output.outputs] == list(range(k))
+        assert {len(sample.token_ids) for sample in output.outputs} == {k}
+        assert {sample.finish_reason for sample in output.outputs} == {"length"}
+    with pytest.raises(RequestError, match="3 sampling_params for 2 prompts"):
+        llm.generate(["a", "b"], params, use_tqdm=False)
+
+
+def test_no_prompts(llm):
+    assert llm.generate([], GREEDY, use_tqdm=False) == []
+
+
+def test_logprobs_name_their_tokens(llm):
+    params = SamplingParams(
+        temperature=0.0, max_tokens=5, ignore_eos=True, logprobs=3, prompt_logprobs=2
+    )
+    output = llm.generate([[20, 21, 22, 23]], params, use_tqdm=False)[0]
+    sample = output.outputs[0]
+    for token_id, entry in zip(sample.token_ids, sample.logprobs, strict=True):
+        assert entry[token_id].rank == 1
+        assert sorted(value.rank for value in entry.values()) == [1, 2, 3]
+        assert entry[token_id].decoded_token == llm.get_tokenizer().token_text(token_id)
+    chosen = [e[t].logprob for e, t in zip(sample.logprobs, sample.token_ids, strict=True)]
+    assert math.isclose(sum(chosen), sample.cumulative_logprob, rel_tol=1e-5)
+    assert output.prompt_logprobs[0] is None
+    assert [
+        set(entry) >= {i} for i, entry in zip((21, 22, 23), output.prompt_logprobs[1:], strict=True)
+    ]
+
+
+def test_a_stop_string_ends_and_is_not_shown(llm):
+    whole = llm.generate("stop", GREEDY, use_tqdm=False)[0].outputs[0]
+    stop = whole.text[3:6]
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, stop=stop)
+    cut = llm.generate("stop", params, use_tqdm=False)[0].outputs[0]
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.finish_reason == "stop"
+    assert whole.token_ids[: len(cut.token_ids)] == cut.token_ids
+
+
+def test_chat(llm):
+    one = [{"role": "user", "content": "hello"}]
+    single = llm.chat(one, GREEDY, use_tqdm=False)
+    several = llm.chat([one, one], GREEDY, use_tqdm=False)
+    assert len(single) == 1
+    assert [output.outputs for output in several] == [single[0].outputs] * 2
+    assert single[0].prompt_token_ids == llm.get_tokenizer().render_chat(one)
+
+
+def test_a_wrong_prompt_is_named_and_nothing_runs(llm):
+    with pytest.raises(RequestError, match="prompt number 1") as refused:
+        llm.generate(["fine", [10**6]], GREEDY, use_tqdm=False)
+    assert refused.value.field == "prompt"
+    with pytest.raises(RequestError, match="top_p"):
+        SamplingParams(top_p=0.0)
+    assert llm.generate("fine", GREEDY, use_tqdm=False)[0].finished
+
+
+def test_an_interrupt_leaves_it_usable(llm):
+    before = llm.generate("again", GREEDY, use_tqdm=False)[0].outputs
+    endless = SamplingParams(max_tokens=400, n=20, ignore_eos=True)
+    timer = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["again"] * 20, endless, use_tqdm=False)
+    assert llm.generate("again", GREEDY, use_tqdm=False)[0].outputs == before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_failed_batch_ends_the_engine(model, monkeypatch):
+    engine = LLM(model, kv_cache_num_tokens=512)
+
+    def fail(batch):
+        raise RuntimeError("the device is on fire")
+
+    monkeypatch.setattr(engine._worker, "run", fail)
+    with pytest.raises(RuntimeError, match="on fire"):
+        engine.generate("a", GREEDY, use_tqdm=False)
+    with pytest.raises(EngineDead):
+        engine.generate("a", GREEDY, use_tqdm=False)
+
+
+def test_progress_is_shown_when_asked_for(llm, capsys):
+    llm.generate(["a", "b"], GREEDY)
+    assert "2/2" in capsys.readouterr().err
+    llm.generate(["a", "b"], GREEDY, use_tqdm=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_wrong_flags_and_models(model, tmp_path):
+    with pytest.raises(ConfigError, match="page_size"):
+        LLM(model, page_sise=16)
+    with pytest.raises(ModelError, match=r"config\.json"):
+        LLM(tmp_path)
+
+
+def test_closed(model):
+    engine = LLM(model, kv_cache_num_tokens=512)
+    engine.close()
+    with pytest.raises(EngineDead, match="closed"):
+        engine.generate("a", GREEDY, use_tqdm=False)
