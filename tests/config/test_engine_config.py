@@ -103,7 +103,7 @@ def test_every_flag_is_explained():
     for item in ENGINE:
         assert item.notes.help.endswith("."), item.name
         assert item.notes.group, item.name
-        assert (item.default is None) == (item.notes.adapts is not None), item.name
+        assert (item.default is None) == bool(item.notes.adapts or item.notes.usually), item.name
 
 
 def test_nothing_is_set_without_arguments():

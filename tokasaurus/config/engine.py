@@ -136,12 +136,6 @@ class EngineConfig:
         help="Only these processes log; model and worker name the same one.",
         adapts="all",
     )
-    local_proc_name: str = flag(
-        "server",
-        group=_DEBUG,
-        choices=_PROCESSES,
-        help="The process that runs in the foreground, where a debugger can reach it.",
-    )
 
     kv_cache_num_tokens: int | None = flag(
         None,
@@ -156,9 +150,8 @@ class EngineConfig:
         None,
         group=_LIMITS,
         minimum=1,
-        help="Tokens in a page of the KV cache; kv_cache_num_tokens is a multiple of it.",
+        help="Tokens in a page. An explicit kv_cache_num_tokens must be a multiple of an explicit page_size; otherwise it is rounded to whole pages.",
         usually="16",
-        adapts="it does not, but an explicit kv_cache_num_tokens is then rounded up to whole pages",
     )
     max_seqs_per_forward: int | None = flag(
         None,
@@ -204,6 +197,12 @@ class EngineConfig:
         help="The distribution that logprobs come from: softmax of logits / temperature, of the logits alone, or after temperature, top_k, top_p and min_p.",
     )
 
+    local_proc_name: str = flag(
+        "server",
+        group=_DEBUG,
+        choices=_PROCESSES,
+        help="The process that runs in the foreground, where a debugger can reach it.",
+    )
     allocator_sanity_checks: bool = flag(
         False, group=_DEBUG, help="Check every invariant of the page tables after each step; slow."
     )
