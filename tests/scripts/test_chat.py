@@ -96,11 +96,11 @@ class Terminal:
         self._seen = ""
 
     def wait_for(self, text):
-        assert self._read_until(text, 30), f"waited for {text!r}, got {self._seen!r}"
+        assert self._read_until(text, 120), f"waited for {text!r}, got {self._seen!r}"
 
     def interrupt_until(self, text):
         """Ctrl-C, again and again: one that comes just before readline waits is only noticed later."""
-        for _ in range(30):
+        for _ in range(120):
             self.process.send_signal(signal.SIGINT)
             if self._read_until(text, 1):
                 return
@@ -142,6 +142,6 @@ def test_in_a_terminal(engine):
         terminal.interrupt_until("(interrupted)")
         terminal.wait_for("> ")
         terminal.type("\x04")
-        assert terminal.process.wait(30) == 0
+        assert terminal.process.wait(120) == 0
     finally:
         terminal.close()

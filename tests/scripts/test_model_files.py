@@ -101,7 +101,7 @@ def python(tmp_path):
         kept = {k: v for k, v in os.environ.items() if not k.lower().startswith(removed)}
         kept |= {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"} | environment
         command = [sys.executable, *arguments]
-        return subprocess.run(command, env=kept, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, env=kept, capture_output=True, text=True, timeout=180)
 
     return run
 

@@ -125,7 +125,7 @@ def test_help(capsys):
 
 def test_as_a_program(engine):
     command = [sys.executable, "-m", "tokasaurus.scripts.ping", "prompt=a", f"port={engine.port}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert (done.returncode, done.stdout) == (0, "a!0\n")
 
 
