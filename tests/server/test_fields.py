@@ -180,7 +180,7 @@ def test_every_field_of_openai_is_known(path):
             "logprobs_in_fingerprint",
             "echo",
         ),
-        ("/v1/chat/completions", {"messages": []}, "messages", "at least one"),
+        ("/v1/chat/completions", {"messages": []}, "messages", "at least 1"),
         (
             "/v1/chat/completions",
             {"messages": [{"role": "user"}]},

@@ -105,7 +105,8 @@ class Call:
 
     def _abort(self) -> None:
         for generation in self.generations:
-            self._table.abort(generation)
+            if not generation.finished:
+                self._table.abort(generation)
 
 
 class EventStream(Response):

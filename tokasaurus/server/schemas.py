@@ -1,7 +1,8 @@
 """The JSON that clients send to the two generating endpoints, and what it asks for.
 
-A field left out and a field that is null mean the same. Types are strict: "1" is no number. Ranges are
-checked by ``SamplingParams``, so that the embedded engine refuses the same values in the same words.
+A field left out and a field that is null mean the same, a null temperature too: the default, not 0.
+Types are strict: "1" is no number. Ranges are checked by ``SamplingParams``, so that the embedded engine
+refuses the same values in the same words.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from tokasaurus.errors import RequestError
 from tokasaurus.protocol.messages import LogprobsMode
@@ -213,7 +214,7 @@ class ChatMessage(_Schema):
 class ChatRequest(GenerationRequest):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[ChatMessage], WithJsonSchema({"type": "array", "minItems": 1})]
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: int | None = None
     """A newer name of ``max_tokens``. Without either, the rest of the context."""
     logprobs: bool | None = None
@@ -238,8 +239,6 @@ class ChatRequest(GenerationRequest):
 
     def check(self) -> None:
         super().check()
-        if not self.messages:
-            raise RequestError("messages must hold at least one message", "messages")
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and (
