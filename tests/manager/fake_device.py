@@ -67,17 +67,16 @@ def oracle(request: GenerateRequest, sample_index: int) -> Generated:
     for token in request.prompt_ids.tolist():
         digest = mix(digest, token)
     result = Generated()
-    while True:
+    while len(result.ids) < request.max_tokens:
         token = draw(digest, request.seed, sample_index, len(result.ids))
         result.ids.append(token)
         result.logprobs.append(logprob_of(digest, token))
         result.tops.append(top_of(digest, max(0, request.num_logprobs)))
-        if len(result.ids) == request.max_tokens:
-            result.by_length = True
-            return result
+        result.by_length = len(result.ids) == request.max_tokens
         if token in request.stop_token_ids:
-            return result
+            break
         digest = mix(digest, token)
+    return result
 
 
 def prompt_logprobs_oracle(request: GenerateRequest) -> list[tuple[float, list[tuple[int, float]]]]:
@@ -177,7 +176,12 @@ class FakeDevice:
                     num_generated=int(parameters.num_generated[index]),
                     num_logprobs=int(parameters.num_logprobs[index]),
                 )
-        self.page_table[batch.table_slots, batch.table_columns] = batch.table_pages
+        slots, columns, pages = batch.table_slots, batch.table_columns, batch.table_pages
+        assert len(slots) == len(columns) == len(pages)
+        assert all(0 <= slot < self.config.num_slots for slot in slots.tolist())
+        assert all(0 <= column < self.max_pages for column in columns.tolist())
+        assert all(0 <= page < self.config.num_pages for page in pages.tolist())
+        self.page_table[slots, columns] = pages
 
     def _check_limits(self, batch: ForwardBatch) -> None:
         named = batch.decode_slots.tolist() + batch.prefill_slots.tolist()

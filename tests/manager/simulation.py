@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from dataclasses import dataclass, field
+from unittest import mock
 
 import numpy as np
 from fake_device import (
@@ -20,7 +21,9 @@ from fake_device import (
 )
 
 from tokasaurus.config.slices import ManagerConfig
+from tokasaurus.manager import token_window
 from tokasaurus.manager.manager import Manager
+from tokasaurus.manager.scheduler import RESERVE_TOKENS
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
@@ -90,10 +93,13 @@ class World:
 
     def __init__(self, config: ManagerConfig) -> None:
         self.config = config
-        self.manager = Manager(config)
+        # A short window, so that sequences outgrow it.
+        with mock.patch.object(token_window, "MIN_COLUMNS", 4):
+            self.manager = Manager(config)
         self.device = FakeDevice(config)
         self.requests: dict[int, GenerateRequest] = {}
         self.answers: dict[tuple[int, int], Answer] = {}
+        self.living: dict[tuple[int, int], None] = {}  # names of those that have not ended
         self.aborted: set[int] = set()
         self.prompt_logprobs: dict[int, dict[int, tuple[float, list[tuple[int, float]]]]] = {}
         self.rejected: dict[int, RequestRejected] = {}
@@ -101,7 +107,6 @@ class World:
         self.batches: list[ForwardBatch] = []
         self.last_named: dict[int, int] = {}
         self.num_absorbed = 0
-        self.num_events = 0
         self.now = 0.0
 
     def step(self, *events: FromServer, num_results: int = 0) -> None:
@@ -112,7 +117,6 @@ class World:
         for _ in range(min(num_results, len(self.results))):
             arrived.append(self.results.popleft())
             self.num_absorbed += 1
-        self.num_events += len(arrived)
         self.now += 0.001
         actions = self.manager.step(arrived, self.now)
         for message in actions.messages:
@@ -128,18 +132,26 @@ class World:
                 break
             acks = self.acknowledgements()
             before = len(self.results)
-            self.step(*acks, num_results=1)
+            self.step(*acks, num_results=2)
             assert before or acks or self.results or self.manager.idle, "the manager is stuck"
         assert self.manager.idle, "the manager does not come to an end"
         self.check_all_ended()
         self.check_empty()
 
+    @property
+    def num_events(self) -> int:
+        """Sequences that arrived, aborts, stops and preemptions so far."""
+        stops = sum(answer.reason is FinishReason.STOP for answer in self.answers.values())
+        aborts = sum(answer.reason is FinishReason.ABORT for answer in self.answers.values())
+        return len(self.answers) + stops + aborts + self.manager.counters.num_preemptions
+
     def acknowledgements(self) -> list[FromServer]:
         """What a server that has caught up would send."""
         events: list[FromServer] = []
         columns: list[tuple[int, int, int]] = []
-        for (request_id, sample_index), answer in self.answers.items():
-            if not self.requests[request_id].hold_for_acks or answer.reason:
+        for request_id, sample_index in self.living:
+            answer = self.answers[request_id, sample_index]
+            if not self.requests[request_id].hold_for_acks:
                 continue
             if answer.stop_at is not None and len(answer.ids) >= answer.stop_at:
                 if not answer.stop_sent:
@@ -168,6 +180,7 @@ class World:
         assert not backlog._heap
         assert running.slots.num_free == self.config.num_slots
         assert not running.prefilling
+        assert not running.preempted
         assert not running.in_flight.flights
         assert running.pages.num_available == self.config.num_pages
         assert not running.pages.pool.references.any()
@@ -186,6 +199,7 @@ class World:
             for sample_index in range(event.n):
                 answer = Answer(oracle(event, sample_index))
                 self.answers[event.request_id, sample_index] = answer
+                self.living[event.request_id, sample_index] = None
             self.prompt_logprobs[event.request_id] = {}
         elif isinstance(event, AbortRequest):
             self.aborted.add(event.request_id)
@@ -217,8 +231,8 @@ class World:
         self._check_stop_lag()
 
     def _check_stop_lag(self) -> None:
-        for (request_id, sample_index), answer in self.answers.items():
-            request = self.requests[request_id]
+        for request_id, sample_index in self.living:
+            answer, request = self.answers[request_id, sample_index], self.requests[request_id]
             drawn = self.device.num_drawn.get((request.seed, sample_index), 0)
             assert drawn <= request.max_tokens
             if request.hold_for_acks:
@@ -228,7 +242,7 @@ class World:
         if isinstance(message, RequestRejected):
             self.rejected[message.request_id] = message
             for name in [name for name in self.answers if name[0] == message.request_id]:
-                del self.answers[name]
+                del self.answers[name], self.living[name]
         elif isinstance(message, PromptLogprobs):
             self._receive_prompt_logprobs(message)
         else:
@@ -279,6 +293,8 @@ class World:
             answer.num_cached_tokens = int(message.num_cached_tokens[row])
             answer.reason = FinishReason(int(message.finish_reasons[row]))
             self._check_answer(name, answer, request)
+            if answer.reason:
+                del self.living[name]
         assert at_token == len(message.token_ids)
         assert at_logprob == len(message.logprobs)
         assert at_top == len(message.top_ids) == len(message.top_logprobs)
@@ -311,60 +327,106 @@ class World:
 
 @dataclass(frozen=True)
 class Habits:
-    """How likely things are in a simulated world."""
+    """How a simulated world behaves. Rates are means for one step of the manager."""
 
-    num_arrivals: int = 60
-    arrival: float = 0.4  # in a step
-    abort: float = 0.03
-    result: float = 0.7  # that the device is done with a batch, for each turn
-    ack: float = 0.5
-    max_prompt: int = 30
-    max_tokens: int = 24
+    num_requests: int = 150
+    arrivals: float = 1.0
+    aborts: float = 0.1
+    stops: float = 0.1  # of any sequence, whether it has stop strings or not
+    results: float = 1.5
+    acks: float = 0.5
+    max_prompt: int = 20
+    max_tokens: int = 12
     max_samples: int = 4
 
 
 class Simulation(World):
-    """A world that runs by itself."""
+    """A world that runs by itself.
+
+    Args:
+        seed: of everything that is left to chance.
+        config: of the manager.
+        habits: of everybody else.
+    """
 
     def __init__(self, seed: int, config: ManagerConfig, habits: Habits) -> None:
         super().__init__(config)
-        self.random = random.Random(seed)
         self.habits = habits
+        self._random = random.Random(seed)
         # Few beginnings, so that prompts share prefixes of any length.
-        self.beginnings = [self._ids(habits.max_prompt) for _ in range(3)]
+        self._beginnings = [self._ids(habits.max_prompt) for _ in range(3)]
+
+    @staticmethod
+    def of_seed(seed: int) -> Simulation:
+        """A world whose size is left to chance too; caches are often as small as can be."""
+        chance = random.Random(seed)
+        page_size = chance.choice([1, 4, 16])
+        habits = Habits(
+            arrivals=chance.choice([1.0, 3.0, 8.0]),
+            aborts=chance.choice([0.0, 0.2, 1.0]),
+            stops=chance.choice([0.0, 0.2, 1.0]),
+            results=chance.choice([1.0, 2.0, 5.0]),
+            acks=chance.choice([0.2, 0.8]),
+            max_prompt=chance.choice([6, 20, 40]),
+            max_tokens=chance.choice([3, 8, 24]),
+            max_samples=chance.choice([1, 4, 10]),
+        )
+        longest = habits.max_prompt + habits.max_tokens
+        num_pages = -(-(longest - 1) // page_size)
+        max_seqs = chance.choice([3, 8, 24])
+        config = make_config(
+            page_size=page_size,
+            num_pages=int(num_pages * chance.choice([1, 1.5, 3, 10])),
+            num_slots=max_seqs + chance.choice([1, 4, 16]),
+            max_seqs_per_forward=max_seqs,
+            max_tokens_per_forward=chance.choice([5, 24, 64]),
+            max_request_tokens=longest,
+            scheduling_steps_ahead=chance.choice([1, 2, 3, 6]),
+            stop_lag=chance.choice([1, 4, 16]),
+            force_preemption=chance.random() < 0.3,
+        )
+        world = Simulation(seed, config, habits)
+        # With little in reserve, running sequences soon need one another's pages.
+        world.manager._scheduler.reserve_tokens = chance.choice([0, 0, 2, RESERVE_TOKENS])
+        return world
 
     def run(self) -> None:
-        chance, habits = self.random, self.habits
-        while len(self.requests) < habits.num_arrivals:
-            events: list[FromServer] = []
-            while chance.random() < habits.arrival:
-                events.append(self._new_request(len(self.requests) + len(events)))
-            if self.requests and chance.random() < habits.abort:
-                events.append(AbortRequest(chance.choice(list(self.requests))))
-            if self.answers and chance.random() < habits.abort:
-                events.append(StopSequence(*chance.choice(list(self.answers))))
-            if chance.random() < habits.ack:
-                acks = self.acknowledgements()
-                chance.shuffle(acks)
-                events += acks
-            num_results = 0
-            while chance.random() < habits.result:
-                num_results += 1
-            self.step(*events, num_results=num_results)
+        """Lives until all requests have come and everything has ended."""
+        habits = self.habits
+        while len(self.requests) < habits.num_requests:
+            first = len(self.requests)
+            is_crowded = len(self.living) > 4 * self.config.max_seqs_per_forward
+            num_arrivals = 0 if is_crowded else self._count(habits.arrivals)
+            arrivals = [self._request(first + index) for index in range(num_arrivals)]
+            events: list[FromServer] = [*arrivals]
+            if self.living:
+                names = list(self.living)
+                for _ in range(self._count(habits.aborts)):
+                    events.append(AbortRequest(self._random.choice(names)[0]))
+                for _ in range(self._count(habits.stops)):
+                    events.append(StopSequence(*self._random.choice(names)))
+            if self._random.random() < habits.acks:
+                events += self.acknowledgements()
+            self.step(*events, num_results=self._count(habits.results))
         self.drain()
 
-    def _ids(self, count: int) -> list[int]:
-        return [self.random.randrange(VOCAB_SIZE) for _ in range(count)]
+    def _count(self, mean: float) -> int:
+        """A geometric random number."""
+        count = 0
+        while self._random.random() < mean / (mean + 1):
+            count += 1
+        return count
 
-    def _new_request(self, request_id: int) -> GenerateRequest:
-        chance, habits = self.random, self.habits
-        shared = chance.choice(self.beginnings)[: chance.randint(0, habits.max_prompt)]
-        room = habits.max_prompt - len(shared)
-        prompt = shared + self._ids(chance.randint(0 if shared else 1, min(room, 5) or 0) or 0)
-        prompt = prompt or self._ids(1)
+    def _ids(self, count: int) -> list[int]:
+        return [self._random.randrange(VOCAB_SIZE) for _ in range(count)]
+
+    def _request(self, request_id: int) -> GenerateRequest:
+        chance, habits = self._random, self.habits
+        length = chance.randint(1, habits.max_prompt)
+        shared = chance.choice(self._beginnings)[: chance.randint(0, length)]
         return make_request(
             request_id,
-            prompt,
+            shared + self._ids(length - len(shared)),
             chance.randint(1, habits.max_tokens),
             n=chance.choice([1, 1, chance.randint(1, habits.max_samples)]),
             stop_token_ids=chance.choice([(), (3,), (5, 7), (11, 13, 17)]),

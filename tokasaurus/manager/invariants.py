@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 
@@ -63,31 +64,28 @@ def check_allocator(pages: PageAllocator, tables: list[np.ndarray]) -> None:
 
 
 def _check_tree(pages: PageAllocator) -> None:
-    pool, page_ids = pages.pool, pages.page_size
-    seen = np.zeros(pool.num_pages, np.int64)
+    pool, page_bytes = pages.pool, pages.page_size * 4
+    references = pool.references.tolist()
+    seen: list[int] = []
     num_reachable = 0
     for node in pages.cache.nodes():
-        _require(len(node.pages) > 0, "a node of the prefix cache is empty")
+        run, parent = node.pages.tolist(), node.parent
+        _require(len(run) > 0, "a node of the prefix cache is empty")
+        _require(len(node.ids) == len(run) * page_bytes, "a node's ids do not fit its pages")
+        if parent is None or parent.children.get(node.ids[:page_bytes]) is not node:
+            raise ProtocolError("invariant broken: a node is not its parent's child")
+        seen += run
+        path = run if parent is pages.cache.root else [int(parent.pages[-1]), *run]
         _require(
-            len(node.ids) == len(node.pages) * page_ids * 4, "a node's ids do not fit its pages"
+            all(references[above] >= references[below] for above, below in pairwise(path)),
+            "a page is held without the one before it",
         )
-        np.add.at(seen, node.pages, 1)
-        parent = node.parent
-        _require(
-            parent is not None and parent.children.get(node.ids[: page_ids * 4]) is node,
-            "a node of the prefix cache is not its parent's child",
-        )
-        references = pool.references[node.pages]
-        if parent is not None and len(parent.pages):
-            references = np.concatenate([pool.references[parent.pages[-1:]], references])
-            _require(node.last_used <= parent.last_used, "a node was used after its parent")
-        _require(bool((np.diff(references) <= 0).all()), "a page is held without the one before it")
-        unreferenced = pool.num_unreferenced(node.pages)
-        if unreferenced and not node.children:
-            _require(node.queued, "an unreferenced leaf cannot be evicted")
-        num_reachable += unreferenced
+        _require(node.last_used <= parent.last_used, "a node was used after its parent")
+        is_evictable = not node.children and references[run[-1]] == 0
+        _require(node.queued or not is_evictable, "an unreferenced leaf cannot be evicted")
+        num_reachable += sum(references[page] == 0 for page in run)
     _require(
-        np.array_equal(seen, pool.cached.astype(np.int64)), "the tree's pages are not as marked"
+        sorted(seen) == np.flatnonzero(pool.cached).tolist(), "the tree's pages are not as marked"
     )
     _require(num_reachable == pool.num_evictable, "evictable pages cannot be reached")
 
@@ -100,6 +98,10 @@ def _check_prefix_is_shared(running: RunningSequences, sequence: Sequence) -> No
     cached = pages.pool.cached[table]
     count = int(cached.sum())
     _require(bool(cached[:count].all()), f"{sequence.name} holds a cached page after a private one")
+    _require(
+        count * slots.page_size <= slots.length[sequence.slot],
+        f"{sequence.name}: a page is findable before it is filled",
+    )
     _require(count >= slots.published[sequence.slot], f"{sequence.name} lost a published page")
     found = pages.cache.lookup(ids, count)
     _require(
@@ -122,9 +124,9 @@ def _check_slots(running: RunningSequences, backlog: Backlog) -> None:
         if counts:
             name = (int(slots.request_id[slot]), int(slots.sample_index[slot]))
             _require(backlog.find(*name) is sequence, f"{sequence.name} is in no table")
-    free = np.setdiff1d(np.arange(slots.num_slots), owned)
+    is_idle = slots.order < 0
     for column in (slots.length, slots.capacity, slots.final_length, slots.decode_limit):
-        _require(not column[free].any(), "a free slot has something planned")
+        _require(not column[is_idle].any(), "a slot that does not run has something planned")
 
 
 def _check_progress(running: RunningSequences) -> None:
@@ -180,6 +182,15 @@ def _check_flights(running: RunningSequences) -> None:
         for slot, sequence in enumerate(slots.sequences)
         if sequence is not None and sequence.state is not SequenceState.RUNNING
     ]
+    preempted = [
+        sequence
+        for sequence in slots.sequences
+        if sequence is not None and sequence.state is SequenceState.PREEMPTED
+    ]
+    _require(
+        sorted(map(id, preempted)) == sorted(map(id, running.preempted)),
+        "the preempted sequences are miscounted",
+    )
     _require(sorted(departing) == draining, "a slot departs never, or twice, or too early")
 
 

@@ -56,6 +56,7 @@ class RunningSequences:
         self.table_changes = TableChanges(self.slots)
         self.in_flight = InFlight()
         self.prefilling: list[Sequence] = []  # oldest first
+        self.preempted: list[Sequence] = []  # whose last batch is in flight
         self.stop_lag = config.stop_lag
         self._backlog = backlog
         self._counters = counters
@@ -115,6 +116,7 @@ class RunningSequences:
         sequence.state = SequenceState.PREEMPTED
         if self.slots.length[slot] < self.slots.final_length[slot]:
             self._counters.num_preemptions += 1  # else all its tokens are in flight: it only ends
+        self.preempted.append(sequence)
         if not self._retire(sequence):
             self.depart(slot)
 
@@ -126,6 +128,7 @@ class RunningSequences:
         """
         self.slots.stop_absorbing(sequence.slot)
         if sequence.state is SequenceState.PREEMPTED:
+            self.preempted.remove(sequence)
             return None
         return None if self._retire(sequence) else sequence.slot
 
@@ -133,6 +136,7 @@ class RunningSequences:
         """The slot's last batch was absorbed, and its tokens are on their way to the server."""
         sequence = self.slots.sequence(slot)
         if sequence.state is SequenceState.PREEMPTED:
+            self.preempted.remove(sequence)
             self.window.store(sequence)
             sequence.prompt_ids = self.window.all_ids(sequence)
             self.slots.leave(slot)

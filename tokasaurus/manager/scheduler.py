@@ -72,6 +72,7 @@ class Scheduler:
         self._pages = running.pages
         self._backlog = backlog
         self._counters = counters
+        self.reserve_tokens = RESERVE_TOKENS
         # Every running sequence may need a row of each batch, and a row is a token at least.
         self._max_running = min(config.max_seqs_per_forward, config.max_tokens_per_forward)
 
@@ -160,7 +161,7 @@ class Scheduler:
         slots = self._slots
         # A slot whose tokens are all planned enters no further batch: it does not count after this one.
         num_active = int(np.count_nonzero(decoding | (slots.length < slots.final_length)))
-        to_come = np.clip(slots.final_length - slots.capacity, 0, RESERVE_TOKENS)
+        to_come = np.clip(slots.final_length - slots.capacity, 0, self.reserve_tokens)
         return _Headroom(
             num_sequences=self._max_running - num_active,
             num_tokens=budget,
@@ -173,6 +174,8 @@ class Scheduler:
         sequence = self._backlog.head()
         if sequence is None or headroom.num_tokens <= 0 or headroom.num_sequences <= 0:
             return None
+        if any(other.order < sequence.order for other in self._running.preempted):
+            return None  # it will be back in the queue, before this one, in a few steps
         spare = self._pages.num_available - headroom.num_reserved_pages
         if self._slots.num_free == 0 or (spare <= 0 and not headroom.must_admit):
             return None
@@ -182,7 +185,7 @@ class Scheduler:
             cached_pages = self._pages.lookup(sequence.prompt_ids)
         page_size = self._slots.page_size
         num_pages = -(-len(sequence.prompt_ids) // page_size)
-        to_come = min(sequence.final_length - num_pages * page_size, RESERVE_TOKENS)
+        to_come = min(sequence.final_length - num_pages * page_size, self.reserve_tokens)
         admission = Admission(
             sequence=sequence,
             cached_pages=cached_pages,

@@ -1,0 +1,232 @@
+"""The page allocator and its prefix cache against an oracle that keeps every page by itself."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from tokasaurus.errors import ProtocolError
+from tokasaurus.manager.allocator import PageAllocator
+from tokasaurus.manager.invariants import check_allocator
+
+
+def ids_of(text: str) -> np.ndarray:
+    return np.array([ord(char) for char in text], np.int32)
+
+
+@dataclass
+class CachedPage:
+    page: int
+    last_used: int
+
+
+class NaiveCache:
+    """Every cached page under the ids of all positions up to its end."""
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self.pages: dict[tuple[int, ...], CachedPage] = {}
+        self.clock = 0
+
+    def prefixes(self, ids: np.ndarray) -> list[tuple[int, ...]]:
+        size = self.page_size
+        return [tuple(ids[:end].tolist()) for end in range(size, len(ids) + 1, size)]
+
+    def lookup(self, ids: np.ndarray) -> list[int]:
+        found = []
+        for prefix in self.prefixes(ids[: (len(ids) - 1) // self.page_size * self.page_size]):
+            if prefix not in self.pages:
+                break
+            found.append(self.pages[prefix].page)
+        return found
+
+    def insert(self, ids: np.ndarray, pages: list[int]) -> list[int]:
+        self.clock += 1
+        shared = []
+        for prefix, page in zip(self.prefixes(ids), pages, strict=True):
+            entry = self.pages.setdefault(prefix, CachedPage(page, 0))
+            entry.last_used = self.clock
+            shared.append(entry.page)
+        return shared
+
+    def evict(self, count: int, held: set[int]) -> None:
+        for _ in range(count):
+            leaves = [
+                prefix
+                for prefix, entry in self.pages.items()
+                if entry.page not in held
+                and not any(
+                    other[: len(prefix)] == prefix and other != prefix for other in self.pages
+                )
+            ]
+            del self.pages[min(leaves, key=lambda prefix: self.pages[prefix].last_used)]
+
+
+@dataclass(eq=False)
+class Holder:
+    ids: np.ndarray
+    pages: np.ndarray
+
+
+class Checked:
+    """An allocator and its oracle, driven together."""
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        self.allocator = PageAllocator(num_pages, page_size)
+        self.naive = NaiveCache(page_size)
+        self.holders: list[Holder] = []
+
+    def held(self) -> set[int]:
+        return {page for holder in self.holders for page in holder.pages.tolist()}
+
+    def admit(self, ids: np.ndarray) -> bool:
+        found = self.allocator.lookup(ids)
+        assert found.tolist() == self.naive.lookup(ids)
+        num_new = -(-len(ids) // self.naive.page_size) - len(found)
+        if self.allocator.num_needed(found, num_new) > self.allocator.num_available:
+            return False
+        holder = Holder(ids, found)
+        self.holders.append(holder)
+        self._evict_naively(num_new)
+        holder.pages = self.allocator.acquire(found, num_new)
+        return True
+
+    def grow(self, holder: Holder, ids: np.ndarray) -> None:
+        total = np.concatenate([holder.ids, ids])
+        num_new = -(-len(total) // self.naive.page_size) - len(holder.pages)
+        if num_new <= self.allocator.num_available:
+            self._evict_naively(num_new)
+            new = self.allocator.allocate(num_new)
+            holder.ids, holder.pages = total, np.concatenate([holder.pages, new])
+
+    def publish(self, holder: Holder) -> None:
+        count = len(holder.ids) // self.naive.page_size
+        ids = holder.ids[: count * self.naive.page_size]
+        expected = self.naive.insert(ids, holder.pages[:count].tolist())
+        shared = self.allocator.publish(ids, holder.pages[:count])
+        assert shared.tolist() == expected
+        holder.pages[:count] = shared
+
+    def release(self, holder: Holder, num_known: int) -> None:
+        count = num_known // self.naive.page_size
+        ids = holder.ids[: count * self.naive.page_size]
+        self.naive.insert(ids, holder.pages[:count].tolist())
+        self.allocator.release(ids, holder.pages)
+        self.holders.remove(holder)
+
+    def check(self) -> None:
+        check_allocator(self.allocator, [holder.pages for holder in self.holders])
+        cached = sorted(entry.page for entry in self.naive.pages.values())
+        assert np.flatnonzero(self.allocator.pool.cached).tolist() == cached
+
+    def _evict_naively(self, count: int) -> None:
+        self.naive.evict(max(0, count - self.allocator.pool.num_free), self.held())
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 5])
+@pytest.mark.parametrize("seed", range(4))
+def test_allocator_agrees_with_the_oracle(seed: int, page_size: int) -> None:
+    chance = random.Random(f"{seed} {page_size}")
+    checked = Checked(num_pages=24, page_size=page_size)
+
+    def some_ids(most: int) -> np.ndarray:
+        # Two letters, so that long common prefixes are frequent.
+        length = chance.randint(1, most * page_size)
+        return ids_of("".join(chance.choice("aaab") for _ in range(length)))
+
+    num_admitted = 0
+    for _ in range(250):
+        action = chance.random()
+        if action < 0.4 or not checked.holders:
+            num_admitted += checked.admit(some_ids(8))
+        else:
+            holder = chance.choice(checked.holders)
+            if action < 0.6:
+                checked.grow(holder, some_ids(2))
+            elif action < 0.8:
+                checked.publish(holder)
+            else:
+                # A holder that leaves knows at least the ids of the pages it shares.
+                cached = checked.allocator.pool.cached[holder.pages]
+                least = int(cached.sum()) * page_size
+                checked.release(holder, chance.randint(least, len(holder.ids)))
+        checked.check()
+    assert num_admitted > 20
+    assert checked.allocator.cache.num_evicted > 20
+
+
+def admitted(allocator: PageAllocator, text: str) -> np.ndarray:
+    ids = ids_of(text)
+    found = allocator.lookup(ids)
+    return allocator.acquire(found, -(-len(ids) // allocator.page_size) - len(found))
+
+
+def test_the_last_token_of_a_prompt_is_never_found() -> None:
+    allocator = PageAllocator(8, 2)
+    allocator.release(ids_of("abcd"), admitted(allocator, "abcd"))
+    assert len(allocator.lookup(ids_of("abcd"))) == 1
+    assert len(allocator.lookup(ids_of("abcde"))) == 2
+    assert len(allocator.lookup(ids_of("ab"))) == 0
+    assert len(allocator.lookup(ids_of("a"))) == 0
+
+
+def test_a_run_is_split_where_prompts_part() -> None:
+    allocator = PageAllocator(16, 2)
+    one = admitted(allocator, "abcdef")
+    allocator.publish(ids_of("abcdef"), one)
+    other = admitted(allocator, "abcdxy")
+    assert other[:2].tolist() == one[:2].tolist()
+    allocator.publish(ids_of("abcdxy"), other)
+    assert len(list(allocator.cache.nodes())) == 3
+    assert allocator.lookup(ids_of("abcdxy!")).tolist() == other.tolist()
+    assert allocator.lookup(ids_of("abcdef!")).tolist() == one.tolist()
+    check_allocator(allocator, [one, other])
+
+
+def test_a_leaf_grows_in_place() -> None:
+    allocator = PageAllocator(8, 2)
+    pages = admitted(allocator, "abcdef")
+    for end in (2, 4, 6):
+        allocator.publish(ids_of("abcdef")[:end], pages[: end // 2])
+    assert len(list(allocator.cache.nodes())) == 1
+
+
+def test_duplicates_are_given_back() -> None:
+    allocator = PageAllocator(8, 2)
+    one, other = admitted(allocator, "abcd!"), admitted(allocator, "abcd?")
+    assert not set(one.tolist()) & set(other.tolist())
+    allocator.publish(ids_of("abcd"), one[:2])
+    num_free = allocator.pool.num_free
+    shared = allocator.publish(ids_of("abcd"), other[:2])
+    assert shared.tolist() == one[:2].tolist()
+    assert allocator.pool.num_free == num_free + 2
+    other[:2] = shared
+    check_allocator(allocator, [one, other])
+
+
+def test_the_least_recently_used_goes_first_from_its_end() -> None:
+    allocator = PageAllocator(8, 1)
+    for text in ("abc", "xyz"):
+        allocator.release(ids_of(text), admitted(allocator, text))
+    allocator.release(ids_of("abc"), admitted(allocator, "abc"))  # used again
+    held = allocator.allocate(4)
+    assert len(allocator.lookup(ids_of("xyz!"))) == 1
+    assert len(allocator.lookup(ids_of("abc!"))) == 3
+    more = allocator.allocate(2)
+    assert len(allocator.lookup(ids_of("xyz!"))) == 0
+    assert len(allocator.lookup(ids_of("abc!"))) == 2
+    check_allocator(allocator, [held, more])
+
+
+def test_what_is_held_is_never_evicted() -> None:
+    allocator = PageAllocator(4, 1)
+    pages = admitted(allocator, "ab")
+    allocator.publish(ids_of("ab"), pages)
+    allocator.allocate(2)
+    assert allocator.num_available == 0
+    with pytest.raises(ProtocolError):
+        allocator.allocate(1)
+    assert len(allocator.lookup(ids_of("ab!"))) == 2
