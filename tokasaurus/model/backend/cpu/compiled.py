@@ -28,6 +28,9 @@ _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # prompt over the cores.
 _QUERIES_PER_BLOCK = 32
 
+# Multiply-adds of one layer that make it worthwhile to wake one more thread; about 50 microseconds.
+_WORK_PER_THREAD = 250_000
+
 
 class _Arguments(ctypes.Structure):
     """Mirrors ``Arguments`` of the C++ file."""
@@ -87,6 +90,8 @@ class CompiledAttention:
         rows_per_block = max(_QUERIES_PER_BLOCK * cache.num_kv_heads // num_heads, 1)
         self._blocks = _blocks(rows.query_starts, rows_per_block)
         block_sequences, block_rows = self._blocks
+        num_keys = int(np.dot(np.diff(rows.query_starts), rows.kv_lengths.astype(np.int64)))
+        work = 2 * num_keys * num_heads * cache.head_dim
         self._arguments = _Arguments(
             page_table=rows.page_table.data_ptr(),
             slots=rows.slots.ctypes.data,
@@ -103,7 +108,7 @@ class CompiledAttention:
             head_dim=cache.head_dim,
             page_size=cache.page_size,
             element=_ELEMENTS[cache.dtype],
-            num_threads=torch.get_num_threads(),
+            num_threads=min(torch.get_num_threads(), 1 + work // _WORK_PER_THREAD),
         )
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
