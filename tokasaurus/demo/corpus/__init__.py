@@ -8,12 +8,10 @@ from random import Random
 from tokasaurus.demo.corpus import arithmetic, copying, dinosaurs, passages, talk
 from tokasaurus.demo.corpus.document import Document, Family, weighted
 
-__all__ = ["COPYING_FIRST", "MORE_SUMS", "Mixture", "documents"]
+__all__ = ["MIXTURE", "documents"]
 
-Mixture = list[tuple[float, Family]]
-"""Shares of documents, not of tokens: passages are several times as long as chats."""
-
-COPYING_FIRST: Mixture = [
+# Shares of documents, not of tokens: passages are several times as long as chats.
+MIXTURE: list[tuple[float, Family]] = [
     (56, talk.chat),
     (1, talk.ruled_chat),
     (22, passages.chat),
@@ -24,25 +22,9 @@ COPYING_FIRST: Mixture = [
     (3, arithmetic.plain_text),
 ]
 
-# Once the model can copy: drill in what it learns most slowly.
-MORE_SUMS: Mixture = [
-    (40, talk.chat),
-    (1, talk.ruled_chat),
-    (19, passages.chat),
-    (2, passages.plain_text),
-    (3, copying.pattern_text),
-    (1, copying.sentence_text),
-    (8, copying.pattern_chat),
-    (5, copying.blend_chat),
-    (4, copying.blend_text),
-    (3, dinosaurs.plain_text),
-    (5, arithmetic.plain_text),
-    (24, arithmetic.drill),
-]
 
-
-def documents(seed: int, room: int = 256, mixture: Mixture = COPYING_FIRST) -> Iterator[Document]:
+def documents(seed: int, room: int = 256) -> Iterator[Document]:
     """Yields documents for blocks of ``room`` tokens; the same seed gives the same documents."""
     rng = Random(seed)
     while True:
-        yield weighted(rng, mixture)(rng, room)
+        yield weighted(rng, MIXTURE)(rng, room)

@@ -153,16 +153,6 @@ def turns(rng: Random) -> Turns:
     return exchange(roughen(rng, item.question) + hint, item.solution)
 
 
-def drill(rng: Random, _room: int) -> Document:
-    """A page of bare sums: every few tokens there is something to work out."""
-    steps = []
-    for _ in range(rng.randint(8, 18)):
-        op = weighted(rng, [(10, "+"), (8, "-"), (1, "x")])
-        a, b = _pair(rng, op, held_out=False)
-        steps.append(f"{a} {op} {b} = {compute(a, op, b)}.")
-    return Text(" ".join(steps))
-
-
 def plain_text(rng: Random, _room: int) -> Document:
     """Sums and problems outside any chat."""
     items = [problem(rng) for _ in range(rng.randint(1, 3))]
