@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import socket
@@ -27,7 +28,8 @@ def run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     try:
         config = parse_command_line(arguments, environment)
         listener = listen(config.host, config.port)
-        slices = assemble(config)
+        port = listener.getsockname()[1]  # port=0 takes a free one
+        slices = assemble(dataclasses.replace(config, port=port))
     except (ConfigError, ModelError) as error:
         print(f"toka: error: {error}", file=sys.stderr)
         return 2
