@@ -123,13 +123,23 @@ def test_a_number_falls_into_its_share():
     assert sampler._invert(weights, numbers).tolist() == [1, 1, 3, 3, 4, 4]
 
 
-def test_a_large_flat_vocabulary_is_drawn_evenly():
-    """In fp32 the cumulative sum of 100,000 shares would swallow the last of them."""
-    vocab_size, n = 100_000, 64
+def test_a_nucleus_ends_where_its_share_is_reached():
+    left = processed(torch.zeros(1, 4), parameters(1, top_p=0.5)).isfinite()
+    assert left.tolist() == [[True, True, False, False]]
+
+
+def test_a_large_vocabulary_is_drawn_exactly():
+    """The draw lands where float64 says, among 200,000 tokens of about equal weight."""
+    vocab_size, n = 200_000, 32
+    logits = torch.from_numpy(
+        np.random.default_rng(0).uniform(-1, 0, vocab_size).astype(np.float32)
+    )
     chosen = parameters(n, seed=np.arange(n))
-    tokens = draw(torch.zeros(n, vocab_size), chosen).numpy()
+    tokens = draw(logits.repeat(n, 1), chosen).numpy()
+    cumulative = np.exp(logits.double().numpy()).cumsum()
     numbers = uniforms(chosen.seed, chosen.sample_index, chosen.num_generated)
-    assert np.abs(tokens - np.floor(numbers * vocab_size)).max() <= 1
+    expected = np.searchsorted(cumulative, numbers * cumulative[-1], side="right")
+    assert np.abs(tokens - expected).max() <= 1
 
 
 def random_batch(num_rows, vocab_size=500):

@@ -42,7 +42,7 @@ class _Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("kv_lengths", "block_sequences", "block_rows")),
         *((name, ctypes.c_int64) for name in ("query_stride", "key_stride", "value_stride")),
         ("page_table_stride", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("num_sequences", "num_blocks", "rows_per_block")),
+        *((name, ctypes.c_int32) for name in ("num_blocks", "rows_per_block")),
         *((name, ctypes.c_int32) for name in ("num_heads", "num_kv_heads", "head_dim")),
         *((name, ctypes.c_int32) for name in ("page_size", "element", "num_threads")),
     )
@@ -86,10 +86,8 @@ class CompiledAttention:
         self, kernel: ctypes._NamedFuncPointer, cache: KVCache, num_heads: int, rows: SequenceRows
     ) -> None:
         self._kernel, self._cache, self._rows = kernel, cache, rows
-        self._num_rows = int(rows.query_starts[-1])
         rows_per_block = max(_QUERIES_PER_BLOCK * cache.num_kv_heads // num_heads, 1)
-        self._blocks = _blocks(rows.query_starts, rows_per_block)
-        block_sequences, block_rows = self._blocks
+        block_sequences, block_rows = self._blocks = _blocks(rows.query_starts, rows_per_block)
         num_keys = int(np.dot(np.diff(rows.query_starts), rows.kv_lengths.astype(np.int64)))
         work = 2 * num_keys * num_heads * cache.head_dim
         self._arguments = _Arguments(
@@ -100,7 +98,6 @@ class CompiledAttention:
             block_sequences=block_sequences.ctypes.data,
             block_rows=block_rows.ctypes.data,
             page_table_stride=rows.page_table.stride(0),
-            num_sequences=len(rows.slots),
             num_blocks=len(block_rows),
             rows_per_block=rows_per_block,
             num_heads=num_heads,

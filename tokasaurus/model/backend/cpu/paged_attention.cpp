@@ -16,7 +16,6 @@
 // Clang, eight floats wide, which the compiler maps to whatever the processor has.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -132,7 +131,7 @@ struct Arguments {
     const int32_t *block_sequences;   // [blocks], the sequence of each block of rows
     const int32_t *block_rows;        // [blocks], the first row of each
     int64_t query_stride, key_stride, value_stride, page_table_stride;
-    int32_t num_sequences, num_blocks, rows_per_block;
+    int32_t num_blocks, rows_per_block;
     int32_t num_heads, num_kv_heads, head_dim, page_size;
     int32_t element;  // 0 fp32, 1 bf16, 2 fp16
     int32_t num_threads;
