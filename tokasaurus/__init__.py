@@ -8,13 +8,9 @@ The names below are loaded on first use, so that importing the package costs not
 from __future__ import annotations
 
 import importlib
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-try:
-    __version__ = version("tokasaurus")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
+from tokasaurus.version import __version__
 
 if TYPE_CHECKING:
     from tokasaurus.config.engine import EngineConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -26,7 +27,8 @@ def assemble(config: EngineConfig) -> EngineSlices:
         ConfigError: flags that contradict one another, the model or the machine.
         ModelError: the model cannot be found or is of an unknown kind.
     """
-    facts = model_facts(find_model(config.model))
+    rope_scaling = None if config.rope_scaling is None else json.dumps(dict(config.rope_scaling))
+    facts = model_facts(find_model(config.model), rope_scaling)
     if config.tokenizer is not None:
         config = dataclasses.replace(config, tokenizer=str(find_tokenizer(config.tokenizer)))
     return resolve(

@@ -17,12 +17,12 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 
-import tokasaurus
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.server.endpoints import Endpoints
 from tokasaurus.server.http_errors import install_error_handlers
 from tokasaurus.server.schemas import ChatRequest, CompletionRequest
 from tokasaurus.server.state import EngineState
+from tokasaurus.version import __version__
 
 __all__ = ["create_app"]
 
@@ -34,7 +34,7 @@ def create_app(config: ServerConfig, state: EngineState) -> FastAPI:
         config: the server's slice.
         state: of the engine; its owner tells it when the engine is ready, drains and dies.
     """
-    app = FastAPI(title="Tokasaurus", version=tokasaurus.__version__, redirect_slashes=False)
+    app = FastAPI(title="Tokasaurus", version=__version__, redirect_slashes=False)
     app.include_router(Endpoints(config, state).router())
     install_error_handlers(app)
     _document_bodies(app)

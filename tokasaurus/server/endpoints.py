@@ -10,7 +10,6 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from starlette.requests import ClientDisconnect
 
-import tokasaurus
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import RequestError
 from tokasaurus.server.calls import Call, EventStream, in_thread_if
@@ -20,6 +19,7 @@ from tokasaurus.server.params import renamed
 from tokasaurus.server.render import ChatRenderer, CompletionRenderer, Renderer
 from tokasaurus.server.schemas import ChatRequest, CompletionRequest, GenerationRequest, parse
 from tokasaurus.server.state import EngineState
+from tokasaurus.version import __version__
 
 __all__ = ["Endpoints"]
 
@@ -157,7 +157,7 @@ class Endpoints:
         return _json(body, 200 if status == "ok" else 503)
 
     async def version(self) -> Response:
-        return _json({"version": tokasaurus.__version__})
+        return _json({"version": __version__})
 
     async def models(self) -> Response:
         """The one model."""
