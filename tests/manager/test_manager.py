@@ -23,7 +23,7 @@ from tokasaurus.protocol.messages import (
     StopSequence,
 )
 
-PAGE = 4
+PAGE = 4  # tokens
 
 
 def prompt(length: int, start: int = 0) -> list[int]:
@@ -190,18 +190,27 @@ def test_prompt_logprobs_take_no_hits() -> None:
     assert sorted(world.prompt_logprobs[2]) == list(range(1, 9))
 
 
-def test_a_duplicate_is_not_given_out_in_the_batch_that_still_writes_to_it() -> None:
-    world = World(make_config(max_tokens_per_forward=8, scheduling_steps_ahead=1))
-    # Batch 0 feeds all of request 1 and two tokens of request 2; batch 1 completes the first page of
-    # request 2, a duplicate, and admits request 3.
+def test_a_duplicate_is_swapped_from_the_next_batch_on() -> None:
+    world = World(make_config(max_tokens_per_forward=8, scheduling_steps_ahead=3))
+    # Batch 0 feeds all of request 1 and two tokens of request 2. Batch 1 completes the first page of
+    # request 2, a duplicate that it still writes to, and feeds request 3.
     world.step(
-        make_request(1, prompt(6), 2),
-        make_request(2, prompt(9), 2),
-        make_request(3, prompt(5, 3), 2),
+        make_request(1, prompt(6), 1),
+        make_request(2, prompt(5), 2),
+        make_request(3, prompt(5, 3), 1),
     )
-    world.step(num_results=1)
-    second = world.batches[1]
-    assert len(second.prefill_slots) + len(second.decode_slots) >= 2
+    (first_slot, second_slot), pages = world.batches[0].prefill_slots.tolist(), {}
+    for batch in world.batches:
+        columns = (batch.table_slots, batch.table_columns, batch.table_pages)
+        pages[batch.number] = {
+            (slot, column): page
+            for slot, column, page in zip(*(array.tolist() for array in columns), strict=True)
+        }
+    assert world.batches[1].prefill_slots.size == 2
+    duplicate = pages[0][second_slot, 0]
+    assert duplicate not in pages[1].values()
+    assert (second_slot, 0) not in pages[1]
+    assert pages[2][second_slot, 0] == pages[0][first_slot, 0]
     world.drain()
 
 
@@ -410,6 +419,45 @@ def test_forced_preemption_changes_no_token() -> None:
     assert disturbed.manager.counters.num_preemptions > 2
     for name, answer in calm.answers.items():
         assert disturbed.answers[name].ids == answer.ids
+
+
+def test_acknowledgements_outlive_preemption() -> None:
+    world = World(make_config(force_preemption=True, stop_lag=1, num_pages=64))
+    world.step(*[make_request(index, prompt(5), 20, hold_for_acks=True) for index in range(4)])
+    world.drain()
+    assert world.manager.counters.num_preemptions > 0
+
+
+def test_a_preempted_sequence_that_may_not_sample_yet_waits_for_the_server() -> None:
+    world = World(make_config(stop_lag=2))
+    world.step(make_request(1, prompt(5), 20), make_request(2, prompt(5), 20, hold_for_acks=True))
+    for _ in range(4):
+        world.step(num_results=2)
+    held = world.manager._backlog.find(2, 0)
+    assert held is not None
+    world.manager._running.preempt(held)
+    world.step(num_results=1)
+    assert world.manager.gauges().num_parked == 1
+    world.step(acknowledge(2, 1))
+    assert world.manager.gauges().num_parked == 0
+    world.drain()
+
+
+def test_prompt_logprobs_come_once_more_only_if_they_were_incomplete() -> None:
+    world = World(make_config(max_tokens_per_forward=6, scheduling_steps_ahead=1))
+    older = make_request(1, prompt(2), 30)
+    world.step(older, make_request(2, prompt(18, 1), 9, num_prompt_logprobs=1))
+    victim = world.manager._backlog.find(2, 0)
+    assert victim is not None
+    world.step(num_results=1)
+    world.manager._running.preempt(victim)  # in the middle of its prompt: all of it again
+    for _ in range(9):
+        world.step(num_results=1)
+    assert len(world.prompt_logprobs[2]) == 17
+    num_prompt_tokens = world.device.num_prompt_tokens
+    world.manager._running.preempt(victim)  # while it decodes: its pages are found again
+    world.drain()
+    assert world.device.num_prompt_tokens - num_prompt_tokens <= PAGE
 
 
 # --- the state as a whole ----------------------------------------------------------------------------

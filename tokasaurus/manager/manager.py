@@ -24,6 +24,7 @@ from tokasaurus.manager.scheduler import Scheduler
 from tokasaurus.manager.sequence import Sequence, SequenceState
 from tokasaurus.manager.slots import IndexArray
 from tokasaurus.manager.waiting import Backlog
+from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
@@ -219,13 +220,11 @@ class Manager:
         self.counters.num_wasted_tokens += len(is_live) - len(rows)
         self.counters.device_s += result.device_s
 
-    def _end_rows(self, rows: IndexArray, token_ids: np.ndarray) -> None:
+    def _end_rows(self, rows: IndexArray, token_ids: Int32Array) -> None:
         """Ends the sequences that this was the last token of."""
         slots = self._running.slots
         is_full = slots.known[rows] == slots.max_tokens[rows]
-        is_last = is_full.copy()
-        for column in slots.stop_ids:
-            is_last |= column[rows] == token_ids
+        is_last = is_full | slots.is_stop(rows, token_ids)
         for index in np.flatnonzero(is_last).tolist():
             reason = FinishReason.LENGTH if is_full[index] else FinishReason.STOP
             self._end(slots.sequence(int(rows[index])), reason)

@@ -75,7 +75,8 @@ class SlotTable:
         self.num_cached_tokens = _column(num_slots)
         self.num_logprobs = _column(num_slots)
         # [most stop ids of any sequence so far][num_slots], -1 where a sequence has fewer.
-        self.stop_ids: list[Int32Array] = []
+        self._stop_ids: list[Int32Array] = []
+        self._num_stop_ids = _column(num_slots)
 
     @property
     def num_free(self) -> int:
@@ -130,6 +131,7 @@ class SlotTable:
     def stop_absorbing(self, slot: int) -> None:
         """Results that are still in flight for the slot are nobody's."""
         self.absorbing[slot] = self.incremental[slot] = self.holding[slot] = False
+        self._num_stop_ids[slot] = 0
 
     def leave(self, slot: int) -> None:
         """The slot is free for another sequence."""
@@ -153,11 +155,19 @@ class SlotTable:
         known_length = self.prompt_length[slot] + self.known[slot]
         return int(min(self.length[slot], known_length)) // self.page_size
 
+    def is_stop(self, rows: IndexArray, token_ids: Int32Array) -> BoolArray:
+        """Which of these tokens, one for each row, is among the stop ids of its row."""
+        found: BoolArray = np.zeros(len(rows), np.bool_)
+        for column in self._stop_ids[: self._num_stop_ids.max()]:
+            found |= column[rows] == token_ids
+        return found
+
     def _set_stop_ids(self, slot: int, stop_ids: tuple[int, ...]) -> None:
-        while len(self.stop_ids) < len(stop_ids):
-            self.stop_ids.append(np.full(self.num_slots, -1, np.int32))
-        for index, column in enumerate(self.stop_ids):
+        while len(self._stop_ids) < len(stop_ids):
+            self._stop_ids.append(np.full(self.num_slots, -1, np.int32))
+        for index, column in enumerate(self._stop_ids):
             column[slot] = stop_ids[index] if index < len(stop_ids) else -1
+        self._num_stop_ids[slot] = len(stop_ids)
 
 
 def _column(num_slots: int) -> Int32Array:
