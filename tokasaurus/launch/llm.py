@@ -326,7 +326,8 @@ class LLM:
 def _deferred_interrupt() -> Iterator[threading.Event]:
     """Ctrl-C sets the event instead of breaking off a batch half-way, which no engine could survive."""
     interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield interrupted  # signals only ever interrupt the main thread
         return
     previous = signal.signal(signal.SIGINT, lambda number, frame: interrupted.set())
