@@ -72,6 +72,16 @@ def make_request(request_id: int, prompt: object, max_tokens: int, **changes: ob
     return GenerateRequest(**{**values, **changes})  # type: ignore[arg-type]
 
 
+def prompt(length: int, start: int = 0) -> list[int]:
+    """Ids that differ from each other, and from those of another start."""
+    return [(start + 7 * index) % VOCAB_SIZE for index in range(length)]
+
+
+def acknowledge(request_id: int, count: int) -> Acknowledge:
+    """The server has searched so many tokens of a request's only sample."""
+    return Acknowledge(np.array([request_id]), np.array([0], np.int32), np.array([count], np.int32))
+
+
 @dataclass
 class Answer:
     """What the server has of one sequence, and what it does about it."""
@@ -124,6 +134,11 @@ class World:
         for batch in actions.batches:
             self._send(batch)
         assert self.manager.num_in_flight <= self.config.scheduling_steps_ahead
+
+    def finish(self, request: GenerateRequest) -> None:
+        """Runs a request by itself."""
+        self.step(request)
+        self.drain()
 
     def drain(self, max_steps: int = 10_000) -> None:
         """Lets everything that lives come to its end, with a server that acknowledges all it gets."""
