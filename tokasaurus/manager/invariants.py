@@ -22,13 +22,14 @@ def check_invariants(running: RunningSequences, backlog: Backlog) -> None:
     Raises:
         ProtocolError: something does not; says what.
     """
-    holders = [sequence for sequence in running.slots.sequences if _holds_pages(sequence)]
-    check_allocator(
-        running.pages, [running.slots.pages(sequence.slot) for sequence in holders if sequence]
-    )
-    for sequence in holders:
-        if sequence is not None:
-            _check_prefix_is_shared(running, sequence)
+    holders = [
+        sequence
+        for sequence in running.slots.sequences
+        if sequence is not None and sequence.state is SequenceState.RUNNING
+    ]
+    check_allocator(running.pages, [running.slots.pages(holder.slot) for holder in holders])
+    for holder in holders:
+        _check_prefix_is_shared(running, holder)
     _check_slots(running, backlog)
     _check_progress(running)
     _check_flights(running)
@@ -227,10 +228,6 @@ def _check_backlog(running: RunningSequences, backlog: Backlog) -> None:
                 is_follower or not sequence.may_sample(running.stop_lag),
                 f"{sequence.name} is parked for nothing",
             )
-
-
-def _holds_pages(sequence: Sequence | None) -> bool:
-    return sequence is not None and sequence.state is SequenceState.RUNNING
 
 
 def _require(condition: bool, complaint: str) -> None:

@@ -6,10 +6,13 @@ question is asked, so nothing is ever undone. Knows nothing of results or of the
 The order of a plan:
 
 1. Every running sequence that may decode does. Where they need more pages than can be had, the newest
-   running sequence is preempted, until they suffice. The oldest is never asked: in the end it could have
-   every page, and no sequence is accepted that needs more than that. So the oldest always advances.
+   running sequence is preempted, until they suffice. The oldest is never asked while it needs its pages:
+   in the end it could have every page there is, and no request is accepted that needs more. So the
+   oldest always advances, and everybody is the oldest some day.
 2. What is left of ``max_tokens_per_forward`` goes to prompts, oldest first, in chunks.
-3. What is left then admits sequences from the queue, strictly in order of arrival.
+3. What is left then admits sequences from the queue, strictly in order of arrival. Where nobody holds a
+   page the head is admitted whatever it needs. A sequence that was preempted and waits for its last
+   results counts as being in the queue already: the pages it gave up are not for those behind it.
 """
 
 from __future__ import annotations
@@ -105,7 +108,7 @@ class Scheduler:
     def _victim(self) -> Sequence:
         """The sequence that is preempted next."""
         slots = self._slots
-        # Where all tokens are planned, the pages were needed only for what is already in flight.
+        # Where all tokens are planned, no batch to come needs the pages: this costs nobody anything.
         is_planned = (slots.length == slots.final_length) & (slots.order >= 0)
         if is_planned.any():
             return slots.sequence(int(is_planned.argmax()))

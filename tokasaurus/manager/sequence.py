@@ -20,12 +20,11 @@ __all__ = ["GeneratedTokens", "Request", "Sequence", "SequenceState"]
 class SequenceState(enum.Enum):
     """Where a sequence is on its way.
 
-    ::
+    Any of the others may become ENDED::
 
-                    ┌──────────┐
-                    ▼          │
-        PARKED ─▶ WAITING ─▶ RUNNING ─▶ PREEMPTED ─▶ WAITING or PARKED
-                                                                       any of them ─▶ ENDED
+        PARKED ─▶ WAITING ─▶ RUNNING ─▶ PREEMPTED
+           ▲         ▲                      │
+           └─────────┴──────────────────────┘
     """
 
     PARKED = enum.auto()  # waits for its leader's prompt, or for the server to acknowledge tokens
@@ -93,7 +92,7 @@ class Sequence:
     sample_index: int
     order: int  # of arrival, over all sequences
     prompt_ids: (
-        Int32Array  # to be fed: the request's prompt, then what was generated before this run
+        Int32Array  # to be fed: the request's prompt, and what was generated before this run
     )
     state: SequenceState
     prompt_logprobs_due: bool  # the request asks for them and not all were delivered yet

@@ -25,6 +25,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from tokasaurus.errors import ProtocolError
 from tokasaurus.manager.sequence import Sequence, SequenceState
 from tokasaurus.protocol.arrays import BoolArray, Int32Array, Int64Array
 
@@ -63,9 +64,8 @@ class SlotTable:
         self.published = _column(num_slots)  # leading pages that are in the prefix cache
         self.page_table: Int32Array = np.zeros((num_slots, max_pages), np.int32)
         self.order: Int64Array = np.full(num_slots, -1, np.int64)  # of arrival; -1 if not running
-        self.last_batch: Int64Array = np.full(
-            num_slots, -1, np.int64
-        )  # the last that names the slot
+        # The number of the last batch that names the slot.
+        self.last_batch: Int64Array = np.full(num_slots, -1, np.int64)
         # Results: whether they still count, and how they are reported.
         self.absorbing: BoolArray = np.zeros(num_slots, np.bool_)
         self.incremental: BoolArray = np.zeros(num_slots, np.bool_)
@@ -84,10 +84,14 @@ class SlotTable:
         return len(self._free)
 
     def sequence(self, slot: int) -> Sequence:
-        """The owner of a slot that has one."""
+        """The owner of a slot.
+
+        Raises:
+            ProtocolError: nobody owns it.
+        """
         owner = self.sequences[slot]
         if owner is None:
-            raise KeyError(f"slot {slot} is free")
+            raise ProtocolError(f"slot {slot} is free")
         return owner
 
     def pages(self, slot: int) -> Int32Array:
