@@ -77,8 +77,7 @@ class PageAllocator:
         num_full = len(ids) // self.page_size
         shared, node = self.cache.insert(ids, pages[:num_full])
         self._swap(pages[:num_full], shared)
-        self.pool.release(shared)
-        self.pool.release(pages[num_full:])
+        self.pool.release(np.concatenate([shared, pages[num_full:]]))
         self.cache.offer(node)
 
     def _swap(self, pages: Int32Array, shared: Int32Array) -> None:

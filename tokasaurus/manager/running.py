@@ -10,6 +10,7 @@ finishing, preempting and aborting are the same few moves. Decides nothing.
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,11 +80,13 @@ class RunningSequences:
         )
         bisect.insort(self.prefilling, sequence, key=lambda other: other.order)
 
-    def prompt_is_fed(self, sequence: Sequence) -> None:
-        """The last chunk of its prompt was sent: it may decode, and its followers find the prompt."""
-        self.prefilling.remove(sequence)
-        self.slots.update_decode_limits(np.array([sequence.slot]), self.stop_lag)
-        self._backlog.prompt_is_findable(sequence)
+    def prompts_are_fed(self, sequences: Rows[Sequence]) -> None:
+        """The last chunks of these prompts were sent: they decode, and their followers find the prompt."""
+        slots = np.array([sequence.slot for sequence in sequences], np.intp)
+        self.slots.update_decode_limits(slots, self.stop_lag)
+        for sequence in sequences:
+            self.prefilling.remove(sequence)
+            self._backlog.prompt_is_findable(sequence)
 
     def acknowledge(self, slots: IndexArray, num_tokens: Int32Array) -> None:
         """The server has searched so many tokens of the sequences in these slots."""

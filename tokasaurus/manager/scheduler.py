@@ -214,8 +214,8 @@ class Scheduler:
         # Only now: a page that this frees must not be given out in the batch that still writes to it.
         for chunk in chunks:
             running.publish(chunk.sequence)
-            if chunk.ends_prompt:
-                running.prompt_is_fed(chunk.sequence)
+        if chunks:
+            running.prompts_are_fed([chunk.sequence for chunk in chunks if chunk.ends_prompt])
         self._counters.num_batches += 1
         self._counters.num_decode_tokens += len(decode_slots)
         self._counters.num_prefill_tokens += len(batch.prefill_ids)
