@@ -13,6 +13,7 @@ client gets its answer or its error, then the others, then the private directory
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import selectors
@@ -44,6 +45,7 @@ __all__ = ["Supervisor"]
 
 log = logging.getLogger(__name__)
 
+_INTERRUPT_EVERY_S = 0.1
 _FLUSH_S = 5.0  # for a server to answer its clients after a death, and for the others to exit
 
 
@@ -68,6 +70,7 @@ class Supervisor:
         self._failed_role = ""
         self._stopping = False
         self._interrupting = False  # the next SIGINT is our own: it ends the foreground role
+        self._foreground_ended = threading.Event()
         self._wake_watcher, self._wake_sender = socket.socketpair()
         self._deadline: float | None = None
 
@@ -89,9 +92,12 @@ class Supervisor:
         watcher = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         watcher.start()
         try:
-            run_role(
-                self._assignment(self._local_role), theirs, interrupt=self._interrupt_foreground
-            )
+            with contextlib.suppress(KeyboardInterrupt):
+                run_role(
+                    self._assignment(self._local_role), theirs, interrupt=self._interrupt_foreground
+                )
+            self._foreground_ended.set()
+            theirs.close()
             watcher.join()
         finally:
             for number, handler in previous.items():
@@ -129,14 +135,21 @@ class Supervisor:
     # --- signals, in the main thread ---------------------------------------------------------------
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._interrupting:
+        if not self._interrupting:
+            self._wake_sender.send(b"s")
+        elif not self._foreground_ended.is_set():
             raise KeyboardInterrupt
-        self._wake_sender.send(b"s")
 
     def _interrupt_foreground(self) -> None:
-        """Ends a foreground role that has no event loop; called by its lifeline thread."""
+        """Ends a foreground role that has no event loop; called by its lifeline thread.
+
+        A signal that arrives just before a blocking call of a library begins does not end that
+        call, so it is sent until the role has returned.
+        """
         self._interrupting = True
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        while not self._foreground_ended.is_set():
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            self._foreground_ended.wait(_INTERRUPT_EVERY_S)
 
     # --- watching, in a thread of its own ----------------------------------------------------------
 

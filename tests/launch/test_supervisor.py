@@ -1,0 +1,40 @@
+"""The supervisor's own thread and signals, with a stand-in for the role in the foreground."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+
+from tokasaurus.config.parser import parse_command_line
+from tokasaurus.launch import supervisor
+from tokasaurus.launch.assemble import assemble
+from tokasaurus.launch.lifeline import Stop
+
+
+def test_a_lost_interrupt_is_sent_again(monkeypatch):
+    """A signal between two instructions of a library is noticed only when its blocking call ends."""
+    interrupts = []
+
+    def loses_the_first_interrupt(assignment, lifeline, interrupt):
+        def await_stop():
+            assert any(isinstance(note, Stop) for note in lifeline.receive())
+            interrupt()
+
+        threading.Thread(target=await_stop, daemon=True).start()
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        for _ in range(2):
+            try:
+                time.sleep(10)
+            except KeyboardInterrupt:
+                interrupts.append(time.monotonic())
+        lifeline.close()
+
+    slices = assemble(parse_command_line([".dmanager"], {}))
+    monkeypatch.setattr(supervisor, "ROLES", ("manager",))
+    monkeypatch.setattr(supervisor, "run_role", loses_the_first_interrupt)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert supervisor.Supervisor(slices, listener).run() == 0
+    assert len(interrupts) == 2
