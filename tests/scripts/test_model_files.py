@@ -117,6 +117,7 @@ def names_in(directory):
     return {str(p.relative_to(directory)) for p in directory.rglob("*") if not p.is_dir()}
 
 
+@pytest.mark.engine
 def test_download(hub, python):
     done = python(*DOWNLOAD, "model=org/tiny", HF_ENDPOINT=hub.url)
     assert done.returncode == 0, done.stderr
@@ -130,12 +131,14 @@ def test_download(hub, python):
     }
 
 
+@pytest.mark.engine
 def test_download_of_chosen_files(hub, python):
     arguments = ["model=org/tiny", "--list", "allow_patterns", "*.txt", "config.json", "list--"]
     done = python(*DOWNLOAD, *arguments, HF_ENDPOINT=hub.url)
     assert names_in(Path(done.stdout.strip())) == {"config.json", "merges.txt"}
 
 
+@pytest.mark.engine
 def test_find_downloads_once_what_a_model_needs(hub, python):
     first = python(*FIND, "org/tiny", HF_ENDPOINT=hub.url)
     assert first.returncode == 0, first.stderr
@@ -151,6 +154,7 @@ def test_find_downloads_once_what_a_model_needs(hub, python):
     assert again.stdout == first.stdout
 
 
+@pytest.mark.engine
 def test_what_toka_download_fetched_is_enough_offline(hub, python):
     done = python(*DOWNLOAD, "model=org/tiny", HF_ENDPOINT=hub.url)
     hub.failing = True
