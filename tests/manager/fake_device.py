@@ -146,23 +146,38 @@ class FakeDevice:
             state = self.slots[slot]
             state.length = start + length
             reads.append((slot, state.length))
-            if batch.prefill_samples[index]:
-                assert batch.prefill_next_ids[index] == -1
-                rows.append((slot, state.length - 1))
+            is_drawn_from = index in batch.draw_chunks
+            assert not is_drawn_from or batch.prefill_next_ids[index] == -1
             width = int(batch.prefill_num_logprobs[index])
             if width >= 0:
                 following = [*ids[1:], int(batch.prefill_next_ids[index])]
-                if batch.prefill_samples[index]:
+                if is_drawn_from:
                     following.pop()
                 prompt_rows += [
                     (slot, start + offset, token, width) for offset, token in enumerate(following)
                 ]
         assert at == len(batch.prefill_ids)
+        self._copy(batch)
+        decoding, feeding = batch.decode_slots.tolist(), batch.prefill_slots.tolist()
+        assert len(set(batch.draw_slots.tolist())) == len(batch.draw_slots)
+        for slot, chunk in zip(batch.draw_slots.tolist(), batch.draw_chunks.tolist(), strict=True):
+            assert slot not in decoding
+            assert slot not in feeding or feeding[chunk] == slot
+            self.slots[slot].length = self.slots[feeding[chunk]].length
+            reads.append((slot, self.slots[slot].length))  # a fork finds what its source wrote
+            rows.append((slot, self.slots[slot].length - 1))
         for slot, length in reads:  # after all writes, as in a forward pass
             self._check_context(slot, length)
         self.num_rows += len(rows)
         self.num_prompt_tokens += len(batch.prefill_ids)
         return self._result(batch.number, rows, prompt_rows)
+
+    def _copy(self, batch: ForwardBatch) -> None:
+        sources, targets = batch.copy_sources, batch.copy_targets
+        assert len(set(targets.tolist())) == len(targets)
+        assert not set(targets.tolist()) & set(sources.tolist())
+        for cells in (self.cell_tokens, self.cell_positions, self.cell_digests):
+            cells[targets] = cells[sources]
 
     def _patch(self, batch: ForwardBatch) -> None:
         parameters = batch.parameters

@@ -273,7 +273,7 @@ def count_lines_of_a_steady_step(num_sequences: int) -> int:
         return trace
 
     for number in range(6):
-        num_rows = len(batches[number].decode_slots) + int(batches[number].prefill_samples.sum())
+        num_rows = len(batches[number].decode_slots) + len(batches[number].draw_slots)
         result = ForwardResult(
             number=number,
             token_ids=np.full(num_rows, 60, np.int32),

@@ -141,6 +141,13 @@ def test_a_gap_in_the_numbers(driver):
         ({"prefill_lengths": [0], "prefill_ids": []}, "lengths and ids of its prompts disagree"),
         ({"prefill_starts": [16]}, "slot 1 would hold 17 tokens in 1 pages"),
         ({"table_pages": [64]}, "pages range from 64"),
+        ({"draw_slots": [8]}, "slots that draw range from 8"),
+        ({"draw_chunks": [1]}, "chunks to draw from range from 1"),
+        ({"draw_slots": [1, 1], "draw_chunks": [0, 0]}, "draws for a slot twice"),
+        ({"decode_slots": [0], "draw_slots": [0]}, "draws for a slot twice"),
+        ({"draw_slots": [2]}, "slot 2 would hold 1 tokens in 0 pages"),
+        ({"copy_sources": [64], "copy_targets": [0]}, "pages to copy range from 64"),
+        ({"copy_sources": [0], "copy_targets": [-1]}, "pages to copy to range from -1"),
         ({"table_columns": [16]}, "columns of the page table range from 16"),
     ],
 )
@@ -153,6 +160,30 @@ def test_impossible_batches(driver, changes, message):
     bad = msgspec.structs.replace(good, number=1, **arrays)
     with pytest.raises(ProtocolError, match=message):
         driver.worker.run(bad)
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 33])
+def test_a_fork_goes_on_like_a_sequence_of_its_own(driver, length):
+    sampling = Sampling(temperature=1.0)
+
+    def run(forked):
+        for sample in range(3):
+            driver.start(sample, sampling, seed=5, sample_index=sample, num_logprobs=2)
+        if forked:
+            entered = [Enter(0, ids(length), forks=(1, 2))]
+        else:
+            entered = [Enter(sample, ids(length)) for sample in range(3)]
+        results = [driver.step(prefill=entered)]
+        results += [driver.step(decode=[0, 1, 2]) for _ in range(20)]
+        return [[row.tolist() for row in (r.token_ids, r.logprobs, r.top_ids)] for r in results]
+
+    alone = run(forked=False)
+    driver.held.clear()  # the forks below share pages: give none back twice
+    driver.free = list(range(64))
+    forked = run(forked=True)
+    assert [step[::2] for step in forked] == [step[::2] for step in alone]
+    np.testing.assert_allclose([s[1] for s in forked], [s[1] for s in alone], atol=1e-5)
+    assert len({tuple(step[0][sample] for step in alone) for sample in range(3)}) == 3
 
 
 def test_pages_of_a_former_sequence_do_not_count(driver):

@@ -51,6 +51,7 @@ class Enter:
     ends_prompt: bool = True
     next_id: int = -1
     num_prompt_logprobs: int = -1
+    forks: tuple[int, ...] = ()  # slots that go on from its end too
 
 
 @dataclass
@@ -94,6 +95,8 @@ class Driver:
             self._grow(slot, self.lengths[slot] + 1, table)
         for chunk in prefill:
             self._grow(chunk.slot, chunk.start + len(chunk.ids), table)
+        copies = [copy for chunk in prefill for copy in self._fork(chunk, table)]
+        sources, targets = np.array(copies, np.int32).reshape(-1, 2).T
         slots, columns, pages = np.array(table, np.int32).reshape(-1, 3).T
         return ForwardBatch(
             number=self.number,
@@ -106,9 +109,20 @@ class Driver:
             prefill_starts=_ints(chunk.start for chunk in prefill),
             prefill_lengths=_ints(len(chunk.ids) for chunk in prefill),
             prefill_ids=_ints(token for chunk in prefill for token in chunk.ids),
-            prefill_samples=np.array([chunk.ends_prompt for chunk in prefill], np.bool_),
             prefill_num_logprobs=_ints(chunk.num_prompt_logprobs for chunk in prefill),
             prefill_next_ids=_ints(chunk.next_id for chunk in prefill),
+            draw_chunks=_ints(
+                index
+                for index, chunk in enumerate(prefill)
+                for _ in range(chunk.ends_prompt + len(chunk.forks))
+            ),
+            draw_slots=_ints(
+                slot
+                for chunk in prefill
+                for slot in ([chunk.slot] * chunk.ends_prompt + list(chunk.forks))
+            ),
+            copy_sources=sources.copy(),
+            copy_targets=targets.copy(),
         )
 
     def chunks(
@@ -126,6 +140,21 @@ class Driver:
             )
             for start in range(0, len(ids), size)
         ]
+
+    def _fork(self, chunk: Enter, table: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
+        """Forks share the full pages, and get a copy of the last one."""
+        copies = []
+        pages, size = self.held[chunk.slot], self.config.page_size
+        length = chunk.start + len(chunk.ids)
+        for slot in chunk.forks:
+            own = pages[: length // size]
+            if length % size:
+                own = [*own, self.free.pop()]
+                copies.append((pages[length // size], own[-1]))
+            table += [(slot, column, page) for column, page in enumerate(own)]
+            self.held[slot] = own
+            self.lengths[slot] = length
+        return copies
 
     def _grow(self, slot: int, length: int, table: list[tuple[int, int, int]]) -> None:
         pages = self.held.setdefault(slot, [])

@@ -88,9 +88,12 @@ EXAMPLES = [
         prefill_starts=ints(1),
         prefill_lengths=ints(1),
         prefill_ids=ints(6),
-        prefill_samples=np.array([True]),
         prefill_num_logprobs=ints(1),
         prefill_next_ids=ints(1),
+        draw_chunks=ints(2),
+        draw_slots=ints(2),
+        copy_sources=ints(1),
+        copy_targets=ints(1),
     ),
     ForwardResult(
         number=8,

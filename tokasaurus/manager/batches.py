@@ -73,9 +73,12 @@ def forward_batch(
         prefill_starts=_int32([chunk.start for chunk in chunks]),
         prefill_lengths=_int32([chunk.length for chunk in chunks]),
         prefill_ids=np.concatenate(fed) if fed else _int32([]),
-        prefill_samples=np.array([chunk.ends_prompt for chunk in chunks], np.bool_),
         prefill_num_logprobs=_int32([chunk.num_prompt_logprobs for chunk in chunks]),
         prefill_next_ids=_int32(next_ids),
+        draw_chunks=_int32([index for index, chunk in enumerate(chunks) if chunk.ends_prompt]),
+        draw_slots=_int32([chunk.sequence.slot for chunk in chunks if chunk.ends_prompt]),
+        copy_sources=_int32([]),
+        copy_targets=_int32([]),
     )
 
 

@@ -63,6 +63,16 @@ class KVCache:
 
         return cls(tensors(), tensors())
 
+    def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
+        """Copies whole pages in every layer.
+
+        Args:
+            sources: [copies] int64.
+            targets: [copies] int64, none of them a source.
+        """
+        for tensor in self.keys + self.values:
+            tensor[targets] = tensor[sources]
+
     @property
     def num_pages(self) -> int:
         return self.keys[0].shape[0]

@@ -26,10 +26,10 @@ __all__ = ["PlannedBatch", "PromptRows", "SamplingRows", "SlotState"]
 
 @dataclass(frozen=True)
 class SamplingRows:
-    """The last row of each decode and of each chunk that ends its prompt, in the order of the results.
+    """Which slot draws from which row, in the order of the results: decode rows, then draws of prompts.
 
     Attributes:
-        rows: [sampling rows] int64, on the device.
+        rows: [sampling rows] int64, on the device; a prompt that forks occurs several times.
         slots: [sampling rows].
         parameters: of each.
     """
@@ -55,6 +55,14 @@ class PromptRows:
 
 
 @dataclass(frozen=True)
+class PageCopies:
+    """Pages to be copied once the batch has run. Both [copies] int64, on the device."""
+
+    sources: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True)
 class PlannedBatch:
     """The rows of one batch: decode rows, then prefill rows.
 
@@ -64,6 +72,7 @@ class PlannedBatch:
         sequences: which rows belong to whom.
         sampling: rows that a token is drawn from.
         prompt: rows that a prompt's logprobs are taken from; None if no chunk asked.
+        copies: None if no prompt forks inside a page.
     """
 
     ids: Tensor
@@ -71,6 +80,7 @@ class PlannedBatch:
     sequences: SequenceRows
     sampling: SamplingRows
     prompt: PromptRows | None
+    copies: PageCopies | None
 
 
 class SlotState:
@@ -132,15 +142,20 @@ class SlotState:
         query_starts = np.concatenate((np.zeros(1, np.int32), ends))
         num_rows = int(query_starts[-1])
         positions = np.arange(num_rows, dtype=np.int32) + np.repeat(firsts - ends + counts, counts)
-        samples = np.concatenate((np.ones(num_decodes, np.bool_), batch.prefill_samples))
+        sampled_rows = np.concatenate(
+            (np.arange(num_decodes, dtype=np.int32), ends[num_decodes:][batch.draw_chunks] - 1)
+        )
+        sampled_slots = np.concatenate((batch.decode_slots, batch.draw_slots))
+        self._fork(batch, lengths[num_decodes:])
         return PlannedBatch(
             ids=self._ids(batch),
             positions=self._upload(positions),
             sequences=SequenceRows(slots, query_starts, lengths, positions, self.page_table),
             sampling=SamplingRows(
-                self._upload(ends[samples] - 1), slots[samples], self.sampling.take(slots[samples])
+                self._upload(sampled_rows), sampled_slots, self.sampling.take(sampled_slots)
             ),
             prompt=self._prompt_rows(batch) if (batch.prefill_num_logprobs >= 0).any() else None,
+            copies=self._page_copies(batch) if len(batch.copy_sources) else None,
         )
 
     def record(self, slots: Int32Array, token_ids: Tensor) -> None:
@@ -170,6 +185,17 @@ class SlotState:
         parameters.num_logprobs[:] = counts[rows]
         return PromptRows(self._upload(rows + len(batch.decode_slots)), next_ids[rows], parameters)
 
+    def _fork(self, batch: ForwardBatch, chunk_ends: Int32Array) -> None:
+        """Slots that draw from a chunk are as long as its sequence is."""
+        slots, ends = batch.draw_slots, chunk_ends[batch.draw_chunks]
+        self._check_lengths(slots, ends, ends)
+        self.lengths[slots] = ends
+
+    def _page_copies(self, batch: ForwardBatch) -> PageCopies:
+        self._check_range("pages to copy", batch.copy_sources, self._num_pages)
+        self._check_range("pages to copy to", batch.copy_targets, self._num_pages)
+        return PageCopies(self._upload(batch.copy_sources), self._upload(batch.copy_targets))
+
     def _enter(self, parameters: SlotParameters) -> None:
         slots = parameters.slots
         self._check_range("slots of parameters", slots, self._num_slots)
@@ -195,6 +221,7 @@ class SlotState:
         named[slots] = True
         if np.count_nonzero(named) != len(slots):
             raise ProtocolError(f"batch {batch.number} names a slot twice")
+        self._check_draws(batch)
         if (self.lengths[batch.decode_slots] == 0).any():
             raise ProtocolError(f"batch {batch.number} decodes a slot that has no tokens yet")
         self._check_range("prompt ids", batch.prefill_ids, self._vocab_size)
@@ -202,6 +229,23 @@ class SlotState:
             len(batch.prefill_lengths) and batch.prefill_lengths.min() < 1
         ):
             raise ProtocolError(f"batch {batch.number}: lengths and ids of its prompts disagree")
+
+    def _check_draws(self, batch: ForwardBatch) -> None:
+        chunks, slots = batch.draw_chunks, batch.draw_slots
+        self._check_range("chunks to draw from", chunks, len(batch.prefill_slots))
+        self._check_range("slots that draw", slots, self._num_slots)
+        # A slot that draws feeds that very chunk, or is in no row at all.
+        draws_from = np.full(self._num_slots, -1, np.int32)
+        draws_from[slots] = chunks
+        chunk_of = np.full(self._num_slots, -1, np.int32)
+        chunk_of[batch.prefill_slots] = np.arange(len(batch.prefill_slots))
+        own = chunk_of[slots]
+        if (
+            np.count_nonzero(draws_from >= 0) != len(slots)
+            or (draws_from[batch.decode_slots] >= 0).any()
+            or ((own >= 0) & (own != chunks)).any()
+        ):
+            raise ProtocolError(f"batch {batch.number} draws for a slot twice")
 
     def _check_lengths(self, slots: Int32Array, firsts: Int32Array, lengths: Int32Array) -> None:
         beyond = (firsts < 0) | (lengths > self.pages_held[slots] * self._page_size)

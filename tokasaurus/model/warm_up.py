@@ -16,6 +16,8 @@ __all__ = ["warm_up_batches"]
 _CPU_WORK = 1e11
 _MIN_TOKENS = 16
 
+_NONE: Int32Array = np.zeros(0, np.int32)
+
 
 def warm_up_batches(config: WorkerConfig, num_parameters: int) -> list[ForwardBatch]:
     """Largest first: a full prefill, then as many decode rows as there may be, and what these need before.
@@ -66,28 +68,33 @@ def _prefill(config: WorkerConfig, number: int, lengths: Int32Array) -> ForwardB
         prefill_starts=np.zeros(len(slots), np.int32),
         prefill_lengths=lengths,
         prefill_ids=np.zeros(lengths.sum(), np.int32),
-        prefill_samples=np.ones(len(slots), np.bool_),
         prefill_num_logprobs=np.full(len(slots), -1, np.int32),
         prefill_next_ids=np.full(len(slots), -1, np.int32),
+        draw_chunks=slots,
+        draw_slots=slots,
+        copy_sources=_NONE,
+        copy_targets=_NONE,
     )
 
 
 def _decode(number: int, num_slots: int) -> ForwardBatch:
-    none = np.zeros(0, np.int32)
     return ForwardBatch(
         number=number,
         parameters=None,
-        table_slots=none,
-        table_columns=none,
-        table_pages=none,
+        table_slots=_NONE,
+        table_columns=_NONE,
+        table_pages=_NONE,
         decode_slots=np.arange(num_slots, dtype=np.int32),
-        prefill_slots=none,
-        prefill_starts=none,
-        prefill_lengths=none,
-        prefill_ids=none,
-        prefill_samples=np.zeros(0, np.bool_),
-        prefill_num_logprobs=none,
-        prefill_next_ids=none,
+        prefill_slots=_NONE,
+        prefill_starts=_NONE,
+        prefill_lengths=_NONE,
+        prefill_ids=_NONE,
+        prefill_num_logprobs=_NONE,
+        prefill_next_ids=_NONE,
+        draw_chunks=_NONE,
+        draw_slots=_NONE,
+        copy_sources=_NONE,
+        copy_targets=_NONE,
     )
 
 

@@ -56,7 +56,7 @@ class Worker:
         model_config = read_model_config(config.model_path, config.rope_scaling)
         self._vocab_size = model_config.vocab_size
         self._model = load_model(config.model_path, model_config, place)
-        cache = KVCache.allocate(
+        self._cache = KVCache.allocate(
             num_layers=model_config.num_layers,
             num_pages=config.num_pages,
             page_size=config.page_size,
@@ -65,7 +65,9 @@ class Worker:
             dtype=place.dtype,
             device=place.device,
         )
-        self._backend = make_backend(config.attention, cache, model_config.num_heads, self._device)
+        self._backend = make_backend(
+            config.attention, self._cache, model_config.num_heads, self._device
+        )
         self._state = self._fresh_state()
         self._next_number = 0
         log.info(
@@ -73,7 +75,7 @@ class Worker:
             config.num_pages,
             config.num_pages * config.page_size,
             config.dtype,
-            cache.num_bytes / 1e6,
+            self._cache.num_bytes / 1e6,
         )
 
     def warm_up(self) -> None:
@@ -104,6 +106,8 @@ class Worker:
         started = time.perf_counter()
         planned = self._state.apply(batch)
         hidden = self._forward(planned)
+        if planned.copies is not None:
+            self._cache.copy_pages(planned.copies.sources, planned.copies.targets)
         token_ids, drawn = draw_tokens(self._model, hidden, planned.sampling)
         self._state.record(planned.sampling.slots, token_ids)
         prompt = score_prompts(self._model, hidden, planned.prompt) if planned.prompt else None

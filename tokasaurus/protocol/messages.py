@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from tokasaurus.protocol.arrays import BoolArray, Float32Array, Int32Array, Int64Array
+from tokasaurus.protocol.arrays import Float32Array, Int32Array, Int64Array
 
 __all__ = [
     "AbortRequest",
@@ -93,6 +93,8 @@ class GenerateRequest(Message, frozen=True):
     ]  # a sequence ends after sampling one of these; () with ignore_eos
     num_logprobs: int = -1  # of generated tokens: -1 none, 0 the chosen one, k also the top k
     num_prompt_logprobs: int = -1  # of prompt tokens, likewise
+    priority: int = 0  # lower runs first
+    first_k: int = 0  # abort the other samples once so many have ended; 0: wait for all
     stream: bool = False  # send updates as tokens come; otherwise one update at the end
     hold_for_acks: bool = False  # has stop strings: plan few tokens beyond what was acknowledged
 
@@ -189,13 +191,17 @@ class ForwardBatch(Message, frozen=True):
 
     The worker applies ``parameters``, then the page-table entries, then runs: first one token for
     every slot of ``decode_slots`` (its input is the last token sampled for that slot, its position
-    the slot's length), then the chunks of prompts. Row order is decode rows, then prefill rows::
+    the slot's length), then the chunks of prompts. Row order is decode rows, then prefill rows. Every
+    decode row draws a token; then slot ``draw_slots[i]`` draws one from the last row of chunk
+    ``draw_chunks[i]``, which ends a prompt. Several slots may draw from one chunk: samples that fork
+    where their prompt ends. Such a slot holds the prompt's full pages, and gets a copy of its last,
+    partly filled one::
 
         decode_slots   4 7 9
         prefill_slots           2        5
         prefill_ids             a b c d  e f
         rows           4 7 9    2        5
-        sampled        x x x             x      prefill_samples = [False, True]
+        drawn          4 7 9             5 6      draw_slots = [5, 6], draw_chunks = [1, 1]
     """
 
     number: int  # 0, 1, 2 ...; a worker that sees a gap fails
@@ -210,11 +216,14 @@ class ForwardBatch(Message, frozen=True):
     )
     prefill_lengths: Int32Array  # tokens of the chunk, at least 1
     prefill_ids: Int32Array  # [sum(prefill_lengths)]
-    prefill_samples: BoolArray  # the chunk ends the prompt: draw a token from its last row
     prefill_num_logprobs: Int32Array  # prompt logprobs of the chunk: -1 none, else top k
     # The token after the chunk, whose logprob the chunk's last row predicts; -1 where the chunk ends
     # the prompt. Only read where prompt logprobs are asked for.
     prefill_next_ids: Int32Array
+    draw_chunks: Int32Array  # [draws] index into the prefill columns
+    draw_slots: Int32Array  # [draws] its length becomes the chunk's end
+    copy_sources: Int32Array  # [copies] pages that are copied once the pass has run ...
+    copy_targets: Int32Array  # [copies] ... to these
 
 
 class ForwardResult(Message, frozen=True):
