@@ -9,6 +9,7 @@ from random import Random
 
 import pytest
 
+from tokasaurus.demo import corpus
 from tokasaurus.demo.corpus import documents
 from tokasaurus.demo.corpus.arithmetic import compute, pair_is_held_out, problem
 from tokasaurus.demo.corpus.chat_table import JOKES
@@ -18,12 +19,20 @@ from tokasaurus.demo.corpus.document import Chat, Document, is_held_out
 from tokasaurus.demo.corpus.words import HELD_OUT_WORDS, invent_word
 from tokasaurus.demo.tokenizer import render
 
-NUM_DOCUMENTS = 20_000
+NUM_DOCUMENTS = 12_000
+
+
+DIGESTS = {"COPYING_FIRST": "2714357620610a6f", "WORKED_SUMS": "2e19031d66f79540"}
+
+
+@pytest.fixture(scope="module", params=["COPYING_FIRST", "WORKED_SUMS"])
+def mixture(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def training() -> list[Document]:
-    return list(islice(documents(seed=0), NUM_DOCUMENTS))
+def training(mixture: str) -> list[Document]:
+    return list(islice(documents(seed=0, mixture=getattr(corpus, mixture)), NUM_DOCUMENTS))
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +40,14 @@ def rendered(training: list[Document]) -> str:
     return "\0".join(render(document) for document in training)
 
 
-def test_it_is_the_corpus_the_weights_were_trained_on(rendered: str) -> None:
+def test_it_is_the_corpus_the_weights_were_trained_on(rendered: str, mixture: str) -> None:
     # A change here is a change of recipe: train again, and write down the new scores.
-    assert hashlib.sha256(rendered.encode()).hexdigest()[:16] == "77d961ad9ed75b45"
+    assert hashlib.sha256(rendered.encode()).hexdigest()[:16] == DIGESTS[mixture]
 
 
 def test_another_seed_gives_other_documents(training: list[Document]) -> None:
-    assert not set(islice(documents(seed=1), 1000)) >= set(training[:1000])
+    others = list(islice(documents(seed=1), 1000))
+    assert sum(one == other for one, other in zip(others, training, strict=False)) < 10
 
 
 def test_held_out_words_never_appear(rendered: str) -> None:
@@ -62,20 +72,25 @@ def test_held_out_sums_never_appear(rendered: str) -> None:
         for a, op, b in re.findall(r"(\d+) ([+\-x]|plus|minus|times) (\d+)", rendered)
     }
     words = {"plus": "+", "minus": "-", "times": "x"}
-    assert len(sums) > 800
+    assert len(sums) > 700
     assert not [s for s in sums if pair_is_held_out(s[0], words.get(s[1], s[1]), s[2])]
 
 
-def test_held_out_wordings_never_appear(rendered: str) -> None:
-    lowered = rendered.lower()
-    held_out = [
-        question.format(d=d).lower()
-        for d in DINOSAURS
-        for topic in TOPICS
-        for question in questions(d, topic, held_out=True)
-    ]
+def test_held_out_wordings_never_appear(training: list[Document]) -> None:
+    chats = (document for document in training if isinstance(document, Chat))
+    said = {m.content.lower().rstrip(".?") for chat in chats for m in chat.messages}
+    shown, held_out = (
+        {
+            question.format(d=d).lower().rstrip(".?")
+            for d in DINOSAURS
+            for topic in TOPICS
+            for question in questions(d, topic, held_out=side)
+        }
+        for side in (False, True)
+    )
+    assert len(shown & said) > 500
     assert len(held_out) > 100
-    assert not [q for q in held_out if f"|>{q}<|" in lowered or f"|>{q.rstrip('.?')}<|" in lowered]
+    assert not held_out & said
 
 
 def test_every_fact_is_asked_for_in_some_wording() -> None:

@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from tokasaurus.demo import MODEL_DIR
+from tokasaurus.demo.corpus import WORKED_SUMS
 from tokasaurus.demo.corpus.document import Chat, Message, Text
 from tokasaurus.demo.packing import PROMPT_WEIGHT, Packer
 from tokasaurus.demo.tokenizer import render
@@ -15,7 +16,7 @@ from tokasaurus.demo.tokenizer import render
 
 @pytest.fixture(scope="module")
 def packer() -> Packer:
-    return Packer(AutoTokenizer.from_pretrained(MODEL_DIR), length=256)
+    return Packer(AutoTokenizer.from_pretrained(MODEL_DIR), 256, WORKED_SUMS)
 
 
 def test_blocks_are_full_and_start_with_a_document(packer: Packer) -> None:

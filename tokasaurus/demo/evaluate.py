@@ -267,7 +267,7 @@ FAMILIES = (
     FamilySpec("name from an earlier turn", memory, 24),
     FamilySpec("dinosaur facts, unseen wording", dinosaur_wordings, 32),
     FamilySpec("joke", jokes, 48),
-    FamilySpec("arithmetic, unseen pairs (greedy)", arithmetic_cases, 40),
+    FamilySpec("arithmetic, unseen pairs (greedy)", arithmetic_cases, 64),
 )
 LONG_FAMILIES = (
     FamilySpec("fact from about 500 tokens before", long_passage(500), 32),
@@ -296,7 +296,7 @@ def score_pass_at_k(
     prompts = [
         generator.encode((Message("user", p.question),)) for p in chosen for _ in range(num_samples)
     ]
-    replies = generator.complete(prompts, 40, temperature)
+    replies = generator.complete(prompts, 64, temperature)
     rights = [
         sum(
             answers(problem.answer)(reply)
@@ -318,7 +318,7 @@ def score_pass_at_k(
 
 def score_arithmetic_kinds(generator: Generator, seed: int) -> list[Score]:
     chosen = problems(Random(seed))
-    rights = generator.judge([ask(p.question, answers(p.answer)) for p in chosen], 40)
+    rights = generator.judge([ask(p.question, answers(p.answer)) for p in chosen], 64)
     scores = []
     for kind in sorted({p.kind for p in chosen}):
         own = [right for p, right in zip(chosen, rights, strict=True) if p.kind == kind]

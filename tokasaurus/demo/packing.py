@@ -10,7 +10,7 @@ from itertools import islice
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from tokasaurus.demo.corpus import documents
+from tokasaurus.demo.corpus import Mixture, documents
 from tokasaurus.demo.corpus.document import Chat, Document
 from tokasaurus.demo.tokenizer import BOS, END, PAD, ROLES, render
 
@@ -34,9 +34,10 @@ class Packer:
         | <bos> doc .......... | <bos> doc .. | <bos> doc ..... | pad |
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, length: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, length: int, mixture: Mixture) -> None:
         self._tokenizer = tokenizer
         self._length = length
+        self._mixture = mixture
         ids = {
             token: tokenizer.convert_tokens_to_ids(token)
             for token in (BOS, END, PAD, *(f"<|{r}|>" for r in ROLES))
@@ -75,7 +76,7 @@ class Packer:
         return weights
 
     def _blocks(self, seed: int) -> Iterator[Encoded]:
-        stream = documents(seed, self._length)
+        stream = documents(seed, self._length, self._mixture)
         pool: list[Encoded] = []
         while True:
             if len(pool) < _POOL:

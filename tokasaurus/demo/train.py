@@ -5,8 +5,8 @@
 Owns the recipe (architecture, phases, learning rate). Knows nothing of how good the result is: see
 ``demo.evaluate``.
 
-The learning rate is a function of the share of ``--tokens`` seen (warm up, hold, decay), so a run
-that is slower than hoped can be interrupted and resumed with fewer tokens: it then decays at once.
+The run is a list of phases, each with its data and learning rate; ``--tokens`` shortens or lengthens
+all of them alike. A run can be interrupted at any time and gone on with (``--resume``).
 """
 
 from __future__ import annotations
@@ -25,26 +25,39 @@ from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tokasaurus.demo import tokenizer as tokenization
+from tokasaurus.demo.corpus import COPYING_FIRST, WORKED_SUMS, Mixture
 from tokasaurus.demo.muon import Muon
 from tokasaurus.demo.packing import Packer
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Part of the run with blocks of one length; ``share`` of all tokens."""
+    """Part of the run: its data, and the learning rate as a share of the peak, from start to end."""
 
-    share: float
+    tokens: int
     length: int
     batch: int
+    mixture: Mixture
+    rate_from: float
+    rate_to: float
 
 
-# Most tokens in short blocks, which are twice as fast; then long ones, so that all 2,048 positions are trained.
-PHASES = (Phase(0.90, 256, 16), Phase(0.07, 1024, 4), Phase(0.03, 2048, 2))
+# Short blocks first, which are several times as fast; then long ones, so that all 2,048 positions
+# are trained. The last four phases are a second course: how to work a sum, and more of what was learned most slowly.
+PHASES = (
+    Phase(500_000, 256, 16, COPYING_FIRST, 0.0, 1.0),
+    Phase(11_000_000, 256, 16, COPYING_FIRST, 1.0, 1.0),
+    Phase(2_000_000, 256, 16, COPYING_FIRST, 0.8, 0.2),
+    Phase(1_100_000, 1024, 4, COPYING_FIRST, 0.2, 0.0),
+    Phase(100_000, 256, 16, WORKED_SUMS, 0.0, 0.6),
+    Phase(1_100_000, 256, 16, WORKED_SUMS, 0.6, 0.2),
+    Phase(300_000, 1024, 4, WORKED_SUMS, 0.2, 0.1),
+    Phase(200_000, 2048, 2, WORKED_SUMS, 0.1, 0.0),
+)
+NUM_TOKENS = sum(phase.tokens for phase in PHASES)
 
-NUM_TOKENS = 14_600_000
 MUON_RATE, ADAM_RATE = 0.02, 3e-3
-WARM_UP, HOLD_UNTIL = 0.03, 0.78
-"""Shares of the run: the rate rises until the first and falls to zero from the second."""
+"""Peak learning rates."""
 
 STEPS_PER_CHUNK = 100
 """The data of each chunk has its own seed, so a resumed run sees what an uninterrupted one would."""
@@ -68,19 +81,19 @@ def architecture(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
     )
 
 
-def rate_factor(progress: float) -> float:
-    """Share of the peak learning rate: up, level, then linearly down to zero."""
-    if progress < WARM_UP:
-        return progress / WARM_UP
-    return min(1.0, max(0.0, (1 - progress) / (1 - HOLD_UNTIL)))
-
-
-def phase_at(progress: float) -> Phase:
+def phase_at(seen_tokens: float) -> tuple[Phase, float]:
+    """The phase that comes after ``seen_tokens``, and the share of it that lies behind."""
     for phase in PHASES:
-        progress -= phase.share
-        if progress < 0:
-            return phase
-    return PHASES[-1]
+        if seen_tokens < phase.tokens:
+            return phase, seen_tokens / phase.tokens
+        seen_tokens -= phase.tokens
+    return PHASES[-1], 1.0
+
+
+def rate_factor(seen_tokens: float) -> float:
+    """Share of the peak learning rate."""
+    phase, done = phase_at(seen_tokens)
+    return phase.rate_from + (phase.rate_to - phase.rate_from) * done
 
 
 def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -107,6 +120,7 @@ class Run:
         torch.manual_seed(seed)
         self.tokenizer = tokenizer
         self.num_tokens = num_tokens
+        self.scale = num_tokens / NUM_TOKENS
         self.seed = seed
         self.model = LlamaForCausalLM(architecture(tokenizer))
         self.optimizers = make_optimizers(self.model)
@@ -120,13 +134,13 @@ class Run:
 
     def chunk(self) -> float:
         """Trains on the next chunk of data; returns its mean loss."""
-        phase = phase_at(self.progress)
-        packer = Packer(self.tokenizer, phase.length)
+        phase, done = phase_at(self.seen_tokens / self.scale)
+        packer = Packer(self.tokenizer, phase.length, phase.mixture)
         batches = packer.batches(seed=self.seed * 1_000_000 + self.num_chunks, size=phase.batch)
         total = 0.0
         steps = min(
             STEPS_PER_CHUNK,
-            math.ceil((self.num_tokens - self.seen_tokens) / (phase.length * phase.batch)),
+            math.ceil((1 - done) * phase.tokens * self.scale / (phase.length * phase.batch)),
         )
         for ids, weights in islice(batches, steps):
             total += self._step(ids, weights)
@@ -134,7 +148,7 @@ class Run:
         return total / steps
 
     def _step(self, ids: torch.Tensor, weights: torch.Tensor) -> float:
-        factor = rate_factor(self.progress)
+        factor = rate_factor(self.seen_tokens / self.scale)
         loss = loss_of(self.model, ids, weights)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -188,7 +202,7 @@ def report(run: Run, loss: float, tokens: int, seconds: float) -> None:
     left = (run.num_tokens - run.seen_tokens) / speed / 60
     print(
         f"{run.seen_tokens / 1e6:7.2f}M tokens  {run.progress:6.1%}  loss {loss:.4f}  "
-        f"rate {rate_factor(run.progress):.2f}  {speed:,.0f} tokens/s  {left:.0f} min left",
+        f"rate {rate_factor(run.seen_tokens / run.scale):.2f}  {speed:,.0f} tokens/s  {left:.0f} min left",
         flush=True,
     )
 

@@ -8,10 +8,12 @@ from random import Random
 from tokasaurus.demo.corpus import arithmetic, copying, dinosaurs, passages, talk
 from tokasaurus.demo.corpus.document import Document, Family, weighted
 
-__all__ = ["MIXTURE", "documents"]
+__all__ = ["COPYING_FIRST", "WORKED_SUMS", "Mixture", "documents"]
 
-# Shares of documents, not of tokens: passages are several times as long as chats.
-MIXTURE: list[tuple[float, Family]] = [
+Mixture = list[tuple[float, Family]]
+"""Shares of documents, not of tokens: passages are several times as long as chats."""
+
+COPYING_FIRST: Mixture = [
     (56, talk.chat),
     (1, talk.ruled_chat),
     (22, passages.chat),
@@ -22,9 +24,24 @@ MIXTURE: list[tuple[float, Family]] = [
     (3, arithmetic.plain_text),
 ]
 
+# Once the model can copy: sums that are worked, and what else it learned most slowly.
+WORKED_SUMS: Mixture = [
+    (46, talk.chat_with_worked_sums),
+    (1, talk.ruled_chat),
+    (19, passages.chat),
+    (2, passages.plain_text),
+    (3, copying.pattern_text),
+    (1, copying.sentence_text),
+    (8, copying.pattern_chat),
+    (5, copying.blend_chat),
+    (4, copying.blend_text),
+    (3, dinosaurs.plain_text),
+    (20, arithmetic.drill),
+]
 
-def documents(seed: int, room: int = 256) -> Iterator[Document]:
+
+def documents(seed: int, room: int = 256, mixture: Mixture = COPYING_FIRST) -> Iterator[Document]:
     """Yields documents for blocks of ``room`` tokens; the same seed gives the same documents."""
     rng = Random(seed)
     while True:
-        yield weighted(rng, MIXTURE)(rng, room)
+        yield weighted(rng, mixture)(rng, room)

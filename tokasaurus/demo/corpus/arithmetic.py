@@ -1,11 +1,15 @@
-"""Small word problems, each answered by a worked line and ``Answer: 12``.
+"""Small word problems, each answered by a line of sums and ``Answer: 12``.
 
-The unit held out is the pair of operands: no training document, worded or bare, uses a pair for
-which ``pair_is_held_out`` holds, in either order.
+In the first course a sum is said outright (``14 + 9 = 23.``), in the second it is worked: the units
+first, then the whole (``4 + 9 = 13. 14 + 9 = 23.``).
+
+The unit held out is the pair of operands: no training document, worded, bare or worked, shows a pair
+for which ``pair_is_held_out`` holds, in either order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
 
@@ -62,12 +66,31 @@ _THEN_LESS = (
 )
 
 
+Sum = tuple[int, str, int]
+
+
 @dataclass(frozen=True)
 class Problem:
     question: str
-    solution: str
-    answer: int
+    sums: tuple[Sum, ...]
     kind: str
+
+    @property
+    def answer(self) -> int:
+        return compute(*self.sums[-1])
+
+    @property
+    def solution(self) -> str:
+        """Each sum outright."""
+        return _line(self.sums) + f"\nAnswer: {self.answer}"
+
+    @property
+    def worked_sums(self) -> list[Sum]:
+        return [step for one in self.sums for step in _worked(*one)]
+
+    @property
+    def worked_solution(self) -> str:
+        return _line(self.worked_sums) + f"\nAnswer: {self.answer}"
 
 
 def pair_is_held_out(a: int, op: str, b: int) -> bool:
@@ -79,16 +102,25 @@ def compute(a: int, op: str, b: int) -> int:
     return {"+": a + b, "-": a - b, "x": a * b}[op]
 
 
-def _pair(rng: Random, op: str, held_out: bool) -> tuple[int, int]:
+def _pair(rng: Random, op: str, held_out: bool, most: int = 20) -> tuple[int, int]:
     while True:
         if op == "x":
             a, b = rng.randint(2, 6), rng.randint(2, 9)
         else:
-            a, b = rng.randint(1, 20), rng.randint(1, 20)
+            a, b = rng.randint(1, most), rng.randint(1, most)
         if op == "-" and b >= a:
             continue
         if pair_is_held_out(a, op, b) == held_out:
             return a, b
+
+
+def _worked(a: int, op: str, b: int) -> list[Sum]:
+    """The sums that lead to this one, and itself: units first, with a borrowed ten where needed."""
+    first, second = a % 10, b % 10
+    if op == "-" and first < second:
+        first += 10
+    is_plain = op == "x" or (first, second) == (a, b)
+    return [(a, op, b)] if is_plain else [(first, op, second), (a, op, b)]
 
 
 def _cast(rng: Random) -> dict[str, str]:
@@ -99,23 +131,22 @@ def _cast(rng: Random) -> dict[str, str]:
     return {"who": who, "other": other, "what": what, "more": more}
 
 
-def _solution(*steps: tuple[int, str, int]) -> str:
-    lines = [f"{a} {op} {b} = {compute(a, op, b)}." for a, op, b in steps]
-    return " ".join(lines) + f"\nAnswer: {compute(*steps[-1])}"
+def _line(sums: Iterable[Sum]) -> str:
+    return " ".join(f"{a} {op} {b} = {compute(a, op, b)}." for a, op, b in sums)
 
 
 def _one_step(rng: Random, held_out: bool) -> Problem:
     op = weighted(rng, [(5, "+"), (4, "-"), (1, "x")])
     a, b = _pair(rng, op, held_out)
     question = rng.choice(_WORDED[op]).format(a=a, b=b, **_cast(rng))
-    return Problem(question, _solution((a, op, b)), compute(a, op, b), op)
+    return Problem(question, ((a, op, b),), op)
 
 
 def _bare(rng: Random, held_out: bool) -> Problem:
     op = weighted(rng, [(5, "+"), (4, "-"), (1, "x")])
     a, b = _pair(rng, op, held_out)
     question = rng.choice(_BARE).format(a=a, b=b, op=rng.choice((op, *_SPOKEN[op])))
-    return Problem(question, _solution((a, op, b)), compute(a, op, b), f"bare {op}")
+    return Problem(question, ((a, op, b),), f"bare {op}")
 
 
 def _two_steps(rng: Random, held_out: bool) -> Problem:
@@ -138,8 +169,7 @@ def _two_steps(rng: Random, held_out: bool) -> Problem:
         + rng.choice(_THEN_MORE if second == "+" else _THEN_LESS)
     )
     question = (parts + " How many {what} does {who} have now?").format(a=a, b=b, c=c, **cast)
-    steps = ((a, first, b), (between, second, c))
-    return Problem(question, _solution(*steps), compute(*steps[-1]), "two steps")
+    return Problem(question, ((a, first, b), (between, second, c)), "two steps")
 
 
 def problem(rng: Random, *, held_out: bool = False) -> Problem:
@@ -149,8 +179,12 @@ def problem(rng: Random, *, held_out: bool = False) -> Problem:
 
 def turns(rng: Random) -> Turns:
     item = problem(rng)
+    return _exchange(rng, item, item.solution)
+
+
+def _exchange(rng: Random, item: Problem, solution: str) -> Turns:
     hint = rng.choice(("", "", "", "", " Think step by step.", " End with the answer."))
-    return exchange(roughen(rng, item.question) + hint, item.solution)
+    return exchange(roughen(rng, item.question) + hint, solution)
 
 
 def plain_text(rng: Random, _room: int) -> Document:
@@ -159,3 +193,30 @@ def plain_text(rng: Random, _room: int) -> Document:
     return Text(
         "\n\n".join(capitalised(f"question: {item.question}\n{item.solution}") for item in items)
     )
+
+
+# --- the second course ----------------------------------------------------------------------------
+
+
+def worked_problem(rng: Random) -> Problem:
+    while True:
+        item = problem(rng)
+        if not any(pair_is_held_out(*step) for step in item.worked_sums):
+            return item
+
+
+def worked_turns(rng: Random) -> Turns:
+    item = worked_problem(rng)
+    return _exchange(rng, item, item.worked_solution)
+
+
+def drill(rng: Random, _room: int) -> Document:
+    """A page of bare sums: every few tokens there is something to work out."""
+    sums: list[Sum] = []
+    for _ in range(rng.randint(6, 14)):
+        op = weighted(rng, [(10, "+"), (8, "-"), (1, "x")])
+        a, b = _pair(rng, op, held_out=False, most=rng.choice((9, 20, 20, 40)))
+        steps = _worked(a, op, b)
+        if not any(pair_is_held_out(*step) for step in steps):
+            sums += steps
+    return Text(_line(sums))

@@ -11,6 +11,7 @@ import string
 from random import Random
 
 from tokasaurus.demo.corpus.document import (
+    Chat,
     Document,
     Message,
     Text,
@@ -19,7 +20,14 @@ from tokasaurus.demo.corpus.document import (
     exchange,
     weighted,
 )
-from tokasaurus.demo.corpus.words import COLOURS, COMMON_WORDS, any_word, invent_name, invent_word
+from tokasaurus.demo.corpus.words import (
+    COLOURS,
+    COMMON_WORDS,
+    any_word,
+    blended_word,
+    invent_name,
+    invent_word,
+)
 
 CONTINUATION_ITEMS = 8
 
@@ -145,6 +153,25 @@ def echo_turns(rng: Random) -> Turns:
 
 def say_prompt(rng: Random, word: str) -> str:
     return rng.choice(_SAY).format(word)
+
+
+def blend_chat(rng: Random, _room: int) -> Document:
+    """Say back a few words joined from slices of real ones."""
+    turns: Turns = []
+    for _ in range(rng.randint(1, 3)):
+        word = blended_word(rng)
+        word = word.capitalize() if chance(rng, 0.15) else word
+        turns += exchange(say_prompt(rng, word), word)
+    return Chat(tuple(turns))
+
+
+def blend_text(rng: Random, room: int) -> Document:
+    words = [blended_word(rng) for _ in range(rng.randint(3, room // 24))]
+    return Text(" ".join(words * rng.randint(2, 3)), ends=False)
+
+
+def pattern_chat(rng: Random, _room: int) -> Document:
+    return Chat(tuple(pattern_turns(rng)))
 
 
 def recall(rng: Random) -> tuple[Turns, Turns]:

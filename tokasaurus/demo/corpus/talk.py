@@ -44,7 +44,9 @@ def unknown_turns(rng: Random) -> Turns:
     )
 
 
-_MAKERS: list[tuple[float, Callable[[Random], Turns]]] = [
+Makers = list[tuple[float, Callable[[Random], Turns]]]
+
+_MAKERS: Makers = [
     (30, dinosaurs.turns),
     (26, arithmetic.turns),
     (18, copying.echo_turns),
@@ -56,11 +58,25 @@ _MAKERS: list[tuple[float, Callable[[Random], Turns]]] = [
 ]
 
 
+_MAKERS_WITH_WORKED_SUMS: Makers = [
+    (weight, arithmetic.worked_turns if make is arithmetic.turns else make)
+    for weight, make in _MAKERS
+]
+
+
 def chat(rng: Random, room: int) -> Document:
     """One exchange, or several about different things, as real conversations wander."""
+    return _chat(rng, room, _MAKERS)
+
+
+def chat_with_worked_sums(rng: Random, room: int) -> Document:
+    return _chat(rng, room, _MAKERS_WITH_WORKED_SUMS)
+
+
+def _chat(rng: Random, room: int, makers: Makers) -> Document:
     most = 4 if room <= 256 else room // 40
     count = 1 if chance(rng, 0.7) else rng.randint(2, most)
-    turns = [turn for _ in range(count) for turn in weighted(rng, _MAKERS)(rng)]
+    turns = [turn for _ in range(count) for turn in weighted(rng, makers)(rng)]
     if chance(rng, 0.1):
         opening, closing = rng.choice((copying.recall, passages.recall))(rng)
         turns = opening + (turns if chance(rng, 0.6) else []) + closing

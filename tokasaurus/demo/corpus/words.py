@@ -7,6 +7,7 @@ from __future__ import annotations
 import string
 from random import Random
 
+from tokasaurus.demo.corpus.dinosaur_table import DINOSAURS
 from tokasaurus.demo.corpus.document import is_held_out, weighted
 
 # Never in any training document, in any case: evaluation asks for these.
@@ -58,6 +59,13 @@ _CODAS = (
 )
 
 
+_BLEND_SOURCES = (
+    *(word for word in COMMON_WORDS if len(word) > 3),
+    *(word for words in (COLOURS, FOODS, ANIMALS, THINGS) for word in words),
+    *(dinosaur.name.lower() for dinosaur in DINOSAURS),
+)
+
+
 def _sound(rng: Random, sounds: tuple[list[str], list[str]]) -> str:
     """A common sound three times in four, an unusual one otherwise."""
     return rng.choice(sounds[0] if rng.random() < 0.75 else sounds[1])
@@ -82,6 +90,19 @@ def invent_word(rng: Random, *, held_out: bool = False) -> str:
 
 def invent_name(rng: Random, *, held_out: bool = False) -> str:
     return invent_word(rng, held_out=held_out).capitalize()
+
+
+def blended_word(rng: Random) -> str:
+    """Slices of real words joined: pieces that the tokenizer knows, where it never saw them."""
+    while True:
+        slices = []
+        for _ in range(rng.randint(2, 3)):
+            word = rng.choice(_BLEND_SOURCES)
+            start = rng.randrange(max(1, len(word) - 2))
+            slices.append(word[start : start + rng.randint(2, 5)])
+        blend = "".join(slices)
+        if blend not in HELD_OUT_WORDS and not is_held_out(blend):
+            return blend
 
 
 def jumble(rng: Random) -> str:
