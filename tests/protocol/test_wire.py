@@ -94,6 +94,10 @@ EXAMPLES = [
         draw_slots=ints(2),
         copy_sources=ints(1),
         copy_targets=ints(1),
+        group_first_rows=ints(2),
+        group_num_rows=ints(2),
+        group_first_columns=ints(2),
+        group_num_columns=ints(2),
     ),
     ForwardResult(
         number=8,

@@ -79,6 +79,10 @@ def forward_batch(
         draw_slots=_int32([chunk.sequence.slot for chunk in chunks if chunk.ends_prompt]),
         copy_sources=_int32([]),
         copy_targets=_int32([]),
+        group_first_rows=_int32([]),
+        group_num_rows=_int32([]),
+        group_first_columns=_int32([]),
+        group_num_columns=_int32([]),
     )
 
 

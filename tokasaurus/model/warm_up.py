@@ -74,6 +74,10 @@ def _prefill(config: WorkerConfig, number: int, lengths: Int32Array) -> ForwardB
         draw_slots=slots,
         copy_sources=_NONE,
         copy_targets=_NONE,
+        group_first_rows=_NONE,
+        group_num_rows=_NONE,
+        group_first_columns=_NONE,
+        group_num_columns=_NONE,
     )
 
 
@@ -95,6 +99,10 @@ def _decode(number: int, num_slots: int) -> ForwardBatch:
         draw_slots=_NONE,
         copy_sources=_NONE,
         copy_targets=_NONE,
+        group_first_rows=_NONE,
+        group_num_rows=_NONE,
+        group_first_columns=_NONE,
+        group_num_columns=_NONE,
     )
 
 

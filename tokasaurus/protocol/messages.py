@@ -202,6 +202,17 @@ class ForwardBatch(Message, frozen=True):
         prefill_ids             a b c d  e f
         rows           4 7 9    2        5
         drawn          4 7 9             5 6      draw_slots = [5, 6], draw_chunks = [1, 1]
+
+    Groups say which decode rows share pages, so that the worker may read these once for all rows of a
+    group; it may as well ignore them. A group is a range of decode rows and a range of page-table
+    columns in which all these rows name the same full pages. A group inside another comes after it and
+    goes on where it ends: the columns of the groups that a row is in follow each other from column 0 on,
+    and the columns behind them are the row's own. Here 7, 2 and 6 share a page, 2 and 6 another one::
+
+        decode_slots   4  7  2  6        group_first_rows     1  2
+        column 0       a  b  b  b        group_num_rows       3  2
+        column 1       c  d  e  e        group_first_columns  0  1
+        column 2       .  .  f  g        group_num_columns    1  1
     """
 
     number: int  # 0, 1, 2 ...; a worker that sees a gap fails
@@ -224,6 +235,10 @@ class ForwardBatch(Message, frozen=True):
     draw_slots: Int32Array  # [draws] its length becomes the chunk's end
     copy_sources: Int32Array  # [copies] pages that are copied once the pass has run ...
     copy_targets: Int32Array  # [copies] ... to these
+    group_first_rows: Int32Array  # [groups] index into decode_slots
+    group_num_rows: Int32Array  # [groups]
+    group_first_columns: Int32Array  # [groups] of the page table
+    group_num_columns: Int32Array  # [groups]
 
 
 class ForwardResult(Message, frozen=True):
