@@ -61,8 +61,14 @@ class Receiver(Generic[M]):
         self._socket.set(zmq.RCVHWM, 0)
         self._socket.bind(_address(directory, door))
 
-    def receive(self) -> list[M]:
-        """Waits for at least one message; returns all that are there, oldest first."""
+    def receive(self, timeout_s: float | None = None) -> list[M]:
+        """Waits for at least one message; returns all that are there, oldest first.
+
+        Args:
+            timeout_s: how long to wait before returning none; None waits for ever.
+        """
+        if timeout_s is not None and not self._socket.poll(round(timeout_s * 1000)):
+            return []
         messages = [self._codec.decode(self._socket.recv())]
         while True:
             try:

@@ -1,0 +1,108 @@
+"""Replays: virtual times that can be computed by hand, and every sequence as the trace says."""
+
+from __future__ import annotations
+
+import pytest
+
+from tokasaurus.config.engine import EngineConfig
+from tokasaurus.errors import ConfigError, ProtocolError
+from tokasaurus.planner.configuration import simulated_slices
+from tokasaurus.planner.cost_model import fixed
+from tokasaurus.planner.replay import Replay, Timing, replay
+from tokasaurus.planner.trace import TraceRequest
+from tokasaurus.planner.workloads import WORKLOADS
+
+_FLAGS = {
+    "kv_cache_num_tokens": 4096,
+    "scheduling_steps_ahead": 2,
+    "max_seqs_per_forward": 64,
+    "allocator_sanity_checks": True,
+}
+
+
+def manager_config(**flags):
+    return simulated_slices(EngineConfig(**{**_FLAGS, **flags})).manager
+
+
+def line(**changes):
+    fields = {"arrival_s": 0.0, "prompt_tokens": 9, "output_tokens": (3,), "max_tokens": 100}
+    return TraceRequest(**{**fields, **changes})
+
+
+def test_one_request_takes_a_step_for_each_token():
+    report = replay([line(arrival_s=5.0)], manager_config(), Timing(fixed(1.0)))
+    assert report.makespan_s == 5 + 3
+    assert report.mean_latency_s == 3
+    assert report.num_tokens == 3
+    assert (
+        report.num_wasted_tokens == report.num_batches - 3 == 1
+    )  # planned before the stop was known
+    assert report.num_prefill_tokens == 9
+
+
+def test_sequences_run_together():
+    report = replay([line(), line(output_tokens=(5, 5))], manager_config(), Timing(fixed(1.0)))
+    assert report.num_sequences == 3
+    assert report.num_tokens == 13
+    assert report.makespan_s <= 6  # a sample may wait a step for its sibling's prompt
+    assert report.peak_cache_use == 3 / 256
+
+
+def test_the_device_waits_for_a_slow_manager():
+    fast = replay([line()], manager_config(), Timing(fixed(1.0)))
+    slow = replay([line()], manager_config(scheduling_steps_ahead=1), Timing(fixed(1.0), 1.0))
+    assert fast.device_idle == 0
+    assert slow.makespan_s == 2 * fast.makespan_s + 1  # the last result is passed on too
+    assert slow.device_idle == pytest.approx(3 / 7)
+
+
+def test_stop_strings_are_found_when_the_server_has_looked():
+    trace = [line(stop_strings=True, output_tokens=(7,))]
+    report = replay(trace, manager_config(), Timing(fixed(1.0), server_s=0.5))
+    assert report.num_tokens == 7
+    assert report.num_batches > 7
+
+
+def test_first_lines_of_a_timeline():
+    run = Replay([line(), line(arrival_s=50.0)], manager_config(), Timing(fixed(1.0)))
+    while run.advance():
+        pass
+    report = run.report()
+    times = [moment.time_s for moment in report.timeline]
+    assert times == sorted(times)
+    assert report.timeline[0].num_running == 1
+    assert report.timeline[0].used == 1 / 256
+    assert report.timeline[-1].used == 0
+    assert report.mean_cache_use == pytest.approx((3 + 3) / 53 / 256, rel=0.2)
+
+
+def test_a_run_is_not_over_before_its_end():
+    run = Replay([line()], manager_config(), Timing(fixed(1.0)))
+    run.advance()
+    with pytest.raises(ProtocolError, match="still has sequences"):
+        run.report()
+
+
+def test_a_request_that_never_fits_is_named():
+    trace = [line(), line(prompt_tokens=4000)]
+    with pytest.raises(ConfigError, match=r"line 2 of the trace.*4096"):
+        replay(trace, manager_config(), Timing(fixed(1.0)))
+
+
+@pytest.mark.parametrize("kind", WORKLOADS)
+def test_every_sequence_gets_its_tokens_where_the_cache_is_small(kind):
+    """The report itself checks each length; the manager preempts, and that changes no length."""
+    trace = WORKLOADS[kind](1, 0.01)
+    config = manager_config(
+        kv_cache_num_tokens=10_000, bump_city_population_me=True, allocator_sanity_checks=False
+    )
+    report = replay(trace, config, Timing(fixed(0.01)))
+    assert report.num_sequences == sum(len(request.output_tokens) for request in trace)
+    assert report.num_tokens == sum(sum(request.output_tokens) for request in trace)
+    assert report.num_preemptions > 0
+
+
+def test_the_same_trace_gives_the_same_run():
+    trace, config = WORKLOADS["chat"](3, 0.01), manager_config(allocator_sanity_checks=False)
+    first, second = (replay(trace, config, Timing(fixed(0.01))) for _ in range(2))
+    assert first == second

@@ -1,0 +1,1 @@
+"""Benchmarks that anybody can run: ``toka-bench``. None needs a GPU, and nothing imports this room."""

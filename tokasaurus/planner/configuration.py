@@ -1,0 +1,30 @@
+"""Engine flags without a model: what a manager is configured with when the device is simulated."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from tokasaurus.config.engine import EngineConfig
+from tokasaurus.config.resolve import resolve
+from tokasaurus.config.slices import EngineSlices, ModelFacts
+from tokasaurus.planner.simulated_device import STOP_ID, VOCAB_SIZE
+
+__all__ = ["simulated_slices"]
+
+_FACTS = ModelFacts(
+    path="",
+    vocab_size=VOCAB_SIZE,
+    max_position_embeddings=1 << 30,  # requests are limited by the KV cache alone
+    kv_elements_per_token=1,
+    eos_token_ids=(STOP_ID,),
+)
+
+
+def simulated_slices(config: EngineConfig) -> EngineSlices:
+    """Resolves flags for a device of unlimited memory.
+
+    Raises:
+        ConfigError: flags that contradict one another.
+    """
+    config = dataclasses.replace(config, device="cpu")
+    return resolve(config, _FACTS, cuda_available=False, memory_bytes=None)

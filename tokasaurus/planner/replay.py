@@ -1,0 +1,162 @@
+"""A trace in virtual time: the real manager, a simulated device, and an event queue instead of a clock.
+
+Three servers work side by side, each on one thing at a time: the manager takes ``manager_s`` for a step,
+the device what its cost model says for a batch, and the server ``server_s`` until it has looked for stop
+strings in what it got::
+
+    arrivals ─▶ manager ─batches─▶ device
+                 ▲   ▲ └─updates─▶ server ─acknowledgements, stops─┐
+                 │   └───results───┘                               │
+                 └─────────────────────────────────────────────────┘
+
+The same trace, configuration and costs give the same run, unless manager_s is measured.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from tokasaurus.config.slices import ManagerConfig
+from tokasaurus.errors import ProtocolError
+from tokasaurus.manager.manager import Manager
+from tokasaurus.planner.cost_model import CostModel
+from tokasaurus.planner.report import Moment, Report, Tally
+from tokasaurus.planner.simulated_device import SimulatedDevice
+from tokasaurus.planner.trace import TraceRequest, generate_request, trace_lengths
+from tokasaurus.protocol.messages import (
+    Acknowledge,
+    FinishReason,
+    ForwardBatch,
+    ForwardResult,
+    FromServer,
+    PromptLogprobs,
+    RequestRejected,
+    SequenceUpdates,
+    StopSequence,
+    ToServer,
+)
+
+__all__ = ["Replay", "Timing", "replay"]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long everything takes, in seconds."""
+
+    cost: CostModel
+    manager_s: float | None = 0.0  # of a step; None: as long as the step really takes here
+    server_s: float = 0.0  # from an update to its acknowledgement
+
+
+class _Event(NamedTuple):
+    time: float
+    order: int  # of events at the same time: as they were made
+    message: FromServer | ForwardResult
+
+
+def replay(trace: Sequence[TraceRequest], config: ManagerConfig, timing: Timing) -> Report:
+    """Runs a trace to its end.
+
+    Raises:
+        ProtocolError: a sequence got more or fewer tokens than the trace says, or never ended: a
+            defect of the manager.
+        ConfigError: the manager refuses a request of the trace.
+    """
+    run = Replay(trace, config, timing)
+    while run.advance():
+        pass
+    return run.report()
+
+
+class Replay:
+    """One run. :func:`replay` is the usual way to make one."""
+
+    def __init__(
+        self, trace: Sequence[TraceRequest], config: ManagerConfig, timing: Timing
+    ) -> None:
+        self._timing = timing
+        self._manager = Manager(config)
+        self._device = SimulatedDevice(timing.cost, trace_lengths(trace), config.num_slots)
+        self._device_free_at = 0.0
+        self._manager_free_at = 0.0
+        self._events: list[_Event] = []
+        self._num_events = 0
+        self._tally = Tally(trace)
+        for number, request in enumerate(trace):
+            self._post(request.arrival_s, generate_request(request, number))
+
+    def advance(self) -> bool:
+        """One step of the manager; False once nothing is left to happen."""
+        if not self._events:
+            return False
+        now = max(self._events[0].time, self._manager_free_at)
+        messages = []
+        while self._events and self._events[0].time <= now:
+            messages.append(heapq.heappop(self._events).message)
+        started = time.perf_counter()
+        actions = self._manager.step(messages, now)
+        manager_s = self._timing.manager_s
+        done = now + (time.perf_counter() - started if manager_s is None else manager_s)
+        self._manager_free_at = done
+        for batch in actions.batches:
+            self._run(batch, done)
+        for message in actions.messages:
+            self._deliver(message, done)
+        self._tally.observe(Moment.of(done, self._manager.gauges()))
+        return True
+
+    def report(self) -> Report:
+        """What happened, once :meth:`advance` has returned False.
+
+        Raises:
+            ProtocolError: something has not ended.
+        """
+        if not self._manager.idle:
+            raise ProtocolError("nothing is left to happen, and the manager still has sequences")
+        return self._tally.report(self._manager.counters)
+
+    def _post(self, at: float, message: FromServer | ForwardResult) -> None:
+        heapq.heappush(self._events, _Event(at, self._num_events, message))
+        self._num_events += 1
+
+    def _run(self, batch: ForwardBatch, sent_at: float) -> None:
+        result = self._device.run(batch)
+        start = max(sent_at, self._device_free_at)
+        self._tally.count_batch(len(result.token_ids), start - self._device_free_at)
+        self._device_free_at = start + result.device_s
+        self._post(self._device_free_at, result)
+
+    def _deliver(self, message: ToServer, at: float) -> None:
+        if isinstance(message, SequenceUpdates):
+            self._tally.count_updates(message, at)
+            self._answer_updates(message, at + self._timing.server_s)
+        elif isinstance(message, RequestRejected):
+            self._tally.refuse(message)
+        elif isinstance(message, PromptLogprobs):
+            raise ProtocolError("prompt logprobs came, and no trace asks for any")
+
+    def _answer_updates(self, updates: SequenceUpdates, at: float) -> None:
+        """What the server says of sequences that have stop strings and still run."""
+        rows = self._tally.rows(updates)
+        is_searched = self._tally.has_stop_strings[rows]
+        is_searched &= updates.finish_reasons == FinishReason.RUNNING
+        if not is_searched.any():
+            return
+        rows = rows[is_searched]
+        request_ids = updates.request_ids[is_searched]
+        sample_indices = updates.sample_indices[is_searched]
+        received = self._tally.num_received[rows]
+        is_stop = received >= self._tally.num_expected[rows]
+        for request_id, sample_index in zip(
+            request_ids[is_stop].tolist(), sample_indices[is_stop].tolist(), strict=True
+        ):
+            self._post(at, StopSequence(request_id, sample_index))
+        counts = received[~is_stop].astype(np.int32)
+        if len(counts):
+            self._post(at, Acknowledge(request_ids[~is_stop], sample_indices[~is_stop], counts))

@@ -1,0 +1,165 @@
+"""What a replay counts, and what it says in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokasaurus.errors import ConfigError, ProtocolError
+from tokasaurus.manager.counters import Counters, Gauges
+from tokasaurus.planner.trace import TraceRequest
+from tokasaurus.protocol.messages import RequestRejected, SequenceUpdates
+
+__all__ = ["Moment", "Report", "Tally"]
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """The manager's state after a step."""
+
+    time_s: float
+    used: float  # share of the pages that sequences hold
+    cached: float  # share that nobody holds and the prefix cache keeps
+    num_running: int
+    num_queued: int
+
+    @staticmethod
+    def of(time_s: float, gauges: Gauges) -> Moment:
+        held = gauges.num_pages - gauges.num_free_pages - gauges.num_evictable_pages
+        return Moment(
+            time_s=time_s,
+            used=held / gauges.num_pages,
+            cached=gauges.num_evictable_pages / gauges.num_pages,
+            num_running=gauges.num_prefilling + gauges.num_decoding,
+            num_queued=gauges.num_queued + gauges.num_parked,
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of a replay. Times are virtual."""
+
+    num_requests: int
+    num_sequences: int
+    num_tokens: int  # generated and delivered
+    makespan_s: float  # from the beginning to the last answer
+    tokens_per_s: float  # delivered, over the makespan
+    num_batches: int
+    mean_batch_size: float  # drawn tokens of a batch
+    mean_cache_use: float  # share of the pages that sequences hold, mean over time
+    peak_cache_use: float
+    device_idle: float  # share of the makespan in which it had no batch
+    num_preemptions: int
+    num_prefill_tokens: int  # prompt tokens computed, after a preemption once more
+    num_cached_tokens: int  # prompt tokens found in the prefix cache
+    num_wasted_tokens: int  # drawn after their sequence's end
+    mean_latency_s: float  # of sequences, from arrival to their last token
+    median_latency_s: float
+    p99_latency_s: float
+    timeline: tuple[Moment, ...]  # one for each step of the manager
+
+
+class Tally:
+    """Follows every sequence of a trace. Tables are over sequences, in the order of the trace.
+
+    Args:
+        trace: whose request numbers are the request ids.
+    """
+
+    def __init__(self, trace: Sequence[TraceRequest]) -> None:
+        counts = np.array([len(request.output_tokens) for request in trace])
+        self._first_rows = np.cumsum(counts) - counts
+        self._num_requests = len(trace)
+        self._arrivals = np.repeat([request.arrival_s for request in trace], counts)
+        self._ends = np.full(len(self._arrivals), np.nan)
+        self._may_be_cut = np.repeat([request.first_k > 0 for request in trace], counts)
+        self.has_stop_strings = np.repeat([request.stop_strings for request in trace], counts)
+        self.num_expected = np.concatenate([request.output_tokens for request in trace])
+        self.num_received = np.zeros(len(self._arrivals), np.int64)
+        self._num_batches = 0
+        self._num_drawn = 0
+        self._idle_s = 0.0
+        self._timeline: list[Moment] = []
+
+    def rows(self, updates: SequenceUpdates) -> NDArray[np.int64]:
+        """The rows of an update's sequences."""
+        rows: NDArray[np.int64] = self._first_rows[updates.request_ids] + updates.sample_indices
+        return rows
+
+    def count_batch(self, num_drawn: int, waited_s: float) -> None:
+        """A batch that drew so many tokens, and for which the device had waited so long."""
+        self._num_batches += 1
+        self._num_drawn += num_drawn
+        self._idle_s += waited_s
+
+    def count_updates(self, updates: SequenceUpdates, at: float) -> None:
+        """Raises ProtocolError if a sequence is updated after its end."""
+        rows = self.rows(updates)
+        if not np.isnan(self._ends[rows]).all():
+            raise ProtocolError("a sequence is updated after its end")
+        self.num_received[rows] += updates.num_tokens
+        self._ends[rows[updates.finish_reasons != 0]] = at
+
+    def refuse(self, message: RequestRejected) -> None:
+        """Raises ConfigError: the configuration does not suit the trace."""
+        line = message.request_id + 1
+        raise ConfigError(f"line {line} of the trace: the manager refuses it: {message.reason}")
+
+    def observe(self, moment: Moment) -> None:
+        self._timeline.append(moment)
+
+    def report(self, counters: Counters) -> Report:
+        """Raises ProtocolError if a sequence has not ended, or not where the trace says."""
+        self._check()
+        makespan_s = float(self._ends.max())
+        latencies = self._ends - self._arrivals
+        num_tokens = int(np.minimum(self.num_received, self.num_expected).sum())
+        return Report(
+            num_requests=self._num_requests,
+            num_sequences=len(self._ends),
+            num_tokens=num_tokens,
+            makespan_s=makespan_s,
+            tokens_per_s=_ratio(num_tokens, makespan_s),
+            num_batches=self._num_batches,
+            mean_batch_size=_ratio(self._num_drawn, self._num_batches),
+            mean_cache_use=self._mean_cache_use(),
+            peak_cache_use=max(moment.used for moment in self._timeline),
+            device_idle=_ratio(self._idle_s, makespan_s),
+            num_preemptions=counters.num_preemptions,
+            num_prefill_tokens=counters.num_prefill_tokens,
+            num_cached_tokens=counters.num_cached_tokens,
+            num_wasted_tokens=counters.num_wasted_tokens,
+            mean_latency_s=float(latencies.mean()),
+            median_latency_s=float(np.median(latencies)),
+            p99_latency_s=float(np.percentile(latencies, 99)),
+            timeline=tuple(self._timeline),
+        )
+
+    def _check(self) -> None:
+        if np.isnan(self._ends).any():
+            raise ProtocolError(f"{int(np.isnan(self._ends).sum())} sequences never ended")
+        is_exact = self.num_received == self.num_expected
+        # The server cuts what was generated beyond a stop string; first_k ends samples anywhere.
+        is_longer = self.has_stop_strings & (self.num_received > self.num_expected)
+        wrong = np.flatnonzero(~(is_exact | is_longer | self._may_be_cut))
+        if len(wrong):
+            row = int(wrong[0])
+            raise ProtocolError(
+                f"sequence {row} of the trace has {self.num_expected[row]} tokens,"
+                f" and {self.num_received[row]} came"
+            )
+
+    def _mean_cache_use(self) -> float:
+        """Each moment lasts until the next; a run that takes no time has none to average over."""
+        times = np.array([moment.time_s for moment in self._timeline])
+        used = np.array([moment.used for moment in self._timeline])
+        if times[-1] == times[0]:
+            return float(used.mean())
+        return float(np.average(used[:-1], weights=np.diff(times)))
+
+
+def _ratio(count: float, over: float) -> float:
+    return count / over if over else 0.0

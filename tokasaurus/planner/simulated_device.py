@@ -1,0 +1,160 @@
+"""A worker without tensors: takes batches, answers with tokens, and says how long it would have taken.
+
+It keeps of each slot what a worker keeps and what costs or draws depend on: its length, and which
+sequence is in it. It does not look at page tables or prompt ids.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokasaurus.errors import ProtocolError
+from tokasaurus.planner.cost_model import CostModel
+from tokasaurus.planner.lengths import CompletionLengths, mix
+from tokasaurus.protocol.arrays import Float32Array, Int32Array, Int64Array
+from tokasaurus.protocol.messages import ForwardBatch, ForwardResult, SlotParameters
+
+__all__ = ["STOP_ID", "VOCAB_SIZE", "SimulatedDevice", "drawn_ids"]
+
+VOCAB_SIZE = 32000
+STOP_ID = 0  # drawn where a completion ends, and nowhere else
+
+
+def drawn_ids(keys: NDArray[np.uint64], positions: Int64Array) -> Int32Array:
+    """The token at a generated position of a sequence that does not end there.
+
+    Args:
+        keys: [rows], ``mix(seed, sample index)``.
+        positions: [rows], from 0.
+    """
+    hashes = mix(keys, positions.astype(np.uint64))
+    ids: Int32Array = (hashes % np.uint64(VOCAB_SIZE - 1)).astype(np.int32) + np.int32(1)
+    return ids
+
+
+class SimulatedDevice:
+    """Runs numbered batches in order.
+
+    Args:
+        cost: how long they take.
+        lengths: when sequences stop.
+        num_slots: of the manager.
+    """
+
+    def __init__(self, cost: CostModel, lengths: CompletionLengths, num_slots: int) -> None:
+        self._cost = cost
+        self._completions = lengths
+        self._next_number = 0
+        # By slot.
+        self._lengths = np.zeros(num_slots, np.int64)  # positions in the KV cache
+        self._keys = np.zeros(num_slots, np.uint64)
+        self._num_generated = np.zeros(num_slots, np.int64)
+        self._ends = np.zeros(num_slots, np.int64)  # num_generated once it has stopped
+        self._num_logprobs = np.full(num_slots, -1, np.int32)
+
+    def run(self, batch: ForwardBatch) -> ForwardResult:
+        """What the batch sampled; ``device_s`` is the modelled time. Does not wait.
+
+        Raises:
+            ProtocolError: the batch is not the next one, decodes a slot that has no tokens, leaves a
+                gap in a prompt, or draws before a prompt has ended.
+        """
+        if batch.number != self._next_number:
+            raise ProtocolError(f"batch {batch.number} came, batch {self._next_number} was due")
+        self._next_number += 1
+        if batch.parameters is not None:
+            self._enter(batch.parameters)
+        num_context_tokens = self._extend(batch)
+        slots = np.concatenate((batch.decode_slots, batch.draw_slots))
+        num_tokens = len(batch.decode_slots) + len(batch.prefill_ids)
+        return self._result(
+            batch, slots, self._cost.batch_s(num_tokens, num_context_tokens, len(slots))
+        )
+
+    def _enter(self, parameters: SlotParameters) -> None:
+        slots = parameters.slots
+        self._lengths[slots] = 0
+        self._keys[slots] = mix(
+            parameters.seed.astype(np.uint64), parameters.sample_index.astype(np.uint64)
+        )
+        self._num_generated[slots] = parameters.num_generated
+        self._ends[slots] = self._completions.lengths(parameters.seed, parameters.sample_index)
+        self._num_logprobs[slots] = parameters.num_logprobs
+
+    def _extend(self, batch: ForwardBatch) -> int:
+        """Counts the batch's tokens into the lengths; returns how many positions attention reads."""
+        decodes = batch.decode_slots
+        if (self._lengths[decodes] == 0).any():
+            raise ProtocolError(f"batch {batch.number} decodes a slot that has no tokens yet")
+        self._lengths[decodes] += 1
+        self._check_chunks(batch)
+        ends = batch.prefill_starts + batch.prefill_lengths
+        self._lengths[batch.prefill_slots] = ends
+        self._lengths[batch.draw_slots] = ends[batch.draw_chunks]
+        return int(self._lengths[decodes].sum()) + int(ends.sum())
+
+    def _check_chunks(self, batch: ForwardBatch) -> None:
+        before, starts = self._lengths[batch.prefill_slots], batch.prefill_starts
+        gaps = np.flatnonzero((before > 0) & (before != starts))  # at 0: begins after cached tokens
+        if gaps.size:
+            slot, length = batch.prefill_slots[gaps[0]], before[gaps[0]]
+            raise ProtocolError(
+                f"slot {slot} has {length} tokens, and a chunk of batch {batch.number}"
+                f" starts at {starts[gaps[0]]}"
+            )
+        if (batch.prefill_next_ids[batch.draw_chunks] >= 0).any():
+            raise ProtocolError(
+                f"batch {batch.number} draws from a chunk that does not end a prompt"
+            )
+
+    def _draw(self, slots: Int32Array) -> Int32Array:
+        positions = self._num_generated[slots]
+        ids = drawn_ids(self._keys[slots], positions)
+        positions += 1
+        ids[positions == self._ends[slots]] = STOP_ID
+        self._num_generated[slots] = positions
+        return ids
+
+    def _result(self, batch: ForwardBatch, slots: Int32Array, device_s: float) -> ForwardResult:
+        ids = self._draw(slots)
+        logprobs, top_ids, top_logprobs = _logprobs(ids, self._num_logprobs[slots])
+        # A chunk yields one for each token it feeds, less one where it ends its prompt.
+        counts = batch.prefill_lengths - (batch.prefill_next_ids < 0)
+        widths = np.repeat(batch.prefill_num_logprobs, counts)
+        widths = widths[widths >= 0]
+        prompt = _logprobs(np.zeros(len(widths), np.int32), widths)
+        return ForwardResult(
+            number=batch.number,
+            token_ids=ids,
+            logprobs=logprobs,
+            top_ids=top_ids,
+            top_logprobs=top_logprobs,
+            prompt_logprobs=prompt[0],
+            prompt_top_ids=prompt[1],
+            prompt_top_logprobs=prompt[2],
+            device_s=device_s,
+        )
+
+
+def _logprobs(ids: Int32Array, widths: Int32Array) -> tuple[Float32Array, Int32Array, Float32Array]:
+    """Logprobs of the right shapes, for rows that want ``widths`` top ones, -1 none.
+
+    The chosen token is the most likely one, the next ids follow it, and each is half as likely as the
+    one before.
+    """
+    width = max(0, int(widths.max(initial=-1)))
+    if not (widths >= 0).any():
+        return np.zeros(0, np.float32), *_no_tops(len(ids))
+    ranks = np.arange(width, dtype=np.int32)
+    is_wanted = ranks < widths[:, None]
+    halvings = np.float32(np.log(0.5)) * (1 + ranks).astype(np.float32)
+    return (
+        np.where(widths >= 0, np.float32(np.log(0.5)), np.float32(np.nan)),
+        np.where(is_wanted, (ids[:, None] + ranks) % np.int32(VOCAB_SIZE), np.int32(-1)),
+        np.where(is_wanted, halvings, np.float32(np.nan)),
+    )
+
+
+def _no_tops(num_rows: int) -> tuple[Int32Array, Float32Array]:
+    return np.zeros((num_rows, 0), np.int32), np.zeros((num_rows, 0), np.float32)
