@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from simulation import World, make_config, make_request, prompt
 
-from tokasaurus.protocol.messages import FinishReason, StopSequence
+from tokasaurus.protocol.messages import AbortRequest, FinishReason, StopSequence
 
 
 @pytest.mark.parametrize(
@@ -56,10 +56,11 @@ def test_prompt_logprobs_take_no_hits() -> None:
 def test_a_duplicate_is_swapped_from_the_next_batch_on() -> None:
     world = World(make_config(max_tokens_per_forward=8, scheduling_steps_ahead=3))
     # Batch 0 feeds all of request 1 and two tokens of request 2. Batch 1 completes the first page of
-    # request 2, a duplicate that it still writes to, and feeds request 3.
+    # request 2, a duplicate that it still writes to, and feeds request 3. (What needs the logprobs of a
+    # prompt computes all of it.)
     world.step(
         make_request(1, prompt(6), 1),
-        make_request(2, prompt(5), 2),
+        make_request(2, prompt(5), 2, num_prompt_logprobs=0),
         make_request(3, prompt(5, 3), 1),
     )
     (first_slot, second_slot), pages = world.batches[0].prefill_slots.tolist(), {}
@@ -77,20 +78,84 @@ def test_a_duplicate_is_swapped_from_the_next_batch_on() -> None:
     world.drain()
 
 
-def test_samples_compute_their_prompt_once() -> None:
-    world = World(make_config(max_seqs_per_forward=8, max_tokens_per_forward=32))
-    world.step(make_request(1, prompt(10), 6, n=6))
-    assert world.batches[0].prefill_slots.size == 1
-    assert world.batches[1].prefill_starts.tolist() == [8] * 5  # all followers at once
+@pytest.mark.parametrize("length", [2, 4, 8, 10])  # with and without full pages and a partial one
+def test_samples_fork_from_one_prompt(length: int) -> None:
+    world = World(make_config(max_seqs_per_forward=8, max_tokens_per_forward=10))
+    world.step(make_request(1, prompt(length), 6, n=6))
+    first, second = world.batches[:2]
+    assert first.prefill_slots.size == 1
+    assert first.draw_slots.size == 6
+    assert first.copy_targets.size == (5 if length % 4 else 0)
+    assert second.decode_slots.size == 6
     world.drain()
-    assert world.device.num_prompt_tokens == 10 + 5 * 2
-    assert [world.answers[1, sample].num_cached_tokens for sample in range(6)] == [0] + [8] * 5
+    assert world.device.num_prompt_tokens == length
+    cached = (length - 1) // 4 * 4
+    assert [world.answers[1, sample].num_cached_tokens for sample in range(6)] == [0] + [cached] * 5
 
 
-def test_samples_of_a_prompt_without_a_full_page_do_not_wait() -> None:
-    world = World(make_config())
-    world.step(make_request(1, prompt(4), 6, n=3))
-    assert world.batches[0].prefill_slots.size == 3
+def test_samples_that_find_no_room_fork_later_from_one_of_them() -> None:
+    world = World(make_config(max_seqs_per_forward=3, num_slots=3, scheduling_steps_ahead=1))
+    world.step(make_request(1, prompt(10), 4, n=8))
+    assert world.batches[0].draw_slots.size == 3
+    world.drain()
+    # Three at once each time: two more leaders feed what is left of the prompt behind its full pages.
+    assert world.device.num_prompt_tokens == 10 + 2 * 2
+
+
+def test_samples_fork_from_a_prompt_that_was_fed_in_chunks() -> None:
+    world = World(make_config(max_tokens_per_forward=8))
+    world.step(make_request(1, prompt(19), 4, n=4))
+    world.drain()
+    assert world.device.num_prompt_tokens == 19
+
+
+def test_an_older_request_is_not_overtaken_by_forks() -> None:
+    world = World(make_config(max_seqs_per_forward=4, num_slots=4, max_tokens_per_forward=20))
+    world.step(make_request(1, prompt(6), 3), make_request(2, prompt(6, 2), 9, priority=1, n=4))
+    assert world.batches[0].draw_slots.size == 4  # request 1 and three of request 2
+    world.step(make_request(3, prompt(6, 4), 3), num_results=0)
+    for _ in range(30):
+        world.step(num_results=1)
+        if world.answers[3, 0].reason:
+            break
+    assert not world.answers[2, 3].reason, "a fork of lower priority ran before request 3"
+    world.drain()
+
+
+def test_separate_requests_wait_for_common_pages() -> None:
+    world = World(make_config(max_tokens_per_forward=24, scheduling_steps_ahead=2))
+    common = prompt(9)
+    world.step(*[make_request(index, common + prompt(3, index), 5) for index in range(1, 5)])
+    assert world.batches[0].prefill_slots.size == 1
+    assert world.batches[1].prefill_starts.tolist() == [8] * 3
+    world.drain()
+    assert world.device.num_prompt_tokens == 12 + 3 * 4
+
+
+def test_only_common_pages_are_waited_for() -> None:
+    world = World(make_config(max_tokens_per_forward=24))
+    world.step(
+        make_request(1, prompt(3) + prompt(5, 1), 5), make_request(2, prompt(3) + prompt(5, 2), 5)
+    )
+    assert world.batches[0].prefill_slots.size == 2
+    world.drain()
+
+
+def test_a_waiting_request_goes_on_where_the_computing_one_is_gone() -> None:
+    world = World(make_config(max_tokens_per_forward=6, scheduling_steps_ahead=1))
+    world.step(make_request(1, prompt(18), 4), make_request(2, prompt(18), 4))
+    assert world.batches[0].prefill_slots.size == 1
+    world.step(AbortRequest(1), num_results=1)
+    world.drain()
+    assert world.answers[2, 0].reason is FinishReason.LENGTH
+    assert world.device.num_prompt_tokens == 6 + 18 - 4
+
+
+def test_an_urgent_request_waits_for_nobody() -> None:
+    world = World(make_config(max_tokens_per_forward=6, scheduling_steps_ahead=1))
+    world.step(make_request(1, prompt(18), 4))
+    world.step(make_request(2, prompt(18), 4, priority=-1), num_results=1)
+    assert world.batches[1].prefill_slots.size == 1
     world.drain()
 
 

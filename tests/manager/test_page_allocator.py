@@ -69,6 +69,7 @@ class NaiveCache:
 class Holder:
     ids: np.ndarray
     pages: np.ndarray
+    num_published: int = 0
 
 
 class Checked:
@@ -91,7 +92,9 @@ class Checked:
         holder = Holder(ids, found)
         self.holders.append(holder)
         self._evict_naively(num_new)
-        holder.pages = self.allocator.acquire(found, num_new)
+        self.allocator.retain(found)
+        holder.pages = np.concatenate([found, self.allocator.allocate(num_new)])
+        holder.num_published = len(found)
         return True
 
     def grow(self, holder: Holder, ids: np.ndarray) -> None:
@@ -106,15 +109,17 @@ class Checked:
         count = len(holder.ids) // self.naive.page_size
         ids = holder.ids[: count * self.naive.page_size]
         expected = self.naive.insert(ids, holder.pages[:count].tolist())
-        shared = self.allocator.publish(ids, holder.pages[:count])
-        assert shared.tolist() == expected
-        holder.pages[:count] = shared
+        shared = self.allocator.publish(ids, holder.pages[:count], holder.num_published)
+        if shared is not None:
+            holder.pages[:count] = shared
+        assert holder.pages[:count].tolist() == expected
+        holder.num_published = count
 
     def release(self, holder: Holder, num_known: int) -> None:
         count = num_known // self.naive.page_size
         ids = holder.ids[: count * self.naive.page_size]
         self.naive.insert(ids, holder.pages[:count].tolist())
-        self.allocator.release(ids, holder.pages)
+        self.allocator.release([(ids, holder.pages)])
         self.holders.remove(holder)
 
     def check(self) -> None:
@@ -161,12 +166,14 @@ def test_allocator_agrees_with_the_oracle(seed: int, page_size: int) -> None:
 def admitted(allocator: PageAllocator, text: str) -> np.ndarray:
     ids = ids_of(text)
     found = allocator.lookup(ids)
-    return allocator.acquire(found, -(-len(ids) // allocator.page_size) - len(found))
+    allocator.retain(found)
+    num_new = -(-len(ids) // allocator.page_size) - len(found)
+    return np.concatenate([found, allocator.allocate(num_new)])
 
 
 def test_the_last_token_of_a_prompt_is_never_found() -> None:
     allocator = PageAllocator(8, 2)
-    allocator.release(ids_of("abcd"), admitted(allocator, "abcd"))
+    allocator.release([(ids_of("abcd"), admitted(allocator, "abcd"))])
     assert len(allocator.lookup(ids_of("abcd"))) == 1
     assert len(allocator.lookup(ids_of("abcde"))) == 2
     assert len(allocator.lookup(ids_of("ab"))) == 0
@@ -176,10 +183,10 @@ def test_the_last_token_of_a_prompt_is_never_found() -> None:
 def test_a_run_is_split_where_prompts_part() -> None:
     allocator = PageAllocator(16, 2)
     one = admitted(allocator, "abcdef")
-    allocator.publish(ids_of("abcdef"), one)
+    allocator.publish(ids_of("abcdef"), one, 0)
     other = admitted(allocator, "abcdxy")
     assert other[:2].tolist() == one[:2].tolist()
-    allocator.publish(ids_of("abcdxy"), other)
+    allocator.publish(ids_of("abcdxy"), other, 2)
     assert len(list(allocator.cache.nodes())) == 3
     assert allocator.lookup(ids_of("abcdxy!")).tolist() == other.tolist()
     assert allocator.lookup(ids_of("abcdef!")).tolist() == one.tolist()
@@ -190,7 +197,7 @@ def test_a_leaf_grows_in_place() -> None:
     allocator = PageAllocator(8, 2)
     pages = admitted(allocator, "abcdef")
     for end in (2, 4, 6):
-        allocator.publish(ids_of("abcdef")[:end], pages[: end // 2])
+        assert allocator.publish(ids_of("abcdef")[:end], pages[: end // 2], end // 2 - 1) is None
     assert len(list(allocator.cache.nodes())) == 1
 
 
@@ -198,9 +205,10 @@ def test_duplicates_are_given_back() -> None:
     allocator = PageAllocator(8, 2)
     one, other = admitted(allocator, "abcd!"), admitted(allocator, "abcd?")
     assert not set(one.tolist()) & set(other.tolist())
-    allocator.publish(ids_of("abcd"), one[:2])
+    allocator.publish(ids_of("abcd"), one[:2], 0)
     num_free = allocator.pool.num_free
-    shared = allocator.publish(ids_of("abcd"), other[:2])
+    shared = allocator.publish(ids_of("abcd"), other[:2], 0)
+    assert shared is not None
     assert shared.tolist() == one[:2].tolist()
     assert allocator.pool.num_free == num_free + 2
     other[:2] = shared
@@ -210,8 +218,8 @@ def test_duplicates_are_given_back() -> None:
 def test_the_least_recently_used_goes_first_from_its_end() -> None:
     allocator = PageAllocator(8, 1)
     for text in ("abc", "xyz"):
-        allocator.release(ids_of(text), admitted(allocator, text))
-    allocator.release(ids_of("abc"), admitted(allocator, "abc"))  # used again
+        allocator.release([(ids_of(text), admitted(allocator, text))])
+    allocator.release([(ids_of("abc"), admitted(allocator, "abc"))])  # used again
     held = allocator.allocate(4)
     assert len(allocator.lookup(ids_of("xyz!"))) == 1
     assert len(allocator.lookup(ids_of("abc!"))) == 3
@@ -224,7 +232,7 @@ def test_the_least_recently_used_goes_first_from_its_end() -> None:
 def test_what_is_held_is_never_evicted() -> None:
     allocator = PageAllocator(4, 1)
     pages = admitted(allocator, "ab")
-    allocator.publish(ids_of("ab"), pages)
+    allocator.publish(ids_of("ab"), pages, 0)
     allocator.allocate(2)
     assert allocator.num_available == 0
     with pytest.raises(ProtocolError):

@@ -5,6 +5,8 @@ Joins the page pool and the prefix cache. What ``num_available`` promises, ``all
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from tokasaurus.manager.page_pool import PagePool
@@ -40,10 +42,9 @@ class PageAllocator:
         """By how much ``num_available`` shrinks if these cached and new pages get a holder."""
         return num_new + self.pool.num_unreferenced(cached_pages)
 
-    def acquire(self, cached_pages: Int32Array, num_new: int) -> Int32Array:
-        """Gives one holder cached pages and as many new ones; returns them in this order."""
-        self.pool.retain(cached_pages)  # first: or making room for the new ones may evict them
-        return np.concatenate([cached_pages, self.allocate(num_new)])
+    def retain(self, pages: Int32Array, num_holders: int = 1) -> None:
+        """More holders for each of these pages, which were found in the cache or have one already."""
+        self.pool.retain(pages, num_holders)
 
     def allocate(self, count: int) -> Int32Array:
         """Returns private pages.
@@ -56,32 +57,42 @@ class PageAllocator:
             self.cache.evict(shortfall)
         return self.pool.take(count)
 
-    def publish(self, ids: Int32Array, pages: Int32Array) -> Int32Array:
-        """Makes a holder's full pages findable, from position 0 on.
-
-        Returns:
-            The pages that the holder has from now on. Where the same ids were cached already it gives
-            its duplicate back and shares the cached page.
-        """
-        shared, _ = self.cache.insert(ids, pages)
-        self._swap(pages, shared)
-        return shared
-
-    def release(self, ids: Int32Array, pages: Int32Array) -> None:
-        """Ends one holder's claim to all its pages.
+    def publish(
+        self, ids: Int32Array, pages: Int32Array, num_published: int, num_holders: int = 1
+    ) -> Int32Array | None:
+        """Makes full pages findable, from position 0 on.
 
         Args:
-            ids: of the full pages whose ids are all known, from position 0; these become findable.
-            pages: all of the holder's.
-        """
-        num_full = len(ids) // self.page_size
-        shared, node = self.cache.insert(ids, pages[:num_full])
-        self._swap(pages[:num_full], shared)
-        self.pool.release(np.concatenate([shared, pages[num_full:]]))
-        self.cache.offer(node)
+            ids: of ``len(pages)`` full pages.
+            pages: where their KV is.
+            num_published: leading pages that were published, or found in the cache, before.
+            num_holders: of the others.
 
-    def _swap(self, pages: Int32Array, shared: Int32Array) -> None:
+        Returns:
+            The pages that the holders have from now on, if the same ids were cached in the meantime:
+            they give their duplicates back and share the cached ones. None if all stay as they are.
+        """
+        num_found, _ = self.cache.insert(ids, pages)
+        if num_found == num_published:
+            return None
+        shared = self.cache.lookup(ids, len(pages))
         changed = pages != shared
-        if changed.any():
-            self.pool.retain(shared[changed])
-            self.pool.release(pages[changed])
+        self.pool.retain(shared[changed], num_holders)
+        self.pool.release(np.repeat(pages[changed], num_holders))
+        return shared
+
+    def release(self, holders: Iterable[tuple[Int32Array, Int32Array]]) -> None:
+        """Ends the claims of holders to all their pages.
+
+        Args:
+            holders: of each the ids of the full pages whose ids are all known, from position 0, which
+                become findable; and all its pages.
+        """
+        tables, nodes = [], []
+        for ids, pages in holders:
+            _, node = self.cache.insert(ids, pages[: len(ids) // self.page_size])
+            tables.append(pages)
+            nodes.append(node)
+        self.pool.release(np.concatenate(tables))
+        for node in nodes:
+            self.cache.offer(node)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,16 +13,22 @@ from tokasaurus.manager.slots import IndexArray
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import ForwardBatch, SlotParameters
 
-__all__ = ["Chunk", "forward_batch", "prompt_pieces", "sampling_slots"]
+__all__ = ["NO_COPIES", "NO_SLOTS", "Chunk", "draws", "forward_batch", "prompt_pieces"]
+
+NO_SLOTS: IndexArray = np.empty(0, np.intp)
+NO_COPIES: Int32Array = np.empty((2, 0), np.int32)
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class Chunk:
     """The decision to feed a part of a prompt."""
 
     sequence: Sequence
     start: int  # position of its first token
     length: int
+    # Samples that run from its last row on: who, and once they have entered, in which slots.
+    followers: list[Sequence] = field(default_factory=list)
+    forks: IndexArray = field(default_factory=lambda: NO_SLOTS)
 
     @property
     def end(self) -> int:
@@ -47,6 +53,8 @@ def forward_batch(
     table_changes: tuple[Int32Array, Int32Array, Int32Array],
     decode_slots: IndexArray,
     chunks: Rows[Chunk],
+    draws: tuple[IndexArray, IndexArray],
+    copies: Int32Array,
 ) -> ForwardBatch:
     """The message.
 
@@ -56,6 +64,8 @@ def forward_batch(
         table_changes: slots, columns and pages.
         decode_slots: one row each.
         chunks: of prompts, in row order.
+        draws: chunks whose last row is drawn from, and for which slots.
+        copies: [2, copies] pages to copy from and to after the pass.
     """
     table_slots, table_columns, table_pages = table_changes
     next_ids = [
@@ -75,10 +85,10 @@ def forward_batch(
         prefill_ids=np.concatenate(fed) if fed else _int32([]),
         prefill_num_logprobs=_int32([chunk.num_prompt_logprobs for chunk in chunks]),
         prefill_next_ids=_int32(next_ids),
-        draw_chunks=_int32([index for index, chunk in enumerate(chunks) if chunk.ends_prompt]),
-        draw_slots=_int32([chunk.sequence.slot for chunk in chunks if chunk.ends_prompt]),
-        copy_sources=_int32([]),
-        copy_targets=_int32([]),
+        draw_chunks=draws[0].astype(np.int32),
+        draw_slots=draws[1].astype(np.int32),
+        copy_sources=copies[0],
+        copy_targets=copies[1],
         group_first_rows=_int32([]),
         group_num_rows=_int32([]),
         group_first_columns=_int32([]),
@@ -86,12 +96,16 @@ def forward_batch(
     )
 
 
-def sampling_slots(decode_slots: IndexArray, chunks: Rows[Chunk]) -> IndexArray:
-    """The slot of each row that samples, in the order of the result."""
-    if not chunks:
-        return decode_slots
-    ends = [chunk.sequence.slot for chunk in chunks if chunk.ends_prompt]
-    return np.concatenate([decode_slots, np.array(ends, np.intp)])
+def draws(chunks: Rows[Chunk]) -> tuple[IndexArray, IndexArray]:
+    """Which slots draw a token from prompts' last rows: the numbers of the chunks, and the slots."""
+    ends = [index for index, chunk in enumerate(chunks) if chunk.ends_prompt]
+    if not ends:
+        return NO_SLOTS, NO_SLOTS
+    slots = np.concatenate(
+        [part for i in ends for part in ((chunks[i].sequence.slot,), chunks[i].forks)]
+    )
+    counts = [1 + len(chunks[i].forks) for i in ends]
+    return np.repeat(np.array(ends, np.intp), counts), slots.astype(np.intp)
 
 
 def prompt_pieces(chunks: Rows[Chunk]) -> list[PromptPiece]:

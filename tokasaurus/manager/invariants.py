@@ -95,7 +95,7 @@ def _check_prefix_is_shared(running: RunningSequences, sequence: Sequence) -> No
     """A holder's cached pages are a path from the root of the tree, of the ids it believes in."""
     slots, pages = running.slots, running.pages
     table = slots.pages(sequence.slot)
-    ids = running.window.all_ids(sequence)
+    ids = running.all_ids(sequence)
     cached = pages.pool.cached[table]
     count = int(cached.sum())
     _require(bool(cached[:count].all()), f"{sequence.name} holds a cached page after a private one")
@@ -215,17 +215,33 @@ def _check_backlog(running: RunningSequences, backlog: Backlog) -> None:
     )
     for request in backlog.requests.values():
         _require(bool(request.sequences), "a request without sequences lives on")
+        following = [
+            sequence
+            for sequence in request.followers
+            if sequence.state is not SequenceState.ENDED
+        ]
+        _require(
+            all(sequence.state is SequenceState.FOLLOWING for sequence in following),
+            "a follower is elsewhere too",
+        )
         leader = request.leader
         _require(
-            not request.followers
-            or (leader is not None and leader.sample_index in request.sequences),
+            not following or (leader is not None and leader.sample_index in request.sequences),
             "followers wait for nobody",
         )
+    num_following = sum(
+        sequence.state is SequenceState.FOLLOWING
+        for request in backlog.requests.values()
+        for sequence in request.followers
+    )
+    _require(num_following == states[SequenceState.FOLLOWING], "a follower has no leader to come")
+    in_progress = running.in_progress
+    _require(len(in_progress) <= len(running.prefilling), "a prompt in progress is not being fed")
+    waits_for_pages = set(in_progress.waiting())
     for sequence in living:
         if sequence.state is SequenceState.PARKED:
-            is_follower = sequence.request.followers.get(sequence.sample_index) is sequence
             _require(
-                is_follower or not sequence.may_sample(running.stop_lag),
+                sequence in waits_for_pages or not sequence.may_sample(running.stop_lag),
                 f"{sequence.name} is parked for nothing",
             )
 

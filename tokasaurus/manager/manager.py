@@ -21,7 +21,7 @@ from tokasaurus.manager.invariants import check_invariants
 from tokasaurus.manager.outbox import Outbox
 from tokasaurus.manager.running import RunningSequences
 from tokasaurus.manager.scheduler import Scheduler
-from tokasaurus.manager.sequence import Sequence, SequenceState
+from tokasaurus.manager.sequence import Request, Sequence, SequenceState
 from tokasaurus.manager.slots import IndexArray
 from tokasaurus.manager.waiting import Backlog
 from tokasaurus.protocol.arrays import Int32Array
@@ -60,13 +60,15 @@ class Manager:
     def __init__(self, config: ManagerConfig) -> None:
         self.counters = Counters()
         self._config = config
-        self._backlog = Backlog(config.page_size, config.stop_lag)
+        self._backlog = Backlog(config.stop_lag)
         self._running = RunningSequences(config, self._backlog, self.counters)
         self._scheduler = Scheduler(config, self._running, self._backlog, self.counters)
         self._outbox = Outbox()
-        self._departing: list[
-            int
-        ] = []  # slots to let go of once the server was told of their tokens
+        self._ended: list[
+            Sequence
+        ] = []  # of those that ran, whose pages are still to be given back
+        # Slots to let go of once the server was told of their tokens.
+        self._departing: list[int] = []
 
     @property
     def idle(self) -> bool:
@@ -91,9 +93,10 @@ class Manager:
         for event in events:
             self._take(event, now)
         messages = self._outbox.collect(self._running.slots, self._running.window)
-        for slot in self._departing:
-            self._running.depart(slot)
-        self._departing.clear()
+        if self._ended:
+            self._departing += self._running.retire(self._ended)
+        self._running.depart(self._departing)
+        self._ended, self._departing = [], []
         batches = self._plan(now)
         if self._config.check_invariants:
             check_invariants(self._running, self._backlog)
@@ -144,7 +147,9 @@ class Manager:
             if sequence is not None:
                 self._end(sequence, FinishReason.STOP)
         elif isinstance(event, AbortRequest):
-            self._abort(event)
+            request = self._backlog.requests.get(event.request_id)
+            if request is not None:
+                self._abort(request)
         else:
             raise ProtocolError(f"the manager takes no {type(event).__name__}")
 
@@ -182,12 +187,10 @@ class Manager:
             return None, f"request id {request.request_id} is already in use"
         return None
 
-    def _abort(self, event: AbortRequest) -> None:
-        request = self._backlog.requests.get(event.request_id)
-        if request is not None:
-            # Last sample first, so that no follower takes over only to be ended next.
-            for sequence in reversed(list(request.sequences.values())):
-                self._end(sequence, FinishReason.ABORT)
+    def _abort(self, request: Request) -> None:
+        # Last sample first, so that no follower takes over only to be ended next.
+        for sequence in reversed(list(request.sequences.values())):
+            self._end(sequence, FinishReason.ABORT)
 
     def _acknowledge(self, event: Acknowledge) -> None:
         slots = find_holding_slots(self._running.slots, event.request_ids, event.sample_indices)
@@ -225,9 +228,10 @@ class Manager:
         slots = self._running.slots
         is_full = slots.known[rows] == slots.max_tokens[rows]
         is_last = is_full | slots.is_stop(rows, token_ids)
-        for index in np.flatnonzero(is_last).tolist():
-            reason = FinishReason.LENGTH if is_full[index] else FinishReason.STOP
-            self._end(slots.sequence(int(rows[index])), reason)
+        for slot, by_length in zip(rows[is_last].tolist(), is_full[is_last].tolist(), strict=True):
+            sequence = slots.sequence(slot)
+            if sequence.state is not SequenceState.ENDED:  # by one before it: enough have finished
+                self._end(sequence, FinishReason.LENGTH if by_length else FinishReason.STOP)
 
     def _deliver_prompt_logprobs(self, pieces: list[PromptPiece], result: ForwardResult) -> None:
         start = 0
@@ -249,14 +253,21 @@ class Manager:
     # --- ends --------------------------------------------------------------------------------------
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
-        """The one way in which a sequence ends."""
-        self._outbox.add_final(sequence, reason, self._running.window.undelivered(sequence))
+        """The one way in which a sequence ends; its pages and its slot follow at the end of the step."""
+        request = sequence.request
+        self._outbox.add_final(sequence, reason)
         if sequence.slot >= 0:
-            slot = self._running.end(sequence)
-            if slot is not None:
-                self._departing.append(slot)
+            self._running.slots.stop_absorbing(sequence.slot)
+        if sequence.state is SequenceState.RUNNING:
+            self._ended.append(sequence)
+        elif sequence.state is SequenceState.PREEMPTED:
+            self._running.preempted.remove(sequence)
         self._backlog.end(sequence)
         self.counters.num_finished += 1
+        if reason is not FinishReason.ABORT:
+            request.num_finished += 1
+            if request.num_finished == request.message.first_k:
+                self._abort(request)
 
 
 def _prompt_logprobs(

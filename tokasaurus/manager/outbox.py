@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from tokasaurus.manager.sequence import GeneratedTokens, Sequence
@@ -21,66 +19,105 @@ from tokasaurus.protocol.messages import (
 __all__ = ["Outbox"]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class _FinalRow:
-    sequence: Sequence
-    reason: FinishReason
-    tokens: GeneratedTokens
-
-
 class Outbox:
     """Collects messages until the end of a step."""
 
     def __init__(self) -> None:
         self._messages: list[RequestRejected | PromptLogprobs] = []
-        self._final_rows: list[_FinalRow] = []
+        self._ended: list[tuple[Sequence, FinishReason]] = []
 
     def add(self, message: RequestRejected | PromptLogprobs) -> None:
         """These go out before the step's updates."""
         self._messages.append(message)
 
-    def add_final(self, sequence: Sequence, reason: FinishReason, tokens: GeneratedTokens) -> None:
-        """The last row of a sequence, with the tokens that were not delivered before."""
-        self._final_rows.append(_FinalRow(sequence, reason, tokens))
+    def add_final(self, sequence: Sequence, reason: FinishReason) -> None:
+        """The sequence has ended: its last row will bring all tokens that were not delivered before.
+
+        It must keep its slot, if it has one, until the messages are collected.
+        """
+        self._ended.append((sequence, reason))
 
     def collect(self, slots: SlotTable, window: TokenWindow) -> list[ToServer]:
         """Returns all messages; streams are up to date with what is known then."""
         messages: list[ToServer] = [*self._messages]
         self._messages = []
-        updates = [*self._final_updates(), *_stream_updates(slots, window)]
-        self._final_rows = []
+        updates = [*_final_updates(self._ended, slots, window), *_stream_updates(slots, window)]
+        self._ended = []
         if updates:
             messages.append(_joined(updates))
         return messages
 
-    def _final_updates(self) -> list[SequenceUpdates]:
-        rows = self._final_rows
-        if not rows:
-            return []
-        messages = [row.sequence.request.message for row in rows]
-        return [
-            SequenceUpdates(
-                request_ids=np.array([message.request_id for message in messages], np.int64),
-                sample_indices=_int32([row.sequence.sample_index for row in rows]),
-                num_tokens=_int32([len(row.tokens.ids) for row in rows]),
-                finish_reasons=_int32([row.reason for row in rows]),
-                num_cached_tokens=_int32([row.sequence.num_cached_tokens for row in rows]),
-                num_logprobs=_int32([message.num_logprobs for message in messages]),
-                token_ids=np.concatenate([row.tokens.ids for row in rows]),
-                logprobs=np.concatenate([row.tokens.logprobs for row in rows]),
-                top_ids=np.concatenate([row.tokens.top_ids.ravel() for row in rows]),
-                top_logprobs=np.concatenate([row.tokens.top_logprobs.ravel() for row in rows]),
+
+def _final_updates(
+    ended: list[tuple[Sequence, FinishReason]], slots: SlotTable, window: TokenWindow
+) -> list[SequenceUpdates]:
+    if not ended:
+        return []
+    sequences = [sequence for sequence, _ in ended]
+    messages = [sequence.request.message for sequence in sequences]
+    widths = [message.num_logprobs for message in messages]
+    num_tokens, tokens = _final_tokens(sequences, widths, slots, window)
+    return [
+        SequenceUpdates(
+            request_ids=np.array([message.request_id for message in messages], np.int64),
+            sample_indices=_int32([sequence.sample_index for sequence in sequences]),
+            num_tokens=_int32(num_tokens),
+            finish_reasons=_int32([reason for _, reason in ended]),
+            num_cached_tokens=_int32([sequence.num_cached_tokens for sequence in sequences]),
+            num_logprobs=_int32(widths),
+            token_ids=tokens.ids,
+            logprobs=tokens.logprobs,
+            top_ids=tokens.top_ids,
+            top_logprobs=tokens.top_logprobs,
+        )
+    ]
+
+
+def _final_tokens(
+    sequences: list[Sequence], widths: list[int], slots: SlotTable, window: TokenWindow
+) -> tuple[list[int], GeneratedTokens]:
+    """What the server has not been sent of each: how many tokens, and all of them."""
+    rows = np.array([sequence.slot for sequence in sequences if sequence.slot >= 0], np.intp)
+    streams = [sequence.request.incremental for sequence in sequences if sequence.slot >= 0]
+    first = np.where(streams, slots.delivered[rows], slots.stored[rows])
+    in_rings = window.tokens(rows, first)
+    counts = iter((slots.known[rows] - first).tolist())
+    pieces: list[GeneratedTokens] = []
+    num_tokens: list[int] = []
+    token = logprob = top = 0
+    for sequence, width in zip(sequences, widths, strict=True):
+        count = 0
+        # A stream was sent everything before it lost its slot, or before it was stored.
+        if sequence.stored and not sequence.request.incremental:
+            pieces += sequence.stored
+            count = sequence.num_stored
+        if sequence.slot >= 0:
+            new = next(counts)
+            num_logprobs = new if width >= 0 else 0
+            num_tops = num_logprobs * width
+            pieces.append(
+                GeneratedTokens(
+                    in_rings.ids[token : token + new],
+                    in_rings.logprobs[logprob : logprob + num_logprobs],
+                    in_rings.top_ids[top : top + num_tops],
+                    in_rings.top_logprobs[top : top + num_tops],
+                )
             )
-        ]
+            token, logprob, top = token + new, logprob + num_logprobs, top + num_tops
+            count += new
+        num_tokens.append(count)
+    has_only_rings = len(rows) == len(sequences) == len(pieces)
+    return num_tokens, in_rings if has_only_rings else GeneratedTokens.joined(pieces)
 
 
 def _stream_updates(slots: SlotTable, window: TokenWindow) -> list[SequenceUpdates]:
     rows = np.flatnonzero(slots.incremental & (slots.known > slots.delivered))
     if not rows.size:
         return []
-    tokens = window.undelivered_rows(rows)
+    delivered = slots.delivered[rows]
+    tokens = window.tokens(rows, delivered)
     known = slots.known[rows]
-    num_tokens = known - slots.delivered[rows]
+    num_tokens = known - delivered
     slots.delivered[rows] = known
     return [
         SequenceUpdates(
@@ -92,8 +129,8 @@ def _stream_updates(slots: SlotTable, window: TokenWindow) -> list[SequenceUpdat
             num_logprobs=slots.num_logprobs[rows],
             token_ids=tokens.ids,
             logprobs=tokens.logprobs,
-            top_ids=tokens.top_ids.ravel(),
-            top_logprobs=tokens.top_logprobs.ravel(),
+            top_ids=tokens.top_ids,
+            top_logprobs=tokens.top_logprobs,
         )
     ]
 

@@ -52,15 +52,18 @@ class PagePool:
         self.references[pages] = 1
         return pages
 
-    def retain(self, pages: Int32Array) -> None:
-        """One more holder for each of these cached pages."""
+    def retain(self, pages: Int32Array, num_holders: int = 1) -> None:
+        """More holders for each of these pages, which are all different, and cached or held."""
         self.num_evictable -= self.num_unreferenced(pages)
-        self.references[pages] += 1
+        self.references[pages] += num_holders
 
     def release(self, pages: Int32Array) -> None:
-        """One holder fewer for each; private pages become free, cached ones evictable at the last."""
-        self.references[pages] -= 1
-        left = pages[self.references[pages] == 0]
+        """One holder fewer for each, and as many fewer as a page occurs.
+
+        Private pages become free, cached ones evictable at the last.
+        """
+        np.subtract.at(self.references, pages, 1)
+        left = np.unique(pages[self.references[pages] == 0])
         is_cached = self.cached[left]
         self.num_evictable += int(np.count_nonzero(is_cached))
         self._put_back(left[~is_cached])

@@ -28,6 +28,7 @@ from tokasaurus.protocol.arrays import Int32Array
 __all__ = ["PrefixCache", "PrefixNode"]
 
 _BYTES_PER_ID = 4
+_NO_PAGES: Int32Array = np.empty(0, np.int32)
 
 
 class PrefixNode:
@@ -69,10 +70,21 @@ class PrefixCache:
     def lookup(self, ids: Int32Array, max_pages: int) -> Int32Array:
         """Returns the pages of the longest cached prefix of ``ids``, at most ``max_pages``."""
         data = ids[: max_pages * self._page_bytes // _BYTES_PER_ID].tobytes()
-        runs = [node.pages[:count] for node, count in self._walk(data)]
-        return np.concatenate(runs) if runs else np.empty(0, np.int32)
+        size = self._page_bytes
+        node, at = self.root, 0
+        runs: list[Int32Array] = []
+        while (child := node.children.get(data[at : at + size])) is not None:
+            if not data.startswith(child.ids, at):
+                runs.append(child.pages[: self._num_common_pages(child.ids, data, at)])
+                break
+            runs.append(child.pages)
+            node = child
+            at += len(child.ids)
+        if not runs:
+            return _NO_PAGES
+        return runs[0] if len(runs) == 1 else np.concatenate(runs)
 
-    def insert(self, ids: Int32Array, pages: Int32Array) -> tuple[Int32Array, PrefixNode]:
+    def insert(self, ids: Int32Array, pages: Int32Array) -> tuple[int, PrefixNode]:
         """Makes a prefix findable, and counts as a use of it.
 
         Args:
@@ -80,25 +92,27 @@ class PrefixCache:
             pages: where their KV is; those not yet in the tree must be private.
 
         Returns:
-            The tree's page for each of ``pages`` (another where the same ids were cached before), and
-            the node that ends the prefix.
+            How many of the pages' ids were in the tree before (under these pages or others), and the
+            node that ends the prefix.
         """
         data = ids.tobytes()
-        path = list(self._walk(data))
-        runs = [node.pages[:count] for node, count in path]
-        num_found = sum(count for _, count in path)
-        node = self.root
-        if path:
-            node, count = path[-1]
-            if count < len(node.pages):
-                node = self._split(node, count)
+        size = self._page_bytes
+        node, at = self.root, 0
+        while (child := node.children.get(data[at : at + size])) is not None:
+            if not data.startswith(child.ids, at):
+                count = self._num_common_pages(child.ids, data, at)
+                node = self._split(child, count)
+                at += count * size
+                break
+            node = child
+            at += len(child.ids)
+        num_found = at // size
         if num_found < len(pages):
             rest = pages[num_found:]
-            node = self._append(node, data[num_found * self._page_bytes :], rest)
+            node = self._append(node, data[at:], rest)
             self._pool.mark_cached(rest)
-            runs.append(rest)
         self._touch(node)
-        return (np.concatenate(runs) if runs else pages), node
+        return num_found, node
 
     def offer(self, node: PrefixNode) -> None:
         """To be called when a holder of the prefix that ends with ``node`` has let go of it."""
@@ -129,21 +143,6 @@ class PrefixCache:
             node = stack.pop()
             yield node
             stack.extend(node.children.values())
-
-    def _walk(self, data: bytes) -> Iterator[tuple[PrefixNode, int]]:
-        """Yields the nodes along a prefix, each with how many of its pages match (at least one)."""
-        size = self._page_bytes
-        node, at = self.root, 0
-        while True:
-            child = node.children.get(data[at : at + size])
-            if child is None:
-                return
-            if not data.startswith(child.ids, at):
-                yield child, self._num_common_pages(child.ids, data, at)
-                return
-            yield child, len(child.pages)
-            node = child
-            at += len(child.ids)
 
     def _num_common_pages(self, run: bytes, data: bytes, at: int) -> int:
         length = min(len(run), len(data) - at)

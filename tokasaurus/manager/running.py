@@ -5,11 +5,12 @@ finishing, preempting and aborting are the same few moves. Decides nothing.
 
     enter ──▶ running ──▶ retire: pages back, planned no more ──▶ depart: slot free, if preempted requeue
                           (finished, aborted or preempted)        (its last batch was absorbed)
+
+All moves take many sequences at once: what is done for each in Python is what needs its objects.
 """
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
@@ -19,8 +20,9 @@ from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.manager.allocator import PageAllocator
 from tokasaurus.manager.counters import Counters
 from tokasaurus.manager.in_flight import InFlight
+from tokasaurus.manager.prompts_in_progress import PromptsInProgress
 from tokasaurus.manager.sequence import Sequence, SequenceState
-from tokasaurus.manager.slots import IndexArray, SlotTable
+from tokasaurus.manager.slots import NO_PAGES, IndexArray, SlotTable
 from tokasaurus.manager.table_changes import TableChanges
 from tokasaurus.manager.token_window import TokenWindow
 from tokasaurus.manager.waiting import Backlog
@@ -31,12 +33,11 @@ __all__ = ["Admission", "RunningSequences"]
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Admission:
-    """The decision to let the head of the queue run."""
+    """The decision to let a sequence run."""
 
     sequence: Sequence
-    cached_pages: Int32Array  # its prompt's leading pages, found in the prefix cache
+    cached_pages: Int32Array  # its prompt's leading pages, found in the prefix cache and retained
     num_new_pages: int
-    num_reserved_pages: int  # that it may need soon after
 
 
 class RunningSequences:
@@ -56,62 +57,122 @@ class RunningSequences:
         self.pages = PageAllocator(config.num_pages, config.page_size)
         self.table_changes = TableChanges(self.slots)
         self.in_flight = InFlight()
-        self.prefilling: list[Sequence] = []  # oldest first
+        self.prefilling: list[Sequence] = []  # in order
+        self.in_progress = PromptsInProgress(config.page_size)  # the prompts of these
         self.preempted: list[Sequence] = []  # whose last batch is in flight
         self.stop_lag = config.stop_lag
         self._backlog = backlog
         self._counters = counters
 
-    def enter(self, admission: Admission, now: float) -> None:
-        """Lets a sequence run: a slot, all pages of its prompt."""
-        sequence = admission.sequence
-        num_cached = len(admission.cached_pages)
-        num_cached_tokens = num_cached * self.pages.page_size
-        if not sequence.was_admitted:
-            sequence.was_admitted = True
-            sequence.num_cached_tokens = num_cached_tokens
-            self._counters.queue_s += now - sequence.request.arrived_at
-        self._counters.num_cached_tokens += num_cached_tokens
-        pages = self.pages.acquire(admission.cached_pages, admission.num_new_pages)
-        self.window.prepare(sequence.request.message.num_logprobs)
-        self.slots.enter(sequence, pages, num_cached)
-        self.table_changes.add(
-            np.full(len(pages), sequence.slot), np.arange(len(pages), dtype=np.intp)
-        )
-        bisect.insort(self.prefilling, sequence, key=lambda other: other.order)
+    def enter(self, admissions: Rows[Admission], now: float) -> None:
+        """Lets sequences run: a slot each, all pages of its prompt."""
+        sequences = [admission.sequence for admission in admissions]
+        cached_pages = [admission.cached_pages for admission in admissions]
+        lengths = [len(pages) * self.pages.page_size for pages in cached_pages]
+        num_new_pages = [admission.num_new_pages for admission in admissions]
+        self._enter(sequences, cached_pages, num_new_pages, lengths, now)
+        self.prefilling += sequences
+        self.prefilling.sort(key=lambda sequence: sequence.order)
 
-    def prompts_are_fed(self, sequences: Rows[Sequence]) -> None:
-        """The last chunks of these prompts were sent: they decode, and their followers find the prompt."""
-        slots = np.array([sequence.slot for sequence in sequences], np.intp)
+    def fork(
+        self, leader: Sequence, followers: Rows[Sequence], now: float
+    ) -> tuple[IndexArray, Int32Array]:
+        """Lets samples run whose prompt their leader feeds to its end in the batch being planned.
+
+        They share its full pages. Of the last page, if it is not full, each gets a copy after the pass.
+
+        Returns:
+            Their slots, and [2, copies]: the pages to copy from and to.
+        """
+        slots = self.slots
+        length = len(leader.prompt_ids)
+        num_shared, rest = divmod(length, slots.page_size)
+        shared = slots.pages(leader.slot)[:num_shared]
+        count = len(followers)
+        self.pages.retain(shared, count)
+        num_new = 1 if rest else 0
+        rows = self._enter(followers, [shared] * count, [num_new] * count, [length] * count, now)
+        targets = slots.page_table[rows, num_shared] if rest else NO_PAGES
+        sources = np.full_like(targets, slots.pages(leader.slot)[-1])
+        return rows, np.stack([sources, targets])
+
+    def _enter(
+        self,
+        sequences: Rows[Sequence],
+        shared_pages: Rows[Int32Array],
+        num_new_pages: Rows[int],
+        lengths: Rows[int],
+        now: float,
+    ) -> IndexArray:
+        slots, page_size = self.slots, self.pages.page_size
+        num_shared = [len(pages) for pages in shared_pages]
+        num_pages = [shared + new for shared, new in zip(num_shared, num_new_pages, strict=True)]
+        self._counters.num_cached_tokens += sum(num_shared) * page_size
+        for sequence, count in zip(sequences, num_shared, strict=True):
+            if not sequence.was_admitted:
+                sequence.was_admitted = True
+                # Reported as if the prompt had come alone: its last token is never found.
+                most = (len(sequence.prompt_ids) - 1) // page_size
+                sequence.num_cached_tokens = min(count, most) * page_size
+                self._counters.queue_s += now - sequence.request.arrived_at
+        self.window.prepare(max(s.request.message.num_logprobs for s in sequences))
+        rows = slots.enter(sequences, lengths, num_pages)
+        counts = np.array(num_pages)
+        owners = np.repeat(rows, counts)
+        columns = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
+        is_shared = columns < np.repeat(np.array(num_shared), counts)
+        pages: Int32Array = np.empty(len(owners), np.int32)
+        pages[is_shared] = np.concatenate(shared_pages)
+        pages[~is_shared] = self.pages.allocate(sum(num_new_pages))
+        slots.page_table[owners, columns] = pages
+        self.table_changes.add(owners, columns)
+        return rows
+
+    def publish(self, sequence: Sequence, forks: IndexArray) -> None:
+        """Makes the full pages of a prompt findable, as far as batches that fill them were sent.
+
+        Pages that turn out to be duplicates are given back; the slot's table then names the cached ones,
+        from the next batch on. That is safe: the slot never writes to a full page again, and its batches
+        in flight run before anything that gets the duplicates.
+
+        Args:
+            sequence: whose prompt it is.
+            forks: slots that share all of these pages with it.
+        """
+        slots, slot = self.slots, sequence.slot
+        count = int(slots.length[slot]) // slots.page_size
+        num_published = int(slots.published[slot])
+        if count > num_published:
+            pages = slots.page_table[slot, :count]
+            ids = sequence.prompt_ids[: count * slots.page_size]
+            shared = self.pages.publish(ids, pages, num_published, 1 + len(forks))
+            slots.published[slot] = count
+            if shared is not None:
+                columns = np.flatnonzero(shared != pages)
+                for row in [slot, *forks.tolist()]:
+                    slots.page_table[row, columns] = shared[columns]
+                    self.table_changes.patch(slots.sequence(row), columns)
+        self._wake(self.in_progress.advance(sequence, count))
+
+    def prompts_are_fed(self, sequences: Rows[Sequence], slots: IndexArray) -> None:
+        """The last chunks of these prompts were sent.
+
+        Args:
+            sequences: who fed them.
+            slots: theirs, and those of their forks: they decode from now on.
+        """
         self.slots.update_decode_limits(slots, self.stop_lag)
+        fed = set(sequences)
+        self.prefilling = [sequence for sequence in self.prefilling if sequence not in fed]
         for sequence in sequences:
-            self.prefilling.remove(sequence)
-            self._backlog.prompt_is_findable(sequence)
+            self._wake(self.in_progress.leave(sequence))
+            self._backlog.prompt_is_fed(sequence)
 
     def acknowledge(self, slots: IndexArray, num_tokens: Int32Array) -> None:
         """The server has searched so many tokens of the sequences in these slots."""
         np.maximum.at(self.slots.acked, slots, num_tokens)
         running = slots[self.slots.order[slots] >= 0]
         self.slots.update_decode_limits(running, self.stop_lag)
-
-    def publish(self, sequence: Sequence) -> None:
-        """Makes the full pages of a prompt findable, as far as batches that fill them were sent.
-
-        Pages that turn out to be duplicates are given back; the slot's table then names the cached ones,
-        from the next batch on. That is safe: the slot never writes to a full page again, and its batches
-        in flight run before anything that gets the duplicates.
-        """
-        slots, slot = self.slots, sequence.slot
-        count = slots.num_known_pages(slot)
-        if count <= slots.published[slot]:
-            return
-        pages = slots.pages(slot)[:count]
-        shared = self.pages.publish(sequence.prompt_ids[: count * slots.page_size], pages)
-        columns = np.flatnonzero(shared != pages)
-        if columns.size:
-            pages[columns] = shared[columns]
-            self.table_changes.patch(sequence, columns)
-        slots.published[slot] = count
 
     def preempt(self, sequence: Sequence) -> None:
         """Takes a sequence's pages; it keeps its tokens, those still in flight included."""
@@ -120,43 +181,67 @@ class RunningSequences:
         if self.slots.length[slot] < self.slots.final_length[slot]:
             self._counters.num_preemptions += 1  # else all its tokens are in flight: it only ends
         self.preempted.append(sequence)
-        if not self._retire(sequence):
-            self.depart(slot)
+        self.depart(self.retire([sequence]))
 
-    def end(self, sequence: Sequence) -> int | None:
-        """The sequence has its answer.
+    def retire(self, sequences: Rows[Sequence]) -> list[int]:
+        """Gives back the pages of sequences that run no longer, the known ones to the prefix cache.
 
         Returns:
-            Its slot if no batch in flight names it; else it departs by itself.
+            The slots that no batch in flight names, which may depart. The others depart by themselves.
         """
-        self.slots.stop_absorbing(sequence.slot)
-        if sequence.state is SequenceState.PREEMPTED:
-            self.preempted.remove(sequence)
-            return None
-        return None if self._retire(sequence) else sequence.slot
+        slots, page_size = self.slots, self.slots.page_size
+        rows = np.array([sequence.slot for sequence in sequences], np.intp)
+        num_known = (slots.num_known_pages(rows) * page_size).tolist()
+        num_pages = (slots.capacity[rows] // page_size).tolist()
+        ids, counts = self.window.unstored_ids(rows)
+        ends = np.cumsum(counts).tolist()
+        holders: list[tuple[Int32Array, Int32Array]] = []
+        start = 0
+        for index, sequence in enumerate(sequences):
+            known_ids = _all_ids(sequence, ids[start : ends[index]])[: num_known[index]]
+            pages = slots.page_table[sequence.slot, : num_pages[index]]
+            holders.append((known_ids, pages))
+            start = ends[index]
+        self.pages.release(holders)
+        is_prefilling = slots.length[rows] < slots.prompt_end[rows]
+        for index in np.flatnonzero(is_prefilling).tolist():
+            self.prefilling.remove(sequences[index])
+            self._wake(self.in_progress.leave(sequences[index]))
+        slots.stop_planning(rows)
+        departing: list[int] = []
+        for slot, last_batch in zip(rows.tolist(), slots.last_batch[rows].tolist(), strict=True):
+            if self.in_flight.names(last_batch):
+                self.in_flight.depart_after(last_batch, slot)
+            else:
+                departing.append(slot)
+        return departing
 
-    def depart(self, slot: int) -> None:
-        """The slot's last batch was absorbed, and its tokens are on their way to the server."""
-        sequence = self.slots.sequence(slot)
-        if sequence.state is SequenceState.PREEMPTED:
-            self.preempted.remove(sequence)
-            self.window.store(sequence)
-            sequence.prompt_ids = self.window.all_ids(sequence)
-            self.slots.leave(slot)
+    def depart(self, slots: Rows[int]) -> None:
+        """The slots' last batches were absorbed, and their tokens are on their way to the server."""
+        if not slots:
+            return
+        resumed: list[Sequence] = []
+        for slot in slots:
+            sequence = self.slots.sequence(slot)
+            if sequence.state is SequenceState.PREEMPTED:
+                self.preempted.remove(sequence)
+                self.window.store(sequence)
+                sequence.prompt_ids = _all_ids(sequence, NO_PAGES)
+                resumed.append(sequence)
+        self.slots.leave(slots)
+        for sequence in resumed:
             self._backlog.resume(sequence)
-        else:
-            self.slots.leave(slot)
 
-    def _retire(self, sequence: Sequence) -> bool:
-        """Gives the pages back, the known ones to the prefix cache. True if the slot departs later."""
-        slots, slot = self.slots, sequence.slot
-        num_known = slots.num_known_pages(slot) * slots.page_size
-        self.pages.release(self.window.all_ids(sequence)[:num_known], slots.pages(slot))
-        if slots.length[slot] < slots.prompt_end[slot]:
-            self.prefilling.remove(sequence)
-        slots.stop_planning(slot)
-        last_batch = int(slots.last_batch[slot])
-        if not self.in_flight.names(last_batch):
-            return False
-        self.in_flight.depart_after(last_batch, slot)
-        return True
+    def all_ids(self, sequence: Sequence) -> Int32Array:
+        """All known ids of a sequence in a slot: its request's prompt, then the generated ones."""
+        ids, _ = self.window.unstored_ids(np.array([sequence.slot]))
+        return _all_ids(sequence, ids)
+
+    def _wake(self, sequences: Rows[Sequence]) -> None:
+        for sequence in sequences:
+            self._backlog.wake(sequence)
+
+
+def _all_ids(sequence: Sequence, unstored_ids: Int32Array) -> Int32Array:
+    stored = [piece.ids for piece in sequence.stored]
+    return np.concatenate([sequence.request.message.prompt_ids, *stored, unstored_ids])

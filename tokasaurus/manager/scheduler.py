@@ -9,10 +9,12 @@ The order of a plan:
    running sequence is preempted, until they suffice. The oldest is never asked while it needs its pages:
    in the end it could have every page there is, and no request is accepted that needs more. So the
    oldest always advances, and everybody is the oldest some day.
-2. What is left of ``max_tokens_per_forward`` goes to prompts, oldest first, in chunks.
-3. What is left then admits sequences from the queue, strictly in order of arrival. Where nobody holds a
-   page the head is admitted whatever it needs. A sequence that was preempted and waits for its last
-   results counts as being in the queue already: the pages it gave up are not for those behind it.
+2. What is left of ``max_tokens_per_forward`` goes to prompts, in order, in chunks. Where a prompt ends,
+   the other samples of its request may fork from its last row: that takes no tokens of the budget.
+3. What is left then admits sequences from the queue, strictly in order. Where nobody holds a page the head
+   is admitted whatever it needs. A sequence that was preempted and waits for its last results counts as
+   being in the queue already: the pages it gave up are not for those behind it. Only who would compute
+   a page that another prompt is computing steps aside until that page can be found.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import numpy as np
 
 from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.errors import ProtocolError
-from tokasaurus.manager.batches import Chunk, forward_batch, prompt_pieces, sampling_slots
+from tokasaurus.manager.batches import NO_COPIES, Chunk, draws, forward_batch, prompt_pieces
 from tokasaurus.manager.counters import Counters
 from tokasaurus.manager.in_flight import Flight
 from tokasaurus.manager.running import Admission, RunningSequences
@@ -48,8 +50,16 @@ class _Headroom:
 
     num_sequences: int
     num_tokens: int
-    num_reserved_pages: int
+    num_pages: int  # less what is kept for those that run
     must_admit: bool  # nobody holds a page: the head fits, however large
+    first_order: int  # who comes after this order does not run now
+
+    def admit(self, num_tokens: int, num_pages: int, count: int = 1) -> None:
+        """So many sequences run, each of which takes and reserves so many pages."""
+        self.num_tokens -= num_tokens
+        self.num_sequences -= count
+        self.num_pages -= num_pages * count
+        self.must_admit = False
 
 
 class Scheduler:
@@ -85,12 +95,16 @@ class Scheduler:
         decode_slots = self._commit_decode(decoding, crossing)
         budget = self._config.max_tokens_per_forward - len(decode_slots)
         chunks = self._plan_chunks(budget)
-        budget -= sum(chunk.length for chunk in chunks)
-        admitted = self._admit(budget, decoding, now)
-        chunks += admitted
+        admissions: list[Admission] = []
+        if chunks or len(self._backlog):
+            budget -= sum(chunk.length for chunk in chunks)
+            headroom = self._headroom(budget, decoding)
+            for chunk in chunks:
+                self._plan_forks(chunk, headroom)
+            admissions = self._plan_admissions(chunks, headroom)
         if not len(decode_slots) and not chunks:
             return None
-        batch = self._commit(decode_slots, chunks, [chunk.sequence for chunk in admitted])
+        batch = self._commit(decode_slots, chunks, admissions, now)
         if self._config.force_preemption:
             self._preempt_without_need(batch.number)
         return batch
@@ -129,35 +143,15 @@ class Scheduler:
         return np.flatnonzero(decoding)
 
     def _plan_chunks(self, budget: int) -> list[Chunk]:
-        """Deals tokens to the prompts that are being fed, oldest first."""
+        """Deals tokens to the prompts that are being fed, in order."""
         chunks: list[Chunk] = []
         for sequence in self._running.prefilling:
             if budget <= 0:
                 break
-            chunk = self._chunk(sequence, budget)
-            chunks.append(chunk)
-            budget -= chunk.length
-        return chunks
-
-    def _chunk(self, sequence: Sequence, budget: int) -> Chunk:
-        start = int(self._slots.length[sequence.slot])
-        return Chunk(sequence, start, min(budget, len(sequence.prompt_ids) - start))
-
-    def _admit(self, budget: int, decoding: BoolArray, now: float) -> list[Chunk]:
-        """Lets sequences run while there is room; returns the first chunk of each."""
-        chunks: list[Chunk] = []
-        if budget <= 0 or not len(self._backlog):
-            return chunks
-        headroom = self._headroom(budget, decoding)
-        while (admission := self._plan_admission(headroom)) is not None:
-            sequence = self._backlog.pop()
-            self._running.enter(admission, now)
-            chunk = self._chunk(sequence, headroom.num_tokens)
-            chunks.append(chunk)
-            headroom.num_tokens -= chunk.length
-            headroom.num_sequences -= 1
-            headroom.num_reserved_pages += admission.num_reserved_pages
-            headroom.must_admit = False
+            start = int(self._slots.length[sequence.slot])
+            length = min(budget, len(sequence.prompt_ids) - start)
+            chunks.append(Chunk(sequence, start, length))
+            budget -= length
         return chunks
 
     def _headroom(self, budget: int, decoding: BoolArray) -> _Headroom:
@@ -165,61 +159,124 @@ class Scheduler:
         # A slot whose tokens are all planned enters no further batch: it does not count after this one.
         num_active = int(np.count_nonzero(decoding | (slots.length < slots.final_length)))
         to_come = np.clip(slots.final_length - slots.capacity, 0, self.reserve_tokens)
+        num_reserved = int((-(-to_come // slots.page_size)).sum())
         return _Headroom(
-            num_sequences=self._max_running - num_active,
+            num_sequences=min(self._max_running - num_active, slots.num_free),
             num_tokens=budget,
-            num_reserved_pages=int((-(-to_come // slots.page_size)).sum()),
+            num_pages=self._pages.num_available - num_reserved,
             must_admit=not slots.capacity.any(),
+            # The preempted ones will be back in the queue in a few steps.
+            first_order=min((s.order for s in self._running.preempted), default=_NO_ORDER),
         )
 
-    def _plan_admission(self, headroom: _Headroom) -> Admission | None:
-        """Whether the head of the queue may run now."""
-        sequence = self._backlog.head()
-        if sequence is None or headroom.num_tokens <= 0 or headroom.num_sequences <= 0:
-            return None
-        if any(other.order < sequence.order for other in self._running.preempted):
-            return None  # it will be back in the queue, before this one, in a few steps
-        spare = self._pages.num_available - headroom.num_reserved_pages
-        if self._slots.num_free == 0 or (spare <= 0 and not headroom.must_admit):
-            return None
-        if sequence.prompt_logprobs_due:  # needs the logits of every position
+    def _plan_forks(self, chunk: Chunk, headroom: _Headroom) -> None:
+        """Lets samples of the same prompt run from its last row on, while there is room."""
+        if not chunk.ends_prompt or self._backlog.next_follower(chunk.sequence) is None:
+            return
+        head = self._backlog.head()
+        first_order = min(headroom.first_order, head.order if head else _NO_ORDER)
+        num_new, num_reserved = self._num_pages(chunk.sequence, len(chunk.sequence.prompt_ids))
+        num_each = (1 if num_new else 0) + num_reserved
+        limit = headroom.num_sequences
+        if num_each:
+            limit = min(limit, headroom.num_pages // num_each)
+        for _ in range(limit):
+            follower = self._backlog.next_follower(chunk.sequence)
+            if follower is None or follower.order > first_order:
+                break
+            chunk.followers.append(self._backlog.pop_follower(chunk.sequence))
+        headroom.admit(0, num_each, len(chunk.followers))
+
+    def _plan_admissions(self, chunks: list[Chunk], headroom: _Headroom) -> list[Admission]:
+        """Lets sequences run while there is room; adds the first chunk of each."""
+        admissions: list[Admission] = []
+        while (sequence := self._backlog.head()) is not None:
+            if headroom.num_tokens <= 0 or headroom.num_sequences <= 0:
+                break
+            if sequence.order > headroom.first_order:
+                break
+            if headroom.num_pages <= 0 and not headroom.must_admit:
+                break
             cached_pages = NO_PAGES
-        else:
-            cached_pages = self._pages.lookup(sequence.prompt_ids)
+            if not sequence.prompt_logprobs_due:  # else it needs the logits of every position
+                cached_pages = self._pages.lookup(sequence.prompt_ids)
+            start = len(cached_pages) * self._slots.page_size
+            num_new, num_reserved = self._num_pages(sequence, start)
+            num_needed = num_reserved + self._pages.num_needed(cached_pages, num_new)
+            if num_needed > headroom.num_pages and not headroom.must_admit:
+                break
+            self._backlog.pop()
+            if not sequence.prompt_logprobs_due and not self._running.in_progress.enter(
+                sequence, len(cached_pages)
+            ):
+                self._backlog.park(sequence)
+                continue
+            self._pages.retain(cached_pages)
+            chunk = Chunk(
+                sequence, start, min(headroom.num_tokens, len(sequence.prompt_ids) - start)
+            )
+            headroom.admit(chunk.length, num_needed)
+            admissions.append(Admission(sequence, cached_pages, num_new))
+            chunks.append(chunk)
+            self._plan_forks(chunk, headroom)
+        return admissions
+
+    def _num_pages(self, sequence: Sequence, start: int) -> tuple[int, int]:
+        """How many pages it takes to feed a prompt from a page's start on, and to go on for a while."""
         page_size = self._slots.page_size
         num_pages = -(-len(sequence.prompt_ids) // page_size)
         to_come = min(sequence.final_length - num_pages * page_size, self.reserve_tokens)
-        admission = Admission(
-            sequence=sequence,
-            cached_pages=cached_pages,
-            num_new_pages=num_pages - len(cached_pages),
-            num_reserved_pages=max(0, -(-to_come // page_size)),
-        )
-        needed = self._pages.num_needed(cached_pages, admission.num_new_pages)
-        fits = needed + admission.num_reserved_pages <= spare
-        return admission if fits or headroom.must_admit else None
+        return num_pages - start // page_size, max(0, -(-to_come // page_size))
 
     def _commit(
-        self, decode_slots: IndexArray, chunks: list[Chunk], entered: list[Sequence]
+        self,
+        decode_slots: IndexArray,
+        chunks: list[Chunk],
+        admissions: list[Admission],
+        now: float,
     ) -> ForwardBatch:
-        running, slots = self._running, self._slots
+        running = self._running
         number = running.in_flight.next_number
-        batch = forward_batch(number, entered, running.table_changes.flush(), decode_slots, chunks)
-        rows = sampling_slots(decode_slots, chunks)
-        running.in_flight.add(Flight(number, rows, prompt_pieces(chunks)))
+        if admissions:
+            running.enter(admissions, now)
+        entered = [admission.sequence for admission in admissions]
+        copies = [NO_COPIES]
         for chunk in chunks:
-            slot = chunk.sequence.slot
-            slots.length[slot] = chunk.end
-            slots.last_batch[slot] = number
-        # Only now: a page that this frees must not be given out in the batch that still writes to it.
-        for chunk in chunks:
-            running.publish(chunk.sequence)
+            if chunk.followers:
+                chunk.forks, copied = running.fork(chunk.sequence, chunk.followers, now)
+                entered += chunk.followers
+                copies.append(copied)
+        drawing = draws(chunks)
+        batch = forward_batch(
+            number,
+            entered,
+            running.table_changes.flush(),
+            decode_slots,
+            chunks,
+            drawing,
+            np.concatenate(copies, axis=1),
+        )
+        sampling_slots = np.concatenate([decode_slots, drawing[1]])
+        running.in_flight.add(Flight(number, sampling_slots, prompt_pieces(chunks)))
         if chunks:
-            running.prompts_are_fed([chunk.sequence for chunk in chunks if chunk.ends_prompt])
+            self._commit_chunks(chunks, drawing[1], number)
         self._counters.num_batches += 1
         self._counters.num_decode_tokens += len(decode_slots)
         self._counters.num_prefill_tokens += len(batch.prefill_ids)
         return batch
+
+    def _commit_chunks(self, chunks: list[Chunk], drawing: IndexArray, number: int) -> None:
+        running, slots = self._running, self._slots
+        fed = [chunk.sequence.slot for chunk in chunks]
+        slots.length[fed] = [chunk.end for chunk in chunks]
+        slots.last_batch[fed] = number
+        slots.last_batch[drawing] = number
+        # Only now: a page that this frees must not be given out in the batch that still writes to it.
+        for chunk in chunks:
+            running.publish(chunk.sequence, chunk.forks)
+        if drawing.size:
+            ended = [chunk.sequence for chunk in chunks if chunk.ends_prompt]
+            running.prompts_are_fed(ended, drawing)
 
     def _preempt_without_need(self, number: int) -> None:
         """Now and then, another sequence each time; never the oldest, which must advance."""

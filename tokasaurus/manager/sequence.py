@@ -6,6 +6,7 @@ What changes at every step of a running sequence is in the slot table instead. K
 from __future__ import annotations
 
 import enum
+from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -22,12 +23,16 @@ class SequenceState(enum.Enum):
 
     Any of the others may become ENDED::
 
-        PARKED ─▶ WAITING ─▶ RUNNING ─▶ PREEMPTED
-           ▲         ▲                      │
-           └─────────┴──────────────────────┘
+        FOLLOWING ──────┐ as a fork of its leader
+            ▼           ▼
+        WAITING ────▶ RUNNING ────▶ PREEMPTED
+          ▲  ▼                      │   │
+          │ PARKED ◀────────────────┘   │
+          └─────────────────────────────┘
     """
 
-    PARKED = enum.auto()  # waits for its leader's prompt, or for the server to acknowledge tokens
+    FOLLOWING = enum.auto()  # waits until its request's leader has fed the prompt
+    PARKED = enum.auto()  # waits for pages that another request computes, or for acknowledgements
     WAITING = enum.auto()  # in the queue
     RUNNING = enum.auto()  # owns a slot and pages
     PREEMPTED = enum.auto()  # owns a slot and no pages: results in flight are still its own
@@ -35,8 +40,7 @@ class SequenceState(enum.Enum):
 
 
 _NO_LOGPROBS: Float32Array = np.empty(0, np.float32)
-_NO_TOP_IDS: Int32Array = np.empty((0, 0), np.int32)
-_NO_TOP_LOGPROBS: Float32Array = np.empty((0, 0), np.float32)
+_NO_TOP_IDS: Int32Array = np.empty(0, np.int32)
 
 
 class GeneratedTokens(NamedTuple):
@@ -44,17 +48,17 @@ class GeneratedTokens(NamedTuple):
 
     ids: Int32Array  # [tokens]
     logprobs: Float32Array  # [tokens], or [0]
-    top_ids: Int32Array  # [tokens, k], or [0, 0]
-    top_logprobs: Float32Array
+    top_ids: Int32Array  # [tokens * k], or [0]
+    top_logprobs: Float32Array  # like top_ids
 
     @staticmethod
     def without_logprobs(ids: Int32Array) -> GeneratedTokens:
         """Tokens of a sequence that asked for no logprobs, or whose logprobs were sent before."""
-        return GeneratedTokens(ids, _NO_LOGPROBS, _NO_TOP_IDS, _NO_TOP_LOGPROBS)
+        return GeneratedTokens(ids, _NO_LOGPROBS, _NO_TOP_IDS, _NO_LOGPROBS)
 
     @staticmethod
     def joined(pieces: list[GeneratedTokens]) -> GeneratedTokens:
-        """Pieces of one sequence, in order, as one."""
+        """Pieces, one after the other."""
         if not pieces:
             return GeneratedTokens.without_logprobs(np.empty(0, np.int32))
         if len(pieces) == 1:
@@ -74,9 +78,10 @@ class Request:
     message: GenerateRequest
     arrived_at: float
     sequences: dict[int, Sequence] = field(default_factory=dict)  # by sample index
-    # While the prompt's pages are not findable: the sample that computes them, and those that wait.
+    # Until all samples run: the one that feeds the prompt next, and those that will fork from it.
     leader: Sequence | None = None
-    followers: dict[int, Sequence] = field(default_factory=dict)
+    followers: deque[Sequence] = field(default_factory=deque)
+    num_finished: int = 0  # samples that ended by themselves
 
     @property
     def incremental(self) -> bool:
@@ -90,7 +95,7 @@ class Sequence:
 
     request: Request
     sample_index: int
-    order: int  # of arrival, over all sequences
+    order: int  # of importance, over all sequences: by priority, then by arrival
     prompt_ids: (
         Int32Array  # to be fed: the request's prompt, and what was generated before this run
     )

@@ -20,6 +20,7 @@ first; 0 while the prompt is being fed and where there is nothing to plan.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Rows
 from typing import TypeAlias
 
 import numpy as np
@@ -34,6 +35,8 @@ __all__ = ["NO_PAGES", "IndexArray", "SlotTable"]
 IndexArray: TypeAlias = NDArray[np.intp]
 
 NO_PAGES: Int32Array = np.empty(0, np.int32)
+
+_NUM_COLUMNS = 16
 
 
 class SlotTable:
@@ -50,18 +53,26 @@ class SlotTable:
         self.page_size = page_size
         self.sequences: list[Sequence | None] = [None] * num_slots
         self._free = list(range(num_slots - 1, -1, -1))
+        # One row of memory for each column of the table; in the order of the tuples in `enter`.
+        columns: Int32Array = np.zeros((_NUM_COLUMNS, num_slots), np.int32)
+        self._columns = columns
         # Progress: see the picture above.
-        self.length = _column(num_slots)
-        self.capacity = _column(num_slots)
-        self.decode_limit = _column(num_slots)
-        self.final_length = _column(num_slots)
-        self.prompt_length = _column(num_slots)  # of the request, whatever was generated since
-        self.prompt_end = _column(num_slots)  # where decoding starts in this run
-        self.acked = _column(num_slots)  # generated tokens that the server has searched
-        self.known = _column(num_slots)  # generated ids, counted from the sequence's first
-        self.max_tokens = _column(num_slots)
-        self.delivered = _column(num_slots)  # of the known ones, those that the server was sent
-        self.published = _column(num_slots)  # leading pages that are in the prefix cache
+        self.length = columns[0]
+        self.capacity = columns[1]
+        self.decode_limit = columns[2]
+        self.final_length = columns[3]
+        self.prompt_length = columns[4]  # of the request, whatever was generated since
+        self.prompt_end = columns[5]  # where decoding starts in this run
+        self.acked = columns[6]  # generated tokens that the server has searched
+        self.known = columns[7]  # generated ids, counted from the sequence's first
+        self.stored = columns[8]  # of the known ones, those that left the token window
+        self.delivered = columns[9]  # of the known ones, those that the server was sent
+        self.max_tokens = columns[10]
+        self.published = columns[11]  # leading pages that are in the prefix cache
+        self.sample_index = columns[12]
+        self.num_cached_tokens = columns[13]
+        self.num_logprobs = columns[14]
+        self._num_stop_ids = columns[15]
         self.page_table: Int32Array = np.zeros((num_slots, max_pages), np.int32)
         self.order: Int64Array = np.full(num_slots, -1, np.int64)  # of arrival; -1 if not running
         # The number of the last batch that names the slot.
@@ -71,12 +82,8 @@ class SlotTable:
         self.incremental: BoolArray = np.zeros(num_slots, np.bool_)
         self.holding: BoolArray = np.zeros(num_slots, np.bool_)  # for acknowledgements
         self.request_id: Int64Array = np.zeros(num_slots, np.int64)
-        self.sample_index = _column(num_slots)
-        self.num_cached_tokens = _column(num_slots)
-        self.num_logprobs = _column(num_slots)
         # [most stop ids of any sequence so far][num_slots], -1 where a sequence has fewer.
         self._stop_ids: list[Int32Array] = []
-        self._num_stop_ids = _column(num_slots)
 
     @property
     def num_free(self) -> int:
@@ -98,53 +105,84 @@ class SlotTable:
         """The pages that a slot holds, in order of position; a view."""
         return self.page_table[slot, : self.capacity[slot] // self.page_size]
 
-    def enter(self, sequence: Sequence, pages: Int32Array, num_cached_pages: int) -> None:
-        """Gives a sequence a free slot."""
-        slot = self._free.pop()
-        message = sequence.request.message
-        sequence.slot = slot
-        sequence.state = SequenceState.RUNNING
-        self.sequences[slot] = sequence
-        self.length[slot] = num_cached_pages * self.page_size
-        self.capacity[slot] = len(pages) * self.page_size
-        self.decode_limit[slot] = 0
-        self.final_length[slot] = sequence.final_length
-        self.prompt_length[slot] = len(message.prompt_ids)
-        self.prompt_end[slot] = len(sequence.prompt_ids)
-        self.acked[slot] = sequence.num_acked
-        self.known[slot] = self.delivered[slot] = sequence.num_stored
-        self.max_tokens[slot] = message.max_tokens
-        self.published[slot] = num_cached_pages
-        self.page_table[slot, : len(pages)] = pages
-        self.order[slot] = sequence.order
-        self.absorbing[slot] = True
-        self.incremental[slot] = sequence.request.incremental
-        self.holding[slot] = message.hold_for_acks
-        self.request_id[slot] = message.request_id
-        self.sample_index[slot] = sequence.sample_index
-        self.num_cached_tokens[slot] = sequence.num_cached_tokens
-        self.num_logprobs[slot] = message.num_logprobs
-        self._set_stop_ids(slot, message.stop_token_ids)
+    def enter(
+        self, sequences: Rows[Sequence], lengths: Rows[int], num_pages: Rows[int]
+    ) -> IndexArray:
+        """Gives sequences free slots; their page tables are still to be written.
 
-    def stop_planning(self, slot: int) -> None:
-        """The slot has no pages any more and enters no further batch."""
-        self.decode_limit[slot] = self.final_length[slot] = 0
-        self.length[slot] = self.capacity[slot] = 0
-        self.order[slot] = -1
+        Args:
+            sequences: one or more.
+            lengths: of each, the positions that its pages hold already.
+            num_pages: of each, the pages that it gets.
+
+        Returns:
+            The slots.
+        """
+        rows: list[int] = []
+        values: list[tuple[int, ...]] = []
+        for sequence, length, count in zip(sequences, lengths, num_pages, strict=True):
+            slot = self._free.pop()
+            rows.append(slot)
+            sequence.slot = slot
+            sequence.state = SequenceState.RUNNING
+            self.sequences[slot] = sequence
+            message = sequence.request.message
+            num_stored = sequence.num_stored
+            values.append(
+                (
+                    length,
+                    count * self.page_size,
+                    0,
+                    sequence.final_length,
+                    len(message.prompt_ids),
+                    len(sequence.prompt_ids),
+                    sequence.num_acked,
+                    num_stored,
+                    num_stored,
+                    num_stored,
+                    message.max_tokens,
+                    length // self.page_size,
+                    sequence.sample_index,
+                    sequence.num_cached_tokens,
+                    message.num_logprobs,
+                    len(message.stop_token_ids),
+                )
+            )
+        slots = np.array(rows, np.intp)
+        self._columns[:, slots] = np.array(values, np.int32).T
+        requests = [sequence.request for sequence in sequences]
+        self.order[slots] = [sequence.order for sequence in sequences]
+        self.request_id[slots] = [request.message.request_id for request in requests]
+        self.absorbing[slots] = True
+        self.incremental[slots] = [request.incremental for request in requests]
+        self.holding[slots] = [request.message.hold_for_acks for request in requests]
+        self._set_stop_ids(rows, [request.message.stop_token_ids for request in requests])
+        return slots
+
+    def stop_planning(self, slots: IndexArray) -> None:
+        """The slots have no pages any more and enter no further batch."""
+        self.decode_limit[slots] = 0
+        self.final_length[slots] = 0
+        self.length[slots] = 0
+        self.capacity[slots] = 0
+        self.order[slots] = -1
 
     def stop_absorbing(self, slot: int) -> None:
         """Results that are still in flight for the slot are nobody's."""
         self.absorbing[slot] = self.incremental[slot] = self.holding[slot] = False
         self._num_stop_ids[slot] = 0
 
-    def leave(self, slot: int) -> None:
-        """The slot is free for another sequence."""
-        sequence = self.sequence(slot)
-        sequence.slot = -1
-        sequence.num_acked = int(self.acked[slot])
-        self.sequences[slot] = None
-        self.stop_absorbing(slot)
-        self._free.append(slot)
+    def leave(self, slots: Rows[int]) -> None:
+        """The slots are free for other sequences."""
+        rows = np.array(slots, np.intp)
+        for slot, num_acked in zip(slots, self.acked[rows].tolist(), strict=True):
+            sequence = self.sequence(slot)
+            sequence.slot = -1
+            sequence.num_acked = num_acked
+            self.sequences[slot] = None
+        self.absorbing[rows] = self.incremental[rows] = self.holding[rows] = False
+        self._num_stop_ids[rows] = 0
+        self._free.extend(slots)
 
     def update_decode_limits(self, rows: IndexArray, stop_lag: int) -> None:
         """After a prompt was fed or an acknowledgement came: how far these running slots decode."""
@@ -154,10 +192,11 @@ class SlotTable:
         is_fed = self.length[rows] >= self.prompt_end[rows]
         self.decode_limit[rows] = np.where(is_fed, limit, 0)
 
-    def num_known_pages(self, slot: int) -> int:
-        """Leading pages that batches sent so far fill, and whose ids are all known."""
-        known_length = self.prompt_length[slot] + self.known[slot]
-        return int(min(self.length[slot], known_length)) // self.page_size
+    def num_known_pages(self, slots: IndexArray) -> Int32Array:
+        """Of each: leading pages that batches sent so far fill, and whose ids are all known."""
+        known_lengths = self.prompt_length[slots] + self.known[slots]
+        num_pages: Int32Array = np.minimum(self.length[slots], known_lengths) // self.page_size
+        return num_pages
 
     def is_stop(self, rows: IndexArray, token_ids: Int32Array) -> BoolArray:
         """Which of these tokens, one for each row, is among the stop ids of its row."""
@@ -166,13 +205,12 @@ class SlotTable:
             found |= column[rows] == token_ids
         return found
 
-    def _set_stop_ids(self, slot: int, stop_ids: tuple[int, ...]) -> None:
-        while len(self._stop_ids) < len(stop_ids):
-            self._stop_ids.append(np.full(self.num_slots, -1, np.int32))
-        for index, column in enumerate(self._stop_ids):
-            column[slot] = stop_ids[index] if index < len(stop_ids) else -1
-        self._num_stop_ids[slot] = len(stop_ids)
-
-
-def _column(num_slots: int) -> Int32Array:
-    return np.zeros(num_slots, np.int32)
+    def _set_stop_ids(self, slots: Rows[int], stop_ids: Rows[tuple[int, ...]]) -> None:
+        same: dict[tuple[int, ...], list[int]] = {}  # most requests have those of the model
+        for slot, ids in zip(slots, stop_ids, strict=True):
+            same.setdefault(ids, []).append(slot)
+        for ids, rows in same.items():
+            while len(self._stop_ids) < len(ids):
+                self._stop_ids.append(np.full(self.num_slots, -1, np.int32))
+            for index, column in enumerate(self._stop_ids):
+                column[rows] = ids[index] if index < len(ids) else -1

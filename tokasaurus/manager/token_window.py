@@ -69,57 +69,27 @@ class TokenWindow:
             self._append_logprobs(rows, cells, result, sampling_rows)
         slots.known[rows] = known + 1
         for slot in rows[columns == self._columns - 1].tolist():
-            self.store(slots.sequence(slot))
+            self._store(slots.sequence(slot))
 
     def store(self, sequence: Sequence) -> None:
         """Moves what the ring has of a sequence to the sequence."""
-        start, end = sequence.num_stored, int(self._slots.known[sequence.slot])
-        if end > start:
-            # A stream's logprobs were sent when they came; only its ids are needed again.
-            logprobs = not sequence.request.incremental
-            # Rings are stored when they are full, so this is never wrapped around.
-            first = sequence.slot * self._columns + (start & (self._columns - 1))
-            sequence.stored.append(
-                self._read(sequence, slice(first, first + end - start), logprobs)
-            )
-            sequence.num_stored = end
+        if self._slots.known[sequence.slot] > sequence.num_stored:
+            self._store(sequence)
 
-    def all_ids(self, sequence: Sequence) -> Int32Array:
-        """All known ids of a sequence in a slot: its request's prompt, then the generated ones."""
-        prompt_ids = sequence.request.message.prompt_ids
-        known = int(self._slots.known[sequence.slot])
-        if known == 0:
-            return prompt_ids
-        tail = self._ids[self._cells(sequence.slot, sequence.num_stored, known)]
-        return np.concatenate([prompt_ids, *(piece.ids for piece in sequence.stored), tail])
+    def unstored_ids(self, rows: IndexArray) -> tuple[Int32Array, Int32Array]:
+        """The ids of these slots that are in their rings only: row after row, and how many of each."""
+        first = self._slots.stored[rows]
+        counts = self._slots.known[rows] - first
+        return self._ids[self._cells(rows, first, counts)[1]], counts
 
-    def undelivered(self, sequence: Sequence) -> GeneratedTokens:
-        """What the server has not been sent of a sequence, wherever it is."""
-        slot = sequence.slot
-        incremental = sequence.request.incremental
-        if slot < 0:  # a stream was sent everything before it lost its slot
-            return GeneratedTokens.joined([] if incremental else sequence.stored)
-        known = int(self._slots.known[slot])
-        if incremental:
-            cells = self._cells(slot, int(self._slots.delivered[slot]), known)
-            return self._read(sequence, cells, True)
-        tail = self._read(sequence, self._cells(slot, sequence.num_stored, known), True)
-        return GeneratedTokens.joined([*sequence.stored, tail])
-
-    def undelivered_rows(self, rows: IndexArray) -> GeneratedTokens:
-        """What the server has not been sent of these streams, row after row, as one piece.
+    def tokens(self, rows: IndexArray, first: Int32Array) -> GeneratedTokens:
+        """The known tokens of these slots from their ``first`` ones on, row after row, as one piece.
 
         Logprobs only of those rows that asked; top ones flat, as many of each token as its row asked.
         """
         slots = self._slots
-        first = slots.delivered[rows]
-        counts = slots.known[rows] - first
-        # Row r of `rows` brings counts[r] tokens: `owner` says r for each of them.
-        owner = np.repeat(np.arange(len(rows)), counts)
-        before = np.cumsum(counts) - counts
-        positions = first[owner] + (np.arange(len(owner)) - before[owner])
-        cells = rows[owner] * self._columns + (positions & (self._columns - 1))
-        wanted = slots.num_logprobs[rows[owner]]
+        owners, cells = self._cells(rows, first, slots.known[rows] - first)
+        wanted = slots.num_logprobs[owners]
         asked = wanted >= 0
         if not asked.any():
             return GeneratedTokens.without_logprobs(self._ids[cells])
@@ -131,6 +101,35 @@ class TokenWindow:
             top_ids=self._top_ids[asked_cells][is_wanted],
             top_logprobs=self._top_logprobs[asked_cells][is_wanted],
         )
+
+    def _cells(
+        self, rows: IndexArray, first: Int32Array, counts: Int32Array
+    ) -> tuple[IndexArray, IndexArray]:
+        """Of each token of these slots, ``counts`` from ``first`` on: its slot, and its place."""
+        owners = np.repeat(rows, counts)
+        skipped = np.repeat(np.cumsum(counts) - counts - first, counts)
+        positions = np.arange(len(owners)) - skipped
+        return owners, owners * self._columns + (positions & (self._columns - 1))
+
+    def _store(self, sequence: Sequence) -> None:
+        slot, width = sequence.slot, sequence.request.message.num_logprobs
+        first, known = sequence.num_stored, int(self._slots.known[slot])
+        # Rings are stored when they are full, so this is never wrapped around.
+        start = slot * self._columns + (first & (self._columns - 1))
+        cells = slice(start, start + known - first)
+        ids = self._ids[cells].copy()
+        # A stream's logprobs were sent when they came; only its ids are needed again.
+        if width < 0 or sequence.request.incremental:
+            piece = GeneratedTokens.without_logprobs(ids)
+        else:
+            piece = GeneratedTokens(
+                ids,
+                self._logprobs[cells].copy(),
+                self._top_ids[cells, :width].flatten(),
+                self._top_logprobs[cells, :width].flatten(),
+            )
+        sequence.stored.append(piece)
+        sequence.num_stored = self._slots.stored[slot] = known
 
     def _append_logprobs(
         self, rows: IndexArray, cells: IndexArray, result: ForwardResult, sampling_rows: IndexArray
@@ -152,20 +151,3 @@ class TokenWindow:
             width = min(width, self._top_ids.shape[1])
             self._top_ids[cells, :width] = result.top_ids[sampling_rows, :width]
             self._top_logprobs[cells, :width] = result.top_logprobs[sampling_rows, :width]
-
-    def _cells(self, slot: int, start: int, end: int) -> IndexArray:
-        return slot * self._columns + (np.arange(start, end) & (self._columns - 1))
-
-    def _read(
-        self, sequence: Sequence, cells: IndexArray | slice, logprobs: bool
-    ) -> GeneratedTokens:
-        ids = self._ids[cells].copy()
-        width = sequence.request.message.num_logprobs
-        if width < 0 or not logprobs:
-            return GeneratedTokens.without_logprobs(ids)
-        return GeneratedTokens(
-            ids,
-            self._logprobs[cells].copy(),
-            self._top_ids[cells, :width].copy(),
-            self._top_logprobs[cells, :width].copy(),
-        )

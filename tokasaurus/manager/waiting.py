@@ -1,13 +1,13 @@
 """The backlog: requests that live, and their sequences that do not run.
 
-Owns the request table, the queue, and the two reasons to be parked outside it:
+Owns the request table, the queue, and who follows: of a request's samples one is in the queue, the
+*leader*; its *followers* fork from it when it has fed the prompt they share. Outside the queue are also a
+preempted sequence whose server is behind with acknowledging, and who waits for pages that another
+request's prompt is computing.
 
-- a *follower* waits until its request's *leader* has computed the prompt they share, then finds it in
-  the prefix cache;
-- a preempted sequence whose server is behind with acknowledging must not sample yet.
-
-The queue is in order of arrival. Preempted sequences arrived before everything that was never admitted,
-so they come first by themselves. Knows nothing of slots and pages.
+The queue is in order of priority, and of arrival within one. Preempted sequences arrived before everything
+of their priority that was never admitted, so they come first by themselves. Knows nothing of slots and
+pages.
 """
 
 from __future__ import annotations
@@ -17,21 +17,23 @@ import heapq
 from tokasaurus.manager.sequence import Request, Sequence, SequenceState
 from tokasaurus.protocol.messages import GenerateRequest
 
-__all__ = ["Backlog"]
+__all__ = ["MAX_PRIORITY", "Backlog"]
+
+MAX_PRIORITY = 1_000_000  # and as far below 0
+
+_ARRIVALS_OF_A_PRIORITY = 1 << 40
 
 
 class Backlog:
     """Requests by id, and the queue of their waiting sequences.
 
     Args:
-        page_size: prompts that fill no page have nothing to share.
         stop_lag: tokens that may be planned beyond what the server acknowledged.
     """
 
-    def __init__(self, page_size: int, stop_lag: int) -> None:
+    def __init__(self, stop_lag: int) -> None:
         self.requests: dict[int, Request] = {}
         self.num_sequences = 0  # of all requests that have not ended
-        self._page_size = page_size
         self._stop_lag = stop_lag
         self._num_arrived = 0
         # (order, sequence); entries of sequences that ended in the queue stay until they surface.
@@ -46,25 +48,22 @@ class Backlog:
         """Takes in a request that can run."""
         request = Request(message, now)
         self.requests[message.request_id] = request
-        shares_prompt = message.n > 1 and len(message.prompt_ids) > self._page_size
-        for sample_index in range(message.n):
-            sequence = Sequence(
+        first = (MAX_PRIORITY + message.priority) * _ARRIVALS_OF_A_PRIORITY + self._num_arrived
+        sequences = [
+            Sequence(
                 request=request,
                 sample_index=sample_index,
-                order=self._num_arrived,
+                order=first + sample_index,
                 prompt_ids=message.prompt_ids,
-                state=SequenceState.PARKED,
+                state=SequenceState.FOLLOWING,
                 prompt_logprobs_due=sample_index == 0 and message.num_prompt_logprobs >= 0,
             )
-            self._num_arrived += 1
-            request.sequences[sample_index] = sequence
-            if not shares_prompt:
-                self._push(sequence)
-            elif sample_index == 0:
-                request.leader = sequence
-                self._push(sequence)
-            else:
-                request.followers[sample_index] = sequence
+            for sample_index in range(message.n)
+        ]
+        request.sequences.update(enumerate(sequences))
+        request.followers.extend(sequences)
+        self._next_leads(request)
+        self._num_arrived += message.n
         self.num_sequences += message.n
 
     def find(self, request_id: int, sample_index: int) -> Sequence | None:
@@ -90,21 +89,40 @@ class Backlog:
         else:
             sequence.state = SequenceState.PARKED
 
-    def acknowledged(self, sequence: Sequence, num_tokens: int) -> None:
-        """The server has searched so many tokens of a sequence without a slot."""
-        sequence.num_acked = max(sequence.num_acked, num_tokens)
-        is_follower = sequence.sample_index in sequence.request.followers
-        if sequence.state is SequenceState.PARKED and not is_follower:
+    def park(self, sequence: Sequence) -> None:
+        """The sequence, just popped, waits outside the queue until it is woken."""
+        sequence.state = SequenceState.PARKED
+
+    def wake(self, sequence: Sequence) -> None:
+        """The reason to wait may be gone."""
+        if sequence.state is SequenceState.PARKED:
             self.resume(sequence)
 
-    def prompt_is_findable(self, sequence: Sequence) -> None:
-        """The sequence's prompt is in the prefix cache: followers need wait no longer."""
-        request = sequence.request
-        if request.leader is sequence:
-            request.leader = None
-            for follower in request.followers.values():
-                self._push(follower)
-            request.followers.clear()
+    def acknowledged(self, sequence: Sequence, num_tokens: int) -> None:
+        """The server has searched so many tokens of a sequence without a slot."""
+        was_behind = not sequence.may_sample(self._stop_lag)
+        sequence.num_acked = max(sequence.num_acked, num_tokens)
+        if was_behind:
+            self.wake(sequence)
+
+    def next_follower(self, leader: Sequence) -> Sequence | None:
+        """Who would fork from this sequence next, when it has fed its prompt."""
+        request = leader.request
+        if request.leader is not leader:
+            return None
+        followers = request.followers
+        while followers and followers[0].state is SequenceState.ENDED:
+            followers.popleft()
+        return followers[0] if followers else None
+
+    def pop_follower(self, leader: Sequence) -> Sequence:
+        """Takes that sequence out of the followers, to run."""
+        return leader.request.followers.popleft()
+
+    def prompt_is_fed(self, leader: Sequence) -> None:
+        """Those who could not run as forks will feed what is not in the prefix cache once more."""
+        if leader.request.leader is leader:
+            self._next_leads(leader.request)
 
     def end(self, sequence: Sequence) -> None:
         """Forgets a sequence, and its request with the last one."""
@@ -116,9 +134,8 @@ class Backlog:
             self._drop_stale()
         self.num_sequences -= 1
         del request.sequences[sequence.sample_index]
-        request.followers.pop(sequence.sample_index, None)
         if request.leader is sequence:
-            self._take_over(request)
+            self._next_leads(request)
         if not request.sequences:
             del self.requests[request.message.request_id]
 
@@ -126,13 +143,14 @@ class Backlog:
         """The queue's sequences, in no particular order."""
         return [entry for _, entry in self._heap if entry.state is SequenceState.WAITING]
 
-    def _take_over(self, request: Request) -> None:
-        """The leader is gone before its prompt was computed: the next follower leads."""
+    def _next_leads(self, request: Request) -> None:
         request.leader = None
-        if request.followers:
-            sample_index = min(request.followers)
-            request.leader = request.followers.pop(sample_index)
-            self._push(request.leader)
+        followers = request.followers
+        while followers and request.leader is None:
+            follower = followers.popleft()
+            if follower.state is not SequenceState.ENDED:
+                request.leader = follower
+                self._push(follower)
 
     def _push(self, sequence: Sequence) -> None:
         sequence.state = SequenceState.WAITING
