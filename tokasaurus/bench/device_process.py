@@ -1,0 +1,58 @@
+"""The main program of a simulated device's process: ``python -m tokasaurus.bench.device_process FD DIRECTORY SLOTS PLAN``."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from tokasaurus.launch.doors import TO_MANAGER, TO_WORKER
+from tokasaurus.launch.lifeline import Lifeline, Ready
+from tokasaurus.planner.cost_model import cost_model
+from tokasaurus.planner.lengths import DrawnLengths
+from tokasaurus.planner.simulated_device import SimulatedDevice
+from tokasaurus.planner.worker_loop import DeviceStatistics, work
+from tokasaurus.protocol.channels import Receiver, Sender
+
+__all__ = ["DevicePlan", "main"]
+
+_ENDLESS = 1 << 40  # tokens: the manager's max_tokens ends every sequence
+
+
+class DevicePlan(msgspec.Struct, frozen=True):
+    """What to simulate."""
+
+    cost: str  # of the cost model's names
+    output_tokens: tuple[int, ...] = (_ENDLESS,)  # each sequence gets one of these lengths
+
+
+def main() -> None:
+    """Runs batches until the lifeline ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    lifeline = Lifeline(socket.socket(fileno=int(sys.argv[1])))
+    directory, num_slots = Path(sys.argv[2]), int(sys.argv[3])
+    plan = msgspec.json.decode(sys.argv[4], type=DevicePlan)
+    threading.Thread(target=_await_end, args=(lifeline,), daemon=True).start()
+    lengths = DrawnLengths(np.array(plan.output_tokens, np.int64))
+    device = SimulatedDevice(cost_model(plan.cost), lengths, num_slots)
+    statistics = DeviceStatistics(directory / DeviceStatistics.FILE_NAME, create=True)
+    door = Receiver(directory, "worker", TO_WORKER)
+    to_manager = Sender(directory, "manager", TO_MANAGER)
+    lifeline.send(Ready())
+    work(door, to_manager, device, statistics)
+
+
+def _await_end(lifeline: Lifeline) -> None:
+    while lifeline.receive() is not None:
+        pass
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""``toka-bench lookahead``: does a device wait for the manager, and how many tokens does planning ahead waste?
+
+    toka-bench lookahead                        4,096 sequences, steps of 3 ms; a minute
+    toka-bench lookahead fixed=8, step_ms=1.0
+
+In real time, with the real manager process. Sequences end by themselves, at lengths that the manager
+does not know: tokens of batches that were planned before it heard of an end are wasted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tokasaurus.bench.clients import Clients
+from tokasaurus.bench.device_process import DevicePlan
+from tokasaurus.bench.engine import SimulatedEngine
+from tokasaurus.bench.flags import counts
+from tokasaurus.bench.output import print_json, progress, table
+from tokasaurus.bench.requests import Requests
+from tokasaurus.config.engine import EngineConfig
+from tokasaurus.config.schema import Schema, check_fields, flag
+from tokasaurus.planner.configuration import simulated_slices
+from tokasaurus.planner.worker_loop import DeviceStatistics
+
+__all__ = ["SCHEMA", "LookaheadConfig", "run"]
+
+_PROMPT = 64
+_MAX_TOKENS = 2048
+_PAGE = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookaheadConfig:
+    """The load, and the depths to compare."""
+
+    num_sequences: int = flag(4096, minimum=2, help="That run together.")
+    step_ms: float = flag(3.0, minimum=0, help="What a batch takes on the device.")
+    fixed: tuple[str, ...] = flag(("1", "2", "4", "8"), help="Steps ahead, always as many.")
+    waves: int = flag(3, minimum=2, help="How many times num_sequences sequences in all.")
+    mean_length: int = flag(480, minimum=2, help="Generated tokens of a sequence.")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        counts("fixed", self.fixed)
+
+
+SCHEMA = Schema(
+    target=LookaheadConfig,
+    program="toka-bench lookahead",
+    summary="How long a device waits for the manager, and how many tokens are wasted after a stop.",
+    examples=("toka-bench lookahead", "toka-bench lookahead fixed=1,8 step_ms=1.0"),
+)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """Of one depth."""
+
+    steps_ahead: str
+    num_steps: int  # while the batch was full
+    mean_batch: float
+    ms_per_step: float
+    waited_ms_per_step: float
+    waited_share: float  # of the time, while the batch was full
+    wasted_tokens: int
+    wasted_per_sequence: float
+    wasted_share: float  # of all generated tokens
+
+
+def run(config: LookaheadConfig) -> None:
+    """Measures and prints."""
+    outcomes = []
+    for name, flags in _policies(config).items():
+        progress(f"{name} ...")
+        outcomes.append(_measure(config, name, flags))
+    print(f"\n{config.num_sequences} sequences, steps of {config.step_ms:g} ms\n")
+    heads = ("steps ahead", "ms/step", "waited ms/step", "waited", "wasted/sequence", "wasted")
+    print(table(heads, [_row(outcome) for outcome in outcomes]))
+    print_json({"lookahead": [_rounded(outcome) for outcome in outcomes]})
+
+
+def _policies(config: LookaheadConfig) -> dict[str, dict[str, Any]]:
+    """Engine flags by name."""
+    return {
+        f"fixed {depth}": {"scheduling_steps_ahead": depth}
+        for depth in counts("fixed", config.fixed)
+    }
+
+
+def _measure(config: LookaheadConfig, name: str, flags: dict[str, Any]) -> _Outcome:
+    count = config.num_sequences
+    pages = -(-(_PROMPT + _MAX_TOKENS) // _PAGE)
+    slices = simulated_slices(
+        EngineConfig.from_flags(
+            kv_cache_num_tokens=count * pages * _PAGE,
+            max_num_tokens_per_request=_PROMPT + _MAX_TOKENS,
+            max_seqs_per_forward=count,
+            log_level="WARNING",
+            **flags,
+        )
+    )
+    plan = DevicePlan(f"fixed:{config.step_ms / 1e3}", _lengths(config.mean_length))
+    with SimulatedEngine(slices, plan) as engine:
+        clients, device = Clients(engine), engine.device
+        num_requests = config.waves * count
+        for request in Requests().series(0, num_requests, _PROMPT, _MAX_TOKENS):
+            clients.send(request)
+        clients.run_until(lambda: device.num_rows >= 0.99 * count)
+        start = _Reading.of(device)
+        clients.run_to_end(
+            num_requests - count
+        )  # until then the queue holds somebody for each slot
+        full = _Reading.of(device).since(start)
+        clients.run_to_end(num_requests)
+        clients.run_for(0.1 + 0.02 * config.step_ms)  # batches in flight come to their end
+        num_wasted = device.num_drawn - clients.num_tokens
+    busy_s = full.device_s + full.waited_s
+    return _Outcome(
+        steps_ahead=name,
+        num_steps=full.num_batches,
+        mean_batch=full.num_drawn / full.num_batches,
+        ms_per_step=busy_s / full.num_batches * 1e3,
+        waited_ms_per_step=full.waited_s / full.num_batches * 1e3,
+        waited_share=full.waited_s / busy_s if busy_s else 0.0,
+        wasted_tokens=num_wasted,
+        wasted_per_sequence=num_wasted / num_requests,
+        wasted_share=num_wasted / clients.num_tokens,
+    )
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """The device's totals at a moment, or what was added to them."""
+
+    num_batches: int
+    num_drawn: int
+    waited_s: float
+    device_s: float
+
+    @staticmethod
+    def of(device: DeviceStatistics) -> _Reading:
+        return _Reading(device.num_batches, device.num_drawn, device.waited_s, device.device_s)
+
+    def since(self, other: _Reading) -> _Reading:
+        return _Reading(
+            self.num_batches - other.num_batches,
+            self.num_drawn - other.num_drawn,
+            self.waited_s - other.waited_s,
+            self.device_s - other.device_s,
+        )
+
+
+def _lengths(mean: int) -> tuple[int, ...]:
+    """A thousand log-normal lengths; none reaches max_tokens, so every end is a surprise."""
+    sigma = 0.6
+    drawn = np.random.default_rng(0).lognormal(np.log(mean) - sigma**2 / 2, sigma, 1000)
+    return tuple(np.clip(drawn, 1, _MAX_TOKENS - 1).astype(int).tolist())
+
+
+def _row(outcome: _Outcome) -> tuple[object, ...]:
+    return (
+        outcome.steps_ahead,
+        f"{outcome.ms_per_step:.2f}",
+        f"{outcome.waited_ms_per_step:.3f}",
+        f"{outcome.waited_share:.2%}",
+        f"{outcome.wasted_per_sequence:.2f}",
+        f"{outcome.wasted_share:.2%}",
+    )
+
+
+def _rounded(outcome: _Outcome) -> dict[str, Any]:
+    values = dataclasses.asdict(outcome)
+    return {
+        name: round(value, 5) if isinstance(value, float) else value
+        for name, value in values.items()
+    }

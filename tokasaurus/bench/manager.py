@@ -1,0 +1,153 @@
+"""``toka-bench manager``: what the manager costs, in CPU time.
+
+toka-bench manager                    three sizes, easy mix; minutes
+toka-bench manager mix=full           a quarter each with stop strings, logprobs, top logprobs; aborts
+toka-bench manager quick=T            small and rough; seconds
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from tokasaurus.bench.flags import counts
+from tokasaurus.bench.manager_cost import (
+    Effort,
+    Setting,
+    measure_reference,
+    measure_start_finish,
+    measure_steady,
+)
+from tokasaurus.bench.output import print_json, progress, table
+from tokasaurus.bench.requests import MIXES
+from tokasaurus.config.schema import Schema, check_fields, flag
+
+__all__ = ["SCHEMA", "ManagerBenchConfig", "run"]
+
+_PARTS = ("steady", "start_finish", "reference")
+_QUICK_RUNNING = (64,)
+_EFFORT = Effort(num_windows=3, steps=400, num_starts=2048, num_waves=4)
+_QUICK_EFFORT = Effort(num_windows=1, steps=40, num_starts=128, num_waves=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManagerBenchConfig:
+    """What to measure."""
+
+    running: tuple[str, ...] = flag(("1024", "4096", "8192"), help="Sequences in steady decode.")
+    reference_running: tuple[str, ...] = flag(
+        ("1024", "4096"), help="Sequences that run together in the reference workload."
+    )
+    mix: str = flag(
+        "easy",
+        choices=MIXES,
+        help="full: of four requests one has stop strings, one wants logprobs, one top logprobs; and some are aborted.",
+    )
+    cost: str = flag("instant", help="The device's cost model: instant, fixed:SECONDS, ...")
+    scheduling_steps_ahead: int = flag(8, minimum=1, help="The engine's flag of this name.")
+    parts: tuple[str, ...] = flag(_PARTS, choices=_PARTS, help="Leave some out.")
+    quick: bool = flag(False, help="Small and rough: one size, short windows.")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        self.sizes()
+        self.reference_sizes()
+
+    def sizes(self) -> tuple[int, ...]:
+        """``running``, or what takes its place if it has to be quick."""
+        return _QUICK_RUNNING if self.quick else counts("running", self.running)
+
+    def reference_sizes(self) -> tuple[int, ...]:
+        sizes = counts("reference_running", self.reference_running)
+        return _QUICK_RUNNING if self.quick else sizes
+
+
+SCHEMA = Schema(
+    target=ManagerBenchConfig,
+    program="toka-bench manager",
+    summary="CPU time of the real manager process, against a simulated device.",
+    examples=(
+        "toka-bench manager",
+        "toka-bench manager mix=full running=4096, parts=steady,",
+        "toka-bench manager quick=T",
+    ),
+)
+
+
+def run(config: ManagerBenchConfig) -> None:
+    """Measures and prints."""
+    setting = Setting(
+        mix=config.mix,
+        cost=config.cost,
+        steps_ahead=config.scheduling_steps_ahead,
+        effort=_QUICK_EFFORT if config.quick else _EFFORT,
+    )
+    results: dict[str, object] = {"mix": config.mix}
+    if "steady" in config.parts:
+        results["steady"] = _steady(setting, config.sizes())
+    if "reference" in config.parts:
+        results |= _reference(setting, config.reference_sizes())
+    if "start_finish" in config.parts:
+        results |= _start_finish(setting)
+    print_json(results)
+
+
+def _steady(setting: Setting, sizes: tuple[int, ...]) -> list[dict[str, float]]:
+    rows = []
+    for num_running in sizes:
+        progress(f"steady decode of {num_running} sequences ...")
+        rows.append(measure_steady(setting, num_running))
+    print(f"\nSteady decode, {setting.mix} mix\n")
+    print(
+        table(
+            ("running", "mean batch", "us/token", "lowest", "ms/step", "steps/s"),
+            [
+                (
+                    row.running,
+                    f"{row.batch:.0f}",
+                    f"{row.us_per_token:.3f}",
+                    f"{row.lowest_us_per_token:.3f}",
+                    f"{row.ms_per_step:.2f}",
+                    f"{row.steps_per_s:.0f}",
+                )
+                for row in rows
+            ],
+        )
+    )
+    return [_rounded(dataclasses.asdict(row)) for row in rows]
+
+
+def _reference(setting: Setting, sizes: tuple[int, ...]) -> dict[str, object]:
+    costs = {}
+    for num_running in sizes:
+        progress(f"reference workload, {num_running} sequences at a time ...")
+        costs[num_running] = measure_reference(setting, num_running)
+    print("\nReference workload, 128 + 128 tokens, everything counted\n")
+    print(table(("running", "us/token"), [(size, f"{cost:.3f}") for size, cost in costs.items()]))
+    return {
+        "reference_workload_us_per_token": round(max(costs.values()), 4),
+        "reference_workload": [
+            {"running": size, "us_per_token": round(cost, 4)} for size, cost in costs.items()
+        ],
+    }
+
+
+def _start_finish(setting: Setting) -> dict[str, object]:
+    progress("starting and finishing sequences ...")
+    separate_us, samples_us = measure_start_finish(setting)
+    print("\nStart and finish of a sequence, prompt of 1,024 tokens\n")
+    print(
+        table(
+            ("arriving as", "us/sequence"),
+            [("separate requests", f"{separate_us:.1f}"), ("samples of one", f"{samples_us:.1f}")],
+        )
+    )
+    return {
+        "start_finish_us": round(max(separate_us, samples_us), 2),
+        "start_finish_separate_us": round(separate_us, 2),
+        "start_finish_samples_us": round(samples_us, 2),
+    }
+
+
+def _rounded(values: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 4) for name, value in values.items()}

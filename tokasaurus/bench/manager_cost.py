@@ -1,0 +1,253 @@
+"""What the manager costs: CPU time of its real process, over its real channels.
+
+::
+
+    steady decode      a full cache, a queue, and sequences of which none ends: every page that a
+                       sequence enters is taken from the prefix cache
+    start and finish   sequences that generate one token: the rest is prompt, admission and end
+    reference          128 prompt tokens, 128 generated, everything counted
+
+Each number is the median of several windows: on a machine shared with others a window may be disturbed.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from tokasaurus.bench.clients import Clients
+from tokasaurus.bench.device_process import DevicePlan
+from tokasaurus.bench.engine import SimulatedEngine
+from tokasaurus.bench.requests import Requests
+from tokasaurus.config.engine import EngineConfig
+from tokasaurus.planner.configuration import simulated_slices
+
+__all__ = [
+    "Effort",
+    "Setting",
+    "Steady",
+    "measure_reference",
+    "measure_start_finish",
+    "measure_steady",
+]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure."""
+
+    num_windows: int
+    steps: int  # of a steady window
+    num_starts: int  # sequences of a start-and-finish window
+    num_waves: int  # of sequences in the reference workload, at least 2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the measurements have in common."""
+
+    mix: str
+    cost: str
+    steps_ahead: int
+    effort: Effort
+
+    def engine(self, **limits: int) -> SimulatedEngine:
+        flags = EngineConfig.from_flags(
+            scheduling_steps_ahead=self.steps_ahead, log_level="WARNING", **limits
+        )
+        return SimulatedEngine(simulated_slices(flags), DevicePlan(self.cost))
+
+
+# --- steady decode ---------------------------------------------------------------------------------
+
+_PROMPT = 128
+_SETTLED_BATCHES = 30  # without a prompt
+_MAX_SETTLING = 600  # batches
+_ABORT_EVERY = 20  # batches, in the full mix
+
+
+@dataclass(frozen=True)
+class Steady:
+    """One row of the steady table."""
+
+    running: int  # sequences that the cache is made for
+    batch: float  # tokens that a batch really drew, mean
+    us_per_token: float
+    ms_per_step: float
+    lowest_us_per_token: float  # of all windows
+    steps_per_s: float  # of the wall clock
+
+
+@dataclass(frozen=True)
+class _Window:
+    """Totals, or their differences."""
+
+    cpu_s: float
+    num_tokens: int
+    num_steps: int
+    wall_s: float
+
+    def since(self, other: _Window) -> _Window:
+        """What came after another total."""
+        return _Window(
+            self.cpu_s - other.cpu_s,
+            self.num_tokens - other.num_tokens,
+            self.num_steps - other.num_steps,
+            self.wall_s - other.wall_s,
+        )
+
+    @property
+    def us_per_token(self) -> float:
+        return self.cpu_s / self.num_tokens * 1e6
+
+
+def measure_steady(setting: Setting, num_running: int) -> Steady:
+    """Decode only, with the cache full of what earlier prompts left."""
+    effort = setting.effort
+    max_tokens = effort.num_windows * effort.steps + _MAX_SETTLING
+    request_tokens = _PROMPT + max_tokens
+    with setting.engine(
+        kv_cache_num_tokens=num_running * request_tokens,
+        max_num_tokens_per_request=request_tokens,
+        # The cache is the limit, not this.
+        max_seqs_per_forward=num_running + num_running // 8,
+    ) as engine:
+        clients, requests = Clients(engine), Requests(setting.mix)
+        for request in Requests().series(0, num_running, request_tokens - 1, 1):
+            clients.send(request)
+        clients.run_to_end(num_running)
+        first = clients.num_sent
+        for request in requests.series(first, 2 * num_running, _PROMPT, max_tokens):
+            clients.send(request)
+        clients.run_until(_settled(engine, num_running * _PROMPT))
+        aborts = iter(range(first, first + num_running)) if setting.mix == "full" else None
+        windows = [
+            _steady_window(engine, clients, effort.steps, aborts) for _ in range(effort.num_windows)
+        ]
+    costs = [window.us_per_token for window in windows]
+    steps = sum(window.num_steps for window in windows)
+    return Steady(
+        running=num_running,
+        batch=sum(window.num_tokens for window in windows) / steps,
+        us_per_token=statistics.median(costs),
+        ms_per_step=statistics.median(window.cpu_s / window.num_steps * 1e3 for window in windows),
+        lowest_us_per_token=min(costs),
+        steps_per_s=steps / sum(window.wall_s for window in windows),
+    )
+
+
+def _settled(engine: SimulatedEngine, num_prompt_tokens: int) -> Callable[[], bool]:
+    """Whether so many prompt tokens were computed, and then none for some batches."""
+    device = engine.device
+    due = device.num_prompt_tokens + num_prompt_tokens
+    seen, since = 0, 0
+
+    def is_settled() -> bool:
+        nonlocal seen, since
+        if device.num_prompt_tokens != seen:
+            seen, since = device.num_prompt_tokens, device.num_batches
+        return seen >= due and device.num_batches >= since + _SETTLED_BATCHES
+
+    return is_settled
+
+
+def _steady_window(
+    engine: SimulatedEngine, clients: Clients, num_steps: int, aborts: Iterator[int] | None
+) -> _Window:
+    device = engine.device
+    start = _reading(engine)
+    while (done := device.num_batches - start.num_steps) < num_steps:
+        until = device.num_batches + min(_ABORT_EVERY, num_steps - done)
+        clients.run_until_batch(until)
+        if aborts is not None:
+            clients.abort(next(aborts))
+    return _reading(engine).since(start)
+
+
+def _reading(engine: SimulatedEngine) -> _Window:
+    """The totals of this moment."""
+    return _Window(
+        cpu_s=engine.manager_cpu_s(),
+        num_tokens=engine.device.num_drawn,
+        num_steps=engine.device.num_batches,
+        wall_s=time.monotonic(),
+    )
+
+
+# --- start and finish ------------------------------------------------------------------------------
+
+_LONG_PROMPT = 1024
+_MAX_SAMPLES = 1024
+
+
+def measure_start_finish(setting: Setting) -> tuple[float, float]:
+    """Microseconds of a sequence that generates one token after 1,024 of a prompt.
+
+    Returns:
+        Of separate requests, each with a prompt of its own; of 1,024 samples of one prompt that
+        arrive as one request.
+    """
+    effort = setting.effort
+    with setting.engine(
+        kv_cache_num_tokens=effort.num_starts * _LONG_PROMPT,
+        max_num_tokens_per_request=_LONG_PROMPT + 1,
+        max_seqs_per_forward=_MAX_SAMPLES,
+        max_tokens_per_forward=16 * _LONG_PROMPT,
+    ) as engine:
+        clients, requests = Clients(engine), Requests(setting.mix)
+
+        def separate() -> int:
+            count = effort.num_starts
+            for request in requests.series(clients.num_sent, count, _LONG_PROMPT, 1):
+                clients.send(request)
+            return count
+
+        def samples() -> int:
+            count = min(effort.num_starts, _MAX_SAMPLES)
+            clients.send(Requests().make(clients.num_sent, _LONG_PROMPT, 1, count))
+            return count
+
+        _start_us(clients, separate)  # fills the cache
+        times = [
+            [_start_us(clients, send) for _ in range(effort.num_windows)]
+            for send in (separate, samples)
+        ]
+        return statistics.median(times[0]), statistics.median(times[1])
+
+
+def _start_us(clients: Clients, send: Callable[[], int]) -> float:
+    """CPU time of a sequence; ``send`` says of how many."""
+    cpu_s, num_ended = clients.engine.manager_cpu_s(), clients.num_ended
+    count = send()
+    clients.run_to_end(num_ended + count)
+    return (clients.engine.manager_cpu_s() - cpu_s) / count * 1e6
+
+
+# --- reference workload ----------------------------------------------------------------------------
+
+_REFERENCE_TOKENS = 128  # of prompt and completion each
+
+
+def measure_reference(setting: Setting, num_running: int) -> float:
+    """Microseconds a token: requests that are all there at the beginning, until all have ended."""
+    effort = setting.effort
+    num_requests, num_tokens = effort.num_waves * num_running, 2 * _REFERENCE_TOKENS
+    with setting.engine(
+        kv_cache_num_tokens=num_running * num_tokens,
+        max_num_tokens_per_request=num_tokens,
+        max_seqs_per_forward=num_running,
+    ) as engine:
+        clients, requests = Clients(engine), Requests(setting.mix)
+
+        def send() -> int:
+            first = clients.num_sent
+            for request in requests.series(
+                first, num_requests, _REFERENCE_TOKENS, _REFERENCE_TOKENS
+            ):
+                clients.send(request)
+            return num_requests
+
+        costs = [_start_us(clients, send) for _ in range(effort.num_windows)]
+        return statistics.median(costs) / _REFERENCE_TOKENS

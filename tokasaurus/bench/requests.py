@@ -1,0 +1,54 @@
+"""The requests that benchmarks send."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from tokasaurus.planner.simulated_device import STOP_ID, VOCAB_SIZE
+from tokasaurus.protocol.messages import GenerateRequest, Sampling
+
+__all__ = ["MIXES", "Requests"]
+
+MIXES = ("easy", "full")
+_NUM_TOP = 5
+
+
+class Requests:
+    """Makes requests with random prompts that have nothing in common.
+
+    Args:
+        mix: "easy", or "full": of four requests one has stop strings, one wants the logprobs of its
+            tokens, one also those of the five most likely ones.
+        seed: of the prompts.
+    """
+
+    def __init__(self, mix: str = "easy", seed: int = 0) -> None:
+        self._mix = mix
+        self._random = np.random.default_rng(seed)
+
+    def make(
+        self, request_id: int, prompt_tokens: int, max_tokens: int, n: int = 1
+    ) -> GenerateRequest:
+        kind = request_id % 4 if self._mix == "full" else 0
+        return GenerateRequest(
+            request_id=request_id,
+            prompt_ids=self._random.integers(1, VOCAB_SIZE, prompt_tokens, dtype=np.int32),
+            n=n,
+            max_tokens=max_tokens,
+            sampling=Sampling(),
+            seed=request_id,
+            stop_token_ids=(STOP_ID,),
+            num_logprobs=(-1, -1, 0, _NUM_TOP)[kind],
+            hold_for_acks=kind == 1,
+        )
+
+    def series(
+        self, first_id: int, count: int, prompt_tokens: int, max_tokens: int
+    ) -> Iterator[GenerateRequest]:
+        """So many of them, with ids one after the other."""
+        return (
+            self.make(request_id, prompt_tokens, max_tokens)
+            for request_id in range(first_id, first_id + count)
+        )
