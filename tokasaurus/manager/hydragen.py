@@ -22,13 +22,14 @@ attended to. What pages are shared is known before; see shared_prefixes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tokasaurus.manager.shared_prefixes import SharedPrefixes
 from tokasaurus.manager.slots import IndexArray
-from tokasaurus.protocol.arrays import BoolArray, Int32Array
+from tokasaurus.protocol.arrays import Int32Array
 
 __all__ = ["MIN_NESTED_LEN", "GroupFinder", "Groups"]
 
@@ -38,7 +39,10 @@ MIN_NESTED_LEN = 64
 
 _Found: TypeAlias = tuple[int, int, int]  # a group: its rows, its first column, the column after it
 
-_NONE = -1
+# Candidates are numbered from 1 on. What is above them all counts as one, with no columns.
+_TOP = 0
+_NO_CANDIDATE = -1
+
 _EMPTY: Int32Array = np.empty(0, np.int32)
 
 
@@ -112,72 +116,75 @@ class GroupFinder:
         ends = prefixes.end_column[candidates]
         parents_first = np.argsort(ends)
         candidates, ends = candidates[parents_first], ends[parents_first]
-        number: IndexArray = np.full(len(is_candidate), _NONE, np.intp)  # over nodes
-        number[candidates] = np.arange(len(candidates))
-        lowest = number[self._lowest_candidates(slots, is_candidate)]
-        counts = np.bincount(lowest + 1, minlength=len(candidates) + 1)[1:]
-        found, innermost = self._choose(
-            number[prefixes.parent[candidates]].tolist(), ends.tolist(), counts.tolist()
+        number: IndexArray = np.full(len(is_candidate), _NO_CANDIDATE, np.intp)  # over nodes
+        number[candidates] = np.arange(1, len(candidates) + 1)
+        number[-1] = _TOP
+        lowest = self._lowest_candidates(slots, number)
+        parents = np.maximum(number[prefixes.parent[candidates]], _TOP)
+        found, group_of = self._choose(
+            [_TOP, *parents.tolist()],
+            [0, *ends.tolist()],
+            np.bincount(lowest, minlength=len(candidates) + 1).tolist(),
         )
-        return _arrange(slots, innermost[lowest], found) if found else _no_groups(slots)
+        if not found:
+            return _no_groups(slots)
+        # Few values, in a type of few bytes: then the sort is a count.
+        groups = np.array(group_of, np.min_scalar_type(len(found)))[lowest]
+        return _arrange(slots, groups, found)
 
-    def _lowest_candidates(self, slots: IndexArray, is_candidate: BoolArray) -> IndexArray:
-        """[rows] the lowest node that is a candidate and that a row holds; -1 where it holds none."""
-        prefixes = self._prefixes
-        nodes = prefixes.leaf[slots].astype(np.intp)  # numpy looks up with these much faster
-        is_candidate[-1] = True  # above the trie every search ends
-        above = np.where(is_candidate, np.arange(len(is_candidate)), prefixes.parent)
-        above[-1] = _NONE
-        while not is_candidate[nodes].all():
-            nodes = above[nodes]
-        return nodes
+    def _lowest_candidates(self, slots: IndexArray, number: IndexArray) -> IndexArray:
+        """[rows] the lowest candidate that each row holds; 0 where it holds none."""
+        parent = self._prefixes.parent
+        nodes = self._prefixes.leaf[slots].astype(np.intp)  # numpy looks up with these much faster
+        lowest = number[nodes]
+        while (is_none := lowest == _NO_CANDIDATE).any():
+            nodes = np.where(is_none, parent[nodes], nodes)
+            lowest = number[nodes]
+        return lowest
 
     def _choose(
         self, parents: list[int], ends: list[int], num_rows: list[int]
-    ) -> tuple[list[_Found], IndexArray]:
-        """Which candidates are groups, from the top down.
+    ) -> tuple[list[_Found], list[int]]:
+        """Which candidates are groups, from the top down. Entry 0 of all lists is the top.
 
         Args:
-            parents: of each candidate, before it; -1 at the top.
+            parents: of each candidate, before it.
             ends: the column after its last.
             num_rows: whose lowest candidate it is; counts those of lower ones too afterwards.
 
         Returns:
-            The groups, those inside a group right behind it; and for each candidate, then for none,
-            the innermost group that it is in.
+            The groups, those inside a group right behind it; and the innermost group that each candidate
+            is in, counted from 1, or 0.
         """
-        children: list[list[int]] = [[] for _ in range(len(parents) + 1)]  # the last: at the top
-        for candidate in range(len(parents) - 1, -1, -1):
-            parent = parents[candidate]
-            children[parent].append(candidate)
-            if parent != _NONE:
-                num_rows[parent] += num_rows[candidate]
+        children: list[list[int]] = [[] for _ in parents]
+        for candidate in range(len(parents) - 1, 0, -1):
+            children[parents[candidate]].append(candidate)
+            num_rows[parents[candidate]] += num_rows[candidate]
         found: list[_Found] = []
-        innermost = [_NONE] * len(children)
-        waiting = [(candidate, _NONE, 0) for candidate in children[-1]]
+        group_of = [0] * len(parents)
+        waiting = [(candidate, 0, 0) for candidate in children[_TOP]]
         while waiting:
             candidate, group, start = waiting.pop()
             below, count, end = children[candidate], num_rows[candidate], ends[candidate]
             # Where all rows are in one child, others part here that are not in the step.
             is_whole = not any(num_rows[child] == count for child in below)
             if count >= self._min_rows and end - start >= self._min_columns and is_whole:
-                group = len(found)
                 found.append((count, start, end))
-                start = end
-            innermost[candidate] = group
+                group, start = len(found), end
+            group_of[candidate] = group
             for child in below:
                 waiting.append((child, group, start))
-        return found, np.array(innermost, np.intp)
+        return found, group_of
 
 
-def _arrange(slots: IndexArray, innermost: IndexArray, found: list[_Found]) -> Groups:
-    """Puts the rows in order; ``innermost`` is the group of each, -1 for none."""
-    # Few values, in a type of few bytes: then the sort is a count.
-    keys = (innermost + 1).astype(np.min_scalar_type(len(found)))
-    counts = np.bincount(keys, minlength=len(found) + 1)
+def _arrange(
+    slots: IndexArray, groups: NDArray[np.unsignedinteger[Any]], found: list[_Found]
+) -> Groups:
+    """Puts the rows in order; ``groups`` is the innermost group of each, counted from 1, or 0."""
+    counts = np.bincount(groups, minlength=len(found) + 1)
     num_rows, first_columns, ends = np.array(found, np.int32).T.copy()
     return Groups(
-        slots=slots[np.argsort(keys, kind="stable")],
+        slots=slots[np.argsort(groups, kind="stable")],
         first_rows=np.cumsum(counts[:-1], dtype=np.int32),
         num_rows=num_rows,
         first_columns=first_columns,
