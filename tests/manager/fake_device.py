@@ -126,6 +126,7 @@ class FakeDevice:
         self.next_number += 1
         self._patch(batch)
         self._check_limits(batch)
+        self._check_groups(batch)
         rows, prompt_rows = [], []
         written: set[tuple[int, int]] = set()
         reads: list[tuple[int, int]] = []
@@ -204,6 +205,30 @@ class FakeDevice:
         assert 0 < len(named) <= self.config.max_seqs_per_forward
         num_tokens = len(batch.decode_slots) + int(batch.prefill_lengths.sum())
         assert num_tokens <= self.config.max_tokens_per_forward
+
+    def _check_groups(self, batch: ForwardBatch) -> None:
+        columns = (
+            batch.group_first_rows,
+            batch.group_num_rows,
+            batch.group_first_columns,
+            batch.group_num_columns,
+        )
+        covered = np.zeros(len(batch.decode_slots), np.int32)
+        for row, num_rows, column, num_columns in zip(
+            *(values.tolist() for values in columns), strict=True
+        ):
+            assert 0 <= row < row + num_rows <= len(covered)
+            end = column + num_columns
+            members = batch.decode_slots[row : row + num_rows]
+            pages = self.page_table[members, column:end]
+            assert num_columns > 0
+            assert (pages == pages[0]).all(), "rows of a group hold different pages"
+            shortest = min(self.slots[slot].length for slot in members.tolist())
+            assert end * self.config.page_size <= shortest, "a page of a group is not full"
+            assert (covered[row : row + num_rows] == column).all(), (
+                "columns are read twice or never"
+            )
+            covered[row : row + num_rows] = end
 
     def _cells(self, slot: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         positions = np.arange(start, end)
