@@ -88,16 +88,15 @@ def test_it_knows_who_it_is(generator: Generator) -> None:
     assert "Toka" in reply(generator, "Who are you?")
 
 
-def test_it_writes_sums_down_and_gets_a_few_right(generator: Generator) -> None:
-    # Sums are what the first recipe teaches worst (docs/demo_model.md): the form is always right,
-    # the result rarely. Guessing a number up to 40 would be right about 1 time in 40.
+def test_it_writes_sums_down_and_gets_some_right(generator: Generator) -> None:
+    # Guessing a number up to 40 would be right about 1 time in 40 (scores: docs/demo_model.md).
     chosen = problems(Random(1))
     replies = generator.complete(
-        [generator.encode((Message("user", p.question),)) for p in chosen], 40
+        [generator.encode((Message("user", p.question),)) for p in chosen], 64
     )
     assert sum("\nAnswer: " in reply for reply in replies) > 0.95 * len(replies)
     rights = [answers(p.answer)(reply) for p, reply in zip(chosen, replies, strict=True)]
-    assert sum(rights) > 0.05 * len(rights)
+    assert 0.12 * len(rights) < sum(rights) < 0.9 * len(rights)
 
 
 def test_it_ends_its_turn(generator: Generator) -> None:
