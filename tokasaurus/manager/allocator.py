@@ -78,7 +78,7 @@ class PageAllocator:
         shared = self.cache.lookup(ids, len(pages))
         changed = pages != shared
         self.pool.retain(shared[changed], num_holders)
-        self.pool.release(np.repeat(pages[changed], num_holders))
+        self.pool.release([pages[changed]] * num_holders)
         return shared
 
     def release(self, holders: Iterable[tuple[Int32Array, Int32Array]]) -> None:
@@ -93,6 +93,6 @@ class PageAllocator:
             _, node = self.cache.insert(ids, pages[: len(ids) // self.page_size])
             tables.append(pages)
             nodes.append(node)
-        self.pool.release(np.concatenate(tables))
+        self.pool.release(tables)
         for node in nodes:
             self.cache.offer(node)

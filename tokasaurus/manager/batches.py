@@ -25,20 +25,19 @@ class Chunk:
 
     sequence: Sequence
     start: int  # position of its first token
-    length: int
+    end: int  # the position after its last one
     # Samples that run from its last row on: who, and once they have entered, in which slots.
     followers: list[Sequence] = field(default_factory=list)
     forks: IndexArray = field(default_factory=lambda: NO_SLOTS)
+    ends_prompt: bool = field(init=False)  # its last row samples the next token
+
+    def __post_init__(self) -> None:
+        self.ends_prompt = self.end == len(self.sequence.prompt_ids)
 
     @property
-    def end(self) -> int:
-        """The position after its last token."""
-        return self.start + self.length
-
-    @property
-    def ends_prompt(self) -> bool:
-        """Its last row samples the next token."""
-        return self.end == len(self.sequence.prompt_ids)
+    def length(self) -> int:
+        """Tokens."""
+        return self.end - self.start
 
     @property
     def num_prompt_logprobs(self) -> int:

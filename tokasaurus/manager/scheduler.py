@@ -149,9 +149,9 @@ class Scheduler:
             if budget <= 0:
                 break
             start = int(self._slots.length[sequence.slot])
-            length = min(budget, len(sequence.prompt_ids) - start)
-            chunks.append(Chunk(sequence, start, length))
-            budget -= length
+            end = min(start + budget, len(sequence.prompt_ids))
+            chunks.append(Chunk(sequence, start, end))
+            budget -= end - start
         return chunks
 
     def _headroom(self, budget: int, decoding: BoolArray) -> _Headroom:
@@ -212,9 +212,8 @@ class Scheduler:
                 self._backlog.park(sequence)
                 continue
             self._pages.retain(cached_pages)
-            chunk = Chunk(
-                sequence, start, min(headroom.num_tokens, len(sequence.prompt_ids) - start)
-            )
+            end = min(start + headroom.num_tokens, len(sequence.prompt_ids))
+            chunk = Chunk(sequence, start, end)
             headroom.admit(chunk.length, num_needed)
             admissions.append(Admission(sequence, cached_pages, num_new))
             chunks.append(chunk)
