@@ -17,7 +17,8 @@ def process_cpu_s(pid: int) -> float:
     if sys.platform == "linux":
         return time.clock_gettime((~pid << 3) | 2)  # clock_getcpuclockid(3) computes it like this
     words = ["ps", "-o", "time=", "-p", str(pid)]
+    days, _, clock = subprocess.check_output(words, text=True).strip().rpartition("-")
     seconds = 0.0
-    for part in subprocess.check_output(words, text=True).strip().replace("-", ":").split(":"):
+    for part in clock.split(":"):
         seconds = 60 * seconds + float(part)
-    return seconds
+    return 24 * 3600 * int(days or 0) + seconds

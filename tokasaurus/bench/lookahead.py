@@ -1,7 +1,7 @@
 """``toka-bench lookahead``: does a device wait for the manager, and how many tokens does planning ahead waste?
 
     toka-bench lookahead                        4,096 sequences, steps of 3 ms; a minute
-    toka-bench lookahead fixed=8, step_ms=1.0
+    toka-bench lookahead fixed=8 step_ms=1.0
 
 In real time, with the real manager process. Sequences end by themselves, at lengths that the manager
 does not know: tokens of batches that were planned before it heard of an end are wasted.
@@ -65,6 +65,7 @@ class _Outcome:
     mean_batch: float
     ms_per_step: float
     waited_ms_per_step: float
+    manager_ms_per_step: float  # CPU time
     waited_share: float  # of the time, while the batch was full
     wasted_tokens: int
     wasted_per_sequence: float
@@ -78,7 +79,15 @@ def run(config: LookaheadConfig) -> None:
         progress(f"{name} ...")
         outcomes.append(_measure(config, name, flags))
     print(f"\n{config.num_sequences} sequences, steps of {config.step_ms:g} ms\n")
-    heads = ("steps ahead", "ms/step", "waited ms/step", "waited", "wasted/sequence", "wasted")
+    heads = (
+        "steps ahead",
+        "ms/step",
+        "waited ms/step",
+        "manager ms/step",
+        "waited",
+        "wasted/sequence",
+        "wasted",
+    )
     print(table(heads, [_row(outcome) for outcome in outcomes]))
     print_json({"lookahead": [_rounded(outcome) for outcome in outcomes]})
 
@@ -110,11 +119,11 @@ def _measure(config: LookaheadConfig, name: str, flags: dict[str, Any]) -> _Outc
         for request in Requests().series(0, num_requests, _PROMPT, _MAX_TOKENS):
             clients.send(request)
         clients.run_until(lambda: device.num_rows >= 0.99 * count)
-        start = _Reading.of(device)
+        start, cpu_s = _Reading.of(device), engine.manager_cpu_s()
         clients.run_to_end(
             num_requests - count
         )  # until then the queue holds somebody for each slot
-        full = _Reading.of(device).since(start)
+        full, cpu_s = _Reading.of(device).since(start), engine.manager_cpu_s() - cpu_s
         clients.run_to_end(num_requests)
         clients.run_for(0.1 + 0.02 * config.step_ms)  # batches in flight come to their end
         num_wasted = device.num_drawn - clients.num_tokens
@@ -125,6 +134,7 @@ def _measure(config: LookaheadConfig, name: str, flags: dict[str, Any]) -> _Outc
         mean_batch=full.num_drawn / full.num_batches,
         ms_per_step=busy_s / full.num_batches * 1e3,
         waited_ms_per_step=full.waited_s / full.num_batches * 1e3,
+        manager_ms_per_step=cpu_s / full.num_batches * 1e3,
         waited_share=full.waited_s / busy_s if busy_s else 0.0,
         wasted_tokens=num_wasted,
         wasted_per_sequence=num_wasted / num_requests,
@@ -166,6 +176,7 @@ def _row(outcome: _Outcome) -> tuple[object, ...]:
         outcome.steps_ahead,
         f"{outcome.ms_per_step:.2f}",
         f"{outcome.waited_ms_per_step:.3f}",
+        f"{outcome.manager_ms_per_step:.2f}",
         f"{outcome.waited_share:.2%}",
         f"{outcome.wasted_per_sequence:.2f}",
         f"{outcome.wasted_share:.2%}",

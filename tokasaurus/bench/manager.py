@@ -21,13 +21,14 @@ from tokasaurus.bench.manager_cost import (
 from tokasaurus.bench.output import print_json, progress, table
 from tokasaurus.bench.requests import MIXES
 from tokasaurus.config.schema import Schema, check_fields, flag
+from tokasaurus.planner.cost_model import cost_model
 
 __all__ = ["SCHEMA", "ManagerBenchConfig", "run"]
 
 _PARTS = ("steady", "start_finish", "reference")
 _QUICK_RUNNING = (64,)
 _EFFORT = Effort(num_windows=3, steps=400, num_starts=2048, num_waves=4)
-_QUICK_EFFORT = Effort(num_windows=1, steps=40, num_starts=128, num_waves=2)
+_QUICK_EFFORT = Effort(num_windows=1, steps=40, num_starts=64, num_waves=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,7 @@ class ManagerBenchConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        cost_model(self.cost)
         self.sizes()
         self.reference_sizes()
 
@@ -68,7 +70,7 @@ SCHEMA = Schema(
     summary="CPU time of the real manager process, against a simulated device.",
     examples=(
         "toka-bench manager",
-        "toka-bench manager mix=full running=4096, parts=steady,",
+        "toka-bench manager mix=full running=4096 parts=steady",
         "toka-bench manager quick=T",
     ),
 )

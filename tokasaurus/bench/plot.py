@@ -12,7 +12,7 @@ import numpy as np
 from tokasaurus.errors import ConfigError
 from tokasaurus.planner.report import Moment
 
-__all__ = ["Panel", "write_plot"]
+__all__ = ["Panel", "check_plot", "write_plot"]
 
 _COLOURS = ("#2a6fbb", "#d1495b", "#66a182", "#8d6a9f")
 _WIDTH, _HEIGHT, _LEFT, _TOP, _GAP = 640, 150, 52, 44, 52
@@ -27,12 +27,16 @@ class Panel:
     lines: Mapping[str, Sequence[Moment]]  # by name
 
 
-def write_plot(path: str, panels: Sequence[Panel]) -> None:
-    """Writes the file.
+def check_plot(path: str) -> None:
+    """Raises ConfigError if the file cannot be written; what is to be drawn may take minutes."""
+    try:
+        Path(path).open("ab").close()
+    except OSError as error:
+        raise ConfigError(f"plot={path}: {error.strerror}") from None
 
-    Raises:
-        ConfigError: it cannot be written.
-    """
+
+def write_plot(path: str, panels: Sequence[Panel]) -> None:
+    """Writes the file."""
     height = _TOP + len(panels) * (_HEIGHT + _GAP)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_LEFT + _WIDTH + 20}" height="{height}"'
@@ -42,10 +46,7 @@ def write_plot(path: str, panels: Sequence[Panel]) -> None:
     ]
     for index, panel in enumerate(panels):
         parts += _axes(panel, _TOP + index * (_HEIGHT + _GAP))
-    try:
-        Path(path).write_text("\n".join([*parts, "</svg>\n"]))
-    except OSError as error:
-        raise ConfigError(f"plot={path}: {error.strerror}") from None
+    Path(path).write_text("\n".join([*parts, "</svg>\n"]))
 
 
 def _legend(names: list[str]) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tokasaurus.bench.output import print_json, table
-from tokasaurus.bench.plot import Panel, write_plot
+from tokasaurus.bench.plot import Panel, check_plot, write_plot
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.schema import Schema, flag
 from tokasaurus.errors import ConfigError
@@ -66,6 +66,8 @@ SCHEMA = Schema(
 def run(config: ReplayConfig) -> None:
     """Replays and prints."""
     timing = Timing(cost_model(config.cost), config.manager_ms / 1e3, config.server_ms / 1e3)
+    if config.plot:
+        check_plot(config.plot)
     report = replay(_trace(config.trace), simulated_slices(config).manager, timing)
     values = summary(report)
     print(table(("", ""), list(values.items())))

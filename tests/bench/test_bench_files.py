@@ -1,0 +1,159 @@
+"""toka-bench on files and in virtual time: what is printed, and what is said of a wrong flag or line."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree
+
+import pytest
+
+from tokasaurus.bench import compare
+from tokasaurus.bench.main import COMMANDS, main
+from tokasaurus.bench.output import markdown_table, table
+
+GOOD = '{"arrival_s": 0, "prompt_tokens": 9, "output_tokens": [3, 5], "max_tokens": 8}\n'
+
+
+def last_line(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.fixture
+def trace(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    path.write_text(GOOD * 3)
+    return str(path)
+
+
+def test_a_trace_is_written_and_replayed(tmp_path, capsys):
+    path = tmp_path / "chat.jsonl"
+    assert main(["trace", "kind=chat", f"out={path}", "size=0.01", "seed=3"]) == 0
+    written = last_line(capsys)
+    assert written["requests"] == written["sequences"] == 40
+    assert len(path.read_text().splitlines()) == 40
+    assert main(["replay", str(path), "cost=fixed:0.001"]) == 0
+    replayed = last_line(capsys)
+    assert replayed["num_tokens"] == written["output_tokens"]
+    assert replayed["makespan_s"] > 0.1
+
+
+def test_engine_flags_reach_the_engine(trace, capsys):
+    assert main(["replay", trace, "cost=fixed:1", "max_seqs_per_forward=1"]) == 0
+    alone = last_line(capsys)
+    assert main(["replay", f"trace={trace}", "cost=fixed:1", "max_seqs_per_forward=8"]) == 0
+    together = last_line(capsys)
+    assert alone["makespan_s"] >= 3 * (3 + 5)
+    assert together["makespan_s"] < 8
+    assert alone["num_tokens"] == together["num_tokens"] == 24
+
+
+def test_a_replay_draws_cache_use(trace, tmp_path, capsys):
+    plot = tmp_path / "use.svg"
+    assert main(["replay", trace, "cost=fixed:1", f"plot={plot}"]) == 0
+    texts = [
+        item.text for item in xml.etree.ElementTree.parse(plot).iter() if item.tag.endswith("text")
+    ]
+    assert trace in texts
+
+
+def test_policies_are_compared(tmp_path, monkeypatch, capsys):
+    flags = {"forecast": {}, "greedy": {"max_seqs_per_forward": 2}}
+    monkeypatch.setattr(compare, "POLICIES", flags)
+    plot = tmp_path / "use.svg"
+    words = ["policies=forecast,greedy", "traces=chat", "caches=4096,8192", "size=0.005"]
+    assert main(["compare", *words, "cost=fixed:0.01", "jobs=1", f"plot={plot}"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[2].strip() for line in lines] == [
+        "cache tokens",
+        "-----------:",
+        "4096",
+        "8192",
+    ]
+    cells = json.loads(last)["cells"]
+    assert [(cell["cache_tokens"], cell["policy"]) for cell in cells] == [
+        (4096, "forecast"),
+        (4096, "greedy"),
+        (8192, "forecast"),
+        (8192, "greedy"),
+    ]
+    assert cells[1]["makespan_s"] > cells[0]["makespan_s"]
+    assert cells[1]["mean_batch_size"] < 2
+    assert json.loads(last)["forecast_behind"] == 0
+    assert json.loads(last)["sizes_ahead_of_all"] == {"chat": 2}
+    assert plot.read_text().count("<polyline") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["replay"], "trace is required"),
+        (["replay", "/nowhere.jsonl"], "trace=/nowhere.jsonl: No such file"),
+        (["replay", "TRACE", "cost=slow"], "cost=slow: expected one of"),
+        (["replay", "TRACE", "kv_cache_num_token=5"], "the nearest is 'kv_cache_num_tokens'"),
+        (["replay", "TRACE", "kv_cache_num_tokens=16"], "line 1 of the trace: .*refuses"),
+        (["replay", "TRACE", "plot=/nowhere/use.svg"], "plot=/nowhere/use.svg"),
+        (["trace", "kind=poem", "out=x"], "kind='poem'.*sampling"),
+        (["trace", "kind=chat", "out=/nowhere/x", "size=0.01"], "out=/nowhere/x"),
+        (["trace", "kind=chat", "out=x", "size=0"], "size=0"),
+        (["manager", "mix=hard"], "mix='hard'"),
+        (["manager", "running=many"], "running=many: expected a whole number"),
+        (["manager", "cost=slow"], "cost=slow"),
+        (["lookahead", "fixed=0"], "fixed=0: expected a whole number"),
+        (["compare", "policies=lucky"], "policies=.*must be one of"),
+        (["compare", "cost=slow"], "cost=slow"),
+        (
+            ["compare", "traces=chat", "policies=forecast", "caches=100", "jobs=1"],
+            "caches=100: the longest request",
+        ),
+        (["replai"], "the nearest is replay"),
+    ],
+)
+def test_what_is_wrong_is_named(words, complaint, trace, capsys):
+    try:
+        status = main([trace if word == "TRACE" else word for word in words])
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("toka-bench")
+    assert re.search(complaint, printed.err)
+
+
+def test_a_wrong_line_of_a_trace_is_named(trace, tmp_path, capsys):
+    path = tmp_path / "wrong.jsonl"
+    path.write_text(GOOD + GOOD.replace("9", "0"))
+    assert main(["replay", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "line 2 of the trace" in error
+    assert "prompt_tokens must be at least 1" in error
+
+
+def test_help_lists_the_commands(capsys):
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"\n  {name} " in printed for name in COMMANDS)
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([name, "--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"toka-bench {name}: ")
+    assert f"  toka-bench {name}" in printed  # an example
+
+
+def test_tables_are_aligned():
+    rows = [("first", 1), ("b", 100)]
+    assert table(("name", "count"), rows) == "name   count\nfirst      1\nb        100"
+    assert markdown_table(("name", "count"), rows).splitlines() == [
+        "| name  | count |",
+        "| ----- | ----: |",
+        "| first |     1 |",
+        "| b     |   100 |",
+    ]
