@@ -145,6 +145,29 @@ def test_equals_simulation(part):
         check(seed)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_many_sequences(seed):
+    """The most that fit, where bounds and cuts have something to do."""
+    rng = np.random.default_rng(seed)
+    nodes = [(int(rng.integers(-1, node)) if node else -1, 2) for node in range(30)]
+    state = State(
+        page_size=int(rng.choice([1, 3, 16])), rate=int(rng.choice([7, 500])), nodes=nodes
+    )
+
+    def random_row(num_to_feed: int) -> Row:
+        leaf = int(rng.integers(-1, 30)) if seed % 2 else -1
+        length = len(state.path(leaf)) * state.page_size + int(rng.integers(num_to_feed, 60)) + 1
+        return length, -(-length // state.page_size), num_to_feed, int(rng.integers(0, 400)), leaf
+
+    state.running = [random_row(int(rng.integers(0, 2))) for _ in range(200)]
+    state.waiting = [random_row(int(rng.integers(1, 50))) for _ in range(300)]
+    forecast = state.forecast()
+    peaks = [forecast.peak(count) for count in range(301)]
+    assert peaks == sorted(peaks)
+    for limit in rng.integers(peaks[0], peaks[-1] + 10, 30).tolist():
+        assert forecast.num_admissible(limit) == sum(peak <= limit for peak in peaks) - 1
+
+
 @pytest.mark.long
 def test_equals_simulation_often():
     for seed in range(1000, 11_000):

@@ -9,9 +9,9 @@ bucket of x::
 
     length so far    0         8        16        24
                      ├─────────┼─────────┼─────────┤
-    ended at 11      ━━━━━━━━━━━━━━●                   8 tokens here, 3 and one end there
-    ended by limit   ━━━━━━━━━━━━━━━━━━━━┥             8, 8 and 1 tokens, no end
-    still running    ━━━━━━━━━━━━━━━━━>                8, 7
+    ended at 11      ━━━━━━━━━━━━━━●                   8 tokens here, 3 and an end there
+    ended by limit   ━━━━━━━━━━━━━━━━━━━━┥             8 and 8, no end
+    still running    ━━━━━━━━━━━━━━━━━>                8 and 6, no end
 
 Tokens are counted while they are generated, not when their sequence ends. This is what makes the estimate
 right where the lengths of finished sequences alone mislead: short sequences finish first, but the long
@@ -41,6 +41,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from tokasaurus.manager.slots import IndexArray
 from tokasaurus.protocol.arrays import BoolArray, Int32Array, Int64Array
 
 __all__ = ["NO_GROUP", "LengthPredictor"]
@@ -241,29 +242,27 @@ class LengthPredictor:
         scale = np.divide(widths, at_risk, out=np.zeros(len(tokens)), where=at_risk > 0)
         survival = np.cumprod(np.append(1.0, 1.0 - self._ends * scale))
         lived = survival[:-1] * np.where(at_risk > 0, tokens * scale, widths)
-        # The tables' rows are S, the two sums, and the sequences that were seen in the bucket.
-        self._at_edge = np.zeros((len(edges), 4))
-        self._at_edge[:, 0] = survival
-        self._at_edge[1:, 1] = np.cumsum(lived)
-        self._at_edge[1:, 2] = np.cumsum(lived * (edges[:-1] + edges[1:]))
-        self._at_edge[:-1, 3] = tokens / widths
-        # Per length in the bucket, for interpolation.
-        self._slope = np.zeros((len(edges), 3))
-        self._slope[:-1] = np.diff(self._at_edge[:, :3], axis=0) / widths[:, None]
+        self._survival = _Table(survival, widths)
+        self._lived = _Table(np.cumsum(np.append(0.0, lived)), widths)
+        doubled = lived * (edges[:-1] + edges[1:])
+        self._lived_square = _Table(np.cumsum(np.append(0.0, doubled)), widths)
+        # Sequences that were seen in a bucket.
+        self._num_seen = np.append(tokens / widths, 0.0)
 
     def _moments(self, num_generated: IntArray, max_tokens: IntArray) -> tuple[_Floats, _Floats]:
         """Expected length at the end and expected square of it, by what all requests taught."""
         prior_mean, prior_square = self._prior(num_generated, max_tokens)
         if self._num_known < self._initial_wait:
             return prior_mean, prior_square
-        start = self._lookup(num_generated)
-        end = self._lookup(max_tokens)
-        is_known = start[:, 0] > _SMALLEST_SURVIVAL
-        survival = np.where(is_known, start[:, 0], 1.0)
+        start, end = self._places(num_generated), self._places(max_tokens)
+        survival = self._survival.at(*start)
+        is_known = survival > _SMALLEST_SURVIVAL
+        survival[~is_known] = 1.0
         generated = num_generated.astype(np.float64)
-        mean = generated + (end[:, 1] - start[:, 1]) / survival
-        square = generated * generated + (end[:, 2] - start[:, 2]) / survival
-        trust = np.minimum(start[:, 3] / _ENOUGH_AT_RISK, 1.0) * is_known
+        mean = generated + (self._lived.at(*end) - self._lived.at(*start)) / survival
+        squares = self._lived_square.at(*end) - self._lived_square.at(*start)
+        square = generated * generated + squares / survival
+        trust = np.minimum(self._num_seen[start[0]] / _ENOUGH_AT_RISK, 1.0) * is_known
         return (
             prior_mean + trust * (mean - prior_mean),
             prior_square + trust * (square - prior_square),
@@ -274,13 +273,11 @@ class LengthPredictor:
         std = max_tokens * self._prior_std
         return mean, mean * mean + std * std
 
-    def _lookup(self, lengths: IntArray) -> _Floats:
-        """[n][4] the tables at these lengths."""
+    def _places(self, lengths: IntArray) -> tuple[IndexArray, _Floats]:
+        """[n] the bucket of each length, and [n] how far in it."""
         lengths = np.minimum(lengths, self._max_length)
-        buckets = self._bucket_of[lengths]
-        values = self._at_edge[buckets]
-        values[:, :3] += self._slope[buckets] * (lengths - self._edges[buckets])[:, None]
-        return values
+        buckets = self._bucket_of[lengths].astype(np.intp)
+        return buckets, (lengths - self._edges[buckets]).astype(np.float64)
 
     def _update_siblings(
         self, groups: IntArray, num_generated: IntArray, max_tokens: IntArray
@@ -308,6 +305,26 @@ class LengthPredictor:
         )
 
 
+class _Table:
+    """A function of lengths, straight in each bucket.
+
+    Args:
+        at_edge: [num_buckets + 1]
+        widths: [num_buckets] of the buckets.
+    """
+
+    def __init__(self, at_edge: _Floats, widths: Int64Array) -> None:
+        self._at_edge = at_edge
+        self._slope: _Floats = np.append(np.diff(at_edge) / widths, 0.0)
+
+    def at(self, buckets: IndexArray, offsets: _Floats) -> _Floats:
+        """[n] the values so far behind the edges of these buckets."""
+        values = self._slope[buckets]
+        values *= offsets
+        values += self._at_edge[buckets]
+        return values
+
+
 class _Siblings:
     """Sums over the siblings of a sequence that are longer than it.
 
@@ -323,9 +340,8 @@ class _Siblings:
     ) -> None:
         order = np.argsort(keys, kind="stable")
         self._keys = keys[order]
-        self._sums = np.zeros((len(keys) + 1, 2))
-        np.cumsum(lengths[order], out=self._sums[1:, 0])
-        np.cumsum(squares[order], out=self._sums[1:, 1])
+        self._length_sums = np.cumsum(np.append(0.0, lengths[order]))
+        self._square_sums = np.cumsum(np.append(0.0, squares[order]))
         handles = np.arange(1, len(num_finished) + 1, dtype=np.int64)
         self._group_end = np.searchsorted(self._keys, handles << _LENGTH_BITS)
         self._has_finished: BoolArray = np.append(num_finished > 0, False)  # NO_GROUP is the last
@@ -344,10 +360,14 @@ class _Siblings:
 
     def longer_than(self, groups: IntArray, lengths: IntArray) -> tuple[IntArray, _Floats, _Floats]:
         """[n] how many siblings are longer, the sum of their lengths, and of the squares."""
-        start = np.searchsorted(self._keys, _sibling_keys(groups, lengths), side="right")
+        wanted = _sibling_keys(groups, lengths)
+        order = np.argsort(wanted)  # searching in order is so much faster that sorting pays
+        start = np.empty_like(order)
+        start[order] = np.searchsorted(self._keys, wanted[order], side="right")
         end = self._group_end[groups]
-        sums = self._sums[end] - self._sums[start]
-        return end - start, sums[:, 0], sums[:, 1]
+        total = self._length_sums[end] - self._length_sums[start]
+        total_square = self._square_sums[end] - self._square_sums[start]
+        return end - start, total, total_square
 
 
 def _sibling_keys(groups: IntArray, lengths: IntArray) -> Int64Array:
