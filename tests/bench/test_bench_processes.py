@@ -44,9 +44,10 @@ def test_the_cost_of_steady_decode_is_measured(mix, capsys):
 
 
 def test_the_cost_of_whole_sequences_is_measured(capsys):
-    assert main(["manager", "quick=T", "parts=start_finish,reference"]) == 0
+    assert main(["manager", "quick=T", "parts=start_finish,reference,admission"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert "steady" not in result
+    assert 0 < result["admission_ms"] < 1000
     assert 0 < result["reference_workload_us_per_token"] < 200
     assert 0 < result["start_finish_us"] < 20_000
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from tokasaurus.bench.admission import measure_admission_ms
 from tokasaurus.bench.flags import counts
 from tokasaurus.bench.manager_cost import (
     Effort,
@@ -25,7 +26,8 @@ from tokasaurus.planner.cost_model import cost_model
 
 __all__ = ["SCHEMA", "ManagerBenchConfig", "run"]
 
-_PARTS = ("steady", "start_finish", "reference")
+_PARTS = ("steady", "start_finish", "reference", "admission")
+_NUM_RUNNING, _NUM_WAITING, _HORIZONS = 4096, 10_000, (8_000, 131_072)  # of admission
 _QUICK_RUNNING = (64,)
 _EFFORT = Effort(num_windows=3, steps=400, num_starts=2048, num_waves=4)
 _QUICK_EFFORT = Effort(num_windows=1, steps=40, num_starts=64, num_waves=2)
@@ -91,6 +93,8 @@ def run(config: ManagerBenchConfig) -> None:
         results |= _reference(setting, config.reference_sizes())
     if "start_finish" in config.parts:
         results |= _start_finish(setting)
+    if "admission" in config.parts:
+        results |= _admission()
     print_json(results)
 
 
@@ -148,6 +152,21 @@ def _start_finish(setting: Setting) -> dict[str, object]:
         "start_finish_us": round(max(separate_us, samples_us), 2),
         "start_finish_separate_us": round(separate_us, 2),
         "start_finish_samples_us": round(samples_us, 2),
+    }
+
+
+def _admission() -> dict[str, object]:
+    progress("admission by forecast ...")
+    costs = {
+        horizon: measure_admission_ms(_NUM_RUNNING, _NUM_WAITING, horizon) for horizon in _HORIZONS
+    }
+    print(f"\nA round of admission: {_NUM_RUNNING} sequences running, {_NUM_WAITING} waiting\n")
+    print(
+        table(("horizon, steps", "ms"), [(steps, f"{cost:.2f}") for steps, cost in costs.items()])
+    )
+    return {
+        "admission_ms": round(costs[_HORIZONS[0]], 3),
+        "admission": [{"horizon": steps, "ms": round(cost, 3)} for steps, cost in costs.items()],
     }
 
 
