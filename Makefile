@@ -3,6 +3,7 @@
 #   make serve        the engine on the bundled model          make serve ARGS='model=DIR port=8080'
 #   make test         the tests (make test-quick, make test-long: the unit tests only, the heavy ones)
 #   make check        formatting, lint, import contracts, types
+#   make bench        what the manager costs, in CPU time      make bench ARGS='mix=full quick=T'
 #   make install      .venv with the package (editable) and everything above needs
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ ARGS   ?=
 # Several processes compute on few cores here: their OpenMP threads must sleep, not spin, while they wait.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help install serve chat check format test test-quick test-long clean
+.PHONY: help install serve chat check format test test-quick test-long bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -56,6 +57,9 @@ test-quick: install
 test-long: install
 	@echo "==> pytest, the heavy runs too"
 	@$(BIN)/pytest -m 'long or not long' --timeout 3600 $(ARGS)
+
+bench: install
+	@$(BIN)/toka-bench manager $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
