@@ -55,8 +55,6 @@ NAMES_AND_DEFAULTS = {
     "hydragen_min_prefix_len": 256,
     "greedy_prefill": True,
     "prefill_round_up_multiple": 16,
-    "enable_precise_onboard": True,
-    "precise_onboard_batch_size": 128,
     "track_early_stopping": True,
     "early_stopping_buffer_size": 2048,
     "early_stopping_num_prediction_buckets": 1024,
@@ -76,7 +74,12 @@ NAMES_AND_DEFAULTS = {
     "max_completion_tokens": None,
 }
 ALIASES = {"kv_cache_size_num_tokens": "kv_cache_num_tokens", "statsd_addr": "statsd_server_url"}
-RETIRED = {"stop_string_num_token_lookback": 5, "enable_chosen_logprobs": True}
+RETIRED = {
+    "stop_string_num_token_lookback": 5,
+    "enable_chosen_logprobs": True,
+    "enable_precise_onboard": True,
+    "precise_onboard_batch_size": 128,
+}
 USUALLY = {
     "kv_cache_num_tokens": "131072",
     "page_size": "16",
@@ -318,7 +321,7 @@ def test_from_flags_warns_of_retired_flags():
 
 def test_the_constructor_checks_too():
     with pytest.raises(ConfigError) as caught:
-        EngineConfig(port="x", page_size=0, dtype="int8", use_hydragen=True)
+        EngineConfig(port="x", page_size=0, dtype="int8", torch_compile=True)
     assert len(str(caught.value).splitlines()) == 4
     with pytest.raises(TypeError):
         EngineConfig(prot=1)

@@ -20,7 +20,7 @@ from fake_device import (
     prompt_logprobs_oracle,
 )
 
-from tokasaurus.config.slices import ManagerConfig
+from tokasaurus.config.slices import AdmissionConfig, ManagerConfig
 from tokasaurus.manager import token_window
 from tokasaurus.manager.manager import Manager
 from tokasaurus.manager.scheduler import RESERVE_TOKENS
@@ -52,10 +52,32 @@ def make_config(**changes: object) -> ManagerConfig:
         "max_request_tokens": 64,
         "scheduling_steps_ahead": 3,
         "stop_lag": 4,
+        "admission": make_admission(),
+        "use_groups": True,
+        "min_group_size": 2,
+        "min_prefix_len": 1,
         "check_invariants": True,
         "force_preemption": False,
     }
     return ManagerConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def make_admission(**changes: object) -> AdmissionConfig:
+    """The defaults of the flags."""
+    values: dict[str, object] = {
+        "predict_lengths": True,
+        "learn_lengths": True,
+        "length_memory": 2048,
+        "num_length_buckets": 1024,
+        "num_lengths_awaited": 16,
+        "prior_mean": 1.0,
+        "prior_std": 0.0,
+        "std_scale": 0.25,
+        "target_utilization": 1.0,
+        "greedy_prefill": True,
+        "prefill_round_up_multiple": 16,
+    }
+    return AdmissionConfig(**{**values, **changes})  # type: ignore[arg-type]
 
 
 def make_request(request_id: int, prompt: object, max_tokens: int, **changes: object):

@@ -38,9 +38,6 @@ _PROCESSES = ("server", "manager", "model", "worker")
 _TENSOR = "tensor parallelism"
 _COMPILE = "compiling the whole model with torch.compile"
 _CUDA_GRAPHS = "running batches as CUDA graphs"
-_SHARED_PREFIXES = "Hydragen attention over shared prefixes"
-_FILL = "choosing how steps are filled with prompts"
-_FORECAST = "tuning the forecast of how sequences end"
 _STATSD = "the statsd report"
 _WANDB = "the report to Weights & Biases"
 
@@ -291,74 +288,56 @@ class EngineConfig:
     use_hydragen: bool = flag(
         False,
         group=_HYDRAGEN,
-        later=_SHARED_PREFIXES,
-        help="Compute attention over a shared prefix once for all sequences that share it.",
+        help="Group the sequences of every step by the prefixes they share, for attention that reads such a prefix once. This version's kernels do not make use of the groups yet.",
     )
     hydragen_min_group_size: int = flag(
         32,
         group=_HYDRAGEN,
         minimum=2,
-        later=_SHARED_PREFIXES,
         help="Sequences that must share a prefix.",
     )
     hydragen_min_prefix_len: int = flag(
         256,
         group=_HYDRAGEN,
         minimum=1,
-        later=_SHARED_PREFIXES,
         help="Tokens that a shared prefix must have.",
     )
 
     greedy_prefill: bool = flag(
         True,
         group=_SCHEDULING,
-        later=_FILL,
         help="Fill every step with as much of the waiting prompts as fits.",
     )
     prefill_round_up_multiple: int = flag(
         16,
         group=_SCHEDULING,
         minimum=1,
-        later=_FILL,
         help="Without greedy_prefill: round the prompt tokens of a step up to this.",
-    )
-    enable_precise_onboard: bool = flag(
-        True,
-        group=_SCHEDULING,
-        later=_FORECAST,
-        help="Try to admit more sequences by an exact forecast where a rough one refuses.",
-    )
-    precise_onboard_batch_size: int = flag(
-        128, group=_SCHEDULING, minimum=1, later=_FORECAST, help="The largest group tried at once."
     )
     track_early_stopping: bool = flag(
         True,
         group=_SCHEDULING,
-        later=_FORECAST,
         help="Learn from finished sequences how early others will end.",
     )
     early_stopping_buffer_size: int = flag(
         2048,
         group=_SCHEDULING,
         minimum=1,
-        later=_FORECAST,
         help="Finished sequences that are remembered.",
     )
     early_stopping_num_prediction_buckets: int = flag(
-        1024, group=_SCHEDULING, minimum=1, later=_FORECAST, help="Resolution of the learned table."
+        1024, group=_SCHEDULING, minimum=1, help="Resolution of the learned table."
     )
     early_stopping_initial_wait: int = flag(
         16,
         group=_SCHEDULING,
         minimum=0,
-        later=_FORECAST,
         help="Sequences that must finish before predictions count.",
     )
     early_stopping_init_mean: float | None = flag(
         None,
         group=_SCHEDULING,
         minimum=0,
-        later=_FORECAST,
         help="Expected length before that, as a fraction of max_tokens.",
         adapts="1.0",
     )
@@ -366,28 +345,24 @@ class EngineConfig:
         None,
         group=_SCHEDULING,
         minimum=0,
-        later=_FORECAST,
         help="Its standard deviation.",
         adapts="0.0",
     )
     use_spec_allocation: bool = flag(
         True,
         group=_SCHEDULING,
-        later=_FORECAST,
         help="Admit sequences by predicted rather than by largest possible lengths.",
     )
     spec_allocation_std_buffer_scale: float = flag(
         0.25,
         group=_SCHEDULING,
         minimum=0,
-        later=_FORECAST,
         help="Safety margin of a predicted length, in standard deviations.",
     )
     spec_allocation_target_kv_cache_utilization: float = flag(
         1.0,
         group=_SCHEDULING,
         minimum=0,
-        later=_FORECAST,
         help="Share of the KV cache that predictions may fill; more than 1 overcommits.",
     )
 
@@ -492,6 +467,12 @@ ENGINE = Schema(
             bool,
             True,
             "logprobs of the chosen tokens are computed whenever a request asks for them",
+        ),
+        "enable_precise_onboard": Retired(
+            bool, True, "sequences are always admitted by the exact forecast"
+        ),
+        "precise_onboard_batch_size": Retired(
+            int, 128, "the forecast decides about any number of sequences at once"
         ),
     },
     foreign=OTHER_ENGINES,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.slices import (
+    AdmissionConfig,
     EngineSlices,
     ManagerConfig,
     ModelFacts,
@@ -226,8 +227,29 @@ def _manager(config: EngineConfig, limits: _Limits) -> ManagerConfig:
         max_request_tokens=limits.max_request_tokens,
         scheduling_steps_ahead=config.scheduling_steps_ahead,
         stop_lag=STOP_LAG,
+        admission=_admission(config),
+        use_groups=config.use_hydragen,
+        min_group_size=config.hydragen_min_group_size,
+        min_prefix_len=config.hydragen_min_prefix_len,
         check_invariants=config.allocator_sanity_checks,
         force_preemption=config.bump_city_population_me,
+    )
+
+
+def _admission(config: EngineConfig) -> AdmissionConfig:
+    mean, std = config.early_stopping_init_mean, config.early_stopping_init_std
+    return AdmissionConfig(
+        predict_lengths=config.use_spec_allocation,
+        learn_lengths=config.track_early_stopping,
+        length_memory=config.early_stopping_buffer_size,
+        num_length_buckets=config.early_stopping_num_prediction_buckets,
+        num_lengths_awaited=config.early_stopping_initial_wait,
+        prior_mean=1.0 if mean is None else mean,
+        prior_std=0.0 if std is None else std,
+        std_scale=config.spec_allocation_std_buffer_scale,
+        target_utilization=config.spec_allocation_target_kv_cache_utilization,
+        greedy_prefill=config.greedy_prefill,
+        prefill_round_up_multiple=config.prefill_round_up_multiple,
     )
 
 

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 from tokasaurus.protocol.messages import LogprobsMode
 
-__all__ = ["EngineSlices", "ManagerConfig", "ModelFacts", "ServerConfig", "WorkerConfig"]
+__all__ = [
+    "AdmissionConfig",
+    "EngineSlices",
+    "ManagerConfig",
+    "ModelFacts",
+    "ServerConfig",
+    "WorkerConfig",
+]
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,23 @@ class ServerConfig:
 
 
 @dataclass(frozen=True)
+class AdmissionConfig:
+    """By what the manager decides how many sequences run, and how fast prompts are fed."""
+
+    predict_lengths: bool  # else a sequence counts as being as long as its max_tokens
+    learn_lengths: bool  # else the prior is all that is known of them
+    length_memory: int  # finished sequences after which what was learned weighs 1/e
+    num_length_buckets: int
+    num_lengths_awaited: int  # finished sequences before predictions count
+    prior_mean: float  # length before that, as a fraction of max_tokens
+    prior_std: float
+    std_scale: float  # margin of a predicted length, in standard deviations
+    target_utilization: float  # share of the KV cache that predictions may fill
+    greedy_prefill: bool  # else prompts are fed just fast enough to keep the cache full
+    prefill_round_up_multiple: int  # tokens; without greedy_prefill
+
+
+@dataclass(frozen=True)
 class ManagerConfig:
     """The manager room's slice."""
 
@@ -65,6 +89,10 @@ class ManagerConfig:
     stop_lag: (
         int  # tokens planned beyond what the server acknowledged, for sequences with stop strings
     )
+    admission: AdmissionConfig
+    use_groups: bool  # find the decode rows that share a prefix
+    min_group_size: int  # rows
+    min_prefix_len: int  # tokens
     check_invariants: bool  # after every step; slow
     force_preemption: bool  # preempt now and then without need; for tests
 
