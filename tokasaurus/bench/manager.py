@@ -1,8 +1,10 @@
 """``toka-bench manager``: what the manager costs, in CPU time.
 
-toka-bench manager                    three sizes, easy mix; minutes
-toka-bench manager mix=full           a quarter each with stop strings, logprobs, top logprobs; aborts
-toka-bench manager quick=T            small and rough; seconds
+    toka-bench manager                    three sizes, easy mix; a minute
+    toka-bench manager mix=full           with stop strings, logprobs, common prefixes and aborts
+    toka-bench manager quick=T            small and rough; seconds
+
+Wants two cores to itself; see ``manager_cost`` for what is measured.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class ManagerBenchConfig:
     mix: str = flag(
         "easy",
         choices=MIXES,
-        help="full: of four requests one has stop strings, one wants logprobs, one top logprobs; and some are aborted.",
+        help="full: of four requests one has stop strings, one wants logprobs, one top logprobs; in steady decode, prompts share one of 16 headers, which are grouped, and some requests are aborted.",
     )
     cost: str = flag("instant", help="The device's cost model: instant, fixed:SECONDS, ...")
     scheduling_steps_ahead: int = flag(8, minimum=1, help="The engine's flag of this name.")

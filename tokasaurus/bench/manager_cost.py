@@ -23,6 +23,7 @@ from tokasaurus.bench.engine import SimulatedEngine
 from tokasaurus.bench.requests import Requests
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.planner.configuration import simulated_slices
+from tokasaurus.planner.worker_loop import DeviceStatistics
 
 __all__ = [
     "Effort",
@@ -55,14 +56,18 @@ class Setting:
 
     def engine(self, **limits: int) -> SimulatedEngine:
         flags = EngineConfig.from_flags(
-            scheduling_steps_ahead=self.steps_ahead, log_level="WARNING", **limits
+            scheduling_steps_ahead=self.steps_ahead,
+            use_hydragen=self.mix == "full",
+            log_level="WARNING",
+            **limits,
         )
         return SimulatedEngine(simulated_slices(flags), DevicePlan(self.cost))
 
 
 # --- steady decode ---------------------------------------------------------------------------------
 
-_PROMPT = 128
+_PROMPT = 384
+_HEADER = 320  # of each prompt in the full mix, and one of few
 _SETTLED_BATCHES = 30  # without a prompt
 _MAX_SETTLING = 600  # batches
 _ABORT_EVERY = 20  # batches, in the full mix
@@ -114,14 +119,14 @@ def measure_steady(setting: Setting, num_running: int) -> Steady:
         # The cache is the limit, not this.
         max_seqs_per_forward=num_running + num_running // 8,
     ) as engine:
-        clients, requests = Clients(engine), Requests(setting.mix)
+        clients, requests = Clients(engine), Requests(setting.mix, _HEADER)
         for request in Requests().series(0, num_running, request_tokens - 1, 1):
             clients.send(request)
         clients.run_to_end(num_running)
         first = clients.num_sent
         for request in requests.series(first, 2 * num_running, _PROMPT, max_tokens):
             clients.send(request)
-        clients.run_until(_settled(engine, num_running * _PROMPT))
+        clients.run_until(_settled(engine.device, num_running // 2))
         aborts = iter(range(first, first + num_running)) if setting.mix == "full" else None
         windows = [
             _steady_window(engine, clients, effort.steps, aborts) for _ in range(effort.num_windows)
@@ -138,17 +143,15 @@ def measure_steady(setting: Setting, num_running: int) -> Steady:
     )
 
 
-def _settled(engine: SimulatedEngine, num_prompt_tokens: int) -> Callable[[], bool]:
-    """Whether so many prompt tokens were computed, and then none for some batches."""
-    device = engine.device
-    due = device.num_prompt_tokens + num_prompt_tokens
+def _settled(device: DeviceStatistics, num_rows: int) -> Callable[[], bool]:
+    """Whether at least so many sequences run, and no prompt was computed for some batches."""
     seen, since = 0, 0
 
     def is_settled() -> bool:
         nonlocal seen, since
         if device.num_prompt_tokens != seen:
             seen, since = device.num_prompt_tokens, device.num_batches
-        return seen >= due and device.num_batches >= since + _SETTLED_BATCHES
+        return device.num_rows >= num_rows and device.num_batches >= since + _SETTLED_BATCHES
 
     return is_settled
 

@@ -7,34 +7,41 @@ from collections.abc import Iterator
 import numpy as np
 
 from tokasaurus.planner.simulated_device import STOP_ID, VOCAB_SIZE
+from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import GenerateRequest, Sampling
 
 __all__ = ["MIXES", "Requests"]
 
 MIXES = ("easy", "full")
 _NUM_TOP = 5
+_NUM_HEADERS = 16
 
 
 class Requests:
-    """Makes requests with random prompts that have nothing in common.
+    """Makes requests with random prompts.
 
     Args:
         mix: "easy", or "full": of four requests one has stop strings, one wants the logprobs of its
             tokens, one also those of the five most likely ones.
+        header_tokens: with which prompts begin, one of a few headers each; in the easy mix, prompts
+            have nothing in common.
         seed: of the prompts.
     """
 
-    def __init__(self, mix: str = "easy", seed: int = 0) -> None:
+    def __init__(self, mix: str = "easy", header_tokens: int = 0, seed: int = 0) -> None:
         self._mix = mix
         self._random = np.random.default_rng(seed)
+        num_common = header_tokens if mix == "full" else 0
+        self._headers = [self._ids(num_common) for _ in range(_NUM_HEADERS)]
 
     def make(
         self, request_id: int, prompt_tokens: int, max_tokens: int, n: int = 1
     ) -> GenerateRequest:
         kind = request_id % 4 if self._mix == "full" else 0
+        header = self._headers[request_id % _NUM_HEADERS]
         return GenerateRequest(
             request_id=request_id,
-            prompt_ids=self._random.integers(1, VOCAB_SIZE, prompt_tokens, dtype=np.int32),
+            prompt_ids=np.concatenate((header, self._ids(prompt_tokens - len(header)))),
             n=n,
             max_tokens=max_tokens,
             sampling=Sampling(),
@@ -52,3 +59,6 @@ class Requests:
             self.make(request_id, prompt_tokens, max_tokens)
             for request_id in range(first_id, first_id + count)
         )
+
+    def _ids(self, count: int) -> Int32Array:
+        return self._random.integers(1, VOCAB_SIZE, count, dtype=np.int32)
