@@ -11,6 +11,7 @@ import pytest
 from tokasaurus.bench import compare
 from tokasaurus.bench.main import COMMANDS, main
 from tokasaurus.bench.output import markdown_table, table
+from tokasaurus.config.engine import EngineConfig
 
 GOOD = '{"arrival_s": 0, "prompt_tokens": 9, "output_tokens": [3, 5], "max_tokens": 8}\n'
 
@@ -55,6 +56,11 @@ def test_a_replay_draws_cache_use(trace, tmp_path, capsys):
         item.text for item in xml.etree.ElementTree.parse(plot).iter() if item.tag.endswith("text")
     ]
     assert trace in texts
+
+
+def test_policies_are_flags_of_the_engine():
+    configs = [EngineConfig.from_flags(**flags) for flags in compare.POLICIES.values()]
+    assert len(set(map(repr, configs))) == 3
 
 
 def test_policies_are_compared(tmp_path, monkeypatch, capsys):

@@ -31,6 +31,7 @@ __all__ = ["SCHEMA", "LookaheadConfig", "run"]
 _PROMPT = 64
 _MAX_TOKENS = 2048
 _PAGE = 16
+_SETTLING_BATCHES = 20  # by then the manager has taken in the whole queue
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +120,7 @@ def _measure(config: LookaheadConfig, name: str, flags: dict[str, Any]) -> _Outc
         for request in Requests().series(0, num_requests, _PROMPT, _MAX_TOKENS):
             clients.send(request)
         clients.run_until(lambda: device.num_rows >= 0.99 * count)
+        clients.run_until_batch(device.num_batches + _SETTLING_BATCHES)
         start, cpu_s = _Reading.of(device), engine.manager_cpu_s()
         clients.run_to_end(
             num_requests - count

@@ -1,8 +1,10 @@
 """``toka-bench replay``: a trace in virtual time, on a device that a cost model describes.
 
-toka-bench trace kind=chat out=chat.jsonl
-toka-bench replay chat.jsonl kv_cache_num_tokens='(64 * 1024)'
-toka-bench replay chat.jsonl cost=llama-8b-h100 max_seqs_per_forward=256 plot=use.svg
+    toka-bench trace kind=chat out=chat.jsonl
+    toka-bench replay chat.jsonl kv_cache_num_tokens='(64 * 1024)'
+    toka-bench replay chat.jsonl cost=llama-8b-h100 max_seqs_per_forward=256 plot=use.svg
+
+What a line of a trace may say stands in ``planner.trace``, the formula of a cost in ``planner.cost_model``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """``toka-bench trace``: writes one of the workloads to a file, for ``replay`` and for reading.
 
-toka-bench trace kind=chat out=chat.jsonl
+    toka-bench trace kind=chat out=chat.jsonl
+
+The same seed writes the same file.
 """
 
 from __future__ import annotations
