@@ -22,10 +22,10 @@ def observe(predictor: LengthPredictor, lengths, max_tokens, group: int = NO_GRO
     predictor.observe(column(group, len(lengths)), lengths, limits)
 
 
-def refresh(predictor: LengthPredictor, running=NONE, max_tokens=1, groups=None) -> None:
+def refresh(predictor: LengthPredictor, running=NONE, groups=None) -> None:
     running = np.asarray(running)
     groups = column(NO_GROUP, len(running)) if groups is None else np.asarray(groups)
-    predictor.refresh(groups, running, np.broadcast_to(max_tokens, running.shape))
+    predictor.refresh(groups, running)
 
 
 def predict(predictor: LengthPredictor, num_generated, max_tokens, group: int = NO_GROUP):
@@ -37,10 +37,13 @@ def predict(predictor: LengthPredictor, num_generated, max_tokens, group: int = 
 def survival_by_hand(ended, running, horizon: int) -> list[float]:
     """S(0) .. S(horizon), by the product-limit estimator; ended: (length, max_tokens)."""
     survival = [1.0]
+    num_tokens = sum(length for length, _ in ended) + sum(running)
+    overall_hazard = sum(length < limit for length, limit in ended) / num_tokens
     for x in range(horizon):
         num_at_risk = sum(length > x for length, _ in ended) + sum(g > x for g in running)
         num_ends = sum(length == x + 1 < limit for length, limit in ended)
-        survival.append(survival[-1] * (1 - num_ends / num_at_risk if num_at_risk else 1.0))
+        hazard = num_ends / num_at_risk if num_at_risk else overall_hazard
+        survival.append(survival[-1] * (1 - hazard))
     return survival
 
 
@@ -62,11 +65,11 @@ def test_conditional_on_survival_equals_counting_by_hand(seed):
     # In several steps, during which those that run get longer.
     for part, share in zip(np.array_split(np.arange(300), 5), (0.2, 0.4, 0.6, 0.9, 1), strict=True):
         observe(predictor, ended[part], limits[part])
-        refresh(predictor, (running * share).astype(int), 60)
+        refresh(predictor, (running * share).astype(int))
     survival = survival_by_hand(list(zip(ended, limits, strict=True)), list(running), 60)
     num_checked = 0
     for g in range(60):
-        if sum(ended > g) + sum(running > g) < 4 or survival[g] == 0:
+        if sum(ended >= g) + sum(running >= g) < 4 or survival[g] < 1e-9:
             continue
         for limit in range(g + 1, 61, 1 + seed % 4):
             mean, std = moments_by_hand(survival, g, limit)
@@ -122,10 +125,12 @@ def test_the_first_to_finish_do_not_speak_for_all():
     naive = lengths[lengths <= 200].mean()
     for age in range(20, 201, 20):
         observe(predictor, lengths[(lengths > age - 20) & (lengths <= age)], 2000)
-        refresh(predictor, np.full(np.count_nonzero(lengths > age), age), 2000)
+        refresh(predictor, np.full(np.count_nonzero(lengths > age), age))
     assert naive < 110
-    # Nobody can know what the others will do; the limit is the safe side.
-    assert predict(predictor, [0, 200], 2000).min() > 1700
+    # Nobody can know how the hazard goes on; that it goes on at all is known.
+    waiting, running = predict(predictor, [0, 200], 2000)
+    assert lengths.mean() < waiting < 1.3 * lengths.mean()
+    assert lengths[lengths > 200].mean() < running < 1.3 * lengths[lengths > 200].mean()
 
 
 def test_a_busy_engine_is_not_biased():
@@ -141,7 +146,7 @@ def test_a_busy_engine_is_not_biased():
         age[done] = 0
         total[done] = rng.geometric(1 / 200, np.count_nonzero(done))
         if step % 10 == 0:
-            refresh(predictor, age[age > 0], 4000)
+            refresh(predictor, age[age > 0])
     waiting, running = predict(predictor, [0, 200], 4000)
     assert 165 < waiting < 240
     assert 365 < running < 440
@@ -150,13 +155,15 @@ def test_a_busy_engine_is_not_biased():
 def test_aborted_sequences_stay_at_risk():
     predictors = [LengthPredictor(100, initial_wait=1, std_scale=0.0) for _ in range(2)]
     for predictor in predictors:
-        refresh(predictor, [5] * 100, 100)
+        refresh(predictor, [5] * 100)
         observe(predictor, [10] * 100, 100)
     predictors[0].abort(np.full(100, 50))
     for predictor in predictors:
         refresh(predictor)
-    # Half of those that were 9 long ended there; nobody is known to end later.
-    assert predict(predictors[0], [0], 100).tolist() == [55]
+    # Half of those that were 9 long ended there. The others were 50, and went on with the hazard of
+    # all: 100 ends in 6000 tokens.
+    rest = sum((1 - 100 / 6000) ** x for x in range(50))
+    assert predict(predictors[0], [0], 100)[0] == math.ceil((10 + 50 + rest) / 2)
     assert predict(predictors[1], [0], 100).tolist() == [10]
 
 
@@ -176,65 +183,94 @@ def test_old_lengths_fade():
     assert seen[-1] < 30
 
 
+def taught(max_tokens=8000, mean=400) -> LengthPredictor:
+    """All requests: a constant hazard."""
+    lengths = np.random.default_rng(5).geometric(1 / mean, 4000)
+    predictor = LengthPredictor(max_tokens, memory=10**9, std_scale=0.0)
+    observe(predictor, np.minimum(lengths, max_tokens), max_tokens)
+    refresh(predictor)
+    return predictor
+
+
 def test_siblings_count_by_their_number():
-    predictor = LengthPredictor(4000, initial_wait=1, std_scale=0.0)
-    observe(predictor, [1000] * 1000, 4000)
-    group = predictor.open_group()
-    seen = []
-    for _ in range(4):
+    predictor = taught()
+    short, long, other = (predictor.open_group() for _ in range(3))
+    everybody = predict(predictor, [0], 8000)[0]
+    assert everybody == predict(predictor, [0], 8000, short)[0]  # nothing is known
+    short_seen, long_seen = [everybody], [everybody]
+    for _ in range(6):
+        observe(predictor, [50], 8000, short)
+        observe(predictor, [2500], 8000, long)
         refresh(predictor)
-        seen += predict(predictor, [0], 4000, group).tolist()
-        observe(predictor, [100], 4000, group)
-    for number, predicted in enumerate(seen):
-        everybody = (1000 * 1000 + number * 100) / (1000 + number)
-        # Two imagined siblings are as all are.
-        expected = (number * 100 + 2 * everybody) / (number + 2)
-        assert predicted == pytest.approx(expected, rel=0.02)
-    # Siblings that were shorter say nothing; other groups are not touched.
-    assert predict(predictor, [150], 4000, group)[0] == predict(predictor, [150], 4000)[0]
-    assert predict(predictor, [0], 4000, predictor.open_group())[0] > 990
+        short_seen += predict(predictor, [0], 8000, short).tolist()
+        long_seen += predict(predictor, [0], 8000, long).tolist()
+    assert short_seen == sorted(short_seen, reverse=True)
+    assert everybody < long_seen[1] < 1.03 * min(long_seen[2:])
+    assert short_seen[-1] < 0.35 * everybody
+    assert long_seen[-1] > 3 * everybody
+    assert predict(predictor, [0], 8000, other)[0] == predict(predictor, [0], 8000)[0]
 
 
 def test_running_siblings_count_too():
-    predictor = LengthPredictor(4000, initial_wait=1, std_scale=0.0)
-    observe(predictor, [1000] * 1000, 4000)
+    predictor = taught()
     group = predictor.open_group()
-    observe(predictor, [100], 4000, group)
+    observe(predictor, [100], 8000, group)
     refresh(predictor)
-    alone = predict(predictor, [0], 4000, group)[0]
-    refresh(predictor, [120] * 7, 4000, [group] * 7)
-    beside_longer_ones = predict(predictor, [0], 4000, group)[0]
-    assert alone < 705
-    assert beside_longer_ones == pytest.approx((100 + 9 * 1000) / 10, rel=0.01)
-    assert predict(predictor, [120], 4000, group)[0] == pytest.approx(1000, rel=0.01)
+    alone = predict(predictor, [0, 120], 8000, group)
+    refresh(predictor, [2000] * 7, [group] * 7)
+    beside_longer_ones = predict(predictor, [0, 120], 8000, group)
+    assert alone[0] < predict(predictor, [0], 8000)[0]
+    assert (beside_longer_ones > 2 * alone).all()
 
 
-def test_deviation_of_siblings_is_the_margin():
+def test_siblings_that_ended_earlier_make_those_that_run_end_soon():
+    predictor = taught()
+    group = predictor.open_group()
+    observe(predictor, [90, 95, 100, 100, 105, 110, 115], 8000, group)
+    refresh(predictor, [120], [group])
+    rest = predict(predictor, [120], 8000, group)[0] - 120
+    assert rest < 0.45 * (predict(predictor, [120], 8000)[0] - 120)
+
+
+def test_a_sequence_is_not_its_own_sibling():
+    predictor = taught()
+    group = predictor.open_group()
+    refresh(predictor, [1000], [group])
+    assert predict(predictor, [1000], 8000, group)[0] == predict(predictor, [1000], 8000)[0]
+    assert predict(predictor, [0], 8000, group)[0] > predict(predictor, [0], 8000)[0]
+
+
+def test_a_group_at_its_limit_is_long():
+    predictor = taught()
+    group = predictor.open_group()
+    observe(predictor, [1500] * 7, 1500, group)
+    refresh(predictor)
+    assert predict(predictor, [0], 1500)[0] < 450
+    assert predict(predictor, [0], 1500, group)[0] > 1000
+
+
+def test_deviation_is_the_margin():
     predictor = LengthPredictor(1000, initial_wait=1, std_scale=1.0)
-    group = predictor.open_group()
     observe(predictor, [400, 600] * 500, 1000)
-    observe(predictor, [100] * 200, 1000, group)
     refresh(predictor)
-    everybody = np.repeat([400, 600, 100], [500, 500, 200])
-    assert predict(predictor, [0], 1000)[0] == math.ceil(everybody.mean() + everybody.std())
-    assert predict(predictor, [0], 1000, group)[0] < 160
+    assert predict(predictor, [0, 500], 1000).tolist() == [600, 600]
+    assert predict(predictor, [0], 500).tolist() == [500]
 
 
 def test_handles_are_reused_and_start_afresh():
-    predictor = LengthPredictor(1000, initial_wait=1, std_scale=0.0)
+    predictor = taught()
     first = predictor.open_group()
-    observe(predictor, [10] * 50, 1000, first)
-    observe(predictor, [500] * 1000, 1000)
+    observe(predictor, [10] * 50, 8000, first)
     refresh(predictor)
-    assert predict(predictor, [0], 1000, first)[0] < 60
-    observe(predictor, [10], 1000, first)
+    assert predict(predictor, [0], 8000, first)[0] < 60
+    observe(predictor, [10], 8000, first)
     predictor.close_group(first)
     other = predictor.open_group()
     assert other != first  # the tables still know it
-    assert predict(predictor, [0], 1000, other)[0] > 450
+    assert predict(predictor, [0], 8000, other)[0] > 350
     refresh(predictor)
     assert predictor.open_group() == first
-    assert predict(predictor, [0], 1000, first)[0] > 450
+    assert predict(predictor, [0], 8000, first)[0] > 350
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -252,7 +288,7 @@ def test_bounds_and_determinism(seed):
             lengths = rng.integers(0, limits + 1)
             predictor.observe(groups[:20], np.maximum(lengths[:20], 1), limits[:20])
             predictor.abort(lengths[20:22])
-            refresh(predictor, lengths[22:], limits[22:], groups[22:])
+            refresh(predictor, lengths[22:], groups[22:])
             answer = predictor.predict(groups, lengths, limits)
             assert (answer <= limits).all()
             assert (answer > lengths)[lengths < limits].all()
@@ -260,7 +296,7 @@ def test_bounds_and_determinism(seed):
             if rng.random() < 0.2:
                 predictor.close_group(handles[0])
                 limits, groups, lengths = limits[22:], groups[22:], lengths[22:]
-                refresh(predictor, lengths[groups > 0], max_length)
+                refresh(predictor, lengths[groups > 0])
                 assert predictor.open_group() == handles[0]
         return np.concatenate(answers)
 

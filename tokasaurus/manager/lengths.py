@@ -19,19 +19,27 @@ ones' tokens are in the denominator from the beginning; a sequence that is cut o
 only that it would have been at least as long; and both counts forget at one speed, so that a busy engine,
 whose memory is shorter than its longest sequences, is no more biased than an idle one.
 
-Where a bucket is wider than a token, ends are related to the sequences that enter the bucket, as in an
-actuary's life table. With S(x) the probability of more than x tokens, the product of (1 - hazard) below x::
+With S(x) the probability of more than x tokens, the product of (1 - hazard) below x::
 
     E[min(length, m) | length > g]  =  g + (S(g) + S(g+1) + .. + S(m-1)) / S(g)
 
-and likewise for the square: two look-ups in running sums, whatever g and m. (Occurrence/exposure rates and
-the product-limit estimator: E. L. Kaplan, P. Meier, Nonparametric estimation from incomplete observations,
-JASA 53, 1958.)
+and likewise for the square: a few look-ups in running sums, whatever g and m. (The product-limit estimator
+of E. L. Kaplan, P. Meier, Nonparametric estimation from incomplete observations, JASA 53, 1958.) Where a
+bucket is wider than a token, ends are related to the sequences that enter it, as in an actuary's life
+table. For lengths that nobody has had yet, the hazard of all lengths together is the best guess.
 
-**Siblings.** The samples of one request have one limit, so that their lengths compare directly. The
-prediction is the mean of those siblings that are longer than the sequence is already, and of
-``_SIBLING_SHRINKAGE`` imagined ones as long as all requests let expect. Siblings that run count as long as
-all requests let expect of them: else the first to finish would speak for all.
+**Siblings.** The samples of one prompt have similar lengths. The hazard of a group is taken to be a common
+one times the group's *frailty*, a factor with a gamma distribution of mean 1 and variance 1/k. Its
+posterior is again one: of shape k + ends of the siblings, and of rate k + the ends that the common hazard
+lets expect of their tokens, finished or running. With L(x) for the sum of the common hazard below x, and a
+sequence's own tokens left out of the rate::
+
+    S(x)  =  (1 + L(x) / rate) ** -shape
+
+For a sequence without siblings both are k and S is that of all requests, which is where L comes from: of
+all requests together, the hazard falls with x, since it is the long groups that are left. (Shared frailty:
+D. G. Clayton, A model for association in bivariate life tables, Biometrika 65, 1978.) A mean of the lengths
+of finished siblings would teach little: sequences that still run are longer than those, as a rule.
 """
 
 from __future__ import annotations
@@ -51,22 +59,24 @@ _Floats: TypeAlias = NDArray[np.float64]
 
 NO_GROUP = -1  # the handle of a sequence without siblings
 
-# What all requests let expect weighs as much as so many siblings. Between prompts, lengths differ about
-# as much as between the samples of a prompt.
-_SIBLING_SHRINKAGE = 2.0
+_FRAILTY_SHAPE = 1.0  # k
+# There are tables for these numbers of ends, times these means of the frailty: 1/256 .. 8.
+_NUM_ENDS = np.array([0, 1, 2, 4, 8, 16])
+_MEANS_PER_OCTAVE = 2
+_NO_EVIDENCE = 8 * _MEANS_PER_OCTAVE  # the index of mean 1
+_MEANS = 2.0 ** (np.arange(12 * _MEANS_PER_OCTAVE - 1) / _MEANS_PER_OCTAVE - 8)
 # Where fewer sequences than this have been, the prior has its share.
 _ENOUGH_AT_RISK = 4.0
-# Below this, quotients of sums have lost their digits.
-_SMALLEST_SURVIVAL = 1e-8
+_SMALLEST_SURVIVAL = 1e-30  # so that L is finite
+_SMALLEST_DIVISOR = 1e-300
 _NO_LENGTHS: Int64Array = np.empty(0, np.int64)
-_LENGTH_BITS = 32  # of a sibling's key, below its group
 
 
 class LengthPredictor:
     """Predicts the number of tokens that sequences will have generated at their end.
 
     Feed it ``observe`` and ``abort`` as sequences end, call ``refresh`` now and then (every few steps),
-    and ``predict`` at any time. Until the first refresh, and before ``initial_wait`` sequences have ended,
+    and ``predict`` at any time, best after a refresh. Until the first refresh, and before ``initial_wait`` sequences have ended,
     predictions are the prior.
 
     Args:
@@ -114,7 +124,7 @@ class LengthPredictor:
         self._running_tokens: _Floats = np.zeros(num_buckets)
         self._make_tables()
         # What came since the last refresh.
-        self._new_keys: list[Int64Array] = []
+        self._new_siblings: list[Int64Array] = []
         self._new_stops: list[Int64Array] = []
         self._new_lengths: list[Int64Array] = []
         self._num_new_ends = 0
@@ -122,8 +132,11 @@ class LengthPredictor:
         self._num_handles = 0
         self._free_handles: list[int] = []
         self._closed: list[int] = []
-        self._sibling_keys: Int64Array = _NO_LENGTHS  # (group, length) of finished siblings
-        self._siblings = _Siblings.of_nobody()
+        # Of finished siblings: group, length, whether it was an end.
+        self._siblings: Int64Array = np.empty((3, 0), np.int64)
+        # By group, NO_GROUP being the last: ends, and ends that were to be expected.
+        self._group_ends: _Floats = np.zeros(1)
+        self._group_expected: _Floats = np.zeros(1)
 
     def open_group(self) -> int:
         """The samples of one request, which have one prompt and one max_tokens; returns a handle."""
@@ -149,9 +162,10 @@ class LengthPredictor:
         self.num_observed += len(lengths)
         self._num_new_ends += len(lengths)
         self._new_lengths.append(lengths)
-        self._new_stops.append(lengths[lengths < max_tokens])
+        is_stop = lengths < max_tokens
+        self._new_stops.append(lengths[is_stop])
         has_group = groups != NO_GROUP
-        self._new_keys.append(_sibling_keys(groups[has_group], lengths[has_group]))
+        self._new_siblings.append(np.stack([groups, lengths, is_stop])[:, has_group])
 
     def abort(self, num_generated: IntArray) -> None:
         """These sequences are gone and did not end: they might have become longer.
@@ -161,14 +175,13 @@ class LengthPredictor:
         """
         self._new_lengths.append(num_generated.astype(np.int64))
 
-    def refresh(self, groups: IntArray, num_generated: IntArray, max_tokens: IntArray) -> None:
+    def refresh(self, groups: IntArray, num_generated: IntArray) -> None:
         """Brings the tables up to date.
 
         Args:
             groups: [n] handles of all sequences that have generated tokens and have neither been observed
                 nor aborted, or NO_GROUP. Preempted ones belong to them.
             num_generated: [n]
-            max_tokens: [n]
         """
         keep = np.exp(-self._num_new_ends / self._memory)
         self._ends *= keep
@@ -185,7 +198,7 @@ class LengthPredictor:
         self._running_tokens = running_tokens
         self._num_known = self.num_observed
         self._make_tables()
-        self._update_siblings(groups, num_generated, max_tokens)
+        self._update_frailties(groups, num_generated)
         self._new_stops.clear()
         self._new_lengths.clear()
         self._num_new_ends = 0
@@ -204,15 +217,7 @@ class LengthPredictor:
             [n], more than ``num_generated`` where that is less than ``max_tokens``, and never more than
             ``max_tokens``.
         """
-        mean, square = self._moments(num_generated, max_tokens)
-        if self._siblings.num_finished and self._num_known >= self._initial_wait:
-            rows = np.flatnonzero(self._siblings.has_finished(groups))
-            count, total, total_square = self._siblings.longer_than(
-                groups[rows], num_generated[rows]
-            )
-            weight = count + _SIBLING_SHRINKAGE
-            mean[rows] = (total + _SIBLING_SHRINKAGE * mean[rows]) / weight
-            square[rows] = (total_square + _SIBLING_SHRINKAGE * square[rows]) / weight
+        mean, square = self._moments(groups, num_generated, max_tokens)
         std = np.sqrt(np.maximum(square - mean * mean, 0.0))
         # Sums that make a whole number are not always equal to it.
         predicted = np.ceil(mean + self._std_scale * std - 1e-6).astype(np.int64)
@@ -231,42 +236,74 @@ class LengthPredictor:
         return beyond * self._widths + inside[:-1]
 
     def _make_tables(self) -> None:
-        """S, its sum and the sum of (2x + 1) S(x), at the edges of the buckets.
+        """S, its sum and the sum of (2x + 1) S(x) from a length on; and L.
 
-        One more entry for the length ``max_length``.
+        Rows are numbers of ends, then means of the frailty; columns are edges of buckets.
         """
         tokens, widths, edges = self._tokens, self._widths, self._edges
         # As if who ended in a bucket had been at risk to its end: these are the tokens of a bucket
         # that nobody leaves. An end has a whole bucket's, also where the older ones are forgotten.
         at_risk = np.maximum(tokens + self._tokens_missed, self._ends * widths)
-        scale = np.divide(widths, at_risk, out=np.zeros(len(tokens)), where=at_risk > 0)
-        survival = np.cumprod(np.append(1.0, 1.0 - self._ends * scale))
-        lived = survival[:-1] * np.where(at_risk > 0, tokens * scale, widths)
+        is_seen = at_risk > 0
+        entering = np.where(is_seen, at_risk, 1.0) / widths
+        hazard = max(self._ends.sum(), 1e-9) / max(tokens.sum(), 1.0)
+        ending_unseen = -np.expm1(widths * np.log1p(-min(hazard, 1.0 - 1e-9)))
+        # Of those that enter a bucket: the share that ends there, and what those miss of it.
+        ending = np.where(is_seen, self._ends / entering, ending_unseen)
+        lived = np.where(is_seen, tokens / entering, ending_unseen / hazard)
+        missed = (widths - lived) / np.where(ending > 0, ending, 1.0)
+        survival = np.maximum(np.cumprod(np.append(1.0, 1.0 - ending)), _SMALLEST_SURVIVAL)
+        common = _FRAILTY_SHAPE * (survival ** (-1.0 / _FRAILTY_SHAPE) - 1.0)
+        shape = np.repeat(_FRAILTY_SHAPE + _NUM_ENDS, len(_MEANS))[:, None]
+        rate = shape / np.tile(_MEANS, len(_NUM_ENDS))[:, None]
+        survival = np.exp(-shape * np.log(1.0 + common / rate))
+        lived = survival[:, :-1] * widths + np.diff(survival) * missed
         self._survival = _Table(survival, widths)
-        self._lived = _Table(np.cumsum(np.append(0.0, lived)), widths)
-        doubled = lived * (edges[:-1] + edges[1:])
-        self._lived_square = _Table(np.cumsum(np.append(0.0, doubled)), widths)
+        self._lived = _Table(_sums_to_the_end(lived), widths)
+        self._lived_square = _Table(_sums_to_the_end(lived * (edges[:-1] + edges[1:])), widths)
+        self._common = _Table(common, widths)
         # Sequences that were seen in a bucket.
         self._num_seen = np.append(tokens / widths, 0.0)
 
-    def _moments(self, num_generated: IntArray, max_tokens: IntArray) -> tuple[_Floats, _Floats]:
-        """Expected length at the end and expected square of it, by what all requests taught."""
+    def _moments(
+        self, groups: IntArray, num_generated: IntArray, max_tokens: IntArray
+    ) -> tuple[_Floats, _Floats]:
+        """Expected length at the end and expected square of it."""
         prior_mean, prior_square = self._prior(num_generated, max_tokens)
         if self._num_known < self._initial_wait:
             return prior_mean, prior_square
-        start, end = self._places(num_generated), self._places(max_tokens)
-        survival = self._survival.at(*start)
-        is_known = survival > _SMALLEST_SURVIVAL
-        survival[~is_known] = 1.0
+        bucket, offset = self._places(num_generated)
+        last_bucket, last_offset = self._places(max_tokens)
+        row = self._rows(groups, self._common.at(bucket, offset)) * len(self._edges)
+        # Where its last token was: those that got as far as anybody have been there themselves.
+        last_token = np.clip(num_generated - 1, 0, self._max_length)
+        num_seen = self._num_seen[self._bucket_of[last_token]]
+        trust = np.minimum(num_seen / _ENOUGH_AT_RISK, 1.0)
+        bucket += row
+        last_bucket += row
+        survival = np.maximum(self._survival.at(bucket, offset), _SMALLEST_DIVISOR)
+        lived = self._lived.at(bucket, offset) - self._lived.at(last_bucket, last_offset)
+        squares = self._lived_square.at(bucket, offset)
+        squares -= self._lived_square.at(last_bucket, last_offset)
         generated = num_generated.astype(np.float64)
-        mean = generated + (self._lived.at(*end) - self._lived.at(*start)) / survival
-        squares = self._lived_square.at(*end) - self._lived_square.at(*start)
+        mean = generated + lived / survival
         square = generated * generated + squares / survival
-        trust = np.minimum(self._num_seen[start[0]] / _ENOUGH_AT_RISK, 1.0) * is_known
         return (
             prior_mean + trust * (mean - prior_mean),
             prior_square + trust * (square - prior_square),
         )
+
+    def _rows(self, groups: IntArray, own: _Floats) -> Int64Array:
+        """[n] rows of the tables, from the ends to be expected of each sequence's own tokens."""
+        is_known = groups < len(self._group_ends) - 1  # groups may be newer than the tables
+        groups = np.where(is_known, groups, NO_GROUP)
+        num_ends = self._group_ends[groups]
+        rate = _FRAILTY_SHAPE + np.maximum(self._group_expected[groups] - own, 0.0)
+        mean = np.log2((_FRAILTY_SHAPE + num_ends) / rate) * _MEANS_PER_OCTAVE + _NO_EVIDENCE
+        row = np.searchsorted(_NUM_ENDS, num_ends, side="right") - 1
+        column = np.clip(np.rint(mean).astype(np.int64), 0, len(_MEANS) - 1)
+        rows: Int64Array = row * len(_MEANS) + column
+        return rows
 
     def _prior(self, num_generated: IntArray, max_tokens: IntArray) -> tuple[_Floats, _Floats]:
         mean = np.maximum(max_tokens * self._prior_mean, num_generated + 1.0)
@@ -279,99 +316,55 @@ class LengthPredictor:
         buckets = self._bucket_of[lengths].astype(np.intp)
         return buckets, (lengths - self._edges[buckets]).astype(np.float64)
 
-    def _update_siblings(
-        self, groups: IntArray, num_generated: IntArray, max_tokens: IntArray
-    ) -> None:
-        keys = np.concatenate([self._sibling_keys, *self._new_keys])
+    def _update_frailties(self, groups: IntArray, num_generated: IntArray) -> None:
+        siblings = np.concatenate([self._siblings, *self._new_siblings], axis=1)
         if self._closed:
             is_closed: BoolArray = np.zeros(self._num_handles, np.bool_)
             is_closed[self._closed] = True
-            keys = keys[~is_closed[keys >> _LENGTH_BITS]]
-        self._sibling_keys = keys
-        self._new_keys.clear()
+            siblings = siblings[:, ~is_closed[siblings[0]]]
+        self._siblings = siblings
+        self._new_siblings.clear()
         self._free_handles += reversed(self._closed)
         self._closed.clear()
-        num_finished = np.bincount(keys >> _LENGTH_BITS, minlength=self._num_handles)
-        # Without a finished sibling, those that run know no more than all requests do.
-        rows = np.flatnonzero((groups != NO_GROUP) & (np.append(num_finished, 0)[groups] > 0))
-        mean, square = self._moments(num_generated[rows], max_tokens[rows])
-        finished = (keys & ((1 << _LENGTH_BITS) - 1)).astype(np.float64)
-        running_keys = _sibling_keys(groups[rows], mean.astype(np.int64))
-        self._siblings = _Siblings(
-            np.concatenate([keys, running_keys]),
-            np.concatenate([finished, mean]),
-            np.concatenate([finished * finished, square]),
-            num_finished,
-        )
+        has_group = groups != NO_GROUP
+        handles = np.append(siblings[0], groups[has_group])
+        lengths = np.append(siblings[1], num_generated[has_group])
+        expected = self._common.at(*self._places(lengths))
+        # One more, for NO_GROUP.
+        size = self._num_handles + 1
+        expected_ends = np.bincount(handles, weights=expected, minlength=size)
+        self._group_expected = expected_ends.astype(np.float64)
+        ends = np.bincount(siblings[0], weights=siblings[2], minlength=size)
+        self._group_ends = ends.astype(np.float64)
 
 
 class _Table:
-    """A function of lengths, straight in each bucket.
+    """Functions of lengths, straight in each bucket.
 
     Args:
-        at_edge: [num_buckets + 1]
+        at_edge: [..][num_buckets + 1]; looked up as if it had one dimension.
         widths: [num_buckets] of the buckets.
     """
 
     def __init__(self, at_edge: _Floats, widths: Int64Array) -> None:
-        self._at_edge = at_edge
-        self._slope: _Floats = np.append(np.diff(at_edge) / widths, 0.0)
+        slope = np.zeros(at_edge.shape)
+        slope[..., :-1] = np.diff(at_edge) / widths
+        self._at_edge = at_edge.ravel()
+        self._slope = slope.ravel()
 
-    def at(self, buckets: IndexArray, offsets: _Floats) -> _Floats:
-        """[n] the values so far behind the edges of these buckets."""
-        values = self._slope[buckets]
+    def at(self, places: IndexArray, offsets: _Floats) -> _Floats:
+        """[n] the values so far behind these places."""
+        values = self._slope[places]
         values *= offsets
-        values += self._at_edge[buckets]
+        values += self._at_edge[places]
         return values
 
 
-class _Siblings:
-    """Sums over the siblings of a sequence that are longer than it.
-
-    Args:
-        keys: [n] (group, length) of siblings in any order.
-        lengths: [n]
-        squares: [n] of the lengths.
-        num_finished: [num_handles]
-    """
-
-    def __init__(
-        self, keys: Int64Array, lengths: _Floats, squares: _Floats, num_finished: IntArray
-    ) -> None:
-        order = np.argsort(keys, kind="stable")
-        self._keys = keys[order]
-        self._length_sums = np.cumsum(np.append(0.0, lengths[order]))
-        self._square_sums = np.cumsum(np.append(0.0, squares[order]))
-        handles = np.arange(1, len(num_finished) + 1, dtype=np.int64)
-        self._group_end = np.searchsorted(self._keys, handles << _LENGTH_BITS)
-        self._has_finished: BoolArray = np.append(num_finished > 0, False)  # NO_GROUP is the last
-        self.num_finished = int(num_finished.sum())
-
-    @classmethod
-    def of_nobody(cls) -> _Siblings:
-        none: _Floats = np.empty(0)
-        return cls(_NO_LENGTHS, none, none, _NO_LENGTHS)
-
-    def has_finished(self, groups: IntArray) -> BoolArray:
-        """[n] whether finished sequences are known; a group may be newer than the tables."""
-        is_known = groups < len(self._has_finished) - 1
-        found: BoolArray = self._has_finished[np.where(is_known, groups, NO_GROUP)]
-        return found
-
-    def longer_than(self, groups: IntArray, lengths: IntArray) -> tuple[IntArray, _Floats, _Floats]:
-        """[n] how many siblings are longer, the sum of their lengths, and of the squares."""
-        wanted = _sibling_keys(groups, lengths)
-        order = np.argsort(wanted)  # searching in order is so much faster that sorting pays
-        start = np.empty_like(order)
-        start[order] = np.searchsorted(self._keys, wanted[order], side="right")
-        end = self._group_end[groups]
-        total = self._length_sums[end] - self._length_sums[start]
-        total_square = self._square_sums[end] - self._square_sums[start]
-        return end - start, total, total_square
-
-
-def _sibling_keys(groups: IntArray, lengths: IntArray) -> Int64Array:
-    return (groups.astype(np.int64) << _LENGTH_BITS) | lengths
+def _sums_to_the_end(values: _Floats) -> _Floats:
+    """[..][n + 1] of [..][n]: from each place on. Small ones stay exact, unlike differences of sums."""
+    sums = np.zeros((*values.shape[:-1], values.shape[-1] + 1))
+    np.cumsum(values[..., ::-1], axis=-1, out=sums[..., -2::-1])
+    return sums
 
 
 def _bucket_edges(max_length: int, num_buckets: int) -> Int64Array:
