@@ -75,9 +75,9 @@ _NO_LENGTHS: Int64Array = np.empty(0, np.int64)
 class LengthPredictor:
     """Predicts the number of tokens that sequences will have generated at their end.
 
-    Feed it ``observe`` and ``abort`` as sequences end, call ``refresh`` now and then (every few steps),
-    and ``predict`` at any time, best after a refresh. Until the first refresh, and before ``initial_wait`` sequences have ended,
-    predictions are the prior.
+    Feed it ``observe`` and ``abort`` as sequences end, call ``refresh`` every few steps, and ``predict`` at
+    any time; best right after a refresh, since lengths that nobody had by then are unknown. Until the first
+    refresh, and before ``initial_wait`` sequences have ended, predictions are the prior.
 
     Args:
         max_length: no sequence generates more tokens.
@@ -317,6 +317,7 @@ class LengthPredictor:
         return buckets, (lengths - self._edges[buckets]).astype(np.float64)
 
     def _update_frailties(self, groups: IntArray, num_generated: IntArray) -> None:
+        """Counts each group's ends, and those to be expected of its finished and running sequences."""
         siblings = np.concatenate([self._siblings, *self._new_siblings], axis=1)
         if self._closed:
             is_closed: BoolArray = np.zeros(self._num_handles, np.bool_)
