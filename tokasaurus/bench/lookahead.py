@@ -36,7 +36,7 @@ _SETTLING_BATCHES = 20  # by then the manager has taken in the whole queue
 
 @dataclass(frozen=True, kw_only=True)
 class LookaheadConfig:
-    """The load, and the depths to compare."""
+    """The load, and the depths to compare with the engine's default."""
 
     num_sequences: int = flag(4096, minimum=2, help="That run together.")
     step_ms: float = flag(3.0, minimum=0, help="What a batch takes on the device.")
@@ -95,10 +95,11 @@ def run(config: LookaheadConfig) -> None:
 
 def _policies(config: LookaheadConfig) -> dict[str, dict[str, Any]]:
     """Engine flags by name."""
-    return {
+    fixed = {
         f"fixed {depth}": {"scheduling_steps_ahead": depth}
         for depth in counts("fixed", config.fixed)
     }
+    return {"default": {}, **fixed}
 
 
 def _measure(config: LookaheadConfig, name: str, flags: dict[str, Any]) -> _Outcome:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from tokasaurus.bench.clients import Clients
 from tokasaurus.bench.device_process import DevicePlan
 from tokasaurus.bench.engine import SimulatedEngine
-from tokasaurus.bench.requests import Requests
+from tokasaurus.bench.requests import NUM_HEADERS, Requests
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.planner.configuration import simulated_slices
 from tokasaurus.planner.worker_loop import DeviceStatistics
@@ -67,7 +67,7 @@ class Setting:
 # --- steady decode ---------------------------------------------------------------------------------
 
 _PROMPT = 384
-_HEADER = 320  # of each prompt in the full mix, and one of few
+_HEADER = 320  # of each prompt in the full mix
 _SETTLED_BATCHES = 30  # without a prompt
 _MAX_SETTLING = 600  # batches
 _ABORT_EVERY = 20  # batches, in the full mix
@@ -113,13 +113,15 @@ def measure_steady(setting: Setting, num_running: int) -> Steady:
     effort = setting.effort
     max_tokens = effort.num_windows * effort.steps + _MAX_SETTLING
     request_tokens = _PROMPT + max_tokens
+    header_tokens = _HEADER if setting.mix == "full" else 0
     with setting.engine(
-        kv_cache_num_tokens=num_running * request_tokens,
+        kv_cache_num_tokens=NUM_HEADERS * header_tokens
+        + num_running * (request_tokens - header_tokens),
         max_num_tokens_per_request=request_tokens,
         # The cache is the limit, not this.
         max_seqs_per_forward=num_running + num_running // 8,
     ) as engine:
-        clients, requests = Clients(engine), Requests(setting.mix, _HEADER)
+        clients, requests = Clients(engine), Requests(setting.mix, header_tokens)
         for request in Requests().series(0, num_running, request_tokens - 1, 1):
             clients.send(request)
         clients.run_to_end(num_running)

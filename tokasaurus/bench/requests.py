@@ -10,11 +10,11 @@ from tokasaurus.planner.simulated_device import STOP_ID, VOCAB_SIZE
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import GenerateRequest, Sampling
 
-__all__ = ["MIXES", "Requests"]
+__all__ = ["MIXES", "NUM_HEADERS", "Requests"]
 
 MIXES = ("easy", "full")
 _NUM_TOP = 5
-_NUM_HEADERS = 16
+NUM_HEADERS = 16
 
 
 class Requests:
@@ -23,22 +23,20 @@ class Requests:
     Args:
         mix: "easy", or "full": of four requests one has stop strings, one wants the logprobs of its
             tokens, one also those of the five most likely ones.
-        header_tokens: with which prompts begin, one of a few headers each; in the easy mix, prompts
-            have nothing in common.
+        header_tokens: with which each prompt begins: one of NUM_HEADERS headers, by turns.
         seed: of the prompts.
     """
 
     def __init__(self, mix: str = "easy", header_tokens: int = 0, seed: int = 0) -> None:
         self._mix = mix
         self._random = np.random.default_rng(seed)
-        num_common = header_tokens if mix == "full" else 0
-        self._headers = [self._ids(num_common) for _ in range(_NUM_HEADERS)]
+        self._headers = [self._ids(header_tokens) for _ in range(NUM_HEADERS)]
 
     def make(
         self, request_id: int, prompt_tokens: int, max_tokens: int, n: int = 1
     ) -> GenerateRequest:
         kind = request_id % 4 if self._mix == "full" else 0
-        header = self._headers[request_id % _NUM_HEADERS]
+        header = self._headers[request_id % NUM_HEADERS]
         return GenerateRequest(
             request_id=request_id,
             prompt_ids=np.concatenate((header, self._ids(prompt_tokens - len(header)))),
