@@ -49,6 +49,14 @@ def test_engine_flags_reach_the_engine(trace, capsys):
     assert alone["num_tokens"] == together["num_tokens"] == 24
 
 
+def test_the_managers_time_may_be_measured(trace, capsys):
+    assert main(["replay", trace, "cost=instant", "manager_ms=None"]) == 0
+    measured = last_line(capsys)["makespan_s"]
+    assert 0 < measured < 10
+    assert main(["replay", trace, "cost=instant"]) == 0
+    assert last_line(capsys)["makespan_s"] == 0
+
+
 def test_a_replay_draws_cache_use(trace, tmp_path, capsys):
     plot = tmp_path / "use.svg"
     assert main(["replay", trace, "cost=fixed:1", f"plot={plot}"]) == 0

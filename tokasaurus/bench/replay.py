@@ -38,8 +38,12 @@ class ReplayFlags:
         group="Replay",
         help="The device: llama-1b-h100, llama-8b-h100, instant, or fixed:SECONDS a batch.",
     )
-    manager_ms: float = flag(
-        0.0, group="Replay", minimum=0, help="How long a step of the manager takes."
+    manager_ms: float | None = flag(
+        0.0,
+        group="Replay",
+        minimum=0,
+        help="How long a step of the manager takes.",
+        adapts="as long as it takes here, which differs from run to run",
     )
     server_ms: float = flag(
         0.0, group="Replay", minimum=0, help="From an update to the server's acknowledgement."
@@ -67,7 +71,11 @@ SCHEMA = Schema(
 
 def run(config: ReplayConfig) -> None:
     """Replays and prints."""
-    timing = Timing(cost_model(config.cost), config.manager_ms / 1e3, config.server_ms / 1e3)
+    timing = Timing(
+        cost=cost_model(config.cost),
+        manager_s=None if config.manager_ms is None else config.manager_ms / 1e3,
+        server_s=config.server_ms / 1e3,
+    )
     if config.plot:
         check_plot(config.plot)
     report = replay(_trace(config.trace), simulated_slices(config).manager, timing)
