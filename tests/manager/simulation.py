@@ -23,7 +23,6 @@ from fake_device import (
 from tokasaurus.config.slices import AdmissionConfig, ManagerConfig
 from tokasaurus.manager import token_window
 from tokasaurus.manager.manager import Manager
-from tokasaurus.manager.scheduler import RESERVE_TOKENS
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
@@ -420,11 +419,24 @@ class Simulation(World):
             max_request_tokens=longest,
             scheduling_steps_ahead=chance.choice([1, 2, 3, 6]),
             stop_lag=chance.choice([1, 4, 16]),
+            admission=make_admission(
+                predict_lengths=chance.random() < 0.8,
+                learn_lengths=chance.random() < 0.8,
+                length_memory=chance.choice([8, 2048]),
+                num_lengths_awaited=chance.choice([0, 4, 1000]),
+                prior_mean=chance.choice([0.0, 0.5, 1.0]),
+                std_scale=chance.choice([0.0, 0.25, 2.0]),
+                # Where too much is promised, running sequences soon need one another's pages.
+                target_utilization=chance.choice([0.3, 1.0, 1.5, 1000.0]),
+                greedy_prefill=chance.random() < 0.7,
+                prefill_round_up_multiple=chance.choice([1, 16]),
+            ),
+            use_groups=chance.random() < 0.8,
+            min_group_size=chance.choice([2, 4]),
+            min_prefix_len=chance.choice([1, 8]),
             force_preemption=chance.random() < 0.3,
         )
         world = Simulation(seed, config, habits)
-        # With little in reserve, running sequences soon need one another's pages.
-        world.manager._scheduler.reserve_tokens = chance.choice([0, 0, 2, RESERVE_TOKENS])
         return world
 
     def run(self) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from unittest import mock
 
 import pytest
-from simulation import World, acknowledge, make_config, make_request, prompt
+from simulation import World, acknowledge, make_admission, make_config, make_request, prompt
 
 from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.manager import held_slots
@@ -54,10 +55,8 @@ def test_acknowledgements_never_count_backwards() -> None:
 
 
 def greedy(config: ManagerConfig) -> World:
-    """Admits without a reserve, so that sequences compete for pages."""
-    world = World(config)
-    world.manager._scheduler.reserve_tokens = 0
-    return world
+    """Admits whatever fits at the moment, so that sequences compete for pages."""
+    return World(dataclasses.replace(config, admission=make_admission(target_utilization=1000.0)))
 
 
 def test_preemption_keeps_tokens_and_spares_the_oldest() -> None:
@@ -149,7 +148,7 @@ def test_a_preempted_sequence_that_may_not_sample_yet_waits_for_the_server() -> 
         world.step(num_results=2)
     held = world.manager._backlog.find(2, 0)
     assert held is not None
-    world.manager._running.preempt(held)
+    world.manager._scheduler.preempt(held)
     world.step(num_results=1)
     assert world.manager.gauges().num_parked == 1
     world.step(acknowledge(2, 1))
@@ -165,7 +164,7 @@ def test_a_preempted_sequence_remembers_what_was_acknowledged() -> None:
     world.step(acknowledge(2, 2), num_results=1)
     held = world.manager._backlog.find(2, 0)
     assert held is not None
-    world.manager._running.preempt(held)
+    world.manager._scheduler.preempt(held)
     for _ in range(2):
         world.step(num_results=1)
         assert world.manager.gauges().num_parked == 0
@@ -179,11 +178,11 @@ def test_prompt_logprobs_come_once_more_only_if_they_were_incomplete() -> None:
     victim = world.manager._backlog.find(2, 0)
     assert victim is not None
     world.step(num_results=1)
-    world.manager._running.preempt(victim)  # in the middle of its prompt: all of it again
+    world.manager._scheduler.preempt(victim)  # in the middle of its prompt: all of it again
     for _ in range(9):
         world.step(num_results=1)
     assert len(world.prompt_logprobs[2]) == 17
     num_prompt_tokens = world.device.num_prompt_tokens
-    world.manager._running.preempt(victim)  # while it decodes: its pages are found again
+    world.manager._scheduler.preempt(victim)  # while it decodes: its pages are found again
     world.drain()
     assert world.device.num_prompt_tokens - num_prompt_tokens <= world.config.page_size

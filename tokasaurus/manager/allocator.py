@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import numpy as np
-
 from tokasaurus.manager.page_pool import PagePool
 from tokasaurus.manager.prefix_cache import PrefixCache
 from tokasaurus.protocol.arrays import Int32Array

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tokasaurus.manager.hydragen import Groups
 from tokasaurus.manager.in_flight import PromptPiece
 from tokasaurus.manager.sequence import Sequence
 from tokasaurus.manager.slots import IndexArray
@@ -17,6 +18,7 @@ __all__ = ["NO_COPIES", "NO_SLOTS", "Chunk", "draws", "forward_batch", "prompt_p
 
 NO_SLOTS: IndexArray = np.empty(0, np.intp)
 NO_COPIES: Int32Array = np.empty((2, 0), np.int32)
+_NONE: Int32Array = np.empty(0, np.int32)
 
 
 @dataclass(eq=False, slots=True)
@@ -33,6 +35,11 @@ class Chunk:
 
     def __post_init__(self) -> None:
         self.ends_prompt = self.end == len(self.sequence.prompt_ids)
+
+    @property
+    def slots(self) -> IndexArray:
+        """All that draw from its last row."""
+        return np.append(self.forks, self.sequence.slot)
 
     @property
     def length(self) -> int:
@@ -54,6 +61,7 @@ def forward_batch(
     chunks: Rows[Chunk],
     draws: tuple[IndexArray, IndexArray],
     copies: Int32Array,
+    groups: Groups | None,
 ) -> ForwardBatch:
     """The message.
 
@@ -65,6 +73,7 @@ def forward_batch(
         chunks: of prompts, in row order.
         draws: chunks whose last row is drawn from, and for which slots.
         copies: [2, copies] pages to copy from and to after the pass.
+        groups: of decode rows.
     """
     table_slots, table_columns, table_pages = table_changes
     next_ids = [
@@ -88,10 +97,10 @@ def forward_batch(
         draw_slots=draws[1].astype(np.int32),
         copy_sources=copies[0],
         copy_targets=copies[1],
-        group_first_rows=_int32([]),
-        group_num_rows=_int32([]),
-        group_first_columns=_int32([]),
-        group_num_columns=_int32([]),
+        group_first_rows=groups.first_rows if groups else _NONE,
+        group_num_rows=groups.num_rows if groups else _NONE,
+        group_first_columns=groups.first_columns if groups else _NONE,
+        group_num_columns=groups.num_columns if groups else _NONE,
     )
 
 

@@ -83,8 +83,8 @@ class Sequences:
 class Forest:
     """Runs of pages that sequences share: the columns of ``SharedPrefixes``, or copies of them.
 
-    Entries without a holder may hold anything that is in range. A waiting sequence's cached pages are in it too, as if it ran; a node that only waiting sequences hold
-    is in use once one of them is admitted.
+    Entries without a holder may hold anything that is in range. A waiting sequence's cached pages are in
+    it too, as if it ran; a node that only waiting sequences hold is in use once one of them is admitted.
 
     Attributes:
         parent: [nodes] -1 at the top.
@@ -101,6 +101,9 @@ class Forest:
         return cls(empty, empty)
 
 
+_NOTHING: Int64Array = np.empty(0, np.int64)
+
+
 class Forecast:
     """The future of some running and waiting sequences.
 
@@ -112,6 +115,8 @@ class Forecast:
         forest: which pages they share.
         page_size: tokens.
         prefill_rate: prompt tokens per step, 1 or more.
+        others: [steps] pages that are used at each step besides, by whom this is not about.
+        num_tokens_before: prompt tokens of others that are fed first.
     """
 
     def __init__(
@@ -122,6 +127,8 @@ class Forecast:
         *,
         page_size: int,
         prefill_rate: int,
+        others: Int64Array = _NOTHING,
+        num_tokens_before: int = 0,
     ) -> None:
         self._parent = forest.parent
         self._end_column = np.append(forest.end_column, 0)  # also where there is no node
@@ -131,17 +138,24 @@ class Forecast:
         self._running = running
         self._waiting = waiting
         num_tokens = int(running.num_prompt_tokens.sum())
-        self._running_lives = self._lives(running, 0)
-        self._waiting_lives = self._lives(waiting, num_tokens)
+        self._running_lives = self._lives(running, num_tokens_before)
+        self._waiting_lives = self._lives(waiting, num_tokens_before + num_tokens)
         self._node_end = self._last_ends(running, self._running_lives)
+        self._horizon = max(self._running_lives.horizon(), len(others))
         self._base = self._running_use()
+        self._base[: len(others)] += others
+
+    @property
+    def running_ends(self) -> Int64Array:
+        """[running] the step in which each running sequence ends."""
+        return self._running_lives.end
 
     def use(self, num_admitted: int = 0) -> Int64Array:
         """Pages in use at step 0, 1, .. up to the last end, with that many waiting sequences admitted."""
         lives = self._waiting_lives[:num_admitted]
         use = _extended(self._base, self._size(lives.horizon()))
         use += self._added_use(lives, self._node_spans(num_admitted), len(use))
-        return use[: max(self._running_lives.horizon(), lives.horizon())]
+        return use[: max(self._horizon, lives.horizon())]
 
     def peak(self, num_admitted: int = 0) -> int:
         """The most pages in use at any step, with that many waiting sequences admitted."""
@@ -271,8 +285,7 @@ class Forecast:
             last=self._node_end[nodes],
             num_pages=self._node_pages[nodes],
         )
-        lives = self._running_lives
-        return self._added_use(lives, spans, self._size(lives.horizon()))
+        return self._added_use(self._running_lives, spans, self._size(self._horizon))
 
     def _node_spans(self, num_waiting: int) -> _Spans:
         """What admitting each of the first waiting sequences in turn adds to the use of nodes."""
@@ -334,7 +347,7 @@ class Forecast:
     def _size(self, horizon: int) -> int:
         """Steps of an array that everything fits in which happens before ``horizon`` and just after."""
         page_size = self._page_size
-        horizon = max(horizon, self._running_lives.horizon())
+        horizon = max(horizon, self._horizon)
         return -(-(horizon + page_size + 1) // page_size) * page_size
 
     def _queue_ends(self, num_admitted: int, limit: int) -> list[int]:

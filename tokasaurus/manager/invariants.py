@@ -215,11 +215,7 @@ def _check_backlog(running: RunningSequences, backlog: Backlog) -> None:
     )
     for request in backlog.requests.values():
         _require(bool(request.sequences), "a request without sequences lives on")
-        following = [
-            sequence
-            for sequence in request.followers
-            if sequence.state is not SequenceState.ENDED
-        ]
+        following = request.followers.values()
         _require(
             all(sequence.state is SequenceState.FOLLOWING for sequence in following),
             "a follower is elsewhere too",
@@ -229,14 +225,15 @@ def _check_backlog(running: RunningSequences, backlog: Backlog) -> None:
             not following or (leader is not None and leader.sample_index in request.sequences),
             "followers wait for nobody",
         )
-    num_following = sum(
-        sequence.state is SequenceState.FOLLOWING
-        for request in backlog.requests.values()
-        for sequence in request.followers
-    )
+    num_following = sum(len(request.followers) for request in backlog.requests.values())
     _require(num_following == states[SequenceState.FOLLOWING], "a follower has no leader to come")
     in_progress = running.in_progress
-    _require(len(in_progress) <= len(running.prefilling), "a prompt in progress is not being fed")
+    _require(not in_progress.woken, "those woken were not let go on")
+    claiming = set(in_progress.sequences())
+    _require(
+        claiming <= {*running.prefilling, *waiting},
+        "a prompt in progress is nobody's task any more",
+    )
     waits_for_pages = set(in_progress.waiting())
     for sequence in living:
         if sequence.state is SequenceState.PARKED:

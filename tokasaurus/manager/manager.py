@@ -14,6 +14,7 @@ import numpy as np
 
 from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.errors import ProtocolError
+from tokasaurus.manager.admission import AdmissionControl
 from tokasaurus.manager.counters import Counters, Gauges
 from tokasaurus.manager.held_slots import find_holding_slots
 from tokasaurus.manager.in_flight import PromptPiece
@@ -23,7 +24,7 @@ from tokasaurus.manager.running import RunningSequences
 from tokasaurus.manager.scheduler import Scheduler
 from tokasaurus.manager.sequence import Request, Sequence, SequenceState
 from tokasaurus.manager.slots import IndexArray
-from tokasaurus.manager.waiting import Backlog
+from tokasaurus.manager.waiting import MAX_PRIORITY, Backlog
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import (
     AbortRequest,
@@ -62,11 +63,15 @@ class Manager:
         self._config = config
         self._backlog = Backlog(config.stop_lag)
         self._running = RunningSequences(config, self._backlog, self.counters)
-        self._scheduler = Scheduler(config, self._running, self._backlog, self.counters)
+        self._admission = AdmissionControl(config, self._running)
+        self._scheduler = Scheduler(
+            config, self._running, self._backlog, self._admission, self.counters
+        )
         self._outbox = Outbox()
-        self._ended: list[
-            Sequence
-        ] = []  # of those that ran, whose pages are still to be given back
+        # What ended in this step: sequences, those of them that hold pages, requests with their last one.
+        self._ended: list[tuple[Sequence, FinishReason]] = []
+        self._retiring: list[Sequence] = []
+        self._closing: list[Request] = []
         # Slots to let go of once the server was told of their tokens.
         self._departing: list[int] = []
 
@@ -93,10 +98,7 @@ class Manager:
         for event in events:
             self._take(event, now)
         messages = self._outbox.collect(self._running.slots, self._running.window)
-        if self._ended:
-            self._departing += self._running.retire(self._ended)
-        self._running.depart(self._departing)
-        self._ended, self._departing = [], []
+        self._settle()
         batches = self._plan(now)
         if self._config.check_invariants:
             check_invariants(self._running, self._backlog)
@@ -158,7 +160,7 @@ class Manager:
     def _accept(self, request: GenerateRequest, now: float) -> None:
         refusal = self._refusal(request)
         if refusal is None:
-            self._backlog.add(request, now)
+            self._admission.open(self._backlog.add(request, now))
             self.counters.num_requests += 1
         else:
             field, reason = refusal
@@ -174,6 +176,11 @@ class Manager:
             return "n", f"n is {request.n}; it must be at least 1"
         if request.max_tokens < 1:
             return "max_tokens", f"max_tokens is {request.max_tokens}; it must be at least 1"
+        if abs(request.priority) > MAX_PRIORITY:
+            reason = f"it must be from {-MAX_PRIORITY} to {MAX_PRIORITY}"
+            return "priority", f"priority is {request.priority}; {reason}"
+        if not 0 <= request.first_k <= request.n:
+            return "first_k", f"first_k is {request.first_k}; it must be from 1 to n={request.n}"
         total = prompt_length + request.max_tokens
         lengths = f"{prompt_length} prompt tokens and max_tokens={request.max_tokens}"
         if total > self._config.max_request_tokens:
@@ -256,18 +263,40 @@ class Manager:
         """The one way in which a sequence ends; its pages and its slot follow at the end of the step."""
         request = sequence.request
         self._outbox.add_final(sequence, reason)
+        self._ended.append((sequence, reason))
         if sequence.slot >= 0:
             self._running.slots.stop_absorbing(sequence.slot)
         if sequence.state is SequenceState.RUNNING:
-            self._ended.append(sequence)
+            self._retiring.append(sequence)
         elif sequence.state is SequenceState.PREEMPTED:
             self._running.preempted.remove(sequence)
+        elif sequence.state is SequenceState.WAITING:
+            self._running.in_progress.leave(sequence)
         self._backlog.end(sequence)
+        if not request.sequences:
+            self._closing.append(request)
         self.counters.num_finished += 1
         if reason is not FinishReason.ABORT:
             request.num_finished += 1
             if request.num_finished == request.message.first_k:
                 self._abort(request)
+
+    def _settle(self) -> None:
+        """What is left to do about the sequences that ended in this step, all at once."""
+        if self._ended:
+            self._admission.end(
+                [sequence for sequence, _ in self._ended],
+                [reason is not FinishReason.ABORT for _, reason in self._ended],
+            )
+            self._running.wake()
+        for request in self._closing:
+            self._admission.close(request)
+        if self._retiring:
+            slots = np.array([sequence.slot for sequence in self._retiring], np.intp)
+            self._admission.release(slots)
+            self._departing += self._running.retire(self._retiring)
+        self._running.depart(self._departing)
+        self._ended, self._closing, self._retiring, self._departing = [], [], [], []
 
 
 def _prompt_logprobs(

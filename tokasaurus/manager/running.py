@@ -22,6 +22,7 @@ from tokasaurus.manager.counters import Counters
 from tokasaurus.manager.in_flight import InFlight
 from tokasaurus.manager.prompts_in_progress import PromptsInProgress
 from tokasaurus.manager.sequence import Sequence, SequenceState
+from tokasaurus.manager.shared_prefixes import SharedPrefixes
 from tokasaurus.manager.slots import NO_PAGES, IndexArray, SlotTable
 from tokasaurus.manager.table_changes import TableChanges
 from tokasaurus.manager.token_window import TokenWindow
@@ -56,6 +57,7 @@ class RunningSequences:
         self.window = TokenWindow(self.slots, config.scheduling_steps_ahead)
         self.pages = PageAllocator(config.num_pages, config.page_size)
         self.table_changes = TableChanges(self.slots)
+        self.prefixes = SharedPrefixes(config.num_slots)  # of prompts that are fed
         self.in_flight = InFlight()
         self.prefilling: list[Sequence] = []  # in order
         self.in_progress = PromptsInProgress(config.page_size)  # the prompts of these
@@ -63,6 +65,18 @@ class RunningSequences:
         self.stop_lag = config.stop_lag
         self._backlog = backlog
         self._counters = counters
+
+    def may_feed(self, sequence: Sequence, num_cached_pages: int) -> bool:
+        """Whether nobody who goes first is about to compute the page that a prompt needs next."""
+        if sequence.prompt_logprobs_due:  # computes every page, whoever else does
+            return True
+        return self.in_progress.enter(sequence, num_cached_pages)
+
+    def wake(self) -> None:
+        """Those who waited for pages that can be found now, or are nobody's task any more, go on."""
+        for sequence in self.in_progress.woken:
+            self._backlog.wake(sequence)
+        self.in_progress.woken.clear()
 
     def enter(self, admissions: Rows[Admission], now: float) -> None:
         """Lets sequences run: a slot each, all pages of its prompt."""
@@ -152,21 +166,25 @@ class RunningSequences:
                 for row in [slot, *forks.tolist()]:
                     slots.page_table[row, columns] = shared[columns]
                     self.table_changes.patch(slots.sequence(row), columns)
-        self._wake(self.in_progress.advance(sequence, count))
+        self.in_progress.advance(sequence, count)
 
-    def prompts_are_fed(self, sequences: Rows[Sequence], slots: IndexArray) -> None:
-        """The last chunks of these prompts were sent.
+    def prompts_are_fed(self, prompts: Rows[tuple[Sequence, IndexArray]]) -> None:
+        """The last chunks of prompts were sent: they decode from now on.
 
         Args:
-            sequences: who fed them.
-            slots: theirs, and those of their forks: they decode from now on.
+            prompts: each with the slots that hold it, of the sequence that fed it and of its forks.
         """
-        self.slots.update_decode_limits(slots, self.stop_lag)
-        fed = set(sequences)
+        self.slots.update_decode_limits(
+            np.concatenate([slots for _, slots in prompts]), self.stop_lag
+        )
+        fed = {sequence for sequence, _ in prompts}
         self.prefilling = [sequence for sequence in self.prefilling if sequence not in fed]
-        for sequence in sequences:
-            self._wake(self.in_progress.leave(sequence))
+        for sequence, slots in prompts:
+            num_full = len(sequence.prompt_ids) // self.slots.page_size
+            self.prefixes.enter(slots, self.slots.page_table[sequence.slot, :num_full])
+            self.in_progress.leave(sequence)
             self._backlog.prompt_is_fed(sequence)
+        self.wake()
 
     def acknowledge(self, slots: IndexArray, num_tokens: Int32Array) -> None:
         """The server has searched so many tokens of the sequences in these slots."""
@@ -202,11 +220,13 @@ class RunningSequences:
             pages = slots.page_table[sequence.slot, : num_pages[index]]
             holders.append((known_ids, pages))
             start = ends[index]
+        self.prefixes.leave(rows)
         self.pages.release(holders)
         is_prefilling = slots.length[rows] < slots.prompt_end[rows]
         for index in np.flatnonzero(is_prefilling).tolist():
             self.prefilling.remove(sequences[index])
-            self._wake(self.in_progress.leave(sequences[index]))
+            self.in_progress.leave(sequences[index])
+        self.wake()
         slots.stop_planning(rows)
         departing: list[int] = []
         for slot, last_batch in zip(rows.tolist(), slots.last_batch[rows].tolist(), strict=True):
@@ -236,10 +256,6 @@ class RunningSequences:
         """All known ids of a sequence in a slot: its request's prompt, then the generated ones."""
         ids, _ = self.window.unstored_ids(np.array([sequence.slot]))
         return _all_ids(sequence, ids)
-
-    def _wake(self, sequences: Rows[Sequence]) -> None:
-        for sequence in sequences:
-            self._backlog.wake(sequence)
 
 
 def _all_ids(sequence: Sequence, unstored_ids: Int32Array) -> Int32Array:

@@ -5,16 +5,17 @@ question is asked, so nothing is ever undone. Knows nothing of results or of the
 
 The order of a plan:
 
-1. Every running sequence that may decode does. Where they need more pages than can be had, the newest
-   running sequence is preempted, until they suffice. The oldest is never asked while it needs its pages:
-   in the end it could have every page there is, and no request is accepted that needs more. So the
-   oldest always advances, and everybody is the oldest some day.
+1. Every running sequence that may decode does. Where they need more pages than can be had, others are
+   preempted until they suffice: of the least important priority whoever costs the least to compute again.
+   The oldest is never asked while it needs its pages: in the end it could have every page there is, and no
+   request is accepted that needs more. So the oldest always advances, and everybody is the oldest some day.
 2. What is left of ``max_tokens_per_forward`` goes to prompts, in order, in chunks. Where a prompt ends,
    the other samples of its request may fork from its last row: that takes no tokens of the budget.
-3. What is left then admits sequences from the queue, strictly in order. Where nobody holds a page the head
-   is admitted whatever it needs. A sequence that was preempted and waits for its last results counts as
-   being in the queue already: the pages it gave up are not for those behind it. Only who would compute
-   a page that another prompt is computing steps aside until that page can be found.
+3. What is left then admits sequences from the queue, strictly in order, as far as there is room now and as
+   the forecast finds room for all that they will need (``admission``). Where nobody holds a page the head is
+   admitted whatever it needs. A sequence that was preempted and waits for its last results counts as being
+   in the queue already: the pages it gave up are not for those behind it. Only who would compute a page
+   that another prompt is computing steps aside until that page can be found.
 """
 
 from __future__ import annotations
@@ -25,41 +26,55 @@ import numpy as np
 
 from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.errors import ProtocolError
+from tokasaurus.manager.admission import AdmissionControl, Candidate
 from tokasaurus.manager.batches import NO_COPIES, Chunk, draws, forward_batch, prompt_pieces
 from tokasaurus.manager.counters import Counters
+from tokasaurus.manager.hydragen import GroupFinder
 from tokasaurus.manager.in_flight import Flight
 from tokasaurus.manager.running import Admission, RunningSequences
 from tokasaurus.manager.sequence import Sequence
 from tokasaurus.manager.slots import NO_PAGES, IndexArray
-from tokasaurus.manager.waiting import Backlog
-from tokasaurus.protocol.arrays import BoolArray
+from tokasaurus.manager.waiting import Backlog, priority_of
+from tokasaurus.protocol.arrays import BoolArray, Int32Array
 from tokasaurus.protocol.messages import ForwardBatch
 
-__all__ = ["FORCED_PREEMPTION_INTERVAL", "RESERVE_TOKENS", "Scheduler"]
-
-# Admitting a sequence is worth its prefill only if it can then run for a while. So pages for this many
-# more tokens of every running sequence (or up to its end, if that is nearer) are not given to newcomers.
-RESERVE_TOKENS = 32
+__all__ = ["FORCED_PREEMPTION_INTERVAL", "Scheduler"]
 
 FORCED_PREEMPTION_INTERVAL = 8  # batches
+
+_NO_ORDER = np.iinfo(np.int64).max
 
 
 @dataclass(slots=True)
 class _Headroom:
-    """What a round of admissions may still use."""
+    """What a round of admissions may still use, whatever the forecast says."""
 
     num_sequences: int
     num_tokens: int
-    num_pages: int  # less what is kept for those that run
+    num_pages: int
     must_admit: bool  # nobody holds a page: the head fits, however large
-    first_order: int  # who comes after this order does not run now
 
-    def admit(self, num_tokens: int, num_pages: int, count: int = 1) -> None:
-        """So many sequences run, each of which takes and reserves so many pages."""
+    def take(self, num_tokens: int, num_pages: int, num_sequences: int) -> None:
+        """So many sequences take so much in all."""
         self.num_tokens -= num_tokens
-        self.num_sequences -= count
-        self.num_pages -= num_pages * count
+        self.num_pages -= num_pages
+        self.num_sequences -= num_sequences
         self.must_admit = False
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Offer:
+    """A candidate for whom there is room now."""
+
+    candidate: Candidate
+    chunk: Chunk
+    admission: Admission | None  # None: it runs, only its forks do not
+
+    @property
+    def entering(self) -> list[Sequence]:
+        """Who gets a slot if it is accepted."""
+        leader = [] if self.admission is None else [self.admission.sequence]
+        return leader + self.chunk.followers
 
 
 class Scheduler:
@@ -69,6 +84,7 @@ class Scheduler:
         config: the manager's slice.
         running: sequences in slots.
         backlog: sequences that wait.
+        admission: the forecast.
         counters: to count in.
     """
 
@@ -77,6 +93,7 @@ class Scheduler:
         config: ManagerConfig,
         running: RunningSequences,
         backlog: Backlog,
+        admission: AdmissionControl,
         counters: Counters,
     ) -> None:
         self._config = config
@@ -84,8 +101,11 @@ class Scheduler:
         self._slots = running.slots
         self._pages = running.pages
         self._backlog = backlog
+        self._admission = admission
         self._counters = counters
-        self.reserve_tokens = RESERVE_TOKENS
+        self._groups = GroupFinder(
+            running.prefixes, config.page_size, config.min_group_size, config.min_prefix_len
+        )
         # Every running sequence may need a row of each batch, and a row is a token at least.
         self._max_running = min(config.max_seqs_per_forward, config.max_tokens_per_forward)
 
@@ -93,21 +113,22 @@ class Scheduler:
         """Plans the next batch and counts it as sent; None if there is nothing to run."""
         decoding, crossing = self._plan_decode()
         decode_slots = self._commit_decode(decoding, crossing)
-        budget = self._config.max_tokens_per_forward - len(decode_slots)
+        budget = self._prefill_budget(len(decode_slots))
         chunks = self._plan_chunks(budget)
-        admissions: list[Admission] = []
-        if chunks or len(self._backlog):
-            budget -= sum(chunk.length for chunk in chunks)
-            headroom = self._headroom(budget, decoding)
-            for chunk in chunks:
-                self._plan_forks(chunk, headroom)
-            admissions = self._plan_admissions(chunks, headroom)
+        budget -= sum(chunk.length for chunk in chunks)
+        accepted = self._accept(self._offers(chunks, budget, decoding), chunks)
         if not len(decode_slots) and not chunks:
             return None
-        batch = self._commit(decode_slots, chunks, admissions, now)
+        batch = self._commit(decode_slots, chunks, accepted, now)
+        self._admission.pass_step()
         if self._config.force_preemption:
             self._preempt_without_need(batch.number)
         return batch
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Takes a sequence's pages; it goes on later, before all that come after it."""
+        self._admission.release(np.array([sequence.slot]))
+        self._running.preempt(sequence)
 
     def _plan_decode(self) -> tuple[BoolArray, IndexArray]:
         """Returns which slots decode (a mask), and which of them enter a new page; preempts for them."""
@@ -117,19 +138,32 @@ class Scheduler:
             crossing = np.flatnonzero(decoding & (slots.length == slots.capacity))
             if crossing.size <= self._pages.num_available:
                 return decoding, crossing
-            self._running.preempt(self._victim())
+            self.preempt(self._victim(crossing.size - self._pages.num_available))
 
-    def _victim(self) -> Sequence:
-        """The sequence that is preempted next."""
-        slots = self._slots
+    def _victim(self, num_pages: int) -> Sequence:
+        """The sequence that is preempted next, where so many pages are wanted."""
+        slots, prefixes = self._slots, self._running.prefixes
         # Where all tokens are planned, no batch to come needs the pages: this costs nobody anything.
         is_planned = (slots.length == slots.final_length) & (slots.order >= 0)
         if is_planned.any():
             return slots.sequence(int(is_planned.argmax()))
-        newest = int(slots.order.argmax())
-        if np.count_nonzero(slots.order >= 0) < 2:
+        running = np.flatnonzero(slots.order >= 0)
+        if running.size < 2:
             raise ProtocolError("the oldest running sequence does not find the pages it may have")
-        return slots.sequence(newest)
+        order = slots.order[running]
+        priorities = priority_of(order)
+        is_candidate = (order > order.min()) & (priorities == priorities.max())
+        rows, order = running[is_candidate], order[is_candidate]
+        leaf = prefixes.leaf[rows]
+        # What others hold too is neither freed nor computed again. Nodes above a leaf are shared.
+        is_shared = prefixes.num_holders[leaf] > 1
+        num_shared = prefixes.end_column[np.where(is_shared, leaf, prefixes.parent[leaf])]
+        num_freed = slots.capacity[rows] // slots.page_size - num_shared
+        cost = slots.length[rows] - num_shared * slots.page_size
+        # The least work among those that free enough, else the most pages; of equals the newest.
+        suffices = num_freed >= num_pages
+        rank = np.lexsort((-order, np.where(suffices, cost, -num_freed), ~suffices))
+        return slots.sequence(int(rows[rank[0]]))
 
     def _commit_decode(self, decoding: BoolArray, crossing: IndexArray) -> IndexArray:
         slots = self._slots
@@ -141,6 +175,27 @@ class Scheduler:
         slots.length += decoding
         np.copyto(slots.last_batch, self._running.in_flight.next_number, where=decoding)
         return np.flatnonzero(decoding)
+
+    def _prefill_budget(self, num_decoding: int) -> int:
+        """Prompt tokens that this batch may feed."""
+        budget = self._config.max_tokens_per_forward - num_decoding
+        if self._admission.refresh_is_due:
+            waiting = [] if self._config.admission.greedy_prefill else self._queue_front()
+            self._admission.refresh(waiting, budget)
+        pace = self._admission.prefill_pace
+        return budget if pace is None or num_decoding == 0 else min(budget, pace)
+
+    def _queue_front(self) -> list[Candidate]:
+        """Those who are likely to run soon, as if nothing of their prompts were cached."""
+        front: list[Candidate] = []
+        num_sequences = 0
+        for sequence in self._backlog.in_order():
+            num_forks = self._backlog.num_followers(sequence)
+            front.append(Candidate(sequence, len(sequence.prompt_ids), 0, num_forks))
+            num_sequences += 1 + num_forks
+            if num_sequences >= self._max_running:
+                break
+        return front
 
     def _plan_chunks(self, budget: int) -> list[Chunk]:
         """Deals tokens to the prompts that are being fed, in order."""
@@ -154,106 +209,124 @@ class Scheduler:
             budget -= end - start
         return chunks
 
-    def _headroom(self, budget: int, decoding: BoolArray) -> _Headroom:
+    def _offers(self, chunks: list[Chunk], budget: int, decoding: BoolArray) -> list[_Offer]:
+        """Who could run now, in the order in which they may: forks of these prompts, then the queue."""
+        if not (chunks or len(self._backlog)):
+            return []
+        if not (self._is_empty or self._admission.may_admit):
+            return []
         slots = self._slots
         # A slot whose tokens are all planned enters no further batch: it does not count after this one.
         num_active = int(np.count_nonzero(decoding | (slots.length < slots.final_length)))
-        to_come = np.clip(slots.final_length - slots.capacity, 0, self.reserve_tokens)
-        num_reserved = int((-(-to_come // slots.page_size)).sum())
-        return _Headroom(
+        headroom = _Headroom(
             num_sequences=min(self._max_running - num_active, slots.num_free),
             num_tokens=budget,
-            num_pages=self._pages.num_available - num_reserved,
-            must_admit=not slots.capacity.any(),
-            # The preempted ones will be back in the queue in a few steps.
-            first_order=min((s.order for s in self._running.preempted), default=_NO_ORDER),
+            num_pages=self._pages.num_available,
+            must_admit=self._is_empty,
         )
-
-    def _plan_forks(self, chunk: Chunk, headroom: _Headroom) -> None:
-        """Lets samples of the same prompt run from its last row on, while there is room."""
-        if not chunk.ends_prompt or self._backlog.next_follower(chunk.sequence) is None:
-            return
         head = self._backlog.head()
-        first_order = min(headroom.first_order, head.order if head else _NO_ORDER)
-        num_new, num_reserved = self._num_pages(chunk.sequence, len(chunk.sequence.prompt_ids))
-        num_each = (1 if num_new else 0) + num_reserved
-        limit = headroom.num_sequences
-        if num_each:
-            limit = min(limit, headroom.num_pages // num_each)
-        for _ in range(limit):
-            follower = self._backlog.next_follower(chunk.sequence)
-            if follower is None or follower.order > first_order:
-                break
-            chunk.followers.append(self._backlog.pop_follower(chunk.sequence))
-        headroom.admit(0, num_each, len(chunk.followers))
-
-    def _plan_admissions(self, chunks: list[Chunk], headroom: _Headroom) -> list[Admission]:
-        """Lets sequences run while there is room; adds the first chunk of each."""
-        admissions: list[Admission] = []
-        while (sequence := self._backlog.head()) is not None:
+        # The preempted ones will be back in the queue in a few steps.
+        first_order = min((s.order for s in self._running.preempted), default=_NO_ORDER)
+        offers: list[_Offer] = []
+        for chunk in chunks:
+            order = self._backlog.next_follower_order(chunk.sequence)
+            if order < min(first_order, head.order if head else _NO_ORDER):
+                num_forks = self._take_forks(chunk, headroom)
+                if num_forks:
+                    offers.append(_Offer(Candidate(chunk.sequence, 0, 0, num_forks), chunk, None))
+        for sequence in self._backlog.in_order():
             if headroom.num_tokens <= 0 or headroom.num_sequences <= 0:
                 break
-            if sequence.order > headroom.first_order:
+            if sequence.order > first_order:
                 break
-            if headroom.num_pages <= 0 and not headroom.must_admit:
-                break
-            cached_pages = NO_PAGES
-            if not sequence.prompt_logprobs_due:  # else it needs the logits of every position
-                cached_pages = self._pages.lookup(sequence.prompt_ids)
-            start = len(cached_pages) * self._slots.page_size
-            num_new, num_reserved = self._num_pages(sequence, start)
-            num_needed = num_reserved + self._pages.num_needed(cached_pages, num_new)
+            cached_pages = self._cached_pages(sequence)
+            num_new = -(-len(sequence.prompt_ids) // slots.page_size) - len(cached_pages)
+            num_needed = self._pages.num_needed(cached_pages, num_new)
             if num_needed > headroom.num_pages and not headroom.must_admit:
                 break
-            self._backlog.pop()
-            if not sequence.prompt_logprobs_due and not self._running.in_progress.enter(
-                sequence, len(cached_pages)
-            ):
+            if not self._running.may_feed(sequence, len(cached_pages)):
                 self._backlog.park(sequence)
                 continue
-            self._pages.retain(cached_pages)
+            start = len(cached_pages) * slots.page_size
             end = min(start + headroom.num_tokens, len(sequence.prompt_ids))
             chunk = Chunk(sequence, start, end)
-            headroom.admit(chunk.length, num_needed)
-            admissions.append(Admission(sequence, cached_pages, num_new))
-            chunks.append(chunk)
-            self._plan_forks(chunk, headroom)
-        return admissions
+            headroom.take(end - start, num_needed, 1)
+            candidate = Candidate(
+                sequence=sequence,
+                num_tokens=len(sequence.prompt_ids) - start,
+                num_held_pages=len(cached_pages) + num_new - num_needed,
+                num_forks=self._take_forks(chunk, headroom),
+            )
+            offers.append(_Offer(candidate, chunk, Admission(sequence, cached_pages, num_new)))
+        self._running.wake()
+        return offers
 
-    def _num_pages(self, sequence: Sequence, start: int) -> tuple[int, int]:
-        """How many pages it takes to feed a prompt from a page's start on, and to go on for a while."""
-        page_size = self._slots.page_size
-        num_pages = -(-len(sequence.prompt_ids) // page_size)
-        to_come = min(sequence.final_length - num_pages * page_size, self.reserve_tokens)
-        return num_pages - start // page_size, max(0, -(-to_come // page_size))
+    def _cached_pages(self, sequence: Sequence) -> Int32Array:
+        if sequence.prompt_logprobs_due:  # needs the logits of every position
+            return NO_PAGES
+        return self._pages.lookup(sequence.prompt_ids)
+
+    def _take_forks(self, chunk: Chunk, headroom: _Headroom) -> int:
+        """How many samples could run from the chunk's last row on."""
+        if not chunk.ends_prompt:
+            return 0
+        count = min(self._backlog.num_followers(chunk.sequence), headroom.num_sequences)
+        has_own_page = len(chunk.sequence.prompt_ids) % self._slots.page_size > 0
+        if has_own_page:
+            count = min(count, max(0, headroom.num_pages))
+        headroom.take(0, count if has_own_page else 0, count)
+        return count
+
+    def _accept(self, offers: list[_Offer], chunks: list[Chunk]) -> list[_Offer]:
+        """Takes out of the queue whom the forecast has room for; adds the chunks they feed."""
+        if not offers:
+            return offers
+        num_rows = self._admission.num_admissible([offer.candidate for offer in offers])
+        if self._is_empty:
+            num_rows = max(num_rows, 1)
+        accepted: list[_Offer] = []
+        for offer in offers:
+            if num_rows <= 0:
+                break
+            accepted.append(offer)
+            if offer.admission is not None:
+                self._backlog.pop()
+                self._pages.retain(offer.admission.cached_pages)
+                chunks.append(offer.chunk)
+                num_rows -= 1
+            num_forks = min(num_rows, offer.candidate.num_forks)
+            offer.chunk.followers = self._backlog.pop_followers(offer.chunk.sequence, num_forks)
+            num_rows -= num_forks
+        return accepted
+
+    @property
+    def _is_empty(self) -> bool:
+        """Nobody holds a page."""
+        return self._pages.num_available == self._pages.pool.num_pages
 
     def _commit(
         self,
         decode_slots: IndexArray,
         chunks: list[Chunk],
-        admissions: list[Admission],
+        accepted: list[_Offer],
         now: float,
     ) -> ForwardBatch:
         running = self._running
         number = running.in_flight.next_number
-        if admissions:
-            running.enter(admissions, now)
-        entered = [admission.sequence for admission in admissions]
-        copies = [NO_COPIES]
-        for chunk in chunks:
-            if chunk.followers:
-                chunk.forks, copied = running.fork(chunk.sequence, chunk.followers, now)
-                entered += chunk.followers
-                copies.append(copied)
+        copies = self._enter(accepted, now)
+        groups = self._groups.find(decode_slots) if self._config.use_groups else None
+        if groups is not None:
+            decode_slots = groups.slots
         drawing = draws(chunks)
         batch = forward_batch(
             number,
-            entered,
+            [sequence for offer in accepted for sequence in offer.entering],
             running.table_changes.flush(),
             decode_slots,
             chunks,
             drawing,
-            np.concatenate(copies, axis=1),
+            copies,
+            groups,
         )
         sampling_slots = np.concatenate([decode_slots, drawing[1]])
         running.in_flight.add(Flight(number, sampling_slots, prompt_pieces(chunks)))
@@ -263,6 +336,24 @@ class Scheduler:
         self._counters.num_decode_tokens += len(decode_slots)
         self._counters.num_prefill_tokens += len(batch.prefill_ids)
         return batch
+
+    def _enter(self, accepted: list[_Offer], now: float) -> Int32Array:
+        """Gives slots and pages; returns the pages to copy after the batch."""
+        if not accepted:
+            return NO_COPIES
+        running = self._running
+        admissions = [offer.admission for offer in accepted if offer.admission is not None]
+        if admissions:
+            running.enter(admissions, now)
+        copies = [NO_COPIES]
+        for offer in accepted:
+            chunk = offer.chunk
+            if chunk.followers:
+                chunk.forks, copied = running.fork(chunk.sequence, chunk.followers, now)
+                copies.append(copied)
+        entering = [sequence.slot for offer in accepted for sequence in offer.entering]
+        self._admission.admit(np.array(entering, np.intp))
+        return np.concatenate(copies, axis=1)
 
     def _commit_chunks(self, chunks: list[Chunk], drawing: IndexArray, number: int) -> None:
         running, slots = self._running, self._slots
@@ -274,8 +365,9 @@ class Scheduler:
         for chunk in chunks:
             running.publish(chunk.sequence, chunk.forks)
         if drawing.size:
-            ended = [chunk.sequence for chunk in chunks if chunk.ends_prompt]
-            running.prompts_are_fed(ended, drawing)
+            running.prompts_are_fed(
+                [(chunk.sequence, chunk.slots) for chunk in chunks if chunk.ends_prompt]
+            )
 
     def _preempt_without_need(self, number: int) -> None:
         """Now and then, another sequence each time; never the oldest, which must advance."""
@@ -285,7 +377,4 @@ class Scheduler:
             running = np.flatnonzero(order >= 0)
             younger = running[order[running] > order[running].min(initial=_NO_ORDER)]
             if younger.size:
-                self._running.preempt(self._slots.sequence(int(younger[turn % younger.size])))
-
-
-_NO_ORDER = np.iinfo(np.int64).max
+                self.preempt(self._slots.sequence(int(younger[turn % younger.size])))

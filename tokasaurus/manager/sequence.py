@@ -6,7 +6,6 @@ What changes at every step of a running sequence is in the slot table instead. K
 from __future__ import annotations
 
 import enum
-from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -80,8 +79,9 @@ class Request:
     sequences: dict[int, Sequence] = field(default_factory=dict)  # by sample index
     # Until all samples run: the one that feeds the prompt next, and those that will fork from it.
     leader: Sequence | None = None
-    followers: deque[Sequence] = field(default_factory=deque)
+    followers: dict[int, Sequence] = field(default_factory=dict)  # by sample index, the next last
     num_finished: int = 0  # samples that ended by themselves
+    length_group: int = -1  # its handle at the predictor of lengths
 
     @property
     def incremental(self) -> bool:
@@ -102,6 +102,7 @@ class Sequence:
     state: SequenceState
     prompt_logprobs_due: bool  # the request asks for them and not all were delivered yet
     was_admitted: bool = False
+    has_entry: bool = False  # in the queue, be it stale
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     num_acked: int = 0  # generated tokens that the server searched; in a slot, the table has it
     slot: int = -1  # -1 where it owns none

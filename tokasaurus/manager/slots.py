@@ -36,7 +36,7 @@ IndexArray: TypeAlias = NDArray[np.intp]
 
 NO_PAGES: Int32Array = np.empty(0, np.int32)
 
-_NUM_COLUMNS = 16
+_NUM_COLUMNS = 17
 
 
 class SlotTable:
@@ -72,11 +72,14 @@ class SlotTable:
         self.sample_index = columns[12]
         self.num_cached_tokens = columns[13]
         self.num_logprobs = columns[14]
-        self._num_stop_ids = columns[15]
+        self.length_group = columns[15]  # a handle of the predictor of lengths
+        self._num_stop_ids = columns[16]
         self.page_table: Int32Array = np.zeros((num_slots, max_pages), np.int32)
         self.order: Int64Array = np.full(num_slots, -1, np.int64)  # of arrival; -1 if not running
         # The number of the last batch that names the slot.
         self.last_batch: Int64Array = np.full(num_slots, -1, np.int64)
+        # The step of the forecast in which the slot's pages come free.
+        self.predicted_end: Int64Array = np.zeros(num_slots, np.int64)
         # Results: whether they still count, and how they are reported.
         self.absorbing: BoolArray = np.zeros(num_slots, np.bool_)
         self.incremental: BoolArray = np.zeros(num_slots, np.bool_)
@@ -145,6 +148,7 @@ class SlotTable:
                     sequence.sample_index,
                     sequence.num_cached_tokens,
                     message.num_logprobs,
+                    sequence.request.length_group,
                     len(message.stop_token_ids),
                 )
             )

@@ -13,15 +13,23 @@ pages.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 
 from tokasaurus.manager.sequence import Request, Sequence, SequenceState
+from tokasaurus.protocol.arrays import Int64Array
 from tokasaurus.protocol.messages import GenerateRequest
 
-__all__ = ["MAX_PRIORITY", "Backlog"]
+__all__ = ["MAX_PRIORITY", "Backlog", "priority_of"]
 
 MAX_PRIORITY = 1_000_000  # and as far below 0
 
-_ARRIVALS_OF_A_PRIORITY = 1 << 40
+_ARRIVAL_BITS = 40
+_NOBODY_FOLLOWS = (1 << 63) - 1  # after every order
+
+
+def priority_of(order: Int64Array) -> Int64Array:
+    """A number for the priority of each of these sequences; lower goes first."""
+    return order >> _ARRIVAL_BITS
 
 
 class Backlog:
@@ -36,7 +44,7 @@ class Backlog:
         self.num_sequences = 0  # of all requests that have not ended
         self._stop_lag = stop_lag
         self._num_arrived = 0
-        # (order, sequence); entries of sequences that ended in the queue stay until they surface.
+        # (order, sequence); entries of sequences that ended or were parked stay until they surface.
         self._heap: list[tuple[int, Sequence]] = []
         self._num_stale = 0
 
@@ -44,11 +52,11 @@ class Backlog:
         """Sequences in the queue."""
         return len(self._heap) - self._num_stale
 
-    def add(self, message: GenerateRequest, now: float) -> None:
+    def add(self, message: GenerateRequest, now: float) -> Request:
         """Takes in a request that can run."""
         request = Request(message, now)
         self.requests[message.request_id] = request
-        first = (MAX_PRIORITY + message.priority) * _ARRIVALS_OF_A_PRIORITY + self._num_arrived
+        first = ((MAX_PRIORITY + message.priority) << _ARRIVAL_BITS) + self._num_arrived
         sequences = [
             Sequence(
                 request=request,
@@ -61,10 +69,11 @@ class Backlog:
             for sample_index in range(message.n)
         ]
         request.sequences.update(enumerate(sequences))
-        request.followers.extend(sequences)
+        request.followers.update((s.sample_index, s) for s in reversed(sequences))
         self._next_leads(request)
         self._num_arrived += message.n
         self.num_sequences += message.n
+        return request
 
     def find(self, request_id: int, sample_index: int) -> Sequence | None:
         """The sequence of that name, unless it has ended or never was."""
@@ -74,13 +83,32 @@ class Backlog:
     def head(self) -> Sequence | None:
         """The sequence whose turn it is."""
         while self._heap and self._heap[0][1].state is not SequenceState.WAITING:
-            heapq.heappop(self._heap)
+            self._pop_entry()
             self._num_stale -= 1
         return self._heap[0][1] if self._heap else None
 
+    def in_order(self) -> Iterator[Sequence]:
+        """The queue from its head on. Only parking is allowed in between."""
+        heap = self._heap
+        # Entry i of a heap comes before its children 2i + 1 and 2i + 2.
+        frontier = [(heap[0][0], 0)] if heap else []
+        while frontier:
+            _, index = heapq.heappop(frontier)
+            sequence = heap[index][1]
+            if sequence.state is SequenceState.WAITING:
+                yield sequence
+            for child in (2 * index + 1, 2 * index + 2):
+                if child < len(heap):
+                    heapq.heappush(frontier, (heap[child][0], child))
+
     def pop(self) -> Sequence:
-        """Takes the head out of the queue."""
-        return heapq.heappop(self._heap)[1]
+        """Takes the head out of the queue.
+
+        Raises:
+            IndexError: it is empty.
+        """
+        self.head()
+        return self._pop_entry()
 
     def resume(self, sequence: Sequence) -> None:
         """A preempted sequence wants to run again."""
@@ -90,8 +118,9 @@ class Backlog:
             sequence.state = SequenceState.PARKED
 
     def park(self, sequence: Sequence) -> None:
-        """The sequence, just popped, waits outside the queue until it is woken."""
+        """The sequence waits outside the queue until it is woken."""
         sequence.state = SequenceState.PARKED
+        self._num_stale += 1
 
     def wake(self, sequence: Sequence) -> None:
         """The reason to wait may be gone."""
@@ -105,19 +134,20 @@ class Backlog:
         if was_behind:
             self.wake(sequence)
 
-    def next_follower(self, leader: Sequence) -> Sequence | None:
-        """Who would fork from this sequence next, when it has fed its prompt."""
+    def num_followers(self, leader: Sequence) -> int:
+        """How many would fork from this sequence when it has fed its prompt."""
         request = leader.request
-        if request.leader is not leader:
-            return None
-        followers = request.followers
-        while followers and followers[0].state is SequenceState.ENDED:
-            followers.popleft()
-        return followers[0] if followers else None
+        return len(request.followers) if request.leader is leader else 0
 
-    def pop_follower(self, leader: Sequence) -> Sequence:
-        """Takes that sequence out of the followers, to run."""
-        return leader.request.followers.popleft()
+    def next_follower_order(self, leader: Sequence) -> int:
+        """The order of the first of them, or more than any order."""
+        if self.num_followers(leader) == 0:
+            return _NOBODY_FOLLOWS
+        return next(reversed(leader.request.followers.values())).order
+
+    def pop_followers(self, leader: Sequence, count: int) -> list[Sequence]:
+        """Takes the first of them out, to run."""
+        return [leader.request.followers.popitem()[1] for _ in range(count)]
 
     def prompt_is_fed(self, leader: Sequence) -> None:
         """Those who could not run as forks will feed what is not in the prefix cache once more."""
@@ -134,6 +164,7 @@ class Backlog:
             self._drop_stale()
         self.num_sequences -= 1
         del request.sequences[sequence.sample_index]
+        request.followers.pop(sequence.sample_index, None)
         if request.leader is sequence:
             self._next_leads(request)
         if not request.sequences:
@@ -145,18 +176,26 @@ class Backlog:
 
     def _next_leads(self, request: Request) -> None:
         request.leader = None
-        followers = request.followers
-        while followers and request.leader is None:
-            follower = followers.popleft()
-            if follower.state is not SequenceState.ENDED:
-                request.leader = follower
-                self._push(follower)
+        if request.followers:
+            _, request.leader = request.followers.popitem()
+            self._push(request.leader)
 
     def _push(self, sequence: Sequence) -> None:
         sequence.state = SequenceState.WAITING
-        heapq.heappush(self._heap, (sequence.order, sequence))
+        if sequence.has_entry:  # from before it was parked
+            self._num_stale -= 1
+        else:
+            sequence.has_entry = True
+            heapq.heappush(self._heap, (sequence.order, sequence))
+
+    def _pop_entry(self) -> Sequence:
+        sequence = heapq.heappop(self._heap)[1]
+        sequence.has_entry = False
+        return sequence
 
     def _drop_stale(self) -> None:
-        self._heap = [entry for entry in self._heap if entry[1].state is SequenceState.WAITING]
+        for _, sequence in self._heap:
+            sequence.has_entry = sequence.state is SequenceState.WAITING
+        self._heap = [entry for entry in self._heap if entry[1].has_entry]
         heapq.heapify(self._heap)
         self._num_stale = 0

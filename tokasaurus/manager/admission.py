@@ -1,0 +1,304 @@
+"""How many of those that wait may run: the forecast of the KV cache, kept up to date while it comes true.
+
+Joins the predictor of lengths, the forecast and the slot table. The use of pages at each coming step is
+computed from all running sequences every REFRESH_INTERVAL batches. In between it is patched: who is admitted
+adds what it will need, who ends takes away what it would have needed from then on::
+
+    pages
+    ─────────────────────────────────────────── limit
+             ┌┄┄┄┄┄┄┄┄┄┄┄┄┄┄┐                    ┄┄ with a sequence that was admitted since
+         ╭───╯    ╭──╮       ┆                   ── what the refresh found
+    ─────╯        ┆  ╰───────╰────────╮
+         now                          ╰───────── step
+
+Lets sequences run if, by this, use never exceeds the limit. Decides nothing about who comes first, and knows
+nothing of batches but that each is a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+from dataclasses import dataclass
+
+import numpy as np
+
+from tokasaurus.config.slices import ManagerConfig
+from tokasaurus.manager.forecast import Forecast, Forest, Sequences
+from tokasaurus.manager.lengths import NO_GROUP, IntArray, LengthPredictor
+from tokasaurus.manager.running import RunningSequences
+from tokasaurus.manager.sequence import Request, Sequence
+from tokasaurus.manager.slots import IndexArray
+from tokasaurus.protocol.arrays import Int64Array
+
+__all__ = ["REFRESH_INTERVAL", "AdmissionControl", "Candidate"]
+
+REFRESH_INTERVAL = 16  # steps
+
+# Where the forecast refused and nothing ended since, time alone may have made room.
+_RETRY_INTERVAL = 4  # steps
+
+_NOTHING: Int64Array = np.zeros(1, np.int64)
+_NOBODY = Sequences.none()
+_NO_FOREST = Forest.none()
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Candidate:
+    """Someone who might run now, and samples that would fork from it. Each of these is one row."""
+
+    sequence: Sequence
+    num_tokens: int  # of its prompt, that it would feed; 0 where it runs already, and has no row
+    num_held_pages: int  # of its prompt's pages, those that others hold
+    num_forks: int
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences that would run."""
+        return self.num_forks + (self.num_tokens > 0)
+
+
+class AdmissionControl:
+    """The forecast of one replica.
+
+    Args:
+        config: the manager's slice.
+        running: the sequences in slots.
+    """
+
+    def __init__(self, config: ManagerConfig, running: RunningSequences) -> None:
+        self._config = config.admission
+        self._running = running
+        self._slots = running.slots
+        self._page_size = config.page_size
+        self._num_pages = config.num_pages
+        utilization = self._config.target_utilization if self._config.predict_lengths else 1.0
+        self.limit = int(utilization * config.num_pages)
+        self._lengths = LengthPredictor(
+            config.max_request_tokens,
+            num_buckets=self._config.num_length_buckets,
+            memory=self._config.length_memory,
+            initial_wait=self._config.num_lengths_awaited,
+            prior_mean=self._config.prior_mean,
+            prior_std=self._config.prior_std,
+            std_scale=self._config.std_scale,
+        )
+        self._now = 0  # in batches planned
+        self._use = _NOTHING  # pages at each step from `_use_from` on
+        self._use_from = 0
+        self._asked = Sequences.none()  # about whom num_admissible was asked last
+        self._num_unfed = 0  # prompt tokens that are fed before theirs
+        self._refresh_at = 0
+        self._retry_at = 0
+        self._prefill_rate = config.max_tokens_per_forward  # tokens per step
+        self.prefill_pace: int | None = None  # tokens to feed per step; None: as many as can be
+
+    # --- what happens ------------------------------------------------------------------------------
+
+    def open(self, request: Request) -> None:
+        """The request will have sequences that run."""
+        if request.message.n > 1:
+            request.length_group = self._lengths.open_group()
+
+    def close(self, request: Request) -> None:
+        """All of the request's sequences have ended."""
+        if request.length_group != NO_GROUP:
+            self._lengths.close_group(request.length_group)
+
+    def end(self, sequences: Rows[Sequence], by_itself: Rows[bool]) -> None:
+        """Sequences have ended, and those in slots still are. Learns from those that ended by themselves."""
+        if not self._config.learn_lengths:
+            return
+        rows = np.array([sequence.slot for sequence in sequences], np.intp)
+        stored = np.array([sequence.num_stored for sequence in sequences], np.int64)
+        num_generated = np.where(rows >= 0, self._slots.known[rows], stored)
+        has_any = num_generated > 0
+        is_observed = np.array(by_itself) & has_any
+        is_aborted = ~is_observed & has_any
+        requests = [sequence.request for sequence in sequences]
+        self._lengths.observe(
+            np.array([request.length_group for request in requests], np.int64)[is_observed],
+            num_generated[is_observed],
+            np.array([request.message.max_tokens for request in requests], np.int64)[is_observed],
+        )
+        self._lengths.abort(num_generated[is_aborted])
+
+    def release(self, slots: IndexArray) -> None:
+        """These slots are about to give back their pages."""
+        self._retry_at = 0
+        num_steps = self._slots.predicted_end[slots] - self._now
+        is_early = num_steps >= 0
+        if is_early.any():
+            slots = slots[is_early]
+            prefixes = self._running.prefixes
+            shared = prefixes.end_column[prefixes.leaf[slots]].astype(np.int64)
+            gone = Sequences(
+                length=self._slots.length[slots] - shared * self._page_size,
+                num_pages=self._slots.capacity[slots] // self._page_size - shared,
+                num_prompt_tokens=np.zeros(len(slots), np.int64),
+                num_steps=num_steps[is_early],
+                leaf=np.full(len(slots), -1, np.int64),
+            )
+            self._num_unfed = 0
+            self._add_use(-self._forecast(running=gone).use())
+
+    def pass_step(self) -> None:
+        """A batch was planned."""
+        self._now += 1
+
+    # --- what follows from it ----------------------------------------------------------------------
+
+    @property
+    def may_admit(self) -> bool:
+        """Whether asking is worth its time: not where nothing happened since the last refusal."""
+        return self._now >= min(self._retry_at, self._refresh_at)
+
+    def num_admissible(self, candidates: Rows[Candidate]) -> int:
+        """How many of the candidates' rows, from the first on, may run."""
+        self._asked = self._candidate_rows(candidates)
+        self._num_unfed = sum(
+            len(sequence.prompt_ids) - self._slots.length.item(sequence.slot)
+            for sequence in self._running.prefilling
+        )
+        coming = self._coming()
+        # Who outlives its prediction is not in the forecast until the next refresh.
+        num_missing = max(0, self._num_used() - int(coming[0]))
+        count = self._forecast(waiting=self._asked, others=coming + num_missing).num_admissible(
+            self.limit
+        )
+        if count < len(self._asked):
+            self._retry_at = self._now + _RETRY_INTERVAL
+        return count
+
+    def admit(self, slots: IndexArray) -> None:
+        """The first rows that ``num_admissible`` was asked about last run from now on, in these slots."""
+        forecast = self._forecast(running=self._asked[: len(slots)])
+        self._add_use(forecast.use())
+        self._slots.predicted_end[slots] = self._now + forecast.running_ends
+
+    @property
+    def refresh_is_due(self) -> bool:
+        """Enough has happened since the last one."""
+        return self._now >= self._refresh_at
+
+    def refresh(self, waiting: Rows[Candidate], budget: int) -> None:
+        """Learns from what happened since the last time, and computes the use of pages anew.
+
+        Args:
+            waiting: who is likely to run next, for the pace at which prompts are fed; none where that is
+                not limited.
+            budget: prompt tokens that a batch can feed.
+        """
+        slots, prefixes = self._slots, self._running.prefixes
+        self._refresh_at = self._now + REFRESH_INTERVAL
+        if self._config.learn_lengths:
+            known = np.flatnonzero(slots.absorbing & (slots.known > 0))
+            self._lengths.refresh(slots.length_group[known], slots.known[known].astype(np.int64))
+        self._num_unfed = 0
+        rows, sequences = self._running_rows()
+        self._prefill_rate = max(1, budget)
+        forecast = self._forecast(
+            running=sequences,
+            waiting=self._candidate_rows(waiting),
+            forest=Forest(prefixes.parent, prefixes.end_column),
+        )
+        self.prefill_pace = None
+        if not self._config.greedy_prefill:
+            pace = forecast.prefill_pace(self.limit, budget, self._config.prefill_round_up_multiple)
+            self.prefill_pace = pace or None
+        slots.predicted_end[rows] = self._now + forecast.running_ends
+        self._use, self._use_from = forecast.use(), self._now
+
+    def _running_rows(self) -> tuple[IndexArray, Sequences]:
+        """Slots that hold pages, those whose prompts are being fed last and in order; and as rows."""
+        slots, page_size = self._slots, self._page_size
+        prefilling = [sequence.slot for sequence in self._running.prefilling]
+        is_decoding = slots.order >= 0
+        is_decoding[prefilling] = False
+        rows = np.concatenate([np.flatnonzero(is_decoding), np.array(prefilling, np.intp)])
+        length = slots.length[rows].astype(np.int64)
+        decodes_from = np.maximum(length, slots.prompt_end[rows])
+        predicted = self._predict(
+            slots.length_group[rows], slots.known[rows].astype(np.int64), slots.max_tokens[rows]
+        )
+        # The last token is not fed.
+        end = np.minimum(slots.prompt_length[rows] + predicted - 1, slots.final_length[rows])
+        return rows, Sequences(
+            length=decodes_from,
+            num_pages=slots.capacity[rows].astype(np.int64) // page_size,
+            num_prompt_tokens=decodes_from - length,
+            num_steps=np.maximum(end - decodes_from, 0),
+            leaf=self._running.prefixes.leaf[rows].astype(np.int64),
+        )
+
+    def _candidate_rows(self, candidates: Rows[Candidate]) -> Sequences:
+        """Each candidate that does not run yet, followed by its forks; shared pages left out."""
+        page_size = self._page_size
+        values: list[tuple[int, ...]] = []
+        counts: list[int] = []
+        for candidate in candidates:
+            sequence = candidate.sequence
+            message = sequence.request.message
+            length = len(sequence.prompt_ids)
+            num_pages, group = -(-length // page_size), sequence.request.length_group
+            if candidate.num_tokens:
+                held = candidate.num_held_pages
+                values.append(
+                    (
+                        length - held * page_size,
+                        num_pages - held,
+                        candidate.num_tokens,
+                        group,
+                        sequence.num_stored,
+                        message.max_tokens,
+                    )
+                )
+                counts.append(1)
+            if candidate.num_forks:
+                rest = length % page_size
+                values.append((rest, 1 if rest else 0, 0, group, 0, message.max_tokens))
+                counts.append(candidate.num_forks)
+        columns = np.repeat(np.array(values, np.int64).reshape(-1, 6), counts, axis=0).T
+        length, pages, num_tokens, group, num_stored, max_tokens = columns
+        num_steps = self._predict(group, num_stored, max_tokens) - num_stored - 1
+        no_leaf: Int64Array = np.full(len(length), -1, np.int64)
+        return Sequences(length, pages, num_tokens, num_steps, no_leaf)
+
+    def _predict(
+        self, groups: IntArray, num_generated: Int64Array, max_tokens: IntArray
+    ) -> Int64Array:
+        if not self._config.predict_lengths:
+            return max_tokens.astype(np.int64)
+        return self._lengths.predict(groups, num_generated, max_tokens.astype(np.int64))
+
+    def _forecast(
+        self,
+        running: Sequences = _NOBODY,
+        waiting: Sequences = _NOBODY,
+        forest: Forest = _NO_FOREST,
+        others: Int64Array = _NOTHING,
+    ) -> Forecast:
+        return Forecast(
+            running,
+            waiting,
+            forest,
+            page_size=self._page_size,
+            prefill_rate=self._prefill_rate,
+            others=others,
+            num_tokens_before=self._num_unfed,
+        )
+
+    def _num_used(self) -> int:
+        return self._num_pages - self._running.pages.num_available
+
+    def _coming(self) -> Int64Array:
+        """Pages at each step from now on."""
+        coming = self._use[self._now - self._use_from :]
+        return coming if len(coming) else _NOTHING
+
+    def _add_use(self, use: Int64Array) -> None:
+        """From now on, so many pages more are used at each step."""
+        coming = self._coming()
+        total: Int64Array = np.zeros(max(len(coming), len(use), 1), np.int64)
+        total[: len(coming)] = coming
+        total[: len(use)] += use
+        self._use, self._use_from = total, self._now
