@@ -90,11 +90,11 @@ def test_a_request_that_never_fits_is_named():
 
 
 @pytest.mark.parametrize("kind", WORKLOADS)
-def test_every_sequence_gets_its_tokens_where_the_cache_is_small(kind):
+def test_every_sequence_gets_its_tokens_whoever_is_preempted(kind):
     """The report itself checks each length; the manager preempts, and that changes no length."""
     trace = WORKLOADS[kind](1, 0.01)
     config = manager_config(
-        kv_cache_num_tokens=10_000, bump_city_population_me=True, allocator_sanity_checks=False
+        kv_cache_num_tokens=30_000, bump_city_population_me=True, allocator_sanity_checks=False
     )
     report = replay(trace, config, Timing(fixed(0.01)))
     assert report.num_sequences == sum(len(request.output_tokens) for request in trace)
