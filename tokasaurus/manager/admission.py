@@ -18,7 +18,7 @@ nothing of batches but that each is a step.
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,8 +42,7 @@ _NOBODY = Sequences.none()
 _NO_FOREST = Forest.none()
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """Someone who might run now, and samples that would fork from it. Each of these is one row."""
 
     sequence: Sequence

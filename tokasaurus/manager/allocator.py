@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+
 from tokasaurus.manager.page_pool import PagePool
 from tokasaurus.manager.prefix_cache import PrefixCache
 from tokasaurus.protocol.arrays import Int32Array
@@ -38,11 +40,12 @@ class PageAllocator:
 
     def num_needed(self, cached_pages: Int32Array, num_new: int) -> int:
         """By how much ``num_available`` shrinks if these cached and new pages get a holder."""
-        return num_new + self.pool.num_unreferenced(cached_pages)
+        return num_new + (self.pool.num_unreferenced(cached_pages) if len(cached_pages) else 0)
 
     def retain(self, pages: Int32Array, num_holders: int = 1) -> None:
         """More holders for each of these pages, which were found in the cache or have one already."""
-        self.pool.retain(pages, num_holders)
+        if len(pages):
+            self.pool.retain(pages, num_holders)
 
     def allocate(self, count: int) -> Int32Array:
         """Returns private pages.
@@ -76,7 +79,7 @@ class PageAllocator:
         shared = self.cache.lookup(ids, len(pages))
         changed = pages != shared
         self.pool.retain(shared[changed], num_holders)
-        self.pool.release([pages[changed]] * num_holders)
+        self.pool.release(np.repeat(pages[changed], num_holders))
         return shared
 
     def release(self, holders: Iterable[tuple[Int32Array, Int32Array]]) -> None:
@@ -91,6 +94,6 @@ class PageAllocator:
             _, node = self.cache.insert(ids, pages[: len(ids) // self.page_size])
             tables.append(pages)
             nodes.append(node)
-        self.pool.release(tables)
+        self.pool.release(np.concatenate(tables))
         for node in nodes:
             self.cache.offer(node)

@@ -39,7 +39,8 @@ class Chunk:
     @property
     def slots(self) -> IndexArray:
         """All that draw from its last row."""
-        return np.append(self.forks, self.sequence.slot)
+        own = np.array([self.sequence.slot])
+        return np.concatenate([own, self.forks]) if self.followers else own
 
     @property
     def length(self) -> int:

@@ -9,8 +9,6 @@ Knows nothing of tokens. A page is in exactly one of these conditions::
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -56,24 +54,21 @@ class PagePool:
 
     def retain(self, pages: Int32Array, num_holders: int = 1) -> None:
         """More holders for each of these pages, which are all different, and cached or held."""
-        if len(pages):
-            self.num_evictable -= self.num_unreferenced(pages)
-            self.references[pages] += num_holders
+        self.num_evictable -= self.num_unreferenced(pages)
+        self.references[pages] += num_holders
 
-    def release(self, tables: Iterable[Int32Array]) -> None:
-        """One holder fewer for each page of these tables, each of which names a page once.
+    def release(self, pages: Int32Array) -> None:
+        """One holder fewer for each, and as many fewer as a page occurs.
 
         Private pages become free, cached ones evictable at the last.
         """
-        left: list[Int32Array] = []
-        for pages in tables:
-            references = self.references[pages] - 1
-            self.references[pages] = references
-            left.append(pages[references == 0])
-        freed = np.concatenate(left)
-        is_cached = self.cached[freed]
+        pages, counts = np.unique(pages, return_counts=True)
+        references = self.references[pages] - counts
+        self.references[pages] = references
+        left = pages[references == 0]
+        is_cached = self.cached[left]
         self.num_evictable += int(np.count_nonzero(is_cached))
-        self._put_back(freed[~is_cached])
+        self._put_back(left[~is_cached])
 
     def mark_cached(self, pages: Int32Array) -> None:
         """These private pages are in the tree from now on."""
@@ -87,7 +82,7 @@ class PagePool:
 
     def num_unreferenced(self, pages: Int32Array) -> int:
         """How many of these have no holder."""
-        return len(pages) - int(np.count_nonzero(self.references[pages])) if len(pages) else 0
+        return len(pages) - int(np.count_nonzero(self.references[pages]))
 
     def _put_back(self, pages: Int32Array) -> None:
         self._free[self.num_free : self.num_free + len(pages)] = pages

@@ -12,7 +12,7 @@ All moves take many sequences at once: what is done for each in Python is what n
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,8 +32,7 @@ from tokasaurus.protocol.arrays import Int32Array
 __all__ = ["Admission", "RunningSequences"]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Admission:
+class Admission(NamedTuple):
     """The decision to let a sequence run."""
 
     sequence: Sequence
@@ -166,7 +165,7 @@ class RunningSequences:
                 for row in [slot, *forks.tolist()]:
                     slots.page_table[row, columns] = shared[columns]
                     self.table_changes.patch(slots.sequence(row), columns)
-        self.in_progress.advance(sequence, count)
+            self.in_progress.advance(sequence, count)
 
     def prompts_are_fed(self, prompts: Rows[tuple[Sequence, IndexArray]]) -> None:
         """The last chunks of prompts were sent: they decode from now on.

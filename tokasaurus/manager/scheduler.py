@@ -21,6 +21,7 @@ The order of a plan:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -62,8 +63,7 @@ class _Headroom:
         self.must_admit = False
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class _Offer:
+class _Offer(NamedTuple):
     """A candidate for whom there is room now."""
 
     candidate: Candidate

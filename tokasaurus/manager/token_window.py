@@ -68,13 +68,11 @@ class TokenWindow:
         if len(self._logprobs):
             self._append_logprobs(rows, cells, result, sampling_rows)
         slots.known[rows] = known + 1
-        for slot in rows[columns == self._columns - 1].tolist():
-            self._store(slots.sequence(slot))
+        self._store(rows[columns == self._columns - 1])
 
     def store(self, sequence: Sequence) -> None:
         """Moves what the ring has of a sequence to the sequence."""
-        if self._slots.known[sequence.slot] > sequence.num_stored:
-            self._store(sequence)
+        self._store(np.array([sequence.slot]))
 
     def unstored_ids(self, rows: IndexArray) -> tuple[Int32Array, Int32Array]:
         """The ids of these slots that are in their rings only: row after row, and how many of each."""
@@ -111,25 +109,34 @@ class TokenWindow:
         positions = np.arange(len(owners)) - skipped
         return owners, owners * self._columns + (positions & (self._columns - 1))
 
-    def _store(self, sequence: Sequence) -> None:
-        slot, width = sequence.slot, sequence.request.message.num_logprobs
-        first, known = sequence.num_stored, int(self._slots.known[slot])
+    def _store(self, rows: IndexArray) -> None:
+        """Moves what the rings of these slots have to their sequences."""
+        slots = self._slots
+        first, known = slots.stored[rows], slots.known[rows]
+        slots.stored[rows] = known
         # Rings are stored when they are full, so this is never wrapped around.
-        start = slot * self._columns + (first & (self._columns - 1))
-        cells = slice(start, start + known - first)
-        ids = self._ids[cells].copy()
-        # A stream's logprobs were sent when they came; only its ids are needed again.
-        if width < 0 or sequence.request.incremental:
-            piece = GeneratedTokens.without_logprobs(ids)
-        else:
-            piece = GeneratedTokens(
-                ids,
-                self._logprobs[cells].copy(),
-                self._top_ids[cells, :width].flatten(),
-                self._top_logprobs[cells, :width].flatten(),
-            )
-        sequence.stored.append(piece)
-        sequence.num_stored = self._slots.stored[slot] = known
+        starts = rows * self._columns + (first & (self._columns - 1))
+        for slot, start, count, end in zip(
+            rows.tolist(), starts.tolist(), (known - first).tolist(), known.tolist(), strict=True
+        ):
+            if not count:
+                continue
+            sequence = slots.sequence(slot)
+            cells = slice(start, start + count)
+            ids = self._ids[cells].copy()
+            width = sequence.request.message.num_logprobs
+            # A stream's logprobs were sent when they came; only its ids are needed again.
+            if width < 0 or sequence.request.incremental:
+                piece = GeneratedTokens.without_logprobs(ids)
+            else:
+                piece = GeneratedTokens(
+                    ids,
+                    self._logprobs[cells].copy(),
+                    self._top_ids[cells, :width].flatten(),
+                    self._top_logprobs[cells, :width].flatten(),
+                )
+            sequence.stored.append(piece)
+            sequence.num_stored = end
 
     def _append_logprobs(
         self, rows: IndexArray, cells: IndexArray, result: ForwardResult, sampling_rows: IndexArray

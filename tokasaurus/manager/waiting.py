@@ -57,8 +57,8 @@ class Backlog:
         request = Request(message, now)
         self.requests[message.request_id] = request
         first = ((MAX_PRIORITY + message.priority) << _ARRIVAL_BITS) + self._num_arrived
-        sequences = [
-            Sequence(
+        request.sequences = {
+            sample_index: Sequence(
                 request=request,
                 sample_index=sample_index,
                 order=first + sample_index,
@@ -67,9 +67,8 @@ class Backlog:
                 prompt_logprobs_due=sample_index == 0 and message.num_prompt_logprobs >= 0,
             )
             for sample_index in range(message.n)
-        ]
-        request.sequences.update(enumerate(sequences))
-        request.followers.update((s.sample_index, s) for s in reversed(sequences))
+        }
+        request.followers = dict(reversed(request.sequences.items()))
         self._next_leads(request)
         self._num_arrived += message.n
         self.num_sequences += message.n
