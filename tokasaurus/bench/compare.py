@@ -45,11 +45,11 @@ POLICIES: Mapping[str, Mapping[str, Any]] = {
     "greedy": {"spec_allocation_target_kv_cache_utilization": 1000.0},
 }
 
-# Tokens. The smallest barely holds the longest request of the trace, the largest nearly everything.
+# Tokens. The smallest holds a few of the longest requests of the trace, the largest nearly everything.
 _CACHES = {
-    "sampling": (8192, 16384, 32768, 65536, 131072),
-    "chat": (8192, 16384, 32768, 65536, 131072),
-    "reasoning": (16384, 32768, 65536, 131072, 262144),
+    "sampling": (16384, 32768, 65536, 131072, 262144),
+    "chat": (16384, 32768, 65536, 131072, 262144),
+    "reasoning": (32768, 65536, 131072, 262144, 524288),
 }
 _PAGE = 16
 
