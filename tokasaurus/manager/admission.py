@@ -37,6 +37,10 @@ REFRESH_INTERVAL = 16  # steps
 # Where the forecast refused and nothing ended since, time alone may have made room.
 _RETRY_INTERVAL = 4  # steps
 
+# As long as the cache could be no fuller than this if all had their most pages at once, nothing more exact
+# is asked.
+_ROOMY = 0.9
+
 _NOTHING: Int64Array = np.zeros(1, np.int64)
 _NOBODY = Sequences.none()
 _NO_FOREST = Forest.none()
@@ -54,6 +58,15 @@ class Candidate(NamedTuple):
     def num_rows(self) -> int:
         """Sequences that would run."""
         return self.num_forks + (self.num_tokens > 0)
+
+
+class _Patch(NamedTuple):
+    """What changed about the use of pages since it was last brought up to date."""
+
+    step: int  # when
+    sequences: Sequences  # as they were then
+    num_unfed: int  # prompt tokens that were fed before theirs
+    sign: int  # 1: they were admitted, -1: they ended
 
 
 class AdmissionControl:
@@ -84,6 +97,8 @@ class AdmissionControl:
         self._now = 0  # in batches planned
         self._use = _NOTHING  # pages at each step from `_use_from` on
         self._use_from = 0
+        self._most_used = 0  # no step uses more, were there no patches with sign -1
+        self._patches: list[_Patch] = []
         self._asked = Sequences.none()  # about whom num_admissible was asked last
         self._num_unfed = 0  # prompt tokens that are fed before theirs
         self._refresh_at = 0
@@ -137,8 +152,7 @@ class AdmissionControl:
                 num_steps=num_steps[is_early],
                 leaf=np.full(len(slots), -1, np.int64),
             )
-            self._num_unfed = 0
-            self._add_use(-self._forecast(running=gone).use())
+            self._patches.append(_Patch(self._now, gone, 0, -1))
 
     def pass_step(self) -> None:
         """A batch was planned."""
@@ -158,21 +172,29 @@ class AdmissionControl:
             len(sequence.prompt_ids) - self._slots.length.item(sequence.slot)
             for sequence in self._running.prefilling
         )
+        num_used = self._num_pages - self._running.pages.num_available
+        most = max(self._most_used, num_used) + self._most_pages(self._asked)
+        if most <= _ROOMY * self.limit:
+            return len(self._asked)
+        self._apply_patches()
         coming = self._coming()
         # Who outlives its prediction is not in the forecast until the next refresh.
-        num_missing = max(0, self._num_used() - int(coming[0]))
-        count = self._forecast(waiting=self._asked, others=coming + num_missing).num_admissible(
-            self.limit
+        num_missing = max(0, num_used - int(coming[0]))
+        forecast = self._forecast(
+            waiting=self._asked, others=coming + num_missing, num_tokens_before=self._num_unfed
         )
+        count = forecast.num_admissible(self.limit)
         if count < len(self._asked):
             self._retry_at = self._now + _RETRY_INTERVAL
         return count
 
     def admit(self, slots: IndexArray) -> None:
         """The first rows that ``num_admissible`` was asked about last run from now on, in these slots."""
-        forecast = self._forecast(running=self._asked[: len(slots)])
-        self._add_use(forecast.use())
-        self._slots.predicted_end[slots] = self._now + forecast.running_ends
+        admitted = self._asked[: len(slots)]
+        self._patches.append(_Patch(self._now, admitted, self._num_unfed, 1))
+        self._most_used += self._most_pages(admitted)
+        # As if they had all been fed by now. An error of steps, and the next refresh knows better.
+        self._slots.predicted_end[slots] = self._now + admitted.num_steps
 
     @property
     def refresh_is_due(self) -> bool:
@@ -192,7 +214,6 @@ class AdmissionControl:
         if self._config.learn_lengths:
             known = np.flatnonzero(slots.absorbing & (slots.known > 0))
             self._lengths.refresh(slots.length_group[known], slots.known[known].astype(np.int64))
-        self._num_unfed = 0
         rows, sequences = self._running_rows()
         self._prefill_rate = max(1, budget)
         forecast = self._forecast(
@@ -206,6 +227,8 @@ class AdmissionControl:
             self.prefill_pace = pace or None
         slots.predicted_end[rows] = self._now + forecast.running_ends
         self._use, self._use_from = forecast.use(), self._now
+        self._most_used = int(self._use.max(initial=0))
+        self._patches.clear()
 
     def _running_rows(self) -> tuple[IndexArray, Sequences]:
         """Slots that hold pages, those whose prompts are being fed last and in order; and as rows."""
@@ -275,6 +298,7 @@ class AdmissionControl:
         waiting: Sequences = _NOBODY,
         forest: Forest = _NO_FOREST,
         others: Int64Array = _NOTHING,
+        num_tokens_before: int = 0,
     ) -> Forecast:
         return Forecast(
             running,
@@ -283,21 +307,33 @@ class AdmissionControl:
             page_size=self._page_size,
             prefill_rate=self._prefill_rate,
             others=others,
-            num_tokens_before=self._num_unfed,
+            num_tokens_before=num_tokens_before,
         )
 
-    def _num_used(self) -> int:
-        return self._num_pages - self._running.pages.num_available
+    def _most_pages(self, sequences: Sequences) -> int:
+        """The pages that these hold in the end, all together."""
+        ends = -(-(sequences.length + sequences.num_steps) // self._page_size)
+        return int(np.maximum(ends, sequences.num_pages).sum())
 
     def _coming(self) -> Int64Array:
-        """Pages at each step from now on."""
+        """Pages at each step from now on, without the patches."""
         coming = self._use[self._now - self._use_from :]
         return coming if len(coming) else _NOTHING
 
-    def _add_use(self, use: Int64Array) -> None:
-        """From now on, so many pages more are used at each step."""
+    def _apply_patches(self) -> None:
+        """Brings the use of pages up to date with who was admitted, and who ended."""
+        if not self._patches:
+            return
+        added = [
+            (patch, self._forecast(patch.sequences, num_tokens_before=patch.num_unfed).use())
+            for patch in self._patches
+        ]
         coming = self._coming()
-        total: Int64Array = np.zeros(max(len(coming), len(use), 1), np.int64)
+        total: Int64Array = np.zeros(max(len(coming), *(len(use) for _, use in added)), np.int64)
         total[: len(coming)] = coming
-        total[: len(use)] += use
+        for patch, use in added:
+            later = use[self._now - patch.step :]
+            total[: len(later)] += patch.sign * later
         self._use, self._use_from = total, self._now
+        self._most_used = int(total.max())
+        self._patches.clear()

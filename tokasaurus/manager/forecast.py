@@ -267,6 +267,8 @@ class Forecast:
     def _last_ends(self, sequences: Sequences, lives: _Lives) -> Int64Array:
         """[nodes] the last end among a node's holders; -1 where there are none."""
         last: Int64Array = np.full(len(self._parent), -1, np.int64)
+        if not len(last):
+            return last
         has_leaf = sequences.leaf >= 0
         np.maximum.at(last, sequences.leaf[has_leaf], lives.end[has_leaf])
         # In round k every node tells its ancestor 2^k levels up: a maximum may hear the same twice.
@@ -289,6 +291,8 @@ class Forecast:
 
     def _node_spans(self, num_waiting: int) -> _Spans:
         """What admitting each of the first waiting sequences in turn adds to the use of nodes."""
+        if not len(self._parent):
+            return _NO_SPANS
         node = self._waiting.leaf[:num_waiting]
         order = np.flatnonzero(node >= 0)
         node = node[order]
@@ -442,6 +446,9 @@ class _Spans:
             self.last[low:high],
             self.num_pages[low:high],
         )
+
+
+_NO_SPANS = _Spans(np.empty(0, np.intp), _NOTHING, _NOTHING, _NOTHING)
 
 
 def _extended(use: Int64Array, size: int) -> Int64Array:
