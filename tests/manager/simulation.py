@@ -7,7 +7,7 @@ After every step: the manager's own invariants (``check_invariants``), the devic
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from unittest import mock
 
@@ -22,6 +22,7 @@ from fake_device import (
 
 from tokasaurus.config.slices import AdmissionConfig, ManagerConfig
 from tokasaurus.manager import token_window
+from tokasaurus.manager.invariants import check_invariants
 from tokasaurus.manager.manager import Manager
 from tokasaurus.protocol.messages import (
     AbortRequest,
@@ -41,7 +42,7 @@ from tokasaurus.protocol.messages import (
 
 
 def make_config(**changes: object) -> ManagerConfig:
-    """A small manager that checks itself."""
+    """A small manager."""
     values: dict[str, object] = {
         "page_size": 4,
         "num_pages": 32,
@@ -55,7 +56,7 @@ def make_config(**changes: object) -> ManagerConfig:
         "use_groups": True,
         "min_group_size": 2,
         "min_prefix_len": 1,
-        "check_invariants": True,
+        "check_invariants": False,  # a world does it
         "force_preemption": False,
     }
     return ManagerConfig(**{**values, **changes})  # type: ignore[arg-type]
@@ -132,12 +133,15 @@ class World:
         self.answers: dict[tuple[int, int], Answer] = {}
         self.living: dict[tuple[int, int], None] = {}  # names of those that have not ended
         self.aborted: set[int] = set()
+        self.num_finished: Counter[int] = Counter()  # by request: those that were not aborted
         self.prompt_logprobs: dict[int, dict[int, tuple[float, list[tuple[int, float]]]]] = {}
         self.rejected: dict[int, RequestRejected] = {}
         self.results: deque[ForwardResult] = deque()
         self.batches: list[ForwardBatch] = []
         self.last_named: dict[int, int] = {}
         self.num_absorbed = 0
+        self.num_steps = 0
+        self.check_interval = 1  # steps
         self.now = 0.0
 
     def step(self, *events: FromServer, num_results: int = 0) -> None:
@@ -150,6 +154,9 @@ class World:
             self.num_absorbed += 1
         self.now += 0.001
         actions = self.manager.step(arrived, self.now)
+        self.num_steps += 1
+        if self.num_steps % self.check_interval == 0:
+            check_invariants(self.manager._running, self.manager._backlog)
         for message in actions.messages:
             self._receive(message)
         for batch in actions.batches:
@@ -207,6 +214,9 @@ class World:
     def check_all_ended(self) -> None:
         for name, answer in self.answers.items():
             assert answer.reason, f"sequence {name} never ended"
+        for request_id, request in self.requests.items():
+            if request_id not in self.aborted and request_id not in self.rejected:
+                assert self.num_finished[request_id] == (request.first_k or request.n)
 
     def check_empty(self) -> None:
         """Nothing is left of anything."""
@@ -349,8 +359,12 @@ class World:
             assert answer.reason, "an update of a sequence that does not stream"
             assert answer.num_rows == 1
         if answer.reason is FinishReason.ABORT:
-            assert name[0] in self.aborted
-        elif answer.reason and not answer.stop_sent:
+            enough = request.first_k and self.num_finished[name[0]] == request.first_k
+            assert enough or name[0] in self.aborted
+        elif answer.reason:
+            self.num_finished[name[0]] += 1
+            assert self.num_finished[name[0]] <= (request.first_k or request.n)
+        if answer.reason in (FinishReason.STOP, FinishReason.LENGTH) and not answer.stop_sent:
             assert count == len(expected.ids), f"sequence {name} ended early"
             by_length = answer.reason is FinishReason.LENGTH
             assert by_length == expected.by_length
@@ -405,7 +419,7 @@ class Simulation(World):
             acks=chance.choice([0.2, 0.8]),
             max_prompt=chance.choice([6, 20, 40]),
             max_tokens=chance.choice([3, 8, 24]),
-            max_samples=chance.choice([1, 4, 10]),
+            max_samples=chance.choice([1, 4, 10, 40]),
         )
         longest = habits.max_prompt + habits.max_tokens
         num_pages = -(-(longest - 1) // page_size)
@@ -437,6 +451,7 @@ class Simulation(World):
             force_preemption=chance.random() < 0.3,
         )
         world = Simulation(seed, config, habits)
+        world.check_interval = chance.choice([1, 8])
         return world
 
     def run(self) -> None:
@@ -473,11 +488,14 @@ class Simulation(World):
         chance, habits = self._random, self.habits
         length = chance.randint(1, habits.max_prompt)
         shared = chance.choice(self._beginnings)[: chance.randint(0, length)]
+        n = chance.choice([1, 1, chance.randint(1, habits.max_samples)])
         return make_request(
             request_id,
             shared + self._ids(length - len(shared)),
             chance.randint(1, habits.max_tokens),
-            n=chance.choice([1, 1, chance.randint(1, habits.max_samples)]),
+            n=n,
+            priority=chance.choice([0, 0, 0, 0, -3, 1, 2]),
+            first_k=chance.choice([0, 0, chance.randint(1, n)]),
             stop_token_ids=chance.choice([(), (3,), (5, 7), (11, 13, 17)]),
             num_logprobs=chance.choice([-1, -1, 0, 1, 3]),
             num_prompt_logprobs=chance.choice([-1, -1, -1, 0, 2]),

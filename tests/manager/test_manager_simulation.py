@@ -23,8 +23,8 @@ def run_worlds(first_seed: int, num_events: int) -> None:
 
 @pytest.mark.parametrize("first_seed", range(0, 500, 100))
 def test_random_worlds(first_seed: int) -> None:
-    """At least 10,000 arrivals, aborts, stops and preemptions, all together."""
-    run_worlds(first_seed, num_events=2_000)
+    """At least 50,000 arrivals, aborts, stops and preemptions, all together."""
+    run_worlds(first_seed, num_events=10_000)
 
 
 @pytest.mark.long
