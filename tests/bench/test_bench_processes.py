@@ -56,7 +56,7 @@ def test_a_shallow_lookahead_lets_the_device_wait_and_a_deep_one_wastes_tokens(c
     words = ["fixed=1,8", "num_sequences=16", "mean_length=20", "step_ms=4"]
     assert main(["lookahead", *words]) == 0
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["lookahead"]
-    assert [row["steps_ahead"] for row in rows] == ["default", "fixed 1", "fixed 8"]
+    assert [row["steps_ahead"] for row in rows] == ["adaptive", "fixed 1", "fixed 8"]
     _, shallow, deep = rows
     assert shallow["waited_ms_per_step"] > deep["waited_ms_per_step"]
     assert shallow["wasted_tokens"] == 0

@@ -237,7 +237,7 @@ def corrupt_requests(world: World) -> None:
     ],
 )
 def test_the_invariant_check_notices(corrupt: object) -> None:
-    world = World(make_config(max_seqs_per_forward=2))
+    world = World(make_config(max_seqs_per_forward=2, check_invariants=True))
     world.step(*[make_request(index, prompt(9, index), 12) for index in range(4)])
     for _ in range(3):
         world.step(num_results=1)

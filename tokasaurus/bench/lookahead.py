@@ -76,9 +76,9 @@ class _Outcome:
 def run(config: LookaheadConfig) -> None:
     """Measures and prints."""
     outcomes = []
-    for name, flags in _policies(config).items():
+    for name, steps_ahead in _policies(config).items():
         progress(f"{name} ...")
-        outcomes.append(_measure(config, name, flags))
+        outcomes.append(_measure(config, name, steps_ahead))
     print(f"\n{config.num_sequences} sequences, steps of {config.step_ms:g} ms\n")
     heads = (
         "steps ahead",
@@ -93,16 +93,15 @@ def run(config: LookaheadConfig) -> None:
     print_json({"lookahead": [_rounded(outcome) for outcome in outcomes]})
 
 
-def _policies(config: LookaheadConfig) -> dict[str, dict[str, Any]]:
-    """Engine flags by name."""
-    fixed = {
-        f"fixed {depth}": {"scheduling_steps_ahead": depth}
-        for depth in counts("fixed", config.fixed)
+def _policies(config: LookaheadConfig) -> dict[str, int | None]:
+    """Steps ahead by name; None for as many as the manager thinks are needed."""
+    return {
+        "adaptive": None,
+        **{f"fixed {depth}": depth for depth in counts("fixed", config.fixed)},
     }
-    return {"default": {}, **fixed}
 
 
-def _measure(config: LookaheadConfig, name: str, flags: dict[str, Any]) -> _Outcome:
+def _measure(config: LookaheadConfig, name: str, steps_ahead: int | None) -> _Outcome:
     count = config.num_sequences
     pages = -(-(_PROMPT + _MAX_TOKENS) // _PAGE)
     slices = simulated_slices(
@@ -111,9 +110,13 @@ def _measure(config: LookaheadConfig, name: str, flags: dict[str, Any]) -> _Outc
             max_num_tokens_per_request=_PROMPT + _MAX_TOKENS,
             max_seqs_per_forward=count,
             log_level="WARNING",
-            **flags,
         )
     )
+    if steps_ahead is not None:
+        manager = dataclasses.replace(
+            slices.manager, scheduling_steps_ahead=steps_ahead, adapt_steps_ahead=False
+        )
+        slices = dataclasses.replace(slices, manager=manager)
     plan = DevicePlan(f"fixed:{config.step_ms / 1e3}", _lengths(config.mean_length))
     with SimulatedEngine(slices, plan) as engine:
         clients, device = Clients(engine), engine.device

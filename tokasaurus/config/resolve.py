@@ -226,6 +226,7 @@ def _manager(config: EngineConfig, limits: _Limits) -> ManagerConfig:
         max_tokens_per_forward=limits.max_tokens,
         max_request_tokens=limits.max_request_tokens,
         scheduling_steps_ahead=config.scheduling_steps_ahead,
+        adapt_steps_ahead=True,
         stop_lag=STOP_LAG,
         admission=_admission(config),
         use_groups=config.use_hydragen,
@@ -237,14 +238,14 @@ def _manager(config: EngineConfig, limits: _Limits) -> ManagerConfig:
 
 
 def _admission(config: EngineConfig) -> AdmissionConfig:
-    mean, std = config.early_stopping_init_mean, config.early_stopping_init_std
+    std = config.early_stopping_init_std
     return AdmissionConfig(
         predict_lengths=config.use_spec_allocation,
         learn_lengths=config.track_early_stopping,
         length_memory=config.early_stopping_buffer_size,
         num_length_buckets=config.early_stopping_num_prediction_buckets,
         num_lengths_awaited=config.early_stopping_initial_wait,
-        prior_mean=1.0 if mean is None else mean,
+        prior_mean=config.early_stopping_init_mean,
         prior_std=0.0 if std is None else std,
         std_scale=config.spec_allocation_std_buffer_scale,
         target_utilization=config.spec_allocation_target_kv_cache_utilization,

@@ -66,8 +66,10 @@ class AdmissionConfig:
     learn_lengths: bool  # else the prior is all that is known of them
     length_memory: int  # finished sequences after which what was learned weighs 1/e
     num_length_buckets: int
-    num_lengths_awaited: int  # finished sequences before predictions count
-    prior_mean: float  # length before that, as a fraction of max_tokens
+    num_lengths_awaited: int  # finished sequences before prior_mean is given up
+    prior_mean: (
+        float | None
+    )  # length before that, as a fraction of max_tokens; None: learned at once
     prior_std: float
     std_scale: float  # margin of a predicted length, in standard deviations
     target_utilization: float  # share of the KV cache that predictions may fill
@@ -85,7 +87,8 @@ class ManagerConfig:
     max_seqs_per_forward: int  # running sequences
     max_tokens_per_forward: int
     max_request_tokens: int
-    scheduling_steps_ahead: int
+    scheduling_steps_ahead: int  # at most
+    adapt_steps_ahead: bool  # fewer where the device does not need them; else always so many
     stop_lag: (
         int  # tokens planned beyond what the server acknowledged, for sequences with stop strings
     )

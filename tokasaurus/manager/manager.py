@@ -19,6 +19,7 @@ from tokasaurus.manager.counters import Counters, Gauges
 from tokasaurus.manager.held_slots import find_holding_slots
 from tokasaurus.manager.in_flight import PromptPiece
 from tokasaurus.manager.invariants import check_invariants
+from tokasaurus.manager.look_ahead import LookAhead
 from tokasaurus.manager.outbox import Outbox
 from tokasaurus.manager.running import RunningSequences
 from tokasaurus.manager.scheduler import Scheduler
@@ -67,6 +68,7 @@ class Manager:
         self._scheduler = Scheduler(
             config, self._running, self._backlog, self._admission, self.counters
         )
+        self._look_ahead = LookAhead(config.scheduling_steps_ahead)
         self._outbox = Outbox()
         # What ended in this step: sequences, those of them that hold pages, requests with their last one.
         self._ended: list[tuple[Sequence, FinishReason]] = []
@@ -104,6 +106,15 @@ class Manager:
             check_invariants(self._running, self._backlog)
         return Actions(batches, messages)
 
+    def turn_took(self, seconds: float) -> None:
+        """From when events came until everything that followed was sent.
+
+        Where this is never called ``scheduling_steps_ahead`` batches are in flight, else no more than the
+        device needs so as not to wait.
+        """
+        if self._config.adapt_steps_ahead:
+            self._look_ahead.turn_took(seconds)
+
     def gauges(self) -> Gauges:
         """The state of this moment, for statistics."""
         slots, pages = self._running.slots, self._running.pages
@@ -130,7 +141,7 @@ class Manager:
 
     def _plan(self, now: float) -> list[ForwardBatch]:
         batches: list[ForwardBatch] = []
-        while self.num_in_flight < self._config.scheduling_steps_ahead:
+        while self.num_in_flight < self._look_ahead.depth:
             batch = self._scheduler.plan(now)
             if batch is None:
                 break
@@ -229,6 +240,7 @@ class Manager:
         self.counters.num_generated_tokens += len(rows)
         self.counters.num_wasted_tokens += len(is_live) - len(rows)
         self.counters.device_s += result.device_s
+        self._look_ahead.batch_took(result.device_s)
 
     def _end_rows(self, rows: IndexArray, token_ids: Int32Array) -> None:
         """Ends the sequences that this was the last token of."""
