@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import signal
 import threading
@@ -51,6 +52,28 @@ def test_one_params_for_each_prompt(llm):
         assert {sample.finish_reason for sample in output.outputs} == {"length"}
     with pytest.raises(RequestError, match="3 sampling_params for 2 prompts"):
         llm.generate(["a", "b"], params, use_tqdm=False)
+
+
+@pytest.mark.parametrize("stop", [None, ["a", "e"]])
+def test_first_k_samples_are_those_of_the_whole(llm, stop):
+    """The real manager cancels the others; those that are left say what they say without first_k."""
+    params = SamplingParams(
+        n=8, max_tokens=40, seed=5, stop=stop, ignore_eos=True, prompt_logprobs=1, priority=-3
+    )
+    prompts = ["one", "and another"]
+    wholes = llm.generate(prompts, params, use_tqdm=False)
+    firsts = llm.generate(prompts, dataclasses.replace(params, first_k=3), use_tqdm=False)
+    for whole, first in zip(wholes, firsts, strict=True):
+        assert len(first.outputs) == 3
+        assert [sample.index for sample in first.outputs] == sorted(
+            {sample.index for sample in first.outputs}
+        )
+        for sample in first.outputs:
+            assert sample == whole.outputs[sample.index]
+        assert len(first.prompt_logprobs) == len(first.prompt_token_ids)
+        lengths = sorted(len(sample.token_ids) for sample in whole.outputs)
+        assert sorted(len(sample.token_ids) for sample in first.outputs) == lengths[:3]
+    assert llm.generate("still works", GREEDY, use_tqdm=False)[0].finished
 
 
 def test_no_prompts(llm):

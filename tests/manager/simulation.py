@@ -27,6 +27,7 @@ from tokasaurus.manager.manager import Manager
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
+    Eta,
     FinishReason,
     ForwardBatch,
     ForwardResult,
@@ -292,6 +293,8 @@ class World:
                 del self.answers[name], self.living[name]
         elif isinstance(message, PromptLogprobs):
             self._receive_prompt_logprobs(message)
+        elif isinstance(message, Eta):
+            pass  # a prediction: nothing depends on it
         else:
             self._receive_updates(message)
 

@@ -6,6 +6,7 @@ import dataclasses
 import random
 from unittest import mock
 
+import numpy as np
 import pytest
 from simulation import World, acknowledge, make_admission, make_config, make_request, prompt
 
@@ -148,7 +149,7 @@ def test_a_preempted_sequence_that_may_not_sample_yet_waits_for_the_server() -> 
         world.step(num_results=2)
     held = world.manager._backlog.find(2, 0)
     assert held is not None
-    world.manager._scheduler.preempt(held)
+    world.manager._scheduler.preempt(np.array([held.slot]))
     world.step(num_results=1)
     assert world.manager.gauges().num_parked == 1
     world.step(acknowledge(2, 1))
@@ -164,7 +165,7 @@ def test_a_preempted_sequence_remembers_what_was_acknowledged() -> None:
     world.step(acknowledge(2, 2), num_results=1)
     held = world.manager._backlog.find(2, 0)
     assert held is not None
-    world.manager._scheduler.preempt(held)
+    world.manager._scheduler.preempt(np.array([held.slot]))
     for _ in range(2):
         world.step(num_results=1)
         assert world.manager.gauges().num_parked == 0
@@ -178,11 +179,15 @@ def test_prompt_logprobs_come_once_more_only_if_they_were_incomplete() -> None:
     victim = world.manager._backlog.find(2, 0)
     assert victim is not None
     world.step(num_results=1)
-    world.manager._scheduler.preempt(victim)  # in the middle of its prompt: all of it again
+    world.manager._scheduler.preempt(
+        np.array([victim.slot])
+    )  # in the middle of its prompt: all of it again
     for _ in range(9):
         world.step(num_results=1)
     assert len(world.prompt_logprobs[2]) == 17
     num_prompt_tokens = world.device.num_prompt_tokens
-    world.manager._scheduler.preempt(victim)  # while it decodes: its pages are found again
+    world.manager._scheduler.preempt(
+        np.array([victim.slot])
+    )  # while it decodes: its pages are found again
     world.drain()
     assert world.device.num_prompt_tokens - num_prompt_tokens <= world.config.page_size

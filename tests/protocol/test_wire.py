@@ -10,6 +10,7 @@ from tokasaurus.protocol import messages
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
+    Eta,
     FinishReason,
     ForwardBatch,
     ForwardResult,
@@ -54,6 +55,8 @@ EXAMPLES = [
         stop_token_ids=(1, 2),
         num_logprobs=0,
         num_prompt_logprobs=20,
+        priority=-(10**6),
+        first_k=3,
         stream=True,
         hold_for_acks=True,
     ),
@@ -74,6 +77,7 @@ EXAMPLES = [
     ),
     PromptLogprobs(5, 1, floats(4), ints(4, 2), floats(4, 2)),
     RequestRejected(5, "too long", "prompt"),
+    Eta(longs(3), np.array([0.5, 1e9, np.nan]), 7.25),
     ForwardBatch(
         number=8,
         parameters=SlotParameters(
@@ -152,9 +156,11 @@ def test_received_arrays_cannot_be_written():
         received.logprobs[0] = 1.0
 
 
-@pytest.mark.parametrize("array", [np.zeros(2), np.array(["a"]), np.array([object()])], ids=str)
+@pytest.mark.parametrize(
+    "array", [np.zeros(2, np.float16), np.array(["a"]), np.array([object()])], ids=str
+)
 def test_other_array_types_are_refused(array):
-    with pytest.raises(TypeError, match="int32, int64, float32 or bool"):
+    with pytest.raises(TypeError, match="int32, int64, float32, float64 or bool"):
         Codec(PromptLogprobs).encode(PromptLogprobs(1, 1, array, ints(0, 0), floats(0, 0)))
 
 

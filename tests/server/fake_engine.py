@@ -10,6 +10,7 @@ import random
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -134,6 +135,7 @@ class FakeEngine:
     Attributes:
         script: what a sample of a request says; an EOS ends it early.
         received: every message of the server.
+        num_sent_tokens: of all samples, those that were cancelled too.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -142,9 +144,11 @@ class FakeEngine:
         self.rng = random.Random(seed)
         self.reject: str | None = None
         self.num_cached_tokens = 0
+        self.num_sent_tokens = 0
         self.paused = False
         self.largest_step = 3  # tokens of a sequence in one update
         self._running: dict[tuple[int, int], _Sequence] = {}
+        self._num_finished: Counter[int] = Counter()  # samples of each request
         self._outbox: list[object] = []
 
     # --- what the server calls ---------------------------------------------------------------------
@@ -154,8 +158,7 @@ class FakeEngine:
         if isinstance(message, GenerateRequest):
             self._begin(message)
         elif isinstance(message, AbortRequest):
-            for index in [i for r, i in self._running if r == message.request_id]:
-                self._end(self._running[message.request_id, index], FinishReason.ABORT)
+            self._abort(message.request_id)
         elif isinstance(message, StopSequence):
             sequence = self._running.get((message.request_id, message.sample_index))
             if sequence is not None:
@@ -190,11 +193,13 @@ class FakeEngine:
         messages, self._outbox = self._outbox, []
         rows = []
         for sequence in [] if self.paused else list(self._running.values()):
+            if (sequence.request.request_id, sequence.index) not in self._running:
+                continue  # enough others have ended
             row = self._advance(sequence)
             if row is not None:
                 rows.append(row)
         self.rng.shuffle(rows)
-        return [*messages, _updates(rows)] if rows else messages
+        return [*messages, updates(rows)] if rows else messages
 
     def run(self, generations: Generations) -> None:
         """Steps until nothing runs any more."""
@@ -241,17 +246,28 @@ class FakeEngine:
 
     def _row(self, sequence: _Sequence, reason: FinishReason) -> tuple:
         ids, sequence.pending = sequence.pending, []
+        self.num_sent_tokens += len(ids)
         return sequence.request, sequence.index, ids, reason, self.num_cached_tokens
 
     def _end(self, sequence: _Sequence, reason: FinishReason, *, report: bool = True) -> tuple:
-        del self._running[sequence.request.request_id, sequence.index]
+        request_id = sequence.request.request_id
+        del self._running[request_id, sequence.index]
         row = self._row(sequence, reason)
         if report:
-            self._outbox.append(_updates([row]))
+            self._outbox.append(updates([row]))
+        if reason is not FinishReason.ABORT:
+            self._num_finished[request_id] += 1
+            if self._num_finished[request_id] == sequence.request.first_k:
+                self._abort(request_id)
         return row
 
+    def _abort(self, request_id: int) -> None:
+        for index in [i for r, i in self._running if r == request_id]:
+            self._end(self._running[request_id, index], FinishReason.ABORT)
 
-def _updates(rows: list[tuple]) -> SequenceUpdates:
+
+def updates(rows: list[tuple]) -> SequenceUpdates:
+    """Of rows (request, sample index, new ids, finish reason, cached tokens)."""
     chosen, top_ids, top_logprobs = [], [], []
     for request, _, ids, _, _ in rows:
         if request.num_logprobs >= 0:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from fake_engine import (
     EOS_ID,
+    STOP_LAG,
     TOKENIZER,
     WRAPPED,
     RunningServer,
@@ -294,6 +295,78 @@ def test_chat_logprobs(server, client):
             assert (entry.token, entry.logprob) == (TOKENIZER.token_text(token_id), chosen)
             top = [(each.token, each.logprob) for each in entry.top_logprobs]
             assert top == [(TOKENIZER.token_text(i), v) for i, v in zip(best, values, strict=True)]
+
+
+# --- first_k ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [None, "END"])
+def test_first_k_takes_the_samples_that_end_first(server, client, stop):
+    """Of each of two prompts; choices keep their index, and all that was generated is counted."""
+    lengths = [200, 5, 300, 20, 250]
+    end = [EOS_ID] if stop is None else ids_of(stop) + ids_of("y") * 100
+    server.engine.script = lambda request, index: [*ids_of("x") * lengths[index], *end]
+    before = server.engine.num_sent_tokens
+    request = {"model": "m", "prompt": ["a", "b"], "n": 5, "max_tokens": 450, "stop": stop}
+    answer = client.completions.create(**request, extra_body={"first_k": 2})
+    assert [choice.index for choice in answer.choices] == [1, 3, 6, 8]
+    assert [choice.text for choice in answer.choices] == ["x" * 5, "x" * 20] * 2
+    assert {choice.finish_reason for choice in answer.choices} == {"stop"}
+    ids = completion_ids(answer)
+    num_beyond = server.engine.num_sent_tokens - before - answer.usage.completion_tokens
+    assert sum(map(len, ids)) < answer.usage.completion_tokens
+    if stop is None:
+        assert num_beyond == 0
+    else:
+        assert 0 <= num_beyond <= 4 * STOP_LAG  # what four samples said after their stop strings
+    server.wait_idle()
+    assert not server.engine.aborted  # the manager saw by itself that it was enough
+
+
+@pytest.mark.parametrize("fields", [{}, {"logprobs": 2, "echo": True}])
+def test_first_k_in_a_stream(server, client, fields):
+    """Cancelled choices end with "abort"."""
+    lengths = [200, 5, 300, 20, 250]
+    server.engine.script = lambda request, index: [*ids_of("x") * lengths[index], EOS_ID]
+    before = server.engine.num_sent_tokens
+    *chunks, last = client.completions.create(
+        model="m",
+        prompt="a",
+        n=5,
+        max_tokens=400,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"first_k": 2},
+        **fields,
+    )
+    reasons = {index: [] for index in range(5)}
+    texts = [""] * 5
+    for chunk in chunks:
+        (choice,) = chunk.choices
+        assert not reasons[choice.index], "a choice goes on after its end"
+        texts[choice.index] += choice.text
+        if choice.finish_reason is not None:
+            reasons[choice.index].append(choice.finish_reason)
+    assert [reasons[index] for index in range(5)] == [
+        ["abort"],
+        ["stop"],
+        ["abort"],
+        ["stop"],
+        ["abort"],
+    ]
+    assert [texts[1].count("x"), texts[3].count("x")] == [5, 20]
+    num_streamed = sum(len(completion_ids(chunk)[0]) for chunk in chunks)
+    assert last.usage.completion_tokens == num_streamed == server.engine.num_sent_tokens - before
+
+
+def test_first_k_in_chat(server, client):
+    lengths = [200, 5, 300]
+    server.engine.script = lambda request, index: [*ids_of("x") * lengths[index], EOS_ID]
+    (choice,) = chat(client, n=3, extra_body={"first_k": 1}).choices
+    assert (choice.index, choice.message.content) == (1, "x" * 5)
+    chunks = chat(client, n=3, stream=True, extra_body={"first_k": 1})
+    ends = [c.choices[0] for c in chunks if c.choices[0].finish_reason]
+    assert {end.index: end.finish_reason for end in ends} == {0: "abort", 1: "stop", 2: "abort"}
 
 
 # --- streams ---------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from fake_engine import (
     ids_of,
     logprob_row,
     random_ids,
+    updates,
     with_config,
 )
 
@@ -22,11 +23,14 @@ from tokasaurus.errors import EngineDead, RequestError, RequestTooLong
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
+    Eta,
+    FinishReason,
     LogprobsMode,
     StopSequence,
 )
-from tokasaurus.server.generation import Generations
+from tokasaurus.server.generation import Etas, Generations
 from tokasaurus.server.params import SamplingParams
+from tokasaurus.server.state import EngineState
 
 PROMPT = [10, 11, 12]
 
@@ -237,6 +241,136 @@ def test_abort(core, fake):
     assert [type(m) for m in fake.received[1:]] == [AbortRequest]
     fake.run(core)  # the late updates concern nobody
     assert fake.num_running == 0
+
+
+def test_the_manager_is_told_the_priority_and_how_many_samples_are_enough(core, fake):
+    run(core, fake, SamplingParams(priority=-7, n=5, first_k=2))
+    run(core, fake, SamplingParams(n=5))
+    first, second = fake.requests
+    assert (first.priority, first.first_k) == (-7, 2)
+    assert (second.priority, second.first_k) == (0, 0)
+
+
+def test_only_the_first_k_samples_are_the_answer(core, fake):
+    lengths = [30, 3, 40, 6]
+    fake.largest_step = 1
+    fake.script = lambda request, index: [*ids_of("x") * lengths[index], EOS_ID]
+    outputs = run(core, fake, SamplingParams(n=4, first_k=2, max_tokens=100)).take_all()
+    assert [output.index for output in outputs] == [1, 3]
+    assert [output.text for output in outputs] == ["xxx", "xxxxxx"]
+    assert {output.finish_reason for output in outputs} == {"stop"}
+
+
+def test_a_stop_string_that_the_manager_hears_of_too_late():
+    """Sample 0 ends here first, sample 2 there: the answer has one of them, whoever comes in between."""
+    sent = []
+    core = Generations(CONFIG, TOKENIZER, sent.append)
+    generation = core.submit(PROMPT, SamplingParams(n=3, first_k=1, max_tokens=50, stop="END"))
+    request = sent[0]
+    core.absorb(updates([(request, 0, ids_of("a END b"), FinishReason.RUNNING, 0)]))
+    assert [(type(m), m.sample_index) for m in sent[1:]] == [(StopSequence, 0)]
+    assert not generation.finished  # the others' tokens are still to be counted
+    core.absorb(
+        updates(
+            [
+                (request, 2, ids_of("xyz"), FinishReason.LENGTH, 0),
+                (request, 1, ids_of("late END"), FinishReason.ABORT, 0),
+                (request, 0, ids_of("more"), FinishReason.ABORT, 0),
+            ]
+        )
+    )
+    assert generation.finished
+    assert len(core) == 0
+    (output,) = generation.take_all()
+    assert (output.index, output.text, output.finish_reason) == (0, "a ", "stop")
+    said = [ids_of("a END"), ids_of("late END"), ids_of("xyz")]
+    assert generation.num_generated_tokens == sum(map(len, said))
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("stream", [False, True])
+def test_exactly_k_samples_however_late_the_manager_hears(fake, seed, stream):
+    rng = random.Random(seed)
+    post = []
+    core = Generations(CONFIG, TOKENIZER, post.append)
+    said = rng.choices([*ids_of("abcd"), EOS_ID], weights=[5, 5, 5, 5, 1], k=3000)
+    fake.script = lambda request, index: said[7 * index + 40 * request.request_id :]
+    fake.largest_step = rng.choice([1, 4, 30])
+    alive = []
+    for number in range(2000):
+        if number < 30:
+            n = rng.randint(1, 8)
+            params = SamplingParams(
+                n=n,
+                first_k=rng.randint(1, n),
+                max_tokens=rng.randint(1, 40),
+                stop=rng.choice([None, "ab", ["cc", "da"]]),
+                prompt_logprobs=rng.choice([None, 1]),
+            )
+            alive.append(core.start(core.prepare(PROMPT, params), stream=stream))
+        for message in post[: rng.randint(0, len(post))]:
+            fake.send(message)
+            post.remove(message)
+        for message in fake.step():
+            core.absorb(message)
+        if number >= 30 and not len(core):
+            break
+    assert len(core) == 0
+    for generation in alive:
+        assert generation.finished
+        outputs = generation.take_all()
+        assert len(outputs) == generation.request.params.first_k
+        assert {output.finish_reason for output in outputs} <= {"stop", "length"}
+        for output in outputs:
+            whole = said[7 * output.index + 40 * generation.request_id :]
+            assert output.token_ids == whole[: len(output.token_ids)]
+        if stream:
+            news = {output.index for output in generation.take_news()}
+            assert news == set(range(generation.request.params.n))
+
+
+def test_cached_tokens_are_not_those_of_a_sample_that_never_ran(fake):
+    sent = []
+    core = Generations(CONFIG, TOKENIZER, sent.append)
+    generation = core.submit(PROMPT, SamplingParams(n=3, first_k=1))
+    request = sent[0]
+    rows = [
+        (request, 0, ids_of("a"), FinishReason.LENGTH, 2),
+        (request, 1, ids_of("a"), FinishReason.ABORT, 3),
+        (request, 2, [], FinishReason.ABORT, 0),
+    ]
+    core.absorb(updates(rows))
+    assert generation.num_cached_tokens == 2
+
+
+def test_etas(core, fake):
+    fake.paused = True
+    first, second, third = (core.submit(PROMPT, SamplingParams()) for _ in range(3))
+    assert (first.eta_s, core.etas().backlog_s) == (None, None)
+    ids = [first.request_id, third.request_id, 99]
+    core.absorb(Eta(np.array(ids, np.int64), np.array([1.5, 4.0, 9.0]), 12.0))
+    assert (first.eta_s, second.eta_s, third.eta_s) == (1.5, None, 4.0)
+    assert core.etas() == Etas({0: 1.5, 2: 4.0}, 12.0)
+    core.absorb(Eta(np.array([0], np.int64), np.array([0.5]), 11.0))
+    assert core.etas() == Etas({0: 0.5, 2: 4.0}, 11.0)
+    core.abort(first)
+    assert core.etas() == Etas({2: 4.0}, 11.0)
+    fake.paused = False
+    fake.run(core)
+    assert core.etas() == Etas({}, 0.0)
+    core.submit(PROMPT, SamplingParams())
+    assert core.etas() == Etas({}, None)  # what was said of the others is old
+
+
+def test_the_state_has_the_etas(core):
+    state = EngineState()
+    assert state.etas() == Etas({}, 0.0)
+    state.ready(core)
+    core.submit(PROMPT, SamplingParams())
+    core.absorb(Eta(np.array([0], np.int64), np.array([2.0]), 3.0))
+    assert state.etas() == Etas({0: 2.0}, 3.0)
+    state.die("the worker ended")
+    assert state.etas() == Etas({}, 0.0)
 
 
 def test_a_refusal_of_the_manager(core, fake):

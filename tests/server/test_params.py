@@ -7,8 +7,9 @@ import pytest
 
 from tokasaurus import SamplingParams
 from tokasaurus.errors import RequestError
+from tokasaurus.manager import waiting
 from tokasaurus.protocol.messages import LogprobsMode
-from tokasaurus.server.params import renamed
+from tokasaurus.server.params import MAX_PRIORITY, renamed
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,15 @@ from tokasaurus.server.params import renamed
         ("logprobs", -1),
         ("prompt_logprobs", -1),
         ("logprobs_mode", "hot"),
+        ("priority", 1_000_001),
+        ("priority", -1_000_001),
+        ("priority", True),
+        ("priority", 1.0),
+        ("priority", None),
+        ("first_k", 0),
+        ("first_k", 2),
+        ("first_k", True),
+        ("first_k", 1.0),
     ],
 )
 def test_wrong_values_name_their_field(field, value):
@@ -53,7 +63,13 @@ def test_wrong_values_name_their_field(field, value):
 def test_values_at_the_edge_pass():
     SamplingParams(n=1 << 16, temperature=0, top_p=1, top_k=-1, min_p=1, seed=0, max_tokens=None)
     SamplingParams(temperature=1e-5, top_k=0, seed=(1 << 63) - 1, logprobs=0, stop="x" * 1024)
-    SamplingParams(n=np.int64(3), temperature=np.float32(0.5))
+    SamplingParams(n=np.int64(3), temperature=np.float32(0.5), first_k=np.int64(3))
+    SamplingParams(priority=1_000_000, n=2, first_k=1)
+    SamplingParams(priority=-1_000_000, n=2, first_k=2)
+
+
+def test_the_manager_takes_the_same_priorities():
+    assert MAX_PRIORITY == waiting.MAX_PRIORITY
 
 
 def test_stop_is_one_tuple_however_it_was_given():

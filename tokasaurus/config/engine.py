@@ -332,14 +332,14 @@ class EngineConfig:
         16,
         group=_SCHEDULING,
         minimum=0,
-        help="Sequences that must finish before predictions count.",
+        help="Sequences that must finish before predictions replace early_stopping_init_mean, where that is given.",
     )
     early_stopping_init_mean: float | None = flag(
         None,
         group=_SCHEDULING,
         minimum=0,
         help="Expected length before that, as a fraction of max_tokens.",
-        adapts="1.0",
+        adapts="learned from the first token on, beginning with an eighth of max_tokens",
     )
     early_stopping_init_std: float | None = flag(
         None,

@@ -56,7 +56,7 @@ class Logprob:
 class CompletionOutput:
     """One sample of a prompt."""
 
-    index: int
+    index: int  # among all n
     text: str
     token_ids: list[int]  # the end-of-sequence token included
     logprobs: list[dict[int, Logprob]] | None  # one for each token: the chosen one and the top k
@@ -72,7 +72,7 @@ class RequestOutput:
     prompt: str | None  # None if the prompt came as ids
     prompt_token_ids: list[int]
     prompt_logprobs: list[dict[int, Logprob] | None] | None  # the first token has none
-    outputs: list[CompletionOutput]
+    outputs: list[CompletionOutput]  # with first_k, of the samples that ended first, in order
     num_cached_tokens: int  # of the prompt, found in the prefix cache
     finished: bool = True
 

@@ -85,12 +85,13 @@ class AdmissionControl:
         self._num_pages = config.num_pages
         utilization = self._config.target_utilization if self._config.predict_lengths else 1.0
         self.limit = int(utilization * config.num_pages)
+        learns, prior_mean = self._config.learn_lengths, self._config.prior_mean
         self._lengths = LengthPredictor(
             config.max_request_tokens,
             num_buckets=self._config.num_length_buckets,
             memory=self._config.length_memory,
-            initial_wait=self._config.num_lengths_awaited,
-            prior_mean=self._config.prior_mean,
+            initial_wait=self._config.num_lengths_awaited if learns else 1,
+            prior_mean=prior_mean if learns or prior_mean is not None else 1.0,
             prior_std=self._config.prior_std,
             std_scale=self._config.std_scale,
         )
@@ -110,6 +111,7 @@ class AdmissionControl:
 
     def open(self, request: Request) -> None:
         """The request will have sequences that run."""
+        self._lengths.expect(request.message.max_tokens, request.message.n)
         if request.message.n > 1:
             request.length_group = self._lengths.open_group()
 
@@ -240,7 +242,10 @@ class AdmissionControl:
         length = slots.length[rows].astype(np.int64)
         decodes_from = np.maximum(length, slots.prompt_end[rows])
         predicted = self._predict(
-            slots.length_group[rows], slots.known[rows].astype(np.int64), slots.max_tokens[rows]
+            slots.length_group[rows],
+            slots.known[rows].astype(np.int64),
+            slots.max_tokens[rows],
+            slots.order[rows],
         )
         # The last token is not fed.
         end = np.minimum(slots.prompt_length[rows] + predicted - 1, slots.final_length[rows])
@@ -257,6 +262,7 @@ class AdmissionControl:
         page_size = self._page_size
         values: list[tuple[int, ...]] = []
         counts: list[int] = []
+        numbers: list[int] = []
         for candidate in candidates:
             sequence = candidate.sequence
             message = sequence.request.message
@@ -275,22 +281,34 @@ class AdmissionControl:
                     )
                 )
                 counts.append(1)
+                numbers.append(sequence.order)
             if candidate.num_forks:
                 rest = length % page_size
                 values.append((rest, 1 if rest else 0, 0, group, 0, message.max_tokens))
                 counts.append(candidate.num_forks)
+                numbers += range(sequence.order + 1, sequence.order + 1 + candidate.num_forks)
         columns = np.repeat(np.array(values, np.int64).reshape(-1, 6), counts, axis=0).T
         length, pages, num_tokens, group, num_stored, max_tokens = columns
-        num_steps = self._predict(group, num_stored, max_tokens) - num_stored - 1
+        num_steps = (
+            self._predict(group, num_stored, max_tokens, np.array(numbers, np.int64))
+            - num_stored
+            - 1
+        )
         no_leaf: Int64Array = np.full(len(length), -1, np.int64)
         return Sequences(length, pages, num_tokens, num_steps, no_leaf)
 
     def _predict(
-        self, groups: IntArray, num_generated: Int64Array, max_tokens: IntArray
+        self,
+        groups: IntArray,
+        num_generated: Int64Array,
+        max_tokens: IntArray,
+        numbers: Int64Array,
     ) -> Int64Array:
+        limits = max_tokens.astype(np.int64)
         if not self._config.predict_lengths:
-            return max_tokens.astype(np.int64)
-        return self._lengths.predict(groups, num_generated, max_tokens.astype(np.int64))
+            return limits
+        num_running = max(1, int(np.count_nonzero(self._slots.order >= 0)))
+        return self._lengths.predict(groups, num_generated, limits, numbers, num_running)
 
     def _forecast(
         self,

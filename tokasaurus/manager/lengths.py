@@ -17,22 +17,21 @@ Tokens are counted while they are generated, not when their sequence ends. This 
 right where the lengths of finished sequences alone mislead: short sequences finish first, but the long
 ones' tokens are in the denominator from the beginning; a sequence that is cut off at ``max_tokens`` says
 only that it would have been at least as long; and both counts forget at one speed, so that a busy engine,
-whose memory is shorter than its longest sequences, is no more biased than an idle one.
+whose memory is shorter than its longest sequences, is no more biased than an idle one. (The product-limit
+estimator of E. L. Kaplan, P. Meier, Nonparametric estimation from incomplete observations, JASA 53, 1958.)
+Where a bucket is wider than a token, ends are related to the sequences that enter it, as in an actuary's
+life table.
 
-With S(x) the probability of more than x tokens, the product of (1 - hazard) below x::
-
-    E[min(length, m) | length > g]  =  g + (S(g) + S(g+1) + .. + S(m-1)) / S(g)
-
-and likewise for the square: a few look-ups in running sums, whatever g and m. (The product-limit estimator
-of E. L. Kaplan, P. Meier, Nonparametric estimation from incomplete observations, JASA 53, 1958.) Where a
-bucket is wider than a token, ends are related to the sequences that enter it, as in an actuary's life
-table. For lengths that nobody has had yet, the hazard of all lengths together is the best guess.
+**Where little was seen.** The hazard of all lengths together, h, includes one imagined sequence, which ended
+at an eighth of the usual max_tokens. Four imagined sequences enter each bucket and end with hazard h: a
+bucket that few have reached says little of its own. So there is an answer from the first request on, and
+each token that is generated without an end lowers h, long before the first sequence has finished.
 
 **Siblings.** The samples of one prompt have similar lengths. The hazard of a group is taken to be a common
 one times the group's *frailty*, a factor with a gamma distribution of mean 1 and variance 1/k. Its
 posterior is again one: of shape k + ends of the siblings, and of rate k + the ends that the common hazard
 lets expect of their tokens, finished or running. With L(x) for the sum of the common hazard below x, and a
-sequence's own tokens left out of the rate::
+sequence's own tokens left out of the rate, the probability of more than x tokens is::
 
     S(x)  =  (1 + L(x) / rate) ** -shape
 
@@ -40,6 +39,30 @@ For a sequence without siblings both are k and S is that of all requests, which 
 all requests together, the hazard falls with x, since it is the long groups that are left. (Shared frailty:
 D. G. Clayton, A model for association in bivariate life tables, Biometrika 65, 1978.) A mean of the lengths
 of finished siblings would teach little: sequences that still run are longer than those, as a rule.
+
+**Predictions** are a sample of the lengths that are possible, not their mean. What counts is how many
+sequences end in each coming step; were each predicted at its mean, nobody would be seen to end soon,
+although a share of them does in every step. So each sequence has a number u between 0 and 1, the share of
+possible lengths that are below its predicted one. After g tokens that is the x with::
+
+    S(x) / S(g)  =  1 - u
+
+The u of sequences that arrive one after another are spread evenly (J. G. van der Corput,
+Verteilungsfunktionen, 1935: the bits of a counter in reverse), so that already a few predictions have the
+distribution's shape, and a thousand siblings nearly its exact sum. A sequence's u stays the same, and says
+nothing of its true length: those that outlive their prediction are predicted anew, and at each age the
+predictions for those that are left have the distribution of what is left.
+
+The one table is of H(x) = log(1 + L(x) / k), for single sequences -log S / k, straight in each bucket.
+Solved for x, and free of differences of large numbers::
+
+    H(x)  =  H(g) + log(1 + (1 + (rate - k) / k * exp(-H(g))) * ((1 - u) ** (-1 / shape) - 1))
+
+The margin is so many standard deviations of the sum over the n sequences that run together: of each one's
+length, fewer by sqrt(n). It is had by moving all u up, log(u / (1 - u)) by the margin in the standard
+deviation of its own distribution, pi / sqrt(3). So it is exact in the mean where lengths are logistic,
+short of it by a tenth where they are exponential or of two kinds, and no length passes the largest
+possible one.
 """
 
 from __future__ import annotations
@@ -49,7 +72,6 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from tokasaurus.manager.slots import IndexArray
 from tokasaurus.protocol.arrays import BoolArray, Int32Array, Int64Array
 
 __all__ = ["NO_GROUP", "LengthPredictor"]
@@ -60,34 +82,44 @@ _Floats: TypeAlias = NDArray[np.float64]
 NO_GROUP = -1  # the handle of a sequence without siblings
 
 _FRAILTY_SHAPE = 1.0  # k
-# There are tables for these numbers of ends, times these means of the frailty: 1/256 .. 8.
-_NUM_ENDS = np.array([0, 1, 2, 4, 8, 16])
-_MEANS_PER_OCTAVE = 2
-_NO_EVIDENCE = 8 * _MEANS_PER_OCTAVE  # the index of mean 1
-_MEANS = 2.0 ** (np.arange(12 * _MEANS_PER_OCTAVE - 1) / _MEANS_PER_OCTAVE - 8)
-# Where fewer sequences than this have been, the prior has its share.
-_ENOUGH_AT_RISK = 4.0
-_SMALLEST_SURVIVAL = 1e-30  # so that L is finite
-_SMALLEST_DIVISOR = 1e-300
+_ENOUGH_AT_RISK = 4.0  # imagined sequences that enter each bucket
+_IMAGINED_SHARE = 1 / 8  # of max_tokens: the imagined end
+_LARGEST_EXPONENT = 600.0
+_ALMOST_ALL = 1.0 - 2.0**-53
+# Sequences differ in the low bits of their numbers.
+_NUMBER_BITS = 16
 _NO_LENGTHS: Int64Array = np.empty(0, np.int64)
+
+
+def _spread_evenly() -> _Floats:
+    """[2 ** _NUMBER_BITS] by number: u. Those of any 2 ** i consecutive numbers are about equally far apart."""
+    reverse: Int64Array = np.zeros(1, np.int64)
+    for _ in range(_NUMBER_BITS):
+        reverse = np.append(2 * reverse, 2 * reverse + 1)
+    return (reverse + 0.5) / len(reverse)
+
+
+_LEVELS = _spread_evenly()
+_LOG_LEVELS: _Floats = -np.log1p(-_LEVELS)
+_LOGISTIC_STD = np.pi / np.sqrt(3.0)
 
 
 class LengthPredictor:
     """Predicts the number of tokens that sequences will have generated at their end.
 
-    Feed it ``observe`` and ``abort`` as sequences end, call ``refresh`` every few steps, and ``predict`` at
-    any time; best right after a refresh, since lengths that nobody had by then are unknown. Until the first
-    refresh, and before ``initial_wait`` sequences have ended, predictions are the prior.
+    Feed it ``expect`` as requests come, ``observe`` and ``abort`` as sequences end, call ``refresh`` every
+    few steps, and ``predict`` at any time.
 
     Args:
         max_length: no sequence generates more tokens.
         num_buckets: resolution of the table; lengths are told apart exactly while they are few, and to
             about ``log(max_length) / num_buckets`` of themselves beyond.
         memory: finished sequences after which what was learned weighs 1/e.
-        initial_wait: sequences that must end before predictions count.
-        prior_mean: expected length before that, as a fraction of max_tokens.
+        prior_mean: expected length at first, as a fraction of max_tokens; None: learned from the first
+            token on.
         prior_std: its standard deviation, likewise.
-        std_scale: predictions are longer than expected by so many standard deviations.
+        initial_wait: sequences that must end before the prior is given up, where there is one.
+        std_scale: the sum of the predictions is longer than expected by so many standard deviations.
     """
 
     def __init__(
@@ -96,19 +128,22 @@ class LengthPredictor:
         *,
         num_buckets: int = 1024,
         memory: int = 2048,
-        initial_wait: int = 16,
-        prior_mean: float = 1.0,
+        prior_mean: float | None = None,
         prior_std: float = 0.0,
+        initial_wait: int = 16,
         std_scale: float = 0.25,
     ) -> None:
         self.num_observed = 0
         self._num_known = 0  # observed before the last refresh
         self._max_length = max_length
         self._memory = memory
-        self._initial_wait = initial_wait
         self._prior_mean = prior_mean
         self._prior_std = prior_std
+        self._initial_wait = initial_wait
         self._std_scale = std_scale
+        # Of the sequences that were expected: their number, and the sum of their max_tokens.
+        self._num_expected = 0.0
+        self._sum_max_tokens = 0.0
         # Bucket b is the lengths edges[b] .. edges[b + 1] - 1.
         self._edges = _bucket_edges(max_length, num_buckets)
         self._widths = np.diff(self._edges)
@@ -122,7 +157,7 @@ class LengthPredictor:
         self._tokens_missed: _Floats = np.zeros(num_buckets)
         # Of these, the tokens of those that ran at the last refresh.
         self._running_tokens: _Floats = np.zeros(num_buckets)
-        self._make_tables()
+        self._make_table()
         # What came since the last refresh.
         self._new_siblings: list[Int64Array] = []
         self._new_stops: list[Int64Array] = []
@@ -134,9 +169,14 @@ class LengthPredictor:
         self._closed: list[int] = []
         # Of finished siblings: group, length, whether it was an end.
         self._siblings: Int64Array = np.empty((3, 0), np.int64)
-        # By group, NO_GROUP being the last: ends, and ends that were to be expected.
-        self._group_ends: _Floats = np.zeros(1)
+        # By group, NO_GROUP being the last: shape, and the ends that were to be expected.
+        self._group_shape: _Floats = np.full(1, _FRAILTY_SHAPE)
         self._group_expected: _Floats = np.zeros(1)
+
+    def expect(self, max_tokens: int, count: int) -> None:
+        """Sequences with this limit will run."""
+        self._num_expected += count
+        self._sum_max_tokens += count * max_tokens
 
     def open_group(self) -> int:
         """The samples of one request, which have one prompt and one max_tokens; returns a handle."""
@@ -176,7 +216,7 @@ class LengthPredictor:
         self._new_lengths.append(num_generated.astype(np.int64))
 
     def refresh(self, groups: IntArray, num_generated: IntArray) -> None:
-        """Brings the tables up to date.
+        """Brings what is known up to date.
 
         Args:
             groups: [n] handles of all sequences that have generated tokens and have neither been observed
@@ -186,6 +226,8 @@ class LengthPredictor:
         keep = np.exp(-self._num_new_ends / self._memory)
         self._ends *= keep
         self._tokens_missed *= keep
+        self._num_expected *= keep
+        self._sum_max_tokens *= keep
         stops = np.minimum(np.concatenate([_NO_LENGTHS, *self._new_stops]), self._max_length)
         buckets = self._bucket_of[stops - 1]  # a sequence of x + 1 tokens ended where it was x long
         np.add.at(self._ends, buckets, 1.0)
@@ -197,14 +239,19 @@ class LengthPredictor:
         self._tokens = np.maximum(keep * self._tokens + new_tokens, self._ends)
         self._running_tokens = running_tokens
         self._num_known = self.num_observed
-        self._make_tables()
+        self._make_table()
         self._update_frailties(groups, num_generated)
         self._new_stops.clear()
         self._new_lengths.clear()
         self._num_new_ends = 0
 
     def predict(
-        self, groups: IntArray, num_generated: IntArray, max_tokens: IntArray
+        self,
+        groups: IntArray,
+        num_generated: IntArray,
+        max_tokens: IntArray,
+        numbers: Int64Array,
+        num_together: int = 1,
     ) -> Int64Array:
         """How many tokens sequences will have generated at their end, those they have included.
 
@@ -212,16 +259,46 @@ class LengthPredictor:
             groups: [n] handles, or NO_GROUP.
             num_generated: [n] tokens so far; 0 for sequences that wait.
             max_tokens: [n]
+            numbers: [n] the same for a sequence at each call; consecutive for those that came together.
+            num_together: sequences that run at the same time, 1 or more: the deviations of many cancel out.
 
         Returns:
             [n], more than ``num_generated`` where that is less than ``max_tokens``, and never more than
             ``max_tokens``.
         """
-        mean, square = self._moments(groups, num_generated, max_tokens)
-        std = np.sqrt(np.maximum(square - mean * mean, 0.0))
+        numbers = numbers & (len(_LEVELS) - 1)
+        margin = self._std_scale / np.sqrt(num_together)  # standard deviations of a length
+        if self._prior_mean is not None and self._num_known < self._initial_wait:
+            deviations = np.sqrt(3.0) * (2.0 * _LEVELS[numbers] - 1.0) + margin
+            predicted = max_tokens * (self._prior_mean + self._prior_std * deviations)
+        else:
+            predicted = self._learned(groups, num_generated, numbers, margin)
         # Sums that make a whole number are not always equal to it.
-        predicted = np.ceil(mean + self._std_scale * std - 1e-6).astype(np.int64)
-        return np.minimum(np.maximum(predicted, num_generated + 1), max_tokens)
+        lengths = np.ceil(predicted - 1e-6).astype(np.int64)
+        bounded: Int64Array = np.minimum(np.maximum(lengths, num_generated + 1), max_tokens)
+        return bounded
+
+    def _learned(
+        self,
+        groups: IntArray,
+        num_generated: IntArray,
+        numbers: Int64Array,
+        margin: float,
+    ) -> _Floats:
+        """[n] lengths at the end."""
+        is_known = groups < len(self._group_shape) - 1  # groups may be newer than the last refresh
+        groups = np.where(is_known, groups, NO_GROUP)
+        inverse_shape = 1.0 / self._group_shape[groups]
+        risk = self._risk_at(num_generated)
+        others = np.maximum(self._group_expected[groups] - _expected_ends(risk), 0.0)
+        slope = 1.0 + others / _FRAILTY_SHAPE * np.exp(-risk)
+        level, log_level = _LEVELS[numbers], _LOG_LEVELS[numbers]
+        odds = np.exp(min(margin * _LOGISTIC_STD, _LARGEST_EXPONENT))
+        log_level = log_level + np.log(1.0 + level * (odds - 1.0))
+        growth = np.exp(np.minimum(log_level * inverse_shape, _LARGEST_EXPONENT)) - 1.0
+        # Beyond the table, the largest length.
+        lengths: _Floats = np.interp(risk + np.log(1.0 + slope * growth), self._risk, self._edges)
+        return lengths
 
     def _count_tokens(self, lengths: IntArray) -> _Floats:
         """[num_buckets] how many tokens sequences of these lengths generated in each bucket."""
@@ -235,86 +312,30 @@ class LengthPredictor:
         )
         return beyond * self._widths + inside[:-1]
 
-    def _make_tables(self) -> None:
-        """S, its sum and the sum of (2x + 1) S(x) from a length on; and L.
-
-        Rows are numbers of ends, then means of the frailty; columns are edges of buckets.
-        """
-        tokens, widths, edges = self._tokens, self._widths, self._edges
+    def _make_table(self) -> None:
+        """H at the edges of buckets, and its slope behind them."""
+        tokens, widths = self._tokens, self._widths
+        usual = (
+            self._sum_max_tokens / self._num_expected if self._num_expected else self._max_length
+        )
+        imagined = max(2.0, _IMAGINED_SHARE * usual)
+        overall = (self._ends.sum() + 1.0) / (tokens.sum() + imagined)
+        ending_overall = -np.expm1(widths * np.log1p(-overall))
         # As if who ended in a bucket had been at risk to its end: these are the tokens of a bucket
         # that nobody leaves. An end has a whole bucket's, also where the older ones are forgotten.
-        at_risk = np.maximum(tokens + self._tokens_missed, self._ends * widths)
-        is_seen = at_risk > 0
-        entering = np.where(is_seen, at_risk, 1.0) / widths
-        hazard = max(self._ends.sum(), 1e-9) / max(tokens.sum(), 1.0)
-        ending_unseen = -np.expm1(widths * np.log1p(-min(hazard, 1.0 - 1e-9)))
-        # Of those that enter a bucket: the share that ends there, and what those miss of it.
-        ending = np.where(is_seen, self._ends / entering, ending_unseen)
-        lived = np.where(is_seen, tokens / entering, ending_unseen / hazard)
-        missed = (widths - lived) / np.where(ending > 0, ending, 1.0)
-        survival = np.maximum(np.cumprod(np.append(1.0, 1.0 - ending)), _SMALLEST_SURVIVAL)
-        common = _FRAILTY_SHAPE * (survival ** (-1.0 / _FRAILTY_SHAPE) - 1.0)
-        shape = np.repeat(_FRAILTY_SHAPE + _NUM_ENDS, len(_MEANS))[:, None]
-        rate = shape / np.tile(_MEANS, len(_NUM_ENDS))[:, None]
-        survival = np.exp(-shape * np.log(1.0 + common / rate))
-        lived = survival[:, :-1] * widths + np.diff(survival) * missed
-        self._survival = _Table(survival, widths)
-        self._lived = _Table(_sums_to_the_end(lived), widths)
-        self._lived_square = _Table(_sums_to_the_end(lived * (edges[:-1] + edges[1:])), widths)
-        self._common = _Table(common, widths)
-        # Sequences that were seen in a bucket.
-        self._num_seen = np.append(tokens / widths, 0.0)
+        entering = np.maximum((tokens + self._tokens_missed) / widths, self._ends)
+        ending = (self._ends + _ENOUGH_AT_RISK * ending_overall) / (entering + _ENOUGH_AT_RISK)
+        survival_exponents = -np.log1p(-np.minimum(ending, _ALMOST_ALL))
+        self._risk = np.append(0.0, np.cumsum(survival_exponents)) / _FRAILTY_SHAPE
+        self._risk_slope = np.append(np.diff(self._risk) / widths, 0.0)
 
-    def _moments(
-        self, groups: IntArray, num_generated: IntArray, max_tokens: IntArray
-    ) -> tuple[_Floats, _Floats]:
-        """Expected length at the end and expected square of it."""
-        prior_mean, prior_square = self._prior(num_generated, max_tokens)
-        if self._num_known < self._initial_wait:
-            return prior_mean, prior_square
-        bucket, offset = self._places(num_generated)
-        last_bucket, last_offset = self._places(max_tokens)
-        row = self._rows(groups, self._common.at(bucket, offset)) * len(self._edges)
-        # Where its last token was: those that got as far as anybody have been there themselves.
-        last_token = np.clip(num_generated - 1, 0, self._max_length)
-        num_seen = self._num_seen[self._bucket_of[last_token]]
-        trust = np.minimum(num_seen / _ENOUGH_AT_RISK, 1.0)
-        bucket += row
-        last_bucket += row
-        survival = np.maximum(self._survival.at(bucket, offset), _SMALLEST_DIVISOR)
-        lived = self._lived.at(bucket, offset) - self._lived.at(last_bucket, last_offset)
-        squares = self._lived_square.at(bucket, offset)
-        squares -= self._lived_square.at(last_bucket, last_offset)
-        generated = num_generated.astype(np.float64)
-        mean = generated + lived / survival
-        square = generated * generated + squares / survival
-        return (
-            prior_mean + trust * (mean - prior_mean),
-            prior_square + trust * (square - prior_square),
-        )
-
-    def _rows(self, groups: IntArray, own: _Floats) -> Int64Array:
-        """[n] rows of the tables, from the ends to be expected of each sequence's own tokens."""
-        is_known = groups < len(self._group_ends) - 1  # groups may be newer than the tables
-        groups = np.where(is_known, groups, NO_GROUP)
-        num_ends = self._group_ends[groups]
-        rate = _FRAILTY_SHAPE + np.maximum(self._group_expected[groups] - own, 0.0)
-        mean = np.log2((_FRAILTY_SHAPE + num_ends) / rate) * _MEANS_PER_OCTAVE + _NO_EVIDENCE
-        row = np.searchsorted(_NUM_ENDS, num_ends, side="right") - 1
-        column = np.clip(np.rint(mean).astype(np.int64), 0, len(_MEANS) - 1)
-        rows: Int64Array = row * len(_MEANS) + column
-        return rows
-
-    def _prior(self, num_generated: IntArray, max_tokens: IntArray) -> tuple[_Floats, _Floats]:
-        mean = np.maximum(max_tokens * self._prior_mean, num_generated + 1.0)
-        std = max_tokens * self._prior_std
-        return mean, mean * mean + std * std
-
-    def _places(self, lengths: IntArray) -> tuple[IndexArray, _Floats]:
-        """[n] the bucket of each length, and [n] how far in it."""
+    def _risk_at(self, lengths: IntArray) -> _Floats:
+        """[n] H."""
         lengths = np.minimum(lengths, self._max_length)
-        buckets = self._bucket_of[lengths].astype(np.intp)
-        return buckets, (lengths - self._edges[buckets]).astype(np.float64)
+        buckets = self._bucket_of[lengths]
+        offsets = lengths - self._edges[buckets]
+        risk: _Floats = self._risk[buckets] + self._risk_slope[buckets] * offsets
+        return risk
 
     def _update_frailties(self, groups: IntArray, num_generated: IntArray) -> None:
         """Counts each group's ends, and those to be expected of its finished and running sequences."""
@@ -330,42 +351,19 @@ class LengthPredictor:
         has_group = groups != NO_GROUP
         handles = np.append(siblings[0], groups[has_group])
         lengths = np.append(siblings[1], num_generated[has_group])
-        expected = self._common.at(*self._places(lengths))
+        expected = _expected_ends(self._risk_at(lengths))
         # One more, for NO_GROUP.
         size = self._num_handles + 1
         expected_ends = np.bincount(handles, weights=expected, minlength=size)
         self._group_expected = expected_ends.astype(np.float64)
         ends = np.bincount(siblings[0], weights=siblings[2], minlength=size)
-        self._group_ends = ends.astype(np.float64)
+        self._group_shape = _FRAILTY_SHAPE + ends.astype(np.float64)
 
 
-class _Table:
-    """Functions of lengths, straight in each bucket.
-
-    Args:
-        at_edge: [..][num_buckets + 1]; looked up as if it had one dimension.
-        widths: [num_buckets] of the buckets.
-    """
-
-    def __init__(self, at_edge: _Floats, widths: Int64Array) -> None:
-        slope = np.zeros(at_edge.shape)
-        slope[..., :-1] = np.diff(at_edge) / widths
-        self._at_edge = at_edge.ravel()
-        self._slope = slope.ravel()
-
-    def at(self, places: IndexArray, offsets: _Floats) -> _Floats:
-        """[n] the values so far behind these places."""
-        values = self._slope[places]
-        values *= offsets
-        values += self._at_edge[places]
-        return values
-
-
-def _sums_to_the_end(values: _Floats) -> _Floats:
-    """[..][n + 1] of [..][n]: from each place on. Small ones stay exact, unlike differences of sums."""
-    sums = np.zeros((*values.shape[:-1], values.shape[-1] + 1))
-    np.cumsum(values[..., ::-1], axis=-1, out=sums[..., -2::-1])
-    return sums
+def _expected_ends(risk: _Floats) -> _Floats:
+    """[n] L, by H; finite, for it to be summed."""
+    expected: _Floats = _FRAILTY_SHAPE * np.expm1(np.minimum(risk, _LARGEST_EXPONENT))
+    return expected
 
 
 def _bucket_edges(max_length: int, num_buckets: int) -> Int64Array:

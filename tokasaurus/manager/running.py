@@ -191,14 +191,16 @@ class RunningSequences:
         running = slots[self.slots.order[slots] >= 0]
         self.slots.update_decode_limits(running, self.stop_lag)
 
-    def preempt(self, sequence: Sequence) -> None:
-        """Takes a sequence's pages; it keeps its tokens, those still in flight included."""
-        slot = sequence.slot
-        sequence.state = SequenceState.PREEMPTED
-        if self.slots.length[slot] < self.slots.final_length[slot]:
-            self._counters.num_preemptions += 1  # else all its tokens are in flight: it only ends
-        self.preempted.append(sequence)
-        self.depart(self.retire([sequence]))
+    def preempt(self, sequences: Rows[Sequence]) -> None:
+        """Takes sequences' pages; they keep their tokens, those still in flight included."""
+        for sequence in sequences:
+            sequence.state = SequenceState.PREEMPTED
+            if self.slots.length[sequence.slot] < self.slots.final_length[sequence.slot]:
+                self._counters.num_preemptions += (
+                    1  # else all its tokens are in flight: it only ends
+                )
+        self.preempted += sequences
+        self.depart(self.retire(sequences))
 
     def retire(self, sequences: Rows[Sequence]) -> list[int]:
         """Gives back the pages of sequences that run no longer, the known ones to the prefix cache.

@@ -125,10 +125,10 @@ class Scheduler:
             self._preempt_without_need(batch.number)
         return batch
 
-    def preempt(self, sequence: Sequence) -> None:
-        """Takes a sequence's pages; it goes on later, before all that come after it."""
-        self._admission.release(np.array([sequence.slot]))
-        self._running.preempt(sequence)
+    def preempt(self, slots: IndexArray) -> None:
+        """Takes the pages of the sequences in these slots; they go on later, before all that follow them."""
+        self._admission.release(slots)
+        self._running.preempt([self._slots.sequence(slot) for slot in slots.tolist()])
 
     def _plan_decode(self) -> tuple[BoolArray, IndexArray]:
         """Returns which slots decode (a mask), and which of them enter a new page; preempts for them."""
@@ -138,15 +138,15 @@ class Scheduler:
             crossing = np.flatnonzero(decoding & (slots.length == slots.capacity))
             if crossing.size <= self._pages.num_available:
                 return decoding, crossing
-            self.preempt(self._victim(crossing.size - self._pages.num_available))
+            self.preempt(self._victims(crossing.size - self._pages.num_available))
 
-    def _victim(self, num_pages: int) -> Sequence:
-        """The sequence that is preempted next, where so many pages are wanted."""
+    def _victims(self, num_pages: int) -> IndexArray:
+        """The slots that are preempted next, where so many pages are wanted; at least one."""
         slots, prefixes = self._slots, self._running.prefixes
         # Where all tokens are planned, no batch to come needs the pages: this costs nobody anything.
         is_planned = (slots.length == slots.final_length) & (slots.order >= 0)
         if is_planned.any():
-            return slots.sequence(int(is_planned.argmax()))
+            return np.flatnonzero(is_planned)
         running = np.flatnonzero(slots.order >= 0)
         if running.size < 2:
             raise ProtocolError("the oldest running sequence does not find the pages it may have")
@@ -160,10 +160,16 @@ class Scheduler:
         num_shared = prefixes.end_column[np.where(is_shared, leaf, prefixes.parent[leaf])]
         num_freed = slots.capacity[rows] // slots.page_size - num_shared
         cost = slots.length[rows] - num_shared * slots.page_size
-        # The least work among those that free enough, else the most pages; of equals the newest.
+        # Alone, if one suffices: the least work; else as few as possible. Of equals the newest.
         suffices = num_freed >= num_pages
-        rank = np.lexsort((-order, np.where(suffices, cost, -num_freed), ~suffices))
-        return slots.sequence(int(rows[rank[0]]))
+        if suffices.any():
+            ranked = np.lexsort((-order, cost, ~suffices))[:1]
+        else:
+            ranked = np.lexsort((-order, -num_freed))
+            # A victim may have wanted one of the pages itself.
+            num_gained = np.cumsum(num_freed[ranked])
+            ranked = ranked[: int(np.searchsorted(num_gained, num_pages)) + 1]
+        return rows[ranked]
 
     def _commit_decode(self, decoding: BoolArray, crossing: IndexArray) -> IndexArray:
         slots = self._slots
@@ -377,4 +383,4 @@ class Scheduler:
             running = np.flatnonzero(order >= 0)
             younger = running[order[running] > order[running].min(initial=_NO_ORDER)]
             if younger.size:
-                self.preempt(self._slots.sequence(int(younger[turn % younger.size])))
+                self.preempt(younger[[turn % younger.size]])

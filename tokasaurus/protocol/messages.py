@@ -2,7 +2,7 @@
 
     server ──GenerateRequest, AbortRequest, StopSequence, Acknowledge──▶ manager
     manager ──ForwardBatch──▶ worker ──ForwardResult──▶ manager
-    manager ──SequenceUpdates, PromptLogprobs, RequestRejected──▶ server
+    manager ──SequenceUpdates, PromptLogprobs, RequestRejected, Eta──▶ server
 
 A *sequence* is one sample of a request and is named by (request id, sample index). A *slot* is the
 row that a running sequence owns in every table of the manager and the worker. Columns named
@@ -16,11 +16,12 @@ from typing import TypeAlias
 
 import msgspec
 
-from tokasaurus.protocol.arrays import Float32Array, Int32Array, Int64Array
+from tokasaurus.protocol.arrays import Float32Array, Float64Array, Int32Array, Int64Array
 
 __all__ = [
     "AbortRequest",
     "Acknowledge",
+    "Eta",
     "FinishReason",
     "ForwardBatch",
     "ForwardResult",
@@ -47,7 +48,7 @@ class FinishReason(enum.IntEnum):
     RUNNING = 0
     STOP = 1  # an end-of-sequence id, or the server's StopSequence
     LENGTH = 2  # max_tokens reached (also if the last token is an end-of-sequence id)
-    ABORT = 3  # AbortRequest
+    ABORT = 3  # AbortRequest, or first_k others of its request have ended
 
 
 class LogprobsMode(enum.IntEnum):
@@ -168,6 +169,14 @@ class RequestRejected(Message, frozen=True):
     field: str | None = None
 
 
+class Eta(Message, frozen=True):
+    """When everything is predicted to end, in seconds from now; comes about once a second. Columns."""
+
+    request_ids: Int64Array  # [requests]
+    seconds: Float64Array  # [requests] until the last sample of the request ends
+    backlog_seconds: float  # until all samples of all requests have ended
+
+
 # --- manager to worker, and back -------------------------------------------------------------------
 
 
@@ -261,4 +270,4 @@ class ForwardResult(Message, frozen=True):
 
 
 FromServer: TypeAlias = GenerateRequest | AbortRequest | StopSequence | Acknowledge
-ToServer: TypeAlias = SequenceUpdates | PromptLogprobs | RequestRejected
+ToServer: TypeAlias = SequenceUpdates | PromptLogprobs | RequestRejected | Eta

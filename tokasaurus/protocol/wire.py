@@ -11,7 +11,7 @@ import numpy as np
 M = TypeVar("M")
 
 _ARRAY = 1  # MessagePack extension code
-_DTYPES = [np.dtype(name) for name in ("<i4", "<i8", "<f4", "|b1")]
+_DTYPES = [np.dtype(name) for name in ("<i4", "<i8", "<f4", "|b1", "<f8")]
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
 
@@ -20,7 +20,7 @@ def _encode_array(value: Any) -> msgspec.msgpack.Ext:
     if not isinstance(value, np.ndarray) or value.dtype not in _CODES:
         kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
         raise TypeError(
-            f"cannot put a {kind} into a message; arrays are int32, int64, float32 or bool"
+            f"cannot put a {kind} into a message; arrays are int32, int64, float32, float64 or bool"
         )
     header = struct.pack(f"<BB{value.ndim}I", _CODES[value.dtype], value.ndim, *value.shape)
     return msgspec.msgpack.Ext(_ARRAY, header + value.tobytes())

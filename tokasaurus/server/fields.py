@@ -65,7 +65,6 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "length_penalty": (1,),
     "lora_path": (),
     "min_tokens": (0,),
-    "priority": (0,),
     "prompt_logprobs": (),
     "repetition_penalty": (1,),
     "skip_special_tokens": (True,),

@@ -27,6 +27,7 @@ from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
+    Eta,
     FinishReason,
     FromServer,
     GenerateRequest,
@@ -44,7 +45,7 @@ from tokasaurus.server.stop_strings import StopStrings
 from tokasaurus.server.text import TextStream
 from tokasaurus.server.tokenizer import Tokenizer
 
-__all__ = ["Generation", "Generations", "PreparedRequest"]
+__all__ = ["Etas", "Generation", "Generations", "PreparedRequest"]
 
 _FINISH_REASONS = {
     FinishReason.RUNNING: None,
@@ -67,10 +68,24 @@ class PreparedRequest:
     stop_token_ids: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Etas:
+    """When what is in flight is predicted to end, in seconds after the manager last said."""
+
+    requests: dict[int, float]  # by request id; those of which it has said anything
+    backlog_s: float | None  # until everything has ended; None if it has not said
+
+
 class Generation:
     """One prompt in flight and its samples.
 
+    With ``first_k``, the samples that end first *here* are the answer. The manager may see another order:
+    it can end a sample by length while a stop string found in another one is on its way to it. Either
+    way it counts up to ``first_k`` and aborts the rest, so each sample's last row does come. The
+    generation waits for these rows, since their tokens count in the usage.
+
     Attributes:
+        eta_s: seconds until all samples will have ended, as the manager last predicted; None until it has.
         error: why there will be no more; None while all is well.
     """
 
@@ -85,7 +100,9 @@ class Generation:
         self.request = request
         self.samples = samples
         self.error: TokasaurusError | None = None
+        self.eta_s: float | None = None
         self._on_change = on_change
+        self._num_wanted = int(request.params.first_k or len(samples))  # ends that still count
         self._num_running = len(samples)  # samples that have not ended, as far as a client can see
         self._num_open = len(samples)  # samples that the manager has not reported the end of
         self._changed: dict[int, Sample] = {}
@@ -103,10 +120,18 @@ class Generation:
     @property
     def num_cached_tokens(self) -> int:
         """Prompt tokens that need not be computed, because other prompts had begun with them."""
-        return min(sample.num_cached_tokens for sample in self.samples)
+        return min(
+            (
+                sample.num_cached_tokens
+                for sample in self.samples
+                if sample.num_tokens or not sample.was_cancelled  # else it may never have run
+            ),
+            default=0,
+        )
 
     @property
     def num_generated_tokens(self) -> int:
+        """Of all samples, the cancelled ones too."""
         return sum(sample.num_tokens for sample in self.samples)
 
     @property
@@ -119,15 +144,15 @@ class Generation:
         return self._prompt_logprobs is None or self._prompt_logprobs.complete
 
     def take_news(self) -> list[SampleOutput]:
-        """For streams: what there is to show since the last call."""
+        """For streams: what there is to show since the last call. Cancelled samples end with "abort"."""
         if not self._has_prompt_logprobs:
             return []
         changed, self._changed = self._changed, {}
         return [sample.take() for sample in changed.values() if sample.has_news]
 
     def take_all(self) -> list[SampleOutput]:
-        """The output of every sample, in order. Decodes them, which may take a while."""
-        return [sample.take() for sample in self.samples]
+        """The output of every sample that was not cancelled, in order. Decodes, which may take a while."""
+        return [sample.take() for sample in self.samples if not sample.was_cancelled]
 
     # --- for Generations only ----------------------------------------------------------------------
 
@@ -136,7 +161,13 @@ class Generation:
     ) -> None:
         sample.extend(token_ids, logprobs, _FINISH_REASONS[FinishReason(reason)])
         self._changed[sample.index] = sample
-        self._num_running -= sample.finish_reason is not None
+        if sample.finish_reason is None:
+            return
+        self._num_running -= 1
+        if self._num_wanted == 0:
+            sample.cancel()
+        elif not sample.was_cancelled:
+            self._num_wanted -= 1
 
     def _close_one(self) -> bool:
         """The manager is done with one more sample; returns whether it is with all of them."""
@@ -165,10 +196,17 @@ class Generations:
         self._send = send
         self._table: dict[int, Generation] = {}
         self._next_id = 0
+        self._backlog_eta_s: float | None = None
 
     def __len__(self) -> int:
         """How many prompts are in flight."""
         return len(self._table)
+
+    def etas(self) -> Etas:
+        """What the manager last predicted of all that is in flight."""
+        etas = ((request_id, each.eta_s) for request_id, each in self._table.items())
+        known = {request_id: eta_s for request_id, eta_s in etas if eta_s is not None}
+        return Etas(known, self._backlog_eta_s if self._table else 0.0)
 
     # --- towards the manager -----------------------------------------------------------------------
 
@@ -235,6 +273,8 @@ class Generations:
         ]
         generation = Generation(self._next_id, request, samples, on_change)
         self._next_id += 1
+        if not self._table:
+            self._backlog_eta_s = None  # was said of what has long ended
         self._table[generation.request_id] = generation
         self._send(
             GenerateRequest(
@@ -247,6 +287,8 @@ class Generations:
                 stop_token_ids=request.stop_token_ids,
                 num_logprobs=_number(params.logprobs),
                 num_prompt_logprobs=_number(params.prompt_logprobs),
+                priority=int(params.priority),
+                first_k=int(params.first_k or 0),
                 stream=stream,
                 hold_for_acks=stops is not None,
             )
@@ -283,8 +325,18 @@ class Generations:
             if generation is not None and generation._prompt_logprobs is not None:
                 generation._prompt_logprobs.fill(message)
                 generation._on_change()
+        elif isinstance(message, Eta):
+            self._absorb_etas(message)
         else:
             self._absorb_rejection(message)
+
+    def _absorb_etas(self, message: Eta) -> None:
+        self._backlog_eta_s = message.backlog_seconds
+        rows = zip(message.request_ids.tolist(), message.seconds.tolist(), strict=True)
+        for request_id, seconds in rows:
+            generation = self._table.get(request_id)
+            if generation is not None:
+                generation.eta_s = seconds
 
     def _absorb_rejection(self, message: RequestRejected) -> None:
         generation = self._table.pop(message.request_id, None)

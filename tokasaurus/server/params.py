@@ -15,9 +15,10 @@ from typing import Any
 from tokasaurus.errors import RequestError, TokasaurusError
 from tokasaurus.protocol.messages import LogprobsMode
 
-__all__ = ["MAX_SAMPLES", "SamplingParams", "renamed"]
+__all__ = ["MAX_PRIORITY", "MAX_SAMPLES", "SamplingParams", "renamed"]
 
 MAX_SAMPLES = 1 << 16  # of one request, over all its prompts
+MAX_PRIORITY = 1_000_000  # and as far below 0
 MAX_STOP_STRINGS = 128
 MAX_STOP_CHARS = 1024  # of one stop string
 _MIN_TEMPERATURE = 1e-5  # below it, dividing by the temperature leaves fp32
@@ -45,6 +46,10 @@ class SamplingParams:
         prompt_logprobs: of the prompt's tokens, likewise.
         logprobs_mode: the distribution that logprobs are taken from, "temperature", "raw" or
             "processed"; default the engine's.
+        priority: lower runs first; of two with the same, the one that came first. From -1,000,000 to
+            1,000,000.
+        first_k: take the k samples of each prompt that end first, and cancel its other samples then;
+            from 1 to n. Default all. The samples taken keep their index among the n.
 
     Raises:
         RequestError: a value is of the wrong type or out of range; names the field.
@@ -62,6 +67,8 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     logprobs_mode: LogprobsMode | str | None = None
+    priority: int = 0
+    first_k: int | None = None
 
     def __post_init__(self) -> None:
         _check_int("n", self.n, 1, MAX_SAMPLES)
@@ -88,6 +95,9 @@ class SamplingParams:
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 0, (1 << 31) - 1)
+        _check_int("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
+        if self.first_k is not None:
+            _check_first_k(self.first_k, self.n)
         object.__setattr__(self, "stop", _checked_stop(self.stop))
         object.__setattr__(self, "logprobs_mode", _checked_mode(self.logprobs_mode))
 
@@ -106,11 +116,24 @@ def renamed(error: TokasaurusError, names: Mapping[str, str]) -> TokasaurusError
     return type(error)(message, names[field])
 
 
-def _check_int(name: str, value: Any, low: int, high: int) -> None:
+def _check_whole(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise RequestError(f"{name} must be a whole number, not {value!r}", name)
+
+
+def _check_int(name: str, value: Any, low: int, high: int) -> None:
+    _check_whole(name, value)
     if not low <= int(value) <= high:
         raise RequestError(f"{name} must be from {low} to {high}, not {value}", name)
+
+
+def _check_first_k(first_k: Any, n: int) -> None:
+    _check_whole("first_k", first_k)
+    if not 1 <= first_k <= n:
+        raise RequestError(
+            f"first_k must be from 1 to n={n}, not {first_k}; leave it out to wait for all n samples",
+            "first_k",
+        )
 
 
 def _check_number(name: str, value: Any, low: float, high: float, also: str = "") -> None:

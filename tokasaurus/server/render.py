@@ -1,6 +1,7 @@
 """The JSON that clients get: whole answers and chunks of a stream. Knows nothing of sockets.
 
-A choice's index is ``prompt_index * n + sample_index``. Bodies are one line each, since some clients
+A choice's index is ``prompt_index * n + sample_index``, also where choices are missing because
+``first_k`` others ended before them. Bodies are one line each, since some clients
 read even whole answers line by line.
 """
 
@@ -65,7 +66,7 @@ class Renderer:
                 index = position * self.request.num_samples + output.index
                 choices.append(self._choice(index, position, generation, output))
                 outputs.append(output)
-        num_tokens = sum(len(output.token_ids) for output in outputs)
+        num_tokens = sum(generation.num_generated_tokens for generation in generations)
         return msgspec.json.encode(
             {
                 **self._head,

@@ -59,7 +59,7 @@ class SampleOutput:
     text: str
     token_ids: list[int]  # with the end-of-sequence token, and up to the end of a stop string
     logprobs: TokenLogprobs | None  # of token_ids; None if none were asked for
-    finish_reason: str | None  # "stop", "length", or "abort"; None while it goes on
+    finish_reason: str | None  # "stop", "length", or "abort" if cancelled; None while it goes on
 
 
 class Sample:
@@ -109,6 +109,15 @@ class Sample:
         self._token_ids += token_ids
         if logprobs is not None:
             self._logprobs.append(logprobs.copy())
+
+    @property
+    def was_cancelled(self) -> bool:
+        """Whether it did not end by itself."""
+        return self.finish_reason == "abort"
+
+    def cancel(self) -> None:
+        """It came too late: whatever ended it, nobody wants it any more."""
+        self.finish_reason = "abort"
 
     @property
     def has_news(self) -> bool:

@@ -54,6 +54,15 @@ class GenerationRequest(_Schema):
     """The same as ``logprobs_mode="raw"``."""
     logprobs_in_fingerprint: bool | None = None
     """Packed logprobs in ``system_fingerprint`` instead of the ``logprobs`` field."""
+    priority: int | None = None
+    """Lower runs first, of all requests that the engine has; from -1,000,000 to 1,000,000, default 0."""
+    first_k: int | None = None
+    """Wait for the k samples of each prompt that end first, and cancel its other samples then; from 1 to n.
+
+    The answer has those k choices, in order, each with the index it has among all n. A stream has begun
+    to show others: every choice that was cancelled ends in a chunk with ``finish_reason`` "abort". The
+    usage counts what was generated of cancelled samples too.
+    """
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -104,6 +113,8 @@ class GenerationRequest(_Schema):
                 logprobs_mode=LogprobsMode.RAW
                 if self.logprobs_ignore_temperature
                 else self.logprobs_mode,
+                priority=0 if self.priority is None else self.priority,
+                first_k=self.first_k,
             )
         except RequestError as error:
             raise renamed(error, self.field_names()) from None

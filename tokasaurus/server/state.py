@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 
 from tokasaurus.errors import EngineDead, EngineNotReady
-from tokasaurus.server.generation import Generations
+from tokasaurus.server.generation import Etas, Generations
 
 __all__ = ["EngineState"]
 
@@ -57,6 +57,10 @@ class EngineState:
     def num_running(self) -> int:
         """Prompts in flight."""
         return 0 if self._generations is None else len(self._generations)
+
+    def etas(self) -> Etas:
+        """When what is in flight is predicted to end."""
+        return Etas({}, 0.0) if self._generations is None else self._generations.etas()
 
     def check(self) -> None:
         """Raises EngineNotReady or EngineDead if nothing can be served."""
