@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 
 ROLES = ("server", "manager", "worker")
 
+_ETA_INTERVAL_S = 1.0
+_ETA_REST = 50  # and so many times what the estimate took
+
 
 def run_role(assignment: Assignment, lifeline: Lifeline, interrupt: Callable[[], None]) -> bool:
     """Runs one role to its end.
@@ -92,6 +95,7 @@ def _run_manager(assignment: Assignment, lifeline: Lifeline) -> None:
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
     lifeline.send(Ready())
+    eta_due_at = 0.0
     while True:
         events = door.receive()
         started = time.monotonic()
@@ -100,7 +104,13 @@ def _run_manager(assignment: Assignment, lifeline: Lifeline) -> None:
             to_worker.send(batch)
         for message in actions.messages:
             to_server.send(message)
-        manager.turn_took(time.monotonic() - started)
+        ended = time.monotonic()
+        manager.turn_took(ended - started)
+        if ended >= eta_due_at:
+            eta = manager.eta()
+            if eta is not None:
+                to_server.send(eta)
+            eta_due_at = ended + max(_ETA_INTERVAL_S, _ETA_REST * (time.monotonic() - ended))
 
 
 def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:

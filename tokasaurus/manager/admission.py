@@ -198,6 +198,21 @@ class AdmissionControl:
         # As if they had all been fed by now. An error of steps, and the next refresh knows better.
         self._slots.predicted_end[slots] = self._now + admitted.num_steps
 
+    def finish_steps(self, waiting: Rows[Candidate]) -> tuple[IndexArray, Int64Array, Int64Array]:
+        """When everybody is predicted to end: estimates for those who are not admissible now.
+
+        Args:
+            waiting: in the order in which they may run.
+
+        Returns:
+            [running] slots, [running] the steps until each ends, and so [rows] for those who wait.
+        """
+        rows, sequences = self._running_rows()
+        forecast = self._forecast(
+            running=sequences, waiting=self._candidate_rows(waiting), forest=self._forest()
+        )
+        return rows, *forecast.finish_steps(self.limit)
+
     @property
     def refresh_is_due(self) -> bool:
         """Enough has happened since the last one."""
@@ -211,7 +226,7 @@ class AdmissionControl:
                 not limited.
             budget: prompt tokens that a batch can feed.
         """
-        slots, prefixes = self._slots, self._running.prefixes
+        slots = self._slots
         self._refresh_at = self._now + REFRESH_INTERVAL
         if self._config.learn_lengths:
             known = np.flatnonzero(slots.absorbing & (slots.known > 0))
@@ -221,7 +236,7 @@ class AdmissionControl:
         forecast = self._forecast(
             running=sequences,
             waiting=self._candidate_rows(waiting),
-            forest=Forest(prefixes.parent, prefixes.end_column),
+            forest=self._forest(),
         )
         self.prefill_pace = None
         if not self._config.greedy_prefill:
@@ -309,6 +324,10 @@ class AdmissionControl:
             return limits
         num_running = max(1, int(np.count_nonzero(self._slots.order >= 0)))
         return self._lengths.predict(groups, num_generated, limits, numbers, num_running)
+
+    def _forest(self) -> Forest:
+        prefixes = self._running.prefixes
+        return Forest(prefixes.parent, prefixes.end_column)
 
     def _forecast(
         self,

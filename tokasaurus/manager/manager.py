@@ -16,6 +16,7 @@ from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.errors import ProtocolError
 from tokasaurus.manager.admission import AdmissionControl
 from tokasaurus.manager.counters import Counters, Gauges
+from tokasaurus.manager.eta import StepTimer, eta
 from tokasaurus.manager.held_slots import find_holding_slots
 from tokasaurus.manager.in_flight import PromptPiece
 from tokasaurus.manager.invariants import check_invariants
@@ -30,6 +31,7 @@ from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
+    Eta,
     FinishReason,
     ForwardBatch,
     ForwardResult,
@@ -69,6 +71,7 @@ class Manager:
             config, self._running, self._backlog, self._admission, self.counters
         )
         self._look_ahead = LookAhead(config.scheduling_steps_ahead)
+        self._step_timer = StepTimer()
         self._outbox = Outbox()
         # What ended in this step: sequences, those of them that hold pages, requests with their last one.
         self._ended: list[tuple[Sequence, FinishReason]] = []
@@ -97,11 +100,14 @@ class Manager:
         Raises:
             ProtocolError: a result is not that of the oldest batch in flight.
         """
+        num_results = 0
         for event in events:
             self._take(event, now)
+            num_results += isinstance(event, ForwardResult)
         messages = self._outbox.collect(self._running.slots, self._running.window)
         self._settle()
         batches = self._plan(now)
+        self._step_timer.absorbed(now, num_results, self.num_in_flight == 0)
         if self._config.check_invariants:
             check_invariants(self._running, self._backlog)
         return Actions(batches, messages)
@@ -114,6 +120,12 @@ class Manager:
         """
         if self._config.adapt_steps_ahead:
             self._look_ahead.turn_took(seconds)
+
+    def eta(self) -> Eta | None:
+        """When requests will have ended; None where nothing runs, or no step was measured yet."""
+        if self.idle or not self._step_timer.seconds:
+            return None
+        return eta(self._running, self._backlog, self._admission, self._step_timer.seconds)
 
     def gauges(self) -> Gauges:
         """The state of this moment, for statistics."""

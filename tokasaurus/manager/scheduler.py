@@ -169,7 +169,8 @@ class Scheduler:
             # A victim may have wanted one of the pages itself.
             num_gained = np.cumsum(num_freed[ranked])
             ranked = ranked[: int(np.searchsorted(num_gained, num_pages)) + 1]
-        return rows[ranked]
+        victims: IndexArray = rows[ranked]
+        return victims
 
     def _commit_decode(self, decoding: BoolArray, crossing: IndexArray) -> IndexArray:
         slots = self._slots

@@ -1,0 +1,96 @@
+"""When requests are said to end, against when they do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from simulation import World, make_admission, make_config, make_request, prompt
+
+from tokasaurus.manager.eta import StepTimer
+
+
+def measured(world: World, num_steps: int) -> None:
+    """Steps of a second each."""
+    for _ in range(num_steps):
+        world.now += 0.999
+        world.step(num_results=1)
+
+
+def exact_world(**changes: object) -> World:
+    """Where everybody is as long as max_tokens, and this is known."""
+    config = make_config(admission=make_admission(predict_lengths=False), **changes)
+    return World(config)
+
+
+def test_nothing_is_said_before_a_step_was_measured() -> None:
+    world = exact_world()
+    assert world.manager.eta() is None
+    world.step(make_request(1, prompt(5), 20))
+    assert world.manager.eta() is None
+
+
+def test_running_requests() -> None:
+    world = exact_world(scheduling_steps_ahead=1)
+    world.step(make_request(1, prompt(5), 10), make_request(2, prompt(5, 1), 20))
+    measured(world, 4)
+    eta = world.manager.eta()
+    assert eta is not None
+    assert eta.request_ids.tolist() == [1, 2]
+    start = world.now
+    ended: dict[int, float] = {}
+    while not world.manager.idle:
+        measured(world, 1)
+        for index in (1, 2):
+            if world.answers[index, 0].reason:
+                ended.setdefault(index, world.now - start)
+    assert eta.seconds.tolist() == pytest.approx([ended[1], ended[2]], abs=1.1)
+    assert eta.backlog_seconds == pytest.approx(ended[2], abs=1.1)
+
+
+def test_the_queue() -> None:
+    """Two at a time, of ten tokens each: nine requests need about five rounds."""
+    world = exact_world(scheduling_steps_ahead=1, num_pages=8, max_seqs_per_forward=8)
+    world.step(*[make_request(index, prompt(5, index), 12) for index in range(9)])
+    measured(world, 2)
+    eta = world.manager.eta()
+    assert eta is not None
+    assert eta.request_ids.tolist() == list(range(9))
+    assert (np.diff(eta.seconds) >= 0).all()
+    start = world.now
+    while not world.manager.idle:
+        measured(world, 1)
+    assert eta.backlog_seconds == pytest.approx(world.now - start, rel=0.25)
+
+
+def test_samples_that_follow_count() -> None:
+    world = exact_world(scheduling_steps_ahead=1, max_tokens_per_forward=6)
+    world.step(make_request(1, prompt(30), 10, n=5))
+    measured(world, 2)
+    eta = world.manager.eta()
+    assert eta is not None
+    assert eta.request_ids.tolist() == [1]
+    assert eta.seconds[0] > 10
+
+
+def test_who_is_far_behind_in_the_queue_counts_as_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokasaurus.manager.eta.MAX_QUEUED", 3)
+    world = exact_world(scheduling_steps_ahead=1, num_pages=8)
+    world.step(*[make_request(index, prompt(5, index), 12) for index in range(20)])
+    measured(world, 2)
+    eta = world.manager.eta()
+    assert eta is not None
+    assert len(eta.request_ids) < 10
+    start = world.now
+    while not world.manager.idle:
+        measured(world, 1)
+    assert eta.backlog_seconds == pytest.approx(world.now - start, rel=0.4)
+
+
+def test_time_in_which_nothing_was_in_flight_does_not_count() -> None:
+    timer = StepTimer()
+    timer.absorbed(1.0, 1, False)
+    timer.absorbed(1.5, 2, True)
+    assert timer.seconds == 0.25
+    timer.absorbed(100.0, 1, False)
+    timer.absorbed(100.25, 1, False)
+    assert timer.seconds == 0.25

@@ -1,0 +1,75 @@
+"""When requests will have ended, in seconds: the forecast's steps times what a step takes.
+
+Knows nothing of how either comes about. Costs milliseconds where thousands wait, so it is asked now and then.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+
+import numpy as np
+
+from tokasaurus.manager.admission import AdmissionControl, Candidate
+from tokasaurus.manager.running import RunningSequences
+from tokasaurus.manager.waiting import Backlog
+from tokasaurus.protocol.messages import Eta
+
+__all__ = ["MAX_QUEUED", "StepTimer", "eta"]
+
+MAX_QUEUED = (
+    1024  # entries of the queue that are looked at one by one; who is behind counts as a sum
+)
+
+_NEW_SHARE = 0.05  # of the latest measurement in the average
+
+
+class StepTimer:
+    """What a batch takes while there is always one in flight: moving average."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0  # 0 until it was measured
+        self._absorbed_at: float | None = None
+
+    def absorbed(self, now: float, num_results: int, is_idle: bool) -> None:
+        """So many results came, and nothing else is in flight or something is."""
+        if num_results == 0:
+            return
+        if self._absorbed_at is not None:
+            measured = (now - self._absorbed_at) / num_results
+            share = _NEW_SHARE if self.seconds else 1.0
+            self.seconds += share * (measured - self.seconds)
+        self._absorbed_at = None if is_idle else now
+
+
+def eta(
+    running: RunningSequences, backlog: Backlog, admission: AdmissionControl, step_s: float
+) -> Eta:
+    """The estimate, of the requests with samples that run or are among the first in the queue."""
+    candidates = [
+        Candidate(leader, 0, 0, num_followers)
+        for leader in running.prefilling
+        if (num_followers := backlog.num_followers(leader))
+    ]
+    for sequence in islice(backlog.in_order(), MAX_QUEUED):
+        num_followers = backlog.num_followers(sequence)
+        candidates.append(Candidate(sequence, len(sequence.prompt_ids), 0, num_followers))
+    slots, running_ends, waiting_ends = admission.finish_steps(candidates)
+    counts = [candidate.num_rows for candidate in candidates]
+    ids = [candidate.sequence.request.message.request_id for candidate in candidates]
+    request_ids = np.concatenate(
+        [running.slots.request_id[slots], np.repeat(np.array(ids, np.int64), counts)]
+    )
+    ends = np.concatenate([running_ends, waiting_ends])
+    # The last row of each request.
+    request_ids, rows = np.unique(request_ids, return_inverse=True)
+    last = np.zeros(len(request_ids), np.int64)
+    np.maximum.at(last, rows, ends)
+    # Those behind take as long, each, as those before them did.
+    backlog_steps = float(ends.max(initial=0))
+    if len(ends):
+        backlog_steps *= max(1.0, backlog.num_sequences / len(ends))
+    return Eta(
+        request_ids=request_ids,
+        seconds=(last + 1).astype(np.float64) * step_s,
+        backlog_seconds=(backlog_steps + 1) * step_s,
+    )
