@@ -1,8 +1,8 @@
 """The JSON that clients get: whole answers and chunks of a stream. Knows nothing of sockets.
 
 A choice's index is ``prompt_index * n + sample_index``, also where choices are missing because
-``first_k`` others ended before them. Bodies are one line each, since some clients
-read even whole answers line by line.
+``first_k`` others ended before them. Bodies are one line each, since some clients read even whole answers
+line by line.
 """
 
 from __future__ import annotations
