@@ -81,14 +81,18 @@ def _final_tokens(
     streams = [sequence.request.incremental for sequence in sequences if sequence.slot >= 0]
     first = np.where(streams, slots.delivered[rows], slots.stored[rows])
     in_rings = window.tokens(rows, first)
-    counts = iter((slots.known[rows] - first).tolist())
+    num_new = (slots.known[rows] - first).tolist()
+    # A stream was sent everything before it lost its slot, or before it was stored.
+    has_stored = [bool(s.stored) and not s.request.incremental for s in sequences]
+    if len(rows) == len(sequences) and not any(has_stored):
+        return num_new, in_rings
+    counts = iter(num_new)
     pieces: list[GeneratedTokens] = []
     num_tokens: list[int] = []
     token = logprob = top = 0
-    for sequence, width in zip(sequences, widths, strict=True):
+    for sequence, width, is_stored in zip(sequences, widths, has_stored, strict=True):
         count = 0
-        # A stream was sent everything before it lost its slot, or before it was stored.
-        if sequence.stored and not sequence.request.incremental:
+        if is_stored:
             pieces += sequence.stored
             count = sequence.num_stored
         if sequence.slot >= 0:
@@ -106,8 +110,7 @@ def _final_tokens(
             token, logprob, top = token + new, logprob + num_logprobs, top + num_tops
             count += new
         num_tokens.append(count)
-    has_only_rings = len(rows) == len(sequences) == len(pieces)
-    return num_tokens, in_rings if has_only_rings else GeneratedTokens.joined(pieces)
+    return num_tokens, GeneratedTokens.joined(pieces)
 
 
 def _stream_updates(slots: SlotTable, window: TokenWindow) -> list[SequenceUpdates]:

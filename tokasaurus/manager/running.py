@@ -165,7 +165,8 @@ class RunningSequences:
                 for row in [slot, *forks.tolist()]:
                     slots.page_table[row, columns] = shared[columns]
                     self.table_changes.patch(slots.sequence(row), columns)
-            self.in_progress.advance(sequence, count)
+            if slots.length[slot] < slots.prompt_end[slot]:
+                self.in_progress.advance(sequence, count)
 
     def prompts_are_fed(self, prompts: Rows[tuple[Sequence, IndexArray]]) -> None:
         """The last chunks of prompts were sent: they decode from now on.
@@ -217,9 +218,12 @@ class RunningSequences:
         holders: list[tuple[Int32Array, Int32Array]] = []
         start = 0
         for index, sequence in enumerate(sequences):
-            known_ids = _all_ids(sequence, ids[start : ends[index]])[: num_known[index]]
-            pages = slots.page_table[sequence.slot, : num_pages[index]]
-            holders.append((known_ids, pages))
+            prompt_ids, count = sequence.request.message.prompt_ids, num_known[index]
+            if count <= len(prompt_ids):
+                known_ids = prompt_ids[:count]
+            else:
+                known_ids = _all_ids(sequence, ids[start : ends[index]])[:count]
+            holders.append((known_ids, slots.page_table[sequence.slot, : num_pages[index]]))
             start = ends[index]
         self.prefixes.leave(rows)
         self.pages.release(holders)
@@ -260,5 +264,7 @@ class RunningSequences:
 
 
 def _all_ids(sequence: Sequence, unstored_ids: Int32Array) -> Int32Array:
+    if not sequence.stored and not len(unstored_ids):
+        return sequence.request.message.prompt_ids
     stored = [piece.ids for piece in sequence.stored]
     return np.concatenate([sequence.request.message.prompt_ids, *stored, unstored_ids])

@@ -275,9 +275,10 @@ class Scheduler:
 
     def _take_forks(self, chunk: Chunk, headroom: _Headroom) -> int:
         """How many samples could run from the chunk's last row on."""
-        if not chunk.ends_prompt:
+        num_followers = self._backlog.num_followers(chunk.sequence)
+        if num_followers == 0 or not chunk.ends_prompt:
             return 0
-        count = min(self._backlog.num_followers(chunk.sequence), headroom.num_sequences)
+        count = min(num_followers, headroom.num_sequences)
         has_own_page = len(chunk.sequence.prompt_ids) % self._slots.page_size > 0
         if has_own_page:
             count = min(count, max(0, headroom.num_pages))
