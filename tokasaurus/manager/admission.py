@@ -1,8 +1,9 @@
 """How many of those that wait may run: the forecast of the KV cache, kept up to date while it comes true.
 
 Joins the predictor of lengths, the forecast and the slot table. The use of pages at each coming step is
-computed from all running sequences every REFRESH_INTERVAL batches. In between it is patched: who is admitted
-adds what it will need, who ends takes away what it would have needed from then on::
+computed from all running sequences when it is needed, once in REFRESH_INTERVAL batches at most. In between
+it is patched: who is admitted adds what it will need, who ends takes away what it would have needed from
+then on::
 
     pages
     ─────────────────────────────────────────── limit
@@ -33,6 +34,9 @@ from tokasaurus.protocol.arrays import Int64Array
 __all__ = ["REFRESH_INTERVAL", "AdmissionControl", "Candidate"]
 
 REFRESH_INTERVAL = 16  # steps
+
+# Where there is room for everybody a refresh is needed only to learn.
+_LONGEST_REST = 1024  # steps
 
 # Where the forecast refused and nothing ended since, time alone may have made room.
 _RETRY_INTERVAL = 4  # steps
@@ -81,6 +85,7 @@ class AdmissionControl:
         self._config = config.admission
         self._running = running
         self._slots = running.slots
+        self._max_tokens = config.max_tokens_per_forward
         self._page_size = config.page_size
         self._num_pages = config.num_pages
         utilization = self._config.target_utilization if self._config.predict_lengths else 1.0
@@ -175,9 +180,11 @@ class AdmissionControl:
             for sequence in self._running.prefilling
         )
         num_used = self._num_pages - self._running.pages.num_available
-        most = max(self._most_used, num_used) + self._most_pages(self._asked)
-        if most <= _ROOMY * self.limit:
+        num_more = self._most_pages(self._asked)
+        if max(self._most_used, num_used) + num_more <= _ROOMY * self.limit:
             return len(self._asked)
+        if self._now >= self._refresh_at:
+            self.refresh((), self._max_tokens - self._running.num_running)
         self._apply_patches()
         coming = self._coming()
         # Who outlives its prediction is not in the forecast until the next refresh.
@@ -215,8 +222,9 @@ class AdmissionControl:
 
     @property
     def refresh_is_due(self) -> bool:
-        """Enough has happened since the last one."""
-        return self._now >= self._refresh_at
+        """The pace of prompts depends on it, or it has not been needed for so long that much is to be learned."""
+        rest = 0 if not self._config.greedy_prefill else _LONGEST_REST
+        return self._now >= self._refresh_at + rest
 
     def refresh(self, waiting: Rows[Candidate], budget: int) -> None:
         """Learns from what happened since the last time, and computes the use of pages anew.

@@ -130,7 +130,7 @@ class Manager:
     def gauges(self) -> Gauges:
         """The state of this moment, for statistics."""
         slots, pages = self._running.slots, self._running.pages
-        num_running = int(np.count_nonzero(slots.order >= 0))
+        num_running = self._running.num_running
         num_prefilling = len(self._running.prefilling)
         num_in_slots = slots.num_slots - slots.num_free
         num_preempted = int(np.count_nonzero(slots.absorbing)) - num_running

@@ -65,6 +65,11 @@ class RunningSequences:
         self._backlog = backlog
         self._counters = counters
 
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold pages."""
+        return int(np.count_nonzero(self.slots.order >= 0))
+
     def may_feed(self, sequence: Sequence, num_cached_pages: int) -> bool:
         """Whether nobody who goes first is about to compute the page that a prompt needs next."""
         if sequence.prompt_logprobs_due:  # computes every page, whoever else does
