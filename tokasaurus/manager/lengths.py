@@ -61,7 +61,7 @@ Solved for x, and free of differences of large numbers::
 The margin is so many standard deviations of the sum over the n sequences that run together: of each one's
 length, fewer by sqrt(n). It is had by moving all u up, log(u / (1 - u)) by the margin in the standard
 deviation of its own distribution, pi / sqrt(3). So it is exact in the mean where lengths are logistic,
-short of it by a tenth where they are exponential or of two kinds, and no length passes the largest
+short of it by a tenth where they are exponential or of two equally frequent kinds, and no length passes the largest
 possible one.
 """
 
@@ -84,8 +84,8 @@ NO_GROUP = -1  # the handle of a sequence without siblings
 _FRAILTY_SHAPE = 1.0  # k
 _ENOUGH_AT_RISK = 4.0  # imagined sequences that enter each bucket
 _IMAGINED_SHARE = 1 / 8  # of max_tokens: the imagined end
-_LARGEST_EXPONENT = 600.0
-_ALMOST_ALL = 1.0 - 2.0**-53
+_LARGEST_EXPONENT = 300.0  # of what is multiplied once
+_ALMOST_ALL = 1.0 - 2.0**-53  # of a bucket may end there: H stays finite
 # Sequences differ in the low bits of their numbers.
 _NUMBER_BITS = 16
 _NO_LENGTHS: Int64Array = np.empty(0, np.int64)
@@ -100,7 +100,7 @@ def _spread_evenly() -> _Floats:
 
 
 _LEVELS = _spread_evenly()
-_LOG_LEVELS: _Floats = -np.log1p(-_LEVELS)
+_LOG_LEVELS: _Floats = -np.log1p(-_LEVELS)  # -log(1 - u)
 _LOGISTIC_STD = np.pi / np.sqrt(3.0)
 
 
@@ -293,6 +293,7 @@ class LengthPredictor:
         others = np.maximum(self._group_expected[groups] - _expected_ends(risk), 0.0)
         slope = 1.0 + others / _FRAILTY_SHAPE * np.exp(-risk)
         level, log_level = _LEVELS[numbers], _LOG_LEVELS[numbers]
+        # u is raised by the margin: to u * odds / (1 - u + u * odds).
         odds = np.exp(min(margin * _LOGISTIC_STD, _LARGEST_EXPONENT))
         log_level = log_level + np.log(1.0 + level * (odds - 1.0))
         growth = np.exp(np.minimum(log_level * inverse_shape, _LARGEST_EXPONENT)) - 1.0
