@@ -61,8 +61,8 @@ Solved for x, and free of differences of large numbers::
 The margin is so many standard deviations of the sum over the n sequences that run together: of each one's
 length, fewer by sqrt(n). It is had by moving all u up, log(u / (1 - u)) by the margin in the standard
 deviation of its own distribution, pi / sqrt(3). So it is exact in the mean where lengths are logistic,
-short of it by a tenth where they are exponential or of two equally frequent kinds, and no length passes the largest
-possible one.
+short of it by a tenth where they are exponential or of two equally frequent kinds, and no length passes
+the largest possible one.
 """
 
 from __future__ import annotations
