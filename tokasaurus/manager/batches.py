@@ -91,7 +91,7 @@ def forward_batch(
         prefill_slots=_int32([chunk.sequence.slot for chunk in chunks]),
         prefill_starts=_int32([chunk.start for chunk in chunks]),
         prefill_lengths=_int32([chunk.length for chunk in chunks]),
-        prefill_ids=np.concatenate(fed) if fed else _int32([]),
+        prefill_ids=np.concatenate(fed) if fed else _NONE,
         prefill_num_logprobs=_int32([chunk.num_prompt_logprobs for chunk in chunks]),
         prefill_next_ids=_int32(next_ids),
         draw_chunks=draws[0].astype(np.int32),
@@ -150,4 +150,4 @@ def _slot_parameters(entered: Rows[Sequence]) -> SlotParameters:
 
 
 def _int32(values: Rows[int]) -> Int32Array:
-    return np.array(values, np.int32)
+    return np.array(values, np.int32) if values else _NONE

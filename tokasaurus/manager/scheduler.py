@@ -336,10 +336,13 @@ class Scheduler:
             copies,
             groups,
         )
-        sampling_slots = np.concatenate([decode_slots, drawing[1]])
+        drawing_slots = drawing[1]
+        sampling_slots = decode_slots
+        if drawing_slots.size:
+            sampling_slots = np.concatenate([decode_slots, drawing_slots])
         running.in_flight.add(Flight(number, sampling_slots, prompt_pieces(chunks)))
         if chunks:
-            self._commit_chunks(chunks, drawing[1], number)
+            self._commit_chunks(chunks, drawing_slots, number)
         self._counters.num_batches += 1
         self._counters.num_decode_tokens += len(decode_slots)
         self._counters.num_prefill_tokens += len(batch.prefill_ids)
