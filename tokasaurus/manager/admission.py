@@ -310,6 +310,10 @@ class AdmissionControl:
                 values.append((rest, 1 if rest else 0, 0, group, 0, message.max_tokens))
                 counts.append(candidate.num_forks)
                 numbers += range(sequence.order + 1, sequence.order + 1 + candidate.num_forks)
+        # The head is at most of middle length: where few run, one that happens to be predicted long would
+        # hold up everybody behind it. An odd number is a long one, and 1 is the middle.
+        if numbers and numbers[0] & 1:
+            numbers[0] = 1
         columns = np.repeat(np.array(values, np.int64).reshape(-1, 6), counts, axis=0).T
         length, pages, num_tokens, group, num_stored, max_tokens = columns
         num_steps = (
