@@ -146,7 +146,9 @@ class AdmissionControl:
     def release(self, slots: IndexArray) -> None:
         """These slots are about to give back their pages."""
         self._retry_at = 0
-        num_steps = self._slots.predicted_end[slots] - self._now
+        # Their last step was the one before: nobody decodes in this one yet.
+        step = self._now - 1
+        num_steps = self._slots.predicted_end[slots] - step
         is_early = num_steps >= 0
         if is_early.any():
             slots = slots[is_early]
@@ -159,7 +161,7 @@ class AdmissionControl:
                 num_steps=num_steps[is_early],
                 leaf=np.full(len(slots), -1, np.int64),
             )
-            self._patches.append(_Patch(self._now, gone, 0, -1))
+            self._patches.append(_Patch(step, gone, 0, -1))
 
     def pass_step(self) -> None:
         """A batch was planned."""
@@ -187,10 +189,11 @@ class AdmissionControl:
             self.refresh((), self._max_tokens - self._running.num_running)
         self._apply_patches()
         coming = self._coming()
-        # Who outlives its prediction is not in the forecast until the next refresh.
-        num_missing = max(0, num_used - int(coming[0]))
+        # Who outlives its prediction is not in the forecast until the next refresh. But who has no token
+        # to come gives back its pages when they are wanted.
+        num_missing = max(0, num_used - self._num_planned_pages() - int(coming[0]))
         forecast = self._forecast(
-            waiting=self._asked, others=coming + num_missing, num_tokens_before=self._num_unfed
+            waiting=self._asked, others=coming + num_missing, num_unfed=self._num_unfed
         )
         count = forecast.num_admissible(self.limit)
         if count < len(self._asked):
@@ -347,8 +350,10 @@ class AdmissionControl:
         waiting: Sequences = _NOBODY,
         forest: Forest = _NO_FOREST,
         others: Int64Array = _NOTHING,
-        num_tokens_before: int = 0,
+        num_unfed: int = 0,
     ) -> Forecast:
+        # The batch that is being planned feeds prompts, and its decode rows are counted already: this is
+        # step 0, while the forecast's first prompts are fed in step 1.
         return Forecast(
             running,
             waiting,
@@ -356,13 +361,20 @@ class AdmissionControl:
             page_size=self._page_size,
             prefill_rate=self._prefill_rate,
             others=others,
-            num_tokens_before=num_tokens_before,
+            num_tokens_before=num_unfed - self._prefill_rate,
         )
 
     def _most_pages(self, sequences: Sequences) -> int:
         """The pages that these hold in the end, all together."""
         ends = -(-(sequences.length + sequences.num_steps) // self._page_size)
         return int(np.maximum(ends, sequences.num_pages).sum())
+
+    def _num_planned_pages(self) -> int:
+        """Own pages of sequences whose tokens are all planned."""
+        slots, prefixes = self._slots, self._running.prefixes
+        rows = np.flatnonzero((slots.length == slots.final_length) & (slots.order >= 0))
+        num_shared = prefixes.end_column[prefixes.leaf[rows]]
+        return int((slots.capacity[rows] // self._page_size - num_shared).sum())
 
     def _coming(self) -> Int64Array:
         """Pages at each step from now on, without the patches."""
@@ -374,7 +386,7 @@ class AdmissionControl:
         if not self._patches:
             return
         added = [
-            (patch, self._forecast(patch.sequences, num_tokens_before=patch.num_unfed).use())
+            (patch, self._forecast(patch.sequences, num_unfed=patch.num_unfed).use())
             for patch in self._patches
         ]
         coming = self._coming()

@@ -1,0 +1,212 @@
+"""Who runs, who waits and who gives way: priorities, first_k, the forecast, pacing, groups."""
+
+from __future__ import annotations
+
+import pytest
+from simulation import World, make_admission, make_config, make_request, prompt
+
+from tokasaurus.protocol.messages import FinishReason, StopSequence
+
+RESERVING = make_admission(predict_lengths=False)
+OVERCOMMITTING = make_admission(target_utilization=1000.0)
+
+
+def ends(world: World) -> list[int]:
+    """Request ids in the order in which they end, one result at a time."""
+    order: list[int] = []
+    while not world.manager.idle:
+        world.step(num_results=1)
+        order += [i for (i, _), a in world.answers.items() if a.reason and i not in order]
+    return order
+
+
+# --- priorities ------------------------------------------------------------------------------------
+
+
+def test_lower_priorities_run_first() -> None:
+    world = World(make_config(max_seqs_per_forward=1, scheduling_steps_ahead=1))
+    priorities = {1: 0, 2: 5, 3: -2, 4: 0, 5: -2}
+    world.step(*[make_request(i, prompt(5, i), 3, priority=p) for i, p in priorities.items()])
+    assert ends(world) == [3, 5, 1, 4, 2]
+
+
+def test_an_urgent_request_waits_for_a_seat_but_is_the_next_to_get_one() -> None:
+    world = World(make_config(max_seqs_per_forward=1, scheduling_steps_ahead=1))
+    world.step(*[make_request(i, prompt(5, i), 3) for i in range(3)])
+    world.step(make_request(9, prompt(5, 9), 3, priority=-1))
+    assert ends(world) == [0, 9, 1, 2]
+
+
+@pytest.mark.parametrize(("priority", "is_accepted"), [(10**6, True), (10**6 + 1, False)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_range_of_priorities(priority: int, is_accepted: bool, sign: int) -> None:
+    world = World(make_config())
+    world.step(make_request(1, prompt(5), 3, priority=sign * priority))
+    assert (1 not in world.rejected) == is_accepted
+    if not is_accepted:
+        assert world.rejected[1].field == "priority"
+
+
+def test_the_least_important_gives_way() -> None:
+    """Though the important ones came last."""
+    world = World(make_config(num_pages=9, admission=OVERCOMMITTING))
+    world.step(make_request(1, prompt(8, 1), 20, priority=3))
+    for _ in range(3):
+        world.step(num_results=1)
+    world.step(*[make_request(i, prompt(8, i), 20) for i in (2, 3)])
+    world.drain()
+    entered = [
+        seed
+        for batch in world.batches
+        if batch.parameters is not None
+        for seed in batch.parameters.seed.tolist()
+    ]
+    assert entered.count(10_001) > 1
+    assert entered.count(10_002) == 1
+
+
+# --- first_k ---------------------------------------------------------------------------------------
+
+
+def test_the_first_k_to_end_are_the_answer() -> None:
+    world = World(make_config(num_pages=64))
+    request = make_request(1, prompt(9), 40, n=6, first_k=2, stop_token_ids=(3, 5, 7, 11))
+    lengths = sorted((len(world_answer), i) for i, world_answer in enumerate(expected(request)))
+    world.step(request)
+    world.drain()
+    reasons = [world.answers[1, sample].reason for sample in range(6)]
+    assert reasons.count(FinishReason.ABORT) == 4
+    finished = {sample for sample in range(6) if reasons[sample] is not FinishReason.ABORT}
+    assert {len(world.answers[1, sample].ids) for sample in finished} == {
+        length for length, _ in lengths[:2]
+    }
+
+
+def expected(request: object) -> list[list[int]]:
+    from fake_device import oracle
+
+    return [oracle(request, sample).ids for sample in range(request.n)]  # type: ignore[arg-type, attr-defined]
+
+
+def test_a_stop_string_counts_when_the_server_says_so() -> None:
+    world = World(make_config(stop_lag=4))
+    world.step(make_request(1, prompt(5), 30, n=3, first_k=1, hold_for_acks=True))
+    world.step(num_results=2)
+    world.step(StopSequence(1, 2))
+    assert world.answers[1, 2].reason is FinishReason.STOP
+    assert world.answers[1, 0].reason is world.answers[1, 1].reason is FinishReason.ABORT
+    world.drain()
+
+
+def test_samples_that_never_ran_are_cancelled_too() -> None:
+    world = World(make_config(max_seqs_per_forward=2, num_slots=4))
+    world.step(make_request(1, prompt(5), 4, n=8, first_k=2))
+    world.drain()
+    assert world.num_finished[1] == 2
+
+
+@pytest.mark.parametrize("first_k", [-1, 4])
+def test_first_k_is_at_most_n(first_k: int) -> None:
+    world = World(make_config())
+    world.step(make_request(1, prompt(5), 4, n=3, first_k=first_k))
+    assert world.rejected[1].field == "first_k"
+
+
+# --- the forecast ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_pages", [8, 13, 29])
+def test_who_reserves_the_longest_never_preempts(num_pages: int) -> None:
+    world = World(make_config(num_pages=num_pages, admission=RESERVING))
+    world.step(*[make_request(i, prompt(3 + i % 5, i), 4 + 3 * (i % 7)) for i in range(30)])
+    world.drain()
+    assert world.manager.counters.num_preemptions == 0
+
+
+def test_known_ends_let_more_run_at_once() -> None:
+    """Two of 20 tokens fit a cache of 32 if one begins when the other is nearly done."""
+    world = World(make_config(num_pages=8, admission=RESERVING, scheduling_steps_ahead=1))
+    world.step(make_request(1, prompt(4, 1), 17), make_request(2, prompt(4, 2), 17))
+    assert world.manager.gauges().num_decoding == 1
+    num_steps = 1
+    while world.manager.gauges().num_decoding < 2:
+        world.step(num_results=1)
+        num_steps += 1
+    # Request 2 needs 5 pages in the end, as does request 1: 8 suffice from the middle of request 1 on.
+    assert 2 < num_steps < 16
+    assert not world.answers[1, 0].reason
+    world.drain()
+    assert world.manager.counters.num_preemptions == 0
+
+
+def test_lengths_are_learned() -> None:
+    """All end after a fraction of max_tokens: soon more run than could if none did."""
+    config = make_config(num_pages=32, max_request_tokens=128, max_seqs_per_forward=12)
+    widths = {}
+    for name, admission in (("learning", make_admission()), ("reserving", RESERVING)):
+        world = World(make_config(**{**vars(config), "admission": admission}))
+        stops = tuple(range(0, 61, 5))  # a fifth of all tokens
+        world.step(
+            *[
+                make_request(i, prompt(4, i), 100, stop_token_ids=stops, num_logprobs=-1)
+                for i in range(150)
+            ]
+        )
+        widest = []
+        while not world.manager.idle:
+            world.step(num_results=1)
+            widest.append(world.manager.gauges().num_decoding)
+        widths[name] = sum(widest) / len(widest)
+    assert widths["learning"] > 2 * widths["reserving"]
+
+
+# --- pacing ----------------------------------------------------------------------------------------
+
+
+def test_balanced_prefill_spreads_prompts_over_steps() -> None:
+    most = {}
+    for greedy in (True, False):
+        admission = make_admission(greedy_prefill=greedy, prefill_round_up_multiple=4)
+        world = World(
+            make_config(
+                num_pages=128,
+                max_tokens_per_forward=64,
+                max_seqs_per_forward=12,
+                admission=admission,
+                scheduling_steps_ahead=1,
+            )
+        )
+        world.step(make_request(0, prompt(4), 60))
+        for _ in range(18):
+            world.step(num_results=1)
+        first = len(world.batches)
+        world.step(*[make_request(i, prompt(16, i), 40) for i in range(1, 5)], num_results=1)
+        world.drain()
+        sizes = [int(batch.prefill_lengths.sum()) for batch in world.batches[first:]]
+        assert sum(sizes) == 64
+        most[greedy] = max(sizes)
+        if not greedy:
+            assert all(size % 4 == 0 for size in sizes)
+    assert most[False] < most[True]
+
+
+# --- groups ----------------------------------------------------------------------------------------
+
+
+def test_batches_say_which_rows_share_pages() -> None:
+    world = World(make_config(num_pages=64, min_group_size=3, min_prefix_len=8))
+    world.step(make_request(1, prompt(10), 9, n=4), make_request(2, prompt(5, 1), 9))
+    batch = next(batch for batch in world.batches if batch.decode_slots.size == 5)
+    assert batch.group_num_rows.tolist() == [4]
+    assert batch.group_num_columns.tolist() == [2]
+    first = int(batch.group_first_rows[0])
+    shared = set(batch.decode_slots[first : first + 4].tolist())
+    assert shared == set(world.batches[0].draw_slots[world.batches[0].draw_chunks == 0].tolist())
+    world.drain()
+
+
+def test_without_the_flag_there_are_no_groups() -> None:
+    world = World(make_config(num_pages=64, use_groups=False))
+    world.step(make_request(1, prompt(10), 9, n=4))
+    world.drain()
+    assert not any(batch.group_num_rows.size for batch in world.batches)
