@@ -166,7 +166,9 @@ def test_lengths_are_learned() -> None:
 def test_balanced_prefill_spreads_prompts_over_steps() -> None:
     most = {}
     for greedy in (True, False):
-        admission = make_admission(greedy_prefill=greedy, prefill_round_up_multiple=4)
+        admission = make_admission(
+            predict_lengths=False, greedy_prefill=greedy, prefill_round_up_multiple=4
+        )
         world = World(
             make_config(
                 num_pages=128,

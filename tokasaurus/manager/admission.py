@@ -117,6 +117,8 @@ class AdmissionControl:
     def open(self, request: Request) -> None:
         """The request will have sequences that run."""
         self._lengths.expect(request.message.max_tokens, request.message.n)
+        if not self._config.greedy_prefill and self.prefill_pace is None:
+            self._refresh_at = self._now  # there was nothing to feed when it was last computed
         if request.message.n > 1:
             request.length_group = self._lengths.open_group()
 
@@ -253,6 +255,7 @@ class AdmissionControl:
         if not self._config.greedy_prefill:
             pace = forecast.prefill_pace(self.limit, budget, self._config.prefill_round_up_multiple)
             self.prefill_pace = pace or None
+            self._prefill_rate = pace or self._prefill_rate
         slots.predicted_end[rows] = self._now + forecast.running_ends
         self._use, self._use_from = forecast.use(), self._now
         self._most_used = int(self._use.max(initial=0))
