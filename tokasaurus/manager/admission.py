@@ -41,9 +41,11 @@ _LONGEST_REST = 1024  # steps
 # Where the forecast refused and nothing ended since, time alone may have made room.
 _RETRY_INTERVAL = 4  # steps
 
-# As long as the cache could be no fuller than this if all had their most pages at once, nothing more exact
-# is asked.
+# As long as the cache could be no fuller than this if all became as long as they may, nothing more exact is
+# asked.
 _ROOMY = 0.9
+
+_NEVER = -1  # an end before the first step: not in the forecast
 
 _NOTHING: Int64Array = np.zeros(1, np.int64)
 _NOBODY = Sequences.none()
@@ -105,7 +107,7 @@ class AdmissionControl:
         self._use_from = 0
         self._most_used = 0  # no step uses more, were there no patches with sign -1
         self._patches: list[_Patch] = []
-        self._asked = Sequences.none()  # about whom num_admissible was asked last
+        self._asked: Sequences | None = None  # about whom num_admissible was asked last
         self._num_unfed = 0  # prompt tokens that are fed before theirs
         self._refresh_at = 0
         self._retry_at = 0
@@ -148,6 +150,8 @@ class AdmissionControl:
     def release(self, slots: IndexArray) -> None:
         """These slots are about to give back their pages."""
         self._retry_at = 0
+        if self._now >= self._refresh_at:
+            return  # the forecast is computed anew before it is asked
         # Their last step was the one before: nobody decodes in this one yet.
         step = self._now - 1
         num_steps = self._slots.predicted_end[slots] - step
@@ -178,17 +182,22 @@ class AdmissionControl:
 
     def num_admissible(self, candidates: Rows[Candidate]) -> int:
         """How many of the candidates' rows, from the first on, may run."""
+        num_used = self._num_pages - self._running.pages.num_available
+        self._most_used = max(self._most_used, num_used)
+        if self._now >= self._refresh_at:
+            num_more = sum(map(self._largest, candidates))
+            if self._most_used + num_more <= _ROOMY * self.limit:
+                self._asked = None
+                self._most_used += num_more
+                return sum(candidate.num_rows for candidate in candidates)
+            self.refresh((), self._max_tokens - self._running.num_running)
         self._asked = self._candidate_rows(candidates)
         self._num_unfed = sum(
             len(sequence.prompt_ids) - self._slots.length.item(sequence.slot)
             for sequence in self._running.prefilling
         )
-        num_used = self._num_pages - self._running.pages.num_available
-        num_more = self._most_pages(self._asked)
-        if max(self._most_used, num_used) + num_more <= _ROOMY * self.limit:
+        if self._most_used + self._most_pages(self._asked) <= _ROOMY * self.limit:
             return len(self._asked)
-        if self._now >= self._refresh_at:
-            self.refresh((), self._max_tokens - self._running.num_running)
         self._apply_patches()
         coming = self._coming()
         # Who outlives its prediction is not in the forecast until the next refresh. But who has no token
@@ -204,6 +213,9 @@ class AdmissionControl:
 
     def admit(self, slots: IndexArray) -> None:
         """The first rows that ``num_admissible`` was asked about last run from now on, in these slots."""
+        if self._asked is None:  # there is so much room that they are not in the forecast
+            self._slots.predicted_end[slots] = _NEVER
+            return
         admitted = self._asked[: len(slots)]
         self._patches.append(_Patch(self._now, admitted, self._num_unfed, 1))
         self._most_used += self._most_pages(admitted)
@@ -366,6 +378,11 @@ class AdmissionControl:
             others=others,
             num_tokens_before=num_unfed - self._prefill_rate,
         )
+
+    def _largest(self, candidate: Candidate) -> int:
+        """Pages of a candidate and its forks, if all became as long as they may."""
+        each = -(-candidate.sequence.final_length // self._page_size)
+        return each * candidate.num_rows
 
     def _most_pages(self, sequences: Sequences) -> int:
         """The pages that these hold in the end, all together."""
