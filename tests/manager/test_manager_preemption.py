@@ -79,16 +79,23 @@ def test_preemption_keeps_tokens_and_spares_the_oldest() -> None:
 
 def test_a_preempted_sequence_resumes_before_those_that_never_ran() -> None:
     world = greedy(make_config(num_pages=7, max_seqs_per_forward=2, scheduling_steps_ahead=2))
-    world.step(*[make_request(index, prompt(8, index), 12) for index in range(4)])
-    world.drain()
-    entered = [
-        seed - 10_000
-        for batch in world.batches
-        if batch.parameters is not None
-        for seed in batch.parameters.seed.tolist()
-    ]
-    assert world.manager.counters.num_preemptions > 0
-    assert entered[: entered.index(2)].count(1) > 1
+    world.step(*[make_request(index, prompt(8, index), 12) for index in range(6)])
+    running = world.manager._running
+    num_resumed = 0
+    while not world.manager.idle:
+        waiting = [
+            sequence.request.message.seed
+            for sequence in (*running.resting, *running.preempted)
+            if sequence in running.resting or sequence.resumes
+        ]
+        num_batches = len(world.batches)
+        world.step(num_results=1)
+        for batch in world.batches[num_batches:]:
+            seeds = [] if batch.parameters is None else batch.parameters.seed.tolist()
+            num_resumed += len(set(seeds) & set(waiting))
+            waiting = [seed for seed in waiting if seed not in seeds]
+            assert all(seed < other for seed in seeds for other in waiting)
+    assert num_resumed == world.manager.counters.num_preemptions > 0
 
 
 @pytest.mark.parametrize("steps_ahead", [1, 2, 5])

@@ -168,3 +168,23 @@ def test_a_follower_takes_over_where_the_leader_is_gone() -> None:
     world.drain()
     assert world.answers[1, 1].reason is world.answers[1, 2].reason is FinishReason.LENGTH
     assert world.answers[1, 2].num_cached_tokens == 16
+
+
+def test_urgent_requests_share_what_a_less_important_one_waits_to_compute() -> None:
+    """The claim on a page goes to whoever comes first, also where it comes later."""
+    world = World(make_config(num_pages=64, max_tokens_per_forward=12, scheduling_steps_ahead=1))
+    world.step(make_request(0, prompt(21), 4, priority=5))
+    urgent = [make_request(i, prompt(21) + prompt(3, i), 4) for i in range(1, 6)]
+    world.step(*urgent, num_results=1)
+    world.drain()
+    # Once by the less important one as far as it got, once by the first urgent one.
+    assert world.device.num_prompt_tokens <= 2 * 24 + 5 * 4 + 12
+
+
+def test_many_that_wait_for_pages_are_parked_and_woken_in_portions() -> None:
+    num_requests = 700
+    world = World(make_config(num_pages=256, max_seqs_per_forward=24, num_slots=48))
+    world.check_interval = 50
+    world.step(*[make_request(i, prompt(21) + prompt(3, i), 2) for i in range(num_requests)])
+    assert 0 < world.manager.gauges().num_parked <= 3 * 256
+    world.drain()

@@ -104,13 +104,13 @@ def _run_manager(assignment: Assignment, lifeline: Lifeline) -> None:
             to_worker.send(batch)
         for message in actions.messages:
             to_server.send(message)
-        ended = time.monotonic()
-        manager.turn_took(ended - started)
-        if ended >= eta_due_at:
+        sent = time.monotonic()
+        if sent >= eta_due_at:
             eta = manager.eta()
             if eta is not None:
                 to_server.send(eta)
-            eta_due_at = ended + max(_ETA_INTERVAL_S, _ETA_REST * (time.monotonic() - ended))
+            eta_due_at = sent + max(_ETA_INTERVAL_S, _ETA_REST * (time.monotonic() - sent))
+        manager.turn_took(time.monotonic() - started)
 
 
 def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:

@@ -71,6 +71,7 @@ class _Patch(NamedTuple):
 
     step: int  # when
     sequences: Sequences  # as they were then
+    forest: Forest  # what they share with one another
     num_unfed: int  # prompt tokens that were fed before theirs
     sign: int  # 1: they were admitted, -1: they ended
 
@@ -107,7 +108,9 @@ class AdmissionControl:
         self._use_from = 0
         self._most_used = 0  # no step uses more, were there no patches with sign -1
         self._patches: list[_Patch] = []
-        self._asked: Sequences | None = None  # about whom num_admissible was asked last
+        self._asked: tuple[Sequences, Forest] | None = (
+            None  # about whom num_admissible was asked last
+        )
         self._num_unfed = 0  # prompt tokens that are fed before theirs
         self._refresh_at = 0
         self._retry_at = 0
@@ -121,7 +124,7 @@ class AdmissionControl:
         self._lengths.expect(request.message.max_tokens, request.message.n)
         if not self._config.greedy_prefill and self.prefill_pace is None:
             self._refresh_at = self._now  # there was nothing to feed when it was last computed
-        if request.message.n > 1:
+        if request.message.n > 1 and self._config.learn_lengths:
             request.length_group = self._lengths.open_group()
 
     def close(self, request: Request) -> None:
@@ -140,12 +143,15 @@ class AdmissionControl:
         is_observed = np.array(by_itself) & has_any
         is_aborted = ~is_observed & has_any
         requests = [sequence.request for sequence in sequences]
+        if is_aborted.any():
+            self._lengths.abort(num_generated[is_aborted])
+        if not is_observed.any():
+            return
         self._lengths.observe(
             np.array([request.length_group for request in requests], np.int64)[is_observed],
             num_generated[is_observed],
             np.array([request.message.max_tokens for request in requests], np.int64)[is_observed],
         )
-        self._lengths.abort(num_generated[is_aborted])
 
     def release(self, slots: IndexArray) -> None:
         """These slots are about to give back their pages."""
@@ -158,8 +164,7 @@ class AdmissionControl:
         is_early = num_steps >= 0
         if is_early.any():
             slots = slots[is_early]
-            prefixes = self._running.prefixes
-            shared = prefixes.end_column[prefixes.leaf[slots]].astype(np.int64)
+            shared = self._running.prefixes.num_shared_pages(slots).astype(np.int64)
             gone = Sequences(
                 length=self._slots.length[slots] - shared * self._page_size,
                 num_pages=self._slots.capacity[slots] // self._page_size - shared,
@@ -167,7 +172,7 @@ class AdmissionControl:
                 num_steps=num_steps[is_early],
                 leaf=np.full(len(slots), -1, np.int64),
             )
-            self._patches.append(_Patch(step, gone, 0, -1))
+            self._patches.append(_Patch(step, gone, _NO_FOREST, 0, -1))
 
     def pass_step(self) -> None:
         """A batch was planned."""
@@ -191,23 +196,23 @@ class AdmissionControl:
                 self._most_used += num_more
                 return sum(candidate.num_rows for candidate in candidates)
             self.refresh((), self._max_tokens - self._running.num_running)
-        self._asked = self._candidate_rows(candidates)
+        rows, forest = self._asked = self._candidate_rows(candidates)
         self._num_unfed = sum(
             len(sequence.prompt_ids) - self._slots.length.item(sequence.slot)
             for sequence in self._running.prefilling
         )
-        if self._most_used + self._most_pages(self._asked) <= _ROOMY * self.limit:
-            return len(self._asked)
+        if self._most_used + self._most_pages(rows) <= _ROOMY * self.limit:
+            return len(rows)
         self._apply_patches()
         coming = self._coming()
         # Who outlives its prediction is not in the forecast until the next refresh. But who has no token
         # to come gives back its pages when they are wanted.
         num_missing = max(0, num_used - self._num_planned_pages() - int(coming[0]))
         forecast = self._forecast(
-            waiting=self._asked, others=coming + num_missing, num_unfed=self._num_unfed
+            waiting=rows, forest=forest, others=coming + num_missing, num_unfed=self._num_unfed
         )
         count = forecast.num_admissible(self.limit)
-        if count < len(self._asked):
+        if count < len(rows):
             self._retry_at = self._now + _RETRY_INTERVAL
         return count
 
@@ -216,8 +221,9 @@ class AdmissionControl:
         if self._asked is None:  # there is so much room that they are not in the forecast
             self._slots.predicted_end[slots] = _NEVER
             return
-        admitted = self._asked[: len(slots)]
-        self._patches.append(_Patch(self._now, admitted, self._num_unfed, 1))
+        rows, forest = self._asked
+        admitted = rows[: len(slots)]
+        self._patches.append(_Patch(self._now, admitted, forest, self._num_unfed, 1))
         self._most_used += self._most_pages(admitted)
         # As if they had all been fed by now. An error of steps, and the next refresh knows better.
         self._slots.predicted_end[slots] = self._now + admitted.num_steps
@@ -232,9 +238,7 @@ class AdmissionControl:
             [running] slots, [running] the steps until each ends, and so [rows] for those who wait.
         """
         rows, sequences = self._running_rows()
-        forecast = self._forecast(
-            running=sequences, waiting=self._candidate_rows(waiting), forest=self._forest()
-        )
+        forecast = self._whole_forecast(sequences, waiting)
         return rows, *forecast.finish_steps(self.limit)
 
     @property
@@ -255,14 +259,16 @@ class AdmissionControl:
         self._refresh_at = self._now + REFRESH_INTERVAL
         if self._config.learn_lengths:
             known = np.flatnonzero(slots.absorbing & (slots.known > 0))
-            self._lengths.refresh(slots.length_group[known], slots.known[known].astype(np.int64))
+            resting = self._running.resting
+            groups = [sequence.request.length_group for sequence in resting]
+            lengths = [sequence.num_stored for sequence in resting]
+            self._lengths.refresh(
+                np.append(slots.length_group[known], np.array(groups, np.int64)),
+                np.append(slots.known[known], np.array(lengths, np.int64)),
+            )
         rows, sequences = self._running_rows()
         self._prefill_rate = max(1, budget)
-        forecast = self._forecast(
-            running=sequences,
-            waiting=self._candidate_rows(waiting),
-            forest=self._forest(),
-        )
+        forecast = self._whole_forecast(sequences, waiting)
         self.prefill_pace = None
         if not self._config.greedy_prefill:
             pace = forecast.prefill_pace(self.limit, budget, self._config.prefill_round_up_multiple)
@@ -298,49 +304,48 @@ class AdmissionControl:
             leaf=self._running.prefixes.leaf[rows].astype(np.int64),
         )
 
-    def _candidate_rows(self, candidates: Rows[Candidate]) -> Sequences:
-        """Each candidate that does not run yet, followed by its forks; shared pages left out."""
+    def _candidate_rows(self, candidates: Rows[Candidate]) -> tuple[Sequences, Forest]:
+        """Each candidate that does not run yet, followed by its forks; and what these share.
+
+        Pages that others hold are left out: they are theirs.
+        """
         page_size = self._page_size
         values: list[tuple[int, ...]] = []
         counts: list[int] = []
         numbers: list[int] = []
-        for candidate in candidates:
-            sequence = candidate.sequence
-            message = sequence.request.message
+        node_pages: list[int] = []
+        for sequence, num_tokens, num_held, num_forks in candidates:
+            message, group = sequence.request.message, sequence.request.length_group
             length = len(sequence.prompt_ids)
-            num_pages, group = -(-length // page_size), sequence.request.length_group
-            if candidate.num_tokens:
-                held = candidate.num_held_pages
-                values.append(
-                    (
-                        length - held * page_size,
-                        num_pages - held,
-                        candidate.num_tokens,
-                        group,
-                        sequence.num_stored,
-                        message.max_tokens,
-                    )
-                )
+            num_full, rest = divmod(length, page_size)
+            if num_tokens == 0:
+                num_held = num_full
+            num_full -= num_held
+            length -= num_held * page_size
+            num_pages = num_full + (rest > 0)
+            leaf = -1
+            if num_tokens and num_forks and num_full:
+                leaf = len(node_pages)
+                node_pages.append(num_full)
+            limit = message.max_tokens
+            if num_tokens:
+                num_stored = sequence.num_stored
+                values.append((length, num_pages, num_tokens, leaf, group, num_stored, limit))
                 counts.append(1)
                 numbers.append(sequence.order)
-            if candidate.num_forks:
-                rest = length % page_size
-                values.append((rest, 1 if rest else 0, 0, group, 0, message.max_tokens))
-                counts.append(candidate.num_forks)
-                numbers += range(sequence.order + 1, sequence.order + 1 + candidate.num_forks)
+            if num_forks:
+                values.append((length, num_pages, 0, leaf, group, 0, limit))
+                counts.append(num_forks)
+                numbers += range(sequence.order + 1, sequence.order + 1 + num_forks)
         # The head is at most of middle length: where few run, one that happens to be predicted long would
         # hold up everybody behind it. An odd number is a long one, and 1 is the middle.
         if numbers and numbers[0] & 1:
             numbers[0] = 1
-        columns = np.repeat(np.array(values, np.int64).reshape(-1, 6), counts, axis=0).T
-        length, pages, num_tokens, group, num_stored, max_tokens = columns
-        num_steps = (
-            self._predict(group, num_stored, max_tokens, np.array(numbers, np.int64))
-            - num_stored
-            - 1
-        )
-        no_leaf: Int64Array = np.full(len(length), -1, np.int64)
-        return Sequences(length, pages, num_tokens, num_steps, no_leaf)
+        columns = np.repeat(np.array(values, np.int64).reshape(-1, 7), counts, axis=0).T
+        lengths, pages, tokens, leaves, groups, stored, limits = columns
+        predicted = self._predict(groups, stored, limits, np.array(numbers, np.int64))
+        forest = Forest(np.full(len(node_pages), -1, np.int32), np.array(node_pages, np.int32))
+        return Sequences(lengths, pages, tokens, predicted - stored - 1, leaves), forest
 
     def _predict(
         self,
@@ -355,9 +360,19 @@ class AdmissionControl:
         num_running = max(1, int(np.count_nonzero(self._slots.order >= 0)))
         return self._lengths.predict(groups, num_generated, limits, numbers, num_running)
 
-    def _forest(self) -> Forest:
+    def _whole_forecast(self, running: Sequences, candidates: Rows[Candidate]) -> Forecast:
         prefixes = self._running.prefixes
-        return Forest(prefixes.parent, prefixes.end_column)
+        waiting, forest = self._candidate_rows(candidates)
+        # The nodes of those who wait come after those of the ones who run.
+        np.add(waiting.leaf, len(prefixes.parent), out=waiting.leaf, where=waiting.leaf >= 0)
+        return self._forecast(
+            running=running,
+            waiting=waiting,
+            forest=Forest(
+                np.concatenate([prefixes.parent, forest.parent]),
+                np.concatenate([prefixes.end_column, forest.end_column]),
+            ),
+        )
 
     def _forecast(
         self,
@@ -391,9 +406,9 @@ class AdmissionControl:
 
     def _num_planned_pages(self) -> int:
         """Own pages of sequences whose tokens are all planned."""
-        slots, prefixes = self._slots, self._running.prefixes
+        slots = self._slots
         rows = np.flatnonzero((slots.length == slots.final_length) & (slots.order >= 0))
-        num_shared = prefixes.end_column[prefixes.leaf[rows]]
+        num_shared = self._running.prefixes.num_shared_pages(rows)
         return int((slots.capacity[rows] // self._page_size - num_shared).sum())
 
     def _coming(self) -> Int64Array:
@@ -401,14 +416,15 @@ class AdmissionControl:
         coming = self._use[self._now - self._use_from :]
         return coming if len(coming) else _NOTHING
 
+    def _patch_use(self, patch: _Patch) -> Int64Array:
+        forecast = self._forecast(patch.sequences, forest=patch.forest, num_unfed=patch.num_unfed)
+        return forecast.use()
+
     def _apply_patches(self) -> None:
         """Brings the use of pages up to date with who was admitted, and who ended."""
         if not self._patches:
             return
-        added = [
-            (patch, self._forecast(patch.sequences, num_unfed=patch.num_unfed).use())
-            for patch in self._patches
-        ]
+        added = [(patch, self._patch_use(patch)) for patch in self._patches]
         coming = self._coming()
         total: Int64Array = np.zeros(max(len(coming), *(len(use) for _, use in added)), np.int64)
         total[: len(coming)] = coming

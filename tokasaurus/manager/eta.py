@@ -5,7 +5,7 @@ Knows nothing of how either comes about. Costs milliseconds where thousands wait
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import chain
 
 import numpy as np
 
@@ -45,14 +45,15 @@ def eta(
     running: RunningSequences, backlog: Backlog, admission: AdmissionControl, step_s: float
 ) -> Eta:
     """The estimate, of the requests with samples that run or are among the first in the queue."""
-    candidates = [
-        Candidate(leader, 0, 0, num_followers)
-        for leader in running.prefilling
-        if (num_followers := backlog.num_followers(leader))
-    ]
-    for sequence in islice(backlog.in_order(), MAX_QUEUED):
-        num_followers = backlog.num_followers(sequence)
-        candidates.append(Candidate(sequence, len(sequence.prompt_ids), 0, num_followers))
+    candidates: list[Candidate] = []
+    num_rows = 0
+    queue = ((sequence, len(sequence.prompt_ids)) for sequence in backlog.in_order())
+    for sequence, num_tokens in chain(((leader, 0) for leader in running.prefilling), queue):
+        if num_rows >= MAX_QUEUED:
+            break
+        num_forks = min(backlog.num_followers(sequence), MAX_QUEUED - num_rows)
+        candidates.append(Candidate(sequence, num_tokens, 0, num_forks))
+        num_rows += candidates[-1].num_rows
     slots, running_ends, waiting_ends = admission.finish_steps(candidates)
     counts = [candidate.num_rows for candidate in candidates]
     ids = [candidate.sequence.request.message.request_id for candidate in candidates]

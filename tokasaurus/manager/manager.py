@@ -294,8 +294,9 @@ class Manager:
             self._retiring.append(sequence)
         elif sequence.state is SequenceState.PREEMPTED:
             self._running.preempted.remove(sequence)
-        elif sequence.state is SequenceState.WAITING:
+        else:
             self._running.in_progress.leave(sequence)
+            self._running.resting.pop(sequence, None)
         self._backlog.end(sequence)
         if not request.sequences:
             self._closing.append(request)

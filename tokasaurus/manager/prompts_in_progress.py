@@ -65,8 +65,15 @@ class PromptsInProgress:
         if claim is not None and claim.key == key:
             return
         self.leave(sequence)
-        if key is not None and key not in self._by_key:  # else it goes before who claims the page
+        if key is None:
+            return
+        other = self._by_key.get(key)
+        if other is None:
             self._by_key[key] = self._by_sequence[sequence] = _Claim(sequence, key)
+        elif sequence.order < other.sequence.order:  # it goes first, and the others wait for it
+            del self._by_sequence[other.sequence]
+            other.sequence = sequence
+            self._by_sequence[sequence] = other
 
     def leave(self, sequence: Sequence) -> None:
         """The sequence feeds its prompt no more; wakes who waited for it."""

@@ -56,11 +56,14 @@ class RunningSequences:
         self.window = TokenWindow(self.slots, config.scheduling_steps_ahead)
         self.pages = PageAllocator(config.num_pages, config.page_size)
         self.table_changes = TableChanges(self.slots)
-        self.prefixes = SharedPrefixes(config.num_slots)  # of prompts that are fed
+        self.prefixes = SharedPrefixes(
+            config.num_slots
+        )  # of prompts, as far as they were found or fed
         self.in_flight = InFlight()
         self.prefilling: list[Sequence] = []  # in order
-        self.in_progress = PromptsInProgress(config.page_size)  # the prompts of these
+        self.in_progress = PromptsInProgress(config.page_size)  # theirs, and those of candidates
         self.preempted: list[Sequence] = []  # whose last batch is in flight
+        self.resting: dict[Sequence, None] = {}  # preempted, with tokens and without a slot
         self.stop_lag = config.stop_lag
         self._backlog = backlog
         self._counters = counters
@@ -88,7 +91,11 @@ class RunningSequences:
         cached_pages = [admission.cached_pages for admission in admissions]
         lengths = [len(pages) * self.pages.page_size for pages in cached_pages]
         num_new_pages = [admission.num_new_pages for admission in admissions]
-        self._enter(sequences, cached_pages, num_new_pages, lengths, now)
+        rows = self._enter(sequences, cached_pages, num_new_pages, lengths, now)
+        for index, pages in enumerate(cached_pages):
+            if len(pages):
+                self.prefixes.enter(rows[index : index + 1], pages)
+            self.resting.pop(sequences[index], None)
         self.prefilling += sequences
         self.prefilling.sort(key=lambda sequence: sequence.order)
 
@@ -177,7 +184,7 @@ class RunningSequences:
         """The last chunks of prompts were sent: they decode from now on.
 
         Args:
-            prompts: each with the slots that hold it, of the sequence that fed it and of its forks.
+            prompts: each with the slots that hold it, first that of the sequence that fed it.
         """
         self.slots.update_decode_limits(
             np.concatenate([slots for _, slots in prompts]), self.stop_lag
@@ -186,6 +193,7 @@ class RunningSequences:
         self.prefilling = [sequence for sequence in self.prefilling if sequence not in fed]
         for sequence, slots in prompts:
             num_full = len(sequence.prompt_ids) // self.slots.page_size
+            self.prefixes.leave(slots[:1])  # it shared what it found in the cache
             self.prefixes.enter(slots, self.slots.page_table[sequence.slot, :num_full])
             self.in_progress.leave(sequence)
             self._backlog.prompt_is_fed(sequence)
@@ -260,6 +268,7 @@ class RunningSequences:
                 resumed.append(sequence)
         self.slots.leave(slots)
         for sequence in resumed:
+            self.resting[sequence] = None
             self._backlog.resume(sequence)
 
     def all_ids(self, sequence: Sequence) -> Int32Array:

@@ -43,6 +43,8 @@ __all__ = ["FORCED_PREEMPTION_INTERVAL", "Scheduler"]
 
 FORCED_PREEMPTION_INTERVAL = 8  # batches
 
+_MAX_PARKED = 256  # in one plan, so that none takes long
+
 _NO_ORDER = np.iinfo(np.int64).max
 
 
@@ -142,7 +144,7 @@ class Scheduler:
 
     def _victims(self, num_pages: int) -> IndexArray:
         """The slots that are preempted next, where so many pages are wanted; at least one."""
-        slots, prefixes = self._slots, self._running.prefixes
+        slots = self._slots
         # Where all tokens are planned, no batch to come needs the pages: this costs nobody anything.
         is_planned = (slots.length == slots.final_length) & (slots.order >= 0)
         if is_planned.any():
@@ -154,10 +156,8 @@ class Scheduler:
         priorities = priority_of(order)
         is_candidate = (order > order.min()) & (priorities == priorities.max())
         rows, order = running[is_candidate], order[is_candidate]
-        leaf = prefixes.leaf[rows]
-        # What others hold too is neither freed nor computed again. Nodes above a leaf are shared.
-        is_shared = prefixes.num_holders[leaf] > 1
-        num_shared = prefixes.end_column[np.where(is_shared, leaf, prefixes.parent[leaf])]
+        # What others hold too is neither freed nor computed again.
+        num_shared = self._running.prefixes.num_shared_pages(rows)
         num_freed = slots.capacity[rows] // slots.page_size - num_shared
         cost = slots.length[rows] - num_shared * slots.page_size
         # Alone, if one suffices: the least work; else as few as possible. Of equals the newest.
@@ -232,9 +232,11 @@ class Scheduler:
             must_admit=self._is_empty,
         )
         head = self._backlog.head()
-        # The preempted ones will be back in the queue in a few steps.
-        first_order = min((s.order for s in self._running.preempted), default=_NO_ORDER)
+        # Those will be back in the queue in a few steps.
+        resuming = (s.order for s in self._running.preempted if s.resumes)
+        first_order = min(resuming, default=_NO_ORDER)
         offers: list[_Offer] = []
+        num_parked = 0
         for chunk in chunks:
             order = self._backlog.next_follower_order(chunk.sequence)
             if order < min(first_order, head.order if head else _NO_ORDER):
@@ -253,6 +255,9 @@ class Scheduler:
                 break
             if not self._running.may_feed(sequence, len(cached_pages)):
                 self._backlog.park(sequence)
+                num_parked += 1
+                if num_parked == _MAX_PARKED:
+                    break
                 continue
             start = len(cached_pages) * slots.page_size
             end = min(start + headroom.num_tokens, len(sequence.prompt_ids))

@@ -102,6 +102,7 @@ class Sequence:
     state: SequenceState
     prompt_logprobs_due: bool  # the request asks for them and not all were delivered yet
     was_admitted: bool = False
+    resumes: bool = False  # preempted with tokens to come; else its last ones are in flight
     has_entry: bool = False  # in the queue, be it stale
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
     num_acked: int = 0  # generated tokens that the server searched; in a slot, the table has it

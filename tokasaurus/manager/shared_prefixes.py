@@ -51,6 +51,13 @@ class SharedPrefixes:
         num_slots: slots are numbered 0 .. num_slots - 1.
     """
 
+    def num_shared_pages(self, slots: IndexArray) -> Int32Array:
+        """[slots] leading pages of each that other slots hold too."""
+        leaf = self.leaf[slots]
+        is_shared = self.num_holders[leaf] > 1  # else what is above the leaf is
+        ends: Int32Array = self.end_column[np.where(is_shared, leaf, self.parent[leaf])]
+        return ends
+
     def __init__(self, num_slots: int) -> None:
         size = 2 * num_slots
         self.leaf: Int32Array = np.full(num_slots, _ROOT, np.int32)

@@ -81,6 +81,7 @@ class Backlog:
 
     def head(self) -> Sequence | None:
         """The sequence whose turn it is."""
+        self._drop_stale()
         while self._heap and self._heap[0][1].state is not SequenceState.WAITING:
             self._pop_entry()
             self._num_stale -= 1
@@ -159,8 +160,7 @@ class Backlog:
         if sequence.state is SequenceState.WAITING:
             self._num_stale += 1
         sequence.state = SequenceState.ENDED
-        if self._num_stale * 2 > len(self._heap):
-            self._drop_stale()
+        self._drop_stale()
         self.num_sequences -= 1
         del request.sequences[sequence.sample_index]
         request.followers.pop(sequence.sample_index, None)
@@ -193,6 +193,9 @@ class Backlog:
         return sequence
 
     def _drop_stale(self) -> None:
+        """Cleans the queue up where most of it is stale."""
+        if self._num_stale * 2 <= len(self._heap):
+            return
         for _, sequence in self._heap:
             sequence.has_entry = sequence.state is SequenceState.WAITING
         self._heap = [entry for entry in self._heap if entry[1].has_entry]
