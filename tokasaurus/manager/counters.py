@@ -31,7 +31,7 @@ class Gauges:
 
     num_requests: int  # that have not ended
     num_queued: int  # sequences in the queue
-    num_parked: int  # sequences that wait for a leader's prompt or an acknowledgement
+    num_parked: int  # followers, and those that wait for pages or acknowledgements
     num_prefilling: int
     num_decoding: int
     num_draining: int  # slots whose last batch is in flight
