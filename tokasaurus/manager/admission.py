@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tokasaurus.config.slices import ManagerConfig
+from tokasaurus.manager.counters import Counters
 from tokasaurus.manager.forecast import Forecast, Forest, Sequences
 from tokasaurus.manager.lengths import NO_GROUP, IntArray, LengthPredictor
 from tokasaurus.manager.running import RunningSequences
@@ -82,9 +83,13 @@ class AdmissionControl:
     Args:
         config: the manager's slice.
         running: the sequences in slots.
+        counters: to count in.
     """
 
-    def __init__(self, config: ManagerConfig, running: RunningSequences) -> None:
+    def __init__(
+        self, config: ManagerConfig, running: RunningSequences, counters: Counters
+    ) -> None:
+        self._counters = counters
         self._config = config.admission
         self._running = running
         self._slots = running.slots
@@ -112,6 +117,7 @@ class AdmissionControl:
             None  # about whom num_admissible was asked last
         )
         self._num_unfed = 0  # prompt tokens that are fed before theirs
+        self._refreshed_at = -REFRESH_INTERVAL
         self._refresh_at = 0
         self._retry_at = 0
         self._prefill_rate = config.max_tokens_per_forward  # tokens per step
@@ -256,6 +262,7 @@ class AdmissionControl:
             budget: prompt tokens that a batch can feed.
         """
         slots = self._slots
+        self._judge()
         self._refresh_at = self._now + REFRESH_INTERVAL
         if self._config.learn_lengths:
             known = np.flatnonzero(slots.absorbing & (slots.known > 0))
@@ -278,6 +285,7 @@ class AdmissionControl:
         self._use, self._use_from = forecast.use(), self._now
         self._most_used = int(self._use.max(initial=0))
         self._patches.clear()
+        self._refreshed_at = self._now
 
     def _running_rows(self) -> tuple[IndexArray, Sequences]:
         """Slots that hold pages, those whose prompts are being fed last and in order; and as rows."""
@@ -403,6 +411,15 @@ class AdmissionControl:
         """The pages that these hold in the end, all together."""
         ends = -(-(sequences.length + sequences.num_steps) // self._page_size)
         return int(np.maximum(ends, sequences.num_pages).sum())
+
+    def _judge(self) -> None:
+        """Counts by how much the use of pages is not what it was said to be."""
+        if not 0 < self._now - self._refreshed_at <= 2 * REFRESH_INTERVAL:
+            return
+        self._apply_patches()
+        num_used = self._num_pages - self._running.pages.num_available - self._num_planned_pages()
+        self._counters.num_forecasts += 1
+        self._counters.num_forecast_pages_off += abs(num_used - int(self._coming()[0]))
 
     def _num_planned_pages(self) -> int:
         """Own pages of sequences whose tokens are all planned."""

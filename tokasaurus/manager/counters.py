@@ -21,6 +21,8 @@ class Counters:
     num_rejected: int = 0
     num_finished: int = 0  # sequences, whatever the reason
     num_preemptions: int = 0
+    num_forecasts: int = 0  # of the use of pages, that could be compared with what came
+    num_forecast_pages_off: int = 0  # by how much, summed
     queue_s: float = 0.0  # from arrival to first admission, summed over sequences
     device_s: float = 0.0  # as the worker reports it
 

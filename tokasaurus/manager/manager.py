@@ -66,7 +66,7 @@ class Manager:
         self._config = config
         self._backlog = Backlog(config.stop_lag)
         self._running = RunningSequences(config, self._backlog, self.counters)
-        self._admission = AdmissionControl(config, self._running)
+        self._admission = AdmissionControl(config, self._running, self.counters)
         self._scheduler = Scheduler(
             config, self._running, self._backlog, self._admission, self.counters
         )

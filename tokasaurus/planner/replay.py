@@ -119,7 +119,7 @@ class Replay:
         """
         if not self._manager.idle:
             raise ProtocolError("nothing is left to happen, and the manager still has sequences")
-        return self._tally.report(self._manager.counters)
+        return self._tally.report(self._manager.counters, self._manager.gauges().num_pages)
 
     def _post(self, at: float, message: FromServer | ForwardResult) -> None:
         heapq.heappush(self._events, _Event(at, self._num_events, message))

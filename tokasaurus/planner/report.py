@@ -56,6 +56,9 @@ class Report:
     num_prefill_tokens: int  # prompt tokens computed, after a preemption once more
     num_cached_tokens: int  # prompt tokens found in the prefix cache
     num_wasted_tokens: int  # drawn after their sequence's end
+    forecast_error: (
+        float  # of the use of pages from one forecast to the next, mean, as a share of all pages
+    )
     mean_latency_s: float  # of sequences, from arrival to their last token
     median_latency_s: float
     p99_latency_s: float
@@ -111,7 +114,7 @@ class Tally:
     def observe(self, moment: Moment) -> None:
         self._timeline.append(moment)
 
-    def report(self, counters: Counters) -> Report:
+    def report(self, counters: Counters, num_pages: int) -> Report:
         """Raises ProtocolError if a sequence has not ended, or not where the trace says."""
         self._check()
         makespan_s = float(self._ends.max())
@@ -132,6 +135,8 @@ class Tally:
             num_prefill_tokens=counters.num_prefill_tokens,
             num_cached_tokens=counters.num_cached_tokens,
             num_wasted_tokens=counters.num_wasted_tokens,
+            forecast_error=_ratio(counters.num_forecast_pages_off, counters.num_forecasts)
+            / num_pages,
             mean_latency_s=float(latencies.mean()),
             median_latency_s=float(np.median(latencies)),
             p99_latency_s=float(np.percentile(latencies, 99)),
