@@ -339,7 +339,7 @@ class EngineConfig:
         group=_SCHEDULING,
         minimum=0,
         help="Expected length before that, as a fraction of max_tokens.",
-        adapts="learned from the first token on, beginning with an eighth of max_tokens",
+        adapts="learned from the first token on, beginning with a sixteenth of max_tokens",
     )
     early_stopping_init_std: float | None = flag(
         None,

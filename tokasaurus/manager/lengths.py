@@ -23,7 +23,7 @@ Where a bucket is wider than a token, ends are related to the sequences that ent
 life table.
 
 **Where little was seen.** The hazard of all lengths together, h, includes one imagined sequence, which ended
-at an eighth of the usual max_tokens. Four imagined sequences enter each bucket and end with hazard h: a
+at a sixteenth of the usual max_tokens. Four imagined sequences enter each bucket and end with hazard h: a
 bucket that few have reached says little of its own. So there is an answer from the first request on, and
 each token that is generated without an end lowers h, long before the first sequence has finished.
 
@@ -83,7 +83,7 @@ NO_GROUP = -1  # the handle of a sequence without siblings
 
 _FRAILTY_SHAPE = 1.0  # k
 _ENOUGH_AT_RISK = 4.0  # imagined sequences that enter each bucket
-_IMAGINED_SHARE = 1 / 8  # of max_tokens: the imagined end
+_IMAGINED_SHARE = 1 / 16  # of max_tokens: the imagined end
 _LARGEST_EXPONENT = 300.0  # of what is multiplied once
 _ALMOST_ALL = 1.0 - 2.0**-53  # of a bucket may end there: H stays finite
 # Sequences differ in the low bits of their numbers.
