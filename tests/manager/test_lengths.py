@@ -53,7 +53,7 @@ def mean(predictor: LengthPredictor, g: int, max_tokens: int, group: int = NO_GR
 def survival_by_hand(ended, running, horizon: int) -> list[float]:
     """S(0) .. S(horizon), by the product-limit estimator; ended: (length, max_tokens)."""
     survival = [1.0]
-    imagined = np.mean([limit for _, limit in ended]) / 8
+    imagined = np.mean([limit for _, limit in ended]) / 16
     num_tokens = sum(length for length, _ in ended) + sum(running)
     num_stops = sum(length < limit for length, limit in ended)
     overall = (num_stops + 1) / (num_tokens + imagined)
@@ -143,7 +143,7 @@ def test_tokens_without_an_end_count_at_once():
     predictor.expect(4000, 100)
     refresh(predictor)
     at_first = mean(predictor, 0, 4000)
-    assert 450 < at_first < 510  # the imagined sequence: 500, and few are cut off at 4000
+    assert 230 < at_first < 255  # the imagined sequence: 250, and few are cut off at 4000
     refresh(predictor, np.full(100, 50))
     assert mean(predictor, 0, 4000) > 4 * at_first
     assert mean(predictor, 50, 4000) > 4 * at_first
@@ -151,7 +151,7 @@ def test_tokens_without_an_end_count_at_once():
 
 def test_the_imagined_sequence_follows_the_requests():
     predictor = LengthPredictor(100_000, memory=100, std_scale=0.0)
-    assert mean(predictor, 0, 100_000) > 10_000
+    assert mean(predictor, 0, 100_000) > 5_000
     predictor.expect(800, 4)
     refresh(predictor)
     assert mean(predictor, 0, 100_000) == pytest.approx(100, rel=0.05)
@@ -214,7 +214,7 @@ def test_where_few_have_been_the_hazard_of_all_has_its_share():
     predictor.expect(1000, 104)
     observe(predictor, [10] * 100 + [20] * 4, 1000)
     refresh(predictor)
-    overall = 105 / (1080 + 125)
+    overall = 105 / (1080 + 62.5)
     # Of eight that were 19 long, the four real ones ended, and a share of those imagined.
     passed = np.mean(sample(predictor, 19, 1000) > 20)
     assert passed == pytest.approx((4 - 4 * overall) / 8, abs=0.001)
