@@ -154,7 +154,7 @@ def test_the_imagined_sequence_follows_the_requests():
     assert mean(predictor, 0, 100_000) > 5_000
     predictor.expect(800, 4)
     refresh(predictor)
-    assert mean(predictor, 0, 100_000) == pytest.approx(100, rel=0.05)
+    assert mean(predictor, 0, 100_000) == pytest.approx(50, rel=0.05)
     for _ in range(10):
         predictor.expect(80_000, 100)
         predictor.abort(np.full(1, 1))
