@@ -57,7 +57,7 @@ class Setting:
     def engine(self, **limits: int) -> SimulatedEngine:
         flags = EngineConfig.from_flags(
             scheduling_steps_ahead=self.steps_ahead,
-            use_hydragen=self.mix == "full",
+            use_hydragen=True,
             log_level="WARNING",
             **limits,
         )

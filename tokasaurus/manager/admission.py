@@ -38,6 +38,7 @@ REFRESH_INTERVAL = 16  # steps
 
 # Where there is room for everybody a refresh is needed only to learn.
 _LONGEST_REST = 1024  # steps
+_MOST_UNLEARNED = 16384  # ends
 
 # Where the forecast refused and nothing ended since, time alone may have made room.
 _RETRY_INTERVAL = 4  # steps
@@ -111,6 +112,9 @@ class AdmissionControl:
         self._now = 0  # in batches planned
         self._use = _NOTHING  # pages at each step from `_use_from` on
         self._use_from = 0
+        # Since the last refresh: (group, generated tokens, max_tokens), and generated tokens.
+        self._ended: list[tuple[int, int, int]] = []
+        self._aborted: list[int] = []
         self._most_used = 0  # no step uses more, were there no patches with sign -1
         self._patches: list[_Patch] = []
         self._asked: tuple[Sequences, Forest] | None = (
@@ -142,22 +146,18 @@ class AdmissionControl:
         """Sequences have ended, and those in slots still are. Learns from those that ended by themselves."""
         if not self._config.learn_lengths:
             return
-        rows = np.array([sequence.slot for sequence in sequences], np.intp)
-        stored = np.array([sequence.num_stored for sequence in sequences], np.int64)
-        num_generated = np.where(rows >= 0, self._slots.known[rows], stored)
-        has_any = num_generated > 0
-        is_observed = np.array(by_itself) & has_any
-        is_aborted = ~is_observed & has_any
-        requests = [sequence.request for sequence in sequences]
-        if is_aborted.any():
-            self._lengths.abort(num_generated[is_aborted])
-        if not is_observed.any():
-            return
-        self._lengths.observe(
-            np.array([request.length_group for request in requests], np.int64)[is_observed],
-            num_generated[is_observed],
-            np.array([request.message.max_tokens for request in requests], np.int64)[is_observed],
-        )
+        known = self._slots.known[[sequence.slot for sequence in sequences]].tolist()
+        for sequence, is_observed, count in zip(sequences, by_itself, known, strict=True):
+            num_generated = count if sequence.slot >= 0 else sequence.num_stored
+            if num_generated == 0:
+                continue
+            request = sequence.request
+            if is_observed:
+                self._ended.append(
+                    (request.length_group, num_generated, request.message.max_tokens)
+                )
+            else:
+                self._aborted.append(num_generated)
 
     def release(self, slots: IndexArray) -> None:
         """These slots are about to give back their pages."""
@@ -250,6 +250,8 @@ class AdmissionControl:
     @property
     def refresh_is_due(self) -> bool:
         """The pace of prompts depends on it, or it has not been needed for so long that much is to be learned."""
+        if len(self._ended) + len(self._aborted) > _MOST_UNLEARNED:
+            return True
         rest = 0 if not self._config.greedy_prefill else _LONGEST_REST
         return self._now >= self._refresh_at + rest
 
@@ -265,6 +267,7 @@ class AdmissionControl:
         self._judge()
         self._refresh_at = self._now + REFRESH_INTERVAL
         if self._config.learn_lengths:
+            self._observe()
             known = np.flatnonzero(slots.absorbing & (slots.known > 0))
             resting = self._running.resting
             groups = [sequence.request.length_group for sequence in resting]
@@ -411,6 +414,15 @@ class AdmissionControl:
         """The pages that these hold in the end, all together."""
         ends = -(-(sequences.length + sequences.num_steps) // self._page_size)
         return int(np.maximum(ends, sequences.num_pages).sum())
+
+    def _observe(self) -> None:
+        """Tells the predictor who ended since the last time."""
+        if self._ended:
+            self._lengths.observe(*np.array(self._ended, np.int64).T)
+        if self._aborted:
+            self._lengths.abort(np.array(self._aborted, np.int64))
+        self._ended.clear()
+        self._aborted.clear()
 
     def _judge(self) -> None:
         """Counts by how much the use of pages is not what it was said to be."""

@@ -62,7 +62,12 @@ class PagePool:
 
         Private pages become free, cached ones evictable at the last.
         """
-        pages, counts = np.unique(pages, return_counts=True)
+        pages = np.sort(pages)  # np.unique takes several times as long for few pages
+        starts = np.flatnonzero(np.diff(pages, prepend=-1))
+        counts: int | NDArray[np.intp] = 1
+        if len(starts) < len(pages):
+            counts = np.diff(starts, append=len(pages))
+            pages = pages[starts]
         references = self.references[pages] - counts
         self.references[pages] = references
         left = pages[references == 0]
