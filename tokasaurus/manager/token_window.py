@@ -142,15 +142,18 @@ class TokenWindow:
         self, rows: IndexArray, cells: IndexArray, result: ForwardResult, sampling_rows: IndexArray
     ) -> None:
         wanted = self._slots.num_logprobs[rows]
-        asked = wanted >= 0
-        if not asked.all():
-            cells, sampling_rows = cells[asked], sampling_rows[asked]
-        if not len(cells):
+        asked = np.flatnonzero(wanted >= 0)
+        if not asked.size:
             return
         width = result.top_ids.shape[1]
-        if len(result.logprobs) != len(result.token_ids) or width < wanted.max():
+        most = int(wanted.max())
+        if len(result.logprobs) != len(result.token_ids) or width < most:
             raise ProtocolError(f"batch {result.number} was asked for more logprobs than it brings")
-        self._logprobs[cells] = result.logprobs[sampling_rows]
+        self._logprobs[cells[asked]] = result.logprobs[sampling_rows[asked]]
+        if most == 0:
+            return
+        asked = np.flatnonzero(wanted > 0)
+        cells, sampling_rows = cells[asked], sampling_rows[asked]
         if width == self._top_ids.shape[1]:
             self._top_ids[cells] = result.top_ids[sampling_rows]
             self._top_logprobs[cells] = result.top_logprobs[sampling_rows]
