@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from simulation import World, make_config, make_request, prompt
+from simulation import World, make_admission, make_config, make_request, prompt
 
 from tokasaurus.protocol.messages import AbortRequest, FinishReason, StopSequence
 
@@ -197,3 +197,30 @@ def test_many_that_wait_for_pages_are_parked_and_woken_in_portions() -> None:
     assert world.manager.gauges().num_queued >= num_requests - 1  # woken again, for the next plan
     assert world.batches[0].prefill_slots.size == 1
     world.drain()
+
+
+def test_who_is_woken_while_others_are_chosen_keeps_its_place() -> None:
+    """A claim that moves on in a plan wakes a sequence that comes before others offered in that plan."""
+    config = make_config(
+        num_pages=12, scheduling_steps_ahead=1, admission=make_admission(predict_lengths=False)
+    )
+    world = World(config)
+    world.step(make_request(0, prompt(4, 5), 29))
+    # The forecast refuses 1, which 2 waits for; 3 is behind both.
+    world.step(
+        make_request(1, prompt(9), 28),
+        make_request(2, prompt(9), 4),
+        make_request(3, prompt(4, 9), 4),
+        num_results=1,
+    )
+    assert world.manager.gauges().num_parked == 1
+    # It computes the pages that 1 and 2 begin with, whoever else does.
+    urgent = make_request(4, prompt(8), 1, priority=-1, num_prompt_logprobs=0)
+    world.step(urgent)
+    while not any(
+        urgent.seed in batch.parameters.seed for batch in world.batches if batch.parameters
+    ):
+        world.step(num_results=1)
+    world.step(AbortRequest(0), num_results=1)
+    world.drain()
+    assert [world.answers[index, 0].reason for index in (1, 2, 3)] == [FinishReason.LENGTH] * 3

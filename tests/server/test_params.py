@@ -7,9 +7,8 @@ import pytest
 
 from tokasaurus import SamplingParams
 from tokasaurus.errors import RequestError
-from tokasaurus.manager import waiting
 from tokasaurus.protocol.messages import LogprobsMode
-from tokasaurus.server.params import MAX_PRIORITY, renamed
+from tokasaurus.server.params import renamed
 
 
 @pytest.mark.parametrize(
@@ -66,10 +65,6 @@ def test_values_at_the_edge_pass():
     SamplingParams(n=np.int64(3), temperature=np.float32(0.5), first_k=np.int64(3))
     SamplingParams(priority=1_000_000, n=2, first_k=1)
     SamplingParams(priority=-1_000_000, n=2, first_k=2)
-
-
-def test_the_manager_takes_the_same_priorities():
-    assert MAX_PRIORITY == waiting.MAX_PRIORITY
 
 
 def test_stop_is_one_tuple_however_it_was_given():

@@ -26,9 +26,10 @@ from tokasaurus.manager.running import RunningSequences
 from tokasaurus.manager.scheduler import Scheduler
 from tokasaurus.manager.sequence import Request, Sequence, SequenceState
 from tokasaurus.manager.slots import IndexArray
-from tokasaurus.manager.waiting import MAX_PRIORITY, Backlog
+from tokasaurus.manager.waiting import Backlog
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import (
+    MAX_PRIORITY,
     AbortRequest,
     Acknowledge,
     Eta,

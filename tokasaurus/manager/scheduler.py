@@ -119,6 +119,8 @@ class Scheduler:
         chunks = self._plan_chunks(budget)
         budget -= sum(chunk.length for chunk in chunks)
         accepted = self._accept(self._offers(chunks, budget, decoding), chunks)
+        # Only now: who is woken may come before those who were offered a place.
+        self._running.wake()
         if not len(decode_slots) and not chunks:
             return None
         batch = self._commit(decode_slots, chunks, accepted, now)
@@ -270,7 +272,6 @@ class Scheduler:
                 num_forks=self._take_forks(chunk, headroom),
             )
             offers.append(_Offer(candidate, chunk, Admission(sequence, cached_pages, num_new)))
-        self._running.wake()
         return offers
 
     def _cached_pages(self, sequence: Sequence) -> Int32Array:
@@ -303,7 +304,8 @@ class Scheduler:
                 break
             accepted.append(offer)
             if offer.admission is not None:
-                self._backlog.pop()
+                if self._backlog.pop() is not offer.candidate.sequence:
+                    raise ProtocolError("the queue changed while its head was offered a place")
                 self._pages.retain(offer.admission.cached_pages)
                 chunks.append(offer.chunk)
                 num_rows -= 1

@@ -17,11 +17,9 @@ from collections.abc import Iterator
 
 from tokasaurus.manager.sequence import Request, Sequence, SequenceState
 from tokasaurus.protocol.arrays import Int64Array
-from tokasaurus.protocol.messages import GenerateRequest
+from tokasaurus.protocol.messages import MAX_PRIORITY, GenerateRequest
 
-__all__ = ["MAX_PRIORITY", "Backlog", "priority_of"]
-
-MAX_PRIORITY = 1_000_000  # and as far below 0
+__all__ = ["Backlog", "priority_of"]
 
 _ARRIVAL_BITS = 40
 _NOBODY_FOLLOWS = (1 << 63) - 1  # after every order

@@ -19,6 +19,7 @@ import msgspec
 from tokasaurus.protocol.arrays import Float32Array, Float64Array, Int32Array, Int64Array
 
 __all__ = [
+    "MAX_PRIORITY",
     "AbortRequest",
     "Acknowledge",
     "Eta",
@@ -73,6 +74,8 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
 
 
 # --- server to manager -----------------------------------------------------------------------------
+
+MAX_PRIORITY = 1_000_000  # of a request, and as far below 0
 
 
 class GenerateRequest(Message, frozen=True):

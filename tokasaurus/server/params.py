@@ -13,12 +13,11 @@ from numbers import Integral, Real
 from typing import Any
 
 from tokasaurus.errors import RequestError, TokasaurusError
-from tokasaurus.protocol.messages import LogprobsMode
+from tokasaurus.protocol.messages import MAX_PRIORITY, LogprobsMode
 
-__all__ = ["MAX_PRIORITY", "MAX_SAMPLES", "SamplingParams", "renamed"]
+__all__ = ["MAX_SAMPLES", "SamplingParams", "renamed"]
 
 MAX_SAMPLES = 1 << 16  # of one request, over all its prompts
-MAX_PRIORITY = 1_000_000  # and as far below 0
 MAX_STOP_STRINGS = 128
 MAX_STOP_CHARS = 1024  # of one stop string
 _MIN_TEMPERATURE = 1e-5  # below it, dividing by the temperature leaves fp32
