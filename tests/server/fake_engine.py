@@ -11,8 +11,9 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import openai
@@ -37,6 +38,8 @@ from tokasaurus.server import tokenizer as server_tokenizer
 from tokasaurus.server.app import create_app
 from tokasaurus.server.generation import Generations
 from tokasaurus.server.state import EngineState
+
+T = TypeVar("T")
 
 BOS, EOS = "<s>", "</s>"
 CHAT_TEMPLATE = (
@@ -377,6 +380,11 @@ class RunningServer:
         assert self._loop is not None
         self._loop.call_soon_threadsafe(lambda: (function(), done.set()))
         assert done.wait(5)
+
+    def on_loop(self, work: Coroutine[Any, Any, T], timeout_s: float = 20) -> T:
+        """Runs a coroutine on the event loop, and waits for what it returns."""
+        assert self._loop is not None
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)
 
     def post(self, path: str, body: object, **headers: str) -> Answer:
         """Posts JSON, or bytes as they are."""

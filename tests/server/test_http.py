@@ -9,7 +9,7 @@ import pytest
 from fake_engine import CONFIG
 
 import tokasaurus
-from tokasaurus.server import endpoints
+from tokasaurus.server import bodies
 
 BODY = {"prompt": "the cat"}
 
@@ -94,7 +94,7 @@ def test_json_by_other_spellings(server, media_type):
 
 
 def test_a_body_that_is_too_large(server, monkeypatch):
-    monkeypatch.setattr(endpoints, "MAX_BODY_BYTES", 1000)
+    monkeypatch.setattr(bodies, "MAX_BODY_BYTES", 1000)
     answer = server.post("/v1/completions", {"prompt": "x" * 2000})
     assert answer.status == 413
     assert "1000" in answer.error["message"]

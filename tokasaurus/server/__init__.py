@@ -9,4 +9,6 @@ From the inside out::
     text           the text of one sample while it grows
     samples        one sample of a prompt
     generation     the prompts in flight: messages out, messages in; no HTTP, the embedded engine too
+    operations     what can be asked: requests to prompts and renderers
+    answers        from a request to its answer, for connections and for batches
 """

@@ -18,9 +18,10 @@ from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 
 from tokasaurus.config.slices import ServerConfig
+from tokasaurus.server.answers import Answers
 from tokasaurus.server.endpoints import Endpoints
 from tokasaurus.server.http_errors import install_error_handlers
-from tokasaurus.server.schemas import ChatRequest, CompletionRequest
+from tokasaurus.server.operations import OPERATIONS
 from tokasaurus.server.state import EngineState
 from tokasaurus.version import __version__
 
@@ -35,7 +36,8 @@ def create_app(config: ServerConfig, state: EngineState) -> FastAPI:
         state: of the engine; its owner tells it when the engine is ready, drains and dies.
     """
     app = FastAPI(title="Tokasaurus", version=__version__, redirect_slashes=False)
-    app.include_router(Endpoints(config, state).router())
+    answers = Answers(state)
+    app.include_router(Endpoints(config, state, answers).router())
     install_error_handlers(app)
     _document_bodies(app)
     return app
@@ -49,7 +51,7 @@ def _document_bodies(app: FastAPI) -> None:
         if app.openapi_schema is None:
             document = generate()
             _, schemas = models_json_schema(
-                [(CompletionRequest, "validation"), (ChatRequest, "validation")],
+                [(operation.schema, "validation") for operation in OPERATIONS.values()],
                 ref_template="#/components/schemas/{model}",
             )
             document.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])

@@ -1,4 +1,4 @@
-"""One HTTP request while it runs: its generations, and its client, who may go away at any moment."""
+"""One request while it runs: its generations, and its client, who may go away at any moment."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class Call:
-    """The generations of one HTTP request; starts them.
+    """The generations of one request; starts them. After a ``with`` block on it, nothing runs any more.
 
     Args:
         table: where to start them.
@@ -49,11 +49,17 @@ class Call:
     async def watched(self, receive: Receive) -> AsyncIterator[None]:
         """Within it, a disconnect ends the generations at once; after it, nothing runs any more."""
         watcher = asyncio.ensure_future(self._watch(receive))
-        try:
-            yield
-        finally:
-            watcher.cancel()
-            self._abort()
+        with self:
+            try:
+                yield
+            finally:
+                watcher.cancel()
+
+    def __enter__(self) -> Call:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._abort()
 
     async def news(self) -> AsyncIterator[list[tuple[int, SampleOutput]]]:
         """For streams: (prompt's position, output), whenever there are some, until all is there.

@@ -1,39 +1,24 @@
-"""The routes. Each reads a request, asks the text core for it, and hands out what a renderer writes."""
+"""The routes: those of the operations, and what the engine says of itself."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any
 
-import msgspec
 from fastapi import APIRouter, Request, Response
-from starlette.requests import ClientDisconnect
 
 from tokasaurus.config.slices import ServerConfig
-from tokasaurus.errors import RequestError
-from tokasaurus.server.calls import Call, EventStream, in_thread_if
-from tokasaurus.server.generation import PreparedRequest
-from tokasaurus.server.http_errors import BodyTooLarge, ClientGone, UnknownModel, WrongMediaType
-from tokasaurus.server.params import renamed
-from tokasaurus.server.render import ChatRenderer, CompletionRenderer, Renderer
-from tokasaurus.server.schemas import ChatRequest, CompletionRequest, GenerationRequest, parse
+from tokasaurus.server.answers import Answers
+from tokasaurus.server.bodies import read_json
+from tokasaurus.server.calls import EventStream
+from tokasaurus.server.http_errors import UnknownModel, to_json
+from tokasaurus.server.operations import OPERATIONS, Operation
+from tokasaurus.server.schemas import GenerationRequest
 from tokasaurus.server.state import EngineState
 from tokasaurus.version import __version__
 
 __all__ = ["Endpoints"]
-
-MAX_BODY_BYTES = 256 << 20
-
-# What takes longer than about a millisecond is done in a thread.
-_MANY_CHARACTERS = 4_000  # to tokenize
-_MANY_TOKENS = 8_000  # to turn into text and JSON
-_MANY_LOGPROBS = 200  # likewise
-
-_CHAT_TEMPERATURE = 0.7
-_COMPLETION_TEMPERATURE = 1.0
-
-R = TypeVar("R", bound=GenerationRequest)
 
 
 class Endpoints:
@@ -42,11 +27,13 @@ class Endpoints:
     Args:
         config: the server's slice.
         state: of the engine.
+        answers: carries out what generates.
     """
 
-    def __init__(self, config: ServerConfig, state: EngineState) -> None:
+    def __init__(self, config: ServerConfig, state: EngineState, answers: Answers) -> None:
         self._config = config
         self._state = state
+        self._answers = answers
         self._created = int(time.time())
 
     def router(self) -> APIRouter:
@@ -60,89 +47,34 @@ class Endpoints:
         ]
         for path, handler in get:
             router.add_api_route(path, handler, methods=["GET"], response_model=None)
-        post: list[tuple[str, Callable[..., Any], type[GenerationRequest]]] = [
-            ("/v1/completions", self.completions, CompletionRequest),
-            ("/v1/chat/completions", self.chat_completions, ChatRequest),
-        ]
-        for path, handler, schema in post:
+        for path, operation in OPERATIONS.items():
             router.add_api_route(
                 path,
-                handler,
+                self._generating(operation),
                 methods=["POST"],
+                name=path.removeprefix("/"),
+                description=operation.summary,
                 response_model=None,
-                openapi_extra={"requestBody": _request_body(schema)},
+                openapi_extra={"requestBody": _request_body(operation.schema)},
             )
         return router
 
     # --- generating --------------------------------------------------------------------------------
 
-    async def completions(self, request: Request) -> Response:
-        """Continues prompts."""
-        generations = self._state.generations()
-        body = await _read(request, CompletionRequest)
-        prompts = body.prompts()
-        tokenizer = generations.tokenizer
+    def _generating(self, operation: Operation) -> Callable[[Request], Awaitable[Response]]:
+        """The handler of an operation."""
+        answers = self._answers
 
-        def prepare() -> tuple[list[PreparedRequest], list[str] | None]:
-            ids = [tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
-            echoes = None
-            if body.echo:
-                echoes = [p if isinstance(p, str) else tokenizer.decode_prompt(p) for p in prompts]
-            limit = self._config.max_request_tokens
-            return [
-                generations.prepare(
-                    each,
-                    body.params_for(len(each), limit),
-                    default_temperature=_COMPLETION_TEMPERATURE,
-                )
-                for each in ids
-            ], echoes
-
-        heavy = sum(map(len, prompts)) > _MANY_CHARACTERS
-        prepared, echoes = await in_thread_if(heavy, prepare)
-        renderer = CompletionRenderer(body, self._config.model_name, tokenizer, echoes)
-        return await self._answer(request, body, prepared, renderer)
-
-    async def chat_completions(self, request: Request) -> Response:
-        """Answers the last message of a conversation, or goes on with it."""
-        generations = self._state.generations()
-        body = await _read(request, ChatRequest)
-        messages = [message.for_template() for message in body.messages]
-
-        def prepare() -> PreparedRequest:
-            ids = generations.tokenizer.render_chat(messages, body.apply_chat_template_overrides)
-            try:
-                return generations.prepare(
-                    ids, body.params(), default_temperature=_CHAT_TEMPERATURE
-                )
-            except RequestError as error:
-                raise renamed(error, body.field_names()) from None
-
-        heavy = sum(len(message["content"]) for message in messages) > _MANY_CHARACTERS
-        prepared = await in_thread_if(heavy, prepare)
-        renderer = ChatRenderer(body, self._config.model_name, generations.tokenizer)
-        return await self._answer(request, body, [prepared], renderer)
-
-    async def _answer(
-        self,
-        request: Request,
-        body: GenerationRequest,
-        prepared: list[PreparedRequest],
-        renderer: Renderer,
-    ) -> Response:
-        # Asked again: the engine may have died while the prompts were tokenized.
-        call = Call(self._state.generations(), prepared, stream=bool(body.stream))
-        if body.stream:
-            return EventStream(call, renderer)
-        try:
+        async def handler(request: Request) -> Response:
+            task = await answers.prepare(operation, await read_json(request))
+            call = answers.start(task)
+            if task.body.stream:
+                return EventStream(call, task.renderer)
             async with call.watched(request.receive):
-                await call.finish()
-        except RequestError as error:
-            raise renamed(error, body.field_names()) from None
-        size = sum(generation.num_generated_tokens for generation in call.generations)
-        limit = _MANY_TOKENS if body.num_logprobs is None else _MANY_LOGPROBS
-        content = await in_thread_if(size > limit, lambda: renderer.whole(call.generations))
-        return Response(content, media_type="application/json")
+                content = await answers.finish(task, call)
+            return Response(content, media_type="application/json")
+
+        return handler
 
     # --- about the engine --------------------------------------------------------------------------
 
@@ -181,34 +113,8 @@ class Endpoints:
         }
 
 
-async def _read(request: Request, schema: type[R]) -> R:
-    """Reads and checks a request's body. Raises RequestError.
-
-    Only what is declared to be JSON is read: a browser sends anything else to any address without
-    asking first.
-    """
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json" and not media_type.endswith("+json"):
-        raise WrongMediaType(
-            f"the body must be sent with Content-Type: application/json, not {media_type or 'nothing'!r}"
-        )
-    data = bytearray()
-    try:
-        async for piece in request.stream():
-            data += piece
-            if len(data) > MAX_BODY_BYTES:
-                raise BodyTooLarge(f"the body is larger than {MAX_BODY_BYTES} bytes")
-    except ClientDisconnect:
-        raise ClientGone("the client disconnected") from None
-    try:
-        body = msgspec.json.decode(data)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise RequestError(f"the body is no valid JSON: {error}") from None
-    return parse(body, schema)
-
-
 def _json(body: dict[str, Any], status: int = 200) -> Response:
-    return Response(msgspec.json.encode(body), status, media_type="application/json")
+    return Response(to_json(body), status, media_type="application/json")
 
 
 def _request_body(schema: type[GenerationRequest]) -> dict[str, Any]:

@@ -16,7 +16,16 @@ from tokasaurus.errors import (
     TokasaurusError,
 )
 
-__all__ = ["BodyTooLarge", "UnknownModel", "WrongMediaType", "error_body", "install_error_handlers"]
+__all__ = [
+    "BodyTooLarge",
+    "ClientGone",
+    "UnknownModel",
+    "WrongMediaType",
+    "error_body",
+    "error_status",
+    "install_error_handlers",
+    "to_json",
+]
 
 _RETRY_AFTER_S = 5
 
@@ -63,12 +72,22 @@ def error_body(error: Exception) -> dict[str, Any]:
     return _body("internal error; the server's log says more", "internal_error", None, None)
 
 
+def error_status(error: Exception) -> int:
+    """The HTTP status of an error."""
+    return next(status for kind, status in _STATUSES.items() if isinstance(error, kind))
+
+
+def to_json(body: Any) -> bytes:
+    """One line of JSON."""
+    return msgspec.json.encode(body)
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Makes every error of an application come out in OpenAI's shape."""
 
     def tokasaurus_error(request: Request, error: Exception) -> Response:
         headers = {"Retry-After": str(_RETRY_AFTER_S)} if isinstance(error, EngineNotReady) else {}
-        return _answer(_status(error), error_body(error), headers)
+        return _answer(error_status(error), error_body(error), headers)
 
     def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -88,14 +107,9 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, unexpected_error)
 
 
-def _status(error: Exception) -> int:
-    return next(status for kind, status in _STATUSES.items() if isinstance(error, kind))
-
-
 def _body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def _answer(status: int, body: dict[str, Any], headers: dict[str, str]) -> Response:
-    content = msgspec.json.encode(body)
-    return Response(content, status, headers, media_type="application/json")
+    return Response(to_json(body), status, headers, media_type="application/json")

@@ -1,0 +1,119 @@
+"""Carries out operations: from a decoded body to a running call, and from there to the bytes of an answer.
+
+One path for all who ask: the HTTP routes, which have a connection to watch and may stream, and those who have
+only a body and want the answer as JSON (``answer``: the lines of batches).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+from tokasaurus.errors import EngineError, RequestError
+from tokasaurus.protocol.messages import MAX_PRIORITY
+from tokasaurus.server.calls import Call, in_thread_if
+from tokasaurus.server.http_errors import error_body, error_status, to_json
+from tokasaurus.server.operations import OPERATIONS, Operation, Task
+from tokasaurus.server.params import renamed
+from tokasaurus.server.schemas import parse
+from tokasaurus.server.state import EngineState
+
+__all__ = ["Answers"]
+
+log = logging.getLogger(__name__)
+
+# What takes longer than about a millisecond is done in a thread.
+_MANY_CHARACTERS = 4_000  # to tokenize
+_MANY_TOKENS = 8_000  # to turn into text and JSON
+_MANY_LOGPROBS = 200  # likewise
+
+
+class Answers:
+    """Answers requests on one engine.
+
+    Args:
+        state: of the engine.
+    """
+
+    def __init__(self, state: EngineState) -> None:
+        self._state = state
+
+    async def prepare(self, operation: Operation, body: Any) -> Task:
+        """Checks a request, a decoded JSON body, and tokenizes its prompts. Nothing runs yet.
+
+        Raises:
+            RequestError: it is wrong; names the field.
+            EngineError: the engine cannot serve.
+        """
+        generations = self._state.generations()
+        request = parse(body, operation.schema)
+        heavy = operation.num_characters(request) > _MANY_CHARACTERS
+        return await in_thread_if(heavy, lambda: operation.prepare(request, generations))
+
+    def start(self, task: Task) -> Call:
+        """Sends the prompts to the engine. Raises EngineError."""
+        # Asked again: the engine may have died while the prompts were tokenized.
+        return Call(self._state.generations(), task.prompts, stream=bool(task.body.stream))
+
+    async def finish(self, task: Task, call: Call) -> bytes:
+        """Waits for a call without ``stream``, which somebody else ends if this raises; returns its answer.
+
+        Raises:
+            RequestError: the engine refuses a prompt.
+            EngineDead: the engine died.
+            ClientGone: as it says.
+        """
+        body = task.body
+        try:
+            await call.finish()
+        except RequestError as error:
+            raise renamed(error, body.field_names()) from None
+        size = sum(generation.num_generated_tokens for generation in call.generations)
+        limit = _MANY_TOKENS if body.num_logprobs is None else _MANY_LOGPROBS
+        return await in_thread_if(size > limit, lambda: task.renderer.whole(call.generations))
+
+    async def answer(self, path: str, body: Any, *, priority: int = 0) -> tuple[int, bytes]:
+        """What the route would answer to this body. If it is cancelled, so is what runs for it.
+
+        Args:
+            path: of an operation.
+            body: decoded JSON, of any shape.
+            priority: added to the request's own.
+
+        Returns:
+            The status code and the JSON; an error of the request is an answer, too.
+
+        Raises:
+            EngineError: the engine did not answer, and another one may.
+        """
+        try:
+            operation = OPERATIONS.get(path)
+            if operation is None:
+                raise RequestError(
+                    f"url must be one of {', '.join(OPERATIONS)}, not {path!r}", "url"
+                )
+            task = await self.prepare(operation, body)
+            if task.body.stream:
+                raise RequestError(
+                    "stream must be false: there is no connection to stream to", "stream"
+                )
+            with self.start(_with_priority(task, priority)) as call:
+                return 200, await self.finish(task, call)
+        except EngineError:
+            raise
+        except Exception as error:
+            if (status := error_status(error)) >= 500:
+                log.exception("a request to %s failed", path)
+            return status, to_json(error_body(error))
+
+
+def _with_priority(task: Task, priority: int) -> Task:
+    if priority == 0:
+        return task
+    prompts = []
+    for prompt in task.prompts:
+        sum_ = max(-MAX_PRIORITY, min(prompt.params.priority + priority, MAX_PRIORITY))
+        params = dataclasses.replace(prompt.params, priority=sum_)
+        prompts.append(dataclasses.replace(prompt, params=params))
+    return dataclasses.replace(task, prompts=prompts)
