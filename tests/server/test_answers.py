@@ -297,6 +297,29 @@ def test_chat_logprobs(server, client):
             assert top == [(TOKENIZER.token_text(i), v) for i, v in zip(best, values, strict=True)]
 
 
+def test_chat_ids_instead_of_messages(server, client):
+    """The very prompt that the messages would have made; the fingerprint tells it."""
+    says(server, SAID)
+    ids = TOKENIZER.render_chat([{"role": "user", "content": "hi"}])
+    extra = {"ids": ids, "messages": None}
+    request = {"model": "m", "messages": [], "extra_body": extra}
+    answer = client.chat.completions.create(**request)
+    assert answer.choices[0].message.content == SAID
+    assert server.engine.requests[0].prompt_ids.tolist() == ids
+    assert json.loads(answer.system_fingerprint)["input_ids"] == [ids]
+    first, *rest = client.chat.completions.create(**request, stream=True)
+    assert json.loads(first.system_fingerprint)["input_ids"] == [ids]
+    assert all("input_ids" not in chunk.system_fingerprint for chunk in rest)
+    assert "input_ids" not in chat(client).system_fingerprint
+
+
+def test_metadata_comes_back(server, client):
+    says(server, SAID)
+    pairs = {"run": "7", "": "x" * 512}
+    assert chat(client, metadata=pairs).metadata == pairs
+    assert "metadata" not in chat(client).model_dump(exclude_unset=True)
+
+
 # --- first_k ---------------------------------------------------------------------------------------
 
 

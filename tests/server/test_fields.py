@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import msgspec
 import openai.types.chat.completion_create_params as openai_chat
 import openai.types.completion_create_params as openai_completion
@@ -39,6 +41,9 @@ CHANGES = {
     "first_k": (1, {"n": 3}),
     "stream": (True, {}),
     "stream_options": ({"include_usage": True}, {"stream": True}),
+    "user": ("somebody", {}),
+    "metadata": ({"run": "7"}, {}),
+    "service_tier": ("flex", {}),
 }
 CHANGES_OF = {
     "/v1/completions": {
@@ -46,11 +51,11 @@ CHANGES_OF = {
         "prompt": ("the dog", {}),
         "logprobs": (3, {}),
         "echo": (True, {}),
-        "best_of": (3, {}),  # is refused
     },
     "/v1/chat/completions": {
         **CHANGES,
         "messages": ([{"role": "user", "content": "the dog"}], {}),
+        "ids": ([70, 71, 72], {"messages": None}),
         "logprobs": (True, {}),
         "top_logprobs": (3, {"logprobs": True}),
         "max_completion_tokens": (5, {"max_tokens": None}),
@@ -63,12 +68,15 @@ CASES = [(path, field) for path, changes in CHANGES_OF.items() for field in chan
 def observe(server, path, body):
     """All that a client or the engine can see of a request, without what is different each time."""
     server.engine.received.clear()
-    answer = server.post(path, body)
+    generations = server.generations
+    with mock.patch.object(generations, "start", wraps=generations.start) as start:
+        answer = server.post(path, body)
     if answer.status != 200:
         return answer.status, answer.error["param"]
     (sent,) = server.engine.requests
     request = {name: getattr(sent, name) for name in sent.__struct_fields__ if name != "request_id"}
     request["prompt_ids"] = sent.prompt_ids.tolist()
+    request["client_key"] = start.call_args.args[0].client_key
     if body.get("stream"):
         events = answer.events
         seen = [event["model"] for event in events[:1]], [e.get("usage") for e in events][-1]
@@ -88,8 +96,8 @@ def test_a_supported_field_changes_something(server, path, field):
     body = {**BASE[path], **extra}
     plain = observe(server, path, {name: v for name, v in body.items() if name != field})
     changed = observe(server, path, {**body, field: value})
+    assert changed[0] == 200
     assert changed != plain
-    assert changed == ((400, field) if field == "best_of" else changed)
 
 
 @pytest.mark.parametrize(("path", "field"), CASES)
@@ -111,7 +119,8 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(server, path, field):
     for wrong in ({"nonsense": 1}, [[["nonsense"]]]):
         if field == "apply_chat_template_overrides" and isinstance(wrong, dict):
             continue
-        assert observe(server, path, {**BASE[path], field: wrong}) == (400, field)
+        body = {**BASE[path], **CHANGES_OF[path][field][1], field: wrong}
+        assert observe(server, path, body) == (400, field)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +178,35 @@ def test_every_field_of_openai_is_known(path):
         ("/v1/completions", {"prompt": [99999]}, "prompt", "99999"),
         ("/v1/completions", {"prompt": [5] * 512}, "prompt", "512"),
         ("/v1/completions", {"prompt": [[5]] * 300, "n": 300}, "prompt", "65536"),
-        ("/v1/completions", {"best_of": 2, "n": 4}, "best_of", "n"),
+        ("/v1/completions", {"best_of": 2, "n": 4}, "best_of", "ask for n samples"),
+        ("/v1/completions", {"best_of": 4, "n": 4}, "best_of", "it was 4"),
+        ("/v1/completions", {"suffix": "end"}, "suffix", "goes on from the prompt"),
+        ("/v1/chat/completions", {"store": True}, "store", "keeps no completions"),
+        ("/v1/completions", {"store": True}, "store", "keeps no completions"),
+        ("/v1/completions", {"user": "u" * 513}, "user", "512"),
+        ("/v1/completions", {"user": 7}, "user", "string"),
+        ("/v1/completions", {"metadata": {"a": 1}}, "metadata", "string"),
+        ("/v1/completions", {"metadata": {"a" * 65: "b"}}, "metadata", "64"),
+        ("/v1/completions", {"metadata": {"a": "b" * 513}}, "metadata", "512"),
+        (
+            "/v1/completions",
+            {"metadata": {str(number): "" for number in range(17)}},
+            "metadata",
+            "16",
+        ),
+        ("/v1/completions", {"service_tier": "scale"}, "service_tier", "'priority'"),
+        ("/v1/completions", {"service_tier": "flex", "priority": 3}, "service_tier", "priority"),
+        ("/v1/chat/completions", {"messages": None}, "messages", "neither"),
+        ("/v1/chat/completions", {"ids": [5, 6]}, "ids", "both"),
+        ("/v1/chat/completions", {"ids": [], "messages": None}, "ids", "at least 1"),
+        ("/v1/chat/completions", {"ids": [99999], "messages": None}, "ids", "99999"),
+        ("/v1/chat/completions", {"ids": [5] * 512, "messages": None}, "ids", "512"),
+        (
+            "/v1/chat/completions",
+            {"ids": [5], "messages": None, "apply_chat_template_overrides": {"shout": True}},
+            "apply_chat_template_overrides",
+            "no effect",
+        ),
         ("/v1/completions", {"priority": 1_000_001}, "priority", "from -1000000 to 1000000"),
         ("/v1/completions", {"priority": 1.0}, "priority", "integer"),
         ("/v1/completions", {"priority": True}, "priority", "integer"),
@@ -246,3 +283,22 @@ def test_wrong_values(server, path, body, param, said):
         assert said in answer.error["message"]
         assert answer.error["type"] == "invalid_request_error"
     assert server.engine.requests == []
+
+
+@pytest.mark.parametrize("path", SCHEMAS)
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("tier", "served", "priority"),
+    [
+        (None, None, 0),
+        ("auto", "default", 0),
+        ("default", "default", 0),
+        ("flex", "flex", 1000),
+        ("priority", "priority", -1000),
+    ],
+)
+def test_service_tiers_are_priorities(server, path, stream, tier, served, priority):
+    answer = server.post(path, {**BASE[path], "service_tier": tier, "stream": stream})
+    bodies = answer.events if stream else [answer.json]
+    assert {body.get("service_tier") for body in bodies} == {served}
+    assert server.engine.requests[0].priority == priority

@@ -41,14 +41,11 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "verbosity": (),
     "web_search_options": (),
     # OpenAI: names and hints, which never change an answer
-    "metadata": ({},),
     "prompt_cache_key": (_ANY_STRING,),
     "prompt_cache_options": ({},),
     "prompt_cache_retention": (_ANY_STRING,),
     "safety_identifier": (_ANY_STRING,),
-    "service_tier": ("auto", "default"),
     "store": (False,),
-    "user": (_ANY_STRING,),
     # Other engines
     "add_special_tokens": (True,),
     "bad_words": ([],),
@@ -60,7 +57,6 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "guided_grammar": (),
     "guided_json": (),
     "guided_regex": (),
-    "ids": (),
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
     "lora_path": (),
@@ -75,6 +71,12 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
 }
 """Null is harmless everywhere and not listed. A type stands for all its values."""
+
+_REASONS: Mapping[str, str] = {
+    "best_of": "every sample is returned, none is chosen: ask for n samples",
+    "store": "this server keeps no completions",
+    "suffix": "the text only ever goes on from the prompt: put a fill-in-the-middle prompt together yourself",
+}
 
 
 def without_harmless(body: Mapping[str, Any], supported: Collection[str]) -> dict[str, Any]:
@@ -112,4 +114,5 @@ def _unsupported(name: str, value: Any) -> str:
     shown = repr(value)
     if len(shown) > 100:
         shown = shown[:100] + "..."
-    return f"{name} is not supported, but for values that change nothing; it was {shown}"
+    reason = f" ({_REASONS[name]})" if name in _REASONS else ""
+    return f"{name} is not supported, but for values that change nothing{reason}; it was {shown}"

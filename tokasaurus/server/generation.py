@@ -66,6 +66,7 @@ class PreparedRequest:
     seed: int
     stops: StopStrings | None
     stop_token_ids: tuple[int, ...]
+    client_key: str | None = None  # whose it is, where the client says; those get fair shares
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,7 @@ class Generations:
         params: SamplingParams,
         *,
         default_temperature: float = 1.0,
+        client_key: str | None = None,
     ) -> PreparedRequest:
         """Decides what was left open, and checks that the prompt can run. Sends nothing yet.
 
@@ -223,6 +225,7 @@ class Generations:
             prompt_ids: the prompt.
             params: how to continue it.
             default_temperature: where neither the parameters nor the generation config say.
+            client_key: whose request it is.
 
         Raises:
             RequestError: it cannot run; names the field.
@@ -249,6 +252,7 @@ class Generations:
             seed=secrets.randbits(63) if params.seed is None else int(params.seed),
             stops=stops,
             stop_token_ids=tuple(sorted(stop_token_ids)),
+            client_key=client_key,
         )
 
     def start(

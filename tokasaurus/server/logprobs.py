@@ -109,12 +109,18 @@ def chat_logprobs(
     return {"content": content, "refusal": None}
 
 
-def fingerprint(outputs: Sequence[SampleOutput], *, packed: bool) -> str:
+def fingerprint(
+    outputs: Sequence[SampleOutput],
+    *,
+    packed: bool,
+    input_ids: Sequence[Sequence[int]] | None = None,
+) -> str:
     """``system_fingerprint``: JSON that carries the ids of each choice.
 
     Args:
         outputs: one for each choice.
         packed: also their logprobs, as base64 of raw little-endian arrays, top-k row by row.
+        input_ids: the ids of each prompt, if they are to be told.
     """
     fields: dict[str, Any] = {"completion_ids": [output.token_ids for output in outputs]}
     if packed:
@@ -127,6 +133,8 @@ def fingerprint(outputs: Sequence[SampleOutput], *, packed: bool) -> str:
         fields["packed_topk_logprobs"] = (
             [_pack(piece.top_logprobs, "<f4") for piece in pieces] if has_top else None
         )
+    if input_ids is not None:
+        fields["input_ids"] = input_ids
     return msgspec.json.encode(fields).decode()
 
 

@@ -66,6 +66,7 @@ def _prepare_completion(body: CompletionRequest, generations: Generations) -> Ta
             each,
             body.params_for(len(each), config.max_request_tokens),
             default_temperature=_COMPLETION_TEMPERATURE,
+            client_key=body.user,
         )
         for each in ids
     ]
@@ -75,10 +76,14 @@ def _prepare_completion(body: CompletionRequest, generations: Generations) -> Ta
 
 def _prepare_chat(body: ChatRequest, generations: Generations) -> Task:
     """Answers the last message of a conversation, or goes on with it."""
-    messages = [message.for_template() for message in body.messages]
-    ids = generations.tokenizer.render_chat(messages, body.apply_chat_template_overrides)
+    ids = body.ids
+    if ids is None:
+        messages = [message.for_template() for message in body.messages or ()]
+        ids = generations.tokenizer.render_chat(messages, body.apply_chat_template_overrides)
     try:
-        prepared = generations.prepare(ids, body.params(), default_temperature=_CHAT_TEMPERATURE)
+        prepared = generations.prepare(
+            ids, body.params(), default_temperature=_CHAT_TEMPERATURE, client_key=body.user
+        )
     except RequestError as error:
         raise renamed(error, body.field_names()) from None
     renderer = ChatRenderer(body, generations.config.model_name, generations.tokenizer)
@@ -90,7 +95,7 @@ def _completion_characters(body: CompletionRequest) -> int:
 
 
 def _chat_characters(body: ChatRequest) -> int:
-    return sum(len(message.for_template()["content"]) for message in body.messages)
+    return sum(len(message.for_template()["content"]) for message in body.messages or ())
 
 
 OPERATIONS: Mapping[str, Operation] = {

@@ -56,6 +56,7 @@ class Renderer:
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": model if request.model is None else request.model,
+            **request.echoed(),
         }
 
     def whole(self, generations: Sequence[Generation]) -> bytes:
@@ -73,7 +74,9 @@ class Renderer:
                 "object": self.whole_object,
                 "choices": choices,
                 "usage": _usage(generations, num_tokens),
-                "system_fingerprint": fingerprint(outputs, packed=self._packs_logprobs),
+                "system_fingerprint": fingerprint(
+                    outputs, packed=self._packs_logprobs, input_ids=self._input_ids(generations)
+                ),
             }
         )
 
@@ -82,16 +85,19 @@ class Renderer:
     ) -> bytes:
         """The next event of one choice; its fingerprint carries the ids that this chunk brings."""
         index = position * self.request.num_samples + output.index
-        choice = self._delta(
-            index, position, generations[position], output, first=index not in self._begun
-        )
+        first = index not in self._begun
+        choice = self._delta(index, position, generations[position], output, first=first)
         self._begun.add(index)
         self._num_streamed_tokens += len(output.token_ids)
         body = {
             **self._head,
             "object": self.chunk_object,
             "choices": [choice],
-            "system_fingerprint": fingerprint([output], packed=self._packs_logprobs),
+            "system_fingerprint": fingerprint(
+                [output],
+                packed=self._packs_logprobs,
+                input_ids=self._input_ids([generations[position]]) if first else None,
+            ),
         }
         if self._continuous_usage:
             body["usage"] = _usage(generations, self._num_streamed_tokens)
@@ -103,6 +109,10 @@ class Renderer:
         """The event that ends a stream which was to include the usage."""
         usage = _usage(generations, self._num_streamed_tokens)
         return event({**self._head, "object": self.chunk_object, "choices": [], "usage": usage})
+
+    def _input_ids(self, generations: Sequence[Generation]) -> list[list[int]] | None:
+        """What the fingerprint says of the prompts; nothing but for the endpoint that takes their ids."""
+        return None
 
     def _choice(
         self, index: int, position: int, generation: Generation, output: SampleOutput
@@ -203,6 +213,7 @@ class ChatRenderer(Renderer):
 
     def __init__(self, request: ChatRequest, model: str, tokenizer: Tokenizer) -> None:
         super().__init__(request, model, tokenizer)
+        self._ids = request.ids
 
     def _choice(
         self, index: int, position: int, generation: Generation, output: SampleOutput
@@ -232,6 +243,11 @@ class ChatRenderer(Renderer):
             "logprobs": self._render_logprobs(output),
             "finish_reason": output.finish_reason,
         }
+
+    def _input_ids(self, generations: Sequence[Generation]) -> list[list[int]] | None:
+        if self._ids is None:
+            return None
+        return [self._ids] * len(generations)
 
     def _render_logprobs(self, output: SampleOutput) -> dict[str, Any] | None:
         if output.logprobs is None or self._packs_logprobs:

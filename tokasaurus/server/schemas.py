@@ -8,7 +8,7 @@ refuses the same values in the same words.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
@@ -20,6 +20,16 @@ from tokasaurus.server.params import MAX_SAMPLES, SamplingParams, renamed
 __all__ = ["ChatRequest", "CompletionRequest", "GenerationRequest", "StreamOptions", "parse"]
 
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default
+MAX_USER_CHARS = 512
+
+_TIER_PRIORITIES = {"flex": 1000, "priority": -1000}
+"""What other service tiers than the default one mean for a request that sets no priority."""
+
+# OpenAI's limits.
+Metadata: TypeAlias = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=16),
+]
 
 
 class _Schema(BaseModel):
@@ -65,6 +75,12 @@ class GenerationRequest(_Schema):
     """
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    user: Annotated[str, Field(max_length=MAX_USER_CHARS)] | None = None
+    """Whom the request is for: requests of different users get their turn alike."""
+    metadata: Metadata | None = None
+    """At most 16 pairs of strings, which the answer repeats."""
+    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
+    """``flex`` runs behind other requests, ``priority`` before them; the others are as if left out."""
 
     @property
     def num_samples(self) -> int:
@@ -86,6 +102,11 @@ class GenerationRequest(_Schema):
 
     def check(self) -> None:
         """Raises RequestError where fields contradict one another."""
+        if self.priority is not None and self.service_tier in _TIER_PRIORITIES:
+            raise RequestError(
+                f"service_tier {self.service_tier!r} sets the priority, which was given too; leave one out",
+                "service_tier",
+            )
         if self.logprobs_ignore_temperature and self.logprobs_mode not in (None, "raw"):
             raise RequestError(
                 "logprobs_ignore_temperature asks for raw logprobs, logprobs_mode for"
@@ -113,11 +134,27 @@ class GenerationRequest(_Schema):
                 logprobs_mode=LogprobsMode.RAW
                 if self.logprobs_ignore_temperature
                 else self.logprobs_mode,
-                priority=0 if self.priority is None else self.priority,
+                priority=self._priority,
                 first_k=self.first_k,
             )
         except RequestError as error:
             raise renamed(error, self.field_names()) from None
+
+    @property
+    def _priority(self) -> int:
+        if self.priority is not None:
+            return self.priority
+        return _TIER_PRIORITIES.get(self.service_tier or "default", 0)
+
+    def echoed(self) -> dict[str, Any]:
+        """What the answer repeats of the request."""
+        echoed: dict[str, Any] = {}
+        if self.metadata is not None:
+            echoed["metadata"] = self.metadata
+        if self.service_tier is not None:
+            served = self.service_tier if self.service_tier in _TIER_PRIORITIES else "default"
+            echoed["service_tier"] = served
+        return echoed
 
 
 class CompletionRequest(GenerationRequest):
@@ -142,8 +179,6 @@ class CompletionRequest(GenerationRequest):
     ]
     logprobs: int | None = None
     echo: bool | None = None
-    best_of: int | None = None
-    """Samples to choose from: nothing is chosen, so it must be 1, or as many as are returned."""
 
     @property
     def num_logprobs(self) -> int | None:
@@ -151,11 +186,6 @@ class CompletionRequest(GenerationRequest):
 
     def check(self) -> None:
         super().check()
-        if self.best_of not in (None, 1, self.num_samples):
-            raise RequestError(
-                f"best_of is not supported above n; it was {self.best_of}, and n is {self.num_samples}",
-                "best_of",
-            )
         if self.echo and self.logprobs_in_fingerprint:
             raise RequestError(
                 "logprobs_in_fingerprint has no place for the prompt's logprobs that echo asks for",
@@ -225,7 +255,9 @@ class ChatMessage(_Schema):
 class ChatRequest(GenerationRequest):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    ids: Annotated[list[int], Field(min_length=1)] | None = None
+    """The prompt's token ids, instead of ``messages``; the chat template is not applied."""
     max_completion_tokens: int | None = None
     """A newer name of ``max_tokens``. Without either, the rest of the context."""
     logprobs: bool | None = None
@@ -243,13 +275,24 @@ class ChatRequest(GenerationRequest):
         return next((limit for limit in both if limit is not None), None)
 
     def field_names(self) -> Mapping[str, str]:
-        names = {"logprobs": "top_logprobs", "prompt": "messages"}
+        names = {"logprobs": "top_logprobs", "prompt": "messages" if self.ids is None else "ids"}
         if self.max_completion_tokens is not None:
             names["max_tokens"] = "max_completion_tokens"
         return names
 
     def check(self) -> None:
         super().check()
+        if (self.messages is None) == (self.ids is None):
+            said = "neither was given" if self.ids is None else "both were given"
+            raise RequestError(
+                f"messages or ids is required, one of the two: {said}",
+                "messages" if self.ids is None else "ids",
+            )
+        if self.ids is not None and self.apply_chat_template_overrides:
+            raise RequestError(
+                "apply_chat_template_overrides has no effect on ids, which are no messages",
+                "apply_chat_template_overrides",
+            )
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and (
