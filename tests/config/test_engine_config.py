@@ -25,6 +25,8 @@ NAMES_AND_DEFAULTS = {
     "host": "127.0.0.1",
     "port": 10210,
     "shutdown_timeout_s": 30.0,
+    "data_dir": None,
+    "unsafe_pickle_responses": False,
     "uvicorn_log_level": "info",
     "log_level": "INFO",
     "log_procs": None,

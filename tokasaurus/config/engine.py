@@ -119,6 +119,18 @@ class EngineConfig:
         help="How long running requests may take to finish after a first Ctrl-C or SIGTERM.",
     )
 
+    data_dir: str | None = flag(
+        None,
+        group=_SERVER,
+        help="Where files and batches are kept, so that batches go on after a restart. One engine at a time may use it.",
+        adapts="~/.local/share/tokasaurus/port-PORT",
+    )
+    unsafe_pickle_responses: bool = flag(
+        False,
+        group=_SERVER,
+        help="Answer /custom/synchronous-batch-completions with a Python pickle, as clients of version 0.0.4 expect, unless Accept asks for JSON or msgpack. The risk is the client's: whoever can answer in the engine's place, or change what it sends on the way, runs code of their choice in the process that unpickles.",
+    )
+
     uvicorn_log_level: str = flag(
         "info",
         group=_LOGGING,

@@ -204,6 +204,8 @@ def _server(config: EngineConfig, facts: ModelFacts, limits: _Limits) -> ServerC
         uvicorn_log_level=config.uvicorn_log_level,
         log_level=config.log_level,
         shutdown_timeout_s=config.shutdown_timeout_s,
+        data_dir=config.data_dir or f"~/.local/share/tokasaurus/port-{config.port}",
+        unsafe_pickle_responses=config.unsafe_pickle_responses,
         vocab_size=facts.vocab_size,
         eos_token_ids=facts.eos_token_ids,
         max_request_tokens=limits.max_request_tokens,

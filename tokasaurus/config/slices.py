@@ -45,6 +45,8 @@ class ServerConfig:
     uvicorn_log_level: str
     log_level: str
     shutdown_timeout_s: float  # how long a drain may take
+    data_dir: str  # of files and batches
+    unsafe_pickle_responses: bool
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     max_request_tokens: int  # prompt and completion together

@@ -23,6 +23,7 @@ from tokasaurus.server.endpoints import Endpoints
 from tokasaurus.server.http_errors import install_error_handlers
 from tokasaurus.server.operations import OPERATIONS
 from tokasaurus.server.state import EngineState
+from tokasaurus.server.synchronous_batch import SynchronousBatch
 from tokasaurus.version import __version__
 
 __all__ = ["create_app"]
@@ -38,6 +39,7 @@ def create_app(config: ServerConfig, state: EngineState) -> FastAPI:
     app = FastAPI(title="Tokasaurus", version=__version__, redirect_slashes=False)
     answers = Answers(state)
     app.include_router(Endpoints(config, state, answers).router())
+    app.include_router(SynchronousBatch(config, answers).router())
     install_error_handlers(app)
     _document_bodies(app)
     return app

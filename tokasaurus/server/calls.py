@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -18,7 +18,7 @@ from tokasaurus.server.params import renamed
 from tokasaurus.server.render import DONE, Renderer, event
 from tokasaurus.server.samples import SampleOutput
 
-__all__ = ["Call", "EventStream", "in_thread_if"]
+__all__ = ["Call", "EventStream", "in_thread_if", "until_disconnect"]
 
 T = TypeVar("T")
 
@@ -103,8 +103,7 @@ class Call:
         self._wake.set()
 
     async def _watch(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await _disconnect(receive)
         self._client_gone = True
         self._abort()
         self._wake.set()
@@ -164,6 +163,26 @@ class EventStream(Response):
 
     async def _send(self, send: Send, data: bytes) -> None:
         await send({"type": "http.response.body", "body": data, "more_body": True})
+
+
+async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """What the work returns. It is cancelled when the client goes away. Raises ClientGone."""
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone("the client disconnected")
+        return task.result()
+    finally:
+        watcher.cancel()
+        task.cancel()
+        await asyncio.wait({task})
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def in_thread_if(heavy: bool, function: Callable[[], T]) -> T:
