@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from tokasaurus.config.parser import parse_command_line
 from tokasaurus.errors import ConfigError, ModelError
 from tokasaurus.launch.assemble import assemble
+from tokasaurus.launch.exposure import check_certificate, open_door_warning, read_api_keys
 from tokasaurus.launch.supervisor import Supervisor
 
 __all__ = ["main", "run"]
@@ -27,12 +28,18 @@ def run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     """
     try:
         config = parse_command_line(arguments, environment)
+        config = dataclasses.replace(config, api_key=read_api_keys(config, environment))
+        check_certificate(config)
         listener = listen(config.host, config.port)
-        port = listener.getsockname()[1]  # port=0 takes a free one
-        slices = assemble(dataclasses.replace(config, port=port))
+        address, port = listener.getsockname()[:2]
+        config = dataclasses.replace(config, port=port)  # port=0 takes a free one
+        slices = assemble(config)
     except (ConfigError, ModelError) as error:
         print(f"toka: error: {error}", file=sys.stderr)
         return 2
+    warning = open_door_warning(config, address)
+    if warning is not None:
+        print(f"toka: warning: {warning}", file=sys.stderr)
     return Supervisor(slices, listener).run()
 
 

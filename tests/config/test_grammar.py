@@ -423,7 +423,7 @@ def test_overrides_stand_at_the_end():
     assert (value.count, value.text, value.maybe, value.level) == (2, "x", "a b", "Warning")
     with pytest.raises(ConfigError, match="OVERRIDES: count"):
         read(overrides="count=x")
-    with pytest.raises(ConfigError, match="OVERRIDES="):
+    with pytest.raises(ConfigError, match="OVERRIDES: no closing quotation"):
         read(overrides="text='open")
 
 

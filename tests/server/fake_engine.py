@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 import openai
-import uvicorn
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tokasaurus.config.slices import ServerConfig
+from tokasaurus.launch.serving import http_server
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
@@ -35,7 +35,6 @@ from tokasaurus.protocol.messages import (
     StopSequence,
 )
 from tokasaurus.server import tokenizer as server_tokenizer
-from tokasaurus.server.app import create_app
 from tokasaurus.server.generation import Generations
 from tokasaurus.server.state import EngineState
 
@@ -83,6 +82,11 @@ TOKENIZER = server_tokenizer.Tokenizer(WRAPPED, VOCAB_SIZE, [EOS_ID])
 CONFIG = ServerConfig(
     host="127.0.0.1",
     port=0,
+    api_key_digests=(),
+    ssl_certfile=None,
+    ssl_keyfile=None,
+    cors_origins=(),
+    max_body_bytes=1 << 20,
     model_name="org/tiny-model",
     model_root="org/tiny-model-source",
     tokenizer_path="",
@@ -357,10 +361,7 @@ class RunningServer:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        settings = uvicorn.Config(
-            create_app(config, self.state), log_level="warning", timeout_graceful_shutdown=2
-        )
-        self._server = uvicorn.Server(settings)
+        self._server = http_server(config, self.state)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
 
@@ -393,8 +394,8 @@ class RunningServer:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         return self._ask("POST", path, data, {"Content-Type": "application/json", **headers})
 
-    def get(self, path: str) -> Answer:
-        return self._ask("GET", path, None, {})
+    def get(self, path: str, **headers: str) -> Answer:
+        return self._ask("GET", path, None, headers)
 
     def _ask(self, method: str, path: str, data: bytes | None, headers: dict[str, str]) -> Answer:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)

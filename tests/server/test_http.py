@@ -9,7 +9,6 @@ import pytest
 from fake_engine import CONFIG
 
 import tokasaurus
-from tokasaurus.server import bodies
 
 BODY = {"prompt": "the cat"}
 
@@ -91,13 +90,6 @@ def test_only_json_is_read(server, media_type):
 @pytest.mark.parametrize("media_type", ["application/json; charset=utf-8", "Application/JSON"])
 def test_json_by_other_spellings(server, media_type):
     assert server.post("/v1/completions", BODY, **{"Content-Type": media_type}).status == 200
-
-
-def test_a_body_that_is_too_large(server, monkeypatch):
-    monkeypatch.setattr(bodies, "MAX_BODY_BYTES", 1000)
-    answer = server.post("/v1/completions", {"prompt": "x" * 2000})
-    assert answer.status == 413
-    assert "1000" in answer.error["message"]
 
 
 def test_a_defect_of_ours_is_a_500_without_details(server, monkeypatch, caplog):

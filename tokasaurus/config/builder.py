@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 import yaml
 
-from tokasaurus.config.schema import Flag, Schema, UnknownFlag, find_flag, flags_of
+from tokasaurus.config.schema import HIDDEN, Flag, Schema, UnknownFlag, find_flag, flags_of
 from tokasaurus.config.suggestions import nearest
 from tokasaurus.config.values import BadValue, convert, is_mapping, read_text
 from tokasaurus.errors import ConfigError
@@ -133,7 +133,9 @@ class Builder(Generic[C]):
         elif rest:
             values[flag.name] = _with_entry(flag, values, rest, value)
         else:
-            values[flag.name] = _read_form(flag.form, value, flag.notes.verbatim)
+            values[flag.name] = _read_form(
+                flag.form, value, flag.notes.verbatim, secret=flag.notes.secret
+            )
 
     def _written(self, value: Any) -> Any:
         """A text from a file is read as one of the command line is."""
@@ -203,7 +205,7 @@ def _with_entry(flag: Flag, values: dict[str, Any], rest: str, value: Any) -> di
     return top
 
 
-def _read_form(form: Any, value: Any, verbatim: bool) -> Any:
+def _read_form(form: Any, value: Any, verbatim: bool, *, secret: bool = False) -> Any:
     """Reads a value; a BadValue starts with what was written."""
     try:
         if not isinstance(value, Texts):
@@ -213,7 +215,8 @@ def _read_form(form: Any, value: Any, verbatim: bool) -> Any:
             return convert([read_text(item, item_form) for item in value.items], form)
         return value.items[0] if verbatim else read_text(value.items[0], form)
     except BadValue as error:
-        raise BadValue(f"{value if isinstance(value, Texts) else repr(value)}: {error}") from None
+        shown = HIDDEN if secret else value if isinstance(value, Texts) else repr(value)
+        raise BadValue(f"{shown}: {error}") from None
 
 
 def _instance(target: type[C], values: Mapping[str, Any]) -> C:

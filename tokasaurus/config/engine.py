@@ -19,6 +19,8 @@ __all__ = ["ENGINE", "EngineConfig"]
 
 _MODEL = "Model"
 _SERVER = "Server"
+_SECURITY = "Who may ask"
+_OVERLOAD = "Limits of what is asked"
 _LOGGING = "Logging"
 _LIMITS = "Memory and batch size"
 _SCHEDULING = "Scheduling"
@@ -103,7 +105,9 @@ class EngineConfig:
     )
 
     host: str = flag(
-        "127.0.0.1", group=_SERVER, help="The address to listen on; 0.0.0.0 lets other machines in."
+        "127.0.0.1",
+        group=_SERVER,
+        help="The address to listen on; 0.0.0.0 lets other machines in, for which there should be an api_key.",
     )
     port: int = flag(
         10210,
@@ -129,6 +133,43 @@ class EngineConfig:
         False,
         group=_SERVER,
         help="Answer /custom/synchronous-batch-completions with a Python pickle, as clients of version 0.0.4 expect, unless Accept asks for JSON or msgpack. The risk is the client's: whoever can answer in the engine's place, or change what it sends on the way, runs code of their choice in the process that unpickles.",
+    api_key: tuple[str, ...] | None = flag(
+        None,
+        group=_SECURITY,
+        secret=True,
+        help="Keys of which a request must bring one, as Authorization: Bearer KEY. Other users of the machine can read a command line; api_key_file and the environment variable TOKASAURUS_API_KEY add keys that they cannot.",
+        adapts="no key is needed",
+    )
+    api_key_file: str | None = flag(
+        None,
+        group=_SECURITY,
+        help="A file with more keys, one in each line; empty lines and lines that begin with # do not count.",
+        adapts="no file",
+    )
+    ssl_certfile: str | None = flag(
+        None,
+        group=_SECURITY,
+        help="Serve HTTPS with this certificate chain, a PEM file; needs ssl_keyfile.",
+        adapts="plain HTTP",
+    )
+    ssl_keyfile: str | None = flag(
+        None,
+        group=_SECURITY,
+        help="The certificate's private key, a PEM file without a password.",
+        adapts="plain HTTP",
+    )
+    cors_origins: tuple[str, ...] | None = flag(
+        None,
+        group=_SECURITY,
+        help="Origins whose web pages may ask, such as https://example.org; * is every page there is.",
+        adapts="no page of another origin may",
+    )
+
+    max_body_bytes: int = flag(
+        256 << 20,
+        group=_OVERLOAD,
+        minimum=1024,
+        help="Size of a request's body, beyond which it is refused with status 413.",
     )
 
     uvicorn_log_level: str = flag(

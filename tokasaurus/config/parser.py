@@ -17,7 +17,7 @@ import yaml
 from tokasaurus.config.builder import Builder
 from tokasaurus.config.engine import ENGINE, EngineConfig
 from tokasaurus.config.grammar import Reader
-from tokasaurus.config.schema import Schema
+from tokasaurus.config.schema import Schema, flags_of
 from tokasaurus.errors import ConfigError
 
 __all__ = ["parse", "parse_command_line", "parse_or_exit"]
@@ -60,7 +60,8 @@ def parse(schema: Schema[C], arguments: Sequence[str], overrides: str = "") -> C
     try:
         words = shlex.split(overrides)
     except ValueError as error:
-        raise ConfigError(f"OVERRIDES={overrides!r}: {str(error).lower()}") from None
+        # Not what it holds: that may be a secret.
+        raise ConfigError(f"OVERRIDES: {str(error).lower()}") from None
     with builder.reading("OVERRIDES"):
         reader.read(words)
     parsed = builder.finish()
@@ -73,9 +74,13 @@ def parse(schema: Schema[C], arguments: Sequence[str], overrides: str = "") -> C
 
 
 def show(value: Any) -> str:
-    """An instance as YAML that ``config=FILE`` reads back."""
+    """An instance as YAML that ``config=FILE`` reads back; a secret is only said to be there."""
     plain = _plain(dataclasses.asdict(value))
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    secrets = [flag.name for flag in flags_of(type(value)).values() if flag.notes.secret]
+    notes = [f"# {name} is set, and not shown\n" for name in secrets if plain[name] is not None]
+    for name in secrets:
+        del plain[name]
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True) + "".join(notes)
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,9 @@ flags conflict only where both were set, or where one was set and the model or t
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from dataclasses import dataclass
 
 from tokasaurus.config.engine import EngineConfig
@@ -32,6 +34,8 @@ DEFAULT_PAGE_SIZE = 16
 DEFAULT_MAX_SEQS = 1024
 DEFAULT_MAX_TOKENS = 8192
 STOP_LAG = 16  # tokens
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _LOGPROBS_MODES = {
@@ -65,6 +69,7 @@ def resolve(
     token_bytes = facts.kv_elements_per_token * _DTYPE_BYTES[dtype]
     room = None if memory_bytes is None or device != "cpu" else memory_bytes // token_bytes
     limits = _limits(config, _max_positions(config, facts), room, problems)
+    _check_access(config, problems)
     if problems:
         raise ConfigError("\n".join(problems))
     return EngineSlices(
@@ -193,10 +198,39 @@ def _step_size(config: EngineConfig, problems: list[str]) -> tuple[int, int]:
     return seqs, tokens or max(DEFAULT_MAX_TOKENS, seqs)
 
 
+def _check_access(config: EngineConfig, problems: list[str]) -> None:
+    for number, key in enumerate(config.api_key or (), 1):
+        if not key or not all("!" <= character <= "~" for character in key):
+            problems.append(
+                f"api_key: key number {number} is empty, or has a character that no HTTP header carries;"
+                " keys consist of visible ASCII characters"
+            )
+    if (config.ssl_certfile is None) != (config.ssl_keyfile is None):
+        given, missing = "ssl_certfile", "ssl_keyfile"
+        if config.ssl_certfile is None:
+            given, missing = missing, given
+        problems.append(f"{given} is set and {missing} is not; HTTPS needs both")
+    for origin in config.cors_origins or ():
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            problems.append(
+                f"cors_origins: {origin!r} is no origin; expected such as https://example.org, without a"
+                " path, or *"
+            )
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
 def _server(config: EngineConfig, facts: ModelFacts, limits: _Limits) -> ServerConfig:
     return ServerConfig(
         host=config.host,
         port=config.port,
+        api_key_digests=tuple(dict.fromkeys(map(_digest, config.api_key or ()))),
+        ssl_certfile=config.ssl_certfile,
+        ssl_keyfile=config.ssl_keyfile,
+        cors_origins=config.cors_origins or (),
+        max_body_bytes=config.max_body_bytes,
         model_name=config.served_model_name or config.model or BUNDLED_MODEL_NAME,
         model_root=config.model or facts.path,
         tokenizer_path=config.tokenizer or facts.path,

@@ -16,11 +16,21 @@ from tokasaurus.config.suggestions import Foreign, explain_unknown, nearest
 from tokasaurus.config.values import BadValue, convert, split_optional
 from tokasaurus.errors import ConfigError
 
-__all__ = ["REQUIRED", "Flag", "Retired", "Schema", "UnknownFlag", "check_fields", "flag"]
+__all__ = [
+    "HIDDEN",
+    "REQUIRED",
+    "Flag",
+    "Retired",
+    "Schema",
+    "UnknownFlag",
+    "check_fields",
+    "flag",
+]
 
 C = TypeVar("C")
 
 REQUIRED: Any = dataclasses.MISSING
+HIDDEN = "(hidden)"  # what stands for a secret
 
 
 class UnknownFlag(ValueError):
@@ -43,6 +53,7 @@ class _Notes:
     accepts: tuple[object, ...] = ()
     verbatim: bool = False
     may_be_empty: bool = False
+    secret: bool = False
 
 
 def flag(default: Any = REQUIRED, **notes: Any) -> Any:
@@ -61,8 +72,10 @@ def flag(default: Any = REQUIRED, **notes: Any) -> Any:
         accepts: and these values.
         verbatim: the text is taken as it is, not read as a literal or an expression.
         may_be_empty: an empty text is a value too.
+        secret: the value is never shown, in an error or anywhere else.
     """
-    return field(default=default, metadata={"flag": _Notes(**notes)})
+    made = _Notes(**notes)
+    return field(default=default, repr=not made.secret, metadata={"flag": made})
 
 
 @dataclass(frozen=True)
@@ -224,6 +237,7 @@ def check_fields(instance: Any) -> None:
         try:
             object.__setattr__(instance, item.name, item.check(value))
         except BadValue as error:
-            problems.append(f"{item.name}={value!r}: {error}")
+            shown = HIDDEN if item.notes.secret else repr(value)
+            problems.append(f"{item.name}={shown}: {error}")
     if problems:
         raise ConfigError("\n".join(problems))

@@ -38,6 +38,11 @@ class ServerConfig:
 
     host: str
     port: int
+    api_key_digests: tuple[str, ...]  # SHA-256 of each key, in hexadecimal; () where none is needed
+    ssl_certfile: str | None
+    ssl_keyfile: str | None
+    cors_origins: tuple[str, ...]
+    max_body_bytes: int
     model_name: str  # the id that /v1/models reports
     model_root: str  # where it came from, as the user wrote it
     tokenizer_path: str

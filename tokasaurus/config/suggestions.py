@@ -45,7 +45,6 @@ _TOKENS = "a number of tokens, not a share of memory"
 _OPPOSITE = "with the opposite meaning: use_cudagraphs=F"
 _ALWAYS = "prefix caching is always on"
 _PER_REQUEST = "seeds belong to requests; the same request with the same seed draws the same tokens"
-_NO_AUTH = "there are no API keys; bind to loopback or put a proxy in front"
 _LOCAL = "a directory, or a repository id"
 _TEMPLATE = "the chat template comes with the tokenizer; use tokenizer=DIR to take another"
 _ROPE = "the model's rope_scaling only, as JSON or by nested keys"
@@ -53,7 +52,7 @@ _NO_QUANTIZATION = "quantized weights are not supported; dtype chooses the preci
 
 # Flags of vLLM, SGLang and llama.cpp's server, which users bring with them.
 OTHER_ENGINES: Mapping[str, Foreign] = {
-    "api_key": Foreign(None, _NO_AUTH),
+    "allowed_origins": Foreign("cors_origins", "a list"),
     "attention_backend": Foreign("attention", "auto, compiled or reference"),
     "batch_size": Foreign("max_seqs_per_forward", _RUNNING),
     "block_size": Foreign("page_size", "tokens in a page"),

@@ -21,7 +21,7 @@ from tokasaurus.server.generation import Generations
 from tokasaurus.server.state import EngineState
 from tokasaurus.server.tokenizer import Tokenizer
 
-__all__ = ["serve"]
+__all__ = ["http_server", "serve"]
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class _Serving:
         self._listener = socket.socket(fileno=os.dup(assignment.listener_fd))
         self._state = EngineState()
         self._others_ready = asyncio.Event()
-        self._http = _http_server(self._config, self._state)
+        self._http = http_server(self._config, self._state)
 
     async def run(self) -> None:
         asyncio.get_running_loop().add_reader(self._lifeline.fileno(), self._on_lifeline)
@@ -79,7 +79,8 @@ class _Serving:
         await self._others_ready.wait()
         generations = Generations(config, tokenizer, self._to_manager.send)
         self._state.ready(generations)
-        log.info("ready: %s at http://%s:%d/v1", config.model_name, config.host, config.port)
+        scheme = "http" if config.ssl_certfile is None else "https"
+        log.info("ready: %s at %s://%s:%d/v1", config.model_name, scheme, config.host, config.port)
         while True:
             generations.absorb(await self._door.receive())
 
@@ -111,7 +112,8 @@ class _Serving:
         self._http.should_exit = True
 
 
-def _http_server(config: ServerConfig, state: EngineState) -> _HTTPServer:
+def http_server(config: ServerConfig, state: EngineState) -> uvicorn.Server:
+    """The web server of an engine, as its process runs it."""
     logging.getLogger("uvicorn").setLevel(config.uvicorn_log_level.upper())
     return _HTTPServer(
         uvicorn.Config(
@@ -122,5 +124,7 @@ def _http_server(config: ServerConfig, state: EngineState) -> _HTTPServer:
             timeout_graceful_shutdown=_FLUSH_S,
             lifespan="off",
             server_header=False,
+            ssl_certfile=config.ssl_certfile,
+            ssl_keyfile=config.ssl_keyfile,
         )
     )

@@ -5,11 +5,14 @@ Owns addresses and error messages. The engine speaks OpenAI's API, so the client
 
 from __future__ import annotations
 
+import os
+
 import openai
 
 __all__ = ["connect", "explain"]
 
 _CONNECT_S = 5.0
+_API_KEY_VARIABLE = "TOKASAURUS_API_KEY"  # as the engine reads it
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -20,7 +23,8 @@ def connect(host: str, port: int, retries: int = 0) -> openai.OpenAI:
     """
     name = _reachable(host)
     return openai.OpenAI(
-        api_key="none",  # the engine has no keys, and a real one from the environment stays here
+        # Not OPENAI_API_KEY: OpenAI's own key is nobody else's business.
+        api_key=os.environ.get(_API_KEY_VARIABLE, "").partition(",")[0].strip() or "none",
         base_url=f"http://{name}:{port}/v1",
         max_retries=retries,
         timeout=openai.Timeout(None, connect=_CONNECT_S),
@@ -50,6 +54,8 @@ def explain(error: openai.OpenAIError, client: openai.OpenAI) -> str:
                 f"nothing listens at {address}; start an engine with `toka`, or name its port=..."
             )
         return f"the connection to {address} failed: {cause}"
+    if isinstance(error, openai.AuthenticationError):
+        return f"{_reason(error)}; set {_API_KEY_VARIABLE} to one of the engine's keys"
     if isinstance(error, openai.APIStatusError):
         return f"the engine answered with status {error.status_code}: {_reason(error)}"
     return f"{address}: {error}"

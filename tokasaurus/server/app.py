@@ -16,8 +16,10 @@ from typing import Any
 
 from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
+from starlette.middleware.cors import CORSMiddleware
 
 from tokasaurus.config.slices import ServerConfig
+from tokasaurus.server.access import Access
 from tokasaurus.server.answers import Answers
 from tokasaurus.server.endpoints import Endpoints
 from tokasaurus.server.http_errors import install_error_handlers
@@ -41,6 +43,14 @@ def create_app(config: ServerConfig, state: EngineState) -> FastAPI:
     app.include_router(Endpoints(config, state, answers).router())
     app.include_router(SynchronousBatch(config, answers).router())
     install_error_handlers(app)
+    app.add_middleware(Access, config)
+    if config.cors_origins:  # outside, so that pages can read refusals, and ask first without a key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+        )
     _document_bodies(app)
     return app
 

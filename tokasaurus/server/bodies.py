@@ -9,11 +9,9 @@ from fastapi import Request
 from starlette.requests import ClientDisconnect
 
 from tokasaurus.errors import RequestError
-from tokasaurus.server.http_errors import BodyTooLarge, ClientGone, WrongMediaType
+from tokasaurus.server.http_errors import ClientGone, WrongMediaType
 
-__all__ = ["MAX_BODY_BYTES", "read_json"]
-
-MAX_BODY_BYTES = 256 << 20
+__all__ = ["read_json"]
 
 
 async def read_json(request: Request) -> Any:
@@ -23,7 +21,7 @@ async def read_json(request: Request) -> Any:
     asking first.
 
     Raises:
-        RequestError: it is no JSON, or too large.
+        RequestError: it is no JSON.
         ClientGone: as it says.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -35,8 +33,6 @@ async def read_json(request: Request) -> Any:
     try:
         async for piece in request.stream():
             data += piece
-            if len(data) > MAX_BODY_BYTES:
-                raise BodyTooLarge(f"the body is larger than {MAX_BODY_BYTES} bytes")
     except ClientDisconnect:
         raise ClientGone("the client disconnected") from None
     try:

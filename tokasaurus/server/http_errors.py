@@ -19,8 +19,10 @@ from tokasaurus.errors import (
 __all__ = [
     "BodyTooLarge",
     "ClientGone",
+    "Unauthorized",
     "UnknownModel",
     "WrongMediaType",
+    "error_answer",
     "error_body",
     "error_status",
     "install_error_handlers",
@@ -38,6 +40,10 @@ class BodyTooLarge(RequestError):
     """The body is larger than the server is willing to hold."""
 
 
+class Unauthorized(RequestError):
+    """The request brings none of the server's keys."""
+
+
 class ClientGone(TokasaurusError):
     """The client disconnected: whatever is answered, nobody reads it."""
 
@@ -51,6 +57,7 @@ class UnknownModel(RequestError):
 
 # The first that fits.
 _STATUSES: dict[type[Exception], int] = {
+    Unauthorized: 401,
     UnknownModel: 404,
     BodyTooLarge: 413,
     WrongMediaType: 415,
@@ -59,7 +66,11 @@ _STATUSES: dict[type[Exception], int] = {
     EngineError: 503,
     Exception: 500,
 }
-_CODES = {RequestTooLong: "context_length_exceeded", UnknownModel: "model_not_found"}
+_CODES = {
+    RequestTooLong: "context_length_exceeded",
+    UnknownModel: "model_not_found",
+    Unauthorized: "invalid_api_key",
+}
 
 
 def error_body(error: Exception) -> dict[str, Any]:
@@ -82,12 +93,21 @@ def to_json(body: Any) -> bytes:
     return msgspec.json.encode(body)
 
 
+def error_answer(error: Exception) -> Response:
+    """The whole answer to a request that ends with an error."""
+    headers = {}
+    if isinstance(error, EngineNotReady):
+        headers["Retry-After"] = str(_RETRY_AFTER_S)
+    elif isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
+    return _answer(error_status(error), error_body(error), headers)
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Makes every error of an application come out in OpenAI's shape."""
 
     def tokasaurus_error(request: Request, error: Exception) -> Response:
-        headers = {"Retry-After": str(_RETRY_AFTER_S)} if isinstance(error, EngineNotReady) else {}
-        return _answer(error_status(error), error_body(error), headers)
+        return error_answer(error)
 
     def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

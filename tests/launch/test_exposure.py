@@ -1,0 +1,117 @@
+"""Keys, certificates and addresses, before anything starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import pytest
+from certificates import make_certificate
+
+from tokasaurus import entry
+from tokasaurus.config.engine import EngineConfig
+from tokasaurus.config.parser import parse_command_line
+from tokasaurus.errors import ConfigError
+from tokasaurus.launch.exposure import (
+    API_KEY_VARIABLE,
+    check_certificate,
+    open_door_warning,
+    read_api_keys,
+)
+
+KEY = "sk-very-secret"
+
+
+def test_keys_of_all_sources_count(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("# of the team\nfrom-file\n\n  another \n")
+    config = EngineConfig(api_key=("a", "b"), api_key_file=str(file))
+    environment = {API_KEY_VARIABLE: "from-environment, last"}
+    assert read_api_keys(config, environment) == (
+        *("a", "b", "from-file", "another", "from-environment", "last"),
+    )
+    assert read_api_keys(EngineConfig(), {}) is None
+
+
+@pytest.mark.parametrize("content", [None, b"", b"# nothing\n\n", b"\xff\xfe"])
+def test_a_file_without_keys_leaves_no_door_open(tmp_path, content):
+    file = tmp_path / "keys"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match="api_key_file="):
+        read_api_keys(EngineConfig(api_key_file=str(file)), {})
+
+
+def test_nor_does_an_empty_flag_or_variable():
+    with pytest.raises(ConfigError, match=API_KEY_VARIABLE):
+        read_api_keys(EngineConfig(), {API_KEY_VARIABLE: " , "})
+    with pytest.raises(ConfigError, match="api_key"):
+        read_api_keys(EngineConfig(api_key=()), {})
+
+
+def test_keys_are_never_shown(capsys, monkeypatch):
+    config = parse_command_line([f"api_key={KEY},{KEY}2"], {})
+    assert config.api_key == (KEY, f"{KEY}2")
+    assert KEY not in repr(config)
+    with pytest.raises(SystemExit):
+        parse_command_line([f"api_key={KEY}", "port=1", "--show"], {})
+    shown = capsys.readouterr().out
+    assert KEY not in shown
+    assert "port: 1\n" in shown
+    assert "# api_key is set" in shown
+    for arguments in (
+        [f"api_key=[{KEY}"],
+        [f"api_key={{'a': '{KEY}'}}", "port=x"],
+        [f"api_key.x={KEY}"],
+        [f"api_kye={KEY}"],
+        [f"api_key='{KEY} with a space'"],
+        [f"api_key={KEY}\u00e9"],
+    ):
+        assert entry.run(arguments, {}) == 2
+    assert entry.run([], {"OVERRIDES": f"api_key='{KEY}"}) == 2
+    with pytest.raises(ConfigError) as error:
+        EngineConfig(api_key=KEY)
+    assert KEY not in str(error.value)
+    captured = capsys.readouterr()
+    assert captured.err.count("toka: error:") == 7
+    assert KEY not in captured.err + captured.out
+
+
+def test_certificates_are_checked_before_anything_starts(tmp_path, capsys):
+    certificate, key = make_certificate(tmp_path)
+    good = EngineConfig(ssl_certfile=certificate, ssl_keyfile=key)
+    check_certificate(good)
+    (tmp_path / "other").mkdir()
+    _, other_key = make_certificate(tmp_path / "other")
+    (tmp_path / "text").write_text("no certificate")
+    for changes, reason in (
+        ({"ssl_certfile": "/no/such/file"}, "ssl_certfile=/no/such/file: No such file"),
+        ({"ssl_keyfile": str(tmp_path)}, "ssl_keyfile=.*: Is a directory"),
+        ({"ssl_keyfile": other_key}, "key values mismatch"),
+        ({"ssl_certfile": str(tmp_path / "text")}, "ssl_certfile="),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            check_certificate(dataclasses.replace(good, **changes))
+    shutil.rmtree(tmp_path / "other")
+    (tmp_path / "other").mkdir()
+    locked = make_certificate(tmp_path / "other", "-passout", "pass:xyz")
+    with pytest.raises(ConfigError, match="password"):
+        check_certificate(EngineConfig(ssl_certfile=locked[0], ssl_keyfile=locked[1]))
+    assert entry.run([f"ssl_certfile={certificate}", "port=0"], {}) == 2
+    assert "ssl_certfile is set and ssl_keyfile is not" in capsys.readouterr().err
+
+
+def test_origins_are_origins(capsys):
+    for origin in ("example.org", "https://example.org/", "https://example.org/path"):
+        assert entry.run([f"cors_origins={origin}", "port=0"], {}) == 2
+        assert origin in capsys.readouterr().err
+
+
+def test_an_open_door_is_mentioned():
+    closed, opened = EngineConfig(), EngineConfig(host="0.0.0.0")
+    assert open_door_warning(closed, "127.0.0.1") is None
+    assert open_door_warning(closed, "::1") is None
+    assert open_door_warning(closed, "127.9.9.9") is None
+    assert API_KEY_VARIABLE in (open_door_warning(opened, "0.0.0.0") or "")
+    assert open_door_warning(opened, "::")
+    assert open_door_warning(dataclasses.replace(opened, api_key=("k",)), "0.0.0.0") is None
