@@ -133,6 +133,8 @@ class EngineConfig:
         False,
         group=_SERVER,
         help="Answer /custom/synchronous-batch-completions with a Python pickle, as clients of version 0.0.4 expect, unless Accept asks for JSON or msgpack. The risk is the client's: whoever can answer in the engine's place, or change what it sends on the way, runs code of their choice in the process that unpickles.",
+    )
+
     api_key: tuple[str, ...] | None = flag(
         None,
         group=_SECURITY,
