@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tokasaurus.config.slices import ManagerConfig
-from tokasaurus.protocol.messages import ForwardBatch, ForwardResult, GenerateRequest
+from tokasaurus.protocol.messages import ForwardBatch, ForwardResult, GenerateRequest, Pooling
 
 VOCAB_SIZE = 61
 
@@ -90,6 +90,19 @@ def prompt_logprobs_oracle(request: GenerateRequest) -> list[tuple[float, list[t
     return rows
 
 
+def pooled_state(kind: int, digest: int) -> list[float]:
+    """The "pooled state" of a prompt with this digest, exact in fp32."""
+    return [float(kind), float(digest % 4093), float(digest // 4093 % 4093)]
+
+
+def pooled_oracle(request: GenerateRequest) -> list[float]:
+    """The pooled state of a request's prompt."""
+    digest = _EMPTY_CONTEXT
+    for token in request.prompt_ids.tolist():
+        digest = mix(digest, token)
+    return pooled_state(request.pooling, digest)
+
+
 @dataclass
 class Slot:
     """What the device remembers of a slot."""
@@ -120,6 +133,7 @@ class FakeDevice:
         self.num_rows = 0
         self.num_prompt_tokens = 0
         self.num_entered = 0
+        self.pooled_positions: dict[int, list[int]] = {}  # by slot, of prompts that are being fed
 
     def run(self, batch: ForwardBatch) -> ForwardResult:
         assert batch.number == self.next_number, "a batch is missing"
@@ -127,7 +141,7 @@ class FakeDevice:
         self._patch(batch)
         self._check_limits(batch)
         self._check_groups(batch)
-        rows, prompt_rows = [], []
+        rows, prompt_rows, pooled = [], [], []
         written: set[tuple[int, int]] = set()
         reads: list[tuple[int, int]] = []
         for slot in batch.decode_slots.tolist():
@@ -149,6 +163,8 @@ class FakeDevice:
             reads.append((slot, state.length))
             is_drawn_from = index in batch.draw_chunks
             assert not is_drawn_from or batch.prefill_next_ids[index] == -1
+            if batch.prefill_pooling is not None and batch.prefill_pooling[index]:
+                pooled += self._pool(batch, index, is_last=is_drawn_from)
             width = int(batch.prefill_num_logprobs[index])
             if width >= 0:
                 following = [*ids[1:], int(batch.prefill_next_ids[index])]
@@ -171,7 +187,24 @@ class FakeDevice:
             self._check_context(slot, length)
         self.num_rows += len(rows)
         self.num_prompt_tokens += len(batch.prefill_ids)
-        return self._result(batch.number, rows, prompt_rows)
+        return self._result(batch.number, rows, prompt_rows, pooled)
+
+    def _pool(self, batch: ForwardBatch, index: int, *, is_last: bool) -> list[list[float]]:
+        """A "state" says all there is to know: the kind of pooling, and a digest of the whole prompt."""
+        slot, start = int(batch.prefill_slots[index]), int(batch.prefill_starts[index])
+        length, kind = int(batch.prefill_lengths[index]), int(batch.prefill_pooling[index])
+        if start == 0:
+            self.pooled_positions[slot] = []
+        elif kind == Pooling.LAST:  # what comes before may have been found in the cache
+            self.pooled_positions.setdefault(slot, [])
+        positions = self.pooled_positions[slot]
+        positions += range(start, start + length)
+        if not is_last:
+            return []
+        if kind == Pooling.MEAN:
+            assert positions == list(range(start + length)), "a hidden state is missing"
+        del self.pooled_positions[slot]
+        return [pooled_state(kind, self._digest(slot, start + length - 1))]
 
     def _copy(self, batch: ForwardBatch) -> None:
         sources, targets = batch.copy_sources, batch.copy_targets
@@ -272,6 +305,7 @@ class FakeDevice:
         number: int,
         rows: list[tuple[int, int]],
         prompt_rows: list[tuple[int, int, int, int]],
+        pooled: list[list[float]],
     ) -> ForwardResult:
         width = max([0, *(self.slots[slot].num_logprobs for slot, _ in rows)])
         asked = any(self.slots[slot].num_logprobs >= 0 for slot, _ in rows)
@@ -311,4 +345,5 @@ class FakeDevice:
             prompt_top_ids=prompt_top_ids,
             prompt_top_logprobs=prompt_top_logprobs,
             device_s=0.001,
+            pooled=np.array(pooled, np.float32) if pooled else None,
         )

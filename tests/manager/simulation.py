@@ -17,6 +17,7 @@ from fake_device import (
     FakeDevice,
     Generated,
     oracle,
+    pooled_oracle,
     prompt_logprobs_oracle,
 )
 
@@ -27,12 +28,16 @@ from tokasaurus.manager.manager import Manager
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
+    CacheFlushed,
     Eta,
     FinishReason,
+    FlushCache,
     ForwardBatch,
     ForwardResult,
     FromServer,
     GenerateRequest,
+    PooledState,
+    Pooling,
     PromptLogprobs,
     RequestRejected,
     Sampling,
@@ -137,6 +142,8 @@ class World:
         self.aborted: set[int] = set()
         self.num_finished: Counter[int] = Counter()  # by request: those that were not aborted
         self.prompt_logprobs: dict[int, dict[int, tuple[float, list[tuple[int, float]]]]] = {}
+        self.pooled: dict[int, list[float]] = {}
+        self.flushed: list[CacheFlushed] = []
         self.rejected: dict[int, RequestRejected] = {}
         self.results: deque[ForwardResult] = deque()
         self.batches: list[ForwardBatch] = []
@@ -293,6 +300,15 @@ class World:
                 del self.answers[name], self.living[name]
         elif isinstance(message, PromptLogprobs):
             self._receive_prompt_logprobs(message)
+        elif isinstance(message, PooledState):
+            request = self.requests[message.request_id]
+            assert not self.answers[message.request_id, 0].reason, "a pooled state after the end"
+            assert message.request_id not in self.pooled, "a prompt was pooled twice"
+            self.pooled[message.request_id] = message.state.tolist()
+            assert self.pooled[message.request_id] == pooled_oracle(request)
+        elif isinstance(message, CacheFlushed):
+            assert message.num_tokens == message.num_pages * self.config.page_size
+            self.flushed.append(message)
         elif isinstance(message, Eta):
             pass  # a prediction: nothing depends on it
         else:
@@ -374,6 +390,8 @@ class World:
             assert by_length == expected.by_length
         if answer.reason in (FinishReason.STOP, FinishReason.LENGTH) and name[1] == 0:
             is_whole = count == len(expected.ids)
+            if is_whole:
+                assert (name[0] in self.pooled) == bool(request.pooling)
             if request.num_prompt_logprobs >= 0 and is_whole:
                 pieces = self.prompt_logprobs[name[0]]
                 assert sorted(pieces) == list(range(1, len(request.prompt_ids)))
@@ -389,6 +407,8 @@ class Habits:
     stops: float = 0.1  # of any sequence, whether it has stop strings or not
     results: float = 1.5
     acks: float = 0.5
+    flushes: float = 0.02
+    pooled: float = 0.1  # share of the requests
     max_prompt: int = 20
     max_tokens: int = 12
     max_samples: int = 4
@@ -473,6 +493,8 @@ class Simulation(World):
                     events.append(AbortRequest(self._random.choice(names)[0]))
                 for _ in range(self._count(habits.stops)):
                     events.append(StopSequence(*self._random.choice(names)))
+            for _ in range(self._count(habits.flushes)):
+                events.append(FlushCache(self.num_steps))
             if self._random.random() < habits.acks:
                 events += self.acknowledgements()
             self.step(*events, num_results=self._count(habits.results))
@@ -492,11 +514,15 @@ class Simulation(World):
         chance, habits = self._random, self.habits
         length = chance.randint(1, habits.max_prompt)
         shared = chance.choice(self._beginnings)[: chance.randint(0, length)]
-        n = chance.choice([1, 1, chance.randint(1, habits.max_samples)])
+        pooling = Pooling.NONE
+        if chance.random() < habits.pooled:
+            pooling = chance.choice([Pooling.MEAN, Pooling.LAST])
+        n = 1 if pooling else chance.choice([1, 1, chance.randint(1, habits.max_samples)])
         return make_request(
             request_id,
             shared + self._ids(length - len(shared)),
-            chance.randint(1, habits.max_tokens),
+            1 if pooling else chance.randint(1, habits.max_tokens),
+            pooling=pooling,
             n=n,
             priority=chance.choice([0, 0, 0, 0, -3, 1, 2]),
             first_k=chance.choice([0, 0, chance.randint(1, n)]),

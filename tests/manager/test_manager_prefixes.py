@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from simulation import World, make_admission, make_config, make_request, prompt
 
-from tokasaurus.protocol.messages import AbortRequest, FinishReason, StopSequence
+from tokasaurus.protocol.messages import AbortRequest, FinishReason, FlushCache, Pooling, StopSequence
 
 
 @pytest.mark.parametrize(
@@ -224,3 +224,51 @@ def test_who_is_woken_while_others_are_chosen_keeps_its_place() -> None:
     world.step(AbortRequest(0), num_results=1)
     world.drain()
     assert [world.answers[index, 0].reason for index in (1, 2, 3)] == [FinishReason.LENGTH] * 3
+
+
+def test_a_flush_forgets_what_nobody_holds() -> None:
+    world = World(make_config())
+    world.finish(make_request(1, prompt(13), 3))
+    world.step(FlushCache(9))
+    assert [(each.flush_id, each.num_pages, each.num_tokens) for each in world.flushed] == [
+        (9, 3, 12)
+    ]
+    assert world.manager.gauges().num_free_pages == world.config.num_pages
+    world.finish(make_request(2, prompt(13), 3))
+    assert world.answers[2, 0].num_cached_tokens == 0
+    world.finish(make_request(3, prompt(13), 3))
+    assert world.answers[3, 0].num_cached_tokens == 12
+
+
+def test_a_flush_leaves_running_sequences_their_pages() -> None:
+    """The world checks every token and every page; what is held stays findable, and goes with a later flush."""
+    world = World(make_config())
+    world.finish(make_request(1, prompt(9, 5), 2))
+    world.step(make_request(2, prompt(9), 12))
+    world.step(FlushCache(0), num_results=1)
+    assert world.flushed[0].num_pages == 2
+    world.step(make_request(3, prompt(9), 2))
+    world.drain()
+    assert world.answers[3, 0].num_cached_tokens == 8
+    world.step(FlushCache(1), FlushCache(2))
+    assert world.flushed[1].num_pages > 0
+    assert world.flushed[2].num_pages == 0
+
+
+@pytest.mark.parametrize(
+    ("pooling", "num_computed"), [(Pooling.MEAN, 13), (Pooling.LAST, 1)], ids=str
+)
+def test_only_a_mean_computes_the_whole_prompt(pooling: Pooling, num_computed: int) -> None:
+    world = World(make_config(max_tokens_per_forward=5))
+    world.finish(make_request(1, prompt(13), 1))
+    before = world.device.num_prompt_tokens
+    world.finish(make_request(2, prompt(13), 1, pooling=pooling))
+    assert 2 in world.pooled
+    assert world.device.num_prompt_tokens - before == num_computed
+
+
+def test_a_pooled_request_has_one_sample_of_one_token() -> None:
+    world = World(make_config())
+    world.step(make_request(1, prompt(5), 2, pooling=Pooling.MEAN))
+    world.step(make_request(2, prompt(5), 1, n=2, pooling=Pooling.LAST))
+    assert sorted(world.rejected) == [1, 2]

@@ -31,7 +31,10 @@ class Both:
         expected, found = self.checking.run(batch), self.simulated.run(batch)
         assert found.number == expected.number
         assert found.device_s == 0.5
-        for name in ForwardResult.__struct_fields__[1:-1]:
+        assert (found.pooled is None) == (expected.pooled is None)
+        if found.pooled is not None:
+            assert len(found.pooled) == len(expected.pooled)
+        for name in set(ForwardResult.__struct_fields__) - {"number", "device_s", "pooled"}:
             one, other = getattr(expected, name), getattr(found, name)
             assert (one.shape, one.dtype) == (other.shape, other.dtype), name
             is_unasked = np.isnan(one) if one.dtype == np.float32 else one == -1

@@ -10,13 +10,17 @@ from tokasaurus.protocol import messages
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
+    CacheFlushed,
     Eta,
     FinishReason,
+    FlushCache,
     ForwardBatch,
     ForwardResult,
     FromServer,
     GenerateRequest,
     LogprobsMode,
+    PooledState,
+    Pooling,
     PromptLogprobs,
     RequestRejected,
     Sampling,
@@ -59,8 +63,10 @@ EXAMPLES = [
         first_k=3,
         stream=True,
         hold_for_acks=True,
+        pooling=Pooling.MEAN,
     ),
     AbortRequest(3),
+    FlushCache(7),
     StopSequence(3, 4),
     Acknowledge(longs(2), ints(2), ints(2)),
     SequenceUpdates(
@@ -77,6 +83,8 @@ EXAMPLES = [
     ),
     PromptLogprobs(5, 1, floats(4), ints(4, 2), floats(4, 2)),
     RequestRejected(5, "too long", "prompt"),
+    PooledState(5, floats(8)),
+    CacheFlushed(7, 3, 48),
     Eta(longs(3), np.array([0.5, 1e9, np.nan]), 7.25),
     ForwardBatch(
         number=8,
@@ -102,6 +110,7 @@ EXAMPLES = [
         group_num_rows=ints(2),
         group_first_columns=ints(2),
         group_num_columns=ints(2),
+        prefill_pooling=ints(1),
     ),
     ForwardResult(
         number=8,
@@ -113,6 +122,7 @@ EXAMPLES = [
         prompt_top_ids=ints(0, 0),
         prompt_top_logprobs=floats(0, 0),
         device_s=0.25,
+        pooled=floats(1, 8),
     ),
 ]
 

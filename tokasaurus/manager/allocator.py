@@ -58,6 +58,12 @@ class PageAllocator:
             self.cache.evict(shortfall)
         return self.pool.take(count)
 
+    def flush(self) -> int:
+        """Forgets every cached page that has no holder; returns how many these were."""
+        num_pages = self.pool.num_evictable
+        self.cache.evict(num_pages)
+        return num_pages
+
     def publish(
         self, ids: Int32Array, pages: Int32Array, num_published: int, num_holders: int = 1
     ) -> Int32Array | None:

@@ -12,9 +12,9 @@ from tokasaurus.manager.in_flight import PromptPiece
 from tokasaurus.manager.sequence import Sequence
 from tokasaurus.manager.slots import IndexArray
 from tokasaurus.protocol.arrays import Int32Array
-from tokasaurus.protocol.messages import ForwardBatch, SlotParameters
+from tokasaurus.protocol.messages import ForwardBatch, Pooling, SlotParameters
 
-__all__ = ["NO_COPIES", "NO_SLOTS", "Chunk", "draws", "forward_batch", "prompt_pieces"]
+__all__ = ["NO_COPIES", "NO_SLOTS", "Chunk", "draws", "forward_batch", "pooled_prompts", "prompt_pieces"]
 
 NO_SLOTS: IndexArray = np.empty(0, np.intp)
 NO_COPIES: Int32Array = np.empty((2, 0), np.int32)
@@ -51,7 +51,12 @@ class Chunk:
     def num_prompt_logprobs(self) -> int:
         """How many top logprobs its tokens want; -1 for none at all."""
         sequence = self.sequence
-        return sequence.request.message.num_prompt_logprobs if sequence.prompt_logprobs_due else -1
+        return sequence.request.message.num_prompt_logprobs if sequence.whole_prompt_due else -1
+
+    @property
+    def pooling(self) -> Pooling:
+        """How its hidden states are pooled."""
+        return self.sequence.request.message.pooling
 
 
 def forward_batch(
@@ -81,6 +86,7 @@ def forward_batch(
         -1 if chunk.ends_prompt else int(chunk.sequence.prompt_ids[chunk.end]) for chunk in chunks
     ]
     fed = [chunk.sequence.prompt_ids[chunk.start : chunk.end] for chunk in chunks]
+    pooling = [chunk.pooling for chunk in chunks]
     return ForwardBatch(
         number=number,
         parameters=_slot_parameters(entered) if entered else None,
@@ -102,6 +108,7 @@ def forward_batch(
         group_num_rows=groups.num_rows if groups else _NONE,
         group_first_columns=groups.first_columns if groups else _NONE,
         group_num_columns=groups.num_columns if groups else _NONE,
+        prefill_pooling=_int32(pooling) if any(pooling) else None,
     )
 
 
@@ -130,6 +137,11 @@ def prompt_pieces(chunks: Rows[Chunk]) -> list[PromptPiece]:
         for chunk in chunks
         if chunk.num_prompt_logprobs >= 0
     ]
+
+
+def pooled_prompts(chunks: Rows[Chunk]) -> list[Sequence]:
+    """The prompts whose pooled states the result will bring, in its order."""
+    return [chunk.sequence for chunk in chunks if chunk.pooling and chunk.ends_prompt]
 
 
 def _slot_parameters(entered: Rows[Sequence]) -> SlotParameters:

@@ -34,6 +34,7 @@ class Flight:
     number: int
     sampling_slots: IndexArray  # in the order of the result's rows
     prompt_pieces: list[PromptPiece]  # in the order of the result's prompt rows
+    pooled: list[Sequence]  # whose prompts end in it, in the order of the result's pooled states
     departures: list[int] = field(default_factory=list)  # slots that no later batch names
 
 

@@ -32,12 +32,15 @@ from tokasaurus.protocol.messages import (
     MAX_PRIORITY,
     AbortRequest,
     Acknowledge,
+    CacheFlushed,
     Eta,
     FinishReason,
+    FlushCache,
     ForwardBatch,
     ForwardResult,
     FromServer,
     GenerateRequest,
+    PooledState,
     PromptLogprobs,
     RequestRejected,
     StopSequence,
@@ -176,6 +179,10 @@ class Manager:
             request = self._backlog.requests.get(event.request_id)
             if request is not None:
                 self._abort(request)
+        elif isinstance(event, FlushCache):
+            num_pages = self._running.pages.flush()
+            num_tokens = num_pages * self._config.page_size
+            self._outbox.add(CacheFlushed(event.flush_id, num_pages, num_tokens))
         else:
             raise ProtocolError(f"the manager takes no {type(event).__name__}")
 
@@ -214,6 +221,8 @@ class Manager:
         if num_pages > self._config.num_pages:
             limit = self._config.num_pages * self._config.page_size
             return "max_tokens", f"{lengths} never fit the KV cache of {limit} tokens"
+        if request.pooling and (request.n, request.max_tokens) != (1, 1):
+            return "n", "a pooled request has one sample of one token"
         if request.request_id in self._backlog.requests:
             return None, f"request id {request.request_id} is already in use"
         return None
@@ -243,6 +252,7 @@ class Manager:
     def _absorb(self, result: ForwardResult) -> None:
         flight = self._running.in_flight.land(result)
         self._deliver_prompt_logprobs(flight.prompt_pieces, result)
+        self._deliver_pooled_states(flight.pooled, result)
         rows = flight.sampling_slots
         is_live = self._running.slots.absorbing[rows]
         sampling_rows = np.flatnonzero(is_live)
@@ -274,13 +284,24 @@ class Manager:
                 if piece.num_tokens:
                     self._outbox.add(_prompt_logprobs(piece, result, start, end))
                 if piece.ends_prompt:
-                    sequence.prompt_logprobs_due = False
+                    sequence.whole_prompt_due = False
             start = end
         if start != len(result.prompt_logprobs):
             raise ProtocolError(
                 f"batch {result.number} asks for {start} prompt logprobs,"
                 f" its result has {len(result.prompt_logprobs)}"
             )
+
+    def _deliver_pooled_states(self, sequences: list[Sequence], result: ForwardResult) -> None:
+        num_states = 0 if result.pooled is None else len(result.pooled)
+        if num_states != len(sequences):
+            raise ProtocolError(
+                f"batch {result.number} asks for {len(sequences)} pooled states,"
+                f" its result has {num_states}"
+            )
+        for sequence, state in zip(sequences, result.pooled if num_states else (), strict=True):
+            if sequence.state is not SequenceState.ENDED:
+                self._outbox.add(PooledState(sequence.request.message.request_id, state))
 
     # --- ends --------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What the server is told in one step: refusals, prompt logprobs, then all updates in one message."""
+"""What the server is told in one step: refusals, what prompts brought, then all updates in one message."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from tokasaurus.manager.token_window import TokenWindow
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import (
     FinishReason,
-    PromptLogprobs,
-    RequestRejected,
     SequenceUpdates,
     ToServer,
 )
@@ -23,10 +21,10 @@ class Outbox:
     """Collects messages until the end of a step."""
 
     def __init__(self) -> None:
-        self._messages: list[RequestRejected | PromptLogprobs] = []
+        self._messages: list[ToServer] = []
         self._ended: list[tuple[Sequence, FinishReason]] = []
 
-    def add(self, message: RequestRejected | PromptLogprobs) -> None:
+    def add(self, message: ToServer) -> None:
         """These go out before the step's updates."""
         self._messages.append(message)
 

@@ -75,7 +75,7 @@ class RunningSequences:
 
     def may_feed(self, sequence: Sequence, num_cached_pages: int) -> bool:
         """Whether nobody who goes first is about to compute the page that a prompt needs next."""
-        if sequence.prompt_logprobs_due:  # computes every page, whoever else does
+        if sequence.whole_prompt_due:  # computes every page, whoever else does
             return True
         return self.in_progress.enter(sequence, num_cached_pages)
 

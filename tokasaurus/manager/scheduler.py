@@ -28,7 +28,14 @@ import numpy as np
 from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.errors import ProtocolError
 from tokasaurus.manager.admission import AdmissionControl, Candidate
-from tokasaurus.manager.batches import NO_COPIES, Chunk, draws, forward_batch, prompt_pieces
+from tokasaurus.manager.batches import (
+    NO_COPIES,
+    Chunk,
+    draws,
+    forward_batch,
+    pooled_prompts,
+    prompt_pieces,
+)
 from tokasaurus.manager.counters import Counters
 from tokasaurus.manager.hydragen import GroupFinder
 from tokasaurus.manager.in_flight import Flight
@@ -275,7 +282,7 @@ class Scheduler:
         return offers
 
     def _cached_pages(self, sequence: Sequence) -> Int32Array:
-        if sequence.prompt_logprobs_due:  # needs the logits of every position
+        if sequence.whole_prompt_due:  # needs the hidden state of every position
             return NO_PAGES
         return self._pages.lookup(sequence.prompt_ids)
 
@@ -347,7 +354,9 @@ class Scheduler:
         sampling_slots = decode_slots
         if drawing_slots.size:
             sampling_slots = np.concatenate([decode_slots, drawing_slots])
-        running.in_flight.add(Flight(number, sampling_slots, prompt_pieces(chunks)))
+        running.in_flight.add(
+            Flight(number, sampling_slots, prompt_pieces(chunks), pooled_prompts(chunks))
+        )
         if chunks:
             self._commit_chunks(chunks, drawing_slots, number)
         self._counters.num_batches += 1

@@ -100,7 +100,7 @@ class Sequence:
         Int32Array  # to be fed: the request's prompt, and what was generated before this run
     )
     state: SequenceState
-    prompt_logprobs_due: bool  # the request asks for them and not all were delivered yet
+    whole_prompt_due: bool  # something of every prompt token is asked for and was not delivered yet
     was_admitted: bool = False
     resumes: bool = False  # preempted with tokens to come; else its last ones are in flight
     has_entry: bool = False  # in the queue, be it stale

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 from tokasaurus.manager.sequence import Request, Sequence, SequenceState
 from tokasaurus.protocol.arrays import Int64Array
-from tokasaurus.protocol.messages import MAX_PRIORITY, GenerateRequest
+from tokasaurus.protocol.messages import MAX_PRIORITY, GenerateRequest, Pooling
 
 __all__ = ["Backlog", "priority_of"]
 
@@ -55,6 +55,7 @@ class Backlog:
         request = Request(message, now)
         self.requests[message.request_id] = request
         first = ((MAX_PRIORITY + message.priority) << _ARRIVAL_BITS) + self._num_arrived
+        reads_whole_prompt = message.num_prompt_logprobs >= 0 or message.pooling is Pooling.MEAN
         request.sequences = {
             sample_index: Sequence(
                 request=request,
@@ -62,7 +63,7 @@ class Backlog:
                 order=first + sample_index,
                 prompt_ids=message.prompt_ids,
                 state=SequenceState.FOLLOWING,
-                prompt_logprobs_due=sample_index == 0 and message.num_prompt_logprobs >= 0,
+                whole_prompt_due=sample_index == 0 and reads_whole_prompt,
             )
             for sample_index in range(message.n)
         }

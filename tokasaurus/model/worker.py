@@ -20,6 +20,7 @@ from tokasaurus.model.head import draw_tokens, score_prompts
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.model.layers import Placement
 from tokasaurus.model.loader import load_model
+from tokasaurus.model.pooling import Pooler
 from tokasaurus.model.sampler import Logprobs
 from tokasaurus.model.state import PlannedBatch, SlotState
 from tokasaurus.model.warm_up import warm_up_batches
@@ -69,6 +70,7 @@ class Worker:
             config.attention, self._cache, model_config.num_heads, self._device
         )
         self._state = self._fresh_state()
+        self._pooler = Pooler()
         self._next_number = 0
         log.info(
             "KV cache of %d pages for %d tokens in %s: %.1f MB when full",
@@ -111,7 +113,10 @@ class Worker:
         token_ids, drawn = draw_tokens(self._model, hidden, planned.sampling)
         self._state.record(planned.sampling.slots, token_ids)
         prompt = score_prompts(self._model, hidden, planned.prompt) if planned.prompt else None
-        return _result(batch.number, token_ids, drawn, prompt, time.perf_counter() - started)
+        pooled = self._pooler.pool(batch, hidden)
+        return _result(
+            batch.number, token_ids, drawn, prompt, pooled, time.perf_counter() - started
+        )
 
     def _forward(self, planned: PlannedBatch) -> Tensor:
         """Hidden states of all rows, [rows, hidden]."""
@@ -133,7 +138,12 @@ class Worker:
 
 
 def _result(
-    number: int, token_ids: Tensor, drawn: Logprobs | None, prompt: Logprobs | None, device_s: float
+    number: int,
+    token_ids: Tensor,
+    drawn: Logprobs | None,
+    prompt: Logprobs | None,
+    pooled: Tensor | None,
+    device_s: float,
 ) -> ForwardResult:
     drawn = drawn or Logprobs.none(0, len(token_ids))
     prompt = prompt or Logprobs.none(0, 0)
@@ -147,4 +157,5 @@ def _result(
         prompt_top_ids=prompt.top_ids.cpu().numpy().astype(np.int32),
         prompt_top_logprobs=prompt.top.cpu().numpy(),
         device_s=device_s,
+        pooled=None if pooled is None or not len(pooled) else pooled.cpu().numpy(),
     )

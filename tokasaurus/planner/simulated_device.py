@@ -134,7 +134,16 @@ class SimulatedDevice:
             prompt_top_ids=prompt[1],
             prompt_top_logprobs=prompt[2],
             device_s=device_s,
+            pooled=_pooled(batch),
         )
+
+
+def _pooled(batch: ForwardBatch) -> Float32Array | None:
+    """A state of one element for each pooled prompt that ends."""
+    if batch.prefill_pooling is None:
+        return None
+    count = np.count_nonzero((batch.prefill_pooling > 0) & (batch.prefill_next_ids < 0))
+    return np.zeros((count, 1), np.float32) if count else None
 
 
 def _logprobs(ids: Int32Array, widths: Int32Array) -> tuple[Float32Array, Int32Array, Float32Array]:

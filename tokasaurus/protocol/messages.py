@@ -1,8 +1,8 @@
 """The messages, one direction after the other.
 
-    server ──GenerateRequest, AbortRequest, StopSequence, Acknowledge──▶ manager
+    server ──GenerateRequest, AbortRequest, StopSequence, Acknowledge, FlushCache──▶ manager
     manager ──ForwardBatch──▶ worker ──ForwardResult──▶ manager
-    manager ──SequenceUpdates, PromptLogprobs, RequestRejected, Eta──▶ server
+    manager ──SequenceUpdates, PromptLogprobs, PooledState, RequestRejected, Eta, CacheFlushed──▶ server
 
 A *sequence* is one sample of a request and is named by (request id, sample index). A *slot* is the
 row that a running sequence owns in every table of the manager and the worker. Columns named
@@ -22,13 +22,17 @@ __all__ = [
     "MAX_PRIORITY",
     "AbortRequest",
     "Acknowledge",
+    "CacheFlushed",
     "Eta",
     "FinishReason",
+    "FlushCache",
     "ForwardBatch",
     "ForwardResult",
     "FromServer",
     "GenerateRequest",
     "LogprobsMode",
+    "PooledState",
+    "Pooling",
     "PromptLogprobs",
     "RequestRejected",
     "Sampling",
@@ -58,6 +62,14 @@ class LogprobsMode(enum.IntEnum):
     TEMPERATURE = 0  # softmax(logits / temperature); temperature 0 counts as 1
     RAW = 1  # softmax(logits)
     PROCESSED = 2  # after temperature, top_k, top_p and min_p; tokens cut off are -inf
+
+
+class Pooling(enum.IntEnum):
+    """Which hidden states of a prompt, after the model's last norm, make one vector of it."""
+
+    NONE = 0
+    MEAN = 1  # of all its tokens
+    LAST = 2  # that of its last token
 
 
 class Sampling(msgspec.Struct, frozen=True, array_like=True):
@@ -101,6 +113,8 @@ class GenerateRequest(Message, frozen=True):
     first_k: int = 0  # abort the other samples once so many have ended; 0: wait for all
     stream: bool = False  # send updates as tokens come; otherwise one update at the end
     hold_for_acks: bool = False  # has stop strings: plan few tokens beyond what was acknowledged
+    # Answer with a PooledState of the prompt. Such a request has one sample of one token, which nobody reads.
+    pooling: Pooling = Pooling.NONE
 
 
 class AbortRequest(Message, frozen=True):
@@ -122,6 +136,12 @@ class Acknowledge(Message, frozen=True):
     request_ids: Int64Array
     sample_indices: Int32Array
     num_tokens: Int32Array  # counted from the sequence's first generated token
+
+
+class FlushCache(Message, frozen=True):
+    """Forget every cached page that no running sequence holds; answered with a CacheFlushed."""
+
+    flush_id: int  # unique among the flushes that were not answered yet
 
 
 # --- manager to server -----------------------------------------------------------------------------
@@ -162,6 +182,21 @@ class PromptLogprobs(Message, frozen=True):
     logprobs: Float32Array  # [tokens]
     top_ids: Int32Array  # [tokens, k]
     top_logprobs: Float32Array  # [tokens, k]
+
+
+class PooledState(Message, frozen=True):
+    """The pooled hidden state of a request's prompt; comes once, before its final update."""
+
+    request_id: int
+    state: Float32Array  # [hidden], not normalised
+
+
+class CacheFlushed(Message, frozen=True):
+    """What a FlushCache dropped."""
+
+    flush_id: int
+    num_pages: int
+    num_tokens: int  # that these pages held
 
 
 class RequestRejected(Message, frozen=True):
@@ -241,7 +276,7 @@ class ForwardBatch(Message, frozen=True):
     prefill_ids: Int32Array  # [sum(prefill_lengths)]
     prefill_num_logprobs: Int32Array  # prompt logprobs of the chunk: -1 none, else top k
     # The token after the chunk, whose logprob the chunk's last row predicts; -1 where the chunk ends
-    # the prompt. Only read where prompt logprobs are asked for.
+    # the prompt. Only read where prompt logprobs or pooling are asked for.
     prefill_next_ids: Int32Array
     draw_chunks: Int32Array  # [draws] index into the prefill columns
     draw_slots: Int32Array  # [draws] its length becomes the chunk's end
@@ -251,6 +286,7 @@ class ForwardBatch(Message, frozen=True):
     group_num_rows: Int32Array  # [groups]
     group_first_columns: Int32Array  # [groups] of the page table
     group_num_columns: Int32Array  # [groups]
+    prefill_pooling: Int32Array | None = None  # [chunks] Pooling; None where no chunk is pooled
 
 
 class ForwardResult(Message, frozen=True):
@@ -270,7 +306,10 @@ class ForwardResult(Message, frozen=True):
     prompt_top_ids: Int32Array  # [prompt tokens, K of the prompts]
     prompt_top_logprobs: Float32Array
     device_s: float  # seconds the device took for the batch
+    pooled: Float32Array | None = None  # [pooled prompts that end, hidden]; None if there are none
 
 
-FromServer: TypeAlias = GenerateRequest | AbortRequest | StopSequence | Acknowledge
-ToServer: TypeAlias = SequenceUpdates | PromptLogprobs | RequestRejected | Eta
+FromServer: TypeAlias = GenerateRequest | AbortRequest | StopSequence | Acknowledge | FlushCache
+ToServer: TypeAlias = (
+    SequenceUpdates | PromptLogprobs | PooledState | RequestRejected | Eta | CacheFlushed
+)
