@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 from simulation import World, make_admission, make_config, make_request, prompt
 
-from tokasaurus.protocol.messages import AbortRequest, FinishReason, FlushCache, Pooling, StopSequence
+from tokasaurus.protocol.messages import (
+    AbortRequest,
+    FinishReason,
+    FlushCache,
+    Pooling,
+    StopSequence,
+)
 
 
 @pytest.mark.parametrize(

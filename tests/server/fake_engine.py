@@ -25,10 +25,14 @@ from tokasaurus.launch.serving import http_server
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
+    CacheFlushed,
     FinishReason,
+    FlushCache,
     FromServer,
     GenerateRequest,
     LogprobsMode,
+    PooledState,
+    Pooling,
     PromptLogprobs,
     RequestRejected,
     SequenceUpdates,
@@ -102,6 +106,7 @@ CONFIG = ServerConfig(
     max_seqs_per_forward=64,
     max_topk_logprobs=20,
     logprobs_mode=LogprobsMode.TEMPERATURE,
+    embedding_pooling=Pooling.MEAN,
     temperature=None,
     top_p=None,
     top_k=None,
@@ -126,6 +131,12 @@ def logprob_row(token_id: int, number: int) -> tuple[float, list[int], list[floa
     if token_id % 3 == 0:
         ids[0], ids[1] = ids[1], ids[0]
     return values[ids.index(token_id)], ids[:number], values[:number]
+
+
+def pooled_state(request: GenerateRequest) -> np.ndarray:
+    """[8], of length other than 1; the prompt and the kind of pooling decide it."""
+    rng = np.random.default_rng([int(request.pooling), *request.prompt_ids.tolist()])
+    return (3 * rng.standard_normal(8)).astype(np.float32)
 
 
 @dataclass(eq=False)
@@ -168,6 +179,8 @@ class FakeEngine:
             self._begin(message)
         elif isinstance(message, AbortRequest):
             self._abort(message.request_id)
+        elif isinstance(message, FlushCache):
+            self._outbox.append(CacheFlushed(message.flush_id, 3, 48))
         elif isinstance(message, StopSequence):
             sequence = self._running.get((message.request_id, message.sample_index))
             if sequence is not None:
@@ -231,6 +244,9 @@ class FakeEngine:
         for index in range(request.n):
             ids = self.script(request, index)[: request.max_tokens]
             self._running[request.request_id, index] = _Sequence(request, index, ids)
+        if request.pooling:
+            assert (request.n, request.max_tokens) == (1, 1)
+            self._outbox.append(PooledState(request.request_id, pooled_state(request)))
         if request.num_prompt_logprobs >= 0:
             self._outbox += _prompt_logprobs(request)
 

@@ -123,6 +123,12 @@ class EngineConfig:
         help="How long running requests may take to finish after a first Ctrl-C or SIGTERM.",
     )
 
+    embedding_pooling: str = flag(
+        "mean",
+        group=_SERVER,
+        choices=("mean", "last"),
+        help="How /v1/embeddings makes one vector of a text where a request does not say: the mean of its tokens' hidden states, or that of its last token.",
+    )
     data_dir: str | None = flag(
         None,
         group=_SERVER,

@@ -23,7 +23,7 @@ from tokasaurus.config.slices import (
     WorkerConfig,
 )
 from tokasaurus.errors import ConfigError
-from tokasaurus.protocol.messages import LogprobsMode
+from tokasaurus.protocol.messages import LogprobsMode, Pooling
 
 __all__ = ["BUNDLED_MODEL_NAME", "resolve"]
 
@@ -246,6 +246,7 @@ def _server(config: EngineConfig, facts: ModelFacts, limits: _Limits) -> ServerC
         max_seqs_per_forward=limits.max_seqs,
         max_topk_logprobs=_max_topk(config, facts),
         logprobs_mode=_LOGPROBS_MODES[config.logprobs_mode],
+        embedding_pooling=Pooling[config.embedding_pooling.upper()],
         temperature=facts.temperature,
         top_p=facts.top_p,
         top_k=facts.top_k,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokasaurus.protocol.messages import LogprobsMode
+from tokasaurus.protocol.messages import LogprobsMode, Pooling
 
 __all__ = [
     "AdmissionConfig",
@@ -58,6 +58,7 @@ class ServerConfig:
     max_seqs_per_forward: int
     max_topk_logprobs: int
     logprobs_mode: LogprobsMode
+    embedding_pooling: Pooling  # of requests that do not say
     # Defaults of requests that leave these out; None means the endpoint's own default.
     temperature: float | None
     top_p: float | None

@@ -23,6 +23,8 @@ from os import PathLike, fspath
 from types import TracebackType
 from typing import Any, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from tokasaurus.config.engine import EngineConfig
@@ -31,6 +33,7 @@ from tokasaurus.launch.assemble import assemble
 from tokasaurus.manager.manager import Manager
 from tokasaurus.model.worker import Worker
 from tokasaurus.protocol.messages import ForwardResult, FromServer
+from tokasaurus.server.embeddings import embedding, pooling_named
 from tokasaurus.server.generation import Generation, Generations, PreparedRequest
 from tokasaurus.server.params import SamplingParams
 from tokasaurus.server.samples import SampleOutput, TokenLogprobs
@@ -167,6 +170,39 @@ class LLM:
             requests.append(self._prepare(number, ids, each, _CHAT_TEMPERATURE))
         return self._run(requests, [None] * len(requests), use_tqdm)
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: str | None = None,
+        use_tqdm: bool = True,
+    ) -> NDArray[np.float32]:
+        """One vector of length 1 for each prompt, from the model's last hidden states.
+
+        Args:
+            prompts: strings or lists of token ids; or one of them.
+            pooling: "mean" over a prompt's tokens, or "last"; default ``embedding_pooling``.
+            use_tqdm: show progress on standard error.
+
+        Returns:
+            [prompts, hidden], in their order.
+
+        Raises:
+            RequestError: a prompt is wrong; nothing was computed.
+        """
+        texts = _as_list(prompts)
+        if not texts:
+            return np.empty((0, 0), np.float32)
+        kind = pooling_named(pooling, self._generations.config)
+        requests = []
+        for number, prompt in enumerate(texts):
+            ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            try:
+                requests.append(self._generations.prepare_pooling(ids, kind))
+            except RequestError as error:
+                raise _numbered(error, number) from None
+        return np.stack([embedding(each) for each in self._finished(requests, use_tqdm)])
+
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer in use."""
         return self._tokenizer
@@ -200,11 +236,17 @@ class LLM:
         try:
             return self._generations.prepare(ids, params, default_temperature=temperature)
         except RequestError as error:
-            raise type(error)(f"prompt number {number}: {error.message}", error.field) from None
+            raise _numbered(error, number) from None
 
     def _run(
         self, requests: list[PreparedRequest], prompts: list[str | None], use_tqdm: bool
     ) -> list[RequestOutput]:
+        return [
+            self._output(generation, prompt)
+            for generation, prompt in zip(self._finished(requests, use_tqdm), prompts, strict=True)
+        ]
+
+    def _finished(self, requests: list[PreparedRequest], use_tqdm: bool) -> list[Generation]:
         with self._lock:
             changed: list[int] = []  # numbers of generations that may have finished
             generations = [
@@ -217,10 +259,7 @@ class LLM:
             except BaseException:
                 self._abandon(generations)
                 raise
-            return [
-                self._output(generation, prompt)
-                for generation, prompt in zip(generations, prompts, strict=True)
-            ]
+            return generations
 
     def _drive(
         self,
@@ -335,6 +374,10 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
         yield interrupted
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def _numbered(error: RequestError, number: int) -> RequestError:
+    return type(error)(f"prompt number {number}: {error.message}", error.field)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -14,7 +14,15 @@ from tokasaurus.manager.slots import IndexArray
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import ForwardBatch, Pooling, SlotParameters
 
-__all__ = ["NO_COPIES", "NO_SLOTS", "Chunk", "draws", "forward_batch", "pooled_prompts", "prompt_pieces"]
+__all__ = [
+    "NO_COPIES",
+    "NO_SLOTS",
+    "Chunk",
+    "draws",
+    "forward_batch",
+    "pooled_prompts",
+    "prompt_pieces",
+]
 
 NO_SLOTS: IndexArray = np.empty(0, np.intp)
 NO_COPIES: Int32Array = np.empty((2, 0), np.int32)

@@ -293,13 +293,13 @@ class Manager:
             )
 
     def _deliver_pooled_states(self, sequences: list[Sequence], result: ForwardResult) -> None:
-        num_states = 0 if result.pooled is None else len(result.pooled)
-        if num_states != len(sequences):
+        states = () if result.pooled is None else result.pooled
+        if len(states) != len(sequences):
             raise ProtocolError(
                 f"batch {result.number} asks for {len(sequences)} pooled states,"
-                f" its result has {num_states}"
+                f" its result has {len(states)}"
             )
-        for sequence, state in zip(sequences, result.pooled if num_states else (), strict=True):
+        for sequence, state in zip(sequences, states, strict=True):
             if sequence.state is not SequenceState.ENDED:
                 self._outbox.add(PooledState(sequence.request.message.request_id, state))
 

@@ -52,9 +52,7 @@ class Pooler:
                 states.append(state[None])
         return torch.cat(states)
 
-    def _mean(
-        self, batch: ForwardBatch, chunk: int, rows: Tensor, *, ends_prompt: bool
-    ) -> Tensor:
+    def _mean(self, batch: ForwardBatch, chunk: int, rows: Tensor, *, ends_prompt: bool) -> Tensor:
         """The mean over the prompt up to the chunk's end."""
         slot, start = int(batch.prefill_slots[chunk]), int(batch.prefill_starts[chunk])
         total = rows.sum(0)

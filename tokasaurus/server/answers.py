@@ -14,19 +14,19 @@ from tokasaurus.errors import EngineError, RequestError
 from tokasaurus.protocol.messages import MAX_PRIORITY
 from tokasaurus.server.calls import Call, in_thread_if
 from tokasaurus.server.http_errors import error_body, error_status, to_json
-from tokasaurus.server.operations import OPERATIONS, Operation, Task
+from tokasaurus.server.operations import OPERATIONS
 from tokasaurus.server.params import renamed
 from tokasaurus.server.schemas import parse
 from tokasaurus.server.state import EngineState
+from tokasaurus.server.tasks import Operation, Task
 
 __all__ = ["Answers"]
 
 log = logging.getLogger(__name__)
 
-# What takes longer than about a millisecond is done in a thread.
-_MANY_CHARACTERS = 4_000  # to tokenize
-_MANY_TOKENS = 8_000  # to turn into text and JSON
-_MANY_LOGPROBS = 200  # likewise
+_MANY_CHARACTERS = (
+    4_000  # to tokenize takes longer than about a millisecond, and is done in a thread
+)
 
 
 class Answers:
@@ -54,7 +54,7 @@ class Answers:
     def start(self, task: Task) -> Call:
         """Sends the prompts to the engine. Raises EngineError."""
         # Asked again: the engine may have died while the prompts were tokenized.
-        return Call(self._state.generations(), task.prompts, stream=bool(task.body.stream))
+        return Call(self._state.generations(), task.prompts, stream=task.body.streams)
 
     async def finish(self, task: Task, call: Call) -> bytes:
         """Waits for a call without ``stream``, which somebody else ends if this raises; returns its answer.
@@ -64,14 +64,12 @@ class Answers:
             EngineDead: the engine died.
             ClientGone: as it says.
         """
-        body = task.body
         try:
             await call.finish()
         except RequestError as error:
-            raise renamed(error, body.field_names()) from None
-        size = sum(generation.num_generated_tokens for generation in call.generations)
-        limit = _MANY_TOKENS if body.num_logprobs is None else _MANY_LOGPROBS
-        return await in_thread_if(size > limit, lambda: task.renderer.whole(call.generations))
+            raise renamed(error, task.body.field_names()) from None
+        writer, generations = task.writer, call.generations
+        return await in_thread_if(writer.takes_long(generations), lambda: writer.whole(generations))
 
     async def answer(self, path: str, body: Any, *, priority: int = 0) -> tuple[int, bytes]:
         """What the route would answer to this body. If it is cancelled, so is what runs for it.
@@ -94,7 +92,7 @@ class Answers:
                     f"url must be one of {', '.join(OPERATIONS)}, not {path!r}", "url"
                 )
             task = await self.prepare(operation, body)
-            if task.body.stream:
+            if task.body.streams:
                 raise RequestError(
                     "stream must be false: there is no connection to stream to", "stream"
                 )

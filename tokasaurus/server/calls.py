@@ -13,10 +13,11 @@ from starlette.types import Receive, Scope, Send
 
 from tokasaurus.errors import TokasaurusError
 from tokasaurus.server.generation import Generation, Generations, PreparedRequest
-from tokasaurus.server.http_errors import ClientGone, error_body
+from tokasaurus.server.http_errors import ClientGone
 from tokasaurus.server.params import renamed
-from tokasaurus.server.render import DONE, Renderer, event
 from tokasaurus.server.samples import SampleOutput
+from tokasaurus.server.schemas import RequestBody
+from tokasaurus.server.writer import StreamWriter
 
 __all__ = ["Call", "EventStream", "in_thread_if", "until_disconnect"]
 
@@ -124,12 +125,13 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, call: Call, renderer: Renderer) -> None:
+    def __init__(self, call: Call, request: RequestBody, writer: StreamWriter) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers({"Cache-Control": "no-store"})
         self._call = call
-        self._renderer = renderer
+        self._request = request
+        self._writer = writer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
@@ -143,19 +145,18 @@ class EventStream(Response):
             except ClientGone:
                 return
             except TokasaurusError as error:
-                told = renamed(error, self._renderer.request.field_names())
+                told = renamed(error, self._request.field_names())
                 if not started:
                     raise told from None
-                await self._send(send, event(error_body(told)))
+                await self._send(send, self._writer.failure(told))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _events(self) -> AsyncIterator[bytes]:
-        call, renderer = self._call, self._renderer
+        call, writer = self._call, self._writer
         async for outputs in call.news():
-            chunks = (renderer.chunk(call.generations, *output) for output in outputs)
+            chunks = (writer.chunk(call.generations, *output) for output in outputs)
             yield b"".join(chunks)
-        last = renderer.usage_chunk(call.generations) if renderer.includes_usage else b""
-        yield last + DONE
+        yield writer.end(call.generations)
 
     async def _start(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": self.status_code}

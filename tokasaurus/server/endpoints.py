@@ -13,9 +13,11 @@ from tokasaurus.server.answers import Answers
 from tokasaurus.server.bodies import read_json
 from tokasaurus.server.calls import EventStream
 from tokasaurus.server.http_errors import UnknownModel, to_json
-from tokasaurus.server.operations import OPERATIONS, Operation
-from tokasaurus.server.schemas import GenerationRequest
+from tokasaurus.server.operations import OPERATIONS
+from tokasaurus.server.schemas import RequestBody
 from tokasaurus.server.state import EngineState
+from tokasaurus.server.tasks import Operation
+from tokasaurus.server.writer import StreamWriter
 from tokasaurus.version import __version__
 
 __all__ = ["Endpoints"]
@@ -68,8 +70,9 @@ class Endpoints:
         async def handler(request: Request) -> Response:
             task = await answers.prepare(operation, await read_json(request))
             call = answers.start(task)
-            if task.body.stream:
-                return EventStream(call, task.renderer)
+            if task.body.streams:
+                assert isinstance(task.writer, StreamWriter)
+                return EventStream(call, task.body, task.writer)
             async with call.watched(request.receive):
                 content = await answers.finish(task, call)
             return Response(content, media_type="application/json")
@@ -117,6 +120,6 @@ def _json(body: dict[str, Any], status: int = 200) -> Response:
     return Response(to_json(body), status, media_type="application/json")
 
 
-def _request_body(schema: type[GenerationRequest]) -> dict[str, Any]:
+def _request_body(schema: type[RequestBody]) -> dict[str, Any]:
     reference = {"$ref": f"#/components/schemas/{schema.__name__}"}
     return {"required": True, "content": {"application/json": {"schema": reference}}}

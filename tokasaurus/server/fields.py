@@ -79,12 +79,17 @@ _REASONS: Mapping[str, str] = {
 }
 
 
-def without_harmless(body: Mapping[str, Any], supported: Collection[str]) -> dict[str, Any]:
+def without_harmless(
+    body: Mapping[str, Any],
+    supported: Collection[str],
+    harmless: Mapping[str, tuple[Any, ...]] = HARMLESS,
+) -> dict[str, Any]:
     """The fields of a request that its schema is to look at.
 
     Args:
         body: the request.
         supported: the fields of its schema.
+        harmless: other fields, and the values of each that change nothing; () where only null does.
 
     Raises:
         RequestError: names a field that is unknown, or has a value that is not supported.
@@ -93,9 +98,9 @@ def without_harmless(body: Mapping[str, Any], supported: Collection[str]) -> dic
     for name, value in body.items():
         if name in supported:
             fields[name] = value
-        elif name not in HARMLESS:
+        elif name not in harmless:
             raise RequestError(_unknown(name, supported), name)
-        elif value is not None and not any(_matches(value, each) for each in HARMLESS[name]):
+        elif value is not None and not any(_matches(value, each) for each in harmless[name]):
             raise RequestError(_unsupported(name, value), name)
     return fields
 

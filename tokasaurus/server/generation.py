@@ -15,6 +15,7 @@ come, or when nobody wants it any more.
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,15 +24,19 @@ import numpy as np
 
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import RequestError, RequestTooLong, TokasaurusError
-from tokasaurus.protocol.arrays import Int32Array
+from tokasaurus.protocol.arrays import Float32Array, Int32Array
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
+    CacheFlushed,
     Eta,
     FinishReason,
+    FlushCache,
     FromServer,
     GenerateRequest,
     LogprobsMode,
+    PooledState,
+    Pooling,
     PromptLogprobs,
     RequestRejected,
     Sampling,
@@ -67,6 +72,9 @@ class PreparedRequest:
     stops: StopStrings | None
     stop_token_ids: tuple[int, ...]
     client_key: str | None = None  # whose it is, where the client says; those get fair shares
+    pooling: Pooling = (
+        Pooling.NONE
+    )  # otherwise its answer is a vector, and the token it draws nobody's
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,7 @@ class Generation:
     Attributes:
         eta_s: seconds until all samples will have ended, as the manager last predicted; None until it has.
         error: why there will be no more; None while all is well.
+        pooled_state: [hidden] of the prompt, not normalised; None if not asked for, or not there yet.
     """
 
     def __init__(
@@ -102,6 +111,7 @@ class Generation:
         self.samples = samples
         self.error: TokasaurusError | None = None
         self.eta_s: float | None = None
+        self.pooled_state: Float32Array | None = None
         self._on_change = on_change
         self._num_wanted = int(request.params.first_k or len(samples))  # ends that still count
         self._num_running = len(samples)  # samples that have not ended, as far as a client can see
@@ -197,6 +207,7 @@ class Generations:
         self._send = send
         self._table: dict[int, Generation] = {}
         self._next_id = 0
+        self._flushes: dict[int, Callable[[CacheFlushed | TokasaurusError], None]] = {}
         self._backlog_eta_s: float | None = None
 
     def __len__(self) -> int:
@@ -255,6 +266,34 @@ class Generations:
             client_key=client_key,
         )
 
+    def prepare_pooling(
+        self,
+        prompt_ids: Sequence[int],
+        pooling: Pooling,
+        *,
+        priority: int = 0,
+        client_key: str | None = None,
+    ) -> PreparedRequest:
+        """Checks that a prompt can be made into one vector. Sends nothing yet.
+
+        Args:
+            prompt_ids: the prompt, at least one token shorter than a request may be.
+            pooling: how.
+            priority: lower runs first.
+            client_key: as in ``prepare``.
+
+        Raises:
+            RequestError: it cannot run; names the field.
+        """
+        limit = self.config.max_request_tokens - 1
+        if len(prompt_ids) > limit:
+            raise RequestTooLong(
+                f"prompt has {len(prompt_ids)} tokens; it may have at most {limit}", "prompt"
+            )
+        params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, priority=priority)
+        prepared = self.prepare(prompt_ids, params, client_key=client_key)
+        return dataclasses.replace(prepared, pooling=pooling)
+
     def start(
         self,
         request: PreparedRequest,
@@ -295,6 +334,7 @@ class Generations:
                 first_k=int(params.first_k or 0),
                 stream=stream,
                 hold_for_acks=stops is not None,
+                pooling=request.pooling,
             )
         )
         return generation
@@ -308,11 +348,21 @@ class Generations:
         if self._table.pop(generation.request_id, None) is not None:
             self._send(AbortRequest(generation.request_id))
 
+    def flush_cache(self, on_done: Callable[[CacheFlushed | TokasaurusError], None]) -> None:
+        """Asks for the prefix cache to be emptied; calls back with what was dropped, or why nothing was."""
+        flush_id = self._next_id
+        self._next_id += 1
+        self._flushes[flush_id] = on_done
+        self._send(FlushCache(flush_id))
+
     def fail_all(self, error: TokasaurusError) -> None:
-        """The engine is gone: every generation in flight ends with this error."""
+        """The engine is gone: every generation in flight ends with this error, and every flush."""
         generations, self._table = self._table, {}
         for generation in generations.values():
             generation._fail(error)
+        flushes, self._flushes = self._flushes, {}
+        for on_done in flushes.values():
+            on_done(error)
 
     # --- from the manager --------------------------------------------------------------------------
 
@@ -329,8 +379,16 @@ class Generations:
             if generation is not None and generation._prompt_logprobs is not None:
                 generation._prompt_logprobs.fill(message)
                 generation._on_change()
+        elif isinstance(message, PooledState):
+            generation = self._table.get(message.request_id)
+            if generation is not None:
+                generation.pooled_state = (
+                    message.state.copy()
+                )  # it is a view of all that came with it
         elif isinstance(message, Eta):
             self._absorb_etas(message)
+        elif isinstance(message, CacheFlushed):
+            self._flushes.pop(message.flush_id)(message)
         else:
             self._absorb_rejection(message)
 

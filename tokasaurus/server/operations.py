@@ -1,56 +1,21 @@
-"""What a client can ask the engine to generate: one ``Operation`` for each kind of request.
-
-An operation turns a request into prompts that can run and a renderer of their outputs. It knows nothing of
-where the request came from, an HTTP connection or a line of a batch: ``Answers`` carries it out for both.
-"""
+"""What a client can ask the engine for: the table of all operations, and OpenAI's two that generate text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
 
 from tokasaurus.errors import RequestError
-from tokasaurus.server.generation import Generations, PreparedRequest
+from tokasaurus.server.embeddings import EMBEDDINGS
+from tokasaurus.server.generation import Generations
 from tokasaurus.server.params import renamed
-from tokasaurus.server.render import ChatRenderer, CompletionRenderer, Renderer
-from tokasaurus.server.schemas import ChatRequest, CompletionRequest, GenerationRequest
+from tokasaurus.server.render import ChatRenderer, CompletionRenderer
+from tokasaurus.server.schemas import ChatRequest, CompletionRequest
+from tokasaurus.server.tasks import Operation, Task
 
-__all__ = ["OPERATIONS", "Operation", "Task"]
+__all__ = ["OPERATIONS"]
 
 _CHAT_TEMPERATURE = 0.7
 _COMPLETION_TEMPERATURE = 1.0
-
-
-@dataclass(frozen=True, eq=False)
-class Task:
-    """A request that can run: a prompt each, and who writes the answer."""
-
-    body: GenerationRequest
-    prompts: Sequence[PreparedRequest]
-    renderer: Renderer
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One kind of request.
-
-    Args:
-        path: of its route; a batch's lines name it too.
-        schema: of its JSON.
-        num_characters: of a request, to tokenize: many are left to a thread.
-        prepare: makes a task of a request; may take a while. Raises RequestError.
-    """
-
-    path: str
-    schema: type[GenerationRequest]
-    num_characters: Callable[[Any], int]
-    prepare: Callable[[Any, Generations], Task]
-
-    @property
-    def summary(self) -> str:
-        """What it does, in one line."""
-        return (self.prepare.__doc__ or "").strip()
 
 
 def _prepare_completion(body: CompletionRequest, generations: Generations) -> Task:
@@ -105,5 +70,6 @@ OPERATIONS: Mapping[str, Operation] = {
             "/v1/completions", CompletionRequest, _completion_characters, _prepare_completion
         ),
         Operation("/v1/chat/completions", ChatRequest, _chat_characters, _prepare_chat),
+        EMBEDDINGS,
     )
 }

@@ -19,19 +19,17 @@ from tokasaurus.server.logprobs import CompletionLogprobs, chat_logprobs, finger
 from tokasaurus.server.samples import SampleOutput
 from tokasaurus.server.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from tokasaurus.server.tokenizer import Tokenizer
+from tokasaurus.server.writer import DONE, StreamWriter, event
 
-__all__ = ["DONE", "ChatRenderer", "CompletionRenderer", "Renderer", "event"]
+__all__ = ["MANY_LOGPROBS", "MANY_TOKENS", "ChatRenderer", "CompletionRenderer", "usage"]
 
-DONE = b"data: [DONE]\n\n"
-
-
-def event(body: dict[str, Any]) -> bytes:
-    """One server-sent event."""
-    return b"data: " + msgspec.json.encode(body) + b"\n\n"
+# What takes longer than about a millisecond to turn into text and JSON.
+MANY_TOKENS = 8_000
+MANY_LOGPROBS = 200
 
 
-class Renderer:
-    """Writes the answer to one HTTP request; what the two endpoints have in common.
+class Renderer(StreamWriter):
+    """Writes OpenAI's answers; what the two endpoints have in common.
 
     Args:
         request: what was asked.
@@ -47,7 +45,7 @@ class Renderer:
         options = request.stream_options
         self.request = request
         self.tokenizer = tokenizer
-        self.includes_usage = bool(options and options.include_usage)
+        self._includes_usage = bool(options and options.include_usage)
         self._continuous_usage = bool(options and options.continuous_usage_stats)
         self._packs_logprobs = bool(request.logprobs_in_fingerprint)
         self._num_streamed_tokens = 0
@@ -59,8 +57,11 @@ class Renderer:
             **request.echoed(),
         }
 
+    def takes_long(self, generations: Sequence[Generation]) -> bool:
+        size = sum(generation.num_generated_tokens for generation in generations)
+        return size > (MANY_TOKENS if self.request.num_logprobs is None else MANY_LOGPROBS)
+
     def whole(self, generations: Sequence[Generation]) -> bytes:
-        """The answer to a request without ``stream``. Decodes all text, which may take a while."""
         choices, outputs = [], []
         for position, generation in enumerate(generations):
             for output in generation.take_all():
@@ -73,7 +74,7 @@ class Renderer:
                 **self._head,
                 "object": self.whole_object,
                 "choices": choices,
-                "usage": _usage(generations, num_tokens),
+                "usage": usage(generations, num_tokens),
                 "system_fingerprint": fingerprint(
                     outputs, packed=self._packs_logprobs, input_ids=self._input_ids(generations)
                 ),
@@ -83,7 +84,7 @@ class Renderer:
     def chunk(
         self, generations: Sequence[Generation], position: int, output: SampleOutput
     ) -> bytes:
-        """The next event of one choice; its fingerprint carries the ids that this chunk brings."""
+        # Its fingerprint carries the ids that this chunk brings.
         index = position * self.request.num_samples + output.index
         first = index not in self._begun
         choice = self._delta(index, position, generations[position], output, first=first)
@@ -100,15 +101,17 @@ class Renderer:
             ),
         }
         if self._continuous_usage:
-            body["usage"] = _usage(generations, self._num_streamed_tokens)
-        elif self.includes_usage:
+            body["usage"] = usage(generations, self._num_streamed_tokens)
+        elif self._includes_usage:
             body["usage"] = None
         return event(body)
 
-    def usage_chunk(self, generations: Sequence[Generation]) -> bytes:
-        """The event that ends a stream which was to include the usage."""
-        usage = _usage(generations, self._num_streamed_tokens)
-        return event({**self._head, "object": self.chunk_object, "choices": [], "usage": usage})
+    def end(self, generations: Sequence[Generation]) -> bytes:
+        if not self._includes_usage:
+            return DONE
+        counts = usage(generations, self._num_streamed_tokens)
+        body = {**self._head, "object": self.chunk_object, "choices": [], "usage": counts}
+        return event(body) + DONE
 
     def _input_ids(self, generations: Sequence[Generation]) -> list[list[int]] | None:
         """What the fingerprint says of the prompts; nothing but for the endpoint that takes their ids."""
@@ -255,7 +258,7 @@ class ChatRenderer(Renderer):
         return chat_logprobs(self.tokenizer, output.token_ids, output.logprobs)
 
 
-def _usage(generations: Sequence[Generation], num_generated_tokens: int) -> dict[str, Any]:
+def usage(generations: Sequence[Generation], num_generated_tokens: int) -> dict[str, Any]:
     """Counts each prompt once, however many samples it has."""
     num_prompt_tokens = sum(generation.num_prompt_tokens for generation in generations)
     num_cached_tokens = sum(generation.num_cached_tokens for generation in generations)

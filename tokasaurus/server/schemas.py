@@ -1,4 +1,4 @@
-"""The JSON that clients send to the two generating endpoints, and what it asks for.
+"""The JSON that clients send to OpenAI's two generating endpoints, and what all requests have in common.
 
 A field left out and a field that is null mean the same, a null temperature too: the default, not 0.
 Types are strict: "1" is no number. Ranges are checked by ``SamplingParams``, so that the embedded engine
@@ -8,16 +8,26 @@ refuses the same values in the same words.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from tokasaurus.errors import RequestError
 from tokasaurus.protocol.messages import LogprobsMode
-from tokasaurus.server.fields import without_harmless
+from tokasaurus.server.fields import HARMLESS, without_harmless
 from tokasaurus.server.params import MAX_SAMPLES, SamplingParams, renamed
 
-__all__ = ["ChatRequest", "CompletionRequest", "GenerationRequest", "StreamOptions", "parse"]
+__all__ = [
+    "ChatMessage",
+    "ChatRequest",
+    "CompletionRequest",
+    "GenerationRequest",
+    "Prompts",
+    "RequestBody",
+    "StreamOptions",
+    "parse",
+    "read_prompts",
+]
 
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default
 MAX_USER_CHARS = 512
@@ -30,6 +40,57 @@ Metadata: TypeAlias = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
     Field(max_length=16),
 ]
+
+
+_TOKEN_IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
+Prompts: TypeAlias = Annotated[
+    Any,
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                _TOKEN_IDS,
+                {"type": "array", "items": _TOKEN_IDS, "minItems": 1},
+            ]
+        }
+    ),
+]
+"""One or several, as text or as ids; ``read_prompts`` checks it, faster than pydantic would."""
+
+
+def read_prompts(field: str, value: Any, num_samples: int = 1) -> list[str | list[int]]:
+    """The prompts that a field holds.
+
+    Args:
+        field: its name, for errors.
+        value: of it.
+        num_samples: of each prompt.
+
+    Raises:
+        RequestError: it is none of the allowed shapes, or there are too many.
+    """
+    if isinstance(value, str):
+        prompts: list[Any] = [value]
+    elif not isinstance(value, list) or not value:
+        raise _wrong_prompt(field)
+    elif isinstance(value[0], int):
+        prompts = [value]
+    else:
+        prompts = value
+    kind = str if isinstance(prompts[0], str) else list
+    for each in prompts:
+        if not isinstance(each, kind):
+            raise _wrong_prompt(field)
+        if kind is list and not all(type(token_id) is int for token_id in each):
+            raise _wrong_prompt(field)
+    if len(prompts) * num_samples > MAX_SAMPLES:
+        raise RequestError(
+            f"{field} has {len(prompts)} prompts, for n={num_samples} samples each; one request"
+            f" may have {MAX_SAMPLES} samples in all",
+            field,
+        )
+    return prompts
 
 
 class _Schema(BaseModel):
@@ -45,8 +106,30 @@ class StreamOptions(_Schema):
     """Tell the usage so far in every chunk."""
 
 
-class GenerationRequest(_Schema):
-    """What the two endpoints have in common."""
+class RequestBody(_Schema):
+    """What all requests have in common.
+
+    Attributes:
+        harmless: fields that it does not have, with the values that change nothing (see ``fields``).
+    """
+
+    harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = HARMLESS
+
+    @property
+    def streams(self) -> bool:
+        """Whether the answer is to come in pieces."""
+        return False
+
+    def field_names(self) -> Mapping[str, str]:
+        """How this request spells fields of ``SamplingParams`` that it spells differently."""
+        return {}
+
+    def check(self) -> None:
+        """Raises RequestError where fields contradict one another."""
+
+
+class GenerationRequest(RequestBody):
+    """What requests for text have in common."""
 
     model: str | None = None
     """Any name will do: there is one model. The answer repeats it."""
@@ -96,12 +179,12 @@ class GenerationRequest(_Schema):
         """What the client asked for; None if nothing."""
         return self.max_tokens
 
-    def field_names(self) -> Mapping[str, str]:
-        """How this request spells fields of ``SamplingParams`` that it spells differently."""
-        return {}
+    @property
+    def streams(self) -> bool:
+        return bool(self.stream)
 
     def check(self) -> None:
-        """Raises RequestError where fields contradict one another."""
+        super().check()
         if self.priority is not None and self.service_tier in _TIER_PRIORITIES:
             raise RequestError(
                 f"service_tier {self.service_tier!r} sets the priority, which was given too; leave one out",
@@ -160,23 +243,7 @@ class GenerationRequest(_Schema):
 class CompletionRequest(GenerationRequest):
     """``POST /v1/completions``."""
 
-    prompt: Annotated[
-        Any,
-        WithJsonSchema(
-            {
-                "anyOf": [
-                    {"type": "string"},
-                    {"type": "array", "items": {"type": "string"}, "minItems": 1},
-                    {"type": "array", "items": {"type": "integer"}, "minItems": 1},
-                    {
-                        "type": "array",
-                        "items": {"type": "array", "items": {"type": "integer"}, "minItems": 1},
-                        "minItems": 1,
-                    },
-                ]
-            }
-        ),
-    ]
+    prompt: Prompts
     logprobs: int | None = None
     echo: bool | None = None
 
@@ -194,28 +261,7 @@ class CompletionRequest(GenerationRequest):
 
     def prompts(self) -> list[str | list[int]]:
         """One or several, as text or as ids. Raises RequestError if it is none of these."""
-        prompt = self.prompt
-        if isinstance(prompt, str):
-            prompts: list[Any] = [prompt]
-        elif not isinstance(prompt, list) or not prompt:
-            raise _wrong_prompt()
-        elif isinstance(prompt[0], int):
-            prompts = [prompt]
-        else:
-            prompts = prompt
-        kind = str if isinstance(prompts[0], str) else list
-        for each in prompts:
-            if not isinstance(each, kind):
-                raise _wrong_prompt()
-            if kind is list and not all(type(token_id) is int for token_id in each):
-                raise _wrong_prompt()
-        if len(prompts) * self.num_samples > MAX_SAMPLES:
-            raise RequestError(
-                f"prompt has {len(prompts)} prompts, for n={self.num_samples} samples each; one request"
-                f" may have {MAX_SAMPLES} samples in all",
-                "prompt",
-            )
-        return prompts
+        return read_prompts("prompt", self.prompt, self.num_samples)
 
     def params_for(self, num_prompt_tokens: int, max_request_tokens: int) -> SamplingParams:
         """Parameters for one prompt: a limit that the client left out gives way to the context's."""
@@ -305,7 +351,7 @@ class ChatRequest(GenerationRequest):
             )
 
 
-R = TypeVar("R", bound=GenerationRequest)
+R = TypeVar("R", bound=RequestBody)
 
 # Fields of a message that clients copy from an answer into the next request; harmless when empty.
 _EMPTY_MESSAGE_FIELDS = frozenset(
@@ -321,7 +367,7 @@ def parse(body: Any, schema: type[R]) -> R:
     """
     if not isinstance(body, dict):
         raise RequestError("the body must be a JSON object")
-    fields = without_harmless(body, schema.model_fields.keys())
+    fields = without_harmless(body, schema.model_fields.keys(), schema.harmless)
     if isinstance(messages := fields.get("messages"), list):
         fields["messages"] = [_without_empty_fields(message) for message in messages]
     try:
@@ -364,8 +410,8 @@ def _path(location: Sequence[str | int]) -> str:
     return path
 
 
-def _wrong_prompt() -> RequestError:
+def _wrong_prompt(field: str) -> RequestError:
     return RequestError(
-        "prompt must be a string, a list of strings, a list of token ids, or a list of such lists",
-        "prompt",
+        f"{field} must be a string, a list of strings, a list of token ids, or a list of such lists",
+        field,
     )
