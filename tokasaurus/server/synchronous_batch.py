@@ -20,8 +20,9 @@ from tokasaurus.server.answers import Answers
 from tokasaurus.server.bodies import read_json
 from tokasaurus.server.calls import Call, until_disconnect
 from tokasaurus.server.http_errors import BodyTooLarge
-from tokasaurus.server.operations import OPERATIONS, Task
+from tokasaurus.server.operations import OPERATIONS
 from tokasaurus.server.params import MAX_SAMPLES
+from tokasaurus.server.tasks import Task
 
 __all__ = ["SynchronousBatch"]
 
@@ -79,11 +80,11 @@ class SynchronousBatch:
                 await asyncio.sleep(0)  # others have requests too
             try:
                 task = await self._answers.prepare(_CHAT, body)
-                if task.body.stream:
+                if task.body.streams:
                     raise RequestError("stream must be false in a synchronous batch", "stream")
             except RequestError as error:
                 raise _at(position, error) from None
-            num_samples += task.body.num_samples
+            num_samples += sum(prompt.params.n for prompt in task.prompts)
             if num_samples > MAX_SAMPLES:
                 raise RequestError(
                     f"requests may ask for {MAX_SAMPLES} samples in all, the sum of their n",
