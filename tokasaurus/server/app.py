@@ -22,10 +22,12 @@ from tokasaurus.config.slices import ServerConfig
 from tokasaurus.server.access import Access
 from tokasaurus.server.answers import Answers
 from tokasaurus.server.endpoints import Endpoints
+from tokasaurus.server.engine_routes import EngineRoutes
 from tokasaurus.server.http_errors import install_error_handlers
 from tokasaurus.server.operations import OPERATIONS
 from tokasaurus.server.state import EngineState
 from tokasaurus.server.synchronous_batch import SynchronousBatch
+from tokasaurus.server.tokens import TOKEN_SCHEMAS, TokenRoutes
 from tokasaurus.version import __version__
 
 __all__ = ["create_app"]
@@ -42,6 +44,8 @@ def create_app(config: ServerConfig, state: EngineState) -> FastAPI:
     answers = Answers(state)
     app.include_router(Endpoints(config, state, answers).router())
     app.include_router(SynchronousBatch(config, answers).router())
+    app.include_router(TokenRoutes(state).router())
+    app.include_router(EngineRoutes(config, state).router())
     install_error_handlers(app)
     app.add_middleware(Access, config)
     if config.cors_origins:  # outside, so that pages can read refusals, and ask first without a key
@@ -62,8 +66,9 @@ def _document_bodies(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = generate()
+            bodies = [*(operation.schema for operation in OPERATIONS.values()), *TOKEN_SCHEMAS]
             _, schemas = models_json_schema(
-                [(operation.schema, "validation") for operation in OPERATIONS.values()],
+                [(schema, "validation") for schema in bodies],
                 ref_template="#/components/schemas/{model}",
             )
             document.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])

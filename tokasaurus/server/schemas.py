@@ -25,6 +25,7 @@ __all__ = [
     "Prompts",
     "RequestBody",
     "StreamOptions",
+    "body_reference",
     "parse",
     "read_prompts",
 ]
@@ -376,6 +377,12 @@ def parse(body: Any, schema: type[R]) -> R:
         raise _as_request_error(error) from None
     request.check()
     return request
+
+
+def body_reference(schema: type[RequestBody]) -> dict[str, Any]:
+    """What the OpenAPI document says of a route whose body this is."""
+    reference = {"$ref": f"#/components/schemas/{schema.__name__}"}
+    return {"required": True, "content": {"application/json": {"schema": reference}}}
 
 
 def _without_empty_fields(message: Any) -> Any:
