@@ -10,6 +10,8 @@ from tokasaurus.protocol import messages
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
+    AdjustedSlots,
+    Adjustments,
     CacheFlushed,
     Eta,
     FinishReason,
@@ -54,7 +56,7 @@ EXAMPLES = [
         prompt_ids=ints(5),
         n=1024,
         max_tokens=7,
-        sampling=Sampling(0.5, 3, 0.25, 0.125, LogprobsMode.PROCESSED),
+        sampling=Sampling(0.5, 3, 0.25, 0.125, LogprobsMode.PROCESSED, Adjustments(min_tokens=3)),
         seed=2**63 - 1,
         stop_token_ids=(1, 2),
         num_logprobs=0,
@@ -91,6 +93,13 @@ EXAMPLES = [
         parameters=SlotParameters(
             *(ints(1), floats(1), ints(1), floats(1), floats(1), longs(1)),
             *(ints(1), ints(1), ints(1), ints(1)),
+            adjusted=(
+                AdjustedSlots(
+                    ints(2),
+                    Adjustments(((1, 2), (3,)), 4, (5, 6), ((7, 0.5),), 1.5, 0.25, -1.0),
+                    ints(9),
+                ),
+            ),
         ),
         table_slots=ints(3),
         table_columns=ints(3),
@@ -133,6 +142,9 @@ def assert_same(a, b):
         left, right = getattr(a, name), getattr(b, name)
         if isinstance(left, msgspec.Struct):
             assert_same(left, right)
+        elif isinstance(left, tuple) and any(isinstance(each, msgspec.Struct) for each in left):
+            for pair in zip(left, right, strict=True):
+                assert_same(*pair)
         elif isinstance(left, np.ndarray):
             assert left.dtype == right.dtype
             assert left.shape == right.shape

@@ -206,7 +206,7 @@ def test_openai_helper_for_streams(server):
 def test_openai_errors(server):
     client = server.client()
     with pytest.raises(openai.BadRequestError) as error:
-        client.completions.create(model="m", prompt="a", frequency_penalty=0.5)
+        client.completions.create(model="m", prompt="a", frequency_penalty=5)
     assert error.value.param == "frequency_penalty"
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(model="m", messages=MESSAGES, max_tokens=5000)

@@ -42,6 +42,27 @@ from tokasaurus.server.params import renamed
         ("logprobs", -1),
         ("prompt_logprobs", -1),
         ("logprobs_mode", "hot"),
+        ("frequency_penalty", 2.5),
+        ("frequency_penalty", float("nan")),
+        ("frequency_penalty", None),
+        ("presence_penalty", -2.5),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", float("inf")),
+        ("min_tokens", -1),
+        ("min_tokens", 1.5),
+        ("stop_token_ids", 5),
+        ("stop_token_ids", [1 << 40]),
+        ("stop_token_ids", ["5"]),
+        ("stop_token_ids", list(range(129))),
+        ("logit_bias", [5]),
+        ("logit_bias", {"x": 1}),
+        ("logit_bias", {1.5: 1}),
+        ("logit_bias", {5: 101}),
+        ("logit_bias", {5: float("nan")}),
+        ("logit_bias", {5: 1, "5": 1}),
+        ("bad_words", "word"),
+        ("bad_words", [""]),
+        ("bad_words", [b"word"]),
         ("priority", 1_000_001),
         ("priority", -1_000_001),
         ("priority", True),
@@ -71,6 +92,16 @@ def test_stop_is_one_tuple_however_it_was_given():
     assert SamplingParams().stop_strings == ()
     assert SamplingParams(stop="a").stop_strings == ("a",)
     assert SamplingParams(stop=["b", "a", "b"]).stop_strings == ("b", "a")
+
+
+def test_lists_are_taken_over_as_they_are():
+    params = SamplingParams(
+        stop_token_ids=[5, np.int64(5), 3], bad_words=["b", "b", " a"], logit_bias={"7": -1, 3: 2}
+    )
+    assert params.stop_token_ids == (5, 3)
+    assert params.bad_words == ("b", " a")
+    assert params.logit_bias == {3: 2.0, 7: -1.0}
+    assert SamplingParams(**vars(params)) == params
 
 
 def test_logprobs_mode_by_name():

@@ -12,7 +12,7 @@ from tokasaurus.manager.in_flight import PromptPiece
 from tokasaurus.manager.sequence import Sequence
 from tokasaurus.manager.slots import IndexArray
 from tokasaurus.protocol.arrays import Int32Array
-from tokasaurus.protocol.messages import ForwardBatch, Pooling, SlotParameters
+from tokasaurus.protocol.messages import AdjustedSlots, ForwardBatch, Pooling, SlotParameters
 
 __all__ = [
     "NO_COPIES",
@@ -166,7 +166,29 @@ def _slot_parameters(entered: Rows[Sequence]) -> SlotParameters:
         num_generated=_int32([sequence.num_stored for sequence in entered]),
         num_logprobs=_int32([message.num_logprobs for message in messages]),
         logprobs_mode=_int32([sampling.logprobs_mode for sampling in samplings]),
+        adjusted=_adjusted_slots(
+            [s for s in entered if s.request.message.sampling.adjustments is not None]
+        ),
     )
+
+
+def _adjusted_slots(entered: Rows[Sequence]) -> tuple[AdjustedSlots, ...]:
+    """One entry for all samples of a request that begin together."""
+    alike: dict[tuple[int, int], list[Sequence]] = {}
+    for sequence in entered:
+        key = (id(sequence.request), id(sequence.prompt_ids))
+        alike.setdefault(key, []).append(sequence)
+    groups = []
+    for sequences in alike.values():
+        message, ids = sequences[0].request.message, sequences[0].prompt_ids
+        adjustments = message.sampling.adjustments
+        if adjustments is None:
+            continue
+        if not adjustments.reads_prompt:
+            ids = ids[len(message.prompt_ids) :] if adjustments.reads_generated else _NONE
+        slots = _int32([sequence.slot for sequence in sequences])
+        groups.append(AdjustedSlots(slots, adjustments, ids))
+    return tuple(groups)
 
 
 def _int32(values: Rows[int]) -> Int32Array:

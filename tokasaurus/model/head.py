@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from tokasaurus.model.adjustments import AdjustmentTable
 from tokasaurus.model.llama import LlamaModel
 from tokasaurus.model.sampler import Logprobs, SamplingParameters, draw, logprobs_of
 from tokasaurus.model.state import PromptRows, SamplingRows
@@ -23,7 +24,7 @@ _MAX_LOGITS = 1 << 25
 
 
 def draw_tokens(
-    model: LlamaModel, hidden: Tensor, rows: SamplingRows
+    model: LlamaModel, hidden: Tensor, rows: SamplingRows, adjustments: AdjustmentTable
 ) -> tuple[Tensor, Logprobs | None]:
     """Draws one token for each sampling row.
 
@@ -31,6 +32,7 @@ def draw_tokens(
         model: its head is used.
         hidden: [rows of the batch, hidden].
         rows: which of them, and how to sample each.
+        adjustments: of their slots.
 
     Returns:
         [sampling rows] int64, and their logprobs if any row asked.
@@ -41,9 +43,10 @@ def draw_tokens(
     parts = []
     for part, logits in _logits(model, hidden, rows.rows):
         parameters = rows.parameters.take(part)
-        tokens[part] = draw(logits, parameters)
+        adjusted = adjustments.adjusted(logits, rows.slots[part], parameters.num_generated)
+        tokens[part] = draw(adjusted, parameters)
         if wanted:
-            parts.append(logprobs_of(logits, tokens[part], parameters, width))
+            parts.append(logprobs_of(logits, tokens[part], parameters, width, adjusted))
     return tokens, Logprobs.joined(parts) if wanted else None
 
 

@@ -1,7 +1,7 @@
 """Draws tokens from logits, and the logprobs that go with them.
 
 Each row is sampled for itself: its token is a function of its logits, its parameters and its random
-number (``randomness``), never of the rows around it. Tokens are ranked by logit, equal ones by id, and
+number (``randomness``), never of the rows around it. Logits come adjusted (``adjustments``). Tokens are ranked by logit, equal ones by id, and
 the filters keep what is left of that ranking, one after the other:
 
     temperature   divide the logits; 0 means the first of the ranking, whatever the filters
@@ -157,7 +157,11 @@ def processed(logits: Tensor, parameters: SamplingParameters) -> Tensor:
 
 
 def logprobs_of(
-    logits: Tensor, token_ids: Tensor, parameters: SamplingParameters, width: int
+    logits: Tensor,
+    token_ids: Tensor,
+    parameters: SamplingParameters,
+    width: int,
+    adjusted: Tensor | None = None,
 ) -> Logprobs:
     """Logprobs of chosen tokens and of each row's best.
 
@@ -166,6 +170,7 @@ def logprobs_of(
         token_ids: [rows] int64.
         parameters: of the same rows: how many logprobs each wants, and of which distribution.
         width: K, at least what any row wants.
+        adjusted: what the rows were drawn from, if not from the logits; only ``PROCESSED`` sees it.
     """
     num_rows, vocab_size = logits.shape
     chosen = logits.new_full((num_rows,), torch.nan)
@@ -176,7 +181,8 @@ def logprobs_of(
         if not len(rows):
             continue
         index = _index(rows, logits)
-        scores = _distribution(logits[index], parameters.take(rows), mode)
+        source = adjusted if adjusted is not None and mode is LogprobsMode.PROCESSED else logits
+        scores = _distribution(source[index], parameters.take(rows), mode)
         # x - logsumexp(x) is finite wherever x is; the logarithm of a probability underflows.
         norm = scores.logsumexp(dim=-1, keepdim=True)
         chosen[index] = (scores.gather(1, token_ids[index, None]) - norm)[:, 0]

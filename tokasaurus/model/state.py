@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokasaurus.errors import ProtocolError
+from tokasaurus.model.adjustments import AdjustmentTable
 from tokasaurus.model.backend.base import SequenceRows
 from tokasaurus.model.sampler import SamplingParameters
 from tokasaurus.protocol.arrays import Int32Array, Int64Array
@@ -118,6 +119,7 @@ class SlotState:
             num_slots, np.int32
         )  # columns of the page table in use
         self.sampling = SamplingParameters.neutral(num_slots)
+        self.adjustments = AdjustmentTable(num_slots, vocab_size, device)
 
     def apply(self, batch: ForwardBatch) -> PlannedBatch:
         """Takes over the batch's differences and lays out its rows.
@@ -167,6 +169,7 @@ class SlotState:
         """
         self.last_tokens[self._upload(slots)] = token_ids
         self.sampling.num_generated[slots] += 1
+        self.adjustments.record(slots, token_ids)
 
     def _prompt_rows(self, batch: ForwardBatch) -> PromptRows | None:
         #   ids        a b c | d e        two chunks, the second ends its prompt
@@ -202,6 +205,7 @@ class SlotState:
         self.lengths[slots] = 0
         self.pages_held[slots] = 0
         self.sampling.assign(slots, parameters)
+        self.adjustments.enter(parameters)
 
     def _patch_page_table(self, batch: ForwardBatch) -> None:
         slots, columns, pages = batch.table_slots, batch.table_columns, batch.table_pages

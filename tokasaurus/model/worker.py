@@ -110,7 +110,9 @@ class Worker:
         hidden = self._forward(planned)
         if planned.copies is not None:
             self._cache.copy_pages(planned.copies.sources, planned.copies.targets)
-        token_ids, drawn = draw_tokens(self._model, hidden, planned.sampling)
+        token_ids, drawn = draw_tokens(
+            self._model, hidden, planned.sampling, self._state.adjustments
+        )
         self._state.record(planned.sampling.slots, token_ids)
         prompt = score_prompts(self._model, hidden, planned.prompt) if planned.prompt else None
         pooled = self._pooler.pool(batch, hidden)

@@ -22,6 +22,8 @@ __all__ = [
     "MAX_PRIORITY",
     "AbortRequest",
     "Acknowledge",
+    "AdjustedSlots",
+    "Adjustments",
     "CacheFlushed",
     "Eta",
     "FinishReason",
@@ -57,11 +59,46 @@ class FinishReason(enum.IntEnum):
 
 
 class LogprobsMode(enum.IntEnum):
-    """Which distribution a logprob is taken from, as a natural logarithm in fp32."""
+    """Which distribution a logprob is taken from, as a natural logarithm in fp32.
+
+    The first two see the model's own logits, whatever ``Adjustments`` say.
+    """
 
     TEMPERATURE = 0  # softmax(logits / temperature); temperature 0 counts as 1
     RAW = 1  # softmax(logits)
-    PROCESSED = 2  # after temperature, top_k, top_p and min_p; tokens cut off are -inf
+    # After adjustments, temperature, top_k, top_p and min_p; tokens cut off are -inf. What a token is
+    # drawn from, unless temperature is 0. Tokens of prompts are never adjusted.
+    PROCESSED = 2
+
+
+class Adjustments(msgspec.Struct, frozen=True, array_like=True):
+    """How the logits of generated tokens change before temperature and filters; in this order.
+
+    Where every token would be masked, none is. ``generated`` are the tokens of the sample so far.
+    """
+
+    bad_words: tuple[
+        tuple[int, ...], ...
+    ] = ()  # each one's last id is masked where generated ends with those before it
+    min_tokens: int = 0  # before so many are generated ...
+    late_ids: tuple[int, ...] = ()  # ... these are masked
+    bias: tuple[tuple[int, float], ...] = ()  # added to the logit of an id
+    repetition_penalty: float = (
+        1.0  # of ids in prompt or generated: divides positive logits, multiplies others
+    )
+    frequency_penalty: float = 0.0  # subtracted for every time that an id was generated
+    presence_penalty: float = 0.0  # subtracted once if it was
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether it matters what the prompt says."""
+        return self.repetition_penalty != 1
+
+    @property
+    def reads_generated(self) -> bool:
+        """Whether it matters what was generated."""
+        has_penalty = self.frequency_penalty != 0 or self.presence_penalty != 0
+        return self.reads_prompt or has_penalty or any(len(word) > 1 for word in self.bad_words)
 
 
 class Pooling(enum.IntEnum):
@@ -83,6 +120,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     top_p: float = 1.0  # in (0, 1]
     min_p: float = 0.0  # in [0, 1]
     logprobs_mode: LogprobsMode = LogprobsMode.TEMPERATURE
+    adjustments: Adjustments | None = None  # before all of these; None if there are none
 
 
 # --- server to manager -----------------------------------------------------------------------------
@@ -218,6 +256,19 @@ class Eta(Message, frozen=True):
 # --- manager to worker, and back -------------------------------------------------------------------
 
 
+class AdjustedSlots(msgspec.Struct, frozen=True, array_like=True, eq=False):
+    """Slots whose logits are adjusted in the same way, by the same ids.
+
+    The worker could not know these ids: pages found in the prefix cache are never fed.
+    """
+
+    slots: Int32Array
+    adjustments: Adjustments
+    # The sequence so far, as far as the adjustments read it: the prompt's ids or not, then the generated
+    # ones, as many as the slot's ``num_generated``.
+    ids: Int32Array
+
+
 class SlotParameters(msgspec.Struct, frozen=True, array_like=True, eq=False):
     """What the worker must remember of slots that a sequence enters with this batch. Columns."""
 
@@ -231,6 +282,7 @@ class SlotParameters(msgspec.Struct, frozen=True, array_like=True, eq=False):
     num_generated: Int32Array  # generated position of the next draw; above 0 after a preemption
     num_logprobs: Int32Array
     logprobs_mode: Int32Array
+    adjusted: tuple[AdjustedSlots, ...] = ()  # of these slots; the others' logits stay as they are
 
 
 class ForwardBatch(Message, frozen=True):

@@ -20,9 +20,6 @@ _ANY_STRING = str
 HARMLESS: Mapping[str, tuple[Any, ...]] = {
     # OpenAI: sampling
     "best_of": (1,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
     "suffix": ("",),
     # OpenAI: the form of the answer
     "audio": (),
@@ -48,7 +45,6 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "store": (False,),
     # Other engines
     "add_special_tokens": (True,),
-    "bad_words": ([],),
     "cartridges": ([],),
     "chat_template_kwargs": ({},),
     "detokenize": (True,),
@@ -60,12 +56,9 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
     "lora_path": (),
-    "min_tokens": (0,),
     "prompt_logprobs": (),
-    "repetition_penalty": (1,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "stop_token_ids": ([],),
     "structured_outputs": (),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),

@@ -28,6 +28,7 @@ from tokasaurus.protocol.arrays import Float32Array, Int32Array
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
+    Adjustments,
     CacheFlushed,
     Eta,
     FinishReason,
@@ -44,6 +45,7 @@ from tokasaurus.protocol.messages import (
     StopSequence,
     ToServer,
 )
+from tokasaurus.server.adjustments import adjustments_of, check_token_ids
 from tokasaurus.server.params import SamplingParams
 from tokasaurus.server.samples import Sample, SampleOutput, TokenLogprobs
 from tokasaurus.server.stop_strings import StopStrings
@@ -252,14 +254,28 @@ class Generations:
                     name,
                 )
         stops = StopStrings.compile(params.stop_strings, self.tokenizer.special_ids)
-        stop_token_ids = set(stops.token_ids if stops else ())
+        check_token_ids(params, config.vocab_size)
+        stop_token_ids = {*(stops.token_ids if stops else ()), *(params.stop_token_ids or ())}
+        late_ids = stop_token_ids.union(config.eos_token_ids)
         if not params.ignore_eos:
             stop_token_ids.update(config.eos_token_ids)
+        max_tokens = _room(len(prompt), params.max_tokens, config.max_request_tokens)
+        if params.min_tokens > max_tokens:
+            raise RequestError(
+                f"min_tokens must be at most {max_tokens}, the largest number of tokens that each sample"
+                f" may have, not {params.min_tokens}",
+                "min_tokens",
+            )
         return PreparedRequest(
             prompt_ids=prompt,
             params=params,
-            max_tokens=_room(len(prompt), params.max_tokens, config.max_request_tokens),
-            sampling=_sampling(params, config, default_temperature),
+            max_tokens=max_tokens,
+            sampling=_sampling(
+                params,
+                config,
+                default_temperature,
+                adjustments_of(params, late_ids, self.tokenizer, config.vocab_size),
+            ),
             seed=secrets.randbits(63) if params.seed is None else int(params.seed),
             stops=stops,
             stop_token_ids=tuple(sorted(stop_token_ids)),
@@ -310,8 +326,14 @@ class Generations:
         """
         tokenizer, stops, params = self.tokenizer, request.stops, request.params
         reads = stream or stops is not None  # the text, while it grows
+        min_tokens, unseen = int(params.min_tokens), frozenset(params.stop_token_ids or ())
         samples = [
-            Sample(index, tokenizer, TextStream(tokenizer, stops) if reads else None)
+            Sample(
+                index,
+                tokenizer,
+                TextStream(tokenizer, stops, min_tokens) if reads else None,
+                unseen,
+            )
             for index in range(params.n)
         ]
         generation = Generation(self._next_id, request, samples, on_change)
@@ -531,7 +553,12 @@ def _room(num_prompt_tokens: int, max_tokens: int | None, limit: int) -> int:
     return int(max_tokens)
 
 
-def _sampling(params: SamplingParams, config: ServerConfig, default_temperature: float) -> Sampling:
+def _sampling(
+    params: SamplingParams,
+    config: ServerConfig,
+    default_temperature: float,
+    adjustments: Adjustments | None,
+) -> Sampling:
     top_k = int(_first(params.top_k, config.top_k, 0))
     mode = params.logprobs_mode
     return Sampling(
@@ -540,6 +567,7 @@ def _sampling(params: SamplingParams, config: ServerConfig, default_temperature:
         top_p=float(_first(params.top_p, config.top_p, 1.0)),
         min_p=float(_first(params.min_p, config.min_p, 0.0)),
         logprobs_mode=mode if isinstance(mode, LogprobsMode) else config.logprobs_mode,
+        adjustments=adjustments,
     )
 
 

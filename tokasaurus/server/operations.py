@@ -56,11 +56,16 @@ def _prepare_chat(body: ChatRequest, generations: Generations) -> Task:
 
 
 def _completion_characters(body: CompletionRequest) -> int:
-    return sum(map(len, body.prompts()))
+    return sum(map(len, body.prompts())) + _bad_word_characters(body)
 
 
 def _chat_characters(body: ChatRequest) -> int:
-    return sum(len(message.for_template()["content"]) for message in body.messages or ())
+    messages = (message.for_template()["content"] for message in body.messages or ())
+    return sum(map(len, messages)) + _bad_word_characters(body)
+
+
+def _bad_word_characters(body: GenerationRequest) -> int:
+    return 2 * sum(map(len, body.bad_words or ()))
 
 
 OPERATIONS: Mapping[str, Operation] = {

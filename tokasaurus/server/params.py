@@ -22,6 +22,13 @@ MAX_STOP_STRINGS = 128
 MAX_STOP_CHARS = 1024  # of one stop string
 _MIN_TEMPERATURE = 1e-5  # below it, dividing by the temperature leaves fp32
 _MAX_TEMPERATURE = 100.0
+_MAX_REPETITION_PENALTY = 1000.0
+MAX_STOP_TOKEN_IDS = 128
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_CHARS = 256
+MAX_BIASED_IDS = 1024
+_MAX_BIAS = 100.0
+_TOKEN_ID = re.compile("[0-9]{1,10}")
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,15 @@ class SamplingParams:
         seed: makes the samples reproducible, whatever else the engine runs.
         stop: texts that end a sample; they are not part of its text.
         ignore_eos: go on after an end-of-sequence token.
+        stop_token_ids: further tokens that end a sample; their text is not part of its text.
+        min_tokens: of each sample, before a token or text may end it.
+        frequency_penalty: lowers a token's logit by so much for each time that the sample holds it; from
+            -2 to 2.
+        presence_penalty: lowers it by so much once if the sample holds it; from -2 to 2.
+        repetition_penalty: divides the logits of tokens in prompt or sample by so much, or multiplies
+            them where they are negative; above 0, and 1 is off.
+        logit_bias: what is added to the logits of token ids; from -100 to 100.
+        bad_words: texts that a sample must not hold; the token that would complete one is never drawn.
         max_tokens: of each sample; None is as many as fit.
         logprobs: of generated tokens: 0 the chosen one's, k also those of the k likeliest.
         prompt_logprobs: of the prompt's tokens, likewise.
@@ -62,6 +78,13 @@ class SamplingParams:
     seed: int | None = None
     stop: str | list[str] | tuple[str, ...] | None = None
     ignore_eos: bool = False
+    stop_token_ids: list[int] | tuple[int, ...] | None = None
+    min_tokens: int = 0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | Mapping[str, float] | None = None
+    bad_words: list[str] | tuple[str, ...] | None = None
     max_tokens: int | None = 16
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -89,6 +112,15 @@ class SamplingParams:
             raise RequestError(
                 f"ignore_eos must be true or false, not {self.ignore_eos!r}", "ignore_eos"
             )
+        for name in ("frequency_penalty", "presence_penalty"):
+            _check_number(name, getattr(self, name), -2.0, 2.0)
+        _check_number(
+            "repetition_penalty",
+            self.repetition_penalty,
+            1 / _MAX_REPETITION_PENALTY,
+            _MAX_REPETITION_PENALTY,
+        )
+        _check_int("min_tokens", self.min_tokens, 0, (1 << 31) - 1)
         if self.max_tokens is not None:
             _check_int("max_tokens", self.max_tokens, 1, (1 << 31) - 1)
         for name in ("logprobs", "prompt_logprobs"):
@@ -98,6 +130,12 @@ class SamplingParams:
         if self.first_k is not None:
             _check_first_k(self.first_k, self.n)
         object.__setattr__(self, "stop", _checked_stop(self.stop))
+        if self.stop_token_ids is not None:
+            object.__setattr__(self, "stop_token_ids", _checked_ids(self.stop_token_ids))
+        if self.bad_words is not None:
+            object.__setattr__(self, "bad_words", _checked_words(self.bad_words))
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
         object.__setattr__(self, "logprobs_mode", _checked_mode(self.logprobs_mode))
 
     @property
@@ -162,6 +200,67 @@ def _checked_stop(stop: Any) -> tuple[str, ...]:
                 "stop",
             )
     return tuple(dict.fromkeys(strings))
+
+
+def _checked_ids(ids: Any) -> tuple[int, ...]:
+    """Of ``stop_token_ids``: every id once."""
+    if not isinstance(ids, (list, tuple)):
+        raise RequestError(
+            f"stop_token_ids must be a list of token ids, not {ids!r}", "stop_token_ids"
+        )
+    if len(ids) > MAX_STOP_TOKEN_IDS:
+        raise RequestError(
+            f"stop_token_ids may hold at most {MAX_STOP_TOKEN_IDS} ids, not {len(ids)}",
+            "stop_token_ids",
+        )
+    for token_id in ids:
+        _check_int("stop_token_ids", token_id, 0, (1 << 31) - 1)
+    return tuple(dict.fromkeys(map(int, ids)))
+
+
+def _checked_words(words: Any) -> tuple[str, ...]:
+    """Of ``bad_words``: every word once."""
+    if not isinstance(words, (list, tuple)):
+        raise RequestError(f"bad_words must be a list of strings, not {words!r}", "bad_words")
+    if len(words) > MAX_BAD_WORDS:
+        raise RequestError(
+            f"bad_words may hold at most {MAX_BAD_WORDS} strings, not {len(words)}", "bad_words"
+        )
+    for word in words:
+        if not isinstance(word, str) or not word.strip(" "):
+            raise RequestError(f"bad_words must hold words, not {word!r}", "bad_words")
+        if len(word) > MAX_BAD_WORD_CHARS:
+            raise RequestError(
+                f"bad_words must hold strings of at most {MAX_BAD_WORD_CHARS} characters, not of"
+                f" {len(word)}",
+                "bad_words",
+            )
+    return tuple(dict.fromkeys(words))
+
+
+def _checked_bias(bias: Any) -> dict[int, float]:
+    """By token id, in their order; JSON has only strings for keys."""
+    if not isinstance(bias, Mapping):
+        raise RequestError(
+            f"logit_bias must map token ids to numbers, not be {bias!r}", "logit_bias"
+        )
+    if len(bias) > MAX_BIASED_IDS:
+        raise RequestError(
+            f"logit_bias may hold at most {MAX_BIASED_IDS} ids, not {len(bias)}", "logit_bias"
+        )
+    checked: dict[int, float] = {}
+    for key, value in bias.items():
+        if isinstance(key, str) and _TOKEN_ID.fullmatch(key):
+            key = int(key)
+        if isinstance(key, bool) or not isinstance(key, Integral) or int(key) < 0:
+            raise RequestError(
+                f"logit_bias must have token ids for keys, not {key!r}", "logit_bias"
+            )
+        if int(key) in checked:
+            raise RequestError(f"logit_bias names the id {int(key)} twice", "logit_bias")
+        _check_number("logit_bias", value, -_MAX_BIAS, _MAX_BIAS)
+        checked[int(key)] = float(value)
+    return dict(sorted(checked.items()))
 
 
 def _checked_mode(mode: Any) -> LogprobsMode | None:

@@ -69,6 +69,7 @@ class Sample:
         index: among the samples of its prompt.
         tokenizer: makes its text.
         text: makes its text as tokens come; None if it is wanted at the end only.
+        unseen_ids: tokens that end it and are no part of its text.
     """
 
     __slots__ = (
@@ -76,19 +77,27 @@ class Sample:
         "_text",
         "_token_ids",
         "_tokenizer",
+        "_unseen_ids",
         "finish_reason",
         "index",
         "num_cached_tokens",
         "num_tokens",
     )
 
-    def __init__(self, index: int, tokenizer: Tokenizer, text: TextStream | None) -> None:
+    def __init__(
+        self,
+        index: int,
+        tokenizer: Tokenizer,
+        text: TextStream | None,
+        unseen_ids: frozenset[int] = frozenset(),
+    ) -> None:
         self.index = index
         self.finish_reason: str | None = None
         self.num_tokens = 0
         self.num_cached_tokens = 0  # of its prompt
         self._tokenizer = tokenizer
         self._text = text
+        self._unseen_ids = unseen_ids
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
 
@@ -100,7 +109,8 @@ class Sample:
         Ends with "stop" at a stop string, and then leaves out the tokens after it.
         """
         self.finish_reason = finish_reason
-        if self._text is not None and self._text.feed(token_ids, final=finish_reason is not None):
+        is_final = finish_reason is not None
+        if self._text is not None and self._text.feed(self._seen(token_ids), final=is_final):
             self.finish_reason = "stop"
             counted = self._text.num_tokens - self.num_tokens
             token_ids = token_ids[:counted]
@@ -109,6 +119,12 @@ class Sample:
         self._token_ids += token_ids
         if logprobs is not None:
             self._logprobs.append(logprobs.copy())
+
+    def _seen(self, token_ids: list[int]) -> list[int]:
+        """Those that make text."""
+        if self._unseen_ids and token_ids and token_ids[-1] in self._unseen_ids:
+            return token_ids[:-1]
+        return token_ids
 
     @property
     def was_cancelled(self) -> bool:
@@ -129,7 +145,7 @@ class Sample:
         token_ids, self._token_ids = self._token_ids, []
         logprobs, self._logprobs = self._logprobs, []
         if self._text is None:
-            text = self._tokenizer.decode(token_ids)
+            text = self._tokenizer.decode(self._seen(token_ids))
         else:
             text = self._text.take()
         return SampleOutput(

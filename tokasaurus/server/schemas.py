@@ -142,6 +142,13 @@ class GenerationRequest(RequestBody):
     seed: int | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool | None = None
+    stop_token_ids: list[int] | None = None
+    min_tokens: int | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    bad_words: list[str] | None = None
     max_tokens: int | None = None
     logprobs_mode: str | None = None
     logprobs_ignore_temperature: bool | None = None
@@ -213,6 +220,15 @@ class GenerationRequest(RequestBody):
                 seed=self.seed,
                 stop=self.stop,
                 ignore_eos=bool(self.ignore_eos),
+                stop_token_ids=self.stop_token_ids,
+                min_tokens=self.min_tokens or 0,
+                frequency_penalty=self.frequency_penalty or 0.0,
+                presence_penalty=self.presence_penalty or 0.0,
+                repetition_penalty=1.0
+                if self.repetition_penalty is None
+                else self.repetition_penalty,
+                logit_bias=self.logit_bias,
+                bad_words=self.bad_words,
                 max_tokens=self.token_limit,
                 logprobs=num_logprobs,
                 logprobs_mode=LogprobsMode.RAW

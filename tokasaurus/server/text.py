@@ -62,12 +62,14 @@ class TextStream:
     Args:
         tokenizer: spells the ids.
         stops: where the text ends, if anywhere.
+        min_tokens: a stop string that is complete after so many tokens, or earlier, is mere text.
     """
 
     __slots__ = (
         "_across",
         "_decoder",
         "_in_text",
+        "_min_tokens",
         "_parts",
         "_pending",
         "_special",
@@ -75,7 +77,10 @@ class TextStream:
         "num_tokens",
     )
 
-    def __init__(self, tokenizer: Tokenizer, stops: StopStrings | None = None) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stops: StopStrings | None = None, min_tokens: int = 0
+    ) -> None:
+        self._min_tokens = min_tokens
         self._visible = tokenizer.visible
         self._special = tokenizer.special_token_ids
         self._decoder = _utf8_decoder(errors="replace")
@@ -135,7 +140,7 @@ class TextStream:
             held = max(held, self._across.held)
             if other is not None:
                 start = other if start is None else max(start, other)
-        if start is not None:
+        if start is not None and self.num_tokens > self._min_tokens:
             self._release(text[: len(text) - start])
             self._pending = ""
             return True

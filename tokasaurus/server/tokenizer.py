@@ -101,6 +101,10 @@ class Tokenizer:
             del ids[0]
         return ids
 
+    def encode_fragment(self, text: str) -> list[int]:
+        """Ids of a piece of a text, without special tokens around it."""
+        return self._encode(text, add_special_tokens=False)
+
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], overrides: Mapping[str, Any] | None = None
     ) -> list[int]:

@@ -1,0 +1,261 @@
+"""Adjusted logits against plain Python, against transformers, and in any company."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from adjustment_oracle import adjusted_logits, random_adjustments
+from test_sampler import parameters
+
+from tokasaurus.errors import ProtocolError
+from tokasaurus.model.adjustments import AdjustmentTable
+from tokasaurus.model.sampler import draw, logprobs_of, processed
+from tokasaurus.protocol.messages import AdjustedSlots, Adjustments, LogprobsMode, SlotParameters
+
+CPU = torch.device("cpu")
+
+
+def enter(table, entries):
+    """Lets sequences in: (slot, adjustments or None, prompt, generated)."""
+    slots = np.array([entry[0] for entry in entries], np.int32)
+    count = len(entries)
+    adjusted = []
+    for slot, adjustments, prompt, generated in entries:
+        if adjustments is not None:
+            ids = [*(prompt if adjustments.reads_prompt else []), *generated]
+            if not adjustments.reads_generated:
+                ids = []
+            adjusted.append(
+                AdjustedSlots(np.array([slot], np.int32), adjustments, np.array(ids, np.int32))
+            )
+    ones, zeros = np.ones(count, np.float32), np.zeros(count, np.int32)
+    table.enter(
+        SlotParameters(
+            *(slots, ones, zeros, ones, ones, np.zeros(count, np.int64), zeros),
+            num_generated=np.array([len(entry[3]) for entry in entries], np.int32),
+            num_logprobs=zeros,
+            logprobs_mode=zeros,
+            adjusted=tuple(adjusted),
+        )
+    )
+
+
+def one(adjustments, prompt, generated, logits):
+    """One row alone. The ids that were generated come with the sequence."""
+    table = AdjustmentTable(1, len(logits), CPU)
+    enter(table, [(0, adjustments, prompt, generated)])
+    numbers = np.array([len(generated)], np.int32)
+    return table.adjusted(torch.tensor([logits]), np.zeros(1, np.int32), numbers)[0]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_tables_against_plain_python(seed):
+    """Slots come, go and are reused; what they generated comes with them or is recorded as drawn."""
+    chance = random.Random(seed)
+    vocab_size, num_slots = chance.choice([9, 40]), 10
+    table = AdjustmentTable(num_slots, vocab_size, CPU)
+    living = {}
+    torch.manual_seed(seed)
+    for _ in range(40):
+        new = {}
+        for slot in chance.sample(range(num_slots), chance.choice([0, 0, 1, 4])):
+            prompt, generated = (
+                [chance.randrange(min(12, vocab_size)) for _ in range(chance.randint(low, 20))]
+                for low in (1, 0)
+            )
+            asked = chance.random() < 0.7
+            adjustments = random_adjustments(chance, min(12, vocab_size)) if asked else None
+            new[slot] = (adjustments, prompt, generated)
+        if new:
+            enter(table, [(slot, *entry) for slot, entry in new.items()])
+            living |= new
+        if not living:
+            continue
+        slots = chance.sample(sorted(living), chance.randint(1, len(living)))
+        logits = torch.randn(len(slots), vocab_size) * 3
+        before = logits.clone()
+        numbers = np.array([len(living[slot][2]) for slot in slots], np.int32)
+        adjusted = table.adjusted(logits, np.array(slots, np.int32), numbers)
+        assert torch.equal(logits, before)
+        for row, slot in enumerate(slots):
+            expected = logits[row].double()
+            if living[slot][0] is not None:
+                expected = torch.tensor(
+                    adjusted_logits(logits[row].tolist(), *living[slot]), dtype=torch.float64
+                )
+            torch.testing.assert_close(adjusted[row].double(), expected, atol=2e-5, rtol=1e-6)
+        drawn = [chance.randrange(min(12, vocab_size)) for _ in slots]
+        table.record(np.array(slots, np.int32), torch.tensor(drawn))
+        for slot, token_id in zip(slots, drawn, strict=True):
+            living[slot][2].append(token_id)
+
+
+PROMPT, GENERATED = [20, 21, 22, 20], [3, 5, 3, 7, 5, 3]
+HF = transformers.generation.logits_process
+
+
+@pytest.mark.parametrize(
+    ("adjustments", "processors"),
+    [
+        (
+            Adjustments(repetition_penalty=1.3),
+            lambda: [HF.RepetitionPenaltyLogitsProcessor(1.3)],
+        ),
+        (
+            Adjustments(repetition_penalty=0.6),
+            lambda: [HF.RepetitionPenaltyLogitsProcessor(0.6)],
+        ),
+        (
+            Adjustments(bias=((3, 2.5), (21, -100.0))),
+            lambda: [HF.SequenceBiasLogitsProcessor([[[3], 2.5], [[21], -100.0]])],
+        ),
+        (
+            Adjustments(bad_words=((9,), (5, 3, 8), (3, 5, 3, 9), (7, 3, 1))),
+            lambda: [HF.NoBadWordsLogitsProcessor([[9], [5, 3, 8], [3, 5, 3, 9], [7, 3, 1]])],
+        ),
+        (
+            Adjustments(min_tokens=7, late_ids=(2, 6)),
+            lambda: [HF.MinNewTokensLengthLogitsProcessor(len(PROMPT), 7, [2, 6])],
+        ),
+        (
+            Adjustments(min_tokens=6, late_ids=(2, 6)),
+            lambda: [HF.MinNewTokensLengthLogitsProcessor(len(PROMPT), 6, [2, 6])],
+        ),
+        (
+            Adjustments(
+                bad_words=((5, 3, 8),),
+                min_tokens=20,
+                late_ids=(2,),
+                bias=((3, 2.5),),
+                repetition_penalty=1.2,
+            ),
+            lambda: [
+                HF.NoBadWordsLogitsProcessor([[5, 3, 8]]),
+                HF.MinNewTokensLengthLogitsProcessor(len(PROMPT), 20, [2]),
+                HF.SequenceBiasLogitsProcessor([[[3], 2.5]]),
+                HF.RepetitionPenaltyLogitsProcessor(1.2),
+            ],
+        ),
+    ],
+)
+def test_against_the_processors_of_transformers(adjustments, processors):
+    """Bit for bit, in fp32; then temperature and filters keep the same tokens."""
+    torch.manual_seed(1)
+    context = torch.tensor([PROMPT + GENERATED])
+    for _ in range(20):
+        logits = torch.randn(30) * 3
+        expected = logits[None].clone()
+        for processor in processors():
+            expected = processor(context, expected)
+        ours = one(adjustments, PROMPT, GENERATED, logits.tolist())
+        assert torch.equal(ours, expected[0])
+        warpers = [
+            HF.TemperatureLogitsWarper(0.8),
+            HF.TopKLogitsWarper(12),
+            HF.TopPLogitsWarper(0.9),
+            HF.MinPLogitsWarper(0.02),
+        ]
+        for warper in warpers:
+            expected = warper(context, expected)
+        chosen = parameters(1, temperature=0.8, top_k=12, top_p=0.9, min_p=0.02)
+        torch.testing.assert_close(processed(ours[None], chosen), expected)
+
+
+def test_penalties_by_hand():
+    logits = [1.0, -1.0, 2.0, 0.0]
+    frequency = one(Adjustments(frequency_penalty=0.5), [3, 3], [0, 1, 0], logits)
+    assert frequency.tolist() == [0.0, -1.5, 2.0, 0.0]  # the prompt does not count
+    presence = one(Adjustments(presence_penalty=0.5), [3, 3], [0, 1, 0], logits)
+    assert presence.tolist() == [0.5, -1.5, 2.0, 0.0]
+    repetition = one(Adjustments(repetition_penalty=2.0), [1, 3], [0], logits)
+    assert repetition.tolist() == [0.5, -2.0, 2.0, 0.0]
+    both = one(Adjustments(repetition_penalty=2.0, presence_penalty=1.0), [1], [0], logits)
+    assert both.tolist() == [-0.5, -2.0, 2.0, 0.0]
+
+
+def test_where_every_token_would_be_masked_none_is():
+    masked = Adjustments(bad_words=((0,), (1,), (0, 2)), min_tokens=9, late_ids=(1, 2))
+    logits = [1.0, 3.0, 2.0, 0.0]
+    assert one(masked, [3], [3], logits).argmax() == 3
+    everything = Adjustments(bad_words=((0,), (1,), (2,), (3, 3)), bias=((0, 1.0),))
+    assert one(everything, [3], [3], logits).tolist() == logits
+    assert one(everything, [3], [2], logits).argmax() == 3
+
+
+def test_rows_nobody_adjusts_are_left_alone():
+    """Not even copied where no row asks."""
+    table = AdjustmentTable(4, 8, CPU)
+    logits, numbers = torch.randn(2, 8), np.zeros(2, np.int32)
+    slots = np.array([1, 2], np.int32)
+    assert table.adjusted(logits, slots, numbers) is logits
+    enter(table, [(2, Adjustments(bias=((1, 5.0),)), [1], []), (3, None, [1], [])])
+    assert torch.equal(table.adjusted(logits, slots, numbers)[0], logits[0])
+    assert table.adjusted(logits, np.array([3, 1], np.int32), numbers) is logits
+    enter(table, [(2, None, [1], [])])
+    assert table.adjusted(logits, slots, numbers) is logits
+
+
+def test_histories_are_kept_for_those_that_need_them():
+    """A bias needs none; rows are reused, and as long as they must be."""
+    table = AdjustmentTable(50, 8, CPU)
+    for slot in range(50):
+        enter(table, [(slot, Adjustments(bias=((1, 5.0),), bad_words=((3,),)), [1] * 100, [])])
+    assert table._history.numel() == 0
+    for _ in range(20):
+        enter(table, [(7, Adjustments(repetition_penalty=1.5), [1] * 100, [])])
+    enter(table, [(8, Adjustments(presence_penalty=1.5), [1] * 100, [])])
+    assert table._history.shape == (2, 128)
+    table.record(np.array([8, 7, 9], np.int32), torch.tensor([1, 2, 3]))
+    assert table._length[[7, 8, 9]].tolist() == [101, 1, 0]
+
+
+def test_which_logprobs_see_adjustments():
+    """Raw ones and those at a temperature are the model's own; processed ones are what is drawn from."""
+    logits = torch.tensor([[2.0, 1.0, 0.0]])
+    adjusted = one(Adjustments(bias=((0, -100.0),)), [1], [], logits[0].tolist())[None]
+    token = draw(adjusted, parameters(1, temperature=0))
+    assert token.tolist() == [1]
+    for mode, scores in (
+        (LogprobsMode.RAW, logits),
+        (LogprobsMode.TEMPERATURE, logits / 0.5),
+        (LogprobsMode.PROCESSED, adjusted / 0.5),
+    ):
+        asked = parameters(1, temperature=0.5, num_logprobs=3, logprobs_mode=mode)
+        got = logprobs_of(logits, token, asked, 3, adjusted)
+        torch.testing.assert_close(got.chosen[0], scores.log_softmax(-1)[0, 1])
+        assert got.top_ids[0].tolist() == scores[0].argsort(descending=True).tolist()
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        (AdjustedSlots(np.array([1], np.int32), Adjustments(), np.zeros(0, np.int32)), "enters"),
+        (AdjustedSlots(np.zeros(1, np.int32), Adjustments(), np.array([8], np.int32)), "to 8"),
+        (
+            AdjustedSlots(
+                np.zeros(1, np.int32), Adjustments(bias=((-1, 1),)), np.zeros(0, np.int32)
+            ),
+            "from -1",
+        ),
+        (
+            AdjustedSlots(
+                np.zeros(1, np.int32), Adjustments(bad_words=((1, 9),)), np.zeros(0, np.int32)
+            ),
+            "to 9",
+        ),
+    ],
+)
+def test_impossible_adjustments(group, message):
+    table = AdjustmentTable(4, 8, CPU)
+    one_int, one_float = np.zeros(1, np.int32), np.ones(1, np.float32)
+    with pytest.raises(ProtocolError, match=message):
+        table.enter(
+            SlotParameters(
+                *(one_int, one_float, one_int, one_float, one_float, np.zeros(1, np.int64)),
+                *(one_int, one_int, one_int, one_int, (group,)),
+            )
+        )

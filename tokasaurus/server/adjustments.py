@@ -1,0 +1,59 @@
+"""From what a client asks about single tokens to the ``Adjustments`` that the worker carries out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from tokasaurus.errors import RequestError
+from tokasaurus.protocol.messages import Adjustments
+from tokasaurus.server.params import SamplingParams
+from tokasaurus.server.tokenizer import Tokenizer
+
+__all__ = ["adjustments_of", "check_token_ids"]
+
+_NONE = Adjustments()
+
+
+def adjustments_of(
+    params: SamplingParams, late_ids: Collection[int], tokenizer: Tokenizer, vocab_size: int
+) -> Adjustments | None:
+    """None if the logits stay as they are.
+
+    Args:
+        params: checked against the vocabulary already.
+        late_ids: that must not be drawn before ``min_tokens``.
+        tokenizer: spells bad words.
+        vocab_size: of the model; what the tokenizer has beyond it is never drawn anyway.
+    """
+    adjustments = Adjustments(
+        bad_words=_spelled(params.bad_words, tokenizer, vocab_size) if params.bad_words else (),
+        min_tokens=int(params.min_tokens) if late_ids else 0,
+        late_ids=tuple(sorted(late_ids)) if params.min_tokens else (),
+        bias=tuple((int(i), value) for i, value in (params.logit_bias or {}).items() if value),
+        repetition_penalty=float(params.repetition_penalty),
+        frequency_penalty=float(params.frequency_penalty),
+        presence_penalty=float(params.presence_penalty),
+    )
+    return None if adjustments == _NONE else adjustments
+
+
+def check_token_ids(params: SamplingParams, vocab_size: int) -> None:
+    """Raises RequestError where an id is beyond the vocabulary."""
+    for name in ("stop_token_ids", "logit_bias"):
+        for token_id in getattr(params, name) or ():
+            if token_id >= vocab_size:
+                raise RequestError(
+                    f"{name} must hold token ids from 0 to {vocab_size - 1}, not {token_id}", name
+                )
+
+
+def _spelled(
+    words: Collection[str], tokenizer: Tokenizer, vocab_size: int
+) -> tuple[tuple[int, ...], ...]:
+    """Every word as it is spelled at the beginning of a text, and after a space."""
+    spellings: dict[tuple[int, ...], None] = {}
+    for word in words:
+        bare = word.lstrip(" ")
+        for text in (bare, " " + bare):
+            spellings[tuple(tokenizer.encode_fragment(text))] = None
+    return tuple(ids for ids in spellings if ids and max(ids) < vocab_size)
