@@ -9,7 +9,7 @@ from tokasaurus.server.embeddings import EMBEDDINGS
 from tokasaurus.server.generation import Generations
 from tokasaurus.server.params import renamed
 from tokasaurus.server.render import ChatRenderer, CompletionRenderer
-from tokasaurus.server.schemas import ChatRequest, CompletionRequest
+from tokasaurus.server.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from tokasaurus.server.tasks import Operation, Task
 
 __all__ = ["OPERATIONS"]
@@ -56,7 +56,8 @@ def _prepare_chat(body: ChatRequest, generations: Generations) -> Task:
 
 
 def _completion_characters(body: CompletionRequest) -> int:
-    return sum(map(len, body.prompts())) + _bad_word_characters(body)
+    prompts = body.prompts()
+    return sum(map(len, prompts)) + len(prompts) * _bad_word_characters(body)
 
 
 def _chat_characters(body: ChatRequest) -> int:
@@ -65,6 +66,7 @@ def _chat_characters(body: ChatRequest) -> int:
 
 
 def _bad_word_characters(body: GenerationRequest) -> int:
+    """They are tokenized for each prompt, with a space before them and without."""
     return 2 * sum(map(len, body.bad_words or ()))
 
 
