@@ -32,6 +32,8 @@ class EngineProcess:
         self.log_path = log_path
         if "MODEL" in os.environ and not any(flag.startswith("model=") for flag in flags):
             flags = (f"model={os.environ['MODEL']}", *flags)
+        if not any(flag.startswith("data_dir=") for flag in flags):
+            flags = (f"data_dir={log_path.parent / 'data'}", *flags)
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
         with log_path.open("wb") as log:
             self.process = subprocess.Popen(

@@ -4,7 +4,9 @@
     ├── ConfigError             a flag, config file or combination of flags is wrong      (exit status 2)
     ├── ModelError              a checkpoint cannot be served: names the file, tensor or field
     ├── RequestError            one request is wrong: names the field                     (HTTP 400)
-    │   └── RequestTooLong      the request can never fit                                 (HTTP 400)
+    │   ├── RequestTooLong      the request can never fit                                 (HTTP 400)
+    │   ├── NotFound            there is no such file or batch                            (HTTP 404)
+    │   └── Conflict            a file or batch is in a state that forbids it             (HTTP 409)
     └── EngineError             the engine cannot serve
         ├── EngineNotReady      it is still loading, or it is draining                    (HTTP 503)
         ├── EngineDead          one of its processes ended: carries the cause             (HTTP 503)
@@ -18,10 +20,12 @@ from __future__ import annotations
 
 __all__ = [
     "ConfigError",
+    "Conflict",
     "EngineDead",
     "EngineError",
     "EngineNotReady",
     "ModelError",
+    "NotFound",
     "ProtocolError",
     "RequestError",
     "RequestTooLong",
@@ -61,6 +65,14 @@ class RequestError(TokasaurusError, ValueError):
 
 class RequestTooLong(RequestError):
     """The prompt and its completion can never fit the context or the KV cache."""
+
+
+class NotFound(RequestError):
+    """There is nothing of this name."""
+
+
+class Conflict(RequestError):
+    """What is asked for does not go with the state of what it is asked of."""
 
 
 class EngineError(TokasaurusError):

@@ -39,6 +39,7 @@ from tokasaurus.protocol.messages import (
     StopSequence,
 )
 from tokasaurus.server import tokenizer as server_tokenizer
+from tokasaurus.server.batch_routes import batch_runner
 from tokasaurus.server.generation import Generations
 from tokasaurus.server.state import EngineState
 
@@ -374,17 +375,22 @@ class RunningServer:
         self.generations = Generations(config, TOKENIZER, self.engine.send)
         if ready:
             self.state.ready(self.generations)
+        self.batches = batch_runner(config, self.state) if config.data_dir else None
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self._server = http_server(config, self.state)
+        self._server = http_server(config, self.state, self.batches)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         steps = asyncio.create_task(self._step_forever())
+        if self.batches is not None:
+            await self.batches.start()
         await self._server.serve(sockets=[self._listener])
+        if self.batches is not None:
+            await self.batches.close()
         steps.cancel()
 
     async def _step_forever(self) -> None:

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import uvicorn
 
+from tokasaurus.batch.runner import BatchRunner
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.launch.doors import TO_MANAGER, TO_SERVER
 from tokasaurus.launch.lifeline import Assignment, Dead, Lifeline, Ready, Start, Stop
 from tokasaurus.protocol.channels import AsyncReceiver, Sender
 from tokasaurus.server.app import create_app
+from tokasaurus.server.batch_routes import batch_runner
 from tokasaurus.server.generation import Generations
 from tokasaurus.server.state import EngineState
 from tokasaurus.server.tokenizer import Tokenizer
@@ -52,7 +54,8 @@ class _Serving:
         self._listener = socket.socket(fileno=os.dup(assignment.listener_fd))
         self._state = EngineState()
         self._others_ready = asyncio.Event()
-        self._http = http_server(self._config, self._state)
+        self._batches = batch_runner(self._config, self._state)
+        self._http = http_server(self._config, self._state, self._batches)
 
     async def run(self) -> None:
         asyncio.get_running_loop().add_reader(self._lifeline.fileno(), self._on_lifeline)
@@ -61,9 +64,12 @@ class _Serving:
         work = asyncio.create_task(self._work())
         ended, _ = await asyncio.wait({http, work}, return_when=asyncio.FIRST_COMPLETED)
         work.cancel()
-        for task in ended:
-            task.result()  # raises what ended it
-        await asyncio.gather(http, work, return_exceptions=True)
+        try:
+            for task in ended:
+                task.result()  # raises what ended it
+            await asyncio.gather(http, work, return_exceptions=True)
+        finally:
+            await self._batches.close()
         asyncio.get_running_loop().remove_reader(self._lifeline.fileno())
 
     async def _work(self) -> None:
@@ -79,6 +85,7 @@ class _Serving:
         await self._others_ready.wait()
         generations = Generations(config, tokenizer, self._to_manager.send)
         self._state.ready(generations)
+        await self._batches.start()
         scheme = "http" if config.ssl_certfile is None else "https"
         log.info("ready: %s at %s://%s:%d/v1", config.model_name, scheme, config.host, config.port)
         while True:
@@ -104,6 +111,7 @@ class _Serving:
 
     async def _drain(self) -> None:
         self._state.drain()
+        await self._batches.stop()  # they go on at the next start
         try:
             await asyncio.wait_for(self._state.drained(), self._config.shutdown_timeout_s)
         except asyncio.TimeoutError:
@@ -112,12 +120,14 @@ class _Serving:
         self._http.should_exit = True
 
 
-def http_server(config: ServerConfig, state: EngineState) -> uvicorn.Server:
+def http_server(
+    config: ServerConfig, state: EngineState, batches: BatchRunner | None = None
+) -> uvicorn.Server:
     """The web server of an engine, as its process runs it."""
     logging.getLogger("uvicorn").setLevel(config.uvicorn_log_level.upper())
     return _HTTPServer(
         uvicorn.Config(
-            create_app(config, state),
+            create_app(config, state, batches),
             log_config=None,  # through our own handler
             log_level=config.uvicorn_log_level,
             access_log=config.uvicorn_log_level in ("trace", "debug", "info"),

@@ -15,37 +15,43 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
 
+from tokasaurus.batch.runner import BatchRunner
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.server.access import Access
 from tokasaurus.server.answers import Answers
+from tokasaurus.server.batch_routes import BatchRequest, BatchRoutes
 from tokasaurus.server.endpoints import Endpoints
-from tokasaurus.server.engine_routes import EngineRoutes
+from tokasaurus.server.file_routes import FileRoutes
 from tokasaurus.server.http_errors import install_error_handlers
 from tokasaurus.server.operations import OPERATIONS
 from tokasaurus.server.state import EngineState
 from tokasaurus.server.synchronous_batch import SynchronousBatch
-from tokasaurus.server.tokens import TOKEN_SCHEMAS, TokenRoutes
 from tokasaurus.version import __version__
 
 __all__ = ["create_app"]
 
 
-def create_app(config: ServerConfig, state: EngineState) -> FastAPI:
+def create_app(
+    config: ServerConfig, state: EngineState, batches: BatchRunner | None = None
+) -> FastAPI:
     """An ASGI application that serves one engine.
 
     Args:
         config: the server's slice.
         state: of the engine; its owner tells it when the engine is ready, drains and dies.
+        batches: runs batches, once its owner starts it; None serves without files and batches.
     """
     app = FastAPI(title="Tokasaurus", version=__version__, redirect_slashes=False)
     answers = Answers(state)
     app.include_router(Endpoints(config, state, answers).router())
     app.include_router(SynchronousBatch(config, answers).router())
-    app.include_router(TokenRoutes(state).router())
-    app.include_router(EngineRoutes(config, state).router())
+    if batches is not None:
+        app.include_router(FileRoutes(batches).router())
+        app.include_router(BatchRoutes(batches).router())
     install_error_handlers(app)
     app.add_middleware(Access, config)
     if config.cors_origins:  # outside, so that pages can read refusals, and ask first without a key
@@ -66,9 +72,12 @@ def _document_bodies(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = generate()
-            bodies = [*(operation.schema for operation in OPERATIONS.values()), *TOKEN_SCHEMAS]
+            schemas_of_bodies: list[type[BaseModel]] = [
+                BatchRequest,
+                *(each.schema for each in OPERATIONS.values()),
+            ]
             _, schemas = models_json_schema(
-                [(schema, "validation") for schema in bodies],
+                [(schema, "validation") for schema in schemas_of_bodies],
                 ref_template="#/components/schemas/{model}",
             )
             document.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])

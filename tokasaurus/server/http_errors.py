@@ -9,8 +9,10 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from tokasaurus.errors import (
+    Conflict,
     EngineError,
     EngineNotReady,
+    NotFound,
     RequestError,
     RequestTooLong,
     TokasaurusError,
@@ -58,7 +60,9 @@ class UnknownModel(RequestError):
 # The first that fits.
 _STATUSES: dict[type[Exception], int] = {
     Unauthorized: 401,
+    NotFound: 404,
     UnknownModel: 404,
+    Conflict: 409,
     BodyTooLarge: 413,
     WrongMediaType: 415,
     RequestError: 400,

@@ -25,7 +25,6 @@ __all__ = [
     "Prompts",
     "RequestBody",
     "StreamOptions",
-    "body_reference",
     "parse",
     "read_prompts",
 ]
@@ -94,11 +93,13 @@ def read_prompts(field: str, value: Any, num_samples: int = 1) -> list[str | lis
     return prompts
 
 
-class _Schema(BaseModel):
+class StrictSchema(BaseModel):
+    """A body of which every field is known, and every value of its very type."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
 
-class StreamOptions(_Schema):
+class StreamOptions(StrictSchema):
     """What a stream tells besides the text."""
 
     include_usage: bool | None = None
@@ -107,7 +108,7 @@ class StreamOptions(_Schema):
     """Tell the usage so far in every chunk."""
 
 
-class RequestBody(_Schema):
+class RequestBody(StrictSchema):
     """What all requests have in common.
 
     Attributes:
@@ -292,14 +293,14 @@ class CompletionRequest(GenerationRequest):
         return params if not changes else SamplingParams(**{**vars(params), **changes})
 
 
-class TextPart(_Schema):
+class TextPart(StrictSchema):
     """A part of a message's content; other types than text are refused by name."""
 
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(_Schema):
+class ChatMessage(StrictSchema):
     """One message. The chat template decides which roles there are."""
 
     role: str
@@ -368,6 +369,7 @@ class ChatRequest(GenerationRequest):
             )
 
 
+S = TypeVar("S", bound=StrictSchema)
 R = TypeVar("R", bound=RequestBody)
 
 # Fields of a message that clients copy from an answer into the next request; harmless when empty.
@@ -387,18 +389,19 @@ def parse(body: Any, schema: type[R]) -> R:
     fields = without_harmless(body, schema.model_fields.keys(), schema.harmless)
     if isinstance(messages := fields.get("messages"), list):
         fields["messages"] = [_without_empty_fields(message) for message in messages]
-    try:
-        request = schema.model_validate(fields)
-    except ValidationError as error:
-        raise _as_request_error(error) from None
+    request = validated(fields, schema)
     request.check()
     return request
 
 
-def body_reference(schema: type[RequestBody]) -> dict[str, Any]:
-    """What the OpenAPI document says of a route whose body this is."""
-    reference = {"$ref": f"#/components/schemas/{schema.__name__}"}
-    return {"required": True, "content": {"application/json": {"schema": reference}}}
+def validated(fields: Any, schema: type[S]) -> S:
+    """Reads decoded JSON. Raises RequestError if it is not what the schema says; names the field."""
+    if not isinstance(fields, dict):
+        raise RequestError("the body must be a JSON object")
+    try:
+        return schema.model_validate(fields)
+    except ValidationError as error:
+        raise _as_request_error(error) from None
 
 
 def _without_empty_fields(message: Any) -> Any:

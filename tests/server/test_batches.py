@@ -1,0 +1,383 @@
+"""Files and batches, through the real client."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from fake_engine import RunningServer, ids_of, with_config
+
+from tokasaurus.batch.capacity import BATCH_PRIORITY
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+FINAL = ("completed", "failed", "expired", "cancelled")
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    config = with_config(data_dir=str(tmp_path_factory.mktemp("data")), max_body_bytes=4 << 20)
+    with RunningServer(config).running() as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared: RunningServer) -> Iterator[RunningServer]:
+    shared.engine.received.clear()
+    yield shared
+    shared.engine.paused = False
+    shared.wait_idle()
+
+
+@pytest.fixture
+def client(server: RunningServer) -> openai.OpenAI:
+    return server.client()
+
+
+def line(number: int, url: str = COMPLETIONS, **changes: object) -> dict:
+    body: dict = {"seed": number, "max_tokens": 5}
+    if url == CHAT:
+        body["messages"] = [{"role": "user", "content": f"number {number}"}]
+    else:
+        body["prompt"] = f"number {number}"
+    return {"custom_id": f"id-{number}", "method": "POST", "url": url, "body": body, **changes}
+
+
+def upload(client: openai.OpenAI, lines: list[dict] | bytes) -> str:
+    data = lines
+    if not isinstance(lines, bytes):
+        data = "".join(json.dumps(each) + "\n" for each in lines).encode()
+    return client.files.create(file=("in.jsonl", io.BytesIO(data)), purpose="batch").id
+
+
+def create(client: openai.OpenAI, lines: list[dict] | bytes, url: str = COMPLETIONS, **options):
+    return client.batches.create(
+        input_file_id=upload(client, lines),
+        endpoint=url,
+        completion_window=options.pop("completion_window", "24h"),
+        **options,
+    )
+
+
+def wait(client: openai.OpenAI, batch_id: str, *statuses: str):
+    deadline = time.monotonic() + 20
+    while (batch := client.batches.retrieve(batch_id)).status not in (statuses or FINAL):
+        assert time.monotonic() < deadline, f"still {batch.status}"
+        time.sleep(0.01)
+    return batch
+
+
+def content(client: openai.OpenAI, file_id: str | None) -> list[dict]:
+    if file_id is None:
+        return []
+    return [json.loads(each) for each in client.files.content(file_id).text.splitlines()]
+
+
+# --- files -----------------------------------------------------------------------------------------
+
+
+def test_files(client, server):
+    data = b'{"a": 1}\r\n\x00\xff' * 100_000
+    file = client.files.create(file=("my file.jsonl", io.BytesIO(data)), purpose="batch")
+    assert (file.bytes, file.filename, file.purpose) == (len(data), "my file.jsonl", "batch")
+    assert (file.object, file.status, file.expires_at) == ("file", "processed", None)
+    assert client.files.retrieve(file.id) == file
+    assert client.files.content(file.id).content == data
+    assert client.files.list().data[0] == file
+    gone = client.files.delete(file.id)
+    assert (gone.id, gone.deleted, gone.object) == (file.id, True, "file")
+    for call in (client.files.retrieve, client.files.content, client.files.delete):
+        with pytest.raises(openai.NotFoundError):
+            call(file.id)
+    assert not (Path(server.batches.store.path(file.id))).exists()
+
+
+def test_pages_of_files(client):
+    ids = [upload(client, b"x") for _ in range(5)]
+    assert [file.id for file in client.files.list(limit=2)][:5] == ids[::-1]  # pages by itself
+    page = client.files.list(limit=2, order="asc", after=ids[1])
+    assert [file.id for file in page.data] == ids[2:4]
+    assert page.has_more
+    assert client.files.list(purpose="batch_output", after=ids[0]).data == []
+
+
+def test_a_file_expires(client):
+    file = client.files.create(
+        file=b"x", purpose="batch", expires_after={"anchor": "created_at", "seconds": 1}
+    )
+    assert file.expires_at == file.created_at + 1
+    time.sleep(file.expires_at - time.time() + 0.05)
+    with pytest.raises(openai.NotFoundError):
+        client.files.retrieve(file.id)
+    assert file.id not in [each.id for each in client.files.list()]
+
+
+def form(*parts: tuple[str, bytes], boundary: bytes = b"xyz") -> bytes:
+    pieces = []
+    for disposition, data in parts:
+        head = f"Content-Disposition: form-data; {disposition}".encode()
+        pieces.append(b"--" + boundary + b"\r\n" + head + b"\r\n\r\n" + data + b"\r\n")
+    return b"".join([*pieces, b"--", boundary, b"--\r\n"])
+
+
+PURPOSE = ('name="purpose"', b"batch")
+FILE = ('name="file"; filename="a"', b"abc")
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "status"),
+    [
+        (form(FILE), "purpose", 400),
+        (form(PURPOSE), "file", 400),
+        (form(FILE, ('name="purpose"', b"fine-tune")), "purpose", 400),
+        (form(FILE, PURPOSE, PURPOSE), "purpose", 400),
+        (form(FILE, FILE, PURPOSE), "file", 400),
+        (form(('name="file"', b"abc"), PURPOSE), "file", 400),
+        (form(FILE, PURPOSE, ('name="color"', b"red")), "color", 400),
+        (form(FILE, ('name="purpose"', b"b" * 5000)), "purpose", 400),
+        (
+            form(FILE, PURPOSE, ('name="expires_after[seconds]"', b"-1")),
+            "expires_after[seconds]",
+            400,
+        ),
+        (form(FILE, PURPOSE, ('name="expires_after[anchor]"', b"x")), "expires_after[anchor]", 400),
+        (form(('filename="a"', b"abc"), PURPOSE), None, 400),
+        (form(FILE, PURPOSE)[:-9], None, 400),
+        (b"--abc", None, 400),
+        (b"", None, 400),
+    ],
+)
+def test_uploads_that_are_wrong(server, body, param, status):
+    before = set(server.batches.store.path("").iterdir())
+    answer = server.post("/v1/files", body, **{"Content-Type": "multipart/form-data; boundary=xyz"})
+    assert (answer.status, answer.error["param"]) == (status, param)
+    assert set(server.batches.store.path("").iterdir()) == before
+
+
+def test_uploads_of_another_type(server):
+    assert server.post("/v1/files", {"file": "a"}).status == 415
+    assert server.post("/v1/files", b"", **{"Content-Type": "multipart/form-data"}).status == 415
+
+
+# --- batches ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("url", [COMPLETIONS, CHAT])
+def test_a_batch(client, server, url):
+    lines = [line(number, url) for number in range(40)]
+    expected = [server.post(url, each["body"]).json["choices"] for each in lines]
+    batch = create(client, lines, url, metadata={"job": "nightly"})
+    assert (batch.object, batch.endpoint, batch.status) == ("batch", url, "validating")
+    assert (batch.metadata, batch.expires_at) == ({"job": "nightly"}, batch.created_at + 86400)
+    batch = wait(client, batch.id)
+    assert batch.status == "completed"
+    assert batch.error_file_id is None
+    counts = batch.request_counts
+    assert (counts.total, counts.completed, counts.failed) == (40, 40, 0)
+    assert batch.created_at <= batch.in_progress_at <= batch.finalizing_at <= batch.completed_at
+    answers = content(client, batch.output_file_id)
+    assert [each["custom_id"] for each in answers] == [each["custom_id"] for each in lines]
+    assert [each["response"]["body"]["choices"] for each in answers] == expected
+    assert all(each["error"] is None and each["response"]["status_code"] == 200 for each in answers)
+    assert len({each["id"] for each in answers}) == 40
+    assert batch.usage.output_tokens == 200
+    usages = [each["response"]["body"]["usage"] for each in answers]
+    assert batch.usage.input_tokens == sum(each["prompt_tokens"] for each in usages)
+    assert batch.usage.total_tokens == batch.usage.input_tokens + 200
+    output = client.files.retrieve(batch.output_file_id)
+    assert output.purpose == "batch_output"
+    assert len(client.files.content(output.id).content) == output.bytes
+    assert client.batches.list(limit=1).data == [batch]
+
+
+def test_a_bad_line_fails_alone(client):
+    good = [line(number) for number in range(3)]
+    bad = [
+        (b"{not json", "invalid_json_line"),
+        (b'"text"', "invalid_json_line"),
+        (b"\xff\xfe{}", "invalid_json_line"),
+        (b"[" * 100_000, "invalid_json_line"),
+        (json.dumps({**good[0], "custom_id": None}).encode(), "missing_custom_id"),
+        (json.dumps(good[0]).encode(), "duplicate_custom_id"),
+        (json.dumps(line(10, CHAT)).encode(), "mismatched_endpoint"),
+        (json.dumps(line(11, method="GET")).encode(), "invalid_method"),
+        (json.dumps(line(12, body=[1])).encode(), "invalid_body"),
+        (json.dumps(line(13, model="m")).encode(), "unknown_field"),
+    ]
+    refused = [
+        (line(20, body={"prompt": "a", "max_tokens": 10**6}), "max_tokens"),
+        (line(21, body={"prompt": "a", "stream": True}), "stream"),
+        (line(22, body={}), "prompt"),
+    ]
+    data = b"\n".join(
+        [
+            json.dumps(good[0]).encode(),
+            b"\n  ",  # blank ones do not count
+            *(each for each, _ in bad),
+            *(json.dumps(each).encode() for each, _ in refused),
+            *(json.dumps(each).encode() for each in good[1:]),
+        ]
+    )
+    batch = wait(client, create(client, data).id)
+    counts = batch.request_counts
+    assert batch.status == "completed"
+    assert (counts.total, counts.completed, counts.failed) == (16, 3, 13)
+    answers = content(client, batch.output_file_id)
+    assert [each["custom_id"] for each in answers] == ["id-0", "id-1", "id-2"]
+    errors = content(client, batch.error_file_id)
+    assert [each["error"]["code"] for each in errors[:10]] == [code for _, code in bad]
+    assert all(each["response"] is None for each in errors[:10])
+    for each, (asked, param) in zip(errors[10:], refused, strict=True):
+        assert each["custom_id"] == asked["custom_id"]
+        assert each["error"] is None
+        assert each["response"]["status_code"] == 400
+        assert each["response"]["body"]["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("data", "code"),
+    [
+        (b"", "empty_file"),
+        (b"\n\n  \n", "empty_file"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00", "invalid_json_line"),
+        (json.dumps(line(1)).encode("utf-16"), "invalid_json_line"),
+        (json.dumps(line(1, CHAT)).encode(), "mismatched_endpoint"),
+        (b"x\n" * 50_001, "too_many_lines"),
+    ],
+)
+def test_a_file_that_is_no_batch(client, data, code):
+    batch = wait(client, create(client, data).id)
+    assert batch.status == "failed"
+    assert batch.failed_at is not None
+    assert batch.errors.data[0].code == code
+    assert batch.output_file_id is None
+    assert batch.error_file_id is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "status"),
+    [
+        ({"input_file_id": "file-none"}, "input_file_id", 404),
+        ({"endpoint": "/v1/models"}, "endpoint", 400),
+        ({"completion_window": "soon"}, "completion_window", 400),
+        ({"completion_window": "31d"}, "completion_window", 400),
+        ({"metadata": {"a": 1}}, "metadata", 400),
+        ({"metadata": {"a": "b" * 513}}, "metadata", 400),
+        ({"metadata": {str(i): "" for i in range(17)}}, "metadata", 400),
+        ({"output_expires_after": {"anchor": "now", "seconds": 9}}, "output_expires_after", 400),
+        (
+            {"output_expires_after": {"anchor": "created_at", "seconds": 0}},
+            "output_expires_after",
+            400,
+        ),
+        ({"color": "red"}, "color", 400),
+        ({"endpoint": None}, "endpoint", 400),
+    ],
+)
+def test_batches_that_are_wrong(client, server, changes, param, status):
+    body = {"input_file_id": upload(client, [line(1)]), "endpoint": COMPLETIONS, **changes}
+    answer = server.post("/v1/batches", body)
+    assert (answer.status, answer.error["param"]) == (status, param)
+
+
+def test_the_output_of_a_batch_is_no_input(client):
+    batch = wait(client, create(client, [line(1)]).id)
+    with pytest.raises(openai.BadRequestError, match="purpose"):
+        client.batches.create(
+            input_file_id=batch.output_file_id, endpoint=COMPLETIONS, completion_window="24h"
+        )
+
+
+def test_unknown_batches_and_parameters(client, server):
+    for call in (client.batches.retrieve, client.batches.cancel):
+        with pytest.raises(openai.NotFoundError):
+            call("batch_none")
+    for path in (
+        "/v1/batches?limit=0",
+        "/v1/batches?limit=x",
+        "/v1/files?order=up",
+        "/v1/files?x=1",
+    ):
+        assert server.get(path).status == 400
+    assert server.get("/v1/batches?after=none").status == 404
+
+
+def test_a_file_in_use_is_not_deleted(client, server):
+    server.engine.paused = True
+    batch = create(client, [line(1)])
+    with pytest.raises(openai.ConflictError, match="cancel"):
+        client.files.delete(batch.input_file_id)
+    server.engine.paused = False
+    wait(client, batch.id)
+    client.files.delete(batch.input_file_id)
+
+
+def test_a_batch_is_cancelled(client, server):
+    server.engine.script = lambda request, index: ids_of("a") * request.max_tokens
+    first = wait(client, create(client, [line(1)]).id)
+    with pytest.raises(openai.ConflictError, match="completed"):
+        client.batches.cancel(first.id)
+    server.engine.paused = True
+    lines = [line(number) for number in range(300)]
+    batch = create(client, lines)
+    wait(client, batch.id, "in_progress")
+    while server.engine.num_running < 128:
+        time.sleep(0.005)
+    assert client.batches.cancel(batch.id).status == "cancelling"
+    batch = wait(client, batch.id)
+    assert batch.status == "cancelled"
+    assert batch.cancelling_at <= batch.cancelled_at
+    assert (batch.request_counts.total, batch.request_counts.failed) == (300, 300)
+    errors = content(client, batch.error_file_id)
+    assert [each["custom_id"] for each in errors] == [each["custom_id"] for each in lines]
+    assert {each["error"]["code"] for each in errors} == {"batch_cancelled"}
+    server.wait_idle()
+
+
+def test_what_was_answered_before_the_end_of_its_time_is_kept(client, server):
+    long = ids_of("a") * 400
+
+    def script(request, index):
+        stuck.update({request.request_id} if request.max_tokens == 400 else set())
+        return long[: request.max_tokens]
+
+    stuck: set[int] = set()
+    server.engine.script = script
+    server.engine.largest_step, before = 0, server.engine.largest_step
+    try:
+        lines = [line(number) for number in range(4)]
+        batch = create(client, lines, completion_window="1s")
+        assert batch.expires_at == batch.created_at + 1
+        batch = wait(client, batch.id)
+    finally:
+        server.engine.largest_step = before
+    assert batch.status == "expired"
+    assert batch.expired_at is not None
+    errors = content(client, batch.error_file_id)
+    assert {each["error"]["code"] for each in errors} == {"batch_expired"}
+    assert len(errors) + len(content(client, batch.output_file_id)) == 4
+
+
+def test_the_output_expires(client):
+    after = {"anchor": "created_at", "seconds": 3600}
+    batch = wait(client, create(client, [line(1)], output_expires_after=after).id)
+    output = client.files.retrieve(batch.output_file_id)
+    assert output.expires_at == output.created_at + 3600
+
+
+def test_batches_yield_without_starving_and_are_bounded(client, server):
+    server.engine.paused = True
+    batch = create(client, [line(number) for number in range(400)])
+    while server.engine.num_running < 128:  # twice what the engine runs at once
+        time.sleep(0.005)
+    time.sleep(0.05)
+    assert server.engine.num_running == 128
+    priorities = [request.priority for request in server.engine.requests]
+    assert set(priorities) == {0, BATCH_PRIORITY}
+    assert priorities.count(0) == 128 // 16
+    server.engine.paused = False
+    assert wait(client, batch.id).request_counts.completed == 400

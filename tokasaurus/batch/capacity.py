@@ -1,0 +1,63 @@
+"""How much of the engine the batches may have at once, and how important each line is.
+
+Enough to keep the engine full, and little enough to hold in memory. A line whose cost is above the whole
+limit goes alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+__all__ = ["BATCH_PRIORITY", "Capacity"]
+
+BATCH_PRIORITY = 1_000  # lower runs first; requests of clients have 0 unless they say otherwise
+_ORDINARY_SHARE = (
+    16  # of so many lines in flight, one is as important as a request: none waits for ever
+)
+
+
+class Capacity:
+    """What batches have in flight.
+
+    Args:
+        max_samples: in flight.
+        max_bytes: of requests in flight.
+    """
+
+    def __init__(self, max_samples: int, max_bytes: int) -> None:
+        self._limits = (max_samples, max_bytes)
+        self._used = (0, 0)
+        self._num_lines = 0
+        self._num_ordinary = 0
+        self._turn = asyncio.Lock()  # who waits first gets first, so batches take turns
+        self._freed = asyncio.Event()
+
+    async def take(self, num_samples: int, num_bytes: int) -> int:
+        """Waits for room for a line; returns its priority."""
+        async with self._turn:
+            while self._num_lines and not self._fits(num_samples, num_bytes):
+                self._freed.clear()
+                await self._freed.wait()
+            self._used = (self._used[0] + num_samples, self._used[1] + num_bytes)
+            is_ordinary = self._num_ordinary * _ORDINARY_SHARE <= self._num_lines
+            self._num_lines += 1
+            self._num_ordinary += is_ordinary
+            return 0 if is_ordinary else BATCH_PRIORITY
+
+    def give_back(self, num_samples: int, num_bytes: int, priority: int) -> None:
+        """A line that was let in has ended."""
+        self._used = (self._used[0] - num_samples, self._used[1] - num_bytes)
+        self._num_lines -= 1
+        self._num_ordinary -= priority == 0
+        self._freed.set()
+
+    @property
+    def num_lines(self) -> int:
+        """Lines in flight."""
+        return self._num_lines
+
+    def _fits(self, num_samples: int, num_bytes: int) -> bool:
+        return (
+            self._used[0] + num_samples <= self._limits[0]
+            and self._used[1] + num_bytes <= self._limits[1]
+        )

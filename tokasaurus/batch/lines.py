@@ -1,0 +1,227 @@
+"""The lines of a batch: requests on the way in, answers and errors on the way out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import msgspec
+
+from tokasaurus.batch.records import Usage, new_id
+
+__all__ = [
+    "MAX_LINE_BYTES",
+    "BadLine",
+    "Line",
+    "Request",
+    "answer_line",
+    "error_line",
+    "parse_line",
+    "read_lines",
+    "usage_of",
+    "window_seconds",
+]
+
+MAX_LINE_BYTES = 32 << 20
+
+_MAX_ID_CHARS = 512
+_FIELDS = ("custom_id", "method", "url", "body")
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Request:
+    """One line that can be answered."""
+
+    line: int  # of its file, from 1
+    custom_id: str
+    url: str
+    body: dict[str, Any]
+    num_bytes: int
+
+    @property
+    def num_samples(self) -> int:
+        """About how many samples it asks for; nothing was checked yet."""
+        n, prompt = self.body.get("n"), self.body.get("prompt")
+        samples = n if type(n) is int and n > 0 else 1
+        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+            return samples * len(prompt)
+        return samples
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """One line that cannot be answered."""
+
+    line: int
+    custom_id: str | None  # None if it cannot be told
+    code: str
+    message: str
+
+
+Line: TypeAlias = Request | BadLine
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
+    """Line numbers, from 1, and lines; without those that are blank. None is a line that is too long."""
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if number == 1:
+                line = line.removeprefix(_BOM)
+            if len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+                while (rest := file.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+                    pass
+                yield number, None
+            elif line := line.strip():
+                yield number, line
+
+
+def parse_line(
+    number: int, line: bytes | None, endpoint: str | None, urls: Collection[str]
+) -> Line:
+    """Reads one line.
+
+    Args:
+        number: its number.
+        line: as read; None if it is too long.
+        endpoint: the url that it must have; None for any.
+        urls: that there are.
+    """
+    if line is None:
+        return BadLine(number, None, "line_too_long", f"a line may have {MAX_LINE_BYTES} bytes")
+    try:
+        fields = msgspec.json.decode(line)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        return BadLine(number, None, "invalid_json_line", f"the line is no valid JSON: {error}")
+    if not isinstance(fields, dict):
+        return BadLine(number, None, "invalid_json_line", "the line is no JSON object")
+    custom_id = fields.get("custom_id")
+    if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= _MAX_ID_CHARS:
+        message = (
+            f"custom_id must be a text of 1 to {_MAX_ID_CHARS} characters, and no other line's"
+        )
+        return BadLine(number, None, "missing_custom_id", message)
+    wrong = _what_is_wrong(fields, endpoint, urls)
+    if wrong is not None:
+        return BadLine(number, custom_id, *wrong)
+    return Request(number, custom_id, fields["url"], fields["body"], len(line))
+
+
+def _what_is_wrong(
+    fields: dict[str, Any], endpoint: str | None, urls: Collection[str]
+) -> tuple[str, str] | None:
+    """Code and message."""
+    for name, value in fields.items():
+        if name not in _FIELDS and value is not None:
+            return "unknown_field", f"{name} is no field of a line; there are {', '.join(_FIELDS)}"
+    if fields.get("method") != "POST":
+        return "invalid_method", f"method must be POST, not {_shown(fields.get('method'))}"
+    url = fields.get("url")
+    if endpoint is not None and url != endpoint:
+        return (
+            "mismatched_endpoint",
+            f"url must be the batch's endpoint, {endpoint}, not {_shown(url)}",
+        )
+    if url not in urls:
+        return "invalid_url", f"url must be one of {', '.join(urls)}, not {_shown(url)}"
+    if not isinstance(fields.get("body"), dict):
+        return "invalid_body", "body must be a JSON object, the request to send to url"
+    return None
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 100 else shown[:100] + "..."
+
+
+# --- results ---------------------------------------------------------------------------------------
+
+
+def answer_line(custom_id: str, status: int, body: bytes) -> bytes:
+    """The line of a request that was answered, if only with an error of its own.
+
+    Args:
+        custom_id: of the request.
+        status: the HTTP status of the answer.
+        body: the answer, JSON.
+    """
+    response = {"status_code": status, "request_id": new_id("req"), "body": msgspec.Raw(body)}
+    return _result_line(custom_id, response, None)
+
+
+def error_line(custom_id: str | None, code: str, message: str) -> bytes:
+    """The line of a request that never ran."""
+    return _result_line(custom_id, None, {"code": code, "message": message})
+
+
+def _result_line(custom_id: str | None, response: Any, error: Any) -> bytes:
+    line = {
+        "id": new_id("batch_req").replace("-", "_"),
+        "custom_id": custom_id,
+        "response": response,
+        "error": error,
+    }
+    return msgspec.json.encode(line) + b"\n"
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+
+
+class _AnyUsage(msgspec.Struct):
+    """The usage of an answer, under the names that the routes give it."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    prompt_tokens_details: _Details | None = None
+    completion_tokens_details: _Details | None = None
+    input_tokens_details: _Details | None = None
+    output_tokens_details: _Details | None = None
+
+
+class _Answer(msgspec.Struct):
+    usage: _AnyUsage | None = None
+
+
+_answer_decoder = msgspec.json.Decoder(_Answer)
+_NO_DETAILS = _Details()
+
+
+def usage_of(body: bytes) -> Usage:
+    """What an answer says of its tokens; nothing else of it is read."""
+    try:
+        usage = _answer_decoder.decode(body).usage
+    except msgspec.DecodeError:
+        usage = None
+    if usage is None:
+        return Usage()
+    given = usage.prompt_tokens_details or usage.input_tokens_details or _NO_DETAILS
+    made = usage.completion_tokens_details or usage.output_tokens_details or _NO_DETAILS
+    return Usage.of(
+        usage.prompt_tokens or usage.input_tokens or 0,
+        given.cached_tokens or 0,
+        usage.completion_tokens or usage.output_tokens or 0,
+        made.reasoning_tokens or 0,
+    )
+
+
+_WINDOW = re.compile(r"([1-9][0-9]{0,6})([smhd])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_MAX_WINDOW_S = 30 * 86400
+
+
+def window_seconds(window: str) -> int | None:
+    """How long a completion window is, such as "24h"; None if it is none."""
+    match = _WINDOW.fullmatch(window)
+    if match is None:
+        return None
+    seconds = int(match[1]) * _SECONDS[match[2]]
+    return seconds if seconds <= _MAX_WINDOW_S else None

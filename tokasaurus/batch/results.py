@@ -1,0 +1,62 @@
+"""The files that a batch ends with: its answers in the order of its lines, and its errors likewise."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from tokasaurus.batch.lines import error_line, parse_line, read_lines
+from tokasaurus.batch.records import RequestCounts
+from tokasaurus.batch.store import AnsweredLine
+
+__all__ = ["write_results"]
+
+
+def write_results(
+    input_path: Path,
+    answers_path: Path,
+    answered: Mapping[int, AnsweredLine],
+    output_path: Path,
+    error_path: Path,
+    unanswered: tuple[str, str],
+    max_lines: int,
+) -> RequestCounts:
+    """Writes them anew. May take a while.
+
+    Args:
+        input_path: the requests.
+        answers_path: lines in the order in which they were answered.
+        answered: where they are in it.
+        output_path, error_path: where to write; the same path puts errors between the answers.
+        unanswered: code and message for each line that has no answer.
+        max_lines: lines after so many are left out.
+
+    Returns:
+        How many lines went where.
+    """
+    completed = failed = 0
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(output_path.open("wb"))
+        errors = output if error_path == output_path else stack.enter_context(error_path.open("wb"))
+        answers: BinaryIO | None = None
+        if answered:
+            answers = stack.enter_context(answers_path.open("rb"))
+        for number, line in read_lines(input_path):
+            if number > max_lines:
+                break
+            place = answered.get(number)
+            if place is None or answers is None:
+                custom_id = parse_line(number, line, None, ()).custom_id
+                errors.write(error_line(custom_id, *unanswered))
+                failed += 1
+                continue
+            answers.seek(place.start)
+            (errors if place.is_error else output).write(answers.read(place.size))
+            failed, completed = failed + place.is_error, completed + (not place.is_error)
+        for file in {output, errors}:
+            file.flush()
+            os.fsync(file.fileno())
+    return RequestCounts(completed + failed, completed, failed)

@@ -1,0 +1,395 @@
+"""Answers the lines of unfinished batches, until there are none.
+
+::
+
+    validating ──▶ in_progress ──▶ finalizing ──▶ completed | expired
+        │  └───▶ failed  │
+        └──▶ cancelling ◀┘ ──▶ cancelled
+
+Each status is stored before what it stands for begins, so that a runner that starts anew goes on where
+the last one ended. The engine's end is no answer: lines that it leaves wait for the next engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Container, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+from tokasaurus.batch.capacity import Capacity
+from tokasaurus.batch.lines import (
+    BadLine,
+    Line,
+    Request,
+    answer_line,
+    error_line,
+    parse_line,
+    read_lines,
+    usage_of,
+)
+from tokasaurus.batch.recorder import Recorder
+from tokasaurus.batch.records import Batch, BatchError, BatchErrors, StoredFile, Usage, new_id
+from tokasaurus.batch.results import write_results
+from tokasaurus.batch.store import JobStore, NewAnswer
+from tokasaurus.batch.validation import Verdict, validate
+from tokasaurus.errors import Conflict, EngineError
+
+__all__ = ["MAX_LINES", "Answer", "BatchRunner"]
+
+log = logging.getLogger(__name__)
+
+MAX_LINES = 50_000  # of one batch
+_MAX_RUNNING = 16  # batches; the others wait
+_MAX_BYTES = 32 << 20  # of requests in flight
+_CHUNK_LINES, _CHUNK_BYTES = 64, 4 << 20  # read at once
+_RETRY_S = 30.0  # after the disk failed
+_SWEEP_S = 60.0  # between looks for files whose time is over
+_LARGE_BODY = 1 << 19  # bytes; larger ones are read in a thread
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Answer(Protocol):
+    """Answers one request with a status code and JSON; raises EngineError if the engine cannot."""
+
+    async def __call__(self, path: str, body: Any, *, priority: int) -> tuple[int, bytes]: ...
+
+
+@dataclass(eq=False)
+class _Job:
+    """A batch that runs."""
+
+    cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+
+
+class BatchRunner:
+    """Runs the batches of a store. All methods belong to one event loop.
+
+    Args:
+        store: nobody else may use it.
+        answer: answers one request.
+        urls: what requests may ask for.
+        model: the name of what answers.
+        max_samples: in flight, over all batches.
+        max_lines: of one batch.
+        joins_errors: put errors between the answers, into one file.
+    """
+
+    def __init__(
+        self,
+        store: JobStore,
+        answer: Answer,
+        *,
+        urls: Collection[str],
+        model: str,
+        max_samples: int,
+        max_lines: int = MAX_LINES,
+        joins_errors: bool = False,
+    ) -> None:
+        self.store = store
+        self.urls = urls
+        self.model = model
+        self._answer = answer
+        self._max_lines = max_lines
+        self._joins_errors = joins_errors
+        self._capacity = Capacity(max_samples, _MAX_BYTES)
+        self._may_run = asyncio.Semaphore(_MAX_RUNNING)
+        self._disk = ThreadPoolExecutor(1, "batch-store")
+        self._jobs: dict[str, _Job] = {}
+        self._sweeper: asyncio.Task[None] | None = None
+        self._runs = False
+
+    async def on_disk(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Calls a method of the store in the thread that it has."""
+        call = partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._disk, call)
+
+    # --- from its owner ----------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """The engine is there: goes on with every unfinished batch, and runs new ones from now on."""
+        self._runs = True
+        for batch_id in await self.on_disk(self.store.unfinished_batches):
+            self._launch(batch_id)
+        self._sweeper = asyncio.create_task(self._sweep())
+
+    async def stop(self) -> None:
+        """Ends what runs; lines without an answer wait for the next start."""
+        self._runs = False
+        tasks = [job.task for job in self._jobs.values() if job.task is not None]
+        if self._sweeper is not None:
+            tasks.append(self._sweeper)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def close(self) -> None:
+        """``stop``, and lets go of the store."""
+        await self.stop()
+        await self.on_disk(self.store.close)
+        self._disk.shutdown()
+
+    @property
+    def num_lines_in_flight(self) -> int:
+        """Over all batches."""
+        return self._capacity.num_lines
+
+    async def wait(self, batch_id: str) -> None:
+        """Returns when a batch does not run any more: it is finished, or the engine is."""
+        job = self._jobs.get(batch_id)
+        if job is not None and job.task is not None:
+            await asyncio.wait({job.task})
+
+    # --- from clients ------------------------------------------------------------------------------
+
+    async def add(self, batch: Batch, output_lifetime_s: int | None = None) -> None:
+        """Takes a new batch."""
+        await self.on_disk(self.store.add_batch, batch, output_lifetime_s)
+        if self._runs:
+            self._launch(batch.id)
+
+    async def cancel(self, batch_id: str) -> Batch:
+        """Ends a batch early. Raises NotFound, or Conflict if it has ended by itself."""
+        batch = await self.on_disk(self._mark_cancelling, batch_id)
+        if batch_id in self._jobs:
+            self._jobs[batch_id].cancelled.set()
+        return batch
+
+    def _mark_cancelling(self, batch_id: str) -> Batch:
+        batch = self.store.batch(batch_id)
+        if batch.status in ("validating", "in_progress"):
+            now = int(time.time())
+            return self.store.change(batch_id, status="cancelling", cancelling_at=now)
+        if batch.status != "cancelling":
+            raise Conflict(f"{batch_id} cannot be cancelled: it is {batch.status}", "batch_id")
+        return batch
+
+    # --- one batch ---------------------------------------------------------------------------------
+
+    def _launch(self, batch_id: str) -> None:
+        if batch_id not in self._jobs:
+            job = self._jobs[batch_id] = _Job()
+            job.task = asyncio.create_task(self._supervise(batch_id, job))
+
+    async def _supervise(self, batch_id: str, job: _Job) -> None:
+        try:
+            async with self._may_run:
+                while not await self._try(batch_id, job):
+                    await asyncio.sleep(_RETRY_S)
+        except EngineError as error:
+            log.warning("%s waits for the next start: %s", batch_id, error)
+        except Exception:
+            log.exception("%s waits for the next start, because of this:", batch_id)
+        finally:
+            del self._jobs[batch_id]
+
+    async def _try(self, batch_id: str, job: _Job) -> bool:
+        """Whether it ended; if not, the disk failed, and may be better later."""
+        try:
+            await self._carry_out(batch_id, job)
+        except (OSError, sqlite3.Error):
+            log.exception("%s is tried again in %g s, because of this:", batch_id, _RETRY_S)
+            return False
+        return True
+
+    async def _carry_out(self, batch_id: str, job: _Job) -> None:
+        batch = await self.on_disk(self.store.batch, batch_id)
+        if not self.store.path(batch.input_file_id).exists():
+            error = BatchErrors((BatchError("missing_file", "the input file is gone"),))
+            change = {"status": "failed", "failed_at": int(time.time()), "errors": error}
+            batch = await self.on_disk(self.store.change, batch_id, **change)
+        if batch.status == "validating":
+            batch = await self._validate(batch, job)
+        if batch.status == "in_progress":
+            await self._answer_in_time(batch, job)
+            batch = await self.on_disk(self._mark_finalizing, batch_id)
+        if not batch.final:
+            batch = await self._finalize(batch)
+        counts = batch.request_counts
+        log.info(
+            "%s is %s: %d of %d lines answered, %d failed",
+            *(batch_id, batch.status, counts.completed, counts.total, counts.failed),
+        )
+
+    async def _validate(self, batch: Batch, job: _Job) -> Batch:
+        path = self.store.path(batch.input_file_id)
+        verdict = await asyncio.to_thread(
+            validate, path, batch.endpoint, self.urls, self._max_lines, job.cancelled.is_set
+        )
+        return await self.on_disk(self._begin, batch.id, verdict)
+
+    def _begin(self, batch_id: str, verdict: Verdict) -> Batch:
+        store, now = self.store, int(time.time())
+        batch = store.batch(batch_id)
+        if batch.status != "validating":
+            return batch  # it was cancelled
+        if verdict.errors is not None:
+            return store.change(batch_id, status="failed", failed_at=now, errors=verdict.errors)
+        store.forget_answers(batch_id)
+        store.change(batch_id, request_counts=verdict.counts)
+        return store.record(batch_id, verdict.bad, status="in_progress", in_progress_at=now)
+
+    async def _answer_in_time(self, batch: Batch, job: _Job) -> None:
+        """Answers lines until all are answered, the batch is cancelled, or its time is over."""
+        left_s = None if batch.expires_at is None else max(0.0, batch.expires_at - time.time())
+        work = asyncio.create_task(self._answer_all(batch))
+        cancelled = asyncio.create_task(job.cancelled.wait())
+        try:
+            await asyncio.wait({work, cancelled}, timeout=left_s, return_when="FIRST_COMPLETED")
+        finally:
+            cancelled.cancel()
+            work.cancel()
+            await asyncio.wait({work})
+        if not work.cancelled():
+            work.result()  # raises what ended it
+
+    async def _answer_all(self, batch: Batch) -> None:
+        answered = await self.on_disk(self.store.answered_lines, batch.id)
+
+        async def write(answers: list[NewAnswer]) -> None:
+            await self.on_disk(self.store.record, batch.id, answers)
+
+        recorder = Recorder(write)
+        writing = asyncio.create_task(recorder.run())
+        tasks: dict[asyncio.Task[None], tuple[int, int, int]] = {}  # with their cost and priority
+        failed: list[BaseException] = []
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._capacity.give_back(*tasks.pop(task))
+            if not task.cancelled() and (error := task.exception()) is not None:
+                failed.append(error)
+
+        try:
+            async for line in self._lines(batch, answered):
+                cost = _cost(line)
+                priority = await self._capacity.take(*cost)
+                task = asyncio.create_task(self._answer_one(line, priority, recorder))
+                tasks[task] = (*cost, priority)
+                task.add_done_callback(ended)
+                if failed:
+                    break
+            while tasks and not failed:
+                await asyncio.wait(tasks, return_when="FIRST_COMPLETED")
+        finally:
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                await asyncio.wait(tasks)
+            recorder.close()
+            await writing
+        if failed:
+            raise failed[0]
+
+    async def _lines(self, batch: Batch, answered: Container[int]) -> AsyncIterator[Line]:
+        """Those without an answer, in order, read little by little."""
+        lines = (
+            parse_line(number, line, batch.endpoint, self.urls)
+            for number, line in read_lines(self.store.path(batch.input_file_id))
+            if number not in answered
+        )
+        while chunk := await asyncio.to_thread(_take_some, lines):
+            for line in chunk:
+                yield line
+
+    async def _answer_one(self, line: Line, priority: int, recorder: Recorder) -> None:
+        if isinstance(line, BadLine):
+            data = error_line(line.custom_id, line.code, line.message)
+            await recorder.keep(NewAnswer(line.line, data, True))
+            return
+        status, body = await self._answer(line.url, line.body, priority=priority)
+        make = partial(_new_answer, line.line, line.custom_id, status, body)
+        answer = await asyncio.to_thread(make) if len(body) > _LARGE_BODY else make()
+        await recorder.keep(answer)
+
+    def _mark_finalizing(self, batch_id: str) -> Batch:
+        if self.store.batch(batch_id).status == "cancelling":
+            return self.store.batch(batch_id)
+        return self.store.change(batch_id, status="finalizing", finalizing_at=int(time.time()))
+
+    async def _finalize(self, batch: Batch) -> Batch:
+        store = self.store
+        cancelled = batch.status == "cancelling"
+        answered = await self.on_disk(store.answered_lines, batch.id)
+        output_id = new_id("file")
+        error_id = output_id if self._joins_errors else new_id("file")
+        counts = await asyncio.to_thread(
+            write_results,
+            store.path(batch.input_file_id),
+            store.answers_path(batch.id),
+            answered,
+            store.path(output_id),
+            store.path(error_id),
+            _CANCELLED if cancelled else _EXPIRED,
+            self._max_lines,
+        )
+        now = int(time.time())
+        files = []
+        for file_id, kind in {output_id: "output", error_id: "error"}.items():
+            if size := store.path(file_id).stat().st_size:
+                name = f"{batch.id}_{kind}.jsonl"
+                files.append(
+                    StoredFile(
+                        id=file_id,
+                        bytes=size,
+                        created_at=now,
+                        filename=name,
+                        purpose="batch_output",
+                    )
+                )
+            else:
+                store.path(file_id).unlink()
+        kept = {file.id for file in files}
+        expired = not cancelled and counts.total > len(answered)
+        status = "cancelled" if cancelled else "expired" if expired else "completed"
+        return await self.on_disk(
+            store.finish,
+            batch.id,
+            files,
+            **{"status": status, f"{status}_at": now},
+            request_counts=counts,
+            output_file_id=output_id if output_id in kept else None,
+            error_file_id=error_id if error_id in kept else None,
+        )
+
+    async def _sweep(self) -> None:
+        while True:
+            with contextlib.suppress(OSError, sqlite3.Error):
+                await self.on_disk(self.store.drop_expired_files, time.time())
+            await asyncio.sleep(_SWEEP_S)
+
+
+_CANCELLED = ("batch_cancelled", "the batch was cancelled before this line was answered")
+_EXPIRED = ("batch_expired", "the batch expired before this line was answered")
+
+
+def _cost(line: Line) -> tuple[int, int]:
+    """Samples and bytes, about."""
+    return (line.num_samples, line.num_bytes) if isinstance(line, Request) else (0, 0)
+
+
+def _take_some(lines: Iterator[Line]) -> list[Line]:
+    some: list[Line] = []
+    num_bytes = 0
+    for line in itertools.islice(lines, _CHUNK_LINES):
+        some.append(line)
+        num_bytes += _cost(line)[1]
+        if num_bytes >= _CHUNK_BYTES:
+            break
+    return some
+
+
+def _new_answer(line: int, custom_id: str, status: int, body: bytes) -> NewAnswer:
+    is_error = status != 200
+    usage = Usage() if is_error else usage_of(body)
+    return NewAnswer(line, answer_line(custom_id, status, body), is_error, usage)

@@ -1,0 +1,378 @@
+"""What survives: files, batches, and which of their lines are answered, in one directory.
+
+::
+
+    DIRECTORY/lock            held by the one process that uses the directory
+              jobs.sqlite3    the records of files and batches, and where each answered line is
+              files/ID        contents of files
+              answers/ID      lines of an unfinished batch, in the order in which they were answered
+
+A line counts as answered once its row is committed. Its bytes are on the disk before that, from the place
+where those of the last commit end: whatever a killed process wrote after it is overwritten. So each line is
+answered once, at whatever moment the process ends.
+
+Every method blocks on the disk; all must be called from one thread at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tokasaurus.batch.records import FINAL_STATUSES, Batch, RequestCounts, StoredFile, Usage
+from tokasaurus.errors import ConfigError, Conflict, NotFound, RequestError
+
+__all__ = ["AnsweredLine", "JobStore", "NewAnswer"]
+
+MAX_FILES = 10_000
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS files (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    purpose TEXT NOT NULL,
+    expires_at INTEGER,
+    record BLOB NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS batches (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    input_file_id TEXT NOT NULL,
+    is_final INTEGER NOT NULL DEFAULT 0,
+    output_lifetime_s INTEGER,           -- of the files that it ends with
+    answers_end INTEGER NOT NULL DEFAULT 0,  -- bytes in its file of answers that count
+    record BLOB NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS answers (
+    batch INTEGER NOT NULL,
+    line INTEGER NOT NULL,
+    start INTEGER NOT NULL,
+    size INTEGER NOT NULL,
+    is_error INTEGER NOT NULL,
+    PRIMARY KEY (batch, line)
+) STRICT, WITHOUT ROWID;
+"""
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class NewAnswer:
+    """A line to be recorded."""
+
+    line: int  # of the input file, from 1
+    data: bytes  # with its newline
+    is_error: bool
+    usage: Usage = field(default_factory=Usage)
+
+
+@dataclass(frozen=True)
+class AnsweredLine:
+    """Where a recorded line is in a batch's file of answers."""
+
+    start: int  # bytes
+    size: int
+    is_error: bool
+
+
+class JobStore:
+    """The one user of a directory, which is created if it is not there.
+
+    Raises:
+        ConfigError: another process uses it, it cannot be written, or a newer version wrote it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        try:
+            for path in (directory, self._files, self._answers):
+                path.mkdir(parents=True, exist_ok=True)
+            self._lock = _take_lock(directory)
+            self._database = sqlite3.connect(
+                directory / "jobs.sqlite3", isolation_level=None, check_same_thread=False
+            )
+            self._set_up()
+        except (OSError, sqlite3.Error) as error:
+            raise ConfigError(
+                f"data_dir={directory} cannot be used: {error}; choose another with data_dir="
+            ) from None
+        self._clean()
+
+    def close(self) -> None:
+        """Lets go of the directory."""
+        self._database.close()
+        self._lock.close()
+
+    # --- files -------------------------------------------------------------------------------------
+
+    def path(self, file_id: str) -> Path:
+        """Where the content of a file is, or is to be written before ``add_file``."""
+        return self._files / file_id
+
+    def add_file(self, file: StoredFile) -> None:
+        """Keeps a file whose content is in its place. Raises RequestError if there are too many."""
+        (number,) = self._database.execute("SELECT count(*) FROM files").fetchone()
+        if number >= MAX_FILES:
+            raise RequestError(f"there are {number} files already; delete some")
+        with self._transaction():
+            self._insert_file(file)
+
+    def file(self, file_id: str, now: float) -> StoredFile:
+        """Raises NotFound."""
+        row = self._database.execute(
+            "SELECT record FROM files WHERE id = ? AND coalesce(expires_at > ?, 1)", (file_id, now)
+        ).fetchone()
+        if row is None:
+            raise NotFound(f"there is no file {file_id!r}", "file_id")
+        return msgspec.json.decode(row[0], type=StoredFile)
+
+    def list_files(
+        self, now: float, *, purpose: str | None, after: str | None, limit: int, ascending: bool
+    ) -> tuple[list[StoredFile], bool]:
+        """A page of files by time of creation, and whether there are more. Raises NotFound."""
+        condition = "coalesce(expires_at > ?, 1)"
+        values: list[Any] = [now]
+        if purpose is not None:
+            condition, values = condition + " AND purpose = ?", [*values, purpose]
+        rows, more = self._page("files", condition, values, after, limit, ascending)
+        return [msgspec.json.decode(row, type=StoredFile) for row in rows], more
+
+    def delete_file(self, file_id: str, now: float) -> None:
+        """Raises NotFound, or Conflict if an unfinished batch reads it."""
+        self.file(file_id, now)
+        row = self._database.execute(
+            "SELECT id FROM batches WHERE input_file_id = ? AND NOT is_final", (file_id,)
+        ).fetchone()
+        if row is not None:
+            raise Conflict(
+                f"{file_id} is the input of {row[0]}, which is not finished; cancel it first",
+                "file_id",
+            )
+        self._drop_file(file_id)
+
+    def drop_expired_files(self, now: float) -> None:
+        """Deletes the files whose time is over, except what an unfinished batch reads."""
+        rows = self._database.execute(
+            "SELECT id FROM files WHERE expires_at <= ? AND id NOT IN"
+            " (SELECT input_file_id FROM batches WHERE NOT is_final)",
+            (now,),
+        ).fetchall()
+        for (file_id,) in rows:
+            self._drop_file(file_id)
+
+    # --- batches -----------------------------------------------------------------------------------
+
+    def add_batch(self, batch: Batch, output_lifetime_s: int | None = None) -> None:
+        """Keeps a new batch."""
+        with self._transaction():
+            self._database.execute(
+                "INSERT INTO batches (id, input_file_id, output_lifetime_s, record) VALUES (?, ?, ?, ?)",
+                (batch.id, batch.input_file_id, output_lifetime_s, msgspec.json.encode(batch)),
+            )
+
+    def batch(self, batch_id: str) -> Batch:
+        """Raises NotFound."""
+        return self._batch(batch_id)[1]
+
+    def list_batches(self, *, after: str | None, limit: int) -> tuple[list[Batch], bool]:
+        """A page of batches, newest first, and whether there are more. Raises NotFound."""
+        rows, more = self._page("batches", "1", [], after, limit, ascending=False)
+        return [msgspec.json.decode(row, type=Batch) for row in rows], more
+
+    def unfinished_batches(self) -> list[str]:
+        """Ids, oldest first."""
+        rows = self._database.execute("SELECT id FROM batches WHERE NOT is_final ORDER BY number")
+        return [batch_id for (batch_id,) in rows]
+
+    def change(self, batch_id: str, **fields: Any) -> Batch:
+        """Sets fields of a batch, and returns it."""
+        with self._transaction():
+            return self._change(batch_id, fields)
+
+    # --- lines -------------------------------------------------------------------------------------
+
+    def forget_answers(self, batch_id: str) -> None:
+        """Every line of a batch counts as unanswered."""
+        with self._transaction():
+            number, _ = self._batch(batch_id)
+            self._database.execute("DELETE FROM answers WHERE batch = ?", (number,))
+            self._database.execute("UPDATE batches SET answers_end = 0 WHERE number = ?", (number,))
+            self._change(batch_id, {"request_counts": RequestCounts(), "usage": Usage()})
+
+    def record(self, batch_id: str, answers: Sequence[NewAnswer], **fields: Any) -> Batch:
+        """Keeps answers of lines that have none, all or none of them; and sets fields of the batch."""
+        number, batch = self._batch(batch_id)
+        (end,) = self._database.execute(
+            "SELECT answers_end FROM batches WHERE number = ?", (number,)
+        ).fetchone()
+        rows, position = [], end
+        for each in answers:
+            rows.append((number, each.line, position, len(each.data), each.is_error))
+            position += len(each.data)
+        _write_at(self.answers_path(batch_id), end, [each.data for each in answers])
+        num_errors = sum(each.is_error for each in answers)
+        counts = batch.request_counts
+        counts = RequestCounts(
+            counts.total,
+            counts.completed + len(answers) - num_errors,
+            counts.failed + num_errors,
+        )
+        usage = sum((each.usage for each in answers), batch.usage)
+        with self._transaction():
+            self._database.executemany("INSERT INTO answers VALUES (?, ?, ?, ?, ?)", rows)
+            self._database.execute(
+                "UPDATE batches SET answers_end = ? WHERE number = ?", (position, number)
+            )
+            return self._change(batch_id, {"request_counts": counts, "usage": usage, **fields})
+
+    def answered_lines(self, batch_id: str) -> dict[int, AnsweredLine]:
+        """The lines that have an answer, and where it is."""
+        number, _ = self._batch(batch_id)
+        rows = self._database.execute(
+            "SELECT line, start, size, is_error FROM answers WHERE batch = ?", (number,)
+        )
+        return {line: AnsweredLine(start, size, bool(error)) for line, start, size, error in rows}
+
+    def answers_path(self, batch_id: str) -> Path:
+        """The file of a batch's answers."""
+        return self._answers / batch_id
+
+    def finish(self, batch_id: str, files: Sequence[StoredFile], **fields: Any) -> Batch:
+        """Sets the last fields of a batch, and keeps the files that it ends with."""
+        with self._transaction():
+            number, _ = self._batch(batch_id)
+            (lifetime_s,) = self._database.execute(
+                "SELECT output_lifetime_s FROM batches WHERE number = ?", (number,)
+            ).fetchone()
+            for file in files:
+                if lifetime_s is not None:
+                    file = msgspec.structs.replace(file, expires_at=file.created_at + lifetime_s)
+                self._insert_file(file)
+            batch = self._change(batch_id, fields)
+            self._database.execute("DELETE FROM answers WHERE batch = ?", (number,))
+        self.answers_path(batch_id).unlink(missing_ok=True)
+        return batch
+
+    # --- inside ------------------------------------------------------------------------------------
+
+    @property
+    def _files(self) -> Path:
+        return self._directory / "files"
+
+    @property
+    def _answers(self) -> Path:
+        return self._directory / "answers"
+
+    def _set_up(self) -> None:
+        self._database.execute("PRAGMA journal_mode = WAL")
+        self._database.execute("PRAGMA synchronous = FULL")
+        (version,) = self._database.execute("PRAGMA user_version").fetchone()
+        if version > _VERSION:
+            raise sqlite3.DatabaseError("a newer version of Tokasaurus has written it")
+        self._database.executescript(_SCHEMA)
+        self._database.execute(f"PRAGMA user_version = {_VERSION}")
+
+    def _clean(self) -> None:
+        """Deletes contents without a record: of uploads and results that a killed process had begun."""
+        ids = {file_id for (file_id,) in self._database.execute("SELECT id FROM files")}
+        unfinished = set(self.unfinished_batches())
+        for path in (*self._files.iterdir(), *self._answers.iterdir()):
+            if path.name not in (ids if path.parent == self._files else unfinished):
+                path.unlink()
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._database.execute("ROLLBACK")
+            raise
+        self._database.execute("COMMIT")
+
+    def _insert_file(self, file: StoredFile) -> None:
+        self._database.execute(
+            "INSERT INTO files (id, purpose, expires_at, record) VALUES (?, ?, ?, ?)",
+            (file.id, file.purpose, file.expires_at, msgspec.json.encode(file)),
+        )
+
+    def _drop_file(self, file_id: str) -> None:
+        self._database.execute("DELETE FROM files WHERE id = ?", (file_id,))
+        self.path(file_id).unlink(missing_ok=True)
+
+    def _batch(self, batch_id: str) -> tuple[int, Batch]:
+        row = self._database.execute(
+            "SELECT number, record FROM batches WHERE id = ?", (batch_id,)
+        ).fetchone()
+        if row is None:
+            raise NotFound(f"there is no batch {batch_id!r}", "batch_id")
+        return row[0], msgspec.json.decode(row[1], type=Batch)
+
+    def _change(self, batch_id: str, fields: Mapping[str, Any]) -> Batch:
+        batch = msgspec.structs.replace(self._batch(batch_id)[1], **fields)
+        self._database.execute(
+            "UPDATE batches SET record = ?, is_final = ? WHERE id = ?",
+            (msgspec.json.encode(batch), batch.status in FINAL_STATUSES, batch_id),
+        )
+        return batch
+
+    def _page(
+        self,
+        table: str,
+        condition: str,
+        values: list[Any],
+        after: str | None,
+        limit: int,
+        ascending: bool,
+    ) -> tuple[list[bytes], bool]:
+        if after is not None:
+            row = self._database.execute(
+                f"SELECT number FROM {table} WHERE id = ?", (after,)
+            ).fetchone()
+            if row is None:
+                raise NotFound(
+                    f"after must be an id from this list; there is no {after!r}", "after"
+                )
+            condition += f" AND number {'>' if ascending else '<'} ?"
+            values = [*values, row[0]]
+        order = "ASC" if ascending else "DESC"
+        rows = self._database.execute(
+            f"SELECT record FROM {table} WHERE {condition} ORDER BY number {order} LIMIT ?",
+            (*values, limit + 1),
+        ).fetchall()
+        return [record for (record,) in rows[:limit]], len(rows) > limit
+
+
+def _take_lock(directory: Path) -> Any:
+    """The open file whose lock ends with the process, however that ends. Raises ConfigError."""
+    file = (directory / "lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip()
+        file.close()
+        raise ConfigError(
+            f"data_dir={directory} is in use by another engine (process id {owner}); stop it, or choose"
+            " another with data_dir="
+        ) from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def _write_at(path: Path, start: int, pieces: Sequence[bytes]) -> None:
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+        file.seek(start)
+        file.writelines(pieces)
+        file.truncate()
+        file.flush()
+        os.fdatasync(file.fileno())

@@ -1,0 +1,45 @@
+"""Reads the parameters after a URL's question mark."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fastapi import Request
+
+from tokasaurus.errors import RequestError
+
+__all__ = ["choice", "read_query", "whole_number"]
+
+
+def read_query(request: Request, known: Sequence[str]) -> Mapping[str, str]:
+    """The parameters. Raises RequestError for one that is unknown or comes twice."""
+    parameters: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        if name not in known:
+            raise RequestError(
+                f"{name} is no parameter of this request; there are {', '.join(known)}", name
+            )
+        if name in parameters:
+            raise RequestError(f"{name} was given twice", name)
+        parameters[name] = value
+    return parameters
+
+
+def whole_number(
+    parameters: Mapping[str, str], name: str, default: int, low: int, high: int
+) -> int:
+    """Raises RequestError if it is none, or out of range."""
+    text = parameters.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and len(text) <= 18 and low <= int(text) <= high):
+        raise RequestError(
+            f"{name} must be a whole number from {low} to {high}, not {text!r}", name
+        )
+    return int(text)
+
+
+def choice(parameters: Mapping[str, str], name: str, choices: Sequence[str]) -> str:
+    """One of the choices, the first by default. Raises RequestError."""
+    value = parameters.get(name, choices[0])
+    if value not in choices:
+        raise RequestError(f"{name} must be one of {', '.join(choices)}, not {value!r}", name)
+    return value
