@@ -271,3 +271,30 @@ def test_one_explicit_limit_never_conflicts(name, value):
         assert value <= manager.num_pages * manager.page_size < value + 16
     else:
         assert getattr(manager, name) == value
+
+
+def test_keys_are_known_by_their_digests_only():
+    server = slices(api_key=("abc", "abc", "other")).server
+    assert len(server.api_key_digests) == 2
+    assert "abc" not in repr(server)
+    assert slices().server.api_key_digests == ()
+    assert "number 2" in problems(api_key=("abc", "a b"))[0]
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("127.0.0.1:9125", ("127.0.0.1", 9125)),
+        ("stats.example.org", ("stats.example.org", 8125)),
+        ("udp://[::1]:7", ("::1", 7)),
+        ("statsd://h:1", ("h", 1)),
+        (None, None),
+    ],
+)
+def test_where_statsd_is(url, address):
+    assert slices(statsd_server_url=url).server.statsd_address == address
+
+
+@pytest.mark.parametrize("url", ["h:x", "h:70000", "http://h:1", "h:1/path", ":8125", "::1:5"])
+def test_where_statsd_cannot_be(url):
+    assert "statsd_server_url" in problems(statsd_server_url=url)[0]

@@ -243,3 +243,20 @@ def test_a_wrong_flag_names_the_right_one():
     assert "prot" in seen.stderr
     assert "port" in seen.stderr
     assert "Traceback" not in seen.stderr
+
+
+def test_statistics_travel_from_the_manager(engine):
+    """A real manager's figures are current when it rests, whatever it told while it worked."""
+
+    def generated():
+        for line in engine.get("/metrics")[1].splitlines():
+            if line.startswith("tokasaurus_generated_tokens_total "):
+                return float(line.split()[1])
+        return 0.0
+
+    before = generated()
+    engine.client().completions.create(**{**ENDLESS, "max_tokens": 50}, n=4)
+    deadline = time.monotonic() + 20
+    while generated() != before + 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

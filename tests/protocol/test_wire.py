@@ -28,6 +28,7 @@ from tokasaurus.protocol.messages import (
     Sampling,
     SequenceUpdates,
     SlotParameters,
+    Statistics,
     StopSequence,
     ToServer,
 )
@@ -88,6 +89,7 @@ EXAMPLES = [
     PooledState(5, floats(8)),
     CacheFlushed(7, 3, 48),
     Eta(longs(3), np.array([0.5, 1e9, np.nan]), 7.25),
+    Statistics(*range(10), 2.5, 3.5, *range(5), 0.125),
     ForwardBatch(
         number=8,
         parameters=SlotParameters(

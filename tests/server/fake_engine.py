@@ -92,6 +92,8 @@ CONFIG = ServerConfig(
     ssl_keyfile=None,
     cors_origins=(),
     max_body_bytes=1 << 20,
+    stats_report_s=0.0,
+    statsd_address=None,
     model_name="org/tiny-model",
     model_root="org/tiny-model-source",
     tokenizer_path="",
@@ -372,7 +374,7 @@ class RunningServer:
     def __init__(self, config: ServerConfig = CONFIG, *, ready: bool = True) -> None:
         self.engine = FakeEngine()
         self.state = EngineState()
-        self.generations = Generations(config, TOKENIZER, self.engine.send)
+        self.generations = Generations(config, TOKENIZER, self.engine.send, self.state.metrics)
         if ready:
             self.state.ready(self.generations)
         self.batches = batch_runner(config, self.state) if config.data_dir else None

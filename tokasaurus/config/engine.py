@@ -40,7 +40,6 @@ _PROCESSES = ("server", "manager", "model", "worker")
 _TENSOR = "tensor parallelism"
 _COMPILE = "compiling the whole model with torch.compile"
 _CUDA_GRAPHS = "running batches as CUDA graphs"
-_STATSD = "the statsd report"
 _WANDB = "the report to Weights & Biases"
 
 
@@ -431,15 +430,13 @@ class EngineConfig:
         5.0,
         group=_STATISTICS,
         minimum=0,
-        later="the statistics line",
-        help="Period of the line of statistics in the log.",
+        help="Period of the line of statistics in the log, which is left out while nothing runs; 0 is never.",
     )
     statsd_server_url: str | None = flag(
         None,
         group=_STATISTICS,
         aliases=("statsd_addr",),
-        later=_STATSD,
-        help="Where to send statsd gauges.",
+        help="Where to send statsd gauges, once a second by UDP: HOST:PORT, or HOST for port 8125.",
         adapts="nowhere",
     )
     wandb_enabled: bool = flag(

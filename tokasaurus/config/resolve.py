@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.slices import (
@@ -33,6 +34,7 @@ DEFAULT_KV_TOKENS = 131072
 DEFAULT_PAGE_SIZE = 16
 DEFAULT_MAX_SEQS = 1024
 DEFAULT_MAX_TOKENS = 8192
+STATSD_PORT = 8125
 STOP_LAG = 16  # tokens
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
@@ -217,6 +219,23 @@ def _check_access(config: EngineConfig, problems: list[str]) -> None:
                 " path, or *"
             )
 
+    url = config.statsd_server_url
+    if url is not None and _statsd_address(url) is None:
+        problems.append(f"statsd_server_url={url}: expected HOST:PORT, such as 127.0.0.1:8125")
+
+
+def _statsd_address(url: str | None) -> tuple[str, int] | None:
+    """Host and port; None if that cannot be read."""
+    try:
+        parts = urlsplit(url if "://" in (url or "") else f"udp://{url}")
+        port = parts.port or STATSD_PORT
+    except ValueError:
+        return None
+    more = parts.path or parts.query or parts.fragment or parts.username
+    if url is None or parts.scheme not in ("udp", "statsd") or not parts.hostname or more:
+        return None
+    return parts.hostname, port
+
 
 def _digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
@@ -231,6 +250,8 @@ def _server(config: EngineConfig, facts: ModelFacts, limits: _Limits) -> ServerC
         ssl_keyfile=config.ssl_keyfile,
         cors_origins=config.cors_origins or (),
         max_body_bytes=config.max_body_bytes,
+        stats_report_s=config.stats_report_seconds,
+        statsd_address=_statsd_address(config.statsd_server_url),
         model_name=config.served_model_name or config.model or BUNDLED_MODEL_NAME,
         model_root=config.model or facts.path,
         tokenizer_path=config.tokenizer or facts.path,

@@ -43,6 +43,8 @@ class ServerConfig:
     ssl_keyfile: str | None
     cors_origins: tuple[str, ...]
     max_body_bytes: int
+    stats_report_s: float  # 0: no line of statistics
+    statsd_address: tuple[str, int] | None
     model_name: str  # the id that /v1/models reports
     model_root: str  # where it came from, as the user wrote it
     tokenizer_path: str

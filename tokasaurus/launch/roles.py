@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 ROLES = ("server", "manager", "worker")
 
+_STATISTICS_INTERVAL_S = 1.0
 _ETA_INTERVAL_S = 1.0
 _ETA_REST = 50  # and so many times what the estimate took
 
@@ -96,9 +97,17 @@ def _run_manager(assignment: Assignment, lifeline: Lifeline) -> None:
     gc.set_threshold(100_000, 50, 100)
     lifeline.send(Ready())
     eta_due_at = 0.0
+    statistics_due_at = 0.0
+    at_rest = False  # and the server knows
     while True:
-        events = door.receive()
+        # Only a manager that has nothing to do and something to tell looks at the clock while it waits.
+        wait_s = statistics_due_at - time.monotonic() if manager.idle and not at_rest else None
+        events = door.receive(None if wait_s is None else max(0.0, wait_s))
         started = time.monotonic()
+        if not events:
+            to_server.send(manager.statistics())
+            at_rest = True
+            continue
         actions = manager.step(events, started)
         for batch in actions.batches:
             to_worker.send(batch)
@@ -110,6 +119,10 @@ def _run_manager(assignment: Assignment, lifeline: Lifeline) -> None:
             if eta is not None:
                 to_server.send(eta)
             eta_due_at = sent + max(_ETA_INTERVAL_S, _ETA_REST * (time.monotonic() - sent))
+        at_rest = False
+        if sent >= statistics_due_at:
+            to_server.send(manager.statistics())
+            statistics_due_at = sent + _STATISTICS_INTERVAL_S
         manager.turn_took(time.monotonic() - started)
 
 

@@ -20,6 +20,7 @@ from tokasaurus.protocol.channels import AsyncReceiver, Sender
 from tokasaurus.server.app import create_app
 from tokasaurus.server.batch_routes import batch_runner
 from tokasaurus.server.generation import Generations
+from tokasaurus.server.reports import report
 from tokasaurus.server.state import EngineState
 from tokasaurus.server.tokenizer import Tokenizer
 
@@ -83,13 +84,17 @@ class _Serving:
         )
         self._lifeline.send(Ready())
         await self._others_ready.wait()
-        generations = Generations(config, tokenizer, self._to_manager.send)
+        generations = Generations(config, tokenizer, self._to_manager.send, self._state.metrics)
         self._state.ready(generations)
         await self._batches.start()
         scheme = "http" if config.ssl_certfile is None else "https"
         log.info("ready: %s at %s://%s:%d/v1", config.model_name, scheme, config.host, config.port)
-        while True:
-            generations.absorb(await self._door.receive())
+        reports = asyncio.create_task(report(config, generations))
+        try:
+            while True:
+                generations.absorb(await self._door.receive())
+        finally:
+            reports.cancel()
 
     def _on_lifeline(self) -> None:
         notes = self._lifeline.receive()

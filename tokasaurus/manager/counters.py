@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Counters", "Gauges"]
+from tokasaurus.protocol.messages import Statistics
+
+__all__ = ["Counters", "Gauges", "statistics"]
 
 
 @dataclass(slots=True)
@@ -14,6 +16,7 @@ class Counters:
     num_batches: int = 0
     num_prefill_tokens: int = 0  # prompt tokens computed
     num_decode_tokens: int = 0  # decode rows
+    num_grouped_tokens: int = 0  # those of them whose prefix is read once for a group
     num_cached_tokens: int = 0  # prompt tokens that were not computed, at any admission
     num_generated_tokens: int = 0  # absorbed
     num_wasted_tokens: int = 0  # sampled after their sequence had ended
@@ -42,3 +45,27 @@ class Gauges:
     num_free_pages: int
     num_evictable_pages: int  # cached, and nobody's
     num_evicted_pages: int  # since the start
+
+
+def statistics(counters: Counters, gauges: Gauges, step_s: float) -> Statistics:
+    """Both as the server is told of them."""
+    return Statistics(
+        num_batches=counters.num_batches,
+        num_prefill_tokens=counters.num_prefill_tokens,
+        num_decode_tokens=counters.num_decode_tokens,
+        num_grouped_tokens=counters.num_grouped_tokens,
+        num_cached_tokens=counters.num_cached_tokens,
+        num_generated_tokens=counters.num_generated_tokens,
+        num_wasted_tokens=counters.num_wasted_tokens,
+        num_finished=counters.num_finished,
+        num_preemptions=counters.num_preemptions,
+        num_evicted_pages=gauges.num_evicted_pages,
+        queue_s=counters.queue_s,
+        device_s=counters.device_s,
+        num_waiting=gauges.num_queued + gauges.num_parked,
+        num_running=gauges.num_prefilling + gauges.num_decoding,
+        num_pages=gauges.num_pages,
+        num_free_pages=gauges.num_free_pages,
+        num_evictable_pages=gauges.num_evictable_pages,
+        step_s=step_s,
+    )

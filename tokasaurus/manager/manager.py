@@ -15,7 +15,7 @@ import numpy as np
 from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.errors import ProtocolError
 from tokasaurus.manager.admission import AdmissionControl
-from tokasaurus.manager.counters import Counters, Gauges
+from tokasaurus.manager.counters import Counters, Gauges, statistics
 from tokasaurus.manager.eta import StepTimer, eta
 from tokasaurus.manager.held_slots import find_holding_slots
 from tokasaurus.manager.in_flight import PromptPiece
@@ -43,6 +43,7 @@ from tokasaurus.protocol.messages import (
     PooledState,
     PromptLogprobs,
     RequestRejected,
+    Statistics,
     StopSequence,
     ToServer,
 )
@@ -130,6 +131,10 @@ class Manager:
         if self.idle or not self._step_timer.seconds:
             return None
         return eta(self._running, self._backlog, self._admission, self._step_timer.seconds)
+
+    def statistics(self) -> Statistics:
+        """What it has counted, and the state of this moment."""
+        return statistics(self.counters, self.gauges(), self._step_timer.seconds)
 
     def gauges(self) -> Gauges:
         """The state of this moment, for statistics."""

@@ -339,6 +339,9 @@ class Scheduler:
         groups = self._groups.find(decode_slots) if self._config.use_groups else None
         if groups is not None:
             decode_slots = groups.slots
+            if groups.first_rows.size:
+                num_grouped = len(decode_slots) - int(groups.first_rows.min())
+                self._counters.num_grouped_tokens += num_grouped
         drawing = draws(chunks)
         batch = forward_batch(
             number,

@@ -2,7 +2,7 @@
 
     server ──GenerateRequest, AbortRequest, StopSequence, Acknowledge, FlushCache──▶ manager
     manager ──ForwardBatch──▶ worker ──ForwardResult──▶ manager
-    manager ──SequenceUpdates, PromptLogprobs, PooledState, RequestRejected, Eta, CacheFlushed──▶ server
+    manager ──SequenceUpdates, PromptLogprobs, PooledState, RequestRejected, Eta, CacheFlushed, Statistics──▶ server
 
 A *sequence* is one sample of a request and is named by (request id, sample index). A *slot* is the
 row that a running sequence owns in every table of the manager and the worker. Columns named
@@ -40,6 +40,7 @@ __all__ = [
     "Sampling",
     "SequenceUpdates",
     "SlotParameters",
+    "Statistics",
     "StopSequence",
     "ToServer",
 ]
@@ -253,6 +254,31 @@ class Eta(Message, frozen=True):
     backlog_seconds: float  # until all samples of all requests have ended
 
 
+class Statistics(Message, frozen=True):
+    """What the manager has counted; comes about once a second while it works, and once it is at rest."""
+
+    # Totals since the start.
+    num_batches: int
+    num_prefill_tokens: int  # prompt tokens computed
+    num_decode_tokens: int  # rows that decode
+    num_grouped_tokens: int  # those of them whose prefix is read once for a group
+    num_cached_tokens: int  # prompt tokens that need not be computed
+    num_generated_tokens: int
+    num_wasted_tokens: int  # sampled after their sequence had ended
+    num_finished: int  # sequences
+    num_preemptions: int
+    num_evicted_pages: int  # from the prefix cache
+    queue_s: float  # from arrival to first admission, summed over sequences
+    device_s: float  # that the worker computed
+    # The state of the moment.
+    num_waiting: int  # sequences
+    num_running: int  # sequences
+    num_pages: int
+    num_free_pages: int
+    num_evictable_pages: int  # cached, and nobody's
+    step_s: float  # what a batch takes at present; 0 until it was measured
+
+
 # --- manager to worker, and back -------------------------------------------------------------------
 
 
@@ -363,5 +389,11 @@ class ForwardResult(Message, frozen=True):
 
 FromServer: TypeAlias = GenerateRequest | AbortRequest | StopSequence | Acknowledge | FlushCache
 ToServer: TypeAlias = (
-    SequenceUpdates | PromptLogprobs | PooledState | RequestRejected | Eta | CacheFlushed
+    SequenceUpdates
+    | PromptLogprobs
+    | PooledState
+    | RequestRejected
+    | Eta
+    | CacheFlushed
+    | Statistics
 )

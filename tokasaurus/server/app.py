@@ -27,6 +27,7 @@ from tokasaurus.server.batch_routes import BatchRequest, BatchRoutes
 from tokasaurus.server.endpoints import Endpoints
 from tokasaurus.server.file_routes import FileRoutes
 from tokasaurus.server.http_errors import install_error_handlers
+from tokasaurus.server.metrics import CountRequests
 from tokasaurus.server.operations import OPERATIONS
 from tokasaurus.server.state import EngineState
 from tokasaurus.server.synchronous_batch import SynchronousBatch
@@ -61,6 +62,7 @@ def create_app(
             allow_methods=["*"],
             allow_headers=["*"],
         )
+    app.add_middleware(CountRequests, state.metrics.requests)  # outermost: refusals count too
     _document_bodies(app)
     return app
 

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.server.answers import Answers
@@ -44,6 +45,7 @@ class Endpoints:
             ("/ping", self.ping),
             ("/health", self.health),
             ("/version", self.version),
+            ("/metrics", self.metrics),
             ("/v1/models", self.models),
             ("/v1/models/{model_id:path}", self.model),
         ]
@@ -93,6 +95,10 @@ class Endpoints:
 
     async def version(self) -> Response:
         return _json({"version": __version__})
+
+    async def metrics(self) -> Response:
+        """For Prometheus."""
+        return Response(self._state.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     async def models(self) -> Response:
         """The one model."""

@@ -19,6 +19,7 @@ import dataclasses
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -42,6 +43,7 @@ from tokasaurus.protocol.messages import (
     RequestRejected,
     Sampling,
     SequenceUpdates,
+    Statistics,
     StopSequence,
     ToServer,
 )
@@ -52,7 +54,7 @@ from tokasaurus.server.stop_strings import StopStrings
 from tokasaurus.server.text import TextStream
 from tokasaurus.server.tokenizer import Tokenizer
 
-__all__ = ["Etas", "Generation", "Generations", "PreparedRequest"]
+__all__ = ["Etas", "Generation", "Generations", "PreparedRequest", "Watcher"]
 
 _FINISH_REASONS = {
     FinishReason.RUNNING: None,
@@ -87,6 +89,18 @@ class Etas:
     backlog_s: float | None  # until everything has ended; None if it has not said
 
 
+class Watcher(Protocol):
+    """Is told of every prompt, and may write its times into the generation's attributes."""
+
+    def started(self, generation: Generation) -> None: ...
+
+    def began(self, generation: Generation) -> None:
+        """Its first token has come; not called where tokens come only at the end."""
+
+    def ended(self, generation: Generation, outcome: str) -> None:
+        """It left the table: finished, aborted, refused (by the manager) or failed (with the engine)."""
+
+
 class Generation:
     """One prompt in flight and its samples.
 
@@ -99,6 +113,7 @@ class Generation:
         eta_s: seconds until all samples will have ended, as the manager last predicted; None until it has.
         error: why there will be no more; None while all is well.
         pooled_state: [hidden] of the prompt, not normalised; None if not asked for, or not there yet.
+        started_at, began_at: when it arrived and brought its first token; a watcher's.
     """
 
     def __init__(
@@ -114,6 +129,8 @@ class Generation:
         self.error: TokasaurusError | None = None
         self.eta_s: float | None = None
         self.pooled_state: Float32Array | None = None
+        self.started_at = 0.0
+        self.began_at: float | None = None
         self._on_change = on_change
         self._num_wanted = int(request.params.first_k or len(samples))  # ends that still count
         self._num_running = len(samples)  # samples that have not ended, as far as a client can see
@@ -199,14 +216,24 @@ class Generations:
         config: the server's slice.
         tokenizer: of the model.
         send: gives a message to the manager; must not block.
+        watcher: of every prompt, for statistics.
+
+    Attributes:
+        statistics: what the manager last said of itself; None until it has.
     """
 
     def __init__(
-        self, config: ServerConfig, tokenizer: Tokenizer, send: Callable[[FromServer], None]
+        self,
+        config: ServerConfig,
+        tokenizer: Tokenizer,
+        send: Callable[[FromServer], None],
+        watcher: Watcher | None = None,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
+        self.statistics: Statistics | None = None
         self._send = send
+        self._watcher = watcher
         self._table: dict[int, Generation] = {}
         self._next_id = 0
         self._flushes: dict[int, Callable[[CacheFlushed | TokasaurusError], None]] = {}
@@ -341,6 +368,8 @@ class Generations:
         if not self._table:
             self._backlog_eta_s = None  # was said of what has long ended
         self._table[generation.request_id] = generation
+        if self._watcher is not None:
+            self._watcher.started(generation)
         self._send(
             GenerateRequest(
                 request_id=generation.request_id,
@@ -369,6 +398,7 @@ class Generations:
         """Nobody wants the generation any more. Harmless if it is over."""
         if self._table.pop(generation.request_id, None) is not None:
             self._send(AbortRequest(generation.request_id))
+            self._ended(generation, "aborted")
 
     def flush_cache(self, on_done: Callable[[CacheFlushed | TokasaurusError], None]) -> None:
         """Asks for the prefix cache to be emptied; calls back with what was dropped, or why nothing was."""
@@ -382,9 +412,14 @@ class Generations:
         generations, self._table = self._table, {}
         for generation in generations.values():
             generation._fail(error)
+            self._ended(generation, "failed")
         flushes, self._flushes = self._flushes, {}
         for on_done in flushes.values():
             on_done(error)
+
+    def _ended(self, generation: Generation, outcome: str) -> None:
+        if self._watcher is not None:
+            self._watcher.ended(generation, outcome)
 
     # --- from the manager --------------------------------------------------------------------------
 
@@ -411,6 +446,8 @@ class Generations:
             self._absorb_etas(message)
         elif isinstance(message, CacheFlushed):
             self._flushes.pop(message.flush_id)(message)
+        elif isinstance(message, Statistics):
+            self.statistics = message
         else:
             self._absorb_rejection(message)
 
@@ -426,6 +463,7 @@ class Generations:
         generation = self._table.pop(message.request_id, None)
         if generation is not None:
             generation._fail(RequestError(message.reason, message.field))
+            self._ended(generation, "refused")
 
     def _absorb_updates(self, message: SequenceUpdates) -> None:
         acknowledged: list[tuple[int, int, int]] = []
@@ -437,6 +475,8 @@ class Generations:
             sample = generation.samples[index]
             if sample.finish_reason is None:
                 sample.num_cached_tokens = num_cached
+                if generation.began_at is None and sample.reads and self._watcher is not None:
+                    self._watcher.began(generation)
                 generation._extend(sample, token_ids, logprobs, reason)
                 changed[request_id] = generation
                 if reason == FinishReason.RUNNING:
@@ -446,6 +486,7 @@ class Generations:
                         acknowledged.append((request_id, index, sample.num_tokens))
             if reason != FinishReason.RUNNING and generation._close_one():
                 del self._table[request_id]
+                self._ended(generation, "finished")
         if acknowledged:
             self._acknowledge(acknowledged)
         for generation in changed.values():

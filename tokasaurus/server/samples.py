@@ -127,6 +127,11 @@ class Sample:
         return token_ids
 
     @property
+    def reads(self) -> bool:
+        """Whether its tokens come while it grows."""
+        return self._text is not None
+
+    @property
     def was_cancelled(self) -> bool:
         """Whether it did not end by itself."""
         return self.finish_reason == "abort"

@@ -9,9 +9,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 
 from tokasaurus.errors import EngineDead, EngineNotReady
 from tokasaurus.server.generation import Etas, Generations
+from tokasaurus.server.metrics import Figure, Metrics, figures
 
 __all__ = ["EngineState"]
 
@@ -23,12 +25,14 @@ class EngineState:
 
     Attributes:
         status: "loading", "ok", "draining" or "dead".
+        metrics: for monitoring.
     """
 
     def __init__(self) -> None:
         self.status = "loading"
         self._generations: Generations | None = None
         self._reason = ""
+        self.metrics = Metrics(self.figures)
 
     def ready(self, generations: Generations) -> None:
         """The model is loaded: requests may come."""
@@ -61,6 +65,10 @@ class EngineState:
     def etas(self) -> Etas:
         """When what is in flight is predicted to end."""
         return Etas({}, 0.0) if self._generations is None else self._generations.etas()
+
+    def figures(self) -> Iterator[Figure]:
+        """What there is to tell monitoring; nothing before the engine has begun."""
+        return figures(self._generations)
 
     def check(self) -> None:
         """Raises EngineNotReady or EngineDead if nothing can be served."""

@@ -1,0 +1,262 @@
+"""What monitoring is told: Prometheus, statsd, and the line in the log."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import socket
+
+import msgspec
+import pytest
+from fake_engine import CONFIG, TOKENIZER, FakeEngine, RunningServer, with_config
+from prometheus_client.parser import text_string_to_metric_families
+
+from tokasaurus.protocol.messages import Statistics
+from tokasaurus.server.generation import Generations
+from tokasaurus.server.metrics import Figure
+from tokasaurus.server.params import SamplingParams
+from tokasaurus.server.reports import StatisticsLine, report, statsd_packets
+
+BODY = {"prompt": "the cat", "max_tokens": 9, "ignore_eos": True}
+NOTHING = Statistics(*[0] * 10, 0.0, 0.0, *[0] * 5, 0.0)
+SOMETHING = msgspec.structs.replace(
+    NOTHING,
+    num_batches=10,
+    num_prefill_tokens=6000,
+    num_cached_tokens=2000,
+    num_decode_tokens=4000,
+    num_grouped_tokens=1000,
+    num_generated_tokens=5000,
+    num_preemptions=3,
+    queue_s=1.5,
+    num_waiting=1500,
+    num_running=512,
+    num_pages=100,
+    num_free_pages=20,
+    num_evictable_pages=30,
+    step_s=0.25,
+)
+
+
+@pytest.fixture
+def own_server():
+    with RunningServer().running() as server:
+        yield server
+
+
+def read(server):
+    """Every sample of /metrics: (name, labels) to value."""
+    answer = server.get("/metrics")
+    assert answer.status == 200
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    families = text_string_to_metric_families(answer.content.decode())
+    return {
+        (sample.name.removeprefix("tokasaurus_"), *sorted(sample.labels.values())): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+# --- Prometheus ------------------------------------------------------------------------------------
+
+
+def test_requests_are_counted_by_route_and_status(own_server):
+    for _ in range(3):
+        own_server.post("/v1/completions", BODY)
+    own_server.post("/v1/completions", {"prompt": 7})
+    own_server.post("/v1/completions", {**BODY, "stream": True})
+    own_server.get("/v1/models/org/tiny-model")
+    own_server.get("/v1/models/a/b/c")
+    for number in range(20):
+        own_server.get(f"/no/such/{number}")
+    found = read(own_server)
+    assert found["http_requests_total", "/v1/completions", "200"] == 4
+    assert found["http_requests_total", "/v1/completions", "400"] == 1
+    assert found["http_requests_total", "/v1/models/{model_id:path}", "200"] == 1
+    assert found["http_requests_total", "/v1/models/{model_id:path}", "404"] == 1
+    assert found["http_requests_total", "404", "other"] == 20
+    assert sum(key[0] == "http_requests_total" for key in found) == 5
+
+
+def test_a_defect_counts_as_500(own_server, monkeypatch):
+    def broken(*_, **__):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(own_server.generations, "prepare", broken)
+    own_server.post("/v1/completions", BODY)
+    assert read(own_server)["http_requests_total", "/v1/completions", "500"] == 1
+
+
+def test_latencies_are_observed_for_each_prompt(own_server):
+    own_server.engine.largest_step = 1
+    own_server.post("/v1/completions", {**BODY, "prompt": ["a", "b"], "n": 3})
+    own_server.wait_idle()
+    found = read(own_server)
+    assert found["prompt_seconds_count",] == 2
+    assert found["time_to_first_token_seconds_count",] == 0  # tokens came at the end only
+    own_server.post("/v1/completions", {**BODY, "stream": True})
+    own_server.post("/v1/completions", {**BODY, "max_tokens": 1, "stream": True})
+    own_server.post("/v1/completions", {**BODY, "stop": ["never"]})
+    own_server.wait_idle()
+    found = read(own_server)
+    assert found["prompt_seconds_count",] == 5
+    assert found["time_to_first_token_seconds_count",] == 3
+    assert found["time_per_output_token_seconds_count",] == 2  # a single token has no next one
+    first, whole = found["time_to_first_token_seconds_sum",], found["prompt_seconds_sum",]
+    assert 0 < first < whole
+    assert found["prompts_total", "finished"] == 5
+
+
+def test_every_prompt_ends_once(own_server):
+    own_server.engine.reject = "no"
+    own_server.post("/v1/completions", {**BODY, "prompt": ["a", "b"]})
+    own_server.engine.reject, own_server.engine.paused = None, True
+    requests = own_server.engine.requests
+    with contextlib.closing(socket.create_connection(("127.0.0.1", own_server.port))) as client:
+        data = b'{"prompt": "x"}'
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(data) + data)
+        while len(own_server.engine.requests) == len(requests):
+            pass
+    own_server.wait_idle()
+    found = read(own_server)
+    assert found["prompts_total", "refused"] == 2
+    assert found["prompts_total", "aborted"] == 1
+    own_server.call(lambda: own_server.generations.submit([1], SamplingParams(max_tokens=500)))
+    own_server.call(lambda: own_server.state.die("over"))
+    assert own_server.post("/v1/completions", BODY).status == 503
+    assert read(own_server)["prompts_total", "failed"] == 1
+
+
+def test_the_managers_figures(own_server):
+    assert ("running_sequences",) not in read(own_server)  # it has not said anything
+    own_server.call(lambda: own_server.generations.absorb(SOMETHING))
+    found = read(own_server)
+    assert found["running_sequences",] == 512
+    assert found["waiting_sequences",] == 1500
+    assert found["generated_tokens_total",] == 5000
+    assert found["computed_prompt_tokens_total",] == 6000
+    assert found["cached_prompt_tokens_total",] == 2000
+    assert found["grouped_decode_tokens_total",] == 1000
+    assert found["preemptions_total",] == 3
+    assert found["queue_seconds_total",] == 1.5
+    assert found["step_seconds",] == 0.25
+    assert found["kv_use",] == 0.5
+    assert found["prompts_in_flight",] == 0
+
+
+# --- the line --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def line():
+    """A line with a clock to turn, on a core whose engine has said that it is there."""
+    generations = Generations(CONFIG, TOKENIZER, FakeEngine().send)
+    generations.absorb(NOTHING)
+    time = [100.0]
+    return StatisticsLine(generations, clock=lambda: time[0]), generations, time
+
+
+def test_the_line_says_what_happened_since_the_one_before(line):
+    line, generations, time = line
+    time[0] += 10
+    assert line.next() is None
+    generations.absorb(SOMETHING)
+    time[0] += 5
+    expected = "in 1.6k tokens/s, out 1k tokens/s, running 512, waiting 1.5k, KV 50%"
+    assert line.next() == f"{expected}, prefix hits 25%, preemptions 3"
+    time[0] += 5
+    assert line.next() is None
+    later = {"num_batches": 11, "num_generated_tokens": 5003, "num_running": 1, "num_waiting": 0}
+    generations.absorb(msgspec.structs.replace(SOMETHING, **later))
+    time[0] += 1
+    assert line.next() == "in 0 tokens/s, out 3 tokens/s, running 1, waiting 0, KV 50%"
+
+
+def test_the_line_comes_as_long_as_somebody_waits(line):
+    line, generations, _ = line
+    generation = generations.submit([1], SamplingParams())
+    assert line.next() == "in 0 tokens/s, out 0 tokens/s, running 0, waiting 0, KV 100%"
+    generations.abort(generation)
+    assert line.next() is None
+
+
+def test_the_line_is_logged(caplog, line):
+    _, generations, _ = line
+
+    async def run():
+        config = dataclasses.replace(CONFIG, stats_report_s=0.01)
+        task = asyncio.create_task(report(config, generations))
+        number = 0
+        while not caplog.records:
+            number += 1
+            generations.absorb(msgspec.structs.replace(SOMETHING, num_batches=number))
+            await asyncio.sleep(0.01)
+        task.cancel()
+
+    with caplog.at_level("INFO", "tokasaurus"):
+        asyncio.run(asyncio.wait_for(run(), 10))
+    assert "running 512" in caplog.text
+
+
+# --- statsd ----------------------------------------------------------------------------------------
+
+
+def gauges_of(packet):
+    lines = [row.split(":") for row in packet.decode().split("\n")]
+    assert all(value.endswith("|g") for _, value in lines)
+    return {name.removeprefix("tokasaurus."): float(value[:-2]) for name, value in lines}
+
+
+def test_gauges_arrive(line):
+    _, generations, _ = line
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as daemon:
+        daemon.bind(("127.0.0.1", 0))
+        daemon.settimeout(10)
+        config = with_config(statsd_address=daemon.getsockname())
+        generations.absorb(SOMETHING)
+
+        async def run():
+            task = asyncio.create_task(report(config, generations))
+            packet = await asyncio.to_thread(daemon.recv, 1 << 16)
+            task.cancel()
+            return packet
+
+        found = gauges_of(asyncio.run(run()))
+    assert found["running_sequences"] == 512
+    assert found["generated_tokens"] == 5000
+    assert found["kv_use"] == 0.5
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
+def test_a_daemon_that_is_not_there_disturbs_nobody(line, host, caplog, monkeypatch):
+    _, generations, _ = line
+    monkeypatch.setattr("tokasaurus.server.reports._GAUGES_EVERY_S", 0.001)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+
+    async def run():
+        task = asyncio.create_task(report(with_config(statsd_address=(host, port)), generations))
+        for _ in range(20):
+            generations.absorb(msgspec.structs.replace(SOMETHING))
+            await asyncio.sleep(0.005)
+        if not task.done():
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        else:
+            task.result()
+
+    asyncio.run(run())
+    assert ("no statsd gauges" in caplog.text) == (host != "127.0.0.1")
+
+
+def test_packets_fit_a_frame():
+    many = [Figure(f"figure_{number}", "", number) for number in range(500)]
+    packets = list(statsd_packets(many))
+    assert len(packets) > 1
+    assert all(len(packet) <= 1400 for packet in packets)
+    found = {name: value for packet in packets for name, value in gauges_of(packet).items()}
+    assert found == {f"figure_{number}": number for number in range(500)}

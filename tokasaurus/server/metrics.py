@@ -1,0 +1,203 @@
+"""What a server tells monitoring: the Prometheus metrics of one engine.
+
+Requests are observed when they end, and the manager's figures are copied when somebody asks; a generated
+token costs nothing here. docs/operations.md says what each metric means.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from tokasaurus.protocol.messages import Statistics
+from tokasaurus.server.generation import Generation, Generations
+
+__all__ = ["CountRequests", "Figure", "Metrics", "figures", "kv_use"]
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500)
+_SECONDS_PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_OTHER_PATHS = "other"
+
+# Of the manager: name behind "tokasaurus_", field of Statistics, help.
+_TOTALS = (
+    ("computed_prompt_tokens", "num_prefill_tokens", "Prompt tokens computed"),
+    ("cached_prompt_tokens", "num_cached_tokens", "Prompt tokens found in the prefix cache"),
+    ("generated_tokens", "num_generated_tokens", "Tokens generated"),
+    ("wasted_tokens", "num_wasted_tokens", "Tokens generated after their sequence had ended"),
+    ("decode_tokens", "num_decode_tokens", "Rows of decoding, one for each token and sequence"),
+    ("grouped_decode_tokens", "num_grouped_tokens", "Rows of decoding whose prefix is shared"),
+    ("batches", "num_batches", "Forward passes planned"),
+    ("finished_sequences", "num_finished", "Sequences that ended, for whatever reason"),
+    ("preemptions", "num_preemptions", "Times that a running sequence gave its pages back"),
+    ("evicted_pages", "num_evicted_pages", "Pages that the prefix cache gave up"),
+    ("queue_seconds", "queue_s", "Waiting of sequences before they ran first, summed"),
+    ("device_seconds", "device_s", "Computing time of the device"),
+)
+_STATE = (
+    ("running_sequences", "num_running", "Sequences that run"),
+    ("waiting_sequences", "num_waiting", "Sequences that the manager holds and that do not run"),
+    ("kv_pages", "num_pages", "Pages of the KV cache"),
+    ("kv_free_pages", "num_free_pages", "Pages that hold nothing"),
+    ("kv_cached_pages", "num_evictable_pages", "Pages that only the prefix cache holds"),
+    ("step_seconds", "step_s", "Time of a forward pass at present, a moving average"),
+)
+
+
+class Metrics:
+    """The metrics of one engine; watches its generations.
+
+    Args:
+        figures: the engine's at the moment.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        figures: Callable[[], Iterable[Figure]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
+        registry = self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "tokasaurus_http_requests",
+            "HTTP requests answered",
+            ("path", "status"),
+            registry=registry,
+        )
+        prompts = Counter(
+            "tokasaurus_prompts", "Prompts that ended", ("outcome",), registry=registry
+        )
+        self._outcomes = {
+            outcome: prompts.labels(outcome)
+            for outcome in ("finished", "aborted", "refused", "failed")
+        }
+        self._first_token_s = Histogram(
+            "tokasaurus_time_to_first_token_seconds",
+            "From a prompt's arrival to its first token, where tokens are reported as they come",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._request_s = Histogram(
+            "tokasaurus_prompt_seconds",
+            "From a prompt's arrival to the end of its last sample",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._token_s = Histogram(
+            "tokasaurus_time_per_output_token_seconds",
+            "From the first token of a prompt to its end, divided by the further tokens of a sample",
+            buckets=_SECONDS_PER_TOKEN,
+            registry=registry,
+        )
+        registry.register(_Figures(figures))
+
+    def text(self) -> bytes:
+        """All of them in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    # --- what Generations tells of each prompt -----------------------------------------------------
+
+    def started(self, generation: Generation) -> None:
+        generation.started_at = self._clock()
+
+    def began(self, generation: Generation) -> None:
+        """Its first token has come."""
+        generation.began_at = self._clock()
+
+    def ended(self, generation: Generation, outcome: str) -> None:
+        """Outcome is finished, aborted, refused (by the manager) or failed (with the engine)."""
+        self._outcomes[outcome].inc()
+        if outcome != "finished":
+            return
+        now = self._clock()
+        self._request_s.observe(now - generation.started_at)
+        if generation.began_at is None:
+            return
+        self._first_token_s.observe(generation.began_at - generation.started_at)
+        num_further = generation.num_generated_tokens / len(generation.samples) - 1
+        if num_further > 0:
+            self._token_s.observe((now - generation.began_at) / num_further)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of the moment."""
+
+    name: str  # behind "tokasaurus_"
+    meaning: str
+    value: float
+    is_total: bool = False  # since the start
+
+
+def figures(generations: Generations | None) -> Iterator[Figure]:
+    """The manager's figures, as it last sent them, and the server's own; nothing before it has."""
+    statistics = None if generations is None else generations.statistics
+    if generations is None or statistics is None:
+        return
+    for name, field, meaning in _TOTALS:
+        yield Figure(name, meaning, getattr(statistics, field), is_total=True)
+    for name, field, meaning in _STATE:
+        yield Figure(name, meaning, getattr(statistics, field))
+    yield Figure("kv_use", "Share of the pages that sequences hold", kv_use(statistics))
+    yield Figure("prompts_in_flight", "Prompts that have not ended", len(generations))
+    backlog_s = generations.etas().backlog_s
+    if backlog_s is not None:
+        meaning = "Predicted time until everything in flight has ended"
+        yield Figure("backlog_seconds", meaning, backlog_s)
+
+
+def kv_use(statistics: Statistics) -> float:
+    """The share of the KV cache's pages that sequences hold."""
+    unused = statistics.num_free_pages + statistics.num_evictable_pages
+    return 1 - unused / max(1, statistics.num_pages)
+
+
+class _Figures(Collector):
+    """Copies the figures when somebody asks."""
+
+    def __init__(self, figures: Callable[[], Iterable[Figure]]) -> None:
+        self._figures = figures
+
+    def collect(self) -> Iterator[Metric]:
+        for figure in self._figures():
+            family = CounterMetricFamily if figure.is_total else GaugeMetricFamily
+            yield family(f"tokasaurus_{figure.name}", figure.meaning, figure.value)
+
+
+class CountRequests:
+    """A plain ASGI layer that counts answers by route and status.
+
+    Args:
+        app: what is inside.
+        counter: with the labels path and status.
+    """
+
+    def __init__(self, app: ASGIApp, counter: Counter) -> None:
+        self._app = app
+        self._counter = counter
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = 500  # where nothing is answered, the layer around this one does
+
+        def noting(message: Message) -> object:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            return send(message)
+
+        try:
+            await self._app(scope, receive, noting)  # type: ignore[arg-type]
+        finally:
+            # The route and not the path: anybody can think of another path.
+            path = getattr(scope.get("route"), "path", _OTHER_PATHS)
+            self._counter.labels(path, str(status)).inc()

@@ -1,0 +1,149 @@
+"""What a server reports by itself: a line in the log now and then, and gauges to a statsd daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+from tokasaurus.config.slices import ServerConfig
+from tokasaurus.protocol.messages import Statistics
+from tokasaurus.server.generation import Generations
+from tokasaurus.server.metrics import Figure, figures, kv_use
+
+__all__ = ["StatisticsLine", "report", "statsd_packets"]
+
+log = logging.getLogger(__name__)
+
+_GAUGES_EVERY_S = 1.0
+_PACKET_BYTES = 1400  # fits an Ethernet frame
+
+
+async def report(config: ServerConfig, generations: Generations) -> None:
+    """Reports as configured, for ever. Nothing that happens to a report disturbs anybody."""
+    await asyncio.gather(
+        _print_lines(config.stats_report_s, generations),
+        _send_gauges(config.statsd_address, generations),
+    )
+
+
+# --- the line ---------------------------------------------------------------------------------------
+
+
+async def _print_lines(period_s: float, generations: Generations) -> None:
+    if period_s == 0:
+        return
+    line = StatisticsLine(generations)
+    while True:
+        await asyncio.sleep(period_s)
+        text = line.next()
+        if text is not None:
+            log.info("%s", text)
+
+
+class StatisticsLine:
+    """The engine's work since the line before, in one line; none where there was no work.
+
+    Args:
+        generations: of the engine.
+        clock: seconds.
+    """
+
+    def __init__(
+        self, generations: Generations, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._generations = generations
+        self._clock = clock
+        self._before = generations.statistics
+        self._told_at = clock()
+
+    def next(self) -> str | None:
+        """The line; None if nothing has changed since the one before."""
+        now, before = self._clock(), self._before
+        current = self._generations.statistics
+        elapsed_s = max(now - self._told_at, 1e-9)
+        self._told_at, self._before = now, current
+        if current is None or before is None:
+            return None
+        num_batches = current.num_batches - before.num_batches
+        if num_batches == 0 and not len(self._generations):
+            return None
+        return ", ".join(self._parts(before, current, elapsed_s))
+
+    def _parts(self, before: Statistics, current: Statistics, elapsed_s: float) -> Iterator[str]:
+        computed = current.num_prefill_tokens - before.num_prefill_tokens
+        cached = current.num_cached_tokens - before.num_cached_tokens
+        generated = current.num_generated_tokens - before.num_generated_tokens
+        yield f"in {_count((computed + cached) / elapsed_s)} tokens/s"
+        yield f"out {_count(generated / elapsed_s)} tokens/s"
+        yield f"running {_count(current.num_running)}"
+        yield f"waiting {_count(current.num_waiting)}"
+        yield f"KV {kv_use(current):.0%}"
+        if computed + cached:
+            yield f"prefix hits {cached / (computed + cached):.0%}"
+        preemptions = current.num_preemptions - before.num_preemptions
+        if preemptions:
+            yield f"preemptions {preemptions}"
+        backlog_s = self._generations.etas().backlog_s
+        if backlog_s:
+            yield f"done in {_duration(backlog_s)}"
+
+
+def _count(number: float) -> str:
+    """A number with at most three digits that count: 7, 950, 12.3k."""
+    if number < 10:
+        return f"{number:.1f}".removesuffix(".0")
+    for unit in ("", "k", "M", "G"):
+        if number < 999.5:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}T"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+# --- statsd -----------------------------------------------------------------------------------------
+
+
+async def _send_gauges(address: tuple[str, int] | None, generations: Generations) -> None:
+    if address is None:
+        return
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(*address, type=socket.SOCK_DGRAM)
+    except OSError as error:
+        log.warning("no statsd gauges: %s:%d: %s", *address, error.strerror)
+        return
+    family, kind, protocol, _, resolved = found[0]
+    with socket.socket(family, kind, protocol) as sender:
+        sender.setblocking(False)
+        sent: Statistics | None = None
+        while True:
+            if generations.statistics is not sent:
+                sent = generations.statistics
+                for packet in statsd_packets(figures(generations)):
+                    with contextlib.suppress(OSError):  # nobody listens, or not fast enough
+                        sender.sendto(packet, resolved)
+            await asyncio.sleep(_GAUGES_EVERY_S)
+
+
+def statsd_packets(found: Iterable[Figure]) -> Iterator[bytes]:
+    """The figures as gauges, several lines to a packet."""
+    packet = b""
+    for figure in found:
+        value = figure.value
+        text = str(value) if isinstance(value, int) else f"{value:.6f}"
+        line = f"tokasaurus.{figure.name}:{text}|g".encode()
+        if packet and len(packet) + 1 + len(line) > _PACKET_BYTES:
+            yield packet
+            packet = b""
+        packet += b"\n" + line if packet else line
+    if packet:
+        yield packet
