@@ -87,3 +87,15 @@ def test_nothing_is_left_when_all_have_ended(seed: int) -> None:
     assert not running.in_progress.sequences()
     assert not running.prefixes.num_holders.any()
     assert (running.prefixes.leaf == -1).all()
+
+
+def test_who_becomes_the_head_is_asked_about_at_once() -> None:
+    world = crowded()
+    for _ in range(3):
+        world.step(num_results=1)
+    admission, backlog = world.manager._admission, world.manager._backlog
+    assert admission.num_hopeful(backlog.head()) == 0  # it was refused, and nothing happened since
+    num_running = world.manager._running.num_running
+    world.step(make_request(99, prompt(2, 99), 2, priority=-1), num_results=1)
+    assert world.manager._running.num_running == num_running + 1
+    world.drain()

@@ -13,6 +13,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from tokasaurus.bench.admission import measure_admission_ms
+from tokasaurus.bench.cpu_time import loop_turn_ns
 from tokasaurus.bench.flags import counts
 from tokasaurus.bench.manager_cost import (
     Effort,
@@ -88,6 +89,7 @@ def run(config: ManagerBenchConfig) -> None:
         steps_ahead=config.scheduling_steps_ahead,
         effort=_QUICK_EFFORT if config.quick else _EFFORT,
     )
+    turns = [loop_turn_ns()]
     results: dict[str, object] = {"mix": config.mix}
     if "steady" in config.parts:
         results["steady"] = _steady(setting, config.sizes())
@@ -97,7 +99,11 @@ def run(config: ManagerBenchConfig) -> None:
         results |= _start_finish(setting)
     if "admission" in config.parts:
         results |= _admission()
-    print_json(results)
+    turns.append(loop_turn_ns())
+    print(
+        f"\nThis machine: {turns[0]:.0f} ns for a turn of an empty Python loop, {turns[1]:.0f} at the end"
+    )
+    print_json({**results, "loop_turn_ns": [round(turn, 1) for turn in turns]})
 
 
 def _steady(setting: Setting, sizes: tuple[int, ...]) -> list[dict[str, float]]:

@@ -19,6 +19,7 @@ nothing of batches but that each is a step.
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -40,12 +41,15 @@ REFRESH_INTERVAL = 16  # steps
 _LONGEST_REST = 1024  # steps
 _MOST_UNLEARNED = 16384  # ends
 
-# Where the forecast refused and nothing ended since, time alone may have made room.
-_RETRY_INTERVAL = 4  # steps
+# Where the forecast refused and nothing ended since, time alone may have made room: whoever starts later has
+# fewer pages when the use of the others peaks, one page for page_size steps. At most so long nobody asks.
+_LONGEST_PATIENCE = 64  # steps
 
 # As long as the cache could be no fuller than this if all became as long as they may, nothing more exact is
 # asked.
 _ROOMY = 0.9
+
+_EVERYBODY = 1 << 30
 
 _NEVER = -1  # an end before the first step: not in the forecast
 
@@ -123,7 +127,10 @@ class AdmissionControl:
         self._num_unfed = 0  # prompt tokens that are fed before theirs
         self._refreshed_at = -REFRESH_INTERVAL
         self._refresh_at = 0
+        self._refused: Sequence | None = None  # whom there was no room for when last asked
         self._retry_at = 0
+        self._patience = config.page_size
+        self._num_hopeful = _EVERYBODY
         self._prefill_rate = config.max_tokens_per_forward  # tokens per step
         self.prefill_pace: int | None = None  # tokens to feed per step; None: as many as can be
 
@@ -161,7 +168,7 @@ class AdmissionControl:
 
     def release(self, slots: IndexArray) -> None:
         """These slots are about to give back their pages."""
-        self._retry_at = 0
+        self._retry_at, self._patience = 0, self._page_size
         if self._now >= self._refresh_at:
             return  # the forecast is computed anew before it is asked
         # Their last step was the one before: nobody decodes in this one yet.
@@ -186,10 +193,14 @@ class AdmissionControl:
 
     # --- what follows from it ----------------------------------------------------------------------
 
-    @property
-    def may_admit(self) -> bool:
-        """Whether asking is worth its time: not where nothing happened since the last refusal."""
-        return self._now >= min(self._retry_at, self._refresh_at)
+    def num_hopeful(self, head: Sequence | None) -> int:
+        """How many candidates are worth asking about, where ``head`` is next in the queue.
+
+        0 where it was refused and nothing happened since; few where few were admitted of many the last time.
+        """
+        if head is not None and head is self._refused and self._now < self._retry_at:
+            return 0
+        return self._num_hopeful
 
     def num_admissible(self, candidates: Rows[Candidate]) -> int:
         """How many of the candidates' rows, from the first on, may run."""
@@ -200,7 +211,7 @@ class AdmissionControl:
             if self._most_used + num_more <= _ROOMY * self.limit:
                 self._asked = None
                 self._most_used += num_more
-                return sum(candidate.num_rows for candidate in candidates)
+                return self._all_admissible(candidates)
             self.refresh((), self._max_tokens - self._running.num_running)
         rows, forest = self._asked = self._candidate_rows(candidates)
         self._num_unfed = sum(
@@ -208,7 +219,7 @@ class AdmissionControl:
             for sequence in self._running.prefilling
         )
         if self._most_used + self._most_pages(rows) <= _ROOMY * self.limit:
-            return len(rows)
+            return self._all_admissible(candidates)
         self._apply_patches()
         coming = self._coming()
         # Who outlives its prediction is not in the forecast until the next refresh. But who has no token
@@ -218,8 +229,14 @@ class AdmissionControl:
             waiting=rows, forest=forest, others=coming + num_missing, num_unfed=self._num_unfed
         )
         count = forecast.num_admissible(self.limit)
-        if count < len(rows):
-            self._retry_at = self._now + _RETRY_INTERVAL
+        if count == len(rows):
+            return self._all_admissible(candidates)
+        num_rows = accumulate(candidate.num_rows for candidate in candidates)
+        num_admitted = sum(total <= count for total in num_rows)
+        self._refused = candidates[num_admitted].sequence
+        self._retry_at = self._now + self._patience
+        self._patience = min(2 * self._patience, _LONGEST_PATIENCE)
+        self._num_hopeful = 1 + 2 * num_admitted
         return count
 
     def admit(self, slots: IndexArray) -> None:
@@ -404,6 +421,11 @@ class AdmissionControl:
             others=others,
             num_tokens_before=num_unfed - self._prefill_rate,
         )
+
+    def _all_admissible(self, candidates: Rows[Candidate]) -> int:
+        self._refused = None
+        self._num_hopeful = _EVERYBODY
+        return sum(candidate.num_rows for candidate in candidates)
 
     def _largest(self, candidate: Candidate) -> int:
         """Pages of a candidate and its forks, if all became as long as they may."""

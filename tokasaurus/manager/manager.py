@@ -258,12 +258,14 @@ class Manager:
         flight = self._running.in_flight.land(result)
         self._deliver_prompt_logprobs(flight.prompt_pieces, result)
         self._deliver_pooled_states(flight.pooled, result)
-        rows = flight.sampling_slots
+        rows, token_ids = flight.sampling_slots, result.token_ids
+        sampling_rows = None
         is_live = self._running.slots.absorbing[rows]
-        sampling_rows = np.flatnonzero(is_live)
-        rows = rows[sampling_rows]
+        if not is_live.all():
+            sampling_rows = np.flatnonzero(is_live)
+            rows, token_ids = rows[sampling_rows], token_ids[sampling_rows]
         self._running.window.append(rows, result, sampling_rows)
-        self._end_rows(rows, result.token_ids[sampling_rows])
+        self._end_rows(rows, token_ids)
         self._departing.extend(flight.departures)
         self.counters.num_generated_tokens += len(rows)
         self.counters.num_wasted_tokens += len(is_live) - len(rows)

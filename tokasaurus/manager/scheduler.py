@@ -229,7 +229,9 @@ class Scheduler:
         """Who could run now, in the order in which they may: forks of these prompts, then the queue."""
         if not (chunks or len(self._backlog)):
             return []
-        if not (self._is_empty or self._admission.may_admit):
+        head = self._backlog.head()
+        num_hopeful = self._admission.num_hopeful(head)
+        if num_hopeful == 0 and not self._is_empty:
             return []
         slots = self._slots
         # A slot whose tokens are all planned enters no further batch: it does not count after this one.
@@ -240,7 +242,6 @@ class Scheduler:
             num_pages=self._pages.num_available,
             must_admit=self._is_empty,
         )
-        head = self._backlog.head()
         # Those will be back in the queue in a few steps.
         resuming = (s.order for s in self._running.preempted if s.resumes)
         first_order = min(resuming, default=_NO_ORDER)
@@ -254,6 +255,8 @@ class Scheduler:
                     offers.append(_Offer(Candidate(chunk.sequence, 0, 0, num_forks), chunk, None))
         for sequence in self._backlog.in_order():
             if headroom.num_tokens <= 0 or headroom.num_sequences <= 0:
+                break
+            if offers and len(offers) >= num_hopeful:
                 break
             if sequence.order > first_order:
                 break

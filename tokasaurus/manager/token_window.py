@@ -12,6 +12,7 @@ sequence a few microseconds every ``columns`` tokens. With 8 columns::
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tokasaurus.errors import ProtocolError
 from tokasaurus.manager.sequence import GeneratedTokens, Sequence
@@ -21,7 +22,7 @@ from tokasaurus.protocol.messages import ForwardResult
 
 __all__ = ["MIN_COLUMNS", "TokenWindow"]
 
-MIN_COLUMNS = 64
+MIN_COLUMNS = 256
 
 
 class TokenWindow:
@@ -58,17 +59,22 @@ class TokenWindow:
                 top_logprobs[:, :old] = self._top_logprobs
             self._top_ids, self._top_logprobs = top_ids, top_logprobs
 
-    def append(self, rows: IndexArray, result: ForwardResult, sampling_rows: IndexArray) -> None:
-        """Adds one token to each of ``rows``, from the given sampling rows of a result."""
+    def append(
+        self, rows: IndexArray, result: ForwardResult, sampling_rows: IndexArray | None = None
+    ) -> None:
+        """Adds one token to each of ``rows``, from these sampling rows of a result; None: from all."""
         slots = self._slots
         known = slots.known[rows]
         columns = known & (self._columns - 1)
         cells = rows * self._columns + columns
-        self._ids[cells] = result.token_ids[sampling_rows]
+        ids = result.token_ids
+        self._ids[cells] = ids if sampling_rows is None else ids.take(sampling_rows)
         if len(self._logprobs):
             self._append_logprobs(rows, cells, result, sampling_rows)
         slots.known[rows] = known + 1
-        self._store(rows[columns == self._columns - 1])
+        is_full = columns == self._columns - 1
+        if is_full.any():
+            self._store(rows[is_full])
 
     def store(self, sequence: Sequence) -> None:
         """Moves what the ring has of a sequence to the sequence."""
@@ -139,25 +145,41 @@ class TokenWindow:
             sequence.num_stored = end
 
     def _append_logprobs(
-        self, rows: IndexArray, cells: IndexArray, result: ForwardResult, sampling_rows: IndexArray
+        self,
+        rows: IndexArray,
+        cells: IndexArray,
+        result: ForwardResult,
+        sampling_rows: IndexArray | None,
     ) -> None:
-        wanted = self._slots.num_logprobs[rows]
+        wanted = self._slots.num_logprobs.take(rows)
         asked = np.flatnonzero(wanted >= 0)
         if not asked.size:
             return
         width = result.top_ids.shape[1]
+        wanted = wanted.take(asked)
         most = int(wanted.max())
         if len(result.logprobs) != len(result.token_ids) or width < most:
             raise ProtocolError(f"batch {result.number} was asked for more logprobs than it brings")
-        self._logprobs[cells[asked]] = result.logprobs[sampling_rows[asked]]
+        cells = cells.take(asked)
+        sources = asked if sampling_rows is None else sampling_rows.take(asked)
+        self._logprobs[cells] = result.logprobs.take(sources)
         if most == 0:
             return
         asked = np.flatnonzero(wanted > 0)
-        cells, sampling_rows = cells[asked], sampling_rows[asked]
-        if width == self._top_ids.shape[1]:
-            self._top_ids[cells] = result.top_ids[sampling_rows]
-            self._top_logprobs[cells] = result.top_logprobs[sampling_rows]
-        else:  # slower; nobody wants what lies beyond either width
-            width = min(width, self._top_ids.shape[1])
-            self._top_ids[cells, :width] = result.top_ids[sampling_rows, :width]
-            self._top_logprobs[cells, :width] = result.top_logprobs[sampling_rows, :width]
+        cells, sources = cells.take(asked), sources.take(asked)
+        for ring, tops in (
+            (self._top_ids, result.top_ids),
+            (self._top_logprobs, result.top_logprobs),
+        ):
+            if width == ring.shape[1]:
+                _as_items(ring)[cells] = _as_items(tops).take(sources)
+            else:  # slower; nobody wants what lies beyond either width
+                common = min(width, ring.shape[1])
+                ring[cells, :common] = tops[sources, :common]
+
+
+def _as_items(table: Int32Array | Float32Array) -> NDArray[np.void]:
+    """[rows] a view of a table in which each row is one item: numpy moves those twice as fast."""
+    row = np.dtype((np.void, table.shape[1] * table.itemsize))
+    items: NDArray[np.void] = np.ascontiguousarray(table).view(row)[:, 0]
+    return items

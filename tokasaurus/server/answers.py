@@ -20,11 +20,11 @@ from tokasaurus.server.schemas import parse
 from tokasaurus.server.state import EngineState
 from tokasaurus.server.tasks import Operation, Task
 
-__all__ = ["Answers"]
+__all__ = ["MANY_CHARACTERS", "Answers"]
 
 log = logging.getLogger(__name__)
 
-_MANY_CHARACTERS = (
+MANY_CHARACTERS = (
     4_000  # to tokenize takes longer than about a millisecond, and is done in a thread
 )
 
@@ -48,7 +48,7 @@ class Answers:
         """
         generations = self._state.generations()
         request = parse(body, operation.schema)
-        heavy = operation.num_characters(request) > _MANY_CHARACTERS
+        heavy = operation.num_characters(request) > MANY_CHARACTERS
         return await in_thread_if(heavy, lambda: operation.prepare(request, generations))
 
     def start(self, task: Task) -> Call:

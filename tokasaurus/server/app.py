@@ -25,12 +25,14 @@ from tokasaurus.server.access import Access
 from tokasaurus.server.answers import Answers
 from tokasaurus.server.batch_routes import BatchRequest, BatchRoutes
 from tokasaurus.server.endpoints import Endpoints
+from tokasaurus.server.engine_routes import EngineRoutes
 from tokasaurus.server.file_routes import FileRoutes
 from tokasaurus.server.http_errors import install_error_handlers
 from tokasaurus.server.metrics import CountRequests
 from tokasaurus.server.operations import OPERATIONS
 from tokasaurus.server.state import EngineState
 from tokasaurus.server.synchronous_batch import SynchronousBatch
+from tokasaurus.server.tokens import TOKEN_SCHEMAS, TokenRoutes
 from tokasaurus.version import __version__
 
 __all__ = ["create_app"]
@@ -53,6 +55,8 @@ def create_app(
     if batches is not None:
         app.include_router(FileRoutes(batches).router())
         app.include_router(BatchRoutes(batches).router())
+    app.include_router(TokenRoutes(state).router())
+    app.include_router(EngineRoutes(config, state).router())
     install_error_handlers(app)
     app.add_middleware(Access, config)
     if config.cors_origins:  # outside, so that pages can read refusals, and ask first without a key
@@ -74,12 +78,13 @@ def _document_bodies(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = generate()
-            schemas_of_bodies: list[type[BaseModel]] = [
+            bodies: list[type[BaseModel]] = [
                 BatchRequest,
-                *(each.schema for each in OPERATIONS.values()),
+                *(operation.schema for operation in OPERATIONS.values()),
+                *TOKEN_SCHEMAS,
             ]
             _, schemas = models_json_schema(
-                [(schema, "validation") for schema in schemas_of_bodies],
+                [(schema, "validation") for schema in bodies],
                 ref_template="#/components/schemas/{model}",
             )
             document.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])

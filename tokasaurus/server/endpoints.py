@@ -15,7 +15,7 @@ from tokasaurus.server.bodies import read_json
 from tokasaurus.server.calls import EventStream
 from tokasaurus.server.http_errors import UnknownModel, to_json
 from tokasaurus.server.operations import OPERATIONS
-from tokasaurus.server.schemas import RequestBody
+from tokasaurus.server.schemas import body_reference
 from tokasaurus.server.state import EngineState
 from tokasaurus.server.tasks import Operation
 from tokasaurus.server.writer import StreamWriter
@@ -59,7 +59,7 @@ class Endpoints:
                 name=path.removeprefix("/"),
                 description=operation.summary,
                 response_model=None,
-                openapi_extra={"requestBody": _request_body(operation.schema)},
+                openapi_extra={"requestBody": body_reference(operation.schema)},
             )
         return router
 
@@ -124,8 +124,3 @@ class Endpoints:
 
 def _json(body: dict[str, Any], status: int = 200) -> Response:
     return Response(to_json(body), status, media_type="application/json")
-
-
-def _request_body(schema: type[RequestBody]) -> dict[str, Any]:
-    reference = {"$ref": f"#/components/schemas/{schema.__name__}"}
-    return {"required": True, "content": {"application/json": {"schema": reference}}}

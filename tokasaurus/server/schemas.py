@@ -25,6 +25,7 @@ __all__ = [
     "Prompts",
     "RequestBody",
     "StreamOptions",
+    "body_reference",
     "parse",
     "read_prompts",
 ]
@@ -402,6 +403,12 @@ def validated(fields: Any, schema: type[S]) -> S:
         return schema.model_validate(fields)
     except ValidationError as error:
         raise _as_request_error(error) from None
+
+
+def body_reference(schema: type[RequestBody]) -> dict[str, Any]:
+    """What the OpenAPI document says of a route whose body this is."""
+    reference = {"$ref": f"#/components/schemas/{schema.__name__}"}
+    return {"required": True, "content": {"application/json": {"schema": reference}}}
 
 
 def _without_empty_fields(message: Any) -> Any:

@@ -88,11 +88,13 @@ class Tokenizer:
 
     # --- text to ids -------------------------------------------------------------------------------
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a prompt, with the special tokens that the model expects around it, once.
 
         A prompt that already begins with the text of the BOS token gets no second one.
         """
+        if not add_special_tokens:
+            return self._encode(text, add_special_tokens=False)
         ids = self._encode(text, add_special_tokens=True)
         bos_id = self._wrapped.bos_token_id
         if bos_id is not None and ids[:2] == [bos_id, bos_id]:
@@ -158,6 +160,18 @@ class Tokenizer:
             return list(encoding.ids)
         return list(self._wrapped.encode(text, add_special_tokens=add_special_tokens))
 
+    def info(self) -> dict[str, Any]:
+        """The tokenizer's class, size, special tokens and chat template; None for what it does not have."""
+        wrapped = self._wrapped
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        return {
+            "tokenizer_class": type(wrapped).__name__,
+            "vocab_size": len(wrapped),
+            **{name: getattr(wrapped, name, None) for name in names},
+            "special_tokens": list(self.special_ids),
+            "chat_template": wrapped.chat_template,
+        }
+
     # --- ids to text -------------------------------------------------------------------------------
 
     def decode(self, token_ids: Iterable[int]) -> str:
@@ -167,9 +181,15 @@ class Tokenizer:
         """
         return b"".join(map(self.visible.__getitem__, token_ids)).decode(errors="replace")
 
-    def decode_prompt(self, token_ids: Iterable[int]) -> str:
-        """The text of ids that begin one: without the space that some tokenizers put in front."""
-        text = self.decode(token_ids)
+    def decode_prompt(self, token_ids: Iterable[int], *, special: bool = False) -> str:
+        """The text of ids that begin one: without the space that some tokenizers put in front.
+
+        Args:
+            token_ids: of the whole text.
+            special: write special tokens by their names.
+        """
+        table = self.spelled if special else self.visible
+        text = b"".join(map(table.__getitem__, token_ids)).decode(errors="replace")
         return text[1:] if self._strips_first_space and text.startswith(" ") else text
 
     def token_text(self, token_id: int) -> str:

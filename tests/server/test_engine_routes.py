@@ -1,0 +1,64 @@
+"""What the engine says of itself, and flushes of its prefix cache."""
+
+from __future__ import annotations
+
+import pytest
+from fake_engine import CONFIG, RunningServer, with_config
+
+from tokasaurus.protocol.messages import FlushCache
+from tokasaurus.version import __version__
+
+
+@pytest.mark.parametrize("path", ["/flush_cache", "/reset_prefix_cache"])
+def test_flushes_tell_what_was_dropped(server, path):
+    for answer in (server.post(path, b""), server.get(path)):
+        assert answer.status == 200
+        assert answer.json == {"status": "ok", "flushed_pages": 3, "flushed_tokens": 48}
+    asked = [each for each in server.engine.received if isinstance(each, FlushCache)]
+    assert len({each.flush_id for each in asked}) == len(asked) == 2
+
+
+def test_an_engine_that_dies_ends_a_flush():
+    with RunningServer().running() as server:
+        server.engine.send = lambda message: None  # it never answers
+        server.generations._send = lambda message: server.state.die("it broke")
+        answer = server.post("/flush_cache", b"")
+        assert answer.status == 503
+        assert "it broke" in answer.error["message"]
+        assert server.post("/flush_cache", b"").status == 503
+
+
+def test_model_info(server):
+    info = server.get("/model_info").json
+    assert info["model_path"] == CONFIG.model_root
+    assert info["served_model_name"] == CONFIG.model_name
+    assert info["is_generation"] is True
+    assert info["max_model_len"] == CONFIG.max_request_tokens
+    assert info["default_sampling_params"] == {}
+
+
+def test_server_info_has_no_secrets():
+    key = "sk-very-secret"
+    config = with_config(api_key_digests=("ab" * 32,), temperature=0.5)
+    with RunningServer(config).running() as server:
+        answer = server._ask("GET", "/server_info", None, {"Authorization": f"Bearer {key}"})
+        assert answer.status == 401  # it is no open route
+    with RunningServer(with_config(temperature=0.5)).running() as server:
+        content = server.get("/server_info").content.decode()
+        info = server.get("/server_info").json
+        assert server.get("/model_info").json["default_sampling_params"] == {"temperature": 0.5}
+    assert "digest" not in content
+    assert "key" not in content
+    assert info["version"] == __version__
+    assert info["status"] == "ok"
+    # As sglang.bench_serving looks into it.
+    assert info["internal_states"][0].get("avg_spec_accept_length", None) is None
+    assert info["internal_states"][0]["num_running_prompts"] == 0
+
+
+def test_server_info_while_the_model_loads():
+    with RunningServer(ready=False).running() as server:
+        assert server.get("/server_info").json["status"] == "loading"
+        assert server.get("/model_info").status == 503
+        assert server.post("/flush_cache", b"").status == 503
+        assert server.get("/tokenizer_info").status == 503

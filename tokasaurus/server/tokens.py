@@ -1,0 +1,165 @@
+"""``/tokenize``, ``/detokenize`` and ``/tokenizer_info``, in the shapes of vLLM: the model's tokenizer for clients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+
+from tokasaurus.errors import RequestError
+from tokasaurus.server.answers import MANY_CHARACTERS
+from tokasaurus.server.bodies import read_json
+from tokasaurus.server.calls import in_thread_if
+from tokasaurus.server.http_errors import to_json
+from tokasaurus.server.schemas import ChatMessage, RequestBody, body_reference, parse
+from tokasaurus.server.state import EngineState
+from tokasaurus.server.tokenizer import Tokenizer
+
+__all__ = ["TOKEN_SCHEMAS", "TokenRoutes"]
+
+
+class TokenizeRequest(RequestBody):
+    """``POST /tokenize``: of a text, or of a conversation."""
+
+    harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "mm_processor_kwargs": ({},),
+        "tools": ([],),
+    }
+
+    model: str | None = None
+    """Any name will do: there is one model."""
+    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    """Instead of ``prompt``: a conversation, which the chat template writes."""
+    add_special_tokens: bool | None = None
+    """The special tokens that the model expects around a text: true by default, as /v1/completions does.
+    In a conversation the chat template writes them, so there it can only be false."""
+    return_token_strs: bool | None = None
+    """Each token's spelling, too."""
+    add_generation_prompt: bool | None = None
+    """End a conversation where the assistant's next message begins. Default true, but where the last message is
+    the assistant's."""
+    continue_final_message: bool | None = None
+    """Leave the last message open."""
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Further arguments of the chat template."""
+
+    def check(self) -> None:
+        if (self.prompt is None) == (self.messages is None):
+            said = "neither was given" if self.prompt is None else "both were given"
+            raise RequestError(f"prompt or messages is required, one of the two: {said}", "prompt")
+        if self.messages is None:
+            for name in _CHAT_ONLY:
+                if getattr(self, name) is not None:
+                    raise RequestError(f"{name} has no effect without messages", name)
+        elif self.add_special_tokens:
+            raise RequestError(
+                "add_special_tokens must be false with messages: the chat template writes them",
+                "add_special_tokens",
+            )
+
+    def ids(self, tokenizer: Tokenizer) -> list[int]:
+        """The tokens. Raises RequestError."""
+        if self.prompt is not None:
+            return tokenizer.encode(
+                self.prompt, add_special_tokens=self.add_special_tokens is not False
+            )
+        overrides = dict(self.chat_template_kwargs or {})
+        for name in ("add_generation_prompt", "continue_final_message", "chat_template"):
+            if getattr(self, name) is not None:
+                overrides[name] = getattr(self, name)
+        try:
+            return tokenizer.render_chat(
+                [message.for_template() for message in self.messages or ()], overrides
+            )
+        except RequestError as error:
+            if error.field != "apply_chat_template_overrides":
+                raise
+            name = "chat_template_kwargs"
+            raise RequestError(error.message.replace(error.field, name), name) from None
+
+
+_CHAT_ONLY = (
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+    "chat_template_kwargs",
+)
+
+
+class DetokenizeRequest(RequestBody):
+    """``POST /detokenize``."""
+
+    harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    model: str | None = None
+    """Any name will do: there is one model."""
+    tokens: list[int]
+
+
+TOKEN_SCHEMAS: tuple[type[RequestBody], ...] = (TokenizeRequest, DetokenizeRequest)
+
+
+class TokenRoutes:
+    """The routes.
+
+    Args:
+        state: of the engine, whose tokenizer it is.
+    """
+
+    def __init__(self, state: EngineState) -> None:
+        self._state = state
+
+    def router(self) -> APIRouter:
+        router = APIRouter()
+        for path, handler, schema in (
+            ("/tokenize", self.tokenize, TokenizeRequest),
+            ("/detokenize", self.detokenize, DetokenizeRequest),
+        ):
+            router.add_api_route(
+                path,
+                handler,
+                methods=["POST"],
+                response_model=None,
+                openapi_extra={"requestBody": body_reference(schema)},
+            )
+        router.add_api_route("/tokenizer_info", self.info, methods=["GET"], response_model=None)
+        return router
+
+    async def tokenize(self, request: Request) -> Response:
+        """The tokens of a text or a conversation, as the generating routes would make them."""
+        generations = self._state.generations()
+        body = parse(await read_json(request), TokenizeRequest)
+        size = len(body.prompt or "") + sum(
+            len(message.for_template()["content"]) for message in body.messages or ()
+        )
+        tokenizer = generations.tokenizer
+        ids = await in_thread_if(size > MANY_CHARACTERS, lambda: body.ids(tokenizer))
+        spellings = [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
+        limit = generations.config.max_request_tokens
+        return _json(
+            {"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": spellings}
+        )
+
+    async def detokenize(self, request: Request) -> Response:
+        """The text of tokens, special ones by their names."""
+        generations = self._state.generations()
+        tokens = parse(await read_json(request), DetokenizeRequest).tokens
+        tokenizer, vocab_size = generations.tokenizer, generations.config.vocab_size
+        wrong = next((i for i in tokens if not 0 <= i < vocab_size), None)
+        if wrong is not None:
+            raise RequestError(f"tokens must be from 0 to {vocab_size - 1}, not {wrong}", "tokens")
+        return _json({"prompt": tokenizer.decode_prompt(tokens, special=True)})
+
+    async def info(self) -> Response:
+        """What a client needs to know of the tokenizer to write prompts itself."""
+        generations = self._state.generations()
+        limit = generations.config.max_request_tokens
+        return _json({**generations.tokenizer.info(), "model_max_length": limit})
+
+
+def _json(body: dict[str, Any]) -> Response:
+    return Response(to_json(body), media_type="application/json")
