@@ -16,7 +16,6 @@ from tokasaurus.server.calls import Call, in_thread_if
 from tokasaurus.server.http_errors import error_body, error_status, to_json
 from tokasaurus.server.operations import OPERATIONS
 from tokasaurus.server.params import renamed
-from tokasaurus.server.schemas import parse
 from tokasaurus.server.state import EngineState
 from tokasaurus.server.tasks import Operation, Task
 
@@ -47,7 +46,7 @@ class Answers:
             EngineError: the engine cannot serve.
         """
         generations = self._state.generations()
-        request = parse(body, operation.schema)
+        request = operation.read(body)
         heavy = operation.num_characters(request) > MANY_CHARACTERS
         return await in_thread_if(heavy, lambda: operation.prepare(request, generations))
 

@@ -80,7 +80,7 @@ def _document_bodies(app: FastAPI) -> None:
             document = generate()
             bodies: list[type[BaseModel]] = [
                 BatchRequest,
-                *(operation.schema for operation in OPERATIONS.values()),
+                *(each for operation in OPERATIONS.values() for each in operation.schemas),
                 *TOKEN_SCHEMAS,
             ]
             _, schemas = models_json_schema(

@@ -59,7 +59,7 @@ class Endpoints:
                 name=path.removeprefix("/"),
                 description=operation.summary,
                 response_model=None,
-                openapi_extra={"requestBody": body_reference(operation.schema)},
+                openapi_extra={"requestBody": body_reference(*operation.schemas)},
             )
         return router
 

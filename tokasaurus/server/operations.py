@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from tokasaurus.errors import RequestError
 from tokasaurus.server.embeddings import EMBEDDINGS
+from tokasaurus.server.generate import GENERATE
 from tokasaurus.server.generation import Generations
 from tokasaurus.server.params import renamed
 from tokasaurus.server.render import ChatRenderer, CompletionRenderer
@@ -78,5 +79,6 @@ OPERATIONS: Mapping[str, Operation] = {
         ),
         Operation("/v1/chat/completions", ChatRequest, _chat_characters, _prepare_chat),
         EMBEDDINGS,
+        GENERATE,
     )
 }

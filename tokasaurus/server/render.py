@@ -21,11 +21,11 @@ from tokasaurus.server.schemas import ChatRequest, CompletionRequest, Generation
 from tokasaurus.server.tokenizer import Tokenizer
 from tokasaurus.server.writer import DONE, StreamWriter, event
 
-__all__ = ["MANY_LOGPROBS", "MANY_TOKENS", "ChatRenderer", "CompletionRenderer", "usage"]
+__all__ = ["ChatRenderer", "CompletionRenderer", "takes_long", "usage"]
 
 # What takes longer than about a millisecond to turn into text and JSON.
-MANY_TOKENS = 8_000
-MANY_LOGPROBS = 200
+_MANY_TOKENS = 8_000
+_MANY_LOGPROBS = 200
 
 
 class Renderer(StreamWriter):
@@ -58,8 +58,7 @@ class Renderer(StreamWriter):
         }
 
     def takes_long(self, generations: Sequence[Generation]) -> bool:
-        size = sum(generation.num_generated_tokens for generation in generations)
-        return size > (MANY_TOKENS if self.request.num_logprobs is None else MANY_LOGPROBS)
+        return takes_long(generations, self.request.num_logprobs is not None)
 
     def whole(self, generations: Sequence[Generation]) -> bytes:
         choices, outputs = [], []
@@ -256,6 +255,16 @@ class ChatRenderer(Renderer):
         if output.logprobs is None or self._packs_logprobs:
             return None
         return chat_logprobs(self.tokenizer, output.token_ids, output.logprobs)
+
+
+def takes_long(generations: Sequence[Generation], with_logprobs: bool) -> bool:
+    """Whether it takes more than about a millisecond to write down all that was generated."""
+    size = sum(
+        generation.num_generated_tokens
+        + (0 if generation.prompt_logprobs is None else generation.num_prompt_tokens)
+        for generation in generations
+    )
+    return size > (_MANY_LOGPROBS if with_logprobs else _MANY_TOKENS)
 
 
 def usage(generations: Sequence[Generation], num_generated_tokens: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from tokasaurus.server.fields import HARMLESS, without_harmless
 from tokasaurus.server.params import MAX_SAMPLES, SamplingParams, renamed
 
 __all__ = [
+    "TOKEN_IDS",
     "ChatMessage",
     "ChatRequest",
     "CompletionRequest",
@@ -43,7 +44,7 @@ Metadata: TypeAlias = Annotated[
 ]
 
 
-_TOKEN_IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
+TOKEN_IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
 Prompts: TypeAlias = Annotated[
     Any,
     WithJsonSchema(
@@ -51,8 +52,8 @@ Prompts: TypeAlias = Annotated[
             "anyOf": [
                 {"type": "string"},
                 {"type": "array", "items": {"type": "string"}, "minItems": 1},
-                _TOKEN_IDS,
-                {"type": "array", "items": _TOKEN_IDS, "minItems": 1},
+                TOKEN_IDS,
+                {"type": "array", "items": TOKEN_IDS, "minItems": 1},
             ]
         }
     ),
@@ -114,8 +115,10 @@ class RequestBody(StrictSchema):
 
     Attributes:
         harmless: fields that it does not have, with the values that change nothing (see ``fields``).
+        key_fields: those that tell it from other shapes of the same request; one of them is required.
     """
 
+    key_fields: ClassVar[tuple[str, ...]] = ()
     harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = HARMLESS
 
     @property
@@ -405,10 +408,11 @@ def validated(fields: Any, schema: type[S]) -> S:
         raise _as_request_error(error) from None
 
 
-def body_reference(schema: type[RequestBody]) -> dict[str, Any]:
-    """What the OpenAPI document says of a route whose body this is."""
-    reference = {"$ref": f"#/components/schemas/{schema.__name__}"}
-    return {"required": True, "content": {"application/json": {"schema": reference}}}
+def body_reference(*schemas: type[RequestBody]) -> dict[str, Any]:
+    """What the OpenAPI document says of a route whose body is one of these."""
+    references = [{"$ref": f"#/components/schemas/{schema.__name__}"} for schema in schemas]
+    schema = references[0] if len(references) == 1 else {"anyOf": references}
+    return {"required": True, "content": {"application/json": {"schema": schema}}}
 
 
 def _without_empty_fields(message: Any) -> Any:

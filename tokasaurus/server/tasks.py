@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tokasaurus.errors import RequestError
 from tokasaurus.server.generation import Generations, PreparedRequest
-from tokasaurus.server.schemas import RequestBody
+from tokasaurus.server.schemas import RequestBody, parse
 from tokasaurus.server.writer import AnswerWriter
 
 __all__ = ["Operation", "Task"]
@@ -35,12 +36,44 @@ class Operation:
         schema: of its JSON.
         num_characters: of a request, to tokenize: many are left to a thread.
         prepare: makes a task of a request; may take a while. Raises RequestError.
+        alternatives: other shapes of its JSON, told apart by their ``key_fields``.
     """
 
     path: str
     schema: type[RequestBody]
     num_characters: Callable[[Any], int]
     prepare: Callable[[Any, Generations], Task]
+    alternatives: tuple[type[RequestBody], ...] = ()
+
+    @property
+    def schemas(self) -> tuple[type[RequestBody], ...]:
+        """Every shape of its JSON."""
+        return self.schema, *self.alternatives
+
+    def read(self, body: Any) -> RequestBody:
+        """Checks a decoded JSON body.
+
+        Raises:
+            RequestError: it is no such request; names the field.
+        """
+        return parse(body, self._schema_of(body))
+
+    def _schema_of(self, body: Any) -> type[RequestBody]:
+        if not self.alternatives or not isinstance(body, dict):
+            return self.schema
+        given = [
+            (name, schema)
+            for schema in self.schemas
+            for name in schema.key_fields
+            if body.get(name) is not None
+        ]
+        if len({schema for _, schema in given}) == 1:
+            return given[0][1]
+        names = [name for schema in self.schemas for name in schema.key_fields]
+        said = (
+            " and ".join(name for name, _ in given) + " were given" if given else "none was given"
+        )
+        raise RequestError(f"one of {', '.join(names)} is required: {said}", names[0])
 
     @property
     def summary(self) -> str:

@@ -1,0 +1,411 @@
+"""``POST /generate``: the engine's own shape and SGLang's; every field changes something or is refused by name."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import operator
+from unittest import mock
+
+import msgspec
+import numpy as np
+import pytest
+from fake_engine import CONFIG, EOS_ID, TOKENIZER, ids_of, logprob_row
+
+from tokasaurus.server.native import NativeRequest
+from tokasaurus.server.sglang import _HARMLESS_SAMPLING, SAMPLING_FIELDS, SglangRequest
+
+PATH = "/generate"
+LOWEST_TOP = 2
+
+NATIVE = {"prompt": "the cat", "seed": 1, "max_tokens": 12}
+SGLANG = {
+    "text": "the cat",
+    "sampling_params": {"max_new_tokens": 12, "sampling_seed": 1},
+}
+
+
+def observe(server, body):
+    """All that a client or the engine can see of a request, without what is different each time."""
+    server.engine.received.clear()
+    generations = server.generations
+    with mock.patch.object(generations, "start", wraps=generations.start) as start:
+        answer = server.post(PATH, body)
+    if answer.status != 200:
+        return answer.status, answer.error["param"]
+    sent = [msgspec.to_builtins(_without(each, "request_id")) for each in server.engine.requests]
+    keys = [call.args[0].client_key for call in start.call_args_list]
+    if body.get("stream"):
+        seen = [answer.headers["content-type"], len(answer.events) > 0]
+    else:
+        seen = answer.json
+        for each in seen if isinstance(seen, list) else [seen]:
+            each.pop("created", None)
+            if each.get("id", "gen-").startswith("gen-"):
+                each.pop("id", None)
+            each.get("meta_info", {}).pop("e2e_latency", None)
+            if len(each.get("meta_info", {}).get("id", "")) == 32:
+                del each["meta_info"]["id"]
+    return 200, sent, keys, seen
+
+
+def _without(sent, name):
+    fields = {each: getattr(sent, each) for each in sent.__struct_fields__ if each != name}
+    return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in fields.items()}
+
+
+# --- the engine's own shape ------------------------------------------------------------------------
+
+# A value that changes something, and what else the request must say for that to show.
+NATIVE_CHANGES = {
+    "model": ("other", {}),
+    "prompt": ("the dog", {}),
+    "system": ("be brief", {}),
+    "n": (3, {}),
+    "temperature": (0.25, {}),
+    "top_p": (0.5, {}),
+    "top_k": (5, {}),
+    "min_p": (0.5, {}),
+    "seed": (2, {}),
+    "stop": (["a", "b"], {}),
+    "ignore_eos": (True, {}),
+    "max_tokens": (5, {}),
+    "logprobs": (2, {}),
+    "prompt_logprobs": (2, {}),
+    "logprobs_mode": ("raw", {}),
+    "logprobs_ignore_temperature": (True, {}),
+    "priority": (-5, {}),
+    "first_k": (1, {"n": 3}),
+    "stream": (True, {}),
+    "user": ("somebody", {}),
+    "metadata": ({"run": "7"}, {}),
+    "service_tier": ("flex", {}),
+}
+NATIVE_REFUSED = {
+    "logprobs_in_fingerprint": True,
+    "stream_options": {"include_usage": True},
+}
+
+
+def test_the_setup_guides_client(server):
+    """Both ``text`` and ``output``, and what /v1/chat/completions says to the same messages."""
+    server.engine.script = lambda request, index: [*ids_of("hello world"), EOS_ID]
+    body = {"model": "m", "system": "be brief", "prompt": "hi", "temperature": 0.0}
+    answer = server.post(PATH, {**body, "max_tokens": 64, "stop": ["FEEDBACK"]}).json
+    assert answer["text"] == answer["output"] == "hello world"
+    assert answer["finish_reason"] == "stop"
+    assert answer["model"] == "m"
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "hi"},
+    ]
+    chat = server.post(
+        "/v1/chat/completions",
+        {"messages": messages, "temperature": 0.0, "max_tokens": 64, "stop": ["FEEDBACK"]},
+    ).json
+    assert chat["choices"][0]["message"]["content"] == answer["text"]
+    assert chat["usage"] == answer["usage"]
+    one, other = (_without(each, "request_id") for each in server.engine.requests)
+    assert {**one, "seed": 0} == {**other, "seed": 0}
+
+
+def test_an_empty_text_is_there_twice(server):
+    server.engine.script = lambda request, index: [EOS_ID]
+    answer = server.post(PATH, {"prompt": "hi", "system": ""}).json
+    assert answer["text"] == answer["output"] == ""
+    ids = server.engine.requests[0].prompt_ids.tolist()
+    assert TOKENIZER.token_text(ids[1]) == "<|system|>"  # an empty message is one, too
+    assert answer["output_ids"] == [EOS_ID]
+
+
+def test_ids_in_and_out_with_logprobs(server):
+    ids = ids_of("the cat sat")
+    body = {"prompt": ids, "logprobs": LOWEST_TOP, "prompt_logprobs": 1, "max_tokens": 5}
+    answer = server.post(PATH, body).json
+    assert answer["prompt_ids"] == ids
+    assert len(answer["output_ids"]) == answer["usage"]["completion_tokens"]
+    for token, chosen, top_ids, top in zip(
+        answer["output_ids"], *answer["logprobs"].values(), strict=True
+    ):
+        assert (chosen, top_ids, top) == logprob_row(token, LOWEST_TOP)
+    prompt = answer["prompt_logprobs"]
+    assert [column[0] for column in prompt.values()] == [None] * 3
+    assert prompt["token_logprobs"][1:] == [logprob_row(token, 1)[0] for token in ids[1:]]
+
+
+def test_samples_and_their_stream(server):
+    body = {**NATIVE, "n": 3, "logprobs": 1, "prompt_logprobs": 0}
+    whole = server.post(PATH, body).json
+    assert [sample["index"] for sample in whole["samples"]] == [0, 1, 2]
+    assert whole["text"] == whole["samples"][0]["text"]
+    events = server.post(PATH, {**body, "stream": True}).events
+    assert events[0]["prompt_ids"] == whole["prompt_ids"]
+    assert events[0]["prompt_logprobs"] == whole["prompt_logprobs"]
+    assert "prompt_ids" not in events[1]
+    for sample in whole["samples"]:
+        pieces = [event for event in events if event["index"] == sample["index"]]
+        assert "".join(piece["text"] for piece in pieces) == sample["text"]
+        assert (
+            functools.reduce(operator.iadd, (piece["output_ids"] for piece in pieces), [])
+            == sample["output_ids"]
+        )
+        assert pieces[-1]["finish_reason"] == sample["finish_reason"]
+        chosen = [piece["logprobs"] for piece in pieces if piece["logprobs"]]
+        assert (
+            functools.reduce(operator.iadd, (each["token_logprobs"] for each in chosen), [])
+            == (sample["logprobs"]["token_logprobs"])
+        )
+    assert events[-1]["usage"] == whole["usage"]
+
+
+def test_these_are_all_fields_of_the_native_shape():
+    assert {*NATIVE_CHANGES, *NATIVE_REFUSED} == set(NativeRequest.model_fields)
+
+
+@pytest.mark.parametrize("field", NATIVE_CHANGES)
+def test_a_native_field_changes_something(server, field):
+    value, extra = NATIVE_CHANGES[field]
+    body = {**NATIVE, **extra}
+    plain = observe(
+        server, {name: v for name, v in body.items() if name != field or name == "prompt"}
+    )
+    changed = observe(server, {**body, field: value})
+    assert changed[0] == 200
+    assert changed != plain
+
+
+@pytest.mark.parametrize("field", [*NATIVE_CHANGES, *NATIVE_REFUSED])
+def test_a_native_field_of_the_wrong_type_is_named(server, field):
+    for wrong in ({"nonsense": {}}, [[["nonsense"]]]):
+        assert observe(server, {**NATIVE, field: wrong}) == (400, field)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": "a", "text": "b"}, "prompt"),
+        ({"prompt": ""}, None),
+        ({"prompt": ["a"]}, "prompt"),
+        ({"prompt": [1, True]}, "prompt"),
+        ({"prompt": [10**6]}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [1], "system": "s"}, "system"),
+        ({"prompt": "a", "max_tokens": 10**6}, "max_tokens"),
+        ({"prompt": "a", "logprobs": 21}, "logprobs"),
+        ({"prompt": "a", "sampling_params": {}}, "sampling_params"),
+        ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),
+        *(({"prompt": "a", name: value}, name) for name, value in NATIVE_REFUSED.items()),
+    ],
+    ids=repr,
+)
+def test_wrong_native_requests(server, body, param):
+    seen = observe(server, {"max_tokens": 2, **body})
+    assert seen[0] == 200 if param is None else seen == (400, param)
+
+
+# --- SGLang's shape --------------------------------------------------------------------------------
+
+SGLANG_CHANGES = {
+    "text": ("the dog", {}),
+    "input_ids": ([70, 71], {"text": None}),
+    "sampling_params": ({"max_new_tokens": 3, "sampling_seed": 1}, {}),
+    "return_logprob": (True, {}),
+    "logprob_start_len": (0, {"return_logprob": True}),
+    "top_logprobs_num": (2, {"return_logprob": True}),
+    "return_text_in_logprobs": (True, {"return_logprob": True}),
+    "stream": (True, {}),
+    "rid": ("mine", {}),
+    "user": ("somebody", {}),
+}
+SAMPLING_CHANGES = {
+    "n": 2,
+    "max_new_tokens": 3,
+    "temperature": 0.25,
+    "top_p": 0.5,
+    "top_k": 5,
+    "min_p": 0.5,
+    "sampling_seed": 2,
+    "stop": "a",
+    "ignore_eos": True,
+}
+
+
+def test_these_are_all_fields_of_sglangs_shape():
+    assert set(SGLANG_CHANGES) == set(SglangRequest.model_fields)
+    assert set(SAMPLING_CHANGES) == set(SAMPLING_FIELDS)
+
+
+@pytest.mark.parametrize("field", SGLANG_CHANGES)
+def test_a_field_of_sglang_changes_something(server, field):
+    value, extra = SGLANG_CHANGES[field]
+    body = {**SGLANG, **extra}
+    plain = {name: v for name, v in body.items() if name != field or name == "text"}
+    if field == "input_ids":
+        plain = {**plain, "input_ids": [70, 72]}
+    changed = observe(server, {**body, field: value})
+    assert changed[0] == 200
+    assert changed != observe(server, plain)
+
+
+@pytest.mark.parametrize("field", SGLANG_CHANGES)
+def test_a_field_of_sglang_of_the_wrong_type_is_named(server, field):
+    body = {name: v for name, v in SGLANG.items() if field != "input_ids" or name != "text"}
+    for wrong in ({"nonsense": {}}, [[["nonsense"]]]):
+        seen = observe(server, {**body, field: wrong})
+        named = {"sampling_params.nonsense"} if field == "sampling_params" else set()
+        assert seen[0] == 400
+        assert seen[1] in {field, *named}
+
+
+@pytest.mark.parametrize("name", SAMPLING_CHANGES)
+def test_a_sampling_parameter_changes_something(server, name):
+    base = {"max_new_tokens": 12, "sampling_seed": 1}
+    plain = observe(server, {"text": "a", "sampling_params": base})
+    params = {**base, name: SAMPLING_CHANGES[name]}
+    changed = observe(server, {"text": "a", "sampling_params": params})
+    assert changed[0] == 200
+    assert changed != plain
+    wrong = observe(server, {"text": "a", "sampling_params": {**base, name: {"nonsense": {}}}})
+    assert wrong == (400, f"sampling_params.{name}")
+    if name != "sampling_seed":
+        without = {k: v for k, v in base.items() if k != name}
+        assert observe(server, {"text": "a", "sampling_params": {**without, name: None}}) == (
+            observe(server, {"text": "a", "sampling_params": without})
+        )
+
+
+@pytest.mark.parametrize("name", SglangRequest.harmless)
+def test_harmless_fields_of_sglang(server, name):
+    plain = observe(server, SGLANG)
+    for value in [None, *SglangRequest.harmless[name]]:
+        value = "x" if value is str else value
+        assert observe(server, {**SGLANG, name: value}) == plain
+    assert observe(server, {**SGLANG, name: {"nonsense": 1}}) == (400, name)
+
+
+@pytest.mark.parametrize("name", _HARMLESS_SAMPLING)
+def test_harmless_sampling_parameters(server, name):
+    params = SGLANG["sampling_params"]
+    plain = observe(server, SGLANG)
+    for value in [None, *_HARMLESS_SAMPLING[name]]:
+        body = {**SGLANG, "sampling_params": {**params, name: value}}
+        assert observe(server, body) == plain
+    body = {**SGLANG, "sampling_params": {**params, name: {"nonsense": 1}}}
+    assert observe(server, body) == (400, f"sampling_params.{name}")
+
+
+def test_logprobs_of_sglang(server):
+    ids = ids_of("the cat sat on")
+    body = {
+        "input_ids": ids,
+        "sampling_params": {"max_new_tokens": 4, "ignore_eos": True},
+        "return_logprob": True,
+        "top_logprobs_num": 2,
+        "return_text_in_logprobs": True,
+    }
+    for start in (-1, 0, 2, len(ids)):
+        answer = server.post(PATH, {**body, "logprob_start_len": start}).json
+        info = answer["meta_info"]
+        assert [entry[1] for entry in info["output_token_logprobs"]] == answer["output_ids"]
+        for (logprob, token, text), top in zip(
+            info["output_token_logprobs"], info["output_top_logprobs"], strict=True
+        ):
+            chosen, top_ids, values = logprob_row(token, 2)
+            assert (logprob, text) == (chosen, TOKENIZER.token_text(token))
+            assert [(entry[1], entry[0]) for entry in top] == list(
+                zip(top_ids, values, strict=True)
+            )
+        told = info["input_token_logprobs"]
+        assert [entry[1] for entry in told] == (ids[start:] if start >= 0 else [])
+        assert len(info["input_top_logprobs"]) == len(told)
+        for position, entry in enumerate(told, start):
+            expected = None if position == 0 else logprob_row(entry[1], 2)[0]
+            assert entry[0] == expected
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_lists_of_prompts(server, stream):
+    """A setting for each prompt, n samples of each; an index says whose a streamed event is."""
+    body = {
+        "text": ["the cat", "a"],
+        "sampling_params": [
+            {"n": 2, "max_new_tokens": 4, "sampling_seed": 1, "ignore_eos": True},
+            {"max_new_tokens": 6, "sampling_seed": 2, "ignore_eos": True},
+        ],
+        "return_logprob": [False, True],
+        "rid": ["x", "y"],
+    }
+    whole = server.post(PATH, body).json
+    assert [each["meta_info"]["id"] for each in whole] == ["x", "x", "y"]
+    assert [len(each["output_ids"]) for each in whole] == [4, 4, 6]
+    assert ["output_token_logprobs" in each["meta_info"] for each in whole] == [False, False, True]
+    if stream:
+        events = server.post(PATH, {**body, "stream": True}).events
+        for index, expected in enumerate(whole):
+            mine = [event for event in events if event["index"] == index]
+            texts = [event["text"] for event in mine]
+            assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
+            last = {name: value for name, value in mine[-1].items() if name != "index"}
+            for each in (last, expected):
+                del each["meta_info"]["e2e_latency"]
+            assert last == expected
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"text": "a", "input_ids": [1]}, "input_ids"),
+        ({"text": []}, "text"),
+        ({"text": [1, 2]}, "text"),
+        ({"input_ids": "a"}, "input_ids"),
+        ({"input_ids": [[]]}, "input_ids"),
+        ({"input_ids": [10**6]}, "input_ids"),
+        ({"text": ["a", "b"], "rid": ["x"]}, "rid"),
+        ({"text": ["a", "b"], "sampling_params": [{}]}, "sampling_params"),
+        ({"text": "a", "sampling_params": [{}]}, "sampling_params"),
+        ({"text": "a", "top_logprobs_num": 2}, "top_logprobs_num"),
+        ({"text": "a", "return_logprob": True, "top_logprobs_num": 99}, "top_logprobs_num"),
+        ({"text": "a", "return_logprob": True, "top_logprobs_num": -1}, "top_logprobs_num"),
+        ({"text": "a", "logprob_start_len": 0}, "logprob_start_len"),
+        ({"text": "a", "return_logprob": True, "logprob_start_len": -2}, "logprob_start_len"),
+        ({"text": "a", "return_logprob": True, "logprob_start_len": 99}, "logprob_start_len"),
+        ({"text": "a", "sampling_params": {"max_tokens": 5}}, "sampling_params.max_tokens"),
+        (
+            {"text": "a", "sampling_params": {"max_new_tokens": CONFIG.max_request_tokens}},
+            "sampling_params.max_new_tokens",
+        ),
+        ({"text": "a", "sampling_params": {"n": 10**9}}, "sampling_params.n"),
+        ({"text": "a", "lora_path": "x"}, "lora_path"),
+        ({"text": "a", "priority": 1}, "priority"),
+    ],
+    ids=repr,
+)
+def test_wrong_requests_of_sglang(server, body, param):
+    answer = server.post(PATH, body)
+    assert answer.status == 400
+    assert answer.error["param"] == param
+    assert param.rpartition(".")[2] in answer.error["message"]
+
+
+def test_the_default_limit_gives_way_to_the_context(server):
+    ids = [20] * (CONFIG.max_request_tokens - 3)
+    assert server.post(PATH, {"input_ids": ids}).status == 200
+    assert server.engine.requests[0].max_tokens == 3
+    assert server.post(PATH, {"text": "a"}).status == 200
+    assert server.engine.requests[1].max_tokens == 128
+
+
+def test_an_error_in_a_stream_comes_before_it(server):
+    server.engine.reject = "it will never fit"
+    answer = server.post(PATH, {**SGLANG, "stream": True})
+    assert answer.status == 400
+    assert answer.error["param"] == "text"
+
+
+def test_one_line(server):
+    for body in (NATIVE, SGLANG):
+        assert b"\n" not in server.post(PATH, body).content
+        assert json.loads(server.post(PATH, body).content)

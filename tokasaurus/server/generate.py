@@ -1,0 +1,30 @@
+"""The operation ``/generate``: two shapes of request, which are told apart by what the prompt is called."""
+
+from __future__ import annotations
+
+from tokasaurus.server.generation import Generations
+from tokasaurus.server.native import NativeRequest, NativeWriter, prepare_native
+from tokasaurus.server.sglang import SglangRequest, SglangWriter, prepare_sglang
+from tokasaurus.server.tasks import Operation, Task
+
+__all__ = ["GENERATE"]
+
+
+def _prepare(body: NativeRequest | SglangRequest, generations: Generations) -> Task:
+    """Continues prompts, in the engine's own protocol or in SGLang's."""
+    if isinstance(body, NativeRequest):
+        model = generations.config.model_name
+        return Task(body, [prepare_native(body, generations)], NativeWriter(body, model))
+    prepared = prepare_sglang(body, generations)
+    return Task(body, prepared, SglangWriter(body, prepared, generations.tokenizer))
+
+
+def _num_characters(body: NativeRequest | SglangRequest) -> int:
+    if isinstance(body, NativeRequest):
+        return len(body.prompt) + len(body.system or "")
+    return sum(map(len, body.prompts()))
+
+
+GENERATE = Operation(
+    "/generate", NativeRequest, _num_characters, _prepare, alternatives=(SglangRequest,)
+)
