@@ -61,8 +61,11 @@ def test_lm_eval_generate_until(server):
     assert EOS_ID in server.engine.requests[0].stop_token_ids
 
 
-def test_lm_eval_starts_without_a_tokenizer_route(server):
-    assert server.get("/tokenizer_info").status == 404
+def test_lm_eval_starts_with_the_tokenizer_routes(server):
+    """It asks for the end-of-sequence token, and for its id; without these it would need a tokenizer itself."""
+    eos = server.get("/tokenizer_info").json["eos_token"]
+    body = {"prompt": eos, "add_special_tokens": False}
+    assert server.post("/tokenize", body).json["tokens"] == [EOS_ID]
 
 
 # --- load generators -------------------------------------------------------------------------------
@@ -165,6 +168,50 @@ def test_load_generators(server, name):
     assert all(key in event["choices"][0] for event in events)
     if "continuous_usage_stats" in body.get("stream_options", {}):
         assert all(event["usage"]["completion_tokens"] > 0 for event in events)
+
+
+@pytest.mark.parametrize("prompt", [{"text": "the cat"}, {"input_ids": ids_of("the cat")}], ids=str)
+@pytest.mark.parametrize("return_logprob", [False, True])
+def test_sglang_native(server, prompt, return_logprob):
+    """What it reads of each event: the whole text so far, and counts of tokens that never shrink."""
+    body = {
+        **prompt,
+        "sampling_params": {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True},
+        "stream": True,
+        "lora_path": None,
+        "return_logprob": return_logprob,
+        "return_routed_experts": False,
+        "logprob_start_len": -1,
+        **({"top_logprobs_num": 2} if return_logprob else {}),
+    }
+    answer = server.post("/generate", body)
+    assert answer.status == 200
+    chunks = [line for line in answer.content.split(b"\n") if line.strip()]
+    assert chunks.pop() == b"data: [DONE]"
+    text, num_tokens = "", 0
+    for chunk in chunks:
+        data = json.loads(chunk.removeprefix(b"data: "))
+        assert data["text"].startswith(text)
+        assert data["meta_info"]["completion_tokens"] > num_tokens
+        text, num_tokens = data["text"], data["meta_info"]["completion_tokens"]
+    assert num_tokens == 8
+    assert data["meta_info"]["prompt_tokens"] == len(server.engine.requests[0].prompt_ids)
+    assert data["meta_info"]["cached_tokens"] == 0
+    assert data["meta_info"]["finish_reason"] == {"type": "length", "length": 8}
+    whole = server.post("/generate", {**body, "stream": False})
+    assert whole.json["text"] == text
+    assert b"\n" not in whole.content
+
+
+@pytest.mark.parametrize("path", ["/flush_cache", "/reset_prefix_cache"])
+def test_before_and_after_a_benchmark(server, path):
+    """sglang.bench_serving looks into the server's first state, if there is an answer at all."""
+    assert 200 <= server.post(path, b"").status < 300
+    assert server.get("/model_info").status == 200
+    assert server.get("/health").status == 200
+    server_info = server.get("/server_info").json
+    assert "decode" not in server_info
+    assert server_info["internal_states"][0].get("avg_spec_accept_length") is None
 
 
 def test_the_first_model_has_an_id_and_a_root(server):

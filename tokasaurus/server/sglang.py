@@ -47,7 +47,13 @@ SAMPLING_FIELDS: Mapping[str, _Field] = {
     "top_k": _Field("top_k"),
     "min_p": _Field("min_p"),
     "sampling_seed": _Field("seed"),
+    "frequency_penalty": _Field("frequency_penalty"),
+    "presence_penalty": _Field("presence_penalty"),
+    "repetition_penalty": _Field("repetition_penalty"),
+    "logit_bias": _Field("logit_bias"),
+    "min_new_tokens": _Field("min_tokens"),
     "stop": _Field("stop"),
+    "stop_token_ids": _Field("stop_token_ids"),
     "ignore_eos": _Field("ignore_eos"),
 }
 """SGLang's sampling parameters that are supported."""
@@ -61,18 +67,12 @@ _OUR_NAMES = {
 _HARMLESS_SAMPLING: Mapping[str, tuple[Any, ...]] = {
     "custom_params": (),
     "ebnf": (),
-    "frequency_penalty": (0,),
     "json_schema": (),
-    "logit_bias": ({},),
-    "min_new_tokens": (0,),
     "no_stop_trim": (False,),
-    "presence_penalty": (0,),
     "regex": (),
-    "repetition_penalty": (1,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "stop_regex": ("", []),
-    "stop_token_ids": ([],),
     "stream_interval": (1,),
     "structural_tag": (),
 }
