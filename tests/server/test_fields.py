@@ -46,6 +46,12 @@ CHANGES = {
     "logprobs_in_fingerprint": (True, {}),
     "priority": (-5, {}),
     "first_k": (1, {"n": 3}),
+    "response_format": ({"type": "json_object"}, {}),
+    "structured_outputs": ({"regex": "[a-z]+"}, {}),
+    "guided_json": ({"type": "integer"}, {}),
+    "guided_regex": ("[a-z]+", {}),
+    "guided_choice": (["a", "b"], {}),
+    "guided_grammar": ('start: "a"', {}),
     "stream": (True, {}),
     "stream_options": ({"include_usage": True}, {"stream": True}),
     "user": ("somebody", {}),
@@ -124,7 +130,7 @@ def test_null_is_the_same_as_left_out(server, path, field):
 @pytest.mark.parametrize(("path", "field"), CASES)
 def test_a_value_of_the_wrong_type_is_refused_by_name(server, path, field):
     for wrong in ({"nonsense": 1}, [[["nonsense"]]]):
-        if field == "apply_chat_template_overrides" and isinstance(wrong, dict):
+        if field in ("apply_chat_template_overrides", "guided_json") and isinstance(wrong, dict):
             continue
         body = {**BASE[path], **CHANGES_OF[path][field][1], field: wrong}
         assert observe(server, path, body) == (400, field)

@@ -106,7 +106,9 @@ class LLM:
         # Every batch is finished before the next one is planned, so looking further ahead would only
         # compute tokens after a stop.
         self._manager = Manager(dataclasses.replace(slices.manager, scheduling_steps_ahead=1))
-        self._worker: Worker | None = Worker(slices.worker)
+        self._worker: Worker | None = Worker(
+            slices.worker, lambda: self._tokenizer.vocabulary(server.eos_token_ids)
+        )
         self._worker.warm_up()
         self._inbox: list[FromServer | ForwardResult] = []
         self._generations = Generations(server, self._tokenizer, self._inbox.append)

@@ -13,9 +13,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import ConfigError, ModelError
+from tokasaurus.grammars import Vocabulary
 from tokasaurus.launch.doors import TO_MANAGER, TO_SERVER, TO_WORKER
 from tokasaurus.launch.lifeline import Assignment, Failed, Lifeline, Ready, Stop
 from tokasaurus.observability.logging import configure_logging
@@ -132,9 +135,21 @@ def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:
     directory = Path(assignment.directory)
     door = Receiver(directory, "worker", TO_WORKER)
     to_manager = Sender(directory, "manager", TO_MANAGER)
-    worker = Worker(assignment.slices.worker)
+    worker = Worker(assignment.slices.worker, partial(_load_vocabulary, assignment.slices.server))
     worker.warm_up()
     lifeline.send(Ready())
     while True:
         for batch in door.receive():
             to_manager.send(worker.run(batch))
+
+
+def _load_vocabulary(config: ServerConfig) -> Vocabulary:
+    from tokasaurus.server.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(
+        config.tokenizer_path,
+        vocab_size=config.vocab_size,
+        eos_token_ids=config.eos_token_ids,
+        trust_remote_code=config.trust_remote_code,
+    )
+    return tokenizer.vocabulary(config.eos_token_ids)

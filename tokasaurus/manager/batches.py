@@ -12,7 +12,13 @@ from tokasaurus.manager.in_flight import PromptPiece
 from tokasaurus.manager.sequence import Sequence
 from tokasaurus.manager.slots import IndexArray
 from tokasaurus.protocol.arrays import Int32Array
-from tokasaurus.protocol.messages import AdjustedSlots, ForwardBatch, Pooling, SlotParameters
+from tokasaurus.protocol.messages import (
+    AdjustedSlots,
+    ForwardBatch,
+    Pooling,
+    SlotGrammar,
+    SlotParameters,
+)
 
 __all__ = [
     "NO_COPIES",
@@ -169,6 +175,23 @@ def _slot_parameters(entered: Rows[Sequence]) -> SlotParameters:
         adjusted=_adjusted_slots(
             [s for s in entered if s.request.message.sampling.adjustments is not None]
         ),
+        grammars=_grammars(entered),
+    )
+
+
+def _grammars(entered: Rows[Sequence]) -> tuple[SlotGrammar, ...]:
+    by_text: dict[str, list[Sequence]] = {}
+    for sequence in entered:
+        if sequence.request.message.grammar:
+            by_text.setdefault(sequence.request.message.grammar, []).append(sequence)
+    return tuple(
+        SlotGrammar(
+            text=text,
+            slots=_int32([sequence.slot for sequence in sequences]),
+            num_generated=_int32([sequence.num_stored for sequence in sequences]),
+            generated_ids=np.concatenate([sequence.generated_ids for sequence in sequences]),
+        )
+        for text, sequences in by_text.items()
     )
 
 

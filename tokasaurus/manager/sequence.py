@@ -116,6 +116,11 @@ class Sequence:
         return f"sample {self.sample_index} of request {self.request.message.request_id}"
 
     @property
+    def generated_ids(self) -> Int32Array:
+        """What it had generated before this run: what ``prompt_ids`` has beyond the request's prompt."""
+        return self.prompt_ids[len(self.request.message.prompt_ids) :]
+
+    @property
     def final_length(self) -> int:
         """Positions of KV when all its tokens are generated; the last one's is never written."""
         message = self.request.message

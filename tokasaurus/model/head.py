@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tokasaurus.model.adjustments import AdjustmentTable
+from tokasaurus.model.grammar import TokenMasks
 from tokasaurus.model.llama import LlamaModel
 from tokasaurus.model.sampler import Logprobs, SamplingParameters, draw, logprobs_of
 from tokasaurus.model.state import PromptRows, SamplingRows
@@ -24,7 +25,11 @@ _MAX_LOGITS = 1 << 25
 
 
 def draw_tokens(
-    model: LlamaModel, hidden: Tensor, rows: SamplingRows, adjustments: AdjustmentTable
+    model: LlamaModel,
+    hidden: Tensor,
+    rows: SamplingRows,
+    adjustments: AdjustmentTable,
+    masks: TokenMasks | None,
 ) -> tuple[Tensor, Logprobs | None]:
     """Draws one token for each sampling row.
 
@@ -33,6 +38,7 @@ def draw_tokens(
         hidden: [rows of the batch, hidden].
         rows: which of them, and how to sample each.
         adjustments: of their slots.
+        masks: what their grammars allow; None if none has one.
 
     Returns:
         [sampling rows] int64, and their logprobs if any row asked.
@@ -44,6 +50,8 @@ def draw_tokens(
     for part, logits in _logits(model, hidden, rows.rows):
         parameters = rows.parameters.take(part)
         adjusted = adjustments.adjusted(logits, rows.slots[part], parameters.num_generated)
+        if masks is not None:
+            adjusted = masks.apply(adjusted, logits, part)
         tokens[part] = draw(adjusted, parameters)
         if wanted:
             parts.append(logprobs_of(logits, tokens[part], parameters, width, adjusted))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from tokasaurus.config.slices import WorkerConfig
 from tokasaurus.errors import ProtocolError
+from tokasaurus.grammars import Vocabulary
 from tokasaurus.model.backend import make_backend
 from tokasaurus.model.config import read_model_config
+from tokasaurus.model.grammar import Matchers
 from tokasaurus.model.head import draw_tokens, score_prompts
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.model.layers import Placement
@@ -42,13 +45,16 @@ class Worker:
 
     Args:
         config: the model room's slice.
+        load_vocabulary: what the ids stand for; called if a sequence with a grammar comes.
 
     Raises:
         ModelError: the checkpoint cannot be served; names the file, tensor or field.
         ConfigError: the attention asked for is not to be had here.
     """
 
-    def __init__(self, config: WorkerConfig) -> None:
+    def __init__(
+        self, config: WorkerConfig, load_vocabulary: Callable[[], Vocabulary] | None = None
+    ) -> None:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self._config = config
@@ -71,6 +77,7 @@ class Worker:
         )
         self._state = self._fresh_state()
         self._pooler = Pooler()
+        self._matchers = Matchers(config.num_slots, self._vocab_size, load_vocabulary)
         self._next_number = 0
         log.info(
             "KV cache of %d pages for %d tokens in %s: %.1f MB when full",
@@ -107,12 +114,17 @@ class Worker:
     def _run(self, batch: ForwardBatch) -> ForwardResult:
         started = time.perf_counter()
         planned = self._state.apply(batch)
+        if batch.parameters is not None:
+            self._matchers.enter(batch.parameters)
         hidden = self._forward(planned)
         if planned.copies is not None:
             self._cache.copy_pages(planned.copies.sources, planned.copies.targets)
+        masks = self._matchers.masks(planned.sampling.slots)
         token_ids, drawn = draw_tokens(
-            self._model, hidden, planned.sampling, self._state.adjustments
+            self._model, hidden, planned.sampling, self._state.adjustments, masks
         )
+        if masks is not None:
+            self._matchers.advance(masks, planned.sampling.slots, token_ids)
         self._state.record(planned.sampling.slots, token_ids)
         prompt = score_prompts(self._model, hidden, planned.prompt) if planned.prompt else None
         pooled = self._pooler.pool(batch, hidden)

@@ -39,6 +39,7 @@ __all__ = [
     "RequestRejected",
     "Sampling",
     "SequenceUpdates",
+    "SlotGrammar",
     "SlotParameters",
     "Statistics",
     "StopSequence",
@@ -154,6 +155,7 @@ class GenerateRequest(Message, frozen=True):
     hold_for_acks: bool = False  # has stop strings: plan few tokens beyond what was acknowledged
     # Answer with a PooledState of the prompt. Such a request has one sample of one token, which nobody reads.
     pooling: Pooling = Pooling.NONE
+    grammar: str = ""  # that every sample follows to its end; "" is none. For the worker alone
 
 
 class AbortRequest(Message, frozen=True):
@@ -295,6 +297,15 @@ class AdjustedSlots(msgspec.Struct, frozen=True, array_like=True, eq=False):
     ids: Int32Array
 
 
+class SlotGrammar(msgspec.Struct, frozen=True, array_like=True, eq=False):
+    """A grammar, and the slots whose sequences follow it; each with the ids it has generated before."""
+
+    text: str
+    slots: Int32Array
+    num_generated: Int32Array  # of each slot
+    generated_ids: Int32Array  # [sum(num_generated)]
+
+
 class SlotParameters(msgspec.Struct, frozen=True, array_like=True, eq=False):
     """What the worker must remember of slots that a sequence enters with this batch. Columns."""
 
@@ -309,6 +320,7 @@ class SlotParameters(msgspec.Struct, frozen=True, array_like=True, eq=False):
     num_logprobs: Int32Array
     logprobs_mode: Int32Array
     adjusted: tuple[AdjustedSlots, ...] = ()  # of these slots; the others' logits stay as they are
+    grammars: tuple[SlotGrammar, ...] = ()  # of those slots that have one
 
 
 class ForwardBatch(Message, frozen=True):

@@ -47,8 +47,11 @@ class Answers:
         """
         generations = self._state.generations()
         request = operation.read(body)
-        heavy = operation.num_characters(request) > MANY_CHARACTERS
-        return await in_thread_if(heavy, lambda: operation.prepare(request, generations))
+        heavy = request.needs_grammar or operation.num_characters(request) > MANY_CHARACTERS
+        try:
+            return await in_thread_if(heavy, lambda: operation.prepare(request, generations))
+        except RequestError as error:
+            raise renamed(error, request.field_names()) from None
 
     def start(self, task: Task) -> Call:
         """Sends the prompts to the engine. Raises EngineError."""

@@ -48,6 +48,7 @@ from tokasaurus.protocol.messages import (
     ToServer,
 )
 from tokasaurus.server.adjustments import adjustments_of, check_token_ids
+from tokasaurus.server.grammar import FIELD, Grammars
 from tokasaurus.server.params import SamplingParams
 from tokasaurus.server.samples import Sample, SampleOutput, TokenLogprobs
 from tokasaurus.server.stop_strings import StopStrings
@@ -79,6 +80,7 @@ class PreparedRequest:
     pooling: Pooling = (
         Pooling.NONE
     )  # otherwise its answer is a vector, and the token it draws nobody's
+    grammar: str = ""  # "" if the text is free
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,7 @@ class Generations:
         self.config = config
         self.tokenizer = tokenizer
         self.statistics: Statistics | None = None
+        self._grammars = Grammars(lambda: tokenizer.vocabulary(config.eos_token_ids))
         self._send = send
         self._watcher = watcher
         self._table: dict[int, Generation] = {}
@@ -306,8 +309,19 @@ class Generations:
             seed=secrets.randbits(63) if params.seed is None else int(params.seed),
             stops=stops,
             stop_token_ids=tuple(sorted(stop_token_ids)),
+            grammar=self._grammar(params),
             client_key=client_key,
         )
+
+    def _grammar(self, params: SamplingParams) -> str:
+        if params.structured_outputs is None:
+            return ""
+        if not self.config.eos_token_ids:
+            raise RequestError(
+                "structured_outputs needs a model with an end-of-sequence token; this one names none",
+                FIELD,
+            )
+        return self._grammars.text(params.structured_outputs)
 
     def prepare_pooling(
         self,
@@ -386,6 +400,7 @@ class Generations:
                 stream=stream,
                 hold_for_acks=stops is not None,
                 pooling=request.pooling,
+                grammar=request.grammar,
             )
         )
         return generation

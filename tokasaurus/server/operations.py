@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tokasaurus.errors import RequestError
 from tokasaurus.server.embeddings import EMBEDDINGS
 from tokasaurus.server.generate import GENERATE
 from tokasaurus.server.generation import Generations
-from tokasaurus.server.params import renamed
 from tokasaurus.server.render import ChatRenderer, CompletionRenderer
 from tokasaurus.server.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from tokasaurus.server.tasks import Operation, Task
@@ -46,12 +44,9 @@ def _prepare_chat(body: ChatRequest, generations: Generations) -> Task:
     if ids is None:
         messages = [message.for_template() for message in body.messages or ()]
         ids = generations.tokenizer.render_chat(messages, body.apply_chat_template_overrides)
-    try:
-        prepared = generations.prepare(
-            ids, body.params(), default_temperature=_CHAT_TEMPERATURE, client_key=body.user
-        )
-    except RequestError as error:
-        raise renamed(error, body.field_names()) from None
+    prepared = generations.prepare(
+        ids, body.params(), default_temperature=_CHAT_TEMPERATURE, client_key=body.user
+    )
     renderer = ChatRenderer(body, generations.config.model_name, generations.tokenizer)
     return Task(body, [prepared], renderer)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from tokasaurus.errors import RequestError, TokasaurusError
 from tokasaurus.protocol.messages import MAX_PRIORITY, LogprobsMode
+from tokasaurus.server.grammar import check_structured_outputs
 
 __all__ = ["MAX_SAMPLES", "SamplingParams", "renamed"]
 
@@ -65,6 +66,9 @@ class SamplingParams:
             1,000,000.
         first_k: take the k samples of each prompt that end first, and cancel its other samples then;
             from 1 to n. Default all. The samples taken keep their index among the n.
+        structured_outputs: what every sample's text must be: ``{"json": schema}``, ``{"regex": ...}``,
+            ``{"choice": [...]}``, ``{"grammar": ...}`` (Lark or GBNF) or ``{"json_object": True}``. A
+            sample then ends where its text is complete, or by length.
 
     Raises:
         RequestError: a value is of the wrong type or out of range; names the field.
@@ -91,6 +95,7 @@ class SamplingParams:
     logprobs_mode: LogprobsMode | str | None = None
     priority: int = 0
     first_k: int | None = None
+    structured_outputs: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         _check_int("n", self.n, 1, MAX_SAMPLES)
@@ -129,6 +134,8 @@ class SamplingParams:
         _check_int("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
         if self.first_k is not None:
             _check_first_k(self.first_k, self.n)
+        if self.structured_outputs is not None:
+            self._check_structured_outputs(self.structured_outputs)
         object.__setattr__(self, "stop", _checked_stop(self.stop))
         if self.stop_token_ids is not None:
             object.__setattr__(self, "stop_token_ids", _checked_ids(self.stop_token_ids))
@@ -137,6 +144,15 @@ class SamplingParams:
         if self.logit_bias is not None:
             object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
         object.__setattr__(self, "logprobs_mode", _checked_mode(self.logprobs_mode))
+
+    def _check_structured_outputs(self, value: Any) -> None:
+        if self.ignore_eos:
+            raise RequestError(
+                "ignore_eos cannot be combined with structured output: where the text is complete,"
+                " nothing but its end may follow",
+                "ignore_eos",
+            )
+        object.__setattr__(self, "structured_outputs", check_structured_outputs(value))
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

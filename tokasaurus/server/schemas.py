@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSche
 from tokasaurus.errors import RequestError
 from tokasaurus.protocol.messages import LogprobsMode
 from tokasaurus.server.fields import HARMLESS, without_harmless
+from tokasaurus.server.grammar import FIELD as STRUCTURED_OUTPUTS
+from tokasaurus.server.grammar import from_response_format
 from tokasaurus.server.params import MAX_SAMPLES, SamplingParams, renamed
 
 __all__ = [
@@ -42,6 +44,15 @@ Metadata: TypeAlias = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
     Field(max_length=16),
 ]
+
+# Older names of what ``structured_outputs`` has.
+_GUIDED = {
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+}
+_FORMS = (STRUCTURED_OUTPUTS, *_GUIDED, "response_format")
 
 
 TOKEN_IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
@@ -126,6 +137,11 @@ class RequestBody(StrictSchema):
         """Whether the answer is to come in pieces."""
         return False
 
+    @property
+    def needs_grammar(self) -> bool:
+        """Whether a grammar is to be compiled, which may take a while."""
+        return False
+
     def field_names(self) -> Mapping[str, str]:
         """How this request spells fields of ``SamplingParams`` that it spells differently."""
         return {}
@@ -169,6 +185,14 @@ class GenerationRequest(RequestBody):
     to show others: every choice that was cancelled ends in a chunk with ``finish_reason`` "abort". The
     usage counts what was generated of cancelled samples too.
     """
+    response_format: Any = None
+    """``{"type": "json_object"}`` or ``{"type": "json_schema", "json_schema": {"schema": ...}}``."""
+    structured_outputs: Any = None
+    """One of ``json`` (a schema), ``regex``, ``choice``, ``grammar`` (Lark or GBNF), ``json_object``."""
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=MAX_USER_CHARS)] | None = None
@@ -196,12 +220,43 @@ class GenerationRequest(RequestBody):
     def streams(self) -> bool:
         return bool(self.stream)
 
+    def field_names(self) -> Mapping[str, str]:
+        """How this request spells fields of ``SamplingParams`` that it spells differently."""
+        name = self._form[0]
+        return {} if name is None else {STRUCTURED_OUTPUTS: name}
+
+    @property
+    def _form(self) -> tuple[str | None, Mapping[str, Any] | None]:
+        """The field that says what the text must be, and what it says in the words of ``SamplingParams``."""
+        if self.structured_outputs is not None:
+            return STRUCTURED_OUTPUTS, self.structured_outputs
+        for name, kind in _GUIDED.items():
+            if getattr(self, name) is not None:
+                return name, {kind: getattr(self, name)}
+        if self.response_format is not None and (
+            form := from_response_format(self.response_format)
+        ):
+            return "response_format", form
+        return None, None
+
+    @property
+    def needs_grammar(self) -> bool:
+        return self._form[1] is not None
+
     def check(self) -> None:
         super().check()
         if self.priority is not None and self.service_tier in _TIER_PRIORITIES:
             raise RequestError(
                 f"service_tier {self.service_tier!r} sets the priority, which was given too; leave one out",
                 "service_tier",
+            )
+        forms = [name for name in _FORMS if getattr(self, name) is not None]
+        if self.response_format is not None and from_response_format(self.response_format) is None:
+            forms.remove("response_format")
+        if len(forms) > 1:
+            raise RequestError(
+                f"{forms[1]} cannot be combined with {forms[0]}: both say what the text must be",
+                forms[1],
             )
         if self.logprobs_ignore_temperature and self.logprobs_mode not in (None, "raw"):
             raise RequestError(
@@ -241,6 +296,7 @@ class GenerationRequest(RequestBody):
                 else self.logprobs_mode,
                 priority=self._priority,
                 first_k=self.first_k,
+                structured_outputs=self._form[1],
             )
         except RequestError as error:
             raise renamed(error, self.field_names()) from None
@@ -343,7 +399,11 @@ class ChatRequest(GenerationRequest):
         return next((limit for limit in both if limit is not None), None)
 
     def field_names(self) -> Mapping[str, str]:
-        names = {"logprobs": "top_logprobs", "prompt": "messages" if self.ids is None else "ids"}
+        names = {
+            **super().field_names(),
+            "logprobs": "top_logprobs",
+            "prompt": "messages" if self.ids is None else "ids",
+        }
         if self.max_completion_tokens is not None:
             names["max_tokens"] = "max_completion_tokens"
         return names

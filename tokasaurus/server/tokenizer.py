@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tokasaurus.errors import ModelError, RequestError
+from tokasaurus.grammars import Vocabulary
 from tokasaurus.server.token_bytes import bytes_from_decoder, decoder_steps
 
 __all__ = ["Tokenizer"]
@@ -171,6 +173,19 @@ class Tokenizer:
             "special_tokens": list(self.special_ids),
             "chat_template": wrapped.chat_template,
         }
+
+    def vocabulary(self, eos_token_ids: Sequence[int]) -> Vocabulary:
+        """What grammars need to know of it.
+
+        Args:
+            eos_token_ids: of the model, at least one.
+        """
+        return Vocabulary(
+            tokens=self.spelled,
+            special_token_ids=self.special_token_ids,
+            eos_token_ids=tuple(eos_token_ids),
+            encode=partial(self._encode, add_special_tokens=False),
+        )
 
     # --- ids to text -------------------------------------------------------------------------------
 

@@ -1,0 +1,215 @@
+"""Whatever the model says follows its grammar: on the demo model, with an oracle of its own."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import jsonschema
+import pytest
+from engine_process import running
+from json_schemas import SCHEMAS
+
+from tokasaurus import LLM, SamplingParams
+from tokasaurus.demo import MODEL_DIR
+
+pytestmark = pytest.mark.engine
+
+PATTERNS = [
+    r"[0-9]{3}-[0-9]{4}",
+    r"(yes|no|maybe) (dear|sir)",
+    r"[A-Z][a-z]{2,8}(, [A-Z][a-z]{2,8}){0,3}\.",
+    r"\d+ (apples|pears)",
+    r"(é|ü|日本|🦕){1,4}",
+]
+CHOICES = ["yes", "no", 'she said "so"', "line\nbreak", "日本", "yesterday"]
+ARITHMETIC_GBNF = """
+root ::= term (op term){0,3}
+term ::= [0-9] | "(" root ")"
+op ::= [-+*]
+"""
+ARITHMETIC_LARK = """
+start: term (OP term){0,3}
+term: /[0-9]/ | "(" start ")"
+OP: "-" | "+" | "*"
+"""
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    """Several batches in flight, pages for a few sequences only, preemptions without need, small chunks."""
+    with running(
+        tmp_path_factory.mktemp("engine"),
+        f"model={MODEL_DIR}",
+        "kv_cache_num_tokens=4096",
+        "max_seqs_per_forward=64",
+        "max_tokens_per_forward=96",
+        "scheduling_steps_ahead=8",
+        "bump_city_population_me=T",
+    ) as engine:
+        yield engine
+
+
+def validate(text: str, schema: dict) -> None:
+    jsonschema.validate(
+        json.loads(text), schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
+    )
+
+
+def is_sum(text: str) -> bool:
+    return re.fullmatch(r"[0-9()+*-]+", text) is not None and eval(text) is not None
+
+
+def complete(engine, prompt="Tell me about dinosaurs.", **fields):
+    body = {"max_tokens": 80, "temperature": 1.0, "n": 4, "seed": 7, **fields}
+    extra = {
+        k: body.pop(k)
+        for k in list(body)
+        if k not in ("max_tokens", "temperature", "n", "seed", "stop", "stream")
+    }
+    return engine.client().completions.create(model="m", prompt=prompt, extra_body=extra, **body)
+
+
+def check_all(choices, check) -> int:
+    """Checks all that ended by themselves; returns how many these are."""
+    ended = 0
+    for choice in choices:
+        assert choice.finish_reason in ("stop", "length")
+        if choice.finish_reason == "stop":
+            check(choice.text)
+            ended += 1
+    return ended
+
+
+def test_json_of_every_schema_validates(engine):
+    assert len(SCHEMAS) >= 50
+
+    def ask(number):
+        return complete(engine, seed=number, structured_outputs={"json": SCHEMAS[number]})
+
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(ask, range(len(SCHEMAS))))
+    unfinished = []
+    for schema, answer in zip(SCHEMAS, answers, strict=True):
+        if not check_all(answer.choices, lambda text, schema=schema: validate(text, schema)):
+            unfinished.append(schema)
+    assert len(unfinished) <= 6, unfinished  # strings and objects without a limit
+
+
+def test_response_format_of_the_chat(engine):
+    schema = SCHEMAS[-1]
+    answer = engine.client().chat.completions.create(
+        model="m",
+        messages=[{"role": "user", "content": "What will the weather be?"}],
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "weather", "schema": schema, "strict": True},
+        },
+        n=8,
+        max_tokens=100,
+    )
+    texts = [c.message.content for c in answer.choices if c.finish_reason == "stop"]
+    assert len(texts) >= 4
+    for text in texts:
+        validate(text, schema)
+
+
+def test_patterns_choices_and_grammars(engine):
+    for pattern in PATTERNS:
+        answer = complete(engine, structured_outputs={"regex": pattern})
+        check_all(answer.choices, lambda text, p=pattern: re.fullmatch(p, text).group())
+    answer = complete(engine, n=16, structured_outputs={"choice": CHOICES})
+    assert check_all(answer.choices, lambda text: CHOICES.index(text)) == 16
+    for grammar in (ARITHMETIC_GBNF, ARITHMETIC_LARK):
+        answer = complete(engine, n=8, structured_outputs={"grammar": grammar})
+        assert check_all(answer.choices, is_sum)
+        assert all(
+            is_sum(choice.text) for choice in answer.choices if choice.finish_reason == "stop"
+        )
+
+
+def test_streams_are_what_whole_answers_are(engine):
+    fields = {"structured_outputs": {"json": SCHEMAS[-1]}, "n": 3, "max_tokens": 100}
+    whole = complete(engine, **fields)
+    texts = ["", "", ""]
+    for chunk in complete(engine, stream=True, **fields):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == [choice.text for choice in whole.choices]
+
+
+def test_stop_strings_end_a_text_before_its_grammar_does(engine):
+    schema = SCHEMAS[34]
+    free = complete(engine, structured_outputs={"json": schema})
+    stopped = complete(engine, structured_outputs={"json": schema}, stop=['"age"'])
+    for one, other in zip(free.choices, stopped.choices, strict=True):
+        assert other.finish_reason == "stop"
+        assert other.text == one.text.partition('"age"')[0]
+
+
+def test_many_at_once_and_mixed_with_free_ones(engine):
+    """Slots are reused by sequences with other grammars and with none."""
+    rng = random.Random(3)
+    client = engine.client()
+    with_grammar = [rng.choice(SCHEMAS[28:]) if i % 3 else None for i in range(48)]
+
+    def ask(number):
+        schema = with_grammar[number]
+        extra = {} if schema is None else {"structured_outputs": {"json": schema}}
+        return client.completions.create(
+            model="m",
+            prompt=f"Question {number}:",
+            max_tokens=rng.choice([5, 40, 90]),
+            n=2,
+            seed=number,
+            temperature=1.0,
+            extra_body=extra,
+        )
+
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(ask, range(48)))
+    for schema, answer in zip(with_grammar, answers, strict=True):
+        if schema is not None:
+            check_all(answer.choices, lambda text, schema=schema: validate(text, schema))
+
+
+def test_the_same_with_and_without_preemption_and_looking_ahead(engine):
+    """The embedded engine looks no step ahead and preempts nobody; the tokens are the same."""
+    with LLM(MODEL_DIR, kv_cache_num_tokens=4096, max_seqs_per_forward=64) as llm:
+        for schema in (SCHEMAS[1], SCHEMAS[-1]):
+            params = SamplingParams(
+                n=6, max_tokens=60, temperature=1.0, seed=5, structured_outputs={"json": schema}
+            )
+            (alone,) = llm.generate("A dinosaur:", params, use_tqdm=False)
+            answer = complete(
+                engine,
+                "A dinosaur:",
+                n=6,
+                max_tokens=60,
+                seed=5,
+                structured_outputs={"json": schema},
+            )
+            assert [o.text for o in alone.outputs] == [c.text for c in answer.choices]
+
+
+def test_logprobs_as_the_tokens_were_drawn(engine):
+    """Where a single token is allowed, it has probability 1; the model itself was less sure."""
+    with LLM(MODEL_DIR, kv_cache_num_tokens=2048, max_seqs_per_forward=8) as llm:
+        drawn, raw = (
+            llm.generate(
+                "A",
+                SamplingParams(
+                    max_tokens=9,
+                    seed=1,
+                    logprobs=2,
+                    logprobs_mode=mode,
+                    structured_outputs={"choice": ["zebra"]},
+                ),
+                use_tqdm=False,
+            )[0].outputs[0]
+            for mode in ("processed", "raw")
+        )
+        assert drawn.text == raw.text == "zebra"
+        assert drawn.token_ids == raw.token_ids

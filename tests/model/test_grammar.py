@@ -1,0 +1,152 @@
+"""The masks of grammars, and the matchers that make them, one batch at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from fake_vocabulary import LETTERS, VOCABULARY
+
+from tokasaurus.errors import ProtocolError
+from tokasaurus.model.grammar import Matchers, TokenMasks
+from tokasaurus.protocol.messages import SlotGrammar, SlotParameters
+
+EOS = VOCABULARY.eos_token_ids[0]
+NUM_SLOTS = 6
+
+
+def parameters(slots: list[int], *grammars: SlotGrammar) -> SlotParameters:
+    ints, floats = np.zeros(len(slots), np.int32), np.zeros(len(slots), np.float32)
+    columns = {
+        name: floats if name in ("temperature", "top_p", "min_p") else ints
+        for name in SlotParameters.__struct_fields__
+    }
+    return SlotParameters(**{**columns, "slots": np.array(slots, np.int32), "grammars": grammars})
+
+
+def grammar(text: str, **generated: str) -> SlotGrammar:
+    """``s3="ab"``: slot 3, which has generated a and b before."""
+    ids = [[LETTERS.index(c) for c in word] for word in generated.values()]
+    return SlotGrammar(
+        text=text,
+        slots=np.array([int(name[1:]) for name in generated], np.int32),
+        num_generated=np.array([len(each) for each in ids], np.int32),
+        generated_ids=np.array([i for each in ids for i in each], np.int32),
+    )
+
+
+def allowed(matchers: Matchers, slots: list[int]) -> list[str | None]:
+    """What each may draw, as letters; "$" is the end, None anything."""
+    masks = matchers.masks(np.array(slots, np.int32))
+    result: list[str | None] = [None] * len(slots)
+    if masks is not None:
+        logits = torch.zeros(len(slots), len(LETTERS) + 1)
+        after = masks.apply(logits, logits, slice(0, len(slots)))
+        assert not logits.any()
+        for row in masks.rows.tolist():
+            ids = (after[row] == 0).nonzero()[:, 0].tolist()
+            result[row] = "".join("$" if i == EOS else LETTERS[i] for i in ids)
+    return result
+
+
+def draw(matchers: Matchers, slots: list[int], text: str) -> None:
+    masks = matchers.masks(np.array(slots, np.int32))
+    assert masks is not None
+    ids = [EOS if c == "$" else LETTERS.index(c) for c in text]
+    matchers.advance(masks, np.array(slots, np.int32), torch.tensor(ids))
+
+
+@pytest.fixture
+def matchers() -> Matchers:
+    return Matchers(NUM_SLOTS, len(LETTERS) + 1, lambda: VOCABULARY)
+
+
+def test_slots_follow_their_own_copies(matchers):
+    matchers.enter(
+        parameters(
+            [0, 1, 2, 3], grammar("start: /a[bc]*d/", s1="", s3=""), grammar('start: "x"', s2="")
+        )
+    )
+    assert allowed(matchers, [0, 1, 2, 3]) == [None, "a", "x", "a"]
+    draw(matchers, [0, 1, 2, 3], "zaxa")
+    assert allowed(matchers, [3, 2, 1, 0]) == ["bcd", "$", "bcd", None]
+    draw(matchers, [1, 3], "bd")
+    assert allowed(matchers, [1, 2, 3]) == ["bcd", "$", "$"]
+    draw(matchers, [1, 2, 3], "c$$")
+    # Batches that were planned before the end was known draw on.
+    draw(matchers, [1, 2, 3], "d$$")
+    assert allowed(matchers, [1, 2, 3]) == ["$", "$", "$"]
+
+
+def test_a_sequence_that_returns_goes_on_where_it_was(matchers):
+    text = "start: /ab{3}c/"
+    matchers.enter(parameters([0, 4, 5], grammar(text, s0="", s4="abb", s5="abbbc")))
+    assert allowed(matchers, [0, 4, 5]) == ["a", "b", "$"]
+    draw(matchers, [4], "b")
+    assert allowed(matchers, [4]) == ["c"]
+
+
+def test_slots_are_reused(matchers):
+    matchers.enter(parameters([2], grammar('start: "ab"', s2="")))
+    draw(matchers, [2], "a")
+    matchers.enter(parameters([2]))
+    assert allowed(matchers, [2]) == [None]
+    matchers.enter(parameters([2], grammar('start: "cd"', s2="")))
+    assert allowed(matchers, [2]) == ["c"]
+
+
+def test_what_cannot_be_followed_ends(matchers, caplog):
+    """The server refuses such grammars; should one come all the same, the engine lives on."""
+    matchers.enter(
+        parameters([0, 1], grammar("start: nothing", s0=""), grammar('start: "ab"', s1=""))
+    )
+    assert allowed(matchers, [0, 1]) == ["$", "a"]
+    assert "cannot be compiled here" in caplog.text
+    matchers.enter(parameters([0], grammar('start: "ab"', s0="ba")))
+    assert allowed(matchers, [0, 1]) == ["$", "a"]
+    assert "cannot be followed any further" in caplog.text
+
+
+def test_without_grammars_there_is_no_thread(matchers):
+    matchers.enter(parameters([0, 1]))
+    assert matchers.masks(np.array([0, 1], np.int32)) is None
+    assert matchers._thread is None
+
+
+def test_a_worker_without_a_vocabulary():
+    matchers = Matchers(2, 8, None)
+    matchers.enter(parameters([0], grammar('start: "a"', s0="")))
+    with pytest.raises(ProtocolError, match="no vocabulary"):
+        matchers.masks(np.array([0], np.int32))
+
+
+@pytest.mark.parametrize("vocab_size", [1, 7, 32, 45, 64])
+def test_masks_against_bits_one_by_one(vocab_size):
+    rng = np.random.default_rng(vocab_size)
+    rows = np.array([1, 2, 5])
+    bits = rng.integers(0, 256, (3, 8), dtype=np.uint8)
+    logits = torch.from_numpy(rng.standard_normal((7, vocab_size), np.float32))
+    masks = TokenMasks(rows, bits)
+    for part in (slice(0, 7), slice(1, 3), slice(2, 6), slice(3, 5), slice(5, 6)):
+        before = logits[part]
+        after = masks.apply(before, before, part)
+        if not any(part.start <= row < part.stop for row in rows):
+            assert after is before
+        for row in range(part.start, part.stop):
+            for token in range(vocab_size):
+                is_masked = (
+                    row in rows and not bits[rows.tolist().index(row), token // 8] >> token % 8 & 1
+                )
+                expected = -np.inf if is_masked else logits[row, token]
+                assert after[row - part.start, token] == expected
+    assert torch.isfinite(logits).all()
+
+
+def test_a_grammar_wins_over_adjustments_that_leave_nothing():
+    masks = TokenMasks(np.array([0, 2]), np.array([[0b0110], [0b0001]], np.uint8))
+    logits = torch.arange(12, dtype=torch.float32).view(3, 4)
+    adjusted = logits.clone()
+    adjusted[:, :2] = -torch.inf
+    after = masks.apply(adjusted, logits, slice(0, 3))
+    none = -np.inf
+    assert after.tolist() == [[none, none, 2, none], [none, none, 6, 7], [8, none, none, none]]

@@ -1,0 +1,239 @@
+"""Grammar matchers beside the sampler: which tokens each slot may draw next.
+
+A sequence with a grammar is planned like any other, several batches ahead. What its next token may be is
+known only here, once its last one is drawn; it is worked out in a thread, while the next batch runs its layers::
+
+    main thread    ── layers of t ── draw t ── layers of t+1 ──────────────── draw t+1 ── ...
+                                       │ ids                              masks ▲
+    grammar thread                     └──── match t, compute the masks ────────┘
+
+The thread alone touches matchers; many masks are computed at once by the library's own threads. Slots
+without a grammar are never looked at, and without any grammar there is no thread.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import llguidance
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokasaurus.errors import ProtocolError, RequestError
+from tokasaurus.grammars import GrammarCompiler, Vocabulary
+from tokasaurus.protocol.arrays import Int32Array
+from tokasaurus.protocol.messages import SlotGrammar, SlotParameters
+
+__all__ = ["Matchers", "TokenMasks"]
+
+log = logging.getLogger(__name__)
+
+_MAX_COMPILED = 256  # grammars that are kept; a copy of one is much cheaper than compiling it
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMasks:
+    """What some sampling rows of a batch may draw; the others may draw anything.
+
+    Attributes:
+        rows: [masks], ascending.
+        bits: [masks, bytes of the vocabulary]; a token's bit is set if it is allowed, lowest first.
+    """
+
+    rows: NDArray[np.intp]
+    bits: NDArray[np.uint8]
+
+    def apply(self, adjusted: Tensor, logits: Tensor, part: slice) -> Tensor:
+        """Logits with -inf for what is not allowed; the very same tensor if no row has a mask.
+
+        Args:
+            adjusted: [rows of the part, vocabulary]; left as they are.
+            logits: before adjustments, which may have forbidden all that is allowed: then the grammar wins.
+            part: of the sampling rows.
+        """
+        first, last = np.searchsorted(self.rows, [part.start, part.stop]).tolist()
+        if first == last:
+            return adjusted
+        count, vocab_size = last - first, logits.shape[1]
+        bits = torch.from_numpy(self.bits[first:last]).to(logits.device)
+        places = (1 << torch.arange(8, device=logits.device)).to(torch.uint8)
+        forbidden = (bits[:, :, None] & places == 0).view(count, -1)[:, :vocab_size]
+        rows = torch.from_numpy(self.rows[first:last] - part.start).to(logits.device)
+        everything = count == len(logits)
+
+        def masked(values: Tensor) -> Tensor:
+            return (values if everything else values[rows]).masked_fill(forbidden, -torch.inf)
+
+        result = masked(adjusted)
+        if adjusted is not logits:
+            none_left = result.amax(dim=-1, keepdim=True) == -torch.inf
+            result = torch.where(none_left, masked(logits), result)
+        if everything:
+            return result
+        merged = adjusted.clone()
+        merged[rows] = result
+        return merged
+
+
+class Matchers:
+    """The grammars of all slots.
+
+    Args:
+        num_slots: of the worker.
+        vocab_size: of the model.
+        load_vocabulary: called when the first grammar comes; takes a while.
+    """
+
+    def __init__(
+        self, num_slots: int, vocab_size: int, load_vocabulary: Callable[[], Vocabulary] | None
+    ) -> None:
+        self._work = _Work(num_slots, vocab_size, load_vocabulary)
+        self._thread: ThreadPoolExecutor | None = None
+        self._jobs: list[Future[None]] = []  # not waited for yet
+        self._constrained = np.zeros(num_slots, np.bool_)
+
+    def enter(self, parameters: SlotParameters) -> None:
+        """Sequences enter slots, with and without a grammar."""
+        if self._thread is None:
+            if not parameters.grammars:
+                return
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+            self._submit(self._work.start)
+        left = parameters.slots[self._constrained[parameters.slots]]
+        if len(left):
+            self._constrained[left] = False
+            self._submit(partial(self._work.leave, left.tolist()))
+        for grammar in parameters.grammars:
+            self._constrained[grammar.slots] = True
+            self._submit(partial(self._work.enter, grammar))
+
+    def masks(self, slots: Int32Array) -> TokenMasks | None:
+        """What these slots may draw; None if none of them has a grammar. Waits until it is known."""
+        if self._thread is None:
+            return None
+        rows = np.flatnonzero(self._constrained[slots])
+        if not len(rows):
+            return None
+        jobs, self._jobs = self._jobs, []
+        for job in jobs:
+            job.result()
+        return TokenMasks(rows, self._work.masks[slots[rows]].view(np.uint8))
+
+    def advance(self, masks: TokenMasks, slots: Int32Array, token_ids: Tensor) -> None:
+        """Takes what was drawn, and goes to work on what may follow.
+
+        Args:
+            masks: that the tokens were drawn under.
+            slots: [sampling rows].
+            token_ids: [sampling rows].
+        """
+        drawn = token_ids.cpu().numpy()[masks.rows].tolist()
+        pairs = list(zip(slots[masks.rows].tolist(), drawn, strict=True))
+        self._submit(partial(self._work.advance, pairs))
+
+    def _submit(self, job: Callable[[], None]) -> None:
+        assert self._thread is not None
+        self._jobs.append(self._thread.submit(job))
+
+
+class _Work:
+    """What belongs to the grammar thread."""
+
+    _compiler: GrammarCompiler
+    _pool: llguidance.LLExecutor
+    masks: Int32Array  # [slots, words of the vocabulary]
+    _only_eos: NDArray[np.uint8]
+
+    def __init__(
+        self, num_slots: int, vocab_size: int, load_vocabulary: Callable[[], Vocabulary] | None
+    ) -> None:
+        self._vocab_size, self._load_vocabulary = vocab_size, load_vocabulary
+        self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
+        self._matchers: list[llguidance.LLMatcher | None] = [None] * num_slots
+
+    def start(self) -> None:
+        if self._load_vocabulary is None:
+            raise ProtocolError("a sequence has a grammar, and the worker was given no vocabulary")
+        vocabulary = self._load_vocabulary()
+        self._compiler = GrammarCompiler(vocabulary)
+        self._pool = llguidance.LLExecutor()
+        num_words = -(-max(self._vocab_size, len(vocabulary.tokens)) // 32)
+        self.masks = np.zeros((len(self._matchers), num_words), np.int32)
+        self._only_eos = np.zeros(num_words * 4, np.uint8)
+        for token_id in vocabulary.eos_token_ids:
+            self._only_eos[token_id // 8] |= 1 << token_id % 8
+
+    def enter(self, grammar: SlotGrammar) -> None:
+        slots = grammar.slots.tolist()
+        ends = np.cumsum(grammar.num_generated)
+        compiled = self._compile(grammar.text)
+        for slot, ids in zip(slots, np.split(grammar.generated_ids, ends[:-1]), strict=True):
+            matcher = compiled.deep_copy() if compiled is not None else None
+            if matcher is not None and len(ids):
+                matcher.consume_tokens(ids.tolist())
+            self._matchers[slot] = matcher
+        self._fill(slots)
+
+    def leave(self, slots: list[int]) -> None:
+        for slot in slots:
+            self._matchers[slot] = None
+
+    def advance(self, drawn: list[tuple[int, int]]) -> None:
+        pairs, slots = [], []
+        for slot, token_id in drawn:
+            matcher = self._matchers[slot]
+            if matcher is None:
+                continue
+            if token_id in self._compiler.eos_token_ids:
+                # It has ended. Batches that were planned before that is known draw the same again.
+                self._matchers[slot] = None
+                continue
+            pairs.append((matcher, token_id))
+            slots.append(slot)
+        if pairs:
+            self._pool.consume_token_par(pairs)
+            self._fill(slots)
+
+    def _compile(self, text: str) -> llguidance.LLMatcher | None:
+        matcher = self._compiled.pop(text, None)
+        if matcher is None:
+            try:
+                matcher = self._compiler.compile(text)
+            except RequestError as error:
+                log.error("a grammar that the server compiled cannot be compiled here: %s", error)
+                return None
+            if len(self._compiled) >= _MAX_COMPILED:
+                self._compiled.popitem(last=False)
+        self._compiled[text] = matcher  # the youngest
+        return matcher
+
+    def _fill(self, slots: list[int]) -> None:
+        """Computes what these slots may draw next. Where a matcher gives up, that is the end."""
+        pairs = []
+        for slot in slots:
+            matcher = self._matchers[slot]
+            if matcher is not None and not matcher.is_error():
+                pairs.append((matcher, slot))
+            else:
+                self._give_up(slot)
+        if not pairs:
+            return
+        num_slots, num_words = self.masks.shape
+        self._pool.unsafe_compute_mask_ptr(pairs, self.masks.ctypes.data, 4 * num_words, num_slots)
+        for matcher, slot in pairs:
+            if matcher.is_error():
+                self._give_up(slot)
+
+    def _give_up(self, slot: int) -> None:
+        matcher = self._matchers[slot]
+        if matcher is not None:
+            log.error("a grammar cannot be followed any further: %s", matcher.get_error())
+        self._matchers[slot] = None
+        self.masks[slot].view(np.uint8)[:] = self._only_eos

@@ -1,0 +1,178 @@
+"""Structured output: what a client asks of the form of an answer, as the text of a grammar.
+
+There are many spellings and one meaning. Every spelling of the HTTP API becomes ``structured_outputs``, the
+one that ``SamplingParams`` has; that becomes the text of a grammar, compiled here so that whoever asks for the
+impossible hears of it at once, and again in the worker, which follows it.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import llguidance
+from llguidance.gbnf_to_lark import any_to_lark
+
+from tokasaurus.errors import RequestError
+from tokasaurus.grammars import MAX_GRAMMAR_BYTES, GrammarCompiler, Vocabulary
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+__all__ = ["FIELD", "Grammars", "check_structured_outputs", "from_response_format"]
+
+FIELD = "structured_outputs"
+
+_KINDS = ("json", "regex", "choice", "grammar", "json_object")
+_OPTIONS = ("whitespace_pattern", "disable_any_whitespace")
+# Between the tokens of JSON: on one line, or on lines with indentation. Bounded, since a model that does not
+# know what to say goes on with white space forever where it may.
+_WHITESPACE = r" |\r?\n[ \t]{0,40}"
+_MAX_KNOWN = 1024  # texts that need not be compiled again
+
+
+def check_structured_outputs(value: Any) -> Mapping[str, Any]:
+    """``{"json" | "regex" | "choice" | "grammar" | "json_object": ...}``, without what is null or false.
+
+    Raises:
+        RequestError: it is no such thing, or holds several.
+    """
+    if not isinstance(value, Mapping):
+        raise RequestError(f"{FIELD} must be an object, not {_shown(value)}", FIELD)
+    options = {name: each for name, each in value.items() if each is not None and each is not False}
+    unknown = [str(name) for name in options if name not in _KINDS + _OPTIONS]
+    if unknown:
+        known = ", ".join(_KINDS + _OPTIONS)
+        raise RequestError(f"{FIELD} has no {unknown[0]!r}; it may have {known}", FIELD)
+    kinds = [kind for kind in _KINDS if kind in options]
+    if len(kinds) != 1:
+        found = " and ".join(kinds) or "none"
+        raise RequestError(f"{FIELD} must have one of {', '.join(_KINDS)}; it had {found}", FIELD)
+    for name, types, what in (
+        ("json", (str, Mapping, bool), "a JSON schema"),
+        ("regex", (str,), "a string"),
+        ("grammar", (str,), "a string"),
+        ("whitespace_pattern", (str,), "a string"),
+        ("json_object", (bool,), "true or false"),
+        ("disable_any_whitespace", (bool,), "true or false"),
+        ("choice", (list, tuple), "a list of strings"),
+    ):
+        if name in options and not isinstance(options[name], types):
+            raise RequestError(
+                f"{FIELD}: {name} must be {what}, not {_shown(options[name])}", FIELD
+            )
+    choice = options.get("choice", ("",))
+    if not choice or not all(isinstance(each, str) for each in choice):
+        raise RequestError(f"{FIELD}: choice must be a list of one or more strings", FIELD)
+    if any(option in options for option in _OPTIONS) and kinds[0] not in ("json", "json_object"):
+        raise RequestError(f"{FIELD}: {kinds[0]} leaves no room for whitespace options", FIELD)
+    return options
+
+
+def from_response_format(value: Any) -> Mapping[str, Any] | None:
+    """OpenAI's ``response_format`` as structured outputs; None for plain text.
+
+    A schema holds whether or not it is ``strict``.
+
+    Raises:
+        RequestError: it is none of OpenAI's.
+    """
+    field = "response_format"
+    kind = value.get("type") if isinstance(value, Mapping) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"json_object": True}
+    if kind != "json_schema":
+        raise RequestError(
+            f"{field} must be an object of type text, json_object or json_schema, not {_shown(value)}",
+            field,
+        )
+    form = value.get("json_schema")
+    schema = form.get("schema") if isinstance(form, Mapping) else None
+    if not isinstance(schema, Mapping):
+        raise RequestError(
+            f'{field} must be {{"type": "json_schema", "json_schema": {{"schema": ...}}}}', field
+        )
+    return {"json": schema}
+
+
+class Grammars:
+    """Turns structured outputs into texts that compile. May be used from several threads.
+
+    Args:
+        vocabulary: of the model; asked for when the first grammar comes.
+    """
+
+    def __init__(self, vocabulary: Callable[[], Vocabulary]) -> None:
+        self._vocabulary = vocabulary
+        self._compiler: GrammarCompiler | None = None
+        self._known: OrderedDict[str, None] = OrderedDict()  # texts that compile, the youngest last
+        self._lock = threading.Lock()
+
+    def text(self, options: Mapping[str, Any]) -> str:
+        """The grammar's text. Takes milliseconds, and at first a second or so for a large vocabulary.
+
+        Args:
+            options: checked.
+
+        Raises:
+            RequestError: it cannot be compiled, for the reason that the library gives.
+        """
+        try:
+            text = _text(options)
+        except (ValueError, RecursionError, TypeError) as error:
+            raise RequestError(f"{FIELD} cannot be compiled: {error}", FIELD) from None
+        with self._lock:
+            if text in self._known:
+                self._known.move_to_end(text)
+                return text
+            if self._compiler is None:
+                self._compiler = GrammarCompiler(self._vocabulary())
+        try:
+            self._compiler.compile(text)
+        except RequestError as error:
+            raise RequestError(f"{FIELD} cannot be compiled: {error.message}", FIELD) from None
+        with self._lock:
+            self._known[text] = None
+            if len(self._known) > _MAX_KNOWN:
+                self._known.popitem(last=False)
+        return text
+
+
+def _text(options: Mapping[str, Any]) -> str:
+    matcher = llguidance.LLMatcher
+    if "regex" in options:
+        return matcher.grammar_from_regex(options["regex"])
+    if "choice" in options:
+        choices = " | ".join(json.dumps(each, ensure_ascii=False) for each in options["choice"])
+        return matcher.grammar_from_lark(f"start: {choices}")
+    if "grammar" in options:
+        return matcher.grammar_from_lark(_lark(options["grammar"]))
+    schema = options.get("json", {"type": "object"})
+    if not isinstance(schema, str):
+        schema = json.dumps(schema)
+    style: JsonCompileOptions = {
+        "whitespace_pattern": options.get("whitespace_pattern", _WHITESPACE)
+    }
+    if options.get("disable_any_whitespace"):
+        style = {"whitespace_flexible": False}
+    return matcher.grammar_from_json_schema(schema, overrides=style)
+
+
+def _lark(grammar: str) -> str:
+    """A grammar in Lark's notation, from that or from GBNF."""
+    if len(grammar) > MAX_GRAMMAR_BYTES:
+        return grammar  # to be refused
+    try:
+        return any_to_lark(grammar)
+    except Exception as error:  # it raises bare ones
+        raise ValueError(f"it is neither Lark nor GBNF: {error}") from None
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 100 else shown[:100] + "..."
