@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import urllib.request
 
 import numpy as np
@@ -44,6 +45,45 @@ def test_vectors_of_length_one(engine):
     assert one @ other < 0.9999
     short = client.embeddings.create(model="", input="A B C", dimensions=4).data[0].embedding
     np.testing.assert_allclose(short, one[:4] / np.linalg.norm(one[:4]), atol=1e-5)
+
+
+def test_server_info_counts(engine):
+    num_cached_tokens(engine)
+    deadline = time.monotonic() + 20
+    while True:  # the manager says about once a second
+        with urllib.request.urlopen(engine.url + "/server_info", timeout=20) as answer:
+            state = json.loads(answer.read())["internal_states"][0]
+        if state.get("num_generated_tokens", 0) > 0:
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert state["num_pages"] >= state["num_free_pages"] > 0
+    assert state["num_running_prompts"] == 0
+
+
+def test_the_two_protocols_of_the_setup_guide_agree(engine):
+    """``/generate`` says what ``/v1/chat/completions`` says; SGLang's shape goes on with the text as it is."""
+    body = {"model": "", "temperature": 0.0, "max_tokens": 12}
+    native = post(engine, "/generate", {**body, "system": "be brief", "prompt": "A B C"})
+    chat = engine.client().chat.completions.create(
+        **body,
+        messages=[
+            {"role": "system", "content": "be brief"},
+            {"role": "user", "content": "A B C"},
+        ],
+    )
+    assert native["text"] == native["output"] == chat.choices[0].message.content
+    assert native["usage"]["completion_tokens"] == chat.usage.completion_tokens
+    greedy = {"temperature": 0.0, "max_new_tokens": 8}
+    logprobs = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 1}
+    told = post(engine, "/generate", {"input_ids": IDS, "sampling_params": greedy, **logprobs})
+    plain = engine.client().completions.create(
+        model="", prompt=IDS, temperature=0, max_tokens=8, echo=True, logprobs=1
+    )
+    assert told["text"] == plain.choices[0].text[-len(told["text"]) :]
+    info = told["meta_info"]
+    both = info["input_token_logprobs"] + info["output_token_logprobs"]
+    assert [entry[0] for entry in both] == plain.choices[0].logprobs.token_logprobs
 
 
 def test_tokens_there_and_back(engine):

@@ -6,6 +6,7 @@ import asyncio
 import time
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Response
 
 from tokasaurus.config.slices import ServerConfig
@@ -92,6 +93,7 @@ class EngineRoutes:
     async def server_info(self) -> Response:
         """Version, configuration and state; nothing secret. Answered while the model loads, too."""
         config, state = self._config, self._state
+        counted = state.statistics
         return _json(
             {
                 "version": __version__,
@@ -111,6 +113,7 @@ class EngineRoutes:
                     {
                         "num_running_prompts": state.num_running,
                         "backlog_eta_s": state.etas().backlog_s,
+                        **({} if counted is None else msgspec.structs.asdict(counted)),
                     }
                 ],
             }

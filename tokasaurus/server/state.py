@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Iterator
 
 from tokasaurus.errors import EngineDead, EngineNotReady
+from tokasaurus.protocol.messages import Statistics
 from tokasaurus.server.generation import Etas, Generations
 from tokasaurus.server.metrics import Figure, Metrics, figures
 
@@ -61,6 +62,11 @@ class EngineState:
     def num_running(self) -> int:
         """Prompts in flight."""
         return 0 if self._generations is None else len(self._generations)
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """What the manager has counted; None until it has said."""
+        return None if self._generations is None else self._generations.statistics
 
     def etas(self) -> Etas:
         """When what is in flight is predicted to end."""
