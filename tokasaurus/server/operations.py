@@ -8,6 +8,7 @@ from tokasaurus.server.embeddings import EMBEDDINGS
 from tokasaurus.server.generate import GENERATE
 from tokasaurus.server.generation import Generations
 from tokasaurus.server.render import ChatRenderer, CompletionRenderer
+from tokasaurus.server.responses import RESPONSES
 from tokasaurus.server.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from tokasaurus.server.tasks import Operation, Task
 
@@ -75,5 +76,6 @@ OPERATIONS: Mapping[str, Operation] = {
         Operation("/v1/chat/completions", ChatRequest, _chat_characters, _prepare_chat),
         EMBEDDINGS,
         GENERATE,
+        RESPONSES,
     )
 }
