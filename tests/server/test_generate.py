@@ -80,6 +80,12 @@ NATIVE_CHANGES = {
     "min_tokens": (5, {}),
     "stop_token_ids": ([70], {}),
     "bad_words": (["cat"], {}),
+    "response_format": ({"type": "json_object"}, {}),
+    "structured_outputs": ({"regex": "a*"}, {}),
+    "guided_json": ({"type": "integer"}, {}),
+    "guided_regex": ("a*", {}),
+    "guided_choice": (["a", "b"], {}),
+    "guided_grammar": ('start: "a"', {}),
     "logprobs_mode": ("raw", {}),
     "logprobs_ignore_temperature": (True, {}),
     "priority": (-5, {}),
@@ -184,7 +190,7 @@ def test_a_native_field_changes_something(server, field):
 
 @pytest.mark.parametrize("field", [*NATIVE_CHANGES, *NATIVE_REFUSED])
 def test_a_native_field_of_the_wrong_type_is_named(server, field):
-    for wrong in ({"nonsense": {}}, [[["nonsense"]]]):
+    for wrong in ({"type": {}}, [[["nonsense"]]]):
         assert observe(server, {**NATIVE, field: wrong}) == (400, field)
 
 
@@ -242,6 +248,9 @@ SAMPLING_CHANGES = {
     "stop_token_ids": [70],
     "stop": "a",
     "ignore_eos": True,
+    "json_schema": '{"type": "integer"}',
+    "regex": "[0-9]+",
+    "ebnf": 'root ::= "a" | "b"',
 }
 
 
@@ -265,9 +274,9 @@ def test_a_field_of_sglang_changes_something(server, field):
 @pytest.mark.parametrize("field", SGLANG_CHANGES)
 def test_a_field_of_sglang_of_the_wrong_type_is_named(server, field):
     body = {name: v for name, v in SGLANG.items() if field != "input_ids" or name != "text"}
-    for wrong in ({"nonsense": {}}, [[["nonsense"]]]):
+    for wrong in ({"type": {}}, [[["nonsense"]]]):
         seen = observe(server, {**body, field: wrong})
-        named = {"sampling_params.nonsense"} if field == "sampling_params" else set()
+        named = {"sampling_params.type"} if field == "sampling_params" else set()
         assert seen[0] == 400
         assert seen[1] in {field, *named}
 
@@ -280,7 +289,7 @@ def test_a_sampling_parameter_changes_something(server, name):
     changed = observe(server, {"text": "a", "sampling_params": params})
     assert changed[0] == 200
     assert changed != plain
-    wrong = observe(server, {"text": "a", "sampling_params": {**base, name: {"nonsense": {}}}})
+    wrong = observe(server, {"text": "a", "sampling_params": {**base, name: {"type": {}}}})
     assert wrong == (400, f"sampling_params.{name}")
     if name != "sampling_seed":
         without = {k: v for k, v in base.items() if k != name}
@@ -391,6 +400,15 @@ def test_lists_of_prompts(server, stream):
             "sampling_params.max_new_tokens",
         ),
         ({"text": "a", "sampling_params": {"n": 10**9}}, "sampling_params.n"),
+        (
+            {"text": "a", "sampling_params": {"regex": "a", "json_schema": "{}"}},
+            "sampling_params.regex",
+        ),
+        ({"text": "a", "sampling_params": {"regex": "("}}, "sampling_params.regex"),
+        (
+            {"text": "a", "sampling_params": {"json_schema": "no json"}},
+            "sampling_params.json_schema",
+        ),
         ({"text": "a", "lora_path": "x"}, "lora_path"),
         ({"text": "a", "priority": 1}, "priority"),
     ],

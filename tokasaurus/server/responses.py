@@ -63,12 +63,27 @@ class _InputMessage(_Item):
 
 
 class _Format(_Item):
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    name: str | None = None
+    """Of the schema, for people; so is the description."""
+    description: str | None = None
+    strict: bool | None = None
+    """A schema holds whether or not it is strict."""
 
 
 class _Text(_Item):
     format: _Format | None = None
     verbosity: None = None
+
+    @property
+    def form(self) -> Mapping[str, Any] | None:
+        """What the text must be, in the words of ``SamplingParams``; None if it is free."""
+        if self.format is None or self.format.type == "text":
+            return None
+        if self.format.type == "json_object":
+            return {"json_object": True}
+        return {"json": self.format.json_schema}
 
 
 Input: TypeAlias = str | Annotated[list[_InputMessage], Field(min_length=1)]
@@ -78,6 +93,7 @@ _NOT_HERE = {
     "first_k": "a response is one sample",
     "max_tokens": "it is called max_output_tokens here",
     "logprobs_in_fingerprint": "a response has no fingerprint",
+    "response_format": "it is called text.format here",
     "stream_options": "a stream of responses always ends with the usage",
 }
 
@@ -112,6 +128,7 @@ class ResponsesRequest(GenerationRequest):
     max_output_tokens: int | None = None
     """Default: the rest of the context."""
     text: _Text | None = None
+    """What the text must be: ``{"format": {"type": "json_schema", "name": ..., "schema": ...}}``, or json_object."""
     include: list[Literal["message.output_text.logprobs"]] | None = None
     """Say the logprobs of the answer's tokens."""
     top_logprobs: int | None = None
@@ -140,8 +157,20 @@ class ResponsesRequest(GenerationRequest):
             value = getattr(self, name)
             if value is not None and not (name == "n" and value == 1):
                 raise RequestError(f"{name} is not supported: {reason}", name)
+        form = None if self.text is None else self.text.form
+        if form is not None and super()._form[0] is not None:
+            raise RequestError(
+                f"text cannot be combined with {super()._form[0]}: both say what it must be", "text"
+            )
+        if form == {"json": None}:
+            raise RequestError("text.format of type json_schema must have a schema", "text")
         if self.top_logprobs and not self.include:
             raise RequestError(f"top_logprobs needs include to name {_LOGPROBS!r}", "top_logprobs")
+
+    @property
+    def _form(self) -> tuple[str | None, Mapping[str, Any] | None]:
+        form = None if self.text is None else self.text.form
+        return super()._form if form is None else ("text", form)
 
     def messages(self) -> list[dict[str, str]]:
         """The conversation, for the chat template."""
@@ -302,7 +331,9 @@ def _part(text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _text(request: ResponsesRequest) -> dict[str, Any]:
-    return {"format": {"type": "text"}}
+    if request.text is None or request.text.format is None:
+        return {"format": {"type": "text"}}
+    return {"format": request.text.format.model_dump(by_alias=True, exclude_none=True)}
 
 
 def _prepare(body: ResponsesRequest, generations: Generations) -> Task:

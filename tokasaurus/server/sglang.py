@@ -17,6 +17,7 @@ from pydantic import Field
 from tokasaurus.errors import RequestError
 from tokasaurus.server.fields import without_harmless
 from tokasaurus.server.generation import Generation, Generations, PreparedRequest
+from tokasaurus.server.grammar import FIELD as STRUCTURED_OUTPUTS
 from tokasaurus.server.params import SamplingParams, renamed
 from tokasaurus.server.render import takes_long
 from tokasaurus.server.samples import SampleOutput, TokenLogprobs
@@ -55,6 +56,9 @@ SAMPLING_FIELDS: Mapping[str, _Field] = {
     "stop": _Field("stop"),
     "stop_token_ids": _Field("stop_token_ids"),
     "ignore_eos": _Field("ignore_eos"),
+    "json_schema": _Field(STRUCTURED_OUTPUTS, lambda value: {"json": value}),
+    "regex": _Field(STRUCTURED_OUTPUTS, lambda value: {"regex": value}),
+    "ebnf": _Field(STRUCTURED_OUTPUTS, lambda value: {"grammar": value}),
 }
 """SGLang's sampling parameters that are supported."""
 
@@ -64,12 +68,11 @@ _OUR_NAMES = {
     "prompt_logprobs": "top_logprobs_num",
 }
 
+_FORMS = [name for name, field in SAMPLING_FIELDS.items() if field.name == STRUCTURED_OUTPUTS]
+
 _HARMLESS_SAMPLING: Mapping[str, tuple[Any, ...]] = {
     "custom_params": (),
-    "ebnf": (),
-    "json_schema": (),
     "no_stop_trim": (False,),
-    "regex": (),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "stop_regex": ("", []),
@@ -127,7 +130,20 @@ class SglangRequest(RequestBody):
         return bool(self.stream)
 
     def field_names(self) -> Mapping[str, str]:
-        return {**_OUR_NAMES, "prompt": self._prompt_field}
+        names = {**_OUR_NAMES, "prompt": self._prompt_field}
+        form = next(iter(self._forms), None)
+        return names if form is None else {**names, STRUCTURED_OUTPUTS: f"sampling_params.{form}"}
+
+    @property
+    def needs_grammar(self) -> bool:
+        return bool(self._forms)
+
+    @property
+    def _forms(self) -> list[str]:
+        """The parameters that say what a text must be, as far as they are given."""
+        params = self.sampling_params or []
+        rows = params if isinstance(params, list) else [params]
+        return [name for row in rows for name in _FORMS if row.get(name) is not None]
 
     def check(self) -> None:
         if self.text is not None and self.input_ids is not None:
@@ -190,6 +206,9 @@ def _params(
         raise RequestError("logprob_start_len needs return_logprob to be true", "logprob_start_len")
     try:
         given = without_harmless(sampling, SAMPLING_FIELDS.keys(), _HARMLESS_SAMPLING)
+        forms = [name for name in _FORMS if given.get(name) is not None]
+        if len(forms) > 1:
+            raise RequestError(f"{forms[1]} cannot be combined with {forms[0]}", forms[1])
         values = {
             SAMPLING_FIELDS[name].name: SAMPLING_FIELDS[name].convert(value)
             for name, value in given.items()
@@ -199,12 +218,15 @@ def _params(
         raise renamed(error, {str(error.field): f"sampling_params.{error.field}"}) from None
     values.setdefault("max_tokens", None)
     logprobs = num_top if with_logprobs else None
+    names = dict(_OUR_NAMES)
+    if forms:
+        names[STRUCTURED_OUTPUTS] = f"sampling_params.{forms[0]}"
     try:
         return SamplingParams(
             **values, logprobs=logprobs, prompt_logprobs=logprobs if start >= 0 else None
         )
     except RequestError as error:
-        raise renamed(error, _OUR_NAMES) from None
+        raise renamed(error, names) from None
 
 
 def prepare_sglang(body: SglangRequest, generations: Generations) -> list[PreparedRequest]:

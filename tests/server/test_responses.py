@@ -1,0 +1,338 @@
+"""``/v1/responses``, as the openai client sends it and reads it."""
+
+from __future__ import annotations
+
+import asyncio
+from unittest import mock
+
+import msgspec
+import openai
+import openai.types.responses.response_create_params as openai_responses
+import pydantic
+import pytest
+from fake_engine import EOS_ID, TOKENIZER, ids_of, logprob_row
+
+from tokasaurus.errors import EngineDead
+from tokasaurus.server.responses import _NOT_HERE, ResponsesRequest
+
+PATH = "/v1/responses"
+BASE = {"input": "the cat", "seed": 1, "max_output_tokens": 12}
+LOGPROBS = ["message.output_text.logprobs"]
+
+
+def say(server, text, *more):
+    server.engine.script = lambda request, index: [*ids_of(text), *more]
+
+
+def test_the_client_reads_a_response(server):
+    say(server, "hello world", EOS_ID)
+    answer = server.client().responses.create(
+        model="m",
+        input="hi",
+        instructions="be brief",
+        temperature=0.5,
+        top_p=0.75,
+        max_output_tokens=64,
+        metadata={"run": "7"},
+        user="somebody",
+        store=False,
+    )
+    assert answer.output_text == "hello world"
+    assert (answer.status, answer.object, answer.model) == ("completed", "response", "m")
+    assert answer.output[0].role == "assistant"
+    assert answer.output[0].status == "completed"
+    assert (answer.temperature, answer.top_p, answer.max_output_tokens) == (0.5, 0.75, 64)
+    assert answer.instructions == "be brief"
+    assert answer.metadata == {"run": "7"}
+    assert (answer.error, answer.incomplete_details) == (None, None)
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    prompt = TOKENIZER.render_chat(messages)
+    request = server.engine.requests[0]
+    assert request.prompt_ids.tolist() == prompt
+    usage = answer.usage
+    assert (usage.input_tokens, usage.output_tokens) == (
+        len(prompt),
+        len(ids_of("hello world")) + 1,
+    )
+    assert usage.total_tokens == usage.input_tokens + usage.output_tokens
+    assert usage.input_tokens_details.cached_tokens == 0
+
+
+def test_a_response_that_is_cut_off(server):
+    answer = server.client().responses.create(model="m", input="hi", max_output_tokens=3)
+    assert answer.status == answer.output[0].status == "incomplete"
+    assert answer.incomplete_details.reason == "max_output_tokens"
+    assert answer.usage.output_tokens == 3
+
+
+def test_a_conversation_with_its_own_answers(server):
+    """The output of one response is the input of the next, as the client's documentation does it."""
+    say(server, "sat", EOS_ID)
+    with server.client() as client:
+        first = client.responses.create(model="m", input="the cat", include=LOGPROBS)
+        history = [{"role": "user", "content": "the cat"}]
+        history += [item.model_dump(exclude_none=True) for item in first.output]
+        history.append(
+            {"role": "developer", "content": [{"type": "input_text", "text": "on a mat"}]}
+        )
+        client.responses.create(model="m", input=history)
+    messages = [
+        {"role": "user", "content": "the cat"},
+        {"role": "assistant", "content": "sat"},
+        {"role": "system", "content": "on a mat"},
+    ]
+    assert server.engine.requests[1].prompt_ids.tolist() == TOKENIZER.render_chat(messages)
+
+
+ORDER = [
+    "response.created",
+    "response.in_progress",
+    "response.output_item.added",
+    "response.content_part.added",
+    "response.output_text.delta",
+    "response.output_text.done",
+    "response.content_part.done",
+    "response.output_item.done",
+]
+
+
+@pytest.mark.parametrize("end", [EOS_ID, None])
+@pytest.mark.parametrize("text", ["the cat sat on the mat, naïve élan", ""])
+def test_the_stream_of_typed_events(server, text, end):
+    say(server, text, *([] if end is None else [end]))
+    last = "response.incomplete" if end is None else "response.completed"
+    with server.client() as client:
+        whole = client.responses.create(model="m", input="hi", include=LOGPROBS)
+        events = list(client.responses.create(model="m", input="hi", stream=True, include=LOGPROBS))
+        with client.responses.stream(model="m", input="hi") as stream:
+            assert [event.type for event in stream][-1] == last
+            if end is not None:
+                assert stream.get_final_response().output_text == text
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kinds = [event.type for event in events]
+    assert list(dict.fromkeys(kinds)) == [
+        kind for kind in [*ORDER, last] if kind in kinds or "delta" not in kind
+    ]
+    deltas = [event for event in events if event.type == "response.output_text.delta"]
+    assert "".join(event.delta for event in deltas) == text
+    final = events[-1].response
+    assert final.output_text == whole.output_text == text
+    assert final.usage == whole.usage
+    assert final.status == whole.status
+    entries = final.output[0].content[0].logprobs
+    assert [e.model_dump() for e in entries] == [
+        e.model_dump() for e in whole.output[0].content[0].logprobs
+    ]
+    assert len(entries) == final.usage.output_tokens
+    streamed = [entry.logprob for event in deltas for entry in event.logprobs]
+    assert streamed == [entry.logprob for entry in entries]
+    ids = {event.item_id for event in deltas} | {final.output[0].id, events[2].item.id}
+    assert len(ids) == 1
+    assert {event.response.id for event in events if hasattr(event, "response")} == {final.id}
+
+
+def test_the_lines_of_a_stream(server):
+    """An event's name, and its JSON on one line; no comments, no mark at the end."""
+    answer = server.post(PATH, {**BASE, "stream": True})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    *events, end = answer.content.decode().split("\n\n")
+    assert end == ""
+    for each in events:
+        name, data = each.split("\n")
+        body = msgspec.json.decode(data.removeprefix("data: "))
+        assert name == f"event: {body['type']}"
+
+
+def test_the_async_client(server):
+    say(server, "hello", EOS_ID)
+
+    async def ask():
+        async with openai.AsyncOpenAI(api_key="none", base_url=f"{server.url}/v1") as client:
+            stream = await client.responses.create(model="m", input="hi", stream=True)
+            return [event async for event in stream]
+
+    assert asyncio.run(ask())[-1].response.output_text == "hello"
+
+
+def test_logprobs(server):
+    say(server, "the cat", EOS_ID)
+    answer = server.client().responses.create(
+        model="m", input="hi", include=LOGPROBS, top_logprobs=2
+    )
+    for token_id, entry in zip(
+        [*ids_of("the cat"), EOS_ID], answer.output[0].content[0].logprobs, strict=True
+    ):
+        chosen, top_ids, top = logprob_row(token_id, 2)
+        assert (entry.token, entry.logprob) == (TOKENIZER.token_text(token_id), chosen)
+        assert [each.logprob for each in entry.top_logprobs] == top
+        assert [each.token for each in entry.top_logprobs] == [
+            TOKENIZER.token_text(i) for i in top_ids
+        ]
+
+
+class Animal(pydantic.BaseModel):
+    name: str
+    legs: int
+
+
+def test_structured_output(server):
+    say(server, '{"name": "cat", "legs": 4}', EOS_ID)
+    answer = server.client().responses.parse(model="m", input="hi", text_format=Animal)
+    assert answer.output_parsed == Animal(name="cat", legs=4)
+    assert answer.text.format.type == "json_schema"
+    assert '"legs"' in server.engine.requests[0].grammar
+
+
+def test_an_error_in_mid_stream(server):
+    server.engine.largest_step = 1
+    stream = server.client().responses.create(
+        model="m", input="hi", stream=True, extra_body={"ignore_eos": True}, max_output_tokens=400
+    )
+    events = [next(iter(stream))]
+    server.call(lambda: server.generations.fail_all(EngineDead("it broke")))
+    events += list(stream)
+    assert events[-1].type == "response.failed"
+    assert events[-1].response.status == "failed"
+    assert "it broke" in events[-1].response.error.message
+    server.engine._running.clear()
+
+
+# --- every field -----------------------------------------------------------------------------------
+
+# A value that changes something, and what else the request must say for that to show.
+CHANGES = {
+    "model": ("other", {}),
+    "input": ("the dog", {}),
+    "instructions": ("be brief", {}),
+    "max_output_tokens": (5, {}),
+    "text": ({"format": {"type": "json_object"}}, {}),
+    "include": (LOGPROBS, {}),
+    "top_logprobs": (2, {"include": LOGPROBS}),
+    "temperature": (0.25, {}),
+    "top_p": (0.5, {}),
+    "top_k": (5, {}),
+    "min_p": (0.5, {}),
+    "seed": (2, {}),
+    "stop": (["a", "b"], {}),
+    "ignore_eos": (True, {}),
+    "frequency_penalty": (0.5, {}),
+    "presence_penalty": (0.5, {}),
+    "repetition_penalty": (1.5, {}),
+    "logit_bias": ({"70": 2}, {}),
+    "min_tokens": (5, {}),
+    "stop_token_ids": ([70], {}),
+    "bad_words": (["cat"], {}),
+    "structured_outputs": ({"regex": "a*"}, {}),
+    "guided_json": ({"type": "integer"}, {}),
+    "guided_regex": ("a*", {}),
+    "guided_choice": (["a", "b"], {}),
+    "guided_grammar": ('start: "a"', {}),
+    "logprobs_mode": ("raw", {}),
+    "logprobs_ignore_temperature": (True, {}),
+    "priority": (-5, {}),
+    "stream": (True, {}),
+    "user": ("somebody", {}),
+    "metadata": ({"run": "7"}, {}),
+    "service_tier": ("flex", {}),
+}
+REFUSED = {
+    "n": 2,
+    "first_k": 1,
+    "max_tokens": 5,
+    "logprobs_in_fingerprint": True,
+    "stream_options": {"include_usage": True},
+    "response_format": {"type": "json_object"},
+}
+
+
+def observe(server, body):
+    """All that a client or the engine can see of a request, without what is different each time."""
+    server.engine.received.clear()
+    generations = server.generations
+    with mock.patch.object(generations, "start", wraps=generations.start) as start:
+        answer = server.post(PATH, body)
+    if answer.status != 200:
+        return answer.status, answer.error["param"]
+    (sent,) = server.engine.requests
+    request = {name: getattr(sent, name) for name in sent.__struct_fields__ if name != "request_id"}
+    request["prompt_ids"] = sent.prompt_ids.tolist()
+    seen = answer.headers["content-type"]
+    if not body.get("stream"):
+        seen = {
+            k: v for k, v in answer.json.items() if k not in ("id", "created_at", "completed_at")
+        }
+        del seen["output"][0]["id"]
+    return 200, msgspec.to_builtins(request), start.call_args.args[0].client_key, seen
+
+
+def test_these_are_all_fields():
+    assert {*CHANGES, *REFUSED} == set(ResponsesRequest.model_fields)
+    assert set(REFUSED) == set(_NOT_HERE)
+
+
+def test_every_field_of_openai_is_known():
+    for field in ["stream", *openai_responses.ResponseCreateParamsBase.__annotations__]:
+        assert field in ResponsesRequest.model_fields or field in ResponsesRequest.harmless, field
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_a_supported_field_changes_something(server, field):
+    value, extra = CHANGES[field]
+    body = {**BASE, **extra}
+    plain = observe(
+        server, {name: v for name, v in body.items() if name != field or name == "input"}
+    )
+    changed = observe(server, {**body, field: value})
+    assert changed[0] == 200
+    assert changed != plain
+
+
+@pytest.mark.parametrize("field", [*CHANGES, *REFUSED])
+def test_a_value_of_the_wrong_type_is_refused_by_name(server, field):
+    extra = CHANGES.get(field, ((), {}))[1]
+    for wrong in ({"type": {}}, [[["nonsense"]]]):
+        assert observe(server, {**BASE, **extra, field: wrong}) == (400, field)
+
+
+@pytest.mark.parametrize("field", ResponsesRequest.harmless)
+def test_harmless_values_pass_and_others_are_refused_by_name(server, field):
+    plain = observe(server, BASE)
+    for value in [None, *ResponsesRequest.harmless[field]]:
+        assert observe(server, {**BASE, field: "x" if value is str else value}) == plain
+    assert observe(server, {**BASE, field: {"nonsense": 1}}) == (400, field)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        *(({name: value}, name) for name, value in REFUSED.items()),
+        ({"input": None}, "input"),
+        ({"input": []}, "input"),
+        ({"input": [{"role": "alien", "content": ""}]}, "input"),
+        ({"input": [{"type": "function_call", "name": "f"}]}, "input"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input"),
+        ({"store": True}, "store"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"background": True}, "background"),
+        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"max_output_tokens": 10**6}, "max_output_tokens"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"top_logprobs": 21, "include": LOGPROBS}, "top_logprobs"),
+        ({"include": ["file_search_call.results"]}, "include"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text"),
+        ({"text": {"format": {"type": "json_schema", "schema": {"type": 5}}}}, "text"),
+        ({"text": {"format": {"type": "xml"}}}, "text"),
+        ({"text": {"verbosity": "low"}}, "text"),
+        ({"text": {"format": {"type": "json_object"}}, "guided_regex": "a"}, "text"),
+        ({"temperature": -1}, "temperature"),
+    ],
+    ids=repr,
+)
+def test_wrong_values_are_named(server, body, param):
+    for stream in (False, True):
+        answer = server.post(PATH, {**BASE, **body, "stream": stream})
+        assert answer.status == 400
+        assert answer.error["param"] == param
+        assert param in answer.error["message"]
