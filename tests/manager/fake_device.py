@@ -45,6 +45,11 @@ def logprob_of(digest: int, token: int) -> float:
     return -float(mix(digest, token + 1) % 4096)
 
 
+def rank_of(digest: int, token: int) -> int:
+    """The "rank" of a token after a context."""
+    return 1 + mix(digest, token + 2000) % VOCAB_SIZE
+
+
 def top_of(digest: int, count: int) -> list[tuple[int, float]]:
     """The "best" tokens after a context."""
     ids = [mix(digest, 1000 + rank) % VOCAB_SIZE for rank in range(count)]
@@ -79,14 +84,17 @@ def oracle(request: GenerateRequest, sample_index: int) -> Generated:
     return result
 
 
-def prompt_logprobs_oracle(request: GenerateRequest) -> list[tuple[float, list[tuple[int, float]]]]:
-    """Logprob and top ones of each prompt token but the first."""
+def prompt_logprobs_oracle(
+    request: GenerateRequest,
+) -> list[tuple[float, int, list[tuple[int, float]]]]:
+    """Logprob, rank and top ones of each prompt token but the first."""
     digest = _EMPTY_CONTEXT
     prompt = request.prompt_ids.tolist()
     rows = []
     for token, following in itertools.pairwise(prompt):
         digest = mix(digest, token)
-        rows.append((logprob_of(digest, following), top_of(digest, request.num_prompt_logprobs)))
+        tops = top_of(digest, request.num_prompt_logprobs)
+        rows.append((logprob_of(digest, following), rank_of(digest, following), tops))
     return rows
 
 
@@ -328,11 +336,13 @@ class FakeDevice:
                     top_ids[index, rank], top_logprobs[index, rank] = top, value
         prompt_width = max([0, *(row[3] for row in prompt_rows)])
         prompt_logprobs = np.zeros(len(prompt_rows), np.float32)
+        prompt_ranks = np.zeros(len(prompt_rows), np.int32)
         prompt_top_ids = np.full((len(prompt_rows), prompt_width), -1, np.int32)
         prompt_top_logprobs = np.full((len(prompt_rows), prompt_width), np.nan, np.float32)
         for index, (slot, position, following, count) in enumerate(prompt_rows):
             digest = self._digest(slot, position)
             prompt_logprobs[index] = logprob_of(digest, following)
+            prompt_ranks[index] = rank_of(digest, following)
             for rank, (top, value) in enumerate(top_of(digest, count)):
                 prompt_top_ids[index, rank], prompt_top_logprobs[index, rank] = top, value
         return ForwardResult(
@@ -342,6 +352,7 @@ class FakeDevice:
             top_ids=top_ids,
             top_logprobs=top_logprobs,
             prompt_logprobs=prompt_logprobs,
+            prompt_ranks=prompt_ranks,
             prompt_top_ids=prompt_top_ids,
             prompt_top_logprobs=prompt_top_logprobs,
             device_s=0.001,

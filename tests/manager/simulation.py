@@ -141,7 +141,7 @@ class World:
         self.living: dict[tuple[int, int], None] = {}  # names of those that have not ended
         self.aborted: set[int] = set()
         self.num_finished: Counter[int] = Counter()  # by request: those that were not aborted
-        self.prompt_logprobs: dict[int, dict[int, tuple[float, list[tuple[int, float]]]]] = {}
+        self.prompt_logprobs: dict[int, dict[int, object]] = {}
         self.pooled: dict[int, list[float]] = {}
         self.flushed: list[CacheFlushed] = []
         self.rejected: dict[int, RequestRejected] = {}
@@ -329,8 +329,9 @@ class World:
                     strict=True,
                 )
             )
-            assert (logprob, tops) == expected[position - 1]
-            self.prompt_logprobs[message.request_id][position] = (logprob, tops)
+            answer = (logprob, int(message.ranks[index]), tops)
+            assert answer == expected[position - 1]
+            self.prompt_logprobs[message.request_id][position] = answer
 
     def _receive_updates(self, message: SequenceUpdates) -> None:
         names = list(

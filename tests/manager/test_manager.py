@@ -281,6 +281,7 @@ def count_lines_of_a_steady_step(num_sequences: int) -> int:
             top_ids=np.zeros((num_rows, 0), np.int32),
             top_logprobs=np.zeros((num_rows, 0), np.float32),
             prompt_logprobs=np.zeros(0, np.float32),
+            prompt_ranks=np.zeros(0, np.int32),
             prompt_top_ids=np.zeros((0, 0), np.int32),
             prompt_top_logprobs=np.zeros((0, 0), np.float32),
             device_s=0.0,

@@ -219,3 +219,32 @@ def test_more_logprobs_than_tokens():
         torch.zeros(1, 3), torch.tensor([0]), parameters(1, num_logprobs=5), width=5
     )
     assert result.top_ids[0, 3:].tolist() == [-1, -1]
+
+
+def test_ranks_count_higher_logits():
+    logits = torch.tensor([[3.0, 1.0, 3.0, 2.0]]).repeat(4, 1)
+    result = logprobs_of(
+        logits, torch.arange(4), parameters(4, num_logprobs=[0, 0, 2, -1]), width=2, ranked=True
+    )
+    assert result.ranks.tolist() == [1, 4, 1, -1]
+
+
+def test_the_best_ones_number_is_nobody_elses():
+    """Equal numbers mean equal logits, also where subtracting rounds two of them to one number."""
+    best = torch.tensor(1.0)
+    next_best = best.nextafter(torch.tensor(0.0))
+    logits = torch.full((1, 50_000), -2.0)
+    logits[0, 7], logits[0, 3], logits[0, 9] = best, next_best, next_best
+    norm = logits.logsumexp(-1)
+    assert best - norm == next_best - norm
+    for width in (1, 3):
+        asked = parameters(3, num_logprobs=width)
+        result = logprobs_of(logits.repeat(3, 1), torch.tensor([7, 3, 9]), asked, width)
+        assert (result.chosen == result.top[:, 0]).tolist() == [True, False, False]
+        assert result.chosen[1] == result.chosen[2]
+    assert result.top[0].tolist() == [result.chosen[i] for i in (0, 1, 2)]
+    logits[0, 3] = best  # a tie: whichever is listed, both have its number
+    result = logprobs_of(
+        logits.repeat(2, 1), torch.tensor([7, 3]), parameters(2, num_logprobs=1), 1
+    )
+    assert (result.chosen == result.top[:, 0]).all()

@@ -14,6 +14,9 @@ from worker_driver import Driver, Enter, generate, make_driver, worker_config
 
 from tokasaurus.errors import ModelError, ProtocolError
 from tokasaurus.model import head as head_module
+from tokasaurus.model.adjustments import AdjustmentTable
+from tokasaurus.model.sampler import SamplingParameters
+from tokasaurus.model.state import PromptRows, SamplingRows
 from tokasaurus.model.worker import Worker
 from tokasaurus.protocol.messages import ForwardBatch, ForwardResult, Sampling
 from tokasaurus.protocol.wire import Codec
@@ -117,7 +120,51 @@ def test_logits_come_in_bounded_pieces(driver, head_rows, monkeypatch):
     pieces = driver.step(prefill=[chunk])
     assert max(head_rows[2:]) == 7
     np.testing.assert_allclose(pieces.prompt_logprobs, whole.prompt_logprobs, atol=1e-5)
+    np.testing.assert_array_equal(pieces.prompt_ranks, whole.prompt_ranks)
     np.testing.assert_array_equal(pieces.prompt_top_ids, whole.prompt_top_ids)
+
+
+def test_pieces_of_logits_change_no_number(monkeypatch):
+    """Of logits that are the same, to the last bit; and no tensor of a piece is larger than it may be."""
+    vocab_size, hidden_size, num_rows = 5000, 8, 40
+    torch.manual_seed(0)
+    # Products of small whole numbers are exact, however the rows are cut; what is added makes all differ.
+    hidden = torch.randint(-3, 4, (num_rows, hidden_size)).float()
+    weight = torch.randint(-3, 4, (vocab_size, hidden_size)).float()
+
+    rows = []
+
+    class Model:
+        head = torch.nn.Linear(hidden_size, vocab_size)
+
+        def logits(self, hidden):
+            rows.append(len(hidden))
+            return hidden @ weight.T + torch.arange(vocab_size) / 8192
+
+    model = Model()
+    asked = SamplingParameters.neutral(num_rows)
+    asked.num_logprobs[:] = np.arange(num_rows) % 4 - 1
+    asked.logprobs_mode[:] = np.arange(num_rows) % 3
+    asked.temperature[:] = 0.7
+    asked.top_k[:] = 50
+    asked.seed[:] = np.arange(num_rows)
+    prompt = PromptRows(torch.arange(num_rows), np.arange(num_rows) * 100, asked)
+    drawn = SamplingRows(torch.arange(num_rows), np.arange(num_rows, dtype=np.int32), asked)
+    adjustments = AdjustmentTable(num_rows, vocab_size, torch.device("cpu"))
+
+    def run():
+        rows.clear()
+        tokens, logprobs = head_module.draw_tokens(model, hidden, drawn, adjustments, None)
+        scored = head_module.score_prompts(model, hidden, prompt)
+        return [tokens, *vars(logprobs).values(), *vars(scored).values()]
+
+    whole = run()
+    assert rows == [num_rows, num_rows]
+    monkeypatch.setattr(head_module, "_MAX_LOGITS", 7 * vocab_size + 1)
+    pieces = run()
+    assert rows == [7, 7, 7, 7, 7, 5] * 2
+    for one, other in zip(whole, pieces, strict=True):
+        assert torch.equal(one.nan_to_num(7), other.nan_to_num(7))
 
 
 def test_a_gap_in_the_numbers(driver):

@@ -84,7 +84,7 @@ EXAMPLES = [
         top_ids=ints(0),
         top_logprobs=floats(0),
     ),
-    PromptLogprobs(5, 1, floats(4), ints(4, 2), floats(4, 2)),
+    PromptLogprobs(5, 1, floats(4), ints(4), ints(4, 2), floats(4, 2)),
     RequestRejected(5, "too long", "prompt"),
     PooledState(5, floats(8)),
     CacheFlushed(7, 3, 48),
@@ -130,6 +130,7 @@ EXAMPLES = [
         top_ids=ints(5, 3),
         top_logprobs=floats(5, 3),
         prompt_logprobs=floats(0),
+        prompt_ranks=ints(0),
         prompt_top_ids=ints(0, 0),
         prompt_top_logprobs=floats(0, 0),
         device_s=0.25,
@@ -175,7 +176,9 @@ def test_every_message_has_an_example():
 
 def test_received_arrays_cannot_be_written():
     codec = Codec(PromptLogprobs)
-    received = codec.decode(codec.encode(PromptLogprobs(5, 1, floats(4), ints(4, 0), floats(4, 0))))
+    received = codec.decode(
+        codec.encode(PromptLogprobs(5, 1, floats(4), ints(4), ints(4, 0), floats(4, 0)))
+    )
     with pytest.raises(ValueError, match="read-only"):
         received.logprobs[0] = 1.0
 
@@ -185,7 +188,7 @@ def test_received_arrays_cannot_be_written():
 )
 def test_other_array_types_are_refused(array):
     with pytest.raises(TypeError, match="int32, int64, float32, float64 or bool"):
-        Codec(PromptLogprobs).encode(PromptLogprobs(1, 1, array, ints(0, 0), floats(0, 0)))
+        Codec(PromptLogprobs).encode(PromptLogprobs(1, 1, array, ints(0), ints(0, 0), floats(0, 0)))
 
 
 @pytest.mark.parametrize("data", [b"", b"\x00", b"\x91\xa5Bogus", b"\xff" * 40])

@@ -330,6 +330,7 @@ def _prompt_logprobs(request: GenerateRequest) -> list[PromptLogprobs]:
                 request.request_id,
                 first,
                 np.array([row[0] for row in rows], np.float32),
+                np.array([1 + (token_id % 3 == 0) for token_id in ids[first:last]], np.int32),
                 np.array([row[1] for row in rows], np.int32).reshape(len(rows), number),
                 np.array([row[2] for row in rows], np.float32).reshape(len(rows), number),
             )

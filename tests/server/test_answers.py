@@ -178,6 +178,48 @@ def test_echo_with_logprobs(server, client):
         assert [token for piece in pieces for token in piece] == logprobs.tokens
 
 
+def test_prompt_logprobs(server):
+    """As vLLM writes them: of each choice of completions, and once beside those of a chat."""
+    prompt = [70, 71, 72, 73, 75]
+    ids = dict(enumerate(prompt))
+    for number in (0, 3):
+        body = {"prompt": prompt, "n": 2, "prompt_logprobs": number, "max_tokens": 3}
+        for choice in server.post("/v1/completions", body).json["choices"]:
+            check_prompt_logprobs(choice["prompt_logprobs"], ids, number)
+            assert choice["logprobs"] is None
+        chat_body = {"ids": prompt, "prompt_logprobs": number, "max_tokens": 3, "n": 2}
+        answer = server.post("/v1/chat/completions", chat_body).json
+        check_prompt_logprobs(answer["prompt_logprobs"], ids, number)
+    # Beside echo, each as wide as it was asked for.
+    body = {"prompt": prompt, "echo": True, "logprobs": 1, "prompt_logprobs": 4, "max_tokens": 3}
+    for wider, narrower in ((4, 1), (1, 4)):
+        body |= {"prompt_logprobs": wider, "logprobs": narrower}
+        (choice,) = server.post("/v1/completions", body).json["choices"]
+        check_prompt_logprobs(choice["prompt_logprobs"], ids, wider)
+        alone = {**body, "prompt_logprobs": None}
+        (plain,) = server.post("/v1/completions", {**alone, "seed": 1}).json["choices"]
+        assert plain["logprobs"]["top_logprobs"][:5] == choice["logprobs"]["top_logprobs"][:5]
+        assert "prompt_logprobs" not in plain
+    for stream in (True, False):
+        body = {"prompt": prompt, "prompt_logprobs": 21 - stream, "stream": stream}
+        assert server.post("/v1/completions", body).error["param"] == "prompt_logprobs"
+
+
+def check_prompt_logprobs(written, ids, number):
+    assert written[0] is None
+    assert len(written) == len(ids)
+    for position, entries in enumerate(written[1:], 1):
+        chosen, best, values = logprob_row(ids[position], number)
+        expected = {
+            str(i): (v, rank) for rank, (i, v) in enumerate(zip(best, values, strict=True), 1)
+        }
+        expected[str(ids[position])] = (chosen, 1 + (ids[position] % 3 == 0))
+        got = {key: (entry["logprob"], entry["rank"]) for key, entry in entries.items()}
+        assert got == expected
+        for key, entry in entries.items():
+            assert entry["decoded_token"] == TOKENIZER.token_text(int(key))
+
+
 def test_minus_infinity_is_written_as_a_number():
     cut_off = TokenLogprobs(
         np.array([-1.5], np.float32),

@@ -41,6 +41,7 @@ CHANGES = {
     "logit_bias": ({"70": -100, "71": 2.5}, {}),
     "bad_words": (["cat"], {}),
     "max_tokens": (5, {}),
+    "prompt_logprobs": (2, {}),
     "logprobs_mode": ("raw", {}),
     "logprobs_ignore_temperature": (True, {}),
     "logprobs_in_fingerprint": (True, {}),

@@ -32,6 +32,7 @@ from tokasaurus.errors import EngineDead, RequestError
 from tokasaurus.launch.assemble import assemble
 from tokasaurus.manager.manager import Manager
 from tokasaurus.model.worker import Worker
+from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import ForwardResult, FromServer
 from tokasaurus.server.embeddings import embedding, pooling_named
 from tokasaurus.server.generation import Generation, Generations, PreparedRequest
@@ -51,7 +52,7 @@ class Logprob:
     """One token's natural-logarithm probability at one position."""
 
     logprob: float
-    rank: int | None  # 1 is the most likely; None for a chosen token outside the top
+    rank: int | None  # 1 is the most likely; None for a generated token outside the top
     decoded_token: str
 
 
@@ -325,7 +326,8 @@ class LLM:
         ids = generation.request.prompt_ids.tolist()
         prompt_logprobs: list[dict[int, Logprob] | None] | None = None
         if generation.prompt_logprobs is not None:
-            prompt_logprobs = [None, *self._logprobs(ids[1:], generation.prompt_logprobs)]
+            entries = self._logprobs(ids[1:], generation.prompt_logprobs, generation.prompt_ranks)
+            prompt_logprobs = [None, *entries]
         return RequestOutput(
             request_id=str(generation.request_id),
             prompt=prompt,
@@ -346,19 +348,23 @@ class LLM:
             finish_reason=sample.finish_reason,
         )
 
-    def _logprobs(self, token_ids: list[int], values: TokenLogprobs) -> list[dict[int, Logprob]]:
+    def _logprobs(
+        self, token_ids: list[int], values: TokenLogprobs, ranks: Int32Array | None = None
+    ) -> list[dict[int, Logprob]]:
         text = self._tokenizer.token_text
         result: list[dict[int, Logprob]] = []
-        for token_id, chosen, top_ids, top_logprobs in zip(
+        for token_id, chosen, known_rank, top_ids, top_logprobs in zip(
             token_ids,
             values.logprobs.tolist(),
+            [None] * len(token_ids) if ranks is None else ranks.tolist(),
             values.top_ids.tolist(),
             values.top_logprobs.tolist(),
             strict=True,
         ):
-            entry = {token_id: Logprob(chosen, None, text(token_id))}
+            entry = {token_id: Logprob(chosen, known_rank, text(token_id))}
             for rank, (top_id, logprob) in enumerate(zip(top_ids, top_logprobs, strict=True), 1):
-                entry[top_id] = Logprob(logprob, rank, text(top_id))
+                if top_id != token_id or known_rank is None:
+                    entry[top_id] = Logprob(logprob, rank, text(top_id))
             result.append(entry)
         return result
 

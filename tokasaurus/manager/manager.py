@@ -361,6 +361,7 @@ def _prompt_logprobs(
         request_id=piece.sequence.request.message.request_id,
         first_position=piece.first_position,
         logprobs=result.prompt_logprobs[start:end],
+        ranks=result.prompt_ranks[start:end],
         top_ids=result.prompt_top_ids[start:end, :width],
         top_logprobs=result.prompt_top_logprobs[start:end, :width],
     )

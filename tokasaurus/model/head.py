@@ -20,7 +20,8 @@ from tokasaurus.model.state import PromptRows, SamplingRows
 
 __all__ = ["draw_tokens", "score_prompts"]
 
-# Elements of the logits of one chunk: 128 MiB in fp32.
+# Elements of the logits of one chunk: 128 MiB in fp32. Sampling and logprobs take a few times that while
+# they work on a chunk, however many rows a batch has and however large the vocabulary is.
 _MAX_LOGITS = 1 << 25
 
 
@@ -70,7 +71,7 @@ def score_prompts(model: LlamaModel, hidden: Tensor, rows: PromptRows) -> Logpro
     following = torch.from_numpy(rows.next_ids).to(hidden.device)
     return Logprobs.joined(
         [
-            logprobs_of(logits, following[part], rows.parameters.take(part), width)
+            logprobs_of(logits, following[part], rows.parameters.take(part), width, ranked=True)
             for part, logits in _logits(model, hidden, rows.rows)
         ]
     )

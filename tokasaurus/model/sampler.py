@@ -1,8 +1,8 @@
 """Draws tokens from logits, and the logprobs that go with them.
 
 Each row is sampled for itself: its token is a function of its logits, its parameters and its random
-number (``randomness``), never of the rows around it. Logits come adjusted (``adjustments``). Tokens are ranked by logit, equal ones by id, and
-the filters keep what is left of that ranking, one after the other:
+number (``randomness``), never of the rows around it. Logits come as adjusted (``adjustments``). Tokens are
+ranked by logit, equal ones by id, and the filters keep what is left of that ranking, one after the other:
 
     temperature   divide the logits; 0 means the first of the ranking, whatever the filters
     top_k         keep the first k
@@ -94,12 +94,16 @@ class Logprobs:
     Attributes:
         chosen: [rows] fp32.
         top_ids: [rows, K] int64, best first.
-        top: [rows, K] fp32. Where the best is the chosen token, its number is the very same.
+        top: [rows, K] fp32. The best one's number is also the chosen token's just where no logit is
+            above that token's.
+        ranks: [rows] int64, one more than there are tokens with higher logits than the chosen one; -1
+            where a row asked for no logprobs, or nobody for ranks.
     """
 
     chosen: Tensor
     top_ids: Tensor
     top: Tensor
+    ranks: Tensor
 
     @classmethod
     def none(cls, num_chosen: int, num_rows: int) -> Logprobs:
@@ -108,6 +112,7 @@ class Logprobs:
             torch.full((num_chosen,), torch.nan),
             torch.empty(num_rows, 0, dtype=torch.int64),
             torch.empty(num_rows, 0),
+            torch.full((num_chosen,), -1),
         )
 
     @classmethod
@@ -117,6 +122,7 @@ class Logprobs:
             torch.cat([part.chosen for part in parts]),
             torch.cat([part.top_ids for part in parts]),
             torch.cat([part.top for part in parts]),
+            torch.cat([part.ranks for part in parts]),
         )
 
 
@@ -162,6 +168,8 @@ def logprobs_of(
     parameters: SamplingParameters,
     width: int,
     adjusted: Tensor | None = None,
+    *,
+    ranked: bool = False,
 ) -> Logprobs:
     """Logprobs of chosen tokens and of each row's best.
 
@@ -171,9 +179,11 @@ def logprobs_of(
         parameters: of the same rows: how many logprobs each wants, and of which distribution.
         width: K, at least what any row wants.
         adjusted: what the rows were drawn from, if not from the logits; only ``PROCESSED`` sees it.
+        ranked: whether ranks are wanted.
     """
     num_rows, vocab_size = logits.shape
     chosen = logits.new_full((num_rows,), torch.nan)
+    ranks = token_ids.new_full((num_rows,), -1)
     top_ids = token_ids.new_full((num_rows, width), -1)
     top = logits.new_full((num_rows, width), torch.nan)
     for mode in LogprobsMode:
@@ -185,15 +195,31 @@ def logprobs_of(
         scores = _distribution(source[index], parameters.take(rows), mode)
         # x - logsumexp(x) is finite wherever x is; the logarithm of a probability underflows.
         norm = scores.logsumexp(dim=-1, keepdim=True)
-        chosen[index] = (scores.gather(1, token_ids[index, None]) - norm)[:, 0]
+        picked = scores.gather(1, token_ids[index, None])
+        if ranked:
+            ranks[index] = 1 + (scores > picked).sum(dim=-1)
         depth = min(int(parameters.num_logprobs[rows].max()), vocab_size)
-        if depth > 0:
-            best = scores.topk(depth, dim=-1)
-            wanted = torch.from_numpy(parameters.num_logprobs[rows]).to(logits.device)
-            asked = torch.arange(depth, device=logits.device) < wanted[:, None]
-            top_ids[index, :depth] = best.indices.where(asked, -1)
-            top[index, :depth] = (best.values - norm).where(asked, torch.nan)
-    return Logprobs(chosen, top_ids, top)
+        if depth == 0:
+            chosen[index] = (picked - norm)[:, 0]
+            continue
+        best = scores.topk(depth, dim=-1)
+        chosen[index] = _below_the_best(picked, best.values, norm)[:, 0]
+        wanted = torch.from_numpy(parameters.num_logprobs[rows]).to(logits.device)
+        asked = torch.arange(depth, device=logits.device) < wanted[:, None]
+        top_ids[index, :depth] = best.indices.where(asked, -1)
+        values = _below_the_best(best.values, best.values, norm)
+        top[index, :depth] = values.where(asked, torch.nan)
+    return Logprobs(chosen, top_ids, top, ranks)
+
+
+def _below_the_best(scores: Tensor, best: Tensor, norm: Tensor) -> Tensor:
+    """Logprobs of scores, all [rows, some]; the best one's number is nobody's whose score is lower.
+
+    Subtracting may round two scores to one number, and clients compare them to see what is likeliest.
+    """
+    values, first = scores - norm, best[:, :1] - norm
+    is_mistaken = (values == first) & (scores < best[:, :1])
+    return values.where(~is_mistaken, values.nextafter(values.new_full((), -torch.inf)))
 
 
 def _distribution(logits: Tensor, parameters: SamplingParameters, mode: LogprobsMode) -> Tensor:

@@ -168,6 +168,7 @@ def _result(
         top_ids=drawn.top_ids.cpu().numpy().astype(np.int32),
         top_logprobs=drawn.top.cpu().numpy(),
         prompt_logprobs=prompt.chosen.cpu().numpy(),
+        prompt_ranks=prompt.ranks.cpu().numpy().astype(np.int32),
         prompt_top_ids=prompt.top_ids.cpu().numpy().astype(np.int32),
         prompt_top_logprobs=prompt.top.cpu().numpy(),
         device_s=device_s,

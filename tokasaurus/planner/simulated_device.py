@@ -131,6 +131,7 @@ class SimulatedDevice:
             top_ids=top_ids,
             top_logprobs=top_logprobs,
             prompt_logprobs=prompt[0],
+            prompt_ranks=np.ones(len(prompt[0]), np.int32),
             prompt_top_ids=prompt[1],
             prompt_top_logprobs=prompt[2],
             device_s=device_s,

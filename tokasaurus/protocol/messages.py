@@ -221,6 +221,7 @@ class PromptLogprobs(Message, frozen=True):
     request_id: int
     first_position: int
     logprobs: Float32Array  # [tokens]
+    ranks: Int32Array  # [tokens] one more than there are likelier tokens
     top_ids: Int32Array  # [tokens, k]
     top_logprobs: Float32Array  # [tokens, k]
 
@@ -393,6 +394,7 @@ class ForwardResult(Message, frozen=True):
     top_ids: Int32Array  # [sampling rows, K]
     top_logprobs: Float32Array  # [sampling rows, K]
     prompt_logprobs: Float32Array  # [prompt tokens]
+    prompt_ranks: Int32Array  # [prompt tokens]
     prompt_top_ids: Int32Array  # [prompt tokens, K of the prompts]
     prompt_top_logprobs: Float32Array
     device_s: float  # seconds the device took for the batch

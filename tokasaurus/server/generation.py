@@ -172,6 +172,11 @@ class Generation:
         return None if self._prompt_logprobs is None else self._prompt_logprobs.values
 
     @property
+    def prompt_ranks(self) -> Int32Array | None:
+        """Of the same tokens: 1 is the likeliest, or as likely as that."""
+        return None if self._prompt_logprobs is None else self._prompt_logprobs.ranks
+
+    @property
     def _has_prompt_logprobs(self) -> bool:
         return self._prompt_logprobs is None or self._prompt_logprobs.complete
 
@@ -527,6 +532,7 @@ class _PromptLogprobs:
             np.zeros((num_tokens, num_top), np.int32),
             np.zeros((num_tokens, num_top), np.float32),
         )
+        self.ranks: Int32Array = np.zeros(num_tokens, np.int32)
         self._missing = np.ones(num_tokens, np.bool_)
 
     @staticmethod
@@ -542,6 +548,7 @@ class _PromptLogprobs:
         start = message.first_position - 1
         here = slice(start, start + len(message.logprobs))
         self.values.logprobs[here] = message.logprobs
+        self.ranks[here] = message.ranks
         self.values.top_ids[here] = message.top_ids
         self.values.top_logprobs[here] = message.top_logprobs
         self._missing[here] = False

@@ -14,10 +14,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.server.samples import SampleOutput, TokenLogprobs
 from tokasaurus.server.tokenizer import Tokenizer
 
-__all__ = ["CompletionLogprobs", "chat_logprobs", "fingerprint"]
+__all__ = ["CompletionLogprobs", "chat_logprobs", "fingerprint", "prompt_logprobs"]
 
 _LOWEST = -9999.0
 """Stands for minus infinity, which JSON cannot write: tokens that top_k and the like cut off."""
@@ -107,6 +108,43 @@ def chat_logprobs(
         alternatives = [entry(*each) for each in zip(top_ids, top[row], strict=True)]
         content.append({**entry(token_id, logprob), "top_logprobs": alternatives})
     return {"content": content, "refusal": None}
+
+
+def prompt_logprobs(
+    tokenizer: Tokenizer,
+    token_ids: Sequence[int],
+    logprobs: TokenLogprobs,
+    ranks: Int32Array,
+) -> list[dict[str, dict[str, Any]] | None]:
+    """``prompt_logprobs`` as vLLM writes them: null for the first token, then entries by token id.
+
+    Args:
+        tokenizer: spells tokens.
+        token_ids: of the prompt.
+        logprobs: of its tokens from the second on.
+        ranks: likewise.
+    """
+
+    def entry(token_id: int, logprob: float, rank: int) -> dict[str, Any]:
+        text = tokenizer.token_text(token_id)
+        return {"logprob": logprob, "rank": rank, "decoded_token": text}
+
+    rows = zip(
+        token_ids[1:],
+        _finite(logprobs.logprobs),
+        ranks.tolist(),
+        logprobs.top_ids.tolist(),
+        _finite(logprobs.top_logprobs),
+        strict=True,
+    )
+    written: list[dict[str, dict[str, Any]] | None] = [None]
+    for token_id, chosen, rank, top_ids, top in rows:
+        entries = {str(token_id): entry(token_id, chosen, rank)}
+        for number, (top_id, logprob) in enumerate(zip(top_ids, top, strict=True), 1):
+            if top_id != token_id:
+                entries[str(top_id)] = entry(top_id, logprob, number)
+        written.append(entries)
+    return written
 
 
 def fingerprint(

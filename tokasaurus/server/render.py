@@ -15,7 +15,12 @@ from typing import Any
 import msgspec
 
 from tokasaurus.server.generation import Generation
-from tokasaurus.server.logprobs import CompletionLogprobs, chat_logprobs, fingerprint
+from tokasaurus.server.logprobs import (
+    CompletionLogprobs,
+    chat_logprobs,
+    fingerprint,
+    prompt_logprobs,
+)
 from tokasaurus.server.samples import SampleOutput
 from tokasaurus.server.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from tokasaurus.server.tokenizer import Tokenizer
@@ -73,6 +78,7 @@ class Renderer(StreamWriter):
                 **self._head,
                 "object": self.whole_object,
                 "choices": choices,
+                **self._more(generations),
                 "usage": usage(generations, num_tokens),
                 "system_fingerprint": fingerprint(
                     outputs, packed=self._packs_logprobs, input_ids=self._input_ids(generations)
@@ -111,6 +117,18 @@ class Renderer(StreamWriter):
         counts = usage(generations, self._num_streamed_tokens)
         body = {**self._head, "object": self.chunk_object, "choices": [], "usage": counts}
         return event(body) + DONE
+
+    def _written_prompt_logprobs(self, generation: Generation) -> list[Any]:
+        values, ranks = generation.prompt_logprobs, generation.prompt_ranks
+        assert values is not None
+        assert ranks is not None
+        values = values.narrowed(self.request.prompt_logprobs or 0)
+        ids = generation.request.prompt_ids.tolist()
+        return prompt_logprobs(self.tokenizer, ids, values, ranks)
+
+    def _more(self, generations: Sequence[Generation]) -> dict[str, Any]:
+        """What only this endpoint's whole answers have beside the choices."""
+        return {}
 
     def _input_ids(self, generations: Sequence[Generation]) -> list[list[int]] | None:
         """What the fingerprint says of the prompts; nothing but for the endpoint that takes their ids."""
@@ -155,12 +173,18 @@ class CompletionRenderer(Renderer):
     ) -> None:
         super().__init__(request, model, tokenizer)
         self._echoes = echoes
+        self._prompt_logprobs: dict[int, list[Any]] = {}  # of each prompt, for all its choices
         self._logprobs: dict[int, CompletionLogprobs] = {}  # of choices that are being streamed
 
     def _choice(
         self, index: int, position: int, generation: Generation, output: SampleOutput
     ) -> dict[str, Any]:
-        return self._delta(index, position, generation, output, first=True)
+        choice = self._delta(index, position, generation, output, first=True)
+        if self.request.prompt_logprobs is not None:
+            if position not in self._prompt_logprobs:
+                self._prompt_logprobs[position] = self._written_prompt_logprobs(generation)
+            choice["prompt_logprobs"] = self._prompt_logprobs[position]
+        return choice
 
     def _delta(
         self,
@@ -192,7 +216,8 @@ class CompletionRenderer(Renderer):
         if output.finish_reason is not None:
             del self._logprobs[index]
         prompt = generation.prompt_logprobs
-        if first and prompt is not None:
+        if first and self._echoes is not None and prompt is not None:
+            prompt = prompt.narrowed(self.request.num_logprobs or 0)
             prompt_ids = generation.request.prompt_ids.tolist()
             return writer.prompt_and_generated(
                 prompt_ids, prompt, output.token_ids, output.logprobs
@@ -216,6 +241,11 @@ class ChatRenderer(Renderer):
     def __init__(self, request: ChatRequest, model: str, tokenizer: Tokenizer) -> None:
         super().__init__(request, model, tokenizer)
         self._ids = request.ids
+
+    def _more(self, generations: Sequence[Generation]) -> dict[str, Any]:
+        if self.request.prompt_logprobs is None:
+            return {}
+        return {"prompt_logprobs": self._written_prompt_logprobs(generations[0])}
 
     def _choice(
         self, index: int, position: int, generation: Generation, output: SampleOutput
@@ -259,11 +289,10 @@ class ChatRenderer(Renderer):
 
 def takes_long(generations: Sequence[Generation], with_logprobs: bool) -> bool:
     """Whether it takes more than about a millisecond to write down all that was generated."""
-    size = sum(
-        generation.num_generated_tokens
-        + (0 if generation.prompt_logprobs is None else generation.num_prompt_tokens)
-        for generation in generations
-    )
+    size = sum(generation.num_generated_tokens for generation in generations)
+    if generations[0].prompt_logprobs is not None:
+        size += sum(generation.num_prompt_tokens for generation in generations)
+        with_logprobs = True
     return size > (_MANY_LOGPROBS if with_logprobs else _MANY_TOKENS)
 
 

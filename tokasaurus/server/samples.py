@@ -31,6 +31,10 @@ class TokenLogprobs:
     def __getitem__(self, tokens: slice) -> TokenLogprobs:
         return TokenLogprobs(self.logprobs[tokens], self.top_ids[tokens], self.top_logprobs[tokens])
 
+    def narrowed(self, width: int) -> TokenLogprobs:
+        """With so many alternatives, or fewer, for each."""
+        return TokenLogprobs(self.logprobs, self.top_ids[:, :width], self.top_logprobs[:, :width])
+
     def copy(self) -> TokenLogprobs:
         """The same, without keeping the message alive that the arrays may be views of."""
         return TokenLogprobs(self.logprobs.copy(), self.top_ids.copy(), self.top_logprobs.copy())

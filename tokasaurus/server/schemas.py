@@ -171,6 +171,8 @@ class GenerationRequest(RequestBody):
     logit_bias: dict[str, float] | None = None
     bad_words: list[str] | None = None
     max_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    """Logprobs of the prompt's tokens, and of so many likeliest ones at each place; not in a stream."""
     logprobs_mode: str | None = None
     logprobs_ignore_temperature: bool | None = None
     """The same as ``logprobs_mode="raw"``."""
@@ -245,6 +247,8 @@ class GenerationRequest(RequestBody):
 
     def check(self) -> None:
         super().check()
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestError("prompt_logprobs needs stream to be false", "prompt_logprobs")
         if self.priority is not None and self.service_tier in _TIER_PRIORITIES:
             raise RequestError(
                 f"service_tier {self.service_tier!r} sets the priority, which was given too; leave one out",
@@ -291,6 +295,7 @@ class GenerationRequest(RequestBody):
                 bad_words=self.bad_words,
                 max_tokens=self.token_limit,
                 logprobs=num_logprobs,
+                prompt_logprobs=self.prompt_logprobs,
                 logprobs_mode=LogprobsMode.RAW
                 if self.logprobs_ignore_temperature
                 else self.logprobs_mode,
@@ -349,7 +354,7 @@ class CompletionRequest(GenerationRequest):
             room = max_request_tokens - num_prompt_tokens
             changes["max_tokens"] = max(1, min(_COMPLETION_MAX_TOKENS, room))
         if self.echo and params.logprobs is not None:
-            changes["prompt_logprobs"] = params.logprobs
+            changes["prompt_logprobs"] = max(params.logprobs, params.prompt_logprobs or 0)
         return params if not changes else SamplingParams(**{**vars(params), **changes})
 
 
