@@ -9,6 +9,9 @@ From the inside out::
     text           the text of one sample while it grows
     samples        one sample of a prompt
     generation     the prompts in flight: messages out, messages in; no HTTP, the embedded engine too
-    operations     what can be asked: requests to prompts and renderers
+    writer         the seam to the shapes of answers: each protocol below has writers of its own
+    tasks          one kind of request: from its JSON to prompts that can run and a writer
+    native, sglang, embeddings, responses      protocols beside OpenAI's completions and chats
+    operations     the table of what can be asked
     answers        from a request to its answer, for connections and for batches
 """
