@@ -16,7 +16,7 @@ from tokasaurus.launch.doors import TO_MANAGER, TO_WORKER
 from tokasaurus.launch.lifeline import Lifeline, Ready
 from tokasaurus.planner.cost_model import cost_model
 from tokasaurus.planner.lengths import DrawnLengths
-from tokasaurus.planner.simulated_device import SimulatedDevice
+from tokasaurus.planner.simulated_device import VOCAB_SIZE, SimulatedDevice
 from tokasaurus.planner.worker_loop import DeviceStatistics, work
 from tokasaurus.protocol.channels import Receiver, Sender
 
@@ -30,6 +30,7 @@ class DevicePlan(msgspec.Struct, frozen=True):
 
     cost: str  # of the cost model's names
     output_tokens: tuple[int, ...] = (_ENDLESS,)  # each sequence gets one of these lengths
+    vocab_size: int = VOCAB_SIZE
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
     plan = msgspec.json.decode(sys.argv[4], type=DevicePlan)
     threading.Thread(target=_await_end, args=(lifeline,), daemon=True).start()
     lengths = DrawnLengths(np.array(plan.output_tokens, np.int64))
-    device = SimulatedDevice(cost_model(plan.cost), lengths, num_slots)
+    device = SimulatedDevice(cost_model(plan.cost), lengths, num_slots, plan.vocab_size)
     statistics = DeviceStatistics(directory / DeviceStatistics.FILE_NAME, create=True)
     door = Receiver(directory, "worker", TO_WORKER)
     to_manager = Sender(directory, "manager", TO_MANAGER)

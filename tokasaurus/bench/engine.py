@@ -1,20 +1,24 @@
-"""A real manager process and a simulated device's, behind real channels. Who owns one plays the server.
+"""The processes of an engine whose device is simulated, behind real channels.
 
 ::
 
-    this process ──▶ manager ──▶ device
-          ▲            │  ▲        │
-          └────────────┘  └────────┘
+    SimulatedEngine     this process ──▶ manager ──▶ device      who owns it plays the server
+                              ▲            │  ▲        │
+                              └────────────┘  └────────┘
+
+    SimulatedService    HTTP ──▶ server ──▶ manager ──▶ device
 """
 
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -23,78 +27,45 @@ from tokasaurus.bench.device_process import DevicePlan
 from tokasaurus.config.slices import EngineSlices
 from tokasaurus.errors import EngineDead
 from tokasaurus.launch.doors import TO_MANAGER, TO_SERVER
-from tokasaurus.launch.lifeline import Assignment, Failed, Lifeline
+from tokasaurus.launch.lifeline import Assignment, Failed, Lifeline, Start
 from tokasaurus.planner.worker_loop import DeviceStatistics
 from tokasaurus.protocol.channels import Receiver, Sender
 from tokasaurus.protocol.messages import FromServer, ToServer
 
-__all__ = ["SimulatedEngine"]
+__all__ = ["SimulatedEngine", "SimulatedService"]
 
 _END_S = 5.0
 
+P = TypeVar("P", bound="_Processes")
 
-class SimulatedEngine:
-    """Starts both processes; a context manager that ends them.
+
+class _Processes:
+    """A real manager's process and a device's; a context manager that ends them and what else was spawned.
 
     Args:
         slices: the configuration.
         plan: of the device.
-
-    Raises:
-        EngineDead: a process did not get ready.
     """
 
     def __init__(self, slices: EngineSlices, plan: DevicePlan) -> None:
+        self._slices = slices
+        self._plan = plan
         self._directory = Path(tempfile.mkdtemp(prefix="tokasaurus-"))
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._lifelines: dict[str, Lifeline] = {}
-        self._door = Receiver(self._directory, "server", TO_SERVER)
-        self._to_manager = Sender(self._directory, "manager", TO_MANAGER)
-        try:
-            self._spawn("manager", "tokasaurus.launch.child")
-            self._lifelines["manager"].send(Assignment("manager", str(self._directory), slices))
-            arguments = [str(self._directory), str(slices.manager.num_slots)]
-            self._spawn(
-                "device",
-                "tokasaurus.bench.device_process",
-                *arguments,
-                msgspec.json.encode(plan).decode(),
-            )
-            for name in self._processes:
-                self._await_ready(name)
-        except BaseException:
-            self.close()
-            raise
-        self.device = DeviceStatistics(self._directory / DeviceStatistics.FILE_NAME, create=False)
 
-    def __enter__(self) -> SimulatedEngine:
+    def __enter__(self: P) -> P:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def send(self, message: FromServer) -> None:
-        self._to_manager.send(message)
-
-    def receive(self, timeout_s: float) -> list[ToServer]:
-        """What the manager has to say, within that time.
-
-        Raises:
-            EngineDead: a process has ended.
-        """
-        messages = self._door.receive(timeout_s)
-        if not messages:
-            for name, process in self._processes.items():
-                if process.poll() is not None:
-                    raise EngineDead(f"the {name} ended: {self._reason(name)}")
-        return messages
-
-    def manager_cpu_s(self) -> float:
-        """CPU time of the manager's process."""
-        return process_cpu_s(self._processes["manager"].pid)
+    def cpu_s(self, name: str) -> float:
+        """CPU time of one of the processes."""
+        return process_cpu_s(self._processes[name].pid)
 
     def close(self) -> None:
-        """Ends both processes."""
+        """Ends all processes."""
         for lifeline in self._lifelines.values():
             lifeline.close()
         deadline = time.monotonic() + _END_S
@@ -104,16 +75,36 @@ class SimulatedEngine:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        self._door.close()
-        self._to_manager.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    def _spawn(self, name: str, module: str, *arguments: str) -> None:
+    def _start(self, *, listener: socket.socket | None = None) -> None:
+        """Spawns everybody and waits until all are ready. Raises EngineDead if one does not get ready."""
+        self._spawn_role("manager")
+        self._spawn(
+            "device",
+            "tokasaurus.bench.device_process",
+            str(self._directory),
+            str(self._slices.manager.num_slots),
+            msgspec.json.encode(self._plan).decode(),
+        )
+        if listener is not None:
+            self._spawn_role("server", listener.fileno())
+        for name in self._processes:
+            self._await_ready(name)
+        self.device = DeviceStatistics(self._directory / DeviceStatistics.FILE_NAME, create=False)
+
+    def _spawn_role(self, role: str, listener_fd: int | None = None) -> None:
+        passed = () if listener_fd is None else (listener_fd,)
+        self._spawn(role, "tokasaurus.launch.child", passed=passed)
+        directory = str(self._directory)
+        self._lifelines[role].send(Assignment(role, directory, self._slices, listener_fd))
+
+    def _spawn(self, name: str, module: str, *arguments: str, passed: tuple[int, ...] = ()) -> None:
         ours, theirs = Lifeline.pair()
         self._lifelines[name] = ours
         self._processes[name] = subprocess.Popen(
             [sys.executable, "-m", module, str(theirs.fileno()), *arguments],
-            pass_fds=[theirs.fileno()],
+            pass_fds=[theirs.fileno(), *passed],
             stdin=subprocess.DEVNULL,
         )
         theirs.close()
@@ -126,6 +117,12 @@ class SimulatedEngine:
             if isinstance(note, Failed):
                 raise EngineDead(f"the {name} did not start: {note.summary}\n{note.traceback}")
 
+    def _check_alive(self) -> None:
+        """Raises EngineDead if a process has ended."""
+        for name, process in self._processes.items():
+            if process.poll() is not None:
+                raise EngineDead(f"the {name} ended: {self._reason(name)}")
+
     def _reason(self, name: str) -> str:
         """Why a process that has ended did so, as it said last."""
         notes = self._lifelines[name].receive() or []
@@ -133,3 +130,80 @@ class SimulatedEngine:
             if isinstance(note, Failed):
                 return f"{note.summary}\n{note.traceback}"
         return f"exit status {self._processes[name].returncode}"
+
+
+class SimulatedEngine(_Processes):
+    """Manager and device, and the messages that a server exchanges with them.
+
+    Args:
+        slices: the configuration.
+        plan: of the device.
+
+    Raises:
+        EngineDead: a process did not get ready.
+    """
+
+    def __init__(self, slices: EngineSlices, plan: DevicePlan) -> None:
+        super().__init__(slices, plan)
+        self._door = Receiver(self._directory, "server", TO_SERVER)
+        self._to_manager = Sender(self._directory, "manager", TO_MANAGER)
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def send(self, message: FromServer) -> None:
+        self._to_manager.send(message)
+
+    def receive(self, timeout_s: float) -> list[ToServer]:
+        """What the manager has to say, within that time.
+
+        Raises:
+            EngineDead: a process has ended.
+        """
+        messages = self._door.receive(timeout_s)
+        if not messages:
+            self._check_alive()
+        return messages
+
+    def manager_cpu_s(self) -> float:
+        """CPU time of the manager's process."""
+        return self.cpu_s("manager")
+
+    def close(self) -> None:
+        """Ends both processes."""
+        super().close()
+        self._door.close()
+        self._to_manager.close()
+
+
+class SimulatedService(_Processes):
+    """Server, manager and device: what clients can talk to over HTTP.
+
+    Args:
+        slices: the configuration; the tokenizer that it names is a real one.
+        plan: of the device.
+
+    Attributes:
+        port: of the server, on 127.0.0.1.
+
+    Raises:
+        EngineDead: a process did not get ready.
+    """
+
+    def __init__(self, slices: EngineSlices, plan: DevicePlan) -> None:
+        super().__init__(slices, plan)
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
+        self.port: int = self._listener.getsockname()[1]
+        try:
+            self._start(listener=self._listener)
+        except BaseException:
+            self.close()
+            raise
+        self._lifelines["server"].send(Start())
+
+    def close(self) -> None:
+        """Ends all processes."""
+        super().close()
+        self._listener.close()

@@ -17,6 +17,7 @@ __all__ = ["COMMANDS", "main"]
 # Each is a module of this package with a SCHEMA and run(config).
 COMMANDS = {
     "manager": "what the manager costs in CPU time, its real process against a simulated device",
+    "server": "what the server costs in CPU time: a request, a token, an event of a stream",
     "lookahead": "whether a device ever waits for the manager, and what that costs in wasted tokens",
     "trace": "write a workload to a file",
     "replay": "run a workload of a file in virtual time",

@@ -20,11 +20,15 @@ _FACTS = ModelFacts(
 )
 
 
-def simulated_slices(config: EngineConfig) -> EngineSlices:
+def simulated_slices(config: EngineConfig, facts: ModelFacts = _FACTS) -> EngineSlices:
     """Resolves flags for a device of unlimited memory.
+
+    Args:
+        config: the flags.
+        facts: of the model that it pretends to run.
 
     Raises:
         ConfigError: flags that contradict one another.
     """
     config = dataclasses.replace(config, device="cpu")
-    return resolve(config, _FACTS, cuda_available=False, memory_bytes=None)
+    return resolve(config, facts, cuda_available=False, memory_bytes=None)

@@ -21,15 +21,18 @@ VOCAB_SIZE = 32000
 STOP_ID = 0  # drawn where a completion ends, and nowhere else
 
 
-def drawn_ids(keys: NDArray[np.uint64], positions: Int64Array) -> Int32Array:
+def drawn_ids(
+    keys: NDArray[np.uint64], positions: Int64Array, vocab_size: int = VOCAB_SIZE
+) -> Int32Array:
     """The token at a generated position of a sequence that does not end there.
 
     Args:
         keys: [rows], ``mix(seed, sample index)``.
         positions: [rows], from 0.
+        vocab_size: ids are below it.
     """
     hashes = mix(keys, positions.astype(np.uint64))
-    ids: Int32Array = (hashes % np.uint64(VOCAB_SIZE - 1)).astype(np.int32) + np.int32(1)
+    ids: Int32Array = (hashes % np.uint64(vocab_size - 1)).astype(np.int32) + np.int32(1)
     return ids
 
 
@@ -40,10 +43,18 @@ class SimulatedDevice:
         cost: how long they take.
         lengths: when sequences stop.
         num_slots: of the manager.
+        vocab_size: of the model that it pretends to run.
     """
 
-    def __init__(self, cost: CostModel, lengths: CompletionLengths, num_slots: int) -> None:
+    def __init__(
+        self,
+        cost: CostModel,
+        lengths: CompletionLengths,
+        num_slots: int,
+        vocab_size: int = VOCAB_SIZE,
+    ) -> None:
         self._cost = cost
+        self._vocab_size = vocab_size
         self._completions = lengths
         self._next_number = 0
         # By slot.
@@ -110,7 +121,7 @@ class SimulatedDevice:
 
     def _draw(self, slots: Int32Array) -> Int32Array:
         positions = self._num_generated[slots]
-        ids = drawn_ids(self._keys[slots], positions)
+        ids = drawn_ids(self._keys[slots], positions, self._vocab_size)
         positions += 1
         ids[positions == self._ends[slots]] = STOP_ID
         self._num_generated[slots] = positions
@@ -118,12 +129,12 @@ class SimulatedDevice:
 
     def _result(self, batch: ForwardBatch, slots: Int32Array, device_s: float) -> ForwardResult:
         ids = self._draw(slots)
-        logprobs, top_ids, top_logprobs = _logprobs(ids, self._num_logprobs[slots])
+        logprobs, top_ids, top_logprobs = _logprobs(ids, self._num_logprobs[slots], self._vocab_size)
         # A chunk yields one for each token it feeds, less one where it ends its prompt.
         counts = batch.prefill_lengths - (batch.prefill_next_ids < 0)
         widths = np.repeat(batch.prefill_num_logprobs, counts)
         widths = widths[widths >= 0]
-        prompt = _logprobs(np.zeros(len(widths), np.int32), widths)
+        prompt = _logprobs(np.zeros(len(widths), np.int32), widths, self._vocab_size)
         return ForwardResult(
             number=batch.number,
             token_ids=ids,
@@ -147,7 +158,9 @@ def _pooled(batch: ForwardBatch) -> Float32Array | None:
     return np.zeros((count, 1), np.float32) if count else None
 
 
-def _logprobs(ids: Int32Array, widths: Int32Array) -> tuple[Float32Array, Int32Array, Float32Array]:
+def _logprobs(
+    ids: Int32Array, widths: Int32Array, vocab_size: int
+) -> tuple[Float32Array, Int32Array, Float32Array]:
     """Logprobs of the right shapes, for rows that want ``widths`` top ones, -1 none.
 
     The chosen token is the most likely one, the next ids follow it, and each is half as likely as the
@@ -161,7 +174,7 @@ def _logprobs(ids: Int32Array, widths: Int32Array) -> tuple[Float32Array, Int32A
     halvings = np.float32(np.log(0.5)) * (1 + ranks).astype(np.float32)
     return (
         np.where(widths >= 0, np.float32(np.log(0.5)), np.float32(np.nan)),
-        np.where(is_wanted, (ids[:, None] + ranks) % np.int32(VOCAB_SIZE), np.int32(-1)),
+        np.where(is_wanted, (ids[:, None] + ranks) % np.int32(vocab_size), np.int32(-1)),
         np.where(is_wanted, halvings, np.float32(np.nan)),
     )
 

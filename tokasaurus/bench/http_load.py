@@ -1,0 +1,69 @@
+"""Clients over HTTP, as many at a time as wanted, for what their server costs.
+
+They look at no more of an answer than they must, since they share the machine's cores with the server.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from http.client import HTTPConnection
+from typing import Any
+
+from tokasaurus.errors import EngineDead
+
+__all__ = ["Load", "run_load"]
+
+_TIMEOUT_S = 600.0
+_READ_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests that are all alike.
+
+    Attributes:
+        path: of the endpoint.
+        body: of each request.
+        num_requests: in all.
+        num_clients: who send one after the other, each over one connection.
+    """
+
+    path: str
+    body: Mapping[str, Any]
+    num_requests: int
+    num_clients: int
+
+
+def run_load(port: int, load: Load) -> int:
+    """Sends everything to a server on this machine and waits for the answers.
+
+    Returns:
+        How many events the streams had, their ends included; 0 where nothing was streamed.
+
+    Raises:
+        EngineDead: an answer is an error.
+    """
+    quotient, rest = divmod(load.num_requests, load.num_clients)
+    shares = [quotient + (index < rest) for index in range(load.num_clients)]
+    with ThreadPoolExecutor(load.num_clients) as clients:
+        return sum(clients.map(lambda share: _one_client(port, load, share), shares))
+
+
+def _one_client(port: int, load: Load, num_requests: int) -> int:
+    body = json.dumps(load.body).encode()
+    connection = HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT_S)
+    num_events = 0
+    for _ in range(num_requests):
+        connection.request("POST", load.path, body, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        if answer.status != 200:
+            text = answer.read().decode(errors="replace")
+            raise EngineDead(f"the server answered {answer.status}: {text[:200]}")
+        while piece := answer.read1(_READ_BYTES):
+            num_events += piece.count(b"\n\n")
+        answer.close()
+    connection.close()
+    return num_events
