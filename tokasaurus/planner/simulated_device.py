@@ -129,7 +129,9 @@ class SimulatedDevice:
 
     def _result(self, batch: ForwardBatch, slots: Int32Array, device_s: float) -> ForwardResult:
         ids = self._draw(slots)
-        logprobs, top_ids, top_logprobs = _logprobs(ids, self._num_logprobs[slots], self._vocab_size)
+        logprobs, top_ids, top_logprobs = _logprobs(
+            ids, self._num_logprobs[slots], self._vocab_size
+        )
         # A chunk yields one for each token it feeds, less one where it ends its prompt.
         counts = batch.prefill_lengths - (batch.prefill_next_ids < 0)
         widths = np.repeat(batch.prefill_num_logprobs, counts)

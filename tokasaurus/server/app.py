@@ -24,6 +24,7 @@ from tokasaurus.config.slices import ServerConfig
 from tokasaurus.server.access import Access
 from tokasaurus.server.answers import Answers
 from tokasaurus.server.batch_routes import BatchRequest, BatchRoutes
+from tokasaurus.server.direct import DirectRoutes
 from tokasaurus.server.endpoints import Endpoints
 from tokasaurus.server.engine_routes import EngineRoutes
 from tokasaurus.server.file_routes import FileRoutes
@@ -50,7 +51,8 @@ def create_app(
     """
     app = FastAPI(title="Tokasaurus", version=__version__, redirect_slashes=False)
     answers = Answers(state)
-    app.include_router(Endpoints(config, state, answers).router())
+    endpoints = Endpoints(config, state, answers)
+    app.include_router(endpoints.router())
     app.include_router(SynchronousBatch(config, answers).router())
     if batches is not None:
         app.include_router(FileRoutes(batches).router())
@@ -58,6 +60,7 @@ def create_app(
     app.include_router(TokenRoutes(state).router())
     app.include_router(EngineRoutes(config, state).router())
     install_error_handlers(app)
+    app.add_middleware(DirectRoutes, endpoints.operations)  # innermost
     app.add_middleware(Access, config)
     if config.cors_origins:  # outside, so that pages can read refusals, and ask first without a key
         app.add_middleware(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -13,6 +13,7 @@ from tokasaurus.config.slices import ServerConfig
 from tokasaurus.server.answers import Answers
 from tokasaurus.server.bodies import read_json
 from tokasaurus.server.calls import EventStream
+from tokasaurus.server.direct import Handler
 from tokasaurus.server.http_errors import UnknownModel, to_json
 from tokasaurus.server.operations import OPERATIONS
 from tokasaurus.server.schemas import body_reference
@@ -31,6 +32,9 @@ class Endpoints:
         config: the server's slice.
         state: of the engine.
         answers: carries out what generates.
+
+    Attributes:
+        operations: what generates, by path.
     """
 
     def __init__(self, config: ServerConfig, state: EngineState, answers: Answers) -> None:
@@ -38,6 +42,9 @@ class Endpoints:
         self._state = state
         self._answers = answers
         self._created = int(time.time())
+        self.operations: Mapping[str, Handler] = {
+            path: self._generating(operation) for path, operation in OPERATIONS.items()
+        }
 
     def router(self) -> APIRouter:
         router = APIRouter()
@@ -51,10 +58,11 @@ class Endpoints:
         ]
         for path, handler in get:
             router.add_api_route(path, handler, methods=["GET"], response_model=None)
-        for path, operation in OPERATIONS.items():
+        for path, handler in self.operations.items():
+            operation = OPERATIONS[path]
             router.add_api_route(
                 path,
-                self._generating(operation),
+                handler,
                 methods=["POST"],
                 name=path.removeprefix("/"),
                 description=operation.summary,
@@ -65,7 +73,7 @@ class Endpoints:
 
     # --- generating --------------------------------------------------------------------------------
 
-    def _generating(self, operation: Operation) -> Callable[[Request], Awaitable[Response]]:
+    def _generating(self, operation: Operation) -> Handler:
         """The handler of an operation."""
         answers = self._answers
 
