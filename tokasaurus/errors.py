@@ -9,6 +9,7 @@
     │   └── Conflict            a file or batch is in a state that forbids it             (HTTP 409)
     └── EngineError             the engine cannot serve
         ├── EngineNotReady      it is still loading, or it is draining                    (HTTP 503)
+        ├── EngineOverloaded    it has enough to do for now: says when to come again      (HTTP 429)
         ├── EngineDead          one of its processes ended: carries the cause             (HTTP 503)
         └── ProtocolError       two rooms disagree; a defect in Tokasaurus, never in a request
 
@@ -24,6 +25,7 @@ __all__ = [
     "EngineDead",
     "EngineError",
     "EngineNotReady",
+    "EngineOverloaded",
     "ModelError",
     "NotFound",
     "ProtocolError",
@@ -81,6 +83,19 @@ class EngineError(TokasaurusError):
 
 class EngineNotReady(EngineError):
     """The engine is loading or draining; try again later."""
+
+
+class EngineOverloaded(EngineError):
+    """The engine has enough to do.
+
+    Args:
+        message: how much, and by which limit.
+        retry_after_s: when there will probably be room.
+    """
+
+    def __init__(self, message: str, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class EngineDead(EngineError):

@@ -29,6 +29,8 @@ NAMES_AND_DEFAULTS = {
     "ssl_certfile": None,
     "ssl_keyfile": None,
     "cors_origins": None,
+    "max_queued_requests": 65536,
+    "request_timeout_s": None,
     "max_body_bytes": 256 << 20,
     "shutdown_timeout_s": 30.0,
     "data_dir": None,

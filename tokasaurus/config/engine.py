@@ -172,6 +172,19 @@ class EngineConfig:
         adapts="no page of another origin may",
     )
 
+    max_queued_requests: int = flag(
+        65536,
+        group=_OVERLOAD,
+        minimum=1,
+        help="Prompts in flight, running or waiting, from which on new requests are refused with status 429.",
+    )
+    request_timeout_s: float | None = flag(
+        None,
+        group=_OVERLOAD,
+        minimum=0.001,
+        help="How long a request may take, with its waiting, before it is ended with status 408; lines of batches have their own time.",
+        adapts="as long as it takes",
+    )
     max_body_bytes: int = flag(
         256 << 20,
         group=_OVERLOAD,

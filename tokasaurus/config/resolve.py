@@ -249,6 +249,8 @@ def _server(config: EngineConfig, facts: ModelFacts, limits: _Limits) -> ServerC
         ssl_certfile=config.ssl_certfile,
         ssl_keyfile=config.ssl_keyfile,
         cors_origins=config.cors_origins or (),
+        max_queued_requests=config.max_queued_requests,
+        request_timeout_s=config.request_timeout_s,
         max_body_bytes=config.max_body_bytes,
         stats_report_s=config.stats_report_seconds,
         statsd_address=_statsd_address(config.statsd_server_url),

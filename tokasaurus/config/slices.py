@@ -42,6 +42,8 @@ class ServerConfig:
     ssl_certfile: str | None
     ssl_keyfile: str | None
     cors_origins: tuple[str, ...]
+    max_queued_requests: int  # prompts in flight
+    request_timeout_s: float | None
     max_body_bytes: int
     stats_report_s: float  # 0: no line of statistics
     statsd_address: tuple[str, int] | None

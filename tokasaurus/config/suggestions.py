@@ -90,6 +90,7 @@ OTHER_ENGINES: Mapping[str, Foreign] = {
     "max_num_batched_tokens": Foreign("max_tokens_per_forward", _STEP),
     "max_num_seqs": Foreign("max_seqs_per_forward", _RUNNING),
     "max_prefill_tokens": Foreign("max_tokens_per_forward", _STEP),
+    "max_queued_reqs": Foreign("max_queued_requests", "prompts, running ones too"),
     "max_running_requests": Foreign(
         "max_seqs_per_forward", "sequences: a request with n=8 is eight"
     ),

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ __all__ = ["http_server", "serve"]
 
 log = logging.getLogger(__name__)
 
+_KEEP_ALIVE_S = 75  # seconds that a connection without a request stays open
 _FLUSH_S = 2  # seconds for answers and errors to reach their clients before connections are cut
 
 
@@ -41,6 +43,10 @@ class _HTTPServer(uvicorn.Server):
 
 def serve(assignment: Assignment, lifeline: Lifeline) -> None:
     """Serves until the lifeline says stop, says that another process died, or ends."""
+    # Each connection is a file, and the usual limit is a thousand of them.
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS allows fewer than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     asyncio.run(_Serving(assignment, lifeline).run())
 
 
@@ -137,6 +143,7 @@ def http_server(
             log_level=config.uvicorn_log_level,
             access_log=config.uvicorn_log_level in ("trace", "debug", "info"),
             timeout_graceful_shutdown=_FLUSH_S,
+            timeout_keep_alive=_KEEP_ALIVE_S,
             lifespan="off",
             server_header=False,
             ssl_certfile=config.ssl_certfile,

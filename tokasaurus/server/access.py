@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.server.http_errors import BodyTooLarge, Unauthorized, error_answer
 
-__all__ = ["CLIENT", "OPEN_PATHS", "Access"]
+__all__ = ["CLIENT", "OPEN_PATHS", "Access", "share_of"]
 
 OPEN_PATHS = frozenset({"/ping", "/health"})
 """Paths that need no key: they are for load balancers, and say nothing but whether the engine serves."""
@@ -23,7 +23,17 @@ OPEN_PATHS = frozenset({"/ping", "/health"})
 CLIENT = "tokasaurus.client"
 """Where a scope says who asks: a text for each key or, where none is needed, for each address."""
 
+_KEY = "key "
 _BEARER = b"bearer "
+
+
+def share_of(scope: Scope, user: str | None) -> str:
+    """Whose share of the engine a request takes: its key's, else the user's that it names, else its address's.
+
+    With keys, a user that a request names is not asked: it could be another one each time.
+    """
+    client: str = scope.get(CLIENT, "")
+    return client if user is None or client.startswith(_KEY) else f"user {user}"
 
 
 class Access:
@@ -76,7 +86,7 @@ class Access:
                 known = each
         if known is None:
             raise Unauthorized("the API key is wrong")
-        return f"key {known.hex()}"
+        return f"{_KEY}{known.hex()}"
 
     def _too_large(self) -> BodyTooLarge:
         return BodyTooLarge(f"the body is larger than max_body_bytes={self._max_body_bytes}")

@@ -53,10 +53,26 @@ class Answers:
         except RequestError as error:
             raise renamed(error, request.field_names()) from None
 
-    def start(self, task: Task) -> Call:
-        """Sends the prompts to the engine. Raises EngineError."""
+    def check_room(self, client: str) -> None:
+        """Whether a request of this client may start. Raises EngineError."""
+        self._state.generations().check_room(client)
+
+    def start(self, task: Task, client: str | None = None) -> Call:
+        """Sends the prompts to the engine. Raises EngineError.
+
+        Args:
+            task: as prepared.
+            client: whose it is; None is the engine's own work, which has no time limit.
+        """
         # Asked again: the engine may have died while the prompts were tokenized.
-        return Call(self._state.generations(), task.prompts, stream=task.body.streams)
+        generations = self._state.generations()
+        return Call(
+            generations,
+            task.prompts,
+            stream=task.body.streams,
+            client=client or "",
+            timeout_s=None if client is None else generations.config.request_timeout_s,
+        )
 
     async def finish(self, task: Task, call: Call) -> bytes:
         """Waits for a call without ``stream``, which somebody else ends if this raises; returns its answer.
@@ -64,7 +80,7 @@ class Answers:
         Raises:
             RequestError: the engine refuses a prompt.
             EngineDead: the engine died.
-            ClientGone: as it says.
+            ClientGone, TimeIsUp: as they say.
         """
         try:
             await call.finish()

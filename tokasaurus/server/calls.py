@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from tokasaurus.errors import TokasaurusError
 from tokasaurus.server.generation import Generation, Generations, PreparedRequest
-from tokasaurus.server.http_errors import ClientGone
+from tokasaurus.server.http_errors import ClientGone, TimeIsUp
 from tokasaurus.server.params import renamed
 from tokasaurus.server.samples import SampleOutput
 from tokasaurus.server.schemas import RequestBody
@@ -31,20 +31,34 @@ class Call:
         table: where to start them.
         requests: one for each prompt.
         stream: there will be news before the end.
+        client: whose they are.
+        timeout_s: after which all of them end; None is never.
     """
 
     def __init__(
-        self, table: Generations, requests: Sequence[PreparedRequest], *, stream: bool
+        self,
+        table: Generations,
+        requests: Sequence[PreparedRequest],
+        *,
+        stream: bool,
+        client: str = "",
+        timeout_s: float | None = None,
     ) -> None:
         self._table = table
         self._wake = asyncio.Event()
         self._changed: dict[int, None] = {}  # positions of generations with news, in order
-        self._client_gone = False
+        self._interruption: TokasaurusError | None = None
         self.generations: list[Generation] = []
         for position, request in enumerate(requests):
             note = partial(self._note, position)
-            self.generations.append(table.start(request, stream=stream, on_change=note))
+            self.generations.append(
+                table.start(request, stream=stream, on_change=note, client=client)
+            )
         self._unfinished = set(range(len(requests)))
+        self._timer: asyncio.TimerHandle | None = None
+        if timeout_s is not None:
+            error, loop = TimeIsUp(timeout_s), asyncio.get_running_loop()
+            self._timer = loop.call_later(timeout_s, self._interrupt, error)
 
     @contextlib.asynccontextmanager
     async def watched(self, receive: Receive) -> AsyncIterator[None]:
@@ -60,6 +74,8 @@ class Call:
         return self
 
     def __exit__(self, *raised: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         self._abort()
 
     async def news(self) -> AsyncIterator[list[tuple[int, SampleOutput]]]:
@@ -68,7 +84,7 @@ class Call:
         Raises:
             RequestError: the manager refuses a prompt.
             EngineDead: the engine died.
-            ClientGone: as it says.
+            ClientGone, TimeIsUp: as they say.
         """
         while self._unfinished:
             changed = await self._next_changes()
@@ -88,8 +104,8 @@ class Call:
     async def _next_changes(self) -> list[int]:
         await self._wake.wait()
         self._wake.clear()
-        if self._client_gone:
-            raise ClientGone("the client disconnected")
+        if self._interruption is not None:
+            raise self._interruption
         changed, self._changed = list(self._changed), {}
         for position in changed:
             generation = self.generations[position]
@@ -105,7 +121,10 @@ class Call:
 
     async def _watch(self, receive: Receive) -> None:
         await _disconnect(receive)
-        self._client_gone = True
+        self._interrupt(ClientGone("the client disconnected"))
+
+    def _interrupt(self, error: TokasaurusError) -> None:
+        self._interruption = error
         self._abort()
         self._wake.set()
 

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from tokasaurus.config.slices import ServerConfig
+from tokasaurus.server.access import share_of
 from tokasaurus.server.answers import Answers
 from tokasaurus.server.bodies import read_json
 from tokasaurus.server.calls import EventStream
@@ -79,7 +80,9 @@ class Endpoints:
 
         async def handler(request: Request) -> Response:
             task = await answers.prepare(operation, await read_json(request))
-            call = answers.start(task)
+            client = share_of(request.scope, task.prompts[0].client_key)
+            answers.check_room(client)
+            call = answers.start(task, client)
             if task.body.streams:
                 assert isinstance(task.writer, StreamWriter)
                 return EventStream(call, task.body, task.writer)

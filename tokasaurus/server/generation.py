@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -24,10 +25,9 @@ from typing import Protocol
 import numpy as np
 
 from tokasaurus.config.slices import ServerConfig
-from tokasaurus.errors import RequestError, RequestTooLong, TokasaurusError
+from tokasaurus.errors import EngineOverloaded, RequestError, RequestTooLong, TokasaurusError
 from tokasaurus.protocol.arrays import Float32Array, Int32Array
 from tokasaurus.protocol.messages import (
-    AbortRequest,
     Acknowledge,
     Adjustments,
     CacheFlushed,
@@ -54,8 +54,16 @@ from tokasaurus.server.samples import Sample, SampleOutput, TokenLogprobs
 from tokasaurus.server.stop_strings import StopStrings
 from tokasaurus.server.text import TextStream
 from tokasaurus.server.tokenizer import Tokenizer
+from tokasaurus.server.turnstile import Turnstile
 
 __all__ = ["Etas", "Generation", "Generations", "PreparedRequest", "Watcher"]
+
+# The manager holds so many times the sequences that can run: as many again may be draining, and it must
+# never lack others to choose from.
+_WAITING_ROUNDS = 4
+_RETRY_AFTER_S = 5.0  # where nothing is predicted
+_RETRY_SHARE = 0.1  # of the backlog, after which there is surely room
+_MAX_RETRY_AFTER_S = 60.0  # clients ignore longer ones
 
 _FINISH_REASONS = {
     FinishReason.RUNNING: None,
@@ -112,6 +120,7 @@ class Generation:
     generation waits for these rows, since their tokens count in the usage.
 
     Attributes:
+        client: whose it is.
         eta_s: seconds until all samples will have ended, as the manager last predicted; None until it has.
         error: why there will be no more; None while all is well.
         pooled_state: [hidden] of the prompt, not normalised; None if not asked for, or not there yet.
@@ -124,10 +133,12 @@ class Generation:
         request: PreparedRequest,
         samples: list[Sample],
         on_change: Callable[[], None],
+        client: str = "",
     ) -> None:
         self.request_id = request_id
         self.request = request
         self.samples = samples
+        self.client = client
         self.error: TokasaurusError | None = None
         self.eta_s: float | None = None
         self.pooled_state: Float32Array | None = None
@@ -242,6 +253,8 @@ class Generations:
         self._grammars = Grammars(lambda: tokenizer.vocabulary(config.eos_token_ids))
         self._send = send
         self._watcher = watcher
+        self._turnstile = Turnstile(send, _WAITING_ROUNDS * config.max_seqs_per_forward)
+        self._num_of_client: Counter[str] = Counter()  # prompts in flight
         self._table: dict[int, Generation] = {}
         self._next_id = 0
         self._flushes: dict[int, Callable[[CacheFlushed | TokasaurusError], None]] = {}
@@ -255,7 +268,41 @@ class Generations:
         """What the manager last predicted of all that is in flight."""
         etas = ((request_id, each.eta_s) for request_id, each in self._table.items())
         known = {request_id: eta_s for request_id, eta_s in etas if eta_s is not None}
-        return Etas(known, self._backlog_eta_s if self._table else 0.0)
+        if not self._table:
+            return Etas(known, 0.0)
+        backlog_s, turnstile = self._backlog_eta_s, self._turnstile
+        if backlog_s is not None and turnstile.num_open:
+            # What the manager has not heard of will take as long, each, as what it has.
+            backlog_s *= 1 + turnstile.num_held / turnstile.num_open
+        return Etas(known, backlog_s)
+
+    @property
+    def num_held(self) -> int:
+        """Sequences that the manager has not heard of, since it has enough for now."""
+        return self._turnstile.num_held
+
+    def check_room(self, client: str) -> None:
+        """Whether one more request may come.
+
+        When the queue is full, a client that has less than its share in flight still gets in, until there
+        are twice as many prompts as there should be.
+
+        Raises:
+            EngineOverloaded: no; says when to come again.
+        """
+        limit, num_prompts = self.config.max_queued_requests, len(self._table)
+        if num_prompts < limit:
+            return
+        counts = self._num_of_client
+        num_clients = len(counts) + (client not in counts)
+        if num_prompts < 2 * limit and counts[client] * num_clients < limit:
+            return
+        backlog_s = self.etas().backlog_s
+        wait_s = _RETRY_AFTER_S if backlog_s is None else backlog_s * _RETRY_SHARE
+        raise EngineOverloaded(
+            f"{num_prompts} prompts are in flight, and max_queued_requests={limit}; try again later",
+            round(min(max(wait_s, 1.0), _MAX_RETRY_AFTER_S)),
+        )
 
     # --- towards the manager -----------------------------------------------------------------------
 
@@ -362,13 +409,15 @@ class Generations:
         *,
         stream: bool = False,
         on_change: Callable[[], None] = lambda: None,
+        client: str = "",
     ) -> Generation:
-        """Sends a request to the manager.
+        """Sends a request to the manager, at once or when its turn comes.
 
         Args:
             request: as prepared.
             stream: there will be news before the end.
             on_change: called when there is news for a stream, and when the generation has finished.
+            client: whose it is; clients get fair shares.
         """
         tokenizer, stops, params = self.tokenizer, request.stops, request.params
         reads = stream or stops is not None  # the text, while it grows
@@ -382,14 +431,16 @@ class Generations:
             )
             for index in range(params.n)
         ]
-        generation = Generation(self._next_id, request, samples, on_change)
+        generation = Generation(self._next_id, request, samples, on_change, client)
         self._next_id += 1
         if not self._table:
             self._backlog_eta_s = None  # was said of what has long ended
         self._table[generation.request_id] = generation
         if self._watcher is not None:
             self._watcher.started(generation)
-        self._send(
+        self._num_of_client[client] += 1
+        self._turnstile.submit(
+            client,
             GenerateRequest(
                 request_id=generation.request_id,
                 prompt_ids=request.prompt_ids,
@@ -406,7 +457,7 @@ class Generations:
                 hold_for_acks=stops is not None,
                 pooling=request.pooling,
                 grammar=request.grammar,
-            )
+            ),
         )
         return generation
 
@@ -417,7 +468,7 @@ class Generations:
     def abort(self, generation: Generation) -> None:
         """Nobody wants the generation any more. Harmless if it is over."""
         if self._table.pop(generation.request_id, None) is not None:
-            self._send(AbortRequest(generation.request_id))
+            self._turnstile.abort(generation.request_id)
             self._ended(generation, "aborted")
 
     def flush_cache(self, on_done: Callable[[CacheFlushed | TokasaurusError], None]) -> None:
@@ -430,6 +481,7 @@ class Generations:
     def fail_all(self, error: TokasaurusError) -> None:
         """The engine is gone: every generation in flight ends with this error, and every flush."""
         generations, self._table = self._table, {}
+        self._turnstile.clear()
         for generation in generations.values():
             generation._fail(error)
             self._ended(generation, "failed")
@@ -438,6 +490,12 @@ class Generations:
             on_done(error)
 
     def _ended(self, generation: Generation, outcome: str) -> None:
+        """Whatever ended it, and after it has left the table."""
+        self._num_of_client[generation.client] -= 1
+        if not self._num_of_client[generation.client]:
+            del self._num_of_client[generation.client]
+        num_tokens = generation.num_generated_tokens if outcome == "finished" else None
+        self._turnstile.ended(generation.request_id, num_tokens)
         if self._watcher is not None:
             self._watcher.ended(generation, outcome)
 

@@ -12,6 +12,7 @@ from tokasaurus.errors import (
     Conflict,
     EngineError,
     EngineNotReady,
+    EngineOverloaded,
     NotFound,
     RequestError,
     RequestTooLong,
@@ -21,6 +22,7 @@ from tokasaurus.errors import (
 __all__ = [
     "BodyTooLarge",
     "ClientGone",
+    "TimeIsUp",
     "Unauthorized",
     "UnknownModel",
     "WrongMediaType",
@@ -50,6 +52,16 @@ class ClientGone(TokasaurusError):
     """The client disconnected: whatever is answered, nobody reads it."""
 
 
+class TimeIsUp(TokasaurusError):
+    """The request took longer than any may."""
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(
+            f"the request did not finish within request_timeout_s={limit_s:g}; ask for fewer tokens or"
+            " samples, or try when there is less to do"
+        )
+
+
 class UnknownModel(RequestError):
     """There is no model of this name."""
 
@@ -66,7 +78,9 @@ _STATUSES: dict[type[Exception], int] = {
     BodyTooLarge: 413,
     WrongMediaType: 415,
     RequestError: 400,
+    TimeIsUp: 408,
     ClientGone: 499,
+    EngineOverloaded: 429,
     EngineError: 503,
     Exception: 500,
 }
@@ -82,6 +96,10 @@ def error_body(error: Exception) -> dict[str, Any]:
     if isinstance(error, RequestError):
         code = next((code for kind, code in _CODES.items() if isinstance(error, kind)), None)
         return _body(error.message, "invalid_request_error", error.field, code)
+    if isinstance(error, EngineOverloaded):
+        return _body(str(error), "rate_limit_error", None, "rate_limit_exceeded")
+    if isinstance(error, TimeIsUp):
+        return _body(str(error), "timeout_error", None, "request_timeout")
     if isinstance(error, EngineError):
         return _body(str(error), "service_unavailable", None, None)
     return _body("internal error; the server's log says more", "internal_error", None, None)
@@ -102,6 +120,10 @@ def error_answer(error: Exception) -> Response:
     headers = {}
     if isinstance(error, EngineNotReady):
         headers["Retry-After"] = str(_RETRY_AFTER_S)
+    elif isinstance(error, EngineOverloaded):
+        headers["Retry-After"] = str(error.retry_after_s)
+    elif isinstance(error, TimeIsUp):
+        headers["X-Should-Retry"] = "false"  # OpenAI's clients would send the same again
     elif isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
     return _answer(error_status(error), error_body(error), headers)

@@ -146,6 +146,8 @@ def figures(generations: Generations | None) -> Iterator[Figure]:
     for name, field, meaning in _STATE:
         yield Figure(name, meaning, getattr(statistics, field))
     yield Figure("kv_use", "Share of the pages that sequences hold", kv_use(statistics))
+    meaning = "Sequences that the server holds back, since the manager has enough"
+    yield Figure("held_sequences", meaning, generations.num_held)
     yield Figure("prompts_in_flight", "Prompts that have not ended", len(generations))
     backlog_s = generations.etas().backlog_s
     if backlog_s is not None:

@@ -80,7 +80,7 @@ class StatisticsLine:
         yield f"in {_count((computed + cached) / elapsed_s)} tokens/s"
         yield f"out {_count(generated / elapsed_s)} tokens/s"
         yield f"running {_count(current.num_running)}"
-        yield f"waiting {_count(current.num_waiting)}"
+        yield f"waiting {_count(current.num_waiting + self._generations.num_held)}"
         yield f"KV {kv_use(current):.0%}"
         if computed + cached:
             yield f"prefix hits {cached / (computed + cached):.0%}"

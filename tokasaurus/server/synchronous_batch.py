@@ -16,6 +16,7 @@ from fastapi import APIRouter, Request, Response
 
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import RequestError
+from tokasaurus.server.access import share_of
 from tokasaurus.server.answers import Answers
 from tokasaurus.server.bodies import read_json
 from tokasaurus.server.calls import Call, until_disconnect
@@ -68,7 +69,9 @@ class SynchronousBatch:
         """Answers a list of chats with a list of completions: JSON, or msgpack if Accept asks for it."""
         media_type = _media_type(request.headers.get("accept", ""), self._default)
         tasks = await self._prepare(_requests(await read_json(request)))
-        answers = await until_disconnect(request.receive, self._finish(tasks))
+        client = share_of(request.scope, None)
+        self._answers.check_room(client)
+        answers = await until_disconnect(request.receive, self._finish(tasks, client))
         content = await asyncio.to_thread(_encode, answers, media_type)
         return Response(content, media_type=media_type)
 
@@ -93,9 +96,9 @@ class SynchronousBatch:
             tasks.append(task)
         return tasks
 
-    async def _finish(self, tasks: Sequence[Task]) -> list[bytes]:
+    async def _finish(self, tasks: Sequence[Task], client: str) -> list[bytes]:
         with contextlib.ExitStack() as stack:
-            calls = [stack.enter_context(self._answers.start(task)) for task in tasks]
+            calls = [stack.enter_context(self._answers.start(task, client)) for task in tasks]
             answers = []
             for position, (task, call) in enumerate(zip(tasks, calls, strict=True)):
                 answers.append(await self._finish_one(position, task, call))

@@ -1,0 +1,202 @@
+"""More than there is room for: refusals, time limits, fair shares, over a real web server."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+
+import openai
+import pytest
+from fake_engine import RunningServer, with_config
+from load import Load, crowd, resident_bytes
+
+BODY = {"prompt": "the cat", "max_tokens": 400, "ignore_eos": True}
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def serving(**changes):
+    return RunningServer(with_config(**changes)).running()
+
+
+# --- the bounded queue -----------------------------------------------------------------------------
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_again():
+    with serving(max_queued_requests=3) as server:
+        server.engine.paused = True
+        load = Load(server.port)
+        first = load.begin("/v1/completions", {**BODY, "prompt": ["a", "b"], "user": "x"})
+        wait_for(lambda: len(server.generations) == 2)
+        more = load.begin("/v1/completions", {**BODY, "prompt": ["c"] * 5, "user": "x"})
+        wait_for(lambda: len(server.generations) == 7)  # large requests are not kept out for ever
+        answer = server.post("/v1/completions", {**BODY, "user": "x"})
+        assert answer.status == 429
+        assert answer.error["code"] == "rate_limit_exceeded"
+        assert "max_queued_requests=3" in answer.error["message"]
+        assert int(answer.headers["retry-after"]) >= 1
+        answer = server.post(
+            "/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "user": "x"}
+        )
+        assert answer.status == 429
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0)
+        with pytest.raises(openai.RateLimitError):
+            client.completions.create(model="m", prompt="x", stream=True)
+        server.engine.paused = False
+        assert load.finish(first)[0] == load.finish(more)[0] == 200
+        server.wait_idle()
+        assert server.post("/v1/completions", BODY).status == 200
+
+
+def test_when_to_come_again_follows_the_forecast():
+    with serving(max_queued_requests=1) as server:
+        server.engine.paused = True
+        load = Load(server.port)
+        load.begin("/v1/completions", {**BODY, "prompt": ["a", "b"]})
+        wait_for(lambda: len(server.generations) == 2)
+        for backlog_s, expected in ((200.0, 20), (3.0, 1), (1e6, 60)):
+            server.call(lambda s=backlog_s: setattr(server.generations, "_backlog_eta_s", s))
+            answer = server.post("/v1/completions", BODY)
+            assert (answer.status, int(answer.headers["retry-after"])) == (429, expected)
+        load.close()
+
+
+def test_who_has_little_in_flight_gets_in_where_others_do_not():
+    with serving(max_queued_requests=4) as server:
+        server.engine.paused = True
+        load = Load(server.port)
+        load.begin("/v1/completions", {**BODY, "prompt": ["a"] * 4, "user": "greedy"})
+        wait_for(lambda: len(server.generations) == 4)
+        assert server.post("/v1/completions", {**BODY, "user": "greedy"}).status == 429
+        for number in range(4):
+            load.begin("/v1/completions", {**BODY, "user": f"u{number}"})
+            wait_for(lambda n=number: len(server.generations) == 5 + n)
+        answer = server.post("/v1/completions", {**BODY, "user": "u9"})
+        assert answer.status == 429  # twice as many as there should be are the end of it
+        load.close()
+        wait_for(lambda: len(server.generations) == 0)
+        assert not server.generations._num_of_client
+
+
+# --- time limits -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_time_is_up_before_the_first_token(stream):
+    with serving(request_timeout_s=0.2) as server:
+        server.engine.paused = True
+        answer = server.post("/v1/completions", {**BODY, "stream": stream})
+        assert answer.status == 408
+        assert answer.error["code"] == "request_timeout"
+        assert "request_timeout_s=0.2" in answer.error["message"]
+        assert answer.headers["x-should-retry"] == "false"
+        assert len(server.engine.aborted) == 1
+        server.wait_idle()
+        server.engine.paused = False
+        assert server.post("/v1/completions", {**BODY, "max_tokens": 2}).status == 200
+
+
+def test_time_is_up_in_the_middle_of_a_stream():
+    with serving(request_timeout_s=1.0) as server:
+        server.engine.largest_step = 1
+        server.engine.script = lambda request, index: [20] * 12 + [21] * 400
+        load = Load(server.port)
+        call = load.begin("/v1/completions", {**BODY, "stream": True})
+        load.read_until(call, b"data: ")
+        server.engine.paused = True
+        status, content = load.finish(call)
+        assert status == 200
+        *_, last, end = content.split(b"\n\n")
+        assert end == b""
+        assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "request_timeout"
+        assert len(server.engine.aborted) == 1
+
+
+def test_openais_client_does_not_send_again_what_took_too_long():
+    with serving(request_timeout_s=0.1) as server:
+        server.engine.paused = True
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=3)
+        with pytest.raises(openai.APIStatusError) as error:
+            client.completions.create(model="m", prompt="x")
+        assert error.value.status_code == 408
+        assert len(server.engine.requests) == 1
+
+
+# --- fair shares -----------------------------------------------------------------------------------
+
+
+def names_of(server, prompts):
+    """Who the requests belong to that reached the engine, in order."""
+    return [prompts[int(request.prompt_ids[0])] for request in server.engine.requests]
+
+
+def test_a_crowd_of_requests_does_not_make_another_client_wait_for_all_of_them():
+    with serving(max_seqs_per_forward=4, max_queued_requests=10_000) as server:
+        server.engine.paused = True
+        load = Load(server.port)
+        crowd = load.begin(
+            "/v1/completions",
+            {"prompt": [[20]] * 400, "max_tokens": 5, "ignore_eos": True, "user": "crowd"},
+        )
+        wait_for(lambda: len(server.generations) == 400)
+        assert len(server.engine.requests) == 16  # what the manager needs to choose from
+        one = load.begin("/v1/completions", {"prompt": [21], "max_tokens": 5, "user": "one"})
+        wait_for(lambda: len(server.generations) == 401)
+        server.engine.paused = False
+        assert load.finish(one)[0] == 200
+        order = names_of(server, {20: "crowd", 21: "one"})
+        assert order.index("one") <= 17
+        assert load.finish(crowd)[0] == 200
+        assert len(server.engine.requests) == 401
+
+
+def test_users_behind_one_key_share_what_the_key_gets():
+    digest = hashlib.sha256(b"k").hexdigest()
+    with serving(api_key_digests=(digest,), max_queued_requests=1) as server:
+        server.engine.paused = True
+        load = Load(server.port, "Authorization: Bearer k\r\n")
+        load.begin("/v1/completions", {**BODY, "prompt": ["a", "b"], "user": "x"})
+        wait_for(lambda: len(server.generations) == 2)
+        assert set(server.generations._num_of_client) == {f"key {digest}"}
+        load.close()
+
+
+# --- many of all kinds -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_connections", "num_requests"),
+    [(100, 500), pytest.param(10_000, 100_000, marks=pytest.mark.long)],
+)
+def test_every_request_of_a_crowd_is_answered_once_and_memory_comes_back(
+    num_connections, num_requests
+):
+    """Half of them stream; the answers say whose they are, in the number of tokens and the text."""
+    with serving(max_seqs_per_forward=256, max_queued_requests=num_connections) as server:
+        server.engine.largest_step = 8
+
+        def run(connections, requests):
+            return crowd(server.port, connections, requests)
+
+        run(20, 100)  # whatever is made once
+        server.engine.received.clear()
+        before = resident_bytes()
+        answered = run(num_connections, num_requests)
+        server.wait_idle()
+        assert answered == [1] * num_requests
+        assert len(server.engine.requests) == num_requests
+        assert not server.engine.aborted
+        server.engine.received.clear()
+        turnstile = server.generations._turnstile
+        assert (turnstile.num_open, turnstile.num_held) == (0, 0)
+        assert not server.generations._num_of_client
+        run(20, 100)
+        server.engine.received.clear()
+        grown = resident_bytes() - before
+        assert grown < 50e6 + 5e3 * num_connections, f"{grown / 1e6:.0f} MB more than before"

@@ -1,0 +1,226 @@
+"""Fair shares: who passes the turnstile to the manager, and when."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from tokasaurus.protocol.messages import AbortRequest, GenerateRequest, LogprobsMode, Sampling
+from tokasaurus.server.turnstile import Turnstile
+
+SAMPLING = Sampling(1.0, 0, 1.0, 0.0, LogprobsMode.RAW)
+
+
+class Manager:
+    """What passed, in order, and what of it still runs."""
+
+    def __init__(self, max_open):
+        self.turnstile = Turnstile(self.take, max_open)
+        self.passed: list[GenerateRequest] = []
+        self.aborted: list[int] = []
+        self.running: dict[int, GenerateRequest] = {}
+        self.num_made = 0
+        self.clients: dict[int, str] = {}
+
+    def take(self, message):
+        if isinstance(message, AbortRequest):
+            self.aborted.append(message.request_id)
+            return
+        assert message.request_id not in self.running
+        self.passed.append(message)
+        self.running[message.request_id] = message
+
+    def submit(self, client, *, n=1, max_tokens=10, prompt=10, priority=0):
+        request = GenerateRequest(
+            request_id=self.num_made,
+            prompt_ids=np.zeros(prompt, np.int32),
+            n=n,
+            max_tokens=max_tokens,
+            sampling=SAMPLING,
+            seed=0,
+            stop_token_ids=(),
+            priority=priority,
+        )
+        self.num_made += 1
+        self.clients[request.request_id] = client
+        self.turnstile.submit(client, request)
+        return request.request_id
+
+    def end(self, request_id=None):
+        if request_id is None:
+            request_id = next(iter(self.running))
+        del self.running[request_id]
+        self.turnstile.ended(request_id)
+
+    def order(self):
+        """Clients in the order in which their requests passed."""
+        return "".join(self.clients[request.request_id] for request in self.passed)
+
+
+def test_nobody_waits_while_there_is_room():
+    manager = Manager(8)
+    for number in range(8):
+        manager.submit("ab"[number % 2])
+    assert manager.order() == "abababab"
+    manager.submit("a")
+    assert len(manager.passed) == 8
+    assert (manager.turnstile.num_open, manager.turnstile.num_held) == (8, 1)
+    manager.end()
+    assert len(manager.passed) == 9
+
+
+def test_one_client_alone_loses_nothing():
+    """The manager is full for as long as there is anything left, and the order is kept."""
+    manager = Manager(16)
+    for _ in range(500):
+        manager.submit("a")
+    while manager.turnstile.num_held:
+        assert len(manager.running) == 16
+        manager.end(random.Random(len(manager.passed)).choice(list(manager.running)))
+    assert [request.request_id for request in manager.passed] == list(range(500))
+
+
+def test_a_newcomer_waits_for_what_the_manager_has_and_no_more():
+    manager = Manager(16)
+    for _ in range(1000):
+        manager.submit("a")
+    newcomer = manager.submit("b")
+    for _ in range(17):
+        manager.end()
+    assert newcomer in {request.request_id for request in manager.passed}
+
+
+def test_shares_are_of_tokens_not_of_requests():
+    manager = Manager(4)
+    for _ in range(400):
+        manager.submit("a", n=4, max_tokens=50, prompt=100)  # 300 tokens
+        manager.submit("b", max_tokens=50, prompt=50)  # 100 tokens
+        manager.submit("c", max_tokens=10, prompt=20)  # 30 tokens
+    while len(manager.passed) < 300:
+        manager.end()
+    tokens: Counter[str] = Counter()
+    for request in manager.passed[4:]:
+        client = manager.clients[request.request_id]
+        tokens[client] += len(request.prompt_ids) + request.n * request.max_tokens
+    assert max(tokens.values()) - min(tokens.values()) < 700  # two of the largest requests
+
+
+def test_who_was_away_gets_no_credit_for_it():
+    manager = Manager(1)
+    for _ in range(100):
+        manager.submit("a")
+    for _ in range(50):
+        manager.end()
+    for _ in range(20):
+        manager.submit("b")
+    before = len(manager.passed)
+    for _ in range(20):
+        manager.end()
+    assert Counter(manager.order()[before:]) == {"a": 10, "b": 10}
+
+
+def test_priority_comes_first_whatever_waits():
+    manager = Manager(8)
+    for _ in range(100):
+        manager.submit("a", priority=1000)
+    assert len(manager.passed) == 8
+    for _ in range(10):
+        manager.submit("b")
+    assert manager.order() == "a" * 8 + "b" * 8  # as much again, at once
+    manager.end(next(i for i in manager.running if manager.clients[i] == "a"))
+    assert manager.order()[16:] == ""  # sixteen are more than enough already
+    for _ in range(3):
+        manager.end(next(i for i in manager.running if manager.clients[i] == "b"))
+    assert manager.order()[16:] == "bb"
+    while manager.running:
+        manager.end()
+    assert Counter(manager.order()) == {"a": 100, "b": 10}
+
+
+def test_aborts():
+    manager = Manager(2)
+    ids = [manager.submit("a") for _ in range(5)]
+    for request_id in (ids[3], ids[0]):
+        manager.turnstile.abort(request_id)
+        manager.turnstile.ended(request_id)
+    assert manager.aborted == [ids[0]]  # the manager never heard of the other one
+    assert [request.request_id for request in manager.passed] == ids[:3]
+    manager.turnstile.abort(ids[4])
+    manager.turnstile.ended(ids[4])
+    assert (manager.turnstile.num_open, manager.turnstile.num_held) == (2, 0)
+    assert not manager.turnstile._levels
+
+
+def test_a_request_larger_than_the_bound_passes_as_a_whole():
+    manager = Manager(4)
+    manager.submit("a", n=100)
+    manager.submit("b")
+    assert manager.order() == "a"
+    manager.end()
+    assert manager.order() == "ab"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_request_passes_once_and_nothing_is_left(seed):
+    rng = random.Random(seed)
+    manager = Manager(rng.randint(1, 30))
+    waiting: set[int] = set()
+    aborted = set()
+    for step in range(600):
+        what = rng.random()
+        if what < 0.5 and step < 400:
+            client = str(rng.randrange(200) if rng.random() < 0.5 else 0)
+            size = {"n": rng.randint(1, 4), "max_tokens": rng.randint(1, 99)}
+            waiting.add(manager.submit(client, **size, priority=rng.choice((-1, 0, 0, 0, 5))))
+        elif what < 0.6 and waiting - aborted:
+            request_id = rng.choice(sorted(waiting - aborted))
+            if request_id in manager.running or request_id not in {
+                request.request_id for request in manager.passed
+            }:
+                aborted.add(request_id)
+                manager.running.pop(request_id, None)
+                manager.turnstile.abort(request_id)
+                manager.turnstile.ended(request_id)
+        elif manager.running:
+            manager.end(rng.choice(list(manager.running)))
+    while manager.running:
+        manager.end()
+    passed = [request.request_id for request in manager.passed]
+    assert len(passed) == len(set(passed))
+    assert set(passed) | aborted == waiting
+    turnstile = manager.turnstile
+    assert (turnstile.num_open, turnstile.num_held) == (0, 0)
+    for table in ("_open", "_num_open", "_held", "_levels", "_priorities"):
+        assert not getattr(turnstile, table)
+
+
+def test_clients_that_never_come_again_are_forgotten():
+    manager = Manager(1)
+    for _ in range(500):
+        manager.submit("a")
+    for number in range(300):
+        manager.submit(f"c{number}")
+        manager.end()
+    (level,) = manager.turnstile._levels.values()
+    assert len(level._clients) < 100
+
+
+def test_what_is_left_open_costs_what_others_turn_out_to_need():
+    """A max_tokens that nobody reaches does not count against who sends it."""
+    manager = Manager(1)
+    turnstile = manager.turnstile
+    for _ in range(300):  # samples are of about 10 tokens
+        turnstile.ended(manager.submit("x"), 10)
+        manager.running.clear()
+    before = len(manager.passed)
+    manager.submit("x")
+    for _ in range(50):
+        manager.submit("a", max_tokens=4000)
+        manager.submit("b", max_tokens=12)
+    for _ in range(40):
+        manager.end()
+    counts = Counter(manager.order()[before + 1 :])
+    assert abs(counts["a"] - counts["b"]) <= 4

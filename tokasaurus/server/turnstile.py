@@ -1,0 +1,185 @@
+"""The turnstile between server and manager: a bounded number of sequences pass, in fair shares.
+
+The manager works through what it has in the order of arrival. So it gets enough to choose from and no more;
+what is beyond that waits here, by client, and whoever has been served the fewest tokens comes next. One
+client with a hundred thousand requests then delays another one by what the manager holds, not by all of them.
+
+Priority comes first: of what is more urgent than all that waits, the manager gets as much again, whatever it
+holds of the rest.
+
+The order is self-clocked fair queueing (Golestani, INFOCOM 1994). The first request of each client has an end,
+counted in tokens: its own tokens behind the end of the one that passed when it became the first. The earliest
+end passes. So nobody has to be remembered who has nothing waiting.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+
+from tokasaurus.protocol.messages import AbortRequest, FromServer, GenerateRequest
+
+__all__ = ["Turnstile"]
+
+_FIRST_GUESS = 256.0  # tokens of a sample, before any has ended
+_NEW_SHARE = 0.02  # of the latest one in the average
+
+
+class Turnstile:
+    """Holds requests back and lets them pass.
+
+    Args:
+        send: gives a message to the manager.
+        max_open: sequences that the manager holds, running or not, before others wait here. A request
+            passes as a whole, however many sequences it has.
+    """
+
+    def __init__(self, send: Callable[[FromServer], None], max_open: int) -> None:
+        self.num_open = 0  # sequences of requests that the manager has
+        self.num_held = 0  # sequences of those that wait here
+        self._send = send
+        self._max_open = max_open
+        self._open: dict[int, GenerateRequest] = {}
+        self._num_open: Counter[int] = Counter()  # sequences, by priority
+        self._held: dict[int, tuple[str, GenerateRequest]] = {}  # by request id: client, request
+        self._levels: dict[int, _Level] = {}  # by priority, those where somebody waits
+        self._priorities: list[int] = []  # of the levels, a heap
+        self._mean_tokens = _FIRST_GUESS
+
+    def submit(self, client: str, request: GenerateRequest) -> None:
+        """Sends a request to the manager, now or later."""
+        if not self._levels and self.num_open < self._max_open:
+            self._pass(request)
+            return
+        level = self._levels.get(request.priority)
+        if level is None:
+            level = self._levels[request.priority] = _Level()
+            heapq.heappush(self._priorities, request.priority)
+        level.add(client, request, self._mean_tokens)
+        self._held[request.request_id] = (client, request)
+        self.num_held += request.n
+        self._let_pass()
+
+    def abort(self, request_id: int) -> None:
+        """Nobody wants the request any more; the manager is told if it has it."""
+        held = self._held.pop(request_id, None)
+        if held is None:
+            self._send(AbortRequest(request_id))
+            return
+        client, request = held
+        self.num_held -= request.n
+        level = self._levels[request.priority]
+        level.remove(client, request)
+        if not level.num_requests:
+            self._drop_level(request.priority)
+
+    def ended(self, request_id: int, num_tokens: int | None = None) -> None:
+        """The manager is done with a request, or will be in a moment since it was aborted.
+
+        Args:
+            request_id: of a request that has passed, or that is not here any more.
+            num_tokens: generated for all its samples; None if that says nothing of others.
+        """
+        request = self._open.pop(request_id, None)
+        if request is None:
+            return
+        self.num_open -= request.n
+        self._num_open[request.priority] -= request.n
+        if not self._num_open[request.priority]:
+            del self._num_open[request.priority]
+        if num_tokens is not None:
+            self._mean_tokens += _NEW_SHARE * (num_tokens / request.n - self._mean_tokens)
+        if self._levels:
+            self._let_pass()
+
+    def clear(self) -> None:
+        """The manager is gone: forgets everything."""
+        self._open.clear()
+        self._num_open.clear()
+        self._held.clear()
+        self._levels.clear()
+        self._priorities.clear()
+        self.num_open = self.num_held = 0
+
+    def _let_pass(self) -> None:
+        while self._priorities:
+            priority = self._priorities[0]
+            as_urgent = sum(n for each, n in self._num_open.items() if each <= priority)
+            if as_urgent >= self._max_open:
+                return  # and so it is for whatever is less urgent
+            level = self._levels[priority]
+            request = level.pop(self._mean_tokens)
+            if not level.num_requests:
+                self._drop_level(priority)
+            del self._held[request.request_id]
+            self.num_held -= request.n
+            self._pass(request)
+
+    def _pass(self, request: GenerateRequest) -> None:
+        self._open[request.request_id] = request
+        self._num_open[request.priority] += request.n
+        self.num_open += request.n
+        self._send(request)
+
+    def _drop_level(self, priority: int) -> None:
+        del self._levels[priority]
+        self._priorities.remove(priority)
+        heapq.heapify(self._priorities)
+
+
+class _Client:
+    """One client's waiting requests of one priority."""
+
+    __slots__ = ("name", "requests")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.requests: OrderedDict[int, GenerateRequest] = OrderedDict()
+
+
+class _Level:
+    """The waiting requests of one priority."""
+
+    def __init__(self) -> None:
+        self.num_requests = 0
+        self._now = 0.0  # where the request that passed last ends, in tokens
+        self._clients: dict[str, _Client] = {}
+        # (end of the first request, tie, client), one for each client. Those whose requests were all aborted
+        # keep theirs until it surfaces.
+        self._heap: list[tuple[float, int, _Client]] = []
+        self._num_pushed = 0
+
+    def add(self, name: str, request: GenerateRequest, num_tokens: float) -> None:
+        """Takes a request that will have about so many tokens in each sample."""
+        client = self._clients.get(name)
+        if client is None:
+            client = self._clients[name] = _Client(name)
+            self._push(client, request, num_tokens)
+        client.requests[request.request_id] = request
+        self.num_requests += 1
+
+    def remove(self, name: str, request: GenerateRequest) -> None:
+        del self._clients[name].requests[request.request_id]
+        self.num_requests -= 1
+
+    def pop(self, num_tokens: float) -> GenerateRequest:
+        """The next request; there must be one."""
+        while True:
+            end, _, client = heapq.heappop(self._heap)
+            if client.requests:
+                break
+            del self._clients[client.name]
+        self._now = end
+        _, request = client.requests.popitem(last=False)
+        self.num_requests -= 1
+        if client.requests:
+            self._push(client, next(iter(client.requests.values())), num_tokens)
+        else:
+            del self._clients[client.name]
+        return request
+
+    def _push(self, client: _Client, first: GenerateRequest, num_tokens: float) -> None:
+        cost = len(first.prompt_ids) + first.n * min(first.max_tokens, num_tokens)
+        self._num_pushed += 1
+        heapq.heappush(self._heap, (self._now + cost, self._num_pushed, client))
