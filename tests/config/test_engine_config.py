@@ -35,6 +35,7 @@ NAMES_AND_DEFAULTS = {
     "shutdown_timeout_s": 30.0,
     "data_dir": None,
     "unsafe_pickle_responses": False,
+    "embedding_pooling": "mean",
     "uvicorn_log_level": "info",
     "log_level": "INFO",
     "log_procs": None,
