@@ -240,6 +240,7 @@ REFUSED = {
     "first_k": 1,
     "max_tokens": 5,
     "logprobs_in_fingerprint": True,
+    "prompt_logprobs": 1,
     "stream_options": {"include_usage": True},
     "response_format": {"type": "json_object"},
 }

@@ -15,7 +15,7 @@ from pydantic import WithJsonSchema
 
 from tokasaurus.errors import RequestError
 from tokasaurus.server.generation import Generation, Generations, PreparedRequest
-from tokasaurus.server.params import SamplingParams, renamed
+from tokasaurus.server.params import renamed
 from tokasaurus.server.render import takes_long, usage
 from tokasaurus.server.samples import SampleOutput, TokenLogprobs
 from tokasaurus.server.schemas import TOKEN_IDS, GenerationRequest
@@ -38,8 +38,6 @@ class NativeRequest(GenerationRequest):
     """The system message before it."""
     logprobs: int | None = None
     """Of generated tokens: 0 the chosen one's, k also those of the k likeliest."""
-    prompt_logprobs: int | None = None
-    """Of the prompt's tokens, likewise."""
 
     @property
     def num_logprobs(self) -> int | None:
@@ -74,12 +72,6 @@ class NativeRequest(GenerationRequest):
             messages.insert(0, {"role": "system", "content": self.system})
         return generations.tokenizer.render_chat(messages)
 
-    def params(self) -> SamplingParams:
-        params = super().params()
-        if self.prompt_logprobs is None:
-            return params
-        return SamplingParams(**{**vars(params), "prompt_logprobs": self.prompt_logprobs})
-
 
 class NativeWriter(StreamWriter):
     """Writes the answer.
@@ -92,6 +84,7 @@ class NativeWriter(StreamWriter):
     def __init__(self, request: NativeRequest, model: str) -> None:
         self._request = request
         self._num_streamed_tokens = 0
+        self._has_begun = False
         self._head = {
             "id": f"gen-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -108,7 +101,8 @@ class NativeWriter(StreamWriter):
         body = {
             **self._head,
             **_sample(outputs[0]),
-            **_prompt(generation),
+            "prompt_ids": generation.request.prompt_ids.tolist(),
+            "prompt_logprobs": _prompt_logprobs(generation),
             "usage": usage(generations, generation.num_generated_tokens),
         }
         if len(outputs) > 1:
@@ -118,16 +112,16 @@ class NativeWriter(StreamWriter):
     def chunk(
         self, generations: Sequence[Generation], position: int, output: SampleOutput
     ) -> bytes:
-        is_first = self._num_streamed_tokens == 0
         self._num_streamed_tokens += len(output.token_ids)
-        return event(
-            {
-                **self._head,
-                **_sample(output),
-                **(_prompt(generations[position]) if is_first else {}),
-                "usage": usage(generations, self._num_streamed_tokens),
-            }
-        )
+        body = {
+            **self._head,
+            **_sample(output),
+            "usage": usage(generations, self._num_streamed_tokens),
+        }
+        if not self._has_begun:
+            body["prompt_ids"] = generations[position].request.prompt_ids.tolist()
+            self._has_begun = True
+        return event(body)
 
     def end(self, generations: Sequence[Generation]) -> bytes:
         return DONE
@@ -158,12 +152,9 @@ def _sample(output: SampleOutput) -> dict[str, Any]:
     }
 
 
-def _prompt(generation: Generation) -> dict[str, Any]:
+def _prompt_logprobs(generation: Generation) -> Mapping[str, list[Any]] | None:
     logprobs = generation.prompt_logprobs
-    return {
-        "prompt_ids": generation.request.prompt_ids.tolist(),
-        "prompt_logprobs": None if logprobs is None else _logprobs(logprobs, after_first=True),
-    }
+    return None if logprobs is None else _logprobs(logprobs, after_first=True)
 
 
 def _logprobs(values: TokenLogprobs, *, after_first: bool = False) -> Mapping[str, list[Any]]:
