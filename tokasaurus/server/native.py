@@ -43,10 +43,6 @@ class NativeRequest(GenerationRequest):
     def num_logprobs(self) -> int | None:
         return self.logprobs
 
-    @property
-    def num_prompt_logprobs(self) -> int | None:
-        return self.prompt_logprobs
-
     def check(self) -> None:
         super().check()
         if isinstance(self.prompt, list):

@@ -22,7 +22,7 @@ from tokasaurus.server.logprobs import (
     prompt_logprobs,
 )
 from tokasaurus.server.samples import SampleOutput
-from tokasaurus.server.schemas import ChatRequest, CompletionRequest, OpenAIRequest
+from tokasaurus.server.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from tokasaurus.server.tokenizer import Tokenizer
 from tokasaurus.server.writer import DONE, StreamWriter, event
 
@@ -46,7 +46,7 @@ class Renderer(StreamWriter):
     whole_object: str
     chunk_object: str
 
-    def __init__(self, request: OpenAIRequest, model: str, tokenizer: Tokenizer) -> None:
+    def __init__(self, request: GenerationRequest, model: str, tokenizer: Tokenizer) -> None:
         options = request.stream_options
         self.request = request
         self.tokenizer = tokenizer

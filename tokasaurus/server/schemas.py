@@ -25,7 +25,6 @@ __all__ = [
     "ChatRequest",
     "CompletionRequest",
     "GenerationRequest",
-    "OpenAIRequest",
     "Prompts",
     "RequestBody",
     "StreamOptions",
@@ -172,6 +171,8 @@ class GenerationRequest(RequestBody):
     logit_bias: dict[str, float] | None = None
     bad_words: list[str] | None = None
     max_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    """Logprobs of the prompt's tokens, and of so many likeliest ones at each place; not in a stream."""
     logprobs_mode: str | None = None
     logprobs_ignore_temperature: bool | None = None
     """The same as ``logprobs_mode="raw"``."""
@@ -213,11 +214,6 @@ class GenerationRequest(RequestBody):
         raise NotImplementedError
 
     @property
-    def num_prompt_logprobs(self) -> int | None:
-        """Likewise for the prompt's tokens."""
-        return None
-
-    @property
     def token_limit(self) -> int | None:
         """What the client asked for; None if nothing."""
         return self.max_tokens
@@ -251,6 +247,8 @@ class GenerationRequest(RequestBody):
 
     def check(self) -> None:
         super().check()
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestError("prompt_logprobs needs stream to be false", "prompt_logprobs")
         if self.priority is not None and self.service_tier in _TIER_PRIORITIES:
             raise RequestError(
                 f"service_tier {self.service_tier!r} sets the priority, which was given too; leave one out",
@@ -297,7 +295,7 @@ class GenerationRequest(RequestBody):
                 bad_words=self.bad_words,
                 max_tokens=self.token_limit,
                 logprobs=num_logprobs,
-                prompt_logprobs=self.num_prompt_logprobs,
+                prompt_logprobs=self.prompt_logprobs,
                 logprobs_mode=LogprobsMode.RAW
                 if self.logprobs_ignore_temperature
                 else self.logprobs_mode,
@@ -325,23 +323,7 @@ class GenerationRequest(RequestBody):
         return echoed
 
 
-class OpenAIRequest(GenerationRequest):
-    """What OpenAI's two endpoints have in common."""
-
-    prompt_logprobs: int | None = None
-    """Logprobs of the prompt's tokens, and of so many likeliest ones at each place; not in a stream."""
-
-    @property
-    def num_prompt_logprobs(self) -> int | None:
-        return self.prompt_logprobs
-
-    def check(self) -> None:
-        super().check()
-        if self.prompt_logprobs is not None and self.stream:
-            raise RequestError("prompt_logprobs needs stream to be false", "prompt_logprobs")
-
-
-class CompletionRequest(OpenAIRequest):
+class CompletionRequest(GenerationRequest):
     """``POST /v1/completions``."""
 
     prompt: Prompts
@@ -399,7 +381,7 @@ class ChatMessage(StrictSchema):
         return message if self.name is None else {**message, "name": self.name}
 
 
-class ChatRequest(OpenAIRequest):
+class ChatRequest(GenerationRequest):
     """``POST /v1/chat/completions``."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
