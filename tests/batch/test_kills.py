@@ -97,7 +97,7 @@ def test_a_kill_at_each_of_the_moments_that_matter(tmp_path, crash):
 
 def test_a_directory_has_one_owner_at_a_time(tmp_path):
     store = JobStore(tmp_path)
-    with pytest.raises(ConfigError, match=r"in use .*process id \d+.*data_dir="):
+    with pytest.raises(ConfigError, match=r"in use .*process id \d+"):
         JobStore(tmp_path)
     store.close()
     JobStore(tmp_path).close()
@@ -105,7 +105,7 @@ def test_a_directory_has_one_owner_at_a_time(tmp_path):
 
 def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="data_dir="):
+    with pytest.raises(ConfigError, match="cannot be used"):
         JobStore(tmp_path / "file" / "data")
 
 
@@ -157,4 +157,4 @@ def test_a_second_engine_on_the_directory_is_refused(tmp_path, engine):
     data_dir = engine.log_path.parent / "data"
     second = EngineProcess(tmp_path / "toka.log", f"data_dir={data_dir}")
     assert second.wait_exit(60) != 0
-    assert f"data_dir={data_dir} is in use by another engine" in second.log
+    assert f"data_dir: {data_dir} is in use by another process" in second.log

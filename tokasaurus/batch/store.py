@@ -100,9 +100,7 @@ class JobStore:
             )
             self._set_up()
         except (OSError, sqlite3.Error) as error:
-            raise ConfigError(
-                f"data_dir={directory} cannot be used: {error}; choose another with data_dir="
-            ) from None
+            raise ConfigError(f"{directory} cannot be used: {error}") from None
         self._clean()
 
     def close(self) -> None:
@@ -360,8 +358,7 @@ def _take_lock(directory: Path) -> Any:
         owner = file.read().strip()
         file.close()
         raise ConfigError(
-            f"data_dir={directory} is in use by another engine (process id {owner}); stop it, or choose"
-            " another with data_dir="
+            f"{directory} is in use by another process (process id {owner}); stop that first"
         ) from None
     file.truncate(0)
     file.write(f"{os.getpid()}\n")

@@ -17,6 +17,7 @@ from tokasaurus.config.slices import EngineSlices
 __all__ = [
     "Assignment",
     "Dead",
+    "Done",
     "Failed",
     "FromProcess",
     "Lifeline",
@@ -42,6 +43,10 @@ class Failed(_Note, frozen=True):
     traceback: str
 
 
+class Done(_Note, frozen=True):
+    """Process to supervisor: this process is about to exit, and the engine's work is done with it."""
+
+
 class Assignment(_Note, frozen=True):
     """Supervisor to a process it spawned, first of all: what to be."""
 
@@ -65,10 +70,10 @@ class Stop(_Note, frozen=True):
     """Supervisor to a process: finish what is running, then exit."""
 
 
-FromProcess: TypeAlias = Ready | Failed
+FromProcess: TypeAlias = Ready | Failed | Done
 ToProcess: TypeAlias = Assignment | Start | Dead | Stop
 
-_decoder = msgspec.json.Decoder(Ready | Failed | Assignment | Start | Dead | Stop)
+_decoder = msgspec.json.Decoder(Ready | Failed | Done | Assignment | Start | Dead | Stop)
 
 
 class Lifeline:

@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import ConfigError, ModelError
@@ -24,7 +25,7 @@ from tokasaurus.launch.lifeline import Assignment, Failed, Lifeline, Ready, Stop
 from tokasaurus.observability.logging import configure_logging
 from tokasaurus.protocol.channels import Receiver, Sender
 
-__all__ = ["ROLES", "run_role"]
+__all__ = ["ROLES", "Front", "run_role"]
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +36,23 @@ _ETA_INTERVAL_S = 1.0
 _ETA_REST = 50  # and so many times what the estimate took
 
 
-def run_role(assignment: Assignment, lifeline: Lifeline, interrupt: Callable[[], None]) -> bool:
+Front: TypeAlias = Callable[[Assignment, Lifeline], None]
+"""What the text core is for: to serve, as a rule."""
+
+
+def run_role(
+    assignment: Assignment,
+    lifeline: Lifeline,
+    interrupt: Callable[[], None],
+    front: Front | None = None,
+) -> bool:
     """Runs one role to its end.
 
     Args:
         assignment: which role, and its configuration.
         lifeline: this side's end; closed on return.
         interrupt: called from another thread when a role that has no event loop must end.
+        front: what the server's role does instead of serving.
 
     Returns:
         False if the role failed; the supervisor has been told why.
@@ -51,7 +62,7 @@ def run_role(assignment: Assignment, lifeline: Lifeline, interrupt: Callable[[],
     log.info("process id %d", os.getpid())
     try:
         if assignment.role == "server":
-            _run_server(assignment, lifeline)
+            (front or _run_server)(assignment, lifeline)
         else:
             threading.Thread(
                 target=_await_end, args=(lifeline, interrupt), name="lifeline", daemon=True

@@ -9,21 +9,18 @@ import os
 import resource
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 
 import uvicorn
 
 from tokasaurus.batch.runner import BatchRunner
 from tokasaurus.config.slices import ServerConfig
-from tokasaurus.launch.doors import TO_MANAGER, TO_SERVER
-from tokasaurus.launch.lifeline import Assignment, Dead, Lifeline, Ready, Start, Stop
-from tokasaurus.protocol.channels import AsyncReceiver, Sender
+from tokasaurus.launch.lifeline import Assignment, Lifeline
+from tokasaurus.launch.text_process import TextProcess
 from tokasaurus.server.app import create_app
 from tokasaurus.server.batch_routes import batch_runner
 from tokasaurus.server.generation import Generations
 from tokasaurus.server.reports import report
 from tokasaurus.server.state import EngineState
-from tokasaurus.server.tokenizer import Tokenizer
 
 __all__ = ["http_server", "serve"]
 
@@ -50,84 +47,53 @@ def serve(assignment: Assignment, lifeline: Lifeline) -> None:
     asyncio.run(_Serving(assignment, lifeline).run())
 
 
-class _Serving:
+class _Serving(TextProcess):
     def __init__(self, assignment: Assignment, lifeline: Lifeline) -> None:
-        self._config = assignment.slices.server
-        self._lifeline = lifeline
-        directory = Path(assignment.directory)
-        self._door = AsyncReceiver(directory, "server", TO_SERVER)
-        self._to_manager = Sender(directory, "manager", TO_MANAGER)
+        super().__init__(assignment, lifeline)
         assert assignment.listener_fd is not None
         self._listener = socket.socket(fileno=os.dup(assignment.listener_fd))
-        self._state = EngineState()
-        self._others_ready = asyncio.Event()
-        self._batches = batch_runner(self._config, self._state)
-        self._http = http_server(self._config, self._state, self._batches)
+        self._batches = batch_runner(self.config, self.state)
+        self._http = http_server(self.config, self.state, self._batches)
+        self._reports: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
-        asyncio.get_running_loop().add_reader(self._lifeline.fileno(), self._on_lifeline)
+        self.watch()
         # Listening from the first moment: while the model loads, clients get a 503 and not a refusal.
         http = asyncio.create_task(self._http.serve(sockets=[self._listener]))
-        work = asyncio.create_task(self._work())
+        work = asyncio.create_task(self.turn())
         ended, _ = await asyncio.wait({http, work}, return_when=asyncio.FIRST_COMPLETED)
         work.cancel()
+        if self._reports is not None:
+            self._reports.cancel()
         try:
             for task in ended:
                 task.result()  # raises what ended it
             await asyncio.gather(http, work, return_exceptions=True)
         finally:
             await self._batches.close()
-        asyncio.get_running_loop().remove_reader(self._lifeline.fileno())
+        self.unwatch()
 
-    async def _work(self) -> None:
-        config = self._config
-        tokenizer = await asyncio.to_thread(
-            Tokenizer.load,
-            config.tokenizer_path,
-            vocab_size=config.vocab_size,
-            eos_token_ids=config.eos_token_ids,
-            trust_remote_code=config.trust_remote_code,
-        )
-        self._lifeline.send(Ready())
-        await self._others_ready.wait()
-        generations = Generations(config, tokenizer, self._to_manager.send, self._state.metrics)
-        self._state.ready(generations)
+    async def on_ready(self, generations: Generations) -> None:
+        config = self.config
         await self._batches.start()
         scheme = "http" if config.ssl_certfile is None else "https"
         log.info("ready: %s at %s://%s:%d/v1", config.model_name, scheme, config.host, config.port)
-        reports = asyncio.create_task(report(config, generations))
-        try:
-            while True:
-                generations.absorb(await self._door.receive())
-        finally:
-            reports.cancel()
+        self._reports = asyncio.create_task(report(config, generations))
 
-    def _on_lifeline(self) -> None:
-        notes = self._lifeline.receive()
-        if notes is None:  # the supervisor is gone, and with it everybody else
-            asyncio.get_running_loop().remove_reader(self._lifeline.fileno())
-            self._die("its supervisor ended")
-            return
-        for note in notes:
-            if isinstance(note, Start):
-                self._others_ready.set()
-            elif isinstance(note, Dead):
-                self._die(note.reason)
-            elif isinstance(note, Stop):
-                self._drain_task = asyncio.create_task(self._drain())
-
-    def _die(self, reason: str) -> None:
-        self._state.die(reason)
+    def on_dead(self, reason: str) -> None:
         self._http.should_exit = True
 
+    def on_stop(self) -> None:
+        self._drain_task = asyncio.create_task(self._drain())
+
     async def _drain(self) -> None:
-        self._state.drain()
+        self.state.drain()
         await self._batches.stop()  # they go on at the next start
         try:
-            await asyncio.wait_for(self._state.drained(), self._config.shutdown_timeout_s)
+            await asyncio.wait_for(self.state.drained(), self.config.shutdown_timeout_s)
         except asyncio.TimeoutError:
-            log.warning("%d prompts did not finish in time", self._state.num_running)
-            self._state.die("it was shut down before this request had finished")
+            log.warning("%d prompts did not finish in time", self.state.num_running)
+            self.state.die("it was shut down before this request had finished")
         self._http.should_exit = True
 
 

@@ -31,6 +31,7 @@ from tokasaurus.config.slices import EngineSlices
 from tokasaurus.launch.lifeline import (
     Assignment,
     Dead,
+    Done,
     Failed,
     FromProcess,
     Lifeline,
@@ -39,7 +40,7 @@ from tokasaurus.launch.lifeline import (
     Stop,
     ToProcess,
 )
-from tokasaurus.launch.roles import ROLES, run_role
+from tokasaurus.launch.roles import ROLES, Front, run_role
 
 __all__ = ["Supervisor"]
 
@@ -54,13 +55,17 @@ class Supervisor:
 
     Args:
         slices: the resolved configuration.
-        listener: the bound, listening socket of the server; the supervisor closes it.
+        listener: the bound, listening socket of the server; the supervisor closes it. None without HTTP.
+        front: what is done in the server's place, in the foreground; None serves.
     """
 
-    def __init__(self, slices: EngineSlices, listener: socket.socket) -> None:
+    def __init__(
+        self, slices: EngineSlices, listener: socket.socket | None, front: Front | None = None
+    ) -> None:
         self._slices = slices
         self._listener = listener
-        self._local_role = slices.local_proc_name
+        self._front = front
+        self._local_role = slices.local_proc_name if front is None else "server"
         self._directory = tempfile.mkdtemp(prefix="tokasaurus-")
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._lifelines: dict[str, Lifeline] = {}
@@ -94,7 +99,10 @@ class Supervisor:
         try:
             with contextlib.suppress(KeyboardInterrupt):
                 run_role(
-                    self._assignment(self._local_role), theirs, interrupt=self._interrupt_foreground
+                    self._assignment(self._local_role),
+                    theirs,
+                    interrupt=self._interrupt_foreground,
+                    front=self._front,
                 )
             self._foreground_ended.set()
             theirs.close()
@@ -111,13 +119,14 @@ class Supervisor:
     # --- starting ----------------------------------------------------------------------------------
 
     def _assignment(self, role: str) -> Assignment:
-        fd = self._listener.fileno() if role == "server" else None
+        listener = self._listener if role == "server" else None
+        fd = None if listener is None else listener.fileno()
         return Assignment(role, self._directory, self._slices, fd)
 
     def _spawn(self, role: str) -> None:
         ours, theirs = Lifeline.pair()
         passed = [theirs.fileno()]
-        if role == "server":
+        if role == "server" and self._listener is not None:
             passed.append(self._listener.fileno())
         self._processes[role] = subprocess.Popen(
             [sys.executable, "-m", "tokasaurus.launch.child", str(theirs.fileno())],
@@ -193,6 +202,8 @@ class Supervisor:
             self._ready.add(role)
             if self._ready >= {"manager", "worker"} and role != "server":
                 self._lifelines["server"].send(Start())
+        elif isinstance(note, Done):
+            self._stopping = True
         elif isinstance(note, Failed) and self._failure is None:
             self._failure, self._failed_role = note, role
 
@@ -255,7 +266,8 @@ class Supervisor:
                 process.kill()
         for process in self._processes.values():
             process.wait()
-        self._listener.close()
+        if self._listener is not None:
+            self._listener.close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _report_failure(self, failure: Failed) -> None:

@@ -14,7 +14,7 @@ from tokasaurus.batch.records import Batch, new_id
 from tokasaurus.batch.runner import BatchRunner
 from tokasaurus.batch.store import JobStore
 from tokasaurus.config.slices import ServerConfig
-from tokasaurus.errors import NotFound, RequestError
+from tokasaurus.errors import ConfigError, NotFound, RequestError
 from tokasaurus.server.answers import Answers
 from tokasaurus.server.bodies import read_json
 from tokasaurus.server.file_routes import json_page
@@ -24,25 +24,27 @@ from tokasaurus.server.queries import read_query, whole_number
 from tokasaurus.server.schemas import StrictSchema, validated
 from tokasaurus.server.state import EngineState
 
-__all__ = ["BatchRequest", "BatchRoutes", "batch_runner"]
+__all__ = ["SAMPLES_AHEAD", "BatchRequest", "BatchRoutes", "batch_runner"]
 
 _Key = Annotated[str, Field(max_length=64)]
 _Value = Annotated[str, Field(max_length=512)]
 
 
-_SAMPLES_AHEAD = (
-    2  # of batches, for each that can run: enough wait in the manager to fill every gap
-)
+SAMPLES_AHEAD = 2  # of batches, for each that can run: enough wait in the manager to fill every gap
 
 
 def batch_runner(config: ServerConfig, state: EngineState) -> BatchRunner:
     """The batches of an engine; its owner starts and closes it. Raises ConfigError."""
+    try:
+        store = JobStore(Path(config.data_dir).expanduser())
+    except ConfigError as error:
+        raise ConfigError(f"data_dir: {error}, or choose another with data_dir=") from None
     return BatchRunner(
-        JobStore(Path(config.data_dir).expanduser()),
+        store,
         Answers(state).answer,
         urls=list(OPERATIONS),
         model=config.model_name,
-        max_samples=_SAMPLES_AHEAD * config.max_seqs_per_forward,
+        max_samples=SAMPLES_AHEAD * config.max_seqs_per_forward,
     )
 
 

@@ -1,0 +1,219 @@
+"""``toka-batch``: its files, and a run that is interrupted and killed on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tokasaurus.batch.lines import answer_line, error_line
+from tokasaurus.batch.offline import OfflineJob
+from tokasaurus.batch.tables import import_requests, write_parquet
+from tokasaurus.errors import ConfigError
+from tokasaurus.launch.batch_run import main
+
+LINE = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"prompt": "x"}}
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+def imported(source: Path) -> list[object]:
+    target = source.with_name("imported")
+    import_requests(source, target)
+    return [json.loads(line) for line in target.read_bytes().splitlines()]
+
+
+def test_plain_lines_become_lines_of_a_batch(tmp_path):
+    source = tmp_path / "in.jsonl"
+    lines = [
+        json.dumps(LINE),
+        "",
+        json.dumps({"prompt": "p", "max_tokens": 3}),
+        json.dumps({"messages": MESSAGES, "custom_id": "mine"}),
+        json.dumps({"neither": 1}),
+        "[1]",
+    ]
+    source.write_text("\n".join(lines))
+    assert imported(source) == [
+        LINE,
+        {**LINE, "custom_id": "line-2", "body": {"prompt": "p", "max_tokens": 3}},
+        {
+            "custom_id": "mine",
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": {"messages": MESSAGES},
+        },
+        {"neither": 1},
+        [1],
+    ]
+
+
+def test_rows_of_parquet(tmp_path):
+    pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    rows = [
+        {"prompt": "p", "max_tokens": 3, "messages": None},
+        {"prompt": None, "max_tokens": None, "messages": MESSAGES},
+    ]
+    source = tmp_path / "in.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), source)
+    bodies = [line["body"] for line in imported(source)]
+    assert bodies == [{"prompt": "p", "max_tokens": 3}, {"messages": MESSAGES}]
+    table = pyarrow.Table.from_pylist([{**LINE, "body": json.dumps(LINE["body"])}])
+    pyarrow.parquet.write_table(table, source)
+    assert imported(source) == [LINE]
+    source.write_bytes(b"no parquet")
+    with pytest.raises(ConfigError, match="Parquet"):
+        imported(source)
+
+
+def test_results_as_parquet(tmp_path):
+    pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    completion = {"choices": [{"text": "one"}]}
+    chat = {"choices": [{"message": {"content": "two"}}]}
+    lines = [
+        answer_line("a", 200, json.dumps(completion).encode()),
+        answer_line("b", 200, json.dumps(chat).encode()),
+        answer_line("c", 400, b'{"error":{}}'),
+        error_line(None, "code", "message"),
+    ]
+    (tmp_path / "lines").write_bytes(b"".join(lines))
+    write_parquet(tmp_path / "lines", tmp_path / "out.parquet")
+    rows = pyarrow.parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert [row["custom_id"] for row in rows] == ["a", "b", "c", None]
+    assert [row["status_code"] for row in rows] == [200, 200, 400, None]
+    assert [row["text"] for row in rows] == ["one", "two", None, None]
+    assert json.loads(rows[0]["body"]) == completion
+    assert json.loads(rows[3]["error"]) == {"code": "code", "message": "message"}
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "in.parquet").touch()
+    with pytest.raises(ConfigError, match=r"tokasaurus\[parquet\]"):
+        imported(tmp_path / "in.parquet")
+
+
+def test_jobs_that_cannot_be(tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    with pytest.raises(ConfigError, match="no file"):
+        OfflineJob(source, target)
+    source.write_text(json.dumps(LINE))
+    with pytest.raises(ConfigError, match="no directory"):
+        OfflineJob(source, tmp_path / "none" / "out.jsonl")
+    job = OfflineJob(source, target)
+    with pytest.raises(ConfigError, match="in use"):
+        OfflineJob(source, target)
+    job.store.close()
+    again = OfflineJob(source, target)
+    assert again.batch_id == job.batch_id
+    again.store.close()
+    source.write_text(json.dumps(LINE) + "\n" + json.dumps(LINE))
+    with pytest.raises(ConfigError, match=r"begun; delete .*toka-batch"):
+        OfflineJob(source, target)
+    other = tmp_path / "other.jsonl"
+    other.touch()
+    with pytest.raises(ConfigError, match="exists already"):
+        OfflineJob(source, other)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["walk", "a", "b"], "no command"),
+        (["run"], "name the input and the output"),
+        (["run", "a"], "name the input and the output"),
+        (["run", "none.jsonl", "out.jsonl"], "none.jsonl is no file"),
+        (["run", "a", "b", "colour=red"], "colour"),
+    ],
+)
+def test_command_lines_that_are_wrong(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--help"])
+    assert ended.value.code == 0
+    assert "toka-batch run INPUT OUTPUT" in capsys.readouterr().out
+
+
+# --- with an engine --------------------------------------------------------------------------------
+
+
+class Run:
+    """A running ``toka-batch``."""
+
+    def __init__(self, directory: Path, *flags: str) -> None:
+        self._directory = directory
+        self.log = directory / "log"
+        words = ["run", str(directory / "in.jsonl"), str(directory / "out.jsonl"), *flags]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tokasaurus.launch.batch_run", *words],
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "OMP_WAIT_POLICY": "passive"},
+                start_new_session=True,
+            )
+
+    def wait_for_answers(self, number: int) -> None:
+        """Returns when so many lines are recorded."""
+        path = self._directory / "out.jsonl.toka-batch" / "jobs.sqlite3"
+        while True:
+            assert self.process.poll() is None, self.log.read_text()
+            if path.exists():
+                database = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+                try:
+                    if database.execute("SELECT count(*) FROM answers").fetchone()[0] >= number:
+                        return
+                except sqlite3.OperationalError:
+                    pass  # the table is still to be made
+                finally:
+                    database.close()
+            time.sleep(0.05)
+
+    def wait(self) -> int:
+        return self.process.wait(120)
+
+
+@pytest.mark.engine
+def test_a_run_that_is_interrupted_and_killed(tmp_path):
+    lines = [{"prompt": f"number {i}", "max_tokens": 40 + i % 50} for i in range(300)]
+    lines[7] = {"prompt": "too long", "max_tokens": 10**8}
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n{")
+    flags = ("max_seqs_per_forward=8",)  # it takes a while
+    run = Run(tmp_path, *flags)
+    run.wait_for_answers(10)
+    run.process.send_signal(signal.SIGINT)
+    assert run.wait() == 130
+    assert "the same command goes on" in run.log.read_text()
+    assert not (tmp_path / "out.jsonl").exists()
+    run = Run(tmp_path, *flags)
+    run.wait_for_answers(100)
+    run.process.kill()
+    run.wait()
+    run = Run(tmp_path)
+    assert run.wait() == 0, run.log.read_text()
+    assert "301 lines, 2 of them with an error" in run.log.read_text()
+    results = [json.loads(line) for line in (tmp_path / "out.jsonl").open()]
+    names = [f"line-{i}" for i in range(1, 301)]
+    assert [result["custom_id"] for result in results] == [*names, None]
+    for number, result in enumerate(results[:300]):
+        if number == 7:
+            assert result["response"]["status_code"] == 400
+        else:
+            usage = result["response"]["body"]["usage"]
+            assert usage["completion_tokens"] <= 40 + number % 50
+    assert not (tmp_path / "out.jsonl.toka-batch").exists()

@@ -1,0 +1,116 @@
+"""A batch without a server: from one file to another, with what survives in a directory beside the output.
+
+::
+
+    OUT.toka-batch/    a JobStore with one batch; there until OUT is
+    OUT                appears whole, when every line has an answer
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+from tokasaurus.batch.records import Batch, StoredFile, new_id
+from tokasaurus.batch.store import JobStore
+from tokasaurus.batch.tables import import_requests, is_parquet, write_parquet
+from tokasaurus.errors import ConfigError
+
+__all__ = ["OfflineJob"]
+
+
+class OfflineJob:
+    """What is to be done, or the rest of it.
+
+    Args:
+        source: the requests.
+        target: where the answers go, in the order of the requests.
+
+    Raises:
+        ConfigError: a file is not there, or is there already; the source is another than when the job
+            began; another process works on the same output.
+    """
+
+    def __init__(self, source: Path, target: Path) -> None:
+        self.target = target
+        self.directory = target.with_name(f"{target.name}.toka-batch")
+        if not source.is_file():
+            raise ConfigError(f"{source} is no file")
+        if not target.parent.is_dir():
+            raise ConfigError(f"{target.parent} is no directory")
+        if target.exists() and not self.directory.exists():
+            raise ConfigError(f"{target} exists already; delete it or choose another name")
+        self.store = JobStore(self.directory)
+        try:
+            self.batch_id = self._unfinished(source) or self._begin(source)
+        except BaseException:
+            self.store.close()
+            raise
+
+    @property
+    def batch(self) -> Batch:
+        """How far it is; only for the store's thread."""
+        return self.store.batch(self.batch_id)
+
+    def publish(self) -> None:
+        """Puts the output of the finished batch in its place, and drops everything else."""
+        file_id = self.batch.output_file_id
+        output = self.store.path(file_id or "none")
+        if output.exists():  # else it is in its place already
+            if is_parquet(self.target):
+                table = self.directory / "output.parquet"
+                write_parquet(output, table)
+                os.replace(table, self.target)
+            else:
+                os.replace(output, self.target)
+        self.drop()
+
+    def drop(self) -> None:
+        """Forgets the job."""
+        self.store.close()
+        shutil.rmtree(self.directory)
+
+    def _unfinished(self, source: Path) -> str | None:
+        batches, _ = self.store.list_batches(after=None, limit=1)
+        if not batches:
+            return None
+        if batches[0].metadata != _fingerprint(source):
+            raise ConfigError(
+                f"{source} is not what it was when {self.target} was begun; delete {self.directory} to begin"
+                " anew"
+            )
+        return batches[0].id
+
+    def _begin(self, source: Path) -> str:
+        now = int(time.time())
+        fingerprint = _fingerprint(source)
+        file_id = new_id("file")
+        path = self.store.path(file_id)
+        import_requests(source, path)
+        self.store.add_file(
+            StoredFile(
+                id=file_id,
+                bytes=path.stat().st_size,
+                created_at=now,
+                filename=source.name,
+                purpose="batch",
+            )
+        )
+        batch = Batch(
+            id=new_id("batch"),
+            endpoint=None,
+            input_file_id=file_id,
+            completion_window="",
+            created_at=now,
+            metadata=fingerprint,
+        )
+        self.store.add_batch(batch)
+        return batch.id
+
+
+def _fingerprint(source: Path) -> dict[str, str]:
+    """What a file cannot keep when it is written to."""
+    status = source.stat()
+    return {"bytes": str(status.st_size), "modified_ns": str(status.st_mtime_ns)}

@@ -1,0 +1,133 @@
+"""What ``toka-batch`` reads and writes: JSONL or Parquet, lines of OpenAI's batches or plain ones."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from tokasaurus.batch.lines import MAX_LINE_BYTES, read_lines
+from tokasaurus.errors import ConfigError
+
+__all__ = ["import_requests", "is_parquet", "write_parquet"]
+
+_URLS = {"prompt": "/v1/completions", "messages": "/v1/chat/completions"}
+_ROWS = 256  # of a table, at once
+
+
+def is_parquet(path: Path) -> bool:
+    """Whether a name says so."""
+    return path.suffix.lower() == ".parquet"
+
+
+def import_requests(source: Path, target: Path) -> None:
+    """Writes every request of a file as a line of a batch; what is none is left as it is, to fail there.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    lines = _rows_as_lines(source) if is_parquet(source) else _lines(source)
+    with target.open("wb") as file:
+        for number, line in enumerate(lines, 1):
+            file.write(_as_batch_line(number, line) + b"\n")
+
+
+def _lines(source: Path) -> Iterator[bytes]:
+    for number, line in read_lines(source):
+        if line is None:
+            raise ConfigError(
+                f"{source}: line {number} is longer than {MAX_LINE_BYTES} bytes, the most there can be"
+            )
+        yield line
+
+
+def _as_batch_line(number: int, line: bytes) -> bytes:
+    """A line that is only a request's body gets what is around it."""
+    try:
+        fields = msgspec.json.decode(line)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return line
+    if not isinstance(fields, dict) or "body" in fields or "url" in fields:
+        return line
+    url = next((url for name, url in _URLS.items() if fields.get(name) is not None), None)
+    if url is None:
+        return line
+    custom_id = fields.pop("custom_id", None)
+    custom_id = f"line-{number}" if custom_id is None else custom_id
+    wrapped = {"custom_id": custom_id, "method": "POST", "url": url, "body": fields}
+    return msgspec.json.encode(wrapped)
+
+
+def _rows_as_lines(source: Path) -> Iterator[bytes]:
+    pyarrow, parquet = _pyarrow()
+    try:
+        table = parquet.ParquetFile(source)
+        for rows in table.iter_batches(_ROWS):
+            for row in rows.to_pylist():
+                yield msgspec.json.encode(_without_nulls(row))
+    except pyarrow.ArrowException as error:
+        raise ConfigError(f"{source} cannot be read as Parquet: {error}") from None
+
+
+def _without_nulls(row: Any) -> Any:
+    """A column is there for every row, and null where a row has no such field."""
+    if isinstance(row, dict):
+        kept = {name: _without_nulls(each) for name, each in row.items() if each is not None}
+        body = kept.get("body")
+        if isinstance(body, str):  # it has another shape in each row, so it is kept as text
+            with contextlib.suppress(msgspec.DecodeError):
+                kept["body"] = msgspec.json.decode(body)
+        return kept
+    return [_without_nulls(each) for each in row] if isinstance(row, list) else row
+
+
+def write_parquet(lines: Path, target: Path) -> None:
+    """A batch's result lines as a table: custom_id, status_code, text, body and error, the latter as JSON.
+
+    ``text`` is that of the first choice.
+    """
+    pyarrow, parquet = _pyarrow()
+    text = pyarrow.string()
+    names = {"custom_id": text, "status_code": pyarrow.int32(), "text": text}
+    schema = pyarrow.schema({**names, "body": text, "error": text})
+    with parquet.ParquetWriter(target, schema) as writer, lines.open("rb") as file:
+        while rows := [_as_row(json.loads(line)) for line in itertools.islice(file, _ROWS)]:
+            writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+
+
+def _as_row(line: dict[str, Any]) -> dict[str, Any]:
+    response, error = line["response"] or {}, line["error"]
+    body = response.get("body")
+    return {
+        "custom_id": line["custom_id"],
+        "status_code": response.get("status_code"),
+        "text": _first_text(body),
+        "body": None if body is None else json.dumps(body, ensure_ascii=False),
+        "error": None if error is None else json.dumps(error, ensure_ascii=False),
+    }
+
+
+def _first_text(body: Any) -> str | None:
+    choices = body.get("choices") if isinstance(body, dict) else None
+    if not choices:
+        return None
+    choice = choices[0]
+    text = choice["text"] if "text" in choice else choice["message"]["content"]
+    return text if isinstance(text, str) else None
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    """Raises ConfigError if it is not installed."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ConfigError(
+            "Parquet needs pyarrow: pip install 'tokasaurus[parquet]'; or use JSONL"
+        ) from None
+    return pyarrow, pyarrow.parquet

@@ -1,0 +1,265 @@
+"""``toka-batch run``: answers a file of requests with an engine of its own, without a server.
+
+The engine is the one behind ``toka``, with its processes; in the place of HTTP stands a runner of batches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import datetime
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from tokasaurus.batch.offline import OfflineJob
+from tokasaurus.batch.records import Batch
+from tokasaurus.batch.runner import BatchRunner
+from tokasaurus.config.engine import ENGINE, EngineConfig
+from tokasaurus.config.parser import parse
+from tokasaurus.config.schema import flags_of
+from tokasaurus.errors import ConfigError, ModelError
+from tokasaurus.launch.assemble import assemble
+from tokasaurus.launch.lifeline import Assignment, Done, Lifeline
+from tokasaurus.launch.supervisor import Supervisor
+from tokasaurus.launch.text_process import TextProcess
+from tokasaurus.server.answers import Answers
+from tokasaurus.server.batch_routes import SAMPLES_AHEAD
+from tokasaurus.server.generation import Generations
+from tokasaurus.server.operations import OPERATIONS
+
+__all__ = ["main"]
+
+_SCHEMA = dataclasses.replace(
+    ENGINE,
+    program="toka-batch run INPUT OUTPUT",
+    summary="Answer a file of requests without a server; the same command goes on where it was stopped.\n\n"
+    "INPUT has a request in each line (JSONL) or row (a name that ends with .parquet): a line of an OpenAI\n"
+    "batch, or just its body, with a prompt or messages. OUTPUT, JSONL or Parquet, appears when all are\n"
+    "answered, in the same order. The flags are those of the engine.",
+    examples=(
+        "toka-batch run prompts.jsonl answers.jsonl",
+        "toka-batch run in.parquet out.jsonl model=meta-llama/Llama-3.2-1B-Instruct",
+    ),
+)
+_QUIET = "log_level=WARNING"  # unless the command line says otherwise
+_SERVER_GROUPS = ("Server", "Who may ask", "Limits of what is asked", "Statistics")
+_SERVER_FLAGS = ("uvicorn_log_level", "local_proc_name")
+_REFRESH_S = 0.5
+_LINE_S = 10.0  # between lines of progress, where there is no terminal
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Returns:
+        The exit status: 0 if every line has an answer or an error of its own, 1 if the engine died, 2 if the
+        command line or a file is wrong, 130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(words, os.environ)
+    except (ConfigError, ModelError) as error:
+        print(f"toka-batch: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(words: list[str], environment: Mapping[str, str]) -> int:
+    wants_help = not words or "--help" in words or "-h" in words
+    if not wants_help and words[0] != "run":
+        raise ConfigError(f"{words[0]!r} is no command; there is one: toka-batch run INPUT OUTPUT")
+    names = [word for word in words[1:3] if "=" not in word and not word.startswith("-")]
+    flags = ["--help"] if wants_help else words[1 + len(names) :]
+    config = parse(_SCHEMA, [_QUIET, *flags], environment.get("OVERRIDES", ""))
+    if len(names) != 2:
+        raise ConfigError("name the input and the output: toka-batch run INPUT OUTPUT")
+    _warn_of_flags(config)
+    slices = assemble(config)
+    job = OfflineJob(Path(names[0]), Path(names[1]))
+    run = _BatchRun(job)
+    status = Supervisor(slices, None, front=run.front).run()
+    return run.conclude(status)
+
+
+def _warn_of_flags(config: EngineConfig) -> None:
+    """A file of flags may be shared with a server, so what is only for that is no error."""
+    for flag in flags_of(EngineConfig).values():
+        is_for_server = flag.notes.group in _SERVER_GROUPS or flag.name in _SERVER_FLAGS
+        if is_for_server and getattr(config, flag.name) != flag.default:
+            print(
+                f"toka-batch: warning: {flag.name} has no effect without a server", file=sys.stderr
+            )
+
+
+class _BatchRun:
+    """One run of the command, as far as it is seen from outside the engine."""
+
+    def __init__(self, job: OfflineJob) -> None:
+        self._job = job
+        self._last: Batch | None = None
+
+    def front(self, assignment: Assignment, lifeline: Lifeline) -> None:
+        """What the text core's process does."""
+        self._last = asyncio.run(_Front(assignment, lifeline, self._job).run())
+
+    def conclude(self, status: int) -> int:
+        """Publishes the output, or says how to go on; returns the exit status."""
+        batch, job = self._last, self._job
+        if batch is None or not batch.final:
+            job.store.close()
+            done = "" if batch is None else f" after {_answered(batch)} of {_total(batch)} lines"
+            print(f"toka-batch: stopped{done}; the same command goes on", file=sys.stderr)
+            return status or 130
+        if batch.errors is not None:
+            for error in batch.errors.data[:10]:
+                where = "" if error.line is None else f"line {error.line}: "
+                print(f"toka-batch: error: {where}{error.message}", file=sys.stderr)
+            job.drop()
+            return 2
+        job.publish()
+        counts, usage = batch.request_counts, batch.usage
+        failed = f", {counts.failed} of them with an error" if counts.failed else ""
+        print(
+            f"{job.target}: {counts.total} lines{failed}; {usage.input_tokens} prompt tokens,"
+            f" {usage.output_tokens} generated",
+            file=sys.stderr,
+        )
+        return 0
+
+
+class _ProgressDisplay:
+    """How far the batch is: a bar on a terminal, else a line now and then. On standard error."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TextColumn("{task.fields[eta]}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("loading the model", total=None, speed="", eta="")
+        self._begun: tuple[float, int] | None = None  # when, and the tokens of earlier runs
+        self._next_line_at = 0.0
+
+    def __enter__(self) -> _ProgressDisplay:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._progress.stop()
+
+    def show(self, batch: Batch, eta_s: float | None) -> None:
+        """Shows the latest."""
+        now, num_tokens = time.monotonic(), batch.usage.output_tokens
+        if self._begun is None:
+            self._begun = now, num_tokens
+        seconds = max(now - self._begun[0], 1e-9)
+        speed = f"{(num_tokens - self._begun[1]) / seconds:,.0f} tokens/s"
+        eta = "" if eta_s is None else f"about {datetime.timedelta(seconds=round(eta_s))} left"
+        failed = batch.request_counts.failed
+        status = batch.status.replace("_", " ") + (f", {failed} failed" if failed else "")
+        self._progress.update(
+            self._task,
+            description=status,
+            completed=_answered(batch),
+            total=_total(batch) or None,
+            speed=speed,
+            eta=eta,
+        )
+        if not self._console.is_terminal and (now >= self._next_line_at or batch.final):
+            self._next_line_at = now + _LINE_S
+            done = f"{_answered(batch)}/{_total(batch)} lines"
+            line = ", ".join(part for part in (status, done, speed, eta) if part)
+            print(f"toka-batch: {line}", file=sys.stderr, flush=True)
+
+
+def _answered(batch: Batch) -> int:
+    return batch.request_counts.completed + batch.request_counts.failed
+
+
+def _total(batch: Batch) -> int:
+    return batch.request_counts.total
+
+
+class _Front(TextProcess):
+    """The runner in the ring."""
+
+    def __init__(self, assignment: Assignment, lifeline: Lifeline, job: OfflineJob) -> None:
+        super().__init__(assignment, lifeline)
+        self._job = job
+        self._ready = asyncio.Event()
+        self._stopped = asyncio.Event()
+        self._runner = BatchRunner(
+            job.store,
+            Answers(self.state).answer,
+            urls=list(OPERATIONS),
+            model=self.config.model_name,
+            max_samples=SAMPLES_AHEAD * self.config.max_seqs_per_forward,
+            max_lines=sys.maxsize,
+            joins_errors=True,
+        )
+
+    async def run(self) -> Batch:
+        """Returns when the batch is finished, or may not go on."""
+        self.watch()
+        turning = asyncio.create_task(self.turn())
+        working = asyncio.create_task(self._work())
+        stopped = asyncio.create_task(self._stopped.wait())
+        tasks = {turning, working, stopped}
+        ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        await self._runner.stop()
+        batch = await self._runner.on_disk(self._runner.store.batch, self._job.batch_id)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        for task in ended - {stopped}:
+            task.result()  # raises what ended it
+        self.unwatch()
+        self.lifeline.send(Done())
+        return batch
+
+    async def on_ready(self, generations: Generations) -> None:
+        await self._runner.start()
+        self._ready.set()
+
+    def on_dead(self, reason: str) -> None:
+        self._stopped.set()
+
+    def on_stop(self) -> None:
+        self._stopped.set()
+
+    async def _work(self) -> None:
+        with _ProgressDisplay() as display:
+            await self._ready.wait()
+            work = asyncio.create_task(self._runner.wait(self._job.batch_id))
+            try:
+                while not work.done():
+                    batch = await self._batch()
+                    display.show(batch, self._eta_s(batch))
+                    await asyncio.wait({work}, timeout=_REFRESH_S)
+                display.show(await self._batch(), None)
+            finally:
+                work.cancel()
+
+    async def _batch(self) -> Batch:
+        return await self._runner.on_disk(self._runner.store.batch, self._job.batch_id)
+
+    def _eta_s(self, batch: Batch) -> float | None:
+        """What the manager predicts of the lines it has, and at the same pace for the others."""
+        backlog_s, num_here = self.state.etas().backlog_s, self._runner.num_lines_in_flight
+        if backlog_s is None or num_here == 0:
+            return None
+        return backlog_s * max(1.0, (batch.request_counts.total - _answered(batch)) / num_here)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""The process of the text core, whatever it is for: its place in the ring of messages, and its lifeline."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from tokasaurus.launch.doors import TO_MANAGER, TO_SERVER
+from tokasaurus.launch.lifeline import Assignment, Dead, Lifeline, Ready, Start, Stop
+from tokasaurus.protocol.channels import AsyncReceiver, Sender
+from tokasaurus.server.generation import Generations
+from tokasaurus.server.state import EngineState
+from tokasaurus.server.tokenizer import Tokenizer
+
+__all__ = ["TextProcess"]
+
+
+class TextProcess:
+    """Loads the tokenizer, joins the ring when the others are ready, and passes on what the lifeline says.
+
+    Args:
+        assignment: of the server's role.
+        lifeline: to the supervisor.
+    """
+
+    def __init__(self, assignment: Assignment, lifeline: Lifeline) -> None:
+        self.config = assignment.slices.server
+        self.state = EngineState()
+        self.lifeline = lifeline
+        directory = Path(assignment.directory)
+        self._door = AsyncReceiver(directory, "server", TO_SERVER)
+        self._to_manager = Sender(directory, "manager", TO_MANAGER)
+        self._others_ready = asyncio.Event()
+
+    # --- what it is for ----------------------------------------------------------------------------
+
+    async def on_ready(self, generations: Generations) -> None:
+        """Requests may come from now on."""
+        raise NotImplementedError
+
+    def on_dead(self, reason: str) -> None:
+        """The engine is gone; what was in flight has got its error already."""
+        raise NotImplementedError
+
+    def on_stop(self) -> None:
+        """It is to end."""
+        raise NotImplementedError
+
+    # --- the ring ----------------------------------------------------------------------------------
+
+    def watch(self) -> None:
+        """Listens to the lifeline from now on."""
+        asyncio.get_running_loop().add_reader(self.lifeline.fileno(), self._on_lifeline)
+
+    def unwatch(self) -> None:
+        """Ends ``watch``."""
+        asyncio.get_running_loop().remove_reader(self.lifeline.fileno())
+
+    async def turn(self) -> None:
+        """Carries messages of the manager until it is cancelled."""
+        config = self.config
+        tokenizer = await asyncio.to_thread(
+            Tokenizer.load,
+            config.tokenizer_path,
+            vocab_size=config.vocab_size,
+            eos_token_ids=config.eos_token_ids,
+            trust_remote_code=config.trust_remote_code,
+        )
+        self.lifeline.send(Ready())
+        await self._others_ready.wait()
+        generations = Generations(config, tokenizer, self._to_manager.send, self.state.metrics)
+        self.state.ready(generations)
+        await self.on_ready(generations)
+        while True:
+            generations.absorb(await self._door.receive())
+
+    def _on_lifeline(self) -> None:
+        notes = self.lifeline.receive()
+        if notes is None:  # the supervisor is gone, and with it everybody else
+            self.unwatch()
+            self._die("its supervisor ended")
+            return
+        for note in notes:
+            if isinstance(note, Start):
+                self._others_ready.set()
+            elif isinstance(note, Dead):
+                self._die(note.reason)
+            elif isinstance(note, Stop):
+                self.on_stop()
+
+    def _die(self, reason: str) -> None:
+        self.state.die(reason)
+        self.on_dead(reason)
