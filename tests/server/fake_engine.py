@@ -215,6 +215,11 @@ class FakeEngine:
     def num_running(self) -> int:
         return len(self._running)
 
+    def forget(self) -> None:
+        """What it remembers of requests that have ended."""
+        self.received.clear()
+        self._num_finished.clear()
+
     def step(self) -> list[object]:
         """One turn: every running sequence may go on; returns messages for the server."""
         messages, self._outbox = self._outbox, []
