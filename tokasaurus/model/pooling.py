@@ -6,13 +6,18 @@ nothing of logits.
 
 from __future__ import annotations
 
+from typing import Any, TypeAlias
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tokasaurus.protocol.messages import ForwardBatch, Pooling
 
 __all__ = ["Pooler"]
+
+IndexArray: TypeAlias = NDArray[np.intp]
 
 
 class Pooler:
@@ -38,26 +43,35 @@ class Pooler:
                 self._sums.pop(slot, None)
         if batch.prefill_pooling is None:
             return None
-        states = [torch.empty(0, hidden.shape[1], device=hidden.device)]
-        ends = len(batch.decode_slots) + np.cumsum(batch.prefill_lengths)
-        for chunk in np.flatnonzero(batch.prefill_pooling).tolist():
-            last = int(ends[chunk])
-            rows = hidden[last - int(batch.prefill_lengths[chunk]) : last].to(torch.float32)
-            ends_prompt = int(batch.prefill_next_ids[chunk]) < 0
-            if batch.prefill_pooling[chunk] == Pooling.MEAN:
-                state = self._mean(batch, chunk, rows, ends_prompt=ends_prompt)
-            else:
-                state = rows[-1]
-            if ends_prompt:
-                states.append(state[None])
-        return torch.cat(states)
+        chunks = np.flatnonzero(batch.prefill_pooling)
+        is_mean = batch.prefill_pooling[chunks] == Pooling.MEAN
+        ends_prompt = batch.prefill_next_ids[chunks] < 0
+        last_rows = (len(batch.decode_slots) + np.cumsum(batch.prefill_lengths) - 1)[chunks]
+        states = hidden[_upload(last_rows[ends_prompt], hidden)].to(torch.float32)
+        if is_mean.any():
+            means = self._means(batch, chunks[is_mean], last_rows[is_mean], hidden)
+            targets = np.flatnonzero(is_mean[ends_prompt])
+            states[_upload(targets, hidden)] = means[_upload(ends_prompt[is_mean], hidden)]
+        return states
 
-    def _mean(self, batch: ForwardBatch, chunk: int, rows: Tensor, *, ends_prompt: bool) -> Tensor:
-        """The mean over the prompt up to the chunk's end."""
-        slot, start = int(batch.prefill_slots[chunk]), int(batch.prefill_starts[chunk])
-        total = rows.sum(0)
-        if start > 0:
-            total += self._sums.pop(slot)
-        if not ends_prompt:
-            self._sums[slot] = total
-        return total / (start + len(rows))
+    def _means(
+        self, batch: ForwardBatch, chunks: IndexArray, last_rows: IndexArray, hidden: Tensor
+    ) -> Tensor:
+        """[chunks, hidden]: of each prompt up to the chunk's end; keeps the sums of those that go on."""
+        lengths, starts = batch.prefill_lengths[chunks], batch.prefill_starts[chunks]
+        # Row by row, chunk after chunk: the last row of each, less how many come after it.
+        after = np.repeat(np.cumsum(lengths), lengths) - 1 - np.arange(lengths.sum())
+        rows = np.repeat(last_rows, lengths) - after
+        sums: Tensor = torch.segment_reduce(
+            hidden[_upload(rows, hidden)].to(torch.float32), "sum", lengths=_upload(lengths, hidden)
+        )
+        slots = batch.prefill_slots[chunks].tolist()
+        for index in np.flatnonzero(starts > 0).tolist():
+            sums[index] += self._sums.pop(slots[index])
+        for index in np.flatnonzero(batch.prefill_next_ids[chunks] >= 0).tolist():
+            self._sums[slots[index]] = sums[index].clone()
+        return sums / _upload(starts + lengths, hidden)[:, None]
+
+
+def _upload(values: NDArray[Any], like: Tensor) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values)).to(like.device, copy=True)

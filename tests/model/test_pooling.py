@@ -1,0 +1,70 @@
+"""Pooling over batches of any make-up, against the mean and the last row of each prompt by itself."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from tokasaurus.model.pooling import Pooler
+from tokasaurus.protocol.messages import Pooling
+
+HIDDEN = 5
+
+
+def batch(chunks, num_decodes, entering):
+    """Of (slot, start, length, ends, kind)."""
+    columns = [np.array(column, np.int32) for column in zip(*chunks, strict=True)] or [[]] * 5
+    slots, starts, lengths, ends, kinds = columns
+    return SimpleNamespace(
+        parameters=SimpleNamespace(slots=np.array(entering, np.int32)) if entering else None,
+        decode_slots=np.arange(100, 100 + num_decodes, dtype=np.int32),
+        prefill_slots=slots,
+        prefill_starts=starts,
+        prefill_lengths=lengths,
+        prefill_next_ids=np.where(ends, -1, 7).astype(np.int32),
+        prefill_pooling=kinds if np.any(kinds) else None,
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_mixture_of_chunks(seed):
+    """Prompts with and without pooling, in chunks, among decode rows; some vanish half-way, and their slots are
+    used again."""
+    chance = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    pooler = Pooler()
+    feeding = {}  # slot: [kind, states, position]
+    for _ in range(40):
+        for slot in [slot for slot in feeding if chance.random() < 0.1]:
+            del feeding[slot]  # aborted
+        entering = [slot for slot in range(6) if slot not in feeding and chance.random() < 0.5]
+        for slot in entering:
+            states = torch.randn(chance.randint(1, 12), HIDDEN, generator=generator)
+            feeding[slot] = [chance.choice([0, Pooling.MEAN, Pooling.LAST]), states, 0]
+        chunks, rows, expected = [], [], []
+        num_decodes = chance.randint(0, 3)
+        for slot in chance.sample(sorted(feeding), len(feeding)):
+            if slot not in entering and chance.random() < 0.3:
+                continue
+            kind, states, start = feeding[slot]
+            end = min(len(states), start + chance.randint(1, 6))
+            chunks.append((slot, start, end - start, end == len(states), int(kind)))
+            rows.append(states[start:end])
+            feeding[slot][2] = end
+            if end == len(states):
+                del feeding[slot]
+                if kind:
+                    expected.append(states.mean(0) if kind == Pooling.MEAN else states[-1])
+        if not chunks:
+            continue
+        hidden = torch.cat([torch.randn(num_decodes, HIDDEN, generator=generator), *rows])
+        found = pooler.pool(batch(chunks, num_decodes, entering), hidden)
+        assert (found is None) == (not any(chunk[-1] for chunk in chunks))
+        if found is not None:
+            wanted = torch.stack(expected) if expected else torch.empty(0, HIDDEN)
+            torch.testing.assert_close(found, wanted)
+    assert len(pooler._sums) <= 6
