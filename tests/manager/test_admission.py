@@ -94,7 +94,7 @@ def test_who_becomes_the_head_is_asked_about_at_once() -> None:
     for _ in range(3):
         world.step(num_results=1)
     admission, backlog = world.manager._admission, world.manager._backlog
-    assert admission.num_hopeful(backlog.head()) == 0  # it was refused, and nothing happened since
+    assert not admission.may_ask(backlog.head())  # it was refused, and nothing happened since
     num_running = world.manager._running.num_running
     world.step(make_request(99, prompt(2, 99), 2, priority=-1), num_results=1)
     assert world.manager._running.num_running == num_running + 1

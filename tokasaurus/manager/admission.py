@@ -49,8 +49,6 @@ _LONGEST_PATIENCE = 64  # steps
 # asked.
 _ROOMY = 0.9
 
-_EVERYBODY = 1 << 30
-
 _NEVER = -1  # an end before the first step: not in the forecast
 
 _NOTHING: Int64Array = np.zeros(1, np.int64)
@@ -130,7 +128,6 @@ class AdmissionControl:
         self._refused: Sequence | None = None  # whom there was no room for when last asked
         self._retry_at = 0
         self._patience = config.page_size
-        self._num_hopeful = _EVERYBODY
         self._prefill_rate = config.max_tokens_per_forward  # tokens per step
         self.prefill_pace: int | None = None  # tokens to feed per step; None: as many as can be
 
@@ -193,17 +190,14 @@ class AdmissionControl:
 
     # --- what follows from it ----------------------------------------------------------------------
 
-    def num_hopeful(self, head: Sequence | None) -> int:
-        """How many candidates are worth asking about, where ``head`` is next in the queue.
-
-        0 where it was refused and nothing happened since; few where few were admitted of many the last time.
-        """
-        if head is not None and head is self._refused and self._now < self._retry_at:
-            return 0
-        return self._num_hopeful
+    def may_ask(self, head: Sequence | None) -> bool:
+        """Whether asking is worth its time, where ``head`` is next in the queue: not if it was refused and
+        nothing happened since."""
+        return head is not self._refused or self._now >= self._retry_at
 
     def num_admissible(self, candidates: Rows[Candidate]) -> int:
         """How many of the candidates' rows, from the first on, may run."""
+        self._refused, self._retry_at = None, 0
         num_used = self._num_pages - self._running.pages.num_available
         self._most_used = max(self._most_used, num_used)
         if self._now >= self._refresh_at:
@@ -211,7 +205,7 @@ class AdmissionControl:
             if self._most_used + num_more <= _ROOMY * self.limit:
                 self._asked = None
                 self._most_used += num_more
-                return self._all_admissible(candidates)
+                return sum(candidate.num_rows for candidate in candidates)
             self.refresh((), self._max_tokens - self._running.num_running)
         rows, forest = self._asked = self._candidate_rows(candidates)
         self._num_unfed = sum(
@@ -219,7 +213,7 @@ class AdmissionControl:
             for sequence in self._running.prefilling
         )
         if self._most_used + self._most_pages(rows) <= _ROOMY * self.limit:
-            return self._all_admissible(candidates)
+            return len(rows)
         self._apply_patches()
         coming = self._coming()
         # Who outlives its prediction is not in the forecast until the next refresh. But who has no token
@@ -229,14 +223,12 @@ class AdmissionControl:
             waiting=rows, forest=forest, others=coming + num_missing, num_unfed=self._num_unfed
         )
         count = forecast.num_admissible(self.limit)
-        if count == len(rows):
-            return self._all_admissible(candidates)
-        num_rows = accumulate(candidate.num_rows for candidate in candidates)
-        num_admitted = sum(total <= count for total in num_rows)
-        self._refused = candidates[num_admitted].sequence
-        self._retry_at = self._now + self._patience
-        self._patience = min(2 * self._patience, _LONGEST_PATIENCE)
-        self._num_hopeful = 1 + 2 * num_admitted
+        if count < len(rows):
+            num_rows = accumulate(candidate.num_rows for candidate in candidates)
+            num_admitted = sum(total <= count for total in num_rows)
+            self._refused = candidates[num_admitted].sequence
+            self._retry_at = self._now + self._patience
+            self._patience = min(2 * self._patience, _LONGEST_PATIENCE)
         return count
 
     def admit(self, slots: IndexArray) -> None:
@@ -421,11 +413,6 @@ class AdmissionControl:
             others=others,
             num_tokens_before=num_unfed - self._prefill_rate,
         )
-
-    def _all_admissible(self, candidates: Rows[Candidate]) -> int:
-        self._refused = None
-        self._num_hopeful = _EVERYBODY
-        return sum(candidate.num_rows for candidate in candidates)
 
     def _largest(self, candidate: Candidate) -> int:
         """Pages of a candidate and its forks, if all became as long as they may."""

@@ -230,8 +230,7 @@ class Scheduler:
         if not (chunks or len(self._backlog)):
             return []
         head = self._backlog.head()
-        num_hopeful = self._admission.num_hopeful(head)
-        if num_hopeful == 0 and not self._is_empty:
+        if not (self._is_empty or self._admission.may_ask(head)):
             return []
         slots = self._slots
         # A slot whose tokens are all planned enters no further batch: it does not count after this one.
@@ -255,8 +254,6 @@ class Scheduler:
                     offers.append(_Offer(Candidate(chunk.sequence, 0, 0, num_forks), chunk, None))
         for sequence in self._backlog.in_order():
             if headroom.num_tokens <= 0 or headroom.num_sequences <= 0:
-                break
-            if offers and len(offers) >= num_hopeful:
                 break
             if sequence.order > first_order:
                 break
