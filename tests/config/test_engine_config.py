@@ -33,6 +33,8 @@ NAMES_AND_DEFAULTS = {
     "request_timeout_s": None,
     "max_body_bytes": 256 << 20,
     "shutdown_timeout_s": 30.0,
+    "tool_call_parser": "auto",
+    "reasoning_parser": "auto",
     "data_dir": None,
     "unsafe_pickle_responses": False,
     "embedding_pooling": "mean",

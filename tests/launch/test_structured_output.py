@@ -213,3 +213,59 @@ def test_logprobs_as_the_tokens_were_drawn(engine):
         )
         assert drawn.text == raw.text == "zebra"
         assert drawn.token_ids == raw.token_ids
+
+
+TOOL_TEMPLATE = (
+    "{{ bos_token }}{% for t in tools or [] %}{{ t.function.name }} {% endfor %}"
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
+    "{# calls: MARK #}"
+)
+
+
+@pytest.mark.parametrize("mark", ["<tool_call>", "<|python_tag|>"])
+def test_enforced_calls_of_tools(engine, mark):
+    """A model that never saw a tool calls one, with arguments that validate."""
+    parameters = SCHEMAS[-1]
+    tools = [
+        {"type": "function", "function": {"name": "weather", "parameters": parameters}},
+        {"type": "function", "function": {"name": "nothing"}},
+    ]
+    named = {"type": "function", "function": {"name": "weather"}}
+    template = TOOL_TEMPLATE.replace("MARK", mark)
+    for choice, stream in ((named, False), (named, True), ("required", False)):
+        answer = engine.client().chat.completions.create(
+            model="m",
+            messages=[{"role": "user", "content": "What will the weather be?"}],
+            tools=tools,
+            tool_choice=choice,
+            parallel_tool_calls=False,
+            n=4,
+            seed=3,
+            max_tokens=300,
+            stream=stream,
+            extra_body={"chat_template_kwargs": {"chat_template": template}},
+        )
+        calls, reasons = _calls_of_stream(answer) if stream else _calls_of_whole(answer)
+        assert "tool_calls" in reasons.values()
+        for index, (name, arguments) in calls.items():
+            if reasons[index] == "tool_calls":
+                assert name == "weather" or choice == "required"
+                validate(arguments, parameters if name == "weather" else {"type": "object"})
+
+
+def _calls_of_whole(answer):
+    called = [(c.index, c.message.tool_calls[0].function) for c in answer.choices]
+    calls = {index: (function.name, function.arguments) for index, function in called}
+    return calls, {c.index: c.finish_reason for c in answer.choices}
+
+
+def _calls_of_stream(stream):
+    calls, reasons = {}, {}
+    for chunk in stream:
+        for choice in chunk.choices:
+            reasons[choice.index] = choice.finish_reason
+            for call in choice.delta.tool_calls or []:
+                name, arguments = calls.get(choice.index, ("", ""))
+                function = call.function
+                calls[choice.index] = (name + (function.name or ""), arguments + function.arguments)
+    return calls, reasons

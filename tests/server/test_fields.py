@@ -9,8 +9,9 @@ import openai.types.chat.completion_create_params as openai_chat
 import openai.types.completion_create_params as openai_completion
 import pytest
 
+from tokasaurus.server.chat import ChatRequest
 from tokasaurus.server.fields import HARMLESS
-from tokasaurus.server.schemas import ChatRequest, CompletionRequest
+from tokasaurus.server.schemas import CompletionRequest
 
 SCHEMAS = {"/v1/completions": CompletionRequest, "/v1/chat/completions": ChatRequest}
 BASE = {
@@ -20,6 +21,14 @@ BASE = {
         "seed": 1,
         "max_tokens": 12,
     },
+}
+
+ANY_OBJECT = ("apply_chat_template_overrides", "chat_template_kwargs", "guided_json")
+TOOL = {"type": "function", "function": {"name": "f"}}
+WITH_TOOLS = {
+    "chat_template_kwargs": {
+        "chat_template": "{{ tools }} <tool_call>{% for m in messages %}{{ m.content }}{% endfor %}"
+    }
 }
 
 # A value that changes something, and what else the request must say for that to show.
@@ -74,6 +83,13 @@ CHANGES_OF = {
         "top_logprobs": (3, {"logprobs": True}),
         "max_completion_tokens": (5, {"max_tokens": None}),
         "apply_chat_template_overrides": ({"shout": True}, {}),
+        "chat_template_kwargs": ({"shout": True}, {}),
+        "tools": ([TOOL], WITH_TOOLS),
+        "tool_choice": ("none", {"tools": [TOOL], **WITH_TOOLS}),
+        "parallel_tool_calls": (
+            False,
+            {"tools": [TOOL], "tool_choice": "required", **WITH_TOOLS},
+        ),
     },
 }
 CASES = [(path, field) for path, changes in CHANGES_OF.items() for field in changes]
@@ -131,7 +147,7 @@ def test_null_is_the_same_as_left_out(server, path, field):
 @pytest.mark.parametrize(("path", "field"), CASES)
 def test_a_value_of_the_wrong_type_is_refused_by_name(server, path, field):
     for wrong in ({"nonsense": 1}, [[["nonsense"]]]):
-        if field in ("apply_chat_template_overrides", "guided_json") and isinstance(wrong, dict):
+        if field in ANY_OBJECT and isinstance(wrong, dict):
             continue
         body = {**BASE[path], **CHANGES_OF[path][field][1], field: wrong}
         assert observe(server, path, body) == (400, field)

@@ -129,7 +129,7 @@ def test_chat_overrides_pass_through():
 def test_chat_overrides_cannot_change_what_comes_back(name):
     with pytest.raises(RequestError, match=name) as error:
         TOKENIZER.render_chat([{"role": "user", "content": "hi"}], {name: True})
-    assert error.value.field == "apply_chat_template_overrides"
+    assert error.value.field == "chat_template_kwargs"
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,18 @@ class EngineConfig:
         help="How long running requests may take to finish after a first Ctrl-C or SIGTERM.",
     )
 
+    tool_call_parser: str = flag(
+        "auto",
+        group=_SERVER,
+        choices=("auto", "hermes", "llama3"),
+        help="How the model writes calls of tools. auto: as its chat template shows.",
+    )
+    reasoning_parser: str = flag(
+        "auto",
+        group=_SERVER,
+        choices=("auto", "think", "none"),
+        help="think: what an answer begins with between <think> and </think> is its reasoning_content. auto: where the chat template has such marks.",
+    )
     embedding_pooling: str = flag(
         "mean",
         group=_SERVER,

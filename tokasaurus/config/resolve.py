@@ -269,6 +269,8 @@ def _server(config: EngineConfig, facts: ModelFacts, limits: _Limits) -> ServerC
         max_seqs_per_forward=limits.max_seqs,
         max_topk_logprobs=_max_topk(config, facts),
         logprobs_mode=_LOGPROBS_MODES[config.logprobs_mode],
+        tool_call_parser=config.tool_call_parser,
+        reasoning_parser=config.reasoning_parser,
         embedding_pooling=Pooling[config.embedding_pooling.upper()],
         temperature=facts.temperature,
         top_p=facts.top_p,

@@ -62,6 +62,8 @@ class ServerConfig:
     max_seqs_per_forward: int
     max_topk_logprobs: int
     logprobs_mode: LogprobsMode
+    tool_call_parser: str  # "auto", "hermes" or "llama3"
+    reasoning_parser: str  # "auto", "think" or "none"
     embedding_pooling: Pooling  # of requests that do not say
     # Defaults of requests that leave these out; None means the endpoint's own default.
     temperature: float | None

@@ -21,8 +21,9 @@ from tokasaurus.server.file_routes import json_page
 from tokasaurus.server.http_errors import to_json
 from tokasaurus.server.operations import OPERATIONS
 from tokasaurus.server.queries import read_query, whole_number
-from tokasaurus.server.schemas import StrictSchema, validated
+from tokasaurus.server.schemas import validated
 from tokasaurus.server.state import EngineState
+from tokasaurus.server.strict import StrictSchema
 
 __all__ = ["SAMPLES_AHEAD", "BatchRequest", "BatchRoutes", "batch_runner"]
 

@@ -45,7 +45,6 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
     # Other engines
     "add_special_tokens": (True,),
     "cartridges": ([],),
-    "chat_template_kwargs": ({},),
     "detokenize": (True,),
     "early_stopping": (False,),
     "include_stop_str_in_output": (False,),

@@ -22,7 +22,7 @@ from tokasaurus.grammars import MAX_GRAMMAR_BYTES, GrammarCompiler, Vocabulary
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-__all__ = ["FIELD", "Grammars", "check_structured_outputs", "from_response_format"]
+__all__ = ["FIELD", "Grammars", "check_structured_outputs", "from_response_format", "json_style"]
 
 FIELD = "structured_outputs"
 
@@ -155,12 +155,15 @@ def _text(options: Mapping[str, Any]) -> str:
     schema = options.get("json", {"type": "object"})
     if not isinstance(schema, str):
         schema = json.dumps(schema)
-    style: JsonCompileOptions = {
-        "whitespace_pattern": options.get("whitespace_pattern", _WHITESPACE)
-    }
+    style = json_style(options.get("whitespace_pattern", _WHITESPACE))
     if options.get("disable_any_whitespace"):
         style = {"whitespace_flexible": False}
     return matcher.grammar_from_json_schema(schema, overrides=style)
+
+
+def json_style(whitespace: str = _WHITESPACE) -> JsonCompileOptions:
+    """How the library is told what may stand between the tokens of JSON."""
+    return {"whitespace_pattern": whitespace}
 
 
 def _lark(grammar: str) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from tokasaurus.server.chat import ChatRequest, for_template
 from tokasaurus.server.embeddings import EMBEDDINGS
 from tokasaurus.server.generate import GENERATE
 from tokasaurus.server.generation import Generations
 from tokasaurus.server.render import ChatRenderer, CompletionRenderer
 from tokasaurus.server.responses import RESPONSES
-from tokasaurus.server.schemas import ChatRequest, CompletionRequest, GenerationRequest
+from tokasaurus.server.schemas import CompletionRequest, GenerationRequest
 from tokasaurus.server.tasks import Operation, Task
+from tokasaurus.server.tools.formats import AnswerFormat
 
 __all__ = ["OPERATIONS"]
 
@@ -41,14 +43,20 @@ def _prepare_completion(body: CompletionRequest, generations: Generations) -> Ta
 
 def _prepare_chat(body: ChatRequest, generations: Generations) -> Task:
     """Answers the last message of a conversation, or goes on with it."""
+    tokenizer, config = generations.tokenizer, generations.config
+    form = AnswerFormat.of(body, config, tokenizer)
     ids = body.ids
     if ids is None:
-        messages = [message.for_template() for message in body.messages or ()]
-        ids = generations.tokenizer.render_chat(messages, body.apply_chat_template_overrides)
+        tools = [tool.for_template() for tool in body.offered_tools]
+        ids = tokenizer.render_chat(
+            for_template(body.messages or ()), body.template_arguments, tools
+        )
+    params = form.enforced(body.params())
     prepared = generations.prepare(
-        ids, body.params(), default_temperature=_CHAT_TEMPERATURE, client_key=body.user
+        ids, params, default_temperature=_CHAT_TEMPERATURE, client_key=body.user
     )
-    renderer = ChatRenderer(body, generations.config.model_name, generations.tokenizer)
+    make_parser = form.parser_maker(ids, params, tokenizer)
+    renderer = ChatRenderer(body, config.model_name, tokenizer, make_parser)
     return Task(body, [prepared], renderer)
 
 
@@ -58,7 +66,7 @@ def _completion_characters(body: CompletionRequest) -> int:
 
 
 def _chat_characters(body: ChatRequest) -> int:
-    messages = (message.for_template()["content"] for message in body.messages or ())
+    messages = (message.text for message in body.messages or ())
     return sum(map(len, messages)) + _bad_word_characters(body)
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 
+from tokasaurus.server.chat import ChatRequest
 from tokasaurus.server.generation import Generation
 from tokasaurus.server.logprobs import (
     CompletionLogprobs,
@@ -22,8 +23,10 @@ from tokasaurus.server.logprobs import (
     prompt_logprobs,
 )
 from tokasaurus.server.samples import SampleOutput
-from tokasaurus.server.schemas import ChatRequest, CompletionRequest, GenerationRequest
+from tokasaurus.server.schemas import CompletionRequest, GenerationRequest
 from tokasaurus.server.tokenizer import Tokenizer
+from tokasaurus.server.tools.answer import AnswerDeltas
+from tokasaurus.server.tools.parsing import AnswerParser
 from tokasaurus.server.writer import DONE, StreamWriter, event
 
 __all__ = ["ChatRenderer", "CompletionRenderer", "takes_long", "usage"]
@@ -232,15 +235,24 @@ class ChatRenderer(Renderer):
         request: what was asked.
         model: the name to answer with where the request has none.
         tokenizer: spells tokens for logprobs.
+        make_parser: of each answer, for its calls and its reasoning; None if it is text and no more.
     """
 
     id_prefix = "chatcmpl"
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def __init__(self, request: ChatRequest, model: str, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        request: ChatRequest,
+        model: str,
+        tokenizer: Tokenizer,
+        make_parser: Callable[[], AnswerParser] | None = None,
+    ) -> None:
         super().__init__(request, model, tokenizer)
         self._ids = request.ids
+        self._make_parser = make_parser
+        self._answers: dict[int, AnswerDeltas] = {}  # of choices that are being streamed
 
     def _more(self, generations: Sequence[Generation]) -> dict[str, Any]:
         if self.request.prompt_logprobs is None:
@@ -250,11 +262,17 @@ class ChatRenderer(Renderer):
     def _choice(
         self, index: int, position: int, generation: Generation, output: SampleOutput
     ) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": output.text}
+        reason = output.finish_reason
+        if self._make_parser is not None:
+            answer = AnswerDeltas(self._make_parser())
+            message = answer.message(output.text)
+            reason = answer.finish_reason(reason)
         return {
             "index": index,
-            "message": {"role": "assistant", "content": output.text},
+            "message": message,
             "logprobs": self._render_logprobs(output),
-            "finish_reason": output.finish_reason,
+            "finish_reason": reason,
         }
 
     def _delta(
@@ -266,14 +284,23 @@ class ChatRenderer(Renderer):
         *,
         first: bool,
     ) -> dict[str, Any]:
-        delta = {"role": "assistant"} if first else {}
-        if first or output.text:
+        delta: dict[str, Any] = {"role": "assistant"} if first else {}
+        reason = output.finish_reason
+        if self._make_parser is not None:
+            answer = self._answers.get(index)
+            if answer is None:
+                answer = self._answers[index] = AnswerDeltas(self._make_parser())
+            delta |= answer.delta(output.text, final=reason is not None)
+            if reason is not None:
+                reason = answer.finish_reason(reason)
+                del self._answers[index]
+        elif first or output.text:
             delta["content"] = output.text
         return {
             "index": index,
             "delta": delta,
             "logprobs": self._render_logprobs(output),
-            "finish_reason": output.finish_reason,
+            "finish_reason": reason,
         }
 
     def _input_ids(self, generations: Sequence[Generation]) -> list[list[int]] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import Field, ValidationError, WithJsonSchema
 
 from tokasaurus.errors import RequestError
 from tokasaurus.protocol.messages import LogprobsMode
@@ -18,11 +18,10 @@ from tokasaurus.server.fields import HARMLESS, without_harmless
 from tokasaurus.server.grammar import FIELD as STRUCTURED_OUTPUTS
 from tokasaurus.server.grammar import from_response_format
 from tokasaurus.server.params import MAX_SAMPLES, SamplingParams, renamed
+from tokasaurus.server.strict import StrictSchema
 
 __all__ = [
     "TOKEN_IDS",
-    "ChatMessage",
-    "ChatRequest",
     "CompletionRequest",
     "GenerationRequest",
     "Prompts",
@@ -104,12 +103,6 @@ def read_prompts(field: str, value: Any, num_samples: int = 1) -> list[str | lis
             field,
         )
     return prompts
-
-
-class StrictSchema(BaseModel):
-    """A body of which every field is known, and every value of its very type."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
 
 class StreamOptions(StrictSchema):
@@ -226,6 +219,11 @@ class GenerationRequest(RequestBody):
         """How this request spells fields of ``SamplingParams`` that it spells differently."""
         name = self._form[0]
         return {} if name is None else {STRUCTURED_OUTPUTS: name}
+
+    @property
+    def form_field(self) -> str | None:
+        """The field that says what the text must be."""
+        return self._form[0]
 
     @property
     def _form(self) -> tuple[str | None, Mapping[str, Any] | None]:
@@ -356,86 +354,6 @@ class CompletionRequest(GenerationRequest):
         if self.echo and params.logprobs is not None:
             changes["prompt_logprobs"] = max(params.logprobs, params.prompt_logprobs or 0)
         return params if not changes else SamplingParams(**{**vars(params), **changes})
-
-
-class TextPart(StrictSchema):
-    """A part of a message's content; other types than text are refused by name."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(StrictSchema):
-    """One message. The chat template decides which roles there are."""
-
-    role: str
-    content: str | list[TextPart]
-    name: str | None = None
-
-    def for_template(self) -> dict[str, str]:
-        """What the chat template sees of it."""
-        content = self.content
-        if not isinstance(content, str):
-            content = "".join(part.text for part in content)
-        message = {"role": self.role, "content": content}
-        return message if self.name is None else {**message, "name": self.name}
-
-
-class ChatRequest(GenerationRequest):
-    """``POST /v1/chat/completions``."""
-
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
-    ids: Annotated[list[int], Field(min_length=1)] | None = None
-    """The prompt's token ids, instead of ``messages``; the chat template is not applied."""
-    max_completion_tokens: int | None = None
-    """A newer name of ``max_tokens``. Without either, the rest of the context."""
-    logprobs: bool | None = None
-    top_logprobs: int | None = None
-    apply_chat_template_overrides: dict[str, Any] | None = None
-    """Further arguments for the tokenizer's ``apply_chat_template``."""
-
-    @property
-    def num_logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-    @property
-    def token_limit(self) -> int | None:
-        both = (self.max_completion_tokens, self.max_tokens)
-        return next((limit for limit in both if limit is not None), None)
-
-    def field_names(self) -> Mapping[str, str]:
-        names = {
-            **super().field_names(),
-            "logprobs": "top_logprobs",
-            "prompt": "messages" if self.ids is None else "ids",
-        }
-        if self.max_completion_tokens is not None:
-            names["max_tokens"] = "max_completion_tokens"
-        return names
-
-    def check(self) -> None:
-        super().check()
-        if (self.messages is None) == (self.ids is None):
-            said = "neither was given" if self.ids is None else "both were given"
-            raise RequestError(
-                f"messages or ids is required, one of the two: {said}",
-                "messages" if self.ids is None else "ids",
-            )
-        if self.ids is not None and self.apply_chat_template_overrides:
-            raise RequestError(
-                "apply_chat_template_overrides has no effect on ids, which are no messages",
-                "apply_chat_template_overrides",
-            )
-        if self.top_logprobs and not self.logprobs:
-            raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
-        if None not in (self.max_tokens, self.max_completion_tokens) and (
-            self.max_tokens != self.max_completion_tokens
-        ):
-            raise RequestError(
-                f"max_completion_tokens ({self.max_completion_tokens}) and max_tokens"
-                f" ({self.max_tokens}) are two names of one limit",
-                "max_completion_tokens",
-            )
 
 
 S = TypeVar("S", bound=StrictSchema)

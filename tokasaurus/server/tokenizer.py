@@ -29,6 +29,7 @@ _RESERVED_ARGUMENTS = frozenset(
         "return_tensors",
         "tokenize",
         "tokenizer_kwargs",
+        "tools",
         "truncation",
     }
 )
@@ -108,7 +109,10 @@ class Tokenizer:
         return self._encode(text, add_special_tokens=False)
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, Any]], overrides: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        overrides: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
         """Ids of a conversation, written by the model's chat template.
 
@@ -118,6 +122,7 @@ class Tokenizer:
         Args:
             messages: with at least ``role`` and ``content`` each.
             overrides: further arguments for ``apply_chat_template``.
+            tools: that the model may call.
 
         Raises:
             RequestError: the template refuses the messages, or there is no template.
@@ -126,13 +131,13 @@ class Tokenizer:
         reserved = _RESERVED_ARGUMENTS.intersection(overrides)
         if reserved:
             raise RequestError(
-                f"apply_chat_template_overrides cannot set {', '.join(sorted(reserved))}",
-                "apply_chat_template_overrides",
+                f"chat_template_kwargs cannot set {', '.join(sorted(reserved))}",
+                "chat_template_kwargs",
             )
         if self._wrapped.chat_template is None and overrides.get("chat_template") is None:
             raise RequestError(
                 "messages cannot be rendered: this model has no chat template; use /v1/completions, or"
-                " give a chat_template in apply_chat_template_overrides",
+                " give a chat_template in chat_template_kwargs",
                 "messages",
             )
         continues = bool(messages) and messages[-1]["role"] == "assistant"
@@ -142,6 +147,8 @@ class Tokenizer:
         }
         if not arguments.keys().isdisjoint(overrides):
             arguments = {}
+        if tools:
+            arguments["tools"] = list(tools)
         try:
             text = self._wrapped.apply_chat_template(
                 [dict(message) for message in messages],
@@ -153,6 +160,23 @@ class Tokenizer:
                 f"messages cannot be rendered by the chat template: {error}", "messages"
             ) from error
         return self._encode(text, add_special_tokens=False)
+
+    def chat_template(self, overrides: Mapping[str, Any], *, with_tools: bool = False) -> str:
+        """The chat template that ``render_chat`` uses; "" if there is none.
+
+        Args:
+            overrides: as there.
+            with_tools: there are some.
+        """
+        given = overrides.get("chat_template")
+        if isinstance(given, str):
+            return given
+        template = self._wrapped.chat_template
+        if isinstance(template, dict):  # some models have several
+            template = template.get(
+                "tool_use" if with_tools else "default", template.get("default")
+            )
+        return template if isinstance(template, str) else ""
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         # Not through the wrapper where that can be helped: it sets the backend's truncation at each

@@ -12,8 +12,9 @@ from tokasaurus.errors import RequestError
 from tokasaurus.server.answers import MANY_CHARACTERS
 from tokasaurus.server.bodies import read_json
 from tokasaurus.server.calls import in_thread_if
+from tokasaurus.server.chat import ChatMessage, for_template
 from tokasaurus.server.http_errors import to_json
-from tokasaurus.server.schemas import ChatMessage, RequestBody, body_reference, parse
+from tokasaurus.server.schemas import RequestBody, body_reference, parse
 from tokasaurus.server.state import EngineState
 from tokasaurus.server.tokenizer import Tokenizer
 
@@ -71,15 +72,7 @@ class TokenizeRequest(RequestBody):
         for name in ("add_generation_prompt", "continue_final_message", "chat_template"):
             if getattr(self, name) is not None:
                 overrides[name] = getattr(self, name)
-        try:
-            return tokenizer.render_chat(
-                [message.for_template() for message in self.messages or ()], overrides
-            )
-        except RequestError as error:
-            if error.field != "apply_chat_template_overrides":
-                raise
-            name = "chat_template_kwargs"
-            raise RequestError(error.message.replace(error.field, name), name) from None
+        return tokenizer.render_chat(for_template(self.messages or ()), overrides)
 
 
 _CHAT_ONLY = (

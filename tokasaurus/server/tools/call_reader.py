@@ -1,0 +1,200 @@
+"""Reads one tool call, ``{"name": ..., "arguments": {...}}``, while it is being written.
+
+The name is known as soon as it is complete; the arguments are handed on piece by piece, just as the model
+wrote them. Where the arguments come before the name, they wait for it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+__all__ = ["ArgumentsPiece", "CallBegins", "CallReader"]
+
+_WHITESPACE = " \t\r\n"
+_ARGUMENTS = ("arguments", "parameters")
+
+
+@dataclass(frozen=True)
+class CallBegins:
+    """A call of this function; its arguments follow."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class ArgumentsPiece:
+    """The next piece of the JSON of the arguments of the call that began last."""
+
+    json: str
+
+
+class _ValueEnd:
+    """Finds where a JSON value ends, of which pieces come one after the other."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._in_string = self._escaped = False
+        self._is_scalar: bool | None = None
+
+    def find(self, text: str, start: int) -> int | None:
+        """The index behind the value's last character; None if it is not there yet."""
+        for index in range(start, len(text)):
+            character = text[index]
+            if self._in_string:
+                if self._escaped:
+                    self._escaped = False
+                elif character == "\\":
+                    self._escaped = True
+                elif character == '"':
+                    self._in_string = False
+                    if self._depth == 0:
+                        return index + 1
+                continue
+            if self._is_scalar:
+                if character in ",}]" or character in _WHITESPACE:
+                    return index
+                continue
+            if character == '"':
+                self._in_string = True
+            elif character in "{[":
+                self._depth += 1
+            elif character in "}]":
+                self._depth -= 1
+                if self._depth <= 0:
+                    return index + 1
+            elif self._depth == 0:
+                self._is_scalar = True
+        return None
+
+
+class CallReader:
+    """One call on its way.
+
+    Attributes:
+        raw: all that was fed.
+        name: of the function, once known.
+        is_done: it is complete; ``rest`` came behind it.
+        is_broken: it is no call, or none any more.
+    """
+
+    def __init__(self) -> None:
+        self.raw = ""
+        self.name: str | None = None
+        self.is_done = self.is_broken = False
+        self._at = 0  # read so far
+        self._key: str | None = None
+        self._value: tuple[int, _ValueEnd] | None = None  # where the value began
+        self._opened = False
+        self._had_arguments = False
+        self._early_arguments: str | None = None
+
+    @property
+    def rest(self) -> str:
+        """What came behind the call."""
+        return self.raw[self._at :]
+
+    def feed(self, text: str) -> list[CallBegins | ArgumentsPiece]:
+        """Takes what comes next; must not be called when it is done or broken."""
+        self.raw += text
+        parts: list[CallBegins | ArgumentsPiece] = []
+        while not (self.is_done or self.is_broken) and self._advance(parts):
+            pass
+        return parts
+
+    def _advance(self, parts: list[CallBegins | ArgumentsPiece]) -> bool:
+        """One step; returns whether there may be another."""
+        if self._value is not None:
+            return self._read_value(parts)
+        while self._at < len(self.raw) and self.raw[self._at] in _WHITESPACE:
+            self._at += 1
+        if self._at == len(self.raw):
+            return False
+        character = self.raw[self._at]
+        if not self._opened:
+            return self._expect("{")
+        if self._key is not None and character == ":":
+            self._at += 1
+            self._value = (-1, _ValueEnd())
+            return True
+        if self._key is not None:
+            self.is_broken = True
+            return False
+        if character == "}":
+            self._at += 1
+            self._finish(parts)
+            return False
+        if character == ",":
+            self._at += 1
+            return True
+        return self._read_key()
+
+    def _expect(self, character: str) -> bool:
+        self._opened = self.raw[self._at] == character
+        self.is_broken = not self._opened
+        self._at += 1
+        return self._opened
+
+    def _read_key(self) -> bool:
+        if self.raw[self._at] != '"':
+            self.is_broken = True
+            return False
+        end = _ValueEnd().find(self.raw, self._at)  # keys are short: from the beginning each time
+        if end is None:
+            return False
+        key = _loads(self.raw[self._at : end])
+        self._key, self._at = (key if isinstance(key, str) else ""), end
+        return True
+
+    def _read_value(self, parts: list[CallBegins | ArgumentsPiece]) -> bool:
+        assert self._value is not None
+        start, scanner = self._value
+        if start < 0:
+            while self._at < len(self.raw) and self.raw[self._at] in _WHITESPACE:
+                self._at += 1
+            if self._at == len(self.raw):
+                return False
+            start = self._at
+            self._value = (start, scanner)
+        streams = self._key in _ARGUMENTS and self.name is not None and self.raw[start] == "{"
+        end = scanner.find(self.raw, self._at)
+        before, self._at = self._at, len(self.raw) if end is None else end
+        if streams:
+            self._had_arguments = True
+            parts.append(ArgumentsPiece(self.raw[before : self._at]))
+        if end is None:
+            return False
+        if not streams:
+            self._take_value(self.raw[start:end], parts)
+        self._key = self._value = None
+        return True
+
+    def _take_value(self, value: str, parts: list[CallBegins | ArgumentsPiece]) -> None:
+        if self._key in _ARGUMENTS:
+            inner = _loads(value)
+            # Some models write the arguments as a string that holds JSON.
+            self._early_arguments = inner if isinstance(inner, str) else value
+        elif self._key == "name" and self.name is None:
+            name = _loads(value)
+            if not isinstance(name, str) or not name:
+                self.is_broken = True
+                return
+            self.name = name
+            parts.append(CallBegins(name))
+        if self.name is not None and self._early_arguments is not None:
+            parts.append(ArgumentsPiece(self._early_arguments))
+            self._early_arguments, self._had_arguments = None, True
+
+    def _finish(self, parts: list[CallBegins | ArgumentsPiece]) -> None:
+        self.is_done = self.name is not None
+        self.is_broken = not self.is_done
+        if self.is_done and not self._had_arguments:
+            parts.append(ArgumentsPiece("{}"))
+
+
+def _loads(text: str) -> object:
+    try:
+        value: object = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value
