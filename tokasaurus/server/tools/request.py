@@ -23,7 +23,7 @@ class Function(StrictSchema):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    """A JSON schema; without it, any object."""
+    """A JSON schema; without it, there are none."""
     strict: bool | None = None
     """Says nothing new: where a call is enforced, its arguments follow the schema in any case."""
 
@@ -135,7 +135,10 @@ def calls_grammar(
     for number, tool in enumerate(tools):
         name = json.dumps(tool.function.name)
         head = f'{before}{{"name": {name}, "{arguments}": '
-        schema = {"type": "object", **(tool.function.parameters or {}), "x-guidance": json_style()}
+        parameters = tool.function.parameters
+        if parameters is None:
+            parameters = {"properties": {}, "additionalProperties": False}
+        schema = {"type": "object", **parameters, "x-guidance": json_style()}
         rules.append(
             f"call_{number}: {json.dumps(head)} %json {json.dumps(schema)} {json.dumps('}' + after)}"
         )
