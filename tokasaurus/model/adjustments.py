@@ -75,7 +75,7 @@ class _Layout:
         penalized: [penalized] index into the rows, on the host.
         penalties: [3, penalized] repetition, frequency, presence.
         counts: whether any frequency or presence counts.
-        masks: whether a token may be masked.
+        may_mask_all: whether some row has as many masks as there are tokens.
     """
 
     rows: Tensor
@@ -90,7 +90,7 @@ class _Layout:
     penalized: NDArray[np.intp]
     penalties: Tensor
     counts: bool
-    masks: bool
+    may_mask_all: bool
 
 
 class AdjustmentTable:
@@ -151,7 +151,7 @@ class AdjustmentTable:
         original = logits if asking.all() else logits[layout.rows]
         work = original.clone()
         self._add(work, layout, num_generated[asking])
-        if layout.masks:
+        if layout.may_mask_all:
             none_left = work.amax(dim=-1, keepdim=True) == -torch.inf
             work = torch.where(none_left, original, work)
         if len(layout.penalized):
@@ -249,6 +249,7 @@ class AdjustmentTable:
         )
         penalized = np.flatnonzero((penalties != (1, 0, 0)).any(axis=1))
         values = np.concatenate([each.values for each in edits])
+        num_masks = [np.isneginf(each.values).sum() + len(each.words) for each in edits]
         return _Layout(
             rows=self._upload(rows),
             slots=slots,
@@ -264,7 +265,7 @@ class AdjustmentTable:
                 self._device
             ),
             counts=bool(penalties[:, 1:].any()),
-            masks=bool(words) or bool(np.isneginf(values).any()),
+            may_mask_all=max(num_masks) >= self._vocab_size,
         )
 
     # --- what it does to logits ---------------------------------------------------------------------
