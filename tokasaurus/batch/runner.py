@@ -14,54 +14,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Container, Iterator
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import ParamSpec, TypeVar
 
+from tokasaurus.batch.answering import Answer, Answering
 from tokasaurus.batch.capacity import Capacity
-from tokasaurus.batch.lines import (
-    BadLine,
-    Line,
-    Request,
-    answer_line,
-    error_line,
-    parse_line,
-    read_lines,
-    usage_of,
-)
-from tokasaurus.batch.recorder import Recorder
-from tokasaurus.batch.records import Batch, BatchError, BatchErrors, StoredFile, Usage, new_id
+from tokasaurus.batch.records import Batch, BatchError, BatchErrors, StoredFile, new_id
 from tokasaurus.batch.results import write_results
 from tokasaurus.batch.store import JobStore, NewAnswer
 from tokasaurus.batch.validation import Verdict, validate
 from tokasaurus.errors import Conflict, EngineError
 
-__all__ = ["MAX_LINES", "Answer", "BatchRunner"]
+__all__ = ["MAX_LINES", "BatchRunner"]
 
 log = logging.getLogger(__name__)
 
 MAX_LINES = 50_000  # of one batch
 _MAX_RUNNING = 16  # batches; the others wait
 _MAX_BYTES = 32 << 20  # of requests in flight
-_CHUNK_LINES, _CHUNK_BYTES = 64, 4 << 20  # read at once
 _RETRY_S = 30.0  # after the disk failed
 _SWEEP_S = 60.0  # between looks for files whose time is over
-_LARGE_BODY = 1 << 19  # bytes; larger ones are read in a thread
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-class Answer(Protocol):
-    """Answers one request with a status code and JSON; raises EngineError if the engine cannot."""
-
-    async def __call__(self, path: str, body: Any, *, priority: int) -> tuple[int, bytes]: ...
 
 
 @dataclass(eq=False)
@@ -243,7 +224,14 @@ class BatchRunner:
     async def _answer_in_time(self, batch: Batch, job: _Job) -> None:
         """Answers lines until all are answered, the batch is cancelled, or its time is over."""
         left_s = None if batch.expires_at is None else max(0.0, batch.expires_at - time.time())
-        work = asyncio.create_task(self._answer_all(batch))
+        path = self.store.path(batch.input_file_id)
+        answered = await self.on_disk(self.store.answered_lines, batch.id)
+
+        async def write(answers: list[NewAnswer]) -> None:
+            await self.on_disk(self.store.record, batch.id, answers)
+
+        answering = Answering(self._answer, self._capacity, batch.endpoint, self.urls, write)
+        work = asyncio.create_task(answering.run(path, answered))
         cancelled = asyncio.create_task(job.cancelled.wait())
         try:
             await asyncio.wait({work, cancelled}, timeout=left_s, return_when="FIRST_COMPLETED")
@@ -253,64 +241,6 @@ class BatchRunner:
             await asyncio.wait({work})
         if not work.cancelled():
             work.result()  # raises what ended it
-
-    async def _answer_all(self, batch: Batch) -> None:
-        answered = await self.on_disk(self.store.answered_lines, batch.id)
-
-        async def write(answers: list[NewAnswer]) -> None:
-            await self.on_disk(self.store.record, batch.id, answers)
-
-        recorder = Recorder(write)
-        writing = asyncio.create_task(recorder.run())
-        tasks: dict[asyncio.Task[None], tuple[int, int, int]] = {}  # with their cost and priority
-        failed: list[BaseException] = []
-
-        def ended(task: asyncio.Task[None]) -> None:
-            self._capacity.give_back(*tasks.pop(task))
-            if not task.cancelled() and (error := task.exception()) is not None:
-                failed.append(error)
-
-        try:
-            async for line in self._lines(batch, answered):
-                cost = _cost(line)
-                priority = await self._capacity.take(*cost)
-                task = asyncio.create_task(self._answer_one(line, priority, recorder))
-                tasks[task] = (*cost, priority)
-                task.add_done_callback(ended)
-                if failed:
-                    break
-            while tasks and not failed:
-                await asyncio.wait(tasks, return_when="FIRST_COMPLETED")
-        finally:
-            for task in tasks:
-                task.cancel()
-            if tasks:
-                await asyncio.wait(tasks)
-            recorder.close()
-            await writing
-        if failed:
-            raise failed[0]
-
-    async def _lines(self, batch: Batch, answered: Container[int]) -> AsyncIterator[Line]:
-        """Those without an answer, in order, read little by little."""
-        lines = (
-            parse_line(number, line, batch.endpoint, self.urls)
-            for number, line in read_lines(self.store.path(batch.input_file_id))
-            if number not in answered
-        )
-        while chunk := await asyncio.to_thread(_take_some, lines):
-            for line in chunk:
-                yield line
-
-    async def _answer_one(self, line: Line, priority: int, recorder: Recorder) -> None:
-        if isinstance(line, BadLine):
-            data = error_line(line.custom_id, line.code, line.message)
-            await recorder.keep(NewAnswer(line.line, data, True))
-            return
-        status, body = await self._answer(line.url, line.body, priority=priority)
-        make = partial(_new_answer, line.line, line.custom_id, status, body)
-        answer = await asyncio.to_thread(make) if len(body) > _LARGE_BODY else make()
-        await recorder.keep(answer)
 
     def _mark_finalizing(self, batch_id: str) -> Batch:
         if self.store.batch(batch_id).status == "cancelling":
@@ -371,25 +301,3 @@ class BatchRunner:
 
 _CANCELLED = ("batch_cancelled", "the batch was cancelled before this line was answered")
 _EXPIRED = ("batch_expired", "the batch expired before this line was answered")
-
-
-def _cost(line: Line) -> tuple[int, int]:
-    """Samples and bytes, about."""
-    return (line.num_samples, line.num_bytes) if isinstance(line, Request) else (0, 0)
-
-
-def _take_some(lines: Iterator[Line]) -> list[Line]:
-    some: list[Line] = []
-    num_bytes = 0
-    for line in itertools.islice(lines, _CHUNK_LINES):
-        some.append(line)
-        num_bytes += _cost(line)[1]
-        if num_bytes >= _CHUNK_BYTES:
-            break
-    return some
-
-
-def _new_answer(line: int, custom_id: str, status: int, body: bytes) -> NewAnswer:
-    is_error = status != 200
-    usage = Usage() if is_error else usage_of(body)
-    return NewAnswer(line, answer_line(custom_id, status, body), is_error, usage)

@@ -1,0 +1,143 @@
+"""Answers the lines of one batch, many at a time, and reads no more of them than it has room for."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Container, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from tokasaurus.batch.capacity import Capacity
+from tokasaurus.batch.lines import (
+    BadLine,
+    Line,
+    Request,
+    answer_line,
+    error_line,
+    parse_line,
+    read_lines,
+    usage_of,
+)
+from tokasaurus.batch.recorder import Recorder
+from tokasaurus.batch.records import Usage
+from tokasaurus.batch.store import NewAnswer
+
+__all__ = ["Answer", "Answering"]
+
+_CHUNK_LINES, _CHUNK_BYTES = 64, 4 << 20  # read at once
+_LARGE_BODY = 1 << 19  # bytes; larger ones are read in a thread
+
+
+class Answer(Protocol):
+    """Answers one request with a status code and JSON; raises EngineError if the engine cannot."""
+
+    async def __call__(self, path: str, body: Any, *, priority: int) -> tuple[int, bytes]: ...
+
+
+class Answering:
+    """The lines of a batch on their way.
+
+    Args:
+        answer: answers one request.
+        capacity: that all batches share.
+        endpoint: of every line; None if they may differ.
+        urls: that there are.
+        write: makes a group of answers last.
+    """
+
+    def __init__(
+        self,
+        answer: Answer,
+        capacity: Capacity,
+        endpoint: str | None,
+        urls: Collection[str],
+        write: Callable[[list[NewAnswer]], Awaitable[object]],
+    ) -> None:
+        self._answer = answer
+        self._capacity = capacity
+        self._endpoint = endpoint
+        self._urls = urls
+        self._write = write
+
+    async def run(self, path: Path, answered: Container[int]) -> None:
+        """Answers the lines of a file that are not answered yet; if it is cancelled, some of them.
+
+        Raises:
+            EngineError: the engine is gone.
+            Exception: what writing raised.
+        """
+        recorder = Recorder(self._write)
+        writing = asyncio.create_task(recorder.run())
+        tasks: dict[asyncio.Task[None], tuple[int, int, int]] = {}  # with their cost and priority
+        failed: list[BaseException] = []
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self._capacity.give_back(*tasks.pop(task))
+            if not task.cancelled() and (error := task.exception()) is not None:
+                failed.append(error)
+
+        try:
+            async for line in self._lines(path, answered):
+                cost = _cost(line)
+                priority = await self._capacity.take(*cost)
+                task = asyncio.create_task(self._answer_one(line, priority, recorder))
+                tasks[task] = (*cost, priority)
+                task.add_done_callback(ended)
+                if failed:
+                    break
+            while tasks and not failed:
+                await asyncio.wait(tasks, return_when="FIRST_COMPLETED")
+        finally:
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                await asyncio.wait(tasks)
+            recorder.close()
+            await writing
+        if failed:
+            raise failed[0]
+
+    async def _lines(self, path: Path, answered: Container[int]) -> AsyncIterator[Line]:
+        """Those without an answer, in order, read little by little."""
+        lines = (
+            parse_line(number, line, self._endpoint, self._urls)
+            for number, line in read_lines(path)
+            if number not in answered
+        )
+        while chunk := await asyncio.to_thread(_take_some, lines):
+            for line in chunk:
+                yield line
+
+    async def _answer_one(self, line: Line, priority: int, recorder: Recorder) -> None:
+        if isinstance(line, BadLine):
+            data = error_line(line.custom_id, line.code, line.message)
+            await recorder.keep(NewAnswer(line.line, data, True))
+            return
+        status, body = await self._answer(line.url, line.body, priority=priority)
+        make = partial(_new_answer, line.line, line.custom_id, status, body)
+        answer = await asyncio.to_thread(make) if len(body) > _LARGE_BODY else make()
+        await recorder.keep(answer)
+
+
+def _cost(line: Line) -> tuple[int, int]:
+    """Samples and bytes, about."""
+    return (line.num_samples, line.num_bytes) if isinstance(line, Request) else (0, 0)
+
+
+def _take_some(lines: Iterator[Line]) -> list[Line]:
+    some: list[Line] = []
+    num_bytes = 0
+    for line in itertools.islice(lines, _CHUNK_LINES):
+        some.append(line)
+        num_bytes += _cost(line)[1]
+        if num_bytes >= _CHUNK_BYTES:
+            break
+    return some
+
+
+def _new_answer(line: int, custom_id: str, status: int, body: bytes) -> NewAnswer:
+    is_error = status != 200
+    usage = Usage() if is_error else usage_of(body)
+    return NewAnswer(line, answer_line(custom_id, status, body), is_error, usage)
