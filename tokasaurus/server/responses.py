@@ -36,7 +36,7 @@ class _Item(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class _InputText(_Item):
+class InputText(_Item):
     """A part of a message. What an answer's parts have besides is accepted where it comes back."""
 
     type: Literal["input_text", "output_text"]
@@ -45,11 +45,11 @@ class _InputText(_Item):
     logprobs: list[Any] | None = None  # of the answer that this was
 
 
-class _InputMessage(_Item):
+class InputMessage(_Item):
     """One message of a conversation; the chat template decides which roles there are."""
 
     role: str
-    content: str | list[_InputText]
+    content: str | list[InputText]
     type: Literal["message"] | None = None
     id: str | None = None
     status: str | None = None
@@ -62,7 +62,7 @@ class _InputMessage(_Item):
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
-class _Format(_Item):
+class TextFormat(_Item):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
     name: str | None = None
@@ -72,8 +72,8 @@ class _Format(_Item):
     """A schema holds whether or not it is strict."""
 
 
-class _Text(_Item):
-    format: _Format | None = None
+class TextOptions(_Item):
+    format: TextFormat | None = None
     verbosity: None = None
 
     @property
@@ -86,7 +86,7 @@ class _Text(_Item):
         return {"json": self.format.json_schema}
 
 
-Input: TypeAlias = str | Annotated[list[_InputMessage], Field(min_length=1)]
+Input: TypeAlias = str | Annotated[list[InputMessage], Field(min_length=1)]
 
 _NOT_HERE = {
     "n": "a response is one sample; ask /v1/chat/completions for more",
@@ -128,7 +128,7 @@ class ResponsesRequest(GenerationRequest):
     """A system message before it."""
     max_output_tokens: int | None = None
     """Default: the rest of the context."""
-    text: _Text | None = None
+    text: TextOptions | None = None
     """What the text must be: ``{"format": {"type": "json_schema", "name": ..., "schema": ...}}``, or json_object."""
     include: list[Literal["message.output_text.logprobs"]] | None = None
     """Say the logprobs of the answer's tokens."""
