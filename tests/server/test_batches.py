@@ -381,3 +381,19 @@ def test_batches_yield_without_starving_and_are_bounded(client, server):
     assert priorities.count(0) == 128 // 16
     server.engine.paused = False
     assert wait(client, batch.id).request_counts.completed == 400
+
+
+def test_a_batch_leaves_room_in_the_queue(tmp_path):
+    with RunningServer(
+        with_config(data_dir=str(tmp_path), max_queued_requests=20)
+    ).running() as own:
+        own.engine.paused = True
+        client = own.client()
+        batch = create(client, [line(number) for number in range(100)])
+        while own.engine.num_running < 10:
+            time.sleep(0.005)
+        time.sleep(0.05)
+        assert own.engine.num_running == 10
+        own.engine.paused = False
+        assert own.post(COMPLETIONS, {"prompt": "a"}).status == 200
+        assert wait(client, batch.id).request_counts.completed == 100

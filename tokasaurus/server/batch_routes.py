@@ -40,12 +40,14 @@ def batch_runner(config: ServerConfig, state: EngineState) -> BatchRunner:
         store = JobStore(Path(config.data_dir).expanduser())
     except ConfigError as error:
         raise ConfigError(f"data_dir: {error}, or choose another with data_dir=") from None
+    ahead = SAMPLES_AHEAD * config.max_seqs_per_forward
     return BatchRunner(
         store,
         Answers(state).answer,
         urls=list(OPERATIONS),
         model=config.model_name,
-        max_samples=SAMPLES_AHEAD * config.max_seqs_per_forward,
+        # Half of the queue at most: batches never keep requests out.
+        max_samples=min(ahead, max(1, config.max_queued_requests // 2)),
     )
 
 
