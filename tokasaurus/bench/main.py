@@ -18,6 +18,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "manager": "what the manager costs in CPU time, its real process against a simulated device",
     "server": "what the server costs in CPU time: a request, a token, an event of a stream",
+    "grammar": "what structured output costs, beside the same batch without (runs a model)",
     "lookahead": "whether a device ever waits for the manager, and what that costs in wasted tokens",
     "trace": "write a workload to a file",
     "replay": "run a workload of a file in virtual time",
@@ -56,7 +57,7 @@ def _help() -> str:
     width = max(map(len, COMMANDS))
     lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
     return (
-        "toka-bench: benchmarks that need no GPU and no model.\n\n"
+        "toka-bench: benchmarks that need no GPU.\n\n"
         f"{lines}\n\ntoka-bench COMMAND --help names the flags of one."
     )
 
