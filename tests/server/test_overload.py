@@ -54,6 +54,32 @@ def test_a_full_queue_refuses_and_says_when_to_come_again():
         assert server.post("/v1/completions", BODY).status == 200
 
 
+def test_who_is_refused_is_not_tokenized(monkeypatch):
+    with serving(max_queued_requests=1) as server:
+        server.engine.paused = True
+        load = Load(server.port)
+        load.begin("/v1/completions", BODY)
+        wait_for(lambda: len(server.generations) == 1)
+        tokenized = []
+        for name in ("encode", "render_chat"):
+            monkeypatch.setattr(
+                server.generations.tokenizer, name, lambda *args, **kwargs: tokenized.append(args)
+            )
+        chat = {"messages": [{"role": "user", "content": "the cat"}], "max_tokens": 5}
+        for path, body in (
+            ("/v1/completions", BODY),
+            ("/v1/chat/completions", chat),
+            ("/v1/responses", {"input": "the cat"}),
+            ("/v1/embeddings", {"input": "the cat"}),
+            ("/generate", {"text": "the cat"}),
+            ("/custom/synchronous-batch-completions", {"requests": [chat]}),
+        ):
+            assert server.post(path, body).status == 429
+        assert not tokenized
+        assert server.post("/v1/completions", {**BODY, "n": "x"}).error["param"] == "n"
+        load.close()
+
+
 def test_when_to_come_again_follows_the_forecast():
     with serving(max_queued_requests=1) as server:
         server.engine.paused = True

@@ -16,6 +16,7 @@ from tokasaurus.server.calls import Call, in_thread_if
 from tokasaurus.server.http_errors import error_body, error_status, to_json
 from tokasaurus.server.operations import OPERATIONS
 from tokasaurus.server.params import renamed
+from tokasaurus.server.schemas import EngineRequest
 from tokasaurus.server.state import EngineState
 from tokasaurus.server.tasks import Operation, Task
 
@@ -38,15 +39,24 @@ class Answers:
     def __init__(self, state: EngineState) -> None:
         self._state = state
 
-    async def prepare(self, operation: Operation, body: Any) -> Task:
-        """Checks a request, a decoded JSON body, and tokenizes its prompts. Nothing runs yet.
+    def read(self, operation: Operation, body: Any) -> EngineRequest:
+        """Checks a request, a decoded JSON body, as far as that takes no time.
+
+        Raises:
+            RequestError: it is wrong; names the field.
+            EngineError: the engine cannot serve.
+        """
+        self._state.check()
+        return operation.read(body)
+
+    async def prepare(self, operation: Operation, request: EngineRequest) -> Task:
+        """Tokenizes a request's prompts, and compiles its grammar. Nothing runs yet.
 
         Raises:
             RequestError: it is wrong; names the field.
             EngineError: the engine cannot serve.
         """
         generations = self._state.generations()
-        request = operation.read(body)
         heavy = request.needs_grammar or operation.num_characters(request) > MANY_CHARACTERS
         try:
             return await in_thread_if(heavy, lambda: operation.prepare(request, generations))
@@ -109,7 +119,7 @@ class Answers:
                 raise RequestError(
                     f"url must be one of {', '.join(OPERATIONS)}, not {path!r}", "url"
                 )
-            task = await self.prepare(operation, body)
+            task = await self.prepare(operation, self.read(operation, body))
             if task.body.streams:
                 raise RequestError(
                     "stream must be false: there is no connection to stream to", "stream"

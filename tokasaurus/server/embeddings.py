@@ -16,7 +16,7 @@ from tokasaurus.protocol.arrays import Float32Array
 from tokasaurus.protocol.messages import Pooling
 from tokasaurus.server.generation import Generation, Generations
 from tokasaurus.server.params import renamed
-from tokasaurus.server.schemas import MAX_USER_CHARS, Prompts, RequestBody, read_prompts
+from tokasaurus.server.schemas import EngineRequest, Prompts, read_prompts
 from tokasaurus.server.tasks import Operation, Task
 from tokasaurus.server.writer import AnswerWriter
 
@@ -25,7 +25,7 @@ __all__ = ["EMBEDDINGS", "EmbeddingRequest", "embedding", "pooling_named"]
 _MANY_VECTORS = 8  # take more than about a millisecond to write
 
 
-class EmbeddingRequest(RequestBody):
+class EmbeddingRequest(EngineRequest):
     """``POST /v1/embeddings``."""
 
     harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {
@@ -50,8 +50,6 @@ class EmbeddingRequest(RequestBody):
     ``embedding_pooling``."""
     priority: int | None = None
     """Lower runs first, of all requests that the engine has; from -1,000,000 to 1,000,000, default 0."""
-    user: Annotated[str, Field(max_length=MAX_USER_CHARS)] | None = None
-    """Whom the request is for: requests of different users get their turn alike."""
 
     def field_names(self) -> Mapping[str, str]:
         return {"prompt": "input"}

@@ -79,9 +79,11 @@ class Endpoints:
         answers = self._answers
 
         async def handler(request: Request) -> Response:
-            task = await answers.prepare(operation, await read_json(request))
-            client = share_of(request.scope, task.prompts[0].client_key)
-            answers.check_room(client)
+            asked = answers.read(operation, await read_json(request))
+            client = share_of(request.scope, asked.user)
+            answers.check_room(client)  # a flood of refusals is not to cost what tokenizing does
+            task = await answers.prepare(operation, asked)
+            answers.check_room(client)  # others may have come in the meantime
             call = answers.start(task, client)
             if task.body.streams:
                 assert isinstance(task.writer, StreamWriter)

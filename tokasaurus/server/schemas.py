@@ -23,6 +23,7 @@ from tokasaurus.server.strict import StrictSchema
 __all__ = [
     "TOKEN_IDS",
     "CompletionRequest",
+    "EngineRequest",
     "GenerationRequest",
     "Prompts",
     "RequestBody",
@@ -143,7 +144,14 @@ class RequestBody(StrictSchema):
         """Raises RequestError where fields contradict one another."""
 
 
-class GenerationRequest(RequestBody):
+class EngineRequest(RequestBody):
+    """What requests have in common that run on the engine."""
+
+    user: Annotated[str, Field(max_length=MAX_USER_CHARS)] | None = None
+    """Whom the request is for: requests of different users get their turn alike."""
+
+
+class GenerationRequest(EngineRequest):
     """What requests for text have in common."""
 
     model: str | None = None
@@ -190,8 +198,6 @@ class GenerationRequest(RequestBody):
     guided_grammar: Any = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: Annotated[str, Field(max_length=MAX_USER_CHARS)] | None = None
-    """Whom the request is for: requests of different users get their turn alike."""
     metadata: Metadata | None = None
     """At most 16 pairs of strings, which the answer repeats."""
     service_tier: Literal["auto", "default", "flex", "priority"] | None = None

@@ -9,10 +9,9 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import msgspec
-from pydantic import Field
 
 from tokasaurus.errors import RequestError
 from tokasaurus.server.fields import without_harmless
@@ -21,7 +20,7 @@ from tokasaurus.server.grammar import FIELD as STRUCTURED_OUTPUTS
 from tokasaurus.server.params import SamplingParams, renamed
 from tokasaurus.server.render import takes_long
 from tokasaurus.server.samples import SampleOutput, TokenLogprobs
-from tokasaurus.server.schemas import MAX_USER_CHARS, Prompts, RequestBody, read_prompts
+from tokasaurus.server.schemas import EngineRequest, Prompts, read_prompts
 from tokasaurus.server.tokenizer import Tokenizer
 from tokasaurus.server.writer import DONE, StreamWriter, event
 
@@ -81,7 +80,7 @@ _HARMLESS_SAMPLING: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-class SglangRequest(RequestBody):
+class SglangRequest(EngineRequest):
     """``POST /generate`` with ``text`` or ``input_ids``. What is a list has an entry for each prompt."""
 
     key_fields: ClassVar[tuple[str, ...]] = ("text", "input_ids")
@@ -122,8 +121,6 @@ class SglangRequest(RequestBody):
     stream: bool | None = None
     rid: str | list[str] | None = None
     """A name, which the answer repeats."""
-    user: Annotated[str, Field(max_length=MAX_USER_CHARS)] | None = None
-    """Whom the request is for: requests of different users get their turn alike."""
 
     @property
     def streams(self) -> bool:

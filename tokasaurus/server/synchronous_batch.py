@@ -68,8 +68,10 @@ class SynchronousBatch:
     async def answer(self, request: Request) -> Response:
         """Answers a list of chats with a list of completions: JSON, or msgpack if Accept asks for it."""
         media_type = _media_type(request.headers.get("accept", ""), self._default)
-        tasks = await self._prepare(_requests(await read_json(request)))
+        bodies = _requests(await read_json(request))
         client = share_of(request.scope, None)
+        self._answers.check_room(client)  # before all that tokenizing costs, and after it
+        tasks = await self._prepare(bodies)
         self._answers.check_room(client)
         answers = await until_disconnect(request.receive, self._finish(tasks, client))
         content = await asyncio.to_thread(_encode, answers, media_type)
@@ -82,7 +84,7 @@ class SynchronousBatch:
             if position % 100 == 99:
                 await asyncio.sleep(0)  # others have requests too
             try:
-                task = await self._answers.prepare(_CHAT, body)
+                task = await self._answers.prepare(_CHAT, self._answers.read(_CHAT, body))
                 if task.body.streams:
                     raise RequestError("stream must be false in a synchronous batch", "stream")
             except RequestError as error:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tokasaurus.errors import RequestError
 from tokasaurus.server.generation import Generations, PreparedRequest
-from tokasaurus.server.schemas import RequestBody, parse
+from tokasaurus.server.schemas import EngineRequest, parse
 from tokasaurus.server.writer import AnswerWriter
 
 __all__ = ["Operation", "Task"]
@@ -22,7 +22,7 @@ __all__ = ["Operation", "Task"]
 class Task:
     """A request that can run: a prompt each, and who writes the answer."""
 
-    body: RequestBody
+    body: EngineRequest
     prompts: Sequence[PreparedRequest]
     writer: AnswerWriter  # a StreamWriter if the body asks for a stream
 
@@ -40,17 +40,17 @@ class Operation:
     """
 
     path: str
-    schema: type[RequestBody]
+    schema: type[EngineRequest]
     num_characters: Callable[[Any], int]
     prepare: Callable[[Any, Generations], Task]
-    alternatives: tuple[type[RequestBody], ...] = ()
+    alternatives: tuple[type[EngineRequest], ...] = ()
 
     @property
-    def schemas(self) -> tuple[type[RequestBody], ...]:
+    def schemas(self) -> tuple[type[EngineRequest], ...]:
         """Every shape of its JSON."""
         return self.schema, *self.alternatives
 
-    def read(self, body: Any) -> RequestBody:
+    def read(self, body: Any) -> EngineRequest:
         """Checks a decoded JSON body.
 
         Raises:
@@ -58,7 +58,7 @@ class Operation:
         """
         return parse(body, self._schema_of(body))
 
-    def _schema_of(self, body: Any) -> type[RequestBody]:
+    def _schema_of(self, body: Any) -> type[EngineRequest]:
         if not self.alternatives or not isinstance(body, dict):
             return self.schema
         given = [
