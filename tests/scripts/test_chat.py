@@ -57,7 +57,7 @@ def test_a_pipe_ends_at_the_first_error(engine, monkeypatch, capsys):
 
 
 def test_a_refused_message_is_forgotten(engine):
-    client = chat.connect("127.0.0.1", engine.port)
+    client = chat.connect(chat.ChatConfig(port=engine.port))
     conversation = chat.Conversation(client, chat.ChatConfig(port=engine.port))
     with pytest.raises(chat.openai.BadRequestError):
         list(conversation.say("too long"))
@@ -66,7 +66,7 @@ def test_a_refused_message_is_forgotten(engine):
 
 
 def test_an_interrupted_answer_stays_as_far_as_it_came(engine):
-    client = chat.connect("127.0.0.1", engine.port)
+    client = chat.connect(chat.ChatConfig(port=engine.port))
     conversation = chat.Conversation(client, chat.ChatConfig(port=engine.port))
     answer = conversation.say("one two three")
     assert next(answer) == "one~"

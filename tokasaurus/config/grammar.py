@@ -82,7 +82,7 @@ class Reader(Generic[C]):
             self._builder.problem(f"{token!r}: {key!r} is no key; expected key=value")
 
     def _stray(self, token: str) -> None:
-        first = next(iter(self._schema)).name
+        first = min(self._schema, key=lambda flag: not flag.required).name
         self._builder.problem(f"{token!r}: expected key=value, perhaps {first}={token}")
 
     # --- --key=value, --key value, --switch ---------------------------------------------------------

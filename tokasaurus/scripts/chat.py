@@ -16,7 +16,8 @@ import openai
 
 from tokasaurus.config.parser import parse_or_exit
 from tokasaurus.config.schema import Schema, check_fields, flag
-from tokasaurus.scripts.connection import connect, explain
+from tokasaurus.errors import ConfigError
+from tokasaurus.scripts.connection import Connection, connect, explain
 
 if TYPE_CHECKING:
     from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
@@ -32,11 +33,9 @@ Ctrl-C interrupts an answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatConfig:
+class ChatConfig(Connection):
     """Whom to talk to, and how it shall answer."""
 
-    host: str = flag("127.0.0.1", help="The engine's address; 0.0.0.0 means this machine.")
-    port: int = flag(10210, minimum=1, maximum=65535, help="The engine's port.")
     model: str = flag(
         "", help="The model's name; the engine serves one and takes any.", may_be_empty=True
     )
@@ -73,7 +72,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         refuses a message.
     """
     config = parse_or_exit(CHAT, sys.argv[1:] if arguments is None else arguments)
-    client = connect(config.host, config.port)
+    try:
+        client = connect(config)
+    except ConfigError as error:
+        print(f"{CHAT.program}: error: {error}", file=sys.stderr)
+        return 2
     try:
         name = next(iter(client.models.list())).id
     except (openai.OpenAIError, StopIteration) as error:

@@ -6,31 +6,65 @@ Owns addresses and error messages. The engine speaks OpenAI's API, so the client
 from __future__ import annotations
 
 import os
+import ssl
+from dataclasses import dataclass
 
 import openai
 
-__all__ = ["connect", "explain"]
+from tokasaurus.config.schema import flag
+from tokasaurus.errors import ConfigError
+
+__all__ = ["Connection", "connect", "explain"]
 
 _CONNECT_S = 5.0
 _API_KEY_VARIABLE = "TOKASAURUS_API_KEY"  # as the engine reads it
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
-def connect(host: str, port: int, retries: int = 0) -> openai.OpenAI:
+@dataclass(frozen=True, kw_only=True)
+class Connection:
+    """The flags of a command that say where the engine is."""
+
+    port: int = flag(10210, minimum=1, maximum=65535, help="The engine's port.")
+    host: str = flag("127.0.0.1", help="The engine's address; 0.0.0.0 means this machine.")
+    https: bool = flag(
+        False, help="The engine serves HTTPS: it was started with ssl_certfile. ca_file implies it."
+    )
+    ca_file: str | None = flag(
+        None,
+        help="A PEM file with the certificates to trust: the engine's own, or that of whoever signed it.",
+        adapts="those that the system trusts",
+    )
+
+
+def connect(to: Connection, retries: int = 0) -> openai.OpenAI:
     """A client of the engine at this address; nothing is sent yet.
 
     An answer may take as long as it takes; only the connection must come about in a few seconds.
+
+    Raises:
+        ConfigError: the certificates cannot be read.
     """
-    name = _reachable(host)
+    name = _reachable(to.host)
+    is_https = to.https or to.ca_file is not None
     return openai.OpenAI(
         # Not OPENAI_API_KEY: OpenAI's own key is nobody else's business.
         api_key=os.environ.get(_API_KEY_VARIABLE, "").partition(",")[0].strip() or "none",
-        base_url=f"http://{name}:{port}/v1",
+        base_url=f"{'https' if is_https else 'http'}://{name}:{to.port}/v1",
         max_retries=retries,
         timeout=openai.Timeout(None, connect=_CONNECT_S),
         # No proxy stands between this machine and itself, whatever the environment says.
-        http_client=openai.DefaultHttpxClient(trust_env=name not in _LOOPBACK),
+        http_client=openai.DefaultHttpxClient(
+            trust_env=name not in _LOOPBACK, verify=_trusted(to.ca_file) if is_https else True
+        ),
     )
+
+
+def _trusted(ca_file: str | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except OSError as error:  # those of ssl are among them
+        raise ConfigError(f"ca_file={ca_file!r}: cannot be read as certificates: {error}") from None
 
 
 def _reachable(host: str) -> str:
@@ -49,10 +83,19 @@ def explain(error: openai.OpenAIError, client: openai.OpenAI) -> str:
         return f"no answer from {address}"
     if isinstance(error, openai.APIConnectionError):
         cause = error.__cause__
-        if cause is None or "refused" in str(cause).lower():
+        said = str(cause)
+        if cause is None or "refused" in said.lower():
             return (
                 f"nothing listens at {address}; start an engine with `toka`, or name its port=..."
             )
+        if "CERTIFICATE_VERIFY_FAILED" in said:
+            return (
+                f"{address} is not trusted: {said}; name the certificate to trust with ca_file=..."
+            )
+        if "WRONG_VERSION_NUMBER" in said or "RECORD_LAYER_FAILURE" in said:
+            return f"{address} does not answer in HTTPS; leave out https and ca_file"
+        if address.startswith("http:") and "disconnected" in said:
+            return f"{address} does not answer in HTTP ({said}); if it serves HTTPS, say https=T"
         return f"the connection to {address} failed: {cause}"
     if isinstance(error, openai.AuthenticationError):
         return f"{_reason(error)}; set {_API_KEY_VARIABLE} to one of the engine's keys"

@@ -11,21 +11,20 @@ import openai
 
 from tokasaurus.config.parser import parse_or_exit
 from tokasaurus.config.schema import Schema, check_fields, flag
-from tokasaurus.scripts.connection import connect, explain
+from tokasaurus.errors import ConfigError
+from tokasaurus.scripts.connection import Connection, connect, explain
 
 __all__ = ["PingConfig", "main"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PingConfig:
+class PingConfig(Connection):
     """What to ask, and whom."""
 
     prompt: str = flag(help="The text to continue or, with chat=T, to answer.", verbatim=True)
     model: str = flag(
         "", help="The model's name; the engine serves one and takes any.", may_be_empty=True
     )
-    port: int = flag(10210, minimum=1, maximum=65535, help="The engine's port.")
-    host: str = flag("0.0.0.0", help="The engine's address; 0.0.0.0 means this machine.")
     chat: bool = flag(False, help="Send the prompt as a chat message.")
     max_tokens: int = flag(100, minimum=1, help="Tokens to generate, at most.")
     n: int = flag(1, minimum=1, help="Samples.")
@@ -71,7 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 or, if the engine cannot be reached or refuses, 1.
     """
     config = parse_or_exit(PING, sys.argv[1:] if arguments is None else arguments)
-    client = connect(config.host, config.port, config.retries)
+    try:
+        client = connect(config, config.retries)
+    except ConfigError as error:
+        print(f"{PING.program}: error: {error}", file=sys.stderr)
+        return 2
     try:
         _ping(client, config)
     except openai.OpenAIError as error:
