@@ -6,6 +6,7 @@ After every step: the manager's own invariants (``check_invariants``), the devic
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections import Counter, deque
 from dataclasses import dataclass, field
@@ -478,6 +479,30 @@ class Simulation(World):
         world = Simulation(seed, config, habits)
         world.check_interval = chance.choice([1, 8])
         return world
+
+    @staticmethod
+    def crowded_of_seed(seed: int) -> Simulation:
+        """A world in which the forecast has no room for most, for long: the cache is the limit."""
+        world = Simulation.of_seed(seed)
+        habits = dataclasses.replace(
+            world.habits, num_requests=60, aborts=0.02, stops=0.02, max_prompt=20, max_tokens=60
+        )
+        chance, page_size = random.Random(seed), world.config.page_size
+        longest = habits.max_prompt + habits.max_tokens
+        config = dataclasses.replace(
+            world.config,
+            num_pages=int(-(-(longest - 1) // page_size) * chance.choice([1.2, 2, 4])),
+            num_slots=48,
+            max_seqs_per_forward=40,
+            max_tokens_per_forward=64,
+            max_request_tokens=longest,
+            admission=dataclasses.replace(
+                world.config.admission, target_utilization=chance.choice([0.6, 1.0])
+            ),
+        )
+        crowded = Simulation(seed, config, habits)
+        crowded.check_interval = world.check_interval
+        return crowded
 
     def run(self) -> None:
         """Lives until all requests have come and everything has ended."""

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 from simulation import Simulation
 
+from tokasaurus.manager.admission import AdmissionControl
+from tokasaurus.manager.sequence import Sequence
 
-def run_worlds(first_seed: int, num_events: int) -> None:
+
+def run_worlds(
+    first_seed: int,
+    num_events: int,
+    make_world: Callable[[int], Simulation] = Simulation.of_seed,
+) -> None:
     """Runs one world after the other until so much has happened in all of them together."""
     for seed in itertools.count(first_seed):
-        world = Simulation.of_seed(seed)
+        world = make_world(seed)
         try:
             world.run()
         except Exception as error:
@@ -25,6 +33,28 @@ def run_worlds(first_seed: int, num_events: int) -> None:
 def test_random_worlds(first_seed: int) -> None:
     """At least 50,000 arrivals, aborts, stops and preemptions, all together."""
     run_worlds(first_seed, num_events=10_000)
+
+
+def test_crowded_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waits for room is asked about again when there may be some, and is never forgotten."""
+    num_rests = 0
+    may_ask = AdmissionControl.may_ask
+
+    def counted(self: AdmissionControl, head: Sequence | None) -> bool:
+        nonlocal num_rests
+        answer = may_ask(self, head)
+        num_rests += not answer
+        return answer
+
+    monkeypatch.setattr(AdmissionControl, "may_ask", counted)
+    run_worlds(900, num_events=1_000, make_world=Simulation.crowded_of_seed)
+    assert num_rests > 500  # steps of the manager
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_many_crowded_worlds() -> None:
+    run_worlds(30_000, num_events=40_000, make_world=Simulation.crowded_of_seed)
 
 
 @pytest.mark.long
