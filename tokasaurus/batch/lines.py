@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
+from tokasaurus import client_json
 from tokasaurus.batch.records import Usage, new_id
 
 __all__ = [
@@ -95,8 +96,8 @@ def parse_line(
     if line is None:
         return BadLine(number, None, "line_too_long", f"a line may have {MAX_LINE_BYTES} bytes")
     try:
-        fields = msgspec.json.decode(line)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        fields = client_json.decode(line)
+    except ValueError as error:
         return BadLine(number, None, "invalid_json_line", f"the line is no valid JSON: {error}")
     if not isinstance(fields, dict):
         return BadLine(number, None, "invalid_json_line", "the line is no JSON object")

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from tokasaurus import client_json
 from tokasaurus.batch.lines import MAX_LINE_BYTES, read_lines
 from tokasaurus.errors import ConfigError
 
@@ -49,8 +50,8 @@ def _lines(source: Path) -> Iterator[bytes]:
 def _as_batch_line(number: int, line: bytes) -> bytes:
     """A line that is only a request's body gets what is around it."""
     try:
-        fields = msgspec.json.decode(line)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        fields = client_json.decode(line)
+    except ValueError:
         return line
     if not isinstance(fields, dict) or "body" in fields or "url" in fields:
         return line
@@ -80,8 +81,8 @@ def _without_nulls(row: Any) -> Any:
         kept = {name: _without_nulls(each) for name, each in row.items() if each is not None}
         body = kept.get("body")
         if isinstance(body, str):  # it has another shape in each row, so it is kept as text
-            with contextlib.suppress(msgspec.DecodeError):
-                kept["body"] = msgspec.json.decode(body)
+            with contextlib.suppress(ValueError):
+                kept["body"] = client_json.decode(body.encode())
         return kept
     return [_without_nulls(each) for each in row] if isinstance(row, list) else row
 

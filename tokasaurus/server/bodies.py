@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
+from tokasaurus import client_json
 from tokasaurus.errors import RequestError
 from tokasaurus.server.http_errors import ClientGone, WrongMediaType
 
@@ -36,6 +36,6 @@ async def read_json(request: Request) -> Any:
     except ClientDisconnect:
         raise ClientGone("the client disconnected") from None
     try:
-        return msgspec.json.decode(data)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        return client_json.decode(data)
+    except ValueError as error:
         raise RequestError(f"the body is no valid JSON: {error}") from None

@@ -34,6 +34,9 @@ __all__ = [
 ]
 
 _RETRY_AFTER_S = 5
+# Errors quote what is wrong, and a client may send megabytes of it.
+_MAX_MESSAGE_CHARS = 2_000
+_MAX_PARAM_CHARS = 200
 
 
 class WrongMediaType(RequestError):
@@ -154,7 +157,14 @@ def install_error_handlers(app: FastAPI) -> None:
 
 
 def _body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    error = {"message": _cut(message, _MAX_MESSAGE_CHARS), "type": kind, "param": param}
+    if param is not None:
+        error["param"] = _cut(param, _MAX_PARAM_CHARS)
+    return {"error": {**error, "code": code}}
+
+
+def _cut(text: str, max_chars: int) -> str:
+    return text if len(text) <= max_chars else text[:max_chars] + "..."
 
 
 def _answer(status: int, body: dict[str, Any], headers: dict[str, str]) -> Response:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, cast
 
 from tokasaurus.errors import RequestError, TokasaurusError
 from tokasaurus.protocol.messages import MAX_PRIORITY, LogprobsMode
@@ -165,8 +165,9 @@ def renamed(error: TokasaurusError, names: Mapping[str, str]) -> TokasaurusError
     if not isinstance(error, RequestError) or error.field is None or error.field not in names:
         return error
     field = error.field
-    message = re.sub(rf"\b{field}\b", names[field], error.message)
-    return type(error)(message, names[field])
+    name = names[field]  # like the field, it may be anything: clients send fields that do not exist
+    message = re.sub(rf"\b{re.escape(field)}\b", lambda _: name, error.message)
+    return type(error)(message, name)
 
 
 def _check_whole(name: str, value: Any) -> None:
@@ -192,7 +193,8 @@ def _check_first_k(first_k: Any, n: int) -> None:
 def _check_number(name: str, value: Any, low: float, high: float, also: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise RequestError(f"{name} must be a number, not {value!r}", name)
-    if not low <= float(value) <= high:
+    # Not as floats: a whole number may be too large for one.
+    if not low <= cast(float, value) <= high:
         raise RequestError(f"{name} must be {also}from {low:g} to {high:g}, not {value!r}", name)
 
 

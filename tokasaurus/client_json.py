@@ -1,0 +1,47 @@
+"""JSON that clients wrote, in requests and in lines of batches.
+
+What comes out is safe for all that recurses along it: ``repr`` and ``json.dumps`` count on Python's stack.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+__all__ = ["MAX_DEPTH", "decode"]
+
+MAX_DEPTH = 256
+"""How deeply lists and objects may be nested; JSON schemas of programs reach a few dozen."""
+
+
+def decode(data: bytes | bytearray) -> Any:
+    """Decodes a text.
+
+    Raises:
+        ValueError: it is no JSON, or nested too deeply; says where.
+    """
+    try:
+        value = msgspec.json.decode(data)
+    except RecursionError:
+        raise _too_deep() from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ValueError(str(error)) from None
+    # So many of them there must be; nearly all requests have fewer and are not gone through.
+    if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+        raise _too_deep()
+    return value
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level := [each for each in level if type(each) is list or type(each) is dict]:
+        depth += 1
+        level = [
+            child for each in level for child in (each.values() if type(each) is dict else each)
+        ]
+    return depth
+
+
+def _too_deep() -> ValueError:
+    return ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
