@@ -31,5 +31,5 @@ def test_what_is_wide_is_not_deep():
     "data", [b"", b"{", b"NaN", b"\xff", b'"\xed\xa0\x80"', b'"\\ud800"', b"1e999", b"9" * 5000]
 )
 def test_what_is_no_json(data):
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"."):
         client_json.decode(data)

@@ -7,9 +7,12 @@ the same limits, so what the server accepts the worker can run. Knows nothing of
 
 from __future__ import annotations
 
+import contextlib
+import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 
 import llguidance
 
@@ -24,6 +27,13 @@ The library recurses along chains of rules, and a stack that overflows takes the
 hundred rules fill the usual 8 MB. So it compiles in a thread with a stack (of which only what is used becomes
 memory) that suffices several times over for the longest chain that fits a text of this size.
 """
+MAX_MULTIPLES = 20_000
+"""The sum of a grammar's ``multipleOf``, each without decimal point and zeros at its end.
+
+The library builds an automaton with a state for each remainder: 20,000 take a fraction of a second, a million
+half a minute, in which the worker would stand still.
+"""
+_MULTIPLE = re.compile(r"multipleOf\W{1,4}?\s*([0-9][0-9.eE+-]*)")
 _STACK_BYTES = 512 << 20
 _stack_size_lock = threading.Lock()
 
@@ -66,6 +76,11 @@ class GrammarCompiler:
             raise RequestError(
                 f"it is {len(text.encode())} bytes long; at most {MAX_GRAMMAR_BYTES} are compiled"
             )
+        if _sum_of_multiples(text) > MAX_MULTIPLES:
+            raise RequestError(
+                "multipleOf has too many digits; without decimal point and zeros at its end, all of a"
+                f" grammar's may add up to {MAX_MULTIPLES}"
+            )
         compiled: list[llguidance.LLMatcher] = []
 
         def run() -> None:
@@ -92,6 +107,15 @@ class _Tokenizer:
 
     def __call__(self, text: str | bytes) -> list[int]:
         return self._encode(text if isinstance(text, str) else text.decode())
+
+
+def _sum_of_multiples(text: str) -> int:
+    total = 0
+    for number in _MULTIPLE.findall(text):
+        with contextlib.suppress(InvalidOperation):  # the library says what is wrong with it
+            digits = Decimal(number).normalize().as_tuple().digits
+            total += int("".join(map(str, digits[:9])))
+    return total
 
 
 def _run_on_large_stack(function: Callable[[], None]) -> None:

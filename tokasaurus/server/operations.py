@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from tokasaurus.server.chat import ChatRequest, for_template
@@ -65,7 +66,9 @@ def _completion_characters(body: CompletionRequest) -> int:
     return sum(map(len, prompts)) + len(prompts) * _bad_word_characters(body)
 
 
-def _chat_characters(body: ChatRequest) -> int:
+def _chat_characters(body: ChatRequest) -> float:
+    if "chat_template" in body.template_arguments:  # a program of the client's
+        return math.inf
     messages = (message.text for message in body.messages or ())
     return sum(map(len, messages)) + _bad_word_characters(body)
 

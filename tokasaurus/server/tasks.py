@@ -41,7 +41,7 @@ class Operation:
 
     path: str
     schema: type[EngineRequest]
-    num_characters: Callable[[Any], int]
+    num_characters: Callable[[Any], float]
     prepare: Callable[[Any, Generations], Task]
     alternatives: tuple[type[EngineRequest], ...] = ()
 
