@@ -12,11 +12,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import FastAPI
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
 from starlette.middleware.cors import CORSMiddleware
 
 from tokasaurus.batch.runner import BatchRunner
@@ -25,6 +21,7 @@ from tokasaurus.server.access import Access
 from tokasaurus.server.answers import Answers
 from tokasaurus.server.batch_routes import BatchRequest, BatchRoutes
 from tokasaurus.server.direct import DirectRoutes
+from tokasaurus.server.document import document_answers
 from tokasaurus.server.endpoints import Endpoints
 from tokasaurus.server.engine_routes import EngineRoutes
 from tokasaurus.server.file_routes import FileRoutes
@@ -70,27 +67,6 @@ def create_app(
             allow_headers=["*"],
         )
     app.add_middleware(CountRequests, state.metrics.requests)  # outermost: refusals count too
-    _document_bodies(app)
+    operations = [each for operation in OPERATIONS.values() for each in operation.schemas]
+    document_answers(app, [*operations, BatchRequest, *TOKEN_SCHEMAS])
     return app
-
-
-def _document_bodies(app: FastAPI) -> None:
-    """Adds the requests' schemas, which FastAPI does not see: the endpoints read bodies themselves."""
-    generate = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            document = generate()
-            bodies: list[type[BaseModel]] = [
-                BatchRequest,
-                *(each for operation in OPERATIONS.values() for each in operation.schemas),
-                *TOKEN_SCHEMAS,
-            ]
-            _, schemas = models_json_schema(
-                [(schema, "validation") for schema in bodies],
-                ref_template="#/components/schemas/{model}",
-            )
-            document.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
-        return generate()
-
-    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,245 @@
+"""The OpenAPI document: what each route reads and answers.
+
+FastAPI sees neither: the routes read their bodies themselves, and write bytes. So what it finds is the list of
+routes; the rest is said here, and tests ask every route whether it is true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from tokasaurus.batch.records import Batch, StoredFile
+
+__all__ = ["document_answers"]
+
+_PLACE = "#/components/schemas/{model}"
+_JSON = "application/json"
+_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+_STRING, _NUMBER, _INTEGER = {"type": "string"}, {"type": "number"}, {"type": "integer"}
+_MAYBE = {"type": ["string", "null"]}
+_OBJECT = {"type": "object"}
+
+
+def _object(**properties: Any) -> dict[str, Any]:
+    """Of which all these are always there; there may be others."""
+    return {"type": "object", "properties": properties, "required": [*properties]}
+
+
+def _list(items: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items}
+
+
+def _const(value: str) -> dict[str, Any]:
+    return {"type": "string", "enum": [value]}
+
+
+def _reference(name: str) -> dict[str, Any]:
+    return {"$ref": _PLACE.format(model=name)}
+
+
+def _page(items: str) -> dict[str, Any]:
+    page = _object(
+        object=_const("list"), data=_list(_reference(items)), has_more={"type": "boolean"}
+    )
+    page["properties"] |= {"first_id": _MAYBE, "last_id": _MAYBE}
+    return page
+
+
+def _json(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {_JSON: {"schema": schema}}
+
+
+_USAGE = _object(prompt_tokens=_INTEGER, total_tokens=_INTEGER)
+_SCHEMAS: Mapping[str, Any] = {
+    "Error": _object(
+        error=_object(message=_STRING, type=_STRING, param=_MAYBE, code=_MAYBE),
+    ),
+    "Usage": _USAGE,
+    "Model": _object(id=_STRING, object=_const("model"), created=_INTEGER, owned_by=_STRING),
+    "Completion": _object(
+        id=_STRING,
+        object=_const("text_completion"),
+        created=_INTEGER,
+        model=_STRING,
+        choices=_list(_object(index=_INTEGER, text=_STRING, finish_reason=_MAYBE)),
+        usage=_reference("Usage"),
+    ),
+    "ChatCompletion": _object(
+        id=_STRING,
+        object=_const("chat.completion"),
+        created=_INTEGER,
+        model=_STRING,
+        choices=_list(
+            _object(
+                index=_INTEGER,
+                message=_object(role=_STRING, content=_MAYBE),
+                finish_reason=_MAYBE,
+            )
+        ),
+        usage=_reference("Usage"),
+    ),
+    "Embeddings": _object(
+        object=_const("list"),
+        data=_list(
+            _object(
+                object=_const("embedding"),
+                index=_INTEGER,
+                embedding={"anyOf": [_list(_NUMBER), _STRING]},
+            )
+        ),
+        model=_STRING,
+        usage=_reference("Usage"),
+    ),
+    "Response": _object(
+        id=_STRING,
+        object=_const("response"),
+        created_at=_INTEGER,
+        model=_STRING,
+        status=_STRING,
+        output=_list(_OBJECT),
+        usage=_object(input_tokens=_INTEGER, output_tokens=_INTEGER, total_tokens=_INTEGER),
+    ),
+    "NativeAnswer": _object(
+        id=_STRING,
+        text=_STRING,
+        output_ids=_list(_INTEGER),
+        prompt_ids=_list(_INTEGER),
+        finish_reason=_MAYBE,
+        usage=_reference("Usage"),
+    ),
+    "SglangAnswer": _object(
+        text=_STRING,
+        output_ids=_list(_INTEGER),
+        meta_info=_object(id=_STRING, prompt_tokens=_INTEGER, completion_tokens=_INTEGER),
+    ),
+}
+_FLUSHED = _json(
+    _object(status=_const("ok"), flushed_pages=_INTEGER, flushed_tokens=_INTEGER),
+)
+_FILE, _BATCH = _json(_reference("File")), _json(_reference("Batch"))
+_DELETED = _object(id=_STRING, object=_const("file"), deleted={"type": "boolean"})
+_HEALTH = _json(_object(status=_STRING, running=_INTEGER))
+_CHATS = _list(_reference("ChatCompletion"))
+
+_ANSWERS: Mapping[tuple[str, str], Mapping[str, Any]] = {
+    ("get", "/ping"): _json(_object(message=_const("pong"))),
+    ("get", "/health"): _HEALTH,
+    ("get", "/version"): _json(_object(version=_STRING)),
+    ("get", "/metrics"): {"text/plain": {"schema": _STRING}},
+    ("get", "/v1/models"): _json(_object(object=_const("list"), data=_list(_reference("Model")))),
+    ("get", "/v1/models/{model_id}"): _json(_reference("Model")),
+    ("post", "/v1/completions"): {**_json(_reference("Completion")), **_STREAM},
+    ("post", "/v1/chat/completions"): {**_json(_reference("ChatCompletion")), **_STREAM},
+    ("post", "/v1/responses"): {**_json(_reference("Response")), **_STREAM},
+    ("post", "/v1/embeddings"): _json(_reference("Embeddings")),
+    ("post", "/generate"): {
+        **_json(
+            {
+                "anyOf": [
+                    _reference("NativeAnswer"),
+                    _reference("SglangAnswer"),
+                    _list(_reference("SglangAnswer")),
+                ]
+            }
+        ),
+        **_STREAM,
+    },
+    ("post", "/custom/synchronous-batch-completions"): {
+        **_json(_CHATS),
+        "application/msgpack": {"schema": _CHATS},
+    },
+    ("get", "/v1/files"): _json(_page("File")),
+    ("post", "/v1/files"): _FILE,
+    ("get", "/v1/files/{file_id}"): _FILE,
+    ("delete", "/v1/files/{file_id}"): _json(_DELETED),
+    ("get", "/v1/files/{file_id}/content"): {"application/octet-stream": {"schema": _STRING}},
+    ("get", "/v1/batches"): _json(_page("Batch")),
+    ("post", "/v1/batches"): _BATCH,
+    ("get", "/v1/batches/{batch_id}"): _BATCH,
+    ("post", "/v1/batches/{batch_id}/cancel"): _BATCH,
+    ("post", "/tokenize"): _json(
+        _object(count=_INTEGER, max_model_len=_INTEGER, tokens=_list(_INTEGER))
+    ),
+    ("post", "/detokenize"): _json(_object(prompt=_STRING)),
+    ("get", "/tokenizer_info"): _json(_object(tokenizer_class=_STRING, vocab_size=_INTEGER)),
+    ("get", "/flush_cache"): _FLUSHED,
+    ("post", "/flush_cache"): _FLUSHED,
+    ("get", "/reset_prefix_cache"): _FLUSHED,
+    ("post", "/reset_prefix_cache"): _FLUSHED,
+    ("get", "/model_info"): _json(_object(model_path=_STRING, max_model_len=_INTEGER)),
+    ("get", "/server_info"): _json(_object(version=_STRING, status=_STRING)),
+}
+
+
+def _query(name: str, what: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {"name": name, "in": "query", "required": False, "description": what, "schema": schema}
+
+
+_AFTER = _query("after", "The id that the page before ended with.", _STRING)
+_PARAMETERS: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]] = {
+    ("get", "/v1/files"): (
+        _query("purpose", "Of the files.", _STRING),
+        _query("limit", "Files of a page.", {**_INTEGER, "minimum": 1, "maximum": 10_000}),
+        _query("order", "By age.", {"type": "string", "enum": ["desc", "asc"]}),
+        _AFTER,
+    ),
+    ("get", "/v1/batches"): (
+        _query("limit", "Batches of a page.", {**_INTEGER, "minimum": 1, "maximum": 100}),
+        _AFTER,
+    ),
+}
+
+
+def document_answers(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> None:
+    """Completes the document of an application, when it is asked for.
+
+    Args:
+        app: has its routes.
+        bodies: the schemas of requests that the routes refer to.
+    """
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = generate()
+            schemas = document.setdefault("components", {}).setdefault("schemas", {})
+            for name in (
+                "HTTPValidationError",
+                "ValidationError",
+            ):  # FastAPI's own, which never come
+                schemas.pop(name, None)
+            schemas.update(_schemas(bodies))
+            for path, operations in document["paths"].items():
+                for method, operation in operations.items():
+                    _complete(operation, (method, path))
+        return generate()
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _schemas(bodies: Sequence[type[BaseModel]]) -> dict[str, Any]:
+    _, read = models_json_schema([(schema, "validation") for schema in bodies], ref_template=_PLACE)
+    _, stored = msgspec.json.schema_components(
+        [StoredFile, Batch], ref_template=_PLACE.replace("model", "name")
+    )
+    return {**read["$defs"], **stored, "File": stored["StoredFile"], **_SCHEMAS}
+
+
+def _complete(operation: dict[str, Any], key: tuple[str, str]) -> None:
+    operation["responses"] = {
+        "200": {"description": "The answer.", "content": _ANSWERS[key]},
+        "default": {
+            "description": "What is wrong: with the request (4xx), or with the engine (5xx).",
+            "content": _json(_reference("Error")),
+        },
+    }
+    if key == ("get", "/health"):
+        operation["responses"]["503"] = {"description": "Not now.", "content": _HEALTH}
+    if key in _PARAMETERS:
+        operation.setdefault("parameters", []).extend(_PARAMETERS[key])
