@@ -450,6 +450,15 @@ class RunningServer:
             assert time.monotonic() < deadline, "something is still in flight"
             time.sleep(0.005)
 
+    def check_nothing_is_left(self) -> None:
+        """Of all requests so far, in any table; the engine forgets them."""
+        self.wait_idle()
+        turnstile = self.generations._turnstile
+        assert (turnstile.num_open, turnstile.num_held) == (0, 0)
+        assert not self.generations._num_of_client
+        self.engine.forget()
+        assert self.get("/health").json == {"status": "ok", "running": 0}
+
     @contextlib.contextmanager
     def running(self) -> Iterator[RunningServer]:
         self._thread.start()

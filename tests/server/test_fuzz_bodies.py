@@ -1,0 +1,114 @@
+"""Bodies of all kinds to every route that reads one: each is answered, in the right shape, and nothing is left."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+
+import pytest
+from fake_engine import EOS_ID, RunningServer, random_ids, with_config
+from fuzzing import check_answer, fuzz
+from load import resident_bytes
+from request_bodies import BODIES, batch_files, bodies
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    config = with_config(data_dir=str(tmp_path_factory.mktemp("data")))
+    with RunningServer(config).running() as server:
+        # Short answers: what is asked is at stake here.
+        server.engine.script = lambda request, index: [*random_ids(request, index)[:12], EOS_ID]
+        server.engine.largest_step = 8
+        yield server
+
+
+FOUND = [
+    ("/generate", '{"text": "a", "sampling_params": {"(": 1}}'),
+    ("/generate", '{"text": "a", "sampling_params": {"a\\\\1": 1}}'),
+    ("/generate", '{"text": "a", "sampling_params": {"temperature": %s}}' % ("1" * 400)),
+    ("/generate", '{"text": "a", "sampling_params": {"logit_bias": {"1": %s}}}' % ("1" * 400)),
+    *(
+        ("/generate", '{"text": "a", "sampling_params": {"n": %s}}' % ("[" * depth + "]" * depth))
+        for depth in range(955, 980, 3)
+    ),
+    *(
+        ("/v1/completions", '{"prompt": "a", "best_of": %s}' % ("[" * depth + "]" * depth))
+        for depth in range(955, 980, 3)
+    ),
+    ("/v1/completions", '{"prompt": "a", "guided_regex": "%s"}' % ("(" * 50_000)),
+    ("/v1/completions", '{"prompt": "a", "%s": 1}' % ("x" * 100_000)),
+    ("/v1/completions", '{"prompt": "a", "guided_json": {"multipleOf": 7919133}}'),
+    (
+        "/v1/completions",
+        '{"prompt": "a", "guided_grammar": "start: %%json {\\"multipleOf\\": 791913.3}"}',
+    ),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), FOUND, ids=range(len(FOUND)))
+def test_what_fuzzing_has_found_is_refused(server, path, body):
+    answer = server.post(path, body.encode())
+    assert answer.status == 400
+    assert len(answer.content) < 5_000
+    assert answer.error["message"]
+
+
+@pytest.mark.parametrize("num_cases", [15, pytest.param(300, marks=pytest.mark.long)])
+@pytest.mark.parametrize("path", BODIES)
+def test_every_body_is_answered(server, path, num_cases):
+    fuzz_route(server, path, num_cases)
+    server.check_nothing_is_left()
+
+
+def fuzz_route(server: RunningServer, path: str, num_cases: int) -> None:
+    def check(body: bytes) -> None:
+        answer = server.post(path, body)
+        check_answer(answer.status, answer.headers["content-type"], answer.content)
+
+    fuzz(bodies(path), num_cases, check)
+
+
+@pytest.mark.long
+def test_memory_does_not_grow(server):
+    """The second time nothing is new: caches have what they hold."""
+    resident = []
+    for _ in range(2):
+        for path in BODIES:
+            fuzz_route(server, path, 100)
+        server.check_nothing_is_left()
+        resident.append(resident_bytes())
+    grown = resident[1] - resident[0]
+    assert grown < 10e6, f"{grown / 1e6:.0f} MB more than before"
+
+
+@pytest.mark.parametrize("num_cases", [10, pytest.param(200, marks=pytest.mark.long)])
+def test_every_line_of_a_batch_is_answered(server, num_cases):
+    client = server.client()
+
+    def check(data: bytes) -> None:
+        file = client.files.create(file=("in.jsonl", data), purpose="batch")
+        batch = client.batches.create(
+            input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
+        )
+        deadline = time.monotonic() + 20
+        while batch.status not in ("completed", "failed"):
+            assert time.monotonic() < deadline, f"still {batch.status}"
+            time.sleep(0.002)
+            batch = client.batches.retrieve(batch.id)
+        counts = batch.request_counts
+        assert counts.total == counts.completed + counts.failed
+        results = [
+            json.loads(line)
+            for file_id in (batch.output_file_id, batch.error_file_id)
+            if file_id is not None
+            for line in client.files.content(file_id).text.splitlines()
+        ]
+        assert len(results) == counts.total
+        for result in results:
+            assert (result["response"] is None) != (result["error"] is None)
+            if result["response"] is not None:
+                assert result["response"]["status_code"] < 500, result
+
+    fuzz(batch_files(), num_cases, check)
+    server.check_nothing_is_left()
