@@ -8,6 +8,7 @@ import random
 import pytest
 
 from tokasaurus.server.tools.answer import AnswerDeltas
+from tokasaurus.server.tools.call_reader import CallReader, _ValueEnd
 from tokasaurus.server.tools.parsing import AnswerParser, HermesParser, Llama3Parser
 
 ARGUMENTS = [
@@ -202,3 +203,35 @@ def test_whatever_a_model_says_is_not_lost(seed):
             assert read(kind, pieces) == whole, (kind, pieces)
         if not whole[2] and kind == "llama3":
             assert whole[0] == text.lstrip() or whole[0] == text
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        (hermes("\\ud800", A), hermes("\\ud800", A), []),
+        (hermes("f", '"\\ud800"'), "", [("f", '"\\ud800"')]),
+        (hermes("f", '{"a": "\\ud800"}'), "", [("f", '{"a": "\\ud800"}')]),
+    ],
+)
+def test_halves_of_surrogate_pairs_stay_escaped(text, content, calls):
+    """JSON may name them, and no answer could carry them."""
+    assert read("hermes", [text]) == (content, "", calls)
+    assert read("hermes", list(text)) == (content, "", calls)
+
+
+def test_each_character_of_a_key_is_read_once(monkeypatch):
+    """However many pieces it comes in: a model may write a key as long as its context."""
+    num_read = 0
+    find = _ValueEnd.find
+
+    def counted(self, text, start):
+        nonlocal num_read
+        num_read += len(text) - start
+        return find(self, text, start)
+
+    monkeypatch.setattr(_ValueEnd, "find", counted)
+    reader = CallReader()
+    for piece in ["{", '"', *["ab"] * 500, '": 1']:
+        reader.feed(piece)
+    assert num_read < 2000
+    assert not reader.is_broken

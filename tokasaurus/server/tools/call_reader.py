@@ -84,6 +84,7 @@ class CallReader:
         self.is_done = self.is_broken = False
         self._at = 0  # read so far
         self._key: str | None = None
+        self._key_scan: tuple[int, _ValueEnd] | None = None  # where the key began
         self._value: tuple[int, _ValueEnd] | None = None  # where the value began
         self._opened = False
         self._had_arguments = False
@@ -106,6 +107,8 @@ class CallReader:
         """One step; returns whether there may be another."""
         if self._value is not None:
             return self._read_value(parts)
+        if self._key_scan is not None:
+            return self._read_key(*self._key_scan)
         while self._at < len(self.raw) and self.raw[self._at] in _WHITESPACE:
             self._at += 1
         if self._at == len(self.raw):
@@ -127,7 +130,9 @@ class CallReader:
         if character == ",":
             self._at += 1
             return True
-        return self._read_key()
+        self.is_broken = character != '"'
+        self._key_scan = (self._at, _ValueEnd())
+        return not self.is_broken
 
     def _expect(self, character: str) -> bool:
         self._opened = self.raw[self._at] == character
@@ -135,15 +140,13 @@ class CallReader:
         self._at += 1
         return self._opened
 
-    def _read_key(self) -> bool:
-        if self.raw[self._at] != '"':
-            self.is_broken = True
-            return False
-        end = _ValueEnd().find(self.raw, self._at)  # keys are short: from the beginning each time
+    def _read_key(self, start: int, scanner: _ValueEnd) -> bool:
+        end = scanner.find(self.raw, self._at)
+        self._at = len(self.raw) if end is None else end
         if end is None:
             return False
-        key = _loads(self.raw[self._at : end])
-        self._key, self._at = (key if isinstance(key, str) else ""), end
+        key = _loads(self.raw[start:end])
+        self._key, self._key_scan = (key if isinstance(key, str) else ""), None
         return True
 
     def _read_value(self, parts: list[CallBegins | ArgumentsPiece]) -> bool:
@@ -193,8 +196,11 @@ class CallReader:
 
 
 def _loads(text: str) -> object:
+    """What JSON says; None too where it is a string with half a surrogate pair, which no answer can hold."""
     try:
         value: object = json.loads(text)
+        if isinstance(value, str):
+            value.encode()
     except (ValueError, RecursionError):
         return None
     return value

@@ -256,11 +256,6 @@ class AnswerParser:
         self._max_calls = max_calls
         self._num_calls = 0
 
-    @property
-    def has_calls(self) -> bool:
-        """Whether a call has begun."""
-        return self._num_calls > 0
-
     def feed(self, text: str, *, final: bool) -> list[Part]:
         """Takes what comes next; ``final`` if nothing follows."""
         parts: list[Part] = []
