@@ -192,6 +192,7 @@ def test_facts_from_generation_config(directory):
     assert facts.eos_token_ids == (5, 6)
     assert (facts.temperature, facts.top_p, facts.top_k, facts.min_p) == (0.6, 0.95, 20, None)
     assert model_facts(directory({"eos_token_id": 0})).eos_token_ids == (0,)
+    assert model_facts(directory({"eos_token_id": [5, 100, -1]})).eos_token_ids == (5,)
     greedy = model_facts(directory({"do_sample": False, "temperature": None}))
     assert (greedy.temperature, greedy.eos_token_ids) == (None, (2,))
     with pytest.raises(ModelError, match=r"generation_config\.json: field 'top_p' must be above 0"):

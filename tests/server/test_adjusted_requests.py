@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
-from fake_engine import CONFIG, EOS_ID, TOKENIZER, VOCAB_SIZE, ids_of
+from fake_engine import CONFIG, EOS_ID, TOKENIZER, VOCAB_SIZE, WRAPPED, ids_of, with_config
 
 from tokasaurus import SamplingParams
 from tokasaurus.errors import RequestError
 from tokasaurus.protocol.messages import Adjustments
+from tokasaurus.server.generation import Generations
 from tokasaurus.server.stop_strings import StopStrings
 from tokasaurus.server.text import TextStream
+from tokasaurus.server.tokenizer import Tokenizer
 
 
 def sampling(core, **params):
@@ -137,3 +139,16 @@ def test_text_before_min_tokens_is_released_at_once():
     assert not stream.feed(ids_of("q"))
     assert stream.feed(ids_of("y")) is False
     assert stream.take() == "zqy"
+
+
+def test_tokens_that_the_model_does_not_have():
+    """Some tokenizers have more tokens than their model."""
+    size = TOKENIZER.special_ids["<|end|>"]
+    smaller = Tokenizer(WRAPPED, size, [EOS_ID])
+    core = Generations(with_config(vocab_size=size), smaller, lambda message: None)
+    request = core.prepare([0], SamplingParams(stop="<|end|>", min_tokens=1))
+    assert request.stop_token_ids == (EOS_ID,)
+    assert request.sampling.adjustments.late_ids == (EOS_ID,)
+    vocabulary = smaller.vocabulary([EOS_ID])
+    assert len(vocabulary.tokens) == size
+    assert max(vocabulary.special_token_ids) < size

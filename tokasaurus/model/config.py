@@ -117,7 +117,8 @@ def model_facts(path: str | Path, rope_scaling_override: str | None = None) -> M
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_position_embeddings,
         kv_elements_per_token=config.kv_elements_per_token,
-        eos_token_ids=eos_token_ids,
+        # What is beyond the vocabulary is never drawn, and a -1 stands for none.
+        eos_token_ids=tuple(i for i in eos_token_ids if 0 <= i < config.vocab_size),
         temperature=said("temperature", lambda name: generation.number(name, minimum=0)),
         top_p=said("top_p", lambda name: generation.positive(name, maximum=1)),
         top_k=said("top_k", lambda name: generation.integer(name, minimum=0)),

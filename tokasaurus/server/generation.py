@@ -337,7 +337,9 @@ class Generations:
                 )
         stops = StopStrings.compile(params.stop_strings, self.tokenizer.special_ids)
         check_token_ids(params, config.vocab_size)
-        stop_token_ids = {*(stops.token_ids if stops else ()), *(params.stop_token_ids or ())}
+        # Tokenizers may have special tokens that their models cannot draw.
+        stop_token_ids = {i for i in (stops.token_ids if stops else ()) if i < config.vocab_size}
+        stop_token_ids.update(params.stop_token_ids or ())
         late_ids = stop_token_ids.union(config.eos_token_ids)
         if not params.ignore_eos:
             stop_token_ids.update(config.eos_token_ids)

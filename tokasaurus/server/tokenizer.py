@@ -41,7 +41,7 @@ class Tokenizer:
 
     Args:
         wrapped: a transformers tokenizer.
-        vocab_size: of the model, which may be more than the tokenizer has, for padding.
+        vocab_size: of the model, which may be more than the tokenizer has, for padding, or less.
         eos_token_ids: ids that end a text, which are not part of it.
 
     Attributes:
@@ -53,6 +53,7 @@ class Tokenizer:
 
     def __init__(self, wrapped: Any, vocab_size: int, eos_token_ids: Iterable[int] = ()) -> None:
         self._wrapped = wrapped
+        self._vocab_size = vocab_size
         self._backend: Any = getattr(wrapped, "backend_tokenizer", None)
         steps = None
         if self._backend is not None:
@@ -199,14 +200,14 @@ class Tokenizer:
         }
 
     def vocabulary(self, eos_token_ids: Sequence[int]) -> Vocabulary:
-        """What grammars need to know of it.
+        """What grammars need to know of it: only tokens that the model can draw.
 
         Args:
             eos_token_ids: of the model, at least one.
         """
         return Vocabulary(
-            tokens=self.spelled,
-            special_token_ids=self.special_token_ids,
+            tokens=self.spelled[: self._vocab_size],
+            special_token_ids=frozenset(i for i in self.special_token_ids if i < self._vocab_size),
             eos_token_ids=tuple(eos_token_ids),
             encode=partial(self._encode, add_special_tokens=False),
         )
