@@ -16,7 +16,7 @@ from tokasaurus.errors import EngineDead
 
 __all__ = ["Load", "run_load"]
 
-_TIMEOUT_S = 600.0
+_TIMEOUT_S = 120.0
 _READ_BYTES = 1 << 16
 
 
