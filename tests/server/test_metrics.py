@@ -8,6 +8,7 @@ import dataclasses
 import socket
 
 import msgspec
+import openai
 import pytest
 from fake_engine import CONFIG, TOKENIZER, FakeEngine, RunningServer, with_config
 from prometheus_client.parser import text_string_to_metric_families
@@ -86,6 +87,19 @@ def test_a_defect_counts_as_500(own_server, monkeypatch):
     monkeypatch.setattr(own_server.generations, "prepare", broken)
     own_server.post("/v1/completions", BODY)
     assert read(own_server)["http_requests_total", "/v1/completions", "500"] == 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_away_is_no_defect(own_server, stream):
+    own_server.engine.paused = True
+    with pytest.raises(openai.APITimeoutError):
+        own_server.client().with_options(timeout=0.1).completions.create(
+            model="m", prompt="the cat", stream=stream
+        )
+    own_server.wait_idle()
+    found = read(own_server)
+    assert found["http_requests_total", "/v1/completions", "499"] == 1
+    assert ("http_requests_total", "/v1/completions", "500") not in found
 
 
 def test_latencies_are_observed_for_each_prompt(own_server):
@@ -229,7 +243,7 @@ def test_gauges_arrive(line):
     assert found["kv_use"] == 0.5
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid", "x..invalid"])
 def test_a_daemon_that_is_not_there_disturbs_nobody(line, host, caplog, monkeypatch):
     _, generations, _ = line
     monkeypatch.setattr("tokasaurus.server.reports._GAUGES_EVERY_S", 0.001)

@@ -51,6 +51,9 @@ class _Job:
 
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
+    # Where its results go: whatever an attempt leaves on a full disk, the next one writes over.
+    output_id: str = field(default_factory=partial(new_id, "file"))
+    error_id: str = field(default_factory=partial(new_id, "file"))
 
 
 class BatchRunner:
@@ -196,7 +199,7 @@ class BatchRunner:
             await self._answer_in_time(batch, job)
             batch = await self.on_disk(self._mark_finalizing, batch_id)
         if not batch.final:
-            batch = await self._finalize(batch)
+            batch = await self._finalize(batch, job)
         counts = batch.request_counts
         log.info(
             "%s is %s: %d of %d lines answered, %d failed",
@@ -247,12 +250,12 @@ class BatchRunner:
             return self.store.batch(batch_id)
         return self.store.change(batch_id, status="finalizing", finalizing_at=int(time.time()))
 
-    async def _finalize(self, batch: Batch) -> Batch:
+    async def _finalize(self, batch: Batch, job: _Job) -> Batch:
         store = self.store
         cancelled = batch.status == "cancelling"
         answered = await self.on_disk(store.answered_lines, batch.id)
-        output_id = new_id("file")
-        error_id = output_id if self._joins_errors else new_id("file")
+        output_id = job.output_id
+        error_id = output_id if self._joins_errors else job.error_id
         counts = await asyncio.to_thread(
             write_results,
             store.path(batch.input_file_id),

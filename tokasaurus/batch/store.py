@@ -99,9 +99,9 @@ class JobStore:
                 directory / "jobs.sqlite3", isolation_level=None, check_same_thread=False
             )
             self._set_up()
+            self._clean()
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"{directory} cannot be used: {error}") from None
-        self._clean()
 
     def close(self) -> None:
         """Lets go of the directory."""
@@ -290,10 +290,11 @@ class JobStore:
         self._database.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._database.execute("COMMIT")
         except BaseException:
-            self._database.execute("ROLLBACK")
+            if self._database.in_transaction:  # SQLite has ended it by itself if the disk is full
+                self._database.execute("ROLLBACK")
             raise
-        self._database.execute("COMMIT")
 
     def _insert_file(self, file: StoredFile) -> None:
         self._database.execute(

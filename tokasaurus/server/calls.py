@@ -162,6 +162,8 @@ class EventStream(Response):
                         started = True
                     await self._send(send, data)
             except ClientGone:
+                if not started:
+                    raise  # nobody reads the answer, but it is counted
                 return
             except TokasaurusError as error:
                 told = renamed(error, self._request.field_names())

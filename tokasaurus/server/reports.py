@@ -118,8 +118,8 @@ async def _send_gauges(address: tuple[str, int] | None, generations: Generations
         return
     try:
         found = await asyncio.get_running_loop().getaddrinfo(*address, type=socket.SOCK_DGRAM)
-    except OSError as error:
-        log.warning("no statsd gauges: %s:%d: %s", *address, error.strerror)
+    except (OSError, UnicodeError) as error:  # the latter for what cannot be a name
+        log.warning("no statsd gauges: %s:%d: %s", *address, error)
         return
     family, kind, protocol, _, resolved = found[0]
     with socket.socket(family, kind, protocol) as sender:

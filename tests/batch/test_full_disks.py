@@ -1,0 +1,82 @@
+"""What happens where the disk has no room, and once it has."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import resource
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from batch_process import URL, answer
+from test_kills import check, new_batch
+
+from tokasaurus.batch import runner as runner_module
+from tokasaurus.batch.records import StoredFile, new_id
+from tokasaurus.batch.runner import BatchRunner
+from tokasaurus.batch.store import JobStore
+
+
+@contextlib.contextmanager
+def no_file_larger_than(num_bytes: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def file_of(filename: str) -> StoredFile:
+    return StoredFile(
+        id=new_id("file"),
+        bytes=1,
+        created_at=int(time.time()),
+        filename=filename,
+        purpose="batch",
+    )
+
+
+def test_a_commit_that_fails_is_no_end(tmp_path: Path) -> None:
+    store = JobStore(tmp_path)
+    with no_file_larger_than((tmp_path / "jobs.sqlite3-wal").stat().st_size):
+        with pytest.raises(sqlite3.Error):
+            store.add_file(file_of("a" * 10_000))
+    kept = file_of("b")
+    store.add_file(kept)
+    files, _ = store.list_files(0, purpose=None, after=None, limit=10, ascending=True)
+    assert files == [kept]
+    store.close()
+
+
+def test_results_that_find_no_room_are_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch_id = new_batch(tmp_path, 30)
+    monkeypatch.setattr(runner_module, "_RETRY_S", 0.01)
+    write_results, num_calls = runner_module.write_results, 0
+
+    def failing_twice(*args):
+        nonlocal num_calls
+        num_calls += 1
+        counts = write_results(*args)
+        if num_calls <= 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return counts
+
+    monkeypatch.setattr(runner_module, "write_results", failing_twice)
+
+    async def run() -> None:
+        runner = BatchRunner(JobStore(tmp_path), answer, urls=[URL], model="echo", max_samples=64)
+        await runner.start()
+        await runner.wait(batch_id)
+        names = {path.name for path in (tmp_path / "files").iterdir()}
+        await runner.close()
+        assert len(names) == 3, "an attempt that failed left its files"
+
+    asyncio.run(run())
+    check(tmp_path, batch_id, 30)
