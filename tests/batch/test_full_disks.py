@@ -43,9 +43,9 @@ def file_of(filename: str) -> StoredFile:
 
 def test_a_commit_that_fails_is_no_end(tmp_path: Path) -> None:
     store = JobStore(tmp_path)
-    with no_file_larger_than((tmp_path / "jobs.sqlite3-wal").stat().st_size):
-        with pytest.raises(sqlite3.Error):
-            store.add_file(file_of("a" * 10_000))
+    num_bytes = (tmp_path / "jobs.sqlite3-wal").stat().st_size
+    with no_file_larger_than(num_bytes), pytest.raises(sqlite3.Error):
+        store.add_file(file_of("a" * 10_000))
     kept = file_of("b")
     store.add_file(kept)
     files, _ = store.list_files(0, purpose=None, after=None, limit=10, ascending=True)
