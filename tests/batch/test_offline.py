@@ -101,29 +101,38 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
     (tmp_path / "in.parquet").touch()
     with pytest.raises(ConfigError, match=r"tokasaurus\[parquet\]"):
         imported(tmp_path / "in.parquet")
+    (tmp_path / "in.jsonl").write_text(json.dumps(LINE))
+    with pytest.raises(ConfigError, match=r"tokasaurus\[parquet\]"):  # not when all is answered
+        OfflineJob(tmp_path / "in.jsonl", tmp_path / "out.parquet", "m")
 
 
 def test_jobs_that_cannot_be(tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     with pytest.raises(ConfigError, match="no file"):
-        OfflineJob(source, target)
+        OfflineJob(source, target, "m")
     source.write_text(json.dumps(LINE))
     with pytest.raises(ConfigError, match="no directory"):
-        OfflineJob(source, tmp_path / "none" / "out.jsonl")
-    job = OfflineJob(source, target)
+        OfflineJob(source, tmp_path / "none" / "out.jsonl", "m")
+    job = OfflineJob(source, target, "m")
     with pytest.raises(ConfigError, match="in use"):
-        OfflineJob(source, target)
+        OfflineJob(source, target, "m")
     job.store.close()
-    again = OfflineJob(source, target)
+    again = OfflineJob(source, target, "m")
     assert again.batch_id == job.batch_id
     again.store.close()
+    with pytest.raises(ConfigError, match=r"model=m, not other; .*toka-batch"):
+        OfflineJob(source, target, "other")
+    target.write_text("precious")  # by somebody else, while the job is not finished
+    with pytest.raises(ConfigError, match="exists already"):
+        OfflineJob(source, target, "m")
+    target.unlink()
     source.write_text(json.dumps(LINE) + "\n" + json.dumps(LINE))
     with pytest.raises(ConfigError, match=r"begun; delete .*toka-batch"):
-        OfflineJob(source, target)
+        OfflineJob(source, target, "m")
     other = tmp_path / "other.jsonl"
     other.touch()
     with pytest.raises(ConfigError, match="exists already"):
-        OfflineJob(source, other)
+        OfflineJob(source, other, "m")
 
 
 @pytest.mark.parametrize(

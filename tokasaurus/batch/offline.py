@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tokasaurus.batch.records import Batch, StoredFile, new_id
 from tokasaurus.batch.store import JobStore
-from tokasaurus.batch.tables import import_requests, is_parquet, write_parquet
+from tokasaurus.batch.tables import import_requests, is_parquet, load_pyarrow, write_parquet
 from tokasaurus.errors import ConfigError
 
 __all__ = ["OfflineJob"]
@@ -27,24 +27,31 @@ class OfflineJob:
     Args:
         source: the requests.
         target: where the answers go, in the order of the requests.
+        model: the name of what answers.
 
     Raises:
-        ConfigError: a file is not there, or is there already; the source is another than when the job
-            began; another process works on the same output.
+        ConfigError: a file is not there, or is there already; the source or the model is another than when
+            the job began; another process works on the same output; a Parquet file cannot be written.
     """
 
-    def __init__(self, source: Path, target: Path) -> None:
+    def __init__(self, source: Path, target: Path, model: str) -> None:
         self.target = target
+        self._model = model
         self.directory = target.with_name(f"{target.name}.toka-batch")
         if not source.is_file():
             raise ConfigError(f"{source} is no file")
         if not target.parent.is_dir():
             raise ConfigError(f"{target.parent} is no directory")
+        exists_already = ConfigError(f"{target} exists already; delete it or choose another name")
         if target.exists() and not self.directory.exists():
-            raise ConfigError(f"{target} exists already; delete it or choose another name")
+            raise exists_already
+        if is_parquet(target):
+            load_pyarrow()
         self.store = JobStore(self.directory)
         try:
             self.batch_id = self._unfinished(source) or self._begin(source)
+            if target.exists() and not self.batch.final:
+                raise exists_already
         except BaseException:
             self.store.close()
             raise
@@ -81,6 +88,11 @@ class OfflineJob:
                 f"{source} is not what it was when {self.target} was begun; delete {self.directory} to begin"
                 " anew"
             )
+        if batches[0].model != self._model:
+            raise ConfigError(
+                f"{self.target} was begun with model={batches[0].model}, not {self._model}; go on with that, or"
+                f" delete {self.directory} to begin anew"
+            )
         return batches[0].id
 
     def _begin(self, source: Path) -> str:
@@ -105,6 +117,7 @@ class OfflineJob:
             completion_window="",
             created_at=now,
             metadata=fingerprint,
+            model=self._model,
         )
         self.store.add_batch(batch)
         return batch.id

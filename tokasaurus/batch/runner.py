@@ -193,6 +193,8 @@ class BatchRunner:
             error = BatchErrors((BatchError("missing_file", "the input file is gone"),))
             change = {"status": "failed", "failed_at": int(time.time()), "errors": error}
             batch = await self.on_disk(self.store.change, batch_id, **change)
+        if not batch.final and batch.model not in (None, self.model):
+            log.warning("%s was begun with %s, and %s goes on", batch_id, batch.model, self.model)
         if batch.status == "validating":
             batch = await self._validate(batch, job)
         if batch.status == "in_progress":

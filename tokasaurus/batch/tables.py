@@ -15,7 +15,7 @@ from tokasaurus import client_json
 from tokasaurus.batch.lines import MAX_LINE_BYTES, read_lines
 from tokasaurus.errors import ConfigError
 
-__all__ = ["import_requests", "is_parquet", "write_parquet"]
+__all__ = ["import_requests", "is_parquet", "load_pyarrow", "write_parquet"]
 
 _URLS = {"prompt": "/v1/completions", "messages": "/v1/chat/completions"}
 _ROWS = 256  # of a table, at once
@@ -65,7 +65,7 @@ def _as_batch_line(number: int, line: bytes) -> bytes:
 
 
 def _rows_as_lines(source: Path) -> Iterator[bytes]:
-    pyarrow, parquet = _pyarrow()
+    pyarrow, parquet = load_pyarrow()
     try:
         table = parquet.ParquetFile(source)
         for rows in table.iter_batches(_ROWS):
@@ -92,7 +92,7 @@ def write_parquet(lines: Path, target: Path) -> None:
 
     ``text`` is that of the first choice.
     """
-    pyarrow, parquet = _pyarrow()
+    pyarrow, parquet = load_pyarrow()
     text = pyarrow.string()
     names = {"custom_id": text, "status_code": pyarrow.int32(), "text": text}
     schema = pyarrow.schema({**names, "body": text, "error": text})
@@ -122,8 +122,8 @@ def _first_text(body: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _pyarrow() -> tuple[Any, Any]:
-    """Raises ConfigError if it is not installed."""
+def load_pyarrow() -> tuple[Any, Any]:
+    """pyarrow and pyarrow.parquet. Raises ConfigError if they are not installed."""
     try:
         import pyarrow
         import pyarrow.parquet

@@ -80,7 +80,7 @@ def _run(words: list[str], environment: Mapping[str, str]) -> int:
         raise ConfigError("name the input and the output: toka-batch run INPUT OUTPUT")
     _warn_of_flags(config)
     slices = assemble(config)
-    job = OfflineJob(Path(names[0]), Path(names[1]))
+    job = OfflineJob(Path(names[0]), Path(names[1]), slices.server.model_name)
     run = _BatchRun(job)
     status = Supervisor(slices, None, front=run.front).run()
     return run.conclude(status)
