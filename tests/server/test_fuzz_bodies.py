@@ -24,6 +24,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 
 
 FOUND = [
+    ("/v1/completions", '{"prompt": [345], "echo": true}'),
+    ("/v1/completions", '{"prompt": [[5], [-1000]], "echo": true}'),
     ("/generate", '{"text": "a", "sampling_params": {"(": 1}}'),
     ("/generate", '{"text": "a", "sampling_params": {"a\\\\1": 1}}'),
     ("/generate", '{"text": "a", "sampling_params": {"temperature": %s}}' % ("1" * 400)),

@@ -26,9 +26,6 @@ def _prepare_completion(body: CompletionRequest, generations: Generations) -> Ta
     tokenizer, config = generations.tokenizer, generations.config
     prompts = body.prompts()
     ids = [tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
-    echoes = None
-    if body.echo:
-        echoes = [p if isinstance(p, str) else tokenizer.decode_prompt(p) for p in prompts]
     prepared = [
         generations.prepare(
             each,
@@ -38,6 +35,9 @@ def _prepare_completion(body: CompletionRequest, generations: Generations) -> Ta
         )
         for each in ids
     ]
+    echoes = None
+    if body.echo:  # the ids are known to exist by now
+        echoes = [p if isinstance(p, str) else tokenizer.decode_prompt(p) for p in prompts]
     renderer = CompletionRenderer(body, config.model_name, tokenizer, echoes)
     return Task(body, prepared, renderer)
 
