@@ -18,7 +18,7 @@ def test_a_lost_interrupt_is_sent_again(monkeypatch):
     """A signal between two instructions of a library is noticed only when its blocking call ends."""
     interrupts = []
 
-    def loses_the_first_interrupt(assignment, lifeline, interrupt):
+    def loses_the_first_interrupt(assignment, lifeline, interrupt, front):
         def await_stop():
             assert any(isinstance(note, Stop) for note in lifeline.receive())
             interrupt()
