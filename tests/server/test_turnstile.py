@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections import Counter
 
 import numpy as np
@@ -224,3 +225,21 @@ def test_what_is_left_open_costs_what_others_turn_out_to_need():
         manager.end()
     counts = Counter(manager.order()[before + 1 :])
     assert abs(counts["a"] - counts["b"]) <= 4
+
+
+class Name(str):
+    """A text that a weak reference may point to."""
+
+
+def test_nobody_is_remembered_who_has_nothing_waiting():
+    manager = Manager(1)
+    manager.submit("a")
+    manager.submit("a")  # the level stays
+    names = []
+    for number in range(1000):
+        name = Name(f"client {number}")
+        names.append(weakref.ref(name))
+        manager.turnstile.abort(manager.submit(name))
+        manager.clients.clear()
+    del name
+    assert sum(each() is not None for each in names) < 100

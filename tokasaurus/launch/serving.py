@@ -51,6 +51,7 @@ class _Serving(TextProcess):
     def __init__(self, assignment: Assignment, lifeline: Lifeline) -> None:
         super().__init__(assignment, lifeline)
         assert assignment.listener_fd is not None
+        # From its number, it knows that it is TCP; else asyncio would not set TCP_NODELAY on its connections.
         self._listener = socket.socket(fileno=os.dup(assignment.listener_fd))
         self._batches = batch_runner(self.config, self.state)
         self._http = http_server(self.config, self.state, self._batches)

@@ -23,6 +23,7 @@ from tokasaurus.protocol.messages import AbortRequest, FromServer, GenerateReque
 __all__ = ["Turnstile"]
 
 _FIRST_GUESS = 256.0  # tokens of a sample, before any has ended
+_FEW = 64  # clients without requests that are not worth a look at all
 _NEW_SHARE = 0.02  # of the latest one in the average
 
 
@@ -145,8 +146,8 @@ class _Level:
         self.num_requests = 0
         self._now = 0.0  # where the request that passed last ends, in tokens
         self._clients: dict[str, _Client] = {}
-        # (end of the first request, tie, client), one for each client. Those whose requests were all aborted
-        # keep theirs until it surfaces.
+        # (end of the first request, tie, client), one for each client; and some of clients whose requests were
+        # all aborted, who are not in _clients any more.
         self._heap: list[tuple[float, int, _Client]] = []
         self._num_pushed = 0
 
@@ -160,8 +161,14 @@ class _Level:
         self.num_requests += 1
 
     def remove(self, name: str, request: GenerateRequest) -> None:
-        del self._clients[name].requests[request.request_id]
+        client = self._clients[name]
+        del client.requests[request.request_id]
         self.num_requests -= 1
+        if not client.requests:
+            del self._clients[name]
+            if len(self._heap) > 2 * len(self._clients) + _FEW:
+                self._heap = [entry for entry in self._heap if entry[2].requests]
+                heapq.heapify(self._heap)
 
     def pop(self, num_tokens: float) -> GenerateRequest:
         """The next request; there must be one."""
@@ -169,7 +176,6 @@ class _Level:
             end, _, client = heapq.heappop(self._heap)
             if client.requests:
                 break
-            del self._clients[client.name]
         self._now = end
         _, request = client.requests.popitem(last=False)
         self.num_requests -= 1
