@@ -125,6 +125,7 @@ DEEP = {
         ({"guided_choice": [1]}, "guided_choice", "one or more strings"),
         ({"guided_choice": "yes"}, "guided_choice", "a list of strings"),
         ({"guided_grammar": "start: foo"}, "guided_grammar", "unknown name"),
+        ({"guided_grammar": "start: start"}, "guided_grammar", "no text can begin"),
         ({"guided_grammar": "nonsense"}, "guided_grammar", "neither Lark nor GBNF"),
         ({"guided_grammar": "start: " + "(" * 9000}, "guided_grammar", "nested"),
         ({"guided_grammar": "root ::= " + "(" * 9000}, "guided_grammar", "cannot be compiled"),
@@ -179,6 +180,13 @@ def test_what_cannot_be_is_refused_with_the_reason(server, fields, param, said):
             assert answer.error["param"] == param
             assert said in answer.error["message"]
     assert server.engine.requests == []
+
+
+def test_choices_of_any_characters(server):
+    choices = ["a\x7fb", "é😀", "\u2028\x00", 'a"\\/\n']
+    grammar = grammar_of(server, guided_choice=choices)
+    assert all(accepts(grammar, choice) for choice in choices)
+    assert not accepts(grammar, "ab")
 
 
 def test_chains_of_rules_do_not_overflow_a_stack(server):

@@ -133,7 +133,10 @@ class Grammars:
             if self._compiler is None:
                 self._compiler = GrammarCompiler(self._vocabulary())
         try:
-            self._compiler.compile(text)
+            matcher = self._compiler.compile(text)
+            matcher.compute_bitmask()
+            if matcher.is_error():
+                raise RequestError("no text can begin as it wants")
         except RequestError as error:
             raise RequestError(f"{FIELD} cannot be compiled: {error.message}", FIELD) from None
         with self._lock:
@@ -148,7 +151,7 @@ def _text(options: Mapping[str, Any]) -> str:
     if "regex" in options:
         return matcher.grammar_from_regex(options["regex"])
     if "choice" in options:
-        choices = " | ".join(json.dumps(each, ensure_ascii=False) for each in options["choice"])
+        choices = " | ".join(json.dumps(each) for each in options["choice"])
         return matcher.grammar_from_lark(f"start: {choices}")
     if "grammar" in options:
         return matcher.grammar_from_lark(_lark(options["grammar"]))
