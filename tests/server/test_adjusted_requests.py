@@ -66,6 +66,18 @@ def test_bad_words_at_the_beginning_and_after_a_space(core):
     assert not sampling(core, bad_words=["z"]).adjustments.reads_prompt
 
 
+def test_bad_words_of_many_tokens_are_refused(core):
+    """Each slot of the worker looks for all of its words, as wide as the longest one of any slot."""
+    word = "zqx" * 11
+    assert len(ids_of(word)) == 33
+    assert sampling(core, bad_words=[word[:-2]]).adjustments.bad_words
+    with pytest.raises(
+        RequestError, match="bad_words may hold words of at most 32 tokens"
+    ) as error:
+        sampling(core, bad_words=["a", word])
+    assert error.value.field == "bad_words"
+
+
 def test_stop_token_ids_end_a_sample(core):
     for ignore_eos, expected in ((False, {90, EOS_ID}), (True, {90})):
         params = SamplingParams(stop_token_ids=[90, 90], ignore_eos=ignore_eos)

@@ -239,7 +239,7 @@ class AdjustmentTable:
         owners = np.repeat(np.arange(len(edits)), [len(each.ids) for each in edits])
         words = [(owner, word) for owner, each in enumerate(edits) for word in each.words]
         longest = max((len(word) - 1 for _, word in words), default=0)
-        prefixes = np.full((len(words), longest), _NOTHING, np.int64)
+        prefixes = np.full((len(words), longest), _NOTHING, np.int32)  # the largest table of all
         for index, (_, word) in enumerate(words):
             prefixes[index, longest - len(word) + 1 :] = word[:-1]
         asked = [self._adjustments[slot] for slot in slots.tolist()]
@@ -259,7 +259,7 @@ class AdjustmentTable:
             until=self._upload(np.concatenate([each.until for each in edits])),
             word_owners=self._upload(np.array([owner for owner, _ in words])),
             word_ends=self._upload(np.array([word[-1] for _, word in words])),
-            word_prefixes=self._upload(prefixes),
+            word_prefixes=torch.from_numpy(prefixes).to(self._device),
             penalized=penalized,
             penalties=torch.from_numpy(np.ascontiguousarray(penalties[penalized].T)).to(
                 self._device
@@ -288,7 +288,7 @@ class AdjustmentTable:
         columns = self._length[slots, None] - np.arange(count, 0, -1)
         is_generated = (columns >= self._prompt_length[slots, None]) & (self._row[slots, None] >= 0)
         rows = self._upload(self._row[slots])[:, None]
-        ids = self._history[rows, self._upload(columns.clip(min=0))].to(torch.int64)
+        ids = self._history[rows, self._upload(columns.clip(min=0))]
         return ids.where(torch.from_numpy(is_generated).to(self._device), _NOTHING - 1)
 
     def _penalize(self, work: Tensor, layout: _Layout) -> None:

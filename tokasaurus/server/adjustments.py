@@ -12,12 +12,13 @@ from tokasaurus.server.tokenizer import Tokenizer
 __all__ = ["adjustments_of", "check_token_ids"]
 
 _NONE = Adjustments()
+_MAX_WORD_TOKENS = 32  # the worker compares so many of each word with each sequence, at every step
 
 
 def adjustments_of(
     params: SamplingParams, late_ids: Collection[int], tokenizer: Tokenizer, vocab_size: int
 ) -> Adjustments | None:
-    """None if the logits stay as they are.
+    """None if the logits stay as they are. Raises RequestError where a bad word is too long.
 
     Args:
         params: checked against the vocabulary already.
@@ -50,10 +51,16 @@ def check_token_ids(params: SamplingParams, vocab_size: int) -> None:
 def _spelled(
     words: Collection[str], tokenizer: Tokenizer, vocab_size: int
 ) -> tuple[tuple[int, ...], ...]:
-    """Every word as it is spelled at the beginning of a text, and after a space."""
+    """Every word as it is spelled at the beginning of a text, and after a space. Raises RequestError."""
     spellings: dict[tuple[int, ...], None] = {}
     for word in words:
         bare = word.lstrip(" ")
         for text in (bare, " " + bare):
             spellings[tuple(tokenizer.encode_fragment(text))] = None
+    longest = max(map(len, spellings))
+    if longest > _MAX_WORD_TOKENS:
+        raise RequestError(
+            f"bad_words may hold words of at most {_MAX_WORD_TOKENS} tokens, not of {longest}",
+            "bad_words",
+        )
     return tuple(ids for ids in spellings if ids and max(ids) < vocab_size)
