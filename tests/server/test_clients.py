@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+from types import SimpleNamespace
 
 import openai
 import pytest
-from fake_engine import EOS_ID, TOKENIZER, ids_of
+from fake_engine import EOS_ID, TOKENIZER, RunningServer, ids_of, with_config
+from load import Load
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -260,3 +263,58 @@ def test_openai_errors(server):
     assert error.value.code == "context_length_exceeded"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nothing")
+
+
+@pytest.fixture
+def naps(monkeypatch):
+    """What the client does between two tries: waits, which is written down, and then what ``naps.then`` does."""
+    naps = SimpleNamespace(seconds=[], then=None)
+
+    def nap(seconds):
+        naps.seconds.append(seconds)
+        naps.then()
+
+    monkeypatch.setattr(openai._base_client, "time", SimpleNamespace(time=time.time, sleep=nap))
+    return naps
+
+
+def test_openai_comes_back_when_a_full_queue_said(naps):
+    with RunningServer(with_config(max_queued_requests=1)).running() as server:
+        server.engine.paused = True
+        load = Load(server.port)
+        call = load.begin(COMPLETIONS, {"prompt": ["the cat", "a"], "max_tokens": 4})
+        while not len(server.generations):
+            time.sleep(0.002)
+        server.call(lambda: setattr(server.generations, "_backlog_eta_s", 200.0))
+
+        def go_on():
+            server.engine.paused = False
+            load.finish(call)
+            server.wait_idle()
+
+        naps.then = go_on
+        client = server.client().with_options(max_retries=2)
+        raw = client.completions.with_raw_response.create(model="m", prompt="a", max_tokens=3)
+        assert naps.seconds == [20]
+        assert raw.retries_taken == 1
+        assert raw.headers["content-type"] == "application/json"
+        assert raw.parse().usage.completion_tokens == 3
+
+
+def test_openai_waits_while_the_engine_loads(naps):
+    with RunningServer(ready=False).running() as server:
+        naps.then = lambda: server.call(lambda: server.state.ready(server.generations))
+        client = server.client().with_options(max_retries=2)
+        assert client.completions.create(model="m", prompt="a", max_tokens=3).usage
+        assert naps.seconds == [5]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_openai_loses_patience(server, stream):
+    """Its request is aborted, too."""
+    server.engine.paused = True
+    impatient = server.client().with_options(timeout=0.3)
+    with pytest.raises(openai.APITimeoutError):
+        impatient.completions.create(model="m", prompt="a", stream=stream)
+    server.wait_idle()
+    assert len(server.engine.aborted) == 1
