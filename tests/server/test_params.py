@@ -22,6 +22,8 @@ from tokasaurus.server.params import renamed
         ("temperature", -0.1),
         ("temperature", 1e-9),
         ("temperature", float("nan")),
+        ("temperature", 10**400),
+        ("logit_bias", {5: 10**400}),
         ("temperature", float("inf")),
         ("temperature", "hot"),
         ("top_p", 0),

@@ -31,6 +31,7 @@ _Key = Annotated[str, Field(max_length=64)]
 _Value = Annotated[str, Field(max_length=512)]
 
 
+_WINDOW = "24h"
 SAMPLES_AHEAD = 2  # of batches, for each that can run: enough wait in the manager to fill every gap
 
 
@@ -63,8 +64,8 @@ class BatchRequest(StrictSchema):
 
     input_file_id: str
     endpoint: str
-    completion_window: str = "24h"
-    """A number and s, m, h or d. Lines that have not run by then get an error."""
+    completion_window: str | None = None
+    """A number and s, m, h or d; default 24h. Lines that have not run by then get an error."""
     metadata: Annotated[dict[_Key, _Value], Field(max_length=16)] | None = None
     output_expires_after: OutputExpiresAfter | None = None
 
@@ -99,11 +100,12 @@ class BatchRoutes:
                 f"endpoint must be one of {', '.join(self._batches.urls)}, not {asked.endpoint!r}",
                 "endpoint",
             )
-        window_s = window_seconds(asked.completion_window)
+        window = _WINDOW if asked.completion_window is None else asked.completion_window
+        window_s = window_seconds(window)
         if window_s is None:
             raise RequestError(
                 "completion_window must be a number and s, m, h or d, such as 24h, and at most 30d; it was"
-                f" {asked.completion_window!r}",
+                f" {window!r}",
                 "completion_window",
             )
         now = int(time.time())
@@ -112,7 +114,7 @@ class BatchRoutes:
             id=new_id("batch").replace("-", "_"),
             endpoint=asked.endpoint,
             input_file_id=asked.input_file_id,
-            completion_window=asked.completion_window,
+            completion_window=window,
             created_at=now,
             expires_at=now + window_s,
             metadata=asked.metadata,

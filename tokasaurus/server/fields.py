@@ -43,22 +43,57 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "safety_identifier": (_ANY_STRING,),
     "store": (False,),
     # Other engines
+    "add_generation_prompt": (True,),
     "add_special_tokens": (True,),
+    "allowed_token_ids": (),
+    "cache_salt": (),
     "cartridges": ([],),
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "custom_logit_processor": (),
     "detokenize": (True,),
+    "documents": ([],),
     "early_stopping": (False,),
+    "ebnf": (),
+    "extra_key": (),
+    "include_reasoning": (True,),
     "include_stop_str_in_output": (False,),
+    "json_schema": (),
+    "kv_transfer_params": (),
     "length_penalty": (1,),
+    "logits_processors": (),
     "lora_path": (),
+    "media_io_kwargs": (),
+    "mm_processor_kwargs": (),
+    "no_stop_trim": (False,),
+    "regex": (),
+    "request_id": (),
+    "return_hidden_states": (False,),
+    "return_routed_experts": (False,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "rid": (),
+    "separate_reasoning": (True,),
+    "session_params": (),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
+    "stop_regex": (),
+    "stream_reasoning": (True,),
     "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
+    "vllm_xargs": (),
 }
 """Null is harmless everywhere and not listed. A type stands for all its values."""
 
 _REASONS: Mapping[str, str] = {
+    "add_generation_prompt": "it is an argument in chat_template_kwargs",
     "best_of": "every sample is returned, none is chosen: ask for n samples",
+    "chat_template": "it is an argument in chat_template_kwargs",
+    "continue_final_message": "it is an argument in chat_template_kwargs",
+    "ebnf": "ask for structured_outputs",
+    "json_schema": "ask for structured_outputs or response_format",
+    "regex": "ask for structured_outputs",
+    "return_token_ids": "they are in system_fingerprint",
     "store": "this server keeps no completions",
     "suffix": "the text only ever goes on from the prompt: put a fill-in-the-middle prompt together yourself",
 }
@@ -91,7 +126,10 @@ def without_harmless(
 
 
 def _matches(value: Any, harmless: Any) -> bool:
-    return isinstance(value, harmless) if isinstance(harmless, type) else bool(value == harmless)
+    if isinstance(harmless, type):
+        return isinstance(value, harmless)
+    # True is 1 to Python.
+    return isinstance(value, bool) == isinstance(harmless, bool) and bool(value == harmless)
 
 
 def _unknown(name: str, supported: Collection[str]) -> str:

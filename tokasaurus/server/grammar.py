@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import llguidance
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 __all__ = ["FIELD", "Grammars", "check_structured_outputs", "from_response_format", "json_style"]
 
 FIELD = "structured_outputs"
+
+# The fields of OpenAI's spelling; name and description are for people.
+RESPONSE_FORMAT = ("type", "json_schema")
+RESPONSE_SCHEMA = ("schema", "name", "description", "strict")
 
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 _OPTIONS = ("whitespace_pattern", "disable_any_whitespace")
@@ -82,22 +86,33 @@ def from_response_format(value: Any) -> Mapping[str, Any] | None:
     """
     field = "response_format"
     kind = value.get("type") if isinstance(value, Mapping) else None
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return {"json_object": True}
-    if kind != "json_schema":
+    if kind not in ("text", "json_object", "json_schema"):
         raise RequestError(
             f"{field} must be an object of type text, json_object or json_schema, not {_shown(value)}",
             field,
         )
+    _check_known(value, RESPONSE_FORMAT if kind == "json_schema" else ("type",), field, kind)
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"json_object": True}
     form = value.get("json_schema")
     schema = form.get("schema") if isinstance(form, Mapping) else None
     if not isinstance(schema, Mapping):
         raise RequestError(
             f'{field} must be {{"type": "json_schema", "json_schema": {{"schema": ...}}}}', field
         )
+    _check_known(form, RESPONSE_SCHEMA, field, "json_schema")
     return {"json": schema}
+
+
+def _check_known(value: Mapping[str, Any], known: Sequence[str], field: str, kind: str) -> None:
+    """Raises RequestError where an object says more than these fields; null says nothing."""
+    for name, each in value.items():
+        if name not in known and each is not None:
+            raise RequestError(
+                f"{field} of type {kind} has no {name!r}; there are {', '.join(known)}", field
+            )
 
 
 class Grammars:

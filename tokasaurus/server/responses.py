@@ -163,6 +163,9 @@ class ResponsesRequest(GenerationRequest):
             raise RequestError(
                 f"text cannot be combined with {super()._form[0]}: both say what it must be", "text"
             )
+        format_ = None if self.text is None else self.text.format
+        if format_ and format_.type != "json_schema" and format_.json_schema is not None:
+            raise RequestError(f"text.format of type {format_.type} has no schema", "text")
         if form == {"json": None}:
             raise RequestError("text.format of type json_schema must have a schema", "text")
         if self.top_logprobs and not self.include:

@@ -81,7 +81,7 @@ def read_prompts(field: str, value: Any, num_samples: int = 1) -> list[str | lis
         num_samples: of each prompt.
 
     Raises:
-        RequestError: it is none of the allowed shapes, or there are too many.
+        RequestError: it is none of the allowed shapes, or there are too many, or too many samples.
     """
     if isinstance(value, str):
         prompts: list[Any] = [value]
@@ -97,6 +97,8 @@ def read_prompts(field: str, value: Any, num_samples: int = 1) -> list[str | lis
             raise _wrong_prompt(field)
         if kind is list and not all(type(token_id) is int for token_id in each):
             raise _wrong_prompt(field)
+    if num_samples > MAX_SAMPLES:
+        raise RequestError(f"n must be from 1 to {MAX_SAMPLES}, not {num_samples}", "n")
     if len(prompts) * num_samples > MAX_SAMPLES:
         raise RequestError(
             f"{field} has {len(prompts)} prompts, for n={num_samples} samples each; one request"

@@ -63,7 +63,8 @@ class ToolCall(StrictSchema):
     """A call that the assistant made, as answers have it."""
 
     id: str | None = None
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = None
+    """There are functions only."""
     function: _CalledFunction
     index: int | None = None
     """In streamed answers; says nothing here."""

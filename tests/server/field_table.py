@@ -1,0 +1,582 @@
+"""What each field of each request does, for ``test_every_field``. Whoever adds a field adds a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from tokasaurus.server import (
+    batch_routes,
+    chat,
+    embeddings,
+    grammar,
+    native,
+    responses,
+    schemas,
+    sglang,
+    tokens,
+)
+from tokasaurus.server.tools import request as tools
+
+
+@dataclass(frozen=True)
+class Changes:
+    """It is supported: the engine is asked for something else, or answers something else.
+
+    Args:
+        value: another than the base's.
+        beside: what else the object must say for that to show.
+        around: what else the whole body must say.
+    """
+
+    value: Any
+    beside: Mapping[str, Any] = field(default_factory=dict)
+    around: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Passes:
+    """It says nothing new here.
+
+    Args:
+        values: that pass, and change nothing.
+        why: they are not refused.
+        refused: another one, refused by name; none by default.
+    """
+
+    values: tuple[Any, ...]
+    why: str
+    refused: Any = None
+
+
+@dataclass(frozen=True)
+class Refused:
+    """It is in the schema only to be refused by name, with a reason."""
+
+    value: Any
+    passes: tuple[Any, ...] = ()
+
+
+Row: TypeAlias = Changes | Passes | Refused
+
+
+@dataclass(frozen=True)
+class Place:
+    """An object in requests.
+
+    Args:
+        path: of a route that takes it.
+        base: fields that it has in any case, the required ones among them.
+        rows: by field.
+        wrap: makes a whole body of it.
+        top: the body's field that it stands in; "" if it is the body.
+        known: its fields, as the code has them.
+        required: those of them that may not be left out, nor be null.
+    """
+
+    path: str
+    base: Mapping[str, Any]
+    rows: Mapping[str, Row]
+    known: frozenset[str]
+    required: frozenset[str] = frozenset()
+    wrap: Callable[[Any], Any] = lambda fields: fields
+    top: str = ""
+
+
+COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
+GENERATE, EMBEDDINGS = "/generate", "/v1/embeddings"
+TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
+SYNCHRONOUS, BATCHES = "/custom/synchronous-batch-completions", "/v1/batches"
+
+USER = {"role": "user", "content": "the cat"}
+BASE: Mapping[str, Mapping[str, Any]] = {
+    COMPLETIONS: {"prompt": "the cat", "seed": 1, "max_tokens": 12},
+    CHAT: {"messages": [USER], "seed": 1, "max_tokens": 12},
+    RESPONSES: {"input": "the cat", "seed": 1, "max_output_tokens": 12},
+    GENERATE: {"prompt": "the cat", "seed": 1, "max_tokens": 12},
+    EMBEDDINGS: {"input": "the cat"},
+}
+SGLANG = {"text": "the cat", "sampling_params": {"sampling_seed": 1, "max_new_tokens": 12}}
+
+TOOL = {"type": "function", "function": {"name": "f"}}
+OTHER_TOOL = {"type": "function", "function": {"name": "g", "description": "does"}}
+CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+# A template that shows all that it is told.
+SHOWS_ALL = {"chat_template_kwargs": {"chat_template": "{{ messages }}{{ tools }}<tool_call>"}}
+ONE_MODEL = "there is one model, whatever it is called"
+ONE_KIND = "there is but one kind of it"
+COMES_BACK = "clients send parts of answers back as they were"
+
+FORMS: Mapping[str, Row] = {
+    "response_format": Changes({"type": "json_object"}),
+    "structured_outputs": Changes({"regex": "[a-z]+"}),
+    "guided_json": Changes({"type": "integer"}),
+    "guided_regex": Changes("[a-z]+"),
+    "guided_choice": Changes(["a", "b"]),
+    "guided_grammar": Changes('start: "a"'),
+}
+GENERATION: Mapping[str, Row] = {
+    **FORMS,
+    "model": Changes("other"),
+    "n": Changes(3),
+    "temperature": Changes(0.25),
+    "top_p": Changes(0.5),
+    "top_k": Changes(5),
+    "min_p": Changes(0.5),
+    "seed": Changes(2),
+    "stop": Changes(["a", "b"]),
+    "ignore_eos": Changes(True),
+    "stop_token_ids": Changes([70, 71]),
+    "min_tokens": Changes(3),
+    "frequency_penalty": Changes(-0.5),
+    "presence_penalty": Changes(0.5),
+    "repetition_penalty": Changes(1.1),
+    "logit_bias": Changes({"70": -100, "71": 2.5}),
+    "bad_words": Changes(["cat"]),
+    "max_tokens": Changes(5),
+    "prompt_logprobs": Changes(2),
+    "logprobs_mode": Changes("raw"),
+    "logprobs_ignore_temperature": Changes(True),
+    "logprobs_in_fingerprint": Changes(True),
+    "priority": Changes(-5),
+    "first_k": Changes(1, {"n": 3}),
+    "stream": Changes(True),
+    "stream_options": Changes({"include_usage": True}, {"stream": True}),
+    "user": Changes("somebody"),
+    "metadata": Changes({"run": "7"}),
+    "service_tier": Changes("flex"),
+}
+
+
+def known(schema: Any) -> frozenset[str]:
+    """The fields of a schema, as clients spell them."""
+    return frozenset(each.alias or name for name, each in schema.model_fields.items())
+
+
+def required(schema: Any) -> frozenset[str]:
+    fields = schema.model_fields.items()
+    return frozenset(each.alias or name for name, each in fields if each.is_required())
+
+
+def of(schema: Any, path: str, base: Any, rows: Any, wrap: Any = None, top: str = "") -> Place:
+    wrap = wrap or (lambda fields: fields)
+    return Place(path, base, rows, known(schema), required(schema), wrap, top)
+
+
+def without_null(fields: Any) -> Any:
+    """Null if nothing is left: an object that asks for nothing is refused."""
+    return {name: value for name, value in fields.items() if value is not None} or None
+
+
+def in_chat(**fields: Any) -> dict[str, Any]:
+    return {**BASE[CHAT], **SHOWS_ALL, **fields}
+
+
+SCHEMAS: Mapping[Any, Place] = {
+    schemas.CompletionRequest: of(
+        schemas.CompletionRequest,
+        COMPLETIONS,
+        BASE[COMPLETIONS],
+        {
+            **GENERATION,
+            "prompt": Changes("the dog"),
+            "logprobs": Changes(3),
+            "echo": Changes(True),
+        },
+    ),
+    schemas.StreamOptions: of(
+        schemas.StreamOptions,
+        COMPLETIONS,
+        {},
+        {"include_usage": Changes(True), "continuous_usage_stats": Changes(True)},
+        lambda fields: {**BASE[COMPLETIONS], "stream": True, "stream_options": fields},
+        "stream_options",
+    ),
+    chat.ChatRequest: of(
+        chat.ChatRequest,
+        CHAT,
+        BASE[CHAT],
+        {
+            **GENERATION,
+            "messages": Changes([{**USER, "content": "the dog"}]),
+            "ids": Changes([70, 71, 72], {"messages": None}),
+            "logprobs": Changes(True),
+            "top_logprobs": Changes(3, {"logprobs": True}),
+            "max_completion_tokens": Changes(5, {"max_tokens": None}),
+            "apply_chat_template_overrides": Changes({"shout": True}),
+            "chat_template_kwargs": Changes({"shout": True}),
+            "tools": Changes([TOOL], SHOWS_ALL),
+            "tool_choice": Changes("none", {"tools": [TOOL], **SHOWS_ALL}),
+            "parallel_tool_calls": Changes(
+                False, {"tools": [TOOL], "tool_choice": "required", **SHOWS_ALL}
+            ),
+        },
+    ),
+    chat.ChatMessage: of(
+        chat.ChatMessage,
+        CHAT,
+        USER,
+        {
+            "role": Changes("system"),
+            "content": Changes("the dog"),
+            "name": Changes("Ann"),
+            "tool_calls": Changes([CALL]),
+            "tool_call_id": Changes("call_1"),
+            "reasoning_content": Changes("hm"),
+        },
+        lambda fields: in_chat(messages=[fields]),
+        "messages",
+    ),
+    chat.TextPart: of(
+        chat.TextPart,
+        CHAT,
+        {"type": "text", "text": "the cat"},
+        {"type": Passes(("text",), ONE_KIND, "image_url"), "text": Changes("the dog")},
+        lambda fields: in_chat(messages=[{"role": "user", "content": [fields]}]),
+        "messages",
+    ),
+    tools.ToolCall: of(
+        tools.ToolCall,
+        CHAT,
+        CALL,
+        {
+            "id": Changes("call_1"),
+            "type": Passes(("function",), ONE_KIND, "custom"),
+            "function": Changes({"name": "g", "arguments": {}}),
+            "index": Passes((0, 3), COMES_BACK),
+        },
+        lambda fields: in_chat(messages=[{"role": "assistant", "tool_calls": [fields]}, USER]),
+        "messages",
+    ),
+    tools._CalledFunction: of(
+        tools._CalledFunction,
+        CHAT,
+        CALL["function"],
+        {"name": Changes("g"), "arguments": Changes({"a": 1})},
+        lambda fields: in_chat(
+            messages=[{"role": "assistant", "tool_calls": [{**CALL, "function": fields}]}, USER]
+        ),
+        "messages",
+    ),
+    tools.Tool: of(
+        tools.Tool,
+        CHAT,
+        TOOL,
+        {
+            "type": Passes(("function",), ONE_KIND, "custom"),
+            "function": Changes({"name": "g"}),
+        },
+        lambda fields: in_chat(tools=[fields]),
+        "tools",
+    ),
+    tools.Function: of(
+        tools.Function,
+        CHAT,
+        TOOL["function"],
+        {
+            "name": Changes("g"),
+            "description": Changes("does"),
+            "parameters": Changes({"type": "object", "properties": {"a": {"type": "integer"}}}),
+            "strict": Passes((True, False), "enforced calls follow their schema in any case"),
+        },
+        lambda fields: in_chat(tools=[{"type": "function", "function": fields}]),
+        "tools",
+    ),
+    tools.ToolChoice: of(
+        tools.ToolChoice,
+        CHAT,
+        {"type": "function", "function": {"name": "f"}},
+        {
+            "type": Passes(("function",), ONE_KIND, "custom"),
+            "function": Changes({"name": "g"}),
+        },
+        lambda fields: in_chat(tools=[TOOL, OTHER_TOOL], tool_choice=fields),
+        "tool_choice",
+    ),
+    tools._FunctionName: of(
+        tools._FunctionName,
+        CHAT,
+        {"name": "f"},
+        {"name": Changes("g")},
+        lambda fields: in_chat(
+            tools=[TOOL, OTHER_TOOL], tool_choice={"type": "function", "function": fields}
+        ),
+        "tool_choice",
+    ),
+    responses.ResponsesRequest: of(
+        responses.ResponsesRequest,
+        RESPONSES,
+        BASE[RESPONSES],
+        {
+            **GENERATION,
+            "n": Refused(2, (1,)),
+            "first_k": Refused(1),
+            "max_tokens": Refused(5),
+            "logprobs_in_fingerprint": Refused(True),
+            "prompt_logprobs": Refused(2),
+            "response_format": Refused({"type": "json_object"}),
+            "stream_options": Refused({"include_usage": True}),
+            "input": Changes("the dog"),
+            "instructions": Changes("Be brief."),
+            "max_output_tokens": Changes(5),
+            "text": Changes({"format": {"type": "json_object"}}),
+            "include": Changes(["message.output_text.logprobs"]),
+            "top_logprobs": Changes(2, {"include": ["message.output_text.logprobs"]}),
+        },
+    ),
+    responses.InputMessage: of(
+        responses.InputMessage,
+        RESPONSES,
+        USER,
+        {
+            "role": Changes("system"),
+            "content": Changes("the dog"),
+            "type": Passes(("message",), ONE_KIND, "function_call"),
+            "id": Passes(("msg_1",), COMES_BACK),
+            "status": Passes(("completed",), COMES_BACK),
+            "phase": Passes(("final_answer",), COMES_BACK),
+        },
+        lambda fields: {**BASE[RESPONSES], "input": [fields]},
+        "input",
+    ),
+    responses.InputText: of(
+        responses.InputText,
+        RESPONSES,
+        {"type": "input_text", "text": "the cat"},
+        {
+            "type": Passes(("output_text",), COMES_BACK, "input_image"),
+            "text": Changes("the dog"),
+            "annotations": Passes(([],), COMES_BACK, [{}]),
+            "logprobs": Passes(([], [{}]), COMES_BACK),
+        },
+        lambda fields: {**BASE[RESPONSES], "input": [{"role": "user", "content": [fields]}]},
+        "input",
+    ),
+    responses.TextOptions: of(
+        responses.TextOptions,
+        RESPONSES,
+        {},
+        {"format": Changes({"type": "json_object"}), "verbosity": Refused("low")},
+        lambda fields: {**BASE[RESPONSES], "text": fields},
+        "text",
+    ),
+    responses.TextFormat: of(
+        responses.TextFormat,
+        RESPONSES,
+        {"type": "json_schema", "schema": {"type": "object"}},
+        {
+            "type": Changes("json_object", {"schema": None}),
+            "schema": Changes({"type": "integer"}),
+            "name": Changes("other"),
+            "description": Changes("of a thing"),
+            "strict": Changes(True),
+        },
+        lambda fields: {**BASE[RESPONSES], "text": {"format": fields}},
+        "text",
+    ),
+    native.NativeRequest: of(
+        native.NativeRequest,
+        GENERATE,
+        BASE[GENERATE],
+        {
+            **GENERATION,
+            "logprobs_in_fingerprint": Refused(True, (False,)),
+            "stream_options": Refused({"include_usage": True}),
+            "prompt": Changes("the dog"),
+            "system": Changes("Be brief."),
+            "logprobs": Changes(2),
+        },
+    ),
+    sglang.SglangRequest: of(
+        sglang.SglangRequest,
+        GENERATE,
+        SGLANG,
+        {
+            "text": Changes("the dog"),
+            "input_ids": Changes([70, 71], {"text": None}),
+            "sampling_params": Changes({"sampling_seed": 2}),
+            "return_logprob": Changes(True),
+            "logprob_start_len": Changes(0, {"return_logprob": True}),
+            "top_logprobs_num": Changes(2, {"return_logprob": True}),
+            "return_text_in_logprobs": Changes(True, {"return_logprob": True}),
+            "stream": Changes(True),
+            "rid": Changes("mine", {"text": ["the cat"]}),
+            "user": Changes("somebody"),
+        },
+    ),
+    embeddings.EmbeddingRequest: of(
+        embeddings.EmbeddingRequest,
+        EMBEDDINGS,
+        BASE[EMBEDDINGS],
+        {
+            "input": Changes("the dog"),
+            "model": Changes("other"),
+            "encoding_format": Changes("base64"),
+            "dimensions": Changes(4),
+            "pooling": Changes("last"),
+            "priority": Changes(-5),
+            "user": Changes("somebody"),
+        },
+    ),
+    tokens.TokenizeRequest: of(
+        tokens.TokenizeRequest,
+        TOKENIZE,
+        {"prompt": "the cat"},
+        {
+            "model": Passes(("other",), ONE_MODEL),
+            "prompt": Changes("the dog"),
+            "messages": Changes([USER], {"prompt": None}),
+            "add_special_tokens": Changes(False),
+            "return_token_strs": Changes(True),
+            **{
+                name: Changes(value, {"prompt": None, "messages": [USER]})
+                for name, value in (
+                    ("add_generation_prompt", False),
+                    ("continue_final_message", True),
+                    ("chat_template", "{{ messages }}"),
+                    ("chat_template_kwargs", {"shout": True}),
+                )
+            },
+        },
+    ),
+    tokens.DetokenizeRequest: of(
+        tokens.DetokenizeRequest,
+        DETOKENIZE,
+        {"tokens": [70]},
+        {"model": Passes(("other",), ONE_MODEL), "tokens": Changes([71])},
+    ),
+    batch_routes.BatchRequest: of(
+        batch_routes.BatchRequest,
+        BATCHES,
+        {"input_file_id": "FILE", "endpoint": COMPLETIONS, "completion_window": "24h"},
+        {
+            "input_file_id": Changes("OTHER FILE"),
+            "endpoint": Changes(CHAT),
+            "completion_window": Changes("7d"),
+            "metadata": Changes({"run": "7"}),
+            "output_expires_after": Changes({"anchor": "created_at", "seconds": 1000}),
+        },
+    ),
+    batch_routes.OutputExpiresAfter: of(
+        batch_routes.OutputExpiresAfter,
+        BATCHES,
+        {"anchor": "created_at", "seconds": 1000},
+        {"anchor": Passes(("created_at",), ONE_KIND, "started_at"), "seconds": Changes(2000)},
+        lambda fields: {
+            "input_file_id": "FILE",
+            "endpoint": COMPLETIONS,
+            "output_expires_after": fields,
+        },
+        "output_expires_after",
+    ),
+}
+"""Of the schemas."""
+
+SAMPLING: Mapping[str, Row] = {
+    name: GENERATION[each.name]
+    for name, each in sglang.SAMPLING_FIELDS.items()
+    if each.name in GENERATION and each.name != grammar.FIELD
+}
+OBJECTS: Mapping[str, Place] = {
+    "sampling_params": Place(
+        GENERATE,
+        SGLANG["sampling_params"],
+        {
+            **SAMPLING,
+            "json_schema": Changes('{"type": "integer"}'),
+            "regex": Changes("[a-z]+"),
+            "ebnf": Changes('root ::= "a"'),
+        },
+        frozenset(sglang.SAMPLING_FIELDS),
+        wrap=lambda fields: {"text": "the cat", "sampling_params": fields},
+        top="sampling_params",
+    ),
+    "structured_outputs": Place(
+        COMPLETIONS,
+        {},
+        {
+            "json": Changes({"type": "integer"}),
+            "regex": Changes("[a-z]+"),
+            "choice": Changes(["a", "b"]),
+            "grammar": Changes('start: "a"'),
+            "json_object": Changes(True),
+            "whitespace_pattern": Changes(" ", {"json_object": True}),
+            "disable_any_whitespace": Changes(True, {"json_object": True}),
+        },
+        frozenset(grammar._KINDS + grammar._OPTIONS),
+        wrap=lambda fields: {**BASE[COMPLETIONS], "structured_outputs": without_null(fields)},
+        top="structured_outputs",
+    ),
+    "response_format": Place(
+        COMPLETIONS,
+        {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}},
+        {
+            "type": Changes("json_object", {"json_schema": None}),
+            "json_schema": Changes({"schema": {"type": "integer"}}),
+        },
+        frozenset(grammar.RESPONSE_FORMAT),
+        frozenset({"type", "json_schema"}),
+        wrap=lambda fields: {**BASE[COMPLETIONS], "response_format": fields},
+        top="response_format",
+    ),
+    "response_format.json_schema": Place(
+        COMPLETIONS,
+        {"schema": {"type": "object"}},
+        {
+            "schema": Changes({"type": "integer"}),
+            "name": Passes(("thing",), "for people; so is the description"),
+            "description": Passes(("of a thing",), "for people"),
+            "strict": Passes((True, False), "a schema holds whether or not it is strict"),
+        },
+        frozenset(grammar.RESPONSE_SCHEMA),
+        frozenset({"schema"}),
+        wrap=lambda fields: {
+            **BASE[COMPLETIONS],
+            "response_format": {"type": "json_schema", "json_schema": fields},
+        },
+        top="response_format",
+    ),
+    "synchronous batch": Place(
+        SYNCHRONOUS,
+        {"requests": [BASE[CHAT]]},
+        {"requests": Changes([{**BASE[CHAT], "seed": 2}])},
+        frozenset({"requests"}),
+        frozenset({"requests"}),
+    ),
+}
+"""Of objects that no schema describes."""
+
+OTHER_ENGINES: Mapping[str, tuple[Any, ...]] = {
+    # vLLM
+    "add_generation_prompt": (True,),
+    "allowed_token_ids": (),
+    "cache_salt": (),
+    "chat_template": (),
+    "continue_final_message": (False,),
+    "documents": (),
+    "include_reasoning": (True,),
+    "kv_transfer_params": (),
+    "logits_processors": (),
+    "media_io_kwargs": (),
+    "mm_processor_kwargs": (),
+    "request_id": (),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "vllm_xargs": (),
+    # SGLang
+    "custom_logit_processor": (),
+    "ebnf": (),
+    "extra_key": (),
+    "json_schema": (),
+    "no_stop_trim": (False,),
+    "regex": (),
+    "return_hidden_states": (False,),
+    "return_routed_experts": (False,),
+    "rid": (),
+    "separate_reasoning": (True,),
+    "session_params": (),
+    "stop_regex": (),
+    "stream_reasoning": (True,),
+}
+"""Fields of other engines' completions and chats that this one does not support, with what passes beside null."""
