@@ -177,6 +177,17 @@ def test_penalties_by_hand():
     assert both.tolist() == [-0.5, -2.0, 2.0, 0.0]
 
 
+def test_words_of_the_very_first_sequence():
+    """Nobody has brought or drawn any id yet."""
+    table = AdjustmentTable(1, 3, CPU)
+    enter(table, [(0, Adjustments(bad_words=((1, 2),)), [0], [])])
+    logits, slots = torch.zeros(1, 3), np.zeros(1, np.int32)
+    numbers = np.arange(2, dtype=np.int32)
+    assert table.adjusted(logits, slots, numbers[:1]).tolist() == [[0, 0, 0]]
+    table.record(slots, torch.tensor([1]))
+    assert table.adjusted(logits, slots, numbers[1:]).tolist() == [[0, 0, -np.inf]]
+
+
 def test_where_every_token_would_be_masked_none_is():
     masked = Adjustments(bad_words=((0,), (1,), (0, 2)), min_tokens=9, late_ids=(1, 2))
     logits = [1.0, 3.0, 2.0, 0.0]

@@ -199,7 +199,7 @@ class AdjustmentTable:
         self._asks[slots] = True
         if not adjustments.reads_generated:
             return
-        self._reserve(len(slots), len(group.ids))
+        self._reserve(len(slots), len(group.ids) + 1)
         rows = [self._free_rows.pop() for _ in slots]
         self._row[slots] = rows
         self._length[slots] = len(group.ids)
