@@ -32,6 +32,8 @@ NAMES_AND_DEFAULTS = {
     "max_queued_requests": 65536,
     "request_timeout_s": None,
     "max_body_bytes": 256 << 20,
+    "max_n": 65536,
+    "max_stored_bytes": None,
     "shutdown_timeout_s": 30.0,
     "tool_call_parser": "auto",
     "reasoning_parser": "auto",

@@ -110,6 +110,39 @@ def test_who_has_little_in_flight_gets_in_where_others_do_not():
         assert not server.generations._num_of_client
 
 
+# --- how much one request may ask for ---------------------------------------------------------------
+
+
+def test_more_samples_than_the_operator_allows():
+    chat = {"messages": [{"role": "user", "content": "the cat"}], "max_tokens": 3}
+    with serving(max_n=3) as server:
+        for path, body, field in (
+            ("/v1/completions", {"prompt": "the cat"}, "n"),
+            ("/v1/chat/completions", chat, "n"),
+            ("/generate", {"prompt": "the cat"}, "n"),
+            ("/generate", {"text": "the cat"}, "sampling_params.n"),
+        ):
+            for n, status in ((3, 200), (4, 400)):
+                given = {"sampling_params": {"n": n}} if "." in field else {"n": n}
+                answer = server.post(path, {**body, **given})
+                assert answer.status == status
+            assert answer.error["param"] == field
+            assert "max_n=3" in answer.error["message"]
+
+
+def test_more_files_than_the_operator_allows(tmp_path):
+    with serving(max_stored_bytes=100, data_dir=str(tmp_path)) as server:
+        client = server.client()
+        first = client.files.create(file=b"x" * 60, purpose="batch")
+        with pytest.raises(openai.BadRequestError, match="max_stored_bytes=100") as error:
+            client.files.create(file=b"x" * 41, purpose="batch")
+        assert error.value.param == "file"
+        client.files.create(file=b"x" * 40, purpose="batch")
+        client.files.delete(first.id)
+        client.files.create(file=b"x" * 60, purpose="batch")
+        assert len(list((tmp_path / "files").iterdir())) == 2
+
+
 # --- time limits -----------------------------------------------------------------------------------
 
 

@@ -85,12 +85,17 @@ class AnsweredLine:
 class JobStore:
     """The one user of a directory, which is created if it is not there.
 
+    Args:
+        directory: its own.
+        max_bytes: of all files, beyond which no more are taken; None for any number. Results are always kept.
+
     Raises:
         ConfigError: another process uses it, it cannot be written, or a newer version wrote it.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, max_bytes: int | None = None) -> None:
         self._directory = directory
+        self._max_bytes = max_bytes
         try:
             for path in (directory, self._files, self._answers):
                 path.mkdir(parents=True, exist_ok=True)
@@ -118,7 +123,19 @@ class JobStore:
         """Keeps a file whose content is in its place. Raises RequestError if there are too many."""
         (number,) = self._database.execute("SELECT count(*) FROM files").fetchone()
         if number >= MAX_FILES:
-            raise RequestError(f"there are {number} files already; delete some")
+            raise RequestError(
+                f"{number} files are stored, and there may be {MAX_FILES}; delete some", "file"
+            )
+        if self._max_bytes is not None:
+            (stored,) = self._database.execute(
+                "SELECT coalesce(sum(json_extract(CAST(record AS TEXT), '$.bytes')), 0) FROM files"
+            ).fetchone()
+            if stored + file.bytes > self._max_bytes:
+                raise RequestError(
+                    f"{stored} bytes are stored, and with these {file.bytes} there would be more than"
+                    f" max_stored_bytes={self._max_bytes}; delete some files",
+                    "file",
+                )
         with self._transaction():
             self._insert_file(file)
 

@@ -203,6 +203,20 @@ class EngineConfig:
         minimum=1024,
         help="Size of a request's body, beyond which it is refused with status 413.",
     )
+    max_n: int = flag(
+        65536,
+        group=_OVERLOAD,
+        minimum=1,
+        maximum=65536,
+        help="Samples of one prompt, the field n, beyond which a request is refused with status 400.",
+    )
+    max_stored_bytes: int | None = flag(
+        None,
+        group=_OVERLOAD,
+        minimum=1,
+        help="Of all files in data_dir, inputs and results of batches, beyond which an upload is refused with status 400; results are always kept.",
+        adapts="as much as the disk holds",
+    )
 
     uvicorn_log_level: str = flag(
         "info",

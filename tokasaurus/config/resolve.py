@@ -252,6 +252,8 @@ def _server(config: EngineConfig, facts: ModelFacts, limits: _Limits) -> ServerC
         max_queued_requests=config.max_queued_requests,
         request_timeout_s=config.request_timeout_s,
         max_body_bytes=config.max_body_bytes,
+        max_n=config.max_n,
+        max_stored_bytes=config.max_stored_bytes,
         stats_report_s=config.stats_report_seconds,
         statsd_address=_statsd_address(config.statsd_server_url),
         model_name=config.served_model_name or config.model or BUNDLED_MODEL_NAME,

@@ -45,6 +45,8 @@ class ServerConfig:
     max_queued_requests: int  # prompts in flight
     request_timeout_s: float | None
     max_body_bytes: int
+    max_n: int  # samples of one prompt
+    max_stored_bytes: int | None  # of the files of batches
     stats_report_s: float  # 0: no line of statistics
     statsd_address: tuple[str, int] | None
     model_name: str  # the id that /v1/models reports

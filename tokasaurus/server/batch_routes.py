@@ -38,7 +38,7 @@ SAMPLES_AHEAD = 2  # of batches, for each that can run: enough wait in the manag
 def batch_runner(config: ServerConfig, state: EngineState) -> BatchRunner:
     """The batches of an engine; its owner starts and closes it. Raises ConfigError."""
     try:
-        store = JobStore(Path(config.data_dir).expanduser())
+        store = JobStore(Path(config.data_dir).expanduser(), config.max_stored_bytes)
     except ConfigError as error:
         raise ConfigError(f"data_dir: {error}, or choose another with data_dir=") from None
     ahead = SAMPLES_AHEAD * config.max_seqs_per_forward

@@ -327,6 +327,12 @@ class Generations:
         """
         config = self.config
         prompt = _checked_prompt(prompt_ids, config.vocab_size)
+        if params.n > config.max_n:
+            raise RequestError(
+                f"n must be at most {config.max_n}, not {params.n}: the engine was started with"
+                f" max_n={config.max_n}",
+                "n",
+            )
         for name in ("logprobs", "prompt_logprobs"):
             number = getattr(params, name)
             if number is not None and number > config.max_topk_logprobs:
