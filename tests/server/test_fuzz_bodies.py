@@ -15,7 +15,8 @@ from request_bodies import BODIES, batch_files, bodies
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    config = with_config(data_dir=str(tmp_path_factory.mktemp("data")))
+    data_dir = str(tmp_path_factory.mktemp("data"))
+    config = with_config(data_dir=data_dir, max_body_bytes=64 << 20)
     with RunningServer(config).running() as server:
         # Short answers: what is asked is at stake here.
         server.engine.script = lambda request, index: [*random_ids(request, index)[:12], EOS_ID]
@@ -84,7 +85,7 @@ def test_memory_does_not_grow(server):
     assert grown < 10e6, f"{grown / 1e6:.0f} MB more than before"
 
 
-@pytest.mark.parametrize("num_cases", [10, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("num_cases", [10, pytest.param(100, marks=pytest.mark.long)])
 def test_every_line_of_a_batch_is_answered(server, num_cases):
     client = server.client()
 

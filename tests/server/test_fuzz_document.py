@@ -40,7 +40,10 @@ def test_answers_are_as_the_document_says(server, mode, num_cases):
     def check(case: schemathesis.Case) -> None:
         response = case.call(server.url, timeout=TIME_LIMIT_S)
         content_type = response.headers["content-type"][0]
-        check_answer(response.status_code, content_type, response.content)
+        try:
+            check_answer(response.status_code, content_type, response.content)
+        except AssertionError as error:
+            raise AssertionError(case.as_curl_command()) from error
         more = [checks.negative_data_rejection] if mode.is_negative else []
         case.validate_response(response, checks=CHECKS + more)
 
