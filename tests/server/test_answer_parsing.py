@@ -55,6 +55,8 @@ CASES = [
     ("hermes", "plain text", "plain text", []),
     ("hermes", "a < b <tool", "a < b <tool", []),
     ("hermes", "trailing \n", "trailing \n", []),
+    ("hermes", "a \n<tool_call>b</tool_call>\n", "a \n<tool_call>b</tool_call>\n", []),
+    ("hermes", "a \n<tool_call>b", "a \n<tool_call>b", []),
     ("hermes", hermes("f", A), "", [("f", A)]),
     ("hermes", hermes("f", C), "", [("f", C)]),
     (
@@ -203,6 +205,8 @@ def test_whatever_a_model_says_is_not_lost(seed):
             assert read(kind, pieces) == whole, (kind, pieces)
         if not whole[2] and kind == "llama3":
             assert whole[0] == text.lstrip() or whole[0] == text
+        if not whole[2] and kind == "hermes":
+            assert whole[0] == text
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,8 @@ class HermesParser:
     def __init__(self) -> None:
         self._pending = ""
         self._reader: CallReader | None = None
-        self._has_ended = False  # the call of the reader; its closing mark has not come
         self._after_call = False
+        self._space = ""  # before the mark, which is text where that begins no call
 
     def feed(self, text: str, *, final: bool) -> list[Part]:
         parts: list[Part] = []
@@ -83,7 +83,8 @@ class HermesParser:
     def _read_text(self, parts: list[Part], final: bool) -> bool:
         before, mark, after = self._pending.partition(_CALL)
         if mark:
-            self._text(before.rstrip(), parts)
+            self._text(kept := before.rstrip(), parts)
+            self._space = "" if self._after_call else before[len(kept) :]
             self._pending, self._reader = after, CallReader()
             return True
         # White space waits too: before a call and behind one it is no text.
@@ -107,7 +108,7 @@ class HermesParser:
         assert reader is not None
         if not (reader.is_done or reader.is_broken):
             if final and reader.name is None:
-                parts.append(Text(_CALL + reader.raw))
+                parts.append(Text(self._space + _CALL + reader.raw))
             return False
         before, mark, after = self._pending.partition(_END_OF_CALL)
         is_call = reader.name is not None
@@ -116,11 +117,11 @@ class HermesParser:
             return True
         if mark:
             if not is_call:
-                parts.append(Text(_CALL + before + mark))
+                parts.append(Text(self._space + _CALL + before + mark))
             self._pending, self._reader, self._after_call = after, None, is_call
             return True
         if final and not is_call:
-            parts.append(Text(_CALL + self._pending))
+            parts.append(Text(self._space + _CALL + self._pending))
         return False
 
 
