@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import openai
 import pytest
 from fake_engine import EOS_ID, TOKENIZER, RunningServer, ids_of, with_config
@@ -221,6 +223,55 @@ def test_the_first_model_has_an_id_and_a_root(server):
     first = server.get("/v1/models").json["data"][0]
     assert first["id"]
     assert first["root"]
+
+
+# --- clients of the engine's earlier versions -------------------------------------------------------
+
+
+def unpacked(text: str, dtype: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), dtype)
+
+
+@pytest.mark.parametrize("system", ["", "be brief"])
+def test_lm_client_with_logprobs(server, system):
+    """The later shape of the setup guide's client: ids and logprobs are packed in the fingerprint."""
+    body = {
+        "model": "org/tiny-model",
+        "messages": [{"role": "system", "content": system}, {"role": "user", "content": "hi"}],
+        "temperature": 0.2,
+        "max_tokens": 8,
+        "stop": ["FEEDBACK", "OBSERVATION"],
+        "logprobs": True,
+        "top_logprobs": 3,
+        "logprobs_ignore_temperature": True,
+        "logprobs_in_fingerprint": True,
+    }
+    answer = server.post(CHAT, body, Authorization="Bearer ").json
+    packed = json.loads(answer["system_fingerprint"])
+    (ids,) = packed["completion_ids"]
+    assert len(ids) == answer["usage"]["completion_tokens"] == 8
+    top_ids = unpacked(packed["packed_topk_indices"][0], "<i4").reshape(8, 3)
+    top = unpacked(packed["packed_topk_logprobs"][0], "<f4").reshape(8, 3)
+    assert all(token_id in row for token_id, row in zip(ids, top_ids, strict=True))
+    assert (np.diff(top) <= 0).all()
+
+
+def test_verl_rollout(server):
+    """Ids in, ids and float32 logprobs out; top_p is always there, and 1."""
+    prompt = ids_of("the cat")
+    body = {
+        "model": "default",
+        "prompt": [prompt],
+        "max_tokens": 8,
+        "temperature": 0.7,
+        "top_p": 1.0,
+        "logprobs_in_fingerprint": True,
+    }
+    answer = server.post(COMPLETIONS, body).json
+    packed = json.loads(answer["system_fingerprint"])
+    logprobs = unpacked(packed["packed_chosen_logprobs"][0], "<f4")
+    assert logprobs.shape == (len(packed["completion_ids"][0]),) == (8,)
+    assert server.engine.requests[0].prompt_ids.tolist() == prompt
 
 
 # --- openai ----------------------------------------------------------------------------------------
