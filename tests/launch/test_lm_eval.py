@@ -17,9 +17,6 @@ import pytest
 import torch
 import yaml
 from engine_process import running
-from lm_eval import simple_evaluate
-from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from oracle import LOGPROB_TOLERANCE, TIE, assert_greedy, reference_generate, reference_model
 from transformers import AutoTokenizer
 
@@ -52,10 +49,8 @@ def greedy_text(context: str, num_tokens: int) -> str:
 TASKS = {
     "toka_continuations": {
         "documents": [
-            {"context": context, "text": text}
-            for context in CONTEXTS
-            for text in (greedy_text(context, 6), " spoon of the moon")
-        ],
+            {"context": context, "text": " spoon of the moon"} for context in CONTEXTS
+        ],  # and what greedy decoding would say
         "output_type": "loglikelihood",
         "doc_to_text": "{{context}}",
         "doc_to_target": "{{text}}",
@@ -96,9 +91,11 @@ LOGLIKELIHOODS = ["toka_continuations", "toka_choices"]
 def tasks(tmp_path_factory):
     """A directory with a YAML file and data for each task."""
     directory = tmp_path_factory.mktemp("tasks")
+    likeliest = [{"context": context, "text": greedy_text(context, 6)} for context in CONTEXTS]
     for name, task in TASKS.items():
         data = directory / f"{name}.jsonl"
-        data.write_text("".join(json.dumps(each) + "\n" for each in task["documents"]))
+        documents = task["documents"] + (likeliest if name == "toka_continuations" else [])
+        data.write_text("".join(json.dumps(each) + "\n" for each in documents))
         fields = {key: value for key, value in task.items() if key != "documents"}
         config = {
             "task": name,
@@ -118,6 +115,9 @@ def tasks(tmp_path_factory):
 @pytest.fixture(scope="module")
 def evaluate(tasks, tmp_path_factory):
     """Runs tasks against one engine; returns what the harness asked and was answered, per task."""
+    from lm_eval import simple_evaluate  # takes seconds, which other tests need not wait for
+    from lm_eval.tasks import TaskManager
+
     flags = (
         f"model={MODEL_DIR}",
         "dtype=float32",
@@ -223,6 +223,8 @@ def test_loglikelihoods(evaluate, way):
 )
 def test_loglikelihoods_of_whole_texts(evaluate, way, max_length):
     """Longer ones in windows, each of which begins with the last token of the one before."""
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
     options = {**WAYS[way], "add_bos_token": False, "max_length": max_length}
     results = evaluate(["toka_passages"], **options)
     num_windows = 0
