@@ -83,8 +83,8 @@ class HermesParser:
     def _read_text(self, parts: list[Part], final: bool) -> bool:
         before, mark, after = self._pending.partition(_CALL)
         if mark:
-            self._text(kept := before.rstrip(), parts)
-            self._space = "" if self._after_call else before[len(kept) :]
+            self._text(text := before.rstrip(), parts)
+            self._space = "" if self._after_call else before[len(text) :]
             self._pending, self._reader = after, CallReader()
             return True
         # White space waits too: before a call and behind one it is no text.
