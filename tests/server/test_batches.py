@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,6 +157,19 @@ def test_uploads_that_are_wrong(server, body, param, status):
     answer = server.post("/v1/files", body, **{"Content-Type": "multipart/form-data; boundary=xyz"})
     assert (answer.status, answer.error["param"]) == (status, param)
     assert set(server.batches.store.path("").iterdir()) == before
+
+
+def test_an_upload_that_the_disk_has_no_room_for(client, server):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 10, before[1]))
+    try:
+        with pytest.raises(openai.InternalServerError) as raised:
+            upload(client, b"x" * 100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert raised.value.status_code == 503
+    assert "cannot be stored: File too large" in raised.value.message
+    upload(client, b"x" * 100_000)
 
 
 def test_uploads_of_another_type(server):

@@ -39,7 +39,7 @@ def batch_runner(config: ServerConfig, state: EngineState) -> BatchRunner:
     """The batches of an engine; its owner starts and closes it. Raises ConfigError."""
     try:
         store = JobStore(Path(config.data_dir).expanduser(), config.max_stored_bytes)
-    except ConfigError as error:
+    except (ConfigError, RuntimeError) as error:  # the latter where nobody has a home
         raise ConfigError(f"data_dir: {error}, or choose another with data_dir=") from None
     ahead = SAMPLES_AHEAD * config.max_seqs_per_forward
     return BatchRunner(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sqlite3
 import time
 from collections.abc import Mapping
 
@@ -10,12 +12,14 @@ from starlette.responses import FileResponse
 
 from tokasaurus.batch.records import Batch, StoredFile, new_id
 from tokasaurus.batch.runner import BatchRunner
-from tokasaurus.errors import RequestError
+from tokasaurus.errors import EngineError, RequestError
 from tokasaurus.server.http_errors import to_json
 from tokasaurus.server.queries import choice, read_query, whole_number
 from tokasaurus.server.uploads import receive_form
 
 __all__ = ["MAX_FILE_BYTES", "FileRoutes", "json_page"]
+
+log = logging.getLogger(__name__)
 
 MAX_FILE_BYTES = 200 << 20
 _MAX_LIFETIME_S = 2_592_000  # 30 days
@@ -75,6 +79,10 @@ class FileRoutes:
             )
             await self._batches.on_disk(self._store.add_file, file)
             kept = True
+        except (OSError, sqlite3.Error) as error:
+            log.exception("an upload failed")
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise EngineError(f"the file cannot be stored: {reason}") from None
         finally:
             if not kept:
                 path.unlink(missing_ok=True)
