@@ -668,7 +668,8 @@ def _room(num_prompt_tokens: int, max_tokens: int | None, limit: int) -> int:
     room = limit - num_prompt_tokens
     if room < 1:
         raise RequestTooLong(
-            f"prompt has {num_prompt_tokens} tokens; prompt and completion together may have {limit}",
+            f"prompt has {num_prompt_tokens} tokens; prompt and completion together may have"
+            f" max_num_tokens_per_request={limit}",
             "prompt",
         )
     if max_tokens is None:
@@ -676,7 +677,7 @@ def _room(num_prompt_tokens: int, max_tokens: int | None, limit: int) -> int:
     if max_tokens > room:
         raise RequestTooLong(
             f"max_tokens is {max_tokens}, and the prompt has {num_prompt_tokens} tokens; together they"
-            f" may be {limit}, so max_tokens can be at most {room}",
+            f" may be max_num_tokens_per_request={limit}, so max_tokens can be at most {room}",
             "max_tokens",
         )
     return int(max_tokens)
