@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import pytest
 from fake_engine import EOS_ID, RunningServer, random_ids, with_config
 from fuzzing import check_answer, fuzz
-from load import resident_bytes
 from request_bodies import BODIES, batch_files, bodies
 
 
@@ -70,19 +69,6 @@ def fuzz_route(server: RunningServer, path: str, num_cases: int) -> None:
         check_answer(answer.status, answer.headers["content-type"], answer.content)
 
     fuzz(bodies(path), num_cases, check)
-
-
-@pytest.mark.long
-def test_memory_does_not_grow(server):
-    """The second time nothing is new: caches have what they hold."""
-    resident = []
-    for _ in range(2):
-        for path in BODIES:
-            fuzz_route(server, path, 100)
-        server.check_nothing_is_left()
-        resident.append(resident_bytes())
-    grown = resident[1] - resident[0]
-    assert grown < 10e6, f"{grown / 1e6:.0f} MB more than before"
 
 
 @pytest.mark.parametrize("num_cases", [10, pytest.param(100, marks=pytest.mark.long)])
