@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 from fake_engine import EOS_ID, RunningServer, random_ids, with_config
 from fuzzing import check_answer, fuzz
+from load import resident_bytes
 from request_bodies import BODIES, batch_files, bodies
 
 
@@ -69,6 +70,23 @@ def fuzz_route(server: RunningServer, path: str, num_cases: int) -> None:
         check_answer(answer.status, answer.headers["content-type"], answer.content)
 
     fuzz(bodies(path), num_cases, check)
+
+
+@pytest.mark.long
+def test_memory_does_not_grow(server):
+    """The same bodies again and again: whatever is kept of them is kept once."""
+    cases: list[tuple[str, bytes]] = []
+    for path in BODIES:
+        fuzz(bodies(path), 40, lambda body, path=path: cases.append((path, body)))
+    resident = []
+    for _ in range(12):
+        for path, body in cases:
+            server.post(path, body)
+        server.check_nothing_is_left()
+        server.engine.received.clear()  # the fake one remembers what it was sent
+        resident.append(resident_bytes())
+    # Caches and the allocator need some rounds until they have what they hold.
+    assert min(resident[9:]) - max(resident[:4]) < 3e6, resident
 
 
 @pytest.mark.parametrize("num_cases", [10, pytest.param(100, marks=pytest.mark.long)])
