@@ -57,7 +57,7 @@ def test_what_fuzzing_has_found_is_refused(server, path, body):
     assert answer.error["message"]
 
 
-@pytest.mark.parametrize("num_cases", [15, pytest.param(300, marks=pytest.mark.long)])
+@pytest.mark.parametrize("num_cases", [15, pytest.param(400, marks=pytest.mark.long)])
 @pytest.mark.parametrize("path", BODIES)
 def test_every_body_is_answered(server, path, num_cases):
     fuzz_route(server, path, num_cases)
