@@ -164,6 +164,28 @@ def test_the_imagined_sequence_follows_the_requests():
     assert mean(predictor, 0, 100_000) > 20_000
 
 
+@pytest.mark.parametrize("prior", [None, 1.0])
+def test_requests_of_one_token_teach_nothing(prior):
+    """Embeddings and loglikelihoods, by the thousand, among requests for text."""
+
+    def predictions(num_of_one: int) -> list[np.ndarray]:
+        predictor = LengthPredictor(4000, memory=100, prior_mean=prior)
+        told = []
+        for lengths in ([30, 300] * 4, [60, 600] * 40):
+            predictor.expect(1, num_of_one)
+            predictor.expect(2000, len(lengths))
+            group = predictor.open_group()
+            observe(predictor, [1] * num_of_one, 1)
+            observe(predictor, [1] * num_of_one, 1, group)
+            observe(predictor, lengths, 2000)
+            refresh(predictor)
+            told += [sample(predictor, 0, 2000), sample(predictor, 0, 2000, group)]
+        return told
+
+    for beside, alone in zip(predictions(5000), predictions(0), strict=True):
+        assert (beside == alone).all()
+
+
 def test_numbers_in_a_row_are_spread_evenly():
     predictor = taught()
     octiles = np.quantile(sample(predictor, 0, 8000), np.arange(9) / 8)

@@ -63,6 +63,9 @@ length, fewer by sqrt(n). It is had by moving all u up, log(u / (1 - u)) by the 
 deviation of its own distribution, pi / sqrt(3). So it is exact in the mean where lengths are logistic,
 short of it by a tenth where they are exponential or of two equally frequent kinds, and no length passes
 the largest possible one.
+
+**Who teaches nothing.** Requests of one token at most (embeddings, loglikelihoods): their token is always a
+limit reached, and thousands of them would make forgotten what others taught.
 """
 
 from __future__ import annotations
@@ -174,7 +177,9 @@ class LengthPredictor:
         self._group_expected: _Floats = np.zeros(1)
 
     def expect(self, max_tokens: int, count: int) -> None:
-        """Sequences with this limit will run."""
+        """Sequences with this limit will run. A limit of one token says nothing of usual ones."""
+        if max_tokens == 1:
+            return
         self._num_expected += count
         self._sum_max_tokens += count * max_tokens
 
@@ -196,9 +201,11 @@ class LengthPredictor:
             groups: [n] handles, or NO_GROUP.
             num_generated: [n] tokens in all, 1 or more. One that is equal to ``max_tokens`` is a limit
                 reached: it says nothing about what would have come.
-            max_tokens: [n]
+            max_tokens: [n]; rows where it is 1 are passed over.
         """
-        lengths = num_generated.astype(np.int64)
+        teaches = max_tokens > 1
+        groups, max_tokens = groups[teaches], max_tokens[teaches]
+        lengths = num_generated[teaches].astype(np.int64)
         self.num_observed += len(lengths)
         self._num_new_ends += len(lengths)
         self._new_lengths.append(lengths)
