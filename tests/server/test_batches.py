@@ -11,7 +11,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from fake_engine import RunningServer, ids_of, with_config
+from fake_engine import TOKENIZER, RunningServer, ids_of, with_config
 
 from tokasaurus.batch.capacity import BATCH_PRIORITY
 
@@ -206,6 +206,26 @@ def test_a_batch(client, server, url):
     assert output.purpose == "batch_output"
     assert len(client.files.content(output.id).content) == output.bytes
     assert client.batches.list(limit=1).data == [batch]
+
+
+def test_usage_of_sglangs_answers(server, client):
+    """One sample, several of one prompt, and several prompts: each prompt counts once."""
+    params = {"max_new_tokens": 3, "ignore_eos": True}
+    bodies = [
+        {"text": "the cat", "sampling_params": params},
+        {"text": "the cat sat", "sampling_params": {**params, "n": 4}},
+        {"text": ["hello", "on the mat"], "sampling_params": params},
+    ]
+    lines = [
+        {"custom_id": str(number), "method": "POST", "url": "/generate", "body": body}
+        for number, body in enumerate(bodies)
+    ]
+    batch = wait(client, create(client, lines, "/generate").id)
+    num_input = sum(
+        len(TOKENIZER.encode(text)) for text in ("the cat", "the cat sat", "hello", "on the mat")
+    )
+    assert (batch.usage.input_tokens, batch.usage.output_tokens) == (num_input, 3 * 7)
+    assert batch.usage.total_tokens == num_input + 3 * 7
 
 
 def test_a_bad_line_fails_alone(client):

@@ -188,20 +188,41 @@ class _AnyUsage(msgspec.Struct):
     output_tokens_details: _Details | None = None
 
 
+class _MetaInfo(msgspec.Struct):
+    """What SGLang's shape of ``/generate`` says of one sample; ``id`` is that of its prompt."""
+
+    id: str
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
 class _Answer(msgspec.Struct):
     usage: _AnyUsage | None = None
+    meta_info: _MetaInfo | None = None
 
 
-_answer_decoder = msgspec.json.Decoder(_Answer)
+_answer_decoder = msgspec.json.Decoder(_Answer | list[_Answer])
 _NO_DETAILS = _Details()
 
 
 def usage_of(body: bytes) -> Usage:
     """What an answer says of its tokens; nothing else of it is read."""
     try:
-        usage = _answer_decoder.decode(body).usage
+        answer = _answer_decoder.decode(body)
     except msgspec.DecodeError:
-        usage = None
+        return Usage()
+    answers = answer if isinstance(answer, list) else [answer]
+    samples = [each.meta_info for each in answers if each.meta_info is not None]
+    if samples:
+        prompts = {sample.id: sample for sample in samples}.values()  # each counts once
+        return Usage.of(
+            sum(prompt.prompt_tokens for prompt in prompts),
+            sum(prompt.cached_tokens for prompt in prompts),
+            sum(sample.completion_tokens for sample in samples),
+            0,
+        )
+    usage = answers[0].usage if answers else None
     if usage is None:
         return Usage()
     given = usage.prompt_tokens_details or usage.input_tokens_details or _NO_DETAILS
