@@ -148,13 +148,14 @@ def test_ids_in_and_out_with_logprobs(server):
 
 
 def test_samples_and_their_stream(server):
-    body = {**NATIVE, "n": 3, "logprobs": 1}
+    body = {**NATIVE, "n": 3, "logprobs": 1, "prompt_logprobs": 2}
     whole = server.post(PATH, body).json
     assert [sample["index"] for sample in whole["samples"]] == [0, 1, 2]
     assert whole["text"] == whole["samples"][0]["text"]
     events = server.post(PATH, {**body, "stream": True}).events
     assert events[0]["prompt_ids"] == whole["prompt_ids"]
-    assert "prompt_ids" not in events[1]
+    assert events[0]["prompt_logprobs"] == whole["prompt_logprobs"]
+    assert {"prompt_ids", "prompt_logprobs"}.isdisjoint(events[1])
     for sample in whole["samples"]:
         pieces = [event for event in events if event["index"] == sample["index"]]
         assert "".join(piece["text"] for piece in pieces) == sample["text"]
@@ -207,7 +208,6 @@ def test_a_native_field_of_the_wrong_type_is_named(server, field):
         ({"prompt": "a", "max_tokens": 10**6}, "max_tokens"),
         ({"prompt": "a", "logprobs": 21}, "logprobs"),
         ({"prompt": "a", "sampling_params": {}}, "sampling_params"),
-        ({"prompt": "a", "prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
         ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),
         *(({"prompt": "a", name: value}, name) for name, value in NATIVE_REFUSED.items()),
     ],
@@ -316,6 +316,27 @@ def test_harmless_sampling_parameters(server, name):
         assert observe(server, body) == plain
     body = {**SGLANG, "sampling_params": {**params, name: {"nonsense": 1}}}
     assert observe(server, body) == (400, f"sampling_params.{name}")
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "more", "matched"),
+    [
+        ("the cat sat on", ["mat", "sat"], {}, "sat"),
+        ("the cat sat on the mat", ["t", "cat", "at"], {"min_new_tokens": 5}, "at"),
+        ("hi élan", ["zz", "él"], {}, "él"),
+        ("the cat<|end|>sat", ["zz", "t<|end|>s"], {}, "t<|end|>s"),
+        ("the cat", ["zz"], {}, EOS_ID),
+        ("the cat", [], {"stop_token_ids": ids_of("the cat")[-1:]}, ids_of("the cat")[-1]),
+    ],
+)
+def test_sglang_is_told_what_matched(server, text, stop, more, matched):
+    ids = [*ids_of(text), EOS_ID]
+    server.engine.script = lambda request, index: ids
+    params = {"max_new_tokens": 40, "stop": stop, **more}
+    answer = server.post(PATH, {"text": "a", "sampling_params": params}).json
+    body = {"text": "a", "sampling_params": params, "stream": True}
+    for each in (answer, server.post(PATH, body).events[-1]):
+        assert each["meta_info"]["finish_reason"] == {"type": "stop", "matched": matched}
 
 
 def test_logprobs_of_sglang(server):

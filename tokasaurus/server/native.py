@@ -31,6 +31,7 @@ class NativeRequest(GenerationRequest):
     """``POST /generate`` with a ``prompt``."""
 
     key_fields: ClassVar[tuple[str, ...]] = ("prompt",)
+    streams_prompt_logprobs: ClassVar[bool] = True
 
     prompt: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, TOKEN_IDS]})]
     """What the user says, which the model's chat template writes; or the prompt's token ids as they are."""
@@ -120,6 +121,7 @@ class NativeWriter(StreamWriter):
         }
         if not self._has_begun:
             body["prompt_ids"] = generations[position].request.prompt_ids.tolist()
+            body["prompt_logprobs"] = _prompt_logprobs(generations[position])
             self._has_begun = True
         return event(body)
 

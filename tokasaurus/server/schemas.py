@@ -154,7 +154,13 @@ class EngineRequest(RequestBody):
 
 
 class GenerationRequest(EngineRequest):
-    """What requests for text have in common."""
+    """What requests for text have in common.
+
+    Attributes:
+        streams_prompt_logprobs: whether a stream has a place for them.
+    """
+
+    streams_prompt_logprobs: ClassVar[bool] = False
 
     model: str | None = None
     """Any name will do: there is one model. The answer repeats it."""
@@ -175,7 +181,10 @@ class GenerationRequest(EngineRequest):
     bad_words: list[str] | None = None
     max_tokens: int | None = None
     prompt_logprobs: int | None = None
-    """Logprobs of the prompt's tokens, and of so many likeliest ones at each place; not in a stream."""
+    """Logprobs of the prompt's tokens, and of so many likeliest ones at each place.
+
+    In a stream ``/generate`` alone has them.
+    """
     logprobs_mode: str | None = None
     logprobs_ignore_temperature: bool | None = None
     """The same as ``logprobs_mode="raw"``."""
@@ -253,7 +262,7 @@ class GenerationRequest(EngineRequest):
 
     def check(self) -> None:
         super().check()
-        if self.prompt_logprobs is not None and self.stream:
+        if self.prompt_logprobs is not None and self.stream and not self.streams_prompt_logprobs:
             raise RequestError("prompt_logprobs needs stream to be false", "prompt_logprobs")
         if self.priority is not None and self.service_tier in _TIER_PRIORITIES:
             raise RequestError(

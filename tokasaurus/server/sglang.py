@@ -338,7 +338,7 @@ class SglangWriter(StreamWriter):
     ) -> dict[str, Any]:
         meta_info: dict[str, Any] = {
             "id": self._ids[position],
-            "finish_reason": _finish_reason(generation, output),
+            "finish_reason": self._finish_reason(generation, output),
             "prompt_tokens": generation.num_prompt_tokens,
             "completion_tokens": len(output.token_ids),
             "cached_tokens": generation.num_cached_tokens,
@@ -378,14 +378,28 @@ class SglangWriter(StreamWriter):
         text = self._tokenizer.token_text(token_id) if self._with_text else None
         return logprob, token_id, text
 
+    def _finish_reason(self, generation: Generation, output: SampleOutput) -> dict[str, Any] | None:
+        if output.finish_reason is None:
+            return None
+        if output.finish_reason == "length":
+            return {"type": "length", "length": generation.request.max_tokens}
+        if output.finish_reason != "stop":
+            return {"type": "abort"}
+        request, ids = generation.request, output.token_ids
+        if ids and ids[-1] in request.stop_token_ids:
+            return {"type": "stop", "matched": ids[-1]}
+        return {"type": "stop", "matched": self._matched(ids, request.params.stop_strings)}
 
-def _finish_reason(generation: Generation, output: SampleOutput) -> dict[str, Any] | None:
-    if output.finish_reason is None:
-        return None
-    if output.finish_reason == "length":
-        return {"type": "length", "length": generation.request.max_tokens}
-    if output.finish_reason == "stop":
-        last = output.token_ids[-1] if output.token_ids else None
-        by_token = last in generation.request.stop_token_ids
-        return {"type": "stop", "matched": last if by_token else None}
-    return {"type": "abort"}
+    def _matched(self, token_ids: Sequence[int], stops: Sequence[str]) -> str | None:
+        """The stop string that the last token completed: as in ``TextStream``, the one that begins first."""
+        pieces = [self._tokenizer.spelled[token_id] for token_id in token_ids]
+        text = b"".join(pieces)
+        before = len(text) - len(pieces[-1]) if pieces else 0
+        found = []
+        for stop in stops:
+            spelled = stop.encode()
+            # Those that were complete earlier are mere text, because of min_new_tokens.
+            begin = text.find(spelled, max(0, before - len(spelled) + 1))
+            if begin >= 0:
+                found.append((begin, -len(spelled), stop))
+        return min(found)[2] if found else None
