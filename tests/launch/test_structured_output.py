@@ -253,6 +253,28 @@ def test_enforced_calls_of_tools(engine, mark):
                 validate(arguments, parameters if name == "weather" else {"const": {}})
 
 
+def test_an_enforced_call_of_responses(engine):
+    parameters = SCHEMAS[-1]
+    template = TOOL_TEMPLATE.replace("MARK", "<tool_call>")
+    body = {
+        "model": "m",
+        "input": "What will the weather be?",
+        "tools": [{"type": "function", "name": "weather", "parameters": parameters}],
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "max_output_tokens": 300,
+        "extra_body": {"seed": 3, "chat_template_kwargs": {"chat_template": template}},
+    }
+    with engine.client() as client:
+        whole = client.responses.create(**body)
+        streamed = list(client.responses.create(stream=True, **body))[-1].response
+    for answer in (whole, streamed):
+        (call,) = answer.output
+        assert (answer.status, call.type, call.name) == ("completed", "function_call", "weather")
+        validate(call.arguments, parameters)
+    assert whole.output[0].arguments == streamed.output[0].arguments
+
+
 def _calls_of_whole(answer):
     called = [(c.index, c.message.tool_calls[0].function) for c in answer.choices]
     calls = {index: (function.name, function.arguments) for index, function in called}

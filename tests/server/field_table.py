@@ -12,6 +12,7 @@ from tokasaurus.server import (
     embeddings,
     grammar,
     native,
+    response_items,
     responses,
     schemas,
     sglang,
@@ -101,6 +102,7 @@ SGLANG = {"text": "the cat", "sampling_params": {"sampling_seed": 1, "max_new_to
 
 TOOL = {"type": "function", "function": {"name": "f"}}
 OTHER_TOOL = {"type": "function", "function": {"name": "g", "description": "does"}}
+FLAT_TOOL = {"type": "function", "name": "f"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
 # A template that shows all that it is told.
 SHOWS_ALL = {"chat_template_kwargs": {"chat_template": "{{ messages }}{{ tools }}<tool_call>"}}
@@ -323,10 +325,99 @@ SCHEMAS: Mapping[Any, Place] = {
             "text": Changes({"format": {"type": "json_object"}}),
             "include": Changes(["message.output_text.logprobs"]),
             "top_logprobs": Changes(2, {"include": ["message.output_text.logprobs"]}),
+            "tools": Changes([FLAT_TOOL], SHOWS_ALL),
+            "tool_choice": Changes("none", {"tools": [FLAT_TOOL], **SHOWS_ALL}),
+            "parallel_tool_calls": Changes(False),
+            "chat_template_kwargs": Changes({"shout": True}),
         },
     ),
-    responses.InputMessage: of(
-        responses.InputMessage,
+    response_items.FunctionTool: of(
+        response_items.FunctionTool,
+        RESPONSES,
+        FLAT_TOOL,
+        {
+            "type": Passes(("function",), ONE_KIND, "web_search"),
+            "name": Changes("g"),
+            "description": Changes("does"),
+            "parameters": Changes({"type": "object", "properties": {"a": {"type": "integer"}}}),
+            "strict": Changes(True),
+        },
+        lambda fields: {**BASE[RESPONSES], **SHOWS_ALL, "tools": [fields]},
+        "tools",
+    ),
+    response_items.FunctionChoice: of(
+        response_items.FunctionChoice,
+        RESPONSES,
+        {"type": "function", "name": "f"},
+        {"type": Passes(("function",), ONE_KIND, "web_search"), "name": Changes("g")},
+        lambda fields: {
+            **BASE[RESPONSES],
+            **SHOWS_ALL,
+            "tools": [FLAT_TOOL, {**FLAT_TOOL, "name": "g"}],
+            "tool_choice": fields,
+        },
+        "tool_choice",
+    ),
+    response_items.FunctionCall: of(
+        response_items.FunctionCall,
+        RESPONSES,
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {
+            "type": Passes(("function_call",), ONE_KIND, "web_search_call"),
+            "call_id": Changes("d"),
+            "name": Changes("g"),
+            "arguments": Changes('{"a": 1}'),
+            "id": Passes(("fc_1",), COMES_BACK),
+            "status": Passes(("completed",), COMES_BACK),
+        },
+        lambda fields: {**BASE[RESPONSES], **SHOWS_ALL, "input": [USER, fields, USER]},
+        "input",
+    ),
+    response_items.CallOutput: of(
+        response_items.CallOutput,
+        RESPONSES,
+        {"type": "function_call_output", "call_id": "c", "output": "rain"},
+        {
+            "type": Passes(("function_call_output",), ONE_KIND, "shell_call_output"),
+            "call_id": Changes("d"),
+            "output": Changes([{"type": "input_text", "text": "sun"}]),
+            "id": Passes(("fco_1",), COMES_BACK),
+            "status": Passes(("completed",), COMES_BACK),
+        },
+        lambda fields: {**BASE[RESPONSES], **SHOWS_ALL, "input": [USER, fields]},
+        "input",
+    ),
+    response_items.ReasoningItem: of(
+        response_items.ReasoningItem,
+        RESPONSES,
+        {"type": "reasoning"},
+        {
+            "type": Passes(("reasoning",), ONE_KIND, "compaction"),
+            "content": Changes([{"type": "reasoning_text", "text": "hm"}]),
+            "summary": Passes(([],), COMES_BACK, [{}]),
+            "id": Passes(("rs_1",), COMES_BACK),
+            "status": Passes(("completed",), COMES_BACK),
+        },
+        lambda fields: {**BASE[RESPONSES], **SHOWS_ALL, "input": [USER, fields, USER]},
+        "input",
+    ),
+    response_items.ReasoningText: of(
+        response_items.ReasoningText,
+        RESPONSES,
+        {"type": "reasoning_text", "text": "hm"},
+        {
+            "type": Passes(("reasoning_text",), ONE_KIND, "summary_text"),
+            "text": Changes("oh"),
+        },
+        lambda fields: {
+            **BASE[RESPONSES],
+            **SHOWS_ALL,
+            "input": [USER, {"type": "reasoning", "content": [fields]}, USER],
+        },
+        "input",
+    ),
+    response_items.InputMessage: of(
+        response_items.InputMessage,
         RESPONSES,
         USER,
         {
@@ -340,8 +431,8 @@ SCHEMAS: Mapping[Any, Place] = {
         lambda fields: {**BASE[RESPONSES], "input": [fields]},
         "input",
     ),
-    responses.InputText: of(
-        responses.InputText,
+    response_items.InputText: of(
+        response_items.InputText,
         RESPONSES,
         {"type": "input_text", "text": "the cat"},
         {

@@ -199,6 +199,9 @@ def test_an_error_in_mid_stream(server):
 
 # --- every field -----------------------------------------------------------------------------------
 
+TIME = {"type": "function", "name": "time"}
+SHOWS_ALL = {"chat_template_kwargs": {"chat_template": "{{ messages }}{{ tools }}<tool_call>"}}
+
 # A value that changes something, and what else the request must say for that to show.
 CHANGES = {
     "model": ("other", {}),
@@ -208,6 +211,10 @@ CHANGES = {
     "text": ({"format": {"type": "json_object"}}, {}),
     "include": (LOGPROBS, {}),
     "top_logprobs": (2, {"include": LOGPROBS}),
+    "tools": ([TIME], SHOWS_ALL),
+    "tool_choice": ("required", {"tools": [TIME], **SHOWS_ALL}),
+    "parallel_tool_calls": (False, {}),
+    "chat_template_kwargs": ({"shout": True}, {}),
     "temperature": (0.25, {}),
     "top_p": (0.5, {}),
     "top_k": (5, {}),
@@ -292,7 +299,8 @@ def test_a_supported_field_changes_something(server, field):
 def test_a_value_of_the_wrong_type_is_refused_by_name(server, field):
     extra = CHANGES.get(field, ((), {}))[1]
     for wrong in ({"type": {}}, [[["nonsense"]]]):
-        assert observe(server, {**BASE, **extra, field: wrong}) == (400, field)
+        if field != "chat_template_kwargs" or not isinstance(wrong, dict):
+            assert observe(server, {**BASE, **extra, field: wrong}) == (400, field)
 
 
 @pytest.mark.parametrize("field", ResponsesRequest.harmless)

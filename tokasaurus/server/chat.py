@@ -150,13 +150,7 @@ class ChatRequest(GenerationRequest):
                 " one out",
                 "apply_chat_template_overrides",
             )
-        check_tools(self.tools or (), self.tool_choice)
-        if self.offered_tools and super().needs_grammar:
-            raise RequestError(
-                f"tools cannot be combined with {self.form_field}: both say what the answer looks like;"
-                " leave one out, or set tool_choice to none",
-                "tools",
-            )
+        check_tools(self.tools or (), self.tool_choice, self.form_field)
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and (

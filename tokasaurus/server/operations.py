@@ -45,13 +45,15 @@ def _prepare_completion(body: CompletionRequest, generations: Generations) -> Ta
 def _prepare_chat(body: ChatRequest, generations: Generations) -> Task:
     """Answers the last message of a conversation, or goes on with it."""
     tokenizer, config = generations.tokenizer, generations.config
-    form = AnswerFormat.of(body, config, tokenizer)
+    arguments, tools = body.template_arguments, body.offered_tools
+    template = ""
+    if body.ids is None:
+        template = tokenizer.chat_template(arguments, with_tools=bool(tools))
+    form = AnswerFormat.of(body, config, template)
     ids = body.ids
     if ids is None:
-        tools = [tool.for_template() for tool in body.offered_tools]
-        ids = tokenizer.render_chat(
-            for_template(body.messages or ()), body.template_arguments, tools
-        )
+        told = [tool.for_template() for tool in tools]
+        ids = tokenizer.render_chat(for_template(body.messages or ()), arguments, told)
     params = form.enforced(body.params())
     prepared = generations.prepare(
         ids, params, default_temperature=_CHAT_TEMPERATURE, client_key=body.user

@@ -6,25 +6,25 @@ look up or to delete.
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
-import msgspec
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from tokasaurus.errors import RequestError, TokasaurusError
+from tokasaurus.errors import RequestError
 from tokasaurus.server.fields import HARMLESS
-from tokasaurus.server.generation import Generation, Generations, PreparedRequest
-from tokasaurus.server.logprobs import chat_logprobs
-from tokasaurus.server.params import renamed
-from tokasaurus.server.render import takes_long
-from tokasaurus.server.samples import SampleOutput
+from tokasaurus.server.generation import Generations, PreparedRequest
+from tokasaurus.server.grammar import FIELD as STRUCTURED_OUTPUTS
+from tokasaurus.server.response_items import FunctionChoice, FunctionTool, InputItem, for_template
+from tokasaurus.server.response_writer import ResponsesWriter
 from tokasaurus.server.schemas import GenerationRequest
+from tokasaurus.server.strict import StrictSchema
 from tokasaurus.server.tasks import Operation, Task
-from tokasaurus.server.tokenizer import Tokenizer
-from tokasaurus.server.writer import StreamWriter
+from tokasaurus.server.tools.formats import AnswerFormat
+from tokasaurus.server.tools.request import Tool, ToolChoice, check_tools
 
 __all__ = ["RESPONSES", "ResponsesRequest"]
 
@@ -32,37 +32,7 @@ _CHAT_TEMPERATURE = 0.7
 _LOGPROBS = "message.output_text.logprobs"  # what ``include`` may name
 
 
-class _Item(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class InputText(_Item):
-    """A part of a message. What an answer's parts have besides is accepted where it comes back."""
-
-    type: Literal["input_text", "output_text"]
-    text: str
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    logprobs: list[Any] | None = None  # of the answer that this was
-
-
-class InputMessage(_Item):
-    """One message of a conversation; the chat template decides which roles there are."""
-
-    role: str
-    content: str | list[InputText]
-    type: Literal["message"] | None = None
-    id: str | None = None
-    status: str | None = None
-    phase: str | None = None
-
-    def for_template(self) -> dict[str, str]:
-        content = self.content
-        if not isinstance(content, str):
-            content = "".join(part.text for part in content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
-
-
-class TextFormat(_Item):
+class TextFormat(StrictSchema):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
     name: str | None = None
@@ -72,7 +42,7 @@ class TextFormat(_Item):
     """A schema holds whether or not it is strict."""
 
 
-class TextOptions(_Item):
+class TextOptions(StrictSchema):
     format: TextFormat | None = None
     verbosity: None = None
 
@@ -86,7 +56,7 @@ class TextOptions(_Item):
         return {"json": self.format.json_schema}
 
 
-Input: TypeAlias = str | Annotated[list[InputMessage], Field(min_length=1)]
+Input: TypeAlias = str | Annotated[list[InputItem], Field(min_length=1)]
 
 _NOT_HERE = {
     "n": "a response is one sample; ask /v1/chat/completions for more",
@@ -112,13 +82,10 @@ class ResponsesRequest(GenerationRequest):
         "image": (),
         "max_tool_calls": (),
         "moderation": (),
-        "parallel_tool_calls": (True, False),  # without tools there is nothing to call
         "previous_response_id": (),
         "prompt": (),
         "reasoning": ({},),
         "store": (False,),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
         "truncation": ("disabled",),
     }
 
@@ -134,6 +101,14 @@ class ResponsesRequest(GenerationRequest):
     """Say the logprobs of the answer's tokens."""
     top_logprobs: int | None = None
     """And those of so many likeliest tokens."""
+    tools: list[FunctionTool] | None = None
+    """What the model may call."""
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
+    """Default ``auto``: the model decides. ``required`` and a named function are enforced by a grammar."""
+    parallel_tool_calls: bool | None = None
+    """False: one call at most. Default true."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Further arguments for the tokenizer's ``apply_chat_template``, such as ``enable_thinking``."""
 
     @property
     def num_logprobs(self) -> int | None:
@@ -143,8 +118,25 @@ class ResponsesRequest(GenerationRequest):
     def token_limit(self) -> int | None:
         return self.max_output_tokens
 
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """What the model is told of."""
+        return [] if self.tool_choice == "none" else [tool.as_tool for tool in self.tools or ()]
+
+    @property
+    def enforced_choice(self) -> str | ToolChoice | None:
+        """What it must call; None if that is left to it."""
+        if isinstance(self.tool_choice, FunctionChoice):
+            return self.tool_choice.as_choice
+        return "required" if self.tool_choice == "required" else None
+
+    @property
+    def needs_grammar(self) -> bool:
+        return super().needs_grammar or self.enforced_choice is not None
+
     def field_names(self) -> Mapping[str, str]:
         return {
+            **({} if self.enforced_choice is None else {STRUCTURED_OUTPUTS: "tools"}),
             **super().field_names(),
             "logprobs": "top_logprobs",
             "max_tokens": "max_output_tokens",
@@ -168,6 +160,9 @@ class ResponsesRequest(GenerationRequest):
             raise RequestError(f"text.format of type {format_.type} has no schema", "text")
         if form == {"json": None}:
             raise RequestError("text.format of type json_schema must have a schema", "text")
+        choice = self.enforced_choice or self.tool_choice
+        assert not isinstance(choice, FunctionChoice)
+        check_tools([tool.as_tool for tool in self.tools or ()], choice, self.form_field)
         if self.top_logprobs and not self.include:
             raise RequestError(f"top_logprobs needs include to name {_LOGPROBS!r}", "top_logprobs")
 
@@ -176,162 +171,50 @@ class ResponsesRequest(GenerationRequest):
         form = None if self.text is None else self.text.form
         return super()._form if form is None else ("text", form)
 
-    def messages(self) -> list[dict[str, str]]:
-        """The conversation, for the chat template."""
+    def messages(self) -> list[dict[str, Any]]:
+        """The conversation, for the chat template. Raises RequestError."""
         if isinstance(self.input, str):
-            messages = [{"role": "user", "content": self.input}]
+            messages: list[dict[str, Any]] = [{"role": "user", "content": self.input}]
         else:
-            messages = [message.for_template() for message in self.input]
+            messages = for_template(self.input)
         if self.instructions is not None:
             messages.insert(0, {"role": "system", "content": self.instructions})
         return messages
 
 
-class _ResponsesWriter(StreamWriter):
-    """Writes a response, or the events of which its stream consists.
+def _head(request: ResponsesRequest, prepared: PreparedRequest, model: str) -> dict[str, Any]:
+    """What a response says of its request.
 
     Args:
         request: what was asked.
         prepared: its prompt, with everything decided that the client left open.
         model: the name to answer with where the request has none.
-        tokenizer: spells tokens for logprobs.
     """
-
-    def __init__(
-        self, request: ResponsesRequest, prepared: PreparedRequest, model: str, tokenizer: Tokenizer
-    ) -> None:
-        self._with_logprobs = request.num_logprobs is not None
-        self._tokenizer = tokenizer
-        self._item_id = f"msg_{uuid.uuid4().hex}"
-        self._head: dict[str, Any] = {
-            "id": f"resp_{uuid.uuid4().hex}",
-            "object": "response",
-            "created_at": int(time.time()),
-            "model": model if request.model is None else request.model,
-            "background": False,
-            "error": None,
-            "instructions": request.instructions,
-            "max_output_tokens": request.max_output_tokens,
-            "metadata": request.metadata or {},
-            "parallel_tool_calls": True,
-            "previous_response_id": None,
-            "reasoning": {"effort": None, "summary": None},
-            "store": False,
-            "temperature": prepared.sampling.temperature,
-            "text": _text(request),
-            "tool_choice": "auto",
-            "tools": [],
-            "top_logprobs": request.top_logprobs or 0,
-            "top_p": prepared.sampling.top_p,
-            "truncation": "disabled",
-            "user": request.user,
-            **request.echoed(),
-        }
-        self._num_events = 0
-        self._texts: list[str] = []
-        self._logprobs: list[dict[str, Any]] = []
-        self._finish_reason: str | None = None
-
-    def takes_long(self, generations: Sequence[Generation]) -> bool:
-        return takes_long(generations, self._with_logprobs)
-
-    def whole(self, generations: Sequence[Generation]) -> bytes:
-        (output,) = generations[0].take_all()
-        self._take(output)
-        return msgspec.json.encode(self._finished(generations[0]))
-
-    def chunk(
-        self, generations: Sequence[Generation], position: int, output: SampleOutput
-    ) -> bytes:
-        events = [] if self._num_events else self._beginning()
-        logprobs = self._take(output)
-        if output.text or logprobs:
-            fields = {**self._place, "delta": output.text, "logprobs": logprobs}
-            events.append(self._event("response.output_text.delta", **fields))
-        return b"".join(events)
-
-    def end(self, generations: Sequence[Generation]) -> bytes:
-        response = self._finished(generations[0])
-        (item,) = response["output"]
-        (part,) = item["content"]
-        done = {"text": part["text"], "logprobs": part["logprobs"]}
-        return b"".join(
-            [
-                self._event("response.output_text.done", **self._place, **done),
-                self._event("response.content_part.done", **self._place, part=part),
-                self._event("response.output_item.done", output_index=0, item=item),
-                self._event(f"response.{response['status']}", response=response),
-            ]
-        )
-
-    def failure(self, error: TokasaurusError) -> bytes:
-        told = {"code": "server_error", "message": str(error)}
-        response = {**self._head, "status": "failed", "output": [], "error": told}
-        return self._event("response.failed", response=response)
-
-    @property
-    def _place(self) -> dict[str, Any]:
-        """Of the one part of the one item."""
-        return {"item_id": self._item_id, "output_index": 0, "content_index": 0}
-
-    def _beginning(self) -> list[bytes]:
-        response = {**self._head, "status": "in_progress", "output": []}
-        return [
-            self._event("response.created", response=response),
-            self._event("response.in_progress", response=response),
-            self._event(
-                "response.output_item.added", output_index=0, item=self._item("in_progress", [])
-            ),
-            self._event("response.content_part.added", **self._place, part=_part("", [])),
-        ]
-
-    def _event(self, kind: str, **fields: Any) -> bytes:
-        body = {"type": kind, "sequence_number": self._num_events, **fields}
-        self._num_events += 1
-        return b"event: " + kind.encode() + b"\ndata: " + msgspec.json.encode(body) + b"\n\n"
-
-    def _take(self, output: SampleOutput) -> list[dict[str, Any]]:
-        """Keeps what came, for the end; returns its logprobs."""
-        self._texts.append(output.text)
-        self._finish_reason = output.finish_reason
-        if output.logprobs is None or not self._with_logprobs:
-            return []
-        entries = chat_logprobs(self._tokenizer, output.token_ids, output.logprobs)["content"]
-        self._logprobs += entries
-        return list(entries)
-
-    def _finished(self, generation: Generation) -> dict[str, Any]:
-        is_whole = self._finish_reason == "stop"
-        status = "completed" if is_whole else "incomplete"
-        part = _part("".join(self._texts), self._logprobs)
-        num_tokens = generation.num_generated_tokens
-        return {
-            **self._head,
-            "status": status,
-            "completed_at": int(time.time()) if is_whole else None,
-            "incomplete_details": None if is_whole else {"reason": "max_output_tokens"},
-            "output": [self._item(status, [part])],
-            "usage": {
-                "input_tokens": generation.num_prompt_tokens,
-                "input_tokens_details": {"cached_tokens": generation.num_cached_tokens},
-                "output_tokens": num_tokens,
-                "output_tokens_details": {"reasoning_tokens": 0},
-                "total_tokens": generation.num_prompt_tokens + num_tokens,
-            },
-        }
-
-    def _item(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self._item_id,
-            "type": "message",
-            "role": "assistant",
-            "status": status,
-            "content": content,
-        }
-
-
-def _part(text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
+    choice = request.tool_choice or "auto"
+    return {
+        "id": f"resp_{uuid.uuid4().hex}",
+        "object": "response",
+        "created_at": int(time.time()),
+        "model": model if request.model is None else request.model,
+        "background": False,
+        "error": None,
+        "instructions": request.instructions,
+        "max_output_tokens": request.max_output_tokens,
+        "metadata": request.metadata or {},
+        "parallel_tool_calls": request.parallel_tool_calls is not False,
+        "previous_response_id": None,
+        "reasoning": {"effort": None, "summary": None},
+        "store": False,
+        "temperature": prepared.sampling.temperature,
+        "text": _text(request),
+        "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
+        "tools": [tool.model_dump() for tool in request.tools or ()],
+        "top_logprobs": request.top_logprobs or 0,
+        "top_p": prepared.sampling.top_p,
+        "truncation": "disabled",
+        "user": request.user,
+        **request.echoed(),
+    }
 
 
 def _text(request: ResponsesRequest) -> dict[str, Any]:
@@ -343,20 +226,34 @@ def _text(request: ResponsesRequest) -> dict[str, Any]:
 def _prepare(body: ResponsesRequest, generations: Generations) -> Task:
     """Answers the last message of a conversation."""
     tokenizer, config = generations.tokenizer, generations.config
-    try:
-        prepared = generations.prepare(
-            tokenizer.render_chat(body.messages()),
-            body.params(),
-            default_temperature=_CHAT_TEMPERATURE,
-            client_key=body.user,
+    tools, arguments = body.offered_tools, body.chat_template_kwargs or {}
+    form = AnswerFormat.of(body, config, tokenizer.chat_template(arguments, with_tools=bool(tools)))
+    ids = tokenizer.render_chat(body.messages(), arguments, [tool.for_template() for tool in tools])
+    params = form.enforced(body.params())
+    prepared = generations.prepare(
+        ids, params, default_temperature=_CHAT_TEMPERATURE, client_key=body.user
+    )
+    make_parser = form.parser_maker(ids, params, tokenizer)
+    with_logprobs = body.num_logprobs is not None
+    if with_logprobs and make_parser is not None:
+        raise RequestError(
+            f"include cannot name {_LOGPROBS!r} where an answer may hold calls or reasoning besides text",
+            "include",
         )
-    except RequestError as error:
-        raise renamed(error, body.field_names()) from None
-    return Task(body, [prepared], _ResponsesWriter(body, prepared, config.model_name, tokenizer))
+    writer = ResponsesWriter(
+        _head(body, prepared, config.model_name),
+        tokenizer,
+        None if make_parser is None else make_parser(),
+        with_logprobs=with_logprobs,
+    )
+    return Task(body, [prepared], writer)
 
 
-def _num_characters(body: ResponsesRequest) -> int:
-    return sum(len(message["content"]) for message in body.messages())
+def _num_characters(body: ResponsesRequest) -> float:
+    if "chat_template" in (body.chat_template_kwargs or {}):  # a program of the client's
+        return math.inf
+    items = [body.input] if isinstance(body.input, str) else [item.text for item in body.input]
+    return sum(map(len, items)) + len(body.instructions or "")
 
 
 RESPONSES = Operation("/v1/responses", ResponsesRequest, _num_characters, _prepare)

@@ -6,16 +6,16 @@ import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 from jinja2 import Environment, meta
 
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import RequestError
-from tokasaurus.server.chat import ChatRequest
 from tokasaurus.server.params import SamplingParams
 from tokasaurus.server.tokenizer import Tokenizer
 from tokasaurus.server.tools.parsing import AnswerParser, HermesParser, Llama3Parser, ToolParser
-from tokasaurus.server.tools.request import calls_grammar
+from tokasaurus.server.tools.request import Tool, ToolChoice, calls_grammar
 
 __all__ = ["AnswerFormat", "make_tool_parser", "tool_format"]
 
@@ -79,6 +79,19 @@ def _takes_tools(template: str) -> bool:
         return "tools" in template
 
 
+class ToolsRequest(Protocol):
+    """What requests that may offer tools have in common."""
+
+    @property
+    def offered_tools(self) -> list[Tool]: ...
+
+    @property
+    def enforced_choice(self) -> str | ToolChoice | None: ...
+
+    @property
+    def parallel_tool_calls(self) -> bool | None: ...
+
+
 @dataclass(frozen=True)
 class AnswerFormat:
     """What the answer to one request may hold besides text.
@@ -89,20 +102,22 @@ class AnswerFormat:
         reasoning: whether it may begin with reasoning.
     """
 
-    request: ChatRequest
+    request: ToolsRequest
     tool_format: str | None
     reasoning: bool
 
     @classmethod
-    def of(cls, request: ChatRequest, config: ServerConfig, tokenizer: Tokenizer) -> AnswerFormat:
-        """Raises RequestError: the model cannot be told of the tools that were given."""
-        tools = request.offered_tools
-        template = ""
-        if request.ids is None:
-            template = tokenizer.chat_template(request.template_arguments, with_tools=bool(tools))
+    def of(cls, request: ToolsRequest, config: ServerConfig, template: str) -> AnswerFormat:
+        """Raises RequestError: the model cannot be told of the tools that were given.
+
+        Args:
+            request: what was asked.
+            config: says how calls and thoughts are written, or leaves it to the template.
+            template: the chat template in force; "" for a prompt that none has written.
+        """
         return cls(
             request,
-            tool_format(config.tool_call_parser, template) if tools else None,
+            tool_format(config.tool_call_parser, template) if request.offered_tools else None,
             _reasons(config.reasoning_parser, template),
         )
 

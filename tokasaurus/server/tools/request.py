@@ -11,7 +11,16 @@ from tokasaurus.errors import RequestError
 from tokasaurus.server.grammar import json_style
 from tokasaurus.server.strict import StrictSchema
 
-__all__ = ["MAX_TOOLS", "Tool", "ToolCall", "ToolChoice", "calls_grammar", "check_tools"]
+__all__ = [
+    "MAX_TOOLS",
+    "Function",
+    "Tool",
+    "ToolCall",
+    "ToolChoice",
+    "call_for_template",
+    "calls_grammar",
+    "check_tools",
+]
 
 MAX_TOOLS = 128
 _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
@@ -53,6 +62,10 @@ class ToolChoice(StrictSchema):
     type: Literal["function"]
     function: _FunctionName
 
+    @classmethod
+    def of(cls, name: str) -> ToolChoice:
+        return cls(type="function", function=_FunctionName(name=name))
+
 
 class _CalledFunction(StrictSchema):
     name: str
@@ -70,34 +83,50 @@ class ToolCall(StrictSchema):
     """In streamed answers; says nothing here."""
 
     def for_template(self, where: str) -> dict[str, Any]:
-        """What the chat template sees of it: templates want the arguments as an object.
-
-        Args:
-            where: the call is, for errors.
-
-        Raises:
-            RequestError: the arguments are no JSON object.
-        """
-        arguments: Any = self.function.arguments
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments or "{}")
-            except (ValueError, RecursionError):
-                arguments = None
-            if not isinstance(arguments, dict):
-                raise RequestError(
-                    f"{where}.function.arguments must be a JSON object, written as a string",
-                    "messages",
-                )
-        call = {
-            "type": "function",
-            "function": {"name": self.function.name, "arguments": arguments},
-        }
-        return call if self.id is None else {"id": self.id, **call}
+        """What the chat template sees of it. Raises RequestError, which says where the call is."""
+        called = self.function
+        return call_for_template(
+            self.id, called.name, called.arguments, f"{where}.function.arguments", "messages"
+        )
 
 
-def check_tools(tools: Sequence[Tool], choice: str | ToolChoice | None) -> None:
-    """Raises RequestError where tools, or the choice among them, cannot be."""
+def call_for_template(
+    call_id: str | None, name: str, arguments: str | dict[str, Any], where: str, field: str
+) -> dict[str, Any]:
+    """A call as chat templates want it: with the arguments as an object.
+
+    Args:
+        call_id: its own, if it has one.
+        name: of the function.
+        arguments: JSON, or what it says.
+        where: the arguments are, for errors.
+        field: of the request.
+
+    Raises:
+        RequestError: the arguments are no JSON object.
+    """
+    said: Any = arguments
+    if isinstance(said, str):
+        try:
+            said = json.loads(said or "{}")
+        except (ValueError, RecursionError):
+            said = None
+        if not isinstance(said, dict):
+            raise RequestError(f"{where} must be a JSON object, written as a string", field)
+    call = {"type": "function", "function": {"name": name, "arguments": said}}
+    return call if call_id is None else {"id": call_id, **call}
+
+
+def check_tools(
+    tools: Sequence[Tool], choice: str | ToolChoice | None, form_field: str | None
+) -> None:
+    """Raises RequestError where tools, or the choice among them, cannot be.
+
+    Args:
+        tools: there are.
+        choice: among them.
+        form_field: the request's field that says what the text must be, if one does.
+    """
     if len(tools) > MAX_TOOLS:
         raise RequestError(f"tools may hold at most {MAX_TOOLS}, not {len(tools)}", "tools")
     names = [tool.function.name for tool in tools]
@@ -116,6 +145,12 @@ def check_tools(tools: Sequence[Tool], choice: str | ToolChoice | None) -> None:
         )
     if choice == "required" and not tools:
         raise RequestError("tool_choice is 'required', and there are no tools", "tool_choice")
+    if tools and choice != "none" and form_field is not None:
+        raise RequestError(
+            f"tools cannot be combined with {form_field}: both say what the answer looks like;"
+            " leave one out, or set tool_choice to none",
+            "tools",
+        )
 
 
 def calls_grammar(
