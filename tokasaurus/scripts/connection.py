@@ -94,7 +94,8 @@ def explain(error: openai.OpenAIError, client: openai.OpenAI) -> str:
             )
         if "WRONG_VERSION_NUMBER" in said or "RECORD_LAYER_FAILURE" in said:
             return f"{address} does not answer in HTTPS; leave out https and ca_file"
-        if address.startswith("http:") and "disconnected" in said:
+        # A server that expects HTTPS hangs up: with or without a reset, as it comes.
+        if address.startswith("http:") and ("disconnected" in said or "reset" in said):
             return f"{address} does not answer in HTTP ({said}); if it serves HTTPS, say https=T"
         return f"the connection to {address} failed: {cause}"
     if isinstance(error, openai.AuthenticationError):
