@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import random
 import re
@@ -59,7 +60,10 @@ def validate(text: str, schema: dict) -> None:
 
 
 def is_sum(text: str) -> bool:
-    return re.fullmatch(r"[0-9()+*-]+", text) is not None and eval(text) is not None
+    try:
+        return re.fullmatch(r"[0-9()+*-]+", text) is not None and bool(ast.parse(text, mode="eval"))
+    except SyntaxError:
+        return False
 
 
 def complete(engine, prompt="Tell me about dinosaurs.", **fields):
