@@ -39,6 +39,7 @@ NAMES_AND_DEFAULTS = {
     "reasoning_parser": "auto",
     "data_dir": None,
     "unsafe_pickle_responses": False,
+    "trust_request_chat_template": False,
     "embedding_pooling": "mean",
     "uvicorn_log_level": "info",
     "log_level": "INFO",

@@ -44,6 +44,7 @@ def engine(tmp_path_factory):
     with running(
         tmp_path_factory.mktemp("engine"),
         f"model={MODEL_DIR}",
+        "trust_request_chat_template=T",
         "kv_cache_num_tokens=4096",
         "max_seqs_per_forward=64",
         "max_tokens_per_forward=96",

@@ -82,7 +82,8 @@ def make_wrapped() -> PreTrainedTokenizerFast:
 WRAPPED = make_wrapped()
 VOCAB_SIZE = len(WRAPPED) + 5  # padded, as models are
 EOS_ID = WRAPPED.eos_token_id
-TOKENIZER = server_tokenizer.Tokenizer(WRAPPED, VOCAB_SIZE, [EOS_ID])
+TOKENIZER = server_tokenizer.Tokenizer(WRAPPED, VOCAB_SIZE, [EOS_ID], trusts_templates=True)
+UNTRUSTING = server_tokenizer.Tokenizer(WRAPPED, VOCAB_SIZE, [EOS_ID])
 
 CONFIG = ServerConfig(
     host="127.0.0.1",
@@ -102,6 +103,7 @@ CONFIG = ServerConfig(
     model_root="org/tiny-model-source",
     tokenizer_path="",
     trust_remote_code=False,
+    trust_request_chat_template=True,
     uvicorn_log_level="warning",
     log_level="info",
     shutdown_timeout_s=5.0,
@@ -386,7 +388,8 @@ class RunningServer:
     def __init__(self, config: ServerConfig = CONFIG, *, ready: bool = True) -> None:
         self.engine = FakeEngine()
         self.state = EngineState()
-        self.generations = Generations(config, TOKENIZER, self.engine.send, self.state.metrics)
+        tokenizer = TOKENIZER if config.trust_request_chat_template else UNTRUSTING
+        self.generations = Generations(config, tokenizer, self.engine.send, self.state.metrics)
         if ready:
             self.state.ready(self.generations)
         self.batches = batch_runner(config, self.state) if config.data_dir else None

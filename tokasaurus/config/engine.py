@@ -165,6 +165,11 @@ class EngineConfig:
         help="A file with more keys, one in each line; empty lines and lines that begin with # do not count.",
         adapts="no file",
     )
+    trust_request_chat_template: bool = flag(
+        False,
+        group=_SECURITY,
+        help="Let a request bring its own chat_template. The risk: it is a Jinja program, which runs in the server without limits of time and memory, so that one request can hold up the engine for good.",
+    )
     ssl_certfile: str | None = flag(
         None,
         group=_SECURITY,

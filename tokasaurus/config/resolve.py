@@ -264,6 +264,7 @@ def _server(config: EngineConfig, facts: ModelFacts, limits: _Limits) -> ServerC
         log_level=config.log_level,
         shutdown_timeout_s=config.shutdown_timeout_s,
         data_dir=config.data_dir or f"~/.local/share/tokasaurus/port-{config.port}",
+        trust_request_chat_template=config.trust_request_chat_template,
         unsafe_pickle_responses=config.unsafe_pickle_responses,
         vocab_size=facts.vocab_size,
         eos_token_ids=facts.eos_token_ids,

@@ -53,6 +53,7 @@ class ServerConfig:
     model_root: str  # where it came from, as the user wrote it
     tokenizer_path: str
     trust_remote_code: bool
+    trust_request_chat_template: bool
     uvicorn_log_level: str
     log_level: str
     shutdown_timeout_s: float  # how long a drain may take

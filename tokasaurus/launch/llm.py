@@ -103,6 +103,7 @@ class LLM:
             vocab_size=server.vocab_size,
             eos_token_ids=server.eos_token_ids,
             trust_remote_code=server.trust_remote_code,
+            trusts_templates=True,  # whoever brings one here could run any other program
         )
         # Every batch is finished before the next one is planned, so looking further ahead would only
         # compute tokens after a stop.

@@ -65,6 +65,7 @@ class TextProcess:
             vocab_size=config.vocab_size,
             eos_token_ids=config.eos_token_ids,
             trust_remote_code=config.trust_remote_code,
+            trusts_templates=config.trust_request_chat_template,
         )
         self.lifeline.send(Ready())
         await self._others_ready.wait()

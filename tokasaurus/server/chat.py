@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -13,7 +14,9 @@ from tokasaurus.server.schemas import GenerationRequest
 from tokasaurus.server.strict import StrictSchema
 from tokasaurus.server.tools.request import Tool, ToolCall, ToolChoice, check_tools
 
-__all__ = ["ChatMessage", "ChatRequest", "for_template"]
+__all__ = ["ChatMessage", "ChatRequest", "conversation_size", "for_template"]
+
+_MESSAGE_CHARS = 32  # that a template writes around a message, about
 
 
 class TextPart(StrictSchema):
@@ -43,6 +46,12 @@ class ChatMessage(StrictSchema):
             return "".join(part.text for part in self.content)
         return self.content or ""
 
+    @property
+    def size(self) -> int:
+        """In characters, about."""
+        calls = (call.function.arguments for call in self.tool_calls or ())
+        return len(self.text) + len(self.reasoning_content or "") + len("".join(map(str, calls)))
+
     def for_template(self, where: str = "message") -> dict[str, Any]:
         """What the chat template sees of it.
 
@@ -69,6 +78,22 @@ class ChatMessage(StrictSchema):
 def for_template(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     """What the chat template sees of a conversation. Raises RequestError."""
     return [each.for_template(f"messages[{number}]") for number, each in enumerate(messages)]
+
+
+def conversation_size(
+    messages: Collection[int], arguments: Mapping[str, Any], tools: Sequence[Tool] = ()
+) -> float:
+    """How many characters a chat template has to do with, about; infinite for a program of the client's.
+
+    Args:
+        messages: the size of each.
+        arguments: of the template.
+        tools: that it tells the model of.
+    """
+    if "chat_template" in arguments:
+        return math.inf
+    more = len(str(tools)) * bool(tools) + len(str(arguments)) * bool(arguments)
+    return sum(messages) + _MESSAGE_CHARS * len(messages) + more
 
 
 class ChatRequest(GenerationRequest):

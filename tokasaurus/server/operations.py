@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
-from tokasaurus.server.chat import ChatRequest, for_template
+from tokasaurus.server.chat import ChatRequest, conversation_size, for_template
 from tokasaurus.server.embeddings import EMBEDDINGS
 from tokasaurus.server.generate import GENERATE
 from tokasaurus.server.generation import Generations
@@ -69,10 +68,9 @@ def _completion_characters(body: CompletionRequest) -> int:
 
 
 def _chat_characters(body: ChatRequest) -> float:
-    if "chat_template" in body.template_arguments:  # a program of the client's
-        return math.inf
-    messages = (message.text for message in body.messages or ())
-    return sum(map(len, messages)) + _bad_word_characters(body)
+    messages = [message.size for message in body.messages or ()]
+    size = conversation_size(messages, body.template_arguments, body.offered_tools)
+    return size + _bad_word_characters(body)
 
 
 def _bad_word_characters(body: GenerationRequest) -> int:

@@ -6,7 +6,6 @@ look up or to delete.
 
 from __future__ import annotations
 
-import math
 import time
 import uuid
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from pydantic import Field
 
 from tokasaurus.errors import RequestError
+from tokasaurus.server.chat import conversation_size
 from tokasaurus.server.fields import HARMLESS
 from tokasaurus.server.generation import Generations, PreparedRequest
 from tokasaurus.server.grammar import FIELD as STRUCTURED_OUTPUTS
@@ -250,10 +250,9 @@ def _prepare(body: ResponsesRequest, generations: Generations) -> Task:
 
 
 def _num_characters(body: ResponsesRequest) -> float:
-    if "chat_template" in (body.chat_template_kwargs or {}):  # a program of the client's
-        return math.inf
     items = [body.input] if isinstance(body.input, str) else [item.text for item in body.input]
-    return sum(map(len, items)) + len(body.instructions or "")
+    sizes = [len(text) for text in (body.instructions or "", *items)]
+    return conversation_size(sizes, body.chat_template_kwargs or {}, body.offered_tools)
 
 
 RESPONSES = Operation("/v1/responses", ResponsesRequest, _num_characters, _prepare)

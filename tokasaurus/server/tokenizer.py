@@ -27,12 +27,16 @@ _RESERVED_ARGUMENTS = frozenset(
         "return_assistant_tokens_mask",
         "return_dict",
         "return_tensors",
+        "sanitize_control_tokens",
         "tokenize",
         "tokenizer_kwargs",
         "tools",
         "truncation",
     }
 )
+# A template may write an argument again with each message: both are limited, one by one and multiplied.
+_MAX_ARGUMENT_CHARS = 1 << 16
+_MAX_WRITTEN_CHARS = 1 << 26
 _GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
@@ -43,6 +47,7 @@ class Tokenizer:
         wrapped: a transformers tokenizer.
         vocab_size: of the model, which may be more than the tokenizer has, for padding, or less.
         eos_token_ids: ids that end a text, which are not part of it.
+        trusts_templates: whoever asks may bring a chat template, a program that may never end.
 
     Attributes:
         visible: for each id, what it adds to a text; nothing for special tokens.
@@ -51,8 +56,16 @@ class Tokenizer:
         special_token_ids: the same, ids only.
     """
 
-    def __init__(self, wrapped: Any, vocab_size: int, eos_token_ids: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        wrapped: Any,
+        vocab_size: int,
+        eos_token_ids: Iterable[int] = (),
+        *,
+        trusts_templates: bool = False,
+    ) -> None:
         self._wrapped = wrapped
+        self._trusts_templates = trusts_templates
         self._vocab_size = vocab_size
         self._backend: Any = getattr(wrapped, "backend_tokenizer", None)
         steps = None
@@ -78,7 +91,13 @@ class Tokenizer:
 
     @classmethod
     def load(
-        cls, path: str, *, vocab_size: int, eos_token_ids: Iterable[int], trust_remote_code: bool
+        cls,
+        path: str,
+        *,
+        vocab_size: int,
+        eos_token_ids: Iterable[int],
+        trust_remote_code: bool,
+        trusts_templates: bool = False,
     ) -> Tokenizer:
         """Loads the tokenizer of a model directory; takes a while, so not on an event loop.
 
@@ -86,7 +105,8 @@ class Tokenizer:
             ModelError: there is none, or it is broken.
         """
         try:
-            return cls(_load_wrapped(path, trust_remote_code), vocab_size, eos_token_ids)
+            wrapped = _load_wrapped(path, trust_remote_code)
+            return cls(wrapped, vocab_size, eos_token_ids, trusts_templates=trusts_templates)
         except Exception as error:  # the libraries underneath raise bare Exception too
             raise ModelError(f"cannot load a tokenizer from {path}: {error}") from error
 
@@ -126,19 +146,15 @@ class Tokenizer:
             tools: that the model may call.
 
         Raises:
-            RequestError: the template refuses the messages, or there is no template.
+            RequestError: the template refuses the messages, there is no template, or it is the
+                request's own and those are not trusted.
         """
         overrides = overrides or {}
-        reserved = _RESERVED_ARGUMENTS.intersection(overrides)
-        if reserved:
-            raise RequestError(
-                f"chat_template_kwargs cannot set {', '.join(sorted(reserved))}",
-                "chat_template_kwargs",
-            )
+        self._check(overrides, len(messages) + len(tools))
         if self._wrapped.chat_template is None and overrides.get("chat_template") is None:
             raise RequestError(
                 "messages cannot be rendered: this model has no chat template; use /v1/completions, or"
-                " give a chat_template in chat_template_kwargs",
+                " start the engine with tokenizer=DIR of one that has",
                 "messages",
             )
         continues = bool(messages) and messages[-1]["role"] == "assistant"
@@ -168,16 +184,56 @@ class Tokenizer:
         Args:
             overrides: as there.
             with_tools: there are some.
+
+        Raises:
+            RequestError: it is the request's own, and those are not trusted.
         """
-        given = overrides.get("chat_template")
+        self._check_template(overrides)
+        given, own = overrides.get("chat_template"), self._own_templates
         if isinstance(given, str):
-            return given
-        template = self._wrapped.chat_template
-        if isinstance(template, dict):  # some models have several
-            template = template.get(
-                "tool_use" if with_tools else "default", template.get("default")
+            return own.get(given, given)
+        return own.get("tool_use" if with_tools else "default", own.get("default", ""))
+
+    @property
+    def _own_templates(self) -> Mapping[str, str]:
+        """The model's chat templates by their names; some models have several."""
+        own = self._wrapped.chat_template
+        return own if isinstance(own, dict) else {} if own is None else {"default": own}
+
+    def _check(self, overrides: Mapping[str, Any], num_repeats: int) -> None:
+        """Raises RequestError for arguments that a template cannot have.
+
+        Args:
+            overrides: the arguments.
+            num_repeats: how often a template may write one of them.
+        """
+        self._check_template(overrides)
+        reserved = _RESERVED_ARGUMENTS.intersection(overrides)
+        if reserved:
+            raise RequestError(
+                f"chat_template_kwargs cannot set {', '.join(sorted(reserved))}",
+                "chat_template_kwargs",
             )
-        return template if isinstance(template, str) else ""
+        size = len(str(overrides)) if overrides else 0
+        limit = min(_MAX_ARGUMENT_CHARS, _MAX_WRITTEN_CHARS // max(1, num_repeats))
+        if overrides and size > limit:
+            raise RequestError(
+                f"chat_template_kwargs may have at most {limit} characters beside {num_repeats} messages"
+                f" and tools, not {size}",
+                "chat_template_kwargs",
+            )
+
+    def _check_template(self, overrides: Mapping[str, Any]) -> None:
+        given = overrides.get("chat_template")
+        if given is None or self._trusts_templates:
+            return
+        own = self._wrapped.chat_template
+        if not (isinstance(given, str) and isinstance(own, dict) and given in own):  # a name of one
+            raise RequestError(
+                "chat_template_kwargs: a chat_template is a program, and a request's own might never end;"
+                " leave it out to use the model's, or start the engine with trust_request_chat_template=T",
+                "chat_template_kwargs",
+            )
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         # Not through the wrapper where that can be helped: it sets the backend's truncation at each

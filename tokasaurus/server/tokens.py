@@ -12,8 +12,9 @@ from tokasaurus.errors import RequestError
 from tokasaurus.server.answers import MANY_CHARACTERS
 from tokasaurus.server.bodies import read_json
 from tokasaurus.server.calls import in_thread_if
-from tokasaurus.server.chat import ChatMessage, for_template
+from tokasaurus.server.chat import ChatMessage, conversation_size, for_template
 from tokasaurus.server.http_errors import to_json
+from tokasaurus.server.params import renamed
 from tokasaurus.server.schemas import RequestBody, body_reference, parse
 from tokasaurus.server.state import EngineState
 from tokasaurus.server.tokenizer import Tokenizer
@@ -62,17 +63,33 @@ class TokenizeRequest(RequestBody):
                 "add_special_tokens",
             )
 
+    @property
+    def size(self) -> float:
+        """In characters, about."""
+        if self.prompt is not None:
+            return len(self.prompt)
+        return conversation_size([each.size for each in self.messages or ()], self._overrides)
+
     def ids(self, tokenizer: Tokenizer) -> list[int]:
         """The tokens. Raises RequestError."""
         if self.prompt is not None:
             return tokenizer.encode(
                 self.prompt, add_special_tokens=self.add_special_tokens is not False
             )
+        try:
+            return tokenizer.render_chat(for_template(self.messages or ()), self._overrides)
+        except RequestError as error:
+            if self.chat_template is None or self.chat_template_kwargs:
+                raise
+            raise renamed(error, {"chat_template_kwargs": "chat_template"}) from None
+
+    @property
+    def _overrides(self) -> dict[str, Any]:
         overrides = dict(self.chat_template_kwargs or {})
         for name in ("add_generation_prompt", "continue_final_message", "chat_template"):
             if getattr(self, name) is not None:
                 overrides[name] = getattr(self, name)
-        return tokenizer.render_chat(for_template(self.messages or ()), overrides)
+        return overrides
 
 
 _CHAT_ONLY = (
@@ -126,16 +143,15 @@ class TokenRoutes:
         """The tokens of a text or a conversation, as the generating routes would make them."""
         generations = self._state.generations()
         body = parse(await read_json(request), TokenizeRequest)
-        size = len(body.prompt or "") + sum(
-            len(message.for_template()["content"]) for message in body.messages or ()
-        )
-        tokenizer = generations.tokenizer
-        ids = await in_thread_if(size > MANY_CHARACTERS, lambda: body.ids(tokenizer))
-        spellings = [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
-        limit = generations.config.max_request_tokens
-        return _json(
-            {"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": spellings}
-        )
+        tokenizer, limit = generations.tokenizer, generations.config.max_request_tokens
+
+        def answer() -> Response:
+            ids = body.ids(tokenizer)
+            spellings = [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
+            counts = {"count": len(ids), "max_model_len": limit}
+            return _json({**counts, "tokens": ids, "token_strs": spellings})
+
+        return await in_thread_if(body.size > MANY_CHARACTERS, answer)
 
     async def detokenize(self, request: Request) -> Response:
         """The text of tokens, special ones by their names."""
@@ -145,7 +161,10 @@ class TokenRoutes:
         wrong = next((i for i in tokens if not 0 <= i < vocab_size), None)
         if wrong is not None:
             raise RequestError(f"tokens must be from 0 to {vocab_size - 1}, not {wrong}", "tokens")
-        return _json({"prompt": tokenizer.decode_prompt(tokens, special=True)})
+        return await in_thread_if(
+            len(tokens) > MANY_CHARACTERS,
+            lambda: _json({"prompt": tokenizer.decode_prompt(tokens, special=True)}),
+        )
 
     async def info(self) -> Response:
         """What a client needs to know of the tokenizer to write prompts itself."""

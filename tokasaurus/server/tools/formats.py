@@ -40,8 +40,8 @@ def tool_format(flag: str, template: str) -> str:
     """
     if not _takes_tools(template):
         raise RequestError(
-            "tools are not supported by this model: its chat template does not mention them; give one"
-            " that does as chat_template in chat_template_kwargs",
+            "tools are not supported by this model: its chat template does not mention them; start the"
+            " engine with tokenizer=DIR of one that does",
             "tools",
         )
     if flag != "auto":
