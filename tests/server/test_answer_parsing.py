@@ -10,7 +10,9 @@ import pytest
 from tokasaurus.server.tools.answer import AnswerDeltas
 from tokasaurus.server.tools.call_reader import CallReader, _ValueEnd
 from tokasaurus.server.tools.parsing import AnswerParser, HermesParser, Llama3Parser
+from tokasaurus.server.tools.reasoning import ReasoningParser
 
+BYTES = [bytes([value]) for value in range(256)]  # each is a token
 ARGUMENTS = [
     '{"city": "Paris", "days": [1, {"a": "}]"}]}',
     "{}",
@@ -28,7 +30,8 @@ def llama(name, arguments):
 
 def parser(kind, *, reasons=False, inside=False, max_calls=None):
     tools = {"hermes": HermesParser, "llama3": lambda: Llama3Parser(["f", "g"]), None: lambda: None}
-    return AnswerParser(tools[kind](), reasons=reasons, inside=inside, max_calls=max_calls)
+    reasoning = ReasoningParser(inside, BYTES) if reasons else None
+    return AnswerParser(tools[kind](), reasoning, max_calls)
 
 
 def read(kind, pieces, **options):
@@ -36,7 +39,7 @@ def read(kind, pieces, **options):
     answer = AnswerDeltas(parser(kind, **options))
     content, reasoning, calls = "", "", []
     for number, piece in enumerate(pieces):
-        delta = answer.delta(piece, final=number == len(pieces) - 1)
+        delta = answer.delta(piece, piece.encode(), final=number == len(pieces) - 1)
         content += delta.get("content", "")
         reasoning += delta.get("reasoning_content", "")
         for call in delta.get("tool_calls", []):
@@ -165,7 +168,7 @@ def test_one_call_at_most():
 
 def test_a_whole_message():
     answer = AnswerDeltas(parser("hermes", reasons=True))
-    message = answer.message(f"<think>so</think>{hermes('f', A)}{hermes('g', B)}")
+    message = answer.message(f"<think>so</think>{hermes('f', A)}{hermes('g', B)}", [])
     assert (message["content"], message["reasoning_content"]) == (None, "so")
     assert [json.loads(call["function"]["arguments"]) for call in message["tool_calls"]] == [
         json.loads(A),
@@ -175,7 +178,7 @@ def test_a_whole_message():
     assert answer.finish_reason("stop") == "tool_calls"
     assert answer.finish_reason("length") == "length"
     empty = AnswerDeltas(parser("hermes"))
-    assert empty.message("") == {"role": "assistant", "content": ""}
+    assert empty.message("", []) == {"role": "assistant", "content": ""}
     assert empty.finish_reason("stop") == "stop"
 
 

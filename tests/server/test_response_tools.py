@@ -183,6 +183,8 @@ def test_reasoning(server):
         assert (thoughts.type, message.type) == ("reasoning", "message")
         assert (thoughts.content[0].text, thoughts.summary) == ("the cat", [])
         assert answer.output_text == "on the mat"
+        details = answer.usage.output_tokens_details
+        assert details.reasoning_tokens == len(ids_of("the cat</think>"))
         server.engine.largest_step = 1
         events = list(client.responses.create(**fields(THINKING, tools=[], stream=True)))
         deltas = [event for event in events if event.type == "response.reasoning_text.delta"]
@@ -190,6 +192,7 @@ def test_reasoning(server):
         (done,) = [event for event in events if event.type == "response.reasoning_text.done"]
         assert done.text == "the cat"
         assert [item.type for item in events[-1].response.output] == ["reasoning", "message"]
+        assert events[-1].response.usage.output_tokens_details == details
         history = [{"role": "user", "content": "hi"}, *answer.output]
         history.append({"role": "user", "content": "why?"})
         client.responses.create(**fields(THINKING, tools=[], input=history))

@@ -335,6 +335,73 @@ def test_reasoning(server):
     assert (reasoning, content) == ("the cat", "on the mat")
 
 
+THOUGHTS = [
+    # what the model says: what it thinks up to the last token of the closing mark, and the rest
+    ("<think>\nthe cat sat</think>", "\n\non the mat"),
+    ("<think></think>", ""),
+    ("\n <think>naïve élan", ""),
+    ("", "the cat<think>sat</think>"),
+    ("", ""),
+]
+
+
+@pytest.mark.parametrize(("thoughts", "rest"), THOUGHTS)
+@pytest.mark.parametrize("spelled", [False, True])
+def test_reasoning_tokens_are_counted_exactly(server, thoughts, rest, spelled):
+    """However the marks are cut into tokens and these into events; n samples add up."""
+
+    def ids(text):  # a byte each, or as the tokenizer would
+        return [i for c in text for i in ids_of(c)] if spelled else ids_of(text)
+
+    answer = [*ids(thoughts), *ids(rest), EOS_ID]
+    server.engine.script = lambda request, index: answer
+    closed = thoughts.endswith("</think>")
+    expected = 0 if not thoughts else len(ids(thoughts)) if closed else len(answer)
+    for n in (1, 3):
+        whole = ask(server, THINKING, tools=[], n=n).usage
+        assert whole.completion_tokens_details.reasoning_tokens == n * expected
+        assert whole.completion_tokens == n * len(answer)
+        for largest_step in (1, 3, 100):
+            server.engine.largest_step = largest_step
+            options = {"include_usage": True, "continuous_usage_stats": True}
+            *chunks, last = ask(
+                server, THINKING, tools=[], n=n, stream=True, stream_options=options
+            )
+            counts = [
+                chunk.usage.completion_tokens_details.reasoning_tokens for chunk in [*chunks, last]
+            ]
+            assert counts == sorted(counts)
+            assert counts[-1] == n * expected
+
+
+def test_reasoning_tokens_where_the_prompt_has_begun(server):
+    says(server, "the cat</think>on the mat")
+    expected = len(ids_of("the cat</think>"))
+    usage = ask(server, OPENED, tools=[]).usage
+    assert usage.completion_tokens_details.reasoning_tokens == expected
+    usage = ask(server, OPENED, tools=[], stop=["</thi"]).usage
+    assert usage.completion_tokens_details.reasoning_tokens == usage.completion_tokens <= expected
+    kwargs = {"enable_thinking": False}
+    usage = ask(server, THINKING, tools=[], chat_template_kwargs=kwargs).usage
+    assert usage.completion_tokens_details.reasoning_tokens == 0
+
+
+def test_reasoning_tokens_of_samples_that_came_too_late_count(server):
+    lengths = [5, 30, 70]
+    server.engine.script = lambda request, index: [
+        *ids_of("<think>"),
+        *ids_of("x") * lengths[index],
+        EOS_ID,
+    ]
+    for stream in (False, True):
+        fields = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        answer = post(server, THINKING, tools=[], n=3, first_k=1, **fields)
+        usage = (answer.events[-1] if stream else answer.json)["usage"]
+        assert usage["completion_tokens"] > lengths[0] + 2
+        thought = usage["completion_tokens_details"]["reasoning_tokens"]
+        assert thought == usage["completion_tokens"]
+
+
 def test_reasoning_that_the_prompt_begins_or_leaves_out(server):
     says(server, "the cat</think>on the mat")
     (choice,) = ask(server, OPENED, tools=[]).choices

@@ -16,9 +16,10 @@ from pydantic import WithJsonSchema
 from tokasaurus.errors import RequestError
 from tokasaurus.server.generation import Generation, Generations, PreparedRequest
 from tokasaurus.server.params import renamed
-from tokasaurus.server.render import takes_long, usage
+from tokasaurus.server.render import takes_long
 from tokasaurus.server.samples import SampleOutput, TokenLogprobs
 from tokasaurus.server.schemas import TOKEN_IDS, GenerationRequest
+from tokasaurus.server.usage import usage
 from tokasaurus.server.writer import DONE, StreamWriter, event
 
 __all__ = ["NativeRequest", "NativeWriter", "prepare_native"]

@@ -27,9 +27,10 @@ from tokasaurus.server.schemas import CompletionRequest, GenerationRequest
 from tokasaurus.server.tokenizer import Tokenizer
 from tokasaurus.server.tools.answer import AnswerDeltas
 from tokasaurus.server.tools.parsing import AnswerParser
+from tokasaurus.server.usage import usage
 from tokasaurus.server.writer import DONE, StreamWriter, event
 
-__all__ = ["ChatRenderer", "CompletionRenderer", "takes_long", "usage"]
+__all__ = ["ChatRenderer", "CompletionRenderer", "takes_long"]
 
 # What takes longer than about a millisecond to turn into text and JSON.
 _MANY_TOKENS = 8_000
@@ -82,7 +83,7 @@ class Renderer(StreamWriter):
                 "object": self.whole_object,
                 "choices": choices,
                 **self._more(generations),
-                "usage": usage(generations, num_tokens),
+                "usage": usage(generations, num_tokens, self._num_reasoning_tokens()),
                 "system_fingerprint": fingerprint(
                     outputs, packed=self._packs_logprobs, input_ids=self._input_ids(generations)
                 ),
@@ -109,7 +110,7 @@ class Renderer(StreamWriter):
             ),
         }
         if self._continuous_usage:
-            body["usage"] = usage(generations, self._num_streamed_tokens)
+            body["usage"] = self._streamed_usage(generations)
         elif self._includes_usage:
             body["usage"] = None
         return event(body)
@@ -117,9 +118,12 @@ class Renderer(StreamWriter):
     def end(self, generations: Sequence[Generation]) -> bytes:
         if not self._includes_usage:
             return DONE
-        counts = usage(generations, self._num_streamed_tokens)
+        counts = self._streamed_usage(generations)
         body = {**self._head, "object": self.chunk_object, "choices": [], "usage": counts}
         return event(body) + DONE
+
+    def _streamed_usage(self, generations: Sequence[Generation]) -> dict[str, Any]:
+        return usage(generations, self._num_streamed_tokens, self._num_reasoning_tokens())
 
     def _written_prompt_logprobs(self, generation: Generation) -> list[Any]:
         values, ranks = generation.prompt_logprobs, generation.prompt_ranks
@@ -132,6 +136,10 @@ class Renderer(StreamWriter):
     def _more(self, generations: Sequence[Generation]) -> dict[str, Any]:
         """What only this endpoint's whole answers have beside the choices."""
         return {}
+
+    def _num_reasoning_tokens(self) -> int | None:
+        """Of all tokens so far; None where nothing is said of them."""
+        return None
 
     def _input_ids(self, generations: Sequence[Generation]) -> list[list[int]] | None:
         """What the fingerprint says of the prompts; nothing but for the endpoint that takes their ids."""
@@ -253,6 +261,26 @@ class ChatRenderer(Renderer):
         self._ids = request.ids
         self._make_parser = make_parser
         self._answers: dict[int, AnswerDeltas] = {}  # of choices that are being streamed
+        self._num_thought = 0
+
+    def whole(self, generations: Sequence[Generation]) -> bytes:
+        if self._make_parser is not None:  # what was cancelled counts, too
+            for sample in (each for generation in generations for each in generation.samples):
+                if sample.was_cancelled:
+                    self._message(sample.take())
+        return super().whole(generations)
+
+    def _num_reasoning_tokens(self) -> int | None:
+        return None if self._make_parser is None else self._num_thought
+
+    def _message(self, output: SampleOutput) -> tuple[dict[str, Any], str | None]:
+        """A whole answer, and why it ended."""
+        if self._make_parser is None:
+            return {"role": "assistant", "content": output.text}, output.finish_reason
+        answer = AnswerDeltas(self._make_parser())
+        message = answer.message(output.text, output.token_ids)
+        self._num_thought += answer.num_reasoning_tokens
+        return message, answer.finish_reason(output.finish_reason)
 
     def _more(self, generations: Sequence[Generation]) -> dict[str, Any]:
         if self.request.prompt_logprobs is None:
@@ -262,12 +290,7 @@ class ChatRenderer(Renderer):
     def _choice(
         self, index: int, position: int, generation: Generation, output: SampleOutput
     ) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": output.text}
-        reason = output.finish_reason
-        if self._make_parser is not None:
-            answer = AnswerDeltas(self._make_parser())
-            message = answer.message(output.text)
-            reason = answer.finish_reason(reason)
+        message, reason = self._message(output)
         return {
             "index": index,
             "message": message,
@@ -290,7 +313,9 @@ class ChatRenderer(Renderer):
             answer = self._answers.get(index)
             if answer is None:
                 answer = self._answers[index] = AnswerDeltas(self._make_parser())
-            delta |= answer.delta(output.text, final=reason is not None)
+            num_before = answer.num_reasoning_tokens
+            delta |= answer.delta(output.text, output.token_ids, final=reason is not None)
+            self._num_thought += answer.num_reasoning_tokens - num_before
             if reason is not None:
                 reason = answer.finish_reason(reason)
                 del self._answers[index]
@@ -321,15 +346,3 @@ def takes_long(generations: Sequence[Generation], with_logprobs: bool) -> bool:
         size += sum(generation.num_prompt_tokens for generation in generations)
         with_logprobs = True
     return size > (_MANY_LOGPROBS if with_logprobs else _MANY_TOKENS)
-
-
-def usage(generations: Sequence[Generation], num_generated_tokens: int) -> dict[str, Any]:
-    """Counts each prompt once, however many samples it has."""
-    num_prompt_tokens = sum(generation.num_prompt_tokens for generation in generations)
-    num_cached_tokens = sum(generation.num_cached_tokens for generation in generations)
-    return {
-        "prompt_tokens": num_prompt_tokens,
-        "completion_tokens": num_generated_tokens,
-        "total_tokens": num_prompt_tokens + num_generated_tokens,
-        "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
-    }

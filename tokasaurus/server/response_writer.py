@@ -16,7 +16,8 @@ from tokasaurus.server.render import takes_long
 from tokasaurus.server.samples import SampleOutput
 from tokasaurus.server.tokenizer import Tokenizer
 from tokasaurus.server.tools.call_reader import CallBegins
-from tokasaurus.server.tools.parsing import AnswerParser, Reasoning, Text
+from tokasaurus.server.tools.parsing import AnswerParser, Text
+from tokasaurus.server.tools.reasoning import Reasoning
 from tokasaurus.server.writer import StreamWriter
 
 __all__ = ["ResponsesWriter"]
@@ -234,7 +235,7 @@ class ResponsesWriter(StreamWriter):
                 events += self._open(_Message)
                 events.append(self._add(output.text, logprobs=logprobs))
         else:
-            for part in self._parser.feed(output.text, final=is_final):
+            for part in self._parser.feed(output.text, output.token_ids, final=is_final):
                 if isinstance(part, Text):
                     events += self._open(_Message)
                     events.append(self._add(part.text, logprobs=[]))
@@ -282,6 +283,7 @@ class ResponsesWriter(StreamWriter):
     def _finished(self, generation: Generation) -> dict[str, Any]:
         is_whole = self._status == "completed"
         num_tokens = generation.num_generated_tokens
+        num_thought = 0 if self._parser is None else self._parser.num_reasoning_tokens
         return {
             **self._head,
             "status": self._status,
@@ -292,7 +294,7 @@ class ResponsesWriter(StreamWriter):
                 "input_tokens": generation.num_prompt_tokens,
                 "input_tokens_details": {"cached_tokens": generation.num_cached_tokens},
                 "output_tokens": num_tokens,
-                "output_tokens_details": {"reasoning_tokens": 0},
+                "output_tokens_details": {"reasoning_tokens": num_thought},
                 "total_tokens": generation.num_prompt_tokens + num_tokens,
             },
         }

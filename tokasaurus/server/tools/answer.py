@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from tokasaurus.server.tools.call_reader import CallBegins
-from tokasaurus.server.tools.parsing import AnswerParser, Reasoning, Text
+from tokasaurus.server.tools.parsing import AnswerParser, Text
+from tokasaurus.server.tools.reasoning import Reasoning
 
 __all__ = ["AnswerDeltas"]
 
@@ -22,9 +24,14 @@ class AnswerDeltas:
         self._parser = parser
         self._num_calls = 0
 
-    def message(self, text: str) -> dict[str, Any]:
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Of the tokens so far, those of the reasoning."""
+        return self._parser.num_reasoning_tokens
+
+    def message(self, text: str, token_ids: Sequence[int]) -> dict[str, Any]:
         """The message of a whole answer. Its content is null if it is calls and no more."""
-        delta = self.delta(text, final=True)
+        delta = self.delta(text, token_ids, final=True)
         calls = delta.get("tool_calls", [])
         message: dict[str, Any] = {"role": "assistant", "content": delta.get("content")}
         if not calls:
@@ -37,11 +44,11 @@ class AnswerDeltas:
             ]
         return message
 
-    def delta(self, text: str, *, final: bool) -> dict[str, Any]:
-        """What the next piece of text brings, as one delta with one entry for each call."""
+    def delta(self, text: str, token_ids: Sequence[int], *, final: bool) -> dict[str, Any]:
+        """What the next piece of text brings, with its tokens: one delta with one entry for each call."""
         content, reasoning = "", ""
         calls: dict[int, dict[str, Any]] = {}
-        for part in self._parser.feed(text, final=final):
+        for part in self._parser.feed(text, token_ids, final=final):
             if isinstance(part, Text):
                 content += part.text
             elif isinstance(part, Reasoning):

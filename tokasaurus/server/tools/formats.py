@@ -15,6 +15,7 @@ from tokasaurus.errors import RequestError
 from tokasaurus.server.params import SamplingParams
 from tokasaurus.server.tokenizer import Tokenizer
 from tokasaurus.server.tools.parsing import AnswerParser, HermesParser, Llama3Parser, ToolParser
+from tokasaurus.server.tools.reasoning import ReasoningParser
 from tokasaurus.server.tools.request import Tool, ToolChoice, calls_grammar
 
 __all__ = ["AnswerFormat", "make_tool_parser", "tool_format"]
@@ -150,6 +151,7 @@ class AnswerFormat:
 
         def make() -> AnswerParser:
             tools = None if self.tool_format is None else make_tool_parser(self.tool_format, names)
-            return AnswerParser(tools, reasons=reasons, inside=inside, max_calls=max_calls)
+            reasoning = ReasoningParser(inside, tokenizer.visible) if reasons else None
+            return AnswerParser(tools, reasoning, max_calls)
 
         return make

@@ -7,37 +7,29 @@ is text in the end: nothing that the model said is lost.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from tokasaurus.server.tools.call_reader import ArgumentsPiece, CallBegins, CallReader
+from tokasaurus.server.tools.reasoning import Reasoning, ReasoningParser, held
 
 __all__ = [
     "AnswerParser",
     "HermesParser",
     "Llama3Parser",
     "Part",
-    "Reasoning",
     "Text",
     "ToolParser",
 ]
 
 _CALL, _END_OF_CALL = "<tool_call>", "</tool_call>"
-_THINK, _END_OF_THINK = "<think>", "</think>"
 _PYTHON_TAG = "<|python_tag|>"
 
 
 @dataclass(frozen=True)
 class Text:
     """What the user is to read."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Reasoning:
-    """What the model thinks."""
 
     text: str
 
@@ -88,9 +80,7 @@ class HermesParser:
             self._pending, self._reader = after, CallReader()
             return True
         # White space waits too: before a call and behind one it is no text.
-        kept = (
-            len(before) if final else len((before[: len(before) - _held(before, _CALL)]).rstrip())
-        )
+        kept = len(before) if final else len((before[: len(before) - held(before, _CALL)]).rstrip())
         self._text(before[:kept], parts)
         self._pending = before[kept:]
         return False
@@ -186,81 +176,42 @@ class Llama3Parser:
         return False
 
 
-class _ReasoningParser:
-    """``<think>...</think>`` at the beginning of an answer.
-
-    Args:
-        inside: the prompt has opened it.
-    """
-
-    def __init__(self, inside: bool) -> None:
-        self._inside = inside
-        self._begun = inside  # whether it is known if there is any
-        self._done = False
-        self._pending = ""
-        self._strips = True  # white space at the beginning
-
-    def feed(self, text: str, *, final: bool) -> tuple[str, str]:
-        """Takes what comes next; returns what is reasoning, and what follows it."""
-        if self._done:
-            return "", self._after(text)
-        self._pending += text
-        if not self._begun:
-            start = self._pending.lstrip()
-            if start.startswith(_THINK):
-                self._inside = self._begun = True
-                self._pending = start[len(_THINK) :]
-            elif final or not _THINK.startswith(start):
-                self._done, self._strips = True, False
-                return "", self._pending
-            else:
-                return "", ""
-        before, mark, after = self._pending.partition(_END_OF_THINK)
-        if mark:
-            self._done = True
-            reasoning = self._thought(before.rstrip())
-            self._strips = True
-            return reasoning, self._after(after)
-        kept = before[: len(before) - _held(before, _END_OF_THINK)] if not final else before
-        kept = kept.rstrip()  # it may be the last white space before the mark
-        self._pending = before[len(kept) :]
-        return self._thought(kept), ""
-
-    def _thought(self, text: str) -> str:
-        if self._strips:
-            text = text.lstrip()
-            self._strips = not text
-        return text
-
-    def _after(self, text: str) -> str:
-        if self._strips:
-            text = text.lstrip()
-            self._strips = not text
-        return text
-
-
 class AnswerParser:
     """The parts of one answer.
 
     Args:
         tools: finds its calls; None if it may have none.
-        reasons: it may begin with reasoning.
-        inside: it begins within it.
+        reasoning: finds what it begins with; None if it begins with no such thing.
         max_calls: those beyond are left out.
     """
 
     def __init__(
-        self, tools: ToolParser | None, *, reasons: bool, inside: bool, max_calls: int | None
+        self,
+        tools: ToolParser | None,
+        reasoning: ReasoningParser | None,
+        max_calls: int | None = None,
     ) -> None:
         self._tools = tools
-        self._reasoning = _ReasoningParser(inside) if reasons else None
+        self._reasoning = reasoning
         self._max_calls = max_calls
         self._num_calls = 0
 
-    def feed(self, text: str, *, final: bool) -> list[Part]:
-        """Takes what comes next; ``final`` if nothing follows."""
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Of the tokens so far, those of the reasoning, its marks included."""
+        return 0 if self._reasoning is None else self._reasoning.num_tokens
+
+    def feed(self, text: str, token_ids: Sequence[int], *, final: bool) -> list[Part]:
+        """Takes what comes next.
+
+        Args:
+            text: of the answer.
+            token_ids: that came with it; text may be held back that earlier ones brought.
+            final: nothing follows.
+        """
         parts: list[Part] = []
         if self._reasoning is not None:
+            self._reasoning.count(token_ids)
             reasoning, text = self._reasoning.feed(text, final=final)
             if reasoning:
                 parts.append(Reasoning(reasoning))
@@ -273,11 +224,3 @@ class AnswerParser:
             if not (is_of_call and self._max_calls and self._num_calls > self._max_calls):
                 parts.append(part)
         return parts
-
-
-def _held(text: str, mark: str) -> int:
-    """How many characters at the end of a text may begin the mark."""
-    for count in range(min(len(mark) - 1, len(text)), 0, -1):
-        if mark.startswith(text[-count:]):
-            return count
-    return 0
