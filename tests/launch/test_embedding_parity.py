@@ -68,9 +68,10 @@ def test_among_generating_requests(model):
     params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
     with LLM(model, bump_city_population_me=True, **FLAGS) as llm:
         alone = llm.generate(texts, params, use_tqdm=False)
-        core = llm._generations
-        requests = [core.prepare(ids, params) for ids in texts]
-        pooled = [core.prepare_pooling(ids, core.config.embedding_pooling) for ids in texts]
+        preparer = llm._preparer
+        requests = [preparer.prepare(ids, params) for ids in texts]
+        pooling = preparer.config.embedding_pooling
+        pooled = [preparer.prepare_pooling(ids, pooling) for ids in texts]
         mixed = [each for pair in zip(requests, pooled, strict=True) for each in pair]
         generations = llm._finished(mixed, use_tqdm=False)
     for output, generation in zip(alone, generations[::2], strict=True):

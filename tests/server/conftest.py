@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 from fake_engine import CONFIG, TOKENIZER, FakeEngine, RunningServer, random_ids
 
-from tokasaurus.server.generation import Generations
+from tokasaurus.server.generations import Generations
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,10 @@ from tokasaurus.protocol.messages import (
 )
 from tokasaurus.server import tokenizer as server_tokenizer
 from tokasaurus.server.batch_routes import batch_runner
-from tokasaurus.server.generation import Generations
+from tokasaurus.server.generation import Generation
+from tokasaurus.server.generations import Generations
+from tokasaurus.server.params import SamplingParams
+from tokasaurus.server.preparation import Preparer
 from tokasaurus.server.state import EngineState
 
 T = TypeVar("T")
@@ -123,6 +126,7 @@ CONFIG = ServerConfig(
     top_k=None,
     min_p=None,
 )
+PREPARER = Preparer(CONFIG, TOKENIZER)
 
 
 def ids_of(text: str) -> list[int]:
@@ -382,6 +386,13 @@ class Answer:
         return [json.loads(line.removeprefix(b"data: ")) for line in lines]
 
 
+def submit(
+    generations: Generations, prompt_ids: list[int], params: SamplingParams, **options: object
+) -> Generation:
+    """Prepares a prompt under CONFIG, and starts it."""
+    return generations.start(PREPARER.prepare(prompt_ids, params), **options)
+
+
 class RunningServer:
     """A server on a loopback port, in a thread, with a fake engine behind it."""
 
@@ -390,8 +401,9 @@ class RunningServer:
         self.state = EngineState()
         tokenizer = TOKENIZER if config.trust_request_chat_template else UNTRUSTING
         self.generations = Generations(config, tokenizer, self.engine.send, self.state.metrics)
+        self.preparer = Preparer(config, tokenizer)
         if ready:
-            self.state.ready(self.generations)
+            self.become_ready()
         self.batches = batch_runner(config, self.state) if config.data_dir else None
         # Made anew from its number, it knows that it is TCP, and asyncio sets TCP_NODELAY on its connections:
         # else each answer but a connection's first takes 40 ms.
@@ -417,6 +429,10 @@ class RunningServer:
             for message in self.engine.step():
                 self.generations.absorb(message)
             await asyncio.sleep(0.0005 if self.engine.num_running else 0.003)
+
+    def become_ready(self) -> None:
+        """The model is loaded; called in the event loop's thread once it runs."""
+        self.state.ready(self.preparer, self.generations)
 
     def call(self, function: Callable[[], object]) -> None:
         """Calls something in the event loop's thread, and waits for it."""

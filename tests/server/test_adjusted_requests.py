@@ -5,22 +5,31 @@ from __future__ import annotations
 import json
 
 import pytest
-from fake_engine import CONFIG, EOS_ID, TOKENIZER, VOCAB_SIZE, WRAPPED, ids_of, with_config
+from fake_engine import (
+    CONFIG,
+    EOS_ID,
+    PREPARER,
+    TOKENIZER,
+    VOCAB_SIZE,
+    WRAPPED,
+    ids_of,
+    with_config,
+)
 
 from tokasaurus import SamplingParams
 from tokasaurus.errors import RequestError
 from tokasaurus.protocol.messages import Adjustments
-from tokasaurus.server.generation import Generations
+from tokasaurus.server.preparation import Preparer
 from tokasaurus.server.stop_strings import StopStrings
 from tokasaurus.server.text import TextStream
 from tokasaurus.server.tokenizer import Tokenizer
 
 
-def sampling(core, **params):
-    return core.prepare([70], SamplingParams(**params)).sampling
+def sampling(**params):
+    return PREPARER.prepare([70], SamplingParams(**params)).sampling
 
 
-def test_who_asks_for_nothing_gets_nothing(core):
+def test_who_asks_for_nothing_gets_nothing():
     neutral = {
         "frequency_penalty": 0,
         "presence_penalty": 0.0,
@@ -30,14 +39,13 @@ def test_who_asks_for_nothing_gets_nothing(core):
         "bad_words": [],
         "stop_token_ids": [],
     }
-    assert sampling(core).adjustments is None
-    assert sampling(core, **neutral).adjustments is None
+    assert sampling().adjustments is None
+    assert sampling(**neutral).adjustments is None
     assert not Adjustments().reads_generated
 
 
-def test_everything_at_once(core):
+def test_everything_at_once():
     got = sampling(
-        core,
         frequency_penalty=0.5,
         presence_penalty=-2,
         repetition_penalty=1.25,
@@ -57,36 +65,36 @@ def test_everything_at_once(core):
     assert got.reads_prompt
 
 
-def test_bad_words_at_the_beginning_and_after_a_space(core):
-    words = sampling(core, bad_words=["cat", " cat", "zq", "\n"]).adjustments.bad_words
+def test_bad_words_at_the_beginning_and_after_a_space():
+    words = sampling(bad_words=["cat", " cat", "zq", "\n"]).adjustments.bad_words
     texts = ["cat", " cat", "zq", " zq", "\n", " \n"]
     assert set(words) == {tuple(ids_of(text)) for text in texts}
     assert any(len(word) > 1 for word in words)
-    assert sampling(core, bad_words=["zq"]).adjustments.reads_generated
-    assert not sampling(core, bad_words=["z"]).adjustments.reads_prompt
+    assert sampling(bad_words=["zq"]).adjustments.reads_generated
+    assert not sampling(bad_words=["z"]).adjustments.reads_prompt
 
 
-def test_bad_words_of_many_tokens_are_refused(core):
+def test_bad_words_of_many_tokens_are_refused():
     """Each slot of the worker looks for all of its words, as wide as the longest one of any slot."""
     word = "zqx" * 11
     assert len(ids_of(word)) == 33
-    assert sampling(core, bad_words=[word[:-2]]).adjustments.bad_words
+    assert sampling(bad_words=[word[:-2]]).adjustments.bad_words
     with pytest.raises(
         RequestError, match="bad_words may hold words of at most 32 tokens"
     ) as error:
-        sampling(core, bad_words=["a", word])
+        sampling(bad_words=["a", word])
     assert error.value.field == "bad_words"
 
 
-def test_stop_token_ids_end_a_sample(core):
+def test_stop_token_ids_end_a_sample():
     for ignore_eos, expected in ((False, {90, EOS_ID}), (True, {90})):
         params = SamplingParams(stop_token_ids=[90, 90], ignore_eos=ignore_eos)
-        assert set(core.prepare([70], params).stop_token_ids) == expected
+        assert set(PREPARER.prepare([70], params).stop_token_ids) == expected
 
 
-def test_the_end_of_sequence_is_late_even_where_it_is_ignored(core):
+def test_the_end_of_sequence_is_late_even_where_it_is_ignored():
     """As in vLLM."""
-    assert sampling(core, min_tokens=2, ignore_eos=True).adjustments.late_ids == (EOS_ID,)
+    assert sampling(min_tokens=2, ignore_eos=True).adjustments.late_ids == (EOS_ID,)
 
 
 @pytest.mark.parametrize(
@@ -98,9 +106,9 @@ def test_the_end_of_sequence_is_late_even_where_it_is_ignored(core):
         ({"min_tokens": 512, "max_tokens": None}, "min_tokens"),
     ],
 )
-def test_what_the_model_cannot_do(core, params, field):
+def test_what_the_model_cannot_do(params, field):
     with pytest.raises(RequestError) as error:
-        core.prepare([70], SamplingParams(**params))
+        PREPARER.prepare([70], SamplingParams(**params))
     assert error.value.field == field
     assert CONFIG.max_request_tokens == 512
 
@@ -157,8 +165,8 @@ def test_tokens_that_the_model_does_not_have():
     """Some tokenizers have more tokens than their model."""
     size = TOKENIZER.special_ids["<|end|>"]
     smaller = Tokenizer(WRAPPED, size, [EOS_ID])
-    core = Generations(with_config(vocab_size=size), smaller, lambda message: None)
-    request = core.prepare([0], SamplingParams(stop="<|end|>", min_tokens=1))
+    preparer = Preparer(with_config(vocab_size=size), smaller)
+    request = preparer.prepare([0], SamplingParams(stop="<|end|>", min_tokens=1))
     assert request.stop_token_ids == (EOS_ID,)
     assert request.sampling.adjustments.late_ids == (EOS_ID,)
     vocabulary = smaller.vocabulary([EOS_ID])

@@ -354,7 +354,7 @@ def test_openai_comes_back_when_a_full_queue_said(naps):
 
 def test_openai_waits_while_the_engine_loads(naps):
     with RunningServer(ready=False).running() as server:
-        naps.then = lambda: server.call(lambda: server.state.ready(server.generations))
+        naps.then = lambda: server.call(server.become_ready)
         client = server.client().with_options(max_retries=2)
         assert client.completions.create(model="m", prompt="a", max_tokens=3).usage
         assert naps.seconds == [5]

@@ -96,7 +96,7 @@ def test_a_defect_of_ours_is_a_500_without_details(server, monkeypatch, caplog):
     def broken(*_, **__):
         raise ZeroDivisionError("secret")
 
-    monkeypatch.setattr(server.generations, "prepare", broken)
+    monkeypatch.setattr(server.preparer, "prepare", broken)
     answer = server.post("/v1/completions", BODY)
     assert answer.status == 500
     assert "secret" not in answer.error["message"]

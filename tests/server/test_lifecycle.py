@@ -193,7 +193,7 @@ def test_loading():
             assert answer.status == 503
             assert int(answer.headers["retry-after"]) > 0
             assert "loading" in answer.error["message"]
-        server.call(lambda: server.state.ready(server.generations))
+        server.call(server.become_ready)
         assert server.get("/health").json == {"status": "ok", "running": 0}
         assert server.post("/v1/completions", LONG).status == 200
 

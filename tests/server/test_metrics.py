@@ -10,11 +10,11 @@ import socket
 import msgspec
 import openai
 import pytest
-from fake_engine import CONFIG, TOKENIZER, FakeEngine, RunningServer, with_config
+from fake_engine import CONFIG, TOKENIZER, FakeEngine, RunningServer, submit, with_config
 from prometheus_client.parser import text_string_to_metric_families
 
 from tokasaurus.protocol.messages import Statistics
-from tokasaurus.server.generation import Generations
+from tokasaurus.server.generations import Generations
 from tokasaurus.server.metrics import Figure
 from tokasaurus.server.params import SamplingParams
 from tokasaurus.server.reports import StatisticsLine, report, statsd_packets
@@ -84,7 +84,7 @@ def test_a_defect_counts_as_500(own_server, monkeypatch):
     def broken(*_, **__):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(own_server.generations, "prepare", broken)
+    monkeypatch.setattr(own_server.preparer, "prepare", broken)
     own_server.post("/v1/completions", BODY)
     assert read(own_server)["http_requests_total", "/v1/completions", "500"] == 1
 
@@ -137,7 +137,7 @@ def test_every_prompt_ends_once(own_server):
     found = read(own_server)
     assert found["prompts_total", "refused"] == 2
     assert found["prompts_total", "aborted"] == 1
-    own_server.call(lambda: own_server.generations.submit([1], SamplingParams(max_tokens=500)))
+    own_server.call(lambda: submit(own_server.generations, [1], SamplingParams(max_tokens=500)))
     own_server.call(lambda: own_server.state.die("over"))
     assert own_server.post("/v1/completions", BODY).status == 503
     assert read(own_server)["prompts_total", "failed"] == 1
@@ -190,7 +190,7 @@ def test_the_line_says_what_happened_since_the_one_before(line):
 
 def test_the_line_comes_as_long_as_somebody_waits(line):
     line, generations, _ = line
-    generation = generations.submit([1], SamplingParams())
+    generation = submit(generations, [1], SamplingParams())
     assert line.next() == "in 0 tokens/s, out 0 tokens/s, running 0, waiting 0, KV 100%"
     generations.abort(generation)
     assert line.next() is None

@@ -63,7 +63,7 @@ def test_who_is_refused_is_not_tokenized(monkeypatch):
         tokenized = []
         for name in ("encode", "render_chat"):
             monkeypatch.setattr(
-                server.generations.tokenizer, name, lambda *args, **kwargs: tokenized.append(args)
+                server.preparer.tokenizer, name, lambda *args, **kwargs: tokenized.append(args)
             )
         chat = {"messages": [{"role": "user", "content": "the cat"}], "max_tokens": 5}
         for path, body in (

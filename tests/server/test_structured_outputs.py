@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from fake_engine import CONFIG, TOKENIZER, FakeEngine
+from fake_engine import CONFIG, TOKENIZER, with_config
 from json_schemas import SCHEMAS
 
 from tokasaurus import SamplingParams
 from tokasaurus.errors import RequestError
 from tokasaurus.grammars import MAX_GRAMMAR_BYTES, GrammarCompiler
-from tokasaurus.server.generation import Generations
+from tokasaurus.server.preparation import Preparer
 
 PATH = "/v1/completions"
 BASE = {"prompt": "the cat", "max_tokens": 12, "seed": 1}
@@ -201,9 +201,7 @@ def test_chains_of_rules_do_not_overflow_a_stack(server):
 
 
 def test_a_model_without_an_end_is_refused():
-    from dataclasses import replace
-
-    core = Generations(replace(CONFIG, eos_token_ids=()), TOKENIZER, FakeEngine().send)
+    preparer = Preparer(with_config(eos_token_ids=()), TOKENIZER)
     with pytest.raises(RequestError, match="end-of-sequence") as caught:
-        core.prepare([8], SamplingParams(structured_outputs={"regex": "a"}))
+        preparer.prepare([8], SamplingParams(structured_outputs={"regex": "a"}))
     assert caught.value.field == "structured_outputs"

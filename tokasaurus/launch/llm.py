@@ -35,8 +35,10 @@ from tokasaurus.model.worker import Worker
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import ForwardResult, FromServer
 from tokasaurus.server.embeddings import embedding, pooling_named
-from tokasaurus.server.generation import Generation, Generations, PreparedRequest
+from tokasaurus.server.generation import Generation
+from tokasaurus.server.generations import Generations
 from tokasaurus.server.params import SamplingParams
+from tokasaurus.server.preparation import PreparedRequest, Preparer
 from tokasaurus.server.samples import SampleOutput, TokenLogprobs
 from tokasaurus.server.tokenizer import Tokenizer
 
@@ -113,6 +115,7 @@ class LLM:
         )
         self._worker.warm_up()
         self._inbox: list[FromServer | ForwardResult] = []
+        self._preparer = Preparer(server, self._tokenizer)
         self._generations = Generations(server, self._tokenizer, self._inbox.append)
         self._lock = threading.Lock()
 
@@ -197,12 +200,12 @@ class LLM:
         texts = _as_list(prompts)
         if not texts:
             return np.empty((0, 0), np.float32)
-        kind = pooling_named(pooling, self._generations.config)
+        kind = pooling_named(pooling, self._preparer.config)
         requests = []
         for number, prompt in enumerate(texts):
             ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
             try:
-                requests.append(self._generations.prepare_pooling(ids, kind))
+                requests.append(self._preparer.prepare_pooling(ids, kind))
             except RequestError as error:
                 raise _numbered(error, number) from None
         return np.stack([embedding(each) for each in self._finished(requests, use_tqdm)])
@@ -238,7 +241,7 @@ class LLM:
     ) -> PreparedRequest:
         ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         try:
-            return self._generations.prepare(ids, params, default_temperature=temperature)
+            return self._preparer.prepare(ids, params, default_temperature=temperature)
         except RequestError as error:
             raise _numbered(error, number) from None
 

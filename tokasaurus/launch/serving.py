@@ -18,7 +18,7 @@ from tokasaurus.launch.lifeline import Assignment, Lifeline
 from tokasaurus.launch.text_process import TextProcess
 from tokasaurus.server.app import create_app
 from tokasaurus.server.batch_routes import batch_runner
-from tokasaurus.server.generation import Generations
+from tokasaurus.server.generations import Generations
 from tokasaurus.server.reports import report
 from tokasaurus.server.state import EngineState
 

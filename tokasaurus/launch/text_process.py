@@ -8,7 +8,8 @@ from pathlib import Path
 from tokasaurus.launch.doors import TO_MANAGER, TO_SERVER
 from tokasaurus.launch.lifeline import Assignment, Dead, Lifeline, Ready, Start, Stop
 from tokasaurus.protocol.channels import AsyncReceiver, Sender
-from tokasaurus.server.generation import Generations
+from tokasaurus.server.generations import Generations
+from tokasaurus.server.preparation import Preparer
 from tokasaurus.server.state import EngineState
 from tokasaurus.server.tokenizer import Tokenizer
 
@@ -70,7 +71,7 @@ class TextProcess:
         self.lifeline.send(Ready())
         await self._others_ready.wait()
         generations = Generations(config, tokenizer, self._to_manager.send, self.state.metrics)
-        self.state.ready(generations)
+        self.state.ready(Preparer(config, tokenizer), generations)
         await self.on_ready(generations)
         while True:
             generations.absorb(await self._door.receive())

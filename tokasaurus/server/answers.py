@@ -56,10 +56,10 @@ class Answers:
             RequestError: it is wrong; names the field.
             EngineError: the engine cannot serve.
         """
-        generations = self._state.generations()
+        preparer = self._state.preparer()
         heavy = request.needs_grammar or operation.num_characters(request) > MANY_CHARACTERS
         try:
-            return await in_thread_if(heavy, lambda: operation.prepare(request, generations))
+            return await in_thread_if(heavy, lambda: operation.prepare(request, preparer))
         except RequestError as error:
             raise renamed(error, request.field_names()) from None
 

@@ -3,10 +3,10 @@
 ::
 
     state = EngineState()
-    app = create_app(config, state)                    # answers /ping and /health from now on
+    app = create_app(config, state)                          # answers /ping and /health from now on
     generations = Generations(config, tokenizer, send)
-    state.ready(generations)                           # serves
-    generations.absorb(message)                        # for every message of the manager
+    state.ready(Preparer(config, tokenizer), generations)    # serves
+    generations.absorb(message)                              # for every message of the manager
     state.drain() ... state.die(reason)
 """
 

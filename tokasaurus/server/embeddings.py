@@ -14,8 +14,9 @@ from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import ProtocolError, RequestError
 from tokasaurus.protocol.arrays import Float32Array
 from tokasaurus.protocol.messages import Pooling
-from tokasaurus.server.generation import Generation, Generations
+from tokasaurus.server.generation import Generation
 from tokasaurus.server.params import renamed
+from tokasaurus.server.preparation import Preparer
 from tokasaurus.server.schemas import EngineRequest, Prompts, read_prompts
 from tokasaurus.server.tasks import Operation, Task
 from tokasaurus.server.writer import AnswerWriter
@@ -121,14 +122,14 @@ def _in_base64(vector: Float32Array) -> str:
     return base64.b64encode(vector.astype("<f4").tobytes()).decode()
 
 
-def _prepare(body: EmbeddingRequest, generations: Generations) -> Task:
+def _prepare(body: EmbeddingRequest, preparer: Preparer) -> Task:
     """Makes a vector of each text."""
-    tokenizer, config = generations.tokenizer, generations.config
+    tokenizer, config = preparer.tokenizer, preparer.config
     pooling = pooling_named(body.pooling, config)
     texts = read_prompts("input", body.input)
     try:
         prepared = [
-            generations.prepare_pooling(
+            preparer.prepare_pooling(
                 tokenizer.encode(text) if isinstance(text, str) else text,
                 pooling,
                 priority=body.priority or 0,

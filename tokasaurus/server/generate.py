@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from tokasaurus.server.generation import Generations
 from tokasaurus.server.native import NativeRequest, NativeWriter, prepare_native
+from tokasaurus.server.preparation import Preparer
 from tokasaurus.server.sglang import SglangRequest, SglangWriter, prepare_sglang
 from tokasaurus.server.tasks import Operation, Task
 
 __all__ = ["GENERATE"]
 
 
-def _prepare(body: NativeRequest | SglangRequest, generations: Generations) -> Task:
+def _prepare(body: NativeRequest | SglangRequest, preparer: Preparer) -> Task:
     """Continues prompts, in the engine's own protocol or in SGLang's."""
     if isinstance(body, NativeRequest):
-        model = generations.config.model_name
-        return Task(body, [prepare_native(body, generations)], NativeWriter(body, model))
-    prepared = prepare_sglang(body, generations)
-    return Task(body, prepared, SglangWriter(body, prepared, generations.tokenizer))
+        model = preparer.config.model_name
+        return Task(body, [prepare_native(body, preparer)], NativeWriter(body, model))
+    prepared = prepare_sglang(body, preparer)
+    return Task(body, prepared, SglangWriter(body, prepared, preparer.tokenizer))
 
 
 def _num_characters(body: NativeRequest | SglangRequest) -> int:

@@ -14,11 +14,13 @@ import msgspec
 from pydantic import WithJsonSchema
 
 from tokasaurus.errors import RequestError
-from tokasaurus.server.generation import Generation, Generations, PreparedRequest
+from tokasaurus.server.generation import Generation
 from tokasaurus.server.params import renamed
+from tokasaurus.server.preparation import PreparedRequest, Preparer
 from tokasaurus.server.render import takes_long
 from tokasaurus.server.samples import SampleOutput, TokenLogprobs
 from tokasaurus.server.schemas import TOKEN_IDS, GenerationRequest
+from tokasaurus.server.tokenizer import Tokenizer
 from tokasaurus.server.usage import usage
 from tokasaurus.server.writer import DONE, StreamWriter, event
 
@@ -65,14 +67,14 @@ class NativeRequest(GenerationRequest):
                 "stream_options",
             )
 
-    def ids(self, generations: Generations) -> list[int]:
+    def ids(self, tokenizer: Tokenizer) -> list[int]:
         """The prompt's tokens. Raises RequestError."""
         if isinstance(self.prompt, list):
             return self.prompt
         messages = [{"role": "user", "content": self.prompt}]
         if self.system is not None:
             messages.insert(0, {"role": "system", "content": self.system})
-        return generations.tokenizer.render_chat(messages)
+        return tokenizer.render_chat(messages)
 
 
 class NativeWriter(StreamWriter):
@@ -130,11 +132,11 @@ class NativeWriter(StreamWriter):
         return DONE
 
 
-def prepare_native(body: NativeRequest, generations: Generations) -> PreparedRequest:
+def prepare_native(body: NativeRequest, preparer: Preparer) -> PreparedRequest:
     """Decides what the client left open. Raises RequestError."""
     try:
-        return generations.prepare(
-            body.ids(generations),
+        return preparer.prepare(
+            body.ids(preparer.tokenizer),
             body.params(),
             default_temperature=_CHAT_TEMPERATURE,
             client_key=body.user,

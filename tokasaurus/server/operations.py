@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from tokasaurus.server.chat import ChatRequest, conversation_size, for_template
 from tokasaurus.server.embeddings import EMBEDDINGS
 from tokasaurus.server.generate import GENERATE
-from tokasaurus.server.generation import Generations
+from tokasaurus.server.preparation import Preparer
 from tokasaurus.server.render import ChatRenderer, CompletionRenderer
 from tokasaurus.server.responses import RESPONSES
 from tokasaurus.server.schemas import CompletionRequest, GenerationRequest
@@ -20,13 +20,13 @@ _CHAT_TEMPERATURE = 0.7
 _COMPLETION_TEMPERATURE = 1.0
 
 
-def _prepare_completion(body: CompletionRequest, generations: Generations) -> Task:
+def _prepare_completion(body: CompletionRequest, preparer: Preparer) -> Task:
     """Continues prompts."""
-    tokenizer, config = generations.tokenizer, generations.config
+    tokenizer, config = preparer.tokenizer, preparer.config
     prompts = body.prompts()
     ids = [tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
     prepared = [
-        generations.prepare(
+        preparer.prepare(
             each,
             body.params_for(len(each), config.max_request_tokens),
             default_temperature=_COMPLETION_TEMPERATURE,
@@ -41,9 +41,9 @@ def _prepare_completion(body: CompletionRequest, generations: Generations) -> Ta
     return Task(body, prepared, renderer)
 
 
-def _prepare_chat(body: ChatRequest, generations: Generations) -> Task:
+def _prepare_chat(body: ChatRequest, preparer: Preparer) -> Task:
     """Answers the last message of a conversation, or goes on with it."""
-    tokenizer, config = generations.tokenizer, generations.config
+    tokenizer, config = preparer.tokenizer, preparer.config
     arguments, tools = body.template_arguments, body.offered_tools
     template = ""
     if body.ids is None:
@@ -54,7 +54,7 @@ def _prepare_chat(body: ChatRequest, generations: Generations) -> Task:
         told = [tool.for_template() for tool in tools]
         ids = tokenizer.render_chat(for_template(body.messages or ()), arguments, told)
     params = form.enforced(body.params())
-    prepared = generations.prepare(
+    prepared = preparer.prepare(
         ids, params, default_temperature=_CHAT_TEMPERATURE, client_key=body.user
     )
     make_parser = form.parser_maker(ids, params, tokenizer)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.protocol.messages import Statistics
-from tokasaurus.server.generation import Generations
+from tokasaurus.server.generations import Generations
 from tokasaurus.server.metrics import Figure, figures, kv_use
 
 __all__ = ["StatisticsLine", "report", "statsd_packets"]

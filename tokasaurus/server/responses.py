@@ -16,8 +16,8 @@ from pydantic import Field
 from tokasaurus.errors import RequestError
 from tokasaurus.server.chat import conversation_size
 from tokasaurus.server.fields import HARMLESS
-from tokasaurus.server.generation import Generations, PreparedRequest
 from tokasaurus.server.grammar import FIELD as STRUCTURED_OUTPUTS
+from tokasaurus.server.preparation import PreparedRequest, Preparer
 from tokasaurus.server.response_items import FunctionChoice, FunctionTool, InputItem, for_template
 from tokasaurus.server.response_writer import ResponsesWriter
 from tokasaurus.server.schemas import GenerationRequest
@@ -223,14 +223,14 @@ def _text(request: ResponsesRequest) -> dict[str, Any]:
     return {"format": request.text.format.model_dump(by_alias=True, exclude_none=True)}
 
 
-def _prepare(body: ResponsesRequest, generations: Generations) -> Task:
+def _prepare(body: ResponsesRequest, preparer: Preparer) -> Task:
     """Answers the last message of a conversation."""
-    tokenizer, config = generations.tokenizer, generations.config
+    tokenizer, config = preparer.tokenizer, preparer.config
     tools, arguments = body.offered_tools, body.chat_template_kwargs or {}
     form = AnswerFormat.of(body, config, tokenizer.chat_template(arguments, with_tools=bool(tools)))
     ids = tokenizer.render_chat(body.messages(), arguments, [tool.for_template() for tool in tools])
     params = form.enforced(body.params())
-    prepared = generations.prepare(
+    prepared = preparer.prepare(
         ids, params, default_temperature=_CHAT_TEMPERATURE, client_key=body.user
     )
     make_parser = form.parser_maker(ids, params, tokenizer)

@@ -15,9 +15,10 @@ import msgspec
 
 from tokasaurus.errors import RequestError
 from tokasaurus.server.fields import without_harmless
-from tokasaurus.server.generation import Generation, Generations, PreparedRequest
+from tokasaurus.server.generation import Generation
 from tokasaurus.server.grammar import FIELD as STRUCTURED_OUTPUTS
 from tokasaurus.server.params import SamplingParams, renamed
+from tokasaurus.server.preparation import PreparedRequest, Preparer
 from tokasaurus.server.render import takes_long
 from tokasaurus.server.samples import SampleOutput, TokenLogprobs
 from tokasaurus.server.schemas import EngineRequest, Prompts, read_prompts
@@ -226,17 +227,17 @@ def _params(
         raise renamed(error, names) from None
 
 
-def prepare_sglang(body: SglangRequest, generations: Generations) -> list[PreparedRequest]:
+def prepare_sglang(body: SglangRequest, preparer: Preparer) -> list[PreparedRequest]:
     """Decides what the client left open. Raises RequestError."""
     prompts = body.prompts()
     params = body.params(len(prompts))
     names = body.field_names()
     read_prompts(names["prompt"], prompts, max(each.n for each in params))
     starts = body.per_prompt("logprob_start_len", len(prompts), -1)
-    limit = generations.config.max_request_tokens
+    limit = preparer.config.max_request_tokens
     prepared = []
     for prompt, each, start in zip(prompts, params, starts, strict=True):
-        ids = generations.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        ids = preparer.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
         if start > len(ids):
             raise RequestError(
                 f"logprob_start_len is {start}, and the prompt has {len(ids)} tokens",
@@ -246,7 +247,7 @@ def prepare_sglang(body: SglangRequest, generations: Generations) -> list[Prepar
             room = max(1, min(_MAX_NEW_TOKENS, limit - len(ids)))
             each = SamplingParams(**{**vars(each), "max_tokens": room})
         try:
-            prepared.append(generations.prepare(ids, each, client_key=body.user))
+            prepared.append(preparer.prepare(ids, each, client_key=body.user))
         except RequestError as error:
             raise renamed(error, names) from None
     return prepared

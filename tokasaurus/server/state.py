@@ -13,8 +13,9 @@ from collections.abc import Iterator
 
 from tokasaurus.errors import EngineDead, EngineNotReady
 from tokasaurus.protocol.messages import Statistics
-from tokasaurus.server.generation import Etas, Generations
+from tokasaurus.server.generations import Etas, Generations
 from tokasaurus.server.metrics import Figure, Metrics, figures
+from tokasaurus.server.preparation import Preparer
 
 __all__ = ["EngineState"]
 
@@ -31,14 +32,15 @@ class EngineState:
 
     def __init__(self) -> None:
         self.status = "loading"
+        self._preparer: Preparer | None = None
         self._generations: Generations | None = None
         self._reason = ""
         self.metrics = Metrics(self.figures)
 
-    def ready(self, generations: Generations) -> None:
+    def ready(self, preparer: Preparer, generations: Generations) -> None:
         """The model is loaded: requests may come."""
         if self.status == "loading":
-            self.status, self._generations = "ok", generations
+            self.status, self._preparer, self._generations = "ok", preparer, generations
 
     def drain(self) -> None:
         """New requests are refused from now on; those in flight go on."""
@@ -85,8 +87,14 @@ class EngineState:
         if self.status == "dead":
             raise EngineDead(f"the engine is dead: {self._reason}")
 
+    def preparer(self) -> Preparer:
+        """Who prepares a request, right now. Raises what ``check`` raises."""
+        self.check()
+        assert self._preparer is not None
+        return self._preparer
+
     def generations(self) -> Generations:
-        """Where to submit a request, right now. Raises what ``check`` raises."""
+        """Where to start a request, right now. Raises what ``check`` raises."""
         self.check()
         assert self._generations is not None
         return self._generations

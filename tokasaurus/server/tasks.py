@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokasaurus.errors import RequestError
-from tokasaurus.server.generation import Generations, PreparedRequest
+from tokasaurus.server.preparation import PreparedRequest, Preparer
 from tokasaurus.server.schemas import EngineRequest, parse
 from tokasaurus.server.writer import AnswerWriter
 
@@ -42,7 +42,7 @@ class Operation:
     path: str
     schema: type[EngineRequest]
     num_characters: Callable[[Any], float]
-    prepare: Callable[[Any, Generations], Task]
+    prepare: Callable[[Any, Preparer], Task]
     alternatives: tuple[type[EngineRequest], ...] = ()
 
     @property

@@ -141,9 +141,9 @@ class TokenRoutes:
 
     async def tokenize(self, request: Request) -> Response:
         """The tokens of a text or a conversation, as the generating routes would make them."""
-        generations = self._state.generations()
+        preparer = self._state.preparer()
         body = parse(await read_json(request), TokenizeRequest)
-        tokenizer, limit = generations.tokenizer, generations.config.max_request_tokens
+        tokenizer, limit = preparer.tokenizer, preparer.config.max_request_tokens
 
         def answer() -> Response:
             ids = body.ids(tokenizer)
@@ -155,9 +155,9 @@ class TokenRoutes:
 
     async def detokenize(self, request: Request) -> Response:
         """The text of tokens, special ones by their names."""
-        generations = self._state.generations()
+        preparer = self._state.preparer()
         tokens = parse(await read_json(request), DetokenizeRequest).tokens
-        tokenizer, vocab_size = generations.tokenizer, generations.config.vocab_size
+        tokenizer, vocab_size = preparer.tokenizer, preparer.config.vocab_size
         wrong = next((i for i in tokens if not 0 <= i < vocab_size), None)
         if wrong is not None:
             raise RequestError(f"tokens must be from 0 to {vocab_size - 1}, not {wrong}", "tokens")
@@ -168,9 +168,9 @@ class TokenRoutes:
 
     async def info(self) -> Response:
         """What a client needs to know of the tokenizer to write prompts itself."""
-        generations = self._state.generations()
-        limit = generations.config.max_request_tokens
-        return _json({**generations.tokenizer.info(), "model_max_length": limit})
+        preparer = self._state.preparer()
+        limit = preparer.config.max_request_tokens
+        return _json({**preparer.tokenizer.info(), "model_max_length": limit})
 
 
 def _json(body: dict[str, Any]) -> Response:

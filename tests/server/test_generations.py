@@ -10,16 +10,16 @@ import pytest
 from fake_engine import (
     CONFIG,
     EOS_ID,
+    PREPARER,
     TOKENIZER,
-    VOCAB_SIZE,
     ids_of,
     logprob_row,
     random_ids,
+    submit,
     updates,
-    with_config,
 )
 
-from tokasaurus.errors import EngineDead, RequestError, RequestTooLong
+from tokasaurus.errors import EngineDead, RequestError
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
@@ -28,7 +28,7 @@ from tokasaurus.protocol.messages import (
     LogprobsMode,
     StopSequence,
 )
-from tokasaurus.server.generation import Etas, Generations
+from tokasaurus.server.generations import Etas, Generations
 from tokasaurus.server.params import SamplingParams
 from tokasaurus.server.state import EngineState
 
@@ -36,7 +36,7 @@ PROMPT = [10, 11, 12]
 
 
 def run(core, fake, params, prompt=PROMPT):
-    generation = core.submit(prompt, params)
+    generation = submit(core, prompt, params)
     fake.run(core)
     assert len(core) == 0
     assert generation.finished
@@ -45,7 +45,7 @@ def run(core, fake, params, prompt=PROMPT):
 
 def stream(core, fake, params, prompt=PROMPT):
     """All outputs of each sample, in order."""
-    generation = core.start(core.prepare(prompt, params), stream=True)
+    generation = submit(core, prompt, params, stream=True)
     outputs = [[] for _ in range(params.n)]
     for _ in range(10_000):
         for message in fake.step():
@@ -74,67 +74,6 @@ def test_what_is_sent(core, fake):
     sampling = request.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.9, 40)
     assert (sampling.min_p, sampling.logprobs_mode) == (0.1, LogprobsMode.TEMPERATURE)
-
-
-def test_what_is_left_out_comes_from_the_generation_config(fake):
-    config = with_config(
-        temperature=0.6, top_p=0.8, top_k=5, min_p=0.2, logprobs_mode=LogprobsMode.RAW
-    )
-    core = Generations(config, TOKENIZER, fake.send)
-    core.submit(PROMPT, SamplingParams())
-    core.submit(PROMPT, SamplingParams(temperature=0, top_p=1, top_k=-1, min_p=0))
-    first, second = (request.sampling for request in fake.requests)
-    assert (first.temperature, first.top_p, first.top_k, first.min_p) == (0.6, 0.8, 5, 0.2)
-    assert first.logprobs_mode == LogprobsMode.RAW
-    assert (second.temperature, second.top_p, second.top_k, second.min_p) == (0, 1, 0, 0)
-
-
-def test_missing_seeds_differ(core, fake):
-    for _ in range(20):
-        run(core, fake, SamplingParams())
-    seeds = {request.seed for request in fake.requests}
-    assert len(seeds) == 20
-    assert all(0 <= seed < 2**63 for seed in seeds)
-
-
-def test_top_k_as_large_as_the_vocabulary_is_off(core, fake):
-    run(core, fake, SamplingParams(top_k=VOCAB_SIZE))
-    assert fake.requests[0].sampling.top_k == 0
-
-
-def test_without_a_limit_the_rest_of_the_context(core, fake):
-    run(core, fake, SamplingParams(max_tokens=None))
-    assert fake.requests[0].max_tokens == CONFIG.max_request_tokens - len(PROMPT)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "params", "kind", "field"),
-    [
-        ([], {}, RequestError, "prompt"),
-        ([VOCAB_SIZE], {}, RequestError, "prompt"),
-        ([-1], {}, RequestError, "prompt"),
-        ([2**63], {}, RequestError, "prompt"),
-        ([1.5], {}, RequestError, "prompt"),
-        ([1] * 512, {}, RequestTooLong, "prompt"),
-        ([1] * 500, {"max_tokens": 13}, RequestTooLong, "max_tokens"),
-        ([1], {"logprobs": 21}, RequestError, "logprobs"),
-        ([1], {"prompt_logprobs": 21}, RequestError, "prompt_logprobs"),
-    ],
-)
-def test_refused_at_the_door(core, fake, prompt, params, kind, field):
-    with pytest.raises(kind) as error:
-        core.submit(prompt, SamplingParams(**params))
-    assert error.value.field == field
-    assert error.value.message.startswith(field)
-    assert not fake.received
-    assert len(core) == 0
-
-
-def test_numbers_are_in_the_refusals(core):
-    with pytest.raises(RequestTooLong, match=r"13.*500.*512.*12"):
-        core.submit([1] * 500, SamplingParams(max_tokens=13))
-    with pytest.raises(RequestError, match="max_topk_logprobs=20"):
-        core.submit([1], SamplingParams(logprobs=21))
 
 
 def test_all_samples_come_in_order(core, fake):
@@ -234,7 +173,7 @@ def test_no_acknowledgements_without_stop_strings(core, fake):
 
 
 def test_abort(core, fake):
-    generation = core.submit(PROMPT, SamplingParams(n=3, max_tokens=100))
+    generation = submit(core, PROMPT, SamplingParams(n=3, max_tokens=100))
     core.abort(generation)
     core.abort(generation)
     assert len(core) == 0
@@ -265,7 +204,7 @@ def test_a_stop_string_that_the_manager_hears_of_too_late():
     """Sample 0 ends here first, sample 2 there: the answer has one of them, whoever comes in between."""
     sent = []
     core = Generations(CONFIG, TOKENIZER, sent.append)
-    generation = core.submit(PROMPT, SamplingParams(n=3, first_k=1, max_tokens=50, stop="END"))
+    generation = submit(core, PROMPT, SamplingParams(n=3, first_k=1, max_tokens=50, stop="END"))
     request = sent[0]
     core.absorb(updates([(request, 0, ids_of("a END b"), FinishReason.RUNNING, 0)]))
     assert [(type(m), m.sample_index) for m in sent[1:]] == [(StopSequence, 0)]
@@ -307,7 +246,7 @@ def test_exactly_k_samples_however_late_the_manager_hears(fake, seed, stream):
                 stop=rng.choice([None, "ab", ["cc", "da"]]),
                 prompt_logprobs=rng.choice([None, 1]),
             )
-            alive.append(core.start(core.prepare(PROMPT, params), stream=stream))
+            alive.append(submit(core, PROMPT, params, stream=stream))
         for message in post[: rng.randint(0, len(post))]:
             fake.send(message)
             post.remove(message)
@@ -332,7 +271,7 @@ def test_exactly_k_samples_however_late_the_manager_hears(fake, seed, stream):
 def test_cached_tokens_are_not_those_of_a_sample_that_never_ran(fake):
     sent = []
     core = Generations(CONFIG, TOKENIZER, sent.append)
-    generation = core.submit(PROMPT, SamplingParams(n=3, first_k=1))
+    generation = submit(core, PROMPT, SamplingParams(n=3, first_k=1))
     request = sent[0]
     rows = [
         (request, 0, ids_of("a"), FinishReason.LENGTH, 2),
@@ -345,7 +284,7 @@ def test_cached_tokens_are_not_those_of_a_sample_that_never_ran(fake):
 
 def test_etas(core, fake):
     fake.paused = True
-    first, second, third = (core.submit(PROMPT, SamplingParams()) for _ in range(3))
+    first, second, third = (submit(core, PROMPT, SamplingParams()) for _ in range(3))
     assert (first.eta_s, core.etas().backlog_s) == (None, None)
     ids = [first.request_id, third.request_id, 99]
     core.absorb(Eta(np.array(ids, np.int64), np.array([1.5, 4.0, 9.0]), 12.0))
@@ -358,15 +297,15 @@ def test_etas(core, fake):
     fake.paused = False
     fake.run(core)
     assert core.etas() == Etas({}, 0.0)
-    core.submit(PROMPT, SamplingParams())
+    submit(core, PROMPT, SamplingParams())
     assert core.etas() == Etas({}, None)  # what was said of the others is old
 
 
 def test_the_state_has_the_etas(core):
     state = EngineState()
     assert state.etas() == Etas({}, 0.0)
-    state.ready(core)
-    core.submit(PROMPT, SamplingParams())
+    state.ready(PREPARER, core)
+    submit(core, PROMPT, SamplingParams())
     core.absorb(Eta(np.array([0], np.int64), np.array([2.0]), 3.0))
     assert state.etas() == Etas({0: 2.0}, 3.0)
     state.die("the worker ended")
@@ -383,8 +322,7 @@ def test_a_refusal_of_the_manager(core, fake):
 def test_the_death_of_the_engine_reaches_everyone(core, fake):
     notes = []
     generations = [
-        core.start(core.prepare(PROMPT, SamplingParams()), on_change=lambda: notes.append(1))
-        for _ in range(3)
+        submit(core, PROMPT, SamplingParams(), on_change=lambda: notes.append(1)) for _ in range(3)
     ]
     core.fail_all(EngineDead("the worker ended"))
     assert all(generation.finished for generation in generations)
@@ -407,8 +345,8 @@ def test_any_mix_leaves_nothing_behind(core, fake, seed):
         if rng.random() < 0.5:
             stop = rng.choice([None, "ab", ["bb", "aa"]])
             params = SamplingParams(n=rng.randint(1, 4), max_tokens=rng.randint(1, 40), stop=stop)
-            request = core.prepare(PROMPT, replace(params, ignore_eos=rng.random() < 0.5))
-            alive.append(core.start(request, stream=rng.random() < 0.5))
+            params = replace(params, ignore_eos=rng.random() < 0.5)
+            alive.append(submit(core, PROMPT, params, stream=rng.random() < 0.5))
         if alive and rng.random() < 0.1:
             core.abort(alive.pop(rng.randrange(len(alive))))
         for message in fake.step():

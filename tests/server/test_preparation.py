@@ -1,0 +1,69 @@
+"""What is refused before it runs, and what is decided for the client."""
+
+from __future__ import annotations
+
+import pytest
+from fake_engine import CONFIG, PREPARER, TOKENIZER, VOCAB_SIZE, with_config
+
+from tokasaurus.errors import RequestError, RequestTooLong
+from tokasaurus.protocol.messages import LogprobsMode
+from tokasaurus.server.params import SamplingParams
+from tokasaurus.server.preparation import Preparer
+
+PROMPT = [10, 11, 12]
+
+
+def test_what_is_left_out_comes_from_the_generation_config():
+    config = with_config(
+        temperature=0.6, top_p=0.8, top_k=5, min_p=0.2, logprobs_mode=LogprobsMode.RAW
+    )
+    preparer = Preparer(config, TOKENIZER)
+    first = preparer.prepare(PROMPT, SamplingParams()).sampling
+    off = SamplingParams(temperature=0, top_p=1, top_k=-1, min_p=0)
+    second = preparer.prepare(PROMPT, off).sampling
+    assert (first.temperature, first.top_p, first.top_k, first.min_p) == (0.6, 0.8, 5, 0.2)
+    assert first.logprobs_mode == LogprobsMode.RAW
+    assert (second.temperature, second.top_p, second.top_k, second.min_p) == (0, 1, 0, 0)
+
+
+def test_missing_seeds_differ():
+    seeds = {PREPARER.prepare(PROMPT, SamplingParams()).seed for _ in range(20)}
+    assert len(seeds) == 20
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_top_k_as_large_as_the_vocabulary_is_off():
+    assert PREPARER.prepare(PROMPT, SamplingParams(top_k=VOCAB_SIZE)).sampling.top_k == 0
+
+
+def test_without_a_limit_the_rest_of_the_context():
+    prepared = PREPARER.prepare(PROMPT, SamplingParams(max_tokens=None))
+    assert prepared.max_tokens == CONFIG.max_request_tokens - len(PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "kind", "field"),
+    [
+        ([], {}, RequestError, "prompt"),
+        ([VOCAB_SIZE], {}, RequestError, "prompt"),
+        ([-1], {}, RequestError, "prompt"),
+        ([2**63], {}, RequestError, "prompt"),
+        ([1.5], {}, RequestError, "prompt"),
+        ([1] * 512, {}, RequestTooLong, "prompt"),
+        ([1] * 500, {"max_tokens": 13}, RequestTooLong, "max_tokens"),
+        ([1], {"logprobs": 21}, RequestError, "logprobs"),
+        ([1], {"prompt_logprobs": 21}, RequestError, "prompt_logprobs"),
+    ],
+)
+def test_what_cannot_run_is_refused(prompt, params, kind, field):
+    with pytest.raises(kind) as error:
+        PREPARER.prepare(prompt, SamplingParams(**params))
+    assert error.value.field == field
+    assert error.value.message.startswith(field)
+
+
+def test_numbers_are_in_the_refusals():
+    with pytest.raises(RequestTooLong, match=r"13.*500.*512.*12"):
+        PREPARER.prepare([1] * 500, SamplingParams(max_tokens=13))
+    with pytest.raises(RequestError, match="max_topk_logprobs=20"):
+        PREPARER.prepare([1], SamplingParams(logprobs=21))

@@ -1,0 +1,254 @@
+"""Prompts before they run: what cannot run is refused, and what the client left open is decided.
+
+Nothing here knows what is in flight. All of it may be called from any thread: to compile a grammar or to
+tokenize bad words takes a while.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tokasaurus.config.slices import ServerConfig
+from tokasaurus.errors import RequestError, RequestTooLong
+from tokasaurus.protocol.arrays import Int32Array
+from tokasaurus.protocol.messages import (
+    Adjustments,
+    GenerateRequest,
+    LogprobsMode,
+    Pooling,
+    Sampling,
+)
+from tokasaurus.server.adjustments import adjustments_of, check_token_ids
+from tokasaurus.server.grammar import FIELD, Grammars
+from tokasaurus.server.params import SamplingParams
+from tokasaurus.server.stop_strings import StopStrings
+from tokasaurus.server.tokenizer import Tokenizer
+
+__all__ = ["PreparedRequest", "Preparer"]
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedRequest:
+    """A prompt that can run, with everything decided that the client left open."""
+
+    prompt_ids: Int32Array
+    params: SamplingParams
+    max_tokens: int
+    sampling: Sampling
+    seed: int
+    stops: StopStrings | None
+    stop_token_ids: tuple[int, ...]
+    client_key: str | None = None  # whose it is, where the client says; those get fair shares
+    pooling: Pooling = Pooling.NONE  # else its answer is a vector, and the token it draws nobody's
+    grammar: str = ""  # "" if the text is free
+
+    def message(self, request_id: int, *, stream: bool) -> GenerateRequest:
+        """What the manager is told."""
+        params = self.params
+        return GenerateRequest(
+            request_id=request_id,
+            prompt_ids=self.prompt_ids,
+            n=int(params.n),
+            max_tokens=self.max_tokens,
+            sampling=self.sampling,
+            seed=self.seed,
+            stop_token_ids=self.stop_token_ids,
+            num_logprobs=_number(params.logprobs),
+            num_prompt_logprobs=_number(params.prompt_logprobs),
+            priority=int(params.priority),
+            first_k=int(params.first_k or 0),
+            stream=stream,
+            hold_for_acks=self.stops is not None,
+            pooling=self.pooling,
+            grammar=self.grammar,
+        )
+
+
+class Preparer:
+    """Prepares requests for one engine.
+
+    Args:
+        config: the server's slice.
+        tokenizer: of the model.
+    """
+
+    def __init__(self, config: ServerConfig, tokenizer: Tokenizer) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self._grammars = Grammars(lambda: tokenizer.vocabulary(config.eos_token_ids))
+
+    def prepare(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        default_temperature: float = 1.0,
+        client_key: str | None = None,
+    ) -> PreparedRequest:
+        """Decides what was left open, and checks that the prompt can run.
+
+        Args:
+            prompt_ids: the prompt.
+            params: how to continue it.
+            default_temperature: where neither the parameters nor the generation config say.
+            client_key: whose request it is.
+
+        Raises:
+            RequestError: it cannot run; names the field.
+        """
+        config = self.config
+        prompt = _checked_prompt(prompt_ids, config.vocab_size)
+        _check_sizes(params, config)
+        stops = StopStrings.compile(params.stop_strings, self.tokenizer.special_ids)
+        check_token_ids(params, config.vocab_size)
+        # Tokenizers may have special tokens that their models cannot draw.
+        stop_token_ids = {i for i in (stops.token_ids if stops else ()) if i < config.vocab_size}
+        stop_token_ids.update(params.stop_token_ids or ())
+        late_ids = stop_token_ids.union(config.eos_token_ids)
+        if not params.ignore_eos:
+            stop_token_ids.update(config.eos_token_ids)
+        max_tokens = _room(len(prompt), params.max_tokens, config.max_request_tokens)
+        if params.min_tokens > max_tokens:
+            raise RequestError(
+                f"min_tokens must be at most {max_tokens}, the largest number of tokens that each sample"
+                f" may have, not {params.min_tokens}",
+                "min_tokens",
+            )
+        return PreparedRequest(
+            prompt_ids=prompt,
+            params=params,
+            max_tokens=max_tokens,
+            sampling=_sampling(
+                params,
+                config,
+                default_temperature,
+                adjustments_of(params, late_ids, self.tokenizer, config.vocab_size),
+            ),
+            seed=secrets.randbits(63) if params.seed is None else int(params.seed),
+            stops=stops,
+            stop_token_ids=tuple(sorted(stop_token_ids)),
+            grammar=self._grammar(params),
+            client_key=client_key,
+        )
+
+    def prepare_pooling(
+        self,
+        prompt_ids: Sequence[int],
+        pooling: Pooling,
+        *,
+        priority: int = 0,
+        client_key: str | None = None,
+    ) -> PreparedRequest:
+        """Checks that a prompt can be made into one vector.
+
+        Args:
+            prompt_ids: the prompt, at least one token shorter than a request may be.
+            pooling: how.
+            priority: lower runs first.
+            client_key: as in ``prepare``.
+
+        Raises:
+            RequestError: it cannot run; names the field.
+        """
+        limit = self.config.max_request_tokens - 1
+        if len(prompt_ids) > limit:
+            raise RequestTooLong(
+                f"prompt has {len(prompt_ids)} tokens; it may have at most {limit}", "prompt"
+            )
+        params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, priority=priority)
+        prepared = self.prepare(prompt_ids, params, client_key=client_key)
+        return dataclasses.replace(prepared, pooling=pooling)
+
+    def _grammar(self, params: SamplingParams) -> str:
+        if params.structured_outputs is None:
+            return ""
+        if not self.config.eos_token_ids:
+            raise RequestError(
+                "structured_outputs needs a model with an end-of-sequence token; this one names none",
+                FIELD,
+            )
+        return self._grammars.text(params.structured_outputs)
+
+
+def _checked_prompt(prompt_ids: Sequence[int], vocab_size: int) -> Int32Array:
+    if len(prompt_ids) == 0:
+        raise RequestError("prompt must hold at least one token", "prompt")
+    ids = np.asarray(prompt_ids)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise RequestError("prompt must hold token ids, which are whole numbers", "prompt")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        raise RequestError(
+            f"prompt must hold token ids from 0 to {vocab_size - 1}, not {low if low < 0 else high}",
+            "prompt",
+        )
+    return ids.astype(np.int32)
+
+
+def _check_sizes(params: SamplingParams, config: ServerConfig) -> None:
+    """Raises RequestError where the engine was started for less."""
+    if params.n > config.max_n:
+        raise RequestError(
+            f"n must be at most {config.max_n}, not {params.n}: the engine was started with"
+            f" max_n={config.max_n}",
+            "n",
+        )
+    for name in ("logprobs", "prompt_logprobs"):
+        number = getattr(params, name)
+        if number is not None and number > config.max_topk_logprobs:
+            raise RequestError(
+                f"{name} must be at most {config.max_topk_logprobs}, not {number}: the engine was"
+                f" started with max_topk_logprobs={config.max_topk_logprobs}",
+                name,
+            )
+
+
+def _room(num_prompt_tokens: int, max_tokens: int | None, limit: int) -> int:
+    """How many tokens each sample may have."""
+    room = limit - num_prompt_tokens
+    if room < 1:
+        raise RequestTooLong(
+            f"prompt has {num_prompt_tokens} tokens; prompt and completion together may have"
+            f" max_num_tokens_per_request={limit}",
+            "prompt",
+        )
+    if max_tokens is None:
+        return room
+    if max_tokens > room:
+        raise RequestTooLong(
+            f"max_tokens is {max_tokens}, and the prompt has {num_prompt_tokens} tokens; together they"
+            f" may be max_num_tokens_per_request={limit}, so max_tokens can be at most {room}",
+            "max_tokens",
+        )
+    return int(max_tokens)
+
+
+def _sampling(
+    params: SamplingParams,
+    config: ServerConfig,
+    default_temperature: float,
+    adjustments: Adjustments | None,
+) -> Sampling:
+    top_k = int(_first(params.top_k, config.top_k, 0))
+    mode = params.logprobs_mode
+    return Sampling(
+        temperature=float(_first(params.temperature, config.temperature, default_temperature)),
+        top_k=top_k if 0 < top_k < config.vocab_size else 0,
+        top_p=float(_first(params.top_p, config.top_p, 1.0)),
+        min_p=float(_first(params.min_p, config.min_p, 0.0)),
+        logprobs_mode=mode if isinstance(mode, LogprobsMode) else config.logprobs_mode,
+        adjustments=adjustments,
+    )
+
+
+def _first(*choices: float | None) -> float:
+    return next(choice for choice in choices if choice is not None)
+
+
+def _number(num_logprobs: int | None) -> int:
+    return -1 if num_logprobs is None else int(num_logprobs)
