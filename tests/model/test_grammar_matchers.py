@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 import torch
 from fake_vocabulary import LETTERS, VOCABULARY
+from worker_driver import worker_config
 
-from tokasaurus.errors import ProtocolError
+from tokasaurus.errors import ModelError, ProtocolError
+from tokasaurus.grammars import Vocabulary
 from tokasaurus.model.grammar import Matchers, TokenMasks
+from tokasaurus.model.worker import Worker
 from tokasaurus.protocol.messages import SlotGrammar, SlotParameters
 
 EOS = VOCABULARY.eos_token_ids[0]
@@ -107,17 +112,40 @@ def test_what_cannot_be_followed_ends(matchers, caplog):
     assert "cannot be followed any further" in caplog.text
 
 
-def test_without_grammars_there_is_no_thread(matchers):
+def test_without_grammars_nothing_is_to_do(matchers):
+    matchers.wait()
     matchers.enter(parameters([0, 1]))
+    assert not matchers._jobs
     assert matchers.masks(np.array([0, 1], np.int32)) is None
-    assert matchers._thread is None
 
 
-def test_a_worker_without_a_vocabulary():
+def test_without_a_vocabulary():
     matchers = Matchers(2, 8, None)
-    matchers.enter(parameters([0], grammar('start: "a"', s0="")))
+    matchers.enter(parameters([0]))
     with pytest.raises(ProtocolError, match="no vocabulary"):
-        matchers.masks(np.array([0], np.int32))
+        matchers.enter(parameters([0], grammar('start: "a"', s0="")))
+
+
+def test_a_worker_has_its_vocabulary_before_it_is_ready(checkpoint):
+    """It is read while the model loads; what goes wrong with it ends the start."""
+    threads = []
+
+    def load() -> Vocabulary:
+        threads.append(threading.current_thread())
+        return VOCABULARY
+
+    worker = Worker(worker_config(checkpoint("llama", tied=True)), load)
+    worker.warm_up()
+    assert worker._matchers._work.masks.any() == 0
+    assert threads != [threading.current_thread()]
+    assert len(threads) == 1
+
+    def fail() -> Vocabulary:
+        raise ModelError("no tokenizer")
+
+    worker = Worker(worker_config(checkpoint("llama", tied=True)), fail)
+    with pytest.raises(ModelError, match="no tokenizer"):
+        worker.warm_up()
 
 
 @pytest.mark.parametrize("vocab_size", [1, 7, 32, 45, 64])

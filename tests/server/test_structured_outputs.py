@@ -205,3 +205,23 @@ def test_a_model_without_an_end_is_refused():
     with pytest.raises(RequestError, match="end-of-sequence") as caught:
         preparer.prepare([8], SamplingParams(structured_outputs={"regex": "a"}))
     assert caught.value.field == "structured_outputs"
+
+
+def test_the_first_grammar_finds_everything_prepared():
+    """The library's table of tokens is made at most once, at a time of one's own choosing."""
+    asked = []
+
+    class Counting:
+        def vocabulary(self, eos_token_ids):
+            asked.append(eos_token_ids)
+            return TOKENIZER.vocabulary(eos_token_ids)
+
+        def __getattr__(self, name):
+            return getattr(TOKENIZER, name)
+
+    preparer = Preparer(CONFIG, Counting())
+    assert asked == []
+    preparer.prepare_grammars()
+    preparer.prepare_grammars()
+    preparer.prepare([8], SamplingParams(structured_outputs={"regex": "a"}))
+    assert asked == [CONFIG.eos_token_ids]

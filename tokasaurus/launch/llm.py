@@ -111,7 +111,10 @@ class LLM:
         # compute tokens after a stop.
         self._manager = Manager(dataclasses.replace(slices.manager, scheduling_steps_ahead=1))
         self._worker: Worker | None = Worker(
-            slices.worker, lambda: self._tokenizer.vocabulary(server.eos_token_ids)
+            slices.worker,
+            partial(self._tokenizer.vocabulary, server.eos_token_ids)
+            if server.eos_token_ids
+            else None,
         )
         self._worker.warm_up()
         self._inbox: list[FromServer | ForwardResult] = []

@@ -146,7 +146,10 @@ def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:
     directory = Path(assignment.directory)
     door = Receiver(directory, "worker", TO_WORKER)
     to_manager = Sender(directory, "manager", TO_MANAGER)
-    worker = Worker(assignment.slices.worker, partial(_load_vocabulary, assignment.slices.server))
+    # Without an end to draw, no text is ever complete: the server refuses grammars.
+    server = assignment.slices.server
+    load_vocabulary = partial(_load_vocabulary, server) if server.eos_token_ids else None
+    worker = Worker(assignment.slices.worker, load_vocabulary)
     worker.warm_up()
     lifeline.send(Ready())
     while True:

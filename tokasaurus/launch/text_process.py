@@ -68,10 +68,12 @@ class TextProcess:
             trust_remote_code=config.trust_remote_code,
             trusts_templates=config.trust_request_chat_template,
         )
+        preparer = Preparer(config, tokenizer)
+        await asyncio.to_thread(preparer.prepare_grammars)
         self.lifeline.send(Ready())
         await self._others_ready.wait()
         generations = Generations(config, tokenizer, self._to_manager.send, self.state.metrics)
-        self.state.ready(Preparer(config, tokenizer), generations)
+        self.state.ready(preparer, generations)
         await self.on_ready(generations)
         while True:
             generations.absorb(await self._door.receive())

@@ -7,8 +7,10 @@ known only here, once its last one is drawn; it is worked out in a thread, while
                                        │ ids                              masks ▲
     grammar thread                     └──── match t, compute the masks ────────┘
 
-The thread alone touches matchers; many masks are computed at once by the library's own threads. Slots
-without a grammar are never looked at, and without any grammar there is no thread.
+The thread alone touches matchers; many masks are computed at once by the library's own threads. Its first job
+is to load what the ids stand for, while the main thread loads the model: later on it would hold everything up,
+for seconds, since the libraries for that do not let go of Python's lock. Slots without a grammar are never
+looked at.
 """
 
 from __future__ import annotations
@@ -88,24 +90,38 @@ class Matchers:
     Args:
         num_slots: of the worker.
         vocab_size: of the model.
-        load_vocabulary: called when the first grammar comes; takes a while.
+        load_vocabulary: called at once, in another thread; None where no grammar will come.
     """
 
     def __init__(
         self, num_slots: int, vocab_size: int, load_vocabulary: Callable[[], Vocabulary] | None
     ) -> None:
-        self._work = _Work(num_slots, vocab_size, load_vocabulary)
+        self._work = _Work(num_slots, vocab_size)
         self._thread: ThreadPoolExecutor | None = None
         self._jobs: list[Future[None]] = []  # not waited for yet
         self._constrained = np.zeros(num_slots, np.bool_)
+        self._is_used = False  # a grammar has come
+        if load_vocabulary is not None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
+            self._submit(partial(self._work.start, load_vocabulary))
+
+    def wait(self) -> None:
+        """Until all that was begun is done; raises what it raised."""
+        jobs, self._jobs = self._jobs, []
+        for job in jobs:
+            job.result()
 
     def enter(self, parameters: SlotParameters) -> None:
-        """Sequences enter slots, with and without a grammar."""
+        """Sequences enter slots, with and without a grammar.
+
+        Raises:
+            ProtocolError: one has a grammar, and no vocabulary was given.
+        """
+        if not (self._is_used or parameters.grammars):
+            return
         if self._thread is None:
-            if not parameters.grammars:
-                return
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
-            self._submit(self._work.start)
+            raise ProtocolError("a sequence has a grammar, and the worker was given no vocabulary")
+        self._is_used = True
         left = parameters.slots[self._constrained[parameters.slots]]
         if len(left):
             self._constrained[left] = False
@@ -116,14 +132,12 @@ class Matchers:
 
     def masks(self, slots: Int32Array) -> TokenMasks | None:
         """What these slots may draw; None if none of them has a grammar. Waits until it is known."""
-        if self._thread is None:
+        if not self._is_used:
             return None
         rows = np.flatnonzero(self._constrained[slots])
         if not len(rows):
             return None
-        jobs, self._jobs = self._jobs, []
-        for job in jobs:
-            job.result()
+        self.wait()
         return TokenMasks(rows, self._work.masks[slots[rows]].view(np.uint8))
 
     def advance(self, masks: TokenMasks, slots: Int32Array, token_ids: Tensor) -> None:
@@ -151,17 +165,13 @@ class _Work:
     masks: Int32Array  # [slots, words of the vocabulary]
     _only_eos: NDArray[np.uint8]
 
-    def __init__(
-        self, num_slots: int, vocab_size: int, load_vocabulary: Callable[[], Vocabulary] | None
-    ) -> None:
-        self._vocab_size, self._load_vocabulary = vocab_size, load_vocabulary
+    def __init__(self, num_slots: int, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
         self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
         self._matchers: list[llguidance.LLMatcher | None] = [None] * num_slots
 
-    def start(self) -> None:
-        if self._load_vocabulary is None:
-            raise ProtocolError("a sequence has a grammar, and the worker was given no vocabulary")
-        vocabulary = self._load_vocabulary()
+    def start(self, load_vocabulary: Callable[[], Vocabulary]) -> None:
+        vocabulary = load_vocabulary()
         self._compiler = GrammarCompiler(vocabulary)
         self._pool = llguidance.LLExecutor()
         num_words = -(-max(self._vocab_size, len(vocabulary.tokens)) // 32)

@@ -45,7 +45,8 @@ class Worker:
 
     Args:
         config: the model room's slice.
-        load_vocabulary: what the ids stand for; called if a sequence with a grammar comes.
+        load_vocabulary: what the ids stand for, for grammars; called in another thread while the model is
+            loaded. None: no sequence will have a grammar.
 
     Raises:
         ModelError: the checkpoint cannot be served; names the file, tensor or field.
@@ -62,6 +63,7 @@ class Worker:
         place = Placement(_DTYPES[config.dtype], self._device)
         model_config = read_model_config(config.model_path, config.rope_scaling)
         self._vocab_size = model_config.vocab_size
+        self._matchers = Matchers(config.num_slots, self._vocab_size, load_vocabulary)
         self._model = load_model(config.model_path, model_config, place)
         self._cache = KVCache.allocate(
             num_layers=model_config.num_layers,
@@ -77,7 +79,6 @@ class Worker:
         )
         self._state = self._fresh_state()
         self._pooler = Pooler()
-        self._matchers = Matchers(config.num_slots, self._vocab_size, load_vocabulary)
         self._next_number = 0
         log.info(
             "KV cache of %d pages for %d tokens in %s: %.1f MB when full",
@@ -88,7 +89,8 @@ class Worker:
         )
 
     def warm_up(self) -> None:
-        """Runs the largest batches that may come, so that a lack of memory shows now.
+        """Runs the largest batches that may come, so that a lack of memory shows now, and waits for the
+        vocabulary.
 
         To be called before the first ``run``. The slot tables are as new afterwards.
         """
@@ -97,6 +99,7 @@ class Worker:
         for batch in warm_up_batches(self._config, num_parameters):
             self._run(batch)
         self._state = self._fresh_state()
+        self._matchers.wait()
         log.info("warmed up in %.1f s", time.perf_counter() - started)
 
     def run(self, batch: ForwardBatch) -> ForwardResult:

@@ -119,7 +119,7 @@ class Grammars:
     """Turns structured outputs into texts that compile. May be used from several threads.
 
     Args:
-        vocabulary: of the model; asked for when the first grammar comes.
+        vocabulary: of the model; asked for when the first grammar comes, if not before.
     """
 
     def __init__(self, vocabulary: Callable[[], Vocabulary]) -> None:
@@ -128,8 +128,15 @@ class Grammars:
         self._known: OrderedDict[str, None] = OrderedDict()  # texts that compile, the youngest last
         self._lock = threading.Lock()
 
+    def compiler(self) -> GrammarCompiler:
+        """Made when it is first asked for, which holds every thread up: a second or so, if the vocabulary is large."""
+        with self._lock:
+            if self._compiler is None:
+                self._compiler = GrammarCompiler(self._vocabulary())
+            return self._compiler
+
     def text(self, options: Mapping[str, Any]) -> str:
-        """The grammar's text. Takes milliseconds, and at first a second or so for a large vocabulary.
+        """The grammar's text. Takes milliseconds, as a rule.
 
         Args:
             options: checked.
@@ -145,10 +152,9 @@ class Grammars:
             if text in self._known:
                 self._known.move_to_end(text)
                 return text
-            if self._compiler is None:
-                self._compiler = GrammarCompiler(self._vocabulary())
+        compiler = self.compiler()
         try:
-            matcher = self._compiler.compile(text)
+            matcher = compiler.compile(text)
             matcher.compute_bitmask()
             if matcher.is_error():
                 raise RequestError("no text can begin as it wants")
