@@ -20,6 +20,7 @@ from tokasaurus.server.app import create_app
 from tokasaurus.server.batch_routes import batch_runner
 from tokasaurus.server.generations import Generations
 from tokasaurus.server.reports import report
+from tokasaurus.server.request_ids import RequestIds
 from tokasaurus.server.state import EngineState
 
 __all__ = ["http_server", "serve"]
@@ -105,7 +106,7 @@ def http_server(
     logging.getLogger("uvicorn").setLevel(config.uvicorn_log_level.upper())
     return _HTTPServer(
         uvicorn.Config(
-            create_app(config, state, batches),
+            RequestIds(create_app(config, state, batches)),
             log_config=None,  # through our own handler
             log_level=config.uvicorn_log_level,
             access_log=config.uvicorn_log_level in ("trace", "debug", "info"),

@@ -65,6 +65,7 @@ def create_app(
             allow_origins=config.cors_origins,
             allow_methods=["*"],
             allow_headers=["*"],
+            expose_headers=["X-Request-Id"],
         )
     app.add_middleware(CountRequests, state.metrics.requests)  # outermost: refusals count too
     operations = [each for operation in OPERATIONS.values() for each in operation.schemas]

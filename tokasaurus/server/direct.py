@@ -19,6 +19,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokasaurus.server.http_errors import error_answer, error_status
+from tokasaurus.server.request_ids import REQUEST_ID
 
 __all__ = ["DirectRoutes", "Handler"]
 
@@ -63,5 +64,5 @@ class DirectRoutes:
             if has_started:  # too late for another answer; the connection is cut
                 raise
             if error_status(error) == 500:
-                log.exception("%s failed", scope["path"])
+                log.exception("%s failed, request %s", scope["path"], scope.get(REQUEST_ID))
             await error_answer(error)(scope, receive, send)

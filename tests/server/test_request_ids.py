@@ -1,0 +1,85 @@
+"""``X-Request-Id``: every answer has one, the client's own where that is sane."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+
+import pytest
+from fake_engine import RunningServer, with_config
+
+BODY = {"prompt": "the cat", "max_tokens": 3}
+OURS = re.compile(r"req_[0-9a-f]{32}")
+ORIGIN = "https://example.org"
+
+
+@pytest.fixture(scope="module")
+def picky() -> Iterator[RunningServer]:
+    with RunningServer(with_config(cors_origins=(ORIGIN,))).running() as server:
+        yield server
+
+
+def test_the_openai_client_finds_it(server):
+    client = server.client()
+    answers = [client.completions.create(model="m", **BODY) for _ in range(2)]
+    names = {answer._request_id for answer in answers}
+    assert len(names) == 2
+    assert all(OURS.fullmatch(name) for name in names)
+    headers = {"X-Request-Id": "mine/7"}
+    assert client.completions.create(model="m", **BODY, extra_headers=headers)._request_id == "mine/7"  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("POST", "/v1/completions", BODY, 200),
+        ("POST", "/v1/completions", {**BODY, "stream": True}, 200),
+        ("POST", "/v1/completions", {}, 400),
+        ("POST", "/v1/completions", {"prompt": "a" * (2 << 20)}, 413),
+        ("POST", "/tokenize", {"prompt": "a"}, 200),
+        ("POST", "/v1/nothing", {}, 404),
+        ("GET", "/v1/completions", None, 405),
+        ("GET", "/ping", None, 200),
+        ("GET", "/openapi.json", None, 200),
+    ],
+)
+def test_every_answer_has_one(server, method, path, body, status):
+    for given in (None, "abc"):
+        headers = {} if given is None else {"X-Request-Id": given}
+        if method == "POST":
+            answer = server.post(path, body, **headers)
+        else:
+            answer = server.get(path, **headers)
+        assert answer.status == status
+        name = answer.headers["x-request-id"]
+        assert name == given or (given is None and OURS.fullmatch(name))
+
+
+@pytest.mark.parametrize("given", ["", "a b", "x" * 129, "é", "a\tb"])
+def test_names_that_are_not_sane_are_replaced(server, given):
+    answer = server.post("/v1/completions", BODY, **{"X-Request-Id": given})
+    assert OURS.fullmatch(answer.headers["x-request-id"])
+
+
+def test_defects_of_ours_are_named_in_the_log(server, monkeypatch, caplog):
+    def broken(*_, **__):
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(server.generations, "prepare", broken)  # on a direct route
+    monkeypatch.setattr(server.state, "check", broken)  # and on others
+    for path, ask in (
+        ("/v1/completions", server.post),
+        ("/v1/models", lambda path, _, **more: server.get(path, **more)),
+    ):
+        answer = ask(path, BODY, **{"X-Request-Id": f"mine:{path}"})
+        assert (answer.status, answer.headers["x-request-id"]) == (500, f"mine:{path}")
+        deadline = time.monotonic() + 5
+        while f"request mine:{path}" not in caplog.text:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+
+def test_pages_of_other_origins_may_read_it(picky):
+    answer = picky.post("/v1/completions", BODY, Origin=ORIGIN)
+    assert "x-request-id" in answer.headers["access-control-expose-headers"].lower()
