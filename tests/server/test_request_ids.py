@@ -66,7 +66,7 @@ def test_defects_of_ours_are_named_in_the_log(server, monkeypatch, caplog):
     def broken(*_, **__):
         raise ZeroDivisionError("secret")
 
-    monkeypatch.setattr(server.generations, "prepare", broken)  # on a direct route
+    monkeypatch.setattr(server.preparer, "prepare", broken)  # on a direct route
     monkeypatch.setattr(server.state, "check", broken)  # and on others
     for path, ask in (
         ("/v1/completions", server.post),
