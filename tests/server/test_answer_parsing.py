@@ -96,6 +96,35 @@ CASES = [
     ("hermes", "<tool_call>nonsense</tool_call> x", "<tool_call>nonsense</tool_call> x", []),
     ("hermes", "<tool_call>{}</tool_call>", "<tool_call>{}</tool_call>", []),
     ("hermes", '<tool_call>{"name": 5}</tool_call>', '<tool_call>{"name": 5}</tool_call>', []),
+    # Calls that are none any more, or have something behind them.
+    ("hermes", f"<tool_call>{llama('f', B)}}}</tool_call> so", "} so", [("f", B)]),
+    ("hermes", f"<tool_call>{llama('f', A)} or\n not </tool_call>\nB", "or\n not\nB", [("f", A)]),
+    ("hermes", '<tool_call>{"name": "f", "why" not}</tool_call> x', '"why" not} x', [("f", "")]),
+    (
+        "hermes",
+        '<tool_call>{"name": "f", "arguments": {"a": 1</tool_call> x',
+        "x",
+        [("f", '{"a": 1')],
+    ),
+    (
+        "hermes",
+        '<tool_call>{"name": "f", "arguments": {"a": 1<tool_call> x',
+        "<tool_call> x",
+        [("f", '{"a": 1')],
+    ),
+    (
+        "hermes",
+        f"<tool_call>{llama('f', B)} I forgot to close it.",
+        "I forgot to close it.",
+        [("f", B)],
+    ),
+    ("hermes", f"<tool_call>{llama('f', B)}\n</tool_cal", "", [("f", B)]),
+    ("hermes", f"<tool_call>a{hermes('f', B)}", "<tool_call>a", [("f", B)]),
+    ("hermes", '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1', "", [("f", '"{\\"a\\": 1')]),
+    ("llama3", '{"name": "f", "parameters": {}, not}; x', "not}; x", [("f", "{}")]),
+    ("llama3", '{"name": "f", "parameters": {"a": <1>}} x', "<1>}} x", [("f", '{"a": ')]),
+    ("llama3", f"{llama('f', B)}; <|python", "<|python", [("f", B)]),
+    ("llama3", f'{llama("f", B)}; {{"answer": 1}}', '{"answer": 1}', [("f", B)]),
     # The closing mark was forgotten.
     (
         "hermes",
@@ -210,6 +239,39 @@ def test_whatever_a_model_says_is_not_lost(seed):
             assert whole[0] == text.lstrip() or whole[0] == text
         if not whole[2] and kind == "hermes":
             assert whole[0] == text
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_every_word_of_a_model_arrives_once(seed):
+    """Words stand between and within what calls consist of, whole, broken and cut off."""
+    rng = random.Random(seed)
+    syntax = [
+        *(
+            "<tool_call>",
+            "</tool_call>",
+            "<tool_call>{",
+            "}</tool_call>",
+            "; ",
+            "\n",
+            "<|python_tag|>",
+        ),
+        *('{"name": "f", ', '"arguments": {', '"parameters": {"a": "', '"}}', "}", "}}", ", "),
+        *(hermes("f", A), llama("g", B), '{"name": "f", "arguments": {}} '),
+    ]
+    number, pieces = 0, []
+    for _ in range(rng.randrange(1, 12)):
+        if rng.random() < 0.5:
+            pieces.append(f"w{number}w")
+            number += 1
+        else:
+            pieces.append(rng.choice(syntax))
+    text = "".join(pieces)
+    for kind in ("hermes", "llama3"):
+        whole = content, _, calls = read(kind, [text])
+        for pieces in cuts(text, rng):
+            assert read(kind, pieces) == whole, (kind, pieces)
+        said = content + "".join(arguments for _, arguments in calls)
+        assert [said.count(f"w{each}w") for each in range(number)] == [1] * number, (kind, text)
 
 
 @pytest.mark.parametrize(

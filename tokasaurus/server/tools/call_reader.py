@@ -30,9 +30,14 @@ class ArgumentsPiece:
 
 
 class _ValueEnd:
-    """Finds where a JSON value ends, of which pieces come one after the other."""
+    """Finds where a JSON value ends, of which pieces come one after the other.
+
+    Attributes:
+        is_broken: it ends before it is complete, at a mark that no JSON has.
+    """
 
     def __init__(self) -> None:
+        self.is_broken = False
         self._depth = 0
         self._in_string = self._escaped = False
         self._is_scalar: bool | None = None
@@ -52,11 +57,14 @@ class _ValueEnd:
                         return index + 1
                 continue
             if self._is_scalar:
-                if character in ",}]" or character in _WHITESPACE:
+                if character in ",}]<" or character in _WHITESPACE:
                     return index
                 continue
             if character == '"':
                 self._in_string = True
+            elif character == "<":
+                self.is_broken = True
+                return index
             elif character in "{[":
                 self._depth += 1
             elif character in "}]":
@@ -75,7 +83,7 @@ class CallReader:
         raw: all that was fed.
         name: of the function, once known.
         is_done: it is complete; ``rest`` came behind it.
-        is_broken: it is no call, or none any more.
+        is_broken: it is no call; or, with a name, it is one as far as it was read, and ``rest`` is no part of it.
     """
 
     def __init__(self) -> None:
@@ -83,6 +91,7 @@ class CallReader:
         self.name: str | None = None
         self.is_done = self.is_broken = False
         self._at = 0  # read so far
+        self._end = 0  # of what was understood
         self._key: str | None = None
         self._key_scan: tuple[int, _ValueEnd] | None = None  # where the key began
         self._value: tuple[int, _ValueEnd] | None = None  # where the value began
@@ -92,8 +101,15 @@ class CallReader:
 
     @property
     def rest(self) -> str:
-        """What came behind the call."""
-        return self.raw[self._at :]
+        """What came behind the call, or behind what was understood of it."""
+        return self.raw[self._at if self.is_done else self._end :]
+
+    def finish(self) -> list[ArgumentsPiece]:
+        """Nothing follows: what is there of arguments that would have been handed on at their end."""
+        if self.name is None or self._value is None or self._key not in _ARGUMENTS:
+            return []
+        start = self._value[0]
+        return [] if start < 0 or self._streams(start) else [ArgumentsPiece(self.raw[start:])]
 
     def feed(self, text: str) -> list[CallBegins | ArgumentsPiece]:
         """Takes what comes next; must not be called when it is done or broken."""
@@ -129,6 +145,7 @@ class CallReader:
             return False
         if character == ",":
             self._at += 1
+            self._end = self._at
             return True
         self.is_broken = character != '"'
         self._key_scan = (self._at, _ValueEnd())
@@ -159,7 +176,7 @@ class CallReader:
                 return False
             start = self._at
             self._value = (start, scanner)
-        streams = self._key in _ARGUMENTS and self.name is not None and self.raw[start] == "{"
+        streams = self._streams(start)
         end = scanner.find(self.raw, self._at)
         before, self._at = self._at, len(self.raw) if end is None else end
         if streams:
@@ -167,10 +184,19 @@ class CallReader:
             parts.append(ArgumentsPiece(self.raw[before : self._at]))
         if end is None:
             return False
+        if scanner.is_broken:
+            self._end = self._at if streams else self._end
+            self.is_broken = True
+            return False
         if not streams:
             self._take_value(self.raw[start:end], parts)
+        self._end = self._at
         self._key = self._value = None
         return True
+
+    def _streams(self, start: int) -> bool:
+        """Whether the value that begins there is handed on while it comes."""
+        return self._key in _ARGUMENTS and self.name is not None and self.raw[start] == "{"
 
     def _take_value(self, value: str, parts: list[CallBegins | ArgumentsPiece]) -> None:
         if self._key in _ARGUMENTS:

@@ -50,37 +50,56 @@ class HermesParser:
     def __init__(self) -> None:
         self._pending = ""
         self._reader: CallReader | None = None
-        self._after_call = False
+        self._after_call = False  # and no text since
+        self._is_open = False  # the closing mark of the last call is still to come
         self._space = ""  # before the mark, which is text where that begins no call
 
     def feed(self, text: str, *, final: bool) -> list[Part]:
         parts: list[Part] = []
         self._pending += text
-        while self._step(parts, final):
+        while self._read_text(parts, final) if self._reader is None else self._read_call(parts):
             pass
+        if final and self._reader is not None:
+            is_call = self._reader.name is not None
+            said = Text(self._space + _CALL + self._reader.raw)
+            parts += self._reader.finish() if is_call else [said]
         return parts
 
-    def _step(self, parts: list[Part], final: bool) -> bool:
-        if self._reader is None:
-            return self._read_text(parts, final)
-        if not (self._reader.is_done or self._reader.is_broken):
-            pending, self._pending = self._pending, ""
-            parts += self._reader.feed(pending)
-            if self._reader.is_done:
-                self._pending = self._reader.rest
-            elif self._reader.is_broken:
-                self._pending = self._reader.raw
-        return self._close(parts, final)
+    def _read_call(self, parts: list[Part]) -> bool:
+        reader = self._reader
+        assert reader is not None
+        pending, self._pending = self._pending, ""
+        parts += reader.feed(pending)
+        if not (reader.is_done or reader.is_broken):
+            return False
+        self._reader = None
+        if reader.name is None:
+            parts.append(Text(self._space + _CALL))
+            self._pending, self._after_call = reader.raw, False
+        else:
+            self._pending, self._after_call, self._is_open = reader.rest, True, True
+        return True
 
     def _read_text(self, parts: list[Part], final: bool) -> bool:
         before, mark, after = self._pending.partition(_CALL)
+        if self._is_open:
+            inside, end, behind = before.partition(_END_OF_CALL)
+            if end:
+                self._text(inside.rstrip(), parts)
+                self._pending, self._is_open = behind + mark + after, False
+                return True
         if mark:
             self._text(text := before.rstrip(), parts)
             self._space = "" if self._after_call else before[len(text) :]
-            self._pending, self._reader = after, CallReader()
+            self._pending, self._reader, self._is_open = after, CallReader(), False
             return True
         # White space waits too: before a call and behind one it is no text.
-        kept = len(before) if final else len((before[: len(before) - held(before, _CALL)]).rstrip())
+        num_held = held(before, _CALL)
+        if self._is_open:
+            num_held = max(num_held, num_end := held(before, _END_OF_CALL))
+            if final:  # cut off
+                before = before[: len(before) - num_end]
+        kept = len(before) if final else len(before[: len(before) - num_held].rstrip())
         self._text(before[:kept], parts)
         self._pending = before[kept:]
         return False
@@ -91,28 +110,6 @@ class HermesParser:
         if text:
             self._after_call = False
             parts.append(Text(text))
-
-    def _close(self, parts: list[Part], final: bool) -> bool:
-        """Looks for the end of the call that was read, or of what is none."""
-        reader = self._reader
-        assert reader is not None
-        if not (reader.is_done or reader.is_broken):
-            if final and reader.name is None:
-                parts.append(Text(self._space + _CALL + reader.raw))
-            return False
-        before, mark, after = self._pending.partition(_END_OF_CALL)
-        is_call = reader.name is not None
-        if is_call and (begin := before.find(_CALL)) >= 0:  # its closing mark was forgotten
-            self._pending, self._reader, self._after_call = self._pending[begin:], None, True
-            return True
-        if mark:
-            if not is_call:
-                parts.append(Text(self._space + _CALL + before + mark))
-            self._pending, self._reader, self._after_call = after, None, is_call
-            return True
-        if final and not is_call:
-            parts.append(Text(self._space + _CALL + self._pending))
-        return False
 
 
 class Llama3Parser:
@@ -126,7 +123,6 @@ class Llama3Parser:
         self._names = frozenset(names)
         self._pending = ""
         self._reader: CallReader | None = None
-        self._waiting: list[Part] = []  # of a call, until its name is known to be one
         self._is_text = self._had_call = False
 
     def feed(self, text: str, *, final: bool) -> list[Part]:
@@ -146,31 +142,30 @@ class Llama3Parser:
             return self._begin(final)
         pending, self._pending = self._pending, ""
         found = self._reader.feed(pending)
-        if self._reader.name is not None and self._reader.name not in self._names:
-            self._reader.is_broken = True
-        elif self._reader.name is not None:
+        reader = self._reader
+        if reader.name in self._names:
             parts += found
-        if self._reader.is_done and not self._reader.is_broken:
-            self._pending, self._reader, self._had_call = self._reader.rest, None, True
-            return True
-        if (self._reader.is_broken or final) and self._reader.name not in self._names:
-            self._pending, self._is_text = self._reader.raw, True
+            if reader.is_done or reader.is_broken:
+                self._pending, self._reader, self._had_call = reader.rest.lstrip(), None, True
+                self._is_text = reader.is_broken
+                return True
+            if final:
+                parts += reader.finish()
+        elif reader.name is not None or reader.is_broken or final:
+            self._pending, self._is_text = reader.raw, True
             return True
         return False
 
     def _begin(self, final: bool) -> bool:
         """Waits for what a call begins with."""
         text = self._pending.lstrip(" \t\r\n;" if self._had_call else " \t\r\n")
-        text = text.removeprefix(_PYTHON_TAG).lstrip()
-        if text.startswith("{"):
-            self._pending, self._reader = text, CallReader()
+        call = text.removeprefix(_PYTHON_TAG).lstrip()
+        if call.startswith("{"):
+            self._pending, self._reader = call, CallReader()
             return True
-        if text and not _PYTHON_TAG.startswith(text):
+        if final or (call and not _PYTHON_TAG.startswith(call)):
             if self._had_call:
                 self._pending = text
-            self._is_text = True
-            return True
-        if final and not self._had_call:
             self._is_text = True
             return True
         return False
