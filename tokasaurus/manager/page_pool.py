@@ -83,6 +83,10 @@ class PagePool:
         self.num_evictable -= len(pages)
         self._put_back(pages)
 
+    def is_referenced(self, page: int) -> bool:
+        """Whether it has a holder."""
+        return self.references.item(page) > 0
+
     def num_unreferenced(self, pages: Int32Array) -> int:
         """How many of these have no holder."""
         return len(pages) - int(np.count_nonzero(self.references[pages]))

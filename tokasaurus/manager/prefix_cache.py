@@ -126,6 +126,7 @@ class PrefixCache:
         Raises:
             ProtocolError: fewer are unreferenced.
         """
+        evicted: list[Int32Array] = []
         while count > 0:
             if not self._heap:
                 raise ProtocolError(f"{count} pages to evict, but no leaf is unreferenced")
@@ -134,7 +135,13 @@ class PrefixCache:
             if last_used != node.last_used:
                 self.offer(node)
             elif not node.children:
-                count -= self._cut_tail(node, count)
+                tail = self._cut_tail(node, count)
+                count -= len(tail)
+                evicted.append(tail)
+        if evicted:
+            pages = np.concatenate(evicted)
+            self._pool.evict(pages)
+            self.num_evicted += len(pages)
 
     def nodes(self) -> Iterator[PrefixNode]:
         """Every node but the root, parents first."""
@@ -184,22 +191,23 @@ class PrefixCache:
             node.last_used = self._clock
             node = node.parent
 
-    def _cut_tail(self, node: PrefixNode, limit: int) -> int:
-        """Evicts up to ``limit`` unreferenced pages at a leaf's end; returns how many."""
-        count = min(limit, self._pool.num_unreferenced(node.pages))
-        if count == 0:
-            return 0
-        left = len(node.pages) - count
-        self._pool.evict(node.pages[left:])
-        self.num_evicted += count
-        if left > 0:
-            node.pages, node.ids = node.pages[:left], node.ids[: left * self._page_bytes]
+    def _cut_tail(self, node: PrefixNode, limit: int) -> Int32Array:
+        """Takes up to ``limit`` unreferenced pages off a leaf's end; returns them."""
+        pages = node.pages
+        # Who holds a page holds those before it: without the first, there is nobody.
+        if len(pages) > limit or self._pool.is_referenced(pages.item(0)):
+            count = min(limit, self._pool.num_unreferenced(pages))
+            if count == 0:
+                return _NO_PAGES
+            left = len(pages) - count
+            node.pages, node.ids = pages[:left], node.ids[: left * self._page_bytes]
             self.offer(node)
-        elif node.parent is not None:
+            return pages[left:]
+        if node.parent is not None:
             del node.parent.children[node.ids[: self._page_bytes]]
             self.offer(node.parent)
             node.parent = None
-        return count
+        return pages
 
     def _new_node(self, parent: PrefixNode | None, ids: bytes, pages: Int32Array) -> PrefixNode:
         self._num_nodes += 1
