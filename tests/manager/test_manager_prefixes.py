@@ -232,6 +232,28 @@ def test_who_is_woken_while_others_are_chosen_keeps_its_place() -> None:
     assert [world.answers[index, 0].reason for index in (1, 2, 3)] == [FinishReason.LENGTH] * 3
 
 
+def test_who_waits_for_one_that_was_refused_is_woken_by_its_first_chunk() -> None:
+    config = make_config(
+        num_pages=42,
+        max_tokens_per_forward=21,
+        scheduling_steps_ahead=1,
+        admission=make_admission(predict_lengths=False),
+    )
+    world = World(config)
+    world.step(make_request(1, prompt(4), 36), *(make_request(i, [i], 32) for i in (4, 5, 6)))
+    # There is no room for the second one; the third would compute the same pages.
+    world.step(make_request(2, prompt(16, 1), 32), make_request(3, prompt(16, 1), 8), num_results=1)
+    assert world.manager.gauges().num_parked == 1
+    # More of others' tokens in a batch: the prompt that was to be fed at once comes in two chunks.
+    urgent = (make_request(i, [i], 12, priority=-1) for i in (7, 8, 9))
+    world.step(*urgent, num_results=1)
+    world.step(AbortRequest(1), num_results=1)
+    assert world.batches[-1].prefill_lengths.tolist() == [15]
+    assert world.manager.gauges().num_parked == 0
+    world.drain()
+    assert world.answers[3, 0].num_cached_tokens == 12
+
+
 def test_a_flush_forgets_what_nobody_holds() -> None:
     world = World(make_config())
     world.finish(make_request(1, prompt(13), 3))

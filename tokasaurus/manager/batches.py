@@ -10,7 +10,7 @@ import numpy as np
 from tokasaurus.manager.hydragen import Groups
 from tokasaurus.manager.in_flight import PromptPiece
 from tokasaurus.manager.sequence import Sequence
-from tokasaurus.manager.slots import IndexArray
+from tokasaurus.manager.slots import NO_SLOTS, IndexArray
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import (
     AdjustedSlots,
@@ -22,7 +22,6 @@ from tokasaurus.protocol.messages import (
 
 __all__ = [
     "NO_COPIES",
-    "NO_SLOTS",
     "Chunk",
     "draws",
     "forward_batch",
@@ -30,7 +29,6 @@ __all__ = [
     "prompt_pieces",
 ]
 
-NO_SLOTS: IndexArray = np.empty(0, np.intp)
 NO_COPIES: Int32Array = np.empty((2, 0), np.int32)
 _NONE: Int32Array = np.empty(0, np.int32)
 

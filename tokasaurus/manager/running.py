@@ -197,7 +197,6 @@ class RunningSequences:
             self.prefixes.enter(slots, self.slots.page_table[sequence.slot, :num_full])
             self.in_progress.leave(sequence)
             self._backlog.prompt_is_fed(sequence)
-        self.wake()
 
     def acknowledge(self, slots: IndexArray, num_tokens: Int32Array) -> None:
         """The server has searched so many tokens of the sequences in these slots."""
@@ -258,14 +257,13 @@ class RunningSequences:
         """The slots' last batches were absorbed, and their tokens are on their way to the server."""
         if not slots:
             return
-        resumed: list[Sequence] = []
-        for slot in slots:
-            sequence = self.slots.sequence(slot)
-            if sequence.state is SequenceState.PREEMPTED:
-                self.preempted.remove(sequence)
-                self.window.store(sequence)
-                sequence.prompt_ids = _all_ids(sequence, NO_PAGES)
-                resumed.append(sequence)
+        owners = [self.slots.sequence(slot) for slot in slots]
+        resumed = [owner for owner in owners if owner.state is SequenceState.PREEMPTED]
+        if resumed:
+            self.window.store([sequence.slot for sequence in resumed])
+        for sequence in resumed:
+            self.preempted.remove(sequence)
+            sequence.prompt_ids = _all_ids(sequence, NO_PAGES)
         self.slots.leave(slots)
         for sequence in resumed:
             self.resting[sequence] = None

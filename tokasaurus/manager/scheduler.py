@@ -398,6 +398,7 @@ class Scheduler:
             running.prompts_are_fed(
                 [(chunk.sequence, chunk.slots) for chunk in chunks if chunk.ends_prompt]
             )
+        running.wake()
 
     def _preempt_without_need(self, number: int) -> None:
         """Now and then, another sequence each time; never the oldest, which must advance."""

@@ -11,11 +11,13 @@ sequence a few microseconds every ``columns`` tokens. With 8 columns::
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Rows
+
 import numpy as np
 from numpy.typing import NDArray
 
 from tokasaurus.errors import ProtocolError
-from tokasaurus.manager.sequence import GeneratedTokens, Sequence
+from tokasaurus.manager.sequence import GeneratedTokens
 from tokasaurus.manager.slots import IndexArray, SlotTable
 from tokasaurus.protocol.arrays import Float32Array, Int32Array
 from tokasaurus.protocol.messages import ForwardResult
@@ -76,9 +78,9 @@ class TokenWindow:
         if is_full.any():
             self._store(rows[is_full])
 
-    def store(self, sequence: Sequence) -> None:
-        """Moves what the ring has of a sequence to the sequence."""
-        self._store(np.array([sequence.slot]))
+    def store(self, slots: Rows[int]) -> None:
+        """Moves what the rings of these slots have to their sequences."""
+        self._store(np.array(slots, np.intp))
 
     def unstored_ids(self, rows: IndexArray) -> tuple[Int32Array, Int32Array]:
         """The ids of these slots that are in their rings only: row after row, and how many of each."""
