@@ -33,6 +33,12 @@ MAX_MULTIPLES = 20_000
 The library builds an automaton with a state for each remainder: 20,000 take a fraction of a second, a million
 half a minute, in which the worker would stand still.
 """
+_MAX_MASK_ITEMS = 10_000
+"""The library's measure of work for one mask. A matcher that needs more gives up.
+
+Every sequence of a batch waits for the masks of all. The library's own limit is 50,000, which took up to half a
+second on a busy machine; these take a tenth. Schemas with sixty alternatives need less than half of it.
+"""
 _MULTIPLE = re.compile(r"multipleOf\W{1,4}?\s*([0-9][0-9.eE+-]*)")
 _STACK_BYTES = 512 << 20
 _stack_size_lock = threading.Lock()
@@ -64,7 +70,9 @@ class GrammarCompiler:
             n_vocab=len(vocabulary.tokens),
             eos_token=list(vocabulary.eos_token_ids),
         )
-        self._limits = llguidance.LLParserLimits(verbose_errors=False)
+        self._limits = llguidance.LLParserLimits(
+            step_max_items=_MAX_MASK_ITEMS, verbose_errors=False
+        )
 
     def compile(self, text: str) -> llguidance.LLMatcher:
         """A matcher at the beginning of a grammar. May be called from any thread.

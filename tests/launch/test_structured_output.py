@@ -296,3 +296,28 @@ def _calls_of_stream(stream):
                 function = call.function
                 calls[choice.index] = (name + (function.name or ""), arguments + function.arguments)
     return calls, reasons
+
+
+def test_a_grammar_that_gets_too_hard_ends_by_length(engine):
+    """Not by stop, which would claim that the text is complete. Its batch mates notice nothing."""
+    rules = "\n".join(
+        f"r{i}: "
+        + " | ".join(f"/[a-z]/ r{(7 * i + 13 * j + 1) % 300}" for j in range(6))
+        + ' | "x"'
+        for i in range(300)
+    )
+    # The text begins easily: what is hard from the start is refused.
+    grammar = f'start: "a long and simple beginning: " r0\n{rules}'
+    with ThreadPoolExecutor() as pool:
+        mates = pool.submit(complete, engine, guided_regex="[a-z]{60}")
+        for stream in (False, True):
+            answer = complete(engine, guided_grammar=grammar, n=1, max_tokens=200, stream=stream)
+            choices = [c for event in answer for c in event.choices] if stream else answer.choices
+            assert choices[-1].finish_reason == "length"
+            text = "".join(choice.text for choice in choices)
+            assert text.startswith("a long and simple beginning:")
+            assert len(text) < 100
+    for choice in mates.result().choices:
+        assert choice.finish_reason == "stop"
+        assert re.fullmatch("[a-z]{60}", choice.text)
+    assert "cannot be followed any further" in engine.log

@@ -63,11 +63,11 @@ class Generated:
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     tops: list[list[tuple[int, float]]] = field(default_factory=list)
-    by_length: bool = False  # it ends at max_tokens, not with a stop id
+    by_length: bool = False  # it ends at max_tokens or is cut, not with a stop id
 
 
 def oracle(request: GenerateRequest, sample_index: int) -> Generated:
-    """Generates a sequence alone, without pages or batches."""
+    """Generates a sequence alone, without pages or batches. The device gives up its grammar after "12" tokens."""
     digest = _EMPTY_CONTEXT
     for token in request.prompt_ids.tolist():
         digest = mix(digest, token)
@@ -77,8 +77,9 @@ def oracle(request: GenerateRequest, sample_index: int) -> Generated:
         result.ids.append(token)
         result.logprobs.append(logprob_of(digest, token))
         result.tops.append(top_of(digest, max(0, request.num_logprobs)))
-        result.by_length = len(result.ids) == request.max_tokens
-        if token in request.stop_token_ids:
+        is_cut = len(result.ids) == int(request.grammar or 0)
+        result.by_length = len(result.ids) == request.max_tokens or is_cut
+        if token in request.stop_token_ids or is_cut:
             break
         digest = mix(digest, token)
     return result
@@ -121,6 +122,7 @@ class Slot:
     num_logprobs: int = -1
     last_token: int = -1
     length: int = 0
+    cut_after: int | None = None  # generated tokens; from then on its rows say that it is cut
 
 
 class FakeDevice:
@@ -233,6 +235,9 @@ class FakeDevice:
                     num_generated=int(parameters.num_generated[index]),
                     num_logprobs=int(parameters.num_logprobs[index]),
                 )
+            for grammar in parameters.grammars:
+                for slot in grammar.slots.tolist():
+                    self.slots[slot].cut_after = int(grammar.text)
         slots, columns, pages = batch.table_slots, batch.table_columns, batch.table_pages
         assert len(slots) == len(columns) == len(pages)
         assert all(0 <= slot < self.config.num_slots for slot in slots.tolist())
@@ -321,6 +326,7 @@ class FakeDevice:
         logprobs = np.full(len(rows), np.nan, np.float32)
         top_ids = np.full((len(rows), width), -1, np.int32)
         top_logprobs = np.full((len(rows), width), np.nan, np.float32)
+        cut_rows: list[int] = []
         for index, (slot, position) in enumerate(rows):
             state = self.slots[slot]
             digest = self._digest(slot, position)
@@ -330,6 +336,8 @@ class FakeDevice:
             state.num_generated += 1
             self.num_drawn[key] = state.num_generated
             state.last_token = token_ids[index] = token
+            if state.cut_after is not None and state.num_generated >= state.cut_after:
+                cut_rows.append(index)
             if state.num_logprobs >= 0:
                 logprobs[index] = logprob_of(digest, token)
                 for rank, (top, value) in enumerate(top_of(digest, state.num_logprobs)):
@@ -357,4 +365,5 @@ class FakeDevice:
             prompt_top_logprobs=prompt_top_logprobs,
             device_s=0.001,
             pooled=np.array(pooled, np.float32) if pooled else None,
+            cut_rows=np.array(cut_rows, np.int32) if cut_rows else None,
         )

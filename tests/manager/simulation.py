@@ -557,4 +557,5 @@ class Simulation(World):
             num_prompt_logprobs=chance.choice([-1, -1, -1, 0, 2]),
             stream=chance.random() < 0.3,
             hold_for_acks=chance.random() < 0.3,
+            grammar=chance.choice(["", "", "", str(chance.randint(1, habits.max_tokens))]),
         )

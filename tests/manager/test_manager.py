@@ -124,6 +124,17 @@ def test_the_server_ends_a_sequence() -> None:
     assert world.answers[1, 1].reason is FinishReason.LENGTH
 
 
+def test_the_worker_cuts_sequences() -> None:
+    """That is no stop: they are incomplete. What else they drew in batches planned before is waste."""
+    world = World(make_config(scheduling_steps_ahead=3))
+    world.step(make_request(1, prompt(5), 10, n=2, grammar="3"))
+    world.finish(make_request(2, prompt(5), 10))
+    answers = [world.answers[name] for name in ((1, 0), (1, 1), (2, 0))]
+    assert [answer.reason for answer in answers] == [FinishReason.LENGTH] * 3
+    assert [len(answer.ids) for answer in answers] == [3, 3, 10]
+    assert world.manager.counters.num_wasted_tokens == 2 * 2
+
+
 # --- batches -----------------------------------------------------------------------------------------
 
 

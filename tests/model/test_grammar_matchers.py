@@ -100,16 +100,51 @@ def test_slots_are_reused(matchers):
     assert allowed(matchers, [2]) == ["c"]
 
 
-def test_what_cannot_be_followed_ends(matchers, caplog):
+def cut(matchers: Matchers, slots: list[int]) -> list[int]:
+    """The slots whose sequences a batch of them would end."""
+    masks = matchers.masks(np.array(slots, np.int32))
+    rows = None if masks is None else masks.cut_rows
+    return [] if rows is None else [slots[row] for row in rows]
+
+
+def test_what_cannot_be_followed_is_cut(matchers, caplog):
     """The server refuses such grammars; should one come all the same, the engine lives on."""
     matchers.enter(
         parameters([0, 1], grammar("start: nothing", s0=""), grammar('start: "ab"', s1=""))
     )
     assert allowed(matchers, [0, 1]) == ["$", "a"]
+    assert cut(matchers, [2, 1, 0]) == [0]
     assert "cannot be compiled here" in caplog.text
     matchers.enter(parameters([0], grammar('start: "ab"', s0="ba")))
     assert allowed(matchers, [0, 1]) == ["$", "a"]
+    assert cut(matchers, [0, 1]) == [0]
     assert "cannot be followed any further" in caplog.text
+    matchers.enter(parameters([0], grammar('start: "ab"', s0="")))
+    assert cut(matchers, [0, 1]) == []
+
+
+# Rules that refer to one another: after a dozen letters the library has too many ways to go on.
+THICKET = "\n".join(
+    f"r{i}: " + " | ".join(f"/[a-z]/ r{(7 * i + 13 * j + 1) % 300}" for j in range(6)) + ' | "x"'
+    for i in range(300)
+)
+
+
+def test_a_mask_that_takes_too_much_work_cuts_a_sequence(matchers, caplog):
+    """The limit is the library's, and smaller than its own: these letters take less than that."""
+    matchers.enter(
+        parameters([0, 1], grammar(f"start: r0\n{THICKET}", s0=""), grammar("start: /a+/", s1=""))
+    )
+    for _ in range(100):
+        if cut(matchers, [0, 1]):
+            break
+        draw(matchers, [0, 1], "aa")
+    assert cut(matchers, [1, 0]) == [0]
+    assert allowed(matchers, [0, 1]) == ["$", "a$"]
+    assert "Too many items" in caplog.text
+    # It has drawn its end; what follows in batches that were planned before changes nothing.
+    draw(matchers, [0, 1], "$a")
+    assert allowed(matchers, [0, 1]) == ["$", "a$"]
 
 
 def test_without_grammars_nothing_is_to_do(matchers):
@@ -154,7 +189,7 @@ def test_masks_against_bits_one_by_one(vocab_size):
     rows = np.array([1, 2, 5])
     bits = rng.integers(0, 256, (3, 8), dtype=np.uint8)
     logits = torch.from_numpy(rng.standard_normal((7, vocab_size), np.float32))
-    masks = TokenMasks(rows, bits)
+    masks = TokenMasks(rows, bits, np.zeros(3, np.bool_))
     for part in (slice(0, 7), slice(1, 3), slice(2, 6), slice(3, 5), slice(5, 6)):
         before = logits[part]
         after = masks.apply(before, before, part)
@@ -171,7 +206,8 @@ def test_masks_against_bits_one_by_one(vocab_size):
 
 
 def test_a_grammar_wins_over_adjustments_that_leave_nothing():
-    masks = TokenMasks(np.array([0, 2]), np.array([[0b0110], [0b0001]], np.uint8))
+    bits = np.array([[0b0110], [0b0001]], np.uint8)
+    masks = TokenMasks(np.array([0, 2]), bits, np.zeros(2, np.bool_))
     logits = torch.arange(12, dtype=torch.float32).view(3, 4)
     adjusted = logits.clone()
     adjusted[:, :2] = -torch.inf

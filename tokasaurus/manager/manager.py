@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.errors import ProtocolError
@@ -259,23 +260,31 @@ class Manager:
         self._deliver_prompt_logprobs(flight.prompt_pieces, result)
         self._deliver_pooled_states(flight.pooled, result)
         rows, token_ids = flight.sampling_slots, result.token_ids
+        is_cut = None
+        if result.cut_rows is not None:
+            is_cut = np.isin(np.arange(len(rows)), result.cut_rows)
         sampling_rows = None
         is_live = self._running.slots.absorbing[rows]
         if not is_live.all():
             sampling_rows = np.flatnonzero(is_live)
             rows, token_ids = rows[sampling_rows], token_ids[sampling_rows]
+            is_cut = None if is_cut is None else is_cut[sampling_rows]
         self._running.window.append(rows, result, sampling_rows)
-        self._end_rows(rows, token_ids)
+        self._end_rows(rows, token_ids, is_cut)
         self._departing.extend(flight.departures)
         self.counters.num_generated_tokens += len(rows)
         self.counters.num_wasted_tokens += len(is_live) - len(rows)
         self.counters.device_s += result.device_s
         self._look_ahead.batch_took(result.device_s)
 
-    def _end_rows(self, rows: IndexArray, token_ids: Int32Array) -> None:
+    def _end_rows(
+        self, rows: IndexArray, token_ids: Int32Array, is_cut: NDArray[np.bool_] | None
+    ) -> None:
         """Ends the sequences that this was the last token of."""
         slots = self._running.slots
         is_full = slots.known[rows] == slots.max_tokens[rows]
+        if is_cut is not None:
+            is_full |= is_cut
         is_last = is_full | slots.is_stop(rows, token_ids)
         for slot, by_length in zip(rows[is_last].tolist(), is_full[is_last].tolist(), strict=True):
             sequence = slots.sequence(slot)

@@ -47,10 +47,18 @@ class TokenMasks:
     Attributes:
         rows: [masks], ascending.
         bits: [masks, bytes of the vocabulary]; a token's bit is set if it is allowed, lowest first.
+        given_up: [masks] whose grammar cannot be followed any further. They may draw an end only, where
+            their texts are not complete.
     """
 
     rows: NDArray[np.intp]
     bits: NDArray[np.uint8]
+    given_up: NDArray[np.bool_]
+
+    @property
+    def cut_rows(self) -> Int32Array | None:
+        """The sampling rows that are given up; None if there are none."""
+        return self.rows[self.given_up].astype(np.int32) if self.given_up.any() else None
 
     def apply(self, adjusted: Tensor, logits: Tensor, part: slice) -> Tensor:
         """Logits with -inf for what is not allowed; the very same tensor if no row has a mask.
@@ -138,7 +146,9 @@ class Matchers:
         if not len(rows):
             return None
         self.wait()
-        return TokenMasks(rows, self._work.masks[slots[rows]].view(np.uint8))
+        constrained = slots[rows]
+        bits = self._work.masks[constrained].view(np.uint8)
+        return TokenMasks(rows, bits, self._work.given_up[constrained])
 
     def advance(self, masks: TokenMasks, slots: Int32Array, token_ids: Tensor) -> None:
         """Takes what was drawn, and goes to work on what may follow.
@@ -169,6 +179,7 @@ class _Work:
         self._vocab_size = vocab_size
         self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
         self._matchers: list[llguidance.LLMatcher | None] = [None] * num_slots
+        self.given_up = np.zeros(num_slots, np.bool_)
 
     def start(self, load_vocabulary: Callable[[], Vocabulary]) -> None:
         vocabulary = load_vocabulary()
@@ -189,6 +200,7 @@ class _Work:
             if matcher is not None and len(ids):
                 matcher.consume_tokens(ids.tolist())
             self._matchers[slot] = matcher
+        self.given_up[slots] = False
         self._fill(slots)
 
     def leave(self, slots: list[int]) -> None:
@@ -225,7 +237,7 @@ class _Work:
         return matcher
 
     def _fill(self, slots: list[int]) -> None:
-        """Computes what these slots may draw next. Where a matcher gives up, that is the end."""
+        """Computes what these slots may draw next. Where a matcher gives up, that is an end."""
         pairs = []
         for slot in slots:
             matcher = self._matchers[slot]
@@ -244,6 +256,7 @@ class _Work:
     def _give_up(self, slot: int) -> None:
         matcher = self._matchers[slot]
         if matcher is not None:
-            log.error("a grammar cannot be followed any further: %s", matcher.get_error())
+            log.warning("a grammar cannot be followed any further: %s", matcher.get_error())
         self._matchers[slot] = None
+        self.given_up[slot] = True
         self.masks[slot].view(np.uint8)[:] = self._only_eos

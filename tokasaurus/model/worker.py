@@ -27,6 +27,7 @@ from tokasaurus.model.pooling import Pooler
 from tokasaurus.model.sampler import Logprobs
 from tokasaurus.model.state import PlannedBatch, SlotState
 from tokasaurus.model.warm_up import warm_up_batches
+from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import ForwardBatch, ForwardResult
 
 __all__ = ["Worker"]
@@ -132,7 +133,9 @@ class Worker:
         prompt = score_prompts(self._model, hidden, planned.prompt) if planned.prompt else None
         pooled = self._pooler.pool(batch, hidden)
         return _result(
-            batch.number, token_ids, drawn, prompt, pooled, time.perf_counter() - started
+            *(batch.number, token_ids, drawn, prompt, pooled),
+            masks.cut_rows if masks is not None else None,
+            time.perf_counter() - started,
         )
 
     def _forward(self, planned: PlannedBatch) -> Tensor:
@@ -160,6 +163,7 @@ def _result(
     drawn: Logprobs | None,
     prompt: Logprobs | None,
     pooled: Tensor | None,
+    cut_rows: Int32Array | None,
     device_s: float,
 ) -> ForwardResult:
     drawn = drawn or Logprobs.none(0, len(token_ids))
@@ -176,4 +180,5 @@ def _result(
         prompt_top_logprobs=prompt.top.cpu().numpy(),
         device_s=device_s,
         pooled=None if pooled is None or not len(pooled) else pooled.cpu().numpy(),
+        cut_rows=cut_rows,
     )

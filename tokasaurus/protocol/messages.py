@@ -56,7 +56,7 @@ class FinishReason(enum.IntEnum):
 
     RUNNING = 0
     STOP = 1  # an end-of-sequence id, or the server's StopSequence
-    LENGTH = 2  # max_tokens reached (also if the last token is an end-of-sequence id)
+    LENGTH = 2  # max_tokens reached (also if the last token is an end-of-sequence id), or the worker cut it
     ABORT = 3  # AbortRequest, or first_k others of its request have ended
 
 
@@ -399,6 +399,9 @@ class ForwardResult(Message, frozen=True):
     prompt_top_logprobs: Float32Array
     device_s: float  # seconds the device took for the batch
     pooled: Float32Array | None = None  # [pooled prompts that end, hidden]; None if there are none
+    # Sampling rows whose sequences end here, complete or not: their grammars have become too much work to
+    # follow. The token is an end-of-sequence id. None if there are none.
+    cut_rows: Int32Array | None = None
 
 
 FromServer: TypeAlias = GenerateRequest | AbortRequest | StopSequence | Acknowledge | FlushCache
