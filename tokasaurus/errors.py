@@ -10,6 +10,7 @@
     └── EngineError             the engine cannot serve
         ├── EngineNotReady      it is still loading, or it is draining                    (HTTP 503)
         ├── EngineOverloaded    it has enough to do for now: says when to come again      (HTTP 429)
+        ├── StorageFull         its disk has no room for a file or batch                  (HTTP 507)
         ├── EngineDead          one of its processes ended: carries the cause             (HTTP 503)
         └── ProtocolError       two rooms disagree; a defect in Tokasaurus, never in a request
 
@@ -31,6 +32,7 @@ __all__ = [
     "ProtocolError",
     "RequestError",
     "RequestTooLong",
+    "StorageFull",
     "TokasaurusError",
 ]
 
@@ -96,6 +98,10 @@ class EngineOverloaded(EngineError):
     def __init__(self, message: str, retry_after_s: int) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class StorageFull(EngineError):
+    """The disk has no room for a file or a batch; nothing of it is kept."""
 
 
 class EngineDead(EngineError):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import resource
+import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import openai
 import pytest
 from fake_engine import TOKENIZER, RunningServer, ids_of, with_config
 
+from tokasaurus.batch import runner as runner_module
 from tokasaurus.batch.capacity import BATCH_PRIORITY
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -167,9 +170,89 @@ def test_an_upload_that_the_disk_has_no_room_for(client, server):
             upload(client, b"x" * 100_000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert raised.value.status_code == 503
+    assert raised.value.status_code == 507
+    assert raised.value.code == "storage_full"
     assert "cannot be stored: File too large" in raised.value.message
     upload(client, b"x" * 100_000)
+
+
+@contextlib.contextmanager
+def full_database(server: RunningServer) -> Iterator[None]:
+    """SQLite may have no further pages."""
+    database = server.batches.store._database
+
+    async def limit(num_pages: int) -> None:
+        await server.batches.on_disk(database.execute, f"PRAGMA max_page_count = {num_pages}")
+
+    ((num_pages,),) = database.execute("PRAGMA page_count").fetchall()
+    server.on_loop(limit(num_pages))
+    try:
+        yield
+    finally:
+        server.on_loop(limit(1 << 30))
+
+
+def test_records_that_find_no_room(client, server, monkeypatch):
+    """Of files and of batches: nothing is left of them, and later ones are kept again."""
+    monkeypatch.setattr(runner_module, "_RETRY_S", 0.01)
+    file_id = upload(client, [line(1)])
+    created: list[str] = []
+
+    def leftovers() -> set[str]:
+        on_disk = {path.name for path in server.batches.store.path("").iterdir()}
+        return on_disk - {file.id for file in client.files.list()}
+
+    before = leftovers()  # of files whose time is over
+
+    def create_many() -> None:  # until the last page is full
+        metadata = {f"{key}": "x" * 512 for key in range(16)}
+        body = {"input_file_id": file_id, "endpoint": COMPLETIONS, "completion_window": "24h"}
+        while True:
+            created.append(client.batches.create(**body, metadata=metadata).id)
+
+    with full_database(server), pytest.raises(openai.InternalServerError) as raised:
+        create_many()
+    assert (raised.value.status_code, raised.value.code) == (507, "storage_full")
+    assert "cannot be stored: database or disk is full" in raised.value.message
+    assert {wait(client, batch_id).status for batch_id in created} <= {"completed"}
+    uploaded, answer = [], None
+    with full_database(server):
+        while answer is None or answer.status == 200:
+            filename = f'name="file"; filename="{"x" * 200}"'
+            body = form((filename, b"x"), ('name="purpose"', b"batch"))
+            headers = {"Content-Type": "multipart/form-data; boundary=xyz"}
+            answer = server.post("/v1/files", body, **headers)
+            uploaded += [answer.json["id"]] if answer.status == 200 else []
+    assert (answer.status, answer.headers["x-should-retry"]) == (507, "false")
+    assert wait(client, create(client, [line(1)]).id).status == "completed"
+    batches = list(client.batches.list())
+    assert [batch.id for batch in batches[1 : len(created) + 1]] == created[::-1]
+    assert {file.id for file in client.files.list()} >= set(uploaded)
+    assert leftovers() == before
+
+
+def test_a_disk_that_fails_otherwise_is_a_503(client, server, monkeypatch):
+    def failing(*_):
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(server.batches.store, "batch", failing)
+    for call in (client.batches.retrieve, client.batches.cancel):
+        with pytest.raises(openai.InternalServerError) as raised:
+            call("batch_1")
+        assert raised.value.status_code == 503
+        assert "data_dir: disk I/O error" in raised.value.message
+
+
+def test_a_list_goes_on_where_a_file_was_deleted(client, server):
+    ids = [upload(client, b"x") for _ in range(5)]
+    page = client.files.list(limit=2)
+    assert [file.id for file in page.data] == [ids[4], ids[3]]
+    for each in (ids[3], ids[2]):
+        client.files.delete(each)
+    assert [file.id for file in page.get_next_page().data] == [ids[1], ids[0]]
+    assert [file.id for file in client.files.list(order="asc", after=ids[2]).data] == [ids[4]]
+    for path in ("/v1/files?after=file-none", f"/v1/batches?after={ids[0]}"):
+        assert (server.get(path).status, server.get(path).error["param"]) == (404, "after")
 
 
 def test_uploads_of_another_type(server):

@@ -25,6 +25,7 @@ from typing import ParamSpec, TypeVar
 
 from tokasaurus.batch.answering import Answer, Answering
 from tokasaurus.batch.capacity import Capacity
+from tokasaurus.batch.disk import disk_error
 from tokasaurus.batch.records import Batch, BatchError, BatchErrors, StoredFile, new_id
 from tokasaurus.batch.results import write_results
 from tokasaurus.batch.store import JobStore, NewAnswer
@@ -137,15 +138,22 @@ class BatchRunner:
 
     # --- from clients ------------------------------------------------------------------------------
 
+    async def ask(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """``on_disk``. Raises EngineError where the disk fails, and what the method raises besides."""
+        try:
+            return await self.on_disk(function, *args, **kwargs)
+        except (OSError, sqlite3.Error) as error:
+            raise disk_error(error) from None
+
     async def add(self, batch: Batch, output_lifetime_s: int | None = None) -> None:
-        """Takes a new batch."""
-        await self.on_disk(self.store.add_batch, batch, output_lifetime_s)
+        """Takes a new batch. Raises EngineError."""
+        await self.ask(self.store.add_batch, batch, output_lifetime_s)
         if self._runs:
             self._launch(batch.id)
 
     async def cancel(self, batch_id: str) -> Batch:
-        """Ends a batch early. Raises NotFound, or Conflict if it has ended by itself."""
-        batch = await self.on_disk(self._mark_cancelling, batch_id)
+        """Ends a batch early. Raises NotFound, EngineError, or Conflict if it has ended by itself."""
+        batch = await self.ask(self._mark_cancelling, batch_id)
         if batch_id in self._jobs:
             self._jobs[batch_id].cancelled.set()
         return batch

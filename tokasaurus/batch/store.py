@@ -59,6 +59,11 @@ CREATE TABLE IF NOT EXISTS answers (
     is_error INTEGER NOT NULL,
     PRIMARY KEY (batch, line)
 ) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS dropped_files (  -- the last ones: where a list goes on after one of them
+    dropped INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
+    number INTEGER NOT NULL
+) STRICT;
 """
 _VERSION = 1
 
@@ -320,7 +325,15 @@ class JobStore:
         )
 
     def _drop_file(self, file_id: str) -> None:
-        self._database.execute("DELETE FROM files WHERE id = ?", (file_id,))
+        with self._transaction():
+            self._database.execute(
+                "INSERT INTO dropped_files (id, number) SELECT id, number FROM files WHERE id = ?",
+                (file_id,),
+            )
+            self._database.execute(
+                "DELETE FROM dropped_files WHERE dropped <= last_insert_rowid() - ?", (MAX_FILES,)
+            )
+            self._database.execute("DELETE FROM files WHERE id = ?", (file_id,))
         self.path(file_id).unlink(missing_ok=True)
 
     def _batch(self, batch_id: str) -> tuple[int, Batch]:
@@ -349,9 +362,9 @@ class JobStore:
         ascending: bool,
     ) -> tuple[list[bytes], bool]:
         if after is not None:
-            row = self._database.execute(
-                f"SELECT number FROM {table} WHERE id = ?", (after,)
-            ).fetchone()
+            tables = ("files", "dropped_files") if table == "files" else (table,)
+            found = (f"SELECT number FROM {each} WHERE id = :id" for each in tables)
+            row = self._database.execute(" UNION ".join(found), {"id": after}).fetchone()
             if row is None:
                 raise NotFound(
                     f"after must be an id from this list; there is no {after!r}", "after"

@@ -127,7 +127,7 @@ class BatchRoutes:
     async def list(self, request: Request) -> Response:
         """Batches, newest first."""
         query = read_query(request, ("limit", "after"))
-        batches, more = await self._batches.on_disk(
+        batches, more = await self._batches.ask(
             self._store.list_batches,
             after=query.get("after"),
             limit=whole_number(query, "limit", 20, 1, 100),
@@ -136,7 +136,7 @@ class BatchRoutes:
 
     async def retrieve(self, request: Request, batch_id: str) -> Response:
         """How far a batch is."""
-        return _json(await self._batches.on_disk(self._store.batch, batch_id))
+        return _json(await self._batches.ask(self._store.batch, batch_id))
 
     async def cancel(self, request: Request, batch_id: str) -> Response:
         """Ends a batch; what was answered is kept."""
@@ -144,7 +144,7 @@ class BatchRoutes:
 
     async def _check_input(self, file_id: str, now: int) -> None:
         try:
-            file = await self._batches.on_disk(self._store.file, file_id, now)
+            file = await self._batches.ask(self._store.file, file_id, now)
         except NotFound:
             raise NotFound(f"there is no file {file_id!r}", "input_file_id") from None
         if file.purpose != "batch":

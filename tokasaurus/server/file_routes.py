@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-import sqlite3
 import time
 from collections.abc import Mapping
 
 from fastapi import APIRouter, Request, Response
 from starlette.responses import FileResponse
 
+from tokasaurus.batch.disk import disk_error
 from tokasaurus.batch.records import Batch, StoredFile, new_id
 from tokasaurus.batch.runner import BatchRunner
-from tokasaurus.errors import EngineError, RequestError
+from tokasaurus.errors import RequestError
 from tokasaurus.server.http_errors import to_json
 from tokasaurus.server.queries import choice, read_query, whole_number
 from tokasaurus.server.uploads import receive_form
 
 __all__ = ["MAX_FILE_BYTES", "FileRoutes", "json_page"]
-
-log = logging.getLogger(__name__)
 
 MAX_FILE_BYTES = 200 << 20
 _MAX_LIFETIME_S = 2_592_000  # 30 days
@@ -77,12 +74,10 @@ class FileRoutes:
                 purpose="batch",
                 expires_at=None if lifetime_s is None else now + lifetime_s,
             )
-            await self._batches.on_disk(self._store.add_file, file)
+            await self._batches.ask(self._store.add_file, file)
             kept = True
-        except (OSError, sqlite3.Error) as error:
-            log.exception("an upload failed")
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise EngineError(f"the file cannot be stored: {reason}") from None
+        except OSError as error:
+            raise disk_error(error) from None
         finally:
             if not kept:
                 path.unlink(missing_ok=True)
@@ -91,7 +86,7 @@ class FileRoutes:
     async def list(self, request: Request) -> Response:
         """Files, newest first unless ``order`` is asc."""
         query = read_query(request, ("purpose", "limit", "order", "after"))
-        files, more = await self._batches.on_disk(
+        files, more = await self._batches.ask(
             self._store.list_files,
             time.time(),
             purpose=query.get("purpose"),
@@ -113,11 +108,11 @@ class FileRoutes:
 
     async def delete(self, request: Request, file_id: str) -> Response:
         """Deletes a file, unless a batch still reads it."""
-        await self._batches.on_disk(self._store.delete_file, file_id, time.time())
+        await self._batches.ask(self._store.delete_file, file_id, time.time())
         return _json({"id": file_id, "object": "file", "deleted": True})
 
     async def _file(self, file_id: str) -> StoredFile:
-        return await self._batches.on_disk(self._store.file, file_id, time.time())
+        return await self._batches.ask(self._store.file, file_id, time.time())
 
 
 def json_page(entries: list[StoredFile] | list[Batch], more: bool) -> dict[str, object]:

@@ -16,6 +16,7 @@ from tokasaurus.errors import (
     NotFound,
     RequestError,
     RequestTooLong,
+    StorageFull,
     TokasaurusError,
 )
 
@@ -84,6 +85,7 @@ _STATUSES: dict[type[Exception], int] = {
     TimeIsUp: 408,
     ClientGone: 499,
     EngineOverloaded: 429,
+    StorageFull: 507,
     EngineError: 503,
     Exception: 500,
 }
@@ -103,6 +105,8 @@ def error_body(error: Exception) -> dict[str, Any]:
         return _body(str(error), "rate_limit_error", None, "rate_limit_exceeded")
     if isinstance(error, TimeIsUp):
         return _body(str(error), "timeout_error", None, "request_timeout")
+    if isinstance(error, StorageFull):
+        return _body(str(error), "insufficient_storage", None, "storage_full")
     if isinstance(error, EngineError):
         return _body(str(error), "service_unavailable", None, None)
     return _body("internal error; the server's log says more", "internal_error", None, None)
@@ -125,7 +129,7 @@ def error_answer(error: Exception) -> Response:
         headers["Retry-After"] = str(_RETRY_AFTER_S)
     elif isinstance(error, EngineOverloaded):
         headers["Retry-After"] = str(error.retry_after_s)
-    elif isinstance(error, TimeIsUp):
+    elif isinstance(error, (TimeIsUp, StorageFull)):
         headers["X-Should-Retry"] = "false"  # OpenAI's clients would send the same again
     elif isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
