@@ -96,7 +96,7 @@ def observe(
         if place.path == BATCHES:
             return _outcome(server, answer.json["id"]) if to_end else (200,)
     requests = [_sent(request) for request in server.engine.requests]
-    keys = [call.args[0].client_key for call in start.call_args_list]
+    keys = [call.kwargs["client"] for call in start.call_args_list]
     if answer.headers["content-type"].startswith("text/event-stream"):
         events = answer.content.split(b"\n\n")
         said: Any = [_plain(json.loads(e.split(b"data: ")[1])) for e in events if b"{" in e]

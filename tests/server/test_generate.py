@@ -35,7 +35,7 @@ def observe(server, body):
     if answer.status != 200:
         return answer.status, answer.error["param"]
     sent = [msgspec.to_builtins(_without(each, "request_id")) for each in server.engine.requests]
-    keys = [call.args[0].client_key for call in start.call_args_list]
+    keys = [call.kwargs["client"] for call in start.call_args_list]
     if body.get("stream"):
         seen = [answer.headers["content-type"], len(answer.events) > 0]
     else:

@@ -270,7 +270,7 @@ def observe(server, body):
             k: v for k, v in answer.json.items() if k not in ("id", "created_at", "completed_at")
         }
         del seen["output"][0]["id"]
-    return 200, msgspec.to_builtins(request), start.call_args.args[0].client_key, seen
+    return 200, msgspec.to_builtins(request), start.call_args.kwargs["client"], seen
 
 
 def test_these_are_all_fields():

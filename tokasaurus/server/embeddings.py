@@ -133,7 +133,6 @@ def _prepare(body: EmbeddingRequest, preparer: Preparer) -> Task:
                 tokenizer.encode(text) if isinstance(text, str) else text,
                 pooling,
                 priority=body.priority or 0,
-                client_key=body.user,
             )
             for text in texts
         ]

@@ -139,7 +139,6 @@ def prepare_native(body: NativeRequest, preparer: Preparer) -> PreparedRequest:
             body.ids(preparer.tokenizer),
             body.params(),
             default_temperature=_CHAT_TEMPERATURE,
-            client_key=body.user,
         )
     except RequestError as error:
         raise renamed(error, {**body.field_names(), "messages": "prompt"}) from None

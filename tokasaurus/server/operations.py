@@ -30,7 +30,6 @@ def _prepare_completion(body: CompletionRequest, preparer: Preparer) -> Task:
             each,
             body.params_for(len(each), config.max_request_tokens),
             default_temperature=_COMPLETION_TEMPERATURE,
-            client_key=body.user,
         )
         for each in ids
     ]
@@ -54,9 +53,7 @@ def _prepare_chat(body: ChatRequest, preparer: Preparer) -> Task:
         told = [tool.for_template() for tool in tools]
         ids = tokenizer.render_chat(for_template(body.messages or ()), arguments, told)
     params = form.enforced(body.params())
-    prepared = preparer.prepare(
-        ids, params, default_temperature=_CHAT_TEMPERATURE, client_key=body.user
-    )
+    prepared = preparer.prepare(ids, params, default_temperature=_CHAT_TEMPERATURE)
     make_parser = form.parser_maker(ids, params, tokenizer)
     renderer = ChatRenderer(body, config.model_name, tokenizer, make_parser)
     return Task(body, [prepared], renderer)

@@ -43,7 +43,6 @@ class PreparedRequest:
     seed: int
     stops: StopStrings | None
     stop_token_ids: tuple[int, ...]
-    client_key: str | None = None  # whose it is, where the client says; those get fair shares
     pooling: Pooling = Pooling.NONE  # else its answer is a vector, and the token it draws nobody's
     grammar: str = ""  # "" if the text is free
 
@@ -88,7 +87,6 @@ class Preparer:
         params: SamplingParams,
         *,
         default_temperature: float = 1.0,
-        client_key: str | None = None,
     ) -> PreparedRequest:
         """Decides what was left open, and checks that the prompt can run.
 
@@ -96,7 +94,6 @@ class Preparer:
             prompt_ids: the prompt.
             params: how to continue it.
             default_temperature: where neither the parameters nor the generation config say.
-            client_key: whose request it is.
 
         Raises:
             RequestError: it cannot run; names the field.
@@ -133,7 +130,6 @@ class Preparer:
             stops=stops,
             stop_token_ids=tuple(sorted(stop_token_ids)),
             grammar=self._grammar(params),
-            client_key=client_key,
         )
 
     def prepare_pooling(
@@ -142,7 +138,6 @@ class Preparer:
         pooling: Pooling,
         *,
         priority: int = 0,
-        client_key: str | None = None,
     ) -> PreparedRequest:
         """Checks that a prompt can be made into one vector.
 
@@ -150,7 +145,6 @@ class Preparer:
             prompt_ids: the prompt, at least one token shorter than a request may be.
             pooling: how.
             priority: lower runs first.
-            client_key: as in ``prepare``.
 
         Raises:
             RequestError: it cannot run; names the field.
@@ -161,7 +155,7 @@ class Preparer:
                 f"prompt has {len(prompt_ids)} tokens; it may have at most {limit}", "prompt"
             )
         params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, priority=priority)
-        prepared = self.prepare(prompt_ids, params, client_key=client_key)
+        prepared = self.prepare(prompt_ids, params)
         return dataclasses.replace(prepared, pooling=pooling)
 
     def prepare_grammars(self) -> None:

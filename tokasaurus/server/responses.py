@@ -230,9 +230,7 @@ def _prepare(body: ResponsesRequest, preparer: Preparer) -> Task:
     form = AnswerFormat.of(body, config, tokenizer.chat_template(arguments, with_tools=bool(tools)))
     ids = tokenizer.render_chat(body.messages(), arguments, [tool.for_template() for tool in tools])
     params = form.enforced(body.params())
-    prepared = preparer.prepare(
-        ids, params, default_temperature=_CHAT_TEMPERATURE, client_key=body.user
-    )
+    prepared = preparer.prepare(ids, params, default_temperature=_CHAT_TEMPERATURE)
     make_parser = form.parser_maker(ids, params, tokenizer)
     with_logprobs = body.num_logprobs is not None
     if with_logprobs and make_parser is not None:

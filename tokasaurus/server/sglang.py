@@ -247,7 +247,7 @@ def prepare_sglang(body: SglangRequest, preparer: Preparer) -> list[PreparedRequ
             room = max(1, min(_MAX_NEW_TOKENS, limit - len(ids)))
             each = SamplingParams(**{**vars(each), "max_tokens": room})
         try:
-            prepared.append(preparer.prepare(ids, each, client_key=body.user))
+            prepared.append(preparer.prepare(ids, each))
         except RequestError as error:
             raise renamed(error, names) from None
     return prepared
