@@ -32,6 +32,7 @@ from field_table import (
     OTHER_ENGINES,
     RESPONSES,
     SCHEMAS,
+    SYNCHRONOUS,
     Changes,
     Passes,
     Place,
@@ -313,6 +314,23 @@ def test_sampling_parameters_have_types_too(everything, files, field):
             continue
         got = observe(everything, files, place, body_of(place, {**place.base, field: value}))
         assert got[:2] == (400, f"sampling_params.{field}")
+
+
+TEMPLATE_ARGUMENTS = ("apply_chat_template_overrides", "chat_template_kwargs")  # any object will do
+OWN_ROWS = [
+    (name, field)
+    for name, field in ROWS
+    if PLACES[name].path != SYNCHRONOUS and PLACES[name].top in ("", "sampling_params")
+]
+
+
+@pytest.mark.parametrize(("name", "field"), OWN_ROWS)
+def test_what_no_field_holds_is_refused_by_name(everything, files, name, field):
+    place, row = PLACES[name], PLACES[name].rows[field]
+    base = {**place.base, **getattr(row, "beside", {})}
+    for wrong in ([[["nonsense"]]], *([] if field in TEMPLATE_ARGUMENTS else [{"type": {}}])):
+        body = body_of(place, {**base, field: wrong})
+        assert_refused(place, field, observe(everything, files, place, body))
 
 
 HARMLESS_OF = {
