@@ -9,10 +9,12 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["MAX_DEPTH", "decode"]
+__all__ = ["MAX_DEPTH", "decode", "shown"]
 
 MAX_DEPTH = 256
 """How deeply lists and objects may be nested; JSON schemas of programs reach a few dozen."""
+
+_MAX_SHOWN_CHARS = 100
 
 
 def decode(data: bytes | bytearray) -> Any:
@@ -31,6 +33,12 @@ def decode(data: bytes | bytearray) -> Any:
     if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
         raise _too_deep()
     return value
+
+
+def shown(value: Any) -> str:
+    """A value as an error quotes it: its beginning, if it is long."""
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + "..."
 
 
 def _depth(value: Any) -> int:

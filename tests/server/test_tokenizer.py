@@ -6,7 +6,7 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from fake_engine import EOS_ID, TOKENIZER, VOCAB_SIZE, WRAPPED
+from fake_engine import EOS_ID, TOKENIZER, VOCAB_SIZE, WRAPPED, with_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -150,13 +150,13 @@ def test_no_template_says_so():
 
 def test_loading_from_a_directory(tmp_path):
     WRAPPED.save_pretrained(tmp_path)
-    options = {"vocab_size": VOCAB_SIZE, "eos_token_ids": [EOS_ID], "trust_remote_code": False}
-    loaded = server_tokenizer.Tokenizer.load(str(tmp_path), **options)
+    config = with_config(tokenizer_path=str(tmp_path))
+    loaded = server_tokenizer.Tokenizer.load(config)
     assert loaded.spelled == TOKENIZER.spelled
     assert loaded.encode("the cat") == TOKENIZER.encode("the cat")
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match=str(tmp_path)):
-        server_tokenizer.Tokenizer.load(str(tmp_path), **options)
+        server_tokenizer.Tokenizer.load(config)
 
 
 def test_many_threads_at_once():

@@ -121,23 +121,21 @@ def _what_is_wrong(
         if name not in _FIELDS and value is not None:
             return "unknown_field", f"{name} is no field of a line; there are {', '.join(_FIELDS)}"
     if fields.get("method") != "POST":
-        return "invalid_method", f"method must be POST, not {_shown(fields.get('method'))}"
+        return (
+            "invalid_method",
+            f"method must be POST, not {client_json.shown(fields.get('method'))}",
+        )
     url = fields.get("url")
     if endpoint is not None and url != endpoint:
         return (
             "mismatched_endpoint",
-            f"url must be the batch's endpoint, {endpoint}, not {_shown(url)}",
+            f"url must be the batch's endpoint, {endpoint}, not {client_json.shown(url)}",
         )
     if url not in urls:
-        return "invalid_url", f"url must be one of {', '.join(urls)}, not {_shown(url)}"
+        return "invalid_url", f"url must be one of {', '.join(urls)}, not {client_json.shown(url)}"
     if not isinstance(fields.get("body"), dict):
         return "invalid_body", "body must be a JSON object, the request to send to url"
     return None
-
-
-def _shown(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 100 else shown[:100] + "..."
 
 
 # --- results ---------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from tokasaurus.server.embeddings import embedding, pooling_named
 from tokasaurus.server.generation import Generation
 from tokasaurus.server.generations import Generations
 from tokasaurus.server.params import SamplingParams
-from tokasaurus.server.preparation import PreparedRequest, Preparer
+from tokasaurus.server.preparation import CHAT_TEMPERATURE, PreparedRequest, Preparer
 from tokasaurus.server.samples import SampleOutput, TokenLogprobs
 from tokasaurus.server.tokenizer import Tokenizer
 
@@ -46,7 +46,6 @@ __all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput"]
 
 Prompt: TypeAlias = str | Sequence[int]
 Conversation: TypeAlias = Sequence[Mapping[str, Any]]
-_CHAT_TEMPERATURE = 0.7  # where neither the caller nor the model's generation config says
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +98,9 @@ class LLM:
         if model is not None:
             flags["model"] = fspath(model)
         slices = assemble(EngineConfig.from_flags(**flags))
-        server = slices.server
-        self._tokenizer = Tokenizer.load(
-            server.tokenizer_path,
-            vocab_size=server.vocab_size,
-            eos_token_ids=server.eos_token_ids,
-            trust_remote_code=server.trust_remote_code,
-            trusts_templates=True,  # whoever brings one here could run any other program
-        )
+        # Whoever brings a template here could run any other program.
+        server = dataclasses.replace(slices.server, trust_request_chat_template=True)
+        self._tokenizer = Tokenizer.load(server)
         # Every batch is finished before the next one is planned, so looking further ahead would only
         # compute tokens after a stop.
         self._manager = Manager(dataclasses.replace(slices.manager, scheduling_steps_ahead=1))
@@ -177,7 +171,7 @@ class LLM:
         requests = []
         for number, (conversation, each) in enumerate(zip(conversations, params, strict=True)):
             ids = self._tokenizer.render_chat(conversation, chat_template_kwargs)
-            requests.append(self._prepare(number, ids, each, _CHAT_TEMPERATURE))
+            requests.append(self._prepare(number, ids, each, CHAT_TEMPERATURE))
         return self._run(requests, [None] * len(requests), use_tqdm)
 
     def embed(

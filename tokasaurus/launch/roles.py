@@ -160,10 +160,4 @@ def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:
 def _load_vocabulary(config: ServerConfig) -> Vocabulary:
     from tokasaurus.server.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.load(
-        config.tokenizer_path,
-        vocab_size=config.vocab_size,
-        eos_token_ids=config.eos_token_ids,
-        trust_remote_code=config.trust_remote_code,
-    )
-    return tokenizer.vocabulary(config.eos_token_ids)
+    return Tokenizer.load(config).vocabulary(config.eos_token_ids)

@@ -60,14 +60,7 @@ class TextProcess:
     async def turn(self) -> None:
         """Carries messages of the manager until it is cancelled."""
         config = self.config
-        tokenizer = await asyncio.to_thread(
-            Tokenizer.load,
-            config.tokenizer_path,
-            vocab_size=config.vocab_size,
-            eos_token_ids=config.eos_token_ids,
-            trust_remote_code=config.trust_remote_code,
-            trusts_templates=config.trust_request_chat_template,
-        )
+        tokenizer = await asyncio.to_thread(Tokenizer.load, config)
         preparer = Preparer(config, tokenizer)
         await asyncio.to_thread(preparer.prepare_grammars)
         self.lifeline.send(Ready())

@@ -10,10 +10,12 @@ import dataclasses
 import logging
 from typing import Any
 
+import msgspec
+
 from tokasaurus.errors import EngineError, RequestError
 from tokasaurus.protocol.messages import MAX_PRIORITY
 from tokasaurus.server.calls import Call, in_thread_if
-from tokasaurus.server.http_errors import error_body, error_status, to_json
+from tokasaurus.server.http_errors import error_body, error_status
 from tokasaurus.server.operations import OPERATIONS
 from tokasaurus.server.params import renamed
 from tokasaurus.server.schemas import EngineRequest
@@ -131,7 +133,7 @@ class Answers:
         except Exception as error:
             if (status := error_status(error)) >= 500:
                 log.exception("a request to %s failed", path)
-            return status, to_json(error_body(error))
+            return status, msgspec.json.encode(error_body(error))
 
 
 def _with_priority(task: Task, priority: int) -> Task:

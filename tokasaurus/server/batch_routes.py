@@ -18,10 +18,10 @@ from tokasaurus.errors import ConfigError, NotFound, RequestError
 from tokasaurus.server.answers import Answers
 from tokasaurus.server.bodies import read_json
 from tokasaurus.server.file_routes import json_page
-from tokasaurus.server.http_errors import to_json
+from tokasaurus.server.http_errors import json_answer
 from tokasaurus.server.operations import OPERATIONS
 from tokasaurus.server.queries import read_query, whole_number
-from tokasaurus.server.schemas import validated
+from tokasaurus.server.schemas import body_reference, validated
 from tokasaurus.server.state import EngineState
 from tokasaurus.server.strict import StrictSchema
 
@@ -84,9 +84,8 @@ class BatchRoutes:
     def router(self) -> APIRouter:
         router = APIRouter()
         add = router.add_api_route
-        schema = {"schema": {"$ref": "#/components/schemas/BatchRequest"}}
-        body = {"required": True, "content": {"application/json": schema}}
-        add("/v1/batches", self.create, methods=["POST"], openapi_extra={"requestBody": body})
+        body = {"requestBody": body_reference(BatchRequest)}
+        add("/v1/batches", self.create, methods=["POST"], openapi_extra=body)
         add("/v1/batches", self.list, methods=["GET"])
         add("/v1/batches/{batch_id}", self.retrieve, methods=["GET"])
         add("/v1/batches/{batch_id}/cancel", self.cancel, methods=["POST"])
@@ -122,7 +121,7 @@ class BatchRoutes:
         )
         lifetime = asked.output_expires_after
         await self._batches.add(batch, lifetime.seconds if lifetime else None)
-        return _json(batch)
+        return json_answer(batch)
 
     async def list(self, request: Request) -> Response:
         """Batches, newest first."""
@@ -132,15 +131,15 @@ class BatchRoutes:
             after=query.get("after"),
             limit=whole_number(query, "limit", 20, 1, 100),
         )
-        return _json(json_page(batches, more))
+        return json_answer(json_page(batches, more))
 
     async def retrieve(self, request: Request, batch_id: str) -> Response:
         """How far a batch is."""
-        return _json(await self._batches.ask(self._store.batch, batch_id))
+        return json_answer(await self._batches.ask(self._store.batch, batch_id))
 
     async def cancel(self, request: Request, batch_id: str) -> Response:
         """Ends a batch; what was answered is kept."""
-        return _json(await self._batches.cancel(batch_id))
+        return json_answer(await self._batches.cancel(batch_id))
 
     async def _check_input(self, file_id: str, now: int) -> None:
         try:
@@ -152,7 +151,3 @@ class BatchRoutes:
                 f"input_file_id must be a file with purpose batch; that of {file_id} is {file.purpose}",
                 "input_file_id",
             )
-
-
-def _json(body: object) -> Response:
-    return Response(to_json(body), media_type="application/json")

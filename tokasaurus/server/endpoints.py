@@ -15,7 +15,7 @@ from tokasaurus.server.answers import Answers
 from tokasaurus.server.bodies import read_json
 from tokasaurus.server.calls import EventStream
 from tokasaurus.server.direct import Handler
-from tokasaurus.server.http_errors import UnknownModel, to_json
+from tokasaurus.server.http_errors import UnknownModel, json_answer
 from tokasaurus.server.operations import OPERATIONS
 from tokasaurus.server.schemas import body_reference
 from tokasaurus.server.state import EngineState
@@ -98,16 +98,16 @@ class Endpoints:
 
     async def ping(self) -> Response:
         """The server process lives; says nothing of the model."""
-        return _json({"message": "pong"})
+        return json_answer({"message": "pong"})
 
     async def health(self) -> Response:
         """200 when requests are served."""
         status = self._state.status
         body = {"status": status, "running": self._state.num_running}
-        return _json(body, 200 if status == "ok" else 503)
+        return json_answer(body, 200 if status == "ok" else 503)
 
     async def version(self) -> Response:
-        return _json({"version": __version__})
+        return json_answer({"version": __version__})
 
     async def metrics(self) -> Response:
         """For Prometheus."""
@@ -116,13 +116,13 @@ class Endpoints:
     async def models(self) -> Response:
         """The one model."""
         self._state.check()
-        return _json({"object": "list", "data": [self._model()]})
+        return json_answer({"object": "list", "data": [self._model()]})
 
     async def model(self, model_id: str) -> Response:
         self._state.check()
         if model_id != self._config.model_name:
             raise UnknownModel(model_id)
-        return _json(self._model())
+        return json_answer(self._model())
 
     def _model(self) -> dict[str, Any]:
         return {
@@ -133,7 +133,3 @@ class Endpoints:
             "root": self._config.model_root,
             "max_model_len": self._config.max_request_tokens,
         }
-
-
-def _json(body: dict[str, Any], status: int = 200) -> Response:
-    return Response(to_json(body), status, media_type="application/json")

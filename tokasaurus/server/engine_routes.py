@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Response
@@ -12,7 +11,7 @@ from fastapi import APIRouter, Response
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import TokasaurusError
 from tokasaurus.protocol.messages import CacheFlushed
-from tokasaurus.server.http_errors import to_json
+from tokasaurus.server.http_errors import json_answer
 from tokasaurus.server.state import EngineState
 from tokasaurus.version import __version__
 
@@ -61,7 +60,7 @@ class EngineRoutes:
 
         self._state.generations().flush_cache(settle)
         flushed = await done
-        return _json(
+        return json_answer(
             {
                 "status": "ok",
                 "flushed_pages": flushed.num_pages,
@@ -73,7 +72,7 @@ class EngineRoutes:
         """The model."""
         config = self._config
         self._state.check()
-        return _json(
+        return json_answer(
             {
                 "model_path": config.model_root,
                 "served_model_name": config.model_name,
@@ -94,7 +93,7 @@ class EngineRoutes:
         """Version, configuration and state; nothing secret. Answered while the model loads, too."""
         config, state = self._config, self._state
         counted = state.statistics
-        return _json(
+        return json_answer(
             {
                 "version": __version__,
                 "status": state.status,
@@ -118,7 +117,3 @@ class EngineRoutes:
                 ],
             }
         )
-
-
-def _json(body: dict[str, Any]) -> Response:
-    return Response(to_json(body), media_type="application/json")

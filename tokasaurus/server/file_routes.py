@@ -12,7 +12,7 @@ from tokasaurus.batch.disk import disk_error
 from tokasaurus.batch.records import Batch, StoredFile, new_id
 from tokasaurus.batch.runner import BatchRunner
 from tokasaurus.errors import RequestError
-from tokasaurus.server.http_errors import to_json
+from tokasaurus.server.http_errors import json_answer
 from tokasaurus.server.queries import choice, read_query, whole_number
 from tokasaurus.server.uploads import receive_form
 
@@ -81,7 +81,7 @@ class FileRoutes:
         finally:
             if not kept:
                 path.unlink(missing_ok=True)
-        return _json(file)
+        return json_answer(file)
 
     async def list(self, request: Request) -> Response:
         """Files, newest first unless ``order`` is asc."""
@@ -94,11 +94,11 @@ class FileRoutes:
             limit=whole_number(query, "limit", 10_000, 1, 10_000),
             ascending=choice(query, "order", ("desc", "asc")) == "asc",
         )
-        return _json(json_page(files, more))
+        return json_answer(json_page(files, more))
 
     async def retrieve(self, request: Request, file_id: str) -> Response:
         """What is known of a file."""
-        return _json(await self._file(file_id))
+        return json_answer(await self._file(file_id))
 
     async def content(self, request: Request, file_id: str) -> Response:
         """The file itself."""
@@ -109,7 +109,7 @@ class FileRoutes:
     async def delete(self, request: Request, file_id: str) -> Response:
         """Deletes a file, unless a batch still reads it."""
         await self._batches.ask(self._store.delete_file, file_id, time.time())
-        return _json({"id": file_id, "object": "file", "deleted": True})
+        return json_answer({"id": file_id, "object": "file", "deleted": True})
 
     async def _file(self, file_id: str) -> StoredFile:
         return await self._batches.ask(self._store.file, file_id, time.time())
@@ -119,10 +119,6 @@ def json_page(entries: list[StoredFile] | list[Batch], more: bool) -> dict[str, 
     """A list as OpenAI's clients page through it."""
     first, last = (entries[0].id, entries[-1].id) if entries else (None, None)
     return {"object": "list", "data": entries, "first_id": first, "last_id": last, "has_more": more}
-
-
-def _json(body: object) -> Response:
-    return Response(to_json(body), media_type="application/json")
 
 
 def _lifetime_s(fields: Mapping[str, str]) -> int | None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import llguidance
 from llguidance.gbnf_to_lark import any_to_lark
 
+from tokasaurus.client_json import shown
 from tokasaurus.errors import RequestError
 from tokasaurus.grammars import MAX_GRAMMAR_BYTES, GrammarCompiler, Vocabulary
 
@@ -45,7 +46,7 @@ def check_structured_outputs(value: Any) -> Mapping[str, Any]:
         RequestError: it is no such thing, or holds several.
     """
     if not isinstance(value, Mapping):
-        raise RequestError(f"{FIELD} must be an object, not {_shown(value)}", FIELD)
+        raise RequestError(f"{FIELD} must be an object, not {shown(value)}", FIELD)
     options = {name: each for name, each in value.items() if each is not None and each is not False}
     unknown = [str(name) for name in options if name not in _KINDS + _OPTIONS]
     if unknown:
@@ -65,9 +66,7 @@ def check_structured_outputs(value: Any) -> Mapping[str, Any]:
         ("choice", (list, tuple), "a list of strings"),
     ):
         if name in options and not isinstance(options[name], types):
-            raise RequestError(
-                f"{FIELD}: {name} must be {what}, not {_shown(options[name])}", FIELD
-            )
+            raise RequestError(f"{FIELD}: {name} must be {what}, not {shown(options[name])}", FIELD)
     choice = options.get("choice", ("",))
     if not choice or not all(isinstance(each, str) for each in choice):
         raise RequestError(f"{FIELD}: choice must be a list of one or more strings", FIELD)
@@ -88,7 +87,7 @@ def from_response_format(value: Any) -> Mapping[str, Any] | None:
     kind = value.get("type") if isinstance(value, Mapping) else None
     if kind not in ("text", "json_object", "json_schema"):
         raise RequestError(
-            f"{field} must be an object of type text, json_object or json_schema, not {_shown(value)}",
+            f"{field} must be an object of type text, json_object or json_schema, not {shown(value)}",
             field,
         )
     _check_known(value, RESPONSE_FORMAT if kind == "json_schema" else ("type",), field, kind)
@@ -198,8 +197,3 @@ def _lark(grammar: str) -> str:
         return any_to_lark(grammar)
     except Exception as error:  # it raises bare ones
         raise ValueError(f"it is neither Lark nor GBNF: {error}") from None
-
-
-def _shown(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 100 else shown[:100] + "..."

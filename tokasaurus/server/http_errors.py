@@ -1,7 +1,8 @@
-"""Errors as HTTP answers, in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
+"""JSON as HTTP answers; errors in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -31,7 +32,7 @@ __all__ = [
     "error_body",
     "error_status",
     "install_error_handlers",
-    "to_json",
+    "json_answer",
 ]
 
 _RETRY_AFTER_S = 5
@@ -117,9 +118,9 @@ def error_status(error: Exception) -> int:
     return next(status for kind, status in _STATUSES.items() if isinstance(error, kind))
 
 
-def to_json(body: Any) -> bytes:
-    """One line of JSON."""
-    return msgspec.json.encode(body)
+def json_answer(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A whole answer, on one line."""
+    return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
 
 
 def error_answer(error: Exception) -> Response:
@@ -133,7 +134,7 @@ def error_answer(error: Exception) -> Response:
         headers["X-Should-Retry"] = "false"  # OpenAI's clients would send the same again
     elif isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
-    return _answer(error_status(error), error_body(error), headers)
+    return json_answer(error_body(error), error_status(error), headers)
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -149,11 +150,11 @@ def install_error_handlers(app: FastAPI) -> None:
             error.status_code, str(error.detail)
         )
         body = _body(message, "invalid_request_error", None, None)
-        return _answer(error.status_code, body, dict(error.headers or {}))
+        return json_answer(body, error.status_code, error.headers)
 
     def unexpected_error(request: Request, error: Exception) -> Response:
         # Starlette raises it again behind this answer, and uvicorn logs it.
-        return _answer(500, error_body(error), {})
+        return json_answer(error_body(error), 500)
 
     app.add_exception_handler(TokasaurusError, tokasaurus_error)
     app.add_exception_handler(HTTPException, http_error)
@@ -169,7 +170,3 @@ def _body(message: str, kind: str, param: str | None, code: str | None) -> dict[
 
 def _cut(text: str, max_chars: int) -> str:
     return text if len(text) <= max_chars else text[:max_chars] + "..."
-
-
-def _answer(status: int, body: dict[str, Any], headers: dict[str, str]) -> Response:
-    return Response(to_json(body), status, headers, media_type="application/json")

@@ -14,11 +14,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from tokasaurus.protocol.arrays import Int32Array
+from tokasaurus.protocol.arrays import Float32Array, Int32Array
 from tokasaurus.server.samples import SampleOutput, TokenLogprobs
 from tokasaurus.server.tokenizer import Tokenizer
 
-__all__ = ["CompletionLogprobs", "chat_logprobs", "fingerprint", "prompt_logprobs"]
+__all__ = ["CompletionLogprobs", "chat_logprobs", "fingerprint", "finite", "prompt_logprobs"]
 
 _LOWEST = -9999.0
 """Stands for minus infinity, which JSON cannot write: tokens that top_k and the like cut off."""
@@ -40,12 +40,12 @@ class CompletionLogprobs:
 
     def generated(self, token_ids: Sequence[int], logprobs: TokenLogprobs) -> dict[str, list[Any]]:
         """The next tokens."""
-        chosen = _finite(logprobs.logprobs)
+        chosen = finite(logprobs.logprobs)
         rows = zip(
             token_ids,
             chosen,
             logprobs.top_ids.tolist(),
-            _finite(logprobs.top_logprobs),
+            finite(logprobs.top_logprobs),
             strict=True,
         )
         return self._fields(token_ids, chosen, [self._alternatives(*row) for row in rows])
@@ -102,7 +102,7 @@ def chat_logprobs(
         }
 
     content = []
-    chosen, top = _finite(logprobs.logprobs), _finite(logprobs.top_logprobs)
+    chosen, top = finite(logprobs.logprobs), finite(logprobs.top_logprobs)
     for row, (token_id, logprob) in enumerate(zip(token_ids, chosen, strict=True)):
         top_ids = logprobs.top_ids[row].tolist()
         alternatives = [entry(*each) for each in zip(top_ids, top[row], strict=True)]
@@ -131,10 +131,10 @@ def prompt_logprobs(
 
     rows = zip(
         token_ids[1:],
-        _finite(logprobs.logprobs),
+        finite(logprobs.logprobs),
         ranks.tolist(),
         logprobs.top_ids.tolist(),
-        _finite(logprobs.top_logprobs),
+        finite(logprobs.top_logprobs),
         strict=True,
     )
     written: list[dict[str, dict[str, Any]] | None] = [None]
@@ -187,7 +187,8 @@ def _pack(array: np.ndarray[Any, Any], dtype: str) -> str:
     return base64.b64encode(array.astype(dtype).tobytes()).decode()
 
 
-def _finite(logprobs: np.ndarray[Any, Any]) -> Any:
+def finite(logprobs: Float32Array) -> Any:
+    """As nested lists of numbers that JSON can write."""
     return np.maximum(logprobs, np.float32(_LOWEST)).tolist()
 
 

@@ -15,8 +15,9 @@ from pydantic import WithJsonSchema
 
 from tokasaurus.errors import RequestError
 from tokasaurus.server.generation import Generation
+from tokasaurus.server.logprobs import finite
 from tokasaurus.server.params import renamed
-from tokasaurus.server.preparation import PreparedRequest, Preparer
+from tokasaurus.server.preparation import CHAT_TEMPERATURE, PreparedRequest, Preparer
 from tokasaurus.server.render import takes_long
 from tokasaurus.server.samples import SampleOutput, TokenLogprobs
 from tokasaurus.server.schemas import TOKEN_IDS, GenerationRequest
@@ -25,9 +26,6 @@ from tokasaurus.server.usage import usage
 from tokasaurus.server.writer import DONE, StreamWriter, event
 
 __all__ = ["NativeRequest", "NativeWriter", "prepare_native"]
-
-_CHAT_TEMPERATURE = 0.7
-_LOWEST = -9999.0  # for minus infinity, as in OpenAI's shapes
 
 
 class NativeRequest(GenerationRequest):
@@ -138,7 +136,7 @@ def prepare_native(body: NativeRequest, preparer: Preparer) -> PreparedRequest:
         return preparer.prepare(
             body.ids(preparer.tokenizer),
             body.params(),
-            default_temperature=_CHAT_TEMPERATURE,
+            default_temperature=CHAT_TEMPERATURE,
         )
     except RequestError as error:
         raise renamed(error, {**body.field_names(), "messages": "prompt"}) from None
@@ -165,9 +163,9 @@ def _logprobs(values: TokenLogprobs, *, after_first: bool = False) -> Mapping[st
     """Columns over tokens; a prompt's first token has none."""
     first: list[None] = [None] if after_first else []
     return {
-        "token_logprobs": [*first, *values.logprobs.clip(_LOWEST).tolist()],
+        "token_logprobs": [*first, *finite(values.logprobs)],
         "top_ids": [*first, *values.top_ids.tolist()],
-        "top_logprobs": [*first, *values.top_logprobs.clip(_LOWEST).tolist()],
+        "top_logprobs": [*first, *finite(values.top_logprobs)],
     }
 
 

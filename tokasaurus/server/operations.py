@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from tokasaurus.server.chat import ChatRequest, conversation_size, for_template
 from tokasaurus.server.embeddings import EMBEDDINGS
 from tokasaurus.server.generate import GENERATE
-from tokasaurus.server.preparation import Preparer
+from tokasaurus.server.preparation import CHAT_TEMPERATURE, Preparer
 from tokasaurus.server.render import ChatRenderer, CompletionRenderer
 from tokasaurus.server.responses import RESPONSES
 from tokasaurus.server.schemas import CompletionRequest, GenerationRequest
@@ -16,9 +16,6 @@ from tokasaurus.server.tools.formats import AnswerFormat
 
 __all__ = ["OPERATIONS"]
 
-_CHAT_TEMPERATURE = 0.7
-_COMPLETION_TEMPERATURE = 1.0
-
 
 def _prepare_completion(body: CompletionRequest, preparer: Preparer) -> Task:
     """Continues prompts."""
@@ -26,11 +23,7 @@ def _prepare_completion(body: CompletionRequest, preparer: Preparer) -> Task:
     prompts = body.prompts()
     ids = [tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
     prepared = [
-        preparer.prepare(
-            each,
-            body.params_for(len(each), config.max_request_tokens),
-            default_temperature=_COMPLETION_TEMPERATURE,
-        )
+        preparer.prepare(each, body.params_for(len(each), config.max_request_tokens))
         for each in ids
     ]
     echoes = None
@@ -53,7 +46,7 @@ def _prepare_chat(body: ChatRequest, preparer: Preparer) -> Task:
         told = [tool.for_template() for tool in tools]
         ids = tokenizer.render_chat(for_template(body.messages or ()), arguments, told)
     params = form.enforced(body.params())
-    prepared = preparer.prepare(ids, params, default_temperature=_CHAT_TEMPERATURE)
+    prepared = preparer.prepare(ids, params, default_temperature=CHAT_TEMPERATURE)
     make_parser = form.parser_maker(ids, params, tokenizer)
     renderer = ChatRenderer(body, config.model_name, tokenizer, make_parser)
     return Task(body, [prepared], renderer)

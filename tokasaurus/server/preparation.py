@@ -29,7 +29,10 @@ from tokasaurus.server.params import SamplingParams
 from tokasaurus.server.stop_strings import StopStrings
 from tokasaurus.server.tokenizer import Tokenizer
 
-__all__ = ["PreparedRequest", "Preparer"]
+__all__ = ["CHAT_TEMPERATURE", "PreparedRequest", "Preparer"]
+
+CHAT_TEMPERATURE = 0.7
+"""Of conversations, where neither the client nor the model's generation config says."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -74,7 +75,7 @@ class Renderer(StreamWriter):
         for position, generation in enumerate(generations):
             for output in generation.take_all():
                 index = position * self.request.num_samples + output.index
-                choices.append(self._choice(index, position, generation, output))
+                choices.append(self._choice(index, generation, output))
                 outputs.append(output)
         num_tokens = sum(generation.num_generated_tokens for generation in generations)
         return msgspec.json.encode(
@@ -96,7 +97,7 @@ class Renderer(StreamWriter):
         # Its fingerprint carries the ids that this chunk brings.
         index = position * self.request.num_samples + output.index
         first = index not in self._begun
-        choice = self._delta(index, position, generations[position], output, first=first)
+        choice = self._delta(index, generations[position], output, first=first)
         self._begun.add(index)
         self._num_streamed_tokens += len(output.token_ids)
         body = {
@@ -145,21 +146,15 @@ class Renderer(StreamWriter):
         """What the fingerprint says of the prompts; nothing but for the endpoint that takes their ids."""
         return None
 
-    def _choice(
-        self, index: int, position: int, generation: Generation, output: SampleOutput
-    ) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _choice(self, index: int, generation: Generation, output: SampleOutput) -> dict[str, Any]:
+        """One of a whole answer's choices."""
 
+    @abstractmethod
     def _delta(
-        self,
-        index: int,
-        position: int,
-        generation: Generation,
-        output: SampleOutput,
-        *,
-        first: bool,
+        self, index: int, generation: Generation, output: SampleOutput, *, first: bool
     ) -> dict[str, Any]:
-        raise NotImplementedError
+        """What a chunk brings of a choice; ``first`` if it is the first one of that."""
 
 
 class CompletionRenderer(Renderer):
@@ -187,28 +182,21 @@ class CompletionRenderer(Renderer):
         self._prompt_logprobs: dict[int, list[Any]] = {}  # of each prompt, for all its choices
         self._logprobs: dict[int, CompletionLogprobs] = {}  # of choices that are being streamed
 
-    def _choice(
-        self, index: int, position: int, generation: Generation, output: SampleOutput
-    ) -> dict[str, Any]:
-        choice = self._delta(index, position, generation, output, first=True)
+    def _choice(self, index: int, generation: Generation, output: SampleOutput) -> dict[str, Any]:
+        choice = self._delta(index, generation, output, first=True)
         if self.request.prompt_logprobs is not None:
+            position = index // self.request.num_samples
             if position not in self._prompt_logprobs:
                 self._prompt_logprobs[position] = self._written_prompt_logprobs(generation)
             choice["prompt_logprobs"] = self._prompt_logprobs[position]
         return choice
 
     def _delta(
-        self,
-        index: int,
-        position: int,
-        generation: Generation,
-        output: SampleOutput,
-        *,
-        first: bool,
+        self, index: int, generation: Generation, output: SampleOutput, *, first: bool
     ) -> dict[str, Any]:
         text = output.text
         if first and self._echoes is not None:
-            text = self._echoes[position] + text
+            text = self._echoes[index // self.request.num_samples] + text
         return {
             "index": index,
             "text": text,
@@ -287,9 +275,7 @@ class ChatRenderer(Renderer):
             return {}
         return {"prompt_logprobs": self._written_prompt_logprobs(generations[0])}
 
-    def _choice(
-        self, index: int, position: int, generation: Generation, output: SampleOutput
-    ) -> dict[str, Any]:
+    def _choice(self, index: int, generation: Generation, output: SampleOutput) -> dict[str, Any]:
         message, reason = self._message(output)
         return {
             "index": index,
@@ -299,13 +285,7 @@ class ChatRenderer(Renderer):
         }
 
     def _delta(
-        self,
-        index: int,
-        position: int,
-        generation: Generation,
-        output: SampleOutput,
-        *,
-        first: bool,
+        self, index: int, generation: Generation, output: SampleOutput, *, first: bool
     ) -> dict[str, Any]:
         delta: dict[str, Any] = {"role": "assistant"} if first else {}
         reason = output.finish_reason

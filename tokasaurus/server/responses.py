@@ -17,7 +17,7 @@ from tokasaurus.errors import RequestError
 from tokasaurus.server.chat import conversation_size
 from tokasaurus.server.fields import HARMLESS
 from tokasaurus.server.grammar import FIELD as STRUCTURED_OUTPUTS
-from tokasaurus.server.preparation import PreparedRequest, Preparer
+from tokasaurus.server.preparation import CHAT_TEMPERATURE, PreparedRequest, Preparer
 from tokasaurus.server.response_items import FunctionChoice, FunctionTool, InputItem, for_template
 from tokasaurus.server.response_writer import ResponsesWriter
 from tokasaurus.server.schemas import GenerationRequest
@@ -28,7 +28,6 @@ from tokasaurus.server.tools.request import Tool, ToolChoice, check_tools
 
 __all__ = ["RESPONSES", "ResponsesRequest"]
 
-_CHAT_TEMPERATURE = 0.7
 _LOGPROBS = "message.output_text.logprobs"  # what ``include`` may name
 
 
@@ -230,7 +229,7 @@ def _prepare(body: ResponsesRequest, preparer: Preparer) -> Task:
     form = AnswerFormat.of(body, config, tokenizer.chat_template(arguments, with_tools=bool(tools)))
     ids = tokenizer.render_chat(body.messages(), arguments, [tool.for_template() for tool in tools])
     params = form.enforced(body.params())
-    prepared = preparer.prepare(ids, params, default_temperature=_CHAT_TEMPERATURE)
+    prepared = preparer.prepare(ids, params, default_temperature=CHAT_TEMPERATURE)
     make_parser = form.parser_maker(ids, params, tokenizer)
     with_logprobs = body.num_logprobs is not None
     if with_logprobs and make_parser is not None:

@@ -7,11 +7,13 @@ refuses the same values in the same words.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import Field, ValidationError, WithJsonSchema
 
+from tokasaurus.client_json import shown
 from tokasaurus.errors import RequestError
 from tokasaurus.protocol.messages import LogprobsMode
 from tokasaurus.server.fields import HARMLESS, without_harmless
@@ -370,7 +372,7 @@ class CompletionRequest(GenerationRequest):
             changes["max_tokens"] = max(1, min(_COMPLETION_MAX_TOKENS, room))
         if self.echo and params.logprobs is not None:
             changes["prompt_logprobs"] = max(params.logprobs, params.prompt_logprobs or 0)
-        return params if not changes else SamplingParams(**{**vars(params), **changes})
+        return dataclasses.replace(params, **changes) if changes else params
 
 
 S = TypeVar("S", bound=StrictSchema)
@@ -408,7 +410,7 @@ def validated(fields: Any, schema: type[S]) -> S:
         raise _as_request_error(error) from None
 
 
-def body_reference(*schemas: type[RequestBody]) -> dict[str, Any]:
+def body_reference(*schemas: type[StrictSchema]) -> dict[str, Any]:
     """What the OpenAPI document says of a route whose body is one of these."""
     references = [{"$ref": f"#/components/schemas/{schema.__name__}"} for schema in schemas]
     schema = references[0] if len(references) == 1 else {"anyOf": references}
@@ -431,9 +433,8 @@ def _as_request_error(error: ValidationError) -> RequestError:
         return RequestError(f"{field} is required", field)
     if first["type"] == "extra_forbidden":
         return RequestError(f"{_path(first['loc'])} is no known field", field)
-    shown = repr(first["input"])
-    shown = shown if len(shown) <= 100 else shown[:100] + "..."
-    return RequestError(f"{_path(first['loc'])}: {first['msg'].lower()}; it was {shown}", field)
+    said = f"{_path(first['loc'])}: {first['msg'].lower()}; it was {shown(first['input'])}"
+    return RequestError(said, field)
 
 
 def _path(location: Sequence[str | int]) -> str:

@@ -6,6 +6,7 @@ a prompt's first token, there is null.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from tokasaurus.errors import RequestError
 from tokasaurus.server.fields import without_harmless
 from tokasaurus.server.generation import Generation
 from tokasaurus.server.grammar import FIELD as STRUCTURED_OUTPUTS
+from tokasaurus.server.logprobs import finite
 from tokasaurus.server.params import SamplingParams, renamed
 from tokasaurus.server.preparation import PreparedRequest, Preparer
 from tokasaurus.server.render import takes_long
@@ -28,7 +30,6 @@ from tokasaurus.server.writer import DONE, StreamWriter, event
 __all__ = ["SAMPLING_FIELDS", "SglangRequest", "SglangWriter", "prepare_sglang"]
 
 _MAX_NEW_TOKENS = 128  # where a request does not say
-_LOWEST = -9999.0  # for minus infinity
 
 T = TypeVar("T")
 
@@ -245,7 +246,7 @@ def prepare_sglang(body: SglangRequest, preparer: Preparer) -> list[PreparedRequ
             )
         if each.max_tokens is None:
             room = max(1, min(_MAX_NEW_TOKENS, limit - len(ids)))
-            each = SamplingParams(**{**vars(each), "max_tokens": room})
+            each = dataclasses.replace(each, max_tokens=room)
         try:
             prepared.append(preparer.prepare(ids, each))
         except RequestError as error:
@@ -370,9 +371,9 @@ class SglangWriter(StreamWriter):
         """Of each token, and of the likeliest in its place."""
         if values is None:
             return [], []
-        logprobs = values.logprobs.clip(_LOWEST).tolist()
+        logprobs = finite(values.logprobs)
         chosen = [self._entry(*each) for each in zip(logprobs, token_ids, strict=True)]
-        rows = zip(values.top_logprobs.clip(_LOWEST).tolist(), values.top_ids.tolist(), strict=True)
+        rows = zip(finite(values.top_logprobs), values.top_ids.tolist(), strict=True)
         return chosen, [[self._entry(*each) for each in zip(*row, strict=True)] for row in rows]
 
     def _entry(self, logprob: float | None, token_id: int) -> tuple[float | None, int, str | None]:

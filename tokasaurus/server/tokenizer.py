@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import ModelError, RequestError
 from tokasaurus.grammars import Vocabulary
 from tokasaurus.server.token_bytes import bytes_from_decoder, decoder_steps
@@ -90,23 +91,20 @@ class Tokenizer:
         )
 
     @classmethod
-    def load(
-        cls,
-        path: str,
-        *,
-        vocab_size: int,
-        eos_token_ids: Iterable[int],
-        trust_remote_code: bool,
-        trusts_templates: bool = False,
-    ) -> Tokenizer:
-        """Loads the tokenizer of a model directory; takes a while, so not on an event loop.
+    def load(cls, config: ServerConfig) -> Tokenizer:
+        """Loads the tokenizer that a configuration names; takes a while, so not on an event loop.
 
         Raises:
             ModelError: there is none, or it is broken.
         """
+        path = config.tokenizer_path
         try:
-            wrapped = _load_wrapped(path, trust_remote_code)
-            return cls(wrapped, vocab_size, eos_token_ids, trusts_templates=trusts_templates)
+            return cls(
+                _load_wrapped(path, config.trust_remote_code),
+                config.vocab_size,
+                config.eos_token_ids,
+                trusts_templates=config.trust_request_chat_template,
+            )
         except Exception as error:  # the libraries underneath raise bare Exception too
             raise ModelError(f"cannot load a tokenizer from {path}: {error}") from error
 

@@ -13,7 +13,7 @@ from tokasaurus.server.answers import MANY_CHARACTERS
 from tokasaurus.server.bodies import read_json
 from tokasaurus.server.calls import in_thread_if
 from tokasaurus.server.chat import ChatMessage, conversation_size, for_template
-from tokasaurus.server.http_errors import to_json
+from tokasaurus.server.http_errors import json_answer
 from tokasaurus.server.params import renamed
 from tokasaurus.server.schemas import RequestBody, body_reference, parse
 from tokasaurus.server.state import EngineState
@@ -149,7 +149,7 @@ class TokenRoutes:
             ids = body.ids(tokenizer)
             spellings = [tokenizer.token_text(i) for i in ids] if body.return_token_strs else None
             counts = {"count": len(ids), "max_model_len": limit}
-            return _json({**counts, "tokens": ids, "token_strs": spellings})
+            return json_answer({**counts, "tokens": ids, "token_strs": spellings})
 
         return await in_thread_if(body.size > MANY_CHARACTERS, answer)
 
@@ -163,15 +163,11 @@ class TokenRoutes:
             raise RequestError(f"tokens must be from 0 to {vocab_size - 1}, not {wrong}", "tokens")
         return await in_thread_if(
             len(tokens) > MANY_CHARACTERS,
-            lambda: _json({"prompt": tokenizer.decode_prompt(tokens, special=True)}),
+            lambda: json_answer({"prompt": tokenizer.decode_prompt(tokens, special=True)}),
         )
 
     async def info(self) -> Response:
         """What a client needs to know of the tokenizer to write prompts itself."""
         preparer = self._state.preparer()
         limit = preparer.config.max_request_tokens
-        return _json({**preparer.tokenizer.info(), "model_max_length": limit})
-
-
-def _json(body: dict[str, Any]) -> Response:
-    return Response(to_json(body), media_type="application/json")
+        return json_answer({**preparer.tokenizer.info(), "model_max_length": limit})
