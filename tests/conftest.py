@@ -27,5 +27,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     The bundled model, or the one in the environment variable MODEL; `toka` itself reads further flags
     from OVERRIDES.
     """
-    with running(tmp_path_factory.mktemp("engine"), "uvicorn_log_level=warning") as ready:
+    directory = tmp_path_factory.mktemp("engine")
+    flags = ("uvicorn_log_level=warning", "trust_request_chat_template=T")
+    with running(directory, *flags) as ready:
         yield ready

@@ -253,6 +253,66 @@ CHATS = st.one_of(
     ),
     _object({"ids": TOKEN_IDS}, SAMPLING),
 )
+FLAT_TOOL = st.builds(
+    lambda tool, strict: {"type": "function", **tool["function"], "strict": strict},
+    TOOL,
+    st.sampled_from([None, True, False]),
+)
+INPUT_PARTS = st.lists(TEXTS.map(lambda text: {"type": "input_text", "text": text}), max_size=2)
+INPUT_ITEMS = st.one_of(
+    st.builds(
+        lambda role, content: {"role": role, "content": content},
+        st.sampled_from(["user", "developer", "assistant"]),
+        st.one_of(TEXTS, INPUT_PARTS),
+    ),
+    st.builds(
+        lambda called: {"type": "function_call", "call_id": "call_1", **called["function"]}, CALL
+    ),
+    st.builds(
+        lambda output: {"type": "function_call_output", "call_id": "call_1", "output": output},
+        st.one_of(TEXTS, INPUT_PARTS),
+    ),
+    TEXTS.map(
+        lambda text: {"type": "reasoning", "content": [{"type": "reasoning_text", "text": text}]}
+    ),
+)
+INPUTS = st.one_of(TEXTS, st.lists(INPUT_ITEMS, max_size=4))
+RESPONSE_FIELDS = {
+    **_without(
+        "n",
+        "first_k",
+        "max_tokens",
+        "logprobs_in_fingerprint",
+        "prompt_logprobs",
+        "stream_options",
+        "best_of",
+    ),
+    "max_output_tokens": st.integers(1, 20),
+    "instructions": TEXTS,
+    "top_logprobs": st.integers(0, 3),
+    "include": st.just(["message.output_text.logprobs"]),
+    "text": st.builds(
+        lambda schema: {"format": {"type": "json_schema", "name": "x", "schema": schema}},
+        SCHEMAS,
+    ),
+    "tools": st.lists(FLAT_TOOL, max_size=2, unique_by=lambda tool: tool["name"]),
+    "tool_choice": st.sampled_from(["none", "auto", "required", {"type": "function", "name": "f"}]),
+    "parallel_tool_calls": st.booleans(),
+    "chat_template_kwargs": CHAT_FIELDS["chat_template_kwargs"],
+}
+RESPONSES = st.one_of(
+    _object({"input": INPUTS}, RESPONSE_FIELDS),
+    _object(
+        {
+            "input": INPUTS,
+            "tools": st.lists(
+                FLAT_TOOL, min_size=1, max_size=2, unique_by=lambda tool: tool["name"]
+            ),
+            "chat_template_kwargs": st.just({"chat_template": TOOLS_TEMPLATE}),
+        },
+        RESPONSE_FIELDS,
+    ),
+)
 SGLANG_SAMPLING = _object(
     {},
     {
@@ -287,44 +347,7 @@ BODIES: dict[str, SearchStrategy[Any]] = {
         form=True,
     ),
     "/v1/chat/completions": CHATS,
-    "/v1/responses": _object(
-        {
-            "input": st.one_of(
-                TEXTS,
-                st.lists(
-                    st.builds(
-                        lambda content: {"role": "user", "content": content},
-                        st.one_of(
-                            TEXTS,
-                            st.lists(
-                                TEXTS.map(lambda text: {"type": "input_text", "text": text}),
-                                max_size=2,
-                            ),
-                        ),
-                    ),
-                    max_size=3,
-                ),
-            )
-        },
-        {
-            **_without(
-                "n",
-                "first_k",
-                "max_tokens",
-                "logprobs_in_fingerprint",
-                "prompt_logprobs",
-                "stream_options",
-            ),
-            "max_output_tokens": st.integers(1, 20),
-            "instructions": TEXTS,
-            "top_logprobs": st.integers(0, 3),
-            "include": st.just(["message.output_text.logprobs"]),
-            "text": st.builds(
-                lambda schema: {"format": {"type": "json_schema", "name": "x", "schema": schema}},
-                SCHEMAS,
-            ),
-        },
-    ),
+    "/v1/responses": RESPONSES,
     "/v1/embeddings": _object(
         {"input": PROMPTS},
         {
@@ -452,7 +475,17 @@ NAMES = st.one_of(
     ),
     st.sampled_from(
         sorted(
-            {*CHAT_FIELDS, *SGLANG_FIELDS, "functions", "suffix", "store", "tools", "echo", "ids"}
+            {
+                *CHAT_FIELDS,
+                *RESPONSE_FIELDS,
+                *SGLANG_FIELDS,
+                "functions",
+                "suffix",
+                "store",
+                "tools",
+                "echo",
+                "ids",
+            }
         )
     ),
     st.text(max_size=6),
