@@ -14,7 +14,8 @@ from tokasaurus.version import __version__
 
 if TYPE_CHECKING:
     from tokasaurus.config.engine import EngineConfig
-    from tokasaurus.launch.llm import LLM, CompletionOutput, RequestOutput
+    from tokasaurus.launch.llm import LLM
+    from tokasaurus.launch.outputs import CompletionOutput, RequestOutput
     from tokasaurus.server.params import SamplingParams
 
 __all__ = [
@@ -28,8 +29,8 @@ __all__ = [
 
 _HOMES = {
     "LLM": "tokasaurus.launch.llm",
-    "CompletionOutput": "tokasaurus.launch.llm",
-    "RequestOutput": "tokasaurus.launch.llm",
+    "CompletionOutput": "tokasaurus.launch.outputs",
+    "RequestOutput": "tokasaurus.launch.outputs",
     "EngineConfig": "tokasaurus.config.engine",
     "SamplingParams": "tokasaurus.server.params",
 }

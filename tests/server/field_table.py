@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from tokasaurus.server import (
     batch_routes,
     chat,
+    completions,
     embeddings,
     grammar,
     native,
@@ -176,8 +177,8 @@ def in_chat(**fields: Any) -> dict[str, Any]:
 
 
 SCHEMAS: Mapping[Any, Place] = {
-    schemas.CompletionRequest: of(
-        schemas.CompletionRequest,
+    completions.CompletionRequest: of(
+        completions.CompletionRequest,
         COMPLETIONS,
         BASE[COMPLETIONS],
         {

@@ -30,56 +30,21 @@ from tqdm.auto import tqdm
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.errors import EngineDead, RequestError
 from tokasaurus.launch.assemble import assemble
+from tokasaurus.launch.outputs import RequestOutput, request_output
 from tokasaurus.manager.manager import Manager
 from tokasaurus.model.worker import Worker
-from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import ForwardResult, FromServer
 from tokasaurus.server.embeddings import embedding, pooling_named
 from tokasaurus.server.generation import Generation
 from tokasaurus.server.generations import Generations
 from tokasaurus.server.params import SamplingParams
 from tokasaurus.server.preparation import CHAT_TEMPERATURE, PreparedRequest, Preparer
-from tokasaurus.server.samples import SampleOutput, TokenLogprobs
 from tokasaurus.server.tokenizer import Tokenizer
 
-__all__ = ["LLM", "CompletionOutput", "Logprob", "RequestOutput"]
+__all__ = ["LLM"]
 
 Prompt: TypeAlias = str | Sequence[int]
 Conversation: TypeAlias = Sequence[Mapping[str, Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Logprob:
-    """One token's natural-logarithm probability at one position."""
-
-    logprob: float
-    rank: int | None  # 1 is the most likely; None for a generated token outside the top
-    decoded_token: str
-
-
-@dataclasses.dataclass(frozen=True)
-class CompletionOutput:
-    """One sample of a prompt."""
-
-    index: int  # among all n
-    text: str
-    token_ids: list[int]  # the end-of-sequence token included
-    logprobs: list[dict[int, Logprob]] | None  # one for each token: the chosen one and the top k
-    cumulative_logprob: float | None
-    finish_reason: str | None  # "stop" or "length"
-
-
-@dataclasses.dataclass(frozen=True)
-class RequestOutput:
-    """One prompt and its samples."""
-
-    request_id: str
-    prompt: str | None  # None if the prompt came as ids
-    prompt_token_ids: list[int]
-    prompt_logprobs: list[dict[int, Logprob] | None] | None  # the first token has none
-    outputs: list[CompletionOutput]  # with first_k, of the samples that ended first, in order
-    num_cached_tokens: int  # of the prompt, found in the prefix cache
-    finished: bool = True
 
 
 class LLM:
@@ -246,7 +211,7 @@ class LLM:
         self, requests: list[PreparedRequest], prompts: list[str | None], use_tqdm: bool
     ) -> list[RequestOutput]:
         return [
-            self._output(generation, prompt)
+            request_output(generation, prompt, self._tokenizer)
             for generation, prompt in zip(self._finished(requests, use_tqdm), prompts, strict=True)
         ]
 
@@ -320,54 +285,6 @@ class LLM:
             self._generations.abort(generation)
         while self._worker is not None and (self._inbox or not self._manager.idle):
             self._step()
-
-    # --- outputs -----------------------------------------------------------------------------------
-
-    def _output(self, generation: Generation, prompt: str | None) -> RequestOutput:
-        ids = generation.request.prompt_ids.tolist()
-        prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-        if generation.prompt_logprobs is not None:
-            entries = self._logprobs(ids[1:], generation.prompt_logprobs, generation.prompt_ranks)
-            prompt_logprobs = [None, *entries]
-        return RequestOutput(
-            request_id=str(generation.request_id),
-            prompt=prompt,
-            prompt_token_ids=ids,
-            prompt_logprobs=prompt_logprobs,
-            outputs=[self._completion(sample) for sample in generation.take_all()],
-            num_cached_tokens=generation.num_cached_tokens,
-        )
-
-    def _completion(self, sample: SampleOutput) -> CompletionOutput:
-        logprobs = sample.logprobs
-        return CompletionOutput(
-            index=sample.index,
-            text=sample.text,
-            token_ids=sample.token_ids,
-            logprobs=None if logprobs is None else self._logprobs(sample.token_ids, logprobs),
-            cumulative_logprob=None if logprobs is None else float(logprobs.logprobs.sum()),
-            finish_reason=sample.finish_reason,
-        )
-
-    def _logprobs(
-        self, token_ids: list[int], values: TokenLogprobs, ranks: Int32Array | None = None
-    ) -> list[dict[int, Logprob]]:
-        text = self._tokenizer.token_text
-        result: list[dict[int, Logprob]] = []
-        for token_id, chosen, known_rank, top_ids, top_logprobs in zip(
-            token_ids,
-            values.logprobs.tolist(),
-            [None] * len(token_ids) if ranks is None else ranks.tolist(),
-            values.top_ids.tolist(),
-            values.top_logprobs.tolist(),
-            strict=True,
-        ):
-            entry = {token_id: Logprob(chosen, known_rank, text(token_id))}
-            for rank, (top_id, logprob) in enumerate(zip(top_ids, top_logprobs, strict=True), 1):
-                if top_id != token_id or known_rank is None:
-                    entry[top_id] = Logprob(logprob, rank, text(top_id))
-            result.append(entry)
-        return result
 
 
 @contextlib.contextmanager

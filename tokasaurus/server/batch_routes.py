@@ -21,15 +21,11 @@ from tokasaurus.server.file_routes import json_page
 from tokasaurus.server.http_errors import json_answer
 from tokasaurus.server.operations import OPERATIONS
 from tokasaurus.server.queries import read_query, whole_number
-from tokasaurus.server.schemas import body_reference, validated
+from tokasaurus.server.schemas import Metadata, body_reference
 from tokasaurus.server.state import EngineState
-from tokasaurus.server.strict import StrictSchema
+from tokasaurus.server.strict import StrictSchema, validated
 
 __all__ = ["SAMPLES_AHEAD", "BatchRequest", "BatchRoutes", "batch_runner"]
-
-_Key = Annotated[str, Field(max_length=64)]
-_Value = Annotated[str, Field(max_length=512)]
-
 
 _WINDOW = "24h"
 SAMPLES_AHEAD = 2  # of batches, for each that can run: enough wait in the manager to fill every gap
@@ -66,7 +62,7 @@ class BatchRequest(StrictSchema):
     endpoint: str
     completion_window: str | None = None
     """A number and s, m, h or d; default 24h. Lines that have not run by then get an error."""
-    metadata: Annotated[dict[_Key, _Value], Field(max_length=16)] | None = None
+    metadata: Metadata | None = None
     output_expires_after: OutputExpiresAfter | None = None
 
 

@@ -17,7 +17,8 @@ from tokasaurus.protocol.messages import Pooling
 from tokasaurus.server.generation import Generation
 from tokasaurus.server.params import renamed
 from tokasaurus.server.preparation import Preparer
-from tokasaurus.server.schemas import EngineRequest, Prompts, read_prompts
+from tokasaurus.server.prompts import Prompts, read_prompts
+from tokasaurus.server.schemas import EngineRequest
 from tokasaurus.server.tasks import Operation, Task
 from tokasaurus.server.writer import AnswerWriter
 

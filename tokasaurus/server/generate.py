@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tokasaurus.server.native import NativeRequest, NativeWriter, prepare_native
 from tokasaurus.server.preparation import Preparer
-from tokasaurus.server.sglang import SglangRequest, SglangWriter, prepare_sglang
+from tokasaurus.server.sglang import SglangRequest, prepare_sglang
+from tokasaurus.server.sglang_writer import SglangWriter
 from tokasaurus.server.tasks import Operation, Task
 
 __all__ = ["GENERATE"]

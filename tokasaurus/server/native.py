@@ -18,9 +18,10 @@ from tokasaurus.server.generation import Generation
 from tokasaurus.server.logprobs import finite
 from tokasaurus.server.params import renamed
 from tokasaurus.server.preparation import CHAT_TEMPERATURE, PreparedRequest, Preparer
+from tokasaurus.server.prompts import TOKEN_IDS
 from tokasaurus.server.render import takes_long
 from tokasaurus.server.samples import SampleOutput, TokenLogprobs
-from tokasaurus.server.schemas import TOKEN_IDS, GenerationRequest
+from tokasaurus.server.schemas import GenerationRequest
 from tokasaurus.server.tokenizer import Tokenizer
 from tokasaurus.server.usage import usage
 from tokasaurus.server.writer import DONE, StreamWriter, event

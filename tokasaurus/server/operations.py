@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tokasaurus.server.chat import ChatRequest, conversation_size, for_template
+from tokasaurus.server.completions import CompletionRequest
 from tokasaurus.server.embeddings import EMBEDDINGS
 from tokasaurus.server.generate import GENERATE
 from tokasaurus.server.preparation import CHAT_TEMPERATURE, Preparer
 from tokasaurus.server.render import ChatRenderer, CompletionRenderer
 from tokasaurus.server.responses import RESPONSES
-from tokasaurus.server.schemas import CompletionRequest, GenerationRequest
 from tokasaurus.server.tasks import Operation, Task
 from tokasaurus.server.tools.formats import AnswerFormat
 
@@ -54,18 +54,13 @@ def _prepare_chat(body: ChatRequest, preparer: Preparer) -> Task:
 
 def _completion_characters(body: CompletionRequest) -> int:
     prompts = body.prompts()
-    return sum(map(len, prompts)) + len(prompts) * _bad_word_characters(body)
+    return sum(map(len, prompts)) + len(prompts) * body.num_bad_word_characters
 
 
 def _chat_characters(body: ChatRequest) -> float:
     messages = [message.size for message in body.messages or ()]
     size = conversation_size(messages, body.template_arguments, body.offered_tools)
-    return size + _bad_word_characters(body)
-
-
-def _bad_word_characters(body: GenerationRequest) -> int:
-    """They are tokenized for each prompt, with a space before them and without."""
-    return 2 * sum(map(len, body.bad_words or ()))
+    return size + body.num_bad_word_characters
 
 
 OPERATIONS: Mapping[str, Operation] = {

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from tokasaurus.server.chat import ChatRequest
+from tokasaurus.server.completions import CompletionRequest
 from tokasaurus.server.generation import Generation
 from tokasaurus.server.logprobs import (
     CompletionLogprobs,
@@ -24,7 +25,7 @@ from tokasaurus.server.logprobs import (
     prompt_logprobs,
 )
 from tokasaurus.server.samples import SampleOutput
-from tokasaurus.server.schemas import CompletionRequest, GenerationRequest
+from tokasaurus.server.schemas import GenerationRequest
 from tokasaurus.server.tokenizer import Tokenizer
 from tokasaurus.server.tools.answer import AnswerDeltas
 from tokasaurus.server.tools.parsing import AnswerParser

@@ -1,4 +1,4 @@
-"""The JSON that clients send to OpenAI's two generating endpoints, and what all requests have in common.
+"""What requests have in common, and those for text above all.
 
 A field left out and a field that is null mean the same, a null temperature too: the default, not 0.
 Types are strict: "1" is no number. Ranges are checked by ``SamplingParams``, so that the embedded engine
@@ -7,45 +7,39 @@ refuses the same values in the same words.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
-from pydantic import Field, ValidationError, WithJsonSchema
+from pydantic import Field
 
-from tokasaurus.client_json import shown
 from tokasaurus.errors import RequestError
 from tokasaurus.protocol.messages import LogprobsMode
 from tokasaurus.server.fields import HARMLESS, without_harmless
 from tokasaurus.server.grammar import FIELD as STRUCTURED_OUTPUTS
 from tokasaurus.server.grammar import from_response_format
-from tokasaurus.server.params import MAX_SAMPLES, SamplingParams, renamed
-from tokasaurus.server.strict import StrictSchema
+from tokasaurus.server.params import SamplingParams, renamed
+from tokasaurus.server.strict import StrictSchema, validated
 
 __all__ = [
-    "TOKEN_IDS",
-    "CompletionRequest",
     "EngineRequest",
     "GenerationRequest",
-    "Prompts",
+    "Metadata",
     "RequestBody",
     "StreamOptions",
     "body_reference",
     "parse",
-    "read_prompts",
 ]
 
-_COMPLETION_MAX_TOKENS = 16  # OpenAI's default
-MAX_USER_CHARS = 512
+_MAX_USER_CHARS = 512
 
 _TIER_PRIORITIES = {"flex": 1000, "priority": -1000}
 """What other service tiers than the default one mean for a request that sets no priority."""
 
-# OpenAI's limits.
 Metadata: TypeAlias = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
     Field(max_length=16),
 ]
+"""What a client says for itself, in OpenAI's limits."""
 
 # Older names of what ``structured_outputs`` has.
 _GUIDED = {
@@ -55,59 +49,6 @@ _GUIDED = {
     "guided_grammar": "grammar",
 }
 _FORMS = (STRUCTURED_OUTPUTS, *_GUIDED, "response_format")
-
-
-TOKEN_IDS = {"type": "array", "items": {"type": "integer"}, "minItems": 1}
-Prompts: TypeAlias = Annotated[
-    Any,
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"type": "string"},
-                {"type": "array", "items": {"type": "string"}, "minItems": 1},
-                TOKEN_IDS,
-                {"type": "array", "items": TOKEN_IDS, "minItems": 1},
-            ]
-        }
-    ),
-]
-"""One or several, as text or as ids; ``read_prompts`` checks it, faster than pydantic would."""
-
-
-def read_prompts(field: str, value: Any, num_samples: int = 1) -> list[str | list[int]]:
-    """The prompts that a field holds.
-
-    Args:
-        field: its name, for errors.
-        value: of it.
-        num_samples: of each prompt.
-
-    Raises:
-        RequestError: it is none of the allowed shapes, or there are too many, or too many samples.
-    """
-    if isinstance(value, str):
-        prompts: list[Any] = [value]
-    elif not isinstance(value, list) or not value:
-        raise _wrong_prompt(field)
-    elif isinstance(value[0], int):
-        prompts = [value]
-    else:
-        prompts = value
-    kind = str if isinstance(prompts[0], str) else list
-    for each in prompts:
-        if not isinstance(each, kind):
-            raise _wrong_prompt(field)
-        if kind is list and not all(type(token_id) is int for token_id in each):
-            raise _wrong_prompt(field)
-    if num_samples > MAX_SAMPLES:
-        raise RequestError(f"n must be from 1 to {MAX_SAMPLES}, not {num_samples}", "n")
-    if len(prompts) * num_samples > MAX_SAMPLES:
-        raise RequestError(
-            f"{field} has {len(prompts)} prompts, for n={num_samples} samples each; one request"
-            f" may have {MAX_SAMPLES} samples in all",
-            field,
-        )
-    return prompts
 
 
 class StreamOptions(StrictSchema):
@@ -151,7 +92,7 @@ class RequestBody(StrictSchema):
 class EngineRequest(RequestBody):
     """What requests have in common that run on the engine."""
 
-    user: Annotated[str, Field(max_length=MAX_USER_CHARS)] | None = None
+    user: Annotated[str, Field(max_length=_MAX_USER_CHARS)] | None = None
     """Whom the request is for: requests of different users get their turn alike."""
 
 
@@ -262,6 +203,11 @@ class GenerationRequest(EngineRequest):
     def needs_grammar(self) -> bool:
         return self._form[1] is not None
 
+    @property
+    def num_bad_word_characters(self) -> int:
+        """To tokenize for each prompt, since bad words are, with a space before them and without."""
+        return 2 * sum(map(len, self.bad_words or ()))
+
     def check(self) -> None:
         super().check()
         if self.prompt_logprobs is not None and self.stream and not self.streams_prompt_logprobs:
@@ -340,42 +286,6 @@ class GenerationRequest(EngineRequest):
         return echoed
 
 
-class CompletionRequest(GenerationRequest):
-    """``POST /v1/completions``."""
-
-    prompt: Prompts
-    logprobs: int | None = None
-    echo: bool | None = None
-
-    @property
-    def num_logprobs(self) -> int | None:
-        return self.logprobs
-
-    def check(self) -> None:
-        super().check()
-        if self.echo and self.logprobs_in_fingerprint:
-            raise RequestError(
-                "logprobs_in_fingerprint has no place for the prompt's logprobs that echo asks for",
-                "logprobs_in_fingerprint",
-            )
-
-    def prompts(self) -> list[str | list[int]]:
-        """One or several, as text or as ids. Raises RequestError if it is none of these."""
-        return read_prompts("prompt", self.prompt, self.num_samples)
-
-    def params_for(self, num_prompt_tokens: int, max_request_tokens: int) -> SamplingParams:
-        """Parameters for one prompt: a limit that the client left out gives way to the context's."""
-        params = self.params()
-        changes: dict[str, Any] = {}
-        if params.max_tokens is None:
-            room = max_request_tokens - num_prompt_tokens
-            changes["max_tokens"] = max(1, min(_COMPLETION_MAX_TOKENS, room))
-        if self.echo and params.logprobs is not None:
-            changes["prompt_logprobs"] = max(params.logprobs, params.prompt_logprobs or 0)
-        return dataclasses.replace(params, **changes) if changes else params
-
-
-S = TypeVar("S", bound=StrictSchema)
 R = TypeVar("R", bound=RequestBody)
 
 # Fields of a message that clients copy from an answer into the next request; harmless when empty.
@@ -400,16 +310,6 @@ def parse(body: Any, schema: type[R]) -> R:
     return request
 
 
-def validated(fields: Any, schema: type[S]) -> S:
-    """Reads decoded JSON. Raises RequestError if it is not what the schema says; names the field."""
-    if not isinstance(fields, dict):
-        raise RequestError("the body must be a JSON object")
-    try:
-        return schema.model_validate(fields)
-    except ValidationError as error:
-        raise _as_request_error(error) from None
-
-
 def body_reference(*schemas: type[StrictSchema]) -> dict[str, Any]:
     """What the OpenAPI document says of a route whose body is one of these."""
     references = [{"$ref": f"#/components/schemas/{schema.__name__}"} for schema in schemas]
@@ -423,33 +323,3 @@ def _without_empty_fields(message: Any) -> Any:
     return {
         name: value for name, value in message.items() if value or name not in _EMPTY_MESSAGE_FIELDS
     }
-
-
-def _as_request_error(error: ValidationError) -> RequestError:
-    """The first thing that is wrong; of a union's members, the one that came furthest."""
-    first = max(error.errors(include_url=False), key=lambda each: len(each["loc"]))
-    field = str(first["loc"][0])
-    if first["type"] == "missing" and len(first["loc"]) == 1:
-        return RequestError(f"{field} is required", field)
-    if first["type"] == "extra_forbidden":
-        return RequestError(f"{_path(first['loc'])} is no known field", field)
-    said = f"{_path(first['loc'])}: {first['msg'].lower()}; it was {shown(first['input'])}"
-    return RequestError(said, field)
-
-
-def _path(location: Sequence[str | int]) -> str:
-    """``messages[0].content[1].type``, without the names that pydantic gives to a union's members."""
-    path = ""
-    for step in location:
-        if isinstance(step, int):
-            path += f"[{step}]"
-        elif "[" not in step and step not in ("str", "int", "bool", "float"):
-            path += f".{step}" if path else step
-    return path
-
-
-def _wrong_prompt(field: str) -> RequestError:
-    return RequestError(
-        f"{field} must be a string, a list of strings, a list of token ids, or a list of such lists",
-        field,
-    )

@@ -1,13 +1,55 @@
-"""The base of everything that is read from a client's JSON."""
+"""The base of everything that is read from a client's JSON, and what a client is told of JSON that is wrong."""
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
-__all__ = ["StrictSchema"]
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from tokasaurus.client_json import shown
+from tokasaurus.errors import RequestError
+
+__all__ = ["StrictSchema", "validated"]
 
 
 class StrictSchema(BaseModel):
     """Refuses fields that it does not know, and values of another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+S = TypeVar("S", bound=StrictSchema)
+
+
+def validated(fields: Any, schema: type[S]) -> S:
+    """Reads decoded JSON. Raises RequestError if it is not what the schema says; names the field."""
+    if not isinstance(fields, dict):
+        raise RequestError("the body must be a JSON object")
+    try:
+        return schema.model_validate(fields)
+    except ValidationError as error:
+        raise _as_request_error(error) from None
+
+
+def _as_request_error(error: ValidationError) -> RequestError:
+    """The first thing that is wrong; of a union's members, the one that came furthest."""
+    first = max(error.errors(include_url=False), key=lambda each: len(each["loc"]))
+    field = str(first["loc"][0])
+    if first["type"] == "missing" and len(first["loc"]) == 1:
+        return RequestError(f"{field} is required", field)
+    if first["type"] == "extra_forbidden":
+        return RequestError(f"{_path(first['loc'])} is no known field", field)
+    said = f"{_path(first['loc'])}: {first['msg'].lower()}; it was {shown(first['input'])}"
+    return RequestError(said, field)
+
+
+def _path(location: Sequence[str | int]) -> str:
+    """``messages[0].content[1].type``, without the names that pydantic gives to a union's members."""
+    path = ""
+    for step in location:
+        if isinstance(step, int):
+            path += f"[{step}]"
+        elif "[" not in step and step not in ("str", "int", "bool", "float"):
+            path += f".{step}" if path else step
+    return path
