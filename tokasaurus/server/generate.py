@@ -22,7 +22,7 @@ def _prepare(body: NativeRequest | SglangRequest, preparer: Preparer) -> Task:
 
 def _num_characters(body: NativeRequest | SglangRequest) -> int:
     if isinstance(body, NativeRequest):
-        return len(body.prompt) + len(body.system or "")
+        return len(body.prompt) + len(body.system or "") + body.num_bad_word_characters
     return sum(map(len, body.prompts()))
 
 

@@ -249,7 +249,8 @@ def _prepare(body: ResponsesRequest, preparer: Preparer) -> Task:
 def _num_characters(body: ResponsesRequest) -> float:
     items = [body.input] if isinstance(body.input, str) else [item.text for item in body.input]
     sizes = [len(text) for text in (body.instructions or "", *items)]
-    return conversation_size(sizes, body.chat_template_kwargs or {}, body.offered_tools)
+    size = conversation_size(sizes, body.chat_template_kwargs or {}, body.offered_tools)
+    return size + body.num_bad_word_characters
 
 
 RESPONSES = Operation("/v1/responses", ResponsesRequest, _num_characters, _prepare)
