@@ -228,9 +228,9 @@ def test_unreferenced_cached_pages_are_used_from_the_admission_of_the_first_who_
 
 def test_columns_of_shared_prefixes():
     prefixes = SharedPrefixes(4)
-    prefixes.enter(np.array([0, 1]), np.array([7, 3, 9], np.int32))
-    prefixes.enter(np.array([2]), np.array([7, 3, 4, 5], np.int32))
-    prefixes.enter(np.array([3]), np.array([7, 3], np.int32))  # a waiting one
+    prefixes.enter([0, 1], np.array([7, 3, 9], np.int32))
+    prefixes.enter([2], np.array([7, 3, 4, 5], np.int32))
+    prefixes.enter([3], np.array([7, 3], np.int32))  # a waiting one
     leaf = prefixes.leaf.tolist()
     running = columns([(12, 3, 0, 4, leaf[0]), (12, 3, 0, 9, leaf[1]), (17, 5, 0, 2, leaf[2])])
     waiting = columns([(9, 3, 1, 15, leaf[3])])

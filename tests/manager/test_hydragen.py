@@ -26,7 +26,7 @@ class Limits:
 def make(table: Table, num_slots: int, page_size=16, min_group_size=2, min_prefix_len=16):
     prefixes = SharedPrefixes(num_slots)
     for slot, pages in table.items():
-        prefixes.enter(np.array([slot]), np.array(pages, np.int32))
+        prefixes.enter([slot], np.array(pages, np.int32))
     return prefixes, GroupFinder(prefixes, page_size, min_group_size, min_prefix_len)
 
 
@@ -168,7 +168,7 @@ def test_looks_anew_when_something_changed():
     assert finder.find(np.array([0, 1, 3])).num_rows.tolist() == [3]
     prefixes.leave(np.array([3]))
     assert finder.find(np.array([0, 1, 3])).num_rows.tolist() == [2]
-    prefixes.enter(np.array([3, 4]), np.array([1, 2], np.int32))
+    prefixes.enter([3, 4], np.array([1, 2], np.int32))
     assert finder.find(np.array([0, 1, 3])).num_rows.tolist() == [3]
     prefixes.leave(np.arange(8))
     groups = finder.find(np.array([0, 1, 3]))

@@ -45,7 +45,7 @@ class Checked:
 
     def enter(self, slots: list[int], pages: Prefix) -> None:
         version = self.prefixes.version
-        self.prefixes.enter(np.array(slots, np.intp), pages_of(pages))
+        self.prefixes.enter(slots, pages_of(pages))
         if pages:
             self.held.update(dict.fromkeys(slots, pages))
             assert not slots or self.prefixes.version != version
@@ -142,5 +142,5 @@ def test_entering_twice(slots):
     checked = Checked(2)
     checked.enter([1], (4, 5))
     with pytest.raises(ProtocolError, match="twice"):
-        checked.prefixes.enter(np.array(slots, np.intp), pages_of((4, 5)))
+        checked.prefixes.enter(slots, pages_of((4, 5)))
     checked.check()

@@ -49,12 +49,6 @@ class Chunk:
         self.ends_prompt = self.end == len(self.sequence.prompt_ids)
 
     @property
-    def slots(self) -> IndexArray:
-        """All that draw from its last row."""
-        own = np.array([self.sequence.slot])
-        return np.concatenate([own, self.forks]) if self.followers else own
-
-    @property
     def length(self) -> int:
         """Tokens."""
         return self.end - self.start

@@ -91,11 +91,11 @@ class RunningSequences:
         cached_pages = [admission.cached_pages for admission in admissions]
         lengths = [len(pages) * self.pages.page_size for pages in cached_pages]
         num_new_pages = [admission.num_new_pages for admission in admissions]
-        rows = self._enter(sequences, cached_pages, num_new_pages, lengths, now)
-        for index, pages in enumerate(cached_pages):
+        self._enter(sequences, cached_pages, num_new_pages, lengths, now)
+        for sequence, pages in zip(sequences, cached_pages, strict=True):
             if len(pages):
-                self.prefixes.enter(rows[index : index + 1], pages)
-            self.resting.pop(sequences[index], None)
+                self.prefixes.enter([sequence.slot], pages)
+            self.resting.pop(sequence, None)
         self.prefilling += sequences
         self.prefilling.sort(key=lambda sequence: sequence.order)
 
@@ -153,48 +153,54 @@ class RunningSequences:
         self.table_changes.add(owners, columns)
         return rows
 
-    def publish(self, sequence: Sequence, forks: IndexArray) -> None:
-        """Makes the full pages of a prompt findable, as far as batches that fill them were sent.
+    def publish(self, prompts: Rows[tuple[Sequence, IndexArray]]) -> None:
+        """Makes the full pages of prompts findable, as far as batches that fill them were sent.
 
         Pages that turn out to be duplicates are given back; the slot's table then names the cached ones,
         from the next batch on. That is safe: the slot never writes to a full page again, and its batches
         in flight run before anything that gets the duplicates.
 
         Args:
-            sequence: whose prompt it is.
-            forks: slots that share all of these pages with it.
+            prompts: whose they are, and the forks that share all of these pages with them.
         """
-        slots, slot = self.slots, sequence.slot
-        count = int(slots.length[slot]) // slots.page_size
-        num_published = int(slots.published[slot])
-        if count > num_published:
-            pages = slots.page_table[slot, :count]
+        slots = self.slots
+        rows = np.array([sequence.slot for sequence, _ in prompts], np.intp)
+        counts = slots.length[rows] // slots.page_size
+        num_published = slots.published[rows]
+        slots.published[rows] = counts
+        is_whole = slots.length[rows] >= slots.prompt_end[rows]
+        for (sequence, forks), count, num_before, is_fed in zip(
+            prompts, counts.tolist(), num_published.tolist(), is_whole.tolist(), strict=True
+        ):
+            if count == num_before:
+                continue
+            pages = slots.page_table[sequence.slot, :count]
             ids = sequence.prompt_ids[: count * slots.page_size]
-            shared = self.pages.publish(ids, pages, num_published, 1 + len(forks))
-            slots.published[slot] = count
+            shared = self.pages.publish(ids, pages, num_before, 1 + len(forks))
             if shared is not None:
                 columns = np.flatnonzero(shared != pages)
-                for row in [slot, *forks.tolist()]:
+                for row in [sequence.slot, *forks.tolist()]:
                     slots.page_table[row, columns] = shared[columns]
                     self.table_changes.patch(slots.sequence(row), columns)
-            if slots.length[slot] < slots.prompt_end[slot]:
+            if not is_fed:
                 self.in_progress.advance(sequence, count)
 
-    def prompts_are_fed(self, prompts: Rows[tuple[Sequence, IndexArray]]) -> None:
+    def prompts_are_fed(self, prompts: Rows[tuple[Sequence, IndexArray]], rows: IndexArray) -> None:
         """The last chunks of prompts were sent: they decode from now on.
 
         Args:
-            prompts: each with the slots that hold it, first that of the sequence that fed it.
+            prompts: of whom, and their forks.
+            rows: the slots of them all.
         """
-        self.slots.update_decode_limits(
-            np.concatenate([slots for _, slots in prompts]), self.stop_lag
-        )
+        self.slots.update_decode_limits(rows, self.stop_lag)
         fed = {sequence for sequence, _ in prompts}
         self.prefilling = [sequence for sequence in self.prefilling if sequence not in fed]
-        for sequence, slots in prompts:
+        # So far they shared what they had found in the cache.
+        self.prefixes.leave(np.array([sequence.slot for sequence, _ in prompts], np.intp))
+        for sequence, forks in prompts:
             num_full = len(sequence.prompt_ids) // self.slots.page_size
-            self.prefixes.leave(slots[:1])  # it shared what it found in the cache
-            self.prefixes.enter(slots, self.slots.page_table[sequence.slot, :num_full])
+            pages = self.slots.page_table[sequence.slot, :num_full]
+            self.prefixes.enter([sequence.slot, *forks.tolist()], pages)
             self.in_progress.leave(sequence)
             self._backlog.prompt_is_fed(sequence)
 

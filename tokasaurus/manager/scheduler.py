@@ -392,12 +392,10 @@ class Scheduler:
         slots.last_batch[fed] = number
         slots.last_batch[drawing] = number
         # Only now: a page that this frees must not be given out in the batch that still writes to it.
-        for chunk in chunks:
-            running.publish(chunk.sequence, chunk.forks)
+        running.publish([(chunk.sequence, chunk.forks) for chunk in chunks])
         if drawing.size:
-            running.prompts_are_fed(
-                [(chunk.sequence, chunk.slots) for chunk in chunks if chunk.ends_prompt]
-            )
+            ended = [(chunk.sequence, chunk.forks) for chunk in chunks if chunk.ends_prompt]
+            running.prompts_are_fed(ended, drawing)
         running.wake()
 
     def _preempt_without_need(self, number: int) -> None:

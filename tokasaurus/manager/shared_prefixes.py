@@ -19,6 +19,7 @@ what pages hold or who owns them.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence as Rows
 
 import numpy as np
 
@@ -70,7 +71,7 @@ class SharedPrefixes:
         # By the first page of the child's run.
         self._children: list[dict[bytes, int]] = [{} for _ in range(size)]
 
-    def enter(self, slots: IndexArray, pages: Int32Array) -> None:
+    def enter(self, slots: Rows[int], pages: Int32Array) -> None:
         """These slots hold these pages, in the columns of their page tables from 0 on.
 
         Args:
@@ -81,18 +82,17 @@ class SharedPrefixes:
             ProtocolError: one of the slots is here already.
         """
         # A single slot is the common case, and numpy is several times faster with a number.
+        rows: int | IndexArray
         if len(slots) == 1:
-            slot = slots.item()
-            if self.leaf.item(slot) != _ROOT:
-                raise ProtocolError(f"slot {slot} entered the shared prefixes twice")
-            if len(pages):
-                self.leaf[slot] = self._add_holders_of(pages.tobytes(), 1)
-                self.version += 1
-            return
-        if (self.leaf[slots] != _ROOT).any():
+            rows = slots[0]
+            is_here = self.leaf.item(rows) != _ROOT
+        else:
+            rows = np.array(slots, np.intp)
+            is_here = (self.leaf[rows] != _ROOT).any()
+        if is_here:
             raise ProtocolError(f"one of the slots {slots} entered the shared prefixes twice")
         if len(pages) and len(slots):
-            self.leaf[slots] = self._add_holders_of(pages.tobytes(), len(slots))
+            self.leaf[rows] = self._add_holders_of(pages.tobytes(), len(slots))
             self.version += 1
 
     def leave(self, slots: IndexArray) -> None:
