@@ -31,6 +31,7 @@ NAMES_AND_DEFAULTS = {
     "cors_origins": None,
     "max_queued_requests": 65536,
     "request_timeout_s": None,
+    "request_read_timeout_s": 60.0,
     "max_body_bytes": 256 << 20,
     "max_n": 65536,
     "max_stored_bytes": None,

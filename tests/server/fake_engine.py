@@ -97,6 +97,7 @@ CONFIG = ServerConfig(
     cors_origins=(),
     max_queued_requests=4096,
     request_timeout_s=None,
+    request_read_timeout_s=60.0,
     max_body_bytes=1 << 20,
     max_n=1 << 16,
     max_stored_bytes=None,

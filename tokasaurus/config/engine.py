@@ -202,6 +202,12 @@ class EngineConfig:
         help="How long a request may take, with its waiting, before it is ended with status 408; lines of batches have their own time.",
         adapts="as long as it takes",
     )
+    request_read_timeout_s: float = flag(
+        60.0,
+        group=_OVERLOAD,
+        minimum=0.001,
+        help="How long a connection may take to bring a request's headers, and how long its body may go without 1024 further bytes, before it is closed, with status 408.",
+    )
     max_body_bytes: int = flag(
         256 << 20,
         group=_OVERLOAD,

@@ -251,6 +251,7 @@ def _server(config: EngineConfig, facts: ModelFacts, limits: _Limits) -> ServerC
         cors_origins=config.cors_origins or (),
         max_queued_requests=config.max_queued_requests,
         request_timeout_s=config.request_timeout_s,
+        request_read_timeout_s=config.request_read_timeout_s,
         max_body_bytes=config.max_body_bytes,
         max_n=config.max_n,
         max_stored_bytes=config.max_stored_bytes,

@@ -44,6 +44,7 @@ class ServerConfig:
     cors_origins: tuple[str, ...]
     max_queued_requests: int  # prompts in flight
     request_timeout_s: float | None
+    request_read_timeout_s: float
     max_body_bytes: int
     max_n: int  # samples of one prompt
     max_stored_bytes: int | None  # of the files of batches

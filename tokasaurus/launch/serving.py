@@ -14,6 +14,7 @@ import uvicorn
 
 from tokasaurus.batch.runner import BatchRunner
 from tokasaurus.config.slices import ServerConfig
+from tokasaurus.launch.http_protocol import connections
 from tokasaurus.launch.lifeline import Assignment, Lifeline
 from tokasaurus.launch.text_process import TextProcess
 from tokasaurus.server.app import create_app
@@ -107,6 +108,8 @@ def http_server(
     return _HTTPServer(
         uvicorn.Config(
             RequestIds(create_app(config, state, batches)),
+            http=connections(config.request_read_timeout_s),
+            ws="none",
             log_config=None,  # through our own handler
             log_level=config.uvicorn_log_level,
             access_log=config.uvicorn_log_level in ("trace", "debug", "info"),

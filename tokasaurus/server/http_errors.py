@@ -24,6 +24,8 @@ from tokasaurus.errors import (
 __all__ = [
     "BodyTooLarge",
     "ClientGone",
+    "HeadTooLarge",
+    "ReadTimeout",
     "TimeIsUp",
     "Unauthorized",
     "UnknownModel",
@@ -67,6 +69,17 @@ class TimeIsUp(TokasaurusError):
         )
 
 
+class ReadTimeout(TokasaurusError):
+    """A request came too slowly."""
+
+    def __init__(self, part: str, limit_s: float) -> None:
+        super().__init__(f"the {part} of the request did not come on within {limit_s:g} s")
+
+
+class HeadTooLarge(RequestError):
+    """A request has more headers than the server is willing to hold."""
+
+
 class UnknownModel(RequestError):
     """There is no model of this name."""
 
@@ -82,8 +95,10 @@ _STATUSES: dict[type[Exception], int] = {
     Conflict: 409,
     BodyTooLarge: 413,
     WrongMediaType: 415,
+    HeadTooLarge: 431,
     RequestError: 400,
     TimeIsUp: 408,
+    ReadTimeout: 408,
     ClientGone: 499,
     EngineOverloaded: 429,
     StorageFull: 507,
@@ -104,7 +119,7 @@ def error_body(error: Exception) -> dict[str, Any]:
         return _body(error.message, "invalid_request_error", error.field, code)
     if isinstance(error, EngineOverloaded):
         return _body(str(error), "rate_limit_error", None, "rate_limit_exceeded")
-    if isinstance(error, TimeIsUp):
+    if isinstance(error, (TimeIsUp, ReadTimeout)):
         return _body(str(error), "timeout_error", None, "request_timeout")
     if isinstance(error, StorageFull):
         return _body(str(error), "insufficient_storage", None, "storage_full")

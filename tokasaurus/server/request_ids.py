@@ -12,15 +12,20 @@ from collections.abc import Awaitable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["REQUEST_ID", "RequestIds"]
+__all__ = ["REQUEST_ID", "REQUEST_ID_HEADER", "RequestIds", "new_request_id"]
 
 log = logging.getLogger(__name__)
 
 REQUEST_ID = "tokasaurus.request_id"
 """Where a scope has the name, a text."""
 
-_HEADER = b"x-request-id"
+REQUEST_ID_HEADER = b"x-request-id"
 _SANE = re.compile(rb"[!-~]{1,128}")  # what goes into a log goes on one line
+
+
+def new_request_id() -> bytes:
+    """One of ours."""
+    return b"req_" + secrets.token_hex(16).encode()
 
 
 class RequestIds:
@@ -37,14 +42,14 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = next((value for name, value in scope["headers"] if name == _HEADER), b"")
+        given = next((value for name, value in scope["headers"] if name == REQUEST_ID_HEADER), b"")
         is_sane = _SANE.fullmatch(given) is not None
-        request_id = given if is_sane else b"req_" + secrets.token_hex(16).encode()
+        request_id = given if is_sane else new_request_id()
         scope[REQUEST_ID] = request_id.decode()
 
         def naming(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (_HEADER, request_id)]
+                message["headers"] = [*message["headers"], (REQUEST_ID_HEADER, request_id)]
             return send(message)
 
         try:
