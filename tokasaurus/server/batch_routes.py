@@ -17,7 +17,7 @@ from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import ConfigError, NotFound, RequestError
 from tokasaurus.server.answers import Answers
 from tokasaurus.server.bodies import read_json
-from tokasaurus.server.file_routes import json_page
+from tokasaurus.server.file_routes import MAX_LIFETIME_S, json_page
 from tokasaurus.server.http_errors import json_answer
 from tokasaurus.server.operations import OPERATIONS
 from tokasaurus.server.queries import read_query, whole_number
@@ -52,7 +52,7 @@ class OutputExpiresAfter(StrictSchema):
     """How long the files are kept that a batch ends with."""
 
     anchor: Literal["created_at"]
-    seconds: Annotated[int, Field(ge=1, le=2_592_000)]
+    seconds: Annotated[int, Field(ge=1, le=MAX_LIFETIME_S)]
 
 
 class BatchRequest(StrictSchema):
@@ -129,11 +129,11 @@ class BatchRoutes:
         )
         return json_answer(json_page(batches, more))
 
-    async def retrieve(self, request: Request, batch_id: str) -> Response:
+    async def retrieve(self, batch_id: str) -> Response:
         """How far a batch is."""
         return json_answer(await self._batches.ask(self._store.batch, batch_id))
 
-    async def cancel(self, request: Request, batch_id: str) -> Response:
+    async def cancel(self, batch_id: str) -> Response:
         """Ends a batch; what was answered is kept."""
         return json_answer(await self._batches.cancel(batch_id))
 

@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from tokasaurus.client_json import shown
 from tokasaurus.errors import RequestError
 
 __all__ = ["HARMLESS", "without_harmless"]
@@ -139,8 +140,5 @@ def _unknown(name: str, supported: Collection[str]) -> str:
 
 
 def _unsupported(name: str, value: Any) -> str:
-    shown = repr(value)
-    if len(shown) > 100:
-        shown = shown[:100] + "..."
     reason = f" ({_REASONS[name]})" if name in _REASONS else ""
-    return f"{name} is not supported, but for values that change nothing{reason}; it was {shown}"
+    return f"{name} is not supported, but for values that change nothing{reason}; it was {shown(value)}"

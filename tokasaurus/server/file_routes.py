@@ -16,10 +16,10 @@ from tokasaurus.server.http_errors import json_answer
 from tokasaurus.server.queries import choice, read_query, whole_number
 from tokasaurus.server.uploads import receive_form
 
-__all__ = ["MAX_FILE_BYTES", "FileRoutes", "json_page"]
+__all__ = ["MAX_LIFETIME_S", "FileRoutes", "json_page"]
 
-MAX_FILE_BYTES = 200 << 20
-_MAX_LIFETIME_S = 2_592_000  # 30 days
+_MAX_FILE_BYTES = 200 << 20
+MAX_LIFETIME_S = 2_592_000  # 30 days
 _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 
 
@@ -57,7 +57,7 @@ class FileRoutes:
                 path,
                 file_field="file",
                 fields=("purpose", _ANCHOR, _SECONDS),
-                max_bytes=MAX_FILE_BYTES,
+                max_bytes=_MAX_FILE_BYTES,
             )
             if form.filename is None:
                 raise RequestError("file is required", "file")
@@ -96,17 +96,17 @@ class FileRoutes:
         )
         return json_answer(json_page(files, more))
 
-    async def retrieve(self, request: Request, file_id: str) -> Response:
+    async def retrieve(self, file_id: str) -> Response:
         """What is known of a file."""
         return json_answer(await self._file(file_id))
 
-    async def content(self, request: Request, file_id: str) -> Response:
+    async def content(self, file_id: str) -> Response:
         """The file itself."""
         file = await self._file(file_id)
         path = self._store.path(file.id)
         return FileResponse(path, media_type="application/octet-stream", filename=file.filename)
 
-    async def delete(self, request: Request, file_id: str) -> Response:
+    async def delete(self, file_id: str) -> Response:
         """Deletes a file, unless a batch still reads it."""
         await self._batches.ask(self._store.delete_file, file_id, time.time())
         return json_answer({"id": file_id, "object": "file", "deleted": True})
@@ -127,7 +127,7 @@ def _lifetime_s(fields: Mapping[str, str]) -> int | None:
     choice(fields, _ANCHOR, ("created_at",))
     if _SECONDS not in fields:
         raise RequestError(f"{_SECONDS} is required with {_ANCHOR}", _SECONDS)
-    return whole_number(fields, _SECONDS, 0, 1, _MAX_LIFETIME_S)
+    return whole_number(fields, _SECONDS, 0, 1, MAX_LIFETIME_S)
 
 
 _FORM = {
@@ -136,7 +136,7 @@ _FORM = {
         "file": {"type": "string", "format": "binary"},
         "purpose": {"type": "string", "enum": ["batch"]},
         _ANCHOR: {"type": "string", "enum": ["created_at"]},
-        _SECONDS: {"type": "integer", "minimum": 1, "maximum": _MAX_LIFETIME_S},
+        _SECONDS: {"type": "integer", "minimum": 1, "maximum": MAX_LIFETIME_S},
     },
     "required": ["file", "purpose"],
 }
