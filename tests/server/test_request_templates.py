@@ -105,6 +105,7 @@ def test_large_conversations_are_written_away_from_the_event_loop(server, monkey
         {"messages": [{"role": "assistant", "reasoning_content": text, "content": ""}]},
         {"messages": [{"role": "assistant", "tool_calls": [call]}, *MESSAGES]},
         {"messages": [{"role": "user", "content": ""}] * (size // 10)},
+        {"messages": [{"role": text, "content": ""}]},
         {"messages": MESSAGES, KWARGS: {"x": text}},
     ]
     for body in large:
@@ -113,5 +114,5 @@ def test_large_conversations_are_written_away_from_the_event_loop(server, monkey
     server.post(RESPONSES, {"input": text})
     server.post(RESPONSES, {"input": "a", "instructions": text})
     server.post(RESPONSES, {"input": "a", KWARGS: {"x": text}})
-    assert len(threads) == 13
+    assert len(threads) == 15
     assert {name.startswith("asyncio_") for name in threads} == {size > 4_000}

@@ -49,8 +49,9 @@ class ChatMessage(StrictSchema):
     @property
     def size(self) -> int:
         """In characters, about."""
-        calls = (call.function.arguments for call in self.tool_calls or ())
-        return len(self.text) + len(self.reasoning_content or "") + len("".join(map(str, calls)))
+        texts = (self.role, self.text, self.name, self.tool_call_id, self.reasoning_content)
+        calls = 0 if self.tool_calls is None else len(str(self.tool_calls))
+        return sum(len(text) for text in texts if text is not None) + calls
 
     def for_template(self, where: str = "message") -> dict[str, Any]:
         """What the chat template sees of it.

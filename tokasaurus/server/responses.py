@@ -144,11 +144,11 @@ class ResponsesRequest(GenerationRequest):
         }
 
     def check(self) -> None:
-        super().check()
         for name, reason in _NOT_HERE.items():
             value = getattr(self, name)
             if value is not None and not (name == "n" and value == 1):
                 raise RequestError(f"{name} is not supported: {reason}", name)
+        super().check()
         form = None if self.text is None else self.text.form
         if form is not None and super()._form[0] is not None:
             raise RequestError(
