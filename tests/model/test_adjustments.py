@@ -12,11 +12,18 @@ from adjustment_oracle import adjusted_logits, random_adjustments
 from test_sampler import parameters
 
 from tokasaurus.errors import ProtocolError
+from tokasaurus.model import adjustments as adjustments_module
 from tokasaurus.model.adjustments import AdjustmentTable
+from tokasaurus.model.history import History
 from tokasaurus.model.sampler import draw, logprobs_of, processed
 from tokasaurus.protocol.messages import AdjustedSlots, Adjustments, LogprobsMode, SlotParameters
 
 CPU = torch.device("cpu")
+
+
+def make_table(num_slots, vocab_size):
+    """No sequence is longer than a thousand."""
+    return AdjustmentTable(num_slots, vocab_size, History(num_slots, 1000, 5000, CPU), CPU)
 
 
 def enter(table, entries):
@@ -46,7 +53,7 @@ def enter(table, entries):
 
 def one(adjustments, prompt, generated, logits):
     """One row alone. The ids that were generated come with the sequence."""
-    table = AdjustmentTable(1, len(logits), CPU)
+    table = make_table(1, len(logits))
     enter(table, [(0, adjustments, prompt, generated)])
     numbers = np.array([len(generated)], np.int32)
     return table.adjusted(torch.tensor([logits]), np.zeros(1, np.int32), numbers)[0]
@@ -57,7 +64,7 @@ def test_random_tables_against_plain_python(seed):
     """Slots come, go and are reused; what they generated comes with them or is recorded as drawn."""
     chance = random.Random(seed)
     vocab_size, num_slots = chance.choice([9, 40]), 10
-    table = AdjustmentTable(num_slots, vocab_size, CPU)
+    table = make_table(num_slots, vocab_size)
     living = {}
     torch.manual_seed(seed)
     for _ in range(40):
@@ -179,7 +186,7 @@ def test_penalties_by_hand():
 
 def test_words_of_the_very_first_sequence():
     """Nobody has brought or drawn any id yet."""
-    table = AdjustmentTable(1, 3, CPU)
+    table = make_table(1, 3)
     enter(table, [(0, Adjustments(bad_words=((1, 2),)), [0], [])])
     logits, slots = torch.zeros(1, 3), np.zeros(1, np.int32)
     numbers = np.arange(2, dtype=np.int32)
@@ -199,7 +206,7 @@ def test_where_every_token_would_be_masked_none_is():
 
 def test_rows_nobody_adjusts_are_left_alone():
     """Not even copied where no row asks."""
-    table = AdjustmentTable(4, 8, CPU)
+    table = make_table(4, 8)
     logits, numbers = torch.randn(2, 8), np.zeros(2, np.int32)
     slots = np.array([1, 2], np.int32)
     assert table.adjusted(logits, slots, numbers) is logits
@@ -211,17 +218,48 @@ def test_rows_nobody_adjusts_are_left_alone():
 
 
 def test_histories_are_kept_for_those_that_need_them():
-    """A bias needs none; rows are reused, and as long as they must be."""
-    table = AdjustmentTable(50, 8, CPU)
+    """A bias needs none, nor a word of one token. Prompts are no part of them."""
+    history = History(50, 1000, 5000, CPU)
+    table = AdjustmentTable(50, 8, history, CPU)
     for slot in range(50):
         enter(table, [(slot, Adjustments(bias=((1, 5.0),), bad_words=((3,),)), [1] * 100, [])])
-    assert table._history.numel() == 0
-    for _ in range(20):
-        enter(table, [(7, Adjustments(repetition_penalty=1.5), [1] * 100, [])])
+    assert not history.keeps.any()
+    enter(table, [(7, Adjustments(repetition_penalty=1.5), [1] * 100, [2])])
     enter(table, [(8, Adjustments(presence_penalty=1.5), [1] * 100, [])])
-    assert table._history.shape == (2, 128)
-    table.record(np.array([8, 7, 9], np.int32), torch.tensor([1, 2, 3]))
-    assert table._length[[7, 8, 9]].tolist() == [101, 1, 0]
+    assert table.record(np.array([8, 7, 9], np.int32), torch.tensor([1, 2, 3])) is None
+    assert history.lengths[[7, 8, 9]].tolist() == [2, 1, 0]
+    assert history.tails(np.array([7, 8], np.int32), 3, -1).tolist() == [[-1, 2, 2], [-1, -1, 1]]
+    enter(table, [(7, Adjustments(bias=((1, 5.0),)), [1], []), (8, None, [1], [])])
+    assert not history.keeps.any()
+    assert not history.lengths.any()
+
+
+def test_who_cannot_be_remembered_is_cut():
+    """The row is that of the batch, not that among those who keep a history."""
+    table = AdjustmentTable(3, 8, History(3, 100_000, 0, CPU), CPU)  # a block of 256 for each
+    penalty = Adjustments(frequency_penalty=1.0)
+    enter(table, [(0, None, [1], []), (1, penalty, [1], [2] * 512), (2, penalty, [1], [3] * 255)])
+    slots = np.arange(3, dtype=np.int32)
+    assert table.record(slots, torch.tensor([4, 5, 6])).tolist() == [1]
+    assert table.record(slots, torch.tensor([4, 5, 6])).tolist() == [1]
+    enter(table, [(1, penalty, [1], [])])
+    assert table.record(slots, torch.tensor([4, 5, 6])) is None
+
+
+def test_tables_that_are_kept_beside_the_logits_are_bounded(monkeypatch):
+    """Each batch of other slots has its own, unless they get too large together."""
+    table = make_table(8, 100)
+    many = Adjustments(bias=tuple((i, 1.0) for i in range(100)))
+    enter(table, [(slot, many, [1], []) for slot in range(8)])
+    monkeypatch.setattr(adjustments_module, "_MAX_LAYOUT_ELEMENTS", 250)
+    numbers = np.zeros(2, np.int32)
+    for slots in ([0], [1], [2], [3, 4], [5], [6, 7, 0]):
+        adjusted = table.adjusted(
+            torch.zeros(len(slots), 100), np.array(slots, np.int32), numbers[:1].repeat(len(slots))
+        )
+        assert (adjusted == 1).all()
+        kept = [layout.num_elements for layout in table._layouts.values()]
+        assert sum(kept) <= 250 or len(kept) == 1
 
 
 def test_which_logprobs_see_adjustments():
@@ -261,7 +299,7 @@ def test_which_logprobs_see_adjustments():
     ],
 )
 def test_impossible_adjustments(group, message):
-    table = AdjustmentTable(4, 8, CPU)
+    table = make_table(4, 8)
     one_int, one_float = np.zeros(1, np.int32), np.ones(1, np.float32)
     with pytest.raises(ProtocolError, match=message):
         table.enter(

@@ -15,6 +15,7 @@ from worker_driver import Driver, Enter, generate, make_driver, worker_config
 from tokasaurus.errors import ModelError, ProtocolError
 from tokasaurus.model import head as head_module
 from tokasaurus.model.adjustments import AdjustmentTable
+from tokasaurus.model.history import History
 from tokasaurus.model.sampler import SamplingParameters
 from tokasaurus.model.state import PromptRows, SamplingRows
 from tokasaurus.model.worker import Worker
@@ -150,7 +151,8 @@ def test_pieces_of_logits_change_no_number(monkeypatch):
     asked.seed[:] = np.arange(num_rows)
     prompt = PromptRows(torch.arange(num_rows), np.arange(num_rows) * 100, asked)
     drawn = SamplingRows(torch.arange(num_rows), np.arange(num_rows, dtype=np.int32), asked)
-    adjustments = AdjustmentTable(num_rows, vocab_size, torch.device("cpu"))
+    device = torch.device("cpu")
+    adjustments = AdjustmentTable(num_rows, vocab_size, History(num_rows, 1, 1, device), device)
 
     def run():
         rows.clear()
@@ -270,7 +272,10 @@ def test_warm_up_runs_the_largest_batches(checkpoint, monkeypatch):
     monkeypatch.setattr(
         worker,
         "_run",
-        lambda batch: (seen.append((len(batch.decode_slots), len(batch.prefill_ids))), run(batch)),
+        lambda batch, masks: (
+            seen.append((len(batch.decode_slots), len(batch.prefill_ids))),
+            run(batch, masks),
+        ),
     )
     worker.warm_up()
     assert seen == [(0, 300), (0, 8), (8, 0)]

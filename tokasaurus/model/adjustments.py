@@ -1,18 +1,16 @@
 """Changes logits before a token is drawn: masks, biases, penalties. For the slots that ask, and no others.
 
-Owns what the worker must remember of them between batches: each slot's adjustments, and the ids it has
-generated so far, after those of its prompt if they matter. The ids of a sequence that enters come with
-its parameters, those that follow are recorded on the device as they are drawn: nothing here waits for a
-result, so that adjusted sequences run ahead like any other::
-
-    history   row 0   p p p p g g g .     prompt_length 4, length 7: reads_prompt
-              row 1   g g . . . . . .     prompt_length 0, length 2
+Owns what the worker must remember of them between batches: each slot's adjustments, which tokens its prompt
+holds if that matters, and what it has generated (``history``). The ids of a sequence that enters come with its
+parameters, those that follow are recorded on the device as they are drawn: nothing here waits for a result, so
+that adjusted sequences run ahead like any other.
 
 In the order of ``Adjustments``: masks and biases are added, then come the penalties.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +20,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokasaurus.errors import ProtocolError
+from tokasaurus.model.history import MAX_GATHERED, History
 from tokasaurus.protocol.arrays import Float32Array, Int32Array, Int64Array
 from tokasaurus.protocol.messages import AdjustedSlots, Adjustments, SlotParameters
 
 __all__ = ["AdjustmentTable"]
 
 _ALWAYS = np.iinfo(np.int32).max
+_NO_IDS: Int32Array = np.zeros(0, np.int32)
 _NOTHING = -1  # in a table of words: matches whatever is there
 _MAX_LAYOUTS = 8
+_MAX_LAYOUT_ELEMENTS = (
+    1 << 22
+)  # of all that are kept, unless a single one has more; at most 28 bytes each
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +77,11 @@ class _Layout:
             before it, aligned to the right.
         penalized: [penalized] index into the rows, on the host.
         penalties: [3, penalized] repetition, frequency, presence.
+        known_owners: [known] index into the penalized rows, on the host.
+        known_ids: [known] of prompts, each once for a row; on the host, since there may be many.
         counts: whether any frequency or presence counts.
         may_mask_all: whether some row has as many masks as there are tokens.
+        num_elements: of its tables.
     """
 
     rows: Tensor
@@ -89,8 +95,11 @@ class _Layout:
     word_prefixes: Tensor
     penalized: NDArray[np.intp]
     penalties: Tensor
+    known_owners: Int32Array
+    known_ids: Int32Array
     counts: bool
     may_mask_all: bool
+    num_elements: int
 
 
 class AdjustmentTable:
@@ -99,22 +108,22 @@ class AdjustmentTable:
     Args:
         num_slots: rows.
         vocab_size: ids are below it.
+        history: empty.
         device: of the logits.
     """
 
-    def __init__(self, num_slots: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(
+        self, num_slots: int, vocab_size: int, history: History, device: torch.device
+    ) -> None:
         self._vocab_size = vocab_size
         self._device = device
         self._asks: NDArray[np.bool_] = np.zeros(num_slots, np.bool_)
         self._adjustments: dict[int, Adjustments] = {}
         self._edits: dict[int, _Edits] = {}
         self._layouts: dict[bytes, _Layout] = {}
-        # The history: a row for each slot that needs one; it grows in both directions.
-        self._row: Int32Array = np.full(num_slots, -1, np.int32)
-        self._free_rows: list[int] = []
-        self._history = torch.zeros(0, 0, dtype=torch.int32, device=device)
-        self._length: Int32Array = np.zeros(num_slots, np.int32)
-        self._prompt_length: Int32Array = np.zeros(num_slots, np.int32)
+        self._history = history
+        # On the host, by slot: each id of the prompt once. What a request's samples share is there once.
+        self._prompts: dict[int, Int32Array] = {}
 
     def enter(self, parameters: SlotParameters) -> None:
         """Sequences enter slots: these forget who was there before.
@@ -125,9 +134,8 @@ class AdjustmentTable:
         former = parameters.slots[self._asks[parameters.slots]]
         for slot in former.tolist():
             del self._adjustments[slot], self._edits[slot]
-            if self._row[slot] >= 0:
-                self._free_rows.append(int(self._row[slot]))
-                self._row[slot] = -1
+            self._prompts.pop(slot, None)
+        self._history.leave(former)
         self._asks[former] = False
         if former.size or parameters.adjusted:
             self._layouts.clear()
@@ -162,23 +170,23 @@ class AdjustmentTable:
         result[layout.rows] = work
         return result
 
-    def record(self, slots: Int32Array, token_ids: Tensor) -> None:
+    def record(self, slots: Int32Array, token_ids: Tensor) -> Int32Array | None:
         """Remembers what was drawn.
 
         Args:
             slots: [rows].
             token_ids: [rows] int64, on the device.
+
+        Returns:
+            The rows that cannot go on, since there is no room to remember what they draw; None if all can.
         """
         if not self._adjustments:
-            return
-        kept = np.flatnonzero(self._row[slots] >= 0)
+            return None
+        kept = np.flatnonzero(self._history.keeps[slots])
         if not kept.size:
-            return
-        slots = slots[kept]
-        self._reserve(0, int(self._length[slots].max()) + 1)
-        drawn = token_ids[self._upload(kept)].to(torch.int32)
-        self._history[self._upload(self._row[slots]), self._upload(self._length[slots])] = drawn
-        self._length[slots] += 1
+            return None
+        is_lost = self._history.record(slots[kept], token_ids[self._upload(kept)])
+        return kept[is_lost].astype(np.int32) if is_lost.any() else None
 
     # --- what slots ask for ------------------------------------------------------------------------
 
@@ -197,41 +205,26 @@ class AdjustmentTable:
         for slot in slots.tolist():
             self._adjustments[slot], self._edits[slot] = adjustments, edits
         self._asks[slots] = True
-        if not adjustments.reads_generated:
-            return
-        self._reserve(len(slots), len(group.ids) + 1)
-        rows = [self._free_rows.pop() for _ in slots]
-        self._row[slots] = rows
-        self._length[slots] = len(group.ids)
-        num_generated = parameters.num_generated[entered]
-        self._prompt_length[parameters.slots[entered]] = len(group.ids) - num_generated
-        if len(group.ids):
-            history = torch.from_numpy(np.array(group.ids)).to(self._device)
-            self._history[self._upload(np.array(rows)), : len(history)] = history
-
-    def _reserve(self, num_rows: int, width: int) -> None:
-        """Room for so many more rows, and for so many ids in each."""
-        old_rows, old_width = self._history.shape
-        new_rows = max(0, num_rows - len(self._free_rows))
-        if new_rows:
-            new_rows = max(new_rows, old_rows)  # doubles
-            self._free_rows += range(old_rows, old_rows + new_rows)
-        if width > old_width:
-            width = 1 << (width - 1).bit_length()
-        if new_rows or width > old_width:
-            size = (old_rows + new_rows, max(width, old_width))
-            history = torch.zeros(size, dtype=torch.int32, device=self._device)
-            history[:old_rows, :old_width] = self._history
-            self._history = history
+        num_generated = int(parameters.num_generated[entered][0]) if len(slots) else 0
+        num_prompt = len(group.ids) - num_generated
+        if adjustments.reads_prompt:
+            self._prompts |= dict.fromkeys(slots.tolist(), np.unique(group.ids[:num_prompt]))
+        if adjustments.reads_generated:
+            self._history.enter(slots, group.ids[num_prompt:])
 
     def _layout(self, slots: Int32Array, asking: NDArray[np.bool_]) -> _Layout:
         """Made once for as long as the same slots come back."""
         key = slots.tobytes()
         layout = self._layouts.get(key)
         if layout is None:
-            if len(self._layouts) == _MAX_LAYOUTS:
+            layout = self._make_layout(slots[asking], np.flatnonzero(asking))
+            num_elements = sum(each.num_elements for each in self._layouts.values())
+            if (
+                len(self._layouts) == _MAX_LAYOUTS
+                or num_elements + layout.num_elements > _MAX_LAYOUT_ELEMENTS
+            ):
                 self._layouts.clear()
-            layout = self._layouts[key] = self._make_layout(slots[asking], np.flatnonzero(asking))
+            self._layouts[key] = layout
         return layout
 
     def _make_layout(self, slots: Int32Array, rows: NDArray[np.intp]) -> _Layout:
@@ -248,6 +241,7 @@ class AdjustmentTable:
             np.float32,
         )
         penalized = np.flatnonzero((penalties != (1, 0, 0)).any(axis=1))
+        known = [self._prompts.get(slot, _NO_IDS) for slot in slots[penalized].tolist()]
         values = np.concatenate([each.values for each in edits])
         num_masks = [np.isneginf(each.values).sum() + len(each.words) for each in edits]
         return _Layout(
@@ -264,8 +258,13 @@ class AdjustmentTable:
             penalties=torch.from_numpy(np.ascontiguousarray(penalties[penalized].T)).to(
                 self._device
             ),
+            known_owners=np.repeat(
+                np.arange(len(known), dtype=np.int32), [len(ids) for ids in known]
+            ),
+            known_ids=np.concatenate([_NO_IDS, *known]),
             counts=bool(penalties[:, 1:].any()),
             may_mask_all=max(num_masks) >= self._vocab_size,
+            num_elements=len(owners) + prefixes.size + len(words),
         )
 
     # --- what it does to logits ---------------------------------------------------------------------
@@ -277,49 +276,61 @@ class AdjustmentTable:
             values = layout.values.where(is_early, 0)
             work.index_put_((layout.owners, layout.ids), values, accumulate=True)
         if len(layout.word_owners):
-            tails = self._tails(layout.slots, layout.word_prefixes.shape[1])[layout.word_owners]
             prefixes = layout.word_prefixes
+            tails = self._history.tails(layout.slots, prefixes.shape[1], _NOTHING - 1)
+            tails = tails[layout.word_owners]
             found = ((prefixes == tails) | (prefixes == _NOTHING)).all(dim=1)
             values = torch.zeros_like(found, dtype=work.dtype).masked_fill_(found, -torch.inf)
             work.index_put_((layout.word_owners, layout.word_ends), values, accumulate=True)
 
-    def _tails(self, slots: Int32Array, count: int) -> Tensor:
-        """[slots, count] the last generated ids of each; what no word holds where there are fewer."""
-        columns = self._length[slots, None] - np.arange(count, 0, -1)
-        is_generated = (columns >= self._prompt_length[slots, None]) & (self._row[slots, None] >= 0)
-        rows = self._upload(self._row[slots])[:, None]
-        ids = self._history[rows, self._upload(columns.clip(min=0))]
-        return ids.where(torch.from_numpy(is_generated).to(self._device), _NOTHING - 1)
-
     def _penalize(self, work: Tensor, layout: _Layout) -> None:
-        """Penalties, in place; only the logits of ids in the history are touched."""
+        """Penalties, in place; only the logits of ids in prompts and histories are touched."""
         slots = layout.slots[layout.penalized]
-        lengths, prompt_lengths = (
-            self._upload(column[slots])[:, None] for column in (self._length, self._prompt_length)
-        )
-        longest = int(self._length[slots].max())
-        if longest == 0:
-            return
-        history = self._history[self._upload(self._row[slots]), :longest].to(torch.int64)
-        columns = torch.arange(longest, device=self._device)
-        # Beyond its end a row repeats its first id, for which the same is written then. A row without
-        # any gets its own logit back.
-        ids = torch.where(columns < lengths, history, history[:, :1])
+        num_ids = len(layout.known_ids) + len(slots) * int(self._history.lengths[slots].max())
+        updates: Iterable[tuple[Tensor, Tensor]]
+        if num_ids <= MAX_GATHERED:
+            updates = list(self._penalized(work, layout, slots))  # reads all before it writes any
+        else:
+            updates = self._penalized(work.clone(), layout, slots)
+        for places, scores in updates:
+            work.put_(places, scores)
+
+    def _penalized(
+        self, work: Tensor, layout: _Layout, slots: Int32Array
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """What becomes of some logits: where they are, counted row by row, and the new ones.
+
+        Of several for one place the last is right.
+        """
         repetition, frequency, presence = layout.penalties[:, :, None]
-        everything = len(slots) == len(work)
-        index = self._upload(layout.penalized)
-        part = work if everything else work[index]
-        scores = part.gather(1, ids)
-        penalized = torch.where(scores > 0, scores / repetition, scores * repetition)
-        scores = torch.where(lengths > 0, penalized, scores)
+        for start in range(0, len(layout.known_ids), MAX_GATHERED):
+            part = slice(start, start + MAX_GATHERED)
+            owners = self._upload(layout.known_owners[part])
+            places = self._upload(layout.penalized).take(owners) * self._vocab_size
+            places += self._upload(layout.known_ids[part])
+            yield places, _repeated(work.take(places), repetition.take(owners))
+        holding = np.flatnonzero(self._history.lengths[slots] > 0)
+        if not len(holding):
+            return
+        firsts = self._upload(layout.penalized[holding])[:, None] * self._vocab_size
+        owners = self._upload(holding)
+        repetition, frequency, presence = (
+            each[owners] for each in (repetition, frequency, presence)
+        )
+        counts = None
         if layout.counts:
-            is_generated = (columns >= prompt_lengths) & (columns < lengths)
-            counts = torch.zeros_like(part).scatter_add_(1, ids, is_generated.to(part.dtype))
-            count = counts.gather(1, ids)
-            scores = scores - frequency * count - presence * (count > 0)
-        part.scatter_(1, ids, scores)
-        if not everything:
-            work[index] = part
+            counts = self._history.counts(slots[holding], self._vocab_size)
+        for ids in self._history.pieces(slots[holding]):
+            places = firsts + ids
+            scores = _repeated(work.take(places), repetition)
+            if counts is not None:
+                count = counts.gather(1, ids)
+                scores = scores - frequency * count - presence * (count > 0)
+            yield places, scores
 
     def _upload(self, values: NDArray[np.integer[Any]]) -> Tensor:
         return torch.from_numpy(values.astype(np.int64)).to(self._device)
+
+
+def _repeated(scores: Tensor, penalty: Tensor) -> Tensor:
+    return torch.where(scores > 0, scores / penalty, scores * penalty)

@@ -55,6 +55,12 @@ class TokenMasks:
     bits: NDArray[np.uint8]
     given_up: NDArray[np.bool_]
 
+    @staticmethod
+    def of_everything(num_rows: int, vocab_size: int) -> TokenMasks:
+        """All rows have one, which allows all."""
+        bits = np.full((num_rows, -(-vocab_size // 8)), 255, np.uint8)
+        return TokenMasks(np.arange(num_rows), bits, np.zeros(num_rows, np.bool_))
+
     @property
     def cut_rows(self) -> Int32Array | None:
         """The sampling rows that are given up; None if there are none."""

@@ -18,11 +18,14 @@ from torch import Tensor
 from tokasaurus.errors import ProtocolError
 from tokasaurus.model.adjustments import AdjustmentTable
 from tokasaurus.model.backend.base import SequenceRows
+from tokasaurus.model.history import History
 from tokasaurus.model.sampler import SamplingParameters
 from tokasaurus.protocol.arrays import Int32Array, Int64Array
 from tokasaurus.protocol.messages import ForwardBatch, SlotParameters
 
 __all__ = ["PlannedBatch", "PromptRows", "SamplingRows", "SlotState"]
+
+_HISTORY_SHARE = 2  # ids that can be remembered for each position of the KV cache
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,12 @@ class SlotState:
             num_slots, np.int32
         )  # columns of the page table in use
         self.sampling = SamplingParameters.neutral(num_slots)
-        self.adjustments = AdjustmentTable(num_slots, vocab_size, device)
+        # Of what runs at once, no more is generated than the KV cache has positions, but where sequences hold
+        # the same pages. What has ended counts until others need its room.
+        history = History(
+            num_slots, max_request_tokens, _HISTORY_SHARE * num_pages * page_size, device
+        )
+        self.adjustments = AdjustmentTable(num_slots, vocab_size, history, device)
 
     def apply(self, batch: ForwardBatch) -> PlannedBatch:
         """Takes over the batch's differences and lays out its rows.
@@ -160,16 +168,19 @@ class SlotState:
             copies=self._page_copies(batch) if len(batch.copy_sources) else None,
         )
 
-    def record(self, slots: Int32Array, token_ids: Tensor) -> None:
+    def record(self, slots: Int32Array, token_ids: Tensor) -> Int32Array | None:
         """Remembers what was sampled: the input of the slots' next decode row.
 
         Args:
             slots: [rows].
             token_ids: [rows] int64, on the device.
+
+        Returns:
+            The rows that cannot go on, see ``AdjustmentTable.record``.
         """
         self.last_tokens[self._upload(slots)] = token_ids
         self.sampling.num_generated[slots] += 1
-        self.adjustments.record(slots, token_ids)
+        return self.adjustments.record(slots, token_ids)
 
     def _prompt_rows(self, batch: ForwardBatch) -> PromptRows | None:
         #   ids        a b c | d e        two chunks, the second ends its prompt

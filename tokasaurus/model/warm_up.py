@@ -6,7 +6,14 @@ import numpy as np
 
 from tokasaurus.config.slices import WorkerConfig
 from tokasaurus.protocol.arrays import Int32Array
-from tokasaurus.protocol.messages import ForwardBatch, LogprobsMode, SlotParameters
+from tokasaurus.protocol.messages import (
+    AdjustedSlots,
+    Adjustments,
+    ForwardBatch,
+    LogprobsMode,
+    Pooling,
+    SlotParameters,
+)
 
 __all__ = ["warm_up_batches"]
 
@@ -17,13 +24,17 @@ _CPU_WORK = 1e11
 _MIN_TOKENS = 16
 
 _NONE: Int32Array = np.zeros(0, np.int32)
+_ADJUSTMENTS = Adjustments(
+    bad_words=((0, 0),), bias=((0, 1.0),), repetition_penalty=1.1, frequency_penalty=0.1
+)
 
 
 def warm_up_batches(config: WorkerConfig, num_parameters: int) -> list[ForwardBatch]:
     """Largest first: a full prefill, then as many decode rows as there may be, and what these need before.
 
-    Every sequence uses the same pages; nobody reads what is computed. All rows sample with every filter
-    and the most logprobs that a request may ask for, which takes the most memory.
+    Every sequence uses the same pages; nobody reads what is computed. All rows sample with every filter, penalty
+    and kind of mask, and with the most logprobs that a request may ask for, of prompts too, which are pooled
+    besides: all that takes memory at once, or one after the other.
 
     Args:
         config: the model room's slice.
@@ -68,7 +79,7 @@ def _prefill(config: WorkerConfig, number: int, lengths: Int32Array) -> ForwardB
         prefill_starts=np.zeros(len(slots), np.int32),
         prefill_lengths=lengths,
         prefill_ids=np.zeros(lengths.sum(), np.int32),
-        prefill_num_logprobs=np.full(len(slots), -1, np.int32),
+        prefill_num_logprobs=np.full(len(slots), config.max_topk_logprobs, np.int32),
         prefill_next_ids=np.full(len(slots), -1, np.int32),
         draw_chunks=slots,
         draw_slots=slots,
@@ -78,6 +89,7 @@ def _prefill(config: WorkerConfig, number: int, lengths: Int32Array) -> ForwardB
         group_num_rows=_NONE,
         group_first_columns=_NONE,
         group_num_columns=_NONE,
+        prefill_pooling=np.full(len(slots), Pooling.MEAN, np.int32),
     )
 
 
@@ -119,4 +131,5 @@ def _parameters(slots: Int32Array, num_logprobs: int) -> SlotParameters:
         num_generated=np.zeros(count, np.int32),
         num_logprobs=np.full(count, num_logprobs, np.int32),
         logprobs_mode=np.full(count, LogprobsMode.PROCESSED, np.int32),
+        adjusted=(AdjustedSlots(slots, _ADJUSTMENTS, np.zeros(1, np.int32)),),
     )

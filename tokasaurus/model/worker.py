@@ -18,7 +18,7 @@ from tokasaurus.errors import ProtocolError
 from tokasaurus.grammars import Vocabulary
 from tokasaurus.model.backend import make_backend
 from tokasaurus.model.config import read_model_config
-from tokasaurus.model.grammar import Matchers
+from tokasaurus.model.grammar import Matchers, TokenMasks
 from tokasaurus.model.head import draw_tokens, score_prompts
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.model.layers import Placement
@@ -98,7 +98,8 @@ class Worker:
         started = time.perf_counter()
         num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
         for batch in warm_up_batches(self._config, num_parameters):
-            self._run(batch)
+            count = len(batch.decode_slots) + len(batch.draw_slots)
+            self._run(batch, TokenMasks.of_everything(count, self._vocab_size))
         self._state = self._fresh_state()
         self._matchers.wait()
         log.info("warmed up in %.1f s", time.perf_counter() - started)
@@ -115,7 +116,7 @@ class Worker:
         return self._run(batch)
 
     @torch.inference_mode()
-    def _run(self, batch: ForwardBatch) -> ForwardResult:
+    def _run(self, batch: ForwardBatch, warm_up_masks: TokenMasks | None = None) -> ForwardResult:
         started = time.perf_counter()
         planned = self._state.apply(batch)
         if batch.parameters is not None:
@@ -125,16 +126,18 @@ class Worker:
             self._cache.copy_pages(planned.copies.sources, planned.copies.targets)
         masks = self._matchers.masks(planned.sampling.slots)
         token_ids, drawn = draw_tokens(
-            self._model, hidden, planned.sampling, self._state.adjustments, masks
+            self._model, hidden, planned.sampling, self._state.adjustments, masks or warm_up_masks
         )
         if masks is not None:
             self._matchers.advance(masks, planned.sampling.slots, token_ids)
-        self._state.record(planned.sampling.slots, token_ids)
+        cut = [self._state.record(planned.sampling.slots, token_ids)]
+        if masks is not None:
+            cut.append(masks.cut_rows)
         prompt = score_prompts(self._model, hidden, planned.prompt) if planned.prompt else None
         pooled = self._pooler.pool(batch, hidden)
         return _result(
             *(batch.number, token_ids, drawn, prompt, pooled),
-            masks.cut_rows if masks is not None else None,
+            [rows for rows in cut if rows is not None],
             time.perf_counter() - started,
         )
 
@@ -163,7 +166,7 @@ def _result(
     drawn: Logprobs | None,
     prompt: Logprobs | None,
     pooled: Tensor | None,
-    cut_rows: Int32Array | None,
+    cut: list[Int32Array],
     device_s: float,
 ) -> ForwardResult:
     drawn = drawn or Logprobs.none(0, len(token_ids))
@@ -180,5 +183,5 @@ def _result(
         prompt_top_logprobs=prompt.top.cpu().numpy(),
         device_s=device_s,
         pooled=None if pooled is None or not len(pooled) else pooled.cpu().numpy(),
-        cut_rows=cut_rows,
+        cut_rows=np.unique(np.concatenate(cut)) if cut else None,
     )

@@ -399,8 +399,9 @@ class ForwardResult(Message, frozen=True):
     prompt_top_logprobs: Float32Array
     device_s: float  # seconds the device took for the batch
     pooled: Float32Array | None = None  # [pooled prompts that end, hidden]; None if there are none
-    # Sampling rows whose sequences end here, complete or not: their grammars have become too much work to
-    # follow. The token is an end-of-sequence id. None if there are none.
+    # Sampling rows whose sequences end here, complete or not: a grammar has become too much work to follow
+    # (the token is an end-of-sequence id), or there is no room to remember what is generated, where penalties
+    # need it. None if there are none.
     cut_rows: Int32Array | None = None
 
 

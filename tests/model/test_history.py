@@ -1,0 +1,91 @@
+"""What slots have generated, in memory that never grows, against plain lists."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from tokasaurus.model import history as history_module
+from tokasaurus.model.history import History
+
+CPU = torch.device("cpu")
+VOCAB_SIZE = 9
+
+
+def ints(values) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("gathered", [1, 1 << 22])
+def test_random_histories_against_lists(monkeypatch, seed, gathered):
+    """Slots come, with and without ids, and go; nothing that another slot wrote is ever seen."""
+    monkeypatch.setattr(history_module, "_BLOCK", 4)
+    monkeypatch.setattr(history_module, "MAX_GATHERED", gathered)
+    chance = random.Random(seed)
+    num_slots = 6
+    history = History(num_slots, 40, num_slots * 40, CPU)
+    memory = history._memory.data_ptr()
+    living: dict[int, list[int]] = {}
+    for _ in range(120):
+        arriving = chance.sample(range(num_slots), chance.choice([0, 0, 0, 1, 2]))
+        history.leave(ints(arriving))
+        given = [chance.randrange(VOCAB_SIZE) for _ in range(chance.choice([0, 3, 4, 9]))]
+        if arriving:
+            history.enter(ints(arriving), ints(given))
+        living |= {slot: list(given) for slot in arriving}
+        drawing = [slot for slot in living if len(living[slot]) < 40 and chance.random() < 0.8]
+        if drawing:
+            drawn = [chance.randrange(VOCAB_SIZE) for _ in drawing]
+            assert not history.record(ints(drawing), torch.tensor(drawn)).any()
+            for slot, token in zip(drawing, drawn, strict=True):
+                living[slot].append(token)
+        if not living:
+            continue
+        slots = chance.sample(sorted(living), chance.randint(1, len(living)))
+        counts = history.counts(ints(slots), VOCAB_SIZE)
+        tails = history.tails(ints(slots), 5, -1)
+        for row, slot in enumerate(slots):
+            expected = Counter(living[slot])
+            assert counts[row].tolist() == [expected[token] for token in range(VOCAB_SIZE)]
+            assert tails[row].tolist() == [-1] * (5 - len(living[slot])) + living[slot][-5:]
+        held = [history._blocks[s, : -(-history.lengths[s] // 4)].tolist() for s in living]
+        blocks = [block for each in held for block in each] + history._free
+        assert sorted(blocks) == list(range(len(history._memory)))
+    assert history._memory.data_ptr() == memory
+
+
+def test_what_has_ended_makes_room(monkeypatch):
+    """Slots one after the other, none of which says that it is done: those that drew last stay."""
+    monkeypatch.setattr(history_module, "_BLOCK", 4)
+    history = History(8, 40, 40, CPU)  # 18 blocks, for at most 72 ids
+    for slot in range(8):
+        history.enter(ints([slot]), ints([]))
+        for token in range(24):
+            assert not history.record(ints([slot]), torch.tensor([token % VOCAB_SIZE])).any()
+        assert history.counts(ints([slot]), VOCAB_SIZE).sum() == 24
+    assert history.lengths.tolist() == [0] * 5 + [24] * 3
+    assert history.is_lost.tolist() == [True] * 5 + [False] * 3
+
+
+def test_what_lives_and_gets_no_room_is_lost(monkeypatch, caplog):
+    """All that draw together need more than there is: some go on to their end, and the others end."""
+    monkeypatch.setattr(history_module, "_BLOCK", 4)
+    history = History(4, 40, 24, CPU)  # 10 blocks, for 40 ids of 160
+    slots = ints(range(4))
+    history.enter(slots, ints([]))
+    lost = np.zeros(4, np.bool_)
+    for _ in range(40):
+        now = history.record(slots[~lost], torch.zeros(int((~lost).sum()), dtype=torch.int64))
+        lost[np.flatnonzero(~lost)[now]] = True
+    assert history.lengths.sum() <= 40
+    assert 0 < lost.sum() < 4
+    assert "no room to remember" in caplog.text
+    # Also one that comes with more than there is.
+    history.leave(slots)
+    history.enter(ints([0]), ints([1] * 41))
+    assert history.record(ints([0]), torch.tensor([1])).tolist() == [True]

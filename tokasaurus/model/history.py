@@ -1,0 +1,179 @@
+"""What sequences have generated, for penalties and words that must not be completed.
+
+Memory is given out in blocks of a fixed size and number, so what it takes is known when the worker starts. Ids are
+written on the device as they are drawn; where, the host knows without them::
+
+    blocks    slot 3   [ 7, 2 ]     length 5, blocks of 4
+              slot 5   [ 0 ]        length 1
+
+    memory    0 │ g . . . │   1 │ . . . . │   2 │ g . . . │  ...   7 │ g g g g │
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tokasaurus.protocol.arrays import Int32Array
+
+__all__ = ["MAX_GATHERED", "History"]
+
+log = logging.getLogger(__name__)
+
+_BLOCK = 256  # ids
+MAX_GATHERED = 1 << 22  # ids that are looked at at once: what is made of each takes some 50 bytes
+
+
+class History:
+    """Generated ids of those slots that keep them.
+
+    Nobody says when a sequence has ended. So where memory runs out, the slots that drew nothing for longest give
+    theirs up. Should one of them live, it is lost: its next token is its last.
+
+    Args:
+        num_slots: that may keep one.
+        max_length: of one slot's.
+        num_ids: of all together, besides a block for each slot.
+        device: of the ids.
+    """
+
+    def __init__(self, num_slots: int, max_length: int, num_ids: int, device: torch.device) -> None:
+        num_blocks = num_slots + -(-num_ids // _BLOCK)
+        self._memory = torch.zeros(num_blocks, _BLOCK, dtype=torch.int32, device=device)
+        self._free = list(range(num_blocks))
+        self._blocks: Int32Array = np.zeros((num_slots, -(-max_length // _BLOCK)), np.int32)
+        self._turn = 0
+        self._last_turn = np.zeros(num_slots, np.int64)  # in which it drew
+        self.keeps: NDArray[np.bool_] = np.zeros(num_slots, np.bool_)
+        self.is_lost: NDArray[np.bool_] = np.zeros(num_slots, np.bool_)
+        self.lengths: Int32Array = np.zeros(num_slots, np.int32)
+
+    @property
+    def num_bytes(self) -> int:
+        """That it takes on the device."""
+        return self._memory.numel() * self._memory.element_size()
+
+    def leave(self, slots: Int32Array) -> None:
+        """Forgets what these slots hold; they keep nothing from now on."""
+        for slot in slots[self.keeps[slots]].tolist():
+            self._drop(slot)
+        self.keeps[slots] = self.is_lost[slots] = False
+
+    def enter(self, slots: Int32Array, ids: Int32Array) -> None:
+        """These slots keep what they generate, after these ids. They have left before."""
+        self.keeps[slots] = True
+        self._last_turn[slots] = self._turn
+        count = -(-len(ids) // _BLOCK)
+        padded = np.zeros(count * _BLOCK, np.int32)
+        padded[: len(ids)] = ids
+        rows = torch.from_numpy(padded).to(self._memory.device).view(count, _BLOCK)
+        for slot in slots.tolist() if count else ():
+            blocks = self._take(count)
+            if len(blocks) < count:
+                self._free += blocks
+                self._lose(slot)
+                continue
+            self._blocks[slot, :count] = blocks
+            self.lengths[slot] = len(ids)
+            self._memory[self._upload(self._blocks[slot, :count])] = rows
+
+    def record(self, slots: Int32Array, drawn: Tensor) -> NDArray[np.bool_]:
+        """Appends an id to each.
+
+        Args:
+            slots: [rows] that keep one.
+            drawn: [rows] on the device.
+
+        Returns:
+            [rows] whether the slot is lost.
+        """
+        self._turn += 1
+        self._last_turn[slots] = self._turn
+        for slot in slots[(self.lengths[slots] % _BLOCK == 0) & ~self.is_lost[slots]].tolist():
+            block = self._take(1)
+            if block:
+                self._blocks[slot, self.lengths[slot] // _BLOCK] = block[0]
+            else:
+                self._lose(slot)
+        is_lost = self.is_lost[slots]
+        rows = np.flatnonzero(~is_lost)
+        slots = slots[rows]
+        places = self._places(slots, self.lengths[slots])
+        self._memory.view(-1)[self._upload(places)] = drawn[self._upload(rows)].to(torch.int32)
+        self.lengths[slots] += 1
+        return is_lost
+
+    def tails(self, slots: Int32Array, count: int, missing: int) -> Tensor:
+        """[slots, count] the last ids of each, aligned to the right."""
+        columns = self.lengths[slots, None] - np.arange(count, 0, -1)
+        ids = self._memory.view(-1)[self._upload(self._places(slots[:, None], columns.clip(min=0)))]
+        return ids.where(torch.from_numpy(columns >= 0).to(ids.device), missing)
+
+    def pieces(self, slots: Int32Array) -> Iterator[Tensor]:
+        """Everything that slots hold, each at least one id, some ids of each at a time.
+
+        Yields:
+            [slots, some] int64; a slot that has fewer than others repeats its first one.
+        """
+        for ids, is_there in self._pieces(slots):
+            yield ids.where(is_there, self._firsts(slots)).to(torch.int64)
+
+    def counts(self, slots: Int32Array, vocab_size: int) -> Tensor:
+        """[slots, vocabulary] fp32: how often each has generated each token."""
+        counts = torch.zeros(len(slots), vocab_size, device=self._memory.device)
+        for ids, is_there in self._pieces(slots):
+            counts.scatter_add_(1, ids.to(torch.int64), is_there.to(counts.dtype))
+        return counts
+
+    def _firsts(self, slots: Int32Array) -> Tensor:
+        """[slots, 1] the first id of each."""
+        return self._memory[self._upload(self._blocks[slots, 0]), :1]
+
+    def _pieces(self, slots: Int32Array) -> Iterator[tuple[Tensor, Tensor]]:
+        """Ids, and whether they are there: beyond a slot's end are those of former times. Both [slots, some]."""
+        lengths = self._upload(self.lengths[slots])[:, None]
+        longest = int(self.lengths[slots].max(initial=0))
+        step = max(MAX_GATHERED // (len(slots) * _BLOCK), 1)
+        num_columns = -(-longest // _BLOCK)
+        for start in range(0, num_columns, step):
+            blocks = self._blocks[slots, start : min(start + step, num_columns)]
+            found = self._memory.index_select(0, self._upload(blocks.reshape(-1)))
+            ids = found.view(len(slots), -1)[:, : longest - start * _BLOCK]
+            columns = torch.arange(ids.shape[1], device=ids.device) + start * _BLOCK
+            yield ids, columns < lengths
+
+    def _places(self, slots: Int32Array, columns: Int32Array) -> Int32Array:
+        """Where in the memory the ids of these positions lie."""
+        return self._blocks[slots, columns // _BLOCK] * _BLOCK + columns % _BLOCK
+
+    def _take(self, count: int) -> list[int]:
+        """So many free blocks, or what there is."""
+        if len(self._free) < count:
+            self._reclaim(count)
+        return [self._free.pop() for _ in range(min(count, len(self._free)))]
+
+    def _reclaim(self, count: int) -> None:
+        holding = np.flatnonzero((self.lengths > 0) & (self._last_turn < self._turn))
+        for slot in holding[np.argsort(self._last_turn[holding])].tolist():
+            if len(self._free) >= count:
+                return
+            self._drop(slot)
+            self.is_lost[slot] = True
+
+    def _drop(self, slot: int) -> None:
+        self._free += self._blocks[slot, : -(-int(self.lengths[slot]) // _BLOCK)].tolist()
+        self.lengths[slot] = 0
+
+    def _lose(self, slot: int) -> None:
+        log.warning("no room to remember what slot %d generates: its sequence is cut short", slot)
+        self._drop(slot)
+        self.is_lost[slot] = True
+
+    def _upload(self, values: NDArray[np.integer[Any]]) -> Tensor:
+        return torch.from_numpy(values.astype(np.int64)).to(self._memory.device)
