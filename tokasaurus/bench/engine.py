@@ -60,9 +60,13 @@ class _Processes:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def pid(self, name: str) -> int:
+        """The number of one of the processes."""
+        return self._processes[name].pid
+
     def cpu_s(self, name: str) -> float:
         """CPU time of one of the processes."""
-        return process_cpu_s(self._processes[name].pid)
+        return process_cpu_s(self.pid(name))
 
     def close(self) -> None:
         """Ends all processes."""
