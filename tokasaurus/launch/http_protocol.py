@@ -34,20 +34,21 @@ class _Awaits(Enum):
 
 
 class _Connection(HttpToolsProtocol):
-    """One connection. Only what does not come all at once costs a timer."""
+    """One connection. It looks at itself once in a while, since a timer for each request would cost more."""
 
     read_timeout_s: float
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._awaits = _Awaits.HEAD
-        self._num_bytes = 0  # of the head, or of the body since the timer was set
+        self._since = self.loop.time()
+        self._num_bytes = 0  # since then, or of the whole head
         self._turned = False  # to something else, since the last data came
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._set_timer()
+        self._look_in(self.read_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_timer()
@@ -58,8 +59,6 @@ class _Connection(HttpToolsProtocol):
         super().data_received(data)
         if self._awaits is _Awaits.NOTHING and self._is_idle:  # bytes between two requests
             self._await(_Awaits.HEAD)
-        if self._awaits is not _Awaits.NOTHING and self._timer is None:
-            self._set_timer()
         # Who knows how much of it belongs to what has just begun.
         self._num_bytes += 1 if self._turned else len(data)
         if self._awaits is _Awaits.HEAD and self._num_bytes > _MAX_HEAD_BYTES:
@@ -84,30 +83,37 @@ class _Connection(HttpToolsProtocol):
         return self.cycle is None or self.cycle.response_complete
 
     def _await(self, what: _Awaits) -> None:
-        self._awaits, self._num_bytes, self._turned = what, 0, True
-        self._end_timer()
+        self._awaits, self._since, self._num_bytes = what, self.loop.time(), 0
+        self._turned = True
 
-    def _set_timer(self) -> None:
-        self._timer = self.loop.call_later(self.read_timeout_s, self._time_is_up)
+    def _look_in(self, delay_s: float) -> None:
+        self._timer = self.loop.call_later(delay_s, self._look)
 
     def _end_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
 
-    def _time_is_up(self) -> None:
-        self._timer = None
-        if self._awaits is _Awaits.BODY:
-            waits = self.flow.read_paused or self.cycle.waiting_for_100_continue
-            goes_on = waits or self._num_bytes >= _MIN_BYTES
-            self._num_bytes = 0
-        else:
-            goes_on = not self._is_idle  # the head of a request behind that which is being answered
-        if goes_on:
-            self._set_timer()
-            return
-        what = "body" if self._awaits is _Awaits.BODY else "head"
-        self._refuse(ReadTimeout(what, self.read_timeout_s))
+    def _look(self) -> None:
+        left_s = self._since + self.read_timeout_s - self.loop.time()
+        if self._awaits is _Awaits.NOTHING:
+            left_s = self.read_timeout_s
+        elif left_s <= 0:
+            if not self._goes_on:
+                what = "body" if self._awaits is _Awaits.BODY else "head"
+                self._refuse(ReadTimeout(what, self.read_timeout_s))
+                return
+            self._since, left_s = self.loop.time(), self.read_timeout_s
+            if self._awaits is _Awaits.BODY:
+                self._num_bytes = 0
+        self._look_in(left_s)
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether it is not the client's fault, or none, that what is awaited is not there yet."""
+        if self._awaits is _Awaits.HEAD:
+            return not self._is_idle  # it is behind the request that is being answered
+        waits = self.flow.read_paused or self.cycle.waiting_for_100_continue
+        return waits or self._num_bytes >= _MIN_BYTES
 
     def _refuse(self, error: TokasaurusError) -> None:
         """Closes the connection, with an answer if something was asked and nothing was answered yet."""
