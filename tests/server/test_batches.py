@@ -311,6 +311,20 @@ def test_usage_of_sglangs_answers(server, client):
     assert batch.usage.total_tokens == num_input + 3 * 7
 
 
+def test_usage_of_reasoning(server, client, monkeypatch):
+    thoughts, rest = ids_of("<think>the cat</think>"), ids_of("sat")
+    monkeypatch.setattr(server.engine, "script", lambda *_: [*thoughts, *rest, *rest])
+    template = "{{ messages[0].content }}{# <think> #}"
+    options = {"max_tokens": len(thoughts) + 2 * len(rest), "n": 2}
+    options["chat_template_kwargs"] = {"chat_template": template}
+    lines = [line(number, CHAT) for number in range(3)]
+    for each in lines:
+        each["body"] |= options
+    usage = wait(client, create(client, lines, CHAT).id).usage
+    assert usage.output_tokens == 6 * options["max_tokens"]
+    assert usage.output_tokens_details.reasoning_tokens == 6 * len(thoughts)
+
+
 def test_a_bad_line_fails_alone(client):
     good = [line(number) for number in range(3)]
     bad = [
