@@ -277,7 +277,7 @@ class AdmissionControl:
         self._refresh_at = self._now + REFRESH_INTERVAL
         if self._config.learn_lengths:
             self._observe()
-            known = np.flatnonzero(slots.absorbing & (slots.known > 0))
+            known = (slots.absorbing & (slots.known > 0)).nonzero()[0]
             resting = self._running.resting
             groups = [sequence.request.length_group for sequence in resting]
             lengths = [sequence.num_stored for sequence in resting]
@@ -305,7 +305,7 @@ class AdmissionControl:
         prefilling = [sequence.slot for sequence in self._running.prefilling]
         is_decoding = slots.order >= 0
         is_decoding[prefilling] = False
-        rows = np.concatenate([np.flatnonzero(is_decoding), np.array(prefilling, np.intp)])
+        rows = np.concatenate([is_decoding.nonzero()[0], np.array(prefilling, np.intp)])
         length = slots.length[rows].astype(np.int64)
         decodes_from = np.maximum(length, slots.prompt_end[rows])
         predicted = self._predict(
@@ -445,7 +445,7 @@ class AdmissionControl:
     def _num_planned_pages(self) -> int:
         """Own pages of sequences whose tokens are all planned."""
         slots = self._slots
-        rows = np.flatnonzero((slots.length == slots.final_length) & (slots.order >= 0))
+        rows = ((slots.length == slots.final_length) & (slots.order >= 0)).nonzero()[0]
         num_shared = self._running.prefixes.num_shared_pages(rows)
         return int((slots.capacity[rows] // self._page_size - num_shared).sum())
 

@@ -21,7 +21,7 @@ def find_holding_slots(
     Names are hashed to one integer each, and looked up among the sorted hashes of all holding slots. A
     hit is compared with the name itself.
     """
-    holding = np.flatnonzero(slots.holding)
+    holding = slots.holding.nonzero()[0]
     if not holding.size:
         return np.full(len(request_ids), -1, np.intp)
     hashes = _hash(slots.request_id[holding], slots.sample_index[holding])

@@ -110,7 +110,7 @@ class GroupFinder:
         is_candidate = (prefixes.num_holders >= self._min_rows) & (
             prefixes.end_column >= self._min_end
         )
-        candidates = np.flatnonzero(is_candidate)
+        candidates = is_candidate.nonzero()[0]
         if not len(candidates) or len(slots) < self._min_rows:
             return _no_groups(slots)
         ends = prefixes.end_column[candidates]

@@ -242,7 +242,7 @@ class Manager:
         slots = find_holding_slots(self._running.slots, event.request_ids, event.sample_indices)
         is_found = slots >= 0
         self._running.acknowledge(slots[is_found], event.num_tokens[is_found])
-        for row in np.flatnonzero(~is_found).tolist():
+        for row in (~is_found).nonzero()[0].tolist():
             name = (int(event.request_ids[row]), int(event.sample_indices[row]))
             sequence = self._backlog.find(*name)
             if sequence is None:
@@ -266,7 +266,7 @@ class Manager:
         sampling_rows = None
         is_live = self._running.slots.absorbing[rows]
         if not is_live.all():
-            sampling_rows = np.flatnonzero(is_live)
+            sampling_rows = is_live.nonzero()[0]
             rows, token_ids = rows[sampling_rows], token_ids[sampling_rows]
             is_cut = None if is_cut is None else is_cut[sampling_rows]
         self._running.window.append(rows, result, sampling_rows)

@@ -39,7 +39,7 @@ class Outbox:
         """Returns all messages; streams are up to date with what is known then."""
         messages, self._messages = self._messages, []
         ended, self._ended = self._ended, []
-        streams = np.flatnonzero(slots.incremental & (slots.known > slots.delivered))
+        streams = (slots.incremental & (slots.known > slots.delivered)).nonzero()[0]
         finished = [end for end in ended if end[1] is not FinishReason.ABORT]
         updates = _updates(finished, streams, slots, window)
         if len(finished) < len(ended):  # who was cancelled comes after those that were enough

@@ -178,7 +178,7 @@ class RunningSequences:
             ids = sequence.prompt_ids[: count * slots.page_size]
             shared = self.pages.publish(ids, pages, num_before, 1 + len(forks))
             if shared is not None:
-                columns = np.flatnonzero(shared != pages)
+                columns = (shared != pages).nonzero()[0]
                 for row in [sequence.slot, *forks.tolist()]:
                     slots.page_table[row, columns] = shared[columns]
                     self.table_changes.patch(slots.sequence(row), columns)
@@ -246,7 +246,7 @@ class RunningSequences:
         self.prefixes.leave(rows)
         self.pages.release(holders)
         is_prefilling = slots.length[rows] < slots.prompt_end[rows]
-        for index in np.flatnonzero(is_prefilling).tolist():
+        for index in is_prefilling.nonzero()[0].tolist():
             self.prefilling.remove(sequences[index])
             self.in_progress.leave(sequences[index])
         self.wake()

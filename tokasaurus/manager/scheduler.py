@@ -146,7 +146,7 @@ class Scheduler:
         slots = self._slots
         while True:
             decoding = slots.length < slots.decode_limit
-            crossing = np.flatnonzero(decoding & (slots.length == slots.capacity))
+            crossing = (decoding & (slots.length == slots.capacity)).nonzero()[0]
             if crossing.size <= self._pages.num_available:
                 return decoding, crossing
             self.preempt(self._victims(crossing.size - self._pages.num_available))
@@ -157,8 +157,9 @@ class Scheduler:
         # Where all tokens are planned, no batch to come needs the pages: this costs nobody anything.
         is_planned = (slots.length == slots.final_length) & (slots.order >= 0)
         if is_planned.any():
-            return np.flatnonzero(is_planned)
-        running = np.flatnonzero(slots.order >= 0)
+            planned: IndexArray = is_planned.nonzero()[0]
+            return planned
+        running = (slots.order >= 0).nonzero()[0]
         if running.size < 2:
             raise ProtocolError("the oldest running sequence does not find the pages it may have")
         order = slots.order[running]
@@ -190,7 +191,7 @@ class Scheduler:
             self._running.table_changes.add(crossing, columns.astype(np.intp))
         slots.length += decoding
         np.copyto(slots.last_batch, self._running.in_flight.next_number, where=decoding)
-        return np.flatnonzero(decoding)
+        return decoding.nonzero()[0]
 
     def _prefill_budget(self, num_decoding: int) -> int:
         """Prompt tokens that this batch may feed."""
@@ -403,7 +404,7 @@ class Scheduler:
         turn, rest = divmod(number, FORCED_PREEMPTION_INTERVAL)
         if rest == FORCED_PREEMPTION_INTERVAL - 1:
             order = self._slots.order
-            running = np.flatnonzero(order >= 0)
+            running = (order >= 0).nonzero()[0]
             younger = running[order[running] > order[running].min(initial=_NO_ORDER)]
             if younger.size:
                 self.preempt(younger[[turn % younger.size]])

@@ -154,7 +154,7 @@ class TokenWindow:
         sampling_rows: IndexArray | None,
     ) -> None:
         wanted = self._slots.num_logprobs.take(rows)
-        asked = np.flatnonzero(wanted >= 0)
+        asked = (wanted >= 0).nonzero()[0]
         if not asked.size:
             return
         width = result.top_ids.shape[1]
@@ -167,7 +167,7 @@ class TokenWindow:
         self._logprobs[cells] = result.logprobs.take(sources)
         if most == 0:
             return
-        asked = np.flatnonzero(wanted > 0)
+        asked = (wanted > 0).nonzero()[0]
         cells, sources = cells.take(asked), sources.take(asked)
         for ring, tops in (
             (self._top_ids, result.top_ids),
