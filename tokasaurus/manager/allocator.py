@@ -80,6 +80,8 @@ class PageAllocator:
             they give their duplicates back and share the cached ones. None if all stay as they are.
         """
         num_found, _ = self.cache.insert(ids, pages)
+        if num_found < len(pages):
+            self.pool.mark_cached(pages[num_found:])
         if num_found == num_published:
             return None
         shared = self.cache.lookup(ids, len(pages))
@@ -95,11 +97,16 @@ class PageAllocator:
             holders: of each the ids of the full pages whose ids are all known, from position 0, which
                 become findable; and all its pages.
         """
-        tables, nodes = [], []
+        tables, nodes, new = [], [], []
         for ids, pages in holders:
-            _, node = self.cache.insert(ids, pages[: len(ids) // self.page_size])
+            known = pages[: len(ids) // self.page_size]
+            num_found, node = self.cache.insert(ids, known)
+            if num_found < len(known):
+                new.append(known[num_found:])
             tables.append(pages)
             nodes.append(node)
+        if new:
+            self.pool.mark_cached(np.concatenate(new))
         self.pool.release(np.concatenate(tables))
         for node in nodes:
             self.cache.offer(node)

@@ -52,7 +52,7 @@ class PrefixCache:
     """Finds, inserts and evicts runs of full pages.
 
     Args:
-        pool: told which pages are cached, asked which are referenced.
+        pool: told which pages left the tree, asked which are referenced.
         page_size: tokens.
     """
 
@@ -93,7 +93,7 @@ class PrefixCache:
 
         Returns:
             How many of the pages' ids were in the tree before (under these pages or others), and the
-            node that ends the prefix.
+            node that ends the prefix. The pool is to be told of the pages behind these.
         """
         data = ids.tobytes()
         size = self._page_bytes
@@ -108,9 +108,7 @@ class PrefixCache:
             at += len(child.ids)
         num_found = at // size
         if num_found < len(pages):
-            rest = pages[num_found:]
-            node = self._append(node, data[at:], rest)
-            self._pool.mark_cached(rest)
+            node = self._append(node, data[at:], pages[num_found:])
         self._touch(node)
         return num_found, node
 
