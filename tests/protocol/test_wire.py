@@ -174,6 +174,17 @@ def test_every_message_has_an_example():
     assert classes == {type(example) for example in EXAMPLES}
 
 
+@pytest.mark.parametrize("dtype", ["int32", "int64", "float32", "float64", "bool"])
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (0, 5), (3, 0), (2, 3), (2, 0, 3)])
+def test_arrays_of_every_shape_and_type(shape, dtype):
+    codec = Codec(list[np.ndarray])
+    array = rng.integers(0, 2, shape).astype(dtype)
+    (received,) = codec.decode(codec.encode([array]))
+    assert (received.shape, received.dtype) == (array.shape, array.dtype)
+    assert np.array_equal(received, array)
+    assert not received.flags.writeable
+
+
 def test_received_arrays_cannot_be_written():
     codec = Codec(PromptLogprobs)
     received = codec.decode(

@@ -14,24 +14,41 @@ _ARRAY = 1  # MessagePack extension code
 _DTYPES = [np.dtype(name) for name in ("<i4", "<i8", "<f4", "|b1", "<f8")]
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
+# An array is its dtype's code (u8), the number of dimensions (u8, three at most), each dimension (u32), then the
+# data.
+_HEADERS = [struct.Struct(f"<BB{num_dimensions}I") for num_dimensions in range(4)]
+
+# Most arrays of most messages have nothing in them: those are made once.
+_EMPTY = [np.empty(0, dtype) for dtype in _DTYPES]
+_EMPTY_DATA = [_HEADERS[1].pack(code, 1, 0) for code in range(len(_DTYPES))]
+_EMPTY_EXT = [msgspec.msgpack.Ext(_ARRAY, data) for data in _EMPTY_DATA]
+for _array in _EMPTY:
+    _array.setflags(write=False)
+
 
 def _encode_array(value: Any) -> msgspec.msgpack.Ext:
-    # dtype code (u8), number of dimensions (u8), each dimension (u32), then the data.
-    if not isinstance(value, np.ndarray) or value.dtype not in _CODES:
+    code = _CODES.get(value.dtype) if isinstance(value, np.ndarray) else None
+    if code is None:
         kind = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
         raise TypeError(
             f"cannot put a {kind} into a message; arrays are int32, int64, float32, float64 or bool"
         )
-    header = struct.pack(f"<BB{value.ndim}I", _CODES[value.dtype], value.ndim, *value.shape)
+    shape = value.shape
+    if shape == (0,):
+        return _EMPTY_EXT[code]
+    header = _HEADERS[len(shape)].pack(code, len(shape), *shape)
     return msgspec.msgpack.Ext(_ARRAY, header + value.tobytes())
 
 
 def _decode_array(code: int, data: memoryview) -> np.ndarray[Any, Any]:
     if code != _ARRAY:
         raise msgspec.ValidationError(f"unknown extension {code} in a message")
-    dtype_code, ndim = struct.unpack_from("<BB", data)
-    shape = struct.unpack_from(f"<{ndim}I", data, 2)
-    return np.frombuffer(data, _DTYPES[dtype_code], offset=2 + 4 * ndim).reshape(shape)
+    dtype_code, num_dimensions = data[0], data[1]
+    if num_dimensions == 1 and data == _EMPTY_DATA[dtype_code]:
+        return _EMPTY[dtype_code]
+    header = _HEADERS[num_dimensions]
+    array = np.frombuffer(data, _DTYPES[dtype_code], offset=header.size)
+    return array if num_dimensions == 1 else array.reshape(header.unpack_from(data)[2:])
 
 
 class Codec(Generic[M]):
