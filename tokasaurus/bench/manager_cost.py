@@ -26,6 +26,7 @@ from tokasaurus.planner.configuration import simulated_slices
 from tokasaurus.planner.worker_loop import DeviceStatistics
 
 __all__ = [
+    "Cost",
     "Effort",
     "Setting",
     "Steady",
@@ -62,6 +63,22 @@ class Setting:
             **limits,
         )
         return SimulatedEngine(simulated_slices(flags), DevicePlan(self.cost))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Microseconds of CPU time, of several windows."""
+
+    median_us: float
+    lowest_us: float
+
+    @staticmethod
+    def of(windows_us: list[float]) -> Cost:
+        return Cost(statistics.median(windows_us), min(windows_us))
+
+    def per(self, number: int) -> Cost:
+        """The same for each of so many."""
+        return Cost(self.median_us / number, self.lowest_us / number)
 
 
 # --- steady decode ---------------------------------------------------------------------------------
@@ -187,8 +204,8 @@ _LONG_PROMPT = 1024
 _MAX_SAMPLES = 1024
 
 
-def measure_start_finish(setting: Setting) -> tuple[float, float]:
-    """Microseconds of a sequence that generates one token after 1,024 of a prompt.
+def measure_start_finish(setting: Setting) -> tuple[Cost, Cost]:
+    """Of a sequence that generates one token after 1,024 of a prompt.
 
     Returns:
         Of separate requests, each with a prompt of its own; of 1,024 samples of one prompt that
@@ -215,11 +232,11 @@ def measure_start_finish(setting: Setting) -> tuple[float, float]:
             return count
 
         _start_us(clients, separate)  # fills the cache
-        times = [
-            [_start_us(clients, send) for _ in range(effort.num_windows)]
-            for send in (separate, samples)
-        ]
-        return statistics.median(times[0]), statistics.median(times[1])
+        return _start_cost(setting, clients, separate), _start_cost(setting, clients, samples)
+
+
+def _start_cost(setting: Setting, clients: Clients, send: Callable[[], int]) -> Cost:
+    return Cost.of([_start_us(clients, send) for _ in range(setting.effort.num_windows)])
 
 
 def _start_us(clients: Clients, send: Callable[[], int]) -> float:
@@ -235,8 +252,8 @@ def _start_us(clients: Clients, send: Callable[[], int]) -> float:
 _REFERENCE_TOKENS = 128  # of prompt and completion each
 
 
-def measure_reference(setting: Setting, num_running: int) -> float:
-    """Microseconds a token: requests that are all there at the beginning, until all have ended."""
+def measure_reference(setting: Setting, num_running: int) -> Cost:
+    """Of a generated token: requests that are all there at the beginning, until all have ended."""
     effort = setting.effort
     num_requests, num_tokens = effort.num_waves * num_running, 2 * _REFERENCE_TOKENS
     with setting.engine(
@@ -254,5 +271,4 @@ def measure_reference(setting: Setting, num_running: int) -> float:
                 clients.send(request)
             return num_requests
 
-        costs = [_start_us(clients, send) for _ in range(effort.num_windows)]
-        return statistics.median(costs) / _REFERENCE_TOKENS
+        return _start_cost(setting, clients, send).per(_REFERENCE_TOKENS)
