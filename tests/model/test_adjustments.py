@@ -13,6 +13,7 @@ from test_sampler import parameters
 
 from tokasaurus.errors import ProtocolError
 from tokasaurus.model import adjustments as adjustments_module
+from tokasaurus.model import history as history_module
 from tokasaurus.model.adjustments import AdjustmentTable
 from tokasaurus.model.history import History
 from tokasaurus.model.sampler import draw, logprobs_of, processed
@@ -60,8 +61,14 @@ def one(adjustments, prompt, generated, logits):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_random_tables_against_plain_python(seed):
+@pytest.mark.parametrize("in_pieces", [False, True])
+def test_random_tables_against_plain_python(seed, in_pieces, monkeypatch):
     """Slots come, go and are reused; what they generated comes with them or is recorded as drawn."""
+    if in_pieces:  # more ids than are looked at, or kept beside the logits, at once
+        monkeypatch.setattr(history_module, "_BLOCK", 4)
+        monkeypatch.setattr(history_module, "MAX_GATHERED", 3)
+        monkeypatch.setattr(adjustments_module, "MAX_GATHERED", 3)
+        monkeypatch.setattr(adjustments_module, "_MAX_LAYOUT_ELEMENTS", 5)
     chance = random.Random(seed)
     vocab_size, num_slots = chance.choice([9, 40]), 10
     table = make_table(num_slots, vocab_size)

@@ -77,8 +77,9 @@ class _Layout:
             before it, aligned to the right.
         penalized: [penalized] index into the rows, on the host.
         penalties: [3, penalized] repetition, frequency, presence.
-        known_owners: [known] index into the penalized rows, on the host.
-        known_ids: [known] of prompts, each once for a row; on the host, since there may be many.
+        first_places: [penalized, 1] of each row's first logit, counted row by row.
+        known_places: [known] of logits of ids of prompts, each once for a row; on the host if there are many.
+        known_repetition: [known] the repetition penalty for each, beside it.
         counts: whether any frequency or presence counts.
         may_mask_all: whether some row has as many masks as there are tokens.
         num_elements: of its tables.
@@ -95,8 +96,9 @@ class _Layout:
     word_prefixes: Tensor
     penalized: NDArray[np.intp]
     penalties: Tensor
-    known_owners: Int32Array
-    known_ids: Int32Array
+    first_places: Tensor
+    known_places: Tensor
+    known_repetition: Tensor
     counts: bool
     may_mask_all: bool
     num_elements: int
@@ -182,10 +184,13 @@ class AdjustmentTable:
         """
         if not self._adjustments:
             return None
-        kept = np.flatnonzero(self._history.keeps[slots])
-        if not kept.size:
+        keeps = self._history.keeps[slots]
+        if not keeps.any():
             return None
-        is_lost = self._history.record(slots[kept], token_ids[self._upload(kept)])
+        kept = np.flatnonzero(keeps)
+        if len(kept) < len(slots):
+            slots, token_ids = slots[kept], token_ids[self._upload(kept)]
+        is_lost = self._history.record(slots, token_ids)
         return kept[is_lost].astype(np.int32) if is_lost.any() else None
 
     # --- what slots ask for ------------------------------------------------------------------------
@@ -242,6 +247,12 @@ class AdjustmentTable:
         )
         penalized = np.flatnonzero((penalties != (1, 0, 0)).any(axis=1))
         known = [self._prompts.get(slot, _NO_IDS) for slot in slots[penalized].tolist()]
+        counts = [len(ids) for ids in known]
+        known_places = np.repeat(penalized * self._vocab_size, counts)
+        known_places += np.concatenate([_NO_IDS, *known])
+        known_repetition = np.repeat(penalties[penalized, 0], counts)
+        is_small = len(known_places) <= _MAX_LAYOUT_ELEMENTS
+        place = self._device if is_small else torch.device("cpu")
         values = np.concatenate([each.values for each in edits])
         num_masks = [np.isneginf(each.values).sum() + len(each.words) for each in edits]
         return _Layout(
@@ -258,13 +269,12 @@ class AdjustmentTable:
             penalties=torch.from_numpy(np.ascontiguousarray(penalties[penalized].T)).to(
                 self._device
             ),
-            known_owners=np.repeat(
-                np.arange(len(known), dtype=np.int32), [len(ids) for ids in known]
-            ),
-            known_ids=np.concatenate([_NO_IDS, *known]),
+            first_places=self._upload(penalized * self._vocab_size)[:, None],
+            known_places=torch.from_numpy(known_places).to(place),
+            known_repetition=torch.from_numpy(known_repetition).to(place),
             counts=bool(penalties[:, 1:].any()),
             may_mask_all=max(num_masks) >= self._vocab_size,
-            num_elements=len(owners) + prefixes.size + len(words),
+            num_elements=len(owners) + prefixes.size + len(words) + len(known_places) // 2,
         )
 
     # --- what it does to logits ---------------------------------------------------------------------
@@ -286,43 +296,48 @@ class AdjustmentTable:
     def _penalize(self, work: Tensor, layout: _Layout) -> None:
         """Penalties, in place; only the logits of ids in prompts and histories are touched."""
         slots = layout.slots[layout.penalized]
-        num_ids = len(layout.known_ids) + len(slots) * int(self._history.lengths[slots].max())
-        updates: Iterable[tuple[Tensor, Tensor]]
-        if num_ids <= MAX_GATHERED:
-            updates = list(self._penalized(work, layout, slots))  # reads all before it writes any
-        else:
-            updates = self._penalized(work.clone(), layout, slots)
+        num_ids = len(layout.known_places) + len(slots) * int(self._history.lengths[slots].max())
+        at_once = num_ids <= MAX_GATHERED
+        updates: Iterable[tuple[Tensor, Tensor]] = self._penalized(
+            work if at_once else work.clone(), layout, slots, at_once
+        )
+        if at_once:
+            updates = list(updates)  # reads all before it writes any
         for places, scores in updates:
             work.put_(places, scores)
 
     def _penalized(
-        self, work: Tensor, layout: _Layout, slots: Int32Array
+        self, work: Tensor, layout: _Layout, slots: Int32Array, at_once: bool
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """What becomes of some logits: where they are, counted row by row, and the new ones.
 
-        Of several for one place the last is right.
+        Of several for one place the last is right. ``at_once``: there are few enough to keep all that is gathered.
         """
-        repetition, frequency, presence = layout.penalties[:, :, None]
-        for start in range(0, len(layout.known_ids), MAX_GATHERED):
+        for start in range(0, len(layout.known_places), MAX_GATHERED):
             part = slice(start, start + MAX_GATHERED)
-            owners = self._upload(layout.known_owners[part])
-            places = self._upload(layout.penalized).take(owners) * self._vocab_size
-            places += self._upload(layout.known_ids[part])
-            yield places, _repeated(work.take(places), repetition.take(owners))
+            places = layout.known_places[part].to(self._device)
+            scores = work.view(-1).index_select(0, places)
+            yield places, _repeated(scores, layout.known_repetition[part].to(self._device))
         holding = np.flatnonzero(self._history.lengths[slots] > 0)
         if not len(holding):
             return
-        firsts = self._upload(layout.penalized[holding])[:, None] * self._vocab_size
-        owners = self._upload(holding)
-        repetition, frequency, presence = (
-            each[owners] for each in (repetition, frequency, presence)
-        )
+        first_places, penalties = layout.first_places, layout.penalties[:, :, None]
+        if len(holding) < len(slots):
+            slots, index = slots[holding], self._upload(holding)
+            first_places, penalties = first_places[index], penalties[:, index]
+        repetition, frequency, presence = penalties
+        pieces: Iterable[tuple[Tensor, Tensor]] = self._history.pieces(slots)
+        if at_once:
+            pieces = list(pieces)
         counts = None
         if layout.counts:
-            counts = self._history.counts(slots[holding], self._vocab_size)
-        for ids in self._history.pieces(slots[holding]):
-            places = firsts + ids
-            scores = _repeated(work.take(places), repetition)
+            counts = torch.zeros(len(slots), self._vocab_size, device=self._device)
+            for ids, is_there in pieces if at_once else self._history.pieces(slots):
+                counts.scatter_add_(1, ids, is_there.to(counts.dtype))
+        for ids, _ in pieces:
+            places = first_places + ids
+            scores = work.view(-1).index_select(0, places.view(-1)).view_as(places)
+            scores = _repeated(scores, repetition)
             if counts is not None:
                 count = counts.gather(1, ids)
                 scores = scores - frequency * count - presence * (count > 0)

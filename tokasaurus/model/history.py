@@ -95,17 +95,21 @@ class History:
         """
         self._turn += 1
         self._last_turn[slots] = self._turn
-        for slot in slots[(self.lengths[slots] % _BLOCK == 0) & ~self.is_lost[slots]].tolist():
+        starts_block = self.lengths[slots] % _BLOCK == 0
+        for slot in (
+            slots[starts_block & ~self.is_lost[slots]].tolist() if starts_block.any() else ()
+        ):
             block = self._take(1)
             if block:
                 self._blocks[slot, self.lengths[slot] // _BLOCK] = block[0]
             else:
                 self._lose(slot)
         is_lost = self.is_lost[slots]
-        rows = np.flatnonzero(~is_lost)
-        slots = slots[rows]
+        if is_lost.any():
+            rows = np.flatnonzero(~is_lost)
+            slots, drawn = slots[rows], drawn[self._upload(rows)]
         places = self._places(slots, self.lengths[slots])
-        self._memory.view(-1)[self._upload(places)] = drawn[self._upload(rows)].to(torch.int32)
+        self._memory.view(-1)[self._upload(places)] = drawn.to(torch.int32)
         self.lengths[slots] += 1
         return is_lost
 
@@ -115,38 +119,26 @@ class History:
         ids = self._memory.view(-1)[self._upload(self._places(slots[:, None], columns.clip(min=0)))]
         return ids.where(torch.from_numpy(columns >= 0).to(ids.device), missing)
 
-    def pieces(self, slots: Int32Array) -> Iterator[Tensor]:
+    def pieces(self, slots: Int32Array) -> Iterator[tuple[Tensor, Tensor]]:
         """Everything that slots hold, each at least one id, some ids of each at a time.
 
         Yields:
-            [slots, some] int64; a slot that has fewer than others repeats its first one.
+            [slots, some] int64 ids, and bool whether they are there: beyond its end a slot repeats its first id.
         """
-        for ids, is_there in self._pieces(slots):
-            yield ids.where(is_there, self._firsts(slots)).to(torch.int64)
-
-    def counts(self, slots: Int32Array, vocab_size: int) -> Tensor:
-        """[slots, vocabulary] fp32: how often each has generated each token."""
-        counts = torch.zeros(len(slots), vocab_size, device=self._memory.device)
-        for ids, is_there in self._pieces(slots):
-            counts.scatter_add_(1, ids.to(torch.int64), is_there.to(counts.dtype))
-        return counts
-
-    def _firsts(self, slots: Int32Array) -> Tensor:
-        """[slots, 1] the first id of each."""
-        return self._memory[self._upload(self._blocks[slots, 0]), :1]
-
-    def _pieces(self, slots: Int32Array) -> Iterator[tuple[Tensor, Tensor]]:
-        """Ids, and whether they are there: beyond a slot's end are those of former times. Both [slots, some]."""
         lengths = self._upload(self.lengths[slots])[:, None]
-        longest = int(self.lengths[slots].max(initial=0))
+        longest = int(self.lengths[slots].max())
         step = max(MAX_GATHERED // (len(slots) * _BLOCK), 1)
-        num_columns = -(-longest // _BLOCK)
-        for start in range(0, num_columns, step):
-            blocks = self._blocks[slots, start : min(start + step, num_columns)]
+        num_blocks = -(-longest // _BLOCK)
+        columns = torch.arange(min(step * _BLOCK, longest), device=self._memory.device)
+        firsts = None
+        for start in range(0, num_blocks, step):
+            blocks = self._blocks[slots, start : min(start + step, num_blocks)]
             found = self._memory.index_select(0, self._upload(blocks.reshape(-1)))
-            ids = found.view(len(slots), -1)[:, : longest - start * _BLOCK]
-            columns = torch.arange(ids.shape[1], device=ids.device) + start * _BLOCK
-            yield ids, columns < lengths
+            ids = found.view(len(slots), -1)[:, : longest - start * _BLOCK].to(torch.int64)
+            if firsts is None:
+                firsts = ids[:, :1]
+            is_there = columns[: ids.shape[1]] < lengths - start * _BLOCK
+            yield ids.where(is_there, firsts), is_there
 
     def _places(self, slots: Int32Array, columns: Int32Array) -> Int32Array:
         """Where in the memory the ids of these positions lie."""
