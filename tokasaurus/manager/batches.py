@@ -123,11 +123,14 @@ def draws(chunks: Rows[Chunk]) -> tuple[IndexArray, IndexArray]:
     ends = [index for index, chunk in enumerate(chunks) if chunk.ends_prompt]
     if not ends:
         return NO_SLOTS, NO_SLOTS
-    slots = np.concatenate(
-        [part for i in ends for part in ((chunks[i].sequence.slot,), chunks[i].forks)]
-    )
-    counts = [1 + len(chunks[i].forks) for i in ends]
-    return np.repeat(np.array(ends, np.intp), counts), slots.astype(np.intp)
+    slots: list[int] = []
+    counts: list[int] = []
+    for index in ends:
+        chunk = chunks[index]
+        slots.append(chunk.sequence.slot)
+        slots += chunk.forks.tolist()
+        counts.append(1 + len(chunk.forks))
+    return np.repeat(np.array(ends, np.intp), counts), np.array(slots, np.intp)
 
 
 def prompt_pieces(chunks: Rows[Chunk]) -> list[PromptPiece]:

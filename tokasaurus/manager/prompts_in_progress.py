@@ -55,12 +55,14 @@ class PromptsInProgress:
             self.leave(sequence)
             other.waiting.append(sequence)
             return False
-        self.advance(sequence, num_pages)
+        self._claim(sequence, key)
         return True
 
     def advance(self, sequence: Sequence, num_pages: int) -> None:
         """So many leading pages of its prompt can be found now; wakes who waited for them."""
-        key = self._key(sequence, num_pages)
+        self._claim(sequence, self._key(sequence, num_pages))
+
+    def _claim(self, sequence: Sequence, key: bytes | None) -> None:
         claim = self._by_sequence.get(sequence)
         if claim is not None and claim.key == key:
             return

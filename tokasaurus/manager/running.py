@@ -142,14 +142,15 @@ class RunningSequences:
                 self._counters.queue_s += now - sequence.request.arrived_at
         self.window.prepare(max(s.request.message.num_logprobs for s in sequences))
         rows = slots.enter(sequences, lengths, num_pages)
+        table, new_pages, taken = slots.page_table, self.pages.allocate(sum(num_new_pages)), 0
+        for row, shared, count in zip(rows.tolist(), shared_pages, num_pages, strict=True):
+            num_own = count - len(shared)
+            table[row, : len(shared)] = shared
+            table[row, len(shared) : count] = new_pages[taken : taken + num_own]
+            taken += num_own
         counts = np.array(num_pages)
-        owners = np.repeat(rows, counts)
-        columns = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
-        is_shared = columns < np.repeat(np.array(num_shared), counts)
-        pages: Int32Array = np.empty(len(owners), np.int32)
-        pages[is_shared] = np.concatenate(shared_pages)
-        pages[~is_shared] = self.pages.allocate(sum(num_new_pages))
-        slots.page_table[owners, columns] = pages
+        owners = rows.repeat(counts)
+        columns = np.arange(len(owners)) - (counts.cumsum() - counts).repeat(counts)
         self.table_changes.add(owners, columns)
         return rows
 
