@@ -138,6 +138,7 @@ class FakeDevice:
         self.cell_positions = np.full((config.num_pages, size), -1, np.int64)
         self.cell_digests = np.zeros((config.num_pages, size), np.uint64)
         self.next_number = 0
+        self.remembers: set[int] = set()  # slots whose sequences have adjustments
         # By (seed, sample index): generated tokens drawn so far. Never drawn twice, none left out.
         self.num_drawn: dict[tuple[int, int], int] = {}
         self.num_rows = 0
@@ -224,8 +225,14 @@ class FakeDevice:
             cells[targets] = cells[sources]
 
     def _patch(self, batch: ForwardBatch) -> None:
+        if batch.left_slots is not None:
+            for slot in batch.left_slots.tolist():
+                self.remembers.remove(slot)
         parameters = batch.parameters
         if parameters is not None:
+            assert not self.remembers & set(parameters.slots.tolist()), "it was not told to forget"
+            for group in parameters.adjusted:
+                self.remembers.update(group.slots.tolist())
             for index, slot in enumerate(parameters.slots.tolist()):
                 self.num_entered += 1
                 self.page_table[slot] = -1

@@ -29,6 +29,7 @@ from tokasaurus.manager.manager import Manager
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
+    Adjustments,
     CacheFlushed,
     Eta,
     FinishReason,
@@ -246,6 +247,7 @@ class World:
             for sequence, _ in running.table_changes._patches
         )
         assert not self.manager._departing
+        assert self.device.remembers == set(running.left_slots)  # for the next batch to say
 
     # --- to the manager ----------------------------------------------------------------------------
 
@@ -558,4 +560,7 @@ class Simulation(World):
             stream=chance.random() < 0.3,
             hold_for_acks=chance.random() < 0.3,
             grammar=chance.choice(["", "", "", str(chance.randint(1, habits.max_tokens))]),
+            sampling=Sampling(
+                adjustments=chance.choice([None, None, Adjustments(frequency_penalty=1.0)])
+            ),
         )

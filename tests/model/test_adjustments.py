@@ -241,6 +241,22 @@ def test_histories_are_kept_for_those_that_need_them():
     assert not history.lengths.any()
 
 
+def test_what_has_left_is_forgotten():
+    """The worker is told before others come: there is room, and nothing is done for who was there."""
+    history = History(4, 100_000, 0, CPU)  # a block of 256 for each
+    table = AdjustmentTable(4, 8, history, CPU)
+    penalty = Adjustments(frequency_penalty=1.0, repetition_penalty=2.0)
+    slots = np.arange(2, dtype=np.int32)
+    enter(table, [(0, penalty, [1], [2] * 600), (1, None, [1], [])])
+    logits = torch.ones(2, 8)
+    assert not torch.equal(table.adjusted(logits, slots, slots), logits)
+    table.leave(slots)
+    assert table.adjusted(logits, slots, slots) is logits
+    enter(table, [(2, penalty, [1], [2] * 900)])
+    assert table.record(np.array([2], np.int32), torch.tensor([4])) is None
+    assert history.lengths.tolist() == [0, 0, 901, 0]
+
+
 def test_who_cannot_be_remembered_is_cut():
     """The row is that of the batch, not that among those who keep a history."""
     table = AdjustmentTable(3, 8, History(3, 100_000, 0, CPU), CPU)  # a block of 256 for each

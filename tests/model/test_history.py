@@ -68,17 +68,17 @@ def test_random_histories_against_lists(monkeypatch, seed, gathered):
     assert history._memory.data_ptr() == memory
 
 
-def test_what_has_ended_makes_room(monkeypatch):
-    """Slots one after the other, none of which says that it is done: those that drew last stay."""
+def test_what_has_left_makes_room(monkeypatch):
+    """As much as there is, again and again, by one slot after the other."""
     monkeypatch.setattr(history_module, "_BLOCK", 4)
-    history = History(8, 40, 40, CPU)  # 18 blocks, for at most 72 ids
+    history = History(8, 72, 40, CPU)  # 18 blocks, for at most 72 ids
     for slot in range(8):
-        history.enter(ints([slot]), ints([]))
-        for token in range(24):
+        history.enter(ints([slot]), ints([0] * 40))
+        for token in range(32):
             assert not history.record(ints([slot]), torch.tensor([token % VOCAB_SIZE])).any()
-        assert len(gathered_ids(history, [slot])[slot]) == 24
-    assert history.lengths.tolist() == [0] * 5 + [24] * 3
-    assert history.is_lost.tolist() == [True] * 5 + [False] * 3
+        assert len(gathered_ids(history, [slot])[slot]) == 72
+        history.leave(ints([slot]))
+    assert not history.is_lost.any()
 
 
 def test_what_lives_and_gets_no_room_is_lost(monkeypatch, caplog):

@@ -122,6 +122,7 @@ EXAMPLES = [
         group_first_columns=ints(2),
         group_num_columns=ints(2),
         prefill_pooling=ints(1),
+        left_slots=ints(2),
     ),
     ForwardResult(
         number=8,

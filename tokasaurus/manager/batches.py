@@ -67,6 +67,7 @@ class Chunk:
 
 def forward_batch(
     number: int,
+    left_slots: Rows[int],
     entered: Rows[Sequence],
     table_changes: tuple[Int32Array, Int32Array, Int32Array],
     decode_slots: IndexArray,
@@ -79,6 +80,7 @@ def forward_batch(
 
     Args:
         number: of the batch.
+        left_slots: that the worker need not remember anything for.
         entered: sequences whose parameters the worker does not know yet.
         table_changes: slots, columns and pages.
         decode_slots: one row each.
@@ -115,6 +117,7 @@ def forward_batch(
         group_first_columns=groups.first_columns if groups else _NONE,
         group_num_columns=groups.num_columns if groups else _NONE,
         prefill_pooling=_int32(pooling) if any(pooling) else None,
+        left_slots=_int32(left_slots) if left_slots else None,
     )
 
 

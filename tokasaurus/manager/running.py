@@ -64,6 +64,8 @@ class RunningSequences:
         self.in_progress = PromptsInProgress(config.page_size)  # theirs, and those of candidates
         self.preempted: list[Sequence] = []  # whose last batch is in flight
         self.resting: dict[Sequence, None] = {}  # preempted, with tokens and without a slot
+        # Slots that sequences with adjustments left, which the worker was not told yet.
+        self.left_slots: list[int] = []
         self.stop_lag = config.stop_lag
         self._backlog = backlog
         self._counters = counters
@@ -271,6 +273,9 @@ class RunningSequences:
         for sequence in resumed:
             self.preempted.remove(sequence)
             sequence.prompt_ids = _all_ids(sequence, NO_PAGES)
+        self.left_slots += [
+            owner.slot for owner in owners if owner.request.message.sampling.adjustments is not None
+        ]
         self.slots.leave(slots)
         for sequence in resumed:
             self.resting[sequence] = None

@@ -346,6 +346,7 @@ class Scheduler:
         drawing = draws(chunks)
         batch = forward_batch(
             number,
+            running.left_slots,
             [sequence for offer in accepted for sequence in offer.entering],
             running.table_changes.flush(),
             decode_slots,
@@ -354,6 +355,7 @@ class Scheduler:
             copies,
             groups,
         )
+        running.left_slots = []
         drawing_slots = drawing[1]
         sampling_slots = decode_slots
         if drawing_slots.size:

@@ -133,16 +133,23 @@ class AdjustmentTable:
         Raises:
             ProtocolError: ids beyond the vocabulary, or other slots than those that are entered.
         """
-        former = parameters.slots[self._asks[parameters.slots]]
+        self.leave(parameters.slots)
+        if parameters.adjusted:
+            self._layouts.clear()
+        for group in parameters.adjusted:
+            self._enter_group(group, parameters)
+
+    def leave(self, slots: Int32Array) -> None:
+        """Forgets what it has of these slots, which may be nothing."""
+        former = slots[self._asks[slots]]
+        if not former.size:
+            return
         for slot in former.tolist():
             del self._adjustments[slot], self._edits[slot]
             self._prompts.pop(slot, None)
         self._history.leave(former)
         self._asks[former] = False
-        if former.size or parameters.adjusted:
-            self._layouts.clear()
-        for group in parameters.adjusted:
-            self._enter_group(group, parameters)
+        self._layouts.clear()
 
     def adjusted(self, logits: Tensor, slots: Int32Array, num_generated: Int32Array) -> Tensor:
         """The logits after all adjustments.

@@ -33,8 +33,7 @@ MAX_GATHERED = 1 << 22  # ids that are looked at at once: what is made of each t
 class History:
     """Generated ids of those slots that keep them.
 
-    Nobody says when a sequence has ended. So where memory runs out, the slots that drew nothing for longest give
-    theirs up. Should one of them live, it is lost: its next token is its last.
+    A sequence that gets no room any more is lost: its next token is its last.
 
     Args:
         num_slots: that may keep one.
@@ -48,8 +47,6 @@ class History:
         self._memory = torch.zeros(num_blocks, _BLOCK, dtype=torch.int32, device=device)
         self._free = list(range(num_blocks))
         self._blocks: Int32Array = np.zeros((num_slots, -(-max_length // _BLOCK)), np.int32)
-        self._turn = 0
-        self._last_turn = np.zeros(num_slots, np.int64)  # in which it drew
         self.keeps: NDArray[np.bool_] = np.zeros(num_slots, np.bool_)
         self.is_lost: NDArray[np.bool_] = np.zeros(num_slots, np.bool_)
         self.lengths: Int32Array = np.zeros(num_slots, np.int32)
@@ -68,7 +65,6 @@ class History:
     def enter(self, slots: Int32Array, ids: Int32Array) -> None:
         """These slots keep what they generate, after these ids. They have left before."""
         self.keeps[slots] = True
-        self._last_turn[slots] = self._turn
         count = -(-len(ids) // _BLOCK)
         padded = np.zeros(count * _BLOCK, np.int32)
         padded[: len(ids)] = ids
@@ -93,8 +89,6 @@ class History:
         Returns:
             [rows] whether the slot is lost.
         """
-        self._turn += 1
-        self._last_turn[slots] = self._turn
         starts_block = self.lengths[slots] % _BLOCK == 0
         for slot in (
             slots[starts_block & ~self.is_lost[slots]].tolist() if starts_block.any() else ()
@@ -146,17 +140,7 @@ class History:
 
     def _take(self, count: int) -> list[int]:
         """So many free blocks, or what there is."""
-        if len(self._free) < count:
-            self._reclaim(count)
         return [self._free.pop() for _ in range(min(count, len(self._free)))]
-
-    def _reclaim(self, count: int) -> None:
-        holding = np.flatnonzero((self.lengths > 0) & (self._last_turn < self._turn))
-        for slot in holding[np.argsort(self._last_turn[holding])].tolist():
-            if len(self._free) >= count:
-                return
-            self._drop(slot)
-            self.is_lost[slot] = True
 
     def _drop(self, slot: int) -> None:
         self._free += self._blocks[slot, : -(-int(self.lengths[slot]) // _BLOCK)].tolist()

@@ -123,7 +123,8 @@ class SlotState:
         )  # columns of the page table in use
         self.sampling = SamplingParameters.neutral(num_slots)
         # Of what runs at once, no more is generated than the KV cache has positions, but where sequences hold
-        # the same pages. What has ended counts until others need its room.
+        # the same pages; and as much may belong to sequences whose pages are given back already, while their
+        # last batches are in flight.
         history = History(
             num_slots, max_request_tokens, _HISTORY_SHARE * num_pages * page_size, device
         )
@@ -137,6 +138,9 @@ class SlotState:
         Raises:
             ProtocolError: if the batch names slots, pages, ids or positions that cannot be.
         """
+        if batch.left_slots is not None:
+            self._check_range("slots that were left", batch.left_slots, self._num_slots)
+            self.adjustments.leave(batch.left_slots)
         if batch.parameters is not None:
             self._enter(batch.parameters)
         self._patch_page_table(batch)

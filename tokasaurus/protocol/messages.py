@@ -327,7 +327,7 @@ class SlotParameters(msgspec.Struct, frozen=True, array_like=True, eq=False):
 class ForwardBatch(Message, frozen=True):
     """One forward pass, as differences to what the worker already knows.
 
-    The worker applies ``parameters``, then the page-table entries, then runs: first one token for
+    The worker forgets ``left_slots``, applies ``parameters``, then the page-table entries, then runs: first one token for
     every slot of ``decode_slots`` (its input is the last token sampled for that slot, its position
     the slot's length), then the chunks of prompts. Row order is decode rows, then prefill rows. Every
     decode row draws a token; then slot ``draw_slots[i]`` draws one from the last row of chunk
@@ -378,6 +378,9 @@ class ForwardBatch(Message, frozen=True):
     group_first_columns: Int32Array  # [groups] of the page table
     group_num_columns: Int32Array  # [groups]
     prefill_pooling: Int32Array | None = None  # [chunks] Pooling; None where no chunk is pooled
+    # Slots that sequences with adjustments have left since the batch before, so that nobody needs what is
+    # remembered for these; None if there are none.
+    left_slots: Int32Array | None = None
 
 
 class ForwardResult(Message, frozen=True):
