@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tokasaurus.batch.lines import answer_line, error_line
+from tokasaurus.batch.lines import answer_line, error_line, parse_line
 from tokasaurus.batch.offline import OfflineJob
 from tokasaurus.batch.tables import import_requests, write_parquet
 from tokasaurus.errors import ConfigError
@@ -52,6 +52,13 @@ def test_plain_lines_become_lines_of_a_batch(tmp_path):
         {"neither": 1},
         [1],
     ]
+
+
+def test_a_line_that_is_neither_is_told_what_it_may_be():
+    bad = parse_line(1, b'{"text": "a"}', None, ["/v1/completions"])
+    assert bad.message.endswith(
+        "custom_id, method, url, body, or be a body with prompt or messages"
+    )
 
 
 def test_rows_of_parquet(tmp_path):

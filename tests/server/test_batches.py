@@ -258,6 +258,10 @@ def test_a_list_goes_on_where_a_file_was_deleted(client, server):
 def test_uploads_of_another_type(server):
     assert server.post("/v1/files", {"file": "a"}).status == 415
     assert server.post("/v1/files", b"", **{"Content-Type": "multipart/form-data"}).status == 415
+    form = {"Content-Type": "multipart/form-data; boundary=xyz", "Content-Encoding": "gzip"}
+    answer = server.post("/v1/files", b"", **form)
+    assert answer.status == 415
+    assert "compressed" in answer.error["message"]
 
 
 # --- batches ---------------------------------------------------------------------------------------

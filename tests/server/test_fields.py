@@ -92,10 +92,21 @@ def test_an_unknown_field_is_refused_with_the_nearest_name(server, path):
         ("/v1/completions", {"best_of": 4, "n": 4}, "best_of", "it was 4"),
         ("/v1/completions", {"suffix": "end"}, "suffix", "goes on from the prompt"),
         ("/v1/chat/completions", {"store": True}, "store", "keeps no completions"),
+        (
+            "/v1/chat/completions",
+            {"reasoning_effort": "low"},
+            "reasoning_effort",
+            "in chat_template_kwargs",
+        ),
         ("/v1/completions", {"store": True}, "store", "keeps no completions"),
         ("/v1/completions", {"user": "u" * 513}, "user", "512"),
         ("/v1/completions", {"user": 7}, "user", "string"),
-        ("/v1/completions", {"metadata": {"a": 1}}, "metadata", "string"),
+        (
+            "/v1/completions",
+            {"metadata": {"a": 1}},
+            "metadata",
+            "metadata.a must be a valid string",
+        ),
         ("/v1/completions", {"metadata": {"a" * 65: "b"}}, "metadata", "64"),
         ("/v1/completions", {"metadata": {"a": "b" * 513}}, "metadata", "512"),
         (
@@ -108,7 +119,12 @@ def test_an_unknown_field_is_refused_with_the_nearest_name(server, path):
         ("/v1/completions", {"service_tier": "flex", "priority": 3}, "service_tier", "priority"),
         ("/v1/chat/completions", {"messages": None}, "messages", "neither"),
         ("/v1/chat/completions", {"ids": [5, 6]}, "ids", "both"),
-        ("/v1/chat/completions", {"ids": [], "messages": None}, "ids", "at least 1"),
+        (
+            "/v1/chat/completions",
+            {"ids": [], "messages": None},
+            "ids",
+            "ids must have at least 1 item",
+        ),
         ("/v1/chat/completions", {"ids": [99999], "messages": None}, "ids", "99999"),
         ("/v1/chat/completions", {"ids": [5] * 512, "messages": None}, "ids", "512"),
         (
@@ -156,7 +172,7 @@ def test_an_unknown_field_is_refused_with_the_nearest_name(server, path):
             "/v1/chat/completions",
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
             "messages",
-            "messages[0].content[0].type: input should be 'text'; it was 'image_url'",
+            "messages[0].content[0].type must be 'text', not 'image_url'",
         ),
         ("/v1/chat/completions", {"top_logprobs": 3}, "top_logprobs", "logprobs"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import time
 
@@ -85,6 +86,20 @@ def test_only_json_is_read(server, media_type):
     assert answer.status == 415
     assert "application/json" in answer.error["message"]
     assert not server.engine.requests
+
+
+def test_a_body_without_a_type_is_told_so(server):
+    answer = server._ask("POST", "/v1/completions", json.dumps(BODY).encode(), {})
+    assert answer.status == 415
+    assert "it had none" in answer.error["message"]
+
+
+def test_a_compressed_body_is_refused_as_one(server):
+    body = gzip.compress(json.dumps(BODY).encode())
+    answer = server.post("/v1/completions", body, **{"Content-Encoding": "gzip"})
+    assert answer.status == 415
+    assert "Content-Encoding: gzip" in answer.error["message"]
+    assert server.post("/v1/completions", BODY, **{"Content-Encoding": "identity"}).status == 200
 
 
 @pytest.mark.parametrize("media_type", ["application/json; charset=utf-8", "Application/JSON"])

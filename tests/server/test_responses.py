@@ -202,6 +202,7 @@ def test_an_error_in_mid_stream(server):
     [
         ({"input": None}, "input"),
         ({"input": []}, "input"),
+        ({"input": [{"type": "input_image"}]}, "input"),
         ({"input": [{"role": "alien", "content": ""}]}, "input"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input"),
@@ -230,3 +231,11 @@ def test_wrong_values_are_named(server, body, param):
         assert answer.status == 400
         assert answer.error["param"] == param
         assert param in answer.error["message"]
+
+
+def test_errors_of_items_say_what_they_may_be(server):
+    for items, said in (
+        ([], "input must have at least 1 item, not []"),
+        ([{"type": "input_image"}], "input[0] must be of type 'message', 'function_call'"),
+    ):
+        assert server.post(PATH, {**BASE, "input": items}).error["message"].startswith(said)

@@ -102,6 +102,11 @@ def parse_line(
     if not isinstance(fields, dict):
         return BadLine(number, None, "invalid_json_line", "the line is no JSON object")
     custom_id = fields.get("custom_id")
+    if custom_id is None and "body" not in fields:
+        message = f"the line is no request: it must have {', '.join(_FIELDS)}"
+        if endpoint is None:
+            message += ", or be a body with prompt or messages"
+        return BadLine(number, None, "missing_custom_id", message)
     if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= _MAX_ID_CHARS:
         message = (
             f"custom_id must be a text of 1 to {_MAX_ID_CHARS} characters, and no other line's"

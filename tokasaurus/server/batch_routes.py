@@ -36,7 +36,7 @@ def batch_runner(config: ServerConfig, state: EngineState) -> BatchRunner:
     try:
         store = JobStore(Path(config.data_dir).expanduser(), config.max_stored_bytes)
     except (ConfigError, RuntimeError) as error:  # the latter where nobody has a home
-        raise ConfigError(f"data_dir: {error}, or choose another with data_dir=") from None
+        raise ConfigError(f"data_dir: {error}; another can be chosen with data_dir=") from None
     ahead = SAMPLES_AHEAD * config.max_seqs_per_forward
     return BatchRunner(
         store,

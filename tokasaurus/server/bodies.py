@@ -11,7 +11,14 @@ from tokasaurus import client_json
 from tokasaurus.errors import RequestError
 from tokasaurus.server.http_errors import ClientGone, WrongMediaType
 
-__all__ = ["read_json"]
+__all__ = ["read_json", "refuse_compressed"]
+
+
+def refuse_compressed(request: Request) -> None:
+    """Raises WrongMediaType if the body is compressed: a small one could stand for any number of bytes."""
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding != "identity":
+        raise WrongMediaType(f"the body must not be compressed; it has Content-Encoding: {coding}")
 
 
 async def read_json(request: Request) -> Any:
@@ -22,13 +29,13 @@ async def read_json(request: Request) -> Any:
 
     Raises:
         RequestError: it is no JSON.
-        ClientGone: as it says.
+        WrongMediaType, ClientGone: as they say.
     """
+    refuse_compressed(request)
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
-        raise WrongMediaType(
-            f"the body must be sent with Content-Type: application/json, not {media_type or 'nothing'!r}"
-        )
+        sent = f"not {media_type!r}" if media_type else "and it had none"
+        raise WrongMediaType(f"the body must be sent with Content-Type: application/json, {sent}")
     data = bytearray()
     try:
         async for piece in request.stream():

@@ -93,6 +93,7 @@ _REASONS: Mapping[str, str] = {
     "continue_final_message": "it is an argument in chat_template_kwargs",
     "ebnf": "ask for structured_outputs",
     "json_schema": "ask for structured_outputs or response_format",
+    "reasoning_effort": "where a chat template knows it, it is an argument in chat_template_kwargs",
     "regex": "ask for structured_outputs",
     "return_token_ids": "they are in system_fingerprint",
     "store": "this server keeps no completions",

@@ -63,7 +63,8 @@ class FileRoutes:
                 raise RequestError("file is required", "file")
             purpose = form.fields.get("purpose")
             if purpose != "batch":
-                raise RequestError(f"purpose must be batch, not {purpose!r}", "purpose")
+                was = "and it is missing" if purpose is None else f"not {purpose!r}"
+                raise RequestError(f"purpose must be batch, {was}", "purpose")
             now = int(time.time())
             lifetime_s = _lifetime_s(form.fields)
             file = StoredFile(

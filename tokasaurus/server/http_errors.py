@@ -44,7 +44,7 @@ _MAX_PARAM_CHARS = 200
 
 
 class WrongMediaType(RequestError):
-    """The body is not declared to be JSON."""
+    """The body is not declared to be what the route reads, or it is compressed."""
 
 
 class BodyTooLarge(RequestError):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from tokasaurus.client_json import shown
 from tokasaurus.errors import RequestError
@@ -34,14 +35,28 @@ def validated(fields: Any, schema: type[S]) -> S:
 
 def _as_request_error(error: ValidationError) -> RequestError:
     """The first thing that is wrong; of a union's members, the one that came furthest."""
-    first = max(error.errors(include_url=False), key=lambda each: len(each["loc"]))
+    first = max(
+        error.errors(include_url=False),
+        key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")),
+    )
     field = str(first["loc"][0])
     if first["type"] == "missing" and len(first["loc"]) == 1:
         return RequestError(f"{field} is required", field)
     if first["type"] == "extra_forbidden":
         return RequestError(f"{_path(first['loc'])} is no known field", field)
-    said = f"{_path(first['loc'])}: {first['msg'].lower()}; it was {shown(first['input'])}"
+    said = f"{_path(first['loc'])} {_expectation(first)}, not {shown(first['input'])}"
     return RequestError(said, field)
+
+
+def _expectation(error: ErrorDetails) -> str:
+    """``must be a valid string``: what pydantic says, without its own words for what was given."""
+    if error["type"] == "union_tag_invalid":
+        return f"must be of type {error['ctx']['expected_tags']}"
+    message = error["msg"].partition(" after validation")[0]
+    for begin, instead in (("Input should ", "must "), ("List should ", "must ")):
+        if message.startswith(begin):
+            return instead + message.removeprefix(begin)
+    return f"is wrong: {message}"
 
 
 def _path(location: Sequence[str | int]) -> str:

@@ -15,6 +15,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
 from tokasaurus.errors import RequestError
+from tokasaurus.server.bodies import refuse_compressed
 from tokasaurus.server.http_errors import BodyTooLarge, ClientGone, WrongMediaType
 
 __all__ = ["Form", "receive_form"]
@@ -48,8 +49,9 @@ async def receive_form(
     Raises:
         RequestError: it is no such form; names the field.
         BodyTooLarge: the file is.
-        ClientGone: as it says.
+        WrongMediaType, ClientGone: as they say.
     """
+    refuse_compressed(request)
     media_type, options = parse_options_header(request.headers.get("content-type"))
     boundary = options.get(b"boundary")
     if media_type != b"multipart/form-data" or not boundary:
