@@ -286,6 +286,13 @@ def test_chat_content_in_parts(server, client):
     assert first == second
 
 
+def test_a_developer_is_the_system_to_the_chat_template(server, client):
+    for role in ("developer", "system"):
+        chat(client, [{"role": role, "content": "be brief"}, {"role": "user", "content": "hi"}])
+    first, second = (request.prompt_ids.tolist() for request in server.engine.requests)
+    assert first == second
+
+
 def test_chat_continues_the_assistant(server, client):
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hel"}]
     chat(client, messages, max_tokens=2)

@@ -27,7 +27,7 @@ class TextPart(StrictSchema):
 
 
 class ChatMessage(StrictSchema):
-    """One message. The chat template decides which roles there are."""
+    """One message. The chat template decides which roles there are; ``developer`` is ``system`` to it."""
 
     role: str
     content: str | list[TextPart] | None = None
@@ -64,7 +64,8 @@ class ChatMessage(StrictSchema):
         """
         if self.content is None and not self.tool_calls:
             raise RequestError(f"{where}.content is required", "messages")
-        message: dict[str, Any] = {"role": self.role, "content": self.text}
+        role = "system" if self.role == "developer" else self.role
+        message: dict[str, Any] = {"role": role, "content": self.text}
         for name in ("name", "tool_call_id", "reasoning_content"):
             if getattr(self, name) is not None:
                 message[name] = getattr(self, name)
