@@ -134,10 +134,13 @@ class AdjustmentTable:
             ProtocolError: ids beyond the vocabulary, or other slots than those that are entered.
         """
         self.leave(parameters.slots)
-        if parameters.adjusted:
-            self._layouts.clear()
+        if not parameters.adjusted:
+            return
+        self._layouts.clear()
+        slots, num_generated = parameters.slots.tolist(), parameters.num_generated.tolist()
+        entering = dict(zip(slots, num_generated, strict=True))
         for group in parameters.adjusted:
-            self._enter_group(group, parameters)
+            self._enter_group(group, entering)
 
     def leave(self, slots: Int32Array) -> None:
         """Forgets what it has of these slots, which may be nothing."""
@@ -202,10 +205,10 @@ class AdjustmentTable:
 
     # --- what slots ask for ------------------------------------------------------------------------
 
-    def _enter_group(self, group: AdjustedSlots, parameters: SlotParameters) -> None:
-        slots, adjustments = group.slots, group.adjustments
-        entered = np.isin(parameters.slots, slots)
-        if np.count_nonzero(entered) != len(slots):
+    def _enter_group(self, group: AdjustedSlots, entering: dict[int, int]) -> None:
+        """``entering``: how many tokens each slot that is entered has generated before."""
+        slots, adjustments = group.slots.tolist(), group.adjustments
+        if len(entering.keys() & set(slots)) != len(slots):
             raise ProtocolError("slots are adjusted that no sequence enters")
         edits = _Edits.of(adjustments)
         words = np.array([i for word in edits.words for i in word], np.int64)
@@ -214,15 +217,14 @@ class AdjustmentTable:
             raise ProtocolError(
                 f"adjusted ids range from {ids.min()} to {ids.max()}, the limit is {self._vocab_size}"
             )
-        for slot in slots.tolist():
+        for slot in slots:
             self._adjustments[slot], self._edits[slot] = adjustments, edits
-        self._asks[slots] = True
-        num_generated = int(parameters.num_generated[entered][0]) if len(slots) else 0
-        num_prompt = len(group.ids) - num_generated
+        self._asks[group.slots] = True
+        num_prompt = len(group.ids) - (entering[slots[0]] if slots else 0)
         if adjustments.reads_prompt:
-            self._prompts |= dict.fromkeys(slots.tolist(), np.unique(group.ids[:num_prompt]))
+            self._prompts |= dict.fromkeys(slots, _distinct(group.ids[:num_prompt]))
         if adjustments.reads_generated:
-            self._history.enter(slots, group.ids[num_prompt:])
+            self._history.enter(group.slots, group.ids[num_prompt:])
 
     def _layout(self, slots: Int32Array, asking: NDArray[np.bool_]) -> _Layout:
         """Made once for as long as the same slots come back."""
@@ -352,6 +354,14 @@ class AdjustmentTable:
 
     def _upload(self, values: NDArray[np.integer[Any]]) -> Tensor:
         return torch.from_numpy(values.astype(np.int64)).to(self._device)
+
+
+def _distinct(ids: Int32Array) -> Int32Array:
+    """Each once; several times faster than numpy's ``unique``."""
+    ids = np.sort(ids)
+    is_first = np.ones(len(ids), np.bool_)
+    np.not_equal(ids[1:], ids[:-1], out=is_first[1:])
+    return ids[is_first]
 
 
 def _repeated(scores: Tensor, penalty: Tensor) -> Tensor:
