@@ -62,21 +62,6 @@ class PromptsInProgress:
         """So many leading pages of its prompt can be found now; wakes who waited for them."""
         self._claim(sequence, self._key(sequence, num_pages))
 
-    def _claim(self, sequence: Sequence, key: bytes | None) -> None:
-        claim = self._by_sequence.get(sequence)
-        if claim is not None and claim.key == key:
-            return
-        self.leave(sequence)
-        if key is None:
-            return
-        other = self._by_key.get(key)
-        if other is None:
-            self._by_key[key] = self._by_sequence[sequence] = _Claim(sequence, key)
-        elif sequence.order < other.sequence.order:  # it goes first, and the others wait for it
-            del self._by_sequence[other.sequence]
-            other.sequence = sequence
-            self._by_sequence[sequence] = other
-
     def leave(self, sequence: Sequence) -> None:
         """The sequence feeds its prompt no more; wakes who waited for it."""
         claim = self._by_sequence.pop(sequence, None)
@@ -91,6 +76,21 @@ class PromptsInProgress:
     def waiting(self) -> list[Sequence]:
         """All that wait, those that have ended in the meantime included."""
         return [sequence for claim in self._by_sequence.values() for sequence in claim.waiting]
+
+    def _claim(self, sequence: Sequence, key: bytes | None) -> None:
+        claim = self._by_sequence.get(sequence)
+        if claim is not None and claim.key == key:
+            return
+        self.leave(sequence)
+        if key is None:
+            return
+        other = self._by_key.get(key)
+        if other is None:
+            self._by_key[key] = self._by_sequence[sequence] = _Claim(sequence, key)
+        elif sequence.order < other.sequence.order:  # it goes first, and the others wait for it
+            del self._by_sequence[other.sequence]
+            other.sequence = sequence
+            self._by_sequence[sequence] = other
 
     def _key(self, sequence: Sequence, num_pages: int) -> bytes | None:
         end = (num_pages + 1) * self._page_size
