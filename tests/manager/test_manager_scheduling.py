@@ -30,11 +30,55 @@ def test_lower_priorities_run_first() -> None:
     assert ends(world) == [3, 5, 1, 4, 2]
 
 
-def test_an_urgent_request_waits_for_a_seat_but_is_the_next_to_get_one() -> None:
+def test_an_urgent_request_takes_the_seat_of_a_less_important_one() -> None:
     world = World(make_config(max_seqs_per_forward=1, scheduling_steps_ahead=1))
     world.step(*[make_request(i, prompt(5, i), 3) for i in range(3)])
     world.step(make_request(9, prompt(5, 9), 3, priority=-1))
-    assert ends(world) == [0, 9, 1, 2]
+    assert ends(world) == [9, 0, 1, 2]
+    assert world.manager.counters.num_preemptions == 1
+
+
+def test_nobody_gives_way_to_an_equal() -> None:
+    world = World(make_config(max_seqs_per_forward=1, scheduling_steps_ahead=1))
+    world.step(*[make_request(i, prompt(5, i), 3) for i in range(3)])
+    assert ends(world) == [0, 1, 2]
+    assert world.manager.counters.num_preemptions == 0
+
+
+@pytest.mark.parametrize("n", [1, 6])
+@pytest.mark.parametrize("admission", [RESERVING, make_admission(), OVERCOMMITTING])
+def test_a_crowd_of_less_important_requests_holds_nobody_up(admission, n) -> None:
+    config = make_config(
+        num_pages=100,
+        max_seqs_per_forward=16,
+        max_tokens_per_forward=64,
+        max_request_tokens=300,
+        scheduling_steps_ahead=2,
+        admission=admission,
+    )
+    world = World(config)
+    world.step(*[make_request(i, prompt(8, i), 250, priority=1000) for i in range(40)])
+    for _ in range(60):
+        world.step(num_results=1)
+    num_batches = len(world.batches)
+    world.step(make_request(99, prompt(30, 99), 20, n=n))
+    while any(request == 99 for request, _ in world.living):
+        world.step(num_results=1)
+    # In flight before it, its prompt, its tokens, and some until slots come free.
+    assert len(world.batches) - num_batches <= 2 + 1 + 20 + 5
+    world.drain()
+
+
+def test_nobody_gives_way_where_it_would_not_help() -> None:
+    """The forecast has the last word where those who are as important might fill the cache."""
+    world = World(make_config(num_pages=20, max_request_tokens=80, admission=RESERVING))
+    world.step(make_request(1, prompt(8, 1), 60))
+    world.step(make_request(2, prompt(4, 2), 8, priority=1), num_results=1)
+    world.step(make_request(3, prompt(8, 3), 60), num_results=1)
+    while not world.answers[2, 0].reason:
+        world.step(num_results=1)
+    assert world.manager.counters.num_preemptions == 0
+    world.drain()
 
 
 @pytest.mark.parametrize(("priority", "is_accepted"), [(10**6, True), (10**6 + 1, False)])

@@ -31,6 +31,7 @@ from tokasaurus.manager.lengths import NO_GROUP, IntArray, LengthPredictor
 from tokasaurus.manager.running import RunningSequences
 from tokasaurus.manager.sequence import Request, Sequence
 from tokasaurus.manager.slots import IndexArray
+from tokasaurus.manager.waiting import priority_of
 from tokasaurus.protocol.arrays import Int64Array
 
 __all__ = ["REFRESH_INTERVAL", "AdmissionControl", "Candidate"]
@@ -224,12 +225,39 @@ class AdmissionControl:
         )
         count = forecast.num_admissible(self.limit)
         if count < len(rows):
+            count = max(count, self.num_outranking(candidates))
+        if count < len(rows):
             num_rows = accumulate(candidate.num_rows for candidate in candidates)
             num_admitted = sum(total <= count for total in num_rows)
             self._refused = candidates[num_admitted].sequence
             self._retry_at = self._now + self._patience
             self._patience = min(2 * self._patience, _LONGEST_PATIENCE)
         return count
+
+    def num_outranking(self, candidates: Rows[Candidate]) -> int:
+        """How many of the candidates' rows, from the first on, may run whatever others are predicted to need.
+
+        Those are more important than somebody who runs. They and all that run and are no less important fit the
+        cache however long they become; the others give way when it gets full.
+        """
+        slots = self._slots
+        lowest = priority_of(int(slots.order.max()))
+        running = (slots.order >= 0).nonzero()[0]
+        priorities = priority_of(slots.order[running])
+        longest = -(-slots.final_length[running] // self._page_size)
+        num_rows = num_pages = 0
+        for candidate in candidates:
+            priority = priority_of(candidate.sequence.order)
+            if priority >= lowest:
+                break
+            room = self.limit - num_pages - int(longest[priorities <= priority].sum())
+            each = self._largest(candidate) // candidate.num_rows
+            count = min(candidate.num_rows, max(0, room) // each)
+            num_rows += count
+            num_pages += count * each
+            if count < candidate.num_rows:
+                break
+        return num_rows
 
     def admit(self, slots: IndexArray) -> None:
         """The first rows that ``num_admissible`` was asked about last run from now on, in these slots."""

@@ -5,13 +5,15 @@ question is asked, so nothing is ever undone. Knows nothing of results or of the
 
 The order of a plan:
 
-1. Every running sequence that may decode does. Where they need more pages than can be had, others are
+1. Where the head of the queue outranks sequences that run, these are preempted until it finds a seat and pages,
+   if only the less important ones are in its way.
+2. Every running sequence that may decode does. Where they need more pages than can be had, others are
    preempted until they suffice: of the least important priority whoever costs the least to compute again.
    The oldest is never asked while it needs its pages: in the end it could have every page there is, and no
    request is accepted that needs more. So the oldest always advances, and everybody is the oldest some day.
-2. What is left of ``max_tokens_per_forward`` goes to prompts, in order, in chunks. Where a prompt ends,
+3. What is left of ``max_tokens_per_forward`` goes to prompts, in order, in chunks. Where a prompt ends,
    the other samples of its request may fork from its last row: that takes no tokens of the budget.
-3. What is left then admits sequences from the queue, strictly in order, as far as there is room now and as
+4. What is left then admits sequences from the queue, strictly in order, as far as there is room now and as
    the forecast finds room for all that they will need (``admission``). Where nobody holds a page the head is
    admitted whatever it needs. A sequence that was preempted and waits for its last results counts as being
    in the queue already: the pages it gave up are not for those behind it. Only who would compute a page
@@ -120,6 +122,7 @@ class Scheduler:
 
     def plan(self, now: float) -> ForwardBatch | None:
         """Plans the next batch and counts it as sent; None if there is nothing to run."""
+        self._make_way()
         decoding, crossing = self._plan_decode()
         decode_slots = self._commit_decode(decoding, crossing)
         budget = self._prefill_budget(len(decode_slots))
@@ -141,6 +144,44 @@ class Scheduler:
         self._admission.release(slots)
         self._running.preempt([self._slots.sequence(slot) for slot in slots.tolist()])
 
+    def _make_way(self) -> None:
+        """Where the first of the queue outrank some who run, these give way until there is room for those."""
+        slots, head = self._slots, self._backlog.head()
+        if head is None:
+            return
+        lowest = priority_of(int(slots.order.max()))
+        if priority_of(head.order) >= lowest:
+            return
+        candidates = self._outranking(lowest)
+        num_rows = self._admission.num_outranking(candidates)
+        num_pages = 0
+        for candidate in candidates[:num_rows]:
+            cached_pages = self._cached_pages(candidate.sequence)
+            num_new = -(-candidate.num_tokens // slots.page_size) - len(cached_pages)
+            num_pages += self._pages.num_needed(cached_pages, num_new)
+        while num_rows:
+            num_active = int(np.count_nonzero(slots.length < slots.final_length))
+            num_missing = num_pages - self._pages.num_available
+            has_seats = num_active + min(num_rows, slots.num_free) <= self._max_running
+            if has_seats and num_missing <= 0:
+                return
+            if priority_of(int(slots.order.max())) <= priority_of(head.order):
+                return
+            self.preempt(self._victims(max(1, num_missing), head.order))
+
+    def _outranking(self, lowest: int) -> list[Candidate]:
+        """The first of the queue, as many as one batch may feed, that go before this priority."""
+        budget = self._config.max_tokens_per_forward
+        candidates: list[Candidate] = []
+        num_tokens = 0
+        for sequence in self._backlog.in_order():
+            if priority_of(sequence.order) >= lowest or num_tokens >= budget:
+                break
+            num_tokens += len(sequence.prompt_ids)
+            num_forks = self._backlog.num_followers(sequence)
+            candidates.append(Candidate(sequence, len(sequence.prompt_ids), 0, num_forks))
+        return candidates
+
     def _plan_decode(self) -> tuple[BoolArray, IndexArray]:
         """Returns which slots decode (a mask), and which of them enter a new page; preempts for them."""
         slots = self._slots
@@ -149,23 +190,28 @@ class Scheduler:
             crossing = (decoding & (slots.length == slots.capacity)).nonzero()[0]
             if crossing.size <= self._pages.num_available:
                 return decoding, crossing
-            self.preempt(self._victims(crossing.size - self._pages.num_available))
+            oldest = int(slots.order[slots.order >= 0].min())
+            self.preempt(self._victims(crossing.size - self._pages.num_available, oldest))
 
-    def _victims(self, num_pages: int) -> IndexArray:
-        """The slots that are preempted next, where so many pages are wanted; at least one."""
+    def _victims(self, num_pages: int, order: int) -> IndexArray:
+        """The slots that are preempted next, where so many pages are wanted; at least one.
+
+        Args:
+            num_pages: wanted.
+            order: of a sequence that all of them come after.
+        """
         slots = self._slots
         # Where all tokens are planned, no batch to come needs the pages: this costs nobody anything.
         is_planned = (slots.length == slots.final_length) & (slots.order >= 0)
         if is_planned.any():
             planned: IndexArray = is_planned.nonzero()[0]
             return planned
-        running = (slots.order >= 0).nonzero()[0]
-        if running.size < 2:
+        later = (slots.order > order).nonzero()[0]
+        if not later.size:
             raise ProtocolError("the oldest running sequence does not find the pages it may have")
-        order = slots.order[running]
-        priorities = priority_of(order)
-        is_candidate = (order > order.min()) & (priorities == priorities.max())
-        rows, order = running[is_candidate], order[is_candidate]
+        priorities = priority_of(slots.order[later])
+        rows = later[priorities == priorities.max()]
+        orders = slots.order[rows]
         # What others hold too is neither freed nor computed again.
         num_shared = self._running.prefixes.num_shared_pages(rows)
         num_freed = slots.capacity[rows] // slots.page_size - num_shared
@@ -173,9 +219,9 @@ class Scheduler:
         # Alone, if one suffices: the least work; else as few as possible. Of equals the newest.
         suffices = num_freed >= num_pages
         if suffices.any():
-            ranked = np.lexsort((-order, cost, ~suffices))[:1]
+            ranked = np.lexsort((-orders, cost, ~suffices))[:1]
         else:
-            ranked = np.lexsort((-order, -num_freed))
+            ranked = np.lexsort((-orders, -num_freed))
             # A victim may have wanted one of the pages itself.
             num_gained = np.cumsum(num_freed[ranked])
             ranked = ranked[: int(np.searchsorted(num_gained, num_pages)) + 1]

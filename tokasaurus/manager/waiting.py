@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
+from typing import TypeVar
 
 from tokasaurus.manager.sequence import Request, Sequence, SequenceState
 from tokasaurus.protocol.arrays import Int64Array
@@ -25,8 +26,11 @@ _ARRIVAL_BITS = 40
 _NOBODY_FOLLOWS = (1 << 63) - 1  # after every order
 
 
-def priority_of(order: Int64Array) -> Int64Array:
-    """A number for the priority of each of these sequences; lower goes first."""
+_Order = TypeVar("_Order", int, Int64Array)
+
+
+def priority_of(order: _Order) -> _Order:
+    """A number for the priority of a sequence, or of each of these; lower goes first."""
     return order >> _ARRIVAL_BITS
 
 
