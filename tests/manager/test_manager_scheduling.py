@@ -69,6 +69,19 @@ def test_a_crowd_of_less_important_requests_holds_nobody_up(admission, n) -> Non
     world.drain()
 
 
+def test_nobody_gives_way_to_those_who_must_wait_all_the_same() -> None:
+    """There is room for the first of the queue; the second does not fit beside it."""
+    config = make_config(num_pages=30, max_tokens_per_forward=64, admission=RESERVING)
+    world = World(config)
+    world.step(make_request(1, prompt(60, 1), 4, priority=1))
+    first, second = make_request(2, prompt(8, 2), 8, n=4), make_request(3, prompt(56, 3), 4)
+    world.step(first, second, num_results=1)
+    while any(request == 2 for request, _ in world.living):
+        assert world.manager.counters.num_preemptions == 0
+        world.step(num_results=1)
+    world.drain()
+
+
 def test_nobody_gives_way_where_it_would_not_help() -> None:
     """The forecast has the last word where those who are as important might fill the cache."""
     world = World(make_config(num_pages=20, max_request_tokens=80, admission=RESERVING))

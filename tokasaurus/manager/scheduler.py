@@ -154,8 +154,11 @@ class Scheduler:
             return
         candidates = self._outranking(lowest)
         num_rows = self._admission.num_outranking(candidates)
-        num_pages = 0
-        for candidate in candidates[:num_rows]:
+        num_pages, num_left = 0, num_rows
+        for candidate in candidates:
+            if num_left <= 0:
+                break
+            num_left -= candidate.num_rows
             cached_pages = self._cached_pages(candidate.sequence)
             num_new = -(-candidate.num_tokens // slots.page_size) - len(cached_pages)
             num_pages += self._pages.num_needed(cached_pages, num_new)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -25,7 +26,7 @@ __all__ = ["ResponsesWriter"]
 _Event: TypeAlias = tuple[str, dict[str, Any]]  # its type, and its fields
 
 
-class _Item:
+class _Item(ABC):
     """One item of the output on its way.
 
     Args:
@@ -56,8 +57,9 @@ class _Item:
         item = self.written(status)
         return [("response.output_item.done", {"output_index": self._index, "item": item})]
 
+    @abstractmethod
     def written(self, status: str) -> dict[str, Any]:
-        raise NotImplementedError
+        """As its item is written."""
 
     def _place(self) -> dict[str, Any]:
         return {"item_id": self.id, "output_index": self._index}
@@ -86,8 +88,9 @@ class _PartItem(_Item):
     def _content(self, status: str) -> list[dict[str, Any]]:
         return [] if status == "in_progress" else [self._part(self.text)]
 
+    @abstractmethod
     def _part(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+        """Its text, as a part of its content."""
 
 
 class _Message(_PartItem):
