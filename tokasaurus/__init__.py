@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from tokasaurus.config.engine import EngineConfig
     from tokasaurus.launch.llm import LLM
     from tokasaurus.launch.outputs import CompletionOutput, RequestOutput
-    from tokasaurus.server.params import SamplingParams
+    from tokasaurus.text.params import SamplingParams
 
 __all__ = [
     "LLM",
@@ -32,7 +32,7 @@ _HOMES = {
     "CompletionOutput": "tokasaurus.launch.outputs",
     "RequestOutput": "tokasaurus.launch.outputs",
     "EngineConfig": "tokasaurus.config.engine",
-    "SamplingParams": "tokasaurus.server.params",
+    "SamplingParams": "tokasaurus.text.params",
 }
 
 

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tokasaurus.demo import MODEL_DIR
 from tokasaurus.model.config import model_facts
-from tokasaurus.server.tokenizer import Tokenizer
+from tokasaurus.text.tokenizer import Tokenizer
 
 _MIN_TOKENS, _MAX_TOKENS, _WALKS = 40, 120, 3
 _INTEGER = {"type": "integer"}
@@ -164,7 +164,7 @@ def _admits(matcher: Matcher, tokenizer: Tokenizer, text: str, eos: int) -> bool
 
 
 def _llguidance(tokenizer: Tokenizer, size: int, eos: int) -> Callable[[dict[str, Any]], Matcher]:
-    from tokasaurus.server.grammar import Grammars
+    from tokasaurus.text.structured_output import Grammars
 
     grammars = Grammars(lambda: tokenizer.vocabulary((eos,)))
     compiler = grammars.compiler()

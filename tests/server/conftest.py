@@ -3,9 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from fake_engine import CONFIG, TOKENIZER, FakeEngine, RunningServer, random_ids
-
-from tokasaurus.server.generations import Generations
+from fake_engine import RunningServer, random_ids
 
 
 @pytest.fixture(scope="session")
@@ -24,14 +22,3 @@ def server(shared_server: RunningServer) -> Iterator[RunningServer]:
     yield shared_server
     engine.paused = False
     shared_server.wait_idle()
-
-
-@pytest.fixture
-def fake() -> FakeEngine:
-    return FakeEngine()
-
-
-@pytest.fixture
-def core(fake: FakeEngine) -> Generations:
-    """A text core on the fake engine, without HTTP."""
-    return Generations(CONFIG, TOKENIZER, fake.send)

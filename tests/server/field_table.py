@@ -11,7 +11,6 @@ from tokasaurus.server import (
     chat,
     completions,
     embeddings,
-    grammar,
     native,
     response_items,
     responses,
@@ -20,6 +19,7 @@ from tokasaurus.server import (
     tokens,
 )
 from tokasaurus.server.tools import request as tools
+from tokasaurus.text import structured_output as grammar
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from fake_engine import (
 from tokasaurus import SamplingParams
 from tokasaurus.errors import RequestError
 from tokasaurus.protocol.messages import Adjustments
-from tokasaurus.server.preparation import Preparer
-from tokasaurus.server.stop_strings import StopStrings
-from tokasaurus.server.text import TextStream
-from tokasaurus.server.tokenizer import Tokenizer
+from tokasaurus.text.preparation import Preparer
+from tokasaurus.text.stop_strings import StopStrings
+from tokasaurus.text.text_stream import TextStream
+from tokasaurus.text.tokenizer import Tokenizer
 
 
 def sampling(**params):

@@ -20,7 +20,7 @@ from fake_engine import (
 )
 
 from tokasaurus.server.logprobs import chat_logprobs
-from tokasaurus.server.samples import TokenLogprobs
+from tokasaurus.text.samples import TokenLogprobs
 
 SAID = "hello 😀 naïve\n"
 

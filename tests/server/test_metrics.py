@@ -14,10 +14,10 @@ from fake_engine import CONFIG, TOKENIZER, FakeEngine, RunningServer, submit, wi
 from prometheus_client.parser import text_string_to_metric_families
 
 from tokasaurus.protocol.messages import Statistics
-from tokasaurus.server.generations import Generations
 from tokasaurus.server.metrics import Figure
-from tokasaurus.server.params import SamplingParams
 from tokasaurus.server.reports import StatisticsLine, report, statsd_packets
+from tokasaurus.text.generations import Generations
+from tokasaurus.text.params import SamplingParams
 
 BODY = {"prompt": "the cat", "max_tokens": 9, "ignore_eos": True}
 NOTHING = Statistics(*[0] * 10, 0.0, 0.0, *[0] * 5, 0.0)

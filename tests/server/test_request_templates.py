@@ -10,7 +10,7 @@ import pytest
 from fake_engine import EOS_ID, VOCAB_SIZE, WRAPPED, RunningServer, with_config
 
 from tokasaurus.errors import RequestError
-from tokasaurus.server.tokenizer import Tokenizer
+from tokasaurus.text.tokenizer import Tokenizer
 
 ENDLESS = "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}"
 MESSAGES = [{"role": "user", "content": "the cat"}]

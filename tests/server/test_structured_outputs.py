@@ -9,7 +9,7 @@ from json_schemas import SCHEMAS
 from tokasaurus import SamplingParams
 from tokasaurus.errors import RequestError
 from tokasaurus.grammars import MAX_GRAMMAR_BYTES, GrammarCompiler
-from tokasaurus.server.preparation import Preparer
+from tokasaurus.text.preparation import Preparer
 
 PATH = "/v1/completions"
 BASE = {"prompt": "the cat", "max_tokens": 12, "seed": 1}

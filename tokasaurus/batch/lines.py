@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from tokasaurus import client_json
+from tokasaurus import untrusted_json
 from tokasaurus.batch.records import Usage, new_id
 
 __all__ = [
@@ -96,7 +96,7 @@ def parse_line(
     if line is None:
         return BadLine(number, None, "line_too_long", f"a line may have {MAX_LINE_BYTES} bytes")
     try:
-        fields = client_json.decode(line)
+        fields = untrusted_json.decode(line)
     except ValueError as error:
         return BadLine(number, None, "invalid_json_line", f"the line is no valid JSON: {error}")
     if not isinstance(fields, dict):
@@ -128,16 +128,19 @@ def _what_is_wrong(
     if fields.get("method") != "POST":
         return (
             "invalid_method",
-            f"method must be POST, not {client_json.shown(fields.get('method'))}",
+            f"method must be POST, not {untrusted_json.shown(fields.get('method'))}",
         )
     url = fields.get("url")
     if endpoint is not None and url != endpoint:
         return (
             "mismatched_endpoint",
-            f"url must be the batch's endpoint, {endpoint}, not {client_json.shown(url)}",
+            f"url must be the batch's endpoint, {endpoint}, not {untrusted_json.shown(url)}",
         )
     if url not in urls:
-        return "invalid_url", f"url must be one of {', '.join(urls)}, not {client_json.shown(url)}"
+        return (
+            "invalid_url",
+            f"url must be one of {', '.join(urls)}, not {untrusted_json.shown(url)}",
+        )
     if not isinstance(fields.get("body"), dict):
         return "invalid_body", "body must be a JSON object, the request to send to url"
     return None

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from tokasaurus import client_json
+from tokasaurus import untrusted_json
 from tokasaurus.batch.lines import MAX_LINE_BYTES, read_lines
 from tokasaurus.errors import ConfigError
 
@@ -50,7 +50,7 @@ def _lines(source: Path) -> Iterator[bytes]:
 def _as_batch_line(number: int, line: bytes) -> bytes:
     """A line that is only a request's body gets what is around it."""
     try:
-        fields = client_json.decode(line)
+        fields = untrusted_json.decode(line)
     except ValueError:
         return line
     if not isinstance(fields, dict) or "body" in fields or "url" in fields:
@@ -82,7 +82,7 @@ def _without_nulls(row: Any) -> Any:
         body = kept.get("body")
         if isinstance(body, str):  # it has another shape in each row, so it is kept as text
             with contextlib.suppress(ValueError):
-                kept["body"] = client_json.decode(body.encode())
+                kept["body"] = untrusted_json.decode(body.encode())
         return kept
     return [_without_nulls(each) for each in row] if isinstance(row, list) else row
 

@@ -16,7 +16,7 @@ from typing import Any
 from tokasaurus.bench.output import print_json, progress, table
 from tokasaurus.config.schema import Schema, check_fields, flag
 from tokasaurus.launch.llm import LLM
-from tokasaurus.server.params import SamplingParams
+from tokasaurus.text.params import SamplingParams
 
 __all__ = ["SCHEMA", "GrammarConfig", "run"]
 

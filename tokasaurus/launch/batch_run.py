@@ -30,8 +30,8 @@ from tokasaurus.launch.supervisor import Supervisor
 from tokasaurus.launch.text_process import TextProcess
 from tokasaurus.server.answers import Answers
 from tokasaurus.server.batch_routes import SAMPLES_AHEAD
-from tokasaurus.server.generations import Generations
 from tokasaurus.server.operations import OPERATIONS
+from tokasaurus.text.generations import Generations
 
 __all__ = ["main"]
 

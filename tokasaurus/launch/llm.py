@@ -35,11 +35,11 @@ from tokasaurus.manager.manager import Manager
 from tokasaurus.model.worker import Worker
 from tokasaurus.protocol.messages import ForwardResult, FromServer
 from tokasaurus.server.embeddings import embedding, pooling_named
-from tokasaurus.server.generation import Generation
-from tokasaurus.server.generations import Generations
-from tokasaurus.server.params import SamplingParams
-from tokasaurus.server.preparation import CHAT_TEMPERATURE, PreparedRequest, Preparer
-from tokasaurus.server.tokenizer import Tokenizer
+from tokasaurus.text.generation import Generation
+from tokasaurus.text.generations import Generations
+from tokasaurus.text.params import SamplingParams
+from tokasaurus.text.preparation import CHAT_TEMPERATURE, PreparedRequest, Preparer
+from tokasaurus.text.tokenizer import Tokenizer
 
 __all__ = ["LLM"]
 

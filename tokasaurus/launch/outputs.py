@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokasaurus.protocol.arrays import Int32Array
-from tokasaurus.server.generation import Generation
-from tokasaurus.server.samples import SampleOutput, TokenLogprobs
-from tokasaurus.server.tokenizer import Tokenizer
+from tokasaurus.text.generation import Generation
+from tokasaurus.text.samples import SampleOutput, TokenLogprobs
+from tokasaurus.text.tokenizer import Tokenizer
 
 __all__ = ["CompletionOutput", "Logprob", "RequestOutput", "request_output"]
 

@@ -158,6 +158,6 @@ def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:
 
 
 def _load_vocabulary(config: ServerConfig) -> Vocabulary:
-    from tokasaurus.server.tokenizer import Tokenizer
+    from tokasaurus.text.tokenizer import Tokenizer
 
     return Tokenizer.load(config).vocabulary(config.eos_token_ids)

@@ -19,10 +19,10 @@ from tokasaurus.launch.lifeline import Assignment, Lifeline
 from tokasaurus.launch.text_process import TextProcess
 from tokasaurus.server.app import create_app
 from tokasaurus.server.batch_routes import batch_runner
-from tokasaurus.server.generations import Generations
 from tokasaurus.server.reports import report
 from tokasaurus.server.request_ids import RequestIds
 from tokasaurus.server.state import EngineState
+from tokasaurus.text.generations import Generations
 
 __all__ = ["http_server", "serve"]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from tokasaurus.launch.doors import TO_MANAGER, TO_SERVER
 from tokasaurus.launch.lifeline import Assignment, Dead, Lifeline, Ready, Start, Stop
 from tokasaurus.protocol.channels import AsyncReceiver, Sender
-from tokasaurus.server.generations import Generations
-from tokasaurus.server.preparation import Preparer
 from tokasaurus.server.state import EngineState
-from tokasaurus.server.tokenizer import Tokenizer
+from tokasaurus.text.generations import Generations
+from tokasaurus.text.preparation import Preparer
+from tokasaurus.text.tokenizer import Tokenizer
 
 __all__ = ["TextProcess"]
 

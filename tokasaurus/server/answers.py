@@ -17,10 +17,10 @@ from tokasaurus.protocol.messages import MAX_PRIORITY
 from tokasaurus.server.calls import Call, in_thread_if
 from tokasaurus.server.http_errors import error_body, error_status
 from tokasaurus.server.operations import OPERATIONS
-from tokasaurus.server.params import renamed
 from tokasaurus.server.schemas import EngineRequest
 from tokasaurus.server.state import EngineState
 from tokasaurus.server.tasks import Operation, Task
+from tokasaurus.text.params import renamed
 
 __all__ = ["MANY_CHARACTERS", "Answers"]
 

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from tokasaurus import client_json
+from tokasaurus import untrusted_json
 from tokasaurus.errors import RequestError
 from tokasaurus.server.http_errors import ClientGone, WrongMediaType
 
@@ -43,6 +43,6 @@ async def read_json(request: Request) -> Any:
     except ClientDisconnect:
         raise ClientGone("the client disconnected") from None
     try:
-        return client_json.decode(data)
+        return untrusted_json.decode(data)
     except ValueError as error:
         raise RequestError(f"the body is no valid JSON: {error}") from None

@@ -12,14 +12,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tokasaurus.errors import TokasaurusError
-from tokasaurus.server.generation import Generation
-from tokasaurus.server.generations import Generations
 from tokasaurus.server.http_errors import ClientGone, TimeIsUp
-from tokasaurus.server.params import renamed
-from tokasaurus.server.preparation import PreparedRequest
-from tokasaurus.server.samples import SampleOutput
 from tokasaurus.server.schemas import RequestBody
 from tokasaurus.server.writer import StreamWriter
+from tokasaurus.text.generation import Generation
+from tokasaurus.text.generations import Generations
+from tokasaurus.text.params import renamed
+from tokasaurus.text.preparation import PreparedRequest
+from tokasaurus.text.samples import SampleOutput
 
 __all__ = ["Call", "EventStream", "in_thread_if", "until_disconnect"]
 

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from tokasaurus.errors import RequestError
-from tokasaurus.server.grammar import FIELD as STRUCTURED_OUTPUTS
 from tokasaurus.server.schemas import GenerationRequest
 from tokasaurus.server.strict import StrictSchema
 from tokasaurus.server.tools.request import Tool, ToolCall, ToolChoice, check_tools
+from tokasaurus.text.structured_output import FIELD as STRUCTURED_OUTPUTS
 
 __all__ = ["ChatMessage", "ChatRequest", "conversation_size", "for_template"]
 

@@ -6,9 +6,9 @@ import dataclasses
 from typing import Any
 
 from tokasaurus.errors import RequestError
-from tokasaurus.server.params import SamplingParams
 from tokasaurus.server.prompts import Prompts, read_prompts
 from tokasaurus.server.schemas import GenerationRequest
+from tokasaurus.text.params import SamplingParams
 
 __all__ = ["CompletionRequest"]
 

@@ -14,13 +14,13 @@ from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import ProtocolError, RequestError
 from tokasaurus.protocol.arrays import Float32Array
 from tokasaurus.protocol.messages import Pooling
-from tokasaurus.server.generation import Generation
-from tokasaurus.server.params import renamed
-from tokasaurus.server.preparation import Preparer
 from tokasaurus.server.prompts import Prompts, read_prompts
 from tokasaurus.server.schemas import EngineRequest
 from tokasaurus.server.tasks import Operation, Task
 from tokasaurus.server.writer import AnswerWriter
+from tokasaurus.text.generation import Generation
+from tokasaurus.text.params import renamed
+from tokasaurus.text.preparation import Preparer
 
 __all__ = ["EMBEDDINGS", "EmbeddingRequest", "embedding", "pooling_named"]
 

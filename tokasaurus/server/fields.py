@@ -10,8 +10,8 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from tokasaurus.client_json import shown
 from tokasaurus.errors import RequestError
+from tokasaurus.untrusted_json import shown
 
 __all__ = ["HARMLESS", "without_harmless"]
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from tokasaurus.server.native import NativeRequest, NativeWriter, prepare_native
-from tokasaurus.server.preparation import Preparer
 from tokasaurus.server.sglang import SglangRequest, prepare_sglang
 from tokasaurus.server.sglang_writer import SglangWriter
 from tokasaurus.server.tasks import Operation, Task
+from tokasaurus.text.preparation import Preparer
 
 __all__ = ["GENERATE"]
 

@@ -15,8 +15,8 @@ import msgspec
 import numpy as np
 
 from tokasaurus.protocol.arrays import Float32Array, Int32Array
-from tokasaurus.server.samples import SampleOutput, TokenLogprobs
-from tokasaurus.server.tokenizer import Tokenizer
+from tokasaurus.text.samples import SampleOutput, TokenLogprobs
+from tokasaurus.text.tokenizer import Tokenizer
 
 __all__ = ["CompletionLogprobs", "chat_logprobs", "fingerprint", "finite", "prompt_logprobs"]
 

@@ -17,8 +17,8 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokasaurus.protocol.messages import Statistics
-from tokasaurus.server.generation import Generation
-from tokasaurus.server.generations import Generations
+from tokasaurus.text.generation import Generation
+from tokasaurus.text.generations import Generations
 
 __all__ = ["CountRequests", "Figure", "Metrics", "figures", "kv_use"]
 

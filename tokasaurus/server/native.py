@@ -14,17 +14,17 @@ import msgspec
 from pydantic import WithJsonSchema
 
 from tokasaurus.errors import RequestError
-from tokasaurus.server.generation import Generation
 from tokasaurus.server.logprobs import finite
-from tokasaurus.server.params import renamed
-from tokasaurus.server.preparation import CHAT_TEMPERATURE, PreparedRequest, Preparer
 from tokasaurus.server.prompts import TOKEN_IDS
 from tokasaurus.server.render import takes_long
-from tokasaurus.server.samples import SampleOutput, TokenLogprobs
 from tokasaurus.server.schemas import GenerationRequest
-from tokasaurus.server.tokenizer import Tokenizer
 from tokasaurus.server.usage import usage
 from tokasaurus.server.writer import DONE, StreamWriter, event
+from tokasaurus.text.generation import Generation
+from tokasaurus.text.params import renamed
+from tokasaurus.text.preparation import CHAT_TEMPERATURE, PreparedRequest, Preparer
+from tokasaurus.text.samples import SampleOutput, TokenLogprobs
+from tokasaurus.text.tokenizer import Tokenizer
 
 __all__ = ["NativeRequest", "NativeWriter", "prepare_native"]
 

@@ -8,11 +8,11 @@ from tokasaurus.server.chat import ChatRequest, conversation_size, for_template
 from tokasaurus.server.completions import CompletionRequest
 from tokasaurus.server.embeddings import EMBEDDINGS
 from tokasaurus.server.generate import GENERATE
-from tokasaurus.server.preparation import CHAT_TEMPERATURE, Preparer
 from tokasaurus.server.render import ChatRenderer, CompletionRenderer
 from tokasaurus.server.responses import RESPONSES
 from tokasaurus.server.tasks import Operation, Task
 from tokasaurus.server.tools.formats import AnswerFormat
+from tokasaurus.text.preparation import CHAT_TEMPERATURE, Preparer
 
 __all__ = ["OPERATIONS"]
 

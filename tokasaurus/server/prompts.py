@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeAlias
 from pydantic import WithJsonSchema
 
 from tokasaurus.errors import RequestError
-from tokasaurus.server.params import MAX_SAMPLES
+from tokasaurus.text.params import MAX_SAMPLES
 
 __all__ = ["TOKEN_IDS", "Prompts", "read_prompts"]
 

@@ -17,20 +17,20 @@ import msgspec
 
 from tokasaurus.server.chat import ChatRequest
 from tokasaurus.server.completions import CompletionRequest
-from tokasaurus.server.generation import Generation
 from tokasaurus.server.logprobs import (
     CompletionLogprobs,
     chat_logprobs,
     fingerprint,
     prompt_logprobs,
 )
-from tokasaurus.server.samples import SampleOutput
 from tokasaurus.server.schemas import GenerationRequest
-from tokasaurus.server.tokenizer import Tokenizer
 from tokasaurus.server.tools.answer import AnswerDeltas
 from tokasaurus.server.tools.parsing import AnswerParser
 from tokasaurus.server.usage import usage
 from tokasaurus.server.writer import DONE, StreamWriter, event
+from tokasaurus.text.generation import Generation
+from tokasaurus.text.samples import SampleOutput
+from tokasaurus.text.tokenizer import Tokenizer
 
 __all__ = ["ChatRenderer", "CompletionRenderer", "takes_long"]
 

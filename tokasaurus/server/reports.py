@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.protocol.messages import Statistics
-from tokasaurus.server.generations import Generations
 from tokasaurus.server.metrics import Figure, figures, kv_use
+from tokasaurus.text.generations import Generations
 
 __all__ = ["StatisticsLine", "report", "statsd_packets"]
 

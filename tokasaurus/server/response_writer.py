@@ -11,15 +11,15 @@ from typing import Any, TypeAlias
 import msgspec
 
 from tokasaurus.errors import TokasaurusError
-from tokasaurus.server.generation import Generation
 from tokasaurus.server.logprobs import chat_logprobs
 from tokasaurus.server.render import takes_long
-from tokasaurus.server.samples import SampleOutput
-from tokasaurus.server.tokenizer import Tokenizer
 from tokasaurus.server.tools.call_reader import CallBegins
 from tokasaurus.server.tools.parsing import AnswerParser, Text
 from tokasaurus.server.tools.reasoning import Reasoning
 from tokasaurus.server.writer import StreamWriter
+from tokasaurus.text.generation import Generation
+from tokasaurus.text.samples import SampleOutput
+from tokasaurus.text.tokenizer import Tokenizer
 
 __all__ = ["ResponsesWriter"]
 

@@ -16,8 +16,6 @@ from pydantic import Field
 from tokasaurus.errors import RequestError
 from tokasaurus.server.chat import conversation_size
 from tokasaurus.server.fields import HARMLESS
-from tokasaurus.server.grammar import FIELD as STRUCTURED_OUTPUTS
-from tokasaurus.server.preparation import CHAT_TEMPERATURE, PreparedRequest, Preparer
 from tokasaurus.server.response_items import FunctionChoice, FunctionTool, InputItem, for_template
 from tokasaurus.server.response_writer import ResponsesWriter
 from tokasaurus.server.schemas import GenerationRequest
@@ -25,6 +23,8 @@ from tokasaurus.server.strict import StrictSchema
 from tokasaurus.server.tasks import Operation, Task
 from tokasaurus.server.tools.formats import AnswerFormat
 from tokasaurus.server.tools.request import Tool, ToolChoice, check_tools
+from tokasaurus.text.preparation import CHAT_TEMPERATURE, PreparedRequest, Preparer
+from tokasaurus.text.structured_output import FIELD as STRUCTURED_OUTPUTS
 
 __all__ = ["RESPONSES", "ResponsesRequest"]
 

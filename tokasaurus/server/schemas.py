@@ -15,10 +15,10 @@ from pydantic import Field
 from tokasaurus.errors import RequestError
 from tokasaurus.protocol.messages import LogprobsMode
 from tokasaurus.server.fields import HARMLESS, without_harmless
-from tokasaurus.server.grammar import FIELD as STRUCTURED_OUTPUTS
-from tokasaurus.server.grammar import from_response_format
-from tokasaurus.server.params import SamplingParams, renamed
 from tokasaurus.server.strict import StrictSchema, validated
+from tokasaurus.text.params import SamplingParams, renamed
+from tokasaurus.text.structured_output import FIELD as STRUCTURED_OUTPUTS
+from tokasaurus.text.structured_output import from_response_format
 
 __all__ = [
     "EngineRequest",

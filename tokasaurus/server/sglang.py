@@ -8,11 +8,11 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from tokasaurus.errors import RequestError
 from tokasaurus.server.fields import without_harmless
-from tokasaurus.server.grammar import FIELD as STRUCTURED_OUTPUTS
-from tokasaurus.server.params import SamplingParams, renamed
-from tokasaurus.server.preparation import PreparedRequest, Preparer
 from tokasaurus.server.prompts import Prompts, read_prompts
 from tokasaurus.server.schemas import EngineRequest
+from tokasaurus.text.params import SamplingParams, renamed
+from tokasaurus.text.preparation import PreparedRequest, Preparer
+from tokasaurus.text.structured_output import FIELD as STRUCTURED_OUTPUTS
 
 __all__ = ["SAMPLING_FIELDS", "SglangRequest", "prepare_sglang"]
 

@@ -14,14 +14,14 @@ from typing import Any
 import msgspec
 
 from tokasaurus.errors import RequestError
-from tokasaurus.server.generation import Generation
 from tokasaurus.server.logprobs import finite
-from tokasaurus.server.preparation import PreparedRequest
 from tokasaurus.server.render import takes_long
-from tokasaurus.server.samples import SampleOutput, TokenLogprobs
 from tokasaurus.server.sglang import SglangRequest
-from tokasaurus.server.tokenizer import Tokenizer
 from tokasaurus.server.writer import DONE, StreamWriter, event
+from tokasaurus.text.generation import Generation
+from tokasaurus.text.preparation import PreparedRequest
+from tokasaurus.text.samples import SampleOutput, TokenLogprobs
+from tokasaurus.text.tokenizer import Tokenizer
 
 __all__ = ["SglangWriter"]
 

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 
 from tokasaurus.errors import EngineDead, EngineNotReady
 from tokasaurus.protocol.messages import Statistics
-from tokasaurus.server.generations import Etas, Generations
 from tokasaurus.server.metrics import Figure, Metrics, figures
-from tokasaurus.server.preparation import Preparer
+from tokasaurus.text.generations import Etas, Generations
+from tokasaurus.text.preparation import Preparer
 
 __all__ = ["EngineState"]
 

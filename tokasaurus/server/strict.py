@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from tokasaurus.client_json import shown
 from tokasaurus.errors import RequestError
+from tokasaurus.untrusted_json import shown
 
 __all__ = ["StrictSchema", "validated"]
 

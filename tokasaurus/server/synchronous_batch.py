@@ -22,8 +22,8 @@ from tokasaurus.server.bodies import read_json
 from tokasaurus.server.calls import Call, until_disconnect
 from tokasaurus.server.http_errors import BodyTooLarge
 from tokasaurus.server.operations import OPERATIONS
-from tokasaurus.server.params import MAX_SAMPLES
 from tokasaurus.server.tasks import Task
+from tokasaurus.text.params import MAX_SAMPLES
 
 __all__ = ["SynchronousBatch"]
 

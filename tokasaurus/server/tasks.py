@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokasaurus.errors import RequestError
-from tokasaurus.server.preparation import PreparedRequest, Preparer
 from tokasaurus.server.schemas import EngineRequest, parse
 from tokasaurus.server.writer import AnswerWriter
+from tokasaurus.text.preparation import PreparedRequest, Preparer
 
 __all__ = ["Operation", "Task"]
 

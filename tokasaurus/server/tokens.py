@@ -14,10 +14,10 @@ from tokasaurus.server.bodies import read_json
 from tokasaurus.server.calls import in_thread_if
 from tokasaurus.server.chat import ChatMessage, conversation_size, for_template
 from tokasaurus.server.http_errors import json_answer
-from tokasaurus.server.params import renamed
 from tokasaurus.server.schemas import RequestBody, body_reference, parse
 from tokasaurus.server.state import EngineState
-from tokasaurus.server.tokenizer import Tokenizer
+from tokasaurus.text.params import renamed
+from tokasaurus.text.tokenizer import Tokenizer
 
 __all__ = ["TOKEN_SCHEMAS", "TokenRoutes"]
 

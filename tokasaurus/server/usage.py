@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tokasaurus.server.generation import Generation
+from tokasaurus.text.generation import Generation
 
 __all__ = ["usage"]
 

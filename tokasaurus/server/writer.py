@@ -13,9 +13,9 @@ from typing import Any
 import msgspec
 
 from tokasaurus.errors import TokasaurusError
-from tokasaurus.server.generation import Generation
 from tokasaurus.server.http_errors import error_body
-from tokasaurus.server.samples import SampleOutput
+from tokasaurus.text.generation import Generation
+from tokasaurus.text.samples import SampleOutput
 
 __all__ = ["DONE", "AnswerWriter", "StreamWriter", "event"]
 

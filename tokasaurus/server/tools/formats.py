@@ -12,11 +12,11 @@ from jinja2 import Environment, meta
 
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import RequestError
-from tokasaurus.server.params import SamplingParams
-from tokasaurus.server.tokenizer import Tokenizer
 from tokasaurus.server.tools.parsing import AnswerParser, HermesParser, Llama3Parser, ToolParser
 from tokasaurus.server.tools.reasoning import ReasoningParser
 from tokasaurus.server.tools.request import Tool, ToolChoice, calls_grammar
+from tokasaurus.text.params import SamplingParams
+from tokasaurus.text.tokenizer import Tokenizer
 
 __all__ = ["AnswerFormat", "make_tool_parser", "tool_format"]
 

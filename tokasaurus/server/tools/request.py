@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from tokasaurus.errors import RequestError
-from tokasaurus.server.grammar import json_style
 from tokasaurus.server.strict import StrictSchema
+from tokasaurus.text.structured_output import json_style
 
 __all__ = [
     "MAX_TOOLS",

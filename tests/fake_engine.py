@@ -38,13 +38,13 @@ from tokasaurus.protocol.messages import (
     SequenceUpdates,
     StopSequence,
 )
-from tokasaurus.server import tokenizer as server_tokenizer
 from tokasaurus.server.batch_routes import batch_runner
-from tokasaurus.server.generation import Generation
-from tokasaurus.server.generations import Generations
-from tokasaurus.server.params import SamplingParams
-from tokasaurus.server.preparation import Preparer
 from tokasaurus.server.state import EngineState
+from tokasaurus.text import tokenizer as server_tokenizer
+from tokasaurus.text.generation import Generation
+from tokasaurus.text.generations import Generations
+from tokasaurus.text.params import SamplingParams
+from tokasaurus.text.preparation import Preparer
 
 T = TypeVar("T")
 

@@ -6,8 +6,8 @@ from collections.abc import Collection
 
 from tokasaurus.errors import RequestError
 from tokasaurus.protocol.messages import Adjustments
-from tokasaurus.server.params import SamplingParams
-from tokasaurus.server.tokenizer import Tokenizer
+from tokasaurus.text.params import SamplingParams
+from tokasaurus.text.tokenizer import Tokenizer
 
 __all__ = ["adjustments_of", "check_token_ids"]
 

@@ -8,8 +8,8 @@ import random
 import pytest
 from fake_engine import EOS, EOS_ID, SPECIAL, TOKENIZER, VOCAB_SIZE, ids_of
 
-from tokasaurus.server.stop_strings import StopStrings
-from tokasaurus.server.text import TextStream
+from tokasaurus.text.stop_strings import StopStrings
+from tokasaurus.text.text_stream import TextStream
 
 END_ID = TOKENIZER.special_ids["<|end|>"]
 

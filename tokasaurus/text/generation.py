@@ -9,10 +9,10 @@ import numpy as np
 from tokasaurus.errors import TokasaurusError
 from tokasaurus.protocol.arrays import Float32Array, Int32Array
 from tokasaurus.protocol.messages import FinishReason, PromptLogprobs
-from tokasaurus.server.preparation import PreparedRequest
-from tokasaurus.server.samples import Sample, SampleOutput, TokenLogprobs
-from tokasaurus.server.text import TextStream
-from tokasaurus.server.tokenizer import Tokenizer
+from tokasaurus.text.preparation import PreparedRequest
+from tokasaurus.text.samples import Sample, SampleOutput, TokenLogprobs
+from tokasaurus.text.text_stream import TextStream
+from tokasaurus.text.tokenizer import Tokenizer
 
 __all__ = ["Generation"]
 

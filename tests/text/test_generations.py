@@ -28,9 +28,9 @@ from tokasaurus.protocol.messages import (
     LogprobsMode,
     StopSequence,
 )
-from tokasaurus.server.generations import Etas, Generations
-from tokasaurus.server.params import SamplingParams
 from tokasaurus.server.state import EngineState
+from tokasaurus.text.generations import Etas, Generations
+from tokasaurus.text.params import SamplingParams
 
 PROMPT = [10, 11, 12]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tokasaurus.protocol.messages import AbortRequest, GenerateRequest, LogprobsMode, Sampling
-from tokasaurus.server.turnstile import Turnstile
+from tokasaurus.text.turnstile import Turnstile
 
 SAMPLING = Sampling(1.0, 0, 1.0, 0.0, LogprobsMode.RAW)
 

@@ -7,8 +7,8 @@ from fake_engine import CONFIG, PREPARER, TOKENIZER, VOCAB_SIZE, with_config
 
 from tokasaurus.errors import RequestError, RequestTooLong
 from tokasaurus.protocol.messages import LogprobsMode
-from tokasaurus.server.params import SamplingParams
-from tokasaurus.server.preparation import Preparer
+from tokasaurus.text.params import SamplingParams
+from tokasaurus.text.preparation import Preparer
 
 PROMPT = [10, 11, 12]
 

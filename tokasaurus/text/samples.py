@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokasaurus.protocol.arrays import Float32Array, Int32Array
-from tokasaurus.server.text import TextStream
-from tokasaurus.server.tokenizer import Tokenizer
+from tokasaurus.text.text_stream import TextStream
+from tokasaurus.text.tokenizer import Tokenizer
 
 __all__ = ["Sample", "SampleOutput", "TokenLogprobs"]
 

@@ -6,25 +6,25 @@ import json
 
 import pytest
 
-from tokasaurus import client_json
-from tokasaurus.client_json import MAX_DEPTH
+from tokasaurus import untrusted_json
+from tokasaurus.untrusted_json import MAX_DEPTH
 
 
 @pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}"), ('[{"a":', "}]")])
 def test_depth_is_limited(opening, closing):
     count = MAX_DEPTH // (opening.count("[") + opening.count("{"))
     deepest = f"{opening * count}1{closing * count}"
-    assert json.dumps(client_json.decode(deepest.encode())).replace(" ", "") == deepest
+    assert json.dumps(untrusted_json.decode(deepest.encode())).replace(" ", "") == deepest
     for more in (1, 5, 300, 700, 10_000):
         with pytest.raises(ValueError, match="nested"):
-            client_json.decode(f"{opening * (count + more)}1{closing * (count + more)}".encode())
+            untrusted_json.decode(f"{opening * (count + more)}1{closing * (count + more)}".encode())
 
 
 def test_what_is_wide_is_not_deep():
     wide = [[[1]], {"a": [{}]}] * 1000
-    assert client_json.decode(json.dumps(wide).encode()) == wide
+    assert untrusted_json.decode(json.dumps(wide).encode()) == wide
     brackets = {"a": "[{" * 1000}
-    assert client_json.decode(json.dumps(brackets).encode()) == brackets
+    assert untrusted_json.decode(json.dumps(brackets).encode()) == brackets
 
 
 @pytest.mark.parametrize(
@@ -32,4 +32,4 @@ def test_what_is_wide_is_not_deep():
 )
 def test_what_is_no_json(data):
     with pytest.raises(ValueError, match=r"."):
-        client_json.decode(data)
+        untrusted_json.decode(data)

@@ -23,11 +23,11 @@ from tokasaurus.protocol.messages import (
     Pooling,
     Sampling,
 )
-from tokasaurus.server.adjustments import adjustments_of, check_token_ids
-from tokasaurus.server.grammar import FIELD, Grammars
-from tokasaurus.server.params import SamplingParams
-from tokasaurus.server.stop_strings import StopStrings
-from tokasaurus.server.tokenizer import Tokenizer
+from tokasaurus.text.adjustments import adjustments_of, check_token_ids
+from tokasaurus.text.params import SamplingParams
+from tokasaurus.text.stop_strings import StopStrings
+from tokasaurus.text.structured_output import FIELD, Grammars
+from tokasaurus.text.tokenizer import Tokenizer
 
 __all__ = ["CHAT_TEMPERATURE", "PreparedRequest", "Preparer"]
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tokasaurus.errors import ModelError, RequestError
-from tokasaurus.server import tokenizer as server_tokenizer
+from tokasaurus.text import tokenizer as server_tokenizer
 
 SPACE = "▁"
 

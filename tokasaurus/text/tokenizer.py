@@ -15,7 +15,7 @@ from typing import Any
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import ModelError, RequestError
 from tokasaurus.grammars import Vocabulary
-from tokasaurus.server.token_bytes import bytes_from_decoder, decoder_steps
+from tokasaurus.text.token_bytes import bytes_from_decoder, decoder_steps
 
 __all__ = ["Tokenizer"]
 

@@ -8,7 +8,7 @@ import pytest
 from tokasaurus import SamplingParams
 from tokasaurus.errors import RequestError
 from tokasaurus.protocol.messages import LogprobsMode
-from tokasaurus.server.params import renamed
+from tokasaurus.text.params import renamed
 
 
 @pytest.mark.parametrize(

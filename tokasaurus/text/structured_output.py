@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import llguidance
 from llguidance.gbnf_to_lark import any_to_lark
 
-from tokasaurus.client_json import shown
 from tokasaurus.errors import RequestError
 from tokasaurus.grammars import MAX_GRAMMAR_BYTES, GrammarCompiler, Vocabulary
+from tokasaurus.untrusted_json import shown
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions

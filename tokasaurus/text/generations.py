@@ -40,11 +40,11 @@ from tokasaurus.protocol.messages import (
     StopSequence,
     ToServer,
 )
-from tokasaurus.server.generation import Generation
-from tokasaurus.server.preparation import PreparedRequest
-from tokasaurus.server.samples import TokenLogprobs
-from tokasaurus.server.tokenizer import Tokenizer
-from tokasaurus.server.turnstile import Turnstile
+from tokasaurus.text.generation import Generation
+from tokasaurus.text.preparation import PreparedRequest
+from tokasaurus.text.samples import TokenLogprobs
+from tokasaurus.text.tokenizer import Tokenizer
+from tokasaurus.text.turnstile import Turnstile
 
 __all__ = ["Etas", "Generations", "Watcher"]
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 
-from tokasaurus.server.stop_strings import Automaton, StopStrings, Symbol
-from tokasaurus.server.tokenizer import Tokenizer
+from tokasaurus.text.stop_strings import Automaton, StopStrings, Symbol
+from tokasaurus.text.tokenizer import Tokenizer
 
 __all__ = ["TextStream"]
 

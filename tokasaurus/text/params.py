@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from tokasaurus.errors import RequestError, TokasaurusError
 from tokasaurus.protocol.messages import MAX_PRIORITY, LogprobsMode
-from tokasaurus.server.grammar import check_structured_outputs
+from tokasaurus.text.structured_output import check_structured_outputs
 
 __all__ = ["MAX_SAMPLES", "SamplingParams", "renamed"]
 
