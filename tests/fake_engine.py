@@ -38,7 +38,7 @@ from tokasaurus.protocol.messages import (
     SequenceUpdates,
     StopSequence,
 )
-from tokasaurus.server.batch_routes import batch_runner
+from tokasaurus.server.routes.batches import batch_runner
 from tokasaurus.server.state import EngineState
 from tokasaurus.text import tokenizer as server_tokenizer
 from tokasaurus.text.generation import Generation

@@ -6,19 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from tokasaurus.server import (
-    batch_routes,
-    chat,
-    completions,
-    embeddings,
-    native,
-    response_items,
-    responses,
-    schemas,
-    sglang,
-    tokens,
-)
-from tokasaurus.server.tools import request as tools
+from tokasaurus.server.operations import schemas
+from tokasaurus.server.protocols import chat, completions, embeddings, native
+from tokasaurus.server.protocols.responses import items as response_items
+from tokasaurus.server.protocols.responses import request as responses
+from tokasaurus.server.protocols.sglang import request as sglang
+from tokasaurus.server.protocols.tools import request as tools
+from tokasaurus.server.routes import batches as batch_routes
+from tokasaurus.server.routes import tokens
 from tokasaurus.text import structured_output as grammar
 
 

@@ -28,9 +28,9 @@ from tokasaurus.launch.assemble import assemble
 from tokasaurus.launch.lifeline import Assignment, Done, Lifeline
 from tokasaurus.launch.supervisor import Supervisor
 from tokasaurus.launch.text_process import TextProcess
-from tokasaurus.server.answers import Answers
-from tokasaurus.server.batch_routes import SAMPLES_AHEAD
-from tokasaurus.server.operations import OPERATIONS
+from tokasaurus.server.operations.execution import Answers
+from tokasaurus.server.protocols.table import OPERATIONS
+from tokasaurus.server.routes.batches import SAMPLES_AHEAD
 from tokasaurus.text.generations import Generations
 
 __all__ = ["main"]

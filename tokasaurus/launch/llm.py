@@ -34,7 +34,7 @@ from tokasaurus.launch.outputs import RequestOutput, request_output
 from tokasaurus.manager.manager import Manager
 from tokasaurus.model.worker import Worker
 from tokasaurus.protocol.messages import ForwardResult, FromServer
-from tokasaurus.server.embeddings import embedding, pooling_named
+from tokasaurus.server.protocols.embeddings import embedding, pooling_named
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.generations import Generations
 from tokasaurus.text.params import SamplingParams

@@ -18,9 +18,9 @@ from tokasaurus.launch.http_protocol import connections
 from tokasaurus.launch.lifeline import Assignment, Lifeline
 from tokasaurus.launch.text_process import TextProcess
 from tokasaurus.server.app import create_app
-from tokasaurus.server.batch_routes import batch_runner
+from tokasaurus.server.http.request_ids import RequestIds
 from tokasaurus.server.reports import report
-from tokasaurus.server.request_ids import RequestIds
+from tokasaurus.server.routes.batches import batch_runner
 from tokasaurus.server.state import EngineState
 from tokasaurus.text.generations import Generations
 

@@ -1,12 +1,11 @@
 """The server room: HTTP. It knows requests and their samples, nothing of pages or tensors.
 
-From the inside out::
+Stands on the text core, ``tokasaurus.text``. From the inside out::
 
-    writer         the seam to the shapes of answers: each protocol below has writers of its own
-    tasks          one kind of request: from its JSON to prompts that can run and a writer
-    native, sglang, embeddings, responses      protocols beside OpenAI's completions and chats
-    operations     the table of what can be asked
-    answers        from a request to its answer, for connections and for batches
-
-Stands on the text core, ``tokasaurus.text``.
+    operations/   what a client can ask for: schemas, fields, how a request is carried out
+    protocols/    the shapes of requests and answers, and the table of all operations
+    http/         what HTTP needs: errors, bodies, keys, request ids
+    routes/       the routes: what generates, and what the engine says of itself
+    state         whether the engine can serve
+    app           joins them into one ASGI application
 """

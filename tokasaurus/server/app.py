@@ -17,20 +17,20 @@ from starlette.middleware.cors import CORSMiddleware
 
 from tokasaurus.batch.runner import BatchRunner
 from tokasaurus.config.slices import ServerConfig
-from tokasaurus.server.access import Access
-from tokasaurus.server.answers import Answers
-from tokasaurus.server.batch_routes import BatchRequest, BatchRoutes
-from tokasaurus.server.direct import DirectRoutes
 from tokasaurus.server.document import document_answers
-from tokasaurus.server.endpoints import Endpoints
-from tokasaurus.server.engine_routes import EngineRoutes
-from tokasaurus.server.file_routes import FileRoutes
-from tokasaurus.server.http_errors import install_error_handlers
+from tokasaurus.server.http.access import Access
+from tokasaurus.server.http.direct import DirectRoutes
+from tokasaurus.server.http.errors import install_error_handlers
 from tokasaurus.server.metrics import CountRequests
-from tokasaurus.server.operations import OPERATIONS
+from tokasaurus.server.operations.execution import Answers
+from tokasaurus.server.protocols.table import OPERATIONS
+from tokasaurus.server.routes.batches import BatchRequest, BatchRoutes
+from tokasaurus.server.routes.engine import EngineRoutes
+from tokasaurus.server.routes.files import FileRoutes
+from tokasaurus.server.routes.generating import Endpoints
+from tokasaurus.server.routes.synchronous_batch import SynchronousBatch
+from tokasaurus.server.routes.tokens import TOKEN_SCHEMAS, TokenRoutes
 from tokasaurus.server.state import EngineState
-from tokasaurus.server.synchronous_batch import SynchronousBatch
-from tokasaurus.server.tokens import TOKEN_SCHEMAS, TokenRoutes
 from tokasaurus.version import __version__
 
 __all__ = ["create_app"]

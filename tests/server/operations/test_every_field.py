@@ -1,0 +1,421 @@
+"""Every field of every request: something observable changes, or it is refused by name, or it is harmless.
+
+The fields come from the schemas themselves, what each does from ``field_table``: a field that is in one and not in
+the other fails here.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import msgspec
+import openai.types.batch_create_params as openai_batch
+import openai.types.chat.completion_create_params as openai_chat
+import openai.types.completion_create_params as openai_completion
+import openai.types.embedding_create_params as openai_embedding
+import openai.types.responses.response_create_params as openai_responses
+import pytest
+from fake_engine import RunningServer, with_config
+from field_table import (
+    BASE,
+    BATCHES,
+    CHAT,
+    COMPLETIONS,
+    EMBEDDINGS,
+    GENERATE,
+    OBJECTS,
+    OTHER_ENGINES,
+    RESPONSES,
+    SCHEMAS,
+    SYNCHRONOUS,
+    Changes,
+    Passes,
+    Place,
+)
+from pydantic import BaseModel
+
+from tokasaurus.server.operations.schemas import RequestBody
+from tokasaurus.server.protocols.sglang.request import _HARMLESS_SAMPLING
+from tokasaurus.server.protocols.table import OPERATIONS
+
+PLACES: dict[str, Place] = {
+    **{schema.__name__.lstrip("_"): place for schema, place in SCHEMAS.items()},
+    **OBJECTS,
+}
+ROWS = [(name, field) for name, place in PLACES.items() for field in place.rows]
+
+# Anything that is a number, looks like one, or is none; as JSON, since some cannot be said in Python.
+ODD_VALUES = [
+    *("-1", "0", "1", "2147483648", "-9223372036854775809", "18446744073709551616", "1e308"),
+    *("1" + "0" * 400, "0.5", "-0.0", "true", '"1"', '""', "[]", "{}", '[{"a": null}]', "[[[1]]]"),
+    *('{"\\u0000": "\\u0000"}', "[-1]", "[true]", "[1.5]"),
+]
+NO_JSON = ("NaN", "Infinity", "-Infinity", "1e999", '"\\ud800"')
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server with all routes, whose engine says all that it has to say at once."""
+    config = with_config(data_dir=str(tmp_path_factory.mktemp("data")))
+    with RunningServer(config).running() as server:
+        server.engine.largest_step = 1 << 30
+        yield server
+
+
+@pytest.fixture(scope="module")
+def files(everything: RunningServer) -> dict[str, str]:
+    """Inputs of batches, by what the table calls them."""
+
+    def upload(text: str) -> str:
+        body = {"seed": 1, "max_tokens": 3}
+        chat = {"custom_id": "b", "url": CHAT, "body": {**body, **BASE[CHAT]}}
+        line = {"custom_id": "a", "url": COMPLETIONS, "body": {**body, "prompt": text}}
+        lines = "".join(json.dumps({**each, "method": "POST"}) + "\n" for each in (line, chat))
+        data = io.BytesIO(lines.encode())
+        return everything.client().files.create(file=("in.jsonl", data), purpose="batch").id
+
+    return {"FILE": upload("the cat"), "OTHER FILE": upload("the dog")}
+
+
+def observe(
+    server: RunningServer, files: dict[str, str], place: Place, body: Any, *, to_end: bool = True
+) -> Any:
+    """All that a client or the engine can see of a request, without what is different each time."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    for name, file_id in files.items():
+        data = data.replace(json.dumps(name).encode(), json.dumps(file_id).encode())
+    server.engine.received.clear()
+    with mock.patch.object(server.generations, "start", wraps=server.generations.start) as start:
+        answer = server.post(place.path, data)
+        if answer.status != 200:
+            return answer.status, answer.error["param"], answer.error["message"]
+        if place.path == BATCHES:
+            return _outcome(server, answer.json["id"]) if to_end else (200,)
+    requests = [_sent(request) for request in server.engine.requests]
+    keys = [call.kwargs["client"] for call in start.call_args_list]
+    if answer.headers["content-type"].startswith("text/event-stream"):
+        events = answer.content.split(b"\n\n")
+        said: Any = [_plain(json.loads(e.split(b"data: ")[1])) for e in events if b"{" in e]
+    else:
+        said = _plain(answer.json)
+    return 200, requests, keys, said
+
+
+def _sent(request: Any) -> dict[str, Any]:
+    fields = {name: getattr(request, name) for name in request.__struct_fields__}
+    del fields["request_id"]
+    if request.pooling:
+        del fields["seed"]  # of a token that nobody sees
+    return fields | {
+        "prompt_ids": request.prompt_ids.tolist(),
+        "sampling": msgspec.to_builtins(request.sampling, enc_hook=lambda array: array.tolist()),
+    }
+
+
+def _outcome(server: RunningServer, batch_id: str) -> Any:
+    """What becomes of a batch; times from its creation."""
+    client = server.client()
+    deadline = time.monotonic() + 20
+    while (batch := client.batches.retrieve(batch_id)).status not in ("completed", "failed"):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    contents, lifetimes = [], []
+    for file_id in (batch.output_file_id, batch.error_file_id):
+        if file_id is not None:
+            lines = client.files.content(file_id).text.splitlines()
+            contents.append([_plain(json.loads(each)) for each in lines])
+            file = client.files.retrieve(file_id)
+            lifetimes.append(file.expires_at and file.expires_at - file.created_at)
+    window_s = batch.expires_at - batch.created_at
+    return 200, batch.status, batch.metadata, batch.endpoint, window_s, contents, lifetimes
+
+
+NAMES_AND_TIMES = ("id", "item_id", "request_id", "created", "created_at", "completed_at")
+
+
+def _plain(value: Any) -> Any:
+    """Without names and times, wherever they are."""
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    leave_out = (*NAMES_AND_TIMES, "e2e_latency")
+    return {
+        name: _plain(each)
+        for name, each in value.items()
+        if name not in leave_out or isinstance(each, dict) or each == "mine"
+    }
+
+
+def body_of(place: Place, fields: Any, around: Any = None) -> Any:
+    return {**place.wrap(fields), **(around or {})}
+
+
+# --- the table is whole ----------------------------------------------------------------------------
+
+
+def schemas_of_the_server() -> set[type[BaseModel]]:
+    """Everything that is read from a client's JSON, but bases of others."""
+    found, new = set(), [BaseModel]
+    while new:
+        schema = new.pop()
+        below = schema.__subclasses__()
+        new += below
+        if not below and schema.__module__.startswith("tokasaurus.server"):
+            found.add(schema)
+    return found
+
+
+def test_every_schema_is_in_the_table():
+    asked = {schema for operation in OPERATIONS.values() for schema in operation.schemas}
+    assert schemas_of_the_server() == set(SCHEMAS)
+    assert asked < set(SCHEMAS)
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_every_field_is_in_the_table(name):
+    assert set(PLACES[name].rows) == PLACES[name].known
+
+
+@pytest.mark.parametrize(
+    ("path", "theirs"),
+    [
+        (COMPLETIONS, openai_completion.CompletionCreateParamsBase),
+        (CHAT, openai_chat.CompletionCreateParamsBase),
+        (RESPONSES, openai_responses.ResponseCreateParamsBase),
+        (EMBEDDINGS, openai_embedding.EmbeddingCreateParams),
+        (BATCHES, openai_batch.BatchCreateParams),
+    ],
+)
+def test_every_field_of_openai_is_known(path, theirs):
+    if path == BATCHES:
+        assert set(theirs.__annotations__) <= PLACES["BatchRequest"].known
+        return
+    (schema,) = OPERATIONS[path].schemas
+    assert set(theirs.__annotations__) <= {*schema.model_fields, *schema.harmless}
+
+
+# --- what is supported -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "field"), ROWS)
+def test_a_field_does_what_the_table_says(everything, files, name, field):
+    place, row = PLACES[name], PLACES[name].rows[field]
+
+    def seen(fields, around=None):
+        return observe(everything, files, place, body_of(place, fields, around))
+
+    if isinstance(row, Changes):
+        base = {**place.base, **row.beside}
+        if field in row.beside:
+            del base[field]
+        plain, changed = (
+            seen(base, row.around),
+            seen({**base, field: row.value}, row.around),
+        )
+        assert changed[0] == 200, changed
+        if plain[0] == 200:
+            assert plain == seen(base, row.around)  # it is not chance that changes something
+        assert plain != changed
+        return
+    plain = seen(place.base)
+    assert plain[0] == 200, plain
+    passes, refused = (
+        (row.values, row.refused) if isinstance(row, Passes) else (row.passes, row.value)
+    )
+    for value in passes:
+        assert seen({**place.base, field: value}) == plain
+    if refused is not None:
+        assert_refused(place, field, seen({**place.base, field: refused}))
+
+
+def assert_refused(place: Place, field: str, got: Any) -> None:
+    """With status 400, by its name."""
+    status, param, message = got
+    assert status == 400, got
+    assert param.split(".")[0] == (place.top or field), got
+    assert field in message, got
+
+
+@pytest.mark.parametrize(("name", "field"), ROWS)
+def test_null_is_the_same_as_left_out(everything, files, name, field):
+    place, row = PLACES[name], PLACES[name].rows[field]
+    fields = dict(place.base)
+    fields.pop(field, None)
+    if isinstance(row, Changes) and place.base.get(field) is not None and "seed" not in field:
+        fields |= {n: v for n, v in row.beside.items() if v is not None and n != field}
+    null = observe(everything, files, place, body_of(place, {**fields, field: None}))
+    out = observe(everything, files, place, body_of(place, fields))
+    if field in place.required:
+        assert_refused(place, field, null)
+    if null[0] != 200:
+        assert null[:2] == out[:2]
+        return
+    if "seed" in field or field == "sampling_params":  # then it is another one each time
+        assert null[1][0].pop("seed") != out[1][0].pop("seed")
+        null, out = null[:2], out[:2]
+    assert null == out
+
+
+# --- what is not -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "field"), ROWS)
+def test_odd_values_work_or_are_refused_by_name(everything, files, name, field):
+    """Never a 500, and nothing of a type that is not meant."""
+    place, row = PLACES[name], PLACES[name].rows[field]
+    beside = row.beside if isinstance(row, Changes) else {}
+    body = body_of(place, {**place.base, **beside, field: "HERE"}, getattr(row, "around", None))
+    template = json.dumps(body)
+    assert template.count('"HERE"') == 1
+    for value in ODD_VALUES:
+        data = template.replace('"HERE"', value).encode()
+        got = observe(everything, files, place, data, to_end=False)
+        if got[0] != 200:
+            # With another object in the way, the error may be about that one: both are named.
+            assert got[0] in (400, 404), (value, got)
+            assert got[1] is not None, (value, got)
+            names = {place.top or field, *beside}
+            assert got[1].split(".")[0].split("[")[0] in names, (value, got)
+    for value in NO_JSON:
+        got = observe(everything, files, place, template.replace('"HERE"', value).encode())
+        assert got[0] == 400, (value, got)
+    everything.wait_idle()
+
+
+NUMBERS = [
+    (name, field)
+    for schema, place in SCHEMAS.items()
+    for name in [schema.__name__.lstrip("_")]
+    for field, info in schema.model_fields.items()
+    if field in place.rows and info.annotation in (int | None, float | None, int)
+]
+
+
+@pytest.mark.parametrize(("name", "field"), NUMBERS)
+def test_truth_and_texts_are_no_numbers(everything, files, name, field):
+    place, row = PLACES[name], PLACES[name].rows[field]
+    beside = getattr(row, "beside", {})
+    for value in (True, False, "1", [1], {"a": 1}):
+        body = body_of(place, {**place.base, **beside, field: value})
+        assert_refused(place, field, observe(everything, files, place, body))
+
+
+@pytest.mark.parametrize("field", sorted(OBJECTS["sampling_params"].rows))
+def test_sampling_parameters_have_types_too(everything, files, field):
+    place = OBJECTS["sampling_params"]
+    for value in (True, "1", [[1]]):
+        if field in ("ignore_eos", "stop", "regex", "ebnf", "json_schema"):
+            continue
+        got = observe(everything, files, place, body_of(place, {**place.base, field: value}))
+        assert got[:2] == (400, f"sampling_params.{field}")
+
+
+TEMPLATE_ARGUMENTS = ("apply_chat_template_overrides", "chat_template_kwargs")  # any object will do
+OWN_ROWS = [
+    (name, field)
+    for name, field in ROWS
+    if PLACES[name].path != SYNCHRONOUS and PLACES[name].top in ("", "sampling_params")
+]
+
+
+@pytest.mark.parametrize(("name", "field"), OWN_ROWS)
+def test_what_no_field_holds_is_refused_by_name(everything, files, name, field):
+    place, row = PLACES[name], PLACES[name].rows[field]
+    base = {**place.base, **getattr(row, "beside", {})}
+    for wrong in ([[["nonsense"]]], *([] if field in TEMPLATE_ARGUMENTS else [{"type": {}}])):
+        body = body_of(place, {**base, field: wrong})
+        assert_refused(place, field, observe(everything, files, place, body))
+
+
+HARMLESS_OF = {
+    "sampling_params": _HARMLESS_SAMPLING,
+    **{schema.__name__: schema.harmless for schema in SCHEMAS if issubclass(schema, RequestBody)},
+}
+HARMLESS_ROWS = [
+    (name, field)
+    for name, harmless in HARMLESS_OF.items()
+    for field in harmless
+    if field not in PLACES[name].known
+]
+
+
+@pytest.mark.parametrize(("name", "field"), HARMLESS_ROWS)
+def test_an_unsupported_field_passes_where_it_is_harmless(everything, files, name, field):
+    place, values = PLACES[name], HARMLESS_OF[name][field]
+    plain = observe(everything, files, place, body_of(place, place.base))
+    for value in (None, *("anything" if value is str else value for value in values)):
+        body = body_of(place, {**place.base, field: value})
+        assert observe(everything, files, place, body) == plain
+    for value in (
+        {"nonsense": 1},
+        0.5,
+        3,
+        *([1, 0] if values and isinstance(values[0], bool) else ()),
+    ):
+        body = body_of(place, {**place.base, field: value})
+        assert_refused(place, field, observe(everything, files, place, body))
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+@pytest.mark.parametrize("field", OTHER_ENGINES)
+def test_fields_of_other_engines_are_known(everything, path, field):
+    (schema,) = OPERATIONS[path].schemas
+    assert field not in schema.model_fields, "it has a row of its own by now"
+    for value in (None, *OTHER_ENGINES[field]):
+        assert everything.post(path, {**BASE[path], field: value}).status == 200
+    error = everything.post(path, {**BASE[path], field: {"nonsense": 1}}).error
+    assert error["param"] == field
+    assert f"{field} is not supported" in error["message"]
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_an_unknown_field_is_refused(everything, files, name):
+    place = PLACES[name]
+    body = body_of(place, {**place.base, "zzz": 1})
+    assert_refused(place, "zzz", observe(everything, files, place, body))
+
+
+FROM_CLIENTS = {
+    "ignore_eos": True,
+    "min_tokens": 0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "seed": 1234,
+    "best_of": 1,
+    "stop": None,
+    "logprobs": None,
+    "lora_path": None,
+    "stream": True,
+    "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    "logprobs_in_fingerprint": False,
+    "logprobs_ignore_temperature": False,
+    "cartridges": [],
+    "model": "",
+}
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_what_real_clients_send_at_once_passes(everything, path):
+    chat_only = {"apply_chat_template_overrides": {}, "ids": None}
+    body = {**BASE[path], **FROM_CLIENTS, **(chat_only if path == CHAT else {})}
+    assert everything.post(path, body).status == 200
+
+
+def test_what_sglangs_benchmark_sends_passes(everything):
+    body = {
+        "text": "the cat",
+        "sampling_params": {"temperature": 0.0, "max_new_tokens": 5, "ignore_eos": True},
+        "stream": True,
+        "lora_path": None,
+        "return_logprob": False,
+        "return_routed_experts": False,
+        "logprob_start_len": -1,
+    }
+    assert everything.post(GENERATE, body).status == 200

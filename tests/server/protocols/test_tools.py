@@ -1,0 +1,431 @@
+"""Tools and reasoning as the openai client uses them, on an engine that says what it is told to."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import openai
+import pytest
+from fake_engine import CONFIG, EOS_ID, TOKENIZER, ids_of
+
+from tokasaurus.errors import RequestError
+from tokasaurus.grammars import GrammarCompiler
+from tokasaurus.server.protocols.tools.formats import tool_format
+
+HERMES = (
+    "{% if tools %}<tools>{% for t in tools %}{{ t.function.name }} "
+    "{{ t.function.description }} {{ t.function.parameters.required }}{% endfor %}</tools>"
+    "<tool_call>{% endif %}"
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}({{ c.function.name }} {{ c.function.arguments.city }})"
+    "{% endfor %}{% if m.tool_call_id %}#{{ m.tool_call_id }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+LLAMA = HERMES.replace("<tool_call>", "<|python_tag|>")
+THINKING = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>{% endif %}"
+)
+OPENED = "{% for m in messages %}{{ m.content }}{% endfor %}<think>\n"
+
+PARAMETERS = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+WEATHER = {
+    "type": "function",
+    "function": {"name": "weather", "description": "Of a city.", "parameters": PARAMETERS},
+}
+TIME = {"type": "function", "function": {"name": "time-of.day"}}
+TOOLS = [WEATHER, TIME]
+MESSAGES = [{"role": "user", "content": "hi"}]
+ARGUMENTS = '{"city": "Paris, \\"nord\\""}'
+HERMES_CALLS = (
+    f'Wait.\n<tool_call>\n{{"name": "weather", "arguments": {ARGUMENTS}}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "time-of.day", "arguments": {}}\n</tool_call>'
+)
+LLAMA_CALLS = f'{{"name": "weather", "parameters": {ARGUMENTS}}}; {{"name": "time-of.day", "parameters": {{}}}}'
+
+
+def says(server, text):
+    server.engine.script = lambda request, index: [*ids_of(text), EOS_ID]
+
+
+def ask(server, template=HERMES, **fields):
+    fields = {"model": "m", "messages": MESSAGES, "tools": TOOLS, "max_tokens": 200, **fields}
+    kwargs = fields.pop("chat_template_kwargs", {})
+    extra = {"chat_template_kwargs": {"chat_template": template, **kwargs}}
+    return server.client().chat.completions.create(extra_body=extra, **fields)
+
+
+def post(server, template=HERMES, **fields):
+    body = {"messages": MESSAGES, "tools": TOOLS, "max_tokens": 200, **fields}
+    body["chat_template_kwargs"] = {"chat_template": template}
+    return server.post("/v1/chat/completions", body)
+
+
+def prompt_of(server):
+    return TOKENIZER.decode(server.engine.requests[-1].prompt_ids.tolist())
+
+
+def check_calls(calls):
+    assert [call.function.name for call in calls] == ["weather", "time-of.day"]
+    assert [call.function.arguments for call in calls] == [ARGUMENTS, "{}"]
+    assert {call.type for call in calls} == {"function"}
+    assert len({call.id for call in calls}) == 2
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "content"), [(HERMES, HERMES_CALLS, "Wait."), (LLAMA, LLAMA_CALLS, None)]
+)
+def test_calls_in_a_whole_answer(server, template, text, content):
+    says(server, text)
+    (choice,) = ask(server, template).choices
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content == content
+    check_calls(choice.message.tool_calls)
+    assert "<tools>weather Of a city. ['city']time-of.day" in prompt_of(server)
+
+
+@pytest.mark.parametrize(("template", "text"), [(HERMES, HERMES_CALLS), (LLAMA, LLAMA_CALLS)])
+@pytest.mark.parametrize("largest_step", [1, 2, 7, 100])
+def test_calls_in_a_stream_added_up_by_the_client(server, template, text, largest_step):
+    says(server, text)
+    server.engine.largest_step = largest_step
+    with server.client().chat.completions.stream(
+        model="m",
+        messages=MESSAGES,
+        tools=TOOLS,
+        max_tokens=200,
+        extra_body={"chat_template_kwargs": {"chat_template": template}},
+    ) as stream:
+        for _ in stream:
+            pass
+        (choice,) = stream.get_final_completion().choices
+    assert choice.finish_reason == "tool_calls"
+    check_calls(choice.message.tool_calls)
+
+
+def test_names_come_before_arguments_and_these_in_pieces(server):
+    says(server, HERMES_CALLS)
+    server.engine.largest_step = 1
+    pieces = []
+    for chunk in ask(server, stream=True):
+        pieces += [
+            (c.id, c.function.name, c.function.arguments)
+            for c in chunk.choices[0].delta.tool_calls or []
+        ]
+    named = [number for number, (_, name, _) in enumerate(pieces) if name]
+    assert [pieces[number][1] for number in named] == ["weather", "time-of.day"]
+    assert all(pieces[number][0] for number in named)
+    assert named[1] - named[0] > 5
+    assert "".join(piece[2] for piece in pieces[: named[1]]) == ARGUMENTS
+
+
+def test_the_asynchronous_client(server):
+    says(server, HERMES_CALLS)
+
+    async def run():
+        client = openai.AsyncOpenAI(api_key="none", base_url=f"{server.url}/v1", max_retries=0)
+        async with client:
+            return await client.chat.completions.create(
+                model="m",
+                messages=MESSAGES,
+                tools=TOOLS,
+                max_tokens=200,
+                extra_body={"chat_template_kwargs": {"chat_template": HERMES}},
+            )
+
+    check_calls(asyncio.run(run()).choices[0].message.tool_calls)
+
+
+def test_a_conversation_with_calls_and_their_results(server):
+    says(server, HERMES_CALLS)
+    message = ask(server).choices[0].message
+    call = message.tool_calls[0]
+    says(server, "It rains.")
+    answer = ask(
+        server,
+        messages=[
+            *MESSAGES,
+            message.model_dump(exclude_none=True),
+            {"role": "tool", "tool_call_id": call.id, "content": "rain"},
+        ],
+    )
+    assert answer.choices[0].message.content == "It rains."
+    assert answer.choices[0].finish_reason == "stop"
+    assert '[assistant]Wait.(weather Paris, "nord")' in prompt_of(server)
+    assert f"[tool]rain#{call.id}[assistant]" in prompt_of(server)
+
+
+def test_tool_choice_none_tells_the_model_of_no_tools(server):
+    says(server, HERMES_CALLS)
+    (choice,) = ask(server, tool_choice="none").choices
+    assert choice.message.content == HERMES_CALLS
+    assert choice.message.tool_calls is None
+    assert "weather" not in prompt_of(server)
+
+
+def test_at_most_one_call(server):
+    says(server, HERMES_CALLS)
+    (choice,) = ask(server, parallel_tool_calls=False).choices
+    assert [call.function.name for call in choice.message.tool_calls] == ["weather"]
+
+
+def accepts(grammar, text):
+    matcher = GrammarCompiler(TOKENIZER.vocabulary(CONFIG.eos_token_ids)).compile(grammar)
+    ids = ids_of(text)
+    return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+
+NAMED = {"type": "function", "function": {"name": "weather"}}
+
+
+@pytest.mark.parametrize(
+    ("template", "one", "both", "other", "wrong"),
+    [
+        (
+            HERMES,
+            HERMES_CALLS[6:].partition('\n<tool_call>\n{"name": "time')[0],
+            HERMES_CALLS[6:],
+            '<tool_call>\n{"name": "time-of.day", "arguments": {}}\n</tool_call>',
+            '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>',
+        ),
+        (
+            LLAMA,
+            LLAMA_CALLS.partition("; ")[0],
+            LLAMA_CALLS,
+            LLAMA_CALLS.partition("; ")[2],
+            '{"name": "weather", "parameters": {"city": 5}}',
+        ),
+    ],
+)
+def test_enforced_calls(server, template, one, both, other, wrong):
+    """Of each choice and format: one call, two calls, a call of another function, wrong arguments, text."""
+    texts = (one, both, other, wrong, "It rains.")
+    for fields, expected in (
+        ({"tool_choice": "required"}, (True, True, True, False, False)),
+        (
+            {"tool_choice": "required", "parallel_tool_calls": False},
+            (True, False, True, False, False),
+        ),
+        ({"tool_choice": NAMED}, (True, False, False, False, False)),
+    ):
+        says(server, one)
+        (choice,) = ask(server, template, **fields).choices
+        assert choice.finish_reason == "tool_calls"
+        assert choice.message.tool_calls[0].function.arguments == ARGUMENTS
+        grammar = server.engine.requests[-1].grammar
+        assert tuple(accepts(grammar, text) for text in texts) == expected
+    ask(server, template, tool_choice="auto")
+    assert server.engine.requests[-1].grammar == ""
+
+
+def test_a_schema_of_a_tool_may_refer_to_its_own_definitions(server):
+    parameters = {
+        "properties": {"a": {"$ref": "#/$defs/digit"}},
+        "required": ["a"],
+        "$defs": {"digit": {"enum": [0, 1]}},
+    }
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    says(server, "x")
+    ask(server, tools=[tool], tool_choice="required")
+    grammar = server.engine.requests[-1].grammar
+    head = '<tool_call>\n{"name": "f", "arguments": '
+    assert accepts(grammar, head + '{"a": 1}}\n</tool_call>')
+    assert not accepts(grammar, head + '{"a": 2}}\n</tool_call>')
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "said"),
+    [
+        ({"tools": [{"type": "retrieval"}]}, "tools", "tools[0]"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools", "'a b'"),
+        ({"tools": [TIME, TIME]}, "tools", "two functions"),
+        (
+            {"tools": [{"type": "function", "function": {"name": f"f{i}"}} for i in range(129)]},
+            "tools",
+            "128",
+        ),
+        ({"tools": [], "tool_choice": "required"}, "tool_choice", "no tools"),
+        ({"tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "'g'"),
+        ({"tool_choice": "always"}, "tool_choice", "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "tools", "response_format"),
+        (
+            {
+                "tool_choice": "required",
+                "tools": [
+                    {
+                        "type": "function",
+                        "function": {
+                            "name": "f",
+                            "parameters": {"properties": {"a": {"type": "foo"}}},
+                        },
+                    }
+                ],
+            },
+            "tools",
+            "Invalid type: foo",
+        ),
+        ({"tool_choice": "required", "ignore_eos": True}, "ignore_eos", "structured output"),
+        (
+            {"messages": [{"role": "assistant", "content": None}, *MESSAGES]},
+            "messages",
+            "messages[0].content is required",
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}],
+                    }
+                ]
+            },
+            "messages",
+            "messages[0].tool_calls[0].function.arguments",
+        ),
+        (
+            {"apply_chat_template_overrides": {"shout": True}},
+            "apply_chat_template_overrides",
+            "two names",
+        ),
+    ],
+)
+def test_what_is_refused(server, fields, param, said):
+    answer = post(server, **fields)
+    assert answer.status == 400
+    assert answer.error["param"] == param
+    assert said in answer.error["message"]
+
+
+def test_a_model_that_cannot_be_told_of_tools(server):
+    body = {"messages": MESSAGES, "tools": TOOLS}
+    answer = server.post("/v1/chat/completions", body)
+    assert (answer.status, answer.error["param"]) == (400, "tools")
+    assert "chat template does not mention them" in answer.error["message"]
+    answer = post(server, template="{{ tools }}")
+    assert "tool_call_parser=hermes or llama3" in answer.error["message"]
+    assert server.post("/v1/chat/completions", {**body, "tool_choice": "none"}).status == 200
+
+
+def test_which_format():
+    assert tool_format("auto", HERMES) == "hermes"
+    assert tool_format("auto", LLAMA) == "llama3"
+    assert tool_format("llama3", HERMES) == "llama3"
+    with pytest.raises(RequestError):
+        tool_format("hermes", "{{ messages }} tools")
+
+
+def test_reasoning(server):
+    says(server, "<think>\nthe cat\n</think>\n\non the mat")
+    (choice,) = ask(server, THINKING, tools=[]).choices
+    assert choice.message.reasoning_content == "the cat"
+    assert choice.message.content == "on the mat"
+    assert choice.finish_reason == "stop"
+    server.engine.largest_step = 1
+    content = reasoning = ""
+    for chunk in ask(server, THINKING, tools=[], stream=True):
+        delta = chunk.choices[0].delta
+        content += delta.content or ""
+        reasoning += getattr(delta, "reasoning_content", None) or ""
+    assert (reasoning, content) == ("the cat", "on the mat")
+
+
+THOUGHTS = [
+    # what the model says: what it thinks up to the last token of the closing mark, and the rest
+    ("<think>\nthe cat sat</think>", "\n\non the mat"),
+    ("<think></think>", ""),
+    ("\n <think>naïve élan", ""),
+    ("", "the cat<think>sat</think>"),
+    ("", ""),
+]
+
+
+@pytest.mark.parametrize(("thoughts", "rest"), THOUGHTS)
+@pytest.mark.parametrize("spelled", [False, True])
+def test_reasoning_tokens_are_counted_exactly(server, thoughts, rest, spelled):
+    """However the marks are cut into tokens and these into events; n samples add up."""
+
+    def ids(text):  # a byte each, or as the tokenizer would
+        return [i for c in text for i in ids_of(c)] if spelled else ids_of(text)
+
+    answer = [*ids(thoughts), *ids(rest), EOS_ID]
+    server.engine.script = lambda request, index: answer
+    closed = thoughts.endswith("</think>")
+    expected = 0 if not thoughts else len(ids(thoughts)) if closed else len(answer)
+    for n in (1, 3):
+        whole = ask(server, THINKING, tools=[], n=n).usage
+        assert whole.completion_tokens_details.reasoning_tokens == n * expected
+        assert whole.completion_tokens == n * len(answer)
+        for largest_step in (1, 3, 100):
+            server.engine.largest_step = largest_step
+            options = {"include_usage": True, "continuous_usage_stats": True}
+            *chunks, last = ask(
+                server, THINKING, tools=[], n=n, stream=True, stream_options=options
+            )
+            counts = [
+                chunk.usage.completion_tokens_details.reasoning_tokens for chunk in [*chunks, last]
+            ]
+            assert counts == sorted(counts)
+            assert counts[-1] == n * expected
+
+
+def test_reasoning_tokens_where_the_prompt_has_begun(server):
+    says(server, "the cat</think>on the mat")
+    expected = len(ids_of("the cat</think>"))
+    usage = ask(server, OPENED, tools=[]).usage
+    assert usage.completion_tokens_details.reasoning_tokens == expected
+    usage = ask(server, OPENED, tools=[], stop=["</thi"]).usage
+    assert usage.completion_tokens_details.reasoning_tokens == usage.completion_tokens <= expected
+    kwargs = {"enable_thinking": False}
+    usage = ask(server, THINKING, tools=[], chat_template_kwargs=kwargs).usage
+    assert usage.completion_tokens_details.reasoning_tokens == 0
+
+
+def test_reasoning_tokens_of_samples_that_came_too_late_count(server):
+    lengths = [5, 30, 70]
+    server.engine.script = lambda request, index: [
+        *ids_of("<think>"),
+        *ids_of("x") * lengths[index],
+        EOS_ID,
+    ]
+    for stream in (False, True):
+        fields = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+        answer = post(server, THINKING, tools=[], n=3, first_k=1, **fields)
+        usage = (answer.events[-1] if stream else answer.json)["usage"]
+        assert usage["completion_tokens"] > lengths[0] + 2
+        thought = usage["completion_tokens_details"]["reasoning_tokens"]
+        assert thought == usage["completion_tokens"]
+
+
+def test_reasoning_that_the_prompt_begins_or_leaves_out(server):
+    says(server, "the cat</think>on the mat")
+    (choice,) = ask(server, OPENED, tools=[]).choices
+    assert (choice.message.reasoning_content, choice.message.content) == ("the cat", "on the mat")
+    says(server, "on the mat")
+    kwargs = {"enable_thinking": False}
+    (choice,) = ask(server, THINKING, tools=[], chat_template_kwargs=kwargs).choices
+    assert choice.message.content == "on the mat"
+    assert not hasattr(choice.message, "reasoning_content")
+    assert prompt_of(server).endswith("<think>\n\n</think>")
+
+
+def test_a_grammar_begins_at_the_first_token(server):
+    says(server, '{"a": 1}')
+    response_format = {"type": "json_object"}
+    (choice,) = ask(server, OPENED, tools=[], response_format=response_format).choices
+    assert json.loads(choice.message.content) == {"a": 1}
+
+
+def test_without_such_a_template_marks_are_text(server):
+    says(server, "<think>a</think><tool_call>b</tool_call>")
+    body = {"messages": MESSAGES, "max_tokens": 100}
+    (choice,) = server.post("/v1/chat/completions", body).json["choices"]
+    assert choice["message"] == {
+        "role": "assistant",
+        "content": "<think>a</think><tool_call>b</tool_call>",
+    }

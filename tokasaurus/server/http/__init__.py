@@ -1,0 +1,1 @@
+"""What HTTP needs: errors as answers, bodies, uploads, keys, request ids, routes past the framework."""

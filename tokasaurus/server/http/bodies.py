@@ -1,0 +1,48 @@
+"""Reads the bodies of HTTP requests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import Request
+from starlette.requests import ClientDisconnect
+
+from tokasaurus import untrusted_json
+from tokasaurus.errors import RequestError
+from tokasaurus.server.http.errors import ClientGone, WrongMediaType
+
+__all__ = ["read_json", "refuse_compressed"]
+
+
+def refuse_compressed(request: Request) -> None:
+    """Raises WrongMediaType if the body is compressed: a small one could stand for any number of bytes."""
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding != "identity":
+        raise WrongMediaType(f"the body must not be compressed; it has Content-Encoding: {coding}")
+
+
+async def read_json(request: Request) -> Any:
+    """Reads and decodes a request's body.
+
+    Only what is declared to be JSON is read: a browser sends anything else to any address without
+    asking first.
+
+    Raises:
+        RequestError: it is no JSON.
+        WrongMediaType, ClientGone: as they say.
+    """
+    refuse_compressed(request)
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json" and not media_type.endswith("+json"):
+        sent = f"not {media_type!r}" if media_type else "and it had none"
+        raise WrongMediaType(f"the body must be sent with Content-Type: application/json, {sent}")
+    data = bytearray()
+    try:
+        async for piece in request.stream():
+            data += piece
+    except ClientDisconnect:
+        raise ClientGone("the client disconnected") from None
+    try:
+        return untrusted_json.decode(data)
+    except ValueError as error:
+        raise RequestError(f"the body is no valid JSON: {error}") from None

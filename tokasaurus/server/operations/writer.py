@@ -1,0 +1,61 @@
+"""Who writes the answer to a request: the seam between the calls that carry one out and the shapes of JSON.
+
+Every protocol has writers of its own; whoever runs a call asks for a whole answer, or for a stream's events
+one after the other.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from tokasaurus.errors import TokasaurusError
+from tokasaurus.server.http.errors import error_body
+from tokasaurus.text.generation import Generation
+from tokasaurus.text.samples import SampleOutput
+
+__all__ = ["DONE", "AnswerWriter", "StreamWriter", "event"]
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(body: Mapping[str, Any]) -> bytes:
+    """One server-sent event, on one line."""
+    return b"data: " + msgspec.json.encode(body) + b"\n\n"
+
+
+class AnswerWriter(ABC):
+    """Writes the answer to one request when its generations have finished."""
+
+    @abstractmethod
+    def takes_long(self, generations: Sequence[Generation]) -> bool:
+        """Whether ``whole`` may take more than about a millisecond."""
+
+    @abstractmethod
+    def whole(self, generations: Sequence[Generation]) -> bytes:
+        """The answer, one line of JSON.
+
+        Raises:
+            RequestError: only now is it known that the request asks for what cannot be.
+        """
+
+
+class StreamWriter(AnswerWriter):
+    """Writes the answer to a request that may be streamed."""
+
+    @abstractmethod
+    def chunk(
+        self, generations: Sequence[Generation], position: int, output: SampleOutput
+    ) -> bytes:
+        """The events for what one sample of the generation at ``position`` brought."""
+
+    @abstractmethod
+    def end(self, generations: Sequence[Generation]) -> bytes:
+        """The events after everything was streamed."""
+
+    def failure(self, error: TokasaurusError) -> bytes:
+        """The last event of a stream that breaks off."""
+        return event(error_body(error))

@@ -1,0 +1,1 @@
+"""The protocols: shapes of requests and answers. ``table`` has all operations."""

@@ -1,0 +1,50 @@
+"""``POST /v1/completions``, as OpenAI's clients send it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from tokasaurus.errors import RequestError
+from tokasaurus.server.operations.prompts import Prompts, read_prompts
+from tokasaurus.server.operations.schemas import GenerationRequest
+from tokasaurus.text.params import SamplingParams
+
+__all__ = ["CompletionRequest"]
+
+_MAX_TOKENS = 16  # OpenAI's default
+
+
+class CompletionRequest(GenerationRequest):
+    """``POST /v1/completions``."""
+
+    prompt: Prompts
+    logprobs: int | None = None
+    echo: bool | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    def check(self) -> None:
+        super().check()
+        if self.echo and self.logprobs_in_fingerprint:
+            raise RequestError(
+                "logprobs_in_fingerprint has no place for the prompt's logprobs that echo asks for",
+                "logprobs_in_fingerprint",
+            )
+
+    def prompts(self) -> list[str | list[int]]:
+        """One or several, as text or as ids. Raises RequestError if it is none of these."""
+        return read_prompts("prompt", self.prompt, self.num_samples)
+
+    def params_for(self, num_prompt_tokens: int, max_request_tokens: int) -> SamplingParams:
+        """Parameters for one prompt: a limit that the client left out gives way to the context's."""
+        params = self.params()
+        changes: dict[str, Any] = {}
+        if params.max_tokens is None:
+            room = max_request_tokens - num_prompt_tokens
+            changes["max_tokens"] = max(1, min(_MAX_TOKENS, room))
+        if self.echo and params.logprobs is not None:
+            changes["prompt_logprobs"] = max(params.logprobs, params.prompt_logprobs or 0)
+        return dataclasses.replace(params, **changes) if changes else params

@@ -1,0 +1,149 @@
+"""``POST /v1/embeddings``: one vector of length 1 for each text."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+import msgspec
+import numpy as np
+from pydantic import Field
+
+from tokasaurus.config.slices import ServerConfig
+from tokasaurus.errors import ProtocolError, RequestError
+from tokasaurus.protocol.arrays import Float32Array
+from tokasaurus.protocol.messages import Pooling
+from tokasaurus.server.operations.operation import Operation, Task
+from tokasaurus.server.operations.prompts import Prompts, read_prompts
+from tokasaurus.server.operations.schemas import EngineRequest
+from tokasaurus.server.operations.writer import AnswerWriter
+from tokasaurus.text.generation import Generation
+from tokasaurus.text.params import renamed
+from tokasaurus.text.preparation import Preparer
+
+__all__ = ["EMBEDDINGS", "EmbeddingRequest", "embedding", "pooling_named"]
+
+_MANY_VECTORS = 8  # take more than about a millisecond to write
+
+
+class EmbeddingRequest(EngineRequest):
+    """``POST /v1/embeddings``."""
+
+    harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "add_special_tokens": (True,),
+        "metadata": ({},),
+        "normalize": (True,),
+        "service_tier": ("auto", "default"),
+        "truncate_prompt_tokens": (),
+    }
+
+    input: Prompts
+    """A text or several, as strings or as token ids."""
+    model: str | None = None
+    """Any name will do: there is one model. The answer repeats it."""
+    encoding_format: Literal["float", "base64"] | None = None
+    """``float``, the default: a list of numbers. ``base64``: little-endian fp32."""
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    """Keep so many leading elements, and bring the vector to length 1 again. Of use with models that were
+    trained for it."""
+    pooling: Literal["mean", "last"] | None = None
+    """Of the last hidden states: their mean over all tokens, or the last token's. Default: the engine's
+    ``embedding_pooling``."""
+    priority: int | None = None
+    """Lower runs first, of all requests that the engine has; from -1,000,000 to 1,000,000, default 0."""
+
+    def field_names(self) -> Mapping[str, str]:
+        return {"prompt": "input"}
+
+
+def pooling_named(name: str | None, config: ServerConfig) -> Pooling:
+    """A kind of pooling by its name, or the default one.
+
+    Raises:
+        RequestError: there is none of this name.
+    """
+    if name is None:
+        return config.embedding_pooling
+    kinds = {"mean": Pooling.MEAN, "last": Pooling.LAST}
+    if name not in kinds:
+        raise RequestError(f"pooling must be one of {', '.join(kinds)}, not {name!r}", "pooling")
+    return kinds[name]
+
+
+def embedding(generation: Generation, dimensions: int | None = None) -> Float32Array:
+    """The vector of a finished prompt, of length 1.
+
+    Args:
+        generation: finished, and prepared for pooling.
+        dimensions: leading elements to keep; None for all.
+
+    Raises:
+        RequestError: the model's vectors are shorter than that.
+    """
+    state = generation.pooled_state
+    if state is None:
+        raise ProtocolError(f"prompt {generation.request_id} ended without its pooled state")
+    if dimensions is not None and dimensions > len(state):
+        raise RequestError(
+            f"dimensions must be from 1 to {len(state)}, not {dimensions}", "dimensions"
+        )
+    state = state[:dimensions]
+    norm = float(np.linalg.norm(state.astype(np.float64)))
+    return state / np.float32(norm) if norm > 0 else state
+
+
+class _EmbeddingWriter(AnswerWriter):
+    def __init__(self, request: EmbeddingRequest, model: str) -> None:
+        self._request = request
+        self._model = model if request.model is None else request.model
+
+    def takes_long(self, generations: Sequence[Generation]) -> bool:
+        return len(generations) > _MANY_VECTORS
+
+    def whole(self, generations: Sequence[Generation]) -> bytes:
+        request = self._request
+        vectors = [embedding(each, request.dimensions) for each in generations]
+        in_base64 = request.encoding_format == "base64"
+        data = [
+            {
+                "object": "embedding",
+                "index": index,
+                "embedding": _in_base64(vector) if in_base64 else vector.tolist(),
+            }
+            for index, vector in enumerate(vectors)
+        ]
+        num_tokens = sum(generation.num_prompt_tokens for generation in generations)
+        counts = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+        body = {"object": "list", "data": data, "model": self._model, "usage": counts}
+        return msgspec.json.encode(body)
+
+
+def _in_base64(vector: Float32Array) -> str:
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+
+
+def _prepare(body: EmbeddingRequest, preparer: Preparer) -> Task:
+    """Makes a vector of each text."""
+    tokenizer, config = preparer.tokenizer, preparer.config
+    pooling = pooling_named(body.pooling, config)
+    texts = read_prompts("input", body.input)
+    try:
+        prepared = [
+            preparer.prepare_pooling(
+                tokenizer.encode(text) if isinstance(text, str) else text,
+                pooling,
+                priority=body.priority or 0,
+            )
+            for text in texts
+        ]
+    except RequestError as error:
+        raise renamed(error, body.field_names()) from None
+    return Task(body, prepared, _EmbeddingWriter(body, config.model_name))
+
+
+def _num_characters(body: EmbeddingRequest) -> int:
+    return sum(map(len, read_prompts("input", body.input)))
+
+
+EMBEDDINGS = Operation("/v1/embeddings", EmbeddingRequest, _num_characters, _prepare)

@@ -1,0 +1,174 @@
+"""``POST /generate`` in the engine's own words: text or ids in; text, ids, logprobs, usage and a finish reason out.
+
+The simplest request is ``{"prompt": "...", "system": "..."}``, and its answer has the ``text``.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
+
+import msgspec
+from pydantic import WithJsonSchema
+
+from tokasaurus.errors import RequestError
+from tokasaurus.server.operations.logprobs import finite
+from tokasaurus.server.operations.prompts import TOKEN_IDS
+from tokasaurus.server.operations.schemas import GenerationRequest
+from tokasaurus.server.operations.usage import usage
+from tokasaurus.server.operations.writer import DONE, StreamWriter, event
+from tokasaurus.server.protocols.openai_writers import takes_long
+from tokasaurus.text.generation import Generation
+from tokasaurus.text.params import renamed
+from tokasaurus.text.preparation import CHAT_TEMPERATURE, PreparedRequest, Preparer
+from tokasaurus.text.samples import SampleOutput, TokenLogprobs
+from tokasaurus.text.tokenizer import Tokenizer
+
+__all__ = ["NativeRequest", "NativeWriter", "prepare_native"]
+
+
+class NativeRequest(GenerationRequest):
+    """``POST /generate`` with a ``prompt``."""
+
+    key_fields: ClassVar[tuple[str, ...]] = ("prompt",)
+    streams_prompt_logprobs: ClassVar[bool] = True
+
+    prompt: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, TOKEN_IDS]})]
+    """What the user says, which the model's chat template writes; or the prompt's token ids as they are."""
+    system: str | None = None
+    """The system message before it."""
+    logprobs: int | None = None
+    """Of generated tokens: 0 the chosen one's, k also those of the k likeliest."""
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    def check(self) -> None:
+        super().check()
+        if isinstance(self.prompt, list):
+            if not all(type(each) is int for each in self.prompt):
+                raise _wrong_prompt()
+            if self.system is not None:
+                raise RequestError("system has no place in a prompt of token ids", "system")
+        elif not isinstance(self.prompt, str):
+            raise _wrong_prompt()
+        if self.logprobs_in_fingerprint:
+            raise RequestError(
+                "logprobs_in_fingerprint has no fingerprint to go into here: ask for logprobs",
+                "logprobs_in_fingerprint",
+            )
+        if self.stream_options is not None:
+            raise RequestError(
+                "stream_options has no effect here: every event of a stream tells the usage so far",
+                "stream_options",
+            )
+
+    def ids(self, tokenizer: Tokenizer) -> list[int]:
+        """The prompt's tokens. Raises RequestError."""
+        if isinstance(self.prompt, list):
+            return self.prompt
+        messages = [{"role": "user", "content": self.prompt}]
+        if self.system is not None:
+            messages.insert(0, {"role": "system", "content": self.system})
+        return tokenizer.render_chat(messages)
+
+
+class NativeWriter(StreamWriter):
+    """Writes the answer.
+
+    Args:
+        request: what was asked.
+        model: the name to answer with where the request has none.
+    """
+
+    def __init__(self, request: NativeRequest, model: str) -> None:
+        self._request = request
+        self._num_streamed_tokens = 0
+        self._has_begun = False
+        self._head = {
+            "id": f"gen-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model if request.model is None else request.model,
+            **request.echoed(),
+        }
+
+    def takes_long(self, generations: Sequence[Generation]) -> bool:
+        return takes_long(generations, self._request.num_logprobs is not None)
+
+    def whole(self, generations: Sequence[Generation]) -> bytes:
+        (generation,) = generations
+        outputs = generation.take_all()
+        body = {
+            **self._head,
+            **_sample(outputs[0]),
+            "prompt_ids": generation.request.prompt_ids.tolist(),
+            "prompt_logprobs": _prompt_logprobs(generation),
+            "usage": usage(generations, generation.num_generated_tokens),
+        }
+        if len(outputs) > 1:
+            body["samples"] = [_sample(output) for output in outputs]
+        return msgspec.json.encode(body)
+
+    def chunk(
+        self, generations: Sequence[Generation], position: int, output: SampleOutput
+    ) -> bytes:
+        self._num_streamed_tokens += len(output.token_ids)
+        body = {
+            **self._head,
+            **_sample(output),
+            "usage": usage(generations, self._num_streamed_tokens),
+        }
+        if not self._has_begun:
+            body["prompt_ids"] = generations[position].request.prompt_ids.tolist()
+            body["prompt_logprobs"] = _prompt_logprobs(generations[position])
+            self._has_begun = True
+        return event(body)
+
+    def end(self, generations: Sequence[Generation]) -> bytes:
+        return DONE
+
+
+def prepare_native(body: NativeRequest, preparer: Preparer) -> PreparedRequest:
+    """Decides what the client left open. Raises RequestError."""
+    try:
+        return preparer.prepare(
+            body.ids(preparer.tokenizer),
+            body.params(),
+            default_temperature=CHAT_TEMPERATURE,
+        )
+    except RequestError as error:
+        raise renamed(error, {**body.field_names(), "messages": "prompt"}) from None
+
+
+def _sample(output: SampleOutput) -> dict[str, Any]:
+    """One sample, or the next piece of it."""
+    return {
+        "index": output.index,
+        "text": output.text,
+        "output": output.text,  # clients look for one or the other
+        "output_ids": output.token_ids,
+        "logprobs": None if output.logprobs is None else _logprobs(output.logprobs),
+        "finish_reason": output.finish_reason,
+    }
+
+
+def _prompt_logprobs(generation: Generation) -> Mapping[str, list[Any]] | None:
+    logprobs = generation.prompt_logprobs
+    return None if logprobs is None else _logprobs(logprobs, after_first=True)
+
+
+def _logprobs(values: TokenLogprobs, *, after_first: bool = False) -> Mapping[str, list[Any]]:
+    """Columns over tokens; a prompt's first token has none."""
+    first: list[None] = [None] if after_first else []
+    return {
+        "token_logprobs": [*first, *finite(values.logprobs)],
+        "top_ids": [*first, *values.top_ids.tolist()],
+        "top_logprobs": [*first, *finite(values.top_logprobs)],
+    }
+
+
+def _wrong_prompt() -> RequestError:
+    return RequestError("prompt must be a string or a list of token ids", "prompt")

@@ -1,0 +1,180 @@
+"""What the Responses API has in lists: items of a conversation, and tools. Its tools are flat; a call is an item."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Discriminator, Field, Tag
+
+from tokasaurus.server.operations.strict import StrictSchema
+from tokasaurus.server.protocols.tools.request import Function, Tool, ToolChoice, call_for_template
+
+__all__ = [
+    "CallOutput",
+    "FunctionCall",
+    "FunctionChoice",
+    "FunctionTool",
+    "InputItem",
+    "InputMessage",
+    "InputText",
+    "ReasoningItem",
+    "ReasoningText",
+    "for_template",
+]
+
+
+class InputText(StrictSchema):
+    """A part of a message. What an answer's parts have besides is accepted where it comes back."""
+
+    type: Literal["input_text", "output_text"]
+    text: str
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    logprobs: list[Any] | None = None  # of the answer that this was
+
+
+def _joined(content: str | list[InputText]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+class InputMessage(StrictSchema):
+    """One message of a conversation; the chat template decides which roles there are."""
+
+    role: str
+    content: str | list[InputText]
+    type: Literal["message"] | None = None
+    id: str | None = None
+    status: str | None = None
+    phase: str | None = None
+
+    @property
+    def text(self) -> str:
+        return _joined(self.content)
+
+    @property
+    def template_role(self) -> str:
+        return "system" if self.role == "developer" else self.role
+
+
+class FunctionCall(StrictSchema):
+    """A call that the assistant made."""
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    id: str | None = None
+    status: str | None = None
+
+    @property
+    def text(self) -> str:
+        return self.arguments
+
+
+class CallOutput(StrictSchema):
+    """What a call brought."""
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | list[InputText]
+    id: str | None = None
+    status: str | None = None
+
+    @property
+    def text(self) -> str:
+        return _joined(self.output)
+
+
+class ReasoningText(StrictSchema):
+    """A part of what the assistant thought."""
+
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class ReasoningItem(StrictSchema):
+    """What the assistant thought; templates that know it decide what to keep of it."""
+
+    type: Literal["reasoning"]
+    content: list[ReasoningText] | None = None
+    summary: Annotated[list[Any], Field(max_length=0)] | None = None
+    id: str | None = None
+    status: str | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.content or ())
+
+
+def _kind(item: Any) -> Any:
+    """Messages need not say what they are."""
+    kind = item.get("type") if isinstance(item, dict) else None
+    return "message" if kind is None else kind
+
+
+InputItem: TypeAlias = Annotated[
+    Annotated[InputMessage, Tag("message")]
+    | Annotated[FunctionCall, Tag("function_call")]
+    | Annotated[CallOutput, Tag("function_call_output")]
+    | Annotated[ReasoningItem, Tag("reasoning")],
+    Discriminator(_kind),
+]
+
+
+def for_template(items: Sequence[InputItem]) -> list[dict[str, Any]]:
+    """What the chat template sees of a conversation: an assistant's thoughts, text and calls are one message.
+
+    Raises:
+        RequestError: a call's arguments are no JSON object.
+    """
+    messages: list[dict[str, Any]] = []
+    thinking: dict[str, Any] | None = None  # the last message, while it is thoughts only
+    for number, item in enumerate(items):
+        thought, thinking = thinking, None
+        if isinstance(item, ReasoningItem):
+            thinking = {"role": "assistant", "content": "", "reasoning_content": item.text}
+            messages.append(thinking)
+        elif isinstance(item, InputMessage):
+            if thought is not None and item.role == "assistant":
+                thought["content"] = item.text
+            else:
+                messages.append({"role": item.template_role, "content": item.text})
+        elif isinstance(item, FunctionCall):
+            if not messages or messages[-1]["role"] != "assistant":
+                messages.append({"role": "assistant", "content": ""})
+            where = f"input[{number}].arguments"
+            call = call_for_template(item.call_id, item.name, item.arguments, where, "input")
+            messages[-1].setdefault("tool_calls", []).append(call)
+        else:
+            messages.append({"role": "tool", "tool_call_id": item.call_id, "content": item.text})
+    return messages
+
+
+class FunctionTool(StrictSchema):
+    """A function that the model may call; there are no other tools."""
+
+    type: Literal["function"]
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """A JSON schema; without it, there are none."""
+    strict: bool | None = None
+    """Says nothing new: where a call is enforced, its arguments follow the schema in any case."""
+
+    @property
+    def as_tool(self) -> Tool:
+        function = Function(
+            name=self.name, description=self.description, parameters=self.parameters
+        )
+        return Tool(type="function", function=function)
+
+
+class FunctionChoice(StrictSchema):
+    """This function, and no other."""
+
+    type: Literal["function"]
+    name: str
+
+    @property
+    def as_choice(self) -> ToolChoice:
+        return ToolChoice.of(self.name)

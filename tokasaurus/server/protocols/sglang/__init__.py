@@ -1,0 +1,1 @@
+"""``POST /generate`` in the words of SGLang."""

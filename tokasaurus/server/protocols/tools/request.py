@@ -1,0 +1,183 @@
+"""What a client may ask of tools: the tools, which to call, and the grammar that makes a model call one."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from tokasaurus.errors import RequestError
+from tokasaurus.server.operations.strict import StrictSchema
+from tokasaurus.text.structured_output import json_style
+
+__all__ = [
+    "MAX_TOOLS",
+    "Function",
+    "Tool",
+    "ToolCall",
+    "ToolChoice",
+    "call_for_template",
+    "calls_grammar",
+    "check_tools",
+]
+
+MAX_TOOLS = 128
+_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
+
+
+class Function(StrictSchema):
+    """A function that the model may call."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """A JSON schema; without it, there are none."""
+    strict: bool | None = None
+    """Says nothing new: where a call is enforced, its arguments follow the schema in any case."""
+
+
+class Tool(StrictSchema):
+    """A tool; there are functions only."""
+
+    type: Literal["function"]
+    function: Function
+
+    def for_template(self) -> dict[str, Any]:
+        """What the chat template sees of it: most templates expect parameters."""
+        function = self.function.model_dump(exclude_none=True, exclude={"strict"})
+        return {
+            "type": self.type,
+            "function": {"parameters": {"type": "object", "properties": {}}, **function},
+        }
+
+
+class _FunctionName(StrictSchema):
+    name: str
+
+
+class ToolChoice(StrictSchema):
+    """This function, and no other."""
+
+    type: Literal["function"]
+    function: _FunctionName
+
+    @classmethod
+    def of(cls, name: str) -> ToolChoice:
+        return cls(type="function", function=_FunctionName(name=name))
+
+
+class _CalledFunction(StrictSchema):
+    name: str
+    arguments: str | dict[str, Any]
+
+
+class ToolCall(StrictSchema):
+    """A call that the assistant made, as answers have it."""
+
+    id: str | None = None
+    type: Literal["function"] | None = None
+    """There are functions only."""
+    function: _CalledFunction
+    index: int | None = None
+    """In streamed answers; says nothing here."""
+
+    def for_template(self, where: str) -> dict[str, Any]:
+        """What the chat template sees of it. Raises RequestError, which says where the call is."""
+        called = self.function
+        return call_for_template(
+            self.id, called.name, called.arguments, f"{where}.function.arguments", "messages"
+        )
+
+
+def call_for_template(
+    call_id: str | None, name: str, arguments: str | dict[str, Any], where: str, field: str
+) -> dict[str, Any]:
+    """A call as chat templates want it: with the arguments as an object.
+
+    Args:
+        call_id: its own, if it has one.
+        name: of the function.
+        arguments: JSON, or what it says.
+        where: the arguments are, for errors.
+        field: of the request.
+
+    Raises:
+        RequestError: the arguments are no JSON object.
+    """
+    said: Any = arguments
+    if isinstance(said, str):
+        try:
+            said = json.loads(said or "{}")
+        except (ValueError, RecursionError):
+            said = None
+        if not isinstance(said, dict):
+            raise RequestError(f"{where} must be a JSON object, written as a string", field)
+    call = {"type": "function", "function": {"name": name, "arguments": said}}
+    return call if call_id is None else {"id": call_id, **call}
+
+
+def check_tools(
+    tools: Sequence[Tool], choice: str | ToolChoice | None, form_field: str | None
+) -> None:
+    """Raises RequestError where tools, or the choice among them, cannot be.
+
+    Args:
+        tools: there are.
+        choice: among them.
+        form_field: the request's field that says what the text must be, if one does.
+    """
+    if len(tools) > MAX_TOOLS:
+        raise RequestError(f"tools may hold at most {MAX_TOOLS}, not {len(tools)}", "tools")
+    names = [tool.function.name for tool in tools]
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise RequestError(
+                f"tools: a name has 1 to 64 letters, digits, dashes, dots and underscores, not {name[:80]!r}",
+                "tools",
+            )
+        if names.count(name) > 1:
+            raise RequestError(f"tools has two functions called {name!r}", "tools")
+    if isinstance(choice, ToolChoice) and choice.function.name not in names:
+        raise RequestError(
+            f"tool_choice names {choice.function.name!r}, which is not among the tools",
+            "tool_choice",
+        )
+    if choice == "required" and not tools:
+        raise RequestError("tool_choice is 'required', and there are no tools", "tool_choice")
+    if tools and choice != "none" and form_field is not None:
+        raise RequestError(
+            f"tools cannot be combined with {form_field}: both say what the answer looks like;"
+            " leave one out, or set tool_choice to none",
+            "tools",
+        )
+
+
+def calls_grammar(
+    tools: Sequence[Tool], choice: str | ToolChoice, format_: tuple[str, str, str, str], many: bool
+) -> str:
+    """A grammar, in Lark, of answers that are calls and nothing else.
+
+    Args:
+        tools: there are.
+        choice: "required", or which of them.
+        format_: what stands before a call, the name of its arguments, what stands after it, and between two.
+        many: several calls are allowed, unless one is named.
+    """
+    before, arguments, after, between = format_
+    if isinstance(choice, ToolChoice):
+        tools, many = [each for each in tools if each.function.name == choice.function.name], False
+    rules = []
+    for number, tool in enumerate(tools):
+        name = json.dumps(tool.function.name)
+        head = f'{before}{{"name": {name}, "{arguments}": '
+        parameters = tool.function.parameters
+        if parameters is None:
+            parameters = {"properties": {}, "additionalProperties": False}
+        schema = {"type": "object", **parameters, "x-guidance": json_style()}
+        rules.append(
+            f"call_{number}: {json.dumps(head)} %json {json.dumps(schema)} {json.dumps('}' + after)}"
+        )
+    any_call = " | ".join(f"call_{number}" for number in range(len(tools)))
+    more = f" ({json.dumps(between)} call)*" if many else ""
+    return "\n".join([f"start: call{more}", f"call: {any_call}", *rules])
