@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from simulation import Simulation
 
-from tokasaurus.manager.admission import AdmissionControl
+from tokasaurus.manager.forecast.admission import AdmissionControl
 from tokasaurus.manager.sequence import Sequence
 
 

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-from tokasaurus.manager.forecast import Forecast, Forest, Sequences
+from tokasaurus.manager.forecast.curve import Forecast, Forest, Sequences
 from tokasaurus.protocol.arrays import Int64Array
 
 __all__ = ["measure_admission_ms"]

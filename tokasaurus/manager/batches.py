@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tokasaurus.manager.hydragen import Groups
 from tokasaurus.manager.in_flight import PromptPiece
+from tokasaurus.manager.kv.prefix_groups import Groups
 from tokasaurus.manager.sequence import Sequence
 from tokasaurus.manager.slots import NO_SLOTS, IndexArray
 from tokasaurus.protocol.arrays import Int32Array

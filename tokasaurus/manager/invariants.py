@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from tokasaurus.errors import ProtocolError
-from tokasaurus.manager.allocator import PageAllocator
+from tokasaurus.manager.kv.allocator import PageAllocator
 from tokasaurus.manager.running import RunningSequences
 from tokasaurus.manager.sequence import Sequence, SequenceState
 from tokasaurus.manager.waiting import Backlog

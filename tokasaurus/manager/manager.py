@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.errors import ProtocolError
-from tokasaurus.manager.admission import AdmissionControl
 from tokasaurus.manager.counters import Counters, Gauges, statistics
-from tokasaurus.manager.eta import StepTimer, eta
+from tokasaurus.manager.forecast.admission import AdmissionControl
+from tokasaurus.manager.forecast.eta import StepTimer, eta
 from tokasaurus.manager.held_slots import find_holding_slots
 from tokasaurus.manager.in_flight import PromptPiece
 from tokasaurus.manager.invariants import check_invariants

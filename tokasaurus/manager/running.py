@@ -17,14 +17,14 @@ from typing import NamedTuple
 import numpy as np
 
 from tokasaurus.config.slices import ManagerConfig
-from tokasaurus.manager.allocator import PageAllocator
 from tokasaurus.manager.counters import Counters
 from tokasaurus.manager.in_flight import InFlight
-from tokasaurus.manager.prompts_in_progress import PromptsInProgress
+from tokasaurus.manager.kv.allocator import PageAllocator
+from tokasaurus.manager.kv.prompts_in_progress import PromptsInProgress
+from tokasaurus.manager.kv.shared_prefixes import SharedPrefixes
+from tokasaurus.manager.kv.table_changes import TableChanges
 from tokasaurus.manager.sequence import Sequence, SequenceState
-from tokasaurus.manager.shared_prefixes import SharedPrefixes
 from tokasaurus.manager.slots import NO_PAGES, IndexArray, SlotTable
-from tokasaurus.manager.table_changes import TableChanges
 from tokasaurus.manager.token_window import TokenWindow
 from tokasaurus.manager.waiting import Backlog
 from tokasaurus.protocol.arrays import Int32Array

@@ -29,7 +29,6 @@ import numpy as np
 
 from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.errors import ProtocolError
-from tokasaurus.manager.admission import AdmissionControl, Candidate
 from tokasaurus.manager.batches import (
     NO_COPIES,
     Chunk,
@@ -39,8 +38,9 @@ from tokasaurus.manager.batches import (
     prompt_pieces,
 )
 from tokasaurus.manager.counters import Counters
-from tokasaurus.manager.hydragen import GroupFinder
+from tokasaurus.manager.forecast.admission import AdmissionControl, Candidate
 from tokasaurus.manager.in_flight import Flight
+from tokasaurus.manager.kv.prefix_groups import GroupFinder
 from tokasaurus.manager.running import Admission, RunningSequences
 from tokasaurus.manager.sequence import Sequence
 from tokasaurus.manager.slots import NO_PAGES, IndexArray

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from tokasaurus.errors import ProtocolError
-from tokasaurus.manager.page_pool import PagePool
+from tokasaurus.manager.kv.page_pool import PagePool
 from tokasaurus.protocol.arrays import Int32Array
 
 __all__ = ["PrefixCache", "PrefixNode"]

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from tokasaurus.manager.lengths import NO_GROUP, LengthPredictor
+from tokasaurus.manager.forecast.lengths import NO_GROUP, LengthPredictor
 
 NONE = np.empty(0, np.int64)
 

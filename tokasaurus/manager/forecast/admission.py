@@ -26,8 +26,8 @@ import numpy as np
 
 from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.manager.counters import Counters
-from tokasaurus.manager.forecast import Forecast, Forest, Sequences
-from tokasaurus.manager.lengths import NO_GROUP, IntArray, LengthPredictor
+from tokasaurus.manager.forecast.curve import Forecast, Forest, Sequences
+from tokasaurus.manager.forecast.lengths import NO_GROUP, IntArray, LengthPredictor
 from tokasaurus.manager.running import RunningSequences
 from tokasaurus.manager.sequence import Request, Sequence
 from tokasaurus.manager.slots import IndexArray

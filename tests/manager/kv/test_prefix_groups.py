@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from tokasaurus.manager.hydragen import MIN_NESTED_LEN, GroupFinder, Groups
-from tokasaurus.manager.shared_prefixes import SharedPrefixes
+from tokasaurus.manager.kv.prefix_groups import MIN_NESTED_LEN, GroupFinder, Groups
+from tokasaurus.manager.kv.shared_prefixes import SharedPrefixes
 
 Table = dict[int, list[int]]  # the shareable pages of each slot
 Group = tuple[frozenset[int], int, int]  # slots, first column, column after the last

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tokasaurus.errors import ProtocolError
-from tokasaurus.manager.shared_prefixes import SharedPrefixes
+from tokasaurus.manager.kv.shared_prefixes import SharedPrefixes
 
 Prefix = tuple[int, ...]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from tokasaurus.manager.forecast import Forecast, Forest, Sequences
-from tokasaurus.manager.shared_prefixes import SharedPrefixes
+from tokasaurus.manager.forecast.curve import Forecast, Forest, Sequences
+from tokasaurus.manager.kv.shared_prefixes import SharedPrefixes
 
 # length, num_pages, num_prompt_tokens, num_steps, leaf
 Row = tuple[int, int, int, int, int]

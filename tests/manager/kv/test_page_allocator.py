@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tokasaurus.errors import ProtocolError
-from tokasaurus.manager.allocator import PageAllocator
 from tokasaurus.manager.invariants import check_allocator
+from tokasaurus.manager.kv.allocator import PageAllocator
 
 
 def ids_of(text: str) -> np.ndarray:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from simulation import World, make_admission, make_config, make_request, prompt
 
-from tokasaurus.manager.eta import StepTimer
+from tokasaurus.manager.forecast.eta import StepTimer
 
 
 def measured(world: World, num_steps: int) -> None:
@@ -73,7 +73,7 @@ def test_samples_that_follow_count() -> None:
 
 
 def test_who_is_far_behind_in_the_queue_counts_as_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokasaurus.manager.eta.MAX_QUEUED", 3)
+    monkeypatch.setattr("tokasaurus.manager.forecast.eta.MAX_QUEUED", 3)
     world = exact_world(scheduling_steps_ahead=1, num_pages=8)
     world.step(*[make_request(index, prompt(5, index), 12) for index in range(20)])
     measured(world, 2)

@@ -1,0 +1,112 @@
+"""Gives out KV pages: free ones first, then the least recently used of the prefix cache.
+
+Joins the page pool and the prefix cache. What ``num_available`` promises, ``allocate`` delivers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from tokasaurus.manager.kv.page_pool import PagePool
+from tokasaurus.manager.kv.prefix_cache import PrefixCache
+from tokasaurus.protocol.arrays import Int32Array
+
+__all__ = ["PageAllocator"]
+
+
+class PageAllocator:
+    """The KV pages of one replica.
+
+    Args:
+        num_pages: pages are numbered 0 .. num_pages - 1.
+        page_size: tokens.
+    """
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        self.page_size = page_size
+        self.pool = PagePool(num_pages)
+        self.cache = PrefixCache(self.pool, page_size)
+
+    @property
+    def num_available(self) -> int:
+        """Pages that an allocation can have: free or evictable."""
+        return self.pool.num_free + self.pool.num_evictable
+
+    def lookup(self, prompt_ids: Int32Array) -> Int32Array:
+        """Returns the cached pages of a prompt, never all of it: its last token is always computed."""
+        return self.cache.lookup(prompt_ids, (len(prompt_ids) - 1) // self.page_size)
+
+    def num_needed(self, cached_pages: Int32Array, num_new: int) -> int:
+        """By how much ``num_available`` shrinks if these cached and new pages get a holder."""
+        return num_new + (self.pool.num_unreferenced(cached_pages) if len(cached_pages) else 0)
+
+    def retain(self, pages: Int32Array, num_holders: int = 1) -> None:
+        """More holders for each of these pages, which were found in the cache or have one already."""
+        if len(pages):
+            self.pool.retain(pages, num_holders)
+
+    def allocate(self, count: int) -> Int32Array:
+        """Returns private pages.
+
+        Raises:
+            ProtocolError: ``num_available`` is smaller.
+        """
+        shortfall = count - self.pool.num_free
+        if shortfall > 0:
+            self.cache.evict(shortfall)
+        return self.pool.take(count)
+
+    def flush(self) -> int:
+        """Forgets every cached page that has no holder; returns how many these were."""
+        num_pages = self.pool.num_evictable
+        self.cache.evict(num_pages)
+        return num_pages
+
+    def publish(
+        self, ids: Int32Array, pages: Int32Array, num_published: int, num_holders: int = 1
+    ) -> Int32Array | None:
+        """Makes full pages findable, from position 0 on.
+
+        Args:
+            ids: of ``len(pages)`` full pages.
+            pages: where their KV is.
+            num_published: leading pages that were published, or found in the cache, before.
+            num_holders: of the others.
+
+        Returns:
+            The pages that the holders have from now on, if the same ids were cached in the meantime:
+            they give their duplicates back and share the cached ones. None if all stay as they are.
+        """
+        num_found, _ = self.cache.insert(ids, pages)
+        if num_found < len(pages):
+            self.pool.mark_cached(pages[num_found:])
+        if num_found == num_published:
+            return None
+        shared = self.cache.lookup(ids, len(pages))
+        changed = pages != shared
+        self.pool.retain(shared[changed], num_holders)
+        self.pool.release(np.repeat(pages[changed], num_holders))
+        return shared
+
+    def release(self, holders: Iterable[tuple[Int32Array, Int32Array]]) -> None:
+        """Ends the claims of holders to all their pages.
+
+        Args:
+            holders: of each the ids of the full pages whose ids are all known, from position 0, which
+                become findable; and all its pages.
+        """
+        tables, nodes, new = [], [], []
+        for ids, pages in holders:
+            known = pages[: len(ids) // self.page_size]
+            num_found, node = self.cache.insert(ids, known)
+            if num_found < len(known):
+                new.append(known[num_found:])
+            tables.append(pages)
+            nodes.append(node)
+        if new:
+            self.pool.mark_cached(np.concatenate(new))
+        self.pool.release(np.concatenate(tables))
+        for node in nodes:
+            self.cache.offer(node)

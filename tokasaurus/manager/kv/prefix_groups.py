@@ -1,0 +1,196 @@
+"""Which rows of a step read the same KV pages, so that attention reads these once for all of them.
+
+The idea is Hydragen's (Juravsky et al. 2024, https://arxiv.org/abs/2402.05099), nested prefixes included.
+A *group* is a range of rows and a range of page-table columns in which all these rows hold the same pages.
+Few-shot examples that everybody reads, two problems with three samples each, and a sequence with nothing
+in common with others::
+
+    row     0   1 2 3   4 5 6       first_rows     1  1  4
+    column  ┌─┐ ┌───────────┐       num_rows       6  3  3
+      0     │ │ │ examples  │       first_columns  0  2  2
+      1     │ │ │           │       num_columns    2  1  2
+            │ │ ├─────┬─────┤
+      2     │ │ │  A  │  B  │
+            │ │ ├─┬─┬─┤     │
+      3     │ │ │ │ │ ├─┬─┬─┤
+      4     └─┘ └─┴─┴─┴─┴─┴─┘       behind the last group of its row: read row by row
+
+So every column of a row is in one group or is the row's own. Finds groups; knows nothing of how they are
+attended to. What pages are shared is known before; see shared_prefixes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokasaurus.manager.kv.shared_prefixes import SharedPrefixes
+from tokasaurus.manager.slots import IndexArray
+from tokasaurus.protocol.arrays import Int32Array
+
+__all__ = ["MIN_NESTED_LEN", "GroupFinder", "Groups"]
+
+# A group inside another costs each of its rows one partial result more to write, read and merge. That is
+# as much traffic as the keys and values of 8 tokens, where 4 query heads share a head of them.
+MIN_NESTED_LEN = 64
+
+_Found: TypeAlias = tuple[int, int, int]  # a group: its rows, its first column, the column after it
+
+# Candidates are numbered from 1 on. What is above them all counts as one, with no columns.
+_TOP = 0
+_NO_CANDIDATE = -1
+
+_EMPTY: Int32Array = np.empty(0, np.int32)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Groups:
+    """The rows of a step in an order that makes every group a range; groups in others come after them.
+
+    Attributes:
+        slots: [rows], those in no group first.
+        first_rows: [groups] index into ``slots``.
+        num_rows: [groups].
+        first_columns: [groups] of the page table; where the group around it ends, or 0.
+        num_columns: [groups].
+    """
+
+    slots: IndexArray
+    first_rows: Int32Array
+    num_rows: Int32Array
+    first_columns: Int32Array
+    num_columns: Int32Array
+
+
+class GroupFinder:
+    """Finds the groups of one step after the other, and only looks anew when something changed.
+
+    A group is all rows of a step that share a prefix, up to the column where they part. There must be
+    enough of them, and the prefix must be long enough, counted from position 0 whatever groups are around
+    it: problems after a long header are worth a group each, however short. Only must a group inside
+    another add MIN_NESTED_LEN tokens. A run that is too short for this, or ends too early, is covered by
+    the groups inside it, and otherwise read row by row.
+
+    Args:
+        prefixes: what the slots share.
+        page_size: tokens.
+        min_group_size: rows that a group has at least.
+        min_prefix_len: tokens, from position 0 to the end of a group, at least.
+    """
+
+    def __init__(
+        self, prefixes: SharedPrefixes, page_size: int, min_group_size: int, min_prefix_len: int
+    ) -> None:
+        self._prefixes = prefixes
+        self._min_rows = max(1, min_group_size)
+        self._min_end = max(1, -(-min_prefix_len // page_size))
+        self._min_columns = min(self._min_end, max(1, -(-MIN_NESTED_LEN // page_size)))
+        self._version = -1  # of the prefixes, when the groups were last looked for
+        self._slots: IndexArray = np.empty(0, np.intp)  # of which they were looked for
+        self._found = _no_groups(self._slots)
+
+    def find(self, slots: IndexArray) -> Groups:
+        """The groups of a step.
+
+        Args:
+            slots: [rows] distinct, in any order; not written to afterwards. Those that share nothing
+                keep their order.
+        """
+        version = self._prefixes.version
+        if version != self._version or not np.array_equal(slots, self._slots):
+            self._found = self._look(slots)
+            self._version, self._slots = version, slots
+        return self._found
+
+    def _look(self, slots: IndexArray) -> Groups:
+        prefixes = self._prefixes
+        is_candidate = (prefixes.num_holders >= self._min_rows) & (
+            prefixes.end_column >= self._min_end
+        )
+        candidates = is_candidate.nonzero()[0]
+        if not len(candidates) or len(slots) < self._min_rows:
+            return _no_groups(slots)
+        ends = prefixes.end_column[candidates]
+        parents_first = np.argsort(ends)
+        candidates, ends = candidates[parents_first], ends[parents_first]
+        number: IndexArray = np.full(len(is_candidate), _NO_CANDIDATE, np.intp)  # over nodes
+        number[candidates] = np.arange(1, len(candidates) + 1)
+        number[-1] = _TOP
+        lowest = self._lowest_candidates(slots, number)
+        parents = np.maximum(number[prefixes.parent[candidates]], _TOP)
+        found, group_of = self._choose(
+            [_TOP, *parents.tolist()],
+            [0, *ends.tolist()],
+            np.bincount(lowest, minlength=len(candidates) + 1).tolist(),
+        )
+        if not found:
+            return _no_groups(slots)
+        # Few values, in a type of few bytes: then the sort is a count.
+        groups = np.array(group_of, np.min_scalar_type(len(found)))[lowest]
+        return _arrange(slots, groups, found)
+
+    def _lowest_candidates(self, slots: IndexArray, number: IndexArray) -> IndexArray:
+        """[rows] the lowest candidate that each row holds; 0 where it holds none."""
+        parent = self._prefixes.parent
+        nodes = self._prefixes.leaf[slots].astype(np.intp)  # numpy looks up with these much faster
+        lowest = number[nodes]
+        while (is_none := lowest == _NO_CANDIDATE).any():
+            nodes = np.where(is_none, parent[nodes], nodes)
+            lowest = number[nodes]
+        return lowest
+
+    def _choose(
+        self, parents: list[int], ends: list[int], num_rows: list[int]
+    ) -> tuple[list[_Found], list[int]]:
+        """Which candidates are groups, from the top down. Entry 0 of all lists is the top.
+
+        Args:
+            parents: of each candidate, before it.
+            ends: the column after its last.
+            num_rows: whose lowest candidate it is; counts those of lower ones too afterwards.
+
+        Returns:
+            The groups, those inside a group right behind it; and the innermost group that each candidate
+            is in, counted from 1, or 0.
+        """
+        children: list[list[int]] = [[] for _ in parents]
+        for candidate in range(len(parents) - 1, 0, -1):
+            children[parents[candidate]].append(candidate)
+            num_rows[parents[candidate]] += num_rows[candidate]
+        found: list[_Found] = []
+        group_of = [0] * len(parents)
+        waiting = [(candidate, 0, 0) for candidate in children[_TOP]]
+        while waiting:
+            candidate, group, start = waiting.pop()
+            below, count, end = children[candidate], num_rows[candidate], ends[candidate]
+            # Where all rows are in one child, others part here that are not in the step.
+            is_whole = not any(num_rows[child] == count for child in below)
+            if count >= self._min_rows and end - start >= self._min_columns and is_whole:
+                found.append((count, start, end))
+                group, start = len(found), end
+            group_of[candidate] = group
+            for child in below:
+                waiting.append((child, group, start))
+        return found, group_of
+
+
+def _arrange(
+    slots: IndexArray, groups: NDArray[np.unsignedinteger[Any]], found: list[_Found]
+) -> Groups:
+    """Puts the rows in order; ``groups`` is the innermost group of each, counted from 1, or 0."""
+    counts = np.bincount(groups, minlength=len(found) + 1)
+    num_rows, first_columns, ends = np.array(found, np.int32).T.copy()
+    return Groups(
+        slots=slots[np.argsort(groups, kind="stable")],
+        first_rows=np.cumsum(counts[:-1], dtype=np.int32),
+        num_rows=num_rows,
+        first_columns=first_columns,
+        num_columns=ends - first_columns,
+    )
+
+
+def _no_groups(slots: IndexArray) -> Groups:
+    return Groups(slots, _EMPTY, _EMPTY, _EMPTY, _EMPTY)
