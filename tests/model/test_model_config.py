@@ -15,8 +15,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from tokasaurus.errors import ModelError
 from tokasaurus.model import get_model_cls
 from tokasaurus.model.config import model_facts, read_model_config
-from tokasaurus.model.rope_config import DefaultRope, LinearRope, Llama3Rope, YarnRope
-from tokasaurus.model.rotary import _frequencies
+from tokasaurus.model.layers.rope_config import DefaultRope, LinearRope, Llama3Rope, YarnRope
+from tokasaurus.model.layers.rotary import _frequencies
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

@@ -16,8 +16,8 @@ import yaml
 
 from tokasaurus.config.builder import Builder
 from tokasaurus.config.engine import ENGINE, EngineConfig
-from tokasaurus.config.grammar import Reader
 from tokasaurus.config.schema import Schema, flags_of
+from tokasaurus.config.syntax import Reader
 from tokasaurus.errors import ConfigError
 
 __all__ = ["parse", "parse_command_line", "parse_or_exit"]

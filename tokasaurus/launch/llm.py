@@ -32,7 +32,7 @@ from tokasaurus.errors import EngineDead, RequestError
 from tokasaurus.launch.assemble import assemble
 from tokasaurus.launch.outputs import RequestOutput, request_output
 from tokasaurus.manager.manager import Manager
-from tokasaurus.model.worker import Worker
+from tokasaurus.model.worker.worker import Worker
 from tokasaurus.protocol.messages import ForwardResult, FromServer
 from tokasaurus.server.protocols.embeddings import embedding, pooling_named
 from tokasaurus.text.generation import Generation

@@ -141,7 +141,7 @@ def _run_manager(assignment: Assignment, lifeline: Lifeline) -> None:
 
 
 def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:
-    from tokasaurus.model.worker import Worker
+    from tokasaurus.model.worker.worker import Worker
 
     directory = Path(assignment.directory)
     door = Receiver(directory, "worker", TO_WORKER)

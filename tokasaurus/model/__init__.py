@@ -7,6 +7,6 @@ modules do.
 
 from __future__ import annotations
 
-from tokasaurus.model.registry import get_model_cls
+from tokasaurus.model.architectures.registry import get_model_cls
 
 __all__ = ["get_model_cls"]

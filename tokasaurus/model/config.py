@@ -13,9 +13,9 @@ from typing import TypeVar
 
 from tokasaurus.config.slices import ModelFacts
 from tokasaurus.errors import ModelError
+from tokasaurus.model.architectures.registry import ARCHITECTURES
 from tokasaurus.model.json_fields import JsonFields
-from tokasaurus.model.registry import ARCHITECTURES
-from tokasaurus.model.rope_config import LinearRope, RopeConfig, YarnRope, parse_rope
+from tokasaurus.model.layers.rope_config import LinearRope, RopeConfig, YarnRope, parse_rope
 
 __all__ = ["ModelConfig", "model_facts", "read_model_config"]
 

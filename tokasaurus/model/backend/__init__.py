@@ -10,7 +10,7 @@ from tokasaurus.errors import ConfigError
 from tokasaurus.model.backend.base import Backend
 from tokasaurus.model.backend.cpu.build import BuildError
 from tokasaurus.model.backend.cpu.compiled import CompiledBackend
-from tokasaurus.model.backend.cpu.reference import ReferenceBackend
+from tokasaurus.model.backend.reference import ReferenceBackend
 from tokasaurus.model.kv_cache import KVCache
 
 __all__ = ["make_backend"]

@@ -13,12 +13,12 @@ from checkpoints import VOCAB_SIZE
 from worker_driver import Driver, Enter, generate, make_driver, worker_config
 
 from tokasaurus.errors import ModelError, ProtocolError
-from tokasaurus.model import head as head_module
-from tokasaurus.model.adjustments import AdjustmentTable
-from tokasaurus.model.history import History
-from tokasaurus.model.sampler import SamplingParameters
-from tokasaurus.model.state import PromptRows, SamplingRows
-from tokasaurus.model.worker import Worker
+from tokasaurus.model.sampling import drawing as head_module
+from tokasaurus.model.sampling.adjustments import AdjustmentTable
+from tokasaurus.model.sampling.history import History
+from tokasaurus.model.sampling.sampler import SamplingParameters
+from tokasaurus.model.worker.slot_state import PromptRows, SamplingRows
+from tokasaurus.model.worker.worker import Worker
 from tokasaurus.protocol.messages import ForwardBatch, ForwardResult, Sampling
 from tokasaurus.protocol.wire import Codec
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tokasaurus.model.pooling import Pooler
+from tokasaurus.model.worker.pooling import Pooler
 from tokasaurus.protocol.messages import Pooling
 
 HIDDEN = 5

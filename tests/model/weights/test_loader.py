@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from tokasaurus.errors import ModelError
 from tokasaurus.model.config import read_model_config
-from tokasaurus.model.layers import Placement
-from tokasaurus.model.loader import load_model
+from tokasaurus.model.layers.placement import Placement
+from tokasaurus.model.weights.loader import load_model
 
 PLACE = Placement(torch.float32, torch.device("cpu"))
 QUERY = "model.layers.1.self_attn.q_proj.weight"

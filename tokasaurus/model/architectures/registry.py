@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 from tokasaurus.errors import ModelError
 
 if TYPE_CHECKING:
-    from tokasaurus.model.llama import LlamaModel
+    from tokasaurus.model.architectures.llama import LlamaModel
 
 __all__ = ["ARCHITECTURES", "get_model_cls"]
 
 # The name in config.json's "architectures" -> module and class.
 ARCHITECTURES = {
-    "LlamaForCausalLM": ("tokasaurus.model.llama", "LlamaModel"),
-    "Qwen2ForCausalLM": ("tokasaurus.model.qwen", "Qwen2Model"),
-    "Qwen3ForCausalLM": ("tokasaurus.model.qwen", "Qwen3Model"),
+    "LlamaForCausalLM": ("tokasaurus.model.architectures.llama", "LlamaModel"),
+    "Qwen2ForCausalLM": ("tokasaurus.model.architectures.qwen", "Qwen2Model"),
+    "Qwen3ForCausalLM": ("tokasaurus.model.architectures.qwen", "Qwen3Model"),
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from tokasaurus.config.slices import WorkerConfig
-from tokasaurus.model.worker import Worker
+from tokasaurus.model.worker.worker import Worker
 from tokasaurus.protocol.messages import (
     ForwardBatch,
     ForwardResult,

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tokasaurus.model.adjustments import AdjustmentTable
-from tokasaurus.model.grammar import TokenMasks
-from tokasaurus.model.llama import LlamaModel
-from tokasaurus.model.sampler import Logprobs, SamplingParameters, draw, logprobs_of
-from tokasaurus.model.state import PromptRows, SamplingRows
+from tokasaurus.model.architectures.llama import LlamaModel
+from tokasaurus.model.sampling.adjustments import AdjustmentTable
+from tokasaurus.model.sampling.matchers import TokenMasks
+from tokasaurus.model.sampling.sampler import Logprobs, SamplingParameters, draw, logprobs_of
+from tokasaurus.model.worker.slot_state import PromptRows, SamplingRows
 
 __all__ = ["draw_tokens", "score_prompts"]
 

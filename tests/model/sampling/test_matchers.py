@@ -12,8 +12,8 @@ from worker_driver import worker_config
 
 from tokasaurus.errors import ModelError, ProtocolError
 from tokasaurus.grammars import Vocabulary
-from tokasaurus.model.grammar import Matchers, TokenMasks
-from tokasaurus.model.worker import Worker
+from tokasaurus.model.sampling.matchers import Matchers, TokenMasks
+from tokasaurus.model.worker.worker import Worker
 from tokasaurus.protocol.messages import SlotGrammar, SlotParameters
 
 EOS = VOCABULARY.eos_token_ids[0]

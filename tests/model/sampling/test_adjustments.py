@@ -12,11 +12,11 @@ from adjustment_oracle import adjusted_logits, random_adjustments
 from test_sampler import parameters
 
 from tokasaurus.errors import ProtocolError
-from tokasaurus.model import adjustments as adjustments_module
-from tokasaurus.model import history as history_module
-from tokasaurus.model.adjustments import AdjustmentTable
-from tokasaurus.model.history import History
-from tokasaurus.model.sampler import draw, logprobs_of, processed
+from tokasaurus.model.sampling import adjustments as adjustments_module
+from tokasaurus.model.sampling import history as history_module
+from tokasaurus.model.sampling.adjustments import AdjustmentTable
+from tokasaurus.model.sampling.history import History
+from tokasaurus.model.sampling.sampler import draw, logprobs_of, processed
 from tokasaurus.protocol.messages import AdjustedSlots, Adjustments, LogprobsMode, SlotParameters
 
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tokasaurus.model import history as history_module
-from tokasaurus.model.history import History
+from tokasaurus.model.sampling import history as history_module
+from tokasaurus.model.sampling.history import History
 
 CPU = torch.device("cpu")
 VOCAB_SIZE = 9

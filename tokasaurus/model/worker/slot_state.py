@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokasaurus.errors import ProtocolError
-from tokasaurus.model.adjustments import AdjustmentTable
 from tokasaurus.model.backend.base import SequenceRows
-from tokasaurus.model.history import History
-from tokasaurus.model.sampler import SamplingParameters
+from tokasaurus.model.sampling.adjustments import AdjustmentTable
+from tokasaurus.model.sampling.history import History
+from tokasaurus.model.sampling.sampler import SamplingParameters
 from tokasaurus.protocol.arrays import Int32Array, Int64Array
 from tokasaurus.protocol.messages import ForwardBatch, SlotParameters
 

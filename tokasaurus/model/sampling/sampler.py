@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokasaurus.model.randomness import uniforms
+from tokasaurus.model.sampling.randomness import uniforms
 from tokasaurus.protocol.arrays import Float32Array, Int32Array, Int64Array
 from tokasaurus.protocol.messages import LogprobsMode, SlotParameters
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from tokasaurus.model import sampler
-from tokasaurus.model.randomness import uniforms
-from tokasaurus.model.sampler import SamplingParameters, draw, logprobs_of, processed
+from tokasaurus.model.sampling import sampler
+from tokasaurus.model.sampling.randomness import uniforms
+from tokasaurus.model.sampling.sampler import SamplingParameters, draw, logprobs_of, processed
 from tokasaurus.protocol.messages import LogprobsMode
 
 

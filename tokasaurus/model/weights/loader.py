@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tokasaurus.errors import ModelError
+from tokasaurus.model.architectures.llama import LlamaModel
+from tokasaurus.model.architectures.registry import get_model_cls
 from tokasaurus.model.config import ModelConfig
-from tokasaurus.model.layers import Placement
-from tokasaurus.model.llama import LlamaModel
-from tokasaurus.model.registry import get_model_cls
+from tokasaurus.model.layers.placement import Placement
 
 __all__ = ["load_model"]
 

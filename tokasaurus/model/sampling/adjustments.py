@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokasaurus.errors import ProtocolError
-from tokasaurus.model.history import MAX_GATHERED, History
+from tokasaurus.model.sampling.history import MAX_GATHERED, History
 from tokasaurus.protocol.arrays import Float32Array, Int32Array, Int64Array
 from tokasaurus.protocol.messages import AdjustedSlots, Adjustments, SlotParameters
 

@@ -8,7 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokasaurus.model.rope_config import DefaultRope, LinearRope, Llama3Rope, RopeConfig, YarnRope
+from tokasaurus.model.layers.rope_config import (
+    DefaultRope,
+    LinearRope,
+    Llama3Rope,
+    RopeConfig,
+    YarnRope,
+)
 
 __all__ = ["Rotary", "Rotation", "rotate"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tokasaurus.model.randomness import philox, uniforms
+from tokasaurus.model.sampling.randomness import philox, uniforms
 
 
 # From the Random123 distribution, kat_vectors: philox4x32, 10 rounds.

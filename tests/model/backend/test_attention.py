@@ -13,7 +13,7 @@ from tokasaurus.model.backend import make_backend
 from tokasaurus.model.backend.base import SequenceRows
 from tokasaurus.model.backend.cpu import build, compiled
 from tokasaurus.model.backend.cpu.compiled import CompiledBackend
-from tokasaurus.model.backend.cpu.reference import ReferenceBackend
+from tokasaurus.model.backend.reference import ReferenceBackend
 from tokasaurus.model.kv_cache import KVCache
 
 CPU = torch.device("cpu")

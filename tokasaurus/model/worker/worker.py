@@ -18,15 +18,15 @@ from tokasaurus.errors import ProtocolError
 from tokasaurus.grammars import Vocabulary
 from tokasaurus.model.backend import make_backend
 from tokasaurus.model.config import read_model_config
-from tokasaurus.model.grammar import Matchers, TokenMasks
-from tokasaurus.model.head import draw_tokens, score_prompts
 from tokasaurus.model.kv_cache import KVCache
-from tokasaurus.model.layers import Placement
-from tokasaurus.model.loader import load_model
-from tokasaurus.model.pooling import Pooler
-from tokasaurus.model.sampler import Logprobs
-from tokasaurus.model.state import PlannedBatch, SlotState
-from tokasaurus.model.warm_up import warm_up_batches
+from tokasaurus.model.layers.placement import Placement
+from tokasaurus.model.sampling.drawing import draw_tokens, score_prompts
+from tokasaurus.model.sampling.matchers import Matchers, TokenMasks
+from tokasaurus.model.sampling.sampler import Logprobs
+from tokasaurus.model.weights.loader import load_model
+from tokasaurus.model.worker.pooling import Pooler
+from tokasaurus.model.worker.slot_state import PlannedBatch, SlotState
+from tokasaurus.model.worker.warm_up import warm_up_batches
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import ForwardBatch, ForwardResult
 

@@ -1,0 +1,68 @@
+"""Self-attention of a decoder layer, around the seam of the backends.
+
+Shapes: T tokens of a batch, H query heads, K key/value heads, D head size. A batch is flat: the tokens
+of all its sequences one after the other; only attention knows where one sequence ends.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tokasaurus.model.backend.base import Attention
+from tokasaurus.model.config import ModelConfig
+from tokasaurus.model.layers.linear import Linear
+from tokasaurus.model.layers.norm import RMSNorm
+from tokasaurus.model.layers.placement import Placement
+from tokasaurus.model.layers.rotary import Rotation, rotate
+
+__all__ = ["SelfAttention"]
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention with rotary positions; queries, keys and values from one product.
+
+    Args:
+        layer: index of the layer, which names its part of the KV cache.
+        qkv_bias: biases on queries, keys and values.
+        output_bias: a bias on the output.
+        qk_norm: queries and keys are normalised per head before the rotation, as in Qwen3.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        place: Placement,
+        layer: int,
+        *,
+        qkv_bias: bool,
+        output_bias: bool,
+        qk_norm: bool,
+    ) -> None:
+        super().__init__()
+        size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.qkv = Linear(place, config.hidden_size, size, kv_size, kv_size, bias=qkv_bias)
+        self.output = Linear(place, size, config.hidden_size, bias=output_bias)
+        self.query_norm = self.key_norm = None
+        if qk_norm:
+            self.query_norm = RMSNorm(place, config.head_dim, config.rms_norm_eps)
+            self.key_norm = RMSNorm(place, config.head_dim, config.rms_norm_eps)
+        self._layer = layer
+        self._num_heads, self._num_kv_heads = config.num_heads, config.num_kv_heads
+        self._head_dim = config.head_dim
+
+    def forward(self, x: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
+        """x: [T, hidden]; returns the same shape."""
+        #   one row of the product:  │ q heads (H) │ k heads (K) │ v heads (K) │
+        num_rotated = self._num_heads + self._num_kv_heads
+        heads = self.qkv(x).view(len(x), num_rotated + self._num_kv_heads, self._head_dim)
+        rotated, value = heads[:, :num_rotated], heads[:, num_rotated:]
+        if self.query_norm is not None and self.key_norm is not None:
+            query = self.query_norm(rotated[:, : self._num_heads])
+            key = self.key_norm(rotated[:, self._num_heads :])
+            rotated = torch.cat((query, key), dim=1)
+        rotated = rotate(rotated, rotation)
+        query, key = rotated[:, : self._num_heads], rotated[:, self._num_heads :]
+        mixed = attention.attend(self._layer, query, key, value)
+        result: Tensor = self.output(mixed.view(len(x), -1))
+        return result

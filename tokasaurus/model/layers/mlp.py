@@ -1,0 +1,27 @@
+"""The feed-forward part of a decoder layer."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from tokasaurus.model.config import ModelConfig
+from tokasaurus.model.layers.linear import Linear
+from tokasaurus.model.layers.placement import Placement
+
+__all__ = ["GatedMLP"]
+
+
+class GatedMLP(nn.Module):
+    """SwiGLU, Shazeer 2020, https://arxiv.org/abs/2002.05202; gate and up from one product."""
+
+    def __init__(self, config: ModelConfig, place: Placement, *, bias: bool) -> None:
+        super().__init__()
+        inner = config.intermediate_size
+        self.gate_up = Linear(place, config.hidden_size, inner, inner, bias=bias)
+        self.down = Linear(place, inner, config.hidden_size, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        result: Tensor = self.down(F.silu(gate) * up)
+        return result

@@ -1,0 +1,1 @@
+"""The worker: runs numbered batches, and keeps the tables of slots that they change."""
