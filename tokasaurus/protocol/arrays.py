@@ -1,4 +1,4 @@
-"""Array types of the messages. An array in a message is never written to after it is sent."""
+"""Array types of the messages, and the empty arrays. An array in a message is never written to after it is sent."""
 
 from __future__ import annotations
 
@@ -12,3 +12,7 @@ Int64Array: TypeAlias = NDArray[np.int64]
 Float32Array: TypeAlias = NDArray[np.float32]
 Float64Array: TypeAlias = NDArray[np.float64]
 BoolArray: TypeAlias = NDArray[np.bool_]
+
+EMPTY_INT32: Int32Array = np.empty(0, np.int32)
+EMPTY_INT64: Int64Array = np.empty(0, np.int64)
+EMPTY_FLOAT32: Float32Array = np.empty(0, np.float32)
