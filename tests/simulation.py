@@ -1,6 +1,6 @@
 """A seeded world around a manager: clients that come and go, a server that lags, results that are late.
 
-After every step: the manager's own invariants (``check_invariants``), the device's checks (see
+After every turn: the manager's own invariants (``check_invariants``), the device's checks (see
 ``fake_device``), and here: each sequence gets exactly the oracle's tokens, in order, and ends once.
 """
 
@@ -130,7 +130,7 @@ class Answer:
 
 
 class World:
-    """One manager, one device, one server; ``step`` passes on what the caller chooses."""
+    """One manager, one device, one server; ``turn`` passes on what the caller chooses."""
 
     def __init__(self, config: ManagerConfig) -> None:
         self.config = config
@@ -151,11 +151,11 @@ class World:
         self.batches: list[ForwardBatch] = []
         self.last_named: dict[int, int] = {}
         self.num_absorbed = 0
-        self.num_steps = 0
-        self.check_interval = 1  # steps
+        self.num_turns = 0
+        self.check_interval = 1  # turns
         self.now = 0.0
 
-    def step(self, *events: FromServer, num_results: int = 0) -> None:
+    def turn(self, *events: FromServer, num_results: int = 0) -> None:
         """One turn of the manager with these events and so many of the results that are ready."""
         arrived: list[FromServer | ForwardResult] = list(events)
         for event in events:
@@ -164,9 +164,9 @@ class World:
             arrived.append(self.results.popleft())
             self.num_absorbed += 1
         self.now += 0.001
-        actions = self.manager.step(arrived, self.now)
-        self.num_steps += 1
-        if self.num_steps % self.check_interval == 0:
+        actions = self.manager.take_turn(arrived, self.now)
+        self.num_turns += 1
+        if self.num_turns % self.check_interval == 0:
             check_invariants(self.manager._running, self.manager._backlog)
         for message in actions.messages:
             self._receive(message)
@@ -176,17 +176,17 @@ class World:
 
     def finish(self, request: GenerateRequest) -> None:
         """Runs a request by itself."""
-        self.step(request)
+        self.turn(request)
         self.drain()
 
-    def drain(self, max_steps: int = 10_000) -> None:
+    def drain(self, max_turns: int = 10_000) -> None:
         """Lets everything that lives come to its end, with a server that acknowledges all it gets."""
-        for _ in range(max_steps):
+        for _ in range(max_turns):
             if self.manager.idle:
                 break
             acks = self.acknowledgements()
             before = len(self.results)
-            self.step(*acks, num_results=2)
+            self.turn(*acks, num_results=2)
             assert before or acks or self.results or self.manager.idle, "the manager is stuck"
         assert self.manager.idle, "the manager does not come to an end"
         self.check_all_ended()
@@ -403,7 +403,7 @@ class World:
 
 @dataclass(frozen=True)
 class Habits:
-    """How a simulated world behaves. Rates are means for one step of the manager."""
+    """How a simulated world behaves. Rates are means for one turn of the manager."""
 
     num_requests: int = 150
     arrivals: float = 1.0
@@ -522,10 +522,10 @@ class Simulation(World):
                 for _ in range(self._count(habits.stops)):
                     events.append(StopSequence(*self._random.choice(names)))
             for _ in range(self._count(habits.flushes)):
-                events.append(FlushCache(self.num_steps))
+                events.append(FlushCache(self.num_turns))
             if self._random.random() < habits.acks:
                 events += self.acknowledgements()
-            self.step(*events, num_results=self._count(habits.results))
+            self.turn(*events, num_results=self._count(habits.results))
         self.drain()
 
     def _count(self, mean: float) -> int:

@@ -67,12 +67,12 @@ def test_one_batch_at_a_time_stays_so() -> None:
 
 def test_the_manager_sends_no_more_than_that() -> None:
     world = World(make_config(scheduling_steps_ahead=6))
-    world.step(make_request(1, prompt(5), 40))
+    world.turn(make_request(1, prompt(5), 40))
     assert world.manager.num_in_flight == 6
     world.manager._look_ahead.batch_took(0.1)
     world.manager.turn_took(0.001)
     while world.manager.num_in_flight > 2:
         sent = len(world.batches)
-        world.step(num_results=1)
+        world.turn(num_results=1)
         assert len(world.batches) == sent or world.manager.num_in_flight <= 2
     world.drain()

@@ -1,4 +1,4 @@
-"""Random worlds: any schedule, the same tokens. What is checked after each step: see ``simulation``."""
+"""Random worlds: any schedule, the same tokens. What is checked after each turn: see ``simulation``."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_crowded_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(AdmissionControl, "may_ask", counted)
     run_worlds(900, num_events=1_000, make_world=Simulation.crowded_of_seed)
-    assert num_rests > 500  # steps of the manager
+    assert num_rests > 500  # turns
 
 
 @pytest.mark.long

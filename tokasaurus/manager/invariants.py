@@ -17,7 +17,7 @@ __all__ = ["check_allocator", "check_invariants"]
 
 
 def check_invariants(running: RunningSequences, backlog: Backlog) -> None:
-    """Checks everything that must hold between two steps.
+    """Checks everything that must hold between two turns.
 
     Raises:
         ProtocolError: something does not; says what.

@@ -1,6 +1,6 @@
 """The manager: events in, actions out.
 
-``step`` takes what happened (requests, aborts, acknowledgements, results of batches), brings everything
+``take_turn`` takes what happened (requests, aborts, acknowledgements, results of batches), brings everything
 up to date, and plans batches until enough are in flight. Knows no clock, socket, thread or randomness:
 the same events lead to the same actions, so simulations drive the very object that serves.
 """
@@ -54,7 +54,7 @@ __all__ = ["Actions", "Manager"]
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Actions:
-    """What is to be done after a step, each list in order."""
+    """What is to be done after a turn, each list in order."""
 
     batches: list[ForwardBatch]  # to the worker
     messages: list[ToServer]
@@ -79,7 +79,7 @@ class Manager:
         self._look_ahead = LookAhead(config.scheduling_steps_ahead)
         self._step_timer = StepTimer()
         self._outbox = Outbox()
-        # What ended in this step: sequences, those of them that hold pages, requests with their last one.
+        # What ended in this turn: sequences, those of them that hold pages, requests with their last one.
         self._ended: list[tuple[Sequence, FinishReason]] = []
         self._retiring: list[Sequence] = []
         self._closing: list[Request] = []
@@ -96,7 +96,7 @@ class Manager:
         """Batches whose results have not come back."""
         return len(self._running.in_flight)
 
-    def step(self, events: Iterable[FromServer | ForwardResult], now: float) -> Actions:
+    def take_turn(self, events: Iterable[FromServer | ForwardResult], now: float) -> Actions:
         """One turn. Afterwards there is nothing to do until the next event comes.
 
         Args:
@@ -322,7 +322,7 @@ class Manager:
     # --- ends --------------------------------------------------------------------------------------
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
-        """The one way in which a sequence ends; its pages and its slot follow at the end of the step."""
+        """The one way in which a sequence ends; its pages and its slot follow at the end of the turn."""
         request = sequence.request
         self._outbox.add_final(sequence, reason)
         self._ended.append((sequence, reason))
@@ -345,7 +345,7 @@ class Manager:
                 self._abort(request)
 
     def _settle(self) -> None:
-        """What is left to do about the sequences that ended in this step, all at once."""
+        """What is left to do about the sequences that ended in this turn, all at once."""
         if self._ended:
             self._admission.end(
                 [sequence for sequence, _ in self._ended],

@@ -1,4 +1,4 @@
-"""What the server is told in one step: refusals, what prompts brought, then all updates in one message."""
+"""What the server is told in one turn: refusals, what prompts brought, then all updates in one message."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["Outbox"]
 
 
 class Outbox:
-    """Collects messages until the end of a step."""
+    """Collects messages until the end of a turn."""
 
     def __init__(self) -> None:
         self._messages: list[ToServer] = []
         self._ended: list[tuple[Sequence, FinishReason]] = []
 
     def add(self, message: ToServer) -> None:
-        """These go out before the step's updates."""
+        """These go out before the turn's updates."""
         self._messages.append(message)
 
     def add_final(self, sequence: Sequence, reason: FinishReason) -> None:

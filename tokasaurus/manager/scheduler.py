@@ -291,7 +291,7 @@ class Scheduler:
             num_pages=self._pages.num_available,
             must_admit=self._is_empty,
         )
-        # Those will be back in the queue in a few steps.
+        # Those will be back in the queue in a few turns.
         resuming = (s.order for s in self._running.preempted if s.resumes)
         first_order = min(resuming, default=_NO_ORDER)
         offers: list[_Offer] = []

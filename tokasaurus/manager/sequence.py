@@ -1,6 +1,6 @@
 """Requests and their sequences, as far as they need objects: identity, prompt, stored tokens.
 
-What changes at every step of a running sequence is in the slot table instead. Knows nothing of pages.
+What changes with every batch of a running sequence is in the slot table instead. Knows nothing of pages.
 """
 
 from __future__ import annotations

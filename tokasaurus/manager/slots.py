@@ -1,6 +1,6 @@
 """The slot table: every running sequence as one row of numpy arrays.
 
-Owns the rows and who has them. A step over all rows is a few operations on whole columns; a row that
+Owns the rows and who has them. An update of all rows is a few operations on whole columns; a row that
 nobody owns, or that must not be planned, drops out by comparing unequal, so no list of rows is kept.
 
 Positions of one row, with a prompt of 6 tokens and max_tokens 5 (pages of 4)::

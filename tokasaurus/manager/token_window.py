@@ -1,4 +1,4 @@
-"""The last generated tokens of every slot: where a step's results land, all rows at once.
+"""The last generated tokens of every slot: where a batch's results land, all rows at once.
 
 A ring for each slot. Token t of a sequence, counted from its first generated one, is in column
 t % columns; whenever a ring is full, its content moves to the sequence as one array. So memory follows
@@ -32,7 +32,7 @@ class TokenWindow:
 
     Args:
         slots: whose ``known`` counts the tokens of each slot.
-        max_undelivered: tokens of one slot that one step may bring; the ring holds at least as many.
+        max_undelivered: tokens of one slot that one turn may bring; the ring holds at least as many.
     """
 
     def __init__(self, slots: SlotTable, max_undelivered: int) -> None:

@@ -25,8 +25,8 @@ def curves(world: World) -> tuple[np.ndarray, np.ndarray]:
 def crowded(**changes: object) -> World:
     """A world in which the forecast is asked from the beginning."""
     world = World(make_config(num_pages=24, admission=KNOWN, scheduling_steps_ahead=1, **changes))
-    world.step(*[make_request(i, prompt(7, i), 24) for i in range(10)])
-    world.step(num_results=1)
+    world.turn(*[make_request(i, prompt(7, i), 24) for i in range(10)])
+    world.turn(num_results=1)
     return world
 
 
@@ -38,7 +38,7 @@ def test_who_is_admitted_is_in_the_forecast() -> None:
 
 def test_who_ends_is_not() -> None:
     world = crowded()
-    world.step(AbortRequest(0), AbortRequest(1))
+    world.turn(AbortRequest(0), AbortRequest(1))
     patched, anew = curves(world)
     assert patched.tolist() == anew.tolist()
     world.drain()
@@ -46,8 +46,8 @@ def test_who_ends_is_not() -> None:
 
 def test_forks_share_their_prompt_in_the_forecast() -> None:
     world = World(make_config(num_pages=24, admission=KNOWN, scheduling_steps_ahead=1))
-    world.step(make_request(1, prompt(18), 14, n=8))
-    world.step(num_results=1)
+    world.turn(make_request(1, prompt(18), 14, n=8))
+    world.turn(num_results=1)
     patched, anew = curves(world)
     assert patched.tolist() == anew.tolist()
     world.drain()
@@ -60,9 +60,9 @@ def test_pages_found_in_the_cache_count_once_while_the_rest_is_fed() -> None:
         )
     )
     world.finish(make_request(0, prompt(20), 4))
-    world.step(*[make_request(i, prompt(20) + prompt(18, i), 4) for i in (1, 2)])
+    world.turn(*[make_request(i, prompt(20) + prompt(18, i), 4) for i in (1, 2)])
     assert len(world.manager._running.prefilling) == 1
-    world.step(num_results=1)
+    world.turn(num_results=1)
     pages = world.manager._running.pages
     world.manager._admission.refresh((), 8)
     assert world.manager._admission._coming()[0] == pages.pool.num_pages - pages.num_available
@@ -92,10 +92,10 @@ def test_nothing_is_left_when_all_have_ended(seed: int) -> None:
 def test_who_becomes_the_head_is_asked_about_at_once() -> None:
     world = crowded()
     for _ in range(3):
-        world.step(num_results=1)
+        world.turn(num_results=1)
     admission, backlog = world.manager._admission, world.manager._backlog
     assert not admission.may_ask(backlog.head())  # it was refused, and nothing happened since
     num_running = world.manager._running.num_running
-    world.step(make_request(99, prompt(2, 99), 2, priority=-1), num_results=1)
+    world.turn(make_request(99, prompt(2, 99), 2, priority=-1), num_results=1)
     assert world.manager._running.num_running == num_running + 1
     world.drain()

@@ -1,4 +1,4 @@
-"""Which rows of a step read the same KV pages, so that attention reads these once for all of them.
+"""Which rows of a batch read the same KV pages, so that attention reads these once for all of them.
 
 The idea is Hydragen's (Juravsky et al. 2024, https://arxiv.org/abs/2402.05099), nested prefixes included.
 A *group* is a range of rows and a range of page-table columns in which all these rows hold the same pages.
@@ -48,7 +48,7 @@ _EMPTY: Int32Array = np.empty(0, np.int32)
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Groups:
-    """The rows of a step in an order that makes every group a range; groups in others come after them.
+    """The rows of a batch in an order that makes every group a range; groups in others come after them.
 
     Attributes:
         slots: [rows], those in no group first.
@@ -66,9 +66,9 @@ class Groups:
 
 
 class GroupFinder:
-    """Finds the groups of one step after the other, and only looks anew when something changed.
+    """Finds the groups of one batch after the other, and only looks anew when something changed.
 
-    A group is all rows of a step that share a prefix, up to the column where they part. There must be
+    A group is all rows of a batch that share a prefix, up to the column where they part. There must be
     enough of them, and the prefix must be long enough, counted from position 0 whatever groups are around
     it: problems after a long header are worth a group each, however short. Only must a group inside
     another add MIN_NESTED_LEN tokens. A run that is too short for this, or ends too early, is covered by
@@ -93,7 +93,7 @@ class GroupFinder:
         self._found = _no_groups(self._slots)
 
     def find(self, slots: IndexArray) -> Groups:
-        """The groups of a step.
+        """The groups of a batch.
 
         Args:
             slots: [rows] distinct, in any order; not written to afterwards. Those that share nothing
@@ -166,7 +166,7 @@ class GroupFinder:
         while waiting:
             candidate, group, start = waiting.pop()
             below, count, end = children[candidate], num_rows[candidate], ends[candidate]
-            # Where all rows are in one child, others part here that are not in the step.
+            # Where all rows are in one child, others part here that are not in the batch.
             is_whole = not any(num_rows[child] == count for child in below)
             if count >= self._min_rows and end - start >= self._min_columns and is_whole:
                 found.append((count, start, end))
