@@ -238,6 +238,10 @@ class World:
         assert running.slots.num_free == self.config.num_slots
         assert not running.prefilling
         assert not running.preempted
+        assert not running.resting
+        assert not running.in_progress.sequences()
+        assert not running.prefixes.num_holders.any()
+        assert (running.prefixes.leaf == -1).all()
         assert not running.in_flight.flights
         assert running.pages.num_available == self.config.num_pages
         assert not running.pages.pool.references.any()

@@ -27,7 +27,7 @@ from tokasaurus.manager.sequence import Sequence, SequenceState
 from tokasaurus.manager.slots import NO_PAGES, IndexArray, SlotTable
 from tokasaurus.manager.token_window import TokenWindow
 from tokasaurus.manager.waiting import Backlog
-from tokasaurus.protocol.arrays import Int32Array
+from tokasaurus.protocol.arrays import Int32Array, Int64Array
 
 __all__ = ["Admission", "RunningSequences"]
 
@@ -74,6 +74,20 @@ class RunningSequences:
     def num_running(self) -> int:
         """Sequences that hold pages."""
         return int(np.count_nonzero(self.slots.order >= 0))
+
+    def num_unfed_tokens(self) -> int:
+        """Tokens of the prompts being fed that are in no batch yet."""
+        return sum(
+            len(sequence.prompt_ids) - self.slots.length.item(sequence.slot)
+            for sequence in self.prefilling
+        )
+
+    def unshared(self, slots: IndexArray) -> tuple[Int64Array, Int64Array]:
+        """[slots] what no other sequence holds: pages, and positions that are filled or will be soon."""
+        page_size = self.slots.page_size
+        num_shared = self.prefixes.num_shared_pages(slots).astype(np.int64)
+        num_pages = self.slots.capacity[slots] // page_size - num_shared
+        return num_pages, self.slots.length[slots] - num_shared * page_size
 
     def may_feed(self, sequence: Sequence, num_cached_pages: int) -> bool:
         """Whether nobody who goes first is about to compute the page that a prompt needs next."""

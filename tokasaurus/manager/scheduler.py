@@ -38,7 +38,8 @@ from tokasaurus.manager.batches import (
     prompt_pieces,
 )
 from tokasaurus.manager.counters import Counters
-from tokasaurus.manager.forecast.admission import AdmissionControl, Candidate
+from tokasaurus.manager.forecast.admission import AdmissionControl
+from tokasaurus.manager.forecast.rows import Candidate
 from tokasaurus.manager.in_flight import Flight
 from tokasaurus.manager.kv.prefix_groups import GroupFinder
 from tokasaurus.manager.running import Admission, RunningSequences
@@ -374,7 +375,7 @@ class Scheduler:
     @property
     def _is_empty(self) -> bool:
         """Nobody holds a page."""
-        return self._pages.num_available == self._pages.pool.num_pages
+        return self._pages.num_held == 0
 
     def _commit(
         self,

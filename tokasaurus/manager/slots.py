@@ -203,6 +203,11 @@ class SlotTable:
         num_pages: Int32Array = np.minimum(self.length[slots], known_lengths) // self.page_size
         return num_pages
 
+    def fully_planned(self) -> IndexArray:
+        """Running slots without a token to plan: no batch to come needs their pages."""
+        slots: IndexArray = ((self.length == self.final_length) & (self.order >= 0)).nonzero()[0]
+        return slots
+
     def is_stop(self, rows: IndexArray, token_ids: Int32Array) -> BoolArray:
         """Which of these tokens, one for each row, is among the stop ids of its row."""
         found: BoolArray = np.zeros(len(rows), np.bool_)

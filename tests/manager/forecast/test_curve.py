@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from tokasaurus.manager.forecast.curve import Forecast, Forest, Sequences
+from tokasaurus.manager.forecast.curve import Forecast, ForecastRows, Forest
 from tokasaurus.manager.kv.shared_prefixes import SharedPrefixes
 
 # length, num_pages, num_prompt_tokens, num_steps, leaf
@@ -46,8 +46,8 @@ class State:
         return pages
 
 
-def columns(rows: list[Row]) -> Sequences:
-    return Sequences(*np.array(rows, np.int64).reshape(-1, 5).T)
+def columns(rows: list[Row]) -> ForecastRows:
+    return ForecastRows(*np.array(rows, np.int64).reshape(-1, 5).T)
 
 
 class Simulated:
@@ -185,7 +185,7 @@ def test_nobody():
     assert forecast.num_admissible(0) == forecast.num_admissible(10) == 0
     assert [len(ends) for ends in forecast.finish_steps(10)] == [0, 0]
     assert forecast.prefill_pace(10, 100, 16) == 0
-    none = Sequences.none()
+    none = ForecastRows.none()
     assert Forecast(none, none, Forest.none(), page_size=1, prefill_rate=1).peak() == 0
 
 

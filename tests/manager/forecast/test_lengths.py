@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from tokasaurus.manager.forecast.lengths import NO_GROUP, LengthPredictor
+from tokasaurus.manager.forecast.lengths import NO_GROUP, LengthPredictor, at_most_median
 
 NONE = np.empty(0, np.int64)
 
@@ -196,6 +196,22 @@ def test_numbers_in_a_row_are_spread_evenly():
         )
         counts, _ = np.histogram(predicted, octiles)
         assert np.abs(counts - 8).max() <= 2
+
+
+def test_a_number_lowered_to_the_median_is_never_predicted_longer():
+    predictor = taught()
+    numbers = np.arange(1000, 1256)
+    none = column(NO_GROUP, 256)
+
+    def predicted(of):
+        return predictor.predict(none, np.zeros(256, int), column(8000, 256), of)
+
+    lowered = predicted(np.array([at_most_median(number) for number in numbers.tolist()]))
+    median = np.median(sample(predictor, 0, 8000))
+    assert lowered.max() == pytest.approx(median, rel=0.01)
+    is_short = predicted(numbers) <= median
+    assert 120 <= is_short.sum() <= 136
+    assert (lowered[is_short] == predicted(numbers)[is_short]).all()
 
 
 def test_a_sequence_is_predicted_the_same_as_long_as_it_lives_on():

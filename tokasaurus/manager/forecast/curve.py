@@ -35,14 +35,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokasaurus.manager.slots import IndexArray
-from tokasaurus.protocol.arrays import Int32Array, Int64Array
+from tokasaurus.protocol.arrays import EMPTY_INT32, EMPTY_INT64, Int32Array, Int64Array
+from tokasaurus.rounding import ceil_div, round_up
 
-__all__ = ["Forecast", "Forest", "Sequences"]
+__all__ = ["Forecast", "ForecastRows", "Forest"]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Sequences:
-    """Sequences in the order in which their prompts are fed, in columns.
+class ForecastRows:
+    """ForecastRows in the order in which their prompts are fed, in columns.
 
     Attributes:
         length: [n] positions that are filled when the sequence decodes its first token of this forecast:
@@ -63,8 +64,8 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.length)
 
-    def __getitem__(self, rows: slice) -> Sequences:
-        return Sequences(
+    def __getitem__(self, rows: slice) -> ForecastRows:
+        return ForecastRows(
             self.length[rows],
             self.num_pages[rows],
             self.num_prompt_tokens[rows],
@@ -73,10 +74,14 @@ class Sequences:
         )
 
     @classmethod
-    def none(cls) -> Sequences:
+    def none(cls) -> ForecastRows:
         """No sequences at all."""
-        empty: Int64Array = np.empty(0, np.int64)
-        return cls(empty, empty, empty, empty, empty)
+        return cls(EMPTY_INT64, EMPTY_INT64, EMPTY_INT64, EMPTY_INT64, EMPTY_INT64)
+
+    def most_pages(self, page_size: int) -> int:
+        """The pages that these sequences hold at their ends, all together."""
+        ends = ceil_div(self.length + self.num_steps, page_size)
+        return int(np.maximum(ends, self.num_pages).sum())
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -97,11 +102,7 @@ class Forest:
     @classmethod
     def none(cls) -> Forest:
         """Nothing is shared."""
-        empty: Int32Array = np.empty(0, np.int32)
-        return cls(empty, empty)
-
-
-_NOTHING: Int64Array = np.empty(0, np.int64)
+        return cls(EMPTY_INT32, EMPTY_INT32)
 
 
 class Forecast:
@@ -121,13 +122,13 @@ class Forecast:
 
     def __init__(
         self,
-        running: Sequences,
-        waiting: Sequences,
+        running: ForecastRows,
+        waiting: ForecastRows,
         forest: Forest,
         *,
         page_size: int,
         prefill_rate: int,
-        others: Int64Array = _NOTHING,
+        others: Int64Array = EMPTY_INT64,
         num_tokens_before: int = 0,
     ) -> None:
         self._parent = forest.parent
@@ -247,24 +248,24 @@ class Forecast:
         fits = np.searchsorted(np.cumsum(self._waiting_lives.num_held), room, side="right")
         tokens = num_fed + np.append(0, np.cumsum(self._waiting.num_prompt_tokens))[fits]
         ends[0] = min(ends[0], catch_up_steps)
-        rate = int((-(-tokens // np.maximum(ends, 1))).max())
-        return min(-(-rate // round_up_multiple) * round_up_multiple, budget)
+        rate = int(ceil_div(tokens, np.maximum(ends, 1)).max())
+        return min(round_up(rate, round_up_multiple), budget)
 
-    def _lives(self, sequences: Sequences, num_tokens_before: int) -> _Lives:
+    def _lives(self, sequences: ForecastRows, num_tokens_before: int) -> _Lives:
         """When sequences take pages and end, whose prompts are fed after so many other tokens."""
         is_decoding = sequences.num_prompt_tokens == 0
         fed = num_tokens_before + np.cumsum(sequences.num_prompt_tokens)
-        start = np.where(is_decoding, 0, -(-fed // self._prefill_rate))
+        start = np.where(is_decoding, 0, ceil_div(fed, self._prefill_rate))
         spare = sequences.num_pages * self._page_size - sequences.length
         leaf_end = self._end_column[sequences.leaf]
         return _Lives(
             end=start + sequences.num_steps,
             num_held=sequences.num_pages - leaf_end,
             first_take=start + spare + 1,
-            num_taken=-(-np.maximum(sequences.num_steps - spare, 0) // self._page_size),
+            num_taken=ceil_div(np.maximum(sequences.num_steps - spare, 0), self._page_size),
         )
 
-    def _last_ends(self, sequences: Sequences, lives: _Lives) -> Int64Array:
+    def _last_ends(self, sequences: ForecastRows, lives: _Lives) -> Int64Array:
         """[nodes] the last end among a node's holders; -1 where there are none."""
         last: Int64Array = np.full(len(self._parent), -1, np.int64)
         if not len(last):
@@ -352,7 +353,7 @@ class Forecast:
         """Steps of an array that everything fits in which happens before ``horizon`` and just after."""
         page_size = self._page_size
         horizon = max(horizon, self._horizon)
-        return -(-(horizon + page_size + 1) // page_size) * page_size
+        return round_up(horizon + page_size + 1, page_size)
 
     def _queue_ends(self, num_admitted: int, limit: int) -> list[int]:
         """Ends of the waiting sequences behind the first ones, as ``finish_steps`` describes it."""
@@ -448,7 +449,7 @@ class _Spans:
         )
 
 
-_NO_SPANS = _Spans(np.empty(0, np.intp), _NOTHING, _NOTHING, _NOTHING)
+_NO_SPANS = _Spans(np.empty(0, np.intp), EMPTY_INT64, EMPTY_INT64, EMPTY_INT64)
 
 
 def _extended(use: Int64Array, size: int) -> Int64Array:

@@ -9,7 +9,8 @@ from itertools import chain
 
 import numpy as np
 
-from tokasaurus.manager.forecast.admission import AdmissionControl, Candidate
+from tokasaurus.manager.forecast.admission import AdmissionControl
+from tokasaurus.manager.forecast.rows import Candidate
 from tokasaurus.manager.running import RunningSequences
 from tokasaurus.manager.waiting import Backlog
 from tokasaurus.protocol.messages import Eta

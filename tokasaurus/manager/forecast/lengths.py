@@ -77,7 +77,7 @@ from numpy.typing import NDArray
 
 from tokasaurus.protocol.arrays import BoolArray, Int32Array, Int64Array
 
-__all__ = ["NO_GROUP", "LengthPredictor"]
+__all__ = ["NO_GROUP", "LengthPredictor", "at_most_median"]
 
 IntArray: TypeAlias = NDArray[np.signedinteger]
 _Floats: TypeAlias = NDArray[np.float64]
@@ -100,6 +100,15 @@ def _spread_evenly() -> _Floats:
     for _ in range(_NUMBER_BITS):
         reverse = np.append(2 * reverse, 2 * reverse + 1)
     return (reverse + 0.5) / len(reverse)
+
+
+def at_most_median(number: int) -> int:
+    """A number whose u is that of ``number``, or the middle one where that is less.
+
+    The lowest bit of a number is the highest of its u: odd numbers have a u above the middle, and of these 1
+    has the least.
+    """
+    return 1 if number & 1 else number
 
 
 _LEVELS = _spread_evenly()

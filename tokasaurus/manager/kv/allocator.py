@@ -34,6 +34,11 @@ class PageAllocator:
         """Pages that an allocation can have: free or evictable."""
         return self.pool.num_free + self.pool.num_evictable
 
+    @property
+    def num_held(self) -> int:
+        """Pages that have a holder."""
+        return self.pool.num_pages - self.num_available
+
     def lookup(self, prompt_ids: Int32Array) -> Int32Array:
         """Returns the cached pages of a prompt, never all of it: its last token is always computed."""
         return self.cache.lookup(prompt_ids, (len(prompt_ids) - 1) // self.page_size)
