@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from tokasaurus.protocol.messages import (
 __all__ = [
     "NO_COPIES",
     "Chunk",
+    "Draws",
     "draws",
     "forward_batch",
     "pooled_prompts",
@@ -65,6 +67,13 @@ class Chunk:
         return self.sequence.request.message.pooling
 
 
+class Draws(NamedTuple):
+    """The tokens that are drawn from prompts' last rows."""
+
+    chunks: IndexArray  # [draws] the number of the chunk
+    slots: IndexArray  # [draws] that the token is for
+
+
 def forward_batch(
     number: int,
     left_slots: Rows[int],
@@ -72,7 +81,7 @@ def forward_batch(
     table_changes: tuple[Int32Array, Int32Array, Int32Array],
     decode_slots: IndexArray,
     chunks: Rows[Chunk],
-    draws: tuple[IndexArray, IndexArray],
+    draws: Draws,
     copies: Int32Array,
     groups: Groups | None,
 ) -> ForwardBatch:
@@ -85,7 +94,7 @@ def forward_batch(
         table_changes: slots, columns and pages.
         decode_slots: one row each.
         chunks: of prompts, in row order.
-        draws: chunks whose last row is drawn from, and for which slots.
+        draws: of tokens from prompts' last rows.
         copies: [2, copies] pages to copy from and to after the pass.
         groups: of decode rows.
     """
@@ -108,8 +117,8 @@ def forward_batch(
         prefill_ids=np.concatenate(fed) if fed else _NONE,
         prefill_num_logprobs=_int32([chunk.num_prompt_logprobs for chunk in chunks]),
         prefill_next_ids=_int32(next_ids),
-        draw_chunks=draws[0].astype(np.int32),
-        draw_slots=draws[1].astype(np.int32),
+        draw_chunks=draws.chunks.astype(np.int32),
+        draw_slots=draws.slots.astype(np.int32),
         copy_sources=copies[0],
         copy_targets=copies[1],
         group_first_rows=groups.first_rows if groups else _NONE,
@@ -121,11 +130,11 @@ def forward_batch(
     )
 
 
-def draws(chunks: Rows[Chunk]) -> tuple[IndexArray, IndexArray]:
-    """Which slots draw a token from prompts' last rows: the numbers of the chunks, and the slots."""
+def draws(chunks: Rows[Chunk]) -> Draws:
+    """The draws from those chunks that end their prompts: for the prompt's slot, then for its forks."""
     ends = [index for index, chunk in enumerate(chunks) if chunk.ends_prompt]
     if not ends:
-        return NO_SLOTS, NO_SLOTS
+        return Draws(NO_SLOTS, NO_SLOTS)
     slots: list[int] = []
     counts: list[int] = []
     for index in ends:
@@ -133,7 +142,7 @@ def draws(chunks: Rows[Chunk]) -> tuple[IndexArray, IndexArray]:
         slots.append(chunk.sequence.slot)
         slots += chunk.forks.tolist()
         counts.append(1 + len(chunk.forks))
-    return np.repeat(np.array(ends, np.intp), counts), np.array(slots, np.intp)
+    return Draws(np.repeat(np.array(ends, np.intp), counts), np.array(slots, np.intp))
 
 
 def prompt_pieces(chunks: Rows[Chunk]) -> list[PromptPiece]:

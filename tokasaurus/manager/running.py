@@ -29,14 +29,14 @@ from tokasaurus.manager.token_window import TokenWindow
 from tokasaurus.manager.waiting import Backlog
 from tokasaurus.protocol.arrays import Int32Array, Int64Array
 
-__all__ = ["Admission", "RunningSequences"]
+__all__ = ["RunningSequences", "SlotStart"]
 
 
-class Admission(NamedTuple):
-    """The decision to let a sequence run."""
+class SlotStart(NamedTuple):
+    """The pages with which a sequence starts in a slot: those of its whole prompt."""
 
     sequence: Sequence
-    cached_pages: Int32Array  # its prompt's leading pages, found in the prefix cache and retained
+    cached_pages: Int32Array  # its prompt's leading pages, found in the prefix cache
     num_new_pages: int
 
 
@@ -101,12 +101,12 @@ class RunningSequences:
             self._backlog.wake(sequence)
         self.in_progress.woken.clear()
 
-    def enter(self, admissions: Rows[Admission], now: float) -> None:
-        """Lets sequences run: a slot each, all pages of its prompt."""
-        sequences = [admission.sequence for admission in admissions]
-        cached_pages = [admission.cached_pages for admission in admissions]
+    def enter(self, starts: Rows[SlotStart], now: float) -> None:
+        """Lets sequences run: a slot each, all pages of its prompt. The cached ones are retained already."""
+        sequences = [start.sequence for start in starts]
+        cached_pages = [start.cached_pages for start in starts]
         lengths = [len(pages) * self.pages.page_size for pages in cached_pages]
-        num_new_pages = [admission.num_new_pages for admission in admissions]
+        num_new_pages = [start.num_new_pages for start in starts]
         self._enter(sequences, cached_pages, num_new_pages, lengths, now)
         for sequence, pages in zip(sequences, cached_pages, strict=True):
             if len(pages):
