@@ -12,7 +12,7 @@ from tokasaurus.manager.in_flight import PromptPiece
 from tokasaurus.manager.kv.prefix_groups import Groups
 from tokasaurus.manager.sequence import Sequence
 from tokasaurus.manager.slots import NO_SLOTS, IndexArray
-from tokasaurus.protocol.arrays import Int32Array
+from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
 from tokasaurus.protocol.messages import (
     AdjustedSlots,
     ForwardBatch,
@@ -32,7 +32,6 @@ __all__ = [
 ]
 
 NO_COPIES: Int32Array = np.empty((2, 0), np.int32)
-_NONE: Int32Array = np.empty(0, np.int32)
 
 
 @dataclass(eq=False, slots=True)
@@ -79,11 +78,10 @@ def forward_batch(
     left_slots: Rows[int],
     entered: Rows[Sequence],
     table_changes: tuple[Int32Array, Int32Array, Int32Array],
-    decode_slots: IndexArray,
     chunks: Rows[Chunk],
     draws: Draws,
     copies: Int32Array,
-    groups: Groups | None,
+    groups: Groups,
 ) -> ForwardBatch:
     """The message.
 
@@ -92,11 +90,10 @@ def forward_batch(
         left_slots: that the worker need not remember anything for.
         entered: sequences whose parameters the worker does not know yet.
         table_changes: slots, columns and pages.
-        decode_slots: one row each.
         chunks: of prompts, in row order.
         draws: of tokens from prompts' last rows.
         copies: [2, copies] pages to copy from and to after the pass.
-        groups: of decode rows.
+        groups: the decode rows, and which of them share pages.
     """
     table_slots, table_columns, table_pages = table_changes
     next_ids = [
@@ -110,21 +107,21 @@ def forward_batch(
         table_slots=table_slots,
         table_columns=table_columns,
         table_pages=table_pages,
-        decode_slots=decode_slots.astype(np.int32),
+        decode_slots=groups.slots.astype(np.int32),
         prefill_slots=_int32([chunk.sequence.slot for chunk in chunks]),
         prefill_starts=_int32([chunk.start for chunk in chunks]),
         prefill_lengths=_int32([chunk.length for chunk in chunks]),
-        prefill_ids=np.concatenate(fed) if fed else _NONE,
+        prefill_ids=np.concatenate(fed) if fed else EMPTY_INT32,
         prefill_num_logprobs=_int32([chunk.num_prompt_logprobs for chunk in chunks]),
         prefill_next_ids=_int32(next_ids),
         draw_chunks=draws.chunks.astype(np.int32),
         draw_slots=draws.slots.astype(np.int32),
         copy_sources=copies[0],
         copy_targets=copies[1],
-        group_first_rows=groups.first_rows if groups else _NONE,
-        group_num_rows=groups.num_rows if groups else _NONE,
-        group_first_columns=groups.first_columns if groups else _NONE,
-        group_num_columns=groups.num_columns if groups else _NONE,
+        group_first_rows=groups.first_rows,
+        group_num_rows=groups.num_rows,
+        group_first_columns=groups.first_columns,
+        group_num_columns=groups.num_columns,
         prefill_pooling=_int32(pooling) if any(pooling) else None,
         left_slots=_int32(left_slots) if left_slots else None,
     )
@@ -215,11 +212,11 @@ def _adjusted_slots(entered: Rows[Sequence]) -> tuple[AdjustedSlots, ...]:
         if adjustments is None:
             continue
         if not adjustments.reads_prompt:
-            ids = ids[len(message.prompt_ids) :] if adjustments.reads_generated else _NONE
+            ids = ids[len(message.prompt_ids) :] if adjustments.reads_generated else EMPTY_INT32
         slots = _int32([sequence.slot for sequence in sequences])
         groups.append(AdjustedSlots(slots, adjustments, ids))
     return tuple(groups)
 
 
 def _int32(values: Rows[int]) -> Int32Array:
-    return np.array(values, np.int32) if values else _NONE
+    return np.array(values, np.int32) if values else EMPTY_INT32

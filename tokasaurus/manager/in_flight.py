@@ -42,16 +42,11 @@ class InFlight:
     """The batches in flight, oldest first."""
 
     def __init__(self) -> None:
+        self.next_number = 0  # of the batch that is sent next
         self._flights: deque[Flight] = deque()
-        self._next_number = 0
 
     def __len__(self) -> int:
         return len(self._flights)
-
-    @property
-    def next_number(self) -> int:
-        """The number that the next batch will have."""
-        return self._next_number
 
     @property
     def flights(self) -> tuple[Flight, ...]:
@@ -61,7 +56,7 @@ class InFlight:
     def add(self, flight: Flight) -> None:
         """A batch was sent."""
         self._flights.append(flight)
-        self._next_number += 1
+        self.next_number += 1
 
     def land(self, result: ForwardResult) -> Flight:
         """A result came back.
@@ -69,8 +64,8 @@ class InFlight:
         Raises:
             ProtocolError: it is not the oldest batch's, or has another number of rows.
         """
-        if not self._flights or self._flights[0].number != result.number:
-            expected = self._flights[0].number if self._flights else "none"
+        if not self._flights or result.number != self._oldest:
+            expected = self._oldest if self._flights else "none"
             raise ProtocolError(f"result of batch {result.number} where {expected} was expected")
         flight = self._flights.popleft()
         if len(result.token_ids) != len(flight.sampling_slots):
@@ -82,8 +77,13 @@ class InFlight:
 
     def names(self, last_batch: int) -> bool:
         """Whether the batch of that number is still in flight."""
-        return last_batch >= self._next_number - len(self._flights)
+        return last_batch >= self._oldest
 
     def depart_after(self, last_batch: int, slot: int) -> None:
         """Remembers to let go of a slot when a batch in flight has landed."""
-        self._flights[last_batch - (self._next_number - len(self._flights))].departures.append(slot)
+        self._flights[last_batch - self._oldest].departures.append(slot)
+
+    @property
+    def _oldest(self) -> int:
+        """The number of the oldest batch in flight."""
+        return self.next_number - len(self._flights)

@@ -24,10 +24,11 @@ from tokasaurus.manager.kv.prompts_in_progress import PromptsInProgress
 from tokasaurus.manager.kv.shared_prefixes import SharedPrefixes
 from tokasaurus.manager.kv.table_changes import TableChanges
 from tokasaurus.manager.sequence import Sequence, SequenceState
-from tokasaurus.manager.slots import NO_PAGES, IndexArray, SlotTable
+from tokasaurus.manager.slots import IndexArray, SlotTable
 from tokasaurus.manager.token_window import TokenWindow
 from tokasaurus.manager.waiting import Backlog
-from tokasaurus.protocol.arrays import Int32Array, Int64Array
+from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array, Int64Array
+from tokasaurus.rounding import ceil_div
 
 __all__ = ["RunningSequences", "SlotStart"]
 
@@ -51,7 +52,7 @@ class RunningSequences:
 
     def __init__(self, config: ManagerConfig, backlog: Backlog, counters: Counters) -> None:
         longest = min(config.max_request_tokens, config.num_pages * config.page_size)
-        max_pages = max(1, -(-longest // config.page_size))
+        max_pages = max(1, ceil_div(longest, config.page_size))
         self.slots = SlotTable(config.num_slots, max_pages, config.page_size)
         self.window = TokenWindow(self.slots, config.scheduling_steps_ahead)
         self.pages = PageAllocator(config.num_pages, config.page_size)
@@ -133,7 +134,7 @@ class RunningSequences:
         self.pages.retain(shared, count)
         num_new = 1 if rest else 0
         rows = self._enter(followers, [shared] * count, [num_new] * count, [length] * count, now)
-        targets = slots.page_table[rows, num_shared] if rest else NO_PAGES
+        targets = slots.page_table[rows, num_shared] if rest else EMPTY_INT32
         sources = np.full_like(targets, slots.pages(leader.slot)[-1])
         return rows, np.stack([sources, targets])
 
@@ -286,7 +287,7 @@ class RunningSequences:
             self.window.store([sequence.slot for sequence in resumed])
         for sequence in resumed:
             self.preempted.remove(sequence)
-            sequence.prompt_ids = _all_ids(sequence, NO_PAGES)
+            sequence.prompt_ids = _all_ids(sequence, EMPTY_INT32)
         self.left_slots += [
             owner.slot for owner in owners if owner.request.message.sampling.adjustments is not None
         ]

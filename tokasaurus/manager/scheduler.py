@@ -47,7 +47,7 @@ from tokasaurus.manager.counters import Counters
 from tokasaurus.manager.forecast.admission import AdmissionControl
 from tokasaurus.manager.forecast.rows import Candidate
 from tokasaurus.manager.in_flight import Flight
-from tokasaurus.manager.kv.prefix_groups import GroupFinder
+from tokasaurus.manager.kv.prefix_groups import GroupFinder, Groups
 from tokasaurus.manager.running import RunningSequences, SlotStart
 from tokasaurus.manager.sequence import Sequence
 from tokasaurus.manager.slots import NO_SLOTS, IndexArray
@@ -485,34 +485,32 @@ class Scheduler:
         running = self._running
         number = running.in_flight.next_number
         copies = self._enter(accepted, now)
-        groups = self._groups.find(decode_slots) if self._config.use_groups else None
-        if groups is not None:
-            decode_slots = groups.slots
-            if groups.first_rows.size:
-                num_grouped = len(decode_slots) - int(groups.first_rows.min())
-                self._counters.num_grouped_tokens += num_grouped
+        if self._config.use_groups:
+            groups = self._groups.find(decode_slots)
+        else:
+            groups = Groups.none(decode_slots)
         drawing = draws(chunks)
         batch = forward_batch(
             number=number,
             left_slots=running.left_slots,
             entered=[sequence for offer in accepted for sequence in offer.entering],
             table_changes=running.table_changes.flush(),
-            decode_slots=decode_slots,
             chunks=chunks,
             draws=drawing,
             copies=copies,
             groups=groups,
         )
         running.left_slots = []
-        sampling_slots = decode_slots
+        sampling_slots = groups.slots
         if drawing.slots.size:
-            sampling_slots = np.concatenate([decode_slots, drawing.slots])
+            sampling_slots = np.concatenate([groups.slots, drawing.slots])
         running.in_flight.add(
             Flight(number, sampling_slots, prompt_pieces(chunks), pooled_prompts(chunks))
         )
         if chunks:
             self._commit_chunks(chunks, drawing.slots, number)
         self._counters.num_batches += 1
+        self._counters.num_grouped_tokens += groups.num_grouped
         self._counters.num_decode_tokens += len(decode_slots)
         self._counters.num_prefill_tokens += len(batch.prefill_ids)
         return batch

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tokasaurus.protocol.arrays import Float32Array, Int32Array
+from tokasaurus.protocol.arrays import EMPTY_FLOAT32, EMPTY_INT32, Float32Array, Int32Array
 from tokasaurus.protocol.messages import GenerateRequest
 
 __all__ = ["GeneratedTokens", "Request", "Sequence", "SequenceState"]
@@ -38,10 +38,6 @@ class SequenceState(enum.Enum):
     ENDED = enum.auto()
 
 
-_NO_LOGPROBS: Float32Array = np.empty(0, np.float32)
-_NO_TOP_IDS: Int32Array = np.empty(0, np.int32)
-
-
 class GeneratedTokens(NamedTuple):
     """Consecutive generated tokens, with logprobs if the sequence asked for them."""
 
@@ -53,13 +49,13 @@ class GeneratedTokens(NamedTuple):
     @staticmethod
     def without_logprobs(ids: Int32Array) -> GeneratedTokens:
         """Tokens of a sequence that asked for no logprobs, or whose logprobs were sent before."""
-        return GeneratedTokens(ids, _NO_LOGPROBS, _NO_TOP_IDS, _NO_LOGPROBS)
+        return GeneratedTokens(ids, EMPTY_FLOAT32, EMPTY_INT32, EMPTY_FLOAT32)
 
     @staticmethod
     def joined(pieces: list[GeneratedTokens]) -> GeneratedTokens:
         """Pieces, one after the other."""
         if not pieces:
-            return GeneratedTokens.without_logprobs(np.empty(0, np.int32))
+            return GeneratedTokens.without_logprobs(EMPTY_INT32)
         if len(pieces) == 1:
             return pieces[0]
         return GeneratedTokens(

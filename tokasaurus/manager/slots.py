@@ -30,11 +30,10 @@ from tokasaurus.errors import ProtocolError
 from tokasaurus.manager.sequence import Sequence, SequenceState
 from tokasaurus.protocol.arrays import BoolArray, Int32Array, Int64Array
 
-__all__ = ["NO_PAGES", "NO_SLOTS", "IndexArray", "SlotTable"]
+__all__ = ["NO_SLOTS", "IndexArray", "SlotTable"]
 
 IndexArray: TypeAlias = NDArray[np.intp]
 
-NO_PAGES: Int32Array = np.empty(0, np.int32)
 NO_SLOTS: IndexArray = np.empty(0, np.intp)
 
 _NUM_COLUMNS = 17

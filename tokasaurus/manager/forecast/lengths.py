@@ -75,7 +75,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from tokasaurus.protocol.arrays import BoolArray, Int32Array, Int64Array
+from tokasaurus.protocol.arrays import EMPTY_INT64, BoolArray, Int32Array, Int64Array
 
 __all__ = ["NO_GROUP", "LengthPredictor", "at_most_median"]
 
@@ -91,7 +91,6 @@ _LARGEST_EXPONENT = 300.0  # of what is multiplied once
 _ALMOST_ALL = 1.0 - 2.0**-53  # of a bucket may end there: H stays finite
 # Sequences differ in the low bits of their numbers.
 _NUMBER_BITS = 16
-_NO_LENGTHS: Int64Array = np.empty(0, np.int64)
 
 
 def _spread_evenly() -> _Floats:
@@ -244,12 +243,12 @@ class LengthPredictor:
         self._tokens_missed *= keep
         self._num_expected *= keep
         self._sum_max_tokens *= keep
-        stops = np.minimum(np.concatenate([_NO_LENGTHS, *self._new_stops]), self._max_length)
+        stops = np.minimum(np.concatenate([EMPTY_INT64, *self._new_stops]), self._max_length)
         buckets = self._bucket_of[stops - 1]  # a sequence of x + 1 tokens ended where it was x long
         np.add.at(self._ends, buckets, 1.0)
         np.add.at(self._tokens_missed, buckets, self._edges[buckets + 1] - stops)
         running_tokens = self._count_tokens(num_generated)
-        gone_tokens = self._count_tokens(np.concatenate([_NO_LENGTHS, *self._new_lengths]))
+        gone_tokens = self._count_tokens(np.concatenate([EMPTY_INT64, *self._new_lengths]))
         new_tokens = gone_tokens + running_tokens - self._running_tokens
         # The maximum is for callers that lose sequences: an end is also a token.
         self._tokens = np.maximum(keep * self._tokens + new_tokens, self._ends)

@@ -23,12 +23,11 @@ import numpy as np
 
 from tokasaurus.errors import ProtocolError
 from tokasaurus.manager.kv.page_pool import PagePool
-from tokasaurus.protocol.arrays import Int32Array
+from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
 
 __all__ = ["PrefixCache", "PrefixNode"]
 
 _BYTES_PER_ID = 4
-_NO_PAGES: Int32Array = np.empty(0, np.int32)
 
 
 class PrefixNode:
@@ -64,7 +63,7 @@ class PrefixCache:
         # (last_used, serial, node) of every leaf that may have an unreferenced tail. Entries go stale
         # when a leaf is used again, gets children or is referenced: noticed when they are popped.
         self._heap: list[tuple[int, int, PrefixNode]] = []
-        self.root = self._new_node(None, b"", np.empty(0, np.int32))
+        self.root = self._new_node(None, b"", EMPTY_INT32)
         self.num_evicted = 0
 
     def lookup(self, ids: Int32Array, max_pages: int) -> Int32Array:
@@ -81,7 +80,7 @@ class PrefixCache:
             node = child
             at += len(child.ids)
         if not runs:
-            return _NO_PAGES
+            return EMPTY_INT32
         return runs[0] if len(runs) == 1 else np.concatenate(runs)
 
     def insert(self, ids: Int32Array, pages: Int32Array) -> tuple[int, PrefixNode]:
@@ -196,7 +195,7 @@ class PrefixCache:
         if len(pages) > limit or self._pool.is_referenced(pages.item(0)):
             count = min(limit, self._pool.num_unreferenced(pages))
             if count == 0:
-                return _NO_PAGES
+                return EMPTY_INT32
             left = len(pages) - count
             node.pages, node.ids = pages[:left], node.ids[: left * self._page_bytes]
             self.offer(node)

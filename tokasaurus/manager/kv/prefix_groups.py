@@ -28,8 +28,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokasaurus.manager.kv.shared_prefixes import SharedPrefixes
-from tokasaurus.manager.slots import IndexArray
-from tokasaurus.protocol.arrays import Int32Array
+from tokasaurus.manager.slots import NO_SLOTS, IndexArray
+from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
+from tokasaurus.rounding import ceil_div
 
 __all__ = ["MIN_NESTED_LEN", "GroupFinder", "Groups"]
 
@@ -42,8 +43,6 @@ _Found: TypeAlias = tuple[int, int, int]  # a group: its rows, its first column,
 # Candidates are numbered from 1 on. What is above them all counts as one, with no columns.
 _TOP = 0
 _NO_CANDIDATE = -1
-
-_EMPTY: Int32Array = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -63,6 +62,16 @@ class Groups:
     num_rows: Int32Array
     first_columns: Int32Array
     num_columns: Int32Array
+
+    @property
+    def num_grouped(self) -> int:
+        """Rows that are in a group."""
+        return len(self.slots) - int(self.first_rows.min()) if self.first_rows.size else 0
+
+    @classmethod
+    def none(cls, slots: IndexArray) -> Groups:
+        """These rows, in no groups."""
+        return cls(slots, EMPTY_INT32, EMPTY_INT32, EMPTY_INT32, EMPTY_INT32)
 
 
 class GroupFinder:
@@ -86,11 +95,11 @@ class GroupFinder:
     ) -> None:
         self._prefixes = prefixes
         self._min_rows = max(1, min_group_size)
-        self._min_end = max(1, -(-min_prefix_len // page_size))
-        self._min_columns = min(self._min_end, max(1, -(-MIN_NESTED_LEN // page_size)))
+        self._min_end = max(1, ceil_div(min_prefix_len, page_size))
+        self._min_columns = min(self._min_end, max(1, ceil_div(MIN_NESTED_LEN, page_size)))
         self._version = -1  # of the prefixes, when the groups were last looked for
-        self._slots: IndexArray = np.empty(0, np.intp)  # of which they were looked for
-        self._found = _no_groups(self._slots)
+        self._slots: IndexArray = NO_SLOTS  # of which they were looked for
+        self._found = Groups.none(self._slots)
 
     def find(self, slots: IndexArray) -> Groups:
         """The groups of a batch.
@@ -112,7 +121,7 @@ class GroupFinder:
         )
         candidates = is_candidate.nonzero()[0]
         if not len(candidates) or len(slots) < self._min_rows:
-            return _no_groups(slots)
+            return Groups.none(slots)
         ends = prefixes.end_column[candidates]
         parents_first = np.argsort(ends)
         candidates, ends = candidates[parents_first], ends[parents_first]
@@ -127,7 +136,7 @@ class GroupFinder:
             np.bincount(lowest, minlength=len(candidates) + 1).tolist(),
         )
         if not found:
-            return _no_groups(slots)
+            return Groups.none(slots)
         # Few values, in a type of few bytes: then the sort is a count.
         groups = np.array(group_of, np.min_scalar_type(len(found)))[lowest]
         return _arrange(slots, groups, found)
@@ -190,7 +199,3 @@ def _arrange(
         first_columns=first_columns,
         num_columns=ends - first_columns,
     )
-
-
-def _no_groups(slots: IndexArray) -> Groups:
-    return Groups(slots, _EMPTY, _EMPTY, _EMPTY, _EMPTY)

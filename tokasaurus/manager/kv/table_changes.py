@@ -6,7 +6,7 @@ import numpy as np
 
 from tokasaurus.manager.sequence import Sequence, SequenceState
 from tokasaurus.manager.slots import IndexArray, SlotTable
-from tokasaurus.protocol.arrays import Int32Array
+from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
 
 __all__ = ["TableChanges"]
 
@@ -41,11 +41,8 @@ class TableChanges:
                 self._entries.append((np.full(len(columns), sequence.slot), columns))
         entries, self._entries, self._patches = self._entries, [], []
         if not entries:
-            return _NONE, _NONE, _NONE
+            return EMPTY_INT32, EMPTY_INT32, EMPTY_INT32
         slots = np.concatenate([slots for slots, _ in entries])
         columns = np.concatenate([columns for _, columns in entries])
         pages = self._slots.page_table[slots, columns]
         return slots.astype(np.int32), columns.astype(np.int32), pages
-
-
-_NONE: Int32Array = np.empty(0, np.int32)
