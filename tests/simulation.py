@@ -10,6 +10,7 @@ import dataclasses
 import random
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -22,7 +23,9 @@ from fake_device import (
     prompt_logprobs_oracle,
 )
 
-from tokasaurus.config.slices import AdmissionConfig, ManagerConfig
+from tokasaurus.common_types import EngineConfig
+from tokasaurus.config.resolve import resolve
+from tokasaurus.config.slices import AdmissionConfig, ManagerConfig, ModelFacts
 from tokasaurus.manager import token_window
 from tokasaurus.manager.invariants import check_invariants
 from tokasaurus.manager.manager import Manager
@@ -47,46 +50,44 @@ from tokasaurus.protocol.messages import (
     StopSequence,
     ToServer,
 )
+from tokasaurus.rounding import ceil_div
+
+DEFAULTS = resolve(
+    EngineConfig(model="any"),
+    ModelFacts(
+        path="",
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=4096,
+        kv_elements_per_token=1,
+        eos_token_ids=(),
+    ),
+    cuda_available=False,
+    memory_bytes=None,
+).manager
 
 
-def make_config(**changes: object) -> ManagerConfig:
+def make_config(**changes: Any) -> ManagerConfig:
     """A small manager."""
-    values: dict[str, object] = {
-        "page_size": 4,
-        "num_pages": 32,
-        "num_slots": 12,
-        "max_seqs_per_forward": 8,
-        "max_tokens_per_forward": 24,
-        "max_request_tokens": 64,
-        "scheduling_steps_ahead": 3,
-        "adapt_steps_ahead": True,
-        "stop_lag": 4,
-        "admission": make_admission(),
-        "use_groups": True,
-        "min_group_size": 2,
-        "min_prefix_len": 1,
-        "check_invariants": False,  # a world does it
-        "force_preemption": False,
-    }
-    return ManagerConfig(**{**values, **changes})  # type: ignore[arg-type]
+    small = dataclasses.replace(
+        DEFAULTS,
+        page_size=4,
+        num_pages=32,
+        num_slots=12,
+        max_seqs_per_forward=8,
+        max_tokens_per_forward=24,
+        max_request_tokens=64,
+        scheduling_steps_ahead=3,
+        stop_lag=4,
+        use_groups=True,
+        min_group_size=2,
+        min_prefix_len=1,
+    )
+    return dataclasses.replace(small, **changes)
 
 
-def make_admission(**changes: object) -> AdmissionConfig:
+def make_admission(**changes: Any) -> AdmissionConfig:
     """The defaults of the flags."""
-    values: dict[str, object] = {
-        "predict_lengths": True,
-        "learn_lengths": True,
-        "length_memory": 2048,
-        "num_length_buckets": 1024,
-        "num_lengths_awaited": 16,
-        "prior_mean": None,
-        "prior_std": 0.0,
-        "std_scale": 0.25,
-        "target_utilization": 1.0,
-        "greedy_prefill": True,
-        "prefill_round_up_multiple": 16,
-    }
-    return AdmissionConfig(**{**values, **changes})  # type: ignore[arg-type]
+    return dataclasses.replace(DEFAULTS.admission, **changes)
 
 
 def make_request(request_id: int, prompt: object, max_tokens: int, **changes: object):
@@ -139,6 +140,7 @@ class World:
             self.manager = Manager(config)
         self.device = FakeDevice(config)
         self.requests: dict[int, GenerateRequest] = {}
+        self.request_ids: dict[int, int] = {}  # by seed
         self.answers: dict[tuple[int, int], Answer] = {}
         self.living: dict[tuple[int, int], None] = {}  # names of those that have not ended
         self.aborted: set[int] = set()
@@ -258,6 +260,7 @@ class World:
     def _note(self, event: FromServer) -> None:
         if isinstance(event, GenerateRequest):
             self.requests[event.request_id] = event
+            self.request_ids[event.seed] = event.request_id
             for sample_index in range(event.n):
                 answer = Answer(oracle(event, sample_index))
                 self.answers[event.request_id, sample_index] = answer
@@ -290,15 +293,19 @@ class World:
             self.last_named[slot] = batch.number
         self.batches.append(batch)
         self.results.append(self.device.run(batch))
-        self._check_stop_lag()
+        for slot in batch.decode_slots.tolist() + batch.draw_slots.tolist():
+            self._check_stop_lag(slot)
 
-    def _check_stop_lag(self) -> None:
-        for request_id, sample_index in self.living:
-            answer, request = self.answers[request_id, sample_index], self.requests[request_id]
-            drawn = self.device.num_drawn.get((request.seed, sample_index), 0)
+    def _check_stop_lag(self, slot: int) -> None:
+        """No token is drawn beyond ``max_tokens``, or too far beyond what the server acknowledged."""
+        state = self.device.slots[slot]
+        request = self.requests[self.request_ids[state.seed]]
+        name = (request.request_id, state.sample_index)
+        if name in self.living:
+            drawn = self.device.num_drawn[state.seed, state.sample_index]
             assert drawn <= request.max_tokens
             if request.hold_for_acks:
-                assert drawn <= answer.acked + self.config.stop_lag
+                assert drawn <= self.answers[name].acked + self.config.stop_lag
 
     def _receive(self, message: ToServer) -> None:
         if isinstance(message, RequestRejected):
@@ -454,7 +461,7 @@ class Simulation(World):
             max_samples=chance.choice([1, 4, 10, 40]),
         )
         longest = habits.max_prompt + habits.max_tokens
-        num_pages = -(-(longest - 1) // page_size)
+        num_pages = ceil_div(longest - 1, page_size)
         max_seqs = chance.choice([3, 8, 24])
         config = make_config(
             page_size=page_size,
@@ -497,7 +504,7 @@ class Simulation(World):
         longest = habits.max_prompt + habits.max_tokens
         config = dataclasses.replace(
             world.config,
-            num_pages=int(-(-(longest - 1) // page_size) * chance.choice([1.2, 2, 4])),
+            num_pages=int(ceil_div(longest - 1, page_size) * chance.choice([1.2, 2, 4])),
             num_slots=48,
             max_seqs_per_forward=40,
             max_tokens_per_forward=64,

@@ -7,12 +7,12 @@ import random
 from unittest import mock
 
 import numpy as np
-import pytest
 from simulation import World, acknowledge, make_admission, make_config, make_request, prompt
 
 from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.manager import held_slots
 from tokasaurus.protocol.messages import FinishReason
+from tokasaurus.rounding import ceil_div
 
 
 def test_a_silent_server_stalls_only_what_holds_for_it() -> None:
@@ -31,10 +31,13 @@ def test_a_silent_server_stalls_only_what_holds_for_it() -> None:
     world.drain()
 
 
-@pytest.mark.parametrize("collide", [False, True])
-def test_acknowledgements_find_their_sequences(collide: bool) -> None:
-    """Many at once, in any order, whatever the hash of names does."""
-    factor = 0 if collide else held_slots._HASH_FACTOR
+def test_acknowledgements_find_their_sequences_whatever_the_hash_of_names_does() -> None:
+    """Many at once, in any order."""
+    for factor in (held_slots._HASH_FACTOR, 0):
+        check_that_acknowledgements_find_their_sequences(factor)
+
+
+def check_that_acknowledgements_find_their_sequences(factor: int) -> None:
     with mock.patch.object(held_slots, "_HASH_FACTOR", factor):
         world = World(make_config(stop_lag=1, num_pages=64))
         world.turn(
@@ -98,15 +101,17 @@ def test_a_preempted_sequence_resumes_before_those_that_never_ran() -> None:
     assert num_resumed == world.manager.counters.num_preemptions > 0
 
 
-@pytest.mark.parametrize("steps_ahead", [1, 2, 5])
-@pytest.mark.parametrize("page_size", [1, 4, 16])
-def test_one_that_fits_alone_completes_however_small_the_cache(
-    page_size: int, steps_ahead: int
-) -> None:
+def test_a_request_that_fits_alone_completes_however_small_the_cache() -> None:
+    for page_size in (1, 4, 16):
+        for steps_ahead in (1, 2, 5):
+            check_that_requests_as_large_as_the_cache_complete(page_size, steps_ahead)
+
+
+def check_that_requests_as_large_as_the_cache_complete(page_size: int, steps_ahead: int) -> None:
     longest = 31
     config = make_config(
         page_size=page_size,
-        num_pages=-(-(longest - 1) // page_size),  # exactly the longest request
+        num_pages=ceil_div(longest - 1, page_size),  # exactly the longest request
         max_request_tokens=longest,
         max_tokens_per_forward=9,
         scheduling_steps_ahead=steps_ahead,

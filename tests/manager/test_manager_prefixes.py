@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from simulation import World, make_admission, make_config, make_request, prompt
 
 from tokasaurus.protocol.messages import (
@@ -14,17 +13,17 @@ from tokasaurus.protocol.messages import (
 )
 
 
-@pytest.mark.parametrize(
-    ("length", "cached"),
-    [(3, 0), (4, 0), (5, 4), (8, 4), (9, 8), (12, 8), (13, 12)],  # never the last prompt token
-)
-def test_a_repeated_prompt_hits(length: int, cached: int) -> None:
-    world = World(make_config())
-    world.finish(make_request(1, prompt(length), 3))
-    world.finish(make_request(2, prompt(length), 3))
-    assert world.answers[1, 0].num_cached_tokens == 0
-    assert world.answers[2, 0].num_cached_tokens == cached
-    assert world.device.num_prompt_tokens == 2 * length - cached
+def test_a_repeated_prompt_is_found_up_to_its_last_token() -> None:
+    expected = {3: 0, 4: 0, 5: 4, 8: 4, 9: 8, 12: 8, 13: 12}  # by length
+    found = {}
+    for length in expected:
+        world = World(make_config())
+        world.finish(make_request(1, prompt(length), 3))
+        world.finish(make_request(2, prompt(length), 3))
+        assert world.answers[1, 0].num_cached_tokens == 0
+        found[length] = world.answers[2, 0].num_cached_tokens
+        assert world.device.num_prompt_tokens == 2 * length - found[length]
+    assert found == expected
 
 
 def test_a_common_beginning_hits() -> None:
@@ -84,8 +83,12 @@ def test_a_duplicate_is_swapped_from_the_next_batch_on() -> None:
     world.drain()
 
 
-@pytest.mark.parametrize("length", [2, 4, 8, 10])  # with and without full pages and a partial one
-def test_samples_fork_from_one_prompt(length: int) -> None:
+def test_samples_fork_from_one_prompt() -> None:
+    for length in (2, 4, 8, 10):  # with and without full pages and a partial one
+        check_that_samples_fork_from_a_prompt_of(length)
+
+
+def check_that_samples_fork_from_a_prompt_of(length: int) -> None:
     world = World(make_config(max_seqs_per_forward=8, max_tokens_per_forward=10))
     world.turn(make_request(1, prompt(length), 6, n=6))
     first, second = world.batches[:2]
@@ -283,16 +286,16 @@ def test_a_flush_leaves_running_sequences_their_pages() -> None:
     assert world.flushed[2].num_pages == 0
 
 
-@pytest.mark.parametrize(
-    ("pooling", "num_computed"), [(Pooling.MEAN, 13), (Pooling.LAST, 1)], ids=str
-)
-def test_only_a_mean_computes_the_whole_prompt(pooling: Pooling, num_computed: int) -> None:
-    world = World(make_config(max_tokens_per_forward=5))
-    world.finish(make_request(1, prompt(13), 1))
-    before = world.device.num_prompt_tokens
-    world.finish(make_request(2, prompt(13), 1, pooling=pooling))
-    assert 2 in world.pooled
-    assert world.device.num_prompt_tokens - before == num_computed
+def test_only_a_mean_computes_the_whole_prompt() -> None:
+    num_computed = {}
+    for pooling in (Pooling.MEAN, Pooling.LAST):
+        world = World(make_config(max_tokens_per_forward=5))
+        world.finish(make_request(1, prompt(13), 1))
+        before = world.device.num_prompt_tokens
+        world.finish(make_request(2, prompt(13), 1, pooling=pooling))
+        assert 2 in world.pooled
+        num_computed[pooling] = world.device.num_prompt_tokens - before
+    assert num_computed == {Pooling.MEAN: 13, Pooling.LAST: 1}
 
 
 def test_a_pooled_request_has_one_sample_of_one_token() -> None:
