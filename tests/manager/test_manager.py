@@ -19,7 +19,7 @@ from tokasaurus.protocol.messages import (
     StopSequence,
 )
 
-# --- at the door -------------------------------------------------------------------------------------
+# --- at the door ---------------------------------------------------------------------------------
 
 
 def test_a_request_that_can_never_run_is_refused() -> None:
@@ -57,7 +57,7 @@ def test_an_id_in_use_is_refused() -> None:
     assert world.answers[1, 0].reason is FinishReason.LENGTH
 
 
-# --- ends --------------------------------------------------------------------------------------------
+# --- ends ----------------------------------------------------------------------------------------
 
 
 def first_stop(request: GenerateRequest) -> int:
@@ -130,7 +130,7 @@ def test_the_server_ends_a_sequence() -> None:
 
 
 def test_the_worker_cuts_sequences() -> None:
-    """That is no stop: they are incomplete. What else they drew in batches planned before is waste."""
+    """They are incomplete: the reason is LENGTH. Tokens of batches planned before are waste."""
     world = World(make_config(scheduling_steps_ahead=3))
     world.turn(make_request(1, prompt(5), 10, n=2, grammar="3"))
     world.finish(make_request(2, prompt(5), 10))
@@ -140,7 +140,7 @@ def test_the_worker_cuts_sequences() -> None:
     assert world.manager.counters.num_wasted_tokens == 2 * 2
 
 
-# --- batches -----------------------------------------------------------------------------------------
+# --- batches -------------------------------------------------------------------------------------
 
 
 def test_a_long_prompt_is_fed_in_chunks_beside_decoding() -> None:
@@ -187,7 +187,7 @@ def test_results_that_do_not_belong_here_are_an_error() -> None:
         world.manager.take_turn([short], 0.0)
 
 
-# --- the state as a whole ----------------------------------------------------------------------------
+# --- the state as a whole ------------------------------------------------------------------------
 
 
 def test_gauges_account_for_every_sequence() -> None:

@@ -60,9 +60,9 @@ def test_prompt_logprobs_take_no_hits() -> None:
 
 def test_a_duplicate_is_swapped_from_the_next_batch_on() -> None:
     world = World(make_config(max_tokens_per_forward=8, scheduling_steps_ahead=3))
-    # Batch 0 feeds all of request 1 and two tokens of request 2. Batch 1 completes the first page of
-    # request 2, a duplicate that it still writes to, and feeds request 3. (What needs the logprobs of a
-    # prompt computes all of it.)
+    # Batch 0 feeds all of request 1 and two tokens of request 2. Batch 1 completes the first page
+    # of request 2, a duplicate that it still writes to, and feeds request 3. (What needs the
+    # logprobs of a prompt computes all of it.)
     world.turn(
         make_request(1, prompt(6), 1),
         make_request(2, prompt(5), 2, num_prompt_logprobs=0),
@@ -107,7 +107,8 @@ def test_samples_that_find_no_room_fork_later_from_one_of_them() -> None:
     world.turn(make_request(1, prompt(10), 4, n=8))
     assert world.batches[0].draw_slots.size == 3
     world.drain()
-    # Three at once each time: two more leaders feed what is left of the prompt behind its full pages.
+    # Three at once each time: two more leaders feed what is left of the prompt behind its full
+    # pages.
     assert world.device.num_prompt_tokens == 10 + 2 * 2
 
 
@@ -209,7 +210,7 @@ def test_many_that_wait_for_pages_are_parked_and_woken_in_portions() -> None:
 
 
 def test_who_is_woken_while_others_are_chosen_keeps_its_place() -> None:
-    """A claim that moves on in a plan wakes a sequence that comes before others offered in that plan."""
+    """A claim that moves on in a plan wakes a sequence that goes before others in that plan."""
     config = make_config(
         num_pages=12, scheduling_steps_ahead=1, admission=make_admission(predict_lengths=False)
     )
@@ -272,7 +273,7 @@ def test_a_flush_forgets_what_nobody_holds() -> None:
 
 
 def test_a_flush_leaves_running_sequences_their_pages() -> None:
-    """The world checks every token and every page; what is held stays findable, and goes with a later flush."""
+    """Their pages stay findable, and a later flush takes them."""
     world = World(make_config())
     world.finish(make_request(1, prompt(9, 5), 2))
     world.turn(make_request(2, prompt(9), 12))

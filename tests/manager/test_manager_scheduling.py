@@ -24,7 +24,7 @@ def ends(world: World) -> list[int]:
     return order
 
 
-# --- priorities ------------------------------------------------------------------------------------
+# --- priorities ----------------------------------------------------------------------------------
 
 
 def test_lower_priorities_run_first() -> None:
@@ -136,7 +136,7 @@ def test_the_least_important_gives_way() -> None:
     assert entered.count(10_002) == entered.count(10_003) == 1
 
 
-# --- first_k ---------------------------------------------------------------------------------------
+# --- first_k -------------------------------------------------------------------------------------
 
 
 def test_the_first_k_to_end_are_the_answer() -> None:
@@ -184,7 +184,7 @@ def test_first_k_is_at_most_n() -> None:
     }
 
 
-# --- the forecast ----------------------------------------------------------------------------------
+# --- the forecast --------------------------------------------------------------------------------
 
 
 def test_a_manager_that_reserves_the_longest_never_preempts() -> None:
@@ -204,7 +204,8 @@ def test_known_ends_let_more_run_at_once() -> None:
     while world.manager.gauges().num_decoding < 2:
         world.turn(num_results=1)
         num_turns += 1
-    # Request 2 needs 5 pages in the end, as does request 1: 8 suffice from the middle of request 1 on.
+    # Request 2 needs 5 pages in the end, as does request 1: 8 suffice from the middle of request 1
+    # on.
     assert 2 < num_turns < 16
     assert not world.answers[1, 0].reason
     world.drain()
@@ -233,7 +234,7 @@ def test_lengths_are_learned() -> None:
     assert widths["learning"] > 2 * widths["reserving"]
 
 
-# --- pacing ----------------------------------------------------------------------------------------
+# --- pacing --------------------------------------------------------------------------------------
 
 
 def test_balanced_prefill_spreads_prompts_over_steps() -> None:
@@ -265,7 +266,7 @@ def test_balanced_prefill_spreads_prompts_over_steps() -> None:
     assert most[False] < most[True]
 
 
-# --- groups ----------------------------------------------------------------------------------------
+# --- groups --------------------------------------------------------------------------------------
 
 
 def test_batches_say_which_rows_share_pages() -> None:

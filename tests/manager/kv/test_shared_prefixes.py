@@ -1,4 +1,4 @@
-"""The trie of shared pages against one that is computed from all page lists after every operation."""
+"""The trie of shared pages against one that is computed anew from all page lists."""
 
 from __future__ import annotations
 
