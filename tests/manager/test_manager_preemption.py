@@ -15,7 +15,7 @@ from tokasaurus.protocol.messages import FinishReason
 from tokasaurus.rounding import ceil_div
 
 
-def test_a_silent_server_stalls_only_what_holds_for_it() -> None:
+def test_a_silent_server_stalls_only_sequences_that_hold_for_acknowledgements() -> None:
     world = World(make_config(stop_lag=4))
     world.turn(
         make_request(1, prompt(5), 20, hold_for_acks=True), make_request(2, prompt(5, 1), 20)
@@ -169,7 +169,7 @@ def test_a_preempted_sequence_that_may_not_sample_yet_waits_for_the_server() -> 
     world.drain()
 
 
-def test_a_preempted_sequence_remembers_what_was_acknowledged() -> None:
+def test_a_preempted_sequence_keeps_its_number_of_acknowledged_tokens() -> None:
     world = World(make_config(stop_lag=2, scheduling_steps_ahead=1))
     world.turn(make_request(1, prompt(5), 20), make_request(2, prompt(5), 20, hold_for_acks=True))
     for _ in range(4):

@@ -87,7 +87,7 @@ class Checked:
         )
 
 
-def test_the_picture():
+def test_the_trie_is_as_in_the_picture_of_the_module():
     checked = Checked(4)
     checked.enter([0, 1], (7, 3, 9))
     checked.enter([2], (7, 3, 4, 5))
