@@ -96,7 +96,7 @@ class _Headroom:
         return self.num_tokens <= 0 or self.num_sequences <= 0
 
     def take(self, num_tokens: int, num_pages: int, num_sequences: int) -> None:
-        """This is used, by all these sequences together."""
+        """Counts what these sequences use, all together."""
         self.num_tokens -= num_tokens
         self.num_pages -= num_pages
         self.num_sequences -= num_sequences
@@ -122,9 +122,6 @@ class _Offers(NamedTuple):
 
     offers: list[_Offer]  # in the order in which they may run
     waiting: list[Sequence]  # for pages that another prompt is computing
-
-
-_NO_OFFERS = _Offers([], [])
 
 
 class Scheduler:
@@ -353,10 +350,10 @@ class Scheduler:
     def _plan_offers(self, chunks: list[Chunk], budget: int, is_decoding: BoolArray) -> _Offers:
         """Candidates for which there is room now: forks of these prompts, then the queue."""
         if not (chunks or len(self._backlog)):
-            return _NO_OFFERS
+            return _Offers([], [])
         head = self._backlog.head()
         if not (self._is_empty or self._admission.may_ask(head)):
-            return _NO_OFFERS
+            return _Offers([], [])
         headroom = self._headroom(budget, is_decoding)
         # These will be back in the queue in a few turns.
         resuming = (s.order for s in self._running.preempted if s.resumes)
