@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokasaurus.model.layers.rope_config import (
+from tokasaurus.model.rope_config import (
     DefaultRope,
     LinearRope,
     Llama3Rope,

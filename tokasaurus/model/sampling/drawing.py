@@ -12,11 +12,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tokasaurus.model.architectures.llama import LlamaModel
+from tokasaurus.model.architectures.llama_model import LlamaModel
 from tokasaurus.model.sampling.adjustments import AdjustmentTable
 from tokasaurus.model.sampling.matchers import TokenMasks
+from tokasaurus.model.sampling.rows import PromptRows, SamplingRows
 from tokasaurus.model.sampling.sampler import Logprobs, SamplingParameters, draw, logprobs_of
-from tokasaurus.model.worker.slot_state import PromptRows, SamplingRows
 
 __all__ = ["draw_tokens", "score_prompts"]
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tokasaurus.errors import ModelError
-from tokasaurus.model.architectures.llama import LlamaModel
+from tokasaurus.model.architectures.llama_model import LlamaModel
 from tokasaurus.model.architectures.registry import get_model_cls
 from tokasaurus.model.config import ModelConfig
 from tokasaurus.model.layers.placement import Placement

@@ -19,43 +19,14 @@ from tokasaurus.errors import ProtocolError
 from tokasaurus.model.backend.base import SequenceRows
 from tokasaurus.model.sampling.adjustments import AdjustmentTable
 from tokasaurus.model.sampling.history import History
+from tokasaurus.model.sampling.rows import PromptRows, SamplingRows
 from tokasaurus.model.sampling.sampler import SamplingParameters
-from tokasaurus.protocol.arrays import Int32Array, Int64Array
+from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import ForwardBatch, SlotParameters
 
-__all__ = ["PlannedBatch", "PromptRows", "SamplingRows", "SlotState"]
+__all__ = ["PlannedBatch", "SlotState"]
 
 _HISTORY_SHARE = 2  # ids that can be remembered for each position of the KV cache
-
-
-@dataclass(frozen=True)
-class SamplingRows:
-    """Which slot draws from which row, in the order of the results: decode rows, then draws of prompts.
-
-    Attributes:
-        rows: [sampling rows] int64, on the device; a prompt that forks occurs several times.
-        slots: [sampling rows].
-        parameters: of each.
-    """
-
-    rows: Tensor
-    slots: Int32Array
-    parameters: SamplingParameters
-
-
-@dataclass(frozen=True)
-class PromptRows:
-    """The rows of chunks that asked for prompt logprobs, except a prompt's last.
-
-    Attributes:
-        rows: [prompt tokens] int64, on the device.
-        next_ids: [prompt tokens], the token after each row, whose logprob is asked for.
-        parameters: of each row's slot, with the chunk's number of logprobs.
-    """
-
-    rows: Tensor
-    next_ids: Int64Array
-    parameters: SamplingParameters
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from tokasaurus.config.slices import WorkerConfig
 from tokasaurus.errors import ProtocolError
 from tokasaurus.grammars import Vocabulary
 from tokasaurus.model.backend import make_backend
-from tokasaurus.model.config import read_model_config
+from tokasaurus.model.facts import read_model_config
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.model.layers.placement import Placement
 from tokasaurus.model.sampling.drawing import draw_tokens, score_prompts
