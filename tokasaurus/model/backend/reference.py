@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from tokasaurus.model.backend.base import SequenceRows
 from tokasaurus.model.kv_cache import KVCache
+from tokasaurus.model.upload import upload_indices
+from tokasaurus.rounding import ceil_div
 
 __all__ = ["ReferenceAttention", "ReferenceBackend"]
 
@@ -36,13 +39,11 @@ class ReferenceAttention:
         device = rows.page_table.device
         self._row_ranges = list(itertools.pairwise(rows.query_starts.tolist()))
         self._lengths = rows.kv_lengths.tolist()
-        self._page_rows = rows.page_table[
-            torch.from_numpy(rows.slots).to(device, torch.int64)
-        ].long()
+        self._page_rows = rows.page_table[upload_indices(rows.slots, device)].long()
         # Where each row's key and value go.
-        counts = torch.from_numpy(rows.query_starts).diff().to(device)
+        counts = upload_indices(np.diff(rows.query_starts), device)
         sequence = torch.repeat_interleave(torch.arange(len(counts), device=device), counts)
-        positions = torch.from_numpy(rows.positions).to(device, torch.int64)
+        positions = upload_indices(rows.positions, device)
         self._pages = self._page_rows[sequence, positions // cache.page_size]
         self._offsets = positions % cache.page_size
 
@@ -65,7 +66,7 @@ class ReferenceAttention:
 def _gather(cache: Tensor, pages: Tensor, length: int) -> Tensor:
     """One sequence's positions: [kv_heads, length, head_dim]. Cuts off what was never written."""
     page_size = cache.shape[2]
-    used = cache[pages[: -(-length // page_size)]]
+    used = cache[pages[: ceil_div(length, page_size)]]
     return used.transpose(0, 1).flatten(1, 2)[:, :length]
 
 

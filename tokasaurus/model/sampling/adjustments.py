@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +20,13 @@ from torch import Tensor
 
 from tokasaurus.errors import ProtocolError
 from tokasaurus.model.sampling.history import MAX_GATHERED, History
-from tokasaurus.protocol.arrays import Float32Array, Int32Array, Int64Array
+from tokasaurus.model.upload import upload, upload_indices
+from tokasaurus.protocol.arrays import EMPTY_INT32, Float32Array, Int32Array, Int64Array
 from tokasaurus.protocol.messages import AdjustedSlots, Adjustments, SlotParameters
 
 __all__ = ["AdjustmentTable"]
 
 _ALWAYS = np.iinfo(np.int32).max
-_NO_IDS: Int32Array = np.zeros(0, np.int32)
 _NOTHING = -1  # in a table of words: matches whatever is there
 _MAX_LAYOUTS = 8
 _MAX_LAYOUT_ELEMENTS = (
@@ -199,7 +198,7 @@ class AdjustmentTable:
             return None
         kept = np.flatnonzero(keeps)
         if len(kept) < len(slots):
-            slots, token_ids = slots[kept], token_ids[self._upload(kept)]
+            slots, token_ids = slots[kept], token_ids[upload_indices(kept, self._device)]
         is_lost = self._history.record(slots, token_ids)
         return kept[is_lost].astype(np.int32) if is_lost.any() else None
 
@@ -255,32 +254,30 @@ class AdjustmentTable:
             np.float32,
         )
         penalized = np.flatnonzero((penalties != (1, 0, 0)).any(axis=1))
-        known = [self._prompts.get(slot, _NO_IDS) for slot in slots[penalized].tolist()]
+        known = [self._prompts.get(slot, EMPTY_INT32) for slot in slots[penalized].tolist()]
         counts = [len(ids) for ids in known]
         known_places = np.repeat(penalized * self._vocab_size, counts)
-        known_places += np.concatenate([_NO_IDS, *known])
+        known_places += np.concatenate([EMPTY_INT32, *known])
         known_repetition = np.repeat(penalties[penalized, 0], counts)
         is_small = len(known_places) <= _MAX_LAYOUT_ELEMENTS
         place = self._device if is_small else torch.device("cpu")
         values = np.concatenate([each.values for each in edits])
         num_masks = [np.isneginf(each.values).sum() + len(each.words) for each in edits]
         return _Layout(
-            rows=self._upload(rows),
+            rows=upload_indices(rows, self._device),
             slots=slots,
-            owners=self._upload(owners),
-            ids=self._upload(np.concatenate([each.ids for each in edits])),
-            values=torch.from_numpy(values).to(self._device),
-            until=self._upload(np.concatenate([each.until for each in edits])),
-            word_owners=self._upload(np.array([owner for owner, _ in words])),
-            word_ends=self._upload(np.array([word[-1] for _, word in words])),
-            word_prefixes=torch.from_numpy(prefixes).to(self._device),
+            owners=upload_indices(owners, self._device),
+            ids=upload_indices(np.concatenate([each.ids for each in edits]), self._device),
+            values=upload(values, self._device),
+            until=upload_indices(np.concatenate([each.until for each in edits]), self._device),
+            word_owners=upload_indices(np.array([owner for owner, _ in words]), self._device),
+            word_ends=upload_indices(np.array([word[-1] for _, word in words]), self._device),
+            word_prefixes=upload(prefixes, self._device),
             penalized=penalized,
-            penalties=torch.from_numpy(np.ascontiguousarray(penalties[penalized].T)).to(
-                self._device
-            ),
-            first_places=self._upload(penalized * self._vocab_size)[:, None],
-            known_places=torch.from_numpy(known_places).to(place),
-            known_repetition=torch.from_numpy(known_repetition).to(place),
+            penalties=upload(penalties[penalized].T, self._device),
+            first_places=upload_indices(penalized * self._vocab_size, self._device)[:, None],
+            known_places=upload(known_places, place),
+            known_repetition=upload(known_repetition, place),
             counts=bool(penalties[:, 1:].any()),
             may_mask_all=max(num_masks) >= self._vocab_size,
             num_elements=len(owners) + prefixes.size + len(words) + len(known_places) // 2,
@@ -291,7 +288,7 @@ class AdjustmentTable:
     def _add(self, work: Tensor, layout: _Layout, num_generated: Int32Array) -> None:
         """Masks and biases, in place. ``work`` is [R, vocabulary], ``num_generated`` [R]."""
         if len(layout.owners):
-            is_early = self._upload(num_generated)[layout.owners] < layout.until
+            is_early = upload_indices(num_generated, self._device)[layout.owners] < layout.until
             values = layout.values.where(is_early, 0)
             work.index_put_((layout.owners, layout.ids), values, accumulate=True)
         if len(layout.word_owners):
@@ -332,7 +329,7 @@ class AdjustmentTable:
             return
         first_places, penalties = layout.first_places, layout.penalties[:, :, None]
         if len(holding) < len(slots):
-            slots, index = slots[holding], self._upload(holding)
+            slots, index = slots[holding], upload_indices(holding, self._device)
             first_places, penalties = first_places[index], penalties[:, index]
         repetition, frequency, presence = penalties
         pieces: Iterable[tuple[Tensor, Tensor]] = self._history.pieces(slots)
@@ -351,9 +348,6 @@ class AdjustmentTable:
                 count = counts.gather(1, ids)
                 scores = scores - frequency * count - presence * (count > 0)
             yield places, scores
-
-    def _upload(self, values: NDArray[np.integer[Any]]) -> Tensor:
-        return torch.from_numpy(values.astype(np.int64)).to(self._device)
 
 
 def _distinct(ids: Int32Array) -> Int32Array:

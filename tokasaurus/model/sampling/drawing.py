@@ -17,6 +17,7 @@ from tokasaurus.model.sampling.adjustments import AdjustmentTable
 from tokasaurus.model.sampling.matchers import TokenMasks
 from tokasaurus.model.sampling.rows import PromptRows, SamplingRows
 from tokasaurus.model.sampling.sampler import Logprobs, SamplingParameters, draw, logprobs_of
+from tokasaurus.model.upload import upload_indices
 
 __all__ = ["draw_tokens", "score_prompts"]
 
@@ -68,7 +69,7 @@ def score_prompts(model: LlamaModel, hidden: Tensor, rows: PromptRows) -> Logpro
         rows: which of them, at least one, and the token that follows each.
     """
     width = _width(rows.parameters)
-    following = torch.from_numpy(rows.next_ids).to(hidden.device)
+    following = upload_indices(rows.next_ids, hidden.device)
     return Logprobs.joined(
         [
             logprobs_of(logits, following[part], rows.parameters.take(part), width, ranked=True)

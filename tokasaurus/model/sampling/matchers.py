@@ -30,8 +30,10 @@ from torch import Tensor
 
 from tokasaurus.errors import ProtocolError, RequestError
 from tokasaurus.grammars import GrammarCompiler, Vocabulary
+from tokasaurus.model.upload import upload, upload_indices
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import SlotGrammar, SlotParameters
+from tokasaurus.rounding import ceil_div
 
 __all__ = ["Matchers", "TokenMasks"]
 
@@ -58,7 +60,7 @@ class TokenMasks:
     @staticmethod
     def of_everything(num_rows: int, vocab_size: int) -> TokenMasks:
         """All rows have one, which allows all."""
-        bits = np.full((num_rows, -(-vocab_size // 8)), 255, np.uint8)
+        bits = np.full((num_rows, ceil_div(vocab_size, 8)), 255, np.uint8)
         return TokenMasks(np.arange(num_rows), bits, np.zeros(num_rows, np.bool_))
 
     @property
@@ -78,10 +80,10 @@ class TokenMasks:
         if first == last:
             return adjusted
         count, vocab_size = last - first, logits.shape[1]
-        bits = torch.from_numpy(self.bits[first:last]).to(logits.device)
+        bits = upload(self.bits[first:last], logits.device)
         places = (1 << torch.arange(8, device=logits.device)).to(torch.uint8)
         forbidden = (bits[:, :, None] & places == 0).view(count, -1)[:, :vocab_size]
-        rows = torch.from_numpy(self.rows[first:last] - part.start).to(logits.device)
+        rows = upload_indices(self.rows[first:last] - part.start, logits.device)
         everything = count == len(logits)
 
         def masked(values: Tensor) -> Tensor:
@@ -191,7 +193,7 @@ class _Work:
         vocabulary = load_vocabulary()
         self._compiler = GrammarCompiler(vocabulary)
         self._pool = llguidance.LLExecutor()
-        num_words = -(-max(self._vocab_size, len(vocabulary.tokens)) // 32)
+        num_words = ceil_div(max(self._vocab_size, len(vocabulary.tokens)), 32)
         self.masks = np.zeros((len(self._matchers), num_words), np.int32)
         self._only_eos = np.zeros(num_words * 4, np.uint8)
         for token_id in vocabulary.eos_token_ids:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokasaurus.model.sampling.randomness import uniforms
+from tokasaurus.model.upload import upload, upload_indices
 from tokasaurus.protocol.arrays import Float32Array, Int32Array, Int64Array
 from tokasaurus.protocol.messages import LogprobsMode, SlotParameters
 
@@ -141,7 +142,7 @@ def draw(logits: Tensor, parameters: SamplingParameters) -> Tensor:
         return _draw_at_random(logits, parameters)
     tokens = logits.argmax(dim=-1)
     if len(random):
-        rows = _index(random, logits)
+        rows = upload_indices(random, logits.device)
         tokens[rows] = _draw_at_random(logits[rows], parameters.take(random))
     return tokens
 
@@ -150,7 +151,7 @@ def _draw_at_random(logits: Tensor, parameters: SamplingParameters) -> Tensor:
     scores = processed(logits, parameters)
     weights = (scores - scores.amax(dim=-1, keepdim=True)).exp_()
     numbers = uniforms(parameters.seed, parameters.sample_index, parameters.num_generated)
-    return _invert(weights, torch.from_numpy(numbers).to(logits.device))
+    return _invert(weights, upload(numbers, logits.device))
 
 
 def processed(logits: Tensor, parameters: SamplingParameters) -> Tensor:
@@ -190,7 +191,7 @@ def logprobs_of(
         rows = np.flatnonzero((parameters.num_logprobs >= 0) & (parameters.logprobs_mode == mode))
         if not len(rows):
             continue
-        index = _index(rows, logits)
+        index = upload_indices(rows, logits.device)
         source = adjusted if adjusted is not None and mode is LogprobsMode.PROCESSED else logits
         scores = _distribution(source[index], parameters.take(rows), mode)
         # x - logsumexp(x) is finite wherever x is; the logarithm of a probability underflows.
@@ -204,7 +205,7 @@ def logprobs_of(
             continue
         best = scores.topk(depth, dim=-1)
         chosen[index] = _below_the_best(picked, best.values, norm)[:, 0]
-        wanted = torch.from_numpy(parameters.num_logprobs[rows]).to(logits.device)
+        wanted = upload(parameters.num_logprobs[rows], logits.device)
         asked = torch.arange(depth, device=logits.device) < wanted[:, None]
         top_ids[index, :depth] = best.indices.where(asked, -1)
         values = _below_the_best(best.values, best.values, norm)
@@ -262,7 +263,7 @@ def _filter(scores: Tensor, parameters: SamplingParameters) -> Tensor:
     if not len(rows):
         return scores
     everything = len(rows) == len(scores)
-    index = _index(rows, scores)
+    index = upload_indices(rows, scores.device)
     part = scores if everything else scores[index]
     chosen = parameters.take(rows)
     part = part.masked_fill(~_kept(part, chosen), -torch.inf)
@@ -282,7 +283,7 @@ def _kept(scores: Tensor, parameters: SamplingParameters) -> Tensor:
     limited = (parameters.top_k > 0) & (parameters.top_k < scores.shape[1])
     ranked = np.flatnonzero(limited | (parameters.top_p < 1))
     if len(ranked):
-        index = _index(ranked, scores)
+        index = upload_indices(ranked, scores.device)
         kept[index] &= _ranked_first(scores[index], parameters.take(ranked))
     return kept
 
@@ -348,10 +349,6 @@ def _last_kept(
     return threshold, num_equal, enough
 
 
-def _index(rows: NDArray[np.int64], like: Tensor) -> Tensor:
-    return torch.from_numpy(rows).to(like.device)
-
-
 def _column(values: NDArray[np.generic], like: Tensor) -> Tensor:
     """[rows] on the host to [rows, 1] beside a tensor."""
-    return torch.from_numpy(np.ascontiguousarray(values)).to(like.device)[:, None]
+    return upload(values, like.device)[:, None]

@@ -6,13 +6,14 @@ nothing of logits.
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokasaurus.model.upload import upload, upload_indices
 from tokasaurus.protocol.messages import ForwardBatch, Pooling
 
 __all__ = ["Pooler"]
@@ -47,11 +48,13 @@ class Pooler:
         is_mean = batch.prefill_pooling[chunks] == Pooling.MEAN
         ends_prompt = batch.prefill_next_ids[chunks] < 0
         last_rows = (len(batch.decode_slots) + np.cumsum(batch.prefill_lengths) - 1)[chunks]
-        states = hidden[_upload(last_rows[ends_prompt], hidden)].to(torch.float32)
+        states = hidden[upload_indices(last_rows[ends_prompt], hidden.device)].to(torch.float32)
         if is_mean.any():
             means = self._means(batch, chunks[is_mean], last_rows[is_mean], hidden)
             targets = np.flatnonzero(is_mean[ends_prompt])
-            states[_upload(targets, hidden)] = means[_upload(ends_prompt[is_mean], hidden)]
+            states[upload_indices(targets, hidden.device)] = means[
+                upload(ends_prompt[is_mean], hidden.device)
+            ]
         return states
 
     def _means(
@@ -63,15 +66,13 @@ class Pooler:
         after = np.repeat(np.cumsum(lengths), lengths) - 1 - np.arange(lengths.sum())
         rows = np.repeat(last_rows, lengths) - after
         sums: Tensor = torch.segment_reduce(
-            hidden[_upload(rows, hidden)].to(torch.float32), "sum", lengths=_upload(lengths, hidden)
+            hidden[upload_indices(rows, hidden.device)].to(torch.float32),
+            "sum",
+            lengths=upload_indices(lengths, hidden.device),
         )
         slots = batch.prefill_slots[chunks].tolist()
         for index in np.flatnonzero(starts > 0).tolist():
             sums[index] += self._sums.pop(slots[index])
         for index in np.flatnonzero(batch.prefill_next_ids[chunks] >= 0).tolist():
             self._sums[slots[index]] = sums[index].clone()
-        return sums / _upload(starts + lengths, hidden)[:, None]
-
-
-def _upload(values: NDArray[Any], like: Tensor) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(values)).to(like.device, copy=True)
+        return sums / upload_indices(starts + lengths, hidden.device)[:, None]

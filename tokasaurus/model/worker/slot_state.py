@@ -21,8 +21,10 @@ from tokasaurus.model.sampling.adjustments import AdjustmentTable
 from tokasaurus.model.sampling.history import History
 from tokasaurus.model.sampling.rows import PromptRows, SamplingRows
 from tokasaurus.model.sampling.sampler import SamplingParameters
+from tokasaurus.model.upload import upload, upload_indices
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import ForwardBatch, SlotParameters
+from tokasaurus.rounding import ceil_div
 
 __all__ = ["PlannedBatch", "SlotState"]
 
@@ -82,7 +84,7 @@ class SlotState:
     ) -> None:
         self._num_slots, self._num_pages, self._page_size = num_slots, num_pages, page_size
         self._vocab_size = vocab_size
-        self._num_columns = -(-max_request_tokens // page_size)
+        self._num_columns = ceil_div(max_request_tokens, page_size)
         self._device = device
         self.page_table = torch.zeros(
             num_slots, self._num_columns, dtype=torch.int32, device=device
@@ -134,10 +136,12 @@ class SlotState:
         self._fork(batch, lengths[num_decodes:])
         return PlannedBatch(
             ids=self._ids(batch),
-            positions=self._upload(positions),
+            positions=upload_indices(positions, self._device),
             sequences=SequenceRows(slots, query_starts, lengths, positions, self.page_table),
             sampling=SamplingRows(
-                self._upload(sampled_rows), sampled_slots, self.sampling.take(sampled_slots)
+                upload_indices(sampled_rows, self._device),
+                sampled_slots,
+                self.sampling.take(sampled_slots),
             ),
             prompt=self._prompt_rows(batch) if (batch.prefill_num_logprobs >= 0).any() else None,
             copies=self._page_copies(batch) if len(batch.copy_sources) else None,
@@ -153,7 +157,7 @@ class SlotState:
         Returns:
             The rows that cannot go on, see ``AdjustmentTable.record``.
         """
-        self.last_tokens[self._upload(slots)] = token_ids
+        self.last_tokens[upload_indices(slots, self._device)] = token_ids
         self.sampling.num_generated[slots] += 1
         return self.adjustments.record(slots, token_ids)
 
@@ -172,7 +176,9 @@ class SlotState:
         self._check_range("prompt ids", next_ids[rows], self._vocab_size)
         parameters = self.sampling.take(batch.prefill_slots[chunks[rows]])
         parameters.num_logprobs[:] = counts[rows]
-        return PromptRows(self._upload(rows + len(batch.decode_slots)), next_ids[rows], parameters)
+        return PromptRows(
+            upload_indices(rows + len(batch.decode_slots), self._device), next_ids[rows], parameters
+        )
 
     def _fork(self, batch: ForwardBatch, chunk_ends: Int32Array) -> None:
         """Slots that draw from a chunk are as long as its sequence is."""
@@ -183,7 +189,10 @@ class SlotState:
     def _page_copies(self, batch: ForwardBatch) -> PageCopies:
         self._check_range("pages to copy", batch.copy_sources, self._num_pages)
         self._check_range("pages to copy to", batch.copy_targets, self._num_pages)
-        return PageCopies(self._upload(batch.copy_sources), self._upload(batch.copy_targets))
+        return PageCopies(
+            upload_indices(batch.copy_sources, self._device),
+            upload_indices(batch.copy_targets, self._device),
+        )
 
     def _enter(self, parameters: SlotParameters) -> None:
         slots = parameters.slots
@@ -201,8 +210,10 @@ class SlotState:
         self._check_range("columns of the page table", columns, self._num_columns)
         self._check_range("pages", pages, self._num_pages)
         np.maximum.at(self.pages_held, slots, columns + 1)
-        entries = torch.from_numpy(np.array(pages)).to(self._device)
-        self.page_table[self._upload(slots), self._upload(columns)] = entries
+        entries = upload(pages, self._device)
+        self.page_table[
+            upload_indices(slots, self._device), upload_indices(columns, self._device)
+        ] = entries
 
     def _check_slots(self, batch: ForwardBatch) -> None:
         slots = np.concatenate((batch.decode_slots, batch.prefill_slots))
@@ -252,10 +263,9 @@ class SlotState:
             )
 
     def _ids(self, batch: ForwardBatch) -> Tensor:
-        prompts = self._upload(batch.prefill_ids)
+        prompts = upload_indices(batch.prefill_ids, self._device)
         if not len(batch.decode_slots):
             return prompts
-        return torch.cat((self.last_tokens[self._upload(batch.decode_slots)], prompts))
-
-    def _upload(self, values: NDArray[np.integer[Any]]) -> Tensor:
-        return torch.from_numpy(values.astype(np.int64)).to(self._device)
+        return torch.cat(
+            (self.last_tokens[upload_indices(batch.decode_slots, self._device)], prompts)
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tokasaurus.config.slices import WorkerConfig
-from tokasaurus.protocol.arrays import Int32Array
+from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
 from tokasaurus.protocol.messages import (
     AdjustedSlots,
     Adjustments,
@@ -14,6 +14,7 @@ from tokasaurus.protocol.messages import (
     Pooling,
     SlotParameters,
 )
+from tokasaurus.rounding import ceil_div
 
 __all__ = ["warm_up_batches"]
 
@@ -23,7 +24,6 @@ __all__ = ["warm_up_batches"]
 _CPU_WORK = 1e11
 _MIN_TOKENS = 16
 
-_NONE: Int32Array = np.zeros(0, np.int32)
 _ADJUSTMENTS = Adjustments(
     bad_words=((0, 0),), bias=((0, 1.0),), repetition_penalty=1.1, frequency_penalty=0.1
 )
@@ -65,7 +65,7 @@ def _prefill(config: WorkerConfig, number: int, lengths: Int32Array) -> ForwardB
     slots = np.arange(len(lengths), dtype=np.int32)
     # Room for the decode row that follows, too.
     num_columns = np.minimum(
-        lengths // config.page_size + 1, -(-config.max_request_tokens // config.page_size)
+        lengths // config.page_size + 1, ceil_div(config.max_request_tokens, config.page_size)
     )
     columns = np.concatenate([np.arange(count, dtype=np.int32) for count in num_columns])
     return ForwardBatch(
@@ -74,7 +74,7 @@ def _prefill(config: WorkerConfig, number: int, lengths: Int32Array) -> ForwardB
         table_slots=np.repeat(slots, num_columns),
         table_columns=columns,
         table_pages=columns % config.num_pages,
-        decode_slots=np.zeros(0, np.int32),
+        decode_slots=EMPTY_INT32,
         prefill_slots=slots,
         prefill_starts=np.zeros(len(slots), np.int32),
         prefill_lengths=lengths,
@@ -83,12 +83,12 @@ def _prefill(config: WorkerConfig, number: int, lengths: Int32Array) -> ForwardB
         prefill_next_ids=np.full(len(slots), -1, np.int32),
         draw_chunks=slots,
         draw_slots=slots,
-        copy_sources=_NONE,
-        copy_targets=_NONE,
-        group_first_rows=_NONE,
-        group_num_rows=_NONE,
-        group_first_columns=_NONE,
-        group_num_columns=_NONE,
+        copy_sources=EMPTY_INT32,
+        copy_targets=EMPTY_INT32,
+        group_first_rows=EMPTY_INT32,
+        group_num_rows=EMPTY_INT32,
+        group_first_columns=EMPTY_INT32,
+        group_num_columns=EMPTY_INT32,
         prefill_pooling=np.full(len(slots), Pooling.MEAN, np.int32),
     )
 
@@ -97,24 +97,24 @@ def _decode(number: int, num_slots: int) -> ForwardBatch:
     return ForwardBatch(
         number=number,
         parameters=None,
-        table_slots=_NONE,
-        table_columns=_NONE,
-        table_pages=_NONE,
+        table_slots=EMPTY_INT32,
+        table_columns=EMPTY_INT32,
+        table_pages=EMPTY_INT32,
         decode_slots=np.arange(num_slots, dtype=np.int32),
-        prefill_slots=_NONE,
-        prefill_starts=_NONE,
-        prefill_lengths=_NONE,
-        prefill_ids=_NONE,
-        prefill_num_logprobs=_NONE,
-        prefill_next_ids=_NONE,
-        draw_chunks=_NONE,
-        draw_slots=_NONE,
-        copy_sources=_NONE,
-        copy_targets=_NONE,
-        group_first_rows=_NONE,
-        group_num_rows=_NONE,
-        group_first_columns=_NONE,
-        group_num_columns=_NONE,
+        prefill_slots=EMPTY_INT32,
+        prefill_starts=EMPTY_INT32,
+        prefill_lengths=EMPTY_INT32,
+        prefill_ids=EMPTY_INT32,
+        prefill_num_logprobs=EMPTY_INT32,
+        prefill_next_ids=EMPTY_INT32,
+        draw_chunks=EMPTY_INT32,
+        draw_slots=EMPTY_INT32,
+        copy_sources=EMPTY_INT32,
+        copy_targets=EMPTY_INT32,
+        group_first_rows=EMPTY_INT32,
+        group_num_rows=EMPTY_INT32,
+        group_first_columns=EMPTY_INT32,
+        group_num_columns=EMPTY_INT32,
     )
 
 

@@ -18,6 +18,7 @@ from tokasaurus.model.backend.base import SequenceRows
 from tokasaurus.model.backend.cpu.build import BuildError, load_library
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.protocol.arrays import Int32Array
+from tokasaurus.rounding import ceil_div
 
 __all__ = ["CompiledAttention", "CompiledBackend"]
 
@@ -133,7 +134,7 @@ def _blocks(query_starts: Int32Array, rows_per_block: int) -> tuple[Int32Array, 
         block_sequences: [blocks], the sequence of each.
         block_rows: [blocks], the first row of each.
     """
-    counts = -(-np.diff(query_starts) // rows_per_block)
+    counts = ceil_div(np.diff(query_starts), rows_per_block)
     sequences = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     firsts = np.cumsum(counts) - counts
     within = np.arange(len(sequences), dtype=np.int32) - firsts[sequences]
