@@ -130,15 +130,18 @@ class Worker:
         )
         if masks is not None:
             self._matchers.advance(masks, planned.sampling.slots, token_ids)
-        cut = [self._state.record(planned.sampling.slots, token_ids)]
-        if masks is not None:
-            cut.append(masks.cut_rows)
+        lost = self._state.record(planned.sampling.slots, token_ids)
+        given_up = masks.cut_rows if masks is not None else None
         prompt = score_prompts(self._model, hidden, planned.prompt) if planned.prompt else None
         pooled = self._pooler.pool(batch, hidden)
         return _result(
-            *(batch.number, token_ids, drawn, prompt, pooled),
-            [rows for rows in cut if rows is not None],
-            time.perf_counter() - started,
+            number=batch.number,
+            token_ids=token_ids,
+            drawn=drawn or Logprobs.none(0, len(token_ids)),
+            prompt=prompt or Logprobs.none(0, 0),
+            pooled=pooled,
+            cut_rows=_union(lost, given_up),
+            device_s=time.perf_counter() - started,
         )
 
     def _forward(self, planned: PlannedBatch) -> Tensor:
@@ -161,16 +164,15 @@ class Worker:
 
 
 def _result(
+    *,
     number: int,
     token_ids: Tensor,
-    drawn: Logprobs | None,
-    prompt: Logprobs | None,
+    drawn: Logprobs,
+    prompt: Logprobs,
     pooled: Tensor | None,
-    cut: list[Int32Array],
+    cut_rows: Int32Array | None,
     device_s: float,
 ) -> ForwardResult:
-    drawn = drawn or Logprobs.none(0, len(token_ids))
-    prompt = prompt or Logprobs.none(0, 0)
     return ForwardResult(
         number=number,
         token_ids=token_ids.cpu().numpy().astype(np.int32),
@@ -183,5 +185,11 @@ def _result(
         prompt_top_logprobs=prompt.top.cpu().numpy(),
         device_s=device_s,
         pooled=None if pooled is None or not len(pooled) else pooled.cpu().numpy(),
-        cut_rows=np.unique(np.concatenate(cut)) if cut else None,
+        cut_rows=cut_rows,
     )
+
+
+def _union(one: Int32Array | None, other: Int32Array | None) -> Int32Array | None:
+    """Rows that are in either, each once and ascending."""
+    present = [rows for rows in (one, other) if rows is not None]
+    return np.unique(np.concatenate(present)) if present else None
