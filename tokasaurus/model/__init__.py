@@ -1,7 +1,7 @@
 """The model room turns a ``ForwardBatch`` into a ``ForwardResult``.
 
-It owns weights, the paged KV tensors, attention backends and sampling. It knows nothing of requests,
-text, scheduling or processes. Importing this package, ``config``, ``facts`` or
+It owns weights, the paged KV tensors, attention backends and sampling. It knows nothing of
+requests, text, scheduling or processes. Importing this package, ``config``, ``facts`` or
 ``architectures.registry`` loads no torch; the other modules load it.
 """
 

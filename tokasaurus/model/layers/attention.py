@@ -1,7 +1,8 @@
 """Self-attention of a decoder layer; a backend does the attending.
 
-Shapes: T tokens of a batch, H query heads, K key/value heads, D head size. A batch is flat: it holds
-the tokens of all its sequences, one sequence after the other. Only the backend knows where one ends.
+Shapes: T tokens of a batch, H query heads, K key/value heads, D head size. A batch is flat: it
+holds the tokens of all its sequences, one sequence after the other. Only the backend knows where
+one ends.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What sequences have generated, for penalties and words that must not be completed.
+"""The ids that sequences have generated, for penalties and for bad words.
 
-Memory is given out in blocks of a fixed size and number, so what it takes is known when the worker starts. Ids are
-written on the device as they are drawn; where, the host knows without them::
+Memory consists of blocks of a fixed size and number, so its size is known when the worker starts.
+Ids are written on the device as they are drawn. The host knows the place of an id without its
+value::
 
     blocks    slot 3   [ 7, 2 ]     length 5, blocks of 4
               slot 5   [ 0 ]        length 1
@@ -27,19 +28,21 @@ __all__ = ["MAX_GATHERED", "History"]
 
 log = logging.getLogger(__name__)
 
-_BLOCK = 256  # ids
-MAX_GATHERED = 1 << 22  # ids that are looked at at once: what is made of each takes some 50 bytes
+# Ids in a block.
+_BLOCK = 256
+# Ids that are gathered at once. The temporary tensors take about 50 bytes for each.
+MAX_GATHERED = 1 << 22
 
 
 class History:
-    """Generated ids of those slots that keep them.
+    """The generated ids of the slots that keep a history.
 
-    A sequence that gets no room any more is lost: its next token is its last.
+    When memory runs out, a sequence that needs another block is lost: its next token is its last.
 
     Args:
-        num_slots: that may keep one.
-        max_length: of one slot's.
-        num_ids: of all together, besides a block for each slot.
+        num_slots: of the worker.
+        max_length: the longest history of one slot.
+        num_ids: room for this number of ids in all, besides one block for each slot.
         device: of the ids.
     """
 
@@ -55,17 +58,17 @@ class History:
 
     @property
     def num_bytes(self) -> int:
-        """That it takes on the device."""
+        """The memory of the ids, on the device."""
         return self._memory.numel() * self._memory.element_size()
 
     def leave(self, slots: Int32Array) -> None:
-        """Forgets what these slots hold; they keep nothing from now on."""
+        """Forgets the histories of these slots, which keep none from now on."""
         for slot in slots[self.keeps[slots]].tolist():
             self._drop(slot)
         self.keeps[slots] = self.is_lost[slots] = False
 
     def enter(self, slots: Int32Array, ids: Int32Array) -> None:
-        """These slots keep what they generate, after these ids. They have left before."""
+        """Starts a history with these ids for each slot. The slots have left before."""
         self.keeps[slots] = True
         count = ceil_div(len(ids), _BLOCK)
         padded = np.zeros(count * _BLOCK, np.int32)
@@ -82,14 +85,14 @@ class History:
             self._memory[upload_indices(self._blocks[slot, :count], self._device)] = rows
 
     def record(self, slots: Int32Array, drawn: Tensor) -> NDArray[np.bool_]:
-        """Appends an id to each.
+        """Appends an id to each slot's history.
 
         Args:
-            slots: [rows] that keep one.
-            drawn: [rows] on the device.
+            slots: [rows], all of which keep a history.
+            drawn: [rows], on the device.
 
         Returns:
-            [rows] whether the slot is lost.
+            [rows], whether the slot is lost.
         """
         starts_block = self.lengths[slots] % _BLOCK == 0
         for slot in (
@@ -110,7 +113,7 @@ class History:
         return is_lost
 
     def tails(self, slots: Int32Array, count: int, missing: int) -> Tensor:
-        """[slots, count] the last ids of each, aligned to the right."""
+        """[slots, count]: the last ids of each, aligned to the right, with ``missing`` before."""
         columns = self.lengths[slots, None] - np.arange(count, 0, -1)
         ids = self._memory.view(-1)[
             upload_indices(self._places(slots[:, None], columns.clip(min=0)), self._device)
@@ -118,10 +121,11 @@ class History:
         return ids.where(upload(columns >= 0, self._device), missing)
 
     def pieces(self, slots: Int32Array) -> Iterator[tuple[Tensor, Tensor]]:
-        """Everything that slots hold, each at least one id, some ids of each at a time.
+        """Everything that slots hold, some ids of each at a time. Each slot holds at least one id.
 
         Yields:
-            [slots, some] int64 ids, and bool whether they are there: beyond its end a slot repeats its first id.
+            [slots, some] int64 ids, and bool, whether an id exists. Beyond its end a slot repeats
+            its first id.
         """
         lengths = upload_indices(self.lengths[slots], self._device)[:, None]
         longest = int(self.lengths[slots].max())
@@ -139,11 +143,11 @@ class History:
             yield ids.where(is_there, firsts), is_there
 
     def _places(self, slots: Int32Array, columns: Int32Array) -> Int32Array:
-        """Where in the memory the ids of these positions lie."""
+        """The places in the memory of the ids at these positions."""
         return self._blocks[slots, columns // _BLOCK] * _BLOCK + columns % _BLOCK
 
     def _take(self, count: int) -> list[int]:
-        """So many free blocks, or what there is."""
+        """``count`` free blocks, or all that are left."""
         return [self._free.pop() for _ in range(min(count, len(self._free)))]
 
     def _drop(self, slot: int) -> None:

@@ -1,7 +1,7 @@
-"""One vector for a prompt, from the hidden states of its tokens after the model's last norm.
+"""Pools the hidden states of a prompt's tokens, after the model's last norm, into one vector.
 
-A prompt may come in chunks, over several batches: what they add up to is kept here, by slot. Knows
-nothing of logits.
+A prompt may come in chunks over several batches; this module keeps each slot's sum between them. It
+knows nothing of logits.
 """
 
 from __future__ import annotations
@@ -22,25 +22,27 @@ IndexArray: TypeAlias = NDArray[np.intp]
 
 
 class Pooler:
-    """Sums over the prompts that are being fed and are to be averaged, in fp32."""
+    """Keeps the fp32 sums of prompts that will be averaged and have not ended yet."""
 
     def __init__(self) -> None:
-        self._sums: dict[int, Tensor] = {}  # by slot: [hidden]
+        # [hidden] of each slot.
+        self._sums: dict[int, Tensor] = {}
 
     def pool(self, batch: ForwardBatch, hidden: Tensor) -> Tensor | None:
-        """Takes the batch's chunks.
+        """Adds the batch's chunks.
 
         Args:
-            batch: its chunks come in the order of their positions; a prompt that starts at position 0
-                starts anew.
+            batch: a prompt's chunks come in the order of their positions. A chunk at position 0
+                starts a new sum.
             hidden: [rows of the batch, hidden].
 
         Returns:
-            [pooled prompts that end in this batch, hidden] in fp32, in row order; None if no chunk is
-            pooled.
+            [pooled prompts that end in this batch, hidden] in fp32, in row order. None if the batch
+            pools no chunk.
         """
         if batch.parameters is not None and self._sums:
-            for slot in batch.parameters.slots.tolist():  # whoever had the slot is gone
+            # New sequences enter these slots.
+            for slot in batch.parameters.slots.tolist():
                 self._sums.pop(slot, None)
         if batch.prefill_pooling is None:
             return None
@@ -60,9 +62,9 @@ class Pooler:
     def _means(
         self, batch: ForwardBatch, chunks: IndexArray, last_rows: IndexArray, hidden: Tensor
     ) -> Tensor:
-        """[chunks, hidden]: of each prompt up to the chunk's end; keeps the sums of those that go on."""
+        """[chunks, hidden]: each prompt's mean up to the chunk's end. Keeps unfinished sums."""
         lengths, starts = batch.prefill_lengths[chunks], batch.prefill_starts[chunks]
-        # Row by row, chunk after chunk: the last row of each, less how many come after it.
+        # Chunk by chunk, each row is the chunk's last row minus the number of rows after it.
         after = np.repeat(np.cumsum(lengths), lengths) - 1 - np.arange(lengths.sum())
         rows = np.repeat(last_rows, lengths) - after
         sums: Tensor = torch.segment_reduce(

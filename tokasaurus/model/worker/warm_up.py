@@ -1,4 +1,4 @@
-"""The batches a worker runs before it says it is ready."""
+"""The batches that a worker runs before it reports ready."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from tokasaurus.rounding import ceil_div
 
 __all__ = ["warm_up_batches"]
 
-# On a processor memory is promised before it is there, so even the largest batch would prove little,
-# and a full one takes minutes: so many floating-point operations, about a second, are enough to load
-# libraries and touch the weights.
+# On the CPU the operating system promises memory that it may not have, so even the largest batch
+# would prove little, and a full one takes minutes. This number of floating-point operations takes
+# about a second, which is enough to load libraries and touch the weights.
 _CPU_WORK = 1e11
 _MIN_TOKENS = 16
 
@@ -30,11 +30,11 @@ _ADJUSTMENTS = Adjustments(
 
 
 def warm_up_batches(config: WorkerConfig, num_parameters: int) -> list[ForwardBatch]:
-    """Largest first: a full prefill, then as many decode rows as there may be, and what these need before.
+    """A full prefill first, then as many decode rows as a batch can have, after their prompts.
 
-    Every sequence uses the same pages; nobody reads what is computed. All rows sample with every filter, penalty
-    and kind of mask, and with the most logprobs that a request may ask for, of prompts too, which are pooled
-    besides: all that takes memory at once, or one after the other.
+    Every sequence uses the same pages; the results are not read. The batches cover everything that
+    takes memory: all rows sample with every filter, penalty and kind of mask, and ask for the most
+    logprobs that a request may ask for. So do the prompts, which are pooled too.
 
     Args:
         config: the model room's slice.
@@ -55,7 +55,7 @@ def warm_up_batches(config: WorkerConfig, num_parameters: int) -> list[ForwardBa
 
 
 def _prompts(num_tokens: int, longest: int, limit: int) -> Int32Array:
-    """Lengths of at most ``limit`` prompts with so many tokens together, as long as they may be."""
+    """Lengths of at most ``limit`` prompts of ``num_tokens`` in all, as long as allowed."""
     full, rest = divmod(num_tokens, longest)
     lengths = [longest] * full + ([rest] if rest else [])
     return np.array(lengths[:limit], np.int32)
@@ -63,7 +63,7 @@ def _prompts(num_tokens: int, longest: int, limit: int) -> Int32Array:
 
 def _prefill(config: WorkerConfig, number: int, lengths: Int32Array) -> ForwardBatch:
     slots = np.arange(len(lengths), dtype=np.int32)
-    # Room for the decode row that follows, too.
+    # This includes room for the decode row that follows.
     num_columns = np.minimum(
         lengths // config.page_size + 1, ceil_div(config.max_request_tokens, config.page_size)
     )

@@ -1,6 +1,6 @@
-"""The worker: runs numbered batches in order, with one model, one KV cache, one set of slot tables.
+"""The worker runs numbered batches in order, with one model, one KV cache and one set of tables.
 
-Knows nothing of processes and sockets: the launch room carries batches in and results out.
+It knows nothing of processes and sockets: the launch room carries batches in and results out.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class Worker:
 
     Args:
         config: the model room's slice.
-        load_vocabulary: what the ids stand for, for grammars; called in another thread while the model is
-            loaded. None: no sequence will have a grammar.
+        load_vocabulary: returns the bytes of each id, for grammars. Another thread calls it while
+            the model is loaded. None means that no sequence will have a grammar.
 
     Raises:
-        ModelError: the checkpoint cannot be served; names the file, tensor or field.
-        ConfigError: the attention asked for is not to be had here.
+        ModelError: the checkpoint cannot be served. It names the file, tensor or field.
+        ConfigError: the attention asked for is not available on this machine.
     """
 
     def __init__(
@@ -90,10 +90,10 @@ class Worker:
         )
 
     def warm_up(self) -> None:
-        """Runs the largest batches that may come, so that a lack of memory shows now, and waits for the
-        vocabulary.
+        """Runs the largest possible batches, so that a lack of memory shows now.
 
-        To be called before the first ``run``. The slot tables are as new afterwards.
+        Also waits for the vocabulary. Call it before the first ``run``. It leaves the slot tables
+        as new.
         """
         started = time.perf_counter()
         num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
@@ -108,7 +108,8 @@ class Worker:
         """Runs one batch to its end.
 
         Raises:
-            ProtocolError: the batch is not the next one, or names what cannot be.
+            ProtocolError: the batch is not the next one, or it names slots, pages, ids or positions
+                that cannot exist.
         """
         if batch.number != self._next_number:
             raise ProtocolError(f"batch {batch.number} came, batch {self._next_number} was due")
@@ -146,7 +147,8 @@ class Worker:
 
     def _forward(self, planned: PlannedBatch) -> Tensor:
         """Hidden states of all rows, [rows, hidden]."""
-        if not len(planned.ids):  # a batch may bring differences only
+        # A batch may consist of changes to the tables, without any row.
+        if not len(planned.ids):
             return torch.empty(0, 0, device=self._device)
         attention = self._backend.plan(planned.sequences)
         hidden: Tensor = self._model(planned.ids, planned.positions, attention)
