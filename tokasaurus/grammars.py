@@ -93,8 +93,8 @@ class GrammarCompiler:
             )
         if _sum_of_multiples(text) > MAX_MULTIPLES:
             raise RequestError(
-                "multipleOf has too many digits; without decimal point and zeros at its end, "
-                f"all of a grammar's may add up to {MAX_MULTIPLES}"
+                "multipleOf has too many digits; without decimal points and trailing zeros, "
+                f"the values in a grammar may add up to {MAX_MULTIPLES}"
             )
         compiled: list[llguidance.LLMatcher] = []
 

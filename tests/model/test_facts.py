@@ -136,7 +136,7 @@ REFUSALS = [
     ({"vocab_size": "many"}, "'vocab_size' must be an integer of at least 1, not 'many'"),
     ({"num_hidden_layers": 0}, "'num_hidden_layers' must be an integer of at least 1"),
     ({"num_key_value_heads": 3}, "'num_key_value_heads' is 3, which does not divide 4"),
-    ({"num_attention_heads": 5}, "'head_dim' is missing.*no multiple of 5"),
+    ({"num_attention_heads": 5}, "'head_dim' is missing.*not a multiple of 5"),
     ({"head_dim": 15}, "'head_dim' is 15.*even"),
     ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu'"),
     ({"rms_norm_eps": float("nan")}, "'rms_norm_eps' must be finite"),

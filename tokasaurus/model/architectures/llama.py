@@ -71,7 +71,7 @@ class Llama:
         elif hidden_size % num_heads:
             raise fields.error(
                 "head_dim",
-                f"is missing, and hidden_size {hidden_size} is no multiple of {num_heads} heads",
+                f"is missing, and hidden_size {hidden_size} is not a multiple of {num_heads} heads",
             )
         else:
             head_dim = hidden_size // num_heads

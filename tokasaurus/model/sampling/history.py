@@ -155,6 +155,6 @@ class History:
         self.lengths[slot] = 0
 
     def _lose(self, slot: int) -> None:
-        log.warning("no room to remember what slot %d generates: its sequence is cut short", slot)
+        log.warning("no room to remember the tokens of slot %d: its sequence is cut short", slot)
         self._drop(slot)
         self.is_lost[slot] = True

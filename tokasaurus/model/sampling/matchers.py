@@ -141,7 +141,7 @@ class Matchers:
         if not (self._is_used or parameters.grammars):
             return
         if self._thread is None:
-            raise ProtocolError("a sequence has a grammar, and the worker was given no vocabulary")
+            raise ProtocolError("a sequence has a grammar, but the worker has no vocabulary")
         self._is_used = True
         left = parameters.slots[self._constrained[parameters.slots]]
         if len(left):

@@ -115,7 +115,9 @@ def _shards(index: Path) -> list[Path]:
         raise ModelError(f"{index} has no readable 'weight_map': {error!r}") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise ModelError(f"{index}: field 'weight_map' names {name!r}, which is no file name")
+            raise ModelError(
+                f"{index}: field 'weight_map' names {name!r}, which is not a file name"
+            )
     absent = [name for name in names if not (index.parent / name).exists()]
     if absent:
         raise ModelError(
