@@ -173,7 +173,7 @@ def test_large_scores_do_not_overflow(backend_of):
         torch.arange(4, dtype=torch.int32).view(1, 4),
     )
     torch.manual_seed(0)
-    # Scores of whole numbers are exact, in whatever order a kernel adds; so only the sum of values rounds.
+    # Scores of whole numbers are exact in every order of addition. Only the sum of values rounds.
     query, key = torch.randint(-3, 4, (2, 40, 1, 16)) * 100.0
     value = torch.randn(40, 1, 16)
     output = backend_of(cache, 1).plan(rows).attend(0, query, key, value)

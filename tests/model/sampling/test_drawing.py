@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 class CountingModel:
-    """A head whose logits are exact, however the rows are cut; counts the rows of each call.
+    """Counts the rows of each call. Its logits are exact in every batch.
 
     Products of small whole numbers do not round, and the added fractions make all logits differ.
     """
