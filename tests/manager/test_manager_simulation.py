@@ -30,8 +30,8 @@ def run_worlds(
 
 
 def test_random_worlds() -> None:
-    """At least 20,000 arrivals, aborts, stops and preemptions, all together."""
-    run_worlds(0, num_events=20_000)
+    """At least 16,000 arrivals, aborts, stops and preemptions, all together."""
+    run_worlds(0, num_events=16_000)
 
 
 def test_crowded_worlds(monkeypatch: pytest.MonkeyPatch) -> None:

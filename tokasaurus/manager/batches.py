@@ -36,12 +36,12 @@ NO_COPIES: Int32Array = np.empty((2, 0), np.int32)
 
 @dataclass(eq=False, slots=True)
 class Chunk:
-    """The decision to feed a part of a prompt."""
+    """A part of a prompt that is fed in one batch."""
 
     sequence: Sequence
     start: int  # position of its first token
     end: int  # the position after its last one
-    # Samples that run from its last row on: who, and once they have entered, in which slots.
+    # Samples that run from its last row on, and their slots once they have entered.
     followers: list[Sequence] = field(default_factory=list)
     forks: IndexArray = field(default_factory=lambda: NO_SLOTS)
     ends_prompt: bool = field(init=False)  # its last row samples the next token
@@ -56,7 +56,7 @@ class Chunk:
 
     @property
     def num_prompt_logprobs(self) -> int:
-        """How many top logprobs its tokens want; -1 for none at all."""
+        """How many top logprobs its tokens want; -1 if they want no logprobs at all."""
         sequence = self.sequence
         return sequence.request.message.num_prompt_logprobs if sequence.whole_prompt_due else -1
 
@@ -87,8 +87,8 @@ def forward_batch(
 
     Args:
         number: of the batch.
-        left_slots: that the worker need not remember anything for.
-        entered: sequences whose parameters the worker does not know yet.
+        left_slots: slots for which the worker need not remember anything.
+        entered: sequences that the worker does not know yet.
         table_changes: slots, columns and pages.
         chunks: of prompts, in row order.
         draws: of tokens from prompts' last rows.
@@ -200,7 +200,7 @@ def _grammars(entered: Rows[Sequence]) -> tuple[SlotGrammar, ...]:
 
 
 def _adjusted_slots(entered: Rows[Sequence]) -> tuple[AdjustedSlots, ...]:
-    """One entry for all samples of a request that begin together."""
+    """One entry for all samples of a request that start together."""
     alike: dict[tuple[int, int], list[Sequence]] = {}
     for sequence in entered:
         key = (id(sequence.request), id(sequence.prompt_ids))

@@ -16,14 +16,11 @@ The order of a plan:
 3. What is left of ``max_tokens_per_forward`` goes to prompts, in order, in chunks. Where a prompt ends, the
    other samples of its request may fork from its last row: that takes no tokens of the budget.
 4. What is left then admits sequences from the queue, strictly in order, as far as there is room now and as
-   the forecast finds room for all that they will need (``admission``). Two rules bend this:
+   the forecast finds room for all that they will need (``admission``). There are two exceptions:
 
    - Where no sequence holds a page, the head is admitted whatever it needs.
    - A sequence that would compute a page that another prompt is computing steps aside until that page can be
      found.
-
-   A preempted sequence that waits for its last results counts as if it were in the queue already: the pages
-   that it gave up are not for those behind it.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ REFRESH_INTERVAL = 16  # steps
 _LONGEST_REST = 1024  # steps
 _MOST_UNLEARNED = 16384  # ends
 
-# As long as the cache could be no fuller than this if all became as long as they may, nothing more exact is
-# asked.
+# As long as the cache would not be fuller than this if all sequences became as long as they may, nothing more
+# exact is computed.
 _ROOMY = 0.9
 
 _NEVER = -1  # an end before the first step: not in the forecast
@@ -126,7 +126,7 @@ class AdmissionControl:
     def admit(self, slots: IndexArray) -> None:
         """The first rows that ``num_admissible`` was asked about last run from now on, in these slots."""
         predicted_end = self._running.slots.predicted_end
-        if self._question is None:  # there is so much room that they are not in the forecast
+        if self._question is None:  # there was room without a forecast, so they are in none
             predicted_end[slots] = _NEVER
             return
         admitted = self._question.rows[: len(slots)]
@@ -210,10 +210,9 @@ class AdmissionControl:
 
     @property
     def refresh_is_due(self) -> bool:
-        """Whether to refresh though no admission asks for it.
+        """Whether to refresh though no admission needs it.
 
-        That is so where the pace of prompts depends on it, and where it has not been needed for so long that
-        much is to be learned.
+        A refresh is due where the pace of prompts depends on it, or where much was not learned yet.
         """
         if self._learning.num_unlearned > _MOST_UNLEARNED:
             return True
@@ -244,7 +243,7 @@ class AdmissionControl:
         self._refreshed_at = self._step
 
     def _is_roomy_with(self, num_pages: int) -> bool:
-        """Whether there is room for so many pages more whenever they are taken."""
+        """Whether there is room for this number of further pages, whenever they are taken."""
         return self._curve.most_used + num_pages <= _ROOMY * self.limit
 
     def _forecast_admissible(self, question: _Question) -> int:

@@ -46,7 +46,7 @@ class Candidate(NamedTuple):
 def running_rows(
     running: RunningSequences, learning: LengthLearning
 ) -> tuple[IndexArray, ForecastRows]:
-    """Slots that hold pages, those whose prompts are being fed last and in order; and as rows."""
+    """Slots that hold pages, first those that decode, then those that feed prompts; and their rows."""
     slots, page_size = running.slots, running.slots.page_size
     prefilling = [sequence.slot for sequence in running.prefilling]
     is_decoding = slots.order >= 0
@@ -72,7 +72,7 @@ def running_rows(
 
 
 class _Alike(NamedTuple):
-    """What is the same for a candidate's forks, or what is known of the candidate itself."""
+    """The columns of one candidate, or of its forks, which have them in common."""
 
     length: int
     num_pages: int

@@ -2,8 +2,8 @@
 
 The idea is Hydragen's (Juravsky et al. 2024, https://arxiv.org/abs/2402.05099), nested prefixes included.
 A *group* is a range of rows and a range of page-table columns in which all these rows hold the same pages.
-Few-shot examples that everybody reads, two problems with three samples each, and a sequence with nothing
-in common with others::
+In the picture, one sequence has nothing in common with the others, which all begin with the same few-shot
+examples, followed by one of two problems with three samples each::
 
     row     0   1 2 3   4 5 6       first_rows     1  1  4
     column  ┌─┐ ┌───────────┐       num_rows       6  3  3
@@ -15,8 +15,8 @@ in common with others::
       3     │ │ │ │ │ ├─┬─┬─┤
       4     └─┘ └─┴─┴─┴─┴─┴─┘       behind the last group of its row: read row by row
 
-So every column of a row is in one group or is the row's own. Finds groups; knows nothing of how they are
-attended to. What pages are shared is known before; see shared_prefixes.
+So every column of a row is in one group or is the row's own. Finds groups among pages that are known to be
+shared (see ``shared_prefixes``), and knows nothing of attention.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from tokasaurus.rounding import ceil_div
 
 __all__ = ["MIN_NESTED_LEN", "GroupFinder", "Groups"]
 
-# A group inside another costs each of its rows one partial result more to write, read and merge. That is
-# as much traffic as the keys and values of 8 tokens, where 4 query heads share a head of them.
+# A group inside another costs each of its rows one more partial result to write, read and merge. That is as
+# much traffic as the keys and values of 8 tokens, where 4 query heads share one head of these.
 MIN_NESTED_LEN = 64
 
 _Found: TypeAlias = tuple[int, int, int]  # a group: its rows, its first column, the column after it
 
-# Candidates are numbered from 1 on. What is above them all counts as one, with no columns.
+# Candidates are numbered from 1 on. The top above them all counts as a candidate without columns.
 _TOP = 0
 _NO_CANDIDATE = -1
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Groups:
-    """The rows of a batch in an order that makes every group a range; groups in others come after them.
+    """The rows of a batch in an order that makes every group a range; outer groups come first.
 
     Attributes:
         slots: [rows], those in no group first.
         first_rows: [groups] index into ``slots``.
         num_rows: [groups].
-        first_columns: [groups] of the page table; where the group around it ends, or 0.
+        first_columns: [groups] of the page table; the end of the group around it, or 0.
         num_columns: [groups].
     """
 
@@ -75,16 +75,19 @@ class Groups:
 
 
 class GroupFinder:
-    """Finds the groups of one batch after the other, and only looks anew when something changed.
+    """Finds the groups of one batch after the other, and looks again only when something changed.
 
-    A group is all rows of a batch that share a prefix, up to the column where they part. There must be
-    enough of them, and the prefix must be long enough, counted from position 0 whatever groups are around
-    it: problems after a long header are worth a group each, however short. Only must a group inside
-    another add MIN_NESTED_LEN tokens. A run that is too short for this, or ends too early, is covered by
-    the groups inside it, and otherwise read row by row.
+    A group is all rows of a batch that share a prefix, up to the column where they part:
+
+    - It has at least ``min_group_size`` rows.
+    - Its prefix has at least ``min_prefix_len`` tokens, counted from position 0 whatever groups are around
+      it: after a long header, every problem is worth a group, however short.
+    - A group inside another adds at least MIN_NESTED_LEN tokens, if that is less.
+
+    Shared pages that make no group are covered by the groups inside them, or read row by row.
 
     Args:
-        prefixes: what the slots share.
+        prefixes: the pages that slots share.
         page_size: tokens.
         min_group_size: rows that a group has at least.
         min_prefix_len: tokens, from position 0 to the end of a group, at least.
@@ -97,16 +100,17 @@ class GroupFinder:
         self._min_rows = max(1, min_group_size)
         self._min_end = max(1, ceil_div(min_prefix_len, page_size))
         self._min_columns = min(self._min_end, max(1, ceil_div(MIN_NESTED_LEN, page_size)))
-        self._version = -1  # of the prefixes, when the groups were last looked for
-        self._slots: IndexArray = NO_SLOTS  # of which they were looked for
+        # The groups that were found last, for these slots, and the version of the prefixes then.
+        self._version = -1
+        self._slots: IndexArray = NO_SLOTS
         self._found = Groups.none(self._slots)
 
     def find(self, slots: IndexArray) -> Groups:
         """The groups of a batch.
 
         Args:
-            slots: [rows] distinct, in any order; not written to afterwards. Those that share nothing
-                keep their order.
+            slots: [rows] distinct, in any order; not written to afterwards. Slots that share nothing keep
+                their order.
         """
         version = self._prefixes.version
         if version != self._version or not np.array_equal(slots, self._slots):
@@ -142,7 +146,7 @@ class GroupFinder:
         return _arrange(slots, groups, found)
 
     def _lowest_candidates(self, slots: IndexArray, number: IndexArray) -> IndexArray:
-        """[rows] the lowest candidate that each row holds; 0 where it holds none."""
+        """[rows] the lowest candidate that each row holds; 0 if it holds none."""
         parent = self._prefixes.parent
         nodes = self._prefixes.leaf[slots].astype(np.intp)  # numpy looks up with these much faster
         lowest = number[nodes]
@@ -154,12 +158,12 @@ class GroupFinder:
     def _choose(
         self, parents: list[int], ends: list[int], num_rows: list[int]
     ) -> tuple[list[_Found], list[int]]:
-        """Which candidates are groups, from the top down. Entry 0 of all lists is the top.
+        """Decides from the top down which candidates are groups. Entry 0 of all lists is the top.
 
         Args:
-            parents: of each candidate, before it.
-            ends: the column after its last.
-            num_rows: whose lowest candidate it is; counts those of lower ones too afterwards.
+            parents: of each candidate; each comes before it.
+            ends: the column after the last of each.
+            num_rows: rows for which each is the lowest candidate; afterwards, rows of lower ones too.
 
         Returns:
             The groups, those inside a group right behind it; and the innermost group that each candidate
@@ -175,7 +179,7 @@ class GroupFinder:
         while waiting:
             candidate, group, start = waiting.pop()
             below, count, end = children[candidate], num_rows[candidate], ends[candidate]
-            # Where all rows are in one child, others part here that are not in the batch.
+            # Where all rows are in one child, only slots that are not in the batch part here.
             is_whole = not any(num_rows[child] == count for child in below)
             if count >= self._min_rows and end - start >= self._min_columns and is_whole:
                 found.append((count, start, end))
@@ -189,7 +193,7 @@ class GroupFinder:
 def _arrange(
     slots: IndexArray, groups: NDArray[np.unsignedinteger[Any]], found: list[_Found]
 ) -> Groups:
-    """Puts the rows in order; ``groups`` is the innermost group of each, counted from 1, or 0."""
+    """Puts the rows in order; ``groups`` is the innermost group of each row, counted from 1, or 0."""
     counts = np.bincount(groups, minlength=len(found) + 1)
     num_rows, first_columns, ends = np.array(found, np.int32).T.copy()
     return Groups(

@@ -15,7 +15,7 @@ class TableChanges:
     """Collects changed entries; their values are read from the table when the next batch is built.
 
     Args:
-        slots: whose page table changes.
+        slots: with the page table that changes.
     """
 
     def __init__(self, slots: SlotTable) -> None:
@@ -24,13 +24,13 @@ class TableChanges:
         self._patches: list[tuple[Sequence, IndexArray]] = []
 
     def add(self, slots: IndexArray, columns: IndexArray) -> None:
-        """Entries of slots that are in the batch being planned."""
+        """Adds entries of slots that are in the batch being planned."""
         self._entries.append((slots, columns))
 
     def patch(self, sequence: Sequence, columns: IndexArray) -> None:
-        """Entries of a running sequence, for the batch after the one just planned.
+        """Adds entries of a running sequence, for the batch after the one just planned.
 
-        The sequence may have left its slot by then; the entries are dropped if so.
+        They are dropped if the sequence has left its slot by then.
         """
         self._patches.append((sequence, columns))
 
