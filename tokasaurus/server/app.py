@@ -19,8 +19,8 @@ from tokasaurus.batch.runner import BatchRunner
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.server.document import document_answers
 from tokasaurus.server.http.access import Access
+from tokasaurus.server.http.answers import install_error_handlers
 from tokasaurus.server.http.direct import DirectRoutes
-from tokasaurus.server.http.errors import install_error_handlers
 from tokasaurus.server.metrics import CountRequests
 from tokasaurus.server.operations.execution import Answers
 from tokasaurus.server.protocols.table import OPERATIONS

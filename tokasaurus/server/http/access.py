@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokasaurus.config.slices import ServerConfig
-from tokasaurus.server.http.errors import BodyTooLarge, Unauthorized, error_answer
+from tokasaurus.server.errors import BodyTooLarge, Unauthorized
+from tokasaurus.server.http.answers import error_answer
 
 __all__ = ["CLIENT", "OPEN_PATHS", "Access", "share_of"]
 

@@ -9,7 +9,7 @@ from starlette.requests import ClientDisconnect
 
 from tokasaurus import untrusted_json
 from tokasaurus.errors import RequestError
-from tokasaurus.server.http.errors import ClientGone, WrongMediaType
+from tokasaurus.server.errors import ClientGone, WrongMediaType
 
 __all__ = ["read_json", "refuse_compressed"]
 

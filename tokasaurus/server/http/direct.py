@@ -18,7 +18,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tokasaurus.server.http.errors import error_answer, error_status
+from tokasaurus.server.errors import error_status
+from tokasaurus.server.http.answers import error_answer
 from tokasaurus.server.http.request_ids import REQUEST_ID
 
 __all__ = ["DirectRoutes", "Handler"]

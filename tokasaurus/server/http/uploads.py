@@ -15,8 +15,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
 from tokasaurus.errors import RequestError
+from tokasaurus.server.errors import BodyTooLarge, ClientGone, WrongMediaType
 from tokasaurus.server.http.bodies import refuse_compressed
-from tokasaurus.server.http.errors import BodyTooLarge, ClientGone, WrongMediaType
 
 __all__ = ["Form", "receive_form"]
 

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tokasaurus.errors import TokasaurusError
-from tokasaurus.server.http.errors import ClientGone, TimeIsUp
+from tokasaurus.server.errors import ClientGone, TimeIsUp
 from tokasaurus.server.operations.schemas import RequestBody
 from tokasaurus.server.operations.writer import StreamWriter
 from tokasaurus.text.generation import Generation

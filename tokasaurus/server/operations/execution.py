@@ -14,7 +14,7 @@ import msgspec
 
 from tokasaurus.errors import EngineError, RequestError
 from tokasaurus.protocol.messages import MAX_PRIORITY
-from tokasaurus.server.http.errors import error_body, error_status
+from tokasaurus.server.errors import error_body, error_status
 from tokasaurus.server.operations.calls import Call, in_thread_if
 from tokasaurus.server.operations.operation import Operation, Task
 from tokasaurus.server.operations.schemas import EngineRequest

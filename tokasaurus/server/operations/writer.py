@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from tokasaurus.errors import TokasaurusError
-from tokasaurus.server.http.errors import error_body
+from tokasaurus.server.errors import error_body
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.samples import SampleOutput
 

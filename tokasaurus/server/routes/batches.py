@@ -15,8 +15,8 @@ from tokasaurus.batch.runner import BatchRunner
 from tokasaurus.batch.store import JobStore
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import ConfigError, NotFound, RequestError
+from tokasaurus.server.http.answers import json_answer
 from tokasaurus.server.http.bodies import read_json
-from tokasaurus.server.http.errors import json_answer
 from tokasaurus.server.http.queries import read_query, whole_number
 from tokasaurus.server.operations.execution import Answers
 from tokasaurus.server.operations.schemas import Metadata, body_reference

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Response
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import TokasaurusError
 from tokasaurus.protocol.messages import CacheFlushed
-from tokasaurus.server.http.errors import json_answer
+from tokasaurus.server.http.answers import json_answer
 from tokasaurus.server.state import EngineState
 from tokasaurus.version import __version__
 

@@ -12,7 +12,7 @@ from tokasaurus.batch.disk import disk_error
 from tokasaurus.batch.records import Batch, StoredFile, new_id
 from tokasaurus.batch.runner import BatchRunner
 from tokasaurus.errors import RequestError
-from tokasaurus.server.http.errors import json_answer
+from tokasaurus.server.http.answers import json_answer
 from tokasaurus.server.http.queries import choice, read_query, whole_number
 from tokasaurus.server.http.uploads import receive_form
 

@@ -10,10 +10,11 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from tokasaurus.config.slices import ServerConfig
+from tokasaurus.server.errors import UnknownModel
 from tokasaurus.server.http.access import share_of
+from tokasaurus.server.http.answers import json_answer
 from tokasaurus.server.http.bodies import read_json
 from tokasaurus.server.http.direct import Handler
-from tokasaurus.server.http.errors import UnknownModel, json_answer
 from tokasaurus.server.operations.calls import EventStream
 from tokasaurus.server.operations.execution import Answers
 from tokasaurus.server.operations.operation import Operation

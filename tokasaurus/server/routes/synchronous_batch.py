@@ -16,9 +16,9 @@ from fastapi import APIRouter, Request, Response
 
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import RequestError
+from tokasaurus.server.errors import BodyTooLarge
 from tokasaurus.server.http.access import share_of
 from tokasaurus.server.http.bodies import read_json
-from tokasaurus.server.http.errors import BodyTooLarge
 from tokasaurus.server.operations.calls import Call, until_disconnect
 from tokasaurus.server.operations.execution import Answers
 from tokasaurus.server.operations.operation import Task

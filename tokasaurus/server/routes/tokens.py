@@ -9,8 +9,8 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from tokasaurus.errors import RequestError
+from tokasaurus.server.http.answers import json_answer
 from tokasaurus.server.http.bodies import read_json
-from tokasaurus.server.http.errors import json_answer
 from tokasaurus.server.operations.calls import in_thread_if
 from tokasaurus.server.operations.execution import MANY_CHARACTERS
 from tokasaurus.server.operations.schemas import RequestBody, body_reference, parse
