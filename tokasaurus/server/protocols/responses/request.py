@@ -157,7 +157,7 @@ class ResponsesRequest(GenerationRequest):
         form = None if self.text is None else self.text.form
         if form is not None and super()._form[0] is not None:
             raise RequestError(
-                f"text cannot be combined with {super()._form[0]}: both say what it must be", "text"
+                f"text cannot be combined with {super()._form[0]}: both say what the text must be", "text"
             )
         format_ = None if self.text is None else self.text.format
         if format_ and format_.type != "json_schema" and format_.json_schema is not None:
