@@ -14,17 +14,15 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokasaurus.protocol.messages import Statistics
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.generations import Generations
 
-__all__ = ["CountRequests", "Figure", "Metrics", "figures", "kv_use"]
+__all__ = ["Figure", "Metrics", "figures", "kv_use"]
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500)
 _SECONDS_PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
-_OTHER_PATHS = "other"
 
 # Of the manager: name behind "tokasaurus_", field of Statistics, help.
 _TOTALS = (
@@ -172,35 +170,3 @@ class _Figures(Collector):
         for figure in self._figures():
             family = CounterMetricFamily if figure.is_total else GaugeMetricFamily
             yield family(f"tokasaurus_{figure.name}", figure.meaning, figure.value)
-
-
-class CountRequests:
-    """A plain ASGI layer that counts answers by route and status.
-
-    Args:
-        app: what is inside.
-        counter: with the labels path and status.
-    """
-
-    def __init__(self, app: ASGIApp, counter: Counter) -> None:
-        self._app = app
-        self._counter = counter
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        status = 500  # where nothing is answered, the layer around this one does
-
-        def noting(message: Message) -> object:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            return send(message)
-
-        try:
-            await self._app(scope, receive, noting)  # type: ignore[arg-type]
-        finally:
-            # The route and not the path: anybody can think of another path.
-            path = getattr(scope.get("route"), "path", _OTHER_PATHS)
-            self._counter.labels(path, str(status)).inc()

@@ -105,6 +105,8 @@ def without_harmless(
     body: Mapping[str, Any],
     supported: Collection[str],
     harmless: Mapping[str, tuple[Any, ...]] = HARMLESS,
+    *,
+    where: str = "",
 ) -> dict[str, Any]:
     """The fields of a request that its schema is to look at.
 
@@ -112,6 +114,7 @@ def without_harmless(
         body: the request.
         supported: the fields of its schema.
         harmless: other fields, and the values of each that change nothing; () where only null does.
+        where: what stands before a field's name in errors.
 
     Raises:
         RequestError: names a field that is unknown, or has a value that is not supported.
@@ -121,9 +124,9 @@ def without_harmless(
         if name in supported:
             fields[name] = value
         elif name not in harmless:
-            raise RequestError(_unknown(name, supported), name)
+            raise RequestError(_unknown(where + name, name, supported), where + name)
         elif value is not None and not any(_matches(value, each) for each in harmless[name]):
-            raise RequestError(_unsupported(name, value), name)
+            raise RequestError(where + _unsupported(name, value), where + name)
     return fields
 
 
@@ -134,10 +137,10 @@ def _matches(value: Any, harmless: Any) -> bool:
     return isinstance(value, bool) == isinstance(harmless, bool) and bool(value == harmless)
 
 
-def _unknown(name: str, supported: Collection[str]) -> str:
+def _unknown(path: str, name: str, supported: Collection[str]) -> str:
     near = difflib.get_close_matches(name, supported, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{name} is no field of this request{hint}"
+    return f"{path} is no field of this request{hint}"
 
 
 def _unsupported(name: str, value: Any) -> str:

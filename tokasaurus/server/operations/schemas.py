@@ -8,6 +8,7 @@ refuses the same values in the same words.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import Field
@@ -16,7 +17,7 @@ from tokasaurus.errors import RequestError
 from tokasaurus.protocol.messages import LogprobsMode
 from tokasaurus.server.operations.fields import HARMLESS, without_harmless
 from tokasaurus.server.operations.strict import StrictSchema, validated
-from tokasaurus.text.params import SamplingParams, renamed
+from tokasaurus.text.params import SamplingParams
 from tokasaurus.text.structured_output import FIELD as STRUCTURED_OUTPUTS
 from tokasaurus.text.structured_output import from_response_format
 
@@ -48,7 +49,6 @@ _GUIDED = {
     "guided_choice": "choice",
     "guided_grammar": "grammar",
 }
-_FORMS = (STRUCTURED_OUTPUTS, *_GUIDED, "response_format")
 
 
 class StreamOptions(StrictSchema):
@@ -71,16 +71,6 @@ class RequestBody(StrictSchema):
     key_fields: ClassVar[tuple[str, ...]] = ()
     harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = HARMLESS
 
-    @property
-    def streams(self) -> bool:
-        """Whether the answer is to come in pieces."""
-        return False
-
-    @property
-    def needs_grammar(self) -> bool:
-        """Whether a grammar is to be compiled, which may take a while."""
-        return False
-
     def field_names(self) -> Mapping[str, str]:
         """How this request spells fields of ``SamplingParams`` that it spells differently."""
         return {}
@@ -94,6 +84,11 @@ class EngineRequest(RequestBody):
 
     user: Annotated[str, Field(max_length=_MAX_USER_CHARS)] | None = None
     """Whom the request is for: requests of different users get their turn alike."""
+
+    @property
+    def needs_grammar(self) -> bool:
+        """Whether a grammar must be compiled, which may take a while."""
+        return False
 
 
 class GenerationRequest(EngineRequest):
@@ -171,37 +166,35 @@ class GenerationRequest(EngineRequest):
         """What the client asked for; None if nothing."""
         return self.max_tokens
 
-    @property
-    def streams(self) -> bool:
-        return bool(self.stream)
-
     def field_names(self) -> Mapping[str, str]:
-        """How this request spells fields of ``SamplingParams`` that it spells differently."""
-        name = self._form[0]
-        return {} if name is None else {STRUCTURED_OUTPUTS: name}
+        return {} if self.form_field is None else {STRUCTURED_OUTPUTS: self.form_field}
 
     @property
     def form_field(self) -> str | None:
-        """The field that says what the text must be."""
-        return self._form[0]
+        """The field that says what the text must be; None if the text is free."""
+        return next(iter(self._forms), None)
 
-    @property
-    def _form(self) -> tuple[str | None, Mapping[str, Any] | None]:
-        """The field that says what the text must be, and what it says in the words of ``SamplingParams``."""
+    @cached_property
+    def _forms(self) -> Mapping[str, Any]:
+        """What the text must be, as ``SamplingParams`` says it, by the field that says it here.
+
+        ``check`` refuses more than one.
+        """
+        forms: dict[str, Any] = {}
         if self.structured_outputs is not None:
-            return STRUCTURED_OUTPUTS, self.structured_outputs
+            forms[STRUCTURED_OUTPUTS] = self.structured_outputs
         for name, kind in _GUIDED.items():
             if getattr(self, name) is not None:
-                return name, {kind: getattr(self, name)}
-        if self.response_format is not None and (
-            form := from_response_format(self.response_format)
-        ):
-            return "response_format", form
-        return None, None
+                forms[name] = {kind: getattr(self, name)}
+        if self.response_format is not None:
+            form = from_response_format(self.response_format)
+            if form is not None:
+                forms["response_format"] = form
+        return forms
 
     @property
     def needs_grammar(self) -> bool:
-        return self._form[1] is not None
+        return bool(self._forms)
 
     @property
     def num_bad_word_characters(self) -> int:
@@ -217,13 +210,10 @@ class GenerationRequest(EngineRequest):
                 f"service_tier {self.service_tier!r} sets the priority, which was given too; leave one out",
                 "service_tier",
             )
-        forms = [name for name in _FORMS if getattr(self, name) is not None]
-        if self.response_format is not None and from_response_format(self.response_format) is None:
-            forms.remove("response_format")
-        if len(forms) > 1:
+        if len(self._forms) > 1:
+            first, second, *_ = self._forms
             raise RequestError(
-                f"{forms[1]} cannot be combined with {forms[0]}: both say what the text must be",
-                forms[1],
+                f"{second} cannot be combined with {first}: both say what the text must be", second
             )
         if self.logprobs_ignore_temperature and self.logprobs_mode not in (None, "raw"):
             raise RequestError(
@@ -233,41 +223,36 @@ class GenerationRequest(EngineRequest):
             )
 
     def params(self) -> SamplingParams:
-        """Raises RequestError, in the words of this request."""
+        """Raises RequestError, with the fields as ``SamplingParams`` calls them."""
         num_logprobs = self.num_logprobs
         if self.logprobs_in_fingerprint and num_logprobs is None:
             num_logprobs = 0
-        try:
-            return SamplingParams(
-                n=self.num_samples,
-                temperature=self.temperature,
-                top_p=self.top_p,
-                top_k=self.top_k,
-                min_p=self.min_p,
-                seed=self.seed,
-                stop=self.stop,
-                ignore_eos=bool(self.ignore_eos),
-                stop_token_ids=self.stop_token_ids,
-                min_tokens=self.min_tokens or 0,
-                frequency_penalty=self.frequency_penalty or 0.0,
-                presence_penalty=self.presence_penalty or 0.0,
-                repetition_penalty=1.0
-                if self.repetition_penalty is None
-                else self.repetition_penalty,
-                logit_bias=self.logit_bias,
-                bad_words=self.bad_words,
-                max_tokens=self.token_limit,
-                logprobs=num_logprobs,
-                prompt_logprobs=self.prompt_logprobs,
-                logprobs_mode=LogprobsMode.RAW
-                if self.logprobs_ignore_temperature
-                else self.logprobs_mode,
-                priority=self._priority,
-                first_k=self.first_k,
-                structured_outputs=self._form[1],
-            )
-        except RequestError as error:
-            raise renamed(error, self.field_names()) from None
+        return SamplingParams(
+            n=self.num_samples,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            seed=self.seed,
+            stop=self.stop,
+            ignore_eos=bool(self.ignore_eos),
+            stop_token_ids=self.stop_token_ids,
+            min_tokens=self.min_tokens or 0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            logit_bias=self.logit_bias,
+            bad_words=self.bad_words,
+            max_tokens=self.token_limit,
+            logprobs=num_logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+            logprobs_mode=LogprobsMode.RAW
+            if self.logprobs_ignore_temperature
+            else self.logprobs_mode,
+            priority=self._priority,
+            first_k=self.first_k,
+            structured_outputs=next(iter(self._forms.values()), None),
+        )
 
     @property
     def _priority(self) -> int:
@@ -288,11 +273,6 @@ class GenerationRequest(EngineRequest):
 
 R = TypeVar("R", bound=RequestBody)
 
-# Fields of a message that clients copy from an answer into the next request; harmless when empty.
-_EMPTY_MESSAGE_FIELDS = frozenset(
-    {"annotations", "audio", "function_call", "reasoning_content", "refusal", "tool_calls"}
-)
-
 
 def parse(body: Any, schema: type[R]) -> R:
     """Reads a decoded JSON body.
@@ -303,8 +283,6 @@ def parse(body: Any, schema: type[R]) -> R:
     if not isinstance(body, dict):
         raise RequestError("the body must be a JSON object")
     fields = without_harmless(body, schema.model_fields.keys(), schema.harmless)
-    if isinstance(messages := fields.get("messages"), list):
-        fields["messages"] = [_without_empty_fields(message) for message in messages]
     request = validated(fields, schema)
     request.check()
     return request
@@ -315,11 +293,3 @@ def body_reference(*schemas: type[StrictSchema]) -> dict[str, Any]:
     references = [{"$ref": f"#/components/schemas/{schema.__name__}"} for schema in schemas]
     schema = references[0] if len(references) == 1 else {"anyOf": references}
     return {"required": True, "content": {"application/json": {"schema": schema}}}
-
-
-def _without_empty_fields(message: Any) -> Any:
-    if not isinstance(message, dict):
-        return message
-    return {
-        name: value for name, value in message.items() if value or name not in _EMPTY_MESSAGE_FIELDS
-    }

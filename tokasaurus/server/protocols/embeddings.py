@@ -19,7 +19,6 @@ from tokasaurus.server.operations.prompts import Prompts, read_prompts
 from tokasaurus.server.operations.schemas import EngineRequest
 from tokasaurus.server.operations.writer import AnswerWriter
 from tokasaurus.text.generation import Generation
-from tokasaurus.text.params import renamed
 from tokasaurus.text.preparation import Preparer
 
 __all__ = ["EMBEDDINGS", "EmbeddingRequest", "embedding", "pooling_named"]
@@ -123,27 +122,24 @@ def _in_base64(vector: Float32Array) -> str:
     return base64.b64encode(vector.astype("<f4").tobytes()).decode()
 
 
-def _prepare(body: EmbeddingRequest, preparer: Preparer) -> Task:
+def _prepare(request: EmbeddingRequest, preparer: Preparer) -> Task:
     """Makes a vector of each text."""
     tokenizer, config = preparer.tokenizer, preparer.config
-    pooling = pooling_named(body.pooling, config)
-    texts = read_prompts("input", body.input)
-    try:
-        prepared = [
-            preparer.prepare_pooling(
-                tokenizer.encode(text) if isinstance(text, str) else text,
-                pooling,
-                priority=body.priority or 0,
-            )
-            for text in texts
-        ]
-    except RequestError as error:
-        raise renamed(error, body.field_names()) from None
-    return Task(body, prepared, _EmbeddingWriter(body, config.model_name))
+    pooling = pooling_named(request.pooling, config)
+    texts = read_prompts("input", request.input)
+    prompts = [
+        preparer.prepare_pooling(
+            tokenizer.encode(text) if isinstance(text, str) else text,
+            pooling,
+            priority=request.priority or 0,
+        )
+        for text in texts
+    ]
+    return Task(request, prompts, _EmbeddingWriter(request, config.model_name))
 
 
-def _num_characters(body: EmbeddingRequest) -> int:
-    return sum(map(len, read_prompts("input", body.input)))
+def _num_characters(request: EmbeddingRequest) -> int:
+    return sum(map(len, read_prompts("input", request.input)))
 
 
 EMBEDDINGS = Operation("/v1/embeddings", EmbeddingRequest, _num_characters, _prepare)

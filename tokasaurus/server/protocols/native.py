@@ -14,14 +14,13 @@ import msgspec
 from pydantic import WithJsonSchema
 
 from tokasaurus.errors import RequestError
+from tokasaurus.server.operations.heavy_work import takes_long
 from tokasaurus.server.operations.logprobs import finite
 from tokasaurus.server.operations.prompts import TOKEN_IDS
 from tokasaurus.server.operations.schemas import GenerationRequest
 from tokasaurus.server.operations.usage import usage
 from tokasaurus.server.operations.writer import DONE, StreamWriter, event
-from tokasaurus.server.protocols.openai_writers import takes_long
 from tokasaurus.text.generation import Generation
-from tokasaurus.text.params import renamed
 from tokasaurus.text.preparation import CHAT_TEMPERATURE, PreparedRequest, Preparer
 from tokasaurus.text.samples import SampleOutput, TokenLogprobs
 from tokasaurus.text.tokenizer import Tokenizer
@@ -45,6 +44,9 @@ class NativeRequest(GenerationRequest):
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    def field_names(self) -> Mapping[str, str]:
+        return {**super().field_names(), "messages": "prompt"}
 
     def check(self) -> None:
         super().check()
@@ -133,14 +135,8 @@ class NativeWriter(StreamWriter):
 
 def prepare_native(body: NativeRequest, preparer: Preparer) -> PreparedRequest:
     """Decides what the client left open. Raises RequestError."""
-    try:
-        return preparer.prepare(
-            body.ids(preparer.tokenizer),
-            body.params(),
-            default_temperature=CHAT_TEMPERATURE,
-        )
-    except RequestError as error:
-        raise renamed(error, {**body.field_names(), "messages": "prompt"}) from None
+    ids = body.ids(preparer.tokenizer)
+    return preparer.prepare(ids, body.params(), default_temperature=CHAT_TEMPERATURE)
 
 
 def _sample(output: SampleOutput) -> dict[str, Any]:

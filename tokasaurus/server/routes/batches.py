@@ -18,7 +18,7 @@ from tokasaurus.errors import ConfigError, NotFound, RequestError
 from tokasaurus.server.http.answers import json_answer
 from tokasaurus.server.http.bodies import read_json
 from tokasaurus.server.http.queries import read_query, whole_number
-from tokasaurus.server.operations.execution import Answers
+from tokasaurus.server.operations.executor import Executor
 from tokasaurus.server.operations.schemas import Metadata, body_reference
 from tokasaurus.server.operations.strict import StrictSchema, validated
 from tokasaurus.server.protocols.table import OPERATIONS
@@ -40,7 +40,7 @@ def batch_runner(config: ServerConfig, state: EngineState) -> BatchRunner:
     ahead = SAMPLES_AHEAD * config.max_seqs_per_forward
     return BatchRunner(
         store,
-        Answers(state).answer,
+        Executor(state, OPERATIONS).answer,
         urls=list(OPERATIONS),
         model=config.model_name,
         # Half of the queue at most: batches never keep requests out.

@@ -11,10 +11,13 @@ from pydantic import Field
 from tokasaurus.errors import RequestError
 from tokasaurus.server.http.answers import json_answer
 from tokasaurus.server.http.bodies import read_json
-from tokasaurus.server.operations.calls import in_thread_if
-from tokasaurus.server.operations.execution import MANY_CHARACTERS
+from tokasaurus.server.operations.heavy_work import MANY_CHARACTERS, in_thread_if
 from tokasaurus.server.operations.schemas import RequestBody, body_reference, parse
-from tokasaurus.server.protocols.chat import ChatMessage, conversation_size, for_template
+from tokasaurus.server.protocols.chat.messages import (
+    ChatMessage,
+    conversation_size,
+    for_template,
+)
 from tokasaurus.server.state import EngineState
 from tokasaurus.text.params import renamed
 from tokasaurus.text.tokenizer import Tokenizer
@@ -63,6 +66,11 @@ class TokenizeRequest(RequestBody):
                 "add_special_tokens",
             )
 
+    def field_names(self) -> Mapping[str, str]:
+        if self.chat_template is None or self.chat_template_kwargs:
+            return {}
+        return {"chat_template_kwargs": "chat_template"}
+
     @property
     def size(self) -> float:
         """In characters, about."""
@@ -79,9 +87,7 @@ class TokenizeRequest(RequestBody):
         try:
             return tokenizer.render_chat(for_template(self.messages or ()), self._overrides)
         except RequestError as error:
-            if self.chat_template is None or self.chat_template_kwargs:
-                raise
-            raise renamed(error, {"chat_template_kwargs": "chat_template"}) from None
+            raise renamed(error, self.field_names()) from None
 
     @property
     def _overrides(self) -> dict[str, Any]:
@@ -141,7 +147,7 @@ class TokenRoutes:
 
     async def tokenize(self, request: Request) -> Response:
         """The tokens of a text or a conversation, as the generating routes would make them."""
-        preparer = self._state.preparer()
+        preparer = self._state.engine().preparer
         body = parse(await read_json(request), TokenizeRequest)
         tokenizer, limit = preparer.tokenizer, preparer.config.max_request_tokens
 
@@ -155,7 +161,7 @@ class TokenRoutes:
 
     async def detokenize(self, request: Request) -> Response:
         """The text of tokens, special ones by their names."""
-        preparer = self._state.preparer()
+        preparer = self._state.engine().preparer
         tokens = parse(await read_json(request), DetokenizeRequest).tokens
         tokenizer, vocab_size = preparer.tokenizer, preparer.config.vocab_size
         wrong = next((i for i in tokens if not 0 <= i < vocab_size), None)
@@ -168,6 +174,6 @@ class TokenRoutes:
 
     async def info(self) -> Response:
         """What a client needs to know of the tokenizer to write prompts itself."""
-        preparer = self._state.preparer()
+        preparer = self._state.engine().preparer
         limit = preparer.config.max_request_tokens
         return json_answer({**preparer.tokenizer.info(), "model_max_length": limit})

@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 import msgspec
 
 from tokasaurus.errors import TokasaurusError
+from tokasaurus.server.operations.heavy_work import takes_long
 from tokasaurus.server.operations.logprobs import chat_logprobs
 from tokasaurus.server.operations.writer import StreamWriter
-from tokasaurus.server.protocols.openai_writers import takes_long
 from tokasaurus.server.protocols.tools.call_reader import CallBegins
 from tokasaurus.server.protocols.tools.parsing import AnswerParser, Text
 from tokasaurus.server.protocols.tools.reasoning import Reasoning

@@ -16,6 +16,7 @@ from tokasaurus.text.structured_output import FIELD as STRUCTURED_OUTPUTS
 
 __all__ = ["SAMPLING_FIELDS", "SglangRequest", "prepare_sglang"]
 
+_SAMPLING = "sampling_params."
 _MAX_NEW_TOKENS = 128  # where a request does not say
 
 T = TypeVar("T")
@@ -51,7 +52,7 @@ SAMPLING_FIELDS: Mapping[str, _Field] = {
 """SGLang's sampling parameters that are supported."""
 
 _OUR_NAMES = {
-    **{field.name: f"sampling_params.{name}" for name, field in SAMPLING_FIELDS.items()},
+    **{field.name: f"{_SAMPLING}{name}" for name, field in SAMPLING_FIELDS.items()},
     "logprobs": "top_logprobs_num",
     "prompt_logprobs": "top_logprobs_num",
 }
@@ -111,14 +112,10 @@ class SglangRequest(EngineRequest):
     rid: str | list[str] | None = None
     """A name, which the answer repeats."""
 
-    @property
-    def streams(self) -> bool:
-        return bool(self.stream)
-
     def field_names(self) -> Mapping[str, str]:
-        names = {**_OUR_NAMES, "prompt": self._prompt_field}
+        names = {**_OUR_NAMES, "prompt": self.prompt_field}
         form = next(iter(self._forms), None)
-        return names if form is None else {**names, STRUCTURED_OUTPUTS: f"sampling_params.{form}"}
+        return names if form is None else {**names, STRUCTURED_OUTPUTS: f"{_SAMPLING}{form}"}
 
     @property
     def needs_grammar(self) -> bool:
@@ -138,14 +135,14 @@ class SglangRequest(EngineRequest):
 
     def prompts(self) -> list[str | list[int]]:
         """One or several. Raises RequestError."""
-        name = self._prompt_field
+        name = self.prompt_field
         prompts = read_prompts(name, getattr(self, name))
         if isinstance(prompts[0], str) != (name == "text"):
             raise RequestError(f"{name} must hold {'texts' if name == 'text' else 'ids'}", name)
         return prompts
 
     @property
-    def _prompt_field(self) -> str:
+    def prompt_field(self) -> str:
         return "text" if self.text is not None else "input_ids"
 
     @property
@@ -190,37 +187,31 @@ def _params(
         raise RequestError("top_logprobs_num needs return_logprob to be true", "top_logprobs_num")
     if start >= 0 and not with_logprobs:
         raise RequestError("logprob_start_len needs return_logprob to be true", "logprob_start_len")
-    try:
-        given = without_harmless(sampling, SAMPLING_FIELDS.keys(), _HARMLESS_SAMPLING)
-        forms = [name for name in _FORMS if given.get(name) is not None]
-        if len(forms) > 1:
-            raise RequestError(f"{forms[1]} cannot be combined with {forms[0]}", forms[1])
-        values = {
-            SAMPLING_FIELDS[name].name: SAMPLING_FIELDS[name].convert(value)
-            for name, value in given.items()
-            if value is not None
-        }
-    except RequestError as error:
-        raise renamed(error, {str(error.field): f"sampling_params.{error.field}"}) from None
+    given = without_harmless(sampling, SAMPLING_FIELDS.keys(), _HARMLESS_SAMPLING, where=_SAMPLING)
+    forms = [_SAMPLING + name for name in _FORMS if given.get(name) is not None]
+    if len(forms) > 1:
+        raise RequestError(f"{forms[1]} cannot be combined with {forms[0]}", forms[1])
+    values = {
+        SAMPLING_FIELDS[name].name: SAMPLING_FIELDS[name].convert(value)
+        for name, value in given.items()
+        if value is not None
+    }
     values.setdefault("max_tokens", None)
     logprobs = num_top if with_logprobs else None
-    names = dict(_OUR_NAMES)
-    if forms:
-        names[STRUCTURED_OUTPUTS] = f"sampling_params.{forms[0]}"
     try:
         return SamplingParams(
             **values, logprobs=logprobs, prompt_logprobs=logprobs if start >= 0 else None
         )
     except RequestError as error:
-        raise renamed(error, names) from None
+        # Each prompt may say in another field what its text must be.
+        raise renamed(error, {STRUCTURED_OUTPUTS: forms[0]} if forms else {}) from None
 
 
 def prepare_sglang(body: SglangRequest, preparer: Preparer) -> list[PreparedRequest]:
     """Decides what the client left open. Raises RequestError."""
     prompts = body.prompts()
     params = body.params(len(prompts))
-    names = body.field_names()
-    read_prompts(names["prompt"], prompts, max(each.n for each in params))
+    read_prompts(body.prompt_field, prompts, max(each.n for each in params))
     starts = body.per_prompt("logprob_start_len", len(prompts), -1)
     limit = preparer.config.max_request_tokens
     prepared = []
@@ -234,8 +225,5 @@ def prepare_sglang(body: SglangRequest, preparer: Preparer) -> list[PreparedRequ
         if each.max_tokens is None:
             room = max(1, min(_MAX_NEW_TOKENS, limit - len(ids)))
             each = dataclasses.replace(each, max_tokens=room)
-        try:
-            prepared.append(preparer.prepare(ids, each))
-        except RequestError as error:
-            raise renamed(error, names) from None
+        prepared.append(preparer.prepare(ids, each))
     return prepared

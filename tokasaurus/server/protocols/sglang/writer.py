@@ -14,9 +14,9 @@ from typing import Any
 import msgspec
 
 from tokasaurus.errors import RequestError
+from tokasaurus.server.operations.heavy_work import takes_long
 from tokasaurus.server.operations.logprobs import finite
 from tokasaurus.server.operations.writer import DONE, StreamWriter, event
-from tokasaurus.server.protocols.openai_writers import takes_long
 from tokasaurus.server.protocols.sglang.request import SglangRequest
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.preparation import PreparedRequest
