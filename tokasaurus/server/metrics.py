@@ -1,7 +1,7 @@
-"""What a server tells monitoring: the Prometheus metrics of one engine.
+"""The Prometheus metrics of one engine.
 
-Requests are observed when they end, and the manager's figures are copied when somebody asks; a generated
-token costs nothing here. docs/operations.md says what each metric means.
+Requests are observed when they end, and the manager's figures are copied when Prometheus asks, so a
+generated token costs nothing here. docs/operations.md says what each metric means.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["Figure", "Metrics", "figures", "kv_use"]
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500)
 _SECONDS_PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
-# Of the manager: name behind "tokasaurus_", field of Statistics, help.
+# The manager's figures: name after "tokasaurus_", field of Statistics, help.
 _TOTALS = (
     ("computed_prompt_tokens", "num_prefill_tokens", "Prompt tokens computed"),
     ("cached_prompt_tokens", "num_cached_tokens", "Prompt tokens found in the prefix cache"),
@@ -50,10 +50,10 @@ _STATE = (
 
 
 class Metrics:
-    """The metrics of one engine; watches its generations.
+    """The metrics of one engine. Watches its generations.
 
     Args:
-        figures: the engine's at the moment.
+        figures: gives the engine's figures at the moment.
         clock: seconds.
     """
 
@@ -91,17 +91,18 @@ class Metrics:
         )
         self._token_s = Histogram(
             "tokasaurus_time_per_output_token_seconds",
-            "From the first token of a prompt to its end, divided by the further tokens of a sample",
+            "From the first token of a prompt to its end, divided by the further tokens of a"
+            " sample",
             buckets=_SECONDS_PER_TOKEN,
             registry=registry,
         )
         registry.register(_Figures(figures))
 
     def text(self) -> bytes:
-        """All of them in Prometheus' text format."""
+        """All metrics, in Prometheus' text format."""
         return generate_latest(self._registry)
 
-    # --- what Generations tells of each prompt -----------------------------------------------------
+    # --- a Watcher of generations -----------------------------------------------------------------
 
     def started(self, generation: Generation) -> None:
         generation.started_at = self._clock()
@@ -111,7 +112,7 @@ class Metrics:
         generation.began_at = self._clock()
 
     def ended(self, generation: Generation, outcome: str) -> None:
-        """Outcome is finished, aborted, refused (by the manager) or failed (with the engine)."""
+        """The outcome is finished, aborted, refused by the manager or failed with the engine."""
         self._outcomes[outcome].inc()
         if outcome != "finished":
             return
@@ -127,16 +128,23 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Figure:
-    """One number of the moment."""
+    """One number at one moment.
 
-    name: str  # behind "tokasaurus_"
+    Attributes:
+        name: after "tokasaurus_".
+        meaning: for people.
+        value: at this moment.
+        is_total: the value counts from the start of the engine.
+    """
+
+    name: str
     meaning: str
     value: float
-    is_total: bool = False  # since the start
+    is_total: bool = False
 
 
 def figures(generations: Generations | None) -> Iterator[Figure]:
-    """The manager's figures, as it last sent them, and the server's own; nothing before it has."""
+    """The manager's latest figures, and the server's own; none before the manager has sent any."""
     statistics = None if generations is None else generations.statistics
     if generations is None or statistics is None:
         return
@@ -161,7 +169,7 @@ def kv_use(statistics: Statistics) -> float:
 
 
 class _Figures(Collector):
-    """Copies the figures when somebody asks."""
+    """Copies the figures when Prometheus asks."""
 
     def __init__(self, figures: Callable[[], Iterable[Figure]]) -> None:
         self._figures = figures

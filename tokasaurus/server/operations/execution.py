@@ -20,7 +20,7 @@ __all__ = ["Execution"]
 
 
 class Execution:
-    """Runs one task. Use it in a ``with`` block: after the block, nothing of the task runs any more.
+    """Runs one task. Use it in a ``with`` block, after which nothing of the task runs any more.
 
     Args:
         task: to run; its generations start at once.
@@ -78,10 +78,10 @@ class Execution:
         return await in_thread_if(writer.takes_long(generations), lambda: writer.whole(generations))
 
     def events(self) -> AsyncIterator[bytes] | None:
-        """The events of the answer, as they come; None if the client did not ask for a stream.
+        """The events of the answer as they come; None if the client did not ask for a stream.
 
-        An error before the first event is raised, as ``answer`` raises it. A later error is the last
-        event, except ClientGone, which is always raised.
+        An error before the first event is raised, as ``answer`` raises it. A later error is the
+        last event, except ClientGone, which is always raised.
         """
         writer = self._task.stream
         return None if writer is None else self._written(writer)
@@ -102,7 +102,7 @@ class Execution:
             yield writer.failure(error)
 
     async def _news(self) -> AsyncIterator[list[tuple[int, SampleOutput]]]:
-        """The prompt's position and the output, whenever there are some, until everything is there."""
+        """Outputs with the positions of their prompts, whenever there are some, until the end."""
         while self._unfinished:
             changed = await self._next_changes()
             outputs = [

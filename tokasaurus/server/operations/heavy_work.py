@@ -1,4 +1,4 @@
-"""Work that would hold up the event loop for more than about a millisecond, and so runs in a thread."""
+"""Heavy work, which would hold up the event loop for over a millisecond, runs in a thread."""
 
 from __future__ import annotations
 

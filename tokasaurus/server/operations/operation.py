@@ -1,8 +1,8 @@
 """A kind of request, and one request that is ready to run.
 
 An operation turns a request into prompts that can run and a writer of the answer. It does not know
-where the request came from, an HTTP connection or a line of a batch: the ``Executor`` carries it out
-for both.
+where the request came from: the ``Executor`` carries it out for HTTP connections and for lines of
+batches.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Operation:
     Args:
         path: of its route; the lines of a batch name it too.
         schema: of its JSON.
-        num_characters: the number of characters to tokenize for a request, about. If there are many,
-            a thread prepares it.
+        num_characters: about how many characters a request brings to tokenize. A request with many
+            is prepared in a thread.
         prepare: makes a task of a request; may take a while. Raises RequestError, with the fields
             as ``SamplingParams`` and the text core call them.
         alternatives: other shapes of its JSON, told apart by their ``key_fields``.

@@ -1,7 +1,7 @@
 """The seam between running a request and the JSON of its answer.
 
-Every protocol has its own writers. An ``Execution`` asks its writer for the whole answer, or for the
-events of a stream, one after the other.
+Every protocol has its own writers. An ``Execution`` asks its writer for a whole answer, or for the
+events of a stream one by one.
 """
 
 from __future__ import annotations

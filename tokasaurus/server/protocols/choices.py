@@ -32,7 +32,7 @@ class ChoicesWriter(StreamWriter):
 
     Args:
         request: what was asked.
-        model: the name to answer with where the request has none.
+        model: the name in the answer if the request names none.
         tokenizer: spells tokens for logprobs.
     """
 
@@ -48,7 +48,7 @@ class ChoicesWriter(StreamWriter):
         self._continuous_usage = bool(options and options.continuous_usage_stats)
         self._packs_logprobs = bool(request.logprobs_in_fingerprint)
         self._num_streamed_tokens = 0
-        self._begun: set[int] = set()  # choices of which a chunk was sent
+        self._begun: set[int] = set()  # choices that have had a chunk
         self._head = {
             "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
@@ -83,7 +83,7 @@ class ChoicesWriter(StreamWriter):
     def chunk(
         self, generations: Sequence[Generation], position: int, output: SampleOutput
     ) -> bytes:
-        # Its fingerprint carries the ids that this chunk brings.
+        # The fingerprint carries the ids in this chunk.
         index = position * self.request.num_samples + output.index
         first = index not in self._begun
         choice = self._delta(index, generations[position], output, first=first)
@@ -124,23 +124,23 @@ class ChoicesWriter(StreamWriter):
         return prompt_logprobs(self.tokenizer, ids, values, ranks)
 
     def _more(self, generations: Sequence[Generation]) -> dict[str, Any]:
-        """What only this endpoint's whole answers have beside the choices."""
+        """Fields beside the choices that only this protocol's whole answers have."""
         return {}
 
     def _num_reasoning_tokens(self) -> int | None:
-        """Of all tokens so far; None where nothing is said of them."""
+        """The reasoning tokens among all tokens so far; None leaves the field out."""
         return None
 
     def _input_ids(self, generations: Sequence[Generation]) -> list[list[int]] | None:
-        """What the fingerprint says of the prompts; nothing but for the endpoint that takes their ids."""
+        """The ids of the prompts for the fingerprint; None leaves them out."""
         return None
 
     @abstractmethod
     def _choice(self, index: int, generation: Generation, output: SampleOutput) -> dict[str, Any]:
-        """One of a whole answer's choices."""
+        """One choice of a whole answer."""
 
     @abstractmethod
     def _delta(
         self, index: int, generation: Generation, output: SampleOutput, *, first: bool
     ) -> dict[str, Any]:
-        """What a chunk brings of a choice; ``first`` if it is the first one of that."""
+        """One choice of a chunk; ``first`` if it is the choice's first chunk."""

@@ -38,19 +38,19 @@ class EmbeddingRequest(EngineRequest):
     }
 
     input: Prompts
-    """A text or several, as strings or as token ids."""
+    """One text or several, as strings or as token ids."""
     model: str | None = None
-    """Any name will do: there is one model. The answer repeats it."""
+    """Any name will do: there is one model. The answer repeats the name."""
     encoding_format: Literal["float", "base64"] | None = None
     """``float``, the default: a list of numbers. ``base64``: little-endian fp32."""
     dimensions: Annotated[int, Field(ge=1)] | None = None
-    """Keep so many leading elements, and bring the vector to length 1 again. Of use with models that were
-    trained for it."""
+    """Keep this many leading elements, and scale the vector to length 1 again. Useful with models
+    that were trained for it."""
     pooling: Literal["mean", "last"] | None = None
-    """Of the last hidden states: their mean over all tokens, or the last token's. Default: the engine's
+    """The mean of the last hidden states of all tokens, or the last token's. Default: the engine's
     ``embedding_pooling``."""
     priority: int | None = None
-    """Lower runs first, of all requests that the engine has; from -1,000,000 to 1,000,000, default 0."""
+    """Of all requests in the engine, lower runs first; from -1,000,000 to 1,000,000, default 0."""
 
     def field_names(self) -> Mapping[str, str]:
         return {"prompt": "input"}
@@ -60,7 +60,7 @@ def pooling_named(name: str | None, config: ServerConfig) -> Pooling:
     """A kind of pooling by its name, or the default one.
 
     Raises:
-        RequestError: there is none of this name.
+        RequestError: no kind has this name.
     """
     if name is None:
         return config.embedding_pooling
@@ -78,7 +78,7 @@ def embedding(generation: Generation, dimensions: int | None = None) -> Float32A
         dimensions: leading elements to keep; None for all.
 
     Raises:
-        RequestError: the model's vectors are shorter than that.
+        RequestError: the model's vectors have fewer elements.
     """
     state = generation.pooled_state
     if state is None:

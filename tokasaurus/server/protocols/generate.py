@@ -1,4 +1,4 @@
-"""The operation ``/generate``: two shapes of request, which are told apart by what the prompt is called."""
+"""The operation ``/generate``: two shapes of request, told apart by the name of the prompt."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class EngineRoutes:
                 )
         return router
 
-    # --- while the model loads, too ----------------------------------------------------------------
+    # --- while the model loads, too ---------------------------------------------------------------
 
     async def ping(self) -> Response:
         """The server process lives; says nothing of the model."""
@@ -109,7 +109,7 @@ class EngineRoutes:
             }
         )
 
-    # --- when requests are served ------------------------------------------------------------------
+    # --- when requests are served -----------------------------------------------------------------
 
     async def models(self) -> Response:
         """The one model."""
@@ -144,7 +144,7 @@ class EngineRoutes:
         )
 
     async def flush_cache(self) -> Response:
-        """Forgets every cached page that no running request holds; tells how many pages that were."""
+        """Forgets every cached page that no running request holds, and counts these pages."""
         done: asyncio.Future[CacheFlushed] = asyncio.get_running_loop().create_future()
 
         def settle(result: CacheFlushed | TokasaurusError) -> None:

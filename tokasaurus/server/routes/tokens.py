@@ -1,4 +1,4 @@
-"""``/tokenize``, ``/detokenize`` and ``/tokenizer_info``, in the shapes of vLLM: the model's tokenizer for clients."""
+"""The model's tokenizer for clients, in vLLM's shapes: ``/tokenize`` and its relatives."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["TOKEN_SCHEMAS", "TokenRoutes"]
 
 
 class TokenizeRequest(RequestBody):
-    """``POST /tokenize``: of a text, or of a conversation."""
+    """``POST /tokenize``, for a text or a conversation."""
 
     harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "mm_processor_kwargs": ({},),
@@ -39,13 +39,13 @@ class TokenizeRequest(RequestBody):
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     """Instead of ``prompt``: a conversation, which the chat template writes."""
     add_special_tokens: bool | None = None
-    """The special tokens that the model expects around a text: true by default, as /v1/completions does.
-    In a conversation the chat template writes them, so there it can only be false."""
+    """Add the special tokens that the model expects around a text; default true, as in
+    /v1/completions. In a conversation it can only be false: the chat template writes them."""
     return_token_strs: bool | None = None
-    """Each token's spelling, too."""
+    """Return the text of each token, too."""
     add_generation_prompt: bool | None = None
-    """End a conversation where the assistant's next message begins. Default true, but where the last message is
-    the assistant's."""
+    """End a conversation where the assistant's next message begins. Default true, unless the last
+    message is the assistant's."""
     continue_final_message: bool | None = None
     """Leave the last message open."""
     chat_template: str | None = None
@@ -73,7 +73,7 @@ class TokenizeRequest(RequestBody):
 
     @property
     def size(self) -> float:
-        """In characters, about."""
+        """The number of characters, about."""
         if self.prompt is not None:
             return len(self.prompt)
         return conversation_size([each.size for each in self.messages or ()], self._overrides)
@@ -123,7 +123,7 @@ class TokenRoutes:
     """The routes.
 
     Args:
-        state: of the engine, whose tokenizer it is.
+        state: of the engine that has the tokenizer.
     """
 
     def __init__(self, state: EngineState) -> None:
@@ -160,7 +160,7 @@ class TokenRoutes:
         return await in_thread_if(body.size > MANY_CHARACTERS, answer)
 
     async def detokenize(self, request: Request) -> Response:
-        """The text of tokens, special ones by their names."""
+        """The text of tokens, with special tokens by their names."""
         preparer = self._state.engine().preparer
         tokens = parse(await read_json(request), DetokenizeRequest).tokens
         tokenizer, vocab_size = preparer.tokenizer, preparer.config.vocab_size
@@ -173,7 +173,7 @@ class TokenRoutes:
         )
 
     async def info(self) -> Response:
-        """What a client needs to know of the tokenizer to write prompts itself."""
+        """What a client needs to know of the tokenizer if it writes prompts itself."""
         preparer = self._state.engine().preparer
         limit = preparer.config.max_request_tokens
         return json_answer({**preparer.tokenizer.info(), "model_max_length": limit})

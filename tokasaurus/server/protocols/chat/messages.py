@@ -14,7 +14,7 @@ from tokasaurus.server.protocols.tools.request import Tool, ToolCall
 
 __all__ = ["ChatMessage", "TextPart", "conversation_size", "for_template"]
 
-_TEMPLATE_CHARS = 32  # that a template writes around a message, about
+_TEMPLATE_CHARS = 32  # about what a template writes around a message
 
 # Clients copy a message from an answer into the next request; these fields are harmless when empty.
 _EMPTY_FIELDS = frozenset(
@@ -23,25 +23,25 @@ _EMPTY_FIELDS = frozenset(
 
 
 class TextPart(StrictSchema):
-    """A part of a message's content; other types than text are refused by name."""
+    """A part of a message's content. Types other than text are refused by name."""
 
     type: Literal["text"]
     text: str
 
 
 class ChatMessage(StrictSchema):
-    """One message. The chat template decides which roles there are; ``developer`` is ``system`` to it."""
+    """One message. The chat template decides which roles exist; it sees developer as system."""
 
     role: str
     content: str | list[TextPart] | None = None
     """Null only beside ``tool_calls``."""
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
-    """What the assistant called."""
+    """The calls that the assistant made."""
     tool_call_id: str | None = None
-    """Which call a tool answers."""
+    """The call that a tool's message answers."""
     reasoning_content: str | None = None
-    """What the assistant thought; templates that know it decide what to keep of it."""
+    """The assistant's reasoning. A template that knows the field decides what to keep of it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -60,19 +60,19 @@ class ChatMessage(StrictSchema):
 
     @property
     def size(self) -> int:
-        """In characters, about."""
+        """The number of characters, about."""
         texts = (self.role, self.text, self.name, self.tool_call_id, self.reasoning_content)
         calls = 0 if self.tool_calls is None else len(str(self.tool_calls))
         return sum(len(text) for text in texts if text is not None) + calls
 
     def for_template(self, where: str = "message") -> dict[str, Any]:
-        """What the chat template sees of it.
+        """The message as the chat template sees it.
 
         Args:
-            where: it is, for errors.
+            where: the message is in the request, for errors.
 
         Raises:
-            RequestError: it has no content, or a call in it is none.
+            RequestError: the message has no content, or a call in it is wrong.
         """
         if self.content is None and not self.tool_calls:
             raise RequestError(f"{where}.content is required", "messages")
@@ -90,19 +90,19 @@ class ChatMessage(StrictSchema):
 
 
 def for_template(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """What the chat template sees of a conversation. Raises RequestError."""
+    """A conversation as the chat template sees it. Raises RequestError."""
     return [each.for_template(f"messages[{number}]") for number, each in enumerate(messages)]
 
 
 def conversation_size(
     messages: Collection[int], arguments: Mapping[str, Any], tools: Sequence[Tool] = ()
 ) -> float:
-    """How many characters a chat template has to do with, about; infinite for a program of the client's.
+    """About how many characters a chat template handles; infinite if the template is the client's.
 
     Args:
-        messages: the size of each.
+        messages: the size of each message.
         arguments: of the template.
-        tools: that it tells the model of.
+        tools: described by the template.
     """
     if "chat_template" in arguments:
         return math.inf

@@ -23,17 +23,17 @@ class ChatRequest(GenerationRequest):
     ids: Annotated[list[int], Field(min_length=1)] | None = None
     """The prompt's token ids, instead of ``messages``; the chat template is not applied."""
     max_completion_tokens: int | None = None
-    """A newer name of ``max_tokens``. Without either, the rest of the context."""
+    """The newer name of ``max_tokens``. Default: the rest of the context."""
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[Tool] | None = None
-    """What the model may call."""
+    """The tools that the model may call."""
     tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
-    """Default ``auto``: the model decides. ``required`` and a named function are enforced by a grammar."""
+    """Default ``auto``: the model decides. A grammar enforces ``required`` and a named function."""
     parallel_tool_calls: bool | None = None
-    """False: one call at most. Default true."""
+    """False allows one call at most. Default true."""
     chat_template_kwargs: dict[str, Any] | None = None
-    """Further arguments for the tokenizer's ``apply_chat_template``, such as ``enable_thinking``."""
+    """Further arguments of ``apply_chat_template``, such as ``enable_thinking``."""
     apply_chat_template_overrides: dict[str, Any] | None = None
     """Another name of ``chat_template_kwargs``."""
 
@@ -52,12 +52,12 @@ class ChatRequest(GenerationRequest):
 
     @property
     def offered_tools(self) -> list[Tool]:
-        """What the model is told of."""
+        """The tools that the model sees."""
         return [] if self.tool_choice == "none" else self.tools or []
 
     @property
     def enforced_choice(self) -> str | ToolChoice | None:
-        """What it must call; None if that is left to it."""
+        """The call that the model must make; None if the model decides."""
         return None if self.tool_choice in ("none", "auto") else self.tool_choice
 
     @property
@@ -91,8 +91,8 @@ class ChatRequest(GenerationRequest):
                     raise RequestError(f"{name} has no effect on ids, which are no messages", name)
         if self.chat_template_kwargs and self.apply_chat_template_overrides:
             raise RequestError(
-                "apply_chat_template_overrides and chat_template_kwargs are two names of one thing; leave"
-                " one out",
+                "apply_chat_template_overrides and chat_template_kwargs are two names of one thing;"
+                " leave one out",
                 "apply_chat_template_overrides",
             )
         check_tools(self.tools or (), self.tool_choice, self.form_field)

@@ -22,9 +22,10 @@ class ChatWriter(ChoicesWriter):
 
     Args:
         request: what was asked.
-        model: the name to answer with where the request has none.
+        model: the name in the answer if the request names none.
         tokenizer: spells tokens for logprobs.
-        make_parser: of each answer, for its calls and its reasoning; None if it is text and no more.
+        make_parser: makes the parser of an answer that may hold calls or reasoning; None if answers
+            are plain text.
     """
 
     id_prefix = "chatcmpl"
@@ -41,11 +42,11 @@ class ChatWriter(ChoicesWriter):
         super().__init__(request, model, tokenizer)
         self._ids = request.ids
         self._make_parser = make_parser
-        self._answers: dict[int, AnswerDeltas] = {}  # of choices that are being streamed
+        self._answers: dict[int, AnswerDeltas] = {}  # by choice, while it is streamed
         self._num_thought = 0
 
     def whole(self, generations: Sequence[Generation]) -> bytes:
-        if self._make_parser is not None:  # what was cancelled counts, too
+        if self._make_parser is not None:  # the reasoning of cancelled samples counts, too
             for sample in (each for generation in generations for each in generation.samples):
                 if sample.was_cancelled:
                     self._message(sample.take())
@@ -55,7 +56,7 @@ class ChatWriter(ChoicesWriter):
         return None if self._make_parser is None else self._num_thought
 
     def _message(self, output: SampleOutput) -> tuple[dict[str, Any], str | None]:
-        """A whole answer, and why it ended."""
+        """The message of a whole answer, and its finish reason."""
         if self._make_parser is None:
             return {"role": "assistant", "content": output.text}, output.finish_reason
         answer = AnswerDeltas(self._make_parser())

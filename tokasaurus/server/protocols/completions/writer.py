@@ -20,9 +20,9 @@ class CompletionWriter(ChoicesWriter):
 
     Args:
         request: what was asked.
-        model: the name to answer with where the request has none.
+        model: the name in the answer if the request names none.
         tokenizer: spells tokens for logprobs.
-        echoes: the text of each prompt, if it is to be repeated.
+        echoes: the text of each prompt, if the answer repeats it.
     """
 
     id_prefix = "cmpl"
@@ -37,8 +37,8 @@ class CompletionWriter(ChoicesWriter):
     ) -> None:
         super().__init__(request, model, tokenizer)
         self._echoes = echoes
-        self._prompt_logprobs: dict[int, list[Any]] = {}  # of each prompt, for all its choices
-        self._logprobs: dict[int, CompletionLogprobs] = {}  # of choices that are being streamed
+        self._prompt_logprobs: dict[int, list[Any]] = {}  # by prompt
+        self._logprobs: dict[int, CompletionLogprobs] = {}  # by choice
 
     def _choice(self, index: int, generation: Generation, output: SampleOutput) -> dict[str, Any]:
         choice = self._delta(index, generation, output, first=True)

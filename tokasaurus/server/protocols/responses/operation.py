@@ -18,7 +18,7 @@ __all__ = ["RESPONSES"]
 
 
 def _head(request: ResponsesRequest, prompt: PreparedRequest, model: str) -> dict[str, Any]:
-    """What a response says of its request.
+    """The fields of a response that repeat its request.
 
     Args:
         request: what was asked.
@@ -74,7 +74,8 @@ def _prepare(request: ResponsesRequest, preparer: Preparer) -> Task:
     with_logprobs = request.num_logprobs is not None
     if with_logprobs and make_parser is not None:
         raise RequestError(
-            f"include cannot name {LOGPROBS!r} where an answer may hold calls or reasoning besides text",
+            f"include cannot name {LOGPROBS!r} where an answer may hold calls or reasoning besides"
+            " text",
             "include",
         )
     writer = ResponsesWriter(

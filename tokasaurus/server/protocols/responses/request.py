@@ -1,7 +1,7 @@
-"""``POST /v1/responses``: OpenAI's Responses API, without anything that a server would have to remember.
+"""``POST /v1/responses``: OpenAI's Responses API, without storage.
 
-A conversation comes whole with each request: nothing is stored, so that there is no response to go on from, to
-look up or to delete.
+Each request brings its whole conversation. Nothing is stored, so no response can be continued,
+looked up or deleted.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TextFormat(StrictSchema):
     """Of the schema, for people; so is the description."""
     description: str | None = None
     strict: bool | None = None
-    """A schema holds whether or not it is strict."""
+    """Changes nothing: a schema always holds."""
 
 
 class TextOptions(StrictSchema):
@@ -46,7 +46,7 @@ class TextOptions(StrictSchema):
 
     @property
     def form(self) -> Mapping[str, Any] | None:
-        """What the text must be, in the words of ``SamplingParams``; None if it is free."""
+        """What the text must be, as ``SamplingParams`` says it; None if the text is free."""
         if self.format is None or self.format.type == "text":
             return None
         if self.format.type == "json_object":
@@ -88,25 +88,26 @@ class ResponsesRequest(GenerationRequest):
     }
 
     input: Input
-    """What the user says, or a conversation."""
+    """The user's message, or a conversation."""
     instructions: str | None = None
     """A system message before it."""
     max_output_tokens: int | None = None
     """Default: the rest of the context."""
     text: TextOptions | None = None
-    """What the text must be: ``{"format": {"type": "json_schema", "name": ..., "schema": ...}}``, or json_object."""
+    """What the text must be: ``{"format": {"type": "json_schema", "name": ..., "schema": ...}}``,
+    or of type json_object."""
     include: list[Literal["message.output_text.logprobs"]] | None = None
-    """Say the logprobs of the answer's tokens."""
+    """Return the logprobs of the answer's tokens."""
     top_logprobs: int | None = None
-    """And those of so many likeliest tokens."""
+    """And those of this many likeliest tokens."""
     tools: list[FunctionTool] | None = None
-    """What the model may call."""
+    """The tools that the model may call."""
     tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
-    """Default ``auto``: the model decides. ``required`` and a named function are enforced by a grammar."""
+    """Default ``auto``: the model decides. A grammar enforces ``required`` and a named function."""
     parallel_tool_calls: bool | None = None
-    """False: one call at most. Default true."""
+    """False allows one call at most. Default true."""
     chat_template_kwargs: dict[str, Any] | None = None
-    """Further arguments for the tokenizer's ``apply_chat_template``, such as ``enable_thinking``."""
+    """Further arguments of ``apply_chat_template``, such as ``enable_thinking``."""
 
     @property
     def num_logprobs(self) -> int | None:
@@ -118,12 +119,12 @@ class ResponsesRequest(GenerationRequest):
 
     @property
     def offered_tools(self) -> list[Tool]:
-        """What the model is told of."""
+        """The tools that the model sees."""
         return [] if self.tool_choice == "none" else [tool.as_tool for tool in self.tools or ()]
 
     @property
     def enforced_choice(self) -> str | ToolChoice | None:
-        """What it must call; None if that is left to it."""
+        """The call that the model must make; None if the model decides."""
         if isinstance(self.tool_choice, FunctionChoice):
             return self.tool_choice.as_choice
         return "required" if self.tool_choice == "required" else None
