@@ -121,7 +121,9 @@ def candidate_rows(
     # queue.
     if numbers:
         numbers[0] = at_most_median(numbers[0])
-    columns = np.repeat(np.array(alike, np.int64).reshape(-1, 7), counts, axis=0).T
+    columns = np.repeat(
+        np.array(alike, np.int64).reshape(-1, len(_Alike._fields)), counts, axis=0
+    ).T
     lengths, pages, tokens, leaves, groups, num_generated, limits = columns
     predicted = learning.predict(groups, num_generated, limits, np.array(numbers, np.int64))
     forest = Forest(np.full(len(node_pages), -1, np.int32), np.array(node_pages, np.int32))
