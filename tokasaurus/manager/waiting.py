@@ -23,7 +23,7 @@ from tokasaurus.protocol.messages import MAX_PRIORITY, GenerateRequest, Pooling
 __all__ = ["Backlog", "priority_of"]
 
 _ARRIVAL_BITS = 40
-_NOBODY_FOLLOWS = (1 << 63) - 1  # after every order
+_AFTER_EVERY_ORDER = (1 << 63) - 1
 
 
 _Order = TypeVar("_Order", int, Int64Array)
@@ -145,7 +145,7 @@ class Backlog:
     def next_follower_order(self, leader: Sequence) -> int:
         """The order of the first of them, or more than any order."""
         if self.num_followers(leader) == 0:
-            return _NOBODY_FOLLOWS
+            return _AFTER_EVERY_ORDER
         return next(reversed(leader.request.followers.values())).order
 
     def pop_followers(self, leader: Sequence, count: int) -> list[Sequence]:
