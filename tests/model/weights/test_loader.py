@@ -11,7 +11,7 @@ from checkpoints import VOCAB_SIZE, edit_json, make_checkpoint
 from safetensors.torch import load_file, save_file
 
 from tokasaurus.errors import ModelError
-from tokasaurus.model.config import read_model_config
+from tokasaurus.model.facts import read_model_config
 from tokasaurus.model.layers.placement import Placement
 from tokasaurus.model.weights.loader import load_model
 

@@ -16,8 +16,8 @@ from tokasaurus.errors import ModelError, ProtocolError
 from tokasaurus.model.sampling import drawing as head_module
 from tokasaurus.model.sampling.adjustments import AdjustmentTable
 from tokasaurus.model.sampling.history import History
+from tokasaurus.model.sampling.rows import PromptRows, SamplingRows
 from tokasaurus.model.sampling.sampler import SamplingParameters
-from tokasaurus.model.worker.slot_state import PromptRows, SamplingRows
 from tokasaurus.model.worker.worker import Worker
 from tokasaurus.protocol.messages import ForwardBatch, ForwardResult, Sampling
 from tokasaurus.protocol.wire import Codec
