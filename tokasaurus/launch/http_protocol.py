@@ -6,8 +6,7 @@
     whole head ──▶ whole body                                   some of it in each such time
     answered ──▶ first byte of the next request                 uvicorn's timeout_keep_alive
 
-The clock stands still while the server does not read, because it has enough of a body or of
-requests.
+No time passes while the server does not read, because it has enough of a body or of requests.
 """
 
 from __future__ import annotations

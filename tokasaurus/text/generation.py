@@ -43,8 +43,7 @@ class Generation:
     Attributes:
         eta_s: seconds until all samples have ended, by the manager's last prediction; None before.
         error: why nothing more will come; None while all is well.
-        pooled_state: [hidden] of the prompt, not normalised; None if not asked for, or not there
-            yet.
+        pooled_state: [hidden] of the prompt, not normalised; None if not asked for, and before.
         started_at, began_at: when the prompt arrived and brought its first token; set by a watcher.
     """
 

@@ -234,9 +234,8 @@ class Generations:
     def absorb(self, message: ToServer) -> None:
         """Takes one message of the manager; may send messages back.
 
-        News of a request that is not in the table any more is ignored: it was sent before the
-            manager
-        heard that the request was aborted.
+        A message about a request that is not in the table any more is ignored: the manager sent it
+        before it heard that the request was aborted.
         """
         if isinstance(message, SequenceUpdates):
             self._absorb_updates(message)

@@ -36,8 +36,7 @@ _TOKEN_ID = re.compile("[0-9]{1,10}")
 class SamplingParams:
     """How to continue a prompt.
 
-    ``None`` means "left out": then the model's generation config decides, or else the default named
-    here.
+    ``None`` means "left out": the model's generation config decides, or else the default named here.
 
     Args:
         n: samples per prompt.
@@ -57,8 +56,7 @@ class SamplingParams:
         repetition_penalty: divides the logits of tokens in the prompt or the sample by this, or
             multiplies negative ones; above 0, and 1 is off.
         logit_bias: added to the logits of token ids; from -100 to 100.
-        bad_words: texts that a sample must not hold; a token that would complete one is never
-            drawn.
+        bad_words: texts that a sample must not hold; a token that completes one is never drawn.
         max_tokens: of each sample; None is as many as fit.
         logprobs: of generated tokens: 0 is the chosen token's, k also those of the k likeliest.
         prompt_logprobs: of the prompt's tokens, in the same way.

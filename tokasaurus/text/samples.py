@@ -1,7 +1,6 @@
 """One sample of a prompt: its output since the last call of ``take``.
 
-A stream takes whenever there is news; a plain answer takes once, at the end. Both get the same
-output.
+A stream takes whenever there is news, a plain answer once, at the end. Both get the same output.
 """
 
 from __future__ import annotations

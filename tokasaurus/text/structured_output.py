@@ -1,9 +1,8 @@
 """Structured output: the form that a client asks of an answer, as the text of a grammar.
 
 There are many spellings and one meaning. Every spelling of the HTTP API becomes
-``structured_outputs`` of ``SamplingParams``, and that becomes the text of a grammar. The grammar is
-compiled twice: here, so that an impossible one is refused at once, and in the worker, which follows
-it.
+``structured_outputs`` of ``SamplingParams``, and that becomes the text of a grammar. A grammar is
+compiled here, so that an impossible one is refused at once, and in the worker, which follows it.
 """
 
 from __future__ import annotations

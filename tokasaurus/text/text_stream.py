@@ -62,8 +62,7 @@ class TextStream:
     Args:
         tokenizer: spells the ids.
         stops: the stop strings, if any.
-        min_tokens: a stop string that is complete after this many tokens, or earlier, is plain
-            text.
+        min_tokens: a stop string that is complete within this many tokens is plain text.
     """
 
     __slots__ = (

@@ -135,8 +135,7 @@ class Tokenizer:
     ) -> list[int]:
         """Ids of a conversation, written by the model's chat template.
 
-        The model will write the next message, or go on with the last one if that is the
-        assistant's.
+        The model writes the next message, or goes on with the last one if it is the assistant's.
 
         Args:
             messages: with at least ``role`` and ``content`` each.
@@ -226,9 +225,8 @@ class Tokenizer:
         if given is None or self._trusts_templates:
             return
         own = self._wrapped.chat_template
-        if not (
-            isinstance(given, str) and isinstance(own, dict) and given in own
-        ):  # the name of one
+        is_name_of_own = isinstance(given, str) and isinstance(own, dict) and given in own
+        if not is_name_of_own:
             raise RequestError(
                 "chat_template_kwargs: a chat_template is a program, and a request's own might"
                 " never end; leave it out to use the model's, or start the engine with"
