@@ -111,7 +111,7 @@ def _check_known(value: Mapping[str, Any], known: Sequence[str], field: str, kin
     for name, each in value.items():
         if name not in known and each is not None:
             raise RequestError(
-                f"{field} of type {kind} has no {name!r}; there are {', '.join(known)}", field
+                f"{field} of type {kind} has no {name!r}; it may have {', '.join(known)}", field
             )
 
 
@@ -157,7 +157,7 @@ class Grammars:
             matcher = compiler.compile(text)
             matcher.compute_bitmask()
             if matcher.is_error():
-                raise RequestError("no text can begin as it wants")
+                raise RequestError("no text can match it")
         except RequestError as error:
             raise RequestError(f"{FIELD} cannot be compiled: {error.message}", FIELD) from None
         with self._lock:
