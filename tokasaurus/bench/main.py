@@ -14,7 +14,6 @@ from tokasaurus.errors import ConfigError, TokasaurusError
 
 __all__ = ["COMMANDS", "main"]
 
-# Each is a module of this package with a SCHEMA and run(config).
 COMMANDS = {
     "manager": "what the manager costs in CPU time, its real process against a simulated device",
     "server": "what the server costs in CPU time: a request, a token, an event of a stream",
@@ -24,6 +23,9 @@ COMMANDS = {
     "replay": "run a workload of a file in virtual time",
     "compare": "forecast admission against two simpler policies, in virtual time",
 }
+
+# A command is the module of its name in this package, with a SCHEMA and run(config), except:
+_MODULES = {"grammar": "structured_output"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         near = nearest(name, COMMANDS)
         print(f"toka-bench: error: {name!r} is no command; the nearest is {near}", file=sys.stderr)
         return 2
-    command = importlib.import_module(f"tokasaurus.bench.{name}")
+    command = importlib.import_module(f"tokasaurus.bench.{_MODULES.get(name, name)}")
     config = parse_or_exit(command.SCHEMA, _with_keys(words, command.SCHEMA))
     try:
         command.run(config)
