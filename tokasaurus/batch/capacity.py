@@ -11,9 +11,9 @@ import asyncio
 __all__ = ["BATCH_PRIORITY", "Capacity"]
 
 BATCH_PRIORITY = 1_000  # lower runs first; requests of clients have 0 unless they say otherwise
-_ORDINARY_SHARE = (
-    16  # of so many lines in flight, one is as important as a request: none waits for ever
-)
+
+# One of this many lines in flight is as important as a request, so that batches never starve.
+_ORDINARY_SHARE = 16
 
 
 class Capacity:

@@ -277,33 +277,30 @@ class BatchRunner:
             self._max_lines,
         )
         now = int(time.time())
-        files = []
-        for file_id, kind in {output_id: "output", error_id: "error"}.items():
-            if size := store.path(file_id).stat().st_size:
-                name = f"{batch.id}_{kind}.jsonl"
-                files.append(
-                    StoredFile(
-                        id=file_id,
-                        bytes=size,
-                        created_at=now,
-                        filename=name,
-                        purpose="batch_output",
-                    )
-                )
-            else:
-                store.path(file_id).unlink()
-        kept = {file.id for file in files}
+        names = {output_id: f"{batch.id}_output.jsonl"}
+        names.setdefault(error_id, f"{batch.id}_error.jsonl")
+        files = {file_id: self._result_file(file_id, name, now) for file_id, name in names.items()}
         expired = not cancelled and counts.total > len(answered)
         status = "cancelled" if cancelled else "expired" if expired else "completed"
         return await self.on_disk(
             store.finish,
             batch.id,
-            files,
+            [file for file in files.values() if file is not None],
             **{"status": status, f"{status}_at": now},
             request_counts=counts,
-            output_file_id=output_id if output_id in kept else None,
-            error_file_id=error_id if error_id in kept else None,
+            output_file_id=output_id if files[output_id] else None,
+            error_file_id=error_id if files[error_id] else None,
         )
+
+    def _result_file(self, file_id: str, name: str, now: int) -> StoredFile | None:
+        """The record of a results file; an empty file is deleted instead."""
+        path = self.store.path(file_id)
+        if size := path.stat().st_size:
+            return StoredFile(
+                id=file_id, bytes=size, created_at=now, filename=name, purpose="batch_output"
+            )
+        path.unlink()
+        return None
 
     async def _sweep(self) -> None:
         while True:

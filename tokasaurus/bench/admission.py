@@ -9,6 +9,7 @@ import numpy as np
 
 from tokasaurus.manager.forecast.curve import Forecast, Forest, Sequences
 from tokasaurus.protocol.arrays import Int64Array
+from tokasaurus.rounding import ceil_div
 
 __all__ = ["measure_admission_ms"]
 
@@ -53,7 +54,7 @@ def _running(chance: np.random.Generator, count: int, horizon: int) -> Sequences
     length = prompts + num_generated
     return Sequences(
         length=length,
-        num_pages=-(-length // _PAGE),
+        num_pages=ceil_div(length, _PAGE),
         num_prompt_tokens=np.zeros(count, np.int64),
         num_steps=_num_steps(chance, count, horizon),
         leaf=_leaves(chance, count),
@@ -64,7 +65,7 @@ def _waiting(chance: np.random.Generator, count: int, horizon: int) -> Sequences
     length = chance.integers(*_PROMPT, count)
     return Sequences(
         length=length,
-        num_pages=-(-length // _PAGE),
+        num_pages=ceil_div(length, _PAGE),
         num_prompt_tokens=length,
         num_steps=_num_steps(chance, count, horizon),
         leaf=_leaves(chance, count),

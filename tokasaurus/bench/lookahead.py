@@ -25,6 +25,7 @@ from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.schema import Schema, check_fields, flag
 from tokasaurus.planner.configuration import simulated_slices
 from tokasaurus.planner.worker_loop import DeviceStatistics
+from tokasaurus.rounding import round_up
 
 __all__ = ["SCHEMA", "LookaheadConfig", "run"]
 
@@ -103,10 +104,9 @@ def _policies(config: LookaheadConfig) -> dict[str, int | None]:
 
 def _measure(config: LookaheadConfig, name: str, steps_ahead: int | None) -> _Outcome:
     count = config.num_sequences
-    pages = -(-(_PROMPT + _MAX_TOKENS) // _PAGE)
     slices = simulated_slices(
         EngineConfig.from_flags(
-            kv_cache_num_tokens=count * pages * _PAGE,
+            kv_cache_num_tokens=count * round_up(_PROMPT + _MAX_TOKENS, _PAGE),
             max_num_tokens_per_request=_PROMPT + _MAX_TOKENS,
             max_seqs_per_forward=count,
             log_level="WARNING",
@@ -126,9 +126,8 @@ def _measure(config: LookaheadConfig, name: str, steps_ahead: int | None) -> _Ou
         clients.run_until(lambda: device.num_rows >= 0.99 * count)
         clients.run_until_batch(device.num_batches + _SETTLING_BATCHES)
         start, cpu_s = _Reading.of(device), engine.manager_cpu_s()
-        clients.run_to_end(
-            num_requests - count
-        )  # until then the queue holds somebody for each slot
+        # Until then the queue holds a sequence for each slot.
+        clients.run_to_end(num_requests - count)
         full, cpu_s = _Reading.of(device).since(start), engine.manager_cpu_s() - cpu_s
         clients.run_to_end(num_requests)
         clients.run_for(0.1 + 0.02 * config.step_ms)  # batches in flight come to their end

@@ -13,7 +13,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from tokasaurus.bench.admission import measure_admission_ms
-from tokasaurus.bench.cpu_time import loop_turn_ns
+from tokasaurus.bench.cpu_time import loop_turn_ns, machine_line
 from tokasaurus.bench.flags import counts
 from tokasaurus.bench.manager_cost import (
     Effort,
@@ -100,9 +100,7 @@ def run(config: ManagerBenchConfig) -> None:
     if "admission" in config.parts:
         results |= _admission()
     turns.append(loop_turn_ns())
-    print(
-        f"\nThis machine: {turns[0]:.0f} ns for a turn of an empty Python loop, {turns[1]:.0f} at the end"
-    )
+    print(f"\n{machine_line(turns)}")
     print_json({**results, "loop_turn_ns": [round(turn, 1) for turn in turns]})
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import string
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -129,30 +130,43 @@ class Generator:
 # --- the families ------------------------------------------------------------------------------
 
 
+def _unseen_words(rng: Random, count: int) -> list[str]:
+    return [invent_word(rng, held_out=True) for _ in range(count)]
+
+
+def _pattern(rng: Random, unit: list[str], most_periods: int) -> tuple[str, str]:
+    """A pattern that is cut anywhere after its second period, and how it goes on."""
+    size = len(unit)
+    return copying.pattern_question(unit, rng.randint(2 * size, most_periods * size))
+
+
 def echo_invented(rng: Random) -> list[Case]:
-    words = [invent_word(rng, held_out=True) for _ in range(128)]
+    words = _unseen_words(rng, 128)
     return [ask(copying.say_prompt(rng, word), says(word)) for word in words]
 
 
 def echo_real(rng: Random) -> list[Case]:
-    return [ask(f"{start} the word {word}{end}", says(word)) for word in sorted(HELD_OUT_WORDS) for start in ("Reply with", "reply with", "Please say") for end in ("", ".")]  # fmt: skip
+    return [
+        ask(f"{start} the word {word}{end}", says(word))
+        for word in sorted(HELD_OUT_WORDS)
+        for start in ("Reply with", "reply with", "Please say")
+        for end in ("", ".")
+    ]
 
 
 def pattern_chat(rng: Random) -> list[Case]:
     cases = []
     for _ in range(96):
-        unit = [invent_word(rng, held_out=True) for _ in range(rng.randint(2, 5))]
-        given, answer = copying.pattern_question(unit, rng.randint(2 * len(unit), 4 * len(unit)))
+        given, answer = _pattern(rng, _unseen_words(rng, rng.randint(2, 5)), 4)
         cases.append(ask(f"Continue the pattern: {given}", begins(answer)))
     return cases
 
 
 def pattern_letters(rng: Random) -> list[Case]:
-    """Raw text, not chat: a few letters again and again, cut anywhere."""
+    """A few letters repeated as plain text, not chat."""
     cases = []
     for _ in range(96):
-        unit = rng.sample("ABCDEFGHIJKLMNOPQRSTUVWXYZ", rng.randint(2, 6))
-        given, answer = copying.pattern_question(unit, rng.randint(2 * len(unit), 6 * len(unit)))
+        given, answer = _pattern(rng, rng.sample(string.ascii_uppercase, rng.randint(2, 6)), 6)
         cases.append(Case(given, begins(answer)))
     return cases
 
@@ -160,8 +174,7 @@ def pattern_letters(rng: Random) -> list[Case]:
 def pattern_text(rng: Random) -> list[Case]:
     cases = []
     for _ in range(96):
-        unit = [invent_word(rng, held_out=True) for _ in range(rng.randint(3, 8))]
-        given, answer = copying.pattern_question(unit, rng.randint(2 * len(unit), 4 * len(unit)))
+        given, answer = _pattern(rng, _unseen_words(rng, rng.randint(3, 8)), 4)
         cases.append(Case(given, begins(answer)))
     return cases
 
@@ -241,7 +254,7 @@ def long_pattern(rng: Random) -> list[Case]:
     """A unit of four invented words, repeated for about 1,800 tokens."""
     cases = []
     for _ in range(16):
-        unit = [invent_word(rng, held_out=True) for _ in range(4)]
+        unit = _unseen_words(rng, 4)
         shown = 1_800 // 14 * 4 + rng.randrange(4)
         given, answer = copying.pattern_question(unit, shown)
         cases.append(Case(given, begins(answer)))
@@ -341,13 +354,10 @@ def evaluate(generator: Generator, seed: int, *, quick: bool) -> list[Score]:
 
 def table(scores: Sequence[Score]) -> str:
     lines = ["| family | right | cases |", "|---|---|---|"]
-    return "\n".join(
-        lines
-        + [
-            f"| {s.family}{f' ({s.note})' if s.note else ''} | {s.right:.1%} | {s.num_cases} |"
-            for s in scores
-        ]
-    )
+    for score in scores:
+        note = f" ({score.note})" if score.note else ""
+        lines.append(f"| {score.family}{note} | {score.right:.1%} | {score.num_cases} |")
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -56,9 +56,8 @@ class Report:
     num_prefill_tokens: int  # prompt tokens computed, after a preemption once more
     num_cached_tokens: int  # prompt tokens found in the prefix cache
     num_wasted_tokens: int  # drawn after their sequence's end
-    forecast_error: (
-        float  # of the use of pages from one forecast to the next, mean, as a share of all pages
-    )
+    # How far one forecast of the use of pages is from the next: mean, as a share of all pages.
+    forecast_error: float
     mean_latency_s: float  # of sequences, from arrival to their last token
     median_latency_s: float
     p99_latency_s: float

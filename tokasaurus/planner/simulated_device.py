@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tokasaurus.errors import ProtocolError
 from tokasaurus.planner.cost_model import CostModel
 from tokasaurus.planner.lengths import CompletionLengths, mix
-from tokasaurus.protocol.arrays import Float32Array, Int32Array, Int64Array
+from tokasaurus.protocol.arrays import EMPTY_FLOAT32, Float32Array, Int32Array, Int64Array
 from tokasaurus.protocol.messages import ForwardBatch, ForwardResult, SlotParameters
 
 __all__ = ["STOP_ID", "VOCAB_SIZE", "SimulatedDevice", "drawn_ids"]
@@ -168,10 +168,9 @@ def _logprobs(
     The chosen token is the most likely one, the next ids follow it, and each is half as likely as the
     one before.
     """
-    width = max(0, int(widths.max(initial=-1)))
     if not (widths >= 0).any():
-        return np.zeros(0, np.float32), *_no_tops(len(ids))
-    ranks = np.arange(width, dtype=np.int32)
+        return EMPTY_FLOAT32, *_no_tops(len(ids))
+    ranks = np.arange(widths.max(), dtype=np.int32)
     is_wanted = ranks < widths[:, None]
     halvings = np.float32(np.log(0.5)) * (1 + ranks).astype(np.float32)
     return (
