@@ -15,7 +15,6 @@ from typing import Any
 
 from tokasaurus.bench.output import print_json, progress, table
 from tokasaurus.config.schema import Schema, check_fields, flag
-from tokasaurus.launch.llm import LLM
 from tokasaurus.text.params import SamplingParams
 
 __all__ = ["SCHEMA", "GrammarConfig", "run"]
@@ -45,7 +44,9 @@ SCHEMA = Schema(
 
 
 def run(config: GrammarConfig) -> None:
-    """Measures, and says what."""
+    """Measures and prints."""
+    from tokasaurus.launch.llm import LLM  # imports torch, which --help does not need
+
     seconds: dict[str, list[float]] = {kind: [] for kind in _KINDS}
     cpu: dict[str, list[float]] = {kind: [] for kind in _KINDS}
     with LLM(config.model, max_seqs_per_forward=config.num_sequences) as llm:
