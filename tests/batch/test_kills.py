@@ -66,7 +66,7 @@ def test_a_directory_that_cannot_be_created_is_refused(tmp_path):
         JobStore(tmp_path / "file" / "data")
 
 
-# --- the whole engine ------------------------------------------------------------------------------
+# --- the whole engine -----------------------------------------------------------------------------
 
 
 @pytest.mark.engine

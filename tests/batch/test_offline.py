@@ -162,7 +162,7 @@ def test_help_names_the_command(capsys):
     assert "toka-batch run INPUT OUTPUT" in capsys.readouterr().out
 
 
-# --- with an engine --------------------------------------------------------------------------------
+# --- with an engine -------------------------------------------------------------------------------
 
 
 class Run:

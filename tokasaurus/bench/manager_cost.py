@@ -81,7 +81,7 @@ class Cost:
         return Cost(self.median_us / number, self.lowest_us / number)
 
 
-# --- steady decode ---------------------------------------------------------------------------------
+# --- steady decode --------------------------------------------------------------------------------
 
 _PROMPT = 384
 _HEADER = 320  # of each prompt in the full mix
@@ -198,7 +198,7 @@ def _reading(engine: SimulatedEngine) -> _Window:
     )
 
 
-# --- start and finish ------------------------------------------------------------------------------
+# --- start and finish -----------------------------------------------------------------------------
 
 _LONG_PROMPT = 1024
 _MAX_SAMPLES = 1024
@@ -247,7 +247,7 @@ def _start_us(clients: Clients, send: Callable[[], int]) -> float:
     return (clients.engine.manager_cpu_s() - cpu_s) / count * 1e6
 
 
-# --- reference workload ----------------------------------------------------------------------------
+# --- reference workload ---------------------------------------------------------------------------
 
 _REFERENCE_TOKENS = 128  # of prompt and completion each
 
