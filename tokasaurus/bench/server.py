@@ -1,16 +1,16 @@
 """``toka-bench server``: what the server costs, in CPU time of its process.
 
-    toka-bench server               four kinds of load; a minute
-    toka-bench server quick=T       small and rough; seconds
+    toka-bench server               four kinds of load; takes a minute
+    toka-bench server quick=T       small and rough; takes seconds
 
-The real server with a real tokenizer, the real manager, and a device that draws random tokens at no cost.
-The clients share the cores with them, and only the server is measured::
+Runs the real server with a real tokenizer, the real manager, and a device that draws random tokens
+at no cost. The clients share the cores with them; only the server is measured::
 
-    small requests     a short prompt, 8 tokens: what a request costs, whatever it generates
-    many samples       1,024 samples of 128 tokens in one request: what a generated token costs, as text
-    streams            what a streamed token costs where the server is the bottleneck: tokens that come
-                       while it is busy share an event
-    paced streams      what an event costs: the device takes its time, so that no two tokens share one
+    small requests     a short prompt and 8 tokens: the cost of a request, whatever it generates
+    many samples       1,024 samples of 128 tokens in one request: the cost of a generated token
+    streams            the cost of a streamed token when the server is the bottleneck: tokens that
+                       come while it is busy share an event
+    paced streams      the cost of an event: the device is slow, so each token has its own event
 """
 
 from __future__ import annotations
@@ -45,12 +45,16 @@ class ServerBenchConfig:
     """What to measure."""
 
     endpoint: str = flag(
-        "completions", choices=("completions", "chat"), help="Which API the clients speak."
+        "completions", choices=("completions", "chat"), help="The API that the clients use."
     )
-    clients: int = flag(64, minimum=1, help="Connections of small requests and of streams.")
-    windows: int = flag(3, minimum=1, help="The median of so many measurements counts.")
-    step_ms: float = flag(10.0, minimum=0, help="Of a device step of paced streams.")
-    quick: bool = flag(False, help="Small and rough: one short window.")
+    clients: int = flag(
+        64, minimum=1, help="How many clients send small requests, or read streams, at once."
+    )
+    windows: int = flag(
+        3, minimum=1, help="How many measurements there are, of which the median counts."
+    )
+    step_ms: float = flag(10.0, minimum=0, help="How long a step takes, for paced streams.")
+    quick: bool = flag(False, help="Measure roughly: one short window.")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -65,7 +69,7 @@ SCHEMA = Schema(
 
 
 def run(config: ServerBenchConfig) -> None:
-    """Measures and prints."""
+    """Measures and prints the results."""
     turns = [loop_turn_ns()]
     costs = _measure(config)
     turns.append(loop_turn_ns())
@@ -92,7 +96,7 @@ def run(config: ServerBenchConfig) -> None:
 
 @dataclass(frozen=True)
 class _Costs:
-    """Microseconds of the server's CPU time."""
+    """Microseconds of CPU time."""
 
     request_us: float
     generated_us: float
@@ -129,7 +133,7 @@ def _measure(config: ServerBenchConfig) -> _Costs:
 
 @contextlib.contextmanager
 def _service(config: ServerBenchConfig, cost: str) -> Iterator[SimulatedService]:
-    """A warm server in front of a device of that cost."""
+    """Runs a server, warm, with a device of the given cost."""
     flags = EngineConfig(
         model=str(MODEL_DIR),
         max_seqs_per_forward=2048,
@@ -147,7 +151,7 @@ def _service(config: ServerBenchConfig, cost: str) -> Iterator[SimulatedService]
 def _median(
     num_windows: int, service: SimulatedService, load: Load, *, per_event: bool = False
 ) -> float:
-    """Microseconds of the server for each request, or for each event."""
+    """The median CPU time of the server for each request, or for each event, in microseconds."""
     costs = []
     for _ in range(num_windows):
         start = service.cpu_s("server")
