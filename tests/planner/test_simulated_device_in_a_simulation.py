@@ -1,4 +1,4 @@
-"""The simulated device beside the checking device, on the batches of a simulation of the manager."""
+"""The simulated device beside the checking device, on batches of a simulation of the manager."""
 
 from __future__ import annotations
 

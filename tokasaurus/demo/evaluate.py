@@ -2,8 +2,8 @@
 
     python -m tokasaurus.demo.evaluate --model DIR --json scores.json
 
-Owns the evaluation items and how each is judged. Generation is transformers' own, in single
-precision, so that the scores are those of the weights and of no engine.
+Owns the evaluation items and how each is judged. transformers generates in single precision, so
+that the scores are those of the weights alone.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt (a conversation, or plain text) and the judge of its completion."""
+    """A prompt, which is a conversation or plain text, and the judge of its completion."""
 
     prompt: tuple[Message, ...] | str
     is_right: Callable[[str], bool]
@@ -98,7 +98,7 @@ class Generator:
     def complete(
         self, prompts: Sequence[list[int]], max_tokens: int, temperature: float = 0.0
     ) -> list[str]:
-        """Replies in the order of the prompts, cut at the end-of-turn token."""
+        """The replies in the order of the prompts, cut at the end-of-turn token."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         replies = [""] * len(prompts)
         for start in range(0, len(order), BATCH):
@@ -135,7 +135,7 @@ def _unseen_words(rng: Random, count: int) -> list[str]:
 
 
 def _pattern(rng: Random, unit: list[str], most_periods: int) -> tuple[str, str]:
-    """A pattern that is cut anywhere after its second period, and how it goes on."""
+    """A pattern that is cut anywhere after its second period, and its continuation."""
     size = len(unit)
     return copying.pattern_question(unit, rng.randint(2 * size, most_periods * size))
 
@@ -226,7 +226,7 @@ def arithmetic_cases(rng: Random) -> list[Case]:
 
 
 def long_passage(num_tokens: int) -> Callable[[Random], list[Case]]:
-    """A fact told at the beginning of a conversation about other things, asked for at its end.
+    """Asks for a fact from the beginning of a conversation that is about other things.
 
     ``num_tokens`` is about how long the prompt is.
     """
@@ -251,7 +251,7 @@ def long_passage(num_tokens: int) -> Callable[[Random], list[Case]]:
 
 
 def long_pattern(rng: Random) -> list[Case]:
-    """A unit of four invented words, repeated for about 1,800 tokens."""
+    """Repeats four invented words for about 1,800 tokens."""
     cases = []
     for _ in range(16):
         unit = _unseen_words(rng, 4)
@@ -291,7 +291,7 @@ LONG_FAMILIES = (
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """The unbiased estimate of Chen et al., 2021: at least one of k samples is right."""
+    """The unbiased estimate that one of k samples or more is right (Chen et al., 2021)."""
     if num_samples - num_right < k:
         return 1.0
     return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
@@ -340,7 +340,7 @@ def score_arithmetic_kinds(generator: Generator, seed: int) -> list[Score]:
 
 
 def evaluate(generator: Generator, seed: int, *, quick: bool) -> list[Score]:
-    """All scores; ``quick`` leaves out sampling and long prompts."""
+    """All scores. ``quick`` leaves out sampling and long prompts."""
     scores = []
     for family in FAMILIES + (() if quick else LONG_FAMILIES):
         cases = family.cases(Random(f"{seed} {family.name}"))
