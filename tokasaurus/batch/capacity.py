@@ -28,12 +28,12 @@ class Capacity:
         self._used = (0, 0)
         self._num_lines = 0
         self._num_ordinary = 0
-        self._turn = asyncio.Lock()  # first come, first served, so batches alternate
+        self._entry = asyncio.Lock()  # first come, first served: batches alternate
         self._freed = asyncio.Event()
 
     async def take(self, num_samples: int, num_bytes: int) -> int:
         """Waits for room for a line, and returns the line's priority."""
-        async with self._turn:
+        async with self._entry:
             while self._num_lines and not self._fits(num_samples, num_bytes):
                 self._freed.clear()
                 await self._freed.wait()

@@ -54,8 +54,8 @@ def run(config: GrammarConfig) -> None:
     with LLM(config.model, max_seqs_per_forward=config.num_sequences) as llm:
         for kind in _KINDS:  # loads and compiles what the first batch needs
             llm.generate(["A"], _params(config, kind, 0), use_tqdm=False)
-        for turn in range(config.rounds):
-            progress(f"round {turn + 1} of {config.rounds}")
+        for number in range(config.rounds):
+            progress(f"round {number + 1} of {config.rounds}")
             for kind in _KINDS:
                 params = [_params(config, kind, i) for i in range(config.num_sequences)]
                 prompts = [f"Number {i}:" for i in range(config.num_sequences)]
