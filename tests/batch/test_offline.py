@@ -115,10 +115,10 @@ def test_the_error_of_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypa
 
 def test_a_job_that_cannot_run_is_refused(tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    with pytest.raises(ConfigError, match="no file"):
+    with pytest.raises(ConfigError, match="not a file"):
         OfflineJob(source, target, "m")
     source.write_text(json.dumps(LINE))
-    with pytest.raises(ConfigError, match="no directory"):
+    with pytest.raises(ConfigError, match="not a directory"):
         OfflineJob(source, tmp_path / "none" / "out.jsonl", "m")
     job = OfflineJob(source, target, "m")
     with pytest.raises(ConfigError, match="in use"):
@@ -148,7 +148,7 @@ def test_a_wrong_command_line_is_refused(capsys, tmp_path, monkeypatch):
         "walk a b": "no command",
         "run": "name the input and the output",
         "run a": "name the input and the output",
-        "run none.jsonl out.jsonl": "none.jsonl is no file",
+        "run none.jsonl out.jsonl": "none.jsonl is not a file",
         "run a b colour=red": "colour",
     }.items():
         assert main(line.split()) == 2, line

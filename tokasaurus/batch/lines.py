@@ -97,22 +97,23 @@ def parse_line(
         urls: the urls that requests may have.
     """
     if line is None:
-        return BadLine(number, None, "line_too_long", f"a line may have {MAX_LINE_BYTES} bytes")
+        message = f"a line may have at most {MAX_LINE_BYTES} bytes"
+        return BadLine(number, None, "line_too_long", message)
     try:
         fields = untrusted_json.decode(line)
     except ValueError as error:
-        return BadLine(number, None, "invalid_json_line", f"the line is no valid JSON: {error}")
+        return BadLine(number, None, "invalid_json_line", f"the line is not valid JSON: {error}")
     if not isinstance(fields, dict):
-        return BadLine(number, None, "invalid_json_line", "the line is no JSON object")
+        return BadLine(number, None, "invalid_json_line", "the line is not a JSON object")
     custom_id = fields.get("custom_id")
     if custom_id is None and "body" not in fields:
-        message = f"the line is no request: it must have {', '.join(_FIELDS)}"
+        message = f"the line is not a request: it must have {', '.join(_FIELDS)}"
         if endpoint is None:
             message += ", or be a body with prompt or messages"
         return BadLine(number, None, "missing_custom_id", message)
     if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= _MAX_ID_CHARS:
         message = (
-            f"custom_id must be a text of 1 to {_MAX_ID_CHARS} characters, and no other line's"
+            f"custom_id must be a string of 1 to {_MAX_ID_CHARS} characters, unique in the file"
         )
         return BadLine(number, None, "missing_custom_id", message)
     wrong = _what_is_wrong(fields, endpoint, urls)
@@ -127,7 +128,8 @@ def _what_is_wrong(
     """The code and message of the first error, or None."""
     for name, value in fields.items():
         if name not in _FIELDS and value is not None:
-            return "unknown_field", f"{name} is no field of a line; there are {', '.join(_FIELDS)}"
+            known = ", ".join(_FIELDS)
+            return "unknown_field", f"{name} is not a field of a line; the fields are {known}"
     if fields.get("method") != "POST":
         return (
             "invalid_method",

@@ -43,9 +43,9 @@ class OfflineJob:
         self._model = model
         self.directory = target.with_name(f"{target.name}.toka-batch")
         if not source.is_file():
-            raise ConfigError(f"{source} is no file")
+            raise ConfigError(f"{source} is not a file")
         if not target.parent.is_dir():
-            raise ConfigError(f"{target.parent} is no directory")
+            raise ConfigError(f"{target.parent} is not a directory")
         exists_already = ConfigError(f"{target} exists already; delete it or choose another name")
         if target.exists() and not self.directory.exists():
             raise exists_already
@@ -89,13 +89,13 @@ class OfflineJob:
             return None
         if batches[0].metadata != _fingerprint(source):
             raise ConfigError(
-                f"{source} is not what it was when {self.target} was begun; delete"
-                f" {self.directory} to begin anew"
+                f"{source} has changed since {self.target} was begun; delete {self.directory} to"
+                " start over"
             )
         if batches[0].model != self._model:
             raise ConfigError(
-                f"{self.target} was begun with model={batches[0].model}, not {self._model}; go on"
-                f" with that, or delete {self.directory} to begin anew"
+                f"{self.target} was begun with model={batches[0].model}, not {self._model};"
+                f" continue with that, or delete {self.directory} to start over"
             )
         return batches[0].id
 

@@ -44,8 +44,8 @@ def _lines(source: Path) -> Iterator[bytes]:
     for number, line in read_lines(source):
         if line is None:
             raise ConfigError(
-                f"{source}: line {number} is longer than {MAX_LINE_BYTES} bytes, the most there can"
-                " be"
+                f"{source}: line {number} is too long: a line may have at most {MAX_LINE_BYTES}"
+                " bytes"
             )
         yield line
 

@@ -52,7 +52,8 @@ def validate(
     seen: set[bytes] = set()  # digests of ids, since ids may be long
     for number, raw in read_lines(path):
         if number > max_lines:
-            return _refused(BatchError("too_many_lines", f"a batch may have {max_lines} lines"))
+            message = f"a batch may have at most {max_lines} lines"
+            return _refused(BatchError("too_many_lines", message))
         if is_cancelled():
             break
         total += 1
@@ -60,7 +61,7 @@ def validate(
         if line.custom_id is not None:
             digest = blake2b(line.custom_id.encode(errors="surrogatepass"), digest_size=16).digest()
             if digest in seen:
-                message = "custom_id is that of an earlier line; each must have its own"
+                message = "custom_id is that of an earlier line; each line must have its own"
                 line = BadLine(number, line.custom_id, "duplicate_custom_id", message)
             seen.add(digest)
         if isinstance(line, BadLine):

@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, *words = words
     if name not in COMMANDS:
         near = nearest(name, COMMANDS)
-        print(f"toka-bench: error: {name!r} is no command; the nearest is {near}", file=sys.stderr)
+        message = f"{name!r} is not a command; the nearest is {near}"
+        print(f"toka-bench: error: {message}", file=sys.stderr)
         return 2
     command = importlib.import_module(f"tokasaurus.bench.{_MODULES.get(name, name)}")
     config = parse_or_exit(command.SCHEMA, _with_keys(words, command.SCHEMA))

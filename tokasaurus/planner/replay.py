@@ -118,7 +118,7 @@ class Replay:
             ProtocolError: a sequence has not ended.
         """
         if not self._manager.idle:
-            raise ProtocolError("nothing is left to happen, and the manager still has sequences")
+            raise ProtocolError("no event is left, but the manager still has sequences")
         return self._tally.report(self._manager.counters, self._manager.gauges().num_pages)
 
     def _post(self, at: float, message: FromServer | ForwardResult) -> None:
@@ -139,7 +139,7 @@ class Replay:
         elif isinstance(message, RequestRejected):
             self._tally.refuse(message)
         elif isinstance(message, PromptLogprobs):
-            raise ProtocolError("prompt logprobs came, and no trace asks for any")
+            raise ProtocolError("prompt logprobs came, but no trace asks for them")
 
     def _answer_updates(self, updates: SequenceUpdates, at: float) -> None:
         """Posts the server's answers for sequences that have stop strings and still run."""
