@@ -100,7 +100,7 @@ class Replay:
         while self._events and self._events[0].time <= now:
             messages.append(heapq.heappop(self._events).message)
         started = time.perf_counter()
-        actions = self._manager.step(messages, now)
+        actions = self._manager.take_turn(messages, now)
         manager_s = self._timing.manager_s
         done = now + (time.perf_counter() - started if manager_s is None else manager_s)
         self._manager_free_at = done
