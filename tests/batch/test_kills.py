@@ -71,9 +71,10 @@ def test_a_directory_that_cannot_be_created_is_refused(tmp_path):
 
 @pytest.mark.engine
 @pytest.mark.parametrize(
-    ("num_kills", "num_lines"), [(1, 60), pytest.param(20, 6000, marks=pytest.mark.long)]
+    ("num_kills", "num_lines", "max_seqs"),
+    [(1, 60, 4), pytest.param(20, 6000, 64, marks=pytest.mark.long)],
 )
-def test_an_engine_that_is_killed_continues_its_batch(tmp_path, num_kills, num_lines):
+def test_an_engine_that_is_killed_continues_its_batch(tmp_path, num_kills, num_lines, max_seqs):
     rng = random.Random(time.time_ns())
     lines = []
     for number in range(num_lines):
@@ -84,7 +85,7 @@ def test_an_engine_that_is_killed_continues_its_batch(tmp_path, num_kills, num_l
     batch_id = None
     for kill in range(num_kills):
         # Few sequences at a time, so that the batch is not finished before the engine is killed.
-        with engine_on(tmp_path, "max_seqs_per_forward=4") as engine:
+        with engine_on(tmp_path, f"max_seqs_per_forward={max_seqs}") as engine:
             with pytest.raises(ConfigError, match="in use by another process"):
                 JobStore(tmp_path / "data")
             client = engine.client()
