@@ -14,6 +14,7 @@ from tokasaurus.errors import ConfigError, TokasaurusError
 
 __all__ = ["COMMANDS", "main"]
 
+# Each is a module of this package with a SCHEMA and run(config).
 COMMANDS = {
     "manager": "what the manager costs in CPU time, its real process against a simulated device",
     "server": "what the server costs in CPU time: a request, a token, an event of a stream",
@@ -23,9 +24,6 @@ COMMANDS = {
     "replay": "run a workload from a file in virtual time",
     "compare": "admission by forecast against two simpler policies, in virtual time",
 }
-
-# A command is the module of its name in this package, with a SCHEMA and run(config), except:
-_MODULES = {"grammar": "structured_output"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = f"{name!r} is not a command; the nearest is {near}"
         print(f"toka-bench: error: {message}", file=sys.stderr)
         return 2
-    command = importlib.import_module(f"tokasaurus.bench.{_MODULES.get(name, name)}")
+    command = importlib.import_module(f"tokasaurus.bench.{name}")
     config = parse_or_exit(command.SCHEMA, _with_keys(words, command.SCHEMA))
     try:
         command.run(config)
