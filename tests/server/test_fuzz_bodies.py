@@ -11,6 +11,7 @@ from fake_engine import EOS_ID, RunningServer, random_ids, with_config
 from fuzzing import check_answer, fuzz
 from load import resident_bytes
 from request_bodies import BODIES, batch_files, bodies
+from rows import each_row
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ FOUND = [
 ]
 
 
-@pytest.mark.parametrize(("path", "body"), FOUND, ids=range(len(FOUND)))
+@each_row("path, body", FOUND)
 def test_what_fuzzing_has_found_is_refused(server, path, body):
     answer = server.post(path, body.encode())
     assert answer.status == 400

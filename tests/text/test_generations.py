@@ -12,12 +12,14 @@ from fake_engine import (
     EOS_ID,
     PREPARER,
     TOKENIZER,
+    FakeEngine,
     ids_of,
     logprob_row,
     random_ids,
     submit,
     updates,
 )
+from rows import each_row
 
 from tokasaurus.errors import EngineDead, RequestError
 from tokasaurus.protocol.messages import (
@@ -98,10 +100,12 @@ def test_an_end_of_sequence_token_counts_but_does_not_show(core, fake):
     assert output.text.startswith("hellom")
 
 
-@pytest.mark.parametrize("seed", range(15))
-def test_streams_and_wholes_are_the_same(core, fake, seed):
+@each_row("seed", range(15))
+def test_streams_and_wholes_are_the_same(seed):
     """With stop strings and without, with logprobs and without, however the tokens come."""
     rng = random.Random(seed)
+    fake = FakeEngine()
+    core = Generations(CONFIG, TOKENIZER, fake.send)
     said = [rng.choices(ids_of("ab é😀") + ids_of("hello the"), k=60) for _ in range(3)]
     fake.script = lambda request, index: [*said[index], EOS_ID]
     for stop in (None, ["ba", "é a"], ["😀", "</s>"], ["never"]):
@@ -226,11 +230,11 @@ def test_a_stop_string_that_the_manager_hears_of_too_late():
     assert generation.num_generated_tokens == sum(map(len, said))
 
 
-@pytest.mark.parametrize("seed", range(8))
+@each_row("seed", range(8))
 @pytest.mark.parametrize("stream", [False, True])
-def test_exactly_k_samples_however_late_the_manager_hears(fake, seed, stream):
+def test_exactly_k_samples_however_late_the_manager_hears(seed, stream):
     rng = random.Random(seed)
-    post = []
+    fake, post = FakeEngine(), []
     core = Generations(CONFIG, TOKENIZER, post.append)
     said = rng.choices([*ids_of("abcd"), EOS_ID], weights=[5, 5, 5, 5, 1], k=3000)
     fake.script = lambda request, index: said[7 * index + 40 * request.request_id :]
@@ -336,9 +340,11 @@ def test_cached_tokens_are_those_of_the_sample_that_computed_the_prompt(core, fa
     assert run(core, fake, SamplingParams(n=2)).num_cached_tokens == 2
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_any_mix_leaves_nothing_behind(core, fake, seed):
+@each_row("seed", range(5))
+def test_any_mix_leaves_nothing_behind(seed):
     rng = random.Random(seed)
+    fake = FakeEngine()
+    core = Generations(CONFIG, TOKENIZER, fake.send)
     fake.script = lambda request, index: rng.choices([*ids_of("ab"), EOS_ID], k=request.max_tokens)
     alive = []
     for _ in range(200):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from rows import each_row
 
 from tokasaurus import SamplingParams
 from tokasaurus.errors import RequestError
@@ -11,8 +12,8 @@ from tokasaurus.protocol.messages import LogprobsMode
 from tokasaurus.text.params import renamed
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
+@each_row(
+    "field, value",
     [
         ("n", 0),
         ("n", 1 << 17),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from fake_engine import CONFIG, PREPARER, TOKENIZER, VOCAB_SIZE, with_config
+from rows import each_row
 
 from tokasaurus.errors import RequestError, RequestTooLong
 from tokasaurus.protocol.messages import LogprobsMode
@@ -41,8 +42,8 @@ def test_without_a_limit_the_rest_of_the_context():
     assert prepared.max_tokens == CONFIG.max_request_tokens - len(PROMPT)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "params", "kind", "field"),
+@each_row(
+    "prompt, params, kind, field",
     [
         ([], {}, RequestError, "prompt"),
         ([VOCAB_SIZE], {}, RequestError, "prompt"),

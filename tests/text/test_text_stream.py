@@ -5,8 +5,8 @@ from __future__ import annotations
 import codecs
 import random
 
-import pytest
 from fake_engine import EOS, EOS_ID, SPECIAL, TOKENIZER, VOCAB_SIZE, ids_of
+from rows import each_row
 
 from tokasaurus.text.stop_strings import StopStrings
 from tokasaurus.text.text_stream import TextStream
@@ -54,7 +54,7 @@ def random_emoji_ids(rng: random.Random, length: int) -> list[int]:
     return ids[:length]
 
 
-@pytest.mark.parametrize("seed", range(20))
+@each_row("seed", range(20))
 def test_pieces_of_a_stream_join_to_the_whole_text(seed):
     rng = random.Random(seed)
     for length in range(12):
@@ -74,7 +74,7 @@ def test_no_piece_holds_half_a_character():
     assert stream(ids[:-2], None)[0][-1] == "�"
 
 
-@pytest.mark.parametrize("seed", range(40))
+@each_row("seed", range(40))
 def test_stop_strings_against_a_search_of_the_whole_text(seed):
     rng = random.Random(seed)
     alphabet = "ab é�日"
@@ -87,8 +87,8 @@ def test_stop_strings_against_a_search_of_the_whole_text(seed):
             assert ("".join(pieces), count, found) == oracle(ids, stop), (ids, stop)
 
 
-@pytest.mark.parametrize(
-    ("said", "stop", "text"),
+@each_row(
+    "said, stop, text",
     [
         ("hello world", ["lo w"], "hel"),  # spans tokens
         ("hello world", ["ell"], "h"),  # inside a token
@@ -139,8 +139,8 @@ def test_special_tokens_are_no_text_but_can_be_stop_strings():
     assert "".join(stream(spelled_out, compiled("<|end|>"))[0]) == "a"
 
 
-@pytest.mark.parametrize(
-    ("said", "stop", "text"),
+@each_row(
+    "said, stop, text",
     [
         ("one\n<|end|>two", "\n<|end|>", "one"),
         ("one<|end|>\ntwo", "<|end|>\n", "one"),

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fake_engine import EOS_ID, TOKENIZER, VOCAB_SIZE, WRAPPED, with_config
+from rows import each_row
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -125,7 +126,7 @@ def test_chat_overrides_pass_through():
     assert render(going_on, add_generation_prompt=True).endswith("hel<|end|><|assistant|>")
 
 
-@pytest.mark.parametrize("name", ["tokenize", "return_tensors", "conversation"])
+@each_row("name", ["tokenize", "return_tensors", "conversation"])
 def test_chat_overrides_cannot_change_what_comes_back(name):
     with pytest.raises(RequestError, match=name) as error:
         TOKENIZER.render_chat([{"role": "user", "content": "hi"}], {name: True})

@@ -7,7 +7,7 @@ import weakref
 from collections import Counter
 
 import numpy as np
-import pytest
+from rows import each_row
 
 from tokasaurus.protocol.messages import AbortRequest, GenerateRequest, LogprobsMode, Sampling
 from tokasaurus.text.turnstile import Turnstile
@@ -164,7 +164,7 @@ def test_a_request_larger_than_the_bound_passes_as_a_whole():
     assert manager.order() == "ab"
 
 
-@pytest.mark.parametrize("seed", range(20))
+@each_row("seed", range(20))
 def test_every_request_passes_once_and_nothing_is_left(seed):
     rng = random.Random(seed)
     manager = Manager(rng.randint(1, 30))

@@ -12,6 +12,7 @@ import openai
 import pytest
 from certificates import make_certificate
 from fake_engine import RunningServer, with_config
+from rows import each_row
 
 KEYS = ("sk-first-7d1f", "sk-second-93ab")
 BODY = {"prompt": "the cat", "max_tokens": 3}
@@ -34,14 +35,14 @@ def locked():
 # --- keys ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", KEYS)
+@each_row("key", KEYS)
 def test_every_key_opens(locked, key):
     for scheme in ("Bearer", "bearer", "BEARER"):
         answer = locked.post("/v1/completions", BODY, Authorization=f"{scheme} {key}")
         assert answer.status == 200
 
 
-@pytest.mark.parametrize(
+@each_row(
     "value",
     [
         None,
@@ -97,7 +98,7 @@ def test_keys_are_not_logged(locked, caplog):
     assert "sk-" not in caplog.text
 
 
-@pytest.mark.parametrize("value", ["", "Bearer ", "Bearer none", "Basic eA=="])
+@each_row("value", ["", "Bearer ", "Bearer none", "Basic eA=="])
 def test_without_keys_any_authorization_will_do(server, value):
     assert server.get("/v1/models", Authorization=value).status == 200
 

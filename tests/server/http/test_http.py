@@ -6,8 +6,8 @@ import gzip
 import json
 import time
 
-import pytest
 from fake_engine import CONFIG
+from rows import each_row
 
 import tokasaurus
 
@@ -37,8 +37,8 @@ def test_a_model_that_is_not_there(server):
     assert answer.error["param"] == "model"
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "status"),
+@each_row(
+    "method, path, status",
     [
         ("GET", "/", 404),
         ("GET", "/v1/nothing", 404),
@@ -56,7 +56,7 @@ def test_no_such_route(server, method, path, status):
     assert ("allow" in answer.headers) == (status == 405)
 
 
-@pytest.mark.parametrize(
+@each_row(
     "body",
     [
         b"",
@@ -77,9 +77,10 @@ def test_a_body_that_is_no_json_object(server, body):
     assert "body" in answer.error["message"]
 
 
-@pytest.mark.parametrize("media_type", ["text/plain", "application/x-www-form-urlencoded", ""])
+@each_row("media_type", ["text/plain", "application/x-www-form-urlencoded", ""])
 def test_only_json_is_read(server, media_type):
     """A page in a browser can send anything else to a server on the same machine, unasked."""
+    server.engine.received.clear()
     answer = server._ask(
         "POST", "/v1/completions", json.dumps(BODY).encode(), {"Content-Type": media_type}
     )
@@ -102,7 +103,7 @@ def test_a_compressed_body_is_refused_as_one(server):
     assert server.post("/v1/completions", BODY, **{"Content-Encoding": "identity"}).status == 200
 
 
-@pytest.mark.parametrize("media_type", ["application/json; charset=utf-8", "Application/JSON"])
+@each_row("media_type", ["application/json; charset=utf-8", "Application/JSON"])
 def test_json_by_other_spellings(server, media_type):
     assert server.post("/v1/completions", BODY, **{"Content-Type": media_type}).status == 200
 
@@ -121,7 +122,7 @@ def test_a_defect_of_ours_is_a_500_without_details(server, monkeypatch, caplog):
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("authorization", ["", "Bearer ", "Bearer anything"])
+@each_row("authorization", ["", "Bearer ", "Bearer anything"])
 def test_headers_that_clients_send(server, authorization):
     headers = {"Authorization": authorization, "x-request-id": "5", "x-anything": "else"}
     assert server.post("/v1/completions", BODY, **headers).status == 200

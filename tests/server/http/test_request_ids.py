@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from fake_engine import RunningServer, with_config
+from rows import each_row
 
 BODY = {"prompt": "the cat", "max_tokens": 3}
 OURS = re.compile(r"req_[0-9a-f]{32}")
@@ -30,8 +31,8 @@ def test_the_openai_client_finds_it(server):
     assert client.completions.create(model="m", **BODY, extra_headers=headers)._request_id == "mine/7"  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "body", "status"),
+@each_row(
+    "method, path, body, status",
     [
         ("POST", "/v1/completions", BODY, 200),
         ("POST", "/v1/completions", {**BODY, "stream": True}, 200),
@@ -56,7 +57,7 @@ def test_every_answer_has_one(server, method, path, body, status):
         assert name == given or (given is None and OURS.fullmatch(name))
 
 
-@pytest.mark.parametrize("given", ["", "a b", "x" * 129, "é", "a\tb"])
+@each_row("given", ["", "a b", "x" * 129, "é", "a\tb"])
 def test_names_that_are_not_sane_are_replaced(server, given):
     answer = server.post("/v1/completions", BODY, **{"X-Request-Id": given})
     assert OURS.fullmatch(answer.headers["x-request-id"])

@@ -15,6 +15,7 @@ from fake_engine import (
     ids_of,
     with_config,
 )
+from rows import each_row
 
 from tokasaurus import SamplingParams
 from tokasaurus.errors import RequestError
@@ -97,8 +98,8 @@ def test_the_end_of_sequence_is_late_even_where_it_is_ignored():
     assert sampling(min_tokens=2, ignore_eos=True).adjustments.late_ids == (EOS_ID,)
 
 
-@pytest.mark.parametrize(
-    ("params", "field"),
+@each_row(
+    "params, field",
     [
         ({"stop_token_ids": [VOCAB_SIZE]}, "stop_token_ids"),
         ({"logit_bias": {VOCAB_SIZE: 1}}, "logit_bias"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -38,16 +38,22 @@ from field_table import (
     Place,
 )
 from pydantic import BaseModel
+from rows import check_each, each_row
 
 from tokasaurus.server.operations.schemas import RequestBody
 from tokasaurus.server.protocols.sglang.request import _HARMLESS_SAMPLING
 from tokasaurus.server.protocols.table import OPERATIONS
 
+
+def name_of(schema: type[BaseModel]) -> str:
+    return schema.__name__.lstrip("_")
+
+
 PLACES: dict[str, Place] = {
-    **{schema.__name__.lstrip("_"): place for schema, place in SCHEMAS.items()},
+    **{name_of(schema): place for schema, place in SCHEMAS.items()},
     **OBJECTS,
 }
-ROWS = [(name, field) for name, place in PLACES.items() for field in place.rows]
+every_place = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
 
 # Anything that is a number, looks like one, or is none; as JSON, since some cannot be said in Python.
 ODD_VALUES = [
@@ -177,13 +183,13 @@ def test_every_schema_is_in_the_table():
     assert asked < set(SCHEMAS)
 
 
-@pytest.mark.parametrize("name", PLACES)
+@each_row("name", PLACES)
 def test_every_field_is_in_the_table(name):
     assert set(PLACES[name].rows) == PLACES[name].known
 
 
-@pytest.mark.parametrize(
-    ("path", "theirs"),
+@each_row(
+    "path, theirs",
     [
         (COMPLETIONS, openai_completion.CompletionCreateParamsBase),
         (CHAT, openai_chat.CompletionCreateParamsBase),
@@ -203,13 +209,16 @@ def test_every_field_of_openai_is_known(path, theirs):
 # --- what is supported -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "field"), ROWS)
-def test_a_field_does_what_the_table_says(everything, files, name, field):
-    place, row = PLACES[name], PLACES[name].rows[field]
-
+@every_place
+def test_a_field_does_what_the_table_says(everything, files, place):
     def seen(fields, around=None):
         return observe(everything, files, place, body_of(place, fields, around))
 
+    check_each(place.rows, lambda field: check_field(place, field, seen))
+
+
+def check_field(place: Place, field: str, seen: Callable[..., Any]) -> None:
+    row = place.rows[field]
     if isinstance(row, Changes):
         base = {**place.base, **row.beside}
         if field in row.beside:
@@ -242,15 +251,20 @@ def assert_refused(place: Place, field: str, got: Any) -> None:
     assert field in message, got
 
 
-@pytest.mark.parametrize(("name", "field"), ROWS)
-def test_null_is_the_same_as_left_out(everything, files, name, field):
-    place, row = PLACES[name], PLACES[name].rows[field]
-    fields = dict(place.base)
+@every_place
+def test_null_is_the_same_as_left_out(everything, files, place):
+    def seen(fields):
+        return observe(everything, files, place, body_of(place, fields))
+
+    check_each(place.rows, lambda field: check_null(place, field, seen))
+
+
+def check_null(place: Place, field: str, seen: Callable[..., Any]) -> None:
+    row, fields = place.rows[field], dict(place.base)
     fields.pop(field, None)
     if isinstance(row, Changes) and place.base.get(field) is not None and "seed" not in field:
         fields |= {n: v for n, v in row.beside.items() if v is not None and n != field}
-    null = observe(everything, files, place, body_of(place, {**fields, field: None}))
-    out = observe(everything, files, place, body_of(place, fields))
+    null, out = seen({**fields, field: None}), seen(fields)
     if field in place.required:
         assert_refused(place, field, null)
     if null[0] != 200:
@@ -265,17 +279,25 @@ def test_null_is_the_same_as_left_out(everything, files, name, field):
 # --- what is not -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "field"), ROWS)
-def test_odd_values_work_or_are_refused_by_name(everything, files, name, field):
+@every_place
+def test_odd_values_work_or_are_refused_by_name(everything, files, place):
     """Never a 500, and nothing of a type that is not meant."""
-    place, row = PLACES[name], PLACES[name].rows[field]
+
+    def seen(data, **options):
+        return observe(everything, files, place, data, **options)
+
+    check_each(place.rows, lambda field: check_odd_values(place, field, seen))
+    everything.wait_idle()
+
+
+def check_odd_values(place: Place, field: str, seen: Callable[..., Any]) -> None:
+    row = place.rows[field]
     beside = row.beside if isinstance(row, Changes) else {}
     body = body_of(place, {**place.base, **beside, field: "HERE"}, getattr(row, "around", None))
     template = json.dumps(body)
     assert template.count('"HERE"') == 1
     for value in ODD_VALUES:
-        data = template.replace('"HERE"', value).encode()
-        got = observe(everything, files, place, data, to_end=False)
+        got = seen(template.replace('"HERE"', value).encode(), to_end=False)
         if got[0] != 200:
             # With another object in the way, the error may be about that one: both are named.
             assert got[0] in (400, 404), (value, got)
@@ -283,21 +305,19 @@ def test_odd_values_work_or_are_refused_by_name(everything, files, name, field):
             names = {place.top or field, *beside}
             assert got[1].split(".")[0].split("[")[0] in names, (value, got)
     for value in NO_JSON:
-        got = observe(everything, files, place, template.replace('"HERE"', value).encode())
+        got = seen(template.replace('"HERE"', value).encode())
         assert got[0] == 400, (value, got)
-    everything.wait_idle()
 
 
 NUMBERS = [
-    (name, field)
+    (name_of(schema), field)
     for schema, place in SCHEMAS.items()
-    for name in [schema.__name__.lstrip("_")]
     for field, info in schema.model_fields.items()
     if field in place.rows and info.annotation in (int | None, float | None, int)
 ]
 
 
-@pytest.mark.parametrize(("name", "field"), NUMBERS)
+@each_row("name, field", NUMBERS)
 def test_truth_and_texts_are_no_numbers(everything, files, name, field):
     place, row = PLACES[name], PLACES[name].rows[field]
     beside = getattr(row, "beside", {})
@@ -306,64 +326,71 @@ def test_truth_and_texts_are_no_numbers(everything, files, name, field):
         assert_refused(place, field, observe(everything, files, place, body))
 
 
-@pytest.mark.parametrize("field", sorted(OBJECTS["sampling_params"].rows))
+OF_ANOTHER_TYPE = {"ignore_eos", "stop", "regex", "ebnf", "json_schema"}
+
+
+@each_row("field", sorted(set(OBJECTS["sampling_params"].rows) - OF_ANOTHER_TYPE))
 def test_sampling_parameters_have_types_too(everything, files, field):
     place = OBJECTS["sampling_params"]
     for value in (True, "1", [[1]]):
-        if field in ("ignore_eos", "stop", "regex", "ebnf", "json_schema"):
-            continue
         got = observe(everything, files, place, body_of(place, {**place.base, field: value}))
         assert got[:2] == (400, f"sampling_params.{field}")
 
 
 TEMPLATE_ARGUMENTS = ("apply_chat_template_overrides", "chat_template_kwargs")  # any object will do
-OWN_ROWS = [
-    (name, field)
-    for name, field in ROWS
-    if PLACES[name].path != SYNCHRONOUS and PLACES[name].top in ("", "sampling_params")
+OWN_PLACES = [
+    name
+    for name, place in PLACES.items()
+    if place.path != SYNCHRONOUS and place.top in ("", "sampling_params")
 ]
 
 
-@pytest.mark.parametrize(("name", "field"), OWN_ROWS)
-def test_what_no_field_holds_is_refused_by_name(everything, files, name, field):
-    place, row = PLACES[name], PLACES[name].rows[field]
-    base = {**place.base, **getattr(row, "beside", {})}
+@pytest.mark.parametrize("name", OWN_PLACES)
+def test_what_no_field_holds_is_refused_by_name(everything, files, name):
+    def seen(body):
+        return observe(everything, files, PLACES[name], body)
+
+    check_each(PLACES[name].rows, lambda field: check_nonsense(PLACES[name], field, seen))
+
+
+def check_nonsense(place: Place, field: str, seen: Callable[..., Any]) -> None:
+    base = {**place.base, **getattr(place.rows[field], "beside", {})}
     for wrong in ([[["nonsense"]]], *([] if field in TEMPLATE_ARGUMENTS else [{"type": {}}])):
-        body = body_of(place, {**base, field: wrong})
-        assert_refused(place, field, observe(everything, files, place, body))
+        assert_refused(place, field, seen(body_of(place, {**base, field: wrong})))
 
 
 HARMLESS_OF = {
     "sampling_params": _HARMLESS_SAMPLING,
-    **{schema.__name__: schema.harmless for schema in SCHEMAS if issubclass(schema, RequestBody)},
+    **{name_of(schema): schema.harmless for schema in SCHEMAS if issubclass(schema, RequestBody)},
 }
-HARMLESS_ROWS = [
-    (name, field)
-    for name, harmless in HARMLESS_OF.items()
-    for field in harmless
-    if field not in PLACES[name].known
-]
+HARMLESS_OF = {name: fields for name, fields in HARMLESS_OF.items() if fields}
 
 
-@pytest.mark.parametrize(("name", "field"), HARMLESS_ROWS)
-def test_an_unsupported_field_passes_where_it_is_harmless(everything, files, name, field):
+@pytest.mark.parametrize("name", HARMLESS_OF)
+def test_an_unsupported_field_passes_where_it_is_harmless(everything, files, name):
+    def seen(body):
+        return observe(everything, files, PLACES[name], body)
+
+    fields = [field for field in HARMLESS_OF[name] if field not in PLACES[name].known]
+    check_each(fields, lambda field: check_harmless(name, field, seen))
+
+
+def check_harmless(name: str, field: str, seen: Callable[..., Any]) -> None:
     place, values = PLACES[name], HARMLESS_OF[name][field]
-    plain = observe(everything, files, place, body_of(place, place.base))
+    plain = seen(body_of(place, place.base))
     for value in (None, *("anything" if value is str else value for value in values)):
-        body = body_of(place, {**place.base, field: value})
-        assert observe(everything, files, place, body) == plain
+        assert seen(body_of(place, {**place.base, field: value})) == plain
     for value in (
         {"nonsense": 1},
         0.5,
         3,
         *([1, 0] if values and isinstance(values[0], bool) else ()),
     ):
-        body = body_of(place, {**place.base, field: value})
-        assert_refused(place, field, observe(everything, files, place, body))
+        assert_refused(place, field, seen(body_of(place, {**place.base, field: value})))
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
-@pytest.mark.parametrize("field", OTHER_ENGINES)
+@each_row("field", OTHER_ENGINES)
 def test_fields_of_other_engines_are_known(everything, path, field):
     (schema,) = OPERATIONS[path].schemas
     assert field not in schema.model_fields, "it has a row of its own by now"
@@ -374,7 +401,7 @@ def test_fields_of_other_engines_are_known(everything, path, field):
     assert f"{field} is not supported" in error["message"]
 
 
-@pytest.mark.parametrize("name", PLACES)
+@each_row("name", PLACES)
 def test_an_unknown_field_is_refused(everything, files, name):
     place = PLACES[name]
     body = body_of(place, {**place.base, "zzz": 1})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from rows import each_row
 
 BASE = {
     "/v1/completions": {"prompt": "the cat", "seed": 1, "max_tokens": 12},
@@ -22,8 +23,8 @@ def test_an_unknown_field_is_refused_with_the_nearest_name(server, path):
     assert "did you mean" not in server.post(path, {**BASE[path], "zzz": 1}).error["message"]
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "param", "said"),
+@each_row(
+    "path, body, param, said",
     [
         ("/v1/completions", {"temperature": "1"}, "temperature", "number"),
         ("/v1/completions", {"temperature": -1}, "temperature", "100"),
@@ -202,6 +203,7 @@ def test_an_unknown_field_is_refused_with_the_nearest_name(server, path):
     ],
 )
 def test_wrong_values(server, path, body, param, said):
+    server.engine.received.clear()
     for stream in (False, True):
         answer = server.post(path, {**BASE[path], **body, "stream": stream})
         assert answer.status == 400
@@ -213,8 +215,8 @@ def test_wrong_values(server, path, body, param, said):
 
 @pytest.mark.parametrize("path", BASE)
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(
-    ("tier", "served", "priority"),
+@each_row(
+    "tier, served, priority",
     [
         (None, None, 0),
         ("auto", "default", 0),
@@ -224,6 +226,7 @@ def test_wrong_values(server, path, body, param, said):
     ],
 )
 def test_service_tiers_are_priorities(server, path, stream, tier, served, priority):
+    server.engine.received.clear()
     answer = server.post(path, {**BASE[path], "service_tier": tier, "stream": stream})
     bodies = answer.events if stream else [answer.json]
     assert {body.get("service_tier") for body in bodies} == {served}

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from fake_engine import EOS_ID, VOCAB_SIZE, WRAPPED, RunningServer, with_config
+from rows import each_row
 
 from tokasaurus.errors import RequestError
 from tokasaurus.text.tokenizer import Tokenizer
@@ -26,8 +27,7 @@ def locked() -> Iterator[RunningServer]:
         yield server
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "field"),
+@each_row("path, body, field",
     [
         (CHAT, {"messages": MESSAGES, KWARGS: {"chat_template": ENDLESS}}, KWARGS),
         (CHAT, {"messages": MESSAGES, OVERRIDES: {"chat_template": ENDLESS}}, OVERRIDES),

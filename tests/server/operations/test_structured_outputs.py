@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from fake_engine import CONFIG, TOKENIZER, with_config
 from json_schemas import SCHEMAS
+from rows import each_row
 
 from tokasaurus import SamplingParams
 from tokasaurus.errors import RequestError
@@ -110,8 +111,8 @@ DEEP = {
 }
 
 
-@pytest.mark.parametrize(
-    ("fields", "param", "said"),
+@each_row(
+    "fields, param, said",
     [
         ({"guided_json": {"type": "foo"}}, "guided_json", "Invalid type: foo"),
         ({"guided_json": {"not": {"type": "string"}}}, "guided_json", "Unimplemented keys"),
@@ -170,6 +171,7 @@ DEEP = {
     ],
 )
 def test_what_cannot_be_is_refused_with_the_reason(server, fields, param, said):
+    server.engine.received.clear()
     for path, base in (
         (PATH, BASE),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "the cat"}]}),

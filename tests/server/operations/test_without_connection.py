@@ -7,6 +7,7 @@ import json
 
 import pytest
 from fake_engine import RunningServer, ids_of
+from rows import each_row
 
 from tokasaurus.errors import EngineDead, EngineError
 from tokasaurus.protocol.messages import MAX_PRIORITY
@@ -21,8 +22,8 @@ def ask(server: RunningServer, path: str, body: object, **options: object) -> tu
     return status, json.loads(content)
 
 
-@pytest.mark.parametrize(
-    ("path", "body"),
+@each_row(
+    "path, body",
     [
         (COMPLETIONS, {"prompt": ["one", "two"], "n": 2, "seed": 1, "logprobs": 2, "echo": True}),
         (CHAT, {"messages": MESSAGES, "seed": 3, "max_tokens": 9}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 
-import pytest
+from rows import each_row
 
 from tokasaurus.server.protocols.tools.answer import AnswerDeltas
 from tokasaurus.server.protocols.tools.call_reader import CallReader, _ValueEnd
@@ -156,7 +156,7 @@ def cuts(text, rng):
         yield [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
 
 
-@pytest.mark.parametrize(("kind", "text", "content", "calls"), CASES)
+@each_row("kind, text, content, calls", CASES)
 def test_calls_however_the_text_is_cut(kind, text, content, calls):
     for pieces in cuts(text, random.Random(0)):
         assert read(kind, pieces) == (content, "", calls), pieces
@@ -176,7 +176,7 @@ REASONING = [
 ]
 
 
-@pytest.mark.parametrize(("text", "inside", "reasoning", "content"), REASONING)
+@each_row("text, inside, reasoning, content", REASONING)
 def test_reasoning_however_the_text_is_cut(text, inside, reasoning, content):
     for pieces in cuts(text, random.Random(1)):
         assert read(None, pieces, reasons=True, inside=inside) == (content, reasoning, []), pieces
@@ -211,7 +211,7 @@ def test_a_whole_message():
     assert empty.finish_reason("stop") == "stop"
 
 
-@pytest.mark.parametrize("seed", range(200))
+@each_row("seed", range(200))
 def test_whatever_a_model_says_is_not_lost(seed):
     """Without marks and braces of their own, texts of fragments come out as they are, however cut."""
     rng = random.Random(seed)
@@ -241,7 +241,7 @@ def test_whatever_a_model_says_is_not_lost(seed):
             assert whole[0] == text
 
 
-@pytest.mark.parametrize("seed", range(300))
+@each_row("seed", range(300))
 def test_every_word_of_a_model_arrives_once(seed):
     """Words stand between and within what calls consist of, whole, broken and cut off."""
     rng = random.Random(seed)
@@ -274,8 +274,8 @@ def test_every_word_of_a_model_arrives_once(seed):
         assert [said.count(f"w{each}w") for each in range(number)] == [1] * number, (kind, text)
 
 
-@pytest.mark.parametrize(
-    ("text", "content", "calls"),
+@each_row(
+    "text, content, calls",
     [
         (hermes("\\ud800", A), hermes("\\ud800", A), []),
         (hermes("f", '"\\ud800"'), "", [("f", '"\\ud800"')]),

@@ -18,6 +18,7 @@ from fake_engine import (
     random_ids,
     with_config,
 )
+from rows import each_row
 
 from tokasaurus.server.operations.logprobs import chat_logprobs
 from tokasaurus.text.samples import TokenLogprobs
@@ -86,11 +87,12 @@ def test_the_default_limit_gives_way_to_the_context(server, client):
     assert client.completions.create(model="m", prompt=prompt).usage.completion_tokens == 7
 
 
-@pytest.mark.parametrize(
+@each_row(
     "prompt", ["the cat", ["the cat", "a"], ids_of("the cat"), [ids_of("the cat"), ids_of("a")]]
 )
 @pytest.mark.parametrize("n", [1, 3])
 def test_prompts_and_samples(server, client, prompt, n):
+    server.engine.received.clear()
     server.engine.num_cached_tokens = 1
     answer = client.completions.create(model="m", prompt=prompt, n=n, max_tokens=4, seed=1)
     sent = [request.prompt_ids.tolist() for request in server.engine.requests]
@@ -130,7 +132,7 @@ def test_echo(server, client):
         assert "".join(chunk.choices[0].text for chunk in chunks) == "the cat sat"
 
 
-@pytest.mark.parametrize("number", [0, 1, 4])
+@each_row("number", [0, 1, 4])
 def test_completion_logprobs(server, client, number):
     says(server, SAID)
     request = {"model": "m", "prompt": "the cat", "logprobs": number, "max_tokens": 40}
@@ -444,7 +446,7 @@ def test_first_k_in_chat(server, client):
 # --- streams ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(6))
+@each_row("seed", range(6))
 @pytest.mark.parametrize("stop", [None, ["a", "the"]])
 def test_a_stream_says_what_the_whole_answer_says(server, client, seed, stop):
     server.engine.largest_step = 1 + 4 * (seed % 2)

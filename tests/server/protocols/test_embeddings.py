@@ -9,6 +9,7 @@ import numpy as np
 import openai
 import pytest
 from fake_engine import CONFIG, TOKENIZER, ids_of, pooled_state
+from rows import each_row
 
 from tokasaurus.protocol.messages import Pooling
 
@@ -49,10 +50,9 @@ def test_the_async_client(server):
     np.testing.assert_allclose(vector, expected(server.engine.requests[0], 3), atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "value", ["the cat", ["the cat"], ids_of("the cat"), [ids_of("the cat")]], ids=repr
-)
+@each_row("value", ["the cat", ["the cat"], ids_of("the cat"), [ids_of("the cat")]])
 def test_every_shape_of_input(server, value):
+    server.engine.received.clear()
     data = server.post(PATH, {"input": value}).json["data"]
     assert len(data) == 1
     ids = TOKENIZER.encode("the cat") if isinstance(value, str) or value == ["the cat"] else None
@@ -67,8 +67,8 @@ def test_pooling_and_priority_reach_the_engine(server):
     assert request.priority == 7
 
 
-@pytest.mark.parametrize(
-    ("body", "param"),
+@each_row(
+    "body, param",
     [
         ({}, "input"),
         ({"input": []}, "input"),
@@ -88,7 +88,6 @@ def test_pooling_and_priority_reach_the_engine(server):
         ({"input": "a", "temperature": 1.0}, "temperature"),
         ({"input": "a", "stream": True}, "stream"),
     ],
-    ids=repr,
 )
 def test_wrong_values_are_named(server, body, param):
     answer = server.post(PATH, body)

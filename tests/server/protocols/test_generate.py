@@ -10,6 +10,7 @@ import operator
 import numpy as np
 import pytest
 from fake_engine import CONFIG, EOS_ID, TOKENIZER, ids_of, logprob_row
+from rows import each_row
 
 PATH = "/generate"
 LOWEST_TOP = 2
@@ -100,8 +101,8 @@ def test_samples_and_their_stream(server):
     assert events[-1]["usage"] == whole["usage"]
 
 
-@pytest.mark.parametrize(
-    ("body", "param"),
+@each_row(
+    "body, param",
     [
         ({}, "prompt"),
         ({"prompt": "a", "text": "b"}, "prompt"),
@@ -115,7 +116,6 @@ def test_samples_and_their_stream(server):
         ({"prompt": "a", "sampling_params": {}}, "sampling_params"),
         ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),
     ],
-    ids=repr,
 )
 def test_wrong_native_requests(server, body, param):
     answer = server.post(PATH, {"max_tokens": 2, **body})
@@ -130,8 +130,8 @@ def test_an_empty_prompt_is_an_empty_message(server):
 # --- SGLang's shape --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "stop", "more", "matched"),
+@each_row(
+    "text, stop, more, matched",
     [
         ("the cat sat on", ["mat", "sat"], {}, "sat"),
         ("the cat sat on the mat", ["t", "cat", "at"], {"min_new_tokens": 5}, "at"),
@@ -208,8 +208,8 @@ def test_lists_of_prompts(server, stream):
             assert last == expected
 
 
-@pytest.mark.parametrize(
-    ("body", "param"),
+@each_row(
+    "body, param",
     [
         ({}, "prompt"),
         ({"text": "a", "input_ids": [1]}, "input_ids"),
@@ -245,7 +245,6 @@ def test_lists_of_prompts(server, stream):
         ({"text": "a", "lora_path": "x"}, "lora_path"),
         ({"text": "a", "priority": 1}, "priority"),
     ],
-    ids=repr,
 )
 def test_wrong_requests_of_sglang(server, body, param):
     answer = server.post(PATH, body)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 
 import openai
 import pytest
 from fake_engine import EOS_ID, TOKENIZER, ids_of
+from rows import each_row
 from test_tools import ARGUMENTS, HERMES, HERMES_CALLS, LLAMA, LLAMA_CALLS, PARAMETERS, accepts
 
 WEATHER = {
@@ -76,7 +76,7 @@ def test_calls_are_items(server, template, text, kinds):
 
 
 @pytest.mark.parametrize(("template", "text"), [(HERMES, HERMES_CALLS), (LLAMA, LLAMA_CALLS)])
-@pytest.mark.parametrize("largest_step", [1, 3, 100])
+@each_row("largest_step", [1, 3, 100])
 def test_the_stream_adds_up_to_the_whole(server, template, text, largest_step):
     says(server, text)
     server.engine.largest_step = largest_step
@@ -199,8 +199,8 @@ def test_reasoning(server):
     assert "[assistant]on the mat(the cat)[user]why?" in prompt_of(server)
 
 
-@pytest.mark.parametrize(
-    ("more", "param", "said"),
+@each_row(
+    "more, param, said",
     [
         ({"tools": [{"type": "web_search", "search_context_size": "low"}]}, "tools", "web_search"),
         ({"tools": [{"type": "mcp", "server_url": "x"}]}, "tools", "mcp"),
@@ -229,7 +229,6 @@ def test_reasoning(server):
             "Invalid type: foo",
         ),
     ],
-    ids=lambda value: json.dumps(value)[:60],
 )
 def test_what_is_refused(server, more, param, said):
     for stream in (False, True):

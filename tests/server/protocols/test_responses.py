@@ -9,6 +9,7 @@ import openai
 import pydantic
 import pytest
 from fake_engine import EOS_ID, TOKENIZER, ids_of, logprob_row
+from rows import each_row
 
 from tokasaurus.errors import EngineDead
 
@@ -197,8 +198,8 @@ def test_an_error_in_mid_stream(server):
 # --- what is refused -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("body", "param"),
+@each_row(
+    "body, param",
     [
         ({"input": None}, "input"),
         ({"input": []}, "input"),
@@ -223,7 +224,6 @@ def test_an_error_in_mid_stream(server):
         ({"text": {"format": {"type": "json_object"}}, "guided_regex": "a"}, "text"),
         ({"temperature": -1}, "temperature"),
     ],
-    ids=repr,
 )
 def test_wrong_values_are_named(server, body, param):
     for stream in (False, True):

@@ -8,6 +8,7 @@ import json
 import openai
 import pytest
 from fake_engine import CONFIG, EOS_ID, TOKENIZER, ids_of
+from rows import each_row
 
 from tokasaurus.errors import RequestError
 from tokasaurus.grammars import GrammarCompiler
@@ -91,7 +92,7 @@ def test_calls_in_a_whole_answer(server, template, text, content):
 
 
 @pytest.mark.parametrize(("template", "text"), [(HERMES, HERMES_CALLS), (LLAMA, LLAMA_CALLS)])
-@pytest.mark.parametrize("largest_step", [1, 2, 7, 100])
+@each_row("largest_step", [1, 2, 7, 100])
 def test_calls_in_a_stream_added_up_by_the_client(server, template, text, largest_step):
     says(server, text)
     server.engine.largest_step = largest_step
@@ -239,8 +240,8 @@ def test_a_schema_of_a_tool_may_refer_to_its_own_definitions(server):
     assert not accepts(grammar, head + '{"a": 2}}\n</tool_call>')
 
 
-@pytest.mark.parametrize(
-    ("fields", "param", "said"),
+@each_row(
+    "fields, param, said",
     [
         ({"tools": [{"type": "retrieval"}]}, "tools", "tools[0]"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools", "'a b'"),
@@ -345,7 +346,7 @@ THOUGHTS = [
 ]
 
 
-@pytest.mark.parametrize(("thoughts", "rest"), THOUGHTS)
+@each_row("thoughts, rest", THOUGHTS)
 @pytest.mark.parametrize("spelled", [False, True])
 def test_reasoning_tokens_are_counted_exactly(server, thoughts, rest, spelled):
     """However the marks are cut into tokens and these into events; n samples add up."""

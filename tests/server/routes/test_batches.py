@@ -14,6 +14,7 @@ from pathlib import Path
 import openai
 import pytest
 from fake_engine import TOKENIZER, RunningServer, ids_of, with_config
+from rows import each_row
 
 from tokasaurus.batch import runner as runner_module
 from tokasaurus.batch.capacity import BATCH_PRIORITY
@@ -132,8 +133,8 @@ PURPOSE = ('name="purpose"', b"batch")
 FILE = ('name="file"; filename="a"', b"abc")
 
 
-@pytest.mark.parametrize(
-    ("body", "param", "status"),
+@each_row(
+    "body, param, status",
     [
         (form(FILE), "purpose", 400),
         (form(PURPOSE), "file", 400),
@@ -373,8 +374,8 @@ def test_a_bad_line_fails_alone(client):
         assert each["response"]["body"]["error"]["param"] == param
 
 
-@pytest.mark.parametrize(
-    ("data", "code"),
+@each_row(
+    "data, code",
     [
         (b"", "empty_file"),
         (b"\n\n  \n", "empty_file"),
@@ -393,8 +394,8 @@ def test_a_file_that_is_no_batch(client, data, code):
     assert batch.error_file_id is None
 
 
-@pytest.mark.parametrize(
-    ("changes", "param", "status"),
+@each_row(
+    "changes, param, status",
     [
         ({"input_file_id": "file-none"}, "input_file_id", 404),
         ({"endpoint": "/v1/models"}, "endpoint", 400),

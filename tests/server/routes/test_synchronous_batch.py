@@ -8,8 +8,8 @@ import pickle
 import time
 
 import msgspec
-import pytest
 from fake_engine import RunningServer, with_config
+from rows import each_row
 
 PATH = "/custom/synchronous-batch-completions"
 REQUESTS = [
@@ -30,8 +30,8 @@ def test_the_answers_are_those_of_the_chat_route_in_order(server):
     assert [comparable(each) for each in answer.json] == expected
 
 
-@pytest.mark.parametrize(
-    ("accept", "expected"),
+@each_row(
+    "accept, expected",
     [
         ("application/msgpack", "application/msgpack"),
         ("application/json;q=0.5, application/x-msgpack", "application/msgpack"),
@@ -64,8 +64,8 @@ def test_a_pickle_where_the_operator_allows_it():
         assert len(answer.json) == 5
 
 
-@pytest.mark.parametrize(
-    ("body", "param"),
+@each_row(
+    "body, param",
     [
         ([], None),
         ({}, "requests"),
@@ -79,6 +79,7 @@ def test_a_pickle_where_the_operator_allows_it():
     ],
 )
 def test_what_is_wrong_is_named_and_nothing_runs(server, body, param):
+    server.engine.received.clear()
     answer = server.post(PATH, body)
     assert answer.status == 400
     assert answer.error["param"] == param

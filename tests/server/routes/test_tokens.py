@@ -5,12 +5,13 @@ from __future__ import annotations
 import jinja2
 import pytest
 from fake_engine import CHAT_TEMPLATE, CONFIG, EOS, EOS_ID, TOKENIZER, VOCAB_SIZE, ids_of
+from rows import each_row
 
 MESSAGES = [{"role": "user", "content": "the cat"}]
 OPEN = [*MESSAGES, {"role": "assistant", "content": "sat"}]
 
 
-@pytest.mark.parametrize("text", ["the cat sat", "", "élan 🐟", f"a{EOS}b"])
+@each_row("text", ["the cat sat", "", "élan 🐟", f"a{EOS}b"])
 @pytest.mark.parametrize("special", [None, True, False])
 def test_tokens_are_those_of_a_completion(server, text, special):
     body = {"prompt": text} if special is None else {"prompt": text, "add_special_tokens": special}
@@ -26,15 +27,14 @@ def test_tokens_are_those_of_a_completion(server, text, special):
         assert server.post("/detokenize", {"tokens": expected}).json == {"prompt": text}
 
 
-@pytest.mark.parametrize(
-    ("fields", "end"),
+@each_row(
+    "fields, end",
     [
         ({}, "<|end|><|assistant|>"),
         ({"add_generation_prompt": False}, "<|end|>"),
         ({"chat_template_kwargs": {"shout": True}}, "<|end|>SHOUT<|assistant|>"),
         ({"chat_template": "{{ messages[0]['content'] }}!"}, "!"),
     ],
-    ids=repr,
 )
 def test_a_conversation_is_written_by_the_chat_template(server, fields, end):
     answer = server.post("/tokenize", {"messages": MESSAGES, "return_token_strs": True, **fields})
@@ -58,8 +58,8 @@ def test_long_texts(server):
     assert server.post("/tokenize", {"prompt": text}).json["tokens"] == TOKENIZER.encode(text)
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "param"),
+@each_row(
+    "path, body, param",
     [
         ("/tokenize", {}, "prompt"),
         ("/tokenize", {"prompt": "a", "messages": MESSAGES}, "prompt"),
@@ -83,7 +83,6 @@ def test_long_texts(server):
         ("/detokenize", {"tokens": [VOCAB_SIZE]}, "tokens"),
         ("/detokenize", {"tokens": [True]}, "tokens"),
     ],
-    ids=repr,
 )
 def test_wrong_values_are_named(server, path, body, param):
     answer = server.post(path, body)
