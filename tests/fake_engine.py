@@ -20,7 +20,9 @@ import openai
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tokasaurus.config.slices import ServerConfig
+from tokasaurus.config.engine import EngineConfig
+from tokasaurus.config.resolve import resolve
+from tokasaurus.config.slices import ModelFacts, ServerConfig
 from tokasaurus.launch.serving import http_server
 from tokasaurus.protocol.messages import (
     AbortRequest,
@@ -30,9 +32,7 @@ from tokasaurus.protocol.messages import (
     FlushCache,
     FromServer,
     GenerateRequest,
-    LogprobsMode,
     PooledState,
-    Pooling,
     PromptLogprobs,
     RequestRejected,
     SequenceUpdates,
@@ -88,44 +88,30 @@ EOS_ID = WRAPPED.eos_token_id
 TOKENIZER = server_tokenizer.Tokenizer(WRAPPED, VOCAB_SIZE, [EOS_ID], trusts_templates=True)
 UNTRUSTING = server_tokenizer.Tokenizer(WRAPPED, VOCAB_SIZE, [EOS_ID])
 
-CONFIG = ServerConfig(
+FACTS = ModelFacts(
+    path="",
+    vocab_size=VOCAB_SIZE,
+    max_position_embeddings=512,
+    kv_elements_per_token=1,
+    eos_token_ids=(EOS_ID,),
+)
+CHOICES = EngineConfig(
+    model="org/tiny-model-source",
+    served_model_name="org/tiny-model",
     host="127.0.0.1",
-    port=0,
-    api_key_digests=(),
-    ssl_certfile=None,
-    ssl_keyfile=None,
-    cors_origins=(),
     max_queued_requests=4096,
-    request_timeout_s=None,
-    request_read_timeout_s=60.0,
     max_body_bytes=1 << 20,
     max_n=1 << 16,
-    max_stored_bytes=None,
-    stats_report_s=0.0,
-    statsd_address=None,
-    model_name="org/tiny-model",
-    model_root="org/tiny-model-source",
-    tokenizer_path="",
-    trust_remote_code=False,
-    trust_request_chat_template=True,
-    uvicorn_log_level="warning",
-    log_level="info",
-    shutdown_timeout_s=5.0,
-    data_dir="",
-    unsafe_pickle_responses=False,
-    vocab_size=VOCAB_SIZE,
-    eos_token_ids=(EOS_ID,),
-    max_request_tokens=512,
     max_seqs_per_forward=64,
     max_topk_logprobs=20,
-    logprobs_mode=LogprobsMode.TEMPERATURE,
-    tool_call_parser="auto",
-    reasoning_parser="auto",
-    embedding_pooling=Pooling.MEAN,
-    temperature=None,
-    top_p=None,
-    top_k=None,
-    min_p=None,
+    stats_report_seconds=0.0,
+    shutdown_timeout_s=5.0,
+    trust_request_chat_template=True,
+    uvicorn_log_level="warning",
+)
+# The defaults of all other flags; without a directory for files there are no batches.
+CONFIG = replace(
+    resolve(CHOICES, FACTS, cuda_available=False, memory_bytes=None).server, data_dir=""
 )
 PREPARER = Preparer(CONFIG, TOKENIZER)
 
