@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import math
 import random
 import socket
 import threading
@@ -59,6 +60,7 @@ CHAT_TEMPLATE = (
 )
 SPECIAL = (BOS, EOS, "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 STOP_LAG = 16
+PATIENCE_S = 60  # that tests have, with any machine
 
 
 def make_wrapped() -> PreTrainedTokenizerFast:
@@ -168,7 +170,9 @@ class FakeEngine:
         self.num_cached_tokens = 0
         self.num_sent_tokens = 0
         self.paused = False
+        self.hold_at: int | None = None  # tokens after which no sequence goes on
         self.largest_step = 3  # tokens of a sequence in one update
+        self.most_running = 0  # samples at once
         self._running: dict[tuple[int, int], _Sequence] = {}
         self._num_finished: Counter[int] = Counter()  # samples of each request
         self._outbox: list[object] = []
@@ -212,6 +216,20 @@ class FakeEngine:
     def num_running(self) -> int:
         return len(self._running)
 
+    @property
+    def is_moving(self) -> bool:
+        """Whether there will be more without anything said to it."""
+        if self.paused:
+            return bool(self._outbox)
+        limit = math.inf if self.hold_at is None else self.hold_at
+        return bool(self._outbox) or any(s.position < limit for s in self._running.values())
+
+    def reset(self) -> None:
+        """As at the beginning, except for what runs."""
+        self.script, self.reject, self.paused = random_ids, None, False
+        self.hold_at, self.num_cached_tokens, self.largest_step = None, 0, 3
+        self.received.clear()
+
     def forget(self) -> None:
         """What it remembers of requests that have ended."""
         self.received.clear()
@@ -251,6 +269,7 @@ class FakeEngine:
         for index in range(request.n):
             ids = self.script(request, index)[: request.max_tokens]
             self._running[request.request_id, index] = _Sequence(request, index, ids)
+        self.most_running = max(self.most_running, self.num_running)
         if request.pooling:
             assert (request.n, request.max_tokens) == (1, 1)
             self._outbox.append(PooledState(request.request_id, pooled_state(request)))
@@ -260,6 +279,8 @@ class FakeEngine:
     def _advance(self, sequence: _Sequence) -> tuple | None:
         request = sequence.request
         count = self.rng.randint(0, self.largest_step)
+        if self.hold_at is not None:
+            count = max(0, min(count, self.hold_at - sequence.position))
         if request.hold_for_acks:
             count = min(count, sequence.acknowledged + STOP_LAG - sequence.position)
         new = sequence.ids[sequence.position : sequence.position + count]
@@ -373,6 +394,55 @@ class Answer:
         return [json.loads(line.removeprefix(b"data: ")) for line in lines]
 
 
+class _Connections:
+    """A connection to a server for each thread that asks it something, kept alive."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._own = threading.local()
+        self._open: list[http.client.HTTPConnection] = []
+
+    def ask(self, method: str, path: str, data: bytes | None, headers: dict[str, str]) -> Answer:
+        kept = getattr(self._own, "connection", None)
+        if kept is not None:
+            # The server may have closed it since.
+            with contextlib.suppress(http.client.RemoteDisconnected, ConnectionError):
+                return _ask(kept, method, path, data, headers)
+        self._own.connection = http.client.HTTPConnection(
+            "127.0.0.1", self._port, timeout=PATIENCE_S
+        )
+        self._open.append(self._own.connection)
+        return _ask(self._own.connection, method, path, data, headers)
+
+    def close(self) -> None:
+        for each in self._open:
+            each.close()
+
+
+def _ask(
+    connection: http.client.HTTPConnection,
+    method: str,
+    path: str,
+    data: bytes | None,
+    headers: dict[str, str],
+) -> Answer:
+    try:
+        connection.request(method, path, data, headers)
+        answer = connection.getresponse()
+        return Answer(answer.status, dict(answer.headers), answer.read())
+    except BaseException:
+        connection.close()
+        raise
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    """Returns once something has become true."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it never comes true"
+        time.sleep(0.001)
+
+
 def submit(
     generations: Generations, prompt_ids: list[int], params: SamplingParams, **options: object
 ) -> Generation:
@@ -385,9 +455,10 @@ class RunningServer:
 
     def __init__(self, config: ServerConfig = CONFIG, *, ready: bool = True) -> None:
         self.engine = FakeEngine()
+        self._woken = asyncio.Event()  # the engine was told something
         self.state = EngineState()
         tokenizer = TOKENIZER if config.trust_request_chat_template else UNTRUSTING
-        self.generations = Generations(config, tokenizer, self.engine.send, self.state.metrics)
+        self.generations = Generations(config, tokenizer, self._send, self.state.metrics)
         self.preparer = Preparer(config, tokenizer)
         if ready:
             self.become_ready()
@@ -399,10 +470,17 @@ class RunningServer:
         self.url = f"http://127.0.0.1:{self.port}"
         self._server = http_server(config, self.state, self.batches)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._ahead_s = 0.0  # of its clock
+        self._connections = _Connections(self.port)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+
+    def _send(self, message: FromServer) -> None:
+        self.engine.send(message)
+        self._woken.set()
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._loop.time = lambda: time.monotonic() + self._ahead_s  # type: ignore[method-assign]
         steps = asyncio.create_task(self._step_forever())
         if self.batches is not None:
             await self.batches.start()
@@ -413,9 +491,14 @@ class RunningServer:
 
     async def _step_forever(self) -> None:
         while True:
+            self._woken.clear()
             for message in self.engine.step():
                 self.generations.absorb(message)
-            await asyncio.sleep(0.0005 if self.engine.num_running else 0.003)
+            if self.engine.is_moving:
+                await asyncio.sleep(0)
+            else:
+                with contextlib.suppress(asyncio.TimeoutError):  # a test may change the engine
+                    await asyncio.wait_for(self._woken.wait(), 0.003)
 
     def become_ready(self) -> None:
         """The model is loaded; called in the event loop's thread once it runs."""
@@ -426,12 +509,31 @@ class RunningServer:
         done = threading.Event()
         assert self._loop is not None
         self._loop.call_soon_threadsafe(lambda: (function(), done.set()))
-        assert done.wait(5)
+        assert done.wait(PATIENCE_S)
 
-    def on_loop(self, work: Coroutine[Any, Any, T], timeout_s: float = 20) -> T:
+    def settle(self) -> None:
+        """Returns when the event loop has read what was sent to it so far."""
+        for _ in range(2):
+            self.call(lambda: None)
+
+    def advance(self, seconds: float) -> None:
+        """Moves the clock of the event loop: time limits that end by then end now."""
+        self.settle()
+
+        def move() -> None:
+            self._ahead_s += seconds
+
+        self.call(move)
+
+    def on_loop(self, work: Coroutine[Any, Any, T], timeout_s: float = PATIENCE_S) -> T:
         """Runs a coroutine on the event loop, and waits for what it returns."""
         assert self._loop is not None
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)
+
+    def has_connection(self, client: socket.socket) -> bool:
+        """Whether the server has accepted a client's connection."""
+        connections = list(self._server.server_state.connections)
+        return any(each.client == client.getsockname() for each in connections)
 
     def post(self, path: str, body: object, **headers: str) -> Answer:
         """Posts JSON, or bytes as they are."""
@@ -442,23 +544,63 @@ class RunningServer:
         return self._ask("GET", path, None, headers)
 
     def _ask(self, method: str, path: str, data: bytes | None, headers: dict[str, str]) -> Answer:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        with contextlib.closing(connection):
-            connection.request(method, path, data, headers)
-            answer = connection.getresponse()
-            return Answer(answer.status, dict(answer.headers), answer.read())
+        return self._connections.ask(method, path, data, headers)
+
+    async def call_app(self, path: str, data: bytes) -> Answer:
+        """Posts JSON to the application itself, without a connection; on the event loop."""
+        done, messages = asyncio.Event(), [{"type": "http.request", "body": data}]
+        sent: list[dict[str, Any]] = []
+
+        async def receive() -> dict[str, Any]:
+            if messages:
+                return messages.pop()
+            await done.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(data))]
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": [(b"host", b"x"), *headers],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", self.port),
+        }
+        await self._server.config.app(scope, receive, send)
+        done.set()
+        begin, *pieces = sent
+        named = {name.decode().lower(): value.decode() for name, value in begin["headers"]}
+        return Answer(begin["status"], named, b"".join(each.get("body", b"") for each in pieces))
 
     def client(self, **options: object) -> openai.OpenAI:
-        return openai.OpenAI(
-            api_key="none", base_url=f"{self.url}/v1", max_retries=0, timeout=20, **options
+        """OpenAI's own client, which tries once; without certificates, which take long to load."""
+        values: dict[str, Any] = {"api_key": "none", "max_retries": 0, "timeout": PATIENCE_S}
+        http = openai.DefaultHttpxClient(verify=False)
+        base_url = f"{self.url}/v1"
+        return openai.OpenAI(base_url=base_url, http_client=http, **values | options)
+
+    def async_client(self) -> openai.AsyncOpenAI:
+        http = openai.DefaultAsyncHttpxClient(verify=False)
+        return openai.AsyncOpenAI(
+            api_key="none",
+            base_url=f"{self.url}/v1",
+            http_client=http,
+            max_retries=0,
+            timeout=PATIENCE_S,
         )
 
-    def wait_idle(self, timeout_s: float = 5.0) -> None:
+    def wait_idle(self) -> None:
         """Returns once nothing is in flight, in the server or in the engine."""
-        deadline = time.monotonic() + timeout_s
-        while len(self.generations) or self.engine.num_running:
-            assert time.monotonic() < deadline, "something is still in flight"
-            time.sleep(0.005)
+        wait_for(lambda: not len(self.generations) and not self.engine.num_running)
 
     def check_nothing_is_left(self) -> None:
         """Of all requests so far, in any table; the engine forgets them."""
@@ -472,13 +614,18 @@ class RunningServer:
     @contextlib.contextmanager
     def running(self) -> Iterator[RunningServer]:
         self._thread.start()
-        while not self._server.started:
-            time.sleep(0.005)
+        wait_for(lambda: self._server.started)
+        assert self._loop is not None
         try:
             yield self
         finally:
+            self._connections.close()
             self._server.should_exit = True
-            self._thread.join(10)
+            while self._thread.is_alive():
+                self._ahead_s += 0.1  # uvicorn looks ten times a second whether it should exit
+                with contextlib.suppress(RuntimeError):  # it has exited
+                    self._loop.call_soon_threadsafe(lambda: None)
+                self._thread.join(0.01)
 
 
 def with_config(**changes: object) -> ServerConfig:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import schemathesis
-from fake_engine import EOS_ID, RunningServer, random_ids, with_config
+from fake_engine import EOS_ID, PATIENCE_S, RunningServer, random_ids, with_config
 from fuzzing import check_answer, fuzz
 from schemathesis import GenerationMode
 from schemathesis.checks import load_all_checks
@@ -19,7 +19,6 @@ CHECKS = [
     checks.content_type_conformance,
     checks.response_schema_conformance,
 ]
-TIME_LIMIT_S = 20
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +37,7 @@ def test_answers_are_as_the_document_says(server, mode, num_cases):
     document = schemathesis.openapi.from_dict(json.loads(server.get("/openapi.json").content))
 
     def check(case: schemathesis.Case) -> None:
-        response = case.call(server.url, timeout=TIME_LIMIT_S)
+        response = case.call(server.url, timeout=PATIENCE_S)
         content_type = response.headers["content-type"][0]
         try:
             check_answer(response.status_code, content_type, response.content)

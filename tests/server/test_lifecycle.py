@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from fake_engine import RunningServer, ids_of, random_ids
+from fake_engine import PATIENCE_S, RunningServer, ids_of, random_ids, wait_for
 
 LONG = {"prompt": "the cat", "max_tokens": 400, "ignore_eos": True}
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 400, "ignore_eos": True}
@@ -20,15 +19,14 @@ CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 400, "ign
 def own_server():
     """A server that the test may break."""
     with RunningServer().running() as server:
-        server.engine.largest_step = 1
+        hold(server)
         yield server
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+def hold(server):
+    """Requests begin to answer, and stay in flight."""
+    server.engine.script = lambda request, index: ids_of("x") * request.max_tokens
+    server.engine.hold_at = 3
 
 
 def send_raw(server, path, body):
@@ -57,7 +55,7 @@ def test_a_disconnect_frees_everything_at_once(server, path, body, stream):
     connection = send_raw(server, path, {**body, "stream": stream})
     expected = len(body["prompt"]) if isinstance(body.get("prompt"), list) else 1
     wait_for(lambda: len(server.engine.requests) == expected)
-    time.sleep(0.02)
+    server.settle()
     assert not server.engine.aborted
     connection.close()
     wait_for(lambda: len(server.generations) == 0)
@@ -66,10 +64,10 @@ def test_a_disconnect_frees_everything_at_once(server, path, body, stream):
 
 
 def test_a_disconnect_in_the_middle_of_a_stream(server):
-    server.engine.largest_step = 1
+    hold(server)
     connection = send_raw(server, "/v1/completions", {**LONG, "stream": True})
     received = b""
-    while received.count(b"data:") < 3:
+    while b"data:" not in received:
         received += connection.recv(1 << 16)
     connection.close()
     wait_for(lambda: server.engine.aborted)
@@ -77,6 +75,7 @@ def test_a_disconnect_in_the_middle_of_a_stream(server):
 
 
 def test_a_client_that_breaks_off_its_stream(server):
+    hold(server)
     with server.client().completions.create(model="m", **_openai(LONG), stream=True) as chunks:
         next(iter(chunks))
     wait_for(lambda: server.engine.aborted)
@@ -127,11 +126,11 @@ def test_death_reaches_everyone(own_server):
     begun = threading.Semaphore(0)
     with ThreadPoolExecutor(4) as pool:
         streams, wholes = [pool.submit(stream) for _ in range(2)], pool.submit(whole)
-        assert all(begun.acquire(timeout=5) for _ in streams)
+        assert all(begun.acquire(timeout=PATIENCE_S) for _ in streams)
         own_server.call(lambda: own_server.state.die("the worker ended: killed by SIGKILL"))
         for each in streams:
-            each.result(5)
-        assert wholes.result(5) == 503
+            each.result(PATIENCE_S)
+        assert wholes.result(PATIENCE_S) == 503
     assert len(own_server.generations) == 0
     answer = own_server.get("/health")
     assert (answer.status, answer.json["status"]) == (503, "dead")
@@ -161,7 +160,7 @@ def test_a_death_before_the_first_event_is_an_ordinary_error(own_server):
         answer = pool.submit(own_server.post, "/v1/completions", {**LONG, "stream": True})
         wait_for(lambda: own_server.engine.requests)
         own_server.call(lambda: own_server.state.die("the worker ended"))
-        assert answer.result(5).status == 503
+        assert answer.result(PATIENCE_S).status == 503
         assert "the worker ended" in answer.result().error["message"]
 
 
@@ -209,8 +208,9 @@ def test_draining(own_server):
         assert "shutting down" in answer.error["message"]
         answer = own_server.get("/health")
         assert (answer.status, answer.json["status"]) == (503, "draining")
-        assert whole.result(20).json["usage"]["completion_tokens"] == 400
-        assert stream.result(20).events
+        own_server.engine.hold_at = None
+        assert whole.result(PATIENCE_S).json["usage"]["completion_tokens"] == 400
+        assert stream.result(PATIENCE_S).events
     assert own_server.state.num_running == 0
 
 
@@ -235,7 +235,8 @@ def test_many_kinds_of_requests_at_once(server):
         body = {"prompt": [20 + number], "seed": number, "max_tokens": 20 + number % 30, "n": 2}
         if number % 5 == 0:
             connection = send_raw(server, "/v1/completions", {**LONG, "stream": number % 2 == 0})
-            time.sleep(0.01)
+            if number % 2 == 0:
+                connection.recv(1)  # the stream has begun
             connection.close()
             return None
         stop = ["here"] if number % 3 == 0 else None

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
-from fake_engine import RunningServer, with_config
+from fake_engine import RunningServer, wait_for, with_config
 from load import Load, crowd
 
 BODY = {"prompt": "the cat", "max_tokens": 400, "ignore_eos": True}
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def serving(**changes):
@@ -45,9 +38,8 @@ def test_a_full_queue_refuses_and_says_when_to_come_again():
             "/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "user": "x"}
         )
         assert answer.status == 429
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0)
         with pytest.raises(openai.RateLimitError):
-            client.completions.create(model="m", prompt="x", stream=True)
+            server.client().completions.create(model="m", prompt="x", stream=True)
         server.engine.paused = False
         assert load.finish(first)[0] == load.finish(more)[0] == 200
         server.wait_idle()
@@ -148,12 +140,17 @@ def test_more_files_than_the_operator_allows(tmp_path):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_time_is_up_before_the_first_token(stream):
-    with serving(request_timeout_s=0.2) as server:
+    with serving(request_timeout_s=1000.0) as server, ThreadPoolExecutor(1) as pool:
         server.engine.paused = True
-        answer = server.post("/v1/completions", {**BODY, "stream": stream})
+        asked = pool.submit(server.post, "/v1/completions", {**BODY, "stream": stream})
+        wait_for(lambda: server.engine.requests)
+        server.advance(900)
+        assert not server.engine.aborted
+        server.advance(101)
+        answer = asked.result()
         assert answer.status == 408
         assert answer.error["code"] == "request_timeout"
-        assert "request_timeout_s=0.2" in answer.error["message"]
+        assert "request_timeout_s=1000" in answer.error["message"]
         assert answer.headers["x-should-retry"] == "false"
         assert len(server.engine.aborted) == 1
         server.wait_idle()
@@ -162,13 +159,13 @@ def test_time_is_up_before_the_first_token(stream):
 
 
 def test_time_is_up_in_the_middle_of_a_stream():
-    with serving(request_timeout_s=1.0) as server:
-        server.engine.largest_step = 1
-        server.engine.script = lambda request, index: [20] * 12 + [21] * 400
+    with serving(request_timeout_s=1000.0) as server:
+        server.engine.script = lambda request, index: [20] * 400
+        server.engine.hold_at = 12
         load = Load(server.port)
         call = load.begin("/v1/completions", {**BODY, "stream": True})
         load.read_until(call, b"data: ")
-        server.engine.paused = True
+        server.advance(1001)
         status, content = load.finish(call)
         assert status == 200
         *_, last, end = content.split(b"\n\n")
@@ -178,11 +175,14 @@ def test_time_is_up_in_the_middle_of_a_stream():
 
 
 def test_openais_client_does_not_send_again_what_took_too_long():
-    with serving(request_timeout_s=0.1) as server:
+    with serving(request_timeout_s=1000.0) as server, ThreadPoolExecutor(1) as pool:
         server.engine.paused = True
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=3)
+        create = server.client(max_retries=3).completions.create
+        asked = pool.submit(create, model="m", prompt="x")
+        wait_for(lambda: server.engine.requests)
+        server.advance(1001)
         with pytest.raises(openai.APIStatusError) as error:
-            client.completions.create(model="m", prompt="x")
+            asked.result()
         assert error.value.status_code == 408
         assert len(server.engine.requests) == 1
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import openai
 import pytest
-from fake_engine import EOS_ID, TOKENIZER, RunningServer, ids_of, with_config
+from fake_engine import EOS_ID, TOKENIZER, RunningServer, ids_of, wait_for, with_config
 from load import Load
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -286,14 +286,13 @@ def test_openai_async(server):
         return "".join([chunk.choices[0].text async for chunk in chunks])
 
     async def everyone():
-        async with openai.AsyncOpenAI(
-            api_key="none", base_url=f"{server.url}/v1", max_retries=0, timeout=20
-        ) as client:
+        async with server.async_client() as client:
             together = await asyncio.gather(*(ask(client, i) for i in range(40)))
             return together, [await ask(client, i + 1 - 2 * (i % 2)) for i in range(4)]
 
-    together, _ = asyncio.run(everyone())
+    together, again = asyncio.run(everyone())
     assert len(set(together)) == 40
+    assert again == [together[number] for number in (1, 0, 3, 2)]
 
 
 def test_openai_helper_for_streams(server):
@@ -334,8 +333,7 @@ def test_openai_comes_back_when_a_full_queue_said(naps):
         server.engine.paused = True
         load = Load(server.port)
         call = load.begin(COMPLETIONS, {"prompt": ["the cat", "a"], "max_tokens": 4})
-        while not len(server.generations):
-            time.sleep(0.002)
+        wait_for(lambda: len(server.generations))
         server.call(lambda: setattr(server.generations, "_backlog_eta_s", 200.0))
 
         def go_on():
@@ -364,8 +362,12 @@ def test_openai_waits_while_the_engine_loads(naps):
 def test_openai_loses_patience(server, stream):
     """Its request is aborted, too."""
     server.engine.paused = True
-    impatient = server.client().with_options(timeout=0.3)
-    with pytest.raises(openai.APITimeoutError):
-        impatient.completions.create(model="m", prompt="a", stream=stream)
-    server.wait_idle()
-    assert len(server.engine.aborted) == 1
+    for timeout_s in (0.1, 1, 10):  # until its request has reached the engine before
+        impatient = server.client(timeout=timeout_s)
+        with pytest.raises(openai.APITimeoutError):
+            impatient.completions.create(model="m", prompt="a", stream=stream)
+        server.settle()
+        server.wait_idle()
+        if server.engine.requests:
+            break
+    assert len(server.engine.aborted) == len(server.engine.requests) == 1

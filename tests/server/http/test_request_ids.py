@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator
 
 import pytest
-from fake_engine import RunningServer, with_config
+from fake_engine import RunningServer, wait_for, with_config
 from rows import each_row
 
 BODY = {"prompt": "the cat", "max_tokens": 3}
@@ -75,10 +74,7 @@ def test_defects_of_ours_are_named_in_the_log(server, monkeypatch, caplog):
     ):
         answer = ask(path, BODY, **{"X-Request-Id": f"mine:{path}"})
         assert (answer.status, answer.headers["x-request-id"]) == (500, f"mine:{path}")
-        deadline = time.monotonic() + 5
-        while f"request mine:{path}" not in caplog.text:
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        wait_for(lambda path=path: f"request mine:{path}" in caplog.text)
 
 
 def test_pages_of_other_origins_may_read_it(picky):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -20,7 +19,7 @@ import openai.types.completion_create_params as openai_completion
 import openai.types.embedding_create_params as openai_embedding
 import openai.types.responses.response_create_params as openai_responses
 import pytest
-from fake_engine import RunningServer, with_config
+from fake_engine import RunningServer, wait_for, with_config
 from field_table import (
     BASE,
     BATCHES,
@@ -97,7 +96,7 @@ def observe(
         data = data.replace(json.dumps(name).encode(), json.dumps(file_id).encode())
     server.engine.received.clear()
     with mock.patch.object(server.generations, "start", wraps=server.generations.start) as start:
-        answer = server.post(place.path, data)
+        answer = server.on_loop(server.call_app(place.path, data))
         if answer.status != 200:
             return answer.status, answer.error["param"], answer.error["message"]
         if place.path == BATCHES:
@@ -126,10 +125,8 @@ def _sent(request: Any) -> dict[str, Any]:
 def _outcome(server: RunningServer, batch_id: str) -> Any:
     """What becomes of a batch; times from its creation."""
     client = server.client()
-    deadline = time.monotonic() + 20
-    while (batch := client.batches.retrieve(batch_id)).status not in ("completed", "failed"):
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    wait_for(lambda: client.batches.retrieve(batch_id).status in ("completed", "failed"))
+    batch = client.batches.retrieve(batch_id)
     contents, lifetimes = [], []
     for file_id in (batch.output_file_id, batch.error_file_id):
         if file_id is not None:

@@ -6,7 +6,6 @@ import asyncio
 import base64
 
 import numpy as np
-import openai
 import pytest
 from fake_engine import CONFIG, TOKENIZER, ids_of, pooled_state
 from rows import each_row
@@ -41,9 +40,7 @@ def test_the_openai_client_reads_vectors_of_length_one(server, encoding_format):
 
 def test_the_async_client(server):
     async def ask():
-        async with openai.AsyncOpenAI(
-            api_key="none", base_url=f"{server.url}/v1", max_retries=0
-        ) as client:
+        async with server.async_client() as client:
             return await client.embeddings.create(model="m", input="the cat", dimensions=3)
 
     vector = asyncio.run(ask()).data[0].embedding

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-import openai
 import pytest
 from fake_engine import EOS_ID, TOKENIZER, ids_of
 from rows import each_row
@@ -112,8 +111,7 @@ def test_the_asynchronous_client(server):
     says(server, HERMES_CALLS)
 
     async def run():
-        client = openai.AsyncOpenAI(api_key="none", base_url=f"{server.url}/v1", max_retries=0)
-        async with client:
+        async with server.async_client() as client:
             whole = await client.responses.create(**fields())
             stream = await client.responses.create(**fields(stream=True))
             return whole, [event async for event in stream][-1].response

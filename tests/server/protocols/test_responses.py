@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 
 import msgspec
-import openai
 import pydantic
 import pytest
 from fake_engine import EOS_ID, TOKENIZER, ids_of, logprob_row
@@ -145,7 +144,7 @@ def test_the_async_client(server):
     say(server, "hello", EOS_ID)
 
     async def ask():
-        async with openai.AsyncOpenAI(api_key="none", base_url=f"{server.url}/v1") as client:
+        async with server.async_client() as client:
             stream = await client.responses.create(model="m", input="hi", stream=True)
             return [event async for event in stream]
 
@@ -182,7 +181,7 @@ def test_structured_output(server):
 
 
 def test_an_error_in_mid_stream(server):
-    server.engine.largest_step = 1
+    server.engine.hold_at = 3
     stream = server.client().responses.create(
         model="m", input="hi", stream=True, extra_body={"ignore_eos": True}, max_output_tokens=400
     )

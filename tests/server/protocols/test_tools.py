@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 
-import openai
 import pytest
 from fake_engine import CONFIG, EOS_ID, TOKENIZER, ids_of
 from rows import each_row
@@ -130,8 +129,7 @@ def test_the_asynchronous_client(server):
     says(server, HERMES_CALLS)
 
     async def run():
-        client = openai.AsyncOpenAI(api_key="none", base_url=f"{server.url}/v1", max_retries=0)
-        async with client:
+        async with server.async_client() as client:
             return await client.chat.completions.create(
                 model="m",
                 messages=MESSAGES,

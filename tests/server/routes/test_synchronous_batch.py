@@ -5,10 +5,9 @@ from __future__ import annotations
 import http.client
 import json
 import pickle
-import time
 
 import msgspec
-from fake_engine import RunningServer, with_config
+from fake_engine import RunningServer, wait_for, with_config
 from rows import each_row
 
 PATH = "/custom/synchronous-batch-completions"
@@ -96,8 +95,7 @@ def test_all_are_cancelled_when_the_client_goes_away(server):
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
     data = json.dumps({"requests": REQUESTS})
     connection.request("POST", PATH, data, {"Content-Type": "application/json"})
-    while server.engine.num_running < 5:
-        time.sleep(0.002)
+    wait_for(lambda: server.engine.num_running == 5)
     connection.close()
     server.wait_idle()
     assert len(server.engine.aborted) == 5
