@@ -1,21 +1,33 @@
-# One way to run things; CI calls the same targets.
+# One way to run things. CI calls the same targets.
 #
-#   make serve        the engine on the bundled model          make serve ARGS='model=DIR port=8080'
-#   make test         the tests (make test-quick, make test-long: the unit tests only, the heavy ones)
-#   make check        formatting, lint, import contracts, types
-#   make bench        what the manager costs, in CPU time      make bench ARGS='mix=full quick=T'
-#   make install      .venv with the package (editable) and everything above needs
+#   make serve         run the engine on the bundled model     make serve ARGS='model=DIR port=8080'
+#   make chat          talk to a running engine
+#   make test          run all tests but the heavy ones        make test ARGS='tests/manager -x'
+#   make test-quick    run the unit tests only
+#   make test-long     run all tests, the heavy ones too
+#   make test-pythons  install and run the unit tests on the oldest and the newest Python found
+#   make check         check formatting, lint, import contracts, types
+#   make bench         measure the CPU time of the manager     make bench ARGS='mix=full quick=T'
+#   make dist          build the wheel and the sdist in dist/
+#   make install       make .venv with the package (editable) and everything that the targets need
 
-PYTHON ?= python3
-VENV   := .venv
-BIN    := $(VENV)/bin
-STAMP  := $(VENV)/.installed
-ARGS   ?=
+PYTHON  ?= python3
+VENV    ?= .venv
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.installed
+ARGS    ?=
+# Processes that run tests.
+WORKERS ?= 2
+# Where test-pythons looks for interpreters: on the PATH, and among those of pyenv.
+PYTHONS ?= $(foreach minor,10 11 12 13 14,python3.$(minor) \
+             $(wildcard $(HOME)/.pyenv/versions/3.$(minor).*/bin/python3.$(minor)))
 
-# Several processes compute on few cores here: their OpenMP threads must sleep, not spin, while they wait.
+PYTEST  := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadgroup --durations 10
+
+# Several processes compute on few cores here. Their OpenMP threads must sleep while they wait.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help install serve chat check format test test-quick test-long bench clean
+.PHONY: help install serve chat check format test test-quick test-long test-pythons bench dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -26,7 +38,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "==> creating $(VENV)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "==> installing tokasaurus and what it needs (PyTorch is the large one; about a minute)"
-	@$(BIN)/python -m pip install --quiet --progress-bar on --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --progress-bar on --disable-pip-version-check \
+	    -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
 	@echo "==> installed: $(BIN)/toka"
 
@@ -48,18 +61,32 @@ format: install
 
 test: install
 	@echo "==> pytest"
-	@$(BIN)/pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-quick: install
 	@echo "==> pytest, unit tests only"
-	@$(BIN)/pytest -m 'not long and not engine' $(ARGS)
+	@$(PYTEST) -m 'not long and not engine' $(ARGS)
 
 test-long: install
-	@echo "==> pytest, the heavy runs too"
-	@$(BIN)/pytest -m 'long or not long' --timeout 3600 $(ARGS)
+	@echo "==> pytest, the heavy tests too"
+	@$(PYTEST) -m 'long or not long' --timeout 3600 $(ARGS)
+
+test-pythons:
+	@found=$$(for python in $(PYTHONS); do \
+	    $$python -c 'import ensurepip' 2>/dev/null && echo $$python; done); \
+	for python in $$(echo "$$found" | sed -n '1p;$$p' | uniq); do \
+	    echo "==> $$($$python --version)"; \
+	    $(MAKE) test-quick PYTHON=$$python VENV=.venv-$$(basename $$python) || exit; \
+	done
 
 bench: install
 	@$(BIN)/toka-bench manager $(ARGS)
 
+dist: install
+	@echo "==> building the sdist, and from it the wheel"
+	@$(BIN)/python -m build --no-isolation --outdir dist . > /dev/null
+	@ls -l dist
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf $(VENV) .venv-* build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache \
+	    .import_linter_cache

@@ -11,10 +11,12 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import openai
+
+PROGRAM = (sys.executable, "-m", "tokasaurus.entry")
 
 
 def free_port() -> int:
@@ -27,7 +29,13 @@ def free_port() -> int:
 class EngineProcess:
     """One running ``toka``, on the model that the environment variable MODEL names; its log goes to a file that failing tests print."""
 
-    def __init__(self, log_path: Path, *flags: str, port: int | None = None) -> None:
+    def __init__(
+        self,
+        log_path: Path,
+        *flags: str,
+        port: int | None = None,
+        program: Sequence[str | Path] = PROGRAM,
+    ) -> None:
         self.port = port or free_port()
         self.log_path = log_path
         if "MODEL" in os.environ and not any(flag.startswith("model=") for flag in flags):
@@ -37,7 +45,7 @@ class EngineProcess:
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
         with log_path.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tokasaurus.entry", f"port={self.port}", *flags],
+                [*program, f"port={self.port}", *flags],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,

@@ -28,7 +28,7 @@ from json_schemas import SCHEMAS
 from transformers import PreTrainedTokenizerFast
 
 from tokasaurus.demo import MODEL_DIR
-from tokasaurus.model.config import model_facts
+from tokasaurus.model.facts import model_facts
 from tokasaurus.text.tokenizer import Tokenizer
 
 _MIN_TOKENS, _MAX_TOKENS, _WALKS = 40, 120, 3

@@ -27,7 +27,7 @@ from tokasaurus.bench.output import print_json, progress, table
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.schema import Schema, check_fields, flag
 from tokasaurus.demo import MODEL_DIR
-from tokasaurus.model.config import model_facts
+from tokasaurus.model.facts import model_facts
 from tokasaurus.planner.configuration import simulated_slices
 
 __all__ = ["SCHEMA", "ServerBenchConfig", "run"]
