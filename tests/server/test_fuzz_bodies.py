@@ -50,7 +50,7 @@ FOUND = [
 
 
 @each_row("path, body", FOUND)
-def test_what_fuzzing_has_found_is_refused(server, path, body):
+def test_bodies_that_fuzzing_has_found_are_refused(server, path, body):
     answer = server.post(path, body.encode())
     assert answer.status == 400
     assert len(answer.content) < 5_000

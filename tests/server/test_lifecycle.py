@@ -50,7 +50,7 @@ def send_raw(server, path, body):
         ("/v1/chat/completions", CHAT),
     ],
 )
-def test_a_disconnect_frees_everything_at_once(server, path, body, stream):
+def test_a_disconnect_aborts_all_prompts_of_a_request(server, path, body, stream):
     server.engine.paused = True  # nothing will end by itself
     connection = send_raw(server, path, {**body, "stream": stream})
     expected = len(body["prompt"]) if isinstance(body.get("prompt"), list) else 1
@@ -63,7 +63,7 @@ def test_a_disconnect_frees_everything_at_once(server, path, body, stream):
     assert server.engine.num_running == 0
 
 
-def test_a_disconnect_in_the_middle_of_a_stream(server):
+def test_a_disconnect_in_the_middle_of_a_stream_aborts_the_request(server):
     hold(server)
     connection = send_raw(server, "/v1/completions", {**LONG, "stream": True})
     received = b""
@@ -74,7 +74,7 @@ def test_a_disconnect_in_the_middle_of_a_stream(server):
     wait_for(lambda: len(server.generations) == 0)
 
 
-def test_a_client_that_breaks_off_its_stream(server):
+def test_a_client_that_closes_its_stream_aborts_the_request(server):
     hold(server)
     with server.client().completions.create(model="m", **_openai(LONG), stream=True) as chunks:
         next(iter(chunks))
@@ -90,7 +90,7 @@ def test_finished_requests_are_not_aborted(server):
     assert not server.engine.aborted
 
 
-def test_half_a_body_is_no_request(server, caplog):
+def test_half_a_body_starts_nothing_and_logs_nothing(server, caplog):
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(head + b'Content-Length: 1000\r\n\r\n{"prompt":')
@@ -108,7 +108,7 @@ def _openai(body):
 # --- an engine that dies ---------------------------------------------------------------------------
 
 
-def test_death_reaches_everyone(own_server):
+def test_the_death_of_the_engine_fails_every_request(own_server):
     client = own_server.client()
 
     def stream():
@@ -154,7 +154,7 @@ def test_a_stream_that_broke_ends_with_an_error_event(own_server):
     assert b"[DONE]" not in received
 
 
-def test_a_death_before_the_first_event_is_an_ordinary_error(own_server):
+def test_an_engine_that_dies_before_the_first_event_is_a_503(own_server):
     own_server.engine.paused = True
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(own_server.post, "/v1/completions", {**LONG, "stream": True})
@@ -165,7 +165,7 @@ def test_a_death_before_the_first_event_is_an_ordinary_error(own_server):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_what_the_manager_refuses_is_the_clients_error(server, stream):
+def test_a_prompt_that_the_manager_refuses_is_a_400(server, stream):
     server.engine.reject = "the prompt can never fit the cache"
     answer = server.post("/v1/completions", {**LONG, "prompt": ["a", "b"], "stream": stream})
     assert (answer.status, answer.error["param"]) == (400, "prompt")
@@ -177,7 +177,7 @@ def test_what_the_manager_refuses_is_the_clients_error(server, stream):
 # --- an engine that loads or drains ----------------------------------------------------------------
 
 
-def test_loading():
+def test_a_loading_server_answers_503_until_it_is_ready():
     with RunningServer(ready=False).running() as server:
         assert server.get("/ping").json == {"message": "pong"}
         assert server.get("/version").status == 200
@@ -197,7 +197,7 @@ def test_loading():
         assert server.post("/v1/completions", LONG).status == 200
 
 
-def test_draining(own_server):
+def test_a_draining_server_finishes_requests_and_refuses_new_ones(own_server):
     with ThreadPoolExecutor(2) as pool:
         whole = pool.submit(own_server.post, "/v1/completions", LONG)
         stream = pool.submit(own_server.post, "/v1/completions", {**LONG, "stream": True})
@@ -214,7 +214,7 @@ def test_draining(own_server):
     assert own_server.state.num_running == 0
 
 
-def test_health_counts_what_runs(server):
+def test_health_counts_prompts_in_flight(server):
     server.engine.paused = True
     connection = send_raw(server, "/v1/completions", {**LONG, "prompt": ["a", "b", "c"]})
     wait_for(lambda: server.get("/health").json["running"] == 3)
@@ -225,7 +225,7 @@ def test_health_counts_what_runs(server):
 # --- many at once ----------------------------------------------------------------------------------
 
 
-def test_many_kinds_of_requests_at_once(server):
+def test_many_requests_at_once_get_their_own_answers(server):
     """Each gets its own answer, whoever else is there or hangs up."""
     server.engine.script = lambda request, index: (
         ids_of("stop me here") + random_ids(request, index)

@@ -89,7 +89,7 @@ def test_requests_are_counted_by_route_and_status(own_server):
     assert sum(key[0] == "http_requests_total" for key in found) == 5
 
 
-def test_a_defect_counts_as_500(own_server, monkeypatch):
+def test_an_internal_error_counts_as_500(own_server, monkeypatch):
     def broken(*_, **__):
         raise ZeroDivisionError
 
@@ -99,7 +99,7 @@ def test_a_defect_counts_as_500(own_server, monkeypatch):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_goes_away_is_no_defect(own_server, stream):
+def test_a_client_that_disconnects_counts_as_499_not_500(own_server, stream):
     own_server.engine.paused = True
     load = Load(own_server.port)
     load.begin("/v1/completions", {**BODY, "stream": stream})
@@ -151,7 +151,7 @@ def test_every_prompt_ends_once(own_server):
     assert read(own_server)["prompts_total", "failed"] == 1
 
 
-def test_the_managers_figures(own_server):
+def test_metrics_show_the_managers_figures(own_server):
     assert ("running_sequences",) not in read(own_server)  # it has not said anything
     own_server.call(lambda: own_server.generations.absorb(SOMETHING))
     found = read(own_server)
@@ -180,7 +180,7 @@ def line():
     return StatisticsLine(generations, clock=lambda: time[0]), generations, time
 
 
-def test_the_line_says_what_happened_since_the_one_before(line):
+def test_the_statistics_line_covers_the_time_since_the_previous_one(line):
     line, generations, time = line
     time[0] += 10
     assert line.next() is None
@@ -196,7 +196,7 @@ def test_the_line_says_what_happened_since_the_one_before(line):
     assert line.next() == "in 0 tokens/s, out 3 tokens/s, running 1, waiting 0, KV 50%"
 
 
-def test_the_line_comes_as_long_as_somebody_waits(line):
+def test_the_statistics_line_comes_while_a_request_is_in_flight(line):
     line, generations, _ = line
     generation = submit(generations, [1], SamplingParams())
     assert line.next() == "in 0 tokens/s, out 0 tokens/s, running 0, waiting 0, KV 100%"
@@ -204,7 +204,7 @@ def test_the_line_comes_as_long_as_somebody_waits(line):
     assert line.next() is None
 
 
-def test_the_line_is_logged(caplog, line):
+def test_the_statistics_line_is_logged(caplog, line):
     _, generations, _ = line
 
     async def run():
@@ -231,7 +231,7 @@ def gauges_of(packet):
     return {name.removeprefix("tokasaurus."): float(value[:-2]) for name, value in lines}
 
 
-def test_gauges_arrive(line):
+def test_statsd_receives_gauges(line):
     _, generations, _ = line
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as daemon:
         daemon.bind(("127.0.0.1", 0))
@@ -252,7 +252,7 @@ def test_gauges_arrive(line):
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid", "x..invalid"])
-def test_a_daemon_that_is_not_there_disturbs_nobody(line, host, caplog, monkeypatch):
+def test_a_missing_statsd_daemon_does_no_harm(line, host, caplog, monkeypatch):
     _, generations, _ = line
     monkeypatch.setattr("tokasaurus.server.reports._GAUGES_EVERY_S", 0.001)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as closed:
@@ -276,7 +276,7 @@ def test_a_daemon_that_is_not_there_disturbs_nobody(line, host, caplog, monkeypa
     assert ("no statsd gauges" in caplog.text) == (host != "127.0.0.1")
 
 
-def test_packets_fit_a_frame():
+def test_statsd_packets_fit_an_ethernet_frame():
     many = [Figure(f"figure_{number}", "", number) for number in range(500)]
     packets = list(statsd_packets(many))
     assert len(packets) > 1

@@ -21,7 +21,7 @@ def serving(**changes):
 # --- the bounded queue -----------------------------------------------------------------------------
 
 
-def test_a_full_queue_refuses_and_says_when_to_come_again():
+def test_a_full_queue_answers_429_with_retry_after():
     with serving(max_queued_requests=3) as server:
         server.engine.paused = True
         load = Load(server.port)
@@ -46,7 +46,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_again():
         assert server.post("/v1/completions", BODY).status == 200
 
 
-def test_who_is_refused_is_not_tokenized(monkeypatch):
+def test_a_request_that_is_refused_is_not_tokenized(monkeypatch):
     with serving(max_queued_requests=1) as server:
         server.engine.paused = True
         load = Load(server.port)
@@ -72,7 +72,7 @@ def test_who_is_refused_is_not_tokenized(monkeypatch):
         load.close()
 
 
-def test_when_to_come_again_follows_the_forecast():
+def test_retry_after_follows_the_forecast():
     with serving(max_queued_requests=1) as server:
         server.engine.paused = True
         load = Load(server.port)
@@ -85,7 +85,7 @@ def test_when_to_come_again_follows_the_forecast():
         load.close()
 
 
-def test_who_has_little_in_flight_gets_in_where_others_do_not():
+def test_a_client_with_little_in_flight_is_admitted_to_a_full_queue():
     with serving(max_queued_requests=4) as server:
         server.engine.paused = True
         load = Load(server.port)
@@ -105,7 +105,7 @@ def test_who_has_little_in_flight_gets_in_where_others_do_not():
 # --- how much one request may ask for ---------------------------------------------------------------
 
 
-def test_more_samples_than_the_operator_allows():
+def test_samples_beyond_max_n_are_refused():
     chat = {"messages": [{"role": "user", "content": "the cat"}], "max_tokens": 3}
     with serving(max_n=3) as server:
         for path, body, field in (
@@ -122,7 +122,7 @@ def test_more_samples_than_the_operator_allows():
             assert "max_n=3" in answer.error["message"]
 
 
-def test_more_files_than_the_operator_allows(tmp_path):
+def test_files_beyond_max_stored_bytes_are_refused(tmp_path):
     with serving(max_stored_bytes=100, data_dir=str(tmp_path)) as server:
         client = server.client()
         first = client.files.create(file=b"x" * 60, purpose="batch")
@@ -139,7 +139,7 @@ def test_more_files_than_the_operator_allows(tmp_path):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_time_is_up_before_the_first_token(stream):
+def test_a_timeout_before_the_first_token_is_a_408(stream):
     with serving(request_timeout_s=1000.0) as server, ThreadPoolExecutor(1) as pool:
         server.engine.paused = True
         asked = pool.submit(server.post, "/v1/completions", {**BODY, "stream": stream})
@@ -158,7 +158,7 @@ def test_time_is_up_before_the_first_token(stream):
         assert server.post("/v1/completions", {**BODY, "max_tokens": 2}).status == 200
 
 
-def test_time_is_up_in_the_middle_of_a_stream():
+def test_a_timeout_in_the_middle_of_a_stream_is_an_error_event():
     with serving(request_timeout_s=1000.0) as server:
         server.engine.script = lambda request, index: [20] * 400
         server.engine.hold_at = 12
@@ -195,7 +195,7 @@ def names_of(server, prompts):
     return [prompts[int(request.prompt_ids[0])] for request in server.engine.requests]
 
 
-def test_a_crowd_of_requests_does_not_make_another_client_wait_for_all_of_them():
+def test_a_client_with_one_request_overtakes_another_with_many():
     with serving(max_seqs_per_forward=4, max_queued_requests=10_000) as server:
         server.engine.paused = True
         load = Load(server.port)
@@ -215,7 +215,7 @@ def test_a_crowd_of_requests_does_not_make_another_client_wait_for_all_of_them()
         assert len(server.engine.requests) == 401
 
 
-def test_users_behind_one_key_share_what_the_key_gets():
+def test_users_behind_one_key_share_the_share_of_the_key():
     digest = hashlib.sha256(b"k").hexdigest()
     with serving(api_key_digests=(digest,), max_queued_requests=1) as server:
         server.engine.paused = True

@@ -61,7 +61,7 @@ def stream(core, fake, params, prompt=PROMPT):
     return outputs
 
 
-def test_what_is_sent(core, fake):
+def test_the_manager_receives_prompt_and_sampling_parameters(core, fake):
     params = SamplingParams(
         n=3, temperature=0.5, top_p=0.9, top_k=40, min_p=0.1, seed=7, max_tokens=9, logprobs=2
     )
@@ -134,7 +134,7 @@ def test_logprobs_belong_to_their_tokens(core, fake):
                 assert output.logprobs.top_logprobs[row].tolist() == top
 
 
-def test_prompt_logprobs(core, fake):
+def test_prompt_logprobs_belong_to_their_positions(core, fake):
     prompt = list(range(10, 31))
     generation = run(core, fake, SamplingParams(prompt_logprobs=3), prompt)
     logprobs = generation.prompt_logprobs
@@ -176,7 +176,7 @@ def test_no_acknowledgements_without_stop_strings(core, fake):
     assert len(fake.received) == 1
 
 
-def test_abort(core, fake):
+def test_aborting_twice_tells_the_manager_once(core, fake):
     generation = submit(core, PROMPT, SamplingParams(n=3, max_tokens=100))
     core.abort(generation)
     core.abort(generation)
@@ -204,7 +204,7 @@ def test_only_the_first_k_samples_are_the_answer(core, fake):
     assert {output.finish_reason for output in outputs} == {"stop"}
 
 
-def test_a_stop_string_that_the_manager_hears_of_too_late():
+def test_a_stop_string_counts_even_if_the_manager_hears_of_it_too_late():
     """Sample 0 ends here first, sample 2 there: the answer has one of them, whoever comes in between."""
     sent = []
     core = Generations(CONFIG, TOKENIZER, sent.append)
@@ -232,7 +232,7 @@ def test_a_stop_string_that_the_manager_hears_of_too_late():
 
 @each_row("seed", range(8))
 @pytest.mark.parametrize("stream", [False, True])
-def test_exactly_k_samples_however_late_the_manager_hears(seed, stream):
+def test_first_k_gives_exactly_k_samples_however_late_the_manager_hears(seed, stream):
     rng = random.Random(seed)
     fake, post = FakeEngine(), []
     core = Generations(CONFIG, TOKENIZER, post.append)
@@ -286,7 +286,7 @@ def test_cached_tokens_are_not_those_of_a_sample_that_never_ran(fake):
     assert generation.num_cached_tokens == 2
 
 
-def test_etas(core, fake):
+def test_etas_are_those_of_the_latest_message(core, fake):
     fake.paused = True
     first, second, third = (submit(core, PROMPT, SamplingParams()) for _ in range(3))
     assert (first.eta_s, core.etas().backlog_s) == (None, None)
@@ -316,14 +316,14 @@ def test_the_state_has_the_etas(core):
     assert state.etas() == Etas({}, 0.0)
 
 
-def test_a_refusal_of_the_manager(core, fake):
+def test_a_refusal_by_the_manager_is_an_error_of_the_prompt(core, fake):
     fake.reject = "it can never fit"
     generation = run(core, fake, SamplingParams())
     assert isinstance(generation.error, RequestError)
     assert generation.error.field == "prompt"
 
 
-def test_the_death_of_the_engine_reaches_everyone(core, fake):
+def test_the_death_of_the_engine_fails_every_generation(core, fake):
     notes = []
     generations = [
         submit(core, PROMPT, SamplingParams(), on_change=lambda: notes.append(1)) for _ in range(3)

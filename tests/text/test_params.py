@@ -107,7 +107,7 @@ def test_stop_is_one_tuple_however_it_was_given():
     assert SamplingParams(stop=["b", "a", "b"]).stop_strings == ("b", "a")
 
 
-def test_lists_are_taken_over_as_they_are():
+def test_lists_and_dictionaries_are_normalized():
     params = SamplingParams(
         stop_token_ids=[5, np.int64(5), 3], bad_words=["b", "b", " a"], logit_bias={"7": -1, 3: 2}
     )

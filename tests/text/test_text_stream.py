@@ -75,7 +75,7 @@ def test_no_piece_holds_half_a_character():
 
 
 @each_row("seed", range(40))
-def test_stop_strings_against_a_search_of_the_whole_text(seed):
+def test_stop_strings_are_found_as_in_the_whole_text(seed):
     rng = random.Random(seed)
     alphabet = "ab é�日"
     vocabulary = [i for c in "ab é日" for i in ids_of(c)] + ids_of("the") + [EOS_ID]
@@ -103,7 +103,7 @@ def test_stop_strings_against_a_search_of_the_whole_text(seed):
         ("ababa", ["aba"], ""),
     ],
 )
-def test_stop_string(said, stop, text):
+def test_a_stop_string_ends_the_text_before_it(said, stop, text):
     for ids in (ids_of(said), [i for c in said for i in ids_of(c)]):
         pieces, count, found = stream(ids, compiled(*stop))
         assert "".join(pieces) == text
@@ -111,7 +111,7 @@ def test_stop_string(said, stop, text):
         assert count <= len(ids)
 
 
-def test_fewest_tokens_win_over_the_earliest_begin():
+def test_the_stop_string_that_ends_first_wins():
     one_by_one = [i for c in "abcd" for i in ids_of(c)]
     assert "".join(stream(one_by_one, compiled("abcd", "bc"))[0]) == "a"
     hello = ids_of(" world")[:1]  # both end in the same token: the one that begins first
@@ -119,7 +119,7 @@ def test_fewest_tokens_win_over_the_earliest_begin():
     assert "".join(stream(hello, compiled(word[1:2], word[:3]))[0]) == ""
 
 
-def test_what_was_held_back_comes_at_the_end():
+def test_text_held_back_for_a_stop_string_comes_at_the_end():
     pieces, _, found = stream(ids_of("x") + ids_of("a") + ids_of("b"), compiled("abc"))
     assert pieces == ["x", "", "ab"]
     assert not found
@@ -130,7 +130,7 @@ def test_only_what_may_begin_a_stop_string_is_held_back():
     assert pieces == ["q", "", "", "abq", "", "", ""]
 
 
-def test_special_tokens_are_no_text_but_can_be_stop_strings():
+def test_special_tokens_are_not_text_but_can_be_stop_strings():
     assert TOKENIZER.decode(ids_of("a<|end|>b</s>")) == "ab"
     assert compiled(EOS).token_ids == (EOS_ID,)
     assert compiled("x", "<|end|>", EOS).token_ids == (END_ID, EOS_ID)
@@ -150,7 +150,7 @@ def test_special_tokens_are_no_text_but_can_be_stop_strings():
         ("on<|end|>e", "one", ""),  # in the text itself they are neighbours
     ],
 )
-def test_stop_string_with_a_special_token_in_it(said, stop, text):
+def test_a_stop_string_may_contain_special_tokens(said, stop, text):
     pieces, _, _ = stream(ids_of(said), compiled(stop))
     assert "".join(pieces) == text
     for piece in pieces:

@@ -64,7 +64,7 @@ METASPACE = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
     ],
     ids=["byte-level", "llama", "metaspace", "wordpiece"],
 )
-def test_a_text_survives_the_round_trip(tokenizer, texts):
+def test_encoding_and_decoding_give_the_same_text(tokenizer, texts):
     for text in texts:
         ids = tokenizer._encode(text, add_special_tokens=False)
         assert tokenizer.decode_prompt(ids) == text
@@ -144,7 +144,7 @@ def test_a_template_that_fails_names_messages(overrides):
         assert "Unknown role: martian" in error.value.message
 
 
-def test_no_template_says_so():
+def test_a_tokenizer_without_a_chat_template_refuses_messages():
     with pytest.raises(RequestError, match="no chat template"):
         wordpiece().render_chat([{"role": "user", "content": "a"}])
 
@@ -160,7 +160,7 @@ def test_loading_from_a_directory(tmp_path):
         server_tokenizer.Tokenizer.load(config)
 
 
-def test_many_threads_at_once():
+def test_many_threads_may_tokenize_at_once():
     texts = [f"the cat {i} sat on the mat " * (i % 5 + 1) for i in range(40)]
     alone = [TOKENIZER.encode(text) for text in texts]
     with ThreadPoolExecutor(8) as pool:

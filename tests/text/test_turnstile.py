@@ -61,7 +61,7 @@ class Manager:
         return "".join(self.clients[request.request_id] for request in self.passed)
 
 
-def test_nobody_waits_while_there_is_room():
+def test_requests_pass_at_once_while_there_is_room():
     manager = Manager(8)
     for number in range(8):
         manager.submit("ab"[number % 2])
@@ -73,7 +73,7 @@ def test_nobody_waits_while_there_is_room():
     assert len(manager.passed) == 9
 
 
-def test_one_client_alone_loses_nothing():
+def test_one_client_alone_keeps_the_manager_full_and_in_order():
     """The manager is full for as long as there is anything left, and the order is kept."""
     manager = Manager(16)
     for _ in range(500):
@@ -84,7 +84,7 @@ def test_one_client_alone_loses_nothing():
     assert [request.request_id for request in manager.passed] == list(range(500))
 
 
-def test_a_newcomer_waits_for_what_the_manager_has_and_no_more():
+def test_a_newcomer_waits_only_for_what_the_manager_already_has():
     manager = Manager(16)
     for _ in range(1000):
         manager.submit("a")
@@ -94,7 +94,7 @@ def test_a_newcomer_waits_for_what_the_manager_has_and_no_more():
     assert newcomer in {request.request_id for request in manager.passed}
 
 
-def test_shares_are_of_tokens_not_of_requests():
+def test_shares_are_counted_in_tokens_not_in_requests():
     manager = Manager(4)
     for _ in range(400):
         manager.submit("a", n=4, max_tokens=50, prompt=100)  # 300 tokens
@@ -109,7 +109,7 @@ def test_shares_are_of_tokens_not_of_requests():
     assert max(tokens.values()) - min(tokens.values()) < 700  # two of the largest requests
 
 
-def test_who_was_away_gets_no_credit_for_it():
+def test_a_client_gets_no_credit_for_time_without_requests():
     manager = Manager(1)
     for _ in range(100):
         manager.submit("a")
@@ -123,7 +123,7 @@ def test_who_was_away_gets_no_credit_for_it():
     assert Counter(manager.order()[before:]) == {"a": 10, "b": 10}
 
 
-def test_priority_comes_first_whatever_waits():
+def test_a_more_urgent_level_does_not_wait_for_the_others():
     manager = Manager(8)
     for _ in range(100):
         manager.submit("a", priority=1000)
@@ -141,7 +141,7 @@ def test_priority_comes_first_whatever_waits():
     assert Counter(manager.order()) == {"a": 100, "b": 10}
 
 
-def test_aborts():
+def test_a_held_request_is_aborted_without_the_manager():
     manager = Manager(2)
     ids = [manager.submit("a") for _ in range(5)]
     for request_id in (ids[3], ids[0]):
@@ -198,7 +198,7 @@ def test_every_request_passes_once_and_nothing_is_left(seed):
         assert not getattr(turnstile, table)
 
 
-def test_clients_that_never_come_again_are_forgotten():
+def test_clients_without_requests_are_forgotten():
     manager = Manager(1)
     for _ in range(500):
         manager.submit("a")
@@ -209,7 +209,7 @@ def test_clients_that_never_come_again_are_forgotten():
     assert len(level._clients) < 100
 
 
-def test_what_is_left_open_costs_what_others_turn_out_to_need():
+def test_an_open_request_costs_what_others_turn_out_to_need():
     """A max_tokens that nobody reaches does not count against who sends it."""
     manager = Manager(1)
     turnstile = manager.turnstile
@@ -231,7 +231,7 @@ class Name(str):
     """A text that a weak reference may point to."""
 
 
-def test_nobody_is_remembered_who_has_nothing_waiting():
+def test_names_of_clients_without_requests_are_released():
     manager = Manager(1)
     manager.submit("a")
     manager.submit("a")  # the level stays

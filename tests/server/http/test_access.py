@@ -36,7 +36,7 @@ def locked():
 
 
 @each_row("key", KEYS)
-def test_every_key_opens(locked, key):
+def test_every_key_is_accepted(locked, key):
     for scheme in ("Bearer", "bearer", "BEARER"):
         answer = locked.post("/v1/completions", BODY, Authorization=f"{scheme} {key}")
         assert answer.status == 200
@@ -58,7 +58,7 @@ def test_every_key_opens(locked, key):
         f"Bearer {digests(KEYS[0])[0]}",
     ],
 )
-def test_nothing_else_does(locked, value):
+def test_without_a_right_key_every_route_but_health_is_a_401(locked, value):
     locked.engine.received.clear()
     headers = {} if value is None else {"Authorization": value}
     for answer in (
@@ -79,12 +79,12 @@ def test_nothing_else_does(locked, value):
     assert not locked.engine.received
 
 
-def test_what_load_balancers_ask_needs_no_key(locked):
+def test_ping_and_health_need_no_key(locked):
     assert locked.get("/ping").status == 200
     assert locked.get("/health").status == 200
 
 
-def test_the_openai_client_says_what_is_wrong(locked):
+def test_the_openai_client_raises_for_a_wrong_key(locked):
     client = locked.client(api_key="sk-stolen")
     with pytest.raises(openai.AuthenticationError, match="the API key is wrong"):
         client.models.list()
@@ -106,7 +106,7 @@ def test_without_keys_any_authorization_will_do(server, value):
 # --- how much --------------------------------------------------------------------------------------
 
 
-def test_a_body_that_says_that_it_is_too_large_is_not_read(locked):
+def test_a_body_whose_length_is_too_large_is_refused_unread(locked):
     with socket.create_connection(("127.0.0.1", locked.port), timeout=PATIENCE_S) as connection:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS[0]}\r\n"
         connection.sendall(
@@ -119,7 +119,7 @@ def test_a_body_that_says_that_it_is_too_large_is_not_read(locked):
     assert b"max_body_bytes=2000" in status
 
 
-def test_a_body_that_turns_out_too_large(locked):
+def test_a_chunked_body_that_grows_too_large_is_refused(locked):
     def ask(size):
         connection = http.client.HTTPConnection("127.0.0.1", locked.port, timeout=PATIENCE_S)
         pieces = [b'{"max_tokens": 2, "prompt": "', b"x " * (size // 2), b'"}']
@@ -150,7 +150,7 @@ def test_a_page_of_an_allowed_origin_may_ask(locked):
     assert (answer.status, answer.headers["access-control-allow-origin"]) == (200, ORIGIN)
 
 
-def test_no_other_page_may(locked, server):
+def test_pages_of_other_origins_may_not_ask(locked, server):
     asked = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
     answer = locked._ask("OPTIONS", "/v1/completions", None, asked)
     assert answer.status == 400
@@ -162,7 +162,7 @@ def test_no_other_page_may(locked, server):
 # --- TLS -------------------------------------------------------------------------------------------
 
 
-def test_https(tmp_path):
+def test_tls_and_keys_work_together(tmp_path):
     certificate, key = make_certificate(tmp_path)
     config = with_config(
         ssl_certfile=certificate, ssl_keyfile=key, api_key_digests=digests(KEYS[0])

@@ -153,7 +153,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_load_generators(server, name):
+def test_load_generators_can_read_the_answers(server, name):
     """Read line by line, each line JSON behind its prefix, choices in every chunk but the usage."""
     path, body = SHAPES[name]
     answer = server.post(path, body)
@@ -177,7 +177,7 @@ def test_load_generators(server, name):
 
 @pytest.mark.parametrize("prompt", [{"text": "the cat"}, {"input_ids": ids_of("the cat")}], ids=str)
 @pytest.mark.parametrize("return_logprob", [False, True])
-def test_sglang_native(server, prompt, return_logprob):
+def test_sglangs_benchmark_reads_native_streams(server, prompt, return_logprob):
     """What it reads of each event: the whole text so far, and counts of tokens that never shrink."""
     body = {
         **prompt,
@@ -209,7 +209,7 @@ def test_sglang_native(server, prompt, return_logprob):
 
 
 @pytest.mark.parametrize("path", ["/flush_cache", "/reset_prefix_cache"])
-def test_before_and_after_a_benchmark(server, path):
+def test_sglangs_benchmark_can_flush_and_read_the_server_state(server, path):
     """sglang.bench_serving looks into the server's first state, if there is an answer at all."""
     assert 200 <= server.post(path, b"").status < 300
     assert server.get("/model_info").status == 200
@@ -233,7 +233,7 @@ def unpacked(text: str, dtype: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("system", ["", "be brief"])
-def test_lm_client_with_logprobs(server, system):
+def test_packed_logprobs_of_the_setup_guides_client(server, system):
     """The later shape of the setup guide's client: ids and logprobs are packed in the fingerprint."""
     body = {
         "model": "org/tiny-model",
@@ -277,7 +277,7 @@ def test_verl_rollout(server):
 # --- openai ----------------------------------------------------------------------------------------
 
 
-def test_openai_async(server):
+def test_the_async_openai_client_with_many_requests(server):
     async def ask(client, number):
         request = {"model": "", "prompt": [20 + number], "seed": number, "max_tokens": 12}
         if number % 2:
@@ -295,7 +295,7 @@ def test_openai_async(server):
     assert again == [together[number] for number in (1, 0, 3, 2)]
 
 
-def test_openai_helper_for_streams(server):
+def test_the_openai_clients_stream_helper_reads_a_chat(server):
     server.engine.script = lambda request, index: [*ids_of("hello"), EOS_ID]
     with server.client().chat.completions.stream(model="m", messages=MESSAGES) as stream:
         for _ in stream:
@@ -303,7 +303,7 @@ def test_openai_helper_for_streams(server):
         assert stream.get_final_completion().choices[0].message.content == "hello"
 
 
-def test_openai_errors(server):
+def test_errors_are_the_openai_clients_exceptions(server):
     client = server.client()
     with pytest.raises(openai.BadRequestError) as error:
         client.completions.create(model="m", prompt="a", frequency_penalty=5)
@@ -328,7 +328,7 @@ def naps(monkeypatch):
     return naps
 
 
-def test_openai_comes_back_when_a_full_queue_said(naps):
+def test_the_openai_client_retries_a_full_queue_after_the_time_it_was_told(naps):
     with RunningServer(with_config(max_queued_requests=1)).running() as server:
         server.engine.paused = True
         load = Load(server.port)
@@ -350,7 +350,7 @@ def test_openai_comes_back_when_a_full_queue_said(naps):
         assert raw.parse().usage.completion_tokens == 3
 
 
-def test_openai_waits_while_the_engine_loads(naps):
+def test_the_openai_client_retries_while_the_engine_loads(naps):
     with RunningServer(ready=False).running() as server:
         naps.then = lambda: server.call(server.become_ready)
         client = server.client().with_options(max_retries=2)
@@ -359,7 +359,7 @@ def test_openai_waits_while_the_engine_loads(naps):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_openai_loses_patience(server, stream):
+def test_a_request_that_the_openai_client_gives_up_is_aborted(server, stream):
     """Its request is aborted, too."""
     server.engine.paused = True
     for timeout_s in (0.1, 1, 10):  # until its request has reached the engine before

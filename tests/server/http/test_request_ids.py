@@ -20,7 +20,7 @@ def picky() -> Iterator[RunningServer]:
         yield server
 
 
-def test_the_openai_client_finds_it(server):
+def test_the_openai_client_finds_the_request_id(server):
     client = server.client()
     answers = [client.completions.create(model="m", **BODY) for _ in range(2)]
     names = {answer._request_id for answer in answers}
@@ -44,7 +44,7 @@ def test_the_openai_client_finds_it(server):
         ("GET", "/openapi.json", None, 200),
     ],
 )
-def test_every_answer_has_one(server, method, path, body, status):
+def test_every_answer_has_a_request_id(server, method, path, body, status):
     for given in (None, "abc"):
         headers = {} if given is None else {"X-Request-Id": given}
         if method == "POST":
@@ -57,12 +57,12 @@ def test_every_answer_has_one(server, method, path, body, status):
 
 
 @each_row("given", ["", "a b", "x" * 129, "é", "a\tb"])
-def test_names_that_are_not_sane_are_replaced(server, given):
+def test_malformed_request_ids_are_replaced(server, given):
     answer = server.post("/v1/completions", BODY, **{"X-Request-Id": given})
     assert OURS.fullmatch(answer.headers["x-request-id"])
 
 
-def test_defects_of_ours_are_named_in_the_log(server, monkeypatch, caplog):
+def test_internal_errors_are_logged_with_the_request_id(server, monkeypatch, caplog):
     def broken(*_, **__):
         raise ZeroDivisionError("secret")
 
@@ -77,6 +77,6 @@ def test_defects_of_ours_are_named_in_the_log(server, monkeypatch, caplog):
         wait_for(lambda path=path: f"request mine:{path}" in caplog.text)
 
 
-def test_pages_of_other_origins_may_read_it(picky):
+def test_pages_of_other_origins_may_read_the_request_id(picky):
     answer = picky.post("/v1/completions", BODY, Origin=ORIGIN)
     assert "x-request-id" in answer.headers["access-control-expose-headers"].lower()

@@ -78,7 +78,7 @@ def answer_to(connection: socket.socket) -> bytes:
     return lines[0]
 
 
-def test_a_connection_on_which_nothing_is_said_is_closed(server):
+def test_a_silent_connection_is_closed(server):
     with connected(server) as connection:
         assert rest_of(server, connection) == b""
 

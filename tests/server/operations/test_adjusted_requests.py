@@ -30,7 +30,7 @@ def sampling(**params):
     return PREPARER.prepare([70], SamplingParams(**params)).sampling
 
 
-def test_who_asks_for_nothing_gets_nothing():
+def test_neutral_values_make_no_adjustments():
     neutral = {
         "frequency_penalty": 0,
         "presence_penalty": 0.0,
@@ -45,7 +45,7 @@ def test_who_asks_for_nothing_gets_nothing():
     assert not Adjustments().reads_generated
 
 
-def test_everything_at_once():
+def test_all_adjustments_together_reach_the_manager():
     got = sampling(
         frequency_penalty=0.5,
         presence_penalty=-2,
@@ -107,7 +107,7 @@ def test_the_end_of_sequence_is_late_even_where_it_is_ignored():
         ({"min_tokens": 512, "max_tokens": None}, "min_tokens"),
     ],
 )
-def test_what_the_model_cannot_do(params, field):
+def test_adjustments_that_the_model_cannot_do_are_refused(params, field):
     with pytest.raises(RequestError) as error:
         PREPARER.prepare([70], SamplingParams(**params))
     assert error.value.field == field
@@ -153,7 +153,7 @@ def completion_ids(body):
     return json.loads(body["system_fingerprint"])["completion_ids"][0]
 
 
-def test_text_before_min_tokens_is_released_at_once():
+def test_a_stop_string_that_begins_before_min_tokens_is_text():
     stream = TextStream(TOKENIZER, StopStrings.compile(("zq",), TOKENIZER.special_ids), 2)
     assert not stream.feed(ids_of("z"))
     assert stream.take() == ""
@@ -162,7 +162,7 @@ def test_text_before_min_tokens_is_released_at_once():
     assert stream.take() == "zqy"
 
 
-def test_tokens_that_the_model_does_not_have():
+def test_tokens_beyond_the_models_vocabulary_are_left_out():
     """Some tokenizers have more tokens than their model."""
     size = TOKENIZER.special_ids["<|end|>"]
     smaller = Tokenizer(WRAPPED, size, [EOS_ID])

@@ -315,7 +315,7 @@ NUMBERS = [
 
 
 @each_row("name, field", NUMBERS)
-def test_truth_and_texts_are_no_numbers(everything, files, name, field):
+def test_booleans_and_strings_are_not_numbers(everything, files, name, field):
     place, row = PLACES[name], PLACES[name].rows[field]
     beside = getattr(row, "beside", {})
     for value in (True, False, "1", [1], {"a": 1}):
@@ -327,7 +327,7 @@ OF_ANOTHER_TYPE = {"ignore_eos", "stop", "regex", "ebnf", "json_schema"}
 
 
 @each_row("field", sorted(set(OBJECTS["sampling_params"].rows) - OF_ANOTHER_TYPE))
-def test_sampling_parameters_have_types_too(everything, files, field):
+def test_sampling_params_of_a_wrong_type_are_refused(everything, files, field):
     place = OBJECTS["sampling_params"]
     for value in (True, "1", [[1]]):
         got = observe(everything, files, place, body_of(place, {**place.base, field: value}))
@@ -343,7 +343,7 @@ OWN_PLACES = [
 
 
 @pytest.mark.parametrize("name", OWN_PLACES)
-def test_what_no_field_holds_is_refused_by_name(everything, files, name):
+def test_nonsense_is_refused_by_the_name_of_its_field(everything, files, name):
     def seen(body):
         return observe(everything, files, PLACES[name], body)
 
@@ -426,13 +426,13 @@ FROM_CLIENTS = {
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
-def test_what_real_clients_send_at_once_passes(everything, path):
+def test_everything_that_real_clients_send_passes_together(everything, path):
     chat_only = {"apply_chat_template_overrides": {}, "ids": None}
     body = {**BASE[path], **FROM_CLIENTS, **(chat_only if path == CHAT else {})}
     assert everything.post(path, body).status == 200
 
 
-def test_what_sglangs_benchmark_sends_passes(everything):
+def test_everything_that_sglangs_benchmark_sends_passes(everything):
     body = {
         "text": "the cat",
         "sampling_params": {"temperature": 0.0, "max_new_tokens": 5, "ignore_eos": True},

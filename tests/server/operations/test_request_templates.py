@@ -49,7 +49,7 @@ def test_a_template_of_the_request_is_refused(locked, path, body, field):
         assert "leave it out" in answer.error["message"]
 
 
-def test_a_line_of_many_requests_is_refused_likewise(locked):
+def test_a_template_in_a_synchronous_batch_is_refused(locked):
     line = {"messages": MESSAGES, KWARGS: {"chat_template": ENDLESS}}
     answer = locked.post("/custom/synchronous-batch-completions", {"requests": [line]})
     assert answer.status == 400

@@ -79,7 +79,7 @@ def test_the_priority_is_added_to_that_of_the_request(server):
         assert [request.priority for request in server.engine.requests] == [expected]
 
 
-def test_what_is_cancelled_is_aborted(server):
+def test_a_cancelled_request_is_aborted(server):
     server.engine.paused = True
 
     async def cancelled() -> None:
@@ -97,7 +97,7 @@ def test_what_is_cancelled_is_aborted(server):
     server.wait_idle()
 
 
-def test_the_engines_death_is_no_answer():
+def test_a_request_without_connection_raises_when_the_engine_dies():
     with RunningServer().running() as server:
         server.engine.script = lambda request, index: ids_of("never") * 100
         server.engine.paused = True

@@ -157,7 +157,7 @@ def cuts(text, rng):
 
 
 @each_row("kind, text, content, calls", CASES)
-def test_calls_however_the_text_is_cut(kind, text, content, calls):
+def test_calls_are_found_however_the_text_is_cut(kind, text, content, calls):
     for pieces in cuts(text, random.Random(0)):
         assert read(kind, pieces) == (content, "", calls), pieces
 
@@ -177,7 +177,7 @@ REASONING = [
 
 
 @each_row("text, inside, reasoning, content", REASONING)
-def test_reasoning_however_the_text_is_cut(text, inside, reasoning, content):
+def test_reasoning_is_found_however_the_text_is_cut(text, inside, reasoning, content):
     for pieces in cuts(text, random.Random(1)):
         assert read(None, pieces, reasons=True, inside=inside) == (content, reasoning, []), pieces
 
@@ -189,13 +189,13 @@ def test_reasoning_before_calls():
         assert found == ("", "I call <tool_call> now", [("f", A)]), pieces
 
 
-def test_one_call_at_most():
+def test_calls_beyond_max_calls_are_dropped():
     text = f"{hermes('f', A)}\n{hermes('g', C)}"
     for pieces in cuts(text, random.Random(3)):
         assert read("hermes", pieces, max_calls=1) == ("", "", [("f", A)]), pieces
 
 
-def test_a_whole_message():
+def test_a_whole_message_holds_content_reasoning_and_calls():
     answer = AnswerDeltas(parser("hermes", reasons=True))
     message = answer.message(f"<think>so</think>{hermes('f', A)}{hermes('g', B)}", [])
     assert (message["content"], message["reasoning_content"]) == (None, "so")
@@ -212,7 +212,7 @@ def test_a_whole_message():
 
 
 @each_row("seed", range(200))
-def test_whatever_a_model_says_is_not_lost(seed):
+def test_texts_without_calls_come_out_unchanged(seed):
     """Without marks and braces of their own, texts of fragments come out as they are, however cut."""
     rng = random.Random(seed)
     fragments = [

@@ -47,7 +47,7 @@ def chat(client, content="hi", **fields):
 # --- completions -----------------------------------------------------------------------------------
 
 
-def test_completion(server, client):
+def test_a_completion_as_the_openai_client_reads_it(server, client):
     says(server, SAID)
     answer = client.completions.create(model="any/name", prompt="the cat", max_tokens=40)
     assert answer.object == "text_completion"
@@ -62,7 +62,7 @@ def test_completion(server, client):
     assert completion_ids(answer) == [[*ids_of(SAID), EOS_ID]]
 
 
-def test_defaults(server, client):
+def test_default_limits_and_temperatures_of_completions_and_chats(server, client):
     client.completions.create(model="m", prompt="the cat")
     chat(client)
     completion, conversation = server.engine.requests
@@ -91,7 +91,7 @@ def test_the_default_limit_gives_way_to_the_context(server, client):
     "prompt", ["the cat", ["the cat", "a"], ids_of("the cat"), [ids_of("the cat"), ids_of("a")]]
 )
 @pytest.mark.parametrize("n", [1, 3])
-def test_prompts_and_samples(server, client, prompt, n):
+def test_choices_are_ordered_by_prompt_and_sample(server, client, prompt, n):
     server.engine.received.clear()
     server.engine.num_cached_tokens = 1
     answer = client.completions.create(model="m", prompt=prompt, n=n, max_tokens=4, seed=1)
@@ -112,7 +112,7 @@ def test_an_empty_prompt_is_the_beginning_of_a_text(server, client):
     assert server.engine.requests[0].prompt_ids.tolist() == [WRAPPED.bos_token_id]
 
 
-def test_stop(server, client):
+def test_stop_strings_end_a_completion(server, client):
     says(server, "one two three", then=ids_of("x") * 400)
     request = {"model": "m", "prompt": "the cat", "max_tokens": 400}
     answer = client.completions.create(**request, stop=["three", "o t"])
@@ -123,7 +123,7 @@ def test_stop(server, client):
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("one", "stop")
 
 
-def test_echo(server, client):
+def test_echo_puts_the_prompt_before_the_text(server, client):
     says(server, " sat")
     for prompt in ("the cat", ids_of("the cat"), TOKENIZER.encode("the cat")):
         answer = client.completions.create(model="m", prompt=prompt, echo=True, n=2)
@@ -133,7 +133,7 @@ def test_echo(server, client):
 
 
 @each_row("number", [0, 1, 4])
-def test_completion_logprobs(server, client, number):
+def test_logprobs_of_a_completion(server, client, number):
     says(server, SAID)
     request = {"model": "m", "prompt": "the cat", "logprobs": number, "max_tokens": 40}
     choice = client.completions.create(**request).choices[0]
@@ -180,7 +180,7 @@ def test_echo_with_logprobs(server, client):
         assert [token for piece in pieces for token in piece] == logprobs.tokens
 
 
-def test_prompt_logprobs(server):
+def test_prompt_logprobs_of_completions_and_chats(server):
     """As vLLM writes them: of each choice of completions, and once beside those of a chat."""
     prompt = [70, 71, 72, 73, 75]
     ids = dict(enumerate(prompt))
@@ -267,7 +267,7 @@ def unpack(strings, dtype):
 # --- chat ------------------------------------------------------------------------------------------
 
 
-def test_chat(server, client):
+def test_a_chat_completion_as_the_openai_client_reads_it(server, client):
     says(server, SAID)
     answer = chat(client)
     assert answer.object == "chat.completion"
@@ -280,7 +280,7 @@ def test_chat(server, client):
     assert server.engine.requests[0].prompt_ids.tolist() == expected
 
 
-def test_chat_content_in_parts(server, client):
+def test_content_in_text_parts_is_joined(server, client):
     parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
     chat(client, [{"role": "user", "content": parts}], max_tokens=2)
     chat(client, "hi", max_tokens=2)
@@ -288,7 +288,7 @@ def test_chat_content_in_parts(server, client):
     assert first == second
 
 
-def test_a_developer_is_the_system_to_the_chat_template(server, client):
+def test_the_developer_role_is_rendered_as_system(server, client):
     for role in ("developer", "system"):
         chat(client, [{"role": role, "content": "be brief"}, {"role": "user", "content": "hi"}])
     first, second = (request.prompt_ids.tolist() for request in server.engine.requests)
@@ -302,7 +302,7 @@ def test_chat_continues_the_assistant(server, client):
     assert prompt.endswith("<|assistant|>hel")
 
 
-def test_an_answer_can_be_sent_back_as_it_came(server, client):
+def test_an_answer_can_be_sent_back_unchanged(server, client):
     says(server, "fine")
     answer = chat(client).choices[0].message
     history = [{"role": "user", "content": "hi"}, answer, {"role": "user", "content": "so?"}]
@@ -312,7 +312,7 @@ def test_an_answer_can_be_sent_back_as_it_came(server, client):
     assert chat(client, history).choices[0].message.content == "fine"
 
 
-def test_chat_stream(server, client):
+def test_a_streamed_chat(server, client):
     says(server, SAID * 3)
     chunks = list(chat(client, n=2, stream=True, stream_options={"include_usage": True}))
     *chunks, last = chunks
@@ -329,7 +329,7 @@ def test_chat_stream(server, client):
     assert [i for piece in ids for i in piece] == [*ids_of(SAID * 3), EOS_ID]
 
 
-def test_chat_logprobs(server, client):
+def test_logprobs_of_a_chat(server, client):
     says(server, SAID)
     ids = [*ids_of(SAID), EOS_ID]
     for number in (None, 0, 3):
@@ -348,7 +348,7 @@ def test_chat_logprobs(server, client):
             assert top == [(TOKENIZER.token_text(i), v) for i, v in zip(best, values, strict=True)]
 
 
-def test_chat_ids_instead_of_messages(server, client):
+def test_ids_may_replace_the_messages_of_a_chat(server, client):
     """The very prompt that the messages would have made; the fingerprint tells it."""
     says(server, SAID)
     ids = TOKENIZER.render_chat([{"role": "user", "content": "hi"}])
@@ -485,7 +485,7 @@ def test_usage_in_streams(server):
     assert last["usage"] == events[-1]["usage"]
 
 
-def test_a_thousand_samples_with_much_text(server, client):
+def test_an_answer_rendered_in_a_thread_is_complete(server, client):
     """Large answers are rendered in a thread; they are the same."""
     answer = client.completions.create(model="m", prompt="the", n=1000, max_tokens=20, seed=5)
     assert [choice.index for choice in answer.choices] == list(range(1000))

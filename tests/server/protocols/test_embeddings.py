@@ -38,7 +38,7 @@ def test_the_openai_client_reads_vectors_of_length_one(server, encoding_format):
     assert answer.usage.prompt_tokens == answer.usage.total_tokens == num_tokens
 
 
-def test_the_async_client(server):
+def test_the_async_openai_client_reads_embeddings(server):
     async def ask():
         async with server.async_client() as client:
             return await client.embeddings.create(model="m", input="the cat", dimensions=3)
@@ -48,7 +48,7 @@ def test_the_async_client(server):
 
 
 @each_row("value", ["the cat", ["the cat"], ids_of("the cat"), [ids_of("the cat")]])
-def test_every_shape_of_input(server, value):
+def test_every_shape_of_input_is_the_same_prompt(server, value):
     server.engine.received.clear()
     data = server.post(PATH, {"input": value}).json["data"]
     assert len(data) == 1
@@ -86,14 +86,14 @@ def test_pooling_and_priority_reach_the_engine(server):
         ({"input": "a", "stream": True}, "stream"),
     ],
 )
-def test_wrong_values_are_named(server, body, param):
+def test_wrong_values_are_refused_by_field(server, body, param):
     answer = server.post(PATH, body)
     assert answer.status == 400
     assert answer.error["param"] == param
     assert param in answer.error["message"]
 
 
-def test_many_inputs_keep_their_order(server):
+def test_embeddings_of_many_inputs_keep_their_order(server):
     inputs = [[1 + i % 300, 2 + i % 97] for i in range(200)]
     data = server.post(PATH, {"input": inputs}).json["data"]
     assert [each["index"] for each in data] == list(range(200))

@@ -30,7 +30,7 @@ def _without(sent, name):
 # --- the engine's own shape ------------------------------------------------------------------------
 
 
-def test_the_setup_guides_client(server):
+def test_a_native_request_is_answered_like_the_same_chat(server):
     """Both ``text`` and ``output``, and what /v1/chat/completions says to the same messages."""
     server.engine.script = lambda request, index: [*ids_of("hello world"), EOS_ID]
     body = {"model": "m", "system": "be brief", "prompt": "hi", "temperature": 0.0}
@@ -52,7 +52,7 @@ def test_the_setup_guides_client(server):
     assert {**one, "seed": 0} == {**other, "seed": 0}
 
 
-def test_an_empty_text_is_there_twice(server):
+def test_an_empty_answer_is_in_both_text_and_output(server):
     server.engine.script = lambda request, index: [EOS_ID]
     answer = server.post(PATH, {"prompt": "hi", "system": ""}).json
     assert answer["text"] == answer["output"] == ""
@@ -76,7 +76,7 @@ def test_ids_in_and_out_with_logprobs(server):
     assert prompt["token_logprobs"][1:] == [logprob_row(token, 1)[0] for token in ids[1:]]
 
 
-def test_samples_and_their_stream(server):
+def test_a_native_stream_adds_up_to_the_whole_answer(server):
     body = {**NATIVE, "n": 3, "logprobs": 1, "prompt_logprobs": 2}
     whole = server.post(PATH, body).json
     assert [sample["index"] for sample in whole["samples"]] == [0, 1, 2]
@@ -117,7 +117,7 @@ def test_samples_and_their_stream(server):
         ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),
     ],
 )
-def test_wrong_native_requests(server, body, param):
+def test_wrong_native_requests_are_refused_by_field(server, body, param):
     answer = server.post(PATH, {"max_tokens": 2, **body})
     assert answer.status == 400
     assert answer.error["param"] == param
@@ -141,7 +141,7 @@ def test_an_empty_prompt_is_an_empty_message(server):
         ("the cat", [], {"stop_token_ids": ids_of("the cat")[-1:]}, ids_of("the cat")[-1]),
     ],
 )
-def test_sglang_is_told_what_matched(server, text, stop, more, matched):
+def test_sglangs_finish_reason_tells_what_matched(server, text, stop, more, matched):
     ids = [*ids_of(text), EOS_ID]
     server.engine.script = lambda request, index: ids
     params = {"max_new_tokens": 40, "stop": stop, **more}
@@ -181,7 +181,7 @@ def test_logprobs_of_sglang(server):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_lists_of_prompts(server, stream):
+def test_lists_of_prompts_have_settings_of_their_own(server, stream):
     """A setting for each prompt, n samples of each; an index says whose a streamed event is."""
     body = {
         "text": ["the cat", "a"],
@@ -246,7 +246,7 @@ def test_lists_of_prompts(server, stream):
         ({"text": "a", "priority": 1}, "priority"),
     ],
 )
-def test_wrong_requests_of_sglang(server, body, param):
+def test_wrong_sglang_requests_are_refused_by_field(server, body, param):
     answer = server.post(PATH, body)
     assert answer.status == 400
     assert answer.error["param"] == param
@@ -268,7 +268,7 @@ def test_an_error_in_a_stream_comes_before_it(server):
     assert answer.error["param"] == "text"
 
 
-def test_one_line(server):
+def test_an_answer_is_one_line_of_json(server):
     for body in (NATIVE, SGLANG):
         assert b"\n" not in server.post(PATH, body).content
         assert json.loads(server.post(PATH, body).content)

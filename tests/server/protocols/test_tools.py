@@ -81,7 +81,7 @@ def check_calls(calls):
 @pytest.mark.parametrize(
     ("template", "text", "content"), [(HERMES, HERMES_CALLS, "Wait."), (LLAMA, LLAMA_CALLS, None)]
 )
-def test_calls_in_a_whole_answer(server, template, text, content):
+def test_a_whole_answer_holds_its_tool_calls(server, template, text, content):
     says(server, text)
     (choice,) = ask(server, template).choices
     assert choice.finish_reason == "tool_calls"
@@ -92,7 +92,7 @@ def test_calls_in_a_whole_answer(server, template, text, content):
 
 @pytest.mark.parametrize(("template", "text"), [(HERMES, HERMES_CALLS), (LLAMA, LLAMA_CALLS)])
 @each_row("largest_step", [1, 2, 7, 100])
-def test_calls_in_a_stream_added_up_by_the_client(server, template, text, largest_step):
+def test_streamed_tool_calls_add_up_in_the_openai_client(server, template, text, largest_step):
     says(server, text)
     server.engine.largest_step = largest_step
     with server.client().chat.completions.stream(
@@ -109,7 +109,7 @@ def test_calls_in_a_stream_added_up_by_the_client(server, template, text, larges
     check_calls(choice.message.tool_calls)
 
 
-def test_names_come_before_arguments_and_these_in_pieces(server):
+def test_a_streamed_call_has_its_name_first_and_its_arguments_in_pieces(server):
     says(server, HERMES_CALLS)
     server.engine.largest_step = 1
     pieces = []
@@ -125,7 +125,7 @@ def test_names_come_before_arguments_and_these_in_pieces(server):
     assert "".join(piece[2] for piece in pieces[: named[1]]) == ARGUMENTS
 
 
-def test_the_asynchronous_client(server):
+def test_the_async_openai_client_reads_tool_calls(server):
     says(server, HERMES_CALLS)
 
     async def run():
@@ -141,7 +141,7 @@ def test_the_asynchronous_client(server):
     check_calls(asyncio.run(run()).choices[0].message.tool_calls)
 
 
-def test_a_conversation_with_calls_and_their_results(server):
+def test_calls_and_their_results_are_rendered(server):
     says(server, HERMES_CALLS)
     message = ask(server).choices[0].message
     call = message.tool_calls[0]
@@ -160,7 +160,7 @@ def test_a_conversation_with_calls_and_their_results(server):
     assert f"[tool]rain#{call.id}[assistant]" in prompt_of(server)
 
 
-def test_tool_choice_none_tells_the_model_of_no_tools(server):
+def test_tool_choice_none_hides_the_tools_from_the_model(server):
     says(server, HERMES_CALLS)
     (choice,) = ask(server, tool_choice="none").choices
     assert choice.message.content == HERMES_CALLS
@@ -202,7 +202,7 @@ NAMED = {"type": "function", "function": {"name": "weather"}}
         ),
     ],
 )
-def test_enforced_calls(server, template, one, both, other, wrong):
+def test_tool_choice_enforces_calls_by_a_grammar(server, template, one, both, other, wrong):
     """Of each choice and format: one call, two calls, a call of another function, wrong arguments, text."""
     texts = (one, both, other, wrong, "It rains.")
     for fields, expected in (
@@ -294,14 +294,14 @@ def test_a_schema_of_a_tool_may_refer_to_its_own_definitions(server):
         ),
     ],
 )
-def test_what_is_refused(server, fields, param, said):
+def test_wrong_tools_and_messages_are_refused_by_field(server, fields, param, said):
     answer = post(server, **fields)
     assert answer.status == 400
     assert answer.error["param"] == param
     assert said in answer.error["message"]
 
 
-def test_a_model_that_cannot_be_told_of_tools(server):
+def test_tools_are_refused_if_the_template_does_not_mention_them(server):
     body = {"messages": MESSAGES, "tools": TOOLS}
     answer = server.post("/v1/chat/completions", body)
     assert (answer.status, answer.error["param"]) == (400, "tools")
@@ -311,7 +311,7 @@ def test_a_model_that_cannot_be_told_of_tools(server):
     assert server.post("/v1/chat/completions", {**body, "tool_choice": "none"}).status == 200
 
 
-def test_which_format():
+def test_the_tool_format_follows_the_template_or_the_flag():
     assert tool_format("auto", HERMES) == "hermes"
     assert tool_format("auto", LLAMA) == "llama3"
     assert tool_format("llama3", HERMES) == "llama3"
@@ -319,7 +319,7 @@ def test_which_format():
         tool_format("hermes", "{{ messages }} tools")
 
 
-def test_reasoning(server):
+def test_reasoning_is_apart_from_the_content(server):
     says(server, "<think>\nthe cat\n</think>\n\non the mat")
     (choice,) = ask(server, THINKING, tools=[]).choices
     assert choice.message.reasoning_content == "the cat"
@@ -413,14 +413,14 @@ def test_reasoning_that_the_prompt_begins_or_leaves_out(server):
     assert prompt_of(server).endswith("<think>\n\n</think>")
 
 
-def test_a_grammar_begins_at_the_first_token(server):
+def test_structured_output_starts_with_the_first_token_after_an_open_think_mark(server):
     says(server, '{"a": 1}')
     response_format = {"type": "json_object"}
     (choice,) = ask(server, OPENED, tools=[], response_format=response_format).choices
     assert json.loads(choice.message.content) == {"a": 1}
 
 
-def test_without_such_a_template_marks_are_text(server):
+def test_marks_are_text_without_a_template_that_names_them(server):
     says(server, "<think>a</think><tool_call>b</tool_call>")
     body = {"messages": MESSAGES, "max_tokens": 100}
     (choice,) = server.post("/v1/chat/completions", body).json["choices"]

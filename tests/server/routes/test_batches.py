@@ -82,7 +82,7 @@ def content(client: openai.OpenAI, file_id: str | None) -> list[dict]:
 # --- files -----------------------------------------------------------------------------------------
 
 
-def test_files(client, server):
+def test_a_file_is_kept_until_it_is_deleted(client, server):
     data = b'{"a": 1}\r\n\x00\xff' * 100_000
     file = client.files.create(file=("my file.jsonl", io.BytesIO(data)), purpose="batch")
     assert (file.bytes, file.filename, file.purpose) == (len(data), "my file.jsonl", "batch")
@@ -98,7 +98,7 @@ def test_files(client, server):
     assert not (Path(server.batches.store.path(file.id))).exists()
 
 
-def test_pages_of_files(client):
+def test_lists_of_files_come_in_pages(client):
     ids = [upload(client, b"x") for _ in range(5)]
     assert [file.id for file in client.files.list(limit=2)][:5] == ids[::-1]  # pages by itself
     page = client.files.list(limit=2, order="asc", after=ids[1])
@@ -107,7 +107,7 @@ def test_pages_of_files(client):
     assert client.files.list(purpose="batch_output", after=ids[0]).data == []
 
 
-def test_a_file_expires(client, monkeypatch):
+def test_a_file_that_has_expired_is_gone(client, monkeypatch):
     file = client.files.create(
         file=b"x", purpose="batch", expires_after={"anchor": "created_at", "seconds": 1000}
     )
@@ -155,7 +155,7 @@ FILE = ('name="file"; filename="a"', b"abc")
         (b"", None, 400),
     ],
 )
-def test_uploads_that_are_wrong(server, body, param, status):
+def test_malformed_uploads_are_refused(server, body, param, status):
     before = set(server.batches.store.path("").iterdir())
     answer = server.post("/v1/files", body, **{"Content-Type": "multipart/form-data; boundary=xyz"})
     assert (answer.status, answer.error["param"]) == (status, param)
@@ -192,7 +192,7 @@ def full_database(server: RunningServer) -> Iterator[None]:
         server.on_loop(limit(1 << 30))
 
 
-def test_records_that_find_no_room(client, server, monkeypatch):
+def test_a_full_database_is_a_507_and_leaves_nothing(client, server, monkeypatch):
     """Of files and of batches: nothing is left of them, and later ones are kept again."""
     monkeypatch.setattr(runner_module, "_RETRY_S", 0.01)
     file_id = upload(client, [line(1)])
@@ -231,7 +231,7 @@ def test_records_that_find_no_room(client, server, monkeypatch):
     assert leftovers() == before
 
 
-def test_a_disk_that_fails_otherwise_is_a_503(client, server, monkeypatch):
+def test_a_disk_error_other_than_full_is_a_503(client, server, monkeypatch):
     def failing(*_):
         raise sqlite3.OperationalError("disk I/O error")
 
@@ -255,7 +255,7 @@ def test_a_list_goes_on_where_a_file_was_deleted(client, server):
         assert (server.get(path).status, server.get(path).error["param"]) == (404, "after")
 
 
-def test_uploads_of_another_type(server):
+def test_uploads_of_another_content_type_are_refused(server):
     assert server.post("/v1/files", {"file": "a"}).status == 415
     assert server.post("/v1/files", b"", **{"Content-Type": "multipart/form-data"}).status == 415
     form = {"Content-Type": "multipart/form-data; boundary=xyz", "Content-Encoding": "gzip"}
@@ -268,7 +268,7 @@ def test_uploads_of_another_type(server):
 
 
 @pytest.mark.parametrize("url", [COMPLETIONS, CHAT])
-def test_a_batch(client, server, url):
+def test_a_batch_answers_each_line_as_its_route_does(client, server, url):
     lines = [line(number, url) for number in range(40)]
     expected = [server.post(url, each["body"]).json["choices"] for each in lines]
     batch = create(client, lines, url, metadata={"job": "nightly"})
@@ -295,7 +295,7 @@ def test_a_batch(client, server, url):
     assert client.batches.list(limit=1).data == [batch]
 
 
-def test_usage_of_sglangs_answers(server, client):
+def test_the_usage_of_a_batch_counts_each_prompt_once(server, client):
     """One sample, several of one prompt, and several prompts: each prompt counts once."""
     params = {"max_new_tokens": 3, "ignore_eos": True}
     bodies = [
@@ -315,7 +315,7 @@ def test_usage_of_sglangs_answers(server, client):
     assert batch.usage.total_tokens == num_input + 3 * 7
 
 
-def test_usage_of_reasoning(server, client, monkeypatch):
+def test_the_usage_of_a_batch_counts_reasoning(server, client, monkeypatch):
     thoughts, rest = ids_of("<think>the cat</think>"), ids_of("sat")
     monkeypatch.setattr(server.engine, "script", lambda *_: [*thoughts, *rest, *rest])
     template = "{{ messages[0].content }}{# <think> #}"
@@ -329,7 +329,7 @@ def test_usage_of_reasoning(server, client, monkeypatch):
     assert usage.output_tokens_details.reasoning_tokens == 6 * len(thoughts)
 
 
-def test_a_bad_line_fails_alone(client):
+def test_a_bad_line_of_a_batch_fails_alone(client):
     good = [line(number) for number in range(3)]
     bad = [
         (b"{not json", "invalid_json_line"),
@@ -384,7 +384,7 @@ def test_a_bad_line_fails_alone(client):
         (b"x\n" * 50_001, "too_many_lines"),
     ],
 )
-def test_a_file_that_is_no_batch(client, data, code):
+def test_a_file_that_is_not_a_batch_fails_with_the_reason(client, data, code):
     batch = wait(client, create(client, data).id)
     assert batch.status == "failed"
     assert batch.failed_at is not None
@@ -413,13 +413,13 @@ def test_a_file_that_is_no_batch(client, data, code):
         ({"endpoint": None}, "endpoint", 400),
     ],
 )
-def test_batches_that_are_wrong(client, server, changes, param, status):
+def test_a_wrong_batch_is_refused_by_the_name_of_its_field(client, server, changes, param, status):
     body = {"input_file_id": upload(client, [line(1)]), "endpoint": COMPLETIONS, **changes}
     answer = server.post("/v1/batches", body)
     assert (answer.status, answer.error["param"]) == (status, param)
 
 
-def test_the_output_of_a_batch_is_no_input(client):
+def test_the_output_of_a_batch_cannot_be_an_input(client):
     batch = wait(client, create(client, [line(1)]).id)
     with pytest.raises(openai.BadRequestError, match="purpose"):
         client.batches.create(
@@ -427,7 +427,7 @@ def test_the_output_of_a_batch_is_no_input(client):
         )
 
 
-def test_unknown_batches_and_parameters(client, server):
+def test_unknown_batches_and_query_parameters_are_refused(client, server):
     for call in (client.batches.retrieve, client.batches.cancel):
         with pytest.raises(openai.NotFoundError):
             call("batch_none")
@@ -441,7 +441,7 @@ def test_unknown_batches_and_parameters(client, server):
     assert server.get("/v1/batches?after=none").status == 404
 
 
-def test_a_file_in_use_is_not_deleted(client, server):
+def test_the_input_file_of_a_running_batch_cannot_be_deleted(client, server):
     server.engine.paused = True
     batch = create(client, [line(1)])
     with pytest.raises(openai.ConflictError, match="cancel"):
@@ -472,7 +472,7 @@ def test_a_batch_is_cancelled(client, server):
     server.wait_idle()
 
 
-def test_what_was_answered_before_the_end_of_its_time_is_kept(client, server):
+def test_a_batch_that_expires_keeps_the_lines_it_has_answered(client, server):
     """The engine answers two lines of 5 tokens, and never those of 400."""
     server.engine.hold_at = 10
     lines = [line(number) for number in range(4)]
@@ -493,14 +493,14 @@ def test_what_was_answered_before_the_end_of_its_time_is_kept(client, server):
     assert [each["custom_id"] for each in answers] == ["id-0", "id-1"]
 
 
-def test_the_output_expires(client):
+def test_the_output_of_a_batch_expires(client):
     after = {"anchor": "created_at", "seconds": 3600}
     batch = wait(client, create(client, [line(1)], output_expires_after=after).id)
     output = client.files.retrieve(batch.output_file_id)
     assert output.expires_at == output.created_at + 3600
 
 
-def test_batches_yield_without_starving_and_are_bounded(client, server):
+def test_batches_have_low_priority_and_a_bounded_number_in_flight(client, server):
     server.engine.paused, server.engine.most_running = True, 0
     batch = create(client, [line(number) for number in range(400)])
     wait_for(lambda: server.engine.num_running == 128)  # twice what the engine runs at once
@@ -512,7 +512,7 @@ def test_batches_yield_without_starving_and_are_bounded(client, server):
     assert server.engine.most_running == 128
 
 
-def test_a_batch_leaves_room_in_the_queue(tmp_path):
+def test_a_batch_leaves_room_in_the_queue_for_other_requests(tmp_path):
     with RunningServer(
         with_config(data_dir=str(tmp_path), max_queued_requests=20)
     ).running() as own:

@@ -10,7 +10,7 @@ from tokasaurus.version import __version__
 
 
 @pytest.mark.parametrize("path", ["/flush_cache", "/reset_prefix_cache"])
-def test_flushes_tell_what_was_dropped(server, path):
+def test_a_flush_reports_what_was_dropped(server, path):
     for answer in (server.post(path, b""), server.get(path)):
         assert answer.status == 200
         assert answer.json == {"status": "ok", "flushed_pages": 3, "flushed_tokens": 48}
@@ -18,7 +18,7 @@ def test_flushes_tell_what_was_dropped(server, path):
     assert len({each.flush_id for each in asked}) == len(asked) == 2
 
 
-def test_an_engine_that_dies_ends_a_flush():
+def test_a_flush_ends_with_a_503_when_the_engine_dies():
     with RunningServer().running() as server:
         server.engine.send = lambda message: None  # it never answers
         server.generations._send = lambda message: server.state.die("it broke")
@@ -56,7 +56,7 @@ def test_server_info_has_no_secrets():
     assert info["internal_states"][0]["num_running_prompts"] == 0
 
 
-def test_server_info_while_the_model_loads():
+def test_engine_routes_while_the_model_loads():
     with RunningServer(ready=False).running() as server:
         assert server.get("/server_info").json["status"] == "loading"
         assert server.get("/model_info").status == 503

@@ -40,7 +40,7 @@ def test_the_answers_are_those_of_the_chat_route_in_order(server):
         ("application/msgpack;q=zero", "application/msgpack"),
     ],
 )
-def test_the_form_that_accept_asks_for(server, accept, expected):
+def test_accept_chooses_between_json_and_msgpack(server, accept, expected):
     answer = server.post(PATH, {"requests": REQUESTS}, Accept=accept)
     assert answer.headers["content-type"] == expected
     decode = json.loads if expected.endswith("json") else msgspec.msgpack.decode
@@ -53,7 +53,7 @@ def test_the_form_that_accept_asks_for(server, accept, expected):
     ]
 
 
-def test_a_pickle_where_the_operator_allows_it():
+def test_answers_are_pickles_where_the_operator_allows_it():
     with RunningServer(with_config(unsafe_pickle_responses=True)).running() as server:
         answer = server.post(PATH, {"requests": REQUESTS})
         completions = pickle.loads(answer.content)
@@ -77,7 +77,7 @@ def test_a_pickle_where_the_operator_allows_it():
         ({"requests": [{**REQUESTS[0], "n": 60_000}] * 2}, "requests"),
     ],
 )
-def test_what_is_wrong_is_named_and_nothing_runs(server, body, param):
+def test_a_wrong_request_is_named_and_nothing_runs(server, body, param):
     server.engine.received.clear()
     answer = server.post(PATH, body)
     assert answer.status == 400
@@ -85,12 +85,12 @@ def test_what_is_wrong_is_named_and_nothing_runs(server, body, param):
     assert not server.engine.requests
 
 
-def test_a_prompt_that_the_engine_refuses(server):
+def test_a_prompt_that_the_engine_refuses_fails_the_whole_batch(server):
     server.engine.reject = "no room"
     assert server.post(PATH, {"requests": REQUESTS}).status == 400
 
 
-def test_all_are_cancelled_when_the_client_goes_away(server):
+def test_a_disconnect_aborts_all_requests_of_a_synchronous_batch(server):
     server.engine.paused = True
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
     data = json.dumps({"requests": REQUESTS})

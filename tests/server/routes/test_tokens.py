@@ -36,7 +36,7 @@ def test_tokens_are_those_of_a_completion(server, text, special):
         ({"chat_template": "{{ messages[0]['content'] }}!"}, "!"),
     ],
 )
-def test_a_conversation_is_written_by_the_chat_template(server, fields, end):
+def test_tokenize_renders_a_conversation_with_the_chat_template(server, fields, end):
     answer = server.post("/tokenize", {"messages": MESSAGES, "return_token_strs": True, **fields})
     tokens, strings = answer.json["tokens"], answer.json["token_strs"]
     assert strings == [TOKENIZER.token_text(token) for token in tokens]
@@ -53,7 +53,7 @@ def test_the_tokens_of_a_chat_are_those_that_the_engine_gets(server):
     assert left_open["token_strs"] is None
 
 
-def test_long_texts(server):
+def test_long_texts_are_tokenized(server):
     text = "the cat sat on the mat " * 2000
     assert server.post("/tokenize", {"prompt": text}).json["tokens"] == TOKENIZER.encode(text)
 
@@ -84,7 +84,7 @@ def test_long_texts(server):
         ("/detokenize", {"tokens": [True]}, "tokens"),
     ],
 )
-def test_wrong_values_are_named(server, path, body, param):
+def test_wrong_values_are_refused_by_field(server, path, body, param):
     answer = server.post(path, body)
     assert answer.status == 400
     assert answer.error["param"] == param
