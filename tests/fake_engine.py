@@ -1,4 +1,4 @@
-"""Stand-ins for everything around the server room: a tokenizer, a manager with a model, a running server."""
+"""Stand-ins for what surrounds the server: a tokenizer, a manager with a model, a web server."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ CHAT_TEMPLATE = (
 )
 SPECIAL = (BOS, EOS, "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 STOP_LAG = 16
-PATIENCE_S = 60  # that tests have, with any machine
+PATIENCE_S = 60  # how long tests wait; they succeed sooner on any machine
 
 
 def make_wrapped() -> PreTrainedTokenizerFast:
@@ -123,13 +123,13 @@ def ids_of(text: str) -> list[int]:
 
 
 def random_ids(request: GenerateRequest, index: int) -> list[int]:
-    """What the fake model says by default: text in which the seed and the sample decide everything."""
+    """The default answer of the fake model, which depends on the seed and the sample only."""
     rng = random.Random(f"{request.seed if request.sampling.temperature else 0}:{index}")
     return [rng.randrange(len(SPECIAL), VOCAB_SIZE) for _ in range(request.max_tokens)]
 
 
 def logprob_row(token_id: int, number: int) -> tuple[float, list[int], list[float]]:
-    """Chosen logprob and the best ``number``; every third id is the second best, others the best."""
+    """The logprob of a token, and the ``number`` best; every third id is the second best."""
     ids = [(token_id + 7 * i) % VOCAB_SIZE for i in range(max(number, 2))]
     values = [float(np.float32(-0.1 - 0.37 * i)) for i in range(max(number, 2))]
     if token_id % 3 == 0:
@@ -138,7 +138,7 @@ def logprob_row(token_id: int, number: int) -> tuple[float, list[int], list[floa
 
 
 def pooled_state(request: GenerateRequest) -> np.ndarray:
-    """[8], of length other than 1; the prompt and the kind of pooling decide it."""
+    """[8], not of length 1; depends on the prompt and the kind of pooling."""
     rng = np.random.default_rng([int(request.pooling), *request.prompt_ids.tolist()])
     return (3 * rng.standard_normal(8)).astype(np.float32)
 
@@ -154,12 +154,16 @@ class _Sequence:
 
 
 class FakeEngine:
-    """A manager with a model behind it, as far as the server can tell. Checks what it is sent.
+    """A manager with a model behind it, as far as the server can tell. It checks its messages.
 
     Attributes:
-        script: what a sample of a request says; an EOS ends it early.
-        received: every message of the server.
-        num_sent_tokens: of all samples, those that were cancelled too.
+        script: the ids of a sample of a request; an EOS ends it early.
+        received: every message from the server.
+        num_sent_tokens: of all samples, including cancelled ones.
+        paused: no sequence moves.
+        hold_at: number of tokens at which every sequence stops moving; None: no such number.
+        largest_step: tokens of a sequence in one update.
+        most_running: largest number of samples that ran at once.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -170,14 +174,14 @@ class FakeEngine:
         self.num_cached_tokens = 0
         self.num_sent_tokens = 0
         self.paused = False
-        self.hold_at: int | None = None  # tokens after which no sequence goes on
-        self.largest_step = 3  # tokens of a sequence in one update
-        self.most_running = 0  # samples at once
+        self.hold_at: int | None = None
+        self.largest_step = 3
+        self.most_running = 0
         self._running: dict[tuple[int, int], _Sequence] = {}
         self._num_finished: Counter[int] = Counter()  # samples of each request
         self._outbox: list[object] = []
 
-    # --- what the server calls ---------------------------------------------------------------------
+    # --- what the server calls ------------------------------------------------------------------
 
     def send(self, message: FromServer) -> None:
         self.received.append(message)
@@ -202,7 +206,7 @@ class FakeEngine:
                 if (request_id, index) in self._running:
                     self._running[request_id, index].acknowledged = count
 
-    # --- what a test calls -------------------------------------------------------------------------
+    # --- what a test calls ----------------------------------------------------------------------
 
     @property
     def requests(self) -> list[GenerateRequest]:
@@ -218,30 +222,30 @@ class FakeEngine:
 
     @property
     def is_moving(self) -> bool:
-        """Whether there will be more without anything said to it."""
+        """Whether more messages will come without a message to the engine."""
         if self.paused:
             return bool(self._outbox)
         limit = math.inf if self.hold_at is None else self.hold_at
         return bool(self._outbox) or any(s.position < limit for s in self._running.values())
 
     def reset(self) -> None:
-        """As at the beginning, except for what runs."""
+        """Restore the initial settings; running sequences stay."""
         self.script, self.reject, self.paused = random_ids, None, False
         self.hold_at, self.num_cached_tokens, self.largest_step = None, 0, 3
         self.received.clear()
 
     def forget(self) -> None:
-        """What it remembers of requests that have ended."""
+        """Forget requests that have ended."""
         self.received.clear()
         self._num_finished.clear()
 
     def step(self) -> list[object]:
-        """One turn: every running sequence may go on; returns messages for the server."""
+        """Take one turn: let every running sequence move, and return messages for the server."""
         messages, self._outbox = self._outbox, []
         rows = []
         for sequence in [] if self.paused else list(self._running.values()):
             if (sequence.request.request_id, sequence.index) not in self._running:
-                continue  # enough others have ended
+                continue  # cancelled, since enough others have ended
             row = self._advance(sequence)
             if row is not None:
                 rows.append(row)
@@ -249,7 +253,7 @@ class FakeEngine:
         return [*messages, updates(rows)] if rows else messages
 
     def run(self, generations: Generations) -> None:
-        """Steps until nothing runs any more."""
+        """Take turns until nothing runs."""
         for _ in range(100_000):
             messages = self.step()
             if not messages and not self._running:
@@ -258,7 +262,7 @@ class FakeEngine:
                 generations.absorb(message)
         raise AssertionError("the engine never comes to rest")
 
-    # --- inside ------------------------------------------------------------------------------------
+    # --- inside ---------------------------------------------------------------------------------
 
     def _begin(self, request: GenerateRequest) -> None:
         assert request.prompt_ids.dtype == np.int32
@@ -320,7 +324,7 @@ class FakeEngine:
 
 
 def updates(rows: list[tuple]) -> SequenceUpdates:
-    """Of rows (request, sample index, new ids, finish reason, cached tokens)."""
+    """A message of rows (request, sample index, new ids, finish reason, cached tokens)."""
     chosen, top_ids, top_logprobs = [], [], []
     for request, _, ids, _, _ in rows:
         if request.num_logprobs >= 0:
@@ -344,7 +348,7 @@ def updates(rows: list[tuple]) -> SequenceUpdates:
 
 
 def _prompt_logprobs(request: GenerateRequest) -> list[PromptLogprobs]:
-    """In two pieces, the second of which comes twice, as after a preemption."""
+    """Two pieces; the second one comes twice, as after a preemption."""
     number, ids = request.num_prompt_logprobs, request.prompt_ids.tolist()
     middle = max(1, len(ids) // 2)
     pieces = []
@@ -365,7 +369,7 @@ def _prompt_logprobs(request: GenerateRequest) -> list[PromptLogprobs]:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back over HTTP."""
+    """An answer over HTTP."""
 
     status: int
     headers: dict[str, str]
@@ -378,7 +382,7 @@ class Answer:
 
     @property
     def error(self) -> dict:
-        """The error, of the shape that OpenAI's clients expect."""
+        """The error, in the shape that OpenAI's clients expect."""
         body = self.json
         assert set(body) == {"error"}
         assert set(body["error"]) == {"message", "type", "param", "code"}
@@ -395,7 +399,7 @@ class Answer:
 
 
 class _Connections:
-    """A connection to a server for each thread that asks it something, kept alive."""
+    """One connection to a server for each thread, kept alive."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -405,7 +409,7 @@ class _Connections:
     def ask(self, method: str, path: str, data: bytes | None, headers: dict[str, str]) -> Answer:
         kept = getattr(self._own, "connection", None)
         if kept is not None:
-            # The server may have closed it since.
+            # The server may have closed the connection since.
             with contextlib.suppress(http.client.RemoteDisconnected, ConnectionError):
                 return _ask(kept, method, path, data, headers)
         self._own.connection = http.client.HTTPConnection(
@@ -436,7 +440,7 @@ def _ask(
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    """Returns once something has become true."""
+    """Return once a condition is true; fail after ``PATIENCE_S``."""
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline, "it never comes true"
@@ -446,7 +450,7 @@ def wait_for(condition: Callable[[], object]) -> None:
 def submit(
     generations: Generations, prompt_ids: list[int], params: SamplingParams, **options: object
 ) -> Generation:
-    """Prepares a prompt under CONFIG, and starts it."""
+    """Prepare a prompt under CONFIG, and start it."""
     return generations.start(PREPARER.prepare(prompt_ids, params), **options)
 
 
@@ -455,7 +459,7 @@ class RunningServer:
 
     def __init__(self, config: ServerConfig = CONFIG, *, ready: bool = True) -> None:
         self.engine = FakeEngine()
-        self._woken = asyncio.Event()  # the engine was told something
+        self._woken = asyncio.Event()  # the engine has a message
         self.state = EngineState()
         tokenizer = TOKENIZER if config.trust_request_chat_template else UNTRUSTING
         self.generations = Generations(config, tokenizer, self._send, self.state.metrics)
@@ -463,14 +467,14 @@ class RunningServer:
         if ready:
             self.become_ready()
         self.batches = batch_runner(config, self.state) if config.data_dir else None
-        # Made anew from its number, it knows that it is TCP, and asyncio sets TCP_NODELAY on its connections:
-        # else each answer but a connection's first takes 40 ms.
+        # A socket made from its number knows that it is TCP, so that asyncio sets TCP_NODELAY on
+        # its connections. Without it, each answer but a connection's first takes 40 ms.
         self._listener = socket.socket(fileno=socket.create_server(("127.0.0.1", 0)).detach())
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._server = http_server(config, self.state, self.batches)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._ahead_s = 0.0  # of its clock
+        self._ahead_s = 0.0  # added to the clock of the event loop
         self._connections = _Connections(self.port)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
 
@@ -501,23 +505,23 @@ class RunningServer:
                     await asyncio.wait_for(self._woken.wait(), 0.003)
 
     def become_ready(self) -> None:
-        """The model is loaded; called in the event loop's thread once it runs."""
+        """Tell the server that the model is loaded; once it runs, on the event loop only."""
         self.state.ready(self.preparer, self.generations)
 
     def call(self, function: Callable[[], object]) -> None:
-        """Calls something in the event loop's thread, and waits for it."""
+        """Call a function on the event loop, and wait for it."""
         done = threading.Event()
         assert self._loop is not None
         self._loop.call_soon_threadsafe(lambda: (function(), done.set()))
         assert done.wait(PATIENCE_S)
 
     def settle(self) -> None:
-        """Returns when the event loop has read what was sent to it so far."""
+        """Return when the event loop has read what it was sent so far."""
         for _ in range(2):
             self.call(lambda: None)
 
     def advance(self, seconds: float) -> None:
-        """Moves the clock of the event loop: time limits that end by then end now."""
+        """Move the clock of the event loop: time limits that are over by then end now."""
         self.settle()
 
         def move() -> None:
@@ -526,7 +530,7 @@ class RunningServer:
         self.call(move)
 
     def on_loop(self, work: Coroutine[Any, Any, T], timeout_s: float = PATIENCE_S) -> T:
-        """Runs a coroutine on the event loop, and waits for what it returns."""
+        """Run a coroutine on the event loop, and wait for its result."""
         assert self._loop is not None
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)
 
@@ -536,7 +540,7 @@ class RunningServer:
         return any(each.client == client.getsockname() for each in connections)
 
     def post(self, path: str, body: object, **headers: str) -> Answer:
-        """Posts JSON, or bytes as they are."""
+        """Post JSON, or bytes as they are."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         return self._ask("POST", path, data, {"Content-Type": "application/json", **headers})
 
@@ -547,7 +551,7 @@ class RunningServer:
         return self._connections.ask(method, path, data, headers)
 
     async def call_app(self, path: str, data: bytes) -> Answer:
-        """Posts JSON to the application itself, without a connection; on the event loop."""
+        """Post JSON to the application without a connection; runs on the event loop."""
         done, messages = asyncio.Event(), [{"type": "http.request", "body": data}]
         sent: list[dict[str, Any]] = []
 
@@ -582,7 +586,7 @@ class RunningServer:
         return Answer(begin["status"], named, b"".join(each.get("body", b"") for each in pieces))
 
     def client(self, **options: object) -> openai.OpenAI:
-        """OpenAI's own client, which tries once; without certificates, which take long to load."""
+        """OpenAI's client without retries, and without certificates, which take long to load."""
         values: dict[str, Any] = {"api_key": "none", "max_retries": 0, "timeout": PATIENCE_S}
         http = openai.DefaultHttpxClient(verify=False)
         base_url = f"{self.url}/v1"
@@ -599,11 +603,11 @@ class RunningServer:
         )
 
     def wait_idle(self) -> None:
-        """Returns once nothing is in flight, in the server or in the engine."""
+        """Return once nothing is in flight in the server or in the engine."""
         wait_for(lambda: not len(self.generations) and not self.engine.num_running)
 
     def check_nothing_is_left(self) -> None:
-        """Of all requests so far, in any table; the engine forgets them."""
+        """Check that no table keeps anything of the requests so far; the engine forgets them."""
         self.wait_idle()
         turnstile = self.generations._turnstile
         assert (turnstile.num_open, turnstile.num_held) == (0, 0)
@@ -622,8 +626,8 @@ class RunningServer:
             self._connections.close()
             self._server.should_exit = True
             while self._thread.is_alive():
-                self._ahead_s += 0.1  # uvicorn looks ten times a second whether it should exit
-                with contextlib.suppress(RuntimeError):  # it has exited
+                self._ahead_s += 0.1  # uvicorn checks ten times a second whether it should exit
+                with contextlib.suppress(RuntimeError):  # the loop has ended
                     self._loop.call_soon_threadsafe(lambda: None)
                 self._thread.join(0.01)
 

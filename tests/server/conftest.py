@@ -14,7 +14,7 @@ def shared_server() -> Iterator[RunningServer]:
 
 @pytest.fixture
 def server(shared_server: RunningServer) -> Iterator[RunningServer]:
-    """The server that all tests share; nothing may be in flight after any of them."""
+    """The server that all tests share. Nothing may be in flight after a test."""
     shared_server.engine.reset()
     yield shared_server
     shared_server.engine.reset()

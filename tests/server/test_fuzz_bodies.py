@@ -1,4 +1,4 @@
-"""Bodies of all kinds to every route that reads one: each is answered, in the right shape, and nothing is left."""
+"""Every route that reads a body answers any body in the right shape, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     data_dir = str(tmp_path_factory.mktemp("data"))
     config = with_config(data_dir=data_dir, max_body_bytes=64 << 20)
     with RunningServer(config).running() as server:
-        # Short answers: what is asked is at stake here.
+        # Short answers: this is about requests.
         server.engine.script = lambda request, index: [*random_ids(request, index)[:12], EOS_ID]
         server.engine.largest_step = 8
         yield server
@@ -74,7 +74,7 @@ def fuzz_route(server: RunningServer, path: str, num_cases: int) -> None:
 
 @pytest.mark.long
 def test_memory_does_not_grow(server):
-    """The same bodies again and again: whatever is kept of them is kept once."""
+    """Send the same bodies again and again: what is kept of them is kept once."""
     cases: list[tuple[str, bytes]] = []
     for path in BODIES:
         fuzz(bodies(path), 40, lambda body, path=path: cases.append((path, body)))
@@ -83,9 +83,9 @@ def test_memory_does_not_grow(server):
         for path, body in cases:
             server.post(path, body)
         server.check_nothing_is_left()
-        server.engine.received.clear()  # the fake one remembers what it was sent
+        server.engine.received.clear()  # the fake engine keeps what it was sent
         resident.append(resident_bytes())
-    # Caches and the allocator need some rounds until they have what they hold.
+    # Caches and the allocator need a few rounds to reach their size.
     assert min(resident[9:]) - max(resident[:4]) < 3e6, resident
 
 

@@ -1,4 +1,4 @@
-"""What the OpenAPI document allows, and what it does not, sent to every route by schemathesis."""
+"""Requests that the OpenAPI document allows or forbids, made by schemathesis for every route."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 @pytest.mark.parametrize("num_cases", [3, pytest.param(60, marks=pytest.mark.long)])
 @pytest.mark.parametrize("mode", GenerationMode, ids=lambda mode: mode.value)
 def test_answers_are_as_the_document_says(server, mode, num_cases):
-    """Every operation, with data that it allows or with data that it does not."""
+    """Call every operation with data that the document allows, or with data that it forbids."""
     document = schemathesis.openapi.from_dict(json.loads(server.get("/openapi.json").content))
 
     def check(case: schemathesis.Case) -> None:
@@ -49,7 +49,7 @@ def test_answers_are_as_the_document_says(server, mode, num_cases):
     operations = [each.ok() for each in document.get_all_operations()]
     assert len(operations) > 25
     for operation in operations:
-        refuses_something = operation.body or operation.query  # any text is a path parameter
+        refuses_something = operation.body or operation.query  # a path parameter may be any text
         if mode.is_positive or refuses_something:
             fuzz(operation.as_strategy(mode), num_cases, check)
     server.check_nothing_is_left()

@@ -1,4 +1,4 @@
-"""Clients that go away, engines that load, drain and die, and what is left behind: nothing."""
+"""Clients disconnect, engines load, drain and die, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def own_server():
 
 
 def hold(server):
-    """Requests begin to answer, and stay in flight."""
+    """Let every request generate three tokens and stay in flight."""
     server.engine.script = lambda request, index: ids_of("x") * request.max_tokens
     server.engine.hold_at = 3
 
 
 def send_raw(server, path, body):
-    """A request on a bare socket, so that the test can hang up whenever it likes."""
+    """Send a request on a bare socket, which the test can close at any time."""
     data = json.dumps(body).encode()
     connection = socket.create_connection(("127.0.0.1", server.port))
     head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -38,7 +38,7 @@ def send_raw(server, path, body):
     return connection
 
 
-# --- clients that go away --------------------------------------------------------------------------
+# --- clients that go away ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -51,7 +51,7 @@ def send_raw(server, path, body):
     ],
 )
 def test_a_disconnect_aborts_all_prompts_of_a_request(server, path, body, stream):
-    server.engine.paused = True  # nothing will end by itself
+    server.engine.paused = True  # nothing ends by itself
     connection = send_raw(server, path, {**body, "stream": stream})
     expected = len(body["prompt"]) if isinstance(body.get("prompt"), list) else 1
     wait_for(lambda: len(server.engine.requests) == expected)
@@ -100,12 +100,12 @@ def test_half_a_body_starts_nothing_and_logs_nothing(server, caplog):
 
 
 def _openai(body):
-    """A body as the openai client takes it: what it does not know in extra_body."""
+    """A body as arguments of the openai client; fields that it does not know are in extra_body."""
     known = {name: value for name, value in body.items() if name != "ignore_eos"}
     return {**known, "extra_body": {"ignore_eos": True}}
 
 
-# --- an engine that dies ---------------------------------------------------------------------------
+# --- an engine that dies -----------------------------------------------------------------------
 
 
 def test_the_death_of_the_engine_fails_every_request(own_server):
@@ -174,7 +174,7 @@ def test_a_prompt_that_the_manager_refuses_is_a_400(server, stream):
     assert "can never fit" in answer.error["message"]
 
 
-# --- an engine that loads or drains ----------------------------------------------------------------
+# --- an engine that loads or drains ------------------------------------------------------------
 
 
 def test_a_loading_server_answers_503_until_it_is_ready():
@@ -222,11 +222,11 @@ def test_health_counts_prompts_in_flight(server):
     wait_for(lambda: server.get("/health").json["running"] == 0)
 
 
-# --- many at once ----------------------------------------------------------------------------------
+# --- many at once ------------------------------------------------------------------------------
 
 
 def test_many_requests_at_once_get_their_own_answers(server):
-    """Each gets its own answer, whoever else is there or hangs up."""
+    """Some of the clients disconnect; each of the others gets its own answer."""
     server.engine.script = lambda request, index: (
         ids_of("stop me here") + random_ids(request, index)
     )[: request.max_tokens]

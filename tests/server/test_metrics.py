@@ -1,4 +1,4 @@
-"""What monitoring is told: Prometheus, statsd, and the line in the log."""
+"""What monitoring sees: Prometheus, statsd, and the statistics line in the log."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def own_server():
 
 
 def read(server):
-    """Every sample of /metrics: (name, labels) to value."""
+    """Every sample of /metrics: {(name, *label values): value}."""
     answer = server.get("/metrics")
     assert answer.status == 200
     assert answer.headers["content-type"].startswith("text/plain; version=")
@@ -68,7 +68,7 @@ def read(server):
     }
 
 
-# --- Prometheus ------------------------------------------------------------------------------------
+# --- Prometheus --------------------------------------------------------------------------------
 
 
 def test_requests_are_counted_by_route_and_status(own_server):
@@ -117,7 +117,7 @@ def test_latencies_are_observed_for_each_prompt(own_server):
     own_server.wait_idle()
     found = read(own_server)
     assert found["prompt_seconds_count",] == 2
-    assert found["time_to_first_token_seconds_count",] == 0  # tokens came at the end only
+    assert found["time_to_first_token_seconds_count",] == 0  # all tokens came at the end
     own_server.post("/v1/completions", {**BODY, "stream": True})
     own_server.post("/v1/completions", {**BODY, "max_tokens": 1, "stream": True})
     own_server.post("/v1/completions", {**BODY, "stop": ["never"]})
@@ -125,7 +125,7 @@ def test_latencies_are_observed_for_each_prompt(own_server):
     found = read(own_server)
     assert found["prompt_seconds_count",] == 5
     assert found["time_to_first_token_seconds_count",] == 3
-    assert found["time_per_output_token_seconds_count",] == 2  # a single token has no next one
+    assert found["time_per_output_token_seconds_count",] == 2  # a single token has no successor
     first, whole = found["time_to_first_token_seconds_sum",], found["prompt_seconds_sum",]
     assert 0 < first < whole
     assert found["prompts_total", "finished"] == 5
@@ -152,7 +152,7 @@ def test_every_prompt_ends_once(own_server):
 
 
 def test_metrics_show_the_managers_figures(own_server):
-    assert ("running_sequences",) not in read(own_server)  # it has not said anything
+    assert ("running_sequences",) not in read(own_server)  # there are no statistics yet
     own_server.call(lambda: own_server.generations.absorb(SOMETHING))
     found = read(own_server)
     assert found["running_sequences",] == 512
@@ -168,12 +168,12 @@ def test_metrics_show_the_managers_figures(own_server):
     assert found["prompts_in_flight",] == 0
 
 
-# --- the line --------------------------------------------------------------------------------------
+# --- the line ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def line():
-    """A line with a clock to turn, on a core whose engine has said that it is there."""
+    """A statistics line, its text core, and its clock, which the test sets."""
     generations = Generations(CONFIG, TOKENIZER, FakeEngine().send)
     generations.absorb(NOTHING)
     time = [100.0]
@@ -222,7 +222,7 @@ def test_the_statistics_line_is_logged(caplog, line):
     assert "running 512" in caplog.text
 
 
-# --- statsd ----------------------------------------------------------------------------------------
+# --- statsd ------------------------------------------------------------------------------------
 
 
 def gauges_of(packet):
@@ -261,7 +261,7 @@ def test_a_missing_statsd_daemon_does_no_harm(line, host, caplog, monkeypatch):
 
     async def run():
         task = asyncio.create_task(report(with_config(statsd_address=(host, port)), generations))
-        if host != "127.0.0.1":  # it has no address, which ends the gauges
+        if host != "127.0.0.1":  # the name has no address, which ends the gauges
             await asyncio.wait_for(task, PATIENCE_S)
             return
         for _ in range(20):

@@ -1,4 +1,4 @@
-"""More than there is room for: refusals, time limits, fair shares, over a real web server."""
+"""Overload over a real web server: refusals, time limits, fair shares."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def serving(**changes):
     return RunningServer(with_config(**changes)).running()
 
 
-# --- the bounded queue -----------------------------------------------------------------------------
+# --- the bounded queue -------------------------------------------------------------------------
 
 
 def test_a_full_queue_answers_429_with_retry_after():
@@ -28,7 +28,7 @@ def test_a_full_queue_answers_429_with_retry_after():
         first = load.begin("/v1/completions", {**BODY, "prompt": ["a", "b"], "user": "x"})
         wait_for(lambda: len(server.generations) == 2)
         more = load.begin("/v1/completions", {**BODY, "prompt": ["c"] * 5, "user": "x"})
-        wait_for(lambda: len(server.generations) == 7)  # large requests are not kept out for ever
+        wait_for(lambda: len(server.generations) == 7)  # a large request gets in, too
         answer = server.post("/v1/completions", {**BODY, "user": "x"})
         assert answer.status == 429
         assert answer.error["code"] == "rate_limit_exceeded"
@@ -96,13 +96,13 @@ def test_a_client_with_little_in_flight_is_admitted_to_a_full_queue():
             load.begin("/v1/completions", {**BODY, "user": f"u{number}"})
             wait_for(lambda n=number: len(server.generations) == 5 + n)
         answer = server.post("/v1/completions", {**BODY, "user": "u9"})
-        assert answer.status == 429  # twice as many as there should be are the end of it
+        assert answer.status == 429  # nothing gets in at twice the limit
         load.close()
         wait_for(lambda: len(server.generations) == 0)
         assert not server.generations._num_of_client
 
 
-# --- how much one request may ask for ---------------------------------------------------------------
+# --- how much one request may ask for ----------------------------------------------------------
 
 
 def test_samples_beyond_max_n_are_refused():
@@ -135,7 +135,7 @@ def test_files_beyond_max_stored_bytes_are_refused(tmp_path):
         assert len(list((tmp_path / "files").iterdir())) == 2
 
 
-# --- time limits -----------------------------------------------------------------------------------
+# --- time limits -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -187,11 +187,11 @@ def test_openais_client_does_not_send_again_what_took_too_long():
         assert len(server.engine.requests) == 1
 
 
-# --- fair shares -----------------------------------------------------------------------------------
+# --- fair shares -------------------------------------------------------------------------------
 
 
 def names_of(server, prompts):
-    """Who the requests belong to that reached the engine, in order."""
+    """The clients of the requests that reached the engine, in order."""
     return [prompts[int(request.prompt_ids[0])] for request in server.engine.requests]
 
 
@@ -204,7 +204,7 @@ def test_a_client_with_one_request_overtakes_another_with_many():
             {"prompt": [[20]] * 400, "max_tokens": 5, "ignore_eos": True, "user": "crowd"},
         )
         wait_for(lambda: len(server.generations) == 400)
-        assert len(server.engine.requests) == 16  # what the manager needs to choose from
+        assert len(server.engine.requests) == 16  # enough for the manager to choose from
         one = load.begin("/v1/completions", {"prompt": [21], "max_tokens": 5, "user": "one"})
         wait_for(lambda: len(server.generations) == 401)
         server.engine.paused = False
@@ -226,11 +226,11 @@ def test_users_behind_one_key_share_the_share_of_the_key():
         load.close()
 
 
-# --- many of all kinds -----------------------------------------------------------------------------
+# --- many of all kinds -------------------------------------------------------------------------
 
 
 def test_every_request_of_a_crowd_is_answered_once_and_nothing_is_left():
-    """At full size, and with a look at memory: tests/launch/test_crowd.py."""
+    """``tests/launch/test_crowd.py`` does this at full size and measures memory."""
     num_requests = 500
     with serving(max_seqs_per_forward=256, max_queued_requests=100) as server:
         server.engine.largest_step = 8

@@ -46,7 +46,7 @@ def run(core, fake, params, prompt=PROMPT):
 
 
 def stream(core, fake, params, prompt=PROMPT):
-    """All outputs of each sample, in order."""
+    """Stream a generation; return all outputs of each sample, in order."""
     generation = submit(core, prompt, params, stream=True)
     outputs = [[] for _ in range(params.n)]
     for _ in range(10_000):
@@ -102,7 +102,7 @@ def test_an_end_of_sequence_token_counts_but_does_not_show(core, fake):
 
 @each_row("seed", range(15))
 def test_streams_and_wholes_are_the_same(seed):
-    """With stop strings and without, with logprobs and without, however the tokens come."""
+    """With and without stop strings, whatever the size of updates."""
     rng = random.Random(seed)
     fake = FakeEngine()
     core = Generations(CONFIG, TOKENIZER, fake.send)
@@ -160,7 +160,7 @@ def test_a_stop_string_stops_the_engine(core, fake):
 
 
 def test_acknowledgements_keep_a_sequence_going_and_come_in_one_message(core, fake):
-    fake.largest_step = 50  # more than it may run ahead
+    fake.largest_step = 50  # more than a sequence may run ahead
     run(core, fake, SamplingParams(n=5, max_tokens=200, stop="never"))
     acknowledged = [m for m in fake.received if isinstance(m, Acknowledge)]
     assert max(len(m.request_ids) for m in acknowledged) > 1
@@ -182,7 +182,7 @@ def test_aborting_twice_tells_the_manager_once(core, fake):
     core.abort(generation)
     assert len(core) == 0
     assert [type(m) for m in fake.received[1:]] == [AbortRequest]
-    fake.run(core)  # the late updates concern nobody
+    fake.run(core)  # late updates are ignored
     assert fake.num_running == 0
 
 
@@ -205,14 +205,14 @@ def test_only_the_first_k_samples_are_the_answer(core, fake):
 
 
 def test_a_stop_string_counts_even_if_the_manager_hears_of_it_too_late():
-    """Sample 0 ends here first, sample 2 there: the answer has one of them, whoever comes in between."""
+    """Sample 0 ends first here, sample 2 first in the manager; the answer is sample 0 alone."""
     sent = []
     core = Generations(CONFIG, TOKENIZER, sent.append)
     generation = submit(core, PROMPT, SamplingParams(n=3, first_k=1, max_tokens=50, stop="END"))
     request = sent[0]
     core.absorb(updates([(request, 0, ids_of("a END b"), FinishReason.RUNNING, 0)]))
     assert [(type(m), m.sample_index) for m in sent[1:]] == [(StopSequence, 0)]
-    assert not generation.finished  # the others' tokens are still to be counted
+    assert not generation.finished  # the tokens of the others have yet to be counted
     core.absorb(
         updates(
             [
@@ -302,7 +302,7 @@ def test_etas_are_those_of_the_latest_message(core, fake):
     fake.run(core)
     assert core.etas() == Etas({}, 0.0)
     submit(core, PROMPT, SamplingParams())
-    assert core.etas() == Etas({}, None)  # what was said of the others is old
+    assert core.etas() == Etas({}, None)  # the forecast for the earlier requests is out of date
 
 
 def test_the_state_has_the_etas(core):

@@ -1,4 +1,4 @@
-"""What SamplingParams lets pass, and how it refuses the rest."""
+"""What SamplingParams accepts, and how it refuses the rest."""
 
 from __future__ import annotations
 

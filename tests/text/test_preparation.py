@@ -1,4 +1,4 @@
-"""What is refused before it runs, and what is decided for the client."""
+"""What preparation refuses, and what it decides for the client."""
 
 from __future__ import annotations
 

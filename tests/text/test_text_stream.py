@@ -1,4 +1,4 @@
-"""The text of a growing sample against the simplest possible account of it."""
+"""The text of a growing sample, compared with a search of its whole text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def compiled(*stop: str) -> StopStrings | None:
 def stream(
     ids: list[int], stops: StopStrings | None, rng: random.Random | None = None
 ) -> tuple[list[str], int, bool]:
-    """Feeds ids in random portions: the pieces that came out, tokens counted, whether it stopped."""
+    """Feed ids in random portions: (pieces of text, tokens counted, whether it stopped)."""
     text, pieces, position = TextStream(TOKENIZER, stops), [], 0
     while True:
         portion = ids[position : position + (rng.randint(0, 4) if rng else 1)]
@@ -33,7 +33,7 @@ def stream(
 
 
 def oracle(ids: list[int], stop: list[str]) -> tuple[str, int, bool]:
-    """Searches the whole text again after each token."""
+    """Search the whole text again after each token: (text, tokens counted, whether it stopped)."""
     decoder, text = codecs.getincrementaldecoder("utf-8")("replace"), ""
     for count, token_id in enumerate(ids, 1):
         text += decoder.decode(TOKENIZER.visible[token_id], count == len(ids))
@@ -44,7 +44,7 @@ def oracle(ids: list[int], stop: list[str]) -> tuple[str, int, bool]:
 
 
 def random_emoji_ids(rng: random.Random, length: int) -> list[int]:
-    """Mostly characters of several bytes, each byte a token; sometimes any id at all."""
+    """Mostly characters of several bytes, with a token for each byte; sometimes any id."""
     ids: list[int] = []
     while len(ids) < length:
         if rng.random() < 0.2:
@@ -98,7 +98,7 @@ def test_stop_strings_are_found_as_in_the_whole_text(seed):
         ("aab", ["ab"], "a"),
         ("aaab", ["aab"], "a"),  # overlaps itself
         ("abcd", ["bcd", "abc"], ""),
-        ("abcx", ["abcd", "c"], "ab"),  # one was hoped for, the other came
+        ("abcx", ["abcd", "c"], "ab"),  # the first one begins, the second one ends
         ("hello", ["hello"], ""),
         ("ababa", ["aba"], ""),
     ],
@@ -114,7 +114,7 @@ def test_a_stop_string_ends_the_text_before_it(said, stop, text):
 def test_the_stop_string_that_ends_first_wins():
     one_by_one = [i for c in "abcd" for i in ids_of(c)]
     assert "".join(stream(one_by_one, compiled("abcd", "bc"))[0]) == "a"
-    hello = ids_of(" world")[:1]  # both end in the same token: the one that begins first
+    hello = ids_of(" world")[:1]  # both end in this token, and the first to begin wins
     word = TOKENIZER.decode(hello)
     assert "".join(stream(hello, compiled(word[1:2], word[:3]))[0]) == ""
 
@@ -134,7 +134,7 @@ def test_special_tokens_are_not_text_but_can_be_stop_strings():
     assert TOKENIZER.decode(ids_of("a<|end|>b</s>")) == "ab"
     assert compiled(EOS).token_ids == (EOS_ID,)
     assert compiled("x", "<|end|>", EOS).token_ids == (END_ID, EOS_ID)
-    # Said with ordinary tokens, it is text, and still a stop string.
+    # Spelled with ordinary tokens, it is text, and still a stop string.
     spelled_out = [i for c in "a<|end|>b" for i in ids_of(c)]
     assert "".join(stream(spelled_out, compiled("<|end|>"))[0]) == "a"
 
@@ -147,7 +147,7 @@ def test_special_tokens_are_not_text_but_can_be_stop_strings():
         ("one<|end|><|user|>two", "<|end|><|user|>", "one"),
         ("one<|end|>two", "<|end|>\n", "onetwo"),
         ("one\ntwo<|end|>", "e\nt<|end|>", "one\ntwo"),
-        ("on<|end|>e", "one", ""),  # in the text itself they are neighbours
+        ("on<|end|>e", "one", ""),  # they are adjacent in the text
     ],
 )
 def test_a_stop_string_may_contain_special_tokens(said, stop, text):

@@ -1,4 +1,4 @@
-"""Each kind of tokenizer that models come with, and what the server makes of prompts and messages."""
+"""Every kind of tokenizer that models have, and how prompts and messages are encoded."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def sentencepiece(decoder: decoders.Decoder) -> server_tokenizer.Tokenizer:
 
 
 def wordpiece() -> server_tokenizer.Tokenizer:
-    """A decoder that is not known token by token."""
+    """A tokenizer whose decoder cannot be applied token by token."""
     vocabulary = {"[UNK]": 0, "the": 1, "cat": 2, "##s": 3, "a": 4}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

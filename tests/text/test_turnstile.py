@@ -1,4 +1,4 @@
-"""Fair shares: who passes the turnstile to the manager, and when."""
+"""Fair shares: which requests pass the turnstile to the manager, and when."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SAMPLING = Sampling(1.0, 0, 1.0, 0.0, LogprobsMode.RAW)
 
 
 class Manager:
-    """What passed, in order, and what of it still runs."""
+    """The requests that have passed, in order, and those that still run."""
 
     def __init__(self, max_open):
         self.turnstile = Turnstile(self.take, max_open)
@@ -57,7 +57,7 @@ class Manager:
         self.turnstile.ended(request_id)
 
     def order(self):
-        """Clients in the order in which their requests passed."""
+        """The clients of the requests, in the order in which these passed."""
         return "".join(self.clients[request.request_id] for request in self.passed)
 
 
@@ -74,7 +74,7 @@ def test_requests_pass_at_once_while_there_is_room():
 
 
 def test_one_client_alone_keeps_the_manager_full_and_in_order():
-    """The manager is full for as long as there is anything left, and the order is kept."""
+    """The manager stays full while requests are held."""
     manager = Manager(16)
     for _ in range(500):
         manager.submit("a")
@@ -130,9 +130,9 @@ def test_a_more_urgent_level_does_not_wait_for_the_others():
     assert len(manager.passed) == 8
     for _ in range(10):
         manager.submit("b")
-    assert manager.order() == "a" * 8 + "b" * 8  # as much again, at once
+    assert manager.order() == "a" * 8 + "b" * 8  # as many again, at once
     manager.end(next(i for i in manager.running if manager.clients[i] == "a"))
-    assert manager.order()[16:] == ""  # sixteen are more than enough already
+    assert manager.order()[16:] == ""  # sixteen are enough
     for _ in range(3):
         manager.end(next(i for i in manager.running if manager.clients[i] == "b"))
     assert manager.order()[16:] == "bb"
@@ -147,7 +147,7 @@ def test_a_held_request_is_aborted_without_the_manager():
     for request_id in (ids[3], ids[0]):
         manager.turnstile.abort(request_id)
         manager.turnstile.ended(request_id)
-    assert manager.aborted == [ids[0]]  # the manager never heard of the other one
+    assert manager.aborted == [ids[0]]  # the manager has not received the other one
     assert [request.request_id for request in manager.passed] == ids[:3]
     manager.turnstile.abort(ids[4])
     manager.turnstile.ended(ids[4])
@@ -210,10 +210,10 @@ def test_clients_without_requests_are_forgotten():
 
 
 def test_an_open_request_costs_what_others_turn_out_to_need():
-    """A max_tokens that nobody reaches does not count against who sends it."""
+    """A client does not pay for a large max_tokens which samples do not reach."""
     manager = Manager(1)
     turnstile = manager.turnstile
-    for _ in range(300):  # samples are of about 10 tokens
+    for _ in range(300):  # samples have about 10 tokens
         turnstile.ended(manager.submit("x"), 10)
         manager.running.clear()
     before = len(manager.passed)
@@ -228,13 +228,13 @@ def test_an_open_request_costs_what_others_turn_out_to_need():
 
 
 class Name(str):
-    """A text that a weak reference may point to."""
+    """A string that supports weak references."""
 
 
 def test_names_of_clients_without_requests_are_released():
     manager = Manager(1)
     manager.submit("a")
-    manager.submit("a")  # the level stays
+    manager.submit("a")  # so that the level stays
     names = []
     for number in range(1000):
         name = Name(f"client {number}")

@@ -1,4 +1,4 @@
-"""Who may ask, and how much may be sent: over a real web server, with keys, TLS and pages of other origins."""
+"""Keys, limits of bodies, pages of other origins and TLS, over a real web server."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def locked():
         yield server
 
 
-# --- keys ------------------------------------------------------------------------------------------
+# --- keys --------------------------------------------------------------------------------------
 
 
 @each_row("key", KEYS)
@@ -103,7 +103,7 @@ def test_without_keys_any_authorization_will_do(server, value):
     assert server.get("/v1/models", Authorization=value).status == 200
 
 
-# --- how much --------------------------------------------------------------------------------------
+# --- how much ----------------------------------------------------------------------------------
 
 
 def test_a_body_whose_length_is_too_large_is_refused_unread(locked):
@@ -134,7 +134,7 @@ def test_a_chunked_body_that_grows_too_large_is_refused(locked):
     assert b"max_body_bytes=2000" in content
 
 
-# --- pages of other origins ------------------------------------------------------------------------
+# --- pages of other origins --------------------------------------------------------------------
 
 
 def test_a_page_of_an_allowed_origin_may_ask(locked):
@@ -159,7 +159,7 @@ def test_pages_of_other_origins_may_not_ask(locked, server):
     assert "access-control-allow-origin" not in answer.headers
 
 
-# --- TLS -------------------------------------------------------------------------------------------
+# --- TLS ---------------------------------------------------------------------------------------
 
 
 def test_tls_and_keys_work_together(tmp_path):

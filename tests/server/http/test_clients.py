@@ -1,4 +1,4 @@
-"""The requests that real clients send, and their ways of reading the answer."""
+"""Requests as real clients send them, and answers as these clients read them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 PARTS = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
 
 
-# --- lm-evaluation-harness -------------------------------------------------------------------------
+# --- lm-evaluation-harness ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("next_id", [ids_of("a")[0], EOS_ID])
 def test_lm_eval_loglikelihood(server, next_id):
-    """Read as the harness reads it: the last token is cut off, whatever it was."""
+    """The harness cuts off the last token, whatever it is."""
     server.engine.script = lambda request, index: [next_id]
     pairs = [(ids_of("the cat"), ids_of(" sat on")), (ids_of("a"), ids_of(" mat"))]
     body = {
@@ -67,13 +67,13 @@ def test_lm_eval_generate_until(server):
 
 
 def test_lm_eval_starts_with_the_tokenizer_routes(server):
-    """It asks for the end-of-sequence token, and for its id; without these it would need a tokenizer itself."""
+    """The harness asks for the end-of-sequence token and its id; it has no tokenizer of its own."""
     eos = server.get("/tokenizer_info").json["eos_token"]
     body = {"prompt": eos, "add_special_tokens": False}
     assert server.post("/tokenize", body).json["tokens"] == [EOS_ID]
 
 
-# --- load generators -------------------------------------------------------------------------------
+# --- load generators ---------------------------------------------------------------------------
 
 SGLANG = {"model": "m", "best_of": 1, "max_tokens": 8, "temperature": 0.0, "ignore_eos": True}
 VLLM = {"model": "m", "repetition_penalty": 1.0, "max_tokens": 8, "logprobs": None}
@@ -154,7 +154,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_load_generators_can_read_the_answers(server, name):
-    """Read line by line, each line JSON behind its prefix, choices in every chunk but the usage."""
+    """They read line by line: JSON after a prefix, with choices in every chunk but the usage."""
     path, body = SHAPES[name]
     answer = server.post(path, body)
     assert answer.status == 200
@@ -178,7 +178,7 @@ def test_load_generators_can_read_the_answers(server, name):
 @pytest.mark.parametrize("prompt", [{"text": "the cat"}, {"input_ids": ids_of("the cat")}], ids=str)
 @pytest.mark.parametrize("return_logprob", [False, True])
 def test_sglangs_benchmark_reads_native_streams(server, prompt, return_logprob):
-    """What it reads of each event: the whole text so far, and counts of tokens that never shrink."""
+    """Each event has the whole text so far, and counts of tokens that only grow."""
     body = {
         **prompt,
         "sampling_params": {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True},
@@ -210,7 +210,7 @@ def test_sglangs_benchmark_reads_native_streams(server, prompt, return_logprob):
 
 @pytest.mark.parametrize("path", ["/flush_cache", "/reset_prefix_cache"])
 def test_sglangs_benchmark_can_flush_and_read_the_server_state(server, path):
-    """sglang.bench_serving looks into the server's first state, if there is an answer at all."""
+    """``sglang.bench_serving`` reads the first internal state, if there is an answer."""
     assert 200 <= server.post(path, b"").status < 300
     assert server.get("/model_info").status == 200
     assert server.get("/health").status == 200
@@ -225,7 +225,7 @@ def test_the_first_model_has_an_id_and_a_root(server):
     assert first["root"]
 
 
-# --- clients of the engine's earlier versions -------------------------------------------------------
+# --- clients of the engine's earlier versions --------------------------------------------------
 
 
 def unpacked(text: str, dtype: str) -> np.ndarray:
@@ -234,7 +234,7 @@ def unpacked(text: str, dtype: str) -> np.ndarray:
 
 @pytest.mark.parametrize("system", ["", "be brief"])
 def test_packed_logprobs_of_the_setup_guides_client(server, system):
-    """The later shape of the setup guide's client: ids and logprobs are packed in the fingerprint."""
+    """Ids and logprobs are packed in the fingerprint."""
     body = {
         "model": "org/tiny-model",
         "messages": [{"role": "system", "content": system}, {"role": "user", "content": "hi"}],
@@ -257,7 +257,7 @@ def test_packed_logprobs_of_the_setup_guides_client(server, system):
 
 
 def test_verl_rollout(server):
-    """Ids in, ids and float32 logprobs out; top_p is always there, and 1."""
+    """Ids go in, ids and float32 logprobs come out; top_p is always sent, as 1."""
     prompt = ids_of("the cat")
     body = {
         "model": "default",
@@ -274,7 +274,7 @@ def test_verl_rollout(server):
     assert server.engine.requests[0].prompt_ids.tolist() == prompt
 
 
-# --- openai ----------------------------------------------------------------------------------------
+# --- openai ------------------------------------------------------------------------------------
 
 
 def test_the_async_openai_client_with_many_requests(server):
@@ -317,7 +317,7 @@ def test_errors_are_the_openai_clients_exceptions(server):
 
 @pytest.fixture
 def naps(monkeypatch):
-    """What the client does between two tries: waits, which is written down, and then what ``naps.then`` does."""
+    """Replace the client's wait between two tries: note its seconds, and call ``naps.then``."""
     naps = SimpleNamespace(seconds=[], then=None)
 
     def nap(seconds):
@@ -360,9 +360,8 @@ def test_the_openai_client_retries_while_the_engine_loads(naps):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_that_the_openai_client_gives_up_is_aborted(server, stream):
-    """Its request is aborted, too."""
     server.engine.paused = True
-    for timeout_s in (0.1, 1, 10):  # until its request has reached the engine before
+    for timeout_s in (0.1, 1, 10):  # until the request reaches the engine in time
         impatient = server.client(timeout=timeout_s)
         with pytest.raises(openai.APITimeoutError):
             impatient.completions.create(model="m", prompt="a", stream=stream)

@@ -1,4 +1,4 @@
-"""The other routes, the shape of errors, and what is let in at all."""
+"""Small routes, the shape of errors, and which bodies are read."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_body_that_is_not_a_json_object_is_refused(server, body):
 
 @each_row("media_type", ["text/plain", "application/x-www-form-urlencoded", ""])
 def test_only_a_json_content_type_is_read(server, media_type):
-    """A page in a browser can send anything else to a server on the same machine, unasked."""
+    """A page in a browser may send any other type to a local server without asking."""
     server.engine.received.clear()
     answer = server._ask(
         "POST", "/v1/completions", json.dumps(BODY).encode(), {"Content-Type": media_type}

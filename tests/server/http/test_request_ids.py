@@ -1,4 +1,4 @@
-"""``X-Request-Id``: every answer has one, the client's own where that is sane."""
+"""``X-Request-Id``: every answer has one; it is the client's own if that is well-formed."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ def test_the_openai_client_finds_the_request_id(server):
     names = {answer._request_id for answer in answers}
     assert len(names) == 2
     assert all(OURS.fullmatch(name) for name in names)
-    headers = {"X-Request-Id": "mine/7"}
-    assert client.completions.create(model="m", **BODY, extra_headers=headers)._request_id == "mine/7"  # fmt: skip
+    own = {"X-Request-Id": "mine/7"}
+    answer = client.completions.create(model="m", **BODY, extra_headers=own)
+    assert answer._request_id == "mine/7"
 
 
 @each_row(

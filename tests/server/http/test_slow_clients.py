@@ -29,7 +29,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 
 @contextlib.contextmanager
 def connected(server: RunningServer, data: bytes = b"") -> Iterator[socket.socket]:
-    """A connection that the server has accepted, and on which it was sent something."""
+    """A connection that the server has accepted, with some data on its way."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S) as connection:
         wait_for(lambda: server.has_connection(connection))
         connection.sendall(data)
@@ -46,7 +46,7 @@ def post(num_bytes: int, path: str = "/v1/completions", more: str = "") -> bytes
 def rest_of(server: RunningServer, connection: socket.socket, piece: bytes = b"") -> bytes:
     """Everything that arrives until the server closes the connection.
 
-    While nothing arrives, a piece is sent and the clock moves by a tenth of the limit, over and over.
+    While nothing arrives, it sends a piece and moves the clock by a tenth of the limit, repeatedly.
     """
     data = b""
     with contextlib.suppress(ConnectionError):  # the server may not have read everything
@@ -90,7 +90,7 @@ def test_a_dribbling_head_is_refused(server, first):
         if data.startswith(b"HTTP/1.1 408"):
             check_refusal(data, 408, "head of the request did not come on within 10 s")
         else:
-            assert b" 400 " in data  # the letters were not a request's any more
+            assert b" 400 " in data  # with the letters, it is not a request any more
 
 
 @each_row("path", ["/v1/completions", "/v1/nothing", "/tokenize"])
@@ -127,7 +127,7 @@ def test_a_slow_body_that_comes_on_is_read_for_longer_than_the_limit(server):
 
 
 def test_an_answer_may_take_longer_than_the_limit(server):
-    """The beginning of the next request waits for it, and has the whole limit afterwards."""
+    """The beginning of the next request waits meanwhile, and has the whole limit afterwards."""
     server.engine.reset()
     server.engine.paused = True
     with connected(server, post(len(BODY)) + BODY + b"GET /pi") as connection:

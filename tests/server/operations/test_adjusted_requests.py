@@ -1,4 +1,4 @@
-"""From what a client asks about single tokens to what the manager is told, and where samples then end."""
+"""Penalties, biases, bad words and stop tokens: what the manager is told, where samples end."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_bad_words_at_the_beginning_and_after_a_space():
 
 
 def test_bad_words_of_many_tokens_are_refused():
-    """Each slot of the worker looks for all of its words, as wide as the longest one of any slot."""
+    """The worker searches every slot for words as wide as the longest of any slot."""
     word = "zqx" * 11
     assert len(ids_of(word)) == 33
     assert sampling(bad_words=[word[:-2]]).adjustments.bad_words
@@ -130,7 +130,7 @@ def test_a_stop_tokens_text_is_not_shown(server):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_stop_strings_count_once_min_tokens_are_there(server, stream):
-    """One that is complete before, or with the last of them, is mere text."""
+    """A stop string that is complete before, or with the last of them, is plain text."""
     said = [*ids_of("x"), *ids_of("z"), *ids_of("q"), *ids_of("x"), *ids_of("z"), *ids_of("q")]
     assert len(said) == 6
     server.engine.script = lambda request, index: [*said, *ids_of("y") * 20]
@@ -163,7 +163,7 @@ def test_a_stop_string_that_begins_before_min_tokens_is_text():
 
 
 def test_tokens_beyond_the_models_vocabulary_are_left_out():
-    """Some tokenizers have more tokens than their model."""
+    """Some tokenizers have more tokens than their models."""
     size = TOKENIZER.special_ids["<|end|>"]
     smaller = Tokenizer(WRAPPED, size, [EOS_ID])
     preparer = Preparer(with_config(vocab_size=size), smaller)

@@ -1,7 +1,7 @@
-"""Every field of every request: something observable changes, or it is refused by name, or it is harmless.
+"""Every field of every request changes something, is refused by name, or is harmless.
 
-The fields come from the schemas themselves, what each does from ``field_table``: a field that is in one and not in
-the other fails here.
+The fields come from the schemas; what each field does comes from ``field_table``. A field that is
+missing in either place fails here.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ PLACES: dict[str, Place] = {
 }
 every_place = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
 
-# Anything that is a number, looks like one, or is none; as JSON, since some cannot be said in Python.
+# Numbers, what looks like one, and other values; JSON, since Python cannot write all of them.
 ODD_VALUES = [
     *("-1", "0", "1", "2147483648", "-9223372036854775809", "18446744073709551616", "1e308"),
     *("1" + "0" * 400, "0.5", "-0.0", "true", '"1"', '""', "[]", "{}", '[{"a": null}]', "[[[1]]]"),
@@ -65,7 +65,7 @@ NO_JSON = ("NaN", "Infinity", "-Infinity", "1e999", '"\\ud800"')
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """A server with all routes, whose engine says all that it has to say at once."""
+    """A server with all routes. Its engine sends each answer in one update."""
     config = with_config(data_dir=str(tmp_path_factory.mktemp("data")))
     with RunningServer(config).running() as server:
         server.engine.largest_step = 1 << 30
@@ -74,7 +74,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServ
 
 @pytest.fixture(scope="module")
 def files(everything: RunningServer) -> dict[str, str]:
-    """Inputs of batches, by what the table calls them."""
+    """Ids of input files, by their names in the table."""
 
     def upload(text: str) -> str:
         body = {"seed": 1, "max_tokens": 3}
@@ -90,7 +90,7 @@ def files(everything: RunningServer) -> dict[str, str]:
 def observe(
     server: RunningServer, files: dict[str, str], place: Place, body: Any, *, to_end: bool = True
 ) -> Any:
-    """All that a client or the engine can see of a request, without what is different each time."""
+    """Everything that the client and the engine see of a request and that is the same each time."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     for name, file_id in files.items():
         data = data.replace(json.dumps(name).encode(), json.dumps(file_id).encode())
@@ -115,7 +115,7 @@ def _sent(request: Any) -> dict[str, Any]:
     fields = {name: getattr(request, name) for name in request.__struct_fields__}
     del fields["request_id"]
     if request.pooling:
-        del fields["seed"]  # of a token that nobody sees
+        del fields["seed"]  # its token is not shown
     return fields | {
         "prompt_ids": request.prompt_ids.tolist(),
         "sampling": msgspec.to_builtins(request.sampling, enc_hook=lambda array: array.tolist()),
@@ -123,7 +123,7 @@ def _sent(request: Any) -> dict[str, Any]:
 
 
 def _outcome(server: RunningServer, batch_id: str) -> Any:
-    """What becomes of a batch; times from its creation."""
+    """The end of a batch; its times count from its creation."""
     client = server.client()
     wait_for(lambda: client.batches.retrieve(batch_id).status in ("completed", "failed"))
     batch = client.batches.retrieve(batch_id)
@@ -142,7 +142,7 @@ NAMES_AND_TIMES = ("id", "item_id", "request_id", "created", "created_at", "comp
 
 
 def _plain(value: Any) -> Any:
-    """Without names and times, wherever they are."""
+    """A value without names and times, at any depth."""
     if isinstance(value, list):
         return [_plain(each) for each in value]
     if not isinstance(value, dict):
@@ -159,11 +159,11 @@ def body_of(place: Place, fields: Any, around: Any = None) -> Any:
     return {**place.wrap(fields), **(around or {})}
 
 
-# --- the table is whole ----------------------------------------------------------------------------
+# --- the table is whole ------------------------------------------------------------------------
 
 
 def schemas_of_the_server() -> set[type[BaseModel]]:
-    """Everything that is read from a client's JSON, but bases of others."""
+    """Every schema that is read from a client's JSON, but not the bases of others."""
     found, new = set(), [BaseModel]
     while new:
         schema = new.pop()
@@ -203,7 +203,7 @@ def test_every_field_of_openai_is_known(path, theirs):
     assert set(theirs.__annotations__) <= {*schema.model_fields, *schema.harmless}
 
 
-# --- what is supported -----------------------------------------------------------------------------
+# --- what is supported -------------------------------------------------------------------------
 
 
 @every_place
@@ -226,7 +226,7 @@ def check_field(place: Place, field: str, seen: Callable[..., Any]) -> None:
         )
         assert changed[0] == 200, changed
         if plain[0] == 200:
-            assert plain == seen(base, row.around)  # it is not chance that changes something
+            assert plain == seen(base, row.around)  # the change is not by chance
         assert plain != changed
         return
     plain = seen(place.base)
@@ -241,7 +241,7 @@ def check_field(place: Place, field: str, seen: Callable[..., Any]) -> None:
 
 
 def assert_refused(place: Place, field: str, got: Any) -> None:
-    """With status 400, by its name."""
+    """Check for a 400 which names the field."""
     status, param, message = got
     assert status == 400, got
     assert param.split(".")[0] == (place.top or field), got
@@ -267,18 +267,18 @@ def check_null(place: Place, field: str, seen: Callable[..., Any]) -> None:
     if null[0] != 200:
         assert null[:2] == out[:2]
         return
-    if "seed" in field or field == "sampling_params":  # then it is another one each time
+    if "seed" in field or field == "sampling_params":  # without one, each request gets its own
         assert null[1][0].pop("seed") != out[1][0].pop("seed")
         null, out = null[:2], out[:2]
     assert null == out
 
 
-# --- what is not -----------------------------------------------------------------------------------
+# --- what is not -------------------------------------------------------------------------------
 
 
 @every_place
 def test_odd_values_work_or_are_refused_by_name(everything, files, place):
-    """Never a 500, and nothing of a type that is not meant."""
+    """The status is never 500."""
 
     def seen(data, **options):
         return observe(everything, files, place, data, **options)
@@ -296,7 +296,7 @@ def check_odd_values(place: Place, field: str, seen: Callable[..., Any]) -> None
     for value in ODD_VALUES:
         got = seen(template.replace('"HERE"', value).encode(), to_end=False)
         if got[0] != 200:
-            # With another object in the way, the error may be about that one: both are named.
+            # The error may be about the fields beside this one.
             assert got[0] in (400, 404), (value, got)
             assert got[1] is not None, (value, got)
             names = {place.top or field, *beside}
@@ -334,7 +334,8 @@ def test_sampling_params_of_a_wrong_type_are_refused(everything, files, field):
         assert got[:2] == (400, f"sampling_params.{field}")
 
 
-TEMPLATE_ARGUMENTS = ("apply_chat_template_overrides", "chat_template_kwargs")  # any object will do
+# These take any object.
+TEMPLATE_ARGUMENTS = ("apply_chat_template_overrides", "chat_template_kwargs")
 OWN_PLACES = [
     name
     for name, place in PLACES.items()

@@ -24,7 +24,7 @@ def test_an_unknown_field_is_refused_with_the_nearest_name(server, path):
 
 
 def refusal(server, path, fields):
-    """The error of a request with these fields, which is the same streamed and whole."""
+    """The error of a request with these fields; it is the same for a stream."""
     server.engine.received.clear()
     whole, streamed = (
         server.post(path, {**BASE[path], **fields, "stream": stream}) for stream in (False, True)

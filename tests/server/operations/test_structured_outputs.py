@@ -1,4 +1,4 @@
-"""Structured output as far as the server goes: which spellings mean what, and what is refused and why."""
+"""Structured output in the server: what each spelling means, and what is refused and why."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def grammar_of(server, **fields) -> str:
 
 
 def accepts(grammar: str, text: str) -> bool:
-    """Whether a text is complete, so that nothing or an end may follow."""
+    """Whether a text is complete under a grammar."""
     compiler = GrammarCompiler(TOKENIZER.vocabulary(CONFIG.eos_token_ids))
     matcher = compiler.compile(grammar)
     ids = TOKENIZER._encode(text, add_special_tokens=False)
@@ -85,7 +85,7 @@ def test_whitespace_between_the_tokens_of_json(server):
     assert not accepts(of(disable_any_whitespace=True), '{"a": 1}')
     assert accepts(of(disable_any_whitespace=True), '{"a":1}')
     assert accepts(of(whitespace_pattern="_{1,2}"), '{__"a":_1}')
-    assert not accepts(of(), '{"a":' + "\n" + " " * 41 + "1}")  # no end of white space
+    assert not accepts(of(), '{"a":' + "\n" + " " * 41 + "1}")  # white space is limited
 
 
 def test_a_grammar_does_not_allow_special_tokens_as_text(server):
@@ -194,7 +194,7 @@ def test_guided_choices_may_hold_any_characters(server):
 
 
 def test_chains_of_rules_do_not_overflow_a_stack(server):
-    """The library recurses along them: on a small stack, these would end the process."""
+    """The library recurses along them, which would end the process on a small stack."""
     chain = {f"a{i}": {"items": {"$ref": f"#/$defs/a{i + 1}"}} for i in range(1200)}
     schema = {"$ref": "#/$defs/a0", "$defs": {**chain, "a1200": {"type": "null"}}}
     assert grammar_of(server, guided_json=schema)
@@ -212,7 +212,7 @@ def test_structured_output_needs_a_model_with_an_end_of_sequence_token():
 
 
 def test_the_grammar_tables_are_built_at_most_once():
-    """The library's table of tokens is made at most once, at a time of one's own choosing."""
+    """``prepare_grammars`` builds the library's table of tokens early."""
     asked = []
 
     class Counting:

@@ -1,4 +1,4 @@
-"""Requests that come without a connection, as a batch's lines do: answered as the routes answer."""
+"""Requests without a connection, such as a batch's lines, are answered as the routes answer."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_same_answer_as_over_http(server, path, body):
 
 
 def _drop_what_differs(value: object) -> None:
-    """Names and times, wherever they are."""
+    """Remove names and times at any depth."""
     if isinstance(value, dict):
         for name in ("id", "created", "created_at", "completed_at", "e2e_latency"):
             value.pop(name, None)

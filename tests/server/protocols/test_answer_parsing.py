@@ -35,7 +35,7 @@ def parser(kind, *, reasons=False, inside=False, max_calls=None):
 
 
 def read(kind, pieces, **options):
-    """(content, reasoning, [(name, arguments)]) of a stream, as a client adds it up."""
+    """Add up a stream as a client does: (content, reasoning, [(name, arguments)])."""
     answer = AnswerDeltas(parser(kind, **options))
     content, reasoning, calls = "", "", []
     for number, piece in enumerate(pieces):
@@ -47,7 +47,7 @@ def read(kind, pieces, **options):
                 assert call["index"] == len(calls)
                 assert call["type"] == "function"
                 calls.append([call["function"]["name"], ""])
-            assert call["index"] == len(calls) - 1  # one after the other
+            assert call["index"] == len(calls) - 1  # calls do not overlap
             calls[-1][1] += call["function"]["arguments"]
     return content, reasoning, [tuple(call) for call in calls]
 
@@ -88,15 +88,15 @@ CASES = [
         "",
         [("f", "null")],
     ),
-    # Cut off by length.
+    # Cut off by the limit of tokens.
     ("hermes", '<tool_call>{"name": "f", "arguments": {"a": [1', "", [("f", '{"a": [1')]),
     ("hermes", '<tool_call>{"name": "f', '<tool_call>{"name": "f', []),
     ("hermes", "<tool_call>", "<tool_call>", []),
-    # No calls at all.
+    # No calls.
     ("hermes", "<tool_call>nonsense</tool_call> x", "<tool_call>nonsense</tool_call> x", []),
     ("hermes", "<tool_call>{}</tool_call>", "<tool_call>{}</tool_call>", []),
     ("hermes", '<tool_call>{"name": 5}</tool_call>', '<tool_call>{"name": 5}</tool_call>', []),
-    # Calls that are none any more, or have something behind them.
+    # Calls that break in the middle, or are followed by something.
     ("hermes", f"<tool_call>{llama('f', B)}}}</tool_call> so", "} so", [("f", B)]),
     ("hermes", f"<tool_call>{llama('f', A)} or\n not </tool_call>\nB", "or\n not\nB", [("f", A)]),
     ("hermes", '<tool_call>{"name": "f", "why" not}</tool_call> x', '"why" not} x', [("f", "")]),
@@ -146,7 +146,7 @@ CASES = [
 
 
 def cuts(text, rng):
-    """Whole, character by character, cut in two everywhere, and at random."""
+    """Pieces of a text: whole, single characters, cut in two everywhere, and random cuts."""
     yield [text]
     yield [*text, ""]
     for at in range(1, len(text)):
@@ -213,7 +213,7 @@ def test_a_whole_message_holds_content_reasoning_and_calls():
 
 @each_row("seed", range(200))
 def test_texts_without_calls_come_out_unchanged(seed):
-    """Without marks and braces of their own, texts of fragments come out as they are, however cut."""
+    """Texts of random fragments; all cuts of a text give the same answer."""
     rng = random.Random(seed)
     fragments = [
         "<tool_call>",
@@ -243,7 +243,7 @@ def test_texts_without_calls_come_out_unchanged(seed):
 
 @each_row("seed", range(300))
 def test_every_word_of_a_model_arrives_once(seed):
-    """Words stand between and within what calls consist of, whole, broken and cut off."""
+    """Words stand between and inside the parts of calls, which are whole, broken or cut off."""
     rng = random.Random(seed)
     syntax = [
         *(
@@ -283,13 +283,13 @@ def test_every_word_of_a_model_arrives_once(seed):
     ],
 )
 def test_halves_of_surrogate_pairs_stay_escaped(text, content, calls):
-    """JSON may name them, and no answer could carry them."""
+    """JSON can escape them, but no answer could encode them."""
     assert read("hermes", [text]) == (content, "", calls)
     assert read("hermes", list(text)) == (content, "", calls)
 
 
 def test_each_character_of_a_key_is_read_once(monkeypatch):
-    """However many pieces it comes in: a model may write a key as long as its context."""
+    """The number of pieces does not matter: a key may be as long as the context."""
     num_read = 0
     find = _ValueEnd.find
 

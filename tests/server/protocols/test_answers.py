@@ -1,4 +1,4 @@
-"""What completions and chat answer, whole and streamed, read with the openai client."""
+"""Answers of completions and chats, whole and streamed, read with the openai client."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def chat(client, content="hi", **fields):
     return client.chat.completions.create(model="m", messages=messages, **fields)
 
 
-# --- completions -----------------------------------------------------------------------------------
+# --- completions -------------------------------------------------------------------------------
 
 
 def test_a_completion_as_the_openai_client_reads_it(server, client):
@@ -181,7 +181,7 @@ def test_echo_with_logprobs(server, client):
 
 
 def test_prompt_logprobs_of_completions_and_chats(server):
-    """As vLLM writes them: of each choice of completions, and once beside those of a chat."""
+    """As in vLLM: in each choice of a completion, and once beside the choices of a chat."""
     prompt = [70, 71, 72, 73, 75]
     ids = dict(enumerate(prompt))
     for number in (0, 3):
@@ -192,7 +192,7 @@ def test_prompt_logprobs_of_completions_and_chats(server):
         chat_body = {"ids": prompt, "prompt_logprobs": number, "max_tokens": 3, "n": 2}
         answer = server.post("/v1/chat/completions", chat_body).json
         check_prompt_logprobs(answer["prompt_logprobs"], ids, number)
-    # Beside echo, each as wide as it was asked for.
+    # With echo, each is as wide as it was asked to be.
     body = {"prompt": prompt, "echo": True, "logprobs": 1, "prompt_logprobs": 4, "max_tokens": 3}
     for wider, narrower in ((4, 1), (1, 4)):
         body |= {"prompt_logprobs": wider, "logprobs": narrower}
@@ -264,7 +264,7 @@ def unpack(strings, dtype):
     return np.frombuffer(b"".join(base64.b64decode(string) for string in strings), dtype)
 
 
-# --- chat ------------------------------------------------------------------------------------------
+# --- chat --------------------------------------------------------------------------------------
 
 
 def test_a_chat_completion_as_the_openai_client_reads_it(server, client):
@@ -307,7 +307,7 @@ def test_an_answer_can_be_sent_back_unchanged(server, client):
     answer = chat(client).choices[0].message
     history = [{"role": "user", "content": "hi"}, answer, {"role": "user", "content": "so?"}]
     assert chat(client, history).choices[0].message.content == "fine"
-    # ... and with every empty field that a client may copy.
+    # Clients may copy every empty field, too.
     history[1] = {**answer.model_dump(), "tool_calls": [], "refusal": None}
     assert chat(client, history).choices[0].message.content == "fine"
 
@@ -349,7 +349,7 @@ def test_logprobs_of_a_chat(server, client):
 
 
 def test_ids_may_replace_the_messages_of_a_chat(server, client):
-    """The very prompt that the messages would have made; the fingerprint tells it."""
+    """The prompt is the one that the messages make, and the fingerprint contains it."""
     says(server, SAID)
     ids = TOKENIZER.render_chat([{"role": "user", "content": "hi"}])
     extra = {"ids": ids, "messages": None}
@@ -371,12 +371,12 @@ def test_metadata_comes_back(server, client):
     assert "metadata" not in chat(client).model_dump(exclude_unset=True)
 
 
-# --- first_k ---------------------------------------------------------------------------------------
+# --- first_k -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stop", [None, "END"])
 def test_first_k_takes_the_samples_that_end_first(server, client, stop):
-    """Of each of two prompts; choices keep their index, and all that was generated is counted."""
+    """For each of two prompts. Choices keep their index, and every generated token is counted."""
     lengths = [200, 5, 300, 20, 250]
     end = [EOS_ID] if stop is None else ids_of(stop) + ids_of("y") * 100
     server.engine.script = lambda request, index: [*ids_of("x") * lengths[index], *end]
@@ -392,14 +392,14 @@ def test_first_k_takes_the_samples_that_end_first(server, client, stop):
     if stop is None:
         assert num_beyond == 0
     else:
-        assert 0 <= num_beyond <= 4 * STOP_LAG  # what four samples said after their stop strings
+        assert 0 <= num_beyond <= 4 * STOP_LAG  # tokens of four samples after their stop strings
     server.wait_idle()
-    assert not server.engine.aborted  # the manager saw by itself that it was enough
+    assert not server.engine.aborted  # the manager stops the others by itself
 
 
 @pytest.mark.parametrize("fields", [{}, {"logprobs": 2, "echo": True}])
 def test_first_k_in_a_stream(server, client, fields):
-    """Cancelled choices end with "abort"."""
+    """Choices that are cancelled end with "abort"."""
     lengths = [200, 5, 300, 20, 250]
     server.engine.script = lambda request, index: [*ids_of("x") * lengths[index], EOS_ID]
     before = server.engine.num_sent_tokens
@@ -443,7 +443,7 @@ def test_first_k_in_chat(server, client):
     assert {end.index: end.finish_reason for end in ends} == {0: "abort", 1: "stop", 2: "abort"}
 
 
-# --- streams ---------------------------------------------------------------------------------------
+# --- streams -----------------------------------------------------------------------------------
 
 
 @each_row("seed", range(6))
@@ -486,7 +486,7 @@ def test_usage_in_streams(server):
 
 
 def test_an_answer_rendered_in_a_thread_is_complete(server, client):
-    """Large answers are rendered in a thread; they are the same."""
+    """A thousand samples are large enough for that."""
     answer = client.completions.create(model="m", prompt="the", n=1000, max_tokens=20, seed=5)
     assert [choice.index for choice in answer.choices] == list(range(1000))
     ids = [random_ids(server.engine.requests[0], index) for index in range(1000)]

@@ -22,7 +22,7 @@ def expected(request, dimensions=None):
 
 @pytest.mark.parametrize("encoding_format", [None, "float", "base64"])
 def test_the_openai_client_reads_vectors_of_length_one(server, encoding_format):
-    """It asks for base64 where nobody says otherwise."""
+    """The client asks for base64 by default."""
     options = {} if encoding_format is None else {"encoding_format": encoding_format}
     with server.client() as client:
         answer = client.embeddings.create(model="m", input=["the cat", "a mat"], **options)

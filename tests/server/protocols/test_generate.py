@@ -1,4 +1,4 @@
-"""``POST /generate``: the engine's own shape and SGLang's; every field changes something or is refused by name."""
+"""``POST /generate`` in the engine's own shape and in SGLang's."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def _without(sent, name):
     return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in fields.items()}
 
 
-# --- the engine's own shape ------------------------------------------------------------------------
+# --- the engine's own shape --------------------------------------------------------------------
 
 
 def test_a_native_request_is_answered_like_the_same_chat(server):
-    """Both ``text`` and ``output``, and what /v1/chat/completions says to the same messages."""
+    """As in the setup guide's client: the answer is in both ``text`` and ``output``."""
     server.engine.script = lambda request, index: [*ids_of("hello world"), EOS_ID]
     body = {"model": "m", "system": "be brief", "prompt": "hi", "temperature": 0.0}
     answer = server.post(PATH, {**body, "max_tokens": 64, "stop": ["FEEDBACK"]}).json
@@ -57,7 +57,7 @@ def test_an_empty_answer_is_in_both_text_and_output(server):
     answer = server.post(PATH, {"prompt": "hi", "system": ""}).json
     assert answer["text"] == answer["output"] == ""
     ids = server.engine.requests[0].prompt_ids.tolist()
-    assert TOKENIZER.token_text(ids[1]) == "<|system|>"  # an empty message is one, too
+    assert TOKENIZER.token_text(ids[1]) == "<|system|>"  # an empty message is a message
     assert answer["output_ids"] == [EOS_ID]
 
 
@@ -127,7 +127,7 @@ def test_an_empty_prompt_is_an_empty_message(server):
     assert server.post(PATH, {"prompt": "", "max_tokens": 2}).status == 200
 
 
-# --- SGLang's shape --------------------------------------------------------------------------------
+# --- SGLang's shape ----------------------------------------------------------------------------
 
 
 @each_row(
@@ -182,7 +182,7 @@ def test_logprobs_of_sglang(server):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_lists_of_prompts_have_settings_of_their_own(server, stream):
-    """A setting for each prompt, n samples of each; an index says whose a streamed event is."""
+    """Each prompt may have several samples; the index of a streamed event names its sample."""
     body = {
         "text": ["the cat", "a"],
         "sampling_params": [

@@ -18,7 +18,10 @@ WEATHER = {
 }
 TIME = {"type": "function", "name": "time-of.day", "parameters": None, "strict": None}
 TOOLS = [WEATHER, TIME]
-THINKING = "{% for m in messages %}[{{ m.role }}]{{ m.content }}({{ m.reasoning_content }}){% endfor %}<think>"
+THINKING = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}({{ m.reasoning_content }})"
+    "{% endfor %}<think>"
+)
 
 
 def says(server, text, *more):
@@ -121,7 +124,7 @@ def test_the_async_openai_client_reads_tool_calls(server):
 
 
 def test_calls_and_their_results_are_rendered(server):
-    """The output goes back as it came, and beside it what the calls brought."""
+    """The output goes back unchanged, followed by the results of its calls."""
     says(server, HERMES_CALLS)
     client = server.client()
     output = client.responses.create(**fields()).output

@@ -1,4 +1,4 @@
-"""``/v1/responses``, as the openai client sends it and reads it."""
+"""``/v1/responses``, as the openai client sends and reads it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_response_that_is_cut_off_is_incomplete(server):
 
 
 def test_a_response_can_be_part_of_the_next_input(server):
-    """The output of one response is the input of the next, as the client's documentation does it."""
+    """As in the client's documentation."""
     say(server, "sat", EOS_ID)
     with server.client() as client:
         first = client.responses.create(model="m", input="the cat", include=LOGPROBS)
@@ -129,7 +129,7 @@ def test_a_streamed_response_is_typed_events_in_order(server, text, end):
 
 
 def test_each_event_of_a_response_is_a_name_and_a_line_of_json(server):
-    """An event's name, and its JSON on one line; no comments, no mark at the end."""
+    """There are no comments, and there is no mark at the end."""
     answer = server.post(PATH, {**BASE, "stream": True})
     assert answer.headers["content-type"].startswith("text/event-stream")
     *events, end = answer.content.decode().split("\n\n")
@@ -194,7 +194,7 @@ def test_an_error_in_mid_stream_is_a_failed_response(server):
     server.engine._running.clear()
 
 
-# --- what is refused -----------------------------------------------------------------------------
+# --- what is refused ---------------------------------------------------------------------------
 
 
 @each_row(

@@ -1,4 +1,4 @@
-"""Tools and reasoning as the openai client uses them, on an engine that says what it is told to."""
+"""Tools and reasoning as the openai client uses them, on an engine with scripted answers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ HERMES_CALLS = (
     f'Wait.\n<tool_call>\n{{"name": "weather", "arguments": {ARGUMENTS}}}\n</tool_call>\n'
     '<tool_call>\n{"name": "time-of.day", "arguments": {}}\n</tool_call>'
 )
-LLAMA_CALLS = f'{{"name": "weather", "parameters": {ARGUMENTS}}}; {{"name": "time-of.day", "parameters": {{}}}}'
+LLAMA_CALLS = (
+    f'{{"name": "weather", "parameters": {ARGUMENTS}}}; '
+    '{"name": "time-of.day", "parameters": {}}'
+)
 
 
 def says(server, text):
@@ -203,7 +206,7 @@ NAMED = {"type": "function", "function": {"name": "weather"}}
     ],
 )
 def test_tool_choice_enforces_calls_by_a_grammar(server, template, one, both, other, wrong):
-    """Of each choice and format: one call, two calls, a call of another function, wrong arguments, text."""
+    """Try one call, two calls, another function, wrong arguments and text for each choice."""
     texts = (one, both, other, wrong, "It rains.")
     for fields, expected in (
         ({"tool_choice": "required"}, (True, True, True, False, False)),
@@ -335,7 +338,7 @@ def test_reasoning_is_apart_from_the_content(server):
 
 
 THOUGHTS = [
-    # what the model says: what it thinks up to the last token of the closing mark, and the rest
+    # thoughts, up to the last token of the closing mark; the rest of what the model says
     ("<think>\nthe cat sat</think>", "\n\non the mat"),
     ("<think></think>", ""),
     ("\n <think>naïve élan", ""),
@@ -347,9 +350,9 @@ THOUGHTS = [
 @each_row("thoughts, rest", THOUGHTS)
 @pytest.mark.parametrize("spelled", [False, True])
 def test_reasoning_tokens_are_counted_exactly(server, thoughts, rest, spelled):
-    """However the marks are cut into tokens and these into events; n samples add up."""
+    """However the marks are cut into tokens, and the tokens into events. Samples add up."""
 
-    def ids(text):  # a byte each, or as the tokenizer would
+    def ids(text):  # a token for each byte, or as the tokenizer encodes
         return [i for c in text for i in ids_of(c)] if spelled else ids_of(text)
 
     answer = [*ids(thoughts), *ids(rest), EOS_ID]

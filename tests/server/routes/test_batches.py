@@ -1,4 +1,4 @@
-"""Files and batches, through the real client."""
+"""Files and batches, through the openai client."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def content(client: openai.OpenAI, file_id: str | None) -> list[dict]:
     return [json.loads(each) for each in client.files.content(file_id).text.splitlines()]
 
 
-# --- files -----------------------------------------------------------------------------------------
+# --- files -------------------------------------------------------------------------------------
 
 
 def test_a_file_is_kept_until_it_is_deleted(client, server):
@@ -100,7 +100,9 @@ def test_a_file_is_kept_until_it_is_deleted(client, server):
 
 def test_lists_of_files_come_in_pages(client):
     ids = [upload(client, b"x") for _ in range(5)]
-    assert [file.id for file in client.files.list(limit=2)][:5] == ids[::-1]  # pages by itself
+    assert [file.id for file in client.files.list(limit=2)][:5] == ids[
+        ::-1
+    ]  # the client asks for further pages itself
     page = client.files.list(limit=2, order="asc", after=ids[1])
     assert [file.id for file in page.data] == ids[2:4]
     assert page.has_more
@@ -178,7 +180,7 @@ def test_an_upload_that_the_disk_has_no_room_for(client, server):
 
 @contextlib.contextmanager
 def full_database(server: RunningServer) -> Iterator[None]:
-    """SQLite may have no further pages."""
+    """Forbid SQLite any further page."""
     database = server.batches.store._database
 
     async def limit(num_pages: int) -> None:
@@ -193,7 +195,7 @@ def full_database(server: RunningServer) -> Iterator[None]:
 
 
 def test_a_full_database_is_a_507_and_leaves_nothing(client, server, monkeypatch):
-    """Of files and of batches: nothing is left of them, and later ones are kept again."""
+    """Neither a file nor a batch leaves anything, and later ones are kept again."""
     monkeypatch.setattr(runner_module, "_RETRY_S", 0.01)
     file_id = upload(client, [line(1)])
     created: list[str] = []
@@ -202,7 +204,7 @@ def test_a_full_database_is_a_507_and_leaves_nothing(client, server, monkeypatch
         on_disk = {path.name for path in server.batches.store.path("").iterdir()}
         return on_disk - {file.id for file in client.files.list()}
 
-    before = leftovers()  # of files whose time is over
+    before = leftovers()  # data of files that have expired
 
     def create_many() -> None:  # until the last page is full
         metadata = {f"{key}": "x" * 512 for key in range(16)}
@@ -264,7 +266,7 @@ def test_uploads_of_another_content_type_are_refused(server):
     assert "compressed" in answer.error["message"]
 
 
-# --- batches ---------------------------------------------------------------------------------------
+# --- batches -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("url", [COMPLETIONS, CHAT])
@@ -296,7 +298,7 @@ def test_a_batch_answers_each_line_as_its_route_does(client, server, url):
 
 
 def test_the_usage_of_a_batch_counts_each_prompt_once(server, client):
-    """One sample, several of one prompt, and several prompts: each prompt counts once."""
+    """Also if a prompt has several samples, or a line several prompts."""
     params = {"max_new_tokens": 3, "ignore_eos": True}
     bodies = [
         {"text": "the cat", "sampling_params": params},
@@ -351,7 +353,7 @@ def test_a_bad_line_of_a_batch_fails_alone(client):
     data = b"\n".join(
         [
             json.dumps(good[0]).encode(),
-            b"\n  ",  # blank ones do not count
+            b"\n  ",  # blank lines do not count
             *(each for each, _ in bad),
             *(json.dumps(each).encode() for each, _ in refused),
             *(json.dumps(each).encode() for each in good[1:]),
@@ -482,7 +484,7 @@ def test_a_batch_that_expires_keeps_the_lines_it_has_answered(client, server):
     assert batch.expires_at == batch.created_at + 3600
     wait_for(lambda: client.batches.retrieve(batch.id).request_counts.completed == 2)
     server.advance(3601)
-    client = server.client()  # the connections of the other one have been idle for an hour
+    client = server.client()  # the first client's connections were idle for an hour
     batch = wait(client, batch.id)
     assert batch.status == "expired"
     assert batch.expired_at is not None

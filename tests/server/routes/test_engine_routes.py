@@ -1,4 +1,4 @@
-"""What the engine says of itself, and flushes of its prefix cache."""
+"""Routes that describe the engine, and flushes of its prefix cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_a_flush_reports_what_was_dropped(server, path):
 
 def test_a_flush_ends_with_a_503_when_the_engine_dies():
     with RunningServer().running() as server:
-        server.engine.send = lambda message: None  # it never answers
+        server.engine.send = lambda message: None  # the engine never answers
         server.generations._send = lambda message: server.state.die("it broke")
         answer = server.post("/flush_cache", b"")
         assert answer.status == 503
@@ -42,7 +42,7 @@ def test_server_info_has_no_secrets():
     config = with_config(api_key_digests=("ab" * 32,), temperature=0.5)
     with RunningServer(config).running() as server:
         answer = server._ask("GET", "/server_info", None, {"Authorization": f"Bearer {key}"})
-        assert answer.status == 401  # it is no open route
+        assert answer.status == 401  # this route needs a key
     with RunningServer(with_config(temperature=0.5)).running() as server:
         content = server.get("/server_info").content.decode()
         info = server.get("/server_info").json
@@ -51,7 +51,7 @@ def test_server_info_has_no_secrets():
     assert "key" not in content
     assert info["version"] == __version__
     assert info["status"] == "ok"
-    # As sglang.bench_serving looks into it.
+    # As sglang.bench_serving reads it.
     assert info["internal_states"][0].get("avg_spec_accept_length", None) is None
     assert info["internal_states"][0]["num_running_prompts"] == 0
 

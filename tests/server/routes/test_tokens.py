@@ -1,4 +1,4 @@
-"""``/tokenize``, ``/detokenize``, ``/tokenizer_info``: vLLM's shapes, and lm_eval's way of reading them."""
+"""``/tokenize``, ``/detokenize``, ``/tokenizer_info``: vLLM's shapes, as lm_eval reads them."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_wrong_values_are_refused_by_field(server, path, body, param):
 
 
 def test_tokenizer_info_as_lm_eval_reads_it(server):
-    """It takes the id of the end-of-sequence token from ``/tokenize``, and renders chats itself."""
+    """lm_eval gets the end-of-sequence id from ``/tokenize`` and renders chats itself."""
     info = server.get("/tokenizer_info").json
     assert info["eos_token"] == EOS
     body = {"prompt": info["eos_token"], "add_special_tokens": False}
