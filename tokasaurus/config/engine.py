@@ -319,7 +319,7 @@ class EngineConfig:
         help="Preempt running sequences without need, to test that nobody notices.",
     )
 
-    # --- features still to come ---------------------------------------------------------------------
+    # --- features still to come -------------------------------------------------------------------
     dp_size: int = flag(
         1,
         group=_PARALLEL,

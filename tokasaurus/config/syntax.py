@@ -85,7 +85,7 @@ class Reader(Generic[C]):
         first = min(self._schema, key=lambda flag: not flag.required).name
         self._builder.problem(f"{token!r}: expected key=value, perhaps {first}={token}")
 
-    # --- --key=value, --key value, --switch ---------------------------------------------------------
+    # --- --key=value, --key value, --switch -------------------------------------------------------
 
     def _read_dashed(self, token: str) -> None:
         key, equals, value = token.lstrip("-").partition("=")
@@ -131,7 +131,7 @@ class Reader(Generic[C]):
             or "=" in self._tokens[0]
         )
 
-    # --- scopes and lists ---------------------------------------------------------------------------
+    # --- scopes and lists -------------------------------------------------------------------------
 
     def _open_scope(self) -> None:
         scope = self._tokens.popleft() if self._tokens else ""
@@ -160,7 +160,7 @@ class Reader(Generic[C]):
         key = ".".join((*self._scopes, words[0]))
         self._builder.assign(key, Texts(tuple(words[1:]), is_list=True))
 
-    # --- shortcuts ----------------------------------------------------------------------------------
+    # --- shortcuts --------------------------------------------------------------------------------
 
     def _call(self, name: str, arguments: str) -> None:
         if self._scopes:

@@ -56,7 +56,7 @@ def _kind(inner: Any) -> Any:
     return typing.get_origin(inner) or inner
 
 
-# --- from text --------------------------------------------------------------------------------------
+# --- from text ------------------------------------------------------------------------------------
 
 
 def read_text(text: str, form: Any) -> Any:
@@ -156,7 +156,7 @@ def _literal(text: str) -> Any:
     return value if isinstance(value, allowed) else None
 
 
-# --- from objects -----------------------------------------------------------------------------------
+# --- from objects ---------------------------------------------------------------------------------
 
 
 def convert(value: Any, form: Any) -> Any:

@@ -196,7 +196,7 @@ class LLM:
     ) -> None:
         self.close()
 
-    # --- the loop ----------------------------------------------------------------------------------
+    # --- the loop ---------------------------------------------------------------------------------
 
     def _prepare(
         self, number: int, prompt: Prompt, params: SamplingParams, temperature: float

@@ -116,7 +116,7 @@ class Supervisor:
             return 1
         return 0
 
-    # --- starting ----------------------------------------------------------------------------------
+    # --- starting ---------------------------------------------------------------------------------
 
     def _assignment(self, role: str) -> Assignment:
         listener = self._listener if role == "server" else None
@@ -141,7 +141,7 @@ class Supervisor:
         self._lifelines[role] = lifeline
         self._alive.add(role)
 
-    # --- signals, in the main thread ---------------------------------------------------------------
+    # --- signals, in the main thread --------------------------------------------------------------
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if not self._interrupting:
@@ -160,7 +160,7 @@ class Supervisor:
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
             self._foreground_ended.wait(_INTERRUPT_EVERY_S)
 
-    # --- watching, in a thread of its own ----------------------------------------------------------
+    # --- watching, in a thread of its own ---------------------------------------------------------
 
     def _watch(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -236,7 +236,7 @@ class Supervisor:
         hint = "; perhaps the system ran out of memory" if status == -signal.SIGKILL else ""
         return f"killed by {name}{hint}"
 
-    # --- ending ------------------------------------------------------------------------------------
+    # --- ending -----------------------------------------------------------------------------------
 
     def _stop_server(self, note: Stop | Dead, timeout_s: float) -> None:
         self._stopping = True

@@ -33,7 +33,7 @@ class TextProcess:
         self._to_manager = Sender(directory, "manager", TO_MANAGER)
         self._others_ready = asyncio.Event()
 
-    # --- what it is for ----------------------------------------------------------------------------
+    # --- what it is for ---------------------------------------------------------------------------
 
     async def on_ready(self, generations: Generations) -> None:
         """Requests may come from now on."""
@@ -47,7 +47,7 @@ class TextProcess:
         """It is to end."""
         raise NotImplementedError
 
-    # --- the ring ----------------------------------------------------------------------------------
+    # --- the ring ---------------------------------------------------------------------------------
 
     def watch(self) -> None:
         """Listens to the lifeline from now on."""
