@@ -223,16 +223,6 @@ def test_disconnects_free_the_engine(engine):
     assert answer.usage.completion_tokens <= 3
 
 
-@pytest.mark.parametrize("prompt", ["-h", "--help"])
-def test_help(prompt):
-    seen = subprocess.run(
-        [sys.executable, "-m", "tokasaurus.entry", prompt], capture_output=True, text=True
-    )
-    assert seen.returncode == 0
-    for flag in ("model", "kv_cache_num_tokens", "max_seqs_per_forward", "port"):
-        assert flag in seen.stdout
-
-
 def test_a_wrong_flag_names_the_right_one():
     seen = subprocess.run(
         [sys.executable, "-m", "tokasaurus.entry", f"prot={free_port()}"],

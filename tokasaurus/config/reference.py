@@ -52,6 +52,8 @@ toka model=meta-llama/Llama-3.2-1B-Instruct port=8080 kv_cache_num_tokens='(128 
 | `.dmanager`, `.dmodel` | `local_proc_name=manager` or `model`: that process runs in the foreground |
 | `.par(dp=2, pp=2, tp=1)` | `dp_size`, `pp_size` and `tp_size` |
 | `--show` | print the configuration as YAML, which `config=` reads back, and exit |
+| `--version` | print the version and exit |
+| `--help`, `-h` or just `help` | print the help and exit |
 
 Arguments count from left to right, and later ones win. The environment variable `OVERRIDES` holds
 more arguments, written as in a shell, which count as if they stood at the end. Everything that is

@@ -6,7 +6,7 @@
     .shortcut   .shortcut(1, key=value)
     --in scope key=value ... in--
     --list key item item ... list--
-    --show   --help   -h
+    --show
 
 Tokens count from left to right, and a later one wins. Owns how tokens become keys and values; knows
 no flags, and leaves what a value means to the builder.

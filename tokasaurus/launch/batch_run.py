@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -21,7 +22,7 @@ from tokasaurus.batch.offline import OfflineJob
 from tokasaurus.batch.records import Batch
 from tokasaurus.batch.runner import BatchRunner
 from tokasaurus.config.engine import ENGINE, EngineConfig
-from tokasaurus.config.parser import parse
+from tokasaurus.config.parser import answer_question, parse, print_help
 from tokasaurus.config.schema import flags_of
 from tokasaurus.errors import ConfigError, ModelError
 from tokasaurus.launch.assemble import assemble
@@ -70,12 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str], environment: Mapping[str, str]) -> int:
-    wants_help = not words or "--help" in words or "-h" in words
-    if not wants_help and words[0] != "run":
+    if answer_question(words or ["help"], partial(print_help, _SCHEMA)):
+        raise SystemExit(0)
+    if words[0] != "run":
         raise ConfigError(f"{words[0]!r} is no command; there is one: toka-batch run INPUT OUTPUT")
     names = [word for word in words[1:3] if "=" not in word and not word.startswith("-")]
-    flags = ["--help"] if wants_help else words[1 + len(names) :]
-    config = parse(_SCHEMA, [_QUIET, *flags], environment.get("OVERRIDES", ""))
+    flags = [_QUIET, *words[1 + len(names) :]]
+    config = parse(_SCHEMA, flags, environment.get("OVERRIDES", ""))
     if len(names) != 2:
         raise ConfigError("name the input and the output: toka-batch run INPUT OUTPUT")
     _warn_of_flags(config)
