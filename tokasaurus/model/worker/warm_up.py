@@ -17,10 +17,10 @@ from tokasaurus.protocol.messages import (
 
 __all__ = ["warm_up_batches"]
 
-# On a processor memory is promised before it is there, so even the largest batch would prove little,
-# and a full one takes minutes: so many floating-point operations, about a second, are enough to load
-# libraries and touch the weights.
-_CPU_WORK = 1e11
+# A processor promises memory before it has it, so that even the largest batch would prove little, and
+# it takes minutes. This many floating-point operations in the layers, hundredths of a second, suffice
+# to load libraries and to touch the weights.
+_CPU_WORK = 1e9
 _MIN_TOKENS = 16
 
 _NONE: Int32Array = np.zeros(0, np.int32)
