@@ -21,10 +21,10 @@ _MIN_WIDTH = 60
 _LEFT = 42  # columns before the meanings; at most a third of the terminal
 
 _GRAMMAR = (
-    ("key=value", "sets a flag, later ones win; --key=value and --key value do the same"),
-    ("key='(2 * 1024)'", "arithmetic stands in parentheses"),
-    ("key=T, key=F", "true and false, also yes/no, on/off, 1/0"),
-    ("key=None", "back to the default of a flag that adapts"),
+    ("key=value", "sets a flag; later values win; --key=value and --key value do the same"),
+    ("key='(2 * 1024)'", "arithmetic, in parentheses"),
+    ("key=T, key=F", "true and false; also yes/no, on/off, 1/0"),
+    ("key=None", "resets a flag that adapts to its default"),
     ("a.b=value", "a nested key; --in a b=value in-- does the same"),
     ("--list key x y list--", "a list; key=x,y does the same"),
     ("--show", "prints the configuration as YAML and exits"),

@@ -1,4 +1,4 @@
-"""Command lines: that of ``toka``, and those of the other commands, whose flags are dataclasses too.
+"""The command lines of ``toka`` and of the other commands, whose flags are dataclasses too.
 
 Owns everything around the grammar: help, ``--version``, ``--show``, the environment variable
 ``OVERRIDES``, warnings, and the exit status of a wrong command line.

@@ -1,6 +1,7 @@
-"""What to say about a key that names no flag.
+"""What to say about a key that is not the name of a flag.
 
-Owns the search for the nearest name, and the table of other engines' flags. Knows no flags of its own.
+Owns the search for the nearest name, and the table of other engines' flags. Knows no flags of its
+own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ __all__ = ["OTHER_ENGINES", "Foreign", "explain_unknown", "nearest"]
 
 @dataclass(frozen=True)
 class Foreign:
-    """Another engine's flag: ours for the same purpose (None: there is none), and the difference."""
+    """Another engine's flag: our flag for the same purpose, or None, and the difference."""
 
     ours: str | None
     note: str = ""
@@ -26,7 +27,7 @@ def nearest(key: str, names: Iterable[str]) -> str:
 
 
 def explain_unknown(key: str, names: Iterable[str], foreign: Mapping[str, Foreign]) -> str:
-    """One line that names the key and what to write instead."""
+    """One line with the key and what to write instead."""
     plain = key.lower().replace("-", "_")
     other = foreign.get(plain) or foreign.get(plain.removeprefix("no_"))
     if other is not None:

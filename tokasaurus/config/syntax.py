@@ -8,8 +8,8 @@
     --list key item item ... list--
     --show
 
-Tokens count from left to right, and a later one wins. Owns how tokens become keys and values; knows
-no flags, and leaves what a value means to the builder.
+Words are read from left to right, and later ones win. Owns how words become keys and values. Knows
+no flags, and leaves the meaning of a value to the builder.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SWITCH_WORDS = frozenset(["t", "f", "true", "false", "yes", "no", "on", "off", 
 
 
 class Reader(Generic[C]):
-    """Reads tokens into a builder.
+    """Reads the words of a command line into a builder.
 
     Attributes:
         show: whether ``--show`` was among them.
@@ -48,7 +48,7 @@ class Reader(Generic[C]):
         self._tokens: deque[str] = deque()
 
     def read(self, tokens: Iterable[str]) -> None:
-        """Reads all tokens; what is wrong with them becomes a problem of the builder."""
+        """Reads all words; whatever is wrong with them becomes a problem of the builder."""
         self._tokens.extend(tokens)
         while self._tokens:
             self._read_one(self._tokens.popleft())
@@ -124,7 +124,7 @@ class Reader(Generic[C]):
         return True
 
     def _value_follows(self) -> bool:
-        """Whether the next token looks like the value of an unknown flag, not like a flag itself."""
+        """Whether the next word looks like the value of an unknown flag, and not like a flag."""
         return bool(self._tokens) and not (
             self._tokens[0].startswith("--")
             or _SHORTCUT.fullmatch(self._tokens[0])

@@ -49,7 +49,7 @@ _SCHEMA = dataclasses.replace(
     ),
 )
 _QUIET = "log_level=WARNING"  # unless the command line says otherwise
-_SERVER_GROUPS = ("Server", "Who may ask", "Limits of what is asked", "Statistics")
+_SERVER_GROUPS = ("Server", "Access", "Limits on requests", "Statistics")
 _SERVER_FLAGS = ("uvicorn_log_level", "local_proc_name")
 _REFRESH_S = 0.5
 _LINE_S = 10.0  # between lines of progress, where there is no terminal
