@@ -176,7 +176,8 @@ def _kv_tokens(config: EngineConfig, page_size: int, room: int | None, problems:
         remedy = "lower it, or leave it out to take at most half of the memory"
     if room is not None and tokens > room:
         problems.append(
-            f"{flag} needs a KV cache of {tokens} tokens, and the free memory holds {room}; {remedy}"
+            f"{flag} needs a KV cache of {tokens} tokens, and the free memory holds {room};"
+            f" {remedy}"
         )
     return tokens
 
@@ -186,8 +187,9 @@ def _batch_size(config: EngineConfig, problems: list[str]) -> tuple[int, int]:
     seqs, tokens = config.max_seqs_per_forward, config.max_tokens_per_forward
     if seqs is not None and tokens is not None and seqs > tokens:
         problems.append(
-            f"max_seqs_per_forward={seqs} exceeds max_tokens_per_forward={tokens}, and each running "
-            "sequence takes a token of every step; lower the first, or leave one of them out"
+            f"max_seqs_per_forward={seqs} exceeds max_tokens_per_forward={tokens}, and each"
+            " running sequence takes a token of every step; lower the first, or leave one of"
+            " them out"
         )
     if seqs is None:
         seqs = min(DEFAULT_MAX_SEQS, tokens or DEFAULT_MAX_TOKENS)
@@ -198,8 +200,8 @@ def _check_access(config: EngineConfig, problems: list[str]) -> None:
     for number, key in enumerate(config.api_key or (), 1):
         if not key or not all("!" <= character <= "~" for character in key):
             problems.append(
-                f"api_key: key number {number} is empty, or has a character that no HTTP header carries;"
-                " keys consist of visible ASCII characters"
+                f"api_key: key number {number} is empty, or has a character that no HTTP header"
+                " carries; keys consist of visible ASCII characters"
             )
     if (config.ssl_certfile is None) != (config.ssl_keyfile is None):
         given, missing = "ssl_certfile", "ssl_keyfile"
@@ -209,8 +211,8 @@ def _check_access(config: EngineConfig, problems: list[str]) -> None:
     for origin in config.cors_origins or ():
         if origin != "*" and not _ORIGIN.fullmatch(origin):
             problems.append(
-                f"cors_origins: {origin!r} is no origin; expected such as https://example.org, without a"
-                " path, or *"
+                f"cors_origins: {origin!r} is no origin; expected such as https://example.org,"
+                " without a path, or *"
             )
 
     url = config.statsd_server_url
