@@ -151,7 +151,7 @@ def _page_size(config: EngineConfig, problems: list[str]) -> int:
         below = kv_tokens // page_size * page_size
         nearby = f"{below} or {below + page_size}" if below else f"{page_size}"
         problems.append(
-            f"kv_cache_num_tokens={kv_tokens} is no multiple of page_size={page_size}; "
+            f"kv_cache_num_tokens={kv_tokens} is not a multiple of page_size={page_size}; "
             f"set kv_cache_num_tokens={nearby}, or leave page_size out"
         )
     return page_size or DEFAULT_PAGE_SIZE
@@ -211,8 +211,8 @@ def _check_access(config: EngineConfig, problems: list[str]) -> None:
     for origin in config.cors_origins or ():
         if origin != "*" and not _ORIGIN.fullmatch(origin):
             problems.append(
-                f"cors_origins: {origin!r} is no origin; expected such as https://example.org,"
-                " without a path, or *"
+                f"cors_origins: {origin!r} is not an origin; expected one such as"
+                " https://example.org, without a path, or *"
             )
 
     url = config.statsd_server_url

@@ -79,7 +79,7 @@ class Reader(Generic[C]):
         if _KEY.fullmatch(key):
             self._builder.assign(".".join((*self._scopes, key)), Texts((value,)))
         else:
-            self._builder.problem(f"{token!r}: {key!r} is no key; expected key=value")
+            self._builder.problem(f"{token!r}: {key!r} is not a key; expected key=value")
 
     def _stray(self, token: str) -> None:
         first = min(self._schema, key=lambda flag: not flag.required).name
@@ -181,9 +181,9 @@ def _read_arguments(text: str) -> tuple[list[Any], dict[str, Any]]:
     try:
         call = ast.parse(source, mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
-        raise BadValue("broken arguments; expected such as (1, key=2)") from None
+        raise BadValue("broken arguments; expected for example (1, key=2)") from None
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-        raise BadValue("broken arguments; expected such as (1, key=2)")
+        raise BadValue("broken arguments; expected for example (1, key=2)")
     args = [_read_argument(source, node) for node in call.args]
     kwargs = {}
     for keyword in call.keywords:

@@ -77,7 +77,7 @@ def read_text(text: str, form: Any) -> Any:
         return _read_texts(text)
     value = _read_any(text)
     if kind in (int, float) and isinstance(value, str):
-        hint = "; arithmetic stands in parentheses" if any(c in "()*+/" for c in text) else ""
+        hint = "; put arithmetic in parentheses" if any(c in "()*+/" for c in text) else ""
         raise BadValue(f"expected {describe(form)}{hint}")
     return convert(value, form)
 
@@ -88,7 +88,7 @@ def _read_str(text: str) -> str:
         return value if isinstance(value, str) else str(value)
     if text[:1] in ("[", "{"):
         value = _read_brackets(text)
-        raise BadValue(f"expected text, got {_describe_value(value)}; quotes would make it text")
+        raise BadValue(f"expected text, got {_describe_value(value)}; quotes make it text")
     return _unquoted(text)
 
 
@@ -96,7 +96,7 @@ def _read_texts(text: str) -> tuple[str, ...]:
     if _is_parenthesised(text) or text[:1] == "[":
         value = _literal(text)
         if value is None:
-            raise BadValue("broken list: expected such as ['a', 'b'] or a,b")
+            raise BadValue("broken list: expected for example ['a', 'b'] or a,b")
         return tuple(convert(value, tuple[str, ...]))
     return tuple(_unquoted(item.strip()) for item in text.split(",")) if text else ()
 

@@ -75,7 +75,9 @@ def _run(words: list[str], environment: Mapping[str, str]) -> int:
     if answer_question(words or ["help"], partial(print_help, _SCHEMA)):
         raise SystemExit(0)
     if words[0] != "run":
-        raise ConfigError(f"{words[0]!r} is no command; there is one: toka-batch run INPUT OUTPUT")
+        raise ConfigError(
+            f"{words[0]!r} is not a command; the only one is toka-batch run INPUT OUTPUT"
+        )
     names = [word for word in words[1:3] if "=" not in word and not word.startswith("-")]
     flags = [_QUIET, *words[1 + len(names) :]]
     config = parse(_SCHEMA, flags, environment.get("OVERRIDES", ""))
@@ -116,7 +118,10 @@ class _BatchRun:
         if batch is None or not batch.final:
             job.store.close()
             done = "" if batch is None else f" after {_answered(batch)} of {_total(batch)} lines"
-            print(f"toka-batch: stopped{done}; the same command goes on", file=sys.stderr)
+            print(
+                f"toka-batch: stopped{done}; run the same command again to continue",
+                file=sys.stderr,
+            )
             return status or 130
         if batch.errors is not None:
             for error in batch.errors.data[:10]:

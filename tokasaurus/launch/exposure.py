@@ -97,6 +97,6 @@ def open_door_warning(config: EngineConfig, address: str) -> str | None:
     if config.api_key is not None or ipaddress.ip_address(address).is_loopback:
         return None
     return (
-        f"host={config.host} lets other machines in, and whoever reaches port {config.port} may"
+        f"host={config.host} lets other machines in, and anyone who reaches port {config.port} may"
         f" use the engine: set api_key_file or {API_KEY_VARIABLE}, or leave host at its default"
     )

@@ -57,7 +57,9 @@ def _find(name: str, flag: str, patterns: Sequence[str]) -> Path:
     if path.is_file():
         raise ModelError(f"{flag}={name} is a file; give the directory that holds it")
     if not _REPOSITORY.fullmatch(name):
-        raise ModelError(f"{flag}={name}: no such directory, and no repository id such as org/name")
+        raise ModelError(
+            f"{flag}={name}: no such directory, and not a repository id such as org/name"
+        )
     return download(name, patterns, flag, _DUPLICATES)
 
 

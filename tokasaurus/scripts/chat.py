@@ -138,7 +138,7 @@ def _command(conversation: Conversation, line: str) -> str:
         conversation.system = text
         conversation.reset()
         return "The instruction is set, and the conversation starts anew."
-    return _HELP if name == "/help" else f"{name} is no command.\n{_HELP}"
+    return _HELP if name == "/help" else f"{name} is not a command.\n{_HELP}"
 
 
 def _answer(conversation: Conversation, text: str) -> bool:

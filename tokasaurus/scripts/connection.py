@@ -85,9 +85,7 @@ def explain(error: openai.OpenAIError, client: openai.OpenAI) -> str:
         cause = error.__cause__
         said = str(cause)
         if cause is None or "refused" in said.lower():
-            return (
-                f"nothing listens at {address}; start an engine with `toka`, or name its port=..."
-            )
+            return f"nothing listens at {address}; start an engine with `toka`, or set its port=..."
         if "CERTIFICATE_VERIFY_FAILED" in said:
             return (
                 f"{address} is not trusted: {said}; name the certificate to trust with ca_file=..."
@@ -96,7 +94,7 @@ def explain(error: openai.OpenAIError, client: openai.OpenAI) -> str:
             return f"{address} does not answer in HTTPS; leave out https and ca_file"
         # A server that expects HTTPS hangs up, with or without a reset.
         if address.startswith("http:") and ("disconnected" in said or "reset" in said):
-            return f"{address} does not answer in HTTP ({said}); if it serves HTTPS, say https=T"
+            return f"{address} does not answer in HTTP ({said}); if it serves HTTPS, set https=T"
         return f"the connection to {address} failed: {cause}"
     if isinstance(error, openai.AuthenticationError):
         return f"{_reason(error)}; set {_API_KEY_VARIABLE} to one of the engine's keys"
