@@ -215,7 +215,7 @@ def test_a_run_that_is_interrupted_and_killed_continues(tmp_path, num_lines):
     run.wait_for_answers(num_lines // 30)
     run.process.send_signal(signal.SIGINT)
     assert run.wait() == 130
-    assert "the same command goes on" in run.log.read_text()
+    assert "run the same command again to continue" in run.log.read_text()
     assert not (tmp_path / "out.jsonl").exists()
     run = Run(tmp_path, *slow)
     run.wait_for_answers(num_lines // 3)
