@@ -1,8 +1,9 @@
-"""Grammars: compiled by llguidance, for one vocabulary.
+"""Compiles grammars with llguidance for one vocabulary.
 
-A grammar travels as text, in llguidance's own spelling: the server writes it and compiles it once, to refuse
-what cannot be compiled; the worker compiles the same text to match tokens against it. Both do it here, with
-the same limits, so what the server accepts the worker can run. Knows nothing of requests or tensors.
+A grammar travels as text in llguidance's own syntax. The server writes the text and compiles it
+once, to refuse grammars that do not compile. The worker compiles the same text to match tokens
+against it. Both use this module, with the same limits, so the worker can run every grammar that the
+server accepts. It knows nothing of requests or tensors.
 """
 
 from __future__ import annotations
@@ -23,21 +24,22 @@ __all__ = ["MAX_GRAMMAR_BYTES", "GrammarCompiler", "Vocabulary"]
 MAX_GRAMMAR_BYTES = 1 << 16
 """The longest text that is compiled.
 
-The library recurses along chains of rules, and a stack that overflows takes the process along: chains of some
-hundred rules fill the usual 8 MB. So it compiles in a thread with a stack (of which only what is used becomes
-memory) that suffices several times over for the longest chain that fits a text of this size.
+The library recurses along chains of rules, and a stack overflow ends the process. Chains of some
+hundred rules fill the usual 8 MB. So a thread with a larger stack compiles: several times what the
+longest chain in a text of this size needs. Only the used part of a stack becomes memory.
 """
 MAX_MULTIPLES = 20_000
-"""The sum of a grammar's ``multipleOf``, each without decimal point and zeros at its end.
+"""The limit for the sum of a grammar's ``multipleOf``, without decimal points and trailing zeros.
 
-The library builds an automaton with a state for each remainder: 20,000 take a fraction of a second, a million
-half a minute, in which the worker would stand still.
+The library builds an automaton with a state for each remainder. 20,000 states take a fraction of a
+second; a million take half a minute, and the worker would stand still.
 """
 _MAX_MASK_ITEMS = 10_000
-"""The library's measure of work for one mask. A matcher that needs more gives up.
+"""The limit for one mask, in the library's measure of work. A matcher that needs more gives up.
 
-Every sequence of a batch waits for the masks of all. The library's own limit is 50,000, which took up to half a
-second on a busy machine; these take a tenth. Schemas with sixty alternatives need less than half of it.
+Every sequence of a batch waits for all masks. The library's own limit is 50,000, which took up to
+half a second on a busy machine; 10,000 take a tenth of a second. Schemas with sixty alternatives
+need less than half of it.
 """
 _MULTIPLE = re.compile(r"multipleOf\W{1,4}?\s*([0-9][0-9.eE+-]*)")
 _STACK_BYTES = 512 << 20
@@ -46,21 +48,26 @@ _stack_size_lock = threading.Lock()
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """What a tokenizer's ids stand for."""
+    """The texts of a tokenizer's ids.
 
-    tokens: Sequence[bytes]  # of each id; b"" where it stands for nothing
-    special_token_ids: frozenset[int]  # never part of a text
-    eos_token_ids: tuple[int, ...]  # what may follow a complete text; at least one
-    encode: Callable[
-        [str], list[int]
-    ]  # how the model would spell a text; may be called from any thread
+    Attributes:
+        tokens: the bytes of each id of the model; b"" if an id has none.
+        special_token_ids: never part of a text.
+        eos_token_ids: at least one; they may follow a complete text.
+        encode: the model's tokens of a text. Any thread may call it.
+    """
+
+    tokens: Sequence[bytes]
+    special_token_ids: frozenset[int]
+    eos_token_ids: tuple[int, ...]
+    encode: Callable[[str], list[int]]
 
 
 class GrammarCompiler:
-    """Compiles grammars for one vocabulary. Making one takes about a second for 100,000 tokens.
+    """Compiles grammars for one vocabulary. Its constructor takes a second for 100,000 tokens.
 
     Args:
-        vocabulary: whose tokens are matched.
+        vocabulary: the tokens to match.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -75,10 +82,10 @@ class GrammarCompiler:
         )
 
     def compile(self, text: str) -> llguidance.LLMatcher:
-        """A matcher at the beginning of a grammar. May be called from any thread.
+        """A matcher at the beginning of a grammar. Any thread may call this.
 
         Raises:
-            RequestError: the library's reason why it cannot be compiled.
+            RequestError: the grammar cannot be compiled. It gives the library's reason.
         """
         if len(text.encode()) > MAX_GRAMMAR_BYTES:
             raise RequestError(
@@ -86,8 +93,8 @@ class GrammarCompiler:
             )
         if _sum_of_multiples(text) > MAX_MULTIPLES:
             raise RequestError(
-                "multipleOf has too many digits; without decimal point and zeros at its end, all of a"
-                f" grammar's may add up to {MAX_MULTIPLES}"
+                "multipleOf has too many digits; without decimal points and trailing zeros, "
+                f"the values in a grammar may add up to {MAX_MULTIPLES}"
             )
         compiled: list[llguidance.LLMatcher] = []
 
@@ -104,7 +111,7 @@ class GrammarCompiler:
 
 
 class _Tokenizer:
-    """A vocabulary as llguidance wants it."""
+    """A vocabulary in the shape that llguidance expects."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.tokens = vocabulary.tokens
@@ -120,7 +127,8 @@ class _Tokenizer:
 def _sum_of_multiples(text: str) -> int:
     total = 0
     for number in _MULTIPLE.findall(text):
-        with contextlib.suppress(InvalidOperation):  # the library says what is wrong with it
+        # The library reports malformed numbers.
+        with contextlib.suppress(InvalidOperation):
             digits = Decimal(number).normalize().as_tuple().digits
             total += int("".join(map(str, digits[:9])))
     return total

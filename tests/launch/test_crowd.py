@@ -14,7 +14,7 @@ from tokasaurus.bench.device_process import DevicePlan
 from tokasaurus.bench.engine import SimulatedService
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.demo import MODEL_DIR
-from tokasaurus.model.config import model_facts
+from tokasaurus.model.facts import model_facts
 from tokasaurus.planner.configuration import simulated_slices
 
 pytestmark = pytest.mark.engine

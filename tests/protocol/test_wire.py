@@ -196,7 +196,9 @@ def test_received_arrays_cannot_be_written():
 
 
 @pytest.mark.parametrize(
-    "array", [np.zeros(2, np.float16), np.array(["a"]), np.array([object()])], ids=str
+    "array",
+    [np.zeros(2, np.float16), np.array(["a"]), np.array([object()])],
+    ids=["float16", "text", "objects"],
 )
 def test_other_array_types_are_refused(array):
     with pytest.raises(TypeError, match="int32, int64, float32, float64 or bool"):

@@ -13,7 +13,7 @@ from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.resolve import resolve
 from tokasaurus.config.slices import EngineSlices
 from tokasaurus.launch.model_files import find_model, find_tokenizer
-from tokasaurus.model.config import model_facts
+from tokasaurus.model.facts import model_facts
 
 __all__ = ["assemble"]
 

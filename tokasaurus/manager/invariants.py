@@ -1,4 +1,7 @@
-"""The full check of the manager's state, for tests and for ``check_invariants=T``. Slow, changes nothing."""
+"""The full check of the manager's state, for tests and for ``check_invariants=T``.
+
+Is slow, and changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ __all__ = ["check_allocator", "check_invariants"]
 
 
 def check_invariants(running: RunningSequences, backlog: Backlog) -> None:
-    """Checks everything that must hold between two steps.
+    """Checks everything that must hold between two turns.
 
     Raises:
         ProtocolError: something does not; says what.
@@ -92,7 +95,7 @@ def _check_tree(pages: PageAllocator) -> None:
 
 
 def _check_prefix_is_shared(running: RunningSequences, sequence: Sequence) -> None:
-    """A holder's cached pages are a path from the root of the tree, of the ids it believes in."""
+    """The cached pages of a holder are a path from the root of the tree, and hold its ids."""
     slots, pages = running.slots, running.pages
     table = slots.pages(sequence.slot)
     ids = running.all_ids(sequence)
@@ -106,7 +109,7 @@ def _check_prefix_is_shared(running: RunningSequences, sequence: Sequence) -> No
     _require(count >= slots.published[sequence.slot], f"{sequence.name} lost a published page")
     found = pages.cache.lookup(ids, count)
     _require(
-        np.array_equal(found, table[:count]), f"{sequence.name} holds cached pages of other ids"
+        np.array_equal(found, table[:count]), f"{sequence.name} holds cached pages with other ids"
     )
 
 
@@ -154,7 +157,7 @@ def _check_progress(running: RunningSequences) -> None:
 
 
 def _check_flights(running: RunningSequences) -> None:
-    """What is planned and not known is exactly what is in flight."""
+    """The tokens that are planned and not known are exactly those in flight."""
     slots = running.slots
     rows_in_flight: Counter[int] = Counter()
     departing: list[int] = []
@@ -223,23 +226,23 @@ def _check_backlog(running: RunningSequences, backlog: Backlog) -> None:
         leader = request.leader
         _require(
             not following or (leader is not None and leader.sample_index in request.sequences),
-            "followers wait for nobody",
+            "followers have no leader that lives",
         )
     num_following = sum(len(request.followers) for request in backlog.requests.values())
     _require(num_following == states[SequenceState.FOLLOWING], "a follower has no leader to come")
     in_progress = running.in_progress
-    _require(not in_progress.woken, "those woken were not let go on")
+    _require(not in_progress.woken, "sequences that were woken still wait")
     claiming = set(in_progress.sequences())
     _require(
         claiming <= {*running.prefilling, *waiting},
-        "a prompt in progress is nobody's task any more",
+        "a sequence claims a page and does not feed its prompt",
     )
     waits_for_pages = set(in_progress.waiting())
     for sequence in living:
         if sequence.state is SequenceState.PARKED:
             _require(
                 sequence in waits_for_pages or not sequence.may_sample(running.stop_lag),
-                f"{sequence.name} is parked for nothing",
+                f"{sequence.name} is parked without a reason",
             )
 
 

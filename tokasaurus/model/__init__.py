@@ -1,8 +1,8 @@
-"""The model room: a ``ForwardBatch`` in, a ``ForwardResult`` out.
+"""The model room turns a ``ForwardBatch`` into a ``ForwardResult``.
 
-Owns weights, the paged KV tensors, attention backends and sampling. Knows nothing of requests, text,
-scheduling or processes. Importing this package, ``config`` or ``registry`` loads no torch; the other
-modules do.
+It owns weights, the paged KV tensors, attention backends and sampling. It knows nothing of
+requests, text, scheduling or processes. Importing this package, ``config``, ``facts`` or
+``architectures.registry`` loads no torch; the other modules load it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Typed access to the fields of a model's JSON files; every complaint names the file and the field."""
+"""Typed access to the fields of a model's JSON files. Every error names the file and the field."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["JsonFields"]
 
 
 class JsonFields:
-    """One JSON object. A field that is null counts as absent, as it does in transformers.
+    """One JSON object. A field that is null counts as absent, as in transformers.
 
     Args:
         values: the object.
-        source: the file it comes from, for messages.
-        prefix: of field names, for messages about a nested object ("rope_scaling.").
+        source: the file of the object, for messages.
+        prefix: goes before field names in messages about a nested object ("rope_scaling.").
     """
 
     def __init__(self, values: Mapping[str, Any], source: str, prefix: str = "") -> None:
@@ -29,7 +29,7 @@ class JsonFields:
 
     @classmethod
     def read(cls, path: Path) -> JsonFields:
-        """Raises ModelError if the file is unreadable or holds no JSON object."""
+        """Reads a file. Raises ModelError if it is unreadable or not a JSON object."""
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -47,7 +47,7 @@ class JsonFields:
         return cls(values, source)
 
     def error(self, name: str, complaint: str) -> ModelError:
-        """An error about one field, to be raised by the caller."""
+        """An error about one field, for the caller to raise."""
         return ModelError(f"{self._source}: field {self._prefix + name!r} {complaint}")
 
     def __contains__(self, name: str) -> bool:
@@ -60,18 +60,19 @@ class JsonFields:
         return [name for name in self._values if name in self]
 
     def integer(self, name: str, default: int | None = None, minimum: int = 1) -> int:
-        """Raises ModelError if the field is absent without a default, no integer, or too small."""
+        """Raises ModelError if it is not an integer, too small, or absent without a default."""
         value = self._present(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise self.error(name, f"must be an integer of at least {minimum}, not {value!r}")
         return value
 
     def number(self, name: str, default: float | None = None, minimum: float = -math.inf) -> float:
-        """Raises ModelError if the field is absent without a default, too small, or no finite number."""
+        """Raises ModelError if it is not finite, too small, or absent without a default."""
         value = self._present(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.error(name, f"must be a number, not {value!r}")
-        if not math.isfinite(value) or value < minimum:  # Python's JSON reads NaN and Infinity
+        # Python's JSON reads NaN and Infinity.
+        if not math.isfinite(value) or value < minimum:
             raise self.error(name, f"must be finite and at least {minimum}, not {value!r}")
         return float(value)
 
@@ -94,14 +95,14 @@ class JsonFields:
         return value
 
     def strings(self, name: str) -> list[str]:
-        """An absent list is an empty one."""
+        """A list of strings; an absent one is empty."""
         value = self._present(name, [])
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise self.error(name, f"must be a list of strings, not {value!r}")
         return value
 
     def integers(self, name: str) -> tuple[int, ...]:
-        """One integer or a list of them; absent is ()."""
+        """One integer or a list of them; an absent field is ()."""
         value = self._present(name, [])
         items = value if isinstance(value, list) else [value]
         if not all(isinstance(item, int) and not isinstance(item, bool) for item in items):

@@ -1,15 +1,15 @@
-"""The paged KV cache: where the keys and values of every token position lie.
+"""The paged KV cache: the keys and values of every token position.
 
-A page holds ``page_size`` consecutive positions of one sequence, in every layer. For each layer there
-are two tensors, [num_pages, kv_heads, page_size, head_dim]. A page's positions of one head lie next to
-each other, so whoever works on one head reads long contiguous runs::
+A page holds ``page_size`` consecutive positions of one sequence, in every layer. Each layer has two
+tensors, [num_pages, kv_heads, page_size, head_dim]. In a page the positions of one head lie next to
+each other, so work on one head reads long contiguous runs::
 
     page table of slot 7:   [ 5, 2, 9 ]              page_size 4, length 10
 
     position                0 1 2 3   4 5 6 7   8 9
                             └ page 5┘ └ page 2┘ └ page 9 ...
 
-    keys[5]   head 0 │ k0 k1 k2 k3 │   one line of head_dim numbers for each k
+    keys[5]   head 0 │ k0 k1 k2 k3 │   each k is a row of head_dim numbers
               head 1 │ k0 k1 k2 k3 │
     keys[2]   head 0 │ k4 k5 k6 k7 │
               head 1 │ k4 k5 k6 k7 │
@@ -18,8 +18,8 @@ each other, so whoever works on one head reads long contiguous runs::
 
     position p  ->  page_table[slot, p // page_size], row p % page_size
 
-The memory is not initialised, so the operating system hands it out as pages are first written. A
-backend therefore must not read beyond a sequence's length: 0 * NaN is NaN.
+The memory is not initialised, so the operating system provides it as pages are first written. A
+backend must therefore not read beyond a sequence's length: 0 * NaN is NaN.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class KVCache:
 
     Attributes:
         keys: for each layer [num_pages, kv_heads, page_size, head_dim].
-        values: likewise.
+        values: of the same shape.
     """
 
     keys: tuple[Tensor, ...]
@@ -68,7 +68,7 @@ class KVCache:
 
         Args:
             sources: [copies] int64.
-            targets: [copies] int64, none of them a source.
+            targets: [copies] int64; none of them is a source.
         """
         for tensor in self.keys + self.values:
             tensor[targets] = tensor[sources]

@@ -1,5 +1,5 @@
-"""Llama, where the architecture notes say; it is in ``tokasaurus.model.architectures``."""
+"""Llama's model under its name in older notes on the architecture."""
 
-from tokasaurus.model.architectures.llama import LlamaModel
+from tokasaurus.model.architectures.llama_model import LlamaModel
 
 __all__ = ["LlamaModel"]

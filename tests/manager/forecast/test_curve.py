@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from tokasaurus.manager.forecast.curve import Forecast, Forest, Sequences
+from tokasaurus.manager.forecast.curve import Forecast, ForecastRows, Forest
 from tokasaurus.manager.kv.shared_prefixes import SharedPrefixes
+from tokasaurus.rounding import ceil_div
 
 # length, num_pages, num_prompt_tokens, num_steps, leaf
 Row = tuple[int, int, int, int, int]
@@ -46,8 +47,8 @@ class State:
         return pages
 
 
-def columns(rows: list[Row]) -> Sequences:
-    return Sequences(*np.array(rows, np.int64).reshape(-1, 5).T)
+def columns(rows: list[Row]) -> ForecastRows:
+    return ForecastRows(*np.array(rows, np.int64).reshape(-1, 5).T)
 
 
 class Simulated:
@@ -67,8 +68,8 @@ class Simulated:
 
 def simulate(state: State, num_admitted: int) -> tuple[list[int], list[int]]:
     """Use at step 0, 1, .. and the step in which each sequence ends."""
-    everybody = [Simulated(row, state) for row in state.running + state.waiting[:num_admitted]]
-    left = everybody
+    sequences = [Simulated(row, state) for row in state.running + state.waiting[:num_admitted]]
+    left = sequences
     use: list[int] = []
     while left:
         step = len(use)
@@ -85,7 +86,7 @@ def simulate(state: State, num_admitted: int) -> tuple[list[int], list[int]]:
         for sequence in left:
             sequence.end = step
         left = [sequence for sequence in left if sequence.to_feed or sequence.to_decode]
-    return use, [sequence.end for sequence in everybody]
+    return use, [sequence.end for sequence in sequences]
 
 
 def random_state(rng: np.random.Generator) -> State:
@@ -94,7 +95,7 @@ def random_state(rng: np.random.Generator) -> State:
     for node in range(rng.integers(0, 9)):
         parent = int(rng.integers(max(-1, node - 3), node))
         state.nodes.append((parent, int(rng.integers(1, 4))))
-    # Numbers say nothing about who is whose ancestor.
+    # The numbers of nodes say nothing about ancestors.
     number = rng.permutation(len(state.nodes)).tolist()
     nodes = list(state.nodes)
     for old, (parent, num_pages) in enumerate(nodes):
@@ -105,7 +106,7 @@ def random_state(rng: np.random.Generator) -> State:
         num_shared = len(state.path(leaf))
         length = num_shared * size + int(rng.integers(1, 4 * size))
         num_steps = int(rng.integers(0, 30))
-        num_pages = -(-length // size)
+        num_pages = ceil_div(length, size)
         if is_waiting or rng.random() < 0.3:
             num_to_feed = int(rng.integers(1, length - num_shared * size + 1))
             return length, num_pages, num_to_feed, num_steps, leaf
@@ -139,15 +140,18 @@ def check(seed: int) -> None:
         assert len(waiting_end) == num_waiting
 
 
-@pytest.mark.parametrize("part", range(8))
-def test_equals_simulation(part):
-    for seed in range(part * 40, part * 40 + 40):
+def test_forecasts_equal_a_simulation_step_by_step():
+    for seed in range(320):
         check(seed)
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_many_sequences(seed):
-    """The most that fit, where bounds and cuts have something to do."""
+def test_the_most_of_many_sequences_that_fit_are_admissible():
+    """There bounds and cuts have something to do."""
+    for seed in range(10):
+        check_many_sequences(seed)
+
+
+def check_many_sequences(seed: int) -> None:
     rng = np.random.default_rng(seed)
     nodes = [(int(rng.integers(-1, node)) if node else -1, 2) for node in range(30)]
     state = State(
@@ -157,7 +161,13 @@ def test_many_sequences(seed):
     def random_row(num_to_feed: int) -> Row:
         leaf = int(rng.integers(-1, 30)) if seed % 2 else -1
         length = len(state.path(leaf)) * state.page_size + int(rng.integers(num_to_feed, 60)) + 1
-        return length, -(-length // state.page_size), num_to_feed, int(rng.integers(0, 400)), leaf
+        return (
+            length,
+            ceil_div(length, state.page_size),
+            num_to_feed,
+            int(rng.integers(0, 400)),
+            leaf,
+        )
 
     state.running = [random_row(int(rng.integers(0, 2))) for _ in range(200)]
     state.waiting = [random_row(int(rng.integers(1, 50))) for _ in range(300)]
@@ -169,55 +179,55 @@ def test_many_sequences(seed):
 
 
 @pytest.mark.long
-def test_equals_simulation_often():
+def test_ten_thousand_forecasts_equal_a_simulation():
     for seed in range(1000, 11_000):
         check(seed)
 
 
-def test_the_picture():
+def test_use_is_as_in_the_picture_of_the_module():
     assert State(running=[(6, 2, 0, 5, -1)]).forecast().use().tolist() == [2, 2, 2, 3, 3, 3]
 
 
-def test_nobody():
+def test_a_forecast_without_sequences():
     forecast = State().forecast()
     assert forecast.use().tolist() == []
     assert forecast.peak() == 0
     assert forecast.num_admissible(0) == forecast.num_admissible(10) == 0
     assert [len(ends) for ends in forecast.finish_steps(10)] == [0, 0]
     assert forecast.prefill_pace(10, 100, 16) == 0
-    none = Sequences.none()
+    none = ForecastRows.none()
     assert Forecast(none, none, Forest.none(), page_size=1, prefill_rate=1).peak() == 0
 
 
-def test_nothing_runs():
+def test_a_forecast_without_running_sequences():
     state = State(waiting=[(5, 2, 5, 3, -1)] * 3)
     forecast = state.forecast()
     assert [forecast.num_admissible(limit) for limit in (0, 1, 2, 4, 6, 100)] == [0, 0, 1, 2, 3, 3]
     assert forecast.prefill_pace(100, 64, 16) == 64
 
 
-def test_larger_than_the_cache():
+def test_a_sequence_larger_than_the_cache_is_not_admissible():
     state = State(waiting=[(100, 25, 100, 50, -1), (4, 1, 4, 1, -1)])
     forecast = state.forecast()
     assert forecast.num_admissible(24) == 0
-    # It is admitted all the same one day, or nobody would ever end.
+    # It is admitted later nevertheless, or no sequence would ever end.
     assert (forecast.finish_steps(24)[1] > 0).all()
 
 
-def test_running_sequences_that_exceed_the_limit_let_nobody_in():
+def test_no_sequence_is_admissible_where_running_ones_exceed_the_limit():
     state = State(running=[(4, 1, 0, 20, -1)], waiting=[(1, 1, 1, 0, -1)], nodes=[])
     assert state.forecast().num_admissible(5) == 0
     assert state.forecast().num_admissible(6) == 1
 
 
-def test_pages_that_others_free_in_time_count():
+def test_pages_that_running_sequences_free_in_time_count_as_room():
     # The newcomer grows only after the running one has gone.
     state = State(running=[(8, 2, 0, 2, -1)], waiting=[(4, 1, 4, 12, -1)], rate=1)
     assert state.forecast().num_admissible(3) == 0
     assert state.forecast().num_admissible(4) == 1
 
 
-def test_unreferenced_cached_pages_are_used_from_the_admission_of_the_first_who_finds_them():
+def test_unreferenced_cached_pages_are_in_use_once_a_sequence_with_them_is_admitted():
     state = State(
         running=[(2, 1, 0, 1, -1)], waiting=[(9, 3, 1, 0, 0), (9, 3, 1, 0, 0)], nodes=[(-1, 2)]
     )

@@ -1,1 +1,1 @@
-"""The architectures, one short file each, and ``registry``, which names them. ``registry`` loads no torch."""
+"""The architectures, and ``registry``, the table of them. Only ``*_model`` files load torch."""

@@ -1,119 +1,97 @@
-"""Llama 3.x, and whatever else has its shape (Llama 2, SmolLM, many fine-tunes)."""
+"""Llama 3.x, and models of the same shape (Llama 2, SmolLM, many fine-tunes). Loads no torch."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor, nn
-
-from tokasaurus.model.backend.base import Attention
 from tokasaurus.model.config import ModelConfig
-from tokasaurus.model.layers.attention import SelfAttention
-from tokasaurus.model.layers.linear import Embedding, Linear
-from tokasaurus.model.layers.mlp import GatedMLP
-from tokasaurus.model.layers.norm import RMSNorm
-from tokasaurus.model.layers.placement import Placement
-from tokasaurus.model.layers.rotary import Rotary, Rotation
+from tokasaurus.model.json_fields import JsonFields
+from tokasaurus.model.rope_config import parse_rope, stretched_positions
 
-__all__ = ["LlamaLayer", "LlamaModel"]
+if TYPE_CHECKING:
+    from tokasaurus.model.architectures.llama_model import LlamaModel
 
+__all__ = ["Llama"]
 
-class LlamaLayer(nn.Module):
-    """Pre-norm attention, then a gated MLP, each added to the residual stream."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        place: Placement,
-        layer: int,
-        *,
-        qkv_bias: bool,
-        output_bias: bool,
-        mlp_bias: bool,
-        qk_norm: bool,
-    ) -> None:
-        super().__init__()
-        self.attention_norm = RMSNorm(place, config.hidden_size, config.rms_norm_eps)
-        self.attention = SelfAttention(
-            config, place, layer, qkv_bias=qkv_bias, output_bias=output_bias, qk_norm=qk_norm
-        )
-        self.mlp_norm = RMSNorm(place, config.hidden_size, config.rms_norm_eps)
-        self.mlp = GatedMLP(config, place, bias=mlp_bias)
-
-    def forward(self, x: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation, attention)
-        result: Tensor = x + self.mlp(self.mlp_norm(x))
-        return result
+_SILU = ("silu", "swish")  # two names that transformers has for one function
 
 
-class LlamaModel(nn.Module):
-    """Token ids to hidden states; the head turns chosen rows of those into logits.
+class Llama:
+    """Implements ``Architecture``; others of its skeleton subclass it.
 
-    Args:
-        config: sizes.
-        place: dtype and device of the parameters, which the loader fills.
+    Attributes:
+        default_head_dim: for files without ``head_dim``; None divides the hidden size by the heads.
     """
 
-    # Module of ours -> the checkpoint's modules whose rows it holds, in order; {} is the layer's number.
-    # Each has a weight, and a bias where ours has one.
-    WEIGHTS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "embedding": ("model.embed_tokens",),
-        "layers.{}.attention_norm": ("model.layers.{}.input_layernorm",),
-        "layers.{}.attention.qkv": (
-            "model.layers.{}.self_attn.q_proj",
-            "model.layers.{}.self_attn.k_proj",
-            "model.layers.{}.self_attn.v_proj",
-        ),
-        "layers.{}.attention.output": ("model.layers.{}.self_attn.o_proj",),
-        "layers.{}.mlp_norm": ("model.layers.{}.post_attention_layernorm",),
-        "layers.{}.mlp.gate_up": ("model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj"),
-        "layers.{}.mlp.down": ("model.layers.{}.mlp.down_proj",),
-        "norm": ("model.norm",),
-        "head": ("lm_head",),
-    }
+    default_head_dim: ClassVar[int | None] = None
 
-    def __init__(self, config: ModelConfig, place: Placement) -> None:
-        super().__init__()
-        self.embedding = Embedding(place, config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            self.make_layer(config, place, layer) for layer in range(config.num_layers)
-        )
-        self.norm = RMSNorm(place, config.hidden_size, config.rms_norm_eps)
-        self.head: Embedding | Linear = self.embedding
-        if not config.tie_word_embeddings:
-            self.head = Linear(place, config.hidden_size, config.vocab_size)
-        self._rotary = Rotary(config.rope, config.head_dim, place.device)
-
-    def make_layer(self, config: ModelConfig, place: Placement, layer: int) -> LlamaLayer:
-        """What architectures of this shape differ in."""
-        return LlamaLayer(
-            config,
-            place,
-            layer,
-            qkv_bias=config.attention_bias,
-            output_bias=config.attention_bias,
-            mlp_bias=config.mlp_bias,
+    def parse(self, fields: JsonFields, rope_scaling: JsonFields | None) -> ModelConfig:
+        _refuse_unsupported(fields)
+        num_heads = fields.integer("num_attention_heads")
+        num_kv_heads = fields.integer("num_key_value_heads", num_heads)
+        if num_heads % num_kv_heads:
+            raise fields.error(
+                "num_key_value_heads", f"is {num_kv_heads}, which does not divide {num_heads} heads"
+            )
+        max_position = fields.integer("max_position_embeddings")
+        rope = parse_rope(fields, max_position, rope_scaling)
+        if rope_scaling is not None:
+            max_position = stretched_positions(rope, max_position)
+        attention_bias = fields.flag("attention_bias", False)
+        return ModelConfig(
+            architecture=fields.strings("architectures")[0],
+            vocab_size=fields.integer("vocab_size"),
+            hidden_size=fields.integer("hidden_size"),
+            intermediate_size=fields.integer("intermediate_size"),
+            num_layers=fields.integer("num_hidden_layers"),
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=self._head_dim(fields, num_heads),
+            max_position_embeddings=max_position,
+            rms_norm_eps=fields.number("rms_norm_eps", 1e-6, minimum=0),
+            tie_word_embeddings=fields.flag("tie_word_embeddings", False),
+            qkv_bias=attention_bias,
+            output_bias=attention_bias,
+            mlp_bias=fields.flag("mlp_bias", False),
             qk_norm=False,
+            rope=rope,
         )
 
-    def forward(self, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """One pass over a flat batch.
+    def model_class(self) -> type[LlamaModel]:
+        from tokasaurus.model.architectures.llama_model import LlamaModel
 
-        Args:
-            ids: [tokens] int64.
-            positions: [tokens] int64, of each token within its sequence.
-            attention: the batch's; also keeps its keys and values.
+        return LlamaModel
 
-        Returns:
-            Hidden states after the last norm, [tokens, hidden].
-        """
-        rotation = self._rotary(positions)
-        x = self.embedding(ids)
-        for layer in self.layers:
-            x = layer(x, rotation, attention)
-        result: Tensor = self.norm(x)
-        return result
+    def _head_dim(self, fields: JsonFields, num_heads: int) -> int:
+        hidden_size = fields.integer("hidden_size")
+        if "head_dim" in fields:
+            head_dim = fields.integer("head_dim")
+        elif self.default_head_dim is not None:
+            head_dim = self.default_head_dim
+        elif hidden_size % num_heads:
+            raise fields.error(
+                "head_dim",
+                f"is missing, and hidden_size {hidden_size} is not a multiple of {num_heads} heads",
+            )
+        else:
+            head_dim = hidden_size // num_heads
+        if head_dim % 2:
+            raise fields.error("head_dim", f"is {head_dim}; rotary embeddings need an even size")
+        return head_dim
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[rows, hidden] to [rows, vocabulary], in the model's dtype."""
-        return nn.functional.linear(hidden, self.head.weight)
+
+def _refuse_unsupported(fields: JsonFields) -> None:
+    activation = fields.text("hidden_act", "silu")
+    if activation not in _SILU:
+        raise fields.error("hidden_act", f"is {activation!r}; only 'silu' is supported")
+    if "quantization_config" in fields:
+        raise fields.error("quantization_config", "is set: quantized checkpoints are not supported")
+    other_layers = set(fields.strings("layer_types")) - {"full_attention"}
+    if other_layers:
+        raise fields.error(
+            "layer_types", f"has {min(other_layers)!r}; only full attention is supported"
+        )
+    # Layers from max_window_layers on slide.
+    num_sliding = fields.integer("num_hidden_layers") - fields.integer("max_window_layers", 28, 0)
+    if fields.flag("use_sliding_window", False) and num_sliding > 0:
+        raise fields.error("use_sliding_window", "is true: sliding windows are not supported")

@@ -1,47 +1,30 @@
-"""Qwen2, Qwen2.5 (Llama with biases on queries, keys and values) and Qwen3 (with norms on queries and keys)."""
+"""Qwen2 and Qwen2.5 (Llama with biases on queries, keys and values), and dense Qwen3 (with norms
+on queries and keys). Loads no torch."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
-from tokasaurus.model.architectures.llama import LlamaLayer, LlamaModel
+from tokasaurus.model.architectures.llama import Llama
 from tokasaurus.model.config import ModelConfig
-from tokasaurus.model.layers.placement import Placement
+from tokasaurus.model.json_fields import JsonFields
 
-__all__ = ["Qwen2Model", "Qwen3Model"]
-
-
-class Qwen2Model(LlamaModel):
-    """Qwen2 and Qwen2.5."""
-
-    def make_layer(self, config: ModelConfig, place: Placement, layer: int) -> LlamaLayer:
-        return LlamaLayer(
-            config,
-            place,
-            layer,
-            qkv_bias=True,
-            output_bias=False,
-            mlp_bias=False,
-            qk_norm=False,
-        )
+__all__ = ["Qwen2", "Qwen3"]
 
 
-class Qwen3Model(LlamaModel):
-    """Qwen3, dense."""
+class Qwen2(Llama):
+    """Implements ``Architecture``. Biases are part of the architecture; no field asks for them."""
 
-    WEIGHTS: ClassVar[dict[str, tuple[str, ...]]] = {
-        **LlamaModel.WEIGHTS,
-        "layers.{}.attention.query_norm": ("model.layers.{}.self_attn.q_norm",),
-        "layers.{}.attention.key_norm": ("model.layers.{}.self_attn.k_norm",),
-    }
+    def parse(self, fields: JsonFields, rope_scaling: JsonFields | None) -> ModelConfig:
+        config = super().parse(fields, rope_scaling)
+        return replace(config, qkv_bias=True, output_bias=False, mlp_bias=False)
 
-    def make_layer(self, config: ModelConfig, place: Placement, layer: int) -> LlamaLayer:
-        return LlamaLayer(
-            config,
-            place,
-            layer,
-            qkv_bias=config.attention_bias,
-            output_bias=config.attention_bias,
-            mlp_bias=False,
-            qk_norm=True,
-        )
+
+class Qwen3(Llama):
+    """Implements ``Architecture``."""
+
+    default_head_dim: ClassVar[int | None] = 128
+
+    def parse(self, fields: JsonFields, rope_scaling: JsonFields | None) -> ModelConfig:
+        return replace(super().parse(fields, rope_scaling), mlp_bias=False, qk_norm=True)

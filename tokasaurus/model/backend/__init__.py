@@ -1,4 +1,7 @@
-"""Attention backends, and the choice between them."""
+"""Attention backends, and the choice between them.
+
+Each kind of device may have kernels of its own; ``reference`` runs on all of them.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +22,17 @@ log = logging.getLogger(__name__)
 
 
 def make_backend(attention: str, cache: KVCache, num_heads: int, device: torch.device) -> Backend:
-    """Chooses the kernels.
+    """Chooses the backend.
 
     Args:
-        attention: "auto", "compiled" or "reference".
+        attention: "compiled" is the CPU's kernel, "reference" is plain torch on any device, "auto"
+            is the former where it can be built, else the latter.
         cache: the pages to attend over.
         num_heads: query heads.
-        device: where the cache lies.
+        device: of the cache.
 
     Raises:
-        ConfigError: the compiled kernel was asked for and cannot be had.
+        ConfigError: the compiled kernel was asked for and cannot be built.
     """
     if attention != "reference":
         try:

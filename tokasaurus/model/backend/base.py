@@ -1,7 +1,7 @@
 """The seam between the model and the kernels of a device.
 
 A backend owns attention over the paged KV cache. It knows nothing of weights, slots' parameters or
-sampling. Each is proven against ``cpu/reference.py``.
+sampling. Tests compare every backend with dense attention; ``reference.py`` is the definition.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Attention", "Backend", "SequenceRows"]
 
 @dataclass(frozen=True)
 class SequenceRows:
-    """Which rows of a flat batch belong to which sequence, and how much context each has.
+    """The rows of each sequence in a flat batch, and the length of its context.
 
     Sequence s owns rows ``query_starts[s] : query_starts[s + 1]``; its last row is at position
     ``kv_lengths[s] - 1``::
@@ -28,9 +28,9 @@ class SequenceRows:
         positions      9    0 1 2    4 5         kv_lengths   = [10, 3, 6]
 
     Attributes:
-        slots: [sequences], the row of each in the page table.
+        slots: [sequences], each one's row of the page table.
         query_starts: [sequences + 1].
-        kv_lengths: [sequences], positions to attend to, those of this batch included.
+        kv_lengths: [sequences], positions to attend to, including those of this batch.
         positions: [rows], on the host.
         page_table: [slots, pages] int32, on the device.
     """
@@ -52,8 +52,8 @@ class Attention(Protocol):
         1 / sqrt(head_dim); query head h reads key/value head h // (heads / kv_heads).
 
         Args:
-            layer: whose cache.
-            query: [rows, heads, head_dim]; the last two dimensions contiguous, here and below.
+            layer: the index of the layer in the cache.
+            query: [rows, heads, head_dim]. Here and below the last two dimensions are contiguous.
             key: [rows, kv_heads, head_dim], already rotated.
             value: [rows, kv_heads, head_dim].
 
@@ -67,5 +67,5 @@ class Backend(Protocol):
     """The kernels of one device over one KV cache."""
 
     def plan(self, rows: SequenceRows) -> Attention:
-        """Prepares what all layers of one batch share. Called once per batch, before its layers."""
+        """Prepares what a batch's layers share. Called once per batch, before its layers."""
         ...

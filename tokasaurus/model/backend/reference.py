@@ -1,19 +1,22 @@
-"""Paged attention in plain torch: the oracle for every other backend, and the fallback of all.
+"""Paged attention in plain torch, on any device: every other backend's oracle and fallback.
 
-It takes one sequence after the other and gathers its pages, so it says what paged attention means and
-runs on any torch device; it is not fast.
+It gathers the pages of one sequence after the other. This defines what paged attention means; it is
+not fast.
 """
 
 from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from tokasaurus.model.backend.base import SequenceRows
 from tokasaurus.model.kv_cache import KVCache
+from tokasaurus.model.upload import upload_indices
+from tokasaurus.rounding import ceil_div
 
 __all__ = ["ReferenceAttention", "ReferenceBackend"]
 
@@ -36,13 +39,11 @@ class ReferenceAttention:
         device = rows.page_table.device
         self._row_ranges = list(itertools.pairwise(rows.query_starts.tolist()))
         self._lengths = rows.kv_lengths.tolist()
-        self._page_rows = rows.page_table[
-            torch.from_numpy(rows.slots).to(device, torch.int64)
-        ].long()
-        # Where each row's key and value go.
-        counts = torch.from_numpy(rows.query_starts).diff().to(device)
+        self._page_rows = rows.page_table[upload_indices(rows.slots, device)].long()
+        # The place of each row's key and value.
+        counts = upload_indices(np.diff(rows.query_starts), device)
         sequence = torch.repeat_interleave(torch.arange(len(counts), device=device), counts)
-        positions = torch.from_numpy(rows.positions).to(device, torch.int64)
+        positions = upload_indices(rows.positions, device)
         self._pages = self._page_rows[sequence, positions // cache.page_size]
         self._offsets = positions % cache.page_size
 
@@ -63,9 +64,9 @@ class ReferenceAttention:
 
 
 def _gather(cache: Tensor, pages: Tensor, length: int) -> Tensor:
-    """One sequence's positions: [kv_heads, length, head_dim]. Cuts off what was never written."""
+    """One sequence's positions, [kv_heads, length, head_dim], without unwritten memory."""
     page_size = cache.shape[2]
-    used = cache[pages[: -(-length // page_size)]]
+    used = cache[pages[: ceil_div(length, page_size)]]
     return used.transpose(0, 1).flatten(1, 2)[:, :length]
 
 
@@ -75,14 +76,14 @@ def _attend_sequence(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     Args:
         query: [rows, heads, head_dim].
         keys: [kv_heads, length, head_dim].
-        values: likewise.
+        values: of the same shape.
 
     Returns:
         [rows, heads, head_dim].
     """
     (num_rows, num_heads, head_dim), (num_kv_heads, length, _) = query.shape, keys.shape
     group = num_heads // num_kv_heads
-    # Query heads that share a key head become further rows of it: [kv_heads, rows * group, head_dim].
+    # Query heads that share a key head become rows of it: [kv_heads, rows * group, head_dim].
     grouped = query.view(num_rows, num_kv_heads, group, head_dim).transpose(0, 1).flatten(1, 2)
     visible = torch.ones(num_rows, length, dtype=torch.bool, device=query.device)
     visible = visible.tril(length - num_rows).repeat_interleave(group, dim=0)

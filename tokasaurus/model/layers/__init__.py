@@ -1,1 +1,1 @@
-"""What decoder architectures are put together from. ``rope_config`` loads no torch."""
+"""The parts that decoder architectures share."""

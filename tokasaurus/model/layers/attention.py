@@ -1,7 +1,8 @@
-"""Self-attention of a decoder layer, around the seam of the backends.
+"""Self-attention of a decoder layer; a backend does the attending.
 
-Shapes: T tokens of a batch, H query heads, K key/value heads, D head size. A batch is flat: the tokens
-of all its sequences one after the other; only attention knows where one sequence ends.
+Shapes: T tokens of a batch, H query heads, K key/value heads, D head size. A batch is flat: it
+holds the tokens of all its sequences, one sequence after the other. Only the backend knows where
+one ends.
 """
 
 from __future__ import annotations
@@ -20,31 +21,19 @@ __all__ = ["SelfAttention"]
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention with rotary positions; queries, keys and values from one product.
+    """Grouped-query attention with rotary positions; one product makes queries, keys and values.
 
     Args:
-        layer: index of the layer, which names its part of the KV cache.
-        qkv_bias: biases on queries, keys and values.
-        output_bias: a bias on the output.
-        qk_norm: queries and keys are normalised per head before the rotation, as in Qwen3.
+        layer: the layer's index, which selects its part of the KV cache.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        place: Placement,
-        layer: int,
-        *,
-        qkv_bias: bool,
-        output_bias: bool,
-        qk_norm: bool,
-    ) -> None:
+    def __init__(self, config: ModelConfig, place: Placement, layer: int) -> None:
         super().__init__()
         size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.qkv = Linear(place, config.hidden_size, size, kv_size, kv_size, bias=qkv_bias)
-        self.output = Linear(place, size, config.hidden_size, bias=output_bias)
+        self.qkv = Linear(place, config.hidden_size, size, kv_size, kv_size, bias=config.qkv_bias)
+        self.output = Linear(place, size, config.hidden_size, bias=config.output_bias)
         self.query_norm = self.key_norm = None
-        if qk_norm:
+        if config.qk_norm:
             self.query_norm = RMSNorm(place, config.head_dim, config.rms_norm_eps)
             self.key_norm = RMSNorm(place, config.head_dim, config.rms_norm_eps)
         self._layer = layer
@@ -52,7 +41,7 @@ class SelfAttention(nn.Module):
         self._head_dim = config.head_dim
 
     def forward(self, x: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
-        """x: [T, hidden]; returns the same shape."""
+        """Maps [T, hidden] to the same shape."""
         #   one row of the product:  │ q heads (H) │ k heads (K) │ v heads (K) │
         num_rotated = self._num_heads + self._num_kv_heads
         heads = self.qkv(x).view(len(x), num_rotated + self._num_kv_heads, self._head_dim)

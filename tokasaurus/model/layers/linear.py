@@ -1,4 +1,4 @@
-"""Matrix products, and the embedding, whose weight may be a matrix product's too."""
+"""Matrix products, and the embedding, which may share its weight with the head's product."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["Embedding", "Linear"]
 
 
 class Linear(nn.Module):
-    """One matrix product for one or several layers of the checkpoint that share their input.
+    """One matrix product for one or more of the checkpoint's products that share their input.
 
     Args:
         in_size: columns of the weight.
-        *parts: rows of each checkpoint layer, in the order of the outputs.
+        *parts: rows of each of the checkpoint's products, in the order of the outputs.
     """
 
     def __init__(self, place: Placement, in_size: int, *parts: int, bias: bool = False) -> None:
@@ -29,7 +29,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token ids to vectors. The same weight may be the head's, see ``Linear``."""
+    """Maps token ids to vectors. A tied head uses the same weight."""
 
     def __init__(self, place: Placement, vocab_size: int, hidden_size: int) -> None:
         super().__init__()

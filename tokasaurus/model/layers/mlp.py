@@ -13,13 +13,13 @@ __all__ = ["GatedMLP"]
 
 
 class GatedMLP(nn.Module):
-    """SwiGLU, Shazeer 2020, https://arxiv.org/abs/2002.05202; gate and up from one product."""
+    """SwiGLU, Shazeer 2020, https://arxiv.org/abs/2002.05202; one product makes gate and up."""
 
-    def __init__(self, config: ModelConfig, place: Placement, *, bias: bool) -> None:
+    def __init__(self, config: ModelConfig, place: Placement) -> None:
         super().__init__()
         inner = config.intermediate_size
-        self.gate_up = Linear(place, config.hidden_size, inner, inner, bias=bias)
-        self.down = Linear(place, inner, config.hidden_size, bias=bias)
+        self.gate_up = Linear(place, config.hidden_size, inner, inner, bias=config.mlp_bias)
+        self.down = Linear(place, inner, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)

@@ -11,7 +11,7 @@ __all__ = ["RMSNorm"]
 
 
 class RMSNorm(nn.Module):
-    """Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467; the mean is taken in fp32."""
+    """Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467, with the mean in fp32."""
 
     def __init__(self, place: Placement, size: int, eps: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Where parameters live, and in which dtype."""
+"""The device and dtype of parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Placement"]
 
 @dataclass(frozen=True)
 class Placement:
-    """Where parameters live, and in which dtype."""
+    """The device and dtype of a model's parameters."""
 
     dtype: torch.dtype
     device: torch.device

@@ -1,4 +1,4 @@
-"""Rotary position embeddings: inverse frequencies for each kind, and the rotation of heads."""
+"""Rotary position embeddings: the inverse frequencies of each kind, and the rotation of heads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tokasaurus.model.layers.rope_config import (
+from tokasaurus.model.rope_config import (
     DefaultRope,
     LinearRope,
     Llama3Rope,
@@ -27,9 +27,10 @@ class Rotation(NamedTuple):
 
 
 class Rotary:
-    """Turns positions into rotations; computed once per batch, shared by all layers.
+    """Turns positions into rotations, once per batch for all layers.
 
-    No table over positions: at 128k positions it would cost more memory traffic than the cosines.
+    It keeps no table over positions: at 128k positions, reading one would cost more memory traffic
+    than computing the cosines.
     """
 
     def __init__(self, rope: RopeConfig, head_dim: int, device: torch.device) -> None:
@@ -42,9 +43,9 @@ class Rotary:
 
 
 def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
-    """Rotates [tokens, heads, head_dim]; component i is paired with i + head_dim / 2.
+    """Rotates [tokens, heads, head_dim], pairing component i with i + head_dim / 2.
 
-    The product is taken in fp32 whatever the dtype of the heads.
+    The product is in fp32, whatever the dtype of the heads.
     """
     left, right = heads.chunk(2, dim=-1)
     cos, sin = rotation
@@ -53,8 +54,8 @@ def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
 
 
 def _frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
-    # In fp32 step by step as transformers does: the last bit of a frequency, times a position of
-    # 100,000, is an angle one can see in the logits.
+    # Computed in fp32 step by step, as in transformers: at position 100,000 the last bit of a
+    # frequency makes an angle that shows in the logits.
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     plain = 1.0 / rope.theta**exponents
     if isinstance(rope, DefaultRope):
@@ -67,8 +68,9 @@ def _frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:
 
 
 def _llama3(rope: Llama3Rope, plain: Tensor) -> Tensor:
-    # How often a component turns within the original context decides: fewer than low_freq_factor turns
-    # are slowed down by the factor, more than high_freq_factor turns are kept, the rest is mixed.
+    # The number of turns that a component makes within the original context decides. Those with
+    # fewer than low_freq_factor turns are slowed down by the factor, those with more than
+    # high_freq_factor are kept, and the rest are mixed.
     turns = rope.original_max_position * plain / (2 * math.pi)
     span = rope.high_freq_factor - rope.low_freq_factor
     kept = ((turns - rope.low_freq_factor) / span).clamp(0, 1)
@@ -77,7 +79,7 @@ def _llama3(rope: Llama3Rope, plain: Tensor) -> Tensor:
 
 def _yarn(rope: YarnRope, exponents: Tensor, head_dim: int) -> Tensor:
     def component(turns: float) -> float:
-        """Which component turns so often within the original context."""
+        """The component that makes this number of turns within the original context."""
         context = rope.original_max_position / (turns * 2 * math.pi)
         return head_dim * math.log(context) / (2 * math.log(rope.theta))
 

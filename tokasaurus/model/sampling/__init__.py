@@ -1,1 +1,1 @@
-"""From hidden states to tokens and logprobs."""
+"""Turns hidden states into tokens and logprobs."""

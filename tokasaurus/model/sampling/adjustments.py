@@ -1,18 +1,17 @@
-"""Changes logits before a token is drawn: masks, biases, penalties. For the slots that ask, and no others.
+"""Adjusts logits before a token is drawn: masks, biases, penalties, for the slots that ask.
 
-Owns what the worker must remember of them between batches: each slot's adjustments, which tokens its prompt
-holds if that matters, and what it has generated (``history``). The ids of a sequence that enters come with its
-parameters, those that follow are recorded on the device as they are drawn: nothing here waits for a result, so
-that adjusted sequences run ahead like any other.
+Owns what the worker remembers of these slots between batches: each slot's adjustments, the distinct
+ids of its prompt if they matter, and the ids that it has generated (``history``). A sequence's ids
+come with its parameters when it enters; later ones are recorded on the device as they are drawn.
+Nothing here waits for a result, so adjusted sequences run ahead like any other.
 
-In the order of ``Adjustments``: masks and biases are added, then come the penalties.
+The order is that of ``Adjustments``: masks and biases are added first, then come the penalties.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,29 +20,29 @@ from torch import Tensor
 
 from tokasaurus.errors import ProtocolError
 from tokasaurus.model.sampling.history import MAX_GATHERED, History
-from tokasaurus.protocol.arrays import Float32Array, Int32Array, Int64Array
+from tokasaurus.model.upload import upload, upload_indices
+from tokasaurus.protocol.arrays import EMPTY_INT32, Float32Array, Int32Array, Int64Array
 from tokasaurus.protocol.messages import AdjustedSlots, Adjustments, SlotParameters
 
 __all__ = ["AdjustmentTable"]
 
 _ALWAYS = np.iinfo(np.int32).max
-_NO_IDS: Int32Array = np.zeros(0, np.int32)
-_NOTHING = -1  # in a table of words: matches whatever is there
+# In a table of words: matches any id.
+_ANY = -1
 _MAX_LAYOUTS = 8
-_MAX_LAYOUT_ELEMENTS = (
-    1 << 22
-)  # of all that are kept, unless a single one has more; at most 28 bytes each
+# Of all layouts together, unless a single one has more. An element takes at most 28 bytes.
+_MAX_LAYOUT_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
 class _Edits:
-    """What the adjustments of one slot add to its logits, whatever it has generated.
+    """The additions to one slot's logits that do not depend on the generated ids.
 
     Attributes:
-        ids: [edits]
-        values: [edits]
-        until: [edits] they count before so many tokens are generated.
-        words: ids of words of two tokens and more.
+        ids: [edits].
+        values: [edits].
+        until: [edits]; an edit counts while fewer tokens than this are generated.
+        words: the ids of bad words of two tokens or more.
     """
 
     ids: Int64Array
@@ -67,22 +66,29 @@ class _Edits:
 
 @dataclass(frozen=True, eq=False)
 class _Layout:
-    """Edits of some rows, one after the other, beside the logits. Depends on no token.
+    """The edits of all adjusted rows of a batch, row after row, on the device of the logits.
+
+    It depends on no generated token. A place is the index of a logit in [R, vocabulary], flattened.
 
     Attributes:
-        rows: [R] those that are adjusted, of the logits they are in.
-        slots: [R] on the host.
-        owners: [edits] index into the rows; likewise ids, values, until.
-        word_owners: [words]; likewise word_ends, their last ids, and word_prefixes [words, P], the ids
-            before it, aligned to the right.
-        penalized: [penalized] index into the rows, on the host.
-        penalties: [3, penalized] repetition, frequency, presence.
-        first_places: [penalized, 1] of each row's first logit, counted row by row.
-        known_places: [known] of logits of ids of prompts, each once for a row; on the host if there are many.
-        known_repetition: [known] the repetition penalty for each, beside it.
-        counts: whether any frequency or presence counts.
-        may_mask_all: whether some row has as many masks as there are tokens.
-        num_elements: of its tables.
+        rows: [R], the adjusted rows among the rows of the logits.
+        slots: [R], on the host.
+        owners: [edits], the row of each edit, as an index into the R rows.
+        ids: [edits], as in ``_Edits``, like the next two.
+        values: [edits].
+        until: [edits].
+        word_owners: [words], the row of each word, as an index into the R rows.
+        word_ends: [words], the last id of each word.
+        word_prefixes: [words, P], the ids before the last one, aligned to the right.
+        penalized: [penalized], the rows with penalties, as indices into the R rows, on the host.
+        penalties: [3, penalized]: repetition, frequency, presence.
+        first_places: [penalized, 1], the place of each row's first logit.
+        known_places: [known], the places of the prompts' ids, each id once for a row; on the host
+            if there are many.
+        known_repetition: [known], the repetition penalty of each, on the same device.
+        counts: whether any row has a frequency or presence penalty.
+        may_mask_all: whether some row has at least as many masks as there are tokens.
+        num_elements: the size of the tables.
     """
 
     rows: Tensor
@@ -108,9 +114,9 @@ class AdjustmentTable:
     """The adjustments of slots.
 
     Args:
-        num_slots: rows.
+        num_slots: of the worker.
         vocab_size: ids are below it.
-        history: empty.
+        history: an empty one.
         device: of the logits.
     """
 
@@ -124,14 +130,15 @@ class AdjustmentTable:
         self._edits: dict[int, _Edits] = {}
         self._layouts: dict[bytes, _Layout] = {}
         self._history = history
-        # On the host, by slot: each id of the prompt once. What a request's samples share is there once.
+        # By slot, on the host: the distinct ids of the prompt. A request's samples share one array.
         self._prompts: dict[int, Int32Array] = {}
 
     def enter(self, parameters: SlotParameters) -> None:
-        """Sequences enter slots: these forget who was there before.
+        """Takes the adjustments of sequences that enter slots; former ones are forgotten.
 
         Raises:
-            ProtocolError: ids beyond the vocabulary, or other slots than those that are entered.
+            ProtocolError: ids are beyond the vocabulary, or slots are adjusted that no sequence
+                enters.
         """
         self.leave(parameters.slots)
         if not parameters.adjusted:
@@ -143,7 +150,7 @@ class AdjustmentTable:
             self._enter_group(group, entering)
 
     def leave(self, slots: Int32Array) -> None:
-        """Forgets what it has of these slots, which may be nothing."""
+        """Forgets these slots, adjusted or not."""
         former = slots[self._asks[slots]]
         if not former.size:
             return
@@ -158,9 +165,9 @@ class AdjustmentTable:
         """The logits after all adjustments.
 
         Args:
-            logits: [rows, vocabulary] fp32; left as it is, and returned if no slot asks.
+            logits: [rows, vocabulary] fp32. Never changed; returned as it is if no slot asks.
             slots: [rows].
-            num_generated: [rows] tokens that each has generated before.
+            num_generated: [rows], the tokens that each has generated so far.
         """
         if not self._adjustments:
             return logits
@@ -183,14 +190,15 @@ class AdjustmentTable:
         return result
 
     def record(self, slots: Int32Array, token_ids: Tensor) -> Int32Array | None:
-        """Remembers what was drawn.
+        """Remembers the drawn tokens.
 
         Args:
             slots: [rows].
             token_ids: [rows] int64, on the device.
 
         Returns:
-            The rows that cannot go on, since there is no room to remember what they draw; None if all can.
+            The rows that cannot go on, because there is no room to remember their tokens. None if
+            all can.
         """
         if not self._adjustments:
             return None
@@ -199,14 +207,14 @@ class AdjustmentTable:
             return None
         kept = np.flatnonzero(keeps)
         if len(kept) < len(slots):
-            slots, token_ids = slots[kept], token_ids[self._upload(kept)]
+            slots, token_ids = slots[kept], token_ids[upload_indices(kept, self._device)]
         is_lost = self._history.record(slots, token_ids)
         return kept[is_lost].astype(np.int32) if is_lost.any() else None
 
-    # --- what slots ask for ------------------------------------------------------------------------
+    # --- the slots' adjustments -------------------------------------------------------------------
 
     def _enter_group(self, group: AdjustedSlots, entering: dict[int, int]) -> None:
-        """``entering``: how many tokens each slot that is entered has generated before."""
+        """Enters one group. ``entering`` maps each slot to the number of its generated tokens."""
         slots, adjustments = group.slots.tolist(), group.adjustments
         if len(entering.keys() & set(slots)) != len(slots):
             raise ProtocolError("slots are adjusted that no sequence enters")
@@ -215,7 +223,8 @@ class AdjustmentTable:
         ids = np.concatenate([edits.ids, group.ids, words])
         if len(ids) and (ids.min() < 0 or ids.max() >= self._vocab_size):
             raise ProtocolError(
-                f"adjusted ids range from {ids.min()} to {ids.max()}, the limit is {self._vocab_size}"
+                f"adjusted ids range from {ids.min()} to {ids.max()}, "
+                f"the limit is {self._vocab_size}"
             )
         for slot in slots:
             self._adjustments[slot], self._edits[slot] = adjustments, edits
@@ -227,7 +236,7 @@ class AdjustmentTable:
             self._history.enter(group.slots, group.ids[num_prompt:])
 
     def _layout(self, slots: Int32Array, asking: NDArray[np.bool_]) -> _Layout:
-        """Made once for as long as the same slots come back."""
+        """The layout of these slots, kept while batches have the same ones."""
         key = slots.tobytes()
         layout = self._layouts.get(key)
         if layout is None:
@@ -246,7 +255,8 @@ class AdjustmentTable:
         owners = np.repeat(np.arange(len(edits)), [len(each.ids) for each in edits])
         words = [(owner, word) for owner, each in enumerate(edits) for word in each.words]
         longest = max((len(word) - 1 for _, word in words), default=0)
-        prefixes = np.full((len(words), longest), _NOTHING, np.int32)  # the largest table of all
+        # The largest table, hence int32.
+        prefixes = np.full((len(words), longest), _ANY, np.int32)
         for index, (_, word) in enumerate(words):
             prefixes[index, longest - len(word) + 1 :] = word[:-1]
         asked = [self._adjustments[slot] for slot in slots.tolist()]
@@ -255,55 +265,53 @@ class AdjustmentTable:
             np.float32,
         )
         penalized = np.flatnonzero((penalties != (1, 0, 0)).any(axis=1))
-        known = [self._prompts.get(slot, _NO_IDS) for slot in slots[penalized].tolist()]
+        known = [self._prompts.get(slot, EMPTY_INT32) for slot in slots[penalized].tolist()]
         counts = [len(ids) for ids in known]
         known_places = np.repeat(penalized * self._vocab_size, counts)
-        known_places += np.concatenate([_NO_IDS, *known])
+        known_places += np.concatenate([EMPTY_INT32, *known])
         known_repetition = np.repeat(penalties[penalized, 0], counts)
         is_small = len(known_places) <= _MAX_LAYOUT_ELEMENTS
         place = self._device if is_small else torch.device("cpu")
         values = np.concatenate([each.values for each in edits])
         num_masks = [np.isneginf(each.values).sum() + len(each.words) for each in edits]
         return _Layout(
-            rows=self._upload(rows),
+            rows=upload_indices(rows, self._device),
             slots=slots,
-            owners=self._upload(owners),
-            ids=self._upload(np.concatenate([each.ids for each in edits])),
-            values=torch.from_numpy(values).to(self._device),
-            until=self._upload(np.concatenate([each.until for each in edits])),
-            word_owners=self._upload(np.array([owner for owner, _ in words])),
-            word_ends=self._upload(np.array([word[-1] for _, word in words])),
-            word_prefixes=torch.from_numpy(prefixes).to(self._device),
+            owners=upload_indices(owners, self._device),
+            ids=upload_indices(np.concatenate([each.ids for each in edits]), self._device),
+            values=upload(values, self._device),
+            until=upload_indices(np.concatenate([each.until for each in edits]), self._device),
+            word_owners=upload_indices(np.array([owner for owner, _ in words]), self._device),
+            word_ends=upload_indices(np.array([word[-1] for _, word in words]), self._device),
+            word_prefixes=upload(prefixes, self._device),
             penalized=penalized,
-            penalties=torch.from_numpy(np.ascontiguousarray(penalties[penalized].T)).to(
-                self._device
-            ),
-            first_places=self._upload(penalized * self._vocab_size)[:, None],
-            known_places=torch.from_numpy(known_places).to(place),
-            known_repetition=torch.from_numpy(known_repetition).to(place),
+            penalties=upload(penalties[penalized].T, self._device),
+            first_places=upload_indices(penalized * self._vocab_size, self._device)[:, None],
+            known_places=upload(known_places, place),
+            known_repetition=upload(known_repetition, place),
             counts=bool(penalties[:, 1:].any()),
             may_mask_all=max(num_masks) >= self._vocab_size,
             num_elements=len(owners) + prefixes.size + len(words) + len(known_places) // 2,
         )
 
-    # --- what it does to logits ---------------------------------------------------------------------
+    # --- the logits -------------------------------------------------------------------------------
 
     def _add(self, work: Tensor, layout: _Layout, num_generated: Int32Array) -> None:
-        """Masks and biases, in place. ``work`` is [R, vocabulary], ``num_generated`` [R]."""
+        """Adds masks and biases in place. ``work`` is [R, vocabulary], ``num_generated`` [R]."""
         if len(layout.owners):
-            is_early = self._upload(num_generated)[layout.owners] < layout.until
+            is_early = upload_indices(num_generated, self._device)[layout.owners] < layout.until
             values = layout.values.where(is_early, 0)
             work.index_put_((layout.owners, layout.ids), values, accumulate=True)
         if len(layout.word_owners):
             prefixes = layout.word_prefixes
-            tails = self._history.tails(layout.slots, prefixes.shape[1], _NOTHING - 1)
+            tails = self._history.tails(layout.slots, prefixes.shape[1], _ANY - 1)
             tails = tails[layout.word_owners]
-            found = ((prefixes == tails) | (prefixes == _NOTHING)).all(dim=1)
+            found = ((prefixes == tails) | (prefixes == _ANY)).all(dim=1)
             values = torch.zeros_like(found, dtype=work.dtype).masked_fill_(found, -torch.inf)
             work.index_put_((layout.word_owners, layout.word_ends), values, accumulate=True)
 
     def _penalize(self, work: Tensor, layout: _Layout) -> None:
-        """Penalties, in place; only the logits of ids in prompts and histories are touched."""
+        """Applies penalties in place, to the logits of ids in prompts and histories only."""
         slots = layout.slots[layout.penalized]
         num_ids = len(layout.known_places) + len(slots) * int(self._history.lengths[slots].max())
         at_once = num_ids <= MAX_GATHERED
@@ -311,16 +319,17 @@ class AdjustmentTable:
             work if at_once else work.clone(), layout, slots, at_once
         )
         if at_once:
-            updates = list(updates)  # reads all before it writes any
+            # All reads come before the first write.
+            updates = list(updates)
         for places, scores in updates:
             work.put_(places, scores)
 
     def _penalized(
         self, work: Tensor, layout: _Layout, slots: Int32Array, at_once: bool
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """What becomes of some logits: where they are, counted row by row, and the new ones.
+        """Yields places and their new logits. The last one for a place is right.
 
-        Of several for one place the last is right. ``at_once``: there are few enough to keep all that is gathered.
+        ``at_once`` says that the ids are few enough to keep all gathered pieces.
         """
         for start in range(0, len(layout.known_places), MAX_GATHERED):
             part = slice(start, start + MAX_GATHERED)
@@ -332,7 +341,7 @@ class AdjustmentTable:
             return
         first_places, penalties = layout.first_places, layout.penalties[:, :, None]
         if len(holding) < len(slots):
-            slots, index = slots[holding], self._upload(holding)
+            slots, index = slots[holding], upload_indices(holding, self._device)
             first_places, penalties = first_places[index], penalties[:, index]
         repetition, frequency, presence = penalties
         pieces: Iterable[tuple[Tensor, Tensor]] = self._history.pieces(slots)
@@ -352,12 +361,9 @@ class AdjustmentTable:
                 scores = scores - frequency * count - presence * (count > 0)
             yield places, scores
 
-    def _upload(self, values: NDArray[np.integer[Any]]) -> Tensor:
-        return torch.from_numpy(values.astype(np.int64)).to(self._device)
-
 
 def _distinct(ids: Int32Array) -> Int32Array:
-    """Each once; several times faster than numpy's ``unique``."""
+    """Each id once; several times faster than numpy's ``unique``."""
     ids = np.sort(ids)
     is_first = np.ones(len(ids), np.bool_)
     np.not_equal(ids[1:], ids[:-1], out=is_first[1:])

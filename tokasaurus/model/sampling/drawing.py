@@ -1,8 +1,7 @@
-"""From hidden states to tokens and logprobs, for the rows that need it.
+"""Turns hidden states into tokens and logprobs, for the rows that need them.
 
-The vocabulary is large and most rows of a prompt need no logits: chosen rows are gathered, then go
-through the head, the sampler and the logprobs a chunk at a time, so that [all rows, vocabulary] never
-exists.
+The vocabulary is large, and most rows of a prompt need no logits. So only chosen rows go through
+the head, the sampler and the logprobs, one part at a time, and [all rows, vocabulary] never exists.
 """
 
 from __future__ import annotations
@@ -12,16 +11,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from tokasaurus.model.architectures.llama import LlamaModel
+from tokasaurus.model.architectures.llama_model import LlamaModel
 from tokasaurus.model.sampling.adjustments import AdjustmentTable
 from tokasaurus.model.sampling.matchers import TokenMasks
+from tokasaurus.model.sampling.rows import PromptRows, SamplingRows
 from tokasaurus.model.sampling.sampler import Logprobs, SamplingParameters, draw, logprobs_of
-from tokasaurus.model.worker.slot_state import PromptRows, SamplingRows
+from tokasaurus.model.upload import upload_indices
 
 __all__ = ["draw_tokens", "score_prompts"]
 
-# Elements of the logits of one chunk: 128 MiB in fp32. Sampling and logprobs take a few times that while
-# they work on a chunk, however many rows a batch has and however large the vocabulary is.
+# Elements of the logits of one part: 128 MiB in fp32. Sampling and logprobs take a few times as
+# much while they work on a part, for any number of rows and any vocabulary.
 _MAX_LOGITS = 1 << 25
 
 
@@ -37,9 +37,9 @@ def draw_tokens(
     Args:
         model: its head is used.
         hidden: [rows of the batch, hidden].
-        rows: which of them, and how to sample each.
-        adjustments: of their slots.
-        masks: what their grammars allow; None if none has one.
+        rows: the rows to draw from, and how to sample each.
+        adjustments: of all slots.
+        masks: the tokens that grammars allow; None if no row has a grammar.
 
     Returns:
         [sampling rows] int64, and their logprobs if any row asked.
@@ -60,15 +60,15 @@ def draw_tokens(
 
 
 def score_prompts(model: LlamaModel, hidden: Tensor, rows: PromptRows) -> Logprobs:
-    """Logprobs of the prompt tokens that follow rows of prompts, in the mode of each one's sequence.
+    """Logprobs of the prompt tokens that follow prompt rows, in the mode of each row's sequence.
 
     Args:
         model: its head is used.
         hidden: [rows of the batch, hidden].
-        rows: which of them, at least one, and the token that follows each.
+        rows: at least one row, and the token that follows each.
     """
     width = _width(rows.parameters)
-    following = torch.from_numpy(rows.next_ids).to(hidden.device)
+    following = upload_indices(rows.next_ids, hidden.device)
     return Logprobs.joined(
         [
             logprobs_of(logits, following[part], rows.parameters.take(part), width, ranked=True)
@@ -82,7 +82,7 @@ def _width(parameters: SamplingParameters) -> int:
 
 
 def _logits(model: LlamaModel, hidden: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """For some rows after the others: which, and their logits [rows, vocabulary] in fp32."""
+    """Yields parts of ``rows`` and their logits, [rows of the part, vocabulary] in fp32."""
     vocab_size = model.head.weight.shape[0]
     step = max(_MAX_LOGITS // vocab_size, 1)
     for start in range(0, len(rows), step):

@@ -1,16 +1,17 @@
-"""Grammar matchers beside the sampler: which tokens each slot may draw next.
+"""Grammar matchers: they compute the tokens that each slot may draw next.
 
-A sequence with a grammar is planned like any other, several batches ahead. What its next token may be is
-known only here, once its last one is drawn; it is worked out in a thread, while the next batch runs its layers::
+The manager plans a sequence with a grammar like any other, several batches ahead. Its allowed
+tokens follow from its last one, which only the worker knows. A thread computes them while the next
+batch runs its layers::
 
     main thread    ── layers of t ── draw t ── layers of t+1 ──────────────── draw t+1 ── ...
                                        │ ids                              masks ▲
     grammar thread                     └──── match t, compute the masks ────────┘
 
-The thread alone touches matchers; many masks are computed at once by the library's own threads. Its first job
-is to load what the ids stand for, while the main thread loads the model: later on it would hold everything up,
-for seconds, since the libraries for that do not let go of Python's lock. Slots without a grammar are never
-looked at.
+Only this thread uses matchers. The library's own threads compute many masks at once. The thread
+first loads the vocabulary while the main thread loads the model. Later that would stop everything
+for seconds, because the libraries involved hold Python's lock. Slots without a grammar cost
+nothing.
 """
 
 from __future__ import annotations
@@ -30,25 +31,28 @@ from torch import Tensor
 
 from tokasaurus.errors import ProtocolError, RequestError
 from tokasaurus.grammars import GrammarCompiler, Vocabulary
+from tokasaurus.model.upload import upload, upload_indices
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import SlotGrammar, SlotParameters
+from tokasaurus.rounding import ceil_div
 
 __all__ = ["Matchers", "TokenMasks"]
 
 log = logging.getLogger(__name__)
 
-_MAX_COMPILED = 256  # grammars that are kept; a copy of one is much cheaper than compiling it
+# Compiled grammars that are kept. Copying one is much cheaper than compiling it.
+_MAX_COMPILED = 256
 
 
 @dataclass(frozen=True, eq=False)
 class TokenMasks:
-    """What some sampling rows of a batch may draw; the others may draw anything.
+    """The tokens that some sampling rows of a batch may draw; the others may draw any token.
 
     Attributes:
         rows: [masks], ascending.
-        bits: [masks, bytes of the vocabulary]; a token's bit is set if it is allowed, lowest first.
-        given_up: [masks] whose grammar cannot be followed any further. They may draw an end only, where
-            their texts are not complete.
+        bits: [masks, bytes of the vocabulary], lowest bit first; an allowed token's bit is set.
+        given_up: [masks], whether the grammar cannot be followed any further. Such a row may only
+            draw an end, and its text is incomplete.
     """
 
     rows: NDArray[np.intp]
@@ -57,31 +61,32 @@ class TokenMasks:
 
     @staticmethod
     def of_everything(num_rows: int, vocab_size: int) -> TokenMasks:
-        """All rows have one, which allows all."""
-        bits = np.full((num_rows, -(-vocab_size // 8)), 255, np.uint8)
+        """Masks for all rows that allow every token."""
+        bits = np.full((num_rows, ceil_div(vocab_size, 8)), 255, np.uint8)
         return TokenMasks(np.arange(num_rows), bits, np.zeros(num_rows, np.bool_))
 
     @property
     def cut_rows(self) -> Int32Array | None:
-        """The sampling rows that are given up; None if there are none."""
+        """The sampling rows with a grammar that is given up; None if there are none."""
         return self.rows[self.given_up].astype(np.int32) if self.given_up.any() else None
 
     def apply(self, adjusted: Tensor, logits: Tensor, part: slice) -> Tensor:
-        """Logits with -inf for what is not allowed; the very same tensor if no row has a mask.
+        """Logits with -inf for tokens that are not allowed; the same tensor if no row has a mask.
 
         Args:
-            adjusted: [rows of the part, vocabulary]; left as they are.
-            logits: before adjustments, which may have forbidden all that is allowed: then the grammar wins.
+            adjusted: [rows of the part, vocabulary]. Never changed.
+            logits: before adjustments. They replace rows in which adjustments forbid every allowed
+                token: the grammar wins.
             part: of the sampling rows.
         """
         first, last = np.searchsorted(self.rows, [part.start, part.stop]).tolist()
         if first == last:
             return adjusted
         count, vocab_size = last - first, logits.shape[1]
-        bits = torch.from_numpy(self.bits[first:last]).to(logits.device)
+        bits = upload(self.bits[first:last], logits.device)
         places = (1 << torch.arange(8, device=logits.device)).to(torch.uint8)
         forbidden = (bits[:, :, None] & places == 0).view(count, -1)[:, :vocab_size]
-        rows = torch.from_numpy(self.rows[first:last] - part.start).to(logits.device)
+        rows = upload_indices(self.rows[first:last] - part.start, logits.device)
         everything = count == len(logits)
 
         def masked(values: Tensor) -> Tensor:
@@ -104,7 +109,7 @@ class Matchers:
     Args:
         num_slots: of the worker.
         vocab_size: of the model.
-        load_vocabulary: called at once, in another thread; None where no grammar will come.
+        load_vocabulary: called at once in another thread. None if no grammar will come.
     """
 
     def __init__(
@@ -112,29 +117,31 @@ class Matchers:
     ) -> None:
         self._work = _Work(num_slots, vocab_size)
         self._thread: ThreadPoolExecutor | None = None
-        self._jobs: list[Future[None]] = []  # not waited for yet
+        # Jobs that nothing has waited for yet.
+        self._jobs: list[Future[None]] = []
         self._constrained = np.zeros(num_slots, np.bool_)
-        self._is_used = False  # a grammar has come
+        # Whether any grammar has come.
+        self._is_used = False
         if load_vocabulary is not None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar")
             self._submit(partial(self._work.start, load_vocabulary))
 
     def wait(self) -> None:
-        """Until all that was begun is done; raises what it raised."""
+        """Waits until all jobs are done, and raises the first exception of a job."""
         jobs, self._jobs = self._jobs, []
         for job in jobs:
             job.result()
 
     def enter(self, parameters: SlotParameters) -> None:
-        """Sequences enter slots, with and without a grammar.
+        """Takes the grammars of sequences that enter slots, with or without one.
 
         Raises:
-            ProtocolError: one has a grammar, and no vocabulary was given.
+            ProtocolError: a sequence has a grammar, but there is no vocabulary.
         """
         if not (self._is_used or parameters.grammars):
             return
         if self._thread is None:
-            raise ProtocolError("a sequence has a grammar, and the worker was given no vocabulary")
+            raise ProtocolError("a sequence has a grammar, but the worker has no vocabulary")
         self._is_used = True
         left = parameters.slots[self._constrained[parameters.slots]]
         if len(left):
@@ -145,7 +152,7 @@ class Matchers:
             self._submit(partial(self._work.enter, grammar))
 
     def masks(self, slots: Int32Array) -> TokenMasks | None:
-        """What these slots may draw; None if none of them has a grammar. Waits until it is known."""
+        """Masks of these slots, once they are computed; None if no slot has a grammar."""
         if not self._is_used:
             return None
         rows = np.flatnonzero(self._constrained[slots])
@@ -157,10 +164,10 @@ class Matchers:
         return TokenMasks(rows, bits, self._work.given_up[constrained])
 
     def advance(self, masks: TokenMasks, slots: Int32Array, token_ids: Tensor) -> None:
-        """Takes what was drawn, and goes to work on what may follow.
+        """Takes the drawn tokens, and begins to compute the next masks.
 
         Args:
-            masks: that the tokens were drawn under.
+            masks: of the drawn tokens.
             slots: [sampling rows].
             token_ids: [sampling rows].
         """
@@ -174,11 +181,12 @@ class Matchers:
 
 
 class _Work:
-    """What belongs to the grammar thread."""
+    """The state of the grammar thread."""
 
     _compiler: GrammarCompiler
     _pool: llguidance.LLExecutor
-    masks: Int32Array  # [slots, words of the vocabulary]
+    # [slots, 32-bit words of the vocabulary]
+    masks: Int32Array
     _only_eos: NDArray[np.uint8]
 
     def __init__(self, num_slots: int, vocab_size: int) -> None:
@@ -191,7 +199,7 @@ class _Work:
         vocabulary = load_vocabulary()
         self._compiler = GrammarCompiler(vocabulary)
         self._pool = llguidance.LLExecutor()
-        num_words = -(-max(self._vocab_size, len(vocabulary.tokens)) // 32)
+        num_words = ceil_div(max(self._vocab_size, len(vocabulary.tokens)), 32)
         self.masks = np.zeros((len(self._matchers), num_words), np.int32)
         self._only_eos = np.zeros(num_words * 4, np.uint8)
         for token_id in vocabulary.eos_token_ids:
@@ -220,7 +228,7 @@ class _Work:
             if matcher is None:
                 continue
             if token_id in self._compiler.eos_token_ids:
-                # It has ended. Batches that were planned before that is known draw the same again.
+                # It has ended. Batches that were planned before that draw an end again.
                 self._matchers[slot] = None
                 continue
             pairs.append((matcher, token_id))
@@ -239,11 +247,12 @@ class _Work:
                 return None
             if len(self._compiled) >= _MAX_COMPILED:
                 self._compiled.popitem(last=False)
-        self._compiled[text] = matcher  # the youngest
+        # Last is youngest.
+        self._compiled[text] = matcher
         return matcher
 
     def _fill(self, slots: list[int]) -> None:
-        """Computes what these slots may draw next. Where a matcher gives up, that is an end."""
+        """Computes the slots' next masks. Where a matcher gives up, only an end is allowed."""
         pairs = []
         for slot in slots:
             matcher = self._matchers[slot]

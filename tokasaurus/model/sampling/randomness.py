@@ -1,13 +1,14 @@
-"""The random numbers of sampling: counters through a cipher, no state.
+"""The random numbers of sampling: counters encrypted by a cipher, without state.
 
-The number for a draw is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3",
-https://doi.org/10.1145/2063384.2063405) of
+The number of a draw is Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1,
+2, 3", https://doi.org/10.1145/2063384.2063405) of
 
     key      seed, low and high word
     counter  sample index, generated position, 0, 0
 
-It is computed on the host in integers, so it is the same on every device, in every batch and in every
-slot; the sequences of two samples or two seeds are unrelated, however close the numbers are.
+It is computed on the host in integers, so it is the same on every device, in every batch and in
+every slot. The numbers of two samples or two seeds are unrelated, however close the samples or
+seeds are.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from tokasaurus.protocol.arrays import Int32Array, Int64Array
 
 __all__ = ["philox", "uniforms"]
 
-_Words: TypeAlias = NDArray[np.uint64]  # each holding 32 bits
+# Each holds 32 bits.
+_Words: TypeAlias = NDArray[np.uint64]
 
 _LOW = np.uint64(0xFFFFFFFF)
 _32 = np.uint64(32)
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))  # golden ratio, sqrt(3) - 1
+# The golden ratio and sqrt(3) - 1.
+_WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 _ROUNDS = 10
 
 
@@ -37,8 +40,8 @@ def uniforms(
 
     Args:
         seeds: [draws], not negative.
-        sample_indices: [draws], of the sample within its request.
-        positions: [draws], how many tokens the sample generated before.
+        sample_indices: [draws], the index of the sample in its request.
+        positions: [draws], the number of tokens that the sample has generated before.
 
     Returns:
         [draws] float64.
@@ -54,7 +57,7 @@ def uniforms(
 def philox(
     counter: tuple[_Words, _Words, _Words, _Words], key: tuple[_Words, _Words]
 ) -> tuple[_Words, _Words, _Words, _Words]:
-    """Philox4x32-10, elementwise over arrays of 32-bit words in uint64."""
+    """Philox4x32-10, elementwise over arrays of 32-bit words that are stored in uint64."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):

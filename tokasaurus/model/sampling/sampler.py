@@ -1,16 +1,17 @@
-"""Draws tokens from logits, and the logprobs that go with them.
+"""Draws tokens from logits, and computes their logprobs.
 
-Each row is sampled for itself: its token is a function of its logits, its parameters and its random
-number (``randomness``), never of the rows around it. Logits come as adjusted (``adjustments``). Tokens are
-ranked by logit, equal ones by id, and the filters keep what is left of that ranking, one after the other:
+Each row is sampled by itself: its token is a function of its logits, its parameters and its random
+number (``randomness``), never of other rows. Logits come already adjusted (``adjustments``). Tokens
+are ranked by logit, and equal ones by id. The filters shorten that ranking in this order::
 
-    temperature   divide the logits; 0 means the first of the ranking, whatever the filters
-    top_k         keep the first k
-    top_p         keep the shortest beginning whose share of the probability left is at least p
-    min_p         keep those at least p times as probable as the first
+    temperature   divides the logits; 0 means the first of the ranking, whatever the filters
+    top_k         keeps the first k
+    top_p         keeps the shortest beginning that holds a share p of the probability left
+    min_p         keeps tokens that are at least p times as probable as the first
 
-A draw inverts the cumulative distribution, in float64 and in order of token ids, so a last-bit
-difference between two kernels moves a boundary by a last bit instead of reordering tokens.
+A draw inverts the cumulative distribution in float64, in the order of token ids. A difference in
+the last bit between two kernels therefore moves a boundary by a last bit instead of reordering
+tokens.
 """
 
 from __future__ import annotations
@@ -24,30 +25,37 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokasaurus.model.sampling.randomness import uniforms
+from tokasaurus.model.upload import upload, upload_indices
 from tokasaurus.protocol.arrays import Float32Array, Int32Array, Int64Array
 from tokasaurus.protocol.messages import LogprobsMode, SlotParameters
 
 __all__ = ["Logprobs", "SamplingParameters", "draw", "logprobs_of", "processed"]
 
-# How far down the ranking top_p looks before it sorts the whole vocabulary.
+# The part of the ranking that top_p looks at before it sorts the whole vocabulary.
 _NUCLEUS_CANDIDATES = 512
 
-# Below it logits could overflow, and the draw is an argmax long before.
+# At lower temperatures logits could overflow. The draw is an argmax long before.
 _MIN_TEMPERATURE = 1e-20
 
 
 @dataclass(frozen=True)
 class SamplingParameters:
-    """One column for each parameter, one row for each slot or sampling row. On the host."""
+    """One column for each parameter, one row for each slot or sampling row. On the host.
+
+    Attributes:
+        top_k: 0 means off.
+        num_generated: the position among the generated tokens of the next draw.
+        num_logprobs: -1 for none, 0 for the chosen token's, k for the top k as well.
+    """
 
     temperature: Float32Array
-    top_k: Int32Array  # 0 means off
+    top_k: Int32Array
     top_p: Float32Array
     min_p: Float32Array
     seed: Int64Array
     sample_index: Int32Array
-    num_generated: Int32Array  # generated position of the next draw
-    num_logprobs: Int32Array  # -1 none, 0 the chosen one, k also the top k
+    num_generated: Int32Array
+    num_logprobs: Int32Array
     logprobs_mode: Int32Array
 
     @classmethod
@@ -71,7 +79,7 @@ class SamplingParameters:
             getattr(self, field.name)[rows] = getattr(values, field.name)
 
     def take(self, rows: NDArray[np.integer[Any]] | slice) -> SamplingParameters:
-        """A copy of some rows, or a view if they are a slice."""
+        """A copy of some rows, or a view of a slice."""
         return SamplingParameters(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     def __len__(self) -> int:
@@ -83,21 +91,21 @@ class SamplingParameters:
 
     @property
     def filtered(self) -> NDArray[np.bool_]:
-        """Which rows cut tokens off."""
+        """Whether each row has a filter."""
         return np.greater(self.top_k, 0) | (self.top_p < 1) | (self.min_p > 0)
 
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Logprobs of rows; NaN, and -1 for ids, where a row asked for none.
+    """Logprobs of rows. Where a row asked for none, numbers are NaN and ids are -1.
 
     Attributes:
         chosen: [rows] fp32.
         top_ids: [rows, K] int64, best first.
-        top: [rows, K] fp32. The best one's number is also the chosen token's just where no logit is
-            above that token's.
-        ranks: [rows] int64, one more than there are tokens with higher logits than the chosen one; -1
-            where a row asked for no logprobs, or nobody for ranks.
+        top: [rows, K] fp32. The chosen token's number equals the best one's if and only if no logit
+            is above the chosen token's.
+        ranks: [rows] int64, 1 plus the number of tokens with higher logits than the chosen one; -1
+            where the row asked for no logprobs, and if the caller wanted no ranks.
     """
 
     chosen: Tensor
@@ -107,7 +115,7 @@ class Logprobs:
 
     @classmethod
     def none(cls, num_chosen: int, num_rows: int) -> Logprobs:
-        """Of rows none of which asked: ``num_chosen`` may be 0 to say so."""
+        """For rows that asked for none. ``num_chosen`` is 0 to leave their numbers out."""
         return cls(
             torch.full((num_chosen,), torch.nan),
             torch.empty(num_rows, 0, dtype=torch.int64),
@@ -117,7 +125,7 @@ class Logprobs:
 
     @classmethod
     def joined(cls, parts: list[Logprobs]) -> Logprobs:
-        """One below the other; at least one, all of the same width."""
+        """The rows of all parts. There is at least one part; all have the same width."""
         return cls(
             torch.cat([part.chosen for part in parts]),
             torch.cat([part.top_ids for part in parts]),
@@ -141,7 +149,7 @@ def draw(logits: Tensor, parameters: SamplingParameters) -> Tensor:
         return _draw_at_random(logits, parameters)
     tokens = logits.argmax(dim=-1)
     if len(random):
-        rows = _index(random, logits)
+        rows = upload_indices(random, logits.device)
         tokens[rows] = _draw_at_random(logits[rows], parameters.take(random))
     return tokens
 
@@ -150,14 +158,14 @@ def _draw_at_random(logits: Tensor, parameters: SamplingParameters) -> Tensor:
     scores = processed(logits, parameters)
     weights = (scores - scores.amax(dim=-1, keepdim=True)).exp_()
     numbers = uniforms(parameters.seed, parameters.sample_index, parameters.num_generated)
-    return _invert(weights, torch.from_numpy(numbers).to(logits.device))
+    return _invert(weights, upload(numbers, logits.device))
 
 
 def processed(logits: Tensor, parameters: SamplingParameters) -> Tensor:
-    """Logits after temperature and filters; tokens cut off are -inf. Temperature 0 counts as 1.
+    """Logits after temperature and filters, -inf for removed tokens. Temperature 0 counts as 1.
 
     Args:
-        logits: [rows, vocabulary] fp32; left as it is, and returned if there is nothing to change.
+        logits: [rows, vocabulary] fp32. Never changed; returned as it is if there is nothing to do.
     """
     return _filter(_tempered(logits, parameters), parameters)
 
@@ -171,15 +179,15 @@ def logprobs_of(
     *,
     ranked: bool = False,
 ) -> Logprobs:
-    """Logprobs of chosen tokens and of each row's best.
+    """Logprobs of chosen tokens and of each row's best tokens.
 
     Args:
         logits: [rows, vocabulary] fp32.
         token_ids: [rows] int64.
-        parameters: of the same rows: how many logprobs each wants, and of which distribution.
-        width: K, at least what any row wants.
-        adjusted: what the rows were drawn from, if not from the logits; only ``PROCESSED`` sees it.
-        ranked: whether ranks are wanted.
+        parameters: of the same rows: the number of logprobs of each, and their distribution.
+        width: K, at least the largest number that a row asks for.
+        adjusted: the logits that the rows were drawn from, if others. Only ``PROCESSED`` uses them.
+        ranked: whether to compute ranks.
     """
     num_rows, vocab_size = logits.shape
     chosen = logits.new_full((num_rows,), torch.nan)
@@ -190,7 +198,7 @@ def logprobs_of(
         rows = np.flatnonzero((parameters.num_logprobs >= 0) & (parameters.logprobs_mode == mode))
         if not len(rows):
             continue
-        index = _index(rows, logits)
+        index = upload_indices(rows, logits.device)
         source = adjusted if adjusted is not None and mode is LogprobsMode.PROCESSED else logits
         scores = _distribution(source[index], parameters.take(rows), mode)
         # x - logsumexp(x) is finite wherever x is; the logarithm of a probability underflows.
@@ -204,7 +212,7 @@ def logprobs_of(
             continue
         best = scores.topk(depth, dim=-1)
         chosen[index] = _below_the_best(picked, best.values, norm)[:, 0]
-        wanted = torch.from_numpy(parameters.num_logprobs[rows]).to(logits.device)
+        wanted = upload(parameters.num_logprobs[rows], logits.device)
         asked = torch.arange(depth, device=logits.device) < wanted[:, None]
         top_ids[index, :depth] = best.indices.where(asked, -1)
         values = _below_the_best(best.values, best.values, norm)
@@ -213,9 +221,9 @@ def logprobs_of(
 
 
 def _below_the_best(scores: Tensor, best: Tensor, norm: Tensor) -> Tensor:
-    """Logprobs of scores, all [rows, some]; the best one's number is nobody's whose score is lower.
+    """Logprobs of scores, [rows, some]; a score below the best gets a number below the best one's.
 
-    Subtracting may round two scores to one number, and clients compare them to see what is likeliest.
+    Subtraction may round two scores to one number, and clients compare them to find the likeliest.
     """
     values, first = scores - norm, best[:, :1] - norm
     is_mistaken = (values == first) & (scores < best[:, :1])
@@ -238,7 +246,7 @@ def _tempered(logits: Tensor, parameters: SamplingParameters) -> Tensor:
 
 
 def _invert(weights: Tensor, numbers: Tensor) -> Tensor:
-    """The token in whose share of the cumulative weight each number falls.
+    """The token whose share of the cumulative weight contains each number::
 
         weights      0.5     0     1.0        0.25
         cumulative   0.5    0.5    1.5        1.75
@@ -250,19 +258,19 @@ def _invert(weights: Tensor, numbers: Tensor) -> Tensor:
     """
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[:, -1:]
-    # Rounding may lift a number close to 1 to the total, above which there is nothing.
+    # Rounding may lift a number close to 1 to the total, and no cumulative weight is above that.
     below = torch.nextafter(total, torch.zeros_like(total))
     target = torch.minimum(numbers[:, None] * total, below)
     return torch.searchsorted(cumulative, target, right=True)[:, 0]
 
 
 def _filter(scores: Tensor, parameters: SamplingParameters) -> Tensor:
-    """Sets what the filters cut off to -inf, in a copy where there is something to cut."""
+    """The scores, in a copy with -inf for removed tokens if any row has a filter."""
     rows = np.flatnonzero(parameters.filtered)
     if not len(rows):
         return scores
     everything = len(rows) == len(scores)
-    index = _index(rows, scores)
+    index = upload_indices(rows, scores.device)
     part = scores if everything else scores[index]
     chosen = parameters.take(rows)
     part = part.masked_fill(~_kept(part, chosen), -torch.inf)
@@ -274,24 +282,24 @@ def _filter(scores: Tensor, parameters: SamplingParameters) -> Tensor:
 
 
 def _kept(scores: Tensor, parameters: SamplingParameters) -> Tensor:
-    """[rows, vocabulary] bool: what the three filters leave."""
+    """[rows, vocabulary] bool: the tokens that the three filters keep."""
     best = scores.amax(dim=-1, keepdim=True)
-    # Filters before min_p neither remove the first token nor change ratios, so it needs no ranking.
+    # The filters before min_p keep the first token and all ratios, so min_p needs no ranking.
     floor = best + torch.log(_column(parameters.min_p, scores))
     kept = scores >= floor
     limited = (parameters.top_k > 0) & (parameters.top_k < scores.shape[1])
     ranked = np.flatnonzero(limited | (parameters.top_p < 1))
     if len(ranked):
-        index = _index(ranked, scores)
+        index = upload_indices(ranked, scores.device)
         kept[index] &= _ranked_first(scores[index], parameters.take(ranked))
     return kept
 
 
 def _ranked_first(scores: Tensor, parameters: SamplingParameters) -> Tensor:
-    """[rows, vocabulary] bool: what top_k and top_p leave.
+    """[rows, vocabulary] bool: the tokens that top_k and top_p keep.
 
-    A row that looks for a nucleus ranks only so many candidates at first; if they do not hold enough
-    probability, and only then, its whole vocabulary is sorted.
+    A row with top_p ranks ``_NUCLEUS_CANDIDATES`` tokens at first. Only if they do not hold enough
+    probability is its whole vocabulary sorted.
     """
     vocab_size = scores.shape[1]
     limits = np.where(parameters.top_k > 0, parameters.top_k, vocab_size).clip(max=vocab_size)
@@ -314,18 +322,18 @@ def _ranked_first(scores: Tensor, parameters: SamplingParameters) -> Tensor:
 def _last_kept(
     scores: Tensor, depth: int, limits: Tensor, shares: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Finds where the ranking is cut.
+    """Finds the end of the part of the ranking that is kept.
 
     Args:
         scores: [rows, vocabulary].
-        depth: of the ranking to look at.
-        limits: [rows, 1] top_k; the vocabulary's size where it is off.
+        depth: the number of tokens to rank.
+        limits: [rows, 1] top_k, or the vocabulary's size where it is off.
         shares: [rows, 1] float64 top_p.
 
     Returns:
         threshold: [rows, 1], the score of the last token kept.
-        num_equal: [rows, 1], how many tokens with just that score are kept.
-        enough: [rows], whether the depth reached as far as it had to.
+        num_equal: [rows, 1], the number of kept tokens with exactly that score.
+        enough: [rows], whether ``depth`` tokens were enough.
     """
     vocab_size = scores.shape[1]
     ranking = scores.topk(depth, dim=-1).values
@@ -335,10 +343,10 @@ def _last_kept(
     cumulative = weights.cumsum(dim=-1)
     total = cumulative[:, -1:]
     if depth < vocab_size:
-        # What lies below the ranking counts for rows without top_k.
+        # Without top_k, the probability below the ranking counts too.
         everything = (scores - ranking[:, :1]).exp().sum(dim=-1, keepdim=True, dtype=torch.float64)
         total = torch.where(limits > depth, torch.maximum(everything, total), total)
-    # A token stays if those before it do not yet hold the share.
+    # A token is kept if those before it do not hold the share yet.
     before = torch.cat((torch.zeros_like(total), cumulative[:, :-1]), dim=-1)
     num_kept = (within & (before < shares * total)).sum(dim=-1, keepdim=True)
     num_kept = torch.where(shares >= 1, limits.clamp(max=depth), num_kept)
@@ -348,10 +356,6 @@ def _last_kept(
     return threshold, num_equal, enough
 
 
-def _index(rows: NDArray[np.int64], like: Tensor) -> Tensor:
-    return torch.from_numpy(rows).to(like.device)
-
-
 def _column(values: NDArray[np.generic], like: Tensor) -> Tensor:
-    """[rows] on the host to [rows, 1] beside a tensor."""
-    return torch.from_numpy(np.ascontiguousarray(values)).to(like.device)[:, None]
+    """Turns [rows] on the host into [rows, 1] on the device of a tensor."""
+    return upload(values, like.device)[:, None]

@@ -1,7 +1,7 @@
 """Reads a checkpoint's safetensors files into a model, tensor by tensor.
 
-The model's parameters are allocated first and each tensor is copied to its place as it is read, so
-loading needs no second copy of the weights. Owns the complaints about a checkpoint's files and tensors.
+The model's parameters are allocated first, and each tensor is copied to its place as it is read, so
+loading needs no second copy of the weights. Owns the errors about a checkpoint's files and tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tokasaurus.errors import ModelError
-from tokasaurus.model.architectures.llama import LlamaModel
+from tokasaurus.model.architectures.llama_model import LlamaModel
 from tokasaurus.model.architectures.registry import get_model_cls
 from tokasaurus.model.config import ModelConfig
 from tokasaurus.model.layers.placement import Placement
@@ -34,16 +34,22 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PROGRESS_INTERVAL_S = 3.0
 _NAMES_SHOWN = 5
 
-# Tensors that old checkpoints carry and that are computed here.
+# Tensors that old checkpoints contain and that we compute.
 _DERIVED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
 
 @dataclass
 class _Target:
-    """Where one tensor of the checkpoint goes."""
+    """The destination of one tensor of the checkpoint.
 
-    place: Tensor  # a view into a parameter
-    is_vocabulary: bool  # one row per token id: rows beyond the vocabulary are padding
+    Attributes:
+        place: a view into a parameter.
+        is_vocabulary: it has one row per token id, so rows beyond the vocabulary are padding.
+        loaded: it has been filled.
+    """
+
+    place: Tensor
+    is_vocabulary: bool
     loaded: bool = False
 
 
@@ -51,12 +57,12 @@ def load_model(path: str | Path, config: ModelConfig, place: Placement) -> Llama
     """Builds the model of ``config`` and fills it.
 
     Args:
-        path: directory with ``model.safetensors``, or shards and their index.
+        path: the directory with ``model.safetensors``, or with shards and their index.
         config: of the same directory.
-        place: dtype to convert to, and device.
+        place: the dtype to convert to, and the device.
 
     Raises:
-        ModelError: naming the file or the tensor, with a remedy where there is one.
+        ModelError: names the file or the tensor, and a remedy where there is one.
     """
     started = time.perf_counter()
     files = _checkpoint_files(Path(path))
@@ -67,9 +73,8 @@ def load_model(path: str | Path, config: ModelConfig, place: Placement) -> Llama
         target = targets.get(name)
         if target is not None:
             _fill(target, name, tensor)
-        elif not (
-            name == "lm_head.weight" or _DERIVED.search(name)
-        ):  # the former: tied, a duplicate
+        # A tied checkpoint may contain the head as a duplicate.
+        elif name != "lm_head.weight" and not _DERIVED.search(name):
             unknown.append(name)
     _refuse("has tensors that this architecture does not use", unknown, path)
     missing = [name for name, target in targets.items() if not target.loaded]
@@ -110,7 +115,9 @@ def _shards(index: Path) -> list[Path]:
         raise ModelError(f"{index} has no readable 'weight_map': {error!r}") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise ModelError(f"{index}: field 'weight_map' names {name!r}, which is no file name")
+            raise ModelError(
+                f"{index}: field 'weight_map' names {name!r}, which is not a file name"
+            )
     absent = [name for name in names if not (index.parent / name).exists()]
     if absent:
         raise ModelError(
@@ -126,7 +133,7 @@ def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
     for file in files:
         try:
             with safe_open(str(file), framework="pt", device="cpu") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  (it is no dict)
+                for name in tensors.keys():  # noqa: SIM118  (not a dict)
                     tensor = tensors.get_tensor(name)
                     yield name, tensor
                     done += tensor.numel() * tensor.element_size()
@@ -140,14 +147,15 @@ def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _targets(model: LlamaModel, config: ModelConfig) -> dict[str, _Target]:
-    """Tensor names of the checkpoint, and where each goes."""
+    """The destination of each of the checkpoint's tensors, by name."""
     modules = dict(model.named_modules())
     targets: dict[str, _Target] = {}
     for pattern, source_patterns in model.WEIGHTS.items():
         layers = range(config.num_layers) if "{}" in pattern else range(1)
         for layer in layers:
             module = modules.get(pattern.format(layer))
-            if module is None:  # a tied head
+            # A tied model has no head, and most have no norms on queries and keys.
+            if module is None:
                 continue
             sources = [source.format(layer) for source in source_patterns]
             for kind, parameter in module.named_parameters(recurse=False):
@@ -165,7 +173,7 @@ def _fill(target: _Target, name: str, tensor: Tensor) -> None:
             f"tensor {name} is {tensor.dtype}: quantized checkpoints are not supported"
         )
     if target.is_vocabulary and found[1:] == expected[1:] and found[0] > expected[0]:
-        # Padding to a round number of rows; without its rows, its ids cannot be sampled.
+        # Padding to a round number of rows. Without these rows their ids cannot be sampled.
         tensor = tensor[: expected[0]]
     elif found != expected:
         raise ModelError(

@@ -1,1 +1,1 @@
-"""The worker: runs numbered batches, and keeps the tables of slots that they change."""
+"""The worker runs numbered batches, and keeps the tables of slots that they change."""

@@ -1,8 +1,8 @@
-"""What the worker remembers of each slot between batches.
+"""The worker's memory of each slot between batches.
 
-The device holds what the device itself writes or walks: page tables and last tokens. Lengths, counts
-and sampling parameters are numpy arrays on the host: each is a function of the batches alone, never of
-what was sampled, so the host can prepare a batch without waiting for the one before.
+The device holds what the device itself writes or reads: page tables and last tokens. Lengths,
+counts and sampling parameters are numpy arrays on the host. They depend on the batches alone, never
+on the sampled tokens, so the host prepares a batch without waiting for the previous one.
 """
 
 from __future__ import annotations
@@ -19,48 +19,22 @@ from tokasaurus.errors import ProtocolError
 from tokasaurus.model.backend.base import SequenceRows
 from tokasaurus.model.sampling.adjustments import AdjustmentTable
 from tokasaurus.model.sampling.history import History
+from tokasaurus.model.sampling.rows import PromptRows, SamplingRows
 from tokasaurus.model.sampling.sampler import SamplingParameters
-from tokasaurus.protocol.arrays import Int32Array, Int64Array
+from tokasaurus.model.upload import upload, upload_indices
+from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import ForwardBatch, SlotParameters
+from tokasaurus.rounding import ceil_div
 
-__all__ = ["PlannedBatch", "PromptRows", "SamplingRows", "SlotState"]
+__all__ = ["PlannedBatch", "SlotState"]
 
-_HISTORY_SHARE = 2  # ids that can be remembered for each position of the KV cache
-
-
-@dataclass(frozen=True)
-class SamplingRows:
-    """Which slot draws from which row, in the order of the results: decode rows, then draws of prompts.
-
-    Attributes:
-        rows: [sampling rows] int64, on the device; a prompt that forks occurs several times.
-        slots: [sampling rows].
-        parameters: of each.
-    """
-
-    rows: Tensor
-    slots: Int32Array
-    parameters: SamplingParameters
-
-
-@dataclass(frozen=True)
-class PromptRows:
-    """The rows of chunks that asked for prompt logprobs, except a prompt's last.
-
-    Attributes:
-        rows: [prompt tokens] int64, on the device.
-        next_ids: [prompt tokens], the token after each row, whose logprob is asked for.
-        parameters: of each row's slot, with the chunk's number of logprobs.
-    """
-
-    rows: Tensor
-    next_ids: Int64Array
-    parameters: SamplingParameters
+# Generated ids that fit in the history, for each position of the KV cache.
+_HISTORY_SHARE = 2
 
 
 @dataclass(frozen=True)
 class PageCopies:
-    """Pages to be copied once the batch has run. Both [copies] int64, on the device."""
+    """Pages to copy after the batch has run. Both are [copies] int64, on the device."""
 
     sources: Tensor
     targets: Tensor
@@ -73,9 +47,9 @@ class PlannedBatch:
     Attributes:
         ids: [rows] int64, on the device.
         positions: [rows] int64, on the device.
-        sequences: which rows belong to whom.
-        sampling: rows that a token is drawn from.
-        prompt: rows that a prompt's logprobs are taken from; None if no chunk asked.
+        sequences: the rows of each sequence.
+        sampling: the rows to draw a token from.
+        prompt: the rows that give prompt logprobs. None if no chunk asked.
         copies: None if no prompt forks inside a page.
     """
 
@@ -92,9 +66,9 @@ class SlotState:
 
     Args:
         num_slots: rows of each table.
-        num_pages: of the KV cache; ids in the page table are below it.
-        page_size: tokens.
-        max_request_tokens: the longest a sequence can get.
+        num_pages: of the KV cache; the page table's ids are below it.
+        page_size: in tokens.
+        max_request_tokens: the length of the longest possible sequence.
         vocab_size: ids are below it.
         device: of the page table and the last tokens.
     """
@@ -111,32 +85,31 @@ class SlotState:
     ) -> None:
         self._num_slots, self._num_pages, self._page_size = num_slots, num_pages, page_size
         self._vocab_size = vocab_size
-        self._num_columns = -(-max_request_tokens // page_size)
+        self._num_columns = ceil_div(max_request_tokens, page_size)
         self._device = device
         self.page_table = torch.zeros(
             num_slots, self._num_columns, dtype=torch.int32, device=device
         )
         self.last_tokens = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.lengths: Int32Array = np.zeros(num_slots, np.int32)
-        self.pages_held: Int32Array = np.zeros(
-            num_slots, np.int32
-        )  # columns of the page table in use
+        # Columns of the page table in use.
+        self.pages_held: Int32Array = np.zeros(num_slots, np.int32)
         self.sampling = SamplingParameters.neutral(num_slots)
-        # Of what runs at once, no more is generated than the KV cache has positions, but where sequences hold
-        # the same pages; and as much may belong to sequences whose pages are given back already, while their
-        # last batches are in flight.
+        # Running sequences have generated at most as many ids as the KV cache has positions, unless
+        # sequences share pages. Sequences whose pages were already given back, while their last
+        # batches are in flight, may hold as many again.
         history = History(
             num_slots, max_request_tokens, _HISTORY_SHARE * num_pages * page_size, device
         )
         self.adjustments = AdjustmentTable(num_slots, vocab_size, history, device)
 
     def apply(self, batch: ForwardBatch) -> PlannedBatch:
-        """Takes over the batch's differences and lays out its rows.
+        """Applies the batch's changes to the tables and lays out its rows.
 
-        Afterwards ``lengths`` count the batch's own tokens too.
+        Afterwards ``lengths`` include the batch's own tokens.
 
         Raises:
-            ProtocolError: if the batch names slots, pages, ids or positions that cannot be.
+            ProtocolError: the batch names slots, pages, ids or positions that cannot exist.
         """
         if batch.left_slots is not None:
             self._check_range("slots that were left", batch.left_slots, self._num_slots)
@@ -163,32 +136,34 @@ class SlotState:
         self._fork(batch, lengths[num_decodes:])
         return PlannedBatch(
             ids=self._ids(batch),
-            positions=self._upload(positions),
+            positions=upload_indices(positions, self._device),
             sequences=SequenceRows(slots, query_starts, lengths, positions, self.page_table),
             sampling=SamplingRows(
-                self._upload(sampled_rows), sampled_slots, self.sampling.take(sampled_slots)
+                upload_indices(sampled_rows, self._device),
+                sampled_slots,
+                self.sampling.take(sampled_slots),
             ),
             prompt=self._prompt_rows(batch) if (batch.prefill_num_logprobs >= 0).any() else None,
             copies=self._page_copies(batch) if len(batch.copy_sources) else None,
         )
 
     def record(self, slots: Int32Array, token_ids: Tensor) -> Int32Array | None:
-        """Remembers what was sampled: the input of the slots' next decode row.
+        """Remembers the drawn tokens, which are the input of the slots' next decode rows.
 
         Args:
             slots: [rows].
             token_ids: [rows] int64, on the device.
 
         Returns:
-            The rows that cannot go on, see ``AdjustmentTable.record``.
+            The rows that cannot go on; see ``AdjustmentTable.record``.
         """
-        self.last_tokens[self._upload(slots)] = token_ids
+        self.last_tokens[upload_indices(slots, self._device)] = token_ids
         self.sampling.num_generated[slots] += 1
         return self.adjustments.record(slots, token_ids)
 
     def _prompt_rows(self, batch: ForwardBatch) -> PromptRows | None:
-        #   ids        a b c | d e        two chunks, the second ends its prompt
-        #   next_ids   b c d | e -1       d: what the first chunk's prefill_next_ids says
+        #   ids        a b c | d e        two chunks; the second ends its prompt
+        #   next_ids   b c d | e -1       d comes from the first chunk's prefill_next_ids
         ends = np.cumsum(batch.prefill_lengths)
         next_ids = np.empty(len(batch.prefill_ids), np.int64)
         next_ids[:-1] = batch.prefill_ids[1:]
@@ -196,15 +171,18 @@ class SlotState:
         chunks = np.repeat(np.arange(len(ends)), batch.prefill_lengths)
         counts = batch.prefill_num_logprobs[chunks]
         rows = np.flatnonzero((counts >= 0) & (next_ids >= 0))
-        if not len(rows):  # prompts of a single token
+        # Prompts of a single token have none.
+        if not len(rows):
             return None
         self._check_range("prompt ids", next_ids[rows], self._vocab_size)
         parameters = self.sampling.take(batch.prefill_slots[chunks[rows]])
         parameters.num_logprobs[:] = counts[rows]
-        return PromptRows(self._upload(rows + len(batch.decode_slots)), next_ids[rows], parameters)
+        return PromptRows(
+            upload_indices(rows + len(batch.decode_slots), self._device), next_ids[rows], parameters
+        )
 
     def _fork(self, batch: ForwardBatch, chunk_ends: Int32Array) -> None:
-        """Slots that draw from a chunk are as long as its sequence is."""
+        """Gives each slot that draws from a chunk the length of the chunk's sequence."""
         slots, ends = batch.draw_slots, chunk_ends[batch.draw_chunks]
         self._check_lengths(slots, ends, ends)
         self.lengths[slots] = ends
@@ -212,7 +190,10 @@ class SlotState:
     def _page_copies(self, batch: ForwardBatch) -> PageCopies:
         self._check_range("pages to copy", batch.copy_sources, self._num_pages)
         self._check_range("pages to copy to", batch.copy_targets, self._num_pages)
-        return PageCopies(self._upload(batch.copy_sources), self._upload(batch.copy_targets))
+        return PageCopies(
+            upload_indices(batch.copy_sources, self._device),
+            upload_indices(batch.copy_targets, self._device),
+        )
 
     def _enter(self, parameters: SlotParameters) -> None:
         slots = parameters.slots
@@ -230,8 +211,10 @@ class SlotState:
         self._check_range("columns of the page table", columns, self._num_columns)
         self._check_range("pages", pages, self._num_pages)
         np.maximum.at(self.pages_held, slots, columns + 1)
-        entries = torch.from_numpy(np.array(pages)).to(self._device)
-        self.page_table[self._upload(slots), self._upload(columns)] = entries
+        entries = upload(pages, self._device)
+        self.page_table[
+            upload_indices(slots, self._device), upload_indices(columns, self._device)
+        ] = entries
 
     def _check_slots(self, batch: ForwardBatch) -> None:
         slots = np.concatenate((batch.decode_slots, batch.prefill_slots))
@@ -253,7 +236,7 @@ class SlotState:
         chunks, slots = batch.draw_chunks, batch.draw_slots
         self._check_range("chunks to draw from", chunks, len(batch.prefill_slots))
         self._check_range("slots that draw", slots, self._num_slots)
-        # A slot that draws feeds that very chunk, or is in no row at all.
+        # A slot that draws either feeds that same chunk or has no row in this batch.
         draws_from = np.full(self._num_slots, -1, np.int32)
         draws_from[slots] = chunks
         chunk_of = np.full(self._num_slots, -1, np.int32)
@@ -281,10 +264,9 @@ class SlotState:
             )
 
     def _ids(self, batch: ForwardBatch) -> Tensor:
-        prompts = self._upload(batch.prefill_ids)
+        prompts = upload_indices(batch.prefill_ids, self._device)
         if not len(batch.decode_slots):
             return prompts
-        return torch.cat((self.last_tokens[self._upload(batch.decode_slots)], prompts))
-
-    def _upload(self, values: NDArray[np.integer[Any]]) -> Tensor:
-        return torch.from_numpy(values.astype(np.int64)).to(self._device)
+        return torch.cat(
+            (self.last_tokens[upload_indices(batch.decode_slots, self._device)], prompts)
+        )

@@ -1,11 +1,11 @@
-"""The batches a worker runs before it says it is ready."""
+"""The batches that a worker runs before it reports ready."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from tokasaurus.config.slices import WorkerConfig
-from tokasaurus.protocol.arrays import Int32Array
+from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
 from tokasaurus.protocol.messages import (
     AdjustedSlots,
     Adjustments,
@@ -14,27 +14,27 @@ from tokasaurus.protocol.messages import (
     Pooling,
     SlotParameters,
 )
+from tokasaurus.rounding import ceil_div
 
 __all__ = ["warm_up_batches"]
 
-# On a processor memory is promised before it is there, so even the largest batch would prove little,
-# and a full one takes minutes: so many floating-point operations, about a second, are enough to load
-# libraries and touch the weights.
+# On the CPU the operating system promises memory that it may not have, so even the largest batch
+# would prove little, and a full one takes minutes. This number of floating-point operations takes
+# about a second, which is enough to load libraries and touch the weights.
 _CPU_WORK = 1e11
 _MIN_TOKENS = 16
 
-_NONE: Int32Array = np.zeros(0, np.int32)
 _ADJUSTMENTS = Adjustments(
     bad_words=((0, 0),), bias=((0, 1.0),), repetition_penalty=1.1, frequency_penalty=0.1
 )
 
 
 def warm_up_batches(config: WorkerConfig, num_parameters: int) -> list[ForwardBatch]:
-    """Largest first: a full prefill, then as many decode rows as there may be, and what these need before.
+    """A full prefill first, then as many decode rows as a batch can have, after their prompts.
 
-    Every sequence uses the same pages; nobody reads what is computed. All rows sample with every filter, penalty
-    and kind of mask, and with the most logprobs that a request may ask for, of prompts too, which are pooled
-    besides: all that takes memory at once, or one after the other.
+    Every sequence uses the same pages; the results are not read. The batches cover everything that
+    takes memory: all rows sample with every filter, penalty and kind of mask, and ask for the most
+    logprobs that a request may ask for. So do the prompts, which are pooled too.
 
     Args:
         config: the model room's slice.
@@ -55,7 +55,7 @@ def warm_up_batches(config: WorkerConfig, num_parameters: int) -> list[ForwardBa
 
 
 def _prompts(num_tokens: int, longest: int, limit: int) -> Int32Array:
-    """Lengths of at most ``limit`` prompts with so many tokens together, as long as they may be."""
+    """Lengths of at most ``limit`` prompts of ``num_tokens`` in all, as long as allowed."""
     full, rest = divmod(num_tokens, longest)
     lengths = [longest] * full + ([rest] if rest else [])
     return np.array(lengths[:limit], np.int32)
@@ -63,9 +63,9 @@ def _prompts(num_tokens: int, longest: int, limit: int) -> Int32Array:
 
 def _prefill(config: WorkerConfig, number: int, lengths: Int32Array) -> ForwardBatch:
     slots = np.arange(len(lengths), dtype=np.int32)
-    # Room for the decode row that follows, too.
+    # This includes room for the decode row that follows.
     num_columns = np.minimum(
-        lengths // config.page_size + 1, -(-config.max_request_tokens // config.page_size)
+        lengths // config.page_size + 1, ceil_div(config.max_request_tokens, config.page_size)
     )
     columns = np.concatenate([np.arange(count, dtype=np.int32) for count in num_columns])
     return ForwardBatch(
@@ -74,7 +74,7 @@ def _prefill(config: WorkerConfig, number: int, lengths: Int32Array) -> ForwardB
         table_slots=np.repeat(slots, num_columns),
         table_columns=columns,
         table_pages=columns % config.num_pages,
-        decode_slots=np.zeros(0, np.int32),
+        decode_slots=EMPTY_INT32,
         prefill_slots=slots,
         prefill_starts=np.zeros(len(slots), np.int32),
         prefill_lengths=lengths,
@@ -83,12 +83,12 @@ def _prefill(config: WorkerConfig, number: int, lengths: Int32Array) -> ForwardB
         prefill_next_ids=np.full(len(slots), -1, np.int32),
         draw_chunks=slots,
         draw_slots=slots,
-        copy_sources=_NONE,
-        copy_targets=_NONE,
-        group_first_rows=_NONE,
-        group_num_rows=_NONE,
-        group_first_columns=_NONE,
-        group_num_columns=_NONE,
+        copy_sources=EMPTY_INT32,
+        copy_targets=EMPTY_INT32,
+        group_first_rows=EMPTY_INT32,
+        group_num_rows=EMPTY_INT32,
+        group_first_columns=EMPTY_INT32,
+        group_num_columns=EMPTY_INT32,
         prefill_pooling=np.full(len(slots), Pooling.MEAN, np.int32),
     )
 
@@ -97,24 +97,24 @@ def _decode(number: int, num_slots: int) -> ForwardBatch:
     return ForwardBatch(
         number=number,
         parameters=None,
-        table_slots=_NONE,
-        table_columns=_NONE,
-        table_pages=_NONE,
+        table_slots=EMPTY_INT32,
+        table_columns=EMPTY_INT32,
+        table_pages=EMPTY_INT32,
         decode_slots=np.arange(num_slots, dtype=np.int32),
-        prefill_slots=_NONE,
-        prefill_starts=_NONE,
-        prefill_lengths=_NONE,
-        prefill_ids=_NONE,
-        prefill_num_logprobs=_NONE,
-        prefill_next_ids=_NONE,
-        draw_chunks=_NONE,
-        draw_slots=_NONE,
-        copy_sources=_NONE,
-        copy_targets=_NONE,
-        group_first_rows=_NONE,
-        group_num_rows=_NONE,
-        group_first_columns=_NONE,
-        group_num_columns=_NONE,
+        prefill_slots=EMPTY_INT32,
+        prefill_starts=EMPTY_INT32,
+        prefill_lengths=EMPTY_INT32,
+        prefill_ids=EMPTY_INT32,
+        prefill_num_logprobs=EMPTY_INT32,
+        prefill_next_ids=EMPTY_INT32,
+        draw_chunks=EMPTY_INT32,
+        draw_slots=EMPTY_INT32,
+        copy_sources=EMPTY_INT32,
+        copy_targets=EMPTY_INT32,
+        group_first_rows=EMPTY_INT32,
+        group_num_rows=EMPTY_INT32,
+        group_first_columns=EMPTY_INT32,
+        group_num_columns=EMPTY_INT32,
     )
 
 

@@ -1,6 +1,6 @@
-"""The worker: runs numbered batches in order, with one model, one KV cache, one set of slot tables.
+"""The worker runs numbered batches in order, with one model, one KV cache and one set of tables.
 
-Knows nothing of processes and sockets: the launch room carries batches in and results out.
+It knows nothing of processes and sockets: the launch room carries batches in and results out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tokasaurus.config.slices import WorkerConfig
 from tokasaurus.errors import ProtocolError
 from tokasaurus.grammars import Vocabulary
 from tokasaurus.model.backend import make_backend
-from tokasaurus.model.config import read_model_config
+from tokasaurus.model.facts import read_model_config
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.model.layers.placement import Placement
 from tokasaurus.model.sampling.drawing import draw_tokens, score_prompts
@@ -46,12 +46,12 @@ class Worker:
 
     Args:
         config: the model room's slice.
-        load_vocabulary: what the ids stand for, for grammars; called in another thread while the model is
-            loaded. None: no sequence will have a grammar.
+        load_vocabulary: returns the bytes of each id, for grammars. Another thread calls it while
+            the model is loaded. None means that no sequence will have a grammar.
 
     Raises:
-        ModelError: the checkpoint cannot be served; names the file, tensor or field.
-        ConfigError: the attention asked for is not to be had here.
+        ModelError: the checkpoint cannot be served. It names the file, tensor or field.
+        ConfigError: the attention asked for is not available on this machine.
     """
 
     def __init__(
@@ -90,10 +90,10 @@ class Worker:
         )
 
     def warm_up(self) -> None:
-        """Runs the largest batches that may come, so that a lack of memory shows now, and waits for the
-        vocabulary.
+        """Runs the largest possible batches, so that a lack of memory shows now.
 
-        To be called before the first ``run``. The slot tables are as new afterwards.
+        Also waits for the vocabulary. Call it before the first ``run``. It leaves the slot tables
+        as new.
         """
         started = time.perf_counter()
         num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
@@ -108,7 +108,8 @@ class Worker:
         """Runs one batch to its end.
 
         Raises:
-            ProtocolError: the batch is not the next one, or names what cannot be.
+            ProtocolError: the batch is not the next one, or it names slots, pages, ids or positions
+                that cannot exist.
         """
         if batch.number != self._next_number:
             raise ProtocolError(f"batch {batch.number} came, batch {self._next_number} was due")
@@ -130,20 +131,24 @@ class Worker:
         )
         if masks is not None:
             self._matchers.advance(masks, planned.sampling.slots, token_ids)
-        cut = [self._state.record(planned.sampling.slots, token_ids)]
-        if masks is not None:
-            cut.append(masks.cut_rows)
+        lost = self._state.record(planned.sampling.slots, token_ids)
+        given_up = masks.cut_rows if masks is not None else None
         prompt = score_prompts(self._model, hidden, planned.prompt) if planned.prompt else None
         pooled = self._pooler.pool(batch, hidden)
         return _result(
-            *(batch.number, token_ids, drawn, prompt, pooled),
-            [rows for rows in cut if rows is not None],
-            time.perf_counter() - started,
+            number=batch.number,
+            token_ids=token_ids,
+            drawn=drawn or Logprobs.none(0, len(token_ids)),
+            prompt=prompt or Logprobs.none(0, 0),
+            pooled=pooled,
+            cut_rows=_union(lost, given_up),
+            device_s=time.perf_counter() - started,
         )
 
     def _forward(self, planned: PlannedBatch) -> Tensor:
         """Hidden states of all rows, [rows, hidden]."""
-        if not len(planned.ids):  # a batch may bring differences only
+        # A batch may consist of changes to the tables, without any row.
+        if not len(planned.ids):
             return torch.empty(0, 0, device=self._device)
         attention = self._backend.plan(planned.sequences)
         hidden: Tensor = self._model(planned.ids, planned.positions, attention)
@@ -161,16 +166,15 @@ class Worker:
 
 
 def _result(
+    *,
     number: int,
     token_ids: Tensor,
-    drawn: Logprobs | None,
-    prompt: Logprobs | None,
+    drawn: Logprobs,
+    prompt: Logprobs,
     pooled: Tensor | None,
-    cut: list[Int32Array],
+    cut_rows: Int32Array | None,
     device_s: float,
 ) -> ForwardResult:
-    drawn = drawn or Logprobs.none(0, len(token_ids))
-    prompt = prompt or Logprobs.none(0, 0)
     return ForwardResult(
         number=number,
         token_ids=token_ids.cpu().numpy().astype(np.int32),
@@ -183,5 +187,11 @@ def _result(
         prompt_top_logprobs=prompt.top.cpu().numpy(),
         device_s=device_s,
         pooled=None if pooled is None or not len(pooled) else pooled.cpu().numpy(),
-        cut_rows=np.unique(np.concatenate(cut)) if cut else None,
+        cut_rows=cut_rows,
     )
+
+
+def _union(one: Int32Array | None, other: Int32Array | None) -> Int32Array | None:
+    """Rows that are in either, each once and ascending."""
+    present = [rows for rows in (one, other) if rows is not None]
+    return np.unique(np.concatenate(present)) if present else None

@@ -1,1 +1,1 @@
-"""Attention on the processor: a plain-torch reference, and a compiled kernel where a compiler is found."""
+"""Attention on the CPU: a kernel that is compiled where a compiler is found."""

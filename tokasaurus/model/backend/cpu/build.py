@@ -1,12 +1,13 @@
 """Compiles a C++ file into a shared library, once for each machine, and loads it.
 
-Libraries are kept in ``$XDG_CACHE_HOME/tokasaurus`` under a name made of everything that decides what
-the compiler would make: the source, the flags, the compiler's version, the processor. Each is
-written under another name and then renamed, so processes that start together cannot meet half a file.
+Libraries are kept in ``$XDG_CACHE_HOME/tokasaurus``. Their names are hashes of everything that
+decides the compiler's output: the source, the flags, the compiler's version and the processor. A
+library is written under a temporary name and then renamed, so processes that start together never
+read half a file.
 
-OpenMP: torch brings a runtime of its own, and a second pool of threads in the process would fight with
-it for the cores. So the library is first linked without one: its calls then find torch's. Where torch's
-runtime cannot be found that way (another compiler, another build of torch) it is linked as usual.
+OpenMP: torch has its own runtime, and a second pool of threads in the process would compete with it
+for the cores. So the library is first linked without a runtime, and its calls find torch's. Where
+they do not (another compiler, another build of torch), it is linked with one as usual.
 """
 
 from __future__ import annotations
@@ -33,18 +34,20 @@ _COMPILE = (
     "-std=c++17",
     "-fPIC",
     "-fopenmp",
-    # What vectorising needs and no result depends on: no errno, no traps, fused multiply-add.
+    # For vectorisation, without effect on any promised result: no errno, no traps, fused
+    # multiply-add.
     "-fno-math-errno",
     "-fno-trapping-math",
     "-ffp-contract=fast",
 )
-_TUNING = (("-march=native",), ())  # not every compiler knows every processor
+# Not every compiler knows every processor.
+_TUNING = (("-march=native",), ())
 _LINKING = ((), ("-fopenmp",))
 _TIMEOUT_S = 300
 
 
 class BuildError(Exception):
-    """There is no compiler, or it failed; says which and how."""
+    """There is no compiler, or it failed. The message names the compiler and the failure."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,12 @@ class _Recipe:
 
 
 def load_library(source: Path) -> ctypes.CDLL:
-    """Loads the library of a C++ file, compiling it if this machine has not yet.
+    """Loads the library of a C++ file, and compiles it first if this machine has not done so.
 
     torch must be imported before.
 
     Raises:
-        BuildError: it cannot be built here.
+        BuildError: the library cannot be built on this machine.
     """
     compiler = _find_compiler()
     directory = _cache_directory()
@@ -131,7 +134,7 @@ def _compiler_version(compiler: tuple[str, ...]) -> str:
 
 
 def _processor() -> str:
-    """What -march=native depends on: the model and its features."""
+    """What -march=native depends on: the processor's model and features."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

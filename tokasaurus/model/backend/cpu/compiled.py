@@ -1,7 +1,7 @@
 """The compiled paged-attention kernel: ``paged_attention.cpp`` through ctypes.
 
-Owns the arguments it is called with and the pieces it cuts a batch into; what it computes is defined by
-``reference.py``.
+Owns the kernel's arguments and the blocks that a batch is cut into. ``reference.py`` defines the
+result.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from tokasaurus.model.backend.base import SequenceRows
 from tokasaurus.model.backend.cpu.build import BuildError, load_library
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.protocol.arrays import Int32Array
+from tokasaurus.rounding import ceil_div
 
 __all__ = ["CompiledAttention", "CompiledBackend"]
 
 _SOURCE = Path(__file__).with_name("paged_attention.cpp")
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# Queries that share one pass over the keys: enough to use each key often, few enough to spread a short
-# prompt over the cores.
+# Queries that share one pass over the keys: enough of them to use each key often, few enough to
+# spread a short prompt over the cores.
 _QUERIES_PER_BLOCK = 32
 
-# Multiply-adds of one layer that make it worthwhile to wake one more thread; about 50 microseconds.
+# Multiply-adds of one layer that justify one more thread; they take about 50 microseconds.
 _WORK_PER_THREAD = 250_000
 
 
@@ -67,7 +68,7 @@ class CompiledBackend:
         num_heads: query heads.
 
     Raises:
-        BuildError: no kernel can be had on this machine.
+        BuildError: the kernel cannot be built on this machine.
     """
 
     def __init__(self, cache: KVCache, num_heads: int) -> None:
@@ -80,7 +81,7 @@ class CompiledBackend:
 
 
 class CompiledAttention:
-    """Implements ``Attention`` for one batch. Keeps alive what the kernel gets pointers to."""
+    """Implements ``Attention`` for one batch. Keeps the arrays alive that the kernel points to."""
 
     def __init__(
         self, kernel: ctypes._NamedFuncPointer, cache: KVCache, num_heads: int, rows: SequenceRows
@@ -122,7 +123,7 @@ class CompiledAttention:
 
 
 def _blocks(query_starts: Int32Array, rows_per_block: int) -> tuple[Int32Array, Int32Array]:
-    """Cuts each sequence's rows into blocks.
+    """Cuts each sequence's rows into blocks::
 
         query_starts [0, 1, 6], 2 rows per block:
         rows              0 │ 1 2 │ 3 4 │ 5
@@ -133,7 +134,7 @@ def _blocks(query_starts: Int32Array, rows_per_block: int) -> tuple[Int32Array, 
         block_sequences: [blocks], the sequence of each.
         block_rows: [blocks], the first row of each.
     """
-    counts = -(-np.diff(query_starts) // rows_per_block)
+    counts = ceil_div(np.diff(query_starts), rows_per_block)
     sequences = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
     firsts = np.cumsum(counts) - counts
     within = np.arange(len(sequences), dtype=np.int32) - firsts[sequences]

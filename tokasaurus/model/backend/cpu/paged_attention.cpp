@@ -1,19 +1,21 @@
-// Causal attention over a paged KV cache, for prefill and decode rows mixed, on the processor.
+// Causal attention over a paged KV cache on the CPU, for mixed prefill and decode rows.
 //
-// Two phases, with a barrier between them:
-//   1. each row's key and value go to their page;
-//   2. each task, a block of rows of one sequence and one key/value head, attends with an online
-//      softmax in fp32 (Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867).
-// The queries of a task, rows times query heads that share the key/value head, read each key once:
+// There are two phases, with a barrier between them:
+//   1. Each row's key and value are written to their page.
+//   2. Each task attends with an online softmax in fp32 (Milakov and Gimelshein 2018,
+//      https://arxiv.org/abs/1805.02867). A task is a block of rows of one sequence and one
+//      key/value head.
+// The queries of a task are its rows times the query heads that share the key/value head. Together
+// they read each key once:
 //
 //     keys of the sequence     0 ........ 31 | 32 ....... 63 | 64 ..      tiles of TILE keys
-//     row 60, head 0           ███████████████ ████████████                what a query may see
+//     row 60, head 0           ███████████████ ████████████                the keys a query sees
 //     row 60, head 1           ███████████████ ████████████
 //     row 61, head 0           ███████████████ █████████████
 //     row 61, head 1           ███████████████ █████████████
 //
-// Nothing is read beyond a sequence's length: pages are not initialised. Vectors are those of GCC and
-// Clang, eight floats wide, which the compiler maps to whatever the processor has.
+// Nothing is read beyond a sequence's length, because pages are not initialised. The vectors are
+// those of GCC and Clang, eight floats wide; the compiler maps them to the processor's own.
 
 #include <algorithm>
 #include <cmath>
@@ -24,7 +26,8 @@
 
 namespace {
 
-constexpr int TILE = 32;  // keys at a time
+// Keys in a tile.
+constexpr int TILE = 32;
 
 constexpr int WIDTH = 8;
 typedef float Vector __attribute__((vector_size(WIDTH * sizeof(float))));
@@ -64,7 +67,7 @@ inline float widen(float value) { return value; }
 inline float widen(BFloat16 value) { return as_float(uint32_t(value.bits) << 16); }
 
 inline float widen(Float16 value) {
-    // Exponent and fraction move to fp32's place; the product mends the bias of the exponent, for
+    // The exponent and fraction move to fp32's place. The product corrects the exponent's bias, for
     // denormal numbers too. Infinity and NaN get fp32's exponent.
     const uint32_t magnitude = value.bits & 0x7fffu;
     const float finite = as_float(magnitude << 13) * 0x1p112f;
@@ -73,11 +76,11 @@ inline float widen(Float16 value) {
     return value.bits & 0x8000u ? -unsigned_value : unsigned_value;
 }
 
-// e^x for x <= 0, within 2 units of the last place; 0 below -87. Without a call, so that it vectorises.
+// e^x for x <= 0, within 2 units of the last place; 0 below -87. It has no calls, so it vectorises.
 inline float exp_negative(float x) {
     const float clamped = std::max(x, -87.0f);
     const float n = std::nearbyint(clamped * 1.44269504f);
-    // x - n ln 2, with ln 2 in two parts.
+    // r = x - n ln 2, with ln 2 in two parts.
     const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
     float p = 1.0f / 720;
     p = p * r + 1.0f / 120;
@@ -90,7 +93,7 @@ inline float exp_negative(float x) {
     return x < -87.0f ? 0.0f : p * scale;
 }
 
-// Products of one query with N keys.
+// The products of one query with N keys.
 template <int N>
 inline void dot(const float *query, const float *const *keys, int head_dim, float *scores) {
     Vector sums[N] = {};
@@ -104,7 +107,7 @@ inline void dot(const float *query, const float *const *keys, int head_dim, floa
         for (int n = 0; n < N; n++) scores[n] += query[d] * keys[n][d];
 }
 
-// For N vectors of components from d on: mixed = mixed * shrink + sum of weights[t] * values[t].
+// For N vectors, from component d on: mixed = mixed * shrink + the sum of weights[t] * values[t].
 template <int N>
 inline void mix(float *mixed, float shrink, const float *weights, const float *const *values,
                 int count, int d) {
@@ -119,7 +122,7 @@ inline void mix(float *mixed, float shrink, const float *weights, const float *c
 
 extern "C" {
 
-// Mirrored by _Arguments in compiled.py. Strides count elements.
+// Mirrored by _Arguments in compiled.py. Strides are in elements.
 struct Arguments {
     const void *query, *key, *value;  // rows of heads of head_dim numbers
     void *key_cache, *value_cache;    // [pages, kv_heads, page_size, head_dim]
@@ -129,7 +132,7 @@ struct Arguments {
     const int32_t *query_starts;      // [sequences + 1]
     const int32_t *kv_lengths;        // [sequences]
     const int32_t *block_sequences;   // [blocks], the sequence of each block of rows
-    const int32_t *block_rows;        // [blocks], the first row of each
+    const int32_t *block_rows;        // [blocks], the first row of each block
     int64_t query_stride, key_stride, value_stride, page_table_stride;
     int32_t num_blocks, rows_per_block;
     int32_t num_heads, num_kv_heads, head_dim, page_size;
@@ -140,7 +143,7 @@ struct Arguments {
 
 namespace {
 
-// Working memory of one thread.
+// The working memory of one thread.
 struct Scratch {
     std::vector<float> queries, mixed, keys, values, scores, best, sum;
 
@@ -182,7 +185,7 @@ class Kernel {
         const int end_row = a.query_starts[sequence + 1];
         const int num_rows = std::min(a.rows_per_block, end_row - first_row);
         const int num_queries = num_rows * group;
-        // The first row sees so many keys, each further row one more.
+        // The number of keys that the first row sees; each further row sees one more.
         const int first_visible = a.kv_lengths[sequence] - (end_row - first_row) + 1;
         const int num_keys = first_visible + num_rows - 1;
 
@@ -222,7 +225,7 @@ class Kernel {
         std::fill_n(scratch.sum.begin(), num_queries, 0.0f);
     }
 
-    // Where the keys and values of a tile lie: in their pages, or widened into the scratch.
+    // Finds the keys and values of a tile: in their pages, or widened to fp32 in the scratch.
     void locate(int sequence, int kv_head, int start, int tile, int head_dim, Scratch &scratch,
                 const float **keys, const float **values) const {
         for (int t = 0; t < tile; t++) {
@@ -243,7 +246,7 @@ class Kernel {
         }
     }
 
-    // Takes the first `visible` keys of a tile into one query's running softmax.
+    // Adds the first `visible` keys of a tile to one query's running softmax.
     static void step(int query, int visible, int head_dim, const float *const *keys,
                      const float *const *values, Scratch &scratch) {
         const float *q = &scratch.queries[size_t(query) * head_dim];
@@ -255,7 +258,7 @@ class Kernel {
         float best = scratch.best[query];
 #pragma omp simd reduction(max : best)
         for (int i = 0; i < visible; i++) best = scores[i] > best ? scores[i] : best;
-        // The first tile: exp_negative(-infinity) is 0.
+        // In the first tile this is exp_negative(-infinity), which is 0.
         const float shrink = exp_negative(scratch.best[query] - best);
         float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -311,8 +314,8 @@ void run(const Arguments &a) {
             const int end = std::min(first + a.rows_per_block, a.query_starts[sequence + 1]);
             for (int row = first; row < end; row++) kernel.append(row, sequence);
         }
-        // One head after the other, so that a prompt's blocks find its keys in the core's cache; late
-        // blocks first, since they see the most keys.
+        // One head after the other, so that a prompt's blocks find its keys in the core's cache.
+        // Late blocks come first, because they see the most keys.
 #pragma omp for schedule(dynamic, 1)
         for (int task = num_tasks - 1; task >= 0; task--)
             kernel.attend(task % a.num_blocks, task / a.num_blocks, scratch);
@@ -323,7 +326,7 @@ void run(const Arguments &a) {
 
 extern "C" {
 
-// So that a caller with another idea of Arguments finds out.
+// Lets the caller check that it lays out Arguments in the same way.
 int64_t tokasaurus_arguments_size() { return sizeof(Arguments); }
 
 void tokasaurus_paged_attention(const Arguments *arguments) {

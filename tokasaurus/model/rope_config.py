@@ -1,11 +1,13 @@
-"""Rotary position embeddings as a checkpoint describes them: which kind, which numbers. No torch.
+"""Rotary position embeddings as a checkpoint describes them: the kind and its numbers. No torch.
 
-``config.json`` spells them in two ways:
+``config.json`` spells them in two ways::
 
-    transformers 4      "rope_theta": 500000.0, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, ...}
-    transformers 5      "rope_parameters": {"rope_theta": 500000.0, "rope_type": "llama3", "factor": 8.0, ...}
+    transformers 4      "rope_theta": 500000.0,
+                        "rope_scaling": {"rope_type": "llama3", "factor": 8.0, ...}
+    transformers 5      "rope_parameters": {"rope_theta": 500000.0,
+                                            "rope_type": "llama3", "factor": 8.0, ...}
 
-and older files say "type" for "rope_type". Where both objects are there, "rope_scaling" wins, as in
+Older files say "type" for "rope_type". Where a file has both objects, "rope_scaling" wins, as in
 transformers.
 """
 
@@ -16,7 +18,15 @@ from typing import TypeAlias
 
 from tokasaurus.model.json_fields import JsonFields
 
-__all__ = ["DefaultRope", "LinearRope", "Llama3Rope", "RopeConfig", "YarnRope", "parse_rope"]
+__all__ = [
+    "DefaultRope",
+    "LinearRope",
+    "Llama3Rope",
+    "RopeConfig",
+    "YarnRope",
+    "parse_rope",
+    "stretched_positions",
+]
 
 _DEFAULT_THETA = 10_000.0
 
@@ -38,7 +48,7 @@ class LinearRope:
 
 @dataclass(frozen=True)
 class Llama3Rope:
-    """Llama 3.1: long wavelengths are stretched by ``factor``, short ones are left, with a ramp between."""
+    """Llama 3.1: stretches long wavelengths by ``factor``, keeps short ones, and ramps between."""
 
     theta: float
     factor: float
@@ -66,15 +76,16 @@ RopeConfig: TypeAlias = DefaultRope | LinearRope | Llama3Rope | YarnRope
 
 
 def parse_rope(fields: JsonFields, max_position: int, override: JsonFields | None) -> RopeConfig:
-    """Reads the embedding out of config.json.
+    """Reads the embedding's description.
 
     Args:
-        fields: the whole config.json.
+        fields: the whole ``config.json``.
         max_position: its ``max_position_embeddings``.
-        override: replaces the checkpoint's object; ``rope_theta`` stays unless it names one.
+        override: replaces the checkpoint's object. The checkpoint's ``rope_theta`` stays unless the
+            override has one.
 
     Raises:
-        ModelError: naming the field that is missing, malformed or of an unsupported kind.
+        ModelError: names the field that is missing, malformed or of an unsupported kind.
     """
     own = fields.nested("rope_scaling" if fields.raw("rope_scaling") else "rope_parameters")
     theta = own.positive("rope_theta", fields.positive("rope_theta", _DEFAULT_THETA))
@@ -82,6 +93,15 @@ def parse_rope(fields: JsonFields, max_position: int, override: JsonFields | Non
     theta = chosen.positive("rope_theta", theta)
     _refuse_partial(fields, chosen)
     return _of_kind(chosen, theta, fields.integer("original_max_position_embeddings", max_position))
+
+
+def stretched_positions(rope: RopeConfig, max_position: int) -> int:
+    """The positions that a scaling makes of ``max_position`` original ones."""
+    if isinstance(rope, YarnRope):
+        return max(max_position, int(rope.factor * rope.original_max_position))
+    if isinstance(rope, LinearRope):
+        return int(rope.factor * max_position)
+    return max_position
 
 
 def _of_kind(fields: JsonFields, theta: float, original: int) -> RopeConfig:
@@ -135,7 +155,8 @@ def _refuse_partial(fields: JsonFields, rope: JsonFields) -> None:
         share = place.number("partial_rotary_factor", 1.0)
         if share != 1.0:
             raise place.error("partial_rotary_factor", f"is {share}; only 1.0 is supported")
-    for name in rope.names():  # one object per layer type, as models with sliding windows have
+    # Models with sliding windows have one object for each type of layer.
+    for name in rope.names():
         if isinstance(rope.raw(name), dict):
             raise rope.error(
                 name, "is an object: embeddings that differ by layer are not supported"

@@ -1,0 +1,97 @@
+"""Llama's modules, and those of all architectures that differ in biases and norms only."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from tokasaurus.model.backend.base import Attention
+from tokasaurus.model.config import ModelConfig
+from tokasaurus.model.layers.attention import SelfAttention
+from tokasaurus.model.layers.linear import Embedding, Linear
+from tokasaurus.model.layers.mlp import GatedMLP
+from tokasaurus.model.layers.norm import RMSNorm
+from tokasaurus.model.layers.placement import Placement
+from tokasaurus.model.layers.rotary import Rotary, Rotation
+
+__all__ = ["LlamaLayer", "LlamaModel"]
+
+
+class LlamaLayer(nn.Module):
+    """Pre-norm attention, then a gated MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, place: Placement, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(place, config.hidden_size, config.rms_norm_eps)
+        self.attention = SelfAttention(config, place, layer)
+        self.mlp_norm = RMSNorm(place, config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMLP(config, place)
+
+    def forward(self, x: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotation, attention)
+        result: Tensor = x + self.mlp(self.mlp_norm(x))
+        return result
+
+
+class LlamaModel(nn.Module):
+    """Turns token ids into hidden states, and chosen rows of those into logits.
+
+    Args:
+        config: the shape.
+        place: dtype and device of the parameters, which the loader fills.
+    """
+
+    # Our module -> the checkpoint's modules that fill its rows, in this order. {} is the layer's
+    # number. Each has a weight, and a bias where ours has one. A model skips modules it lacks.
+    WEIGHTS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "embedding": ("model.embed_tokens",),
+        "layers.{}.attention_norm": ("model.layers.{}.input_layernorm",),
+        "layers.{}.attention.qkv": (
+            "model.layers.{}.self_attn.q_proj",
+            "model.layers.{}.self_attn.k_proj",
+            "model.layers.{}.self_attn.v_proj",
+        ),
+        "layers.{}.attention.query_norm": ("model.layers.{}.self_attn.q_norm",),
+        "layers.{}.attention.key_norm": ("model.layers.{}.self_attn.k_norm",),
+        "layers.{}.attention.output": ("model.layers.{}.self_attn.o_proj",),
+        "layers.{}.mlp_norm": ("model.layers.{}.post_attention_layernorm",),
+        "layers.{}.mlp.gate_up": ("model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj"),
+        "layers.{}.mlp.down": ("model.layers.{}.mlp.down_proj",),
+        "norm": ("model.norm",),
+        "head": ("lm_head",),
+    }
+
+    def __init__(self, config: ModelConfig, place: Placement) -> None:
+        super().__init__()
+        self.embedding = Embedding(place, config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            LlamaLayer(config, place, layer) for layer in range(config.num_layers)
+        )
+        self.norm = RMSNorm(place, config.hidden_size, config.rms_norm_eps)
+        self.head: Embedding | Linear = self.embedding
+        if not config.tie_word_embeddings:
+            self.head = Linear(place, config.hidden_size, config.vocab_size)
+        self._rotary = Rotary(config.rope, config.head_dim, place.device)
+
+    def forward(self, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """Runs one pass over a flat batch.
+
+        Args:
+            ids: [tokens] int64.
+            positions: [tokens] int64, the position of each token in its sequence.
+            attention: of this batch; it also stores the batch's keys and values.
+
+        Returns:
+            Hidden states after the last norm, [tokens, hidden].
+        """
+        rotation = self._rotary(positions)
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = layer(x, rotation, attention)
+        result: Tensor = self.norm(x)
+        return result
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Turns [rows, hidden] into [rows, vocabulary], in the model's dtype."""
+        return nn.functional.linear(hidden, self.head.weight)

@@ -1,0 +1,90 @@
+"""Reads the JSON files of a model's directory before any tensor is read. No torch.
+
+Owns the files and the choice of the architecture, which then parses the fields. Knows nothing of
+weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from tokasaurus.config.slices import ModelFacts
+from tokasaurus.errors import ModelError
+from tokasaurus.model.architectures.registry import ARCHITECTURES
+from tokasaurus.model.config import ModelConfig
+from tokasaurus.model.json_fields import JsonFields
+
+__all__ = ["model_facts", "read_model_config"]
+
+T = TypeVar("T")
+
+
+def read_model_config(path: str | Path, rope_scaling_override: str | None = None) -> ModelConfig:
+    """Reads and checks ``config.json``.
+
+    Args:
+        path: the model's directory.
+        rope_scaling_override: a JSON object that replaces the checkpoint's RoPE scaling. A scaling
+            that stretches positions (linear, yarn) raises ``max_position_embeddings`` too.
+
+    Raises:
+        ModelError: names the file and the field.
+    """
+    return _parse(_read_config(Path(path)), rope_scaling_override)
+
+
+def model_facts(path: str | Path, rope_scaling_override: str | None = None) -> ModelFacts:
+    """Reads what the composition root needs: sizes, and the model's defaults of generation.
+
+    Raises:
+        ModelError: names the file and the field.
+    """
+    directory = Path(path)
+    fields = _read_config(directory)
+    config = _parse(fields, rope_scaling_override)
+    generation = JsonFields({}, "")
+    if (directory / "generation_config.json").exists():
+        generation = JsonFields.read(directory / "generation_config.json")
+
+    def optional(name: str, read: Callable[[str], T]) -> T | None:
+        return read(name) if name in generation else None
+
+    eos_token_ids = generation.integers("eos_token_id") or fields.integers("eos_token_id")
+    return ModelFacts(
+        path=str(directory),
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_position_embeddings,
+        kv_elements_per_token=config.kv_elements_per_token,
+        # Ids beyond the vocabulary are never drawn, and some files say -1 for none.
+        eos_token_ids=tuple(i for i in eos_token_ids if 0 <= i < config.vocab_size),
+        temperature=optional("temperature", lambda name: generation.number(name, minimum=0)),
+        top_p=optional("top_p", lambda name: generation.positive(name, maximum=1)),
+        top_k=optional("top_k", lambda name: generation.integer(name, minimum=0)),
+        min_p=optional("min_p", lambda name: generation.number(name, minimum=0)),
+    )
+
+
+def _read_config(directory: Path) -> JsonFields:
+    path = directory / "config.json"
+    if not directory.is_dir():
+        raise ModelError(f"{directory} is not a directory with a model")
+    if not path.exists():
+        raise ModelError(
+            f"{directory} has no config.json: it is not a model that transformers saved"
+        )
+    return JsonFields.read(path)
+
+
+def _parse(fields: JsonFields, rope_scaling_override: str | None) -> ModelConfig:
+    names = fields.strings("architectures")
+    supported = f"supported: {', '.join(ARCHITECTURES)}"
+    if not names:
+        raise fields.error("architectures", f"is missing; {supported}")
+    if names[0] not in ARCHITECTURES:
+        raise fields.error("architectures", f"is {names[0]!r}; {supported}")
+    override = None
+    if rope_scaling_override is not None:
+        override = JsonFields.parse(rope_scaling_override, "rope_scaling=...")
+    return ARCHITECTURES[names[0]].parse(fields, override)
