@@ -237,8 +237,9 @@ class RunningSequences:
         for sequence in sequences:
             sequence.state = SequenceState.PREEMPTED
             # Otherwise all its tokens are in flight, and it only ends.
-            if self.slots.length[sequence.slot] < self.slots.final_length[sequence.slot]:
-                self._counters.num_preemptions += 1
+            slot = sequence.slot
+            sequence.resumes = bool(self.slots.length[slot] < self.slots.final_length[slot])
+            self._counters.num_preemptions += sequence.resumes
         self.preempted += sequences
         self.depart(self.retire(sequences))
 

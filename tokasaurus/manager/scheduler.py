@@ -18,12 +18,14 @@ The order of a plan:
    ends, the other samples of its request may fork from its last row: that takes no tokens of the
    budget.
 4. What is left then admits sequences from the queue, strictly in order, as far as there is room now
-   and as the forecast finds room for all that they will need (``admission``). There are two
+   and as the forecast finds room for all that they will need (``admission``). There are three
    exceptions:
 
    - Where no sequence holds a page, the head is admitted whatever it needs.
    - A sequence that would compute a page that another prompt is computing steps aside until that
      page can be found.
+   - A sequence that was preempted and waits for its last results counts as being in the queue
+     already: the sequences behind it cannot have the pages that it gave up.
 """
 
 from __future__ import annotations
