@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+from rows import each_row
 
 from tokasaurus import untrusted_json
 from tokasaurus.untrusted_json import MAX_DEPTH
 
 
-@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}"), ('[{"a":', "}]")])
+@each_row("opening, closing", [("[", "]"), ('{"a":', "}"), ('[{"a":', "}]")])
 def test_depth_is_limited(opening, closing):
     count = MAX_DEPTH // (opening.count("[") + opening.count("{"))
     deepest = f"{opening * count}1{closing * count}"

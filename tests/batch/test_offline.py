@@ -145,7 +145,7 @@ def test_a_job_that_cannot_run_is_refused(tmp_path):
 def test_a_wrong_command_line_is_refused(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for line, message in {
-        "walk a b": "no command",
+        "walk a b": "not a command",
         "run": "name the input and the output",
         "run a": "name the input and the output",
         "run none.jsonl out.jsonl": "none.jsonl is not a file",

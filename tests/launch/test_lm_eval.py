@@ -217,7 +217,7 @@ def first_id(way: str) -> int:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_loglikelihoods(evaluate, way):
+def test_loglikelihoods_of_continuations(evaluate, way):
     results = evaluate(LOGLIKELIHOODS, **WAYS[way])
     bos = [TOKENIZER.bos_token_id] if WAYS[way].get("add_bos_token") else []
     seen = set()
@@ -282,7 +282,7 @@ GENERATION = TASKS["toka_questions"]["generation_kwargs"]
     "way",
     ["remote-tokenizer", "ids", "ids-batches", "ids-concurrent", "bos-ids", "text-concurrent"],
 )
-def test_generation(evaluate, way):
+def test_generated_texts_are_greedy(evaluate, way):
     options = {"add_bos_token": True, **WAYS[way]}
     results = evaluate(["toka_questions"], **options)
     bos = options["add_bos_token"] and way != "remote-tokenizer"
@@ -292,7 +292,7 @@ def test_generation(evaluate, way):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_concurrent": 3}], ids=str)
-def test_chat(evaluate, options):
+def test_chat_answers_are_greedy(evaluate, options):
     results = evaluate(["toka_questions"], model="local-chat-completions", chat=True, **options)
     for (messages, _), text in asked(results, "toka_questions"):
         ids = TOKENIZER.apply_chat_template(

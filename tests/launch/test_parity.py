@@ -1,8 +1,8 @@
 """The whole embedded engine generates what transformers generates.
 
 Every case compares greedy tokens and logprobs in fp32. Tokens may differ only where the reference's
-two best logits tie, logprobs by 1e-4. Cases differ in architecture, page size, chunking, prefix hits
-and preemption.
+two best logits tie, logprobs by 1e-4. Cases differ in architecture, page size, chunking, prefix
+hits and preemption.
 """
 
 from __future__ import annotations

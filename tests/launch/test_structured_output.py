@@ -1,4 +1,4 @@
-"""Every text that the demo model generates under a grammar follows it; other libraries check that."""
+"""Texts that the demo model generates under a grammar follow it; other libraries check that."""
 
 from __future__ import annotations
 

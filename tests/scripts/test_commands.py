@@ -3,6 +3,7 @@
 from importlib.metadata import distribution
 
 import pytest
+from rows import each_row
 
 from tokasaurus import __version__
 from tokasaurus.config.parser import answer_question
@@ -42,7 +43,7 @@ def test_every_command_prints_its_help(word, monkeypatch, capsys):
                 assert flag in printed
 
 
-@pytest.mark.parametrize("words", [["help", "port=1"], ["port=1", "help"], ["version"]])
+@each_row("words", [["help", "port=1"], ["port=1", "help"], ["version"]])
 def test_only_a_single_help_asks_for_help(words):
     def fail():
         raise AssertionError("printed the help")
