@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-__all__ = ["check_each", "each_row"]
+__all__ = ["check_each", "each_row", "named"]
 
 _NAME_LENGTH = 200  # of a row, in characters
 _NUM_REASONS = 10  # of failures whose reasons are told
@@ -66,6 +67,15 @@ def each_row(names: str, rows: Iterable[Any]) -> Callable[[Callable[..., None]],
         return run
 
     return decorate
+
+
+@contextlib.contextmanager
+def named(row: Any) -> Iterator[None]:
+    """Name the row of a table, or the seed, of a check that fails inside a loop."""
+    try:
+        yield
+    except (AssertionError, pytest.fail.Exception) as error:
+        raise AssertionError(f"{row}: {error}") from error
 
 
 def _shortened(row: Any) -> str:

@@ -299,7 +299,7 @@ def test_help_lists_every_flag_with_default_and_meaning(capsys):
         assert name in out
 
 
-# --- in Python --------------------------------------------------------------------------------------
+# --- in Python ------------------------------------------------------------------------------------
 
 
 def test_from_flags(tmp_path):

@@ -99,7 +99,7 @@ def test_what_the_user_chose_arrives():
     assert slices(model="org/name").server.model_name == "org/name"
 
 
-# --- device and dtype -------------------------------------------------------------------------------
+# --- device and dtype -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_no_cuda():
     assert line.startswith("device=cuda: ")
 
 
-# --- limits that adapt ------------------------------------------------------------------------------
+# --- limits that adapt ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_topk_logprobs():
     assert slices(max_topk_logprobs=10**4).server.max_topk_logprobs == 2048
 
 
-# --- memory -----------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 def test_the_default_kv_cache_takes_half_of_the_memory_at_most():
@@ -234,7 +234,7 @@ def test_no_room_for_a_request():
     assert "page_size=16" in line
 
 
-# --- all of it --------------------------------------------------------------------------------------
+# --- all of it ------------------------------------------------------------------------------------
 
 
 def test_every_conflict_is_reported_at_once():

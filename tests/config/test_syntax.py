@@ -427,7 +427,7 @@ def test_overrides_stand_at_the_end():
         read(overrides="text='open")
 
 
-# --- config files -----------------------------------------------------------------------------------
+# --- config files ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -495,7 +495,7 @@ def test_other_files(file, tmp_path):
         read(f"config={tmp_path}/missing.yaml")
 
 
-# --- --show and --help ------------------------------------------------------------------------------
+# --- --show and --help ----------------------------------------------------------------------------
 
 
 def test_show_prints_what_a_file_can_hold(file, capsys):

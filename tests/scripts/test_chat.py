@@ -47,7 +47,7 @@ def test_commands(engine, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out == "a~\nb~\nc~\n"
     assert "be kind" in err
-    assert "/nonsense is no command" in err
+    assert "/nonsense is not a command" in err
 
 
 def test_a_pipe_ends_at_the_first_error(engine, monkeypatch, capsys):
