@@ -126,7 +126,7 @@ DEEP = {
         ({"guided_choice": [1]}, "guided_choice", "one or more strings"),
         ({"guided_choice": "yes"}, "guided_choice", "a list of strings"),
         ({"guided_grammar": "start: foo"}, "guided_grammar", "unknown name"),
-        ({"guided_grammar": "start: start"}, "guided_grammar", "no text can begin"),
+        ({"guided_grammar": "start: start"}, "guided_grammar", "no text can match"),
         ({"guided_grammar": "nonsense"}, "guided_grammar", "neither Lark nor GBNF"),
         ({"guided_grammar": "start: " + "(" * 9000}, "guided_grammar", "nested"),
         ({"guided_grammar": "root ::= " + "(" * 9000}, "guided_grammar", "cannot be compiled"),
