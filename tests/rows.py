@@ -15,14 +15,15 @@ import pytest
 __all__ = ["check_each", "each_row", "named"]
 
 _NAME_LENGTH = 200  # of a row, in characters
+_NUM_REASONS = 10  # of failures whose reasons are told
 
 
 def check_each(rows: Iterable[Any], check: Callable[[Any], None]) -> None:
     """Check every row, then fail if any has failed.
 
     Raises:
-        AssertionError: names each row that failed, with the reason and the line; its cause is the
-            first failure.
+        AssertionError: names each row that failed; the first ones with line and reason. Its cause
+            is the first failure.
     """
     __tracebackhide__ = True
     failures: list[tuple[str, BaseException]] = []
@@ -34,8 +35,10 @@ def check_each(rows: Iterable[Any], check: Callable[[Any], None]) -> None:
             failures.append((f"row {num_rows - 1}: {_shortened(row)}", error))
     assert num_rows, "a table without rows checks nothing"
     if failures:
-        reasons = "".join(f"\n{name}\n    {_reason(error)}" for name, error in failures)
-        message = f"{len(failures)} of {num_rows} rows failed:{reasons}"
+        lines = [f"{len(failures)} of {num_rows} rows failed:"]
+        for number, (name, error) in enumerate(failures):
+            lines += [name] if number >= _NUM_REASONS else [name, f"    {_reason(error)}"]
+        message = "\n".join(lines)
         raise AssertionError(message) from failures[0][1]
 
 
