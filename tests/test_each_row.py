@@ -18,7 +18,7 @@ def test_every_row_that_fails_is_named():
     assert checked == [2, 3, 4, 5]
     message = str(error.value)
     assert [f"row {n}: {n + 2}\n" in message for n in range(4)] == [False, True, False, True]
-    assert message.count("AssertionError: odd") == message.count("test_rows.py:") == 2
+    assert message.count("AssertionError: odd") == message.count("test_each_row.py:") == 2
     check_each([2, 4], check)
 
 
