@@ -263,7 +263,7 @@ class LLM:
                     bar.set_postfix_str(f"{speed:.0f} output tokens/s", refresh=False)
 
     def _step(self) -> None:
-        """One turn of the ring: server core to manager to worker and back."""
+        """Passes messages once from text core to manager to worker, and back."""
         if self._worker is None:
             raise EngineDead("this LLM was closed, or one of its batches failed")
         events = self._inbox.copy()

@@ -11,5 +11,6 @@ It stands on the text core, ``tokasaurus.text``. From the inside out::
     routes/       the routes: the operations, and what the engine says of itself
     app           joins them into one ASGI application
 
-``http`` and ``operations`` do not know each other; the routes join them.
+``http`` and ``operations`` do not know each other; the routes join them. Beside these, ``document``
+completes the OpenAPI document, and ``reports`` sends statistics to the log and to statsd.
 """
