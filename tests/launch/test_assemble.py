@@ -66,7 +66,7 @@ def test_a_scaling_of_positions_counts_once(tmp_path):
         ({"rope_type": "linear", "factor": 4.0}, 4 * original),
         ({"rope_type": "yarn", "factor": 2.0}, 2 * original),
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, original),
-        ({"rope_type": "llama3", "factor": 8.0, **low_and_high}, original),
+        ({"rope_type": "llama3", "factor": 8.0, **low_and_high}, 8 * original),
     ):
         slices = sizes(path, rope_scaling=scaling, kv_cache_num_tokens=64 * original)
         assert slices.manager.max_request_tokens == expected, scaling

@@ -97,7 +97,7 @@ def parse_rope(fields: JsonFields, max_position: int, override: JsonFields | Non
 
 def stretched_positions(rope: RopeConfig, max_position: int) -> int:
     """The positions that a scaling makes of ``max_position`` original ones."""
-    if isinstance(rope, YarnRope):
+    if isinstance(rope, YarnRope | Llama3Rope):
         return max(max_position, int(rope.factor * rope.original_max_position))
     if isinstance(rope, LinearRope):
         return int(rope.factor * max_position)
