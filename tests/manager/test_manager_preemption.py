@@ -212,15 +212,13 @@ def test_prompt_logprobs_come_once_more_only_if_they_were_incomplete() -> None:
     victim = world.manager._backlog.find(2, 0)
     assert victim is not None
     world.turn(num_results=1)
-    world.manager._scheduler.preempt(
-        np.array([victim.slot])
-    )  # in the middle of its prompt: all of it again
+    # In the middle of its prompt: all of it again.
+    world.manager._scheduler.preempt(np.array([victim.slot]))
     for _ in range(9):
         world.turn(num_results=1)
     assert len(world.prompt_logprobs[2]) == 17
     num_prompt_tokens = world.device.num_prompt_tokens
-    world.manager._scheduler.preempt(
-        np.array([victim.slot])
-    )  # while it decodes: its pages are found again
+    # While it decodes: its pages are found again.
+    world.manager._scheduler.preempt(np.array([victim.slot]))
     world.drain()
     assert world.device.num_prompt_tokens - num_prompt_tokens <= world.config.page_size

@@ -226,9 +226,8 @@ class Manager:
         if total > self._config.max_request_tokens:
             limit = self._config.max_request_tokens
             return "max_tokens", f"{lengths} are more than the {limit} tokens a request may have"
-        num_pages = ceil_div(
-            total - 1, self._config.page_size
-        )  # the last token's KV is never needed
+        # The last token's KV is never needed.
+        num_pages = ceil_div(total - 1, self._config.page_size)
         if num_pages > self._config.num_pages:
             limit = self._config.num_pages * self._config.page_size
             return "max_tokens", f"{lengths} never fit the KV cache of {limit} tokens"

@@ -53,7 +53,7 @@ from tokasaurus.manager.kv.prefix_groups import GroupFinder, Groups
 from tokasaurus.manager.running import RunningSequences, SlotStart
 from tokasaurus.manager.sequence import Sequence
 from tokasaurus.manager.slots import NO_SLOTS, IndexArray
-from tokasaurus.manager.waiting import Backlog, priority_of
+from tokasaurus.manager.waiting import NO_ORDER, Backlog, priority_of
 from tokasaurus.protocol.arrays import EMPTY_INT32, BoolArray, Int32Array
 from tokasaurus.protocol.messages import ForwardBatch
 from tokasaurus.rounding import ceil_div
@@ -63,8 +63,6 @@ __all__ = ["FORCED_PREEMPTION_INTERVAL", "Scheduler"]
 FORCED_PREEMPTION_INTERVAL = 8  # batches
 
 _MAX_PARKED = 256  # in one plan, so that none takes long
-
-_NO_ORDER = np.iinfo(np.int64).max
 
 
 class _Wanted(NamedTuple):
@@ -283,7 +281,7 @@ class Scheduler:
             return NO_SLOTS
         order = self._slots.order
         running = (order >= 0).nonzero()[0]
-        younger: IndexArray = running[order[running] > order[running].min(initial=_NO_ORDER)]
+        younger: IndexArray = running[order[running] > order[running].min(initial=NO_ORDER)]
         return younger[[count % younger.size]] if younger.size else younger
 
     # --- decode ----------------------------------------------------------------------------------
@@ -359,7 +357,7 @@ class Scheduler:
         headroom = self._headroom(budget, is_decoding)
         # These will be back in the queue in a few turns.
         resuming = (s.order for s in self._running.preempted if s.resumes)
-        first_order = min(resuming, default=_NO_ORDER)
+        first_order = min(resuming, default=NO_ORDER)
         fork_order = first_order if head is None else min(first_order, head.order)
         forks = self._fork_offers(chunks, headroom, fork_order)
         queued, waiting = self._queue_offers(headroom, first_order)

@@ -22,10 +22,10 @@ from tokasaurus.manager.sequence import Request, Sequence, SequenceState
 from tokasaurus.protocol.arrays import Int64Array
 from tokasaurus.protocol.messages import MAX_PRIORITY, GenerateRequest, Pooling
 
-__all__ = ["Backlog", "priority_of"]
+__all__ = ["NO_ORDER", "Backlog", "priority_of"]
 
 _ARRIVAL_BITS = 40
-_NO_ORDER = (1 << 63) - 1  # after every order
+NO_ORDER = (1 << 63) - 1  # after every order
 
 
 _Order = TypeVar("_Order", int, Int64Array)
@@ -147,7 +147,7 @@ class Backlog:
     def next_follower_order(self, leader: Sequence) -> int:
         """The order of its first follower; more than any order where it has none."""
         if self.num_followers(leader) == 0:
-            return _NO_ORDER
+            return NO_ORDER
         return next(reversed(leader.request.followers.values())).order
 
     def pop_followers(self, leader: Sequence, count: int) -> list[Sequence]:

@@ -100,9 +100,8 @@ def test_a_file_is_kept_until_it_is_deleted(client, server):
 
 def test_lists_of_files_come_in_pages(client):
     ids = [upload(client, b"x") for _ in range(5)]
-    assert [file.id for file in client.files.list(limit=2)][:5] == ids[
-        ::-1
-    ]  # the client asks for further pages itself
+    # The client asks for further pages itself.
+    assert [file.id for file in client.files.list(limit=2)][:5] == ids[::-1]
     page = client.files.list(limit=2, order="asc", after=ids[1])
     assert [file.id for file in page.data] == ids[2:4]
     assert page.has_more
