@@ -58,8 +58,8 @@ def each_row(names: str, rows: Iterable[Any]) -> Callable[[Callable[..., None]],
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(test)
         def run(**fixtures: Any) -> None:
-            named = (dict(zip(arguments, row, strict=True)) for row in table)
-            check_each(named, lambda row: test(**fixtures, **row))
+            values = (dict(zip(arguments, row, strict=True)) for row in table)
+            check_each(values, lambda row: test(**fixtures, **row))
 
         signature = inspect.signature(test)
         others = [each for name, each in signature.parameters.items() if name not in arguments]

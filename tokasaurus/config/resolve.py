@@ -59,7 +59,7 @@ def resolve(
     """Decides everything that the user left open, for this model on this machine.
 
     Args:
-        config: the user's choices; ``tokenizer``, if set, is a path that the server room can load.
+        config: the user's choices; ``tokenizer``, if set, is a path that the text core can load.
         facts: about the model that ``config.model`` names.
         cuda_available: whether the machine has a working CUDA device.
         memory_bytes: free main memory, or None if unknown. Only a model on cpu uses it.

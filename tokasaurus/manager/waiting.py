@@ -27,7 +27,6 @@ __all__ = ["NO_ORDER", "Backlog", "priority_of"]
 _ARRIVAL_BITS = 40
 NO_ORDER = (1 << 63) - 1  # after every order
 
-
 _Order = TypeVar("_Order", int, Int64Array)
 
 
