@@ -192,19 +192,6 @@ def test_the_kv_cache_grows_for_a_large_request():
     assert manager.max_request_tokens == 200001
 
 
-@each_row(
-    "scaling, positions",
-    [
-        ({"factor": 2.0}, 8192),
-        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}, 8192),
-        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 256}, 4096),
-        ({"rope_type": "default"}, 4096),
-    ],
-)
-def test_rope_scaling_stretches_the_model(scaling, positions):
-    assert slices(rope_scaling=scaling).manager.max_request_tokens == positions
-
-
 def test_the_most_top_logprobs():
     assert slices(max_topk_logprobs=None).server.max_topk_logprobs == 0
     assert slices(max_topk_logprobs=10**4).server.max_topk_logprobs == 2048

@@ -72,7 +72,7 @@ def resolve(
     dtype = _dtype(config, device)
     token_bytes = facts.kv_elements_per_token * _DTYPE_BYTES[dtype]
     room = None if memory_bytes is None or device != "cpu" else memory_bytes // token_bytes
-    limits = _limits(config, _max_positions(config, facts), room, problems)
+    limits = _limits(config, facts.max_position_embeddings, room, problems)
     _check_access(config, problems)
     if problems:
         raise ConfigError("\n".join(problems))
@@ -111,16 +111,6 @@ def _dtype(config: EngineConfig, device: str) -> str:
     if config.dtype != "auto":
         return config.dtype
     return "bfloat16" if device == "cuda" else "float32"
-
-
-def _max_positions(config: EngineConfig, facts: ModelFacts) -> int:
-    """The longest text that the model can see; a rope_scaling with a factor extends it."""
-    scaling = config.rope_scaling or {}
-    factor = scaling.get("factor")
-    original = scaling.get("original_max_position_embeddings", facts.max_position_embeddings)
-    if not isinstance(factor, int | float) or not isinstance(original, int):
-        return facts.max_position_embeddings
-    return max(facts.max_position_embeddings, int(factor * original))
 
 
 def _limits(

@@ -22,6 +22,7 @@ class ModelFacts:
 
     path: str  # local directory
     vocab_size: int
+    # After the RoPE scaling, the user's if there is one.
     max_position_embeddings: int
     kv_elements_per_token: int  # 2 * layers * kv heads * head size
     eos_token_ids: tuple[int, ...]

@@ -1,0 +1,90 @@
+"""What a checkpoint says and what the user says come together in slices that agree."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from checkpoints import EOS_ID, VOCAB_SIZE, edit_json, make_checkpoint
+
+from tokasaurus.config.engine import EngineConfig
+from tokasaurus.errors import ConfigError
+from tokasaurus.launch.assemble import assemble
+from tokasaurus.model.facts import read_model_config
+from tokasaurus.model.kv_cache import KVCache
+
+
+def positions_of(path) -> int:
+    return json.loads((path / "config.json").read_text())["max_position_embeddings"]
+
+
+def sizes(path, **flags):
+    return assemble(EngineConfig(model=str(path), device="cpu", **flags))
+
+
+def test_every_room_gets_the_sizes_of_the_checkpoint(tmp_path):
+    for architecture in ("llama", "qwen2", "qwen3"):
+        path = make_checkpoint(tmp_path / architecture, architecture)
+        edit_json(path / "generation_config.json", temperature=0.25, top_k=7)
+        slices = sizes(path, kv_cache_num_tokens=4096, page_size=32, max_seqs_per_forward=4)
+        server, manager, worker = slices.server, slices.manager, slices.worker
+        assert server.vocab_size == VOCAB_SIZE, architecture
+        assert (server.eos_token_ids, server.temperature, server.top_k) == ((EOS_ID,), 0.25, 7)
+        assert manager.num_pages == worker.num_pages == 4096 // 32
+        assert manager.max_request_tokens == positions_of(path)
+        assert server.max_request_tokens == worker.max_request_tokens == positions_of(path)
+
+
+def test_the_cache_takes_the_memory_that_resolution_counted(tmp_path, monkeypatch):
+    path = make_checkpoint(tmp_path / "model", "qwen3", num_heads=4, num_kv_heads=2)
+    flags = {"kv_cache_num_tokens": 640, "page_size": 32, "dtype": "bfloat16"}
+    model, worker = read_model_config(path), sizes(path, **flags).worker
+    cache = KVCache.allocate(
+        num_layers=model.num_layers,
+        num_pages=worker.num_pages,
+        page_size=worker.page_size,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        dtype=torch.bfloat16,
+        device=torch.device("cpu"),
+    )
+    available = "tokasaurus.launch.assemble._available_memory_bytes"
+    monkeypatch.setattr(available, lambda: cache.num_bytes)
+    assert sizes(path, **flags).worker == worker
+    monkeypatch.setattr(available, lambda: cache.num_bytes - 1)
+    with pytest.raises(ConfigError, match="kv_cache_num_tokens=640 needs a KV cache of 640"):
+        sizes(path, **flags)
+
+
+def test_a_scaling_of_positions_counts_once(tmp_path):
+    path = make_checkpoint(tmp_path / "model", "llama")
+    original = positions_of(path)
+    low_and_high = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    for scaling, expected in (
+        ({"rope_type": "default"}, original),
+        ({"rope_type": "linear", "factor": 4.0}, 4 * original),
+        ({"rope_type": "yarn", "factor": 2.0}, 2 * original),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, original),
+        ({"rope_type": "llama3", "factor": 8.0, **low_and_high}, original),
+    ):
+        slices = sizes(path, rope_scaling=scaling, kv_cache_num_tokens=64 * original)
+        assert slices.manager.max_request_tokens == expected, scaling
+
+
+def test_more_positions_than_the_model_has_are_refused(tmp_path):
+    path = make_checkpoint(tmp_path / "model", "llama")
+    original = positions_of(path)
+    linear = {"rope_type": "linear", "factor": 2.0}
+    for scaling, most in ((None, original), (linear, 2 * original)):
+        flags = {"rope_scaling": scaling, "kv_cache_num_tokens": 8 * original}
+        slices = sizes(path, max_num_tokens_per_request=most, **flags)
+        assert slices.manager.max_request_tokens == most
+        with pytest.raises(ConfigError, match=f"the model has {most} positions"):
+            sizes(path, max_num_tokens_per_request=most + 1, **flags)
+
+
+def test_dtypes_reach_the_worker(tmp_path):
+    path = make_checkpoint(tmp_path / "model", "llama", dtype=torch.bfloat16)
+    assert sizes(path).worker.dtype == "float32"
+    assert sizes(path, dtype="bfloat16").worker.dtype == "bfloat16"
