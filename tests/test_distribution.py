@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -30,8 +31,13 @@ def run(*command: str | Path, cwd: Path) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from the sdist: so the sdist has all that a build needs."""
     directory = tmp_path_factory.mktemp("dist")
+    # A build writes into the tree that it builds from, so it gets one of its own.
+    source = directory / "source"
+    shutil.copytree(CHECKOUT / "tokasaurus", source / "tokasaurus")
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(CHECKOUT / name, source)
     options = ("--no-isolation", "--outdir", directory)
-    run(sys.executable, "-m", "build", *options, CHECKOUT, cwd=directory)
+    run(sys.executable, "-m", "build", *options, source, cwd=directory)
     (built,) = directory.glob("*.whl")
     return built
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import urllib.request
 
 import msgspec
 import pytest
@@ -14,11 +15,13 @@ import pytest
 from tokasaurus.bench.clients import Clients
 from tokasaurus.bench.cpu_time import process_cpu_s
 from tokasaurus.bench.device_process import DevicePlan
-from tokasaurus.bench.engine import SimulatedEngine
+from tokasaurus.bench.engine import SimulatedEngine, SimulatedService
 from tokasaurus.bench.main import main
 from tokasaurus.bench.requests import Requests
 from tokasaurus.config.engine import EngineConfig
+from tokasaurus.demo import MODEL_DIR
 from tokasaurus.errors import EngineDead
+from tokasaurus.model.facts import model_facts
 from tokasaurus.planner.configuration import simulated_slices
 
 pytestmark = pytest.mark.engine
@@ -141,3 +144,17 @@ def test_the_cpu_time_that_ps_prints_is_parsed(monkeypatch):
     monkeypatch.setattr(sys, "platform", "another")
     monkeypatch.setattr("subprocess.check_output", lambda *_, **__: " 1-02:03:04.25\n")
     assert process_cpu_s(1) == 24 * 3600 + 2 * 3600 + 3 * 60 + 4.25
+
+
+def test_two_simulated_services_run_side_by_side():
+    """As they must beside a real engine: neither uses the default port or the default data_dir."""
+    flags = EngineConfig(model=str(MODEL_DIR), log_level="WARNING", uvicorn_log_level="warning")
+    facts = model_facts(str(MODEL_DIR), None)
+    slices, plan = (
+        simulated_slices(flags, facts),
+        DevicePlan("instant", vocab_size=facts.vocab_size),
+    )
+    with SimulatedService(slices, plan) as one, SimulatedService(slices, plan) as other:
+        for service in (one, other):
+            with urllib.request.urlopen(f"http://127.0.0.1:{service.port}/ping") as answer:
+                assert answer.status == 200

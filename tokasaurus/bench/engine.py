@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import socket
 import subprocess
@@ -198,6 +199,9 @@ class SimulatedService(_Processes):
 
     def __init__(self, slices: EngineSlices, plan: DevicePlan) -> None:
         super().__init__(slices, plan)
+        # Files and batches lie beside the sockets, so that no other engine shares them.
+        server = dataclasses.replace(slices.server, data_dir=str(self._directory / "data"))
+        self._slices = dataclasses.replace(slices, server=server)
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
         self.port: int = self._listener.getsockname()[1]
         try:
