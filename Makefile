@@ -22,7 +22,9 @@ WORKERS ?= 2
 PYTHONS ?= $(foreach minor,10 11 12 13 14,python3.$(minor) \
              $(wildcard $(HOME)/.pyenv/versions/3.$(minor).*/bin/python3.$(minor)))
 
-PYTEST  := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadgroup --durations 10
+# The tests of a file share fixtures, so they run in one process, and files keep their order.
+PYTEST  := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder \
+             --durations 10
 
 # Several processes compute on few cores here. Their OpenMP threads must sleep while they wait.
 export OMP_WAIT_POLICY ?= passive

@@ -20,19 +20,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 from engine_process import EngineProcess, running
 
 
-# Before pytest-xdist's own, which reads the groups.
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Deals tests to processes in groups, the slowest kind first, so that no process waits long.
-
-    The tests of a file share fixtures and stay together. So do all tests that use the one
-    ``engine``, whatever their files are.
-    """
+    """Puts the files that run engines first: they are the slowest, and none is left to the end."""
     items.sort(key=lambda item: item.get_closest_marker("engine") is None)
-    for item in items:
-        shares_engine = "engine" in getattr(item, "fixturenames", ())
-        group = "engine" if shares_engine else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")

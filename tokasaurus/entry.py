@@ -57,7 +57,9 @@ def listen(host: str, port: int) -> socket.socket:
             raise ConfigError(
                 f"port {port} is in use on {host}; choose another with port="
             ) from None
-        raise ConfigError(f"cannot listen on host={host} port={port}: {error.strerror}") from None
+        # socket.create_server adds the address to strerror.
+        reason = (error.strerror or str(error)).partition(" (while")[0]
+        raise ConfigError(f"cannot listen on host={host} port={port}: {reason}") from None
 
 
 def main() -> None:

@@ -223,7 +223,7 @@ def test_a_run_that_is_interrupted_and_killed_continues(tmp_path, num_lines):
     run.wait()
     run = Run(tmp_path, *small)
     assert run.wait() == 0, run.log.read_text()
-    assert f"{num_lines + 1} lines, 2 of them with an error" in run.log.read_text()
+    assert f"{num_lines + 1} lines, 2 with an error" in run.log.read_text()
     results = [json.loads(line) for line in (tmp_path / "out.jsonl").open()]
     names = [f"line-{i}" for i in range(1, num_lines + 1)]
     assert [result["custom_id"] for result in results] == [*names, None]

@@ -116,7 +116,7 @@ WRONG = {
     "compare policies=lucky": "policies=.*must be one of",
     "compare cost=slow": "cost=slow",
     "compare traces=chat policies=forecast caches=100 jobs=1": "caches=100: the longest request",
-    "replai": "the nearest is replay",
+    "replai": "not a command; the commands are .*replay",
 }
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from tokasaurus.config.parser import answer_question, parse_or_exit
 from tokasaurus.config.schema import Schema
-from tokasaurus.config.suggestions import nearest
 from tokasaurus.errors import ConfigError, TokasaurusError
 
 __all__ = ["COMMANDS", "main"]
@@ -38,8 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     name, *words = words
     if name not in COMMANDS:
-        near = nearest(name, COMMANDS)
-        message = f"{name!r} is not a command; the nearest is {near}"
+        message = f"{name!r} is not a command; the commands are {', '.join(COMMANDS)}"
         print(f"toka-bench: error: {message}", file=sys.stderr)
         return 2
     command = importlib.import_module(f"tokasaurus.bench.{name}")

@@ -162,8 +162,11 @@ class Builder(Generic[C]):
             return
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            self.problem(f"{FILE_KEY}={path}: {error}")
+        except OSError as error:
+            self.problem(f"{FILE_KEY}={path}: {error.strerror}")
+            return
+        except UnicodeDecodeError as error:
+            self.problem(f"{FILE_KEY}={path}: not UTF-8 text: {error}")
             return
         except yaml.YAMLError as error:
             self.problem(f"{FILE_KEY}={path}: not YAML: {' '.join(str(error).split())}")

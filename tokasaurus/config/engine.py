@@ -342,7 +342,7 @@ class EngineConfig:
         8,
         group=_SCHEDULING,
         minimum=1,
-        help="The most steps planned before the result of the first is known.",
+        help="The most batches planned before the result of the first is known.",
     )
 
     max_topk_logprobs: int | None = flag(
@@ -517,14 +517,14 @@ class EngineConfig:
         None,
         group=_SCHEDULING,
         minimum=0,
-        help="Expected length before that, as a fraction of max_tokens.",
+        help="Expected length until early_stopping_initial_wait, as a fraction of max_tokens.",
         adapts="learned from the first token on, starting from a sixteenth of max_tokens",
     )
     early_stopping_init_std: float | None = flag(
         None,
         group=_SCHEDULING,
         minimum=0,
-        help="Its standard deviation.",
+        help="Standard deviation of early_stopping_init_mean.",
         adapts="0.0",
     )
     use_spec_allocation: bool = flag(
@@ -567,10 +567,18 @@ class EngineConfig:
     wandb_enabled: bool = flag(
         False, group=_STATISTICS, later=_WANDB, help="Send statistics to Weights & Biases."
     )
-    wandb_entity: str = flag("hazy-research", group=_STATISTICS, later=_WANDB, help="Its entity.")
-    wandb_project: str = flag("tokasaurus", group=_STATISTICS, later=_WANDB, help="Its project.")
+    wandb_entity: str = flag(
+        "hazy-research", group=_STATISTICS, later=_WANDB, help="Entity at Weights & Biases."
+    )
+    wandb_project: str = flag(
+        "tokasaurus", group=_STATISTICS, later=_WANDB, help="Project at Weights & Biases."
+    )
     wandb_run_name: str | None = flag(
-        None, group=_STATISTICS, later=_WANDB, help="Its run.", adapts="a generated name"
+        None,
+        group=_STATISTICS,
+        later=_WANDB,
+        help="Name of the run at Weights & Biases.",
+        adapts="a generated name",
     )
 
     cartridge_dir: str = flag(

@@ -57,7 +57,8 @@ def print_page(schema: Schema[Any]) -> None:
 
 def _meaning(row: Row) -> str:
     aliases = f" Also called {', '.join(row.aliases)}." if row.aliases else ""
-    choices = f" One of {', '.join(row.choices)}." if row.choices else ""
+    number = "Any" if row.takes_list else "One"
+    choices = f" {number} of {', '.join(row.choices)}." if row.choices else ""
     return f"{row.meaning}{choices}{aliases}"
 
 

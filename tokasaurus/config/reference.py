@@ -85,6 +85,10 @@ class Row:
     aliases: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
 
+    @property
+    def takes_list(self) -> bool:
+        return self.form.startswith("a list")
+
 
 @dataclass(frozen=True)
 class Section:
@@ -156,7 +160,7 @@ def markdown(schema: Schema[Any] = ENGINE) -> str:
         parts.append(f"## {section.title}\n")
         if section.title == _LATER:
             parts.append(
-                "These names are settled, but their features are not available yet: a value "
+                "These names are settled, but their features are not available yet: a value\n"
                 "other than the default is refused.\n"
             )
         if section.title == _RETIRED:
@@ -170,6 +174,8 @@ def markdown(schema: Schema[Any] = ENGINE) -> str:
 def _markdown_row(row: Row) -> str:
     names = ", ".join(f"`{name}`" for name in (row.name, *row.aliases))
     value = ", ".join(f"`{choice}`" for choice in row.choices) or row.form
+    if row.choices and row.takes_list:
+        value = f"a list of {value}"
     return f"| {names} | {value} | `{row.default}` | {row.meaning} |"
 
 

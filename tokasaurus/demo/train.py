@@ -1,4 +1,6 @@
-"""Makes the demo model from nothing: corpus, tokenizer, weights. Takes 90 minutes on two cores.
+"""Makes the demo model from nothing: corpus, tokenizer, weights.
+
+On two quiet cores it takes an estimated 70 minutes.
 
     python -m tokasaurus.demo.train --out DIR
 

@@ -131,9 +131,10 @@ class _BatchRun:
             return 2
         job.publish()
         counts, usage = batch.request_counts, batch.usage
-        failed = f", {counts.failed} of them with an error" if counts.failed else ""
+        lines = "1 line" if counts.total == 1 else f"{counts.total} lines"
+        failed = f", {counts.failed} with an error" if counts.failed else ""
         print(
-            f"{job.target}: {counts.total} lines{failed}; {usage.input_tokens} prompt tokens,"
+            f"{job.target}: {lines}{failed}; {usage.input_tokens} prompt tokens,"
             f" {usage.output_tokens} generated",
             file=sys.stderr,
         )

@@ -1,4 +1,4 @@
-"""The full check of the manager's state, for tests and for ``check_invariants=T``.
+"""The full check of the manager's state, for tests and for ``allocator_sanity_checks=T``.
 
 Is slow, and changes nothing.
 """

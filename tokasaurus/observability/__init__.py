@@ -1,0 +1,1 @@
+"""Logging, one stream per process. Knows none of the rooms."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["ChatConfig", "main"]
 
 _HELP = """\
-/help          this
+/help          print this list
 /reset         forget the conversation
 /system TEXT   instruct the model, and start anew; without TEXT, print the instruction
 /exit          end; so does Ctrl-D
@@ -137,7 +137,7 @@ def _command(conversation: Conversation, line: str) -> str:
             return conversation.system or "There is no instruction."
         conversation.system = text
         conversation.reset()
-        return "The instruction is set, and the conversation starts anew."
+        return "The instruction is set, and a new conversation begins."
     return _HELP if name == "/help" else f"{name} is not a command.\n{_HELP}"
 
 

@@ -29,9 +29,9 @@ class PingConfig(Connection):
     max_tokens: int = flag(100, minimum=1, help="Tokens to generate, at most.")
     n: int = flag(1, minimum=1, help="Samples.")
     temperature: float = flag(0.0, minimum=0, help="0 always takes the most likely token.")
-    hide: bool = flag(False, help="Print only how long it took, without the text.")
+    hide: bool = flag(False, help="Print only the time that it took, without the text.")
     retries: int = flag(0, minimum=0, help="How many times to try again after a failure.")
-    stream: bool = flag(False, help="Print the text of the first sample while it comes.")
+    stream: bool = flag(False, help="Print the text of the first sample as it arrives.")
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -87,20 +87,17 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
 """Null is harmless everywhere, and not listed. A type stands for all its values."""
 
 _REASONS: Mapping[str, str] = {
-    "add_generation_prompt": "it is an argument in chat_template_kwargs",
-    "best_of": "every sample is returned, none is chosen: ask for n samples",
-    "chat_template": "it is an argument in chat_template_kwargs",
-    "continue_final_message": "it is an argument in chat_template_kwargs",
+    "add_generation_prompt": "set it in chat_template_kwargs",
+    "best_of": "every sample is returned; ask for n samples",
+    "chat_template": "set it in chat_template_kwargs",
+    "continue_final_message": "set it in chat_template_kwargs",
     "ebnf": "ask for structured_outputs",
     "json_schema": "ask for structured_outputs or response_format",
-    "reasoning_effort": "where a chat template knows it, it is an argument in chat_template_kwargs",
+    "reasoning_effort": "if the chat template knows it, set it in chat_template_kwargs",
     "regex": "ask for structured_outputs",
-    "return_token_ids": "they are in system_fingerprint",
+    "return_token_ids": "the ids are in system_fingerprint",
     "store": "this server keeps no completions",
-    "suffix": (
-        "the text only ever goes on from the prompt: put a fill-in-the-middle prompt together"
-        " yourself"
-    ),
+    "suffix": ("text is only added after the prompt; write a fill-in-the-middle prompt yourself"),
 }
 
 
@@ -147,8 +144,5 @@ def _unknown(path: str, name: str, supported: Collection[str]) -> str:
 
 
 def _unsupported(name: str, value: Any) -> str:
-    reason = f" ({_REASONS[name]})" if name in _REASONS else ""
-    return (
-        f"{name} is not supported, but for values that change nothing{reason}; it was"
-        f" {shown(value)}"
-    )
+    reason = f": {_REASONS[name]}" if name in _REASONS else ""
+    return f"{name} is not supported with the value {shown(value)}{reason}"
