@@ -87,7 +87,8 @@ class EngineConfig:
         None,
         group=_MODEL,
         help=(
-            "Replaces the model's rope_scaling: JSON, or nested keys such as rope_scaling.factor=2."
+            "Replaces the model's rope_scaling: JSON, or nested keys, as in "
+            "rope_scaling.rope_type=linear rope_scaling.factor=2."
         ),
         adapts="the model's",
     )

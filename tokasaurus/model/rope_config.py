@@ -107,6 +107,8 @@ def stretched_positions(rope: RopeConfig, max_position: int) -> int:
 def _of_kind(fields: JsonFields, theta: float, original: int) -> RopeConfig:
     name = "type" if "rope_type" not in fields and "type" in fields else "rope_type"
     kind = fields.text(name, "default")
+    if name not in fields and "factor" in fields:
+        raise fields.error(name, "is missing, and factor alone does not say how positions scale")
     if kind == "default":
         return DefaultRope(theta)
     if kind == "linear":
