@@ -102,7 +102,7 @@ def test_an_override_replaces_the_scaling_of_the_checkpoint(directory):
     assert isinstance(yarn.rope, YarnRope)
     assert yarn.rope.original_max_position == 512
     assert yarn.max_position_embeddings == 2048
-    with pytest.raises(ModelError, match="rope_type.*is missing, and factor alone"):
+    with pytest.raises(ModelError, match=r"rope_type.*is missing, and factor alone"):
         read_model_config(path, '{"factor": 2}')
     with pytest.raises(ModelError, match=r"rope_scaling=.*not JSON"):
         read_model_config(path, "{oops")
