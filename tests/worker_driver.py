@@ -29,6 +29,8 @@ def worker_config(path: Path, **fields) -> WorkerConfig:
         "device": "cpu",
         "dtype": "float32",
         "attention": "auto",
+        "linear": "plain",
+        "load_format": "auto",
         "page_size": 16,
         "num_pages": 64,
         "num_slots": 8,

@@ -95,6 +95,20 @@ class EngineConfig:
         choices=("auto", "compiled", "reference"),
         help="Which attention of the device: its fast kernel, or the plain one that serves as the reference. auto: compiled where it works.",
     )
+    linear: str = flag(
+        "plain",
+        group=_MODEL,
+        choices=("plain", "packed"),
+        help="How layers multiply. plain: by the weights as they are. packed: device=cpu lays the"
+        " weights out once for its matrix library, which is faster for batches of few rows.",
+    )
+    load_format: str = flag(
+        "auto",
+        group=_MODEL,
+        choices=("auto", "dummy"),
+        help="Where the weights come from. auto: the model's safetensors files. dummy: random"
+        " numbers; of the model, only config.json and the tokenizer's files are needed.",
+    )
     cpu_threads: int | None = flag(
         None,
         group=_MODEL,

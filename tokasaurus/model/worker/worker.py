@@ -19,7 +19,7 @@ from tokasaurus.grammars import Vocabulary
 from tokasaurus.model.backend import make_backend
 from tokasaurus.model.facts import read_model_config
 from tokasaurus.model.kv_cache import KVCache
-from tokasaurus.model.layers.placement import Placement
+from tokasaurus.model.placement import Placement
 from tokasaurus.model.sampling.drawing import draw_tokens, score_prompts
 from tokasaurus.model.sampling.matchers import Matchers, TokenMasks
 from tokasaurus.model.sampling.sampler import Logprobs
@@ -61,11 +61,13 @@ class Worker:
             torch.set_num_threads(config.num_threads)
         self._config = config
         self._device = torch.device(config.device)
-        place = Placement(_DTYPES[config.dtype], self._device)
+        place = Placement(_DTYPES[config.dtype], self._device, config.linear)
         model_config = read_model_config(config.model_path, config.rope_scaling)
         self._vocab_size = model_config.vocab_size
         self._matchers = Matchers(config.num_slots, self._vocab_size, load_vocabulary)
-        self._model = load_model(config.model_path, model_config, place)
+        self._model, self._weights = load_model(
+            config.model_path, model_config, place, config.load_format
+        )
         self._cache = KVCache.allocate(
             num_layers=model_config.num_layers,
             num_pages=config.num_pages,
@@ -96,8 +98,7 @@ class Worker:
         as new.
         """
         started = time.perf_counter()
-        num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
-        for batch in warm_up_batches(self._config, num_parameters):
+        for batch in warm_up_batches(self._config, self._weights.num_parameters):
             count = len(batch.decode_slots) + len(batch.draw_slots)
             self._run(batch, TokenMasks.of_everything(count, self._vocab_size))
         self._state = self._fresh_state()
