@@ -1,4 +1,4 @@
-"""What adjustments do to logits, written down token by token in plain Python."""
+"""Adjustments of logits, token by token in plain Python."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from tokasaurus.protocol.messages import Adjustments
 def adjusted_logits(
     logits: list[float], adjustments: Adjustments, prompt: list[int], generated: list[int]
 ) -> list[float]:
-    """In float64. The order: bad words, min_tokens, bias; repetition, frequency, presence penalty."""
+    """The adjusted logits in float64.
+
+    The order is bad words, min_tokens, bias, then the repetition, frequency and presence penalties.
+    """
     scores = list(logits)
     for word in adjustments.bad_words:
         before = list(word[:-1])
@@ -34,7 +37,7 @@ def adjusted_logits(
 
 
 def random_adjustments(chance: random.Random, vocab_size: int) -> Adjustments:
-    """Some of everything; ids are few, so that words and repetitions do occur."""
+    """Random adjustments of all kinds, of few ids, so that words and repetitions occur."""
 
     def ids(most: int) -> tuple[int, ...]:
         return tuple(chance.sample(range(min(vocab_size, 12)), chance.randint(0, most)))

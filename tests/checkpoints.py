@@ -1,7 +1,7 @@
-"""Tiny checkpoints with random weights, made by transformers, for tests of anything that loads a model.
+"""Tiny checkpoints with random weights, which transformers makes, for tests that load a model.
 
-Weights are drawn with a wide spread, so that logits have margins and greedy decoding wanders through
-the vocabulary instead of repeating one token.
+Weights have a wide spread, so that logits have margins and greedy decoding visits many tokens of
+the vocabulary instead of repeating one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ARCHITECTURES = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
 
-# Contexts so short that all branches of a scaling show within a few dozen tokens.
+# Contexts are so short that all branches of a scaling matter within a few dozen tokens.
 ROPES: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
@@ -50,7 +50,8 @@ ROPES: dict[str, dict[str, Any]] = {
 }
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
-VOCAB_SIZE = 256 + 3 + 5  # bytes, special tokens, and a few rows that no token has
+# Bytes, special tokens, and a few rows without a token.
+VOCAB_SIZE = 256 + 3 + 5
 EOS_ID = 257
 
 _CHAT_TEMPLATE = (
@@ -76,17 +77,17 @@ def make_checkpoint(
     seed: int = 0,
     **config_fields: Any,
 ) -> Path:
-    """Writes model, tokenizer and generation config into a directory.
+    """Writes a model, tokenizer and generation config to a directory.
 
     Args:
-        directory: made if it does not exist.
+        directory: created if it does not exist.
         architecture: "llama", "qwen2" or "qwen3".
         tied: the head shares the embedding's weight.
-        head_dim: written explicitly, except for qwen2, whose config has no such field.
-        shards: at least so many safetensors files.
-        rope: a name in ROPES, or ``rope_parameters`` as transformers 5 spells them.
-        config_style: spell config.json as transformers 4 or 5 does.
-        **config_fields: further fields of the architecture's config.
+        head_dim: written explicitly, except for qwen2, which has no such field.
+        shards: the least number of safetensors files.
+        rope: a name in ROPES, or ``rope_parameters`` in the spelling of transformers 5.
+        config_style: 4 or 5, for the config.json of transformers 4 or 5.
+        **config_fields: other fields of the architecture's config.
 
     Returns:
         The directory.
@@ -147,7 +148,7 @@ def edit_json(path: Path, **fields: Any) -> None:
 
 
 def _spread_biases_and_norms(model: torch.nn.Module) -> None:
-    """transformers sets biases to 0 and norms to 1, where a loader that mixes them up would go unseen."""
+    """transformers sets biases to 0 and norms to 1, which hides a loader that mixes them up."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

@@ -16,6 +16,7 @@ import numpy as np
 
 from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.protocol.messages import ForwardBatch, ForwardResult, GenerateRequest, Pooling
+from tokasaurus.rounding import ceil_div
 
 VOCAB_SIZE = 61
 
@@ -131,7 +132,7 @@ class FakeDevice:
     def __init__(self, config: ManagerConfig) -> None:
         self.config = config
         size = config.page_size
-        self.max_pages = -(-config.max_request_tokens // size)
+        self.max_pages = ceil_div(config.max_request_tokens, size)
         self.page_table = np.full((config.num_slots, self.max_pages), -1, np.int64)
         self.slots: dict[int, Slot] = {}
         self.cell_tokens = np.full((config.num_pages, size), -1, np.int64)

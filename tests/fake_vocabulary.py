@@ -1,4 +1,4 @@
-"""A vocabulary of single letters and an end."""
+"""A vocabulary of single letters and an end of sequence."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The oracle: what transformers says, in fp32, about tokens that our engine generated.
+"""The oracle: transformers in fp32 judges the tokens that our engine generated.
 
-Greedy decoding is checked by teacher forcing: one forward pass of the reference over prompt and
-completion tells, for each generated token, whether it is the reference's best one. That is what
-``transformers.generate`` would have produced given the same tokens so far, and it also checks the
-tokens after a tie.
+Greedy decoding is checked by teacher forcing. One forward pass of the reference over prompt and
+completion shows, for each generated token, whether it is the reference's best one. That is the
+token that ``transformers.generate`` would have produced after the same tokens. The method also
+checks the tokens after a tie.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-TIE = 1e-5  # two best logits closer than this may come in either order
+# The two best logits may come in either order if they are closer than this.
+TIE = 1e-5
 LOGPROB_TOLERANCE = 1e-4
 
 
@@ -25,7 +26,7 @@ def reference_model(path: Path) -> Any:
 
 
 def reference_generate(path: Path, prompt_ids: list[int], num_tokens: int) -> list[int]:
-    """Greedy ids of transformers' own generate, end-of-sequence ignored."""
+    """Greedy ids of transformers' own ``generate``, which ignores the end of sequence."""
     model = reference_model(path)
     with torch.inference_mode():
         ids = model.generate(
@@ -44,7 +45,7 @@ def reference_generate(path: Path, prompt_ids: list[int], num_tokens: int) -> li
 
 
 def reference_logits(path: Path, prompt_ids: list[int], token_ids: list[int]) -> torch.Tensor:
-    """Logits that predict each generated token. [generated, vocabulary]"""
+    """The logits that predict each generated token, [generated, vocabulary]."""
     model = reference_model(path)
     with torch.inference_mode():
         logits = model(torch.tensor([prompt_ids + token_ids])).logits[0]
@@ -54,7 +55,7 @@ def reference_logits(path: Path, prompt_ids: list[int], token_ids: list[int]) ->
 def assert_greedy(
     path: Path, prompt_ids: list[int], token_ids: list[int], logprobs: list[float] | None = None
 ) -> None:
-    """Every generated token is the reference's best one, and its logprob is the reference's."""
+    """Asserts that each token is the reference's best one, and its logprob the reference's."""
     logits = reference_logits(path, prompt_ids, token_ids)
     chosen = logits.gather(1, torch.tensor(token_ids)[:, None])[:, 0]
     short = logits.max(1).values - chosen

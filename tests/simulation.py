@@ -1,6 +1,6 @@
 """A seeded world around a manager: clients that come and go, a server that lags, results that are late.
 
-After every step: the manager's own invariants (``check_invariants``), the device's checks (see
+After every turn: the manager's own invariants (``check_invariants``), the device's checks (see
 ``fake_device``), and here: each sequence gets exactly the oracle's tokens, in order, and ends once.
 """
 
@@ -10,6 +10,7 @@ import dataclasses
 import random
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -22,7 +23,9 @@ from fake_device import (
     prompt_logprobs_oracle,
 )
 
-from tokasaurus.config.slices import AdmissionConfig, ManagerConfig
+from tokasaurus.common_types import EngineConfig
+from tokasaurus.config.resolve import resolve
+from tokasaurus.config.slices import AdmissionConfig, ManagerConfig, ModelFacts
 from tokasaurus.manager import token_window
 from tokasaurus.manager.invariants import check_invariants
 from tokasaurus.manager.manager import Manager
@@ -47,46 +50,44 @@ from tokasaurus.protocol.messages import (
     StopSequence,
     ToServer,
 )
+from tokasaurus.rounding import ceil_div
+
+DEFAULTS = resolve(
+    EngineConfig(model="any"),
+    ModelFacts(
+        path="",
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=4096,
+        kv_elements_per_token=1,
+        eos_token_ids=(),
+    ),
+    cuda_available=False,
+    memory_bytes=None,
+).manager
 
 
-def make_config(**changes: object) -> ManagerConfig:
+def make_config(**changes: Any) -> ManagerConfig:
     """A small manager."""
-    values: dict[str, object] = {
-        "page_size": 4,
-        "num_pages": 32,
-        "num_slots": 12,
-        "max_seqs_per_forward": 8,
-        "max_tokens_per_forward": 24,
-        "max_request_tokens": 64,
-        "scheduling_steps_ahead": 3,
-        "adapt_steps_ahead": True,
-        "stop_lag": 4,
-        "admission": make_admission(),
-        "use_groups": True,
-        "min_group_size": 2,
-        "min_prefix_len": 1,
-        "check_invariants": False,  # a world does it
-        "force_preemption": False,
-    }
-    return ManagerConfig(**{**values, **changes})  # type: ignore[arg-type]
+    small = dataclasses.replace(
+        DEFAULTS,
+        page_size=4,
+        num_pages=32,
+        num_slots=12,
+        max_seqs_per_forward=8,
+        max_tokens_per_forward=24,
+        max_request_tokens=64,
+        scheduling_steps_ahead=3,
+        stop_lag=4,
+        use_groups=True,
+        min_group_size=2,
+        min_prefix_len=1,
+    )
+    return dataclasses.replace(small, **changes)
 
 
-def make_admission(**changes: object) -> AdmissionConfig:
+def make_admission(**changes: Any) -> AdmissionConfig:
     """The defaults of the flags."""
-    values: dict[str, object] = {
-        "predict_lengths": True,
-        "learn_lengths": True,
-        "length_memory": 2048,
-        "num_length_buckets": 1024,
-        "num_lengths_awaited": 16,
-        "prior_mean": None,
-        "prior_std": 0.0,
-        "std_scale": 0.25,
-        "target_utilization": 1.0,
-        "greedy_prefill": True,
-        "prefill_round_up_multiple": 16,
-    }
-    return AdmissionConfig(**{**values, **changes})  # type: ignore[arg-type]
+    return dataclasses.replace(DEFAULTS.admission, **changes)
 
 
 def make_request(request_id: int, prompt: object, max_tokens: int, **changes: object):
@@ -130,7 +131,7 @@ class Answer:
 
 
 class World:
-    """One manager, one device, one server; ``step`` passes on what the caller chooses."""
+    """One manager, one device, one server; ``turn`` passes on what the caller chooses."""
 
     def __init__(self, config: ManagerConfig) -> None:
         self.config = config
@@ -139,6 +140,7 @@ class World:
             self.manager = Manager(config)
         self.device = FakeDevice(config)
         self.requests: dict[int, GenerateRequest] = {}
+        self.request_ids: dict[int, int] = {}  # by seed
         self.answers: dict[tuple[int, int], Answer] = {}
         self.living: dict[tuple[int, int], None] = {}  # names of those that have not ended
         self.aborted: set[int] = set()
@@ -151,11 +153,11 @@ class World:
         self.batches: list[ForwardBatch] = []
         self.last_named: dict[int, int] = {}
         self.num_absorbed = 0
-        self.num_steps = 0
-        self.check_interval = 1  # steps
+        self.num_turns = 0
+        self.check_interval = 1  # turns
         self.now = 0.0
 
-    def step(self, *events: FromServer, num_results: int = 0) -> None:
+    def turn(self, *events: FromServer, num_results: int = 0) -> None:
         """One turn of the manager with these events and so many of the results that are ready."""
         arrived: list[FromServer | ForwardResult] = list(events)
         for event in events:
@@ -164,9 +166,9 @@ class World:
             arrived.append(self.results.popleft())
             self.num_absorbed += 1
         self.now += 0.001
-        actions = self.manager.step(arrived, self.now)
-        self.num_steps += 1
-        if self.num_steps % self.check_interval == 0:
+        actions = self.manager.take_turn(arrived, self.now)
+        self.num_turns += 1
+        if self.num_turns % self.check_interval == 0:
             check_invariants(self.manager._running, self.manager._backlog)
         for message in actions.messages:
             self._receive(message)
@@ -176,17 +178,17 @@ class World:
 
     def finish(self, request: GenerateRequest) -> None:
         """Runs a request by itself."""
-        self.step(request)
+        self.turn(request)
         self.drain()
 
-    def drain(self, max_steps: int = 10_000) -> None:
+    def drain(self, max_turns: int = 10_000) -> None:
         """Lets everything that lives come to its end, with a server that acknowledges all it gets."""
-        for _ in range(max_steps):
+        for _ in range(max_turns):
             if self.manager.idle:
                 break
             acks = self.acknowledgements()
             before = len(self.results)
-            self.step(*acks, num_results=2)
+            self.turn(*acks, num_results=2)
             assert before or acks or self.results or self.manager.idle, "the manager is stuck"
         assert self.manager.idle, "the manager does not come to an end"
         self.check_all_ended()
@@ -238,6 +240,10 @@ class World:
         assert running.slots.num_free == self.config.num_slots
         assert not running.prefilling
         assert not running.preempted
+        assert not running.resting
+        assert not running.in_progress.sequences()
+        assert not running.prefixes.num_holders.any()
+        assert (running.prefixes.leaf == -1).all()
         assert not running.in_flight.flights
         assert running.pages.num_available == self.config.num_pages
         assert not running.pages.pool.references.any()
@@ -254,6 +260,7 @@ class World:
     def _note(self, event: FromServer) -> None:
         if isinstance(event, GenerateRequest):
             self.requests[event.request_id] = event
+            self.request_ids[event.seed] = event.request_id
             for sample_index in range(event.n):
                 answer = Answer(oracle(event, sample_index))
                 self.answers[event.request_id, sample_index] = answer
@@ -286,15 +293,19 @@ class World:
             self.last_named[slot] = batch.number
         self.batches.append(batch)
         self.results.append(self.device.run(batch))
-        self._check_stop_lag()
+        for slot in batch.decode_slots.tolist() + batch.draw_slots.tolist():
+            self._check_stop_lag(slot)
 
-    def _check_stop_lag(self) -> None:
-        for request_id, sample_index in self.living:
-            answer, request = self.answers[request_id, sample_index], self.requests[request_id]
-            drawn = self.device.num_drawn.get((request.seed, sample_index), 0)
+    def _check_stop_lag(self, slot: int) -> None:
+        """No token is drawn beyond ``max_tokens``, or too far beyond what the server acknowledged."""
+        state = self.device.slots[slot]
+        request = self.requests[self.request_ids[state.seed]]
+        name = (request.request_id, state.sample_index)
+        if name in self.living:
+            drawn = self.device.num_drawn[state.seed, state.sample_index]
             assert drawn <= request.max_tokens
             if request.hold_for_acks:
-                assert drawn <= answer.acked + self.config.stop_lag
+                assert drawn <= self.answers[name].acked + self.config.stop_lag
 
     def _receive(self, message: ToServer) -> None:
         if isinstance(message, RequestRejected):
@@ -403,7 +414,7 @@ class World:
 
 @dataclass(frozen=True)
 class Habits:
-    """How a simulated world behaves. Rates are means for one step of the manager."""
+    """How a simulated world behaves. Rates are means for one turn of the manager."""
 
     num_requests: int = 150
     arrivals: float = 1.0
@@ -450,7 +461,7 @@ class Simulation(World):
             max_samples=chance.choice([1, 4, 10, 40]),
         )
         longest = habits.max_prompt + habits.max_tokens
-        num_pages = -(-(longest - 1) // page_size)
+        num_pages = ceil_div(longest - 1, page_size)
         max_seqs = chance.choice([3, 8, 24])
         config = make_config(
             page_size=page_size,
@@ -493,7 +504,7 @@ class Simulation(World):
         longest = habits.max_prompt + habits.max_tokens
         config = dataclasses.replace(
             world.config,
-            num_pages=int(-(-(longest - 1) // page_size) * chance.choice([1.2, 2, 4])),
+            num_pages=int(ceil_div(longest - 1, page_size) * chance.choice([1.2, 2, 4])),
             num_slots=48,
             max_seqs_per_forward=40,
             max_tokens_per_forward=64,
@@ -522,10 +533,10 @@ class Simulation(World):
                 for _ in range(self._count(habits.stops)):
                     events.append(StopSequence(*self._random.choice(names)))
             for _ in range(self._count(habits.flushes)):
-                events.append(FlushCache(self.num_steps))
+                events.append(FlushCache(self.num_turns))
             if self._random.random() < habits.acks:
                 events += self.acknowledgements()
-            self.step(*events, num_results=self._count(habits.results))
+            self.turn(*events, num_results=self._count(habits.results))
         self.drain()
 
     def _count(self, mean: float) -> int:

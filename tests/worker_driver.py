@@ -1,4 +1,4 @@
-"""Drives a worker by hand: a manager without a plan, for tests."""
+"""Drives a worker in tests, batch by batch, in the place of a manager."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ def worker_config(path: Path, **fields) -> WorkerConfig:
 
 @dataclass
 class Enter:
-    """A sequence that starts, or goes on with the next chunk of its prompt."""
+    """A sequence that starts, or continues with the next chunk of its prompt.
+
+    ``forks`` are the slots that continue from its end too.
+    """
 
     slot: int
     ids: list[int]
@@ -53,12 +56,12 @@ class Enter:
     ends_prompt: bool = True
     next_id: int = -1
     num_prompt_logprobs: int = -1
-    forks: tuple[int, ...] = ()  # slots that go on from its end too
+    forks: tuple[int, ...] = ()
 
 
 @dataclass
 class Driver:
-    """Numbers the batches, gives out pages in a shuffled order."""
+    """Numbers the batches and assigns pages in a shuffled order."""
 
     worker: Worker
     config: WorkerConfig
@@ -82,7 +85,7 @@ class Driver:
         num_generated: int = 0,
         num_logprobs: int = -1,
     ) -> None:
-        """The next batch brings these parameters for the slot; its pages go back."""
+        """Adds the slot's parameters to the next batch, and frees the slot's pages."""
         self.free.extend(self.held.pop(slot, []))
         self._parameters.append((slot, sampling, seed, sample_index, num_generated, num_logprobs))
 
@@ -148,7 +151,7 @@ class Driver:
         ]
 
     def _fork(self, chunk: Enter, table: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
-        """Forks share the full pages, and get a copy of the last one."""
+        """Forks share the full pages and get a copy of a partly filled last page."""
         copies = []
         pages, size = self.held[chunk.slot], self.config.page_size
         length = chunk.start + len(chunk.ids)
@@ -202,7 +205,7 @@ def generate(
     chunk: int = 10**9,
     **start,
 ) -> tuple[list[int], list[float]]:
-    """One sequence alone: chunked prefill, then decode. Token ids and their logprobs."""
+    """Runs one sequence alone, with chunked prefill. Returns its token ids and their logprobs."""
     driver.start(slot, **{"num_logprobs": 0, **start})
     for part in driver.chunks(slot, prompt, chunk):
         result = driver.step(prefill=[part])

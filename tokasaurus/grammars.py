@@ -51,7 +51,7 @@ class Vocabulary:
     """The texts of a tokenizer's ids.
 
     Attributes:
-        tokens: the bytes of each id; b"" if it has none.
+        tokens: the bytes of each id of the model; b"" if an id has none.
         special_token_ids: never part of a text.
         eos_token_ids: at least one; they may follow a complete text.
         encode: the model's tokens of a text. Any thread may call it.

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import pytest
 from simulation import World, make_config, make_request, prompt
 
 from tokasaurus.manager.look_ahead import LookAhead
 
 
-@pytest.mark.parametrize(
-    ("turn_s", "batch_s", "depth"),
-    [
-        (0.0005, 0.003, 2),  # one runs, one waits
-        (0.0015, 0.003, 2),
-        (0.0035, 0.003, 3),
-        (0.0100, 0.003, 5),
-        (0.1000, 0.003, 8),  # never more than allowed
-        (0.0005, 0.000, 8),  # a device that takes no time always waits
-        (0.0005, 1.000, 2),
-    ],
-)
-def test_what_is_queued_lasts_for_a_turn(turn_s: float, batch_s: float, depth: int) -> None:
-    look_ahead = LookAhead(8)
-    look_ahead.batch_took(batch_s)
-    look_ahead.turn_took(turn_s)
-    assert look_ahead.depth == depth
+def test_queued_batches_last_for_a_turn() -> None:
+    depths = {  # by the seconds of a turn and of a batch
+        (0.0005, 0.003): 2,  # one runs, one waits
+        (0.0015, 0.003): 2,
+        (0.0035, 0.003): 3,
+        (0.0100, 0.003): 5,
+        (0.1000, 0.003): 8,  # never more than allowed
+        (0.0005, 0.000): 8,  # a device that takes no time always waits
+        (0.0005, 1.000): 2,
+    }
+    found = {}
+    for turn_s, batch_s in depths:
+        look_ahead = LookAhead(8)
+        look_ahead.batch_took(batch_s)
+        look_ahead.turn_took(turn_s)
+        found[turn_s, batch_s] = look_ahead.depth
+    assert found == depths
 
 
 def test_before_anything_is_measured_all_are_in_flight() -> None:
@@ -67,12 +66,12 @@ def test_one_batch_at_a_time_stays_so() -> None:
 
 def test_the_manager_sends_no_more_than_that() -> None:
     world = World(make_config(scheduling_steps_ahead=6))
-    world.step(make_request(1, prompt(5), 40))
+    world.turn(make_request(1, prompt(5), 40))
     assert world.manager.num_in_flight == 6
     world.manager._look_ahead.batch_took(0.1)
     world.manager.turn_took(0.001)
     while world.manager.num_in_flight > 2:
         sent = len(world.batches)
-        world.step(num_results=1)
+        world.turn(num_results=1)
         assert len(world.batches) == sent or world.manager.num_in_flight <= 2
     world.drain()

@@ -22,25 +22,26 @@ from tokasaurus.protocol.messages import (
 # --- at the door -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("request_", "field"),
-    [
-        (make_request(1, [], 4), "prompt"),
-        (make_request(1, [1], 0), "max_tokens"),
-        (make_request(1, [1], 4, n=0), "n"),
-        (make_request(1, prompt(60), 5), "max_tokens"),  # 65 tokens; a request may have 64
-    ],
-)
-def test_what_can_never_run_is_refused(request_: GenerateRequest, field: str) -> None:
+def test_a_request_that_can_never_run_is_refused() -> None:
     world = World(make_config())
-    world.step(request_)
-    assert world.rejected[1].field == field
+    world.turn(
+        make_request(1, [], 4),
+        make_request(2, [1], 0),
+        make_request(3, [1], 4, n=0),
+        make_request(4, prompt(60), 5),  # 65 tokens; a request may have 64
+    )
+    assert {i: rejected.field for i, rejected in world.rejected.items()} == {
+        1: "prompt",
+        2: "max_tokens",
+        3: "n",
+        4: "max_tokens",
+    }
     assert world.manager.idle
 
 
 def test_what_never_fits_the_cache_is_refused_and_what_just_fits_runs() -> None:
     world = World(make_config(num_pages=5))  # 20 positions; the last token needs none
-    world.step(make_request(1, prompt(10), 12))
+    world.turn(make_request(1, prompt(10), 12))
     assert "KV cache" in world.rejected[1].reason
     world.finish(make_request(2, prompt(10), 11))
     assert world.answers[2, 0].reason is FinishReason.LENGTH
@@ -48,8 +49,8 @@ def test_what_never_fits_the_cache_is_refused_and_what_just_fits_runs() -> None:
 
 def test_an_id_in_use_is_refused() -> None:
     world = World(make_config())
-    world.step(make_request(1, prompt(5), 4))
-    actions = world.manager.step([make_request(1, prompt(6), 4)], 0.0)
+    world.turn(make_request(1, prompt(5), 4))
+    actions = world.manager.take_turn([make_request(1, prompt(6), 4)], 0.0)
     assert "already in use" in actions.messages[0].reason
     world.batches += actions.batches
     world.drain()
@@ -91,33 +92,37 @@ def test_nothing_is_planned_beyond_max_tokens() -> None:
     assert len(world.batches) == 6
 
 
-@pytest.mark.parametrize("num_results", [0, 1, 3])
-def test_abort_ends_all_samples_wherever_they_are(num_results: int) -> None:
+def test_abort_ends_all_samples_wherever_they_are() -> None:
+    for num_results in (0, 1, 3):
+        check_that_all_samples_end_with_an_abort_after(num_results)
+
+
+def check_that_all_samples_end_with_an_abort_after(num_results: int) -> None:
     world = World(make_config(max_seqs_per_forward=2))
-    world.step(make_request(1, prompt(9), 20, n=5))
+    world.turn(make_request(1, prompt(9), 20, n=5))
     for _ in range(num_results):
-        world.step(num_results=1)
-    world.step(AbortRequest(1))
+        world.turn(num_results=1)
+    world.turn(AbortRequest(1))
     assert all(answer.reason is FinishReason.ABORT for answer in world.answers.values())
     world.drain()
 
 
 def test_ends_of_what_does_not_live_are_harmless() -> None:
     world = World(make_config())
-    world.step(AbortRequest(7), num_results=1)
+    world.turn(AbortRequest(7), num_results=1)
     world.finish(make_request(1, prompt(5), 4, n=2))
-    world.step(AbortRequest(1), AbortRequest(1), StopSequence(1, 1))
+    world.turn(AbortRequest(1), AbortRequest(1), StopSequence(1, 1))
     missing = Acknowledge(np.array([1, 9]), np.array([0, 0], np.int32), np.array([1, 1], np.int32))
-    world.manager.step([missing, StopSequence(9, 0), StopSequence(1, 17)], 0.0)
+    world.manager.take_turn([missing, StopSequence(9, 0), StopSequence(1, 17)], 0.0)
     world.drain()
 
 
 def test_the_server_ends_a_sequence() -> None:
     world = World(make_config())
-    world.step(make_request(1, prompt(5), 20, n=2))
+    world.turn(make_request(1, prompt(5), 20, n=2))
     for _ in range(4):
-        world.step(num_results=1)
-    world.step(StopSequence(1, 0))
+        world.turn(num_results=1)
+    world.turn(StopSequence(1, 0))
     assert world.answers[1, 0].reason is FinishReason.STOP
     assert not world.answers[1, 1].reason
     world.drain()
@@ -127,7 +132,7 @@ def test_the_server_ends_a_sequence() -> None:
 def test_the_worker_cuts_sequences() -> None:
     """That is no stop: they are incomplete. What else they drew in batches planned before is waste."""
     world = World(make_config(scheduling_steps_ahead=3))
-    world.step(make_request(1, prompt(5), 10, n=2, grammar="3"))
+    world.turn(make_request(1, prompt(5), 10, n=2, grammar="3"))
     world.finish(make_request(2, prompt(5), 10))
     answers = [world.answers[name] for name in ((1, 0), (1, 1), (2, 0))]
     assert [answer.reason for answer in answers] == [FinishReason.LENGTH] * 3
@@ -140,7 +145,7 @@ def test_the_worker_cuts_sequences() -> None:
 
 def test_a_long_prompt_is_fed_in_chunks_beside_decoding() -> None:
     world = World(make_config(max_tokens_per_forward=8, scheduling_steps_ahead=4))
-    world.step(make_request(1, prompt(4), 10), make_request(2, prompt(18, 1), 3))
+    world.turn(make_request(1, prompt(4), 10), make_request(2, prompt(18, 1), 3))
     sizes = [(batch.decode_slots.size, batch.prefill_lengths.tolist()) for batch in world.batches]
     assert sizes == [(0, [4, 4]), (1, [7]), (1, [7]), (2, [])]
     world.drain()
@@ -148,10 +153,10 @@ def test_a_long_prompt_is_fed_in_chunks_beside_decoding() -> None:
 
 def test_the_queue_is_first_in_first_out() -> None:
     world = World(make_config(max_seqs_per_forward=2, scheduling_steps_ahead=2))
-    world.step(*[make_request(index, prompt(5, index), 4) for index in range(9)])
+    world.turn(*[make_request(index, prompt(5, index), 4) for index in range(9)])
     order: list[int] = []
     while not world.manager.idle:
-        world.step(num_results=1)
+        world.turn(num_results=1)
         ended = [name[0] for name, answer in world.answers.items() if answer.reason]
         order += [index for index in ended if index not in order]
     assert order == sorted(order)
@@ -159,9 +164,9 @@ def test_the_queue_is_first_in_first_out() -> None:
 
 def test_steps_ahead_limit_the_batches_in_flight() -> None:
     world = World(make_config(scheduling_steps_ahead=3))
-    world.step(make_request(1, prompt(5), 20))
+    world.turn(make_request(1, prompt(5), 20))
     assert world.manager.num_in_flight == len(world.batches) == 3
-    world.step(num_results=2)
+    world.turn(num_results=2)
     assert world.manager.num_in_flight == 3
     assert len(world.batches) == 5
     world.drain()
@@ -169,17 +174,17 @@ def test_steps_ahead_limit_the_batches_in_flight() -> None:
 
 def test_results_that_do_not_belong_here_are_an_error() -> None:
     world = World(make_config())
-    world.step(make_request(1, prompt(5), 6))
+    world.turn(make_request(1, prompt(5), 6))
     first, second = world.results[0], world.results[1]
     with pytest.raises(ProtocolError, match="result of batch 1 where 0"):
-        world.manager.step([second], 0.0)
+        world.manager.take_turn([second], 0.0)
     short = ForwardResult(
         *[getattr(first, name) for name in ("number",)],
         first.token_ids[:0],
         *[getattr(first, name) for name in first.__struct_fields__[2:]],
     )
     with pytest.raises(ProtocolError, match="samples 1 rows"):
-        world.manager.step([short], 0.0)
+        world.manager.take_turn([short], 0.0)
 
 
 # --- the state as a whole ----------------------------------------------------------------------------
@@ -187,7 +192,7 @@ def test_results_that_do_not_belong_here_are_an_error() -> None:
 
 def test_gauges_account_for_every_sequence() -> None:
     world = World(make_config(max_seqs_per_forward=3, max_tokens_per_forward=12))
-    world.step(
+    world.turn(
         make_request(1, prompt(20), 5, n=3), *[make_request(i, [i], 5) for i in (2, 3, 4, 5)]
     )
     while not world.manager.idle:
@@ -196,7 +201,7 @@ def test_gauges_account_for_every_sequence() -> None:
         assert living == len(world.living)
         assert gauges.num_in_flight == world.manager.num_in_flight
         assert 0 <= gauges.num_free_pages + gauges.num_evictable_pages <= gauges.num_pages
-        world.step(num_results=1)
+        world.turn(num_results=1)
     assert world.manager.counters.num_finished == 7
 
 
@@ -249,16 +254,16 @@ def corrupt_requests(world: World) -> None:
 )
 def test_the_invariant_check_notices(corrupt: object) -> None:
     world = World(make_config(max_seqs_per_forward=2, check_invariants=True))
-    world.step(*[make_request(index, prompt(9, index), 12) for index in range(4)])
+    world.turn(*[make_request(index, prompt(9, index), 12) for index in range(4)])
     for _ in range(3):
-        world.step(num_results=1)
+        world.turn(num_results=1)
     corrupt(world)  # type: ignore[operator]
     with pytest.raises(ProtocolError):
-        world.manager.step([], 0.0)
+        world.manager.take_turn([], 0.0)
 
 
-def count_lines_of_a_steady_step(num_sequences: int) -> int:
-    """Python lines that one step executes where everybody decodes and nobody starts or ends."""
+def count_lines_of_a_steady_turn(num_sequences: int) -> int:
+    """Python lines that one turn executes where everybody decodes and nobody starts or ends."""
     config = make_config(
         page_size=16,
         num_pages=4 * num_sequences,
@@ -269,7 +274,7 @@ def count_lines_of_a_steady_step(num_sequences: int) -> int:
         check_invariants=False,
     )
     manager = Manager(config)
-    batches = manager.step(
+    batches = manager.take_turn(
         [
             make_request(index, prompt(5), 50, stream=index % 2 == 0)
             for index in range(num_sequences)
@@ -301,11 +306,11 @@ def count_lines_of_a_steady_step(num_sequences: int) -> int:
         previous = sys.gettrace()
         sys.settrace(trace)  # type: ignore[arg-type]
         try:
-            batches += manager.step([result], 0.0).batches
+            batches += manager.take_turn([result], 0.0).batches
         finally:
             sys.settrace(previous)
     return num_lines
 
 
 def test_a_steady_step_executes_no_python_per_sequence() -> None:
-    assert count_lines_of_a_steady_step(16) == count_lines_of_a_steady_step(256)
+    assert count_lines_of_a_steady_turn(16) == count_lines_of_a_steady_turn(256)

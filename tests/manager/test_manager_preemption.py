@@ -7,37 +7,40 @@ import random
 from unittest import mock
 
 import numpy as np
-import pytest
 from simulation import World, acknowledge, make_admission, make_config, make_request, prompt
 
 from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.manager import held_slots
 from tokasaurus.protocol.messages import FinishReason
+from tokasaurus.rounding import ceil_div
 
 
 def test_a_silent_server_stalls_only_what_holds_for_it() -> None:
     world = World(make_config(stop_lag=4))
-    world.step(
+    world.turn(
         make_request(1, prompt(5), 20, hold_for_acks=True), make_request(2, prompt(5, 1), 20)
     )
     for _ in range(40):
-        world.step(num_results=2)
+        world.turn(num_results=2)
     assert len(world.answers[1, 0].ids) == 4
     assert world.answers[2, 0].reason is FinishReason.LENGTH
-    world.step(acknowledge(1, 3))
+    world.turn(acknowledge(1, 3))
     for _ in range(10):
-        world.step(num_results=2)
+        world.turn(num_results=2)
     assert len(world.answers[1, 0].ids) == 7
     world.drain()
 
 
-@pytest.mark.parametrize("collide", [False, True])
-def test_acknowledgements_find_their_sequences(collide: bool) -> None:
-    """Many at once, in any order, whatever the hash of names does."""
-    factor = 0 if collide else held_slots._HASH_FACTOR
+def test_acknowledgements_find_their_sequences_whatever_the_hash_of_names_does() -> None:
+    """Many at once, in any order."""
+    for factor in (held_slots._HASH_FACTOR, 0):
+        check_that_acknowledgements_find_their_sequences(factor)
+
+
+def check_that_acknowledgements_find_their_sequences(factor: int) -> None:
     with mock.patch.object(held_slots, "_HASH_FACTOR", factor):
         world = World(make_config(stop_lag=1, num_pages=64))
-        world.step(
+        world.turn(
             *[make_request(index, prompt(5), 6, n=2, hold_for_acks=True) for index in range(4)]
         )
         world.drain()
@@ -45,12 +48,12 @@ def test_acknowledgements_find_their_sequences(collide: bool) -> None:
 
 def test_acknowledgements_never_count_backwards() -> None:
     world = World(make_config(stop_lag=2))
-    world.step(make_request(1, prompt(5), 20, hold_for_acks=True))
+    world.turn(make_request(1, prompt(5), 20, hold_for_acks=True))
     for _ in range(4):
-        world.step(num_results=2)
-    world.step(acknowledge(1, 2), acknowledge(1, 1))
+        world.turn(num_results=2)
+    world.turn(acknowledge(1, 2), acknowledge(1, 1))
     for _ in range(4):
-        world.step(num_results=2)
+        world.turn(num_results=2)
     assert len(world.answers[1, 0].ids) == 4
     world.drain()
 
@@ -62,7 +65,7 @@ def greedy(config: ManagerConfig) -> World:
 
 def test_preemption_keeps_tokens_and_spares_the_oldest() -> None:
     world = greedy(make_config(num_pages=9, scheduling_steps_ahead=3))
-    world.step(*[make_request(index, prompt(8, index), 20) for index in range(3)])
+    world.turn(*[make_request(index, prompt(8, index), 20) for index in range(3)])
     world.drain()
     counters = world.manager.counters
     assert counters.num_preemptions > 0
@@ -79,7 +82,7 @@ def test_preemption_keeps_tokens_and_spares_the_oldest() -> None:
 
 def test_a_preempted_sequence_resumes_before_those_that_never_ran() -> None:
     world = greedy(make_config(num_pages=7, max_seqs_per_forward=2, scheduling_steps_ahead=2))
-    world.step(*[make_request(index, prompt(8, index), 12) for index in range(6)])
+    world.turn(*[make_request(index, prompt(8, index), 12) for index in range(6)])
     running = world.manager._running
     num_resumed = 0
     while not world.manager.idle:
@@ -89,7 +92,7 @@ def test_a_preempted_sequence_resumes_before_those_that_never_ran() -> None:
             if sequence in running.resting or sequence.resumes
         ]
         num_batches = len(world.batches)
-        world.step(num_results=1)
+        world.turn(num_results=1)
         for batch in world.batches[num_batches:]:
             seeds = [] if batch.parameters is None else batch.parameters.seed.tolist()
             num_resumed += len(set(seeds) & set(waiting))
@@ -98,15 +101,17 @@ def test_a_preempted_sequence_resumes_before_those_that_never_ran() -> None:
     assert num_resumed == world.manager.counters.num_preemptions > 0
 
 
-@pytest.mark.parametrize("steps_ahead", [1, 2, 5])
-@pytest.mark.parametrize("page_size", [1, 4, 16])
-def test_one_that_fits_alone_completes_however_small_the_cache(
-    page_size: int, steps_ahead: int
-) -> None:
+def test_a_request_that_fits_alone_completes_however_small_the_cache() -> None:
+    for page_size in (1, 4, 16):
+        for steps_ahead in (1, 2, 5):
+            check_that_requests_as_large_as_the_cache_complete(page_size, steps_ahead)
+
+
+def check_that_requests_as_large_as_the_cache_complete(page_size: int, steps_ahead: int) -> None:
     longest = 31
     config = make_config(
         page_size=page_size,
-        num_pages=-(-(longest - 1) // page_size),  # exactly the longest request
+        num_pages=ceil_div(longest - 1, page_size),  # exactly the longest request
         max_request_tokens=longest,
         max_tokens_per_forward=9,
         scheduling_steps_ahead=steps_ahead,
@@ -115,13 +120,13 @@ def test_one_that_fits_alone_completes_however_small_the_cache(
     world = greedy(config)
     chance = random.Random(page_size)
     lengths = [chance.choice([1, 5, 15, 30]) for _ in range(8)]
-    world.step(
+    world.turn(
         *[
             make_request(index, prompt(length, index % 2), longest - length, n=2)
             for index, length in enumerate(lengths)
         ]
     )
-    world.drain(max_steps=20_000)
+    world.drain(max_turns=20_000)
     assert all(answer.reason is FinishReason.LENGTH for answer in world.answers.values())
     if page_size < 16:
         assert world.manager.counters.num_preemptions > 0
@@ -132,7 +137,7 @@ def test_forced_preemption_changes_no_token() -> None:
     worlds = []
     for force_preemption in (False, True):
         world = World(make_config(force_preemption=force_preemption))
-        world.step(*requests)
+        world.turn(*requests)
         world.drain()
         worlds.append(world)
     calm, disturbed = worlds
@@ -144,37 +149,37 @@ def test_forced_preemption_changes_no_token() -> None:
 
 def test_acknowledgements_outlive_preemption() -> None:
     world = World(make_config(force_preemption=True, stop_lag=1, num_pages=64))
-    world.step(*[make_request(index, prompt(5), 20, hold_for_acks=True) for index in range(4)])
+    world.turn(*[make_request(index, prompt(5), 20, hold_for_acks=True) for index in range(4)])
     world.drain()
     assert world.manager.counters.num_preemptions > 0
 
 
 def test_a_preempted_sequence_that_may_not_sample_yet_waits_for_the_server() -> None:
     world = World(make_config(stop_lag=2))
-    world.step(make_request(1, prompt(5), 20), make_request(2, prompt(5), 20, hold_for_acks=True))
+    world.turn(make_request(1, prompt(5), 20), make_request(2, prompt(5), 20, hold_for_acks=True))
     for _ in range(4):
-        world.step(num_results=2)
+        world.turn(num_results=2)
     held = world.manager._backlog.find(2, 0)
     assert held is not None
     world.manager._scheduler.preempt(np.array([held.slot]))
-    world.step(num_results=1)
+    world.turn(num_results=1)
     assert world.manager.gauges().num_parked == 1
-    world.step(acknowledge(2, 1))
+    world.turn(acknowledge(2, 1))
     assert world.manager.gauges().num_parked == 0
     world.drain()
 
 
 def test_a_preempted_sequence_remembers_what_was_acknowledged() -> None:
     world = World(make_config(stop_lag=2, scheduling_steps_ahead=1))
-    world.step(make_request(1, prompt(5), 20), make_request(2, prompt(5), 20, hold_for_acks=True))
+    world.turn(make_request(1, prompt(5), 20), make_request(2, prompt(5), 20, hold_for_acks=True))
     for _ in range(4):
-        world.step(num_results=1)
-    world.step(acknowledge(2, 2), num_results=1)
+        world.turn(num_results=1)
+    world.turn(acknowledge(2, 2), num_results=1)
     held = world.manager._backlog.find(2, 0)
     assert held is not None
     world.manager._scheduler.preempt(np.array([held.slot]))
     for _ in range(2):
-        world.step(num_results=1)
+        world.turn(num_results=1)
         assert world.manager.gauges().num_parked == 0
     world.drain()
 
@@ -182,15 +187,15 @@ def test_a_preempted_sequence_remembers_what_was_acknowledged() -> None:
 def test_prompt_logprobs_come_once_more_only_if_they_were_incomplete() -> None:
     world = World(make_config(max_tokens_per_forward=6, scheduling_steps_ahead=1))
     older = make_request(1, prompt(2), 30)
-    world.step(older, make_request(2, prompt(18, 1), 9, num_prompt_logprobs=1))
+    world.turn(older, make_request(2, prompt(18, 1), 9, num_prompt_logprobs=1))
     victim = world.manager._backlog.find(2, 0)
     assert victim is not None
-    world.step(num_results=1)
+    world.turn(num_results=1)
     world.manager._scheduler.preempt(
         np.array([victim.slot])
     )  # in the middle of its prompt: all of it again
     for _ in range(9):
-        world.step(num_results=1)
+        world.turn(num_results=1)
     assert len(world.prompt_logprobs[2]) == 17
     num_prompt_tokens = world.device.num_prompt_tokens
     world.manager._scheduler.preempt(

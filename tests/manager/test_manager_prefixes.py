@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 from simulation import World, make_admission, make_config, make_request, prompt
 
 from tokasaurus.protocol.messages import (
@@ -14,17 +13,17 @@ from tokasaurus.protocol.messages import (
 )
 
 
-@pytest.mark.parametrize(
-    ("length", "cached"),
-    [(3, 0), (4, 0), (5, 4), (8, 4), (9, 8), (12, 8), (13, 12)],  # never the last prompt token
-)
-def test_a_repeated_prompt_hits(length: int, cached: int) -> None:
-    world = World(make_config())
-    world.finish(make_request(1, prompt(length), 3))
-    world.finish(make_request(2, prompt(length), 3))
-    assert world.answers[1, 0].num_cached_tokens == 0
-    assert world.answers[2, 0].num_cached_tokens == cached
-    assert world.device.num_prompt_tokens == 2 * length - cached
+def test_a_repeated_prompt_is_found_up_to_its_last_token() -> None:
+    expected = {3: 0, 4: 0, 5: 4, 8: 4, 9: 8, 12: 8, 13: 12}  # by length
+    found = {}
+    for length in expected:
+        world = World(make_config())
+        world.finish(make_request(1, prompt(length), 3))
+        world.finish(make_request(2, prompt(length), 3))
+        assert world.answers[1, 0].num_cached_tokens == 0
+        found[length] = world.answers[2, 0].num_cached_tokens
+        assert world.device.num_prompt_tokens == 2 * length - found[length]
+    assert found == expected
 
 
 def test_a_common_beginning_hits() -> None:
@@ -44,7 +43,7 @@ def test_an_answer_is_found_by_the_next_turn_of_a_conversation() -> None:
 
 def test_a_prompt_is_findable_for_the_next_batch() -> None:
     world = World(make_config(max_tokens_per_forward=16, scheduling_steps_ahead=2))
-    world.step(make_request(1, prompt(16), 3), make_request(2, prompt(16), 3))
+    world.turn(make_request(1, prompt(16), 3), make_request(2, prompt(16), 3))
     assert world.batches[0].prefill_slots.size == 1
     assert world.batches[1].prefill_starts.tolist() == [12]
     world.drain()
@@ -64,7 +63,7 @@ def test_a_duplicate_is_swapped_from_the_next_batch_on() -> None:
     # Batch 0 feeds all of request 1 and two tokens of request 2. Batch 1 completes the first page of
     # request 2, a duplicate that it still writes to, and feeds request 3. (What needs the logprobs of a
     # prompt computes all of it.)
-    world.step(
+    world.turn(
         make_request(1, prompt(6), 1),
         make_request(2, prompt(5), 2, num_prompt_logprobs=0),
         make_request(3, prompt(5, 3), 1),
@@ -84,10 +83,14 @@ def test_a_duplicate_is_swapped_from_the_next_batch_on() -> None:
     world.drain()
 
 
-@pytest.mark.parametrize("length", [2, 4, 8, 10])  # with and without full pages and a partial one
-def test_samples_fork_from_one_prompt(length: int) -> None:
+def test_samples_fork_from_one_prompt() -> None:
+    for length in (2, 4, 8, 10):  # with and without full pages and a partial one
+        check_that_samples_fork_from_a_prompt_of(length)
+
+
+def check_that_samples_fork_from_a_prompt_of(length: int) -> None:
     world = World(make_config(max_seqs_per_forward=8, max_tokens_per_forward=10))
-    world.step(make_request(1, prompt(length), 6, n=6))
+    world.turn(make_request(1, prompt(length), 6, n=6))
     first, second = world.batches[:2]
     assert first.prefill_slots.size == 1
     assert first.draw_slots.size == 6
@@ -101,7 +104,7 @@ def test_samples_fork_from_one_prompt(length: int) -> None:
 
 def test_samples_that_find_no_room_fork_later_from_one_of_them() -> None:
     world = World(make_config(max_seqs_per_forward=3, num_slots=3, scheduling_steps_ahead=1))
-    world.step(make_request(1, prompt(10), 4, n=8))
+    world.turn(make_request(1, prompt(10), 4, n=8))
     assert world.batches[0].draw_slots.size == 3
     world.drain()
     # Three at once each time: two more leaders feed what is left of the prompt behind its full pages.
@@ -110,18 +113,18 @@ def test_samples_that_find_no_room_fork_later_from_one_of_them() -> None:
 
 def test_samples_fork_from_a_prompt_that_was_fed_in_chunks() -> None:
     world = World(make_config(max_tokens_per_forward=8))
-    world.step(make_request(1, prompt(19), 4, n=4))
+    world.turn(make_request(1, prompt(19), 4, n=4))
     world.drain()
     assert world.device.num_prompt_tokens == 19
 
 
 def test_an_older_request_is_not_overtaken_by_forks() -> None:
     world = World(make_config(max_seqs_per_forward=4, num_slots=4, max_tokens_per_forward=20))
-    world.step(make_request(1, prompt(6), 3), make_request(2, prompt(6, 2), 9, priority=1, n=4))
+    world.turn(make_request(1, prompt(6), 3), make_request(2, prompt(6, 2), 9, priority=1, n=4))
     assert world.batches[0].draw_slots.size == 4  # request 1 and three of request 2
-    world.step(make_request(3, prompt(6, 4), 3), num_results=0)
+    world.turn(make_request(3, prompt(6, 4), 3), num_results=0)
     for _ in range(30):
-        world.step(num_results=1)
+        world.turn(num_results=1)
         if world.answers[3, 0].reason:
             break
     assert not world.answers[2, 3].reason, "a fork of lower priority ran before request 3"
@@ -131,7 +134,7 @@ def test_an_older_request_is_not_overtaken_by_forks() -> None:
 def test_separate_requests_wait_for_common_pages() -> None:
     world = World(make_config(max_tokens_per_forward=24, scheduling_steps_ahead=2))
     common = prompt(9)
-    world.step(*[make_request(index, common + prompt(3, index), 5) for index in range(1, 5)])
+    world.turn(*[make_request(index, common + prompt(3, index), 5) for index in range(1, 5)])
     assert world.batches[0].prefill_slots.size == 1
     assert world.batches[1].prefill_starts.tolist() == [8] * 3
     world.drain()
@@ -140,7 +143,7 @@ def test_separate_requests_wait_for_common_pages() -> None:
 
 def test_only_common_pages_are_waited_for() -> None:
     world = World(make_config(max_tokens_per_forward=24))
-    world.step(
+    world.turn(
         make_request(1, prompt(3) + prompt(5, 1), 5), make_request(2, prompt(3) + prompt(5, 2), 5)
     )
     assert world.batches[0].prefill_slots.size == 2
@@ -149,9 +152,9 @@ def test_only_common_pages_are_waited_for() -> None:
 
 def test_a_waiting_request_goes_on_where_the_computing_one_is_gone() -> None:
     world = World(make_config(max_tokens_per_forward=6, scheduling_steps_ahead=1))
-    world.step(make_request(1, prompt(18), 4), make_request(2, prompt(18), 4))
+    world.turn(make_request(1, prompt(18), 4), make_request(2, prompt(18), 4))
     assert world.batches[0].prefill_slots.size == 1
-    world.step(AbortRequest(1), num_results=1)
+    world.turn(AbortRequest(1), num_results=1)
     world.drain()
     assert world.answers[2, 0].reason is FinishReason.LENGTH
     assert world.device.num_prompt_tokens == 6 + 18 - 4
@@ -159,16 +162,16 @@ def test_a_waiting_request_goes_on_where_the_computing_one_is_gone() -> None:
 
 def test_an_urgent_request_waits_for_nobody() -> None:
     world = World(make_config(max_tokens_per_forward=6, scheduling_steps_ahead=1))
-    world.step(make_request(1, prompt(18), 4))
-    world.step(make_request(2, prompt(18), 4, priority=-1), num_results=1)
+    world.turn(make_request(1, prompt(18), 4))
+    world.turn(make_request(2, prompt(18), 4, priority=-1), num_results=1)
     assert world.batches[1].prefill_slots.size == 1
     world.drain()
 
 
 def test_a_follower_takes_over_where_the_leader_is_gone() -> None:
     world = World(make_config(max_tokens_per_forward=6, scheduling_steps_ahead=1))
-    world.step(make_request(1, prompt(18), 4, n=3))
-    world.step(StopSequence(1, 0), num_results=1)  # a third of the prompt is computed
+    world.turn(make_request(1, prompt(18), 4, n=3))
+    world.turn(StopSequence(1, 0), num_results=1)  # a third of the prompt is computed
     assert world.batches[1].prefill_starts.tolist() == [4]
     assert world.batches[1].prefill_slots.size == 1
     world.drain()
@@ -179,9 +182,9 @@ def test_a_follower_takes_over_where_the_leader_is_gone() -> None:
 def test_urgent_requests_share_what_a_less_important_one_waits_to_compute() -> None:
     """The claim on a page goes to whoever comes first, also where it comes later."""
     world = World(make_config(num_pages=64, max_tokens_per_forward=12, scheduling_steps_ahead=1))
-    world.step(make_request(0, prompt(21), 4, priority=5))
+    world.turn(make_request(0, prompt(21), 4, priority=5))
     urgent = [make_request(i, prompt(21) + prompt(3, i), 4) for i in range(1, 6)]
-    world.step(*urgent, num_results=1)
+    world.turn(*urgent, num_results=1)
     world.drain()
     # Once by the less important one as far as it got, once by the first urgent one.
     assert world.device.num_prompt_tokens <= 2 * 24 + 5 * 4 + 12
@@ -199,7 +202,7 @@ def test_many_that_wait_for_pages_are_parked_and_woken_in_portions() -> None:
         )
     )
     world.check_interval = 50
-    world.step(*[make_request(i, prompt(21) + prompt(3, i), 2) for i in range(num_requests)])
+    world.turn(*[make_request(i, prompt(21) + prompt(3, i), 2) for i in range(num_requests)])
     assert world.manager.gauges().num_queued >= num_requests - 1  # woken again, for the next plan
     assert world.batches[0].prefill_slots.size == 1
     world.drain()
@@ -211,9 +214,9 @@ def test_who_is_woken_while_others_are_chosen_keeps_its_place() -> None:
         num_pages=12, scheduling_steps_ahead=1, admission=make_admission(predict_lengths=False)
     )
     world = World(config)
-    world.step(make_request(0, prompt(4, 5), 29))
+    world.turn(make_request(0, prompt(4, 5), 29))
     # The forecast refuses 1, which 2 waits for; 3 is behind both.
-    world.step(
+    world.turn(
         make_request(1, prompt(9), 28),
         make_request(2, prompt(9), 4),
         make_request(3, prompt(4, 9), 4),
@@ -222,12 +225,12 @@ def test_who_is_woken_while_others_are_chosen_keeps_its_place() -> None:
     assert world.manager.gauges().num_parked == 1
     # It computes the pages that 1 and 2 begin with, whoever else does.
     urgent = make_request(4, prompt(8), 1, priority=-1, num_prompt_logprobs=0)
-    world.step(urgent)
+    world.turn(urgent)
     while not any(
         urgent.seed in batch.parameters.seed for batch in world.batches if batch.parameters
     ):
-        world.step(num_results=1)
-    world.step(AbortRequest(0), num_results=1)
+        world.turn(num_results=1)
+    world.turn(AbortRequest(0), num_results=1)
     world.drain()
     assert [world.answers[index, 0].reason for index in (1, 2, 3)] == [FinishReason.LENGTH] * 3
 
@@ -240,14 +243,14 @@ def test_who_waits_for_one_that_was_refused_is_woken_by_its_first_chunk() -> Non
         admission=make_admission(predict_lengths=False),
     )
     world = World(config)
-    world.step(make_request(1, prompt(4), 36), *(make_request(i, [i], 32) for i in (4, 5, 6)))
+    world.turn(make_request(1, prompt(4), 36), *(make_request(i, [i], 32) for i in (4, 5, 6)))
     # There is no room for the second one; the third would compute the same pages.
-    world.step(make_request(2, prompt(16, 1), 32), make_request(3, prompt(16, 1), 8), num_results=1)
+    world.turn(make_request(2, prompt(16, 1), 32), make_request(3, prompt(16, 1), 8), num_results=1)
     assert world.manager.gauges().num_parked == 1
     # More of others' tokens in a batch: the prompt that was to be fed at once comes in two chunks.
     urgent = (make_request(i, [i], 12, priority=-1) for i in (7, 8, 9))
-    world.step(*urgent, num_results=1)
-    world.step(AbortRequest(1), num_results=1)
+    world.turn(*urgent, num_results=1)
+    world.turn(AbortRequest(1), num_results=1)
     assert world.batches[-1].prefill_lengths.tolist() == [15]
     assert world.manager.gauges().num_parked == 0
     world.drain()
@@ -257,7 +260,7 @@ def test_who_waits_for_one_that_was_refused_is_woken_by_its_first_chunk() -> Non
 def test_a_flush_forgets_what_nobody_holds() -> None:
     world = World(make_config())
     world.finish(make_request(1, prompt(13), 3))
-    world.step(FlushCache(9))
+    world.turn(FlushCache(9))
     assert [(each.flush_id, each.num_pages, each.num_tokens) for each in world.flushed] == [
         (9, 3, 12)
     ]
@@ -272,31 +275,31 @@ def test_a_flush_leaves_running_sequences_their_pages() -> None:
     """The world checks every token and every page; what is held stays findable, and goes with a later flush."""
     world = World(make_config())
     world.finish(make_request(1, prompt(9, 5), 2))
-    world.step(make_request(2, prompt(9), 12))
-    world.step(FlushCache(0), num_results=1)
+    world.turn(make_request(2, prompt(9), 12))
+    world.turn(FlushCache(0), num_results=1)
     assert world.flushed[0].num_pages == 2
-    world.step(make_request(3, prompt(9), 2))
+    world.turn(make_request(3, prompt(9), 2))
     world.drain()
     assert world.answers[3, 0].num_cached_tokens == 8
-    world.step(FlushCache(1), FlushCache(2))
+    world.turn(FlushCache(1), FlushCache(2))
     assert world.flushed[1].num_pages > 0
     assert world.flushed[2].num_pages == 0
 
 
-@pytest.mark.parametrize(
-    ("pooling", "num_computed"), [(Pooling.MEAN, 13), (Pooling.LAST, 1)], ids=str
-)
-def test_only_a_mean_computes_the_whole_prompt(pooling: Pooling, num_computed: int) -> None:
-    world = World(make_config(max_tokens_per_forward=5))
-    world.finish(make_request(1, prompt(13), 1))
-    before = world.device.num_prompt_tokens
-    world.finish(make_request(2, prompt(13), 1, pooling=pooling))
-    assert 2 in world.pooled
-    assert world.device.num_prompt_tokens - before == num_computed
+def test_only_a_mean_computes_the_whole_prompt() -> None:
+    num_computed = {}
+    for pooling in (Pooling.MEAN, Pooling.LAST):
+        world = World(make_config(max_tokens_per_forward=5))
+        world.finish(make_request(1, prompt(13), 1))
+        before = world.device.num_prompt_tokens
+        world.finish(make_request(2, prompt(13), 1, pooling=pooling))
+        assert 2 in world.pooled
+        num_computed[pooling] = world.device.num_prompt_tokens - before
+    assert num_computed == {Pooling.MEAN: 13, Pooling.LAST: 1}
 
 
 def test_a_pooled_request_has_one_sample_of_one_token() -> None:
     world = World(make_config())
-    world.step(make_request(1, prompt(5), 2, pooling=Pooling.MEAN))
-    world.step(make_request(2, prompt(5), 1, n=2, pooling=Pooling.LAST))
+    world.turn(make_request(1, prompt(5), 2, pooling=Pooling.MEAN))
+    world.turn(make_request(2, prompt(5), 1, n=2, pooling=Pooling.LAST))
     assert sorted(world.rejected) == [1, 2]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+from fake_device import oracle
 from simulation import World, make_admission, make_config, make_request, prompt
 
-from tokasaurus.protocol.messages import FinishReason, StopSequence
+from tokasaurus.config.slices import AdmissionConfig
+from tokasaurus.protocol.messages import AbortRequest, FinishReason, GenerateRequest, StopSequence
 
 RESERVING = make_admission(predict_lengths=False)
 OVERCOMMITTING = make_admission(target_utilization=1000.0)
@@ -15,7 +19,7 @@ def ends(world: World) -> list[int]:
     """Request ids in the order in which they end, one result at a time."""
     order: list[int] = []
     while not world.manager.idle:
-        world.step(num_results=1)
+        world.turn(num_results=1)
         order += [i for (i, _), a in world.answers.items() if a.reason and i not in order]
     return order
 
@@ -26,28 +30,36 @@ def ends(world: World) -> list[int]:
 def test_lower_priorities_run_first() -> None:
     world = World(make_config(max_seqs_per_forward=1, scheduling_steps_ahead=1))
     priorities = {1: 0, 2: 5, 3: -2, 4: 0, 5: -2}
-    world.step(*[make_request(i, prompt(5, i), 3, priority=p) for i, p in priorities.items()])
+    world.turn(*[make_request(i, prompt(5, i), 3, priority=p) for i, p in priorities.items()])
     assert ends(world) == [3, 5, 1, 4, 2]
 
 
 def test_an_urgent_request_takes_the_seat_of_a_less_important_one() -> None:
     world = World(make_config(max_seqs_per_forward=1, scheduling_steps_ahead=1))
-    world.step(*[make_request(i, prompt(5, i), 3) for i in range(3)])
-    world.step(make_request(9, prompt(5, 9), 3, priority=-1))
+    world.turn(*[make_request(i, prompt(5, i), 3) for i in range(3)])
+    world.turn(make_request(9, prompt(5, 9), 3, priority=-1))
     assert ends(world) == [9, 0, 1, 2]
     assert world.manager.counters.num_preemptions == 1
 
 
 def test_nobody_gives_way_to_an_equal() -> None:
     world = World(make_config(max_seqs_per_forward=1, scheduling_steps_ahead=1))
-    world.step(*[make_request(i, prompt(5, i), 3) for i in range(3)])
+    world.turn(*[make_request(i, prompt(5, i), 3) for i in range(3)])
     assert ends(world) == [0, 1, 2]
     assert world.manager.counters.num_preemptions == 0
 
 
-@pytest.mark.parametrize("n", [1, 6])
-@pytest.mark.parametrize("admission", [RESERVING, make_admission(), OVERCOMMITTING])
-def test_a_crowd_of_less_important_requests_holds_nobody_up(admission, n) -> None:
+@pytest.mark.parametrize(
+    "admission",
+    [RESERVING, make_admission(), OVERCOMMITTING],
+    ids=["reserving", "predicting", "overcommitting"],
+)
+def test_a_crowd_of_less_important_requests_holds_no_request_up(admission) -> None:
+    for n in (1, 6):
+        check_that_a_crowd_does_not_hold_up_one_of(n, admission)
+
+
+def check_that_a_crowd_does_not_hold_up_one_of(n: int, admission: AdmissionConfig) -> None:
     config = make_config(
         num_pages=100,
         max_seqs_per_forward=16,
@@ -57,15 +69,16 @@ def test_a_crowd_of_less_important_requests_holds_nobody_up(admission, n) -> Non
         admission=admission,
     )
     world = World(config)
-    world.step(*[make_request(i, prompt(8, i), 250, priority=1000) for i in range(40)])
+    world.turn(*[make_request(i, prompt(8, i), 250, priority=1000) for i in range(40)])
     for _ in range(60):
-        world.step(num_results=1)
+        world.turn(num_results=1)
     num_batches = len(world.batches)
-    world.step(make_request(99, prompt(30, 99), 20, n=n))
+    world.turn(make_request(99, prompt(30, 99), 20, n=n))
     while any(request == 99 for request, _ in world.living):
-        world.step(num_results=1)
+        world.turn(num_results=1)
     # In flight before it, its prompt, its tokens, and some until slots come free.
     assert len(world.batches) - num_batches <= 2 + 1 + 20 + 5
+    world.turn(*[AbortRequest(i) for i in range(36)])
     world.drain()
 
 
@@ -73,44 +86,45 @@ def test_nobody_gives_way_to_those_who_must_wait_all_the_same() -> None:
     """There is room for the first of the queue; the second does not fit beside it."""
     config = make_config(num_pages=30, max_tokens_per_forward=64, admission=RESERVING)
     world = World(config)
-    world.step(make_request(1, prompt(60, 1), 4, priority=1))
+    world.turn(make_request(1, prompt(60, 1), 4, priority=1))
     first, second = make_request(2, prompt(8, 2), 8, n=4), make_request(3, prompt(56, 3), 4)
-    world.step(first, second, num_results=1)
+    world.turn(first, second, num_results=1)
     while any(request == 2 for request, _ in world.living):
         assert world.manager.counters.num_preemptions == 0
-        world.step(num_results=1)
+        world.turn(num_results=1)
     world.drain()
 
 
 def test_nobody_gives_way_where_it_would_not_help() -> None:
     """The forecast has the last word where those who are as important might fill the cache."""
     world = World(make_config(num_pages=20, max_request_tokens=80, admission=RESERVING))
-    world.step(make_request(1, prompt(8, 1), 60))
-    world.step(make_request(2, prompt(4, 2), 8, priority=1), num_results=1)
-    world.step(make_request(3, prompt(8, 3), 60), num_results=1)
+    world.turn(make_request(1, prompt(8, 1), 60))
+    world.turn(make_request(2, prompt(4, 2), 8, priority=1), num_results=1)
+    world.turn(make_request(3, prompt(8, 3), 60), num_results=1)
     while not world.answers[2, 0].reason:
-        world.step(num_results=1)
+        world.turn(num_results=1)
     assert world.manager.counters.num_preemptions == 0
     world.drain()
 
 
-@pytest.mark.parametrize(("priority", "is_accepted"), [(10**6, True), (10**6 + 1, False)])
-@pytest.mark.parametrize("sign", [1, -1])
-def test_the_range_of_priorities(priority: int, is_accepted: bool, sign: int) -> None:
+def test_priorities_from_minus_to_plus_a_million_are_accepted() -> None:
+    limit = 10**6
     world = World(make_config())
-    world.step(make_request(1, prompt(5), 3, priority=sign * priority))
-    assert (1 not in world.rejected) == is_accepted
-    if not is_accepted:
-        assert world.rejected[1].field == "priority"
+    priorities = dict(enumerate((-limit - 1, -limit, limit, limit + 1)))
+    world.turn(*[make_request(i, prompt(5), 3, priority=p) for i, p in priorities.items()])
+    assert {i: rejected.field for i, rejected in world.rejected.items()} == {
+        0: "priority",
+        3: "priority",
+    }
 
 
 def test_the_least_important_gives_way() -> None:
     """Though the important ones came last; they fit the cache by themselves."""
     world = World(make_config(num_pages=15, admission=OVERCOMMITTING))
-    world.step(make_request(1, prompt(8, 1), 20, priority=3))
+    world.turn(make_request(1, prompt(8, 1), 20, priority=3))
     for _ in range(3):
-        world.step(num_results=1)
-    world.step(*[make_request(i, prompt(8, i), 20) for i in (2, 3)])
+        world.turn(num_results=1)
+    world.turn(*[make_request(i, prompt(8, i), 20) for i in (2, 3)])
     world.drain()
     entered = [
         seed
@@ -129,7 +143,7 @@ def test_the_first_k_to_end_are_the_answer() -> None:
     world = World(make_config(num_pages=64))
     request = make_request(1, prompt(9), 40, n=6, first_k=2, stop_token_ids=(3, 5, 7, 11))
     lengths = sorted((len(world_answer), i) for i, world_answer in enumerate(expected(request)))
-    world.step(request)
+    world.turn(request)
     world.drain()
     reasons = [world.answers[1, sample].reason for sample in range(6)]
     assert reasons.count(FinishReason.ABORT) == 4
@@ -139,17 +153,15 @@ def test_the_first_k_to_end_are_the_answer() -> None:
     }
 
 
-def expected(request: object) -> list[list[int]]:
-    from fake_device import oracle
-
-    return [oracle(request, sample).ids for sample in range(request.n)]  # type: ignore[arg-type, attr-defined]
+def expected(request: GenerateRequest) -> list[list[int]]:
+    return [oracle(request, sample).ids for sample in range(request.n)]
 
 
 def test_a_stop_string_counts_when_the_server_says_so() -> None:
     world = World(make_config(stop_lag=4))
-    world.step(make_request(1, prompt(5), 30, n=3, first_k=1, hold_for_acks=True))
-    world.step(num_results=2)
-    world.step(StopSequence(1, 2))
+    world.turn(make_request(1, prompt(5), 30, n=3, first_k=1, hold_for_acks=True))
+    world.turn(num_results=2)
+    world.turn(StopSequence(1, 2))
     assert world.answers[1, 2].reason is FinishReason.STOP
     assert world.answers[1, 0].reason is world.answers[1, 1].reason is FinishReason.ABORT
     world.drain()
@@ -157,40 +169,43 @@ def test_a_stop_string_counts_when_the_server_says_so() -> None:
 
 def test_samples_that_never_ran_are_cancelled_too() -> None:
     world = World(make_config(max_seqs_per_forward=2, num_slots=4))
-    world.step(make_request(1, prompt(5), 4, n=8, first_k=2))
+    world.turn(make_request(1, prompt(5), 4, n=8, first_k=2))
     world.drain()
     assert world.num_finished[1] == 2
 
 
-@pytest.mark.parametrize("first_k", [-1, 4])
-def test_first_k_is_at_most_n(first_k: int) -> None:
+def test_first_k_is_at_most_n() -> None:
     world = World(make_config())
-    world.step(make_request(1, prompt(5), 4, n=3, first_k=first_k))
-    assert world.rejected[1].field == "first_k"
+    first_ks = dict(enumerate((-1, 0, 3, 4)))
+    world.turn(*[make_request(i, prompt(5), 4, n=3, first_k=k) for i, k in first_ks.items()])
+    assert {i: rejected.field for i, rejected in world.rejected.items()} == {
+        0: "first_k",
+        3: "first_k",
+    }
 
 
 # --- the forecast ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_pages", [8, 13, 29])
-def test_who_reserves_the_longest_never_preempts(num_pages: int) -> None:
-    world = World(make_config(num_pages=num_pages, admission=RESERVING))
-    world.step(*[make_request(i, prompt(3 + i % 5, i), 4 + 3 * (i % 7)) for i in range(30)])
-    world.drain()
-    assert world.manager.counters.num_preemptions == 0
+def test_a_manager_that_reserves_the_longest_never_preempts() -> None:
+    for num_pages in (8, 13, 29):
+        world = World(make_config(num_pages=num_pages, admission=RESERVING))
+        world.turn(*[make_request(i, prompt(3 + i % 5, i), 4 + 3 * (i % 7)) for i in range(30)])
+        world.drain()
+        assert world.manager.counters.num_preemptions == 0, f"{num_pages} pages"
 
 
 def test_known_ends_let_more_run_at_once() -> None:
     """Two of 20 tokens fit a cache of 32 if one begins when the other is nearly done."""
     world = World(make_config(num_pages=8, admission=RESERVING, scheduling_steps_ahead=1))
-    world.step(make_request(1, prompt(4, 1), 17), make_request(2, prompt(4, 2), 17))
+    world.turn(make_request(1, prompt(4, 1), 17), make_request(2, prompt(4, 2), 17))
     assert world.manager.gauges().num_decoding == 1
-    num_steps = 1
+    num_turns = 1
     while world.manager.gauges().num_decoding < 2:
-        world.step(num_results=1)
-        num_steps += 1
+        world.turn(num_results=1)
+        num_turns += 1
     # Request 2 needs 5 pages in the end, as does request 1: 8 suffice from the middle of request 1 on.
-    assert 2 < num_steps < 16
+    assert 2 < num_turns < 16
     assert not world.answers[1, 0].reason
     world.drain()
     assert world.manager.counters.num_preemptions == 0
@@ -201,9 +216,10 @@ def test_lengths_are_learned() -> None:
     config = make_config(num_pages=32, max_request_tokens=128, max_seqs_per_forward=12)
     widths = {}
     for name, admission in (("learning", make_admission()), ("reserving", RESERVING)):
-        world = World(make_config(**{**vars(config), "admission": admission}))
+        world = World(dataclasses.replace(config, admission=admission))
+        world.check_interval = 4
         stops = tuple(range(0, 61, 5))  # a fifth of all tokens
-        world.step(
+        world.turn(
             *[
                 make_request(i, prompt(4, i), 100, stop_token_ids=stops, num_logprobs=-1)
                 for i in range(150)
@@ -211,7 +227,7 @@ def test_lengths_are_learned() -> None:
         )
         widest = []
         while not world.manager.idle:
-            world.step(num_results=1)
+            world.turn(num_results=1)
             widest.append(world.manager.gauges().num_decoding)
         widths[name] = sum(widest) / len(widest)
     assert widths["learning"] > 2 * widths["reserving"]
@@ -235,11 +251,11 @@ def test_balanced_prefill_spreads_prompts_over_steps() -> None:
                 scheduling_steps_ahead=1,
             )
         )
-        world.step(make_request(0, prompt(4), 60))
+        world.turn(make_request(0, prompt(4), 60))
         for _ in range(18):
-            world.step(num_results=1)
+            world.turn(num_results=1)
         first = len(world.batches)
-        world.step(*[make_request(i, prompt(16, i), 40) for i in range(1, 5)], num_results=1)
+        world.turn(*[make_request(i, prompt(16, i), 40) for i in range(1, 5)], num_results=1)
         world.drain()
         sizes = [int(batch.prefill_lengths.sum()) for batch in world.batches[first:]]
         assert sum(sizes) == 64
@@ -254,7 +270,7 @@ def test_balanced_prefill_spreads_prompts_over_steps() -> None:
 
 def test_batches_say_which_rows_share_pages() -> None:
     world = World(make_config(num_pages=64, min_group_size=3, min_prefix_len=8))
-    world.step(make_request(1, prompt(10), 9, n=4), make_request(2, prompt(5, 1), 9))
+    world.turn(make_request(1, prompt(10), 9, n=4), make_request(2, prompt(5, 1), 9))
     batch = next(batch for batch in world.batches if batch.decode_slots.size == 5)
     assert batch.group_num_rows.tolist() == [4]
     assert batch.group_num_columns.tolist() == [2]
@@ -266,6 +282,6 @@ def test_batches_say_which_rows_share_pages() -> None:
 
 def test_without_the_flag_there_are_no_groups() -> None:
     world = World(make_config(num_pages=64, use_groups=False))
-    world.step(make_request(1, prompt(10), 9, n=4))
+    world.turn(make_request(1, prompt(10), 9, n=4))
     world.drain()
     assert not any(batch.group_num_rows.size for batch in world.batches)

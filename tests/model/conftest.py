@@ -1,4 +1,4 @@
-"""Checkpoints that the model room's tests share; each is made once."""
+"""Checkpoints that the model room's tests share. Each is made once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from checkpoints import make_checkpoint
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Gives the directory of ``make_checkpoint(architecture, **options)``. Not to be written to."""
+    """Returns the directory of ``make_checkpoint(architecture, **options)``. Do not write to it."""
     made: dict[str, Path] = {}
 
     def get(architecture: str = "llama", **options: Any) -> Path:

@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from tokasaurus.server.operations import schemas
-from tokasaurus.server.protocols import chat, completions, embeddings, native
+from tokasaurus.server.protocols import embeddings, native
+from tokasaurus.server.protocols.chat import messages
+from tokasaurus.server.protocols.chat import request as chat
+from tokasaurus.server.protocols.completions import request as completions
 from tokasaurus.server.protocols.responses import items as response_items
 from tokasaurus.server.protocols.responses import request as responses
 from tokasaurus.server.protocols.sglang import request as sglang
@@ -211,8 +214,8 @@ SCHEMAS: Mapping[Any, Place] = {
             ),
         },
     ),
-    chat.ChatMessage: of(
-        chat.ChatMessage,
+    messages.ChatMessage: of(
+        messages.ChatMessage,
         CHAT,
         USER,
         {
@@ -226,8 +229,8 @@ SCHEMAS: Mapping[Any, Place] = {
         lambda fields: in_chat(messages=[fields]),
         "messages",
     ),
-    chat.TextPart: of(
-        chat.TextPart,
+    messages.TextPart: of(
+        messages.TextPart,
         CHAT,
         {"type": "text", "text": "the cat"},
         {"type": Passes(("text",), ONE_KIND, "image_url"), "text": Changes("the dog")},

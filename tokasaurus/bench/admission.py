@@ -7,8 +7,9 @@ import time
 
 import numpy as np
 
-from tokasaurus.manager.forecast.curve import Forecast, Forest, Sequences
+from tokasaurus.manager.forecast.curve import Forecast, ForecastRows, Forest
 from tokasaurus.protocol.arrays import Int64Array
+from tokasaurus.rounding import ceil_div
 
 __all__ = ["measure_admission_ms"]
 
@@ -47,24 +48,24 @@ def measure_admission_ms(num_running: int, num_waiting: int, horizon: int) -> fl
     return statistics.median(times) * 1e3
 
 
-def _running(chance: np.random.Generator, count: int, horizon: int) -> Sequences:
+def _running(chance: np.random.Generator, count: int, horizon: int) -> ForecastRows:
     prompts = chance.integers(*_PROMPT, count)
     num_generated = chance.integers(1, horizon // 2, count)
     length = prompts + num_generated
-    return Sequences(
+    return ForecastRows(
         length=length,
-        num_pages=-(-length // _PAGE),
+        num_pages=ceil_div(length, _PAGE),
         num_prompt_tokens=np.zeros(count, np.int64),
         num_steps=_num_steps(chance, count, horizon),
         leaf=_leaves(chance, count),
     )
 
 
-def _waiting(chance: np.random.Generator, count: int, horizon: int) -> Sequences:
+def _waiting(chance: np.random.Generator, count: int, horizon: int) -> ForecastRows:
     length = chance.integers(*_PROMPT, count)
-    return Sequences(
+    return ForecastRows(
         length=length,
-        num_pages=-(-length // _PAGE),
+        num_pages=ceil_div(length, _PAGE),
         num_prompt_tokens=length,
         num_steps=_num_steps(chance, count, horizon),
         leaf=_leaves(chance, count),

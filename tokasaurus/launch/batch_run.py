@@ -28,7 +28,7 @@ from tokasaurus.launch.assemble import assemble
 from tokasaurus.launch.lifeline import Assignment, Done, Lifeline
 from tokasaurus.launch.supervisor import Supervisor
 from tokasaurus.launch.text_process import TextProcess
-from tokasaurus.server.operations.execution import Answers
+from tokasaurus.server.operations.executor import Executor
 from tokasaurus.server.protocols.table import OPERATIONS
 from tokasaurus.server.routes.batches import SAMPLES_AHEAD
 from tokasaurus.text.generations import Generations
@@ -200,7 +200,7 @@ class _Front(TextProcess):
         self._stopped = asyncio.Event()
         self._runner = BatchRunner(
             job.store,
-            Answers(self.state).answer,
+            Executor(self.state, OPERATIONS).answer,
             urls=list(OPERATIONS),
             model=self.config.model_name,
             max_samples=SAMPLES_AHEAD * self.config.max_seqs_per_forward,

@@ -18,7 +18,8 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from tokasaurus.errors import TokasaurusError
-from tokasaurus.server.http.errors import HeadTooLarge, ReadTimeout, error_answer
+from tokasaurus.server.errors import HeadTooLarge, ReadTimeout
+from tokasaurus.server.http.answers import error_answer
 from tokasaurus.server.http.request_ids import REQUEST_ID_HEADER, new_request_id
 
 __all__ = ["connections"]

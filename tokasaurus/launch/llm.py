@@ -267,7 +267,7 @@ class LLM:
             raise EngineDead("this LLM was closed, or one of its batches failed")
         events = self._inbox.copy()
         self._inbox.clear()
-        actions = self._manager.step(events, time.monotonic())
+        actions = self._manager.take_turn(events, time.monotonic())
         for message in actions.messages:
             self._generations.absorb(message)
         for batch in actions.batches:

@@ -122,7 +122,7 @@ def _run_manager(assignment: Assignment, lifeline: Lifeline) -> None:
             to_server.send(manager.statistics())
             at_rest = True
             continue
-        actions = manager.step(events, started)
+        actions = manager.take_turn(events, started)
         for batch in actions.batches:
             to_worker.send(batch)
         for message in actions.messages:

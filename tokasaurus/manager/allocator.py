@@ -1,4 +1,4 @@
-"""The page allocator, where the architecture notes say; it is in ``tokasaurus.manager.kv``."""
+"""The page allocator, under the name that users know; it is in ``tokasaurus.manager.kv``."""
 
 from tokasaurus.manager.kv.allocator import PageAllocator
 

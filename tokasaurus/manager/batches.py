@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from tokasaurus.manager.in_flight import PromptPiece
 from tokasaurus.manager.kv.prefix_groups import Groups
 from tokasaurus.manager.sequence import Sequence
 from tokasaurus.manager.slots import NO_SLOTS, IndexArray
-from tokasaurus.protocol.arrays import Int32Array
+from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
 from tokasaurus.protocol.messages import (
     AdjustedSlots,
     ForwardBatch,
@@ -23,6 +24,7 @@ from tokasaurus.protocol.messages import (
 __all__ = [
     "NO_COPIES",
     "Chunk",
+    "Draws",
     "draws",
     "forward_batch",
     "pooled_prompts",
@@ -30,17 +32,16 @@ __all__ = [
 ]
 
 NO_COPIES: Int32Array = np.empty((2, 0), np.int32)
-_NONE: Int32Array = np.empty(0, np.int32)
 
 
 @dataclass(eq=False, slots=True)
 class Chunk:
-    """The decision to feed a part of a prompt."""
+    """A part of a prompt that is fed in one batch."""
 
     sequence: Sequence
     start: int  # position of its first token
     end: int  # the position after its last one
-    # Samples that run from its last row on: who, and once they have entered, in which slots.
+    # Samples that run from its last row on, and their slots once they have entered.
     followers: list[Sequence] = field(default_factory=list)
     forks: IndexArray = field(default_factory=lambda: NO_SLOTS)
     ends_prompt: bool = field(init=False)  # its last row samples the next token
@@ -55,7 +56,7 @@ class Chunk:
 
     @property
     def num_prompt_logprobs(self) -> int:
-        """How many top logprobs its tokens want; -1 for none at all."""
+        """How many top logprobs its tokens want; -1 if they want no logprobs at all."""
         sequence = self.sequence
         return sequence.request.message.num_prompt_logprobs if sequence.whole_prompt_due else -1
 
@@ -65,29 +66,34 @@ class Chunk:
         return self.sequence.request.message.pooling
 
 
+class Draws(NamedTuple):
+    """The tokens that are drawn from prompts' last rows."""
+
+    chunks: IndexArray  # [draws] the number of the chunk
+    slots: IndexArray  # [draws] that the token is for
+
+
 def forward_batch(
     number: int,
     left_slots: Rows[int],
     entered: Rows[Sequence],
     table_changes: tuple[Int32Array, Int32Array, Int32Array],
-    decode_slots: IndexArray,
     chunks: Rows[Chunk],
-    draws: tuple[IndexArray, IndexArray],
+    draws: Draws,
     copies: Int32Array,
-    groups: Groups | None,
+    groups: Groups,
 ) -> ForwardBatch:
     """The message.
 
     Args:
         number: of the batch.
-        left_slots: that the worker need not remember anything for.
-        entered: sequences whose parameters the worker does not know yet.
+        left_slots: slots for which the worker need not remember anything.
+        entered: sequences that the worker does not know yet.
         table_changes: slots, columns and pages.
-        decode_slots: one row each.
         chunks: of prompts, in row order.
-        draws: chunks whose last row is drawn from, and for which slots.
+        draws: of tokens from prompts' last rows.
         copies: [2, copies] pages to copy from and to after the pass.
-        groups: of decode rows.
+        groups: the decode rows, and which of them share pages.
     """
     table_slots, table_columns, table_pages = table_changes
     next_ids = [
@@ -101,31 +107,31 @@ def forward_batch(
         table_slots=table_slots,
         table_columns=table_columns,
         table_pages=table_pages,
-        decode_slots=decode_slots.astype(np.int32),
+        decode_slots=groups.slots.astype(np.int32),
         prefill_slots=_int32([chunk.sequence.slot for chunk in chunks]),
         prefill_starts=_int32([chunk.start for chunk in chunks]),
         prefill_lengths=_int32([chunk.length for chunk in chunks]),
-        prefill_ids=np.concatenate(fed) if fed else _NONE,
+        prefill_ids=np.concatenate(fed) if fed else EMPTY_INT32,
         prefill_num_logprobs=_int32([chunk.num_prompt_logprobs for chunk in chunks]),
         prefill_next_ids=_int32(next_ids),
-        draw_chunks=draws[0].astype(np.int32),
-        draw_slots=draws[1].astype(np.int32),
+        draw_chunks=draws.chunks.astype(np.int32),
+        draw_slots=draws.slots.astype(np.int32),
         copy_sources=copies[0],
         copy_targets=copies[1],
-        group_first_rows=groups.first_rows if groups else _NONE,
-        group_num_rows=groups.num_rows if groups else _NONE,
-        group_first_columns=groups.first_columns if groups else _NONE,
-        group_num_columns=groups.num_columns if groups else _NONE,
+        group_first_rows=groups.first_rows,
+        group_num_rows=groups.num_rows,
+        group_first_columns=groups.first_columns,
+        group_num_columns=groups.num_columns,
         prefill_pooling=_int32(pooling) if any(pooling) else None,
         left_slots=_int32(left_slots) if left_slots else None,
     )
 
 
-def draws(chunks: Rows[Chunk]) -> tuple[IndexArray, IndexArray]:
-    """Which slots draw a token from prompts' last rows: the numbers of the chunks, and the slots."""
+def draws(chunks: Rows[Chunk]) -> Draws:
+    """The draws from those chunks that end their prompts: for the prompt's slot, then for its forks."""
     ends = [index for index, chunk in enumerate(chunks) if chunk.ends_prompt]
     if not ends:
-        return NO_SLOTS, NO_SLOTS
+        return Draws(NO_SLOTS, NO_SLOTS)
     slots: list[int] = []
     counts: list[int] = []
     for index in ends:
@@ -133,7 +139,7 @@ def draws(chunks: Rows[Chunk]) -> tuple[IndexArray, IndexArray]:
         slots.append(chunk.sequence.slot)
         slots += chunk.forks.tolist()
         counts.append(1 + len(chunk.forks))
-    return np.repeat(np.array(ends, np.intp), counts), np.array(slots, np.intp)
+    return Draws(np.repeat(np.array(ends, np.intp), counts), np.array(slots, np.intp))
 
 
 def prompt_pieces(chunks: Rows[Chunk]) -> list[PromptPiece]:
@@ -194,7 +200,7 @@ def _grammars(entered: Rows[Sequence]) -> tuple[SlotGrammar, ...]:
 
 
 def _adjusted_slots(entered: Rows[Sequence]) -> tuple[AdjustedSlots, ...]:
-    """One entry for all samples of a request that begin together."""
+    """One entry for all samples of a request that start together."""
     alike: dict[tuple[int, int], list[Sequence]] = {}
     for sequence in entered:
         key = (id(sequence.request), id(sequence.prompt_ids))
@@ -206,11 +212,11 @@ def _adjusted_slots(entered: Rows[Sequence]) -> tuple[AdjustedSlots, ...]:
         if adjustments is None:
             continue
         if not adjustments.reads_prompt:
-            ids = ids[len(message.prompt_ids) :] if adjustments.reads_generated else _NONE
+            ids = ids[len(message.prompt_ids) :] if adjustments.reads_generated else EMPTY_INT32
         slots = _int32([sequence.slot for sequence in sequences])
         groups.append(AdjustedSlots(slots, adjustments, ids))
     return tuple(groups)
 
 
 def _int32(values: Rows[int]) -> Int32Array:
-    return np.array(values, np.int32) if values else _NONE
+    return np.array(values, np.int32) if values else EMPTY_INT32

@@ -1,4 +1,4 @@
-"""What the manager counts, for the statistics line and for people who ask how it is doing."""
+"""The numbers that the manager counts, for the line of statistics and for metrics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Counters:
     num_batches: int = 0
     num_prefill_tokens: int = 0  # prompt tokens computed
     num_decode_tokens: int = 0  # decode rows
-    num_grouped_tokens: int = 0  # those of them whose prefix is read once for a group
+    num_grouped_tokens: int = 0  # decode rows in a group, for which a prefix is read once
     num_cached_tokens: int = 0  # prompt tokens that were not computed, at any admission
     num_generated_tokens: int = 0  # absorbed
     num_wasted_tokens: int = 0  # sampled after their sequence had ended
@@ -24,8 +24,8 @@ class Counters:
     num_rejected: int = 0
     num_finished: int = 0  # sequences, whatever the reason
     num_preemptions: int = 0
-    num_forecasts: int = 0  # of the use of pages, that could be compared with what came
-    num_forecast_pages_off: int = 0  # by how much, summed
+    num_forecasts: int = 0  # of the use of pages, that could be compared with the real use
+    num_forecast_pages_off: int = 0  # the differences, summed
     queue_s: float = 0.0  # from arrival to first admission, summed over sequences
     device_s: float = 0.0  # as the worker reports it
 
@@ -39,16 +39,16 @@ class Gauges:
     num_parked: int  # followers, and those that wait for pages or acknowledgements
     num_prefilling: int
     num_decoding: int
-    num_draining: int  # slots whose last batch is in flight
+    num_draining: int  # slots that wait for the result of their last batch
     num_in_flight: int  # batches
     num_pages: int
     num_free_pages: int
-    num_evictable_pages: int  # cached, and nobody's
+    num_evictable_pages: int  # cached, without a holder
     num_evicted_pages: int  # since the start
 
 
 def statistics(counters: Counters, gauges: Gauges, step_s: float) -> Statistics:
-    """Both as the server is told of them."""
+    """Counters and gauges as a message to the server."""
     return Statistics(
         num_batches=counters.num_batches,
         num_prefill_tokens=counters.num_prefill_tokens,

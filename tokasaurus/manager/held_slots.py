@@ -15,11 +15,14 @@ _HASH_FACTOR = 0x5851F42D4C957F2D  # odd: names collide only if their request id
 def find_holding_slots(
     slots: SlotTable, request_ids: Int64Array, sample_indices: Int32Array
 ) -> IndexArray:
-    """The slot of each named sequence; -1 where it is in none, does not hold for acknowledgements, or
-    is hidden by another name with the same hash.
+    """The slot of each named sequence that holds for acknowledgements.
 
-    Names are hashed to one integer each, and looked up among the sorted hashes of all holding slots. A
-    hit is compared with the name itself.
+    Names are hashed to one integer each, and looked up among the sorted hashes of all holding slots. A hit is
+    compared with the name itself.
+
+    Returns:
+        [names] slots; -1 where the sequence is not in a slot, does not hold for acknowledgements, or is
+        hidden by another name with the same hash.
     """
     holding = slots.holding.nonzero()[0]
     if not holding.size:

@@ -1,4 +1,4 @@
-"""Groups for Hydragen, where the architecture notes say; they are in ``tokasaurus.manager.kv``."""
+"""Groups for Hydragen, under the name that users know; they are in ``tokasaurus.manager.kv``."""
 
 from tokasaurus.manager.kv.prefix_groups import GroupFinder, Groups
 

@@ -1,6 +1,7 @@
-"""Batches that were sent and whose results have not come back.
+"""Batches that were sent to the worker, until their results come back.
 
-Knows which slots each of them names, so that a slot is reused only after the last one; nothing of why.
+Knows which slots may leave after which batch, so that a slot is reused only after the last batch that has a
+row for it. Does not know why they leave.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ __all__ = ["Flight", "InFlight", "PromptPiece"]
 
 @dataclass(frozen=True, eq=False, slots=True)
 class PromptPiece:
-    """A chunk whose prompt logprobs will come with a result."""
+    """A chunk of a prompt; its prompt logprobs will come with a result."""
 
     sequence: Sequence
-    first_position: int  # of the token that the first of them is about
+    first_position: int  # of the token that the first logprob is about
     num_tokens: int
     num_logprobs: int
     ends_prompt: bool
@@ -29,29 +30,24 @@ class PromptPiece:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Flight:
-    """What must be remembered of a batch until its result is absorbed."""
+    """What is remembered of a batch until its result is absorbed."""
 
     number: int
     sampling_slots: IndexArray  # in the order of the result's rows
     prompt_pieces: list[PromptPiece]  # in the order of the result's prompt rows
-    pooled: list[Sequence]  # whose prompts end in it, in the order of the result's pooled states
-    departures: list[int] = field(default_factory=list)  # slots that no later batch names
+    pooled: list[Sequence]  # their prompts end in it; in the order of the result's pooled states
+    departures: list[int] = field(default_factory=list)  # slots without a row in any later batch
 
 
 class InFlight:
     """The batches in flight, oldest first."""
 
     def __init__(self) -> None:
+        self.next_number = 0  # of the batch that is sent next
         self._flights: deque[Flight] = deque()
-        self._next_number = 0
 
     def __len__(self) -> int:
         return len(self._flights)
-
-    @property
-    def next_number(self) -> int:
-        """The number that the next batch will have."""
-        return self._next_number
 
     @property
     def flights(self) -> tuple[Flight, ...]:
@@ -61,16 +57,16 @@ class InFlight:
     def add(self, flight: Flight) -> None:
         """A batch was sent."""
         self._flights.append(flight)
-        self._next_number += 1
+        self.next_number += 1
 
     def land(self, result: ForwardResult) -> Flight:
         """A result came back.
 
         Raises:
-            ProtocolError: it is not the oldest batch's, or has another number of rows.
+            ProtocolError: it is not that of the oldest batch, or has another number of rows.
         """
-        if not self._flights or self._flights[0].number != result.number:
-            expected = self._flights[0].number if self._flights else "none"
+        if not self._flights or result.number != self._oldest:
+            expected = self._oldest if self._flights else "none"
             raise ProtocolError(f"result of batch {result.number} where {expected} was expected")
         flight = self._flights.popleft()
         if len(result.token_ids) != len(flight.sampling_slots):
@@ -81,9 +77,14 @@ class InFlight:
         return flight
 
     def names(self, last_batch: int) -> bool:
-        """Whether the batch of that number is still in flight."""
-        return last_batch >= self._next_number - len(self._flights)
+        """Whether the batch with that number is still in flight."""
+        return last_batch >= self._oldest
 
     def depart_after(self, last_batch: int, slot: int) -> None:
-        """Remembers to let go of a slot when a batch in flight has landed."""
-        self._flights[last_batch - (self._next_number - len(self._flights))].departures.append(slot)
+        """Remembers to free a slot when this batch, which is in flight, has landed."""
+        self._flights[last_batch - self._oldest].departures.append(slot)
+
+    @property
+    def _oldest(self) -> int:
+        """The number of the oldest batch in flight."""
+        return self.next_number - len(self._flights)

@@ -1,4 +1,7 @@
-"""The full check of the manager's state, for tests and for ``check_invariants=T``. Slow, changes nothing."""
+"""The full check of the manager's state, for tests and for ``check_invariants=T``.
+
+Is slow, and changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ __all__ = ["check_allocator", "check_invariants"]
 
 
 def check_invariants(running: RunningSequences, backlog: Backlog) -> None:
-    """Checks everything that must hold between two steps.
+    """Checks everything that must hold between two turns.
 
     Raises:
         ProtocolError: something does not; says what.
@@ -92,7 +95,7 @@ def _check_tree(pages: PageAllocator) -> None:
 
 
 def _check_prefix_is_shared(running: RunningSequences, sequence: Sequence) -> None:
-    """A holder's cached pages are a path from the root of the tree, of the ids it believes in."""
+    """The cached pages of a holder are a path from the root of the tree, and hold its ids."""
     slots, pages = running.slots, running.pages
     table = slots.pages(sequence.slot)
     ids = running.all_ids(sequence)
@@ -154,7 +157,7 @@ def _check_progress(running: RunningSequences) -> None:
 
 
 def _check_flights(running: RunningSequences) -> None:
-    """What is planned and not known is exactly what is in flight."""
+    """The tokens that are planned and not known are exactly those in flight."""
     slots = running.slots
     rows_in_flight: Counter[int] = Counter()
     departing: list[int] = []

@@ -1,14 +1,14 @@
 """How many batches to keep in flight: as few as keep the device busy.
 
-Every batch in flight beyond the one that runs is a token computed in vain when a sequence stops. Too few,
-and the device waits for the manager::
+When a sequence stops, every batch in flight beyond the one that runs has computed a token in vain. With too
+few batches in flight, the device waits for the manager::
 
     device    [ batch 7 ][ batch 8 ][ batch 9 ]
                          │ result 7            the manager absorbs it, plans batch 9 and sends it: that must
     manager              └▶[ turn ]─▶ batch 9   take less than the batches that are queued behind 7
 
-So the batches that are queued must last for a turn of the manager and for the channels. Both the longest
-recent turn and the shortest recent batch count: a turn that does more than others comes again.
+So the batches that are queued must last for a turn of the manager and for the way through the channels. The
+longest recent turn and the shortest recent batch count, since a turn that takes long comes again.
 """
 
 from __future__ import annotations
@@ -17,15 +17,18 @@ import math
 
 __all__ = ["LookAhead"]
 
-_CHANNELS_S = 1e-3  # there and back, with a process that must be woken on each side
-_FADING = 0.97  # of what was longest or shortest, with each turn or batch
+_CHANNELS_S = 1e-3  # there and back, with a process to wake on each side
+_FADING = 0.97  # of the longest turn or the shortest batch, with each further one
 
 
 class LookAhead:
-    """Follows measured times.
+    """The number of batches to keep in flight, by measured times.
+
+    Attributes:
+        depth: that number.
 
     Args:
-        most: batches in flight, whatever is measured; also as long as nothing is.
+        most: an upper bound of it, and its value until something is measured.
     """
 
     def __init__(self, most: int) -> None:
@@ -35,12 +38,12 @@ class LookAhead:
         self._batch_s = math.inf
 
     def turn_took(self, seconds: float) -> None:
-        """The manager was busy for so long, from an event to the last message that followed."""
+        """Takes the time of a turn, from an event to the last message that followed from it."""
         self._turn_s = max(seconds, _FADING * self._turn_s)
         self._update()
 
     def batch_took(self, seconds: float) -> None:
-        """The device ran a batch in this time."""
+        """Takes the time in which the device ran a batch."""
         self._batch_s = min(seconds, self._batch_s / _FADING)
 
     def _update(self) -> None:

@@ -1,8 +1,8 @@
 """The manager: events in, actions out.
 
-``step`` takes what happened (requests, aborts, acknowledgements, results of batches), brings everything
-up to date, and plans batches until enough are in flight. Knows no clock, socket, thread or randomness:
-the same events lead to the same actions, so simulations drive the very object that serves.
+``take_turn`` takes what happened (requests, aborts, acknowledgements, results of batches), brings the state up
+to date, and plans batches until enough are in flight. Uses no clock, socket, thread or randomness: the same
+events lead to the same actions, so simulations drive the same object that serves.
 """
 
 from __future__ import annotations
@@ -48,13 +48,14 @@ from tokasaurus.protocol.messages import (
     StopSequence,
     ToServer,
 )
+from tokasaurus.rounding import ceil_div
 
 __all__ = ["Actions", "Manager"]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Actions:
-    """What is to be done after a step, each list in order."""
+    """What to send after a turn, each list in order."""
 
     batches: list[ForwardBatch]  # to the worker
     messages: list[ToServer]
@@ -79,29 +80,30 @@ class Manager:
         self._look_ahead = LookAhead(config.scheduling_steps_ahead)
         self._step_timer = StepTimer()
         self._outbox = Outbox()
-        # What ended in this step: sequences, those of them that hold pages, requests with their last one.
+        # In this turn these ended: sequences, those of them that hold pages, and whole requests.
         self._ended: list[tuple[Sequence, FinishReason]] = []
         self._retiring: list[Sequence] = []
         self._closing: list[Request] = []
-        # Slots to let go of once the server was told of their tokens.
+        # Slots to free once their tokens are in messages to the server.
         self._departing: list[int] = []
 
     @property
     def idle(self) -> bool:
-        """No sequence lives and no batch is in flight."""
+        """Whether no sequence lives and no batch is in flight."""
         return not self._backlog.requests and not self._running.in_flight
 
     @property
     def num_in_flight(self) -> int:
-        """Batches whose results have not come back."""
+        """Batches that were sent and have not come back."""
         return len(self._running.in_flight)
 
-    def step(self, events: Iterable[FromServer | ForwardResult], now: float) -> Actions:
-        """One turn. Afterwards there is nothing to do until the next event comes.
+    def take_turn(self, events: Iterable[FromServer | ForwardResult], now: float) -> Actions:
+        """Takes one turn. Afterwards there is nothing to do until the next event comes.
 
         Args:
             events: in the order they came.
-            now: seconds on any clock that does not run backwards; only measured by, never acted on.
+            now: seconds on any clock that does not run backwards; it is measured with, and no decision
+                depends on it.
 
         Raises:
             ProtocolError: a result is not that of the oldest batch in flight.
@@ -119,22 +121,22 @@ class Manager:
         return Actions(batches, messages)
 
     def turn_took(self, seconds: float) -> None:
-        """From when events came until everything that followed was sent.
+        """Takes the time of a turn: from when events came until everything that followed was sent.
 
-        Where this is never called ``scheduling_steps_ahead`` batches are in flight, else no more than the
-        device needs so as not to wait.
+        Where this is never called, ``scheduling_steps_ahead`` batches are in flight. Otherwise there are no
+        more than the device needs to stay busy.
         """
         if self._config.adapt_steps_ahead:
             self._look_ahead.turn_took(seconds)
 
     def eta(self) -> Eta | None:
-        """When requests will have ended; None where nothing runs, or no step was measured yet."""
+        """When requests will have ended; None if nothing runs, or if no step was measured yet."""
         if self.idle or not self._step_timer.seconds:
             return None
         return eta(self._running, self._backlog, self._admission, self._step_timer.seconds)
 
     def statistics(self) -> Statistics:
-        """What it has counted, and the state of this moment."""
+        """The counters, and the state of this moment."""
         return statistics(self.counters, self.gauges(), self._step_timer.seconds)
 
     def gauges(self) -> Gauges:
@@ -205,7 +207,7 @@ class Manager:
             self.counters.num_rejected += 1
 
     def _refusal(self, request: GenerateRequest) -> tuple[str | None, str] | None:
-        """The field and the reason why a request can never run; None if it can."""
+        """The field that is wrong and the reason, where a request can never run; None if it can."""
         prompt_length = len(request.prompt_ids)
         if prompt_length == 0:
             return "prompt", "the prompt is empty"
@@ -223,7 +225,9 @@ class Manager:
         if total > self._config.max_request_tokens:
             limit = self._config.max_request_tokens
             return "max_tokens", f"{lengths} are more than the {limit} tokens a request may have"
-        num_pages = -(-(total - 1) // self._config.page_size)  # the last token's KV is never needed
+        num_pages = ceil_div(
+            total - 1, self._config.page_size
+        )  # the last token's KV is never needed
         if num_pages > self._config.num_pages:
             limit = self._config.num_pages * self._config.page_size
             return "max_tokens", f"{lengths} never fit the KV cache of {limit} tokens"
@@ -234,7 +238,7 @@ class Manager:
         return None
 
     def _abort(self, request: Request) -> None:
-        # Last sample first, so that no follower takes over only to be ended next.
+        # The last sample first, so that no follower becomes a leader just before it ends.
         for sequence in reversed(list(request.sequences.values())):
             self._end(sequence, FinishReason.ABORT)
 
@@ -280,7 +284,7 @@ class Manager:
     def _end_rows(
         self, rows: IndexArray, token_ids: Int32Array, is_cut: NDArray[np.bool_] | None
     ) -> None:
-        """Ends the sequences that this was the last token of."""
+        """Ends the sequences for which this was the last token."""
         slots = self._running.slots
         is_full = slots.known[rows] == slots.max_tokens[rows]
         if is_cut is not None:
@@ -288,7 +292,8 @@ class Manager:
         is_last = is_full | slots.is_stop(rows, token_ids)
         for slot, by_length in zip(rows[is_last].tolist(), is_full[is_last].tolist(), strict=True):
             sequence = slots.sequence(slot)
-            if sequence.state is not SequenceState.ENDED:  # by one before it: enough have finished
+            # One before it may have been the last of first_k, and ended it.
+            if sequence.state is not SequenceState.ENDED:
                 self._end(sequence, FinishReason.LENGTH if by_length else FinishReason.STOP)
 
     def _deliver_prompt_logprobs(self, pieces: list[PromptPiece], result: ForwardResult) -> None:
@@ -322,7 +327,7 @@ class Manager:
     # --- ends --------------------------------------------------------------------------------------
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
-        """The one way in which a sequence ends; its pages and its slot follow at the end of the step."""
+        """Ends a sequence, as all ends do; its pages and its slot follow at the end of the turn."""
         request = sequence.request
         self._outbox.add_final(sequence, reason)
         self._ended.append((sequence, reason))
@@ -345,7 +350,7 @@ class Manager:
                 self._abort(request)
 
     def _settle(self) -> None:
-        """What is left to do about the sequences that ended in this step, all at once."""
+        """Does what is left to do for all sequences that ended in this turn, at once."""
         if self._ended:
             self._admission.end(
                 [sequence for sequence, _ in self._ended],

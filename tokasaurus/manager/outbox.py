@@ -1,4 +1,4 @@
-"""What the server is told in one step: refusals, what prompts brought, then all updates in one message."""
+"""The messages to the server of one turn: refusals, outputs of prompts, then all updates in one."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ __all__ = ["Outbox"]
 
 
 class Outbox:
-    """Collects messages until the end of a step."""
+    """Collects messages until the end of a turn."""
 
     def __init__(self) -> None:
         self._messages: list[ToServer] = []
         self._ended: list[tuple[Sequence, FinishReason]] = []
 
     def add(self, message: ToServer) -> None:
-        """These go out before the step's updates."""
+        """Adds a message that goes out before the updates of this turn."""
         self._messages.append(message)
 
     def add_final(self, sequence: Sequence, reason: FinishReason) -> None:
-        """The sequence has ended: its last row will bring all tokens that were not delivered before.
+        """Adds the last row of a sequence that has ended: all its tokens that were not delivered before.
 
-        It must keep its slot, if it has one, until the messages are collected.
+        The sequence must keep its slot, if it has one, until the messages are collected.
         """
         self._ended.append((sequence, reason))
 
     def collect(self, slots: SlotTable, window: TokenWindow) -> list[ToServer]:
-        """Returns all messages; streams are up to date with what is known then."""
+        """Returns all messages. Streams get all tokens that are known by now."""
         messages, self._messages = self._messages, []
         ended, self._ended = self._ended, []
         streams = (slots.incremental & (slots.known > slots.delivered)).nonzero()[0]
         finished = [end for end in ended if end[1] is not FinishReason.ABORT]
         updates = _updates(finished, streams, slots, window)
-        if len(finished) < len(ended):  # who was cancelled comes after those that were enough
+        if len(finished) < len(ended):  # cancelled samples come after those that were enough
             cancelled = [end for end in ended if end[1] is FinishReason.ABORT]
             updates += _updates(cancelled, NO_SLOTS, slots, window)
         if updates:
@@ -56,7 +56,7 @@ def _updates(
     slots: SlotTable,
     window: TokenWindow,
 ) -> list[SequenceUpdates]:
-    """Of sequences that ended, and of slots that stream."""
+    """The updates of sequences that ended, and of slots that stream."""
     rows: list[int] = []
     reasons: list[FinishReason] = []
     others: list[tuple[Sequence, FinishReason]] = []
@@ -78,7 +78,7 @@ def _updates(
 def _ring_updates(
     rows: IndexArray, reasons: list[FinishReason], slots: SlotTable, window: TokenWindow
 ) -> SequenceUpdates:
-    """Of slots whose rings have all that was not delivered; the first of them have ended."""
+    """The update of slots whose undelivered tokens are all in their rings; the first have ended."""
     delivered, known = slots.delivered[rows], slots.known[rows]
     tokens = window.tokens(rows, delivered)
     slots.delivered[rows] = known
@@ -101,7 +101,7 @@ def _ring_updates(
 def _stored_updates(
     ended: list[tuple[Sequence, FinishReason]], slots: SlotTable, window: TokenWindow
 ) -> SequenceUpdates:
-    """Of sequences that have ended and keep tokens outside the rings, or have no slot any more."""
+    """The update of ended sequences with tokens outside the rings, or without a slot."""
     window.store([sequence.slot for sequence, _ in ended if sequence.slot >= 0])
     # A stream was sent everything before it lost its slot.
     stored = [() if s.request.incremental else s.stored for s, _ in ended]

@@ -1,12 +1,12 @@
 """The running sequences: how one enters a slot, how one leaves it.
 
-The one place that joins slot table, token window, pages, backlog and batches in flight for this, so that
-finishing, preempting and aborting are the same few moves. Decides nothing.
+The one place that joins slot table, token window, pages, backlog and batches in flight, so that finishing,
+preempting and aborting are the same few moves. Decides nothing.
 
     enter ──▶ running ──▶ retire: pages back, planned no more ──▶ depart: slot free, if preempted requeue
                           (finished, aborted or preempted)        (its last batch was absorbed)
 
-All moves take many sequences at once: what is done for each in Python is what needs its objects.
+All moves take many sequences at once: Python runs per sequence only where its objects are needed.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ from tokasaurus.manager.kv.prompts_in_progress import PromptsInProgress
 from tokasaurus.manager.kv.shared_prefixes import SharedPrefixes
 from tokasaurus.manager.kv.table_changes import TableChanges
 from tokasaurus.manager.sequence import Sequence, SequenceState
-from tokasaurus.manager.slots import NO_PAGES, IndexArray, SlotTable
+from tokasaurus.manager.slots import IndexArray, SlotTable
 from tokasaurus.manager.token_window import TokenWindow
 from tokasaurus.manager.waiting import Backlog
-from tokasaurus.protocol.arrays import Int32Array
+from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array, Int64Array
+from tokasaurus.rounding import ceil_div
 
-__all__ = ["Admission", "RunningSequences"]
+__all__ = ["RunningSequences", "SlotStart"]
 
 
-class Admission(NamedTuple):
-    """The decision to let a sequence run."""
+class SlotStart(NamedTuple):
+    """The pages with which a sequence starts in a slot: those of its whole prompt."""
 
     sequence: Sequence
-    cached_pages: Int32Array  # its prompt's leading pages, found in the prefix cache and retained
+    cached_pages: Int32Array  # its prompt's leading pages, found in the prefix cache
     num_new_pages: int
 
 
@@ -51,20 +52,20 @@ class RunningSequences:
 
     def __init__(self, config: ManagerConfig, backlog: Backlog, counters: Counters) -> None:
         longest = min(config.max_request_tokens, config.num_pages * config.page_size)
-        max_pages = max(1, -(-longest // config.page_size))
+        max_pages = max(1, ceil_div(longest, config.page_size))
         self.slots = SlotTable(config.num_slots, max_pages, config.page_size)
         self.window = TokenWindow(self.slots, config.scheduling_steps_ahead)
         self.pages = PageAllocator(config.num_pages, config.page_size)
         self.table_changes = TableChanges(self.slots)
-        self.prefixes = SharedPrefixes(
-            config.num_slots
-        )  # of prompts, as far as they were found or fed
+        # Of prompts, as far as they were found in the cache or fed.
+        self.prefixes = SharedPrefixes(config.num_slots)
         self.in_flight = InFlight()
         self.prefilling: list[Sequence] = []  # in order
-        self.in_progress = PromptsInProgress(config.page_size)  # theirs, and those of candidates
-        self.preempted: list[Sequence] = []  # whose last batch is in flight
+        # The prompts of these, and of candidates.
+        self.in_progress = PromptsInProgress(config.page_size)
+        self.preempted: list[Sequence] = []  # their last batches are in flight
         self.resting: dict[Sequence, None] = {}  # preempted, with tokens and without a slot
-        # Slots that sequences with adjustments left, which the worker was not told yet.
+        # Slots that sequences with adjustments left; the worker does not know it yet.
         self.left_slots: list[int] = []
         self.stop_lag = config.stop_lag
         self._backlog = backlog
@@ -75,24 +76,38 @@ class RunningSequences:
         """Sequences that hold pages."""
         return int(np.count_nonzero(self.slots.order >= 0))
 
+    def num_unfed_tokens(self) -> int:
+        """Tokens of the prompts being fed that are in no batch yet."""
+        return sum(
+            len(sequence.prompt_ids) - self.slots.length.item(sequence.slot)
+            for sequence in self.prefilling
+        )
+
+    def unshared(self, slots: IndexArray) -> tuple[Int64Array, Int64Array]:
+        """[slots] the pages that no other sequence holds, and the positions in these that batches fill."""
+        page_size = self.slots.page_size
+        num_shared = self.prefixes.num_shared_pages(slots).astype(np.int64)
+        num_pages = self.slots.capacity[slots] // page_size - num_shared
+        return num_pages, self.slots.length[slots] - num_shared * page_size
+
     def may_feed(self, sequence: Sequence, num_cached_pages: int) -> bool:
-        """Whether nobody who goes first is about to compute the page that a prompt needs next."""
-        if sequence.whole_prompt_due:  # computes every page, whoever else does
+        """Whether no sequence before this one is about to compute the page that its prompt needs next."""
+        if sequence.whole_prompt_due:  # it computes every page in any case
             return True
         return self.in_progress.enter(sequence, num_cached_pages)
 
     def wake(self) -> None:
-        """Those who waited for pages that can be found now, or are nobody's task any more, go on."""
+        """Lets sequences go on that waited for pages that can be found now, or will not be computed."""
         for sequence in self.in_progress.woken:
             self._backlog.wake(sequence)
         self.in_progress.woken.clear()
 
-    def enter(self, admissions: Rows[Admission], now: float) -> None:
-        """Lets sequences run: a slot each, all pages of its prompt."""
-        sequences = [admission.sequence for admission in admissions]
-        cached_pages = [admission.cached_pages for admission in admissions]
+    def enter(self, starts: Rows[SlotStart], now: float) -> None:
+        """Lets sequences run: a slot each, all pages of its prompt. The cached ones are retained already."""
+        sequences = [start.sequence for start in starts]
+        cached_pages = [start.cached_pages for start in starts]
         lengths = [len(pages) * self.pages.page_size for pages in cached_pages]
-        num_new_pages = [admission.num_new_pages for admission in admissions]
+        num_new_pages = [start.num_new_pages for start in starts]
         self._enter(sequences, cached_pages, num_new_pages, lengths, now)
         for sequence, pages in zip(sequences, cached_pages, strict=True):
             if len(pages):
@@ -104,9 +119,9 @@ class RunningSequences:
     def fork(
         self, leader: Sequence, followers: Rows[Sequence], now: float
     ) -> tuple[IndexArray, Int32Array]:
-        """Lets samples run whose prompt their leader feeds to its end in the batch being planned.
+        """Lets samples run from the end of the prompt that their leader feeds in the batch being planned.
 
-        They share its full pages. Of the last page, if it is not full, each gets a copy after the pass.
+        They share its full pages. If the last page is not full, each gets a copy of it after the pass.
 
         Returns:
             Their slots, and [2, copies]: the pages to copy from and to.
@@ -119,7 +134,7 @@ class RunningSequences:
         self.pages.retain(shared, count)
         num_new = 1 if rest else 0
         rows = self._enter(followers, [shared] * count, [num_new] * count, [length] * count, now)
-        targets = slots.page_table[rows, num_shared] if rest else NO_PAGES
+        targets = slots.page_table[rows, num_shared] if rest else EMPTY_INT32
         sources = np.full_like(targets, slots.pages(leader.slot)[-1])
         return rows, np.stack([sources, targets])
 
@@ -159,12 +174,12 @@ class RunningSequences:
     def publish(self, prompts: Rows[tuple[Sequence, IndexArray]]) -> None:
         """Makes the full pages of prompts findable, as far as batches that fill them were sent.
 
-        Pages that turn out to be duplicates are given back; the slot's table then names the cached ones,
-        from the next batch on. That is safe: the slot never writes to a full page again, and its batches
-        in flight run before anything that gets the duplicates.
+        Pages that turn out to be duplicates are given back; the slot's table names the cached ones from the
+        next batch on. That is safe: the slot never writes to a full page again, and its batches in flight
+        run before any batch of a sequence that gets the duplicates.
 
         Args:
-            prompts: whose they are, and the forks that share all of these pages with them.
+            prompts: sequences, and the slots of the forks that share all these pages with each.
         """
         slots = self.slots
         rows = np.array([sequence.slot for sequence, _ in prompts], np.intp)
@@ -189,16 +204,16 @@ class RunningSequences:
                 self.in_progress.advance(sequence, count)
 
     def prompts_are_fed(self, prompts: Rows[tuple[Sequence, IndexArray]], rows: IndexArray) -> None:
-        """The last chunks of prompts were sent: they decode from now on.
+        """The last chunks of these prompts were sent: their sequences decode from now on.
 
         Args:
-            prompts: of whom, and their forks.
-            rows: the slots of them all.
+            prompts: sequences, and the slots of the forks of each.
+            rows: the slots of all of these.
         """
         self.slots.update_decode_limits(rows, self.stop_lag)
         fed = {sequence for sequence, _ in prompts}
         self.prefilling = [sequence for sequence in self.prefilling if sequence not in fed]
-        # So far they shared what they had found in the cache.
+        # So far they shared the pages that they had found in the cache.
         self.prefixes.leave(np.array([sequence.slot for sequence, _ in prompts], np.intp))
         for sequence, forks in prompts:
             num_full = len(sequence.prompt_ids) // self.slots.page_size
@@ -208,27 +223,27 @@ class RunningSequences:
             self._backlog.prompt_is_fed(sequence)
 
     def acknowledge(self, slots: IndexArray, num_tokens: Int32Array) -> None:
-        """The server has searched so many tokens of the sequences in these slots."""
+        """The server has searched this number of tokens of the sequence in each of these slots."""
         np.maximum.at(self.slots.acked, slots, num_tokens)
         running = slots[self.slots.order[slots] >= 0]
         self.slots.update_decode_limits(running, self.stop_lag)
 
     def preempt(self, sequences: Rows[Sequence]) -> None:
-        """Takes sequences' pages; they keep their tokens, those still in flight included."""
+        """Takes the pages of sequences; they keep their tokens, those in flight included."""
         for sequence in sequences:
             sequence.state = SequenceState.PREEMPTED
+            # Otherwise all its tokens are in flight, and it only ends.
             if self.slots.length[sequence.slot] < self.slots.final_length[sequence.slot]:
-                self._counters.num_preemptions += (
-                    1  # else all its tokens are in flight: it only ends
-                )
+                self._counters.num_preemptions += 1
         self.preempted += sequences
         self.depart(self.retire(sequences))
 
     def retire(self, sequences: Rows[Sequence]) -> list[int]:
-        """Gives back the pages of sequences that run no longer, the known ones to the prefix cache.
+        """Gives back the pages of sequences that run no longer; full pages of known ids stay cached.
 
         Returns:
-            The slots that no batch in flight names, which may depart. The others depart by themselves.
+            The slots without a row in any batch in flight: they may depart. The others depart with the result
+            of their last batch.
         """
         slots, page_size = self.slots, self.slots.page_size
         rows = np.array([sequence.slot for sequence in sequences], np.intp)
@@ -263,7 +278,7 @@ class RunningSequences:
         return departing
 
     def depart(self, slots: Rows[int]) -> None:
-        """The slots' last batches were absorbed, and their tokens are on their way to the server."""
+        """Frees slots whose last batches were absorbed, and whose tokens are in messages to the server."""
         if not slots:
             return
         owners = [self.slots.sequence(slot) for slot in slots]
@@ -272,7 +287,7 @@ class RunningSequences:
             self.window.store([sequence.slot for sequence in resumed])
         for sequence in resumed:
             self.preempted.remove(sequence)
-            sequence.prompt_ids = _all_ids(sequence, NO_PAGES)
+            sequence.prompt_ids = _all_ids(sequence, EMPTY_INT32)
         self.left_slots += [
             owner.slot for owner in owners if owner.request.message.sampling.adjustments is not None
         ]

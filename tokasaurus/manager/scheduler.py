@@ -1,23 +1,26 @@
-"""Plans batches: who decodes, which prompts get chunks, who is admitted, who must give way.
+"""Plans batches: which sequences decode, which prompts get chunks, which enter, which must give way.
 
-Each question has one method that answers with a value, and the answer is carried out before the next
-question is asked, so nothing is ever undone. Knows nothing of results or of the server.
+Each question has one method that answers with a value. ``plan`` carries the answer out before it asks the
+next question, so nothing is ever undone. Only a claim on a page of a prompt is made together with an offer,
+because it decides about the sequences behind it in the queue. Knows nothing of results or of the server.
 
 The order of a plan:
 
-1. Where the head of the queue outranks sequences that run, these are preempted until it finds a seat and pages,
-   if only the less important ones are in its way.
-2. Every running sequence that may decode does. Where they need more pages than can be had, others are
-   preempted until they suffice: of the least important priority whoever costs the least to compute again.
-   The oldest is never asked while it needs its pages: in the end it could have every page there is, and no
-   request is accepted that needs more. So the oldest always advances, and everybody is the oldest some day.
-3. What is left of ``max_tokens_per_forward`` goes to prompts, in order, in chunks. Where a prompt ends,
-   the other samples of its request may fork from its last row: that takes no tokens of the budget.
+1. Where the head of the queue outranks running sequences, these are preempted until the head finds a seat and
+   pages, if only less important sequences are in its way.
+2. Every running sequence that may decode does. Where they need more pages than are available, others are
+   preempted until the pages suffice: of the least important priority, the one that costs the least to compute
+   again. The oldest is never preempted while it needs its pages: in the end it could have every page there
+   is, and no request is accepted that needs more. So the oldest always advances, and every sequence is the
+   oldest at some time.
+3. What is left of ``max_tokens_per_forward`` goes to prompts, in order, in chunks. Where a prompt ends, the
+   other samples of its request may fork from its last row: that takes no tokens of the budget.
 4. What is left then admits sequences from the queue, strictly in order, as far as there is room now and as
-   the forecast finds room for all that they will need (``admission``). Where nobody holds a page the head is
-   admitted whatever it needs. A sequence that was preempted and waits for its last results counts as being
-   in the queue already: the pages it gave up are not for those behind it. Only who would compute a page
-   that another prompt is computing steps aside until that page can be found.
+   the forecast finds room for all that they will need (``admission``). There are two exceptions:
+
+   - Where no sequence holds a page, the head is admitted whatever it needs.
+   - A sequence that would compute a page that another prompt is computing steps aside until that page can be
+     found.
 """
 
 from __future__ import annotations
@@ -38,15 +41,17 @@ from tokasaurus.manager.batches import (
     prompt_pieces,
 )
 from tokasaurus.manager.counters import Counters
-from tokasaurus.manager.forecast.admission import AdmissionControl, Candidate
+from tokasaurus.manager.forecast.admission import AdmissionControl
+from tokasaurus.manager.forecast.rows import Candidate
 from tokasaurus.manager.in_flight import Flight
-from tokasaurus.manager.kv.prefix_groups import GroupFinder
-from tokasaurus.manager.running import Admission, RunningSequences
+from tokasaurus.manager.kv.prefix_groups import GroupFinder, Groups
+from tokasaurus.manager.running import RunningSequences, SlotStart
 from tokasaurus.manager.sequence import Sequence
-from tokasaurus.manager.slots import NO_PAGES, IndexArray
+from tokasaurus.manager.slots import NO_SLOTS, IndexArray
 from tokasaurus.manager.waiting import Backlog, priority_of
-from tokasaurus.protocol.arrays import BoolArray, Int32Array
+from tokasaurus.protocol.arrays import EMPTY_INT32, BoolArray, Int32Array
 from tokasaurus.protocol.messages import ForwardBatch
+from tokasaurus.rounding import ceil_div
 
 __all__ = ["FORCED_PREEMPTION_INTERVAL", "Scheduler"]
 
@@ -57,6 +62,22 @@ _MAX_PARKED = 256  # in one plan, so that none takes long
 _NO_ORDER = np.iinfo(np.int64).max
 
 
+class _Wanted(NamedTuple):
+    """What the front of the queue needs, where it outranks running sequences."""
+
+    num_sequences: int
+    num_pages: int
+    order: int  # of the head
+
+
+class _DecodePlan(NamedTuple):
+    """The running sequences that decode."""
+
+    is_decoding: BoolArray  # [slots]
+    crossing: IndexArray  # slots that enter a new page
+    num_missing: int  # pages; 0 or less where there are enough
+
+
 @dataclass(slots=True)
 class _Headroom:
     """What a round of admissions may still use, whatever the forecast says."""
@@ -64,10 +85,15 @@ class _Headroom:
     num_sequences: int
     num_tokens: int
     num_pages: int
-    must_admit: bool  # nobody holds a page: the head fits, however large
+    must_admit: bool  # no sequence holds a page: the head fits, however large
+
+    @property
+    def is_used_up(self) -> bool:
+        """Whether no sequence can start to feed its prompt."""
+        return self.num_tokens <= 0 or self.num_sequences <= 0
 
     def take(self, num_tokens: int, num_pages: int, num_sequences: int) -> None:
-        """So many sequences take so much in all."""
+        """This is used, by all these sequences together."""
         self.num_tokens -= num_tokens
         self.num_pages -= num_pages
         self.num_sequences -= num_sequences
@@ -75,17 +101,27 @@ class _Headroom:
 
 
 class _Offer(NamedTuple):
-    """A candidate for whom there is room now."""
+    """A candidate for which there is room now."""
 
     candidate: Candidate
     chunk: Chunk
-    admission: Admission | None  # None: it runs, only its forks do not
+    start: SlotStart | None  # None: it runs, only its forks do not
 
     @property
     def entering(self) -> list[Sequence]:
-        """Who gets a slot if it is accepted."""
-        leader = [] if self.admission is None else [self.admission.sequence]
+        """The sequences that get a slot if the offer is accepted."""
+        leader = [] if self.start is None else [self.start.sequence]
         return leader + self.chunk.followers
+
+
+class _Offers(NamedTuple):
+    """What the forecast is asked about."""
+
+    offers: list[_Offer]  # in the order in which they may run
+    waiting: list[Sequence]  # for pages that another prompt is computing
+
+
+_NO_OFFERS = _Offers([], [])
 
 
 class Scheduler:
@@ -122,55 +158,60 @@ class Scheduler:
 
     def plan(self, now: float) -> ForwardBatch | None:
         """Plans the next batch and counts it as sent; None if there is nothing to run."""
-        self._make_way()
-        decoding, crossing = self._plan_decode()
-        decode_slots = self._commit_decode(decoding, crossing)
+        wanted = self._wanted_by_head()
+        while wanted is not None and (victims := self._in_the_way_of(wanted)).size:
+            self.preempt(victims)
+        decode = self._plan_decode()
+        while decode.num_missing > 0:
+            self.preempt(self._victims(decode.num_missing, self._oldest_order()))
+            decode = self._plan_decode()
+        decode_slots = self._commit_decode(decode)
+        self._refresh_forecast(len(decode_slots))
         budget = self._prefill_budget(len(decode_slots))
         chunks = self._plan_chunks(budget)
         budget -= sum(chunk.length for chunk in chunks)
-        accepted = self._accept(self._offers(chunks, budget, decoding), chunks)
-        # Only now: who is woken may come before those who were offered a place.
+        offers, waiting = self._plan_offers(chunks, budget, decode.is_decoding)
+        for sequence in waiting:
+            self._backlog.park(sequence)
+        accepted = self._accept(offers)
+        chunks += [offer.chunk for offer in accepted if offer.start is not None]
+        # Only now: a sequence that wakes up may come before those that were offered a place.
         self._running.wake()
         if not len(decode_slots) and not chunks:
             return None
         batch = self._commit(decode_slots, chunks, accepted, now)
         self._admission.pass_step()
         if self._config.force_preemption:
-            self._preempt_without_need(batch.number)
+            self.preempt(self._victims_without_need(batch.number))
         return batch
 
     def preempt(self, slots: IndexArray) -> None:
         """Takes the pages of the sequences in these slots; they go on later, before all that follow them."""
-        self._admission.release(slots)
-        self._running.preempt([self._slots.sequence(slot) for slot in slots.tolist()])
+        if slots.size:
+            self._admission.release(slots)
+            self._running.preempt([self._slots.sequence(slot) for slot in slots.tolist()])
 
-    def _make_way(self) -> None:
-        """Where the first of the queue outrank some who run, these give way until there is room for those."""
-        slots, head = self._slots, self._backlog.head()
+    # --- giving way --------------------------------------------------------------------------------
+
+    def _wanted_by_head(self) -> _Wanted | None:
+        """What the front of the queue needs; None if it outranks no running sequence, or does not fit."""
+        head = self._backlog.head()
         if head is None:
-            return
-        lowest = priority_of(int(slots.order.max()))
+            return None
+        lowest = priority_of(int(self._slots.order.max()))
         if priority_of(head.order) >= lowest:
-            return
+            return None
         candidates = self._outranking(lowest)
         num_rows = self._admission.num_outranking(candidates)
+        if not num_rows:
+            return None
         num_pages, num_left = 0, num_rows
         for candidate in candidates:
             if num_left <= 0:
                 break
             num_left -= candidate.num_rows
-            cached_pages = self._cached_pages(candidate.sequence)
-            num_new = -(-candidate.num_tokens // slots.page_size) - len(cached_pages)
-            num_pages += self._pages.num_needed(cached_pages, num_new)
-        while num_rows:
-            num_active = int(np.count_nonzero(slots.length < slots.final_length))
-            num_missing = num_pages - self._pages.num_available
-            has_seats = num_active + min(num_rows, slots.num_free) <= self._max_running
-            if has_seats and num_missing <= 0:
-                return
-            if priority_of(int(slots.order.max())) <= priority_of(head.order):
-                return
-            self.preempt(self._victims(max(1, num_missing), head.order))
+            num_pages += self._num_needed(self._start_of(candidate.sequence))
+        return _Wanted(num_rows, num_pages, head.order)
 
     def _outranking(self, lowest: int) -> list[Candidate]:
         """The first of the queue, as many as one batch may feed, that go before this priority."""
@@ -181,33 +222,36 @@ class Scheduler:
             if priority_of(sequence.order) >= lowest or num_tokens >= budget:
                 break
             num_tokens += len(sequence.prompt_ids)
-            num_forks = self._backlog.num_followers(sequence)
-            candidates.append(Candidate(sequence, len(sequence.prompt_ids), 0, num_forks))
+            candidates.append(self._uncached_candidate(sequence))
         return candidates
 
-    def _plan_decode(self) -> tuple[BoolArray, IndexArray]:
-        """Returns which slots decode (a mask), and which of them enter a new page; preempts for them."""
+    def _in_the_way_of(self, wanted: _Wanted) -> IndexArray:
+        """The slots that are preempted next for the front of the queue; none where it finds what it needs."""
         slots = self._slots
-        while True:
-            decoding = slots.length < slots.decode_limit
-            crossing = (decoding & (slots.length == slots.capacity)).nonzero()[0]
-            if crossing.size <= self._pages.num_available:
-                return decoding, crossing
-            oldest = int(slots.order[slots.order >= 0].min())
-            self.preempt(self._victims(crossing.size - self._pages.num_available, oldest))
+        num_active = int(np.count_nonzero(slots.length < slots.final_length))
+        num_missing = wanted.num_pages - self._pages.num_available
+        num_entering = min(wanted.num_sequences, slots.num_free)
+        has_seats = num_active + num_entering <= self._max_running
+        if has_seats and num_missing <= 0:
+            return NO_SLOTS
+        if priority_of(int(slots.order.max())) <= priority_of(wanted.order):
+            return NO_SLOTS
+        return self._victims(max(1, num_missing), wanted.order)
+
+    def _oldest_order(self) -> int:
+        """The order of the running sequence that goes before all others."""
+        return int(self._slots.order[self._slots.order >= 0].min())
 
     def _victims(self, num_pages: int, order: int) -> IndexArray:
-        """The slots that are preempted next, where so many pages are wanted; at least one.
+        """The slots that are preempted next; at least one.
 
         Args:
-            num_pages: wanted.
-            order: of a sequence that all of them come after.
+            num_pages: that are wanted.
+            order: of a sequence that goes before all of them.
         """
         slots = self._slots
-        # Where all tokens are planned, no batch to come needs the pages: this costs nobody anything.
-        is_planned = (slots.length == slots.final_length) & (slots.order >= 0)
-        if is_planned.any():
-            planned: IndexArray = is_planned.nonzero()[0]
+        planned = slots.fully_planned()
+        if planned.size:  # they need their pages no more: nothing is computed again
             return planned
         later = (slots.order > order).nonzero()[0]
         if not later.size:
@@ -215,11 +259,10 @@ class Scheduler:
         priorities = priority_of(slots.order[later])
         rows = later[priorities == priorities.max()]
         orders = slots.order[rows]
-        # What others hold too is neither freed nor computed again.
-        num_shared = self._running.prefixes.num_shared_pages(rows)
-        num_freed = slots.capacity[rows] // slots.page_size - num_shared
-        cost = slots.length[rows] - num_shared * slots.page_size
-        # Alone, if one suffices: the least work; else as few as possible. Of equals the newest.
+        # Pages that other sequences hold too are neither freed nor computed again.
+        num_freed, cost = self._running.unshared(rows)
+        # One sequence, if its pages suffice: that with the least work. Otherwise as few as possible. Of
+        # equals the newest.
         suffices = num_freed >= num_pages
         if suffices.any():
             ranked = np.lexsort((-orders, cost, ~suffices))[:1]
@@ -231,37 +274,64 @@ class Scheduler:
         victims: IndexArray = rows[ranked]
         return victims
 
-    def _commit_decode(self, decoding: BoolArray, crossing: IndexArray) -> IndexArray:
+    def _victims_without_need(self, number: int) -> IndexArray:
+        """For tests: a slot now and then, another one each time; never the oldest, which must advance."""
+        count, rest = divmod(number, FORCED_PREEMPTION_INTERVAL)
+        if rest != FORCED_PREEMPTION_INTERVAL - 1:
+            return NO_SLOTS
+        order = self._slots.order
+        running = (order >= 0).nonzero()[0]
+        younger: IndexArray = running[order[running] > order[running].min(initial=_NO_ORDER)]
+        return younger[[count % younger.size]] if younger.size else younger
+
+    # --- decode ------------------------------------------------------------------------------------
+
+    def _plan_decode(self) -> _DecodePlan:
         slots = self._slots
+        is_decoding = slots.length < slots.decode_limit
+        crossing = (is_decoding & (slots.length == slots.capacity)).nonzero()[0]
+        return _DecodePlan(is_decoding, crossing, crossing.size - self._pages.num_available)
+
+    def _commit_decode(self, decode: _DecodePlan) -> IndexArray:
+        """Gives out the new pages and counts the tokens as fed; returns the slots that decode."""
+        slots, crossing = self._slots, decode.crossing
         if crossing.size:
             columns = slots.capacity[crossing] // slots.page_size
             slots.page_table[crossing, columns] = self._pages.allocate(crossing.size)
             slots.capacity[crossing] += slots.page_size
             self._running.table_changes.add(crossing, columns.astype(np.intp))
-        slots.length += decoding
-        np.copyto(slots.last_batch, self._running.in_flight.next_number, where=decoding)
-        return decoding.nonzero()[0]
+        slots.length += decode.is_decoding
+        number = self._running.in_flight.next_number
+        np.copyto(slots.last_batch, number, where=decode.is_decoding)
+        return decode.is_decoding.nonzero()[0]
+
+    # --- prompts -----------------------------------------------------------------------------------
+
+    def _refresh_forecast(self, num_decoding: int) -> None:
+        if self._admission.refresh_is_due:
+            waiting = [] if self._config.admission.greedy_prefill else self._queue_front()
+            self._admission.refresh(waiting, self._config.max_tokens_per_forward - num_decoding)
 
     def _prefill_budget(self, num_decoding: int) -> int:
         """Prompt tokens that this batch may feed."""
         budget = self._config.max_tokens_per_forward - num_decoding
-        if self._admission.refresh_is_due:
-            waiting = [] if self._config.admission.greedy_prefill else self._queue_front()
-            self._admission.refresh(waiting, budget)
         pace = self._admission.prefill_pace
         return budget if pace is None or num_decoding == 0 else min(budget, pace)
 
     def _queue_front(self) -> list[Candidate]:
-        """Those who are likely to run soon, as if nothing of their prompts were cached."""
+        """The candidates that are likely to run soon, as if nothing of their prompts were cached."""
         front: list[Candidate] = []
         num_sequences = 0
         for sequence in self._backlog.in_order():
-            num_forks = self._backlog.num_followers(sequence)
-            front.append(Candidate(sequence, len(sequence.prompt_ids), 0, num_forks))
-            num_sequences += 1 + num_forks
+            front.append(self._uncached_candidate(sequence))
+            num_sequences += front[-1].num_rows
             if num_sequences >= self._max_running:
                 break
         return front
+
+    def _uncached_candidate(self, sequence: Sequence) -> Candidate:
+        num_forks = self._backlog.num_followers(sequence)
+        return Candidate(sequence, len(sequence.prompt_ids), 0, num_forks)
 
     def _plan_chunks(self, budget: int) -> list[Chunk]:
         """Deals tokens to the prompts that are being fed, in order."""
@@ -275,66 +345,91 @@ class Scheduler:
             budget -= end - start
         return chunks
 
-    def _offers(self, chunks: list[Chunk], budget: int, decoding: BoolArray) -> list[_Offer]:
-        """Who could run now, in the order in which they may: forks of these prompts, then the queue."""
+    # --- admission ---------------------------------------------------------------------------------
+
+    def _plan_offers(self, chunks: list[Chunk], budget: int, is_decoding: BoolArray) -> _Offers:
+        """Candidates for which there is room now: forks of these prompts, then the queue."""
         if not (chunks or len(self._backlog)):
-            return []
+            return _NO_OFFERS
         head = self._backlog.head()
         if not (self._is_empty or self._admission.may_ask(head)):
-            return []
+            return _NO_OFFERS
+        headroom = self._headroom(budget, is_decoding)
+        # These will be back in the queue in a few turns.
+        resuming = (s.order for s in self._running.preempted if s.resumes)
+        first_order = min(resuming, default=_NO_ORDER)
+        fork_order = first_order if head is None else min(first_order, head.order)
+        forks = self._fork_offers(chunks, headroom, fork_order)
+        queued, waiting = self._queue_offers(headroom, first_order)
+        return _Offers(forks + queued, waiting)
+
+    def _headroom(self, budget: int, is_decoding: BoolArray) -> _Headroom:
         slots = self._slots
         # A slot whose tokens are all planned enters no further batch: it does not count after this one.
-        num_active = int(np.count_nonzero(decoding | (slots.length < slots.final_length)))
-        headroom = _Headroom(
+        num_active = int(np.count_nonzero(is_decoding | (slots.length < slots.final_length)))
+        return _Headroom(
             num_sequences=min(self._max_running - num_active, slots.num_free),
             num_tokens=budget,
             num_pages=self._pages.num_available,
             must_admit=self._is_empty,
         )
-        # Those will be back in the queue in a few steps.
-        resuming = (s.order for s in self._running.preempted if s.resumes)
-        first_order = min(resuming, default=_NO_ORDER)
+
+    def _fork_offers(
+        self, chunks: list[Chunk], headroom: _Headroom, first_order: int
+    ) -> list[_Offer]:
+        """Samples that could fork from these prompts, and go before ``first_order``."""
         offers: list[_Offer] = []
-        num_parked = 0
         for chunk in chunks:
-            order = self._backlog.next_follower_order(chunk.sequence)
-            if order < min(first_order, head.order if head else _NO_ORDER):
+            if self._backlog.next_follower_order(chunk.sequence) < first_order:
                 num_forks = self._take_forks(chunk, headroom)
                 if num_forks:
                     offers.append(_Offer(Candidate(chunk.sequence, 0, 0, num_forks), chunk, None))
-        for sequence in self._backlog.in_order():
-            if headroom.num_tokens <= 0 or headroom.num_sequences <= 0:
-                break
-            if sequence.order > first_order:
-                break
-            cached_pages = self._cached_pages(sequence)
-            num_new = -(-len(sequence.prompt_ids) // slots.page_size) - len(cached_pages)
-            num_needed = self._pages.num_needed(cached_pages, num_new)
-            if num_needed > headroom.num_pages and not headroom.must_admit:
-                break
-            if not self._running.may_feed(sequence, len(cached_pages)):
-                self._backlog.park(sequence)
-                num_parked += 1
-                if num_parked == _MAX_PARKED:
-                    break
-                continue
-            start = len(cached_pages) * slots.page_size
-            end = min(start + headroom.num_tokens, len(sequence.prompt_ids))
-            chunk = Chunk(sequence, start, end)
-            headroom.take(end - start, num_needed, 1)
-            candidate = Candidate(
-                sequence=sequence,
-                num_tokens=len(sequence.prompt_ids) - start,
-                num_held_pages=len(cached_pages) + num_new - num_needed,
-                num_forks=self._take_forks(chunk, headroom),
-            )
-            offers.append(_Offer(candidate, chunk, Admission(sequence, cached_pages, num_new)))
         return offers
 
-    def _cached_pages(self, sequence: Sequence) -> Int32Array:
+    def _queue_offers(self, headroom: _Headroom, first_order: int) -> _Offers:
+        """The first of the queue, up to the first that does not fit or comes after ``first_order``."""
+        offers: list[_Offer] = []
+        waiting: list[Sequence] = []
+        for sequence in self._backlog.in_order():
+            if headroom.is_used_up or sequence.order > first_order or len(waiting) == _MAX_PARKED:
+                break
+            start = self._start_of(sequence)
+            num_needed = self._num_needed(start)
+            if num_needed > headroom.num_pages and not headroom.must_admit:
+                break
+            if self._running.may_feed(sequence, len(start.cached_pages)):
+                offers.append(self._take_start(start, num_needed, headroom))
+            else:
+                waiting.append(sequence)
+        return _Offers(offers, waiting)
+
+    def _start_of(self, sequence: Sequence) -> SlotStart:
+        """The pages with which a sequence would start now."""
         if sequence.whole_prompt_due:  # needs the hidden state of every position
-            return NO_PAGES
-        return self._pages.lookup(sequence.prompt_ids)
+            cached_pages = EMPTY_INT32
+        else:
+            cached_pages = self._pages.lookup(sequence.prompt_ids)
+        num_pages = ceil_div(len(sequence.prompt_ids), self._slots.page_size)
+        return SlotStart(sequence, cached_pages, num_pages - len(cached_pages))
+
+    def _num_needed(self, start: SlotStart) -> int:
+        """Pages that are not available any more if the sequence starts."""
+        return self._pages.num_needed(start.cached_pages, start.num_new_pages)
+
+    def _take_start(self, start: SlotStart, num_needed: int, headroom: _Headroom) -> _Offer:
+        """Offers a place to a sequence, and to as many of its forks as there is room for."""
+        sequence, num_cached = start.sequence, len(start.cached_pages)
+        first = num_cached * self._slots.page_size
+        end = min(first + headroom.num_tokens, len(sequence.prompt_ids))
+        chunk = Chunk(sequence, first, end)
+        headroom.take(end - first, num_needed, 1)
+        candidate = Candidate(
+            sequence=sequence,
+            num_tokens=len(sequence.prompt_ids) - first,
+            num_held_pages=num_cached + start.num_new_pages - num_needed,
+            num_forks=self._take_forks(chunk, headroom),
+        )
+        return _Offer(candidate, chunk, start)
 
     def _take_forks(self, chunk: Chunk, headroom: _Headroom) -> int:
         """How many samples could run from the chunk's last row on."""
@@ -348,8 +443,8 @@ class Scheduler:
         headroom.take(0, count if has_own_page else 0, count)
         return count
 
-    def _accept(self, offers: list[_Offer], chunks: list[Chunk]) -> list[_Offer]:
-        """Takes out of the queue whom the forecast has room for; adds the chunks they feed."""
+    def _accept(self, offers: list[_Offer]) -> list[_Offer]:
+        """Takes the sequences out of the queue that the forecast has room for."""
         if not offers:
             return offers
         num_rows = self._admission.num_admissible([offer.candidate for offer in offers])
@@ -360,11 +455,10 @@ class Scheduler:
             if num_rows <= 0:
                 break
             accepted.append(offer)
-            if offer.admission is not None:
+            if offer.start is not None:
                 if self._backlog.pop() is not offer.candidate.sequence:
                     raise ProtocolError("the queue changed while its head was offered a place")
-                self._pages.retain(offer.admission.cached_pages)
-                chunks.append(offer.chunk)
+                self._pages.retain(offer.start.cached_pages)
                 num_rows -= 1
             num_forks = min(num_rows, offer.candidate.num_forks)
             offer.chunk.followers = self._backlog.pop_followers(offer.chunk.sequence, num_forks)
@@ -373,8 +467,10 @@ class Scheduler:
 
     @property
     def _is_empty(self) -> bool:
-        """Nobody holds a page."""
-        return self._pages.num_available == self._pages.pool.num_pages
+        """No sequence holds a page."""
+        return self._pages.num_held == 0
+
+    # --- the batch ---------------------------------------------------------------------------------
 
     def _commit(
         self,
@@ -386,35 +482,32 @@ class Scheduler:
         running = self._running
         number = running.in_flight.next_number
         copies = self._enter(accepted, now)
-        groups = self._groups.find(decode_slots) if self._config.use_groups else None
-        if groups is not None:
-            decode_slots = groups.slots
-            if groups.first_rows.size:
-                num_grouped = len(decode_slots) - int(groups.first_rows.min())
-                self._counters.num_grouped_tokens += num_grouped
+        if self._config.use_groups:
+            groups = self._groups.find(decode_slots)
+        else:
+            groups = Groups.none(decode_slots)
         drawing = draws(chunks)
         batch = forward_batch(
-            number,
-            running.left_slots,
-            [sequence for offer in accepted for sequence in offer.entering],
-            running.table_changes.flush(),
-            decode_slots,
-            chunks,
-            drawing,
-            copies,
-            groups,
+            number=number,
+            left_slots=running.left_slots,
+            entered=[sequence for offer in accepted for sequence in offer.entering],
+            table_changes=running.table_changes.flush(),
+            chunks=chunks,
+            draws=drawing,
+            copies=copies,
+            groups=groups,
         )
         running.left_slots = []
-        drawing_slots = drawing[1]
-        sampling_slots = decode_slots
-        if drawing_slots.size:
-            sampling_slots = np.concatenate([decode_slots, drawing_slots])
+        sampling_slots = groups.slots
+        if drawing.slots.size:
+            sampling_slots = np.concatenate([groups.slots, drawing.slots])
         running.in_flight.add(
             Flight(number, sampling_slots, prompt_pieces(chunks), pooled_prompts(chunks))
         )
         if chunks:
-            self._commit_chunks(chunks, drawing_slots, number)
+            self._commit_chunks(chunks, drawing.slots, number)
         self._counters.num_batches += 1
+        self._counters.num_grouped_tokens += groups.num_grouped
         self._counters.num_decode_tokens += len(decode_slots)
         self._counters.num_prefill_tokens += len(batch.prefill_ids)
         return batch
@@ -424,9 +517,9 @@ class Scheduler:
         if not accepted:
             return NO_COPIES
         running = self._running
-        admissions = [offer.admission for offer in accepted if offer.admission is not None]
-        if admissions:
-            running.enter(admissions, now)
+        starts = [offer.start for offer in accepted if offer.start is not None]
+        if starts:
+            running.enter(starts, now)
         copies = [NO_COPIES]
         for offer in accepted:
             chunk = offer.chunk
@@ -449,13 +542,3 @@ class Scheduler:
             ended = [(chunk.sequence, chunk.forks) for chunk in chunks if chunk.ends_prompt]
             running.prompts_are_fed(ended, drawing)
         running.wake()
-
-    def _preempt_without_need(self, number: int) -> None:
-        """Now and then, another sequence each time; never the oldest, which must advance."""
-        turn, rest = divmod(number, FORCED_PREEMPTION_INTERVAL)
-        if rest == FORCED_PREEMPTION_INTERVAL - 1:
-            order = self._slots.order
-            running = (order >= 0).nonzero()[0]
-            younger = running[order[running] > order[running].min(initial=_NO_ORDER)]
-            if younger.size:
-                self.preempt(younger[[turn % younger.size]])

@@ -1,6 +1,7 @@
 """Requests and their sequences, as far as they need objects: identity, prompt, stored tokens.
 
-What changes at every step of a running sequence is in the slot table instead. Knows nothing of pages.
+The numbers of a running sequence that change with every batch are in the slot table instead. Knows nothing
+of pages.
 """
 
 from __future__ import annotations
@@ -11,16 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tokasaurus.protocol.arrays import Float32Array, Int32Array
+from tokasaurus.protocol.arrays import EMPTY_FLOAT32, EMPTY_INT32, Float32Array, Int32Array
 from tokasaurus.protocol.messages import GenerateRequest
 
 __all__ = ["GeneratedTokens", "Request", "Sequence", "SequenceState"]
 
 
 class SequenceState(enum.Enum):
-    """Where a sequence is on its way.
-
-    Any of the others may become ENDED::
+    """The stages of a sequence. A sequence may become ENDED at every other stage::
 
         FOLLOWING ──────┐ as a fork of its leader
             ▼           ▼
@@ -30,16 +29,12 @@ class SequenceState(enum.Enum):
           └─────────────────────────────┘
     """
 
-    FOLLOWING = enum.auto()  # waits until its request's leader has fed the prompt
+    FOLLOWING = enum.auto()  # waits until the leader of its request has fed the prompt
     PARKED = enum.auto()  # waits for pages that another request computes, or for acknowledgements
     WAITING = enum.auto()  # in the queue
     RUNNING = enum.auto()  # owns a slot and pages
     PREEMPTED = enum.auto()  # owns a slot and no pages: results in flight are still its own
     ENDED = enum.auto()
-
-
-_NO_LOGPROBS: Float32Array = np.empty(0, np.float32)
-_NO_TOP_IDS: Int32Array = np.empty(0, np.int32)
 
 
 class GeneratedTokens(NamedTuple):
@@ -52,14 +47,14 @@ class GeneratedTokens(NamedTuple):
 
     @staticmethod
     def without_logprobs(ids: Int32Array) -> GeneratedTokens:
-        """Tokens of a sequence that asked for no logprobs, or whose logprobs were sent before."""
-        return GeneratedTokens(ids, _NO_LOGPROBS, _NO_TOP_IDS, _NO_LOGPROBS)
+        """Tokens whose logprobs were not asked for, or were sent before."""
+        return GeneratedTokens(ids, EMPTY_FLOAT32, EMPTY_INT32, EMPTY_FLOAT32)
 
     @staticmethod
     def joined(pieces: list[GeneratedTokens]) -> GeneratedTokens:
         """Pieces, one after the other."""
         if not pieces:
-            return GeneratedTokens.without_logprobs(np.empty(0, np.int32))
+            return GeneratedTokens.without_logprobs(EMPTY_INT32)
         if len(pieces) == 1:
             return pieces[0]
         return GeneratedTokens(
@@ -85,7 +80,10 @@ class Request:
 
     @property
     def incremental(self) -> bool:
-        """Tokens are sent as they come. Holding for acknowledgements implies it: no text, no ack."""
+        """Whether tokens are sent as they come.
+
+        Holding for acknowledgements implies it: the server can acknowledge only tokens that it has.
+        """
         return self.message.stream or self.message.hold_for_acks
 
 
@@ -96,36 +94,36 @@ class Sequence:
     request: Request
     sample_index: int
     order: int  # of importance, over all sequences: by priority, then by arrival
-    prompt_ids: (
-        Int32Array  # to be fed: the request's prompt, and what was generated before this run
-    )
+    # To be fed: the request's prompt, and the tokens that were generated before this run.
+    prompt_ids: Int32Array
     state: SequenceState
-    whole_prompt_due: bool  # something of every prompt token is asked for and was not delivered yet
+    # Whether an output for every prompt token is asked for and was not delivered yet.
+    whole_prompt_due: bool
     was_admitted: bool = False
     resumes: bool = False  # preempted with tokens to come; else its last ones are in flight
-    has_entry: bool = False  # in the queue, be it stale
+    has_entry: bool = False  # in the queue; the entry may be stale
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
-    num_acked: int = 0  # generated tokens that the server searched; in a slot, the table has it
+    num_acked: int = 0  # generated tokens that the server searched; the table's while in a slot
     slot: int = -1  # -1 where it owns none
     stored: list[GeneratedTokens] = field(default_factory=list)  # moved out of the token window
-    num_stored: int = 0  # tokens in ``stored``; all that are known where it owns no slot
+    num_stored: int = 0  # tokens in ``stored``; without a slot, these are all that are known
 
     @property
     def name(self) -> str:
-        """For messages to people."""
+        """A name for error messages."""
         return f"sample {self.sample_index} of request {self.request.message.request_id}"
 
     @property
     def generated_ids(self) -> Int32Array:
-        """What it had generated before this run: what ``prompt_ids`` has beyond the request's prompt."""
+        """The tokens that it generated before this run: ``prompt_ids`` without the request's prompt."""
         return self.prompt_ids[len(self.request.message.prompt_ids) :]
 
     @property
     def final_length(self) -> int:
-        """Positions of KV when all its tokens are generated; the last one's is never written."""
+        """Positions of KV when all its tokens are generated; that of the last one is never written."""
         message = self.request.message
         return len(message.prompt_ids) + message.max_tokens - 1
 
     def may_sample(self, stop_lag: int) -> bool:
-        """Whether a token beyond the stored ones may be planned before the server acknowledges more."""
+        """Whether a token beyond the stored ones may be planned before more are acknowledged."""
         return not self.request.message.hold_for_acks or self.num_stored < self.num_acked + stop_lag

@@ -1,7 +1,8 @@
 """The slot table: every running sequence as one row of numpy arrays.
 
-Owns the rows and who has them. A step over all rows is a few operations on whole columns; a row that
-nobody owns, or that must not be planned, drops out by comparing unequal, so no list of rows is kept.
+Owns the rows, and knows which sequence has which. An update of all rows is a few operations on whole
+columns. A row that is free, or that must not be planned, drops out because its columns compare unequal, so
+no list of rows is kept.
 
 Positions of one row, with a prompt of 6 tokens and max_tokens 5 (pages of 4)::
 
@@ -14,8 +15,8 @@ Positions of one row, with a prompt of 6 tokens and max_tokens 5 (pages of 4)::
     capacity = 12                                  pages held: 3
     final_length = 10                              prompt_length + max_tokens - 1
 
-A row decodes while ``length < decode_limit``: the final length, or less where the server must acknowledge
-first; 0 while the prompt is being fed and where there is nothing to plan.
+A row decodes while ``length < decode_limit``. That limit is the final length, or less where the server must
+acknowledge tokens first. It is 0 while the prompt is being fed, and where there is nothing to plan.
 """
 
 from __future__ import annotations
@@ -30,11 +31,10 @@ from tokasaurus.errors import ProtocolError
 from tokasaurus.manager.sequence import Sequence, SequenceState
 from tokasaurus.protocol.arrays import BoolArray, Int32Array, Int64Array
 
-__all__ = ["NO_PAGES", "NO_SLOTS", "IndexArray", "SlotTable"]
+__all__ = ["NO_SLOTS", "IndexArray", "SlotTable"]
 
 IndexArray: TypeAlias = NDArray[np.intp]
 
-NO_PAGES: Int32Array = np.empty(0, np.int32)
 NO_SLOTS: IndexArray = np.empty(0, np.intp)
 
 _NUM_COLUMNS = 17
@@ -64,10 +64,10 @@ class SlotTable:
         self.final_length = columns[3]
         self.prompt_length = columns[4]  # of the request, whatever was generated since
         self.prompt_end = columns[5]  # where decoding starts in this run
-        self.acked = columns[6]  # generated tokens that the server has searched
+        self.acked = columns[6]  # generated tokens that the server has searched for stop strings
         self.known = columns[7]  # generated ids, counted from the sequence's first
         self.stored = columns[8]  # of the known ones, those that left the token window
-        self.delivered = columns[9]  # of the known ones, those that the server was sent
+        self.delivered = columns[9]  # of the known ones, those that were sent to the server
         self.max_tokens = columns[10]
         self.published = columns[11]  # leading pages that are in the prefix cache
         self.sample_index = columns[12]
@@ -77,7 +77,7 @@ class SlotTable:
         self._num_stop_ids = columns[16]
         self.page_table: Int32Array = np.zeros((num_slots, max_pages), np.int32)
         self.order: Int64Array = np.full(num_slots, -1, np.int64)  # of arrival; -1 if not running
-        # The number of the last batch that names the slot.
+        # The number of the last batch that has a row for the slot.
         self.last_batch: Int64Array = np.full(num_slots, -1, np.int64)
         # The step of the forecast in which the slot's pages come free.
         self.predicted_end: Int64Array = np.zeros(num_slots, np.int64)
@@ -91,14 +91,14 @@ class SlotTable:
 
     @property
     def num_free(self) -> int:
-        """Slots that nobody owns."""
+        """Slots without an owner."""
         return len(self._free)
 
     def sequence(self, slot: int) -> Sequence:
         """The owner of a slot.
 
         Raises:
-            ProtocolError: nobody owns it.
+            ProtocolError: it has none.
         """
         owner = self.sequences[slot]
         if owner is None:
@@ -116,8 +116,8 @@ class SlotTable:
 
         Args:
             sequences: one or more.
-            lengths: of each, the positions that its pages hold already.
-            num_pages: of each, the pages that it gets.
+            lengths: the positions that the pages of each hold already.
+            num_pages: the pages that each gets.
 
         Returns:
             The slots.
@@ -165,7 +165,7 @@ class SlotTable:
         return slots
 
     def stop_planning(self, slots: IndexArray) -> None:
-        """The slots have no pages any more and enter no further batch."""
+        """Takes the slots out of planning: they have no pages, and enter no further batch."""
         self.decode_limit[slots] = 0
         self.final_length[slots] = 0
         self.length[slots] = 0
@@ -173,12 +173,12 @@ class SlotTable:
         self.order[slots] = -1
 
     def stop_absorbing(self, slot: int) -> None:
-        """Results that are still in flight for the slot are nobody's."""
+        """Drops the results that are still in flight for the slot."""
         self.absorbing[slot] = self.incremental[slot] = self.holding[slot] = False
         self._num_stop_ids[slot] = 0
 
     def leave(self, slots: Rows[int]) -> None:
-        """The slots are free for other sequences."""
+        """Frees the slots for other sequences."""
         rows = np.array(slots, np.intp)
         for slot, num_acked in zip(slots, self.acked[rows].tolist(), strict=True):
             sequence = self.sequence(slot)
@@ -190,7 +190,7 @@ class SlotTable:
         self._free.extend(slots)
 
     def update_decode_limits(self, rows: IndexArray, stop_lag: int) -> None:
-        """After a prompt was fed or an acknowledgement came: how far these running slots decode."""
+        """Sets how far these running slots decode, after a prompt was fed or tokens were acknowledged."""
         final_length = self.final_length[rows]
         acked_length = self.prompt_length[rows] + self.acked[rows] + (stop_lag - 1)
         limit = np.where(self.holding[rows], np.minimum(final_length, acked_length), final_length)
@@ -198,13 +198,18 @@ class SlotTable:
         self.decode_limit[rows] = np.where(is_fed, limit, 0)
 
     def num_known_pages(self, slots: IndexArray) -> Int32Array:
-        """Of each: leading pages that batches sent so far fill, and whose ids are all known."""
+        """[slots] leading pages that batches sent so far fill, and of which all ids are known."""
         known_lengths = self.prompt_length[slots] + self.known[slots]
         num_pages: Int32Array = np.minimum(self.length[slots], known_lengths) // self.page_size
         return num_pages
 
+    def fully_planned(self) -> IndexArray:
+        """Running slots without a token to plan: no batch to come needs their pages."""
+        slots: IndexArray = ((self.length == self.final_length) & (self.order >= 0)).nonzero()[0]
+        return slots
+
     def is_stop(self, rows: IndexArray, token_ids: Int32Array) -> BoolArray:
-        """Which of these tokens, one for each row, is among the stop ids of its row."""
+        """[rows] whether the token of each row is among its stop ids."""
         found: BoolArray = np.zeros(len(rows), np.bool_)
         for column in self._stop_ids[: self._num_stop_ids.max()]:
             found |= column[rows] == token_ids

@@ -1,9 +1,9 @@
-"""The last generated tokens of every slot: where a step's results land, all rows at once.
+"""The last generated tokens of every slot: where a batch's results land, all rows at once.
 
-A ring for each slot. Token t of a sequence, counted from its first generated one, is in column
-t % columns; whenever a ring is full, its content moves to the sequence as one array. So memory follows
-what was really generated, rows stay close together however long sequences grow, and moving costs a
-sequence a few microseconds every ``columns`` tokens. With 8 columns::
+Each slot has a ring. Token t of a sequence, counted from its first generated one, is in column t % columns.
+Whenever a ring is full, its content moves to the sequence as one array. So memory follows the number of
+tokens that were really generated, rows stay close together however long sequences grow, and moving costs a
+few microseconds per sequence every ``columns`` tokens. With 8 columns::
 
     sequence.stored            window row          t:  0..15 stored, 16..18 in the ring,
     [t0 .. t7] [t8 .. t15]     t16 t17 t18 . . .   19 is next
@@ -31,8 +31,8 @@ class TokenWindow:
     """Rings of generated tokens over the slots of a table.
 
     Args:
-        slots: whose ``known`` counts the tokens of each slot.
-        max_undelivered: tokens of one slot that one step may bring; the ring holds at least as many.
+        slots: the table; its ``known`` counts the tokens of each slot.
+        max_undelivered: tokens of one slot that one turn may bring; a ring holds at least this number.
     """
 
     def __init__(self, slots: SlotTable, max_undelivered: int) -> None:
@@ -40,13 +40,13 @@ class TokenWindow:
         self._columns = 1 << (max(MIN_COLUMNS, max_undelivered) - 1).bit_length()
         size = slots.num_slots * self._columns
         self._ids: Int32Array = np.zeros(size, np.int32)
-        # Allocated when the first sequence asks for logprobs, and widened for more top ones.
+        # Allocated when the first sequence asks for logprobs, and widened when one asks for more top ones.
         self._logprobs: Float32Array = np.zeros(0, np.float32)
         self._top_ids: Int32Array = np.zeros((0, 0), np.int32)
         self._top_logprobs: Float32Array = np.zeros((0, 0), np.float32)
 
     def prepare(self, num_logprobs: int) -> None:
-        """A sequence that asks for so many enters; -1 for none."""
+        """Makes room for a sequence that asks for this number of top logprobs; -1 for no logprobs."""
         if num_logprobs < 0:
             return
         size = len(self._ids)
@@ -64,7 +64,13 @@ class TokenWindow:
     def append(
         self, rows: IndexArray, result: ForwardResult, sampling_rows: IndexArray | None = None
     ) -> None:
-        """Adds one token to each of ``rows``, from these sampling rows of a result; None: from all."""
+        """Adds one token to each of ``rows``.
+
+        Args:
+            rows: slots.
+            result: that brings the tokens.
+            sampling_rows: the row of the result for each slot; None where these are all its rows.
+        """
         slots = self._slots
         known = slots.known[rows]
         columns = known & (self._columns - 1)
@@ -79,19 +85,20 @@ class TokenWindow:
             self._store(rows[is_full])
 
     def store(self, slots: Rows[int]) -> None:
-        """Moves what the rings of these slots have to their sequences."""
+        """Moves the tokens in the rings of these slots to their sequences."""
         self._store(np.array(slots, np.intp))
 
     def unstored_ids(self, rows: IndexArray) -> tuple[Int32Array, Int32Array]:
-        """The ids of these slots that are in their rings only: row after row, and how many of each."""
+        """The ids that only the rings of these slots have: row after row, and how many of each row."""
         first = self._slots.stored[rows]
         counts = self._slots.known[rows] - first
         return self._ids[self._cells(rows, first, counts)[1]], counts
 
     def tokens(self, rows: IndexArray, first: Int32Array) -> GeneratedTokens:
-        """The known tokens of these slots from their ``first`` ones on, row after row, as one piece.
+        """The known tokens of these slots, from ``first`` of each on, row after row as one piece.
 
-        Logprobs only of those rows that asked; top ones flat, as many of each token as its row asked.
+        Only rows that asked for logprobs have them. Top logprobs are flat: as many of each token as its row
+        asked for.
         """
         slots = self._slots
         owners, cells = self._cells(rows, first, slots.known[rows] - first)
@@ -111,18 +118,18 @@ class TokenWindow:
     def _cells(
         self, rows: IndexArray, first: Int32Array, counts: Int32Array
     ) -> tuple[IndexArray, IndexArray]:
-        """Of each token of these slots, ``counts`` from ``first`` on: its slot, and its place."""
+        """The slot and the place of each of these tokens: ``counts`` of each row, from ``first`` on."""
         owners = np.repeat(rows, counts)
         skipped = np.repeat(np.cumsum(counts) - counts - first, counts)
         positions = np.arange(len(owners)) - skipped
         return owners, owners * self._columns + (positions & (self._columns - 1))
 
     def _store(self, rows: IndexArray) -> None:
-        """Moves what the rings of these slots have to their sequences."""
+        """Moves the tokens in the rings of these slots to their sequences."""
         slots = self._slots
         first, known = slots.stored[rows], slots.known[rows]
         slots.stored[rows] = known
-        # Rings are stored when they are full, so this is never wrapped around.
+        # Rings are stored when they are full, so these tokens never wrap around.
         starts = rows * self._columns + (first & (self._columns - 1))
         for slot, start, count, end in zip(
             rows.tolist(), starts.tolist(), (known - first).tolist(), known.tolist(), strict=True
@@ -175,7 +182,7 @@ class TokenWindow:
         ):
             if width == ring.shape[1]:
                 _as_items(ring)[cells] = _as_items(tops).take(sources)
-            else:  # slower; nobody wants what lies beyond either width
+            else:  # slower; what lies beyond either width was not asked for
                 common = min(width, ring.shape[1])
                 ring[cells, :common] = tops[sources, :common]
 

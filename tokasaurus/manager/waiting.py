@@ -1,13 +1,14 @@
 """The backlog: requests that live, and their sequences that do not run.
 
-Owns the request table, the queue, and who follows: of a request's samples one is in the queue, the
-*leader*; its *followers* fork from it when it has fed the prompt they share. Outside the queue are also a
-preempted sequence whose server is behind with acknowledging, and who waits for pages that another
-request's prompt is computing.
+Owns the request table, the queue, and the followers. One sample of a request is in the queue, the *leader*.
+Its *followers* fork from it when it has fed the prompt that they share. These also wait outside the queue:
 
-The queue is in order of priority, and of arrival within one. Preempted sequences arrived before everything
-of their priority that was never admitted, so they come first by themselves. Knows nothing of slots and
-pages.
+- a preempted sequence, until the server acknowledges enough of its tokens;
+- a sequence that needs pages that the prompt of another request is computing.
+
+The queue is in order of priority, and of arrival within one. Preempted sequences arrived before every
+sequence of their priority that was never admitted, so they come first without a rule of their own. Knows
+nothing of slots and pages.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tokasaurus.protocol.messages import MAX_PRIORITY, GenerateRequest, Pooling
 __all__ = ["Backlog", "priority_of"]
 
 _ARRIVAL_BITS = 40
-_NOBODY_FOLLOWS = (1 << 63) - 1  # after every order
+_NO_ORDER = (1 << 63) - 1  # after every order
 
 
 _Order = TypeVar("_Order", int, Int64Array)
@@ -78,12 +79,12 @@ class Backlog:
         return request
 
     def find(self, request_id: int, sample_index: int) -> Sequence | None:
-        """The sequence of that name, unless it has ended or never was."""
+        """The sequence of that name; None if it has ended or never existed."""
         request = self.requests.get(request_id)
         return request.sequences.get(sample_index) if request else None
 
     def head(self) -> Sequence | None:
-        """The sequence whose turn it is."""
+        """The first sequence of the queue; None if it is empty."""
         self._drop_stale()
         while self._heap and self._heap[0][1].state is not SequenceState.WAITING:
             self._pop_entry()
@@ -91,7 +92,7 @@ class Backlog:
         return self._heap[0][1] if self._heap else None
 
     def in_order(self) -> Iterator[Sequence]:
-        """The queue from its head on. Only parking is allowed in between."""
+        """The queue from its head on. Meanwhile it may change only by parking."""
         heap = self._heap
         # Entry i of a heap comes before its children 2i + 1 and 2i + 2.
         frontier = [(heap[0][0], 0)] if heap else []
@@ -126,34 +127,34 @@ class Backlog:
         self._num_stale += 1
 
     def wake(self, sequence: Sequence) -> None:
-        """The reason to wait may be gone."""
+        """Puts a parked sequence back into the queue, if nothing else keeps it from running."""
         if sequence.state is SequenceState.PARKED:
             self.resume(sequence)
 
     def acknowledged(self, sequence: Sequence, num_tokens: int) -> None:
-        """The server has searched so many tokens of a sequence without a slot."""
+        """The server has searched ``num_tokens`` of a sequence without a slot."""
         was_behind = not sequence.may_sample(self._stop_lag)
         sequence.num_acked = max(sequence.num_acked, num_tokens)
         if was_behind:
             self.wake(sequence)
 
     def num_followers(self, leader: Sequence) -> int:
-        """How many would fork from this sequence when it has fed its prompt."""
+        """How many sequences would fork from this one when it has fed its prompt."""
         request = leader.request
         return len(request.followers) if request.leader is leader else 0
 
     def next_follower_order(self, leader: Sequence) -> int:
-        """The order of the first of them, or more than any order."""
+        """The order of its first follower; more than any order where it has none."""
         if self.num_followers(leader) == 0:
-            return _NOBODY_FOLLOWS
+            return _NO_ORDER
         return next(reversed(leader.request.followers.values())).order
 
     def pop_followers(self, leader: Sequence, count: int) -> list[Sequence]:
-        """Takes the first of them out, to run."""
+        """Takes out the first ``count`` followers, to run."""
         return [leader.request.followers.popitem()[1] for _ in range(count)]
 
     def prompt_is_fed(self, leader: Sequence) -> None:
-        """Those who could not run as forks will feed what is not in the prefix cache once more."""
+        """Makes the next follower a leader: it will feed what is not in the prefix cache once more."""
         if leader.request.leader is leader:
             self._next_leads(leader.request)
 
@@ -196,7 +197,7 @@ class Backlog:
         return sequence
 
     def _drop_stale(self) -> None:
-        """Cleans the queue up where most of it is stale."""
+        """Removes stale entries where most are stale."""
         if self._num_stale * 2 <= len(self._heap):
             return
         for _, sequence in self._heap:

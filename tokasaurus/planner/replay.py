@@ -1,6 +1,6 @@
 """A trace in virtual time: the real manager, a simulated device, and an event queue instead of a clock.
 
-Three servers work side by side, each on one thing at a time: the manager takes ``manager_s`` for a step,
+Three servers work side by side, each on one thing at a time: the manager takes ``manager_s`` for a turn,
 the device what its cost model says for a batch, and the server ``server_s`` until it has looked for stop
 strings in what it got::
 
@@ -50,7 +50,7 @@ class Timing:
     """How long everything takes, in seconds."""
 
     cost: CostModel
-    manager_s: float | None = 0.0  # of a step; None: as long as the step really takes here
+    manager_s: float | None = 0.0  # of a turn; None: as long as the turn really takes here
     server_s: float = 0.0  # from an update to its acknowledgement
 
 
@@ -92,7 +92,7 @@ class Replay:
             self._post(request.arrival_s, generate_request(request, number))
 
     def advance(self) -> bool:
-        """One step of the manager; False once nothing is left to happen."""
+        """One turn of the manager; False once nothing is left to happen."""
         if not self._events:
             return False
         now = max(self._events[0].time, self._manager_free_at)
@@ -100,7 +100,7 @@ class Replay:
         while self._events and self._events[0].time <= now:
             messages.append(heapq.heappop(self._events).message)
         started = time.perf_counter()
-        actions = self._manager.step(messages, now)
+        actions = self._manager.take_turn(messages, now)
         manager_s = self._timing.manager_s
         done = now + (time.perf_counter() - started if manager_s is None else manager_s)
         self._manager_free_at = done

@@ -1,4 +1,4 @@
-"""The HTTP application: the endpoints, the shape of errors, and the OpenAPI document.
+"""The HTTP application: the routes, the shape of errors, and the OpenAPI document.
 
 ::
 
@@ -19,10 +19,10 @@ from tokasaurus.batch.runner import BatchRunner
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.server.document import document_answers
 from tokasaurus.server.http.access import Access
+from tokasaurus.server.http.answers import install_error_handlers
 from tokasaurus.server.http.direct import DirectRoutes
-from tokasaurus.server.http.errors import install_error_handlers
-from tokasaurus.server.metrics import CountRequests
-from tokasaurus.server.operations.execution import Answers
+from tokasaurus.server.http.request_counts import CountRequests
+from tokasaurus.server.operations.executor import Executor
 from tokasaurus.server.protocols.table import OPERATIONS
 from tokasaurus.server.routes.batches import BatchRequest, BatchRoutes
 from tokasaurus.server.routes.engine import EngineRoutes
@@ -43,23 +43,25 @@ def create_app(
 
     Args:
         config: the server's slice.
-        state: of the engine; its owner tells it when the engine is ready, drains and dies.
-        batches: runs batches, once its owner starts it; None serves without files and batches.
+        state: of the engine; its owner says when the engine is ready, drains and dies.
+        batches: runs batches, once its owner has started it; None leaves out files and batches.
     """
     app = FastAPI(title="Tokasaurus", version=__version__, redirect_slashes=False)
-    answers = Answers(state)
-    endpoints = Endpoints(config, state, answers)
+    executor = Executor(state, OPERATIONS)
+    endpoints = Endpoints(executor)
     app.include_router(endpoints.router())
-    app.include_router(SynchronousBatch(config, answers).router())
+    app.include_router(SynchronousBatch(config, executor).router())
     if batches is not None:
         app.include_router(FileRoutes(batches).router())
         app.include_router(BatchRoutes(batches).router())
     app.include_router(TokenRoutes(state).router())
     app.include_router(EngineRoutes(config, state).router())
     install_error_handlers(app)
-    app.add_middleware(DirectRoutes, endpoints.operations)  # innermost
+    # From the innermost layer to the outermost.
+    app.add_middleware(DirectRoutes, endpoints.handlers)
     app.add_middleware(Access, config)
-    if config.cors_origins:  # outside, so that pages can read refusals, and ask first without a key
+    if config.cors_origins:
+        # Around Access, so that web pages can read refusals, and ask first without a key.
         app.add_middleware(
             CORSMiddleware,
             allow_origins=config.cors_origins,
@@ -67,7 +69,7 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["X-Request-Id"],
         )
-    app.add_middleware(CountRequests, state.metrics.requests)  # outermost: refusals count too
+    app.add_middleware(CountRequests, state.metrics.requests)  # refusals too
     operations = [each for operation in OPERATIONS.values() for each in operation.schemas]
     document_answers(app, [*operations, BatchRequest, *TOKEN_SCHEMAS])
     return app

@@ -1,7 +1,7 @@
 """The OpenAPI document: what each route reads and answers.
 
-FastAPI sees neither: the routes read their bodies themselves, and write bytes. So what it finds is the list of
-routes; the rest is said here, and tests ask every route whether it is true.
+FastAPI sees neither, since the routes read their bodies themselves and write bytes. It contributes
+the list of routes; the rest is said here, and tests check every route against it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from tokasaurus.batch.records import Batch, StoredFile
 
 __all__ = ["document_answers"]
 
+_UNUSED_SCHEMAS = ("HTTPValidationError", "ValidationError")  # FastAPI's own errors
 _PLACE = "#/components/schemas/{model}"
 _JSON = "application/json"
 _STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
@@ -27,7 +28,7 @@ _OBJECT = {"type": "object"}
 
 
 def _object(**properties: Any) -> dict[str, Any]:
-    """Of which all these are always there; there may be others."""
+    """An object that always has these properties, and may have others."""
     return {"type": "object", "properties": properties, "required": [*properties]}
 
 
@@ -197,10 +198,10 @@ _PARAMETERS: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]] = {
 
 
 def document_answers(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> None:
-    """Completes the document of an application, when it is asked for.
+    """Completes the OpenAPI document of an application.
 
     Args:
-        app: has its routes.
+        app: with its routes.
         bodies: the schemas of requests that the routes refer to.
     """
     generate = app.openapi
@@ -209,10 +210,7 @@ def document_answers(app: FastAPI, bodies: Sequence[type[BaseModel]]) -> None:
         if app.openapi_schema is None:
             document = generate()
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
-            for name in (
-                "HTTPValidationError",
-                "ValidationError",
-            ):  # FastAPI's own, which never come
+            for name in _UNUSED_SCHEMAS:
                 schemas.pop(name, None)
             schemas.update(_schemas(bodies))
             for path, operations in document["paths"].items():

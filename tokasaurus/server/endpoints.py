@@ -1,4 +1,4 @@
-"""The endpoints, where the architecture notes say: they are in ``tokasaurus.server.routes``."""
+"""The endpoints under their documented name; they live in ``tokasaurus.server.routes``."""
 
 from tokasaurus.server.routes.generating import Endpoints
 

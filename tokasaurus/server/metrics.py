@@ -1,7 +1,7 @@
-"""What a server tells monitoring: the Prometheus metrics of one engine.
+"""The Prometheus metrics of one engine.
 
-Requests are observed when they end, and the manager's figures are copied when somebody asks; a generated
-token costs nothing here. docs/operations.md says what each metric means.
+Requests are observed when they end, and the manager's figures are copied when Prometheus asks, so a
+generated token costs nothing here. docs/operations.md says what each metric means.
 """
 
 from __future__ import annotations
@@ -14,19 +14,17 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokasaurus.protocol.messages import Statistics
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.generations import Generations
 
-__all__ = ["CountRequests", "Figure", "Metrics", "figures", "kv_use"]
+__all__ = ["Figure", "Metrics", "figures", "kv_use"]
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500)
 _SECONDS_PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
-_OTHER_PATHS = "other"
 
-# Of the manager: name behind "tokasaurus_", field of Statistics, help.
+# The manager's figures: name after "tokasaurus_", field of Statistics, help.
 _TOTALS = (
     ("computed_prompt_tokens", "num_prefill_tokens", "Prompt tokens computed"),
     ("cached_prompt_tokens", "num_cached_tokens", "Prompt tokens found in the prefix cache"),
@@ -52,10 +50,10 @@ _STATE = (
 
 
 class Metrics:
-    """The metrics of one engine; watches its generations.
+    """The metrics of one engine. Watches its generations.
 
     Args:
-        figures: the engine's at the moment.
+        figures: gives the engine's figures at the moment.
         clock: seconds.
     """
 
@@ -93,17 +91,18 @@ class Metrics:
         )
         self._token_s = Histogram(
             "tokasaurus_time_per_output_token_seconds",
-            "From the first token of a prompt to its end, divided by the further tokens of a sample",
+            "From the first token of a prompt to its end, divided by the further tokens of a"
+            " sample",
             buckets=_SECONDS_PER_TOKEN,
             registry=registry,
         )
         registry.register(_Figures(figures))
 
     def text(self) -> bytes:
-        """All of them in Prometheus' text format."""
+        """All metrics, in Prometheus' text format."""
         return generate_latest(self._registry)
 
-    # --- what Generations tells of each prompt -----------------------------------------------------
+    # --- a Watcher of generations -----------------------------------------------------------------
 
     def started(self, generation: Generation) -> None:
         generation.started_at = self._clock()
@@ -113,7 +112,7 @@ class Metrics:
         generation.began_at = self._clock()
 
     def ended(self, generation: Generation, outcome: str) -> None:
-        """Outcome is finished, aborted, refused (by the manager) or failed (with the engine)."""
+        """The outcome is finished, aborted, refused by the manager or failed with the engine."""
         self._outcomes[outcome].inc()
         if outcome != "finished":
             return
@@ -129,16 +128,23 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Figure:
-    """One number of the moment."""
+    """One number at one moment.
 
-    name: str  # behind "tokasaurus_"
+    Attributes:
+        name: after "tokasaurus_".
+        meaning: for people.
+        value: at this moment.
+        is_total: the value counts from the start of the engine.
+    """
+
+    name: str
     meaning: str
     value: float
-    is_total: bool = False  # since the start
+    is_total: bool = False
 
 
 def figures(generations: Generations | None) -> Iterator[Figure]:
-    """The manager's figures, as it last sent them, and the server's own; nothing before it has."""
+    """The manager's latest figures, and the server's own; none before the manager has sent any."""
     statistics = None if generations is None else generations.statistics
     if generations is None or statistics is None:
         return
@@ -163,7 +169,7 @@ def kv_use(statistics: Statistics) -> float:
 
 
 class _Figures(Collector):
-    """Copies the figures when somebody asks."""
+    """Copies the figures when Prometheus asks."""
 
     def __init__(self, figures: Callable[[], Iterable[Figure]]) -> None:
         self._figures = figures
@@ -172,35 +178,3 @@ class _Figures(Collector):
         for figure in self._figures():
             family = CounterMetricFamily if figure.is_total else GaugeMetricFamily
             yield family(f"tokasaurus_{figure.name}", figure.meaning, figure.value)
-
-
-class CountRequests:
-    """A plain ASGI layer that counts answers by route and status.
-
-    Args:
-        app: what is inside.
-        counter: with the labels path and status.
-    """
-
-    def __init__(self, app: ASGIApp, counter: Counter) -> None:
-        self._app = app
-        self._counter = counter
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        status = 500  # where nothing is answered, the layer around this one does
-
-        def noting(message: Message) -> object:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            return send(message)
-
-        try:
-            await self._app(scope, receive, noting)  # type: ignore[arg-type]
-        finally:
-            # The route and not the path: anybody can think of another path.
-            path = getattr(scope.get("route"), "path", _OTHER_PATHS)
-            self._counter.labels(path, str(status)).inc()

@@ -1,4 +1,4 @@
-"""What a server reports by itself: a line in the log now and then, and gauges to a statsd daemon."""
+"""What a server reports unasked: a line in the log now and then, and gauges to a statsd daemon."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _PACKET_BYTES = 1400  # fits an Ethernet frame
 
 
 async def report(config: ServerConfig, generations: Generations) -> None:
-    """Reports as configured, for ever. Nothing that happens to a report disturbs anybody."""
+    """Reports as configured, until it is cancelled. A report that fails has no other effect."""
     await asyncio.gather(
         _print_lines(config.stats_report_s, generations),
         _send_gauges(config.statsd_address, generations),
     )
 
 
-# --- the line ---------------------------------------------------------------------------------------
+# --- the line -------------------------------------------------------------------------------------
 
 
 async def _print_lines(period_s: float, generations: Generations) -> None:
@@ -45,7 +45,7 @@ async def _print_lines(period_s: float, generations: Generations) -> None:
 
 
 class StatisticsLine:
-    """The engine's work since the line before, in one line; none where there was no work.
+    """Sums the engine's work up in one line, since the previous line.
 
     Args:
         generations: of the engine.
@@ -61,7 +61,7 @@ class StatisticsLine:
         self._told_at = clock()
 
     def next(self) -> str | None:
-        """The line; None if nothing has changed since the one before."""
+        """The next line; None if there was no work since the previous one."""
         now, before = self._clock(), self._before
         current = self._generations.statistics
         elapsed_s = max(now - self._told_at, 1e-9)
@@ -93,7 +93,7 @@ class StatisticsLine:
 
 
 def _count(number: float) -> str:
-    """A number with at most three digits that count: 7, 950, 12.3k."""
+    """A number with at most three significant digits: 7, 950, 12.3k."""
     if number < 10:
         return f"{number:.1f}".removesuffix(".0")
     for unit in ("", "k", "M", "G"):
@@ -110,7 +110,7 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
-# --- statsd -----------------------------------------------------------------------------------------
+# --- statsd ---------------------------------------------------------------------------------------
 
 
 async def _send_gauges(address: tuple[str, int] | None, generations: Generations) -> None:
@@ -118,7 +118,7 @@ async def _send_gauges(address: tuple[str, int] | None, generations: Generations
         return
     try:
         found = await asyncio.get_running_loop().getaddrinfo(*address, type=socket.SOCK_DGRAM)
-    except (OSError, UnicodeError) as error:  # the latter for what cannot be a name
+    except (OSError, UnicodeError) as error:  # UnicodeError: this cannot be a host name
         log.warning("no statsd gauges: %s:%d: %s", *address, error)
         return
     family, kind, protocol, _, resolved = found[0]
@@ -129,13 +129,13 @@ async def _send_gauges(address: tuple[str, int] | None, generations: Generations
             if generations.statistics is not sent:
                 sent = generations.statistics
                 for packet in statsd_packets(figures(generations)):
-                    with contextlib.suppress(OSError):  # nobody listens, or not fast enough
+                    with contextlib.suppress(OSError):  # the daemon is away, or too slow
                         sender.sendto(packet, resolved)
             await asyncio.sleep(_GAUGES_EVERY_S)
 
 
 def statsd_packets(found: Iterable[Figure]) -> Iterator[bytes]:
-    """The figures as gauges, several lines to a packet."""
+    """The figures as gauges, several lines in a packet."""
     packet = b""
     for figure in found:
         value = figure.value

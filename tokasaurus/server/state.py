@@ -1,4 +1,4 @@
-"""Whether the engine behind the server can serve: the composition root says so, the endpoints ask.
+"""Whether the engine behind the server can serve. The composition root says so; the routes ask.
 
 ::
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from tokasaurus.errors import EngineDead, EngineNotReady
 from tokasaurus.protocol.messages import Statistics
@@ -17,9 +18,17 @@ from tokasaurus.server.metrics import Figure, Metrics, figures
 from tokasaurus.text.generations import Etas, Generations
 from tokasaurus.text.preparation import Preparer
 
-__all__ = ["EngineState"]
+__all__ = ["Engine", "EngineState"]
 
 _POLL_S = 0.02
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine whose model is loaded, as requests see it."""
+
+    preparer: Preparer
+    generations: Generations
 
 
 class EngineState:
@@ -32,15 +41,14 @@ class EngineState:
 
     def __init__(self) -> None:
         self.status = "loading"
-        self._preparer: Preparer | None = None
-        self._generations: Generations | None = None
+        self._engine: Engine | None = None
         self._reason = ""
         self.metrics = Metrics(self.figures)
 
     def ready(self, preparer: Preparer, generations: Generations) -> None:
-        """The model is loaded: requests may come."""
+        """The model is loaded, and requests may come."""
         if self.status == "loading":
-            self.status, self._preparer, self._generations = "ok", preparer, generations
+            self.status, self._engine = "ok", Engine(preparer, generations)
 
     def drain(self) -> None:
         """New requests are refused from now on; those in flight go on."""
@@ -52,8 +60,8 @@ class EngineState:
         if self.status == "dead":
             return
         self.status, self._reason = "dead", reason
-        if self._generations is not None:
-            self._generations.fail_all(EngineDead(reason))
+        if self._engine is not None:
+            self._engine.generations.fail_all(EngineDead(reason))
 
     async def drained(self) -> None:
         """Returns when nothing is in flight any more."""
@@ -62,24 +70,24 @@ class EngineState:
 
     @property
     def num_running(self) -> int:
-        """Prompts in flight."""
-        return 0 if self._generations is None else len(self._generations)
+        """The number of prompts in flight."""
+        return 0 if self._engine is None else len(self._engine.generations)
 
     @property
     def statistics(self) -> Statistics | None:
-        """What the manager has counted; None until it has said."""
-        return None if self._generations is None else self._generations.statistics
+        """The manager's latest statistics; None before the first ones."""
+        return None if self._engine is None else self._engine.generations.statistics
 
     def etas(self) -> Etas:
-        """When what is in flight is predicted to end."""
-        return Etas({}, 0.0) if self._generations is None else self._generations.etas()
+        """When everything in flight is predicted to end."""
+        return Etas({}, 0.0) if self._engine is None else self._engine.generations.etas()
 
     def figures(self) -> Iterator[Figure]:
-        """What there is to tell monitoring; nothing before the engine has begun."""
-        return figures(self._generations)
+        """The figures for monitoring; none before the engine is ready."""
+        return figures(None if self._engine is None else self._engine.generations)
 
     def check(self) -> None:
-        """Raises EngineNotReady or EngineDead if nothing can be served."""
+        """Raises EngineNotReady or EngineDead if the engine cannot serve."""
         if self.status == "loading":
             raise EngineNotReady("the model is still loading; try again in a moment")
         if self.status == "draining":
@@ -87,14 +95,8 @@ class EngineState:
         if self.status == "dead":
             raise EngineDead(f"the engine is dead: {self._reason}")
 
-    def preparer(self) -> Preparer:
-        """Who prepares a request, right now. Raises what ``check`` raises."""
+    def engine(self) -> Engine:
+        """The engine, which can serve at this moment. Raises what ``check`` raises."""
         self.check()
-        assert self._preparer is not None
-        return self._preparer
-
-    def generations(self) -> Generations:
-        """Where to start a request, right now. Raises what ``check`` raises."""
-        self.check()
-        assert self._generations is not None
-        return self._generations
+        assert self._engine is not None
+        return self._engine

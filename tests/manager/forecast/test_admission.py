@@ -1,101 +1,66 @@
-"""The forecast between two refreshes against one computed anew, and what must not be left of anything."""
+"""Admission by forecast: what it says against what comes, and when it is asked."""
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
-from simulation import Simulation, World, make_admission, make_config, make_request, prompt
+from collections.abc import Callable
 
-from tokasaurus.protocol.messages import AbortRequest
+from simulation import World, make_admission, make_config, make_request, prompt
 
-KNOWN = make_admission(predict_lengths=False)
+from tokasaurus.manager.forecast.admission import REFRESH_INTERVAL
+from tokasaurus.protocol.messages import AbortRequest, FromServer
 
-
-def curves(world: World) -> tuple[np.ndarray, np.ndarray]:
-    """Use of pages from now on: patched, and computed anew."""
-    admission = world.manager._admission
-    admission._apply_patches()
-    patched = admission._coming().copy()
-    admission._now -= 1  # a refresh is for the step whose decode rows were planned last
-    admission.refresh((), 24)
-    admission._now += 1
-    return np.trim_zeros(patched, "b"), np.trim_zeros(admission._coming(), "b")
+KNOWN = make_admission(predict_lengths=False)  # every sequence is as long as max_tokens
 
 
-def crowded(**changes: object) -> World:
+def crowded() -> World:
     """A world in which the forecast is asked from the beginning."""
-    world = World(make_config(num_pages=24, admission=KNOWN, scheduling_steps_ahead=1, **changes))
-    world.step(*[make_request(i, prompt(7, i), 24) for i in range(10)])
-    world.step(num_results=1)
+    world = World(make_config(num_pages=24, admission=KNOWN, scheduling_steps_ahead=1))
+    world.turn(*[make_request(i, prompt(7, i), 24) for i in range(10)])
     return world
 
 
-def test_who_is_admitted_is_in_the_forecast() -> None:
-    patched, anew = curves(crowded())
-    assert patched.size > 10
-    assert patched.tolist() == anew.tolist()
-
-
-def test_who_ends_is_not() -> None:
-    world = crowded()
-    world.step(AbortRequest(0), AbortRequest(1))
-    patched, anew = curves(world)
-    assert patched.tolist() == anew.tolist()
-    world.drain()
-
-
-def test_forks_share_their_prompt_in_the_forecast() -> None:
+def of_many_samples() -> World:
     world = World(make_config(num_pages=24, admission=KNOWN, scheduling_steps_ahead=1))
-    world.step(make_request(1, prompt(18), 14, n=8))
-    world.step(num_results=1)
-    patched, anew = curves(world)
-    assert patched.tolist() == anew.tolist()
+    world.turn(make_request(1, prompt(18), 14, n=8), make_request(2, prompt(18, 1), 14, n=8))
+    return world
+
+
+def forecast_error(make_world: Callable[[], World], delay: int, *events: FromServer) -> int:
+    """Pages by which the next three forecasts are wrong, where these events come after some turns."""
+    world = make_world()
+    counters = world.manager.counters
+    for _ in range(delay):
+        world.turn(num_results=1)
+    world.turn(*events, num_results=1)
+    before, num_before = counters.num_forecast_pages_off, counters.num_forecasts
+    for _ in range(3 * REFRESH_INTERVAL):
+        world.turn(num_results=1)
+    assert counters.num_forecasts > num_before
     world.drain()
+    return counters.num_forecast_pages_off - before
 
 
-def test_pages_found_in_the_cache_count_once_while_the_rest_is_fed() -> None:
-    world = World(
-        make_config(
-            num_pages=64, max_tokens_per_forward=8, admission=KNOWN, scheduling_steps_ahead=1
-        )
-    )
-    world.finish(make_request(0, prompt(20), 4))
-    world.step(*[make_request(i, prompt(20) + prompt(18, i), 4) for i in (1, 2)])
-    assert len(world.manager._running.prefilling) == 1
-    world.step(num_results=1)
-    pages = world.manager._running.pages
-    world.manager._admission.refresh((), 8)
-    assert world.manager._admission._coming()[0] == pages.pool.num_pages - pages.num_available
-    world.drain()
+def test_the_forecast_comes_true_where_lengths_are_known() -> None:
+    """It is patched with every sequence that is admitted between two refreshes."""
+    for make_world in (crowded, of_many_samples):
+        assert forecast_error(make_world, 0) == 0, make_world.__name__
 
 
-def test_nothing_is_learned_where_nothing_is_to_be_learned() -> None:
-    world = World(make_config(admission=make_admission(learn_lengths=False)))
-    for index in range(20):
-        world.finish(make_request(index, prompt(5, index), 4, n=3))
-    lengths = world.manager._admission._lengths
-    assert lengths._num_handles == 0
-    assert not lengths._closed
+def test_sequences_that_are_aborted_leave_the_forecast() -> None:
+    """In any step between two refreshes. (After none, a refresh falls on the step in which sequences end.)"""
+    aborts = AbortRequest(0), AbortRequest(1)
+    delays = range(1, REFRESH_INTERVAL)
+    errors = {delay: forecast_error(crowded, delay, *aborts) for delay in delays}
+    assert errors == dict.fromkeys(delays, 0)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_nothing_is_left_when_all_have_ended(seed: int) -> None:
-    world = Simulation.of_seed(7_000 + seed)
-    world.run()
-    running = world.manager._running
-    assert not running.resting
-    assert not running.in_progress.sequences()
-    assert not running.prefixes.num_holders.any()
-    assert (running.prefixes.leaf == -1).all()
-
-
-def test_who_becomes_the_head_is_asked_about_at_once() -> None:
+def test_a_new_head_of_the_queue_is_asked_about_at_once() -> None:
     world = crowded()
-    for _ in range(3):
-        world.step(num_results=1)
+    for _ in range(4):
+        world.turn(num_results=1)
     admission, backlog = world.manager._admission, world.manager._backlog
     assert not admission.may_ask(backlog.head())  # it was refused, and nothing happened since
-    num_running = world.manager._running.num_running
-    world.step(make_request(99, prompt(2, 99), 2, priority=-1), num_results=1)
-    assert world.manager._running.num_running == num_running + 1
+    num_running = world.manager.gauges().num_decoding
+    world.turn(make_request(99, prompt(2, 99), 2, priority=-1), num_results=1)
+    assert world.manager.gauges().num_decoding == num_running + 1
     world.drain()

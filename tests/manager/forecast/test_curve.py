@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from tokasaurus.manager.forecast.curve import Forecast, Forest, Sequences
+from tokasaurus.manager.forecast.curve import Forecast, ForecastRows, Forest
 from tokasaurus.manager.kv.shared_prefixes import SharedPrefixes
+from tokasaurus.rounding import ceil_div
 
 # length, num_pages, num_prompt_tokens, num_steps, leaf
 Row = tuple[int, int, int, int, int]
@@ -46,8 +47,8 @@ class State:
         return pages
 
 
-def columns(rows: list[Row]) -> Sequences:
-    return Sequences(*np.array(rows, np.int64).reshape(-1, 5).T)
+def columns(rows: list[Row]) -> ForecastRows:
+    return ForecastRows(*np.array(rows, np.int64).reshape(-1, 5).T)
 
 
 class Simulated:
@@ -105,7 +106,7 @@ def random_state(rng: np.random.Generator) -> State:
         num_shared = len(state.path(leaf))
         length = num_shared * size + int(rng.integers(1, 4 * size))
         num_steps = int(rng.integers(0, 30))
-        num_pages = -(-length // size)
+        num_pages = ceil_div(length, size)
         if is_waiting or rng.random() < 0.3:
             num_to_feed = int(rng.integers(1, length - num_shared * size + 1))
             return length, num_pages, num_to_feed, num_steps, leaf
@@ -139,15 +140,18 @@ def check(seed: int) -> None:
         assert len(waiting_end) == num_waiting
 
 
-@pytest.mark.parametrize("part", range(8))
-def test_equals_simulation(part):
-    for seed in range(part * 40, part * 40 + 40):
+def test_forecasts_equal_a_simulation_step_by_step():
+    for seed in range(320):
         check(seed)
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_many_sequences(seed):
-    """The most that fit, where bounds and cuts have something to do."""
+def test_the_most_of_many_sequences_that_fit_are_admissible():
+    """There bounds and cuts have something to do."""
+    for seed in range(10):
+        check_many_sequences(seed)
+
+
+def check_many_sequences(seed: int) -> None:
     rng = np.random.default_rng(seed)
     nodes = [(int(rng.integers(-1, node)) if node else -1, 2) for node in range(30)]
     state = State(
@@ -157,7 +161,13 @@ def test_many_sequences(seed):
     def random_row(num_to_feed: int) -> Row:
         leaf = int(rng.integers(-1, 30)) if seed % 2 else -1
         length = len(state.path(leaf)) * state.page_size + int(rng.integers(num_to_feed, 60)) + 1
-        return length, -(-length // state.page_size), num_to_feed, int(rng.integers(0, 400)), leaf
+        return (
+            length,
+            ceil_div(length, state.page_size),
+            num_to_feed,
+            int(rng.integers(0, 400)),
+            leaf,
+        )
 
     state.running = [random_row(int(rng.integers(0, 2))) for _ in range(200)]
     state.waiting = [random_row(int(rng.integers(1, 50))) for _ in range(300)]
@@ -169,7 +179,7 @@ def test_many_sequences(seed):
 
 
 @pytest.mark.long
-def test_equals_simulation_often():
+def test_ten_thousand_forecasts_equal_a_simulation():
     for seed in range(1000, 11_000):
         check(seed)
 
@@ -185,7 +195,7 @@ def test_nobody():
     assert forecast.num_admissible(0) == forecast.num_admissible(10) == 0
     assert [len(ends) for ends in forecast.finish_steps(10)] == [0, 0]
     assert forecast.prefill_pace(10, 100, 16) == 0
-    none = Sequences.none()
+    none = ForecastRows.none()
     assert Forecast(none, none, Forest.none(), page_size=1, prefill_rate=1).peak() == 0
 
 

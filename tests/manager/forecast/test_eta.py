@@ -9,11 +9,11 @@ from simulation import World, make_admission, make_config, make_request, prompt
 from tokasaurus.manager.forecast.eta import StepTimer
 
 
-def measured(world: World, num_steps: int) -> None:
-    """Steps of a second each."""
-    for _ in range(num_steps):
+def measured(world: World, num_turns: int) -> None:
+    """Turns of a second each."""
+    for _ in range(num_turns):
         world.now += 0.999
-        world.step(num_results=1)
+        world.turn(num_results=1)
 
 
 def exact_world(**changes: object) -> World:
@@ -25,13 +25,13 @@ def exact_world(**changes: object) -> World:
 def test_nothing_is_said_before_a_step_was_measured() -> None:
     world = exact_world()
     assert world.manager.eta() is None
-    world.step(make_request(1, prompt(5), 20))
+    world.turn(make_request(1, prompt(5), 20))
     assert world.manager.eta() is None
 
 
 def test_running_requests() -> None:
     world = exact_world(scheduling_steps_ahead=1)
-    world.step(make_request(1, prompt(5), 10), make_request(2, prompt(5, 1), 20))
+    world.turn(make_request(1, prompt(5), 10), make_request(2, prompt(5, 1), 20))
     measured(world, 4)
     eta = world.manager.eta()
     assert eta is not None
@@ -50,7 +50,7 @@ def test_running_requests() -> None:
 def test_the_queue() -> None:
     """Two at a time, of ten tokens each: nine requests need about five rounds."""
     world = exact_world(scheduling_steps_ahead=1, num_pages=8, max_seqs_per_forward=8)
-    world.step(*[make_request(index, prompt(5, index), 12) for index in range(9)])
+    world.turn(*[make_request(index, prompt(5, index), 12) for index in range(9)])
     measured(world, 2)
     eta = world.manager.eta()
     assert eta is not None
@@ -64,7 +64,7 @@ def test_the_queue() -> None:
 
 def test_samples_that_follow_count() -> None:
     world = exact_world(scheduling_steps_ahead=1, max_tokens_per_forward=6)
-    world.step(make_request(1, prompt(30), 10, n=5))
+    world.turn(make_request(1, prompt(30), 10, n=5))
     measured(world, 2)
     eta = world.manager.eta()
     assert eta is not None
@@ -75,7 +75,7 @@ def test_samples_that_follow_count() -> None:
 def test_who_is_far_behind_in_the_queue_counts_as_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tokasaurus.manager.forecast.eta.MAX_QUEUED", 3)
     world = exact_world(scheduling_steps_ahead=1, num_pages=8)
-    world.step(*[make_request(index, prompt(5, index), 12) for index in range(20)])
+    world.turn(*[make_request(index, prompt(5, index), 12) for index in range(20)])
     measured(world, 2)
     eta = world.manager.eta()
     assert eta is not None

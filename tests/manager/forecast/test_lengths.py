@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from tokasaurus.manager.forecast.lengths import NO_GROUP, LengthPredictor
+from tokasaurus.manager.forecast.lengths import NO_GROUP, LengthPredictor, at_most_median
 
 NONE = np.empty(0, np.int64)
 
@@ -64,8 +64,12 @@ def survival_by_hand(ended, running, horizon: int) -> list[float]:
     return survival
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_predictions_have_the_distribution_counted_by_hand(seed):
+def test_predictions_have_the_distribution_counted_by_hand():
+    for seed in range(6):
+        check_predictions_by_hand(seed)
+
+
+def check_predictions_by_hand(seed: int) -> None:
     rng = np.random.default_rng(seed)
     predictor = LengthPredictor(60, memory=10**12, std_scale=0.0)
     limits = rng.integers(10, 61, 300)
@@ -164,11 +168,10 @@ def test_the_imagined_sequence_follows_the_requests():
     assert mean(predictor, 0, 100_000) > 20_000
 
 
-@pytest.mark.parametrize("prior", [None, 1.0])
-def test_requests_of_one_token_teach_nothing(prior):
+def test_requests_of_one_token_teach_nothing():
     """Embeddings and loglikelihoods, by the thousand, among requests for text."""
 
-    def predictions(num_of_one: int) -> list[np.ndarray]:
+    def predictions(num_of_one: int, prior: float | None) -> list[np.ndarray]:
         predictor = LengthPredictor(4000, memory=100, prior_mean=prior)
         told = []
         for lengths in ([30, 300] * 4, [60, 600] * 40):
@@ -182,8 +185,9 @@ def test_requests_of_one_token_teach_nothing(prior):
             told += [sample(predictor, 0, 2000), sample(predictor, 0, 2000, group)]
         return told
 
-    for beside, alone in zip(predictions(5000), predictions(0), strict=True):
-        assert (beside == alone).all()
+    for prior in (None, 1.0):
+        for beside, alone in zip(predictions(5000, prior), predictions(0, prior), strict=True):
+            assert (beside == alone).all(), f"prior {prior}"
 
 
 def test_numbers_in_a_row_are_spread_evenly():
@@ -196,6 +200,22 @@ def test_numbers_in_a_row_are_spread_evenly():
         )
         counts, _ = np.histogram(predicted, octiles)
         assert np.abs(counts - 8).max() <= 2
+
+
+def test_a_number_lowered_to_the_median_is_never_predicted_longer():
+    predictor = taught()
+    numbers = np.arange(1000, 1256)
+    none = column(NO_GROUP, 256)
+
+    def predicted(of):
+        return predictor.predict(none, np.zeros(256, int), column(8000, 256), of)
+
+    lowered = predicted(np.array([at_most_median(number) for number in numbers.tolist()]))
+    median = np.median(sample(predictor, 0, 8000))
+    assert lowered.max() == pytest.approx(median, rel=0.01)
+    is_short = predicted(numbers) <= median
+    assert 120 <= is_short.sum() <= 136
+    assert (lowered[is_short] == predicted(numbers)[is_short]).all()
 
 
 def test_a_sequence_is_predicted_the_same_as_long_as_it_lives_on():
@@ -388,8 +408,12 @@ def test_a_group_at_its_limit_is_long():
 
 
 @pytest.mark.parametrize("draw", [lognormal, exponential, two_points])
-@pytest.mark.parametrize("scale", [0.25, 2.0])
-def test_margin_is_in_deviations_of_the_sum(draw, scale):
+def test_margin_is_in_deviations_of_the_sum(draw):
+    for scale in (0.25, 2.0):
+        check_margin(draw, scale)
+
+
+def check_margin(draw, scale: float) -> None:
     lengths = draw(np.random.default_rng(9), 30_000)
     num = 4096
     sums = []
@@ -445,8 +469,12 @@ def test_handles_are_reused_and_start_afresh():
     assert mean(predictor, 0, 8000, first) > 350
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_bounds_and_determinism(seed):
+def test_predictions_keep_their_bounds_and_are_the_same_each_time():
+    for seed in range(6):
+        check_bounds_and_determinism(seed)
+
+
+def check_bounds_and_determinism(seed: int) -> None:
     def run():
         rng = np.random.default_rng(seed)
         max_length = int(rng.choice([1, 7, 100, 5000, 131_072]))

@@ -1,4 +1,4 @@
-"""What our models say against what transformers says, in fp32."""
+"""Our models against those of transformers, in fp32."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import VOCAB_SIZE
+from naming import named
 from oracle import assert_greedy, reference_generate, reference_model
 from worker_driver import Enter, generate, make_driver
 
 from tokasaurus.protocol.messages import LogprobsMode, Sampling
+from tokasaurus.rounding import ceil_div
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ def random_ids(count: int, seed: int = 0) -> list[int]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_all_logprobs_of_a_prompt(checkpoint, variant):
-    """Every logit of every position, as prompt logprobs of the whole vocabulary."""
+def test_every_logprob_of_every_prompt_position_is_that_of_transformers(checkpoint, variant):
+    """The prompt logprobs cover the whole vocabulary."""
     path = checkpoint(variant.architecture, **variant.options)
     ids = random_ids(150)
     driver = make_driver(path)
@@ -70,15 +72,10 @@ def test_all_logprobs_of_a_prompt(checkpoint, variant):
     torch.testing.assert_close(torch.tensor(result.prompt_logprobs), chosen, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("page_size", [1, 16, 64])
-@pytest.mark.parametrize("attention", ["reference", "compiled"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-def test_greedy_tokens(checkpoint, architecture, attention, page_size):
-    """Chunked prefill, then paged decode over shuffled pages."""
-    path = checkpoint(architecture, num_heads=3, num_kv_heads=1, rope="llama3", shards=2)
+def check_greedy_tokens(path, attention, page_size):
     prompt = random_ids(50, seed=page_size)
     driver = make_driver(
-        path, attention=attention, page_size=page_size, num_pages=-(-256 // page_size)
+        path, attention=attention, page_size=page_size, num_pages=ceil_div(256, page_size)
     )
     ids, logprobs = generate(driver, prompt, 64, chunk=17)
     assert_greedy(path, prompt, ids, logprobs)
@@ -86,8 +83,18 @@ def test_greedy_tokens(checkpoint, architecture, attention, page_size):
         assert ids == reference_generate(path, prompt, 64)
 
 
-def test_a_crowd(checkpoint):
-    """Many sequences that start, wait, run in chunks and end at different times, in every kind of batch."""
+@pytest.mark.parametrize("attention", ["reference", "compiled"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_greedy_tokens_are_those_of_transformers(checkpoint, architecture, attention):
+    """After chunked prefill and paged decode over shuffled pages."""
+    path = checkpoint(architecture, num_heads=3, num_kv_heads=1, rope="llama3", shards=2)
+    for page_size in (1, 16, 64):
+        with named(page_size):
+            check_greedy_tokens(path, attention, page_size)
+
+
+def test_many_sequences_in_mixed_batches_match_transformers(checkpoint):
+    """They start, wait, run in chunks and end at different times."""
     path = checkpoint("llama", tied=True)
     driver = make_driver(path, num_pages=200, num_slots=12)
     source = random.Random(5)
@@ -120,8 +127,8 @@ def test_a_crowd(checkpoint):
         assert_greedy(path, prompt, got[slot], logprobs[slot])
 
 
-def test_going_on_after_a_preemption(checkpoint):
-    """Prompt and generated ids as a new prompt in another slot continue the same random stream."""
+def test_a_preempted_sequence_continues_the_same_random_stream(checkpoint):
+    """It returns in another slot; its prompt and generated ids are the new prompt."""
     path = checkpoint("qwen2", tied=True)
     driver = make_driver(path)
     prompt = random_ids(30)
@@ -135,24 +142,24 @@ def test_going_on_after_a_preemption(checkpoint):
     assert max(logprobs) < 0
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("attention", ["reference", "compiled"])
-def test_half_precision_is_close(checkpoint, dtype, attention):
-    path = checkpoint("qwen3", tied=True)
+def check_half_precision(path, attention, dtype, tolerance):
     prompt = random_ids(40)
     driver = make_driver(path, dtype=dtype, attention=attention)
     ids, logprobs = generate(driver, prompt, 20)
     with torch.inference_mode():
         logits = reference_model(path)(torch.tensor([prompt + ids])).logits[0, 39:-1]
     expected = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
-    tolerance = 0.5 if dtype == "bfloat16" else 0.1
     torch.testing.assert_close(torch.tensor(logprobs), expected, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("mode", LogprobsMode)
-def test_prompt_logprobs_in_chunks(checkpoint, mode):
-    """One for each token after the first, whatever the chunks; in the mode of the sequence."""
-    path = checkpoint("llama", tied=True)
+@pytest.mark.parametrize("attention", ["reference", "compiled"])
+def test_logprobs_in_half_precision_are_close_to_fp32(checkpoint, attention):
+    for dtype, tolerance in (("bfloat16", 0.5), ("float16", 0.1)):
+        with named(dtype):
+            check_half_precision(checkpoint("qwen3", tied=True), attention, dtype, tolerance)
+
+
+def check_prompt_logprobs(path, mode):
     ids = random_ids(40)
     with torch.inference_mode():
         logits = reference_model(path)(torch.tensor([ids])).logits[0]
@@ -173,7 +180,8 @@ def test_prompt_logprobs_in_chunks(checkpoint, mode):
     got, top_ids, top = [], [], []
     for chunk in driver.chunks(0, ids, 13, 2):
         decode = [1] if chunk.start else []
-        extra = [] if chunk.start else [Enter(1, other)]  # asks for nothing
+        # A prompt that asks for no logprobs.
+        extra = [] if chunk.start else [Enter(1, other)]
         result = driver.step(decode, [*extra, chunk])
         assert len(result.prompt_logprobs) == len(chunk.ids) - chunk.ends_prompt
         got.extend(result.prompt_logprobs)
@@ -184,3 +192,10 @@ def test_prompt_logprobs_in_chunks(checkpoint, mode):
     best = expected[:-1].topk(2)
     assert top_ids == best.indices.tolist()
     torch.testing.assert_close(torch.tensor(top), best.values, atol=1e-4, rtol=0)
+
+
+def test_prompt_logprobs_do_not_depend_on_the_chunks(checkpoint):
+    """There is one for each token after the first, in the mode of the sequence."""
+    for mode in LogprobsMode:
+        with named(mode):
+            check_prompt_logprobs(checkpoint("llama", tied=True), mode)

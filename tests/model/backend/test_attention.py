@@ -1,4 +1,4 @@
-"""Every attention backend against dense attention in float64, over batches as the worker makes them."""
+"""Every attention backend against dense attention in float64, on batches like the worker's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from naming import named
 
 from tokasaurus.errors import ConfigError
 from tokasaurus.model.backend import make_backend
@@ -15,13 +16,14 @@ from tokasaurus.model.backend.cpu import build, compiled
 from tokasaurus.model.backend.cpu.compiled import CompiledBackend
 from tokasaurus.model.backend.reference import ReferenceBackend
 from tokasaurus.model.kv_cache import KVCache
+from tokasaurus.rounding import ceil_div
 
 CPU = torch.device("cpu")
 MAX_LENGTH = 200
 
 
 def make_cache(num_pages, page_size, num_kv_heads, head_dim, dtype=torch.float32, num_layers=1):
-    """Full of NaN, as uninitialised memory may be: whoever reads too far shows it."""
+    """A cache full of NaN, as uninitialised memory may be, so that reading too far shows."""
     cache = KVCache.allocate(
         num_layers=num_layers,
         num_pages=num_pages,
@@ -61,8 +63,8 @@ class DenseOracle:
 
 
 def random_steps(rng, num_sequences, num_steps, page_size):
-    """Batches that mix chunks of prompts with decode rows; page tables in a shuffled order."""
-    columns = -(-MAX_LENGTH // page_size)
+    """Batches that mix chunks of prompts with decode rows, over shuffled pages."""
+    columns = ceil_div(MAX_LENGTH, page_size)
     pages = rng.permutation(num_sequences * columns).astype(np.int32)
     page_table = torch.from_numpy(pages.reshape(num_sequences, columns))
     lengths = np.zeros(num_sequences, np.int32)
@@ -93,24 +95,22 @@ def backend_of(request):
     return get
 
 
-@pytest.mark.parametrize(
-    ("num_heads", "num_kv_heads", "head_dim"),
-    [
-        (4, 2, 16),
-        (3, 1, 32),
-        (9, 3, 64),
-        (5, 5, 80),
-        (8, 1, 128),
-        (2, 2, 20),
-        (6, 2, 6),
-        (40, 1, 8),
-    ],
-)
-@pytest.mark.parametrize("page_size", [1, 16, 64])
-def test_against_dense(backend_of, num_heads, num_kv_heads, head_dim, page_size):
+HEADS = [  # num_heads, num_kv_heads, head_dim
+    (4, 2, 16),
+    (3, 1, 32),
+    (9, 3, 64),
+    (5, 5, 80),
+    (8, 1, 128),
+    (2, 2, 20),
+    (6, 2, 6),
+    (40, 1, 8),
+]
+
+
+def check_against_dense(backend_of, num_heads, num_kv_heads, head_dim, page_size):
     rng = np.random.default_rng(num_heads * 100 + page_size)
     torch.manual_seed(0)
-    cache = make_cache(4 * -(-MAX_LENGTH // page_size), page_size, num_kv_heads, head_dim)
+    cache = make_cache(4 * ceil_div(MAX_LENGTH, page_size), page_size, num_kv_heads, head_dim)
     backend, oracle = backend_of(cache, num_heads), DenseOracle()
     for rows in random_steps(rng, 4, 6, page_size):
         # As in the model: views into one wider tensor.
@@ -122,9 +122,14 @@ def test_against_dense(backend_of, num_heads, num_kv_heads, head_dim, page_size)
         torch.testing.assert_close(output.double(), expected, atol=5e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
-def test_half_precision(backend_of, dtype, tolerance):
-    """Inputs are rounded, sums are not: the error is that of rounding the result."""
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+def test_attention_in_fp32_matches_dense_attention(backend_of, page_size):
+    for heads in HEADS:
+        with named(heads):
+            check_against_dense(backend_of, *heads, page_size)
+
+
+def check_half_precision(backend_of, dtype, tolerance):
     rng = np.random.default_rng(1)
     torch.manual_seed(0)
     cache = make_cache(3 * 13, 16, 2, 24, dtype)
@@ -138,18 +143,24 @@ def test_half_precision(backend_of, dtype, tolerance):
         torch.testing.assert_close(output.double(), expected, atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("special", [0.0, -0.0, 6e-8, 5.9e-5, 65504.0, -1.5])
-def test_fp16_numbers_of_all_kinds(special):
-    """A single key: the output is its value, whatever it is."""
-    cache = make_cache(1, 16, 1, 8, torch.float16)
+def test_half_precision_rounds_the_inputs_and_the_result_but_not_the_sums(backend_of):
+    for dtype, tolerance in ((torch.bfloat16, 0.02), (torch.float16, 0.003)):
+        with named(dtype):
+            check_half_precision(backend_of, dtype, tolerance)
+
+
+def test_the_compiled_kernel_widens_every_kind_of_fp16_number():
+    """With a single key the output is its value."""
     rows = SequenceRows(
         *(np.array(x, np.int32) for x in ([0], [0, 1], [1], [0])),
         page_table=torch.zeros(1, 1, dtype=torch.int32),
     )
     one = torch.ones(1, 1, 8, dtype=torch.float16)
-    value = torch.full((1, 1, 8), special, dtype=torch.float16)
-    output = CompiledBackend(cache, 1).plan(rows).attend(0, one, one, value)
-    assert torch.equal(output, value)
+    for special in (0.0, -0.0, 6e-8, 5.9e-5, 65504.0, -1.5):
+        cache = make_cache(1, 16, 1, 8, torch.float16)
+        value = torch.full((1, 1, 8), special, dtype=torch.float16)
+        output = CompiledBackend(cache, 1).plan(rows).attend(0, one, one, value)
+        assert torch.equal(output, value), special
 
 
 def test_large_scores_do_not_overflow(backend_of):
@@ -162,13 +173,15 @@ def test_large_scores_do_not_overflow(backend_of):
         torch.arange(4, dtype=torch.int32).view(1, 4),
     )
     torch.manual_seed(0)
-    query, key, value = torch.randn(3, 40, 1, 16)
-    output = backend_of(cache, 1).plan(rows).attend(0, query * 100, key * 100, value)
-    expected = DenseOracle().attend(rows, query * 100, key * 100, value)
-    torch.testing.assert_close(output.double(), expected, atol=1e-3, rtol=1e-3)
+    # Scores of whole numbers are exact in every order of addition. Only the sum of values rounds.
+    query, key = torch.randint(-3, 4, (2, 40, 1, 16)) * 100.0
+    value = torch.randn(40, 1, 16)
+    output = backend_of(cache, 1).plan(rows).attend(0, query, key, value)
+    expected = DenseOracle().attend(rows, query, key, value)
+    torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_layers_do_not_mix(backend_of):
+def test_each_layer_has_its_own_keys_and_values(backend_of):
     cache = make_cache(1, 16, 1, 8, num_layers=2)
     rows = SequenceRows(
         *(np.array(x, np.int32) for x in ([0], [0, 2], [2], [0, 1])),
@@ -192,7 +205,7 @@ def no_compiler(monkeypatch, tmp_path):
     compiled._library.cache_clear()
 
 
-def test_without_a_compiler(no_compiler, caplog):
+def test_without_a_compiler_auto_falls_back_and_compiled_is_refused(no_compiler, caplog):
     cache = make_cache(1, 16, 1, 8)
     with caplog.at_level(logging.WARNING, "tokasaurus"):
         assert isinstance(make_backend("auto", cache, 1, CPU), ReferenceBackend)
@@ -201,7 +214,7 @@ def test_without_a_compiler(no_compiler, caplog):
         make_backend("compiled", cache, 1, CPU)
 
 
-def test_a_broken_compiler(monkeypatch, tmp_path):
+def test_a_failing_compiler_is_reported_and_leaves_no_file(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(build.BuildError, match="false failed"):
@@ -209,7 +222,7 @@ def test_a_broken_compiler(monkeypatch, tmp_path):
     assert list((tmp_path / "tokasaurus").iterdir()) == []
 
 
-def test_a_library_is_built_once(monkeypatch, tmp_path):
+def test_a_library_is_built_once_for_each_source(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     source = tmp_path / "answer.cpp"
     source.write_text('extern "C" int answer() { return 41; }')
@@ -222,7 +235,7 @@ def test_a_library_is_built_once(monkeypatch, tmp_path):
     assert build.load_library(source).answer() == 42
 
 
-def test_the_choice():
+def test_auto_prefers_the_compiled_backend():
     cache = make_cache(1, 16, 1, 8)
     assert isinstance(make_backend("reference", cache, 1, CPU), ReferenceBackend)
     assert isinstance(make_backend("compiled", cache, 1, CPU), CompiledBackend)

@@ -1,4 +1,4 @@
-"""Adjusted logits against plain Python, against transformers, and in any company."""
+"""Adjusted logits against plain Python and transformers, alone and in batches."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from adjustment_oracle import adjusted_logits, random_adjustments
+from naming import named
 from test_sampler import parameters
 
 from tokasaurus.errors import ProtocolError
@@ -23,12 +24,12 @@ CPU = torch.device("cpu")
 
 
 def make_table(num_slots, vocab_size):
-    """No sequence is longer than a thousand."""
+    """A table for sequences of at most a thousand ids."""
     return AdjustmentTable(num_slots, vocab_size, History(num_slots, 1000, 5000, CPU), CPU)
 
 
 def enter(table, entries):
-    """Lets sequences in: (slot, adjustments or None, prompt, generated)."""
+    """Sequences enter, each as (slot, adjustments or None, prompt, generated)."""
     slots = np.array([entry[0] for entry in entries], np.int32)
     count = len(entries)
     adjusted = []
@@ -53,22 +54,14 @@ def enter(table, entries):
 
 
 def one(adjustments, prompt, generated, logits):
-    """One row alone. The ids that were generated come with the sequence."""
+    """One row alone. Its generated ids come with the sequence."""
     table = make_table(1, len(logits))
     enter(table, [(0, adjustments, prompt, generated)])
     numbers = np.array([len(generated)], np.int32)
     return table.adjusted(torch.tensor([logits]), np.zeros(1, np.int32), numbers)[0]
 
 
-@pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("in_pieces", [False, True])
-def test_random_tables_against_plain_python(seed, in_pieces, monkeypatch):
-    """Slots come, go and are reused; what they generated comes with them or is recorded as drawn."""
-    if in_pieces:  # more ids than are looked at, or kept beside the logits, at once
-        monkeypatch.setattr(history_module, "_BLOCK", 4)
-        monkeypatch.setattr(history_module, "MAX_GATHERED", 3)
-        monkeypatch.setattr(adjustments_module, "MAX_GATHERED", 3)
-        monkeypatch.setattr(adjustments_module, "_MAX_LAYOUT_ELEMENTS", 5)
+def check_random_table(seed):
     chance = random.Random(seed)
     vocab_size, num_slots = chance.choice([9, 40]), 10
     table = make_table(num_slots, vocab_size)
@@ -108,56 +101,72 @@ def test_random_tables_against_plain_python(seed, in_pieces, monkeypatch):
             living[slot][2].append(token_id)
 
 
+def test_adjusted_logits_are_those_of_plain_python():
+    """Slots are reused. Generated ids come with a sequence or are recorded when drawn."""
+    for seed in range(12):
+        with named(seed):
+            check_random_table(seed)
+
+
+def test_adjusted_logits_in_pieces_are_those_of_plain_python(monkeypatch):
+    """There are more ids than are gathered, or kept beside the logits, at once."""
+    monkeypatch.setattr(history_module, "_BLOCK", 4)
+    monkeypatch.setattr(history_module, "MAX_GATHERED", 3)
+    monkeypatch.setattr(adjustments_module, "MAX_GATHERED", 3)
+    monkeypatch.setattr(adjustments_module, "_MAX_LAYOUT_ELEMENTS", 5)
+    for seed in range(12):
+        with named(seed):
+            check_random_table(seed)
+
+
 PROMPT, GENERATED = [20, 21, 22, 20], [3, 5, 3, 7, 5, 3]
 HF = transformers.generation.logits_process
 
 
-@pytest.mark.parametrize(
-    ("adjustments", "processors"),
-    [
-        (
-            Adjustments(repetition_penalty=1.3),
-            lambda: [HF.RepetitionPenaltyLogitsProcessor(1.3)],
+PROCESSED = [
+    (
+        Adjustments(repetition_penalty=1.3),
+        lambda: [HF.RepetitionPenaltyLogitsProcessor(1.3)],
+    ),
+    (
+        Adjustments(repetition_penalty=0.6),
+        lambda: [HF.RepetitionPenaltyLogitsProcessor(0.6)],
+    ),
+    (
+        Adjustments(bias=((3, 2.5), (21, -100.0))),
+        lambda: [HF.SequenceBiasLogitsProcessor([[[3], 2.5], [[21], -100.0]])],
+    ),
+    (
+        Adjustments(bad_words=((9,), (5, 3, 8), (3, 5, 3, 9), (7, 3, 1))),
+        lambda: [HF.NoBadWordsLogitsProcessor([[9], [5, 3, 8], [3, 5, 3, 9], [7, 3, 1]])],
+    ),
+    (
+        Adjustments(min_tokens=7, late_ids=(2, 6)),
+        lambda: [HF.MinNewTokensLengthLogitsProcessor(len(PROMPT), 7, [2, 6])],
+    ),
+    (
+        Adjustments(min_tokens=6, late_ids=(2, 6)),
+        lambda: [HF.MinNewTokensLengthLogitsProcessor(len(PROMPT), 6, [2, 6])],
+    ),
+    (
+        Adjustments(
+            bad_words=((5, 3, 8),),
+            min_tokens=20,
+            late_ids=(2,),
+            bias=((3, 2.5),),
+            repetition_penalty=1.2,
         ),
-        (
-            Adjustments(repetition_penalty=0.6),
-            lambda: [HF.RepetitionPenaltyLogitsProcessor(0.6)],
-        ),
-        (
-            Adjustments(bias=((3, 2.5), (21, -100.0))),
-            lambda: [HF.SequenceBiasLogitsProcessor([[[3], 2.5], [[21], -100.0]])],
-        ),
-        (
-            Adjustments(bad_words=((9,), (5, 3, 8), (3, 5, 3, 9), (7, 3, 1))),
-            lambda: [HF.NoBadWordsLogitsProcessor([[9], [5, 3, 8], [3, 5, 3, 9], [7, 3, 1]])],
-        ),
-        (
-            Adjustments(min_tokens=7, late_ids=(2, 6)),
-            lambda: [HF.MinNewTokensLengthLogitsProcessor(len(PROMPT), 7, [2, 6])],
-        ),
-        (
-            Adjustments(min_tokens=6, late_ids=(2, 6)),
-            lambda: [HF.MinNewTokensLengthLogitsProcessor(len(PROMPT), 6, [2, 6])],
-        ),
-        (
-            Adjustments(
-                bad_words=((5, 3, 8),),
-                min_tokens=20,
-                late_ids=(2,),
-                bias=((3, 2.5),),
-                repetition_penalty=1.2,
-            ),
-            lambda: [
-                HF.NoBadWordsLogitsProcessor([[5, 3, 8]]),
-                HF.MinNewTokensLengthLogitsProcessor(len(PROMPT), 20, [2]),
-                HF.SequenceBiasLogitsProcessor([[[3], 2.5]]),
-                HF.RepetitionPenaltyLogitsProcessor(1.2),
-            ],
-        ),
-    ],
-)
-def test_against_the_processors_of_transformers(adjustments, processors):
-    """Bit for bit, in fp32; then temperature and filters keep the same tokens."""
+        lambda: [
+            HF.NoBadWordsLogitsProcessor([[5, 3, 8]]),
+            HF.MinNewTokensLengthLogitsProcessor(len(PROMPT), 20, [2]),
+            HF.SequenceBiasLogitsProcessor([[[3], 2.5]]),
+            HF.RepetitionPenaltyLogitsProcessor(1.2),
+        ],
+    ),
+]
+
+
+def check_processors(adjustments, processors):
     torch.manual_seed(1)
     context = torch.tensor([PROMPT + GENERATED])
     for _ in range(20):
@@ -179,10 +188,18 @@ def test_against_the_processors_of_transformers(adjustments, processors):
         torch.testing.assert_close(processed(ours[None], chosen), expected)
 
 
+def test_adjustments_equal_the_processors_of_transformers():
+    """They are equal bit for bit in fp32. Then temperature and filters keep the same tokens."""
+    for adjustments, processors in PROCESSED:
+        with named(adjustments):
+            check_processors(adjustments, processors)
+
+
 def test_penalties_by_hand():
     logits = [1.0, -1.0, 2.0, 0.0]
     frequency = one(Adjustments(frequency_penalty=0.5), [3, 3], [0, 1, 0], logits)
-    assert frequency.tolist() == [0.0, -1.5, 2.0, 0.0]  # the prompt does not count
+    # The prompt does not count.
+    assert frequency.tolist() == [0.0, -1.5, 2.0, 0.0]
     presence = one(Adjustments(presence_penalty=0.5), [3, 3], [0, 1, 0], logits)
     assert presence.tolist() == [0.5, -1.5, 2.0, 0.0]
     repetition = one(Adjustments(repetition_penalty=2.0), [1, 3], [0], logits)
@@ -191,8 +208,7 @@ def test_penalties_by_hand():
     assert both.tolist() == [-0.5, -2.0, 2.0, 0.0]
 
 
-def test_words_of_the_very_first_sequence():
-    """Nobody has brought or drawn any id yet."""
+def test_bad_words_work_before_any_id_is_recorded():
     table = make_table(1, 3)
     enter(table, [(0, Adjustments(bad_words=((1, 2),)), [0], [])])
     logits, slots = torch.zeros(1, 3), np.zeros(1, np.int32)
@@ -202,7 +218,7 @@ def test_words_of_the_very_first_sequence():
     assert table.adjusted(logits, slots, numbers[1:]).tolist() == [[0, 0, -np.inf]]
 
 
-def test_where_every_token_would_be_masked_none_is():
+def test_if_every_token_would_be_masked_none_is():
     masked = Adjustments(bad_words=((0,), (1,), (0, 2)), min_tokens=9, late_ids=(1, 2))
     logits = [1.0, 3.0, 2.0, 0.0]
     assert one(masked, [3], [3], logits).argmax() == 3
@@ -211,8 +227,8 @@ def test_where_every_token_would_be_masked_none_is():
     assert one(everything, [3], [2], logits).argmax() == 3
 
 
-def test_rows_nobody_adjusts_are_left_alone():
-    """Not even copied where no row asks."""
+def test_rows_without_adjustments_are_unchanged():
+    """If no row of a batch asks, the logits are not even copied."""
     table = make_table(4, 8)
     logits, numbers = torch.randn(2, 8), np.zeros(2, np.int32)
     slots = np.array([1, 2], np.int32)
@@ -224,8 +240,8 @@ def test_rows_nobody_adjusts_are_left_alone():
     assert table.adjusted(logits, slots, numbers) is logits
 
 
-def test_histories_are_kept_for_those_that_need_them():
-    """A bias needs none, nor a word of one token. Prompts are no part of them."""
+def test_histories_are_kept_only_where_adjustments_read_generated_ids():
+    """A bias reads none, nor does a bad word of one token. Prompts are not part of a history."""
     history = History(50, 1000, 5000, CPU)
     table = AdjustmentTable(50, 8, history, CPU)
     for slot in range(50):
@@ -241,9 +257,10 @@ def test_histories_are_kept_for_those_that_need_them():
     assert not history.lengths.any()
 
 
-def test_what_has_left_is_forgotten():
-    """The worker is told before others come: there is room, and nothing is done for who was there."""
-    history = History(4, 100_000, 0, CPU)  # a block of 256 for each
+def test_slots_that_leave_are_forgotten_before_others_enter():
+    """Their memory is free again, and no work is done for them."""
+    # A block of 256 ids for each slot.
+    history = History(4, 100_000, 0, CPU)
     table = AdjustmentTable(4, 8, history, CPU)
     penalty = Adjustments(frequency_penalty=1.0, repetition_penalty=2.0)
     slots = np.arange(2, dtype=np.int32)
@@ -257,9 +274,10 @@ def test_what_has_left_is_forgotten():
     assert history.lengths.tolist() == [0, 0, 901, 0]
 
 
-def test_who_cannot_be_remembered_is_cut():
-    """The row is that of the batch, not that among those who keep a history."""
-    table = AdjustmentTable(3, 8, History(3, 100_000, 0, CPU), CPU)  # a block of 256 for each
+def test_a_sequence_whose_tokens_cannot_be_remembered_is_cut():
+    """The row counts all rows of the batch, not only those that keep a history."""
+    # A block of 256 ids for each slot.
+    table = AdjustmentTable(3, 8, History(3, 100_000, 0, CPU), CPU)
     penalty = Adjustments(frequency_penalty=1.0)
     enter(table, [(0, None, [1], []), (1, penalty, [1], [2] * 512), (2, penalty, [1], [3] * 255)])
     slots = np.arange(3, dtype=np.int32)
@@ -269,8 +287,8 @@ def test_who_cannot_be_remembered_is_cut():
     assert table.record(slots, torch.tensor([4, 5, 6])) is None
 
 
-def test_tables_that_are_kept_beside_the_logits_are_bounded(monkeypatch):
-    """Each batch of other slots has its own, unless they get too large together."""
+def test_layouts_that_are_kept_are_bounded(monkeypatch):
+    """Each set of slots has a layout, which is kept unless all become too large together."""
     table = make_table(8, 100)
     many = Adjustments(bias=tuple((i, 1.0) for i in range(100)))
     enter(table, [(slot, many, [1], []) for slot in range(8)])
@@ -285,8 +303,8 @@ def test_tables_that_are_kept_beside_the_logits_are_bounded(monkeypatch):
         assert sum(kept) <= 250 or len(kept) == 1
 
 
-def test_which_logprobs_see_adjustments():
-    """Raw ones and those at a temperature are the model's own; processed ones are what is drawn from."""
+def test_only_processed_logprobs_see_adjustments():
+    """The other modes give the model's own distribution."""
     logits = torch.tensor([[2.0, 1.0, 0.0]])
     adjusted = one(Adjustments(bias=((0, -100.0),)), [1], [], logits[0].tolist())[None]
     token = draw(adjusted, parameters(1, temperature=0))
@@ -302,32 +320,18 @@ def test_which_logprobs_see_adjustments():
         assert got.top_ids[0].tolist() == scores[0].argsort(descending=True).tolist()
 
 
-@pytest.mark.parametrize(
-    ("group", "message"),
-    [
-        (AdjustedSlots(np.array([1], np.int32), Adjustments(), np.zeros(0, np.int32)), "enters"),
-        (AdjustedSlots(np.zeros(1, np.int32), Adjustments(), np.array([8], np.int32)), "to 8"),
-        (
-            AdjustedSlots(
-                np.zeros(1, np.int32), Adjustments(bias=((-1, 1),)), np.zeros(0, np.int32)
-            ),
-            "from -1",
-        ),
-        (
-            AdjustedSlots(
-                np.zeros(1, np.int32), Adjustments(bad_words=((1, 9),)), np.zeros(0, np.int32)
-            ),
-            "to 9",
-        ),
-    ],
-)
-def test_impossible_adjustments(group, message):
-    table = make_table(4, 8)
+def test_impossible_adjustments_are_refused():
     one_int, one_float = np.zeros(1, np.int32), np.ones(1, np.float32)
-    with pytest.raises(ProtocolError, match=message):
-        table.enter(
-            SlotParameters(
-                *(one_int, one_float, one_int, one_float, one_float, np.zeros(1, np.int64)),
-                *(one_int, one_int, one_int, one_int, (group,)),
-            )
+    for slot, adjustments, ids, message in (
+        (1, Adjustments(), [], "enters"),
+        (0, Adjustments(), [8], "to 8"),
+        (0, Adjustments(bias=((-1, 1),)), [], "from -1"),
+        (0, Adjustments(bad_words=((1, 9),)), [], "to 9"),
+    ):
+        group = AdjustedSlots(np.array([slot], np.int32), adjustments, np.array(ids, np.int32))
+        parameters = SlotParameters(
+            *(one_int, one_float, one_int, one_float, one_float, np.zeros(1, np.int64)),
+            *(one_int, one_int, one_int, one_int, (group,)),
         )
+        with named(message), pytest.raises(ProtocolError, match=message):
+            make_table(4, 8).enter(parameters)

@@ -1,15 +1,16 @@
-"""What slots have generated, in memory that never grows, against plain lists."""
+"""Histories of generated ids, in memory that never grows, against plain lists."""
 
 from __future__ import annotations
 
 import random
 
 import numpy as np
-import pytest
 import torch
+from naming import named
 
 from tokasaurus.model.sampling import history as history_module
 from tokasaurus.model.sampling.history import History
+from tokasaurus.rounding import ceil_div
 
 CPU = torch.device("cpu")
 VOCAB_SIZE = 9
@@ -20,7 +21,7 @@ def ints(values) -> np.ndarray:
 
 
 def gathered_ids(history: History, slots: list[int]) -> dict[int, list[int]]:
-    """What each of these slots holds, all pieces together."""
+    """The ids of these slots, all pieces joined."""
     found: dict[int, list[int]] = {slot: [] for slot in slots}
     for ids, is_there in history.pieces(ints(slots)) if slots else ():
         for slot, row, here in zip(slots, ids.tolist(), is_there.tolist(), strict=True):
@@ -30,12 +31,7 @@ def gathered_ids(history: History, slots: list[int]) -> dict[int, list[int]]:
     return found
 
 
-@pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("gathered", [1, 1 << 22])
-def test_random_histories_against_lists(monkeypatch, seed, gathered):
-    """Slots come, with and without ids, and go; nothing that another slot wrote is ever seen."""
-    monkeypatch.setattr(history_module, "_BLOCK", 4)
-    monkeypatch.setattr(history_module, "MAX_GATHERED", gathered)
+def check_random_histories(seed):
     chance = random.Random(seed)
     num_slots = 6
     history = History(num_slots, 40, num_slots * 40, CPU)
@@ -62,16 +58,27 @@ def test_random_histories_against_lists(monkeypatch, seed, gathered):
         for row, slot in enumerate(slots):
             assert generated.get(slot, []) == living[slot]
             assert tails[row].tolist() == [-1] * (5 - len(living[slot])) + living[slot][-5:]
-        held = [history._blocks[s, : -(-history.lengths[s] // 4)].tolist() for s in living]
+        held = [history._blocks[s, : ceil_div(int(history.lengths[s]), 4)].tolist() for s in living]
         blocks = [block for each in held for block in each] + history._free
         assert sorted(blocks) == list(range(len(history._memory)))
     assert history._memory.data_ptr() == memory
 
 
-def test_what_has_left_makes_room(monkeypatch):
-    """As much as there is, again and again, by one slot after the other."""
+def test_histories_hold_what_their_own_slots_recorded(monkeypatch):
+    """Slots enter with and without ids, draw and leave; no slot sees the ids of another."""
     monkeypatch.setattr(history_module, "_BLOCK", 4)
-    history = History(8, 72, 40, CPU)  # 18 blocks, for at most 72 ids
+    for gathered in (1, 1 << 22):
+        monkeypatch.setattr(history_module, "MAX_GATHERED", gathered)
+        for seed in range(8):
+            with named((gathered, seed)):
+                check_random_histories(seed)
+
+
+def test_slots_that_leave_give_their_memory_back(monkeypatch):
+    """Each slot in turn fills the whole memory."""
+    monkeypatch.setattr(history_module, "_BLOCK", 4)
+    # 18 blocks, for at most 72 ids.
+    history = History(8, 72, 40, CPU)
     for slot in range(8):
         history.enter(ints([slot]), ints([0] * 40))
         for token in range(32):
@@ -81,10 +88,11 @@ def test_what_has_left_makes_room(monkeypatch):
     assert not history.is_lost.any()
 
 
-def test_what_lives_and_gets_no_room_is_lost(monkeypatch, caplog):
-    """All that draw together need more than there is: some go on to their end, and the others end."""
+def test_sequences_that_get_no_memory_are_lost(monkeypatch, caplog):
+    """The sequences need more than there is in all: some go on to their end, and the others end."""
     monkeypatch.setattr(history_module, "_BLOCK", 4)
-    history = History(4, 40, 24, CPU)  # 10 blocks, for 40 ids of 160
+    # 10 blocks, for 40 ids of 160.
+    history = History(4, 40, 24, CPU)
     slots = ints(range(4))
     history.enter(slots, ints([]))
     lost = np.zeros(4, np.bool_)
@@ -94,7 +102,7 @@ def test_what_lives_and_gets_no_room_is_lost(monkeypatch, caplog):
     assert history.lengths.sum() <= 40
     assert 0 < lost.sum() < 4
     assert "no room to remember" in caplog.text
-    # Also one that comes with more than there is.
+    # So is a sequence that enters with more ids than there is room for.
     history.leave(slots)
     history.enter(ints([0]), ints([1] * 41))
     assert history.record(ints([0]), torch.tensor([1])).tolist() == [True]

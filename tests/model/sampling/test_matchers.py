@@ -1,14 +1,18 @@
-"""The masks of grammars, and the matchers that make them, one batch at a time."""
+"""The masks of grammars and the matchers that make them, batch by batch."""
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
+import msgspec
 import numpy as np
 import pytest
 import torch
+from checkpoints import VOCAB_SIZE
 from fake_vocabulary import LETTERS, VOCABULARY
-from worker_driver import worker_config
+from naming import named
+from worker_driver import Driver, Enter, worker_config
 
 from tokasaurus.errors import ModelError, ProtocolError
 from tokasaurus.grammars import Vocabulary
@@ -30,7 +34,7 @@ def parameters(slots: list[int], *grammars: SlotGrammar) -> SlotParameters:
 
 
 def grammar(text: str, **generated: str) -> SlotGrammar:
-    """``s3="ab"``: slot 3, which has generated a and b before."""
+    """``s3="ab"`` is slot 3, which has generated a and b before."""
     ids = [[LETTERS.index(c) for c in word] for word in generated.values()]
     return SlotGrammar(
         text=text,
@@ -41,7 +45,7 @@ def grammar(text: str, **generated: str) -> SlotGrammar:
 
 
 def allowed(matchers: Matchers, slots: list[int]) -> list[str | None]:
-    """What each may draw, as letters; "$" is the end, None anything."""
+    """The letters that each slot may draw; "$" is the end, and None allows everything."""
     masks = matchers.masks(np.array(slots, np.int32))
     result: list[str | None] = [None] * len(slots)
     if masks is not None:
@@ -78,12 +82,12 @@ def test_slots_follow_their_own_copies(matchers):
     draw(matchers, [1, 3], "bd")
     assert allowed(matchers, [1, 2, 3]) == ["bcd", "$", "$"]
     draw(matchers, [1, 2, 3], "c$$")
-    # Batches that were planned before the end was known draw on.
+    # Batches that were planned before the end was known draw more tokens.
     draw(matchers, [1, 2, 3], "d$$")
     assert allowed(matchers, [1, 2, 3]) == ["$", "$", "$"]
 
 
-def test_a_sequence_that_returns_goes_on_where_it_was(matchers):
+def test_a_sequence_that_returns_continues_its_text(matchers):
     text = "start: /ab{3}c/"
     matchers.enter(parameters([0, 4, 5], grammar(text, s0="", s4="abb", s5="abbbc")))
     assert allowed(matchers, [0, 4, 5]) == ["a", "b", "$"]
@@ -91,7 +95,7 @@ def test_a_sequence_that_returns_goes_on_where_it_was(matchers):
     assert allowed(matchers, [4]) == ["c"]
 
 
-def test_slots_are_reused(matchers):
+def test_a_slot_forgets_the_grammar_of_its_former_sequence(matchers):
     matchers.enter(parameters([2], grammar('start: "ab"', s2="")))
     draw(matchers, [2], "a")
     matchers.enter(parameters([2]))
@@ -101,14 +105,14 @@ def test_slots_are_reused(matchers):
 
 
 def cut(matchers: Matchers, slots: list[int]) -> list[int]:
-    """The slots whose sequences a batch of them would end."""
+    """The slots of the sequences that a batch of these slots would end."""
     masks = matchers.masks(np.array(slots, np.int32))
     rows = None if masks is None else masks.cut_rows
     return [] if rows is None else [slots[row] for row in rows]
 
 
-def test_what_cannot_be_followed_is_cut(matchers, caplog):
-    """The server refuses such grammars; should one come all the same, the engine lives on."""
+def test_a_sequence_whose_grammar_cannot_be_followed_is_cut(matchers, caplog):
+    """The server refuses such grammars. If one comes anyway, the engine continues."""
     matchers.enter(
         parameters([0, 1], grammar("start: nothing", s0=""), grammar('start: "ab"', s1=""))
     )
@@ -123,15 +127,15 @@ def test_what_cannot_be_followed_is_cut(matchers, caplog):
     assert cut(matchers, [0, 1]) == []
 
 
-# Rules that refer to one another: after a dozen letters the library has too many ways to go on.
+# Rules that refer to one another: after a dozen letters the library has too many alternatives.
 THICKET = "\n".join(
     f"r{i}: " + " | ".join(f"/[a-z]/ r{(7 * i + 13 * j + 1) % 300}" for j in range(6)) + ' | "x"'
     for i in range(300)
 )
 
 
-def test_a_mask_that_takes_too_much_work_cuts_a_sequence(matchers, caplog):
-    """The limit is the library's, and smaller than its own: these letters take less than that."""
+def test_a_mask_that_takes_too_much_work_cuts_its_sequence(matchers, caplog):
+    """Our limit is below the library's own, which these letters do not reach."""
     matchers.enter(
         parameters([0, 1], grammar(f"start: r0\n{THICKET}", s0=""), grammar("start: /a+/", s1=""))
     )
@@ -142,39 +146,48 @@ def test_a_mask_that_takes_too_much_work_cuts_a_sequence(matchers, caplog):
     assert cut(matchers, [1, 0]) == [0]
     assert allowed(matchers, [0, 1]) == ["$", "a$"]
     assert "Too many items" in caplog.text
-    # It has drawn its end; what follows in batches that were planned before changes nothing.
+    # It has drawn its end. Draws of batches that were planned before change nothing.
     draw(matchers, [0, 1], "$a")
     assert allowed(matchers, [0, 1]) == ["$", "a$"]
 
 
-def test_without_grammars_nothing_is_to_do(matchers):
+def test_without_grammars_no_job_is_started(matchers):
     matchers.wait()
     matchers.enter(parameters([0, 1]))
     assert not matchers._jobs
     assert matchers.masks(np.array([0, 1], np.int32)) is None
 
 
-def test_without_a_vocabulary():
+def test_without_a_vocabulary_grammars_are_refused():
     matchers = Matchers(2, 8, None)
     matchers.enter(parameters([0]))
     with pytest.raises(ProtocolError, match="no vocabulary"):
         matchers.enter(parameters([0], grammar('start: "a"', s0="")))
 
 
-def test_a_worker_has_its_vocabulary_before_it_is_ready(checkpoint):
-    """It is read while the model loads; what goes wrong with it ends the start."""
+def test_a_worker_loads_its_vocabulary_in_another_thread(checkpoint):
     threads = []
+    padding = [b""] * (VOCAB_SIZE - len(VOCABULARY.tokens))
 
     def load() -> Vocabulary:
         threads.append(threading.current_thread())
-        return VOCABULARY
+        return dataclasses.replace(VOCABULARY, tokens=[*VOCABULARY.tokens, *padding])
 
-    worker = Worker(worker_config(checkpoint("llama", tied=True)), load)
-    worker.warm_up()
-    assert worker._matchers._work.masks.any() == 0
-    assert threads != [threading.current_thread()]
+    config = worker_config(checkpoint("llama", tied=True))
+    driver = Driver(Worker(config, load), config)
+    driver.worker.warm_up()
     assert len(threads) == 1
+    assert threads != [threading.current_thread()]
+    driver.start(0)
+    first = driver.batch(prefill=[Enter(0, [1, 2, 3])])
+    entering = msgspec.structs.replace(first.parameters, grammars=(grammar('start: "ab"', s0=""),))
+    driver.number += 1
+    results = [driver.worker.run(msgspec.structs.replace(first, parameters=entering))]
+    results += [driver.step(decode=[0]) for _ in range(2)]
+    assert [result.token_ids.tolist() for result in results] == [[0], [1], [EOS]]
 
+
+def test_a_worker_whose_vocabulary_cannot_be_loaded_does_not_become_ready(checkpoint):
     def fail() -> Vocabulary:
         raise ModelError("no tokenizer")
 
@@ -183,8 +196,7 @@ def test_a_worker_has_its_vocabulary_before_it_is_ready(checkpoint):
         worker.warm_up()
 
 
-@pytest.mark.parametrize("vocab_size", [1, 7, 32, 45, 64])
-def test_masks_against_bits_one_by_one(vocab_size):
+def check_masks(vocab_size):
     rng = np.random.default_rng(vocab_size)
     rows = np.array([1, 2, 5])
     bits = rng.integers(0, 256, (3, 8), dtype=np.uint8)
@@ -205,7 +217,13 @@ def test_masks_against_bits_one_by_one(vocab_size):
     assert torch.isfinite(logits).all()
 
 
-def test_a_grammar_wins_over_adjustments_that_leave_nothing():
+def test_masks_forbid_the_tokens_whose_bit_is_unset():
+    for vocab_size in (1, 7, 32, 45, 64):
+        with named(vocab_size):
+            check_masks(vocab_size)
+
+
+def test_a_grammar_wins_over_adjustments_that_forbid_all_its_tokens():
     bits = np.array([[0b0110], [0b0001]], np.uint8)
     masks = TokenMasks(np.array([0, 2]), bits, np.zeros(2, np.bool_))
     logits = torch.arange(12, dtype=torch.float32).view(3, 4)

@@ -1,10 +1,10 @@
-"""The sampler against a row-by-row oracle, against exact probabilities, and in any company."""
+"""The sampler against a row-by-row oracle and exact probabilities, alone and in batches."""
 
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
+from naming import named
 
 from tokasaurus.model.sampling import sampler
 from tokasaurus.model.sampling.randomness import uniforms
@@ -13,7 +13,7 @@ from tokasaurus.protocol.messages import LogprobsMode
 
 
 def parameters(num_rows, **columns):
-    """Neutral parameters, with some columns set."""
+    """Neutral parameters with some columns set."""
     result = SamplingParameters.neutral(num_rows)
     for name, values in columns.items():
         getattr(result, name)[:] = values
@@ -21,12 +21,12 @@ def parameters(num_rows, **columns):
 
 
 def ranking(logits):
-    """Ids, best first, equal ones by id."""
+    """Ids, best first; equal logits by id."""
     return sorted(range(len(logits)), key=lambda i: (-logits[i], i))
 
 
 def kept_by_oracle(logits, temperature, top_k, top_p, min_p):
-    """The ids that the filters leave, one filter after the other, in float64."""
+    """The ids that the filters keep, one filter after the other, in float64."""
     scores = [x / (temperature or 1) for x in logits]
     weights = [np.exp(x - max(scores)) for x in scores]
     left = ranking(logits)
@@ -59,11 +59,8 @@ FILTERS = [
 ]
 
 
-@pytest.mark.parametrize("candidates", [4, 512])
-@pytest.mark.parametrize("vocab_size", [7, 300])
-def test_filters_against_the_oracle(monkeypatch, candidates, vocab_size):
-    """All combinations in one batch; few candidates force the full sort."""
-    monkeypatch.setattr(sampler, "_NUCLEUS_CANDIDATES", candidates)
+def check_filters(vocab_size):
+    """All combinations in one batch."""
     rng = np.random.default_rng(vocab_size)
     rows = [(f, t) for f in FILTERS for t in (0.0, 0.5, 1.0, 1.7)]
     logits = torch.from_numpy(rng.normal(0, 2, (len(rows), vocab_size)).astype(np.float32))
@@ -79,6 +76,15 @@ def test_filters_against_the_oracle(monkeypatch, candidates, vocab_size):
         assert set(left[row].nonzero()[:, 0].tolist()) == expected, rows[row]
 
 
+def test_filters_keep_what_the_oracle_keeps(monkeypatch):
+    """Few candidates force the full sort."""
+    for candidates in (4, 512):
+        monkeypatch.setattr(sampler, "_NUCLEUS_CANDIDATES", candidates)
+        for vocab_size in (7, 300):
+            with named((candidates, vocab_size)):
+                check_filters(vocab_size)
+
+
 def test_equal_logits_rank_by_id(monkeypatch):
     monkeypatch.setattr(sampler, "_NUCLEUS_CANDIDATES", 2)
     logits = torch.tensor([[1.0, 3.0, 1.0, 3.0, 3.0, 1.0]] * 4)
@@ -86,7 +92,8 @@ def test_equal_logits_rank_by_id(monkeypatch):
     left = processed(logits, chosen).isfinite().int().tolist()
     assert left[0] == [0, 1, 0, 1, 0, 0]
     assert left[1] == [1, 1, 0, 1, 1, 0]
-    assert left[2] == [0, 1, 0, 1, 0, 0]  # two of the three best hold 0.58
+    # Two of the three best hold 0.58.
+    assert left[2] == [0, 1, 0, 1, 0, 0]
     assert left[3] == [0, 1, 0, 0, 0, 0]
 
 
@@ -94,13 +101,11 @@ def test_greedy_is_the_first_of_the_ranking():
     logits = torch.tensor([[0.0, 2.0, 2.0], [5.0, 5.0, 5.0]])
     assert draw(logits, parameters(2, temperature=0)).tolist() == [1, 0]
     assert draw(logits, parameters(2, top_k=1, seed=[3, 4])).tolist() == [1, 0]
-    # Filters cannot change it, nor can a temperature at which numbers would overflow.
+    # Filters do not change this, nor does a temperature at which numbers would overflow.
     assert draw(logits * 1e4, parameters(2, temperature=1e-44, top_p=0.1)).tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("filters", FILTERS, ids=str)
-def test_distribution(filters):
-    """Chi-square of many draws against exact probabilities; all tokens cut off stay away."""
+def check_distribution(filters):
     n, vocab_size = 20_000, 12
     logits = torch.from_numpy(np.random.default_rng(3).normal(0, 1, vocab_size).astype(np.float32))
     chosen = parameters(n, temperature=0.8, seed=np.arange(n) * 7919, **filters)
@@ -116,7 +121,14 @@ def test_distribution(filters):
     assert chi_square <= freedom + 5 * (2 * freedom) ** 0.5 + 10 * (freedom > 0)
 
 
-def test_a_number_falls_into_its_share():
+def test_draws_follow_the_exact_probabilities():
+    """By chi-square over many draws; removed tokens are never drawn."""
+    for filters in FILTERS:
+        with named(filters):
+            check_distribution(filters)
+
+
+def test_a_number_picks_the_token_whose_share_contains_it():
     """Zero weights are never drawn, not even by the extreme numbers."""
     weights = torch.tensor([0.0, 0.5, 0.0, 1.0, 0.25, 0.0, 0.0]).repeat(6, 1)
     numbers = torch.tensor([0.0, 0.2857, 0.2858, 0.857, 0.858, 1 - 2.0**-53], dtype=torch.float64)
@@ -129,7 +141,7 @@ def test_a_nucleus_ends_where_its_share_is_reached():
 
 
 def test_a_large_vocabulary_is_drawn_exactly():
-    """The draw lands where float64 says, among 200,000 tokens of about equal weight."""
+    """Among 200,000 tokens of about equal weight, a draw picks the token that float64 picks."""
     vocab_size, n = 200_000, 32
     logits = torch.from_numpy(
         np.random.default_rng(0).uniform(-1, 0, vocab_size).astype(np.float32)
@@ -160,7 +172,7 @@ def random_batch(num_rows, vocab_size=500):
     return logits, chosen
 
 
-def test_the_company_does_not_matter():
+def test_a_draw_does_not_depend_on_the_rows_around_it():
     logits, chosen = random_batch(80)
     together = draw(logits, chosen)
     for row in range(80):
@@ -170,13 +182,13 @@ def test_the_company_does_not_matter():
     assert torch.equal(shuffled, together[torch.from_numpy(order)])
 
 
-def test_seed_sample_and_position_matter():
+def test_a_draw_depends_on_seed_sample_and_position():
     logits = torch.zeros(4, 10_000)
     chosen = parameters(4, seed=[1, 2, 1, 1], sample_index=[0, 0, 1, 0], num_generated=[0, 0, 0, 1])
     assert len(set(draw(logits, chosen).tolist())) == 4
 
 
-def test_logprobs_against_the_oracle():
+def test_logprobs_are_those_of_the_oracle():
     logits, chosen = random_batch(60)
     tokens = draw(logits, chosen)
     result = logprobs_of(logits, tokens, chosen, width=6)
@@ -201,8 +213,9 @@ def test_logprobs_against_the_oracle():
             torch.testing.assert_close(
                 result.top[row, :wanted].double(), best.values[:wanted], atol=1e-5, rtol=1e-5
             )
+            # The best token's number is the same bit for bit.
             if wanted and tokens[row] == best.indices[0]:
-                assert result.chosen[row] == result.top[row, 0]  # the very same number
+                assert result.chosen[row] == result.top[row, 0]
         assert result.top_ids[row, max(wanted, 0) :].eq(-1).all()
         assert result.top[row, max(wanted, 0) :].isnan().all()
 
@@ -214,7 +227,7 @@ def test_logprobs_do_not_underflow():
     assert result.top[0].tolist() == [0, -500]
 
 
-def test_more_logprobs_than_tokens():
+def test_logprobs_beyond_the_vocabulary_are_empty():
     result = logprobs_of(
         torch.zeros(1, 3), torch.tensor([0]), parameters(1, num_logprobs=5), width=5
     )
@@ -229,8 +242,8 @@ def test_ranks_count_higher_logits():
     assert result.ranks.tolist() == [1, 4, 1, -1]
 
 
-def test_the_best_ones_number_is_nobody_elses():
-    """Equal numbers mean equal logits, also where subtracting rounds two of them to one number."""
+def test_only_tokens_with_the_best_logit_get_the_best_logprob():
+    """Also where the subtraction rounds two logits to one number."""
     best = torch.tensor(1.0)
     next_best = best.nextafter(torch.tensor(0.0))
     logits = torch.full((1, 50_000), -2.0)
@@ -243,7 +256,8 @@ def test_the_best_ones_number_is_nobody_elses():
         assert (result.chosen == result.top[:, 0]).tolist() == [True, False, False]
         assert result.chosen[1] == result.chosen[2]
     assert result.top[0].tolist() == [result.chosen[i] for i in (0, 1, 2)]
-    logits[0, 3] = best  # a tie: whichever is listed, both have its number
+    # In a tie both tokens have the number of the one that is listed.
+    logits[0, 3] = best
     result = logprobs_of(
         logits.repeat(2, 1), torch.tensor([7, 3]), parameters(2, num_logprobs=1), 1
     )

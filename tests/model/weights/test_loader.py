@@ -1,4 +1,4 @@
-"""Checkpoints that load, and complaints about those that do not."""
+"""Checkpoints that load, and errors about those that do not."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from checkpoints import VOCAB_SIZE, edit_json, make_checkpoint
+from naming import named
 from safetensors.torch import load_file, save_file
 
 from tokasaurus.errors import ModelError
@@ -26,7 +27,7 @@ def load(path, place=PLACE):
 
 @pytest.fixture
 def editable(checkpoint, tmp_path):
-    """A copy of a checkpoint; ``edit(change)`` changes its dictionary of tensors."""
+    """Makes a copy of a checkpoint that a test may change."""
 
     def make(**options):
         path = tmp_path / "model"
@@ -37,6 +38,7 @@ def editable(checkpoint, tmp_path):
 
 
 def edit_tensors(path, change):
+    """``change`` edits the dictionary of tensors."""
     tensors = load_file(path / "model.safetensors")
     change(tensors)
     save_file(tensors, path / "model.safetensors")
@@ -64,30 +66,34 @@ def test_fused_parameters_are_in_order(checkpoint):
     assert torch.equal(layer.mlp.gate_up.method.weight, gate_up)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_dtypes_are_converted(checkpoint, dtype):
-    path = checkpoint(dtype=dtype)
-    wide, narrow = load(path), load(path, Placement(dtype, PLACE.device))
-    assert narrow.norm.weight.dtype == dtype
-    assert torch.equal(wide.norm.weight, narrow.norm.weight.float())
+def test_tensors_are_converted_to_the_asked_dtype(checkpoint):
+    for dtype in (torch.bfloat16, torch.float16):
+        path = checkpoint(dtype=dtype)
+        wide, narrow = load(path), load(path, Placement(dtype, PLACE.device))
+        assert narrow.norm.weight.dtype == dtype
+        assert torch.equal(wide.norm.weight, narrow.norm.weight.float()), dtype
 
 
-def test_tied_heads_share_memory(checkpoint):
+def test_a_tied_head_shares_the_memory_of_the_embedding(checkpoint):
     tied = load(checkpoint(tied=True))
     assert tied.head.method.weight is tied.embedding.weight
     untied = load(checkpoint(tied=False))
     assert not torch.equal(untied.head.method.weight, untied.embedding.weight)
 
 
-def test_harmless_tensors_are_ignored(editable):
+def test_derived_tensors_and_a_copy_of_a_tied_head_are_ignored(editable):
     path = editable(tied=True)
+    before = dict(load(path).named_parameters())
 
     def add(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
 
     edit_tensors(path, add)
-    load(path)
+    after = dict(load(path).named_parameters())
+    assert after.keys() == before.keys()
+    for name, parameter in after.items():
+        assert torch.equal(parameter, before[name]), name
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -101,7 +107,7 @@ def test_padding_of_the_vocabulary_is_cut(editable, tied):
         assert torch.equal(weight, tensors[name][: VOCAB_SIZE - 5])
 
 
-def test_a_vocabulary_that_is_too_small(editable):
+def test_a_vocabulary_with_too_few_rows_is_refused(editable):
     path = editable()
     edit_json(path / "config.json", vocab_size=VOCAB_SIZE + 5)
     shape = r"model\.embed_tokens\.weight has shape \[264, 64\].*asks for \[269, 64\]"
@@ -137,8 +143,7 @@ def test_wrong_tensors_are_named(editable, change, message):
         load(path)
 
 
-def test_a_checkpoint_of_another_kind(editable):
-    """Biases that the config does not promise are no harmless extra."""
+def test_biases_that_the_architecture_does_not_have_are_refused(editable):
     path = editable(architecture="qwen2")
     edit_json(path / "config.json", architectures=["LlamaForCausalLM"])
     with pytest.raises(
@@ -147,7 +152,7 @@ def test_a_checkpoint_of_another_kind(editable):
         load(path)
 
 
-def test_a_missing_shard(editable):
+def test_a_missing_shard_is_named(editable):
     path = editable(shards=3)
     shard = sorted(path.glob("model-*.safetensors"))[1]
     shard.unlink()
@@ -155,7 +160,7 @@ def test_a_missing_shard(editable):
         load(path)
 
 
-def test_a_truncated_file(editable):
+def test_a_truncated_file_is_named(editable):
     path = editable()
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -163,15 +168,15 @@ def test_a_truncated_file(editable):
         load(path)
 
 
-@pytest.mark.parametrize("index", ["{}", "[]", "oops", '{"weight_map": {"a": "../b"}}'])
-def test_a_bad_index(editable, index):
+def test_an_unreadable_index_is_refused(editable):
     path = editable(shards=3)
-    (path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(ModelError, match=r"index\.json.*weight_map"):
-        load(path)
+    for index in ("{}", "[]", "oops", '{"weight_map": {"a": "../b"}}'):
+        (path / "model.safetensors.index.json").write_text(index)
+        with named(index), pytest.raises(ModelError, match=r"index\.json.*weight_map"):
+            load(path)
 
 
-def test_other_formats(editable):
+def test_checkpoints_in_other_formats_are_refused_with_a_remedy(editable):
     path = editable()
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
     with pytest.raises(
@@ -183,8 +188,8 @@ def test_other_formats(editable):
         load(path)
 
 
-def test_the_builder_spells_both_styles(tmp_path):
-    """Of the tests' own tool: what the two styles of config.json look like."""
+def test_make_checkpoint_writes_both_styles_of_config(tmp_path):
+    """A test of the tests' own tool."""
     old = make_checkpoint(tmp_path / "4", "llama", rope="llama3", config_style=4)
     new = make_checkpoint(tmp_path / "5", "llama", rope="llama3")
     old_fields = json.loads((old / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Pooling over batches of any make-up, against the mean and the last row of each prompt by itself."""
+"""Pooling over random batches, against the mean and the last row of each whole prompt."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import random
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 import torch
+from naming import named
 
 from tokasaurus.model.worker.pooling import Pooler
 from tokasaurus.protocol.messages import Pooling
@@ -16,7 +16,7 @@ HIDDEN = 5
 
 
 def batch(chunks, num_decodes, entering):
-    """Of (slot, start, length, ends, kind)."""
+    """A batch of chunks (slot, start, length, ends, kind)."""
     columns = [np.array(column, np.int32) for column in zip(*chunks, strict=True)] or [[]] * 5
     slots, starts, lengths, ends, kinds = columns
     return SimpleNamespace(
@@ -30,17 +30,16 @@ def batch(chunks, num_decodes, entering):
     )
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_any_mixture_of_chunks(seed):
-    """Prompts with and without pooling, in chunks, among decode rows; some vanish half-way, and their slots are
-    used again."""
+def check_random_batches(seed):
     chance = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
     pooler = Pooler()
-    feeding = {}  # slot: [kind, states, position]
+    # By slot: [kind, states, position].
+    feeding = {}
     for _ in range(40):
         for slot in [slot for slot in feeding if chance.random() < 0.1]:
-            del feeding[slot]  # aborted
+            # It is aborted.
+            del feeding[slot]
         entering = [slot for slot in range(6) if slot not in feeding and chance.random() < 0.5]
         for slot in entering:
             states = torch.randn(chance.randint(1, 12), HIDDEN, generator=generator)
@@ -68,3 +67,10 @@ def test_any_mixture_of_chunks(seed):
             wanted = torch.stack(expected) if expected else torch.empty(0, HIDDEN)
             torch.testing.assert_close(found, wanted)
     assert len(pooler._sums) <= 6
+
+
+def test_chunks_among_decode_rows_pool_like_whole_prompts():
+    """Only some prompts are pooled. Some vanish half-way, and others reuse their slots."""
+    for seed in range(20):
+        with named(seed):
+            check_random_batches(seed)

@@ -10,14 +10,17 @@ from fake_engine import RunningServer, ids_of
 
 from tokasaurus.errors import EngineDead, EngineError
 from tokasaurus.protocol.messages import MAX_PRIORITY
-from tokasaurus.server.operations.execution import Answers
+from tokasaurus.server.operations.executor import Executor
+from tokasaurus.server.protocols.table import OPERATIONS
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "hello"}]
 
 
 def ask(server: RunningServer, path: str, body: object, **options: object) -> tuple[int, dict]:
-    status, content = server.on_loop(Answers(server.state).answer(path, body, **options))
+    status, content = server.on_loop(
+        Executor(server.state, OPERATIONS).answer(path, body, **options)
+    )
     return status, json.loads(content)
 
 
@@ -79,7 +82,9 @@ def test_what_is_cancelled_is_aborted(server):
     server.engine.paused = True
 
     async def cancelled() -> None:
-        task = asyncio.create_task(Answers(server.state).answer(COMPLETIONS, {"prompt": "a"}))
+        task = asyncio.create_task(
+            Executor(server.state, OPERATIONS).answer(COMPLETIONS, {"prompt": "a"})
+        )
         while not server.engine.num_running:
             await asyncio.sleep(0.001)
         task.cancel()
@@ -97,7 +102,9 @@ def test_the_engines_death_is_no_answer():
         server.engine.paused = True
 
         async def orphaned() -> None:
-            task = asyncio.create_task(Answers(server.state).answer(COMPLETIONS, {"prompt": "a"}))
+            task = asyncio.create_task(
+                Executor(server.state, OPERATIONS).answer(COMPLETIONS, {"prompt": "a"})
+            )
             while not server.engine.num_running:
                 await asyncio.sleep(0.001)
             server.state.die("for a test")

@@ -1,1 +1,1 @@
-"""The use of pages at every coming step: lengths, the curve of use, admission by it, times of arrival."""
+"""The use of pages at every coming step: lengths, the curve of use, admission by it, ETA."""

@@ -1,12 +1,12 @@
 """How many KV pages will be in use at each coming step, and what follows from that.
 
-Owns one model of the future, which every function here answers by, exactly unless it says otherwise. Knows
-nothing of slots, requests or queues, and takes predicted lengths as they are.
+Owns one model of the future. Every function here answers by it, exactly unless it says otherwise. Knows nothing
+of slots, requests or queues, and takes predicted lengths as they are.
 
-The model, for pages of P tokens. Step 0 is now; nobody arrives later, nobody is preempted.
+The model, for pages of P tokens. Step 0 is now; no sequence arrives later, none is preempted.
 
-- A sequence that decodes fills one position per step, for ``num_steps`` steps, and frees its pages after
-  the last. It takes a page in a step whose position is in none of its pages::
+- A sequence that decodes fills one position per step, for ``num_steps`` steps, and frees its pages after the
+  last. It takes a page in a step in which it fills a position that is in none of its pages::
 
       P = 4, length 6, 2 pages, num_steps 5, so that it ends in step 5
 
@@ -20,11 +20,11 @@ The model, for pages of P tokens. Step 0 is now; nobody arrives later, nobody is
   step 0 on.
 - Pages that several sequences hold are nodes of a forest, see ``shared_prefixes``. A node is in use until
   the last of its holders ends. Waiting sequences that find cached pages hold them from their admission on,
-  be they others' already or nobody's.
+  whether the pages have other holders or none.
 
-Use only falls where a sequence ends. All that is computed is sums over sequences, and a waiting sequence
-adds the same pages however many are admitted behind it: use with m admitted sequences is a running sum
-over m, never falls with m, and the largest m that fits is found by bisection.
+Use falls only where a sequence ends. All results are sums over sequences, and a waiting sequence adds the same
+pages however many are admitted behind it. So use with m admitted sequences is a running sum over m, which never
+falls with m, and the largest m that fits is found by bisection.
 """
 
 from __future__ import annotations
@@ -35,22 +35,23 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokasaurus.manager.slots import IndexArray
-from tokasaurus.protocol.arrays import Int32Array, Int64Array
+from tokasaurus.protocol.arrays import EMPTY_INT32, EMPTY_INT64, Int32Array, Int64Array
+from tokasaurus.rounding import ceil_div, round_up
 
-__all__ = ["Forecast", "Forest", "Sequences"]
+__all__ = ["Forecast", "ForecastRows", "Forest"]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Sequences:
+class ForecastRows:
     """Sequences in the order in which their prompts are fed, in columns.
 
     Attributes:
         length: [n] positions that are filled when the sequence decodes its first token of this forecast:
-            now if it decodes already, else of its whole prompt.
-        num_pages: [n] pages it holds, from its admission on if it waits; those in the forest included.
+            those filled now if it decodes already, else those of its whole prompt.
+        num_pages: [n] pages it holds, including those in the forest; from its admission on if it waits.
         num_prompt_tokens: [n] tokens of its prompt that must be fed before it decodes; 0 if it decodes.
-        num_steps: [n] tokens that it then decodes, as predicted; the last token of a sequence is not fed,
-            so this is one less than the tokens that are yet to come of a prompt.
+        num_steps: [n] tokens that it then decodes, as predicted. The last token of a sequence is not fed, so
+            after a prompt this is one less than the tokens to come.
         leaf: [n] the node of the forest that ends its shared pages; -1 for none.
     """
 
@@ -63,8 +64,8 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.length)
 
-    def __getitem__(self, rows: slice) -> Sequences:
-        return Sequences(
+    def __getitem__(self, rows: slice) -> ForecastRows:
+        return ForecastRows(
             self.length[rows],
             self.num_pages[rows],
             self.num_prompt_tokens[rows],
@@ -73,18 +74,22 @@ class Sequences:
         )
 
     @classmethod
-    def none(cls) -> Sequences:
-        """No sequences at all."""
-        empty: Int64Array = np.empty(0, np.int64)
-        return cls(empty, empty, empty, empty, empty)
+    def none(cls) -> ForecastRows:
+        """No sequences."""
+        return cls(EMPTY_INT64, EMPTY_INT64, EMPTY_INT64, EMPTY_INT64, EMPTY_INT64)
+
+    def most_pages(self, page_size: int) -> int:
+        """The pages that these sequences hold at their ends, all together."""
+        ends = ceil_div(self.length + self.num_steps, page_size)
+        return int(np.maximum(ends, self.num_pages).sum())
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Forest:
     """Runs of pages that sequences share: the columns of ``SharedPrefixes``, or copies of them.
 
-    Entries without a holder may hold anything that is in range. A waiting sequence's cached pages are in
-    it too, as if it ran; a node that only waiting sequences hold is in use once one of them is admitted.
+    Entries without a holder may have any value in range. The cached pages of a waiting sequence are in the
+    forest too, as if it ran; a node that only waiting sequences hold is in use once one is admitted.
 
     Attributes:
         parent: [nodes] -1 at the top.
@@ -97,11 +102,7 @@ class Forest:
     @classmethod
     def none(cls) -> Forest:
         """Nothing is shared."""
-        empty: Int32Array = np.empty(0, np.int32)
-        return cls(empty, empty)
-
-
-_NOTHING: Int64Array = np.empty(0, np.int64)
+        return cls(EMPTY_INT32, EMPTY_INT32)
 
 
 class Forecast:
@@ -115,19 +116,19 @@ class Forecast:
         forest: which pages they share.
         page_size: tokens.
         prefill_rate: prompt tokens per step, 1 or more.
-        others: [steps] pages that are used at each step besides, by whom this is not about.
-        num_tokens_before: prompt tokens of others that are fed first.
+        others: [steps] pages that other sequences use at each step.
+        num_tokens_before: prompt tokens of other sequences that are fed first.
     """
 
     def __init__(
         self,
-        running: Sequences,
-        waiting: Sequences,
+        running: ForecastRows,
+        waiting: ForecastRows,
         forest: Forest,
         *,
         page_size: int,
         prefill_rate: int,
-        others: Int64Array = _NOTHING,
+        others: Int64Array = EMPTY_INT64,
         num_tokens_before: int = 0,
     ) -> None:
         self._parent = forest.parent
@@ -151,28 +152,28 @@ class Forecast:
         return self._running_lives.end
 
     def use(self, num_admitted: int = 0) -> Int64Array:
-        """Pages in use at step 0, 1, .. up to the last end, with that many waiting sequences admitted."""
+        """Pages in use at step 0, 1, .. up to the last end, with ``num_admitted`` waiting sequences."""
         lives = self._waiting_lives[:num_admitted]
         use = _extended(self._base, self._size(lives.horizon()))
         use += self._added_use(lives, self._node_spans(num_admitted), len(use))
         return use[: max(self._horizon, lives.horizon())]
 
     def peak(self, num_admitted: int = 0) -> int:
-        """The most pages in use at any step, with that many waiting sequences admitted."""
+        """The most pages in use at any step, with ``num_admitted`` waiting sequences."""
         return int(self.use(num_admitted).max(initial=0))
 
     def num_admissible(self, limit: int) -> int:
-        """How many waiting sequences, from the first on, may be admitted so that use never exceeds ``limit``.
+        """How many waiting sequences, from the first on, may be admitted within ``limit`` pages.
 
-        0 also where the running sequences alone exceed it. The caller decides what to do with a sequence
-        that does not even fit alone.
+        It is also 0 where the running sequences alone exceed the limit. The caller decides what to do with a
+        sequence that does not even fit alone.
         """
         peak = int(self._base.max(initial=0))
         lives = self._waiting_lives
         if peak > limit or not len(lives):
             return 0
-        # Bounds from sums: what is held at once must fit now, and what fits if all had their most pages
-        # at the same time, and shared none, fits in any case.
+        # Bounds from sums: the pages that are held at once must fit now. Sequences that would fit if they all
+        # had their most pages at the same time, and shared none, fit in any case.
         held = np.cumsum(lives.num_held) + self._base[0]
         high = int(np.searchsorted(held, limit, side="right"))
         most = np.cumsum(self._waiting.num_pages[:high] + lives.num_taken[:high]) + peak
@@ -192,7 +193,7 @@ class Forecast:
             if trial[step] <= limit:
                 low, use = count, trial
             else:
-                # What fits in this very step is an upper bound, and cheap; most often a close one.
+                # The number that fits in this step is a cheap upper bound, and most often a close one.
                 added = self._added_at(step, lives[low:count], spans.of(low, count), low)
                 fitting = np.searchsorted(np.cumsum(added), limit - use[step], side="right")
                 high = low + int(fitting)
@@ -202,9 +203,9 @@ class Forecast:
     def finish_steps(self, limit: int) -> tuple[Int64Array, Int64Array]:
         """The step in which each sequence ends.
 
-        Exact for running sequences and for waiting ones that are admissible now. For those behind, an
-        estimate: each holds the pages of its middle age from start to end, and starts as soon as the
-        pages that are left by those before it suffice.
+        Exact for running sequences and for waiting ones that are admissible now. For those behind it is an
+        estimate: each holds the pages of its middle age from start to end, and starts as soon as those
+        before it leave enough pages.
 
         Returns:
             [running], [waiting]
@@ -218,21 +219,21 @@ class Forecast:
     def prefill_pace(
         self, limit: int, budget: int, round_up_multiple: int, catch_up_steps: int = 32
     ) -> int:
-        """How many prompt tokens to feed in this step, when prefill shall be spread evenly.
+        """How many prompt tokens to feed in this step, so that prefill is spread evenly.
 
-        The least rate with which prompts never fall behind the pages that come free: whatever prompts have
-        found room when a sequence ends, they are fed when the next one does. Those that have, or would
-        find, room now are due after ``catch_up_steps`` at the latest: the cache has seats for them already.
-        An estimate in that waiting sequences' later pages are not counted.
+        This is the least rate at which prompts never fall behind the pages that come free: all prompts that
+        have found room when a sequence ends are fed when the next one ends. Those that have room now, or
+        would find it, are due after ``catch_up_steps`` at the latest, since the cache has room for them
+        already. It is an estimate: later pages of waiting sequences are not counted.
 
         Args:
             limit: pages.
-            budget: the most tokens. ``prefill_rate`` should be that too.
-            round_up_multiple: of the result, unless it is ``budget``.
+            budget: the most tokens. ``prefill_rate`` should be the same.
+            round_up_multiple: the result is a multiple of it, unless it is ``budget``.
             catch_up_steps: steps.
 
         Returns:
-            0 if there is no prompt to feed; ``budget`` if nobody decodes.
+            0 if there is no prompt to feed; ``budget`` if no sequence decodes.
         """
         num_fed = int(self._running.num_prompt_tokens.sum())
         if not num_fed and not len(self._waiting):
@@ -241,37 +242,38 @@ class Forecast:
         ends = np.unique(self._running_lives.end[is_decoding])
         if not len(ends):
             return budget
-        # Room for newcomers now and after each end: pages that those who run will never need again.
+        # Room for newcomers now and after each end: pages that running sequences will never need again.
         latest_use = np.maximum.accumulate(self._base[::-1])[::-1]
         room = limit - latest_use[np.append(0, ends[:-1] + 1)]
         fits = np.searchsorted(np.cumsum(self._waiting_lives.num_held), room, side="right")
         tokens = num_fed + np.append(0, np.cumsum(self._waiting.num_prompt_tokens))[fits]
         ends[0] = min(ends[0], catch_up_steps)
-        rate = int((-(-tokens // np.maximum(ends, 1))).max())
-        return min(-(-rate // round_up_multiple) * round_up_multiple, budget)
+        rate = int(ceil_div(tokens, np.maximum(ends, 1)).max())
+        return min(round_up(rate, round_up_multiple), budget)
 
-    def _lives(self, sequences: Sequences, num_tokens_before: int) -> _Lives:
-        """When sequences take pages and end, whose prompts are fed after so many other tokens."""
-        is_decoding = sequences.num_prompt_tokens == 0
-        fed = num_tokens_before + np.cumsum(sequences.num_prompt_tokens)
-        start = np.where(is_decoding, 0, -(-fed // self._prefill_rate))
-        spare = sequences.num_pages * self._page_size - sequences.length
-        leaf_end = self._end_column[sequences.leaf]
+    def _lives(self, rows: ForecastRows, num_tokens_before: int) -> _Lives:
+        """When sequences take pages and end, if their prompts are fed after ``num_tokens_before`` tokens."""
+        is_decoding = rows.num_prompt_tokens == 0
+        fed = num_tokens_before + np.cumsum(rows.num_prompt_tokens)
+        start = np.where(is_decoding, 0, ceil_div(fed, self._prefill_rate))
+        spare = rows.num_pages * self._page_size - rows.length
+        leaf_end = self._end_column[rows.leaf]
         return _Lives(
-            end=start + sequences.num_steps,
-            num_held=sequences.num_pages - leaf_end,
+            end=start + rows.num_steps,
+            num_held=rows.num_pages - leaf_end,
             first_take=start + spare + 1,
-            num_taken=-(-np.maximum(sequences.num_steps - spare, 0) // self._page_size),
+            num_taken=ceil_div(np.maximum(rows.num_steps - spare, 0), self._page_size),
         )
 
-    def _last_ends(self, sequences: Sequences, lives: _Lives) -> Int64Array:
+    def _last_ends(self, rows: ForecastRows, lives: _Lives) -> Int64Array:
         """[nodes] the last end among a node's holders; -1 where there are none."""
         last: Int64Array = np.full(len(self._parent), -1, np.int64)
         if not len(last):
             return last
-        has_leaf = sequences.leaf >= 0
-        np.maximum.at(last, sequences.leaf[has_leaf], lives.end[has_leaf])
-        # In round k every node tells its ancestor 2^k levels up: a maximum may hear the same twice.
+        has_leaf = rows.leaf >= 0
+        np.maximum.at(last, rows.leaf[has_leaf], lives.end[has_leaf])
+        # In round k every node passes its end to its ancestor 2^k levels up. Some ends arrive twice, which
+        # does not change a maximum.
         ancestor = self._parent
         for _ in range(len(last).bit_length()):
             nodes = np.flatnonzero((ancestor >= 0) & (last >= 0))
@@ -290,7 +292,7 @@ class Forecast:
         return self._added_use(self._running_lives, spans, self._size(self._horizon))
 
     def _node_spans(self, num_waiting: int) -> _Spans:
-        """What admitting each of the first waiting sequences in turn adds to the use of nodes."""
+        """The use of nodes that each of the first waiting sequences adds when they are admitted in order."""
         if not len(self._parent):
             return _NO_SPANS
         node = self._waiting.leaf[:num_waiting]
@@ -322,14 +324,14 @@ class Forecast:
         )
 
     def _added_use(self, lives: _Lives, spans: _Spans, size: int) -> Int64Array:
-        """[size] pages that these sequences use by themselves, and nodes in these spans."""
+        """[size] pages that these sequences use alone, and pages of nodes in these spans."""
         page_size = self._page_size
         change: Int64Array = np.zeros(size, np.int64)
         change[0] = lives.num_held.sum()
         np.subtract.at(change, lives.end + 1, lives.num_held + lives.num_taken)
         np.add.at(change, spans.first, spans.num_pages)
         np.subtract.at(change, spans.last + 1, spans.num_pages)
-        # Each page taken is a take P steps before, one page more: a running sum with stride P.
+        # A sequence that takes pages takes one every P steps: a running sum with stride P.
         taking = np.flatnonzero(lives.num_taken)
         first_take, num_taken = lives.first_take[taking], lives.num_taken[taking]
         takes: Int64Array = np.zeros(size, np.int64)
@@ -341,7 +343,7 @@ class Forecast:
         return np.cumsum(change, out=change)
 
     def _added_at(self, step: int, lives: _Lives, spans: _Spans, first_order: int) -> Int64Array:
-        """[lives] pages that each adds to the use at one step, the first being number ``first_order``."""
+        """[lives] pages that each adds to the use at one step; the first is number ``first_order``."""
         taken = np.clip((step - lives.first_take) // self._page_size + 1, 0, lives.num_taken)
         added = np.where(step <= lives.end, lives.num_held + taken, 0)
         is_used = (spans.first <= step) & (step <= spans.last)
@@ -349,13 +351,13 @@ class Forecast:
         return added
 
     def _size(self, horizon: int) -> int:
-        """Steps of an array that everything fits in which happens before ``horizon`` and just after."""
+        """Steps of an array that covers all that happens before ``horizon`` and just after it."""
         page_size = self._page_size
         horizon = max(horizon, self._horizon)
-        return -(-(horizon + page_size + 1) // page_size) * page_size
+        return round_up(horizon + page_size + 1, page_size)
 
     def _queue_ends(self, num_admitted: int, limit: int) -> list[int]:
-        """Ends of the waiting sequences behind the first ones, as ``finish_steps`` describes it."""
+        """Ends of the waiting sequences behind the first ones, as ``finish_steps`` estimates them."""
         admitted = self._waiting_lives[:num_admitted]
         ends = np.concatenate([self._running_lives.end, admitted.end])
         pages = np.concatenate([self._running_lives.middle_pages(), admitted.middle_pages()])
@@ -390,7 +392,7 @@ class Forecast:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Lives:
-    """What becomes of sequences, pages of the forest left out.
+    """When sequences take pages and end; pages of the forest are left out.
 
     Attributes:
         end: [n] the last step in which it holds pages.
@@ -417,16 +419,16 @@ class _Lives:
         return int(self.end.max(initial=-1)) + 1
 
     def middle_pages(self) -> Int64Array:
-        """[n] pages when half of those to be taken are."""
+        """[n] pages when half of the pages to take are taken."""
         return self.num_held + (self.num_taken + 1) // 2
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Spans:
-    """Steps for which a holder keeps nodes in use that would not be otherwise.
+    """Steps in which nodes are in use only because of one holder.
 
     Attributes:
-        order: [m] whose doing it is, ascending.
+        order: [m] the number of that holder, ascending.
         first: [m] step.
         last: [m] step.
         num_pages: [m]
@@ -438,7 +440,7 @@ class _Spans:
     num_pages: Int64Array
 
     def of(self, start: int, stop: int) -> _Spans:
-        """Those by start .. stop - 1."""
+        """The spans of holders start .. stop - 1."""
         low, high = np.searchsorted(self.order, [start, stop])
         return _Spans(
             self.order[low:high],
@@ -448,7 +450,7 @@ class _Spans:
         )
 
 
-_NO_SPANS = _Spans(np.empty(0, np.intp), _NOTHING, _NOTHING, _NOTHING)
+_NO_SPANS = _Spans(np.empty(0, np.intp), EMPTY_INT64, EMPTY_INT64, EMPTY_INT64)
 
 
 def _extended(use: Int64Array, size: int) -> Int64Array:

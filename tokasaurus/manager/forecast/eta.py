@@ -1,6 +1,6 @@
-"""When requests will have ended, in seconds: the forecast's steps times what a step takes.
+"""When requests will have ended, in seconds: the steps of the forecast times the duration of a step.
 
-Knows nothing of how either comes about. Costs milliseconds where thousands wait, so it is asked now and then.
+An estimate costs milliseconds where thousands of sequences wait, so one is made only now and then.
 """
 
 from __future__ import annotations
@@ -9,29 +9,35 @@ from itertools import chain
 
 import numpy as np
 
-from tokasaurus.manager.forecast.admission import AdmissionControl, Candidate
+from tokasaurus.manager.forecast.admission import AdmissionControl
+from tokasaurus.manager.forecast.rows import Candidate
 from tokasaurus.manager.running import RunningSequences
 from tokasaurus.manager.waiting import Backlog
 from tokasaurus.protocol.messages import Eta
 
 __all__ = ["MAX_QUEUED", "StepTimer", "eta"]
 
-MAX_QUEUED = (
-    1024  # entries of the queue that are looked at one by one; who is behind counts as a sum
-)
+# Sequences of the queue that are looked at one by one; those behind count as a sum.
+MAX_QUEUED = 1024
 
 _NEW_SHARE = 0.05  # of the latest measurement in the average
 
 
 class StepTimer:
-    """What a batch takes while there is always one in flight: moving average."""
+    """The duration of a step while a batch is always in flight: a moving average."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0  # 0 until it was measured
+        self.seconds = 0.0  # 0 until a step was measured
         self._absorbed_at: float | None = None
 
     def absorbed(self, now: float, num_results: int, is_idle: bool) -> None:
-        """So many results came, and nothing else is in flight or something is."""
+        """Takes the time at which results were absorbed.
+
+        Args:
+            now: that time.
+            num_results: results that came.
+            is_idle: whether nothing else is in flight.
+        """
         if num_results == 0:
             return
         if self._absorbed_at is not None:
@@ -44,7 +50,7 @@ class StepTimer:
 def eta(
     running: RunningSequences, backlog: Backlog, admission: AdmissionControl, step_s: float
 ) -> Eta:
-    """The estimate, of the requests with samples that run or are among the first in the queue."""
+    """The estimate for the requests with samples that run or are among the first in the queue."""
     candidates: list[Candidate] = []
     num_rows = 0
     queue = ((sequence, len(sequence.prompt_ids)) for sequence in backlog.in_order())
@@ -65,7 +71,7 @@ def eta(
     request_ids, rows = np.unique(request_ids, return_inverse=True)
     last = np.zeros(len(request_ids), np.int64)
     np.maximum.at(last, rows, ends)
-    # Those behind take as long, each, as those before them did.
+    # Each of those behind takes as long as those before them did.
     backlog_steps = float(ends.max(initial=0))
     if len(ends):
         backlog_steps *= max(1.0, backlog.num_sequences / len(ends))

@@ -1,7 +1,7 @@
 """Learns how long completions get, and predicts how long running ones will be.
 
-Owns counts over buckets of lengths and the lengths of finished siblings. Knows nothing of slots, pages or
-time: what it predicts depends on the calls that were made and on nothing else.
+Owns counts over buckets of lengths and the lengths of finished siblings. Knows nothing of slots, pages or time:
+predictions depend only on the calls that were made.
 
 **All requests.** The learned quantity is the hazard: of the tokens that were generated as the (x+1)-th of
 their sequence, the share that was the last one. It is estimated as *ends / tokens generated*, for each
@@ -13,59 +13,64 @@ bucket of x::
     ended by limit   ━━━━━━━━━━━━━━━━━━━━┥             8 and 8, no end
     still running    ━━━━━━━━━━━━━━━━━>                8 and 6, no end
 
-Tokens are counted while they are generated, not when their sequence ends. This is what makes the estimate
-right where the lengths of finished sequences alone mislead: short sequences finish first, but the long
-ones' tokens are in the denominator from the beginning; a sequence that is cut off at ``max_tokens`` says
-only that it would have been at least as long; and both counts forget at one speed, so that a busy engine,
-whose memory is shorter than its longest sequences, is no more biased than an idle one. (The product-limit
-estimator of E. L. Kaplan, P. Meier, Nonparametric estimation from incomplete observations, JASA 53, 1958.)
-Where a bucket is wider than a token, ends are related to the sequences that enter it, as in an actuary's
-life table.
+Tokens are counted while they are generated, not when their sequence ends. This makes the estimate right where
+the lengths of finished sequences alone mislead:
 
-**Where little was seen.** The hazard of all lengths together, h, includes one imagined sequence, which ended
-at a sixteenth of the usual max_tokens. Four imagined sequences enter each bucket and end with hazard h: a
-bucket that few have reached says little of its own. So there is an answer from the first request on, and
-each token that is generated without an end lowers h, long before the first sequence has finished.
+- Short sequences finish first, but the tokens of long ones are in the denominator from the beginning.
+- A sequence that is cut off at ``max_tokens`` says only that it would have been at least that long.
+- Both counts forget at the same speed. So a busy engine, which remembers less than its longest sequences, is
+  not more biased than an idle one.
+
+This is the product-limit estimator of E. L. Kaplan, P. Meier, Nonparametric estimation from incomplete
+observations, JASA 53, 1958. Where a bucket is wider than a token, ends are related to the sequences that enter
+it, as in an actuary's life table.
+
+**Where little was seen.** The hazard of all lengths together, h, includes one imagined sequence, which ended at
+a sixteenth of the usual max_tokens. Four imagined sequences enter each bucket and end with hazard h, so a
+bucket that few sequences have reached has little weight of its own. So there is an answer from the first
+request on, and each token that is generated without an end lowers h, long before the first sequence has
+finished.
 
 **Siblings.** The samples of one prompt have similar lengths. The hazard of a group is taken to be a common
-one times the group's *frailty*, a factor with a gamma distribution of mean 1 and variance 1/k. Its
-posterior is again one: of shape k + ends of the siblings, and of rate k + the ends that the common hazard
-lets expect of their tokens, finished or running. With L(x) for the sum of the common hazard below x, and a
-sequence's own tokens left out of the rate, the probability of more than x tokens is::
+one times the group's *frailty*, a factor with a gamma distribution of mean 1 and variance 1/k. The
+posterior is a gamma distribution too. Its shape is k + the ends of the siblings. Its rate is k + the number of
+ends to expect from the common hazard for their tokens, finished or running. With L(x) for the sum of the common
+hazard below x, and the tokens of the sequence itself left out of the rate, the probability of more than x
+tokens is::
 
     S(x)  =  (1 + L(x) / rate) ** -shape
 
-For a sequence without siblings both are k and S is that of all requests, which is where L comes from: of
-all requests together, the hazard falls with x, since it is the long groups that are left. (Shared frailty:
-D. G. Clayton, A model for association in bivariate life tables, Biometrika 65, 1978.) A mean of the lengths
-of finished siblings would teach little: sequences that still run are longer than those, as a rule.
+For a sequence without siblings both are k, and S is that of all requests. L follows from this: for all requests
+together, the hazard falls with x, since the long groups are left. (Shared frailty: D. G. Clayton, A model for
+association in bivariate life tables, Biometrika 65, 1978.) A mean of the lengths of finished siblings would
+teach little, because sequences that still run are longer as a rule.
 
-**Predictions** are a sample of the lengths that are possible, not their mean. What counts is how many
-sequences end in each coming step; were each predicted at its mean, nobody would be seen to end soon,
-although a share of them does in every step. So each sequence has a number u between 0 and 1, the share of
-possible lengths that are below its predicted one. After g tokens that is the x with::
+**Predictions** are a sample of the possible lengths, not their mean. The forecast needs the number of sequences
+that end in each coming step. If each were predicted at its mean, none would be predicted to end soon, although
+some do in every step. So each sequence has a number u between 0 and 1, the share of possible lengths that are
+below its predicted one. After g tokens, the prediction is the x with::
 
     S(x) / S(g)  =  1 - u
 
-The u of sequences that arrive one after another are spread evenly (J. G. van der Corput,
-Verteilungsfunktionen, 1935: the bits of a counter in reverse), so that already a few predictions have the
-distribution's shape, and a thousand siblings nearly its exact sum. A sequence's u stays the same, and says
-nothing of its true length: those that outlive their prediction are predicted anew, and at each age the
-predictions for those that are left have the distribution of what is left.
+The values of u of sequences that arrive one after another are spread evenly (J. G. van der Corput,
+Verteilungsfunktionen, 1935: the bits of a counter in reverse). So a few predictions already have the shape of
+the distribution, and those of a thousand siblings have nearly its exact sum. The u of a sequence stays the same,
+and says nothing about its true length. Sequences that outlive their prediction are predicted again, and at each
+age the predictions for the sequences that are left have the distribution of the lengths that are left.
 
-The one table is of H(x) = log(1 + L(x) / k), for single sequences -log S / k, straight in each bucket.
-Solved for x, and free of differences of large numbers::
+There is one table, of H(x) = log(1 + L(x) / k); for single sequences this is -log S / k. It is linear in each
+bucket. The equation above, solved for x and free of differences of large numbers, is::
 
     H(x)  =  H(g) + log(1 + (1 + (rate - k) / k * exp(-H(g))) * ((1 - u) ** (-1 / shape) - 1))
 
-The margin is so many standard deviations of the sum over the n sequences that run together: of each one's
-length, fewer by sqrt(n). It is had by moving all u up, log(u / (1 - u)) by the margin in the standard
-deviation of its own distribution, pi / sqrt(3). So it is exact in the mean where lengths are logistic,
-short of it by a tenth where they are exponential or of two equally frequent kinds, and no length passes
-the largest possible one.
+The margin is a number of standard deviations of the sum over the n sequences that run together. In standard
+deviations of the length of one sequence, it is smaller by the factor sqrt(n). It is applied by moving all u up:
+log(u / (1 - u)) grows by the margin times its own standard deviation, pi / sqrt(3). So the mean is exact where
+lengths are logistic, and short by a tenth of the margin where they are exponential or of two equally frequent
+kinds. No length passes the largest possible one.
 
-**Who teaches nothing.** Requests of one token at most (embeddings, loglikelihoods): their token is always a
-limit reached, and thousands of them would make forgotten what others taught.
+**Requests of at most one token** (embeddings, loglikelihoods) teach nothing: their token always reaches the
+limit, and thousands of them would make the predictor forget what the others taught.
 """
 
 from __future__ import annotations
@@ -75,9 +80,9 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from tokasaurus.protocol.arrays import BoolArray, Int32Array, Int64Array
+from tokasaurus.protocol.arrays import EMPTY_INT64, BoolArray, Int32Array, Int64Array
 
-__all__ = ["NO_GROUP", "LengthPredictor"]
+__all__ = ["NO_GROUP", "LengthPredictor", "at_most_median"]
 
 IntArray: TypeAlias = NDArray[np.signedinteger]
 _Floats: TypeAlias = NDArray[np.float64]
@@ -87,19 +92,27 @@ NO_GROUP = -1  # the handle of a sequence without siblings
 _FRAILTY_SHAPE = 1.0  # k
 _ENOUGH_AT_RISK = 4.0  # imagined sequences that enter each bucket
 _IMAGINED_SHARE = 1 / 16  # of max_tokens: the imagined end
-_LARGEST_EXPONENT = 300.0  # of what is multiplied once
+_LARGEST_EXPONENT = 300.0  # of factors that are multiplied once
 _ALMOST_ALL = 1.0 - 2.0**-53  # of a bucket may end there: H stays finite
 # Sequences differ in the low bits of their numbers.
 _NUMBER_BITS = 16
-_NO_LENGTHS: Int64Array = np.empty(0, np.int64)
 
 
 def _spread_evenly() -> _Floats:
-    """[2 ** _NUMBER_BITS] by number: u. Those of any 2 ** i consecutive numbers are about equally far apart."""
+    """[2 ** _NUMBER_BITS] u by number; those of 2 ** i consecutive numbers are about equally far apart."""
     reverse: Int64Array = np.zeros(1, np.int64)
     for _ in range(_NUMBER_BITS):
         reverse = np.append(2 * reverse, 2 * reverse + 1)
     return (reverse + 0.5) / len(reverse)
+
+
+def at_most_median(number: int) -> int:
+    """The number itself if its sequence is predicted no longer than the median, else the median's.
+
+    The lowest bit of a number is the highest bit of its u. So an odd number has a u above the middle, and 1 has
+    the least of these.
+    """
+    return 1 if number & 1 else number
 
 
 _LEVELS = _spread_evenly()
@@ -120,9 +133,9 @@ class LengthPredictor:
         memory: finished sequences after which what was learned weighs 1/e.
         prior_mean: expected length at first, as a fraction of max_tokens; None: learned from the first
             token on.
-        prior_std: its standard deviation, likewise.
+        prior_std: its standard deviation, as a fraction too.
         initial_wait: sequences that must end before the prior is given up, where there is one.
-        std_scale: the sum of the predictions is longer than expected by so many standard deviations.
+        std_scale: the margin of the sum of predictions, in standard deviations.
     """
 
     def __init__(
@@ -156,9 +169,9 @@ class LengthPredictor:
         )
         self._ends: _Floats = np.zeros(num_buckets)
         self._tokens: _Floats = np.zeros(num_buckets)  # generated there
-        # That would have been, had those who ended there gone on to the bucket's end.
+        # Tokens that would have been generated if sequences that ended there had gone on to its end.
         self._tokens_missed: _Floats = np.zeros(num_buckets)
-        # Of these, the tokens of those that ran at the last refresh.
+        # The part of ``_tokens`` of the sequences that ran at the last refresh.
         self._running_tokens: _Floats = np.zeros(num_buckets)
         self._make_table()
         # What came since the last refresh.
@@ -170,37 +183,37 @@ class LengthPredictor:
         self._num_handles = 0
         self._free_handles: list[int] = []
         self._closed: list[int] = []
-        # Of finished siblings: group, length, whether it was an end.
+        # Of finished siblings: group, length, whether it ended by itself.
         self._siblings: Int64Array = np.empty((3, 0), np.int64)
-        # By group, NO_GROUP being the last: shape, and the ends that were to be expected.
+        # By group, and last for NO_GROUP: the shape, and the ends that were to be expected.
         self._group_shape: _Floats = np.full(1, _FRAILTY_SHAPE)
         self._group_expected: _Floats = np.zeros(1)
 
     def expect(self, max_tokens: int, count: int) -> None:
-        """Sequences with this limit will run. A limit of one token says nothing of usual ones."""
+        """Counts sequences with this limit that will run. A limit of one token is not counted."""
         if max_tokens == 1:
             return
         self._num_expected += count
         self._sum_max_tokens += count * max_tokens
 
     def open_group(self) -> int:
-        """The samples of one request, which have one prompt and one max_tokens; returns a handle."""
+        """Returns a handle for the samples of one request, with one prompt and one max_tokens."""
         if self._free_handles:
             return self._free_handles.pop()
         self._num_handles += 1
         return self._num_handles - 1
 
     def close_group(self, handle: int) -> None:
-        """All of the group's sequences have ended; the handle will be another group's."""
-        self._closed.append(handle)  # until the next refresh the tables know it as this group's
+        """Gives back the handle of a group when all its sequences have ended."""
+        self._closed.append(handle)  # until the next refresh the tables know it as this group
 
     def observe(self, groups: IntArray, num_generated: IntArray, max_tokens: IntArray) -> None:
-        """These sequences ended by themselves or reached their limit.
+        """Learns from sequences that ended by themselves or reached their limit.
 
         Args:
             groups: [n] handles, or NO_GROUP.
-            num_generated: [n] tokens in all, 1 or more. One that is equal to ``max_tokens`` is a limit
-                reached: it says nothing about what would have come.
+            num_generated: [n] tokens in all, 1 or more. A sequence with ``max_tokens`` tokens reached its limit:
+                it says nothing about what would have come.
             max_tokens: [n]; rows where it is 1 are passed over.
         """
         teaches = max_tokens > 1
@@ -215,7 +228,7 @@ class LengthPredictor:
         self._new_siblings.append(np.stack([groups, lengths, is_stop])[:, has_group])
 
     def abort(self, num_generated: IntArray) -> None:
-        """These sequences are gone and did not end: they might have become longer.
+        """Learns from sequences that were aborted: they might have become longer.
 
         Args:
             num_generated: [n] tokens so far.
@@ -223,26 +236,26 @@ class LengthPredictor:
         self._new_lengths.append(num_generated.astype(np.int64))
 
     def refresh(self, groups: IntArray, num_generated: IntArray) -> None:
-        """Brings what is known up to date.
+        """Brings the tables up to date.
 
         Args:
-            groups: [n] handles of all sequences that have generated tokens and have neither been observed
-                nor aborted, or NO_GROUP. Preempted ones belong to them.
-            num_generated: [n]
+            groups: [n] handles, or NO_GROUP, of all sequences that have generated tokens and were neither
+                observed nor aborted; also of preempted ones.
+            num_generated: [n] their tokens so far.
         """
         keep = np.exp(-self._num_new_ends / self._memory)
         self._ends *= keep
         self._tokens_missed *= keep
         self._num_expected *= keep
         self._sum_max_tokens *= keep
-        stops = np.minimum(np.concatenate([_NO_LENGTHS, *self._new_stops]), self._max_length)
+        stops = np.minimum(np.concatenate([EMPTY_INT64, *self._new_stops]), self._max_length)
         buckets = self._bucket_of[stops - 1]  # a sequence of x + 1 tokens ended where it was x long
         np.add.at(self._ends, buckets, 1.0)
         np.add.at(self._tokens_missed, buckets, self._edges[buckets + 1] - stops)
         running_tokens = self._count_tokens(num_generated)
-        gone_tokens = self._count_tokens(np.concatenate([_NO_LENGTHS, *self._new_lengths]))
+        gone_tokens = self._count_tokens(np.concatenate([EMPTY_INT64, *self._new_lengths]))
         new_tokens = gone_tokens + running_tokens - self._running_tokens
-        # The maximum is for callers that lose sequences: an end is also a token.
+        # The maximum is for callers that lose sequences: every end is also a token.
         self._tokens = np.maximum(keep * self._tokens + new_tokens, self._ends)
         self._running_tokens = running_tokens
         self._num_known = self.num_observed
@@ -260,17 +273,17 @@ class LengthPredictor:
         numbers: Int64Array,
         num_together: int = 1,
     ) -> Int64Array:
-        """How many tokens sequences will have generated at their end, those they have included.
+        """How many tokens sequences will have generated at their end, including those so far.
 
         Args:
             groups: [n] handles, or NO_GROUP.
             num_generated: [n] tokens so far; 0 for sequences that wait.
             max_tokens: [n]
-            numbers: [n] the same for a sequence at each call; consecutive for those that came together.
+            numbers: [n] the same for a sequence at each call; consecutive for sequences that came together.
             num_together: sequences that run at the same time, 1 or more: the deviations of many cancel out.
 
         Returns:
-            [n], more than ``num_generated`` where that is less than ``max_tokens``, and never more than
+            [n] more than ``num_generated`` where that is less than ``max_tokens``, and never more than
             ``max_tokens``.
         """
         numbers = numbers & (len(_LEVELS) - 1)
@@ -280,7 +293,7 @@ class LengthPredictor:
             predicted = max_tokens * (self._prior_mean + self._prior_std * deviations)
         else:
             predicted = self._learned(groups, num_generated, numbers, margin)
-        # Sums that make a whole number are not always equal to it.
+        # A sum that should be a whole number is not always equal to it.
         lengths = np.ceil(predicted - 1e-6).astype(np.int64)
         bounded: Int64Array = np.minimum(np.maximum(lengths, num_generated + 1), max_tokens)
         return bounded
@@ -304,7 +317,7 @@ class LengthPredictor:
         odds = np.exp(min(margin * _LOGISTIC_STD, _LARGEST_EXPONENT))
         log_level = log_level + np.log(1.0 + level * (odds - 1.0))
         growth = np.exp(np.minimum(log_level * inverse_shape, _LARGEST_EXPONENT)) - 1.0
-        # Beyond the table, the largest length.
+        # Beyond the table, this is the largest length.
         lengths: _Floats = np.interp(risk + np.log(1.0 + slope * growth), self._risk, self._edges)
         return lengths
 
@@ -321,7 +334,7 @@ class LengthPredictor:
         return beyond * self._widths + inside[:-1]
 
     def _make_table(self) -> None:
-        """H at the edges of buckets, and its slope behind them."""
+        """Computes H at the edges of buckets, and its slope between them."""
         tokens, widths = self._tokens, self._widths
         usual = (
             self._sum_max_tokens / self._num_expected if self._num_expected else self._max_length
@@ -329,8 +342,9 @@ class LengthPredictor:
         imagined = max(2.0, _IMAGINED_SHARE * usual)
         overall = (self._ends.sum() + 1.0) / (tokens.sum() + imagined)
         ending_overall = -np.expm1(widths * np.log1p(-overall))
-        # As if who ended in a bucket had been at risk to its end: these are the tokens of a bucket
-        # that nobody leaves. An end has a whole bucket's, also where the older ones are forgotten.
+        # Sequences that ended in a bucket count as if they had been at risk to its end, so these are the
+        # tokens of a bucket that no sequence leaves. An end has those of a whole bucket even where older
+        # tokens are forgotten.
         entering = np.maximum((tokens + self._tokens_missed) / widths, self._ends)
         ending = (self._ends + _ENOUGH_AT_RISK * ending_overall) / (entering + _ENOUGH_AT_RISK)
         survival_exponents = -np.log1p(-np.minimum(ending, _ALMOST_ALL))
@@ -346,7 +360,7 @@ class LengthPredictor:
         return risk
 
     def _update_frailties(self, groups: IntArray, num_generated: IntArray) -> None:
-        """Counts each group's ends, and those to be expected of its finished and running sequences."""
+        """Counts the ends of each group, and those to expect of its finished and running sequences."""
         siblings = np.concatenate([self._siblings, *self._new_siblings], axis=1)
         if self._closed:
             is_closed: BoolArray = np.zeros(self._num_handles, np.bool_)
@@ -369,13 +383,13 @@ class LengthPredictor:
 
 
 def _expected_ends(risk: _Floats) -> _Floats:
-    """[n] L, by H; finite, for it to be summed."""
+    """[n] L for each H; finite, so that it can be summed."""
     expected: _Floats = _FRAILTY_SHAPE * np.expm1(np.minimum(risk, _LARGEST_EXPONENT))
     return expected
 
 
 def _bucket_edges(max_length: int, num_buckets: int) -> Int64Array:
-    """From 0 to max_length: one by one while that is finer than equal ratios, which come then."""
+    """From 0 to max_length: one by one as long as that is finer than equal ratios, then in these."""
     if max_length <= num_buckets:
         return np.arange(max_length + 1, dtype=np.int64)
     edges = np.geomspace(1.0, max_length, num_buckets).round().astype(np.int64)

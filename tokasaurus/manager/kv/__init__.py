@@ -1,1 +1,1 @@
-"""Where KV lies: pages and who holds them, the prefix cache, which sequences share pages."""
+"""Where KV lies: pages and their holders, the prefix cache, which sequences share pages."""

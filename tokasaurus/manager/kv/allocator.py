@@ -31,8 +31,13 @@ class PageAllocator:
 
     @property
     def num_available(self) -> int:
-        """Pages that an allocation can have: free or evictable."""
+        """Pages that can be allocated: free or evictable."""
         return self.pool.num_free + self.pool.num_evictable
+
+    @property
+    def num_held(self) -> int:
+        """Pages that have a holder."""
+        return self.pool.num_pages - self.num_available
 
     def lookup(self, prompt_ids: Int32Array) -> Int32Array:
         """Returns the cached pages of a prompt, never all of it: its last token is always computed."""
@@ -43,7 +48,7 @@ class PageAllocator:
         return num_new + (self.pool.num_unreferenced(cached_pages) if len(cached_pages) else 0)
 
     def retain(self, pages: Int32Array, num_holders: int = 1) -> None:
-        """More holders for each of these pages, which were found in the cache or have one already."""
+        """Adds holders to each of these pages, which were found in the cache or have one already."""
         if len(pages):
             self.pool.retain(pages, num_holders)
 
@@ -59,7 +64,7 @@ class PageAllocator:
         return self.pool.take(count)
 
     def flush(self) -> int:
-        """Forgets every cached page that has no holder; returns how many these were."""
+        """Frees every cached page that has no holder; returns their number."""
         num_pages = self.pool.num_evictable
         self.cache.evict(num_pages)
         return num_pages
@@ -73,11 +78,11 @@ class PageAllocator:
             ids: of ``len(pages)`` full pages.
             pages: where their KV is.
             num_published: leading pages that were published, or found in the cache, before.
-            num_holders: of the others.
+            num_holders: of the other pages.
 
         Returns:
-            The pages that the holders have from now on, if the same ids were cached in the meantime:
-            they give their duplicates back and share the cached ones. None if all stay as they are.
+            The pages that the holders have from now on, if the same ids were cached in the meantime: the
+            duplicates are given back, and the cached ones shared. None if all stay as they are.
         """
         num_found, _ = self.cache.insert(ids, pages)
         if num_found < len(pages):
@@ -91,11 +96,10 @@ class PageAllocator:
         return shared
 
     def release(self, holders: Iterable[tuple[Int32Array, Int32Array]]) -> None:
-        """Ends the claims of holders to all their pages.
+        """Gives back all pages of these holders; full pages of known ids become findable.
 
         Args:
-            holders: of each the ids of the full pages whose ids are all known, from position 0, which
-                become findable; and all its pages.
+            holders: for each, the ids of its leading full pages of known ids, and all its pages.
         """
         tables, nodes, new = [], [], []
         for ids, pages in holders:

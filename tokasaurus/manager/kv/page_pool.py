@@ -1,4 +1,4 @@
-"""The pool of KV pages: who refers to each page, which are free.
+"""The pool of KV pages: how many holders each has, which are free.
 
 Knows nothing of tokens. A page is in exactly one of these conditions::
 
@@ -40,7 +40,7 @@ class PagePool:
         return self._free[: self.num_free]
 
     def take(self, count: int) -> Int32Array:
-        """Takes free pages; each starts with one reference.
+        """Takes free pages; each starts with one holder.
 
         Raises:
             ProtocolError: fewer are free.
@@ -53,14 +53,14 @@ class PagePool:
         return pages
 
     def retain(self, pages: Int32Array, num_holders: int = 1) -> None:
-        """More holders for each of these pages, which are all different, and cached or held."""
+        """Adds holders to each of these pages, which are all different, and cached or held."""
         self.num_evictable -= self.num_unreferenced(pages)
         self.references[pages] += num_holders
 
     def release(self, pages: Int32Array) -> None:
-        """One holder fewer for each, and as many fewer as a page occurs.
+        """Removes one holder of each page, or as many as the page occurs.
 
-        Private pages become free, cached ones evictable at the last.
+        Without a holder, a private page is free and a cached one evictable.
         """
         references = self.references[pages]
         if references.max(initial=1) == 1:  # one holder each, so each is here once
@@ -74,21 +74,21 @@ class PagePool:
         self._put_back(left[~is_cached])
 
     def mark_cached(self, pages: Int32Array) -> None:
-        """These private pages are in the tree from now on."""
+        """Notes that these private pages are in the tree from now on."""
         self.cached[pages] = True
 
     def evict(self, pages: Int32Array) -> None:
-        """These cached pages without a holder left the tree: they are free."""
+        """Frees these cached pages without a holder, which left the tree."""
         self.cached[pages] = False
         self.num_evictable -= len(pages)
         self._put_back(pages)
 
     def is_referenced(self, page: int) -> bool:
-        """Whether it has a holder."""
+        """Whether the page has a holder."""
         return self.references.item(page) > 0
 
     def num_unreferenced(self, pages: Int32Array) -> int:
-        """How many of these have no holder."""
+        """How many of these pages have no holder."""
         return len(pages) - int(np.count_nonzero(self.references[pages]))
 
     def _put_back(self, pages: Int32Array) -> None:

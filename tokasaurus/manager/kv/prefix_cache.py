@@ -7,11 +7,11 @@ bytes of their first page's ids. With pages of two tokens::
                  ├── [g h]      page 4
                  └── [g x|y z]  pages 1 8
 
-Whoever holds a page of the tree holds all pages above it. So reference counts never grow from root to
-leaf, unreferenced pages are the tails of leaves and whole subtrees, and each of them can be evicted.
+A holder of a page holds all pages above it too. So reference counts never grow from root to leaf,
+unreferenced pages are the tails of leaves and whole subtrees, and each of them can be evicted.
 
-Eviction takes the least recently used leaf, last page first. Knows nothing of slots or of time: "used"
-means inserted again, in the order of calls.
+Eviction takes the least recently used leaf, last page first. Knows nothing of slots or of time: "used" means
+inserted again, in the order of calls.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ import numpy as np
 
 from tokasaurus.errors import ProtocolError
 from tokasaurus.manager.kv.page_pool import PagePool
-from tokasaurus.protocol.arrays import Int32Array
+from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
 
 __all__ = ["PrefixCache", "PrefixNode"]
 
 _BYTES_PER_ID = 4
-_NO_PAGES: Int32Array = np.empty(0, np.int32)
 
 
 class PrefixNode:
@@ -52,7 +51,7 @@ class PrefixCache:
     """Finds, inserts and evicts runs of full pages.
 
     Args:
-        pool: told which pages left the tree, asked which are referenced.
+        pool: it is told which pages left the tree, and asked which are referenced.
         page_size: tokens.
     """
 
@@ -61,10 +60,10 @@ class PrefixCache:
         self._page_bytes = page_size * _BYTES_PER_ID
         self._num_nodes = 0
         self._clock = 0
-        # (last_used, serial, node) of every leaf that may have an unreferenced tail. Entries go stale
-        # when a leaf is used again, gets children or is referenced: noticed when they are popped.
+        # (last_used, serial, node) of every leaf that may have an unreferenced tail. An entry goes stale when
+        # its leaf is used again, gets children or is referenced; that is noticed when it is popped.
         self._heap: list[tuple[int, int, PrefixNode]] = []
-        self.root = self._new_node(None, b"", np.empty(0, np.int32))
+        self.root = self._new_node(None, b"", EMPTY_INT32)
         self.num_evicted = 0
 
     def lookup(self, ids: Int32Array, max_pages: int) -> Int32Array:
@@ -81,19 +80,21 @@ class PrefixCache:
             node = child
             at += len(child.ids)
         if not runs:
-            return _NO_PAGES
+            return EMPTY_INT32
         return runs[0] if len(runs) == 1 else np.concatenate(runs)
 
     def insert(self, ids: Int32Array, pages: Int32Array) -> tuple[int, PrefixNode]:
         """Makes a prefix findable, and counts as a use of it.
 
+        The caller must tell the pool of the pages that are new in the tree.
+
         Args:
             ids: of ``len(pages)`` full pages, from position 0.
-            pages: where their KV is; those not yet in the tree must be private.
+            pages: where their KV is; those that are not in the tree yet must be private.
 
         Returns:
-            How many of the pages' ids were in the tree before (under these pages or others), and the
-            node that ends the prefix. The pool is to be told of the pages behind these.
+            The number of leading pages with ids that were in the tree before, under these pages or others;
+            and the node that ends the prefix.
         """
         data = ids.tobytes()
         size = self._page_bytes
@@ -113,7 +114,7 @@ class PrefixCache:
         return num_found, node
 
     def offer(self, node: PrefixNode) -> None:
-        """To be called when a holder of the prefix that ends with ``node`` has let go of it."""
+        """Must be called when a holder of the prefix that ends with ``node`` has released it."""
         if not (node.queued or node.children or node is self.root):
             node.queued = True
             heapq.heappush(self._heap, (node.last_used, node.serial, node))
@@ -192,11 +193,11 @@ class PrefixCache:
     def _cut_tail(self, node: PrefixNode, limit: int) -> Int32Array:
         """Takes up to ``limit`` unreferenced pages off a leaf's end; returns them."""
         pages = node.pages
-        # Who holds a page holds those before it: without the first, there is nobody.
+        # A holder of a page holds those before it: if the first has none, no page has one.
         if len(pages) > limit or self._pool.is_referenced(pages.item(0)):
             count = min(limit, self._pool.num_unreferenced(pages))
             if count == 0:
-                return _NO_PAGES
+                return EMPTY_INT32
             left = len(pages) - count
             node.pages, node.ids = pages[:left], node.ids[: left * self._page_bytes]
             self.offer(node)

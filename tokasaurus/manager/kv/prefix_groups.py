@@ -1,9 +1,9 @@
-"""Which rows of a step read the same KV pages, so that attention reads these once for all of them.
+"""Which rows of a batch read the same KV pages, so that attention reads these once for all of them.
 
 The idea is Hydragen's (Juravsky et al. 2024, https://arxiv.org/abs/2402.05099), nested prefixes included.
 A *group* is a range of rows and a range of page-table columns in which all these rows hold the same pages.
-Few-shot examples that everybody reads, two problems with three samples each, and a sequence with nothing
-in common with others::
+In the picture, one sequence has nothing in common with the others, which all begin with the same few-shot
+examples, followed by one of two problems with three samples each::
 
     row     0   1 2 3   4 5 6       first_rows     1  1  4
     column  ┌─┐ ┌───────────┐       num_rows       6  3  3
@@ -15,8 +15,8 @@ in common with others::
       3     │ │ │ │ │ ├─┬─┬─┤
       4     └─┘ └─┴─┴─┴─┴─┴─┘       behind the last group of its row: read row by row
 
-So every column of a row is in one group or is the row's own. Finds groups; knows nothing of how they are
-attended to. What pages are shared is known before; see shared_prefixes.
+So every column of a row is in one group or is the row's own. Finds groups among pages that are known to be
+shared (see ``shared_prefixes``), and knows nothing of attention.
 """
 
 from __future__ import annotations
@@ -28,33 +28,32 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokasaurus.manager.kv.shared_prefixes import SharedPrefixes
-from tokasaurus.manager.slots import IndexArray
-from tokasaurus.protocol.arrays import Int32Array
+from tokasaurus.manager.slots import NO_SLOTS, IndexArray
+from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
+from tokasaurus.rounding import ceil_div
 
 __all__ = ["MIN_NESTED_LEN", "GroupFinder", "Groups"]
 
-# A group inside another costs each of its rows one partial result more to write, read and merge. That is
-# as much traffic as the keys and values of 8 tokens, where 4 query heads share a head of them.
+# A group inside another costs each of its rows one more partial result to write, read and merge. That is as
+# much traffic as the keys and values of 8 tokens, where 4 query heads share one head of these.
 MIN_NESTED_LEN = 64
 
 _Found: TypeAlias = tuple[int, int, int]  # a group: its rows, its first column, the column after it
 
-# Candidates are numbered from 1 on. What is above them all counts as one, with no columns.
+# Candidates are numbered from 1 on. The top above them all counts as a candidate without columns.
 _TOP = 0
 _NO_CANDIDATE = -1
-
-_EMPTY: Int32Array = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Groups:
-    """The rows of a step in an order that makes every group a range; groups in others come after them.
+    """The rows of a batch in an order that makes every group a range; outer groups come first.
 
     Attributes:
         slots: [rows], those in no group first.
         first_rows: [groups] index into ``slots``.
         num_rows: [groups].
-        first_columns: [groups] of the page table; where the group around it ends, or 0.
+        first_columns: [groups] of the page table; the end of the group around it, or 0.
         num_columns: [groups].
     """
 
@@ -64,18 +63,31 @@ class Groups:
     first_columns: Int32Array
     num_columns: Int32Array
 
+    @property
+    def num_grouped(self) -> int:
+        """Rows that are in a group."""
+        return len(self.slots) - int(self.first_rows.min()) if self.first_rows.size else 0
+
+    @classmethod
+    def none(cls, slots: IndexArray) -> Groups:
+        """These rows, in no groups."""
+        return cls(slots, EMPTY_INT32, EMPTY_INT32, EMPTY_INT32, EMPTY_INT32)
+
 
 class GroupFinder:
-    """Finds the groups of one step after the other, and only looks anew when something changed.
+    """Finds the groups of one batch after the other, and looks again only when something changed.
 
-    A group is all rows of a step that share a prefix, up to the column where they part. There must be
-    enough of them, and the prefix must be long enough, counted from position 0 whatever groups are around
-    it: problems after a long header are worth a group each, however short. Only must a group inside
-    another add MIN_NESTED_LEN tokens. A run that is too short for this, or ends too early, is covered by
-    the groups inside it, and otherwise read row by row.
+    A group is all rows of a batch that share a prefix, up to the column where they part:
+
+    - It has at least ``min_group_size`` rows.
+    - Its prefix has at least ``min_prefix_len`` tokens, counted from position 0 whatever groups are around
+      it: after a long header, every problem is worth a group, however short.
+    - A group inside another adds at least MIN_NESTED_LEN tokens, if that is less.
+
+    Shared pages that make no group are covered by the groups inside them, or read row by row.
 
     Args:
-        prefixes: what the slots share.
+        prefixes: the pages that slots share.
         page_size: tokens.
         min_group_size: rows that a group has at least.
         min_prefix_len: tokens, from position 0 to the end of a group, at least.
@@ -86,18 +98,19 @@ class GroupFinder:
     ) -> None:
         self._prefixes = prefixes
         self._min_rows = max(1, min_group_size)
-        self._min_end = max(1, -(-min_prefix_len // page_size))
-        self._min_columns = min(self._min_end, max(1, -(-MIN_NESTED_LEN // page_size)))
-        self._version = -1  # of the prefixes, when the groups were last looked for
-        self._slots: IndexArray = np.empty(0, np.intp)  # of which they were looked for
-        self._found = _no_groups(self._slots)
+        self._min_end = max(1, ceil_div(min_prefix_len, page_size))
+        self._min_columns = min(self._min_end, max(1, ceil_div(MIN_NESTED_LEN, page_size)))
+        # The groups that were found last, for these slots, and the version of the prefixes then.
+        self._version = -1
+        self._slots: IndexArray = NO_SLOTS
+        self._found = Groups.none(self._slots)
 
     def find(self, slots: IndexArray) -> Groups:
-        """The groups of a step.
+        """The groups of a batch.
 
         Args:
-            slots: [rows] distinct, in any order; not written to afterwards. Those that share nothing
-                keep their order.
+            slots: [rows] distinct, in any order; not written to afterwards. Slots that share nothing keep
+                their order.
         """
         version = self._prefixes.version
         if version != self._version or not np.array_equal(slots, self._slots):
@@ -112,7 +125,7 @@ class GroupFinder:
         )
         candidates = is_candidate.nonzero()[0]
         if not len(candidates) or len(slots) < self._min_rows:
-            return _no_groups(slots)
+            return Groups.none(slots)
         ends = prefixes.end_column[candidates]
         parents_first = np.argsort(ends)
         candidates, ends = candidates[parents_first], ends[parents_first]
@@ -127,13 +140,13 @@ class GroupFinder:
             np.bincount(lowest, minlength=len(candidates) + 1).tolist(),
         )
         if not found:
-            return _no_groups(slots)
+            return Groups.none(slots)
         # Few values, in a type of few bytes: then the sort is a count.
         groups = np.array(group_of, np.min_scalar_type(len(found)))[lowest]
         return _arrange(slots, groups, found)
 
     def _lowest_candidates(self, slots: IndexArray, number: IndexArray) -> IndexArray:
-        """[rows] the lowest candidate that each row holds; 0 where it holds none."""
+        """[rows] the lowest candidate that each row holds; 0 if it holds none."""
         parent = self._prefixes.parent
         nodes = self._prefixes.leaf[slots].astype(np.intp)  # numpy looks up with these much faster
         lowest = number[nodes]
@@ -145,12 +158,12 @@ class GroupFinder:
     def _choose(
         self, parents: list[int], ends: list[int], num_rows: list[int]
     ) -> tuple[list[_Found], list[int]]:
-        """Which candidates are groups, from the top down. Entry 0 of all lists is the top.
+        """Decides from the top down which candidates are groups. Entry 0 of all lists is the top.
 
         Args:
-            parents: of each candidate, before it.
-            ends: the column after its last.
-            num_rows: whose lowest candidate it is; counts those of lower ones too afterwards.
+            parents: of each candidate; each comes before it.
+            ends: the column after the last of each.
+            num_rows: rows for which each is the lowest candidate; afterwards, rows of lower ones too.
 
         Returns:
             The groups, those inside a group right behind it; and the innermost group that each candidate
@@ -166,7 +179,7 @@ class GroupFinder:
         while waiting:
             candidate, group, start = waiting.pop()
             below, count, end = children[candidate], num_rows[candidate], ends[candidate]
-            # Where all rows are in one child, others part here that are not in the step.
+            # Where all rows are in one child, only slots that are not in the batch part here.
             is_whole = not any(num_rows[child] == count for child in below)
             if count >= self._min_rows and end - start >= self._min_columns and is_whole:
                 found.append((count, start, end))
@@ -180,7 +193,7 @@ class GroupFinder:
 def _arrange(
     slots: IndexArray, groups: NDArray[np.unsignedinteger[Any]], found: list[_Found]
 ) -> Groups:
-    """Puts the rows in order; ``groups`` is the innermost group of each, counted from 1, or 0."""
+    """Puts the rows in order; ``groups`` is the innermost group of each row, counted from 1, or 0."""
     counts = np.bincount(groups, minlength=len(found) + 1)
     num_rows, first_columns, ends = np.array(found, np.int32).T.copy()
     return Groups(
@@ -190,7 +203,3 @@ def _arrange(
         first_columns=first_columns,
         num_columns=ends - first_columns,
     )
-
-
-def _no_groups(slots: IndexArray) -> Groups:
-    return Groups(slots, _EMPTY, _EMPTY, _EMPTY, _EMPTY)

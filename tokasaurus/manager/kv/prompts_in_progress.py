@@ -1,12 +1,13 @@
-"""Who is computing which page of a prompt right now, so that nobody computes it a second time.
+"""Which sequence is computing which page of a prompt right now, so that no page is computed twice.
 
-A prompt that is being fed, or comes first in the queue, claims the first page of it that is not yet in the
-prefix cache, under the ids up to that page's end. Whoever would have to compute the same page next waits for the claim to move on::
+A sequence that feeds its prompt, or comes first in the queue, claims the first page of the prompt that is not
+yet in the prefix cache, under the ids up to the end of that page. A sequence that would have to compute the
+same page next waits for the claim to move on::
 
     A  [system prompt    |question A]     claims page 0, as far as its chunks have not filled it
     B  [system prompt    |question B]     waits; looks again as soon as A's next pages can be found
 
-Knows nothing of where pages are, nor of who may run.
+Knows nothing of where pages are, nor of which sequences may run.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ class PromptsInProgress:
         self._page_size = page_size
         self._by_key: dict[bytes, _Claim] = {}
         self._by_sequence: dict[Sequence, _Claim] = {}
-        self.woken: list[Sequence] = []  # to be taken out by who can let them go on
+        self.woken: list[Sequence] = []  # the caller takes them out and lets them go on
 
     def enter(self, sequence: Sequence, num_pages: int) -> bool:
-        """A sequence is about to feed its prompt, or will be soon.
+        """Claims the next page of a sequence that is about to feed its prompt, or will be soon.
 
         Args:
-            sequence: whose prompt it is.
-            num_pages: its leading pages that can be found.
+            sequence: that feeds it.
+            num_pages: leading pages of its prompt that can be found.
 
         Returns:
-            Whether it may. If not, a sequence that goes before it computes the same page: it waits, and
-            is among the ``woken`` as soon as the other one is done with it.
+            Whether it may feed the prompt. If not, a sequence that goes before it computes the same page: it
+            waits, and is among the ``woken`` as soon as the other one is done with the page.
         """
         key = self._key(sequence, num_pages)
         other = None if key is None else self._by_key.get(key)
@@ -59,22 +60,22 @@ class PromptsInProgress:
         return True
 
     def advance(self, sequence: Sequence, num_pages: int) -> None:
-        """So many leading pages of its prompt can be found now; wakes who waited for them."""
+        """Moves the claim on, where ``num_pages`` leading pages can be found now; wakes waiting ones."""
         self._claim(sequence, self._key(sequence, num_pages))
 
     def leave(self, sequence: Sequence) -> None:
-        """The sequence feeds its prompt no more; wakes who waited for it."""
+        """Drops the claim of a sequence that feeds its prompt no more; wakes those that waited for it."""
         claim = self._by_sequence.pop(sequence, None)
         if claim is not None:
             del self._by_key[claim.key]
             self.woken += claim.waiting
 
     def sequences(self) -> list[Sequence]:
-        """All that claim a page."""
+        """All sequences that claim a page."""
         return list(self._by_sequence)
 
     def waiting(self) -> list[Sequence]:
-        """All that wait, those that have ended in the meantime included."""
+        """All sequences that wait, including those that have ended in the meantime."""
         return [sequence for claim in self._by_sequence.values() for sequence in claim.waiting]
 
     def _claim(self, sequence: Sequence, key: bytes | None) -> None:

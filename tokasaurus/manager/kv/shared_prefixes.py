@@ -9,11 +9,11 @@ ancestors of it. Slots 0 and 1 with pages 7 3 9, slot 2 with 7 3 4 5, slot 3 wit
     ├── b [9]    parent a    end_column 3   num_holders 2
     └── c [4 5]  parent a    end_column 4   num_holders 1
 
-Every node is the leaf of some slot or has two children or more, so there are less than two nodes for a
-slot. A number stays a node's as long as the node lives, and is used again afterwards.
+Every node is the leaf of some slot or has at least two children, so there are less than two nodes per slot. A
+node keeps its number as long as it lives; after that the number is used again.
 
-Compares page numbers, never tokens: what is equal but was computed twice is not shared. Knows nothing of
-what pages hold or who owns them.
+Compares page numbers, never tokens: equal pages that were computed twice are not shared. Knows nothing of the
+contents of pages or their owners.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from tokasaurus.protocol.arrays import Int32Array
 __all__ = ["SharedPrefixes"]
 
 _BYTES_PER_PAGE = 4
-_ROOT = -1  # above the trie, without pages: the last entry of every column over nodes
+_ROOT = -1  # above the trie, without pages; indexes the last entry of every column over nodes
 
 
 class SharedPrefixes:
     """A trie in columns, for readers that look at all slots or all nodes at once.
 
-    Readers may index the columns as they like and must not write to them. No node has the last number:
-    what is found there for a parent of -1 is right for "before the first page".
+    Readers may index the columns as they like and must not write to them. No node has the last number: the
+    entries there, which a parent of -1 finds, are right for "before the first page".
 
     Attributes:
-        leaf: [num_slots] the node that ends a slot's pages; -1 for a slot that holds none.
+        leaf: [num_slots] the node that ends the pages of a slot; -1 for a slot that holds none.
         parent: [2 * num_slots] over nodes; -1 at the top.
-        end_column: [2 * num_slots] pages of this run and of all ancestors: the run is in the columns
-            ``end_column[parent]`` up to ``end_column`` of its holders' page tables.
-        num_holders: [2 * num_slots] slots whose leaf is this node or below it; 0 where there is no node,
-            and then the other columns mean nothing.
+        end_column: [2 * num_slots] pages of this run and of all ancestors. In the page tables of its holders,
+            the run is in the columns ``end_column[parent]`` up to ``end_column``.
+        num_holders: [2 * num_slots] slots with this node or one below it as their leaf. It is 0 where there
+            is no node; the other columns mean nothing then.
         version: changes whenever one of the above does.
 
     Args:
@@ -53,9 +53,9 @@ class SharedPrefixes:
     """
 
     def num_shared_pages(self, slots: IndexArray) -> Int32Array:
-        """[slots] leading pages of each that other slots hold too."""
+        """[slots] the number of leading pages of each that other slots hold too."""
         leaf = self.leaf[slots]
-        is_shared = self.num_holders[leaf] > 1  # else what is above the leaf is
+        is_shared = self.num_holders[leaf] > 1  # else the pages above the leaf are
         ends: Int32Array = self.end_column[np.where(is_shared, leaf, self.parent[leaf])]
         return ends
 
@@ -72,11 +72,11 @@ class SharedPrefixes:
         self._children: list[dict[bytes, int]] = [{} for _ in range(size)]
 
     def enter(self, slots: Rows[int], pages: Int32Array) -> None:
-        """These slots hold these pages, in the columns of their page tables from 0 on.
+        """Adds slots that hold these pages, in the columns of their page tables from 0 on.
 
         Args:
             slots: distinct; one, or siblings that enter together.
-            pages: full ones, which nobody writes to while a slot is in here; may be none.
+            pages: full ones, which are not written to while a slot is in here; may be none.
 
         Raises:
             ProtocolError: one of the slots is here already.
@@ -96,7 +96,7 @@ class SharedPrefixes:
             self.version += 1
 
     def leave(self, slots: IndexArray) -> None:
-        """These slots (distinct) hold their pages no longer; those that hold none are passed over."""
+        """Removes these slots, which are distinct; those that hold no pages are passed over."""
         if len(slots) == 1:
             slot = slots.item()
             leaf = self.leaf.item(slot)
@@ -114,7 +114,7 @@ class SharedPrefixes:
             self.version += 1
 
     def _add_holders_of(self, pages: bytes, count: int) -> int:
-        """More slots hold these pages. Cuts and adds nodes as needed; returns the one that ends them."""
+        """Adds ``count`` holders of these pages, and nodes as needed; returns the node that ends them."""
         node, at = _ROOT, 0
         while at < len(pages):
             first = pages[at : at + _BYTES_PER_PAGE]
@@ -148,7 +148,7 @@ class SharedPrefixes:
     def _cut(self, node: int, run: bytes) -> int:
         """Cuts the first pages off a node; returns the new node that has them.
 
-        ``node`` stays the lower part, so that it stays the leaf of those whose leaf it is.
+        ``node`` stays the lower part, so that it stays the leaf of the same slots.
         """
         first, num_holders = run[:_BYTES_PER_PAGE], self.num_holders.item(node)
         upper = self._append(self.parent.item(node), first, run, num_holders)
@@ -156,19 +156,22 @@ class SharedPrefixes:
         return upper
 
     def _attach(self, parent: int, node: int, run: bytes) -> None:
-        """Gives a node another parent and another run, which ends where its run did."""
+        """Gives a node another parent and another run with the same end."""
         self.parent[node] = parent
         self._runs[node] = run
         self._children[parent][run[:_BYTES_PER_PAGE]] = node
 
     def _count(self, node: int, count: int) -> None:
-        """So many more slots hold the pages of ``node`` and its ancestors."""
+        """Adds ``count`` to the holders of ``node`` and its ancestors."""
         while node != _ROOT:
             self.num_holders[node] += count
             node = self.parent.item(node)
 
     def _remove_holders(self, leaf: int, count: int) -> None:
-        """Fewer slots end at ``leaf``. It may vanish, and then its parent may too; nodes above cannot."""
+        """Removes ``count`` slots that end at ``leaf``.
+
+        The node may vanish, and then its parent may too; nodes above cannot.
+        """
         lowest = leaf
         if self.num_holders.item(leaf) == count:
             lowest = self.parent.item(leaf)

@@ -6,7 +6,7 @@ import numpy as np
 
 from tokasaurus.manager.sequence import Sequence, SequenceState
 from tokasaurus.manager.slots import IndexArray, SlotTable
-from tokasaurus.protocol.arrays import Int32Array
+from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
 
 __all__ = ["TableChanges"]
 
@@ -15,7 +15,7 @@ class TableChanges:
     """Collects changed entries; their values are read from the table when the next batch is built.
 
     Args:
-        slots: whose page table changes.
+        slots: with the page table that changes.
     """
 
     def __init__(self, slots: SlotTable) -> None:
@@ -24,13 +24,13 @@ class TableChanges:
         self._patches: list[tuple[Sequence, IndexArray]] = []
 
     def add(self, slots: IndexArray, columns: IndexArray) -> None:
-        """Entries of slots that are in the batch being planned."""
+        """Adds entries of slots that are in the batch being planned."""
         self._entries.append((slots, columns))
 
     def patch(self, sequence: Sequence, columns: IndexArray) -> None:
-        """Entries of a running sequence, for the batch after the one just planned.
+        """Adds entries of a running sequence, for the batch after the one just planned.
 
-        The sequence may have left its slot by then; the entries are dropped if so.
+        They are dropped if the sequence has left its slot by then.
         """
         self._patches.append((sequence, columns))
 
@@ -41,11 +41,8 @@ class TableChanges:
                 self._entries.append((np.full(len(columns), sequence.slot), columns))
         entries, self._entries, self._patches = self._entries, [], []
         if not entries:
-            return _NONE, _NONE, _NONE
+            return EMPTY_INT32, EMPTY_INT32, EMPTY_INT32
         slots = np.concatenate([slots for slots, _ in entries])
         columns = np.concatenate([columns for _, columns in entries])
         pages = self._slots.page_table[slots, columns]
         return slots.astype(np.int32), columns.astype(np.int32), pages
-
-
-_NONE: Int32Array = np.empty(0, np.int32)

@@ -67,7 +67,7 @@ class TokenMasks:
 
     @property
     def cut_rows(self) -> Int32Array | None:
-        """The sampling rows whose grammar is given up; None if there are none."""
+        """The sampling rows with a grammar that is given up; None if there are none."""
         return self.rows[self.given_up].astype(np.int32) if self.given_up.any() else None
 
     def apply(self, adjusted: Tensor, logits: Tensor, part: slice) -> Tensor:

@@ -1,1 +1,1 @@
-"""What HTTP needs: errors as answers, bodies, uploads, keys, request ids, routes past the framework."""
+"""What HTTP needs: bodies, answers, event streams, keys, request ids, and routes past FastAPI."""

@@ -1,7 +1,8 @@
-"""Who may ask, and how much may be sent: the first that a request meets, before anything is read or parsed.
+"""Checks keys and body sizes before anything is read or parsed.
 
-Knows keys by their digests only, and nothing of what requests are about. A plain ASGI layer: it looks at the
-headers once, and stands in the way of a body only where its size is not declared.
+It knows keys by their digests only, and nothing of what requests are about. It is a plain ASGI
+layer that looks at the headers once, and counts the bytes of a body only if its size is not
+declared.
 """
 
 from __future__ import annotations
@@ -13,24 +14,26 @@ from collections.abc import Sequence
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokasaurus.config.slices import ServerConfig
-from tokasaurus.server.http.errors import BodyTooLarge, Unauthorized, error_answer
+from tokasaurus.server.errors import BodyTooLarge, Unauthorized
+from tokasaurus.server.http.answers import error_answer
 
 __all__ = ["CLIENT", "OPEN_PATHS", "Access", "share_of"]
 
 OPEN_PATHS = frozenset({"/ping", "/health"})
-"""Paths that need no key: they are for load balancers, and say nothing but whether the engine serves."""
+"""Paths that need no key: they are for load balancers, and only say whether the engine serves."""
 
 CLIENT = "tokasaurus.client"
-"""Where a scope says who asks: a text for each key or, where none is needed, for each address."""
+"""Where a scope names the client: a text for each key or, if no key is needed, for each address."""
 
 _KEY = "key "
 _BEARER = b"bearer "
 
 
 def share_of(scope: Scope, user: str | None) -> str:
-    """Whose share of the engine a request takes: its key's, else the user's that it names, else its address's.
+    """The client whose share of the engine a request takes.
 
-    With keys, a user that a request names is not asked: it could be another one each time.
+    That is its key; without keys, the user that it names; without a user, its address. With keys,
+    the user does not count, since a client could name another one each time.
     """
     client: str = scope.get(CLIENT, "")
     return client if user is None or client.startswith(_KEY) else f"user {user}"
@@ -40,7 +43,7 @@ class Access:
     """Refuses requests without a key, and bodies that are too large.
 
     Args:
-        app: what the others reach.
+        app: the layer inside.
         config: the server's slice.
     """
 
@@ -73,7 +76,7 @@ class Access:
         await self._app(scope, receive, send)
 
     def _client(self, scope: Scope, authorization: bytes) -> str:
-        """Who asks. Raises Unauthorized."""
+        """The name of the client. Raises Unauthorized."""
         if not self._digests or scope["path"] in OPEN_PATHS:
             address = scope.get("client")
             return f"address {address[0]}" if address else ""
@@ -81,7 +84,7 @@ class Access:
             raise Unauthorized("an API key is needed here: send Authorization: Bearer KEY")
         digest = hashlib.sha256(authorization[len(_BEARER) :].strip()).digest()
         known = None
-        for each in self._digests:  # all of them: how long it takes says nothing of which fits
+        for each in self._digests:  # all of them, so that the time says nothing of which one fits
             if hmac.compare_digest(each, digest):
                 known = each
         if known is None:
@@ -92,7 +95,7 @@ class Access:
         return BodyTooLarge(f"the body is larger than max_body_bytes={self._max_body_bytes}")
 
     def _counted(self, receive: Receive) -> Receive:
-        """The same, for a body that comes in chunks. Raises BodyTooLarge where it is read."""
+        """Receives a body in chunks. Raises BodyTooLarge where the body is read."""
         num_bytes = 0
 
         async def counted() -> Message:

@@ -9,13 +9,16 @@ from starlette.requests import ClientDisconnect
 
 from tokasaurus import untrusted_json
 from tokasaurus.errors import RequestError
-from tokasaurus.server.http.errors import ClientGone, WrongMediaType
+from tokasaurus.server.errors import ClientGone, WrongMediaType
 
 __all__ = ["read_json", "refuse_compressed"]
 
 
 def refuse_compressed(request: Request) -> None:
-    """Raises WrongMediaType if the body is compressed: a small one could stand for any number of bytes."""
+    """Raises WrongMediaType if the body is compressed.
+
+    A small compressed body could hold any number of bytes.
+    """
     coding = request.headers.get("content-encoding", "identity").strip().lower()
     if coding != "identity":
         raise WrongMediaType(f"the body must not be compressed; it has Content-Encoding: {coding}")
@@ -24,12 +27,13 @@ def refuse_compressed(request: Request) -> None:
 async def read_json(request: Request) -> Any:
     """Reads and decodes a request's body.
 
-    Only what is declared to be JSON is read: a browser sends anything else to any address without
-    asking first.
+    Only a body that is declared to be JSON is read: browsers send anything else to any address
+    without asking first.
 
     Raises:
-        RequestError: it is no JSON.
-        WrongMediaType, ClientGone: as they say.
+        RequestError: the body is not JSON.
+        WrongMediaType: the body is compressed, or declared to be something else.
+        ClientGone: the client disconnected.
     """
     refuse_compressed(request)
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()

@@ -1,7 +1,7 @@
-"""Routes past the framework: what FastAPI does around a handler adds a third to a small request.
+"""Routes past FastAPI, which adds a third to the cost of a small request.
 
-The same handlers are routes of the application too, for its OpenAPI document and for other methods. Here a POST
-to one of their paths goes to the handler at once::
+The same handlers are routes of the application too, for its OpenAPI document and for other methods.
+Here a POST to one of their paths goes straight to the handler::
 
     POST /v1/completions ──▶ handler(request) ──▶ response
     anything else        ──▶ the application
@@ -18,7 +18,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tokasaurus.server.http.errors import error_answer, error_status
+from tokasaurus.server.errors import error_status
+from tokasaurus.server.http.answers import error_answer
 from tokasaurus.server.http.request_ids import REQUEST_ID
 
 __all__ = ["DirectRoutes", "Handler"]
@@ -32,14 +33,14 @@ class DirectRoutes:
     """An ASGI layer.
 
     Args:
-        app: for what is not among the routes.
+        app: for everything else.
         handlers: by path, for POST.
     """
 
     def __init__(self, app: ASGIApp, handlers: Mapping[str, Handler]) -> None:
         self._app = app
         self._handlers = handlers
-        # Under this name the application says which route it found, too; requests are counted by it.
+        # Starlette names the route in the scope, too; requests are counted by it.
         self._routes = {path: Route(path, handler) for path, handler in handlers.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -61,7 +62,7 @@ class DirectRoutes:
             response = await handler(Request(scope, receive))
             await response(scope, receive, sending)
         except Exception as error:
-            if has_started:  # too late for another answer; the connection is cut
+            if has_started:  # too late for another answer, so the connection is cut
                 raise
             if error_status(error) == 500:
                 log.exception("%s failed, request %s", scope["path"], scope.get(REQUEST_ID))

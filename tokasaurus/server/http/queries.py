@@ -1,4 +1,4 @@
-"""Reads the parameters after a URL's question mark."""
+"""Reads the query of a URL."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["choice", "read_query", "whole_number"]
 
 
 def read_query(request: Request, known: Sequence[str]) -> Mapping[str, str]:
-    """The parameters. Raises RequestError for one that is unknown or comes twice."""
+    """The parameters. Raises RequestError if one is unknown or comes twice."""
     parameters: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
         if name not in known:
@@ -28,7 +28,7 @@ def read_query(request: Request, known: Sequence[str]) -> Mapping[str, str]:
 def whole_number(
     parameters: Mapping[str, str], name: str, default: int, low: int, high: int
 ) -> int:
-    """Raises RequestError if it is none, or out of range."""
+    """A whole number. Raises RequestError if it is something else, or out of range."""
     text = parameters.get(name, str(default))
     if not (text.isascii() and text.isdigit() and len(text) <= 18 and low <= int(text) <= high):
         raise RequestError(

@@ -1,6 +1,7 @@
-"""A name for each request, ``X-Request-Id``: the client's own, or one of ours; every answer carries it.
+"""Names each request, in ``X-Request-Id``: by the client's name for it, or by a new one.
 
-The outermost layer: errors of the layers within it are answered with the name, too.
+Every answer carries the name. This is the outermost layer, so the errors of the others carry it,
+too.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ __all__ = ["REQUEST_ID", "REQUEST_ID_HEADER", "RequestIds", "new_request_id"]
 log = logging.getLogger(__name__)
 
 REQUEST_ID = "tokasaurus.request_id"
-"""Where a scope has the name, a text."""
+"""The key under which a scope has the name, a text."""
 
 REQUEST_ID_HEADER = b"x-request-id"
-_SANE = re.compile(rb"[!-~]{1,128}")  # what goes into a log goes on one line
+# A name goes into the log, on one line.
+_SANE = re.compile(rb"[!-~]{1,128}")
 
 
 def new_request_id() -> bytes:
-    """One of ours."""
+    """A new name."""
     return b"req_" + secrets.token_hex(16).encode()
 
 
@@ -32,7 +34,7 @@ class RequestIds:
     """A plain ASGI layer.
 
     Args:
-        app: what is inside.
+        app: the layer inside.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -54,6 +56,6 @@ class RequestIds:
 
         try:
             await self._app(scope, receive, naming)
-        except Exception:  # which is answered already, and logged by the web server
+        except Exception:  # the client has its answer, and the web server logs the error
             log.error("the request %s failed", scope[REQUEST_ID])
             raise

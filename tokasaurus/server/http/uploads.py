@@ -1,4 +1,4 @@
-"""Reads ``multipart/form-data`` with one file, which goes to the disk while it comes in."""
+"""Reads ``multipart/form-data`` with one file, which goes to disk while it comes in."""
 
 from __future__ import annotations
 
@@ -15,23 +15,29 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
 from tokasaurus.errors import RequestError
+from tokasaurus.server.errors import BodyTooLarge, ClientGone, WrongMediaType
 from tokasaurus.server.http.bodies import refuse_compressed
-from tokasaurus.server.http.errors import BodyTooLarge, ClientGone, WrongMediaType
 
 __all__ = ["Form", "receive_form"]
 
 _MAX_FIELD_BYTES = 1 << 10
 _MAX_NAME_BYTES = 255
-_WRITE_BYTES = 1 << 20  # that are written at once
+_WRITE_BYTES = 1 << 20  # written at once
 
 
 @dataclass
 class Form:
-    """What was sent besides the file's content."""
+    """A form, except for the content of its file.
+
+    Attributes:
+        fields: by name.
+        filename: None if there was no file.
+        num_bytes: of the file.
+    """
 
     fields: dict[str, str] = field(default_factory=dict)
-    filename: str | None = None  # None if there was no file
-    num_bytes: int = 0  # of the file
+    filename: str | None = None
+    num_bytes: int = 0
 
 
 async def receive_form(
@@ -40,16 +46,17 @@ async def receive_form(
     """Reads a form.
 
     Args:
-        request: whose body it is.
+        request: with the form as its body.
         path: where the file's content goes; the caller removes it, also after an error.
         file_field: the field with the file.
-        fields: that there may be besides.
+        fields: the other fields that the form may have.
         max_bytes: of the file.
 
     Raises:
-        RequestError: it is no such form; names the field.
-        BodyTooLarge: the file is.
-        WrongMediaType, ClientGone: as they say.
+        RequestError: the form is not like this; names the field.
+        BodyTooLarge: the file is too large.
+        WrongMediaType: the body is compressed, or not a form.
+        ClientGone: the client disconnected.
     """
     refuse_compressed(request)
     media_type, options = parse_options_header(request.headers.get("content-type"))
@@ -87,14 +94,14 @@ async def receive_form(
 
 
 class _Parts:
-    """What the parser finds."""
+    """Collects what the parser finds."""
 
     def __init__(
         self, file: BinaryIO, file_field: str, fields: Collection[str], max_bytes: int
     ) -> None:
         self.form = Form()
         self.ended = False
-        self.num_waiting = 0  # bytes to be written
+        self.num_waiting = 0  # bytes that are not written yet
         self._waiting: list[bytes] = []
         self._file = file
         self._file_field = file_field
@@ -114,7 +121,7 @@ class _Parts:
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    # --- called by the parser ----------------------------------------------------------------------
+    # --- called by the parser ---------------------------------------------------------------------
 
     def on_part_begin(self) -> None:
         self._headers, self._header, self._value = {}, (b"", b""), b""

@@ -1,1 +1,1 @@
-"""What a client can ask for, in whatever protocol: an operation, its schemas, how it is carried out."""
+"""What a client can ask for, in whatever protocol, and how it is carried out."""

@@ -1,147 +1,137 @@
-"""Carries out operations: from a decoded body to a running call, and from there to the bytes of an answer.
-
-One path for all who ask: the HTTP routes, which have a connection to watch and may stream, and those who have
-only a body and want the answer as JSON (``answer``: the lines of batches).
-"""
+"""One request while it runs: its generations, and the answer that they make."""
 
 from __future__ import annotations
 
-import dataclasses
-import logging
-from typing import Any
+import asyncio
+from collections.abc import AsyncIterator
+from functools import partial
 
-import msgspec
-
-from tokasaurus.errors import EngineError, RequestError
-from tokasaurus.protocol.messages import MAX_PRIORITY
-from tokasaurus.server.http.errors import error_body, error_status
-from tokasaurus.server.operations.calls import Call, in_thread_if
-from tokasaurus.server.operations.operation import Operation, Task
-from tokasaurus.server.operations.schemas import EngineRequest
-from tokasaurus.server.protocols.table import OPERATIONS
-from tokasaurus.server.state import EngineState
+from tokasaurus.errors import TokasaurusError
+from tokasaurus.server.errors import ClientGone, TimeIsUp
+from tokasaurus.server.operations.heavy_work import in_thread_if
+from tokasaurus.server.operations.operation import Task
+from tokasaurus.server.operations.writer import StreamWriter
+from tokasaurus.text.generation import Generation
+from tokasaurus.text.generations import Generations
 from tokasaurus.text.params import renamed
+from tokasaurus.text.samples import SampleOutput
 
-__all__ = ["MANY_CHARACTERS", "Answers"]
-
-log = logging.getLogger(__name__)
-
-MANY_CHARACTERS = (
-    4_000  # to tokenize takes longer than about a millisecond, and is done in a thread
-)
+__all__ = ["Execution"]
 
 
-class Answers:
-    """Answers requests on one engine.
+class Execution:
+    """Runs one task. Use it in a ``with`` block, after which nothing of the task runs any more.
 
     Args:
-        state: of the engine.
+        task: to run; its generations start at once.
+        table: where to start them.
+        client: whose share of the engine they take.
+        timeout_s: the time after which all of them end; None is no limit.
     """
 
-    def __init__(self, state: EngineState) -> None:
-        self._state = state
+    def __init__(
+        self, task: Task, table: Generations, *, client: str = "", timeout_s: float | None = None
+    ) -> None:
+        self._task = task
+        self._table = table
+        self._wake = asyncio.Event()
+        self._changed: dict[int, None] = {}  # positions of generations with news, in order
+        self._interruption: TokasaurusError | None = None
+        self._generations: list[Generation] = []
+        streams = task.stream is not None
+        for position, prompt in enumerate(task.prompts):
+            note = partial(self._note, position)
+            self._generations.append(
+                table.start(prompt, stream=streams, on_change=note, client=client)
+            )
+        self._unfinished = set(range(len(task.prompts)))
+        self._timer: asyncio.TimerHandle | None = None
+        if timeout_s is not None:
+            error, loop = TimeIsUp(timeout_s), asyncio.get_running_loop()
+            self._timer = loop.call_later(timeout_s, self.interrupt, error)
 
-    def read(self, operation: Operation, body: Any) -> EngineRequest:
-        """Checks a request, a decoded JSON body, as far as that takes no time.
+    def __enter__(self) -> Execution:
+        return self
 
-        Raises:
-            RequestError: it is wrong; names the field.
-            EngineError: the engine cannot serve.
-        """
-        self._state.check()
-        return operation.read(body)
+    def __exit__(self, *raised: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._abort()
 
-    async def prepare(self, operation: Operation, request: EngineRequest) -> Task:
-        """Tokenizes a request's prompts, and compiles its grammar. Nothing runs yet.
+    def interrupt(self, error: TokasaurusError) -> None:
+        """Ends the generations at once; whatever waits for them gets this error."""
+        self._interruption = error
+        self._abort()
+        self._wake.set()
 
-        Raises:
-            RequestError: it is wrong; names the field.
-            EngineError: the engine cannot serve.
-        """
-        preparer = self._state.preparer()
-        heavy = request.needs_grammar or operation.num_characters(request) > MANY_CHARACTERS
-        try:
-            return await in_thread_if(heavy, lambda: operation.prepare(request, preparer))
-        except RequestError as error:
-            raise renamed(error, request.field_names()) from None
-
-    def check_room(self, client: str) -> None:
-        """Whether a request of this client may start. Raises EngineError."""
-        self._state.generations().check_room(client)
-
-    def start(self, task: Task, client: str | None = None) -> Call:
-        """Sends the prompts to the engine. Raises EngineError.
-
-        Args:
-            task: as prepared.
-            client: whose it is; None is the engine's own work, which has no time limit.
-        """
-        # Asked again: the engine may have died while the prompts were tokenized.
-        generations = self._state.generations()
-        return Call(
-            generations,
-            task.prompts,
-            stream=task.body.streams,
-            client=client or "",
-            timeout_s=None if client is None else generations.config.request_timeout_s,
-        )
-
-    async def finish(self, task: Task, call: Call) -> bytes:
-        """Waits for a call without ``stream``, which somebody else ends if this raises; returns its answer.
+    async def answer(self) -> bytes:
+        """The whole answer, when every generation has finished.
 
         Raises:
-            RequestError: the engine refuses a prompt.
+            RequestError: the engine refuses a prompt; names the field.
             EngineDead: the engine died.
-            ClientGone, TimeIsUp: as they say.
+            ClientGone, TimeIsUp: the execution was interrupted.
         """
-        try:
-            await call.finish()
-        except RequestError as error:
-            raise renamed(error, task.body.field_names()) from None
-        writer, generations = task.writer, call.generations
+        while self._unfinished:
+            await self._next_changes()
+        writer, generations = self._task.writer, self._generations
         return await in_thread_if(writer.takes_long(generations), lambda: writer.whole(generations))
 
-    async def answer(self, path: str, body: Any, *, priority: int = 0) -> tuple[int, bytes]:
-        """What the route would answer to this body. If it is cancelled, so is what runs for it.
+    def events(self) -> AsyncIterator[bytes] | None:
+        """The events of the answer as they come; None if the client did not ask for a stream.
 
-        Args:
-            path: of an operation.
-            body: decoded JSON, of any shape.
-            priority: added to the request's own.
-
-        Returns:
-            The status code and the JSON; an error of the request is an answer, too.
-
-        Raises:
-            EngineError: the engine did not answer, and another one may.
+        An error before the first event is raised, as ``answer`` raises it. A later error is the
+        last event, except ClientGone, which is always raised.
         """
+        writer = self._task.stream
+        return None if writer is None else self._written(writer)
+
+    async def _written(self, writer: StreamWriter) -> AsyncIterator[bytes]:
+        generations, begun = self._generations, False
         try:
-            operation = OPERATIONS.get(path)
-            if operation is None:
-                raise RequestError(
-                    f"url must be one of {', '.join(OPERATIONS)}, not {path!r}", "url"
-                )
-            task = await self.prepare(operation, self.read(operation, body))
-            if task.body.streams:
-                raise RequestError(
-                    "stream must be false: there is no connection to stream to", "stream"
-                )
-            with self.start(_with_priority(task, priority)) as call:
-                return 200, await self.finish(task, call)
-        except EngineError:
+            async for outputs in self._news():
+                data = b"".join([writer.chunk(generations, *output) for output in outputs])
+                begun = True
+                yield data
+            yield writer.end(generations)
+        except ClientGone:
             raise
-        except Exception as error:
-            if (status := error_status(error)) >= 500:
-                log.exception("a request to %s failed", path)
-            return status, msgspec.json.encode(error_body(error))
+        except TokasaurusError as error:
+            if not begun:
+                raise
+            yield writer.failure(error)
 
+    async def _news(self) -> AsyncIterator[list[tuple[int, SampleOutput]]]:
+        """Outputs with the positions of their prompts, whenever there are some, until the end."""
+        while self._unfinished:
+            changed = await self._next_changes()
+            outputs = [
+                (position, output)
+                for position in changed
+                for output in self._generations[position].take_news()
+            ]
+            if outputs:
+                yield outputs
 
-def _with_priority(task: Task, priority: int) -> Task:
-    if priority == 0:
-        return task
-    prompts = []
-    for prompt in task.prompts:
-        sum_ = max(-MAX_PRIORITY, min(prompt.params.priority + priority, MAX_PRIORITY))
-        params = dataclasses.replace(prompt.params, priority=sum_)
-        prompts.append(dataclasses.replace(prompt, params=params))
-    return dataclasses.replace(task, prompts=prompts)
+    async def _next_changes(self) -> list[int]:
+        await self._wake.wait()
+        self._wake.clear()
+        if self._interruption is not None:
+            raise self._interruption
+        changed, self._changed = list(self._changed), {}
+        for position in changed:
+            generation = self._generations[position]
+            if generation.error is not None:
+                raise renamed(generation.error, self._task.request.field_names()) from None
+            if generation.finished:
+                self._unfinished.discard(position)
+        return changed
+
+    def _note(self, position: int) -> None:
+        self._changed[position] = None
+        self._wake.set()
+
+    def _abort(self) -> None:
+        for generation in self._generations:
+            if not generation.finished:
+                self._table.abort(generation)

@@ -1,7 +1,7 @@
-"""Request fields that this server knows and does not support, with the values that change nothing.
+"""Request fields that the server knows and does not support, with the values that change nothing.
 
-Clients send many of them at a harmless value, and are not to be refused for that. Any other value is an
-error that names the field: a field is never ignored when it would have changed the answer.
+Clients send many of these fields at a harmless value, which is accepted. Any other value is an
+error that names the field: a field is never ignored if it would have changed the answer.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "vllm_xargs": (),
 }
-"""Null is harmless everywhere and not listed. A type stands for all its values."""
+"""Null is harmless everywhere, and not listed. A type stands for all its values."""
 
 _REASONS: Mapping[str, str] = {
     "add_generation_prompt": "it is an argument in chat_template_kwargs",
@@ -97,7 +97,10 @@ _REASONS: Mapping[str, str] = {
     "regex": "ask for structured_outputs",
     "return_token_ids": "they are in system_fingerprint",
     "store": "this server keeps no completions",
-    "suffix": "the text only ever goes on from the prompt: put a fill-in-the-middle prompt together yourself",
+    "suffix": (
+        "the text only ever goes on from the prompt: put a fill-in-the-middle prompt together"
+        " yourself"
+    ),
 }
 
 
@@ -105,25 +108,28 @@ def without_harmless(
     body: Mapping[str, Any],
     supported: Collection[str],
     harmless: Mapping[str, tuple[Any, ...]] = HARMLESS,
+    *,
+    where: str = "",
 ) -> dict[str, Any]:
-    """The fields of a request that its schema is to look at.
+    """The fields of a request without the harmless ones.
 
     Args:
         body: the request.
         supported: the fields of its schema.
-        harmless: other fields, and the values of each that change nothing; () where only null does.
+        harmless: other fields, with the values that change nothing; () if only null is harmless.
+        where: what stands before a field's name in errors.
 
     Raises:
-        RequestError: names a field that is unknown, or has a value that is not supported.
+        RequestError: a field is unknown, or has a value that is not supported; names it.
     """
     fields = {}
     for name, value in body.items():
         if name in supported:
             fields[name] = value
         elif name not in harmless:
-            raise RequestError(_unknown(name, supported), name)
+            raise RequestError(_unknown(where + name, name, supported), where + name)
         elif value is not None and not any(_matches(value, each) for each in harmless[name]):
-            raise RequestError(_unsupported(name, value), name)
+            raise RequestError(where + _unsupported(name, value), where + name)
     return fields
 
 
@@ -134,12 +140,15 @@ def _matches(value: Any, harmless: Any) -> bool:
     return isinstance(value, bool) == isinstance(harmless, bool) and bool(value == harmless)
 
 
-def _unknown(name: str, supported: Collection[str]) -> str:
+def _unknown(path: str, name: str, supported: Collection[str]) -> str:
     near = difflib.get_close_matches(name, supported, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{name} is no field of this request{hint}"
+    return f"{path} is no field of this request{hint}"
 
 
 def _unsupported(name: str, value: Any) -> str:
     reason = f" ({_REASONS[name]})" if name in _REASONS else ""
-    return f"{name} is not supported, but for values that change nothing{reason}; it was {shown(value)}"
+    return (
+        f"{name} is not supported, but for values that change nothing{reason}; it was"
+        f" {shown(value)}"
+    )

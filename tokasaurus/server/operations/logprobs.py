@@ -1,7 +1,7 @@
 """Logprobs as OpenAI writes them: one form for completions, another for chat.
 
-A token's logprob and its entry among the alternatives come from the same float, so that comparing them
-for equality tells whether the token was the likeliest.
+A token's logprob and its entry among the alternatives come from the same float, so a client can
+compare them for equality to see whether the token was the likeliest.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tokasaurus.text.tokenizer import Tokenizer
 __all__ = ["CompletionLogprobs", "chat_logprobs", "fingerprint", "finite", "prompt_logprobs"]
 
 _LOWEST = -9999.0
-"""Stands for minus infinity, which JSON cannot write: tokens that top_k and the like cut off."""
+"""Stands for minus infinity, which JSON cannot write: for tokens that top_k or the like cut off."""
 
 
 class CompletionLogprobs:
@@ -75,7 +75,7 @@ class CompletionLogprobs:
     def _alternatives(
         self, token_id: int, chosen: float, top_ids: list[int], top: list[float]
     ) -> dict[str, float]:
-        """The best k and the chosen token. Tokens that are written alike share the better logprob."""
+        """The best k, and the chosen token. Tokens with the same text share the better logprob."""
         text = self._tokenizer.token_text
         entries: dict[str, float] = {}
         for each, logprob in zip(top_ids, top, strict=True):
@@ -121,8 +121,8 @@ def prompt_logprobs(
     Args:
         tokenizer: spells tokens.
         token_ids: of the prompt.
-        logprobs: of its tokens from the second on.
-        ranks: likewise.
+        logprobs: of the prompt's tokens from the second on.
+        ranks: of the same tokens.
     """
 
     def entry(token_id: int, logprob: float, rank: int) -> dict[str, Any]:
@@ -157,8 +157,8 @@ def fingerprint(
 
     Args:
         outputs: one for each choice.
-        packed: also their logprobs, as base64 of raw little-endian arrays, top-k row by row.
-        input_ids: the ids of each prompt, if they are to be told.
+        packed: add the logprobs, as base64 of raw little-endian arrays, top-k row by row.
+        input_ids: the ids of each prompt, if the client gets them.
     """
     fields: dict[str, Any] = {"completion_ids": [output.token_ids for output in outputs]}
     if packed:
@@ -177,7 +177,7 @@ def fingerprint(
 
 
 def _no_logprobs(outputs: Sequence[SampleOutput]) -> TokenLogprobs:
-    """Of a choice whose piece of a stream brings no token."""
+    """The logprobs of a choice that gets no token in this piece of the stream."""
     width = max((o.logprobs.top_ids.shape[1] for o in outputs if o.logprobs), default=0)
     none = np.zeros((0, width), np.float32)
     return TokenLogprobs(np.zeros(0, np.float32), np.zeros((0, width), np.int32), none)
@@ -188,7 +188,7 @@ def _pack(array: np.ndarray[Any, Any], dtype: str) -> str:
 
 
 def finite(logprobs: Float32Array) -> Any:
-    """As nested lists of numbers that JSON can write."""
+    """Logprobs as nested lists of numbers that JSON can write."""
     return np.maximum(logprobs, np.float32(_LOWEST)).tolist()
 
 

@@ -1,7 +1,8 @@
-"""One kind of request, and one request that can run.
+"""A kind of request, and one request that is ready to run.
 
-An operation turns a request into prompts that can run and a writer of their answer. It knows nothing of
-where the request came from, an HTTP connection or a line of a batch: ``Answers`` carries it out for both.
+An operation turns a request into prompts that can run and a writer of the answer. It does not know
+where the request came from: the ``Executor`` carries it out for HTTP connections and for lines of
+batches.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from tokasaurus.errors import RequestError
 from tokasaurus.server.operations.schemas import EngineRequest, parse
-from tokasaurus.server.operations.writer import AnswerWriter
+from tokasaurus.server.operations.writer import AnswerWriter, StreamWriter
 from tokasaurus.text.preparation import PreparedRequest, Preparer
 
 __all__ = ["Operation", "Task"]
@@ -20,22 +21,32 @@ __all__ = ["Operation", "Task"]
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """A request that can run: a prompt each, and who writes the answer."""
+    """A request that is ready to run.
 
-    body: EngineRequest
+    Attributes:
+        request: what the client asked.
+        prompts: one or several, each with its own generation.
+        writer: writes the answer.
+        stream: the same writer, if the client asked for a stream.
+    """
+
+    request: EngineRequest
     prompts: Sequence[PreparedRequest]
-    writer: AnswerWriter  # a StreamWriter if the body asks for a stream
+    writer: AnswerWriter
+    stream: StreamWriter | None = None
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One kind of request.
+    """A kind of request.
 
     Args:
-        path: of its route; a batch's lines name it too.
+        path: of its route; the lines of a batch name it too.
         schema: of its JSON.
-        num_characters: of a request, to tokenize: many are left to a thread.
-        prepare: makes a task of a request; may take a while. Raises RequestError.
+        num_characters: about how many characters a request brings to tokenize. A request with many
+            is prepared in a thread.
+        prepare: makes a task of a request; may take a while. Raises RequestError, with the fields
+            as ``SamplingParams`` and the text core call them.
         alternatives: other shapes of its JSON, told apart by their ``key_fields``.
     """
 
@@ -50,11 +61,16 @@ class Operation:
         """Every shape of its JSON."""
         return self.schema, *self.alternatives
 
+    @property
+    def summary(self) -> str:
+        """What it does, in one line."""
+        return (self.prepare.__doc__ or "").strip()
+
     def read(self, body: Any) -> EngineRequest:
         """Checks a decoded JSON body.
 
         Raises:
-            RequestError: it is no such request; names the field.
+            RequestError: it is not a request of this kind; names the field.
         """
         return parse(body, self._schema_of(body))
 
@@ -74,8 +90,3 @@ class Operation:
             " and ".join(name for name, _ in given) + " were given" if given else "none was given"
         )
         raise RequestError(f"one of {', '.join(names)} is required: {said}", names[0])
-
-    @property
-    def summary(self) -> str:
-        """What it does, in one line."""
-        return (self.prepare.__doc__ or "").strip()

@@ -1,4 +1,4 @@
-"""Prompts as several requests have them in one field: a text, a list of token ids, or lists of either."""
+"""Prompts in one field of a request: a text, a list of token ids, or a list of either."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Prompts: TypeAlias = Annotated[
         }
     ),
 ]
-"""One or several, as text or as ids; ``read_prompts`` checks it, faster than pydantic would."""
+"""One prompt or several, as text or as ids. ``read_prompts`` checks it, faster than pydantic."""
 
 
 def read_prompts(field: str, value: Any, num_samples: int = 1) -> list[str | list[int]]:
@@ -33,11 +33,11 @@ def read_prompts(field: str, value: Any, num_samples: int = 1) -> list[str | lis
 
     Args:
         field: its name, for errors.
-        value: of it.
+        value: of the field.
         num_samples: of each prompt.
 
     Raises:
-        RequestError: it is none of the allowed shapes, or there are too many, or too many samples.
+        RequestError: the value has another shape, or there are too many prompts or samples.
     """
     if isinstance(value, str):
         prompts: list[Any] = [value]
@@ -66,6 +66,7 @@ def read_prompts(field: str, value: Any, num_samples: int = 1) -> list[str | lis
 
 def _wrong_prompt(field: str) -> RequestError:
     return RequestError(
-        f"{field} must be a string, a list of strings, a list of token ids, or a list of such lists",
+        f"{field} must be a string, a list of strings, a list of token ids, or a list of such"
+        " lists",
         field,
     )

@@ -1,4 +1,4 @@
-"""The base of everything that is read from a client's JSON, and what a client is told of JSON that is wrong."""
+"""The base of everything that is read from a client's JSON, and the errors for wrong JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["StrictSchema", "validated"]
 
 
 class StrictSchema(BaseModel):
-    """Refuses fields that it does not know, and values of another type."""
+    """Refuses unknown fields, and values of another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
@@ -24,7 +24,7 @@ S = TypeVar("S", bound=StrictSchema)
 
 
 def validated(fields: Any, schema: type[S]) -> S:
-    """Reads decoded JSON. Raises RequestError if it is not what the schema says; names the field."""
+    """Reads decoded JSON. Raises RequestError if it does not fit the schema; names the field."""
     if not isinstance(fields, dict):
         raise RequestError("the body must be a JSON object")
     try:
@@ -34,7 +34,7 @@ def validated(fields: Any, schema: type[S]) -> S:
 
 
 def _as_request_error(error: ValidationError) -> RequestError:
-    """The first thing that is wrong; of a union's members, the one that came furthest."""
+    """The first error; of a union, the error of the member that came furthest."""
     first = max(
         error.errors(include_url=False),
         key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")),
@@ -49,7 +49,7 @@ def _as_request_error(error: ValidationError) -> RequestError:
 
 
 def _expectation(error: ErrorDetails) -> str:
-    """``must be a valid string``: what pydantic says, without its own words for what was given."""
+    """``must be a valid string``: pydantic's message without its own words for the input."""
     if error["type"] == "union_tag_invalid":
         return f"must be of type {error['ctx']['expected_tags']}"
     message = error["msg"].partition(" after validation")[0]
@@ -60,7 +60,7 @@ def _expectation(error: ErrorDetails) -> str:
 
 
 def _path(location: Sequence[str | int]) -> str:
-    """``messages[0].content[1].type``, without the names that pydantic gives to a union's members."""
+    """``messages[0].content[1].type``, without pydantic's names for the members of a union."""
     path = ""
     for step in location:
         if isinstance(step, int):

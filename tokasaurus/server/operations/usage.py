@@ -1,4 +1,4 @@
-"""What an answer says of the tokens that it took."""
+"""The usage in an answer: how many tokens the request took."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def usage(
     Args:
         generations: of all prompts.
         num_generated_tokens: so far.
-        num_reasoning_tokens: of them; None says nothing.
+        num_reasoning_tokens: of these; None leaves the field out.
     """
     num_prompt_tokens = sum(generation.num_prompt_tokens for generation in generations)
     num_cached_tokens = sum(generation.num_cached_tokens for generation in generations)

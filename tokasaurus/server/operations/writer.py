@@ -1,7 +1,7 @@
-"""Who writes the answer to a request: the seam between the calls that carry one out and the shapes of JSON.
+"""The seam between running a request and the JSON of its answer.
 
-Every protocol has writers of its own; whoever runs a call asks for a whole answer, or for a stream's events
-one after the other.
+Every protocol has its own writers. An ``Execution`` asks its writer for a whole answer, or for the
+events of a stream one by one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from tokasaurus.errors import TokasaurusError
-from tokasaurus.server.http.errors import error_body
+from tokasaurus.server.errors import error_body
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.samples import SampleOutput
 
@@ -39,18 +39,18 @@ class AnswerWriter(ABC):
         """The answer, one line of JSON.
 
         Raises:
-            RequestError: only now is it known that the request asks for what cannot be.
+            RequestError: the request asks for something that turns out to be impossible only now.
         """
 
 
 class StreamWriter(AnswerWriter):
-    """Writes the answer to a request that may be streamed."""
+    """Writes the answer to one request, whole or as a stream."""
 
     @abstractmethod
     def chunk(
         self, generations: Sequence[Generation], position: int, output: SampleOutput
     ) -> bytes:
-        """The events for what one sample of the generation at ``position`` brought."""
+        """The events for the new output of one sample of the generation at ``position``."""
 
     @abstractmethod
     def end(self, generations: Sequence[Generation]) -> bytes:

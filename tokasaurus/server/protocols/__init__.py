@@ -1,1 +1,1 @@
-"""The protocols: shapes of requests and answers. ``table`` has all operations."""
+"""The protocols: shapes of requests and answers. ``table`` lists all operations."""

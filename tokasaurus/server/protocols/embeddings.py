@@ -19,7 +19,6 @@ from tokasaurus.server.operations.prompts import Prompts, read_prompts
 from tokasaurus.server.operations.schemas import EngineRequest
 from tokasaurus.server.operations.writer import AnswerWriter
 from tokasaurus.text.generation import Generation
-from tokasaurus.text.params import renamed
 from tokasaurus.text.preparation import Preparer
 
 __all__ = ["EMBEDDINGS", "EmbeddingRequest", "embedding", "pooling_named"]
@@ -39,19 +38,19 @@ class EmbeddingRequest(EngineRequest):
     }
 
     input: Prompts
-    """A text or several, as strings or as token ids."""
+    """One text or several, as strings or as token ids."""
     model: str | None = None
-    """Any name will do: there is one model. The answer repeats it."""
+    """Any name will do: there is one model. The answer repeats the name."""
     encoding_format: Literal["float", "base64"] | None = None
     """``float``, the default: a list of numbers. ``base64``: little-endian fp32."""
     dimensions: Annotated[int, Field(ge=1)] | None = None
-    """Keep so many leading elements, and bring the vector to length 1 again. Of use with models that were
-    trained for it."""
+    """Keep this many leading elements, and scale the vector to length 1 again. Useful with models
+    that were trained for it."""
     pooling: Literal["mean", "last"] | None = None
-    """Of the last hidden states: their mean over all tokens, or the last token's. Default: the engine's
+    """The mean of the last hidden states of all tokens, or the last token's. Default: the engine's
     ``embedding_pooling``."""
     priority: int | None = None
-    """Lower runs first, of all requests that the engine has; from -1,000,000 to 1,000,000, default 0."""
+    """Of all requests in the engine, lower runs first; from -1,000,000 to 1,000,000, default 0."""
 
     def field_names(self) -> Mapping[str, str]:
         return {"prompt": "input"}
@@ -61,7 +60,7 @@ def pooling_named(name: str | None, config: ServerConfig) -> Pooling:
     """A kind of pooling by its name, or the default one.
 
     Raises:
-        RequestError: there is none of this name.
+        RequestError: no kind has this name.
     """
     if name is None:
         return config.embedding_pooling
@@ -79,7 +78,7 @@ def embedding(generation: Generation, dimensions: int | None = None) -> Float32A
         dimensions: leading elements to keep; None for all.
 
     Raises:
-        RequestError: the model's vectors are shorter than that.
+        RequestError: the model's vectors have fewer elements.
     """
     state = generation.pooled_state
     if state is None:
@@ -123,27 +122,24 @@ def _in_base64(vector: Float32Array) -> str:
     return base64.b64encode(vector.astype("<f4").tobytes()).decode()
 
 
-def _prepare(body: EmbeddingRequest, preparer: Preparer) -> Task:
+def _prepare(request: EmbeddingRequest, preparer: Preparer) -> Task:
     """Makes a vector of each text."""
     tokenizer, config = preparer.tokenizer, preparer.config
-    pooling = pooling_named(body.pooling, config)
-    texts = read_prompts("input", body.input)
-    try:
-        prepared = [
-            preparer.prepare_pooling(
-                tokenizer.encode(text) if isinstance(text, str) else text,
-                pooling,
-                priority=body.priority or 0,
-            )
-            for text in texts
-        ]
-    except RequestError as error:
-        raise renamed(error, body.field_names()) from None
-    return Task(body, prepared, _EmbeddingWriter(body, config.model_name))
+    pooling = pooling_named(request.pooling, config)
+    texts = read_prompts("input", request.input)
+    prompts = [
+        preparer.prepare_pooling(
+            tokenizer.encode(text) if isinstance(text, str) else text,
+            pooling,
+            priority=request.priority or 0,
+        )
+        for text in texts
+    ]
+    return Task(request, prompts, _EmbeddingWriter(request, config.model_name))
 
 
-def _num_characters(body: EmbeddingRequest) -> int:
-    return sum(map(len, read_prompts("input", body.input)))
+def _num_characters(request: EmbeddingRequest) -> int:
+    return sum(map(len, read_prompts("input", request.input)))
 
 
 EMBEDDINGS = Operation("/v1/embeddings", EmbeddingRequest, _num_characters, _prepare)

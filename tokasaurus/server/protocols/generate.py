@@ -1,4 +1,4 @@
-"""The operation ``/generate``: two shapes of request, which are told apart by what the prompt is called."""
+"""The operation ``/generate``: two shapes of request, told apart by the name of the prompt."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from tokasaurus.text.preparation import Preparer
 __all__ = ["GENERATE"]
 
 
-def _prepare(body: NativeRequest | SglangRequest, preparer: Preparer) -> Task:
+def _prepare(request: NativeRequest | SglangRequest, preparer: Preparer) -> Task:
     """Continues prompts, in the engine's own protocol or in SGLang's."""
-    if isinstance(body, NativeRequest):
-        model = preparer.config.model_name
-        return Task(body, [prepare_native(body, preparer)], NativeWriter(body, model))
-    prepared = prepare_sglang(body, preparer)
-    return Task(body, prepared, SglangWriter(body, prepared, preparer.tokenizer))
+    writer: NativeWriter | SglangWriter
+    if isinstance(request, NativeRequest):
+        prompts = [prepare_native(request, preparer)]
+        writer = NativeWriter(request, preparer.config.model_name)
+    else:
+        prompts = prepare_sglang(request, preparer)
+        writer = SglangWriter(request, prompts, preparer.tokenizer)
+    return Task(request, prompts, writer, writer if request.stream else None)
 
 
-def _num_characters(body: NativeRequest | SglangRequest) -> int:
-    if isinstance(body, NativeRequest):
-        return len(body.prompt) + len(body.system or "") + body.num_bad_word_characters
-    return sum(map(len, body.prompts()))
+def _num_characters(request: NativeRequest | SglangRequest) -> int:
+    if isinstance(request, NativeRequest):
+        return len(request.prompt) + len(request.system or "") + request.num_bad_word_characters
+    return sum(map(len, request.prompts()))
 
 
 GENERATE = Operation(

@@ -1,6 +1,7 @@
-"""``POST /generate`` in the engine's own words: text or ids in; text, ids, logprobs, usage and a finish reason out.
+"""The engine's own protocol for ``POST /generate``.
 
-The simplest request is ``{"prompt": "...", "system": "..."}``, and its answer has the ``text``.
+Text or ids go in; text, ids, logprobs, usage and a finish reason come out. The simplest request is
+``{"prompt": "...", "system": "..."}``, and its answer has the ``text``.
 """
 
 from __future__ import annotations
@@ -14,14 +15,13 @@ import msgspec
 from pydantic import WithJsonSchema
 
 from tokasaurus.errors import RequestError
+from tokasaurus.server.operations.heavy_work import takes_long
 from tokasaurus.server.operations.logprobs import finite
 from tokasaurus.server.operations.prompts import TOKEN_IDS
 from tokasaurus.server.operations.schemas import GenerationRequest
 from tokasaurus.server.operations.usage import usage
 from tokasaurus.server.operations.writer import DONE, StreamWriter, event
-from tokasaurus.server.protocols.openai_writers import takes_long
 from tokasaurus.text.generation import Generation
-from tokasaurus.text.params import renamed
 from tokasaurus.text.preparation import CHAT_TEMPERATURE, PreparedRequest, Preparer
 from tokasaurus.text.samples import SampleOutput, TokenLogprobs
 from tokasaurus.text.tokenizer import Tokenizer
@@ -36,15 +36,18 @@ class NativeRequest(GenerationRequest):
     streams_prompt_logprobs: ClassVar[bool] = True
 
     prompt: Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, TOKEN_IDS]})]
-    """What the user says, which the model's chat template writes; or the prompt's token ids as they are."""
+    """The user's message, for the model's chat template; or the prompt's token ids as they are."""
     system: str | None = None
     """The system message before it."""
     logprobs: int | None = None
-    """Of generated tokens: 0 the chosen one's, k also those of the k likeliest."""
+    """Of generated tokens: 0 is the chosen token's, k also those of the k likeliest tokens."""
 
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+    def field_names(self) -> Mapping[str, str]:
+        return {**super().field_names(), "messages": "prompt"}
 
     def check(self) -> None:
         super().check()
@@ -81,7 +84,7 @@ class NativeWriter(StreamWriter):
 
     Args:
         request: what was asked.
-        model: the name to answer with where the request has none.
+        model: the name in the answer if the request names none.
     """
 
     def __init__(self, request: NativeRequest, model: str) -> None:
@@ -132,15 +135,9 @@ class NativeWriter(StreamWriter):
 
 
 def prepare_native(body: NativeRequest, preparer: Preparer) -> PreparedRequest:
-    """Decides what the client left open. Raises RequestError."""
-    try:
-        return preparer.prepare(
-            body.ids(preparer.tokenizer),
-            body.params(),
-            default_temperature=CHAT_TEMPERATURE,
-        )
-    except RequestError as error:
-        raise renamed(error, {**body.field_names(), "messages": "prompt"}) from None
+    """The prompt, ready to run. Raises RequestError."""
+    ids = body.ids(preparer.tokenizer)
+    return preparer.prepare(ids, body.params(), default_temperature=CHAT_TEMPERATURE)
 
 
 def _sample(output: SampleOutput) -> dict[str, Any]:
@@ -148,7 +145,7 @@ def _sample(output: SampleOutput) -> dict[str, Any]:
     return {
         "index": output.index,
         "text": output.text,
-        "output": output.text,  # clients look for one or the other
+        "output": output.text,  # clients look for either name
         "output_ids": output.token_ids,
         "logprobs": None if output.logprobs is None else _logprobs(output.logprobs),
         "finish_reason": output.finish_reason,
@@ -161,7 +158,7 @@ def _prompt_logprobs(generation: Generation) -> Mapping[str, list[Any]] | None:
 
 
 def _logprobs(values: TokenLogprobs, *, after_first: bool = False) -> Mapping[str, list[Any]]:
-    """Columns over tokens; a prompt's first token has none."""
+    """One column of each kind, over tokens; a prompt's first token has no logprob."""
     first: list[None] = [None] if after_first else []
     return {
         "token_logprobs": [*first, *finite(values.logprobs)],

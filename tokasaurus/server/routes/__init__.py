@@ -1,1 +1,1 @@
-"""The routes, by what they are about."""
+"""The routes: of the operations, of files and batches, and of the engine itself."""

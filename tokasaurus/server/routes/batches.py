@@ -15,10 +15,10 @@ from tokasaurus.batch.runner import BatchRunner
 from tokasaurus.batch.store import JobStore
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import ConfigError, NotFound, RequestError
+from tokasaurus.server.http.answers import json_answer
 from tokasaurus.server.http.bodies import read_json
-from tokasaurus.server.http.errors import json_answer
 from tokasaurus.server.http.queries import read_query, whole_number
-from tokasaurus.server.operations.execution import Answers
+from tokasaurus.server.operations.executor import Executor
 from tokasaurus.server.operations.schemas import Metadata, body_reference
 from tokasaurus.server.operations.strict import StrictSchema, validated
 from tokasaurus.server.protocols.table import OPERATIONS
@@ -28,28 +28,29 @@ from tokasaurus.server.state import EngineState
 __all__ = ["SAMPLES_AHEAD", "BatchRequest", "BatchRoutes", "batch_runner"]
 
 _WINDOW = "24h"
-SAMPLES_AHEAD = 2  # of batches, for each that can run: enough wait in the manager to fill every gap
+SAMPLES_AHEAD = 2
+"""Samples of batches in flight for each that can run, so that enough wait to fill every gap."""
 
 
 def batch_runner(config: ServerConfig, state: EngineState) -> BatchRunner:
-    """The batches of an engine; its owner starts and closes it. Raises ConfigError."""
+    """The batches of an engine; the caller starts and closes them. Raises ConfigError."""
     try:
         store = JobStore(Path(config.data_dir).expanduser(), config.max_stored_bytes)
-    except (ConfigError, RuntimeError) as error:  # the latter where nobody has a home
+    except (ConfigError, RuntimeError) as error:  # RuntimeError: there is no home directory
         raise ConfigError(f"data_dir: {error}; another can be chosen with data_dir=") from None
     ahead = SAMPLES_AHEAD * config.max_seqs_per_forward
     return BatchRunner(
         store,
-        Answers(state).answer,
+        Executor(state, OPERATIONS).answer,
         urls=list(OPERATIONS),
         model=config.model_name,
-        # Half of the queue at most: batches never keep requests out.
+        # At most half of the queue, so that batches never keep requests out.
         max_samples=min(ahead, max(1, config.max_queued_requests // 2)),
     )
 
 
 class OutputExpiresAfter(StrictSchema):
-    """How long the files are kept that a batch ends with."""
+    """How long the output files of a batch are kept."""
 
     anchor: Literal["created_at"]
     seconds: Annotated[int, Field(ge=1, le=MAX_LIFETIME_S)]
@@ -61,7 +62,7 @@ class BatchRequest(StrictSchema):
     input_file_id: str
     endpoint: str
     completion_window: str | None = None
-    """A number and s, m, h or d; default 24h. Lines that have not run by then get an error."""
+    """A number and s, m, h or d; default 24h. A line that has not run by then gets an error."""
     metadata: Metadata | None = None
     output_expires_after: OutputExpiresAfter | None = None
 
@@ -70,7 +71,7 @@ class BatchRoutes:
     """The routes.
 
     Args:
-        batches: runs them.
+        batches: runs the batches.
     """
 
     def __init__(self, batches: BatchRunner) -> None:
@@ -99,8 +100,8 @@ class BatchRoutes:
         window_s = window_seconds(window)
         if window_s is None:
             raise RequestError(
-                "completion_window must be a number and s, m, h or d, such as 24h, and at most 30d; it was"
-                f" {window!r}",
+                "completion_window must be a number and s, m, h or d, such as 24h, and at most 30d;"
+                f" it was {window!r}",
                 "completion_window",
             )
         now = int(time.time())
@@ -130,11 +131,11 @@ class BatchRoutes:
         return json_answer(json_page(batches, more))
 
     async def retrieve(self, batch_id: str) -> Response:
-        """How far a batch is."""
+        """A batch and its progress."""
         return json_answer(await self._batches.ask(self._store.batch, batch_id))
 
     async def cancel(self, batch_id: str) -> Response:
-        """Ends a batch; what was answered is kept."""
+        """Ends a batch; answers that it already has are kept."""
         return json_answer(await self._batches.cancel(batch_id))
 
     async def _check_input(self, file_id: str, now: int) -> None:
@@ -144,6 +145,7 @@ class BatchRoutes:
             raise NotFound(f"there is no file {file_id!r}", "input_file_id") from None
         if file.purpose != "batch":
             raise RequestError(
-                f"input_file_id must be a file with purpose batch; that of {file_id} is {file.purpose}",
+                f"input_file_id must be a file with purpose batch; that of {file_id} is"
+                f" {file.purpose}",
                 "input_file_id",
             )

@@ -1,17 +1,21 @@
-"""What an engine says of itself, and how to empty its prefix cache."""
+"""What the engine says of itself, and how to empty its prefix cache."""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
+from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import TokasaurusError
 from tokasaurus.protocol.messages import CacheFlushed
-from tokasaurus.server.http.errors import json_answer
+from tokasaurus.server.errors import UnknownModel
+from tokasaurus.server.http.answers import json_answer
 from tokasaurus.server.state import EngineState
 from tokasaurus.version import __version__
 
@@ -30,11 +34,24 @@ class EngineRoutes:
         self._config = config
         self._state = state
         self._started_at = time.monotonic()
+        self._created = int(time.time())
 
     def router(self) -> APIRouter:
         router = APIRouter()
+        get: list[tuple[str, Callable[..., Any]]] = [
+            ("/ping", self.ping),
+            ("/health", self.health),
+            ("/version", self.version),
+            ("/metrics", self.metrics),
+            ("/v1/models", self.models),
+            ("/v1/models/{model_id:path}", self.model),
+            ("/model_info", self.model_info),
+            ("/server_info", self.server_info),
+        ]
+        for path, handler in get:
+            router.add_api_route(path, handler, methods=["GET"], response_model=None)
         for path in ("/flush_cache", "/reset_prefix_cache"):
-            for method in ("GET", "POST"):  # tools of SGLang use either
+            for method in ("GET", "POST"):  # SGLang's tools use either
                 router.add_api_route(
                     path,
                     self.flush_cache,
@@ -42,55 +59,29 @@ class EngineRoutes:
                     name=f"{method} {path}",
                     response_model=None,
                 )
-        router.add_api_route("/model_info", self.model_info, methods=["GET"], response_model=None)
-        router.add_api_route("/server_info", self.server_info, methods=["GET"], response_model=None)
         return router
 
-    async def flush_cache(self) -> Response:
-        """Forgets every cached page that no running request holds; says how many these were."""
-        done: asyncio.Future[CacheFlushed] = asyncio.get_running_loop().create_future()
+    # --- while the model loads, too ---------------------------------------------------------------
 
-        def settle(result: CacheFlushed | TokasaurusError) -> None:
-            if done.done():  # the client went away
-                return
-            if isinstance(result, CacheFlushed):
-                done.set_result(result)
-            else:
-                done.set_exception(result)
+    async def ping(self) -> Response:
+        """The server process lives; says nothing of the model."""
+        return json_answer({"message": "pong"})
 
-        self._state.generations().flush_cache(settle)
-        flushed = await done
-        return json_answer(
-            {
-                "status": "ok",
-                "flushed_pages": flushed.num_pages,
-                "flushed_tokens": flushed.num_tokens,
-            }
-        )
+    async def health(self) -> Response:
+        """200 when requests are served."""
+        status = self._state.status
+        body = {"status": status, "running": self._state.num_running}
+        return json_answer(body, 200 if status == "ok" else 503)
 
-    async def model_info(self) -> Response:
-        """The model."""
-        config = self._config
-        self._state.check()
-        return json_answer(
-            {
-                "model_path": config.model_root,
-                "served_model_name": config.model_name,
-                "tokenizer_path": config.tokenizer_path,
-                "is_generation": True,
-                "vocab_size": config.vocab_size,
-                "eos_token_ids": config.eos_token_ids,
-                "max_model_len": config.max_request_tokens,
-                "default_sampling_params": {
-                    name: getattr(config, name)
-                    for name in ("temperature", "top_p", "top_k", "min_p")
-                    if getattr(config, name) is not None
-                },
-            }
-        )
+    async def version(self) -> Response:
+        return json_answer({"version": __version__})
+
+    async def metrics(self) -> Response:
+        """For Prometheus."""
+        return Response(self._state.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     async def server_info(self) -> Response:
-        """Version, configuration and state; nothing secret. Answered while the model loads, too."""
+        """Version, configuration and state; nothing secret."""
         config, state = self._config, self._state
         counted = state.statistics
         return json_answer(
@@ -117,3 +108,69 @@ class EngineRoutes:
                 ],
             }
         )
+
+    # --- when requests are served -----------------------------------------------------------------
+
+    async def models(self) -> Response:
+        """The one model."""
+        self._state.check()
+        return json_answer({"object": "list", "data": [self._model()]})
+
+    async def model(self, model_id: str) -> Response:
+        self._state.check()
+        if model_id != self._config.model_name:
+            raise UnknownModel(model_id)
+        return json_answer(self._model())
+
+    async def model_info(self) -> Response:
+        """The model."""
+        config = self._config
+        self._state.check()
+        return json_answer(
+            {
+                "model_path": config.model_root,
+                "served_model_name": config.model_name,
+                "tokenizer_path": config.tokenizer_path,
+                "is_generation": True,
+                "vocab_size": config.vocab_size,
+                "eos_token_ids": config.eos_token_ids,
+                "max_model_len": config.max_request_tokens,
+                "default_sampling_params": {
+                    name: getattr(config, name)
+                    for name in ("temperature", "top_p", "top_k", "min_p")
+                    if getattr(config, name) is not None
+                },
+            }
+        )
+
+    async def flush_cache(self) -> Response:
+        """Forgets every cached page that no running request holds, and counts these pages."""
+        done: asyncio.Future[CacheFlushed] = asyncio.get_running_loop().create_future()
+
+        def settle(result: CacheFlushed | TokasaurusError) -> None:
+            if done.done():  # the client disconnected
+                return
+            if isinstance(result, CacheFlushed):
+                done.set_result(result)
+            else:
+                done.set_exception(result)
+
+        self._state.engine().generations.flush_cache(settle)
+        flushed = await done
+        return json_answer(
+            {
+                "status": "ok",
+                "flushed_pages": flushed.num_pages,
+                "flushed_tokens": flushed.num_tokens,
+            }
+        )
+
+    def _model(self) -> dict[str, Any]:
+        return {
+            "id": self._config.model_name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "tokasaurus",
+            "root": self._config.model_root,
+            "max_model_len": self._config.max_request_tokens,
+        }

@@ -12,7 +12,7 @@ from tokasaurus.batch.disk import disk_error
 from tokasaurus.batch.records import Batch, StoredFile, new_id
 from tokasaurus.batch.runner import BatchRunner
 from tokasaurus.errors import RequestError
-from tokasaurus.server.http.errors import json_answer
+from tokasaurus.server.http.answers import json_answer
 from tokasaurus.server.http.queries import choice, read_query, whole_number
 from tokasaurus.server.http.uploads import receive_form
 
@@ -27,7 +27,7 @@ class FileRoutes:
     """The routes.
 
     Args:
-        batches: has the store.
+        batches: with the store of files.
     """
 
     def __init__(self, batches: BatchRunner) -> None:
@@ -98,7 +98,7 @@ class FileRoutes:
         return json_answer(json_page(files, more))
 
     async def retrieve(self, file_id: str) -> Response:
-        """What is known of a file."""
+        """A file's name, size and dates."""
         return json_answer(await self._file(file_id))
 
     async def content(self, file_id: str) -> Response:
@@ -117,7 +117,7 @@ class FileRoutes:
 
 
 def json_page(entries: list[StoredFile] | list[Batch], more: bool) -> dict[str, object]:
-    """A list as OpenAI's clients page through it."""
+    """One page of a list, as OpenAI's clients read it."""
     first, last = (entries[0].id, entries[-1].id) if entries else (None, None)
     return {"object": "list", "data": entries, "first_id": first, "last_id": last, "has_more": more}
 

@@ -1,6 +1,6 @@
-"""``POST /custom/synchronous-batch-completions``: many chats in one request, answered together, in order.
+"""``POST /custom/synchronous-batch-completions``: many chats in one request, answered in order.
 
-All run or none: one that is wrong refuses all, and they end together when the client goes away.
+All run or none: one wrong chat refuses all of them. All end when the client disconnects.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from fastapi import APIRouter, Request, Response
 
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import RequestError
+from tokasaurus.server.errors import BodyTooLarge
 from tokasaurus.server.http.access import share_of
 from tokasaurus.server.http.bodies import read_json
-from tokasaurus.server.http.errors import BodyTooLarge
-from tokasaurus.server.operations.calls import Call, until_disconnect
-from tokasaurus.server.operations.execution import Answers
+from tokasaurus.server.http.disconnects import until_disconnect
+from tokasaurus.server.operations.executor import Executor
 from tokasaurus.server.operations.operation import Task
-from tokasaurus.server.protocols.table import OPERATIONS
 from tokasaurus.text.params import MAX_SAMPLES
 
 __all__ = ["SynchronousBatch"]
@@ -36,7 +35,6 @@ _NAMES = {
     "application/x-msgpack": _MSGPACK,
     "application/vnd.msgpack": _MSGPACK,
 }
-_CHAT = OPERATIONS["/v1/chat/completions"]
 
 
 class SynchronousBatch:
@@ -44,12 +42,13 @@ class SynchronousBatch:
 
     Args:
         config: the server's slice.
-        answers: carries out the chats.
+        executor: carries out the chats.
     """
 
-    def __init__(self, config: ServerConfig, answers: Answers) -> None:
+    def __init__(self, config: ServerConfig, executor: Executor) -> None:
         self._default = _PICKLE if config.unsafe_pickle_responses else _JSON
-        self._answers = answers
+        self._executor = executor
+        self._chat = executor.operations["/v1/chat/completions"]
 
     def router(self) -> APIRouter:
         router = APIRouter()
@@ -66,14 +65,15 @@ class SynchronousBatch:
         return router
 
     async def answer(self, request: Request) -> Response:
-        """Answers a list of chats with a list of completions: JSON, or msgpack if Accept asks for it."""
+        """Answers a list of chats with a list of completions, as JSON or, by Accept, as msgpack."""
         media_type = _media_type(request.headers.get("accept", ""), self._default)
         bodies = _requests(await read_json(request))
         client = share_of(request.scope, None)
-        self._answers.check_room(client)  # before all that tokenizing costs, and after it
+        # Asked before the prompts are tokenized, so that a flood of refusals is cheap, and after.
+        self._executor.check_room(client)
         tasks = await self._prepare(bodies)
-        self._answers.check_room(client)
-        answers = await until_disconnect(request.receive, self._finish(tasks, client))
+        self._executor.check_room(client)
+        answers = await until_disconnect(request.receive, self._answers(tasks, client))
         content = await asyncio.to_thread(_encode, answers, media_type)
         return Response(content, media_type=media_type)
 
@@ -82,10 +82,10 @@ class SynchronousBatch:
         num_samples = 0
         for position, body in enumerate(bodies):
             if position % 100 == 99:
-                await asyncio.sleep(0)  # others have requests too
+                await asyncio.sleep(0)  # lets other requests run
             try:
-                task = await self._answers.prepare(_CHAT, self._answers.read(_CHAT, body))
-                if task.body.streams:
+                task = await self._executor.prepare(self._chat, body)
+                if task.stream is not None:
                     raise RequestError("stream must be false in a synchronous batch", "stream")
             except RequestError as error:
                 raise _at(position, error) from None
@@ -98,19 +98,16 @@ class SynchronousBatch:
             tasks.append(task)
         return tasks
 
-    async def _finish(self, tasks: Sequence[Task], client: str) -> list[bytes]:
+    async def _answers(self, tasks: Sequence[Task], client: str) -> list[bytes]:
         with contextlib.ExitStack() as stack:
-            calls = [stack.enter_context(self._answers.start(task, client)) for task in tasks]
+            executions = [stack.enter_context(self._executor.start(task, client)) for task in tasks]
             answers = []
-            for position, (task, call) in enumerate(zip(tasks, calls, strict=True)):
-                answers.append(await self._finish_one(position, task, call))
+            for position, execution in enumerate(executions):
+                try:
+                    answers.append(await execution.answer())
+                except RequestError as error:
+                    raise _at(position, error) from None
             return answers
-
-    async def _finish_one(self, position: int, task: Task, call: Call) -> bytes:
-        try:
-            return await self._answers.finish(task, call)
-        except RequestError as error:
-            raise _at(position, error) from None
 
 
 def _requests(body: Any) -> list[Any]:
@@ -130,14 +127,14 @@ def _requests(body: Any) -> list[Any]:
 
 
 def _at(position: int, error: RequestError) -> RequestError:
-    """The error with the place of the request that it is about."""
+    """The error, with the place of the request that it is about."""
     where = f"requests[{position}]"
     field = where if error.field is None else f"{where}.{error.field}"
     return type(error)(f"{where}: {error.message}", field)
 
 
 def _media_type(accept: str, default: str) -> str:
-    """The known type that the client likes best; what it does not know at all is not refused."""
+    """The known media type that the client prefers; an Accept without one is not refused."""
     best, best_weight = default, 0.0
     for choice in accept.lower().split(","):
         name, *parameters = (part.strip() for part in choice.split(";"))
@@ -158,6 +155,7 @@ def _encode(answers: Sequence[bytes], media_type: str) -> bytes:
         return b"[" + b",".join(answers) + b"]"
     if media_type == _MSGPACK:
         return msgspec.msgpack.encode([msgspec.json.decode(answer) for answer in answers])
-    from openai.types.chat import ChatCompletion  # what clients of version 0.0.4 expect to unpickle
+    # What clients of version 0.0.4 expect to unpickle.
+    from openai.types.chat import ChatCompletion
 
     return pickle.dumps([ChatCompletion.construct(**msgspec.json.decode(a)) for a in answers])

@@ -1,4 +1,4 @@
-"""``/tokenize``, ``/detokenize`` and ``/tokenizer_info``, in the shapes of vLLM: the model's tokenizer for clients."""
+"""The model's tokenizer for clients, in vLLM's shapes: ``/tokenize`` and its relatives."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from tokasaurus.errors import RequestError
+from tokasaurus.server.http.answers import json_answer
 from tokasaurus.server.http.bodies import read_json
-from tokasaurus.server.http.errors import json_answer
-from tokasaurus.server.operations.calls import in_thread_if
-from tokasaurus.server.operations.execution import MANY_CHARACTERS
+from tokasaurus.server.operations.heavy_work import MANY_CHARACTERS, in_thread_if
 from tokasaurus.server.operations.schemas import RequestBody, body_reference, parse
-from tokasaurus.server.protocols.chat import ChatMessage, conversation_size, for_template
+from tokasaurus.server.protocols.chat.messages import (
+    ChatMessage,
+    conversation_size,
+    for_template,
+)
 from tokasaurus.server.state import EngineState
 from tokasaurus.text.params import renamed
 from tokasaurus.text.tokenizer import Tokenizer
@@ -23,7 +26,7 @@ __all__ = ["TOKEN_SCHEMAS", "TokenRoutes"]
 
 
 class TokenizeRequest(RequestBody):
-    """``POST /tokenize``: of a text, or of a conversation."""
+    """``POST /tokenize``, for a text or a conversation."""
 
     harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "mm_processor_kwargs": ({},),
@@ -36,13 +39,13 @@ class TokenizeRequest(RequestBody):
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     """Instead of ``prompt``: a conversation, which the chat template writes."""
     add_special_tokens: bool | None = None
-    """The special tokens that the model expects around a text: true by default, as /v1/completions does.
-    In a conversation the chat template writes them, so there it can only be false."""
+    """Add the special tokens that the model expects around a text; default true, as in
+    /v1/completions. In a conversation it can only be false: the chat template writes them."""
     return_token_strs: bool | None = None
-    """Each token's spelling, too."""
+    """Return the text of each token, too."""
     add_generation_prompt: bool | None = None
-    """End a conversation where the assistant's next message begins. Default true, but where the last message is
-    the assistant's."""
+    """End a conversation where the assistant's next message begins. Default true, unless the last
+    message is the assistant's."""
     continue_final_message: bool | None = None
     """Leave the last message open."""
     chat_template: str | None = None
@@ -63,9 +66,14 @@ class TokenizeRequest(RequestBody):
                 "add_special_tokens",
             )
 
+    def field_names(self) -> Mapping[str, str]:
+        if self.chat_template is None or self.chat_template_kwargs:
+            return {}
+        return {"chat_template_kwargs": "chat_template"}
+
     @property
     def size(self) -> float:
-        """In characters, about."""
+        """The number of characters, about."""
         if self.prompt is not None:
             return len(self.prompt)
         return conversation_size([each.size for each in self.messages or ()], self._overrides)
@@ -79,9 +87,7 @@ class TokenizeRequest(RequestBody):
         try:
             return tokenizer.render_chat(for_template(self.messages or ()), self._overrides)
         except RequestError as error:
-            if self.chat_template is None or self.chat_template_kwargs:
-                raise
-            raise renamed(error, {"chat_template_kwargs": "chat_template"}) from None
+            raise renamed(error, self.field_names()) from None
 
     @property
     def _overrides(self) -> dict[str, Any]:
@@ -117,7 +123,7 @@ class TokenRoutes:
     """The routes.
 
     Args:
-        state: of the engine, whose tokenizer it is.
+        state: of the engine that has the tokenizer.
     """
 
     def __init__(self, state: EngineState) -> None:
@@ -141,7 +147,7 @@ class TokenRoutes:
 
     async def tokenize(self, request: Request) -> Response:
         """The tokens of a text or a conversation, as the generating routes would make them."""
-        preparer = self._state.preparer()
+        preparer = self._state.engine().preparer
         body = parse(await read_json(request), TokenizeRequest)
         tokenizer, limit = preparer.tokenizer, preparer.config.max_request_tokens
 
@@ -154,8 +160,8 @@ class TokenRoutes:
         return await in_thread_if(body.size > MANY_CHARACTERS, answer)
 
     async def detokenize(self, request: Request) -> Response:
-        """The text of tokens, special ones by their names."""
-        preparer = self._state.preparer()
+        """The text of tokens, with special tokens by their names."""
+        preparer = self._state.engine().preparer
         tokens = parse(await read_json(request), DetokenizeRequest).tokens
         tokenizer, vocab_size = preparer.tokenizer, preparer.config.vocab_size
         wrong = next((i for i in tokens if not 0 <= i < vocab_size), None)
@@ -167,7 +173,7 @@ class TokenRoutes:
         )
 
     async def info(self) -> Response:
-        """What a client needs to know of the tokenizer to write prompts itself."""
-        preparer = self._state.preparer()
+        """What a client needs to know of the tokenizer if it writes prompts itself."""
+        preparer = self._state.engine().preparer
         limit = preparer.config.max_request_tokens
         return json_answer({**preparer.tokenizer.info(), "model_max_length": limit})

@@ -1,4 +1,7 @@
-"""What the Responses API has in lists: items of a conversation, and tools. Its tools are flat; a call is an item."""
+"""Items of a conversation in the Responses API, and its tools.
+
+Unlike in chat, a call is an item of its own, and tools are flat.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,12 @@ __all__ = [
 
 
 class InputText(StrictSchema):
-    """A part of a message. What an answer's parts have besides is accepted where it comes back."""
+    """A part of a message. It may come from an answer, and then has further fields."""
 
     type: Literal["input_text", "output_text"]
     text: str
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    logprobs: list[Any] | None = None  # of the answer that this was
+    logprobs: list[Any] | None = None
 
 
 def _joined(content: str | list[InputText]) -> str:
@@ -38,7 +41,7 @@ def _joined(content: str | list[InputText]) -> str:
 
 
 class InputMessage(StrictSchema):
-    """One message of a conversation; the chat template decides which roles there are."""
+    """One message of a conversation. The chat template decides which roles exist."""
 
     role: str
     content: str | list[InputText]
@@ -72,7 +75,7 @@ class FunctionCall(StrictSchema):
 
 
 class CallOutput(StrictSchema):
-    """What a call brought."""
+    """The result of a call."""
 
     type: Literal["function_call_output"]
     call_id: str
@@ -86,14 +89,14 @@ class CallOutput(StrictSchema):
 
 
 class ReasoningText(StrictSchema):
-    """A part of what the assistant thought."""
+    """A part of the assistant's reasoning."""
 
     type: Literal["reasoning_text"]
     text: str
 
 
 class ReasoningItem(StrictSchema):
-    """What the assistant thought; templates that know it decide what to keep of it."""
+    """The assistant's reasoning. A template that knows the field decides what to keep of it."""
 
     type: Literal["reasoning"]
     content: list[ReasoningText] | None = None
@@ -107,7 +110,7 @@ class ReasoningItem(StrictSchema):
 
 
 def _kind(item: Any) -> Any:
-    """Messages need not say what they are."""
+    """The type of an item; a message need not name it."""
     kind = item.get("type") if isinstance(item, dict) else None
     return "message" if kind is None else kind
 
@@ -122,13 +125,15 @@ InputItem: TypeAlias = Annotated[
 
 
 def for_template(items: Sequence[InputItem]) -> list[dict[str, Any]]:
-    """What the chat template sees of a conversation: an assistant's thoughts, text and calls are one message.
+    """A conversation as the chat template sees it.
+
+    An assistant's reasoning, text and calls become one message.
 
     Raises:
-        RequestError: a call's arguments are no JSON object.
+        RequestError: a call's arguments are not a JSON object.
     """
     messages: list[dict[str, Any]] = []
-    thinking: dict[str, Any] | None = None  # the last message, while it is thoughts only
+    thinking: dict[str, Any] | None = None  # the last message, while it is only reasoning
     for number, item in enumerate(items):
         thought, thinking = thinking, None
         if isinstance(item, ReasoningItem):
@@ -151,15 +156,15 @@ def for_template(items: Sequence[InputItem]) -> list[dict[str, Any]]:
 
 
 class FunctionTool(StrictSchema):
-    """A function that the model may call; there are no other tools."""
+    """A function that the model may call. There are no other tools."""
 
     type: Literal["function"]
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    """A JSON schema; without it, there are none."""
+    """A JSON schema; without it, the function has no parameters."""
     strict: bool | None = None
-    """Says nothing new: where a call is enforced, its arguments follow the schema in any case."""
+    """Changes nothing: the arguments of an enforced call always follow the schema."""
 
     @property
     def as_tool(self) -> Tool:

@@ -1,4 +1,4 @@
-"""Writes responses: whole, or as the typed events of a stream, which open and close items one after the other."""
+"""Writes responses, whole or as typed events, which open and close one item after the other."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 import msgspec
 
 from tokasaurus.errors import TokasaurusError
+from tokasaurus.server.operations.heavy_work import takes_long
 from tokasaurus.server.operations.logprobs import chat_logprobs
 from tokasaurus.server.operations.writer import StreamWriter
-from tokasaurus.server.protocols.openai_writers import takes_long
 from tokasaurus.server.protocols.tools.call_reader import CallBegins
 from tokasaurus.server.protocols.tools.parsing import AnswerParser, Text
 from tokasaurus.server.protocols.tools.reasoning import Reasoning
@@ -23,18 +23,22 @@ from tokasaurus.text.tokenizer import Tokenizer
 
 __all__ = ["ResponsesWriter"]
 
-_Event: TypeAlias = tuple[str, dict[str, Any]]  # its type, and its fields
+_Event: TypeAlias = tuple[str, dict[str, Any]]  # type and fields
 
 
 class _Item(ABC):
-    """One item of the output on its way.
+    """One item of the output while it grows.
 
     Args:
         index: among the items.
+
+    Attributes:
+        prefix: of its id.
+        event: the beginning of the types of its text's events.
     """
 
     prefix: str
-    event: str  # how the events of its text begin
+    event: str
 
     def __init__(self, index: int) -> None:
         self.id = f"{self.prefix}_{uuid.uuid4().hex}"
@@ -59,14 +63,14 @@ class _Item(ABC):
 
     @abstractmethod
     def written(self, status: str) -> dict[str, Any]:
-        """As its item is written."""
+        """The item as JSON."""
 
     def _place(self) -> dict[str, Any]:
         return {"item_id": self.id, "output_index": self._index}
 
 
 class _PartItem(_Item):
-    """An item with one part, which has the text."""
+    """An item whose text is in a single part."""
 
     def begin(self) -> list[_Event]:
         part = self._part("")
@@ -90,7 +94,7 @@ class _PartItem(_Item):
 
     @abstractmethod
     def _part(self, text: str) -> dict[str, Any]:
-        """Its text, as a part of its content."""
+        """The part with this text."""
 
 
 class _Message(_PartItem):
@@ -159,13 +163,13 @@ class _Call(_Item):
 
 
 class ResponsesWriter(StreamWriter):
-    """Writes a response, or the events of which its stream consists.
+    """Writes a response, whole or as the events of a stream.
 
     Args:
-        head: what the response says in any case, of the request.
+        head: the fields that repeat the request.
         tokenizer: spells tokens for logprobs.
-        parser: of the answer, for its calls and its reasoning; None if it is text and no more.
-        with_logprobs: of the text; there is no parser then.
+        parser: finds calls and reasoning in the answer; None if the answer is plain text.
+        with_logprobs: add the logprobs of the text; only without a parser.
     """
 
     def __init__(
@@ -181,8 +185,8 @@ class ResponsesWriter(StreamWriter):
         self._parser = parser
         self._with_logprobs = with_logprobs
         self._num_events = 0
-        self._item: _Item | None = None  # on its way
-        self._items: list[dict[str, Any]] = []  # complete
+        self._item: _Item | None = None  # the one that grows
+        self._items: list[dict[str, Any]] = []  # those that are complete
         self._finish_reason: str | None = None
 
     def takes_long(self, generations: Sequence[Generation]) -> bool:
@@ -228,7 +232,7 @@ class ResponsesWriter(StreamWriter):
         return b"".join(lines)
 
     def _take(self, output: SampleOutput) -> list[_Event]:
-        """What a piece of the answer adds to the items; the last one stays open."""
+        """Adds a piece of the answer to the items; the last item stays open."""
         self._finish_reason = output.finish_reason
         is_final = output.finish_reason is not None
         events: list[_Event] = []
@@ -252,11 +256,11 @@ class ResponsesWriter(StreamWriter):
                 else:
                     events.append(self._add(part.json))
         if is_final and self._item is None and not self._items:
-            events += self._open(_Message)  # a response without output is none
+            events += self._open(_Message)  # a response must have output
         return events
 
     def _open(self, kind: type[_Message] | type[_Thoughts]) -> list[_Event]:
-        """An item of this kind is to go on, or to begin."""
+        """Makes an item of this kind the open one, if it is not open yet."""
         if isinstance(self._item, kind):
             return []
         events = self._close("completed")

@@ -16,15 +16,16 @@ from tokasaurus.text.structured_output import FIELD as STRUCTURED_OUTPUTS
 
 __all__ = ["SAMPLING_FIELDS", "SglangRequest", "prepare_sglang"]
 
-_MAX_NEW_TOKENS = 128  # where a request does not say
+_SAMPLING = "sampling_params."
+_MAX_NEW_TOKENS = 128  # SGLang's default
 
 T = TypeVar("T")
 
 
 class _Field(NamedTuple):
-    """What one of SGLang's sampling parameters is called here."""
+    """The field of ``SamplingParams`` for one of SGLang's sampling parameters."""
 
-    name: str  # of SamplingParams
+    name: str
     convert: Callable[[Any], Any] = lambda value: value
 
 
@@ -48,10 +49,10 @@ SAMPLING_FIELDS: Mapping[str, _Field] = {
     "regex": _Field(STRUCTURED_OUTPUTS, lambda value: {"regex": value}),
     "ebnf": _Field(STRUCTURED_OUTPUTS, lambda value: {"grammar": value}),
 }
-"""SGLang's sampling parameters that are supported."""
+"""The sampling parameters of SGLang that are supported."""
 
 _OUR_NAMES = {
-    **{field.name: f"sampling_params.{name}" for name, field in SAMPLING_FIELDS.items()},
+    **{field.name: f"{_SAMPLING}{name}" for name, field in SAMPLING_FIELDS.items()},
     "logprobs": "top_logprobs_num",
     "prompt_logprobs": "top_logprobs_num",
 }
@@ -70,7 +71,7 @@ _HARMLESS_SAMPLING: Mapping[str, tuple[Any, ...]] = {
 
 
 class SglangRequest(EngineRequest):
-    """``POST /generate`` with ``text`` or ``input_ids``. What is a list has an entry for each prompt."""
+    """``POST /generate`` with ``text`` or ``input_ids``. A list has an entry for each prompt."""
 
     key_fields: ClassVar[tuple[str, ...]] = ("text", "input_ids")
     harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {
@@ -102,23 +103,19 @@ class SglangRequest(EngineRequest):
     """See ``SAMPLING_FIELDS``."""
     return_logprob: bool | list[bool] | None = None
     logprob_start_len: int | list[int] | None = None
-    """The prompt's position from which on logprobs are returned; -1, the default, for none of the prompt."""
+    """The position in the prompt where logprobs begin; default -1: none of the prompt."""
     top_logprobs_num: int | list[int] | None = None
-    """Logprobs of so many likeliest tokens, too."""
+    """Logprobs of this many likeliest tokens, too."""
     return_text_in_logprobs: bool | None = None
-    """Say the tokens' text beside their ids."""
+    """Put the text of tokens beside their ids."""
     stream: bool | None = None
     rid: str | list[str] | None = None
-    """A name, which the answer repeats."""
-
-    @property
-    def streams(self) -> bool:
-        return bool(self.stream)
+    """A name that the answer repeats."""
 
     def field_names(self) -> Mapping[str, str]:
-        names = {**_OUR_NAMES, "prompt": self._prompt_field}
+        names = {**_OUR_NAMES, "prompt": self.prompt_field}
         form = next(iter(self._forms), None)
-        return names if form is None else {**names, STRUCTURED_OUTPUTS: f"sampling_params.{form}"}
+        return names if form is None else {**names, STRUCTURED_OUTPUTS: f"{_SAMPLING}{form}"}
 
     @property
     def needs_grammar(self) -> bool:
@@ -126,7 +123,7 @@ class SglangRequest(EngineRequest):
 
     @property
     def _forms(self) -> list[str]:
-        """The parameters that say what a text must be, as far as they are given."""
+        """The sampling parameters in this request that say what a text must be."""
         params = self.sampling_params or []
         rows = params if isinstance(params, list) else [params]
         return [name for row in rows for name in _FORMS if row.get(name) is not None]
@@ -138,25 +135,25 @@ class SglangRequest(EngineRequest):
 
     def prompts(self) -> list[str | list[int]]:
         """One or several. Raises RequestError."""
-        name = self._prompt_field
+        name = self.prompt_field
         prompts = read_prompts(name, getattr(self, name))
         if isinstance(prompts[0], str) != (name == "text"):
             raise RequestError(f"{name} must hold {'texts' if name == 'text' else 'ids'}", name)
         return prompts
 
     @property
-    def _prompt_field(self) -> str:
+    def prompt_field(self) -> str:
         return "text" if self.text is not None else "input_ids"
 
     @property
     def is_single(self) -> bool:
-        """Whether the prompt came without a list around it, so that its answer does, too."""
+        """Whether the prompt came without a list around it; then so does its answer."""
         if self.text is not None:
             return isinstance(self.text, str)
         return bool(self.input_ids) and not isinstance(self.input_ids[0], list)
 
     def per_prompt(self, name: str, count: int, default: T) -> list[T]:
-        """The values of a field. Raises RequestError."""
+        """The values of a field, one for each prompt. Raises RequestError."""
         value = getattr(self, name)
         if not isinstance(value, list):
             return [default if value is None else value] * count
@@ -165,7 +162,7 @@ class SglangRequest(EngineRequest):
         return value
 
     def params(self, count: int) -> list[SamplingParams]:
-        """Of each prompt; without a limit where the client set none. Raises RequestError."""
+        """The parameters of each prompt; no limit if the client set none. Raises RequestError."""
         columns = zip(
             self.per_prompt("sampling_params", count, _NO_PARAMS),
             self.per_prompt("return_logprob", count, False),
@@ -190,37 +187,31 @@ def _params(
         raise RequestError("top_logprobs_num needs return_logprob to be true", "top_logprobs_num")
     if start >= 0 and not with_logprobs:
         raise RequestError("logprob_start_len needs return_logprob to be true", "logprob_start_len")
-    try:
-        given = without_harmless(sampling, SAMPLING_FIELDS.keys(), _HARMLESS_SAMPLING)
-        forms = [name for name in _FORMS if given.get(name) is not None]
-        if len(forms) > 1:
-            raise RequestError(f"{forms[1]} cannot be combined with {forms[0]}", forms[1])
-        values = {
-            SAMPLING_FIELDS[name].name: SAMPLING_FIELDS[name].convert(value)
-            for name, value in given.items()
-            if value is not None
-        }
-    except RequestError as error:
-        raise renamed(error, {str(error.field): f"sampling_params.{error.field}"}) from None
+    given = without_harmless(sampling, SAMPLING_FIELDS.keys(), _HARMLESS_SAMPLING, where=_SAMPLING)
+    forms = [_SAMPLING + name for name in _FORMS if given.get(name) is not None]
+    if len(forms) > 1:
+        raise RequestError(f"{forms[1]} cannot be combined with {forms[0]}", forms[1])
+    values = {
+        SAMPLING_FIELDS[name].name: SAMPLING_FIELDS[name].convert(value)
+        for name, value in given.items()
+        if value is not None
+    }
     values.setdefault("max_tokens", None)
     logprobs = num_top if with_logprobs else None
-    names = dict(_OUR_NAMES)
-    if forms:
-        names[STRUCTURED_OUTPUTS] = f"sampling_params.{forms[0]}"
     try:
         return SamplingParams(
             **values, logprobs=logprobs, prompt_logprobs=logprobs if start >= 0 else None
         )
     except RequestError as error:
-        raise renamed(error, names) from None
+        # Prompts may use different fields to say what their text must be.
+        raise renamed(error, {STRUCTURED_OUTPUTS: forms[0]} if forms else {}) from None
 
 
 def prepare_sglang(body: SglangRequest, preparer: Preparer) -> list[PreparedRequest]:
-    """Decides what the client left open. Raises RequestError."""
+    """The prompts, ready to run. Raises RequestError."""
     prompts = body.prompts()
     params = body.params(len(prompts))
-    names = body.field_names()
-    read_prompts(names["prompt"], prompts, max(each.n for each in params))
+    read_prompts(body.prompt_field, prompts, max(each.n for each in params))
     starts = body.per_prompt("logprob_start_len", len(prompts), -1)
     limit = preparer.config.max_request_tokens
     prepared = []
@@ -234,8 +225,5 @@ def prepare_sglang(body: SglangRequest, preparer: Preparer) -> list[PreparedRequ
         if each.max_tokens is None:
             room = max(1, min(_MAX_NEW_TOKENS, limit - len(ids)))
             each = dataclasses.replace(each, max_tokens=room)
-        try:
-            prepared.append(preparer.prepare(ids, each))
-        except RequestError as error:
-            raise renamed(error, names) from None
+        prepared.append(preparer.prepare(ids, each))
     return prepared

@@ -1,7 +1,7 @@
 """Answers in the words of SGLang.
 
-Every event of a stream carries the whole text so far. Where a logprob is asked for that does not exist, that of
-a prompt's first token, there is null.
+Every event of a stream carries the whole text so far. A prompt's first token has no logprob; a
+null stands for it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 import msgspec
 
 from tokasaurus.errors import RequestError
+from tokasaurus.server.operations.heavy_work import takes_long
 from tokasaurus.server.operations.logprobs import finite
 from tokasaurus.server.operations.writer import DONE, StreamWriter, event
-from tokasaurus.server.protocols.openai_writers import takes_long
 from tokasaurus.server.protocols.sglang.request import SglangRequest
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.preparation import PreparedRequest
@@ -27,7 +27,7 @@ __all__ = ["SglangWriter"]
 
 
 class _Sample:
-    """What a stream has told of one sample so far."""
+    """What a stream has sent of one sample so far."""
 
     def __init__(self) -> None:
         self.text: list[str] = []
@@ -35,7 +35,7 @@ class _Sample:
         self.logprobs: list[TokenLogprobs] = []
 
     def extend(self, output: SampleOutput) -> SampleOutput:
-        """The output as if all had come at once."""
+        """All output so far, as if it had come at once."""
         self.text.append(output.text)
         self.token_ids += output.token_ids
         if output.logprobs is not None:
@@ -50,11 +50,11 @@ class _Sample:
 
 
 class SglangWriter(StreamWriter):
-    """Writes the answer: an object for each sample, in a list unless there is but one.
+    """Writes the answer: an object for each sample, in a list unless there is only one.
 
     Args:
         request: what was asked.
-        prepared: its prompts.
+        prepared: the prompts.
         tokenizer: spells tokens for logprobs.
     """
 
@@ -73,7 +73,7 @@ class SglangWriter(StreamWriter):
             raise RequestError(f"rid has {len(self._ids)} entries for {count} prompts", "rid")
         self._is_single = request.is_single and prepared[0].params.n == 1
         self._with_logprobs = any(each.params.logprobs is not None for each in prepared)
-        self._num_before: list[int] = []  # samples of the prompts before each
+        self._num_before: list[int] = []  # for each prompt, the samples of the prompts before it
         num_samples = 0
         for each in prepared:
             self._num_before.append(num_samples)
@@ -140,7 +140,7 @@ class SglangWriter(StreamWriter):
     def _logprobs(
         self, token_ids: Sequence[int], values: TokenLogprobs | None
     ) -> tuple[list[Any], list[Any]]:
-        """Of each token, and of the likeliest in its place."""
+        """The logprobs of each token, and of the likeliest tokens in its place."""
         if values is None:
             return [], []
         logprobs = finite(values.logprobs)
@@ -165,14 +165,17 @@ class SglangWriter(StreamWriter):
         return {"type": "stop", "matched": self._matched(ids, request.params.stop_strings)}
 
     def _matched(self, token_ids: Sequence[int], stops: Sequence[str]) -> str | None:
-        """The stop string that the last token completed: as in ``TextStream``, the one that begins first."""
+        """The stop string that the last token completed; of several, the one that begins first.
+
+        ``TextStream`` chooses the same one.
+        """
         pieces = [self._tokenizer.spelled[token_id] for token_id in token_ids]
         text = b"".join(pieces)
         before = len(text) - len(pieces[-1]) if pieces else 0
         found = []
         for stop in stops:
             spelled = stop.encode()
-            # Those that were complete earlier are mere text, because of min_new_tokens.
+            # One that was complete earlier is plain text, because of min_new_tokens.
             begin = text.find(spelled, max(0, before - len(spelled) + 1))
             if begin >= 0:
                 found.append((begin, -len(spelled), stop))

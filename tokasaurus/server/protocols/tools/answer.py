@@ -1,4 +1,4 @@
-"""The parts of an answer as OpenAI's messages and deltas have them."""
+"""The parts of an answer, as OpenAI's messages and deltas write them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["AnswerDeltas"]
 
 
 class AnswerDeltas:
-    """One answer on its way.
+    """One answer while it grows.
 
     Args:
         parser: of its text.
@@ -26,11 +26,11 @@ class AnswerDeltas:
 
     @property
     def num_reasoning_tokens(self) -> int:
-        """Of the tokens so far, those of the reasoning."""
+        """The reasoning tokens among the tokens so far."""
         return self._parser.num_reasoning_tokens
 
     def message(self, text: str, token_ids: Sequence[int]) -> dict[str, Any]:
-        """The message of a whole answer. Its content is null if it is calls and no more."""
+        """The message of a whole answer. Its content is null if there are only calls."""
         delta = self.delta(text, token_ids, final=True)
         calls = delta.get("tool_calls", [])
         message: dict[str, Any] = {"role": "assistant", "content": delta.get("content")}
@@ -45,7 +45,7 @@ class AnswerDeltas:
         return message
 
     def delta(self, text: str, token_ids: Sequence[int], *, final: bool) -> dict[str, Any]:
-        """What the next piece of text brings, with its tokens: one delta with one entry for each call."""
+        """The delta for the next piece of text and its tokens, with one entry for each call."""
         content, reasoning = "", ""
         calls: dict[int, dict[str, Any]] = {}
         for part in self._parser.feed(text, token_ids, final=final):
@@ -76,5 +76,5 @@ class AnswerDeltas:
         return delta
 
     def finish_reason(self, reason: str | None) -> str | None:
-        """Why the answer ended, where it was for a call."""
+        """The finish reason: an answer with a call ends with "tool_calls", not "stop"."""
         return "tool_calls" if reason == "stop" and self._num_calls else reason

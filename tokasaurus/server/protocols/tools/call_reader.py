@@ -1,7 +1,7 @@
 """Reads one tool call, ``{"name": ..., "arguments": {...}}``, while it is being written.
 
-The name is known as soon as it is complete; the arguments are handed on piece by piece, just as the model
-wrote them. Where the arguments come before the name, they wait for it.
+The name is known as soon as it is complete. The arguments are handed on piece by piece, just as the
+model writes them; if they come before the name, they wait for it.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ _ARGUMENTS = ("arguments", "parameters")
 
 @dataclass(frozen=True)
 class CallBegins:
-    """A call of this function; its arguments follow."""
+    """A call of this function begins; its arguments follow."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class ArgumentsPiece:
-    """The next piece of the JSON of the arguments of the call that began last."""
+    """The next piece of the arguments, as JSON, of the call that began last."""
 
     json: str
 
 
 class _ValueEnd:
-    """Finds where a JSON value ends, of which pieces come one after the other.
+    """Finds the end of a JSON value that comes in pieces.
 
     Attributes:
-        is_broken: it ends before it is complete, at a mark that no JSON has.
+        is_broken: the value breaks off before it is complete, at a mark that JSON never has.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class _ValueEnd:
         self._is_scalar: bool | None = None
 
     def find(self, text: str, start: int) -> int | None:
-        """The index behind the value's last character; None if it is not there yet."""
+        """The index after the value's last character; None if that has not come yet."""
         for index in range(start, len(text)):
             character = text[index]
             if self._in_string:
@@ -77,13 +77,14 @@ class _ValueEnd:
 
 
 class CallReader:
-    """One call on its way.
+    """One call while it is being written.
 
     Attributes:
-        raw: all that was fed.
+        raw: everything that was fed.
         name: of the function, once known.
-        is_done: it is complete; ``rest`` came behind it.
-        is_broken: it is no call; or, with a name, it is one as far as it was read, and ``rest`` is no part of it.
+        is_done: the call is complete; ``rest`` came after it.
+        is_broken: without a name, the text is not a call. With a name, the call breaks off, and
+            ``rest`` does not belong to it.
     """
 
     def __init__(self) -> None:
@@ -91,7 +92,7 @@ class CallReader:
         self.name: str | None = None
         self.is_done = self.is_broken = False
         self._at = 0  # read so far
-        self._end = 0  # of what was understood
+        self._end = 0  # of the part that was understood
         self._key: str | None = None
         self._key_scan: tuple[int, _ValueEnd] | None = None  # where the key began
         self._value: tuple[int, _ValueEnd] | None = None  # where the value began
@@ -101,18 +102,18 @@ class CallReader:
 
     @property
     def rest(self) -> str:
-        """What came behind the call, or behind what was understood of it."""
+        """The text after the call, or after the part of it that was understood."""
         return self.raw[self._at if self.is_done else self._end :]
 
     def finish(self) -> list[ArgumentsPiece]:
-        """Nothing follows: what is there of arguments that would have been handed on at their end."""
+        """Nothing follows: gives the arguments that would have been handed on at their end."""
         if self.name is None or self._value is None or self._key not in _ARGUMENTS:
             return []
         start = self._value[0]
         return [] if start < 0 or self._streams(start) else [ArgumentsPiece(self.raw[start:])]
 
     def feed(self, text: str) -> list[CallBegins | ArgumentsPiece]:
-        """Takes what comes next; must not be called when it is done or broken."""
+        """Takes the next text. It must not be called when the call is done or broken."""
         self.raw += text
         parts: list[CallBegins | ArgumentsPiece] = []
         while not (self.is_done or self.is_broken) and self._advance(parts):
@@ -201,7 +202,7 @@ class CallReader:
     def _take_value(self, value: str, parts: list[CallBegins | ArgumentsPiece]) -> None:
         if self._key in _ARGUMENTS:
             inner = _loads(value)
-            # Some models write the arguments as a string that holds JSON.
+            # Some models write the arguments as a string of JSON.
             self._early_arguments = inner if isinstance(inner, str) else value
         elif self._key == "name" and self.name is None:
             name = _loads(value)
@@ -222,7 +223,10 @@ class CallReader:
 
 
 def _loads(text: str) -> object:
-    """What JSON says; None too where it is a string with half a surrogate pair, which no answer can hold."""
+    """Decoded JSON; None if it is wrong, or a string with half a surrogate pair.
+
+    No answer can hold such a string.
+    """
     try:
         value: object = json.loads(text)
         if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""How a model writes calls and thoughts: as the operator says, or as its chat template shows."""
+"""How a model writes calls and reasoning: as a flag says, or as its chat template shows."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from tokasaurus.text.tokenizer import Tokenizer
 
 __all__ = ["AnswerFormat", "make_tool_parser", "tool_format"]
 
-_MARK_TOKENS = 16  # at the end of a prompt; more than a mark and white space are
+_MARK_TOKENS = 16  # at the end of a prompt: more than a mark and white space take
 
-# What stands before a call, the name of its arguments, what stands after it, and between two.
+# The text before a call, the name of its arguments, the text after it, and the text between calls.
 _LAYOUTS = {
     "hermes": ("<tool_call>\n", "arguments", "\n</tool_call>", "\n"),
     "llama3": ("", "parameters", "", "; "),
@@ -35,7 +35,7 @@ _LAYOUTS = {
 
 
 def tool_format(flag: str, template: str) -> str:
-    """The format that calls are written in.
+    """The format of calls.
 
     Args:
         flag: ``tool_call_parser``.
@@ -46,8 +46,8 @@ def tool_format(flag: str, template: str) -> str:
     """
     if not _takes_tools(template):
         raise RequestError(
-            "tools are not supported by this model: its chat template does not mention them; start the"
-            " engine with tokenizer=DIR of one that does",
+            "tools are not supported by this model: its chat template does not mention them; start"
+            " the engine with tokenizer=DIR of one that does",
             "tools",
         )
     if flag != "auto":
@@ -57,14 +57,14 @@ def tool_format(flag: str, template: str) -> str:
     if "<|python_tag|>" in template or "ipython" in template:
         return "llama3"
     raise RequestError(
-        "tools are not supported: this model's chat template does not show how it writes calls; start"
-        f" the engine with tool_call_parser={' or '.join(_LAYOUTS)}",
+        "tools are not supported: this model's chat template does not show how it writes calls;"
+        f" start the engine with tool_call_parser={' or '.join(_LAYOUTS)}",
         "tools",
     )
 
 
 def make_tool_parser(format_: str, names: Collection[str]) -> ToolParser:
-    """A parser of one of the formats, for one answer."""
+    """A parser of one format, for one answer."""
     return HermesParser() if format_ == "hermes" else Llama3Parser(names)
 
 
@@ -78,10 +78,10 @@ def _reasons(flag: str, template: str) -> bool:
 def _takes_tools(template: str) -> bool:
     try:
         environment = Environment(extensions=["jinja2.ext.loopcontrols"])
-        # transformers' own block tag, which only marks a part of the text.
+        # A block tag of transformers, which only marks a part of the text.
         source = template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
         return "tools" in meta.find_undeclared_variables(environment.parse(source))
-    except Exception:  # whatever is wrong with it, rendering says it better
+    except Exception:  # rendering reports a broken template better
         return "tools" in template
 
 
@@ -104,8 +104,8 @@ class AnswerFormat:
 
     Attributes:
         request: what was asked.
-        tool_format: how its calls are written; None if there can be none.
-        reasoning: whether it may begin with reasoning.
+        tool_format: the format of calls; None if there can be none.
+        reasoning: whether the answer may begin with reasoning.
     """
 
     request: ToolsRequest
@@ -114,12 +114,12 @@ class AnswerFormat:
 
     @classmethod
     def of(cls, request: ToolsRequest, config: ServerConfig, template: str) -> AnswerFormat:
-        """Raises RequestError: the model cannot be told of the tools that were given.
+        """The format for a request. Raises RequestError if the model cannot take the tools.
 
         Args:
             request: what was asked.
-            config: says how calls and thoughts are written, or leaves it to the template.
-            template: the chat template in force; "" for a prompt that none has written.
+            config: says how calls and reasoning are written, or leaves it to the template.
+            template: the chat template in force; "" if no template wrote the prompt.
         """
         return cls(
             request,
@@ -128,7 +128,7 @@ class AnswerFormat:
         )
 
     def enforced(self, params: SamplingParams) -> SamplingParams:
-        """The parameters, with the grammar of the calls that must be made. Raises RequestError."""
+        """The parameters, with a grammar if the model must make calls. Raises RequestError."""
         choice = self.request.enforced_choice
         if choice is None or self.tool_format is None:
             return params
@@ -139,12 +139,13 @@ class AnswerFormat:
     def parser_maker(
         self, prompt_ids: Sequence[int], params: SamplingParams, tokenizer: Tokenizer
     ) -> Callable[[], AnswerParser] | None:
-        """Makes a parser for each answer; None if they are text and no more.
+        """A function that makes a parser for each answer; None if answers are plain text.
 
         Args:
             prompt_ids: of the prompt, which may have begun the reasoning.
-            params: with a grammar, a text has no reasoning: the grammar begins at its first token.
-            tokenizer: spells them.
+            params: with a grammar there is no reasoning, since the grammar begins at the first
+                token.
+            tokenizer: spells the tokens.
         """
         reasons = self.reasoning and params.structured_outputs is None
         if self.tool_format is None and not reasons:

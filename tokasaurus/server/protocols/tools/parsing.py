@@ -1,8 +1,8 @@
 """Finds reasoning and tool calls in the text of an answer while it grows.
 
-A parser takes text in pieces of any size and gives parts; joined by kind, they are the same however the text
-was cut. What may turn out to be a mark waits until that is known. A text that looks like a call and is none
-is text in the end: nothing that the model said is lost.
+A parser takes text in pieces of any size and gives parts. Joined by kind, the parts are the same
+however the text was cut. Text that may turn out to be a mark waits until that is known. Text that
+only looks like a call is text in the end: nothing that the model said is lost.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PYTHON_TAG = "<|python_tag|>"
 
 @dataclass(frozen=True)
 class Text:
-    """What the user is to read."""
+    """Text for the user."""
 
     text: str
 
@@ -38,21 +38,21 @@ Part: TypeAlias = Text | Reasoning | CallBegins | ArgumentsPiece
 
 
 class ToolParser(Protocol):
-    """How one family of models writes calls."""
+    """Finds the calls that one family of models writes."""
 
     def feed(self, text: str, *, final: bool) -> list[Part]:
-        """Takes what comes next; ``final`` if nothing follows."""
+        """Takes the next text; ``final`` if nothing follows."""
 
 
 class HermesParser:
-    """``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``, any number of times, between text."""
+    """``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``, any number of times in text."""
 
     def __init__(self) -> None:
         self._pending = ""
         self._reader: CallReader | None = None
-        self._after_call = False  # and no text since
-        self._is_open = False  # the closing mark of the last call is still to come
-        self._space = ""  # before the mark, which is text where that begins no call
+        self._after_call = False  # no text has come since a call
+        self._is_open = False  # the closing mark of the last call has not come yet
+        self._space = ""  # before the mark; it is text if no call follows the mark
 
     def feed(self, text: str, *, final: bool) -> list[Part]:
         parts: list[Part] = []
@@ -93,7 +93,7 @@ class HermesParser:
             self._space = "" if self._after_call else before[len(text) :]
             self._pending, self._reader, self._is_open = after, CallReader(), False
             return True
-        # White space waits too: before a call and behind one it is no text.
+        # White space waits too: before and after a call it is not text.
         num_held = held(before, _CALL)
         if self._is_open:
             num_held = max(num_held, num_end := held(before, _END_OF_CALL))
@@ -113,10 +113,10 @@ class HermesParser:
 
 
 class Llama3Parser:
-    """``{"name": ..., "parameters": {...}}`` as the whole answer, several with semicolons between them.
+    """``{"name": ..., "parameters": {...}}`` as the whole answer, or several between semicolons.
 
     Args:
-        names: of the functions there are: JSON with another name is an answer.
+        names: of the functions; JSON with another name is text.
     """
 
     def __init__(self, names: Collection[str]) -> None:
@@ -157,7 +157,7 @@ class Llama3Parser:
         return False
 
     def _begin(self, final: bool) -> bool:
-        """Waits for what a call begins with."""
+        """Waits for the beginning of a call."""
         text = self._pending.lstrip(" \t\r\n;" if self._had_call else " \t\r\n")
         call = text.removeprefix(_PYTHON_TAG).lstrip()
         if call.startswith("{"):
@@ -172,12 +172,12 @@ class Llama3Parser:
 
 
 class AnswerParser:
-    """The parts of one answer.
+    """Finds the parts of one answer.
 
     Args:
-        tools: finds its calls; None if it may have none.
-        reasoning: finds what it begins with; None if it begins with no such thing.
-        max_calls: those beyond are left out.
+        tools: finds calls; None if there can be none.
+        reasoning: finds the reasoning at the beginning; None if there can be none.
+        max_calls: further calls are left out.
     """
 
     def __init__(
@@ -193,15 +193,15 @@ class AnswerParser:
 
     @property
     def num_reasoning_tokens(self) -> int:
-        """Of the tokens so far, those of the reasoning, its marks included."""
+        """The reasoning tokens among the tokens so far, including the marks."""
         return 0 if self._reasoning is None else self._reasoning.num_tokens
 
     def feed(self, text: str, token_ids: Sequence[int], *, final: bool) -> list[Part]:
-        """Takes what comes next.
+        """Takes the next piece.
 
         Args:
             text: of the answer.
-            token_ids: that came with it; text may be held back that earlier ones brought.
+            token_ids: that came with the text, which may belong to earlier tokens.
             final: nothing follows.
         """
         parts: list[Part] = []

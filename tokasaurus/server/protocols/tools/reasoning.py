@@ -1,4 +1,4 @@
-"""Finds what a model thinks, at the beginning of its answer, and counts the tokens of it."""
+"""Finds the reasoning at the beginning of an answer, and counts its tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _END_BYTES = _END_OF_THINK.encode()
 
 @dataclass(frozen=True)
 class Reasoning:
-    """What the model thinks."""
+    """The model's reasoning."""
 
     text: str
 
@@ -22,29 +22,29 @@ class ReasoningParser:
     """``<think>...</think>`` at the beginning of an answer.
 
     Args:
-        inside: the prompt has opened it.
-        visible: what each token adds to a text.
+        inside: the prompt has opened the reasoning.
+        visible: the bytes that each token adds to a text.
     """
 
     def __init__(self, inside: bool, visible: Sequence[bytes]) -> None:
         self._inside = inside
-        self._begun = inside  # whether it is known if there is any
+        self._begun = inside  # the answer has reasoning
         self._done = False
         self._pending = ""
         self._strips = True  # white space at the beginning
         self._visible = visible
         self._num_counted = 0
-        self._end_of_bytes: bytes | None = b""  # None once the closing mark was there
+        self._end_of_bytes: bytes | None = b""  # None once the closing mark has come
 
     @property
     def num_tokens(self) -> int:
-        """Of the tokens so far, those up to the one that completed the closing mark; 0 without reasoning."""
+        """The tokens so far, up to the one that completed the closing mark; 0 without reasoning."""
         return self._num_counted if self._begun else 0
 
     def count(self, token_ids: Sequence[int]) -> None:
-        """Takes the next tokens, those before the text that they make or together with it.
+        """Takes the next tokens, before the text that they make or together with it.
 
-        The mark is ASCII: it is in the bytes just where it is in the text, whatever lies around it.
+        The mark is ASCII, so it stands in the bytes exactly where it stands in the text.
         """
         if self._end_of_bytes is None:
             return
@@ -63,7 +63,7 @@ class ReasoningParser:
         self._end_of_bytes = None
 
     def feed(self, text: str, *, final: bool) -> tuple[str, str]:
-        """Takes what comes next; returns what is reasoning, and what follows it."""
+        """Takes the next text; returns the reasoning in it, and the text after the reasoning."""
         if self._done:
             return "", self._after(text)
         self._pending += text
@@ -84,7 +84,7 @@ class ReasoningParser:
             self._strips = True
             return reasoning, self._after(after)
         kept = before[: len(before) - held(before, _END_OF_THINK)] if not final else before
-        kept = kept.rstrip()  # it may be the last white space before the mark
+        kept = kept.rstrip()  # the white space may be the last before the mark
         self._pending = before[len(kept) :]
         return self._thought(kept), ""
 
@@ -102,7 +102,7 @@ class ReasoningParser:
 
 
 def held(text: str, mark: str) -> int:
-    """How many characters at the end of a text may begin the mark."""
+    """The number of characters at the end of a text that may begin the mark."""
     for count in range(min(len(mark) - 1, len(text)), 0, -1):
         if mark.startswith(text[-count:]):
             return count

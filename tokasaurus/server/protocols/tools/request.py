@@ -1,4 +1,4 @@
-"""What a client may ask of tools: the tools, which to call, and the grammar that makes a model call one."""
+"""Tools in a request: the functions, the choice among them, and the grammar that enforces it."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ class Function(StrictSchema):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    """A JSON schema; without it, there are none."""
+    """A JSON schema; without it, the function has no parameters."""
     strict: bool | None = None
-    """Says nothing new: where a call is enforced, its arguments follow the schema in any case."""
+    """Changes nothing: the arguments of an enforced call always follow the schema."""
 
 
 class Tool(StrictSchema):
-    """A tool; there are functions only."""
+    """A tool. All tools are functions."""
 
     type: Literal["function"]
     function: Function
 
     def for_template(self) -> dict[str, Any]:
-        """What the chat template sees of it: most templates expect parameters."""
+        """The tool as the chat template sees it, with parameters, which most templates expect."""
         function = self.function.model_dump(exclude_none=True, exclude={"strict"})
         return {
             "type": self.type,
@@ -73,17 +73,17 @@ class _CalledFunction(StrictSchema):
 
 
 class ToolCall(StrictSchema):
-    """A call that the assistant made, as answers have it."""
+    """A call that the assistant made, as answers write it."""
 
     id: str | None = None
     type: Literal["function"] | None = None
-    """There are functions only."""
+    """All tools are functions."""
     function: _CalledFunction
     index: int | None = None
-    """In streamed answers; says nothing here."""
+    """From a streamed answer; changes nothing here."""
 
     def for_template(self, where: str) -> dict[str, Any]:
-        """What the chat template sees of it. Raises RequestError, which says where the call is."""
+        """The call as the chat template sees it. Raises RequestError, naming the place of the call."""
         called = self.function
         return call_for_template(
             self.id, called.name, called.arguments, f"{where}.function.arguments", "messages"
@@ -93,17 +93,17 @@ class ToolCall(StrictSchema):
 def call_for_template(
     call_id: str | None, name: str, arguments: str | dict[str, Any], where: str, field: str
 ) -> dict[str, Any]:
-    """A call as chat templates want it: with the arguments as an object.
+    """A call as chat templates expect it, with the arguments as an object.
 
     Args:
-        call_id: its own, if it has one.
+        call_id: if the call has one.
         name: of the function.
-        arguments: JSON, or what it says.
-        where: the arguments are, for errors.
-        field: of the request.
+        arguments: as JSON, or decoded.
+        where: the arguments are in the request, for errors.
+        field: of the request, for errors.
 
     Raises:
-        RequestError: the arguments are no JSON object.
+        RequestError: the arguments are not a JSON object.
     """
     said: Any = arguments
     if isinstance(said, str):
@@ -120,10 +120,10 @@ def call_for_template(
 def check_tools(
     tools: Sequence[Tool], choice: str | ToolChoice | None, form_field: str | None
 ) -> None:
-    """Raises RequestError where tools, or the choice among them, cannot be.
+    """Raises RequestError if the tools, or the choice among them, are impossible.
 
     Args:
-        tools: there are.
+        tools: of the request.
         choice: among them.
         form_field: the request's field that says what the text must be, if one does.
     """
@@ -133,7 +133,8 @@ def check_tools(
     for name in names:
         if not _NAME.fullmatch(name):
             raise RequestError(
-                f"tools: a name has 1 to 64 letters, digits, dashes, dots and underscores, not {name[:80]!r}",
+                "tools: a name has 1 to 64 letters, digits, dashes, dots and underscores, not"
+                f" {name[:80]!r}",
                 "tools",
             )
         if names.count(name) > 1:
@@ -159,9 +160,10 @@ def calls_grammar(
     """A grammar, in Lark, of answers that are calls and nothing else.
 
     Args:
-        tools: there are.
-        choice: "required", or which of them.
-        format_: what stands before a call, the name of its arguments, what stands after it, and between two.
+        tools: of the request.
+        choice: "required", or a function.
+        format_: the text before a call, the name of its arguments, the text after it, and the text
+            between calls.
         many: several calls are allowed, unless one is named.
     """
     before, arguments, after, between = format_
@@ -176,7 +178,8 @@ def calls_grammar(
             parameters = {"properties": {}, "additionalProperties": False}
         schema = {"type": "object", **parameters, "x-guidance": json_style()}
         rules.append(
-            f"call_{number}: {json.dumps(head)} %json {json.dumps(schema)} {json.dumps('}' + after)}"
+            f"call_{number}: {json.dumps(head)} %json {json.dumps(schema)}"
+            f" {json.dumps('}' + after)}"
         )
     any_call = " | ".join(f"call_{number}" for number in range(len(tools)))
     more = f" ({json.dumps(between)} call)*" if many else ""

@@ -1,4 +1,4 @@
-"""``POST /v1/completions``, as OpenAI's clients send it."""
+"""``POST /v1/completions``: what clients send."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class CompletionRequest(GenerationRequest):
             )
 
     def prompts(self) -> list[str | list[int]]:
-        """One or several, as text or as ids. Raises RequestError if it is none of these."""
+        """One or several, as text or as ids. Raises RequestError if the field has another shape."""
         return read_prompts("prompt", self.prompt, self.num_samples)
 
     def params_for(self, num_prompt_tokens: int, max_request_tokens: int) -> SamplingParams:
-        """Parameters for one prompt: a limit that the client left out gives way to the context's."""
+        """The parameters for one prompt, with a limit even if the client set none."""
         params = self.params()
         changes: dict[str, Any] = {}
         if params.max_tokens is None:

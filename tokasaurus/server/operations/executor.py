@@ -1,0 +1,157 @@
+"""Carries out operations: from a decoded body to a running request, or to the JSON of its answer.
+
+There are three ways in, over the same path:
+
+- ``execute``, for a route with one request: it has a connection to watch and may stream;
+- ``prepare`` and ``start``, for a route with several requests, which run all or none;
+- ``answer``, for the lines of batches, which have only a body and want JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from tokasaurus.errors import EngineError, RequestError
+from tokasaurus.protocol.messages import MAX_PRIORITY
+from tokasaurus.server.errors import error_body, error_status
+from tokasaurus.server.operations.execution import Execution
+from tokasaurus.server.operations.heavy_work import MANY_CHARACTERS, in_thread_if
+from tokasaurus.server.operations.operation import Operation, Task
+from tokasaurus.server.operations.schemas import EngineRequest
+from tokasaurus.server.state import EngineState
+from tokasaurus.text.generations import Generations
+from tokasaurus.text.params import renamed
+from tokasaurus.text.preparation import Preparer
+
+__all__ = ["Executor"]
+
+log = logging.getLogger(__name__)
+
+
+class Executor:
+    """Carries out operations on one engine.
+
+    Args:
+        state: of the engine.
+        operations: by path.
+    """
+
+    def __init__(self, state: EngineState, operations: Mapping[str, Operation]) -> None:
+        self.operations = operations
+        self._state = state
+
+    async def execute(
+        self, operation: Operation, body: Any, share: Callable[[str | None], str]
+    ) -> Execution:
+        """Starts a client's request, if the engine has room for it.
+
+        Args:
+            operation: the kind of request.
+            body: decoded JSON, of any shape.
+            share: the client whose share of the engine a request takes, by the user that it names.
+
+        Raises:
+            RequestError: the request is wrong; names the field.
+            EngineError: the engine cannot serve, or has no room.
+        """
+        engine = self._state.engine()
+        request = operation.read(body)
+        client = share(request.user)
+        # Asked before the prompts are tokenized, so that a flood of refusals is cheap.
+        engine.generations.check_room(client)
+        task = await _task(operation, request, engine.preparer)
+        # Asked again: meanwhile the engine may have died, and other requests may have come.
+        table = self._state.engine().generations
+        table.check_room(client)
+        return _started(task, table, client)
+
+    def check_room(self, client: str) -> None:
+        """Raises EngineError if no further request of this client may start."""
+        self._state.engine().generations.check_room(client)
+
+    async def prepare(self, operation: Operation, body: Any) -> Task:
+        """Reads a request, tokenizes its prompts, and compiles its grammar. Nothing runs yet.
+
+        Raises:
+            RequestError: the request is wrong; names the field.
+            EngineError: the engine cannot serve.
+        """
+        engine = self._state.engine()
+        return await _task(operation, operation.read(body), engine.preparer)
+
+    def start(self, task: Task, client: str | None = None) -> Execution:
+        """Sends the prompts to the engine.
+
+        Args:
+            task: as prepared.
+            client: whose share it takes; None is the engine's own work, which has no time limit.
+
+        Raises:
+            EngineError: the engine cannot serve any more.
+        """
+        return _started(task, self._state.engine().generations, client)
+
+    async def answer(self, path: str, body: Any, *, priority: int = 0) -> tuple[int, bytes]:
+        """What the route would answer to this body. Cancelling it ends what runs for it.
+
+        Args:
+            path: of an operation.
+            body: decoded JSON, of any shape.
+            priority: added to the request's own.
+
+        Returns:
+            The status code and the JSON. An error of the request is an answer, too.
+
+        Raises:
+            EngineError: the engine did not answer, and another engine may.
+        """
+        try:
+            operation = self.operations.get(path)
+            if operation is None:
+                raise RequestError(
+                    f"url must be one of {', '.join(self.operations)}, not {path!r}", "url"
+                )
+            task = await self.prepare(operation, body)
+            if task.stream is not None:
+                raise RequestError(
+                    "stream must be false: there is no connection to stream to", "stream"
+                )
+            with self.start(_with_priority(task, priority)) as execution:
+                return 200, await execution.answer()
+        except EngineError:
+            raise
+        except Exception as error:
+            if (status := error_status(error)) >= 500:
+                log.exception("a request to %s failed", path)
+            return status, msgspec.json.encode(error_body(error))
+
+
+async def _task(operation: Operation, request: EngineRequest, preparer: Preparer) -> Task:
+    """Raises RequestError, in the words of the request."""
+    heavy = request.needs_grammar or operation.num_characters(request) > MANY_CHARACTERS
+    try:
+        return await in_thread_if(heavy, lambda: operation.prepare(request, preparer))
+    except RequestError as error:
+        raise renamed(error, request.field_names()) from None
+
+
+def _started(task: Task, table: Generations, client: str | None) -> Execution:
+    if client is None:
+        return Execution(task, table)
+    return Execution(task, table, client=client, timeout_s=table.config.request_timeout_s)
+
+
+def _with_priority(task: Task, priority: int) -> Task:
+    if priority == 0:
+        return task
+    prompts = []
+    for prompt in task.prompts:
+        sum_ = max(-MAX_PRIORITY, min(prompt.params.priority + priority, MAX_PRIORITY))
+        params = dataclasses.replace(prompt.params, priority=sum_)
+        prompts.append(dataclasses.replace(prompt, params=params))
+    return dataclasses.replace(task, prompts=prompts)

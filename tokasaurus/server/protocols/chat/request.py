@@ -1,0 +1,108 @@
+"""``POST /v1/chat/completions``: what clients send."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from tokasaurus.errors import RequestError
+from tokasaurus.server.operations.schemas import GenerationRequest
+from tokasaurus.server.protocols.chat.messages import ChatMessage
+from tokasaurus.server.protocols.tools.request import Tool, ToolChoice, check_tools
+from tokasaurus.text.structured_output import FIELD as STRUCTURED_OUTPUTS
+
+__all__ = ["ChatRequest"]
+
+
+class ChatRequest(GenerationRequest):
+    """``POST /v1/chat/completions``."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    ids: Annotated[list[int], Field(min_length=1)] | None = None
+    """The prompt's token ids, instead of ``messages``; the chat template is not applied."""
+    max_completion_tokens: int | None = None
+    """The newer name of ``max_tokens``. Default: the rest of the context."""
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[Tool] | None = None
+    """The tools that the model may call."""
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    """Default ``auto``: the model decides. A grammar enforces ``required`` and a named function."""
+    parallel_tool_calls: bool | None = None
+    """False allows one call at most. Default true."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Further arguments of ``apply_chat_template``, such as ``enable_thinking``."""
+    apply_chat_template_overrides: dict[str, Any] | None = None
+    """Another name of ``chat_template_kwargs``."""
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def token_limit(self) -> int | None:
+        both = (self.max_completion_tokens, self.max_tokens)
+        return next((limit for limit in both if limit is not None), None)
+
+    @property
+    def template_arguments(self) -> Mapping[str, Any]:
+        return self.chat_template_kwargs or self.apply_chat_template_overrides or {}
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """The tools that the model sees."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def enforced_choice(self) -> str | ToolChoice | None:
+        """The call that the model must make; None if the model decides."""
+        return None if self.tool_choice in ("none", "auto") else self.tool_choice
+
+    @property
+    def needs_grammar(self) -> bool:
+        return super().needs_grammar or self.enforced_choice is not None
+
+    def field_names(self) -> Mapping[str, str]:
+        names = {
+            **({} if self.enforced_choice is None else {STRUCTURED_OUTPUTS: "tools"}),
+            **super().field_names(),
+            "logprobs": "top_logprobs",
+            "prompt": "messages" if self.ids is None else "ids",
+        }
+        if self.max_completion_tokens is not None:
+            names["max_tokens"] = "max_completion_tokens"
+        if self.apply_chat_template_overrides:
+            names["chat_template_kwargs"] = "apply_chat_template_overrides"
+        return names
+
+    def check(self) -> None:
+        super().check()
+        if (self.messages is None) == (self.ids is None):
+            said = "neither was given" if self.ids is None else "both were given"
+            raise RequestError(
+                f"messages or ids is required, one of the two: {said}",
+                "messages" if self.ids is None else "ids",
+            )
+        if self.ids is not None:
+            for name in ("apply_chat_template_overrides", "chat_template_kwargs", "tools"):
+                if getattr(self, name):
+                    raise RequestError(f"{name} has no effect on ids, which are no messages", name)
+        if self.chat_template_kwargs and self.apply_chat_template_overrides:
+            raise RequestError(
+                "apply_chat_template_overrides and chat_template_kwargs are two names of one thing;"
+                " leave one out",
+                "apply_chat_template_overrides",
+            )
+        check_tools(self.tools or (), self.tool_choice, self.form_field)
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
+        if None not in (self.max_tokens, self.max_completion_tokens) and (
+            self.max_tokens != self.max_completion_tokens
+        ):
+            raise RequestError(
+                f"max_completion_tokens ({self.max_completion_tokens}) and max_tokens"
+                f" ({self.max_tokens}) are two names of one limit",
+                "max_completion_tokens",
+            )

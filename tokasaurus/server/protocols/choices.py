@@ -1,0 +1,146 @@
+"""What the answers of completions and chat have in common: choices, usage, and chunks of a stream.
+
+A choice's index is ``prompt_index * n + sample_index``, also where choices are missing because
+``first_k`` others ended before them. Bodies are one line each, since some clients read even whole
+answers line by line.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from tokasaurus.server.operations.heavy_work import takes_long
+from tokasaurus.server.operations.logprobs import fingerprint, prompt_logprobs
+from tokasaurus.server.operations.schemas import GenerationRequest
+from tokasaurus.server.operations.usage import usage
+from tokasaurus.server.operations.writer import DONE, StreamWriter, event
+from tokasaurus.text.generation import Generation
+from tokasaurus.text.samples import SampleOutput
+from tokasaurus.text.tokenizer import Tokenizer
+
+__all__ = ["ChoicesWriter"]
+
+
+class ChoicesWriter(StreamWriter):
+    """Writes OpenAI's answers with choices.
+
+    Args:
+        request: what was asked.
+        model: the name in the answer if the request names none.
+        tokenizer: spells tokens for logprobs.
+    """
+
+    id_prefix: str
+    whole_object: str
+    chunk_object: str
+
+    def __init__(self, request: GenerationRequest, model: str, tokenizer: Tokenizer) -> None:
+        options = request.stream_options
+        self.request = request
+        self.tokenizer = tokenizer
+        self._includes_usage = bool(options and options.include_usage)
+        self._continuous_usage = bool(options and options.continuous_usage_stats)
+        self._packs_logprobs = bool(request.logprobs_in_fingerprint)
+        self._num_streamed_tokens = 0
+        self._begun: set[int] = set()  # choices that have had a chunk
+        self._head = {
+            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model if request.model is None else request.model,
+            **request.echoed(),
+        }
+
+    def takes_long(self, generations: Sequence[Generation]) -> bool:
+        return takes_long(generations, self.request.num_logprobs is not None)
+
+    def whole(self, generations: Sequence[Generation]) -> bytes:
+        choices, outputs = [], []
+        for position, generation in enumerate(generations):
+            for output in generation.take_all():
+                index = position * self.request.num_samples + output.index
+                choices.append(self._choice(index, generation, output))
+                outputs.append(output)
+        num_tokens = sum(generation.num_generated_tokens for generation in generations)
+        return msgspec.json.encode(
+            {
+                **self._head,
+                "object": self.whole_object,
+                "choices": choices,
+                **self._more(generations),
+                "usage": usage(generations, num_tokens, self._num_reasoning_tokens()),
+                "system_fingerprint": fingerprint(
+                    outputs, packed=self._packs_logprobs, input_ids=self._input_ids(generations)
+                ),
+            }
+        )
+
+    def chunk(
+        self, generations: Sequence[Generation], position: int, output: SampleOutput
+    ) -> bytes:
+        # The fingerprint carries the ids in this chunk.
+        index = position * self.request.num_samples + output.index
+        first = index not in self._begun
+        choice = self._delta(index, generations[position], output, first=first)
+        self._begun.add(index)
+        self._num_streamed_tokens += len(output.token_ids)
+        body = {
+            **self._head,
+            "object": self.chunk_object,
+            "choices": [choice],
+            "system_fingerprint": fingerprint(
+                [output],
+                packed=self._packs_logprobs,
+                input_ids=self._input_ids([generations[position]]) if first else None,
+            ),
+        }
+        if self._continuous_usage:
+            body["usage"] = self._streamed_usage(generations)
+        elif self._includes_usage:
+            body["usage"] = None
+        return event(body)
+
+    def end(self, generations: Sequence[Generation]) -> bytes:
+        if not self._includes_usage:
+            return DONE
+        counts = self._streamed_usage(generations)
+        body = {**self._head, "object": self.chunk_object, "choices": [], "usage": counts}
+        return event(body) + DONE
+
+    def _streamed_usage(self, generations: Sequence[Generation]) -> dict[str, Any]:
+        return usage(generations, self._num_streamed_tokens, self._num_reasoning_tokens())
+
+    def _written_prompt_logprobs(self, generation: Generation) -> list[Any]:
+        values, ranks = generation.prompt_logprobs, generation.prompt_ranks
+        assert values is not None
+        assert ranks is not None
+        values = values.narrowed(self.request.prompt_logprobs or 0)
+        ids = generation.request.prompt_ids.tolist()
+        return prompt_logprobs(self.tokenizer, ids, values, ranks)
+
+    def _more(self, generations: Sequence[Generation]) -> dict[str, Any]:
+        """Fields beside the choices that only this protocol's whole answers have."""
+        return {}
+
+    def _num_reasoning_tokens(self) -> int | None:
+        """The reasoning tokens among all tokens so far; None leaves the field out."""
+        return None
+
+    def _input_ids(self, generations: Sequence[Generation]) -> list[list[int]] | None:
+        """The ids of the prompts for the fingerprint; None leaves them out."""
+        return None
+
+    @abstractmethod
+    def _choice(self, index: int, generation: Generation, output: SampleOutput) -> dict[str, Any]:
+        """One choice of a whole answer."""
+
+    @abstractmethod
+    def _delta(
+        self, index: int, generation: Generation, output: SampleOutput, *, first: bool
+    ) -> dict[str, Any]:
+        """One choice of a chunk; ``first`` if it is the choice's first chunk."""
