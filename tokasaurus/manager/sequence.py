@@ -21,12 +21,12 @@ __all__ = ["GeneratedTokens", "Request", "Sequence", "SequenceState"]
 class SequenceState(enum.Enum):
     """The stages of a sequence. A sequence may become ENDED at every other stage::
 
-        FOLLOWING ──────┐ as a fork of its leader
-            ▼           ▼
-        WAITING ────▶ RUNNING ────▶ PREEMPTED
-          ▲  ▼                      │   │
-          │ PARKED ◀────────────────┘   │
-          └─────────────────────────────┘
+    FOLLOWING ──────┐ as a fork of its leader
+        ▼           ▼
+    WAITING ────▶ RUNNING ────▶ PREEMPTED
+      ▲  ▼                      │   │
+      │ PARKED ◀────────────────┘   │
+      └─────────────────────────────┘
     """
 
     FOLLOWING = enum.auto()  # waits until the leader of its request has fed the prompt

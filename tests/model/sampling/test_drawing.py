@@ -23,7 +23,7 @@ class CountingModel:
     Products of small whole numbers do not round, and the added fractions make all logits differ.
     """
 
-    head = torch.nn.Linear(HIDDEN_SIZE, VOCAB_SIZE)
+    vocab_size = VOCAB_SIZE
 
     def __init__(self):
         self.num_rows = []

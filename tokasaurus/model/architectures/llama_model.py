@@ -69,6 +69,7 @@ class LlamaModel(nn.Module):
 
     def __init__(self, config: ModelConfig, place: Placement) -> None:
         super().__init__()
+        self.vocab_size = config.vocab_size
         self.embedding = Embedding(place, config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             LlamaLayer(config, place, layer) for layer in range(config.num_layers)

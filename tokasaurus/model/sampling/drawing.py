@@ -83,8 +83,7 @@ def _width(parameters: SamplingParameters) -> int:
 
 def _logits(model: LlamaModel, hidden: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yields parts of ``rows`` and their logits, [rows of the part, vocabulary] in fp32."""
-    vocab_size = model.head.spec.out_size
-    step = max(_MAX_LOGITS // vocab_size, 1)
+    step = max(_MAX_LOGITS // model.vocab_size, 1)
     for start in range(0, len(rows), step):
         part = slice(start, min(start + step, len(rows)))
         yield part, model.logits(hidden[rows[part]]).to(torch.float32)

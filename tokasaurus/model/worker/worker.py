@@ -49,6 +49,9 @@ class Worker:
         load_vocabulary: returns the bytes of each id, for grammars. Another thread calls it while
             the model is loaded. None means that no sequence will have a grammar.
 
+    Attributes:
+        weights: of the model; they can be filled anew between batches.
+
     Raises:
         ModelError: the checkpoint cannot be served. It names the file, tensor or field.
         ConfigError: the attention asked for is not available on this machine.
@@ -65,7 +68,7 @@ class Worker:
         model_config = read_model_config(config.model_path, config.rope_scaling)
         self._vocab_size = model_config.vocab_size
         self._matchers = Matchers(config.num_slots, self._vocab_size, load_vocabulary)
-        self._model, self._weights = load_model(
+        self._model, self.weights = load_model(
             config.model_path, model_config, place, config.load_format
         )
         self._cache = KVCache.allocate(
@@ -98,7 +101,7 @@ class Worker:
         as new.
         """
         started = time.perf_counter()
-        for batch in warm_up_batches(self._config, self._weights.num_parameters):
+        for batch in warm_up_batches(self._config, self.weights.num_parameters):
             count = len(batch.decode_slots) + len(batch.draw_slots)
             self._run(batch, TokenMasks.of_everything(count, self._vocab_size))
         self._state = self._fresh_state()
