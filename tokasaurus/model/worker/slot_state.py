@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokasaurus.errors import ProtocolError
-from tokasaurus.model.backend.base import SequenceRows
+from tokasaurus.model.backend.base import PrefixGroups, SequenceRows
 from tokasaurus.model.sampling.adjustments import AdjustmentTable
 from tokasaurus.model.sampling.history import History
 from tokasaurus.model.sampling.rows import PromptRows, SamplingRows
@@ -137,7 +137,15 @@ class SlotState:
         return PlannedBatch(
             ids=self._ids(batch),
             positions=upload_indices(positions, self._device),
-            sequences=SequenceRows(slots, query_starts, lengths, positions, self.page_table),
+            sequences=SequenceRows(
+                slots=slots,
+                query_starts=query_starts,
+                kv_lengths=lengths,
+                positions=positions,
+                page_table=self.page_table,
+                num_decodes=num_decodes,
+                groups=self._groups(batch, lengths),
+            ),
             sampling=SamplingRows(
                 upload_indices(sampled_rows, self._device),
                 sampled_slots,
@@ -146,6 +154,30 @@ class SlotState:
             prompt=self._prompt_rows(batch) if (batch.prefill_num_logprobs >= 0).any() else None,
             copies=self._page_copies(batch) if len(batch.copy_sources) else None,
         )
+
+    def _groups(self, batch: ForwardBatch, lengths: Int32Array) -> PrefixGroups:
+        """The groups of the batch, checked: pages that a row has not filled are not shared."""
+        groups = PrefixGroups(
+            batch.group_first_rows,
+            batch.group_num_rows,
+            batch.group_first_columns,
+            batch.group_num_columns,
+        )
+        ends = groups.first_columns + groups.num_columns
+        for row, count, column, end in zip(
+            groups.first_rows, groups.num_rows, groups.first_columns, ends, strict=True
+        ):
+            rows = slice(row, row + count)
+            if not (
+                0 <= row < row + count <= len(batch.decode_slots)
+                and 0 <= column < end
+                and end * self._page_size < lengths[rows].min()
+            ):
+                raise ProtocolError(
+                    f"batch {batch.number} has a group of {count} rows from {row} on, with pages"
+                    f" {column} to {end}, which these rows do not fill"
+                )
+        return groups
 
     def record(self, slots: Int32Array, token_ids: Tensor) -> Int32Array | None:
         """Remembers the drawn tokens, which are the input of the slots' next decode rows.
