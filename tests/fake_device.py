@@ -1,10 +1,10 @@
 """A worker without a model, and an oracle of what it must generate.
 
-The device keeps what a real one keeps: page tables, lengths, last tokens, sampling parameters, and a KV
-cache. A KV cell is the token it is of, its position, and a digest of all tokens up to it, computed from the
-cell before it *as found through the page table*. Every row checks all cells it attends to. The drawn token
-is a hash of the seed, the sample, the generated position and the digest, so a token lost, repeated or
-reordered, or a page that is stale, changes what comes out.
+The device keeps what a real one keeps: page tables, lengths, last tokens, sampling parameters, and
+a KV cache. A KV cell is the token it is of, its position, and a digest of all tokens up to it,
+computed from the cell before it *as found through the page table*. Every row checks all cells it
+attends to. The drawn token is a hash of the seed, the sample, the generated position and the
+digest, so a token lost, repeated or reordered, or a page that is stale, changes what comes out.
 """
 
 from __future__ import annotations
@@ -59,16 +59,19 @@ def top_of(digest: int, count: int) -> list[tuple[int, float]]:
 
 @dataclass
 class Generated:
-    """What one sequence should bring."""
+    """The right output of one sequence."""
 
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     tops: list[list[tuple[int, float]]] = field(default_factory=list)
-    by_length: bool = False  # it ends at max_tokens or is cut, not with a stop id
+    by_length: bool = False  # it ends at max_tokens or is cut, not at a stop id
 
 
 def oracle(request: GenerateRequest, sample_index: int) -> Generated:
-    """Generates a sequence alone, without pages or batches. The device gives up its grammar after "12" tokens."""
+    """Generates a sequence alone, without pages or batches.
+
+    A grammar of "12" is one that the device gives up after 12 tokens.
+    """
     digest = _EMPTY_CONTEXT
     for token in request.prompt_ids.tolist():
         digest = mix(digest, token)
@@ -89,7 +92,7 @@ def oracle(request: GenerateRequest, sample_index: int) -> Generated:
 def prompt_logprobs_oracle(
     request: GenerateRequest,
 ) -> list[tuple[float, int, list[tuple[int, float]]]]:
-    """Logprob, rank and top ones of each prompt token but the first."""
+    """Logprob, rank and top logprobs of each prompt token except the first."""
     digest = _EMPTY_CONTEXT
     prompt = request.prompt_ids.tolist()
     rows = []
@@ -127,7 +130,7 @@ class Slot:
 
 
 class FakeDevice:
-    """Runs batches in order; raises AssertionError at anything a real worker would get wrong by."""
+    """Runs batches in order; raises AssertionError where a real worker would go wrong."""
 
     def __init__(self, config: ManagerConfig) -> None:
         self.config = config
@@ -202,7 +205,7 @@ class FakeDevice:
         return self._result(batch.number, rows, prompt_rows, pooled)
 
     def _pool(self, batch: ForwardBatch, index: int, *, is_last: bool) -> list[list[float]]:
-        """A "state" says all there is to know: the kind of pooling, and a digest of the whole prompt."""
+        """A "state" names the kind of pooling, and has a digest of the whole prompt."""
         slot, start = int(batch.prefill_slots[index]), int(batch.prefill_starts[index])
         length, kind = int(batch.prefill_lengths[index]), int(batch.prefill_pooling[index])
         if start == 0:

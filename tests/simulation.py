@@ -1,4 +1,4 @@
-"""A seeded world around a manager: clients that come and go, a server that lags, results that are late.
+"""A seeded world around a manager: clients come and go, a server lags, results are late.
 
 After every turn: the manager's own invariants (``check_invariants``), the device's checks (see
 ``fake_device``), and here: each sequence gets exactly the oracle's tokens, in order, and ends once.
@@ -91,7 +91,7 @@ def make_admission(**changes: Any) -> AdmissionConfig:
 
 
 def make_request(request_id: int, prompt: object, max_tokens: int, **changes: object):
-    """A request with defaults; its seed names it on the device."""
+    """A request with defaults; the device knows it by its seed."""
     values: dict[str, object] = {
         "request_id": request_id,
         "prompt_ids": np.array(prompt, np.int32),
@@ -110,13 +110,13 @@ def prompt(length: int, start: int = 0) -> list[int]:
 
 
 def acknowledge(request_id: int, count: int) -> Acknowledge:
-    """The server has searched so many tokens of a request's only sample."""
+    """The server has searched ``count`` tokens of the only sample of a request."""
     return Acknowledge(np.array([request_id]), np.array([0], np.int32), np.array([count], np.int32))
 
 
 @dataclass
 class Answer:
-    """What the server has of one sequence, and what it does about it."""
+    """What the server has received of one sequence, and what it did."""
 
     expected: Generated
     ids: list[int] = field(default_factory=list)
@@ -158,7 +158,7 @@ class World:
         self.now = 0.0
 
     def turn(self, *events: FromServer, num_results: int = 0) -> None:
-        """One turn of the manager with these events and so many of the results that are ready."""
+        """One turn of the manager, with these events and some of the results that are ready."""
         arrived: list[FromServer | ForwardResult] = list(events)
         for event in events:
             self._note(event)
@@ -182,7 +182,7 @@ class World:
         self.drain()
 
     def drain(self, max_turns: int = 10_000) -> None:
-        """Lets everything that lives come to its end, with a server that acknowledges all it gets."""
+        """Lets all living sequences end, with a server that acknowledges all it gets."""
         for _ in range(max_turns):
             if self.manager.idle:
                 break
@@ -202,7 +202,7 @@ class World:
         return len(self.answers) + stops + aborts + self.manager.counters.num_preemptions
 
     def acknowledgements(self) -> list[FromServer]:
-        """What a server that has caught up would send."""
+        """The events that a server that has caught up would send."""
         events: list[FromServer] = []
         columns: list[tuple[int, int, int]] = []
         for request_id, sample_index in self.living:
@@ -232,7 +232,7 @@ class World:
                 assert self.num_finished[request_id] == (request.first_k or request.n)
 
     def check_empty(self) -> None:
-        """Nothing is left of anything."""
+        """No trace of any sequence is left."""
         running, backlog = self.manager._running, self.manager._backlog
         assert not backlog.requests
         assert backlog.num_sequences == len(backlog) == len(backlog.waiting()) == 0
@@ -255,7 +255,7 @@ class World:
         assert not self.manager._departing
         assert self.device.remembers == set(running.left_slots)  # for the next batch to say
 
-    # --- to the manager ----------------------------------------------------------------------------
+    # --- to the manager --------------------------------------------------------------------------
 
     def _note(self, event: FromServer) -> None:
         if isinstance(event, GenerateRequest):
@@ -280,7 +280,7 @@ class World:
                 answer = self.answers[request_id, sample_index]
                 answer.acked = max(answer.acked, count)
 
-    # --- from the manager --------------------------------------------------------------------------
+    # --- from the manager ------------------------------------------------------------------------
 
     def _send(self, batch: ForwardBatch) -> None:
         if batch.parameters is not None:
@@ -297,7 +297,7 @@ class World:
             self._check_stop_lag(slot)
 
     def _check_stop_lag(self, slot: int) -> None:
-        """No token is drawn beyond ``max_tokens``, or too far beyond what the server acknowledged."""
+        """No token is drawn beyond ``max_tokens``, or too far beyond the acknowledged ones."""
         state = self.device.slots[slot]
         request = self.requests[self.request_ids[state.seed]]
         name = (request.request_id, state.sample_index)
@@ -435,7 +435,7 @@ class Simulation(World):
     Args:
         seed: of everything that is left to chance.
         config: of the manager.
-        habits: of everybody else.
+        habits: of the clients, the server and the device.
     """
 
     def __init__(self, seed: int, config: ManagerConfig, habits: Habits) -> None:
@@ -447,7 +447,7 @@ class Simulation(World):
 
     @staticmethod
     def of_seed(seed: int) -> Simulation:
-        """A world whose size is left to chance too; caches are often as small as can be."""
+        """A world of random size; its cache is often as small as possible."""
         chance = random.Random(seed)
         page_size = chance.choice([1, 4, 16])
         habits = Habits(
@@ -479,7 +479,7 @@ class Simulation(World):
                 num_lengths_awaited=chance.choice([0, 4, 1000]),
                 prior_mean=chance.choice([None, 0.0, 0.5, 1.0]),
                 std_scale=chance.choice([0.0, 0.25, 2.0]),
-                # Where too much is promised, running sequences soon need one another's pages.
+                # Where too much is promised, running sequences soon need the pages of others.
                 target_utilization=chance.choice([0.3, 1.0, 1.5, 1000.0]),
                 greedy_prefill=chance.random() < 0.7,
                 prefill_round_up_multiple=chance.choice([1, 16]),
@@ -495,7 +495,7 @@ class Simulation(World):
 
     @staticmethod
     def crowded_of_seed(seed: int) -> Simulation:
-        """A world in which the forecast has no room for most, for long: the cache is the limit."""
+        """A world in which most sequences wait long for room in the cache."""
         world = Simulation.of_seed(seed)
         habits = dataclasses.replace(
             world.habits, num_requests=60, aborts=0.02, stops=0.02, max_prompt=20, max_tokens=60
@@ -518,7 +518,7 @@ class Simulation(World):
         return crowded
 
     def run(self) -> None:
-        """Lives until all requests have come and everything has ended."""
+        """Runs until all requests have come and all sequences have ended."""
         habits = self.habits
         while len(self.requests) < habits.num_requests:
             first = len(self.requests)

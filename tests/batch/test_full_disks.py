@@ -1,4 +1,4 @@
-"""What happens where the disk has no room, and once it has."""
+"""What happens when the disk has no room, and once it has room again."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from batch_process import URL, answer
-from test_kills import check, new_batch
+from echo_batches import check, new_batch
+from echo_process import echo_runner
 
 from tokasaurus.batch import runner as runner_module
 from tokasaurus.batch.records import StoredFile, new_id
-from tokasaurus.batch.runner import BatchRunner
 from tokasaurus.batch.store import JobStore
 
 
@@ -41,7 +40,7 @@ def file_of(filename: str) -> StoredFile:
     )
 
 
-def test_a_commit_that_fails_is_no_end(tmp_path: Path) -> None:
+def test_a_store_can_be_used_after_a_failed_commit(tmp_path: Path) -> None:
     store = JobStore(tmp_path)
     num_bytes = (tmp_path / "jobs.sqlite3-wal").stat().st_size
     with no_file_larger_than(num_bytes), pytest.raises(sqlite3.Error):
@@ -53,7 +52,7 @@ def test_a_commit_that_fails_is_no_end(tmp_path: Path) -> None:
     store.close()
 
 
-def test_results_that_find_no_room_are_written_anew(
+def test_results_are_written_again_after_the_disk_was_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batch_id = new_batch(tmp_path, 30)
@@ -71,12 +70,12 @@ def test_results_that_find_no_room_are_written_anew(
     monkeypatch.setattr(runner_module, "write_results", failing_twice)
 
     async def run() -> None:
-        runner = BatchRunner(JobStore(tmp_path), answer, urls=[URL], model="echo", max_samples=64)
+        runner = echo_runner(tmp_path)
         await runner.start()
         await runner.wait(batch_id)
         names = {path.name for path in (tmp_path / "files").iterdir()}
         await runner.close()
-        assert len(names) == 3, "an attempt that failed left its files"
+        assert len(names) == 3, "a failed attempt left its files"
 
     asyncio.run(run())
     check(tmp_path, batch_id, 30)

@@ -1,4 +1,4 @@
-"""``toka-batch``: its files, and a run that is interrupted and killed on the way."""
+"""``toka-batch``: its files, and a run that is interrupted and killed before it ends."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def test_plain_lines_become_lines_of_a_batch(tmp_path):
     ]
 
 
-def test_a_line_that_is_neither_is_told_what_it_may_be():
+def test_the_error_of_a_line_without_a_request_says_what_a_line_may_be():
     bad = parse_line(1, b'{"text": "a"}', None, ["/v1/completions"])
     assert bad.message.endswith(
         "custom_id, method, url, body, or be a body with prompt or messages"
     )
 
 
-def test_rows_of_parquet(tmp_path):
+def test_rows_of_parquet_become_lines_of_a_batch(tmp_path):
     pytest.importorskip("pyarrow")
     import pyarrow.parquet
 
@@ -81,7 +81,7 @@ def test_rows_of_parquet(tmp_path):
         imported(source)
 
 
-def test_results_as_parquet(tmp_path):
+def test_results_are_written_as_parquet(tmp_path):
     pytest.importorskip("pyarrow")
     import pyarrow.parquet
 
@@ -103,22 +103,22 @@ def test_results_as_parquet(tmp_path):
     assert json.loads(rows[3]["error"]) == {"code": "code", "message": "message"}
 
 
-def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
+def test_the_error_of_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "in.parquet").touch()
     with pytest.raises(ConfigError, match=r"tokasaurus\[parquet\]"):
         imported(tmp_path / "in.parquet")
     (tmp_path / "in.jsonl").write_text(json.dumps(LINE))
-    with pytest.raises(ConfigError, match=r"tokasaurus\[parquet\]"):  # not when all is answered
+    with pytest.raises(ConfigError, match=r"tokasaurus\[parquet\]"):  # before any line is answered
         OfflineJob(tmp_path / "in.jsonl", tmp_path / "out.parquet", "m")
 
 
-def test_jobs_that_cannot_be(tmp_path):
+def test_a_job_that_cannot_run_is_refused(tmp_path):
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    with pytest.raises(ConfigError, match="no file"):
+    with pytest.raises(ConfigError, match="not a file"):
         OfflineJob(source, target, "m")
     source.write_text(json.dumps(LINE))
-    with pytest.raises(ConfigError, match="no directory"):
+    with pytest.raises(ConfigError, match="not a directory"):
         OfflineJob(source, tmp_path / "none" / "out.jsonl", "m")
     job = OfflineJob(source, target, "m")
     with pytest.raises(ConfigError, match="in use"):
@@ -129,7 +129,7 @@ def test_jobs_that_cannot_be(tmp_path):
     again.store.close()
     with pytest.raises(ConfigError, match=r"model=m, not other; .*toka-batch"):
         OfflineJob(source, target, "other")
-    target.write_text("precious")  # by somebody else, while the job is not finished
+    target.write_text("precious")  # another program's, while the job is not finished
     with pytest.raises(ConfigError, match="exists already"):
         OfflineJob(source, target, "m")
     target.unlink()
@@ -142,30 +142,27 @@ def test_jobs_that_cannot_be(tmp_path):
         OfflineJob(source, other, "m")
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["walk", "a", "b"], "no command"),
-        (["run"], "name the input and the output"),
-        (["run", "a"], "name the input and the output"),
-        (["run", "none.jsonl", "out.jsonl"], "none.jsonl is no file"),
-        (["run", "a", "b", "colour=red"], "colour"),
-    ],
-)
-def test_command_lines_that_are_wrong(words, message, capsys, tmp_path, monkeypatch):
+def test_a_wrong_command_line_is_refused(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(words) == 2
-    assert message in capsys.readouterr().err
+    for line, message in {
+        "walk a b": "no command",
+        "run": "name the input and the output",
+        "run a": "name the input and the output",
+        "run none.jsonl out.jsonl": "none.jsonl is not a file",
+        "run a b colour=red": "colour",
+    }.items():
+        assert main(line.split()) == 2, line
+        assert message in capsys.readouterr().err, line
 
 
-def test_help(capsys):
+def test_help_names_the_command(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["run", "--help"])
     assert ended.value.code == 0
     assert "toka-batch run INPUT OUTPUT" in capsys.readouterr().out
 
 
-# --- with an engine --------------------------------------------------------------------------------
+# --- with an engine -------------------------------------------------------------------------------
 
 
 class Run:
@@ -185,7 +182,7 @@ class Run:
             )
 
     def wait_for_answers(self, number: int) -> None:
-        """Returns when so many lines are recorded."""
+        """Returns when at least ``number`` lines are recorded."""
         path = self._directory / "out.jsonl.toka-batch" / "jobs.sqlite3"
         while True:
             assert self.process.poll() is None, self.log.read_text()
@@ -195,38 +192,42 @@ class Run:
                     if database.execute("SELECT count(*) FROM answers").fetchone()[0] >= number:
                         return
                 except sqlite3.OperationalError:
-                    pass  # the table is still to be made
+                    pass  # the table does not exist yet
                 finally:
                     database.close()
-            time.sleep(0.05)
+            time.sleep(0.02)
 
     def wait(self) -> int:
         return self.process.wait(120)
 
 
 @pytest.mark.engine
-def test_a_run_that_is_interrupted_and_killed(tmp_path):
-    lines = [{"prompt": f"number {i}", "max_tokens": 40 + i % 50} for i in range(300)]
+@pytest.mark.parametrize("num_lines", [60, pytest.param(300, marks=pytest.mark.long)])
+def test_a_run_that_is_interrupted_and_killed_continues(tmp_path, num_lines):
+    lines = [{"prompt": f"number {i}", "max_tokens": 40 + i % 50} for i in range(num_lines)]
     lines[7] = {"prompt": "too long", "max_tokens": 10**8}
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n{")
-    flags = ("max_seqs_per_forward=8",)  # it takes a while
-    run = Run(tmp_path, *flags)
-    run.wait_for_answers(10)
+    # A small engine starts sooner.
+    small = ("max_tokens_per_forward=256", "kv_cache_num_tokens=8192")
+    # Few sequences at a time, so that a run that is to be stopped does not end before.
+    slow = (*small, "max_seqs_per_forward=4")
+    run = Run(tmp_path, *slow)
+    run.wait_for_answers(num_lines // 30)
     run.process.send_signal(signal.SIGINT)
     assert run.wait() == 130
     assert "the same command goes on" in run.log.read_text()
     assert not (tmp_path / "out.jsonl").exists()
-    run = Run(tmp_path, *flags)
-    run.wait_for_answers(100)
+    run = Run(tmp_path, *slow)
+    run.wait_for_answers(num_lines // 3)
     run.process.kill()
     run.wait()
-    run = Run(tmp_path)
+    run = Run(tmp_path, *small)
     assert run.wait() == 0, run.log.read_text()
-    assert "301 lines, 2 of them with an error" in run.log.read_text()
+    assert f"{num_lines + 1} lines, 2 of them with an error" in run.log.read_text()
     results = [json.loads(line) for line in (tmp_path / "out.jsonl").open()]
-    names = [f"line-{i}" for i in range(1, 301)]
+    names = [f"line-{i}" for i in range(1, num_lines + 1)]
     assert [result["custom_id"] for result in results] == [*names, None]
-    for number, result in enumerate(results[:300]):
+    for number, result in enumerate(results[:num_lines]):
         if number == 7:
             assert result["response"]["status_code"] == 400
         else:

@@ -1,12 +1,14 @@
-"""Two grammar libraries on the same schemas and vocabularies; the numbers of docs/decisions/0008.
+"""Compares two grammar libraries on the same schemas and vocabularies, for docs/decisions/0008.
 
     PYTHONPATH=tests python tests/bench/grammar_libraries.py llguidance demo
     PYTHONPATH=tests python tests/bench/grammar_libraries.py xgrammar 128000
 
-No part of the suite: xgrammar is no dependency of ours. ``demo`` is the bundled model's vocabulary, a number the
-size of one made of random merges. Every schema of ``json_schemas`` is compiled, and walked at random three times;
-a walk that may end after 40 tokens must be valid JSON of its schema. Then come documents that a schema allows or
-does not.
+Not part of the test suite, since xgrammar is not a dependency. ``demo`` is the vocabulary of the
+bundled model; a number is the size of a vocabulary that is made of random merges.
+
+Every schema of ``json_schemas`` is compiled and walked at random three times. A walk that may end
+after 40 tokens must be valid JSON for its schema. Then come documents that a schema allows, and
+documents that it does not allow.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from tokasaurus.text.tokenizer import Tokenizer
 _MIN_TOKENS, _MAX_TOKENS, _WALKS = 40, 120, 3
 _INTEGER = {"type": "integer"}
 
-# A schema, a document that it allows, one that it does not.
+# A schema, a document that it allows, and one that it does not allow.
 DOCUMENTS: list[tuple[dict[str, Any], str, str]] = [
     (
         {"type": "object", "properties": {"a": _INTEGER}, "required": ["a"]},
@@ -80,7 +82,7 @@ DOCUMENTS: list[tuple[dict[str, Any], str, str]] = [
 
 @dataclass(frozen=True)
 class Matcher:
-    """One text on its way, of whichever library."""
+    """A text that is being generated, with either library."""
 
     mask: Callable[[], np.ndarray]  # [vocabulary] bool
     take: Callable[[int], object]
@@ -88,7 +90,7 @@ class Matcher:
 
 def main(library: str, vocabulary: str) -> None:
     tokenizer, size, eos = _tokenizer(vocabulary)
-    importlib.import_module(library)  # with all that it brings
+    importlib.import_module(library)  # so that its time is not part of what is measured
     started = time.perf_counter()
     compile_ = {"llguidance": _llguidance, "xgrammar": _xgrammar}[library](tokenizer, size, eos)
     print(f"{library}, {size} tokens: made in {time.perf_counter() - started:.2f} s")
@@ -136,7 +138,7 @@ def _walk_all(
 def _walk(
     matcher: Matcher, tokenizer: Tokenizer, eos: int, chance: random.Random, seconds: list[float]
 ) -> str | None:
-    """A text that may end; None if it got too long."""
+    """A text that may end; None if it gets too long."""
     ids: list[int] = []
     while len(ids) < _MAX_TOKENS:
         started = time.perf_counter()
@@ -148,7 +150,7 @@ def _walk(
             return b"".join(tokenizer.spelled[i] for i in ids).decode(errors="replace")
         if not len(others):
             return None
-        # Short tokens lead to an end.
+        # Short tokens lead to an end sooner.
         some = chance.choices(others.tolist(), k=30)
         ids.append(min(some, key=lambda i: len(tokenizer.spelled[i])) if len(ids) > 10 else some[0])
         matcher.take(ids[-1])
@@ -206,7 +208,7 @@ def _bools(bits: bytes, size: int) -> np.ndarray:
 
 
 def _tokenizer(vocabulary: str) -> tuple[Tokenizer, int, int]:
-    """A tokenizer, its size, and its end."""
+    """A tokenizer, the size of its vocabulary, and its end-of-sequence id."""
     if vocabulary == "demo":
         facts = model_facts(MODEL_DIR)
         wrapped = PreTrainedTokenizerFast.from_pretrained(MODEL_DIR)
@@ -219,7 +221,7 @@ def _tokenizer(vocabulary: str) -> tuple[Tokenizer, int, int]:
 
 
 def _random_bpe(size: int) -> tokenizers.Tokenizer:
-    """Byte-level, of merges of what there is, early ones more often."""
+    """A byte-level BPE whose merges are random pairs of tokens, early tokens more often."""
     chance = random.Random(0)
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     ids = {character: i for i, character in enumerate(alphabet)}

@@ -1,4 +1,4 @@
-"""toka-bench with real processes: small, for what it prints and that nothing is left behind."""
+"""toka-bench with real processes: small runs, for their output and for what they leave behind."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 
+import msgspec
 import pytest
 
 from tokasaurus.bench.clients import Clients
@@ -23,39 +24,72 @@ from tokasaurus.planner.configuration import simulated_slices
 pytestmark = pytest.mark.engine
 
 
-def engine(cost="instant", output_tokens=None):
-    plan = DevicePlan(cost) if output_tokens is None else DevicePlan(cost, output_tokens)
-    return SimulatedEngine(
-        simulated_slices(EngineConfig(kv_cache_num_tokens=8192, log_level="WARNING")), plan
-    )
+OUTPUT_TOKENS = 5
+
+
+def new_engine():
+    config = EngineConfig(kv_cache_num_tokens=8192, log_level="WARNING")
+    return SimulatedEngine(simulated_slices(config), DevicePlan("fixed:0.01", (OUTPUT_TOKENS,)))
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """An engine for tests that leave it idle."""
+    with new_engine() as running:
+        yield running
+
+
+def printed_json(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def loop_turns(microseconds, result):
+    """A time in turns of an empty Python loop, which take 10 to 50 ns: plausible on any machine."""
+    return microseconds * 1e3 / max(result["loop_turn_ns"])
 
 
 @pytest.mark.parametrize("mix", ["easy", "full"])
 def test_the_cost_of_steady_decode_is_measured(mix, capsys):
     assert main(["manager", "quick=T", f"mix={mix}", "parts=steady"]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    result = printed_json(capsys)
     (steady,) = result["steady"]
     assert steady["running"] == 64
     assert 32 <= steady["batch"] <= 72
     assert steady["ms_per_step"] == pytest.approx(
         steady["us_per_token"] * steady["batch"] / 1e3, rel=0.01
     )
-    assert 0 < steady["us_per_token"] < 200
+    assert 0 < loop_turns(steady["us_per_token"], result) < 5_000
 
 
 def test_the_cost_of_whole_sequences_is_measured(capsys):
     assert main(["manager", "quick=T", "parts=start_finish,reference,admission"]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    result = printed_json(capsys)
     assert "steady" not in result
-    assert 0 < result["admission_ms"] < 1000
-    assert 0 < result["reference_workload_us_per_token"] < 200
-    assert 0 < result["start_finish_us"] < 20_000
+    assert 0 < loop_turns(1e3 * result["admission_ms"], result) < 2e7
+    assert 0 < loop_turns(result["reference_workload_us_per_token"], result) < 5_000
+    assert 0 < loop_turns(result["start_finish_us"], result) < 500_000
+
+
+@pytest.mark.long
+def test_the_cost_of_the_server_is_measured(capsys):
+    assert main(["server", "quick=T"]) == 0
+    result = printed_json(capsys)
+    units = ("small_request", "generated_token", "streamed_token", "event")
+    assert all(result[f"us_per_{unit}"] > 0 for unit in units)
+
+
+@pytest.mark.long
+def test_the_cost_of_grammars_is_measured(capsys):
+    assert main(["grammar", "num_sequences=2", "num_tokens=8", "rounds=1"]) == 0
+    result = printed_json(capsys)
+    assert result["tokens"] == 2 * 8
+    assert all(result["tokens_per_s"][kind] > 0 for kind in ("free", "one grammar"))
 
 
 def test_a_shallow_lookahead_lets_the_device_wait_and_a_deep_one_wastes_tokens(capsys):
-    words = ["fixed=1,8", "num_sequences=16", "mean_length=20", "step_ms=4"]
+    words = ["fixed=1,8", "num_sequences=16", "mean_length=20", "step_ms=4", "waves=2"]
     assert main(["lookahead", *words]) == 0
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["lookahead"]
+    rows = printed_json(capsys)["lookahead"]
     assert [row["steps_ahead"] for row in rows] == ["adaptive", "fixed 1", "fixed 8"]
     _, shallow, deep = rows
     assert shallow["waited_ms_per_step"] > deep["waited_ms_per_step"]
@@ -64,29 +98,27 @@ def test_a_shallow_lookahead_lets_the_device_wait_and_a_deep_one_wastes_tokens(c
     assert deep["ms_per_step"] >= 4
 
 
-def test_sequences_end_where_the_device_says():
-    with engine(output_tokens=(5,)) as running:
-        clients = Clients(running)
-        for request in Requests("full").series(0, 8, prompt_tokens=20, max_tokens=30):
-            clients.send(request)
-        clients.run_to_end(8)
-        assert clients.num_tokens == 8 * 5
+def test_sequences_end_at_the_length_that_the_device_plans(engine):
+    clients = Clients(engine)
+    for request in Requests("full").series(0, 8, prompt_tokens=20, max_tokens=30):
+        clients.send(request)
+    clients.run_to_end(8)
+    assert clients.num_tokens == 8 * OUTPUT_TOKENS
 
 
-def test_what_is_aborted_ends():
-    with engine(cost="fixed:0.01") as running:
-        clients = Clients(running)
-        for request in Requests("full").series(0, 4, prompt_tokens=20, max_tokens=4000):
-            clients.send(request)
-        clients.run_until_batch(5)
-        for request_id in range(4):
-            clients.abort(request_id)
-        clients.run_to_end(4)
-        assert clients.num_tokens < 4 * 1000
+def test_aborted_sequences_end(engine):
+    clients, max_tokens = Clients(engine), 1000
+    for request in Requests("full").series(0, 4, prompt_tokens=20, max_tokens=max_tokens):
+        clients.send(msgspec.structs.replace(request, stop_token_ids=()))
+    clients.run_until_batch(engine.device.num_batches + 2 * OUTPUT_TOKENS)
+    for request_id in range(4):
+        clients.abort(request_id)
+    clients.run_to_end(4)
+    assert clients.num_tokens < 4 * max_tokens
 
 
-def test_a_process_that_dies_is_noticed_and_nothing_is_left():
-    running = engine()
+def test_a_dead_process_is_noticed_and_leaves_nothing():
+    running = new_engine()
     directory = running._directory
     with running:
         os.kill(running._processes["manager"].pid, signal.SIGKILL)
@@ -97,13 +129,15 @@ def test_a_process_that_dies_is_noticed_and_nothing_is_left():
 
 
 def test_cpu_time_counts_what_a_process_computes():
-    before, end = process_cpu_s(os.getpid()), time.process_time() + 0.1
-    while time.process_time() < end:
+    clock_s, start_s = time.process_time(), process_cpu_s(os.getpid())
+    while time.process_time() < clock_s + 0.1:
         pass
-    assert 0.08 <= process_cpu_s(os.getpid()) - before <= 0.2
+    counted_s = process_cpu_s(os.getpid()) - start_s
+    # ``ps`` is exact to 10 ms.
+    assert 0.1 - 0.02 <= counted_s <= time.process_time() - clock_s + 0.02
 
 
-def test_cpu_time_by_ps(monkeypatch):
+def test_the_cpu_time_that_ps_prints_is_parsed(monkeypatch):
     monkeypatch.setattr(sys, "platform", "another")
     monkeypatch.setattr("subprocess.check_output", lambda *_, **__: " 1-02:03:04.25\n")
     assert process_cpu_s(1) == 24 * 3600 + 2 * 3600 + 3 * 60 + 4.25

@@ -1,4 +1,4 @@
-"""The corpus: the same every time, and never showing what the evaluation asks for."""
+"""The corpus is the same every time, and never shows what the evaluation asks for."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ from tokasaurus.demo.corpus.words import HELD_OUT_WORDS, invent_word
 from tokasaurus.demo.tokenizer import render
 
 NUM_DOCUMENTS = 12_000
-
-
 DIGESTS = {"COPYING_FIRST": "2714357620610a6f", "WORKED_SUMS": "2e19031d66f79540"}
 
 
@@ -40,8 +38,8 @@ def rendered(training: list[Document]) -> str:
     return "\0".join(render(document) for document in training)
 
 
-def test_it_is_the_corpus_the_weights_were_trained_on(rendered: str, mixture: str) -> None:
-    # A change here is a change of recipe: train again, and write down the new scores.
+def test_the_corpus_is_the_one_of_the_shipped_weights(rendered: str, mixture: str) -> None:
+    # After a change of recipe: train again, and write down the new scores.
     assert hashlib.sha256(rendered.encode()).hexdigest()[:16] == DIGESTS[mixture]
 
 
@@ -97,19 +95,20 @@ def test_every_fact_is_asked_for_in_some_wording() -> None:
     assert all(questions(d, topic, held_out=False) for d in DINOSAURS for topic in TOPICS)
 
 
-@pytest.mark.parametrize("held_out", [False, True])
-def test_solutions_are_right(held_out: bool) -> None:
-    rng = Random(0)
-    for _ in range(500):
-        item = problem(rng, held_out=held_out)
-        steps = re.findall(r"(\d+) ([+\-x]) (\d+) = (\d+)\.", item.solution)
-        assert all(compute(int(a), op, int(b)) == int(c) for a, op, b, c in steps)
-        assert all(pair_is_held_out(int(a), op, int(b)) == held_out for a, op, b, _ in steps)
-        assert item.solution.endswith(f"\nAnswer: {steps[-1][3]}")
-        assert item.answer == int(steps[-1][3]) > 0
+def test_solutions_are_right() -> None:
+    for held_out in (False, True):
+        rng = Random(0)
+        for _ in range(500):
+            item = problem(rng, held_out=held_out)
+            steps = re.findall(r"(\d+) ([+\-x]) (\d+) = (\d+)\.", item.solution)
+            assert all(compute(int(a), op, int(b)) == int(c) for a, op, b, c in steps), item
+            pairs = [pair_is_held_out(int(a), op, int(b)) for a, op, b, _ in steps]
+            assert set(pairs) == {held_out}, item
+            assert item.solution.endswith(f"\nAnswer: {steps[-1][3]}"), item
+            assert item.answer == int(steps[-1][3]) > 0, item
 
 
-def test_invented_words_come_from_the_side_asked_for() -> None:
+def test_invented_words_come_from_the_requested_side_of_the_split() -> None:
     rng = Random(0)
     assert not any(is_held_out(invent_word(rng)) for _ in range(500))
     assert all(is_held_out(invent_word(rng, held_out=True)) for _ in range(100))

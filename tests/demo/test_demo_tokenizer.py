@@ -1,4 +1,4 @@
-"""The tokenizer: loses nothing, adds one BOS, and splits a word alike with or without a space."""
+"""The tokenizer loses nothing, adds one BOS, and splits a word alike with and without a space."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(MODEL_DIR)
 
 
-def test_it_round_trips_any_text(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_any_text_survives_encoding_and_decoding(tokenizer: PreTrainedTokenizerFast) -> None:
     rng = Random(0)
     texts = [
         "",
@@ -49,7 +49,7 @@ def test_plain_text_gets_bos_exactly_once(tokenizer: PreTrainedTokenizerFast) ->
     assert ids.count(tokenizer.bos_token_id) == 1
 
 
-def test_the_chat_template_is_what_training_used(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_chat_template_writes_what_training_used(tokenizer: PreTrainedTokenizerFast) -> None:
     chats = [d for d in islice(documents(seed=2), 300) if isinstance(d, Chat)]
     assert any(message.role == "system" for chat in chats for message in chat.messages)
     for chat in chats:

@@ -1,4 +1,4 @@
-"""Blocks: whole documents, and a loss only where it teaches something."""
+"""Blocks hold whole documents, and their loss counts only what is to be learned."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_same_seed_gives_the_same_blocks(packer: Packer) -> None:
     assert (one != other).any()
 
 
-def test_only_the_assistant_counts_in_full(packer: Packer) -> None:
+def test_only_words_of_the_assistant_count_in_full(packer: Packer) -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     chat = Chat((Message("user", "one two"), Message("assistant", "three"), Message("user", "ten")))
     ids = tokenizer(render(chat), add_special_tokens=False)["input_ids"]

@@ -26,7 +26,7 @@ def test_queued_batches_last_for_a_turn() -> None:
     assert found == depths
 
 
-def test_before_anything_is_measured_all_are_in_flight() -> None:
+def test_before_a_batch_is_measured_the_look_ahead_is_the_largest() -> None:
     look_ahead = LookAhead(8)
     look_ahead.turn_took(0.001)
     assert look_ahead.depth == 8
@@ -45,7 +45,7 @@ def test_a_long_turn_is_remembered_for_a_while() -> None:
     assert depths == sorted(depths, reverse=True)
 
 
-def test_short_batches_raise_it_at_once_and_long_ones_lower_it_slowly() -> None:
+def test_short_batches_raise_the_look_ahead_at_once_and_long_ones_lower_it_slowly() -> None:
     look_ahead = LookAhead(8)
     for batch_s, depth in ((0.100, 2), (0.001, 4), (0.100, 4)):
         look_ahead.batch_took(batch_s)
@@ -57,14 +57,14 @@ def test_short_batches_raise_it_at_once_and_long_ones_lower_it_slowly() -> None:
     assert look_ahead.depth == 2
 
 
-def test_one_batch_at_a_time_stays_so() -> None:
+def test_a_limit_of_one_batch_in_flight_is_kept() -> None:
     look_ahead = LookAhead(1)
     look_ahead.batch_took(0.001)
     look_ahead.turn_took(0.1)
     assert look_ahead.depth == 1
 
 
-def test_the_manager_sends_no_more_than_that() -> None:
+def test_the_manager_keeps_no_more_batches_in_flight_than_the_look_ahead() -> None:
     world = World(make_config(scheduling_steps_ahead=6))
     world.turn(make_request(1, prompt(5), 40))
     assert world.manager.num_in_flight == 6

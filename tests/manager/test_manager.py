@@ -19,7 +19,7 @@ from tokasaurus.protocol.messages import (
     StopSequence,
 )
 
-# --- at the door -------------------------------------------------------------------------------------
+# --- at the door ---------------------------------------------------------------------------------
 
 
 def test_a_request_that_can_never_run_is_refused() -> None:
@@ -39,7 +39,7 @@ def test_a_request_that_can_never_run_is_refused() -> None:
     assert world.manager.idle
 
 
-def test_what_never_fits_the_cache_is_refused_and_what_just_fits_runs() -> None:
+def test_a_request_larger_than_the_cache_is_refused_and_one_as_large_runs() -> None:
     world = World(make_config(num_pages=5))  # 20 positions; the last token needs none
     world.turn(make_request(1, prompt(10), 12))
     assert "KV cache" in world.rejected[1].reason
@@ -47,7 +47,7 @@ def test_what_never_fits_the_cache_is_refused_and_what_just_fits_runs() -> None:
     assert world.answers[2, 0].reason is FinishReason.LENGTH
 
 
-def test_an_id_in_use_is_refused() -> None:
+def test_a_request_id_in_use_is_refused() -> None:
     world = World(make_config())
     world.turn(make_request(1, prompt(5), 4))
     actions = world.manager.take_turn([make_request(1, prompt(6), 4)], 0.0)
@@ -57,7 +57,7 @@ def test_an_id_in_use_is_refused() -> None:
     assert world.answers[1, 0].reason is FinishReason.LENGTH
 
 
-# --- ends --------------------------------------------------------------------------------------------
+# --- ends ----------------------------------------------------------------------------------------
 
 
 def first_stop(request: GenerateRequest) -> int:
@@ -107,7 +107,7 @@ def check_that_all_samples_end_with_an_abort_after(num_results: int) -> None:
     world.drain()
 
 
-def test_ends_of_what_does_not_live_are_harmless() -> None:
+def test_ending_sequences_that_do_not_live_is_harmless() -> None:
     world = World(make_config())
     world.turn(AbortRequest(7), num_results=1)
     world.finish(make_request(1, prompt(5), 4, n=2))
@@ -117,7 +117,7 @@ def test_ends_of_what_does_not_live_are_harmless() -> None:
     world.drain()
 
 
-def test_the_server_ends_a_sequence() -> None:
+def test_the_server_can_stop_a_sequence() -> None:
     world = World(make_config())
     world.turn(make_request(1, prompt(5), 20, n=2))
     for _ in range(4):
@@ -129,8 +129,8 @@ def test_the_server_ends_a_sequence() -> None:
     assert world.answers[1, 1].reason is FinishReason.LENGTH
 
 
-def test_the_worker_cuts_sequences() -> None:
-    """That is no stop: they are incomplete. What else they drew in batches planned before is waste."""
+def test_the_worker_can_cut_sequences() -> None:
+    """They are incomplete: the reason is LENGTH. Tokens of batches planned before are waste."""
     world = World(make_config(scheduling_steps_ahead=3))
     world.turn(make_request(1, prompt(5), 10, n=2, grammar="3"))
     world.finish(make_request(2, prompt(5), 10))
@@ -140,7 +140,7 @@ def test_the_worker_cuts_sequences() -> None:
     assert world.manager.counters.num_wasted_tokens == 2 * 2
 
 
-# --- batches -----------------------------------------------------------------------------------------
+# --- batches -------------------------------------------------------------------------------------
 
 
 def test_a_long_prompt_is_fed_in_chunks_beside_decoding() -> None:
@@ -151,7 +151,7 @@ def test_a_long_prompt_is_fed_in_chunks_beside_decoding() -> None:
     world.drain()
 
 
-def test_the_queue_is_first_in_first_out() -> None:
+def test_requests_of_one_priority_end_in_order_of_arrival() -> None:
     world = World(make_config(max_seqs_per_forward=2, scheduling_steps_ahead=2))
     world.turn(*[make_request(index, prompt(5, index), 4) for index in range(9)])
     order: list[int] = []
@@ -172,7 +172,7 @@ def test_steps_ahead_limit_the_batches_in_flight() -> None:
     world.drain()
 
 
-def test_results_that_do_not_belong_here_are_an_error() -> None:
+def test_results_of_other_batches_are_an_error() -> None:
     world = World(make_config())
     world.turn(make_request(1, prompt(5), 6))
     first, second = world.results[0], world.results[1]
@@ -187,7 +187,7 @@ def test_results_that_do_not_belong_here_are_an_error() -> None:
         world.manager.take_turn([short], 0.0)
 
 
-# --- the state as a whole ----------------------------------------------------------------------------
+# --- the state as a whole ------------------------------------------------------------------------
 
 
 def test_gauges_account_for_every_sequence() -> None:
@@ -263,7 +263,7 @@ def test_the_invariant_check_notices(corrupt: object) -> None:
 
 
 def count_lines_of_a_steady_turn(num_sequences: int) -> int:
-    """Python lines that one turn executes where everybody decodes and nobody starts or ends."""
+    """Python lines that one turn executes where all sequences decode and none starts or ends."""
     config = make_config(
         page_size=16,
         num_pages=4 * num_sequences,

@@ -7,6 +7,7 @@ import random
 from unittest import mock
 
 import numpy as np
+from naming import named
 from simulation import World, acknowledge, make_admission, make_config, make_request, prompt
 
 from tokasaurus.config.slices import ManagerConfig
@@ -15,7 +16,7 @@ from tokasaurus.protocol.messages import FinishReason
 from tokasaurus.rounding import ceil_div
 
 
-def test_a_silent_server_stalls_only_what_holds_for_it() -> None:
+def test_a_silent_server_stalls_only_sequences_that_hold_for_acknowledgements() -> None:
     world = World(make_config(stop_lag=4))
     world.turn(
         make_request(1, prompt(5), 20, hold_for_acks=True), make_request(2, prompt(5, 1), 20)
@@ -80,25 +81,45 @@ def test_preemption_keeps_tokens_and_spares_the_oldest() -> None:
     assert len(entered) == 3 + counters.num_preemptions
 
 
-def test_a_preempted_sequence_resumes_before_those_that_never_ran() -> None:
-    world = greedy(make_config(num_pages=7, max_seqs_per_forward=2, scheduling_steps_ahead=2))
-    world.turn(*[make_request(index, prompt(8, index), 12) for index in range(6)])
+def test_a_preempted_sequence_resumes_before_those_that_never_ran(monkeypatch) -> None:
+    for steps_ahead in (2, 4):
+        with named(steps_ahead):
+            check_that_preempted_sequences_resume_first(monkeypatch, steps_ahead)
+
+
+def check_that_preempted_sequences_resume_first(monkeypatch, steps_ahead: int) -> None:
+    """No sequence takes the place of one before it, not even while that one's results come."""
+    world = greedy(
+        make_config(num_pages=7, max_seqs_per_forward=3, scheduling_steps_ahead=steps_ahead)
+    )
     running = world.manager._running
-    num_resumed = 0
-    while not world.manager.idle:
-        waiting = [
-            sequence.request.message.seed
-            for sequence in (*running.resting, *running.preempted)
-            if sequence in running.resting or sequence.resumes
-        ]
-        num_batches = len(world.batches)
-        world.turn(num_results=1)
-        for batch in world.batches[num_batches:]:
-            seeds = [] if batch.parameters is None else batch.parameters.seed.tolist()
-            num_resumed += len(set(seeds) & set(waiting))
-            waiting = [seed for seed in waiting if seed not in seeds]
-            assert all(seed < other for seed in seeds for other in waiting)
-    assert num_resumed == world.manager.counters.num_preemptions > 0
+    waiting: set[int] = set()  # seeds of sequences that were preempted and have tokens to come
+    num_entered = 0
+    preempt, enter = running.preempt, running.enter
+
+    def watched_preempt(sequences) -> None:
+        slots = running.slots
+        for sequence in sequences:
+            if slots.length[sequence.slot] < slots.final_length[sequence.slot]:
+                waiting.add(sequence.request.message.seed)
+        preempt(sequences)
+
+    def watched_enter(starts, now) -> None:
+        nonlocal num_entered
+        for start in starts:
+            seed = start.sequence.request.message.seed
+            waiting.discard(seed)
+            num_entered += 1
+            assert all(seed < other for other in waiting), (seed, waiting)
+        enter(starts, now)
+
+    monkeypatch.setattr(running, "preempt", watched_preempt)
+    monkeypatch.setattr(running, "enter", watched_enter)
+    # The last ones would find room for their short prompts as soon as others give way.
+    lengths = [8, 8, 2, 2, 2, 2]
+    world.turn(*[make_request(i, prompt(length, i), 12) for i, length in enumerate(lengths)])
+    world.drain()
+    assert num_entered == len(lengths) + world.manager.counters.num_preemptions > len(lengths)
 
 
 def test_a_request_that_fits_alone_completes_however_small_the_cache() -> None:
@@ -169,7 +190,7 @@ def test_a_preempted_sequence_that_may_not_sample_yet_waits_for_the_server() -> 
     world.drain()
 
 
-def test_a_preempted_sequence_remembers_what_was_acknowledged() -> None:
+def test_a_preempted_sequence_keeps_its_number_of_acknowledged_tokens() -> None:
     world = World(make_config(stop_lag=2, scheduling_steps_ahead=1))
     world.turn(make_request(1, prompt(5), 20), make_request(2, prompt(5), 20, hold_for_acks=True))
     for _ in range(4):

@@ -26,7 +26,7 @@ def test_a_repeated_prompt_is_found_up_to_its_last_token() -> None:
     assert found == expected
 
 
-def test_a_common_beginning_hits() -> None:
+def test_a_common_beginning_is_found_in_the_cache() -> None:
     world = World(make_config())
     world.finish(make_request(1, prompt(10) + prompt(6, 1), 3))
     world.finish(make_request(2, prompt(10) + prompt(6, 2), 3))
@@ -58,11 +58,11 @@ def test_prompt_logprobs_take_no_hits() -> None:
     assert sorted(world.prompt_logprobs[2]) == list(range(1, 9))
 
 
-def test_a_duplicate_is_swapped_from_the_next_batch_on() -> None:
+def test_a_duplicate_page_is_replaced_from_the_next_batch_on() -> None:
     world = World(make_config(max_tokens_per_forward=8, scheduling_steps_ahead=3))
-    # Batch 0 feeds all of request 1 and two tokens of request 2. Batch 1 completes the first page of
-    # request 2, a duplicate that it still writes to, and feeds request 3. (What needs the logprobs of a
-    # prompt computes all of it.)
+    # Batch 0 feeds all of request 1 and two tokens of request 2. Batch 1 completes the first page
+    # of request 2, a duplicate that it still writes to, and feeds request 3. (What needs the
+    # logprobs of a prompt computes all of it.)
     world.turn(
         make_request(1, prompt(6), 1),
         make_request(2, prompt(5), 2, num_prompt_logprobs=0),
@@ -107,7 +107,8 @@ def test_samples_that_find_no_room_fork_later_from_one_of_them() -> None:
     world.turn(make_request(1, prompt(10), 4, n=8))
     assert world.batches[0].draw_slots.size == 3
     world.drain()
-    # Three at once each time: two more leaders feed what is left of the prompt behind its full pages.
+    # Three at once each time: two more leaders feed what is left of the prompt behind its full
+    # pages.
     assert world.device.num_prompt_tokens == 10 + 2 * 2
 
 
@@ -141,7 +142,7 @@ def test_separate_requests_wait_for_common_pages() -> None:
     assert world.device.num_prompt_tokens == 12 + 3 * 4
 
 
-def test_only_common_pages_are_waited_for() -> None:
+def test_requests_without_a_common_page_do_not_wait() -> None:
     world = World(make_config(max_tokens_per_forward=24))
     world.turn(
         make_request(1, prompt(3) + prompt(5, 1), 5), make_request(2, prompt(3) + prompt(5, 2), 5)
@@ -160,7 +161,7 @@ def test_a_waiting_request_goes_on_where_the_computing_one_is_gone() -> None:
     assert world.device.num_prompt_tokens == 6 + 18 - 4
 
 
-def test_an_urgent_request_waits_for_nobody() -> None:
+def test_an_urgent_request_does_not_wait_for_pages_of_a_less_important_one() -> None:
     world = World(make_config(max_tokens_per_forward=6, scheduling_steps_ahead=1))
     world.turn(make_request(1, prompt(18), 4))
     world.turn(make_request(2, prompt(18), 4, priority=-1), num_results=1)
@@ -180,7 +181,7 @@ def test_a_follower_takes_over_where_the_leader_is_gone() -> None:
 
 
 def test_urgent_requests_share_what_a_less_important_one_waits_to_compute() -> None:
-    """The claim on a page goes to whoever comes first, also where it comes later."""
+    """The claim on a page goes to the first in the queue, even if it arrives later."""
     world = World(make_config(num_pages=64, max_tokens_per_forward=12, scheduling_steps_ahead=1))
     world.turn(make_request(0, prompt(21), 4, priority=5))
     urgent = [make_request(i, prompt(21) + prompt(3, i), 4) for i in range(1, 6)]
@@ -208,8 +209,8 @@ def test_many_that_wait_for_pages_are_parked_and_woken_in_portions() -> None:
     world.drain()
 
 
-def test_who_is_woken_while_others_are_chosen_keeps_its_place() -> None:
-    """A claim that moves on in a plan wakes a sequence that comes before others offered in that plan."""
+def test_a_sequence_that_wakes_up_in_a_plan_keeps_its_place_in_the_queue() -> None:
+    """A claim that moves on in a plan wakes a sequence that goes before others in that plan."""
     config = make_config(
         num_pages=12, scheduling_steps_ahead=1, admission=make_admission(predict_lengths=False)
     )
@@ -223,7 +224,7 @@ def test_who_is_woken_while_others_are_chosen_keeps_its_place() -> None:
         num_results=1,
     )
     assert world.manager.gauges().num_parked == 1
-    # It computes the pages that 1 and 2 begin with, whoever else does.
+    # It computes the pages that 1 and 2 begin with in any case.
     urgent = make_request(4, prompt(8), 1, priority=-1, num_prompt_logprobs=0)
     world.turn(urgent)
     while not any(
@@ -235,7 +236,7 @@ def test_who_is_woken_while_others_are_chosen_keeps_its_place() -> None:
     assert [world.answers[index, 0].reason for index in (1, 2, 3)] == [FinishReason.LENGTH] * 3
 
 
-def test_who_waits_for_one_that_was_refused_is_woken_by_its_first_chunk() -> None:
+def test_a_sequence_that_waits_for_a_refused_one_wakes_up_with_its_first_chunk() -> None:
     config = make_config(
         num_pages=42,
         max_tokens_per_forward=21,
@@ -257,7 +258,7 @@ def test_who_waits_for_one_that_was_refused_is_woken_by_its_first_chunk() -> Non
     assert world.answers[3, 0].num_cached_tokens == 12
 
 
-def test_a_flush_forgets_what_nobody_holds() -> None:
+def test_a_flush_frees_cached_pages_without_a_holder() -> None:
     world = World(make_config())
     world.finish(make_request(1, prompt(13), 3))
     world.turn(FlushCache(9))
@@ -272,7 +273,7 @@ def test_a_flush_forgets_what_nobody_holds() -> None:
 
 
 def test_a_flush_leaves_running_sequences_their_pages() -> None:
-    """The world checks every token and every page; what is held stays findable, and goes with a later flush."""
+    """Their pages stay findable, and a later flush takes them."""
     world = World(make_config())
     world.finish(make_request(1, prompt(9, 5), 2))
     world.turn(make_request(2, prompt(9), 12))

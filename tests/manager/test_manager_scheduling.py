@@ -1,4 +1,4 @@
-"""Who runs, who waits and who gives way: priorities, first_k, the forecast, pacing, groups."""
+"""Which sequences run, wait or give way: priorities, first_k, the forecast, pacing, groups."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def ends(world: World) -> list[int]:
     return order
 
 
-# --- priorities ------------------------------------------------------------------------------------
+# --- priorities ----------------------------------------------------------------------------------
 
 
 def test_lower_priorities_run_first() -> None:
@@ -42,7 +42,7 @@ def test_an_urgent_request_takes_the_seat_of_a_less_important_one() -> None:
     assert world.manager.counters.num_preemptions == 1
 
 
-def test_nobody_gives_way_to_an_equal() -> None:
+def test_no_sequence_is_preempted_for_one_of_equal_priority() -> None:
     world = World(make_config(max_seqs_per_forward=1, scheduling_steps_ahead=1))
     world.turn(*[make_request(i, prompt(5, i), 3) for i in range(3)])
     assert ends(world) == [0, 1, 2]
@@ -82,8 +82,8 @@ def check_that_a_crowd_does_not_hold_up_one_of(n: int, admission: AdmissionConfi
     world.drain()
 
 
-def test_nobody_gives_way_to_those_who_must_wait_all_the_same() -> None:
-    """There is room for the first of the queue; the second does not fit beside it."""
+def test_no_sequence_is_preempted_for_a_request_that_must_wait_anyway() -> None:
+    """There is room for the first request of the queue; the second does not fit beside it."""
     config = make_config(num_pages=30, max_tokens_per_forward=64, admission=RESERVING)
     world = World(config)
     world.turn(make_request(1, prompt(60, 1), 4, priority=1))
@@ -95,8 +95,8 @@ def test_nobody_gives_way_to_those_who_must_wait_all_the_same() -> None:
     world.drain()
 
 
-def test_nobody_gives_way_where_it_would_not_help() -> None:
-    """The forecast has the last word where those who are as important might fill the cache."""
+def test_no_sequence_is_preempted_where_it_would_not_help() -> None:
+    """The forecast has the last word where sequences of that priority might fill the cache."""
     world = World(make_config(num_pages=20, max_request_tokens=80, admission=RESERVING))
     world.turn(make_request(1, prompt(8, 1), 60))
     world.turn(make_request(2, prompt(4, 2), 8, priority=1), num_results=1)
@@ -118,8 +118,8 @@ def test_priorities_from_minus_to_plus_a_million_are_accepted() -> None:
     }
 
 
-def test_the_least_important_gives_way() -> None:
-    """Though the important ones came last; they fit the cache by themselves."""
+def test_the_least_important_sequence_is_preempted() -> None:
+    """It arrived first; the important ones fit the cache by themselves."""
     world = World(make_config(num_pages=15, admission=OVERCOMMITTING))
     world.turn(make_request(1, prompt(8, 1), 20, priority=3))
     for _ in range(3):
@@ -136,7 +136,7 @@ def test_the_least_important_gives_way() -> None:
     assert entered.count(10_002) == entered.count(10_003) == 1
 
 
-# --- first_k ---------------------------------------------------------------------------------------
+# --- first_k -------------------------------------------------------------------------------------
 
 
 def test_the_first_k_to_end_are_the_answer() -> None:
@@ -184,7 +184,7 @@ def test_first_k_is_at_most_n() -> None:
     }
 
 
-# --- the forecast ----------------------------------------------------------------------------------
+# --- the forecast --------------------------------------------------------------------------------
 
 
 def test_a_manager_that_reserves_the_longest_never_preempts() -> None:
@@ -204,14 +204,15 @@ def test_known_ends_let_more_run_at_once() -> None:
     while world.manager.gauges().num_decoding < 2:
         world.turn(num_results=1)
         num_turns += 1
-    # Request 2 needs 5 pages in the end, as does request 1: 8 suffice from the middle of request 1 on.
+    # Request 2 needs 5 pages in the end, as does request 1: 8 suffice from the middle of request 1
+    # on.
     assert 2 < num_turns < 16
     assert not world.answers[1, 0].reason
     world.drain()
     assert world.manager.counters.num_preemptions == 0
 
 
-def test_lengths_are_learned() -> None:
+def test_learned_lengths_let_more_sequences_run() -> None:
     """All end after a fraction of max_tokens: soon more run than could if none did."""
     config = make_config(num_pages=32, max_request_tokens=128, max_seqs_per_forward=12)
     widths = {}
@@ -233,7 +234,7 @@ def test_lengths_are_learned() -> None:
     assert widths["learning"] > 2 * widths["reserving"]
 
 
-# --- pacing ----------------------------------------------------------------------------------------
+# --- pacing --------------------------------------------------------------------------------------
 
 
 def test_balanced_prefill_spreads_prompts_over_steps() -> None:
@@ -265,7 +266,7 @@ def test_balanced_prefill_spreads_prompts_over_steps() -> None:
     assert most[False] < most[True]
 
 
-# --- groups ----------------------------------------------------------------------------------------
+# --- groups --------------------------------------------------------------------------------------
 
 
 def test_batches_say_which_rows_share_pages() -> None:

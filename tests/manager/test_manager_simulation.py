@@ -1,4 +1,4 @@
-"""Random worlds: any schedule, the same tokens. What is checked after each turn: see ``simulation``."""
+"""Random worlds get the same tokens by any schedule; ``simulation`` says what else is checked."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_random_worlds() -> None:
 
 
 def test_crowded_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sequence that waits for room is asked about again when there may be some, and never forgotten."""
+    """Sequences that wait for room are asked about again when there may be some."""
     num_rests = 0
     may_ask = AdmissionControl.may_ask
 

@@ -1,4 +1,4 @@
-"""Batches written by hand, and a device that runs them."""
+"""Batches that tests write by hand, and a device that runs them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Entering:
 
 @dataclasses.dataclass
 class Fed:
-    """A chunk of a prompt, and who draws from its last row."""
+    """A chunk of a prompt, and the slots that draw from its last row."""
 
     slot: int
     start: int

@@ -1,4 +1,4 @@
-"""Replays: virtual times that can be computed by hand, and every sequence as the trace says."""
+"""Replays: their virtual times match sums by hand, and each sequence gets its tokens."""
 
 from __future__ import annotations
 
@@ -34,9 +34,8 @@ def test_one_request_takes_a_step_for_each_token():
     assert report.makespan_s == 5 + 3
     assert report.mean_latency_s == 3
     assert report.num_tokens == 3
-    assert (
-        report.num_wasted_tokens == report.num_batches - 3 == 1
-    )  # planned before the stop was known
+    # One batch was planned before the stop was known.
+    assert report.num_wasted_tokens == report.num_batches - 3 == 1
     assert report.num_prefill_tokens == 9
 
 
@@ -44,7 +43,7 @@ def test_sequences_run_together():
     report = replay([line(), line(output_tokens=(5, 5))], manager_config(), Timing(fixed(1.0)))
     assert report.num_sequences == 3
     assert report.num_tokens == 13
-    assert report.makespan_s <= 6  # a sample may wait a step for its sibling's prompt
+    assert report.makespan_s <= 6  # a sample may wait one step for the prompt of its request
     assert report.peak_cache_use == 3 / 256
 
 
@@ -52,18 +51,18 @@ def test_the_device_waits_for_a_slow_manager():
     fast = replay([line()], manager_config(), Timing(fixed(1.0)))
     slow = replay([line()], manager_config(scheduling_steps_ahead=1), Timing(fixed(1.0), 1.0))
     assert fast.device_idle == 0
-    assert slow.makespan_s == 2 * fast.makespan_s + 1  # the last result is passed on too
+    assert slow.makespan_s == 2 * fast.makespan_s + 1  # the last result takes a turn too
     assert slow.device_idle == pytest.approx(3 / 7)
 
 
-def test_stop_strings_are_found_when_the_server_has_looked():
+def test_a_sequence_with_a_stop_string_ends_after_the_server_has_searched():
     trace = [line(stop_strings=True, output_tokens=(7,))]
     report = replay(trace, manager_config(), Timing(fixed(1.0), server_s=0.5))
     assert report.num_tokens == 7
     assert report.num_batches > 7
 
 
-def test_first_lines_of_a_timeline():
+def test_a_timeline_follows_the_use_of_the_cache():
     run = Replay([line(), line(arrival_s=50.0)], manager_config(), Timing(fixed(1.0)))
     while run.advance():
         pass
@@ -76,22 +75,22 @@ def test_first_lines_of_a_timeline():
     assert report.mean_cache_use == pytest.approx((3 + 3) / 53 / 256, rel=0.2)
 
 
-def test_a_run_is_not_over_before_its_end():
+def test_a_report_before_the_end_is_refused():
     run = Replay([line()], manager_config(), Timing(fixed(1.0)))
     run.advance()
     with pytest.raises(ProtocolError, match="still has sequences"):
         run.report()
 
 
-def test_a_request_that_never_fits_is_named():
+def test_the_error_of_a_request_that_never_fits_names_its_line():
     trace = [line(), line(prompt_tokens=4000)]
     with pytest.raises(ConfigError, match=r"line 2 of the trace.*4096"):
         replay(trace, manager_config(), Timing(fixed(1.0)))
 
 
 @pytest.mark.parametrize("kind", WORKLOADS)
-def test_every_sequence_gets_its_tokens_whoever_is_preempted(kind):
-    """The report itself checks each length; the manager preempts, and that changes no length."""
+def test_every_sequence_gets_its_tokens_despite_preemptions(kind):
+    """The report itself checks each length."""
     trace = WORKLOADS[kind](1, 0.01)
     config = manager_config(
         kv_cache_num_tokens=30_000, bump_city_population_me=True, allocator_sanity_checks=False

@@ -1,4 +1,4 @@
-"""The simulated device keeps the worker's contract: numbers, forks, what a result holds, what is drawn."""
+"""The simulated device keeps the worker's contract: batch numbers, forks, results and tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SEQUENCES = [Entering(slot, seed=5, sample_index=slot - 1) for slot in (1, 2, 3)
 
 
 def alone(seed, sample_index, count):
-    """The tokens of one sequence, by itself in a batch."""
+    """The first ``count`` tokens of a sequence that is alone in its batches."""
     hand = Hand()
     result = hand.run([Entering(0, seed, sample_index)], fed=[Fed(0, 0, 3, (0,))])
     ids = [int(result.token_ids[0])]
@@ -29,7 +29,7 @@ def alone(seed, sample_index, count):
     return ids
 
 
-def test_rows_are_decodes_then_draws_and_samples_may_fork():
+def test_results_list_decodes_before_draws_and_samples_may_fork():
     hand = Hand()
     first = hand.run(SEQUENCES, fed=[Fed(1, 0, 30), Fed(2, 0, 20, (2,))])
     assert first.token_ids.tolist() == alone(5, 1, 1)
@@ -43,7 +43,8 @@ def test_rows_are_decodes_then_draws_and_samples_may_fork():
 
 
 def test_a_fork_costs_the_length_of_its_prompt():
-    per_position = CostModel(0.0, 0.0, 1.0, 1.0, math.inf, 0.0)  # a second for each that is read
+    # A second for each position that is read.
+    per_position = CostModel(0.0, 0.0, 1.0, 1.0, math.inf, 0.0)
     hand = Hand(cost=per_position)
     assert hand.run(SEQUENCES, fed=[Fed(1, 0, 40, (1, 3))]).device_s == 40
     assert hand.run(decode=[1, 3]).device_s == 82
@@ -56,14 +57,14 @@ def test_tokens_are_the_same_after_a_preemption():
     assert [again.token_ids[0], hand.run(decode=[7]).token_ids[0]] == whole[4:]
 
 
-def test_ids_are_spread_over_the_vocabulary_and_none_is_a_stop():
+def test_drawn_ids_spread_over_the_vocabulary_and_are_never_the_stop_id():
     ids = alone(0, 0, 500)
     assert len(set(ids)) > 480
     assert min(ids) > 0
     assert max(ids) < VOCAB_SIZE
 
 
-def test_a_completion_ends_with_one_stop_id_and_goes_on_if_asked():
+def test_a_completion_ends_with_one_stop_id_and_continues_if_decoded_further():
     hand = Hand(ListedLengths([[1], [3, 2]]))
     entering = [Entering(0, 0, 0), Entering(1, 1, 0), Entering(2, 1, 1)]
     results = [hand.run(entering, fed=[Fed(slot, 0, 4, (slot,)) for slot in range(3)])]
@@ -72,7 +73,7 @@ def test_a_completion_ends_with_one_stop_id_and_goes_on_if_asked():
     assert [np.flatnonzero(column).tolist() for column in stops.T] == [[0], [2], [1]]
 
 
-def test_drawn_lengths_belong_to_the_sequence_and_all_occur():
+def test_drawn_lengths_depend_on_the_sequence_alone_and_all_occur():
     lengths = DrawnLengths(np.array([3, 8, 21]))
     seeds, indices = np.arange(300), np.arange(300, dtype=np.int32) % 7
     drawn = lengths.lengths(seeds, indices)
@@ -80,7 +81,7 @@ def test_drawn_lengths_belong_to_the_sequence_and_all_occur():
     assert (lengths.lengths(seeds[::-1], indices[::-1]) == drawn[::-1]).all()
 
 
-def test_logprobs_have_the_shapes_that_were_asked_for():
+def test_logprobs_have_the_requested_shapes():
     hand = Hand()
     entering = [Entering(0), Entering(1, num_logprobs=0), Entering(2, num_logprobs=3)]
     result = hand.run(
@@ -100,7 +101,7 @@ def test_logprobs_have_the_shapes_that_were_asked_for():
     assert (np.diff(mixed.top_logprobs[0]) < 0).all()
 
 
-def test_nothing_is_computed_that_nobody_asked_for():
+def test_logprobs_that_were_not_requested_are_empty():
     result = Hand().run(SEQUENCES, fed=[Fed(1, 0, 5, (1,))])
     assert result.logprobs.shape == result.prompt_logprobs.shape == (0,)
     assert result.top_ids.shape == (1, 0)
@@ -128,22 +129,22 @@ def test_a_slot_without_tokens_does_not_decode():
         Hand().run(SEQUENCES, decode=[1])
 
 
-def test_a_slot_does_not_decode_what_the_sequence_before_left():
+def test_a_new_sequence_in_a_slot_cannot_decode_before_its_prompt():
     hand = Hand()
     hand.run(SEQUENCES, fed=[Fed(1, 0, 5, (1,))])
     with pytest.raises(ProtocolError, match="no tokens"):
         hand.run([Entering(1)], decode=[1])
 
 
-@pytest.mark.parametrize("chunk", [Fed(1, 4, 3), Fed(1, 2, 3)])
-def test_a_chunk_begins_where_the_one_before_ended(chunk):
-    hand = Hand()
-    hand.run(SEQUENCES, fed=[Fed(1, 0, 3)])
-    with pytest.raises(ProtocolError, match="slot 1 has 3 tokens"):
-        hand.run(fed=[chunk])
+def test_a_chunk_must_begin_where_the_previous_one_ended():
+    for chunk in (Fed(1, 4, 3), Fed(1, 2, 3)):
+        hand = Hand()
+        hand.run(SEQUENCES, fed=[Fed(1, 0, 3)])
+        with pytest.raises(ProtocolError, match=rf"slot 1 has 3 tokens.* at {chunk.start}"):
+            hand.run(fed=[chunk])
 
 
-def test_only_the_end_of_a_prompt_is_drawn_from():
+def test_a_token_can_only_be_drawn_at_the_end_of_a_prompt():
     hand = Hand()
     chunk = Fed(1, 0, 3, (1,))
     hand.run(SEQUENCES)

@@ -1,11 +1,10 @@
-"""The simulated device beside the checking one, on whatever batches a manager's simulation makes."""
+"""The simulated device beside the checking device, on batches of a simulation of the manager."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import numpy as np
-import pytest
 from batches_by_hand import NEVER
 from simulation import Simulation
 
@@ -15,7 +14,7 @@ from tokasaurus.protocol.messages import ForwardResult
 
 
 class Both:
-    """Runs each batch on both devices; answers with what the checking one says."""
+    """Runs each batch on both devices; returns the result of the checking one."""
 
     def __init__(self, checking) -> None:
         self.checking = checking
@@ -34,15 +33,12 @@ class Both:
         assert (found.pooled is None) == (expected.pooled is None)
         if found.pooled is not None:
             assert len(found.pooled) == len(expected.pooled)
-        assert found.cut_rows is None  # it cuts nobody: the rows are the checking one's
+        assert found.cut_rows is None  # only the checking device cuts rows
         others = {"number", "device_s", "pooled", "cut_rows"}
         for name in set(ForwardResult.__struct_fields__) - others:
             one, other = getattr(expected, name), getattr(found, name)
             assert (one.shape, one.dtype) == (other.shape, other.dtype), name
-            is_unasked = np.isnan(one) if one.dtype == np.float32 else one == -1
-            assert (
-                (np.isnan(other) if one.dtype == np.float32 else other == -1) == is_unasked
-            ).all()
+            assert (is_empty(one) == is_empty(other)).all(), name
         self._note(batch, found.token_ids.tolist())
         return expected
 
@@ -58,24 +54,25 @@ class Both:
             self.drawn.setdefault(self.names[slot], []).append(token)
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_any_batch_gets_a_result_of_the_right_shape(seed):
-    world = Simulation.of_seed(seed)
-    world.device = both = Both(world.device)
-    world.habits = dataclasses.replace(world.habits, num_requests=40)
-    world.run()
-    assert both.drawn
-    for (request_seed, sample_index), ids in both.drawn.items():
-        key = mix(np.array([request_seed], np.uint64), np.array([sample_index], np.uint64))
-        assert ids == drawn_ids(key, np.arange(len(ids))).tolist()  # none repeated, none left out
+def is_empty(values):
+    """Where a result has no value because none was asked for."""
+    return np.isnan(values) if values.dtype == np.float32 else values == -1
 
 
-def test_forks_and_preemptions_are_among_them():
-    """Else the test above shows less than it says."""
-    worlds = [Simulation.of_seed(seed) for seed in range(12)]
-    for world in worlds:
-        world.device = Both(world.device)
+def test_results_have_the_shapes_and_tokens_that_the_manager_expects():
+    num_forks = num_preemptions = 0
+    for seed in range(12):
+        world = Simulation.of_seed(seed)
+        world.device = both = Both(world.device)
         world.habits = dataclasses.replace(world.habits, num_requests=40)
         world.run()
-    assert sum(world.device.num_forks for world in worlds) > 10
-    assert sum(world.manager.counters.num_preemptions for world in worlds) > 10
+        assert both.drawn, f"seed {seed}"
+        for (request_seed, sample_index), ids in both.drawn.items():
+            key = mix(np.array([request_seed], np.uint64), np.array([sample_index], np.uint64))
+            # Each token once, in order.
+            assert ids == drawn_ids(key, np.arange(len(ids))).tolist(), f"seed {seed}"
+        num_forks += both.num_forks
+        num_preemptions += world.manager.counters.num_preemptions
+    # Otherwise the runs show little.
+    assert num_forks > 10
+    assert num_preemptions > 10

@@ -1,4 +1,4 @@
-"""Answers the lines of one batch, many at a time, and reads no more of them than it has room for."""
+"""Answers the lines of one batch, many at a time, and reads them only as there is room."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from tokasaurus.batch.store import NewAnswer
 __all__ = ["Answer", "Answering"]
 
 _CHUNK_LINES, _CHUNK_BYTES = 64, 4 << 20  # read at once
-_LARGE_BODY = 1 << 19  # bytes; larger ones are read in a thread
+_LARGE_BODY = 1 << 19  # bytes; larger answers are read in a thread
 
 
 class Answer(Protocol):
-    """Answers one request with a status code and JSON; raises EngineError if the engine cannot."""
+    """Answers one request with a status code and JSON. Raises EngineError if the engine cannot."""
 
     async def __call__(self, path: str, body: Any, *, priority: int) -> tuple[int, bytes]: ...
 
 
 class Answering:
-    """The lines of a batch on their way.
+    """Answers the lines of a batch.
 
     Args:
         answer: answers one request.
-        capacity: that all batches share.
-        endpoint: of every line; None if they may differ.
-        urls: that there are.
-        write: makes a group of answers last.
+        capacity: what all batches share.
+        endpoint: the url of every line; None if urls may differ.
+        urls: the urls that requests may have.
+        write: writes a group of answers to the disk.
     """
 
     def __init__(
@@ -62,15 +62,20 @@ class Answering:
         self._write = write
 
     async def run(self, path: Path, answered: Container[int]) -> None:
-        """Answers the lines of a file that are not answered yet; if it is cancelled, some of them.
+        """Answers the lines of a file that have no answer yet. If cancelled, answers some of them.
+
+        Args:
+            path: the input file.
+            answered: the lines that have an answer.
 
         Raises:
             EngineError: the engine is gone.
-            Exception: what writing raised.
+            Exception: whatever writing raised.
         """
         recorder = Recorder(self._write)
         writing = asyncio.create_task(recorder.run())
-        tasks: dict[asyncio.Task[None], tuple[int, int, int]] = {}  # with their cost and priority
+        # With what each took of the capacity: samples, bytes, priority.
+        tasks: dict[asyncio.Task[None], tuple[int, int, int]] = {}
         failed: list[BaseException] = []
 
         def ended(task: asyncio.Task[None]) -> None:
@@ -100,7 +105,7 @@ class Answering:
             raise failed[0]
 
     async def _lines(self, path: Path, answered: Container[int]) -> AsyncIterator[Line]:
-        """Those without an answer, in order, read little by little."""
+        """Yields the lines without an answer, in order, and reads the file in chunks."""
         lines = (
             parse_line(number, line, self._endpoint, self._urls)
             for number, line in read_lines(path)
@@ -122,7 +127,7 @@ class Answering:
 
 
 def _cost(line: Line) -> tuple[int, int]:
-    """Samples and bytes, about."""
+    """About how many samples and bytes a line takes."""
     return (line.num_samples, line.num_bytes) if isinstance(line, Request) else (0, 0)
 
 

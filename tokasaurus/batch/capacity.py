@@ -1,7 +1,6 @@
-"""How much of the engine the batches may have at once, and how important each line is.
+"""How much of the engine all batches may use at once, and how important each line is.
 
-Enough to keep the engine full, and little enough to hold in memory. A line whose cost is above the whole
-limit goes alone.
+The limits keep the engine full and the memory small. A line that exceeds a whole limit runs alone.
 """
 
 from __future__ import annotations
@@ -11,17 +10,17 @@ import asyncio
 __all__ = ["BATCH_PRIORITY", "Capacity"]
 
 BATCH_PRIORITY = 1_000  # lower runs first; requests of clients have 0 unless they say otherwise
-_ORDINARY_SHARE = (
-    16  # of so many lines in flight, one is as important as a request: none waits for ever
-)
+
+# One of this many lines in flight is as important as a request, so that batches never starve.
+_ORDINARY_SHARE = 16
 
 
 class Capacity:
-    """What batches have in flight.
+    """Counts what batches have in flight.
 
     Args:
-        max_samples: in flight.
-        max_bytes: of requests in flight.
+        max_samples: how many samples may be in flight.
+        max_bytes: how many bytes of requests may be in flight.
     """
 
     def __init__(self, max_samples: int, max_bytes: int) -> None:
@@ -29,12 +28,12 @@ class Capacity:
         self._used = (0, 0)
         self._num_lines = 0
         self._num_ordinary = 0
-        self._turn = asyncio.Lock()  # who waits first gets first, so batches take turns
+        self._entry = asyncio.Lock()  # first come, first served: batches alternate
         self._freed = asyncio.Event()
 
     async def take(self, num_samples: int, num_bytes: int) -> int:
-        """Waits for room for a line; returns its priority."""
-        async with self._turn:
+        """Waits for room for a line, and returns the line's priority."""
+        async with self._entry:
             while self._num_lines and not self._fits(num_samples, num_bytes):
                 self._freed.clear()
                 await self._freed.wait()
@@ -45,7 +44,7 @@ class Capacity:
             return 0 if is_ordinary else BATCH_PRIORITY
 
     def give_back(self, num_samples: int, num_bytes: int, priority: int) -> None:
-        """A line that was let in has ended."""
+        """Frees what a line took."""
         self._used = (self._used[0] - num_samples, self._used[1] - num_bytes)
         self._num_lines -= 1
         self._num_ordinary -= priority == 0
@@ -53,7 +52,7 @@ class Capacity:
 
     @property
     def num_lines(self) -> int:
-        """Lines in flight."""
+        """The number of lines in flight."""
         return self._num_lines
 
     def _fits(self, num_samples: int, num_bytes: int) -> bool:

@@ -1,4 +1,4 @@
-"""What a client is told when the disk fails: that it has no room, or what else is wrong with it."""
+"""Errors for clients when the disk is full or fails."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _SQLITE_FULL = "database or disk is full"  # its code is an attribute from Pytho
 
 
 def disk_error(error: OSError | sqlite3.Error) -> EngineError:
-    """An error of the store, or of a file in it, for whoever asked for what failed."""
+    """The error that a client gets for one of the store or of a file in it."""
     if isinstance(error, OSError):
         reason, is_full = error.strerror or str(error), error.errno in _NO_ROOM
     else:
         reason, is_full = str(error), str(error) == _SQLITE_FULL
     if is_full:
-        log.error("a request failed for want of room in data_dir: %s", reason)
+        log.error("a request failed because data_dir has no room: %s", reason)
         return StorageFull(
-            f"this cannot be stored: {reason}; the server has no room for it. Delete files, or ask its"
-            " operator for more"
+            f"this cannot be stored: {reason}; the server has no room for it. Delete files, or ask"
+            " its operator for more"
         )
     log.error("a request failed with data_dir", exc_info=error)
     return EngineError(f"the server cannot use its data_dir: {reason}")

@@ -35,9 +35,9 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class Request:
-    """One line that can be answered."""
+    """A line that can be answered."""
 
-    line: int  # of its file, from 1
+    line: int  # its number in the file, from 1
     custom_id: str
     url: str
     body: dict[str, Any]
@@ -45,7 +45,7 @@ class Request:
 
     @property
     def num_samples(self) -> int:
-        """About how many samples it asks for; nothing was checked yet."""
+        """About how many samples the body asks for. The body is not validated yet."""
         n, prompt = self.body.get("n"), self.body.get("prompt")
         samples = n if type(n) is int and n > 0 else 1
         if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
@@ -55,10 +55,10 @@ class Request:
 
 @dataclass(frozen=True)
 class BadLine:
-    """One line that cannot be answered."""
+    """A line that cannot be answered."""
 
     line: int
-    custom_id: str | None  # None if it cannot be told
+    custom_id: str | None  # None if the line has none that is valid
     code: str
     message: str
 
@@ -67,7 +67,10 @@ Line: TypeAlias = Request | BadLine
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
-    """Line numbers, from 1, and lines; without those that are blank. None is a line that is too long."""
+    """Yields the number, from 1, and the content of each line that is not blank.
+
+    The content is None if the line is too long.
+    """
     with path.open("rb") as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES + 1):
@@ -85,31 +88,32 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
 def parse_line(
     number: int, line: bytes | None, endpoint: str | None, urls: Collection[str]
 ) -> Line:
-    """Reads one line.
+    """Parses one line.
 
     Args:
         number: its number.
-        line: as read; None if it is too long.
+        line: its content; None if it is too long.
         endpoint: the url that it must have; None for any.
-        urls: that there are.
+        urls: the urls that requests may have.
     """
     if line is None:
-        return BadLine(number, None, "line_too_long", f"a line may have {MAX_LINE_BYTES} bytes")
+        message = f"a line may have at most {MAX_LINE_BYTES} bytes"
+        return BadLine(number, None, "line_too_long", message)
     try:
         fields = untrusted_json.decode(line)
     except ValueError as error:
-        return BadLine(number, None, "invalid_json_line", f"the line is no valid JSON: {error}")
+        return BadLine(number, None, "invalid_json_line", f"the line is not valid JSON: {error}")
     if not isinstance(fields, dict):
-        return BadLine(number, None, "invalid_json_line", "the line is no JSON object")
+        return BadLine(number, None, "invalid_json_line", "the line is not a JSON object")
     custom_id = fields.get("custom_id")
     if custom_id is None and "body" not in fields:
-        message = f"the line is no request: it must have {', '.join(_FIELDS)}"
+        message = f"the line is not a request: it must have {', '.join(_FIELDS)}"
         if endpoint is None:
             message += ", or be a body with prompt or messages"
         return BadLine(number, None, "missing_custom_id", message)
     if not isinstance(custom_id, str) or not 1 <= len(custom_id) <= _MAX_ID_CHARS:
         message = (
-            f"custom_id must be a text of 1 to {_MAX_ID_CHARS} characters, and no other line's"
+            f"custom_id must be a string of 1 to {_MAX_ID_CHARS} characters, unique in the file"
         )
         return BadLine(number, None, "missing_custom_id", message)
     wrong = _what_is_wrong(fields, endpoint, urls)
@@ -121,10 +125,11 @@ def parse_line(
 def _what_is_wrong(
     fields: dict[str, Any], endpoint: str | None, urls: Collection[str]
 ) -> tuple[str, str] | None:
-    """Code and message."""
+    """The code and message of the first error, or None."""
     for name, value in fields.items():
         if name not in _FIELDS and value is not None:
-            return "unknown_field", f"{name} is no field of a line; there are {', '.join(_FIELDS)}"
+            known = ", ".join(_FIELDS)
+            return "unknown_field", f"{name} is not a field of a line; the fields are {known}"
     if fields.get("method") != "POST":
         return (
             "invalid_method",
@@ -146,14 +151,14 @@ def _what_is_wrong(
     return None
 
 
-# --- results ---------------------------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------------------
 
 
 def answer_line(custom_id: str, status: int, body: bytes) -> bytes:
-    """The line of a request that was answered, if only with an error of its own.
+    """The result line of a request that was answered, possibly with an error.
 
     Args:
-        custom_id: of the request.
+        custom_id: the request's.
         status: the HTTP status of the answer.
         body: the answer, JSON.
     """
@@ -162,7 +167,7 @@ def answer_line(custom_id: str, status: int, body: bytes) -> bytes:
 
 
 def error_line(custom_id: str | None, code: str, message: str) -> bytes:
-    """The line of a request that never ran."""
+    """The result line of a request that never ran."""
     return _result_line(custom_id, None, {"code": code, "message": message})
 
 
@@ -182,7 +187,7 @@ class _Details(msgspec.Struct):
 
 
 class _AnyUsage(msgspec.Struct):
-    """The usage of an answer, under the names that the routes give it."""
+    """The usage of an answer, under all the names that the routes use."""
 
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -195,7 +200,7 @@ class _AnyUsage(msgspec.Struct):
 
 
 class _MetaInfo(msgspec.Struct):
-    """What SGLang's shape of ``/generate`` says of one sample; ``id`` is that of its prompt."""
+    """What ``/generate`` says of one sample in SGLang's shape. ``id`` is that of its prompt."""
 
     id: str
     prompt_tokens: int
@@ -213,7 +218,7 @@ _NO_DETAILS = _Details()
 
 
 def usage_of(body: bytes) -> Usage:
-    """What an answer says of its tokens; nothing else of it is read."""
+    """The number of tokens that an answer states. Nothing else of the answer is read."""
     try:
         answer = _answer_decoder.decode(body)
     except msgspec.DecodeError:
@@ -221,7 +226,7 @@ def usage_of(body: bytes) -> Usage:
     answers = answer if isinstance(answer, list) else [answer]
     samples = [each.meta_info for each in answers if each.meta_info is not None]
     if samples:
-        prompts = {sample.id: sample for sample in samples}.values()  # each counts once
+        prompts = {sample.id: sample for sample in samples}.values()  # each prompt counts once
         return Usage.of(
             sum(prompt.prompt_tokens for prompt in prompts),
             sum(prompt.cached_tokens for prompt in prompts),
@@ -247,7 +252,7 @@ _MAX_WINDOW_S = 30 * 86400
 
 
 def window_seconds(window: str) -> int | None:
-    """How long a completion window is, such as "24h"; None if it is none."""
+    """The length of a completion window such as "24h"; None if the text is not one."""
     match = _WINDOW.fullmatch(window)
     if match is None:
         return None

@@ -1,9 +1,9 @@
-"""A batch without a server: from one file to another, with what survives in a directory beside the output.
+"""A batch without a server, from one file to another.
 
 ::
 
-    OUT.toka-batch/    a JobStore with one batch; there until OUT is
-    OUT                appears whole, when every line has an answer
+    OUT.toka-batch/    a JobStore with one batch, deleted when OUT is complete
+    OUT                the output: it appears whole, when every line has an answer
 """
 
 from __future__ import annotations
@@ -22,16 +22,20 @@ __all__ = ["OfflineJob"]
 
 
 class OfflineJob:
-    """What is to be done, or the rest of it.
+    """A new job, or the rest of one that was stopped.
 
     Args:
-        source: the requests.
-        target: where the answers go, in the order of the requests.
-        model: the name of what answers.
+        source: the file of requests.
+        target: the file to write the answers to, in the order of the requests.
+        model: the name of the model that answers.
 
     Raises:
-        ConfigError: a file is not there, or is there already; the source or the model is another than when
-            the job began; another process works on the same output; a Parquet file cannot be written.
+        ConfigError: one of these:
+
+            - the source does not exist, or the target exists already;
+            - the source or the model has changed since the job began;
+            - another process works on the same target;
+            - the target is a Parquet file, and pyarrow is not installed.
     """
 
     def __init__(self, source: Path, target: Path, model: str) -> None:
@@ -39,9 +43,9 @@ class OfflineJob:
         self._model = model
         self.directory = target.with_name(f"{target.name}.toka-batch")
         if not source.is_file():
-            raise ConfigError(f"{source} is no file")
+            raise ConfigError(f"{source} is not a file")
         if not target.parent.is_dir():
-            raise ConfigError(f"{target.parent} is no directory")
+            raise ConfigError(f"{target.parent} is not a directory")
         exists_already = ConfigError(f"{target} exists already; delete it or choose another name")
         if target.exists() and not self.directory.exists():
             raise exists_already
@@ -58,14 +62,14 @@ class OfflineJob:
 
     @property
     def batch(self) -> Batch:
-        """How far it is; only for the store's thread."""
+        """The batch as it is now. Call this in the store's thread."""
         return self.store.batch(self.batch_id)
 
     def publish(self) -> None:
-        """Puts the output of the finished batch in its place, and drops everything else."""
+        """Moves the output of the finished batch to the target, and deletes everything else."""
         file_id = self.batch.output_file_id
         output = self.store.path(file_id or "none")
-        if output.exists():  # else it is in its place already
+        if output.exists():  # otherwise an earlier run has moved it
             if is_parquet(self.target):
                 table = self.directory / "output.parquet"
                 write_parquet(output, table)
@@ -75,7 +79,7 @@ class OfflineJob:
         self.drop()
 
     def drop(self) -> None:
-        """Forgets the job."""
+        """Deletes the job's directory."""
         self.store.close()
         shutil.rmtree(self.directory)
 
@@ -85,13 +89,13 @@ class OfflineJob:
             return None
         if batches[0].metadata != _fingerprint(source):
             raise ConfigError(
-                f"{source} is not what it was when {self.target} was begun; delete {self.directory} to begin"
-                " anew"
+                f"{source} has changed since {self.target} was begun; delete {self.directory} to"
+                " start over"
             )
         if batches[0].model != self._model:
             raise ConfigError(
-                f"{self.target} was begun with model={batches[0].model}, not {self._model}; go on with that, or"
-                f" delete {self.directory} to begin anew"
+                f"{self.target} was begun with model={batches[0].model}, not {self._model};"
+                f" continue with that, or delete {self.directory} to start over"
             )
         return batches[0].id
 
@@ -124,6 +128,6 @@ class OfflineJob:
 
 
 def _fingerprint(source: Path) -> dict[str, str]:
-    """What a file cannot keep when it is written to."""
+    """What changes whenever a file is written to."""
     status = source.stat()
     return {"bytes": str(status.st_size), "modified_ns": str(status.st_mtime_ns)}

@@ -1,4 +1,4 @@
-"""Writes the answers of one batch in groups: whatever came while the last group was being written."""
+"""Writes the answers of one batch in groups: those that came while the last one was written."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["Recorder"]
 
 
 class Recorder:
-    """Keeps answers.
+    """Collects answers and writes them.
 
     Args:
-        write: makes a group of them last.
+        write: writes a group of answers to the disk.
     """
 
     def __init__(self, write: Callable[[list[NewAnswer]], Awaitable[object]]) -> None:
@@ -25,7 +25,7 @@ class Recorder:
         self._error: Exception | None = None
 
     async def keep(self, answer: NewAnswer) -> None:
-        """Returns when the answer is safe. Raises what writing it raised."""
+        """Returns when the answer is on the disk. Raises whatever writing it raised."""
         if self._error is not None:
             raise self._error
         done = asyncio.get_running_loop().create_future()
@@ -34,7 +34,7 @@ class Recorder:
         await done
 
     async def run(self) -> None:
-        """Writes until it is closed and everything is written, or writing fails."""
+        """Writes until the recorder is closed and everything is written, or until writing fails."""
         while self._waiting or not self._closed:
             await self._wake.wait()
             self._wake.clear()
@@ -45,7 +45,7 @@ class Recorder:
                 return
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Ends ``run`` once everything is written. No more answers may come."""
         self._closed = True
         self._wake.set()
 
@@ -57,7 +57,7 @@ class Recorder:
             group, self._waiting = group + self._waiting, []
         for _, done in group:
             if done.done():
-                continue  # it was cancelled meanwhile
+                continue  # it was cancelled in the meantime
             if self._error is None:
                 done.set_result(None)
             else:

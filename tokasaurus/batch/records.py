@@ -1,4 +1,4 @@
-"""Files and batches as clients see them: the objects of OpenAI's API, which are also what is stored."""
+"""Files and batches as clients see them: OpenAI's objects, which are stored in the same form."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FINAL_STATUSES = frozenset({"completed", "failed", "expired", "cancelled"})
 
 
 def new_id(prefix: str) -> str:
-    """An id that nobody has."""
+    """A new, random id."""
     return f"{prefix}-{secrets.token_hex(12)}"
 
 
@@ -51,7 +51,7 @@ class StoredFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RequestCounts(msgspec.Struct, frozen=True):
-    """Lines of a batch. While it runs, those that are in neither number are still to come."""
+    """How many lines a batch has, and how many have ended. The others are still to be answered."""
 
     total: int = 0
     completed: int = 0
@@ -67,7 +67,7 @@ class _OutputDetails(msgspec.Struct, frozen=True):
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Tokens of all lines that were answered."""
+    """The tokens of all answered lines."""
 
     input_tokens: int = 0
     input_tokens_details: _InputDetails = _InputDetails()
@@ -100,29 +100,29 @@ class BatchError(msgspec.Struct, frozen=True):
 
     code: str
     message: str
-    line: int | None = None  # of the input file, from 1
+    line: int | None = None  # its number in the input file, from 1
     param: str | None = None
 
 
 class BatchErrors(msgspec.Struct, frozen=True):
-    """All of them."""
+    """All errors of a batch."""
 
     data: tuple[BatchError, ...]
     object: Literal["list"] = "list"
 
 
 class Batch(msgspec.Struct, frozen=True, kw_only=True):
-    """A batch. Times are seconds since 1970; each is None until what it names has happened."""
+    """A batch. Times are seconds since 1970, and None for what has not happened."""
 
     id: str
     object: Literal["batch"] = "batch"
-    endpoint: str | None  # None: that of each line
+    endpoint: str | None  # None if each line has its own
     input_file_id: str
     completion_window: str
     status: Status = "validating"
     created_at: int
     in_progress_at: int | None = None
-    expires_at: int | None = None  # when it will have
+    expires_at: int | None = None  # in the future while the batch runs
     finalizing_at: int | None = None
     completed_at: int | None = None
     failed_at: int | None = None
@@ -139,5 +139,5 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def final(self) -> bool:
-        """Whether nothing about it will change any more."""
+        """Whether the batch will not change any more."""
         return self.status in FINAL_STATUSES

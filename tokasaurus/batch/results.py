@@ -1,4 +1,4 @@
-"""The files that a batch ends with: its answers in the order of its lines, and its errors likewise."""
+"""The files that a batch ends with: its answers and its errors, both in the order of its lines."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def write_results(
     unanswered: tuple[str, str],
     max_lines: int,
 ) -> RequestCounts:
-    """Writes them anew. May take a while.
+    """Writes both files, over what may be there. May take a while.
 
     Args:
-        input_path: the requests.
-        answers_path: lines in the order in which they were answered.
-        answered: where they are in it.
-        output_path, error_path: where to write; the same path puts errors between the answers.
+        input_path: the file of requests.
+        answers_path: the file of result lines, in the order in which they were answered.
+        answered: by line number, where its result is in that file.
+        output_path, error_path: where to write; the same path puts errors among the answers.
         unanswered: code and message for each line that has no answer.
-        max_lines: lines after so many are left out.
+        max_lines: lines beyond this number are left out.
 
     Returns:
-        How many lines went where.
+        How many lines went to which file.
     """
     completed = failed = 0
     with contextlib.ExitStack() as stack:

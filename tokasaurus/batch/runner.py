@@ -1,4 +1,4 @@
-"""Answers the lines of unfinished batches, until there are none.
+"""Runs the unfinished batches of a store.
 
 ::
 
@@ -6,8 +6,8 @@
         │  └───▶ failed  │
         └──▶ cancelling ◀┘ ──▶ cancelled
 
-Each status is stored before what it stands for begins, so that a runner that starts anew goes on where
-the last one ended. The engine's end is no answer: lines that it leaves wait for the next engine.
+A status is stored before its work begins, so a new runner continues where the last one ended. The
+end of the engine is not an answer: lines without an answer wait for the next engine.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MAX_LINES = 50_000  # of one batch
 _MAX_RUNNING = 16  # batches; the others wait
 _MAX_BYTES = 32 << 20  # of requests in flight
 _RETRY_S = 30.0  # after the disk failed
-_SWEEP_S = 60.0  # between looks for files whose time is over
+_SWEEP_S = 60.0  # between deletions of expired files
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -52,7 +52,7 @@ class _Job:
 
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
-    # Where its results go: whatever an attempt leaves on a full disk, the next one writes over.
+    # The results files. The next attempt overwrites what one leaves on a full disk.
     output_id: str = field(default_factory=partial(new_id, "file"))
     error_id: str = field(default_factory=partial(new_id, "file"))
 
@@ -61,13 +61,13 @@ class BatchRunner:
     """Runs the batches of a store. All methods belong to one event loop.
 
     Args:
-        store: nobody else may use it.
+        store: the runner is its only user.
         answer: answers one request.
-        urls: what requests may ask for.
-        model: the name of what answers.
-        max_samples: in flight, over all batches.
-        max_lines: of one batch.
-        joins_errors: put errors between the answers, into one file.
+        urls: the urls that requests may have.
+        model: the name of the model that answers.
+        max_samples: how many samples may be in flight, over all batches.
+        max_lines: how many lines a batch may have.
+        joins_errors: write errors among the answers, into one file.
     """
 
     def __init__(
@@ -95,21 +95,21 @@ class BatchRunner:
         self._runs = False
 
     async def on_disk(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Calls a method of the store in the thread that it has."""
+        """Calls a method of the store in the store's thread."""
         call = partial(function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._disk, call)
 
-    # --- from its owner ----------------------------------------------------------------------------
+    # --- from its owner ---------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """The engine is there: goes on with every unfinished batch, and runs new ones from now on."""
+        """Continues every unfinished batch, and runs new ones from now on. The engine is ready."""
         self._runs = True
         for batch_id in await self.on_disk(self.store.unfinished_batches):
             self._launch(batch_id)
         self._sweeper = asyncio.create_task(self._sweep())
 
     async def stop(self) -> None:
-        """Ends what runs; lines without an answer wait for the next start."""
+        """Stops all batches. Lines without an answer wait for the next start."""
         self._runs = False
         tasks = [job.task for job in self._jobs.values() if job.task is not None]
         if self._sweeper is not None:
@@ -120,39 +120,39 @@ class BatchRunner:
             await asyncio.wait(tasks)
 
     async def close(self) -> None:
-        """``stop``, and lets go of the store."""
+        """Stops, and closes the store."""
         await self.stop()
         await self.on_disk(self.store.close)
         self._disk.shutdown()
 
     @property
     def num_lines_in_flight(self) -> int:
-        """Over all batches."""
+        """The lines in flight, over all batches."""
         return self._capacity.num_lines
 
     async def wait(self, batch_id: str) -> None:
-        """Returns when a batch does not run any more: it is finished, or the engine is."""
+        """Returns when a batch does not run any more: it is finished, or the engine is gone."""
         job = self._jobs.get(batch_id)
         if job is not None and job.task is not None:
             await asyncio.wait({job.task})
 
-    # --- from clients ------------------------------------------------------------------------------
+    # --- from clients -----------------------------------------------------------------------------
 
     async def ask(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """``on_disk``. Raises EngineError where the disk fails, and what the method raises besides."""
+        """Like ``on_disk``, but raises EngineError if the disk fails."""
         try:
             return await self.on_disk(function, *args, **kwargs)
         except (OSError, sqlite3.Error) as error:
             raise disk_error(error) from None
 
     async def add(self, batch: Batch, output_lifetime_s: int | None = None) -> None:
-        """Takes a new batch. Raises EngineError."""
+        """Stores a new batch, and runs it. Raises EngineError."""
         await self.ask(self.store.add_batch, batch, output_lifetime_s)
         if self._runs:
             self._launch(batch.id)
 
     async def cancel(self, batch_id: str) -> Batch:
-        """Ends a batch early. Raises NotFound, EngineError, or Conflict if it has ended by itself."""
+        """Ends a batch early. Raises NotFound, EngineError, or Conflict if it has already ended."""
         batch = await self.ask(self._mark_cancelling, batch_id)
         if batch_id in self._jobs:
             self._jobs[batch_id].cancelled.set()
@@ -167,7 +167,7 @@ class BatchRunner:
             raise Conflict(f"{batch_id} cannot be cancelled: it is {batch.status}", "batch_id")
         return batch
 
-    # --- one batch ---------------------------------------------------------------------------------
+    # --- one batch --------------------------------------------------------------------------------
 
     def _launch(self, batch_id: str) -> None:
         if batch_id not in self._jobs:
@@ -187,7 +187,7 @@ class BatchRunner:
             del self._jobs[batch_id]
 
     async def _try(self, batch_id: str, job: _Job) -> bool:
-        """Whether it ended; if not, the disk failed, and may be better later."""
+        """Runs a batch; returns False if the disk failed, which may work later."""
         try:
             await self._carry_out(batch_id, job)
         except (OSError, sqlite3.Error):
@@ -202,7 +202,9 @@ class BatchRunner:
             change = {"status": "failed", "failed_at": int(time.time()), "errors": error}
             batch = await self.on_disk(self.store.change, batch_id, **change)
         if not batch.final and batch.model not in (None, self.model):
-            log.warning("%s was begun with %s, and %s goes on", batch_id, batch.model, self.model)
+            log.warning(
+                "%s was begun with %s and continues with %s", batch_id, batch.model, self.model
+            )
         if batch.status == "validating":
             batch = await self._validate(batch, job)
         if batch.status == "in_progress":
@@ -235,7 +237,7 @@ class BatchRunner:
         return store.record(batch_id, verdict.bad, status="in_progress", in_progress_at=now)
 
     async def _answer_in_time(self, batch: Batch, job: _Job) -> None:
-        """Answers lines until all are answered, the batch is cancelled, or its time is over."""
+        """Answers lines until all are answered, the batch is cancelled, or it expires."""
         left_s = None if batch.expires_at is None else max(0.0, batch.expires_at - time.time())
         path = self.store.path(batch.input_file_id)
         answered = await self.on_disk(self.store.answered_lines, batch.id)
@@ -253,7 +255,7 @@ class BatchRunner:
             work.cancel()
             await asyncio.wait({work})
         if not work.cancelled():
-            work.result()  # raises what ended it
+            work.result()  # raises the error that ended it
 
     def _mark_finalizing(self, batch_id: str) -> Batch:
         if self.store.batch(batch_id).status == "cancelling":
@@ -277,33 +279,30 @@ class BatchRunner:
             self._max_lines,
         )
         now = int(time.time())
-        files = []
-        for file_id, kind in {output_id: "output", error_id: "error"}.items():
-            if size := store.path(file_id).stat().st_size:
-                name = f"{batch.id}_{kind}.jsonl"
-                files.append(
-                    StoredFile(
-                        id=file_id,
-                        bytes=size,
-                        created_at=now,
-                        filename=name,
-                        purpose="batch_output",
-                    )
-                )
-            else:
-                store.path(file_id).unlink()
-        kept = {file.id for file in files}
+        names = {output_id: f"{batch.id}_output.jsonl"}
+        names.setdefault(error_id, f"{batch.id}_error.jsonl")
+        files = {file_id: self._result_file(file_id, name, now) for file_id, name in names.items()}
         expired = not cancelled and counts.total > len(answered)
         status = "cancelled" if cancelled else "expired" if expired else "completed"
         return await self.on_disk(
             store.finish,
             batch.id,
-            files,
+            [file for file in files.values() if file is not None],
             **{"status": status, f"{status}_at": now},
             request_counts=counts,
-            output_file_id=output_id if output_id in kept else None,
-            error_file_id=error_id if error_id in kept else None,
+            output_file_id=output_id if files[output_id] else None,
+            error_file_id=error_id if files[error_id] else None,
         )
+
+    def _result_file(self, file_id: str, name: str, now: int) -> StoredFile | None:
+        """The record of a results file; an empty file is deleted instead."""
+        path = self.store.path(file_id)
+        if size := path.stat().st_size:
+            return StoredFile(
+                id=file_id, bytes=size, created_at=now, filename=name, purpose="batch_output"
+            )
+        path.unlink()
+        return None
 
     async def _sweep(self) -> None:
         while True:

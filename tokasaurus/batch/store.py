@@ -1,17 +1,17 @@
-"""What survives: files, batches, and which of their lines are answered, in one directory.
+"""What survives a kill: files, batches and the answers of their lines, in one directory.
 
 ::
 
     DIRECTORY/lock            held by the one process that uses the directory
-              jobs.sqlite3    the records of files and batches, and where each answered line is
-              files/ID        contents of files
-              answers/ID      lines of an unfinished batch, in the order in which they were answered
+              jobs.sqlite3    the records of files and batches, and the place of each answer
+              files/ID        the content of a file
+              answers/ID      the answers of an unfinished batch, in the order in which they came
 
-A line counts as answered once its row is committed. Its bytes are on the disk before that, from the place
-where those of the last commit end: whatever a killed process wrote after it is overwritten. So each line is
-answered once, at whatever moment the process ends.
+A line counts as answered once its row is committed. Its bytes are on the disk before that, behind
+those of the last commit; what a killed process wrote there without a commit is overwritten. So each
+line is answered exactly once, whenever the process ends.
 
-Every method blocks on the disk; all must be called from one thread at a time.
+Every method blocks on the disk. Only one thread may call them at a time.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ CREATE TABLE IF NOT EXISTS batches (
     id TEXT NOT NULL UNIQUE,
     input_file_id TEXT NOT NULL,
     is_final INTEGER NOT NULL DEFAULT 0,
-    output_lifetime_s INTEGER,           -- of the files that it ends with
-    answers_end INTEGER NOT NULL DEFAULT 0,  -- bytes in its file of answers that count
+    output_lifetime_s INTEGER,               -- of the files that it ends with
+    answers_end INTEGER NOT NULL DEFAULT 0,  -- committed bytes of its file of answers
     record BLOB NOT NULL
 ) STRICT;
 CREATE TABLE IF NOT EXISTS answers (
@@ -59,7 +59,7 @@ CREATE TABLE IF NOT EXISTS answers (
     is_error INTEGER NOT NULL,
     PRIMARY KEY (batch, line)
 ) STRICT, WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS dropped_files (  -- the last ones: where a list goes on after one of them
+CREATE TABLE IF NOT EXISTS dropped_files (  -- the latest, so that a list can continue after one
     dropped INTEGER PRIMARY KEY,
     id TEXT NOT NULL UNIQUE,
     number INTEGER NOT NULL
@@ -70,9 +70,9 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class NewAnswer:
-    """A line to be recorded."""
+    """A result line that is to be recorded."""
 
-    line: int  # of the input file, from 1
+    line: int  # its number in the input file, from 1
     data: bytes  # with its newline
     is_error: bool
     usage: Usage = field(default_factory=Usage)
@@ -80,22 +80,24 @@ class NewAnswer:
 
 @dataclass(frozen=True)
 class AnsweredLine:
-    """Where a recorded line is in a batch's file of answers."""
+    """Where an answer is in the batch's file of answers."""
 
     start: int  # bytes
-    size: int
+    size: int  # bytes
     is_error: bool
 
 
 class JobStore:
-    """The one user of a directory, which is created if it is not there.
+    """The only user of a directory, which is created if it does not exist.
 
     Args:
-        directory: its own.
-        max_bytes: of all files, beyond which no more are taken; None for any number. Results are always kept.
+        directory: its directory.
+        max_bytes: the most that all files may have before uploads are refused; None for no limit.
+            Results are always stored.
 
     Raises:
-        ConfigError: another process uses it, it cannot be written, or a newer version wrote it.
+        ConfigError: another process uses the directory, it cannot be written, or a newer version of
+            Tokasaurus has written it.
     """
 
     def __init__(self, directory: Path, max_bytes: int | None = None) -> None:
@@ -114,18 +116,18 @@ class JobStore:
             raise ConfigError(f"{directory} cannot be used: {error}") from None
 
     def close(self) -> None:
-        """Lets go of the directory."""
+        """Releases the directory."""
         self._database.close()
         self._lock.close()
 
-    # --- files -------------------------------------------------------------------------------------
+    # --- files ------------------------------------------------------------------------------------
 
     def path(self, file_id: str) -> Path:
-        """Where the content of a file is, or is to be written before ``add_file``."""
+        """The place of a file's content, which must be written before ``add_file``."""
         return self._files / file_id
 
     def add_file(self, file: StoredFile) -> None:
-        """Keeps a file whose content is in its place. Raises RequestError if there are too many."""
+        """Records a file whose content is written. Raises RequestError if there are too many."""
         (number,) = self._database.execute("SELECT count(*) FROM files").fetchone()
         if number >= MAX_FILES:
             raise RequestError(
@@ -137,15 +139,15 @@ class JobStore:
             ).fetchone()
             if stored + file.bytes > self._max_bytes:
                 raise RequestError(
-                    f"{stored} bytes are stored, and with these {file.bytes} there would be more than"
-                    f" max_stored_bytes={self._max_bytes}; delete some files",
+                    f"{stored} bytes are stored, and with these {file.bytes} there would be more"
+                    f" than max_stored_bytes={self._max_bytes}; delete some files",
                     "file",
                 )
         with self._transaction():
             self._insert_file(file)
 
     def file(self, file_id: str, now: float) -> StoredFile:
-        """Raises NotFound."""
+        """Returns the record of a file that has not expired. Raises NotFound."""
         row = self._database.execute(
             "SELECT record FROM files WHERE id = ? AND coalesce(expires_at > ?, 1)", (file_id, now)
         ).fetchone()
@@ -165,7 +167,7 @@ class JobStore:
         return [msgspec.json.decode(row, type=StoredFile) for row in rows], more
 
     def delete_file(self, file_id: str, now: float) -> None:
-        """Raises NotFound, or Conflict if an unfinished batch reads it."""
+        """Deletes a file. Raises NotFound, or Conflict if an unfinished batch reads it."""
         self.file(file_id, now)
         row = self._database.execute(
             "SELECT id FROM batches WHERE input_file_id = ? AND NOT is_final", (file_id,)
@@ -178,7 +180,7 @@ class JobStore:
         self._drop_file(file_id)
 
     def drop_expired_files(self, now: float) -> None:
-        """Deletes the files whose time is over, except what an unfinished batch reads."""
+        """Deletes the expired files that no unfinished batch reads."""
         rows = self._database.execute(
             "SELECT id FROM files WHERE expires_at <= ? AND id NOT IN"
             " (SELECT input_file_id FROM batches WHERE NOT is_final)",
@@ -187,18 +189,19 @@ class JobStore:
         for (file_id,) in rows:
             self._drop_file(file_id)
 
-    # --- batches -----------------------------------------------------------------------------------
+    # --- batches ----------------------------------------------------------------------------------
 
     def add_batch(self, batch: Batch, output_lifetime_s: int | None = None) -> None:
-        """Keeps a new batch."""
+        """Records a new batch."""
         with self._transaction():
             self._database.execute(
-                "INSERT INTO batches (id, input_file_id, output_lifetime_s, record) VALUES (?, ?, ?, ?)",
+                "INSERT INTO batches (id, input_file_id, output_lifetime_s, record)"
+                " VALUES (?, ?, ?, ?)",
                 (batch.id, batch.input_file_id, output_lifetime_s, msgspec.json.encode(batch)),
             )
 
     def batch(self, batch_id: str) -> Batch:
-        """Raises NotFound."""
+        """Returns a batch. Raises NotFound."""
         return self._batch(batch_id)[1]
 
     def list_batches(self, *, after: str | None, limit: int) -> tuple[list[Batch], bool]:
@@ -207,19 +210,19 @@ class JobStore:
         return [msgspec.json.decode(row, type=Batch) for row in rows], more
 
     def unfinished_batches(self) -> list[str]:
-        """Ids, oldest first."""
+        """Returns the ids of all unfinished batches, oldest first."""
         rows = self._database.execute("SELECT id FROM batches WHERE NOT is_final ORDER BY number")
         return [batch_id for (batch_id,) in rows]
 
     def change(self, batch_id: str, **fields: Any) -> Batch:
-        """Sets fields of a batch, and returns it."""
+        """Sets fields of a batch, and returns the batch."""
         with self._transaction():
             return self._change(batch_id, fields)
 
-    # --- lines -------------------------------------------------------------------------------------
+    # --- lines ------------------------------------------------------------------------------------
 
     def forget_answers(self, batch_id: str) -> None:
-        """Every line of a batch counts as unanswered."""
+        """Makes every line of a batch count as unanswered."""
         with self._transaction():
             number, _ = self._batch(batch_id)
             self._database.execute("DELETE FROM answers WHERE batch = ?", (number,))
@@ -227,7 +230,7 @@ class JobStore:
             self._change(batch_id, {"request_counts": RequestCounts(), "usage": Usage()})
 
     def record(self, batch_id: str, answers: Sequence[NewAnswer], **fields: Any) -> Batch:
-        """Keeps answers of lines that have none, all or none of them; and sets fields of the batch."""
+        """Records answers of lines that had none, and sets fields of the batch: all, or nothing."""
         number, batch = self._batch(batch_id)
         (end,) = self._database.execute(
             "SELECT answers_end FROM batches WHERE number = ?", (number,)
@@ -253,7 +256,7 @@ class JobStore:
             return self._change(batch_id, {"request_counts": counts, "usage": usage, **fields})
 
     def answered_lines(self, batch_id: str) -> dict[int, AnsweredLine]:
-        """The lines that have an answer, and where it is."""
+        """Returns the place of each answer, by line number."""
         number, _ = self._batch(batch_id)
         rows = self._database.execute(
             "SELECT line, start, size, is_error FROM answers WHERE batch = ?", (number,)
@@ -261,11 +264,11 @@ class JobStore:
         return {line: AnsweredLine(start, size, bool(error)) for line, start, size, error in rows}
 
     def answers_path(self, batch_id: str) -> Path:
-        """The file of a batch's answers."""
+        """The file of the answers of a batch."""
         return self._answers / batch_id
 
     def finish(self, batch_id: str, files: Sequence[StoredFile], **fields: Any) -> Batch:
-        """Sets the last fields of a batch, and keeps the files that it ends with."""
+        """Sets the last fields of a batch, and records the files that it ends with."""
         with self._transaction():
             number, _ = self._batch(batch_id)
             (lifetime_s,) = self._database.execute(
@@ -280,7 +283,7 @@ class JobStore:
         self.answers_path(batch_id).unlink(missing_ok=True)
         return batch
 
-    # --- inside ------------------------------------------------------------------------------------
+    # --- inside -----------------------------------------------------------------------------------
 
     @property
     def _files(self) -> Path:
@@ -300,7 +303,7 @@ class JobStore:
         self._database.execute(f"PRAGMA user_version = {_VERSION}")
 
     def _clean(self) -> None:
-        """Deletes contents without a record: of uploads and results that a killed process had begun."""
+        """Deletes contents without a record, which a killed process has left."""
         ids = {file_id for (file_id,) in self._database.execute("SELECT id FROM files")}
         unfinished = set(self.unfinished_batches())
         for path in (*self._files.iterdir(), *self._answers.iterdir()):
@@ -314,7 +317,7 @@ class JobStore:
             yield
             self._database.execute("COMMIT")
         except BaseException:
-            if self._database.in_transaction:  # SQLite has ended it by itself if the disk is full
+            if self._database.in_transaction:  # if the disk is full, SQLite has rolled it back
                 self._database.execute("ROLLBACK")
             raise
 
@@ -380,7 +383,11 @@ class JobStore:
 
 
 def _take_lock(directory: Path) -> Any:
-    """The open file whose lock ends with the process, however that ends. Raises ConfigError."""
+    """Locks the directory until the file that is returned is closed, or the process ends.
+
+    Raises:
+        ConfigError: another process holds the lock.
+    """
     file = (directory / "lock").open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

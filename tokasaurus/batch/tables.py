@@ -1,4 +1,4 @@
-"""What ``toka-batch`` reads and writes: JSONL or Parquet, lines of OpenAI's batches or plain ones."""
+"""Files that ``toka-batch`` reads and writes: JSONL or Parquet, batch lines or bare bodies."""
 
 from __future__ import annotations
 
@@ -18,16 +18,18 @@ from tokasaurus.errors import ConfigError
 __all__ = ["import_requests", "is_parquet", "load_pyarrow", "write_parquet"]
 
 _URLS = {"prompt": "/v1/completions", "messages": "/v1/chat/completions"}
-_ROWS = 256  # of a table, at once
+_ROWS = 256  # of a table, read or written at once
 
 
 def is_parquet(path: Path) -> bool:
-    """Whether a name says so."""
+    """Whether a file's name says that it is Parquet."""
     return path.suffix.lower() == ".parquet"
 
 
 def import_requests(source: Path, target: Path) -> None:
-    """Writes every request of a file as a line of a batch; what is none is left as it is, to fail there.
+    """Writes every request of a file as a line of a batch.
+
+    What is not a request is copied as it is, and fails when the batch runs.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -42,13 +44,14 @@ def _lines(source: Path) -> Iterator[bytes]:
     for number, line in read_lines(source):
         if line is None:
             raise ConfigError(
-                f"{source}: line {number} is longer than {MAX_LINE_BYTES} bytes, the most there can be"
+                f"{source}: line {number} is too long: a line may have at most {MAX_LINE_BYTES}"
+                " bytes"
             )
         yield line
 
 
 def _as_batch_line(number: int, line: bytes) -> bytes:
-    """A line that is only a request's body gets what is around it."""
+    """Wraps a line that is only the body of a request."""
     try:
         fields = untrusted_json.decode(line)
     except ValueError:
@@ -76,11 +79,11 @@ def _rows_as_lines(source: Path) -> Iterator[bytes]:
 
 
 def _without_nulls(row: Any) -> Any:
-    """A column is there for every row, and null where a row has no such field."""
+    """Drops the nulls, which stand in a column where a row does not have the field."""
     if isinstance(row, dict):
         kept = {name: _without_nulls(each) for name, each in row.items() if each is not None}
         body = kept.get("body")
-        if isinstance(body, str):  # it has another shape in each row, so it is kept as text
+        if isinstance(body, str):  # JSON as text, since each row may have another shape
             with contextlib.suppress(ValueError):
                 kept["body"] = untrusted_json.decode(body.encode())
         return kept
@@ -88,7 +91,7 @@ def _without_nulls(row: Any) -> Any:
 
 
 def write_parquet(lines: Path, target: Path) -> None:
-    """A batch's result lines as a table: custom_id, status_code, text, body and error, the latter as JSON.
+    """Writes result lines as a table: custom_id, status_code, text, and body and error as JSON.
 
     ``text`` is that of the first choice.
     """
@@ -123,7 +126,7 @@ def _first_text(body: Any) -> str | None:
 
 
 def load_pyarrow() -> tuple[Any, Any]:
-    """pyarrow and pyarrow.parquet. Raises ConfigError if they are not installed."""
+    """Imports pyarrow and pyarrow.parquet. Raises ConfigError if they are not installed."""
     try:
         import pyarrow
         import pyarrow.parquet

@@ -1,4 +1,4 @@
-"""Reads a batch's whole file once, before any of it runs."""
+"""Checks the whole input file of a batch before any of it runs."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from tokasaurus.batch.store import NewAnswer
 
 __all__ = ["Verdict", "validate"]
 
-_MAX_ERRORS = 100  # that are told
+_MAX_ERRORS = 100  # listed
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is to become of a batch.
+    """Whether a batch can run.
 
     Attributes:
-        errors: why none of it can run; None if some of it can.
+        errors: why no line can run; None if some can.
         counts: how many lines there are.
-        bad: the answers of those that cannot run.
+        bad: the answers of the lines that cannot run.
     """
 
     errors: BatchErrors | None
@@ -38,21 +38,22 @@ def validate(
     max_lines: int,
     is_cancelled: Callable[[], bool],
 ) -> Verdict:
-    """Reads the file. May take seconds, and returns early once it is cancelled.
+    """Reads the file. May take seconds, and returns early once the batch is cancelled.
 
     Args:
-        path: of the file.
-        endpoint: of the batch; None if lines may differ.
-        urls: that there are.
-        max_lines: that a batch may have.
-        is_cancelled: the verdict is of no interest any more.
+        path: the input file.
+        endpoint: the url of every line; None if urls may differ.
+        urls: the urls that requests may have.
+        max_lines: how many lines a batch may have.
+        is_cancelled: whether the verdict is not needed any more.
     """
     total = 0
     bad: list[BadLine] = []
-    seen: set[bytes] = set()  # digests of ids: the ids may be long
+    seen: set[bytes] = set()  # digests of ids, since ids may be long
     for number, raw in read_lines(path):
         if number > max_lines:
-            return _refused(BatchError("too_many_lines", f"a batch may have {max_lines} lines"))
+            message = f"a batch may have at most {max_lines} lines"
+            return _refused(BatchError("too_many_lines", message))
         if is_cancelled():
             break
         total += 1
@@ -60,14 +61,14 @@ def validate(
         if line.custom_id is not None:
             digest = blake2b(line.custom_id.encode(errors="surrogatepass"), digest_size=16).digest()
             if digest in seen:
-                message = "custom_id is that of an earlier line; each must have its own"
+                message = "custom_id is that of an earlier line; each line must have its own"
                 line = BadLine(number, line.custom_id, "duplicate_custom_id", message)
             seen.add(digest)
         if isinstance(line, BadLine):
             bad.append(line)
     if total == 0:
         return _refused(BatchError("empty_file", "the input file has no lines"))
-    if len(bad) == total:  # it is no batch at all, or for another endpoint
+    if len(bad) == total:  # the file is not a batch, or is for another endpoint
         errors = (BatchError(each.code, each.message, each.line) for each in bad[:_MAX_ERRORS])
         return _refused(*errors)
     answers = [

@@ -1,1 +1,1 @@
-"""Benchmarks that anybody can run: ``toka-bench``. None needs a GPU, and nothing imports this room."""
+"""Benchmarks: ``toka-bench``. None of them needs a GPU, and no other room imports this one."""

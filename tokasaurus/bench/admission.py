@@ -1,4 +1,4 @@
-"""What one round of admission by forecast costs, measured in this process."""
+"""The cost of one round of admission by forecast, measured in this process."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ __all__ = ["measure_admission_ms"]
 
 _PAGE = 16
 _PREFILL_RATE = 8192
-_NUM_NODES = 512  # common beginnings
+_NUM_NODES = 512  # shared prefixes
 _NODE_PAGES = 8
 _PROMPT = (_NODE_PAGES * _PAGE, 1024)
 _ROUNDS = 7
 
 
 def measure_admission_ms(num_running: int, num_waiting: int, horizon: int) -> float:
-    """Milliseconds from the columns of all sequences to the number that may be admitted, median.
+    """The median milliseconds of a round: from the rows of all sequences to how many may enter.
 
-    Every second sequence shares the beginning of its prompt with others. A tenth of the cache is free.
+    Every second sequence shares a prefix of its prompt with others. A tenth of the cache is free.
 
     Args:
-        num_running: sequences that decode.
-        num_waiting: sequences in the queue.
-        horizon: steps until the last of them ends, about.
+        num_running: how many sequences decode.
+        num_waiting: how many sequences are queued.
+        horizon: about how many steps it takes until the last sequence ends.
     """
     chance = np.random.default_rng(0)
     running = _running(chance, num_running, horizon)
@@ -73,7 +73,7 @@ def _waiting(chance: np.random.Generator, count: int, horizon: int) -> ForecastR
 
 
 def _num_steps(chance: np.random.Generator, count: int, horizon: int) -> Int64Array:
-    """Log-normal; the longest is the horizon."""
+    """Log-normal numbers of steps, of which the largest is the horizon."""
     drawn = chance.lognormal(np.log(horizon / 8), 0.8, count).astype(np.int64)
     steps: Int64Array = np.clip(drawn, 1, horizon)
     steps[0] = horizon

@@ -1,7 +1,7 @@
-"""A load generator: plays the server and all of its clients.
+"""A load generator that plays the server and all of its clients.
 
-It answers as a server does: what comes of sequences with stop strings is acknowledged at once. It keeps
-nothing of a sequence but the number of its tokens.
+Like a server, it acknowledges the tokens of sequences with stop strings, at once. Of a sequence it
+keeps only the number of its tokens.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ _MAX_REQUESTS = 1 << 20
 
 
 class Clients:
-    """Sends requests, takes what comes.
+    """Sends requests and counts what comes back.
 
     Args:
-        engine: that answers.
+        engine: the engine that answers.
 
     Attributes:
-        engine: that answers.
-        num_sent: requests; the next one's id.
-        num_ended: sequences.
-        num_tokens: received.
+        engine: the engine that answers.
+        num_sent: how many requests were sent, which is the id of the next one.
+        num_ended: how many sequences have ended.
+        num_tokens: how many tokens have come.
     """
 
     def __init__(self, engine: SimulatedEngine) -> None:
         self.engine = engine
-        self._is_searched = np.zeros(_MAX_REQUESTS, np.bool_)  # by request: has stop strings
+        self._is_searched = np.zeros(_MAX_REQUESTS, np.bool_)  # by request: it has stop strings
         self._num_received = np.zeros(_MAX_REQUESTS, np.int32)
         self.num_sent = 0
         self.num_ended = 0
         self.num_tokens = 0
 
     def send(self, request: GenerateRequest) -> None:
-        """Sends a request whose id is ``num_sent``; one with stop strings has one sample."""
+        """Sends a request whose id is ``num_sent``. One with stop strings must have one sample."""
         self._is_searched[request.request_id] = request.hold_for_acks
         self.num_sent += 1
         self.engine.send(request)
@@ -61,7 +61,7 @@ class Clients:
         self.engine.send(AbortRequest(request_id))
 
     def run_until(self, is_over: Callable[[], bool]) -> None:
-        """Plays until something is so.
+        """Takes messages until a condition holds.
 
         Raises:
             EngineDead: a process has ended.
@@ -77,16 +77,16 @@ class Clients:
                 raise ProtocolError(f"nothing has happened for {_STUCK_S:.0f} s")
 
     def run_until_batch(self, number: int) -> None:
-        """Plays until the device has run so many batches, since the beginning."""
+        """Takes messages until the device has run ``number`` batches in all."""
         self.run_until(lambda: self.engine.device.num_batches >= number)
 
     def run_for(self, seconds: float) -> None:
-        """Plays for some time."""
+        """Takes messages for some time."""
         end = time.monotonic() + seconds
         self.run_until(lambda: time.monotonic() >= end)
 
     def run_to_end(self, num_sequences: int) -> None:
-        """Plays until so many have ended, since the beginning."""
+        """Takes messages until ``num_sequences`` have ended in all."""
         self.run_until(lambda: self.num_ended >= num_sequences)
 
     def _take(self, message: ToServer) -> None:

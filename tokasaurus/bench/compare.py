@@ -1,16 +1,16 @@
 """``toka-bench compare``: admission by forecast against two simpler policies, in virtual time.
 
-    toka-bench compare                                     three traces, five cache sizes, three policies
-    toka-bench compare plot=docs/images/cache_use.svg      and cache use over time, at the middle size
+    toka-bench compare                                 3 traces, 5 cache sizes, 3 policies
+    toka-bench compare plot=docs/images/cache_use.svg  draws cache use at the middle size, too
     toka-bench compare policies=forecast,greedy traces=chat caches=65536 size=0.5
 
 =========  ======================================================================================
 forecast   the engine's defaults
-reserve    admits a sequence only where its largest possible length fits: never preempts
-greedy     admits whatever fits now, and preempts where the cache then runs out
+reserve    admits a sequence only if its largest possible length fits, so it never preempts
+greedy     admits whatever fits now, and preempts when the cache then runs out
 =========  ======================================================================================
 
-The same trace and flags give the same numbers, on any machine.
+The same trace and flags give the same numbers on any machine.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from tokasaurus.planner.workloads import WORKLOADS
 
 __all__ = ["POLICIES", "SCHEMA", "CompareConfig", "run"]
 
-# Engine flags.
+# The engine's flags of each policy.
 POLICIES: Mapping[str, Mapping[str, Any]] = {
     "forecast": {},
     "reserve": {"use_spec_allocation": False},
     "greedy": {"spec_allocation_target_kv_cache_utilization": 1000.0},
 }
 
-# Tokens. The smallest holds a few of the longest requests of the trace, the largest nearly everything.
+# In tokens. The smallest holds a few of a trace's longest requests, the largest nearly all of it.
 _CACHES = {
     "sampling": (16384, 32768, 65536, 131072, 262144),
     "chat": (16384, 32768, 65536, 131072, 262144),
@@ -56,7 +56,7 @@ _PAGE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """What to compare, on what."""
+    """What to compare."""
 
     traces: tuple[str, ...] = flag(
         tuple(WORKLOADS), choices=tuple(WORKLOADS), help="Workloads; see toka-bench trace."
@@ -68,15 +68,20 @@ class CompareConfig:
         None, help="Sizes of the KV cache, in tokens.", adapts="five for each trace"
     )
     cost: str = flag("llama-1b-h100", help="The device's cost model.")
-    manager_ms: float = flag(0.0, minimum=0, help="How long a step of the manager takes.")
+    manager_ms: float = flag(0.0, minimum=0, help="How long a turn of the manager takes.")
     max_seqs_per_forward: int = flag(1024, minimum=1, help="The engine's flag of this name.")
-    seed: int = flag(0, minimum=0, help="Of the traces.")
-    size: float = flag(1.0, help="How much of each trace, as a multiple of the usual.")
+    seed: int = flag(0, minimum=0, help="The seed of the traces.")
+    size: float = flag(1.0, help="The size of each trace, as a multiple of the usual size.")
     jobs: int | None = flag(
-        None, minimum=1, help="Runs at the same time.", adapts="the number of cores"
+        None,
+        minimum=1,
+        help="How many replays run at the same time.",
+        adapts="the number of cores",
     )
     plot: str = flag(
-        "", may_be_empty=True, help="An SVG of cache use over time to write, at the middle size."
+        "",
+        may_be_empty=True,
+        help="The file of an SVG that draws cache use over time, at the middle size.",
     )
 
     def __post_init__(self) -> None:
@@ -86,7 +91,7 @@ class CompareConfig:
         cost_model(self.cost)
 
     def sizes(self, trace: str) -> tuple[int, ...]:
-        """Of the cache."""
+        """The cache sizes for a trace, in tokens."""
         return _CACHES[trace] if self.caches is None else counts("caches", self.caches)
 
 
@@ -103,7 +108,7 @@ SCHEMA = Schema(
 
 @dataclass(frozen=True, order=True)
 class _Cell:
-    """One run."""
+    """One replay."""
 
     trace: str
     cache_tokens: int
@@ -111,7 +116,7 @@ class _Cell:
 
 
 def run(config: CompareConfig) -> None:
-    """Replays everything and prints."""
+    """Replays everything and prints the results."""
     cells = [
         _Cell(trace, tokens, policy)
         for trace in config.traces
@@ -119,7 +124,7 @@ def run(config: CompareConfig) -> None:
         for policy in config.policies
     ]
     for cell in cells:
-        _engine_flags(cell, config)  # raises now, not in the middle
+        _engine_flags(cell, config)  # if a flag is wrong, this raises before anything runs
     if config.plot:
         check_plot(config.plot)
     reports = _replay_all(cells, config)
@@ -156,7 +161,7 @@ def _engine_flags(cell: _Cell, config: CompareConfig) -> EngineConfig:
 
 
 def _replay_all(cells: Sequence[_Cell], config: CompareConfig) -> dict[_Cell, Report]:
-    """In processes of their own: each run keeps a core busy."""
+    """Replays all cells, in several processes if there are several cores."""
     workers = min(config.jobs or os.cpu_count() or 1, len(cells))
     if workers == 1:
         return {cell: _replay(cell, config) for cell in cells}
@@ -167,9 +172,8 @@ def _replay_all(cells: Sequence[_Cell], config: CompareConfig) -> dict[_Cell, Re
         for future in as_completed(futures):
             cell = futures[future]
             reports[cell] = future.result()
-            progress(
-                f"{len(reports)}/{len(cells)}: {cell.trace}, {cell.cache_tokens} tokens, {cell.policy}"
-            )
+            name = f"{cell.trace}, {cell.cache_tokens} tokens, {cell.policy}"
+            progress(f"{len(reports)}/{len(cells)}: {name}")
     return reports
 
 
@@ -204,7 +208,7 @@ def _table(config: CompareConfig, reports: Mapping[_Cell, Report]) -> str:
 
 
 def _verdict(config: CompareConfig, reports: Mapping[_Cell, Report]) -> dict[str, Any]:
-    """How the forecast's makespans compare with those of each other policy."""
+    """How the makespans of the forecast compare with the best of the other policies."""
     others = [policy for policy in config.policies if policy != "forecast"]
     if not others or len(others) == len(config.policies):
         return {}

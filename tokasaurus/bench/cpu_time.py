@@ -1,23 +1,24 @@
-"""CPU time: of another process, and of a yardstick to compare machines by."""
+"""The CPU time of another process, and a yardstick to compare machines by."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
-__all__ = ["loop_turn_ns", "process_cpu_s"]
+__all__ = ["loop_turn_ns", "machine_line", "process_cpu_s"]
 
 _LOOP_TURNS = 300_000
 
 
 def process_cpu_s(pid: int) -> float:
-    """Seconds that all threads of a process have computed.
+    """The CPU seconds of all threads of a process.
 
-    Exact to microseconds on Linux, where every process has a clock of its own; to 10 ms elsewhere.
+    Exact to microseconds on Linux, where each process has its own clock, and to 10 ms elsewhere.
     """
     if sys.platform == "linux":
-        return time.clock_gettime((~pid << 3) | 2)  # clock_getcpuclockid(3) computes it like this
+        return time.clock_gettime((~pid << 3) | 2)  # the id that clock_getcpuclockid(3) computes
     words = ["ps", "-o", "time=", "-p", str(pid)]
     days, _, clock = subprocess.check_output(words, text=True).strip().rpartition("-")
     seconds = 0.0
@@ -27,10 +28,10 @@ def process_cpu_s(pid: int) -> float:
 
 
 def loop_turn_ns() -> float:
-    """Nanoseconds of an empty turn of a Python loop, now; about 20 on a current machine left to itself.
+    """The nanoseconds that one turn of an empty Python loop takes now: about 20 on a quiet machine.
 
-    Machines shared with others change their speed from one minute to the next: times taken at different
-    values of this are not comparable.
+    A shared machine changes its speed from one minute to the next. Times that were measured at
+    different values of this are not comparable.
     """
     fastest = float("inf")
     for _ in range(5):
@@ -39,3 +40,9 @@ def loop_turn_ns() -> float:
             pass
         fastest = min(fastest, time.process_time() - start)
     return fastest / _LOOP_TURNS * 1e9
+
+
+def machine_line(turns_ns: Sequence[float]) -> str:
+    """A line that states the speed of the machine, measured before and after a benchmark."""
+    first, last = turns_ns
+    return f"This machine: {first:.0f} ns for an empty Python loop turn, {last:.0f} ns at the end"

@@ -1,4 +1,7 @@
-"""The main program of a simulated device's process: ``python -m tokasaurus.bench.device_process FD DIRECTORY SLOTS PLAN``."""
+"""The main program of a simulated device's process.
+
+python -m tokasaurus.bench.device_process FD DIRECTORY SLOTS PLAN
+"""
 
 from __future__ import annotations
 
@@ -28,13 +31,13 @@ _ENDLESS = 1 << 40  # tokens: the manager's max_tokens ends every sequence
 class DevicePlan(msgspec.Struct, frozen=True):
     """What to simulate."""
 
-    cost: str  # of the cost model's names
+    cost: str  # the name of a cost model
     output_tokens: tuple[int, ...] = (_ENDLESS,)  # each sequence gets one of these lengths
     vocab_size: int = VOCAB_SIZE
 
 
 def main() -> None:
-    """Runs batches until the lifeline ends."""
+    """Runs batches until the lifeline is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     lifeline = Lifeline(socket.socket(fileno=int(sys.argv[1])))
     directory, num_slots = Path(sys.argv[2]), int(sys.argv[3])

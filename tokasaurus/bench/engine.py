@@ -2,7 +2,7 @@
 
 ::
 
-    SimulatedEngine     this process ──▶ manager ──▶ device      who owns it plays the server
+    SimulatedEngine     this process ──▶ manager ──▶ device      the caller plays the server
                               ▲            │  ▲        │
                               └────────────┘  └────────┘
 
@@ -40,11 +40,11 @@ P = TypeVar("P", bound="_Processes")
 
 
 class _Processes:
-    """A real manager's process and a device's; a context manager that ends them and what else was spawned.
+    """The processes of a real manager and a simulated device. A context manager, which ends them.
 
     Args:
         slices: the configuration.
-        plan: of the device.
+        plan: what the device simulates.
     """
 
     def __init__(self, slices: EngineSlices, plan: DevicePlan) -> None:
@@ -61,11 +61,11 @@ class _Processes:
         self.close()
 
     def pid(self, name: str) -> int:
-        """The number of one of the processes."""
+        """The process id of one of the processes."""
         return self._processes[name].pid
 
     def cpu_s(self, name: str) -> float:
-        """CPU time of one of the processes."""
+        """The CPU time of one of the processes."""
         return process_cpu_s(self.pid(name))
 
     def close(self) -> None:
@@ -82,7 +82,7 @@ class _Processes:
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _start(self, *, listener: socket.socket | None = None) -> None:
-        """Spawns everybody and waits until all are ready. Raises EngineDead if one does not get ready."""
+        """Starts all processes and waits until they are ready. Raises EngineDead if one fails."""
         self._spawn_role("manager")
         self._spawn(
             "device",
@@ -128,7 +128,7 @@ class _Processes:
                 raise EngineDead(f"the {name} ended: {self._reason(name)}")
 
     def _reason(self, name: str) -> str:
-        """Why a process that has ended did so, as it said last."""
+        """Why a process has ended."""
         notes = self._lifelines[name].receive() or []
         for note in notes:
             if isinstance(note, Failed):
@@ -141,10 +141,10 @@ class SimulatedEngine(_Processes):
 
     Args:
         slices: the configuration.
-        plan: of the device.
+        plan: what the device simulates.
 
     Raises:
-        EngineDead: a process did not get ready.
+        EngineDead: a process did not start.
     """
 
     def __init__(self, slices: EngineSlices, plan: DevicePlan) -> None:
@@ -161,7 +161,7 @@ class SimulatedEngine(_Processes):
         self._to_manager.send(message)
 
     def receive(self, timeout_s: float) -> list[ToServer]:
-        """What the manager has to say, within that time.
+        """The messages of the manager, for the first of which it waits at most that long.
 
         Raises:
             EngineDead: a process has ended.
@@ -172,7 +172,7 @@ class SimulatedEngine(_Processes):
         return messages
 
     def manager_cpu_s(self) -> float:
-        """CPU time of the manager's process."""
+        """The CPU time of the manager's process."""
         return self.cpu_s("manager")
 
     def close(self) -> None:
@@ -183,17 +183,17 @@ class SimulatedEngine(_Processes):
 
 
 class SimulatedService(_Processes):
-    """Server, manager and device: what clients can talk to over HTTP.
+    """Server, manager and device, which answer clients over HTTP.
 
     Args:
-        slices: the configuration; the tokenizer that it names is a real one.
-        plan: of the device.
+        slices: the configuration, with a real tokenizer.
+        plan: what the device simulates.
 
     Attributes:
-        port: of the server, on 127.0.0.1.
+        port: the server's port on 127.0.0.1.
 
     Raises:
-        EngineDead: a process did not get ready.
+        EngineDead: a process did not start.
     """
 
     def __init__(self, slices: EngineSlices, plan: DevicePlan) -> None:

@@ -14,7 +14,7 @@ def counts(name: str, texts: Sequence[str]) -> tuple[int, ...]:
     """The value of a flag that is a list of counts.
 
     Raises:
-        ConfigError: one is no whole number of at least 1.
+        ConfigError: one of them is not a whole number of at least 1.
     """
     for text in texts:
         if not text.isdecimal() or int(text) < 1:

@@ -1,6 +1,6 @@
-"""Clients over HTTP, as many at a time as wanted, for what their server costs.
+"""HTTP clients that put a load on a server whose cost is measured.
 
-They look at no more of an answer than they must, since they share the machine's cores with the server.
+They read as little of an answer as possible, since they share the cores with the server.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ class Load:
     """Requests that are all alike.
 
     Attributes:
-        path: of the endpoint.
-        body: of each request.
-        num_requests: in all.
-        num_clients: who send one after the other, each over one connection.
+        path: the path of the endpoint.
+        body: the body of each request.
+        num_requests: how many requests there are in all.
+        num_clients: how many clients share them. A client sends its requests one after the other,
+            over one connection.
     """
 
     path: str
@@ -38,10 +39,10 @@ class Load:
 
 
 def run_load(port: int, load: Load) -> int:
-    """Sends everything to a server on this machine and waits for the answers.
+    """Sends all requests to a server on this machine and waits for the answers.
 
     Returns:
-        How many events the streams had, their ends included; 0 where nothing was streamed.
+        How many events the streams had, including their ends; 0 if nothing was streamed.
 
     Raises:
         EngineDead: an answer is an error.

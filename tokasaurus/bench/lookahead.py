@@ -1,10 +1,10 @@
-"""``toka-bench lookahead``: does a device wait for the manager, and how many tokens does planning ahead waste?
+"""``toka-bench lookahead``: how long the device waits, and how many tokens planning ahead wastes.
 
-    toka-bench lookahead                        4,096 sequences, steps of 3 ms; a minute
+    toka-bench lookahead                        4,096 sequences, steps of 3 ms; takes a minute
     toka-bench lookahead fixed=8 step_ms=1.0
 
-In real time, with the real manager process. Sequences end by themselves, at lengths that the manager
-does not know: tokens of batches that were planned before it heard of an end are wasted.
+Runs in real time, with the real manager process. Sequences end at lengths that the manager does not
+know. Tokens are wasted in the batches that were planned before it learned of an end.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.schema import Schema, check_fields, flag
 from tokasaurus.planner.configuration import simulated_slices
 from tokasaurus.planner.worker_loop import DeviceStatistics
+from tokasaurus.rounding import round_up
 
 __all__ = ["SCHEMA", "LookaheadConfig", "run"]
 
@@ -36,13 +37,17 @@ _SETTLING_BATCHES = 20  # by then the manager has taken in the whole queue
 
 @dataclass(frozen=True, kw_only=True)
 class LookaheadConfig:
-    """The load, and the depths to compare with the engine's default."""
+    """The load, and the fixed depths to compare with the engine's default."""
 
-    num_sequences: int = flag(4096, minimum=2, help="That run together.")
-    step_ms: float = flag(3.0, minimum=0, help="What a batch takes on the device.")
-    fixed: tuple[str, ...] = flag(("1", "2", "4", "8"), help="Steps ahead, always as many.")
-    waves: int = flag(3, minimum=2, help="How many times num_sequences sequences in all.")
-    mean_length: int = flag(480, minimum=2, help="Generated tokens of a sequence.")
+    num_sequences: int = flag(4096, minimum=2, help="How many sequences run together.")
+    step_ms: float = flag(3.0, minimum=0, help="How long the device takes for a batch.")
+    fixed: tuple[str, ...] = flag(
+        ("1", "2", "4", "8"), help="Numbers of steps to plan ahead, one measurement for each."
+    )
+    waves: int = flag(
+        3, minimum=2, help="How many sequences there are in all, as a multiple of num_sequences."
+    )
+    mean_length: int = flag(480, minimum=2, help="The mean number of tokens of a completion.")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -59,22 +64,22 @@ SCHEMA = Schema(
 
 @dataclass(frozen=True)
 class _Outcome:
-    """Of one depth."""
+    """The results of one depth. Those of steps are taken while the batch is full."""
 
     steps_ahead: str
-    num_steps: int  # while the batch was full
+    num_steps: int
     mean_batch: float
     ms_per_step: float
     waited_ms_per_step: float
     manager_ms_per_step: float  # CPU time
-    waited_share: float  # of the time, while the batch was full
+    waited_share: float  # of the time
     wasted_tokens: int
     wasted_per_sequence: float
     wasted_share: float  # of all generated tokens
 
 
 def run(config: LookaheadConfig) -> None:
-    """Measures and prints."""
+    """Measures and prints the results."""
     outcomes = []
     for name, steps_ahead in _policies(config).items():
         progress(f"{name} ...")
@@ -94,7 +99,7 @@ def run(config: LookaheadConfig) -> None:
 
 
 def _policies(config: LookaheadConfig) -> dict[str, int | None]:
-    """Steps ahead by name; None for as many as the manager thinks are needed."""
+    """The steps to plan ahead, by name; None lets the manager choose."""
     return {
         "adaptive": None,
         **{f"fixed {depth}": depth for depth in counts("fixed", config.fixed)},
@@ -103,10 +108,9 @@ def _policies(config: LookaheadConfig) -> dict[str, int | None]:
 
 def _measure(config: LookaheadConfig, name: str, steps_ahead: int | None) -> _Outcome:
     count = config.num_sequences
-    pages = -(-(_PROMPT + _MAX_TOKENS) // _PAGE)
     slices = simulated_slices(
         EngineConfig.from_flags(
-            kv_cache_num_tokens=count * pages * _PAGE,
+            kv_cache_num_tokens=count * round_up(_PROMPT + _MAX_TOKENS, _PAGE),
             max_num_tokens_per_request=_PROMPT + _MAX_TOKENS,
             max_seqs_per_forward=count,
             log_level="WARNING",
@@ -126,12 +130,11 @@ def _measure(config: LookaheadConfig, name: str, steps_ahead: int | None) -> _Ou
         clients.run_until(lambda: device.num_rows >= 0.99 * count)
         clients.run_until_batch(device.num_batches + _SETTLING_BATCHES)
         start, cpu_s = _Reading.of(device), engine.manager_cpu_s()
-        clients.run_to_end(
-            num_requests - count
-        )  # until then the queue holds somebody for each slot
+        # Until then the queue holds a sequence for each slot.
+        clients.run_to_end(num_requests - count)
         full, cpu_s = _Reading.of(device).since(start), engine.manager_cpu_s() - cpu_s
         clients.run_to_end(num_requests)
-        clients.run_for(0.1 + 0.02 * config.step_ms)  # batches in flight come to their end
+        clients.run_for(0.1 + 0.02 * config.step_ms)  # the batches in flight end
         num_wasted = device.num_drawn - clients.num_tokens
     busy_s = full.device_s + full.waited_s
     return _Outcome(
@@ -150,7 +153,7 @@ def _measure(config: LookaheadConfig, name: str, steps_ahead: int | None) -> _Ou
 
 @dataclass(frozen=True)
 class _Reading:
-    """The device's totals at a moment, or what was added to them."""
+    """The totals of the device at a moment, or the difference of two readings."""
 
     num_batches: int
     num_drawn: int
@@ -171,7 +174,7 @@ class _Reading:
 
 
 def _lengths(mean: int) -> tuple[int, ...]:
-    """A thousand log-normal lengths; none reaches max_tokens, so every end is a surprise."""
+    """A thousand log-normal lengths. None reaches max_tokens, so the manager can foresee no end."""
     sigma = 0.6
     drawn = np.random.default_rng(0).lognormal(np.log(mean) - sigma**2 / 2, sigma, 1000)
     return tuple(np.clip(drawn, 1, _MAX_TOKENS - 1).astype(int).tolist())

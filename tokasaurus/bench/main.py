@@ -1,4 +1,4 @@
-"""``toka-bench``: one command, and what to do as its first word."""
+"""``toka-bench``: runs the benchmark that its first word names."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "manager": "what the manager costs in CPU time, its real process against a simulated device",
     "server": "what the server costs in CPU time: a request, a token, an event of a stream",
-    "grammar": "what structured output costs, beside the same batch without (runs a model)",
-    "lookahead": "whether a device ever waits for the manager, and what that costs in wasted tokens",
+    "grammar": "what structured output costs, compared with the same batch without (runs a model)",
+    "lookahead": "how long the device waits for the manager, and how many tokens are wasted",
     "trace": "write a workload to a file",
-    "replay": "run a workload of a file in virtual time",
-    "compare": "forecast admission against two simpler policies, in virtual time",
+    "replay": "run a workload from a file in virtual time",
+    "compare": "admission by forecast against two simpler policies, in virtual time",
 }
 
 
@@ -30,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns:
-        The exit status: 0, 2 if the command line or a file is wrong, 1 for any other error.
+        The exit status: 0 for success, 2 if the command line or a file is wrong, 130 after Ctrl-C,
+        1 for any other error.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("--help", "-h"):
@@ -39,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name, *words = words
     if name not in COMMANDS:
         near = nearest(name, COMMANDS)
-        print(f"toka-bench: error: {name!r} is no command; the nearest is {near}", file=sys.stderr)
+        message = f"{name!r} is not a command; the nearest is {near}"
+        print(f"toka-bench: error: {message}", file=sys.stderr)
         return 2
     command = importlib.import_module(f"tokasaurus.bench.{name}")
     config = parse_or_exit(command.SCHEMA, _with_keys(words, command.SCHEMA))
@@ -58,12 +60,12 @@ def _help() -> str:
     lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
     return (
         "toka-bench: benchmarks that need no GPU.\n\n"
-        f"{lines}\n\ntoka-bench COMMAND --help names the flags of one."
+        f"{lines}\n\ntoka-bench COMMAND --help lists the flags of a command."
     )
 
 
 def _with_keys(words: list[str], schema: Schema[Any]) -> list[str]:
-    """The first word may leave out its key, where a command needs one thing: a file."""
+    """Adds the key to a first word without one, if the command requires one flag: its file."""
     first = next(iter(schema))
     if first.required and words and "=" not in words[0] and not words[0].startswith("-"):
         return [f"{first.name}={words[0]}", *words[1:]]

@@ -1,10 +1,10 @@
 """``toka-bench manager``: what the manager costs, in CPU time.
 
-    toka-bench manager                    three sizes, easy mix; a minute
-    toka-bench manager mix=full           with stop strings, logprobs, common prefixes and aborts
-    toka-bench manager quick=T            small and rough; seconds
+    toka-bench manager                    three sizes, easy mix; takes a minute
+    toka-bench manager mix=full           with stop strings, logprobs, shared prefixes and aborts
+    toka-bench manager quick=T            small and rough; takes seconds
 
-Wants two cores to itself; see ``manager_cost`` for what is measured.
+Needs two quiet cores. ``manager_cost`` describes what is measured.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from tokasaurus.bench.admission import measure_admission_ms
-from tokasaurus.bench.cpu_time import loop_turn_ns
+from tokasaurus.bench.cpu_time import loop_turn_ns, machine_line
 from tokasaurus.bench.flags import counts
 from tokasaurus.bench.manager_cost import (
     Effort,
@@ -30,7 +30,9 @@ from tokasaurus.planner.cost_model import cost_model
 __all__ = ["SCHEMA", "ManagerBenchConfig", "run"]
 
 _PARTS = ("steady", "start_finish", "reference", "admission")
-_NUM_RUNNING, _NUM_WAITING, _HORIZONS = 4096, 10_000, (8_000, 131_072)  # of admission
+# Of admission.
+_NUM_RUNNING, _NUM_WAITING, _HORIZONS = 4096, 10_000, (8_000, 131_072)
+
 _QUICK_RUNNING = (64,)
 _EFFORT = Effort(num_windows=3, steps=400, num_starts=2048, num_waves=4)
 _QUICK_EFFORT = Effort(num_windows=1, steps=40, num_starts=64, num_waves=2)
@@ -40,19 +42,23 @@ _QUICK_EFFORT = Effort(num_windows=1, steps=40, num_starts=64, num_waves=2)
 class ManagerBenchConfig:
     """What to measure."""
 
-    running: tuple[str, ...] = flag(("1024", "4096", "8192"), help="Sequences in steady decode.")
+    running: tuple[str, ...] = flag(
+        ("1024", "4096", "8192"), help="How many sequences run together in steady decode."
+    )
     reference_running: tuple[str, ...] = flag(
-        ("1024", "4096"), help="Sequences that run together in the reference workload."
+        ("1024", "4096"), help="How many sequences run together in the reference workload."
     )
     mix: str = flag(
         "easy",
         choices=MIXES,
-        help="full: of four requests one has stop strings, one wants logprobs, one top logprobs; in steady decode, prompts share one of 16 headers, which are grouped, and some requests are aborted.",
+        help="In the full mix, one of four requests has stop strings, one asks for logprobs and"
+        " one for top logprobs. In steady decode, each of its prompts also begins with one of 16"
+        " headers, which form prefix groups, and some requests are aborted.",
     )
     cost: str = flag("instant", help="The device's cost model: instant, fixed:SECONDS, ...")
     scheduling_steps_ahead: int = flag(8, minimum=1, help="The engine's flag of this name.")
-    parts: tuple[str, ...] = flag(_PARTS, choices=_PARTS, help="Leave some out.")
-    quick: bool = flag(False, help="Small and rough: one size, short windows.")
+    parts: tuple[str, ...] = flag(_PARTS, choices=_PARTS, help="What to measure.")
+    quick: bool = flag(False, help="Measure roughly: one small size and short windows.")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -61,10 +67,11 @@ class ManagerBenchConfig:
         self.reference_sizes()
 
     def sizes(self) -> tuple[int, ...]:
-        """``running``, or what takes its place if it has to be quick."""
+        """The sizes of steady decode."""
         return _QUICK_RUNNING if self.quick else counts("running", self.running)
 
     def reference_sizes(self) -> tuple[int, ...]:
+        """The sizes of the reference workload."""
         sizes = counts("reference_running", self.reference_running)
         return _QUICK_RUNNING if self.quick else sizes
 
@@ -82,7 +89,7 @@ SCHEMA = Schema(
 
 
 def run(config: ManagerBenchConfig) -> None:
-    """Measures and prints."""
+    """Measures and prints the results."""
     setting = Setting(
         mix=config.mix,
         cost=config.cost,
@@ -100,9 +107,7 @@ def run(config: ManagerBenchConfig) -> None:
     if "admission" in config.parts:
         results |= _admission()
     turns.append(loop_turn_ns())
-    print(
-        f"\nThis machine: {turns[0]:.0f} ns for a turn of an empty Python loop, {turns[1]:.0f} at the end"
-    )
+    print(f"\n{machine_line(turns)}")
     print_json({**results, "loop_turn_ns": [round(turn, 1) for turn in turns]})
 
 

@@ -1,13 +1,13 @@
-"""What the manager costs: CPU time of its real process, over its real channels.
+"""What the manager costs: the CPU time of its real process, with its real channels.
 
 ::
 
-    steady decode      a full cache, a queue, and sequences of which none ends: every page that a
-                       sequence enters is taken from the prefix cache
-    start and finish   sequences that generate one token: the rest is prompt, admission and end
-    reference          128 prompt tokens, 128 generated, everything counted
+    steady decode      the cache is full, requests are queued, and no sequence ends: each new page
+                       of a sequence is evicted from the prefix cache
+    start and finish   sequences generate one token: the cost is that of prompt, admission and end
+    reference          128 prompt tokens and 128 generated ones, with everything counted
 
-Each number is the median of several windows: on a machine shared with others a window may be disturbed.
+Each number is the median of several windows, since other work on the machine may disturb a window.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Effort:
     """How long to measure."""
 
     num_windows: int
-    steps: int  # of a steady window
-    num_starts: int  # sequences of a start-and-finish window
-    num_waves: int  # of sequences in the reference workload, at least 2
+    steps: int  # of a window of steady decode
+    num_starts: int  # sequences of a window of start and finish
+    num_waves: int  # waves of sequences in the reference workload, at least 2
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Cost:
-    """Microseconds of CPU time, of several windows."""
+    """CPU time in microseconds, over several windows."""
 
     median_us: float
     lowest_us: float
@@ -77,34 +77,34 @@ class Cost:
         return Cost(statistics.median(windows_us), min(windows_us))
 
     def per(self, number: int) -> Cost:
-        """The same for each of so many."""
+        """The cost of one of ``number`` units."""
         return Cost(self.median_us / number, self.lowest_us / number)
 
 
-# --- steady decode ---------------------------------------------------------------------------------
+# --- steady decode --------------------------------------------------------------------------------
 
-_PROMPT = 384
-_HEADER = 320  # of each prompt in the full mix
-_SETTLED_BATCHES = 30  # without a prompt
+_PROMPT = 384  # tokens
+_HEADER = 320  # tokens of each prompt, in the full mix
+_SETTLED_BATCHES = 30  # without prompt tokens
 _MAX_SETTLING = 600  # batches
 _ABORT_EVERY = 20  # batches, in the full mix
 
 
 @dataclass(frozen=True)
 class Steady:
-    """One row of the steady table."""
+    """One row of the table of steady decode."""
 
-    running: int  # sequences that the cache is made for
-    batch: float  # tokens that a batch really drew, mean
+    running: int  # how many sequences the cache holds
+    batch: float  # mean number of tokens that a batch drew
     us_per_token: float
     ms_per_step: float
-    lowest_us_per_token: float  # of all windows
-    steps_per_s: float  # of the wall clock
+    lowest_us_per_token: float  # over all windows
+    steps_per_s: float  # by the wall clock
 
 
 @dataclass(frozen=True)
 class _Window:
-    """Totals, or their differences."""
+    """Totals at a moment, or the difference of two readings."""
 
     cpu_s: float
     num_tokens: int
@@ -112,7 +112,7 @@ class _Window:
     wall_s: float
 
     def since(self, other: _Window) -> _Window:
-        """What came after another total."""
+        """What was added after an earlier reading."""
         return _Window(
             self.cpu_s - other.cpu_s,
             self.num_tokens - other.num_tokens,
@@ -126,7 +126,7 @@ class _Window:
 
 
 def measure_steady(setting: Setting, num_running: int) -> Steady:
-    """Decode only, with the cache full of what earlier prompts left."""
+    """Measures decoding only, while earlier prompts fill the prefix cache."""
     effort = setting.effort
     max_tokens = effort.num_windows * effort.steps + _MAX_SETTLING
     request_tokens = _PROMPT + max_tokens
@@ -135,7 +135,7 @@ def measure_steady(setting: Setting, num_running: int) -> Steady:
         kv_cache_num_tokens=NUM_HEADERS * header_tokens
         + num_running * (request_tokens - header_tokens),
         max_num_tokens_per_request=request_tokens,
-        # The cache is the limit, not this.
+        # High enough that the cache is what limits the batch.
         max_seqs_per_forward=num_running + num_running // 8,
     ) as engine:
         clients, requests = Clients(engine), Requests(setting.mix, header_tokens)
@@ -163,7 +163,7 @@ def measure_steady(setting: Setting, num_running: int) -> Steady:
 
 
 def _settled(device: DeviceStatistics, num_rows: int) -> Callable[[], bool]:
-    """Whether at least so many sequences run, and no prompt was computed for some batches."""
+    """A test whether ``num_rows`` sequences run and no prompt was computed for some batches."""
     seen, since = 0, 0
 
     def is_settled() -> bool:
@@ -189,7 +189,7 @@ def _steady_window(
 
 
 def _reading(engine: SimulatedEngine) -> _Window:
-    """The totals of this moment."""
+    """The totals at this moment."""
     return _Window(
         cpu_s=engine.manager_cpu_s(),
         num_tokens=engine.device.num_drawn,
@@ -198,18 +198,18 @@ def _reading(engine: SimulatedEngine) -> _Window:
     )
 
 
-# --- start and finish ------------------------------------------------------------------------------
+# --- start and finish -----------------------------------------------------------------------------
 
 _LONG_PROMPT = 1024
 _MAX_SAMPLES = 1024
 
 
 def measure_start_finish(setting: Setting) -> tuple[Cost, Cost]:
-    """Of a sequence that generates one token after 1,024 of a prompt.
+    """Measures a sequence that generates one token after a prompt of 1,024.
 
     Returns:
-        Of separate requests, each with a prompt of its own; of 1,024 samples of one prompt that
-        arrive as one request.
+        The cost of a sequence in separate requests, each with its own prompt, and in one request
+        for 1,024 samples of one prompt.
     """
     effort = setting.effort
     with setting.engine(
@@ -240,20 +240,20 @@ def _start_cost(setting: Setting, clients: Clients, send: Callable[[], int]) -> 
 
 
 def _start_us(clients: Clients, send: Callable[[], int]) -> float:
-    """CPU time of a sequence; ``send`` says of how many."""
+    """The CPU time of a sequence. ``send`` returns how many it has sent."""
     cpu_s, num_ended = clients.engine.manager_cpu_s(), clients.num_ended
     count = send()
     clients.run_to_end(num_ended + count)
     return (clients.engine.manager_cpu_s() - cpu_s) / count * 1e6
 
 
-# --- reference workload ----------------------------------------------------------------------------
+# --- reference workload ---------------------------------------------------------------------------
 
-_REFERENCE_TOKENS = 128  # of prompt and completion each
+_REFERENCE_TOKENS = 128  # of the prompt, and of the completion
 
 
 def measure_reference(setting: Setting, num_running: int) -> Cost:
-    """Of a generated token: requests that are all there at the beginning, until all have ended."""
+    """Measures a generated token. All requests arrive at the beginning, and all end."""
     effort = setting.effort
     num_requests, num_tokens = effort.num_waves * num_running, 2 * _REFERENCE_TOKENS
     with setting.engine(

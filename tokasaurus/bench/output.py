@@ -1,6 +1,6 @@
-"""What a benchmark prints: a table for people, and one line of JSON, the last, for programs.
+"""The output of a benchmark: a table for people, and a last line of JSON for programs.
 
-Progress goes to standard error, so standard output can be kept.
+Progress goes to standard error, so that standard output holds the results alone.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ def progress(text: str) -> None:
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns as wide as they must be: the first to the left, the others to the right."""
+    """A table whose first column is aligned to the left, and the others to the right."""
     lines = _aligned([[str(cell) for cell in row] for row in (heads, *rows)])
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """The same in Markdown."""
+    """The same table in Markdown."""
     first, *others = _aligned([[str(cell) for cell in row] for row in (heads, *rows)])
     left, *right = (len(cell) for cell in first)
     rule = ["-" * left, *("-" * (width - 1) + ":" for width in right)]
@@ -43,5 +43,5 @@ def _aligned(rows: list[list[str]]) -> list[list[str]]:
 
 
 def print_json(values: Mapping[str, Any]) -> None:
-    """The last line."""
+    """Prints the last line."""
     print(json.dumps(values), flush=True)

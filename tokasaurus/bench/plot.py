@@ -1,4 +1,7 @@
-"""Cache use over time as an SVG: one panel a trace, one line a policy. Needs no plotting library."""
+"""Cache use over time as an SVG: a panel for each trace, a line for each policy.
+
+Needs no plotting library.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +24,14 @@ _MAX_POINTS = 400
 
 @dataclass(frozen=True)
 class Panel:
-    """One pair of axes: shares of the cache against seconds."""
+    """One pair of axes: the share of the cache in use, against seconds."""
 
     title: str
     lines: Mapping[str, Sequence[Moment]]  # by name
 
 
 def check_plot(path: str) -> None:
-    """Raises ConfigError if the file cannot be written; what is to be drawn may take minutes."""
+    """Raises ConfigError if the file cannot be written, before the minutes that a plot may take."""
     try:
         Path(path).open("ab").close()
     except OSError as error:
@@ -79,7 +82,7 @@ def _axes(panel: Panel, top: int) -> list[str]:
 
 
 def _thinned(moments: Sequence[Moment], end_s: float) -> tuple[list[float], list[float]]:
-    """The highest use of each pixel or so: a peak is never left out."""
+    """The highest use in each column of pixels, so that no peak is lost."""
     times = np.array([moment.time_s for moment in moments])
     used = np.array([moment.used for moment in moments])
     columns = np.minimum((times / end_s * _MAX_POINTS).astype(int), _MAX_POINTS - 1)

@@ -1,10 +1,10 @@
-"""``toka-bench replay``: a trace in virtual time, on a device that a cost model describes.
+"""``toka-bench replay``: runs a trace in virtual time, on a device that a cost model describes.
 
     toka-bench trace kind=chat out=chat.jsonl
     toka-bench replay chat.jsonl kv_cache_num_tokens='(64 * 1024)'
     toka-bench replay chat.jsonl cost=llama-8b-h100 max_seqs_per_forward=256 plot=use.svg
 
-What a line of a trace may say stands in ``planner.trace``, the formula of a cost in ``planner.cost_model``.
+``planner.trace`` describes the lines of a trace, and ``planner.cost_model`` the formula of a cost.
 """
 
 from __future__ import annotations
@@ -30,38 +30,46 @@ __all__ = ["SCHEMA", "ReplayConfig", "ReplayFlags", "run", "summary"]
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayFlags:
-    """What a replay needs besides an engine's flags."""
+    """The flags of a replay besides those of an engine."""
 
-    trace: str = flag(group="Replay", help="The file; toka-bench trace writes one.")
+    trace: str = flag(group="Replay", help="The file of the trace; see toka-bench trace.")
     cost: str = flag(
         "llama-1b-h100",
         group="Replay",
-        help="The device: llama-1b-h100, llama-8b-h100, instant, or fixed:SECONDS a batch.",
+        help="The device's cost model: llama-1b-h100, llama-8b-h100, instant, or fixed:SECONDS"
+        " for each batch.",
     )
     manager_ms: float | None = flag(
         0.0,
         group="Replay",
         minimum=0,
-        help="How long a step of the manager takes.",
+        help="How long a turn of the manager takes.",
         adapts="as long as it takes here, which differs from run to run",
     )
     server_ms: float = flag(
-        0.0, group="Replay", minimum=0, help="From an update to the server's acknowledgement."
+        0.0,
+        group="Replay",
+        minimum=0,
+        help="How long the server takes to acknowledge an update.",
     )
     plot: str = flag(
-        "", group="Replay", may_be_empty=True, help="An SVG of cache use over time to write."
+        "",
+        group="Replay",
+        may_be_empty=True,
+        help="The file of an SVG that draws cache use over time.",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayConfig(EngineConfig, ReplayFlags):
-    """A replay, and the engine it runs on; the model's flags mean nothing here."""
+    """A replay, and the engine that it runs on. The flags of the model have no effect."""
 
 
 SCHEMA = Schema(
     target=ReplayConfig,
     program="toka-bench replay",
-    summary="Run a trace in virtual time: the real manager, a simulated device. Takes the engine's flags too.",
+    summary="Run a trace in virtual time: the real manager, a simulated device.\n\n"
+    "Takes the engine's flags, too.",
     examples=(
         "toka-bench replay chat.jsonl",
         "toka-bench replay chat.jsonl cost=llama-8b-h100 kv_cache_num_tokens='(64 * 1024)'",
@@ -70,7 +78,7 @@ SCHEMA = Schema(
 
 
 def run(config: ReplayConfig) -> None:
-    """Replays and prints."""
+    """Replays and prints the results."""
     timing = Timing(
         cost=cost_model(config.cost),
         manager_s=None if config.manager_ms is None else config.manager_ms / 1e3,
@@ -88,7 +96,7 @@ def run(config: ReplayConfig) -> None:
 
 
 def summary(report: Report) -> dict[str, Any]:
-    """A report without its timeline, rounded to what is worth reading."""
+    """A report without its timeline, rounded to six digits."""
     values = {
         item.name: getattr(report, item.name)
         for item in dataclasses.fields(report)

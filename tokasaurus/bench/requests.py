@@ -21,10 +21,11 @@ class Requests:
     """Makes requests with random prompts.
 
     Args:
-        mix: "easy", or "full": of four requests one has stop strings, one wants the logprobs of its
-            tokens, one also those of the five most likely ones.
-        header_tokens: with which each prompt begins: one of NUM_HEADERS headers, by turns.
-        seed: of the prompts.
+        mix: "easy" or "full". In the full mix, one of four requests has stop strings, one asks for
+            the logprobs of its tokens, and one for those of the five most likely tokens as well.
+        header_tokens: the length of the header of each prompt. There are NUM_HEADERS headers, which
+            take turns.
+        seed: the seed of the prompts.
     """
 
     def __init__(self, mix: str = "easy", header_tokens: int = 0, seed: int = 0) -> None:
@@ -52,7 +53,7 @@ class Requests:
     def series(
         self, first_id: int, count: int, prompt_tokens: int, max_tokens: int
     ) -> Iterator[GenerateRequest]:
-        """So many of them, with ids one after the other."""
+        """Yields ``count`` requests with consecutive ids."""
         return (
             self.make(request_id, prompt_tokens, max_tokens)
             for request_id in range(first_id, first_id + count)

@@ -1,4 +1,4 @@
-"""``toka-bench trace``: writes one of the workloads to a file, for ``replay`` and for reading.
+"""``toka-bench trace``: writes a workload to a file that ``replay`` runs.
 
     toka-bench trace kind=chat out=chat.jsonl
 
@@ -22,15 +22,18 @@ __all__ = ["SCHEMA", "TraceConfig", "run"]
 
 @dataclass(frozen=True, kw_only=True)
 class TraceConfig:
-    """Which workload, and where to."""
+    """The workload, and its file."""
 
     kind: str = flag(
         choices=tuple(WORKLOADS),
-        help="sampling: 1,024 samples of each of a few problems. chat: log-normal lengths, a common system prompt. reasoning: lengths with a long tail.",
+        help="sampling: 1,024 samples of each of a few problems. chat: log-normal lengths, a common"
+        " system prompt. reasoning: lengths with a long tail.",
     )
-    out: str = flag(help="The file: a line of JSON for each request.")
-    seed: int = flag(0, minimum=0, help="Of everything that is left to chance.")
-    size: float = flag(1.0, help="How many requests, or samples, as a multiple of the usual.")
+    out: str = flag(help="The file to write: a line of JSON for each request.")
+    seed: int = flag(0, minimum=0, help="The seed of all random numbers.")
+    size: float = flag(
+        1.0, help="The number of requests, or samples, as a multiple of the usual number."
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -46,7 +49,7 @@ SCHEMA = Schema(
 
 
 def run(config: TraceConfig) -> None:
-    """Writes, and says what."""
+    """Writes the trace and prints what it holds."""
     trace = WORKLOADS[config.kind](config.seed, config.size)
     try:
         with Path(config.out).open("wb") as file:

@@ -1,7 +1,7 @@
-"""The bundled demo model: where its files lie. Everything that makes them is in the sibling modules.
+"""The place of the bundled demo model. The sibling modules make its files.
 
-Importing this package imports nothing heavy; ``corpus``, ``tokenizer``, ``train`` and ``evaluate``
-need the training dependencies and are only run by hand.
+Importing this package imports nothing heavy. ``corpus``, ``tokenizer``, ``train`` and ``evaluate``
+are run by hand.
 """
 
 from pathlib import Path

@@ -2,8 +2,8 @@
 
     python -m tokasaurus.demo.evaluate --model DIR --json scores.json
 
-Owns the evaluation items and how each is judged. Generation is transformers' own, in single
-precision, so that the scores are those of the weights and of no engine.
+Owns the evaluation items and how each is judged. transformers generates in single precision, so
+that the scores are those of the weights alone.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import string
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -37,7 +38,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt (a conversation, or plain text) and the judge of its completion."""
+    """A prompt, which is a conversation or plain text, and the judge of its completion."""
 
     prompt: tuple[Message, ...] | str
     is_right: Callable[[str], bool]
@@ -97,7 +98,7 @@ class Generator:
     def complete(
         self, prompts: Sequence[list[int]], max_tokens: int, temperature: float = 0.0
     ) -> list[str]:
-        """Replies in the order of the prompts, cut at the end-of-turn token."""
+        """The replies in the order of the prompts, cut at the end-of-turn token."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         replies = [""] * len(prompts)
         for start in range(0, len(order), BATCH):
@@ -129,30 +130,43 @@ class Generator:
 # --- the families ------------------------------------------------------------------------------
 
 
+def _unseen_words(rng: Random, count: int) -> list[str]:
+    return [invent_word(rng, held_out=True) for _ in range(count)]
+
+
+def _pattern(rng: Random, unit: list[str], most_periods: int) -> tuple[str, str]:
+    """A pattern that is cut anywhere after its second period, and its continuation."""
+    size = len(unit)
+    return copying.pattern_question(unit, rng.randint(2 * size, most_periods * size))
+
+
 def echo_invented(rng: Random) -> list[Case]:
-    words = [invent_word(rng, held_out=True) for _ in range(128)]
+    words = _unseen_words(rng, 128)
     return [ask(copying.say_prompt(rng, word), says(word)) for word in words]
 
 
 def echo_real(rng: Random) -> list[Case]:
-    return [ask(f"{start} the word {word}{end}", says(word)) for word in sorted(HELD_OUT_WORDS) for start in ("Reply with", "reply with", "Please say") for end in ("", ".")]  # fmt: skip
+    return [
+        ask(f"{start} the word {word}{end}", says(word))
+        for word in sorted(HELD_OUT_WORDS)
+        for start in ("Reply with", "reply with", "Please say")
+        for end in ("", ".")
+    ]
 
 
 def pattern_chat(rng: Random) -> list[Case]:
     cases = []
     for _ in range(96):
-        unit = [invent_word(rng, held_out=True) for _ in range(rng.randint(2, 5))]
-        given, answer = copying.pattern_question(unit, rng.randint(2 * len(unit), 4 * len(unit)))
+        given, answer = _pattern(rng, _unseen_words(rng, rng.randint(2, 5)), 4)
         cases.append(ask(f"Continue the pattern: {given}", begins(answer)))
     return cases
 
 
 def pattern_letters(rng: Random) -> list[Case]:
-    """Raw text, not chat: a few letters again and again, cut anywhere."""
+    """A few letters repeated as plain text, not chat."""
     cases = []
     for _ in range(96):
-        unit = rng.sample("ABCDEFGHIJKLMNOPQRSTUVWXYZ", rng.randint(2, 6))
-        given, answer = copying.pattern_question(unit, rng.randint(2 * len(unit), 6 * len(unit)))
+        given, answer = _pattern(rng, rng.sample(string.ascii_uppercase, rng.randint(2, 6)), 6)
         cases.append(Case(given, begins(answer)))
     return cases
 
@@ -160,8 +174,7 @@ def pattern_letters(rng: Random) -> list[Case]:
 def pattern_text(rng: Random) -> list[Case]:
     cases = []
     for _ in range(96):
-        unit = [invent_word(rng, held_out=True) for _ in range(rng.randint(3, 8))]
-        given, answer = copying.pattern_question(unit, rng.randint(2 * len(unit), 4 * len(unit)))
+        given, answer = _pattern(rng, _unseen_words(rng, rng.randint(3, 8)), 4)
         cases.append(Case(given, begins(answer)))
     return cases
 
@@ -213,7 +226,7 @@ def arithmetic_cases(rng: Random) -> list[Case]:
 
 
 def long_passage(num_tokens: int) -> Callable[[Random], list[Case]]:
-    """A fact told at the beginning of a conversation about other things, asked for at its end.
+    """Asks for a fact from the beginning of a conversation that is about other things.
 
     ``num_tokens`` is about how long the prompt is.
     """
@@ -238,10 +251,10 @@ def long_passage(num_tokens: int) -> Callable[[Random], list[Case]]:
 
 
 def long_pattern(rng: Random) -> list[Case]:
-    """A unit of four invented words, repeated for about 1,800 tokens."""
+    """Repeats four invented words for about 1,800 tokens."""
     cases = []
     for _ in range(16):
-        unit = [invent_word(rng, held_out=True) for _ in range(4)]
+        unit = _unseen_words(rng, 4)
         shown = 1_800 // 14 * 4 + rng.randrange(4)
         given, answer = copying.pattern_question(unit, shown)
         cases.append(Case(given, begins(answer)))
@@ -278,7 +291,7 @@ LONG_FAMILIES = (
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """The unbiased estimate of Chen et al., 2021: at least one of k samples is right."""
+    """The unbiased estimate that one of k samples or more is right (Chen et al., 2021)."""
     if num_samples - num_right < k:
         return 1.0
     return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
@@ -327,7 +340,7 @@ def score_arithmetic_kinds(generator: Generator, seed: int) -> list[Score]:
 
 
 def evaluate(generator: Generator, seed: int, *, quick: bool) -> list[Score]:
-    """All scores; ``quick`` leaves out sampling and long prompts."""
+    """All scores. ``quick`` leaves out sampling and long prompts."""
     scores = []
     for family in FAMILIES + (() if quick else LONG_FAMILIES):
         cases = family.cases(Random(f"{seed} {family.name}"))
@@ -341,13 +354,10 @@ def evaluate(generator: Generator, seed: int, *, quick: bool) -> list[Score]:
 
 def table(scores: Sequence[Score]) -> str:
     lines = ["| family | right | cases |", "|---|---|---|"]
-    return "\n".join(
-        lines
-        + [
-            f"| {s.family}{f' ({s.note})' if s.note else ''} | {s.right:.1%} | {s.num_cases} |"
-            for s in scores
-        ]
-    )
+    for score in scores:
+        note = f" ({score.note})" if score.note else ""
+        lines.append(f"| {score.family}{note} | {score.right:.1%} | {score.num_cases} |")
+    return "\n".join(lines)
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""The Muon optimizer (Jordan et al., 2024): momentum whose update is made orthogonal.
+"""The Muon optimizer (Jordan et al., 2024): momentum with an orthogonalised update.
 
-For the matrices inside the layers only; embeddings and norms belong to AdamW. Written here, rather
-than taken from torch.optim, because matrices of one shape are orthogonalised together and in single
-precision, which on a CPU without bfloat16 takes well under half the time.
+It is for the matrices inside the layers only; AdamW trains embeddings and norms. Unlike the one of
+torch.optim, it orthogonalises all matrices of a shape together and in single precision, which takes
+well under half the time on a CPU without bfloat16.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ _ITERATIONS = 5
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """Brings the singular values of each of ``[n, rows, columns]`` near one, by Newton-Schulz steps."""
+    """Brings the singular values of matrices near one, by Newton-Schulz steps.
+
+    Args:
+        matrices: ``[n, rows, columns]``.
+    """
     a, b, c = _COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
@@ -58,7 +62,7 @@ class Muon(torch.optim.Optimizer):
                     parameter.add_(update, alpha=-scale)
 
     def _momentum(self, parameter: torch.nn.Parameter, momentum: float) -> Tensor:
-        """Nesterov's: the gradient as it will be one step further along."""
+        """Nesterov momentum: the gradient, extrapolated by one step."""
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         buffer = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
         buffer.lerp_(gradient, 1 - momentum)

@@ -1,4 +1,4 @@
-"""Turns documents into blocks of token ids with a loss weight for each token."""
+"""Packs documents into blocks of token ids, with a loss weight for each token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tokasaurus.demo.corpus.document import Chat, Document
 from tokasaurus.demo.tokenizer import BOS, END, PAD, ROLES, render
 
 PROMPT_WEIGHT = 0.1
-"""Loss weight of what users say: little, since their words and numbers are mostly drawn at random."""
+"""The loss weight of users' words. It is low, since most of them are drawn at random."""
 
 _POOL = 256
 
@@ -27,7 +27,7 @@ class Encoded:
 
 
 class Packer:
-    """Fills blocks of ``length`` tokens with whole documents, the largest that still fits first.
+    """Fills blocks of ``length`` tokens with whole documents: always the largest that still fits.
 
     ::
 
@@ -62,7 +62,7 @@ class Packer:
         ]
 
     def weigh(self, document: Document, ids: list[int]) -> list[float]:
-        """What predicting each token counts for: the assistant's words and plain text in full."""
+        """The loss weight of each token: 1 for the assistant's words and for plain text."""
         if not isinstance(document, Chat):
             return [0.0 if token == self._bos else 1.0 for token in ids]
         weights, answering = [], False
@@ -85,7 +85,7 @@ class Packer:
             yield self._fill(pool)
 
     def _fill(self, pool: list[Encoded]) -> Encoded:
-        """Takes documents out of ``pool``: first one from its middle, then the largest that fit."""
+        """Takes documents out of ``pool``: one from its middle, then the largest that fit."""
         ids: list[int] = []
         weights: list[float] = []
         index: int | None = len(pool) // 2
@@ -99,6 +99,6 @@ class Packer:
 
 
 def _last_that_fits(pool: list[Encoded], room: int) -> int | None:
-    """Index in ``pool``, which is sorted by length."""
+    """The index of the largest document that fits, in a pool that is sorted by length."""
     index = bisect_right(pool, room, key=lambda item: len(item.ids)) - 1
     return index if index >= 0 else None

@@ -1,13 +1,14 @@
-"""The demo model's tokenizer: byte-level BPE whose word pieces do not depend on a space before them.
+"""The demo model's tokenizer: byte-level BPE that splits a word alike with and without a space.
 
-In the usual byte-level BPE `` toka`` and ``toka`` may split into entirely different pieces, which
-makes saying a word back (``Say toka`` -> ``toka``) a spelling exercise. Here all merges inside words
+In ordinary byte-level BPE, `` toka`` and ``toka`` may split into entirely different pieces. To say
+a word back (``Say toka`` -> ``toka``), a model would have to spell it. Here all merges inside words
 rank before any merge with a space, so the two differ in their first token only::
 
     " tokasaur"  ->  Ġ  tok  asa  ur         " the"  ->  Ġthe
      "tokasaur"  ->     tok  asa  ur          "the"  ->   the
 
-Frequent pieces get a merged form with a leading space; a rare first piece pays one token for its space.
+A frequent piece has a form that is merged with a leading space. Before a rare piece, the space
+takes a token of its own.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ SPECIAL_TOKENS = (BOS, EOS, END, PAD, *(f"<|{role}|>" for role in ROLES))
 
 VOCAB_SIZE = 2048
 NUM_SPACED = 560
-"""How many of the vocabulary's tokens are a piece merged with the space before it."""
+"""How many tokens of the vocabulary are a piece that is merged with the space before it."""
 
 MAX_LENGTH = 2048
 
@@ -55,13 +56,14 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
-# One digit a token, with the space before it if any; words and punctuation with theirs; then white space.
+# Each digit is a token. Digits, words and punctuation include one space before them. The rest is
+# white space.
 _SPLIT = r"'(?:s|t|re|ve|m|ll|d)| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _SPACE = "Ġ"
 
 
 def render(document: Document) -> str:
-    """The text of a document with its special tokens, exactly as the chat template writes it."""
+    """The text of a document with special tokens, exactly as the chat template writes it."""
     if isinstance(document, Chat):
         return BOS + "".join(f"<|{m.role}|>{m.content.strip()}{END}" for m in document.messages)
     return BOS + document.text + (EOS if document.ends else "")
@@ -83,7 +85,7 @@ def _content(document: Document) -> Iterable[str]:
 
 
 def _count_words(seed: int, num_documents: int) -> tuple[Counter[str], Counter[str]]:
-    """Pre-tokens of the corpus without their leading space, and those that had one."""
+    """Counts the pre-tokens of the corpus without their leading space, and those that had one."""
     split = _pre_tokenizer()
     words: Counter[str] = Counter()
     spaced: Counter[str] = Counter()
@@ -100,7 +102,11 @@ def _count_words(seed: int, num_documents: int) -> tuple[Counter[str], Counter[s
 def _train_inside_words(
     words: Counter[str], vocab_size: int
 ) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Ordinary BPE over words that carry no space. Returns its vocabulary and its merges in rank order."""
+    """Trains ordinary BPE on words without spaces.
+
+    Returns:
+        Its vocabulary, and its merges in rank order.
+    """
     tokenizer = Tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -117,7 +123,7 @@ def _train_inside_words(
 def _first_pieces(
     vocab: dict[str, int], merges: list[tuple[str, str]], spaced: Counter[str]
 ) -> Counter[str]:
-    """How often each token begins a word that follows a space."""
+    """Counts how often each token begins a word that follows a space."""
     model = models.BPE(vocab=vocab, merges=merges)
     firsts: Counter[str] = Counter()
     for word, count in spaced.items():
@@ -139,7 +145,7 @@ def build(seed: int = 0, num_documents: int = 60_000) -> PreTrainedTokenizerFast
 
 
 def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    """Adds everything around the merges: splitting, decoding, special tokens, one BOS in front."""
+    """Adds splitting, decoding, special tokens, and a BOS in front of every text."""
     tokenizer.pre_tokenizer = _pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(
@@ -164,7 +170,7 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 def save(tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Writes tokenizer.json, and tokenizer_config.json with the chat template inside it.
 
-    The class name is the one that every release of transformers can load.
+    It names the class that every release of transformers can load.
     """
     tokenizer.save_pretrained(out, save_jinja_files=False)
     path = out / "tokenizer_config.json"
@@ -184,7 +190,7 @@ def main() -> None:
         required=True,
         help="folder for tokenizer.json and tokenizer_config.json",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the corpus it is trained on")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the training corpus")
     arguments = parser.parse_args()
     save(build(arguments.seed), arguments.out)
 

@@ -1,12 +1,11 @@
-"""Makes the demo model from nothing: corpus, tokenizer, weights. Two cores, about an hour and a half.
+"""Makes the demo model from nothing: corpus, tokenizer, weights. Takes 90 minutes on two cores.
 
     python -m tokasaurus.demo.train --out DIR
 
-Owns the recipe (architecture, phases, learning rate). Knows nothing of how good the result is: see
-``demo.evaluate``.
+Owns the recipe: architecture, phases and learning rates. ``demo.evaluate`` scores the result.
 
-The run is a list of phases, each with its data and learning rate; ``--tokens`` shortens or lengthens
-all of them alike. A run can be interrupted at any time and gone on with (``--resume``).
+A run is a list of phases, each with its data and learning rate. ``--tokens`` scales the length of
+all phases. A run can be interrupted at any time, and continued with ``--resume``.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from tokasaurus.demo.packing import Packer
 
 @dataclass(frozen=True)
 class Phase:
-    """Part of the run: its data, and the learning rate as a share of the peak, from start to end."""
+    """A part of the run: its data, and its learning rate as shares of the peak."""
 
     tokens: int
     length: int
@@ -42,8 +41,9 @@ class Phase:
     rate_to: float
 
 
-# Short blocks first, which are several times as fast; then long ones, so that all 2,048 positions
-# are trained. The last four phases are a second course: how to work a sum, and more of what was learned most slowly.
+# Short blocks come first, since they are several times as fast; then long ones, so that all 2,048
+# positions are trained. The last four phases are a second course: how to work out a sum, and more
+# of what the model learned most slowly.
 PHASES = (
     Phase(500_000, 256, 16, COPYING_FIRST, 0.0, 1.0),
     Phase(11_000_000, 256, 16, COPYING_FIRST, 1.0, 1.0),
@@ -57,10 +57,10 @@ PHASES = (
 NUM_TOKENS = sum(phase.tokens for phase in PHASES)
 
 MUON_RATE, ADAM_RATE = 0.02, 3e-3
-"""Peak learning rates."""
+"""The peak learning rates."""
 
 STEPS_PER_CHUNK = 100
-"""The data of each chunk has its own seed, so a resumed run sees what an uninterrupted one would."""
+"""Each chunk of data has its own seed, so a resumed run sees the data of an uninterrupted one."""
 
 
 def architecture(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
@@ -82,7 +82,7 @@ def architecture(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
 
 
 def phase_at(seen_tokens: float) -> tuple[Phase, float]:
-    """The phase that comes after ``seen_tokens``, and the share of it that lies behind."""
+    """The phase at ``seen_tokens``, and the share of it that is done."""
     for phase in PHASES:
         if seen_tokens < phase.tokens:
             return phase, seen_tokens / phase.tokens
@@ -91,20 +91,26 @@ def phase_at(seen_tokens: float) -> tuple[Phase, float]:
 
 
 def rate_factor(seen_tokens: float) -> float:
-    """Share of the peak learning rate."""
+    """The learning rate as a share of the peak."""
     phase, done = phase_at(seen_tokens)
     return phase.rate_from + (phase.rate_to - phase.rate_from) * done
 
 
 def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Weighted mean of next-token cross entropy. ``ids`` and ``weights`` are ``[batch, length]``."""
+    """The weighted mean of the cross entropies of next tokens.
+
+    Args:
+        model: the model.
+        ids: ``[batch, length]``.
+        weights: ``[batch, length]``, the loss weight of each token.
+    """
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     losses = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
 
 
 def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for the embedding and the norms."""
+    """Muon for the matrices inside the layers, and AdamW for the embedding and the norms."""
     inner = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     outer = [p for name, p in model.named_parameters() if p.dim() < 2 or "embed" in name]
     return [
@@ -114,7 +120,7 @@ def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 class Run:
-    """A training run: model, optimizer, and how far it is. Saved and restored as one file."""
+    """A training run: model, optimizers and progress, which are saved to one file."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, num_tokens: int, seed: int) -> None:
         torch.manual_seed(seed)
@@ -133,7 +139,7 @@ class Run:
         return self.seen_tokens / self.num_tokens
 
     def chunk(self) -> float:
-        """Trains on the next chunk of data; returns its mean loss."""
+        """Trains on the next chunk of data, and returns its mean loss."""
         phase, done = phase_at(self.seen_tokens / self.scale)
         packer = Packer(self.tokenizer, phase.length, phase.mixture)
         batches = packer.batches(seed=self.seed * 1_000_000 + self.num_chunks, size=phase.batch)
@@ -179,7 +185,7 @@ class Run:
         self.seen_tokens, self.num_chunks = state["seen_tokens"], state["num_chunks"]
 
     def export(self, out: Path) -> None:
-        """Writes the model as it ships: half-precision weights, configuration, tokenizer."""
+        """Writes the files that ship: half-precision weights, configuration and tokenizer."""
         half = LlamaForCausalLM(self.model.config)
         half.load_state_dict(self.model.state_dict())
         half.to(torch.float16)
@@ -199,16 +205,17 @@ class Run:
 
 def report(run: Run, loss: float, tokens: int, seconds: float) -> None:
     speed = tokens / seconds
+    rate = rate_factor(run.seen_tokens / run.scale)
     left = (run.num_tokens - run.seen_tokens) / speed / 60
     print(
         f"{run.seen_tokens / 1e6:7.2f}M tokens  {run.progress:6.1%}  loss {loss:.4f}  "
-        f"rate {rate_factor(run.seen_tokens / run.scale):.2f}  {speed:,.0f} tokens/s  {left:.0f} min left",
+        f"rate {rate:.2f}  {speed:,.0f} tokens/s  {left:.0f} min left",
         flush=True,
     )
 
 
 def train(run: Run, checkpoint: Path) -> None:
-    """Runs to the end, saving after every chunk."""
+    """Runs to the end, and saves after every chunk."""
     while run.seen_tokens < run.num_tokens:
         before, started = run.seen_tokens, time.monotonic()
         loss = run.chunk()
@@ -224,7 +231,7 @@ def main(argv: Iterable[str] | None = None) -> None:
     parser.add_argument(
         "--checkpoint", type=Path, help="file for the state of the run (default: OUT.checkpoint)"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint")
     parser.add_argument(
         "--tokens",
         type=int,
@@ -239,10 +246,8 @@ def main(argv: Iterable[str] | None = None) -> None:
     checkpoint = arguments.checkpoint or arguments.out.with_suffix(".checkpoint")
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     run = Run(tokenization.build(arguments.seed), arguments.tokens, arguments.seed)
-    print(
-        f"{sum(p.numel() for p in run.model.parameters()):,} parameters, {arguments.tokens:,} tokens",
-        flush=True,
-    )
+    num_parameters = sum(p.numel() for p in run.model.parameters())
+    print(f"{num_parameters:,} parameters, {arguments.tokens:,} tokens", flush=True)
     if arguments.resume:
         run.load_checkpoint(checkpoint)
     train(run, checkpoint)

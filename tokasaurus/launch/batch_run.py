@@ -211,7 +211,7 @@ class _Front(TextProcess):
     async def run(self) -> Batch:
         """Returns when the batch is finished, or may not go on."""
         self.watch()
-        turning = asyncio.create_task(self.turn())
+        turning = asyncio.create_task(self.run_ring())
         working = asyncio.create_task(self._work())
         stopped = asyncio.create_task(self._stopped.wait())
         tasks = {turning, working, stopped}

@@ -1,12 +1,12 @@
-"""Connections that say nothing, or hardly anything, end: uvicorn alone would hold them for ever.
+"""Ends connections that send nothing, or hardly anything; uvicorn alone would keep them.
 
 ::
 
-    connected, or first byte of a request ──▶ its head is there      within request_read_timeout_s
-    head is there ──▶ body is there                                  in each such time, some of it
-    answered ──▶ first byte of the next request                      uvicorn's timeout_keep_alive
+    connected, or first byte of a request ──▶ whole head        within request_read_timeout_s
+    whole head ──▶ whole body                                   some of it in each such time
+    answered ──▶ first byte of the next request                 uvicorn's timeout_keep_alive
 
-While the server itself does not read, since it has enough of a body or of requests for now, no time passes.
+No time passes while the server does not read, because it has enough of a body or of requests.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from tokasaurus.server.http.request_ids import REQUEST_ID_HEADER, new_request_id
 
 __all__ = ["connections"]
 
-_MIN_BYTES = 1024  # of a body, without which it does not come on
+_MIN_BYTES = 1024  # of a body in each timeout
 _MAX_HEAD_BYTES = 1 << 16
 
 
 class _Awaits(Enum):
-    HEAD = auto()  # the rest of one, or one at all
+    HEAD = auto()  # a head, or the rest of one
     BODY = auto()
     NOTHING = auto()
 
 
 class _Connection(HttpToolsProtocol):
-    """One connection. It looks at itself once in a while, since a timer for each request would cost more."""
+    """One connection. It checks itself now and then: a timer for each request would cost more."""
 
     read_timeout_s: float
 
@@ -43,8 +43,8 @@ class _Connection(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._awaits = _Awaits.HEAD
         self._since = self.loop.time()
-        self._num_bytes = 0  # since then, or of the whole head
-        self._turned = False  # to something else, since the last data came
+        self._num_bytes = 0  # since then; of a head, all bytes
+        self._turned = False  # it awaits something else since the last data came
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -60,7 +60,7 @@ class _Connection(HttpToolsProtocol):
         super().data_received(data)
         if self._awaits is _Awaits.NOTHING and self._is_idle:  # bytes between two requests
             self._await(_Awaits.HEAD)
-        # Who knows how much of it belongs to what has just begun.
+        # It is unknown how much of the data belongs to what has just begun.
         self._num_bytes += 1 if self._turned else len(data)
         if self._awaits is _Awaits.HEAD and self._num_bytes > _MAX_HEAD_BYTES:
             self._refuse(HeadTooLarge(f"the head of a request may have {_MAX_HEAD_BYTES} bytes"))
@@ -110,14 +110,14 @@ class _Connection(HttpToolsProtocol):
 
     @property
     def _goes_on(self) -> bool:
-        """Whether it is not the client's fault, or none, that what is awaited is not there yet."""
+        """Whether the client may take longer: it is not at fault, or it sends enough."""
         if self._awaits is _Awaits.HEAD:
-            return not self._is_idle  # it is behind the request that is being answered
+            return not self._is_idle  # the head waits for the answer to the request before it
         waits = self.flow.read_paused or self.cycle.waiting_for_100_continue
         return waits or self._num_bytes >= _MIN_BYTES
 
     def _refuse(self, error: TokasaurusError) -> None:
-        """Closes the connection, with an answer if something was asked and nothing was answered yet."""
+        """Closes the connection, with an answer if a request has begun and its answer has not."""
         self._end_timer()
         if self.transport.is_closing():
             return
@@ -133,7 +133,7 @@ class _Connection(HttpToolsProtocol):
 
 
 def connections(read_timeout_s: float) -> type[asyncio.Protocol]:
-    """What uvicorn makes connections of.
+    """The class that uvicorn makes connections of.
 
     Args:
         read_timeout_s: ``request_read_timeout_s``.

@@ -1,4 +1,4 @@
-"""The server's process: uvicorn, the door to the manager's messages, and the lifeline, on one event loop."""
+"""The server's process: uvicorn, the manager's messages and the lifeline, on one event loop."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _FLUSH_S = 2  # seconds for answers and errors to reach their clients before con
 
 
 class _HTTPServer(uvicorn.Server):
-    """uvicorn, but signals are the supervisor's business."""
+    """uvicorn without its signal handlers: the supervisor handles signals."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -44,7 +44,7 @@ def serve(assignment: Assignment, lifeline: Lifeline) -> None:
     """Serves until the lifeline says stop, says that another process died, or ends."""
     # Each connection is a file, and the usual limit is a thousand of them.
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # macOS allows fewer than it says
+    with contextlib.suppress(ValueError, OSError):  # macOS names a limit that it refuses
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     asyncio.run(_Serving(assignment, lifeline).run())
 
@@ -53,7 +53,8 @@ class _Serving(TextProcess):
     def __init__(self, assignment: Assignment, lifeline: Lifeline) -> None:
         super().__init__(assignment, lifeline)
         assert assignment.listener_fd is not None
-        # From its number, it knows that it is TCP; else asyncio would not set TCP_NODELAY on its connections.
+        # Made from the descriptor alone, the socket knows that it is TCP; otherwise asyncio would
+        # not set TCP_NODELAY on its connections.
         self._listener = socket.socket(fileno=os.dup(assignment.listener_fd))
         self._batches = batch_runner(self.config, self.state)
         self._http = http_server(self.config, self.state, self._batches)
@@ -61,9 +62,9 @@ class _Serving(TextProcess):
 
     async def run(self) -> None:
         self.watch()
-        # Listening from the first moment: while the model loads, clients get a 503 and not a refusal.
+        # It listens from the start, so that clients get a 503 while the model loads, not a refusal.
         http = asyncio.create_task(self._http.serve(sockets=[self._listener]))
-        work = asyncio.create_task(self.turn())
+        work = asyncio.create_task(self.run_ring())
         ended, _ = await asyncio.wait({http, work}, return_when=asyncio.FIRST_COMPLETED)
         work.cancel()
         if self._reports is not None:
@@ -103,14 +104,14 @@ class _Serving(TextProcess):
 def http_server(
     config: ServerConfig, state: EngineState, batches: BatchRunner | None = None
 ) -> uvicorn.Server:
-    """The web server of an engine, as its process runs it."""
+    """The web server of an engine."""
     logging.getLogger("uvicorn").setLevel(config.uvicorn_log_level.upper())
     return _HTTPServer(
         uvicorn.Config(
             RequestIds(create_app(config, state, batches)),
             http=connections(config.request_read_timeout_s),
             ws="none",
-            log_config=None,  # through our own handler
+            log_config=None,  # logs go through the engine's own handler
             log_level=config.uvicorn_log_level,
             access_log=config.uvicorn_log_level in ("trace", "debug", "info"),
             timeout_graceful_shutdown=_FLUSH_S,

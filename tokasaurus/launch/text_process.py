@@ -1,4 +1,4 @@
-"""The process of the text core, whatever it is for: its place in the ring of messages, and its lifeline."""
+"""The process of the text core, for HTTP or for batches: its ring of messages, and its lifeline."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["TextProcess"]
 
 
 class TextProcess:
-    """Loads the tokenizer, joins the ring when the others are ready, and passes on what the lifeline says.
+    """Loads the tokenizer, joins the ring when all are ready, and follows the lifeline.
 
     Args:
         assignment: of the server's role.
@@ -33,32 +33,32 @@ class TextProcess:
         self._to_manager = Sender(directory, "manager", TO_MANAGER)
         self._others_ready = asyncio.Event()
 
-    # --- what it is for ----------------------------------------------------------------------------
+    # --- for subclasses ---------------------------------------------------------------------------
 
     async def on_ready(self, generations: Generations) -> None:
         """Requests may come from now on."""
         raise NotImplementedError
 
     def on_dead(self, reason: str) -> None:
-        """The engine is gone; what was in flight has got its error already."""
+        """The engine is gone; everything in flight has had its error."""
         raise NotImplementedError
 
     def on_stop(self) -> None:
-        """It is to end."""
+        """The process must end."""
         raise NotImplementedError
 
-    # --- the ring ----------------------------------------------------------------------------------
+    # --- the ring ---------------------------------------------------------------------------------
 
     def watch(self) -> None:
-        """Listens to the lifeline from now on."""
+        """Begins to listen to the lifeline."""
         asyncio.get_running_loop().add_reader(self.lifeline.fileno(), self._on_lifeline)
 
     def unwatch(self) -> None:
-        """Ends ``watch``."""
+        """Stops listening to the lifeline."""
         asyncio.get_running_loop().remove_reader(self.lifeline.fileno())
 
-    async def turn(self) -> None:
-        """Carries messages of the manager until it is cancelled."""
+    async def run_ring(self) -> None:
+        """Takes the manager's messages until it is cancelled."""
         config = self.config
         tokenizer = await asyncio.to_thread(Tokenizer.load, config)
         preparer = Preparer(config, tokenizer)
@@ -73,7 +73,7 @@ class TextProcess:
 
     def _on_lifeline(self) -> None:
         notes = self.lifeline.receive()
-        if notes is None:  # the supervisor is gone, and with it everybody else
+        if notes is None:  # the supervisor is gone, and with it every other process
             self.unwatch()
             self._die("its supervisor ended")
             return

@@ -128,7 +128,7 @@ def forward_batch(
 
 
 def draws(chunks: Rows[Chunk]) -> Draws:
-    """The draws from those chunks that end their prompts: for the prompt's slot, then for its forks."""
+    """The draws from chunks that end their prompts: one for the prompt's slot, then its forks'."""
     ends = [index for index, chunk in enumerate(chunks) if chunk.ends_prompt]
     if not ends:
         return Draws(NO_SLOTS, NO_SLOTS)

@@ -17,12 +17,12 @@ def find_holding_slots(
 ) -> IndexArray:
     """The slot of each named sequence that holds for acknowledgements.
 
-    Names are hashed to one integer each, and looked up among the sorted hashes of all holding slots. A hit is
-    compared with the name itself.
+    Names are hashed to one integer each, and looked up among the sorted hashes of all holding
+    slots. A hit is compared with the name itself.
 
     Returns:
-        [names] slots; -1 where the sequence is not in a slot, does not hold for acknowledgements, or is
-        hidden by another name with the same hash.
+        [names] slots; -1 where the sequence is not in a slot, does not hold for acknowledgements,
+        or is hidden by another name with the same hash.
     """
     holding = slots.holding.nonzero()[0]
     if not holding.size:

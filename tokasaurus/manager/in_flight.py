@@ -1,7 +1,7 @@
 """Batches that were sent to the worker, until their results come back.
 
-Knows which slots may leave after which batch, so that a slot is reused only after the last batch that has a
-row for it. Does not know why they leave.
+Knows which slots may leave after which batch, so that a slot is reused only after the last batch
+that has a row for it. Does not know why they leave.
 """
 
 from __future__ import annotations

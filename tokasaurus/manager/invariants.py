@@ -109,7 +109,7 @@ def _check_prefix_is_shared(running: RunningSequences, sequence: Sequence) -> No
     _require(count >= slots.published[sequence.slot], f"{sequence.name} lost a published page")
     found = pages.cache.lookup(ids, count)
     _require(
-        np.array_equal(found, table[:count]), f"{sequence.name} holds cached pages of other ids"
+        np.array_equal(found, table[:count]), f"{sequence.name} holds cached pages with other ids"
     )
 
 
@@ -226,23 +226,23 @@ def _check_backlog(running: RunningSequences, backlog: Backlog) -> None:
         leader = request.leader
         _require(
             not following or (leader is not None and leader.sample_index in request.sequences),
-            "followers wait for nobody",
+            "followers have no leader that lives",
         )
     num_following = sum(len(request.followers) for request in backlog.requests.values())
     _require(num_following == states[SequenceState.FOLLOWING], "a follower has no leader to come")
     in_progress = running.in_progress
-    _require(not in_progress.woken, "those woken were not let go on")
+    _require(not in_progress.woken, "sequences that were woken still wait")
     claiming = set(in_progress.sequences())
     _require(
         claiming <= {*running.prefilling, *waiting},
-        "a prompt in progress is nobody's task any more",
+        "a sequence claims a page and does not feed its prompt",
     )
     waits_for_pages = set(in_progress.waiting())
     for sequence in living:
         if sequence.state is SequenceState.PARKED:
             _require(
                 sequence in waits_for_pages or not sequence.may_sample(running.stop_lag),
-                f"{sequence.name} is parked for nothing",
+                f"{sequence.name} is parked without a reason",
             )
 
 

@@ -1,14 +1,15 @@
 """How many batches to keep in flight: as few as keep the device busy.
 
-When a sequence stops, every batch in flight beyond the one that runs has computed a token in vain. With too
-few batches in flight, the device waits for the manager::
+When a sequence stops, every batch in flight beyond the one that runs has computed a token in vain.
+With too few batches in flight, the device waits for the manager::
 
     device    [ batch 7 ][ batch 8 ][ batch 9 ]
-                         │ result 7            the manager absorbs it, plans batch 9 and sends it: that must
-    manager              └▶[ turn ]─▶ batch 9   take less than the batches that are queued behind 7
+                         │ result 7             the manager absorbs it, plans batch 9 and sends it:
+    manager              └▶[ turn ]─▶ batch 9   that must take less than the batches behind 7
 
-So the batches that are queued must last for a turn of the manager and for the way through the channels. The
-longest recent turn and the shortest recent batch count, since a turn that takes long comes again.
+So the batches that are queued must last for a turn of the manager and for the way through the
+channels. The longest recent turn and the shortest recent batch count, since a turn that takes long
+comes again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """The manager: events in, actions out.
 
-``take_turn`` takes what happened (requests, aborts, acknowledgements, results of batches), brings the state up
-to date, and plans batches until enough are in flight. Uses no clock, socket, thread or randomness: the same
-events lead to the same actions, so simulations drive the same object that serves.
+``take_turn`` takes what happened (requests, aborts, acknowledgements, results of batches), brings
+the state up to date, and plans batches until enough are in flight. Uses no clock, socket, thread or
+randomness: the same events lead to the same actions, so simulations drive the same object that
+serves.
 """
 
 from __future__ import annotations
@@ -102,8 +103,8 @@ class Manager:
 
         Args:
             events: in the order they came.
-            now: seconds on any clock that does not run backwards; it is measured with, and no decision
-                depends on it.
+            now: seconds on any clock that does not run backwards; it is measured with, and no
+                decision depends on it.
 
         Raises:
             ProtocolError: a result is not that of the oldest batch in flight.
@@ -123,8 +124,8 @@ class Manager:
     def turn_took(self, seconds: float) -> None:
         """Takes the time of a turn: from when events came until everything that followed was sent.
 
-        Where this is never called, ``scheduling_steps_ahead`` batches are in flight. Otherwise there are no
-        more than the device needs to stay busy.
+        Where this is never called, ``scheduling_steps_ahead`` batches are in flight. Otherwise
+        there are no more than the device needs to stay busy.
         """
         if self._config.adapt_steps_ahead:
             self._look_ahead.turn_took(seconds)
@@ -194,7 +195,7 @@ class Manager:
         else:
             raise ProtocolError(f"the manager takes no {type(event).__name__}")
 
-    # --- from the server ---------------------------------------------------------------------------
+    # --- from the server -------------------------------------------------------------------------
 
     def _accept(self, request: GenerateRequest, now: float) -> None:
         refusal = self._refusal(request)
@@ -257,7 +258,7 @@ class Manager:
             else:
                 self._backlog.acknowledged(sequence, int(event.num_tokens[row]))
 
-    # --- from the worker ---------------------------------------------------------------------------
+    # --- from the worker -------------------------------------------------------------------------
 
     def _absorb(self, result: ForwardResult) -> None:
         flight = self._running.in_flight.land(result)
@@ -324,7 +325,7 @@ class Manager:
             if sequence.state is not SequenceState.ENDED:
                 self._outbox.add(PooledState(sequence.request.message.request_id, state))
 
-    # --- ends --------------------------------------------------------------------------------------
+    # --- ends ------------------------------------------------------------------------------------
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         """Ends a sequence, as all ends do; its pages and its slot follow at the end of the turn."""

@@ -29,7 +29,7 @@ class Outbox:
         self._messages.append(message)
 
     def add_final(self, sequence: Sequence, reason: FinishReason) -> None:
-        """Adds the last row of a sequence that has ended: all its tokens that were not delivered before.
+        """Adds the last row of a sequence that has ended, with all its undelivered tokens.
 
         The sequence must keep its slot, if it has one, until the messages are collected.
         """

@@ -1,10 +1,10 @@
 """The running sequences: how one enters a slot, how one leaves it.
 
-The one place that joins slot table, token window, pages, backlog and batches in flight, so that finishing,
-preempting and aborting are the same few moves. Decides nothing.
+The one place that joins slot table, token window, pages, backlog and batches in flight, so that
+finishing, preempting and aborting are the same few moves. Decides nothing.
 
-    enter ──▶ running ──▶ retire: pages back, planned no more ──▶ depart: slot free, if preempted requeue
-                          (finished, aborted or preempted)        (its last batch was absorbed)
+    enter ──▶ running ──▶ retire: pages back, not planned ──▶ depart: slot free, if preempted queued
+                          (finished, aborted or preempted)    (its last batch was absorbed)
 
 All moves take many sequences at once: Python runs per sequence only where its objects are needed.
 """
@@ -84,26 +84,29 @@ class RunningSequences:
         )
 
     def unshared(self, slots: IndexArray) -> tuple[Int64Array, Int64Array]:
-        """[slots] the pages that no other sequence holds, and the positions in these that batches fill."""
+        """[slots] pages that no other sequence holds, and the positions that are fed in them."""
         page_size = self.slots.page_size
         num_shared = self.prefixes.num_shared_pages(slots).astype(np.int64)
         num_pages = self.slots.capacity[slots] // page_size - num_shared
         return num_pages, self.slots.length[slots] - num_shared * page_size
 
     def may_feed(self, sequence: Sequence, num_cached_pages: int) -> bool:
-        """Whether no sequence before this one is about to compute the page that its prompt needs next."""
+        """Whether no sequence before this one is computing the page that its prompt needs next."""
         if sequence.whole_prompt_due:  # it computes every page in any case
             return True
         return self.in_progress.enter(sequence, num_cached_pages)
 
     def wake(self) -> None:
-        """Lets sequences go on that waited for pages that can be found now, or will not be computed."""
+        """Lets sequences go on that waited for pages that others have computed or given up."""
         for sequence in self.in_progress.woken:
             self._backlog.wake(sequence)
         self.in_progress.woken.clear()
 
     def enter(self, starts: Rows[SlotStart], now: float) -> None:
-        """Lets sequences run: a slot each, all pages of its prompt. The cached ones are retained already."""
+        """Lets sequences run: each gets a slot and all pages of its prompt.
+
+        The cached pages are retained already.
+        """
         sequences = [start.sequence for start in starts]
         cached_pages = [start.cached_pages for start in starts]
         lengths = [len(pages) * self.pages.page_size for pages in cached_pages]
@@ -119,9 +122,10 @@ class RunningSequences:
     def fork(
         self, leader: Sequence, followers: Rows[Sequence], now: float
     ) -> tuple[IndexArray, Int32Array]:
-        """Lets samples run from the end of the prompt that their leader feeds in the batch being planned.
+        """Lets samples run from the end of the prompt that their leader feeds in the planned batch.
 
-        They share its full pages. If the last page is not full, each gets a copy of it after the pass.
+        They share its full pages. If the last page is not full, each gets a copy of it after the
+        pass.
 
         Returns:
             Their slots, and [2, copies]: the pages to copy from and to.
@@ -174,9 +178,9 @@ class RunningSequences:
     def publish(self, prompts: Rows[tuple[Sequence, IndexArray]]) -> None:
         """Makes the full pages of prompts findable, as far as batches that fill them were sent.
 
-        Pages that turn out to be duplicates are given back; the slot's table names the cached ones from the
-        next batch on. That is safe: the slot never writes to a full page again, and its batches in flight
-        run before any batch of a sequence that gets the duplicates.
+        Pages that turn out to be duplicates are given back; the slot's table names the cached ones
+        from the next batch on. That is safe: the slot never writes to a full page again, and its
+        batches in flight run before any batch of a sequence that gets the duplicates.
 
         Args:
             prompts: sequences, and the slots of the forks that share all these pages with each.
@@ -233,17 +237,18 @@ class RunningSequences:
         for sequence in sequences:
             sequence.state = SequenceState.PREEMPTED
             # Otherwise all its tokens are in flight, and it only ends.
-            if self.slots.length[sequence.slot] < self.slots.final_length[sequence.slot]:
-                self._counters.num_preemptions += 1
+            slot = sequence.slot
+            sequence.resumes = bool(self.slots.length[slot] < self.slots.final_length[slot])
+            self._counters.num_preemptions += sequence.resumes
         self.preempted += sequences
         self.depart(self.retire(sequences))
 
     def retire(self, sequences: Rows[Sequence]) -> list[int]:
-        """Gives back the pages of sequences that run no longer; full pages of known ids stay cached.
+        """Gives back the pages of sequences that do not run any more; known full pages stay cached.
 
         Returns:
-            The slots without a row in any batch in flight: they may depart. The others depart with the result
-            of their last batch.
+            The slots without a row in any batch in flight: they may depart. The others depart with
+            the result of their last batch.
         """
         slots, page_size = self.slots, self.slots.page_size
         rows = np.array([sequence.slot for sequence in sequences], np.intp)
@@ -278,7 +283,7 @@ class RunningSequences:
         return departing
 
     def depart(self, slots: Rows[int]) -> None:
-        """Frees slots whose last batches were absorbed, and whose tokens are in messages to the server."""
+        """Frees slots after their last batches, when their tokens are in messages to the server."""
         if not slots:
             return
         owners = [self.slots.sequence(slot) for slot in slots]

@@ -1,26 +1,31 @@
-"""Plans batches: which sequences decode, which prompts get chunks, which enter, which must give way.
+"""Plans batches: which sequences decode, feed their prompts, enter, or give way.
 
-Each question has one method that answers with a value. ``plan`` carries the answer out before it asks the
-next question, so nothing is ever undone. Only a claim on a page of a prompt is made together with an offer,
-because it decides about the sequences behind it in the queue. Knows nothing of results or of the server.
+Each question has one method that answers with a value. ``plan`` carries the answer out before it
+asks the next question, so nothing is ever undone. Only a claim on a page of a prompt is made
+together with an offer, because it decides about the sequences behind it in the queue. Knows nothing
+of results or of the server.
 
 The order of a plan:
 
-1. Where the head of the queue outranks running sequences, these are preempted until the head finds a seat and
-   pages, if only less important sequences are in its way.
-2. Every running sequence that may decode does. Where they need more pages than are available, others are
-   preempted until the pages suffice: of the least important priority, the one that costs the least to compute
-   again. The oldest is never preempted while it needs its pages: in the end it could have every page there
-   is, and no request is accepted that needs more. So the oldest always advances, and every sequence is the
-   oldest at some time.
-3. What is left of ``max_tokens_per_forward`` goes to prompts, in order, in chunks. Where a prompt ends, the
-   other samples of its request may fork from its last row: that takes no tokens of the budget.
-4. What is left then admits sequences from the queue, strictly in order, as far as there is room now and as
-   the forecast finds room for all that they will need (``admission``). There are two exceptions:
+1. Where the head of the queue outranks running sequences, these are preempted until the head finds
+   a seat and pages, if only less important sequences are in its way.
+2. Every running sequence that may decode does. Where they need more pages than are available,
+   others are preempted until the pages suffice: of the least important priority, the one that costs
+   the least to compute again. The oldest is never preempted while it needs its pages: in the end it
+   could have every page there is, and no request is accepted that needs more. So the oldest always
+   advances, and every sequence is the oldest at some time.
+3. What is left of ``max_tokens_per_forward`` goes to prompts, in order, in chunks. Where a prompt
+   ends, the other samples of its request may fork from its last row: that takes no tokens of the
+   budget.
+4. What is left then admits sequences from the queue, strictly in order, as far as there is room now
+   and as the forecast finds room for all that they will need (``admission``). There are three
+   exceptions:
 
    - Where no sequence holds a page, the head is admitted whatever it needs.
-   - A sequence that would compute a page that another prompt is computing steps aside until that page can be
-     found.
+   - A sequence that would compute a page that another prompt is computing steps aside until that
+     page can be found.
+   - A sequence that was preempted and waits for its last results counts as being in the queue
+     already: the sequences behind it cannot have the pages that it gave up.
 """
 
 from __future__ import annotations
@@ -93,7 +98,7 @@ class _Headroom:
         return self.num_tokens <= 0 or self.num_sequences <= 0
 
     def take(self, num_tokens: int, num_pages: int, num_sequences: int) -> None:
-        """This is used, by all these sequences together."""
+        """Counts what these sequences use, all together."""
         self.num_tokens -= num_tokens
         self.num_pages -= num_pages
         self.num_sequences -= num_sequences
@@ -119,9 +124,6 @@ class _Offers(NamedTuple):
 
     offers: list[_Offer]  # in the order in which they may run
     waiting: list[Sequence]  # for pages that another prompt is computing
-
-
-_NO_OFFERS = _Offers([], [])
 
 
 class Scheduler:
@@ -186,15 +188,15 @@ class Scheduler:
         return batch
 
     def preempt(self, slots: IndexArray) -> None:
-        """Takes the pages of the sequences in these slots; they go on later, before all that follow them."""
+        """Takes the pages of the sequences in these slots; they keep their place in the order."""
         if slots.size:
             self._admission.release(slots)
             self._running.preempt([self._slots.sequence(slot) for slot in slots.tolist()])
 
-    # --- giving way --------------------------------------------------------------------------------
+    # --- giving way ------------------------------------------------------------------------------
 
     def _wanted_by_head(self) -> _Wanted | None:
-        """What the front of the queue needs; None if it outranks no running sequence, or does not fit."""
+        """What the front of the queue needs; None if it outranks none or cannot fit."""
         head = self._backlog.head()
         if head is None:
             return None
@@ -226,7 +228,7 @@ class Scheduler:
         return candidates
 
     def _in_the_way_of(self, wanted: _Wanted) -> IndexArray:
-        """The slots that are preempted next for the front of the queue; none where it finds what it needs."""
+        """The slots to preempt next for the front of the queue; none if it finds what it needs."""
         slots = self._slots
         num_active = int(np.count_nonzero(slots.length < slots.final_length))
         num_missing = wanted.num_pages - self._pages.num_available
@@ -261,8 +263,8 @@ class Scheduler:
         orders = slots.order[rows]
         # Pages that other sequences hold too are neither freed nor computed again.
         num_freed, cost = self._running.unshared(rows)
-        # One sequence, if its pages suffice: that with the least work. Otherwise as few as possible. Of
-        # equals the newest.
+        # One sequence, if its pages suffice: that with the least work. Otherwise as few as
+        # possible. Of equals the newest.
         suffices = num_freed >= num_pages
         if suffices.any():
             ranked = np.lexsort((-orders, cost, ~suffices))[:1]
@@ -275,7 +277,7 @@ class Scheduler:
         return victims
 
     def _victims_without_need(self, number: int) -> IndexArray:
-        """For tests: a slot now and then, another one each time; never the oldest, which must advance."""
+        """For tests: another slot now and then; never the oldest, which must advance."""
         count, rest = divmod(number, FORCED_PREEMPTION_INTERVAL)
         if rest != FORCED_PREEMPTION_INTERVAL - 1:
             return NO_SLOTS
@@ -284,7 +286,7 @@ class Scheduler:
         younger: IndexArray = running[order[running] > order[running].min(initial=_NO_ORDER)]
         return younger[[count % younger.size]] if younger.size else younger
 
-    # --- decode ------------------------------------------------------------------------------------
+    # --- decode ----------------------------------------------------------------------------------
 
     def _plan_decode(self) -> _DecodePlan:
         slots = self._slots
@@ -305,7 +307,7 @@ class Scheduler:
         np.copyto(slots.last_batch, number, where=decode.is_decoding)
         return decode.is_decoding.nonzero()[0]
 
-    # --- prompts -----------------------------------------------------------------------------------
+    # --- prompts ---------------------------------------------------------------------------------
 
     def _refresh_forecast(self, num_decoding: int) -> None:
         if self._admission.refresh_is_due:
@@ -319,7 +321,7 @@ class Scheduler:
         return budget if pace is None or num_decoding == 0 else min(budget, pace)
 
     def _queue_front(self) -> list[Candidate]:
-        """The candidates that are likely to run soon, as if nothing of their prompts were cached."""
+        """The candidates that are likely to run soon, as if none of their pages were cached."""
         front: list[Candidate] = []
         num_sequences = 0
         for sequence in self._backlog.in_order():
@@ -345,15 +347,15 @@ class Scheduler:
             budget -= end - start
         return chunks
 
-    # --- admission ---------------------------------------------------------------------------------
+    # --- admission -------------------------------------------------------------------------------
 
     def _plan_offers(self, chunks: list[Chunk], budget: int, is_decoding: BoolArray) -> _Offers:
         """Candidates for which there is room now: forks of these prompts, then the queue."""
         if not (chunks or len(self._backlog)):
-            return _NO_OFFERS
+            return _Offers([], [])
         head = self._backlog.head()
         if not (self._is_empty or self._admission.may_ask(head)):
-            return _NO_OFFERS
+            return _Offers([], [])
         headroom = self._headroom(budget, is_decoding)
         # These will be back in the queue in a few turns.
         resuming = (s.order for s in self._running.preempted if s.resumes)
@@ -365,7 +367,8 @@ class Scheduler:
 
     def _headroom(self, budget: int, is_decoding: BoolArray) -> _Headroom:
         slots = self._slots
-        # A slot whose tokens are all planned enters no further batch: it does not count after this one.
+        # A slot whose tokens are all planned enters no further batch: it does not count after this
+        # one.
         num_active = int(np.count_nonzero(is_decoding | (slots.length < slots.final_length)))
         return _Headroom(
             num_sequences=min(self._max_running - num_active, slots.num_free),
@@ -387,7 +390,7 @@ class Scheduler:
         return offers
 
     def _queue_offers(self, headroom: _Headroom, first_order: int) -> _Offers:
-        """The first of the queue, up to the first that does not fit or comes after ``first_order``."""
+        """The first of the queue, as long as they fit and do not come after ``first_order``."""
         offers: list[_Offer] = []
         waiting: list[Sequence] = []
         for sequence in self._backlog.in_order():
@@ -470,7 +473,7 @@ class Scheduler:
         """No sequence holds a page."""
         return self._pages.num_held == 0
 
-    # --- the batch ---------------------------------------------------------------------------------
+    # --- the batch -------------------------------------------------------------------------------
 
     def _commit(
         self,
@@ -536,7 +539,8 @@ class Scheduler:
         slots.length[fed] = [chunk.end for chunk in chunks]
         slots.last_batch[fed] = number
         slots.last_batch[drawing] = number
-        # Only now: a page that this frees must not be given out in the batch that still writes to it.
+        # Only now: a page that this frees must not be given out in the batch that still writes to
+        # it.
         running.publish([(chunk.sequence, chunk.forks) for chunk in chunks])
         if drawing.size:
             ended = [(chunk.sequence, chunk.forks) for chunk in chunks if chunk.ends_prompt]

@@ -1,7 +1,7 @@
 """Requests and their sequences, as far as they need objects: identity, prompt, stored tokens.
 
-The numbers of a running sequence that change with every batch are in the slot table instead. Knows nothing
-of pages.
+The numbers of a running sequence that change with every batch are in the slot table instead. Knows
+nothing of pages.
 """
 
 from __future__ import annotations
@@ -115,12 +115,12 @@ class Sequence:
 
     @property
     def generated_ids(self) -> Int32Array:
-        """The tokens that it generated before this run: ``prompt_ids`` without the request's prompt."""
+        """Its tokens from before this run: ``prompt_ids`` without the prompt of the request."""
         return self.prompt_ids[len(self.request.message.prompt_ids) :]
 
     @property
     def final_length(self) -> int:
-        """Positions of KV when all its tokens are generated; that of the last one is never written."""
+        """Positions of KV when all its tokens are generated; the last one needs none."""
         message = self.request.message
         return len(message.prompt_ids) + message.max_tokens - 1
 

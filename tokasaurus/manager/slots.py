@@ -1,8 +1,8 @@
 """The slot table: every running sequence as one row of numpy arrays.
 
-Owns the rows, and knows which sequence has which. An update of all rows is a few operations on whole
-columns. A row that is free, or that must not be planned, drops out because its columns compare unequal, so
-no list of rows is kept.
+Owns the rows, and knows which sequence has which. An update of all rows is a few operations on
+whole columns. A row that is free, or that must not be planned, drops out because its columns
+compare unequal, so no list of rows is kept.
 
 Positions of one row, with a prompt of 6 tokens and max_tokens 5 (pages of 4)::
 
@@ -15,8 +15,9 @@ Positions of one row, with a prompt of 6 tokens and max_tokens 5 (pages of 4)::
     capacity = 12                                  pages held: 3
     final_length = 10                              prompt_length + max_tokens - 1
 
-A row decodes while ``length < decode_limit``. That limit is the final length, or less where the server must
-acknowledge tokens first. It is 0 while the prompt is being fed, and where there is nothing to plan.
+A row decodes while ``length < decode_limit``. That limit is the final length, or less where the
+server must acknowledge tokens first. It is 0 while the prompt is being fed, and where there is
+nothing to plan.
 """
 
 from __future__ import annotations
@@ -190,7 +191,7 @@ class SlotTable:
         self._free.extend(slots)
 
     def update_decode_limits(self, rows: IndexArray, stop_lag: int) -> None:
-        """Sets how far these running slots decode, after a prompt was fed or tokens were acknowledged."""
+        """Sets how far these running slots decode, after a prompt or an acknowledgement."""
         final_length = self.final_length[rows]
         acked_length = self.prompt_length[rows] + self.acked[rows] + (stop_lag - 1)
         limit = np.where(self.holding[rows], np.minimum(final_length, acked_length), final_length)

@@ -1,9 +1,9 @@
 """The last generated tokens of every slot: where a batch's results land, all rows at once.
 
-Each slot has a ring. Token t of a sequence, counted from its first generated one, is in column t % columns.
-Whenever a ring is full, its content moves to the sequence as one array. So memory follows the number of
-tokens that were really generated, rows stay close together however long sequences grow, and moving costs a
-few microseconds per sequence every ``columns`` tokens. With 8 columns::
+Each slot has a ring. Token t of a sequence, counted from its first generated one, is in column t %
+columns. Whenever a ring is full, its content moves to the sequence as one array. So memory follows
+the number of tokens that were really generated, rows stay close together however long sequences
+grow, and moving costs a few microseconds per sequence every ``columns`` tokens. With 8 columns::
 
     sequence.stored            window row          t:  0..15 stored, 16..18 in the ring,
     [t0 .. t7] [t8 .. t15]     t16 t17 t18 . . .   19 is next
@@ -32,7 +32,8 @@ class TokenWindow:
 
     Args:
         slots: the table; its ``known`` counts the tokens of each slot.
-        max_undelivered: tokens of one slot that one turn may bring; a ring holds at least this number.
+        max_undelivered: tokens of one slot that one turn may bring; a ring holds at least this
+            number.
     """
 
     def __init__(self, slots: SlotTable, max_undelivered: int) -> None:
@@ -40,13 +41,14 @@ class TokenWindow:
         self._columns = 1 << (max(MIN_COLUMNS, max_undelivered) - 1).bit_length()
         size = slots.num_slots * self._columns
         self._ids: Int32Array = np.zeros(size, np.int32)
-        # Allocated when the first sequence asks for logprobs, and widened when one asks for more top ones.
+        # Allocated when the first sequence asks for logprobs, and widened when one asks for more
+        # top ones.
         self._logprobs: Float32Array = np.zeros(0, np.float32)
         self._top_ids: Int32Array = np.zeros((0, 0), np.int32)
         self._top_logprobs: Float32Array = np.zeros((0, 0), np.float32)
 
     def prepare(self, num_logprobs: int) -> None:
-        """Makes room for a sequence that asks for this number of top logprobs; -1 for no logprobs."""
+        """Makes room for a sequence that asks for top logprobs; -1 if it asks for none at all."""
         if num_logprobs < 0:
             return
         size = len(self._ids)
@@ -89,7 +91,7 @@ class TokenWindow:
         self._store(np.array(slots, np.intp))
 
     def unstored_ids(self, rows: IndexArray) -> tuple[Int32Array, Int32Array]:
-        """The ids that only the rings of these slots have: row after row, and how many of each row."""
+        """The ids that are not stored yet, row after row; and how many each row has."""
         first = self._slots.stored[rows]
         counts = self._slots.known[rows] - first
         return self._ids[self._cells(rows, first, counts)[1]], counts
@@ -97,8 +99,8 @@ class TokenWindow:
     def tokens(self, rows: IndexArray, first: Int32Array) -> GeneratedTokens:
         """The known tokens of these slots, from ``first`` of each on, row after row as one piece.
 
-        Only rows that asked for logprobs have them. Top logprobs are flat: as many of each token as its row
-        asked for.
+        Only rows that asked for logprobs have them. Top logprobs are flat: as many of each token as
+        its row asked for.
         """
         slots = self._slots
         owners, cells = self._cells(rows, first, slots.known[rows] - first)
@@ -118,7 +120,7 @@ class TokenWindow:
     def _cells(
         self, rows: IndexArray, first: Int32Array, counts: Int32Array
     ) -> tuple[IndexArray, IndexArray]:
-        """The slot and the place of each of these tokens: ``counts`` of each row, from ``first`` on."""
+        """The slot and the place of each token: ``counts`` of each row, from ``first`` on."""
         owners = np.repeat(rows, counts)
         skipped = np.repeat(np.cumsum(counts) - counts - first, counts)
         positions = np.arange(len(owners)) - skipped

@@ -1,14 +1,15 @@
 """The backlog: requests that live, and their sequences that do not run.
 
-Owns the request table, the queue, and the followers. One sample of a request is in the queue, the *leader*.
-Its *followers* fork from it when it has fed the prompt that they share. These also wait outside the queue:
+Owns the request table, the queue, and the followers. One sample of a request is in the queue, the
+*leader*. Its *followers* fork from it when it has fed the prompt that they share. These also wait
+outside the queue:
 
 - a preempted sequence, until the server acknowledges enough of its tokens;
 - a sequence that needs pages that the prompt of another request is computing.
 
-The queue is in order of priority, and of arrival within one. Preempted sequences arrived before every
-sequence of their priority that was never admitted, so they come first without a rule of their own. Knows
-nothing of slots and pages.
+The queue is in order of priority, and of arrival within one. Preempted sequences arrived before
+every sequence of their priority that was never admitted, so they come first without a rule of their
+own. Knows nothing of slots and pages.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ class Backlog:
         return [leader.request.followers.popitem()[1] for _ in range(count)]
 
     def prompt_is_fed(self, leader: Sequence) -> None:
-        """Makes the next follower a leader: it will feed what is not in the prefix cache once more."""
+        """Makes the next follower a leader, which feeds the rest that is not in the cache again."""
         if leader.request.leader is leader:
             self._next_leads(leader.request)
 

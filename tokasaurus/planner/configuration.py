@@ -1,4 +1,4 @@
-"""Engine flags without a model: what a manager is configured with when the device is simulated."""
+"""The configuration of an engine whose device is simulated, from the flags alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["simulated_slices"]
 _FACTS = ModelFacts(
     path="",
     vocab_size=VOCAB_SIZE,
-    max_position_embeddings=1 << 30,  # requests are limited by the KV cache alone
+    max_position_embeddings=1 << 30,  # only the KV cache limits requests
     kv_elements_per_token=1,
     eos_token_ids=(STOP_ID,),
 )
@@ -25,10 +25,10 @@ def simulated_slices(config: EngineConfig, facts: ModelFacts = _FACTS) -> Engine
 
     Args:
         config: the flags.
-        facts: of the model that it pretends to run.
+        facts: the facts of the model that the device pretends to run.
 
     Raises:
-        ConfigError: flags that contradict one another.
+        ConfigError: the flags contradict one another.
     """
     config = dataclasses.replace(config, device="cpu")
     return resolve(config, facts, cuda_available=False, memory_bytes=None)

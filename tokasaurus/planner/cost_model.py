@@ -1,4 +1,4 @@
-"""How long a batch takes on a device that is not there.
+"""How long a batch takes on a device, by a formula.
 
 ::
 
@@ -8,8 +8,8 @@
             + context_tokens * kv_bytes_per_token / bytes_per_s attention reads each context once
             + draws * draw_s                                    head and sampling of a drawn token
 
-The products inside attention are left out, and so are prefixes that rows share: on long prompts the
-model is optimistic, on shared prefixes pessimistic.
+The products inside attention are left out, which is optimistic for long prompts. A prefix that rows
+share is counted for each of them, which is pessimistic.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ class CostModel:
 
     weight_bytes: float  # read by every batch that has tokens
     flops_per_token: float
-    kv_bytes_per_token: float  # keys and values of one position, all layers
+    kv_bytes_per_token: float  # keys and values of one position in all layers
     bytes_per_s: float
     flops_per_s: float
-    overhead_s: float  # of every batch
-    draw_s: float = 0.0  # of every drawn token
+    overhead_s: float  # for every batch
+    draw_s: float = 0.0  # for every drawn token
 
     def batch_s(self, num_tokens: int, num_context_tokens: int, num_draws: int) -> float:
-        """Seconds of one batch.
+        """The seconds that a batch takes.
 
         Args:
-            num_tokens: rows of the forward pass, decode rows and prompt tokens.
-            num_context_tokens: positions that attention reads: the length of each sequence in the
-                batch, its own new tokens included, summed.
-            num_draws: rows that draw a token.
+            num_tokens: the rows of the forward pass: decode rows and prompt tokens.
+            num_context_tokens: the positions that attention reads: the sum of the lengths of all
+                sequences in the batch, including their new tokens.
+            num_draws: the rows that draw a token.
         """
-        if num_tokens == 0:  # differences only
+        if num_tokens == 0:  # such a batch only changes slots and page tables
             return self.overhead_s
         products_s = num_tokens * self.flops_per_token / self.flops_per_s
         attention_s = num_context_tokens * self.kv_bytes_per_token / self.bytes_per_s
@@ -62,7 +62,7 @@ class CostModel:
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a device sustains, not what its data sheet promises."""
+    """What a device sustains, which is less than its data sheet promises."""
 
     bytes_per_s: float
     flops_per_s: float  # bf16 products
@@ -70,7 +70,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Public numbers of a decoder, in bf16."""
+    """The published sizes of a decoder in bf16."""
 
     num_layers: int
     num_layer_parameters: float  # of all layers together
@@ -80,12 +80,12 @@ class ModelShape:
 
 
 _BYTES = 2  # of a bf16 number
-_LAYER_OVERHEAD_S = 20e-6  # estimate: about ten launches of 2 microseconds, as in a CUDA graph
-_SAMPLING_PASSES = 4  # estimate: how often fp32 logits go through memory until a token is drawn
+_LAYER_OVERHEAD_S = 20e-6  # an estimate: about ten launches of 2 microseconds, as in a CUDA graph
+_SAMPLING_PASSES = 4  # an estimate: passes over fp32 logits in memory until a token is drawn
 
 
 def estimate(shape: ModelShape, gpu: Gpu) -> CostModel:
-    """A cost model by arithmetic alone; expect it to be off by tens of percent."""
+    """A cost model by arithmetic alone. Expect it to be off by tens of percent."""
     head_s = 2 * shape.num_head_parameters / gpu.flops_per_s
     logits_s = _SAMPLING_PASSES * 4 * shape.vocab_size / gpu.bytes_per_s
     return CostModel(
@@ -106,9 +106,9 @@ def fixed(step_s: float) -> CostModel:
 
 INSTANT = fixed(0.0)
 
-# Data sheet of the H100 SXM: 3.35 TB/s, 989 TFLOP/s dense bf16. The H200 has the same processor and
-# 4.8 TB/s, and one was measured at 4.3 TB/s and 790 TFLOP/s; the same shares are assumed here, and of
-# the products a quarter less for shapes that are not ideal. An estimate.
+# An estimate. The data sheet of the H100 SXM promises 3.35 TB/s and 989 TFLOP/s of dense bf16. The
+# H200 has the same processor with 4.8 TB/s; one was measured at 4.3 TB/s and 790 TFLOP/s. The same
+# shares are assumed here, less a quarter of the products for shapes that are not ideal.
 _H100 = Gpu(bytes_per_s=3.0e12, flops_per_s=590e12)
 
 # From the published configurations of Llama-3.2-1B (16 layers, hidden 2048, 8 KV heads of 64, tied
@@ -127,7 +127,7 @@ def cost_model(name: str) -> CostModel:
     """A preset by name, or ``fixed:SECONDS``.
 
     Raises:
-        ConfigError: there is no such preset, or the seconds are no such number.
+        ConfigError: there is no such preset, or the seconds are not a number of at least 0.
     """
     if name in PRESETS:
         return PRESETS[name]

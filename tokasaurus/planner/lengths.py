@@ -1,7 +1,7 @@
-"""How long completions get: known to the device side only, so that the manager has to predict it.
+"""How long completions get. Only the device knows, so that the manager has to predict it.
 
-A length counts generated tokens, the stop token included. It is a function of the sequence's seed and
-sample index, of nothing else, so it is the same in any batch and after any preemption.
+A length counts generated tokens, including the stop token. It depends only on the seed and the
+sample index of a sequence, so it is the same in any batch and after any preemption.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ def mix(values: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.ui
 
 
 class CompletionLengths(Protocol):
-    """Decides lengths."""
+    """Decides how long completions get."""
 
     def lengths(self, seeds: Int64Array, sample_indices: Int32Array) -> Int64Array:
-        """The lengths of sequences, [rows] each; at least 1."""
+        """The lengths of sequences: [rows], at least 1 each."""
         ...
 
 
 class DrawnLengths:
-    """Each sequence takes one of the given lengths, all equally likely.
+    """Draws the length of each sequence from a list, in which all are equally likely.
 
     Args:
         choices: [choices], at least 1 each.
@@ -55,7 +55,7 @@ class DrawnLengths:
 
 
 class ListedLengths:
-    """Sample i of the request with seed s gets ``lists[s][i]``.
+    """Looks lengths up: sample i of the request with seed s gets ``lists[s][i]``.
 
     Args:
         lists: at least 1 each.

@@ -1,15 +1,15 @@
-"""A trace in virtual time: the real manager, a simulated device, and an event queue instead of a clock.
+"""Runs a trace in virtual time: the real manager, a simulated device, and a queue of events.
 
-Three servers work side by side, each on one thing at a time: the manager takes ``manager_s`` for a turn,
-the device what its cost model says for a batch, and the server ``server_s`` until it has looked for stop
-strings in what it got::
+Three servers work at the same time, each on one thing. The manager takes ``manager_s`` for a turn,
+the device takes the time of its cost model for a batch, and the server takes ``server_s`` to search
+an update for stop strings::
 
     arrivals ─▶ manager ─batches─▶ device
                  ▲   ▲ └─updates─▶ server ─acknowledgements, stops─┐
                  │   └───results───┘                               │
                  └─────────────────────────────────────────────────┘
 
-The same trace, configuration and costs give the same run, unless manager_s is measured.
+The same trace, configuration and costs give the same run, unless ``manager_s`` is measured.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class Timing:
     """How long everything takes, in seconds."""
 
     cost: CostModel
-    manager_s: float | None = 0.0  # of a turn; None: as long as the turn really takes here
+    manager_s: float | None = 0.0  # for a turn; None for the time that it takes on this machine
     server_s: float = 0.0  # from an update to its acknowledgement
 
 
 class _Event(NamedTuple):
     time: float
-    order: int  # of events at the same time: as they were made
+    order: int  # counts events, so that those of the same time keep their order
     message: FromServer | ForwardResult
 
 
@@ -64,8 +64,8 @@ def replay(trace: Sequence[TraceRequest], config: ManagerConfig, timing: Timing)
     """Runs a trace to its end.
 
     Raises:
-        ProtocolError: a sequence got more or fewer tokens than the trace says, or never ended: a
-            defect of the manager.
+        ProtocolError: a sequence got more or fewer tokens than the trace says, or never ended. This
+            is a defect of the manager.
         ConfigError: the manager refuses a request of the trace.
     """
     run = Replay(trace, config, timing)
@@ -75,7 +75,7 @@ def replay(trace: Sequence[TraceRequest], config: ManagerConfig, timing: Timing)
 
 
 class Replay:
-    """One run. :func:`replay` is the usual way to make one."""
+    """One run, turn by turn. :func:`replay` runs a whole trace."""
 
     def __init__(
         self, trace: Sequence[TraceRequest], config: ManagerConfig, timing: Timing
@@ -92,7 +92,7 @@ class Replay:
             self._post(request.arrival_s, generate_request(request, number))
 
     def advance(self) -> bool:
-        """One turn of the manager; False once nothing is left to happen."""
+        """Runs one turn of the manager. Returns False if no event is left."""
         if not self._events:
             return False
         now = max(self._events[0].time, self._manager_free_at)
@@ -112,13 +112,13 @@ class Replay:
         return True
 
     def report(self) -> Report:
-        """What happened, once :meth:`advance` has returned False.
+        """The outcome, once :meth:`advance` has returned False.
 
         Raises:
-            ProtocolError: something has not ended.
+            ProtocolError: a sequence has not ended.
         """
         if not self._manager.idle:
-            raise ProtocolError("nothing is left to happen, and the manager still has sequences")
+            raise ProtocolError("no event is left, but the manager still has sequences")
         return self._tally.report(self._manager.counters, self._manager.gauges().num_pages)
 
     def _post(self, at: float, message: FromServer | ForwardResult) -> None:
@@ -139,10 +139,10 @@ class Replay:
         elif isinstance(message, RequestRejected):
             self._tally.refuse(message)
         elif isinstance(message, PromptLogprobs):
-            raise ProtocolError("prompt logprobs came, and no trace asks for any")
+            raise ProtocolError("prompt logprobs came, but no trace asks for them")
 
     def _answer_updates(self, updates: SequenceUpdates, at: float) -> None:
-        """What the server says of sequences that have stop strings and still run."""
+        """Posts the server's answers for sequences that have stop strings and still run."""
         rows = self._tally.rows(updates)
         is_searched = self._tally.has_stop_strings[rows]
         is_searched &= updates.finish_reasons == FinishReason.RUNNING

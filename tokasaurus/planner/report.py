@@ -1,4 +1,4 @@
-"""What a replay counts, and what it says in the end."""
+"""What a replay counts, and its final report."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["Moment", "Report", "Tally"]
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """The manager's state after a step."""
+    """The manager's state after a turn."""
 
     time_s: float
-    used: float  # share of the pages that sequences hold
-    cached: float  # share that nobody holds and the prefix cache keeps
+    used: float  # the share of the pages that sequences hold
+    cached: float  # the share that only the prefix cache holds
     num_running: int
     num_queued: int
 
@@ -46,30 +46,29 @@ class Report:
     num_sequences: int
     num_tokens: int  # generated and delivered
     makespan_s: float  # from the beginning to the last answer
-    tokens_per_s: float  # delivered, over the makespan
+    tokens_per_s: float  # delivered tokens over the makespan
     num_batches: int
-    mean_batch_size: float  # drawn tokens of a batch
-    mean_cache_use: float  # share of the pages that sequences hold, mean over time
+    mean_batch_size: float  # drawn tokens per batch
+    mean_cache_use: float  # the share of the pages that sequences hold, mean over time
     peak_cache_use: float
-    device_idle: float  # share of the makespan in which it had no batch
+    device_idle: float  # the share of the makespan in which the device had no batch
     num_preemptions: int
-    num_prefill_tokens: int  # prompt tokens computed, after a preemption once more
-    num_cached_tokens: int  # prompt tokens found in the prefix cache
-    num_wasted_tokens: int  # drawn after their sequence's end
-    forecast_error: (
-        float  # of the use of pages from one forecast to the next, mean, as a share of all pages
-    )
+    num_prefill_tokens: int  # computed prompt tokens; those after a preemption count again
+    num_cached_tokens: int  # prompt tokens that were found in the prefix cache
+    num_wasted_tokens: int  # drawn after the end of their sequence
+    # How far a forecast of the use of pages is from the next one: mean, as a share of all pages.
+    forecast_error: float
     mean_latency_s: float  # of sequences, from arrival to their last token
     median_latency_s: float
     p99_latency_s: float
-    timeline: tuple[Moment, ...]  # one for each step of the manager
+    timeline: tuple[Moment, ...]  # one for each turn of the manager
 
 
 class Tally:
-    """Follows every sequence of a trace. Tables are over sequences, in the order of the trace.
+    """Follows every sequence of a trace. Columns are over sequences, in the order of the trace.
 
     Args:
-        trace: whose request numbers are the request ids.
+        trace: the trace. The number of a request in it is the request's id.
     """
 
     def __init__(self, trace: Sequence[TraceRequest]) -> None:
@@ -88,18 +87,18 @@ class Tally:
         self._timeline: list[Moment] = []
 
     def rows(self, updates: SequenceUpdates) -> NDArray[np.int64]:
-        """The rows of an update's sequences."""
+        """The rows of the sequences of an update."""
         rows: NDArray[np.int64] = self._first_rows[updates.request_ids] + updates.sample_indices
         return rows
 
     def count_batch(self, num_drawn: int, waited_s: float) -> None:
-        """A batch that drew so many tokens, and for which the device had waited so long."""
+        """Counts a batch, the tokens that it drew, and how long the device had waited for it."""
         self._num_batches += 1
         self._num_drawn += num_drawn
         self._idle_s += waited_s
 
     def count_updates(self, updates: SequenceUpdates, at: float) -> None:
-        """Raises ProtocolError if a sequence is updated after its end."""
+        """Counts an update. Raises ProtocolError if it names a sequence that has ended."""
         rows = self.rows(updates)
         if not np.isnan(self._ends[rows]).all():
             raise ProtocolError("a sequence is updated after its end")
@@ -107,7 +106,7 @@ class Tally:
         self._ends[rows[updates.finish_reasons != 0]] = at
 
     def refuse(self, message: RequestRejected) -> None:
-        """Raises ConfigError: the configuration does not suit the trace."""
+        """Raises ConfigError, since the configuration does not suit the trace."""
         line = message.request_id + 1
         raise ConfigError(f"line {line} of the trace: the manager refuses it: {message.reason}")
 
@@ -115,7 +114,7 @@ class Tally:
         self._timeline.append(moment)
 
     def report(self, counters: Counters, num_pages: int) -> Report:
-        """Raises ProtocolError if a sequence has not ended, or not where the trace says."""
+        """The outcome. Raises ProtocolError if a sequence has not ended, or has a wrong length."""
         self._check()
         makespan_s = float(self._ends.max())
         latencies = self._ends - self._arrivals
@@ -147,7 +146,7 @@ class Tally:
         if np.isnan(self._ends).any():
             raise ProtocolError(f"{int(np.isnan(self._ends).sum())} sequences never ended")
         is_exact = self.num_received == self.num_expected
-        # The server cuts what was generated beyond a stop string; first_k ends samples anywhere.
+        # The server cuts tokens behind a stop string, and first_k may end a sample at any length.
         is_longer = self.has_stop_strings & (self.num_received > self.num_expected)
         wrong = np.flatnonzero(~(is_exact | is_longer | self._may_be_cut))
         if len(wrong):
@@ -158,7 +157,7 @@ class Tally:
             )
 
     def _mean_cache_use(self) -> float:
-        """Each moment lasts until the next; a run that takes no time has none to average over."""
+        """The mean over time; each moment lasts until the next. Over moments if no time passed."""
         times = np.array([moment.time_s for moment in self._timeline])
         used = np.array([moment.used for moment in self._timeline])
         if times[-1] == times[0]:

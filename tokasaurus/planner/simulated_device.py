@@ -1,7 +1,7 @@
-"""A worker without tensors: takes batches, answers with tokens, and says how long it would have taken.
+"""A worker without tensors: it returns tokens, and the time that a real worker would take.
 
-It keeps of each slot what a worker keeps and what costs or draws depend on: its length, and which
-sequence is in it. It does not look at page tables or prompt ids.
+Of each slot it keeps only what costs and tokens depend on: the length, and which sequence is in it.
+It does not look at page tables or prompt ids.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tokasaurus.errors import ProtocolError
 from tokasaurus.planner.cost_model import CostModel
 from tokasaurus.planner.lengths import CompletionLengths, mix
-from tokasaurus.protocol.arrays import Float32Array, Int32Array, Int64Array
+from tokasaurus.protocol.arrays import EMPTY_FLOAT32, Float32Array, Int32Array, Int64Array
 from tokasaurus.protocol.messages import ForwardBatch, ForwardResult, SlotParameters
 
 __all__ = ["STOP_ID", "VOCAB_SIZE", "SimulatedDevice", "drawn_ids"]
@@ -24,7 +24,7 @@ STOP_ID = 0  # drawn where a completion ends, and nowhere else
 def drawn_ids(
     keys: NDArray[np.uint64], positions: Int64Array, vocab_size: int = VOCAB_SIZE
 ) -> Int32Array:
-    """The token at a generated position of a sequence that does not end there.
+    """The tokens at generated positions at which their sequences do not end.
 
     Args:
         keys: [rows], ``mix(seed, sample index)``.
@@ -40,10 +40,10 @@ class SimulatedDevice:
     """Runs numbered batches in order.
 
     Args:
-        cost: how long they take.
-        lengths: when sequences stop.
-        num_slots: of the manager.
-        vocab_size: of the model that it pretends to run.
+        cost: how long batches take.
+        lengths: how long completions get.
+        num_slots: the number of slots of the manager.
+        vocab_size: the size of the vocabulary of the model that it pretends to run.
     """
 
     def __init__(
@@ -61,15 +61,19 @@ class SimulatedDevice:
         self._lengths = np.zeros(num_slots, np.int64)  # positions in the KV cache
         self._keys = np.zeros(num_slots, np.uint64)
         self._num_generated = np.zeros(num_slots, np.int64)
-        self._ends = np.zeros(num_slots, np.int64)  # num_generated once it has stopped
+        self._ends = np.zeros(num_slots, np.int64)  # the value of num_generated at which it stops
         self._num_logprobs = np.full(num_slots, -1, np.int32)
 
     def run(self, batch: ForwardBatch) -> ForwardResult:
-        """What the batch sampled; ``device_s`` is the modelled time. Does not wait.
+        """Runs a batch. ``device_s`` of the result is the modelled time, which is not waited for.
 
         Raises:
-            ProtocolError: the batch is not the next one, decodes a slot that has no tokens, leaves a
-                gap in a prompt, or draws before a prompt has ended.
+            ProtocolError: one of these:
+
+                - the batch is not the next one;
+                - it decodes a slot that has no tokens;
+                - it leaves a gap in a prompt;
+                - it draws before a prompt has ended.
         """
         if batch.number != self._next_number:
             raise ProtocolError(f"batch {batch.number} came, batch {self._next_number} was due")
@@ -94,7 +98,7 @@ class SimulatedDevice:
         self._num_logprobs[slots] = parameters.num_logprobs
 
     def _extend(self, batch: ForwardBatch) -> int:
-        """Counts the batch's tokens into the lengths; returns how many positions attention reads."""
+        """Adds the batch's tokens to the lengths; returns how many positions attention reads."""
         decodes = batch.decode_slots
         if (self._lengths[decodes] == 0).any():
             raise ProtocolError(f"batch {batch.number} decodes a slot that has no tokens yet")
@@ -107,7 +111,8 @@ class SimulatedDevice:
 
     def _check_chunks(self, batch: ForwardBatch) -> None:
         before, starts = self._lengths[batch.prefill_slots], batch.prefill_starts
-        gaps = np.flatnonzero((before > 0) & (before != starts))  # at 0: begins after cached tokens
+        # In a slot of length 0 a chunk may start anywhere, since it follows cached tokens.
+        gaps = np.flatnonzero((before > 0) & (before != starts))
         if gaps.size:
             slot, length = batch.prefill_slots[gaps[0]], before[gaps[0]]
             raise ProtocolError(
@@ -132,7 +137,7 @@ class SimulatedDevice:
         logprobs, top_ids, top_logprobs = _logprobs(
             ids, self._num_logprobs[slots], self._vocab_size
         )
-        # A chunk yields one for each token it feeds, less one where it ends its prompt.
+        # A chunk has one prompt logprob for each of its tokens, less one if it ends the prompt.
         counts = batch.prefill_lengths - (batch.prefill_next_ids < 0)
         widths = np.repeat(batch.prefill_num_logprobs, counts)
         widths = widths[widths >= 0]
@@ -153,7 +158,7 @@ class SimulatedDevice:
 
 
 def _pooled(batch: ForwardBatch) -> Float32Array | None:
-    """A state of one element for each pooled prompt that ends."""
+    """A state of one element for each pooled prompt that ends in the batch."""
     if batch.prefill_pooling is None:
         return None
     count = np.count_nonzero((batch.prefill_pooling > 0) & (batch.prefill_next_ids < 0))
@@ -163,15 +168,19 @@ def _pooled(batch: ForwardBatch) -> Float32Array | None:
 def _logprobs(
     ids: Int32Array, widths: Int32Array, vocab_size: int
 ) -> tuple[Float32Array, Int32Array, Float32Array]:
-    """Logprobs of the right shapes, for rows that want ``widths`` top ones, -1 none.
+    """Logprobs of the right shapes.
 
-    The chosen token is the most likely one, the next ids follow it, and each is half as likely as the
-    one before.
+    The chosen token is the most likely one. The ids after it follow, each half as likely as the one
+    before.
+
+    Args:
+        ids: [rows], the chosen tokens.
+        widths: [rows], how many top logprobs a row has; -1 if it has no logprobs at all.
+        vocab_size: ids are below it.
     """
-    width = max(0, int(widths.max(initial=-1)))
     if not (widths >= 0).any():
-        return np.zeros(0, np.float32), *_no_tops(len(ids))
-    ranks = np.arange(width, dtype=np.int32)
+        return EMPTY_FLOAT32, *_no_tops(len(ids))
+    ranks = np.arange(widths.max(), dtype=np.int32)
     is_wanted = ranks < widths[:, None]
     halvings = np.float32(np.log(0.5)) * (1 + ranks).astype(np.float32)
     return (

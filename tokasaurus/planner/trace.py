@@ -1,4 +1,4 @@
-"""Workloads as data: one JSON object a line, one line a request.
+"""Workloads as files: each line is a JSON object, which is a request.
 
     {"arrival_s": 0.25, "prompt_tokens": 300, "prefix_id": 3, "prefix_tokens": 200,
      "output_tokens": [17, 512], "max_tokens": 512}
@@ -7,20 +7,20 @@
 key              default   meaning
 ===============  ========  =====================================================================
 arrival_s        required  seconds after the beginning at which the manager gets the request
-prompt_tokens    required  length of the prompt, at least 1
-output_tokens    required  a list: how many tokens each sample generates, 1 to max_tokens; the
-                           request has as many samples. One that is shorter than max_tokens
-                           ends with a stop token, or with a stop string
-max_tokens       required  the limit that the manager is told
-prefix_id        none      requests with the same id have the same first prefix_tokens ids
-prefix_tokens    0         how many; at most prompt_tokens
+prompt_tokens    required  the length of the prompt, at least 1
+output_tokens    required  a list of how many tokens each sample generates, 1 to max_tokens. It
+                           has an entry for each sample. A sample that is shorter than
+                           max_tokens ends with a stop token, or with a stop string
+max_tokens       required  the limit that the manager knows
+prefix_id        none      requests with the same id share their first prefix_tokens ids
+prefix_tokens    0         the length of the shared prefix, at most prompt_tokens
 priority         0         lower runs first
-stop_strings     false     the end is found by the server, which acknowledges tokens as they come
-first_k          0         abort the other samples once so many have ended; 0: wait for all
+stop_strings     false     the server finds the end, and acknowledges tokens as they come
+first_k          0         abort the other samples once this many have ended; 0 waits for all
 num_logprobs     -1        of generated tokens: -1 none, 0 the chosen one, k also the top k
 ===============  ========  =====================================================================
 
-Prompts are random ids that depend on the line number and on prefix_id. Lines are in order of arrival.
+Prompts are random ids that depend on the line number and prefix_id. Lines are in order of arrival.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ __all__ = [
 
 
 class TraceRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One line; see the module's description."""
+    """One line. The module's docstring describes the fields."""
 
     arrival_s: float
     prompt_tokens: int
@@ -86,16 +86,17 @@ _encoder = msgspec.json.Encoder()
 
 
 def write_trace(trace: Iterable[TraceRequest], file: IO[bytes]) -> None:
-    """Writes lines; defaults are written too, so that a file explains itself."""
+    """Writes a trace. Defaults are written too, so that a file explains itself."""
     for request in trace:
         file.write(_encoder.encode(request) + b"\n")
 
 
 def read_trace(file: IO[bytes]) -> list[TraceRequest]:
-    """Reads all lines; blank ones do not count.
+    """Reads a trace, and skips blank lines.
 
     Raises:
-        ConfigError: a line is no such request, or arrives before the one above it; with its number.
+        ConfigError: a line is not a request, or arrives before the line above it. The message names
+            the line.
     """
     trace: list[TraceRequest] = []
     for number, line in enumerate(file, start=1):
@@ -114,7 +115,7 @@ def read_trace(file: IO[bytes]) -> list[TraceRequest]:
 
 
 def generate_request(request: TraceRequest, number: int) -> GenerateRequest:
-    """What the server would send; request id and seed are the request's number in the trace."""
+    """The message that the server would send. Its id and seed are the number in the trace."""
     own = np.random.default_rng([number, 0])
     # The generator of a prefix is seeded apart from those of requests.
     shared = np.random.default_rng([request.prefix_id or 0, 1])
@@ -135,12 +136,12 @@ def generate_request(request: TraceRequest, number: int) -> GenerateRequest:
 
 
 def trace_lengths(trace: Sequence[TraceRequest]) -> ListedLengths:
-    """What the device knows of a trace whose requests :func:`generate_request` makes."""
+    """The lengths of a trace whose requests :func:`generate_request` makes, for the device."""
     return ListedLengths([request.output_tokens for request in trace])
 
 
 def max_request_tokens(trace: Sequence[TraceRequest]) -> int:
-    """The most tokens that any request may come to."""
+    """The largest length that a sequence of the trace may reach."""
     return max(request.prompt_tokens + request.max_tokens for request in trace)
 
 

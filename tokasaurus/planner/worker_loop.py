@@ -1,4 +1,4 @@
-"""The simulated device behind a worker's door, in real time."""
+"""Runs a simulated device in a worker's place, in real time."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["DeviceStatistics", "work"]
 
 
 class DeviceStatistics:
-    """Running totals that another process can read at any time: numbers in a memory-mapped file.
+    """Running totals in a memory-mapped file, which another process can read at any time.
 
     Args:
-        path: of the file.
-        create: by the one who writes; the reader opens it later.
+        path: the file.
+        create: whether to create the file, which the writer does before a reader opens it.
     """
 
     FILE_NAME = "device_statistics"
@@ -43,27 +43,27 @@ class DeviceStatistics:
 
     @property
     def num_drawn(self) -> int:
-        """Tokens, those after a sequence's end included."""
+        """The drawn tokens, including those after the end of a sequence."""
         return int(self._values[1])
 
     @property
     def num_rows(self) -> int:
-        """Tokens that the latest batch drew."""
+        """The tokens that the latest batch drew."""
         return int(self._values[2])
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Tokens of prompts that were computed."""
+        """The computed tokens of prompts."""
         return int(self._values[5])
 
     @property
     def waited_s(self) -> float:
-        """Seconds in which the device had nothing to run, up to the latest batch."""
+        """The seconds in which the device had nothing to run, up to the latest batch."""
         return float(self._values[3])
 
     @property
     def device_s(self) -> float:
-        """Modelled seconds."""
+        """The modelled seconds of all batches."""
         return float(self._values[4])
 
 
@@ -73,10 +73,10 @@ def work(
     device: SimulatedDevice,
     statistics: DeviceStatistics,
 ) -> None:
-    """Runs batches for ever, each for as long as the device says, one after the other.
+    """Runs batches without end, one after the other, each for its modelled time.
 
-    The time that the simulation itself takes is part of a batch's time. A batch that was there when
-    the one before ended starts at that moment, so oversleeping does not add up.
+    The time of the simulation itself is part of the time of a batch. A batch that waits while the
+    previous one runs starts when that one is due to end, so oversleeping does not add up.
     """
     free_at = time.monotonic()
     while True:

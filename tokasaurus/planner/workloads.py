@@ -1,7 +1,7 @@
-"""Three kinds of workload, drawn from a seed; their sizes suit a replay of seconds.
+"""Three kinds of workload, drawn from a seed. Their sizes suit a replay of seconds.
 
-Lengths are log-normal, as served traffic roughly is; max_tokens is the same for all requests of a trace,
-as most clients leave it, so it says little about how long a completion gets.
+Lengths are log-normal, as those of served traffic roughly are. All requests of a trace have the
+same max_tokens, since most clients leave it alone, so it says little about a completion's length.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ __all__ = ["WORKLOADS", "chat", "reasoning", "repeated_sampling"]
 
 
 def repeated_sampling(seed: int, size: float = 1.0) -> list[TraceRequest]:
-    """Samples of few problems: n=1,024 each, all there at the beginning. How long the samples of a problem
-    get depends on the problem."""
+    """Samples of a few problems, n=1,024 each, which all arrive at the beginning.
+
+    The lengths of the samples of a problem depend on the problem.
+    """
     chance = np.random.default_rng([seed, 1])
     num_samples = _scaled(1024, size)
     return [
@@ -35,7 +37,7 @@ def repeated_sampling(seed: int, size: float = 1.0) -> list[TraceRequest]:
 
 
 def chat(seed: int, size: float = 1.0) -> list[TraceRequest]:
-    """Short questions behind a common system prompt, arriving faster than they can be answered."""
+    """Short questions after a common system prompt, which arrive faster than they are answered."""
     chance = np.random.default_rng([seed, 2])
     count = _scaled(4000, size)
     arrivals = np.cumsum(chance.exponential(1 / 2000, count))
@@ -55,7 +57,7 @@ def chat(seed: int, size: float = 1.0) -> list[TraceRequest]:
 
 
 def reasoning(seed: int, size: float = 1.0) -> list[TraceRequest]:
-    """Long chains of thought with a heavy tail: half end within 400 tokens, few run to 8,192."""
+    """Long chains of thought with a heavy tail: half end within 400 tokens, and few reach 8,192."""
     chance = np.random.default_rng([seed, 3])
     count = _scaled(1000, size)
     prompts = chance.integers(50, 300, count)

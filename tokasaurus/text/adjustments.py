@@ -1,4 +1,4 @@
-"""From what a client asks about single tokens to the ``Adjustments`` that the worker carries out."""
+"""What a client asks of single tokens, as the ``Adjustments`` that the worker carries out."""
 
 from __future__ import annotations
 
@@ -12,19 +12,23 @@ from tokasaurus.text.tokenizer import Tokenizer
 __all__ = ["adjustments_of", "check_token_ids"]
 
 _NONE = Adjustments()
-_MAX_WORD_TOKENS = 32  # the worker compares so many of each word with each sequence, at every step
+# The worker compares up to this many tokens of each word with each sequence, at every step.
+_MAX_WORD_TOKENS = 32
 
 
 def adjustments_of(
     params: SamplingParams, late_ids: Collection[int], tokenizer: Tokenizer, vocab_size: int
 ) -> Adjustments | None:
-    """None if the logits stay as they are. Raises RequestError where a bad word is too long.
+    """The adjustments; None if the logits stay as they are.
 
     Args:
-        params: checked against the vocabulary already.
-        late_ids: that must not be drawn before ``min_tokens``.
+        params: already checked against the vocabulary.
+        late_ids: tokens that must not be drawn before ``min_tokens``.
         tokenizer: spells bad words.
-        vocab_size: of the model; what the tokenizer has beyond it is never drawn anyway.
+        vocab_size: of the model, which never draws the tokenizer's ids beyond it.
+
+    Raises:
+        RequestError: a bad word is too long.
     """
     adjustments = Adjustments(
         bad_words=_spelled(params.bad_words, tokenizer, vocab_size) if params.bad_words else (),
@@ -39,7 +43,7 @@ def adjustments_of(
 
 
 def check_token_ids(params: SamplingParams, vocab_size: int) -> None:
-    """Raises RequestError where an id is beyond the vocabulary."""
+    """Raises RequestError if an id is beyond the vocabulary."""
     for name in ("stop_token_ids", "logit_bias"):
         for token_id in getattr(params, name) or ():
             if token_id >= vocab_size:
@@ -51,7 +55,11 @@ def check_token_ids(params: SamplingParams, vocab_size: int) -> None:
 def _spelled(
     words: Collection[str], tokenizer: Tokenizer, vocab_size: int
 ) -> tuple[tuple[int, ...], ...]:
-    """Every word as it is spelled at the beginning of a text, and after a space. Raises RequestError."""
+    """The spelling of each word at the beginning of a text, and after a space.
+
+    Raises:
+        RequestError: a word is too long.
+    """
     spellings: dict[tuple[int, ...], None] = {}
     for word in words:
         bare = word.lstrip(" ")

@@ -1,4 +1,4 @@
-"""One prompt in flight: what its samples have brought, and whether there will be more."""
+"""One prompt in flight: what its samples have brought so far, and whether more will come."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ _FINISH_REASONS: Mapping[int, str | None] = {
 class Generation:
     """One prompt in flight and its samples.
 
-    With ``first_k``, the samples that end first *here* are the answer. The manager may see another order:
-    it can end a sample by length while a stop string found in another one is on its way to it. Either
-    way it counts up to ``first_k`` and aborts the rest, so each sample's last row does come. The
-    generation waits for these rows, since their tokens count in the usage.
+    With ``first_k``, the samples that end first *here* are the answer. The manager may see another
+    order: it can end a sample by length while it has not heard yet of a stop string in another
+    sample. In both orders it counts up to ``first_k`` and aborts the rest, so the last row of every
+    sample comes. The generation waits for these rows, since their tokens count in the usage.
 
     Args:
         request_id: its number among all prompts.
         request: as prepared.
         tokenizer: makes the text of its samples.
-        stream: there will be news before the end.
-        on_change: called when there is news for a stream, and when it has finished.
-        client: whose it is.
+        stream: news comes before the end.
+        on_change: called when there is news for a stream, and when the generation has finished.
+        client: whose share of the engine it takes.
 
     Attributes:
-        eta_s: seconds until all samples will have ended, as the manager last predicted; None until it has.
-        error: why there will be no more; None while all is well.
-        pooled_state: [hidden] of the prompt, not normalised; None if not asked for, or not there yet.
-        started_at, began_at: when it arrived and brought its first token; a watcher's.
+        eta_s: seconds until all samples have ended, by the manager's last prediction; None before.
+        error: why nothing more will come; None while all is well.
+        pooled_state: [hidden] of the prompt, not normalised; None if not asked for, and before.
+        started_at, began_at: when the prompt arrived and brought its first token; set by a watcher.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class Generation:
         self.started_at = 0.0
         self.began_at: float | None = None
         self._num_wanted = int(request.params.first_k or len(samples))  # ends that still count
-        self._num_running = len(samples)  # samples that have not ended, as far as a client can see
-        self._num_open = len(samples)  # samples that the manager has not reported the end of
+        self._num_running = len(samples)  # samples that have not ended for the client
+        self._num_open = len(samples)  # samples that have not ended for the manager
         self._changed: dict[int, Sample] = {}
         self._prompt_logprobs = _PromptLogprobs.for_request(request)
 
     @property
     def finished(self) -> bool:
-        """Whether everything is there, or nothing more will come."""
+        """Whether everything has come, or nothing more will."""
         return self.error is not None or (self._num_running == 0 and self._has_prompt_logprobs)
 
     @property
@@ -84,29 +84,29 @@ class Generation:
 
     @property
     def num_cached_tokens(self) -> int:
-        """Prompt tokens that need not be computed, because other prompts had begun with them."""
+        """Prompt tokens that were not computed, because another prompt had begun with them."""
         return min(
             (
                 sample.num_cached_tokens
                 for sample in self.samples
-                if sample.num_tokens or not sample.was_cancelled  # else it may never have run
+                if sample.num_tokens or not sample.was_cancelled  # others may never have run
             ),
             default=0,
         )
 
     @property
     def num_generated_tokens(self) -> int:
-        """Of all samples, the cancelled ones too."""
+        """The tokens of all samples, including cancelled ones."""
         return sum(sample.num_tokens for sample in self.samples)
 
     @property
     def prompt_logprobs(self) -> TokenLogprobs | None:
-        """Of the prompt's tokens from the second on: the first has none. None if not asked for."""
+        """Logprobs of the prompt's tokens from the second on; None if not asked for."""
         return None if self._prompt_logprobs is None else self._prompt_logprobs.values
 
     @property
     def prompt_ranks(self) -> Int32Array | None:
-        """Of the same tokens: 1 is the likeliest, or as likely as that."""
+        """Ranks of the same tokens: 1 is the likeliest token, or one as likely."""
         return None if self._prompt_logprobs is None else self._prompt_logprobs.ranks
 
     @property
@@ -114,22 +114,22 @@ class Generation:
         return self._prompt_logprobs is None or self._prompt_logprobs.complete
 
     def take_news(self) -> list[SampleOutput]:
-        """For streams: what there is to show since the last call. Cancelled samples end with "abort"."""
+        """The output since the last call, for streams. Cancelled samples end with "abort"."""
         if not self._has_prompt_logprobs:
             return []
         changed, self._changed = self._changed, {}
         return [sample.take() for sample in changed.values() if sample.has_news]
 
     def take_all(self) -> list[SampleOutput]:
-        """The output of every sample that was not cancelled, in order. Decodes, which may take a while."""
+        """The output of every sample that was not cancelled, in order. Decoding takes time."""
         return [sample.take() for sample in self.samples if not sample.was_cancelled]
 
-    # --- what the manager says of it, by way of the table ------------------------------------------
+    # --- what the table passes on from the manager ------------------------------------------------
 
     def extend(
         self, sample: Sample, token_ids: list[int], logprobs: TokenLogprobs | None, reason: int
     ) -> None:
-        """One of the samples goes on, or ends unless the reason is ``FinishReason.RUNNING``."""
+        """Adds tokens to a sample, which ends unless the reason is ``FinishReason.RUNNING``."""
         sample.extend(token_ids, logprobs, _FINISH_REASONS[reason])
         self._changed[sample.index] = sample
         if sample.finish_reason is None:
@@ -141,25 +141,25 @@ class Generation:
             self._num_wanted -= 1
 
     def close_one(self) -> bool:
-        """The manager is done with one more sample; returns whether it is with all of them."""
+        """The manager has finished one more sample; returns whether it was the last one."""
         self._num_open -= 1
         return self._num_open == 0
 
     def fill_prompt_logprobs(self, piece: PromptLogprobs) -> None:
-        """A piece of them has come."""
+        """Adds a piece of the prompt's logprobs."""
         if self._prompt_logprobs is not None:
             self._prompt_logprobs.fill(piece)
             self.on_change()
 
     def fail(self, error: TokasaurusError) -> None:
-        """There will be no more."""
+        """Ends the generation with an error."""
         self.error = error
         self.on_change()
 
 
 def _samples(request: PreparedRequest, tokenizer: Tokenizer, stream: bool) -> list[Sample]:
     params, stops = request.params, request.stops
-    reads = stream or stops is not None  # the text, while it grows
+    reads = stream or stops is not None  # makes the text while it grows
     min_tokens, unseen = int(params.min_tokens), frozenset(params.stop_token_ids or ())
     return [
         Sample(
@@ -173,7 +173,7 @@ def _samples(request: PreparedRequest, tokenizer: Tokenizer, stream: bool) -> li
 
 
 class _PromptLogprobs:
-    """Logprobs of a prompt's tokens from the second on, put together from pieces that may come twice."""
+    """Logprobs of a prompt's tokens from the second on, from pieces that may come twice."""
 
     def __init__(self, num_tokens: int, num_top: int) -> None:
         self.values = TokenLogprobs(

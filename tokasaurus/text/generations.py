@@ -1,7 +1,7 @@
 """The text core: the table of prompts in flight, from prepared requests to finished samples.
 
-It knows no HTTP, no clock and no thread. The HTTP server and the embedded engine both stand on it: they start
-prompts, feed it what the manager says, and take outputs::
+It knows neither HTTP nor clocks nor threads. The HTTP server and the embedded engine both stand on
+it: they start prompts, feed it the manager's messages, and take outputs::
 
     preparer = Preparer(config, tokenizer)
     generations = Generations(config, tokenizer, send)
@@ -10,8 +10,8 @@ prompts, feed it what the manager says, and take outputs::
         generations.absorb(next_message_of_the_manager())
     outputs = generation.take_all()
 
-It holds one entry for each prompt: made by ``start``, dropped when the last sample's final update has
-come, or when nobody wants it any more.
+It has one entry for each prompt. ``start`` makes the entry; it is dropped when the final update of
+the last sample has come, or when the prompt is aborted.
 """
 
 from __future__ import annotations
@@ -48,32 +48,37 @@ from tokasaurus.text.turnstile import Turnstile
 
 __all__ = ["Etas", "Generations", "Watcher"]
 
-# The manager holds so many times the sequences that can run: as many again may be draining, and it must
-# never lack others to choose from.
+# The manager holds this many times the sequences that can run: as many again may be draining, and
+# it must always have others to choose from.
 _WAITING_ROUNDS = 4
-_RETRY_AFTER_S = 5.0  # where nothing is predicted
-_RETRY_SHARE = 0.1  # of the backlog, after which there is surely room
+_RETRY_AFTER_S = 5.0  # if nothing is predicted
+_RETRY_SHARE = 0.1  # of the backlog; after this time there is surely room
 _MAX_RETRY_AFTER_S = 60.0  # clients ignore longer ones
 
 
 @dataclass(frozen=True)
 class Etas:
-    """When what is in flight is predicted to end, in seconds after the manager last said."""
+    """The predicted ends of what is in flight, in seconds after the manager's last prediction.
 
-    requests: dict[int, float]  # by request id; those of which it has said anything
-    backlog_s: float | None  # until everything has ended; None if it has not said
+    Attributes:
+        requests: by request id, for requests with a prediction.
+        backlog_s: until everything has ended; None if that is not predicted yet.
+    """
+
+    requests: dict[int, float]
+    backlog_s: float | None
 
 
 class Watcher(Protocol):
-    """Is told of every prompt, and may write its times into the generation's attributes."""
+    """Observes every prompt, and may write times into the attributes of its generation."""
 
     def started(self, generation: Generation) -> None: ...
 
     def began(self, generation: Generation) -> None:
-        """Its first token has come; not called where tokens come only at the end."""
+        """Its first token has come; not called if all tokens come at the end."""
 
     def ended(self, generation: Generation, outcome: str) -> None:
-        """It left the table: finished, aborted, refused (by the manager) or failed (with the engine)."""
+        """It left the table: finished, aborted, refused by the manager, failed with the engine."""
 
 
 class Generations:
@@ -83,11 +88,11 @@ class Generations:
         config: the server's slice.
         tokenizer: of the model.
         send: gives a message to the manager; must not block.
-        watcher: of every prompt, for statistics.
+        watcher: observes every prompt, for statistics.
 
     Attributes:
         config: as given.
-        statistics: what the manager last said of itself; None until it has.
+        statistics: the manager's latest; None before the first.
     """
 
     def __init__(
@@ -110,34 +115,34 @@ class Generations:
         self._backlog_eta_s: float | None = None
 
     def __len__(self) -> int:
-        """How many prompts are in flight."""
+        """The number of prompts in flight."""
         return len(self._table)
 
     def etas(self) -> Etas:
-        """What the manager last predicted of all that is in flight."""
+        """The manager's last predictions for everything in flight."""
         etas = ((request_id, each.eta_s) for request_id, each in self._table.items())
         known = {request_id: eta_s for request_id, eta_s in etas if eta_s is not None}
         if not self._table:
             return Etas(known, 0.0)
         backlog_s, turnstile = self._backlog_eta_s, self._turnstile
         if backlog_s is not None and turnstile.num_open:
-            # What the manager has not heard of will take as long, each, as what it has.
+            # A sequence that the manager has not heard of takes as long as one that it has.
             backlog_s *= 1 + turnstile.num_held / turnstile.num_open
         return Etas(known, backlog_s)
 
     @property
     def num_held(self) -> int:
-        """Sequences that the manager has not heard of, since it has enough for now."""
+        """Sequences held back from the manager, which has enough for now."""
         return self._turnstile.num_held
 
     def check_room(self, client: str) -> None:
-        """Whether one more request may come.
+        """Checks that there is room for one more request.
 
-        When the queue is full, a client that has less than its share in flight still gets in, until there
-        are twice as many prompts as there should be.
+        When the queue is full, a client with less than its share in flight still gets in, until
+        there are twice as many prompts as the queue should hold.
 
         Raises:
-            EngineOverloaded: no; says when to come again.
+            EngineOverloaded: there is no room; says when to come again.
         """
         limit, num_prompts = self.config.max_queued_requests, len(self._table)
         if num_prompts < limit:
@@ -149,11 +154,12 @@ class Generations:
         backlog_s = self.etas().backlog_s
         wait_s = _RETRY_AFTER_S if backlog_s is None else backlog_s * _RETRY_SHARE
         raise EngineOverloaded(
-            f"{num_prompts} prompts are in flight, and max_queued_requests={limit}; try again later",
+            f"{num_prompts} prompts are in flight, and max_queued_requests={limit}; try again"
+            " later",
             round(min(max(wait_s, 1.0), _MAX_RETRY_AFTER_S)),
         )
 
-    # --- towards the manager -----------------------------------------------------------------------
+    # --- towards the manager ----------------------------------------------------------------------
 
     def start(
         self,
@@ -163,13 +169,13 @@ class Generations:
         on_change: Callable[[], None] = lambda: None,
         client: str = "",
     ) -> Generation:
-        """Sends a request to the manager, at once or when its turn comes.
+        """Sends a request to the manager, at once or when the turnstile lets it pass.
 
         Args:
             request: as prepared.
-            stream: there will be news before the end.
+            stream: news comes before the end.
             on_change: called when there is news for a stream, and when the generation has finished.
-            client: whose it is; clients get fair shares.
+            client: whose share of the engine it takes; clients get fair shares.
         """
         generation = Generation(
             self._next_id,
@@ -181,7 +187,7 @@ class Generations:
         )
         self._next_id += 1
         if not self._table:
-            self._backlog_eta_s = None  # was said of what has long ended
+            self._backlog_eta_s = None  # it was for prompts that have ended long ago
         self._table[generation.request_id] = generation
         if self._watcher is not None:
             self._watcher.started(generation)
@@ -190,20 +196,20 @@ class Generations:
         return generation
 
     def abort(self, generation: Generation) -> None:
-        """Nobody wants the generation any more. Harmless if it is over."""
+        """Ends a generation. Harmless if it has ended already."""
         if self._table.pop(generation.request_id, None) is not None:
             self._turnstile.abort(generation.request_id)
             self._ended(generation, "aborted")
 
     def flush_cache(self, on_done: Callable[[CacheFlushed | TokasaurusError], None]) -> None:
-        """Asks for the prefix cache to be emptied; calls back with what was dropped, or why nothing was."""
+        """Empties the prefix cache; calls back with what was dropped, or with an error."""
         flush_id = self._next_id
         self._next_id += 1
         self._flushes[flush_id] = on_done
         self._send(FlushCache(flush_id))
 
     def fail_all(self, error: TokasaurusError) -> None:
-        """The engine is gone: every generation in flight ends with this error, and every flush."""
+        """The engine is gone: ends every generation in flight, and every flush, with this error."""
         generations, self._table = self._table, {}
         self._turnstile.clear()
         for generation in generations.values():
@@ -214,7 +220,7 @@ class Generations:
             on_done(error)
 
     def _ended(self, generation: Generation, outcome: str) -> None:
-        """Whatever ended it, and after it has left the table."""
+        """Updates the counts after a generation has left the table, for any reason."""
         self._num_of_client[generation.client] -= 1
         if not self._num_of_client[generation.client]:
             del self._num_of_client[generation.client]
@@ -223,13 +229,13 @@ class Generations:
         if self._watcher is not None:
             self._watcher.ended(generation, outcome)
 
-    # --- from the manager --------------------------------------------------------------------------
+    # --- from the manager -------------------------------------------------------------------------
 
     def absorb(self, message: ToServer) -> None:
-        """Takes one message of the manager; may send some back.
+        """Takes one message of the manager; may send messages back.
 
-        Whatever concerns a request that is not in the table any more is ignored: it was on its way
-        when the request was aborted.
+        A message about a request that is not in the table any more is ignored: the manager sent it
+        before it heard that the request was aborted.
         """
         if isinstance(message, SequenceUpdates):
             self._absorb_updates(message)
@@ -240,7 +246,7 @@ class Generations:
         elif isinstance(message, PooledState):
             generation = self._table.get(message.request_id)
             if generation is not None:
-                # Copied, since it is a view of all that came with it.
+                # Copied, since the array is a view of the whole message.
                 generation.pooled_state = message.state.copy()
         elif isinstance(message, Eta):
             self._absorb_etas(message)

@@ -1,7 +1,7 @@
-"""What a client may ask of sampling: the public ``SamplingParams``, checked when it is made.
+"""The public ``SamplingParams``: what a client may ask of sampling, checked when it is made.
 
-Owns the allowed ranges. Knows neither the model nor the configuration: what depends on them (the
-context's length, ``max_topk_logprobs``) is checked where a request is prepared.
+It owns the allowed ranges. It knows neither the model nor the configuration: limits that depend on
+them (the context's length, ``max_topk_logprobs``) are checked when a request is prepared.
 """
 
 from __future__ import annotations
@@ -36,39 +36,39 @@ _TOKEN_ID = re.compile("[0-9]{1,10}")
 class SamplingParams:
     """How to continue a prompt.
 
-    ``None`` means "left out": the model's generation config decides where it says something, else
-    the default named here.
+    ``None`` means "left out": the generation config decides, or else the default that is named here.
 
     Args:
         n: samples per prompt.
         temperature: 0 always takes the likeliest token; default 1.
         top_p: draw from the likeliest tokens that together have this probability; default 1 (off).
-        top_k: draw from so many likeliest tokens; -1 or 0 is off, the default.
+        top_k: draw from this many of the likeliest tokens; -1 or 0 is off, the default.
         min_p: leave out tokens less likely than this share of the likeliest; default 0 (off).
         seed: makes the samples reproducible, whatever else the engine runs.
         stop: texts that end a sample; they are not part of its text.
         ignore_eos: go on after an end-of-sequence token.
         stop_token_ids: further tokens that end a sample; their text is not part of its text.
         min_tokens: of each sample, before a token or text may end it.
-        frequency_penalty: lowers a token's logit by so much for each time that the sample holds it; from
-            -2 to 2.
-        presence_penalty: lowers it by so much once if the sample holds it; from -2 to 2.
-        repetition_penalty: divides the logits of tokens in prompt or sample by so much, or multiplies
-            them where they are negative; above 0, and 1 is off.
-        logit_bias: what is added to the logits of token ids; from -100 to 100.
-        bad_words: texts that a sample must not hold; the token that would complete one is never drawn.
+        frequency_penalty: lowers a token's logit by this for each time that the sample holds the
+            token; from -2 to 2.
+        presence_penalty: lowers a token's logit by this once if the sample holds the token; from -2
+            to 2.
+        repetition_penalty: divides the logits of tokens in the prompt or the sample by this, or
+            multiplies negative ones; above 0, and 1 is off.
+        logit_bias: added to the logits of token ids; from -100 to 100.
+        bad_words: texts that a sample must not hold; a token that completes one is never drawn.
         max_tokens: of each sample; None is as many as fit.
-        logprobs: of generated tokens: 0 the chosen one's, k also those of the k likeliest.
-        prompt_logprobs: of the prompt's tokens, likewise.
+        logprobs: of generated tokens: 0 is the chosen token's, k also those of the k likeliest.
+        prompt_logprobs: of the prompt's tokens, in the same way.
         logprobs_mode: the distribution that logprobs are taken from, "temperature", "raw" or
             "processed"; default the engine's.
-        priority: lower runs first; of two with the same, the one that came first. From -1,000,000 to
+        priority: lower runs first; among equals, the request that came first. From -1,000,000 to
             1,000,000.
-        first_k: take the k samples of each prompt that end first, and cancel its other samples then;
-            from 1 to n. Default all. The samples taken keep their index among the n.
-        structured_outputs: what every sample's text must be: ``{"json": schema}``, ``{"regex": ...}``,
-            ``{"choice": [...]}``, ``{"grammar": ...}`` (Lark or GBNF) or ``{"json_object": True}``. A
-            sample then ends where its text is complete, or by length.
+        first_k: take the k samples of each prompt that end first, then cancel its others; from 1 to
+            n, default all. The samples taken keep their index among the n.
+        structured_outputs: what every sample's text must be: ``{"json": schema}``,
+            ``{"regex": ...}``, ``{"choice": [...]}``, ``{"grammar": ...}`` (Lark or GBNF) or
+            ``{"json_object": True}``. A sample then ends when its text is complete, or by length.
 
     Raises:
         RequestError: a value is of the wrong type or out of range; names the field.
@@ -156,16 +156,21 @@ class SamplingParams:
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """The stop strings, however they were given."""
+        """The stop strings as a tuple."""
         return self.stop if isinstance(self.stop, tuple) else ()
 
 
 def renamed(error: TokasaurusError, names: Mapping[str, str]) -> TokasaurusError:
-    """The same error in the words of a client that spells the field differently."""
+    """The same error with the client's name for the field.
+
+    Args:
+        error: any error; only a RequestError about one of the fields changes.
+        names: the client's names, by the names used here.
+    """
     if not isinstance(error, RequestError) or error.field is None or error.field not in names:
         return error
     field = error.field
-    name = names[field]  # like the field, it may be anything: clients send fields that do not exist
+    name = names[field]
     message = re.sub(rf"\b{re.escape(field)}\b", lambda _: name, error.message)
     return type(error)(message, name)
 
@@ -185,7 +190,8 @@ def _check_first_k(first_k: Any, n: int) -> None:
     _check_whole("first_k", first_k)
     if not 1 <= first_k <= n:
         raise RequestError(
-            f"first_k must be from 1 to n={n}, not {first_k}; leave it out to wait for all n samples",
+            f"first_k must be from 1 to n={n}, not {first_k}; leave it out to wait for all n"
+            " samples",
             "first_k",
         )
 
@@ -193,7 +199,7 @@ def _check_first_k(first_k: Any, n: int) -> None:
 def _check_number(name: str, value: Any, low: float, high: float, also: str = "") -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise RequestError(f"{name} must be a number, not {value!r}", name)
-    # Not as floats: a whole number may be too large for one.
+    # Compared as it is: a whole number may be too large for a float.
     if not low <= cast(float, value) <= high:
         raise RequestError(f"{name} must be {also}from {low:g} to {high:g}, not {value!r}", name)
 
@@ -221,7 +227,7 @@ def _checked_stop(stop: Any) -> tuple[str, ...]:
 
 
 def _checked_ids(ids: Any) -> tuple[int, ...]:
-    """Of ``stop_token_ids``: every id once."""
+    """``stop_token_ids``, every id once."""
     if not isinstance(ids, (list, tuple)):
         raise RequestError(
             f"stop_token_ids must be a list of token ids, not {ids!r}", "stop_token_ids"
@@ -237,7 +243,7 @@ def _checked_ids(ids: Any) -> tuple[int, ...]:
 
 
 def _checked_words(words: Any) -> tuple[str, ...]:
-    """Of ``bad_words``: every word once."""
+    """``bad_words``, every word once."""
     if not isinstance(words, (list, tuple)):
         raise RequestError(f"bad_words must be a list of strings, not {words!r}", "bad_words")
     if len(words) > MAX_BAD_WORDS:
@@ -257,7 +263,7 @@ def _checked_words(words: Any) -> tuple[str, ...]:
 
 
 def _checked_bias(bias: Any) -> dict[int, float]:
-    """By token id, in their order; JSON has only strings for keys."""
+    """``logit_bias`` in the order of token ids. JSON has only strings for keys."""
     if not isinstance(bias, Mapping):
         raise RequestError(
             f"logit_bias must map token ids to numbers, not be {bias!r}", "logit_bias"

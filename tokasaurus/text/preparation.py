@@ -1,7 +1,7 @@
-"""Prompts before they run: what cannot run is refused, and what the client left open is decided.
+"""Prompts before they run: refuses what cannot run, and decides what the client left out.
 
-Nothing here knows what is in flight. All of it may be called from any thread: to compile a grammar or to
-tokenize bad words takes a while.
+Nothing here knows what is in flight. Everything may be called from any thread, since compiling a
+grammar or tokenizing bad words takes a while.
 """
 
 from __future__ import annotations
@@ -32,12 +32,17 @@ from tokasaurus.text.tokenizer import Tokenizer
 __all__ = ["CHAT_TEMPERATURE", "PreparedRequest", "Preparer"]
 
 CHAT_TEMPERATURE = 0.7
-"""Of conversations, where neither the client nor the model's generation config says."""
+"""The temperature of conversations if neither client nor generation config gives one."""
 
 
 @dataclass(frozen=True, eq=False)
 class PreparedRequest:
-    """A prompt that can run, with everything decided that the client left open."""
+    """A prompt that can run, with a value for everything that the client left out.
+
+    Attributes:
+        pooling: other than NONE, the answer is a vector, and the token that is drawn is ignored.
+        grammar: "" if the text is free.
+    """
 
     prompt_ids: Int32Array
     params: SamplingParams
@@ -46,11 +51,11 @@ class PreparedRequest:
     seed: int
     stops: StopStrings | None
     stop_token_ids: tuple[int, ...]
-    pooling: Pooling = Pooling.NONE  # else its answer is a vector, and the token it draws nobody's
-    grammar: str = ""  # "" if the text is free
+    pooling: Pooling = Pooling.NONE
+    grammar: str = ""
 
     def message(self, request_id: int, *, stream: bool) -> GenerateRequest:
-        """What the manager is told."""
+        """The message to the manager."""
         params = self.params
         return GenerateRequest(
             request_id=request_id,
@@ -91,22 +96,22 @@ class Preparer:
         *,
         default_temperature: float = 1.0,
     ) -> PreparedRequest:
-        """Decides what was left open, and checks that the prompt can run.
+        """Decides what the client left out, and checks that the prompt can run.
 
         Args:
             prompt_ids: the prompt.
             params: how to continue it.
-            default_temperature: where neither the parameters nor the generation config say.
+            default_temperature: if neither the parameters nor the generation config give one.
 
         Raises:
-            RequestError: it cannot run; names the field.
+            RequestError: the prompt cannot run; names the field.
         """
         config = self.config
         prompt = _checked_prompt(prompt_ids, config.vocab_size)
         _check_sizes(params, config)
         stops = StopStrings.compile(params.stop_strings, self.tokenizer.special_ids)
         check_token_ids(params, config.vocab_size)
-        # Tokenizers may have special tokens that their models cannot draw.
+        # A tokenizer may have special tokens that its model cannot draw.
         stop_token_ids = {i for i in (stops.token_ids if stops else ()) if i < config.vocab_size}
         stop_token_ids.update(params.stop_token_ids or ())
         late_ids = stop_token_ids.union(config.eos_token_ids)
@@ -115,8 +120,8 @@ class Preparer:
         max_tokens = _room(len(prompt), params.max_tokens, config.max_request_tokens)
         if params.min_tokens > max_tokens:
             raise RequestError(
-                f"min_tokens must be at most {max_tokens}, the largest number of tokens that each sample"
-                f" may have, not {params.min_tokens}",
+                f"min_tokens must be at most {max_tokens}, the largest number of tokens that each"
+                f" sample may have, not {params.min_tokens}",
                 "min_tokens",
             )
         return PreparedRequest(
@@ -146,11 +151,11 @@ class Preparer:
 
         Args:
             prompt_ids: the prompt, at least one token shorter than a request may be.
-            pooling: how.
+            pooling: the kind.
             priority: lower runs first.
 
         Raises:
-            RequestError: it cannot run; names the field.
+            RequestError: the prompt cannot run; names the field.
         """
         limit = self.config.max_request_tokens - 1
         if len(prompt_ids) > limit:
@@ -162,7 +167,7 @@ class Preparer:
         return dataclasses.replace(prepared, pooling=pooling)
 
     def prepare_grammars(self) -> None:
-        """Makes the first grammar as quick as the others. For any thread; takes up to a second or so."""
+        """Makes the first grammar as quick as later ones. Takes a second or so, in any thread."""
         if self.config.eos_token_ids:
             self._grammars.compiler()
 
@@ -171,7 +176,8 @@ class Preparer:
             return ""
         if not self.config.eos_token_ids:
             raise RequestError(
-                "structured_outputs needs a model with an end-of-sequence token; this one names none",
+                "structured_outputs needs a model with an end-of-sequence token; this one names"
+                " none",
                 FIELD,
             )
         return self._grammars.text(params.structured_outputs)
@@ -186,14 +192,15 @@ def _checked_prompt(prompt_ids: Sequence[int], vocab_size: int) -> Int32Array:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab_size:
         raise RequestError(
-            f"prompt must hold token ids from 0 to {vocab_size - 1}, not {low if low < 0 else high}",
+            f"prompt must hold token ids from 0 to {vocab_size - 1}, not"
+            f" {low if low < 0 else high}",
             "prompt",
         )
     return ids.astype(np.int32)
 
 
 def _check_sizes(params: SamplingParams, config: ServerConfig) -> None:
-    """Raises RequestError where the engine was started for less."""
+    """Raises RequestError if the parameters exceed the limits that the engine was started with."""
     if params.n > config.max_n:
         raise RequestError(
             f"n must be at most {config.max_n}, not {params.n}: the engine was started with"
@@ -211,7 +218,7 @@ def _check_sizes(params: SamplingParams, config: ServerConfig) -> None:
 
 
 def _room(num_prompt_tokens: int, max_tokens: int | None, limit: int) -> int:
-    """How many tokens each sample may have."""
+    """The number of tokens that each sample may have."""
     room = limit - num_prompt_tokens
     if room < 1:
         raise RequestTooLong(
@@ -223,8 +230,8 @@ def _room(num_prompt_tokens: int, max_tokens: int | None, limit: int) -> int:
         return room
     if max_tokens > room:
         raise RequestTooLong(
-            f"max_tokens is {max_tokens}, and the prompt has {num_prompt_tokens} tokens; together they"
-            f" may be max_num_tokens_per_request={limit}, so max_tokens can be at most {room}",
+            f"max_tokens is {max_tokens}, and the prompt has {num_prompt_tokens} tokens; together"
+            f" they may be max_num_tokens_per_request={limit}, so max_tokens can be at most {room}",
             "max_tokens",
         )
     return int(max_tokens)

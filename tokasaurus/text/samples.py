@@ -1,6 +1,6 @@
-"""One sample of a prompt: what it brought since somebody last asked.
+"""One sample of a prompt: its output since the last call of ``take``.
 
-A stream asks whenever there is news, a plain answer asks once, at the end; both get the same thing.
+A stream takes whenever there is news, a plain answer once, at the end. Both get the same output.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class TokenLogprobs:
         return TokenLogprobs(self.logprobs[tokens], self.top_ids[tokens], self.top_logprobs[tokens])
 
     def narrowed(self, width: int) -> TokenLogprobs:
-        """With so many alternatives, or fewer, for each."""
+        """With at most this many alternatives for each token."""
         return TokenLogprobs(self.logprobs, self.top_ids[:, :width], self.top_logprobs[:, :width])
 
     def copy(self) -> TokenLogprobs:
-        """The same, without keeping the message alive that the arrays may be views of."""
+        """A copy, which does not keep alive the message that the arrays may be views of."""
         return TokenLogprobs(self.logprobs.copy(), self.top_ids.copy(), self.top_logprobs.copy())
 
     @staticmethod
@@ -53,27 +53,34 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, eq=False)
 class SampleOutput:
-    """What a sample brought: in a stream, since the output before; otherwise all of it.
+    """The output of a sample: in a stream, since the previous output; otherwise all of it.
 
-    The joined texts of a stream are the text of the whole. A token may be there before its text is:
-    while it is half a character, or may begin a stop string.
+    The joined texts of a stream are the whole text. A token may come before its text: while it is
+    half a character, or may begin a stop string.
+
+    Attributes:
+        index: of the sample.
+        text: without stop strings.
+        token_ids: with the end-of-sequence token, and up to the end of a stop string.
+        logprobs: of ``token_ids``; None if none were asked for.
+        finish_reason: "stop", "length", or "abort" if cancelled; None while the sample goes on.
     """
 
     index: int
     text: str
-    token_ids: list[int]  # with the end-of-sequence token, and up to the end of a stop string
-    logprobs: TokenLogprobs | None  # of token_ids; None if none were asked for
-    finish_reason: str | None  # "stop", "length", or "abort" if cancelled; None while it goes on
+    token_ids: list[int]
+    logprobs: TokenLogprobs | None
+    finish_reason: str | None
 
 
 class Sample:
-    """One sample on its way.
+    """One sample while it grows.
 
     Args:
         index: among the samples of its prompt.
         tokenizer: makes its text.
-        text: makes its text as tokens come; None if it is wanted at the end only.
-        unseen_ids: tokens that end it and are no part of its text.
+        text: makes its text as tokens come; None if the text is made at the end.
+        unseen_ids: tokens that end the sample without being part of its text.
     """
 
     __slots__ = (
@@ -108,9 +115,9 @@ class Sample:
     def extend(
         self, token_ids: list[int], logprobs: TokenLogprobs | None, finish_reason: str | None
     ) -> None:
-        """Takes the next tokens, and the verdict if they are the last.
+        """Adds the next tokens, and the finish reason if they are the last.
 
-        Ends with "stop" at a stop string, and then leaves out the tokens after it.
+        A stop string ends the sample with "stop"; the tokens after it are left out.
         """
         self.finish_reason = finish_reason
         is_final = finish_reason is not None
@@ -125,32 +132,32 @@ class Sample:
             self._logprobs.append(logprobs.copy())
 
     def _seen(self, token_ids: list[int]) -> list[int]:
-        """Those that make text."""
+        """The tokens that make text."""
         if self._unseen_ids and token_ids and token_ids[-1] in self._unseen_ids:
             return token_ids[:-1]
         return token_ids
 
     @property
     def reads(self) -> bool:
-        """Whether its tokens come while it grows."""
+        """Whether its text is made while it grows."""
         return self._text is not None
 
     @property
     def was_cancelled(self) -> bool:
-        """Whether it did not end by itself."""
+        """Whether it was cancelled, instead of ending by itself."""
         return self.finish_reason == "abort"
 
     def cancel(self) -> None:
-        """It came too late: whatever ended it, nobody wants it any more."""
+        """Leaves the sample out of the answer: other samples have ended before it."""
         self.finish_reason = "abort"
 
     @property
     def has_news(self) -> bool:
-        """Whether a stream has something to show: text, or the end."""
+        """Whether there is something for a stream: text, or the end."""
         return self.finish_reason is not None or (self._text is not None and self._text.has_text)
 
     def take(self) -> SampleOutput:
-        """What came since the last call. Decodes what was not decoded on the way, which may take a while."""
+        """The output since the last call. Decodes the rest of the text, which may take a while."""
         token_ids, self._token_ids = self._token_ids, []
         logprobs, self._logprobs = self._logprobs, []
         if self._text is None:

@@ -1,8 +1,8 @@
-"""Finding stop strings in a text that grows token by token, without ever letting go of a part of one.
+"""Finds stop strings in a text that grows token by token, and never releases a part of one.
 
-All stop strings of a request make one Aho-Corasick automaton, shared by its samples. Its state is the
-longest end of the text that a stop string begins with: exactly what has to be held back. A step costs
-the same for one stop string and for a hundred, however long they are.
+All stop strings of a request make one Aho-Corasick automaton, which its samples share. The state is
+the longest end of the text that a stop string begins with, which is exactly what must be held back.
+One character costs the same for one stop string and for a hundred, however long they are.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from typing import TypeAlias
 __all__ = ["Automaton", "StopStrings"]
 
 Symbol: TypeAlias = str | int
-"""A character, or the id of a special token, which is no character of the text."""
+"""A character, or the id of a special token, which stands for no character of the text."""
 
 
 class Automaton:
     """Searches for several patterns at once.
 
     Args:
-        patterns: not empty, and none of them empty.
+        patterns: at least one, none of them empty.
 
     Attributes:
-        held: for each state, the characters at the text's end that may turn out to begin a pattern.
-        found: for each state, the characters of the longest pattern that ends there; -1 if none does.
+        held: for each state, the characters at the text's end that may begin a pattern.
+        found: for each state, the characters of the longest pattern that ends there; -1 if no
+            pattern ends there.
     """
 
     def __init__(self, patterns: Iterable[Sequence[Symbol]]) -> None:
@@ -55,7 +56,7 @@ class Automaton:
         self.found[state] = self.held[state]
 
     def _link(self) -> None:
-        """Breadth first: a state falls back to the longest proper end of it that is a state too."""
+        """Breadth first. A state falls back to its longest proper end that is a state too."""
         queue = list(self._next[0].values())
         for state in queue:
             for symbol, child in self._next[state].items():
@@ -81,9 +82,9 @@ class StopStrings:
 
     Attributes:
         in_text: finds stop strings in the text.
-        across_special: finds those that contain a special token's name among other characters, in
-            the text with its special tokens; None if there are none.
-        token_ids: special tokens whose name is a stop string: sampling one ends a sequence.
+        across_special: finds stop strings that hold the name of a special token among other
+            characters, in the text with its special tokens; None if there are none.
+        token_ids: special tokens with a stop string for a name; drawing one ends a sequence.
     """
 
     in_text: Automaton
@@ -92,7 +93,7 @@ class StopStrings:
 
     @staticmethod
     def compile(stop: tuple[str, ...], special_ids: Mapping[str, int]) -> StopStrings | None:
-        """None if there is nothing to stop at. Equal arguments are compiled once."""
+        """Compiles stop strings; None if there are none. Equal arguments are compiled once."""
         return _compile(stop, tuple(special_ids.items())) if stop else None
 
 

@@ -1,8 +1,8 @@
-"""Structured output: what a client asks of the form of an answer, as the text of a grammar.
+"""Structured output: the form that a client asks of an answer, as the text of a grammar.
 
-There are many spellings and one meaning. Every spelling of the HTTP API becomes ``structured_outputs``, the
-one that ``SamplingParams`` has; that becomes the text of a grammar, compiled here so that whoever asks for the
-impossible hears of it at once, and again in the worker, which follows it.
+There are many spellings and one meaning. Every spelling of the HTTP API becomes
+``structured_outputs`` of ``SamplingParams``, and that becomes the text of a grammar. A grammar is
+compiled here, so that an impossible one is refused at once, and in the worker, which follows it.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ __all__ = ["FIELD", "Grammars", "check_structured_outputs", "from_response_forma
 
 FIELD = "structured_outputs"
 
-# The fields of OpenAI's spelling; name and description are for people.
+# The fields of OpenAI's ``response_format``; name and description are for people.
 RESPONSE_FORMAT = ("type", "json_schema")
 RESPONSE_SCHEMA = ("schema", "name", "description", "strict")
 
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 _OPTIONS = ("whitespace_pattern", "disable_any_whitespace")
-# Between the tokens of JSON: on one line, or on lines with indentation. Bounded, since a model that does not
-# know what to say goes on with white space forever where it may.
+# White space between the tokens of JSON: on one line, or on lines with indentation. It is bounded,
+# since a model that does not know how to go on writes white space without end.
 _WHITESPACE = r" |\r?\n[ \t]{0,40}"
-_MAX_KNOWN = 1024  # texts that need not be compiled again
+_MAX_KNOWN = 1024  # texts that are remembered to compile
 
 
 def check_structured_outputs(value: Any) -> Mapping[str, Any]:
-    """``{"json" | "regex" | "choice" | "grammar" | "json_object": ...}``, without what is null or false.
+    """Checked structured outputs, ``{"json": ...}`` or another kind, without null and false values.
 
     Raises:
-        RequestError: it is no such thing, or holds several.
+        RequestError: the value is something else, or has several kinds.
     """
     if not isinstance(value, Mapping):
         raise RequestError(f"{FIELD} must be an object, not {shown(value)}", FIELD)
@@ -78,16 +78,17 @@ def check_structured_outputs(value: Any) -> Mapping[str, Any]:
 def from_response_format(value: Any) -> Mapping[str, Any] | None:
     """OpenAI's ``response_format`` as structured outputs; None for plain text.
 
-    A schema holds whether or not it is ``strict``.
+    A schema always holds, whether or not it is ``strict``.
 
     Raises:
-        RequestError: it is none of OpenAI's.
+        RequestError: the value is not one of OpenAI's formats.
     """
     field = "response_format"
     kind = value.get("type") if isinstance(value, Mapping) else None
     if kind not in ("text", "json_object", "json_schema"):
         raise RequestError(
-            f"{field} must be an object of type text, json_object or json_schema, not {shown(value)}",
+            f"{field} must be an object of type text, json_object or json_schema, not"
+            f" {shown(value)}",
             field,
         )
     _check_known(value, RESPONSE_FORMAT if kind == "json_schema" else ("type",), field, kind)
@@ -106,42 +107,42 @@ def from_response_format(value: Any) -> Mapping[str, Any] | None:
 
 
 def _check_known(value: Mapping[str, Any], known: Sequence[str], field: str, kind: str) -> None:
-    """Raises RequestError where an object says more than these fields; null says nothing."""
+    """Raises RequestError if an object has other fields than these, unless they are null."""
     for name, each in value.items():
         if name not in known and each is not None:
             raise RequestError(
-                f"{field} of type {kind} has no {name!r}; there are {', '.join(known)}", field
+                f"{field} of type {kind} has no {name!r}; it may have {', '.join(known)}", field
             )
 
 
 class Grammars:
-    """Turns structured outputs into texts that compile. May be used from several threads.
+    """Turns structured outputs into texts that compile. Several threads may use it.
 
     Args:
-        vocabulary: of the model; asked for when the first grammar comes, if not before.
+        vocabulary: of the model; called when the first grammar comes, or before.
     """
 
     def __init__(self, vocabulary: Callable[[], Vocabulary]) -> None:
         self._vocabulary = vocabulary
         self._compiler: GrammarCompiler | None = None
-        self._known: OrderedDict[str, None] = OrderedDict()  # texts that compile, the youngest last
+        self._known: OrderedDict[str, None] = OrderedDict()  # texts that compile, the newest last
         self._lock = threading.Lock()
 
     def compiler(self) -> GrammarCompiler:
-        """Made when it is first asked for, which holds every thread up: a second or so, if the vocabulary is large."""
+        """The compiler. The first call makes it, and holds up all threads for a second or so."""
         with self._lock:
             if self._compiler is None:
                 self._compiler = GrammarCompiler(self._vocabulary())
             return self._compiler
 
     def text(self, options: Mapping[str, Any]) -> str:
-        """The grammar's text. Takes milliseconds, as a rule.
+        """The text of a grammar. Usually takes milliseconds.
 
         Args:
             options: checked.
 
         Raises:
-            RequestError: it cannot be compiled, for the reason that the library gives.
+            RequestError: the grammar does not compile; gives the library's reason.
         """
         try:
             text = _text(options)
@@ -156,7 +157,7 @@ class Grammars:
             matcher = compiler.compile(text)
             matcher.compute_bitmask()
             if matcher.is_error():
-                raise RequestError("no text can begin as it wants")
+                raise RequestError("no text can match it")
         except RequestError as error:
             raise RequestError(f"{FIELD} cannot be compiled: {error.message}", FIELD) from None
         with self._lock:
@@ -185,15 +186,15 @@ def _text(options: Mapping[str, Any]) -> str:
 
 
 def json_style(whitespace: str = _WHITESPACE) -> JsonCompileOptions:
-    """How the library is told what may stand between the tokens of JSON."""
+    """The library's option for the white space between the tokens of JSON."""
     return {"whitespace_pattern": whitespace}
 
 
 def _lark(grammar: str) -> str:
     """A grammar in Lark's notation, from that or from GBNF."""
     if len(grammar) > MAX_GRAMMAR_BYTES:
-        return grammar  # to be refused
+        return grammar  # the compiler refuses it
     try:
         return any_to_lark(grammar)
-    except Exception as error:  # it raises bare ones
+    except Exception as error:  # the library raises bare Exception
         raise ValueError(f"it is neither Lark nor GBNF: {error}") from None

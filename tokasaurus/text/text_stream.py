@@ -1,9 +1,9 @@
 """The text of one sample while it grows: detokenizes as ids come, and ends at a stop string.
 
-The pieces it hands out, joined, are the text that decoding all ids at once would give, cut before the
-first stop string: however the ids were split into updates, and wherever a character or a stop string
-lies across tokens. "First" is the one that is complete after the fewest tokens; of several that one
-token completes, the one that begins first.
+The joined pieces are the text that decoding all ids at once would give, cut before the first stop
+string. That holds however the ids were split into updates, and wherever a character or a stop
+string lies across tokens. The first stop string is the one that is complete after the fewest
+tokens; if one token completes several, it is the one that begins first.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class _Search:
 
     @property
     def held(self) -> int:
-        """Characters at the text's end that may begin a stop string."""
+        """The number of characters at the text's end that may begin a stop string."""
         return self._automaton.held[self._state]
 
     def advance(self, symbols: Sequence[Symbol]) -> int | None:
-        """Takes what one token added.
+        """Takes the characters that one token adds.
 
         Returns:
-            Where the stop string that begins first begins, in characters before the end of the text;
-            None if none was found.
+            The beginning of the stop string that begins first, in characters before the end of the
+            text; None if no stop string was found.
         """
         automaton = self._automaton
         if self._state == 0 and automaton.first_symbols.isdisjoint(symbols):
@@ -61,8 +61,8 @@ class TextStream:
 
     Args:
         tokenizer: spells the ids.
-        stops: where the text ends, if anywhere.
-        min_tokens: a stop string that is complete after so many tokens, or earlier, is mere text.
+        stops: the stop strings, if any.
+        min_tokens: a stop string that is complete within this many tokens is plain text.
     """
 
     __slots__ = (
@@ -90,14 +90,14 @@ class TextStream:
         self._pending = ""  # decoded, but held back
         self._parts: list[str] = []
         self.num_tokens = 0
-        """Tokens taken; after a stop string was found, those up to the one that completed it."""
+        """Tokens taken; after a stop string, those up to the one that completed it."""
 
     def feed(self, token_ids: Sequence[int], *, final: bool = False) -> bool:
         """Takes the next ids.
 
         Args:
             token_ids: may be empty.
-            final: no more will follow: what was held back is text after all.
+            final: no more will follow, so held-back text is plain text.
 
         Returns:
             Whether a stop string was found. The stream must not be fed again after that.
@@ -125,11 +125,11 @@ class TextStream:
 
     @property
     def has_text(self) -> bool:
-        """Whether there is something to take."""
+        """Whether ``take`` would give any text."""
         return bool(self._parts)
 
     def _search(self, piece: str, token_id: int) -> bool:
-        """Takes what one token adds to the text; releases what can be no part of a stop string."""
+        """Adds the text of one token; releases what cannot be part of a stop string any more."""
         assert self._in_text is not None
         text = self._pending + piece
         start = self._in_text.advance(piece)

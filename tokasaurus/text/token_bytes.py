@@ -1,10 +1,10 @@
-"""What each id of a vocabulary adds to a text, as bytes.
+"""The bytes that each id of a vocabulary adds to a text.
 
-Detokenizing is then a look-up, a join and an incremental UTF-8 decoder, and no text is ever decoded
-twice. That holds for every tokenizer whose decoder treats tokens one by one: byte-level BPE, and
-SentencePiece with or without byte fallback (where bytes are no UTF-8, only their number of replacement
-characters may differ). Of any other kind, the tokenizer reads the table off by decoding each id behind a
-fixed first token.
+With this table, detokenizing is a look-up, a join and an incremental UTF-8 decoder, and no text is
+decoded twice. It works for every tokenizer with a decoder that treats tokens one by one: byte-level
+BPE, and SentencePiece with or without byte fallback. (If bytes are not UTF-8, only the number of
+replacement characters may differ.) For any other kind, ``Tokenizer`` makes the table by decoding
+each id after a fixed first token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 def decoder_steps(backend: Any) -> list[dict[str, Any]] | None:
-    """The steps of a ``tokenizers`` decoder, or None if one of them is not understood here.
+    """The steps of a ``tokenizers`` decoder; None if one of them is unknown here.
 
     Args:
         backend: a ``tokenizers.Tokenizer``.
@@ -36,13 +36,13 @@ def decoder_steps(backend: Any) -> list[dict[str, Any]] | None:
 def _is_understood(step: dict[str, Any]) -> bool:
     if step["type"] == "Replace":
         return "String" in step["pattern"]
-    if step["type"] == "Strip":  # of the whole text's leading space, which a continuation keeps
+    if step["type"] == "Strip":  # strips the leading space of a text, which a continuation keeps
         return bool(step["stop"] == 0)
     return step["type"] in ("ByteLevel", "ByteFallback", "Fuse", "Metaspace")
 
 
 def bytes_from_decoder(steps: list[dict[str, Any]], token: str) -> bytes:
-    """What one token of the vocabulary adds in the middle of a text."""
+    """The bytes that one token adds in the middle of a text."""
     for step in steps:
         kind = step["type"]
         if kind == "ByteLevel":
@@ -57,7 +57,7 @@ def bytes_from_decoder(steps: list[dict[str, Any]], token: str) -> bytes:
 
 
 def _byte_level(token: str) -> bytes:
-    """A token that holds any other character is an added one, and stands for itself."""
+    """A token with a character outside the alphabet is an added token, and stands for itself."""
     try:
         return bytes([_BYTE_OF_CHARACTER[character] for character in token])
     except KeyError:
@@ -65,7 +65,7 @@ def _byte_level(token: str) -> bytes:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """Byte-level BPE writes printable bytes as themselves, and the others as characters from 256 on."""
+    """Byte-level BPE writes printable bytes as themselves, others as characters from 256 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {

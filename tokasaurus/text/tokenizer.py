@@ -1,6 +1,6 @@
 """The model's tokenizer: text to ids, chat messages to ids, ids to bytes.
 
-Wraps what transformers loads. Every method may be called from several threads at once. Texts that
+It wraps a tokenizer of transformers. Several threads may call every method at once. The texts that
 models generate *continue* something, so decoding never strips their first space.
 """
 
@@ -19,7 +19,7 @@ from tokasaurus.text.token_bytes import bytes_from_decoder, decoder_steps
 
 __all__ = ["Tokenizer"]
 
-# Arguments of ``apply_chat_template`` that say what it returns, not how the conversation is written.
+# Arguments of ``apply_chat_template`` about its result, not about the text of a conversation.
 _RESERVED_ARGUMENTS = frozenset(
     {
         "conversation",
@@ -35,7 +35,7 @@ _RESERVED_ARGUMENTS = frozenset(
         "truncation",
     }
 )
-# A template may write an argument again with each message: both are limited, one by one and multiplied.
+# A template may write an argument again with each message, so the product is limited, too.
 _MAX_ARGUMENT_CHARS = 1 << 16
 _MAX_WRITTEN_CHARS = 1 << 26
 _GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
@@ -46,13 +46,13 @@ class Tokenizer:
 
     Args:
         wrapped: a transformers tokenizer.
-        vocab_size: of the model, which may be more than the tokenizer has, for padding, or less.
-        eos_token_ids: ids that end a text, which are not part of it.
-        trusts_templates: whoever asks may bring a chat template, a program that may never end.
+        vocab_size: of the model. The tokenizer may have fewer tokens, because of padding, or more.
+        eos_token_ids: ids that end a text without being part of it.
+        trusts_templates: requests may bring their own chat template, a program that may never end.
 
     Attributes:
-        visible: for each id, what it adds to a text; nothing for special tokens.
-        spelled: for each id, what it stands for, special tokens by their names.
+        visible: for each id, the bytes that it adds to a text; none for special tokens.
+        spelled: the same, with special tokens by their names.
         special_ids: the special tokens by their names.
         special_token_ids: the same, ids only.
     """
@@ -92,10 +92,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, config: ServerConfig) -> Tokenizer:
-        """Loads the tokenizer that a configuration names; takes a while, so not on an event loop.
+        """Loads the tokenizer that a configuration names. Takes a while: keep it off event loops.
 
         Raises:
-            ModelError: there is none, or it is broken.
+            ModelError: the tokenizer is missing or broken.
         """
         path = config.tokenizer_path
         try:
@@ -105,15 +105,15 @@ class Tokenizer:
                 config.eos_token_ids,
                 trusts_templates=config.trust_request_chat_template,
             )
-        except Exception as error:  # the libraries underneath raise bare Exception too
+        except Exception as error:  # the libraries raise bare Exception
             raise ModelError(f"cannot load a tokenizer from {path}: {error}") from error
 
-    # --- text to ids -------------------------------------------------------------------------------
+    # --- text to ids ------------------------------------------------------------------------------
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Ids of a prompt, with the special tokens that the model expects around it, once.
+        """Ids of a prompt, with the special tokens that the model expects around it.
 
-        A prompt that already begins with the text of the BOS token gets no second one.
+        A prompt that already begins with the text of the BOS token gets no second BOS token.
         """
         if not add_special_tokens:
             return self._encode(text, add_special_tokens=False)
@@ -135,8 +135,7 @@ class Tokenizer:
     ) -> list[int]:
         """Ids of a conversation, written by the model's chat template.
 
-        The model is asked for the next message, or to go on with the last one if that is the
-        assistant's.
+        The model writes the next message, or goes on with the last one if it is the assistant's.
 
         Args:
             messages: with at least ``role`` and ``content`` each.
@@ -144,15 +143,15 @@ class Tokenizer:
             tools: that the model may call.
 
         Raises:
-            RequestError: the template refuses the messages, there is no template, or it is the
-                request's own and those are not trusted.
+            RequestError: the template refuses the messages, there is no template, or the request
+                brings its own and is not trusted to.
         """
         overrides = overrides or {}
         self._check(overrides, len(messages) + len(tools))
         if self._wrapped.chat_template is None and overrides.get("chat_template") is None:
             raise RequestError(
-                "messages cannot be rendered: this model has no chat template; use /v1/completions, or"
-                " start the engine with tokenizer=DIR of one that has",
+                "messages cannot be rendered: this model has no chat template; use /v1/completions,"
+                " or start the engine with tokenizer=DIR of one that has",
                 "messages",
             )
         continues = bool(messages) and messages[-1]["role"] == "assistant"
@@ -180,11 +179,11 @@ class Tokenizer:
         """The chat template that ``render_chat`` uses; "" if there is none.
 
         Args:
-            overrides: as there.
-            with_tools: there are some.
+            overrides: as for ``render_chat``.
+            with_tools: the conversation has tools.
 
         Raises:
-            RequestError: it is the request's own, and those are not trusted.
+            RequestError: the request brings its own template and is not trusted to.
         """
         self._check_template(overrides)
         given, own = overrides.get("chat_template"), self._own_templates
@@ -194,16 +193,16 @@ class Tokenizer:
 
     @property
     def _own_templates(self) -> Mapping[str, str]:
-        """The model's chat templates by their names; some models have several."""
+        """The model's chat templates by name; some models have several."""
         own = self._wrapped.chat_template
         return own if isinstance(own, dict) else {} if own is None else {"default": own}
 
     def _check(self, overrides: Mapping[str, Any], num_repeats: int) -> None:
-        """Raises RequestError for arguments that a template cannot have.
+        """Raises RequestError for arguments that a template must not get.
 
         Args:
             overrides: the arguments.
-            num_repeats: how often a template may write one of them.
+            num_repeats: how often a template may write one argument.
         """
         self._check_template(overrides)
         reserved = _RESERVED_ARGUMENTS.intersection(overrides)
@@ -216,8 +215,8 @@ class Tokenizer:
         limit = min(_MAX_ARGUMENT_CHARS, _MAX_WRITTEN_CHARS // max(1, num_repeats))
         if overrides and size > limit:
             raise RequestError(
-                f"chat_template_kwargs may have at most {limit} characters beside {num_repeats} messages"
-                f" and tools, not {size}",
+                f"chat_template_kwargs may have at most {limit} characters beside {num_repeats}"
+                f" messages and tools, not {size}",
                 "chat_template_kwargs",
             )
 
@@ -226,23 +225,25 @@ class Tokenizer:
         if given is None or self._trusts_templates:
             return
         own = self._wrapped.chat_template
-        if not (isinstance(given, str) and isinstance(own, dict) and given in own):  # a name of one
+        is_name_of_own = isinstance(given, str) and isinstance(own, dict) and given in own
+        if not is_name_of_own:
             raise RequestError(
-                "chat_template_kwargs: a chat_template is a program, and a request's own might never end;"
-                " leave it out to use the model's, or start the engine with trust_request_chat_template=T",
+                "chat_template_kwargs: a chat_template is a program, and a request's own might"
+                " never end; leave it out to use the model's, or start the engine with"
+                " trust_request_chat_template=T",
                 "chat_template_kwargs",
             )
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        # Not through the wrapper where that can be helped: it sets the backend's truncation at each
-        # call, which two threads must not do at once.
+        # Past the wrapper if possible: it sets the backend's truncation at each call, which two
+        # threads must not do at once.
         if self._backend is not None:
             encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
             return list(encoding.ids)
         return list(self._wrapped.encode(text, add_special_tokens=add_special_tokens))
 
     def info(self) -> dict[str, Any]:
-        """The tokenizer's class, size, special tokens and chat template; None for what it does not have."""
+        """The tokenizer's class, size, special tokens and chat template; None for missing ones."""
         wrapped = self._wrapped
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
         return {
@@ -254,7 +255,7 @@ class Tokenizer:
         }
 
     def vocabulary(self, eos_token_ids: Sequence[int]) -> Vocabulary:
-        """What grammars need to know of it: only tokens that the model can draw.
+        """The vocabulary for grammars: only tokens that the model can draw.
 
         Args:
             eos_token_ids: of the model, at least one.
@@ -266,17 +267,17 @@ class Tokenizer:
             encode=partial(self._encode, add_special_tokens=False),
         )
 
-    # --- ids to text -------------------------------------------------------------------------------
+    # --- ids to text ------------------------------------------------------------------------------
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text of ids that continue another text, without special tokens.
 
-        Bytes that are no UTF-8 become replacement characters.
+        Bytes that are not UTF-8 become replacement characters.
         """
         return b"".join(map(self.visible.__getitem__, token_ids)).decode(errors="replace")
 
     def decode_prompt(self, token_ids: Iterable[int], *, special: bool = False) -> str:
-        """The text of ids that begin one: without the space that some tokenizers put in front.
+        """The text of ids that begin a text, without the space that some tokenizers put before it.
 
         Args:
             token_ids: of the whole text.
@@ -287,7 +288,7 @@ class Tokenizer:
         return text[1:] if self._strips_first_space and text.startswith(" ") else text
 
     def token_text(self, token_id: int) -> str:
-        """One token's spelling, its bytes written out where they are no UTF-8 by themselves."""
+        """One token's spelling; its bytes, written out, if they are not UTF-8 by themselves."""
         data = self.spelled[token_id]
         try:
             return data.decode()
@@ -320,7 +321,7 @@ def _load_wrapped(path: str, trust_remote_code: bool) -> Any:
     config_path = Path(path) / "tokenizer_config.json"
     config = json.loads(config_path.read_text()) if config_path.is_file() else {}
     if config.get("tokenizer_class") in _GENERIC_CLASSES and "auto_map" not in config:
-        # What AutoTokenizer would arrive at, but without importing torch on the way.
+        # AutoTokenizer would load the same, but import torch.
         from transformers import PreTrainedTokenizerFast
 
         return PreTrainedTokenizerFast.from_pretrained(path)

@@ -1,15 +1,16 @@
 """The turnstile between server and manager: a bounded number of sequences pass, in fair shares.
 
-The manager works through what it has in the order of arrival. So it gets enough to choose from and no more;
-what is beyond that waits here, by client, and whoever has been served the fewest tokens comes next. One
-client with a hundred thousand requests then delays another one by what the manager holds, not by all of them.
+The manager works through its requests in the order of arrival, so it gets enough to choose from and
+no more. Further requests wait here, by client; the client that has been served the fewest tokens
+comes next. A client with a hundred thousand requests thus delays another client by what the manager
+holds, not by all of them.
 
-Priority comes first: of what is more urgent than all that waits, the manager gets as much again, whatever it
-holds of the rest.
+Priority comes first. For requests that are more urgent than everything that waits, the manager
+takes as many sequences again, however many it holds of the rest.
 
-The order is self-clocked fair queueing (Golestani, INFOCOM 1994). The first request of each client has an end,
-counted in tokens: its own tokens behind the end of the one that passed when it became the first. The earliest
-end passes. So nobody has to be remembered who has nothing waiting.
+The order is self-clocked fair queueing (Golestani, INFOCOM 1994). The first request of each client
+has an end, counted in tokens: its own tokens after the end of the request that had passed last when
+it became the first. The earliest end passes. A client with nothing waiting need not be remembered.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from tokasaurus.protocol.messages import AbortRequest, FromServer, GenerateReque
 __all__ = ["Turnstile"]
 
 _FIRST_GUESS = 256.0  # tokens of a sample, before any has ended
-_FEW = 64  # clients without requests that are not worth a look at all
-_NEW_SHARE = 0.02  # of the latest one in the average
+_FEW = 64  # clients without requests that may stay in a heap
+_NEW_SHARE = 0.02  # weight of the latest request in the average
 
 
 class Turnstile:
@@ -32,19 +33,19 @@ class Turnstile:
 
     Args:
         send: gives a message to the manager.
-        max_open: sequences that the manager holds, running or not, before others wait here. A request
-            passes as a whole, however many sequences it has.
+        max_open: sequences that the manager holds, running or not, before others wait here. A
+            request passes as a whole, however many sequences it has.
     """
 
     def __init__(self, send: Callable[[FromServer], None], max_open: int) -> None:
-        self.num_open = 0  # sequences of requests that the manager has
-        self.num_held = 0  # sequences of those that wait here
+        self.num_open = 0  # sequences that the manager holds
+        self.num_held = 0  # sequences that wait here
         self._send = send
         self._max_open = max_open
         self._open: dict[int, GenerateRequest] = {}
         self._num_open: Counter[int] = Counter()  # sequences, by priority
         self._held: dict[int, tuple[str, GenerateRequest]] = {}  # by request id: client, request
-        self._levels: dict[int, _Level] = {}  # by priority, those where somebody waits
+        self._levels: dict[int, _Level] = {}  # by priority, those with requests
         self._priorities: list[int] = []  # of the levels, a heap
         self._mean_tokens = _FIRST_GUESS
 
@@ -63,7 +64,7 @@ class Turnstile:
         self._let_pass()
 
     def abort(self, request_id: int) -> None:
-        """Nobody wants the request any more; the manager is told if it has it."""
+        """Drops a request; if it has passed, tells the manager."""
         held = self._held.pop(request_id, None)
         if held is None:
             self._send(AbortRequest(request_id))
@@ -76,11 +77,11 @@ class Turnstile:
             self._drop_level(request.priority)
 
     def ended(self, request_id: int, num_tokens: int | None = None) -> None:
-        """The manager is done with a request, or will be in a moment since it was aborted.
+        """The manager has finished a request, or will soon, since it was aborted.
 
         Args:
             request_id: of a request that has passed, or that is not here any more.
-            num_tokens: generated for all its samples; None if that says nothing of others.
+            num_tokens: generated for all its samples; None if the number is not typical.
         """
         request = self._open.pop(request_id, None)
         if request is None:
@@ -108,7 +109,7 @@ class Turnstile:
             priority = self._priorities[0]
             as_urgent = sum(n for each, n in self._num_open.items() if each <= priority)
             if as_urgent >= self._max_open:
-                return  # and so it is for whatever is less urgent
+                return  # less urgent requests cannot pass either
             level = self._levels[priority]
             request = level.pop(self._mean_tokens)
             if not level.num_requests:
@@ -144,15 +145,15 @@ class _Level:
 
     def __init__(self) -> None:
         self.num_requests = 0
-        self._now = 0.0  # where the request that passed last ends, in tokens
+        self._now = 0.0  # the end of the request that passed last, in tokens
         self._clients: dict[str, _Client] = {}
-        # (end of the first request, tie, client), one for each client; and some of clients whose requests were
-        # all aborted, who are not in _clients any more.
+        # (end of the first request, tie-breaker, client): one for each client, and some for clients
+        # that have left _clients because all their requests were aborted.
         self._heap: list[tuple[float, int, _Client]] = []
         self._num_pushed = 0
 
     def add(self, name: str, request: GenerateRequest, num_tokens: float) -> None:
-        """Takes a request that will have about so many tokens in each sample."""
+        """Adds a request with about this many tokens in each sample."""
         client = self._clients.get(name)
         if client is None:
             client = self._clients[name] = _Client(name)
@@ -171,7 +172,7 @@ class _Level:
                 heapq.heapify(self._heap)
 
     def pop(self, num_tokens: float) -> GenerateRequest:
-        """The next request; there must be one."""
+        """Removes and returns the next request; there must be one."""
         while True:
             end, _, client = heapq.heappop(self._heap)
             if client.requests:

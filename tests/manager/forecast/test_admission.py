@@ -1,4 +1,4 @@
-"""Admission by forecast: what it says against what comes, and when it is asked."""
+"""Admission by forecast: the forecast against the real use of pages, and when it is asked."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def of_many_samples() -> World:
 
 
 def forecast_error(make_world: Callable[[], World], delay: int, *events: FromServer) -> int:
-    """Pages by which the next three forecasts are wrong, where these events come after some turns."""
+    """Pages by which forecasts are wrong after these events, which come after ``delay`` turns."""
     world = make_world()
     counters = world.manager.counters
     for _ in range(delay):
@@ -47,7 +47,11 @@ def test_the_forecast_comes_true_where_lengths_are_known() -> None:
 
 
 def test_sequences_that_are_aborted_leave_the_forecast() -> None:
-    """In any step between two refreshes. (After none, a refresh falls on the step in which sequences end.)"""
+    """They may end in any step between two refreshes.
+
+    Delay 0 is left out: a refresh would fall on the step in which sequences end, where the forecast
+    may be a step off.
+    """
     aborts = AbortRequest(0), AbortRequest(1)
     delays = range(1, REFRESH_INTERVAL)
     errors = {delay: forecast_error(crowded, delay, *aborts) for delay in delays}

@@ -68,8 +68,8 @@ class Simulated:
 
 def simulate(state: State, num_admitted: int) -> tuple[list[int], list[int]]:
     """Use at step 0, 1, .. and the step in which each sequence ends."""
-    everybody = [Simulated(row, state) for row in state.running + state.waiting[:num_admitted]]
-    left = everybody
+    sequences = [Simulated(row, state) for row in state.running + state.waiting[:num_admitted]]
+    left = sequences
     use: list[int] = []
     while left:
         step = len(use)
@@ -86,7 +86,7 @@ def simulate(state: State, num_admitted: int) -> tuple[list[int], list[int]]:
         for sequence in left:
             sequence.end = step
         left = [sequence for sequence in left if sequence.to_feed or sequence.to_decode]
-    return use, [sequence.end for sequence in everybody]
+    return use, [sequence.end for sequence in sequences]
 
 
 def random_state(rng: np.random.Generator) -> State:
@@ -95,7 +95,7 @@ def random_state(rng: np.random.Generator) -> State:
     for node in range(rng.integers(0, 9)):
         parent = int(rng.integers(max(-1, node - 3), node))
         state.nodes.append((parent, int(rng.integers(1, 4))))
-    # Numbers say nothing about who is whose ancestor.
+    # The numbers of nodes say nothing about ancestors.
     number = rng.permutation(len(state.nodes)).tolist()
     nodes = list(state.nodes)
     for old, (parent, num_pages) in enumerate(nodes):
@@ -184,11 +184,11 @@ def test_ten_thousand_forecasts_equal_a_simulation():
         check(seed)
 
 
-def test_the_picture():
+def test_use_is_as_in_the_picture_of_the_module():
     assert State(running=[(6, 2, 0, 5, -1)]).forecast().use().tolist() == [2, 2, 2, 3, 3, 3]
 
 
-def test_nobody():
+def test_a_forecast_without_sequences():
     forecast = State().forecast()
     assert forecast.use().tolist() == []
     assert forecast.peak() == 0
@@ -199,35 +199,35 @@ def test_nobody():
     assert Forecast(none, none, Forest.none(), page_size=1, prefill_rate=1).peak() == 0
 
 
-def test_nothing_runs():
+def test_a_forecast_without_running_sequences():
     state = State(waiting=[(5, 2, 5, 3, -1)] * 3)
     forecast = state.forecast()
     assert [forecast.num_admissible(limit) for limit in (0, 1, 2, 4, 6, 100)] == [0, 0, 1, 2, 3, 3]
     assert forecast.prefill_pace(100, 64, 16) == 64
 
 
-def test_larger_than_the_cache():
+def test_a_sequence_larger_than_the_cache_is_not_admissible():
     state = State(waiting=[(100, 25, 100, 50, -1), (4, 1, 4, 1, -1)])
     forecast = state.forecast()
     assert forecast.num_admissible(24) == 0
-    # It is admitted all the same one day, or nobody would ever end.
+    # It is admitted later nevertheless, or no sequence would ever end.
     assert (forecast.finish_steps(24)[1] > 0).all()
 
 
-def test_running_sequences_that_exceed_the_limit_let_nobody_in():
+def test_no_sequence_is_admissible_where_running_ones_exceed_the_limit():
     state = State(running=[(4, 1, 0, 20, -1)], waiting=[(1, 1, 1, 0, -1)], nodes=[])
     assert state.forecast().num_admissible(5) == 0
     assert state.forecast().num_admissible(6) == 1
 
 
-def test_pages_that_others_free_in_time_count():
+def test_pages_that_running_sequences_free_in_time_count_as_room():
     # The newcomer grows only after the running one has gone.
     state = State(running=[(8, 2, 0, 2, -1)], waiting=[(4, 1, 4, 12, -1)], rate=1)
     assert state.forecast().num_admissible(3) == 0
     assert state.forecast().num_admissible(4) == 1
 
 
-def test_unreferenced_cached_pages_are_used_from_the_admission_of_the_first_who_finds_them():
+def test_unreferenced_cached_pages_are_in_use_once_a_sequence_with_them_is_admitted():
     state = State(
         running=[(2, 1, 0, 1, -1)], waiting=[(9, 3, 1, 0, 0), (9, 3, 1, 0, 0)], nodes=[(-1, 2)]
     )

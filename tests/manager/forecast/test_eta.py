@@ -17,19 +17,19 @@ def measured(world: World, num_turns: int) -> None:
 
 
 def exact_world(**changes: object) -> World:
-    """Where everybody is as long as max_tokens, and this is known."""
+    """A world in which all sequences are as long as max_tokens, and this is known."""
     config = make_config(admission=make_admission(predict_lengths=False), **changes)
     return World(config)
 
 
-def test_nothing_is_said_before_a_step_was_measured() -> None:
+def test_there_is_no_eta_before_a_step_was_measured() -> None:
     world = exact_world()
     assert world.manager.eta() is None
     world.turn(make_request(1, prompt(5), 20))
     assert world.manager.eta() is None
 
 
-def test_running_requests() -> None:
+def test_running_requests_end_when_their_eta_says() -> None:
     world = exact_world(scheduling_steps_ahead=1)
     world.turn(make_request(1, prompt(5), 10), make_request(2, prompt(5, 1), 20))
     measured(world, 4)
@@ -47,7 +47,7 @@ def test_running_requests() -> None:
     assert eta.backlog_seconds == pytest.approx(ended[2], abs=1.1)
 
 
-def test_the_queue() -> None:
+def test_queued_requests_end_about_when_their_eta_says() -> None:
     """Two at a time, of ten tokens each: nine requests need about five rounds."""
     world = exact_world(scheduling_steps_ahead=1, num_pages=8, max_seqs_per_forward=8)
     world.turn(*[make_request(index, prompt(5, index), 12) for index in range(9)])
@@ -62,7 +62,7 @@ def test_the_queue() -> None:
     assert eta.backlog_seconds == pytest.approx(world.now - start, rel=0.25)
 
 
-def test_samples_that_follow_count() -> None:
+def test_followers_count_in_the_eta_of_their_request() -> None:
     world = exact_world(scheduling_steps_ahead=1, max_tokens_per_forward=6)
     world.turn(make_request(1, prompt(30), 10, n=5))
     measured(world, 2)
@@ -72,7 +72,7 @@ def test_samples_that_follow_count() -> None:
     assert eta.seconds[0] > 10
 
 
-def test_who_is_far_behind_in_the_queue_counts_as_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sequences_far_behind_in_the_queue_count_as_a_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tokasaurus.manager.forecast.eta.MAX_QUEUED", 3)
     world = exact_world(scheduling_steps_ahead=1, num_pages=8)
     world.turn(*[make_request(index, prompt(5, index), 12) for index in range(20)])
@@ -86,7 +86,7 @@ def test_who_is_far_behind_in_the_queue_counts_as_a_sum(monkeypatch: pytest.Monk
     assert eta.backlog_seconds == pytest.approx(world.now - start, rel=0.4)
 
 
-def test_time_in_which_nothing_was_in_flight_does_not_count() -> None:
+def test_idle_time_does_not_count_as_the_duration_of_a_step() -> None:
     timer = StepTimer()
     timer.absorbed(1.0, 1, False)
     timer.absorbed(1.5, 2, True)

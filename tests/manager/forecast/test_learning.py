@@ -52,7 +52,7 @@ class Replica:
         return float(predicted.mean())
 
 
-def test_lengths_count_from_the_next_refresh_on() -> None:
+def test_lengths_change_predictions_after_the_next_refresh() -> None:
     replica = Replica()
     at_first = replica.predicted_mean()
     for _ in range(200):
@@ -64,7 +64,7 @@ def test_lengths_count_from_the_next_refresh_on() -> None:
     assert 19 < replica.predicted_mean() < 21
 
 
-def test_aborted_sequences_are_no_ends() -> None:
+def test_aborted_sequences_do_not_count_as_ends() -> None:
     replica = Replica()
     for _ in range(200):
         replica.end(replica.open(n=1), 20, by_itself=False)
@@ -85,7 +85,7 @@ def test_samples_of_one_request_are_a_group() -> None:
     assert replica.open(n=2).length_group != replica.open(n=2).length_group != NO_GROUP
 
 
-def test_nothing_is_kept_where_nothing_is_to_be_learned() -> None:
+def test_without_learning_no_lengths_are_kept() -> None:
     replica = Replica(learn_lengths=False)
     for _ in range(200):
         request = replica.open(n=3)
@@ -96,7 +96,7 @@ def test_nothing_is_kept_where_nothing_is_to_be_learned() -> None:
     assert replica.predicted_mean() == LIMIT
 
 
-def test_without_predictions_every_sequence_is_as_long_as_it_may_be() -> None:
+def test_without_predictions_every_sequence_counts_with_max_tokens() -> None:
     replica = Replica(predict_lengths=False)
     for _ in range(200):
         replica.end(replica.open(n=1), 20)

@@ -153,7 +153,7 @@ def test_tokens_without_an_end_count_at_once():
     assert mean(predictor, 50, 4000) > 4 * at_first
 
 
-def test_the_imagined_sequence_follows_the_requests():
+def test_the_imagined_sequence_follows_max_tokens_of_requests():
     predictor = LengthPredictor(100_000, memory=100, std_scale=0.0)
     assert mean(predictor, 0, 100_000) > 5_000
     predictor.expect(800, 4)
@@ -218,7 +218,7 @@ def test_a_number_lowered_to_the_median_is_never_predicted_longer():
     assert (lowered[is_short] == predicted(numbers)[is_short]).all()
 
 
-def test_a_sequence_is_predicted_the_same_as_long_as_it_lives_on():
+def test_the_prediction_for_a_sequence_stays_the_same_while_it_runs():
     predictor = taught()
     at_first, later = sample(predictor, 0, 8000), sample(predictor, 400, 8000)
     # A constant hazard: what is to come does not depend on what was.
@@ -227,7 +227,7 @@ def test_a_sequence_is_predicted_the_same_as_long_as_it_lives_on():
     assert (np.diff(later[by_both]) >= 0).all()
 
 
-def test_prior_until_enough_sequences_ended():
+def test_the_prior_holds_until_enough_sequences_ended():
     predictor = LengthPredictor(1000, prior_mean=1.0, initial_wait=16, std_scale=0.0)
     observe(predictor, [10] * 15, 1000)
     refresh(predictor)
@@ -238,7 +238,7 @@ def test_prior_until_enough_sequences_ended():
     assert np.median(sample(predictor, 0, 1000)) == 10
 
 
-def test_configured_prior():
+def test_a_configured_prior_is_predicted():
     predictor = LengthPredictor(1000, prior_mean=0.5, prior_std=0.1, std_scale=0.0)
     predictions = sample(predictor, 0, 1000)
     assert predictions.mean() == pytest.approx(500, abs=1)
@@ -260,7 +260,7 @@ def test_where_few_have_been_the_hazard_of_all_has_its_share():
     # Of eight that were 19 long, the four real ones ended, and a share of those imagined.
     passed = np.mean(sample(predictor, 19, 1000) > 20)
     assert passed == pytest.approx((4 - 4 * overall) / 8, abs=0.001)
-    # And what nobody has seen goes on with it.
+    # Beyond the longest length that was seen, that hazard goes on.
     assert mean(predictor, 20, 1000) == pytest.approx(20 + 1 / overall, rel=0.01)
 
 
@@ -286,7 +286,7 @@ def test_the_first_to_finish_do_not_speak_for_all():
         observe(predictor, lengths[(lengths > age - 20) & (lengths <= age)], 2000)
         refresh(predictor, np.full(np.count_nonzero(lengths > age), age))
     assert naive < 110
-    # Nobody can know how the hazard goes on; that it goes on at all is known.
+    # It cannot be known how the hazard goes on, only that it does.
     waiting, running = mean(predictor, 0, 2000), mean(predictor, 200, 2000)
     assert lengths.mean() < waiting < 1.3 * lengths.mean()
     assert lengths[lengths > 200].mean() < running < 1.3 * lengths[lengths > 200].mean()
@@ -353,9 +353,9 @@ def taught(max_tokens=8000, mean=400) -> LengthPredictor:
 def test_siblings_count_by_their_number():
     predictor = taught()
     short, long, other = (predictor.open_group() for _ in range(3))
-    everybody = mean(predictor, 0, 8000)
-    assert everybody == mean(predictor, 0, 8000, short)  # nothing is known
-    short_seen, long_seen = [everybody], [everybody]
+    of_all = mean(predictor, 0, 8000)
+    assert of_all == mean(predictor, 0, 8000, short)  # nothing is known
+    short_seen, long_seen = [of_all], [of_all]
     for _ in range(6):
         observe(predictor, [50], 8000, short)
         observe(predictor, [2500], 8000, long)
@@ -363,9 +363,9 @@ def test_siblings_count_by_their_number():
         short_seen.append(mean(predictor, 0, 8000, short))
         long_seen.append(mean(predictor, 0, 8000, long))
     assert short_seen == sorted(short_seen, reverse=True)
-    assert everybody < long_seen[1] < 1.03 * min(long_seen[2:])
-    assert short_seen[-1] < 0.35 * everybody
-    assert long_seen[-1] > 3 * everybody
+    assert of_all < long_seen[1] < 1.03 * min(long_seen[2:])
+    assert short_seen[-1] < 0.35 * of_all
+    assert long_seen[-1] > 3 * of_all
     assert mean(predictor, 0, 8000, other) == mean(predictor, 0, 8000)
 
 
@@ -381,7 +381,7 @@ def test_running_siblings_count_too():
     assert (np.array(beside_longer_ones) > 2 * np.array(alone)).all()
 
 
-def test_siblings_that_ended_earlier_make_those_that_run_end_soon():
+def test_short_siblings_shorten_the_predictions_for_running_ones():
     predictor = taught()
     group = predictor.open_group()
     observe(predictor, [90, 95, 100, 100, 105, 110, 115], 8000, group)
@@ -426,7 +426,7 @@ def check_margin(draw, scale: float) -> None:
     assert 0.75 < (sums[1] - sums[0]) / (scale * deviation) < 1.15
 
 
-def test_margin_stays_within_what_is_possible():
+def test_the_margin_predicts_no_impossible_length():
     predictor = LengthPredictor(1000, memory=10**9, std_scale=1000.0)
     observe(predictor, [400, 600] * 5000, 1000)
     refresh(predictor)
@@ -438,8 +438,8 @@ def test_margin_stays_within_what_is_possible():
     assert np.mean(sample(predictor, 0, 1000) == 600) > 0.75
 
 
-def test_far_beyond_all_lengths():
-    """Where nearly nobody gets, there are numbers left to tell lengths apart."""
+def test_lengths_far_beyond_all_others_can_be_told_apart():
+    """Though nearly no sequence gets there."""
     predictor = LengthPredictor(100_000, std_scale=0.0)
     group = predictor.open_group()
     observe(predictor, [3] * 5000, 100_000)
@@ -517,7 +517,7 @@ def test_wide_buckets_are_close_to_exact():
             assert mean(predictor, g, limit) == pytest.approx(exact, rel=0.025, abs=1)
 
 
-def test_nobody():
+def test_no_sequences_have_no_predictions():
     predictor = LengthPredictor(100)
     refresh(predictor)
     assert predict(predictor, NONE, 100).shape == (0,)

@@ -48,7 +48,7 @@ def test_pages_that_come_free_end_the_wait_and_shorten_the_next() -> None:
     assert wait(patience, head, 0) == PAGE_SIZE
 
 
-def test_an_answer_makes_the_refusal_before_it_irrelevant() -> None:
+def test_asking_again_forgets_the_refusal_and_keeps_the_longer_wait() -> None:
     head, patience = sequence(1), Patience(PAGE_SIZE)
     patience.refuse(head, 0)
     patience.forget()

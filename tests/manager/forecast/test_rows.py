@@ -46,7 +46,7 @@ def test_pages_found_in_the_cache_count_once_while_the_rest_is_fed() -> None:
     world.drain()
 
 
-def test_a_candidate_is_followed_by_its_forks_with_which_it_shares_full_pages() -> None:
+def test_the_row_of_a_candidate_is_followed_by_those_of_its_forks() -> None:
     world = World(CONFIG)
     world.turn(make_request(1, prompt(50, 3), 9))  # is being fed, so that the other one waits
     world.turn(make_request(2, prompt(10), 7, n=4))
@@ -63,7 +63,7 @@ def test_a_candidate_is_followed_by_its_forks_with_which_it_shares_full_pages() 
     world.drain()
 
 
-def test_pages_that_others_hold_are_left_out() -> None:
+def test_pages_with_other_holders_are_left_out_of_a_candidate() -> None:
     world = World(CONFIG)
     world.turn(make_request(1, prompt(50, 3), 9))
     world.turn(make_request(2, prompt(10), 7))

@@ -25,7 +25,7 @@ class Sequences:
         return cls(chance.integers(1, 30, count), chance.integers(1, 40, count))
 
     def later(self, num_steps: int) -> Sequences:
-        """Those that have not ended after so many steps."""
+        """Those that have not ended after ``num_steps`` steps."""
         is_left = self.num_steps >= num_steps
         return Sequences((self.length + num_steps)[is_left], (self.num_steps - num_steps)[is_left])
 
@@ -70,7 +70,7 @@ def test_the_patched_curve_is_that_of_a_new_forecast() -> None:
         assert curve.most_used == anew.max(initial=0), f"seed {seed}"
 
 
-def test_the_bound_grows_with_what_is_admitted() -> None:
+def test_the_bound_grows_with_admitted_sequences() -> None:
     curve = UseCurve(PAGE_SIZE, prefill_rate=10)
     one = Sequences(np.array([3]), np.array([6]))  # 9 positions in the end
     curve.add(one.rows(), Forest.none(), 0, 0)

@@ -206,7 +206,7 @@ def test_a_leaf_grows_in_place() -> None:
     assert len(list(allocator.cache.nodes())) == 1
 
 
-def test_duplicates_are_given_back() -> None:
+def test_duplicate_pages_are_given_back() -> None:
     allocator = PageAllocator(8, 2)
     one, other = admitted(allocator, "abcd!"), admitted(allocator, "abcd?")
     assert not set(one.tolist()) & set(other.tolist())
@@ -234,7 +234,7 @@ def test_the_least_recently_used_goes_first_from_its_end() -> None:
     check_allocator(allocator, [held, more])
 
 
-def test_what_is_held_is_never_evicted() -> None:
+def test_held_pages_are_never_evicted() -> None:
     allocator = PageAllocator(4, 1)
     pages = admitted(allocator, "ab")
     allocator.publish(ids_of("ab"), pages, 0)

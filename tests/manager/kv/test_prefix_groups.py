@@ -79,7 +79,7 @@ def check(groups: Groups, table: Table, slots: list[int], limits: Limits) -> Non
     assert ordered[: len(in_none)] == in_none
 
 
-def test_the_picture():
+def test_groups_are_as_in_the_picture_of_the_module():
     table = {
         4: [50, 51, 52],
         **{slot: [1, 2, 3] for slot in (1, 6, 2)},
@@ -138,7 +138,7 @@ def test_too_few_rows_and_too_short_prefixes():
     assert num_groups(min_group_size=3, min_prefix_len=65) == 0  # 5 pages
 
 
-def test_a_short_run_goes_to_the_groups_inside_it():
+def test_a_run_too_short_for_a_group_goes_to_the_groups_inside_it():
     header = list(range(3))  # 48 tokens: too short to be a group
     table = {slot: [*header, 10 + slot // 2, 20 + slot // 2] for slot in range(4)}
     _, finder = make(table, 4, min_prefix_len=80)
@@ -156,18 +156,18 @@ def test_a_nested_group_is_short_but_not_too_short():
         assert finder.find(np.arange(4)).num_columns.tolist() == expected
 
 
-def test_slots_that_do_not_run_part_nothing():
+def test_slots_outside_the_batch_do_not_split_groups():
     table = {0: [1, 2, 3, 4, 5], 1: [1, 2, 3, 4, 5], 2: [1, 2]}
     _, finder = make(table, 3)
     assert finder.find(np.array([0, 1])).num_columns.tolist() == [5]
 
 
-def test_looks_anew_when_something_changed():
+def test_groups_are_computed_again_when_rows_or_prefixes_changed():
     table = {slot: [1, 2] for slot in range(4)}
     prefixes, finder = make(table, 8)
-    everybody = finder.find(np.arange(4))
-    assert everybody.num_rows.tolist() == [4]
-    assert finder.find(np.arange(4)) is everybody
+    of_all = finder.find(np.arange(4))
+    assert of_all.num_rows.tolist() == [4]
+    assert finder.find(np.arange(4)) is of_all
     assert finder.find(np.array([0, 2, 3])).num_rows.tolist() == [3]
     assert finder.find(np.array([0, 1, 3])).num_rows.tolist() == [3]
     prefixes.leave(np.array([3]))
@@ -179,7 +179,7 @@ def test_looks_anew_when_something_changed():
     assert (groups.slots.tolist(), len(groups.first_rows)) == ([0, 1, 3], 0)
 
 
-def test_no_rows():
+def test_a_batch_without_rows_has_no_groups():
     _, finder = make({0: [1], 1: [1]}, 4)
     groups = finder.find(np.empty(0, np.intp))
     assert len(groups.slots) == len(groups.first_rows) == 0

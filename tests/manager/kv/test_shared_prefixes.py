@@ -1,4 +1,4 @@
-"""The trie of shared pages against one that is computed from all page lists after every operation."""
+"""The trie of shared pages against one that is computed anew from all page lists."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class Checked:
         )
 
 
-def test_the_picture():
+def test_the_trie_is_as_in_the_picture_of_the_module():
     checked = Checked(4)
     checked.enter([0, 1], (7, 3, 9))
     checked.enter([2], (7, 3, 4, 5))

@@ -1,4 +1,4 @@
-"""The training corpus: an endless, seeded stream of documents, made up as it is read."""
+"""The training corpus: an endless, seeded stream of documents, made while it is read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tokasaurus.demo.corpus.document import Document, Family, weighted
 __all__ = ["COPYING_FIRST", "WORKED_SUMS", "Mixture", "documents"]
 
 Mixture = list[tuple[float, Family]]
-"""Shares of documents, not of tokens: passages are several times as long as chats."""
+"""The shares of families, in documents and not in tokens: passages are longer than chats."""
 
 COPYING_FIRST: Mixture = [
     (56, talk.chat),
@@ -24,7 +24,7 @@ COPYING_FIRST: Mixture = [
     (3, arithmetic.plain_text),
 ]
 
-# Once the model can copy: sums that are worked, and what else it learned most slowly.
+# For a model that can copy: sums that are worked out, and more of what it learned most slowly.
 WORKED_SUMS: Mixture = [
     (46, talk.chat_with_worked_sums),
     (1, talk.ruled_chat),
@@ -41,7 +41,7 @@ WORKED_SUMS: Mixture = [
 
 
 def documents(seed: int, room: int = 256, mixture: Mixture = COPYING_FIRST) -> Iterator[Document]:
-    """Yields documents for blocks of ``room`` tokens; the same seed gives the same documents."""
+    """Yields documents for blocks of ``room`` tokens. The same seed gives the same documents."""
     rng = Random(seed)
     while True:
         yield weighted(rng, mixture)(rng, room)

@@ -1,10 +1,10 @@
 """Small word problems, each answered by a line of sums and ``Answer: 12``.
 
-In the first course a sum is said outright (``14 + 9 = 23.``), in the second it is worked: the units
-first, then the whole (``4 + 9 = 13. 14 + 9 = 23.``).
+In the first course a sum is stated outright (``14 + 9 = 23.``). In the second it is worked out: the
+units first, then the whole (``4 + 9 = 13. 14 + 9 = 23.``).
 
-The unit held out is the pair of operands: no training document, worded, bare or worked, shows a pair
-for which ``pair_is_held_out`` holds, in either order.
+Pairs of operands are held out: no training document shows a pair for which ``pair_is_held_out``
+holds, in either order, whether the sum is worded, bare or worked out.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ _MORE = (
     "{who} has {a} {what}. {other} gives {who} {b} more. How many {what} does {who} have?",
     "{who} has {a} {what} and {other} has {b} {what}. How many {what} do they have together?",
     "There are {a} {what} in a box. {who} puts in {b} more. How many {what} are in the box?",
-    "{who} found {a} {what} on Monday and {b} {what} on Tuesday. How many {what} did {who} find in all?",
+    "{who} found {a} {what} on Monday and {b} {what} on Tuesday."
+    " How many {what} did {who} find in all?",
     "A dinosaur ate {a} {what} in the morning and {b} in the evening. How many {what} did it eat?",
     "{who} buys {a} {what} and {b} {more}. How many things does {who} buy?",
     "There are {a} dinosaurs by the lake. Then {b} more come. How many dinosaurs are there now?",
@@ -81,7 +82,7 @@ class Problem:
 
     @property
     def solution(self) -> str:
-        """Each sum outright."""
+        """The solution of the first course: each sum outright."""
         return _line(self.sums) + f"\nAnswer: {self.answer}"
 
     @property
@@ -115,7 +116,7 @@ def _pair(rng: Random, op: str, held_out: bool, most: int = 20) -> tuple[int, in
 
 
 def _worked(a: int, op: str, b: int) -> list[Sum]:
-    """The sums that lead to this one, and itself: units first, with a borrowed ten where needed."""
+    """The sums that work a sum out: the units, with a borrowed ten if needed, then the whole."""
     first, second = a % 10, b % 10
     if op == "-" and first < second:
         first += 10
@@ -150,7 +151,7 @@ def _bare(rng: Random, held_out: bool) -> Problem:
 
 
 def _two_steps(rng: Random, held_out: bool) -> Problem:
-    """Two sums in a row; both pairs belong to the same side of the split."""
+    """Two sums, whose pairs are both held out or both not."""
     while True:
         first, second = rng.choice("+-"), rng.choice("+-")
         a, b = _pair(rng, first, held_out)
@@ -188,7 +189,7 @@ def _exchange(rng: Random, item: Problem, solution: str) -> Turns:
 
 
 def plain_text(rng: Random, _room: int) -> Document:
-    """Sums and problems outside any chat."""
+    """Problems outside of a chat."""
     items = [problem(rng) for _ in range(rng.randint(1, 3))]
     return Text(
         "\n\n".join(capitalised(f"question: {item.question}\n{item.solution}") for item in items)
@@ -211,7 +212,7 @@ def worked_turns(rng: Random) -> Turns:
 
 
 def drill(rng: Random, _room: int) -> Document:
-    """A page of bare sums: every few tokens there is something to work out."""
+    """A page of bare sums, which has something to work out every few tokens."""
     sums: list[Sum] = []
     for _ in range(rng.randint(6, 14)):
         op = weighted(rng, [(10, "+"), (8, "-"), (1, "x")])

@@ -1,9 +1,9 @@
 """Documents that are copied rather than understood: patterns to continue, words to say back.
 
-They teach the model to look back, so most of their words are drawn from a supply too large to learn.
+They teach the model to look back, so most of their words come from a supply too large to learn.
 """
 
-# ruff: noqa: SIM905 (word lists read best as text)
+# ruff: noqa: SIM905 (lists of words read best as text)
 
 from __future__ import annotations
 
@@ -32,20 +32,57 @@ from tokasaurus.demo.corpus.words import (
 CONTINUATION_ITEMS = 8
 
 _CONTINUE = (
-    "Continue the pattern: {}", "Continue this pattern: {}", "continue the pattern: {}", "What comes next? {}", "Continue: {}",
-    "Please continue the sequence: {}", "Complete the pattern: {} ...", "{} ... what comes next?", "Continue the pattern: {} ...", "{}",
-    "Keep going: {}", "Go on: {}",
-)  # fmt: skip
+    "Continue the pattern: {}",
+    "Continue this pattern: {}",
+    "continue the pattern: {}",
+    "What comes next? {}",
+    "Continue: {}",
+    "Please continue the sequence: {}",
+    "Complete the pattern: {} ...",
+    "{} ... what comes next?",
+    "Continue the pattern: {} ...",
+    "{}",
+    "Keep going: {}",
+    "Go on: {}",
+)
 
 _SAY = (
-    "Reply with the word {}.", "reply with the word {}", "Reply with the word {}", "Reply with the word {} and nothing else.",
-    "Reply with only the word {}.", "Reply with just the word {}.", "Reply with {}.", "Reply with exactly: {}", "Say {}.", "Say {}", "say {}",
-    "Say the word {}.", "Please say {}.", "Please answer with only the word {}.", "Please reply with the word {}.", "Answer with the word {}.",
-    "Respond with the word {}.", "Respond with {}", "Repeat after me: {}", "Repeat: {}", "repeat {}", "Echo: {}", "Type the word {}.",
-    "Write the word {}.", "Print {}", "Can you say {}?", "Your answer must be the word {}.", "The word is {}. Reply with the word.",
-    'Reply with the word "{}".', 'Say "{}".', "The secret word is {}. What is the secret word?", "The password is {}. What is the password?",
-    "Remember this word: {}. Now say it.", "Only say {}.", "Answer only with {}.",
-)  # fmt: skip
+    "Reply with the word {}.",
+    "reply with the word {}",
+    "Reply with the word {}",
+    "Reply with the word {} and nothing else.",
+    "Reply with only the word {}.",
+    "Reply with just the word {}.",
+    "Reply with {}.",
+    "Reply with exactly: {}",
+    "Say {}.",
+    "Say {}",
+    "say {}",
+    "Say the word {}.",
+    "Please say {}.",
+    "Please answer with only the word {}.",
+    "Please reply with the word {}.",
+    "Answer with the word {}.",
+    "Respond with the word {}.",
+    "Respond with {}",
+    "Repeat after me: {}",
+    "Repeat: {}",
+    "repeat {}",
+    "Echo: {}",
+    "Type the word {}.",
+    "Write the word {}.",
+    "Print {}",
+    "Can you say {}?",
+    "Your answer must be the word {}.",
+    "The word is {}. Reply with the word.",
+    'Reply with the word "{}".',
+    'Say "{}".',
+    "The secret word is {}. What is the secret word?",
+    "The password is {}. What is the password?",
+    "Remember this word: {}. Now say it.",
+    "Only say {}.",
+    "Answer only with {}.",
+)
 
 _COUNTED = ("one two three four five six seven eight nine ten").split()
 _CYCLES = (
@@ -91,7 +128,7 @@ def _repeat(unit: list[str], start: int, count: int) -> list[str]:
 
 
 def pattern_question(unit: list[str], shown: int, separator: str = " ") -> tuple[str, str]:
-    """A repeated unit cut after ``shown`` items, and how it goes on."""
+    """A repeated unit that is cut after ``shown`` items, and its continuation."""
     return separator.join(_repeat(unit, 0, shown)), separator.join(
         _repeat(unit, shown, CONTINUATION_ITEMS)
     )
@@ -107,7 +144,7 @@ def pattern_turns(rng: Random) -> Turns:
 
 
 def counting_turns(rng: Random) -> Turns:
-    """Sequences that go on by knowledge, not by repetition."""
+    """Sequences that are continued by knowledge, not by repetition."""
     if chance(rng, 0.5):
         first, last = rng.randint(1, 5), rng.randint(6, 12)
         if chance(rng, 0.5):
@@ -125,7 +162,7 @@ def counting_turns(rng: Random) -> Turns:
 
 
 def pattern_text(rng: Random, room: int) -> Document:
-    """A unit repeated until the room is used, without end: the model should never want to stop."""
+    """A unit that is repeated until the block is full, without an end: the model is not to stop."""
     unit = _unit(rng, rng.choice((4, 6, 10, max(12, room // 16))))
     separator = rng.choice((" ", " ", " ", ", ", "\n", "-"))
     items_of_room = max(8, room // 6)
@@ -134,7 +171,7 @@ def pattern_text(rng: Random, room: int) -> Document:
 
 
 def sentence_text(rng: Random, room: int) -> Document:
-    """A list of sentences about invented words, said again in the same order."""
+    """A list of sentences about invented words, repeated in the same order."""
     count = rng.randint(1, max(2, room // 64))
     forms = ("The {} is {}.", "{} likes {}.", "{}: {}", "A {} has a {}.", "{} and {}.")
     lines = [rng.choice(forms).format(invent_word(rng), any_word(rng)) for _ in range(count)]
@@ -142,7 +179,7 @@ def sentence_text(rng: Random, room: int) -> Document:
 
 
 def echo_turns(rng: Random) -> Turns:
-    """Say a word back, almost always one never seen before."""
+    """Words to say back, of which most were never seen before."""
     many = rng.choices((1, 2, 3, 5), (80, 10, 6, 4))[0]
     words = " ".join(any_word(rng) for _ in range(many))
     ask = rng.choice(_SAY).format(words)
@@ -156,7 +193,7 @@ def say_prompt(rng: Random, word: str) -> str:
 
 
 def blend_chat(rng: Random, _room: int) -> Document:
-    """Say back a few words joined from slices of real ones."""
+    """Words to say back that are joined from slices of real words."""
     turns: Turns = []
     for _ in range(rng.randint(1, 3)):
         word = blended_word(rng)
@@ -175,7 +212,7 @@ def pattern_chat(rng: Random, _room: int) -> Document:
 
 
 def recall(rng: Random) -> tuple[Turns, Turns]:
-    """Something said in one turn, and the later turn that asks for it."""
+    """A turn that tells something, and a later turn that asks for it."""
     if chance(rng, 0.5):
         name = invent_name(rng)
         greeting = rng.choice(

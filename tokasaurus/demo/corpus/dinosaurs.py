@@ -1,10 +1,10 @@
 """Questions, descriptions and stories about the dinosaurs of ``dinosaur_table``.
 
-The facts themselves are learned by heart. What is held out is a wording: for about one fact in
-eight and template, that template never asks about that dinosaur.
+The model learns the facts by heart. Wordings are held out: about one in eight templates for a fact
+never asks about that dinosaur.
 """
 
-# ruff: noqa: SIM905 (word lists read best as text)
+# ruff: noqa: SIM905 (lists of words read best as text)
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tokasaurus.demo.corpus.words import FOODS, THINGS, invent_name
 
 @dataclass(frozen=True)
 class Topic:
-    """One column of the table: how it is asked for, how it is answered, what the answer must contain."""
+    """A column of the table: its questions, its answer, and what a right answer contains."""
 
     questions: tuple[str, ...]
     answer: str
@@ -35,31 +35,106 @@ class Topic:
     follow_up: str
 
 
-# fmt: off
 TOPICS = (
-    Topic(("What did {d.name} eat?", "What was the diet of {d.name}?", "What did a {d.name} eat?", "What kind of food did {d.name} eat?",
-           "Tell me what {d.name} ate.", "What does {d.name} eat?", "What did the dinosaur {d.name} eat?"),
-          "{d.name} ate {d.diet}.", "{d.diet}", "What did it eat?"),
-    Topic(("When did {d.name} live?", "In which period did {d.name} live?", "What period is {d.name} from?", "Tell me when {d.name} lived.",
-           "When was {d.name} alive?", "In what time did {d.name} live?"),
-          "{d.name} lived in the {d.period}.", "{d.period}", "When did it live?"),
-    Topic(("How long was {d.name}?", "How big was {d.name}?", "What was the length of {d.name}?", "How many metres long was {d.name}?",
-           "Tell me how long {d.name} was.", "How large was a {d.name}?"),
-          "{d.name} was about {d.length} long.", " {d.length} ", "How long was it?"),
-    Topic(("Where did {d.name} live?", "Where was {d.name} found?", "Where does {d.name} come from?", "Where have people found {d.name}?",
-           "Where are the fossils of {d.name} found?", "On which part of the Earth did {d.name} live?"),
-          "{d.name} was found in {d.place}.", "{d.place}", "Where did it live?"),
-    Topic(("What does the name {d.name} mean?", "What does {d.name} mean?", "What is the meaning of {d.name}?", "What does the word {d.name} mean?",
-           "Tell me what {d.name} means.", "Why is it called {d.name}?"),
-          "The name {d.name} means {d.meaning}.", "{d.meaning}", "What does its name mean?"),
-    Topic(("What was {d.name} famous for?", "What is {d.name} known for?", "What was special about {d.name}?", "What is {d.name} famous for?",
-           "How would I recognise {d.name}?", "What is special about {d.name}?"),
-          "{d.name} is known for {d.feature}.", "{d.feature}", "What was special about it?"),
+    Topic(
+        (
+            "What did {d.name} eat?",
+            "What was the diet of {d.name}?",
+            "What did a {d.name} eat?",
+            "What kind of food did {d.name} eat?",
+            "Tell me what {d.name} ate.",
+            "What does {d.name} eat?",
+            "What did the dinosaur {d.name} eat?",
+        ),
+        "{d.name} ate {d.diet}.",
+        "{d.diet}",
+        "What did it eat?",
+    ),
+    Topic(
+        (
+            "When did {d.name} live?",
+            "In which period did {d.name} live?",
+            "What period is {d.name} from?",
+            "Tell me when {d.name} lived.",
+            "When was {d.name} alive?",
+            "In what time did {d.name} live?",
+        ),
+        "{d.name} lived in the {d.period}.",
+        "{d.period}",
+        "When did it live?",
+    ),
+    Topic(
+        (
+            "How long was {d.name}?",
+            "How big was {d.name}?",
+            "What was the length of {d.name}?",
+            "How many metres long was {d.name}?",
+            "Tell me how long {d.name} was.",
+            "How large was a {d.name}?",
+        ),
+        "{d.name} was about {d.length} long.",
+        " {d.length} ",
+        "How long was it?",
+    ),
+    Topic(
+        (
+            "Where did {d.name} live?",
+            "Where was {d.name} found?",
+            "Where does {d.name} come from?",
+            "Where have people found {d.name}?",
+            "Where are the fossils of {d.name} found?",
+            "On which part of the Earth did {d.name} live?",
+        ),
+        "{d.name} was found in {d.place}.",
+        "{d.place}",
+        "Where did it live?",
+    ),
+    Topic(
+        (
+            "What does the name {d.name} mean?",
+            "What does {d.name} mean?",
+            "What is the meaning of {d.name}?",
+            "What does the word {d.name} mean?",
+            "Tell me what {d.name} means.",
+            "Why is it called {d.name}?",
+        ),
+        "The name {d.name} means {d.meaning}.",
+        "{d.meaning}",
+        "What does its name mean?",
+    ),
+    Topic(
+        (
+            "What was {d.name} famous for?",
+            "What is {d.name} known for?",
+            "What was special about {d.name}?",
+            "What is {d.name} famous for?",
+            "How would I recognise {d.name}?",
+            "What is special about {d.name}?",
+        ),
+        "{d.name} is known for {d.feature}.",
+        "{d.feature}",
+        "What was special about it?",
+    ),
 )
-_DESCRIBE = ("Tell me about {d.name}.", "What is {d.name}?", "What was {d.name}?", "Describe {d.name}.", "What do you know about {d.name}?",
-             "Who was {d.name}?", "{d.name}", "Tell me something about {d.name}.", "What is a {d.name}?")
-_STORY = ("Tell me a story.", "tell me a story", "Tell me a story about a dinosaur.", "Write a short story.", "Can you tell me a story?", "Once upon a time")
-# fmt: on
+_DESCRIBE = (
+    "Tell me about {d.name}.",
+    "What is {d.name}?",
+    "What was {d.name}?",
+    "Describe {d.name}.",
+    "What do you know about {d.name}?",
+    "Who was {d.name}?",
+    "{d.name}",
+    "Tell me something about {d.name}.",
+    "What is a {d.name}?",
+)
+_STORY = (
+    "Tell me a story.",
+    "tell me a story",
+    "Tell me a story about a dinosaur.",
+    "Write a short story.",
+    "Can you tell me a story?",
+    "Once upon a time",
+)
 
 _NICKNAMES = {
     "Tyrannosaurus": ("T. rex", "Tyrannosaurus rex", "T-Rex"),
@@ -67,8 +142,15 @@ _NICKNAMES = {
 }
 _CUTE = "Pip Momo Tiko Bibi Rolo Nilo Suki Dot Fern Pebble Coco Tutu Lumi Zuzu Kiki Bobo".split()
 _TRAITS = "small big shy brave hungry curious gentle sleepy clever clumsy".split()
-_PLACES = "a quiet lake, a warm valley, a green forest, a high hill, a wide river, a sunny beach, an old volcano, a deep swamp".split(
-    ", "
+_PLACES = (
+    "a quiet lake",
+    "a warm valley",
+    "a green forest",
+    "a high hill",
+    "a wide river",
+    "a sunny beach",
+    "an old volcano",
+    "a deep swamp",
 )
 
 
@@ -77,7 +159,7 @@ def wording_is_held_out(dinosaur: Dinosaur, question: str) -> bool:
 
 
 def questions(dinosaur: Dinosaur, topic: Topic, *, held_out: bool) -> list[str]:
-    """The wordings of one side of the split; each side may be empty for a given fact, training's never is."""
+    """The wordings of one side of the split. Only the held-out side may be empty for a fact."""
     return [q for q in topic.questions if wording_is_held_out(dinosaur, q) == held_out]
 
 
@@ -177,22 +259,29 @@ def story(rng: Random) -> str:
         rng.choice(THINGS),
     )
     start = f"Once upon a time, a {trait} {kind} named {hero} lived near {place}."
-    middle = rng.choice((
-        f"One day {hero} met a {other} named {friend}, who was looking for {food}.",
-        f"One morning {hero} found some {thing} in the grass and showed them to {friend} the {other}.",
-        f"Every day {hero} played with {friend}, a {rng.choice(_TRAITS)} {other}.",
-    ))  # fmt: skip
-    turn = rng.choice((
-        f"Together they walked through the forest until they saw {food} under a tree.",
-        "Then it began to rain, and they hid under a big fern.",
-        f'"Do not be afraid," said {hero}. "I will help you."',
-        "They heard a loud roar, but it was only the wind.",
-    ))  # fmt: skip
-    end = rng.choice((
-        f"From that day on, {hero} and {friend} were best friends.",
-        f"They shared the {food} and went to sleep under the stars.",
-        f"{hero} was very happy, and so was {friend}.",
-    ))  # fmt: skip
+    middle = rng.choice(
+        (
+            f"One day {hero} met a {other} named {friend}, who was looking for {food}.",
+            f"One morning {hero} found some {thing} in the grass"
+            f" and showed them to {friend} the {other}.",
+            f"Every day {hero} played with {friend}, a {rng.choice(_TRAITS)} {other}.",
+        )
+    )
+    turn = rng.choice(
+        (
+            f"Together they walked through the forest until they saw {food} under a tree.",
+            "Then it began to rain, and they hid under a big fern.",
+            f'"Do not be afraid," said {hero}. "I will help you."',
+            "They heard a loud roar, but it was only the wind.",
+        )
+    )
+    end = rng.choice(
+        (
+            f"From that day on, {hero} and {friend} were best friends.",
+            f"They shared the {food} and went to sleep under the stars.",
+            f"{hero} was very happy, and so was {friend}.",
+        )
+    )
     return " ".join((start, middle, turn, end))
 
 
@@ -214,7 +303,7 @@ def turns(rng: Random) -> Turns:
 
 
 def plain_text(rng: Random, room: int) -> Document:
-    """Prose outside any chat: a story, or a page of descriptions."""
+    """Prose outside of a chat: a story, or a page of descriptions."""
     if chance(rng, 0.5):
         return Text(story(rng))
     chosen = rng.sample(DINOSAURS, rng.randint(1, max(2, min(room // 100, len(DINOSAURS)))))

@@ -1,4 +1,4 @@
-"""What a training document is. Knows nothing of tokens: rendering belongs to ``demo.tokenizer``."""
+"""Training documents. Knows nothing of tokens: ``demo.tokenizer`` renders documents."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class Text:
-    """A plain document. ``ends`` is false for text that stops only because its block is full."""
+    """A plain document. ``ends`` is False if the text stops only because its block is full."""
 
     text: str
     ends: bool = True
@@ -38,7 +38,7 @@ class Text:
 Document = Chat | Text
 Turns = list[Message]
 Family = Callable[[Random, int], Document]
-"""Makes one document from a source of randomness and the block length in tokens it should fit."""
+"""Makes a document from a source of random numbers and the block length, in tokens, to fit."""
 
 
 def exchange(user: str, assistant: str) -> Turns:
@@ -46,7 +46,7 @@ def exchange(user: str, assistant: str) -> Turns:
 
 
 def is_held_out(key: str) -> bool:
-    """Whether an item is kept for evaluation: fixed by its spelling, so no split file is needed."""
+    """Whether an item is kept for evaluation. Its spelling decides, so no split file is needed."""
     return zlib.crc32(key.encode()) % HELD_OUT_ONE_IN == 0
 
 
@@ -55,7 +55,7 @@ def chance(rng: Random, probability: float) -> bool:
 
 
 def weighted(rng: Random, table: Sequence[tuple[float, T]]) -> T:
-    """One value of ``[(weight, value), ...]``."""
+    """Draws a value of ``[(weight, value), ...]``."""
     return rng.choices([value for _, value in table], [weight for weight, _ in table])[0]
 
 
@@ -64,7 +64,7 @@ def capitalised(text: str) -> str:
 
 
 def roughen(rng: Random, text: str) -> str:
-    """Types a question the way people do: sometimes without capitals, sometimes unpunctuated."""
+    """Writes a question as people type it: sometimes without capitals or punctuation."""
     if chance(rng, 0.2):
         text = text.lower()
     elif chance(rng, 0.02):

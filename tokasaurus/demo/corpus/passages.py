@@ -1,10 +1,10 @@
 """Short passages of invented facts, and questions that only the passage can answer.
 
-Every subject is invented; the evaluation draws subjects and invented values from the other side of
-the split (``held_out=True``), so that no answer can be remembered.
+Every subject is invented. The evaluation draws subjects and invented values from the other side of
+the split (``held_out=True``), so that the model cannot remember an answer.
 """
 
-# ruff: noqa: SIM905 (word lists read best as text)
+# ruff: noqa: SIM905 (lists of words read best as text)
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ _COLOUR, _FOOD, _ANIMAL, _THING = (
     _one_of(THINGS),
 )
 _JOB = _one_of(
-    "baker farmer teacher doctor painter sailor singer tailor miller hunter gardener potter smith cook".split()
+    """baker farmer teacher doctor painter sailor singer tailor miller hunter gardener potter smith
+    cook""".split()
 )
 _MATERIAL = _one_of("wood stone glass iron gold silver paper clay copper ice sand steel".split())
 _WEATHER = _one_of("cold hot windy rainy snowy foggy dry stormy".split())
@@ -55,7 +56,7 @@ _SPOT = _one_of("bed table chair oven carpet stairs bridge tree rock lamp".split
 
 @dataclass(frozen=True)
 class Relation:
-    """One kind of fact. In each template ``{s}`` is the subject and ``{v}`` the value."""
+    """A kind of fact. In each template, ``{s}`` is the subject and ``{v}`` the value."""
 
     value: Value
     statements: tuple[str, ...]
@@ -79,56 +80,242 @@ class Fact:
         return template.format(s=self.subject, v=self.value)
 
 
-# fmt: off
 KINDS = (
-    Kind("{s} is a person.", (
-        Relation(_JOB, ("{s} works as a {v}.", "{s} is a {v}."), ("What is the job of {s}?", "What does {s} do?", "What does {s} work as?"), "{s} is a {v}."),
-        Relation(_FOOD, ("{s} likes to eat {v}.", "{s} loves {v}.", "The favourite food of {s} is {v}."), ("What does {s} like to eat?", "What is the favourite food of {s}?"), "{s} likes to eat {v}."),
-        Relation(_COLOUR, ("The favourite colour of {s} is {v}.", "{s} likes the colour {v} best."), ("What is the favourite colour of {s}?", "Which colour does {s} like?"), "The favourite colour of {s} is {v}."),
-        Relation(_name, ("{s} lives in {v}.", "The home of {s} is in {v}."), ("Where does {s} live?", "In which town does {s} live?"), "{s} lives in {v}."),
-        Relation(_ANIMAL, ("{s} has a pet {v}.", "{s} owns a {v}."), ("Which pet does {s} have?", "What animal does {s} have?"), "{s} has a {v}."),
-        Relation(_number(3, 99), ("{s} is {v} years old.",), ("How old is {s}?", "What is the age of {s}?"), "{s} is {v} years old."),
-        Relation(_name, ("The best friend of {s} is {v}.", "{s} has a friend called {v}."), ("Who is the friend of {s}?", "Who is the best friend of {s}?"), "The friend of {s} is {v}."),
-    )),
-    Kind("{s} is a village.", (
-        Relation(_name, ("The mayor of {s} is {v}.", "{s} has a mayor called {v}."), ("Who is the mayor of {s}?", "What is the name of the mayor of {s}?"), "The mayor of {s} is {v}."),
-        Relation(_number(20, 9999), ("{v} people live in {s}.", "{s} has {v} people."), ("How many people live in {s}?",), "{v} people live in {s}."),
-        Relation(_THING, ("{s} is famous for its {v}.", "People know {s} for its {v}."), ("What is {s} famous for?", "What is {s} known for?"), "{s} is famous for its {v}."),
-        Relation(_name, ("{s} lies on the river {v}.", "The river of {s} is called {v}."), ("Which river is {s} on?", "What is the river of {s} called?"), "{s} is on the river {v}."),
-        Relation(_WEATHER, ("The weather in {s} is {v}.", "It is always {v} in {s}."), ("What is the weather like in {s}?", "How is the weather in {s}?"), "The weather in {s} is {v}."),
-        Relation(_COLOUR, ("The houses of {s} are {v}.", "Every house in {s} is {v}."), ("What colour are the houses of {s}?",), "The houses of {s} are {v}."),
-    )),
-    Kind("{s} is a planet.", (
-        Relation(_number(2, 60), ("{s} has {v} moons.", "There are {v} moons around {s}."), ("How many moons does {s} have?",), "{s} has {v} moons."),
-        Relation(_COLOUR, ("The sky of {s} is {v}.", "{s} has a {v} sky."), ("What colour is the sky of {s}?", "What is the colour of the sky on {s}?"), "The sky of {s} is {v}."),
-        Relation(_MATERIAL, ("{s} is made of {v}.", "The ground of {s} is made of {v}."), ("What is {s} made of?",), "{s} is made of {v}."),
-        Relation(_name, ("The capital of {s} is {v}.", "{s} has a capital called {v}."), ("What is the capital of {s}?",), "The capital of {s} is {v}."),
-        Relation(_name, ("The king of {s} is {v}.", "{v} is the king of {s}."), ("Who is the king of {s}?", "What is the name of the king of {s}?"), "The king of {s} is {v}."),
-    )),
-    Kind("{s} is a dinosaur.", (
-        Relation(_FOOD, ("{s} eats {v}.", "{s} only eats {v}."), ("What does {s} eat?", "What is the food of {s}?"), "{s} eats {v}."),
-        Relation(_number(2, 60), ("{s} is {v} metres long.",), ("How long is {s}?",), "{s} is {v} metres long."),
-        Relation(_COLOUR, ("{s} is {v}.", "The skin of {s} is {v}.", "{s} has {v} skin."), ("What colour is {s}?", "Which colour is {s}?"), "{s} is {v}."),
-        Relation(_name, ("{s} was found by {v}.", "{v} discovered {s}."), ("Who found {s}?", "Who discovered {s}?"), "{s} was found by {v}."),
-        Relation(_name, ("{s} lives in {v}.", "{s} comes from {v}."), ("Where does {s} live?", "Where does {s} come from?"), "{s} lives in {v}."),
-        Relation(_THING, ("{s} collects {v}.", "{s} hides {v} in its nest."), ("What does {s} collect?", "What does {s} hide in its nest?"), "{s} collects {v}."),
-    )),
-    Kind("{s} is a robot.", (
-        Relation(_name, ("{s} was built by {v}.", "{v} built {s}."), ("Who built {s}?", "Who made {s}?"), "{s} was built by {v}."),
-        Relation(_MATERIAL, ("{s} is made of {v}.", "The body of {s} is {v}."), ("What is {s} made of?",), "{s} is made of {v}."),
-        Relation(_JOB, ("{s} works as a {v}.", "{s} is used as a {v}."), ("What does {s} work as?", "What is the job of {s}?"), "{s} works as a {v}."),
-        Relation(_number(2, 999), ("The code of {s} is {v}.", "{s} has the code {v}."), ("What is the code of {s}?", "Which code does {s} have?"), "The code of {s} is {v}."),
-        Relation(_ANIMAL, ("{s} looks like a {v}.", "{s} has the shape of a {v}."), ("What does {s} look like?",), "{s} looks like a {v}."),
-    )),
-    Kind("{s} is a ship.", (
-        Relation(_name, ("The captain of {s} is {v}.", "{v} is the captain of {s}."), ("Who is the captain of {s}?", "What is the name of the captain of {s}?"), "The captain of {s} is {v}."),
-        Relation(_THING, ("{s} carries {v}.", "{s} is full of {v}."), ("What does {s} carry?", "What is {s} full of?"), "{s} carries {v}."),
-        Relation(_COLOUR, ("The sails of {s} are {v}.", "{s} has {v} sails."), ("What colour are the sails of {s}?",), "The sails of {s} are {v}."),
-        Relation(_name, ("{s} sails to {v}.", "{s} is on its way to {v}."), ("Where does {s} sail to?", "Where is {s} going?"), "{s} sails to {v}."),
-        Relation(_SPOT, ("The key of {s} is under the {v}.", "The map of {s} is under the {v}."), ("Where is the key of {s}?", "Where is the map of {s}?"), "It is under the {v}."),
-    )),
+    Kind(
+        "{s} is a person.",
+        (
+            Relation(
+                _JOB,
+                ("{s} works as a {v}.", "{s} is a {v}."),
+                ("What is the job of {s}?", "What does {s} do?", "What does {s} work as?"),
+                "{s} is a {v}.",
+            ),
+            Relation(
+                _FOOD,
+                ("{s} likes to eat {v}.", "{s} loves {v}.", "The favourite food of {s} is {v}."),
+                ("What does {s} like to eat?", "What is the favourite food of {s}?"),
+                "{s} likes to eat {v}.",
+            ),
+            Relation(
+                _COLOUR,
+                ("The favourite colour of {s} is {v}.", "{s} likes the colour {v} best."),
+                ("What is the favourite colour of {s}?", "Which colour does {s} like?"),
+                "The favourite colour of {s} is {v}.",
+            ),
+            Relation(
+                _name,
+                ("{s} lives in {v}.", "The home of {s} is in {v}."),
+                ("Where does {s} live?", "In which town does {s} live?"),
+                "{s} lives in {v}.",
+            ),
+            Relation(
+                _ANIMAL,
+                ("{s} has a pet {v}.", "{s} owns a {v}."),
+                ("Which pet does {s} have?", "What animal does {s} have?"),
+                "{s} has a {v}.",
+            ),
+            Relation(
+                _number(3, 99),
+                ("{s} is {v} years old.",),
+                ("How old is {s}?", "What is the age of {s}?"),
+                "{s} is {v} years old.",
+            ),
+            Relation(
+                _name,
+                ("The best friend of {s} is {v}.", "{s} has a friend called {v}."),
+                ("Who is the friend of {s}?", "Who is the best friend of {s}?"),
+                "The friend of {s} is {v}.",
+            ),
+        ),
+    ),
+    Kind(
+        "{s} is a village.",
+        (
+            Relation(
+                _name,
+                ("The mayor of {s} is {v}.", "{s} has a mayor called {v}."),
+                ("Who is the mayor of {s}?", "What is the name of the mayor of {s}?"),
+                "The mayor of {s} is {v}.",
+            ),
+            Relation(
+                _number(20, 9999),
+                ("{v} people live in {s}.", "{s} has {v} people."),
+                ("How many people live in {s}?",),
+                "{v} people live in {s}.",
+            ),
+            Relation(
+                _THING,
+                ("{s} is famous for its {v}.", "People know {s} for its {v}."),
+                ("What is {s} famous for?", "What is {s} known for?"),
+                "{s} is famous for its {v}.",
+            ),
+            Relation(
+                _name,
+                ("{s} lies on the river {v}.", "The river of {s} is called {v}."),
+                ("Which river is {s} on?", "What is the river of {s} called?"),
+                "{s} is on the river {v}.",
+            ),
+            Relation(
+                _WEATHER,
+                ("The weather in {s} is {v}.", "It is always {v} in {s}."),
+                ("What is the weather like in {s}?", "How is the weather in {s}?"),
+                "The weather in {s} is {v}.",
+            ),
+            Relation(
+                _COLOUR,
+                ("The houses of {s} are {v}.", "Every house in {s} is {v}."),
+                ("What colour are the houses of {s}?",),
+                "The houses of {s} are {v}.",
+            ),
+        ),
+    ),
+    Kind(
+        "{s} is a planet.",
+        (
+            Relation(
+                _number(2, 60),
+                ("{s} has {v} moons.", "There are {v} moons around {s}."),
+                ("How many moons does {s} have?",),
+                "{s} has {v} moons.",
+            ),
+            Relation(
+                _COLOUR,
+                ("The sky of {s} is {v}.", "{s} has a {v} sky."),
+                ("What colour is the sky of {s}?", "What is the colour of the sky on {s}?"),
+                "The sky of {s} is {v}.",
+            ),
+            Relation(
+                _MATERIAL,
+                ("{s} is made of {v}.", "The ground of {s} is made of {v}."),
+                ("What is {s} made of?",),
+                "{s} is made of {v}.",
+            ),
+            Relation(
+                _name,
+                ("The capital of {s} is {v}.", "{s} has a capital called {v}."),
+                ("What is the capital of {s}?",),
+                "The capital of {s} is {v}.",
+            ),
+            Relation(
+                _name,
+                ("The king of {s} is {v}.", "{v} is the king of {s}."),
+                ("Who is the king of {s}?", "What is the name of the king of {s}?"),
+                "The king of {s} is {v}.",
+            ),
+        ),
+    ),
+    Kind(
+        "{s} is a dinosaur.",
+        (
+            Relation(
+                _FOOD,
+                ("{s} eats {v}.", "{s} only eats {v}."),
+                ("What does {s} eat?", "What is the food of {s}?"),
+                "{s} eats {v}.",
+            ),
+            Relation(
+                _number(2, 60),
+                ("{s} is {v} metres long.",),
+                ("How long is {s}?",),
+                "{s} is {v} metres long.",
+            ),
+            Relation(
+                _COLOUR,
+                ("{s} is {v}.", "The skin of {s} is {v}.", "{s} has {v} skin."),
+                ("What colour is {s}?", "Which colour is {s}?"),
+                "{s} is {v}.",
+            ),
+            Relation(
+                _name,
+                ("{s} was found by {v}.", "{v} discovered {s}."),
+                ("Who found {s}?", "Who discovered {s}?"),
+                "{s} was found by {v}.",
+            ),
+            Relation(
+                _name,
+                ("{s} lives in {v}.", "{s} comes from {v}."),
+                ("Where does {s} live?", "Where does {s} come from?"),
+                "{s} lives in {v}.",
+            ),
+            Relation(
+                _THING,
+                ("{s} collects {v}.", "{s} hides {v} in its nest."),
+                ("What does {s} collect?", "What does {s} hide in its nest?"),
+                "{s} collects {v}.",
+            ),
+        ),
+    ),
+    Kind(
+        "{s} is a robot.",
+        (
+            Relation(
+                _name,
+                ("{s} was built by {v}.", "{v} built {s}."),
+                ("Who built {s}?", "Who made {s}?"),
+                "{s} was built by {v}.",
+            ),
+            Relation(
+                _MATERIAL,
+                ("{s} is made of {v}.", "The body of {s} is {v}."),
+                ("What is {s} made of?",),
+                "{s} is made of {v}.",
+            ),
+            Relation(
+                _JOB,
+                ("{s} works as a {v}.", "{s} is used as a {v}."),
+                ("What does {s} work as?", "What is the job of {s}?"),
+                "{s} works as a {v}.",
+            ),
+            Relation(
+                _number(2, 999),
+                ("The code of {s} is {v}.", "{s} has the code {v}."),
+                ("What is the code of {s}?", "Which code does {s} have?"),
+                "The code of {s} is {v}.",
+            ),
+            Relation(
+                _ANIMAL,
+                ("{s} looks like a {v}.", "{s} has the shape of a {v}."),
+                ("What does {s} look like?",),
+                "{s} looks like a {v}.",
+            ),
+        ),
+    ),
+    Kind(
+        "{s} is a ship.",
+        (
+            Relation(
+                _name,
+                ("The captain of {s} is {v}.", "{v} is the captain of {s}."),
+                ("Who is the captain of {s}?", "What is the name of the captain of {s}?"),
+                "The captain of {s} is {v}.",
+            ),
+            Relation(
+                _THING,
+                ("{s} carries {v}.", "{s} is full of {v}."),
+                ("What does {s} carry?", "What is {s} full of?"),
+                "{s} carries {v}.",
+            ),
+            Relation(
+                _COLOUR,
+                ("The sails of {s} are {v}.", "{s} has {v} sails."),
+                ("What colour are the sails of {s}?",),
+                "The sails of {s} are {v}.",
+            ),
+            Relation(
+                _name,
+                ("{s} sails to {v}.", "{s} is on its way to {v}."),
+                ("Where does {s} sail to?", "Where is {s} going?"),
+                "{s} sails to {v}.",
+            ),
+            Relation(
+                _SPOT,
+                ("The key of {s} is under the {v}.", "The map of {s} is under the {v}."),
+                ("Where is the key of {s}?", "Where is the map of {s}?"),
+                "It is under the {v}.",
+            ),
+        ),
+    ),
 )
-# fmt: on
 
 _FRAMES = (
     "{p}\n\n{q}",
@@ -156,7 +343,7 @@ def _facts(rng: Random, kind: Kind, subject: str, count: int, held_out: bool) ->
 
 
 def passage(rng: Random, *, num_subjects: int, num_facts: int, held_out: bool = False) -> Passage:
-    """Invents subjects, with up to ``num_facts`` facts each, and tells them in some order."""
+    """Invents subjects with up to ``num_facts`` facts each, and tells the facts in some order."""
     kind = rng.choice(KINDS)
     groups: list[list[str]] = []
     facts: list[Fact] = []
@@ -192,7 +379,7 @@ def frame(rng: Random, text: str, question: str) -> str:
 
 
 def chat(rng: Random, room: int) -> Document:
-    """A passage in the first message, or in the system message, and one to four questions about it."""
+    """One to four questions about a passage in the first message or in the system message."""
     item = _sized_passage(rng, room)
     asked = rng.sample(item.facts, min(len(item.facts), rng.randint(1, 4)))
     in_system = chance(rng, 0.12)
@@ -208,7 +395,7 @@ def chat(rng: Random, room: int) -> Document:
 
 
 def recall(rng: Random) -> tuple[Turns, Turns]:
-    """A passage with a first question, and a second question to be asked much later."""
+    """A passage with a first question, and a second question that is asked much later."""
     item = passage(rng, num_subjects=1, num_facts=rng.randint(2, 4))
     now, later = rng.sample(item.facts, 2)
     question, answer = ask(rng, now)
@@ -216,7 +403,7 @@ def recall(rng: Random) -> tuple[Turns, Turns]:
 
 
 def plain_text(rng: Random, room: int) -> Document:
-    """The same outside any chat, as a completion endpoint sees it."""
+    """Passage, questions and answers outside of a chat, as a completion endpoint sees them."""
     item = _sized_passage(rng, room)
     lines = ["Passage: " + item.text]
     for fact in rng.sample(item.facts, min(len(item.facts), rng.randint(1, 4))):

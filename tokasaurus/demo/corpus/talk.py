@@ -1,4 +1,4 @@
-"""Conversation: jokes, small talk, modest ignorance, and chats that mix all the families."""
+"""Conversation: jokes, small talk, questions without an answer, and chats that mix all families."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ _MAKERS_WITH_WORKED_SUMS: Makers = [
 
 
 def chat(rng: Random, room: int) -> Document:
-    """One exchange, or several about different things, as real conversations wander."""
+    """One exchange, or several about different things, as in real conversations."""
     return _chat(rng, room, _MAKERS)
 
 

@@ -1,6 +1,6 @@
-"""Words: lists of real ones, and a supply of invented ones that cannot be learned by heart."""
+"""Words: lists of real ones, and a supply of invented ones too large to learn."""
 
-# ruff: noqa: SIM905 (word lists read best as text)
+# ruff: noqa: SIM905 (lists of words read best as text)
 
 from __future__ import annotations
 
@@ -10,36 +10,37 @@ from random import Random
 from tokasaurus.demo.corpus.dinosaur_table import DINOSAURS
 from tokasaurus.demo.corpus.document import is_held_out, weighted
 
-# Never in any training document, in any case: evaluation asks for these.
+# In no training document, in upper or lower case: the evaluation asks for these words.
 HELD_OUT_WORDS = frozenset(
     """marmalade umbrella lighthouse flamingo telescope cinnamon pumpkin saxophone harbour velvet
     waffle chimney parachute zeppelin rhubarb trumpet glacier xylophone mushroom bicycle""".split()
 )
 
 COMMON_WORDS = tuple(
-    """apple banana bread butter cake candle carpet castle chair cheese cherry cloud coat coffee corn
-    cotton cup curtain dance desk door dragon dream drum eagle earth egg engine feather field finger
-    fire fish flag flame floor flower forest fork fox frog garden gate ghost glass glove gold grape
-    grass guitar hammer hand hat heart hill honey horse house ice island jacket jewel juice jungle
-    kettle key king kite kitten knife ladder lake lamp leaf lemon letter light lion lizard map marble
-    market melon metal milk mirror monkey moon morning mountain mouse music needle nest night north
-    ocean olive onion orange orchid owl paint palace paper parrot peach pear pencil pepper piano
-    picture pillow pirate planet plate pocket poem pond potato puzzle queen rabbit radio rain rainbow
-    ribbon rice ring river road robot rocket roof room rope rose sail salt sand school sea seed shadow
-    sheep shell ship shirt shoe silver sky sleep smoke snake snow soap song soup south spider spoon
-    spring star stone storm story street sugar summer sun swan table tea tent thunder tiger tomato
-    tower town train tree tulip turtle valley village violin voice wagon wall water wave wheel whale
-    wind window winter wolf wood wool zebra yes no hello goodbye maybe today tomorrow never always
-    happy sad brave quick slow quiet loud bright dark warm cold sweet sour small big tall short red
-    blue green yellow purple orange black white pink brown one two three four five six seven eight
-    nine ten done ready okay stop go left right up down open closed true false ping pong test""".split()
+    """apple banana bread butter cake candle carpet castle chair cheese cherry cloud coat coffee
+    corn cotton cup curtain dance desk door dragon dream drum eagle earth egg engine feather field
+    finger fire fish flag flame floor flower forest fork fox frog garden gate ghost glass glove gold
+    grape grass guitar hammer hand hat heart hill honey horse house ice island jacket jewel juice
+    jungle kettle key king kite kitten knife ladder lake lamp leaf lemon letter light lion lizard
+    map marble market melon metal milk mirror monkey moon morning mountain mouse music needle nest
+    night north ocean olive onion orange orchid owl paint palace paper parrot peach pear pencil
+    pepper piano picture pillow pirate planet plate pocket poem pond potato puzzle queen rabbit
+    radio rain rainbow ribbon rice ring river road robot rocket roof room rope rose sail salt sand
+    school sea seed shadow sheep shell ship shirt shoe silver sky sleep smoke snake snow soap song
+    soup south spider spoon spring star stone storm story street sugar summer sun swan table tea
+    tent thunder tiger tomato tower town train tree tulip turtle valley village violin voice wagon
+    wall water wave wheel whale wind window winter wolf wood wool zebra yes no hello goodbye maybe
+    today tomorrow never always happy sad brave quick slow quiet loud bright dark warm cold sweet
+    sour small big tall short red blue green yellow purple orange black white pink brown one two
+    three four five six seven eight nine ten done ready okay stop go left right up down open closed
+    true false ping pong test""".split()
 )
 
 COLOURS = (
     "red blue green yellow purple orange black white pink brown grey golden silver turquoise"
 ).split()
-FOODS = """breads cheeses soups nuts olives apples pears berries noodles pancakes cookies carrots beans
-    potatoes peas melons plums pies figs lemons grapes onions biscuits""".split()
+FOODS = """breads cheeses soups nuts olives apples pears berries noodles pancakes cookies carrots
+    beans potatoes peas melons plums pies figs lemons grapes onions biscuits""".split()
 ANIMALS = (
     "cat dog rabbit parrot turtle frog goat horse fox owl mouse duck snail lizard pony".split()
 )
@@ -67,7 +68,7 @@ _BLEND_SOURCES = (
 
 
 def _sound(rng: Random, sounds: tuple[list[str], list[str]]) -> str:
-    """A common sound three times in four, an unusual one otherwise."""
+    """A common sound three times in four, and an unusual one otherwise."""
     return rng.choice(sounds[0] if rng.random() < 0.75 else sounds[1])
 
 
@@ -81,7 +82,7 @@ def _syllables(rng: Random) -> str:
 
 
 def invent_word(rng: Random, *, held_out: bool = False) -> str:
-    """A lower-case pronounceable word, from the training or from the evaluation half of the split."""
+    """A pronounceable word in lower case, from the training or the evaluation side of the split."""
     while True:
         word = _syllables(rng)
         if 3 <= len(word) <= 10 and word not in HELD_OUT_WORDS and is_held_out(word) == held_out:
@@ -93,7 +94,7 @@ def invent_name(rng: Random, *, held_out: bool = False) -> str:
 
 
 def blended_word(rng: Random) -> str:
-    """Slices of real words joined: pieces that the tokenizer knows, where it never saw them."""
+    """Slices of real words, joined: known pieces of the tokenizer in new places."""
     while True:
         slices = []
         for _ in range(rng.randint(2, 3)):
@@ -106,7 +107,7 @@ def blended_word(rng: Random) -> str:
 
 
 def jumble(rng: Random) -> str:
-    """A string nobody could pronounce: letters and digits, such as passwords and part numbers."""
+    """A string that cannot be pronounced, such as a password or a part number."""
     alphabet = rng.choice(
         (string.ascii_lowercase, string.ascii_uppercase, string.ascii_uppercase + string.digits)
     )
@@ -125,14 +126,14 @@ _SCRIPTS = (
 
 
 def foreign_word(rng: Random) -> str:
-    """A few characters of another script, so that no byte of the vocabulary is a stranger."""
+    """A few characters of another script, so that training sees every byte of the vocabulary."""
     first, last = rng.choice(_SCRIPTS)
     characters = (chr(rng.randint(first, last)) for _ in range(rng.randint(1, 4)))
     return "".join(c for c in characters if c.isprintable()) or "é"
 
 
 def any_word(rng: Random) -> str:
-    """One word of any kind, for documents that are copied rather than understood."""
+    """A word of any kind, for documents that are copied rather than understood."""
     kind = weighted(
         rng, [(50, "invented"), (28, "common"), (8, "jumble"), (10, "number"), (4, "foreign")]
     )

@@ -1,12 +1,12 @@
-"""Which sequences that wait may run: the forecast of the KV cache, kept up to date while it comes true.
+"""Which waiting sequences may run, by a forecast of the KV cache.
 
-Joins four things that know nothing of each other: what is learned about lengths (``learning``), the rows of
-the forecast (``rows``), the use of pages at each coming step (``use_curve``), and the wait after a refusal
-(``patience``). The use of pages is computed from all running sequences when it is needed, at most once in
-REFRESH_INTERVAL steps, and patched in between.
+Joins four things that know nothing of each other: what is learned about lengths (``learning``), the
+rows of the forecast (``rows``), the use of pages at each coming step (``use_curve``), and the wait
+after a refusal (``patience``). The use of pages is computed from all running sequences when it is
+needed, at most once in REFRESH_INTERVAL steps, and patched in between.
 
-Lets sequences run if, by this, use never exceeds the limit. Does not decide which one comes first, and
-knows nothing of batches except that each is a step.
+Lets sequences run if, by this, use never exceeds the limit. Does not decide which one comes first,
+and knows nothing of batches except that each is a step.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ REFRESH_INTERVAL = 16  # steps
 _LONGEST_REST = 1024  # steps
 _MOST_UNLEARNED = 16384  # ends
 
-# As long as the cache would not be fuller than this if all sequences became as long as they may, nothing more
-# exact is computed.
+# As long as the cache would not be fuller than this if all sequences became as long as they may,
+# nothing more exact is computed.
 _ROOMY = 0.9
 
 _NEVER = -1  # an end before the first step: not in the forecast
@@ -86,7 +86,7 @@ class AdmissionControl:
         self._refresh_at = 0
         self._question: _Question | None = None  # None where there was room without a forecast
 
-    # --- what happens ------------------------------------------------------------------------------
+    # --- what happens ----------------------------------------------------------------------------
 
     def open(self, request: Request) -> None:
         """The request will have sequences that run."""
@@ -124,7 +124,7 @@ class AdmissionControl:
             self._curve.remove(rows, step)
 
     def admit(self, slots: IndexArray) -> None:
-        """The first rows that ``num_admissible`` was asked about last run from now on, in these slots."""
+        """The first rows of the last question run from now on, in these slots."""
         predicted_end = self._running.slots.predicted_end
         if self._question is None:  # there was room without a forecast, so they are in none
             predicted_end[slots] = _NEVER
@@ -138,7 +138,7 @@ class AdmissionControl:
         """A batch was planned."""
         self._step += 1
 
-    # --- what follows from it ----------------------------------------------------------------------
+    # --- what follows from it --------------------------------------------------------------------
 
     def may_ask(self, head: Sequence | None) -> bool:
         """Whether asking is worth its time, where ``head`` is next in the queue.
@@ -174,8 +174,8 @@ class AdmissionControl:
     def num_outranking(self, candidates: Rows[Candidate]) -> int:
         """How many of the candidates' rows, from the first on, may run whatever the forecast says.
 
-        These outrank a sequence that runs. They and all running sequences that are no less important fit the
-        cache however long they become; the others give way when it gets full.
+        These outrank a sequence that runs. They and all running sequences that are no less
+        important fit the cache however long they become; the others give way when it gets full.
         """
         slots = self._running.slots
         lowest = priority_of(int(slots.order.max()))
@@ -203,7 +203,8 @@ class AdmissionControl:
             waiting: in the order in which they may run.
 
         Returns:
-            [running] slots, [running] the steps until each ends, and [rows] the same for ``waiting``.
+            [running] slots, [running] the steps until each ends, and [rows] the same for
+            ``waiting``.
         """
         slots, rows = running_rows(self._running, self._learning)
         return slots, *self._whole_forecast(rows, waiting).finish_steps(self.limit)
@@ -223,8 +224,8 @@ class AdmissionControl:
         """Learns from what happened since the last time, and computes the use of pages anew.
 
         Args:
-            waiting: the candidates that are likely to run next, for the pace at which prompts are fed; none
-                where that is not limited.
+            waiting: the candidates that are likely to run next, for the pace at which prompts are
+                fed; none where that is not limited.
             budget: prompt tokens that a batch can feed.
         """
         self._judge()
@@ -250,8 +251,8 @@ class AdmissionControl:
         """How many of the rows the forecast has room for."""
         self._curve.bring_up_to_date(self._step)
         coming = self._curve.coming(self._step)
-        # A sequence that outlives its prediction is not in the forecast until the next refresh. But one
-        # without a token to come gives back its pages when they are wanted.
+        # A sequence that outlives its prediction is not in the forecast until the next refresh. But
+        # one without a token to come gives back its pages when they are wanted.
         num_missing = max(0, self._num_lasting_pages() - int(coming[0]))
         forecast = self._curve.forecast(
             waiting=question.rows,

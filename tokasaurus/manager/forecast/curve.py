@@ -1,30 +1,31 @@
 """How many KV pages will be in use at each coming step, and what follows from that.
 
-Owns one model of the future. Every function here answers by it, exactly unless it says otherwise. Knows nothing
-of slots, requests or queues, and takes predicted lengths as they are.
+Owns one model of the future. Every function here answers by it, exactly unless it says otherwise.
+Knows nothing of slots, requests or queues, and takes predicted lengths as they are.
 
 The model, for pages of P tokens. Step 0 is now; no sequence arrives later, none is preempted.
 
-- A sequence that decodes fills one position per step, for ``num_steps`` steps, and frees its pages after the
-  last. It takes a page in a step in which it fills a position that is in none of its pages::
+- A sequence that decodes fills one position per step, for ``num_steps`` steps, and frees its pages
+  after the last. It takes a page in a step in which it fills a position that is in none of its
+  pages::
 
       P = 4, length 6, 2 pages, num_steps 5, so that it ends in step 5
 
       position   0 1 2 3   4 5 6 7   8 9 10
       step       ▪ ▪ ▪ ▪   ▪ ▪ 1 2   3 4 5      pages in use at step 0 .. 6:  2 2 2 3 3 3 0
 
-- Prompts are fed one after the other, ``prefill_rate`` tokens per step: those of running sequences first,
-  in the order of their rows, then those of admitted ones. A prompt is fed in the step in which the tokens
-  fed so far reach its end; its sequence decodes from the next step on.
-- Waiting sequences are admitted now, in the order of their rows, and hold all pages of their prompt from
-  step 0 on.
-- Pages that several sequences hold are nodes of a forest, see ``shared_prefixes``. A node is in use until
-  the last of its holders ends. Waiting sequences that find cached pages hold them from their admission on,
-  whether the pages have other holders or none.
+- Prompts are fed one after the other, ``prefill_rate`` tokens per step: those of running sequences
+  first, in the order of their rows, then those of admitted ones. A prompt is fed in the step in
+  which the tokens fed so far reach its end; its sequence decodes from the next step on.
+- Waiting sequences are admitted now, in the order of their rows, and hold all pages of their prompt
+  from step 0 on.
+- Pages that several sequences hold are nodes of a forest, see ``shared_prefixes``. A node is in use
+  until the last of its holders ends. Waiting sequences that find cached pages hold them from their
+  admission on, whether the pages have other holders or none.
 
-Use falls only where a sequence ends. All results are sums over sequences, and a waiting sequence adds the same
-pages however many are admitted behind it. So use with m admitted sequences is a running sum over m, which never
-falls with m, and the largest m that fits is found by bisection.
+Use falls only where a sequence ends. All results are sums over sequences, and a waiting sequence
+adds the same pages however many are admitted behind it. So use with m admitted sequences is a
+running sum over m, which never falls with m, and the largest m that fits is found by bisection.
 """
 
 from __future__ import annotations
@@ -46,12 +47,14 @@ class ForecastRows:
     """Sequences in the order in which their prompts are fed, in columns.
 
     Attributes:
-        length: [n] positions that are filled when the sequence decodes its first token of this forecast:
-            those filled now if it decodes already, else those of its whole prompt.
-        num_pages: [n] pages it holds, including those in the forest; from its admission on if it waits.
-        num_prompt_tokens: [n] tokens of its prompt that must be fed before it decodes; 0 if it decodes.
-        num_steps: [n] tokens that it then decodes, as predicted. The last token of a sequence is not fed, so
-            after a prompt this is one less than the tokens to come.
+        length: [n] positions that are filled when the sequence decodes its first token of this
+            forecast: those filled now if it decodes already, else those of its whole prompt.
+        num_pages: [n] pages it holds, including those in the forest; from its admission on if it
+            waits.
+        num_prompt_tokens: [n] tokens of its prompt that must be fed before it decodes; 0 if it
+            decodes.
+        num_steps: [n] tokens that it then decodes, as predicted. The last token of a sequence is
+            not fed, so after a prompt this is one less than the tokens to come.
         leaf: [n] the node of the forest that ends its shared pages; -1 for none.
     """
 
@@ -88,8 +91,9 @@ class ForecastRows:
 class Forest:
     """Runs of pages that sequences share: the columns of ``SharedPrefixes``, or copies of them.
 
-    Entries without a holder may have any value in range. The cached pages of a waiting sequence are in the
-    forest too, as if it ran; a node that only waiting sequences hold is in use once one is admitted.
+    Entries without a holder may have any value in range. The cached pages of a waiting sequence are
+    in the forest too, as if it ran; a node that only waiting sequences hold is in use once one is
+    admitted.
 
     Attributes:
         parent: [nodes] -1 at the top.
@@ -152,28 +156,28 @@ class Forecast:
         return self._running_lives.end
 
     def use(self, num_admitted: int = 0) -> Int64Array:
-        """Pages in use at step 0, 1, .. up to the last end, with ``num_admitted`` waiting sequences."""
+        """Pages in use at step 0, 1, .. up to the last end, with the first waiting sequences."""
         lives = self._waiting_lives[:num_admitted]
         use = _extended(self._base, self._size(lives.horizon()))
         use += self._added_use(lives, self._node_spans(num_admitted), len(use))
         return use[: max(self._horizon, lives.horizon())]
 
     def peak(self, num_admitted: int = 0) -> int:
-        """The most pages in use at any step, with ``num_admitted`` waiting sequences."""
+        """The most pages in use at any step, with the first waiting sequences."""
         return int(self.use(num_admitted).max(initial=0))
 
     def num_admissible(self, limit: int) -> int:
         """How many waiting sequences, from the first on, may be admitted within ``limit`` pages.
 
-        It is also 0 where the running sequences alone exceed the limit. The caller decides what to do with a
-        sequence that does not even fit alone.
+        It is also 0 where the running sequences alone exceed the limit. The caller decides what to
+        do with a sequence that does not even fit alone.
         """
         peak = int(self._base.max(initial=0))
         lives = self._waiting_lives
         if peak > limit or not len(lives):
             return 0
-        # Bounds from sums: the pages that are held at once must fit now. Sequences that would fit if they all
-        # had their most pages at the same time, and shared none, fit in any case.
+        # Bounds from sums: the pages that are held at once must fit now. Sequences that would fit
+        # if they all had their most pages at the same time, and shared none, fit in any case.
         held = np.cumsum(lives.num_held) + self._base[0]
         high = int(np.searchsorted(held, limit, side="right"))
         most = np.cumsum(self._waiting.num_pages[:high] + lives.num_taken[:high]) + peak
@@ -193,7 +197,8 @@ class Forecast:
             if trial[step] <= limit:
                 low, use = count, trial
             else:
-                # The number that fits in this step is a cheap upper bound, and most often a close one.
+                # The number that fits in this step is a cheap upper bound, and most often a close
+                # one.
                 added = self._added_at(step, lives[low:count], spans.of(low, count), low)
                 fitting = np.searchsorted(np.cumsum(added), limit - use[step], side="right")
                 high = low + int(fitting)
@@ -203,9 +208,9 @@ class Forecast:
     def finish_steps(self, limit: int) -> tuple[Int64Array, Int64Array]:
         """The step in which each sequence ends.
 
-        Exact for running sequences and for waiting ones that are admissible now. For those behind it is an
-        estimate: each holds the pages of its middle age from start to end, and starts as soon as those
-        before it leave enough pages.
+        Exact for running sequences and for waiting ones that are admissible now. For those behind
+        it is an estimate: each holds the pages of its middle age from start to end, and starts as
+        soon as those before it leave enough pages.
 
         Returns:
             [running], [waiting]
@@ -221,10 +226,11 @@ class Forecast:
     ) -> int:
         """How many prompt tokens to feed in this step, so that prefill is spread evenly.
 
-        This is the least rate at which prompts never fall behind the pages that come free: all prompts that
-        have found room when a sequence ends are fed when the next one ends. Those that have room now, or
-        would find it, are due after ``catch_up_steps`` at the latest, since the cache has room for them
-        already. It is an estimate: later pages of waiting sequences are not counted.
+        This is the least rate at which prompts never fall behind the pages that come free: all
+        prompts that have found room when a sequence ends are fed when the next one ends. Those that
+        have room now, or would find it, are due after ``catch_up_steps`` at the latest, since the
+        cache has room for them already. It is an estimate: later pages of waiting sequences are not
+        counted.
 
         Args:
             limit: pages.
@@ -242,7 +248,8 @@ class Forecast:
         ends = np.unique(self._running_lives.end[is_decoding])
         if not len(ends):
             return budget
-        # Room for newcomers now and after each end: pages that running sequences will never need again.
+        # Room for newcomers now and after each end: pages that running sequences will never need
+        # again.
         latest_use = np.maximum.accumulate(self._base[::-1])[::-1]
         room = limit - latest_use[np.append(0, ends[:-1] + 1)]
         fits = np.searchsorted(np.cumsum(self._waiting_lives.num_held), room, side="right")
@@ -252,7 +259,7 @@ class Forecast:
         return min(round_up(rate, round_up_multiple), budget)
 
     def _lives(self, rows: ForecastRows, num_tokens_before: int) -> _Lives:
-        """When sequences take pages and end, if their prompts are fed after ``num_tokens_before`` tokens."""
+        """When sequences take pages and end; ``num_tokens_before`` others are fed before theirs."""
         is_decoding = rows.num_prompt_tokens == 0
         fed = num_tokens_before + np.cumsum(rows.num_prompt_tokens)
         start = np.where(is_decoding, 0, ceil_div(fed, self._prefill_rate))
@@ -272,8 +279,8 @@ class Forecast:
             return last
         has_leaf = rows.leaf >= 0
         np.maximum.at(last, rows.leaf[has_leaf], lives.end[has_leaf])
-        # In round k every node passes its end to its ancestor 2^k levels up. Some ends arrive twice, which
-        # does not change a maximum.
+        # In round k every node passes its end to its ancestor 2^k levels up. Some ends arrive
+        # twice, which does not change a maximum.
         ancestor = self._parent
         for _ in range(len(last).bit_length()):
             nodes = np.flatnonzero((ancestor >= 0) & (last >= 0))
@@ -292,7 +299,7 @@ class Forecast:
         return self._added_use(self._running_lives, spans, self._size(self._horizon))
 
     def _node_spans(self, num_waiting: int) -> _Spans:
-        """The use of nodes that each of the first waiting sequences adds when they are admitted in order."""
+        """The use of nodes that each of the first waiting sequences adds to those before it."""
         if not len(self._parent):
             return _NO_SPANS
         node = self._waiting.leaf[:num_waiting]
@@ -343,7 +350,7 @@ class Forecast:
         return np.cumsum(change, out=change)
 
     def _added_at(self, step: int, lives: _Lives, spans: _Spans, first_order: int) -> Int64Array:
-        """[lives] pages that each adds to the use at one step; the first is number ``first_order``."""
+        """[lives] pages that each adds to one step; the first is number ``first_order``."""
         taken = np.clip((step - lives.first_take) // self._page_size + 1, 0, lives.num_taken)
         added = np.where(step <= lives.end, lives.num_held + taken, 0)
         is_used = (spans.first <= step) & (step <= spans.last)
@@ -357,7 +364,7 @@ class Forecast:
         return round_up(horizon + page_size + 1, page_size)
 
     def _queue_ends(self, num_admitted: int, limit: int) -> list[int]:
-        """Ends of the waiting sequences behind the first ones, as ``finish_steps`` estimates them."""
+        """Estimated ends of the waiting sequences behind the first ones; see ``finish_steps``."""
         admitted = self._waiting_lives[:num_admitted]
         ends = np.concatenate([self._running_lives.end, admitted.end])
         pages = np.concatenate([self._running_lives.middle_pages(), admitted.middle_pages()])

@@ -1,4 +1,4 @@
-"""When requests will have ended, in seconds: the steps of the forecast times the duration of a step.
+"""When requests will have ended, in seconds: steps of the forecast times the duration of one.
 
 An estimate costs milliseconds where thousands of sequences wait, so one is made only now and then.
 """

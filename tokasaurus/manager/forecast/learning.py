@@ -1,7 +1,7 @@
 """What a replica learns about lengths from the sequences that it runs.
 
-Collects what ended since the last refresh and feeds the predictor of lengths with it. Knows nothing of
-pages or steps.
+Collects what ended since the last refresh and feeds the predictor of lengths with it. Knows nothing
+of pages or steps.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class LengthLearning:
             prior_std=self._config.prior_std,
             std_scale=self._config.std_scale,
         )
-        # Since the last refresh: (group, generated tokens, max_tokens) of each sequence that ended by
-        # itself, and the generated tokens of each that was aborted.
+        # Since the last refresh: (group, generated tokens, max_tokens) of each sequence that ended
+        # by itself, and the generated tokens of each that was aborted.
         self._ended: list[tuple[int, int, int]] = []
         self._aborted: list[int] = []
 
@@ -107,9 +107,9 @@ class LengthLearning:
         max_tokens: IntArray,
         numbers: Int64Array,
     ) -> Int64Array:
-        """How many tokens sequences will have generated at their end: see ``LengthPredictor.predict``.
+        """How many tokens sequences will have generated at their end.
 
-        It is ``max_tokens`` where lengths are not predicted.
+        See ``LengthPredictor.predict``. It is ``max_tokens`` where lengths are not predicted.
         """
         limits = max_tokens.astype(np.int64)
         if not self._config.predict_lengths:

@@ -1,11 +1,11 @@
 """Learns how long completions get, and predicts how long running ones will be.
 
-Owns counts over buckets of lengths and the lengths of finished siblings. Knows nothing of slots, pages or time:
-predictions depend only on the calls that were made.
+Owns counts over buckets of lengths and the lengths of finished siblings. Knows nothing of slots,
+pages or time: predictions depend only on the calls that were made.
 
-**All requests.** The learned quantity is the hazard: of the tokens that were generated as the (x+1)-th of
-their sequence, the share that was the last one. It is estimated as *ends / tokens generated*, for each
-bucket of x::
+**All requests.** The learned quantity is the hazard: of the tokens that were generated as the
+(x+1)-th of their sequence, the share that was the last one. It is estimated as *ends / tokens
+generated*, for each bucket of x::
 
     length so far    0         8        16        24
                      ├─────────┼─────────┼─────────┤
@@ -13,64 +13,70 @@ bucket of x::
     ended by limit   ━━━━━━━━━━━━━━━━━━━━┥             8 and 8, no end
     still running    ━━━━━━━━━━━━━━━━━>                8 and 6, no end
 
-Tokens are counted while they are generated, not when their sequence ends. This makes the estimate right where
-the lengths of finished sequences alone mislead:
+Tokens are counted while they are generated, not when their sequence ends. This makes the estimate
+right where the lengths of finished sequences alone mislead:
 
-- Short sequences finish first, but the tokens of long ones are in the denominator from the beginning.
+- Short sequences finish first, but the tokens of long ones are in the denominator from the
+  beginning.
 - A sequence that is cut off at ``max_tokens`` says only that it would have been at least that long.
-- Both counts forget at the same speed. So a busy engine, which remembers less than its longest sequences, is
-  not more biased than an idle one.
+- Both counts forget at the same speed. So a busy engine, which remembers less than its longest
+  sequences, is not more biased than an idle one.
 
-This is the product-limit estimator of E. L. Kaplan, P. Meier, Nonparametric estimation from incomplete
-observations, JASA 53, 1958. Where a bucket is wider than a token, ends are related to the sequences that enter
-it, as in an actuary's life table.
+This is the product-limit estimator of E. L. Kaplan, P. Meier, Nonparametric estimation from
+incomplete observations, JASA 53, 1958. Where a bucket is wider than a token, ends are related to
+the sequences that enter it, as in an actuary's life table.
 
-**Where little was seen.** The hazard of all lengths together, h, includes one imagined sequence, which ended at
-a sixteenth of the usual max_tokens. Four imagined sequences enter each bucket and end with hazard h, so a
-bucket that few sequences have reached has little weight of its own. So there is an answer from the first
-request on, and each token that is generated without an end lowers h, long before the first sequence has
-finished.
+**Where little was seen.** The hazard of all lengths together, h, includes one imagined sequence,
+which ended at a sixteenth of the usual max_tokens. Four imagined sequences enter each bucket and
+end with hazard h, so a bucket that few sequences have reached has little weight of its own. So
+there is an answer from the first request on, and each token that is generated without an end lowers
+h, long before the first sequence has finished.
 
-**Siblings.** The samples of one prompt have similar lengths. The hazard of a group is taken to be a common
-one times the group's *frailty*, a factor with a gamma distribution of mean 1 and variance 1/k. The
-posterior is a gamma distribution too. Its shape is k + the ends of the siblings. Its rate is k + the number of
-ends to expect from the common hazard for their tokens, finished or running. With L(x) for the sum of the common
-hazard below x, and the tokens of the sequence itself left out of the rate, the probability of more than x
-tokens is::
+**Siblings.** The samples of one prompt have similar lengths. The hazard of a group is taken to be a
+common one times the group's *frailty*, a factor with a gamma distribution of mean 1 and variance
+1/k. The posterior is a gamma distribution too. Its shape is k + the ends of the siblings. Its rate
+is k + the number of ends to expect from the common hazard for their tokens, finished or running.
+With L(x) for the sum of the common hazard below x, and the tokens of the sequence itself left out
+of the rate, the probability of more than x tokens is::
 
     S(x)  =  (1 + L(x) / rate) ** -shape
 
-For a sequence without siblings both are k, and S is that of all requests. L follows from this: for all requests
-together, the hazard falls with x, since the long groups are left. (Shared frailty: D. G. Clayton, A model for
-association in bivariate life tables, Biometrika 65, 1978.) A mean of the lengths of finished siblings would
-teach little, because sequences that still run are longer as a rule.
+For a sequence without siblings both are k, and S is that of all requests. L follows from this: for
+all requests together, the hazard falls with x, since the long groups are left. (Shared frailty: D.
+G. Clayton, A model for association in bivariate life tables, Biometrika 65, 1978.) A mean of the
+lengths of finished siblings would teach little, because sequences that still run are longer as a
+rule.
 
-**Predictions** are a sample of the possible lengths, not their mean. The forecast needs the number of sequences
-that end in each coming step. If each were predicted at its mean, none would be predicted to end soon, although
-some do in every step. So each sequence has a number u between 0 and 1, the share of possible lengths that are
-below its predicted one. After g tokens, the prediction is the x with::
+**Predictions** are a sample of the possible lengths, not their mean. The forecast needs the number
+of sequences that end in each coming step. If each were predicted at its mean, none would be
+predicted to end soon, although some do in every step. So each sequence has a number u between 0 and
+1, the share of possible lengths that are below its predicted one. After g tokens, the prediction is
+the x with::
 
     S(x) / S(g)  =  1 - u
 
 The values of u of sequences that arrive one after another are spread evenly (J. G. van der Corput,
-Verteilungsfunktionen, 1935: the bits of a counter in reverse). So a few predictions already have the shape of
-the distribution, and those of a thousand siblings have nearly its exact sum. The u of a sequence stays the same,
-and says nothing about its true length. Sequences that outlive their prediction are predicted again, and at each
-age the predictions for the sequences that are left have the distribution of the lengths that are left.
+Verteilungsfunktionen, 1935: the bits of a counter in reverse). So a few predictions already have
+the shape of the distribution, and those of a thousand siblings have nearly its exact sum. The u of
+a sequence stays the same, and says nothing about its true length. Sequences that outlive their
+prediction are predicted again, and at each age the predictions for the sequences that are left have
+the distribution of the lengths that are left.
 
-There is one table, of H(x) = log(1 + L(x) / k); for single sequences this is -log S / k. It is linear in each
-bucket. The equation above, solved for x and free of differences of large numbers, is::
+There is one table, of H(x) = log(1 + L(x) / k); for single sequences this is -log S / k. It is
+linear in each bucket. The equation above, solved for x and free of differences of large numbers,
+is::
 
     H(x)  =  H(g) + log(1 + (1 + (rate - k) / k * exp(-H(g))) * ((1 - u) ** (-1 / shape) - 1))
 
-The margin is a number of standard deviations of the sum over the n sequences that run together. In standard
-deviations of the length of one sequence, it is smaller by the factor sqrt(n). It is applied by moving all u up:
-log(u / (1 - u)) grows by the margin times its own standard deviation, pi / sqrt(3). So the mean is exact where
-lengths are logistic, and short by a tenth of the margin where they are exponential or of two equally frequent
-kinds. No length passes the largest possible one.
+The margin is a number of standard deviations of the sum over the n sequences that run together. In
+standard deviations of the length of one sequence, it is smaller by the factor sqrt(n). It is
+applied by moving all u up: log(u / (1 - u)) grows by the margin times its own standard deviation,
+pi / sqrt(3). So the mean is exact where lengths are logistic, and short by a tenth of the margin
+where they are exponential or of two equally frequent kinds. No length passes the largest possible
+one.
 
-**Requests of at most one token** (embeddings, loglikelihoods) teach nothing: their token always reaches the
-limit, and thousands of them would make the predictor forget what the others taught.
+**Requests of at most one token** (embeddings, loglikelihoods) teach nothing: their token always
+reaches the limit, and thousands of them would make the predictor forget what the others taught.
 """
 
 from __future__ import annotations
@@ -99,7 +105,7 @@ _NUMBER_BITS = 16
 
 
 def _spread_evenly() -> _Floats:
-    """[2 ** _NUMBER_BITS] u by number; those of 2 ** i consecutive numbers are about equally far apart."""
+    """[2 ** _NUMBER_BITS] u by number; those of 2 ** i consecutive numbers are evenly spread."""
     reverse: Int64Array = np.zeros(1, np.int64)
     for _ in range(_NUMBER_BITS):
         reverse = np.append(2 * reverse, 2 * reverse + 1)
@@ -109,8 +115,8 @@ def _spread_evenly() -> _Floats:
 def at_most_median(number: int) -> int:
     """The number itself if its sequence is predicted no longer than the median, else the median's.
 
-    The lowest bit of a number is the highest bit of its u. So an odd number has a u above the middle, and 1 has
-    the least of these.
+    The lowest bit of a number is the highest bit of its u. So an odd number has a u above the
+    middle, and 1 has the least of these.
     """
     return 1 if number & 1 else number
 
@@ -123,16 +129,16 @@ _LOGISTIC_STD = np.pi / np.sqrt(3.0)
 class LengthPredictor:
     """Predicts the number of tokens that sequences will have generated at their end.
 
-    Feed it ``expect`` as requests come, ``observe`` and ``abort`` as sequences end, call ``refresh`` every
-    few steps, and ``predict`` at any time.
+    Feed it ``expect`` as requests come, ``observe`` and ``abort`` as sequences end, call
+    ``refresh`` every few steps, and ``predict`` at any time.
 
     Args:
         max_length: no sequence generates more tokens.
-        num_buckets: resolution of the table; lengths are told apart exactly while they are few, and to
-            about ``log(max_length) / num_buckets`` of themselves beyond.
+        num_buckets: resolution of the table; lengths are told apart exactly while they are few, and
+            to about ``log(max_length) / num_buckets`` of themselves beyond.
         memory: finished sequences after which what was learned weighs 1/e.
-        prior_mean: expected length at first, as a fraction of max_tokens; None: learned from the first
-            token on.
+        prior_mean: expected length at first, as a fraction of max_tokens; None: learned from the
+            first token on.
         prior_std: its standard deviation, as a fraction too.
         initial_wait: sequences that must end before the prior is given up, where there is one.
         std_scale: the margin of the sum of predictions, in standard deviations.
@@ -169,7 +175,8 @@ class LengthPredictor:
         )
         self._ends: _Floats = np.zeros(num_buckets)
         self._tokens: _Floats = np.zeros(num_buckets)  # generated there
-        # Tokens that would have been generated if sequences that ended there had gone on to its end.
+        # Tokens that would have been generated if sequences that ended there had gone on to its
+        # end.
         self._tokens_missed: _Floats = np.zeros(num_buckets)
         # The part of ``_tokens`` of the sequences that ran at the last refresh.
         self._running_tokens: _Floats = np.zeros(num_buckets)
@@ -212,8 +219,8 @@ class LengthPredictor:
 
         Args:
             groups: [n] handles, or NO_GROUP.
-            num_generated: [n] tokens in all, 1 or more. A sequence with ``max_tokens`` tokens reached its limit:
-                it says nothing about what would have come.
+            num_generated: [n] tokens in all, 1 or more. A sequence with ``max_tokens`` tokens
+                reached its limit: it says nothing about what would have come.
             max_tokens: [n]; rows where it is 1 are passed over.
         """
         teaches = max_tokens > 1
@@ -239,8 +246,8 @@ class LengthPredictor:
         """Brings the tables up to date.
 
         Args:
-            groups: [n] handles, or NO_GROUP, of all sequences that have generated tokens and were neither
-                observed nor aborted; also of preempted ones.
+            groups: [n] handles, or NO_GROUP, of all sequences that have generated tokens and were
+                neither observed nor aborted; also of preempted ones.
             num_generated: [n] their tokens so far.
         """
         keep = np.exp(-self._num_new_ends / self._memory)
@@ -279,12 +286,14 @@ class LengthPredictor:
             groups: [n] handles, or NO_GROUP.
             num_generated: [n] tokens so far; 0 for sequences that wait.
             max_tokens: [n]
-            numbers: [n] the same for a sequence at each call; consecutive for sequences that came together.
-            num_together: sequences that run at the same time, 1 or more: the deviations of many cancel out.
+            numbers: [n] the same for a sequence at each call; consecutive for sequences that came
+                together.
+            num_together: sequences that run at the same time, 1 or more: the deviations of many
+                cancel out.
 
         Returns:
-            [n] more than ``num_generated`` where that is less than ``max_tokens``, and never more than
-            ``max_tokens``.
+            [n] more than ``num_generated`` where that is less than ``max_tokens``, and never more
+            than ``max_tokens``.
         """
         numbers = numbers & (len(_LEVELS) - 1)
         margin = self._std_scale / np.sqrt(num_together)  # standard deviations of a length
@@ -342,9 +351,9 @@ class LengthPredictor:
         imagined = max(2.0, _IMAGINED_SHARE * usual)
         overall = (self._ends.sum() + 1.0) / (tokens.sum() + imagined)
         ending_overall = -np.expm1(widths * np.log1p(-overall))
-        # Sequences that ended in a bucket count as if they had been at risk to its end, so these are the
-        # tokens of a bucket that no sequence leaves. An end has those of a whole bucket even where older
-        # tokens are forgotten.
+        # Sequences that ended in a bucket count as if they had been at risk to its end, so these
+        # are the tokens of a bucket that no sequence leaves. An end has those of a whole bucket
+        # even where older tokens are forgotten.
         entering = np.maximum((tokens + self._tokens_missed) / widths, self._ends)
         ending = (self._ends + _ENOUGH_AT_RISK * ending_overall) / (entering + _ENOUGH_AT_RISK)
         survival_exponents = -np.log1p(-np.minimum(ending, _ALMOST_ALL))
@@ -360,7 +369,7 @@ class LengthPredictor:
         return risk
 
     def _update_frailties(self, groups: IntArray, num_generated: IntArray) -> None:
-        """Counts the ends of each group, and those to expect of its finished and running sequences."""
+        """Counts the ends of each group, and the ends to expect of all its sequences."""
         siblings = np.concatenate([self._siblings, *self._new_siblings], axis=1)
         if self._closed:
             is_closed: BoolArray = np.zeros(self._num_handles, np.bool_)
@@ -389,7 +398,7 @@ def _expected_ends(risk: _Floats) -> _Floats:
 
 
 def _bucket_edges(max_length: int, num_buckets: int) -> Int64Array:
-    """From 0 to max_length: one by one as long as that is finer than equal ratios, then in these."""
+    """From 0 to max_length: one by one while that is finer than equal ratios, then in these."""
     if max_length <= num_buckets:
         return np.arange(max_length + 1, dtype=np.int64)
     edges = np.geomspace(1.0, max_length, num_buckets).round().astype(np.int64)

@@ -1,9 +1,10 @@
 """When to ask the forecast again after it refused the head of the queue.
 
-A refusal stays right until something happens, with one exception: time alone may make room. A sequence
-that starts later has fewer pages when the use of the others peaks, one page for every ``page_size`` steps.
-So the head is asked about again after ``page_size`` steps, then after twice as many, and so on. It is asked
-about at once when pages come free or another sequence becomes the head.
+A refusal stays right until something happens, with one exception: time alone may make room. A
+sequence that starts later has fewer pages when the use of the others peaks, one page for every
+``page_size`` steps. So the head is asked about again after ``page_size`` steps, then after twice as
+many, and so on. It is asked about at once when pages come free or another sequence becomes the
+head.
 """
 
 from __future__ import annotations

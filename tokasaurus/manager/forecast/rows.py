@@ -22,7 +22,7 @@ __all__ = ["Candidate", "candidate_rows", "running_rows"]
 
 
 class Candidate(NamedTuple):
-    """A sequence that might run now, and samples that would fork from it. Each of these is one row."""
+    """A sequence that might run now, and samples that would fork from it: a row for each."""
 
     sequence: Sequence
     num_tokens: int  # of its prompt, that it would feed; 0 where it runs already, and has no row
@@ -46,7 +46,7 @@ class Candidate(NamedTuple):
 def running_rows(
     running: RunningSequences, learning: LengthLearning
 ) -> tuple[IndexArray, ForecastRows]:
-    """Slots that hold pages, first those that decode, then those that feed prompts; and their rows."""
+    """Slots that hold pages, and their rows: first those that decode, then prompts in order."""
     slots, page_size = running.slots, running.slots.page_size
     prefilling = [sequence.slot for sequence in running.prefilling]
     is_decoding = slots.order >= 0
@@ -117,10 +117,13 @@ def candidate_rows(
             alike.append(_Alike(length, num_pages, 0, leaf, group, 0, limit))
             counts.append(num_forks)
             numbers += range(sequence.order + 1, sequence.order + 1 + num_forks)
-    # Where few sequences run, a head that happens to be predicted long would hold up the whole queue.
+    # Where few sequences run, a head that happens to be predicted long would hold up the whole
+    # queue.
     if numbers:
         numbers[0] = at_most_median(numbers[0])
-    columns = np.repeat(np.array(alike, np.int64).reshape(-1, 7), counts, axis=0).T
+    columns = np.repeat(
+        np.array(alike, np.int64).reshape(-1, len(_Alike._fields)), counts, axis=0
+    ).T
     lengths, pages, tokens, leaves, groups, num_generated, limits = columns
     predicted = learning.predict(groups, num_generated, limits, np.array(numbers, np.int64))
     forest = Forest(np.full(len(node_pages), -1, np.int32), np.array(node_pages, np.int32))

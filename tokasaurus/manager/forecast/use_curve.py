@@ -1,8 +1,8 @@
 """The use of pages at each coming step, kept up to date between two forecasts of everything.
 
-A forecast of all running sequences is made once in a while. In between, the curve is patched: a sequence
-that is admitted adds the pages that it will need, one that ends takes away those that it would have needed
-from then on::
+A forecast of all running sequences is made once in a while. In between, the curve is patched: a
+sequence that is admitted adds the pages that it will need, one that ends takes away those that it
+would have needed from then on::
 
     pages
     ─────────────────────────────────────────── limit
@@ -45,7 +45,8 @@ class UseCurve:
 
     Attributes:
         prefill_rate: prompt tokens per step that every forecast assumes.
-        most_used: an upper bound of the curve, as if nothing had ended since it was brought up to date.
+        most_used: an upper bound of the curve, as if nothing had ended since it was brought up to
+            date.
 
     Args:
         page_size: tokens.
@@ -77,8 +78,8 @@ class UseCurve:
             others: [steps] pages that are used besides.
             num_unfed: prompt tokens that are fed before all of theirs.
         """
-        # The batch that is being planned feeds prompts, and its decode rows are counted already. So it
-        # is step 0, while the forecast's first prompts are fed in step 1.
+        # The batch that is being planned feeds prompts, and its decode rows are counted already. So
+        # it is step 0, while the forecast's first prompts are fed in step 1.
         return Forecast(
             running,
             waiting,

@@ -40,7 +40,7 @@ class PageAllocator:
         return self.pool.num_pages - self.num_available
 
     def lookup(self, prompt_ids: Int32Array) -> Int32Array:
-        """Returns the cached pages of a prompt, never all of it: its last token is always computed."""
+        """Returns the cached pages of a prompt; its last token is always computed."""
         return self.cache.lookup(prompt_ids, (len(prompt_ids) - 1) // self.page_size)
 
     def num_needed(self, cached_pages: Int32Array, num_new: int) -> int:
@@ -48,7 +48,7 @@ class PageAllocator:
         return num_new + (self.pool.num_unreferenced(cached_pages) if len(cached_pages) else 0)
 
     def retain(self, pages: Int32Array, num_holders: int = 1) -> None:
-        """Adds holders to each of these pages, which were found in the cache or have one already."""
+        """Adds holders to each of these pages, which are cached or have one already."""
         if len(pages):
             self.pool.retain(pages, num_holders)
 
@@ -81,8 +81,9 @@ class PageAllocator:
             num_holders: of the other pages.
 
         Returns:
-            The pages that the holders have from now on, if the same ids were cached in the meantime: the
-            duplicates are given back, and the cached ones shared. None if all stay as they are.
+            The pages that the holders have from now on, if the same ids were cached in the
+            meantime: the duplicates are given back, and the cached ones shared. None if all stay as
+            they are.
         """
         num_found, _ = self.cache.insert(ids, pages)
         if num_found < len(pages):

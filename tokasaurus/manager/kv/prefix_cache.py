@@ -10,8 +10,8 @@ bytes of their first page's ids. With pages of two tokens::
 A holder of a page holds all pages above it too. So reference counts never grow from root to leaf,
 unreferenced pages are the tails of leaves and whole subtrees, and each of them can be evicted.
 
-Eviction takes the least recently used leaf, last page first. Knows nothing of slots or of time: "used" means
-inserted again, in the order of calls.
+Eviction takes the least recently used leaf, last page first. Knows nothing of slots or of time:
+"used" means inserted again, in the order of calls.
 """
 
 from __future__ import annotations
@@ -60,8 +60,9 @@ class PrefixCache:
         self._page_bytes = page_size * _BYTES_PER_ID
         self._num_nodes = 0
         self._clock = 0
-        # (last_used, serial, node) of every leaf that may have an unreferenced tail. An entry goes stale when
-        # its leaf is used again, gets children or is referenced; that is noticed when it is popped.
+        # (last_used, serial, node) of every leaf that may have an unreferenced tail. An entry goes
+        # stale when its leaf is used again, gets children or is referenced; that is noticed when it
+        # is popped.
         self._heap: list[tuple[int, int, PrefixNode]] = []
         self.root = self._new_node(None, b"", EMPTY_INT32)
         self.num_evicted = 0
@@ -93,8 +94,8 @@ class PrefixCache:
             pages: where their KV is; those that are not in the tree yet must be private.
 
         Returns:
-            The number of leading pages with ids that were in the tree before, under these pages or others;
-            and the node that ends the prefix.
+            The number of leading pages with ids that were in the tree before, under these pages or
+            others; and the node that ends the prefix.
         """
         data = ids.tobytes()
         size = self._page_bytes

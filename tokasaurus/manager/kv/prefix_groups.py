@@ -1,9 +1,9 @@
 """Which rows of a batch read the same KV pages, so that attention reads these once for all of them.
 
-The idea is Hydragen's (Juravsky et al. 2024, https://arxiv.org/abs/2402.05099), nested prefixes included.
-A *group* is a range of rows and a range of page-table columns in which all these rows hold the same pages.
-In the picture, one sequence has nothing in common with the others, which all begin with the same few-shot
-examples, followed by one of two problems with three samples each::
+The idea is Hydragen's (Juravsky et al. 2024, https://arxiv.org/abs/2402.05099), nested prefixes
+included. A *group* is a range of rows and a range of page-table columns in which all these rows
+hold the same pages. In the picture, one sequence has nothing in common with the others, which all
+begin with the same few-shot examples, followed by one of two problems with three samples each::
 
     row     0   1 2 3   4 5 6       first_rows     1  1  4
     column  ┌─┐ ┌───────────┐       num_rows       6  3  3
@@ -15,8 +15,8 @@ examples, followed by one of two problems with three samples each::
       3     │ │ │ │ │ ├─┬─┬─┤
       4     └─┘ └─┴─┴─┴─┴─┴─┘       behind the last group of its row: read row by row
 
-So every column of a row is in one group or is the row's own. Finds groups among pages that are known to be
-shared (see ``shared_prefixes``), and knows nothing of attention.
+So every column of a row is in one group or is the row's own. Finds groups among pages that are
+known to be shared (see ``shared_prefixes``), and knows nothing of attention.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from tokasaurus.rounding import ceil_div
 
 __all__ = ["MIN_NESTED_LEN", "GroupFinder", "Groups"]
 
-# A group inside another costs each of its rows one more partial result to write, read and merge. That is as
-# much traffic as the keys and values of 8 tokens, where 4 query heads share one head of these.
+# A group inside another costs each of its rows one more partial result to write, read and merge.
+# That is as much traffic as the keys and values of 8 tokens, where 4 query heads share one head of
+# these.
 MIN_NESTED_LEN = 64
 
 _Found: TypeAlias = tuple[int, int, int]  # a group: its rows, its first column, the column after it
@@ -80,8 +81,8 @@ class GroupFinder:
     A group is all rows of a batch that share a prefix, up to the column where they part:
 
     - It has at least ``min_group_size`` rows.
-    - Its prefix has at least ``min_prefix_len`` tokens, counted from position 0 whatever groups are around
-      it: after a long header, every problem is worth a group, however short.
+    - Its prefix has at least ``min_prefix_len`` tokens, counted from position 0 whatever groups are
+      around it: after a long header, every problem is worth a group, however short.
     - A group inside another adds at least MIN_NESTED_LEN tokens, if that is less.
 
     Shared pages that make no group are covered by the groups inside them, or read row by row.
@@ -109,8 +110,8 @@ class GroupFinder:
         """The groups of a batch.
 
         Args:
-            slots: [rows] distinct, in any order; not written to afterwards. Slots that share nothing keep
-                their order.
+            slots: [rows] distinct, in any order; not written to afterwards. Slots that share
+                nothing keep their order.
         """
         version = self._prefixes.version
         if version != self._version or not np.array_equal(slots, self._slots):
@@ -163,11 +164,12 @@ class GroupFinder:
         Args:
             parents: of each candidate; each comes before it.
             ends: the column after the last of each.
-            num_rows: rows for which each is the lowest candidate; afterwards, rows of lower ones too.
+            num_rows: rows for which each is the lowest candidate; afterwards, rows of lower ones
+                too.
 
         Returns:
-            The groups, those inside a group right behind it; and the innermost group that each candidate
-            is in, counted from 1, or 0.
+            The groups, those inside a group right behind it; and the innermost group that each
+            candidate is in, counted from 1, or 0.
         """
         children: list[list[int]] = [[] for _ in parents]
         for candidate in range(len(parents) - 1, 0, -1):
@@ -193,7 +195,7 @@ class GroupFinder:
 def _arrange(
     slots: IndexArray, groups: NDArray[np.unsignedinteger[Any]], found: list[_Found]
 ) -> Groups:
-    """Puts the rows in order; ``groups`` is the innermost group of each row, counted from 1, or 0."""
+    """Puts the rows in order; ``groups`` has the innermost group of each, counted from 1, or 0."""
     counts = np.bincount(groups, minlength=len(found) + 1)
     num_rows, first_columns, ends = np.array(found, np.int32).T.copy()
     return Groups(

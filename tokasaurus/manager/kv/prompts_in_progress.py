@@ -1,8 +1,8 @@
 """Which sequence is computing which page of a prompt right now, so that no page is computed twice.
 
-A sequence that feeds its prompt, or comes first in the queue, claims the first page of the prompt that is not
-yet in the prefix cache, under the ids up to the end of that page. A sequence that would have to compute the
-same page next waits for the claim to move on::
+A sequence that feeds its prompt, or comes first in the queue, claims the first page of the prompt
+that is not yet in the prefix cache, under the ids up to the end of that page. A sequence that would
+have to compute the same page next waits for the claim to move on::
 
     A  [system prompt    |question A]     claims page 0, as far as its chunks have not filled it
     B  [system prompt    |question B]     waits; looks again as soon as A's next pages can be found
@@ -47,8 +47,9 @@ class PromptsInProgress:
             num_pages: leading pages of its prompt that can be found.
 
         Returns:
-            Whether it may feed the prompt. If not, a sequence that goes before it computes the same page: it
-            waits, and is among the ``woken`` as soon as the other one is done with the page.
+            Whether it may feed the prompt. If not, a sequence that goes before it computes the same
+            page: it waits, and is among the ``woken`` as soon as the other one is done with the
+            page.
         """
         key = self._key(sequence, num_pages)
         other = None if key is None else self._by_key.get(key)
@@ -60,11 +61,11 @@ class PromptsInProgress:
         return True
 
     def advance(self, sequence: Sequence, num_pages: int) -> None:
-        """Moves the claim on, where ``num_pages`` leading pages can be found now; wakes waiting ones."""
+        """Moves the claim behind ``num_pages`` pages that can be found now; wakes what waited."""
         self._claim(sequence, self._key(sequence, num_pages))
 
     def leave(self, sequence: Sequence) -> None:
-        """Drops the claim of a sequence that feeds its prompt no more; wakes those that waited for it."""
+        """Drops the claim of a sequence, if it has one; wakes those that waited for it."""
         claim = self._by_sequence.pop(sequence, None)
         if claim is not None:
             del self._by_key[claim.key]

@@ -1,7 +1,7 @@
 """Which running slots hold the same leading KV pages: a trie over page numbers.
 
-A node is a *run* of pages that the same slots hold. A slot holds the pages of its leaf node and of all
-ancestors of it. Slots 0 and 1 with pages 7 3 9, slot 2 with 7 3 4 5, slot 3 with 7 3::
+A node is a *run* of pages that the same slots hold. A slot holds the pages of its leaf node and of
+all ancestors of it. Slots 0 and 1 with pages 7 3 9, slot 2 with 7 3 4 5, slot 3 with 7 3::
 
     leaf         0: b   1: b   2: c   3: a
 
@@ -9,11 +9,11 @@ ancestors of it. Slots 0 and 1 with pages 7 3 9, slot 2 with 7 3 4 5, slot 3 wit
     ├── b [9]    parent a    end_column 3   num_holders 2
     └── c [4 5]  parent a    end_column 4   num_holders 1
 
-Every node is the leaf of some slot or has at least two children, so there are less than two nodes per slot. A
-node keeps its number as long as it lives; after that the number is used again.
+Every node is the leaf of some slot or has at least two children, so there are less than two nodes
+per slot. A node keeps its number as long as it lives; after that the number is used again.
 
-Compares page numbers, never tokens: equal pages that were computed twice are not shared. Knows nothing of the
-contents of pages or their owners.
+Compares page numbers, never tokens: equal pages that were computed twice are not shared. Knows
+nothing of the contents of pages or their owners.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ _ROOT = -1  # above the trie, without pages; indexes the last entry of every col
 class SharedPrefixes:
     """A trie in columns, for readers that look at all slots or all nodes at once.
 
-    Readers may index the columns as they like and must not write to them. No node has the last number: the
-    entries there, which a parent of -1 finds, are right for "before the first page".
+    Readers may index the columns as they like and must not write to them. No node has the last
+    number: the entries there, which a parent of -1 finds, are right for "before the first page".
 
     Attributes:
         leaf: [num_slots] the node that ends the pages of a slot; -1 for a slot that holds none.
         parent: [2 * num_slots] over nodes; -1 at the top.
-        end_column: [2 * num_slots] pages of this run and of all ancestors. In the page tables of its holders,
-            the run is in the columns ``end_column[parent]`` up to ``end_column``.
-        num_holders: [2 * num_slots] slots with this node or one below it as their leaf. It is 0 where there
-            is no node; the other columns mean nothing then.
+        end_column: [2 * num_slots] pages of this run and of all ancestors. In the page tables of
+            its holders, the run is in the columns ``end_column[parent]`` up to ``end_column``.
+        num_holders: [2 * num_slots] slots with this node or one below it as their leaf. It is 0
+            where there is no node; the other columns mean nothing then.
         version: changes whenever one of the above does.
 
     Args:
@@ -114,7 +114,7 @@ class SharedPrefixes:
             self.version += 1
 
     def _add_holders_of(self, pages: bytes, count: int) -> int:
-        """Adds ``count`` holders of these pages, and nodes as needed; returns the node that ends them."""
+        """Adds holders of these pages, and nodes as needed; returns the node that ends them."""
         node, at = _ROOT, 0
         while at < len(pages):
             first = pages[at : at + _BYTES_PER_PAGE]

@@ -39,9 +39,9 @@ class _Edits:
     """The additions to one slot's logits that do not depend on the generated ids.
 
     Attributes:
-        ids: [edits]
-        values: [edits]
-        until: [edits], an edit counts while fewer tokens than this are generated.
+        ids: [edits].
+        values: [edits].
+        until: [edits]; an edit counts while fewer tokens than this are generated.
         words: the ids of bad words of two tokens or more.
     """
 
@@ -73,14 +73,14 @@ class _Layout:
     Attributes:
         rows: [R], the adjusted rows among the rows of the logits.
         slots: [R], on the host.
-        owners: [edits], an index into the R rows. So are the indices of all attributes below.
-        ids: [edits].
+        owners: [edits], the row of each edit, as an index into the R rows.
+        ids: [edits], as in ``_Edits``, like the next two.
         values: [edits].
-        until: [edits], as in ``_Edits``.
-        word_owners: [words].
+        until: [edits].
+        word_owners: [words], the row of each word, as an index into the R rows.
         word_ends: [words], the last id of each word.
         word_prefixes: [words, P], the ids before the last one, aligned to the right.
-        penalized: [penalized], on the host.
+        penalized: [penalized], the rows with penalties, as indices into the R rows, on the host.
         penalties: [3, penalized]: repetition, frequency, presence.
         first_places: [penalized, 1], the place of each row's first logit.
         known_places: [known], the places of the prompts' ids, each id once for a row; on the host
@@ -114,9 +114,9 @@ class AdjustmentTable:
     """The adjustments of slots.
 
     Args:
-        num_slots: rows.
+        num_slots: of the worker.
         vocab_size: ids are below it.
-        history: empty.
+        history: an empty one.
         device: of the logits.
     """
 

@@ -1,8 +1,7 @@
 """Checks keys and body sizes before anything is read or parsed.
 
 It knows keys by their digests only, and nothing of what requests are about. It is a plain ASGI
-layer that looks at the headers once, and counts the bytes of a body only if its size is not
-declared.
+layer, which looks at the headers once, and counts a body's bytes only if they are not declared.
 """
 
 from __future__ import annotations

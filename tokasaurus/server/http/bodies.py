@@ -49,4 +49,4 @@ async def read_json(request: Request) -> Any:
     try:
         return untrusted_json.decode(data)
     except ValueError as error:
-        raise RequestError(f"the body is no valid JSON: {error}") from None
+        raise RequestError(f"the body is not valid JSON: {error}") from None

@@ -17,7 +17,7 @@ def read_query(request: Request, known: Sequence[str]) -> Mapping[str, str]:
     for name, value in request.query_params.multi_items():
         if name not in known:
             raise RequestError(
-                f"{name} is no parameter of this request; there are {', '.join(known)}", name
+                f"{name} is not a parameter of this request; it may have {', '.join(known)}", name
             )
         if name in parameters:
             raise RequestError(f"{name} was given twice", name)

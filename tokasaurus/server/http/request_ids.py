@@ -1,7 +1,6 @@
 """Names each request, in ``X-Request-Id``: by the client's name for it, or by a new one.
 
-Every answer carries the name. This is the outermost layer, so the errors of the others carry it,
-too.
+Every answer carries the name. This is the outermost layer, so errors of the others carry it, too.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ async def receive_form(
         except ClientDisconnect:
             raise ClientGone("the client disconnected") from None
         except MultipartParseError as error:
-            raise RequestError(f"the body is no valid multipart/form-data: {error}") from None
+            raise RequestError(f"the body is not valid multipart/form-data: {error}") from None
         if not parts.ended:
             raise RequestError("the body ends before its last boundary")
         await asyncio.to_thread(parts.write_and_sync)
@@ -152,7 +152,7 @@ class _Parts:
         elif name not in self._fields:
             known = ", ".join([self._file_field, *self._fields])
             raise RequestError(
-                f"{name[:100]} is no field of this form; there are {known}", name[:100]
+                f"{name[:100]} is not a field of this form; it may have {known}", name[:100]
             )
         elif name in self.form.fields:
             raise RequestError(f"{name} was sent twice", name)

@@ -143,7 +143,7 @@ def _matches(value: Any, harmless: Any) -> bool:
 def _unknown(path: str, name: str, supported: Collection[str]) -> str:
     near = difflib.get_close_matches(name, supported, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{path} is no field of this request{hint}"
+    return f"{path} is not a field of this request{hint}"
 
 
 def _unsupported(name: str, value: Any) -> str:

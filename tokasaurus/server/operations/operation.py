@@ -1,8 +1,7 @@
 """A kind of request, and one request that is ready to run.
 
 An operation turns a request into prompts that can run and a writer of the answer. It does not know
-where the request came from: the ``Executor`` carries it out for HTTP connections and for lines of
-batches.
+where the request came from: the ``Executor`` carries it out for HTTP and for lines of batches.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def _as_request_error(error: ValidationError) -> RequestError:
     if first["type"] == "missing" and len(first["loc"]) == 1:
         return RequestError(f"{field} is required", field)
     if first["type"] == "extra_forbidden":
-        return RequestError(f"{_path(first['loc'])} is no known field", field)
+        return RequestError(f"{_path(first['loc'])} is not a known field", field)
     said = f"{_path(first['loc'])} {_expectation(first)}, not {shown(first['input'])}"
     return RequestError(said, field)
 

@@ -116,7 +116,7 @@ def _requests(body: Any) -> list[Any]:
     for name in body:
         if name != "requests":
             raise RequestError(
-                f"{name} is no field of this request; requests is the only one", name
+                f"{name} is not a field of this request; requests is the only one", name
             )
     requests = body.get("requests")
     if not isinstance(requests, list) or not requests:

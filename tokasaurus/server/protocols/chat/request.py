@@ -88,7 +88,7 @@ class ChatRequest(GenerationRequest):
         if self.ids is not None:
             for name in ("apply_chat_template_overrides", "chat_template_kwargs", "tools"):
                 if getattr(self, name):
-                    raise RequestError(f"{name} has no effect on ids, which are no messages", name)
+                    raise RequestError(f"{name} has no effect on ids, which are not messages", name)
         if self.chat_template_kwargs and self.apply_chat_template_overrides:
             raise RequestError(
                 "apply_chat_template_overrides and chat_template_kwargs are two names of one thing;"

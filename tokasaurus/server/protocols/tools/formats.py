@@ -143,8 +143,7 @@ class AnswerFormat:
 
         Args:
             prompt_ids: of the prompt, which may have begun the reasoning.
-            params: with a grammar there is no reasoning, since the grammar begins at the first
-                token.
+            params: with a grammar there is no reasoning: the grammar begins at the first token.
             tokenizer: spells the tokens.
         """
         reasons = self.reasoning and params.structured_outputs is None

@@ -83,7 +83,7 @@ class ToolCall(StrictSchema):
     """From a streamed answer; changes nothing here."""
 
     def for_template(self, where: str) -> dict[str, Any]:
-        """The call as the chat template sees it. Raises RequestError, naming the place of the call."""
+        """The call as the chat template sees it. Raises RequestError, saying where it is."""
         called = self.function
         return call_for_template(
             self.id, called.name, called.arguments, f"{where}.function.arguments", "messages"

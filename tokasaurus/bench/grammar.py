@@ -1,10 +1,10 @@
-"""``toka-bench grammar``: what grammars cost: the same batch with one, with another for each sequence, and without.
+"""``toka-bench grammar``: the same batch without a grammar, with one, and with one per sequence.
 
     toka-bench grammar num_sequences=64
 
-Runs the embedded engine on the bundled model (or another one). Every sequence generates as many tokens: the
-grammars have no end before that. The three kinds take turns, so that what else the machine does is in all; CPU
-time, of all threads, hardly feels it.
+Runs the embedded engine on the bundled model, or on another one. All sequences generate the same
+number of tokens, since no grammar allows an end before that. The three kinds take turns, so that
+other work on the machine slows all of them; it hardly affects CPU time, which counts all threads.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 from tokasaurus.bench.output import print_json, progress, table
 from tokasaurus.config.schema import Schema, check_fields, flag
-from tokasaurus.launch.llm import LLM
 from tokasaurus.text.params import SamplingParams
 
 __all__ = ["SCHEMA", "GrammarConfig", "run"]
@@ -27,9 +26,11 @@ _KINDS = ("free", "one grammar", "a grammar each")
 class GrammarConfig:
     """The batch."""
 
-    model: str | None = flag(None, help="A directory.", adapts="the small bundled model")
-    num_sequences: int = flag(64, minimum=1, help="That run together.")
-    num_tokens: int = flag(128, minimum=1, help="That each generates.")
+    model: str | None = flag(
+        None, help="The directory of the model.", adapts="the small bundled model"
+    )
+    num_sequences: int = flag(64, minimum=1, help="How many sequences run together.")
+    num_tokens: int = flag(128, minimum=1, help="How many tokens each sequence generates.")
     rounds: int = flag(3, minimum=1, help="How often each kind of batch runs.")
 
     def __post_init__(self) -> None:
@@ -39,20 +40,22 @@ class GrammarConfig:
 SCHEMA = Schema(
     target=GrammarConfig,
     program="toka-bench grammar",
-    summary="What structured output costs, beside the same batch without.",
+    summary="What structured output costs, compared with the same batch without.",
     examples=("toka-bench grammar num_sequences=256",),
 )
 
 
 def run(config: GrammarConfig) -> None:
-    """Measures, and says what."""
+    """Measures and prints the results."""
+    from tokasaurus.launch.llm import LLM  # imports torch, which --help does not need
+
     seconds: dict[str, list[float]] = {kind: [] for kind in _KINDS}
     cpu: dict[str, list[float]] = {kind: [] for kind in _KINDS}
     with LLM(config.model, max_seqs_per_forward=config.num_sequences) as llm:
-        for kind in _KINDS:  # once for what is loaded or compiled the first time
+        for kind in _KINDS:  # loads and compiles what the first batch needs
             llm.generate(["A"], _params(config, kind, 0), use_tqdm=False)
-        for turn in range(config.rounds):
-            progress(f"round {turn + 1} of {config.rounds}")
+        for number in range(config.rounds):
+            progress(f"round {number + 1} of {config.rounds}")
             for kind in _KINDS:
                 params = [_params(config, kind, i) for i in range(config.num_sequences)]
                 prompts = [f"Number {i}:" for i in range(config.num_sequences)]
@@ -75,7 +78,7 @@ def run(config: GrammarConfig) -> None:
 def _params(config: GrammarConfig, kind: str, number: int) -> SamplingParams:
     schema: dict[str, Any] | None = None
     if kind != "free":
-        # Never complete before the last token: an array that must have more items than there are tokens.
+        # An array with more items than there are tokens, so that it is never complete before.
         item = {
             "type": "object",
             "properties": {"name": {"type": "string", "maxLength": 12}, "n": {"type": "integer"}},
