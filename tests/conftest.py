@@ -37,8 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
     """One running engine for all tests that do it no harm.
 
-    The bundled model, or the one in the environment variable MODEL; `toka` itself reads further flags
-    from OVERRIDES.
+    It has the bundled model, or the one in the environment variable MODEL. `toka` itself reads
+    further flags from OVERRIDES.
     """
     directory = tmp_path_factory.mktemp("engine")
     flags = ("uvicorn_log_level=warning", "trust_request_chat_template=T")

@@ -1,33 +1,50 @@
-"""A real `toka` for tests: started as a program, talked to over HTTP, stopped with a signal."""
+"""A real ``toka`` for tests: started as a program, asked over HTTP, stopped with a signal."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
+import shutil
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import openai
 
 PROGRAM = (sys.executable, "-m", "tokasaurus.entry")
 
+_READY = re.compile(r" server .*ready: .* at https?://\S+:(\d+)/v1$", re.MULTILINE)
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+
+def eventually(check: Callable[[], bool], what: object, timeout_s: float = 60.0) -> None:
+    """Waits until a check holds; fails if it does not hold in time."""
+    deadline = time.monotonic() + timeout_s
+    while not check():
+        assert time.monotonic() < deadline, f"waited {timeout_s:g} s in vain: {what}"
+        time.sleep(0.02)
 
 
 class EngineProcess:
-    """One running ``toka``, on the model that the environment variable MODEL names; its log goes to a file that failing tests print."""
+    """One running ``toka``, with directories of its own.
+
+    It takes a free port, so that tests may run side by side.
+
+    Args:
+        log_path: the file that its output goes to, which a failing test prints.
+        flags: of ``toka``. Without ``model=``, the environment variable MODEL names the model.
+        port: None takes a free one.
+        program: the command to run.
+
+    Attributes:
+        private: the only directory in which it finds room for temporary files.
+    """
 
     def __init__(
         self,
@@ -36,21 +53,36 @@ class EngineProcess:
         port: int | None = None,
         program: Sequence[str | Path] = PROGRAM,
     ) -> None:
-        self.port = port or free_port()
         self.log_path = log_path
+        self._port = port
         if "MODEL" in os.environ and not any(flag.startswith("model=") for flag in flags):
             flags = (f"model={os.environ['MODEL']}", *flags)
         if not any(flag.startswith("data_dir=") for flag in flags):
             flags = (f"data_dir={log_path.parent / 'data'}", *flags)
-        environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+        # Not below the log: the path of a Unix socket has 107 bytes at most.
+        self.private = Path(tempfile.mkdtemp(prefix="toka-test-"))
+        environment = {
+            **os.environ,
+            "OMP_WAIT_POLICY": "passive",
+            "TMPDIR": str(self.private),
+        }
         with log_path.open("wb") as log:
             self.process = subprocess.Popen(
-                [*program, f"port={self.port}", *flags],
+                [*program, f"port={port or 0}", *flags],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
             )
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on, which its log names when it is ready."""
+        if self._port is None:
+            found = _READY.search(self.log)
+            assert found is not None, f"no port in the log:\n{self.log}"
+            self._port = int(found[1])
+        return self._port
 
     @property
     def url(self) -> str:
@@ -64,7 +96,7 @@ class EngineProcess:
         return openai.OpenAI(api_key="none", base_url=f"{self.url}/v1", max_retries=0, **options)
 
     def get(self, path: str) -> tuple[int, str]:
-        """Status and body; status 0 while nothing listens."""
+        """Status and body; status 0 if nothing listens."""
         try:
             with urllib.request.urlopen(self.url + path, timeout=10) as answer:
                 return answer.status, answer.read().decode()
@@ -73,22 +105,22 @@ class EngineProcess:
         except OSError:
             return 0, ""
 
+    def metrics(self) -> dict[str, float]:
+        """Every figure of ``/metrics``, under its name with labels and without ``tokasaurus_``."""
+        lines = self.get("/metrics")[1].splitlines()
+        pairs = [line.rsplit(" ", 1) for line in lines if line and not line.startswith("#")]
+        return {name.removeprefix("tokasaurus_"): float(value) for name, value in pairs}
+
     def wait_ready(self, timeout_s: float = 120.0) -> None:
         deadline = time.monotonic() + timeout_s
-        while self.get("/health")[0] != 200:
+        while _READY.search(self.log) is None:
             assert self.process.poll() is None, f"toka exited early:\n{self.log}"
             assert time.monotonic() < deadline, f"toka is not ready:\n{self.log}"
-            time.sleep(0.1)
-
-    def children(self) -> list[int]:
-        """Process ids of its manager and worker, and whatever else it started."""
-        seen = subprocess.run(
-            ["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True
-        )
-        return [int(line) for line in seen.stdout.split()]
+            time.sleep(0.05)
+        assert self.get("/health")[0] == 200
 
     def child(self, role: str) -> int:
-        """The process id of one role, found by what its log says at start."""
+        """The process id of one role, which its log says at the start."""
         for line in self.log.splitlines():
             if f" {role} " in line and "process id" in line:
                 return int(line.rsplit("process id", 1)[1])
@@ -97,7 +129,7 @@ class EngineProcess:
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
-    def wait_exit(self, timeout_s: float) -> int:
+    def wait_exit(self, timeout_s: float = 60.0) -> int:
         try:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
@@ -111,14 +143,23 @@ class EngineProcess:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+        shutil.rmtree(self.private, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def running(directory: Path, *flags: str) -> Iterator[EngineProcess]:
-    """A ready engine for the length of a with-block."""
-    engine = EngineProcess(directory / "toka.log", *flags)
+def started(
+    directory: Path, *flags: str, port: int | None = None, is_ready: bool = False
+) -> Iterator[EngineProcess]:
+    """An engine for the length of a with-block, which may end by itself before."""
+    engine = EngineProcess(directory / "toka.log", *flags, port=port)
     try:
-        engine.wait_ready()
+        if is_ready:
+            engine.wait_ready()
         yield engine
     finally:
         engine.stop()
+
+
+def running(directory: Path, *flags: str) -> contextlib.AbstractContextManager[EngineProcess]:
+    """An engine that is ready, for the length of a with-block."""
+    return started(directory, *flags, is_ready=True)

@@ -1,4 +1,4 @@
-"""Stand-ins for everything around the server room: a tokenizer, a manager with a model, a running server."""
+"""Stand-ins for what surrounds the server: a tokenizer, a manager with a model, a web server."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import math
 import random
 import socket
 import threading
@@ -20,7 +21,9 @@ import openai
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tokasaurus.config.slices import ServerConfig
+from tokasaurus.config.engine import EngineConfig
+from tokasaurus.config.resolve import resolve
+from tokasaurus.config.slices import ModelFacts, ServerConfig
 from tokasaurus.launch.serving import http_server
 from tokasaurus.protocol.messages import (
     AbortRequest,
@@ -30,9 +33,7 @@ from tokasaurus.protocol.messages import (
     FlushCache,
     FromServer,
     GenerateRequest,
-    LogprobsMode,
     PooledState,
-    Pooling,
     PromptLogprobs,
     RequestRejected,
     SequenceUpdates,
@@ -59,6 +60,7 @@ CHAT_TEMPLATE = (
 )
 SPECIAL = (BOS, EOS, "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 STOP_LAG = 16
+PATIENCE_S = 60  # how long tests wait; they succeed sooner on any machine
 
 
 def make_wrapped() -> PreTrainedTokenizerFast:
@@ -88,44 +90,30 @@ EOS_ID = WRAPPED.eos_token_id
 TOKENIZER = server_tokenizer.Tokenizer(WRAPPED, VOCAB_SIZE, [EOS_ID], trusts_templates=True)
 UNTRUSTING = server_tokenizer.Tokenizer(WRAPPED, VOCAB_SIZE, [EOS_ID])
 
-CONFIG = ServerConfig(
+FACTS = ModelFacts(
+    path="",
+    vocab_size=VOCAB_SIZE,
+    max_position_embeddings=512,
+    kv_elements_per_token=1,
+    eos_token_ids=(EOS_ID,),
+)
+CHOICES = EngineConfig(
+    model="org/tiny-model-source",
+    served_model_name="org/tiny-model",
     host="127.0.0.1",
-    port=0,
-    api_key_digests=(),
-    ssl_certfile=None,
-    ssl_keyfile=None,
-    cors_origins=(),
     max_queued_requests=4096,
-    request_timeout_s=None,
-    request_read_timeout_s=60.0,
     max_body_bytes=1 << 20,
     max_n=1 << 16,
-    max_stored_bytes=None,
-    stats_report_s=0.0,
-    statsd_address=None,
-    model_name="org/tiny-model",
-    model_root="org/tiny-model-source",
-    tokenizer_path="",
-    trust_remote_code=False,
-    trust_request_chat_template=True,
-    uvicorn_log_level="warning",
-    log_level="info",
-    shutdown_timeout_s=5.0,
-    data_dir="",
-    unsafe_pickle_responses=False,
-    vocab_size=VOCAB_SIZE,
-    eos_token_ids=(EOS_ID,),
-    max_request_tokens=512,
     max_seqs_per_forward=64,
     max_topk_logprobs=20,
-    logprobs_mode=LogprobsMode.TEMPERATURE,
-    tool_call_parser="auto",
-    reasoning_parser="auto",
-    embedding_pooling=Pooling.MEAN,
-    temperature=None,
-    top_p=None,
-    top_k=None,
-    min_p=None,
+    stats_report_seconds=0.0,
+    shutdown_timeout_s=5.0,
+    trust_request_chat_template=True,
+    uvicorn_log_level="warning",
+)
+# The defaults of all other flags; without a directory for files there are no batches.
+CONFIG = replace(
+    resolve(CHOICES, FACTS, cuda_available=False, memory_bytes=None).server, data_dir=""
 )
 PREPARER = Preparer(CONFIG, TOKENIZER)
 
@@ -135,13 +123,13 @@ def ids_of(text: str) -> list[int]:
 
 
 def random_ids(request: GenerateRequest, index: int) -> list[int]:
-    """What the fake model says by default: text in which the seed and the sample decide everything."""
+    """The default answer of the fake model, which depends on the seed and the sample only."""
     rng = random.Random(f"{request.seed if request.sampling.temperature else 0}:{index}")
     return [rng.randrange(len(SPECIAL), VOCAB_SIZE) for _ in range(request.max_tokens)]
 
 
 def logprob_row(token_id: int, number: int) -> tuple[float, list[int], list[float]]:
-    """Chosen logprob and the best ``number``; every third id is the second best, others the best."""
+    """The logprob of a token, and the ``number`` best; every third id is the second best."""
     ids = [(token_id + 7 * i) % VOCAB_SIZE for i in range(max(number, 2))]
     values = [float(np.float32(-0.1 - 0.37 * i)) for i in range(max(number, 2))]
     if token_id % 3 == 0:
@@ -150,7 +138,7 @@ def logprob_row(token_id: int, number: int) -> tuple[float, list[int], list[floa
 
 
 def pooled_state(request: GenerateRequest) -> np.ndarray:
-    """[8], of length other than 1; the prompt and the kind of pooling decide it."""
+    """[8], not of length 1; depends on the prompt and the kind of pooling."""
     rng = np.random.default_rng([int(request.pooling), *request.prompt_ids.tolist()])
     return (3 * rng.standard_normal(8)).astype(np.float32)
 
@@ -166,12 +154,16 @@ class _Sequence:
 
 
 class FakeEngine:
-    """A manager with a model behind it, as far as the server can tell. Checks what it is sent.
+    """A manager with a model behind it, as far as the server can tell. It checks its messages.
 
     Attributes:
-        script: what a sample of a request says; an EOS ends it early.
-        received: every message of the server.
-        num_sent_tokens: of all samples, those that were cancelled too.
+        script: the ids of a sample of a request; an EOS ends it early.
+        received: every message from the server.
+        num_sent_tokens: of all samples, including cancelled ones.
+        paused: no sequence moves.
+        hold_at: number of tokens at which every sequence stops moving; None: no such number.
+        largest_step: tokens of a sequence in one update.
+        most_running: largest number of samples that ran at once.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -182,12 +174,14 @@ class FakeEngine:
         self.num_cached_tokens = 0
         self.num_sent_tokens = 0
         self.paused = False
-        self.largest_step = 3  # tokens of a sequence in one update
+        self.hold_at: int | None = None
+        self.largest_step = 3
+        self.most_running = 0
         self._running: dict[tuple[int, int], _Sequence] = {}
         self._num_finished: Counter[int] = Counter()  # samples of each request
         self._outbox: list[object] = []
 
-    # --- what the server calls ---------------------------------------------------------------------
+    # --- what the server calls ------------------------------------------------------------------
 
     def send(self, message: FromServer) -> None:
         self.received.append(message)
@@ -212,7 +206,7 @@ class FakeEngine:
                 if (request_id, index) in self._running:
                     self._running[request_id, index].acknowledged = count
 
-    # --- what a test calls -------------------------------------------------------------------------
+    # --- what a test calls ----------------------------------------------------------------------
 
     @property
     def requests(self) -> list[GenerateRequest]:
@@ -226,18 +220,32 @@ class FakeEngine:
     def num_running(self) -> int:
         return len(self._running)
 
+    @property
+    def is_moving(self) -> bool:
+        """Whether more messages will come without a message to the engine."""
+        if self.paused:
+            return bool(self._outbox)
+        limit = math.inf if self.hold_at is None else self.hold_at
+        return bool(self._outbox) or any(s.position < limit for s in self._running.values())
+
+    def reset(self) -> None:
+        """Restore the initial settings; running sequences stay."""
+        self.script, self.reject, self.paused = random_ids, None, False
+        self.hold_at, self.num_cached_tokens, self.largest_step = None, 0, 3
+        self.received.clear()
+
     def forget(self) -> None:
-        """What it remembers of requests that have ended."""
+        """Forget requests that have ended."""
         self.received.clear()
         self._num_finished.clear()
 
     def step(self) -> list[object]:
-        """One turn: every running sequence may go on; returns messages for the server."""
+        """Take one turn: let every running sequence move, and return messages for the server."""
         messages, self._outbox = self._outbox, []
         rows = []
         for sequence in [] if self.paused else list(self._running.values()):
             if (sequence.request.request_id, sequence.index) not in self._running:
-                continue  # enough others have ended
+                continue  # cancelled, since enough others have ended
             row = self._advance(sequence)
             if row is not None:
                 rows.append(row)
@@ -245,7 +253,7 @@ class FakeEngine:
         return [*messages, updates(rows)] if rows else messages
 
     def run(self, generations: Generations) -> None:
-        """Steps until nothing runs any more."""
+        """Take turns until nothing runs."""
         for _ in range(100_000):
             messages = self.step()
             if not messages and not self._running:
@@ -254,7 +262,7 @@ class FakeEngine:
                 generations.absorb(message)
         raise AssertionError("the engine never comes to rest")
 
-    # --- inside ------------------------------------------------------------------------------------
+    # --- inside ---------------------------------------------------------------------------------
 
     def _begin(self, request: GenerateRequest) -> None:
         assert request.prompt_ids.dtype == np.int32
@@ -265,6 +273,7 @@ class FakeEngine:
         for index in range(request.n):
             ids = self.script(request, index)[: request.max_tokens]
             self._running[request.request_id, index] = _Sequence(request, index, ids)
+        self.most_running = max(self.most_running, self.num_running)
         if request.pooling:
             assert (request.n, request.max_tokens) == (1, 1)
             self._outbox.append(PooledState(request.request_id, pooled_state(request)))
@@ -274,6 +283,8 @@ class FakeEngine:
     def _advance(self, sequence: _Sequence) -> tuple | None:
         request = sequence.request
         count = self.rng.randint(0, self.largest_step)
+        if self.hold_at is not None:
+            count = max(0, min(count, self.hold_at - sequence.position))
         if request.hold_for_acks:
             count = min(count, sequence.acknowledged + STOP_LAG - sequence.position)
         new = sequence.ids[sequence.position : sequence.position + count]
@@ -313,7 +324,7 @@ class FakeEngine:
 
 
 def updates(rows: list[tuple]) -> SequenceUpdates:
-    """Of rows (request, sample index, new ids, finish reason, cached tokens)."""
+    """A message of rows (request, sample index, new ids, finish reason, cached tokens)."""
     chosen, top_ids, top_logprobs = [], [], []
     for request, _, ids, _, _ in rows:
         if request.num_logprobs >= 0:
@@ -337,7 +348,7 @@ def updates(rows: list[tuple]) -> SequenceUpdates:
 
 
 def _prompt_logprobs(request: GenerateRequest) -> list[PromptLogprobs]:
-    """In two pieces, the second of which comes twice, as after a preemption."""
+    """Two pieces; the second one comes twice, as after a preemption."""
     number, ids = request.num_prompt_logprobs, request.prompt_ids.tolist()
     middle = max(1, len(ids) // 2)
     pieces = []
@@ -358,7 +369,7 @@ def _prompt_logprobs(request: GenerateRequest) -> list[PromptLogprobs]:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back over HTTP."""
+    """An answer over HTTP."""
 
     status: int
     headers: dict[str, str]
@@ -371,7 +382,7 @@ class Answer:
 
     @property
     def error(self) -> dict:
-        """The error, of the shape that OpenAI's clients expect."""
+        """The error, in the shape that OpenAI's clients expect."""
         body = self.json
         assert set(body) == {"error"}
         assert set(body["error"]) == {"message", "type", "param", "code"}
@@ -387,10 +398,59 @@ class Answer:
         return [json.loads(line.removeprefix(b"data: ")) for line in lines]
 
 
+class _Connections:
+    """One connection to a server for each thread, kept alive."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._own = threading.local()
+        self._open: list[http.client.HTTPConnection] = []
+
+    def ask(self, method: str, path: str, data: bytes | None, headers: dict[str, str]) -> Answer:
+        kept = getattr(self._own, "connection", None)
+        if kept is not None:
+            # The server may have closed the connection since.
+            with contextlib.suppress(http.client.RemoteDisconnected, ConnectionError):
+                return _ask(kept, method, path, data, headers)
+        self._own.connection = http.client.HTTPConnection(
+            "127.0.0.1", self._port, timeout=PATIENCE_S
+        )
+        self._open.append(self._own.connection)
+        return _ask(self._own.connection, method, path, data, headers)
+
+    def close(self) -> None:
+        for each in self._open:
+            each.close()
+
+
+def _ask(
+    connection: http.client.HTTPConnection,
+    method: str,
+    path: str,
+    data: bytes | None,
+    headers: dict[str, str],
+) -> Answer:
+    try:
+        connection.request(method, path, data, headers)
+        answer = connection.getresponse()
+        return Answer(answer.status, dict(answer.headers), answer.read())
+    except BaseException:
+        connection.close()
+        raise
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    """Return once a condition is true; fail after ``PATIENCE_S``."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it never comes true"
+        time.sleep(0.001)
+
+
 def submit(
     generations: Generations, prompt_ids: list[int], params: SamplingParams, **options: object
 ) -> Generation:
-    """Prepares a prompt under CONFIG, and starts it."""
+    """Prepare a prompt under CONFIG, and start it."""
     return generations.start(PREPARER.prepare(prompt_ids, params), **options)
 
 
@@ -399,24 +459,32 @@ class RunningServer:
 
     def __init__(self, config: ServerConfig = CONFIG, *, ready: bool = True) -> None:
         self.engine = FakeEngine()
+        self._woken = asyncio.Event()  # the engine has a message
         self.state = EngineState()
         tokenizer = TOKENIZER if config.trust_request_chat_template else UNTRUSTING
-        self.generations = Generations(config, tokenizer, self.engine.send, self.state.metrics)
+        self.generations = Generations(config, tokenizer, self._send, self.state.metrics)
         self.preparer = Preparer(config, tokenizer)
         if ready:
             self.become_ready()
         self.batches = batch_runner(config, self.state) if config.data_dir else None
-        # Made anew from its number, it knows that it is TCP, and asyncio sets TCP_NODELAY on its connections:
-        # else each answer but a connection's first takes 40 ms.
+        # A socket made from its number knows that it is TCP, so that asyncio sets TCP_NODELAY on
+        # its connections. Without it, each answer but a connection's first takes 40 ms.
         self._listener = socket.socket(fileno=socket.create_server(("127.0.0.1", 0)).detach())
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._server = http_server(config, self.state, self.batches)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._ahead_s = 0.0  # added to the clock of the event loop
+        self._connections = _Connections(self.port)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+
+    def _send(self, message: FromServer) -> None:
+        self.engine.send(message)
+        self._woken.set()
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._loop.time = lambda: time.monotonic() + self._ahead_s  # type: ignore[method-assign]
         steps = asyncio.create_task(self._step_forever())
         if self.batches is not None:
             await self.batches.start()
@@ -427,28 +495,52 @@ class RunningServer:
 
     async def _step_forever(self) -> None:
         while True:
+            self._woken.clear()
             for message in self.engine.step():
                 self.generations.absorb(message)
-            await asyncio.sleep(0.0005 if self.engine.num_running else 0.003)
+            if self.engine.is_moving:
+                await asyncio.sleep(0)
+            else:
+                with contextlib.suppress(asyncio.TimeoutError):  # a test may change the engine
+                    await asyncio.wait_for(self._woken.wait(), 0.003)
 
     def become_ready(self) -> None:
-        """The model is loaded; called in the event loop's thread once it runs."""
+        """Tell the server that the model is loaded; once it runs, on the event loop only."""
         self.state.ready(self.preparer, self.generations)
 
     def call(self, function: Callable[[], object]) -> None:
-        """Calls something in the event loop's thread, and waits for it."""
+        """Call a function on the event loop, and wait for it."""
         done = threading.Event()
         assert self._loop is not None
         self._loop.call_soon_threadsafe(lambda: (function(), done.set()))
-        assert done.wait(5)
+        assert done.wait(PATIENCE_S)
 
-    def on_loop(self, work: Coroutine[Any, Any, T], timeout_s: float = 20) -> T:
-        """Runs a coroutine on the event loop, and waits for what it returns."""
+    def settle(self) -> None:
+        """Return when the event loop has read what it was sent so far."""
+        for _ in range(2):
+            self.call(lambda: None)
+
+    def advance(self, seconds: float) -> None:
+        """Move the clock of the event loop: time limits that are over by then end now."""
+        self.settle()
+
+        def move() -> None:
+            self._ahead_s += seconds
+
+        self.call(move)
+
+    def on_loop(self, work: Coroutine[Any, Any, T], timeout_s: float = PATIENCE_S) -> T:
+        """Run a coroutine on the event loop, and wait for its result."""
         assert self._loop is not None
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout_s)
 
+    def has_connection(self, client: socket.socket) -> bool:
+        """Whether the server has accepted a client's connection."""
+        connections = list(self._server.server_state.connections)
+        return any(each.client == client.getsockname() for each in connections)
+
     def post(self, path: str, body: object, **headers: str) -> Answer:
-        """Posts JSON, or bytes as they are."""
+        """Post JSON, or bytes as they are."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         return self._ask("POST", path, data, {"Content-Type": "application/json", **headers})
 
@@ -456,26 +548,66 @@ class RunningServer:
         return self._ask("GET", path, None, headers)
 
     def _ask(self, method: str, path: str, data: bytes | None, headers: dict[str, str]) -> Answer:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        with contextlib.closing(connection):
-            connection.request(method, path, data, headers)
-            answer = connection.getresponse()
-            return Answer(answer.status, dict(answer.headers), answer.read())
+        return self._connections.ask(method, path, data, headers)
+
+    async def call_app(self, path: str, data: bytes) -> Answer:
+        """Post JSON to the application without a connection; runs on the event loop."""
+        done, messages = asyncio.Event(), [{"type": "http.request", "body": data}]
+        sent: list[dict[str, Any]] = []
+
+        async def receive() -> dict[str, Any]:
+            if messages:
+                return messages.pop()
+            await done.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(data))]
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "headers": [(b"host", b"x"), *headers],
+            "client": ("127.0.0.1", 1),
+            "server": ("127.0.0.1", self.port),
+        }
+        await self._server.config.app(scope, receive, send)
+        done.set()
+        begin, *pieces = sent
+        named = {name.decode().lower(): value.decode() for name, value in begin["headers"]}
+        return Answer(begin["status"], named, b"".join(each.get("body", b"") for each in pieces))
 
     def client(self, **options: object) -> openai.OpenAI:
-        return openai.OpenAI(
-            api_key="none", base_url=f"{self.url}/v1", max_retries=0, timeout=20, **options
+        """OpenAI's client without retries, and without certificates, which take long to load."""
+        values: dict[str, Any] = {"api_key": "none", "max_retries": 0, "timeout": PATIENCE_S}
+        http = openai.DefaultHttpxClient(verify=False)
+        base_url = f"{self.url}/v1"
+        return openai.OpenAI(base_url=base_url, http_client=http, **values | options)
+
+    def async_client(self) -> openai.AsyncOpenAI:
+        http = openai.DefaultAsyncHttpxClient(verify=False)
+        return openai.AsyncOpenAI(
+            api_key="none",
+            base_url=f"{self.url}/v1",
+            http_client=http,
+            max_retries=0,
+            timeout=PATIENCE_S,
         )
 
-    def wait_idle(self, timeout_s: float = 5.0) -> None:
-        """Returns once nothing is in flight, in the server or in the engine."""
-        deadline = time.monotonic() + timeout_s
-        while len(self.generations) or self.engine.num_running:
-            assert time.monotonic() < deadline, "something is still in flight"
-            time.sleep(0.005)
+    def wait_idle(self) -> None:
+        """Return once nothing is in flight in the server or in the engine."""
+        wait_for(lambda: not len(self.generations) and not self.engine.num_running)
 
     def check_nothing_is_left(self) -> None:
-        """Of all requests so far, in any table; the engine forgets them."""
+        """Check that no table keeps anything of the requests so far; the engine forgets them."""
         self.wait_idle()
         turnstile = self.generations._turnstile
         assert (turnstile.num_open, turnstile.num_held) == (0, 0)
@@ -486,13 +618,18 @@ class RunningServer:
     @contextlib.contextmanager
     def running(self) -> Iterator[RunningServer]:
         self._thread.start()
-        while not self._server.started:
-            time.sleep(0.005)
+        wait_for(lambda: self._server.started)
+        assert self._loop is not None
         try:
             yield self
         finally:
+            self._connections.close()
             self._server.should_exit = True
-            self._thread.join(10)
+            while self._thread.is_alive():
+                self._ahead_s += 0.1  # uvicorn checks ten times a second whether it should exit
+                with contextlib.suppress(RuntimeError):  # the loop has ended
+                    self._loop.call_soon_threadsafe(lambda: None)
+                self._thread.join(0.01)
 
 
 def with_config(**changes: object) -> ServerConfig:

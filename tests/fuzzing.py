@@ -1,4 +1,4 @@
-"""Fuzzing: the same cases at each run, and what must be true of every answer, whatever was asked."""
+"""Fuzzing with the same cases at each run, and what must be true of every answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DONE = b"data: [DONE]"
 
 
 def fuzz(cases: SearchStrategy[T], num_cases: int, check: Callable[[T], None]) -> None:
-    """Checks so many cases. The check itself limits how long one may take."""
+    """Check ``num_cases`` cases. The check itself limits how long one case may take."""
 
     @settings(
         max_examples=num_cases,
@@ -34,7 +34,7 @@ def fuzz(cases: SearchStrategy[T], num_cases: int, check: Callable[[T], None]) -
 
 
 def check_answer(status: int, content_type: str, content: bytes) -> None:
-    """No failure of the server; errors in OpenAI's shape; JSON or a stream that ends as streams do."""
+    """Check for no 5xx; an error in OpenAI's shape, JSON, or a stream with a proper end."""
     assert status < 500, (status, content[:1000])
     if status >= 400:
         assert content_type == "application/json"
@@ -52,7 +52,7 @@ def _check_error(content: bytes) -> None:
     assert set(error) == {"message", "type", "param", "code"}
     assert error["message"]
     assert isinstance(error["param"], str | None)
-    assert len(content) < 20_000, "an error repeats what it was sent"
+    assert len(content) < 20_000, "the error repeats the request"
 
 
 def _check_stream(content: bytes) -> None:
@@ -70,4 +70,4 @@ def _check_stream(content: bytes) -> None:
 
 
 def _no_constant(name: str) -> None:
-    raise AssertionError(f"{name} is no JSON")
+    raise AssertionError(f"{name} is not JSON")

@@ -1,4 +1,4 @@
-"""Schemas as clients send them: of pydantic, of tools, of all keywords that are common."""
+"""JSON schemas as clients send them: from pydantic, from tools, with all common keywords."""
 
 from __future__ import annotations
 

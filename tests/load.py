@@ -1,4 +1,4 @@
-"""Load for tests of servers: plain sockets, so that ten thousand connections cost the client little."""
+"""Load for tests of servers, on plain sockets: ten thousand connections cost the client little."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def resident_bytes() -> int:
-    """Memory of this process, after a collection, without what the allocator keeps for later."""
+    """Memory of this process after a collection, without what the allocator keeps in reserve."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -24,11 +24,11 @@ def resident_bytes() -> int:
 
 
 class Load:
-    """Requests that a test begins now and finishes later, one connection each.
+    """Requests that a test begins now and finishes later, with a connection each.
 
     Args:
         port: of the server.
-        headers: more of them, each with its line's end.
+        headers: additional ones, each with its line end.
     """
 
     def __init__(self, port: int, headers: str = "") -> None:
@@ -51,7 +51,7 @@ class Load:
             self._read[connection] += data
 
     def finish(self, connection: socket.socket) -> tuple[int, bytes]:
-        """The status and the content."""
+        """Read the answer to its end: (status, content)."""
         while data := connection.recv(1 << 16):
             self._read[connection] += data
         connection.close()
@@ -61,20 +61,20 @@ class Load:
         return int(head.split()[1]), content
 
     def close(self) -> None:
-        """Hangs up everywhere."""
+        """Close every connection."""
         for connection in self._open:
             connection.close()
 
 
 def crowd(port: int, num_connections: int, num_requests: int) -> list[int]:
-    """Sends numbered requests over so many connections, all open at once and kept alive.
+    """Send numbered requests over ``num_connections`` connections, all open at once and kept alive.
 
-    Runs in a process of its own, which has its own limit of open files.
+    The client runs in a process of its own, which has its own limit of open files.
 
     Returns:
-        How often each number was answered, with what belongs to it.
+        How often each number was answered with its own answer.
     """
-    _allow_files(num_connections + 200)  # this process has the other ends
+    _allow_files(num_connections + 200)  # this process has the other ends of the connections
     command = [sys.executable, __file__, str(port), str(num_connections), str(num_requests)]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     return json.loads(done.stdout)

@@ -1,8 +1,11 @@
-"""Bodies of requests for fuzzing: valid ones, and what becomes of them when they are tampered with.
+"""Bodies of requests for fuzzing: valid ones, and the same after tampering.
 
-Valid ones say what clients say. Tampering drops and doubles fields, changes types, puts in numbers that no
-machine has, nests deeply; then the JSON itself is broken: NaN, halves of surrogate pairs, bytes that are no
-UTF-8, names that come twice. What comes out is bytes.
+Valid bodies are as clients send them. Tampering
+
+- drops and doubles fields, changes types, inserts numbers that no machine has, and nests deeply;
+- then breaks the JSON itself: NaN, halves of surrogate pairs, invalid UTF-8, repeated names.
+
+The results are bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ __all__ = ["BODIES", "batch_files", "bodies", "tampered"]
 
 @dataclass(frozen=True)
 class Raw:
-    """Stands for itself in JSON."""
+    """A text that is its own JSON."""
 
     text: str
 
@@ -190,7 +193,7 @@ PROMPTS = st.one_of(
 def _object(
     draw: Callable[..., Any], required: dict[str, Any], optional: dict[str, Any], form: bool = False
 ) -> dict[str, Any]:
-    """The required fields and a few of the others, so that most requests contradict themselves seldom."""
+    """The required fields and few of the others, so that requests seldom contradict themselves."""
     names = (
         draw(st.lists(st.sampled_from(sorted(optional)), max_size=3, unique=True))
         if optional
@@ -402,7 +405,7 @@ BODIES: dict[str, SearchStrategy[Any]] = {
         },
     ),
 }
-"""Requests as clients send them, by path; most are valid."""
+"""Requests as clients send them, by path. Most are valid."""
 
 NUMBERS = [
     "1e999",
@@ -494,7 +497,7 @@ NAMES = st.one_of(
 
 @st.composite
 def tampered(draw: Callable[..., Any], valid: SearchStrategy[Any]) -> Any:
-    """A request with up to three places changed; every other one is left as it is."""
+    """A request with up to three places changed; half of the requests are unchanged."""
     body = draw(valid)
     for _ in range(draw(st.sampled_from([0, 0, 0, 0, 1, 1, 2, 3]))):
         body = _change(draw, body)
@@ -502,7 +505,7 @@ def tampered(draw: Callable[..., Any], valid: SearchStrategy[Any]) -> Any:
 
 
 def _change(draw: Callable[..., Any], node: Any) -> Any:
-    """Goes down somewhere and changes what it finds there."""
+    """Descend to a random place, and change what is there."""
     if isinstance(node, dict) and node and draw(st.booleans()):
         name = draw(st.sampled_from(sorted(node)))
         if draw(st.integers(0, 4)) == 0:
@@ -534,7 +537,7 @@ def _encoded(node: Any, ascii_only: bool) -> str:
 
 @st.composite
 def bodies(draw: Callable[..., Any], path: str) -> bytes:
-    """What is sent to a path."""
+    """Bodies for a path."""
     node = draw(tampered(BODIES[path]))
     data = _encoded(node, draw(st.booleans())).encode(errors="surrogatepass")
     match draw(st.sampled_from([None] * 12 + [0, 1, 2])):
@@ -555,7 +558,7 @@ def bodies(draw: Callable[..., Any], path: str) -> bytes:
 
 @st.composite
 def batch_files(draw: Callable[..., Any]) -> bytes:
-    """The lines of a batch's input: requests, and what is none."""
+    """Input files of batches: lines with requests, and other lines."""
     lines = []
     for number in range(draw(st.integers(0, 5))):
         url = draw(st.sampled_from(["/v1/completions", "/v1/chat/completions", "/v1/embeddings"]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import pytest
+from rows import each_row
 
 pytestmark = pytest.mark.engine
 
@@ -35,15 +36,15 @@ def test_one_token(engine):
     assert answer.choices[0].finish_reason == "length"
 
 
-@pytest.mark.parametrize("n", range(1, 11))
-def test_samples(engine, n):
+@each_row("n", range(1, 11))
+def test_several_samples(engine, n):
     answer = complete(engine, n=n, temperature=1.0, max_tokens=5, extra_body={"ignore_eos": True})
     assert [choice.index for choice in answer.choices] == list(range(n))
     assert answer.usage.completion_tokens == 5 * n
 
 
 def test_prompts_around_a_page(engine):
-    """Prompts of one page, one token less and one more, each asked twice: cached or not, the same."""
+    """Prompts of about one and two pages give the same text, cached or not."""
     for length in (15, 16, 17, 31, 32, 33):
         ids = [(7 * i) % 200 + 20 for i in range(length)]
         once, again = (complete(engine, prompt=ids, max_tokens=8) for _ in range(2))
@@ -78,7 +79,7 @@ def test_logprobs(engine):
         assert sum(math.exp(value) for value in top.values()) <= 1 + 1e-5
 
 
-def test_seed(engine):
+def test_a_seed_repeats_its_text(engine):
     request = {"temperature": 5.0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
     texts = [complete(engine, seed=seed, **request).choices[0].text for seed in (5, 5, 6)]
     assert texts[0] == texts[1]

@@ -2,7 +2,7 @@
 
     from tokasaurus import LLM, SamplingParams
 
-The names below are loaded on first use, so that importing the package costs nothing.
+The names below are loaded on first use, so importing the package is cheap.
 """
 
 from __future__ import annotations

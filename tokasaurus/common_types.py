@@ -1,4 +1,4 @@
-"""Where users of the Python interface look for ``EngineConfig``; it lives in ``tokasaurus.config``."""
+"""Offers ``EngineConfig``, which is defined in ``tokasaurus.config``, under its public name."""
 
 from tokasaurus.config.engine import EngineConfig
 

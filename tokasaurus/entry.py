@@ -47,7 +47,7 @@ def listen(host: str, port: int) -> socket.socket:
     """Takes the port before anything slow begins.
 
     Raises:
-        ConfigError: the address cannot be had.
+        ConfigError: the address is not available.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:

@@ -1,21 +1,21 @@
 """Every exception that Tokasaurus raises on purpose.
 
     TokasaurusError
-    ├── ConfigError             a flag, config file or combination of flags is wrong      (exit status 2)
-    ├── ModelError              a checkpoint cannot be served: names the file, tensor or field
-    ├── RequestError            one request is wrong: names the field                     (HTTP 400)
-    │   ├── RequestTooLong      the request can never fit                                 (HTTP 400)
-    │   ├── NotFound            there is no such file or batch                            (HTTP 404)
-    │   └── Conflict            a file or batch is in a state that forbids it             (HTTP 409)
-    └── EngineError             the engine cannot serve
-        ├── EngineNotReady      it is still loading, or it is draining                    (HTTP 503)
-        ├── EngineOverloaded    it has enough to do for now: says when to come again      (HTTP 429)
-        ├── StorageFull         its disk has no room for a file or batch                  (HTTP 507)
-        ├── EngineDead          one of its processes ended: carries the cause             (HTTP 503)
-        └── ProtocolError       two rooms disagree; a defect in Tokasaurus, never in a request
+    ├── ConfigError            a flag, config file or combination of flags is wrong (exit status 2)
+    ├── ModelError             a checkpoint cannot be served; names the file, tensor or field
+    ├── RequestError           a request is wrong; names the field                       (HTTP 400)
+    │   ├── RequestTooLong     the request can never fit                                 (HTTP 400)
+    │   ├── NotFound           there is no such file or batch                            (HTTP 404)
+    │   └── Conflict           the state of a file or batch forbids the request          (HTTP 409)
+    └── EngineError            the engine cannot serve
+        ├── EngineNotReady     it is loading or draining                                 (HTTP 503)
+        ├── EngineOverloaded   it has too much to do; says when to try again             (HTTP 429)
+        ├── StorageFull        its disk has no room for a file or batch                  (HTTP 507)
+        ├── EngineDead         one of its processes ended; says why                      (HTTP 503)
+        └── ProtocolError      two rooms disagree: a defect in Tokasaurus, not in a request
 
-A wrong argument to a Python function still raises ``TypeError`` or ``ValueError`` where that is what
-a Python user expects: ``RequestError`` is a ``ValueError`` too.
+A wrong argument to a Python function still raises ``TypeError`` or ``ValueError`` where a Python
+user expects it. ``RequestError`` is a ``ValueError`` too.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
 
 
 class TokasaurusError(Exception):
-    """Base of every error below; catch it to catch them all."""
+    """The base of all errors of Tokasaurus."""
 
 
 class ConfigError(TokasaurusError):
@@ -58,7 +58,7 @@ class RequestError(TokasaurusError, ValueError):
 
     Args:
         message: what is wrong and what would be right.
-        field: the request field at fault, as the client spells it; None if it is no single field.
+        field: the field at fault, as the client spells it; None if no single field is.
     """
 
     def __init__(self, message: str, field: str | None = None) -> None:
@@ -72,11 +72,11 @@ class RequestTooLong(RequestError):
 
 
 class NotFound(RequestError):
-    """There is nothing of this name."""
+    """There is no file or batch with this name."""
 
 
 class Conflict(RequestError):
-    """What is asked for does not go with the state of what it is asked of."""
+    """The state of a file or batch forbids the request."""
 
 
 class EngineError(TokasaurusError):
@@ -88,11 +88,11 @@ class EngineNotReady(EngineError):
 
 
 class EngineOverloaded(EngineError):
-    """The engine has enough to do.
+    """The engine has too much to do.
 
     Args:
-        message: how much, and by which limit.
-        retry_after_s: when there will probably be room.
+        message: how much it has to do, and the limit.
+        retry_after_s: seconds until there will probably be room.
     """
 
     def __init__(self, message: str, retry_after_s: int) -> None:
@@ -101,7 +101,7 @@ class EngineOverloaded(EngineError):
 
 
 class StorageFull(EngineError):
-    """The disk has no room for a file or a batch; nothing of it is kept."""
+    """The disk has no room for a file or a batch, of which nothing is kept."""
 
 
 class EngineDead(EngineError):

@@ -1,6 +1,7 @@
-"""JSON that clients wrote, in requests and in lines of batches.
+"""JSON from clients, in requests and in lines of batches.
 
-What comes out is safe for all that recurses along it: ``repr`` and ``json.dumps`` count on Python's stack.
+Decoded values are nested so little that recursion over them is safe: ``repr`` and ``json.dumps``
+use Python's stack.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def decode(data: bytes | bytearray) -> Any:
     """Decodes a text.
 
     Raises:
-        ValueError: it is no JSON, or nested too deeply; says where.
+        ValueError: it is not JSON, and where it is not, or it is nested too deeply.
     """
     try:
         value = msgspec.json.decode(data)
@@ -29,14 +30,15 @@ def decode(data: bytes | bytearray) -> Any:
         raise _too_deep() from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ValueError(str(error)) from None
-    # So many of them there must be; nearly all requests have fewer and are not gone through.
+    # A value this deep has at least this many brackets. Nearly all requests have fewer, and need
+    # not be walked.
     if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
         raise _too_deep()
     return value
 
 
 def shown(value: Any) -> str:
-    """A value as an error quotes it: its beginning, if it is long."""
+    """A value as errors quote it; of a long one, the beginning."""
     text = repr(value)
     return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + "..."
 

@@ -1,4 +1,4 @@
-"""The version of the installed package; rooms take it from here and not from the public face."""
+"""The version of the installed package, for rooms that must not import ``tokasaurus`` itself."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ __all__ = ["__version__"]
 
 try:
     __version__ = version("tokasaurus")
-except PackageNotFoundError:  # a source tree that was never installed
+except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"

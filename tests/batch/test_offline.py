@@ -145,7 +145,7 @@ def test_a_job_that_cannot_run_is_refused(tmp_path):
 def test_a_wrong_command_line_is_refused(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for line, message in {
-        "walk a b": "no command",
+        "walk a b": "not a command",
         "run": "name the input and the output",
         "run a": "name the input and the output",
         "run none.jsonl out.jsonl": "none.jsonl is not a file",
@@ -215,7 +215,7 @@ def test_a_run_that_is_interrupted_and_killed_continues(tmp_path, num_lines):
     run.wait_for_answers(num_lines // 30)
     run.process.send_signal(signal.SIGINT)
     assert run.wait() == 130
-    assert "the same command goes on" in run.log.read_text()
+    assert "run the same command again to continue" in run.log.read_text()
     assert not (tmp_path / "out.jsonl").exists()
     run = Run(tmp_path, *slow)
     run.wait_for_answers(num_lines // 3)

@@ -6,9 +6,9 @@ from tokasaurus.config.reference import markdown, sections
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
 
-def test_the_page_is_current():
+def test_the_configuration_page_is_current():
     command = "python -m tokasaurus.config.reference > docs/configuration.md"
-    assert PAGE.read_text() == markdown(), f"write it anew: {command}"
+    assert PAGE.read_text() == markdown(), f"write it again: {command}"
 
 
 def test_every_flag_is_in_one_section():
@@ -17,7 +17,7 @@ def test_every_flag_is_in_one_section():
     assert set(names) == {*(flag.name for flag in ENGINE), *ENGINE.retired, "config"}
 
 
-def test_tables_are_whole():
+def test_every_table_row_has_all_columns():
     for line in markdown().splitlines():
         if line.startswith("|"):
             assert line.count(" | ") in (1, 3) or line.startswith("|---"), line

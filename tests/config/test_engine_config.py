@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+from rows import each_row
 
 from tokasaurus import common_types
 from tokasaurus.config.engine import ENGINE, EngineConfig
@@ -11,7 +12,7 @@ from tokasaurus.config.schema import flags_of
 from tokasaurus.config.suggestions import OTHER_ENGINES
 from tokasaurus.errors import ConfigError
 
-# The command line is an interface: whoever changes a line here breaks somebody's script.
+# The command line is a public interface: a change of a line here breaks users' scripts.
 NAMES_AND_DEFAULTS = {
     "model": None,
     "tokenizer": None,
@@ -128,13 +129,13 @@ def test_every_flag_is_explained():
         assert (item.default is None) == bool(item.notes.adapts or item.notes.usually), item.name
 
 
-def test_nothing_is_set_without_arguments():
+def test_no_arguments_give_the_defaults():
     assert toka() == EngineConfig()
     assert common_types.EngineConfig is EngineConfig
 
 
-@pytest.mark.parametrize(
-    ("argument", "name", "value"),
+@each_row(
+    "argument, name, value",
     [
         ("kv_cache_num_tokens=(512 * 1024)", "kv_cache_num_tokens", 524288),
         ("kv_cache_num_tokens=(200000)", "kv_cache_num_tokens", 200000),
@@ -170,14 +171,14 @@ def test_nothing_is_set_without_arguments():
         ("max_topk_logprobs=None", "max_topk_logprobs", None),
     ],
 )
-def test_documented_uses(argument, name, value):
+def test_documented_uses_of_flags(argument, name, value):
     result = getattr(toka(argument), name)
     assert result == value
     assert type(result) is type(value)
 
 
-@pytest.mark.parametrize(
-    ("argument", "words"),
+@each_row(
+    "argument, words",
     [
         ("port=2.7", ["port='2.7'", "an integer"]),
         ("port=99999", ["port=99999", "65535"]),
@@ -193,13 +194,13 @@ def test_documented_uses(argument, name, value):
         (".uvs", [".uvs", ".uvsh"]),
     ],
 )
-def test_errors(argument, words):
+def test_errors_name_the_flag_and_the_remedy(argument, words):
     with pytest.raises(ConfigError) as caught:
         toka(argument)
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-@pytest.mark.parametrize("name", [item.name for item in ENGINE if item.notes.later])
+@each_row("name", [item.name for item in ENGINE if item.notes.later])
 def test_features_still_to_come_are_refused_by_name(name):
     item = flags_of(EngineConfig)[name]
     assert getattr(EngineConfig(**{name: item.default}), name) == item.default
@@ -211,7 +212,7 @@ def test_features_still_to_come_are_refused_by_name(name):
         EngineConfig(**{name: other})
 
 
-def test_the_commands_of_the_documents_that_need_what_is_to_come():
+def test_documented_commands_for_features_still_to_come_are_refused():
     with pytest.raises(ConfigError, match=r"torch_compile=True: .*torch.compile is not available"):
         toka("model=org/name", "port=1", "kv_cache_num_tokens=(128 * 1024)", "torch_compile=T")
     with pytest.raises(ConfigError) as caught:
@@ -232,7 +233,7 @@ def test_retired_flags_are_accepted_with_a_warning(capsys):
     ]
 
 
-def test_flags_of_other_engines():
+def test_every_flag_of_another_engine_is_reported_with_ours():
     known = set(NAMES_AND_DEFAULTS)
     for name, foreign in OTHER_ENGINES.items():
         assert name not in known | set(ALIASES) | set(RETIRED), name
@@ -244,8 +245,8 @@ def test_flags_of_other_engines():
         assert (foreign.ours or foreign.note) in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "ours"),
+@each_row(
+    "arguments, ours",
     [
         (["--max-model-len", "4096"], "max_num_tokens_per_request"),
         (["--context-length=4096"], "max_num_tokens_per_request"),
@@ -264,20 +265,20 @@ def test_flags_of_other_engines():
         (["--no-enforce-eager", "port=1"], "use_cudagraphs"),
     ],
 )
-def test_flags_of_other_engines_with_dashes(arguments, ours):
+def test_flags_of_other_engines_may_have_dashes(arguments, ours):
     with pytest.raises(ConfigError) as caught:
         toka(*arguments)
     assert f"the flag for this is '{ours}'" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_overrides():
+def test_the_overrides_variable_follows_the_arguments():
     assert toka("port=1", "host=::1", OVERRIDES="port=2 'model=a b' .uvsh") == EngineConfig(
         port=2, host="::1", model="a b", uvicorn_log_level="warning"
     )
 
 
-def test_show_and_back(tmp_path, capsys):
+def test_show_prints_a_file_that_config_reads(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         toka("model=not/there", "--show", "port=1", "log_procs=server", "rope_scaling.factor=2")
     assert caught.value.code == 0
@@ -301,10 +302,10 @@ def test_help_lists_every_flag_with_default_and_meaning(capsys):
         assert name in out
 
 
-# --- in Python --------------------------------------------------------------------------------------
+# --- in Python ------------------------------------------------------------------------------------
 
 
-def test_from_flags(tmp_path):
+def test_from_flags_reads_keyword_arguments_and_a_file(tmp_path):
     path = tmp_path / "engine.yaml"
     path.write_text("port: 5\nmax_seqs_per_forward: (2 * 8)")
     config = EngineConfig.from_flags(
@@ -315,8 +316,8 @@ def test_from_flags(tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
+@each_row(
+    "flags, words",
     [
         ({"prot": 1}, ["prot", "'port'"]),
         ({"max_model_len": 5}, ["max_model_len", "'max_num_tokens_per_request'"]),
@@ -327,7 +328,7 @@ def test_from_flags(tmp_path):
         ({"dp_size": 2}, ["dp_size=2", "not available yet"]),
     ],
 )
-def test_from_flags_errors(flags, words):
+def test_from_flags_reports_errors(flags, words):
     with pytest.raises(ConfigError) as caught:
         EngineConfig.from_flags(**flags)
     assert all(word in str(caught.value) for word in words), caught.value
@@ -338,7 +339,7 @@ def test_from_flags_warns_of_retired_flags():
         assert EngineConfig.from_flags(stop_string_num_token_lookback=7) == EngineConfig()
 
 
-def test_the_constructor_checks_too():
+def test_the_constructor_checks_every_field():
     with pytest.raises(ConfigError) as caught:
         EngineConfig(port="x", page_size=0, dtype="int8", torch_compile=True)
     assert len(str(caught.value).splitlines()) == 4

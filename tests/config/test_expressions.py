@@ -1,10 +1,11 @@
 import pytest
+from rows import each_row
 
 from tokasaurus.config.expressions import ExpressionError, evaluate
 
 
-@pytest.mark.parametrize(
-    ("source", "value"),
+@each_row(
+    "source, value",
     [
         ("(200000)", 200000),
         ("(512 * 1024)", 524288),
@@ -31,14 +32,14 @@ from tokasaurus.config.expressions import ExpressionError, evaluate
         ("(2 ** 62)", 2**62),
     ],
 )
-def test_values(source, value):
+def test_values_of_expressions(source, value):
     result = evaluate(source)
     assert result == value
     assert type(result) is type(value)
 
 
-@pytest.mark.parametrize(
-    ("source", "position"),
+@each_row(
+    "source, position",
     [
         ("(__import__('os').getpid())", 2),
         ("(a + 1)", 2),
@@ -87,22 +88,20 @@ def test_values(source, value):
         ("(1\n+ a)", 6),
     ],
 )
-def test_refused_with_the_position(source, position):
+def test_forbidden_expressions_are_refused_with_the_position(source, position):
     with pytest.raises(ExpressionError) as caught:
         evaluate(source)
     assert caught.value.position == position, caught.value
     assert f"(character {position})" in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "source", ["()+()", "(1", "(1 2)", "(\0)", "", "(1;2)", "(yield)", "(1)) + ((2)"]
-)
-def test_no_expression(source):
+@each_row("source", ["()+()", "(1", "(1 2)", "(\0)", "", "(1;2)", "(yield)", "(1)) + ((2)"])
+def test_text_that_is_not_an_expression_is_refused(source):
     with pytest.raises(ExpressionError):
         evaluate(source)
 
 
-def test_limits():
+def test_length_and_depth_are_limited():
     assert evaluate("(" * 20 + "1" + ")" * 20) == 1
     with pytest.raises(ExpressionError, match="20 levels"):
         evaluate("(" * 21 + "1" + ")" * 21)
@@ -113,7 +112,7 @@ def test_limits():
         evaluate("(" + "1".rjust(199) + ")")
 
 
-def test_nothing_runs(tmp_path):
+def test_no_code_runs(tmp_path):
     target = tmp_path / "made"
     with pytest.raises(ExpressionError):
         evaluate(f"(open({str(target)!r}, 'w'))")

@@ -4,6 +4,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rows import each_row
 
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.resolve import resolve
@@ -34,7 +35,7 @@ def problems(**arguments):
     return str(caught.value).splitlines()
 
 
-def test_defaults():
+def test_default_configuration():
     result = slices()
     manager, worker, server = result.manager, result.worker, result.server
     assert (manager.page_size, manager.num_pages, manager.num_slots) == (16, 8192, 2048)
@@ -56,7 +57,7 @@ def test_defaults():
     assert (result.log_level, result.log_procs, result.local_proc_name) == ("INFO", None, "server")
 
 
-def test_the_rooms_agree():
+def test_the_rooms_get_the_same_sizes():
     result = slices(page_size=8, kv_cache_num_tokens=1024, max_seqs_per_forward=4)
     for name in ("page_size", "num_pages", "num_slots", "max_tokens_per_forward"):
         assert getattr(result.manager, name) == getattr(result.worker, name)
@@ -65,7 +66,7 @@ def test_the_rooms_agree():
         assert room.max_seqs_per_forward == 4
 
 
-def test_what_the_user_chose_arrives():
+def test_every_choice_reaches_its_room():
     result = slices(
         model="org/name",
         tokenizer="/other",
@@ -99,11 +100,11 @@ def test_what_the_user_chose_arrives():
     assert slices(model="org/name").server.model_name == "org/name"
 
 
-# --- device and dtype -------------------------------------------------------------------------------
+# --- device and dtype ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("flags", "cuda_available", "expected"),
+@each_row(
+    "flags, cuda_available, expected",
     [
         ({}, False, ("cpu", "float32")),
         ({}, True, ("cuda", "bfloat16")),
@@ -118,16 +119,16 @@ def test_device_and_dtype(flags, cuda_available, expected):
     assert (worker.device, worker.dtype) == expected
 
 
-def test_no_cuda():
+def test_cuda_without_a_device_is_an_error():
     (line,) = problems(device="cuda")
     assert line.startswith("device=cuda: ")
 
 
-# --- limits that adapt ------------------------------------------------------------------------------
+# --- limits that adapt ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
+@each_row(
+    "flags, expected",
     [
         ({"max_tokens_per_forward": 128}, (128, 128)),
         ({"max_tokens_per_forward": 2048}, (1024, 2048)),
@@ -136,20 +137,20 @@ def test_no_cuda():
         ({"max_seqs_per_forward": 64, "max_tokens_per_forward": 64}, (64, 64)),
     ],
 )
-def test_step_size(flags, expected):
+def test_batch_sizes_adapt_to_each_other(flags, expected):
     manager = slices(**flags).manager
     assert (manager.max_seqs_per_forward, manager.max_tokens_per_forward) == expected
     assert manager.num_slots == 2 * expected[0]
 
 
-def test_step_size_conflict():
+def test_conflicting_batch_sizes():
     (line,) = problems(max_seqs_per_forward=65, max_tokens_per_forward=64)
     assert "max_seqs_per_forward=65" in line
     assert "max_tokens_per_forward=64" in line
 
 
-@pytest.mark.parametrize(
-    ("flags", "page_size", "num_pages"),
+@each_row(
+    "flags, page_size, num_pages",
     [
         ({"page_size": 48}, 48, 2730),
         ({"page_size": 200000}, 200000, 1),
@@ -159,12 +160,12 @@ def test_step_size_conflict():
         ({"max_num_tokens_per_request": 4000}, 16, 8192),
     ],
 )
-def test_pages(flags, page_size, num_pages):
+def test_page_size_and_number_of_pages(flags, page_size, num_pages):
     manager = slices(**flags).manager
     assert (manager.page_size, manager.num_pages) == (page_size, num_pages)
 
 
-def test_page_size_conflict():
+def test_a_cache_size_that_is_not_a_multiple_of_the_page_size():
     (line,) = problems(kv_cache_num_tokens=1000, page_size=16)
     assert "kv_cache_num_tokens=1000" in line
     assert "page_size=16" in line
@@ -173,7 +174,7 @@ def test_page_size_conflict():
     assert "kv_cache_num_tokens=16," in line
 
 
-def test_request_size():
+def test_the_longest_request():
     assert slices().manager.max_request_tokens == 4096
     assert slices(kv_cache_num_tokens=1024).manager.max_request_tokens == 1024
     assert slices(max_num_tokens_per_request=99).manager.max_request_tokens == 99
@@ -191,8 +192,8 @@ def test_the_kv_cache_grows_for_a_large_request():
     assert manager.max_request_tokens == 200001
 
 
-@pytest.mark.parametrize(
-    ("scaling", "positions"),
+@each_row(
+    "scaling, positions",
     [
         ({"factor": 2.0}, 8192),
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}, 8192),
@@ -204,15 +205,15 @@ def test_rope_scaling_stretches_the_model(scaling, positions):
     assert slices(rope_scaling=scaling).manager.max_request_tokens == positions
 
 
-def test_topk_logprobs():
+def test_the_most_top_logprobs():
     assert slices(max_topk_logprobs=None).server.max_topk_logprobs == 0
     assert slices(max_topk_logprobs=10**4).server.max_topk_logprobs == 2048
 
 
-# --- memory -----------------------------------------------------------------------------------------
+# --- memory --------------------------------------------------------------------------------------
 
 
-def test_the_default_kv_cache_takes_half_of_the_memory_at_most():
+def test_the_default_kv_cache_takes_at_most_half_of_the_memory():
     # 4,000 bytes for a token in float32, 2,000 in bfloat16
     assert slices(memory_bytes=8_000_000).manager.num_pages == 1000 // 16
     assert slices(memory_bytes=8_000_000, dtype="bfloat16").manager.num_pages == 2000 // 16
@@ -227,14 +228,14 @@ def test_an_explicit_kv_cache_may_take_more_than_half():
     assert "2000" in line
 
 
-def test_no_room_for_a_request():
+def test_memory_too_small_for_a_request():
     (line,) = problems(memory_bytes=8_000_000, max_num_tokens_per_request=3000)
     assert "max_num_tokens_per_request=3000" in line
     (line,) = problems(memory_bytes=4000)
     assert "page_size=16" in line
 
 
-# --- all of it --------------------------------------------------------------------------------------
+# --- everything together -------------------------------------------------------------------------
 
 
 def test_every_conflict_is_reported_at_once():
@@ -273,7 +274,7 @@ def test_one_explicit_limit_never_conflicts(name, value):
         assert getattr(manager, name) == value
 
 
-def test_keys_are_known_by_their_digests_only():
+def test_only_digests_of_keys_reach_the_server():
     server = slices(api_key=("abc", "abc", "other")).server
     assert len(server.api_key_digests) == 2
     assert "abc" not in repr(server)
@@ -281,8 +282,8 @@ def test_keys_are_known_by_their_digests_only():
     assert "number 2" in problems(api_key=("abc", "a b"))[0]
 
 
-@pytest.mark.parametrize(
-    ("url", "address"),
+@each_row(
+    "url, address",
     [
         ("127.0.0.1:9125", ("127.0.0.1", 9125)),
         ("stats.example.org", ("stats.example.org", 8125)),
@@ -291,10 +292,10 @@ def test_keys_are_known_by_their_digests_only():
         (None, None),
     ],
 )
-def test_where_statsd_is(url, address):
+def test_statsd_addresses(url, address):
     assert slices(statsd_server_url=url).server.statsd_address == address
 
 
-@pytest.mark.parametrize("url", ["h:x", "h:70000", "http://h:1", "h:1/path", ":8125", "::1:5"])
-def test_where_statsd_cannot_be(url):
+@each_row("url", ["h:x", "h:70000", "http://h:1", "h:1/path", ":8125", "::1:5"])
+def test_wrong_statsd_addresses_are_errors(url):
     assert "statsd_server_url" in problems(statsd_server_url=url)[0]

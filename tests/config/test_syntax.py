@@ -1,4 +1,4 @@
-"""Every row of the grammar, on a dataclass made for it."""
+"""Every rule of the command line's grammar, on a dataclass made for it."""
 
 # ruff: noqa: RUF009  # flag() makes a field
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from rows import each_row
 
 from tokasaurus.config.parser import parse
 from tokasaurus.config.schema import Retired, Schema, check_fields, flag
@@ -70,8 +71,8 @@ def read(*arguments, overrides=""):
     return parse(SAMPLE, arguments, overrides)
 
 
-@pytest.mark.parametrize(
-    ("argument", "value"),
+@each_row(
+    "argument, value",
     [
         ("anything=word", "word"),
         ("anything=a=b", "a=b"),
@@ -103,23 +104,23 @@ def read(*arguments, overrides=""):
         ("anything=C:\\d", "C:\\d"),
     ],
 )
-def test_literals(argument, value):
+def test_literals_without_a_type(argument, value):
     result = read(argument).anything
     assert result == value
     assert type(result) is type(value)
 
 
-@pytest.mark.parametrize("broken", ["[1, 2", "{'a': 1", "[a]", "{a}", "[1]]", "{1: }"])
-@pytest.mark.parametrize("key", ["anything", "text", "items", "options", "count"])
-def test_broken_brackets(key, broken):
+@each_row("broken", ["[1, 2", "{'a': 1", "[a]", "{a}", "[1]]", "{1: }"])
+@each_row("key", ["anything", "text", "items", "options", "count"])
+def test_unclosed_brackets_are_errors(key, broken):
     if key == "items" and broken[0] == "{":
         return  # a list of texts has no braces: this is a file pattern
     with pytest.raises(ConfigError, match=key):
         read(f"{key}={broken}")
 
 
-@pytest.mark.parametrize(
-    ("argument", "value"),
+@each_row(
+    "argument, value",
     [
         ("text=123", "123"),
         ("text=1e3", "1e3"),
@@ -133,23 +134,23 @@ def test_broken_brackets(key, broken):
         ("text=~/dir with space/ä", "~/dir with space/ä"),
     ],
 )
-def test_texts(argument, value):
+def test_texts_are_taken_as_written(argument, value):
     assert read(argument).text == value
 
 
-def test_none_for_a_text_that_may_be_none():
+def test_none_resets_an_optional_text():
     assert read("maybe=a").maybe == "a"
     assert read("maybe=a", "maybe=None").maybe is None
     assert read("maybe='None'").maybe == "None"
 
 
-@pytest.mark.parametrize("raw", ["(1)", "[1", "'a'", "None", "T", "a=b", ""])
-def test_verbatim(raw):
+@each_row("raw", ["(1)", "[1", "'a'", "None", "T", "a=b", ""])
+def test_a_verbatim_flag_takes_any_text(raw):
     assert read(f"raw={raw}").raw == raw
 
 
-@pytest.mark.parametrize(
-    ("word", "value"),
+@each_row(
+    "word, value",
     [
         *((word, True) for word in ["t", "T", "true", "True", "TRUE", "yes", "on", "1", "(1)"]),
         *(
@@ -158,36 +159,36 @@ def test_verbatim(raw):
         ),
     ],
 )
-def test_switches(word, value):
+def test_spellings_of_true_and_false(word, value):
     assert read(f"flip={word}").flip is value
 
 
-@pytest.mark.parametrize("word", ["2", "maybe", "", "None", "1.5", "tru", "[1]"])
-def test_no_switch(word):
+@each_row("word", ["2", "maybe", "", "None", "1.5", "tru", "[1]"])
+def test_other_spellings_of_true_and_false_are_errors(word):
     with pytest.raises(ConfigError, match=r"flip=.*true or false"):
         read(f"flip={word}")
 
 
-@pytest.mark.parametrize(
-    ("written", "value"),
+@each_row(
+    "written, value",
     [("7", 7), ("7.0", 7), ("1e3", 1000), ("(1024*1024/4)", 262144), ("(1e5)", 100000), ("-3", -3)],
 )
-def test_integers(written, value):
+def test_spellings_of_integers(written, value):
     result = read(f"count={written}").count
     assert result == value
     assert type(result) is int
 
 
-@pytest.mark.parametrize(
+@each_row(
     "written",
     ["2.7", "(7 / 2)", "T", "abc", "", "None", "1 2", "[1]", "1,2", "1e30", "1e999", "007"],
 )
-def test_no_integer(written):
+def test_values_that_are_not_integers_are_errors(written):
     with pytest.raises(ConfigError, match=r"count=.*expected an integer"):
         read(f"count={written}")
 
 
-def test_numbers():
+def test_spellings_of_numbers():
     assert read("share=2").share == 2.0
     assert type(read("share=2").share) is float
     assert read("share=1e-3").share == 0.001
@@ -208,8 +209,8 @@ def test_ranges_and_choices():
         read("maybe=")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "items"),
+@each_row(
+    "arguments, items",
     [
         (["items=a"], ("a",)),
         (["items=a, b"], ("a", "b")),
@@ -223,7 +224,7 @@ def test_ranges_and_choices():
         (["items=a", "--list", "items", "b", "list--"], ("b",)),
     ],
 )
-def test_lists(arguments, items):
+def test_spellings_of_lists(arguments, items):
     assert read(*arguments).items == items
 
 
@@ -236,10 +237,8 @@ def test_a_list_of_anything():
     ]
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--list", "items", "a"], ["--list", "list--"], ["--list"], ["items=[1]"]]
-)
-def test_broken_lists(arguments):
+@each_row("arguments", [["--list", "items", "a"], ["--list", "list--"], ["--list"], ["items=[1]"]])
+def test_broken_lists_are_errors(arguments):
     with pytest.raises(ConfigError, match="list"):
         read(*arguments)
 
@@ -260,7 +259,7 @@ def test_nested_keys_of_a_mapping():
     assert read("options.x=3", "options=None").options is None
 
 
-def test_scopes():
+def test_keys_in_scopes():
     arguments = [
         "--in",
         "a",
@@ -280,8 +279,8 @@ def test_scopes():
     assert read(*arguments).options == {"x": [1, "b"]}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
+@each_row(
+    "arguments, words",
     [
         (["a.inner.rat=1"], ["a.inner", "rat", "rate"]),
         (["a.iner.rate=1"], ["'a'", "iner", "inner"]),
@@ -295,19 +294,19 @@ def test_scopes():
         (["--in", "a", ".loud", "in--"], [".loud", "'a'"]),
     ],
 )
-def test_broken_paths(arguments, words):
+def test_wrong_paths_are_errors(arguments, words):
     with pytest.raises(ConfigError) as caught:
         read(*arguments)
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-def test_the_later_one_wins():
+def test_later_values_win():
     assert read("count=1", "number=2", "--count=3", "count=4").count == 4
     assert read("level=info", ".loud").level == "Warning"
     assert read(".loud", "level=info").level == "info"
 
 
-@pytest.mark.parametrize(
+@each_row(
     "arguments",
     [
         ["--count=7"],
@@ -317,7 +316,7 @@ def test_the_later_one_wins():
         ["--count", "1", "count=7"],
     ],
 )
-def test_dashes(arguments):
+def test_keys_with_dashes(arguments):
     assert read(*arguments).count == 7
 
 
@@ -332,8 +331,8 @@ def test_dashes_of_switches_and_values():
         read("--count")
 
 
-@pytest.mark.parametrize(
-    ("argument", "value"),
+@each_row(
+    "argument, value",
     [
         (".both(1)", (1, 2, None)),
         (".both(1,k)", (1, "k", None)),
@@ -344,7 +343,7 @@ def test_dashes_of_switches_and_values():
         (".both(-1)", (-1, 2, None)),
     ],
 )
-def test_shortcuts(argument, value):
+def test_arguments_of_shortcuts(argument, value):
     assert read(argument).anything == value
 
 
@@ -353,8 +352,8 @@ def test_shortcuts_without_arguments():
     assert read(".loud()").level == "Warning"
 
 
-@pytest.mark.parametrize(
-    ("argument", "words"),
+@each_row(
+    "argument, words",
     [
         (".lod", [".lod", ".loud"]),
         (".loud(1)", [".loud", "too many"]),
@@ -367,14 +366,14 @@ def test_shortcuts_without_arguments():
         (".both(open)+1(2)", [".both"]),
     ],
 )
-def test_broken_shortcuts(argument, words):
+def test_wrong_shortcuts_are_errors(argument, words):
     with pytest.raises(ConfigError) as caught:
         read(argument)
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-@pytest.mark.parametrize(
-    ("argument", "words"),
+@each_row(
+    "argument, words",
     [
         ("cuont=1", ["cuont", "the nearest is 'count'"]),
         ("--cuont", ["cuont", "'count'"]),
@@ -387,13 +386,13 @@ def test_broken_shortcuts(argument, words):
         ("./dir", ["'./dir'"]),
     ],
 )
-def test_unknown_tokens(argument, words):
+def test_unknown_words_are_errors(argument, words):
     with pytest.raises(ConfigError) as caught:
         read(argument)
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-def test_everything_wrong_is_told_at_once():
+def test_all_errors_are_reported_at_once():
     with pytest.raises(ConfigError) as caught:
         read("cuont=1", "count=x", "word", ".lod", "flip=maybe")
     assert len(str(caught.value).splitlines()) == 5
@@ -418,7 +417,7 @@ def test_retired_flags_warn_once(capsys):
         read("old=x")
 
 
-def test_overrides_stand_at_the_end():
+def test_overrides_follow_the_arguments():
     value = read("count=1", "text=x", overrides="count=2 maybe='a b' .loud")
     assert (value.count, value.text, value.maybe, value.level) == (2, "x", "a b", "Warning")
     with pytest.raises(ConfigError, match="OVERRIDES: count"):
@@ -427,7 +426,7 @@ def test_overrides_stand_at_the_end():
         read(overrides="text='open")
 
 
-# --- config files -----------------------------------------------------------------------------------
+# --- config files ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -462,15 +461,15 @@ def test_a_file_has_the_same_keys(file):
     assert value.a == Middle(inner=Inner(rate=4.0), depth=2)
 
 
-def test_a_file_counts_where_it_stands(file):
+def test_a_file_is_read_in_its_place(file):
     argument = file("count: 5")
     assert read("count=1", argument).count == 5
     assert read(argument, "count=1").count == 1
     assert read("--config", argument.partition("=")[2]).count == 5
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
+@each_row(
+    "text, words",
     [
         ("cuont: 1", ["sample.yaml: ", "cuont", "'count'"]),
         ("count: two", ["sample.yaml: ", "count='two'", "an integer"]),
@@ -483,19 +482,19 @@ def test_a_file_counts_where_it_stands(file):
         ("text: !!python/object/apply:os.getpid []", ["not YAML"]),
     ],
 )
-def test_broken_files(file, text, words):
+def test_wrong_files_are_errors(file, text, words):
     with pytest.raises(ConfigError) as caught:
         read(file(text))
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-def test_other_files(file, tmp_path):
+def test_empty_and_missing_files(file, tmp_path):
     assert read(file("# nothing")) == Sample()
     with pytest.raises(ConfigError, match=r"missing\.yaml.*No such file"):
         read(f"config={tmp_path}/missing.yaml")
 
 
-# --- --show and --help ------------------------------------------------------------------------------
+# --- --show and --help ----------------------------------------------------------------------------
 
 
 def test_show_prints_what_a_file_can_hold(file, capsys):
@@ -510,15 +509,15 @@ def test_show_prints_what_a_file_can_hold(file, capsys):
     assert (again.text, again.count, again.items) == ("None", 7, ("a", "b"))
 
 
-def test_show_of_something_wrong_is_an_error(capsys):
+def test_show_with_an_error_prints_nothing(capsys):
     with pytest.raises(ConfigError):
         read("count=x", "--show")
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("word", ["--help", "-h"])
-@pytest.mark.parametrize("columns", ["20", "80", "300"])
-def test_help(word, columns, capsys, monkeypatch):
+@each_row("word", ["--help", "-h"])
+@each_row("columns", ["20", "80", "300"])
+def test_help_fits_the_terminal(word, columns, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", columns)
     with pytest.raises(SystemExit) as caught:
         read("nonsense", word)

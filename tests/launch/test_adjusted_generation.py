@@ -1,7 +1,8 @@
-"""Penalties, masks and biases through the whole embedded engine, with everything that may lose them.
+"""Penalties, masks and biases in the whole embedded engine, under conditions that might lose them.
 
-A small cache, forced preemption, chunked prompts, prefix hits, samples that fork, several batches in
-flight: whatever the scheduler does, each token is what plain Python makes of transformers' logits.
+The cache is small, preemption is forced, prompts come in chunks, prefixes are found in the cache,
+samples fork, and several batches are in flight. Still each token must be the one that plain Python
+computes from transformers' logits.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(model):
-    """Preempts now and then without need, and because there is no room; four batches in flight."""
+    """Preempts with and without need, and has four batches in flight."""
     with LLM(
         model,
         dtype="float32",
@@ -80,7 +81,7 @@ def prompts():
 
 @pytest.mark.parametrize("asked", ASKED, ids=lambda asked: "-".join(asked) or "nothing")
 def test_greedy_tokens_are_those_of_the_oracle(llm, model, asked):
-    """All of one kind at a time, among others that ask for nothing."""
+    """One kind of adjustment at a time, beside requests without any."""
     params = SamplingParams(
         **{"max_tokens": 36, "temperature": 0.0, "ignore_eos": "min_tokens" not in asked, **asked},
         logprobs=0,
@@ -132,7 +133,7 @@ CLEARED = {
 
 
 def test_a_seed_draws_the_same_alone_and_among_others(llm, model):
-    """With preemption and without, in every company; raw logprobs stay the model's own."""
+    """With preemption and without, beside any other requests."""
     params = [
         SamplingParams(
             **{"max_tokens": 30, "ignore_eos": True, **asked}, n=3, seed=7 + number, top_k=30
@@ -170,7 +171,7 @@ def test_raw_logprobs_are_the_models_own(llm, model):
 
 
 def test_bad_words_never_come(llm):
-    """Nor their first halves alone, as long as something else does."""
+    """Their parts may come in other words."""
     params = SamplingParams(
         temperature=1.5,
         n=8,

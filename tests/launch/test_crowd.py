@@ -1,4 +1,4 @@
-"""More connections than there is room for at once: real server and manager, and a device that is simulated."""
+"""More connections than fit at once: a real server and manager, and a simulated device."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def metrics(service: SimulatedService) -> dict[str, float]:
 
 
 def wait_idle(service: SimulatedService, num_requests: int) -> dict[str, float]:
-    """The figures once the manager, which reports now and then, has said that nothing is left."""
+    """Waits until the manager reports that nothing is left; returns its figures."""
     deadline = time.monotonic() + 30
     while True:
         figures = metrics(service)
@@ -69,10 +69,10 @@ def wait_idle(service: SimulatedService, num_requests: int) -> dict[str, float]:
 def test_every_request_of_a_crowd_is_answered_once_and_memory_comes_back(
     num_connections, num_requests
 ):
-    """Half of them stream; the answers say whose they are, in the number of tokens and the name."""
+    """Half of the requests stream. Each answer is matched by its number of tokens and its name."""
     num_first = num_requests // 4
     with service_for(num_connections) as service:
-        # The base has been through as many connections at a time: what they needed may stay.
+        # The baseline is taken after as many connections at once: the memory they needed may stay.
         assert crowd(service.port, num_connections, num_first) == [1] * num_first
         wait_idle(service, num_first)
         before = resident_bytes(service)

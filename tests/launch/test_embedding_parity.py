@@ -1,4 +1,4 @@
-"""Vectors of prompts against transformers' hidden states, whatever the engine does underneath."""
+"""Embeddings against transformers' hidden states, under chunking, preemption and other load."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def reference(path, ids, pooling):
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last"])
-def test_chunks_and_preemptions(model, pooling):
+def test_embeddings_with_chunks_and_preemptions(model, pooling):
     texts = prompts(20, seed=1)
     with LLM(model, bump_city_population_me=True, **FLAGS) as llm:
         vectors = llm.embed(texts, pooling=pooling, use_tqdm=False)
@@ -62,8 +62,8 @@ def test_chunks_and_preemptions(model, pooling):
         np.testing.assert_allclose(vector, reference(model, ids, pooling), atol=TOLERANCE)
 
 
-def test_among_generating_requests(model):
-    """Neither changes what the other gets."""
+def test_embeddings_beside_generation(model):
+    """Embeddings and generation do not affect each other."""
     texts = prompts(8, seed=2, longest=60)
     params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
     with LLM(model, bump_city_population_me=True, **FLAGS) as llm:
@@ -82,7 +82,7 @@ def test_among_generating_requests(model):
         np.testing.assert_allclose(vector, reference(model, ids, "mean"), atol=TOLERANCE)
 
 
-def test_one_prompt_none_and_a_wrong_one(model):
+def test_embeddings_of_one_prompt_no_prompt_and_a_wrong_one(model):
     with LLM(model, embedding_pooling="last", **FLAGS) as llm:
         text = "hello"
         ids = llm.get_tokenizer().encode(text)

@@ -1,4 +1,4 @@
-"""Keys, certificates and addresses, before anything starts."""
+"""Keys, certificates and addresses are checked before anything starts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 from certificates import make_certificate
+from rows import each_row
 
 from tokasaurus import entry
 from tokasaurus.config.engine import EngineConfig
@@ -22,7 +23,7 @@ from tokasaurus.launch.exposure import (
 KEY = "sk-very-secret"
 
 
-def test_keys_of_all_sources_count(tmp_path):
+def test_keys_of_all_sources_are_accepted(tmp_path):
     file = tmp_path / "keys"
     file.write_text("# of the team\nfrom-file\n\n  another \n")
     config = EngineConfig(api_key=("a", "b"), api_key_file=str(file))
@@ -33,8 +34,8 @@ def test_keys_of_all_sources_count(tmp_path):
     assert read_api_keys(EngineConfig(), {}) is None
 
 
-@pytest.mark.parametrize("content", [None, b"", b"# nothing\n\n", b"\xff\xfe"])
-def test_a_file_without_keys_leaves_no_door_open(tmp_path, content):
+@each_row("content", [None, b"", b"# nothing\n\n", b"\xff\xfe"])
+def test_a_key_file_without_keys_is_an_error(tmp_path, content):
     file = tmp_path / "keys"
     if content is not None:
         file.write_bytes(content)
@@ -42,7 +43,7 @@ def test_a_file_without_keys_leaves_no_door_open(tmp_path, content):
         read_api_keys(EngineConfig(api_key_file=str(file)), {})
 
 
-def test_nor_does_an_empty_flag_or_variable():
+def test_an_empty_flag_or_variable_of_keys_is_an_error():
     with pytest.raises(ConfigError, match=API_KEY_VARIABLE):
         read_api_keys(EngineConfig(), {API_KEY_VARIABLE: " , "})
     with pytest.raises(ConfigError, match="api_key"):
@@ -101,13 +102,13 @@ def test_certificates_are_checked_before_anything_starts(tmp_path, capsys):
     assert "ssl_certfile is set and ssl_keyfile is not" in capsys.readouterr().err
 
 
-def test_origins_are_origins(capsys):
+def test_wrong_origins_are_errors(capsys):
     for origin in ("example.org", "https://example.org/", "https://example.org/path"):
         assert entry.run([f"cors_origins={origin}", "port=0"], {}) == 2
         assert origin in capsys.readouterr().err
 
 
-def test_an_open_door_is_mentioned():
+def test_an_engine_open_to_other_machines_without_a_key_is_warned_of():
     closed, opened = EngineConfig(), EngineConfig(host="0.0.0.0")
     assert open_door_warning(closed, "127.0.0.1") is None
     assert open_door_warning(closed, "::1") is None

@@ -1,4 +1,7 @@
-"""Bodies of all kinds to a whole engine, several at a time, some given up: none hangs, and every page is free in the end."""
+"""Request bodies of all kinds, sent to a whole engine, several at a time.
+
+Some clients hang up early. No request may hang, and in the end no page may be in use.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ TIME_LIMIT_S = 60
 
 
 def send(engine: EngineProcess, path: str, body: bytes, patience_s: float | None) -> None:
-    """Checks the answer; with little patience hangs up instead."""
+    """Sends a body and checks the answer, or hangs up after ``patience_s``."""
     connection = http.client.HTTPConnection("127.0.0.1", engine.port, timeout=TIME_LIMIT_S)
     try:
         connection.request("POST", path, body, {"Content-Type": "application/json"})
@@ -44,7 +47,7 @@ def send(engine: EngineProcess, path: str, body: bytes, patience_s: float | None
 
 
 @pytest.mark.parametrize("num_cases", [12, pytest.param(150, marks=pytest.mark.long)])
-def test_no_body_leaves_anything_behind(engine, num_cases):
+def test_fuzzed_bodies_leave_no_request_and_no_page_behind(engine, num_cases):
     with ThreadPoolExecutor(6) as threads:
 
         def check(requests: list[tuple[str, bytes, float | None]]) -> None:
@@ -58,7 +61,7 @@ def test_no_body_leaves_anything_behind(engine, num_cases):
 
 
 def what_is_left(engine: EngineProcess) -> dict[str, int]:
-    """Requests that run, and pages that are neither free nor only cached; nothing is all of it."""
+    """The counts of requests and of pages in use that are not zero; cached pages are not in use."""
     (state,) = json.loads(engine.get("/server_info")[1])["internal_states"]
     counts = {name: state[name] for name in ("num_running_prompts", "num_waiting", "num_running")}
     unused = state["num_free_pages"] + state["num_evictable_pages"]

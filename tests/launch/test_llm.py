@@ -31,7 +31,7 @@ def llm(model):
         yield engine
 
 
-def test_strings_and_ids_in_order(llm):
+def test_prompts_of_strings_and_ids_are_answered_in_order(llm):
     prompts = ["one", [20, 21, 22], "three", [23]]
     outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
     assert [output.prompt for output in outputs] == ["one", None, "three", None]
@@ -43,7 +43,7 @@ def test_strings_and_ids_in_order(llm):
         assert alone[0].outputs == output.outputs
 
 
-def test_one_params_for_each_prompt(llm):
+def test_parameters_for_each_prompt(llm):
     params = [SamplingParams(max_tokens=k, n=k, ignore_eos=True) for k in (1, 2, 3)]
     outputs = llm.generate(["a", "b", "c"], params, use_tqdm=False)
     for k, output in zip((1, 2, 3), outputs, strict=True):
@@ -56,7 +56,7 @@ def test_one_params_for_each_prompt(llm):
 
 @pytest.mark.parametrize("stop", [None, ["a", "e"]])
 def test_first_k_samples_are_those_of_the_whole(llm, stop):
-    """The real manager cancels the others; those that are left say what they say without first_k."""
+    """The manager cancels the others; those that remain are the same as without first_k."""
     params = SamplingParams(
         n=8, max_tokens=40, seed=5, stop=stop, ignore_eos=True, prompt_logprobs=1, priority=-3
     )
@@ -76,11 +76,11 @@ def test_first_k_samples_are_those_of_the_whole(llm, stop):
     assert llm.generate("still works", GREEDY, use_tqdm=False)[0].finished
 
 
-def test_no_prompts(llm):
+def test_no_prompts_give_no_outputs(llm):
     assert llm.generate([], GREEDY, use_tqdm=False) == []
 
 
-def test_logprobs_name_their_tokens(llm):
+def test_logprobs_have_ranks_and_texts(llm):
     params = SamplingParams(
         temperature=0.0, max_tokens=5, ignore_eos=True, logprobs=3, prompt_logprobs=2
     )
@@ -98,7 +98,7 @@ def test_logprobs_name_their_tokens(llm):
     ]
 
 
-def test_a_stop_string_ends_and_is_not_shown(llm):
+def test_a_stop_string_ends_the_text_and_is_left_out(llm):
     whole = llm.generate("stop", GREEDY, use_tqdm=False)[0].outputs[0]
     stop = whole.text[3:6]
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, stop=stop)
@@ -108,7 +108,7 @@ def test_a_stop_string_ends_and_is_not_shown(llm):
     assert whole.token_ids[: len(cut.token_ids)] == cut.token_ids
 
 
-def test_chat(llm):
+def test_chat_uses_the_chat_template(llm):
     one = [{"role": "user", "content": "hello"}]
     single = llm.chat(one, GREEDY, use_tqdm=False)
     several = llm.chat([one, one], GREEDY, use_tqdm=False)
@@ -117,7 +117,7 @@ def test_chat(llm):
     assert single[0].prompt_token_ids == llm.get_tokenizer().render_chat(one)
 
 
-def test_a_wrong_prompt_is_named_and_nothing_runs(llm):
+def test_a_wrong_prompt_is_named_and_nothing_is_generated(llm):
     with pytest.raises(RequestError, match="prompt number 1") as refused:
         llm.generate(["fine", [10**6]], GREEDY, use_tqdm=False)
     assert refused.value.field == "prompt"
@@ -126,7 +126,7 @@ def test_a_wrong_prompt_is_named_and_nothing_runs(llm):
     assert llm.generate("fine", GREEDY, use_tqdm=False)[0].finished
 
 
-def test_an_interrupt_leaves_it_usable(llm):
+def test_the_engine_is_usable_after_an_interrupt(llm):
     before = llm.generate("again", GREEDY, use_tqdm=False)[0].outputs
     endless = SamplingParams(max_tokens=400, n=20, ignore_eos=True)
     timer = threading.Timer(0.2, signal.raise_signal, [signal.SIGINT])
@@ -157,14 +157,14 @@ def test_progress_is_shown_when_asked_for(llm, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_wrong_flags_and_models(model, tmp_path):
+def test_wrong_flags_and_models_are_errors(model, tmp_path):
     with pytest.raises(ConfigError, match="page_size"):
         LLM(model, page_sise=16)
     with pytest.raises(ModelError, match=r"config\.json"):
         LLM(tmp_path)
 
 
-def test_closed(model):
+def test_a_closed_engine_is_dead(model):
     engine = LLM(model, kv_cache_num_tokens=512)
     engine.close()
     with pytest.raises(EngineDead, match="closed"):

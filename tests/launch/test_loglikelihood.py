@@ -1,8 +1,8 @@
-"""Loglikelihoods as lm-evaluation-harness reads them, over HTTP from a running engine, against transformers.
+"""Loglikelihoods as lm-evaluation-harness reads them, from a running engine, against transformers.
 
-The harness takes an answer for greedy where ``token_logprobs[i] == max(top_logprobs[i].values())``, so these
-floats must be equal just where no token is likelier. The model's head has rows twice, so that ties are common;
-the engine preempts without need, and feeds prompts in chunks.
+The harness takes a token for greedy if ``token_logprobs[i] == max(top_logprobs[i].values())``, so
+these floats must be equal exactly if no token is likelier. Each row of the model's head occurs
+twice, so that ties are common. The engine preempts without need and feeds prompts in chunks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.engine
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Its odd tokens are exactly as likely as the even ones before them."""
+    """A model whose odd tokens are exactly as likely as the even tokens before them."""
     path = make_checkpoint(tmp_path_factory.mktemp("ties"), "llama", seed=2, tied=False)
     weights = load_file(path / "model.safetensors")
     weights["lm_head.weight"][1::2] = weights["lm_head.weight"][0::2]
@@ -64,7 +64,7 @@ def log_softmax(model, ids):
 
 
 def requests(model, count):
-    """(ids, length of the context); every other continuation is what transformers goes on with."""
+    """Pairs of ids and the context's length; every other continuation is that of transformers."""
     chance = random.Random(0)
     shared = [chance.randrange(200) for _ in range(40)]
     made = []
@@ -78,7 +78,7 @@ def requests(model, count):
     return made
 
 
-def test_loglikelihoods(model, post):
+def test_loglikelihoods_and_ties_match_transformers(model, post):
     made = requests(model, 16)
     body = {
         "model": "m",
@@ -108,8 +108,8 @@ def test_loglikelihoods(model, post):
     assert min(seen.values()) > 20
 
 
-def test_prompt_logprobs_and_ranks(model, post):
-    """After all of the prompts were cached by the requests before: they are computed none the less."""
+def test_prompt_logprobs_and_ranks_match_transformers(model, post):
+    """The prompts are cached by earlier requests, and their logprobs computed nevertheless."""
     made = [ids for ids, _ in requests(model, 6)]
     body = {"model": "m", "prompt": made, "n": 2, "max_tokens": 2, "prompt_logprobs": 3}
     for _ in range(2):

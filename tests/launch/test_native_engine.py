@@ -28,7 +28,7 @@ def num_cached_tokens(engine):
 
 
 @pytest.mark.parametrize("path", ["/flush_cache", "/reset_prefix_cache"])
-def test_prefix_hits_vanish(engine, path):
+def test_flushing_the_cache_ends_prefix_hits(engine, path):
     num_cached_tokens(engine)
     before = num_cached_tokens(engine)
     assert before > 0
@@ -37,7 +37,7 @@ def test_prefix_hits_vanish(engine, path):
     assert num_cached_tokens(engine) == before
 
 
-def test_vectors_of_length_one(engine):
+def test_embeddings_have_length_one(engine):
     client = engine.client()
     answer = client.embeddings.create(model="", input=["A B C", "C D", "A B C"])
     one, other, same = (np.array(each.embedding) for each in answer.data)
@@ -47,7 +47,7 @@ def test_vectors_of_length_one(engine):
     np.testing.assert_allclose(short, one[:4] / np.linalg.norm(one[:4]), atol=1e-5)
 
 
-def test_server_info_counts(engine):
+def test_server_info_has_the_managers_counters(engine):
     num_cached_tokens(engine)
     deadline = time.monotonic() + 20
     while True:  # the manager says about once a second
@@ -61,8 +61,8 @@ def test_server_info_counts(engine):
     assert state["num_running_prompts"] == 0
 
 
-def test_the_two_protocols_of_the_setup_guide_agree(engine):
-    """``/generate`` says what ``/v1/chat/completions`` says; SGLang's shape goes on with the text as it is."""
+def test_generate_and_the_openai_protocols_agree(engine):
+    """``/generate`` answers like chat completions; in SGLang's shape it continues plain text."""
     body = {"model": "", "temperature": 0.0, "max_tokens": 12}
     native = post(engine, "/generate", {**body, "system": "be brief", "prompt": "A B C"})
     chat = engine.client().chat.completions.create(
@@ -86,7 +86,7 @@ def test_the_two_protocols_of_the_setup_guide_agree(engine):
     assert [entry[0] for entry in both] == plain.choices[0].logprobs.token_logprobs
 
 
-def test_tokens_there_and_back(engine):
+def test_tokenize_and_detokenize_are_inverse(engine):
     text = "Once upon a time"
     tokens = post(engine, "/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]
     assert post(engine, "/detokenize", {"tokens": tokens}) == {"prompt": text}

@@ -1,4 +1,4 @@
-"""The openai client, as it is, and all it has that a running engine with the bundled model serves."""
+"""The unmodified openai client with a running engine: every API that the engine serves."""
 
 from __future__ import annotations
 

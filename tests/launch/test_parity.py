@@ -1,8 +1,8 @@
-"""What the engine generates is what the model says: the whole embedded engine against transformers.
+"""The whole embedded engine generates what transformers generates.
 
-Every case compares greedy tokens (they may part only where the reference's two best logits tie) and
-logprobs (within 1e-4) in fp32, whatever the engine does underneath: chunking, prefix hits, preemption,
-page sizes, architectures.
+Every case compares greedy tokens and logprobs in fp32. Tokens may differ only where the reference's
+two best logits tie, logprobs by 1e-4. Cases differ in architecture, page size, chunking, prefix
+hits and preemption.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tokasaurus import LLM, SamplingParams
 
 pytestmark = pytest.mark.engine
 
-GREEDY = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True, logprobs=0)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, logprobs=0)
 
 
 @dataclass(frozen=True)
@@ -76,20 +76,21 @@ def check(path: Path, outputs: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_alone_and_among_64(checkpoint, variant):
+def test_greedy_tokens_alone_and_among_64_prompts(checkpoint, variant):
     path = checkpoint(variant)
     prompts = random_prompts(64)
     with LLM(path, dtype="float32", max_tokens_per_forward=96, max_seqs_per_forward=48) as llm:
         alone = llm.generate([prompts[0]], GREEDY, use_tqdm=False)
-        assert list(alone[0].outputs[0].token_ids) == reference_generate(path, prompts[0], 64)
+        expected = reference_generate(path, prompts[0], GREEDY.max_tokens)
+        assert list(alone[0].outputs[0].token_ids) == expected
         among = llm.generate(prompts, GREEDY, use_tqdm=False)
     check(path, alone + among)
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
-def test_chunks_hits_and_preemptions(checkpoint, architecture, page_size):
-    """A small cache, small batches and forced preemption, over prompts that share prefixes of all kinds."""
+def test_greedy_tokens_with_chunks_prefix_hits_and_preemptions(checkpoint, architecture, page_size):
+    """A small cache, small batches and forced preemption; prompts share prefixes in many ways."""
     path = checkpoint(Variant(architecture, {"num_heads": 4, "num_kv_heads": 2, "tied": True}))
     base = [30 + i % 150 for i in range(192)]
     prompts = [
@@ -117,11 +118,12 @@ def test_chunks_hits_and_preemptions(checkpoint, architecture, page_size):
         assert llm.num_preemptions > 0
     check(path, first + rest)
     hits = [output.num_cached_tokens for output in rest]
-    assert (
-        hits[0] == 127 // page_size * page_size
-    )  # the whole prompt was there, but its last token runs
-    assert hits[2] == 128 // page_size * page_size  # page-exact: the next token starts a page
-    assert hits[4] == 64 // page_size * page_size  # in part
+    # The whole prompt was cached, but its last token must run.
+    assert hits[0] == 127 // page_size * page_size
+    # The cached part ends with a page, and the next token begins one.
+    assert hits[2] == 128 // page_size * page_size
+    # A part of the prompt was cached.
+    assert hits[4] == 64 // page_size * page_size
 
 
 def test_a_seed_gives_the_same_tokens_alone_and_among_others(checkpoint):
@@ -146,4 +148,4 @@ def test_a_seed_gives_the_same_tokens_alone_and_among_others(checkpoint):
             for one, other in zip(alone.outputs, among[i].outputs, strict=True):
                 assert one.token_ids == other.token_ids
     texts = {tuple(sample.token_ids) for output in among for sample in output.outputs}
-    assert len(texts) > 100  # different seeds and samples do differ
+    assert len(texts) > 100  # different seeds and samples give different tokens

@@ -1,4 +1,7 @@
-"""A whole engine as a user runs it: real processes, real clients, and every way it can end."""
+"""A whole engine as a user runs it: real processes, real clients, and every way it can end.
+
+An engine ends once, so each one here shows all that goes with its end.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,21 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
 import pytest
-from engine_process import EngineProcess, free_port, running
+from engine_process import EngineProcess, eventually, running, started
 
 pytestmark = pytest.mark.engine
 
 LONG = {"model": "m", "prompt": "A B C D", "max_tokens": 1500, "temperature": 1.0}
-ENDLESS = {**LONG, "extra_body": {"ignore_eos": True}}
+# Several of these fit into the KV cache at once.
+ENDLESS = {**LONG, "n": 16, "max_tokens": 1900, "extra_body": {"ignore_eos": True}}
+SHORT = {**LONG, "max_tokens": 3}
 
 
 def alive(pid: int) -> bool:
@@ -30,134 +36,162 @@ def alive(pid: int) -> bool:
         return False
 
 
-def busy_s(pid: int, over_s: float) -> float:
-    """Seconds of processor time that a process takes within so many seconds."""
-
-    def used() -> int:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        return int(fields[11]) + int(fields[12])
-
-    before = used()
-    time.sleep(over_s)
-    return (used() - before) / os.sysconf("SC_CLK_TCK")
-
-
-def private_directories() -> set[Path]:
-    return set(Path(os.environ.get("TMPDIR", "/tmp")).glob("tokasaurus-*"))
+def cpu_ticks(pid: int) -> int:
+    """Processor time that a process has used, in ticks of the kernel, mostly hundredths."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return int(fields[11]) + int(fields[12])
 
 
 @pytest.fixture
-def own_engine(tmp_path):
-    """An engine that the test may kill; checks that nothing of it is left afterwards."""
-    before = private_directories()
-    with running(tmp_path) as engine:
+def own_engine(request, tmp_path):
+    """An engine that the test ends, with the flags of its parameter; nothing of it may remain."""
+    with running(tmp_path, *getattr(request, "param", ())) as engine:
         pids = [engine.process.pid, engine.child("manager"), engine.child("worker")]
         yield engine
+        if engine.process.poll() is not None:
+            assert list(engine.private.iterdir()) == []
     assert [pid for pid in pids if alive(pid)] == []
-    assert private_directories() <= before
 
 
-def stream_until_error(engine: EngineProcess) -> tuple[int, Exception | None]:
-    chunks = 0
-    try:
-        for _ in engine.client().completions.create(**ENDLESS, stream=True):
-            chunks += 1
-    except openai.APIError as error:
-        return chunks, error
-    return chunks, None
+class Stream:
+    """A streamed request in a thread of its own."""
+
+    def __init__(self, engine: EngineProcess, **request: object) -> None:
+        self.num_chunks = 0
+        self.num_tokens = 0  # as the last chunk says
+        self.error: Exception | None = None
+        self._begun = threading.Event()
+        self._chunks = engine.client().completions
+        self._request = request
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            for chunk in self._chunks.create(
+                **self._request, stream=True, stream_options={"include_usage": True}
+            ):
+                self.num_chunks += 1
+                self._begun.set()
+                if chunk.usage is not None:
+                    self.num_tokens = chunk.usage.completion_tokens
+        except openai.APIError as error:
+            self.error = error
+
+    def wait_begun(self) -> None:
+        assert self._begun.wait(60), self.error
+
+    def wait_ended(self) -> None:
+        self._thread.join(60)
+        assert not self._thread.is_alive()
 
 
-def wait_for_tokens(engine: EngineProcess) -> None:
-    """Returns once the engine is generating for somebody."""
-    # First in the queue: behind many that are known to be long it might wait until one of them ends.
-    urgent = {**LONG, "max_tokens": 2, "extra_body": {"priority": -1}}
-    for _ in engine.client().completions.create(**urgent, stream=True):
-        pass
-    time.sleep(0.3)
+def num_in_flight(engine: EngineProcess) -> int:
+    (state,) = json.loads(engine.get("/server_info")[1])["internal_states"]
+    return state["num_running_prompts"]
+
+
+def check_drain_refuses(engine: EngineProcess) -> None:
+    """Waits for the drain to begin, and checks what a new request is told."""
+    eventually(lambda: engine.get("/health")[0] == 503, "the drain begins")
+    with pytest.raises(openai.InternalServerError, match="shutting down"):
+        engine.client().completions.create(**SHORT)
 
 
 @pytest.mark.parametrize("role", ["worker", "manager"])
-def test_a_killed_process_answers_everyone_and_ends_the_engine(own_engine, role):
-    with ThreadPoolExecutor(4) as pool:
-        streams = [pool.submit(stream_until_error, own_engine) for _ in range(2)]
+def test_a_killed_process_ends_every_request_with_an_error_and_the_engine(own_engine, role):
+    with ThreadPoolExecutor(1) as pool:
         whole = pool.submit(own_engine.client().completions.create, **ENDLESS)
-        wait_for_tokens(own_engine)
-        os.kill(own_engine.child(role), signal.SIGKILL)
-        killed = time.monotonic()
+        streams = [Stream(own_engine, **ENDLESS) for _ in range(2)]
         for stream in streams:
-            chunks, error = stream.result(timeout=20)
-            assert chunks > 0
-            assert role in str(error)
+            stream.wait_begun()
+        eventually(lambda: num_in_flight(own_engine) == 3, "all requests are in flight")
+        os.kill(own_engine.child(role), signal.SIGKILL)
+        for stream in streams:
+            stream.wait_ended()
+            assert stream.num_chunks > 0
+            assert role in str(stream.error)
         with pytest.raises(openai.InternalServerError) as refused:
             whole.result(timeout=20)
         assert refused.value.status_code == 503
         assert role in refused.value.message
     assert own_engine.wait_exit(20) == 1
-    assert time.monotonic() - killed < 20
     assert f"toka: the {role} ended: killed by SIGKILL" in own_engine.log
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_drains(own_engine, number):
-    request = {**ENDLESS, "max_tokens": 300}
+def test_sigterm_refuses_new_requests_and_lets_running_ones_finish(own_engine):
+    """Before that, while the engine has served nothing else: its manager's figures are current
+    whenever it rests, whatever it told while it worked.
+    """
+    request = {**LONG, "max_tokens": 50, "n": 4, "extra_body": {"ignore_eos": True}}
+    own_engine.client().completions.create(**request)
+    eventually(
+        lambda: own_engine.metrics().get("generated_tokens_total") == 200,
+        "the figures of a manager at rest",
+    )
+    request |= {"max_tokens": 1000, "n": 1}
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(own_engine.client().completions.create, **request)
-        wait_for_tokens(own_engine)
-        own_engine.signal(number)
-        assert answer.result(timeout=40).usage.completion_tokens == 300
+        eventually(lambda: num_in_flight(own_engine) == 1, "the request is in flight")
+        own_engine.signal(signal.SIGTERM)
+        check_drain_refuses(own_engine)
+        assert answer.result(timeout=60).usage.completion_tokens == 1000
     assert own_engine.wait_exit(20) == 0
 
 
-def test_a_terminal_interrupts_the_whole_group(own_engine):
+def test_two_sigints_drain_first_and_then_stop_at_once(own_engine):
     """Ctrl-C goes to every process of the group, not to toka alone."""
+    short = Stream(own_engine, **{**ENDLESS, "n": 1, "max_tokens": 300})
+    endless = Stream(own_engine, **ENDLESS)
+    for stream in (short, endless):
+        stream.wait_begun()
+    os.killpg(own_engine.process.pid, signal.SIGINT)
+    check_drain_refuses(own_engine)
+    short.wait_ended()
+    assert (short.num_tokens, short.error) == (300, None)
+    assert own_engine.process.poll() is None
+    os.killpg(own_engine.process.pid, signal.SIGINT)
+    assert own_engine.wait_exit(20) == 130
+    endless.wait_ended()
+    assert endless.error is not None
+
+
+@pytest.mark.parametrize(
+    "own_engine", [(".dmanager", "shutdown_timeout_s=0.5")], indirect=True, ids=["manager"]
+)
+def test_a_drain_ends_after_its_timeout(own_engine):
+    """With the manager in the foreground of toka."""
+    with ThreadPoolExecutor(1) as pool:
+        endless = pool.submit(own_engine.client().completions.create, **ENDLESS)
+        eventually(lambda: num_in_flight(own_engine) == 1, "the request is in flight")
+        assert own_engine.client().completions.create(**SHORT).choices
+        own_engine.signal(signal.SIGTERM)
+        with pytest.raises(openai.InternalServerError, match="shut down before this request"):
+            endless.result(timeout=30)
+    assert own_engine.wait_exit(20) == 0
+
+
+@pytest.mark.parametrize("own_engine", [(".dmodel",)], indirect=True, ids=["model"])
+def test_ctrl_c_ends_an_idle_engine(own_engine):
+    """With the worker in the foreground of toka."""
+    assert own_engine.client().completions.create(**SHORT).choices
     os.killpg(own_engine.process.pid, signal.SIGINT)
     assert own_engine.wait_exit(20) == 0
 
 
-def test_a_drain_refuses_newcomers_and_is_bounded(tmp_path):
-    with running(tmp_path, "shutdown_timeout_s=2") as engine:
-        with ThreadPoolExecutor(1) as pool:
-            endless = pool.submit(
-                engine.client().completions.create, **{**ENDLESS, "n": 64, "max_tokens": 1900}
-            )
-            wait_for_tokens(engine)
-            engine.signal(signal.SIGTERM)
-            time.sleep(0.5)
-            with pytest.raises(openai.InternalServerError, match="shutting down"):
-                engine.client().completions.create(**LONG)
-            with pytest.raises(openai.APIError):
-                endless.result(timeout=30)
-        assert engine.wait_exit(15) == 0
-
-
-def test_a_second_signal_stops_at_once(own_engine):
-    with ThreadPoolExecutor(1) as pool:
-        endless = pool.submit(stream_until_error, own_engine)
-        wait_for_tokens(own_engine)
-        own_engine.signal(signal.SIGTERM)
-        time.sleep(0.3)
-        own_engine.signal(signal.SIGTERM)
-        assert own_engine.wait_exit(10) == 130
-        endless.cancel()
-
-
 def test_children_of_a_killed_supervisor_end(tmp_path):
-    engine = EngineProcess(tmp_path / "toka.log")
-    engine.wait_ready()
-    children = [engine.child("manager"), engine.child("worker")]
-    os.kill(engine.process.pid, signal.SIGKILL)
-    engine.process.wait()
-    deadline = time.monotonic() + 10
-    while any(alive(pid) for pid in children):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    with running(tmp_path) as engine:
+        children = [engine.child("manager"), engine.child("worker")]
+        os.kill(engine.process.pid, signal.SIGKILL)
+        engine.process.wait()
+        eventually(lambda: not any(alive(pid) for pid in children), "its children end", 20)
 
 
-def test_a_busy_port_fails_before_anything_is_loaded(tmp_path):
+def test_a_busy_port_is_reported_before_anything_is_loaded(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        engine = EngineProcess(tmp_path / "toka.log", port=port)
-        assert engine.wait_exit(30) == 2
+        with started(tmp_path, port=port) as engine:
+            assert engine.wait_exit() == 2
     assert f"port {port}" in engine.log
     assert "port=" in engine.log
     assert "worker" not in engine.log
@@ -165,23 +199,13 @@ def test_a_busy_port_fails_before_anything_is_loaded(tmp_path):
 
 def test_a_broken_model_is_reported_without_a_traceback(tmp_path):
     (tmp_path / "empty").mkdir()
-    engine = EngineProcess(tmp_path / "toka.log", f"model={tmp_path / 'empty'}")
-    assert engine.wait_exit(60) != 0
+    with started(tmp_path, f"model={tmp_path / 'empty'}") as engine:
+        assert engine.wait_exit() != 0
     assert "config.json" in engine.log
     assert "Traceback" not in engine.log
 
 
-@pytest.mark.parametrize("role", ["manager", "model"])
-def test_another_process_in_the_foreground(tmp_path, role):
-    with running(tmp_path, f".d{role}") as engine:
-        assert engine.client().completions.create(**{**LONG, "max_tokens": 3}).choices
-        engine.signal(signal.SIGTERM)
-        assert engine.wait_exit(20) == 0
-
-
-def test_200_at_once(engine):
-    """Every kind of request at the same time; each gets its own answer."""
-
+def test_200_requests_at_once_get_the_answers_they_get_alone(engine):
     async def ask(client, i):
         request = {"model": "m", "prompt": [20 + i] * (1 + i % 40), "seed": i, "temperature": 1.0}
         request |= {"max_tokens": 5 + i % 20, "extra_body": {"ignore_eos": True}}
@@ -190,7 +214,7 @@ def test_200_at_once(engine):
         chunks = await client.completions.create(**request, stream=True)
         return "".join([chunk.choices[0].text async for chunk in chunks])
 
-    async def everyone():
+    async def ask_all():
         async with openai.AsyncOpenAI(
             api_key="none", base_url=f"{engine.url}/v1", max_retries=0, timeout=120
         ) as client:
@@ -198,65 +222,42 @@ def test_200_at_once(engine):
             alone = [await ask(client, i) for i in range(0, 200, 25)]
         return together, alone
 
-    together, alone = asyncio.run(everyone())
+    together, alone = asyncio.run(ask_all())
     assert together[::25] == alone  # a seed's tokens do not depend on what else runs
 
 
-def test_disconnects_free_the_engine(engine):
-    """Clients that go away leave no work behind: the worker falls idle long before they would be served."""
+@pytest.mark.parametrize("stream", [True, False])
+def test_disconnects_leave_no_work_behind(engine, stream):
+    """The worker falls idle long before the requests would have been served."""
     worker = engine.child("worker")
-    for stream in (True, False):
-        body = json.dumps({**LONG, "ignore_eos": True, "n": 64, "stream": stream}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
-        head += "Content-Type: application/json\r\n\r\n"
-        clients = [socket.create_connection(("127.0.0.1", engine.port)) for _ in range(4)]
-        for client in clients:
-            client.sendall(head.encode() + body)
-        wait_for_tokens(engine)
-        assert busy_s(worker, over_s=0.5) > 0
-        for client in clients:
-            client.close()
-        deadline = time.monotonic() + 20
-        while busy_s(worker, over_s=0.5) > 0.02:
-            assert time.monotonic() < deadline
-    answer = engine.client(timeout=60).completions.create(**{**LONG, "max_tokens": 3})
+    body = json.dumps({**LONG, "ignore_eos": True, "n": 64, "stream": stream}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    head += "Content-Type: application/json\r\n\r\n"
+    clients = [socket.create_connection(("127.0.0.1", engine.port)) for _ in range(4)]
+    for client in clients:
+        client.sendall(head.encode() + body)
+    eventually(lambda: num_in_flight(engine) == 4, "the requests are in flight")
+    before = cpu_ticks(worker)
+    eventually(lambda: cpu_ticks(worker) > before + 5, "the worker computes")
+    for client in clients:
+        client.close()
+    eventually(lambda: num_in_flight(engine) == 0, "the server drops the requests", 20)
+
+    def is_idle():
+        before = cpu_ticks(worker)
+        time.sleep(0.25)
+        return cpu_ticks(worker) <= before + 1
+
+    eventually(is_idle, "the worker falls idle", 20)
+    answer = engine.client(timeout=60).completions.create(**SHORT)
     assert answer.usage.completion_tokens <= 3
 
 
-@pytest.mark.parametrize("prompt", ["-h", "--help"])
-def test_help(prompt):
+def test_a_wrong_flag_is_reported_with_the_right_one():
     seen = subprocess.run(
-        [sys.executable, "-m", "tokasaurus.entry", prompt], capture_output=True, text=True
-    )
-    assert seen.returncode == 0
-    for flag in ("model", "kv_cache_num_tokens", "max_seqs_per_forward", "port"):
-        assert flag in seen.stdout
-
-
-def test_a_wrong_flag_names_the_right_one():
-    seen = subprocess.run(
-        [sys.executable, "-m", "tokasaurus.entry", f"prot={free_port()}"],
-        capture_output=True,
-        text=True,
+        [sys.executable, "-m", "tokasaurus.entry", "prot=1"], capture_output=True, text=True
     )
     assert seen.returncode == 2
     assert "prot" in seen.stderr
     assert "port" in seen.stderr
     assert "Traceback" not in seen.stderr
-
-
-def test_statistics_travel_from_the_manager(engine):
-    """A real manager's figures are current when it rests, whatever it told while it worked."""
-
-    def generated():
-        for line in engine.get("/metrics")[1].splitlines():
-            if line.startswith("tokasaurus_generated_tokens_total "):
-                return float(line.split()[1])
-        return 0.0
-
-    before = generated()
-    engine.client().completions.create(**{**ENDLESS, "max_tokens": 50}, n=4)
-    deadline = time.monotonic() + 20
-    while generated() != before + 200:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)

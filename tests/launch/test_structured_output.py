@@ -1,4 +1,4 @@
-"""Whatever the model says follows its grammar: on the demo model, with an oracle of its own."""
+"""Texts that the demo model generates under a grammar follow it; other libraries check that."""
 
 from __future__ import annotations
 
@@ -39,8 +39,15 @@ OP: "-" | "+" | "*"
 
 
 @pytest.fixture(scope="module")
+def llm():
+    """Plans one step ahead and never preempts."""
+    with LLM(MODEL_DIR, kv_cache_num_tokens=4096, max_seqs_per_forward=64) as embedded:
+        yield embedded
+
+
+@pytest.fixture(scope="module")
 def engine(tmp_path_factory):
-    """Several batches in flight, pages for a few sequences only, preemptions without need, small chunks."""
+    """Several batches in flight, pages for few sequences, needless preemptions, small chunks."""
     with running(
         tmp_path_factory.mktemp("engine"),
         f"model={MODEL_DIR}",
@@ -78,7 +85,7 @@ def complete(engine, prompt="Tell me about dinosaurs.", **fields):
 
 
 def check_all(choices, check) -> int:
-    """Checks all that ended by themselves; returns how many these are."""
+    """Checks the texts that ended by themselves; returns their number."""
     ended = 0
     for choice in choices:
         assert choice.finish_reason in ("stop", "length")
@@ -88,7 +95,7 @@ def check_all(choices, check) -> int:
     return ended
 
 
-def test_json_of_every_schema_validates(engine):
+def test_generated_json_validates_against_every_schema(engine):
     assert len(SCHEMAS) >= 50
 
     def ask(number):
@@ -100,10 +107,10 @@ def test_json_of_every_schema_validates(engine):
     for schema, answer in zip(SCHEMAS, answers, strict=True):
         if not check_all(answer.choices, lambda text, schema=schema: validate(text, schema)):
             unfinished.append(schema)
-    assert len(unfinished) <= 6, unfinished  # strings and objects without a limit
+    assert len(unfinished) <= 6, unfinished  # their strings and objects have no limit
 
 
-def test_response_format_of_the_chat(engine):
+def test_chat_follows_a_response_format(engine):
     schema = SCHEMAS[-1]
     answer = engine.client().chat.completions.create(
         model="m",
@@ -121,7 +128,7 @@ def test_response_format_of_the_chat(engine):
         validate(text, schema)
 
 
-def test_patterns_choices_and_grammars(engine):
+def test_texts_follow_patterns_choices_and_grammars(engine):
     for pattern in PATTERNS:
         answer = complete(engine, structured_outputs={"regex": pattern})
         check_all(answer.choices, lambda text, p=pattern: re.fullmatch(p, text).group())
@@ -135,7 +142,7 @@ def test_patterns_choices_and_grammars(engine):
         )
 
 
-def test_streams_are_what_whole_answers_are(engine):
+def test_a_stream_has_the_same_text_as_a_whole_answer(engine):
     fields = {"structured_outputs": {"json": SCHEMAS[-1]}, "n": 3, "max_tokens": 100}
     whole = complete(engine, **fields)
     texts = ["", "", ""]
@@ -154,8 +161,8 @@ def test_stop_strings_end_a_text_before_its_grammar_does(engine):
         assert other.text == one.text.partition('"age"')[0]
 
 
-def test_many_at_once_and_mixed_with_free_ones(engine):
-    """Slots are reused by sequences with other grammars and with none."""
+def test_many_grammars_at_once_beside_requests_without_one(engine):
+    """Sequences with other grammars, or with none, use slots again."""
     rng = random.Random(3)
     client = engine.client()
     with_grammar = [rng.choice(SCHEMAS[28:]) if i % 3 else None for i in range(48)]
@@ -180,44 +187,34 @@ def test_many_at_once_and_mixed_with_free_ones(engine):
             check_all(answer.choices, lambda text, schema=schema: validate(text, schema))
 
 
-def test_the_same_with_and_without_preemption_and_looking_ahead(engine):
-    """The embedded engine looks no step ahead and preempts nobody; the tokens are the same."""
-    with LLM(MODEL_DIR, kv_cache_num_tokens=4096, max_seqs_per_forward=64) as llm:
-        for schema in (SCHEMAS[1], SCHEMAS[-1]):
-            params = SamplingParams(
-                n=6, max_tokens=60, temperature=1.0, seed=5, structured_outputs={"json": schema}
-            )
-            (alone,) = llm.generate("A dinosaur:", params, use_tqdm=False)
-            answer = complete(
-                engine,
-                "A dinosaur:",
-                n=6,
-                max_tokens=60,
-                seed=5,
-                structured_outputs={"json": schema},
-            )
-            assert [o.text for o in alone.outputs] == [c.text for c in answer.choices]
+def test_preemption_and_steps_ahead_do_not_change_the_text(engine, llm):
+    for schema in (SCHEMAS[1], SCHEMAS[-1]):
+        asked = {"n": 6, "max_tokens": 60, "seed": 5, "structured_outputs": {"json": schema}}
+        params = SamplingParams(temperature=1.0, **asked)
+        (alone,) = llm.generate("A dinosaur:", params, use_tqdm=False)
+        answer = complete(engine, "A dinosaur:", **asked)
+        assert [o.text for o in alone.outputs] == [c.text for c in answer.choices]
 
 
-def test_logprobs_as_the_tokens_were_drawn(engine):
-    """Where a single token is allowed, it has probability 1; the model itself was less sure."""
-    with LLM(MODEL_DIR, kv_cache_num_tokens=2048, max_seqs_per_forward=8) as llm:
-        drawn, raw = (
-            llm.generate(
-                "A",
-                SamplingParams(
-                    max_tokens=9,
-                    seed=1,
-                    logprobs=2,
-                    logprobs_mode=mode,
-                    structured_outputs={"choice": ["zebra"]},
-                ),
-                use_tqdm=False,
-            )[0].outputs[0]
-            for mode in ("processed", "raw")
-        )
-        assert drawn.text == raw.text == "zebra"
-        assert drawn.token_ids == raw.token_ids
+def test_logprobs_modes_see_the_grammar_or_the_model_alone(llm):
+    """If a single token is allowed, it has probability 1; the model itself was less sure."""
+    drawn, raw = (
+        llm.generate(
+            "A",
+            SamplingParams(
+                max_tokens=9,
+                seed=1,
+                logprobs=2,
+                logprobs_mode=mode,
+                structured_outputs={"choice": ["zebra"]},
+            ),
+            use_tqdm=False,
+        )[0].outputs[0]
+        for mode in ("processed", "raw")
+    )
+    assert drawn.text == raw.text == "zebra"
+    assert drawn.token_ids == raw.token_ids
+    assert drawn.cumulative_logprob > raw.cumulative_logprob
 
 
 TOOL_TEMPLATE = (
@@ -228,8 +225,8 @@ TOOL_TEMPLATE = (
 
 
 @pytest.mark.parametrize("mark", ["<tool_call>", "<|python_tag|>"])
-def test_enforced_calls_of_tools(engine, mark):
-    """A model that never saw a tool calls one, with arguments that validate."""
+def test_enforced_tool_calls_validate(engine, mark):
+    """A model that was never trained on tools calls one, with arguments that validate."""
     parameters = SCHEMAS[-1]
     tools = [
         {"type": "function", "function": {"name": "weather", "parameters": parameters}},
@@ -258,7 +255,7 @@ def test_enforced_calls_of_tools(engine, mark):
                 validate(arguments, parameters if name == "weather" else {"const": {}})
 
 
-def test_an_enforced_call_of_responses(engine):
+def test_an_enforced_tool_call_of_the_responses_api_validates(engine):
     parameters = SCHEMAS[-1]
     template = TOOL_TEMPLATE.replace("MARK", "<tool_call>")
     body = {
@@ -299,14 +296,14 @@ def _calls_of_stream(stream):
 
 
 def test_a_grammar_that_gets_too_hard_ends_by_length(engine):
-    """Not by stop, which would claim that the text is complete. Its batch mates notice nothing."""
+    """Not by stop, which would claim a complete text. Other sequences of the batch are unharmed."""
     rules = "\n".join(
         f"r{i}: "
         + " | ".join(f"/[a-z]/ r{(7 * i + 13 * j + 1) % 300}" for j in range(6))
         + ' | "x"'
         for i in range(300)
     )
-    # The text begins easily: what is hard from the start is refused.
+    # The beginning is easy, since a grammar that is hard from the start is refused.
     grammar = f'start: "a long and simple beginning: " r0\n{rules}'
     with ThreadPoolExecutor() as pool:
         mates = pool.submit(complete, engine, guided_regex="[a-z]{60}")

@@ -15,7 +15,7 @@ from tokasaurus.launch.lifeline import Stop
 
 
 def test_a_lost_interrupt_is_sent_again(monkeypatch):
-    """A signal between two instructions of a library is noticed only when its blocking call ends."""
+    """A library that is about to block notices a signal only when its blocking call ends."""
     interrupts = []
 
     def loses_the_first_interrupt(assignment, lifeline, interrupt, front):

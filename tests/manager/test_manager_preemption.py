@@ -7,7 +7,7 @@ import random
 from unittest import mock
 
 import numpy as np
-from naming import named
+from rows import named
 from simulation import World, acknowledge, make_admission, make_config, make_request, prompt
 
 from tokasaurus.config.slices import ManagerConfig

@@ -1,10 +1,11 @@
-"""Every message survives the wire, and nothing else does."""
+"""Messages survive encoding and decoding; anything else is refused."""
 
 from __future__ import annotations
 
 import msgspec
 import numpy as np
 import pytest
+from rows import each_row
 
 from tokasaurus.protocol import messages
 from tokasaurus.protocol.messages import (
@@ -158,8 +159,8 @@ def assert_same(a, b):
             assert type(left) is type(right)
 
 
-@pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
-def test_round_trip(message):
+@each_row("message", EXAMPLES)
+def test_a_decoded_message_equals_the_sent_one(message):
     codec = Codec(FromServer | ToServer | ForwardBatch | ForwardResult)
     assert_same(codec.decode(codec.encode(message)), message)
 
@@ -175,8 +176,8 @@ def test_every_message_has_an_example():
     assert classes == {type(example) for example in EXAMPLES}
 
 
-@pytest.mark.parametrize("dtype", ["int32", "int64", "float32", "float64", "bool"])
-@pytest.mark.parametrize("shape", [(), (0,), (1,), (0, 5), (3, 0), (2, 3), (2, 0, 3)])
+@each_row("dtype", ["int32", "int64", "float32", "float64", "bool"])
+@each_row("shape", [(), (0,), (1,), (0, 5), (3, 0), (2, 3), (2, 0, 3)])
 def test_arrays_of_every_shape_and_type(shape, dtype):
     codec = Codec(list[np.ndarray])
     array = rng.integers(0, 2, shape).astype(dtype)
@@ -195,18 +196,17 @@ def test_received_arrays_cannot_be_written():
         received.logprobs[0] = 1.0
 
 
-@pytest.mark.parametrize(
+@each_row(
     "array",
     [np.zeros(2, np.float16), np.array(["a"]), np.array([object()])],
-    ids=["float16", "text", "objects"],
 )
 def test_other_array_types_are_refused(array):
     with pytest.raises(TypeError, match="int32, int64, float32, float64 or bool"):
         Codec(PromptLogprobs).encode(PromptLogprobs(1, 1, array, ints(0), ints(0, 0), floats(0, 0)))
 
 
-@pytest.mark.parametrize("data", [b"", b"\x00", b"\x91\xa5Bogus", b"\xff" * 40])
-def test_garbage_is_refused(data):
+@each_row("data", [b"", b"\x00", b"\x91\xa5Bogus", b"\xff" * 40])
+def test_bytes_that_are_not_a_message_are_refused(data):
     with pytest.raises((msgspec.ValidationError, msgspec.DecodeError)):
         Codec(FromServer).decode(data)
 

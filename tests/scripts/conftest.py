@@ -1,6 +1,6 @@
-"""A server that speaks as much of OpenAI's API as the commands need, and repeats the prompt.
+"""A server with the part of OpenAI's API that the commands need; it answers with the prompt.
 
-The prompt "too long" is refused, and after the word "wait" an answer does not go on.
+It refuses the prompt "too long". An answer to a prompt that begins with "wait" does not end.
 """
 
 import json

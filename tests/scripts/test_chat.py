@@ -31,7 +31,7 @@ def test_a_conversation_through_a_pipe(engine, monkeypatch, capsys):
     assert "temperature" not in engine.requests[0][1]
 
 
-def test_flags(engine, monkeypatch):
+def test_flags_reach_the_request(engine, monkeypatch):
     arguments = ["system=(be brief)", "temperature=0.5", "max_tokens=9", "model=m"]
     assert talk(monkeypatch, "hi", f"port={engine.port}", *arguments) == 0
     body = engine.requests[0][1]
@@ -39,7 +39,7 @@ def test_flags(engine, monkeypatch):
     assert (body["temperature"], body["max_tokens"], body["model"]) == (0.5, 9, "m")
 
 
-def test_commands(engine, monkeypatch, capsys):
+def test_slash_commands(engine, monkeypatch, capsys):
     lines = "a\n/reset\nb\n/system be kind\n/system\nc\n/help\n/nonsense\n/exit\nnever\n"
     assert talk(monkeypatch, lines, f"port={engine.port}") == 0
     sent = [[message["content"] for message in body["messages"]] for _, body in engine.requests]
@@ -47,7 +47,7 @@ def test_commands(engine, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out == "a~\nb~\nc~\n"
     assert "be kind" in err
-    assert "/nonsense is no command" in err
+    assert "/nonsense is not a command" in err
 
 
 def test_a_pipe_ends_at_the_first_error(engine, monkeypatch, capsys):
@@ -76,7 +76,7 @@ def test_an_interrupted_answer_stays_as_far_as_it_came(engine):
     assert sent == ["one two three", "one~", "go on"]
 
 
-def test_nothing_listens(closed_port, monkeypatch, capsys):
+def test_chat_without_an_engine(closed_port, monkeypatch, capsys):
     assert talk(monkeypatch, "hi", f"port={closed_port}") == 1
     assert "nothing listens" in capsys.readouterr().err
 
@@ -99,7 +99,7 @@ class Terminal:
         assert self._read_until(text, 120), f"waited for {text!r}, got {self._seen!r}"
 
     def interrupt_until(self, text):
-        """Ctrl-C, again and again: one that comes just before readline waits is only noticed later."""
+        """Repeats Ctrl-C: readline ignores one that comes just before it waits."""
         for _ in range(120):
             self.process.send_signal(signal.SIGINT)
             if self._read_until(text, 1):
@@ -124,7 +124,7 @@ class Terminal:
         os.close(self._fd)
 
 
-def test_in_a_terminal(engine):
+def test_a_conversation_in_a_terminal(engine):
     terminal = Terminal(f"port={engine.port}")
     try:
         terminal.wait_for("fake-model at 127.0.0.1")

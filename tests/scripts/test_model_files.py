@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from rows import each_row
 
 from tokasaurus.errors import ModelError
 from tokasaurus.launch import model_files
@@ -94,7 +95,7 @@ def hub():
 
 @pytest.fixture
 def python(tmp_path):
-    """Runs Python in another process, since the hub's client reads the environment when imported."""
+    """Runs Python in another process: the hub's client reads the environment at its import."""
 
     def run(*arguments, **environment):
         removed = ("http_proxy", "hf_")
@@ -109,7 +110,9 @@ def python(tmp_path):
 DOWNLOAD = ("-m", "tokasaurus.scripts.download")
 FIND = (
     "-c",
-    "import sys\nfrom tokasaurus.launch.model_files import find_model\nprint(find_model(sys.argv[1]))",
+    "import sys\n"
+    "from tokasaurus.launch.model_files import find_model\n"
+    "print(find_model(sys.argv[1]))",
 )
 
 
@@ -118,7 +121,7 @@ def names_in(directory):
 
 
 @pytest.mark.engine
-def test_download(hub, python):
+def test_toka_download_fetches_weights_and_json(hub, python):
     done = python(*DOWNLOAD, "model=org/tiny", HF_ENDPOINT=hub.url)
     assert done.returncode == 0, done.stderr
     directory = Path(done.stdout.strip())
@@ -132,14 +135,14 @@ def test_download(hub, python):
 
 
 @pytest.mark.engine
-def test_download_of_chosen_files(hub, python):
+def test_toka_download_fetches_chosen_files(hub, python):
     arguments = ["model=org/tiny", "--list", "allow_patterns", "*.txt", "config.json", "list--"]
     done = python(*DOWNLOAD, *arguments, HF_ENDPOINT=hub.url)
     assert names_in(Path(done.stdout.strip())) == {"config.json", "merges.txt"}
 
 
 @pytest.mark.engine
-def test_find_downloads_once_what_a_model_needs(hub, python):
+def test_a_model_is_downloaded_once(hub, python):
     first = python(*FIND, "org/tiny", HF_ENDPOINT=hub.url)
     assert first.returncode == 0, first.stderr
     directory = Path(first.stdout.strip())
@@ -155,7 +158,7 @@ def test_find_downloads_once_what_a_model_needs(hub, python):
 
 
 @pytest.mark.engine
-def test_what_toka_download_fetched_is_enough_offline(hub, python):
+def test_a_model_from_toka_download_is_found_offline(hub, python):
     done = python(*DOWNLOAD, "model=org/tiny", HF_ENDPOINT=hub.url)
     hub.failing = True
     offline = python(*FIND, "org/tiny", HF_HUB_OFFLINE="1", HF_ENDPOINT=hub.url)
@@ -172,7 +175,7 @@ def test_what_toka_download_fetched_is_enough_offline(hub, python):
         ("not a repository", {}, ["model=not a repository", "download failed"]),
     ],
 )
-def test_download_errors(hub, python, model, environment, words):
+def test_download_errors_name_the_remedy(hub, python, model, environment, words):
     done = python(*DOWNLOAD, f"model={model}", **{"HF_ENDPOINT": hub.url, **environment})
     assert done.returncode == 1
     assert done.stderr.startswith("toka-download: error: ")
@@ -181,7 +184,7 @@ def test_download_errors(hub, python, model, environment, words):
     assert not missing, done.stderr
 
 
-def test_a_directory(tmp_path, monkeypatch):
+def test_a_directory_is_found(tmp_path, monkeypatch):
     (tmp_path / "my_model").mkdir()
     monkeypatch.chdir(tmp_path)
     assert find_model("my_model") == tmp_path / "my_model"
@@ -191,19 +194,19 @@ def test_a_directory(tmp_path, monkeypatch):
     assert find_model("~/my_model") == tmp_path / "my_model"
 
 
-@pytest.mark.parametrize("name", ["/no/such/directory", "./missing", "~/missing", "a/b/c"])
-def test_neither_directory_nor_repository(name):
+@each_row("name", ["/no/such/directory", "./missing", "~/missing", "a/b/c"])
+def test_a_name_that_is_neither_directory_nor_repository(name):
     with pytest.raises(ModelError, match="no such directory"):
         find_model(name)
 
 
-def test_a_file(tmp_path):
+def test_a_file_in_place_of_a_directory(tmp_path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ModelError, match="give the directory"):
         find_model(str(tmp_path / "model.safetensors"))
 
 
-def test_the_bundled_model(tmp_path, monkeypatch):
+def test_the_bundled_model_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(model_files, "MODEL_DIR", tmp_path)
     with pytest.raises(ModelError, match="bundled"):
         find_model(None)

@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import pytest
+from rows import each_row
 
 from tokasaurus.scripts import ping
 
@@ -10,7 +11,7 @@ def run(engine, *arguments):
     return ping.main([*arguments, f"port={engine.port}"])
 
 
-def test_completion(engine, capsys):
+def test_ping_sends_a_completion(engine, capsys):
     assert run(engine, "prompt=tell me a joke") == 0
     out, err = capsys.readouterr()
     assert out == "tell me a joke!0\n"
@@ -26,7 +27,7 @@ def test_completion(engine, capsys):
     }
 
 
-def test_the_documented_call(engine, capsys):
+def test_the_documented_command_sends_a_chat(engine, capsys):
     assert run(engine, "prompt=tell me a joke", "max_tokens=256", "chat=True") == 0
     assert capsys.readouterr().out == "tell me a joke!0\n"
     path, body = engine.requests[0]
@@ -35,15 +36,15 @@ def test_the_documented_call(engine, capsys):
     assert body["messages"] == [{"role": "user", "content": "tell me a joke"}]
 
 
-@pytest.mark.parametrize("prompt", ["(tell me)", "[INST] hi [/INST]", "123", "None", "a=b", "'q'"])
-def test_the_prompt_is_taken_as_it_is(engine, prompt):
+@each_row("prompt", ["(tell me)", "[INST] hi [/INST]", "123", "None", "a=b", "'q'"])
+def test_the_prompt_is_sent_unchanged(engine, prompt):
     assert run(engine, f"prompt={prompt}", "model=m") == 0
-    assert engine.requests[0][1]["prompt"] == prompt
-    assert engine.requests[0][1]["model"] == "m"
+    assert engine.requests[-1][1]["prompt"] == prompt
+    assert engine.requests[-1][1]["model"] == "m"
 
 
 @pytest.mark.parametrize("chat", ["T", "F"])
-def test_stream(engine, capsys, chat):
+def test_a_stream_is_printed(engine, capsys, chat):
     assert run(engine, "prompt=one two", "stream=T", f"chat={chat}") == 0
     out, err = capsys.readouterr()
     assert out == "one~two~\n"
@@ -58,7 +59,7 @@ def test_stream(engine, capsys, chat):
         ("T", "a~\n--- sample 1\na~\n"),
     ],
 )
-def test_samples(engine, capsys, stream, out):
+def test_several_samples_are_printed(engine, capsys, stream, out):
     assert run(engine, "prompt=a", "n=2", "temperature=0.5", f"stream={stream}") == 0
     got, err = capsys.readouterr()
     assert got == out
@@ -67,14 +68,14 @@ def test_samples(engine, capsys, stream, out):
 
 
 @pytest.mark.parametrize("stream", ["F", "T"])
-def test_hide(engine, capsys, stream):
+def test_hide_prints_no_text(engine, capsys, stream):
     assert run(engine, "prompt=a", "hide=T", f"stream={stream}") == 0
     out, err = capsys.readouterr()
     assert out.strip() == ""
     assert "tokens in" in err
 
 
-def test_retries(engine, capsys):
+def test_failures_are_retried(engine, capsys):
     engine.refusals = 1
     assert run(engine, "prompt=a") == 1
     assert "status 503: still loading" in capsys.readouterr().err
@@ -82,22 +83,22 @@ def test_retries(engine, capsys):
     assert run(engine, "prompt=a", "retries=1") == 0
 
 
-def test_nothing_listens(closed_port, capsys):
+def test_ping_without_an_engine(closed_port, capsys):
     assert ping.main(["prompt=a", f"port={closed_port}"]) == 1
     err = capsys.readouterr().err
     assert f"nothing listens at http://127.0.0.1:{closed_port}" in err
     assert "toka" in err
 
 
-def test_the_engine_refuses(engine, capsys):
+def test_a_refusal_is_reported(engine, capsys):
     assert run(engine, "prompt=too long") == 1
     assert capsys.readouterr().err == (
         "toka-ping: error: the engine answered with status 400: the prompt is too long\n"
     )
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
+@each_row(
+    "arguments, words",
     [
         ([], ["prompt is required"]),
         (["prompt=a", "max_token=3"], ["max_token", "nearest", "max_tokens"]),
@@ -105,7 +106,7 @@ def test_the_engine_refuses(engine, capsys):
         (["hello"], ["prompt=hello"]),
     ],
 )
-def test_wrong_arguments(arguments, words, capsys):
+def test_wrong_arguments_are_reported(arguments, words, capsys):
     with pytest.raises(SystemExit) as caught:
         ping.main(arguments)
     assert caught.value.code == 2
@@ -114,7 +115,7 @@ def test_wrong_arguments(arguments, words, capsys):
     assert all(word in err for word in words)
 
 
-def test_help(capsys):
+def test_help_lists_the_flags(capsys):
     with pytest.raises(SystemExit) as caught:
         ping.main(["--help"])
     assert caught.value.code == 0
@@ -123,13 +124,13 @@ def test_help(capsys):
     assert "port=10210" in out
 
 
-def test_as_a_program(engine):
+def test_ping_as_a_program(engine):
     command = [sys.executable, "-m", "tokasaurus.scripts.ping", "prompt=a", f"port={engine.port}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert (done.returncode, done.stdout) == (0, "a!0\n")
 
 
-def test_proxies_and_keys_of_the_environment_stay_out(engine, monkeypatch):
+def test_proxies_and_openai_keys_of_the_environment_are_ignored(engine, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     assert run(engine, "prompt=a") == 0

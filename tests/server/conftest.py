@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from fake_engine import RunningServer, random_ids
+from fake_engine import RunningServer
 
 
 @pytest.fixture(scope="session")
@@ -14,11 +14,8 @@ def shared_server() -> Iterator[RunningServer]:
 
 @pytest.fixture
 def server(shared_server: RunningServer) -> Iterator[RunningServer]:
-    """The server that all tests share; nothing may be in flight after any of them."""
-    engine = shared_server.engine
-    engine.script, engine.reject, engine.paused = random_ids, None, False
-    engine.num_cached_tokens, engine.largest_step = 0, 3
-    engine.received.clear()
+    """The server that all tests share. Nothing may be in flight after a test."""
+    shared_server.engine.reset()
     yield shared_server
-    engine.paused = False
+    shared_server.engine.reset()
     shared_server.wait_idle()

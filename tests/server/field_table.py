@@ -1,4 +1,4 @@
-"""What each field of each request does, for ``test_every_field``. Whoever adds a field adds a row."""
+"""What each field of each request does, for ``test_every_field``. A new field needs a row here."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from tokasaurus.text import structured_output as grammar
 
 @dataclass(frozen=True)
 class Changes:
-    """It is supported: the engine is asked for something else, or answers something else.
+    """The field is supported: it changes what the engine is asked or what the client is answered.
 
     Args:
-        value: another than the base's.
-        beside: what else the object must say for that to show.
-        around: what else the whole body must say.
+        value: differs from the base's.
+        beside: other fields that the object needs for the change to show.
+        around: other fields that the whole body needs.
     """
 
     value: Any
@@ -37,12 +37,12 @@ class Changes:
 
 @dataclass(frozen=True)
 class Passes:
-    """It says nothing new here.
+    """The field is accepted and changes nothing.
 
     Args:
-        values: that pass, and change nothing.
-        why: they are not refused.
-        refused: another one, refused by name; none by default.
+        values: are accepted.
+        why: the reason not to refuse them.
+        refused: a value that is refused by name, if there is one.
     """
 
     values: tuple[Any, ...]
@@ -52,7 +52,7 @@ class Passes:
 
 @dataclass(frozen=True)
 class Refused:
-    """It is in the schema only to be refused by name, with a reason."""
+    """The field is in the schema only to be refused by name, with a reason."""
 
     value: Any
     passes: tuple[Any, ...] = ()
@@ -66,13 +66,13 @@ class Place:
     """An object in requests.
 
     Args:
-        path: of a route that takes it.
-        base: fields that it has in any case, the required ones among them.
+        path: of a route that takes the object.
+        base: fields that the object always has, among them the required ones.
         rows: by field.
-        wrap: makes a whole body of it.
-        top: the body's field that it stands in; "" if it is the body.
-        known: its fields, as the code has them.
-        required: those of them that may not be left out, nor be null.
+        wrap: makes a whole body of the object.
+        top: the body's field that contains the object; "" if the object is the body.
+        known: the object's fields, as the code has them.
+        required: known fields that may neither be left out nor be null.
     """
 
     path: str
@@ -103,11 +103,11 @@ TOOL = {"type": "function", "function": {"name": "f"}}
 OTHER_TOOL = {"type": "function", "function": {"name": "g", "description": "does"}}
 FLAT_TOOL = {"type": "function", "name": "f"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
-# A template that shows all that it is told.
+# A template that shows everything it is given.
 SHOWS_ALL = {"chat_template_kwargs": {"chat_template": "{{ messages }}{{ tools }}<tool_call>"}}
-ONE_MODEL = "there is one model, whatever it is called"
-ONE_KIND = "there is but one kind of it"
-COMES_BACK = "clients send parts of answers back as they were"
+ONE_MODEL = "there is one model, by any name"
+ONE_KIND = "there is only one kind"
+COMES_BACK = "clients send parts of answers back unchanged"
 
 FORMS: Mapping[str, Row] = {
     "response_format": Changes({"type": "json_object"}),
@@ -166,7 +166,7 @@ def of(schema: Any, path: str, base: Any, rows: Any, wrap: Any = None, top: str 
 
 
 def without_null(fields: Any) -> Any:
-    """Null if nothing is left: an object that asks for nothing is refused."""
+    """The fields that are not null; null if none is left, since an empty object is refused."""
     return {name: value for name, value in fields.items() if value is not None} or None
 
 
@@ -561,7 +561,7 @@ SCHEMAS: Mapping[Any, Place] = {
         "output_expires_after",
     ),
 }
-"""Of the schemas."""
+"""Objects that a schema describes."""
 
 SAMPLING: Mapping[str, Row] = {
     name: GENERATION[each.name]
@@ -635,7 +635,7 @@ OBJECTS: Mapping[str, Place] = {
         frozenset({"requests"}),
     ),
 }
-"""Of objects that no schema describes."""
+"""Objects that no schema describes."""
 
 OTHER_ENGINES: Mapping[str, tuple[Any, ...]] = {
     # vLLM
@@ -669,4 +669,4 @@ OTHER_ENGINES: Mapping[str, tuple[Any, ...]] = {
     "stop_regex": (),
     "stream_reasoning": (True,),
 }
-"""Fields of other engines' completions and chats that this one does not support, with what passes beside null."""
+"""Unsupported fields of other engines' completions and chats: values that pass, beside null."""

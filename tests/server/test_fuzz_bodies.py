@@ -1,16 +1,16 @@
-"""Bodies of all kinds to every route that reads one: each is answered, in the right shape, and nothing is left."""
+"""Every route that reads a body answers any body in the right shape, and nothing is left behind."""
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 
 import pytest
-from fake_engine import EOS_ID, RunningServer, random_ids, with_config
+from fake_engine import EOS_ID, RunningServer, random_ids, wait_for, with_config
 from fuzzing import check_answer, fuzz
 from load import resident_bytes
 from request_bodies import BODIES, batch_files, bodies
+from rows import each_row
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +18,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     data_dir = str(tmp_path_factory.mktemp("data"))
     config = with_config(data_dir=data_dir, max_body_bytes=64 << 20)
     with RunningServer(config).running() as server:
-        # Short answers: what is asked is at stake here.
+        # Short answers: this is about requests.
         server.engine.script = lambda request, index: [*random_ids(request, index)[:12], EOS_ID]
         server.engine.largest_step = 8
         yield server
@@ -49,8 +49,8 @@ FOUND = [
 ]
 
 
-@pytest.mark.parametrize(("path", "body"), FOUND, ids=range(len(FOUND)))
-def test_what_fuzzing_has_found_is_refused(server, path, body):
+@each_row("path, body", FOUND)
+def test_bodies_that_fuzzing_has_found_are_refused(server, path, body):
     answer = server.post(path, body.encode())
     assert answer.status == 400
     assert len(answer.content) < 5_000
@@ -74,7 +74,7 @@ def fuzz_route(server: RunningServer, path: str, num_cases: int) -> None:
 
 @pytest.mark.long
 def test_memory_does_not_grow(server):
-    """The same bodies again and again: whatever is kept of them is kept once."""
+    """Send the same bodies again and again: what is kept of them is kept once."""
     cases: list[tuple[str, bytes]] = []
     for path in BODIES:
         fuzz(bodies(path), 40, lambda body, path=path: cases.append((path, body)))
@@ -83,9 +83,9 @@ def test_memory_does_not_grow(server):
         for path, body in cases:
             server.post(path, body)
         server.check_nothing_is_left()
-        server.engine.received.clear()  # the fake one remembers what it was sent
+        server.engine.received.clear()  # the fake engine keeps what it was sent
         resident.append(resident_bytes())
-    # Caches and the allocator need some rounds until they have what they hold.
+    # Caches and the allocator need a few rounds to reach their size.
     assert min(resident[9:]) - max(resident[:4]) < 3e6, resident
 
 
@@ -98,11 +98,8 @@ def test_every_line_of_a_batch_is_answered(server, num_cases):
         batch = client.batches.create(
             input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
         )
-        deadline = time.monotonic() + 20
-        while batch.status not in ("completed", "failed"):
-            assert time.monotonic() < deadline, f"still {batch.status}"
-            time.sleep(0.002)
-            batch = client.batches.retrieve(batch.id)
+        wait_for(lambda: client.batches.retrieve(batch.id).status in ("completed", "failed"))
+        batch = client.batches.retrieve(batch.id)
         counts = batch.request_counts
         assert counts.total == counts.completed + counts.failed
         results = [

@@ -1,4 +1,4 @@
-"""What the OpenAPI document allows, and what it does not, sent to every route by schemathesis."""
+"""Requests that the OpenAPI document allows or forbids, made by schemathesis for every route."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import schemathesis
-from fake_engine import EOS_ID, RunningServer, random_ids, with_config
+from fake_engine import EOS_ID, PATIENCE_S, RunningServer, random_ids, with_config
 from fuzzing import check_answer, fuzz
 from schemathesis import GenerationMode
 from schemathesis.checks import load_all_checks
@@ -19,7 +19,6 @@ CHECKS = [
     checks.content_type_conformance,
     checks.response_schema_conformance,
 ]
-TIME_LIMIT_S = 20
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +33,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 @pytest.mark.parametrize("num_cases", [3, pytest.param(60, marks=pytest.mark.long)])
 @pytest.mark.parametrize("mode", GenerationMode, ids=lambda mode: mode.value)
 def test_answers_are_as_the_document_says(server, mode, num_cases):
-    """Every operation, with data that it allows or with data that it does not."""
+    """Call every operation with data that the document allows, or with data that it forbids."""
     document = schemathesis.openapi.from_dict(json.loads(server.get("/openapi.json").content))
 
     def check(case: schemathesis.Case) -> None:
-        response = case.call(server.url, timeout=TIME_LIMIT_S)
+        response = case.call(server.url, timeout=PATIENCE_S)
         content_type = response.headers["content-type"][0]
         try:
             check_answer(response.status_code, content_type, response.content)
@@ -50,7 +49,7 @@ def test_answers_are_as_the_document_says(server, mode, num_cases):
     operations = [each.ok() for each in document.get_all_operations()]
     assert len(operations) > 25
     for operation in operations:
-        refuses_something = operation.body or operation.query  # any text is a path parameter
+        refuses_something = operation.body or operation.query  # a path parameter may be any text
         if mode.is_positive or refuses_something:
             fuzz(operation.as_strategy(mode), num_cases, check)
     server.check_nothing_is_left()

@@ -12,12 +12,14 @@ from fake_engine import (
     EOS_ID,
     PREPARER,
     TOKENIZER,
+    FakeEngine,
     ids_of,
     logprob_row,
     random_ids,
     submit,
     updates,
 )
+from rows import each_row
 
 from tokasaurus.errors import EngineDead, RequestError
 from tokasaurus.protocol.messages import (
@@ -44,7 +46,7 @@ def run(core, fake, params, prompt=PROMPT):
 
 
 def stream(core, fake, params, prompt=PROMPT):
-    """All outputs of each sample, in order."""
+    """Stream a generation; return all outputs of each sample, in order."""
     generation = submit(core, prompt, params, stream=True)
     outputs = [[] for _ in range(params.n)]
     for _ in range(10_000):
@@ -59,7 +61,7 @@ def stream(core, fake, params, prompt=PROMPT):
     return outputs
 
 
-def test_what_is_sent(core, fake):
+def test_the_manager_receives_prompt_and_sampling_parameters(core, fake):
     params = SamplingParams(
         n=3, temperature=0.5, top_p=0.9, top_k=40, min_p=0.1, seed=7, max_tokens=9, logprobs=2
     )
@@ -98,10 +100,12 @@ def test_an_end_of_sequence_token_counts_but_does_not_show(core, fake):
     assert output.text.startswith("hellom")
 
 
-@pytest.mark.parametrize("seed", range(15))
-def test_streams_and_wholes_are_the_same(core, fake, seed):
-    """With stop strings and without, with logprobs and without, however the tokens come."""
+@each_row("seed", range(15))
+def test_streams_and_wholes_are_the_same(seed):
+    """With and without stop strings, whatever the size of updates."""
     rng = random.Random(seed)
+    fake = FakeEngine()
+    core = Generations(CONFIG, TOKENIZER, fake.send)
     said = [rng.choices(ids_of("ab é😀") + ids_of("hello the"), k=60) for _ in range(3)]
     fake.script = lambda request, index: [*said[index], EOS_ID]
     for stop in (None, ["ba", "é a"], ["😀", "</s>"], ["never"]):
@@ -130,7 +134,7 @@ def test_logprobs_belong_to_their_tokens(core, fake):
                 assert output.logprobs.top_logprobs[row].tolist() == top
 
 
-def test_prompt_logprobs(core, fake):
+def test_prompt_logprobs_belong_to_their_positions(core, fake):
     prompt = list(range(10, 31))
     generation = run(core, fake, SamplingParams(prompt_logprobs=3), prompt)
     logprobs = generation.prompt_logprobs
@@ -156,7 +160,7 @@ def test_a_stop_string_stops_the_engine(core, fake):
 
 
 def test_acknowledgements_keep_a_sequence_going_and_come_in_one_message(core, fake):
-    fake.largest_step = 50  # more than it may run ahead
+    fake.largest_step = 50  # more than a sequence may run ahead
     run(core, fake, SamplingParams(n=5, max_tokens=200, stop="never"))
     acknowledged = [m for m in fake.received if isinstance(m, Acknowledge)]
     assert max(len(m.request_ids) for m in acknowledged) > 1
@@ -172,13 +176,13 @@ def test_no_acknowledgements_without_stop_strings(core, fake):
     assert len(fake.received) == 1
 
 
-def test_abort(core, fake):
+def test_aborting_twice_tells_the_manager_once(core, fake):
     generation = submit(core, PROMPT, SamplingParams(n=3, max_tokens=100))
     core.abort(generation)
     core.abort(generation)
     assert len(core) == 0
     assert [type(m) for m in fake.received[1:]] == [AbortRequest]
-    fake.run(core)  # the late updates concern nobody
+    fake.run(core)  # late updates are ignored
     assert fake.num_running == 0
 
 
@@ -200,15 +204,15 @@ def test_only_the_first_k_samples_are_the_answer(core, fake):
     assert {output.finish_reason for output in outputs} == {"stop"}
 
 
-def test_a_stop_string_that_the_manager_hears_of_too_late():
-    """Sample 0 ends here first, sample 2 there: the answer has one of them, whoever comes in between."""
+def test_a_stop_string_counts_even_if_the_manager_hears_of_it_too_late():
+    """Sample 0 ends first here, sample 2 first in the manager; the answer is sample 0 alone."""
     sent = []
     core = Generations(CONFIG, TOKENIZER, sent.append)
     generation = submit(core, PROMPT, SamplingParams(n=3, first_k=1, max_tokens=50, stop="END"))
     request = sent[0]
     core.absorb(updates([(request, 0, ids_of("a END b"), FinishReason.RUNNING, 0)]))
     assert [(type(m), m.sample_index) for m in sent[1:]] == [(StopSequence, 0)]
-    assert not generation.finished  # the others' tokens are still to be counted
+    assert not generation.finished  # the tokens of the others have yet to be counted
     core.absorb(
         updates(
             [
@@ -226,11 +230,11 @@ def test_a_stop_string_that_the_manager_hears_of_too_late():
     assert generation.num_generated_tokens == sum(map(len, said))
 
 
-@pytest.mark.parametrize("seed", range(8))
+@each_row("seed", range(8))
 @pytest.mark.parametrize("stream", [False, True])
-def test_exactly_k_samples_however_late_the_manager_hears(fake, seed, stream):
+def test_first_k_gives_exactly_k_samples_however_late_the_manager_hears(seed, stream):
     rng = random.Random(seed)
-    post = []
+    fake, post = FakeEngine(), []
     core = Generations(CONFIG, TOKENIZER, post.append)
     said = rng.choices([*ids_of("abcd"), EOS_ID], weights=[5, 5, 5, 5, 1], k=3000)
     fake.script = lambda request, index: said[7 * index + 40 * request.request_id :]
@@ -282,7 +286,7 @@ def test_cached_tokens_are_not_those_of_a_sample_that_never_ran(fake):
     assert generation.num_cached_tokens == 2
 
 
-def test_etas(core, fake):
+def test_etas_are_those_of_the_latest_message(core, fake):
     fake.paused = True
     first, second, third = (submit(core, PROMPT, SamplingParams()) for _ in range(3))
     assert (first.eta_s, core.etas().backlog_s) == (None, None)
@@ -298,7 +302,7 @@ def test_etas(core, fake):
     fake.run(core)
     assert core.etas() == Etas({}, 0.0)
     submit(core, PROMPT, SamplingParams())
-    assert core.etas() == Etas({}, None)  # what was said of the others is old
+    assert core.etas() == Etas({}, None)  # the forecast for the earlier requests is out of date
 
 
 def test_the_state_has_the_etas(core):
@@ -312,14 +316,14 @@ def test_the_state_has_the_etas(core):
     assert state.etas() == Etas({}, 0.0)
 
 
-def test_a_refusal_of_the_manager(core, fake):
+def test_a_refusal_by_the_manager_is_an_error_of_the_prompt(core, fake):
     fake.reject = "it can never fit"
     generation = run(core, fake, SamplingParams())
     assert isinstance(generation.error, RequestError)
     assert generation.error.field == "prompt"
 
 
-def test_the_death_of_the_engine_reaches_everyone(core, fake):
+def test_the_death_of_the_engine_fails_every_generation(core, fake):
     notes = []
     generations = [
         submit(core, PROMPT, SamplingParams(), on_change=lambda: notes.append(1)) for _ in range(3)
@@ -336,9 +340,11 @@ def test_cached_tokens_are_those_of_the_sample_that_computed_the_prompt(core, fa
     assert run(core, fake, SamplingParams(n=2)).num_cached_tokens == 2
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_any_mix_leaves_nothing_behind(core, fake, seed):
+@each_row("seed", range(5))
+def test_any_mix_leaves_nothing_behind(seed):
     rng = random.Random(seed)
+    fake = FakeEngine()
+    core = Generations(CONFIG, TOKENIZER, fake.send)
     fake.script = lambda request, index: rng.choices([*ids_of("ab"), EOS_ID], k=request.max_tokens)
     alive = []
     for _ in range(200):

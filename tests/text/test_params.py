@@ -1,9 +1,10 @@
-"""What SamplingParams lets pass, and how it refuses the rest."""
+"""What SamplingParams accepts, and how it refuses the rest."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from rows import each_row
 
 from tokasaurus import SamplingParams
 from tokasaurus.errors import RequestError
@@ -11,8 +12,8 @@ from tokasaurus.protocol.messages import LogprobsMode
 from tokasaurus.text.params import renamed
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
+@each_row(
+    "field, value",
     [
         ("n", 0),
         ("n", 1 << 17),
@@ -82,21 +83,31 @@ def test_wrong_values_name_their_field(field, value):
     assert error.value.field == field
 
 
-def test_values_at_the_edge_pass():
-    SamplingParams(n=1 << 16, temperature=0, top_p=1, top_k=-1, min_p=1, seed=0, max_tokens=None)
-    SamplingParams(temperature=1e-5, top_k=0, seed=(1 << 63) - 1, logprobs=0, stop="x" * 1024)
-    SamplingParams(n=np.int64(3), temperature=np.float32(0.5), first_k=np.int64(3))
-    SamplingParams(priority=1_000_000, n=2, first_k=1)
-    SamplingParams(priority=-1_000_000, n=2, first_k=2)
+@each_row(
+    "params",
+    [
+        {"n": 1 << 16, "temperature": 0, "top_p": 1, "top_k": -1, "min_p": 1, "seed": 0},
+        {"max_tokens": None},
+        {"temperature": 1e-5, "top_k": 0, "seed": (1 << 63) - 1, "logprobs": 0},
+        {"stop": ("x" * 1024,)},
+        {"n": np.int64(3), "temperature": np.float32(0.5), "first_k": np.int64(3)},
+        {"priority": 1_000_000, "n": 2, "first_k": 1},
+        {"priority": -1_000_000, "n": 2, "first_k": 2},
+    ],
+)
+def test_values_at_the_edge_are_kept(params):
+    kept = SamplingParams(**params)
+    assert {name: getattr(kept, name) for name in params} == params
 
 
 def test_stop_is_one_tuple_however_it_was_given():
     assert SamplingParams().stop_strings == ()
     assert SamplingParams(stop="a").stop_strings == ("a",)
+    assert SamplingParams(stop="x" * 1024).stop_strings == ("x" * 1024,)
     assert SamplingParams(stop=["b", "a", "b"]).stop_strings == ("b", "a")
 
 
-def test_lists_are_taken_over_as_they_are():
+def test_lists_and_dictionaries_are_normalized():
     params = SamplingParams(
         stop_token_ids=[5, np.int64(5), 3], bad_words=["b", "b", " a"], logit_bias={"7": -1, 3: 2}
     )

@@ -1,9 +1,10 @@
-"""What is refused before it runs, and what is decided for the client."""
+"""What preparation refuses, and what it decides for the client."""
 
 from __future__ import annotations
 
 import pytest
 from fake_engine import CONFIG, PREPARER, TOKENIZER, VOCAB_SIZE, with_config
+from rows import each_row
 
 from tokasaurus.errors import RequestError, RequestTooLong
 from tokasaurus.protocol.messages import LogprobsMode
@@ -13,7 +14,7 @@ from tokasaurus.text.preparation import Preparer
 PROMPT = [10, 11, 12]
 
 
-def test_what_is_left_out_comes_from_the_generation_config():
+def test_missing_parameters_come_from_the_generation_config():
     config = with_config(
         temperature=0.6, top_p=0.8, top_k=5, min_p=0.2, logprobs_mode=LogprobsMode.RAW
     )
@@ -26,7 +27,7 @@ def test_what_is_left_out_comes_from_the_generation_config():
     assert (second.temperature, second.top_p, second.top_k, second.min_p) == (0, 1, 0, 0)
 
 
-def test_missing_seeds_differ():
+def test_requests_without_a_seed_get_different_seeds():
     seeds = {PREPARER.prepare(PROMPT, SamplingParams()).seed for _ in range(20)}
     assert len(seeds) == 20
     assert all(0 <= seed < 2**63 for seed in seeds)
@@ -36,13 +37,13 @@ def test_top_k_as_large_as_the_vocabulary_is_off():
     assert PREPARER.prepare(PROMPT, SamplingParams(top_k=VOCAB_SIZE)).sampling.top_k == 0
 
 
-def test_without_a_limit_the_rest_of_the_context():
+def test_a_request_without_max_tokens_gets_the_rest_of_the_context():
     prepared = PREPARER.prepare(PROMPT, SamplingParams(max_tokens=None))
     assert prepared.max_tokens == CONFIG.max_request_tokens - len(PROMPT)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "params", "kind", "field"),
+@each_row(
+    "prompt, params, kind, field",
     [
         ([], {}, RequestError, "prompt"),
         ([VOCAB_SIZE], {}, RequestError, "prompt"),
@@ -55,14 +56,14 @@ def test_without_a_limit_the_rest_of_the_context():
         ([1], {"prompt_logprobs": 21}, RequestError, "prompt_logprobs"),
     ],
 )
-def test_what_cannot_run_is_refused(prompt, params, kind, field):
+def test_a_request_that_cannot_run_is_refused_by_field(prompt, params, kind, field):
     with pytest.raises(kind) as error:
         PREPARER.prepare(prompt, SamplingParams(**params))
     assert error.value.field == field
     assert error.value.message.startswith(field)
 
 
-def test_numbers_are_in_the_refusals():
+def test_refusals_tell_the_numbers_and_the_limits():
     with pytest.raises(RequestTooLong, match=r"13.*500.*512.*12"):
         PREPARER.prepare([1] * 500, SamplingParams(max_tokens=13))
     with pytest.raises(RequestError, match="max_topk_logprobs=20"):

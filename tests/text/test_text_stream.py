@@ -1,12 +1,12 @@
-"""The text of a growing sample against the simplest possible account of it."""
+"""The text of a growing sample, compared with a search of its whole text."""
 
 from __future__ import annotations
 
 import codecs
 import random
 
-import pytest
 from fake_engine import EOS, EOS_ID, SPECIAL, TOKENIZER, VOCAB_SIZE, ids_of
+from rows import each_row
 
 from tokasaurus.text.stop_strings import StopStrings
 from tokasaurus.text.text_stream import TextStream
@@ -21,7 +21,7 @@ def compiled(*stop: str) -> StopStrings | None:
 def stream(
     ids: list[int], stops: StopStrings | None, rng: random.Random | None = None
 ) -> tuple[list[str], int, bool]:
-    """Feeds ids in random portions: the pieces that came out, tokens counted, whether it stopped."""
+    """Feed ids in random portions: (pieces of text, tokens counted, whether it stopped)."""
     text, pieces, position = TextStream(TOKENIZER, stops), [], 0
     while True:
         portion = ids[position : position + (rng.randint(0, 4) if rng else 1)]
@@ -33,7 +33,7 @@ def stream(
 
 
 def oracle(ids: list[int], stop: list[str]) -> tuple[str, int, bool]:
-    """Searches the whole text again after each token."""
+    """Search the whole text again after each token: (text, tokens counted, whether it stopped)."""
     decoder, text = codecs.getincrementaldecoder("utf-8")("replace"), ""
     for count, token_id in enumerate(ids, 1):
         text += decoder.decode(TOKENIZER.visible[token_id], count == len(ids))
@@ -44,7 +44,7 @@ def oracle(ids: list[int], stop: list[str]) -> tuple[str, int, bool]:
 
 
 def random_emoji_ids(rng: random.Random, length: int) -> list[int]:
-    """Mostly characters of several bytes, each byte a token; sometimes any id at all."""
+    """Mostly characters of several bytes, with a token for each byte; sometimes any id."""
     ids: list[int] = []
     while len(ids) < length:
         if rng.random() < 0.2:
@@ -54,7 +54,7 @@ def random_emoji_ids(rng: random.Random, length: int) -> list[int]:
     return ids[:length]
 
 
-@pytest.mark.parametrize("seed", range(20))
+@each_row("seed", range(20))
 def test_pieces_of_a_stream_join_to_the_whole_text(seed):
     rng = random.Random(seed)
     for length in range(12):
@@ -74,8 +74,8 @@ def test_no_piece_holds_half_a_character():
     assert stream(ids[:-2], None)[0][-1] == "�"
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_stop_strings_against_a_search_of_the_whole_text(seed):
+@each_row("seed", range(40))
+def test_stop_strings_are_found_as_in_the_whole_text(seed):
     rng = random.Random(seed)
     alphabet = "ab é�日"
     vocabulary = [i for c in "ab é日" for i in ids_of(c)] + ids_of("the") + [EOS_ID]
@@ -87,8 +87,8 @@ def test_stop_strings_against_a_search_of_the_whole_text(seed):
             assert ("".join(pieces), count, found) == oracle(ids, stop), (ids, stop)
 
 
-@pytest.mark.parametrize(
-    ("said", "stop", "text"),
+@each_row(
+    "said, stop, text",
     [
         ("hello world", ["lo w"], "hel"),  # spans tokens
         ("hello world", ["ell"], "h"),  # inside a token
@@ -98,12 +98,12 @@ def test_stop_strings_against_a_search_of_the_whole_text(seed):
         ("aab", ["ab"], "a"),
         ("aaab", ["aab"], "a"),  # overlaps itself
         ("abcd", ["bcd", "abc"], ""),
-        ("abcx", ["abcd", "c"], "ab"),  # one was hoped for, the other came
+        ("abcx", ["abcd", "c"], "ab"),  # the first one begins, the second one ends
         ("hello", ["hello"], ""),
         ("ababa", ["aba"], ""),
     ],
 )
-def test_stop_string(said, stop, text):
+def test_a_stop_string_ends_the_text_before_it(said, stop, text):
     for ids in (ids_of(said), [i for c in said for i in ids_of(c)]):
         pieces, count, found = stream(ids, compiled(*stop))
         assert "".join(pieces) == text
@@ -111,15 +111,15 @@ def test_stop_string(said, stop, text):
         assert count <= len(ids)
 
 
-def test_fewest_tokens_win_over_the_earliest_begin():
+def test_the_stop_string_that_ends_first_wins():
     one_by_one = [i for c in "abcd" for i in ids_of(c)]
     assert "".join(stream(one_by_one, compiled("abcd", "bc"))[0]) == "a"
-    hello = ids_of(" world")[:1]  # both end in the same token: the one that begins first
+    hello = ids_of(" world")[:1]  # both end in this token, and the first to begin wins
     word = TOKENIZER.decode(hello)
     assert "".join(stream(hello, compiled(word[1:2], word[:3]))[0]) == ""
 
 
-def test_what_was_held_back_comes_at_the_end():
+def test_text_held_back_for_a_stop_string_comes_at_the_end():
     pieces, _, found = stream(ids_of("x") + ids_of("a") + ids_of("b"), compiled("abc"))
     assert pieces == ["x", "", "ab"]
     assert not found
@@ -130,27 +130,27 @@ def test_only_what_may_begin_a_stop_string_is_held_back():
     assert pieces == ["q", "", "", "abq", "", "", ""]
 
 
-def test_special_tokens_are_no_text_but_can_be_stop_strings():
+def test_special_tokens_are_not_text_but_can_be_stop_strings():
     assert TOKENIZER.decode(ids_of("a<|end|>b</s>")) == "ab"
     assert compiled(EOS).token_ids == (EOS_ID,)
     assert compiled("x", "<|end|>", EOS).token_ids == (END_ID, EOS_ID)
-    # Said with ordinary tokens, it is text, and still a stop string.
+    # Spelled with ordinary tokens, it is text, and still a stop string.
     spelled_out = [i for c in "a<|end|>b" for i in ids_of(c)]
     assert "".join(stream(spelled_out, compiled("<|end|>"))[0]) == "a"
 
 
-@pytest.mark.parametrize(
-    ("said", "stop", "text"),
+@each_row(
+    "said, stop, text",
     [
         ("one\n<|end|>two", "\n<|end|>", "one"),
         ("one<|end|>\ntwo", "<|end|>\n", "one"),
         ("one<|end|><|user|>two", "<|end|><|user|>", "one"),
         ("one<|end|>two", "<|end|>\n", "onetwo"),
         ("one\ntwo<|end|>", "e\nt<|end|>", "one\ntwo"),
-        ("on<|end|>e", "one", ""),  # in the text itself they are neighbours
+        ("on<|end|>e", "one", ""),  # they are adjacent in the text
     ],
 )
-def test_stop_string_with_a_special_token_in_it(said, stop, text):
+def test_a_stop_string_may_contain_special_tokens(said, stop, text):
     pieces, _, _ = stream(ids_of(said), compiled(stop))
     assert "".join(pieces) == text
     for piece in pieces:

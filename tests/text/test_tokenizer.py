@@ -1,4 +1,4 @@
-"""Each kind of tokenizer that models come with, and what the server makes of prompts and messages."""
+"""Every kind of tokenizer that models have, and how prompts and messages are encoded."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fake_engine import EOS_ID, TOKENIZER, VOCAB_SIZE, WRAPPED, with_config
+from rows import each_row
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -33,7 +34,7 @@ def sentencepiece(decoder: decoders.Decoder) -> server_tokenizer.Tokenizer:
 
 
 def wordpiece() -> server_tokenizer.Tokenizer:
-    """A decoder that is not known token by token."""
+    """A tokenizer whose decoder cannot be applied token by token."""
     vocabulary = {"[UNK]": 0, "the": 1, "cat": 2, "##s": 3, "a": 4}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -63,7 +64,7 @@ METASPACE = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
     ],
     ids=["byte-level", "llama", "metaspace", "wordpiece"],
 )
-def test_a_text_survives_the_round_trip(tokenizer, texts):
+def test_encoding_and_decoding_give_the_same_text(tokenizer, texts):
     for text in texts:
         ids = tokenizer._encode(text, add_special_tokens=False)
         assert tokenizer.decode_prompt(ids) == text
@@ -125,7 +126,7 @@ def test_chat_overrides_pass_through():
     assert render(going_on, add_generation_prompt=True).endswith("hel<|end|><|assistant|>")
 
 
-@pytest.mark.parametrize("name", ["tokenize", "return_tensors", "conversation"])
+@each_row("name", ["tokenize", "return_tensors", "conversation"])
 def test_chat_overrides_cannot_change_what_comes_back(name):
     with pytest.raises(RequestError, match=name) as error:
         TOKENIZER.render_chat([{"role": "user", "content": "hi"}], {name: True})
@@ -143,7 +144,7 @@ def test_a_template_that_fails_names_messages(overrides):
         assert "Unknown role: martian" in error.value.message
 
 
-def test_no_template_says_so():
+def test_a_tokenizer_without_a_chat_template_refuses_messages():
     with pytest.raises(RequestError, match="no chat template"):
         wordpiece().render_chat([{"role": "user", "content": "a"}])
 
@@ -159,7 +160,7 @@ def test_loading_from_a_directory(tmp_path):
         server_tokenizer.Tokenizer.load(config)
 
 
-def test_many_threads_at_once():
+def test_many_threads_may_tokenize_at_once():
     texts = [f"the cat {i} sat on the mat " * (i % 5 + 1) for i in range(40)]
     alone = [TOKENIZER.encode(text) for text in texts]
     with ThreadPoolExecutor(8) as pool:

@@ -1,4 +1,4 @@
-"""Fair shares: who passes the turnstile to the manager, and when."""
+"""Fair shares: which requests pass the turnstile to the manager, and when."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import weakref
 from collections import Counter
 
 import numpy as np
-import pytest
+from rows import each_row
 
 from tokasaurus.protocol.messages import AbortRequest, GenerateRequest, LogprobsMode, Sampling
 from tokasaurus.text.turnstile import Turnstile
@@ -16,7 +16,7 @@ SAMPLING = Sampling(1.0, 0, 1.0, 0.0, LogprobsMode.RAW)
 
 
 class Manager:
-    """What passed, in order, and what of it still runs."""
+    """The requests that have passed, in order, and those that still run."""
 
     def __init__(self, max_open):
         self.turnstile = Turnstile(self.take, max_open)
@@ -57,11 +57,11 @@ class Manager:
         self.turnstile.ended(request_id)
 
     def order(self):
-        """Clients in the order in which their requests passed."""
+        """The clients of the requests, in the order in which these passed."""
         return "".join(self.clients[request.request_id] for request in self.passed)
 
 
-def test_nobody_waits_while_there_is_room():
+def test_requests_pass_at_once_while_there_is_room():
     manager = Manager(8)
     for number in range(8):
         manager.submit("ab"[number % 2])
@@ -73,8 +73,8 @@ def test_nobody_waits_while_there_is_room():
     assert len(manager.passed) == 9
 
 
-def test_one_client_alone_loses_nothing():
-    """The manager is full for as long as there is anything left, and the order is kept."""
+def test_one_client_alone_keeps_the_manager_full_and_in_order():
+    """The manager stays full while requests are held."""
     manager = Manager(16)
     for _ in range(500):
         manager.submit("a")
@@ -84,7 +84,7 @@ def test_one_client_alone_loses_nothing():
     assert [request.request_id for request in manager.passed] == list(range(500))
 
 
-def test_a_newcomer_waits_for_what_the_manager_has_and_no_more():
+def test_a_newcomer_waits_only_for_what_the_manager_already_has():
     manager = Manager(16)
     for _ in range(1000):
         manager.submit("a")
@@ -94,7 +94,7 @@ def test_a_newcomer_waits_for_what_the_manager_has_and_no_more():
     assert newcomer in {request.request_id for request in manager.passed}
 
 
-def test_shares_are_of_tokens_not_of_requests():
+def test_shares_are_counted_in_tokens_not_in_requests():
     manager = Manager(4)
     for _ in range(400):
         manager.submit("a", n=4, max_tokens=50, prompt=100)  # 300 tokens
@@ -109,7 +109,7 @@ def test_shares_are_of_tokens_not_of_requests():
     assert max(tokens.values()) - min(tokens.values()) < 700  # two of the largest requests
 
 
-def test_who_was_away_gets_no_credit_for_it():
+def test_a_client_gets_no_credit_for_time_without_requests():
     manager = Manager(1)
     for _ in range(100):
         manager.submit("a")
@@ -123,16 +123,16 @@ def test_who_was_away_gets_no_credit_for_it():
     assert Counter(manager.order()[before:]) == {"a": 10, "b": 10}
 
 
-def test_priority_comes_first_whatever_waits():
+def test_a_more_urgent_level_does_not_wait_for_the_others():
     manager = Manager(8)
     for _ in range(100):
         manager.submit("a", priority=1000)
     assert len(manager.passed) == 8
     for _ in range(10):
         manager.submit("b")
-    assert manager.order() == "a" * 8 + "b" * 8  # as much again, at once
+    assert manager.order() == "a" * 8 + "b" * 8  # as many again, at once
     manager.end(next(i for i in manager.running if manager.clients[i] == "a"))
-    assert manager.order()[16:] == ""  # sixteen are more than enough already
+    assert manager.order()[16:] == ""  # sixteen are enough
     for _ in range(3):
         manager.end(next(i for i in manager.running if manager.clients[i] == "b"))
     assert manager.order()[16:] == "bb"
@@ -141,13 +141,13 @@ def test_priority_comes_first_whatever_waits():
     assert Counter(manager.order()) == {"a": 100, "b": 10}
 
 
-def test_aborts():
+def test_a_held_request_is_aborted_without_the_manager():
     manager = Manager(2)
     ids = [manager.submit("a") for _ in range(5)]
     for request_id in (ids[3], ids[0]):
         manager.turnstile.abort(request_id)
         manager.turnstile.ended(request_id)
-    assert manager.aborted == [ids[0]]  # the manager never heard of the other one
+    assert manager.aborted == [ids[0]]  # the manager has not received the other one
     assert [request.request_id for request in manager.passed] == ids[:3]
     manager.turnstile.abort(ids[4])
     manager.turnstile.ended(ids[4])
@@ -164,7 +164,7 @@ def test_a_request_larger_than_the_bound_passes_as_a_whole():
     assert manager.order() == "ab"
 
 
-@pytest.mark.parametrize("seed", range(20))
+@each_row("seed", range(20))
 def test_every_request_passes_once_and_nothing_is_left(seed):
     rng = random.Random(seed)
     manager = Manager(rng.randint(1, 30))
@@ -198,7 +198,7 @@ def test_every_request_passes_once_and_nothing_is_left(seed):
         assert not getattr(turnstile, table)
 
 
-def test_clients_that_never_come_again_are_forgotten():
+def test_clients_without_requests_are_forgotten():
     manager = Manager(1)
     for _ in range(500):
         manager.submit("a")
@@ -209,11 +209,11 @@ def test_clients_that_never_come_again_are_forgotten():
     assert len(level._clients) < 100
 
 
-def test_what_is_left_open_costs_what_others_turn_out_to_need():
-    """A max_tokens that nobody reaches does not count against who sends it."""
+def test_an_open_request_costs_what_others_turn_out_to_need():
+    """A client does not pay for a large max_tokens which samples do not reach."""
     manager = Manager(1)
     turnstile = manager.turnstile
-    for _ in range(300):  # samples are of about 10 tokens
+    for _ in range(300):  # samples have about 10 tokens
         turnstile.ended(manager.submit("x"), 10)
         manager.running.clear()
     before = len(manager.passed)
@@ -228,13 +228,13 @@ def test_what_is_left_open_costs_what_others_turn_out_to_need():
 
 
 class Name(str):
-    """A text that a weak reference may point to."""
+    """A string that supports weak references."""
 
 
-def test_nobody_is_remembered_who_has_nothing_waiting():
+def test_names_of_clients_without_requests_are_released():
     manager = Manager(1)
     manager.submit("a")
-    manager.submit("a")  # the level stays
+    manager.submit("a")  # so that the level stays
     names = []
     for number in range(1000):
         name = Name(f"client {number}")

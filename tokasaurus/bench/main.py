@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from tokasaurus.config.parser import parse_or_exit
+from tokasaurus.config.parser import answer_question, parse_or_exit
 from tokasaurus.config.schema import Schema
 from tokasaurus.config.suggestions import nearest
 from tokasaurus.errors import ConfigError, TokasaurusError
@@ -34,8 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         1 for any other error.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("--help", "-h"):
-        print(_help())
+    if answer_question(words[:1] or ["help"], lambda: print(_help())):
         return 0
     name, *words = words
     if name not in COMMANDS:

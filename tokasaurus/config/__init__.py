@@ -1,1 +1,4 @@
-"""What the user chose: flags, the key=value command line, config files, and their resolution. Pure."""
+"""The user's choices: flags, the key=value command line, config files, and their resolution.
+
+Reads config files, and has no other side effects.
+"""

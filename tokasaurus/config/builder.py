@@ -1,8 +1,8 @@
-"""From keys and values, in the order they come, to one instance of a dataclass.
+"""Builds one instance of a dataclass from keys and values, in the order in which they come.
 
-Owns assignment (later wins, nested keys, aliases, retired flags, config files) and the collection of
-everything that is wrong, so that the user sees it at once. Knows nothing of tokens: the command line,
-a config file and keyword arguments all end here.
+Owns assignment (later values win, nested keys, aliases, retired flags, config files), and collects
+everything that is wrong, so that the user sees it all at once. Knows nothing of command-line words:
+the command line, a config file and keyword arguments all end here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FILE_KEY = "config"
 
 @dataclass(frozen=True)
 class Texts:
-    """What was written for a flag, still to be read: one text, or the items of a list."""
+    """A flag's value as written, still to be read: one text, or the items of a list."""
 
     items: tuple[str, ...]
     is_list: bool = False
@@ -41,7 +41,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Parsed(Generic[C]):
-    """An instance, and what the user should know about how it was asked for."""
+    """An instance, and warnings for the user."""
 
     value: C
     warnings: tuple[str, ...]
@@ -55,11 +55,11 @@ class Builder(Generic[C]):
         self._values: dict[str, Any] = {}
         self._problems: list[str] = []
         self._warnings: dict[str, None] = {}
-        self._source = ""  # stands before each problem: the config file, say
+        self._source = ""  # precedes each problem, such as the name of a config file
         self._in_file = False
 
     def assign(self, key: str, value: Any) -> None:
-        """Sets a key, dotted if it is nested. ``Texts`` are read as the flag's form asks."""
+        """Sets a key, dotted if it is nested. ``Texts`` are read according to the flag's form."""
         if key == FILE_KEY and self._schema.reads_files:
             self._read_file(value)
         elif key.replace("-", "_") in self._schema.retired:
@@ -88,7 +88,7 @@ class Builder(Generic[C]):
 
     @contextmanager
     def reading(self, source: str) -> Iterator[None]:
-        """Names the source of the assignments made inside."""
+        """Names the source of the assignments made inside the block."""
         before, self._source = self._source, f"{source}: "
         try:
             yield
@@ -138,7 +138,7 @@ class Builder(Generic[C]):
             )
 
     def _written(self, value: Any) -> Any:
-        """A text from a file is read as one of the command line is."""
+        """A value; a text from a file will be read like one from the command line."""
         return Texts((value,)) if self._in_file and isinstance(value, str) else value
 
     def _find(self, target: type[Any], name: str, scope: str) -> Flag:

@@ -1,7 +1,7 @@
 """What a user can choose about an engine: every flag, its default and its meaning.
 
-Owns the names and defaults of the flags, a public interface. Knows no model, no machine and no limit
-that depends on them: a limit left at None adapts, and ``resolve`` says to what.
+Owns the names and defaults of the flags, which are a public interface. Knows no model, no machine
+and no limit that depends on them: a limit left at None adapts, and ``resolve`` decides how.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ __all__ = ["ENGINE", "EngineConfig"]
 
 _MODEL = "Model"
 _SERVER = "Server"
-_SECURITY = "Who may ask"
-_OVERLOAD = "Limits of what is asked"
+_SECURITY = "Access"
+_OVERLOAD = "Limits on requests"
 _LOGGING = "Logging"
 _LIMITS = "Memory and batch size"
 _SCHEDULING = "Scheduling"
@@ -36,7 +36,7 @@ _UVICORN_LEVELS = ("critical", "error", "warning", "info", "debug", "trace")
 _LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
 _PROCESSES = ("server", "manager", "model", "worker")
 
-# What flags of features still to come are refused with: "... is not available yet".
+# Features still to come: a flag for one is refused with "... is not available yet".
 _TENSOR = "tensor parallelism"
 _COMPILE = "compiling the whole model with torch.compile"
 _CUDA_GRAPHS = "running batches as CUDA graphs"
@@ -45,7 +45,7 @@ _WANDB = "the report to Weights & Biases"
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """The choices of one engine, checked one by one; ``resolve`` checks them together.
+    """The choices for one engine, checked one by one; ``resolve`` checks them together.
 
     Raises:
         ConfigError: one line for every field of a wrong type, out of range or not available.
@@ -54,13 +54,16 @@ class EngineConfig:
     model: str | None = flag(
         None,
         group=_MODEL,
-        help="A directory in Hugging Face format, or a repository id, which is downloaded once and cached.",
+        help=(
+            "A directory in Hugging Face format, or a repository id, which is downloaded once "
+            "and cached."
+        ),
         adapts="the small bundled model",
     )
     tokenizer: str | None = flag(
         None,
         group=_MODEL,
-        help="Where to take the tokenizer from: a directory or a repository id.",
+        help="The tokenizer's source: a directory or a repository id.",
         adapts="model",
     )
     served_model_name: str | None = flag(
@@ -75,25 +78,33 @@ class EngineConfig:
         "auto",
         group=_MODEL,
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="Precision of weights, activations and KV cache. auto: float32 on cpu, bfloat16 on cuda.",
+        help=(
+            "Precision of weights, activations and KV cache. auto: float32 on cpu, bfloat16 on "
+            "cuda."
+        ),
     )
     rope_scaling: Mapping[str, Any] | None = flag(
         None,
         group=_MODEL,
-        help="Replaces the model's rope_scaling: JSON, or nested keys such as rope_scaling.factor=2.",
+        help=(
+            "Replaces the model's rope_scaling: JSON, or nested keys such as rope_scaling.factor=2."
+        ),
         adapts="the model's",
     )
     device: str = flag(
         "auto",
         group=_MODEL,
         choices=("auto", "cpu", "cuda"),
-        help="Where the model runs. auto: cuda where there is one.",
+        help="Where the model runs. auto: cuda if the machine has it.",
     )
     attention: str = flag(
         "auto",
         group=_MODEL,
         choices=("auto", "compiled", "reference"),
-        help="Which attention of the device: its fast kernel, or the plain one that serves as the reference. auto: compiled where it works.",
+        help=(
+            "The device's attention: its fast kernel, or the plain one that serves as the "
+            "reference. auto: compiled if it works."
+        ),
     )
     linear: str = flag(
         "plain",
@@ -120,7 +131,7 @@ class EngineConfig:
     host: str = flag(
         "127.0.0.1",
         group=_SERVER,
-        help="The address to listen on; 0.0.0.0 lets other machines in, for which there should be an api_key.",
+        help="The address to listen on. 0.0.0.0 lets other machines in; set an api_key then.",
     )
     port: int = flag(
         10210,
@@ -140,49 +151,74 @@ class EngineConfig:
         "auto",
         group=_SERVER,
         choices=("auto", "hermes", "llama3"),
-        help="How the model writes calls of tools. auto: as its chat template shows.",
+        help="How the model writes tool calls. auto: as its chat template shows.",
     )
     reasoning_parser: str = flag(
         "auto",
         group=_SERVER,
         choices=("auto", "think", "none"),
-        help="think: what an answer begins with between <think> and </think> is its reasoning_content. auto: where the chat template has such marks.",
+        help=(
+            "think: text between <think> and </think> at the start of an answer becomes its "
+            "reasoning_content. auto: think if the chat template has such marks."
+        ),
     )
     embedding_pooling: str = flag(
         "mean",
         group=_SERVER,
         choices=("mean", "last"),
-        help="How /v1/embeddings makes one vector of a text where a request does not say: the mean of its tokens' hidden states, or that of its last token.",
+        help=(
+            "How /v1/embeddings turns a text into one vector if the request does not say: the "
+            "mean of its tokens' hidden states, or the hidden state of its last token."
+        ),
     )
     data_dir: str | None = flag(
         None,
         group=_SERVER,
-        help="Where files and batches are kept, so that batches go on after a restart. One engine at a time may use it.",
+        help=(
+            "Where files and batches are kept, so that batches continue after a restart. Only "
+            "one engine at a time may use it."
+        ),
         adapts="~/.local/share/tokasaurus/port-PORT",
     )
     unsafe_pickle_responses: bool = flag(
         False,
         group=_SERVER,
-        help="Answer /custom/synchronous-batch-completions with a Python pickle, as clients of version 0.0.4 expect, unless Accept asks for JSON or msgpack. The risk is the client's: whoever can answer in the engine's place, or change what it sends on the way, runs code of their choice in the process that unpickles.",
+        help=(
+            "Answer /custom/synchronous-batch-completions with a Python pickle, as clients of "
+            "version 0.0.4 expect, unless Accept asks for JSON or msgpack. The risk is the "
+            "client's: anyone who can answer in the engine's place, or change its answers on the "
+            "way, can run any code in the process that unpickles."
+        ),
     )
 
     api_key: tuple[str, ...] | None = flag(
         None,
         group=_SECURITY,
         secret=True,
-        help="Keys of which a request must bring one, as Authorization: Bearer KEY. Other users of the machine can read a command line; api_key_file and the environment variable TOKASAURUS_API_KEY add keys that they cannot.",
+        help=(
+            "Keys, one of which every request must send as Authorization: Bearer KEY. Other "
+            "users of the machine can read a command line; api_key_file and the environment "
+            "variable TOKASAURUS_API_KEY add keys that they cannot read."
+        ),
         adapts="no key is needed",
     )
     api_key_file: str | None = flag(
         None,
         group=_SECURITY,
-        help="A file with more keys, one in each line; empty lines and lines that begin with # do not count.",
+        help=(
+            "A file with more keys, one per line; empty lines and lines that begin with # are "
+            "ignored."
+        ),
         adapts="no file",
     )
     trust_request_chat_template: bool = flag(
         False,
         group=_SECURITY,
-        help="Let a request bring its own chat_template. The risk: it is a Jinja program, which runs in the server without limits of time and memory, so that one request can hold up the engine for good.",
+        help=(
+            "Let a request bring its own chat_template. The risk: it is a Jinja program, which "
+            "runs in the server without limits of time and memory, so a single request can block "
+            "the engine permanently."
+        ),
     )
     ssl_certfile: str | None = flag(
         None,
@@ -199,47 +235,59 @@ class EngineConfig:
     cors_origins: tuple[str, ...] | None = flag(
         None,
         group=_SECURITY,
-        help="Origins whose web pages may ask, such as https://example.org; * is every page there is.",
-        adapts="no page of another origin may",
+        help=(
+            "Origins whose web pages may call the engine, such as https://example.org; * allows "
+            "every page."
+        ),
+        adapts="pages of other origins may not",
     )
 
     max_queued_requests: int = flag(
         65536,
         group=_OVERLOAD,
         minimum=1,
-        help="Prompts in flight, running or waiting, from which on new requests are refused with status 429.",
+        help="The most prompts in flight, running or waiting; more are refused with status 429.",
     )
     request_timeout_s: float | None = flag(
         None,
         group=_OVERLOAD,
         minimum=0.001,
-        help="How long a request may take, with its waiting, before it is ended with status 408; lines of batches have their own time.",
-        adapts="as long as it takes",
+        help=(
+            "How long a request may take, waiting included, before it is ended with status 408. "
+            "Lines of batches have their own time."
+        ),
+        adapts="no limit",
     )
     request_read_timeout_s: float = flag(
         60.0,
         group=_OVERLOAD,
         minimum=0.001,
-        help="How long a connection may take to bring a request's headers, and how long its body may go without 1024 further bytes, before it is closed, with status 408.",
+        help=(
+            "How long a connection may take to send a request's headers, and how long its body "
+            "may take for each 1024 bytes, before it is closed with status 408."
+        ),
     )
     max_body_bytes: int = flag(
         256 << 20,
         group=_OVERLOAD,
         minimum=1024,
-        help="Size of a request's body, beyond which it is refused with status 413.",
+        help="The largest body of a request; a larger one is refused with status 413.",
     )
     max_n: int = flag(
         65536,
         group=_OVERLOAD,
         minimum=1,
         maximum=65536,
-        help="Samples of one prompt, the field n, beyond which a request is refused with status 400.",
+        help="The most samples of one prompt, the field n; more are refused with status 400.",
     )
     max_stored_bytes: int | None = flag(
         None,
         group=_OVERLOAD,
         minimum=1,
-        help="Of all files in data_dir, inputs and results of batches, beyond which an upload is refused with status 400; results are always kept.",
+        help=(
+            "The most bytes of all files in data_dir, inputs and results of batches. An upload "
+            "beyond it is refused with status 400; results are always kept."
+        ),
         adapts="as much as the disk holds",
     )
 
@@ -247,14 +295,14 @@ class EngineConfig:
         "info",
         group=_LOGGING,
         choices=_UVICORN_LEVELS,
-        help="Log level of the web server; warning hides the line of each request.",
+        help="Log level of the web server; warning hides the line for each request.",
     )
     log_level: str = flag("INFO", group=_LOGGING, choices=_LEVELS, help="Log level of the engine.")
     log_procs: tuple[str, ...] | None = flag(
         None,
         group=_LOGGING,
         choices=_PROCESSES,
-        help="Only these processes log; model and worker name the same one.",
+        help="Only these processes log; model and worker name the same process.",
         adapts="all",
     )
 
@@ -265,13 +313,19 @@ class EngineConfig:
         minimum=1,
         help="Tokens that the KV cache of a replica holds.",
         usually="131072",
-        adapts="on cpu to half of the free memory, where that holds less; up to max_num_tokens_per_request",
+        adapts=(
+            "on cpu to half of the free memory, if that holds less; up to "
+            "max_num_tokens_per_request"
+        ),
     )
     page_size: int | None = flag(
         None,
         group=_LIMITS,
         minimum=1,
-        help="Tokens in a page. An explicit kv_cache_num_tokens must be a multiple of an explicit page_size; otherwise it is rounded to whole pages.",
+        help=(
+            "Tokens in a page. If page_size and kv_cache_num_tokens are both set, the second must "
+            "be a multiple of the first; otherwise it is rounded up to whole pages."
+        ),
         usually="16",
     )
     max_seqs_per_forward: int | None = flag(
@@ -286,7 +340,7 @@ class EngineConfig:
         None,
         group=_LIMITS,
         minimum=1,
-        help="Prompt and generated tokens that one step computes, together.",
+        help="Prompt and generated tokens of one batch, together.",
         usually="8192",
         adapts="up to max_seqs_per_forward",
     )
@@ -294,7 +348,7 @@ class EngineConfig:
         None,
         group=_LIMITS,
         minimum=2,
-        help="Prompt and completion of a request together.",
+        help="Tokens of a request, prompt and completion together.",
         adapts="what the model's positions and the KV cache allow",
     )
 
@@ -302,20 +356,26 @@ class EngineConfig:
         8,
         group=_SCHEDULING,
         minimum=1,
-        help="Steps planned before the result of the first is known, at most.",
+        help="The most steps planned before the result of the first is known.",
     )
 
     max_topk_logprobs: int | None = flag(
         20,
         group=_LOGPROBS,
         minimum=1,
-        help="The most top logprobs a request may ask for; None allows only those of the chosen tokens.",
+        help=(
+            "The most top logprobs that a request may ask for; None allows only those of the "
+            "chosen tokens."
+        ),
     )
     logprobs_mode: str = flag(
         "temperature",
         group=_LOGPROBS,
         choices=("temperature", "raw", "processed"),
-        help="The distribution that logprobs come from: softmax of logits / temperature, of the logits alone, or after temperature, top_k, top_p and min_p.",
+        help=(
+            "The distribution that logprobs come from: softmax of logits / temperature, of the "
+            "logits alone, or after temperature, top_k, top_p and min_p."
+        ),
     )
 
     local_proc_name: str = flag(
@@ -330,10 +390,10 @@ class EngineConfig:
     bump_city_population_me: bool = flag(
         False,
         group=_DEBUG,
-        help="Preempt running sequences without need, to test that nobody notices.",
+        help="Preempt running sequences without need, to test that preemption changes no result.",
     )
 
-    # --- features still to come ---------------------------------------------------------------------
+    # --- features still to come -------------------------------------------------------------------
     dp_size: int = flag(
         1,
         group=_PARALLEL,
@@ -385,7 +445,10 @@ class EngineConfig:
         group=_GRAPHS,
         later=_CUDA_GRAPHS,
         accepts=(False,),
-        help="Run batches of generated tokens as CUDA graphs where the device has them; for now all batches run without, whatever this says.",
+        help=(
+            "Run batches of generated tokens as CUDA graphs if the device has them. For now all "
+            "batches run without, whatever this says."
+        ),
     )
     cudagraph_max_size: int = flag(
         128,
@@ -412,7 +475,10 @@ class EngineConfig:
     use_hydragen: bool = flag(
         False,
         group=_HYDRAGEN,
-        help="Group the sequences of every step by the prefixes they share, for attention that reads such a prefix once. This version's kernels do not make use of the groups yet.",
+        help=(
+            "Group the sequences of every batch by the prefixes they share, for attention that "
+            "reads such a prefix once. This version's kernels do not use the groups yet."
+        ),
     )
     hydragen_min_group_size: int = flag(
         32,
@@ -430,13 +496,13 @@ class EngineConfig:
     greedy_prefill: bool = flag(
         True,
         group=_SCHEDULING,
-        help="Fill every step with as much of the waiting prompts as fits.",
+        help="Fill every batch with as much of the waiting prompts as fits.",
     )
     prefill_round_up_multiple: int = flag(
         16,
         group=_SCHEDULING,
         minimum=1,
-        help="Without greedy_prefill: round the prompt tokens of a step up to this.",
+        help="Without greedy_prefill: round the prompt tokens of a batch up to a multiple of this.",
     )
     track_early_stopping: bool = flag(
         True,
@@ -456,14 +522,17 @@ class EngineConfig:
         16,
         group=_SCHEDULING,
         minimum=0,
-        help="Sequences that must finish before predictions replace early_stopping_init_mean, where that is given.",
+        help=(
+            "Sequences that must finish before predictions replace early_stopping_init_mean, if "
+            "that is set."
+        ),
     )
     early_stopping_init_mean: float | None = flag(
         None,
         group=_SCHEDULING,
         minimum=0,
         help="Expected length before that, as a fraction of max_tokens.",
-        adapts="learned from the first token on, beginning with a sixteenth of max_tokens",
+        adapts="learned from the first token on, starting from a sixteenth of max_tokens",
     )
     early_stopping_init_std: float | None = flag(
         None,
@@ -475,7 +544,10 @@ class EngineConfig:
     use_spec_allocation: bool = flag(
         True,
         group=_SCHEDULING,
-        help="Admit sequences by predicted rather than by largest possible lengths.",
+        help=(
+            "Admit sequences by their predicted lengths rather than by their largest possible "
+            "lengths."
+        ),
     )
     spec_allocation_std_buffer_scale: float = flag(
         0.25,
@@ -494,7 +566,10 @@ class EngineConfig:
         5.0,
         group=_STATISTICS,
         minimum=0,
-        help="Period of the line of statistics in the log, which is left out while nothing runs; 0 is never.",
+        help=(
+            "Period of the line of statistics in the log, which is left out while nothing runs; "
+            "0 turns it off."
+        ),
     )
     statsd_server_url: str | None = flag(
         None,
@@ -523,7 +598,7 @@ class EngineConfig:
         group=_CARTRIDGES,
         minimum=1,
         later="a server-wide default for max_completion_tokens",
-        help="Length of a chat completion whose request names none.",
+        help="Length of a chat completion whose request sets none.",
         adapts="what fits",
     )
 
@@ -532,13 +607,14 @@ class EngineConfig:
 
     @staticmethod
     def from_flags(**flags: Any) -> EngineConfig:
-        """The configuration from keyword arguments, with all that the command line offers for keys:
-        aliases, ``config="file.yaml"`` (read first), and the nearest name for an unknown one.
+        """Makes a configuration from keyword arguments.
 
-        Values are Python values of the flag's type; strings are not read as literals.
+        Keys work as on the command line: aliases, ``config="file.yaml"`` (read first), and the
+        nearest name in the error about an unknown key. Values are Python values of the flag's type;
+        strings are not read as literals.
 
         Raises:
-            ConfigError: one line for everything that is wrong.
+            ConfigError: one line for each thing that is wrong.
         """
         builder = Builder(ENGINE)
         for key in sorted(flags, key=lambda key: key != "config"):
@@ -555,17 +631,17 @@ def _uvsh() -> Mapping[str, Any]:
 
 
 def _dmanager() -> Mapping[str, Any]:
-    """local_proc_name=manager: debug the manager"""
+    """local_proc_name=manager, to debug the manager"""
     return {"local_proc_name": "manager"}
 
 
 def _dmodel() -> Mapping[str, Any]:
-    """local_proc_name=model: debug the worker"""
+    """local_proc_name=model, to debug the worker"""
     return {"local_proc_name": "model"}
 
 
 def _par(dp: int = 1, pp: int = 1, tp: int = 1) -> Mapping[str, Any]:
-    """.par(dp=2, pp=2, tp=1) sets dp_size, pp_size and tp_size; 1 where left out"""
+    """.par(dp=2, pp=2, tp=1) sets dp_size, pp_size and tp_size; each defaults to 1"""
     return {"dp_size": dp, "pp_size": pp, "tp_size": tp}
 
 
@@ -583,7 +659,7 @@ ENGINE = Schema(
     shortcuts={"uvsh": _uvsh, "dmanager": _dmanager, "dmodel": _dmodel, "par": _par},
     retired={
         "stop_string_num_token_lookback": Retired(
-            int, 5, "stop strings are searched for in the whole text, however long they are"
+            int, 5, "stop strings of any length are found in the whole text"
         ),
         "enable_chosen_logprobs": Retired(
             bool,

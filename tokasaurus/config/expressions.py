@@ -1,7 +1,8 @@
-"""Arithmetic in flag values, such as ``(128 * 1024)``: parsed to a syntax tree, walked over a whitelist.
+"""Arithmetic in flag values, such as ``(128 * 1024)``.
 
-Owns the grammar of an expression and its limits. Knows no flags. Nothing is ever compiled or run as
-Python code.
+An expression is parsed to a syntax tree, of which only the nodes of a whitelist are evaluated;
+nothing is ever compiled or run as Python code. Owns the grammar of an expression and its limits.
+Knows no flags.
 
     expression := number | +e | -e | e op e | (e) | name(e, ...) | tuple or list of e
     op         := + - * / // % **
@@ -42,7 +43,7 @@ class ExpressionError(ValueError):
 
     Args:
         message: what is wrong.
-        position: of the first character at fault, counted from 1.
+        position: the first character at fault, counted from 1.
     """
 
     def __init__(self, message: str, position: int) -> None:
@@ -54,7 +55,7 @@ def evaluate(source: str) -> Value:
     """The value of an expression.
 
     Raises:
-        ExpressionError: the source is no expression of the grammar above, or breaks a limit.
+        ExpressionError: the source does not follow the grammar above, or breaks a limit.
     """
     if len(source) > MAX_SOURCE:
         raise ExpressionError(f"an expression has at most {MAX_SOURCE} characters", MAX_SOURCE + 1)
@@ -85,7 +86,7 @@ def _position(source: str, line: int, column: int) -> int:
 
 
 class _Walk:
-    """One walk over the tree of one source."""
+    """Evaluates the tree of one source."""
 
     def __init__(self, source: str) -> None:
         self._source = source

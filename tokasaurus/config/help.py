@@ -1,4 +1,4 @@
-"""``--help``: every flag with its default and its meaning, in groups, as wide as the terminal."""
+"""The page that ``--help`` prints: every flag with its default and meaning, in groups."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from rich.text import Text
 from tokasaurus.config.reference import Row, sections
 from tokasaurus.config.schema import Schema
 
-__all__ = ["print_help"]
+__all__ = ["print_page"]
 
 _MAX_WIDTH = 110
 _MIN_WIDTH = 60
-_LEFT = 42  # columns up to where meanings begin; a third of a narrow terminal
+_LEFT = 42  # columns before the meanings; at most a third of the terminal
 
 _GRAMMAR = (
-    ("key=value", "sets a flag, later ones win; --key=value and --key value do the same"),
-    ("key='(2 * 1024)'", "arithmetic stands in parentheses"),
-    ("key=T, key=F", "true and false, also yes/no, on/off, 1/0"),
-    ("key=None", "back to the default of a flag that adapts"),
+    ("key=value", "sets a flag; later values win; --key=value and --key value do the same"),
+    ("key='(2 * 1024)'", "arithmetic, in parentheses"),
+    ("key=T, key=F", "true and false; also yes/no, on/off, 1/0"),
+    ("key=None", "resets a flag that adapts to its default"),
     ("a.b=value", "a nested key; --in a b=value in-- does the same"),
     ("--list key x y list--", "a list; key=x,y does the same"),
     ("--show", "prints the configuration as YAML and exits"),
-    ("--help, -h", "prints this and exits"),
+    ("--version", "prints the version and exits"),
+    ("--help, -h", "prints this help and exits"),
 )
 
 
-def print_help(schema: Schema[Any]) -> None:
-    """Prints to standard output: coloured on a terminal, plain text elsewhere."""
+def print_page(schema: Schema[Any]) -> None:
+    """Prints to standard output, as wide as the terminal: coloured there, plain text elsewhere."""
     columns = shutil.get_terminal_size((100, 24)).columns
     width = max(_MIN_WIDTH, min(columns, _MAX_WIDTH))
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)

@@ -1,7 +1,7 @@
-"""Command lines: ``toka``'s, and those of the other commands, whose flags are dataclasses too.
+"""The command lines of ``toka`` and of the other commands, whose flags are dataclasses too.
 
-Owns what happens around the grammar: help, ``--show``, the ``OVERRIDES`` environment variable,
-warnings, and the exit status of a wrong command line.
+Owns everything around the grammar: help, ``--version``, ``--show``, the environment variable
+``OVERRIDES``, warnings, and the exit status of a wrong command line.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import yaml
@@ -19,27 +20,29 @@ from tokasaurus.config.engine import ENGINE, EngineConfig
 from tokasaurus.config.schema import Schema, flags_of
 from tokasaurus.config.syntax import Reader
 from tokasaurus.errors import ConfigError
+from tokasaurus.version import __version__
 
-__all__ = ["parse", "parse_command_line", "parse_or_exit"]
+__all__ = ["answer_question", "parse", "parse_command_line", "parse_or_exit", "print_help"]
 
 C = TypeVar("C")
 
 
 def parse_command_line(arguments: Sequence[str], environment: Mapping[str, str]) -> EngineConfig:
-    """What ``toka`` was asked for.
+    """Reads the command line of ``toka``.
 
-    The words of the environment variable OVERRIDES, split as a shell would, count as if they stood
-    behind the arguments. Warnings go to standard error.
+    The words of the environment variable OVERRIDES, split as a shell splits them, count as if they
+    followed the arguments. Warnings go to standard error.
 
     Raises:
         ConfigError: one line for each thing that is wrong.
-        SystemExit: with status 0, after ``--help`` or ``--show`` have been printed.
+        SystemExit: with status 0, after printing what ``--help``, ``--version`` or ``--show`` asked
+            for.
     """
     return parse(ENGINE, arguments, environment.get("OVERRIDES", ""))
 
 
 def parse_or_exit(schema: Schema[C], arguments: Sequence[str]) -> C:
-    """What a command was asked for; a wrong command line ends the process with status 2."""
+    """Reads a command line; if it is wrong, the process ends with status 2."""
     try:
         return parse(schema, arguments)
     except ConfigError as error:
@@ -49,10 +52,7 @@ def parse_or_exit(schema: Schema[C], arguments: Sequence[str]) -> C:
 
 def parse(schema: Schema[C], arguments: Sequence[str], overrides: str = "") -> C:
     """Reads a command line of any schema; see :func:`parse_command_line`."""
-    if any(token in ("--help", "-h") for token in arguments):
-        from tokasaurus.config.help import print_help
-
-        print_help(schema)
+    if answer_question(arguments, partial(print_help, schema)):
         raise SystemExit(0)
     builder = Builder(schema)
     reader = Reader(schema, builder)
@@ -60,7 +60,7 @@ def parse(schema: Schema[C], arguments: Sequence[str], overrides: str = "") -> C
     try:
         words = shlex.split(overrides)
     except ValueError as error:
-        # Not what it holds: that may be a secret.
+        # The message does not show the variable, which may hold a secret.
         raise ConfigError(f"OVERRIDES: {str(error).lower()}") from None
     with builder.reading("OVERRIDES"):
         reader.read(words)
@@ -73,8 +73,29 @@ def parse(schema: Schema[C], arguments: Sequence[str], overrides: str = "") -> C
     return parsed.value
 
 
+def answer_question(words: Sequence[str], show_help: Callable[[], None]) -> bool:
+    """Prints help or the version if a command line asks for it; says whether it did.
+
+    ``--help``, ``-h`` and ``--version`` count anywhere, ``help`` only as the single word.
+    """
+    if list(words) == ["help"] or not {"--help", "-h"}.isdisjoint(words):
+        show_help()
+    elif "--version" in words:
+        print(f"tokasaurus {__version__}")
+    else:
+        return False
+    return True
+
+
+def print_help(schema: Schema[Any]) -> None:
+    """Prints the help of a command."""
+    from tokasaurus.config.help import print_page  # rich is slow to import
+
+    print_page(schema)
+
+
 def show(value: Any) -> str:
-    """An instance as YAML that ``config=FILE`` reads back; a secret is only said to be there."""
+    """An instance as YAML that ``config=FILE`` reads back; secrets are mentioned but not shown."""
     plain = _plain(dataclasses.asdict(value))
     secrets = [flag.name for flag in flags_of(type(value)).values() if flag.notes.secret]
     notes = [f"# {name} is set, and not shown\n" for name in secrets if plain[name] is not None]

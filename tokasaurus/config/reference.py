@@ -1,6 +1,8 @@
-"""The reference of flags as data, and as the Markdown of ``docs/configuration.md``:
+"""The reference of flags, as data and as the Markdown page ``docs/configuration.md``.
 
-python -m tokasaurus.config.reference > docs/configuration.md
+To write the page::
+
+    python -m tokasaurus.config.reference > docs/configuration.md
 """
 
 from __future__ import annotations
@@ -17,54 +19,58 @@ from tokasaurus.config.values import describe
 __all__ = ["Row", "Section", "markdown", "sections"]
 
 _LATER = "Not available yet"
-_RETIRED = "Accepted, without effect"
+_RETIRED = "Accepted without effect"
 
 _INTRODUCTION = """\
 # Configuration
 
 <!-- Written by `python -m tokasaurus.config.reference`; a test compares the two. -->
 
-An engine is configured by `key=value` arguments of `toka`, by the same keys in a YAML file, or by
-keyword arguments in Python. `toka --help` prints what stands here, `toka ... --show` the result.
+Configure an engine with `key=value` arguments of `toka`, with the same keys in a YAML file, or with
+keyword arguments in Python. `toka --help` prints this reference, and `toka ... --show` prints the
+resulting configuration.
 
 ```bash
 toka model=meta-llama/Llama-3.2-1B-Instruct port=8080 kv_cache_num_tokens='(128 * 1024)'
 ```
 
-## How values are written
+## Syntax
 
-| written | meaning |
+| syntax | meaning |
 |---|---|
-| `key=value` | split at the first `=`, so `key=a=b` is the text `a=b`; `--key=value` and `--key value` are the same |
-| `--key` | sets a true-or-false flag |
+| `key=value` | split at the first `=`, so `key=a=b` sets the text `a=b` |
+| `--key=value`, `--key value` | the same |
+| `--key` | sets a true-or-false flag to true |
 | `a.b=value` | a nested key, such as `rope_scaling.factor=2.0` |
 | `T`, `F` | true and false, also `true`/`false`, `yes`/`no`, `on`/`off`, `1`/`0`, in any case |
-| `None` | the flag's own default, where the table says what it adapts to |
+| `None` | the default of a flag that adapts |
 | `1024`, `1e6`, `2.5` | numbers; a whole number may be written with an exponent |
-| `'(128 * 1024)'` | arithmetic: `+ - * / // % **`, parentheses, `min`, `max`, `int`, `round`; never names or code |
+| `'(128 * 1024)'` | arithmetic: `+ - * / // % **`, parentheses, `min`, `max`, `int`, `round` |
 | `a,b` or `['a', 'b']` | a list |
 | `{...}` | a mapping, as a Python literal or as JSON |
-| anything else | text; quotes inside the value (`"'(text)'"`) keep it from being read as something else |
+| anything else | text; with quotes inside the value, as in `"'(text)'"`, always text |
 | `--list key a b list--` | a list |
 | `--in a b=1 c=2 in--` | the keys `a.b` and `a.c` |
-| `config=file.yaml` | the keys of a file, at this place in the order |
+| `config=file.yaml` | the keys of a file, in the place of this argument |
 | `.uvsh` | `uvicorn_log_level=warning` |
-| `.dmanager`, `.dmodel` | `local_proc_name=manager` or `model`: that process runs in the foreground |
+| `.dmanager`, `.dmodel` | `local_proc_name=manager` or `model`, which runs in the foreground |
 | `.par(dp=2, pp=2, tp=1)` | `dp_size`, `pp_size` and `tp_size` |
 | `--show` | print the configuration as YAML, which `config=` reads back, and exit |
+| `--version` | print the version and exit |
+| `--help`, `-h` or just `help` | print the help and exit |
 
-Arguments count from left to right, and later ones win. The environment variable `OVERRIDES` holds
-more arguments, written as in a shell, which count as if they stood at the end. Everything that is
-wrong is reported at once, with the nearest flag for a name that does not exist.
+Arguments are read from left to right, and later ones win. The environment variable `OVERRIDES`
+holds more arguments, written as in a shell, which are read after all others. All errors are
+reported at once. An unknown name is reported with the nearest flag.
 
-In Python, `EngineConfig.from_flags(model=..., page_size=32)` and `LLM(model, page_size=32)` take the
-same keys with Python values.
+In Python, `EngineConfig.from_flags(model=..., page_size=32)` and `LLM(model, page_size=32)` take
+the same keys with Python values.
 
 ## Limits adapt
 
-A limit that is not set adapts to those that are, to the model and to the memory:
-`max_tokens_per_forward=128` alone also lowers `max_seqs_per_forward` to 128. Two flags conflict only
-if both are set.
+A limit that is not set adapts to those that are set, to the model and to the memory. For example,
+`max_tokens_per_forward=128` alone also lowers `max_seqs_per_forward` to 128. Two flags conflict
+only if both are set.
 """
 
 
@@ -89,7 +95,7 @@ class Section:
 
 
 def sections(schema: Schema[Any]) -> list[Section]:
-    """Every flag of a schema: by group, then those of features still to come, then retired ones."""
+    """Every flag of a schema: by group, then features still to come, then retired flags."""
     groups: dict[str, list[Row]] = {}
     later = []
     for prefix, flag in _leaves(schema.target):
@@ -98,7 +104,7 @@ def sections(schema: Schema[Any]) -> list[Section]:
         else:
             later.append(_row(prefix, flag))
     if schema.reads_files:
-        meaning = "A YAML file with the same keys, read at this place in the order."
+        meaning = "A YAML file with the same keys, read in the place of this argument."
         groups.setdefault("Configuration file", []).append(Row("config", "FILE", meaning, "text"))
     retired = [
         Row(
@@ -111,7 +117,7 @@ def sections(schema: Schema[Any]) -> list[Section]:
 
 
 def _leaves(target: type[Any], prefix: str = "") -> Iterator[tuple[str, Flag]]:
-    """Every flag that has a value of its own, and the path to it."""
+    """Every flag with a value of its own, after the path to it."""
     for flag in flags_of(target).values():
         if flag.is_nested:
             yield from _leaves(flag.inner_form, f"{prefix}{flag.name}.")
@@ -150,13 +156,11 @@ def markdown(schema: Schema[Any] = ENGINE) -> str:
         parts.append(f"## {section.title}\n")
         if section.title == _LATER:
             parts.append(
-                "These names are settled and their features are not here yet: a value other than the "
-                "default is refused.\n"
+                "These names are settled, but their features are not available yet: a value "
+                "other than the default is refused.\n"
             )
         if section.title == _RETIRED:
-            parts.append(
-                "These are accepted with a warning, since nothing is left for them to do.\n"
-            )
+            parts.append("These flags of earlier versions are accepted with a warning.\n")
         lines = ["| flag | value | default | meaning |", "|---|---|---|---|"]
         lines += [_markdown_row(row) for row in section.rows]
         parts.append("\n".join(lines) + "\n")

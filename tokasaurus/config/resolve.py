@@ -1,9 +1,10 @@
-"""From the choices of a user to the slice of each room: every default that adapts, every conflict.
+"""Resolves a user's choices into the slice of each room: defaults that adapt, and conflicts.
 
-One pure function. Knows what it is told of the model and the machine, and asks neither.
+``resolve`` is a pure function. It is told about the model and the machine, and asks neither.
 
-A limit that the user left alone (None) adapts to the others, to the model and to the memory. So two
-flags conflict only where both were set, or where one was set and the model or the machine is too small.
+A limit that the user did not set (None) adapts to the other limits, to the model and to the
+memory. So flags conflict only if the user set both, or set one that the model or the machine cannot
+satisfy.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tokasaurus.config.slices import (
 )
 from tokasaurus.errors import ConfigError
 from tokasaurus.protocol.messages import LogprobsMode, Pooling
+from tokasaurus.rounding import round_up
 
 __all__ = ["BUNDLED_MODEL_NAME", "resolve"]
 
@@ -54,13 +56,13 @@ def resolve(
     cuda_available: bool,
     memory_bytes: int | None,
 ) -> EngineSlices:
-    """Decides everything that the user did not, for this model on this machine.
+    """Decides everything that the user left open, for this model on this machine.
 
     Args:
-        config: the user's choices; ``tokenizer``, where set, is what the server room can load.
-        facts: of the model that ``config.model`` names.
-        cuda_available: whether the machine has a CUDA device that works.
-        memory_bytes: main memory that is free; None if that is unknown. Only a model on cpu uses it.
+        config: the user's choices; ``tokenizer``, if set, is a path that the server room can load.
+        facts: about the model that ``config.model`` names.
+        cuda_available: whether the machine has a working CUDA device.
+        memory_bytes: free main memory, or None if unknown. Only a model on cpu uses it.
 
     Raises:
         ConfigError: one line for every conflict, naming the flags and the remedy.
@@ -86,7 +88,7 @@ def resolve(
 
 @dataclass(frozen=True)
 class _Limits:
-    """Sizes that fit one another."""
+    """Sizes that are consistent with one another."""
 
     page_size: int
     num_pages: int
@@ -112,7 +114,7 @@ def _dtype(config: EngineConfig, device: str) -> str:
 
 
 def _max_positions(config: EngineConfig, facts: ModelFacts) -> int:
-    """The longest text the model can see; a rope_scaling with a factor stretches it."""
+    """The longest text that the model can see; a rope_scaling with a factor extends it."""
     scaling = config.rope_scaling or {}
     factor = scaling.get("factor")
     original = scaling.get("original_max_position_embeddings", facts.max_position_embeddings)
@@ -124,10 +126,10 @@ def _max_positions(config: EngineConfig, facts: ModelFacts) -> int:
 def _limits(
     config: EngineConfig, max_positions: int, room: int | None, problems: list[str]
 ) -> _Limits:
-    """Sizes of the KV cache and of a step. ``room`` is how many tokens the memory could hold."""
+    """Sizes of the KV cache and of a batch. ``room`` is the tokens that the memory could hold."""
     page_size = _page_size(config, problems)
     kv_tokens = _kv_tokens(config, page_size, room, problems)
-    max_seqs, max_tokens = _step_size(config, problems)
+    max_seqs, max_tokens = _batch_size(config, problems)
     asked = config.max_num_tokens_per_request
     if asked is not None and asked > max_positions:
         problems.append(
@@ -149,7 +151,7 @@ def _page_size(config: EngineConfig, problems: list[str]) -> int:
         below = kv_tokens // page_size * page_size
         nearby = f"{below} or {below + page_size}" if below else f"{page_size}"
         problems.append(
-            f"kv_cache_num_tokens={kv_tokens} is no multiple of page_size={page_size}; "
+            f"kv_cache_num_tokens={kv_tokens} is not a multiple of page_size={page_size}; "
             f"set kv_cache_num_tokens={nearby}, or leave page_size out"
         )
     return page_size or DEFAULT_PAGE_SIZE
@@ -160,7 +162,7 @@ def _kv_tokens(config: EngineConfig, page_size: int, room: int | None, problems:
     tokens, asked = config.kv_cache_num_tokens, config.max_num_tokens_per_request
     if tokens is None:
         tokens = DEFAULT_KV_TOKENS if room is None else min(DEFAULT_KV_TOKENS, room // 2)
-        tokens = max(_round_down(tokens, page_size), _round_up(asked or 1, page_size))
+        tokens = max(tokens // page_size * page_size, round_up(asked or 1, page_size))
         flag = f"max_num_tokens_per_request={asked}" if asked else f"page_size={page_size}"
         remedy = "lower it, or free memory"
     else:
@@ -169,31 +171,25 @@ def _kv_tokens(config: EngineConfig, page_size: int, room: int | None, problems:
                 f"max_num_tokens_per_request={asked} does not fit into "
                 f"kv_cache_num_tokens={tokens}; raise the second, or leave the first out"
             )
-        tokens = _round_up(tokens, page_size)
+        tokens = round_up(tokens, page_size)
         flag = f"kv_cache_num_tokens={config.kv_cache_num_tokens}"
         remedy = "lower it, or leave it out to take at most half of the memory"
     if room is not None and tokens > room:
         problems.append(
-            f"{flag} needs a KV cache of {tokens} tokens, and the free memory holds {room}; {remedy}"
+            f"{flag} needs a KV cache of {tokens} tokens, and the free memory holds {room};"
+            f" {remedy}"
         )
     return tokens
 
 
-def _round_down(tokens: int, page_size: int) -> int:
-    return tokens // page_size * page_size
-
-
-def _round_up(tokens: int, page_size: int) -> int:
-    return -(-tokens // page_size) * page_size
-
-
-def _step_size(config: EngineConfig, problems: list[str]) -> tuple[int, int]:
-    """Sequences that run together, and tokens of a step, at least one for each sequence."""
+def _batch_size(config: EngineConfig, problems: list[str]) -> tuple[int, int]:
+    """Sequences that run together, and tokens of a batch, which has at least one per sequence."""
     seqs, tokens = config.max_seqs_per_forward, config.max_tokens_per_forward
     if seqs is not None and tokens is not None and seqs > tokens:
         problems.append(
-            f"max_seqs_per_forward={seqs} exceeds max_tokens_per_forward={tokens}, and each running "
-            "sequence takes a token of every step; lower the first, or leave one of them out"
+            f"max_seqs_per_forward={seqs} exceeds max_tokens_per_forward={tokens}, and each"
+            " running sequence takes a token of every step; lower the first, or leave one of"
+            " them out"
         )
     if seqs is None:
         seqs = min(DEFAULT_MAX_SEQS, tokens or DEFAULT_MAX_TOKENS)
@@ -204,8 +200,8 @@ def _check_access(config: EngineConfig, problems: list[str]) -> None:
     for number, key in enumerate(config.api_key or (), 1):
         if not key or not all("!" <= character <= "~" for character in key):
             problems.append(
-                f"api_key: key number {number} is empty, or has a character that no HTTP header carries;"
-                " keys consist of visible ASCII characters"
+                f"api_key: key number {number} is empty, or has a character that no HTTP header"
+                " carries; keys consist of visible ASCII characters"
             )
     if (config.ssl_certfile is None) != (config.ssl_keyfile is None):
         given, missing = "ssl_certfile", "ssl_keyfile"
@@ -215,8 +211,8 @@ def _check_access(config: EngineConfig, problems: list[str]) -> None:
     for origin in config.cors_origins or ():
         if origin != "*" and not _ORIGIN.fullmatch(origin):
             problems.append(
-                f"cors_origins: {origin!r} is no origin; expected such as https://example.org, without a"
-                " path, or *"
+                f"cors_origins: {origin!r} is not an origin; expected one such as"
+                " https://example.org, without a path, or *"
             )
 
     url = config.statsd_server_url
@@ -345,7 +341,8 @@ def _worker(
 
 
 def _num_slots(limits: _Limits) -> int:
-    return 2 * limits.max_seqs  # those of finished sequences rest until their last batch is back
+    # The slot of a finished sequence stays unused until its last batch is absorbed.
+    return 2 * limits.max_seqs
 
 
 def _max_topk(config: EngineConfig, facts: ModelFacts) -> int:
@@ -353,5 +350,5 @@ def _max_topk(config: EngineConfig, facts: ModelFacts) -> int:
 
 
 def _role(process: str) -> str:
-    """Users may call the worker by the room it works in."""
+    """The role of a process; users may name the worker by its room."""
     return "worker" if process == "model" else process

@@ -1,7 +1,7 @@
 """Flags as data: what a field of a dataclass means on a command line.
 
-Owns a flag's metadata, its checks, and the table of the flags of a dataclass. Knows no particular
-flag, and nothing of tokens, files or processes.
+Owns a flag's metadata and checks, and the table of a dataclass's flags. Knows no particular flag,
+and nothing of command-line words, files or processes.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ __all__ = [
 C = TypeVar("C")
 
 REQUIRED: Any = dataclasses.MISSING
-HIDDEN = "(hidden)"  # what stands for a secret
+HIDDEN = "(hidden)"  # shown in place of a secret
 
 
 class UnknownFlag(ValueError):
-    """A key that names no flag; the message names the nearest one."""
+    """A key that is not the name of a flag; the message names the nearest flag."""
 
 
 @dataclass(frozen=True)
 class _Notes:
-    """What the author of a field says about it; see :func:`flag`."""
+    """A field's metadata; see :func:`flag`."""
 
     help: str
     group: str = ""
@@ -57,22 +57,22 @@ class _Notes:
 
 
 def flag(default: Any = REQUIRED, **notes: Any) -> Any:
-    """A dataclass field that is a flag.
+    """Makes a dataclass field that is a flag.
 
     Args:
-        default: its default; without one the flag is required.
-        help: what it does, in a sentence or two.
-        group: the heading under which help lists it.
-        aliases: other names it goes by.
-        choices: the values of a text, in any case; the spelling here is what the field gets.
+        default: the default value; without one, the flag is required.
+        help: what the flag does, in a sentence or two.
+        group: the heading under which the help lists it.
+        aliases: other names of the flag.
+        choices: the allowed texts, read in any case and stored as spelled here.
         minimum, maximum: inclusive bounds of a number.
-        adapts: what None becomes, where that depends on other flags or on the model.
+        adapts: what None becomes, if that depends on other flags or on the model.
         usually: what None becomes as a rule; documentation shows it as the default.
-        later: names the feature that this version lacks: only the default is accepted,
-        accepts: and these values.
-        verbatim: the text is taken as it is, not read as a literal or an expression.
-        may_be_empty: an empty text is a value too.
-        secret: the value is never shown, in an error or anywhere else.
+        later: the feature that this version lacks. Only the default and ``accepts`` are accepted.
+        accepts: values that are accepted besides the default.
+        verbatim: whether the text is taken unchanged, not read as a literal or an expression.
+        may_be_empty: whether an empty text is a value.
+        secret: whether the value is never shown, in errors or anywhere else.
     """
     made = _Notes(**notes)
     return field(default=default, repr=not made.secret, metadata={"flag": made})
@@ -80,7 +80,7 @@ def flag(default: Any = REQUIRED, **notes: Any) -> Any:
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag: a name, a form (see ``values``), a default, and its notes."""
+    """One flag: a name, a form (see ``values``), a default and metadata."""
 
     name: str
     form: Any
@@ -97,7 +97,7 @@ class Flag:
 
     @property
     def is_nested(self) -> bool:
-        """Whether its value is a dataclass with flags of its own."""
+        """Whether the value is a dataclass with flags of its own."""
         return dataclasses.is_dataclass(self.inner_form)
 
     @property
@@ -105,10 +105,11 @@ class Flag:
         return self.default is REQUIRED
 
     def check(self, value: Any) -> Any:
-        """The value, converted to the flag's form.
+        """Returns the value, converted to the flag's form.
 
         Raises:
-            BadValue: it is of another type, out of range, no choice, or asks for what is not there.
+            BadValue: the value has another type, is out of range, is not one of the choices, or
+                asks for a feature that is not available yet.
         """
         value = convert(value, self.form)
         if value is not None:
@@ -118,7 +119,8 @@ class Flag:
         notes = self.notes
         if notes.later is not None and value != self.default and value not in notes.accepts:
             raise BadValue(
-                f"{notes.later} is not available yet; leave {self.name} at its default ({self.default})"
+                f"{notes.later} is not available yet; leave {self.name} at its default"
+                f" ({self.default})"
             )
         return value
 
@@ -144,7 +146,7 @@ class Flag:
 
 @dataclass(frozen=True)
 class Retired:
-    """A flag that other versions have and that has nothing to do here: accepted with a warning."""
+    """A flag of other versions that has no effect here: accepted with a warning."""
 
     form: Any
     default: Any
@@ -156,12 +158,12 @@ class Schema(Generic[C]):
     """The command line of a dataclass.
 
     Args:
-        target: the dataclass; every field was made by :func:`flag`, or holds such a dataclass.
+        target: the dataclass; every field is made by :func:`flag`, or holds such a dataclass.
         program: the command's name.
         summary: what the command does, for its help.
-        shortcuts: what ``.name(...)`` sets: functions that return keys and values, with a docstring.
+        shortcuts: what ``.name(...)`` sets: documented functions that return keys and values.
         retired: flags that are accepted and do nothing.
-        foreign: names of other programs' flags, for the errors that meet them.
+        foreign: other programs' flags, for errors about them.
         reads_files: whether ``config=FILE`` reads the keys of a YAML file.
         examples: command lines for the help.
     """
@@ -179,7 +181,7 @@ class Schema(Generic[C]):
         return iter(flags_of(self.target).values())
 
     def find(self, key: str) -> Flag:
-        """The flag of this name or alias; dashes count as underscores.
+        """The flag with this name or alias; dashes count as underscores.
 
         Raises:
             UnknownFlag: there is none.
@@ -215,7 +217,7 @@ def find_flag(
     more_names: tuple[str, ...] = (),
     foreign: Mapping[str, Foreign] | None = None,
 ) -> Flag:
-    """The flag of a dataclass that goes by this name; see :meth:`Schema.find`."""
+    """The flag of a dataclass with this name or alias; see :meth:`Schema.find`."""
     flags = {name: item for item in flags_of(target).values() for name in item.names}
     found = flags.get(key.replace("-", "_"))
     if found is None:
@@ -232,7 +234,7 @@ def check_fields(instance: Any) -> None:
     problems = []
     for item in flags_of(type(instance)).values():
         if item.is_nested:
-            continue  # has checked itself
+            continue  # it has checked itself
         value = getattr(instance, item.name)
         try:
             object.__setattr__(instance, item.name, item.check(value))

@@ -1,4 +1,4 @@
-"""The slice of the configuration that each room gets: resolved, frozen, nothing left to default."""
+"""The slice of the configuration that each room gets: resolved and frozen, without defaults."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What resolution needs to know of a model; read from its files by the composition root."""
+    """What resolution needs to know about a model; the launch room reads it from its files."""
 
     path: str  # local directory
     vocab_size: int
     max_position_embeddings: int
     kv_elements_per_token: int  # 2 * layers * kv heads * head size
     eos_token_ids: tuple[int, ...]
-    # From generation_config.json; None where it says nothing.
+    # From generation_config.json; None if it says nothing.
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
@@ -38,7 +38,7 @@ class ServerConfig:
 
     host: str
     port: int
-    api_key_digests: tuple[str, ...]  # SHA-256 of each key, in hexadecimal; () where none is needed
+    api_key_digests: tuple[str, ...]  # SHA-256 of each key, in hexadecimal; () if none is needed
     ssl_certfile: str | None
     ssl_keyfile: str | None
     cors_origins: tuple[str, ...]
@@ -51,7 +51,7 @@ class ServerConfig:
     stats_report_s: float  # 0: no line of statistics
     statsd_address: tuple[str, int] | None
     model_name: str  # the id that /v1/models reports
-    model_root: str  # where it came from, as the user wrote it
+    model_root: str  # the source of the model, as the user wrote it
     tokenizer_path: str
     trust_remote_code: bool
     trust_request_chat_template: bool
@@ -78,21 +78,28 @@ class ServerConfig:
 
 @dataclass(frozen=True)
 class AdmissionConfig:
-    """By what the manager decides how many sequences run, and how fast prompts are fed."""
+    """How the manager decides how many sequences run, and how fast prompts are fed."""
 
-    predict_lengths: bool  # else a sequence counts as being as long as its max_tokens
-    learn_lengths: bool  # else the prior is all that is known of them
-    length_memory: int  # finished sequences after which what was learned weighs 1/e
+    # Predict the lengths of sequences; otherwise count each with its max_tokens.
+    predict_lengths: bool
+    # Learn lengths from finished sequences; otherwise use the prior alone.
+    learn_lengths: bool
+    # Number of finished sequences after which an observation weighs 1/e.
+    length_memory: int
     num_length_buckets: int
-    num_lengths_awaited: int  # finished sequences before prior_mean is given up
-    prior_mean: (
-        float | None
-    )  # length before that, as a fraction of max_tokens; None: learned at once
+    # Number of finished sequences after which prior_mean is given up.
+    num_lengths_awaited: int
+    # Expected length before that, as a fraction of max_tokens; None learns from the start.
+    prior_mean: float | None
     prior_std: float
-    std_scale: float  # margin of a predicted length, in standard deviations
-    target_utilization: float  # share of the KV cache that predictions may fill
-    greedy_prefill: bool  # else prompts are fed just fast enough to keep the cache full
-    prefill_round_up_multiple: int  # tokens; without greedy_prefill
+    # Margin of a predicted length, in standard deviations.
+    std_scale: float
+    # Share of the KV cache that predictions may fill.
+    target_utilization: float
+    # Fill batches with prompts; otherwise feed prompts just fast enough to keep the cache full.
+    greedy_prefill: bool
+    # Tokens; used without greedy_prefill.
+    prefill_round_up_multiple: int
 
 
 @dataclass(frozen=True)
@@ -101,21 +108,22 @@ class ManagerConfig:
 
     page_size: int  # tokens
     num_pages: int
-    num_slots: int  # more than max_seqs_per_forward: a slot is reused only after its last batch is absorbed
+    # More than max_seqs_per_forward: a slot is reused only after its last batch is absorbed.
+    num_slots: int
     max_seqs_per_forward: int  # running sequences
     max_tokens_per_forward: int
     max_request_tokens: int
     scheduling_steps_ahead: int  # at most
-    adapt_steps_ahead: bool  # fewer where the device does not need them; else always so many
-    stop_lag: (
-        int  # tokens planned beyond what the server acknowledged, for sequences with stop strings
-    )
+    # Plan fewer steps ahead if the device does not need them; otherwise always plan that many.
+    adapt_steps_ahead: bool
+    # Tokens planned beyond those that the server acknowledged, for sequences with stop strings.
+    stop_lag: int
     admission: AdmissionConfig
     use_groups: bool  # find the decode rows that share a prefix
     min_group_size: int  # rows
     min_prefix_len: int  # tokens
-    check_invariants: bool  # after every step; slow
-    force_preemption: bool  # preempt now and then without need; for tests
+    check_invariants: bool  # after every turn; slow
+    force_preemption: bool  # preempt now and then without need, for tests
 
 
 @dataclass(frozen=True)

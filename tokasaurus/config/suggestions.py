@@ -1,6 +1,7 @@
-"""What to say about a key that names no flag.
+"""What to say about a key that is not the name of a flag.
 
-Owns the search for the nearest name, and the table of other engines' flags. Knows no flags of its own.
+Owns the search for the nearest name, and the table of other engines' flags. Knows no flags of its
+own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ __all__ = ["OTHER_ENGINES", "Foreign", "explain_unknown", "nearest"]
 
 @dataclass(frozen=True)
 class Foreign:
-    """Another engine's flag: ours for the same purpose (None: there is none), and the difference."""
+    """Another engine's flag: our flag for the same purpose, or None, and the difference."""
 
     ours: str | None
     note: str = ""
@@ -26,7 +27,7 @@ def nearest(key: str, names: Iterable[str]) -> str:
 
 
 def explain_unknown(key: str, names: Iterable[str], foreign: Mapping[str, Foreign]) -> str:
-    """One line that names the key and what to write instead."""
+    """One line with the key and what to write instead."""
     plain = key.lower().replace("-", "_")
     other = foreign.get(plain) or foreign.get(plain.removeprefix("no_"))
     if other is not None:
@@ -38,9 +39,9 @@ def explain_unknown(key: str, names: Iterable[str], foreign: Mapping[str, Foreig
     return f"unknown flag {key!r}: the nearest is {near!r}; --help lists all flags"
 
 
-_TOGETHER = "prompt and completion together, as there"
-_RUNNING = "running sequences, as there"
-_STEP = "prompt and generated tokens of one step together"
+_TOGETHER = "prompt and completion together"
+_RUNNING = "running sequences"
+_STEP = "prompt and generated tokens of one batch together"
 _TOKENS = "a number of tokens, not a share of memory"
 _OPPOSITE = "with the opposite meaning: use_cudagraphs=F"
 _ALWAYS = "prefix caching is always on"
@@ -96,7 +97,7 @@ OTHER_ENGINES: Mapping[str, Foreign] = {
     ),
     "max_seq_len": Foreign("max_num_tokens_per_request", _TOGETHER),
     "max_seq_len_to_capture": Foreign("cudagraph_max_kv_indices_per_seq", "pages, not tokens"),
-    "max_total_tokens": Foreign("kv_cache_num_tokens", "tokens in the KV cache, as there"),
+    "max_total_tokens": Foreign("kv_cache_num_tokens", "tokens in the KV cache"),
     "mem_fraction_static": Foreign("kv_cache_num_tokens", _TOKENS),
     "model_name_or_path": Foreign("model", _LOCAL),
     "model_path": Foreign("model", _LOCAL),

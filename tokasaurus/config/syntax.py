@@ -6,10 +6,10 @@
     .shortcut   .shortcut(1, key=value)
     --in scope key=value ... in--
     --list key item item ... list--
-    --show   --help   -h
+    --show
 
-Tokens count from left to right, and a later one wins. Owns how tokens become keys and values; knows
-no flags, and leaves what a value means to the builder.
+Words are read from left to right, and later ones win. Owns how words become keys and values. Knows
+no flags, and leaves the meaning of a value to the builder.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _SWITCH_WORDS = frozenset(["t", "f", "true", "false", "yes", "no", "on", "off", 
 
 
 class Reader(Generic[C]):
-    """Reads tokens into a builder.
+    """Reads the words of a command line into a builder.
 
     Attributes:
         show: whether ``--show`` was among them.
@@ -48,7 +48,7 @@ class Reader(Generic[C]):
         self._tokens: deque[str] = deque()
 
     def read(self, tokens: Iterable[str]) -> None:
-        """Reads all tokens; what is wrong with them becomes a problem of the builder."""
+        """Reads all words; whatever is wrong with them becomes a problem of the builder."""
         self._tokens.extend(tokens)
         while self._tokens:
             self._read_one(self._tokens.popleft())
@@ -79,13 +79,13 @@ class Reader(Generic[C]):
         if _KEY.fullmatch(key):
             self._builder.assign(".".join((*self._scopes, key)), Texts((value,)))
         else:
-            self._builder.problem(f"{token!r}: {key!r} is no key; expected key=value")
+            self._builder.problem(f"{token!r}: {key!r} is not a key; expected key=value")
 
     def _stray(self, token: str) -> None:
         first = min(self._schema, key=lambda flag: not flag.required).name
         self._builder.problem(f"{token!r}: expected key=value, perhaps {first}={token}")
 
-    # --- --key=value, --key value, --switch ---------------------------------------------------------
+    # --- --key=value, --key value, --switch -------------------------------------------------------
 
     def _read_dashed(self, token: str) -> None:
         key, equals, value = token.lstrip("-").partition("=")
@@ -124,14 +124,14 @@ class Reader(Generic[C]):
         return True
 
     def _value_follows(self) -> bool:
-        """Whether the next token looks like the value of an unknown flag, not like a flag itself."""
+        """Whether the next word looks like the value of an unknown flag, and not like a flag."""
         return bool(self._tokens) and not (
             self._tokens[0].startswith("--")
             or _SHORTCUT.fullmatch(self._tokens[0])
             or "=" in self._tokens[0]
         )
 
-    # --- scopes and lists ---------------------------------------------------------------------------
+    # --- scopes and lists -------------------------------------------------------------------------
 
     def _open_scope(self) -> None:
         scope = self._tokens.popleft() if self._tokens else ""
@@ -160,7 +160,7 @@ class Reader(Generic[C]):
         key = ".".join((*self._scopes, words[0]))
         self._builder.assign(key, Texts(tuple(words[1:]), is_list=True))
 
-    # --- shortcuts ----------------------------------------------------------------------------------
+    # --- shortcuts --------------------------------------------------------------------------------
 
     def _call(self, name: str, arguments: str) -> None:
         if self._scopes:
@@ -181,9 +181,9 @@ def _read_arguments(text: str) -> tuple[list[Any], dict[str, Any]]:
     try:
         call = ast.parse(source, mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
-        raise BadValue("broken arguments; expected such as (1, key=2)") from None
+        raise BadValue("broken arguments; expected for example (1, key=2)") from None
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-        raise BadValue("broken arguments; expected such as (1, key=2)")
+        raise BadValue("broken arguments; expected for example (1, key=2)")
     args = [_read_argument(source, node) for node in call.args]
     kwargs = {}
     for keyword in call.keywords:

@@ -1,8 +1,8 @@
-"""One value: from what was written to what a flag's type asks for.
+"""Converts one value from what was written to what a flag's type requires.
 
-Owns the literals of the command line and the conversions between types. Knows no flags: a *form* is
-the annotation of a dataclass field, one of ``str``, ``int``, ``float``, ``bool``, ``tuple[str, ...]``,
-``Mapping[str, Any]`` and ``Any``, each possibly ``| None``.
+Owns the literals of the command line and the conversions between types. Knows no flags. A *form* is
+the annotation of a dataclass field: ``str``, ``int``, ``float``, ``bool``, ``tuple[str, ...]``,
+``Mapping[str, Any]`` or ``Any``, each possibly ``| None``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class BadValue(ValueError):
 
 
 def split_optional(form: Any) -> tuple[Any, bool]:
-    """The form without ``| None``, and whether it had that."""
+    """The form without ``| None``, and whether it was optional."""
     if typing.get_origin(form) not in (typing.Union, types.UnionType):
         return form, False
     inner = [part for part in typing.get_args(form) if part is not type(None)]
@@ -56,14 +56,14 @@ def _kind(inner: Any) -> Any:
     return typing.get_origin(inner) or inner
 
 
-# --- from text --------------------------------------------------------------------------------------
+# --- from text ------------------------------------------------------------------------------------
 
 
 def read_text(text: str, form: Any) -> Any:
-    """Reads what stands behind the ``=`` of a flag of this form.
+    """Reads the text after the ``=`` of a flag of this form.
 
     Raises:
-        BadValue: the text cannot be read, or is no value of the form.
+        BadValue: the text cannot be read, or is not a value of the form.
     """
     inner, optional = split_optional(form)
     if text == "None" and (optional or inner is not str):
@@ -77,7 +77,7 @@ def read_text(text: str, form: Any) -> Any:
         return _read_texts(text)
     value = _read_any(text)
     if kind in (int, float) and isinstance(value, str):
-        hint = "; arithmetic stands in parentheses" if any(c in "()*+/" for c in text) else ""
+        hint = "; put arithmetic in parentheses" if any(c in "()*+/" for c in text) else ""
         raise BadValue(f"expected {describe(form)}{hint}")
     return convert(value, form)
 
@@ -88,7 +88,7 @@ def _read_str(text: str) -> str:
         return value if isinstance(value, str) else str(value)
     if text[:1] in ("[", "{"):
         value = _read_brackets(text)
-        raise BadValue(f"expected text, got {_describe_value(value)}; quotes would make it text")
+        raise BadValue(f"expected text, got {_describe_value(value)}; quotes make it text")
     return _unquoted(text)
 
 
@@ -96,7 +96,7 @@ def _read_texts(text: str) -> tuple[str, ...]:
     if _is_parenthesised(text) or text[:1] == "[":
         value = _literal(text)
         if value is None:
-            raise BadValue("broken list: expected such as ['a', 'b'] or a,b")
+            raise BadValue("broken list: expected for example ['a', 'b'] or a,b")
         return tuple(convert(value, tuple[str, ...]))
     return tuple(_unquoted(item.strip()) for item in text.split(",")) if text else ()
 
@@ -120,7 +120,7 @@ def _read_parenthesised(text: str, hint: str = "") -> Any:
     try:
         return evaluate(text)
     except ExpressionError as error:
-        value = _literal(text)  # a tuple of texts, say
+        value = _literal(text)  # such as a tuple of texts
         if isinstance(value, str | tuple):
             return value
         raise BadValue(f"{error}{hint}") from None
@@ -143,11 +143,11 @@ def _unquoted(text: str) -> str:
 
 
 def _literal(text: str) -> Any:
-    """The Python literal that the text spells, or None; bytes, sets and complex numbers do not count."""
-    if "#" in text and text[:1] not in ("'", '"', "[", "{", "("):  # Python would see a comment
+    """The Python literal in the text, or None; bytes, sets and complex numbers do not count."""
+    if "#" in text and text[:1] not in ("'", '"', "[", "{", "("):  # a comment to Python
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # of "\\d" in a quoted text
+        warnings.simplefilter("ignore", SyntaxWarning)  # for "\\d" in a quoted text
         try:
             value = ast.literal_eval(text)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
@@ -156,14 +156,14 @@ def _literal(text: str) -> Any:
     return value if isinstance(value, allowed) else None
 
 
-# --- from objects -----------------------------------------------------------------------------------
+# --- from objects ---------------------------------------------------------------------------------
 
 
 def convert(value: Any, form: Any) -> Any:
-    """The value as its form wants it: an integral float becomes an int, a list a tuple.
+    """The value in its form: an integral float becomes an int, and a list a tuple.
 
     Raises:
-        BadValue: the value is of another type.
+        BadValue: the value has another type.
     """
     inner, optional = split_optional(form)
     if value is None and optional:

@@ -1,4 +1,4 @@
-"""From what the user chose to what each room gets: finds the model, reads its facts, looks at the machine."""
+"""Turns the user's choices into the rooms' slices: finds the model and looks at the machine."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = ["assemble"]
 def assemble(config: EngineConfig) -> EngineSlices:
     """Resolves a configuration on this machine.
 
-    Downloads the model if it is named by a repository id and not in the cache.
+    Downloads the model if it is named by a repository id and is not in the cache.
 
     Raises:
-        ConfigError: flags that contradict one another, the model or the machine.
-        ModelError: the model cannot be found or is of an unknown kind.
+        ConfigError: flags contradict one another, the model or the machine.
+        ModelError: the model cannot be found, or its architecture is unknown.
     """
     rope_scaling = None if config.rope_scaling is None else json.dumps(dict(config.rope_scaling))
     facts = model_facts(find_model(config.model), rope_scaling)
@@ -40,7 +40,7 @@ def assemble(config: EngineConfig) -> EngineSlices:
 
 
 def _available_memory_bytes() -> int:
-    """Memory that can be had without swapping, as Linux estimates it; elsewhere half of all there is."""
+    """Memory available without swapping, as Linux estimates it; elsewhere, half of all memory."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
@@ -51,7 +51,7 @@ def _available_memory_bytes() -> int:
 
 
 def _cuda_available() -> bool:
-    """Asks torch in a process of its own, and only where there is a device, since importing it takes seconds."""
+    """Asks torch, in a process of its own and only if there is a device: its import is slow."""
     if not (Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()):
         return False
     question = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)"

@@ -1,6 +1,6 @@
 """``toka-batch run``: answers a file of requests with an engine of its own, without a server.
 
-The engine is the one behind ``toka``, with its processes; in the place of HTTP stands a runner of batches.
+The engine and its processes are those of ``toka``, with a runner of batches in the place of HTTP.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -21,7 +22,7 @@ from tokasaurus.batch.offline import OfflineJob
 from tokasaurus.batch.records import Batch
 from tokasaurus.batch.runner import BatchRunner
 from tokasaurus.config.engine import ENGINE, EngineConfig
-from tokasaurus.config.parser import parse
+from tokasaurus.config.parser import answer_question, parse, print_help
 from tokasaurus.config.schema import flags_of
 from tokasaurus.errors import ConfigError, ModelError
 from tokasaurus.launch.assemble import assemble
@@ -38,28 +39,29 @@ __all__ = ["main"]
 _SCHEMA = dataclasses.replace(
     ENGINE,
     program="toka-batch run INPUT OUTPUT",
-    summary="Answer a file of requests without a server; the same command goes on where it was stopped.\n\n"
-    "INPUT has a request in each line (JSONL) or row (a name that ends with .parquet): a line of an OpenAI\n"
-    "batch, or just its body, with a prompt or messages. OUTPUT, JSONL or Parquet, appears when all are\n"
-    "answered, in the same order. The flags are those of the engine.",
+    summary="Answer a file of requests without a server.\n\n"
+    "If the command is stopped, run it again: it continues where it stopped.\n\n"
+    "INPUT has one request per line (JSONL) or row (if its name ends with .parquet): a line of an\n"
+    "OpenAI batch, or only its body, with a prompt or messages. OUTPUT, JSONL or Parquet, appears\n"
+    "once all requests are answered, in the same order. The flags are those of the engine.",
     examples=(
         "toka-batch run prompts.jsonl answers.jsonl",
         "toka-batch run in.parquet out.jsonl model=meta-llama/Llama-3.2-1B-Instruct",
     ),
 )
-_QUIET = "log_level=WARNING"  # unless the command line says otherwise
-_SERVER_GROUPS = ("Server", "Who may ask", "Limits of what is asked", "Statistics")
+_QUIET = "log_level=WARNING"  # unless the command line sets it
+_SERVER_GROUPS = ("Server", "Access", "Limits on requests", "Statistics")
 _SERVER_FLAGS = ("uvicorn_log_level", "local_proc_name")
 _REFRESH_S = 0.5
-_LINE_S = 10.0  # between lines of progress, where there is no terminal
+_LINE_S = 10.0  # between lines of progress if there is no terminal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Returns:
-        The exit status: 0 if every line has an answer or an error of its own, 1 if the engine died, 2 if the
-        command line or a file is wrong, 130 after Ctrl-C.
+        The exit status: 0 if every line has an answer or an error of its own, 1 if the engine died,
+        2 if the command line or a file is wrong, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -70,12 +72,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str], environment: Mapping[str, str]) -> int:
-    wants_help = not words or "--help" in words or "-h" in words
-    if not wants_help and words[0] != "run":
-        raise ConfigError(f"{words[0]!r} is no command; there is one: toka-batch run INPUT OUTPUT")
+    if answer_question(words or ["help"], partial(print_help, _SCHEMA)):
+        raise SystemExit(0)
+    if words[0] != "run":
+        raise ConfigError(
+            f"{words[0]!r} is not a command; the only one is toka-batch run INPUT OUTPUT"
+        )
     names = [word for word in words[1:3] if "=" not in word and not word.startswith("-")]
-    flags = ["--help"] if wants_help else words[1 + len(names) :]
-    config = parse(_SCHEMA, [_QUIET, *flags], environment.get("OVERRIDES", ""))
+    flags = [_QUIET, *words[1 + len(names) :]]
+    config = parse(_SCHEMA, flags, environment.get("OVERRIDES", ""))
     if len(names) != 2:
         raise ConfigError("name the input and the output: toka-batch run INPUT OUTPUT")
     _warn_of_flags(config)
@@ -87,7 +92,7 @@ def _run(words: list[str], environment: Mapping[str, str]) -> int:
 
 
 def _warn_of_flags(config: EngineConfig) -> None:
-    """A file of flags may be shared with a server, so what is only for that is no error."""
+    """Warns of a server's flags. They are not errors, since a server may share the config file."""
     for flag in flags_of(EngineConfig).values():
         is_for_server = flag.notes.group in _SERVER_GROUPS or flag.name in _SERVER_FLAGS
         if is_for_server and getattr(config, flag.name) != flag.default:
@@ -97,23 +102,26 @@ def _warn_of_flags(config: EngineConfig) -> None:
 
 
 class _BatchRun:
-    """One run of the command, as far as it is seen from outside the engine."""
+    """One run of the command, seen from outside the engine."""
 
     def __init__(self, job: OfflineJob) -> None:
         self._job = job
         self._last: Batch | None = None
 
     def front(self, assignment: Assignment, lifeline: Lifeline) -> None:
-        """What the text core's process does."""
+        """Runs the text core's process."""
         self._last = asyncio.run(_Front(assignment, lifeline, self._job).run())
 
     def conclude(self, status: int) -> int:
-        """Publishes the output, or says how to go on; returns the exit status."""
+        """Publishes the output, or says how to continue; returns the exit status."""
         batch, job = self._last, self._job
         if batch is None or not batch.final:
             job.store.close()
             done = "" if batch is None else f" after {_answered(batch)} of {_total(batch)} lines"
-            print(f"toka-batch: stopped{done}; the same command goes on", file=sys.stderr)
+            print(
+                f"toka-batch: stopped{done}; run the same command again to continue",
+                file=sys.stderr,
+            )
             return status or 130
         if batch.errors is not None:
             for error in batch.errors.data[:10]:
@@ -133,7 +141,7 @@ class _BatchRun:
 
 
 class _ProgressDisplay:
-    """How far the batch is: a bar on a terminal, else a line now and then. On standard error."""
+    """Progress on standard error: a bar on a terminal, otherwise a line from time to time."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
@@ -147,7 +155,8 @@ class _ProgressDisplay:
             disable=not self._console.is_terminal,
         )
         self._task = self._progress.add_task("loading the model", total=None, speed="", eta="")
-        self._begun: tuple[float, int] | None = None  # when, and the tokens of earlier runs
+        # Time of the first call, and the tokens of earlier runs.
+        self._begun: tuple[float, int] | None = None
         self._next_line_at = 0.0
 
     def __enter__(self) -> _ProgressDisplay:
@@ -158,7 +167,7 @@ class _ProgressDisplay:
         self._progress.stop()
 
     def show(self, batch: Batch, eta_s: float | None) -> None:
-        """Shows the latest."""
+        """Shows the present state."""
         now, num_tokens = time.monotonic(), batch.usage.output_tokens
         if self._begun is None:
             self._begun = now, num_tokens
@@ -191,7 +200,7 @@ def _total(batch: Batch) -> int:
 
 
 class _Front(TextProcess):
-    """The runner in the ring."""
+    """The runner of batches in the place of a server."""
 
     def __init__(self, assignment: Assignment, lifeline: Lifeline, job: OfflineJob) -> None:
         super().__init__(assignment, lifeline)
@@ -209,7 +218,7 @@ class _Front(TextProcess):
         )
 
     async def run(self) -> Batch:
-        """Returns when the batch is finished, or may not go on."""
+        """Returns when the batch is finished, or cannot continue."""
         self.watch()
         turning = asyncio.create_task(self.run_ring())
         working = asyncio.create_task(self._work())
@@ -254,7 +263,7 @@ class _Front(TextProcess):
         return await self._runner.on_disk(self._runner.store.batch, self._job.batch_id)
 
     def _eta_s(self, batch: Batch) -> float | None:
-        """What the manager predicts of the lines it has, and at the same pace for the others."""
+        """The manager's prediction for the lines that it has, and the same pace for the others."""
         backlog_s, num_here = self.state.etas().backlog_s, self._runner.num_lines_in_flight
         if backlog_s is None or num_here == 0:
             return None

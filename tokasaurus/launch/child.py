@@ -1,4 +1,7 @@
-"""The main program of a process that the supervisor spawns: ``python -m tokasaurus.launch.child FD``."""
+"""The main program of a process that the supervisor spawns.
+
+``python -m tokasaurus.launch.child FD``, where FD is the child's end of its lifeline.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from tokasaurus.launch.roles import run_role
 
 
 def main() -> int:
-    # Ctrl-C and a service manager's SIGTERM reach every process at once. Only the supervisor heeds
-    # them; it tells the others when their turn has come.
+    # Ctrl-C and a service manager's SIGTERM reach every process at once. Only the supervisor
+    # handles them, and tells the others when to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.enable()
@@ -24,7 +27,7 @@ def main() -> int:
         notes = lifeline.receive()
     if notes is None or not isinstance(notes[0], Assignment):
         return 1
-    # Manager and worker keep nothing that must be put away, so they end on the spot.
+    # Manager and worker have nothing to save, so they end at once.
     return 0 if run_role(notes[0], lifeline, interrupt=lambda: os._exit(0)) else 1
 
 

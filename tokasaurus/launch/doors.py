@@ -1,4 +1,4 @@
-"""Which messages enter at which door."""
+"""The messages that each door takes."""
 
 from __future__ import annotations
 

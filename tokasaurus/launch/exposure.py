@@ -1,6 +1,6 @@
-"""What lies outside the engine and decides who reaches it: key files, certificates, the address it listens on.
+"""Who can reach the engine: key files, certificates, and the address that it listens on.
 
-All is looked at before anything slow begins. No message says what a key is.
+All are checked before anything slow begins. No message shows a key.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ API_KEY_VARIABLE = "TOKASAURUS_API_KEY"
 
 
 def read_api_keys(config: EngineConfig, environment: Mapping[str, str]) -> tuple[str, ...] | None:
-    """Every key that opens the engine: of the flag, the file, and the environment variable together.
+    """Collects the keys of the flag, the file and the environment variable.
 
     Args:
         config: the user's choices.
-        environment: the variable holds one key, or several with commas between them.
+        environment: its variable holds one key, or several separated by commas.
 
     Returns:
-        None where there is none, and none is needed.
+        The keys, or None if no key is needed.
 
     Raises:
-        ConfigError: the file cannot be read, or a source that was named holds no key: to go on without
-            would leave a door open that somebody meant to lock.
+        ConfigError: the file cannot be read, or a given source holds no key. To continue without
+            one would leave an engine open that the user meant to protect.
     """
     keys = list(config.api_key or ())
     if config.api_key is not None and not keys:
@@ -60,13 +60,13 @@ def _keys_of_file(path: str) -> list[str]:
 
 
 def check_certificate(config: EngineConfig) -> None:
-    """Loads what HTTPS needs, as the web server will.
+    """Loads the certificate and key of HTTPS, as the web server will.
 
     Raises:
-        ConfigError: a file cannot be read, is no such thing, or the two do not belong together.
+        ConfigError: a file cannot be read or has other contents, or the two do not match.
     """
     if config.ssl_certfile is None or config.ssl_keyfile is None:
-        return  # resolution tells whoever sets only one of them
+        return  # resolution reports that only one of them is set
     for flag in ("ssl_certfile", "ssl_keyfile"):
         path = getattr(config, flag)
         try:
@@ -83,20 +83,20 @@ def check_certificate(config: EngineConfig) -> None:
 
 
 def _no_password() -> str:
-    """For a key that wants one: nobody is there to type it."""
+    """Called for a key with a password, which no user is there to type."""
     raise ConfigError("ssl_keyfile is protected by a password; give a key without one")
 
 
 def open_door_warning(config: EngineConfig, address: str) -> str | None:
-    """What to tell a user whose engine answers anybody who can reach this address; None if all is well.
+    """A warning if other machines can use the engine without a key; otherwise None.
 
     Args:
         config: the user's choices, with all keys.
-        address: that the engine listens on, as an IP address.
+        address: the IP address that the engine listens on.
     """
     if config.api_key is not None or ipaddress.ip_address(address).is_loopback:
         return None
     return (
-        f"host={config.host} lets other machines in, and whoever reaches port {config.port} may use the"
-        f" engine: set api_key_file or {API_KEY_VARIABLE}, or leave host at its default"
+        f"host={config.host} lets other machines in, and anyone who reaches port {config.port} may"
+        f" use the engine: set api_key_file or {API_KEY_VARIABLE}, or leave host at its default"
     )

@@ -1,8 +1,8 @@
 """The lifeline: a socket pair between the supervisor and each process it watches.
 
-The process says when it is ready, or why it failed. The supervisor says when to stop and what became
-of the others. The end of the stream says that the other side is gone: a process whose supervisor
-vanished, however it vanished, ends itself, so nothing is ever left behind.
+The process says when it is ready, or why it failed. The supervisor says when to stop, and when
+another process died. The end of the stream means that the other side is gone: a process whose
+supervisor vanished, for whatever reason, ends itself, so no process is ever left behind.
 """
 
 from __future__ import annotations
@@ -33,35 +33,35 @@ class _Note(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ready(_Note, frozen=True):
-    """Process to supervisor: initialised, and able to do its work from now on."""
+    """Process to supervisor: it is initialised and able to work."""
 
 
 class Failed(_Note, frozen=True):
-    """Process to supervisor: this process is about to exit because of an exception."""
+    """Process to supervisor: it is about to exit because of an exception."""
 
     summary: str  # one line
     traceback: str
 
 
 class Done(_Note, frozen=True):
-    """Process to supervisor: this process is about to exit, and the engine's work is done with it."""
+    """Process to supervisor: it is about to exit, which completes the engine's work."""
 
 
 class Assignment(_Note, frozen=True):
-    """Supervisor to a process it spawned, first of all: what to be."""
+    """Supervisor to a process that it spawned: the first note, with its role."""
 
     role: str
-    directory: str  # the engine's private directory, where the doors are
+    directory: str  # the engine's private directory, with the doors
     slices: EngineSlices
     listener_fd: int | None = None  # the server's listening socket
 
 
 class Start(_Note, frozen=True):
-    """Supervisor to the server: all the others are ready."""
+    """Supervisor to the server: all other processes are ready."""
 
 
 class Dead(_Note, frozen=True):
-    """Supervisor to the server: another process ended; answer everyone and stop."""
+    """Supervisor to the server: another process ended; answer every request and stop."""
 
     reason: str
 
@@ -92,14 +92,14 @@ class Lifeline:
         return self._socket.fileno()
 
     def send(self, note: FromProcess | ToProcess) -> None:
-        """Does nothing if the other end is gone: its owner will notice by itself."""
+        """Sends a note. Does nothing if the other end is gone, which the receiver notices."""
         try:
             self._socket.sendall(msgspec.json.encode(note) + b"\n")
         except OSError:
             return
 
     def receive(self) -> list[FromProcess | ToProcess] | None:
-        """Waits for something to arrive; returns complete notes, or None at the end of the stream."""
+        """Waits for data; returns the complete notes, or None at the end of the stream."""
         try:
             data = self._socket.recv(1 << 16)
         except OSError:

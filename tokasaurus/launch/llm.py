@@ -1,4 +1,4 @@
-"""The embedded engine: server core, manager and worker in one process, called in a loop.
+"""The embedded engine: text core, manager and worker in one process, called in a loop.
 
     from tokasaurus import LLM, SamplingParams
 
@@ -6,8 +6,8 @@
         for output in llm.generate(["Once upon a time"], SamplingParams(max_tokens=50)):
             print(output.outputs[0].text)
 
-The names are those of vLLM's offline API. It is the same engine as behind ``toka``, without HTTP and
-without processes: what one generates, the other does.
+The names are those of vLLM's offline API. The engine is that of ``toka``, without HTTP and without
+other processes, and generates the same tokens.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ class LLM:
         if model is not None:
             flags["model"] = fspath(model)
         slices = assemble(EngineConfig.from_flags(**flags))
-        # Whoever brings a template here could run any other program.
+        # The caller runs in this process, and could run any code without a template.
         server = dataclasses.replace(slices.server, trust_request_chat_template=True)
         self._tokenizer = Tokenizer.load(server)
-        # Every batch is finished before the next one is planned, so looking further ahead would only
+        # Every batch is finished before the next is planned, so looking further ahead would only
         # compute tokens after a stop.
         self._manager = Manager(dataclasses.replace(slices.manager, scheduling_steps_ahead=1))
         self._worker: Worker | None = Worker(
@@ -91,12 +91,12 @@ class LLM:
         """Continues prompts.
 
         Args:
-            prompts: strings or lists of token ids; or one of them.
+            prompts: strings or lists of token ids, or a single one.
             sampling_params: one for all, or one for each prompt; default ``SamplingParams()``.
             use_tqdm: show progress on standard error.
 
         Returns:
-            One output per prompt, in their order.
+            One output per prompt, in the same order.
 
         Raises:
             RequestError: a prompt or its parameters are wrong; nothing was generated.
@@ -118,10 +118,11 @@ class LLM:
         use_tqdm: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answers conversations, through the model's chat template.
+        """Answers conversations with the model's chat template.
 
         Args:
-            messages: a conversation, a list of ``{"role": ..., "content": ...}``; or several.
+            messages: a conversation, which is a list of ``{"role": ..., "content": ...}``, or
+                several conversations.
             sampling_params: as for :meth:`generate`.
             use_tqdm: show progress on standard error.
             chat_template_kwargs: further arguments of the template.
@@ -146,15 +147,15 @@ class LLM:
         pooling: str | None = None,
         use_tqdm: bool = True,
     ) -> NDArray[np.float32]:
-        """One vector of length 1 for each prompt, from the model's last hidden states.
+        """Computes one vector of length 1 per prompt from the model's last hidden states.
 
         Args:
-            prompts: strings or lists of token ids; or one of them.
+            prompts: strings or lists of token ids, or a single one.
             pooling: "mean" over a prompt's tokens, or "last"; default ``embedding_pooling``.
             use_tqdm: show progress on standard error.
 
         Returns:
-            [prompts, hidden], in their order.
+            [prompts, hidden], in the order of the prompts.
 
         Raises:
             RequestError: a prompt is wrong; nothing was computed.
@@ -178,7 +179,7 @@ class LLM:
 
     @property
     def num_preemptions(self) -> int:
-        """How often a running sequence had to give its pages back, since the start."""
+        """How many times a running sequence was preempted since the start."""
         return self._manager.counters.num_preemptions
 
     def close(self) -> None:
@@ -196,7 +197,7 @@ class LLM:
     ) -> None:
         self.close()
 
-    # --- the loop ----------------------------------------------------------------------------------
+    # --- the loop ---------------------------------------------------------------------------------
 
     def _prepare(
         self, number: int, prompt: Prompt, params: SamplingParams, temperature: float
@@ -274,13 +275,12 @@ class LLM:
             try:
                 self._inbox.append(self._worker.run(batch))
             except Exception:
-                self._worker = (
-                    None  # its state is behind the manager's: no further batch can be right
-                )
+                # Its state is behind the manager's, so no further batch could be right.
+                self._worker = None
                 raise
 
     def _abandon(self, generations: list[Generation]) -> None:
-        """After an interrupt: ends what runs, so that the engine can be used again."""
+        """Ends the running requests after an interrupt, so that the engine can be used again."""
         for generation in generations:
             self._generations.abort(generation)
         while self._worker is not None and (self._inbox or not self._manager.idle):
@@ -289,11 +289,11 @@ class LLM:
 
 @contextlib.contextmanager
 def _deferred_interrupt() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event instead of breaking off a batch half-way, which no engine could survive."""
+    """Makes Ctrl-C set an event: to break off a batch half-way would ruin the engine's state."""
     interrupted = threading.Event()
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     if ignored or threading.current_thread() is not threading.main_thread():
-        yield interrupted  # signals only ever interrupt the main thread
+        yield interrupted  # signals interrupt only the main thread
         return
     previous = signal.signal(signal.SIGINT, lambda number, frame: interrupted.set())
     try:

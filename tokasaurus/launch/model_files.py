@@ -1,8 +1,8 @@
-"""From the name of a model to a local directory: the bundled one, a directory, or a repository.
+"""Finds the local directory of a model: the bundled one, a directory, or a repository.
 
 Owns what is downloaded from the Hugging Face Hub, and what to tell the user if that fails. Knows
-nothing of what the files hold. The hub's client keeps its cache, and obeys its environment variables
-(HF_HOME, HF_HUB_OFFLINE, HF_TOKEN, HF_ENDPOINT).
+nothing about the contents of the files. The hub's client keeps its cache and obeys its environment
+variables (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN, HF_ENDPOINT).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 _ESSENTIAL = ("*.safetensors", "*.json")  # also the default of toka-download
 _TOKENIZER = ("*.json", "*.jinja", "*.txt", "*.model", "*.py")
 _MODEL = ("*.safetensors", *_TOKENIZER)
-_DUPLICATES = ("original/*", "metal/*", "consolidated*.safetensors")  # the same weights once more
+_DUPLICATES = ("original/*", "metal/*", "consolidated*.safetensors")  # the same weights again
 
 
 def find_model(model: str | None) -> Path:
@@ -31,8 +31,8 @@ def find_model(model: str | None) -> Path:
         model: a directory, a repository id, or None for the bundled model.
 
     Raises:
-        ModelError: there is no such directory, or the repository can neither be found in the cache
-            nor downloaded; the message says what to do.
+        ModelError: the directory does not exist, or the repository is not in the cache and cannot
+            be downloaded; the message says what to do.
     """
     if model is not None:
         return _find(model, "model", _MODEL)
@@ -42,7 +42,7 @@ def find_model(model: str | None) -> Path:
 
 
 def find_tokenizer(tokenizer: str) -> Path:
-    """The directory of a tokenizer, likewise; of a repository only the tokenizer's files are fetched.
+    """The directory of a tokenizer; only the tokenizer's files of a repository are downloaded.
 
     Raises:
         ModelError: see :func:`find_model`.
@@ -57,22 +57,24 @@ def _find(name: str, flag: str, patterns: Sequence[str]) -> Path:
     if path.is_file():
         raise ModelError(f"{flag}={name} is a file; give the directory that holds it")
     if not _REPOSITORY.fullmatch(name):
-        raise ModelError(f"{flag}={name}: no such directory, and no repository id such as org/name")
+        raise ModelError(
+            f"{flag}={name}: no such directory, and not a repository id such as org/name"
+        )
     return download(name, patterns, flag, _DUPLICATES)
 
 
 def download(
     repository: str, patterns: Sequence[str], flag: str = "model", ignore: Sequence[str] = ()
 ) -> Path:
-    """Fetches the matching files of a repository into the cache, if they are not there yet.
+    """Downloads the matching files of a repository into the cache if they are not there yet.
 
-    Without a network the cache alone has to do.
+    Without a network, the files in the cache must suffice.
 
     Args:
         repository: a repository id.
-        patterns: of file names, as in a shell.
+        patterns: patterns of file names, as in a shell.
         ignore: patterns of files to leave out.
-        flag: what the user called the repository, for the errors.
+        flag: the flag that named the repository, for errors.
 
     Returns:
         The directory of the snapshot.
@@ -92,7 +94,8 @@ def download(
     except errors.GatedRepoError:
         page = f"{constants.ENDPOINT}/{repository}"
         raise ModelError(
-            f"{where} is gated: ask for access at {page}, then log in with `hf auth login` or set HF_TOKEN"
+            f"{where} is gated: ask for access at {page},"
+            " then log in with `hf auth login` or set HF_TOKEN"
         ) from None
     except errors.RepositoryNotFoundError:
         raise ModelError(
@@ -117,7 +120,7 @@ def download(
 def _cached_essentials(
     repository: str, patterns: Sequence[str], ignore: Sequence[str]
 ) -> Path | None:
-    """The cached snapshot if it lacks no more than files that a model may do without."""
+    """The cached snapshot, if it lacks only files that a model can do without."""
     from huggingface_hub import errors, snapshot_download
 
     needed = [pattern for pattern in patterns if pattern in _ESSENTIAL]

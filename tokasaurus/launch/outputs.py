@@ -1,4 +1,4 @@
-"""What the embedded engine returns, under the names of vLLM's offline API."""
+"""The outputs of the embedded engine, with the names of vLLM's offline API."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["CompletionOutput", "Logprob", "RequestOutput", "request_output"]
 
 @dataclass(frozen=True)
 class Logprob:
-    """One token's natural-logarithm probability at one position."""
+    """A token's log probability (natural logarithm) at one position."""
 
     logprob: float
     rank: int | None  # 1 is the most likely; None for a generated token outside the top
@@ -28,7 +28,7 @@ class CompletionOutput:
     index: int  # among all n
     text: str
     token_ids: list[int]  # the end-of-sequence token included
-    logprobs: list[dict[int, Logprob]] | None  # one for each token: the chosen one and the top k
+    logprobs: list[dict[int, Logprob]] | None  # for each token: the chosen one and the top k
     cumulative_logprob: float | None
     finish_reason: str | None  # "stop" or "length"
 
@@ -41,7 +41,7 @@ class RequestOutput:
     prompt: str | None  # None if the prompt came as ids
     prompt_token_ids: list[int]
     prompt_logprobs: list[dict[int, Logprob] | None] | None  # the first token has none
-    outputs: list[CompletionOutput]  # with first_k, of the samples that ended first, in order
+    outputs: list[CompletionOutput]  # with first_k: the samples that ended first, by index
     num_cached_tokens: int  # of the prompt, found in the prefix cache
     finished: bool = True
 
@@ -49,7 +49,7 @@ class RequestOutput:
 def request_output(
     generation: Generation, prompt: str | None, tokenizer: Tokenizer
 ) -> RequestOutput:
-    """What became of one prompt, which has finished. Decodes, which may take a while."""
+    """The output of a finished prompt. Decodes text, which may take a while."""
     ids = generation.request.prompt_ids.tolist()
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     if generation.prompt_logprobs is not None:

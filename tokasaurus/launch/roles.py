@@ -1,6 +1,6 @@
-"""What each process of an engine does, from its first line to its last.
+"""The main loop of each process of an engine.
 
-A role gets its lifeline and its assignment, and returns when it has done its work; it does not know
+A role gets its lifeline and its assignment, and returns when its work is done. It does not know
 whether it runs in a process of its own or in the foreground of ``toka``.
 """
 
@@ -33,11 +33,11 @@ ROLES = ("server", "manager", "worker")
 
 _STATISTICS_INTERVAL_S = 1.0
 _ETA_INTERVAL_S = 1.0
-_ETA_REST = 50  # and so many times what the estimate took
+_ETA_REST = 50  # the interval is at least this many times the duration of the estimate
 
 
 Front: TypeAlias = Callable[[Assignment, Lifeline], None]
-"""What the text core is for: to serve, as a rule."""
+"""The work of the text core's process: usually, to serve."""
 
 
 def run_role(
@@ -49,9 +49,9 @@ def run_role(
     """Runs one role to its end.
 
     Args:
-        assignment: which role, and its configuration.
-        lifeline: this side's end; closed on return.
-        interrupt: called from another thread when a role that has no event loop must end.
+        assignment: the role and its configuration.
+        lifeline: the role's end; closed on return.
+        interrupt: called from another thread when a role without an event loop must end.
         front: what the server's role does instead of serving.
 
     Returns:
@@ -72,7 +72,8 @@ def run_role(
     except KeyboardInterrupt:
         return True
     except (ConfigError, ModelError) as error:
-        lifeline.send(Failed(str(error), ""))  # the user's to mend: where it was raised is no news
+        # The user must act on the message, so a traceback would not help.
+        lifeline.send(Failed(str(error), ""))
         return False
     except BaseException as error:
         summary = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
@@ -105,8 +106,8 @@ def _run_manager(assignment: Assignment, lifeline: Lifeline) -> None:
     to_server = Sender(directory, "server", TO_SERVER)
     to_worker = Sender(directory, "worker", TO_WORKER)
     manager = Manager(assignment.slices.manager)
-    # Requests come and go in thousands and live long enough to look permanent, but nothing of them is left
-    # in cycles when they end. Looking for cycles all the time costs a sixth of the time of a request.
+    # Requests come and go in thousands and live long enough to look permanent, but leave no cycles
+    # when they end. To look for cycles at the usual rate takes a sixth of the time of a request.
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
     lifeline.send(Ready())
@@ -114,7 +115,7 @@ def _run_manager(assignment: Assignment, lifeline: Lifeline) -> None:
     statistics_due_at = 0.0
     at_rest = False  # and the server knows
     while True:
-        # Only a manager that has nothing to do and something to tell looks at the clock while it waits.
+        # The wait is limited only if the manager is idle and its last figures are not sent yet.
         wait_s = statistics_due_at - time.monotonic() if manager.idle and not at_rest else None
         events = door.receive(None if wait_s is None else max(0.0, wait_s))
         started = time.monotonic()
@@ -146,7 +147,7 @@ def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:
     directory = Path(assignment.directory)
     door = Receiver(directory, "worker", TO_WORKER)
     to_manager = Sender(directory, "manager", TO_MANAGER)
-    # Without an end to draw, no text is ever complete: the server refuses grammars.
+    # Without an end-of-sequence id no text is ever complete, and the server refuses grammars.
     server = assignment.slices.server
     load_vocabulary = partial(_load_vocabulary, server) if server.eos_token_ids else None
     worker = Worker(assignment.slices.worker, load_vocabulary)

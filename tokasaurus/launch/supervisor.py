@@ -6,9 +6,9 @@
           ├─ manager
           └─ worker
 
-One thread watches the lifelines; the foreground role has the main thread. Whatever ends the engine,
-a signal, an exception, a killed process, it ends in the same order: the server first, so that every
-client gets its answer or its error, then the others, then the private directory.
+One thread watches the lifelines; the foreground role has the main thread. Whatever ends the engine
+(a signal, an exception, a killed process), it ends in the same order: first the server, so that
+every client gets an answer or an error, then the other processes, then the private directory.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ __all__ = ["Supervisor"]
 log = logging.getLogger(__name__)
 
 _INTERRUPT_EVERY_S = 0.1
-_FLUSH_S = 5.0  # for a server to answer its clients after a death, and for the others to exit
+# Time for the server to answer its clients after a death, and for the others to exit.
+_FLUSH_S = 5.0
 
 
 class Supervisor:
@@ -55,8 +56,8 @@ class Supervisor:
 
     Args:
         slices: the resolved configuration.
-        listener: the bound, listening socket of the server; the supervisor closes it. None without HTTP.
-        front: what is done in the server's place, in the foreground; None serves.
+        listener: the server's listening socket, which the supervisor closes; None without HTTP.
+        front: what runs in the foreground in the server's place; None serves.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Supervisor:
         self._failure: Failed | None = None
         self._failed_role = ""
         self._stopping = False
-        self._interrupting = False  # the next SIGINT is our own: it ends the foreground role
+        self._interrupting = False  # the next SIGINT comes from here, to end the foreground role
         self._foreground_ended = threading.Event()
         self._wake_watcher, self._wake_sender = socket.socketpair()
         self._deadline: float | None = None
@@ -116,7 +117,7 @@ class Supervisor:
             return 1
         return 0
 
-    # --- starting ----------------------------------------------------------------------------------
+    # --- starting ---------------------------------------------------------------------------------
 
     def _assignment(self, role: str) -> Assignment:
         listener = self._listener if role == "server" else None
@@ -141,7 +142,7 @@ class Supervisor:
         self._lifelines[role] = lifeline
         self._alive.add(role)
 
-    # --- signals, in the main thread ---------------------------------------------------------------
+    # --- signals, in the main thread --------------------------------------------------------------
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if not self._interrupting:
@@ -152,15 +153,15 @@ class Supervisor:
     def _interrupt_foreground(self) -> None:
         """Ends a foreground role that has no event loop; called by its lifeline thread.
 
-        A signal that arrives just before a blocking call of a library begins does not end that
-        call, so it is sent until the role has returned.
+        A signal that arrives just before a library makes a blocking call does not end that call, so
+        the signal is repeated until the role has returned.
         """
         self._interrupting = True
         while not self._foreground_ended.is_set():
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
             self._foreground_ended.wait(_INTERRUPT_EVERY_S)
 
-    # --- watching, in a thread of its own ----------------------------------------------------------
+    # --- watching, in a thread of its own ---------------------------------------------------------
 
     def _watch(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -219,7 +220,7 @@ class Supervisor:
             self._stop_server(Dead(reason), 0.0)
 
     def _is_clean_end(self, role: str) -> bool:
-        """During a drain only the server may end; the others wait for their Stop."""
+        """Whether a process may have ended: in a drain, first the server, then the others."""
         if role != "server":
             return "server" not in self._alive
         process = self._processes.get(role)
@@ -236,7 +237,7 @@ class Supervisor:
         hint = "; perhaps the system ran out of memory" if status == -signal.SIGKILL else ""
         return f"killed by {name}{hint}"
 
-    # --- ending ------------------------------------------------------------------------------------
+    # --- ending -----------------------------------------------------------------------------------
 
     def _stop_server(self, note: Stop | Dead, timeout_s: float) -> None:
         self._stopping = True
@@ -253,7 +254,7 @@ class Supervisor:
             self._lifelines[role].send(Stop())
 
     def _kill_all(self) -> None:
-        """The end of patience. The foreground role cannot be killed apart from toka, so toka exits."""
+        """Kills all processes. The foreground role can end only with toka itself, which exits."""
         self._clean_up()
         if self._local_role in self._alive:
             if self._failure is not None:

@@ -1,4 +1,4 @@
-"""One log stream per process, told apart by the process's name in each line.
+"""One log stream per process; each line has the process's name.
 
     10:42:07 INFO    worker   loaded 3.1 M parameters in 0.4 s
 
@@ -17,9 +17,9 @@ def configure_logging(process: str, level: str, only: Collection[str] | None = N
     """Sends this process's log to standard error.
 
     Args:
-        process: the name that stands in each line.
-        level: a name of the logging module, in any case.
-        only: names of the processes that log; the others print errors alone. None means all.
+        process: the name in each line.
+        level: a level's name in the logging module, in any case.
+        only: the processes that log; the others print only errors. None means all.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(

@@ -1,4 +1,4 @@
-"""The words that the rooms share: frozen messages, their wire encoding, the channels between processes.
+"""What the rooms share: frozen messages, their wire encoding, and channels between processes.
 
 Knows nothing of text, HTTP, scheduling or tensors. Imports msgspec, numpy and pyzmq only.
 """

@@ -1,4 +1,7 @@
-"""Array types of the messages, and the empty arrays. An array in a message is never written to after it is sent."""
+"""Array types of the messages, and empty arrays.
+
+An array is never written to once it is part of a message that was sent.
+"""
 
 from __future__ import annotations
 

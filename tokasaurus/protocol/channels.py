@@ -1,13 +1,14 @@
-"""Channels between the processes of one engine: ZeroMQ PUSH/PULL over Unix sockets in a private directory.
+"""Channels between the processes of one engine.
 
-Each room has one door, a socket that it binds; everybody who has something to tell it connects::
+They are ZeroMQ PUSH/PULL sockets over Unix sockets in the engine's private directory. Each room has
+one door, a socket that it binds. The rooms that send to it connect::
 
     server.sock  ◀── manager
     manager.sock ◀── server, worker
     worker.sock  ◀── manager
 
-Sending never blocks and never drops: a peer that died is the supervisor's business. Messages of one
-sender arrive in order.
+Sending never blocks and never drops a message; the supervisor deals with a peer that died. The
+messages of one sender arrive in order.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class Sender(Generic[M]):
 
     Args:
         directory: the engine's private directory.
-        door: whose door: "server", "manager" or "worker".
-        codec: of the messages that door takes.
+        door: "server", "manager" or "worker".
+        codec: for the messages that this door takes.
     """
 
     def __init__(self, directory: Path, door: str, codec: Codec[M]) -> None:
@@ -53,7 +54,7 @@ class Sender(Generic[M]):
 
 
 class Receiver(Generic[M]):
-    """Opens a door and takes what comes in, in a process that has nothing else to wait for."""
+    """Opens a door and receives, for a process that waits for nothing else."""
 
     def __init__(self, directory: Path, door: str, codec: Codec[M]) -> None:
         self._codec = codec
@@ -62,10 +63,10 @@ class Receiver(Generic[M]):
         self._socket.bind(_address(directory, door))
 
     def receive(self, timeout_s: float | None = None) -> list[M]:
-        """Waits for at least one message; returns all that are there, oldest first.
+        """Waits for at least one message, then returns all that have arrived, oldest first.
 
         Args:
-            timeout_s: how long to wait before returning none; None waits for ever.
+            timeout_s: how long to wait before returning an empty list; None waits without limit.
         """
         if timeout_s is not None and not self._socket.poll(round(timeout_s * 1000)):
             return []
@@ -81,7 +82,7 @@ class Receiver(Generic[M]):
 
 
 class AsyncReceiver(Generic[M]):
-    """The same door for a process that runs an asyncio event loop."""
+    """Opens a door and receives, for a process that runs an asyncio event loop."""
 
     def __init__(self, directory: Path, door: str, codec: Codec[M]) -> None:
         self._codec = codec

@@ -14,11 +14,11 @@ _ARRAY = 1  # MessagePack extension code
 _DTYPES = [np.dtype(name) for name in ("<i4", "<i8", "<f4", "|b1", "<f8")]
 _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 
-# An array is its dtype's code (u8), the number of dimensions (u8, three at most), each dimension (u32), then the
-# data.
+# An array is encoded as its dtype's code (u8), the number of dimensions (u8, at most three), each
+# dimension (u32), and the data.
 _HEADERS = [struct.Struct(f"<BB{num_dimensions}I") for num_dimensions in range(4)]
 
-# Most arrays of most messages have nothing in them: those are made once.
+# Most arrays of most messages are empty, so empty arrays are made once.
 _EMPTY = [np.empty(0, dtype) for dtype in _DTYPES]
 _EMPTY_DATA = [_HEADERS[1].pack(code, 1, 0) for code in range(len(_DTYPES))]
 _EMPTY_EXT = [msgspec.msgpack.Ext(_ARRAY, data) for data in _EMPTY_DATA]
@@ -67,9 +67,17 @@ class Codec(Generic[M]):
         )
 
     def encode(self, message: M) -> bytes:
-        """Raises TypeError for an array of a type the wire does not carry."""
+        """Encodes a message.
+
+        Raises:
+            TypeError: an array has a type that the wire does not carry.
+        """
         return self._encoder.encode(message)
 
     def decode(self, data: bytes | memoryview) -> M:
-        """Raises msgspec.ValidationError if the bytes are no such message."""
+        """Decodes a message.
+
+        Raises:
+            msgspec.ValidationError: the bytes are not a message of this type.
+        """
         return self._decoder.decode(data)

@@ -1,7 +1,7 @@
-"""``toka-chat``: a conversation with a running engine, in the terminal or through a pipe.
+"""``toka-chat``: a conversation with a running engine, in a terminal or through a pipe.
 
-Owns the conversation and its few commands. From a pipe each line is one message, and only answers
-are printed.
+Owns the conversation and its few commands. Each line from a pipe is one message, and only the
+answers are printed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Ctrl-C interrupts an answer."""
 
 @dataclass(frozen=True, kw_only=True)
 class ChatConfig(Connection):
-    """Whom to talk to, and how it shall answer."""
+    """The engine to talk to, and how it answers."""
 
     model: str = flag(
         "", help="The model's name; the engine serves one and takes any.", may_be_empty=True
@@ -42,7 +42,7 @@ class ChatConfig(Connection):
     system: str | None = flag(
         None,
         verbatim=True,
-        help="An instruction that stands before the conversation.",
+        help="An instruction at the start of the conversation.",
         adapts="no instruction",
     )
     temperature: float | None = flag(
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _talk(conversation: Conversation) -> int:
-    """The conversation in a terminal: errors are told, and the user goes on."""
+    """Holds the conversation in a terminal; errors are printed, and the user may continue."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # gives input() editing and a history
     while True:
@@ -114,7 +114,7 @@ def _talk(conversation: Conversation) -> int:
 
 
 def _answer_lines(conversation: Conversation) -> int:
-    """The conversation through a pipe: ends at the first error."""
+    """Holds the conversation through a pipe, up to the first error."""
     for line in map(str.strip, sys.stdin):
         if line == "/exit":
             return 0
@@ -138,7 +138,7 @@ def _command(conversation: Conversation, line: str) -> str:
         conversation.system = text
         conversation.reset()
         return "The instruction is set, and the conversation starts anew."
-    return _HELP if name == "/help" else f"{name} is no command.\n{_HELP}"
+    return _HELP if name == "/help" else f"{name} is not a command.\n{_HELP}"
 
 
 def _answer(conversation: Conversation, text: str) -> bool:
@@ -158,10 +158,10 @@ def _answer(conversation: Conversation, text: str) -> bool:
 
 
 class Conversation:
-    """What was said so far.
+    """The messages so far.
 
     Attributes:
-        system: the instruction that stands before everything, if any.
+        system: the instruction at the start, if any.
     """
 
     def __init__(self, client: openai.OpenAI, config: ChatConfig) -> None:
@@ -175,10 +175,10 @@ class Conversation:
         self._messages.clear()
 
     def say(self, text: str) -> Generator[str, None, None]:
-        """The pieces of the answer; closing the generator ends it.
+        """Yields the pieces of the answer; closing the generator ends it.
 
-        An answer that is cut short stays in the conversation as far as it came; a message that was
-        not answered at all is forgotten.
+        An answer that is cut short stays in the conversation, as far as it came. A message without
+        any answer is forgotten.
         """
         self._messages.append({"role": "user", "content": text})
         pieces: list[str] = []

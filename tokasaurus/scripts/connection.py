@@ -1,6 +1,6 @@
-"""The connection of a command to a running engine, and what to say when it fails.
+"""The connection of a command to a running engine, and the error messages when it fails.
 
-Owns addresses and error messages. The engine speaks OpenAI's API, so the client is OpenAI's.
+The engine speaks OpenAI's API, so the client is OpenAI's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tokasaurus.errors import ConfigError
 __all__ = ["Connection", "connect", "explain"]
 
 _CONNECT_S = 5.0
-_API_KEY_VARIABLE = "TOKASAURUS_API_KEY"  # as the engine reads it
+_API_KEY_VARIABLE = "TOKASAURUS_API_KEY"  # the engine reads it too
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -28,19 +28,19 @@ class Connection:
     port: int = flag(10210, minimum=1, maximum=65535, help="The engine's port.")
     host: str = flag("127.0.0.1", help="The engine's address; 0.0.0.0 means this machine.")
     https: bool = flag(
-        False, help="The engine serves HTTPS: it was started with ssl_certfile. ca_file implies it."
+        False, help="The engine serves HTTPS, since it has an ssl_certfile; implied by ca_file."
     )
     ca_file: str | None = flag(
         None,
-        help="A PEM file with the certificates to trust: the engine's own, or that of whoever signed it.",
+        help="A PEM file with the certificates to trust: the engine's own, or that of its issuer.",
         adapts="those that the system trusts",
     )
 
 
 def connect(to: Connection, retries: int = 0) -> openai.OpenAI:
-    """A client of the engine at this address; nothing is sent yet.
+    """Makes a client of the engine at this address; nothing is sent yet.
 
-    An answer may take as long as it takes; only the connection must come about in a few seconds.
+    An answer may take any time; only the connection must be made within a few seconds.
 
     Raises:
         ConfigError: the certificates cannot be read.
@@ -48,12 +48,12 @@ def connect(to: Connection, retries: int = 0) -> openai.OpenAI:
     name = _reachable(to.host)
     is_https = to.https or to.ca_file is not None
     return openai.OpenAI(
-        # Not OPENAI_API_KEY: OpenAI's own key is nobody else's business.
+        # Not OPENAI_API_KEY: a key for OpenAI must not be sent to others.
         api_key=os.environ.get(_API_KEY_VARIABLE, "").partition(",")[0].strip() or "none",
         base_url=f"{'https' if is_https else 'http'}://{name}:{to.port}/v1",
         max_retries=retries,
         timeout=openai.Timeout(None, connect=_CONNECT_S),
-        # No proxy stands between this machine and itself, whatever the environment says.
+        # A connection to this machine needs no proxy, whatever the environment says.
         http_client=openai.DefaultHttpxClient(
             trust_env=name not in _LOOPBACK, verify=_trusted(to.ca_file) if is_https else True
         ),
@@ -63,12 +63,12 @@ def connect(to: Connection, retries: int = 0) -> openai.OpenAI:
 def _trusted(ca_file: str | None) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cafile=ca_file)
-    except OSError as error:  # those of ssl are among them
+    except OSError as error:  # includes ssl.SSLError
         raise ConfigError(f"ca_file={ca_file!r}: cannot be read as certificates: {error}") from None
 
 
 def _reachable(host: str) -> str:
-    """An address to connect to: a server that listens on all addresses is on this one too."""
+    """An address to connect to; a server on all addresses is on the loopback address too."""
     if host in ("", "0.0.0.0"):
         return "127.0.0.1"
     if host == "::":
@@ -85,18 +85,16 @@ def explain(error: openai.OpenAIError, client: openai.OpenAI) -> str:
         cause = error.__cause__
         said = str(cause)
         if cause is None or "refused" in said.lower():
-            return (
-                f"nothing listens at {address}; start an engine with `toka`, or name its port=..."
-            )
+            return f"nothing listens at {address}; start an engine with `toka`, or set its port=..."
         if "CERTIFICATE_VERIFY_FAILED" in said:
             return (
                 f"{address} is not trusted: {said}; name the certificate to trust with ca_file=..."
             )
         if "WRONG_VERSION_NUMBER" in said or "RECORD_LAYER_FAILURE" in said:
             return f"{address} does not answer in HTTPS; leave out https and ca_file"
-        # A server that expects HTTPS hangs up: with or without a reset, as it comes.
+        # A server that expects HTTPS hangs up, with or without a reset.
         if address.startswith("http:") and ("disconnected" in said or "reset" in said):
-            return f"{address} does not answer in HTTP ({said}); if it serves HTTPS, say https=T"
+            return f"{address} does not answer in HTTP ({said}); if it serves HTTPS, set https=T"
         return f"the connection to {address} failed: {cause}"
     if isinstance(error, openai.AuthenticationError):
         return f"{_reason(error)}; set {_API_KEY_VARIABLE} to one of the engine's keys"

@@ -1,4 +1,4 @@
-"""``toka-download``: fetches a model into the cache, for machines or moments without a network."""
+"""``toka-download``: downloads a model into the cache, for later use without a network."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["DownloadConfig", "main"]
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadConfig:
-    """What to fetch."""
+    """What to download."""
 
     model: str = flag(help="The repository id, such as meta-llama/Llama-3.2-1B-Instruct.")
     allow_patterns: tuple[str, ...] = flag(
-        ("*.safetensors", "*.json"), help="Which of its files, by name."
+        ("*.safetensors", "*.json"), help="Patterns of the files to download."
     )
 
     def __post_init__(self) -> None:
@@ -29,7 +29,7 @@ class DownloadConfig:
 DOWNLOAD = Schema(
     target=DownloadConfig,
     program="toka-download",
-    summary="Fetch a model from the Hugging Face Hub into the cache.",
+    summary="Download a model from the Hugging Face Hub into the cache.",
     examples=(
         "toka-download model=meta-llama/Llama-3.2-1B-Instruct",
         "toka-download model=Qwen/Qwen3-4B allow_patterns='*.json,*.txt'",
@@ -38,10 +38,10 @@ DOWNLOAD = Schema(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; prints the directory of the snapshot.
+    """Runs the command, which prints the directory of the snapshot.
 
     Returns:
-        The exit status: 0 or, if the model cannot be had, 1.
+        The exit status: 0, or 1 if the model is not available.
     """
     config = parse_or_exit(DOWNLOAD, sys.argv[1:] if arguments is None else arguments)
     from tokasaurus.launch.model_files import download

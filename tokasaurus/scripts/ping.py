@@ -19,7 +19,7 @@ __all__ = ["PingConfig", "main"]
 
 @dataclass(frozen=True, kw_only=True)
 class PingConfig(Connection):
-    """What to ask, and whom."""
+    """What to ask, and which engine."""
 
     prompt: str = flag(help="The text to continue or, with chat=T, to answer.", verbatim=True)
     model: str = flag(
@@ -29,9 +29,9 @@ class PingConfig(Connection):
     max_tokens: int = flag(100, minimum=1, help="Tokens to generate, at most.")
     n: int = flag(1, minimum=1, help="Samples.")
     temperature: float = flag(0.0, minimum=0, help="0 always takes the most likely token.")
-    hide: bool = flag(False, help="Print how long it took, and not the text.")
-    retries: int = flag(0, minimum=0, help="How often to try again after a failure.")
-    stream: bool = flag(False, help="Print the text while it comes; of several samples, the first.")
+    hide: bool = flag(False, help="Print only how long it took, without the text.")
+    retries: int = flag(0, minimum=0, help="How many times to try again after a failure.")
+    stream: bool = flag(False, help="Print the text of the first sample while it comes.")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -58,7 +58,7 @@ class _Piece:
 
 @dataclass(frozen=True)
 class _Usage:
-    """How many tokens were generated, at the end."""
+    """The number of generated tokens, at the end."""
 
     num_tokens: int
 
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command.
 
     Returns:
-        The exit status: 0 or, if the engine cannot be reached or refuses, 1.
+        The exit status: 0, or 1 if the engine cannot be reached or refuses.
     """
     config = parse_or_exit(PING, sys.argv[1:] if arguments is None else arguments)
     try:

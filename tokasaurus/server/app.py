@@ -49,13 +49,13 @@ def create_app(
     app = FastAPI(title="Tokasaurus", version=__version__, redirect_slashes=False)
     executor = Executor(state, OPERATIONS)
     endpoints = Endpoints(executor)
+    app.include_router(EngineRoutes(config, state).router())
     app.include_router(endpoints.router())
     app.include_router(SynchronousBatch(config, executor).router())
     if batches is not None:
         app.include_router(FileRoutes(batches).router())
         app.include_router(BatchRoutes(batches).router())
     app.include_router(TokenRoutes(state).router())
-    app.include_router(EngineRoutes(config, state).router())
     install_error_handlers(app)
     # From the innermost layer to the outermost.
     app.add_middleware(DirectRoutes, endpoints.handlers)

@@ -36,7 +36,7 @@ _TOKEN_ID = re.compile("[0-9]{1,10}")
 class SamplingParams:
     """How to continue a prompt.
 
-    ``None`` means "left out": the generation config decides, or else the default that is named here.
+    ``None`` means "left out": the generation config decides, or else the default named here.
 
     Args:
         n: samples per prompt.

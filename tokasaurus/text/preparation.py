@@ -40,7 +40,7 @@ class PreparedRequest:
     """A prompt that can run, with a value for everything that the client left out.
 
     Attributes:
-        pooling: other than NONE, the answer is a vector, and the token that is drawn is ignored.
+        pooling: unless it is NONE, the answer is a vector, and the drawn token is ignored.
         grammar: "" if the text is free.
     """
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import VOCAB_SIZE
-from naming import named
 from oracle import assert_greedy, reference_generate, reference_model
+from rows import named
 from worker_driver import Enter, generate, make_driver
 
 from tokasaurus.protocol.messages import LogprobsMode, Sampling

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from naming import named
+from rows import named
 
 from tokasaurus.errors import ConfigError
 from tokasaurus.model.backend import make_backend

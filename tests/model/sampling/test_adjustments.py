@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from adjustment_oracle import adjusted_logits, random_adjustments
-from naming import named
+from rows import named
 from test_sampler import parameters
 
 from tokasaurus.errors import ProtocolError

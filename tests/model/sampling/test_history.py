@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import torch
-from naming import named
+from rows import named
 
 from tokasaurus.model.sampling import history as history_module
 from tokasaurus.model.sampling.history import History

@@ -11,7 +11,7 @@ import pytest
 import torch
 from checkpoints import VOCAB_SIZE
 from fake_vocabulary import LETTERS, VOCABULARY
-from naming import named
+from rows import named
 from worker_driver import Driver, Enter, worker_config
 
 from tokasaurus.errors import ModelError, ProtocolError

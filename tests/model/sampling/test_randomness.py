@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from naming import named
+from rows import named
 
 from tokasaurus.model.sampling.randomness import philox, uniforms
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from naming import named
+from rows import named
 
 from tokasaurus.model.sampling import sampler
 from tokasaurus.model.sampling.randomness import uniforms

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from checkpoints import VOCAB_SIZE, edit_json, make_checkpoint
-from naming import named
+from rows import named
 from safetensors.torch import load_file, save_file
 
 from tokasaurus.errors import ModelError

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from naming import named
+from rows import named
 
 from tokasaurus.model.worker.pooling import Pooler
 from tokasaurus.protocol.messages import Pooling

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import VOCAB_SIZE
-from naming import named
+from rows import named
 from torch.nn.modules.module import register_module_forward_pre_hook
 from worker_driver import Driver, Enter, generate, make_driver, worker_config
 

@@ -1,4 +1,4 @@
-"""The requests that real clients send, and their ways of reading the answer."""
+"""Requests as real clients send them, and answers as these clients read them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import openai
 import pytest
-from fake_engine import EOS_ID, TOKENIZER, RunningServer, ids_of, with_config
+from fake_engine import EOS_ID, TOKENIZER, RunningServer, ids_of, wait_for, with_config
 from load import Load
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -19,12 +19,12 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 PARTS = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
 
 
-# --- lm-evaluation-harness -------------------------------------------------------------------------
+# --- lm-evaluation-harness ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("next_id", [ids_of("a")[0], EOS_ID])
 def test_lm_eval_loglikelihood(server, next_id):
-    """Read as the harness reads it: the last token is cut off, whatever it was."""
+    """The harness cuts off the last token, whatever it is."""
     server.engine.script = lambda request, index: [next_id]
     pairs = [(ids_of("the cat"), ids_of(" sat on")), (ids_of("a"), ids_of(" mat"))]
     body = {
@@ -67,13 +67,13 @@ def test_lm_eval_generate_until(server):
 
 
 def test_lm_eval_starts_with_the_tokenizer_routes(server):
-    """It asks for the end-of-sequence token, and for its id; without these it would need a tokenizer itself."""
+    """The harness asks for the end-of-sequence token and its id; it has no tokenizer of its own."""
     eos = server.get("/tokenizer_info").json["eos_token"]
     body = {"prompt": eos, "add_special_tokens": False}
     assert server.post("/tokenize", body).json["tokens"] == [EOS_ID]
 
 
-# --- load generators -------------------------------------------------------------------------------
+# --- load generators ---------------------------------------------------------------------------
 
 SGLANG = {"model": "m", "best_of": 1, "max_tokens": 8, "temperature": 0.0, "ignore_eos": True}
 VLLM = {"model": "m", "repetition_penalty": 1.0, "max_tokens": 8, "logprobs": None}
@@ -153,8 +153,8 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_load_generators(server, name):
-    """Read line by line, each line JSON behind its prefix, choices in every chunk but the usage."""
+def test_load_generators_can_read_the_answers(server, name):
+    """They read line by line: JSON after a prefix, with choices in every chunk but the usage."""
     path, body = SHAPES[name]
     answer = server.post(path, body)
     assert answer.status == 200
@@ -177,8 +177,8 @@ def test_load_generators(server, name):
 
 @pytest.mark.parametrize("prompt", [{"text": "the cat"}, {"input_ids": ids_of("the cat")}], ids=str)
 @pytest.mark.parametrize("return_logprob", [False, True])
-def test_sglang_native(server, prompt, return_logprob):
-    """What it reads of each event: the whole text so far, and counts of tokens that never shrink."""
+def test_sglangs_benchmark_reads_native_streams(server, prompt, return_logprob):
+    """Each event has the whole text so far, and counts of tokens that only grow."""
     body = {
         **prompt,
         "sampling_params": {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True},
@@ -209,8 +209,8 @@ def test_sglang_native(server, prompt, return_logprob):
 
 
 @pytest.mark.parametrize("path", ["/flush_cache", "/reset_prefix_cache"])
-def test_before_and_after_a_benchmark(server, path):
-    """sglang.bench_serving looks into the server's first state, if there is an answer at all."""
+def test_sglangs_benchmark_can_flush_and_read_the_server_state(server, path):
+    """``sglang.bench_serving`` reads the first internal state, if there is an answer."""
     assert 200 <= server.post(path, b"").status < 300
     assert server.get("/model_info").status == 200
     assert server.get("/health").status == 200
@@ -225,7 +225,7 @@ def test_the_first_model_has_an_id_and_a_root(server):
     assert first["root"]
 
 
-# --- clients of the engine's earlier versions -------------------------------------------------------
+# --- clients of the engine's earlier versions --------------------------------------------------
 
 
 def unpacked(text: str, dtype: str) -> np.ndarray:
@@ -233,8 +233,8 @@ def unpacked(text: str, dtype: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("system", ["", "be brief"])
-def test_lm_client_with_logprobs(server, system):
-    """The later shape of the setup guide's client: ids and logprobs are packed in the fingerprint."""
+def test_packed_logprobs_of_the_setup_guides_client(server, system):
+    """Ids and logprobs are packed in the fingerprint."""
     body = {
         "model": "org/tiny-model",
         "messages": [{"role": "system", "content": system}, {"role": "user", "content": "hi"}],
@@ -257,7 +257,7 @@ def test_lm_client_with_logprobs(server, system):
 
 
 def test_verl_rollout(server):
-    """Ids in, ids and float32 logprobs out; top_p is always there, and 1."""
+    """Ids go in, ids and float32 logprobs come out; top_p is always sent, as 1."""
     prompt = ids_of("the cat")
     body = {
         "model": "default",
@@ -274,10 +274,10 @@ def test_verl_rollout(server):
     assert server.engine.requests[0].prompt_ids.tolist() == prompt
 
 
-# --- openai ----------------------------------------------------------------------------------------
+# --- openai ------------------------------------------------------------------------------------
 
 
-def test_openai_async(server):
+def test_the_async_openai_client_with_many_requests(server):
     async def ask(client, number):
         request = {"model": "", "prompt": [20 + number], "seed": number, "max_tokens": 12}
         if number % 2:
@@ -286,17 +286,16 @@ def test_openai_async(server):
         return "".join([chunk.choices[0].text async for chunk in chunks])
 
     async def everyone():
-        async with openai.AsyncOpenAI(
-            api_key="none", base_url=f"{server.url}/v1", max_retries=0, timeout=20
-        ) as client:
+        async with server.async_client() as client:
             together = await asyncio.gather(*(ask(client, i) for i in range(40)))
             return together, [await ask(client, i + 1 - 2 * (i % 2)) for i in range(4)]
 
-    together, _ = asyncio.run(everyone())
+    together, again = asyncio.run(everyone())
     assert len(set(together)) == 40
+    assert again == [together[number] for number in (1, 0, 3, 2)]
 
 
-def test_openai_helper_for_streams(server):
+def test_the_openai_clients_stream_helper_reads_a_chat(server):
     server.engine.script = lambda request, index: [*ids_of("hello"), EOS_ID]
     with server.client().chat.completions.stream(model="m", messages=MESSAGES) as stream:
         for _ in stream:
@@ -304,7 +303,7 @@ def test_openai_helper_for_streams(server):
         assert stream.get_final_completion().choices[0].message.content == "hello"
 
 
-def test_openai_errors(server):
+def test_errors_are_the_openai_clients_exceptions(server):
     client = server.client()
     with pytest.raises(openai.BadRequestError) as error:
         client.completions.create(model="m", prompt="a", frequency_penalty=5)
@@ -318,7 +317,7 @@ def test_openai_errors(server):
 
 @pytest.fixture
 def naps(monkeypatch):
-    """What the client does between two tries: waits, which is written down, and then what ``naps.then`` does."""
+    """Replace the client's wait between two tries: note its seconds, and call ``naps.then``."""
     naps = SimpleNamespace(seconds=[], then=None)
 
     def nap(seconds):
@@ -329,13 +328,12 @@ def naps(monkeypatch):
     return naps
 
 
-def test_openai_comes_back_when_a_full_queue_said(naps):
+def test_the_openai_client_retries_a_full_queue_after_the_time_it_was_told(naps):
     with RunningServer(with_config(max_queued_requests=1)).running() as server:
         server.engine.paused = True
         load = Load(server.port)
         call = load.begin(COMPLETIONS, {"prompt": ["the cat", "a"], "max_tokens": 4})
-        while not len(server.generations):
-            time.sleep(0.002)
+        wait_for(lambda: len(server.generations))
         server.call(lambda: setattr(server.generations, "_backlog_eta_s", 200.0))
 
         def go_on():
@@ -352,7 +350,7 @@ def test_openai_comes_back_when_a_full_queue_said(naps):
         assert raw.parse().usage.completion_tokens == 3
 
 
-def test_openai_waits_while_the_engine_loads(naps):
+def test_the_openai_client_retries_while_the_engine_loads(naps):
     with RunningServer(ready=False).running() as server:
         naps.then = lambda: server.call(server.become_ready)
         client = server.client().with_options(max_retries=2)
@@ -361,11 +359,14 @@ def test_openai_waits_while_the_engine_loads(naps):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_openai_loses_patience(server, stream):
-    """Its request is aborted, too."""
+def test_a_request_that_the_openai_client_gives_up_is_aborted(server, stream):
     server.engine.paused = True
-    impatient = server.client().with_options(timeout=0.3)
-    with pytest.raises(openai.APITimeoutError):
-        impatient.completions.create(model="m", prompt="a", stream=stream)
-    server.wait_idle()
-    assert len(server.engine.aborted) == 1
+    for timeout_s in (0.1, 1, 10):  # until the request reaches the engine in time
+        impatient = server.client(timeout=timeout_s)
+        with pytest.raises(openai.APITimeoutError):
+            impatient.completions.create(model="m", prompt="a", stream=stream)
+        server.settle()
+        server.wait_idle()
+        if server.engine.requests:
+            break
+    assert len(server.engine.aborted) == len(server.engine.requests) == 1

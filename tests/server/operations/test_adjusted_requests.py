@@ -1,4 +1,4 @@
-"""From what a client asks about single tokens to what the manager is told, and where samples then end."""
+"""Penalties, biases, bad words and stop tokens: what the manager is told, where samples end."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from fake_engine import (
     ids_of,
     with_config,
 )
+from rows import each_row
 
 from tokasaurus import SamplingParams
 from tokasaurus.errors import RequestError
@@ -29,7 +30,7 @@ def sampling(**params):
     return PREPARER.prepare([70], SamplingParams(**params)).sampling
 
 
-def test_who_asks_for_nothing_gets_nothing():
+def test_neutral_values_make_no_adjustments():
     neutral = {
         "frequency_penalty": 0,
         "presence_penalty": 0.0,
@@ -44,7 +45,7 @@ def test_who_asks_for_nothing_gets_nothing():
     assert not Adjustments().reads_generated
 
 
-def test_everything_at_once():
+def test_all_adjustments_together_reach_the_manager():
     got = sampling(
         frequency_penalty=0.5,
         presence_penalty=-2,
@@ -75,7 +76,7 @@ def test_bad_words_at_the_beginning_and_after_a_space():
 
 
 def test_bad_words_of_many_tokens_are_refused():
-    """Each slot of the worker looks for all of its words, as wide as the longest one of any slot."""
+    """The worker searches every slot for words as wide as the longest of any slot."""
     word = "zqx" * 11
     assert len(ids_of(word)) == 33
     assert sampling(bad_words=[word[:-2]]).adjustments.bad_words
@@ -97,8 +98,8 @@ def test_the_end_of_sequence_is_late_even_where_it_is_ignored():
     assert sampling(min_tokens=2, ignore_eos=True).adjustments.late_ids == (EOS_ID,)
 
 
-@pytest.mark.parametrize(
-    ("params", "field"),
+@each_row(
+    "params, field",
     [
         ({"stop_token_ids": [VOCAB_SIZE]}, "stop_token_ids"),
         ({"logit_bias": {VOCAB_SIZE: 1}}, "logit_bias"),
@@ -106,7 +107,7 @@ def test_the_end_of_sequence_is_late_even_where_it_is_ignored():
         ({"min_tokens": 512, "max_tokens": None}, "min_tokens"),
     ],
 )
-def test_what_the_model_cannot_do(params, field):
+def test_adjustments_that_the_model_cannot_do_are_refused(params, field):
     with pytest.raises(RequestError) as error:
         PREPARER.prepare([70], SamplingParams(**params))
     assert error.value.field == field
@@ -129,7 +130,7 @@ def test_a_stop_tokens_text_is_not_shown(server):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_stop_strings_count_once_min_tokens_are_there(server, stream):
-    """One that is complete before, or with the last of them, is mere text."""
+    """A stop string that is complete before, or with the last of them, is plain text."""
     said = [*ids_of("x"), *ids_of("z"), *ids_of("q"), *ids_of("x"), *ids_of("z"), *ids_of("q")]
     assert len(said) == 6
     server.engine.script = lambda request, index: [*said, *ids_of("y") * 20]
@@ -152,7 +153,7 @@ def completion_ids(body):
     return json.loads(body["system_fingerprint"])["completion_ids"][0]
 
 
-def test_text_before_min_tokens_is_released_at_once():
+def test_a_stop_string_that_begins_before_min_tokens_is_text():
     stream = TextStream(TOKENIZER, StopStrings.compile(("zq",), TOKENIZER.special_ids), 2)
     assert not stream.feed(ids_of("z"))
     assert stream.take() == ""
@@ -161,8 +162,8 @@ def test_text_before_min_tokens_is_released_at_once():
     assert stream.take() == "zqy"
 
 
-def test_tokens_that_the_model_does_not_have():
-    """Some tokenizers have more tokens than their model."""
+def test_tokens_beyond_the_models_vocabulary_are_left_out():
+    """Some tokenizers have more tokens than their models."""
     size = TOKENIZER.special_ids["<|end|>"]
     smaller = Tokenizer(WRAPPED, size, [EOS_ID])
     preparer = Preparer(with_config(vocab_size=size), smaller)

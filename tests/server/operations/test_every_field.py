@@ -1,15 +1,14 @@
-"""Every field of every request: something observable changes, or it is refused by name, or it is harmless.
+"""Every field of every request changes something, is refused by name, or is harmless.
 
-The fields come from the schemas themselves, what each does from ``field_table``: a field that is in one and not in
-the other fails here.
+The fields come from the schemas; what each field does comes from ``field_table``. A field that is
+missing in either place fails here.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -20,7 +19,7 @@ import openai.types.completion_create_params as openai_completion
 import openai.types.embedding_create_params as openai_embedding
 import openai.types.responses.response_create_params as openai_responses
 import pytest
-from fake_engine import RunningServer, with_config
+from fake_engine import RunningServer, wait_for, with_config
 from field_table import (
     BASE,
     BATCHES,
@@ -38,18 +37,24 @@ from field_table import (
     Place,
 )
 from pydantic import BaseModel
+from rows import check_each, each_row
 
 from tokasaurus.server.operations.schemas import RequestBody
 from tokasaurus.server.protocols.sglang.request import _HARMLESS_SAMPLING
 from tokasaurus.server.protocols.table import OPERATIONS
 
+
+def name_of(schema: type[BaseModel]) -> str:
+    return schema.__name__.lstrip("_")
+
+
 PLACES: dict[str, Place] = {
-    **{schema.__name__.lstrip("_"): place for schema, place in SCHEMAS.items()},
+    **{name_of(schema): place for schema, place in SCHEMAS.items()},
     **OBJECTS,
 }
-ROWS = [(name, field) for name, place in PLACES.items() for field in place.rows]
+every_place = pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
 
-# Anything that is a number, looks like one, or is none; as JSON, since some cannot be said in Python.
+# Numbers, what looks like one, and other values; JSON, since Python cannot write all of them.
 ODD_VALUES = [
     *("-1", "0", "1", "2147483648", "-9223372036854775809", "18446744073709551616", "1e308"),
     *("1" + "0" * 400, "0.5", "-0.0", "true", '"1"', '""', "[]", "{}", '[{"a": null}]', "[[[1]]]"),
@@ -60,7 +65,7 @@ NO_JSON = ("NaN", "Infinity", "-Infinity", "1e999", '"\\ud800"')
 
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """A server with all routes, whose engine says all that it has to say at once."""
+    """A server with all routes. Its engine sends each answer in one update."""
     config = with_config(data_dir=str(tmp_path_factory.mktemp("data")))
     with RunningServer(config).running() as server:
         server.engine.largest_step = 1 << 30
@@ -69,7 +74,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServ
 
 @pytest.fixture(scope="module")
 def files(everything: RunningServer) -> dict[str, str]:
-    """Inputs of batches, by what the table calls them."""
+    """Ids of input files, by their names in the table."""
 
     def upload(text: str) -> str:
         body = {"seed": 1, "max_tokens": 3}
@@ -85,13 +90,13 @@ def files(everything: RunningServer) -> dict[str, str]:
 def observe(
     server: RunningServer, files: dict[str, str], place: Place, body: Any, *, to_end: bool = True
 ) -> Any:
-    """All that a client or the engine can see of a request, without what is different each time."""
+    """Everything that the client and the engine see of a request and that is the same each time."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     for name, file_id in files.items():
         data = data.replace(json.dumps(name).encode(), json.dumps(file_id).encode())
     server.engine.received.clear()
     with mock.patch.object(server.generations, "start", wraps=server.generations.start) as start:
-        answer = server.post(place.path, data)
+        answer = server.on_loop(server.call_app(place.path, data))
         if answer.status != 200:
             return answer.status, answer.error["param"], answer.error["message"]
         if place.path == BATCHES:
@@ -110,7 +115,7 @@ def _sent(request: Any) -> dict[str, Any]:
     fields = {name: getattr(request, name) for name in request.__struct_fields__}
     del fields["request_id"]
     if request.pooling:
-        del fields["seed"]  # of a token that nobody sees
+        del fields["seed"]  # its token is not shown
     return fields | {
         "prompt_ids": request.prompt_ids.tolist(),
         "sampling": msgspec.to_builtins(request.sampling, enc_hook=lambda array: array.tolist()),
@@ -118,12 +123,10 @@ def _sent(request: Any) -> dict[str, Any]:
 
 
 def _outcome(server: RunningServer, batch_id: str) -> Any:
-    """What becomes of a batch; times from its creation."""
+    """The end of a batch; its times count from its creation."""
     client = server.client()
-    deadline = time.monotonic() + 20
-    while (batch := client.batches.retrieve(batch_id)).status not in ("completed", "failed"):
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    wait_for(lambda: client.batches.retrieve(batch_id).status in ("completed", "failed"))
+    batch = client.batches.retrieve(batch_id)
     contents, lifetimes = [], []
     for file_id in (batch.output_file_id, batch.error_file_id):
         if file_id is not None:
@@ -139,7 +142,7 @@ NAMES_AND_TIMES = ("id", "item_id", "request_id", "created", "created_at", "comp
 
 
 def _plain(value: Any) -> Any:
-    """Without names and times, wherever they are."""
+    """A value without names and times, at any depth."""
     if isinstance(value, list):
         return [_plain(each) for each in value]
     if not isinstance(value, dict):
@@ -156,11 +159,11 @@ def body_of(place: Place, fields: Any, around: Any = None) -> Any:
     return {**place.wrap(fields), **(around or {})}
 
 
-# --- the table is whole ----------------------------------------------------------------------------
+# --- the table is whole ------------------------------------------------------------------------
 
 
 def schemas_of_the_server() -> set[type[BaseModel]]:
-    """Everything that is read from a client's JSON, but bases of others."""
+    """Every schema that is read from a client's JSON, but not the bases of others."""
     found, new = set(), [BaseModel]
     while new:
         schema = new.pop()
@@ -177,13 +180,13 @@ def test_every_schema_is_in_the_table():
     assert asked < set(SCHEMAS)
 
 
-@pytest.mark.parametrize("name", PLACES)
+@each_row("name", PLACES)
 def test_every_field_is_in_the_table(name):
     assert set(PLACES[name].rows) == PLACES[name].known
 
 
-@pytest.mark.parametrize(
-    ("path", "theirs"),
+@each_row(
+    "path, theirs",
     [
         (COMPLETIONS, openai_completion.CompletionCreateParamsBase),
         (CHAT, openai_chat.CompletionCreateParamsBase),
@@ -200,16 +203,19 @@ def test_every_field_of_openai_is_known(path, theirs):
     assert set(theirs.__annotations__) <= {*schema.model_fields, *schema.harmless}
 
 
-# --- what is supported -----------------------------------------------------------------------------
+# --- what is supported -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "field"), ROWS)
-def test_a_field_does_what_the_table_says(everything, files, name, field):
-    place, row = PLACES[name], PLACES[name].rows[field]
-
+@every_place
+def test_a_field_does_what_the_table_says(everything, files, place):
     def seen(fields, around=None):
         return observe(everything, files, place, body_of(place, fields, around))
 
+    check_each(place.rows, lambda field: check_field(place, field, seen))
+
+
+def check_field(place: Place, field: str, seen: Callable[..., Any]) -> None:
+    row = place.rows[field]
     if isinstance(row, Changes):
         base = {**place.base, **row.beside}
         if field in row.beside:
@@ -220,7 +226,7 @@ def test_a_field_does_what_the_table_says(everything, files, name, field):
         )
         assert changed[0] == 200, changed
         if plain[0] == 200:
-            assert plain == seen(base, row.around)  # it is not chance that changes something
+            assert plain == seen(base, row.around)  # the change is not by chance
         assert plain != changed
         return
     plain = seen(place.base)
@@ -235,70 +241,81 @@ def test_a_field_does_what_the_table_says(everything, files, name, field):
 
 
 def assert_refused(place: Place, field: str, got: Any) -> None:
-    """With status 400, by its name."""
+    """Check for a 400 which names the field."""
     status, param, message = got
     assert status == 400, got
     assert param.split(".")[0] == (place.top or field), got
     assert field in message, got
 
 
-@pytest.mark.parametrize(("name", "field"), ROWS)
-def test_null_is_the_same_as_left_out(everything, files, name, field):
-    place, row = PLACES[name], PLACES[name].rows[field]
-    fields = dict(place.base)
+@every_place
+def test_null_is_the_same_as_left_out(everything, files, place):
+    def seen(fields):
+        return observe(everything, files, place, body_of(place, fields))
+
+    check_each(place.rows, lambda field: check_null(place, field, seen))
+
+
+def check_null(place: Place, field: str, seen: Callable[..., Any]) -> None:
+    row, fields = place.rows[field], dict(place.base)
     fields.pop(field, None)
     if isinstance(row, Changes) and place.base.get(field) is not None and "seed" not in field:
         fields |= {n: v for n, v in row.beside.items() if v is not None and n != field}
-    null = observe(everything, files, place, body_of(place, {**fields, field: None}))
-    out = observe(everything, files, place, body_of(place, fields))
+    null, out = seen({**fields, field: None}), seen(fields)
     if field in place.required:
         assert_refused(place, field, null)
     if null[0] != 200:
         assert null[:2] == out[:2]
         return
-    if "seed" in field or field == "sampling_params":  # then it is another one each time
+    if "seed" in field or field == "sampling_params":  # without one, each request gets its own
         assert null[1][0].pop("seed") != out[1][0].pop("seed")
         null, out = null[:2], out[:2]
     assert null == out
 
 
-# --- what is not -----------------------------------------------------------------------------------
+# --- what is not -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "field"), ROWS)
-def test_odd_values_work_or_are_refused_by_name(everything, files, name, field):
-    """Never a 500, and nothing of a type that is not meant."""
-    place, row = PLACES[name], PLACES[name].rows[field]
+@every_place
+def test_odd_values_work_or_are_refused_by_name(everything, files, place):
+    """The status is never 500."""
+
+    def seen(data, **options):
+        return observe(everything, files, place, data, **options)
+
+    check_each(place.rows, lambda field: check_odd_values(place, field, seen))
+    everything.wait_idle()
+
+
+def check_odd_values(place: Place, field: str, seen: Callable[..., Any]) -> None:
+    row = place.rows[field]
     beside = row.beside if isinstance(row, Changes) else {}
     body = body_of(place, {**place.base, **beside, field: "HERE"}, getattr(row, "around", None))
     template = json.dumps(body)
     assert template.count('"HERE"') == 1
     for value in ODD_VALUES:
-        data = template.replace('"HERE"', value).encode()
-        got = observe(everything, files, place, data, to_end=False)
+        got = seen(template.replace('"HERE"', value).encode(), to_end=False)
         if got[0] != 200:
-            # With another object in the way, the error may be about that one: both are named.
+            # The error may be about the fields beside this one.
             assert got[0] in (400, 404), (value, got)
             assert got[1] is not None, (value, got)
             names = {place.top or field, *beside}
             assert got[1].split(".")[0].split("[")[0] in names, (value, got)
     for value in NO_JSON:
-        got = observe(everything, files, place, template.replace('"HERE"', value).encode())
+        got = seen(template.replace('"HERE"', value).encode())
         assert got[0] == 400, (value, got)
-    everything.wait_idle()
 
 
 NUMBERS = [
-    (name, field)
+    (name_of(schema), field)
     for schema, place in SCHEMAS.items()
-    for name in [schema.__name__.lstrip("_")]
     for field, info in schema.model_fields.items()
     if field in place.rows and info.annotation in (int | None, float | None, int)
 ]
 
 
-@pytest.mark.parametrize(("name", "field"), NUMBERS)
-def test_truth_and_texts_are_no_numbers(everything, files, name, field):
+@each_row("name, field", NUMBERS)
+def test_booleans_and_strings_are_not_numbers(everything, files, name, field):
     place, row = PLACES[name], PLACES[name].rows[field]
     beside = getattr(row, "beside", {})
     for value in (True, False, "1", [1], {"a": 1}):
@@ -306,64 +323,72 @@ def test_truth_and_texts_are_no_numbers(everything, files, name, field):
         assert_refused(place, field, observe(everything, files, place, body))
 
 
-@pytest.mark.parametrize("field", sorted(OBJECTS["sampling_params"].rows))
-def test_sampling_parameters_have_types_too(everything, files, field):
+OF_ANOTHER_TYPE = {"ignore_eos", "stop", "regex", "ebnf", "json_schema"}
+
+
+@each_row("field", sorted(set(OBJECTS["sampling_params"].rows) - OF_ANOTHER_TYPE))
+def test_sampling_params_of_a_wrong_type_are_refused(everything, files, field):
     place = OBJECTS["sampling_params"]
     for value in (True, "1", [[1]]):
-        if field in ("ignore_eos", "stop", "regex", "ebnf", "json_schema"):
-            continue
         got = observe(everything, files, place, body_of(place, {**place.base, field: value}))
         assert got[:2] == (400, f"sampling_params.{field}")
 
 
-TEMPLATE_ARGUMENTS = ("apply_chat_template_overrides", "chat_template_kwargs")  # any object will do
-OWN_ROWS = [
-    (name, field)
-    for name, field in ROWS
-    if PLACES[name].path != SYNCHRONOUS and PLACES[name].top in ("", "sampling_params")
+# These take any object.
+TEMPLATE_ARGUMENTS = ("apply_chat_template_overrides", "chat_template_kwargs")
+OWN_PLACES = [
+    name
+    for name, place in PLACES.items()
+    if place.path != SYNCHRONOUS and place.top in ("", "sampling_params")
 ]
 
 
-@pytest.mark.parametrize(("name", "field"), OWN_ROWS)
-def test_what_no_field_holds_is_refused_by_name(everything, files, name, field):
-    place, row = PLACES[name], PLACES[name].rows[field]
-    base = {**place.base, **getattr(row, "beside", {})}
+@pytest.mark.parametrize("name", OWN_PLACES)
+def test_nonsense_is_refused_by_the_name_of_its_field(everything, files, name):
+    def seen(body):
+        return observe(everything, files, PLACES[name], body)
+
+    check_each(PLACES[name].rows, lambda field: check_nonsense(PLACES[name], field, seen))
+
+
+def check_nonsense(place: Place, field: str, seen: Callable[..., Any]) -> None:
+    base = {**place.base, **getattr(place.rows[field], "beside", {})}
     for wrong in ([[["nonsense"]]], *([] if field in TEMPLATE_ARGUMENTS else [{"type": {}}])):
-        body = body_of(place, {**base, field: wrong})
-        assert_refused(place, field, observe(everything, files, place, body))
+        assert_refused(place, field, seen(body_of(place, {**base, field: wrong})))
 
 
 HARMLESS_OF = {
     "sampling_params": _HARMLESS_SAMPLING,
-    **{schema.__name__: schema.harmless for schema in SCHEMAS if issubclass(schema, RequestBody)},
+    **{name_of(schema): schema.harmless for schema in SCHEMAS if issubclass(schema, RequestBody)},
 }
-HARMLESS_ROWS = [
-    (name, field)
-    for name, harmless in HARMLESS_OF.items()
-    for field in harmless
-    if field not in PLACES[name].known
-]
+HARMLESS_OF = {name: fields for name, fields in HARMLESS_OF.items() if fields}
 
 
-@pytest.mark.parametrize(("name", "field"), HARMLESS_ROWS)
-def test_an_unsupported_field_passes_where_it_is_harmless(everything, files, name, field):
+@pytest.mark.parametrize("name", HARMLESS_OF)
+def test_an_unsupported_field_passes_where_it_is_harmless(everything, files, name):
+    def seen(body):
+        return observe(everything, files, PLACES[name], body)
+
+    fields = [field for field in HARMLESS_OF[name] if field not in PLACES[name].known]
+    check_each(fields, lambda field: check_harmless(name, field, seen))
+
+
+def check_harmless(name: str, field: str, seen: Callable[..., Any]) -> None:
     place, values = PLACES[name], HARMLESS_OF[name][field]
-    plain = observe(everything, files, place, body_of(place, place.base))
+    plain = seen(body_of(place, place.base))
     for value in (None, *("anything" if value is str else value for value in values)):
-        body = body_of(place, {**place.base, field: value})
-        assert observe(everything, files, place, body) == plain
+        assert seen(body_of(place, {**place.base, field: value})) == plain
     for value in (
         {"nonsense": 1},
         0.5,
         3,
         *([1, 0] if values and isinstance(values[0], bool) else ()),
     ):
-        body = body_of(place, {**place.base, field: value})
-        assert_refused(place, field, observe(everything, files, place, body))
+        assert_refused(place, field, seen(body_of(place, {**place.base, field: value})))
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
-@pytest.mark.parametrize("field", OTHER_ENGINES)
+@each_row("field", OTHER_ENGINES)
 def test_fields_of_other_engines_are_known(everything, path, field):
     (schema,) = OPERATIONS[path].schemas
     assert field not in schema.model_fields, "it has a row of its own by now"
@@ -374,7 +399,7 @@ def test_fields_of_other_engines_are_known(everything, path, field):
     assert f"{field} is not supported" in error["message"]
 
 
-@pytest.mark.parametrize("name", PLACES)
+@each_row("name", PLACES)
 def test_an_unknown_field_is_refused(everything, files, name):
     place = PLACES[name]
     body = body_of(place, {**place.base, "zzz": 1})
@@ -402,13 +427,13 @@ FROM_CLIENTS = {
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
-def test_what_real_clients_send_at_once_passes(everything, path):
+def test_everything_that_real_clients_send_passes_together(everything, path):
     chat_only = {"apply_chat_template_overrides": {}, "ids": None}
     body = {**BASE[path], **FROM_CLIENTS, **(chat_only if path == CHAT else {})}
     assert everything.post(path, body).status == 200
 
 
-def test_what_sglangs_benchmark_sends_passes(everything):
+def test_everything_that_sglangs_benchmark_sends_passes(everything):
     body = {
         "text": "the cat",
         "sampling_params": {"temperature": 0.0, "max_new_tokens": 5, "ignore_eos": True},

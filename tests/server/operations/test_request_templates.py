@@ -1,4 +1,4 @@
-"""Chat templates that requests bring, and the arguments that they give to the model's: programs, and their food."""
+"""Chat templates in requests, which are programs, and arguments of the model's own template."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 from fake_engine import EOS_ID, VOCAB_SIZE, WRAPPED, RunningServer, with_config
+from rows import each_row
 
 from tokasaurus.errors import RequestError
 from tokasaurus.text.tokenizer import Tokenizer
 
 ENDLESS = "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}"
+ONE = "{{ 1 }}"
 MESSAGES = [{"role": "user", "content": "the cat"}]
 TOOL = {"type": "function", "function": {"name": "f"}}
 KWARGS, OVERRIDES = "chat_template_kwargs", "apply_chat_template_overrides"
@@ -21,17 +23,16 @@ CHAT, RESPONSES, TOKENIZE = "/v1/chat/completions", "/v1/responses", "/tokenize"
 
 @pytest.fixture(scope="module")
 def locked() -> Iterator[RunningServer]:
-    """A server as operators start it."""
+    """A server with the default, which is not to trust templates of requests."""
     with RunningServer(with_config(trust_request_chat_template=False)).running() as server:
         yield server
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "field"),
+@each_row("path, body, field",
     [
         (CHAT, {"messages": MESSAGES, KWARGS: {"chat_template": ENDLESS}}, KWARGS),
         (CHAT, {"messages": MESSAGES, OVERRIDES: {"chat_template": ENDLESS}}, OVERRIDES),
-        (CHAT, {"messages": MESSAGES, KWARGS: {"chat_template": "{{ 1 }}"}, "tools": [TOOL]}, KWARGS),
+        (CHAT, {"messages": MESSAGES, "tools": [TOOL], KWARGS: {"chat_template": ONE}}, KWARGS),
         (CHAT, {"messages": MESSAGES, KWARGS: {"chat_template": {}}}, KWARGS),
         (CHAT, {"messages": MESSAGES, "chat_template": ENDLESS}, "chat_template"),
         (RESPONSES, {"input": "the cat", KWARGS: {"chat_template": ENDLESS}}, KWARGS),
@@ -49,7 +50,7 @@ def test_a_template_of_the_request_is_refused(locked, path, body, field):
         assert "leave it out" in answer.error["message"]
 
 
-def test_a_line_of_many_requests_is_refused_likewise(locked):
+def test_a_template_in_a_synchronous_batch_is_refused(locked):
     line = {"messages": MESSAGES, KWARGS: {"chat_template": ENDLESS}}
     answer = locked.post("/custom/synchronous-batch-completions", {"requests": [line]})
     assert answer.status == 400
@@ -89,7 +90,7 @@ def test_arguments_that_a_template_could_multiply_are_refused(locked, num_messag
 
 @pytest.mark.parametrize("size", [10, 10_000])
 def test_large_conversations_are_written_away_from_the_event_loop(server, monkeypatch, size):
-    """On every route, whatever makes them large."""
+    """On every route, whichever field makes them large."""
     threads = []
     render = Tokenizer.render_chat
 

@@ -1,10 +1,11 @@
-"""Structured output as far as the server goes: which spellings mean what, and what is refused and why."""
+"""Structured output in the server: what each spelling means, and what is refused and why."""
 
 from __future__ import annotations
 
 import pytest
 from fake_engine import CONFIG, TOKENIZER, with_config
 from json_schemas import SCHEMAS
+from rows import each_row
 
 from tokasaurus import SamplingParams
 from tokasaurus.errors import RequestError
@@ -25,14 +26,14 @@ def grammar_of(server, **fields) -> str:
 
 
 def accepts(grammar: str, text: str) -> bool:
-    """Whether a text is complete, so that nothing or an end may follow."""
+    """Whether a text is complete under a grammar."""
     compiler = GrammarCompiler(TOKENIZER.vocabulary(CONFIG.eos_token_ids))
     matcher = compiler.compile(grammar)
     ids = TOKENIZER._encode(text, add_special_tokens=False)
     return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
 
 
-def test_every_spelling_of_one_thing_is_the_same_grammar(server):
+def test_all_spellings_of_a_constraint_give_the_same_grammar(server):
     schema = {"json_schema": {"name": "x", "schema": SCHEMA, "strict": True}, "type": "json_schema"}
     spellings = [
         {"response_format": schema},
@@ -59,7 +60,7 @@ def test_every_spelling_of_one_thing_is_the_same_grammar(server):
     assert grammar_of(server) == grammar_of(server, response_format={"type": "text"}) == ""
 
 
-def test_what_the_kinds_accept(server):
+def test_each_kind_of_constraint_accepts_what_it_describes(server):
     choice = grammar_of(server, guided_choice=["yes", '"no"', "new\nline", "日本"])
     for text in ("yes", '"no"', "new\nline", "日本"):
         assert accepts(choice, text)
@@ -84,10 +85,10 @@ def test_whitespace_between_the_tokens_of_json(server):
     assert not accepts(of(disable_any_whitespace=True), '{"a": 1}')
     assert accepts(of(disable_any_whitespace=True), '{"a":1}')
     assert accepts(of(whitespace_pattern="_{1,2}"), '{__"a":_1}')
-    assert not accepts(of(), '{"a":' + "\n" + " " * 41 + "1}")  # no end of white space
+    assert not accepts(of(), '{"a":' + "\n" + " " * 41 + "1}")  # white space is limited
 
 
-def test_special_tokens_are_no_text(server):
+def test_a_grammar_does_not_allow_special_tokens_as_text(server):
     """The spelling of an end-of-sequence token inside a string would end the sample."""
     grammar = grammar_of(server, guided_json={"type": "string"})
     compiler = GrammarCompiler(TOKENIZER.vocabulary(CONFIG.eos_token_ids))
@@ -110,8 +111,8 @@ DEEP = {
 }
 
 
-@pytest.mark.parametrize(
-    ("fields", "param", "said"),
+@each_row(
+    "fields, param, said",
     [
         ({"guided_json": {"type": "foo"}}, "guided_json", "Invalid type: foo"),
         ({"guided_json": {"not": {"type": "string"}}}, "guided_json", "Unimplemented keys"),
@@ -125,7 +126,7 @@ DEEP = {
         ({"guided_choice": [1]}, "guided_choice", "one or more strings"),
         ({"guided_choice": "yes"}, "guided_choice", "a list of strings"),
         ({"guided_grammar": "start: foo"}, "guided_grammar", "unknown name"),
-        ({"guided_grammar": "start: start"}, "guided_grammar", "no text can begin"),
+        ({"guided_grammar": "start: start"}, "guided_grammar", "no text can match"),
         ({"guided_grammar": "nonsense"}, "guided_grammar", "neither Lark nor GBNF"),
         ({"guided_grammar": "start: " + "(" * 9000}, "guided_grammar", "nested"),
         ({"guided_grammar": "root ::= " + "(" * 9000}, "guided_grammar", "cannot be compiled"),
@@ -169,7 +170,10 @@ DEEP = {
         ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos", "structured output"),
     ],
 )
-def test_what_cannot_be_is_refused_with_the_reason(server, fields, param, said):
+def test_a_constraint_that_cannot_be_compiled_is_refused_with_the_reason(
+    server, fields, param, said
+):
+    server.engine.received.clear()
     for path, base in (
         (PATH, BASE),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "the cat"}]}),
@@ -182,7 +186,7 @@ def test_what_cannot_be_is_refused_with_the_reason(server, fields, param, said):
     assert server.engine.requests == []
 
 
-def test_choices_of_any_characters(server):
+def test_guided_choices_may_hold_any_characters(server):
     choices = ["a\x7fb", "é😀", "\u2028\x00", 'a"\\/\n']
     grammar = grammar_of(server, guided_choice=choices)
     assert all(accepts(grammar, choice) for choice in choices)
@@ -190,7 +194,7 @@ def test_choices_of_any_characters(server):
 
 
 def test_chains_of_rules_do_not_overflow_a_stack(server):
-    """The library recurses along them: on a small stack, these would end the process."""
+    """The library recurses along them, which would end the process on a small stack."""
     chain = {f"a{i}": {"items": {"$ref": f"#/$defs/a{i + 1}"}} for i in range(1200)}
     schema = {"$ref": "#/$defs/a0", "$defs": {**chain, "a1200": {"type": "null"}}}
     assert grammar_of(server, guided_json=schema)
@@ -200,15 +204,15 @@ def test_chains_of_rules_do_not_overflow_a_stack(server):
     assert grammar_of(server, guided_grammar=f'start: T0\n{terminals}\nT3000: "x"')
 
 
-def test_a_model_without_an_end_is_refused():
+def test_structured_output_needs_a_model_with_an_end_of_sequence_token():
     preparer = Preparer(with_config(eos_token_ids=()), TOKENIZER)
     with pytest.raises(RequestError, match="end-of-sequence") as caught:
         preparer.prepare([8], SamplingParams(structured_outputs={"regex": "a"}))
     assert caught.value.field == "structured_outputs"
 
 
-def test_the_first_grammar_finds_everything_prepared():
-    """The library's table of tokens is made at most once, at a time of one's own choosing."""
+def test_the_grammar_tables_are_built_at_most_once():
+    """``prepare_grammars`` builds the library's table of tokens early."""
     asked = []
 
     class Counting:

@@ -1,4 +1,4 @@
-"""Requests that come without a connection, as a batch's lines do: answered as the routes answer."""
+"""Requests without a connection, such as a batch's lines, are answered as the routes answer."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 
 import pytest
 from fake_engine import RunningServer, ids_of
+from rows import each_row
 
 from tokasaurus.errors import EngineDead, EngineError
 from tokasaurus.protocol.messages import MAX_PRIORITY
@@ -24,8 +25,8 @@ def ask(server: RunningServer, path: str, body: object, **options: object) -> tu
     return status, json.loads(content)
 
 
-@pytest.mark.parametrize(
-    ("path", "body"),
+@each_row(
+    "path, body",
     [
         (COMPLETIONS, {"prompt": ["one", "two"], "n": 2, "seed": 1, "logprobs": 2, "echo": True}),
         (CHAT, {"messages": MESSAGES, "seed": 3, "max_tokens": 9}),
@@ -55,7 +56,7 @@ def test_the_same_answer_as_over_http(server, path, body):
 
 
 def _drop_what_differs(value: object) -> None:
-    """Names and times, wherever they are."""
+    """Remove names and times at any depth."""
     if isinstance(value, dict):
         for name in ("id", "created", "created_at", "completed_at", "e2e_latency"):
             value.pop(name, None)
@@ -78,7 +79,7 @@ def test_the_priority_is_added_to_that_of_the_request(server):
         assert [request.priority for request in server.engine.requests] == [expected]
 
 
-def test_what_is_cancelled_is_aborted(server):
+def test_a_cancelled_request_is_aborted(server):
     server.engine.paused = True
 
     async def cancelled() -> None:
@@ -96,7 +97,7 @@ def test_what_is_cancelled_is_aborted(server):
     server.wait_idle()
 
 
-def test_the_engines_death_is_no_answer():
+def test_a_request_without_connection_raises_when_the_engine_dies():
     with RunningServer().running() as server:
         server.engine.script = lambda request, index: ids_of("never") * 100
         server.engine.paused = True

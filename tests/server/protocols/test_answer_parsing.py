@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 
-import pytest
+from rows import each_row
 
 from tokasaurus.server.protocols.tools.answer import AnswerDeltas
 from tokasaurus.server.protocols.tools.call_reader import CallReader, _ValueEnd
@@ -35,7 +35,7 @@ def parser(kind, *, reasons=False, inside=False, max_calls=None):
 
 
 def read(kind, pieces, **options):
-    """(content, reasoning, [(name, arguments)]) of a stream, as a client adds it up."""
+    """Add up a stream as a client does: (content, reasoning, [(name, arguments)])."""
     answer = AnswerDeltas(parser(kind, **options))
     content, reasoning, calls = "", "", []
     for number, piece in enumerate(pieces):
@@ -47,7 +47,7 @@ def read(kind, pieces, **options):
                 assert call["index"] == len(calls)
                 assert call["type"] == "function"
                 calls.append([call["function"]["name"], ""])
-            assert call["index"] == len(calls) - 1  # one after the other
+            assert call["index"] == len(calls) - 1  # calls do not overlap
             calls[-1][1] += call["function"]["arguments"]
     return content, reasoning, [tuple(call) for call in calls]
 
@@ -88,15 +88,15 @@ CASES = [
         "",
         [("f", "null")],
     ),
-    # Cut off by length.
+    # Cut off by the limit of tokens.
     ("hermes", '<tool_call>{"name": "f", "arguments": {"a": [1', "", [("f", '{"a": [1')]),
     ("hermes", '<tool_call>{"name": "f', '<tool_call>{"name": "f', []),
     ("hermes", "<tool_call>", "<tool_call>", []),
-    # No calls at all.
+    # No calls.
     ("hermes", "<tool_call>nonsense</tool_call> x", "<tool_call>nonsense</tool_call> x", []),
     ("hermes", "<tool_call>{}</tool_call>", "<tool_call>{}</tool_call>", []),
     ("hermes", '<tool_call>{"name": 5}</tool_call>', '<tool_call>{"name": 5}</tool_call>', []),
-    # Calls that are none any more, or have something behind them.
+    # Calls that break in the middle, or are followed by something.
     ("hermes", f"<tool_call>{llama('f', B)}}}</tool_call> so", "} so", [("f", B)]),
     ("hermes", f"<tool_call>{llama('f', A)} or\n not </tool_call>\nB", "or\n not\nB", [("f", A)]),
     ("hermes", '<tool_call>{"name": "f", "why" not}</tool_call> x', '"why" not} x', [("f", "")]),
@@ -146,7 +146,7 @@ CASES = [
 
 
 def cuts(text, rng):
-    """Whole, character by character, cut in two everywhere, and at random."""
+    """Pieces of a text: whole, single characters, cut in two everywhere, and random cuts."""
     yield [text]
     yield [*text, ""]
     for at in range(1, len(text)):
@@ -156,8 +156,8 @@ def cuts(text, rng):
         yield [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
 
 
-@pytest.mark.parametrize(("kind", "text", "content", "calls"), CASES)
-def test_calls_however_the_text_is_cut(kind, text, content, calls):
+@each_row("kind, text, content, calls", CASES)
+def test_calls_are_found_however_the_text_is_cut(kind, text, content, calls):
     for pieces in cuts(text, random.Random(0)):
         assert read(kind, pieces) == (content, "", calls), pieces
 
@@ -176,8 +176,8 @@ REASONING = [
 ]
 
 
-@pytest.mark.parametrize(("text", "inside", "reasoning", "content"), REASONING)
-def test_reasoning_however_the_text_is_cut(text, inside, reasoning, content):
+@each_row("text, inside, reasoning, content", REASONING)
+def test_reasoning_is_found_however_the_text_is_cut(text, inside, reasoning, content):
     for pieces in cuts(text, random.Random(1)):
         assert read(None, pieces, reasons=True, inside=inside) == (content, reasoning, []), pieces
 
@@ -189,13 +189,13 @@ def test_reasoning_before_calls():
         assert found == ("", "I call <tool_call> now", [("f", A)]), pieces
 
 
-def test_one_call_at_most():
+def test_calls_beyond_max_calls_are_dropped():
     text = f"{hermes('f', A)}\n{hermes('g', C)}"
     for pieces in cuts(text, random.Random(3)):
         assert read("hermes", pieces, max_calls=1) == ("", "", [("f", A)]), pieces
 
 
-def test_a_whole_message():
+def test_a_whole_message_holds_content_reasoning_and_calls():
     answer = AnswerDeltas(parser("hermes", reasons=True))
     message = answer.message(f"<think>so</think>{hermes('f', A)}{hermes('g', B)}", [])
     assert (message["content"], message["reasoning_content"]) == (None, "so")
@@ -211,9 +211,9 @@ def test_a_whole_message():
     assert empty.finish_reason("stop") == "stop"
 
 
-@pytest.mark.parametrize("seed", range(200))
-def test_whatever_a_model_says_is_not_lost(seed):
-    """Without marks and braces of their own, texts of fragments come out as they are, however cut."""
+@each_row("seed", range(200))
+def test_texts_without_calls_come_out_unchanged(seed):
+    """Texts of random fragments; all cuts of a text give the same answer."""
     rng = random.Random(seed)
     fragments = [
         "<tool_call>",
@@ -241,9 +241,9 @@ def test_whatever_a_model_says_is_not_lost(seed):
             assert whole[0] == text
 
 
-@pytest.mark.parametrize("seed", range(300))
+@each_row("seed", range(300))
 def test_every_word_of_a_model_arrives_once(seed):
-    """Words stand between and within what calls consist of, whole, broken and cut off."""
+    """Words stand between and inside the parts of calls, which are whole, broken or cut off."""
     rng = random.Random(seed)
     syntax = [
         *(
@@ -274,8 +274,8 @@ def test_every_word_of_a_model_arrives_once(seed):
         assert [said.count(f"w{each}w") for each in range(number)] == [1] * number, (kind, text)
 
 
-@pytest.mark.parametrize(
-    ("text", "content", "calls"),
+@each_row(
+    "text, content, calls",
     [
         (hermes("\\ud800", A), hermes("\\ud800", A), []),
         (hermes("f", '"\\ud800"'), "", [("f", '"\\ud800"')]),
@@ -283,13 +283,13 @@ def test_every_word_of_a_model_arrives_once(seed):
     ],
 )
 def test_halves_of_surrogate_pairs_stay_escaped(text, content, calls):
-    """JSON may name them, and no answer could carry them."""
+    """JSON can escape them, but no answer could encode them."""
     assert read("hermes", [text]) == (content, "", calls)
     assert read("hermes", list(text)) == (content, "", calls)
 
 
 def test_each_character_of_a_key_is_read_once(monkeypatch):
-    """However many pieces it comes in: a model may write a key as long as its context."""
+    """The number of pieces does not matter: a key may be as long as the context."""
     num_read = 0
     find = _ValueEnd.find
 

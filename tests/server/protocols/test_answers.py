@@ -1,4 +1,4 @@
-"""What completions and chat answer, whole and streamed, read with the openai client."""
+"""Answers of completions and chats, whole and streamed, read with the openai client."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from fake_engine import (
     random_ids,
     with_config,
 )
+from rows import each_row
 
 from tokasaurus.server.operations.logprobs import chat_logprobs
 from tokasaurus.text.samples import TokenLogprobs
@@ -43,10 +44,10 @@ def chat(client, content="hi", **fields):
     return client.chat.completions.create(model="m", messages=messages, **fields)
 
 
-# --- completions -----------------------------------------------------------------------------------
+# --- completions -------------------------------------------------------------------------------
 
 
-def test_completion(server, client):
+def test_a_completion_as_the_openai_client_reads_it(server, client):
     says(server, SAID)
     answer = client.completions.create(model="any/name", prompt="the cat", max_tokens=40)
     assert answer.object == "text_completion"
@@ -61,7 +62,7 @@ def test_completion(server, client):
     assert completion_ids(answer) == [[*ids_of(SAID), EOS_ID]]
 
 
-def test_defaults(server, client):
+def test_default_limits_and_temperatures_of_completions_and_chats(server, client):
     client.completions.create(model="m", prompt="the cat")
     chat(client)
     completion, conversation = server.engine.requests
@@ -86,11 +87,12 @@ def test_the_default_limit_gives_way_to_the_context(server, client):
     assert client.completions.create(model="m", prompt=prompt).usage.completion_tokens == 7
 
 
-@pytest.mark.parametrize(
+@each_row(
     "prompt", ["the cat", ["the cat", "a"], ids_of("the cat"), [ids_of("the cat"), ids_of("a")]]
 )
 @pytest.mark.parametrize("n", [1, 3])
-def test_prompts_and_samples(server, client, prompt, n):
+def test_choices_are_ordered_by_prompt_and_sample(server, client, prompt, n):
+    server.engine.received.clear()
     server.engine.num_cached_tokens = 1
     answer = client.completions.create(model="m", prompt=prompt, n=n, max_tokens=4, seed=1)
     sent = [request.prompt_ids.tolist() for request in server.engine.requests]
@@ -110,7 +112,7 @@ def test_an_empty_prompt_is_the_beginning_of_a_text(server, client):
     assert server.engine.requests[0].prompt_ids.tolist() == [WRAPPED.bos_token_id]
 
 
-def test_stop(server, client):
+def test_stop_strings_end_a_completion(server, client):
     says(server, "one two three", then=ids_of("x") * 400)
     request = {"model": "m", "prompt": "the cat", "max_tokens": 400}
     answer = client.completions.create(**request, stop=["three", "o t"])
@@ -121,7 +123,7 @@ def test_stop(server, client):
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("one", "stop")
 
 
-def test_echo(server, client):
+def test_echo_puts_the_prompt_before_the_text(server, client):
     says(server, " sat")
     for prompt in ("the cat", ids_of("the cat"), TOKENIZER.encode("the cat")):
         answer = client.completions.create(model="m", prompt=prompt, echo=True, n=2)
@@ -130,8 +132,8 @@ def test_echo(server, client):
         assert "".join(chunk.choices[0].text for chunk in chunks) == "the cat sat"
 
 
-@pytest.mark.parametrize("number", [0, 1, 4])
-def test_completion_logprobs(server, client, number):
+@each_row("number", [0, 1, 4])
+def test_logprobs_of_a_completion(server, client, number):
     says(server, SAID)
     request = {"model": "m", "prompt": "the cat", "logprobs": number, "max_tokens": 40}
     choice = client.completions.create(**request).choices[0]
@@ -178,8 +180,8 @@ def test_echo_with_logprobs(server, client):
         assert [token for piece in pieces for token in piece] == logprobs.tokens
 
 
-def test_prompt_logprobs(server):
-    """As vLLM writes them: of each choice of completions, and once beside those of a chat."""
+def test_prompt_logprobs_of_completions_and_chats(server):
+    """As in vLLM: in each choice of a completion, and once beside the choices of a chat."""
     prompt = [70, 71, 72, 73, 75]
     ids = dict(enumerate(prompt))
     for number in (0, 3):
@@ -190,7 +192,7 @@ def test_prompt_logprobs(server):
         chat_body = {"ids": prompt, "prompt_logprobs": number, "max_tokens": 3, "n": 2}
         answer = server.post("/v1/chat/completions", chat_body).json
         check_prompt_logprobs(answer["prompt_logprobs"], ids, number)
-    # Beside echo, each as wide as it was asked for.
+    # With echo, each is as wide as it was asked to be.
     body = {"prompt": prompt, "echo": True, "logprobs": 1, "prompt_logprobs": 4, "max_tokens": 3}
     for wider, narrower in ((4, 1), (1, 4)):
         body |= {"prompt_logprobs": wider, "logprobs": narrower}
@@ -262,10 +264,10 @@ def unpack(strings, dtype):
     return np.frombuffer(b"".join(base64.b64decode(string) for string in strings), dtype)
 
 
-# --- chat ------------------------------------------------------------------------------------------
+# --- chat --------------------------------------------------------------------------------------
 
 
-def test_chat(server, client):
+def test_a_chat_completion_as_the_openai_client_reads_it(server, client):
     says(server, SAID)
     answer = chat(client)
     assert answer.object == "chat.completion"
@@ -278,7 +280,7 @@ def test_chat(server, client):
     assert server.engine.requests[0].prompt_ids.tolist() == expected
 
 
-def test_chat_content_in_parts(server, client):
+def test_content_in_text_parts_is_joined(server, client):
     parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
     chat(client, [{"role": "user", "content": parts}], max_tokens=2)
     chat(client, "hi", max_tokens=2)
@@ -286,7 +288,7 @@ def test_chat_content_in_parts(server, client):
     assert first == second
 
 
-def test_a_developer_is_the_system_to_the_chat_template(server, client):
+def test_the_developer_role_is_rendered_as_system(server, client):
     for role in ("developer", "system"):
         chat(client, [{"role": role, "content": "be brief"}, {"role": "user", "content": "hi"}])
     first, second = (request.prompt_ids.tolist() for request in server.engine.requests)
@@ -300,17 +302,17 @@ def test_chat_continues_the_assistant(server, client):
     assert prompt.endswith("<|assistant|>hel")
 
 
-def test_an_answer_can_be_sent_back_as_it_came(server, client):
+def test_an_answer_can_be_sent_back_unchanged(server, client):
     says(server, "fine")
     answer = chat(client).choices[0].message
     history = [{"role": "user", "content": "hi"}, answer, {"role": "user", "content": "so?"}]
     assert chat(client, history).choices[0].message.content == "fine"
-    # ... and with every empty field that a client may copy.
+    # Clients may copy every empty field, too.
     history[1] = {**answer.model_dump(), "tool_calls": [], "refusal": None}
     assert chat(client, history).choices[0].message.content == "fine"
 
 
-def test_chat_stream(server, client):
+def test_a_streamed_chat(server, client):
     says(server, SAID * 3)
     chunks = list(chat(client, n=2, stream=True, stream_options={"include_usage": True}))
     *chunks, last = chunks
@@ -327,7 +329,7 @@ def test_chat_stream(server, client):
     assert [i for piece in ids for i in piece] == [*ids_of(SAID * 3), EOS_ID]
 
 
-def test_chat_logprobs(server, client):
+def test_logprobs_of_a_chat(server, client):
     says(server, SAID)
     ids = [*ids_of(SAID), EOS_ID]
     for number in (None, 0, 3):
@@ -346,8 +348,8 @@ def test_chat_logprobs(server, client):
             assert top == [(TOKENIZER.token_text(i), v) for i, v in zip(best, values, strict=True)]
 
 
-def test_chat_ids_instead_of_messages(server, client):
-    """The very prompt that the messages would have made; the fingerprint tells it."""
+def test_ids_may_replace_the_messages_of_a_chat(server, client):
+    """The prompt is the one that the messages make, and the fingerprint contains it."""
     says(server, SAID)
     ids = TOKENIZER.render_chat([{"role": "user", "content": "hi"}])
     extra = {"ids": ids, "messages": None}
@@ -369,12 +371,12 @@ def test_metadata_comes_back(server, client):
     assert "metadata" not in chat(client).model_dump(exclude_unset=True)
 
 
-# --- first_k ---------------------------------------------------------------------------------------
+# --- first_k -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stop", [None, "END"])
 def test_first_k_takes_the_samples_that_end_first(server, client, stop):
-    """Of each of two prompts; choices keep their index, and all that was generated is counted."""
+    """For each of two prompts. Choices keep their index, and every generated token is counted."""
     lengths = [200, 5, 300, 20, 250]
     end = [EOS_ID] if stop is None else ids_of(stop) + ids_of("y") * 100
     server.engine.script = lambda request, index: [*ids_of("x") * lengths[index], *end]
@@ -390,14 +392,14 @@ def test_first_k_takes_the_samples_that_end_first(server, client, stop):
     if stop is None:
         assert num_beyond == 0
     else:
-        assert 0 <= num_beyond <= 4 * STOP_LAG  # what four samples said after their stop strings
+        assert 0 <= num_beyond <= 4 * STOP_LAG  # tokens of four samples after their stop strings
     server.wait_idle()
-    assert not server.engine.aborted  # the manager saw by itself that it was enough
+    assert not server.engine.aborted  # the manager stops the others by itself
 
 
 @pytest.mark.parametrize("fields", [{}, {"logprobs": 2, "echo": True}])
 def test_first_k_in_a_stream(server, client, fields):
-    """Cancelled choices end with "abort"."""
+    """Choices that are cancelled end with "abort"."""
     lengths = [200, 5, 300, 20, 250]
     server.engine.script = lambda request, index: [*ids_of("x") * lengths[index], EOS_ID]
     before = server.engine.num_sent_tokens
@@ -441,10 +443,10 @@ def test_first_k_in_chat(server, client):
     assert {end.index: end.finish_reason for end in ends} == {0: "abort", 1: "stop", 2: "abort"}
 
 
-# --- streams ---------------------------------------------------------------------------------------
+# --- streams -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(6))
+@each_row("seed", range(6))
 @pytest.mark.parametrize("stop", [None, ["a", "the"]])
 def test_a_stream_says_what_the_whole_answer_says(server, client, seed, stop):
     server.engine.largest_step = 1 + 4 * (seed % 2)
@@ -483,8 +485,8 @@ def test_usage_in_streams(server):
     assert last["usage"] == events[-1]["usage"]
 
 
-def test_a_thousand_samples_with_much_text(server, client):
-    """Large answers are rendered in a thread; they are the same."""
+def test_an_answer_rendered_in_a_thread_is_complete(server, client):
+    """A thousand samples are large enough for that."""
     answer = client.completions.create(model="m", prompt="the", n=1000, max_tokens=20, seed=5)
     assert [choice.index for choice in answer.choices] == list(range(1000))
     ids = [random_ids(server.engine.requests[0], index) for index in range(1000)]

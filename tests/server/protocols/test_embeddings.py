@@ -6,9 +6,9 @@ import asyncio
 import base64
 
 import numpy as np
-import openai
 import pytest
 from fake_engine import CONFIG, TOKENIZER, ids_of, pooled_state
+from rows import each_row
 
 from tokasaurus.protocol.messages import Pooling
 
@@ -22,7 +22,7 @@ def expected(request, dimensions=None):
 
 @pytest.mark.parametrize("encoding_format", [None, "float", "base64"])
 def test_the_openai_client_reads_vectors_of_length_one(server, encoding_format):
-    """It asks for base64 where nobody says otherwise."""
+    """The client asks for base64 by default."""
     options = {} if encoding_format is None else {"encoding_format": encoding_format}
     with server.client() as client:
         answer = client.embeddings.create(model="m", input=["the cat", "a mat"], **options)
@@ -38,21 +38,18 @@ def test_the_openai_client_reads_vectors_of_length_one(server, encoding_format):
     assert answer.usage.prompt_tokens == answer.usage.total_tokens == num_tokens
 
 
-def test_the_async_client(server):
+def test_the_async_openai_client_reads_embeddings(server):
     async def ask():
-        async with openai.AsyncOpenAI(
-            api_key="none", base_url=f"{server.url}/v1", max_retries=0
-        ) as client:
+        async with server.async_client() as client:
             return await client.embeddings.create(model="m", input="the cat", dimensions=3)
 
     vector = asyncio.run(ask()).data[0].embedding
     np.testing.assert_allclose(vector, expected(server.engine.requests[0], 3), atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "value", ["the cat", ["the cat"], ids_of("the cat"), [ids_of("the cat")]], ids=repr
-)
-def test_every_shape_of_input(server, value):
+@each_row("value", ["the cat", ["the cat"], ids_of("the cat"), [ids_of("the cat")]])
+def test_every_shape_of_input_is_the_same_prompt(server, value):
+    server.engine.received.clear()
     data = server.post(PATH, {"input": value}).json["data"]
     assert len(data) == 1
     ids = TOKENIZER.encode("the cat") if isinstance(value, str) or value == ["the cat"] else None
@@ -67,8 +64,8 @@ def test_pooling_and_priority_reach_the_engine(server):
     assert request.priority == 7
 
 
-@pytest.mark.parametrize(
-    ("body", "param"),
+@each_row(
+    "body, param",
     [
         ({}, "input"),
         ({"input": []}, "input"),
@@ -88,16 +85,15 @@ def test_pooling_and_priority_reach_the_engine(server):
         ({"input": "a", "temperature": 1.0}, "temperature"),
         ({"input": "a", "stream": True}, "stream"),
     ],
-    ids=repr,
 )
-def test_wrong_values_are_named(server, body, param):
+def test_wrong_values_are_refused_by_field(server, body, param):
     answer = server.post(PATH, body)
     assert answer.status == 400
     assert answer.error["param"] == param
     assert param in answer.error["message"]
 
 
-def test_many_inputs_keep_their_order(server):
+def test_embeddings_of_many_inputs_keep_their_order(server):
     inputs = [[1 + i % 300, 2 + i % 97] for i in range(200)]
     data = server.post(PATH, {"input": inputs}).json["data"]
     assert [each["index"] for each in data] == list(range(200))

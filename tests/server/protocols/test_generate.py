@@ -1,4 +1,4 @@
-"""``POST /generate``: the engine's own shape and SGLang's; every field changes something or is refused by name."""
+"""``POST /generate`` in the engine's own shape and in SGLang's."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import operator
 import numpy as np
 import pytest
 from fake_engine import CONFIG, EOS_ID, TOKENIZER, ids_of, logprob_row
+from rows import each_row
 
 PATH = "/generate"
 LOWEST_TOP = 2
@@ -26,11 +27,11 @@ def _without(sent, name):
     return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in fields.items()}
 
 
-# --- the engine's own shape ------------------------------------------------------------------------
+# --- the engine's own shape --------------------------------------------------------------------
 
 
-def test_the_setup_guides_client(server):
-    """Both ``text`` and ``output``, and what /v1/chat/completions says to the same messages."""
+def test_a_native_request_is_answered_like_the_same_chat(server):
+    """As in the setup guide's client: the answer is in both ``text`` and ``output``."""
     server.engine.script = lambda request, index: [*ids_of("hello world"), EOS_ID]
     body = {"model": "m", "system": "be brief", "prompt": "hi", "temperature": 0.0}
     answer = server.post(PATH, {**body, "max_tokens": 64, "stop": ["FEEDBACK"]}).json
@@ -51,12 +52,12 @@ def test_the_setup_guides_client(server):
     assert {**one, "seed": 0} == {**other, "seed": 0}
 
 
-def test_an_empty_text_is_there_twice(server):
+def test_an_empty_answer_is_in_both_text_and_output(server):
     server.engine.script = lambda request, index: [EOS_ID]
     answer = server.post(PATH, {"prompt": "hi", "system": ""}).json
     assert answer["text"] == answer["output"] == ""
     ids = server.engine.requests[0].prompt_ids.tolist()
-    assert TOKENIZER.token_text(ids[1]) == "<|system|>"  # an empty message is one, too
+    assert TOKENIZER.token_text(ids[1]) == "<|system|>"  # an empty message is a message
     assert answer["output_ids"] == [EOS_ID]
 
 
@@ -75,7 +76,7 @@ def test_ids_in_and_out_with_logprobs(server):
     assert prompt["token_logprobs"][1:] == [logprob_row(token, 1)[0] for token in ids[1:]]
 
 
-def test_samples_and_their_stream(server):
+def test_a_native_stream_adds_up_to_the_whole_answer(server):
     body = {**NATIVE, "n": 3, "logprobs": 1, "prompt_logprobs": 2}
     whole = server.post(PATH, body).json
     assert [sample["index"] for sample in whole["samples"]] == [0, 1, 2]
@@ -100,8 +101,8 @@ def test_samples_and_their_stream(server):
     assert events[-1]["usage"] == whole["usage"]
 
 
-@pytest.mark.parametrize(
-    ("body", "param"),
+@each_row(
+    "body, param",
     [
         ({}, "prompt"),
         ({"prompt": "a", "text": "b"}, "prompt"),
@@ -115,9 +116,8 @@ def test_samples_and_their_stream(server):
         ({"prompt": "a", "sampling_params": {}}, "sampling_params"),
         ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),
     ],
-    ids=repr,
 )
-def test_wrong_native_requests(server, body, param):
+def test_wrong_native_requests_are_refused_by_field(server, body, param):
     answer = server.post(PATH, {"max_tokens": 2, **body})
     assert answer.status == 400
     assert answer.error["param"] == param
@@ -127,11 +127,11 @@ def test_an_empty_prompt_is_an_empty_message(server):
     assert server.post(PATH, {"prompt": "", "max_tokens": 2}).status == 200
 
 
-# --- SGLang's shape --------------------------------------------------------------------------------
+# --- SGLang's shape ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "stop", "more", "matched"),
+@each_row(
+    "text, stop, more, matched",
     [
         ("the cat sat on", ["mat", "sat"], {}, "sat"),
         ("the cat sat on the mat", ["t", "cat", "at"], {"min_new_tokens": 5}, "at"),
@@ -141,7 +141,7 @@ def test_an_empty_prompt_is_an_empty_message(server):
         ("the cat", [], {"stop_token_ids": ids_of("the cat")[-1:]}, ids_of("the cat")[-1]),
     ],
 )
-def test_sglang_is_told_what_matched(server, text, stop, more, matched):
+def test_sglangs_finish_reason_tells_what_matched(server, text, stop, more, matched):
     ids = [*ids_of(text), EOS_ID]
     server.engine.script = lambda request, index: ids
     params = {"max_new_tokens": 40, "stop": stop, **more}
@@ -181,8 +181,8 @@ def test_logprobs_of_sglang(server):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_lists_of_prompts(server, stream):
-    """A setting for each prompt, n samples of each; an index says whose a streamed event is."""
+def test_lists_of_prompts_have_settings_of_their_own(server, stream):
+    """Each prompt may have several samples; the index of a streamed event names its sample."""
     body = {
         "text": ["the cat", "a"],
         "sampling_params": [
@@ -208,8 +208,8 @@ def test_lists_of_prompts(server, stream):
             assert last == expected
 
 
-@pytest.mark.parametrize(
-    ("body", "param"),
+@each_row(
+    "body, param",
     [
         ({}, "prompt"),
         ({"text": "a", "input_ids": [1]}, "input_ids"),
@@ -245,9 +245,8 @@ def test_lists_of_prompts(server, stream):
         ({"text": "a", "lora_path": "x"}, "lora_path"),
         ({"text": "a", "priority": 1}, "priority"),
     ],
-    ids=repr,
 )
-def test_wrong_requests_of_sglang(server, body, param):
+def test_wrong_sglang_requests_are_refused_by_field(server, body, param):
     answer = server.post(PATH, body)
     assert answer.status == 400
     assert answer.error["param"] == param
@@ -269,7 +268,7 @@ def test_an_error_in_a_stream_comes_before_it(server):
     assert answer.error["param"] == "text"
 
 
-def test_one_line(server):
+def test_an_answer_is_one_line_of_json(server):
     for body in (NATIVE, SGLANG):
         assert b"\n" not in server.post(PATH, body).content
         assert json.loads(server.post(PATH, body).content)

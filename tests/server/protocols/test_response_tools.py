@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 
-import openai
 import pytest
 from fake_engine import EOS_ID, TOKENIZER, ids_of
+from rows import each_row
 from test_tools import ARGUMENTS, HERMES, HERMES_CALLS, LLAMA, LLAMA_CALLS, PARAMETERS, accepts
 
 WEATHER = {
@@ -19,7 +18,10 @@ WEATHER = {
 }
 TIME = {"type": "function", "name": "time-of.day", "parameters": None, "strict": None}
 TOOLS = [WEATHER, TIME]
-THINKING = "{% for m in messages %}[{{ m.role }}]{{ m.content }}({{ m.reasoning_content }}){% endfor %}<think>"
+THINKING = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}({{ m.reasoning_content }})"
+    "{% endfor %}<think>"
+)
 
 
 def says(server, text, *more):
@@ -63,7 +65,7 @@ def check_calls(items):
         (LLAMA, LLAMA_CALLS, ["function_call", "function_call"]),
     ],
 )
-def test_calls_are_items(server, template, text, kinds):
+def test_tool_calls_are_items_of_the_output(server, template, text, kinds):
     says(server, text)
     answer = ask(server, template)
     assert [item.type for item in answer.output] == kinds
@@ -76,8 +78,8 @@ def test_calls_are_items(server, template, text, kinds):
 
 
 @pytest.mark.parametrize(("template", "text"), [(HERMES, HERMES_CALLS), (LLAMA, LLAMA_CALLS)])
-@pytest.mark.parametrize("largest_step", [1, 3, 100])
-def test_the_stream_adds_up_to_the_whole(server, template, text, largest_step):
+@each_row("largest_step", [1, 3, 100])
+def test_a_streamed_response_adds_up_to_the_whole(server, template, text, largest_step):
     says(server, text)
     server.engine.largest_step = largest_step
     events = list(ask(server, template, stream=True))
@@ -108,12 +110,11 @@ def test_the_stream_adds_up_to_the_whole(server, template, text, largest_step):
         check_calls(stream.get_final_response().output)
 
 
-def test_the_asynchronous_client(server):
+def test_the_async_openai_client_reads_tool_calls(server):
     says(server, HERMES_CALLS)
 
     async def run():
-        client = openai.AsyncOpenAI(api_key="none", base_url=f"{server.url}/v1", max_retries=0)
-        async with client:
+        async with server.async_client() as client:
             whole = await client.responses.create(**fields())
             stream = await client.responses.create(**fields(stream=True))
             return whole, [event async for event in stream][-1].response
@@ -122,8 +123,8 @@ def test_the_asynchronous_client(server):
         check_calls(answer.output)
 
 
-def test_a_conversation_with_calls_and_their_results(server):
-    """The output goes back as it came, and beside it what the calls brought."""
+def test_calls_and_their_results_are_rendered(server):
+    """The output goes back unchanged, followed by the results of its calls."""
     says(server, HERMES_CALLS)
     client = server.client()
     output = client.responses.create(**fields()).output
@@ -142,7 +143,7 @@ def test_a_conversation_with_calls_and_their_results(server):
     assert f"[tool]rain 0#{calls[0]}[tool]rain 1#{calls[1]}[assistant]" in prompt
 
 
-def test_choices(server):
+def test_tool_choice_decides_which_calls_are_possible(server):
     says(server, HERMES_CALLS)
     answer = ask(server, tool_choice="none")
     assert answer.output_text == HERMES_CALLS
@@ -168,14 +169,14 @@ def test_choices(server):
     assert answer.tool_choice.name == "weather"
 
 
-def test_a_call_that_is_cut_off(server):
+def test_a_tool_call_that_is_cut_off_is_incomplete(server):
     says(server, HERMES_CALLS.partition(', \\"nord')[0], *ids_of("x" * 300))
     answer = ask(server)
     assert [item.status for item in answer.output] == ["completed", "incomplete"]
     assert answer.status == "incomplete"
 
 
-def test_reasoning(server):
+def test_reasoning_is_an_item_of_the_output(server):
     says(server, "the cat</think>on the mat")
     with server.client() as client:
         answer = client.responses.create(**fields(THINKING, tools=[]))
@@ -199,8 +200,8 @@ def test_reasoning(server):
     assert "[assistant]on the mat(the cat)[user]why?" in prompt_of(server)
 
 
-@pytest.mark.parametrize(
-    ("more", "param", "said"),
+@each_row(
+    "more, param, said",
     [
         ({"tools": [{"type": "web_search", "search_context_size": "low"}]}, "tools", "web_search"),
         ({"tools": [{"type": "mcp", "server_url": "x"}]}, "tools", "mcp"),
@@ -229,15 +230,14 @@ def test_reasoning(server):
             "Invalid type: foo",
         ),
     ],
-    ids=lambda value: json.dumps(value)[:60],
 )
-def test_what_is_refused(server, more, param, said):
+def test_wrong_tools_and_items_are_refused_by_field(server, more, param, said):
     for stream in (False, True):
         answer = post(server, stream=stream, **more)
         assert (answer.status, answer.error["param"]) == (400, param)
         assert said in answer.error["message"]
 
 
-def test_a_model_that_cannot_be_told_of_tools(server):
+def test_tools_are_refused_if_the_template_does_not_mention_them(server):
     answer = server.post("/v1/responses", {"input": "hi", "tools": [WEATHER]})
     assert (answer.status, answer.error["param"]) == (400, "tools")

@@ -1,14 +1,14 @@
-"""``/v1/responses``, as the openai client sends it and reads it."""
+"""``/v1/responses``, as the openai client sends and reads it."""
 
 from __future__ import annotations
 
 import asyncio
 
 import msgspec
-import openai
 import pydantic
 import pytest
 from fake_engine import EOS_ID, TOKENIZER, ids_of, logprob_row
+from rows import each_row
 
 from tokasaurus.errors import EngineDead
 
@@ -21,7 +21,7 @@ def say(server, text, *more):
     server.engine.script = lambda request, index: [*ids_of(text), *more]
 
 
-def test_the_client_reads_a_response(server):
+def test_a_response_as_the_openai_client_reads_it(server):
     say(server, "hello world", EOS_ID)
     answer = server.client().responses.create(
         model="m",
@@ -55,15 +55,15 @@ def test_the_client_reads_a_response(server):
     assert usage.input_tokens_details.cached_tokens == 0
 
 
-def test_a_response_that_is_cut_off(server):
+def test_a_response_that_is_cut_off_is_incomplete(server):
     answer = server.client().responses.create(model="m", input="hi", max_output_tokens=3)
     assert answer.status == answer.output[0].status == "incomplete"
     assert answer.incomplete_details.reason == "max_output_tokens"
     assert answer.usage.output_tokens == 3
 
 
-def test_a_conversation_with_its_own_answers(server):
-    """The output of one response is the input of the next, as the client's documentation does it."""
+def test_a_response_can_be_part_of_the_next_input(server):
+    """As in the client's documentation."""
     say(server, "sat", EOS_ID)
     with server.client() as client:
         first = client.responses.create(model="m", input="the cat", include=LOGPROBS)
@@ -95,7 +95,7 @@ ORDER = [
 
 @pytest.mark.parametrize("end", [EOS_ID, None])
 @pytest.mark.parametrize("text", ["the cat sat on the mat, naïve élan", ""])
-def test_the_stream_of_typed_events(server, text, end):
+def test_a_streamed_response_is_typed_events_in_order(server, text, end):
     say(server, text, *([] if end is None else [end]))
     last = "response.incomplete" if end is None else "response.completed"
     with server.client() as client:
@@ -128,8 +128,8 @@ def test_the_stream_of_typed_events(server, text, end):
     assert {event.response.id for event in events if hasattr(event, "response")} == {final.id}
 
 
-def test_the_lines_of_a_stream(server):
-    """An event's name, and its JSON on one line; no comments, no mark at the end."""
+def test_each_event_of_a_response_is_a_name_and_a_line_of_json(server):
+    """There are no comments, and there is no mark at the end."""
     answer = server.post(PATH, {**BASE, "stream": True})
     assert answer.headers["content-type"].startswith("text/event-stream")
     *events, end = answer.content.decode().split("\n\n")
@@ -140,18 +140,18 @@ def test_the_lines_of_a_stream(server):
         assert name == f"event: {body['type']}"
 
 
-def test_the_async_client(server):
+def test_the_async_openai_client_reads_a_stream(server):
     say(server, "hello", EOS_ID)
 
     async def ask():
-        async with openai.AsyncOpenAI(api_key="none", base_url=f"{server.url}/v1") as client:
+        async with server.async_client() as client:
             stream = await client.responses.create(model="m", input="hi", stream=True)
             return [event async for event in stream]
 
     assert asyncio.run(ask())[-1].response.output_text == "hello"
 
 
-def test_logprobs(server):
+def test_logprobs_of_a_response(server):
     say(server, "the cat", EOS_ID)
     answer = server.client().responses.create(
         model="m", input="hi", include=LOGPROBS, top_logprobs=2
@@ -172,7 +172,7 @@ class Animal(pydantic.BaseModel):
     legs: int
 
 
-def test_structured_output(server):
+def test_the_openai_client_parses_structured_output(server):
     say(server, '{"name": "cat", "legs": 4}', EOS_ID)
     answer = server.client().responses.parse(model="m", input="hi", text_format=Animal)
     assert answer.output_parsed == Animal(name="cat", legs=4)
@@ -180,8 +180,8 @@ def test_structured_output(server):
     assert '"legs"' in server.engine.requests[0].grammar
 
 
-def test_an_error_in_mid_stream(server):
-    server.engine.largest_step = 1
+def test_an_error_in_mid_stream_is_a_failed_response(server):
+    server.engine.hold_at = 3
     stream = server.client().responses.create(
         model="m", input="hi", stream=True, extra_body={"ignore_eos": True}, max_output_tokens=400
     )
@@ -194,11 +194,11 @@ def test_an_error_in_mid_stream(server):
     server.engine._running.clear()
 
 
-# --- what is refused -----------------------------------------------------------------------------
+# --- what is refused ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("body", "param"),
+@each_row(
+    "body, param",
     [
         ({"input": None}, "input"),
         ({"input": []}, "input"),
@@ -223,9 +223,8 @@ def test_an_error_in_mid_stream(server):
         ({"text": {"format": {"type": "json_object"}}, "guided_regex": "a"}, "text"),
         ({"temperature": -1}, "temperature"),
     ],
-    ids=repr,
 )
-def test_wrong_values_are_named(server, body, param):
+def test_wrong_values_are_refused_by_field(server, body, param):
     for stream in (False, True):
         answer = server.post(PATH, {**BASE, **body, "stream": stream})
         assert answer.status == 400
@@ -233,7 +232,7 @@ def test_wrong_values_are_named(server, body, param):
         assert param in answer.error["message"]
 
 
-def test_errors_of_items_say_what_they_may_be(server):
+def test_errors_of_input_items_list_the_known_types(server):
     for items, said in (
         ([], "input must have at least 1 item, not []"),
         ([{"type": "input_image"}], "input[0] must be of type 'message', 'function_call'"),

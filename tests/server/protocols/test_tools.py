@@ -1,13 +1,13 @@
-"""Tools and reasoning as the openai client uses them, on an engine that says what it is told to."""
+"""Tools and reasoning as the openai client uses them, on an engine with scripted answers."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 
-import openai
 import pytest
 from fake_engine import CONFIG, EOS_ID, TOKENIZER, ids_of
+from rows import each_row
 
 from tokasaurus.errors import RequestError
 from tokasaurus.grammars import GrammarCompiler
@@ -47,7 +47,10 @@ HERMES_CALLS = (
     f'Wait.\n<tool_call>\n{{"name": "weather", "arguments": {ARGUMENTS}}}\n</tool_call>\n'
     '<tool_call>\n{"name": "time-of.day", "arguments": {}}\n</tool_call>'
 )
-LLAMA_CALLS = f'{{"name": "weather", "parameters": {ARGUMENTS}}}; {{"name": "time-of.day", "parameters": {{}}}}'
+LLAMA_CALLS = (
+    f'{{"name": "weather", "parameters": {ARGUMENTS}}}; '
+    '{"name": "time-of.day", "parameters": {}}'
+)
 
 
 def says(server, text):
@@ -81,7 +84,7 @@ def check_calls(calls):
 @pytest.mark.parametrize(
     ("template", "text", "content"), [(HERMES, HERMES_CALLS, "Wait."), (LLAMA, LLAMA_CALLS, None)]
 )
-def test_calls_in_a_whole_answer(server, template, text, content):
+def test_a_whole_answer_holds_its_tool_calls(server, template, text, content):
     says(server, text)
     (choice,) = ask(server, template).choices
     assert choice.finish_reason == "tool_calls"
@@ -91,8 +94,8 @@ def test_calls_in_a_whole_answer(server, template, text, content):
 
 
 @pytest.mark.parametrize(("template", "text"), [(HERMES, HERMES_CALLS), (LLAMA, LLAMA_CALLS)])
-@pytest.mark.parametrize("largest_step", [1, 2, 7, 100])
-def test_calls_in_a_stream_added_up_by_the_client(server, template, text, largest_step):
+@each_row("largest_step", [1, 2, 7, 100])
+def test_streamed_tool_calls_add_up_in_the_openai_client(server, template, text, largest_step):
     says(server, text)
     server.engine.largest_step = largest_step
     with server.client().chat.completions.stream(
@@ -109,7 +112,7 @@ def test_calls_in_a_stream_added_up_by_the_client(server, template, text, larges
     check_calls(choice.message.tool_calls)
 
 
-def test_names_come_before_arguments_and_these_in_pieces(server):
+def test_a_streamed_call_has_its_name_first_and_its_arguments_in_pieces(server):
     says(server, HERMES_CALLS)
     server.engine.largest_step = 1
     pieces = []
@@ -125,12 +128,11 @@ def test_names_come_before_arguments_and_these_in_pieces(server):
     assert "".join(piece[2] for piece in pieces[: named[1]]) == ARGUMENTS
 
 
-def test_the_asynchronous_client(server):
+def test_the_async_openai_client_reads_tool_calls(server):
     says(server, HERMES_CALLS)
 
     async def run():
-        client = openai.AsyncOpenAI(api_key="none", base_url=f"{server.url}/v1", max_retries=0)
-        async with client:
+        async with server.async_client() as client:
             return await client.chat.completions.create(
                 model="m",
                 messages=MESSAGES,
@@ -142,7 +144,7 @@ def test_the_asynchronous_client(server):
     check_calls(asyncio.run(run()).choices[0].message.tool_calls)
 
 
-def test_a_conversation_with_calls_and_their_results(server):
+def test_calls_and_their_results_are_rendered(server):
     says(server, HERMES_CALLS)
     message = ask(server).choices[0].message
     call = message.tool_calls[0]
@@ -161,7 +163,7 @@ def test_a_conversation_with_calls_and_their_results(server):
     assert f"[tool]rain#{call.id}[assistant]" in prompt_of(server)
 
 
-def test_tool_choice_none_tells_the_model_of_no_tools(server):
+def test_tool_choice_none_hides_the_tools_from_the_model(server):
     says(server, HERMES_CALLS)
     (choice,) = ask(server, tool_choice="none").choices
     assert choice.message.content == HERMES_CALLS
@@ -203,8 +205,8 @@ NAMED = {"type": "function", "function": {"name": "weather"}}
         ),
     ],
 )
-def test_enforced_calls(server, template, one, both, other, wrong):
-    """Of each choice and format: one call, two calls, a call of another function, wrong arguments, text."""
+def test_tool_choice_enforces_calls_by_a_grammar(server, template, one, both, other, wrong):
+    """Try one call, two calls, another function, wrong arguments and text for each choice."""
     texts = (one, both, other, wrong, "It rains.")
     for fields, expected in (
         ({"tool_choice": "required"}, (True, True, True, False, False)),
@@ -239,8 +241,8 @@ def test_a_schema_of_a_tool_may_refer_to_its_own_definitions(server):
     assert not accepts(grammar, head + '{"a": 2}}\n</tool_call>')
 
 
-@pytest.mark.parametrize(
-    ("fields", "param", "said"),
+@each_row(
+    "fields, param, said",
     [
         ({"tools": [{"type": "retrieval"}]}, "tools", "tools[0]"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools", "'a b'"),
@@ -295,14 +297,14 @@ def test_a_schema_of_a_tool_may_refer_to_its_own_definitions(server):
         ),
     ],
 )
-def test_what_is_refused(server, fields, param, said):
+def test_wrong_tools_and_messages_are_refused_by_field(server, fields, param, said):
     answer = post(server, **fields)
     assert answer.status == 400
     assert answer.error["param"] == param
     assert said in answer.error["message"]
 
 
-def test_a_model_that_cannot_be_told_of_tools(server):
+def test_tools_are_refused_if_the_template_does_not_mention_them(server):
     body = {"messages": MESSAGES, "tools": TOOLS}
     answer = server.post("/v1/chat/completions", body)
     assert (answer.status, answer.error["param"]) == (400, "tools")
@@ -312,7 +314,7 @@ def test_a_model_that_cannot_be_told_of_tools(server):
     assert server.post("/v1/chat/completions", {**body, "tool_choice": "none"}).status == 200
 
 
-def test_which_format():
+def test_the_tool_format_follows_the_template_or_the_flag():
     assert tool_format("auto", HERMES) == "hermes"
     assert tool_format("auto", LLAMA) == "llama3"
     assert tool_format("llama3", HERMES) == "llama3"
@@ -320,7 +322,7 @@ def test_which_format():
         tool_format("hermes", "{{ messages }} tools")
 
 
-def test_reasoning(server):
+def test_reasoning_is_apart_from_the_content(server):
     says(server, "<think>\nthe cat\n</think>\n\non the mat")
     (choice,) = ask(server, THINKING, tools=[]).choices
     assert choice.message.reasoning_content == "the cat"
@@ -336,7 +338,7 @@ def test_reasoning(server):
 
 
 THOUGHTS = [
-    # what the model says: what it thinks up to the last token of the closing mark, and the rest
+    # thoughts, up to the last token of the closing mark; the rest of what the model says
     ("<think>\nthe cat sat</think>", "\n\non the mat"),
     ("<think></think>", ""),
     ("\n <think>naïve élan", ""),
@@ -345,12 +347,12 @@ THOUGHTS = [
 ]
 
 
-@pytest.mark.parametrize(("thoughts", "rest"), THOUGHTS)
+@each_row("thoughts, rest", THOUGHTS)
 @pytest.mark.parametrize("spelled", [False, True])
 def test_reasoning_tokens_are_counted_exactly(server, thoughts, rest, spelled):
-    """However the marks are cut into tokens and these into events; n samples add up."""
+    """However the marks are cut into tokens, and the tokens into events. Samples add up."""
 
-    def ids(text):  # a byte each, or as the tokenizer would
+    def ids(text):  # a token for each byte, or as the tokenizer encodes
         return [i for c in text for i in ids_of(c)] if spelled else ids_of(text)
 
     answer = [*ids(thoughts), *ids(rest), EOS_ID]
@@ -414,14 +416,14 @@ def test_reasoning_that_the_prompt_begins_or_leaves_out(server):
     assert prompt_of(server).endswith("<think>\n\n</think>")
 
 
-def test_a_grammar_begins_at_the_first_token(server):
+def test_structured_output_starts_with_the_first_token_after_an_open_think_mark(server):
     says(server, '{"a": 1}')
     response_format = {"type": "json_object"}
     (choice,) = ask(server, OPENED, tools=[], response_format=response_format).choices
     assert json.loads(choice.message.content) == {"a": 1}
 
 
-def test_without_such_a_template_marks_are_text(server):
+def test_marks_are_text_without_a_template_that_names_them(server):
     says(server, "<think>a</think><tool_call>b</tool_call>")
     body = {"messages": MESSAGES, "max_tokens": 100}
     (choice,) = server.post("/v1/chat/completions", body).json["choices"]

@@ -1,4 +1,4 @@
-"""What the engine says of itself, and flushes of its prefix cache."""
+"""Routes that describe the engine, and flushes of its prefix cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tokasaurus.version import __version__
 
 
 @pytest.mark.parametrize("path", ["/flush_cache", "/reset_prefix_cache"])
-def test_flushes_tell_what_was_dropped(server, path):
+def test_a_flush_reports_what_was_dropped(server, path):
     for answer in (server.post(path, b""), server.get(path)):
         assert answer.status == 200
         assert answer.json == {"status": "ok", "flushed_pages": 3, "flushed_tokens": 48}
@@ -18,9 +18,9 @@ def test_flushes_tell_what_was_dropped(server, path):
     assert len({each.flush_id for each in asked}) == len(asked) == 2
 
 
-def test_an_engine_that_dies_ends_a_flush():
+def test_a_flush_ends_with_a_503_when_the_engine_dies():
     with RunningServer().running() as server:
-        server.engine.send = lambda message: None  # it never answers
+        server.engine.send = lambda message: None  # the engine never answers
         server.generations._send = lambda message: server.state.die("it broke")
         answer = server.post("/flush_cache", b"")
         assert answer.status == 503
@@ -42,7 +42,7 @@ def test_server_info_has_no_secrets():
     config = with_config(api_key_digests=("ab" * 32,), temperature=0.5)
     with RunningServer(config).running() as server:
         answer = server._ask("GET", "/server_info", None, {"Authorization": f"Bearer {key}"})
-        assert answer.status == 401  # it is no open route
+        assert answer.status == 401  # this route needs a key
     with RunningServer(with_config(temperature=0.5)).running() as server:
         content = server.get("/server_info").content.decode()
         info = server.get("/server_info").json
@@ -51,12 +51,12 @@ def test_server_info_has_no_secrets():
     assert "key" not in content
     assert info["version"] == __version__
     assert info["status"] == "ok"
-    # As sglang.bench_serving looks into it.
+    # As sglang.bench_serving reads it.
     assert info["internal_states"][0].get("avg_spec_accept_length", None) is None
     assert info["internal_states"][0]["num_running_prompts"] == 0
 
 
-def test_server_info_while_the_model_loads():
+def test_engine_routes_while_the_model_loads():
     with RunningServer(ready=False).running() as server:
         assert server.get("/server_info").json["status"] == "loading"
         assert server.get("/model_info").status == 503

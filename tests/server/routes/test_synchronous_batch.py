@@ -5,11 +5,10 @@ from __future__ import annotations
 import http.client
 import json
 import pickle
-import time
 
 import msgspec
-import pytest
-from fake_engine import RunningServer, with_config
+from fake_engine import RunningServer, wait_for, with_config
+from rows import each_row
 
 PATH = "/custom/synchronous-batch-completions"
 REQUESTS = [
@@ -30,8 +29,8 @@ def test_the_answers_are_those_of_the_chat_route_in_order(server):
     assert [comparable(each) for each in answer.json] == expected
 
 
-@pytest.mark.parametrize(
-    ("accept", "expected"),
+@each_row(
+    "accept, expected",
     [
         ("application/msgpack", "application/msgpack"),
         ("application/json;q=0.5, application/x-msgpack", "application/msgpack"),
@@ -41,7 +40,7 @@ def test_the_answers_are_those_of_the_chat_route_in_order(server):
         ("application/msgpack;q=zero", "application/msgpack"),
     ],
 )
-def test_the_form_that_accept_asks_for(server, accept, expected):
+def test_accept_chooses_between_json_and_msgpack(server, accept, expected):
     answer = server.post(PATH, {"requests": REQUESTS}, Accept=accept)
     assert answer.headers["content-type"] == expected
     decode = json.loads if expected.endswith("json") else msgspec.msgpack.decode
@@ -54,7 +53,7 @@ def test_the_form_that_accept_asks_for(server, accept, expected):
     ]
 
 
-def test_a_pickle_where_the_operator_allows_it():
+def test_answers_are_pickles_where_the_operator_allows_it():
     with RunningServer(with_config(unsafe_pickle_responses=True)).running() as server:
         answer = server.post(PATH, {"requests": REQUESTS})
         completions = pickle.loads(answer.content)
@@ -64,8 +63,8 @@ def test_a_pickle_where_the_operator_allows_it():
         assert len(answer.json) == 5
 
 
-@pytest.mark.parametrize(
-    ("body", "param"),
+@each_row(
+    "body, param",
     [
         ([], None),
         ({}, "requests"),
@@ -78,25 +77,25 @@ def test_a_pickle_where_the_operator_allows_it():
         ({"requests": [{**REQUESTS[0], "n": 60_000}] * 2}, "requests"),
     ],
 )
-def test_what_is_wrong_is_named_and_nothing_runs(server, body, param):
+def test_a_wrong_request_is_named_and_nothing_runs(server, body, param):
+    server.engine.received.clear()
     answer = server.post(PATH, body)
     assert answer.status == 400
     assert answer.error["param"] == param
     assert not server.engine.requests
 
 
-def test_a_prompt_that_the_engine_refuses(server):
+def test_a_prompt_that_the_engine_refuses_fails_the_whole_batch(server):
     server.engine.reject = "no room"
     assert server.post(PATH, {"requests": REQUESTS}).status == 400
 
 
-def test_all_are_cancelled_when_the_client_goes_away(server):
+def test_a_disconnect_aborts_all_requests_of_a_synchronous_batch(server):
     server.engine.paused = True
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
     data = json.dumps({"requests": REQUESTS})
     connection.request("POST", PATH, data, {"Content-Type": "application/json"})
-    while server.engine.num_running < 5:
-        time.sleep(0.002)
+    wait_for(lambda: server.engine.num_running == 5)
     connection.close()
     server.wait_idle()
     assert len(server.engine.aborted) == 5

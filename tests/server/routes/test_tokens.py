@@ -1,16 +1,17 @@
-"""``/tokenize``, ``/detokenize``, ``/tokenizer_info``: vLLM's shapes, and lm_eval's way of reading them."""
+"""``/tokenize``, ``/detokenize``, ``/tokenizer_info``: vLLM's shapes, as lm_eval reads them."""
 
 from __future__ import annotations
 
 import jinja2
 import pytest
 from fake_engine import CHAT_TEMPLATE, CONFIG, EOS, EOS_ID, TOKENIZER, VOCAB_SIZE, ids_of
+from rows import each_row
 
 MESSAGES = [{"role": "user", "content": "the cat"}]
 OPEN = [*MESSAGES, {"role": "assistant", "content": "sat"}]
 
 
-@pytest.mark.parametrize("text", ["the cat sat", "", "élan 🐟", f"a{EOS}b"])
+@each_row("text", ["the cat sat", "", "élan 🐟", f"a{EOS}b"])
 @pytest.mark.parametrize("special", [None, True, False])
 def test_tokens_are_those_of_a_completion(server, text, special):
     body = {"prompt": text} if special is None else {"prompt": text, "add_special_tokens": special}
@@ -26,17 +27,16 @@ def test_tokens_are_those_of_a_completion(server, text, special):
         assert server.post("/detokenize", {"tokens": expected}).json == {"prompt": text}
 
 
-@pytest.mark.parametrize(
-    ("fields", "end"),
+@each_row(
+    "fields, end",
     [
         ({}, "<|end|><|assistant|>"),
         ({"add_generation_prompt": False}, "<|end|>"),
         ({"chat_template_kwargs": {"shout": True}}, "<|end|>SHOUT<|assistant|>"),
         ({"chat_template": "{{ messages[0]['content'] }}!"}, "!"),
     ],
-    ids=repr,
 )
-def test_a_conversation_is_written_by_the_chat_template(server, fields, end):
+def test_tokenize_renders_a_conversation_with_the_chat_template(server, fields, end):
     answer = server.post("/tokenize", {"messages": MESSAGES, "return_token_strs": True, **fields})
     tokens, strings = answer.json["tokens"], answer.json["token_strs"]
     assert strings == [TOKENIZER.token_text(token) for token in tokens]
@@ -53,13 +53,13 @@ def test_the_tokens_of_a_chat_are_those_that_the_engine_gets(server):
     assert left_open["token_strs"] is None
 
 
-def test_long_texts(server):
+def test_long_texts_are_tokenized(server):
     text = "the cat sat on the mat " * 2000
     assert server.post("/tokenize", {"prompt": text}).json["tokens"] == TOKENIZER.encode(text)
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "param"),
+@each_row(
+    "path, body, param",
     [
         ("/tokenize", {}, "prompt"),
         ("/tokenize", {"prompt": "a", "messages": MESSAGES}, "prompt"),
@@ -83,9 +83,8 @@ def test_long_texts(server):
         ("/detokenize", {"tokens": [VOCAB_SIZE]}, "tokens"),
         ("/detokenize", {"tokens": [True]}, "tokens"),
     ],
-    ids=repr,
 )
-def test_wrong_values_are_named(server, path, body, param):
+def test_wrong_values_are_refused_by_field(server, path, body, param):
     answer = server.post(path, body)
     assert answer.status == 400
     assert answer.error["param"] == param
@@ -93,7 +92,7 @@ def test_wrong_values_are_named(server, path, body, param):
 
 
 def test_tokenizer_info_as_lm_eval_reads_it(server):
-    """It takes the id of the end-of-sequence token from ``/tokenize``, and renders chats itself."""
+    """lm_eval gets the end-of-sequence id from ``/tokenize`` and renders chats itself."""
     info = server.get("/tokenizer_info").json
     assert info["eos_token"] == EOS
     body = {"prompt": info["eos_token"], "add_special_tokens": False}

@@ -134,10 +134,10 @@ class NativeWriter(StreamWriter):
         return DONE
 
 
-def prepare_native(body: NativeRequest, preparer: Preparer) -> PreparedRequest:
+def prepare_native(request: NativeRequest, preparer: Preparer) -> PreparedRequest:
     """The prompt, ready to run. Raises RequestError."""
-    ids = body.ids(preparer.tokenizer)
-    return preparer.prepare(ids, body.params(), default_temperature=CHAT_TEMPERATURE)
+    ids = request.ids(preparer.tokenizer)
+    return preparer.prepare(ids, request.params(), default_temperature=CHAT_TEMPERATURE)
 
 
 def _sample(output: SampleOutput) -> dict[str, Any]:

@@ -207,12 +207,12 @@ def _params(
         raise renamed(error, {STRUCTURED_OUTPUTS: forms[0]} if forms else {}) from None
 
 
-def prepare_sglang(body: SglangRequest, preparer: Preparer) -> list[PreparedRequest]:
+def prepare_sglang(request: SglangRequest, preparer: Preparer) -> list[PreparedRequest]:
     """The prompts, ready to run. Raises RequestError."""
-    prompts = body.prompts()
-    params = body.params(len(prompts))
-    read_prompts(body.prompt_field, prompts, max(each.n for each in params))
-    starts = body.per_prompt("logprob_start_len", len(prompts), -1)
+    prompts = request.prompts()
+    params = request.params(len(prompts))
+    read_prompts(request.prompt_field, prompts, max(each.n for each in params))
+    starts = request.per_prompt("logprob_start_len", len(prompts), -1)
     limit = preparer.config.max_request_tokens
     prepared = []
     for prompt, each, start in zip(prompts, params, starts, strict=True):
