@@ -128,10 +128,6 @@ class Driver:
             ),
             copy_sources=sources.copy(),
             copy_targets=targets.copy(),
-            group_first_rows=_ints([]),
-            group_num_rows=_ints([]),
-            group_first_columns=_ints([]),
-            group_num_columns=_ints([]),
         )
 
     def chunks(
