@@ -103,6 +103,14 @@ class SlotState:
         )
         self.adjustments = AdjustmentTable(num_slots, vocab_size, history, device)
 
+    def clear(self) -> None:
+        """Forgets all slots in place: tensors stay where they are."""
+        self.page_table.zero_()
+        self.last_tokens.zero_()
+        self.lengths[:] = self.pages_held[:] = 0
+        self.sampling.clear()
+        self.adjustments.clear()
+
     def apply(self, batch: ForwardBatch) -> PlannedBatch:
         """Applies the batch's changes to the tables and lays out its rows.
 
@@ -174,8 +182,8 @@ class SlotState:
                 and end * self._page_size < lengths[rows].min()
             ):
                 raise ProtocolError(
-                    f"batch {batch.number} has a group of {count} rows from {row} on, with pages"
-                    f" {column} to {end}, which these rows do not fill"
+                    f"it has a group of {count} rows from {row} on, with pages {column} to {end},"
+                    " which these rows do not fill"
                 )
         return groups
 
@@ -254,15 +262,15 @@ class SlotState:
         named = np.zeros(self._num_slots, np.bool_)
         named[slots] = True
         if np.count_nonzero(named) != len(slots):
-            raise ProtocolError(f"batch {batch.number} names a slot twice")
+            raise ProtocolError("it names a slot twice")
         self._check_draws(batch)
         if (self.lengths[batch.decode_slots] == 0).any():
-            raise ProtocolError(f"batch {batch.number} decodes a slot that has no tokens yet")
+            raise ProtocolError("it decodes a slot that has no tokens yet")
         self._check_range("prompt ids", batch.prefill_ids, self._vocab_size)
         if int(batch.prefill_lengths.sum()) != len(batch.prefill_ids) or (
             len(batch.prefill_lengths) and batch.prefill_lengths.min() < 1
         ):
-            raise ProtocolError(f"batch {batch.number}: lengths and ids of its prompts disagree")
+            raise ProtocolError("lengths and ids of its prompts disagree")
 
     def _check_draws(self, batch: ForwardBatch) -> None:
         chunks, slots = batch.draw_chunks, batch.draw_slots
@@ -279,7 +287,7 @@ class SlotState:
             or (draws_from[batch.decode_slots] >= 0).any()
             or ((own >= 0) & (own != chunks)).any()
         ):
-            raise ProtocolError(f"batch {batch.number} draws for a slot twice")
+            raise ProtocolError("it draws for a slot twice")
 
     def _check_lengths(self, slots: Int32Array, firsts: Int32Array, lengths: Int32Array) -> None:
         beyond = (firsts < 0) | (lengths > self.pages_held[slots] * self._page_size)
