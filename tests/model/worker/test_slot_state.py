@@ -60,8 +60,8 @@ def test_cleared_tables_are_as_new_and_stay_in_place(driver, state):
     batch = driver.batch(prefill=[Enter(slot, [7] * 20) for slot in range(3)])
     adjusted = (AdjustedSlots(np.array([0, 2], np.int32), adjustments, np.array([7], np.int32)),)
     parameters = msgspec.structs.replace(batch.parameters, adjusted=adjusted)
-    state.apply(msgspec.structs.replace(batch, parameters=parameters))
-    state.record(np.arange(3, dtype=np.int32), torch.tensor([4, 5, 6]))
+    planned = state.apply(msgspec.structs.replace(batch, parameters=parameters))
+    state.record(planned.sampling, torch.tensor([4, 5, 6]))
     logits, slots = torch.ones(3, 100), np.arange(3, dtype=np.int32)
     assert state.adjustments.adjusted(logits, slots, slots * 0 + 1) is not logits
     state.clear()

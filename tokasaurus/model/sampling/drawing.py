@@ -16,7 +16,6 @@ from tokasaurus.model.sampling.adjustments import AdjustmentTable
 from tokasaurus.model.sampling.matchers import TokenMasks
 from tokasaurus.model.sampling.rows import PromptRows, SamplingRows
 from tokasaurus.model.sampling.sampler import Logprobs, SamplingParameters, draw, logprobs_of
-from tokasaurus.model.upload import upload_indices
 
 __all__ = ["draw_tokens", "score_prompts"]
 
@@ -68,10 +67,9 @@ def score_prompts(model: LlamaModel, hidden: Tensor, rows: PromptRows) -> Logpro
         rows: at least one row, and the token that follows each.
     """
     width = _width(rows.parameters)
-    following = upload_indices(rows.next_ids, hidden.device)
     return Logprobs.joined(
         [
-            logprobs_of(logits, following[part], rows.parameters.take(part), width, ranked=True)
+            logprobs_of(logits, rows.next_ids[part], rows.parameters.take(part), width, ranked=True)
             for part, logits in _logits(model, hidden, rows.rows)
         ]
     )

@@ -165,7 +165,7 @@ class Worker:
         arriving = Download(token_ids)
         if masks is not None:
             matchers.advance(masks, sampling.slots, arriving)
-        lost = self._state.record(sampling.slots, token_ids)
+        lost = self._state.record(sampling, token_ids)
         given_up = masks.cut_rows if masks is not None else None
         prompt = score_prompts(self._model, hidden, planned.prompt) if planned.prompt else None
         return Outputs(
