@@ -385,7 +385,7 @@ class EngineConfig:
         help="The process that runs in the foreground, where a debugger can reach it.",
     )
     allocator_sanity_checks: bool = flag(
-        False, group=_DEBUG, help="Check every invariant of the page tables after each step; slow."
+        False, group=_DEBUG, help="Check all invariants of the page tables after each turn; slow."
     )
     bump_city_population_me: bool = flag(
         False,
