@@ -17,7 +17,7 @@ import openai
 import pytest
 from echo_batches import check, new_batch
 from echo_process import CRASHES, MAX_ANSWER_S, MAX_SAMPLES, URL, run
-from engine_process import EngineProcess, running
+from engine_process import EngineProcess, running, started
 
 from tokasaurus.batch.store import JobStore
 from tokasaurus.errors import ConfigError
@@ -128,7 +128,7 @@ def wait_for_answers(client: openai.OpenAI, batch_id: str, number: int) -> None:
 def test_an_engine_is_refused_a_directory_that_another_process_uses(tmp_path):
     data_dir = tmp_path / "data"
     store = JobStore(data_dir)
-    second = EngineProcess(tmp_path / "toka.log", f"data_dir={data_dir}")
-    assert second.wait_exit(60) != 0
+    with started(tmp_path, f"data_dir={data_dir}") as second:
+        assert second.wait_exit(60) != 0
     store.close()
     assert f"data_dir: {data_dir} is in use by another process" in second.log

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from naming import named
+from rows import named
 
 from tokasaurus.errors import ConfigError
 from tokasaurus.model.layers.linear import Embedding, Linear

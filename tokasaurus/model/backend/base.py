@@ -22,10 +22,9 @@ class PrefixGroups:
     """Decode rows that share pages, which a backend may read once for all rows of a group.
 
     Group g is the rows ``first_rows[g]`` to ``first_rows[g] + num_rows[g]``. In the columns
-    ``first_columns[g]`` to ``first_columns[g] + num_columns[g]`` of the page table, all of them
-    name the same full pages, each position of which comes before the rows' own. A group inside
-    another comes after it and goes on where it ends; a row's own columns are those behind its last
-    group.
+    ``first_columns[g]`` to ``first_columns[g] + num_columns[g]`` of the page table, all its rows
+    name the same full pages, whose positions come before those of the rows. A group inside another
+    comes after it and starts where it ends. A row's own columns are those behind its last group.
 
     Attributes:
         first_rows: [groups], decode rows of the batch.
