@@ -58,8 +58,8 @@ class ReferenceAttention:
         self._lengths = rows.kv_lengths.tolist()
         self._page_rows = rows.page_table[upload_indices(rows.slots, device)].long()
         # The place of each row's key and value.
-        counts = upload_indices(np.diff(rows.query_starts), device)
-        sequence = torch.repeat_interleave(torch.arange(len(counts), device=device), counts)
+        counts = np.diff(rows.query_starts)
+        sequence = upload_indices(np.repeat(np.arange(len(counts)), counts), device)
         positions = upload_indices(rows.positions, device)
         self._pages = self._page_rows[sequence, positions // cache.page_size]
         self._offsets = positions % cache.page_size

@@ -126,9 +126,10 @@ class Worker:
     def submit(self, batch: ForwardBatch) -> Pending:
         """Enqueues one batch, and does not wait for the device. On the CPU the batch runs here.
 
-        The only wait is for the masks of rows with a grammar, which follow from the ids of the
-        previous batch. It comes after the layers of this batch are enqueued, and counts as
-        ``grammar_wait_s``.
+        It waits for the masks of rows with a grammar, which follow from the ids of the previous
+        batch. This wait comes after the layers of this batch are enqueued, and counts as
+        ``grammar_wait_s``. The sampler also asks the device whether its candidates for ``top_p``
+        are enough.
 
         Raises:
             ProtocolError: the batch is not the next one, or it names slots, pages, ids or positions
