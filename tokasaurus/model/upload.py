@@ -6,6 +6,7 @@ keeps until the copy is done.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -26,12 +27,18 @@ def upload_indices(values: NDArray[np.integer[Any]], device: torch.device) -> Te
     return _sent(torch.from_numpy(values.astype(np.int64)), device)
 
 
-def upload_together(device: torch.device, **arrays: NDArray[np.integer[Any]]) -> dict[str, Tensor]:
-    """Copies of arrays on the device in int64, by name: views of one tensor, sent in one copy."""
+def upload_together(
+    arrays: Mapping[str, NDArray[np.integer[Any]]], device: torch.device
+) -> dict[str, Tensor]:
+    """Copies of arrays on the device in int64, by name: views of one tensor, sent in one copy.
+
+    Args:
+        arrays: one at least.
+        device: of the copies.
+    """
     lengths = [len(array) for array in arrays.values()]
-    host = torch.empty(sum(lengths), dtype=torch.int64, pin_memory=device.type != "cpu")
-    np.concatenate(list(arrays.values()), out=host.numpy())
-    views = torch.split(host.to(device, non_blocking=True), lengths)
+    host = torch.from_numpy(np.concatenate(list(arrays.values()), dtype=np.int64))
+    views = _sent(host, device).split_with_sizes(lengths)
     return dict(zip(arrays, views, strict=True))
 
 

@@ -8,7 +8,7 @@ on the sampled tokens, so the host prepares a batch without waiting for the prev
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ __all__ = ["PlannedBatch", "SlotState"]
 
 # Generated ids that fit in the history, for each position of the KV cache.
 _HISTORY_SHARE = 2
+# By name.
+_Arrays: TypeAlias = dict[str, NDArray[np.integer[Any]]]
+
 _NO_ROWS: NDArray[np.intp] = np.empty(0, np.intp)
 
 
@@ -144,29 +147,12 @@ class SlotState:
         sampled_slots = np.concatenate((batch.decode_slots, batch.draw_slots))
         self._fork(batch, lengths[num_decodes:])
         scored_rows, next_ids = self._scored(batch)
-        sent = upload_together(
-            self._device,
-            positions=positions,
-            decode_slots=batch.decode_slots,
-            prompt_ids=batch.prefill_ids,
-            sampled_rows=sampled_rows,
-            sampled_slots=sampled_slots,
-            scored_rows=scored_rows + num_decodes,
-            next_ids=next_ids,
-            table_slots=batch.table_slots,
-            table_columns=batch.table_columns,
-            table_pages=batch.table_pages,
-            copy_sources=batch.copy_sources,
-            copy_targets=batch.copy_targets,
-        )
-        if len(batch.table_slots):
-            entries = sent["table_pages"].to(torch.int32)
-            self.page_table[sent["table_slots"], sent["table_columns"]] = entries
-        ids = sent["prompt_ids"]
-        if num_decodes:
-            ids = torch.cat((self.last_tokens[sent["decode_slots"]], ids))
+        arrays: _Arrays = {"positions": positions, "rows": sampled_rows, "slots": sampled_slots}
+        if len(scored_rows):
+            arrays |= {"scored_rows": scored_rows + num_decodes, "next_ids": next_ids}
+        sent = self._send(batch, arrays)
         return PlannedBatch(
-            ids=ids,
+            ids=self._ids(sent["slots"][:num_decodes], sent.get("prompt_ids")),
             positions=sent["positions"],
             sequences=SequenceRows(
                 slots=slots,
@@ -178,9 +164,9 @@ class SlotState:
                 groups=self._groups(batch, lengths),
             ),
             sampling=SamplingRows(
-                sent["sampled_rows"],
+                sent["rows"],
                 sampled_slots,
-                sent["sampled_slots"],
+                sent["slots"],
                 self.sampling.take(sampled_slots),
             ),
             prompt=PromptRows(
@@ -192,6 +178,26 @@ class SlotState:
             if len(batch.copy_sources)
             else None,
         )
+
+    def _send(self, batch: ForwardBatch, arrays: _Arrays) -> dict[str, Tensor]:
+        """Sends these arrays and the batch's own to the device. Patches the page table there."""
+        # Most batches decode only, and change few tables.
+        if len(batch.prefill_ids):
+            arrays["prompt_ids"] = batch.prefill_ids
+        if len(batch.copy_sources):
+            arrays |= {"copy_sources": batch.copy_sources, "copy_targets": batch.copy_targets}
+        if not len(batch.table_slots):
+            return upload_together(arrays, self._device)
+        arrays |= {"table_slots": batch.table_slots, "table_columns": batch.table_columns}
+        sent = upload_together({**arrays, "table_pages": batch.table_pages}, self._device)
+        pages = sent["table_pages"].to(torch.int32)
+        self.page_table[sent["table_slots"], sent["table_columns"]] = pages
+        return sent
+
+    def _ids(self, decode_slots: Tensor, prompt_ids: Tensor | None) -> Tensor:
+        if prompt_ids is None:
+            return self.last_tokens[decode_slots]
+        return torch.cat((self.last_tokens[decode_slots], prompt_ids))
 
     def _groups(self, batch: ForwardBatch, lengths: Int32Array) -> PrefixGroups:
         """The groups of the batch, checked: pages that a row has not filled are not shared."""
