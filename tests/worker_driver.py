@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from tokasaurus.config.slices import WorkerConfig
+from tokasaurus.model.worker.pending import Pending
 from tokasaurus.model.worker.worker import Worker
 from tokasaurus.protocol.messages import (
     ForwardBatch,
@@ -29,6 +30,8 @@ def worker_config(path: Path, **fields) -> WorkerConfig:
         "device": "cpu",
         "dtype": "float32",
         "attention": "auto",
+        "linear": "plain",
+        "load_format": "auto",
         "page_size": 16,
         "num_pages": 64,
         "num_slots": 8,
@@ -88,9 +91,12 @@ class Driver:
         self._parameters.append((slot, sampling, seed, sample_index, num_generated, num_logprobs))
 
     def step(self, decode: list[int] = (), prefill: list[Enter] = ()) -> ForwardResult:
+        return self.submit(decode, prefill).collect()
+
+    def submit(self, decode: list[int] = (), prefill: list[Enter] = ()) -> Pending:
         batch = self.batch(decode, prefill)
         self.number += 1
-        return self.worker.run(batch)
+        return self.worker.submit(batch)
 
     def batch(self, decode: list[int] = (), prefill: list[Enter] = ()) -> ForwardBatch:
         table: list[tuple[int, int, int]] = []
@@ -126,10 +132,6 @@ class Driver:
             ),
             copy_sources=sources.copy(),
             copy_targets=targets.copy(),
-            group_first_rows=_ints([]),
-            group_num_rows=_ints([]),
-            group_first_columns=_ints([]),
-            group_num_columns=_ints([]),
         )
 
     def chunks(

@@ -22,6 +22,8 @@ NAMES_AND_DEFAULTS = {
     "rope_scaling": None,
     "device": "auto",
     "attention": "auto",
+    "linear": "plain",
+    "load_format": "auto",
     "cpu_threads": None,
     "host": "127.0.0.1",
     "port": 10210,

@@ -52,14 +52,7 @@ class Hand:
         batch = ForwardBatch(
             number=self.number,
             parameters=_parameters(entering) if entering else None,
-            table_slots=int32([]),
-            table_columns=int32([]),
-            table_pages=int32([]),
             decode_slots=int32(decode),
-            group_first_rows=int32([]),
-            group_num_rows=int32([]),
-            group_first_columns=int32([]),
-            group_num_columns=int32([]),
             prefill_slots=int32([chunk.slot for chunk in fed]),
             prefill_starts=int32([chunk.start for chunk in fed]),
             prefill_lengths=int32([chunk.length for chunk in fed]),
@@ -68,8 +61,6 @@ class Hand:
             prefill_next_ids=int32([-1 if chunk.draws else 7 for chunk in fed]),
             draw_chunks=int32([index for index, chunk in enumerate(fed) for _ in chunk.draws]),
             draw_slots=int32([slot for chunk in fed for slot in chunk.draws]),
-            copy_sources=int32([]),
-            copy_targets=int32([]),
         )
         self.number += 1
         return self.device.run(msgspec.structs.replace(batch, **changes))

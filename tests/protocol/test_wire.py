@@ -165,6 +165,17 @@ def test_a_decoded_message_equals_the_sent_one(message):
     assert_same(codec.decode(codec.encode(message)), message)
 
 
+def test_columns_that_a_batch_leaves_out_travel_as_empty_arrays():
+    """``parameters`` and the last two columns are optional, the others are int32 arrays."""
+    optional = ("number", "parameters", "prefill_pooling", "left_slots")
+    columns = [name for name in ForwardBatch.__struct_fields__ if name not in optional]
+    codec = Codec(ForwardBatch)
+    sent = codec.encode(ForwardBatch(number=8))
+    spelled_out = ForwardBatch(8, None, *(np.zeros(0, np.int32) for _ in columns), None, None)
+    assert sent == codec.encode(spelled_out)
+    assert_same(codec.decode(sent), spelled_out)
+
+
 def test_every_message_has_an_example():
     classes = {
         value

@@ -107,6 +107,24 @@ class EngineConfig:
             "reference. auto: compiled if it works."
         ),
     )
+    linear: str = flag(
+        "plain",
+        group=_MODEL,
+        choices=("plain", "packed"),
+        help=(
+            "How layers multiply. plain: by the weights as they are. packed: device=cpu lays the "
+            "weights out once for its matrix library, which is faster for batches of few rows."
+        ),
+    )
+    load_format: str = flag(
+        "auto",
+        group=_MODEL,
+        choices=("auto", "dummy"),
+        help=(
+            "Where the weights come from. auto: the model's safetensors files. dummy: random "
+            "numbers; of the model, only config.json and the tokenizer's files are needed."
+        ),
+    )
     cpu_threads: int | None = flag(
         None,
         group=_MODEL,
@@ -464,7 +482,7 @@ class EngineConfig:
         group=_HYDRAGEN,
         help=(
             "Group the sequences of every batch by the prefixes they share, for attention that "
-            "reads such a prefix once. This version's kernels do not use the groups yet."
+            "reads such a prefix once. Of this version's kernels only attention=reference does."
         ),
     )
     hydragen_min_group_size: int = flag(

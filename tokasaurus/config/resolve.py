@@ -317,6 +317,8 @@ def _worker(
         device=device,
         dtype=dtype,
         attention=config.attention,
+        linear=config.linear,
+        load_format=config.load_format,
         page_size=limits.page_size,
         num_pages=limits.num_pages,
         num_slots=_num_slots(limits),

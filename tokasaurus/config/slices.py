@@ -137,6 +137,8 @@ class WorkerConfig:
     device: str  # "cpu" or "cuda"
     dtype: str  # "float32", "bfloat16" or "float16"
     attention: str  # "auto", "compiled" or "reference"
+    linear: str  # "plain" or "packed"
+    load_format: str  # "auto" or "dummy"
     page_size: int
     num_pages: int
     num_slots: int

@@ -82,7 +82,6 @@ OTHER_ENGINES: Mapping[str, Foreign] = {
     "json_model_override_args": Foreign("rope_scaling", _ROPE),
     "kv_cache_dtype": Foreign("dtype", "weights and KV cache share one"),
     "kv_cache_memory_bytes": Foreign("kv_cache_num_tokens", "a number of tokens, not of bytes"),
-    "load_format": Foreign(None, "weights are read from safetensors files only"),
     "log_level_http": Foreign("uvicorn_log_level"),
     "log_requests": Foreign("uvicorn_log_level", "info prints a line for each request"),
     "max_batch_size": Foreign("max_seqs_per_forward", _RUNNING),

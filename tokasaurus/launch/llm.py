@@ -273,7 +273,7 @@ class LLM:
             self._generations.absorb(message)
         for batch in actions.batches:
             try:
-                self._inbox.append(self._worker.run(batch))
+                self._inbox.append(self._worker.submit(batch).collect())
             except Exception:
                 # Its state is behind the manager's, so no further batch could be right.
                 self._worker = None

@@ -22,6 +22,7 @@ from tokasaurus.errors import ConfigError, ModelError
 from tokasaurus.grammars import Vocabulary
 from tokasaurus.launch.doors import TO_MANAGER, TO_SERVER, TO_WORKER
 from tokasaurus.launch.lifeline import Assignment, Failed, Lifeline, Ready, Stop
+from tokasaurus.launch.worker_loop import WorkerLoop
 from tokasaurus.observability.logging import configure_logging
 from tokasaurus.protocol.channels import Receiver, Sender
 
@@ -76,7 +77,8 @@ def run_role(
         lifeline.send(Failed(str(error), ""))
         return False
     except BaseException as error:
-        summary = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+        # Of a message of several lines the first says what failed, for example which batch.
+        summary = "".join(traceback.format_exception_only(error)).strip().splitlines()[0]
         lifeline.send(Failed(summary, traceback.format_exc()))
         return False
     finally:
@@ -153,9 +155,9 @@ def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:
     worker = Worker(assignment.slices.worker, load_vocabulary)
     worker.warm_up()
     lifeline.send(Ready())
+    loop = WorkerLoop(worker.submit, door.receive, to_manager.send)
     while True:
-        for batch in door.receive():
-            to_manager.send(worker.run(batch))
+        loop.take_turn()
 
 
 def _load_vocabulary(config: ServerConfig) -> Vocabulary:

@@ -17,7 +17,13 @@ from typing import TypeAlias
 
 import msgspec
 
-from tokasaurus.protocol.arrays import Float32Array, Float64Array, Int32Array, Int64Array
+from tokasaurus.protocol.arrays import (
+    EMPTY_INT32,
+    Float32Array,
+    Float64Array,
+    Int32Array,
+    Int64Array,
+)
 
 __all__ = [
     "MAX_PRIORITY",
@@ -384,29 +390,31 @@ class ForwardBatch(Message, frozen=True):
     """
 
     number: int  # 0, 1, 2 ...; a worker that sees a gap fails
-    parameters: SlotParameters | None
-    table_slots: Int32Array  # page_table[table_slots[i], table_columns[i]] = table_pages[i]
-    table_columns: Int32Array
-    table_pages: Int32Array
-    decode_slots: Int32Array
-    prefill_slots: Int32Array
+    parameters: SlotParameters | None = None
+    # page_table[table_slots[i], table_columns[i]] = table_pages[i]
+    table_slots: Int32Array = EMPTY_INT32
+    table_columns: Int32Array = EMPTY_INT32
+    table_pages: Int32Array = EMPTY_INT32
+    decode_slots: Int32Array = EMPTY_INT32
+    prefill_slots: Int32Array = EMPTY_INT32
     # Position of the chunk's first token; the slot's length is set to it.
-    prefill_starts: Int32Array
-    prefill_lengths: Int32Array  # tokens of the chunk, at least 1
-    prefill_ids: Int32Array  # [sum(prefill_lengths)]
-    prefill_num_logprobs: Int32Array  # prompt logprobs of the chunk: -1 none, else top k
+    prefill_starts: Int32Array = EMPTY_INT32
+    prefill_lengths: Int32Array = EMPTY_INT32  # tokens of the chunk, at least 1
+    prefill_ids: Int32Array = EMPTY_INT32  # [sum(prefill_lengths)]
+    # Prompt logprobs of the chunk: -1 none, else top k.
+    prefill_num_logprobs: Int32Array = EMPTY_INT32
     # The token after the chunk, which the chunk's last row predicts; -1 if the chunk ends the
     # prompt. Only read if prompt logprobs or pooling are asked for.
-    prefill_next_ids: Int32Array
-    draw_chunks: Int32Array  # [draws] index into the prefill columns
-    draw_slots: Int32Array  # [draws] the slot's length becomes the chunk's end
+    prefill_next_ids: Int32Array = EMPTY_INT32
+    draw_chunks: Int32Array = EMPTY_INT32  # [draws] index into the prefill columns
+    draw_slots: Int32Array = EMPTY_INT32  # [draws] the slot's length becomes the chunk's end
     # [copies] After the pass, page copy_sources[i] is copied to page copy_targets[i].
-    copy_sources: Int32Array
-    copy_targets: Int32Array
-    group_first_rows: Int32Array  # [groups] index into decode_slots
-    group_num_rows: Int32Array  # [groups]
-    group_first_columns: Int32Array  # [groups] of the page table
-    group_num_columns: Int32Array  # [groups]
+    copy_sources: Int32Array = EMPTY_INT32
+    copy_targets: Int32Array = EMPTY_INT32
+    group_first_rows: Int32Array = EMPTY_INT32  # [groups] index into decode_slots
+    group_num_rows: Int32Array = EMPTY_INT32  # [groups]
+    group_first_columns: Int32Array = EMPTY_INT32  # [groups] of the page table
+    group_num_columns: Int32Array = EMPTY_INT32  # [groups]
     prefill_pooling: Int32Array | None = None  # [chunks] Pooling; None if no chunk is pooled
     # Slots that sequences with adjustments have left since the previous batch: what the worker
     # remembers for them is no longer needed. None if there are none.

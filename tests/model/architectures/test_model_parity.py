@@ -72,11 +72,9 @@ def test_every_logprob_of_every_prompt_position_is_that_of_transformers(checkpoi
     torch.testing.assert_close(torch.tensor(result.prompt_logprobs), chosen, atol=1e-4, rtol=0)
 
 
-def check_greedy_tokens(path, attention, page_size):
+def check_greedy_tokens(path, page_size, **options):
     prompt = random_ids(50, seed=page_size)
-    driver = make_driver(
-        path, attention=attention, page_size=page_size, num_pages=ceil_div(256, page_size)
-    )
+    driver = make_driver(path, page_size=page_size, num_pages=ceil_div(256, page_size), **options)
     ids, logprobs = generate(driver, prompt, 64, chunk=17)
     assert_greedy(path, prompt, ids, logprobs)
     if page_size == 16:
@@ -90,7 +88,14 @@ def test_greedy_tokens_are_those_of_transformers(checkpoint, architecture, atten
     path = checkpoint(architecture, num_heads=3, num_kv_heads=1, rope="llama3", shards=2)
     for page_size in (1, 16, 64):
         with named(page_size):
-            check_greedy_tokens(path, attention, page_size)
+            check_greedy_tokens(path, page_size, attention=attention)
+
+
+def test_greedy_tokens_of_packed_products_are_those_of_transformers(checkpoint):
+    for architecture, options in (("llama", {"tied": True}), ("qwen2", {}), ("qwen3", {})):
+        with named(architecture):
+            path = checkpoint(architecture, num_heads=3, num_kv_heads=1, **options)
+            check_greedy_tokens(path, 16, linear="packed")
 
 
 def test_many_sequences_in_mixed_batches_match_transformers(checkpoint):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from rows import named
 
 from tokasaurus.errors import ConfigError
 from tokasaurus.model.backend import make_backend
-from tokasaurus.model.backend.base import SequenceRows
+from tokasaurus.model.backend.base import PrefixGroups, SequenceRows
 from tokasaurus.model.backend.cpu import build, compiled
 from tokasaurus.model.backend.cpu.compiled import CompiledBackend
 from tokasaurus.model.backend.reference import ReferenceBackend
@@ -89,7 +90,7 @@ def random_steps(rng, num_sequences, num_steps, page_size):
 def backend_of(request):
     def get(cache, num_heads):
         if request.param == "reference":
-            return ReferenceBackend(cache)
+            return ReferenceBackend(cache, num_heads)
         return CompiledBackend(cache, num_heads)
 
     return get
@@ -196,6 +197,91 @@ def test_each_layer_has_its_own_keys_and_values(backend_of):
     assert cache.values[0][0, 0, 2:].isnan().all()
 
 
+def grouped_decodes(rng, page_size):
+    """Decode rows over one page table, with groups and without: the same pages either way.
+
+    Rows 0 and 1 share nothing. Rows 2 to 8 share two pages; of these, rows 4 to 8 three more, and
+    rows 6 to 8 another one.
+    """
+    first_rows, num_rows = np.array([2, 4, 6], np.int32), np.array([7, 5, 3], np.int32)
+    first_columns, num_columns = np.array([0, 2, 5], np.int32), np.array([2, 3, 1], np.int32)
+    num_sequences, num_pages = 9, 9 * 8
+    pages = rng.permutation(num_pages).astype(np.int32).reshape(num_sequences, 8)
+    shared = np.zeros(num_sequences, np.int32)
+    for row, count, column, width in zip(
+        first_rows, num_rows, first_columns, num_columns, strict=True
+    ):
+        pages[row : row + count, column : column + width] = pages[row, column : column + width]
+        shared[row : row + count] = column + width
+    lengths = (shared * page_size + rng.integers(1, 2 * page_size, num_sequences)).astype(np.int32)
+    slots = rng.permutation(num_sequences).astype(np.int32)
+    page_table = np.empty_like(pages)
+    page_table[slots] = pages
+    rows = SequenceRows(
+        slots=slots,
+        query_starts=np.arange(num_sequences + 1, dtype=np.int32),
+        kv_lengths=lengths,
+        positions=lengths - 1,
+        page_table=torch.from_numpy(page_table),
+        num_decodes=num_sequences,
+    )
+    groups = PrefixGroups(first_rows, num_rows, first_columns, num_columns)
+    return rows, replace(rows, groups=groups)
+
+
+def add_prefill(rows, num_rows):
+    """The same batch with a chunk of a prompt behind the decode rows, in pages of its own."""
+    num_slots, num_columns = rows.page_table.shape
+    own = torch.arange(num_columns, dtype=torch.int32) + num_slots * num_columns
+    return replace(
+        rows,
+        slots=np.append(rows.slots, np.int32(num_slots)),
+        query_starts=np.append(rows.query_starts, np.int32(rows.query_starts[-1] + num_rows)),
+        kv_lengths=np.append(rows.kv_lengths, np.int32(num_rows)),
+        positions=np.append(rows.positions, np.arange(num_rows, dtype=np.int32)),
+        page_table=torch.cat((rows.page_table, own[None])),
+    )
+
+
+def test_groups_change_no_result(backend_of):
+    for num_heads, num_kv_heads, head_dim in HEADS:
+        for page_size in (1, 16):
+            rng = np.random.default_rng(page_size)
+            torch.manual_seed(1)
+            cache = make_cache(10 * 8, page_size, num_kv_heads, head_dim)
+            for tensor in cache.keys + cache.values:
+                tensor.normal_()
+            backend = backend_of(cache, num_heads)
+            plain, grouped = (add_prefill(rows, 5) for rows in grouped_decodes(rng, page_size))
+            query, key, value = (
+                torch.randn(len(plain.positions), heads, head_dim)
+                for heads in (num_heads, num_kv_heads, num_kv_heads)
+            )
+            expected = backend.plan(plain).attend(0, query, key, value)
+            assert not expected.isnan().any()
+            with named(f"{num_heads} heads of {head_dim}, pages of {page_size}"):
+                output = backend.plan(grouped).attend(0, query, key, value)
+                torch.testing.assert_close(output, expected, atol=2e-6, rtol=1e-5)
+
+
+def test_the_reference_reads_the_prefix_of_a_group_once():
+    """Reading it through another member's page table would show: their entries are broken."""
+    plain, grouped = grouped_decodes(np.random.default_rng(3), 16)
+    cache = make_cache(9 * 8, 16, 1, 8)
+    for tensor in cache.keys + cache.values:
+        tensor.normal_()
+    query, key, value = (torch.randn(9, heads, 8) for heads in (2, 1, 1))
+    backend = ReferenceBackend(cache, 2)
+    expected = backend.plan(plain).attend(0, query, key, value)
+    torch.testing.assert_close(backend.plan(grouped).attend(0, query, key, value), expected)
+    broken = plain.page_table.clone()
+    broken[plain.slots[3], 0] = broken[plain.slots[0], 0]
+    output = backend.plan(replace(plain, page_table=broken)).attend(0, query, key, value)
+    assert (output[3] - expected[3]).abs().max() > 1e-3
+    output = backend.plan(replace(grouped, page_table=broken)).attend(0, query, key, value)
+    torch.testing.assert_close(output, expected)
+
+
 @pytest.fixture
 def no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -240,3 +326,10 @@ def test_auto_prefers_the_compiled_backend():
     assert isinstance(make_backend("reference", cache, 1, CPU), ReferenceBackend)
     assert isinstance(make_backend("compiled", cache, 1, CPU), CompiledBackend)
     assert isinstance(make_backend("auto", cache, 1, CPU), CompiledBackend)
+
+
+def test_a_backend_of_another_device_is_refused():
+    cache = make_cache(1, 16, 1, 8)
+    with pytest.raises(ConfigError, match="attention=compiled does not run on device=cuda: set"):
+        make_backend("compiled", cache, 1, torch.device("cuda"))
+    assert isinstance(make_backend("auto", cache, 1, torch.device("cuda")), ReferenceBackend)

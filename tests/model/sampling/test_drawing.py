@@ -23,7 +23,7 @@ class CountingModel:
     Products of small whole numbers do not round, and the added fractions make all logits differ.
     """
 
-    head = torch.nn.Linear(HIDDEN_SIZE, VOCAB_SIZE)
+    vocab_size = VOCAB_SIZE
 
     def __init__(self):
         self.num_rows = []
@@ -61,10 +61,11 @@ def draw_and_score(model, hidden, sampled, scored):
     drawing_rows = SamplingRows(
         torch.tensor(sampled),
         np.arange(len(sampled), dtype=np.int32),
+        torch.arange(len(sampled)),
         make_parameters(len(sampled)),
     )
     prompt_rows = PromptRows(
-        torch.tensor(scored), np.arange(len(scored)) * 100, make_parameters(len(scored))
+        torch.tensor(scored), torch.arange(len(scored)) * 100, make_parameters(len(scored))
     )
     tokens, logprobs = draw_tokens(model, hidden, drawing_rows, adjustments, None)
     prompt = score_prompts(model, hidden, prompt_rows)

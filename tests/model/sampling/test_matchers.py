@@ -16,6 +16,7 @@ from worker_driver import Driver, Enter, worker_config
 
 from tokasaurus.errors import ModelError, ProtocolError
 from tokasaurus.grammars import Vocabulary
+from tokasaurus.model.download import Download
 from tokasaurus.model.sampling.matchers import Matchers, TokenMasks
 from tokasaurus.model.worker.worker import Worker
 from tokasaurus.protocol.messages import SlotGrammar, SlotParameters
@@ -62,7 +63,7 @@ def draw(matchers: Matchers, slots: list[int], text: str) -> None:
     masks = matchers.masks(np.array(slots, np.int32))
     assert masks is not None
     ids = [EOS if c == "$" else LETTERS.index(c) for c in text]
-    matchers.advance(masks, np.array(slots, np.int32), torch.tensor(ids))
+    matchers.advance(masks, np.array(slots, np.int32), Download(torch.tensor(ids)))
 
 
 @pytest.fixture
@@ -182,7 +183,7 @@ def test_a_worker_loads_its_vocabulary_in_another_thread(checkpoint):
     first = driver.batch(prefill=[Enter(0, [1, 2, 3])])
     entering = msgspec.structs.replace(first.parameters, grammars=(grammar('start: "ab"', s0=""),))
     driver.number += 1
-    results = [driver.worker.run(msgspec.structs.replace(first, parameters=entering))]
+    results = [driver.worker.submit(msgspec.structs.replace(first, parameters=entering)).collect()]
     results += [driver.step(decode=[0]) for _ in range(2)]
     assert [result.token_ids.tolist() for result in results] == [[0], [1], [EOS]]
 

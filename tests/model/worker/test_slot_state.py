@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+import msgspec
+import numpy as np
 import pytest
 import torch
 from worker_driver import Driver, Enter, worker_config
 
+from tokasaurus.model.sampling.sampler import SamplingParameters
 from tokasaurus.model.worker.slot_state import SlotState
+from tokasaurus.protocol.messages import AdjustedSlots, Adjustments, Sampling
 
 
 @pytest.fixture
@@ -43,3 +48,29 @@ def test_only_ends_of_prompts_and_scored_rows_need_logits(driver, state):
     assert planned.sampling.rows.tolist() == [0, 9]
     assert planned.prompt.rows.tolist() == list(range(1, 9))
     assert planned.prompt.next_ids.tolist() == prompt[1:]
+
+
+def test_cleared_tables_are_as_new_and_stay_in_place(driver, state):
+    """Recorded kernels read the tensors by address."""
+    tensors = (state.page_table, state.last_tokens)
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    adjustments = Adjustments(repetition_penalty=1.5, bias=((3, 1.0),))
+    for slot in range(3):
+        driver.start(slot, Sampling(temperature=0.5, top_k=3), seed=7, num_logprobs=2)
+    batch = driver.batch(prefill=[Enter(slot, [7] * 20) for slot in range(3)])
+    adjusted = (AdjustedSlots(np.array([0, 2], np.int32), adjustments, np.array([7], np.int32)),)
+    parameters = msgspec.structs.replace(batch.parameters, adjusted=adjusted)
+    planned = state.apply(msgspec.structs.replace(batch, parameters=parameters))
+    state.record(planned.sampling, torch.tensor([4, 5, 6]))
+    logits, slots = torch.ones(3, 100), np.arange(3, dtype=np.int32)
+    assert state.adjustments.adjusted(logits, slots, slots * 0 + 1) is not logits
+    state.clear()
+    assert [tensor.data_ptr() for tensor in tensors] == addresses
+    assert not any(tensor.any() for tensor in tensors)
+    assert not state.lengths.any()
+    assert not state.pages_held.any()
+    assert state.adjustments.adjusted(logits, slots, slots * 0 + 1) is logits
+    neutral = SamplingParameters.neutral(driver.config.num_slots)
+    for field in dataclasses.fields(neutral):
+        found, expected = (getattr(each, field.name) for each in (state.sampling, neutral))
+        assert found.tolist() == expected.tolist(), field.name

@@ -16,6 +16,7 @@ from worker_driver import Driver, Enter, generate, make_driver, worker_config
 
 from tokasaurus.errors import ModelError, ProtocolError
 from tokasaurus.model.llama import LlamaModel
+from tokasaurus.model.sampling.matchers import TokenMasks
 from tokasaurus.model.worker.worker import Worker
 from tokasaurus.protocol.messages import ForwardBatch, ForwardResult, Sampling
 from tokasaurus.protocol.wire import Codec
@@ -72,7 +73,7 @@ def test_batches_and_results_survive_the_wire(driver):
     driver.start(0, num_logprobs=3)
     first = batches.decode(batches.encode(driver.batch(prefill=[Enter(0, ids(5), 0, True, -1, 2)])))
     # Its arrays are read-only now.
-    result = driver.worker.run(first)
+    result = driver.worker.submit(first).collect()
     copy = results.decode(results.encode(result))
     for name in ForwardResult.__struct_fields__:
         np.testing.assert_array_equal(getattr(copy, name), getattr(result, name))
@@ -125,7 +126,7 @@ def test_impossible_batches_are_refused(driver):
         bad = msgspec.structs.replace(good, number=driver.number, **arrays)
         driver.number += 1
         with named(changes), pytest.raises(ProtocolError, match=message):
-            driver.worker.run(bad)
+            driver.worker.submit(bad).collect()
 
 
 def check_forks(driver, length):
@@ -166,7 +167,7 @@ def test_pages_of_a_slots_former_sequence_do_not_count(driver):
     none = np.zeros(0, np.int32)
     bare = msgspec.structs.replace(batch, table_slots=none, table_columns=none, table_pages=none)
     with pytest.raises(ProtocolError, match="slot 0 would hold 20 tokens in 0 pages"):
-        driver.worker.run(bare)
+        driver.worker.submit(bare).collect()
 
 
 def check_warm_up(path, sizes):
@@ -182,7 +183,7 @@ def check_warm_up(path, sizes):
         batch = msgspec.structs.replace(fresh.batch(), decode_slots=np.array([slot], np.int32))
         fresh.number += 1
         with pytest.raises(ProtocolError, match="has no tokens yet"):
-            fresh.worker.run(batch)
+            fresh.worker.submit(batch).collect()
 
 
 def test_warm_up_leaves_no_trace(checkpoint):
@@ -211,6 +212,21 @@ def test_warm_up_runs_the_largest_batches(checkpoint):
     finally:
         hook.remove()
     assert num_rows == [300, 8, 8]
+
+
+def test_warm_up_uses_the_memory_of_masks_for_every_row(checkpoint, monkeypatch):
+    """No row of the warm-up has a grammar, and the worker has no vocabulary here."""
+    masked = []
+    apply = TokenMasks.apply
+
+    def count(masks, adjusted, logits, part):
+        masked.append((len(masks.rows), len(logits)))
+        return apply(masks, adjusted, logits, part)
+
+    monkeypatch.setattr(TokenMasks, "apply", count)
+    worker = Worker(worker_config(checkpoint("llama", tied=True), max_tokens_per_forward=300))
+    worker.warm_up()
+    assert masked == [(2, 2), (8, 8), (8, 8)]
 
 
 def test_the_number_of_threads_is_set(checkpoint):

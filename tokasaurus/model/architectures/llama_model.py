@@ -12,8 +12,9 @@ from tokasaurus.model.layers.attention import SelfAttention
 from tokasaurus.model.layers.linear import Embedding, Linear
 from tokasaurus.model.layers.mlp import GatedMLP
 from tokasaurus.model.layers.norm import RMSNorm
-from tokasaurus.model.layers.placement import Placement
 from tokasaurus.model.layers.rotary import Rotary, Rotation
+from tokasaurus.model.linear_methods.base import Sharding
+from tokasaurus.model.placement import Placement
 
 __all__ = ["LlamaLayer", "LlamaModel"]
 
@@ -42,36 +43,45 @@ class LlamaModel(nn.Module):
         place: dtype and device of the parameters, which the loader fills.
     """
 
-    # Our module -> the checkpoint's modules that fill its rows, in this order. {} is the layer's
-    # number. Each has a weight, and a bias where ours has one. A model skips modules it lacks.
-    WEIGHTS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "embedding": ("model.embed_tokens",),
-        "layers.{}.attention_norm": ("model.layers.{}.input_layernorm",),
-        "layers.{}.attention.qkv": (
-            "model.layers.{}.self_attn.q_proj",
-            "model.layers.{}.self_attn.k_proj",
-            "model.layers.{}.self_attn.v_proj",
-        ),
-        "layers.{}.attention.query_norm": ("model.layers.{}.self_attn.q_norm",),
-        "layers.{}.attention.key_norm": ("model.layers.{}.self_attn.k_norm",),
-        "layers.{}.attention.output": ("model.layers.{}.self_attn.o_proj",),
-        "layers.{}.mlp_norm": ("model.layers.{}.post_attention_layernorm",),
-        "layers.{}.mlp.gate_up": ("model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj"),
-        "layers.{}.mlp.down": ("model.layers.{}.mlp.down_proj",),
-        "norm": ("model.norm",),
-        "head": ("lm_head",),
+    # Our layer -> the checkpoint's layer that fills it, or one for each of our layer's parts. {} is
+    # the layer's number. Each has a weight, and a bias where ours has one. A model skips what it
+    # lacks.
+    WEIGHTS: ClassVar[dict[str, str | dict[str, str]]] = {
+        "embedding": "model.embed_tokens",
+        "layers.{}.attention_norm": "model.layers.{}.input_layernorm",
+        "layers.{}.attention.qkv": {
+            "query": "model.layers.{}.self_attn.q_proj",
+            "key": "model.layers.{}.self_attn.k_proj",
+            "value": "model.layers.{}.self_attn.v_proj",
+        },
+        "layers.{}.attention.query_norm": "model.layers.{}.self_attn.q_norm",
+        "layers.{}.attention.key_norm": "model.layers.{}.self_attn.k_norm",
+        "layers.{}.attention.output": "model.layers.{}.self_attn.o_proj",
+        "layers.{}.mlp_norm": "model.layers.{}.post_attention_layernorm",
+        "layers.{}.mlp.gate_up": {
+            "gate": "model.layers.{}.mlp.gate_proj",
+            "up": "model.layers.{}.mlp.up_proj",
+        },
+        "layers.{}.mlp.down": "model.layers.{}.mlp.down_proj",
+        "norm": "model.norm",
+        "head": "lm_head",
     }
 
     def __init__(self, config: ModelConfig, place: Placement) -> None:
         super().__init__()
+        self.vocab_size = config.vocab_size
         self.embedding = Embedding(place, config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             LlamaLayer(config, place, layer) for layer in range(config.num_layers)
         )
         self.norm = RMSNorm(place, config.hidden_size, config.rms_norm_eps)
-        self.head: Embedding | Linear = self.embedding
-        if not config.tie_word_embeddings:
-            self.head = Linear(place, config.hidden_size, config.vocab_size)
+        self.head = Linear(
+            place,
+            config.hidden_size,
+            {"": config.vocab_size},
+            Sharding.VOCABULARY,
+            tied=self.embedding if config.tie_word_embeddings else None,
+        )
         self._rotary = Rotary(config.rope, config.head_dim, place.device)
 
     def forward(self, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
@@ -94,4 +104,5 @@ class LlamaModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Turns [rows, hidden] into [rows, vocabulary], in the model's dtype."""
-        return nn.functional.linear(hidden, self.head.weight)
+        result: Tensor = self.head(hidden)
+        return result

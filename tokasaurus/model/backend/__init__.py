@@ -11,7 +11,6 @@ import torch
 
 from tokasaurus.errors import ConfigError
 from tokasaurus.model.backend.base import Backend
-from tokasaurus.model.backend.cpu.build import BuildError
 from tokasaurus.model.backend.cpu.compiled import CompiledBackend
 from tokasaurus.model.backend.reference import ReferenceBackend
 from tokasaurus.model.kv_cache import KVCache
@@ -20,30 +19,41 @@ __all__ = ["make_backend"]
 
 log = logging.getLogger(__name__)
 
+# By kind of device, the best first.
+_BACKENDS: dict[str, tuple[type[Backend], ...]] = {
+    "cpu": (CompiledBackend, ReferenceBackend),
+    "cuda": (ReferenceBackend,),
+}
+
 
 def make_backend(attention: str, cache: KVCache, num_heads: int, device: torch.device) -> Backend:
     """Chooses the backend.
 
     Args:
-        attention: "compiled" is the CPU's kernel, "reference" is plain torch on any device, "auto"
-            is the former where it can be built, else the latter.
+        attention: the name of a backend, or "auto" for the best one that runs on this machine.
         cache: the pages to attend over.
         num_heads: query heads.
         device: of the cache.
 
     Raises:
-        ConfigError: the compiled kernel was asked for and cannot be built.
+        ConfigError: the backend cannot run on this device or machine.
     """
-    if attention != "reference":
-        try:
-            if device.type != "cpu":
-                raise BuildError(f"there is none for {device.type}")
-            return CompiledBackend(cache, num_heads)
-        except BuildError as error:
-            if attention == "compiled":
-                raise ConfigError(
-                    f"attention=compiled: no kernel can be built: {error}; "
-                    "install g++ or set attention=auto"
-                ) from error
-            log.warning("attention runs in plain torch, slowly; no kernel can be built: %s", error)
-    return ReferenceBackend(cache)
+    backends = _BACKENDS[device.type]
+    if attention == "auto":
+        return _best(backends)(cache, num_heads)
+    for backend in backends:
+        if backend.name == attention:
+            if reason := backend.why_not():
+                raise ConfigError(f"attention={attention}: {reason}, or set attention=auto")
+            return backend(cache, num_heads)
+    names = " or ".join(backend.name for backend in backends)
+    raise ConfigError(f"attention={attention} does not run on device={device.type}: set {names}")
+
+
+def _best(backends: tuple[type[Backend], ...]) -> type[Backend]:
+    for backend in backends[:-1]:
+        reason = backend.why_not()
+        if reason is None:
+            return backend
+        log.warning("attention=%s cannot run, and others are slower: %s", backend.name, reason)
+    return backends[-1]

@@ -7,13 +7,42 @@ sampling. Tests compare every backend with dense attention; ``reference.py`` is 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from tokasaurus.protocol.arrays import Int32Array
+from tokasaurus.model.kv_cache import KVCache
+from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
 
-__all__ = ["Attention", "Backend", "SequenceRows"]
+__all__ = ["NO_GROUPS", "Attention", "Backend", "PrefixGroups", "SequenceRows"]
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixGroups:
+    """Decode rows that share pages, which a backend may read once for all rows of a group.
+
+    Group g is the rows ``first_rows[g]`` to ``first_rows[g] + num_rows[g]``. In the columns
+    ``first_columns[g]`` to ``first_columns[g] + num_columns[g]`` of the page table, all its rows
+    name the same full pages, whose positions come before those of the rows. A group inside another
+    comes after it and starts where it ends. A row's own columns are those behind its last group.
+
+    Attributes:
+        first_rows: [groups], decode rows of the batch.
+        num_rows: [groups].
+        first_columns: [groups], columns of the page table.
+        num_columns: [groups].
+    """
+
+    first_rows: Int32Array
+    num_rows: Int32Array
+    first_columns: Int32Array
+    num_columns: Int32Array
+
+    def __len__(self) -> int:
+        return len(self.first_rows)
+
+
+NO_GROUPS = PrefixGroups(EMPTY_INT32, EMPTY_INT32, EMPTY_INT32, EMPTY_INT32)
 
 
 @dataclass(frozen=True)
@@ -33,6 +62,8 @@ class SequenceRows:
         kv_lengths: [sequences], positions to attend to, including those of this batch.
         positions: [rows], on the host.
         page_table: [slots, pages] int32, on the device.
+        num_decodes: sequences of one row that come first in the batch, and decode.
+        groups: decode rows that share pages. A backend may ignore them.
     """
 
     slots: Int32Array
@@ -40,6 +71,8 @@ class SequenceRows:
     kv_lengths: Int32Array
     positions: Int32Array
     page_table: Tensor
+    num_decodes: int = 0
+    groups: PrefixGroups = NO_GROUPS
 
 
 class Attention(Protocol):
@@ -64,7 +97,22 @@ class Attention(Protocol):
 
 
 class Backend(Protocol):
-    """The kernels of one device over one KV cache."""
+    """The kernels of one device over one KV cache.
+
+    Args:
+        cache: the pages to attend over.
+        num_heads: query heads.
+    """
+
+    name: ClassVar[str]
+    """The value of the flag ``attention`` that asks for it."""
+
+    def __init__(self, cache: KVCache, num_heads: int) -> None: ...
+
+    @classmethod
+    def why_not(cls) -> str | None:
+        """Why it cannot run on this machine, and the remedy; None if it can."""
+        ...
 
     def plan(self, rows: SequenceRows) -> Attention:
         """Prepares what a batch's layers share. Called once per batch, before its layers."""

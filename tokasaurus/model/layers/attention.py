@@ -14,8 +14,9 @@ from tokasaurus.model.backend.base import Attention
 from tokasaurus.model.config import ModelConfig
 from tokasaurus.model.layers.linear import Linear
 from tokasaurus.model.layers.norm import RMSNorm
-from tokasaurus.model.layers.placement import Placement
 from tokasaurus.model.layers.rotary import Rotation, rotate
+from tokasaurus.model.linear_methods.base import Sharding
+from tokasaurus.model.placement import Placement
 
 __all__ = ["SelfAttention"]
 
@@ -30,8 +31,16 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, place: Placement, layer: int) -> None:
         super().__init__()
         size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.qkv = Linear(place, config.hidden_size, size, kv_size, kv_size, bias=config.qkv_bias)
-        self.output = Linear(place, size, config.hidden_size, bias=config.output_bias)
+        self.qkv = Linear(
+            place,
+            config.hidden_size,
+            {"query": size, "key": kv_size, "value": kv_size},
+            Sharding.OUTPUTS,
+            bias=config.qkv_bias,
+        )
+        self.output = Linear(
+            place, size, {"": config.hidden_size}, Sharding.INPUTS, bias=config.output_bias
+        )
         self.query_norm = self.key_norm = None
         if config.qk_norm:
             self.query_norm = RMSNorm(place, config.head_dim, config.rms_norm_eps)

@@ -2,39 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from tokasaurus.model.layers.placement import Placement
+from tokasaurus.model.linear_methods.base import LinearSpec, Sharding
+from tokasaurus.model.linear_methods.registry import make_linear
+from tokasaurus.model.placement import Placement
 
 __all__ = ["Embedding", "Linear"]
 
 
 class Linear(nn.Module):
-    """One matrix product for one or more of the checkpoint's products that share their input.
+    """Declares one matrix product. Its linear method owns the tensors and multiplies.
 
     Args:
+        place: where the tensors live, and which method.
         in_size: columns of the weight.
-        *parts: rows of each of the checkpoint's products, in the order of the outputs.
+        parts: rows of each of the checkpoint's products by name, in the order of the outputs.
+        sharding: how tensor parallelism deals the product to ranks.
+        bias: each part has one.
+        tied: the embedding whose weight this product uses; None if it has its own.
     """
 
-    def __init__(self, place: Placement, in_size: int, *parts: int, bias: bool = False) -> None:
+    def __init__(
+        self,
+        place: Placement,
+        in_size: int,
+        parts: Mapping[str, int],
+        sharding: Sharding,
+        *,
+        bias: bool = False,
+        tied: Embedding | None = None,
+    ) -> None:
         super().__init__()
-        self.parts = parts
-        self.weight = place.empty(sum(parts), in_size)
-        self.bias = place.empty(sum(parts)) if bias else None
+        self.spec = LinearSpec(in_size, parts, bias, sharding)
+        self.is_tied = tied is not None
+        self.is_vocabulary = sharding is Sharding.VOCABULARY
+        self.method = make_linear(self.spec, place, None if tied is None else tied.weight)
+
+    def tensors(self) -> dict[tuple[str, str], tuple[int, ...]]:
+        """Implements ``Fillable``."""
+        return {} if self.is_tied else self.spec.tensors()
+
+    def fill(self, part: str, kind: str, tensor: Tensor) -> None:
+        """Implements ``Fillable``."""
+        self.method.fill(part, kind, tensor)
+
+    def finish(self) -> None:
+        """Implements ``Fillable``."""
+        self.method.finish()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return self.method.apply(x)
 
 
 class Embedding(nn.Module):
     """Maps token ids to vectors. A tied head uses the same weight."""
 
+    is_vocabulary = True
+
     def __init__(self, place: Placement, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
-        self.parts = (vocab_size,)
         self.weight = place.empty(vocab_size, hidden_size)
+
+    def tensors(self) -> dict[tuple[str, str], tuple[int, ...]]:
+        """Implements ``Fillable``."""
+        return {("", "weight"): tuple(self.weight.shape)}
+
+    def fill(self, part: str, kind: str, tensor: Tensor) -> None:
+        """Implements ``Fillable``."""
+        self.weight.copy_(tensor)
+
+    def finish(self) -> None:
+        """Implements ``Fillable``."""
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight)

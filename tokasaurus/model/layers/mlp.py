@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from tokasaurus.model.config import ModelConfig
 from tokasaurus.model.layers.linear import Linear
-from tokasaurus.model.layers.placement import Placement
+from tokasaurus.model.linear_methods.base import Sharding
+from tokasaurus.model.placement import Placement
 
 __all__ = ["GatedMLP"]
 
@@ -18,8 +19,16 @@ class GatedMLP(nn.Module):
     def __init__(self, config: ModelConfig, place: Placement) -> None:
         super().__init__()
         inner = config.intermediate_size
-        self.gate_up = Linear(place, config.hidden_size, inner, inner, bias=config.mlp_bias)
-        self.down = Linear(place, inner, config.hidden_size, bias=config.mlp_bias)
+        self.gate_up = Linear(
+            place,
+            config.hidden_size,
+            {"gate": inner, "up": inner},
+            Sharding.OUTPUTS,
+            bias=config.mlp_bias,
+        )
+        self.down = Linear(
+            place, inner, {"": config.hidden_size}, Sharding.INPUTS, bias=config.mlp_bias
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)

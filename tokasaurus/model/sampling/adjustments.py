@@ -161,6 +161,13 @@ class AdjustmentTable:
         self._asks[former] = False
         self._layouts.clear()
 
+    def clear(self) -> None:
+        """Forgets all slots. Tensors stay where they are."""
+        self._asks[:] = False
+        for table in (self._adjustments, self._edits, self._layouts, self._prompts):
+            table.clear()
+        self._history.clear()
+
     def adjusted(self, logits: Tensor, slots: Int32Array, num_generated: Int32Array) -> Tensor:
         """The logits after all adjustments.
 

@@ -16,7 +16,6 @@ from tokasaurus.model.sampling.adjustments import AdjustmentTable
 from tokasaurus.model.sampling.matchers import TokenMasks
 from tokasaurus.model.sampling.rows import PromptRows, SamplingRows
 from tokasaurus.model.sampling.sampler import Logprobs, SamplingParameters, draw, logprobs_of
-from tokasaurus.model.upload import upload_indices
 
 __all__ = ["draw_tokens", "score_prompts"]
 
@@ -68,10 +67,9 @@ def score_prompts(model: LlamaModel, hidden: Tensor, rows: PromptRows) -> Logpro
         rows: at least one row, and the token that follows each.
     """
     width = _width(rows.parameters)
-    following = upload_indices(rows.next_ids, hidden.device)
     return Logprobs.joined(
         [
-            logprobs_of(logits, following[part], rows.parameters.take(part), width, ranked=True)
+            logprobs_of(logits, rows.next_ids[part], rows.parameters.take(part), width, ranked=True)
             for part, logits in _logits(model, hidden, rows.rows)
         ]
     )
@@ -83,8 +81,7 @@ def _width(parameters: SamplingParameters) -> int:
 
 def _logits(model: LlamaModel, hidden: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yields parts of ``rows`` and their logits, [rows of the part, vocabulary] in fp32."""
-    vocab_size = model.head.weight.shape[0]
-    step = max(_MAX_LOGITS // vocab_size, 1)
+    step = max(_MAX_LOGITS // model.vocab_size, 1)
     for start in range(0, len(rows), step):
         part = slice(start, min(start + step, len(rows)))
         yield part, model.logits(hidden[rows[part]]).to(torch.float32)

@@ -67,6 +67,12 @@ class History:
             self._drop(slot)
         self.keeps[slots] = self.is_lost[slots] = False
 
+    def clear(self) -> None:
+        """Forgets all histories. The memory stays where it is."""
+        self._free = list(range(len(self._memory)))
+        self.keeps[:] = self.is_lost[:] = False
+        self.lengths[:] = 0
+
     def enter(self, slots: Int32Array, ids: Int32Array) -> None:
         """Starts a history with these ids for each slot. The slots have left before."""
         self.keeps[slots] = True

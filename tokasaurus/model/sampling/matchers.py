@@ -17,6 +17,7 @@ nothing.
 from __future__ import annotations
 
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,12 +32,13 @@ from torch import Tensor
 
 from tokasaurus.errors import ProtocolError, RequestError
 from tokasaurus.grammars import GrammarCompiler, Vocabulary
+from tokasaurus.model.download import Download
 from tokasaurus.model.upload import upload, upload_indices
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import SlotGrammar, SlotParameters
 from tokasaurus.rounding import ceil_div
 
-__all__ = ["Matchers", "TokenMasks"]
+__all__ = ["Matchers", "OpenMatchers", "TokenMasks"]
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +112,9 @@ class Matchers:
         num_slots: of the worker.
         vocab_size: of the model.
         load_vocabulary: called at once in another thread. None if no grammar will come.
+
+    Attributes:
+        waited_s: seconds that ``masks`` has waited in all.
     """
 
     def __init__(
@@ -120,6 +125,7 @@ class Matchers:
         # Jobs that nothing has waited for yet.
         self._jobs: list[Future[None]] = []
         self._constrained = np.zeros(num_slots, np.bool_)
+        self.waited_s = 0.0
         # Whether any grammar has come.
         self._is_used = False
         if load_vocabulary is not None:
@@ -158,26 +164,48 @@ class Matchers:
         rows = np.flatnonzero(self._constrained[slots])
         if not len(rows):
             return None
+        started = time.perf_counter()
         self.wait()
+        self.waited_s += time.perf_counter() - started
         constrained = slots[rows]
         bits = self._work.masks[constrained].view(np.uint8)
         return TokenMasks(rows, bits, self._work.given_up[constrained])
 
-    def advance(self, masks: TokenMasks, slots: Int32Array, token_ids: Tensor) -> None:
-        """Takes the drawn tokens, and begins to compute the next masks.
+    def advance(self, masks: TokenMasks, slots: Int32Array, token_ids: Download) -> None:
+        """Lets the next masks be computed once the drawn tokens arrive.
 
         Args:
             masks: of the drawn tokens.
             slots: [sampling rows].
             token_ids: [sampling rows].
         """
-        drawn = token_ids.cpu().numpy()[masks.rows].tolist()
-        pairs = list(zip(slots[masks.rows].tolist(), drawn, strict=True))
-        self._submit(partial(self._work.advance, pairs))
+        self._submit(partial(self._work.advance, slots[masks.rows].tolist(), masks.rows, token_ids))
 
     def _submit(self, job: Callable[[], None]) -> None:
         assert self._thread is not None
         self._jobs.append(self._thread.submit(job))
+
+
+class OpenMatchers:
+    """In the place of ``Matchers`` during the warm-up: all rows have masks, which allow any token.
+
+    So the memory that masks take is used without a vocabulary and without grammars.
+
+    Args:
+        vocab_size: of the model.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+
+    def enter(self, parameters: SlotParameters) -> None:
+        """Does nothing: no sequence of the warm-up has a grammar."""
+
+    def masks(self, slots: Int32Array) -> TokenMasks:
+        return TokenMasks.of_everything(len(slots), self._vocab_size)
+
+    def advance(self, masks: TokenMasks, slots: Int32Array, token_ids: Download) -> None:
+        """Does nothing: the next masks allow any token too."""
 
 
 class _Work:
@@ -221,9 +249,11 @@ class _Work:
         for slot in slots:
             self._matchers[slot] = None
 
-    def advance(self, drawn: list[tuple[int, int]]) -> None:
+    def advance(self, drawing: list[int], rows: NDArray[np.intp], token_ids: Download) -> None:
+        """Takes the token of each slot that draws, from its row. Waits until they arrive."""
         pairs, slots = [], []
-        for slot, token_id in drawn:
+        drawn = token_ids.array()[rows].tolist()
+        for slot, token_id in zip(drawing, drawn, strict=True):
             matcher = self._matchers[slot]
             if matcher is None:
                 continue

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokasaurus.model.sampling.sampler import SamplingParameters
-from tokasaurus.protocol.arrays import Int32Array, Int64Array
+from tokasaurus.protocol.arrays import Int32Array
 
 __all__ = ["PromptRows", "SamplingRows"]
 
@@ -20,11 +20,13 @@ class SamplingRows:
         rows: [sampling rows] int64, on the device. The row of a prompt that forks occurs once for
             each draw.
         slots: [sampling rows], the slot that draws.
+        device_slots: the same in int64, on the device.
         parameters: of each slot.
     """
 
     rows: Tensor
     slots: Int32Array
+    device_slots: Tensor
     parameters: SamplingParameters
 
 
@@ -34,10 +36,10 @@ class PromptRows:
 
     Attributes:
         rows: [prompt tokens] int64, on the device.
-        next_ids: [prompt tokens], the token after each row, which is scored.
+        next_ids: [prompt tokens] int64, on the device: the token after each row, which is scored.
         parameters: of each row's slot, with the chunk's number of logprobs.
     """
 
     rows: Tensor
-    next_ids: Int64Array
+    next_ids: Tensor
     parameters: SamplingParameters

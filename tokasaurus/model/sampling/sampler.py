@@ -73,6 +73,12 @@ class SamplingParameters:
             logprobs_mode=np.zeros(num_rows, np.int32),
         )
 
+    def clear(self) -> None:
+        """Makes all rows neutral, in place."""
+        neutral = SamplingParameters.neutral(len(self))
+        for field in fields(self):
+            getattr(self, field.name)[:] = getattr(neutral, field.name)
+
     def assign(self, rows: Int32Array, values: SlotParameters) -> None:
         """Overwrites rows with the columns of a message."""
         for field in fields(self):

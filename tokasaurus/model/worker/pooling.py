@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokasaurus.model.upload import upload, upload_indices
+from tokasaurus.model.upload import upload_indices
 from tokasaurus.protocol.messages import ForwardBatch, Pooling
 
 __all__ = ["Pooler"]
@@ -54,8 +54,9 @@ class Pooler:
         if is_mean.any():
             means = self._means(batch, chunks[is_mean], last_rows[is_mean], hidden)
             targets = np.flatnonzero(is_mean[ends_prompt])
+            sources = np.flatnonzero(ends_prompt[is_mean])
             states[upload_indices(targets, hidden.device)] = means[
-                upload(ends_prompt[is_mean], hidden.device)
+                upload_indices(sources, hidden.device)
             ]
         return states
 
@@ -71,6 +72,8 @@ class Pooler:
             hidden[upload_indices(rows, hidden.device)].to(torch.float32),
             "sum",
             lengths=upload_indices(lengths, hidden.device),
+            # To check the lengths, which are right, it would wait for the device.
+            unsafe=True,
         )
         slots = batch.prefill_slots[chunks].tolist()
         for index in np.flatnonzero(starts > 0).tolist():

@@ -8,7 +8,7 @@ on the sampled tokens, so the host prepares a batch without waiting for the prev
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokasaurus.errors import ProtocolError
-from tokasaurus.model.backend.base import SequenceRows
+from tokasaurus.model.backend.base import PrefixGroups, SequenceRows
 from tokasaurus.model.sampling.adjustments import AdjustmentTable
 from tokasaurus.model.sampling.history import History
 from tokasaurus.model.sampling.rows import PromptRows, SamplingRows
 from tokasaurus.model.sampling.sampler import SamplingParameters
-from tokasaurus.model.upload import upload, upload_indices
-from tokasaurus.protocol.arrays import Int32Array
+from tokasaurus.model.upload import upload_together
+from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
 from tokasaurus.protocol.messages import ForwardBatch, SlotParameters
 from tokasaurus.rounding import ceil_div
 
@@ -30,6 +30,10 @@ __all__ = ["PlannedBatch", "SlotState"]
 
 # Generated ids that fit in the history, for each position of the KV cache.
 _HISTORY_SHARE = 2
+# By name.
+_Arrays: TypeAlias = dict[str, NDArray[np.integer[Any]]]
+
+_NO_ROWS: NDArray[np.intp] = np.empty(0, np.intp)
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,14 @@ class SlotState:
         )
         self.adjustments = AdjustmentTable(num_slots, vocab_size, history, device)
 
+    def clear(self) -> None:
+        """Forgets all slots in place: tensors stay where they are."""
+        self.page_table.zero_()
+        self.last_tokens.zero_()
+        self.lengths[:] = self.pages_held[:] = 0
+        self.sampling.clear()
+        self.adjustments.clear()
+
     def apply(self, batch: ForwardBatch) -> PlannedBatch:
         """Applies the batch's changes to the tables and lays out its rows.
 
@@ -116,7 +128,7 @@ class SlotState:
             self.adjustments.leave(batch.left_slots)
         if batch.parameters is not None:
             self._enter(batch.parameters)
-        self._patch_page_table(batch)
+        self._hold_pages(batch)
         self._check_slots(batch)
         num_decodes = len(batch.decode_slots)
         slots = np.concatenate((batch.decode_slots, batch.prefill_slots))
@@ -134,66 +146,124 @@ class SlotState:
         )
         sampled_slots = np.concatenate((batch.decode_slots, batch.draw_slots))
         self._fork(batch, lengths[num_decodes:])
+        scored_rows, next_ids = self._scored(batch)
+        arrays: _Arrays = {"positions": positions, "rows": sampled_rows, "slots": sampled_slots}
+        if len(scored_rows):
+            arrays |= {"scored_rows": scored_rows + num_decodes, "next_ids": next_ids}
+        sent = self._send(batch, arrays)
         return PlannedBatch(
-            ids=self._ids(batch),
-            positions=upload_indices(positions, self._device),
-            sequences=SequenceRows(slots, query_starts, lengths, positions, self.page_table),
+            ids=self._ids(sent["slots"][:num_decodes], sent.get("prompt_ids")),
+            positions=sent["positions"],
+            sequences=SequenceRows(
+                slots=slots,
+                query_starts=query_starts,
+                kv_lengths=lengths,
+                positions=positions,
+                page_table=self.page_table,
+                num_decodes=num_decodes,
+                groups=self._groups(batch, lengths),
+            ),
             sampling=SamplingRows(
-                upload_indices(sampled_rows, self._device),
+                sent["rows"],
                 sampled_slots,
+                sent["slots"],
                 self.sampling.take(sampled_slots),
             ),
-            prompt=self._prompt_rows(batch) if (batch.prefill_num_logprobs >= 0).any() else None,
-            copies=self._page_copies(batch) if len(batch.copy_sources) else None,
+            prompt=PromptRows(
+                sent["scored_rows"], sent["next_ids"], self._scoring(batch, scored_rows)
+            )
+            if len(scored_rows)
+            else None,
+            copies=PageCopies(sent["copy_sources"], sent["copy_targets"])
+            if len(batch.copy_sources)
+            else None,
         )
 
-    def record(self, slots: Int32Array, token_ids: Tensor) -> Int32Array | None:
+    def _send(self, batch: ForwardBatch, arrays: _Arrays) -> dict[str, Tensor]:
+        """Sends these arrays and the batch's own to the device. Patches the page table there."""
+        # Most batches decode only, and change few tables.
+        if len(batch.prefill_ids):
+            arrays["prompt_ids"] = batch.prefill_ids
+        if len(batch.copy_sources):
+            arrays |= {"copy_sources": batch.copy_sources, "copy_targets": batch.copy_targets}
+        if not len(batch.table_slots):
+            return upload_together(arrays, self._device)
+        arrays |= {"table_slots": batch.table_slots, "table_columns": batch.table_columns}
+        sent = upload_together({**arrays, "table_pages": batch.table_pages}, self._device)
+        pages = sent["table_pages"].to(torch.int32)
+        self.page_table[sent["table_slots"], sent["table_columns"]] = pages
+        return sent
+
+    def _ids(self, decode_slots: Tensor, prompt_ids: Tensor | None) -> Tensor:
+        if prompt_ids is None:
+            return self.last_tokens[decode_slots]
+        return torch.cat((self.last_tokens[decode_slots], prompt_ids))
+
+    def _groups(self, batch: ForwardBatch, lengths: Int32Array) -> PrefixGroups:
+        """The groups of the batch, checked: pages that a row has not filled are not shared."""
+        groups = PrefixGroups(
+            batch.group_first_rows,
+            batch.group_num_rows,
+            batch.group_first_columns,
+            batch.group_num_columns,
+        )
+        ends = groups.first_columns + groups.num_columns
+        for row, count, column, end in zip(
+            groups.first_rows, groups.num_rows, groups.first_columns, ends, strict=True
+        ):
+            rows = slice(row, row + count)
+            if not (
+                0 <= row < row + count <= len(batch.decode_slots)
+                and 0 <= column < end
+                and end * self._page_size < lengths[rows].min()
+            ):
+                raise ProtocolError(
+                    f"it has a group of {count} rows from {row} on, with pages {column} to {end},"
+                    " which these rows do not fill"
+                )
+        return groups
+
+    def record(self, rows: SamplingRows, token_ids: Tensor) -> Int32Array | None:
         """Remembers the drawn tokens, which are the input of the slots' next decode rows.
 
         Args:
-            slots: [rows].
+            rows: that drew.
             token_ids: [rows] int64, on the device.
 
         Returns:
             The rows that cannot go on; see ``AdjustmentTable.record``.
         """
-        self.last_tokens[upload_indices(slots, self._device)] = token_ids
-        self.sampling.num_generated[slots] += 1
-        return self.adjustments.record(slots, token_ids)
+        self.last_tokens[rows.device_slots] = token_ids
+        self.sampling.num_generated[rows.slots] += 1
+        return self.adjustments.record(rows.slots, token_ids)
 
-    def _prompt_rows(self, batch: ForwardBatch) -> PromptRows | None:
+    def _scored(self, batch: ForwardBatch) -> tuple[NDArray[np.intp], Int32Array]:
+        """The prefill rows that give prompt logprobs, and the token after each."""
         #   ids        a b c | d e        two chunks; the second ends its prompt
         #   next_ids   b c d | e -1       d comes from the first chunk's prefill_next_ids
+        if not (batch.prefill_num_logprobs >= 0).any():
+            return _NO_ROWS, EMPTY_INT32
         ends = np.cumsum(batch.prefill_lengths)
-        next_ids = np.empty(len(batch.prefill_ids), np.int64)
+        next_ids = np.empty(len(batch.prefill_ids), np.int32)
         next_ids[:-1] = batch.prefill_ids[1:]
         next_ids[ends - 1] = batch.prefill_next_ids
-        chunks = np.repeat(np.arange(len(ends)), batch.prefill_lengths)
-        counts = batch.prefill_num_logprobs[chunks]
-        rows = np.flatnonzero((counts >= 0) & (next_ids >= 0))
-        # Prompts of a single token have none.
-        if not len(rows):
-            return None
+        asks = np.repeat(batch.prefill_num_logprobs >= 0, batch.prefill_lengths)
+        rows = np.flatnonzero(asks & (next_ids >= 0))
         self._check_range("prompt ids", next_ids[rows], self._vocab_size)
-        parameters = self.sampling.take(batch.prefill_slots[chunks[rows]])
-        parameters.num_logprobs[:] = counts[rows]
-        return PromptRows(
-            upload_indices(rows + len(batch.decode_slots), self._device), next_ids[rows], parameters
-        )
+        return rows, next_ids[rows]
+
+    def _scoring(self, batch: ForwardBatch, rows: NDArray[np.intp]) -> SamplingParameters:
+        """The parameters of each prefill row's slot, with the chunk's number of logprobs."""
+        chunks = np.searchsorted(np.cumsum(batch.prefill_lengths), rows, side="right")
+        parameters = self.sampling.take(batch.prefill_slots[chunks])
+        parameters.num_logprobs[:] = batch.prefill_num_logprobs[chunks]
+        return parameters
 
     def _fork(self, batch: ForwardBatch, chunk_ends: Int32Array) -> None:
         """Gives each slot that draws from a chunk the length of the chunk's sequence."""
         slots, ends = batch.draw_slots, chunk_ends[batch.draw_chunks]
         self._check_lengths(slots, ends, ends)
         self.lengths[slots] = ends
-
-    def _page_copies(self, batch: ForwardBatch) -> PageCopies:
-        self._check_range("pages to copy", batch.copy_sources, self._num_pages)
-        self._check_range("pages to copy to", batch.copy_targets, self._num_pages)
-        return PageCopies(
-            upload_indices(batch.copy_sources, self._device),
-            upload_indices(batch.copy_targets, self._device),
-        )
 
     def _enter(self, parameters: SlotParameters) -> None:
         slots = parameters.slots
@@ -203,18 +273,16 @@ class SlotState:
         self.sampling.assign(slots, parameters)
         self.adjustments.enter(parameters)
 
-    def _patch_page_table(self, batch: ForwardBatch) -> None:
+    def _hold_pages(self, batch: ForwardBatch) -> None:
+        """Counts the pages that slots get, and checks the pages of the batch."""
         slots, columns, pages = batch.table_slots, batch.table_columns, batch.table_pages
-        if not len(slots):
-            return
-        self._check_range("slots of the page table", slots, self._num_slots)
-        self._check_range("columns of the page table", columns, self._num_columns)
-        self._check_range("pages", pages, self._num_pages)
-        np.maximum.at(self.pages_held, slots, columns + 1)
-        entries = upload(pages, self._device)
-        self.page_table[
-            upload_indices(slots, self._device), upload_indices(columns, self._device)
-        ] = entries
+        if len(slots):
+            self._check_range("slots of the page table", slots, self._num_slots)
+            self._check_range("columns of the page table", columns, self._num_columns)
+            self._check_range("pages", pages, self._num_pages)
+            np.maximum.at(self.pages_held, slots, columns + 1)
+        self._check_range("pages to copy", batch.copy_sources, self._num_pages)
+        self._check_range("pages to copy to", batch.copy_targets, self._num_pages)
 
     def _check_slots(self, batch: ForwardBatch) -> None:
         slots = np.concatenate((batch.decode_slots, batch.prefill_slots))
@@ -222,15 +290,15 @@ class SlotState:
         named = np.zeros(self._num_slots, np.bool_)
         named[slots] = True
         if np.count_nonzero(named) != len(slots):
-            raise ProtocolError(f"batch {batch.number} names a slot twice")
+            raise ProtocolError("it names a slot twice")
         self._check_draws(batch)
         if (self.lengths[batch.decode_slots] == 0).any():
-            raise ProtocolError(f"batch {batch.number} decodes a slot that has no tokens yet")
+            raise ProtocolError("it decodes a slot that has no tokens yet")
         self._check_range("prompt ids", batch.prefill_ids, self._vocab_size)
         if int(batch.prefill_lengths.sum()) != len(batch.prefill_ids) or (
             len(batch.prefill_lengths) and batch.prefill_lengths.min() < 1
         ):
-            raise ProtocolError(f"batch {batch.number}: lengths and ids of its prompts disagree")
+            raise ProtocolError("lengths and ids of its prompts disagree")
 
     def _check_draws(self, batch: ForwardBatch) -> None:
         chunks, slots = batch.draw_chunks, batch.draw_slots
@@ -247,7 +315,7 @@ class SlotState:
             or (draws_from[batch.decode_slots] >= 0).any()
             or ((own >= 0) & (own != chunks)).any()
         ):
-            raise ProtocolError(f"batch {batch.number} draws for a slot twice")
+            raise ProtocolError("it draws for a slot twice")
 
     def _check_lengths(self, slots: Int32Array, firsts: Int32Array, lengths: Int32Array) -> None:
         beyond = (firsts < 0) | (lengths > self.pages_held[slots] * self._page_size)
@@ -262,11 +330,3 @@ class SlotState:
             raise ProtocolError(
                 f"{what} range from {values.min()} to {values.max()}, the limit is {limit}"
             )
-
-    def _ids(self, batch: ForwardBatch) -> Tensor:
-        prompts = upload_indices(batch.prefill_ids, self._device)
-        if not len(batch.decode_slots):
-            return prompts
-        return torch.cat(
-            (self.last_tokens[upload_indices(batch.decode_slots, self._device)], prompts)
-        )

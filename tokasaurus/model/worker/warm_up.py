@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tokasaurus.config.slices import WorkerConfig
-from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
+from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import (
     AdjustedSlots,
     Adjustments,
@@ -50,7 +50,8 @@ def warm_up_batches(config: WorkerConfig, num_parameters: int) -> list[ForwardBa
     num_decodes = min(num_decodes, config.num_slots)
     if longest > 1:
         batches.append(_prefill(config, 1, np.ones(num_decodes, np.int32)))
-        batches.append(_decode(2, num_decodes))
+        slots = np.arange(num_decodes, dtype=np.int32)
+        batches.append(ForwardBatch(number=2, decode_slots=slots))
     return batches
 
 
@@ -74,7 +75,6 @@ def _prefill(config: WorkerConfig, number: int, lengths: Int32Array) -> ForwardB
         table_slots=np.repeat(slots, num_columns),
         table_columns=columns,
         table_pages=columns % config.num_pages,
-        decode_slots=EMPTY_INT32,
         prefill_slots=slots,
         prefill_starts=np.zeros(len(slots), np.int32),
         prefill_lengths=lengths,
@@ -83,38 +83,7 @@ def _prefill(config: WorkerConfig, number: int, lengths: Int32Array) -> ForwardB
         prefill_next_ids=np.full(len(slots), -1, np.int32),
         draw_chunks=slots,
         draw_slots=slots,
-        copy_sources=EMPTY_INT32,
-        copy_targets=EMPTY_INT32,
-        group_first_rows=EMPTY_INT32,
-        group_num_rows=EMPTY_INT32,
-        group_first_columns=EMPTY_INT32,
-        group_num_columns=EMPTY_INT32,
         prefill_pooling=np.full(len(slots), Pooling.MEAN, np.int32),
-    )
-
-
-def _decode(number: int, num_slots: int) -> ForwardBatch:
-    return ForwardBatch(
-        number=number,
-        parameters=None,
-        table_slots=EMPTY_INT32,
-        table_columns=EMPTY_INT32,
-        table_pages=EMPTY_INT32,
-        decode_slots=np.arange(num_slots, dtype=np.int32),
-        prefill_slots=EMPTY_INT32,
-        prefill_starts=EMPTY_INT32,
-        prefill_lengths=EMPTY_INT32,
-        prefill_ids=EMPTY_INT32,
-        prefill_num_logprobs=EMPTY_INT32,
-        prefill_next_ids=EMPTY_INT32,
-        draw_chunks=EMPTY_INT32,
-        draw_slots=EMPTY_INT32,
-        copy_sources=EMPTY_INT32,
-        copy_targets=EMPTY_INT32,
-        group_first_rows=EMPTY_INT32,
-        group_num_rows=EMPTY_INT32,
-        group_first_columns=EMPTY_INT32,
-        group_num_columns=EMPTY_INT32,
     )
 
 

@@ -1,5 +1,10 @@
 """The worker runs numbered batches in order, with one model, one KV cache and one set of tables.
 
+The host prepares a batch while the device still runs the former ones::
+
+    host      submit 0 │ submit 1 │ collect 0 │ submit 2 │ collect 1 ...
+    device             └── batch 0 ───────────┴── batch 1 ───────────┴── batch 2 ...
+
 It knows nothing of processes and sockets: the launch room carries batches in and results out.
 """
 
@@ -11,24 +16,27 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tokasaurus.config.slices import WorkerConfig
 from tokasaurus.errors import ProtocolError
 from tokasaurus.grammars import Vocabulary
 from tokasaurus.model.backend import make_backend
+from tokasaurus.model.download import Download
 from tokasaurus.model.facts import read_model_config
 from tokasaurus.model.kv_cache import KVCache
-from tokasaurus.model.layers.placement import Placement
+from tokasaurus.model.placement import Placement
 from tokasaurus.model.sampling.drawing import draw_tokens, score_prompts
-from tokasaurus.model.sampling.matchers import Matchers, TokenMasks
+from tokasaurus.model.sampling.matchers import Matchers, OpenMatchers
 from tokasaurus.model.sampling.sampler import Logprobs
 from tokasaurus.model.weights.loader import load_model
+from tokasaurus.model.worker.clock import start_clock
+from tokasaurus.model.worker.pending import InFlight, Outputs, Pending, naming_batch
 from tokasaurus.model.worker.pooling import Pooler
-from tokasaurus.model.worker.slot_state import PlannedBatch, SlotState
+from tokasaurus.model.worker.runner import EagerRunner
+from tokasaurus.model.worker.slot_state import SlotState
 from tokasaurus.model.worker.warm_up import warm_up_batches
 from tokasaurus.protocol.arrays import Int32Array
-from tokasaurus.protocol.messages import ForwardBatch, ForwardResult
+from tokasaurus.protocol.messages import ForwardBatch
 
 __all__ = ["Worker"]
 
@@ -49,6 +57,9 @@ class Worker:
         load_vocabulary: returns the bytes of each id, for grammars. Another thread calls it while
             the model is loaded. None means that no sequence will have a grammar.
 
+    Attributes:
+        weights: of the model; they can be filled anew between batches.
+
     Raises:
         ModelError: the checkpoint cannot be served. It names the file, tensor or field.
         ConfigError: the attention asked for is not available on this machine.
@@ -61,11 +72,13 @@ class Worker:
             torch.set_num_threads(config.num_threads)
         self._config = config
         self._device = torch.device(config.device)
-        place = Placement(_DTYPES[config.dtype], self._device)
+        place = Placement(_DTYPES[config.dtype], self._device, config.linear)
         model_config = read_model_config(config.model_path, config.rope_scaling)
         self._vocab_size = model_config.vocab_size
         self._matchers = Matchers(config.num_slots, self._vocab_size, load_vocabulary)
-        self._model = load_model(config.model_path, model_config, place)
+        self._model, self.weights = load_model(
+            config.model_path, model_config, place, config.load_format
+        )
         self._cache = KVCache.allocate(
             num_layers=model_config.num_layers,
             num_pages=config.num_pages,
@@ -75,11 +88,18 @@ class Worker:
             dtype=place.dtype,
             device=place.device,
         )
-        self._backend = make_backend(
-            config.attention, self._cache, model_config.num_heads, self._device
+        backend = make_backend(config.attention, self._cache, model_config.num_heads, self._device)
+        self._runner = EagerRunner(self._model, backend)
+        self._state = SlotState(
+            num_slots=config.num_slots,
+            num_pages=config.num_pages,
+            page_size=config.page_size,
+            max_request_tokens=config.max_request_tokens,
+            vocab_size=self._vocab_size,
+            device=self._device,
         )
-        self._state = self._fresh_state()
         self._pooler = Pooler()
+        self._in_flight = InFlight()
         self._next_number = 0
         log.info(
             "KV cache of %d pages for %d tokens in %s: %.1f MB when full",
@@ -92,103 +112,70 @@ class Worker:
     def warm_up(self) -> None:
         """Runs the largest possible batches, so that a lack of memory shows now.
 
-        Also waits for the vocabulary. Call it before the first ``run``. It leaves the slot tables
-        as new.
+        Also waits for the vocabulary. Call it before the first ``submit``. It leaves the slot
+        tables as new.
         """
         started = time.perf_counter()
-        num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
-        for batch in warm_up_batches(self._config, num_parameters):
-            count = len(batch.decode_slots) + len(batch.draw_slots)
-            self._run(batch, TokenMasks.of_everything(count, self._vocab_size))
-        self._state = self._fresh_state()
+        matchers = OpenMatchers(self._vocab_size)
+        for batch in warm_up_batches(self._config, self.weights.num_parameters):
+            self._enqueue(batch, matchers).result(batch.number, 0.0)
+        self._state.clear()
         self._matchers.wait()
         log.info("warmed up in %.1f s", time.perf_counter() - started)
 
-    def run(self, batch: ForwardBatch) -> ForwardResult:
-        """Runs one batch to its end.
+    def submit(self, batch: ForwardBatch) -> Pending:
+        """Enqueues one batch, and does not wait for the device. On the CPU the batch runs here.
+
+        It waits for the masks of rows with a grammar, which follow from the ids of the previous
+        batch. This wait comes after the layers of this batch are enqueued, and counts as
+        ``grammar_wait_s``. The sampler also asks the device whether its candidates for ``top_p``
+        are enough.
 
         Raises:
             ProtocolError: the batch is not the next one, or it names slots, pages, ids or positions
                 that cannot exist.
+            EngineError: the batch failed; names it.
         """
         if batch.number != self._next_number:
             raise ProtocolError(f"batch {batch.number} came, batch {self._next_number} was due")
         self._next_number += 1
-        return self._run(batch)
+        with naming_batch(batch.number):
+            clock = start_clock(self._device)
+            outputs = self._enqueue(batch, self._matchers)
+            clock.stop()
+        return self._in_flight.add(batch.number, outputs, clock)
+
+    @property
+    def grammar_wait_s(self) -> float:
+        """Seconds that ``submit`` has waited for the masks of grammars, in all batches."""
+        return self._matchers.waited_s
 
     @torch.inference_mode()
-    def _run(self, batch: ForwardBatch, warm_up_masks: TokenMasks | None = None) -> ForwardResult:
-        started = time.perf_counter()
+    def _enqueue(self, batch: ForwardBatch, matchers: Matchers | OpenMatchers) -> Outputs:
         planned = self._state.apply(batch)
+        sampling = planned.sampling
         if batch.parameters is not None:
-            self._matchers.enter(batch.parameters)
-        hidden = self._forward(planned)
+            matchers.enter(batch.parameters)
+        hidden = self._runner.run(planned)
         if planned.copies is not None:
             self._cache.copy_pages(planned.copies.sources, planned.copies.targets)
-        masks = self._matchers.masks(planned.sampling.slots)
+        masks = matchers.masks(sampling.slots)
         token_ids, drawn = draw_tokens(
-            self._model, hidden, planned.sampling, self._state.adjustments, masks or warm_up_masks
+            self._model, hidden, sampling, self._state.adjustments, masks
         )
+        arriving = Download(token_ids)
         if masks is not None:
-            self._matchers.advance(masks, planned.sampling.slots, token_ids)
-        lost = self._state.record(planned.sampling.slots, token_ids)
+            matchers.advance(masks, sampling.slots, arriving)
+        lost = self._state.record(sampling, token_ids)
         given_up = masks.cut_rows if masks is not None else None
         prompt = score_prompts(self._model, hidden, planned.prompt) if planned.prompt else None
-        pooled = self._pooler.pool(batch, hidden)
-        return _result(
-            number=batch.number,
-            token_ids=token_ids,
-            drawn=drawn or Logprobs.none(0, len(token_ids)),
-            prompt=prompt or Logprobs.none(0, 0),
-            pooled=pooled,
-            cut_rows=_union(lost, given_up),
-            device_s=time.perf_counter() - started,
+        return Outputs(
+            arriving,
+            drawn or Logprobs.none(0, len(token_ids)),
+            prompt or Logprobs.none(0, 0),
+            self._pooler.pool(batch, hidden),
+            _union(lost, given_up),
         )
-
-    def _forward(self, planned: PlannedBatch) -> Tensor:
-        """Hidden states of all rows, [rows, hidden]."""
-        # A batch may consist of changes to the tables, without any row.
-        if not len(planned.ids):
-            return torch.empty(0, 0, device=self._device)
-        attention = self._backend.plan(planned.sequences)
-        hidden: Tensor = self._model(planned.ids, planned.positions, attention)
-        return hidden
-
-    def _fresh_state(self) -> SlotState:
-        return SlotState(
-            num_slots=self._config.num_slots,
-            num_pages=self._config.num_pages,
-            page_size=self._config.page_size,
-            max_request_tokens=self._config.max_request_tokens,
-            vocab_size=self._vocab_size,
-            device=self._device,
-        )
-
-
-def _result(
-    *,
-    number: int,
-    token_ids: Tensor,
-    drawn: Logprobs,
-    prompt: Logprobs,
-    pooled: Tensor | None,
-    cut_rows: Int32Array | None,
-    device_s: float,
-) -> ForwardResult:
-    return ForwardResult(
-        number=number,
-        token_ids=token_ids.cpu().numpy().astype(np.int32),
-        logprobs=drawn.chosen.cpu().numpy(),
-        top_ids=drawn.top_ids.cpu().numpy().astype(np.int32),
-        top_logprobs=drawn.top.cpu().numpy(),
-        prompt_logprobs=prompt.chosen.cpu().numpy(),
-        prompt_ranks=prompt.ranks.cpu().numpy().astype(np.int32),
-        prompt_top_ids=prompt.top_ids.cpu().numpy().astype(np.int32),
-        prompt_top_logprobs=prompt.top.cpu().numpy(),
-        device_s=device_s,
-        pooled=None if pooled is None or not len(pooled) else pooled.cpu().numpy(),
-        cut_rows=cut_rows,
-    )
 
 
 def _union(one: Int32Array | None, other: Int32Array | None) -> Int32Array | None:

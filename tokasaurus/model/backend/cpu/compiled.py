@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -70,6 +71,16 @@ class CompiledBackend:
     Raises:
         BuildError: the kernel cannot be built on this machine.
     """
+
+    name: ClassVar[str] = "compiled"
+
+    @classmethod
+    def why_not(cls) -> str | None:
+        try:
+            _library()
+        except BuildError as error:
+            return f"no kernel can be built: {error}; install g++"
+        return None
 
     def __init__(self, cache: KVCache, num_heads: int) -> None:
         self._kernel = _library().tokasaurus_paged_attention

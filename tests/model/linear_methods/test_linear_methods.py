@@ -1,0 +1,110 @@
+"""Every linear method multiplies by the weights that it was filled with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rows import named
+
+from tokasaurus.errors import ConfigError
+from tokasaurus.model.layers.linear import Embedding, Linear
+from tokasaurus.model.linear_methods.base import LinearSpec, Sharding
+from tokasaurus.model.linear_methods.registry import check_linear
+from tokasaurus.model.placement import Placement
+
+CPU = torch.device("cpu")
+PARTS = {"query": 24, "key": 8, "value": 8}
+METHODS = ("plain", "packed")
+
+
+def make_tensors(seed, *, bias=True):
+    generator = torch.Generator().manual_seed(seed)
+    kinds = ("weight", "bias") if bias else ("weight",)
+    return {
+        (part, kind): torch.randn((size, 16) if kind == "weight" else (size,), generator=generator)
+        for part, size in PARTS.items()
+        for kind in kinds
+    }
+
+
+def fill(linear, tensors):
+    # In another order than that of the outputs.
+    for (part, kind), tensor in reversed(tensors.items()):
+        linear.fill(part, kind, tensor)
+    linear.finish()
+
+
+def expected_product(x, tensors):
+    weight = torch.cat([tensors[part, "weight"] for part in PARTS])
+    bias = torch.cat([tensors[part, "bias"] for part in PARTS]) if len(tensors) > 3 else None
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parts_are_joined_in_the_order_of_the_declaration(method):
+    for bias in (True, False):
+        linear = Linear(
+            Placement(torch.float32, CPU, method), 16, PARTS, Sharding.OUTPUTS, bias=bias
+        )
+        tensors = make_tensors(1, bias=bias)
+        assert linear.tensors() == {key: tuple(t.shape) for key, t in tensors.items()}
+        fill(linear, tensors)
+        for num_rows in (0, 1, 2, 33):
+            x = torch.randn(num_rows, 16)
+            with named(f"bias {bias}, {num_rows} rows"), torch.inference_mode():
+                torch.testing.assert_close(linear(x), expected_product(x, tensors))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_can_be_replaced(method):
+    linear = Linear(Placement(torch.float32, CPU, method), 16, PARTS, Sharding.OUTPUTS, bias=True)
+    x = torch.randn(5, 16)
+    for seed in (1, 2):
+        tensors = make_tensors(seed)
+        fill(linear, tensors)
+        with torch.inference_mode():
+            torch.testing.assert_close(linear(x), expected_product(x, tensors))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_tied_product_uses_the_weight_of_the_embedding(method):
+    place = Placement(torch.float32, CPU, method)
+    embedding = Embedding(place, 40, 16)
+    head = Linear(place, 16, {"": 40}, Sharding.VOCABULARY, tied=embedding)
+    assert head.tensors() == {}
+    for seed in (1, 2):
+        weight = torch.randn(40, 16, generator=torch.Generator().manual_seed(seed))
+        embedding.fill("", "weight", weight)
+        head.finish()
+        x = torch.randn(3, 16)
+        with torch.inference_mode():
+            torch.testing.assert_close(head(x), torch.nn.functional.linear(x, weight))
+
+
+def test_tensors_are_converted_to_the_placement():
+    for method in METHODS:
+        for dtype in (torch.bfloat16, torch.float16):
+            place = Placement(dtype, CPU, method)
+            try:
+                check_linear(place)
+            except ConfigError:  # this processor cannot pack it, and an engine would refuse it
+                continue
+            linear = Linear(place, 16, PARTS, Sharding.OUTPUTS, bias=True)
+            tensors = make_tensors(3)
+            fill(linear, tensors)
+            narrow = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+            x = torch.randn(4, 16).to(dtype)
+            with named(f"{method}, {dtype}"), torch.inference_mode():
+                assert linear(x).dtype == dtype
+                torch.testing.assert_close(linear(x), expected_product(x, narrow))
+
+
+def test_packing_is_refused_on_another_device():
+    with pytest.raises(ConfigError, match="linear=packed cannot run here: it is for device=cpu"):
+        check_linear(Placement(torch.float32, torch.device("meta"), "packed"))
+
+
+def test_the_rows_of_parts_cover_the_outputs():
+    spec = LinearSpec(16, PARTS, False, Sharding.OUTPUTS)
+    assert spec.out_size == 40
+    assert [spec.rows(part) for part in PARTS] == [slice(0, 24), slice(24, 32), slice(32, 40)]

@@ -1,0 +1,35 @@
+"""The seam between layers and the weights of a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+__all__ = ["Fillable"]
+
+
+@runtime_checkable
+class Fillable(Protocol):
+    """A layer whose tensors come from a checkpoint.
+
+    A tensor is named by its part and its kind. A part is one of the checkpoint's products where
+    the layer joins several, else "". A kind is "weight" or "bias".
+    """
+
+    @property
+    def is_vocabulary(self) -> bool:
+        """Each tensor has one row per token id. A checkpoint may have padding rows behind them."""
+        ...
+
+    def tensors(self) -> dict[tuple[str, str], tuple[int, ...]]:
+        """The shape of each tensor, by part and kind. Empty if another layer owns them."""
+        ...
+
+    def fill(self, part: str, kind: str, tensor: Tensor) -> None:
+        """Takes one tensor, of that shape; it may have another dtype or device."""
+        ...
+
+    def finish(self) -> None:
+        """Every tensor has been filled."""
+        ...

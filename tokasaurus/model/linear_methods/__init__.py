@@ -1,0 +1,1 @@
+"""Linear methods: what keeps the tensors of a matrix product, and multiplies by them."""

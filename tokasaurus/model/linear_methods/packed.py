@@ -1,0 +1,76 @@
+"""Weights packed once for oneDNN, the matrix library of the CPU.
+
+``F.linear`` repacks a weight at every call, which costs most where a batch has few rows. The two
+operators here are private ones of torch, which its inductor uses when it freezes a model: so they
+are probed, and ``why_not`` says what is missing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tokasaurus.model.linear_methods.base import LinearMethod, LinearSpec
+from tokasaurus.model.placement import Placement
+
+__all__ = ["PackedLinear", "why_not"]
+
+
+class PackedLinear(LinearMethod):
+    """Multiplies by a weight in oneDNN's own layout.
+
+    While weights are filled there is a plain copy of this product's weight too. ``finish`` drops
+    it.
+
+    Args:
+        spec: the product.
+        place: dtype of the tensors; the device is the CPU.
+        tied: [out, in], the weight of another module, which fills it and keeps it; None if the
+            product has its own.
+    """
+
+    def __init__(self, spec: LinearSpec, place: Placement, tied: Tensor | None = None) -> None:
+        self._spec = spec
+        self._place = place
+        self._tied = tied
+        self._plain: Tensor | None = None
+        self._packed: Tensor | None = None
+        self._bias = place.empty(spec.out_size) if spec.bias else None
+
+    def fill(self, part: str, kind: str, tensor: Tensor) -> None:
+        if kind == "weight":
+            if self._plain is None:
+                self._plain = self._place.empty(self._spec.out_size, self._spec.in_size)
+            whole = self._plain
+        else:
+            assert self._bias is not None
+            whole = self._bias
+        whole[self._spec.rows(part)].copy_(tensor)
+
+    def finish(self) -> None:
+        weight = self._plain if self._tied is None else self._tied
+        assert weight is not None
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self._plain = None
+
+    def apply(self, x: Tensor) -> Tensor:
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self._packed, self._bias, "none", [], ""
+        )
+        return result
+
+
+def why_not(place: Placement) -> str | None:
+    """Why weights of this dtype cannot be packed on this device; None if they can."""
+    if place.device.type != "cpu":
+        return "it is for device=cpu"
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return "this build of torch has no oneDNN"
+    try:
+        with torch.inference_mode():
+            weight = torch.ones(2, 2, dtype=place.dtype)
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+            torch.ops.mkldnn._linear_pointwise(weight, packed, None, "none", [], "")
+    except (AttributeError, RuntimeError) as error:
+        return f"this torch or processor cannot pack {place.dtype}: {error}"
+    return None

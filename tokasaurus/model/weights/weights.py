@@ -1,0 +1,133 @@
+"""A model's weights under the checkpoint's names: what fills them, and what is still missing.
+
+A checkpoint, dummy weights and a trainer's stream are sources of (name, tensor). All of them come
+through here. Owns the errors about tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from tokasaurus.errors import ModelError
+from tokasaurus.model.layers.fillable import Fillable
+
+__all__ = ["Weights", "listing"]
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NAMES_SHOWN = 5
+
+# Tensors that old checkpoints contain and that we compute.
+_DERIVED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The destination of one of the checkpoint's tensors."""
+
+    layer: Fillable
+    part: str
+    kind: str
+    shape: tuple[int, ...]
+
+
+class Weights:
+    """The weights of one model.
+
+    A round of filling begins with the first ``fill`` and ends with ``finish``. Each round fills
+    every tensor: a linear method may have packed the former ones beyond recognition.
+
+    Args:
+        model: its layers are filled.
+        names: our layers -> the checkpoint's, see ``LlamaModel.WEIGHTS``.
+        num_layers: the numbers that replace ``{}`` in the names.
+    """
+
+    def __init__(
+        self, model: nn.Module, names: dict[str, str | dict[str, str]], num_layers: int
+    ) -> None:
+        self._layers: list[Fillable] = []
+        self._targets: dict[str, _Target] = {}
+        modules = dict(model.named_modules())
+        for pattern, sources in names.items():
+            for number in range(num_layers if "{}" in pattern else 1):
+                layer = modules.get(pattern.format(number))
+                if layer is None:  # most models have no norms on queries and keys
+                    continue
+                assert isinstance(layer, Fillable)
+                self._layers.append(layer)
+                parts = {"": sources} if isinstance(sources, str) else sources
+                for (part, kind), shape in layer.tensors().items():
+                    name = f"{parts[part].format(number)}.{kind}"
+                    self._targets[name] = _Target(layer, part, kind, shape)
+        self._unfilled = set(self._targets)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor, by name."""
+        return {name: target.shape for name, target in self._targets.items()}
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in all tensors."""
+        return sum(prod(target.shape) for target in self._targets.values())
+
+    def uses(self, name: str) -> bool:
+        """Whether there is a place for a tensor of this name."""
+        return name in self._targets
+
+    def ignores(self, name: str) -> bool:
+        """Whether a checkpoint may have this tensor although there is no place for it.
+
+        The model computes it by itself, or it is the head of a tied model: a duplicate.
+        """
+        return name == "lm_head.weight" or _DERIVED.search(name) is not None
+
+    def check(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Raises ModelError where ``fill`` would, before there is a tensor to fill."""
+        target = self._targets[name]
+        if dtype not in _FLOATS:
+            raise ModelError(f"tensor {name} is {dtype}: quantized checkpoints are not supported")
+        padded = target.layer.is_vocabulary and shape[0] > target.shape[0]
+        if shape[1:] != target.shape[1:] or (shape[0] != target.shape[0] and not padded):
+            raise ModelError(
+                f"tensor {name} has shape {list(shape)}; config.json asks for {list(target.shape)}"
+            )
+
+    def fill(self, name: str, tensor: Tensor) -> None:
+        """Takes one tensor that the model uses.
+
+        Raises:
+            ModelError: it has another shape, or it is quantized.
+        """
+        self.check(name, tuple(tensor.shape), tensor.dtype)
+        target = self._targets[name]
+        # Rows beyond the vocabulary are padding. Without them, their ids cannot be sampled.
+        with torch.inference_mode():
+            target.layer.fill(target.part, target.kind, tensor[: target.shape[0]])
+        self._unfilled.discard(name)
+
+    def missing(self) -> list[str]:
+        """The names of tensors that were not filled in this round, in the order of the layers."""
+        return [name for name in self._targets if name in self._unfilled]
+
+    def finish(self) -> None:
+        """Ends a round of filling, in which no tensor is missing: the model runs with these."""
+        if self._unfilled:
+            raise ModelError(f"the weights lack tensors: {listing(self.missing())}")
+        with torch.inference_mode():
+            for layer in self._layers:
+                layer.finish()
+        self._unfilled = set(self._targets)
+
+
+def listing(names: Iterable[str]) -> str:
+    """A few of the names, and how many more there are."""
+    names = list(names)
+    rest = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,58 @@
+"""Runs the model on planned batches: the seam between the worker and the way of running it.
+
+A runner owns how the layers are called. It knows nothing of numbers of batches, sampling or
+results.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tokasaurus.model.architectures.llama_model import LlamaModel
+from tokasaurus.model.backend.base import Backend
+from tokasaurus.model.worker.slot_state import PlannedBatch
+
+__all__ = ["EagerRunner", "Runner"]
+
+
+class Runner(Protocol):
+    """Runs one batch after the other.
+
+    The weights, the KV cache, the page table and the last tokens of ``SlotState`` stay at their
+    addresses as long as the worker lives, so a runner may record kernels that read them. The ids
+    and positions of a batch are new tensors: a runner that replays recorded kernels copies them
+    into its own buffers.
+    """
+
+    def run(self, planned: PlannedBatch) -> Tensor:
+        """Enqueues the layers, and does not wait for them.
+
+        Returns:
+            Hidden states of all rows after the last norm, [rows, hidden]. They are read before the
+            next batch runs.
+        """
+        ...
+
+
+class EagerRunner:
+    """Implements ``Runner``: calls the model's layers anew for each batch.
+
+    Args:
+        model: the layers.
+        backend: their attention.
+    """
+
+    def __init__(self, model: LlamaModel, backend: Backend) -> None:
+        self._model = model
+        self._backend = backend
+
+    def run(self, planned: PlannedBatch) -> Tensor:
+        # A batch may consist of changes to the tables, without any row.
+        if not len(planned.ids):
+            return torch.empty(0, 0, device=planned.ids.device)
+        attention = self._backend.plan(planned.sequences)
+        hidden: Tensor = self._model(planned.ids, planned.positions, attention)
+        return hidden
