@@ -30,6 +30,7 @@ from tokasaurus.model.sampling.matchers import Matchers, OpenMatchers
 from tokasaurus.model.sampling.sampler import Logprobs
 from tokasaurus.model.weights.loader import load_model
 from tokasaurus.model.worker.clock import start_clock
+from tokasaurus.model.worker.host_memory import keep_freed_memory
 from tokasaurus.model.worker.pending import InFlight, Outputs, Pending, naming_batch
 from tokasaurus.model.worker.pooling import Pooler
 from tokasaurus.model.worker.runner import EagerRunner
@@ -68,6 +69,7 @@ class Worker:
     def __init__(
         self, config: WorkerConfig, load_vocabulary: Callable[[], Vocabulary] | None = None
     ) -> None:
+        keep_freed_memory()
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self._config = config
