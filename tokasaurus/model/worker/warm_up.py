@@ -19,8 +19,8 @@ from tokasaurus.rounding import ceil_div
 __all__ = ["warm_up_batches"]
 
 # On the CPU the operating system promises memory that it may not have, so even the largest batch
-# would prove little, and a full one takes minutes. This number of floating-point operations in the
-# layers takes hundredths of a second, which is enough to load libraries and touch the weights.
+# would prove little, and a full one takes minutes. A batch with this number of floating-point
+# operations in its layers, or of _MIN_TOKENS, is enough to load libraries and touch the weights.
 _CPU_WORK = 1e9
 _MIN_TOKENS = 16
 
