@@ -5,12 +5,13 @@ It refuses the prompt "too long". An answer to a prompt that begins with "wait" 
 
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
+from quiet_server import QuietServer
 
 
-class FakeEngine(ThreadingHTTPServer):
+class FakeEngine(QuietServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.port = self.server_address[1]

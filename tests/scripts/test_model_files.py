@@ -6,10 +6,11 @@ import os
 import subprocess
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
+from quiet_server import QuietServer
 from rows import each_row
 
 from tokasaurus.errors import ModelError
@@ -27,7 +28,7 @@ FILES = {
 }
 
 
-class FakeHub(ThreadingHTTPServer):
+class FakeHub(QuietServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
