@@ -29,6 +29,8 @@ MAX_BAD_WORDS = 256
 MAX_BAD_WORD_CHARS = 256
 MAX_BIASED_IDS = 1024
 _MAX_BIAS = 100.0
+# A value as repr writes it; an apostrophe inside a word begins none.
+_QUOTED = r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _TOKEN_ID = re.compile("[0-9]{1,10}")
 
 
@@ -171,7 +173,12 @@ def renamed(error: TokasaurusError, names: Mapping[str, str]) -> TokasaurusError
         return error
     field = error.field
     name = names[field]
-    message = re.sub(rf"\b{re.escape(field)}\b", lambda _: name, error.message)
+    # What the client sent is quoted in the message, and stays as it was sent.
+    message = re.sub(
+        rf"{_QUOTED}|\b{re.escape(field)}\b",
+        lambda found: name if found[0] == field else found[0],
+        error.message,
+    )
     return type(error)(message, name)
 
 

@@ -272,3 +272,12 @@ def test_an_answer_is_one_line_of_json(server):
     for body in (NATIVE, SGLANG):
         assert b"\n" not in server.post(PATH, body).content
         assert json.loads(server.post(PATH, body).content)
+
+
+def test_a_wrong_sampling_parameter_is_named_and_its_value_is_quoted_as_it_was(server):
+    params = {"max_new_tokens": "max_tokens"}
+    answer = server.post("/generate", {"text": "the cat", "sampling_params": params})
+    assert answer.status == 400
+    assert answer.error["param"] == "sampling_params.max_new_tokens"
+    assert answer.error["message"].startswith("sampling_params.max_new_tokens must be")
+    assert "'max_tokens'" in answer.error["message"]
