@@ -25,12 +25,11 @@ from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.resolve import resolve
 from tokasaurus.config.slices import ModelFacts, ServerConfig
 from tokasaurus.launch.serving import http_server
+from tokasaurus.protocol.commands import Command, CommandDone
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
-    CacheFlushed,
     FinishReason,
-    FlushCache,
     FromServer,
     GenerateRequest,
     PooledState,
@@ -189,8 +188,8 @@ class FakeEngine:
             self._begin(message)
         elif isinstance(message, AbortRequest):
             self._abort(message.request_id)
-        elif isinstance(message, FlushCache):
-            self._outbox.append(CacheFlushed(message.flush_id, 3, 48))
+        elif isinstance(message, Command):
+            self._outbox.append(CommandDone(message.command_id, 3, 48))
         elif isinstance(message, StopSequence):
             sequence = self._running.get((message.request_id, message.sample_index))
             if sequence is not None:
@@ -340,6 +339,7 @@ def updates(rows: list[tuple]) -> SequenceUpdates:
         finish_reasons=np.array([row[3] for row in rows], np.int32),
         num_cached_tokens=np.array([row[4] for row in rows], np.int32),
         num_logprobs=np.array([row[0].num_logprobs for row in rows], np.int32),
+        weights_versions=np.zeros(len(rows), np.int32),
         token_ids=np.array([i for row in rows for i in row[2]], np.int32),
         logprobs=np.array(chosen, np.float32),
         top_ids=np.array(top_ids, np.int32),

@@ -29,14 +29,13 @@ from tokasaurus.config.slices import AdmissionConfig, ManagerConfig, ModelFacts
 from tokasaurus.manager import token_window
 from tokasaurus.manager.invariants import check_invariants
 from tokasaurus.manager.manager import Manager
+from tokasaurus.protocol.commands import Command, CommandDone, FlushCache
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
     Adjustments,
-    CacheFlushed,
     Eta,
     FinishReason,
-    FlushCache,
     ForwardBatch,
     ForwardResult,
     FromServer,
@@ -147,7 +146,7 @@ class World:
         self.num_finished: Counter[int] = Counter()  # by request: those that were not aborted
         self.prompt_logprobs: dict[int, dict[int, object]] = {}
         self.pooled: dict[int, list[float]] = {}
-        self.flushed: list[CacheFlushed] = []
+        self.flushed: list[CommandDone] = []
         self.rejected: dict[int, RequestRejected] = {}
         self.results: deque[ForwardResult] = deque()
         self.batches: list[ForwardBatch] = []
@@ -320,7 +319,7 @@ class World:
             assert message.request_id not in self.pooled, "a prompt was pooled twice"
             self.pooled[message.request_id] = message.state.tolist()
             assert self.pooled[message.request_id] == pooled_oracle(request)
-        elif isinstance(message, CacheFlushed):
+        elif isinstance(message, CommandDone):
             assert message.num_tokens == message.num_pages * self.config.page_size
             self.flushed.append(message)
         elif isinstance(message, Eta):
@@ -533,7 +532,7 @@ class Simulation(World):
                 for _ in range(self._count(habits.stops)):
                     events.append(StopSequence(*self._random.choice(names)))
             for _ in range(self._count(habits.flushes)):
-                events.append(FlushCache(self.num_turns))
+                events.append(Command(self.num_turns, FlushCache()))
             if self._random.random() < habits.acks:
                 events += self.acknowledgements()
             self.turn(*events, num_results=self._count(habits.results))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from simulation import World, make_admission, make_config, make_request, prompt
 
+from tokasaurus.protocol.commands import Command, FlushCache
 from tokasaurus.protocol.messages import (
     AbortRequest,
     FinishReason,
-    FlushCache,
     Pooling,
     StopSequence,
 )
@@ -261,8 +261,8 @@ def test_a_sequence_that_waits_for_a_refused_one_wakes_up_with_its_first_chunk()
 def test_a_flush_frees_cached_pages_without_a_holder() -> None:
     world = World(make_config())
     world.finish(make_request(1, prompt(13), 3))
-    world.turn(FlushCache(9))
-    assert [(each.flush_id, each.num_pages, each.num_tokens) for each in world.flushed] == [
+    world.turn(Command(9, FlushCache()))
+    assert [(each.command_id, each.num_pages, each.num_tokens) for each in world.flushed] == [
         (9, 3, 12)
     ]
     assert world.manager.gauges().num_free_pages == world.config.num_pages
@@ -277,12 +277,12 @@ def test_a_flush_leaves_running_sequences_their_pages() -> None:
     world = World(make_config())
     world.finish(make_request(1, prompt(9, 5), 2))
     world.turn(make_request(2, prompt(9), 12))
-    world.turn(FlushCache(0), num_results=1)
+    world.turn(Command(0, FlushCache()), num_results=1)
     assert world.flushed[0].num_pages == 2
     world.turn(make_request(3, prompt(9), 2))
     world.drain()
     assert world.answers[3, 0].num_cached_tokens == 8
-    world.turn(FlushCache(1), FlushCache(2))
+    world.turn(Command(1, FlushCache()), Command(2, FlushCache()))
     assert world.flushed[1].num_pages > 0
     assert world.flushed[2].num_pages == 0
 

@@ -8,22 +8,34 @@ import pytest
 from rows import each_row
 
 from tokasaurus.protocol import messages
+from tokasaurus.protocol.commands import (
+    Command,
+    CommandDone,
+    CommandFailed,
+    Control,
+    ControlDone,
+    FlushCache,
+    Pause,
+    PauseMode,
+    UpdateWeights,
+    WriteCartridge,
+)
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
     AdjustedSlots,
     Adjustments,
-    CacheFlushed,
     Eta,
     FinishReason,
-    FlushCache,
     ForwardBatch,
     ForwardResult,
     FromServer,
+    FromWorker,
     GenerateRequest,
     LogprobsMode,
     PooledState,
     Pooling,
+    Progress,
     PromptLogprobs,
     RequestRejected,
     Sampling,
@@ -32,6 +44,7 @@ from tokasaurus.protocol.messages import (
     Statistics,
     StopSequence,
     ToServer,
+    ToWorker,
 )
 from tokasaurus.protocol.wire import Codec
 
@@ -68,9 +81,13 @@ EXAMPLES = [
         stream=True,
         hold_for_acks=True,
         pooling=Pooling.MEAN,
+        progress=Progress(ints(2), ints(2), ints(1), 1),
+        cartridges=("notes@1",),
     ),
     AbortRequest(3),
-    FlushCache(7),
+    Command(7, FlushCache()),
+    Command(8, Pause(PauseMode.DRAIN)),
+    Command(9, UpdateWeights(1, ("a.safetensors",), ("00ff",))),
     StopSequence(3, 4),
     Acknowledge(longs(2), ints(2), ints(2)),
     SequenceUpdates(
@@ -80,6 +97,7 @@ EXAMPLES = [
         finish_reasons=np.array([FinishReason.STOP, FinishReason.RUNNING], np.int32),
         num_cached_tokens=ints(2),
         num_logprobs=ints(2),
+        weights_versions=ints(2),
         token_ids=ints(9),
         logprobs=floats(9),
         top_ids=ints(0),
@@ -88,7 +106,10 @@ EXAMPLES = [
     PromptLogprobs(5, 1, floats(4), ints(4), ints(4, 2), floats(4, 2)),
     RequestRejected(5, "too long", "prompt"),
     PooledState(5, floats(8)),
-    CacheFlushed(7, 3, 48),
+    CommandDone(7, 3, 48),
+    CommandFailed(8, "no such file", "files"),
+    Control(3, WriteCartridge("notes.safetensors", 5, ints(2))),
+    ControlDone(3, "it is damaged", False),
     Eta(longs(3), np.array([0.5, 1e9, np.nan]), 7.25),
     Statistics(*range(10), 2.5, 3.5, *range(5), 0.125),
     ForwardBatch(
@@ -161,7 +182,7 @@ def assert_same(a, b):
 
 @each_row("message", EXAMPLES)
 def test_a_decoded_message_equals_the_sent_one(message):
-    codec = Codec(FromServer | ToServer | ForwardBatch | ForwardResult)
+    codec = Codec(FromServer | ToServer | FromWorker | ToWorker)
     assert_same(codec.decode(codec.encode(message)), message)
 
 

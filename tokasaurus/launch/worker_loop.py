@@ -9,11 +9,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
-from tokasaurus.protocol.messages import ForwardBatch, ForwardResult
+from tokasaurus.protocol.messages import FromWorker, ToWorker
 
 __all__ = ["WorkerLoop"]
 
-Receive: TypeAlias = Callable[[float | None], list[ForwardBatch]]
+Receive: TypeAlias = Callable[[float | None], list[ToWorker]]
 """Takes the longest time to wait, None for no limit. Returns what has arrived, oldest first."""
 
 
@@ -23,7 +23,7 @@ class PendingBatch(Protocol):
     @property
     def is_done(self) -> bool: ...
 
-    def collect(self) -> ForwardResult: ...
+    def collect(self) -> FromWorker: ...
 
 
 class WorkerLoop:
@@ -41,9 +41,9 @@ class WorkerLoop:
 
     def __init__(
         self,
-        submit: Callable[[ForwardBatch], PendingBatch],
+        submit: Callable[[ToWorker], PendingBatch],
         receive: Receive,
-        send: Callable[[ForwardResult], None],
+        send: Callable[[FromWorker], None],
     ) -> None:
         self._submit, self._receive, self._send = submit, receive, send
         self._in_flight: deque[PendingBatch] = deque()

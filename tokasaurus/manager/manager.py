@@ -30,17 +30,17 @@ from tokasaurus.manager.sequence import Request, Sequence, SequenceState
 from tokasaurus.manager.slots import IndexArray
 from tokasaurus.manager.waiting import Backlog
 from tokasaurus.protocol.arrays import Int32Array
+from tokasaurus.protocol.commands import Command, CommandDone, CommandFailed, FlushCache
 from tokasaurus.protocol.messages import (
     MAX_PRIORITY,
     AbortRequest,
     Acknowledge,
-    CacheFlushed,
     Eta,
     FinishReason,
-    FlushCache,
     ForwardBatch,
     ForwardResult,
     FromServer,
+    FromWorker,
     GenerateRequest,
     PooledState,
     PromptLogprobs,
@@ -98,7 +98,7 @@ class Manager:
         """Batches that were sent and have not come back."""
         return len(self._running.in_flight)
 
-    def take_turn(self, events: Iterable[FromServer | ForwardResult], now: float) -> Actions:
+    def take_turn(self, events: Iterable[FromServer | FromWorker], now: float) -> Actions:
         """Takes one turn. Afterwards there is nothing to do until the next event comes.
 
         Args:
@@ -173,7 +173,7 @@ class Manager:
             batches.append(batch)
         return batches
 
-    def _take(self, event: FromServer | ForwardResult, now: float) -> None:
+    def _take(self, event: FromServer | FromWorker, now: float) -> None:
         if isinstance(event, ForwardResult):
             self._absorb(event)
         elif isinstance(event, Acknowledge):
@@ -188,10 +188,8 @@ class Manager:
             request = self._backlog.requests.get(event.request_id)
             if request is not None:
                 self._abort(request)
-        elif isinstance(event, FlushCache):
-            num_pages = self._running.pages.flush()
-            num_tokens = num_pages * self._config.page_size
-            self._outbox.add(CacheFlushed(event.flush_id, num_pages, num_tokens))
+        elif isinstance(event, Command):
+            self._outbox.add(self._obey(event))
         else:
             raise ProtocolError(f"the manager takes no {type(event).__name__}")
 
@@ -256,6 +254,14 @@ class Manager:
                 self._running.acknowledge(slot, event.num_tokens[row : row + 1])
             else:
                 self._backlog.acknowledged(sequence, int(event.num_tokens[row]))
+
+    def _obey(self, command: Command) -> CommandDone | CommandFailed:
+        if isinstance(command.action, FlushCache):
+            num_pages = self._running.pages.flush()
+            num_tokens = num_pages * self._config.page_size
+            return CommandDone(command.command_id, num_pages=num_pages, num_tokens=num_tokens)
+        name = type(command.action).__name__
+        return CommandFailed(command.command_id, f"{name} is not supported")
 
     # --- from the worker -------------------------------------------------------------------------
 

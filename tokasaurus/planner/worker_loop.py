@@ -9,7 +9,8 @@ import numpy as np
 
 from tokasaurus.planner.simulated_device import SimulatedDevice
 from tokasaurus.protocol.channels import Receiver, Sender
-from tokasaurus.protocol.messages import ForwardBatch, ForwardResult, FromServer
+from tokasaurus.protocol.commands import ControlDone
+from tokasaurus.protocol.messages import ForwardBatch, FromServer, FromWorker, ToWorker
 
 __all__ = ["DeviceStatistics", "work"]
 
@@ -68,8 +69,8 @@ class DeviceStatistics:
 
 
 def work(
-    door: Receiver[ForwardBatch],
-    to_manager: Sender[FromServer | ForwardResult],
+    door: Receiver[ToWorker],
+    to_manager: Sender[FromServer | FromWorker],
     device: SimulatedDevice,
     statistics: DeviceStatistics,
 ) -> None:
@@ -87,6 +88,9 @@ def work(
             start = time.monotonic()
         waited_s = start - free_at
         for batch in batches:
+            if not isinstance(batch, ForwardBatch):
+                to_manager.send(ControlDone(batch.number))
+                continue
             result = device.run(batch)
             now = time.monotonic()
             free_at = max(start + result.device_s, now)

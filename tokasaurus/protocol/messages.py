@@ -1,9 +1,9 @@
 """The messages between the rooms, grouped by direction.
 
-    server ──GenerateRequest, AbortRequest, StopSequence, Acknowledge, FlushCache──▶ manager
-    manager ──ForwardBatch──▶ worker ──ForwardResult──▶ manager
+    server ──GenerateRequest, AbortRequest, StopSequence, Acknowledge, Command──▶ manager
+    manager ──ForwardBatch, Control──▶ worker ──ForwardResult, ControlDone──▶ manager
     manager ──SequenceUpdates, PromptLogprobs, PooledState, RequestRejected,
-              Eta, CacheFlushed, Statistics──▶ server
+              Eta, CommandDone, CommandFailed, Statistics──▶ server
 
 A *sequence* is one sample of a request, identified by (request id, sample index). A *slot* is the
 row that a running sequence owns in every table of the manager and the worker. A message "in
@@ -24,6 +24,14 @@ from tokasaurus.protocol.arrays import (
     Int32Array,
     Int64Array,
 )
+from tokasaurus.protocol.commands import (
+    Command,
+    CommandDone,
+    CommandFailed,
+    Control,
+    ControlDone,
+)
+from tokasaurus.protocol.message import Message
 
 __all__ = [
     "MAX_PRIORITY",
@@ -31,17 +39,17 @@ __all__ = [
     "Acknowledge",
     "AdjustedSlots",
     "Adjustments",
-    "CacheFlushed",
     "Eta",
     "FinishReason",
-    "FlushCache",
     "ForwardBatch",
     "ForwardResult",
     "FromServer",
+    "FromWorker",
     "GenerateRequest",
     "LogprobsMode",
     "PooledState",
     "Pooling",
+    "Progress",
     "PromptLogprobs",
     "RequestRejected",
     "Sampling",
@@ -51,11 +59,8 @@ __all__ = [
     "Statistics",
     "StopSequence",
     "ToServer",
+    "ToWorker",
 ]
-
-
-class Message(msgspec.Struct, frozen=True, array_like=True, tag=True, eq=False):
-    """Base of all messages: immutable, encoded as an array whose first item is the class name."""
 
 
 class FinishReason(enum.IntEnum):
@@ -148,6 +153,20 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
 MAX_PRIORITY = 1_000_000
 
 
+class Progress(msgspec.Struct, frozen=True, array_like=True, eq=False):
+    """The samples of a request that one manager generates, and what they have generated elsewhere.
+
+    The manager goes on as after a preemption: it feeds the prompt and these tokens, and draws the
+    next one. It sends and counts only what comes after them.
+    """
+
+    sample_indices: Int32Array  # [samples] ascending, less than ``n``
+    num_generated: Int32Array  # [samples] tokens, which the server has; fewer than ``max_tokens``
+    generated_ids: Int32Array  # [sum(num_generated)]
+    # Samples of the request that have ended by themselves elsewhere: they count for ``first_k``.
+    num_finished: int = 0
+
+
 class GenerateRequest(Message, frozen=True):
     """Generate ``n`` samples that continue one prompt.
 
@@ -181,6 +200,10 @@ class GenerateRequest(Message, frozen=True):
     pooling: Pooling = Pooling.NONE
     # The grammar that every sample follows to its end; "" for none. Only the worker reads it.
     grammar: str = ""
+    # The samples to generate; None generates all ``n`` from their beginning.
+    progress: Progress | None = None
+    # Names of loaded cartridges, whose tokens come before the prompt, in this order.
+    cartridges: tuple[str, ...] = ()
 
 
 class AbortRequest(Message, frozen=True):
@@ -207,12 +230,6 @@ class Acknowledge(Message, frozen=True):
     num_tokens: Int32Array  # counted from the sequence's first generated token
 
 
-class FlushCache(Message, frozen=True):
-    """Drop every cached page that no running sequence holds; answered with a CacheFlushed."""
-
-    flush_id: int  # unique among unanswered flushes
-
-
 # --- manager to server ----------------------------------------------------------------------------
 
 
@@ -220,9 +237,10 @@ class SequenceUpdates(Message, frozen=True):
     """New tokens and ends of sequences, one row for each sequence.
 
     Row r brings the next ``num_tokens[r]`` ids of its sequence, in ``token_ids`` after those of the
-    rows before it. If ``num_logprobs[r] >= 0``, it also brings ``num_tokens[r]`` entries of
-    ``logprobs``, and ``num_tokens[r] * num_logprobs[r]`` entries of ``top_ids`` and
-    ``top_logprobs`` (row-major, best first). All are concatenated in row order.
+    rows before it. Weights of one version drew all of them; a sequence whose tokens come from
+    several versions has several rows. If ``num_logprobs[r] >= 0``, it also brings
+    ``num_tokens[r]`` entries of ``logprobs``, and ``num_tokens[r] * num_logprobs[r]`` entries of
+    ``top_ids`` and ``top_logprobs`` (row-major, best first). All are concatenated in row order.
     """
 
     request_ids: Int64Array  # [rows]
@@ -232,6 +250,7 @@ class SequenceUpdates(Message, frozen=True):
     # [rows] prompt tokens found in the prefix cache at first admission
     num_cached_tokens: Int32Array
     num_logprobs: Int32Array  # [rows] as in the request
+    weights_versions: Int32Array  # [rows]
     token_ids: Int32Array  # [sum(num_tokens)]
     logprobs: Float32Array
     top_ids: Int32Array
@@ -258,14 +277,6 @@ class PooledState(Message, frozen=True):
 
     request_id: int
     state: Float32Array  # [hidden], not normalised
-
-
-class CacheFlushed(Message, frozen=True):
-    """What a FlushCache dropped."""
-
-    flush_id: int
-    num_pages: int
-    num_tokens: int  # held by these pages
 
 
 class RequestRejected(Message, frozen=True):
@@ -448,13 +459,16 @@ class ForwardResult(Message, frozen=True):
     cut_rows: Int32Array | None = None
 
 
-FromServer: TypeAlias = GenerateRequest | AbortRequest | StopSequence | Acknowledge | FlushCache
+FromServer: TypeAlias = GenerateRequest | AbortRequest | StopSequence | Acknowledge | Command
 ToServer: TypeAlias = (
     SequenceUpdates
     | PromptLogprobs
     | PooledState
     | RequestRejected
     | Eta
-    | CacheFlushed
+    | CommandDone
+    | CommandFailed
     | Statistics
 )
+ToWorker: TypeAlias = ForwardBatch | Control
+FromWorker: TypeAlias = ForwardResult | ControlDone

@@ -25,12 +25,11 @@ import numpy as np
 
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import EngineOverloaded, RequestError, TokasaurusError
+from tokasaurus.protocol.commands import Action, Command, CommandDone, CommandFailed
 from tokasaurus.protocol.messages import (
     Acknowledge,
-    CacheFlushed,
     Eta,
     FinishReason,
-    FlushCache,
     FromServer,
     PooledState,
     PromptLogprobs,
@@ -111,7 +110,7 @@ class Generations:
         self._num_of_client: Counter[str] = Counter()  # prompts in flight
         self._table: dict[int, Generation] = {}
         self._next_id = 0
-        self._flushes: dict[int, Callable[[CacheFlushed | TokasaurusError], None]] = {}
+        self._commands: dict[int, Callable[[CommandDone | TokasaurusError], None]] = {}
         self._backlog_eta_s: float | None = None
 
     def __len__(self) -> int:
@@ -201,22 +200,24 @@ class Generations:
             self._turnstile.abort(generation.request_id)
             self._ended(generation, "aborted")
 
-    def flush_cache(self, on_done: Callable[[CacheFlushed | TokasaurusError], None]) -> None:
-        """Empties the prefix cache; calls back with what was dropped, or with an error."""
-        flush_id = self._next_id
+    def command(
+        self, action: Action, on_done: Callable[[CommandDone | TokasaurusError], None]
+    ) -> None:
+        """Gives the engine a command; calls back with what it did, or with an error."""
+        command_id = self._next_id
         self._next_id += 1
-        self._flushes[flush_id] = on_done
-        self._send(FlushCache(flush_id))
+        self._commands[command_id] = on_done
+        self._send(Command(command_id, action))
 
     def fail_all(self, error: TokasaurusError) -> None:
-        """The engine is gone: ends every generation in flight, and every flush, with this error."""
+        """The engine is gone: ends every generation and every command with this error."""
         generations, self._table = self._table, {}
         self._turnstile.clear()
         for generation in generations.values():
             generation.fail(error)
             self._ended(generation, "failed")
-        flushes, self._flushes = self._flushes, {}
-        for on_done in flushes.values():
+        commands, self._commands = self._commands, {}
+        for on_done in commands.values():
             on_done(error)
 
     def _ended(self, generation: Generation, outcome: str) -> None:
@@ -250,8 +251,11 @@ class Generations:
                 generation.pooled_state = message.state.copy()
         elif isinstance(message, Eta):
             self._absorb_etas(message)
-        elif isinstance(message, CacheFlushed):
-            self._flushes.pop(message.flush_id)(message)
+        elif isinstance(message, CommandDone):
+            self._commands.pop(message.command_id)(message)
+        elif isinstance(message, CommandFailed):
+            error = RequestError(message.reason, message.field)
+            self._commands.pop(message.command_id)(error)
         elif isinstance(message, Statistics):
             self.statistics = message
         else:

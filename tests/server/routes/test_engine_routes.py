@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from fake_engine import CONFIG, RunningServer, with_config
 
-from tokasaurus.protocol.messages import FlushCache
+from tokasaurus.protocol.commands import Command
 from tokasaurus.version import __version__
 
 
@@ -14,8 +14,8 @@ def test_a_flush_reports_what_was_dropped(server, path):
     for answer in (server.post(path, b""), server.get(path)):
         assert answer.status == 200
         assert answer.json == {"status": "ok", "flushed_pages": 3, "flushed_tokens": 48}
-    asked = [each for each in server.engine.received if isinstance(each, FlushCache)]
-    assert len({each.flush_id for each in asked}) == len(asked) == 2
+    asked = [each for each in server.engine.received if isinstance(each, Command)]
+    assert len({each.command_id for each in asked}) == len(asked) == 2
 
 
 def test_a_flush_ends_with_a_503_when_the_engine_dies():

@@ -37,7 +37,7 @@ from tokasaurus.model.worker.runner import EagerRunner
 from tokasaurus.model.worker.slot_state import SlotState
 from tokasaurus.model.worker.warm_up import warm_up_batches
 from tokasaurus.protocol.arrays import Int32Array
-from tokasaurus.protocol.messages import ForwardBatch
+from tokasaurus.protocol.messages import ForwardBatch, ToWorker
 
 __all__ = ["Worker"]
 
@@ -125,7 +125,7 @@ class Worker:
         self._matchers.wait()
         log.info("warmed up in %.1f s", time.perf_counter() - started)
 
-    def submit(self, batch: ForwardBatch) -> Pending:
+    def submit(self, batch: ToWorker) -> Pending:
         """Enqueues one batch, and does not wait for the device. On the CPU the batch runs here.
 
         It waits for the masks of rows with a grammar, which follow from the ids of the previous
@@ -138,6 +138,8 @@ class Worker:
                 that cannot exist.
             EngineError: the batch failed; names it.
         """
+        if not isinstance(batch, ForwardBatch):
+            raise ProtocolError(f"a worker does not know {type(batch.action).__name__}")
         if batch.number != self._next_number:
             raise ProtocolError(f"batch {batch.number} came, batch {self._next_number} was due")
         self._next_number += 1

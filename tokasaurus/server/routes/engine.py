@@ -13,7 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import TokasaurusError
-from tokasaurus.protocol.messages import CacheFlushed
+from tokasaurus.protocol.commands import CommandDone, FlushCache
 from tokasaurus.server.errors import UnknownModel
 from tokasaurus.server.http.answers import json_answer
 from tokasaurus.server.state import EngineState
@@ -145,17 +145,17 @@ class EngineRoutes:
 
     async def flush_cache(self) -> Response:
         """Forgets every cached page that no running request holds, and counts these pages."""
-        done: asyncio.Future[CacheFlushed] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[CommandDone] = asyncio.get_running_loop().create_future()
 
-        def settle(result: CacheFlushed | TokasaurusError) -> None:
+        def settle(result: CommandDone | TokasaurusError) -> None:
             if done.done():  # the client disconnected
                 return
-            if isinstance(result, CacheFlushed):
+            if isinstance(result, CommandDone):
                 done.set_result(result)
             else:
                 done.set_exception(result)
 
-        self._state.engine().generations.flush_cache(settle)
+        self._state.engine().generations.command(FlushCache(), settle)
         flushed = await done
         return json_answer(
             {

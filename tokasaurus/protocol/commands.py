@@ -1,0 +1,183 @@
+"""Commands to a running engine, and controls: the part of a command that a worker carries out.
+
+    server ──Command──▶ manager ──Control──▶ worker
+    server ◀──CommandDone, CommandFailed── manager ◀──ControlDone── worker
+
+A control is numbered in one sequence with the batches: the worker carries it out after the batches
+before it, and before the batches behind it.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TypeAlias
+
+import msgspec
+
+from tokasaurus.protocol.arrays import Int32Array
+from tokasaurus.protocol.message import Message
+
+__all__ = [
+    "AbortAll",
+    "Action",
+    "Command",
+    "CommandDone",
+    "CommandFailed",
+    "Control",
+    "ControlDone",
+    "DeviceAction",
+    "FlushCache",
+    "LoadCartridge",
+    "Pause",
+    "PauseMode",
+    "ReleaseMemory",
+    "RestoreMemory",
+    "Resume",
+    "UnloadCartridge",
+    "UpdateWeights",
+    "WriteCartridge",
+]
+
+
+class _Action(msgspec.Struct, frozen=True, array_like=True, tag=True, eq=False):
+    pass
+
+
+class PauseMode(enum.IntEnum):
+    """What a pause does with the sequences that the manager has."""
+
+    # Running sequences give up their pages. After Resume they go on with the tokens that they have.
+    KEEP = 0
+    # All sequences end with FinishReason.ABORT and the tokens that they have.
+    ABORT = 1
+    # Sequences that have begun run to their ends; the others wait for Resume.
+    DRAIN = 2
+
+
+class FlushCache(_Action, frozen=True):
+    """Drop every cached page that no running sequence holds."""
+
+
+class Pause(_Action, frozen=True):
+    """Plan no more batches; done when none is in flight, and in a drain when all begun have ended.
+
+    Requests are accepted and wait.
+    """
+
+    mode: PauseMode
+
+
+class Resume(_Action, frozen=True):
+    """Plan batches again."""
+
+
+class AbortAll(_Action, frozen=True):
+    """End every sequence with FinishReason.ABORT and the tokens that it has."""
+
+
+class UpdateWeights(_Action, frozen=True):
+    """Replace all weights of the model.
+
+    Running sequences are preempted, and recompute their KV with the new weights. The files are
+    checked whole (checksums, names, shapes, dtypes, completeness) before a tensor is written. An
+    update that fails this check changes nothing; a failure after it ends the replica.
+    """
+
+    version: int  # of the new weights; greater than that of the present ones, which begin at 0
+    files: tuple[str, ...]  # safetensors files, which together have every tensor
+    # SHA-256 of each file, in hexadecimal; () does not check.
+    checksums: tuple[str, ...] = ()
+
+
+class ReleaseMemory(_Action, frozen=True):
+    """Preempt all sequences and free memory of the device; nothing runs until it is restored."""
+
+    weights: bool
+    kv_cache: bool
+
+
+class RestoreMemory(_Action, frozen=True):
+    """Allocate what was released again.
+
+    Weights are read again from the files that they came from. Where these do not exist any more,
+    nothing runs until an UpdateWeights.
+    """
+
+    weights: bool
+    kv_cache: bool
+
+
+class LoadCartridge(_Action, frozen=True):
+    """Write a trained KV cache into pages that stay there until UnloadCartridge."""
+
+    name: str  # of one version of the cartridge; not loaded at present
+    path: str
+    num_tokens: int  # positions that it takes, at least 1
+
+
+class UnloadCartridge(_Action, frozen=True):
+    """Give back the pages of a cartridge; it fails while a request that has not ended names it."""
+
+    name: str
+
+
+class WriteCartridge(_Action, frozen=True):
+    """For the worker: write a cartridge's keys and values into pages."""
+
+    path: str
+    num_tokens: int
+    pages: Int32Array  # [pages] in order of position; the last may not be filled
+
+
+Action: TypeAlias = (
+    FlushCache
+    | Pause
+    | Resume
+    | AbortAll
+    | UpdateWeights
+    | ReleaseMemory
+    | RestoreMemory
+    | LoadCartridge
+    | UnloadCartridge
+)
+DeviceAction: TypeAlias = UpdateWeights | ReleaseMemory | RestoreMemory | WriteCartridge
+
+
+class Command(Message, frozen=True):
+    """Server to manager; answered by one CommandDone or CommandFailed."""
+
+    command_id: int  # unique among unanswered commands
+    action: Action
+
+
+class CommandDone(Message, frozen=True):
+    """What a command did; numbers that it does not concern are 0."""
+
+    command_id: int
+    num_pages: int = 0  # dropped from the prefix cache, or freed
+    num_tokens: int = 0  # that these pages held
+    num_sequences: int = 0  # aborted
+    weights_version: int = 0  # of the weights that run from now on
+
+
+class CommandFailed(Message, frozen=True):
+    """The command changed nothing."""
+
+    command_id: int
+    reason: str
+    field: str | None = None  # of the action
+
+
+class Control(Message, frozen=True):
+    """Manager to worker: do this between two batches."""
+
+    number: int  # in one sequence with those of batches
+    action: DeviceAction
+
+
+class ControlDone(Message, frozen=True):
+    """Worker to manager."""
+
+    number: int
+    error: str | None = None  # why the worker refused, without having changed anything
+    weights_ready: bool = True  # false while the weights are released, or were not filled again
