@@ -19,6 +19,9 @@ __all__ = ["PageAllocator"]
 class PageAllocator:
     """The KV pages of one replica.
 
+    Attributes:
+        num_pinned: pages with a holder that is not a sequence.
+
     Args:
         num_pages: pages are numbered 0 .. num_pages - 1.
         page_size: tokens.
@@ -28,6 +31,7 @@ class PageAllocator:
         self.page_size = page_size
         self.pool = PagePool(num_pages)
         self.cache = PrefixCache(self.pool, page_size)
+        self.num_pinned = 0
 
     @property
     def num_available(self) -> int:
@@ -36,8 +40,8 @@ class PageAllocator:
 
     @property
     def num_held(self) -> int:
-        """Pages that have a holder."""
-        return self.pool.num_pages - self.num_available
+        """Pages that sequences hold, without those that are pinned anyway."""
+        return self.pool.num_pages - self.num_available - self.num_pinned
 
     def lookup(self, prompt_ids: Int32Array) -> Int32Array:
         """Returns the cached pages of a prompt; its last token is always computed."""
@@ -68,6 +72,30 @@ class PageAllocator:
         num_pages = self.pool.num_evictable
         self.cache.evict(num_pages)
         return num_pages
+
+    def pin(self, count: int) -> Int32Array:
+        """Returns private pages with a holder that is not a sequence, until ``unpin``.
+
+        Raises:
+            ProtocolError: ``num_available`` is smaller.
+        """
+        self.num_pinned += count
+        return self.allocate(count)
+
+    def unpin(self, pages: Int32Array, first_id: int) -> int:
+        """Frees pinned pages, and every cached page of a prompt that begins with ``first_id``.
+
+        Returns:
+            The number of all these pages.
+
+        Raises:
+            ProtocolError: a sequence holds one of them.
+        """
+        self.num_pinned -= len(pages)
+        num_free = self.pool.num_free
+        self.pool.release(pages)
+        self.cache.drop(first_id)
+        return self.pool.num_free - num_free
 
     def publish(
         self, ids: Int32Array, pages: Int32Array, num_published: int, num_holders: int = 1

@@ -17,7 +17,8 @@ Eviction takes the least recently used leaf, last page first. Knows nothing of s
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -143,13 +144,33 @@ class PrefixCache:
             self._pool.evict(pages)
             self.num_evicted += len(pages)
 
+    def drop(self, first_id: int) -> None:
+        """Frees the pages of every prefix that begins with this id.
+
+        Raises:
+            ProtocolError: one of the pages has a holder.
+        """
+        start = first_id.to_bytes(_BYTES_PER_ID, sys.byteorder, signed=True)
+        children = self.root.children
+        tops = [node for key, node in children.items() if key.startswith(start)]
+        dropped = list(_subtrees(tops))
+        if not dropped:
+            return
+        pages = np.concatenate([node.pages for node in dropped])
+        if self._pool.num_unreferenced(pages) < len(pages):
+            raise ProtocolError(f"a page of a prefix that begins with {first_id} has a holder")
+        for node in tops:
+            del children[node.ids[: self._page_bytes]]
+        if any(node.queued for node in dropped):
+            gone = set(map(id, dropped))
+            self._heap = [entry for entry in self._heap if id(entry[2]) not in gone]
+            heapq.heapify(self._heap)
+        self._pool.evict(pages)
+        self.num_evicted += len(pages)
+
     def nodes(self) -> Iterator[PrefixNode]:
         """Every node but the root, parents first."""
-        stack = list(self.root.children.values())
-        while stack:
-            node = stack.pop()
-            yield node
-            stack.extend(node.children.values())
+        return _subtrees(self.root.children.values())
 
     def _num_common_pages(self, run: bytes, data: bytes, at: int) -> int:
         length = min(len(run), len(data) - at)
@@ -212,3 +233,12 @@ class PrefixCache:
     def _new_node(self, parent: PrefixNode | None, ids: bytes, pages: Int32Array) -> PrefixNode:
         self._num_nodes += 1
         return PrefixNode(parent, ids, pages, self._num_nodes)
+
+
+def _subtrees(tops: Iterable[PrefixNode]) -> Iterator[PrefixNode]:
+    """These nodes and all below them, parents first."""
+    stack = list(tops)
+    while stack:
+        node = stack.pop()
+        yield node
+        stack.extend(node.children.values())
