@@ -126,8 +126,8 @@ def _run_manager(assignment: Assignment, lifeline: Lifeline) -> None:
             at_rest = True
             continue
         actions = manager.take_turn(events, started)
-        for batch in actions.batches:
-            to_worker.send(batch)
+        for order in actions.to_worker:
+            to_worker.send(order)
         for message in actions.messages:
             to_server.send(message)
         sent = time.monotonic()
