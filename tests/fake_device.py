@@ -10,18 +10,20 @@ digest, so a token lost, repeated or reordered, or a page that is stale, changes
 from __future__ import annotations
 
 import itertools
+import zlib
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from tokasaurus.config.slices import ManagerConfig
+from tokasaurus.protocol.commands import Control, ControlDone, WriteCartridge
 from tokasaurus.protocol.messages import ForwardBatch, ForwardResult, GenerateRequest, Pooling
 from tokasaurus.rounding import ceil_div
 
 VOCAB_SIZE = 61
 
 _MASK = (1 << 64) - 1
-_EMPTY_CONTEXT = 0x0123456789ABCDEF
+EMPTY_CONTEXT = 0x0123456789ABCDEF
 
 
 def mix(digest: int, value: int) -> int:
@@ -67,12 +69,26 @@ class Generated:
     by_length: bool = False  # it ends at max_tokens or is cut, not at a stop id
 
 
-def oracle(request: GenerateRequest, sample_index: int) -> Generated:
+def cartridge_token(path: str, position: int) -> int:
+    """What a cell of a cartridge has in the place of a token; no token of text is like it."""
+    return VOCAB_SIZE + mix(zlib.crc32(path.encode()), position) % 1_000_000
+
+
+def cartridge_context(path: str, num_tokens: int) -> int:
+    """The digest behind a cartridge, with which the first token of a prompt goes on."""
+    digest = EMPTY_CONTEXT
+    for position in range(num_tokens):
+        digest = mix(digest, cartridge_token(path, position))
+    return digest
+
+
+def oracle(request: GenerateRequest, sample_index: int, context: int = EMPTY_CONTEXT) -> Generated:
     """Generates a sequence alone, without pages or batches.
 
-    A grammar of "12" is one that the device gives up after 12 tokens.
+    A grammar of "12" is one that the device gives up after 12 tokens. The prompt begins behind
+    ``context``.
     """
-    digest = _EMPTY_CONTEXT
+    digest = context
     for token in request.prompt_ids.tolist():
         digest = mix(digest, token)
     result = Generated()
@@ -90,10 +106,10 @@ def oracle(request: GenerateRequest, sample_index: int) -> Generated:
 
 
 def prompt_logprobs_oracle(
-    request: GenerateRequest,
+    request: GenerateRequest, context: int = EMPTY_CONTEXT
 ) -> list[tuple[float, int, list[tuple[int, float]]]]:
     """Logprob, rank and top logprobs of each prompt token except the first."""
-    digest = _EMPTY_CONTEXT
+    digest = context
     prompt = request.prompt_ids.tolist()
     rows = []
     for token, following in itertools.pairwise(prompt):
@@ -108,9 +124,9 @@ def pooled_state(kind: int, digest: int) -> list[float]:
     return [float(kind), float(digest % 4093), float(digest // 4093 % 4093)]
 
 
-def pooled_oracle(request: GenerateRequest) -> list[float]:
+def pooled_oracle(request: GenerateRequest, context: int = EMPTY_CONTEXT) -> list[float]:
     """The pooled state of a request's prompt."""
-    digest = _EMPTY_CONTEXT
+    digest = context
     for token in request.prompt_ids.tolist():
         digest = mix(digest, token)
     return pooled_state(request.pooling, digest)
@@ -148,12 +164,20 @@ class FakeDevice:
         self.num_rows = 0
         self.num_prompt_tokens = 0
         self.num_entered = 0
+        self.num_early_copies = 0
         self.pooled_positions: dict[int, list[int]] = {}  # by slot, of prompts that are being fed
+
+    def carry_out(self, control: Control) -> ControlDone:
+        assert control.number == self.next_number, "a batch is missing"
+        self.next_number += 1
+        assert isinstance(control.action, WriteCartridge)
+        return ControlDone(control.number, self.write_cartridge(control.action))
 
     def run(self, batch: ForwardBatch) -> ForwardResult:
         assert batch.number == self.next_number, "a batch is missing"
         self.next_number += 1
         self._patch(batch)
+        self._copy_early(batch)
         self._check_limits(batch)
         self._check_groups(batch)
         rows, prompt_rows, pooled = [], [], []
@@ -189,7 +213,7 @@ class FakeDevice:
                     (slot, start + offset, token, width) for offset, token in enumerate(following)
                 ]
         assert at == len(batch.prefill_ids)
-        self._copy(batch)
+        self._copy_pages(batch.copy_sources, batch.copy_targets)
         decoding, feeding = batch.decode_slots.tolist(), batch.prefill_slots.tolist()
         assert len(set(batch.draw_slots.tolist())) == len(batch.draw_slots)
         for slot, chunk in zip(batch.draw_slots.tolist(), batch.draw_chunks.tolist(), strict=True):
@@ -221,12 +245,39 @@ class FakeDevice:
         del self.pooled_positions[slot]
         return [pooled_state(kind, self._digest(slot, start + length - 1))]
 
-    def _copy(self, batch: ForwardBatch) -> None:
-        sources, targets = batch.copy_sources, batch.copy_targets
+    def _copy_pages(self, sources: np.ndarray, targets: np.ndarray) -> None:
         assert len(set(targets.tolist())) == len(targets)
         assert not set(targets.tolist()) & set(sources.tolist())
         for cells in (self.cell_tokens, self.cell_positions, self.cell_digests):
             cells[targets] = cells[sources]
+
+    # --- cartridges ------------------------------------------------------------------------------
+
+    def write_cartridge(self, action: WriteCartridge) -> str | None:
+        """Fills the cells of a cartridge; returns an error where its file is said to be missing."""
+        if action.path.startswith("missing"):
+            return f"{action.path} does not exist"
+        size = self.config.page_size
+        assert len(set(action.pages.tolist())) == ceil_div(action.num_tokens, size)
+        digest = EMPTY_CONTEXT
+        for position in range(action.num_tokens):
+            cell = (action.pages[position // size], position % size)
+            token = cartridge_token(action.path, position)
+            digest = mix(digest, token)
+            self.cell_tokens[cell] = token
+            self.cell_positions[cell] = position
+            self.cell_digests[cell] = digest
+        return None
+
+    def _copy_early(self, batch: ForwardBatch) -> None:
+        sources, targets = batch.early_copy_sources, batch.early_copy_targets
+        assert (sources is None) == (targets is None)
+        if sources is not None and targets is not None:
+            assert len(sources) == len(targets) > 0
+            self._copy_pages(sources, targets)
+            self.num_early_copies += len(targets)
+
+    # --- a batch ---------------------------------------------------------------------------------
 
     def _patch(self, batch: ForwardBatch) -> None:
         if batch.left_slots is not None:
@@ -299,7 +350,7 @@ class FakeDevice:
         assert len(cells) == len(ids)
         assert not cells & written, "two rows write to one cell"
         written |= cells
-        digest = _EMPTY_CONTEXT
+        digest = EMPTY_CONTEXT
         if start > 0:
             page, offset = self._cells(slot, start - 1, start)
             digest = int(self.cell_digests[page, offset][0])
@@ -316,7 +367,7 @@ class FakeDevice:
             f"slot {slot} attends to cells of other positions"
         )
         digests = self.cell_digests[pages, offsets]
-        before = np.concatenate([np.array([_EMPTY_CONTEXT], np.uint64), digests[:-1]])
+        before = np.concatenate([np.array([EMPTY_CONTEXT], np.uint64), digests[:-1]])
         expected = _mix_arrays(before, self.cell_tokens[pages, offsets])
         assert np.array_equal(expected, digests), f"slot {slot} attends to cells of other contexts"
 

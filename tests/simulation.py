@@ -15,9 +15,11 @@ from unittest import mock
 
 import numpy as np
 from fake_device import (
+    EMPTY_CONTEXT,
     VOCAB_SIZE,
     FakeDevice,
     Generated,
+    cartridge_context,
     oracle,
     pooled_oracle,
     prompt_logprobs_oracle,
@@ -29,7 +31,14 @@ from tokasaurus.config.slices import AdmissionConfig, ManagerConfig, ModelFacts
 from tokasaurus.manager import token_window
 from tokasaurus.manager.invariants import check_invariants
 from tokasaurus.manager.manager import Manager
-from tokasaurus.protocol.commands import Command, CommandDone, FlushCache
+from tokasaurus.protocol.commands import (
+    Command,
+    CommandDone,
+    CommandFailed,
+    FlushCache,
+    LoadCartridge,
+    UnloadCartridge,
+)
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
@@ -37,8 +46,8 @@ from tokasaurus.protocol.messages import (
     Eta,
     FinishReason,
     ForwardBatch,
-    ForwardResult,
     FromServer,
+    FromWorker,
     GenerateRequest,
     PooledState,
     Pooling,
@@ -148,17 +157,25 @@ class World:
         self.pooled: dict[int, list[float]] = {}
         self.flushed: list[CommandDone] = []
         self.rejected: dict[int, RequestRejected] = {}
-        self.results: deque[ForwardResult] = deque()
+        self.results: deque[FromWorker] = deque()
         self.batches: list[ForwardBatch] = []
         self.last_named: dict[int, int] = {}
         self.num_absorbed = 0
+        self.num_loaded = 0
         self.num_turns = 0
         self.check_interval = 1  # turns
         self.now = 0.0
+        # Cartridges by name, as the server knows them: the loads that were done.
+        self.cartridges: dict[str, LoadCartridge] = {}
+        self.commands: dict[int, Command] = {}  # unanswered ones about cartridges, by id
+        self.failed: dict[int, CommandFailed] = {}
+        self.unloaded: dict[str, CommandDone] = {}  # the last answer for each name
+        self.contexts: dict[int, int] = {}  # by request id: the digest behind its cartridge
+        self.num_pseudo: dict[int, int] = {}  # by request id
 
     def turn(self, *events: FromServer, num_results: int = 0) -> None:
         """One turn of the manager, with these events and some of the results that are ready."""
-        arrived: list[FromServer | ForwardResult] = list(events)
+        arrived: list[FromServer | FromWorker] = list(events)
         for event in events:
             self._note(event)
         for _ in range(min(num_results, len(self.results))):
@@ -171,8 +188,11 @@ class World:
             check_invariants(self.manager._running, self.manager._backlog)
         for message in actions.messages:
             self._receive(message)
-        for batch in actions.to_worker:
-            self._send(batch)
+        for order in actions.to_worker:
+            if isinstance(order, ForwardBatch):
+                self._send(order)
+            else:
+                self.results.append(self.device.carry_out(order))
         assert self.manager.num_in_flight <= self.config.scheduling_steps_ahead
 
     def finish(self, request: GenerateRequest) -> None:
@@ -244,8 +264,8 @@ class World:
         assert not running.prefixes.num_holders.any()
         assert (running.prefixes.leaf == -1).all()
         assert not running.in_flight.flights
-        assert running.pages.num_available == self.config.num_pages
-        assert not running.pages.pool.references.any()
+        assert running.pages.num_available == self.config.num_pages - running.pages.num_pinned
+        assert running.pages.pool.references.sum() == running.pages.num_pinned
         assert not running.table_changes._entries
         assert all(
             sequence.name.startswith("sample") and sequence.slot == -1
@@ -259,14 +279,18 @@ class World:
     def _note(self, event: FromServer) -> None:
         if isinstance(event, GenerateRequest):
             self.requests[event.request_id] = event
+            self._note_context(event)
             self.request_ids[event.seed] = event.request_id
             for sample_index in range(event.n):
-                answer = Answer(oracle(event, sample_index))
+                expected = oracle(event, sample_index, self.contexts[event.request_id])
+                answer = Answer(expected)
                 self.answers[event.request_id, sample_index] = answer
                 self.living[event.request_id, sample_index] = None
             self.prompt_logprobs[event.request_id] = {}
         elif isinstance(event, AbortRequest):
             self.aborted.add(event.request_id)
+        elif isinstance(event, Command):
+            self._note_command(event)
         elif isinstance(event, StopSequence):
             self.answers[event.request_id, event.sample_index].stop_sent = True
         elif isinstance(event, Acknowledge):
@@ -278,6 +302,66 @@ class World:
             ):
                 answer = self.answers[request_id, sample_index]
                 answer.acked = max(answer.acked, count)
+
+    # --- cartridges ------------------------------------------------------------------------------
+
+    def load(self, name: str, num_tokens: int, path: str = "") -> None:
+        """Loads a cartridge, and waits for it."""
+        command_id = 1_000_000 + self.num_turns
+        self.turn(Command(command_id, LoadCartridge(name, path or name, num_tokens)))
+        while command_id in self.commands and self.results:
+            self.turn(num_results=1)
+        assert command_id not in self.commands, "the load was not answered"
+
+    def unload(self, name: str) -> CommandDone | CommandFailed:
+        """Unloads a cartridge; returns the answer."""
+        command_id = 1_000_000 + self.num_turns
+        self.turn(Command(command_id, UnloadCartridge(name)))
+        return self.failed[command_id] if command_id in self.failed else self.unloaded[name]
+
+    def _note_context(self, request: GenerateRequest) -> None:
+        """Without a cartridge, or with one that is not loaded, nothing comes before the prompt."""
+        load = self.cartridges.get(request.cartridges[0]) if request.cartridges else None
+        context, num_pseudo = EMPTY_CONTEXT, 0
+        if load is not None:
+            context = cartridge_context(load.path, load.num_tokens)
+            num_pseudo = load.num_tokens
+        self.contexts[request.request_id] = context
+        self.num_pseudo[request.request_id] = num_pseudo
+
+    def _note_command(self, command: Command) -> None:
+        if isinstance(command.action, LoadCartridge | UnloadCartridge):
+            self.commands[command.command_id] = command
+
+    def _receive_about_cartridge(self, message: CommandDone | CommandFailed) -> None:
+        action = self.commands.pop(message.command_id).action
+        if isinstance(message, CommandFailed):
+            self.failed[message.command_id] = message
+        if isinstance(action, LoadCartridge):
+            assert not (isinstance(message, CommandDone) and action.path.startswith("missing"))
+            if isinstance(message, CommandDone):
+                self.num_loaded += 1
+                assert action.name not in self.cartridges
+                self.cartridges[action.name] = action
+        elif isinstance(action, UnloadCartridge) and isinstance(message, CommandDone):
+            load = self.cartridges.pop(action.name)
+            assert message.num_tokens >= load.num_tokens
+            assert message.num_pages >= ceil_div(load.num_tokens, self.config.page_size)
+            assert not self.is_named(action.name), "an unloaded cartridge is in use"
+            self.unloaded[action.name] = message
+
+    def _check_rejection(self, message: RequestRejected) -> None:
+        request = self.requests[message.request_id]
+        if request.cartridges:
+            is_unknown = self.num_pseudo[message.request_id] == 0
+            is_wrong = is_unknown or request.pooling is Pooling.MEAN or len(request.cartridges) > 1
+            assert (message.field == "cartridges") == is_wrong, message
+
+    def is_named(self, cartridge: str) -> bool:
+        """Whether a sequence of which the server has not seen the end has this cartridge."""
+        return any(
+            cartridge in self.requests[request_id].cartridges for request_id, _ in self.living
+        )
 
     # --- from the manager ------------------------------------------------------------------------
 
@@ -309,6 +393,7 @@ class World:
     def _receive(self, message: ToServer) -> None:
         if isinstance(message, RequestRejected):
             self.rejected[message.request_id] = message
+            self._check_rejection(message)
             for name in [name for name in self.answers if name[0] == message.request_id]:
                 del self.answers[name], self.living[name]
         elif isinstance(message, PromptLogprobs):
@@ -318,7 +403,12 @@ class World:
             assert not self.answers[message.request_id, 0].reason, "a pooled state after the end"
             assert message.request_id not in self.pooled, "a prompt was pooled twice"
             self.pooled[message.request_id] = message.state.tolist()
-            assert self.pooled[message.request_id] == pooled_oracle(request)
+            expected = pooled_oracle(request, self.contexts[message.request_id])
+            assert self.pooled[message.request_id] == expected
+        elif isinstance(message, CommandDone | CommandFailed) and (
+            message.command_id in self.commands
+        ):
+            self._receive_about_cartridge(message)
         elif isinstance(message, CommandDone):
             assert message.num_tokens == message.num_pages * self.config.page_size
             self.flushed.append(message)
@@ -331,7 +421,7 @@ class World:
         assert not self.answers[message.request_id, 0].reason, "prompt logprobs after the end"
         assert len(message.logprobs) > 0
         request = self.requests[message.request_id]
-        expected = prompt_logprobs_oracle(request)
+        expected = prompt_logprobs_oracle(request, self.contexts[message.request_id])
         assert message.top_ids.shape == (len(message.logprobs), request.num_prompt_logprobs)
         for index, logprob in enumerate(message.logprobs.tolist()):
             position = message.first_position + index
@@ -388,7 +478,8 @@ class World:
             assert answer.logprobs == expected.logprobs[:count]
             assert answer.tops == expected.tops[:count]
         assert answer.num_cached_tokens <= len(request.prompt_ids) - 1
-        assert answer.num_cached_tokens % self.config.page_size == 0
+        found = answer.num_cached_tokens
+        assert found == 0 or (found + self.num_pseudo[name[0]]) % self.config.page_size == 0
         if not (request.stream or request.hold_for_acks):
             assert answer.reason, "an update of a sequence that does not stream"
             assert answer.num_rows == 1
@@ -426,6 +517,9 @@ class Habits:
     max_prompt: int = 20
     max_tokens: int = 12
     max_samples: int = 4
+    loads: float = 0.0  # of cartridges
+    unloads: float = 0.0
+    with_cartridges: float = 0.0  # share of the requests
 
 
 class Simulation(World):
@@ -441,6 +535,8 @@ class Simulation(World):
         super().__init__(config)
         self.habits = habits
         self._random = random.Random(seed)
+        self._num_loads = self._num_commands = 0
+        self._leaving: set[str] = set()  # cartridges that no further request names
         # Few beginnings, so that prompts share prefixes of any length.
         self._beginnings = [self._ids(habits.max_prompt) for _ in range(3)]
 
@@ -533,10 +629,64 @@ class Simulation(World):
                     events.append(StopSequence(*self._random.choice(names)))
             for _ in range(self._count(habits.flushes)):
                 events.append(Command(self.num_turns, FlushCache()))
+            if habits.loads:
+                events += self._cartridge_commands()
             if self._random.random() < habits.acks:
                 events += self.acknowledgements()
             self.turn(*events, num_results=self._count(habits.results))
         self.drain()
+
+    # --- cartridges ------------------------------------------------------------------------------
+
+    @staticmethod
+    def with_cartridges_of_seed(seed: int) -> Simulation:
+        """A world in which cartridges come, go, and come again as others of the same name."""
+        world = Simulation.of_seed(seed)
+        chance, page_size = random.Random(seed), world.config.page_size
+        longest = world.config.max_request_tokens + 2 * page_size + 1
+        config = dataclasses.replace(
+            world.config,
+            # Room for the largest request, and for few or many cartridges of at most 3 pages.
+            num_pages=world.config.num_pages + chance.choice([1, 3, 12]),
+            max_request_tokens=longest,
+        )
+        habits = dataclasses.replace(
+            world.habits, loads=0.2, unloads=chance.choice([0.1, 0.5]), with_cartridges=0.6
+        )
+        other = Simulation(seed, config, habits)
+        other.check_interval = world.check_interval
+        return other
+
+    def unload_all(self) -> None:
+        """Gives back every page that a cartridge has, when all sequences have ended."""
+        for name in list(self.cartridges):
+            assert isinstance(self.unload(name), CommandDone)
+        pages = self.manager._running.pages
+        assert pages.num_pinned == 0
+        assert pages.num_available == self.config.num_pages
+        ids = [np.frombuffer(node.ids, np.int32) for node in pages.cache.nodes()]
+        assert all((run >= 0).all() for run in ids), "text behind a cartridge is still cached"
+
+    def _cartridge_commands(self) -> list[FromServer]:
+        """Loads of new versions, some of which fail; unloads, some of cartridges in use."""
+        chance, events = self._random, []
+        for _ in range(self._count(self.habits.loads)):
+            name = chance.choice("abc")
+            self._num_loads += 1
+            path = chance.choice(["", "", "", "missing"]) + f"{name} {self._num_loads}"
+            num_tokens = chance.randint(1, 2 * self.config.page_size + 1)
+            events.append(self._command(LoadCartridge(name, path, num_tokens)))
+        for _ in range(self._count(self.habits.unloads)):
+            name = chance.choice("abc")
+            self._leaving ^= {name}
+            events.append(self._command(UnloadCartridge(name)))
+        self._leaving &= set(self.cartridges)
+        events += [self._command(UnloadCartridge(name)) for name in sorted(self._leaving)]
+        return events
+
+    def _command(self, action: LoadCartridge | UnloadCartridge) -> Command:
+        self._num_commands += 1
+        return Command(10_000_000 + self._num_commands, action)
 
     def _count(self, mean: float) -> int:
         """A geometric random number."""
@@ -552,6 +702,12 @@ class Simulation(World):
         chance, habits = self._random, self.habits
         length = chance.randint(1, habits.max_prompt)
         shared = chance.choice(self._beginnings)[: chance.randint(0, length)]
+        cartridges: tuple[str, ...] = ()
+        if habits.with_cartridges and chance.random() < habits.with_cartridges:
+            names = [name for name in self.cartridges if name not in self._leaving]
+            cartridges = tuple(chance.sample(names, 1) if names else ())
+            if chance.random() < 0.02:
+                cartridges = chance.choice([("unknown",), ("a", "b")])
         pooling = Pooling.NONE
         if chance.random() < habits.pooled:
             pooling = chance.choice([Pooling.MEAN, Pooling.LAST])
@@ -561,6 +717,7 @@ class Simulation(World):
             shared + self._ids(length - len(shared)),
             1 if pooling else chance.randint(1, habits.max_tokens),
             pooling=pooling,
+            cartridges=cartridges,
             n=n,
             priority=chance.choice([0, 0, 0, 0, -3, 1, 2]),
             first_k=chance.choice([0, 0, chance.randint(1, n)]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -29,6 +30,24 @@ def run_worlds(
             return
 
 
+def run_worlds_with_cartridges(first_seed: int, num_events: int) -> Counter[str]:
+    """Runs worlds in which cartridges come and go; returns what happened in all of them."""
+    worlds: list[Simulation] = []
+
+    def make_world(seed: int) -> Simulation:
+        worlds.append(Simulation.with_cartridges_of_seed(seed))
+        return worlds[-1]
+
+    run_worlds(first_seed, num_events, make_world)
+    counts: Counter[str] = Counter()
+    for world in worlds:
+        world.unload_all()
+        counts["loads"] += world.num_loaded
+        counts["early copies"] += world.device.num_early_copies
+        counts["preemptions"] += world.manager.counters.num_preemptions
+    return counts
+
+
 def test_random_worlds() -> None:
     """At least 16,000 arrivals, aborts, stops and preemptions, all together."""
     run_worlds(0, num_events=16_000)
@@ -48,6 +67,20 @@ def test_crowded_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AdmissionControl, "may_ask", counted)
     run_worlds(900, num_events=1_000, make_world=Simulation.crowded_of_seed)
     assert num_rests > 500  # turns
+
+
+def test_worlds_with_cartridges() -> None:
+    """No page crosses over between a cartridge's versions, other cartridges and plain requests."""
+    counts = run_worlds_with_cartridges(50_000, num_events=10_000)
+    assert counts["loads"] > 100
+    assert counts["early copies"] > 100
+    assert counts["preemptions"] > 100
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_many_worlds_with_cartridges() -> None:
+    run_worlds_with_cartridges(60_000, num_events=60_000)
 
 
 @pytest.mark.long

@@ -30,7 +30,10 @@ def check_invariants(running: RunningSequences, backlog: Backlog) -> None:
         for sequence in running.slots.sequences
         if sequence is not None and sequence.state is SequenceState.RUNNING
     ]
-    check_allocator(running.pages, [running.slots.pages(holder.slot) for holder in holders])
+    pins = [cartridge.pages for cartridge in running.cartridges.all()]
+    tables = [running.slots.pages(holder.slot) for holder in holders]
+    check_allocator(running.pages, [*tables, *pins])
+    _check_cartridges(running)
     for holder in holders:
         _check_prefix_is_shared(running, holder)
     _check_slots(running, backlog)
@@ -92,6 +95,23 @@ def _check_tree(pages: PageAllocator) -> None:
         sorted(seen) == np.flatnonzero(pool.cached).tolist(), "the tree's pages are not as marked"
     )
     _require(num_reachable == pool.num_evictable, "evictable pages cannot be reached")
+
+
+def _check_cartridges(running: RunningSequences) -> None:
+    """Full pages of cartridges are found under their pseudo ids; all their pages are pinned."""
+    pages, cartridges = running.pages, running.cartridges
+    num_pinned = sum(len(cartridge.pages) for cartridge in cartridges.all())
+    _require(num_pinned == pages.num_pinned, "the pinned pages are miscounted")
+    for cartridge in cartridges.all():
+        if cartridges.find(cartridge.name) is None:
+            continue
+        num_full, rest = divmod(cartridge.num_tokens, pages.page_size)
+        found = pages.cache.lookup(cartridge.ids, num_full)
+        complaint = f"the pages of cartridge {cartridge.name} cannot be found"
+        _require(np.array_equal(found, cartridge.pages[:num_full]), complaint)
+        if rest:
+            is_apart = not pages.pool.cached[cartridge.pages[-1]]
+            _require(bool(is_apart), f"the tail of cartridge {cartridge.name} can be found")
 
 
 def _check_prefix_is_shared(running: RunningSequences, sequence: Sequence) -> None:

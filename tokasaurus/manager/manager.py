@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.errors import ProtocolError
+from tokasaurus.manager.cartridge_commands import CartridgeCommands
 from tokasaurus.manager.counters import Counters, Gauges, statistics
 from tokasaurus.manager.forecast.admission import AdmissionControl
 from tokasaurus.manager.forecast.eta import StepTimer, eta
@@ -30,7 +31,15 @@ from tokasaurus.manager.sequence import Request, Sequence, SequenceState
 from tokasaurus.manager.slots import IndexArray
 from tokasaurus.manager.waiting import Backlog
 from tokasaurus.protocol.arrays import Int32Array
-from tokasaurus.protocol.commands import Command, CommandDone, CommandFailed, FlushCache
+from tokasaurus.protocol.commands import (
+    Command,
+    CommandDone,
+    CommandFailed,
+    ControlDone,
+    FlushCache,
+    LoadCartridge,
+    UnloadCartridge,
+)
 from tokasaurus.protocol.messages import (
     MAX_PRIORITY,
     AbortRequest,
@@ -82,6 +91,7 @@ class Manager:
         self._look_ahead = LookAhead(config.scheduling_steps_ahead)
         self._step_timer = StepTimer()
         self._outbox = Outbox()
+        self._cartridge_commands = CartridgeCommands(self._running, self._backlog)
         # In this turn these ended: sequences, those of them that hold pages, and whole requests.
         self._ended: list[tuple[Sequence, FinishReason]] = []
         self._retiring: list[Sequence] = []
@@ -116,11 +126,15 @@ class Manager:
             num_results += isinstance(event, ForwardResult)
         messages = self._outbox.collect(self._running.slots, self._running.window)
         self._settle()
+        controls, answers = self._cartridge_commands.carry_out()
+        if answers:
+            messages += answers
+            self._admission.pages_come_free()
         batches = self._plan(now)
         self._step_timer.absorbed(now, num_results, self.num_in_flight == 0)
         if self._config.check_invariants:
             check_invariants(self._running, self._backlog)
-        return Actions(batches, messages)
+        return Actions([*controls, *batches], messages)
 
     def turn_took(self, seconds: float) -> None:
         """Takes the time of a turn: from when events came until everything that followed was sent.
@@ -190,7 +204,13 @@ class Manager:
             if request is not None:
                 self._abort(request)
         elif isinstance(event, Command):
-            self._outbox.add(self._obey(event))
+            answer = self._obey(event)
+            if answer is not None:
+                self._outbox.add(answer)
+        elif isinstance(event, ControlDone):
+            self._running.in_flight.land_control(event)
+            self._outbox.add(self._cartridge_commands.written(event.number, event.error))
+            self._admission.pages_come_free()
         else:
             raise ProtocolError(f"the manager takes no {type(event).__name__}")
 
@@ -275,11 +295,13 @@ class Manager:
             else:
                 self._backlog.acknowledged(sequence, int(event.num_tokens[row]))
 
-    def _obey(self, command: Command) -> CommandDone | CommandFailed:
+    def _obey(self, command: Command) -> CommandDone | CommandFailed | None:
         if isinstance(command.action, FlushCache):
             num_pages = self._running.pages.flush()
             num_tokens = num_pages * self._config.page_size
             return CommandDone(command.command_id, num_pages=num_pages, num_tokens=num_tokens)
+        if isinstance(command.action, LoadCartridge | UnloadCartridge):
+            return self._cartridge_commands.take(command)
         name = type(command.action).__name__
         return CommandFailed(command.command_id, f"{name} is not supported")
 

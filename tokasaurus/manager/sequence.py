@@ -80,6 +80,11 @@ class Request:
     followers: dict[int, Sequence] = field(default_factory=dict)  # by sample index, the next last
     num_finished: int = 0  # samples that ended by themselves
     length_group: int = -1  # its handle at the predictor of lengths
+    # Positions of KV when all tokens of a sample are generated; the last one needs none.
+    final_length: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.final_length = len(self.prompt_ids) + self.message.max_tokens - 1
 
     @property
     def incremental(self) -> bool:
@@ -123,9 +128,8 @@ class Sequence:
 
     @property
     def final_length(self) -> int:
-        """Positions of KV when all its tokens are generated; the last one needs none."""
-        request = self.request
-        return len(request.prompt_ids) + request.message.max_tokens - 1
+        """Positions of KV when all its tokens are generated."""
+        return self.request.final_length
 
     @property
     def num_own_tokens(self) -> int:

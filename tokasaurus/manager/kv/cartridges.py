@@ -94,6 +94,7 @@ class Cartridges:
         """The page of a cartridge that is not full."""
         return int(self._by_name[name].pages[-1])
 
+    @property
     def num_ids_left(self) -> int:
         """Pseudo ids that were never used."""
         return self._next_id - _LOWEST_ID + 1
@@ -120,15 +121,21 @@ class Cartridges:
             ids = cartridge.ids[: num_full * self._pages.page_size]
             self._pages.publish(ids, cartridge.pages[:num_full], 0)
 
-    def remove(self, name: str) -> int:
+    def hide(self, name: str) -> None:
+        """No request may name this cartridge any more."""
+        self._written.remove(name)
+
+    def remove(self, name: str) -> tuple[int, int]:
         """Gives back the pages of a cartridge, and the pages of text behind it.
 
         Returns:
-            The number of all these pages.
+            The number of all these pages, and of the tokens in them.
 
         Raises:
             ProtocolError: a sequence holds one of them.
         """
         cartridge = self._by_name.pop(name)
         self._written.discard(name)
-        return self._pages.unpin(cartridge.pages, int(cartridge.ids[0]))
+        num_pages = self._pages.unpin(cartridge.pages, int(cartridge.ids[0]))
+        num_behind = num_pages - len(cartridge.pages)
+        return num_pages, cartridge.num_tokens + num_behind * self._pages.page_size
