@@ -113,7 +113,9 @@ class Manager:
         for event in events:
             self._take(event, now)
             num_results += isinstance(event, ForwardResult)
-        messages = self._outbox.collect(self._running.slots, self._running.window)
+        messages = self._outbox.collect(
+            self._running.slots, self._running.window, self._running.weights_version
+        )
         self._settle()
         batches = self._plan(now)
         self._step_timer.absorbed(now, num_results, self.num_in_flight == 0)
