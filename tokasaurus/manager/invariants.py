@@ -254,7 +254,9 @@ def _check_backlog(running: RunningSequences, backlog: Backlog) -> None:
     for sequence in living:
         if sequence.state is SequenceState.PARKED:
             _require(
-                sequence in waits_for_pages or not sequence.may_sample(running.stop_lag),
+                sequence in waits_for_pages
+                or backlog.is_held(sequence)
+                or not sequence.may_sample(running.stop_lag),
                 f"{sequence.name} is parked without a reason",
             )
 

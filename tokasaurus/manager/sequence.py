@@ -30,7 +30,8 @@ class SequenceState(enum.Enum):
     """
 
     FOLLOWING = enum.auto()  # waits until the leader of its request has fed the prompt
-    PARKED = enum.auto()  # waits for pages that another request computes, or for acknowledgements
+    # Waits for pages that another request computes, for acknowledgements, or till a drain is over.
+    PARKED = enum.auto()
     WAITING = enum.auto()  # in the queue
     RUNNING = enum.auto()  # owns a slot and pages
     PREEMPTED = enum.auto()  # owns a slot and no pages: results in flight are still its own
