@@ -406,10 +406,10 @@ class Scheduler:
     def _start_of(self, sequence: Sequence) -> SlotStart:
         """The pages with which a sequence would start now."""
         page_size, num_pseudo = self._slots.page_size, sequence.request.num_pseudo
+        ids = sequence.prompt_ids
         if sequence.whole_prompt_due:  # needs the hidden state of every token of its own
-            cached_pages = self._pages.lookup(sequence.prompt_ids[: num_pseudo + 1])
-        else:
-            cached_pages = self._pages.lookup(sequence.prompt_ids)
+            ids = ids[: num_pseudo + 1]
+        cached_pages = self._pages.lookup(self._running.weights_version, ids)
         num_pages = ceil_div(len(sequence.prompt_ids), page_size)
         length = max(len(cached_pages) * page_size, num_pseudo)
         return SlotStart(sequence, cached_pages, num_pages - len(cached_pages), length)

@@ -112,30 +112,40 @@ class Cartridges:
         self._by_name[name] = cartridge
         return cartridge
 
-    def finish(self, name: str) -> None:
-        """The pages of a cartridge are written: requests may name it from now on."""
-        cartridge = self._by_name[name]
-        self._written.add(name)
-        num_full = cartridge.num_tokens // self._pages.page_size
-        if num_full:
-            ids = cartridge.ids[: num_full * self._pages.page_size]
-            self._pages.publish(ids, cartridge.pages[:num_full], 0)
+    def finish(self, name: str, namespace: int) -> None:
+        """The pages of a cartridge are written: requests may name it from now on.
 
-    def hide(self, name: str) -> None:
-        """No request may name this cartridge any more."""
-        self._written.remove(name)
+        Args:
+            name: of the cartridge.
+            namespace: of the prefix cache, where its full pages can be found.
+        """
+        self._written.add(name)
+        self._publish(self._by_name[name], namespace)
+
+    def publish_all(self, namespace: int) -> None:
+        """Makes the full pages of all cartridges findable in another namespace, which is empty.
+
+        A cartridge does not depend on the weights. The text behind it does.
+        """
+        for name in self._written:
+            self._publish(self._by_name[name], namespace)
 
     def remove(self, name: str) -> tuple[int, int]:
-        """Gives back the pages of a cartridge, and the pages of text behind it.
+        """Gives back the pages of a cartridge, and those of text behind it that nothing holds.
+
+        No request that has not ended may name it.
 
         Returns:
             The number of all these pages, and of the tokens in them.
-
-        Raises:
-            ProtocolError: a sequence holds one of them.
         """
         cartridge = self._by_name.pop(name)
         self._written.discard(name)
         num_pages = self._pages.unpin(cartridge.pages, int(cartridge.ids[0]))
         num_behind = num_pages - len(cartridge.pages)
         return num_pages, cartridge.num_tokens + num_behind * self._pages.page_size
+
+    def _publish(self, cartridge: Cartridge, namespace: int) -> None:
+        num_full = cartridge.num_tokens // self._pages.page_size
+        if num_full:
+            ids = cartridge.ids[: num_full * self._pages.page_size]
+            self._pages.publish(namespace, ids, cartridge.pages[:num_full], 0)
