@@ -50,7 +50,7 @@ from tokasaurus.protocol.commands import (
     UpdateWeights,
     WriteCartridge,
 )
-from tokasaurus.protocol.messages import ToServer, ToWorker
+from tokasaurus.protocol.messages import ToWorker
 
 __all__ = ["MAX_WEIGHTS_VERSION", "TIME_LIMITS_S", "Controls"]
 
@@ -93,6 +93,7 @@ class Controls:
         preempt: takes the pages of the sequences in these slots.
         abort: ends the requests with these ids, as far as they live, and gets their updates ready
             to be sent; returns the number of sequences that it ended.
+        answer: takes an answer to the server, to be sent after these updates.
     """
 
     def __init__(
@@ -101,14 +102,15 @@ class Controls:
         backlog: Backlog,
         preempt: Callable[[IndexArray], None],
         abort: Callable[[list[int]], int],
+        answer: Callable[[CommandDone | CommandFailed], None],
     ) -> None:
         self.paused: PauseMode | None = None
         self._running = running
         self._backlog = backlog
         self._preempt = preempt
         self._abort = abort
+        self._answer = answer
         self._waiting: deque[_Waiting] = deque()
-        self._answers: list[ToServer] = []
         self._orders: list[ToWorker] = []
         # The answers to pauses, for when they are done.
         self._pausing: list[CommandDone] = []
@@ -189,11 +191,6 @@ class Controls:
                 return
             self._carry_out(self._waiting.popleft(), now)
 
-    def take_answers(self) -> list[ToServer]:
-        """Takes out the answers to commands."""
-        answers, self._answers = self._answers, []
-        return answers
-
     def take_orders(self) -> list[ToWorker]:
         """Takes out what the worker is to do."""
         orders, self._orders = self._orders, []
@@ -213,8 +210,9 @@ class Controls:
             return
         if self.paused is PauseMode.DRAIN and self._running.num_begun:
             return
-        self._answers += self._pausing
-        self._pausing = []
+        done, self._pausing = self._pausing, []
+        for answer in done:
+            self._answer(answer)
 
     def _cancel_drain(self, reason: str) -> None:
         """Fails the drains that have not finished."""
@@ -355,7 +353,7 @@ class Controls:
         self._running.wake()
 
     def _done(self, command_id: int, num_pages: int = 0, num_sequences: int = 0) -> None:
-        self._answers.append(
+        self._answer(
             CommandDone(
                 command_id,
                 num_pages=num_pages,
@@ -366,4 +364,4 @@ class Controls:
         )
 
     def _failed(self, command_id: int, reason: str, field: str | None = None) -> None:
-        self._answers.append(CommandFailed(command_id, reason, field))
+        self._answer(CommandFailed(command_id, reason, field))
