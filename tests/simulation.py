@@ -1,12 +1,18 @@
 """A seeded world around a manager: clients come and go, a server lags, results are late.
 
 After every turn: the manager's own invariants (``check_invariants``), the device's checks (see
-``fake_device``), and here: each sequence gets exactly the oracle's tokens, in order, and ends once.
+``fake_device``), and here:
+
+- Each sequence gets exactly the oracle's tokens, in order, and ends once. Each token is the one
+  that the weights of its row's version draw.
+- Each command is answered once, in order, and fails only if it must. Nothing is planned while
+  something forbids it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections import Counter, deque
 from dataclasses import dataclass, field
@@ -15,12 +21,13 @@ from unittest import mock
 
 import numpy as np
 from fake_device import (
+    BAD_FILES,
     EMPTY_CONTEXT,
+    GOOD_FILES,
     VOCAB_SIZE,
     FakeDevice,
-    Generated,
-    cartridge_context,
-    oracle,
+    Oracle,
+    cartridge_digest,
     pooled_oracle,
     prompt_logprobs_oracle,
 )
@@ -32,12 +39,23 @@ from tokasaurus.manager import token_window
 from tokasaurus.manager.invariants import check_invariants
 from tokasaurus.manager.manager import Manager
 from tokasaurus.protocol.commands import (
+    AbortAll,
+    Action,
     Command,
     CommandDone,
     CommandFailed,
+    Control,
+    ControlDone,
     FlushCache,
     LoadCartridge,
+    Pause,
+    PauseMode,
+    ReleaseMemory,
+    RestoreMemory,
+    Resume,
     UnloadCartridge,
+    UpdateWeights,
+    WriteCartridge,
 )
 from tokasaurus.protocol.messages import (
     AbortRequest,
@@ -57,6 +75,7 @@ from tokasaurus.protocol.messages import (
     SequenceUpdates,
     StopSequence,
     ToServer,
+    ToWorker,
 )
 from tokasaurus.rounding import ceil_div
 
@@ -126,11 +145,12 @@ def acknowledge(request_id: int, count: int) -> Acknowledge:
 class Answer:
     """What the server has received of one sequence, and what it did."""
 
-    expected: Generated
+    expected: Oracle
     ids: list[int] = field(default_factory=list)
+    weights_versions: list[int] = field(default_factory=list)  # of each token
     logprobs: list[float] = field(default_factory=list)
     tops: list[list[tuple[int, float]]] = field(default_factory=list)
-    num_rows: int = 0
+    num_messages: int = 0
     num_cached_tokens: int = 0
     reason: FinishReason = FinishReason.RUNNING
     acked: int = 0  # as the manager was told
@@ -153,24 +173,30 @@ class World:
         self.living: dict[tuple[int, int], None] = {}  # names of those that have not ended
         self.aborted: set[int] = set()
         self.num_finished: Counter[int] = Counter()  # by request: those that were not aborted
-        self.prompt_logprobs: dict[int, dict[int, object]] = {}
-        self.pooled: dict[int, list[float]] = {}
-        self.flushed: list[CommandDone] = []
+        # By request and position: the versions of weights that may have computed the logprob.
+        self.prompt_logprobs: dict[int, dict[int, set[int]]] = {}
+        self.pooled: dict[int, set[int]] = {}  # versions, as above
+        self.num_commands = 0
+        self.commands: dict[int, Command] = {}
+        self.command_answers: dict[int, CommandDone | CommandFailed] = {}
+        self.doomed: dict[int, list[int]] = {}  # by command: the requests that it is to abort
+        self.weights_versions = [0]  # all so far, as the answers say
+        self.is_quiet = False  # a pause is over that lets nothing run
         self.rejected: dict[int, RequestRejected] = {}
         self.results: deque[FromWorker] = deque()
         self.batches: list[ForwardBatch] = []
+        self.controls: list[Control] = []
         self.last_named: dict[int, int] = {}
         self.num_absorbed = 0
-        self.num_loaded = 0
         self.num_turns = 0
         self.check_interval = 1  # turns
         self.now = 0.0
         # Cartridges by name, as the server knows them: the loads that were done.
         self.cartridges: dict[str, LoadCartridge] = {}
-        self.commands: dict[int, Command] = {}  # unanswered ones about cartridges, by id
-        self.failed: dict[int, CommandFailed] = {}
-        self.unloaded: dict[str, CommandDone] = {}  # the last answer for each name
-        self.contexts: dict[int, int] = {}  # by request id: the digest behind its cartridge
+        self.num_loaded = self.num_lost = 0
+        # By the number of a control: the name of the cartridge that it writes again.
+        self.rewritten: dict[int, str] = {}
+        self.behind: dict[int, int] = {}  # by request id: the digest of its cartridge
         self.num_pseudo: dict[int, int] = {}  # by request id
 
     def turn(self, *events: FromServer, num_results: int = 0) -> None:
@@ -180,6 +206,7 @@ class World:
             self._note(event)
         for _ in range(min(num_results, len(self.results))):
             arrived.append(self.results.popleft())
+            self._note_loss(arrived[-1])
             self.num_absorbed += 1
         self.now += 0.001
         actions = self.manager.take_turn(arrived, self.now)
@@ -189,11 +216,45 @@ class World:
         for message in actions.messages:
             self._receive(message)
         for order in actions.to_worker:
-            if isinstance(order, ForwardBatch):
-                self._send(order)
-            else:
-                self.results.append(self.device.carry_out(order))
+            self._send(order)
         assert self.manager.num_in_flight <= self.config.scheduling_steps_ahead
+        assert self.manager.at_rest == (not self.results)
+        is_waited_for = any(isinstance(result, ControlDone) for result in self.results)
+        assert (self.manager.deadline is not None) == is_waited_for
+
+    def command(self, action: Action, num_results: int = 0) -> int:
+        """Sends a command in a turn of its own; returns its id."""
+        command = self.make_command(action)
+        self.turn(command, num_results=num_results)
+        return command.command_id
+
+    def make_command(self, action: Action) -> Command:
+        """A command with an id of its own."""
+        self.num_commands += 1
+        return Command(self.num_commands, action)
+
+    @property
+    def done(self) -> list[int]:
+        """The commands that were done, in order."""
+        return [name for name, answer in self.command_answers.items() if _is_done(answer)]
+
+    @property
+    def failed(self) -> dict[int, str]:
+        """Why commands failed."""
+        answers = self.command_answers.items()
+        return {name: answer.reason for name, answer in answers if not _is_done(answer)}
+
+    def open_up(self) -> None:
+        """Sends the commands after which everything runs again, whatever came before."""
+        self.command(RestoreMemory(weights=True, kv_cache=True))
+        self.command(UpdateWeights(self.next_version, GOOD_FILES))
+        self.command(Resume())
+
+    @property
+    def next_version(self) -> int:
+        """Greater than that of any update so far."""
+        actions = [command.action for command in self.commands.values()]
+        return max([0, *(a.version for a in actions if isinstance(a, UpdateWeights))]) + 1
 
     def finish(self, request: GenerateRequest) -> None:
         """Runs a request by itself."""
@@ -212,13 +273,15 @@ class World:
         assert self.manager.idle, "the manager does not come to an end"
         self.check_all_ended()
         self.check_empty()
+        assert self.command_answers.keys() == self.commands.keys(), "a command has no answer"
 
     @property
     def num_events(self) -> int:
-        """Sequences that arrived, aborts, stops and preemptions so far."""
+        """Sequences that arrived, aborts, stops, preemptions and commands so far."""
         stops = sum(answer.reason is FinishReason.STOP for answer in self.answers.values())
         aborts = sum(answer.reason is FinishReason.ABORT for answer in self.answers.values())
-        return len(self.answers) + stops + aborts + self.manager.counters.num_preemptions
+        num_preemptions = self.manager.counters.num_preemptions
+        return len(self.answers) + stops + aborts + num_preemptions + len(self.commands)
 
     def acknowledgements(self) -> list[FromServer]:
         """The events that a server that has caught up would send."""
@@ -279,18 +342,15 @@ class World:
     def _note(self, event: FromServer) -> None:
         if isinstance(event, GenerateRequest):
             self.requests[event.request_id] = event
-            self._note_context(event)
+            self._note_cartridge(event)
             self.request_ids[event.seed] = event.request_id
             for sample_index in range(event.n):
-                expected = oracle(event, sample_index, self.contexts[event.request_id])
-                answer = Answer(expected)
+                answer = Answer(Oracle(event, sample_index, self.behind[event.request_id]))
                 self.answers[event.request_id, sample_index] = answer
                 self.living[event.request_id, sample_index] = None
             self.prompt_logprobs[event.request_id] = {}
         elif isinstance(event, AbortRequest):
             self.aborted.add(event.request_id)
-        elif isinstance(event, Command):
-            self._note_command(event)
         elif isinstance(event, StopSequence):
             self.answers[event.request_id, event.sample_index].stop_sent = True
         elif isinstance(event, Acknowledge):
@@ -302,53 +362,71 @@ class World:
             ):
                 answer = self.answers[request_id, sample_index]
                 answer.acked = max(answer.acked, count)
+        elif isinstance(event, Command):
+            assert event.command_id not in self.commands
+            self.commands[event.command_id] = event
+            action = event.action
+            if isinstance(action, AbortAll) or action_mode(action) is PauseMode.ABORT:
+                doomed = list({request_id: None for request_id, _ in self.living})
+                self.doomed[event.command_id] = doomed
+                self.aborted.update(doomed)
+            elif isinstance(action, Resume) or action_mode(action) is PauseMode.DRAIN:
+                self.is_quiet = False
 
     # --- cartridges ------------------------------------------------------------------------------
 
-    def load(self, name: str, num_tokens: int, path: str = "") -> None:
-        """Loads a cartridge, and waits for it."""
-        command_id = 1_000_000 + self.num_turns
-        self.turn(Command(command_id, LoadCartridge(name, path or name, num_tokens)))
-        while command_id in self.commands and self.results:
+    def load(self, name: str, num_tokens: int, path: str = "") -> CommandDone | CommandFailed:
+        """Loads a cartridge, and waits for the answer."""
+        command_id = self.command(LoadCartridge(name, path or name, num_tokens))
+        while command_id not in self.command_answers:
+            assert self.results, "the load is not answered"
             self.turn(num_results=1)
-        assert command_id not in self.commands, "the load was not answered"
+        return self.command_answers[command_id]
 
     def unload(self, name: str) -> CommandDone | CommandFailed:
         """Unloads a cartridge; returns the answer."""
-        command_id = 1_000_000 + self.num_turns
-        self.turn(Command(command_id, UnloadCartridge(name)))
-        return self.failed[command_id] if command_id in self.failed else self.unloaded[name]
+        return self.command_answers[self.command(UnloadCartridge(name))]
 
-    def _note_context(self, request: GenerateRequest) -> None:
+    def is_named(self, cartridge: str) -> bool:
+        """Whether a sequence of which the server has not seen the end has this cartridge."""
+        return any(
+            cartridge in self.requests[request_id].cartridges for request_id, _ in self.living
+        )
+
+    def _note_cartridge(self, request: GenerateRequest) -> None:
         """Without a cartridge, or with one that is not loaded, nothing comes before the prompt."""
         load = self.cartridges.get(request.cartridges[0]) if request.cartridges else None
-        context, num_pseudo = EMPTY_CONTEXT, 0
+        digest, num_pseudo = EMPTY_CONTEXT, 0
         if load is not None:
-            context = cartridge_context(load.path, load.num_tokens)
-            num_pseudo = load.num_tokens
-        self.contexts[request.request_id] = context
+            digest, num_pseudo = cartridge_digest(load.path, load.num_tokens), load.num_tokens
+        self.behind[request.request_id] = digest
         self.num_pseudo[request.request_id] = num_pseudo
 
-    def _note_command(self, command: Command) -> None:
-        if isinstance(command.action, LoadCartridge | UnloadCartridge):
-            self.commands[command.command_id] = command
+    def _note_write(self, control: Control) -> None:
+        if isinstance(control.action, WriteCartridge):
+            for name, load in self.cartridges.items():
+                if load.path == control.action.path:
+                    self.rewritten[control.number] = name
 
-    def _receive_about_cartridge(self, message: CommandDone | CommandFailed) -> None:
-        action = self.commands.pop(message.command_id).action
-        if isinstance(message, CommandFailed):
-            self.failed[message.command_id] = message
-        if isinstance(action, LoadCartridge):
-            assert not (isinstance(message, CommandDone) and action.path.startswith("missing"))
-            if isinstance(message, CommandDone):
-                self.num_loaded += 1
-                assert action.name not in self.cartridges
-                self.cartridges[action.name] = action
-        elif isinstance(action, UnloadCartridge) and isinstance(message, CommandDone):
-            load = self.cartridges.pop(action.name)
-            assert message.num_tokens >= load.num_tokens
-            assert message.num_pages >= ceil_div(load.num_tokens, self.config.page_size)
-            assert not self.is_named(action.name), "an unloaded cartridge is in use"
-            self.unloaded[action.name] = message
+    def _may_follow(self, order: ToWorker, result: FromWorker) -> bool:
+        """Batches may follow a load; what is written again after a restore follows each other."""
+        if not isinstance(result, ControlDone):
+            return True
+        (control,) = [control for control in self.controls if control.number == result.number]
+        if not isinstance(control.action, WriteCartridge):
+            return False
+        is_batch = isinstance(order, ForwardBatch)
+        return is_batch != (control.number in self.rewritten)
+
+    def _note_loss(self, result: FromWorker) -> None:
+        """A cartridge that cannot be written again is lost, and so are the requests with it."""
+        name = self.rewritten.pop(result.number, None)
+        if name is None or not isinstance(result, ControlDone) or result.error is None:
+            return
+        self.num_lost += 1
+        del self.cartridges[name]
+        names = {request_id for request_id, _ in self.living}
+        self.aborted |= {i for i in names if name in self.requests[i].cartridges}
 
     def _check_rejection(self, message: RequestRejected) -> None:
         request = self.requests[message.request_id]
@@ -357,15 +435,48 @@ class World:
             is_wrong = is_unknown or request.pooling is Pooling.MEAN or len(request.cartridges) > 1
             assert (message.field == "cartridges") == is_wrong, message
 
-    def is_named(self, cartridge: str) -> bool:
-        """Whether a sequence of which the server has not seen the end has this cartridge."""
-        return any(
-            cartridge in self.requests[request_id].cartridges for request_id, _ in self.living
-        )
+    def _check_cartridge_done(
+        self, answer: CommandDone, action: LoadCartridge | UnloadCartridge
+    ) -> None:
+        if isinstance(action, LoadCartridge):
+            assert not action.path.startswith("missing")
+            assert action.name not in self.cartridges
+            self.cartridges[action.name] = action
+            self.num_loaded += 1
+            return
+        load = self.cartridges.pop(action.name)
+        num_pages = ceil_div(load.num_tokens, self.config.page_size)
+        assert answer.num_pages >= num_pages
+        num_behind = answer.num_pages - num_pages
+        assert answer.num_tokens == load.num_tokens + num_behind * self.config.page_size
+        assert not self.is_named(action.name), "an unloaded cartridge is in use"
+
+    def _check_cartridge_failed(
+        self, answer: CommandFailed, action: LoadCartridge | UnloadCartridge
+    ) -> None:
+        is_loaded = action.name in self.cartridges
+        if isinstance(action, UnloadCartridge):
+            assert answer.field == "name"
+            assert not is_loaded or self.is_named(action.name)
+        else:
+            assert (answer.field == "name") == is_loaded
+            assert answer.field in ("name", "num_tokens", "path") or "released" in answer.reason
 
     # --- from the manager ------------------------------------------------------------------------
 
-    def _send(self, batch: ForwardBatch) -> None:
+    def _send(self, order: ToWorker) -> None:
+        assert all(self._may_follow(order, result) for result in self.results), (
+            "something is sent behind a control"
+        )
+        if isinstance(order, Control):
+            self.controls.append(order)
+            self._note_write(order)
+            self.results.append(self.device.carry_out(order))
+        else:
+            assert not self.is_quiet, "a batch is planned in a pause"
+            self._send_batch(order)
+
+    def _send_batch(self, batch: ForwardBatch) -> None:
         if batch.parameters is not None:
             for slot in batch.parameters.slots.tolist():
                 last = self.last_named.get(slot, -1)
@@ -402,16 +513,16 @@ class World:
             request = self.requests[message.request_id]
             assert not self.answers[message.request_id, 0].reason, "a pooled state after the end"
             assert message.request_id not in self.pooled, "a prompt was pooled twice"
-            self.pooled[message.request_id] = message.state.tolist()
-            expected = pooled_oracle(request, self.contexts[message.request_id])
-            assert self.pooled[message.request_id] == expected
-        elif isinstance(message, CommandDone | CommandFailed) and (
-            message.command_id in self.commands
-        ):
-            self._receive_about_cartridge(message)
-        elif isinstance(message, CommandDone):
-            assert message.num_tokens == message.num_pages * self.config.page_size
-            self.flushed.append(message)
+            versions = {
+                version
+                for version in self.weights_versions
+                if message.state.tolist()
+                == pooled_oracle(request, version, self.behind[request.request_id])
+            }
+            assert versions, "a pooled state is wrong"
+            self.pooled[message.request_id] = versions
+        elif isinstance(message, CommandDone | CommandFailed):
+            self._receive_answer(message)
         elif isinstance(message, Eta):
             pass  # a prediction: nothing depends on it
         else:
@@ -421,7 +532,10 @@ class World:
         assert not self.answers[message.request_id, 0].reason, "prompt logprobs after the end"
         assert len(message.logprobs) > 0
         request = self.requests[message.request_id]
-        expected = prompt_logprobs_oracle(request, self.contexts[message.request_id])
+        expected = {
+            version: prompt_logprobs_oracle(request, version, self.behind[request.request_id])
+            for version in self.weights_versions
+        }
         assert message.top_ids.shape == (len(message.logprobs), request.num_prompt_logprobs)
         for index, logprob in enumerate(message.logprobs.tolist()):
             position = message.first_position + index
@@ -433,21 +547,80 @@ class World:
                 )
             )
             answer = (logprob, int(message.ranks[index]), tops)
-            assert answer == expected[position - 1]
-            self.prompt_logprobs[message.request_id][position] = answer
+            versions = {
+                version for version in expected if answer == expected[version][position - 1]
+            }
+            assert versions, "a prompt logprob is wrong"
+            self.prompt_logprobs[message.request_id][position] = versions
+
+    def _receive_answer(self, answer: CommandDone | CommandFailed) -> None:
+        assert answer.command_id not in self.command_answers, "a command is answered twice"
+        self.command_answers[answer.command_id] = answer
+        action = self.commands[answer.command_id].action
+        if not isinstance(action, AbortAll) and action_mode(action) is not PauseMode.DRAIN:
+            before = itertools.takewhile(lambda name: name != answer.command_id, self.commands)
+            assert all(
+                name in self.command_answers
+                or action_mode(self.commands[name].action) is PauseMode.DRAIN
+                for name in before
+            ), "commands are answered in another order"
+        if isinstance(answer, CommandDone):
+            self._check_done(answer, action)
+        else:
+            self._check_failed(answer, action)
+
+    def _check_done(self, answer: CommandDone, action: Action) -> None:
+        if isinstance(action, LoadCartridge | UnloadCartridge):
+            self._check_cartridge_done(answer, action)
+        else:
+            assert answer.num_tokens == answer.num_pages * self.config.page_size
+        if isinstance(action, UpdateWeights):
+            assert action.files != BAD_FILES
+            assert action.version > self.weights_versions[-1]
+            self.weights_versions.append(action.version)
+        assert answer.weights_version == self.weights_versions[-1]
+        doomed = self.doomed.get(answer.command_id, [])
+        assert not {request_id for request_id, _ in self.living} & set(doomed)
+        if isinstance(action, Pause):
+            names = list(self.commands)
+            later = names[names.index(answer.command_id) + 1 :]
+            is_last = not any(isinstance(self.commands[n].action, Pause | Resume) for n in later)
+            self.is_quiet = is_last and action.mode is not PauseMode.DRAIN
+
+    def _check_failed(self, answer: CommandFailed, action: Action) -> None:
+        if isinstance(action, UpdateWeights):
+            is_old = action.version <= self.weights_versions[-1]
+            is_released = "released" in answer.reason
+            assert is_old or is_released or action.files == BAD_FILES
+            assert (answer.field == "version") == is_old
+        elif isinstance(action, LoadCartridge | UnloadCartridge):
+            self._check_cartridge_failed(answer, action)
+        elif isinstance(action, Resume):
+            assert "nothing can run" in answer.reason
+        else:
+            assert action_mode(action) is PauseMode.DRAIN
+            assert answer.reason.startswith(("it was", "another pause", "sequences cannot"))
 
     def _receive_updates(self, message: SequenceUpdates) -> None:
         names = list(
             zip(message.request_ids.tolist(), message.sample_indices.tolist(), strict=True)
         )
-        assert len(set(names)) == len(names), "a sequence has two rows in one message"
+        versions = message.weights_versions.tolist()
+        rows = list(zip(names, versions, strict=True))
+        assert len(set(rows)) == len(rows), "a sequence has two rows of one version in a message"
+        last_row = {name: row for row, name in enumerate(names)}
+        for name in last_row:
+            self.answers[name].num_messages += 1
         at_token = at_logprob = at_top = 0
         for row, name in enumerate(names):
             answer, request = self.answers[name], self.requests[name[0]]
             assert not answer.reason, f"sequence {name} was updated after its end"
             count, width = int(message.num_tokens[row]), int(message.num_logprobs[row])
-            answer.num_rows += 1
             answer.ids += message.token_ids[at_token : at_token + count].tolist()
+            answer.weights_versions += [versions[row]] * count
+            answer.expected.generate(count, versions[row])
+            assert versions[row] in self.weights_versions
+            assert answer.weights_versions == sorted(answer.weights_versions)
             at_token += count
             assert width == request.num_logprobs
             if width >= 0:
@@ -462,7 +635,7 @@ class World:
                 at_top = end
             answer.num_cached_tokens = int(message.num_cached_tokens[row])
             answer.reason = FinishReason(int(message.finish_reasons[row]))
-            self._check_answer(name, answer, request)
+            self._check_answer(name, answer, request, is_last=row == last_row[name])
             if answer.reason:
                 del self.living[name]
         assert at_token == len(message.token_ids)
@@ -470,19 +643,19 @@ class World:
         assert at_top == len(message.top_ids) == len(message.top_logprobs)
 
     def _check_answer(
-        self, name: tuple[int, int], answer: Answer, request: GenerateRequest
+        self, name: tuple[int, int], answer: Answer, request: GenerateRequest, *, is_last: bool
     ) -> None:
-        expected, count = answer.expected, len(answer.ids)
-        assert answer.ids == expected.ids[:count], f"sequence {name} got other tokens"
+        expected = answer.expected
+        assert answer.ids == expected.ids, f"sequence {name} got other tokens"
         if request.num_logprobs >= 0:
-            assert answer.logprobs == expected.logprobs[:count]
-            assert answer.tops == expected.tops[:count]
+            assert answer.logprobs == expected.logprobs
+            assert answer.tops == expected.tops
         assert answer.num_cached_tokens <= len(request.prompt_ids) - 1
         found = answer.num_cached_tokens
         assert found == 0 or (found + self.num_pseudo[name[0]]) % self.config.page_size == 0
         if not (request.stream or request.hold_for_acks):
-            assert answer.reason, "an update of a sequence that does not stream"
-            assert answer.num_rows == 1
+            assert bool(answer.reason) == is_last, "an update of a sequence that does not stream"
+            assert answer.num_messages == 1
         if answer.reason is FinishReason.ABORT:
             enough = request.first_k and self.num_finished[name[0]] == request.first_k
             assert enough or name[0] in self.aborted
@@ -490,16 +663,27 @@ class World:
             self.num_finished[name[0]] += 1
             assert self.num_finished[name[0]] <= (request.first_k or request.n)
         if answer.reason in (FinishReason.STOP, FinishReason.LENGTH) and not answer.stop_sent:
-            assert count == len(expected.ids), f"sequence {name} ended early"
+            assert expected.has_ended, f"sequence {name} ended early"
             by_length = answer.reason is FinishReason.LENGTH
             assert by_length == expected.by_length
         if answer.reason in (FinishReason.STOP, FinishReason.LENGTH) and name[1] == 0:
-            is_whole = count == len(expected.ids)
-            if is_whole:
+            if expected.has_ended:
                 assert (name[0] in self.pooled) == bool(request.pooling)
-            if request.num_prompt_logprobs >= 0 and is_whole:
+                if request.pooling:
+                    assert answer.weights_versions[-1] in self.pooled[name[0]]
+            if request.num_prompt_logprobs >= 0 and expected.has_ended:
                 pieces = self.prompt_logprobs[name[0]]
                 assert sorted(pieces) == list(range(1, len(request.prompt_ids)))
+                assert not pieces or set.intersection(*pieces.values()), "weights are mixed"
+
+
+def _is_done(answer: CommandDone | CommandFailed) -> bool:
+    return isinstance(answer, CommandDone)
+
+
+def action_mode(action: Action) -> PauseMode | None:
+    """The mode of a pause; None for other actions."""
+    return action.mode if isinstance(action, Pause) else None
 
 
 @dataclass(frozen=True)
@@ -513,6 +697,7 @@ class Habits:
     results: float = 1.5
     acks: float = 0.5
     flushes: float = 0.02
+    commands: float = 0.0  # of all kinds
     pooled: float = 0.1  # share of the requests
     max_prompt: int = 20
     max_tokens: int = 12
@@ -535,7 +720,7 @@ class Simulation(World):
         super().__init__(config)
         self.habits = habits
         self._random = random.Random(seed)
-        self._num_loads = self._num_commands = 0
+        self._num_loads = 0
         self._leaving: set[str] = set()  # cartridges that no further request names
         # Few beginnings, so that prompts share prefixes of any length.
         self._beginnings = [self._ids(habits.max_prompt) for _ in range(3)]
@@ -589,6 +774,17 @@ class Simulation(World):
         return world
 
     @staticmethod
+    def commanded_of_seed(seed: int) -> Simulation:
+        """A world of random size that is given commands, with many batches in flight."""
+        world = Simulation.of_seed(seed)
+        chance = random.Random(seed)
+        config = dataclasses.replace(world.config, scheduling_steps_ahead=8)
+        habits = dataclasses.replace(world.habits, commands=chance.choice([0.05, 0.2]))
+        commanded = Simulation(seed, config, habits)
+        commanded.check_interval = 1
+        return commanded
+
+    @staticmethod
     def crowded_of_seed(seed: int) -> Simulation:
         """A world in which most sequences wait long for room in the cache."""
         world = Simulation.of_seed(seed)
@@ -628,20 +824,54 @@ class Simulation(World):
                 for _ in range(self._count(habits.stops)):
                     events.append(StopSequence(*self._random.choice(names)))
             for _ in range(self._count(habits.flushes)):
-                events.append(Command(self.num_turns, FlushCache()))
+                events.append(self.make_command(FlushCache()))
+            for _ in range(self._count(habits.commands)):
+                events.insert(
+                    self._random.randint(0, len(events)), self.make_command(self._action())
+                )
+                self.device.keeps_files = self._random.random() < 0.7
             if habits.loads:
                 events += self._cartridge_commands()
             if self._random.random() < habits.acks:
                 events += self.acknowledgements()
             self.turn(*events, num_results=self._count(habits.results))
+        if habits.commands:
+            self.open_up()
         self.drain()
+
+    def _action(self) -> Action:
+        chance = self._random
+        flag = [True, False]
+        kind = chance.choice(
+            ["pause"] * 4 + ["resume"] * 4 + ["update"] * 4 + ["memory"] * 4 + [""]
+        )
+        if kind == "pause":
+            return Pause(chance.choice([*PauseMode, PauseMode.KEEP, PauseMode.DRAIN]))
+        if kind == "resume":
+            return Resume()
+        if kind == "update":
+            files = chance.choice([GOOD_FILES, GOOD_FILES, GOOD_FILES, BAD_FILES])
+            version = self.next_version - chance.choice([0, 0, 0, 0, 0, 1, 2])
+            return UpdateWeights(max(0, version), files)
+        if kind == "memory":
+            memory = chance.choice([ReleaseMemory, RestoreMemory, RestoreMemory])
+            return memory(weights=chance.choice(flag), kv_cache=chance.choice(flag))
+        return chance.choice([AbortAll(), FlushCache()])
 
     # --- cartridges ------------------------------------------------------------------------------
 
     @staticmethod
     def with_cartridges_of_seed(seed: int) -> Simulation:
         """A world in which cartridges come, go, and come again as others of the same name."""
-        world = Simulation.of_seed(seed)
+        return Simulation._with_cartridges(Simulation.of_seed(seed), seed)
+
+    @staticmethod
+    def commanded_with_cartridges_of_seed(seed: int) -> Simulation:
+        """The same among other commands: weights change, and what the cache held is lost."""
+        return Simulation._with_cartridges(Simulation.commanded_of_seed(seed), seed)
+
+    @staticmethod
+    def _with_cartridges(world: Simulation, seed: int) -> Simulation:
         chance, page_size = random.Random(seed), world.config.page_size
         longest = world.config.max_request_tokens + 2 * page_size + 1
         config = dataclasses.replace(
@@ -651,7 +881,7 @@ class Simulation(World):
             max_request_tokens=longest,
         )
         habits = dataclasses.replace(
-            world.habits, loads=0.2, unloads=chance.choice([0.1, 0.5]), with_cartridges=0.6
+            world.habits, loads=0.2, unloads=chance.choice([0.1, 0.3]), with_cartridges=0.6
         )
         other = Simulation(seed, config, habits)
         other.check_interval = world.check_interval
@@ -669,24 +899,20 @@ class Simulation(World):
 
     def _cartridge_commands(self) -> list[FromServer]:
         """Loads of new versions, some of which fail; unloads, some of cartridges in use."""
-        chance, events = self._random, []
+        chance, actions = self._random, []
         for _ in range(self._count(self.habits.loads)):
             name = chance.choice("abc")
             self._num_loads += 1
-            path = chance.choice(["", "", "", "missing"]) + f"{name} {self._num_loads}"
+            path = chance.choice(["", "", "", "missing "]) + f"{name} {self._num_loads}"
             num_tokens = chance.randint(1, 2 * self.config.page_size + 1)
-            events.append(self._command(LoadCartridge(name, path, num_tokens)))
+            actions.append(LoadCartridge(name, path, num_tokens))
         for _ in range(self._count(self.habits.unloads)):
-            name = chance.choice("abc")
-            self._leaving ^= {name}
-            events.append(self._command(UnloadCartridge(name)))
+            self._leaving.add(chance.choice("abc"))
         self._leaving &= set(self.cartridges)
-        events += [self._command(UnloadCartridge(name)) for name in sorted(self._leaving)]
-        return events
-
-    def _command(self, action: LoadCartridge | UnloadCartridge) -> Command:
-        self._num_commands += 1
-        return Command(10_000_000 + self._num_commands, action)
+        actions += [
+            UnloadCartridge(name) for name in sorted(self._leaving) if chance.random() < 0.3
+        ]
+        return [self.make_command(action) for action in actions]
 
     def _count(self, mean: float) -> int:
         """A geometric random number."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from fake_device import GOOD_FILES
 from rows import named
 from simulation import World, make_admission, make_config, make_request, prompt
 
@@ -10,12 +11,16 @@ from tokasaurus.manager.forecast.learning import LengthLearning
 from tokasaurus.manager.forecast.rows import running_forest, running_rows
 from tokasaurus.manager.forecast.use_curve import UseCurve
 from tokasaurus.protocol.commands import (
+    Action,
     Command,
     CommandDone,
     CommandFailed,
     FlushCache,
     LoadCartridge,
+    ReleaseMemory,
+    RestoreMemory,
     UnloadCartridge,
+    UpdateWeights,
     WriteCartridge,
 )
 from tokasaurus.protocol.messages import (
@@ -44,21 +49,19 @@ def behind(request_id: int, ids: list[int], max_tokens: int, **changes: object):
     return make_request(request_id, ids, max_tokens, cartridges=("a",), **changes)
 
 
-def answer_to(world: World, action: LoadCartridge | UnloadCartridge) -> CommandDone | CommandFailed:
-    command_id = 1_000 + world.num_turns
-    actions = world.manager.take_turn([Command(command_id, action)], world.now)
-    world.num_turns += 1
-    assert not actions.to_worker
-    (answer,) = actions.messages
-    assert isinstance(answer, CommandDone | CommandFailed)
-    assert answer.command_id == command_id
-    return answer
-
-
-def refusal_of(world: World, action: LoadCartridge | UnloadCartridge) -> tuple[str | None, str]:
-    answer = answer_to(world, action)
+def refusal_of(world: World, action: Action) -> tuple[str | None, str]:
+    """Why a command fails at once."""
+    answer = world.command_answers[world.command(action)]
     assert isinstance(answer, CommandFailed)
     return answer.field, answer.reason
+
+
+def run_control(world: World, action: Action) -> CommandDone | CommandFailed:
+    """Runs a command that goes to the worker, behind the batches in flight."""
+    command_id = world.command(action)
+    while command_id not in world.command_answers:
+        world.turn(num_results=1)
+    return world.command_answers[command_id]
 
 
 # --- requests ------------------------------------------------------------------------------------
@@ -172,7 +175,7 @@ def test_the_state_of_the_last_token_is_pooled_and_the_mean_is_refused() -> None
 
 def test_requests_that_cannot_have_their_cartridges_are_refused() -> None:
     world = World(make_config())
-    load = Command(7, LoadCartridge("a", "a", 5))
+    load = world.make_command(LoadCartridge("a", "a", 5))
     world.turn(load, behind(1, prompt(3), 3))  # its pages are not written yet
     assert world.rejected[1].reason == "no cartridge 'a' is loaded"
     world.turn(num_results=1)
@@ -219,8 +222,9 @@ def test_pages_of_a_cartridge_are_never_evicted() -> None:
 def test_a_flush_drops_the_text_behind_a_cartridge_and_keeps_the_cartridge() -> None:
     world = world_with(10)
     world.finish(behind(1, prompt(9), 3))
-    world.turn(Command(1, FlushCache()))
-    assert world.flushed[-1].num_pages == 3  # 21 positions were written; two pages are pinned
+    flushed = world.command_answers[world.command(FlushCache())]
+    assert isinstance(flushed, CommandDone)
+    assert flushed.num_pages == 3  # 21 positions were written; two pages are pinned
     world.finish(behind(2, prompt(9), 3))
     assert world.answers[2, 0].num_cached_tokens == 0
     assert world.manager._running.pages.num_pinned == 3
@@ -278,7 +282,8 @@ def test_a_load_writes_pages_and_is_answered_when_they_are_written() -> None:
 
 def test_batches_run_while_a_cartridge_is_written() -> None:
     world = World(make_config(scheduling_steps_ahead=2))
-    world.turn(make_request(1, prompt(5), 9), Command(7, LoadCartridge("a", "a", 5)))
+    load = world.make_command(LoadCartridge("a", "a", 5))
+    world.turn(make_request(1, prompt(5), 9), load)
     assert [type(result).__name__ for result in world.results] == [
         "ControlDone",
         "ForwardResult",
@@ -289,8 +294,8 @@ def test_batches_run_while_a_cartridge_is_written() -> None:
 
 def test_pages_of_a_cartridge_that_could_not_be_written_are_given_back() -> None:
     world = World(make_config())
-    world.load("a", 9, path="missing a")
-    (failure,) = world.failed.values()
+    failure = world.load("a", 9, path="missing a")
+    assert isinstance(failure, CommandFailed)
     assert (failure.field, failure.reason) == ("path", "missing a does not exist")
     assert world.manager._running.pages.num_available == world.config.num_pages
     world.load("a", 9)
@@ -324,16 +329,16 @@ def test_a_load_evicts_what_is_cached() -> None:
     assert world.manager._running.pages.num_available == 0
 
 
-def test_an_unload_waits_for_no_request() -> None:
+def test_an_unload_fails_while_a_request_names_the_cartridge() -> None:
     world = world_with(6)
     world.turn(behind(1, prompt(5), 6))
-    failure = world.unload("a")
-    assert isinstance(failure, CommandFailed)
-    assert failure.reason == "a request that has not ended names cartridge 'a'"
-    assert isinstance(world.unload("b"), CommandFailed)
+    reason = "a request that has not ended names cartridge 'a'"
+    assert refusal_of(world, UnloadCartridge("a")) == ("name", reason)
+    assert refusal_of(world, UnloadCartridge("b")) == ("name", "no cartridge 'b' is loaded")
     # In one turn with the end of the last request.
-    world.turn(AbortRequest(1), Command(9, UnloadCartridge("a")))
-    assert world.unloaded["a"].num_tokens >= 6
+    unload = world.make_command(UnloadCartridge("a"))
+    world.turn(AbortRequest(1), unload)
+    assert isinstance(world.command_answers[unload.command_id], CommandDone)
     world.turn(behind(2, prompt(5), 6))
     assert world.rejected[2].reason == "no cartridge 'a' is loaded"
     world.drain()
@@ -368,7 +373,7 @@ def test_another_version_of_a_cartridge_shares_nothing_with_the_one_before() -> 
     world.load("a", 6, path="a, retrained")
     world.finish(behind(2, prompt(9), 3))
     assert world.answers[2, 0].num_cached_tokens == 0
-    assert world.answers[1, 0].expected.ids != world.answers[2, 0].expected.ids
+    assert world.answers[1, 0].ids != world.answers[2, 0].ids
 
 
 def test_a_pseudo_id_is_never_used_again() -> None:
@@ -397,3 +402,77 @@ def test_a_full_queue_goes_on_when_an_unload_frees_pages() -> None:
     world.drain()
     assert np.all([world.answers[i, 0].reason is FinishReason.LENGTH for i in range(4)])
     assert all(isinstance(batch, ForwardBatch) for batch in world.batches)
+
+
+# --- weights and memory --------------------------------------------------------------------------
+
+
+def test_a_cartridge_outlives_an_update_of_the_weights_and_the_text_behind_it_does_not() -> None:
+    for num_tokens in SIZES:
+        with named(num_tokens):
+            world = world_with(num_tokens)
+            world.finish(behind(1, prompt(10), 3))
+            num_writes = len(world.controls)
+            world.turn(behind(2, prompt(6, 2), 12))
+            assert isinstance(run_control(world, UpdateWeights(1, GOOD_FILES)), CommandDone)
+            world.drain()
+            assert len(world.controls) == num_writes + 1  # it is not written again
+            world.finish(behind(3, prompt(10), 3))
+            world.finish(behind(4, prompt(10), 3))
+            assert world.answers[3, 0].num_cached_tokens == 0
+            assert world.answers[4, 0].num_cached_tokens > 0
+            assert isinstance(world.unload("a"), CommandDone)
+            assert world.manager._running.pages.num_available >= world.config.num_pages
+
+
+def test_cartridges_are_written_again_when_a_kv_cache_is_restored() -> None:
+    world = world_with(6)
+    world.load("b", 9)
+    world.turn(behind(1, prompt(6), 12))
+    run_control(world, ReleaseMemory(weights=False, kv_cache=True))
+    field, reason = refusal_of(world, LoadCartridge("c", "c", 3))
+    assert field is None
+    assert "restore it first" in reason
+    num_controls, num_batches = len(world.controls), len(world.batches)
+    restore = world.command(RestoreMemory(weights=False, kv_cache=True))
+    world.turn(num_results=1)
+    again = [control.action for control in world.controls[num_controls + 1 :]]
+    assert [action.path for action in again if isinstance(action, WriteCartridge)] == ["a", "b"]
+    # Nothing runs, and the restore is not answered, before the last cartridge is there.
+    world.turn(num_results=1)
+    assert len(world.batches) == num_batches
+    assert restore not in world.command_answers
+    world.turn(num_results=1)
+    assert isinstance(world.command_answers[restore], CommandDone)
+    assert len(world.batches) > num_batches
+    world.drain()
+    world.finish(make_request(2, prompt(6), 12, cartridges=("b",)))
+
+
+def test_a_cartridge_that_cannot_be_written_again_is_unloaded_with_its_requests() -> None:
+    world = world_with(6)
+    world.turn(behind(1, prompt(6), 12), make_request(2, prompt(6), 12))
+    run_control(world, ReleaseMemory(weights=False, kv_cache=True))
+    world.device.keeps_files = False
+    done = run_control(world, RestoreMemory(weights=False, kv_cache=True))
+    assert isinstance(done, CommandDone)
+    assert world.answers[1, 0].reason is FinishReason.ABORT
+    world.turn(behind(3, prompt(6), 12))
+    assert world.rejected[3].reason == "no cartridge 'a' is loaded"
+    world.drain()
+    assert world.answers[2, 0].reason is FinishReason.LENGTH
+    world.device.keeps_files = True
+    world.load("a", 6)
+    world.finish(behind(4, prompt(6), 3))
+
+
+def test_a_restore_of_the_weights_alone_writes_no_cartridge() -> None:
+    world = world_with(6)
+    run_control(world, ReleaseMemory(weights=True, kv_cache=False))
+    run_control(world, RestoreMemory(weights=True, kv_cache=False))
+    assert [type(control.action) for control in world.controls] == [
+        WriteCartridge,
+        ReleaseMemory,
+        RestoreMemory,
+    ]
+    world.finish(behind(1, prompt(6), 3))

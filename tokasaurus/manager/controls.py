@@ -55,7 +55,7 @@ from tokasaurus.protocol.commands import (
     UpdateWeights,
     WriteCartridge,
 )
-from tokasaurus.protocol.messages import ToServer, ToWorker
+from tokasaurus.protocol.messages import ToWorker
 from tokasaurus.rounding import ceil_div
 
 __all__ = ["MAX_WEIGHTS_VERSION", "TIME_LIMITS_S", "Controls"]
@@ -101,6 +101,7 @@ class Controls:
         preempt: takes the pages of the sequences in these slots.
         abort: ends the requests with these ids, as far as they live, and gets their updates ready
             to be sent; returns the number of sequences that it ended.
+        answer: takes an answer to the server, to be sent after these updates.
     """
 
     def __init__(
@@ -109,14 +110,15 @@ class Controls:
         backlog: Backlog,
         preempt: Callable[[IndexArray], None],
         abort: Callable[[list[int]], int],
+        answer: Callable[[CommandDone | CommandFailed], None],
     ) -> None:
         self.paused: PauseMode | None = None
         self._running = running
         self._backlog = backlog
         self._preempt = preempt
         self._abort = abort
+        self._answer = answer
         self._waiting: deque[_Waiting] = deque()
-        self._answers: list[ToServer] = []
         self._orders: list[ToWorker] = []
         # The answers to pauses, for when they are done.
         self._pausing: list[CommandDone] = []
@@ -202,11 +204,6 @@ class Controls:
                 return
             self._carry_out(self._waiting.popleft(), now)
 
-    def take_answers(self) -> list[ToServer]:
-        """Takes out the answers to commands."""
-        answers, self._answers = self._answers, []
-        return answers
-
     def take_orders(self) -> list[ToWorker]:
         """Takes out what the worker is to do."""
         orders, self._orders = self._orders, []
@@ -226,8 +223,9 @@ class Controls:
             return
         if self.paused is PauseMode.DRAIN and self._running.num_begun:
             return
-        self._answers += self._pausing
-        self._pausing = []
+        done, self._pausing = self._pausing, []
+        for answer in done:
+            self._answer(answer)
 
     def _cancel_drain(self, reason: str) -> None:
         """Fails the drains that have not finished."""
@@ -475,7 +473,7 @@ class Controls:
     ) -> None:
         if num_tokens is None:
             num_tokens = num_pages * self._running.pages.page_size
-        self._answers.append(
+        self._answer(
             CommandDone(
                 command_id,
                 num_pages=num_pages,
@@ -486,4 +484,4 @@ class Controls:
         )
 
     def _failed(self, command_id: int, reason: str, field: str | None = None) -> None:
-        self._answers.append(CommandFailed(command_id, reason, field))
+        self._answer(CommandFailed(command_id, reason, field))

@@ -38,6 +38,8 @@ def check_invariants(running: RunningSequences, backlog: Backlog) -> None:
     orphans = [table for table, is_found in zip(tables, is_open, strict=True) if not is_found]
     check_allocator(running.pages, [*tables, *pins], orphans)
     _check_cartridges(running)
+    versions = slots.weights_version[slots.order >= 0]
+    _require(bool((versions == running.weights_version).all()), "a sequence has other weights")
     for holder, is_found in zip(holders, is_open, strict=True):
         if not is_found:
             continue

@@ -31,7 +31,7 @@ from tokasaurus.manager.sequence import Request, Sequence, SequenceState
 from tokasaurus.manager.slots import IndexArray
 from tokasaurus.manager.waiting import Backlog
 from tokasaurus.protocol.arrays import Int32Array
-from tokasaurus.protocol.commands import Command, ControlDone
+from tokasaurus.protocol.commands import Command, CommandDone, CommandFailed, ControlDone
 from tokasaurus.protocol.messages import (
     MAX_PRIORITY,
     AbortRequest,
@@ -84,7 +84,11 @@ class Manager:
         self._step_timer = StepTimer()
         self._outbox = Outbox()
         self._controls = Controls(
-            self._running, self._backlog, self._scheduler.preempt, self._abort_requests
+            self._running,
+            self._backlog,
+            preempt=self._scheduler.preempt,
+            abort=self._abort_requests,
+            answer=self._answer,
         )
         self._messages: list[ToServer] = []  # of this turn
         self._is_ordinary = True  # whether this turn has no command and no control
@@ -140,7 +144,6 @@ class Manager:
             num_results += isinstance(event, ForwardResult)
         self._settle()
         self._controls.advance(now)
-        self._messages += self._controls.take_answers()
         self._controls.check_deadline(now)
         to_worker = self._controls.take_orders() + self._plan(now)
         self._step_timer.absorbed(now, num_results, self.num_in_flight == 0)
@@ -321,9 +324,11 @@ class Manager:
         else:
             self._controls.absorb(event, now)
             self._step_timer.interrupt()
-        self._messages += self._controls.take_answers()
         self._admission.pages_come_free()
         self._is_ordinary = False
+
+    def _answer(self, answer: CommandDone | CommandFailed) -> None:
+        self._messages.append(answer)
 
     def _abort_requests(self, request_ids: list[int]) -> int:
         num_before = self._backlog.num_sequences
