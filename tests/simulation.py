@@ -868,7 +868,10 @@ class Simulation(World):
     @staticmethod
     def commanded_with_cartridges_of_seed(seed: int) -> Simulation:
         """The same among other commands: weights change, and what the cache held is lost."""
-        return Simulation._with_cartridges(Simulation.commanded_of_seed(seed), seed)
+        world = Simulation._with_cartridges(Simulation.commanded_of_seed(seed), seed)
+        # Often, so that a restore meets loaded cartridges.
+        world.habits = dataclasses.replace(world.habits, arrivals=1.0, commands=0.5)
+        return world
 
     @staticmethod
     def _with_cartridges(world: Simulation, seed: int) -> Simulation:

@@ -85,7 +85,7 @@ def test_worlds_with_cartridges() -> None:
 def test_worlds_with_cartridges_and_commands() -> None:
     """Cartridges outlive updates, and are written again or lost when a cache is restored."""
     make_world = Simulation.commanded_with_cartridges_of_seed
-    counts = run_worlds_with_cartridges(80_000, 6_000, make_world)
+    counts = run_worlds_with_cartridges(80_000, 20_000, make_world)
     assert counts["loads"] > 50
     assert counts["losses"] > 3
 

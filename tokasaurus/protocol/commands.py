@@ -100,7 +100,8 @@ class RestoreMemory(_Action, frozen=True):
     """Allocate what was released again.
 
     Weights are read again from the files that they came from. Where these do not exist any more,
-    nothing runs until an UpdateWeights.
+    nothing runs until an UpdateWeights. With the KV cache, loaded cartridges are written again. One
+    that cannot be is unloaded, and the requests that name it end with FinishReason.ABORT.
     """
 
     weights: bool

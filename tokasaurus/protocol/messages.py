@@ -202,7 +202,7 @@ class GenerateRequest(Message, frozen=True):
     grammar: str = ""
     # The samples to generate; None generates all ``n`` from their beginning.
     progress: Progress | None = None
-    # Names of loaded cartridges, whose tokens come before the prompt, in this order.
+    # The name of a loaded cartridge, which comes before the prompt; more than one is refused.
     cartridges: tuple[str, ...] = ()
 
 
@@ -265,7 +265,7 @@ class PromptLogprobs(Message, frozen=True):
     """
 
     request_id: int
-    first_position: int
+    first_position: int  # in the prompt, which does not count a cartridge
     logprobs: Float32Array  # [tokens]
     ranks: Int32Array  # [tokens] 1 is the likeliest token
     top_ids: Int32Array  # [tokens, k]
