@@ -76,18 +76,22 @@ from tokasaurus.protocol.messages import (
 )
 from tokasaurus.rounding import ceil_div
 
-DEFAULTS = resolve(
-    EngineConfig(model="any"),
-    ModelFacts(
-        path="",
-        vocab_size=VOCAB_SIZE,
-        max_position_embeddings=4096,
-        kv_elements_per_token=1,
-        eos_token_ids=(),
-    ),
-    cuda_available=False,
-    memory_bytes=None,
-).manager
+DEFAULTS = (
+    resolve(
+        EngineConfig(model="any"),
+        ModelFacts(
+            path="",
+            vocab_size=VOCAB_SIZE,
+            max_position_embeddings=4096,
+            kv_elements_per_token=1,
+            eos_token_ids=(),
+        ),
+        cuda_available=False,
+        memory_bytes=None,
+    )
+    .replicas[0]
+    .manager
+)
 
 
 def make_config(**changes: Any) -> ManagerConfig:
