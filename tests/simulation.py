@@ -36,6 +36,7 @@ from tokasaurus.common_types import EngineConfig
 from tokasaurus.config.resolve import resolve
 from tokasaurus.config.slices import AdmissionConfig, ManagerConfig, ModelFacts
 from tokasaurus.manager import token_window
+from tokasaurus.manager.controls import MAX_WEIGHTS_VERSION
 from tokasaurus.manager.invariants import check_invariants
 from tokasaurus.manager.manager import Manager
 from tokasaurus.protocol.commands import (
@@ -73,24 +74,29 @@ from tokasaurus.protocol.messages import (
     RequestRejected,
     Sampling,
     SequenceUpdates,
+    SlotParameters,
     StopSequence,
     ToServer,
     ToWorker,
 )
 from tokasaurus.rounding import ceil_div
 
-DEFAULTS = resolve(
-    EngineConfig(model="any"),
-    ModelFacts(
-        path="",
-        vocab_size=VOCAB_SIZE,
-        max_position_embeddings=4096,
-        kv_elements_per_token=1,
-        eos_token_ids=(),
-    ),
-    cuda_available=False,
-    memory_bytes=None,
-).manager
+DEFAULTS = (
+    resolve(
+        EngineConfig(model="any"),
+        ModelFacts(
+            path="",
+            vocab_size=VOCAB_SIZE,
+            max_position_embeddings=4096,
+            kv_elements_per_token=1,
+            eos_token_ids=(),
+        ),
+        cuda_available=False,
+        memory_bytes=None,
+    )
+    .replicas[0]
+    .manager
+)
 
 
 def make_config(**changes: Any) -> ManagerConfig:
@@ -181,7 +187,8 @@ class World:
         self.command_answers: dict[int, CommandDone | CommandFailed] = {}
         self.doomed: dict[int, list[int]] = {}  # by command: the requests that it is to abort
         self.weights_versions = [0]  # all so far, as the answers say
-        self.is_quiet = False  # a pause is over that lets nothing run
+        self.is_quiet = False  # a pause is done that lets nothing run
+        self.begun: set[tuple[int, int]] = set()  # names of those that the device has seen
         self.rejected: dict[int, RequestRejected] = {}
         self.results: deque[FromWorker] = deque()
         self.batches: list[ForwardBatch] = []
@@ -221,6 +228,8 @@ class World:
         assert self.manager.at_rest == (not self.results)
         is_waited_for = any(isinstance(result, ControlDone) for result in self.results)
         assert (self.manager.deadline is not None) == is_waited_for
+        if self.is_quiet or is_waited_for:
+            assert not self.manager._running.num_running, "a sequence holds pages in a pause"
 
     def command(self, action: Action, num_results: int = 0) -> int:
         """Sends a command in a turn of its own; returns its id."""
@@ -319,6 +328,7 @@ class World:
         assert not backlog.requests
         assert backlog.num_sequences == len(backlog) == len(backlog.waiting()) == 0
         assert not backlog._heap
+        assert not backlog._held
         assert running.slots.num_free == self.config.num_slots
         assert not running.prefilling
         assert not running.preempted
@@ -478,6 +488,7 @@ class World:
 
     def _send_batch(self, batch: ForwardBatch) -> None:
         if batch.parameters is not None:
+            self._note_begun(batch.parameters)
             for slot in batch.parameters.slots.tolist():
                 last = self.last_named.get(slot, -1)
                 assert last < self.num_absorbed, (
@@ -489,6 +500,13 @@ class World:
         self.results.append(self.device.run(batch))
         for slot in batch.decode_slots.tolist() + batch.draw_slots.tolist():
             self._check_stop_lag(slot)
+
+    def _note_begun(self, parameters: SlotParameters) -> None:
+        request_ids = [self.request_ids[seed] for seed in parameters.seed.tolist()]
+        names = set(zip(request_ids, parameters.sample_index.tolist(), strict=True))
+        if self.manager._controls.paused is PauseMode.DRAIN:
+            assert names <= self.begun, "a sequence begins in a drain"
+        self.begun |= names
 
     def _check_stop_lag(self, slot: int) -> None:
         """No token is drawn beyond ``max_tokens``, or too far beyond the acknowledged ones."""
@@ -582,6 +600,8 @@ class World:
         doomed = self.doomed.get(answer.command_id, [])
         assert not {request_id for request_id, _ in self.living} & set(doomed)
         if isinstance(action, Pause):
+            if action.mode is PauseMode.DRAIN:
+                assert not self.begun & self.living.keys(), "a drain ends too early"
             names = list(self.commands)
             later = names[names.index(answer.command_id) + 1 :]
             is_last = not any(isinstance(self.commands[n].action, Pause | Resume) for n in later)
@@ -589,7 +609,7 @@ class World:
 
     def _check_failed(self, answer: CommandFailed, action: Action) -> None:
         if isinstance(action, UpdateWeights):
-            is_old = action.version <= self.weights_versions[-1]
+            is_old = not self.weights_versions[-1] < action.version <= MAX_WEIGHTS_VERSION
             is_released = "released" in answer.reason
             assert is_old or is_released or action.files == BAD_FILES
             assert (answer.field == "version") == is_old
@@ -841,10 +861,8 @@ class Simulation(World):
 
     def _action(self) -> Action:
         chance = self._random
-        flag = [True, False]
-        kind = chance.choice(
-            ["pause"] * 4 + ["resume"] * 4 + ["update"] * 4 + ["memory"] * 4 + [""]
-        )
+        counts = {"pause": 4, "resume": 5, "update": 2, "release": 2, "restore": 5, "other": 1}
+        kind = chance.choice([kind for kind, count in counts.items() for _ in range(count)])
         if kind == "pause":
             return Pause(chance.choice([*PauseMode, PauseMode.KEEP, PauseMode.DRAIN]))
         if kind == "resume":
@@ -853,9 +871,11 @@ class Simulation(World):
             files = chance.choice([GOOD_FILES, GOOD_FILES, GOOD_FILES, BAD_FILES])
             version = self.next_version - chance.choice([0, 0, 0, 0, 0, 1, 2])
             return UpdateWeights(max(0, version), files)
-        if kind == "memory":
-            memory = chance.choice([ReleaseMemory, RestoreMemory, RestoreMemory])
-            return memory(weights=chance.choice(flag), kv_cache=chance.choice(flag))
+        parts = chance.choice([(True, False), (False, True), (True, True)])
+        if kind == "release":
+            return ReleaseMemory(*parts)
+        if kind == "restore":
+            return RestoreMemory(*parts)
         return chance.choice([AbortAll(), FlushCache()])
 
     # --- cartridges ------------------------------------------------------------------------------

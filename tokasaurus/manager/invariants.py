@@ -271,12 +271,17 @@ def _check_backlog(running: RunningSequences, backlog: Backlog) -> None:
         claiming <= {*running.prefilling, *waiting},
         "a sequence claims a page and does not feed its prompt",
     )
+    held = set(backlog.held())
+    _require(
+        all(sequence.state is SequenceState.PARKED for sequence in held),
+        "a sequence that is held back is elsewhere too",
+    )
     waits_for_pages = set(in_progress.waiting())
     for sequence in living:
         if sequence.state is SequenceState.PARKED:
             _require(
                 sequence in waits_for_pages
-                or backlog.is_held(sequence)
+                or sequence in held
                 or not sequence.may_sample(running.stop_lag),
                 f"{sequence.name} is parked without a reason",
             )

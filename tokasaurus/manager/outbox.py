@@ -154,13 +154,14 @@ def _stored_rows(
     """A row for each version among the stored tokens; the last one says that it has ended."""
     # A stream was sent everything before it lost its slot.
     stored = [] if sequence.request.incremental else sequence.stored
+    latest = stored[-1].weights_version if stored else weights_version
+    if not stored or stored[0].weights_version == latest:  # versions never decrease
+        return [_StoredRow(sequence, stored, latest, reason)]
     versions = groupby(stored, key=lambda piece: piece.weights_version)
     rows = [
         _StoredRow(sequence, list(pieces), version, FinishReason.RUNNING)
         for version, pieces in versions
     ]
-    if not rows:
-        return [_StoredRow(sequence, [], weights_version, reason)]
     rows[-1] = rows[-1]._replace(finish_reason=reason)
     return rows
 

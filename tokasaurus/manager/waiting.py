@@ -175,9 +175,9 @@ class Backlog:
         for sequence in held:
             self.wake(sequence)
 
-    def is_held(self, sequence: Sequence) -> bool:
-        """Whether it is kept out of the queue because it has not begun."""
-        return sequence in self._held
+    def held(self) -> list[Sequence]:
+        """The sequences that are kept out of the queue because they have not begun."""
+        return list(self._held)
 
     def num_followers(self, leader: Sequence) -> int:
         """How many sequences would fork from this one when it has fed its prompt."""
