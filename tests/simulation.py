@@ -228,7 +228,7 @@ class World:
         assert self.manager.at_rest == (not self.results)
         is_waited_for = any(isinstance(result, ControlDone) for result in self.results)
         assert (self.manager.deadline is not None) == is_waited_for
-        if self.is_quiet or is_waited_for:
+        if self.is_quiet or not all(map(self._lets_batches_run, self.results)):
             assert not self.manager._running.num_running, "a sequence holds pages in a pause"
 
     def command(self, action: Action, num_results: int = 0) -> int:
@@ -418,15 +418,18 @@ class World:
                 if load.path == control.action.path:
                     self.rewritten[control.number] = name
 
-    def _may_follow(self, order: ToWorker, result: FromWorker) -> bool:
-        """Batches may follow a load; what is written again after a restore follows each other."""
+    def _lets_batches_run(self, result: FromWorker) -> bool:
+        """Whether it is no answer to a control, or to that of a load."""
         if not isinstance(result, ControlDone):
             return True
         (control,) = [control for control in self.controls if control.number == result.number]
-        if not isinstance(control.action, WriteCartridge):
-            return False
-        is_batch = isinstance(order, ForwardBatch)
-        return is_batch != (control.number in self.rewritten)
+        return isinstance(control.action, WriteCartridge) and result.number not in self.rewritten
+
+    def _may_follow(self, order: ToWorker, result: FromWorker) -> bool:
+        """Batches may follow a load; what is written again after a restore follows each other."""
+        if isinstance(order, ForwardBatch):
+            return self._lets_batches_run(result)
+        return not isinstance(result, ControlDone) or result.number in self.rewritten
 
     def _note_loss(self, result: FromWorker) -> None:
         """A cartridge that cannot be written again is lost, and so are the requests with it."""
