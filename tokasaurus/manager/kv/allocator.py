@@ -84,8 +84,9 @@ class PageAllocator:
         Raises:
             ProtocolError: ``num_available`` is smaller.
         """
+        pages = self.allocate(count)
         self.num_pinned += count
-        return self.allocate(count)
+        return pages
 
     def unpin(self, pages: Int32Array, first_id: int) -> int:
         """Gives back pinned pages, and forgets all prefixes that begin with this id.
