@@ -180,7 +180,7 @@ def test_requests_that_cannot_have_their_cartridges_are_refused() -> None:
     assert world.rejected[1].reason == "no cartridge 'a' is loaded"
     world.turn(num_results=1)
     world.turn(make_request(2, prompt(3), 3, cartridges=("a", "a")), behind(3, prompt(3), 3))
-    assert "2 cartridges are too many" in world.rejected[2].reason
+    assert "may have one cartridge, and this one has 2" in world.rejected[2].reason
     assert {world.rejected[i].field for i in (1, 2)} == {"cartridges"}
     world.drain()
     assert world.answers[3, 0].reason is FinishReason.LENGTH

@@ -307,27 +307,33 @@ class Controls:
         elif not self._has_weights_memory:
             self._failed(command_id, "the memory of the weights is released; restore it first")
         else:
-            self._preempt_all()
-            self._send(_Sent(self._control(action), command_id), now)
+            self._preempt_all()  # what they have computed is lost
+            self._send(command_id, action, now)
 
     def _change_memory(
         self, command_id: int, action: ReleaseMemory | RestoreMemory, now: float
     ) -> None:
         if action.weights or action.kv_cache:
             self._preempt_all()
-            self._send(_Sent(self._control(action), command_id), now)
+            self._send(command_id, action, now)
         else:
             self._done(command_id)
 
-    def _control(self, action: DeviceAction) -> Control:
-        return Control(self._running.in_flight.next_number, action)
-
-    def _send(self, sent: _Sent, now: float) -> None:
-        self._running.in_flight.add_control(sent.control)
+    def _send(
+        self,
+        command_id: int,
+        action: DeviceAction,
+        now: float,
+        *,
+        cartridge: str = "",
+        rewrites: bool = False,
+    ) -> None:
+        control = Control(self._running.in_flight.next_number, action)
+        self._running.in_flight.add_control(control)
         if not self._sent:
             self._oldest_since = now
-        self._sent.append(sent)
-        self._orders.append(sent.control)
+        self._sent.append(_Sent(control, command_id, cartridge, rewrites))
+        self._orders.append(control)
 
     def _has_done(self, action: DeviceAction, done: ControlDone) -> int:
         """The worker has carried out a control; returns how many pages left the prefix cache.
@@ -361,15 +367,12 @@ class Controls:
             self._failed(command_id, reason, field)
             return
         cartridges = self._running.cartridges
-        self._write(cartridges.begin(action.name, action.path, action.num_tokens), command_id, now)
+        cartridge = cartridges.begin(action.name, action.path, action.num_tokens)
+        self._write(command_id, cartridge, now, rewrites=False)
 
-    def _write(
-        self, cartridge: Cartridge, command_id: int, now: float, *, rewrites: bool = False
-    ) -> None:
-        control = self._control(
-            WriteCartridge(cartridge.path, cartridge.num_tokens, cartridge.pages)
-        )
-        self._send(_Sent(control, command_id, cartridge.name, rewrites), now)
+    def _write(self, command_id: int, cartridge: Cartridge, now: float, *, rewrites: bool) -> None:
+        action = WriteCartridge(cartridge.path, cartridge.num_tokens, cartridge.pages)
+        self._send(command_id, action, now, cartridge=cartridge.name, rewrites=rewrites)
 
     def _why_not_load(self, action: LoadCartridge) -> tuple[str | None, str] | None:
         """The field that is wrong and the reason, where a cartridge cannot be loaded."""
@@ -425,7 +428,7 @@ class Controls:
     def _write_again(self, command_id: int, now: float) -> None:
         """Writes all cartridges after a restore, whose command the last of them answers."""
         for cartridge in self._running.cartridges.all():
-            self._write(cartridge, command_id, now, rewrites=True)
+            self._write(command_id, cartridge, now, rewrites=True)
 
     def _has_written(self, sent: _Sent, error: str | None) -> None:
         """The worker has written a cartridge, or could not."""

@@ -261,8 +261,8 @@ class Manager:
         if not 0 <= request.first_k <= request.n:
             return "first_k", f"first_k is {request.first_k}; it must be from 1 to n={request.n}"
         if len(request.cartridges) > 1:
-            reason = "the positions of one cartridge would follow those of another"
-            return "cartridges", f"{len(request.cartridges)} cartridges are too many: {reason}"
+            reason = f"a request may have one cartridge, and this one has {len(request.cartridges)}"
+            return "cartridges", f"{reason}: each was trained at the positions from 0 on"
         cartridges = self._running.cartridges
         for name in request.cartridges:
             if cartridges.find(name) is None:
