@@ -25,6 +25,9 @@ class ModelFacts:
     # After the RoPE scaling, the user's if there is one.
     max_position_embeddings: int
     kv_elements_per_token: int  # 2 * layers * kv heads * head size
+    # Numbers in all weights. A head that shares the embedding's weight does not count.
+    num_parameters: int
+    num_tied_parameters: int  # those that embedding and head share
     eos_token_ids: tuple[int, ...]
     # From generation_config.json; None if it says nothing.
     temperature: float | None = None
@@ -156,6 +159,7 @@ class EngineSlices:
     server: ServerConfig
     manager: ManagerConfig
     worker: WorkerConfig
+    memory_plan: str  # a line for the log
     log_level: str
     log_procs: tuple[str, ...] | None
     local_proc_name: str
