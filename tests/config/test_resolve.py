@@ -32,6 +32,11 @@ def slices(*, facts=FACTS, cuda_available=False, memory_bytes=24 * GIB, **flags)
     return resolve(config, facts, cuda_available=cuda_available, memory_bytes=memory_bytes)
 
 
+def manager_of(**arguments):
+    (replica,) = slices(**arguments).replicas
+    return replica.manager
+
+
 def problems(**arguments):
     with pytest.raises(ConfigError) as caught:
         slices(**arguments)
@@ -40,7 +45,9 @@ def problems(**arguments):
 
 def test_default_configuration():
     result = slices()
-    manager, worker, server = result.manager, result.worker, result.server
+    (replica,) = result.replicas
+    (worker,) = replica.workers
+    manager, server = replica.manager, result.server
     assert (manager.page_size, manager.num_pages, manager.num_slots) == (16, 8192, 2048)
     assert (manager.max_seqs_per_forward, manager.max_tokens_per_forward) == (1024, 8192)
     assert (manager.max_request_tokens, manager.scheduling_steps_ahead) == (4096, 8)
@@ -62,9 +69,12 @@ def test_default_configuration():
 
 def test_the_rooms_get_the_same_sizes():
     result = slices(page_size=8, kv_cache_num_tokens=1024, max_seqs_per_forward=4)
+    (replica,) = result.replicas
+    manager, (worker,), server = replica.manager, replica.workers, result.server
+    assert (worker.rank, worker.world) == (0, 1)
     for name in ("page_size", "num_pages", "num_slots", "max_tokens_per_forward"):
-        assert getattr(result.manager, name) == getattr(result.worker, name)
-    for room in (result.manager, result.worker, result.server):
+        assert getattr(manager, name) == getattr(worker, name)
+    for room in (manager, worker, server):
         assert room.max_request_tokens == 1024
         assert room.max_seqs_per_forward == 4
 
@@ -87,7 +97,7 @@ def test_every_choice_reaches_its_room():
         shutdown_timeout_s=1,
         port=0,
     )
-    server, worker = result.server, result.worker
+    server, worker = result.server, result.replicas[0].workers[0]
     assert (server.model_name, server.model_root, server.tokenizer_path) == (
         "mine",
         "org/name",
@@ -98,7 +108,8 @@ def test_every_choice_reaches_its_room():
     assert (server.trust_remote_code, worker.trust_remote_code) == (True, True)
     assert json.loads(worker.rope_scaling) == {"factor": 2.0}
     assert (worker.num_threads, worker.attention, worker.max_topk_logprobs) == (3, "reference", 5)
-    assert (result.manager.check_invariants, result.manager.force_preemption) == (True, True)
+    manager = result.replicas[0].manager
+    assert (manager.check_invariants, manager.force_preemption) == (True, True)
     assert (result.log_procs, result.local_proc_name) == (("worker", "server"), "worker")
     assert slices(model="org/name").server.model_name == "org/name"
 
@@ -118,7 +129,7 @@ def test_every_choice_reaches_its_room():
     ],
 )
 def test_device_and_dtype(flags, cuda_available, expected):
-    worker = slices(cuda_available=cuda_available, **flags).worker
+    worker = slices(cuda_available=cuda_available, **flags).replicas[0].workers[0]
     assert (worker.device, worker.dtype) == expected
 
 
@@ -141,7 +152,7 @@ def test_cuda_without_a_device_is_an_error():
     ],
 )
 def test_batch_sizes_adapt_to_each_other(flags, expected):
-    manager = slices(**flags).manager
+    manager = manager_of(**flags)
     assert (manager.max_seqs_per_forward, manager.max_tokens_per_forward) == expected
     assert manager.num_slots == 2 * expected[0]
 
@@ -164,7 +175,7 @@ def test_conflicting_batch_sizes():
     ],
 )
 def test_page_size_and_number_of_pages(flags, page_size, num_pages):
-    manager = slices(**flags).manager
+    manager = manager_of(**flags)
     assert (manager.page_size, manager.num_pages) == (page_size, num_pages)
 
 
@@ -178,9 +189,9 @@ def test_a_cache_size_that_is_not_a_multiple_of_the_page_size():
 
 
 def test_the_longest_request():
-    assert slices().manager.max_request_tokens == 4096
-    assert slices(kv_cache_num_tokens=1024).manager.max_request_tokens == 1024
-    assert slices(max_num_tokens_per_request=99).manager.max_request_tokens == 99
+    assert manager_of().max_request_tokens == 4096
+    assert manager_of(kv_cache_num_tokens=1024).max_request_tokens == 1024
+    assert manager_of(max_num_tokens_per_request=99).max_request_tokens == 99
     (line,) = problems(max_num_tokens_per_request=2000, kv_cache_num_tokens=1000)
     assert "max_num_tokens_per_request=2000" in line
     assert "kv_cache_num_tokens=1000" in line
@@ -190,7 +201,7 @@ def test_the_longest_request():
 
 def test_the_kv_cache_grows_for_a_large_request():
     facts = dataclasses.replace(FACTS, max_position_embeddings=10**6)
-    manager = slices(facts=facts, max_num_tokens_per_request=200001).manager
+    manager = manager_of(facts=facts, max_num_tokens_per_request=200001)
     assert manager.num_pages == math.ceil(200001 / 16)
     assert manager.max_request_tokens == 200001
 
@@ -218,19 +229,19 @@ def test_the_default_kv_cache_takes_at_most_half_of_what_the_weights_leave():
         ({"memory_bytes": None}, 131072),
         ({"memory_bytes": None, "cuda_available": True}, 131072),
     ):
-        assert slices(**flags).manager.num_pages == num_tokens // 16, flags
+        assert manager_of(**flags).num_pages == num_tokens // 16, flags
 
 
 def test_an_explicit_kv_cache_may_take_all_that_the_weights_leave():
     flags = {"memory_bytes": 12_000_000}
-    assert slices(**flags, kv_cache_num_tokens=2000).manager.num_pages == 125
+    assert manager_of(**flags, kv_cache_num_tokens=2000).num_pages == 125
     (line,) = problems(**flags, kv_cache_num_tokens=2016)
     assert line == (
         "kv_cache_num_tokens=2016 needs a KV cache of 2016 tokens, 8.1 MB in float32; cpu has"
         " 12.0 MB free, and beside 4.0 MB of weights this holds 2000; lower it, or leave it out to"
         " take at most half of what the weights leave"
     )
-    assert slices(**flags, kv_cache_num_tokens=4000, dtype="bfloat16").manager.num_pages == 250
+    assert manager_of(**flags, kv_cache_num_tokens=4000, dtype="bfloat16").num_pages == 250
 
 
 def test_memory_too_small_for_a_request():
@@ -294,7 +305,7 @@ def test_every_conflict_is_reported_at_once():
     value=st.integers(1, 300_000),
 )
 def test_one_explicit_limit_never_conflicts(name, value):
-    manager = slices(**{name: value}).manager
+    manager = manager_of(**{name: value})
     assert 1 <= manager.max_seqs_per_forward <= manager.max_tokens_per_forward
     assert 1 <= manager.max_request_tokens <= manager.num_pages * manager.page_size
     assert manager.num_slots == 2 * manager.max_seqs_per_forward
