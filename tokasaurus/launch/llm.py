@@ -33,7 +33,7 @@ from tokasaurus.launch.assemble import assemble
 from tokasaurus.launch.outputs import RequestOutput, request_output
 from tokasaurus.manager.manager import Manager
 from tokasaurus.model.worker.worker import Worker
-from tokasaurus.protocol.messages import ForwardResult, FromServer
+from tokasaurus.protocol.messages import FromServer, FromWorker
 from tokasaurus.server.protocols.embeddings import embedding, pooling_named
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.generations import Generations
@@ -76,7 +76,7 @@ class LLM:
             else None,
         )
         self._worker.warm_up()
-        self._inbox: list[FromServer | ForwardResult] = []
+        self._inbox: list[FromServer | FromWorker] = []
         self._preparer = Preparer(server, self._tokenizer)
         self._generations = Generations(server, self._tokenizer, self._inbox.append)
         self._lock = threading.Lock()

@@ -239,7 +239,12 @@ def test_a_pass_that_fails_on_the_device_is_named_as_it_is_collected():
     batches = InFlight()
     none = Logprobs.none(0, 1)
     first, second = (
-        batches.add(number, Outputs(Download(torch.tensor([7])), none, none, None, None), clock)
+        batches.add(
+            number,
+            f"batch {number}",
+            Outputs(Download(torch.tensor([7])), none, none, None, None),
+            clock,
+        )
         for number, clock in enumerate((FailingClock(), HostClock()))
     )
     with pytest.raises(EngineError, match="batch 0: RuntimeError: an illegal address"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokasaurus.model import storage
 from tokasaurus.model.linear_methods.base import LinearMethod, LinearSpec
 from tokasaurus.model.placement import Placement
 
@@ -19,8 +20,8 @@ __all__ = ["PackedLinear", "why_not"]
 class PackedLinear(LinearMethod):
     """Multiplies by a weight in oneDNN's own layout.
 
-    While weights are filled there is a plain copy of this product's weight too. ``finish`` drops
-    it.
+    While weights are filled there is a plain copy of this product's weight in place of the packed
+    one. ``finish`` packs it, and drops it.
 
     Args:
         spec: the product.
@@ -40,6 +41,7 @@ class PackedLinear(LinearMethod):
     def fill(self, part: str, kind: str, tensor: Tensor) -> None:
         if kind == "weight":
             if self._plain is None:
+                self._packed = None
                 self._plain = self._place.empty(self._spec.out_size, self._spec.in_size)
             whole = self._plain
         else:
@@ -50,8 +52,18 @@ class PackedLinear(LinearMethod):
     def finish(self) -> None:
         weight = self._plain if self._tied is None else self._tied
         assert weight is not None
+        self._packed = None
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         self._plain = None
+
+    def release(self) -> None:
+        self._plain = self._packed = None
+        if self._bias is not None:
+            storage.release(self._bias)
+
+    def restore(self) -> None:
+        if self._bias is not None:
+            storage.restore(self._bias)
 
     def apply(self, x: Tensor) -> Tensor:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(
