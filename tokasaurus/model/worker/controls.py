@@ -80,7 +80,7 @@ class Controls:
     def check_ready(self) -> None:
         """Raises ProtocolError if a batch cannot run."""
         if not self._weights_ready:
-            raise ProtocolError("it comes while the weights are released")
+            raise ProtocolError("it comes while the weights are released, or half written")
         if not self._cache_ready:
             raise ProtocolError("it comes while the KV cache is released")
 
