@@ -711,4 +711,4 @@ def test_released_memory_goes_back_to_the_system(checkpoint, tmp_path, linear):
         ("start", "restored", 0),
     ]
     check_each(rows, check)
-    assert stages["peak of update"] - stages["with weights"] < 0.25 * weight_bytes, stages
+    assert stages["peak of update"] - stages["with weights"] < 0.4 * weight_bytes, stages
