@@ -63,14 +63,15 @@ class LLM:
         if model is not None:
             flags["model"] = fspath(model)
         slices = assemble(EngineConfig.from_flags(**flags))
+        (replica,) = slices.replicas
         # The caller runs in this process, and could run any code without a template.
         server = dataclasses.replace(slices.server, trust_request_chat_template=True)
         self._tokenizer = Tokenizer.load(server)
         # Every batch is finished before the next is planned, so looking further ahead would only
         # compute tokens after a stop.
-        self._manager = Manager(dataclasses.replace(slices.manager, scheduling_steps_ahead=1))
+        self._manager = Manager(dataclasses.replace(replica.manager, scheduling_steps_ahead=1))
         self._worker: Worker | None = Worker(
-            slices.worker,
+            replica.workers[0],
             partial(self._tokenizer.vocabulary, server.eos_token_ids)
             if server.eos_token_ids
             else None,
@@ -271,9 +272,9 @@ class LLM:
         actions = self._manager.take_turn(events, time.monotonic())
         for message in actions.messages:
             self._generations.absorb(message)
-        for batch in actions.batches:
+        for order in actions.to_worker:
             try:
-                self._inbox.append(self._worker.submit(batch).collect())
+                self._inbox.append(self._worker.submit(order).collect())
             except Exception:
                 # Its state is behind the manager's, so no further batch could be right.
                 self._worker = None
