@@ -30,6 +30,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokasaurus.model import storage
+
 __all__ = ["KVCache"]
 
 
@@ -95,6 +97,14 @@ class KVCache:
             tensor[pages[:full]] = rows[:, :at].reshape(split).transpose(0, 1)
             if rest:
                 tensor[pages[full], :, :rest] = rows[:, at:]
+
+    def release(self) -> None:
+        """Frees the memory. What it held is lost."""
+        storage.release(*self.keys, *self.values)
+
+    def restore(self) -> None:
+        """Allocates the memory again, uninitialised."""
+        storage.restore(*self.keys, *self.values)
 
     @property
     def num_pages(self) -> int:
