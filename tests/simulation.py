@@ -585,6 +585,10 @@ class World:
             assert all(
                 name in self.command_answers
                 or action_mode(self.commands[name].action) is PauseMode.DRAIN
+                or (
+                    isinstance(self.commands[name].action, LoadCartridge)
+                    and isinstance(action, Pause | Resume | FlushCache)
+                )
                 for name in before
             ), "commands are answered in another order"
         if isinstance(answer, CommandDone):
@@ -606,11 +610,20 @@ class World:
         assert not {request_id for request_id, _ in self.living} & set(doomed)
         if isinstance(action, Pause):
             if action.mode is PauseMode.DRAIN:
-                assert not self.begun & self.living.keys(), "a drain ends too early"
+                self._check_drained(answer.command_id)
             names = list(self.commands)
             later = names[names.index(answer.command_id) + 1 :]
             is_last = not any(isinstance(self.commands[n].action, Pause | Resume) for n in later)
             self.is_quiet = is_last and action.mode is not PauseMode.DRAIN
+
+    def _check_drained(self, command_id: int) -> None:
+        """No begun sequence lives, but for those that came after an abort that ended the drain."""
+        left = self.begun & self.living.keys()
+        names = list(self.commands)
+        for name in names[names.index(command_id) + 1 :]:
+            if action_mode(self.commands[name].action) is PauseMode.ABORT:
+                left = {each for each in left if each[0] in self.doomed[name]}
+        assert not left, "a drain ends too early"
 
     def _check_failed(self, answer: CommandFailed, action: Action) -> None:
         if isinstance(action, UpdateWeights):

@@ -17,8 +17,11 @@ from tokasaurus.protocol.commands import (
     CommandFailed,
     FlushCache,
     LoadCartridge,
+    Pause,
+    PauseMode,
     ReleaseMemory,
     RestoreMemory,
+    Resume,
     UnloadCartridge,
     UpdateWeights,
     WriteCartridge,
@@ -476,3 +479,19 @@ def test_a_restore_of_the_weights_alone_writes_no_cartridge() -> None:
         RestoreMemory,
     ]
     world.finish(behind(1, prompt(6), 3))
+
+
+def test_a_pause_does_not_wait_for_a_cartridge_to_be_written() -> None:
+    world = World(make_config())
+    world.turn(make_request(1, prompt(5), 9), num_results=1)
+    load, pause = LoadCartridge("a", "a", 5), Pause(PauseMode.KEEP)
+    commands = [world.make_command(action) for action in (load, pause)]
+    num_batches = len(world.batches)
+    # The batches in flight come before the control that writes the cartridge.
+    world.turn(*commands, num_results=num_batches)
+    assert len(world.batches) == num_batches
+    assert list(world.command_answers) == [commands[1].command_id]
+    world.turn(num_results=1)
+    assert list(world.command_answers) == [commands[1].command_id, commands[0].command_id]
+    world.command(Resume())
+    world.drain()

@@ -2,13 +2,15 @@
 
 Owns whether batches may be planned, and the controls in flight. Commands are carried out one after
 the other, in the order in which they came. One that is not finished holds up those behind it, and
-nothing else: requests, aborts, stops and acknowledgements work at any time. There are two
+nothing else: requests, aborts, stops and acknowledgements work at any time. There are three
 exceptions:
 
 - An AbortAll is like an abort of every request: it is carried out at once.
 - An unfinished drain may take long. A Pause, a Resume or a FlushCache does not wait for it. A pause
   with ABORT finishes it, a second drain ends together with it, and a Resume or a pause with KEEP
   cancels it: then the drain fails.
+- Batches run while a cartridge is written, and that may take long. A Pause, a Resume or a
+  FlushCache does not wait for it.
 
 What is asked for already is done at once: a Resume where nothing is paused, a release of what is
 released, a restore of what is there. A command that contradicts the state fails, and changes
@@ -129,11 +131,7 @@ class Controls:
     @property
     def may_plan(self) -> bool:
         """Whether batches may be planned now; in a drain, of sequences that have begun."""
-        return (
-            self.paused in (None, PauseMode.DRAIN)
-            and self._lack is None
-            and all(sent.cartridge and not sent.rewrites for sent in self._sent)
-        )
+        return self.paused in (None, PauseMode.DRAIN) and self._lack is None and self._only_loads
 
     @property
     def rests(self) -> bool:
@@ -213,9 +211,9 @@ class Controls:
 
     def _must_wait(self, action: Action) -> bool:
         """Whether a command before this one holds it up."""
-        if self._sent:
-            return True
         may_interrupt = isinstance(action, Pause | Resume | FlushCache)
+        if self._sent and not (self._only_loads and may_interrupt):
+            return True
         return bool(self._pausing) and not (self.paused is PauseMode.DRAIN and may_interrupt)
 
     def _finish_pauses(self) -> None:
@@ -448,6 +446,11 @@ class Controls:
             self._done(sent.command_id)
 
     # --- state ------------------------------------------------------------------------------------
+
+    @property
+    def _only_loads(self) -> bool:
+        """Whether nothing is in flight but loads of cartridges, behind which batches may run."""
+        return all(sent.cartridge and not sent.rewrites for sent in self._sent)
 
     @property
     def _lack(self) -> str | None:
