@@ -24,6 +24,7 @@ from tokasaurus.manager.in_flight import PromptPiece
 from tokasaurus.manager.invariants import check_invariants
 from tokasaurus.manager.look_ahead import LookAhead
 from tokasaurus.manager.outbox import Outbox
+from tokasaurus.manager.progress import progress_refusal
 from tokasaurus.manager.running import RunningSequences
 from tokasaurus.manager.scheduler import Scheduler
 from tokasaurus.manager.sequence import Request, Sequence, SequenceState
@@ -198,7 +199,10 @@ class Manager:
     def _accept(self, request: GenerateRequest, now: float) -> None:
         refusal = self._refusal(request)
         if refusal is None:
-            self._admission.open(self._backlog.add(request, now))
+            accepted = self._backlog.add(request, now)
+            if request.progress is not None:
+                self._running.rest(accepted.sequences.values())
+            self._admission.open(accepted)
             self.counters.num_requests += 1
         else:
             field, reason = refusal
@@ -229,6 +233,10 @@ class Manager:
         if num_pages > self._config.num_pages:
             limit = self._config.num_pages * self._config.page_size
             return "max_tokens", f"{lengths} never fit the KV cache of {limit} tokens"
+        if request.progress is not None:
+            problem = progress_refusal(request, request.progress)
+            if problem is not None:
+                return "progress", problem
         if request.pooling and (request.n, request.max_tokens) != (1, 1):
             return "n", "a pooled request has one sample of one token"
         if request.request_id in self._backlog.requests:

@@ -104,8 +104,7 @@ def _stored_updates(
 ) -> SequenceUpdates:
     """The update of ended sequences with tokens outside the rings, or without a slot."""
     window.store([sequence.slot for sequence, _ in ended if sequence.slot >= 0])
-    # A stream was sent everything before it lost its slot.
-    stored = [() if s.request.incremental else s.stored for s, _ in ended]
+    stored = [sequence.undelivered for sequence, _ in ended]
     tokens = GeneratedTokens.joined([piece for pieces in stored for piece in pieces])
     num_tokens = [sum(len(piece.ids) for piece in pieces) for pieces in stored]
     messages = [sequence.request.message for sequence, _ in ended]
