@@ -175,7 +175,7 @@ class World:
             check_invariants(self.manager._running, self.manager._backlog)
         for message in actions.messages:
             self._receive(message)
-        for batch in actions.batches:
+        for batch in actions.to_worker:
             self._send(batch)
         assert self.manager.num_in_flight <= self.config.scheduling_steps_ahead
 

@@ -33,7 +33,7 @@ from tokasaurus.launch.assemble import assemble
 from tokasaurus.launch.outputs import RequestOutput, request_output
 from tokasaurus.manager.manager import Manager
 from tokasaurus.model.worker.worker import Worker
-from tokasaurus.protocol.messages import ForwardResult, FromServer
+from tokasaurus.protocol.messages import FromServer, FromWorker
 from tokasaurus.server.protocols.embeddings import embedding, pooling_named
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.generations import Generations
@@ -77,7 +77,7 @@ class LLM:
             else None,
         )
         self._worker.warm_up()
-        self._inbox: list[FromServer | ForwardResult] = []
+        self._inbox: list[FromServer | FromWorker] = []
         self._preparer = Preparer(server, self._tokenizer)
         self._generations = Generations(server, self._tokenizer, self._inbox.append)
         self._lock = threading.Lock()
@@ -272,9 +272,9 @@ class LLM:
         actions = self._manager.take_turn(events, time.monotonic())
         for message in actions.messages:
             self._generations.absorb(message)
-        for batch in actions.batches:
+        for order in actions.to_worker:
             try:
-                self._inbox.append(self._worker.submit(batch).collect())
+                self._inbox.append(self._worker.submit(order).collect())
             except Exception:
                 # Its state is behind the manager's, so no further batch could be right.
                 self._worker = None

@@ -139,9 +139,9 @@ def _run_manager(assignment: Assignment, lifeline: Lifeline) -> None:
             at_rest = True
             continue
         actions = manager.take_turn(events, started)
-        for batch in actions.batches:
+        for order in actions.to_worker:
             for to_worker in to_workers:
-                to_worker.send(batch)
+                to_worker.send(order)
         for message in actions.messages:
             to_server.send(message)
         sent = time.monotonic()
