@@ -29,7 +29,11 @@ log = logging.getLogger(__name__)
 
 
 def load_model(
-    path: str | Path, config: ModelConfig, place: Placement, load_format: str = "auto"
+    path: str | Path,
+    config: ModelConfig,
+    place: Placement,
+    load_format: str = "auto",
+    stage: range | None = None,
 ) -> tuple[LlamaModel, Weights]:
     """Builds the model of ``config`` and fills it.
 
@@ -38,6 +42,7 @@ def load_model(
         config: of the same directory.
         place: the dtype to convert to, and the device.
         load_format: "auto" reads the checkpoint; "dummy" makes random weights and reads no file.
+        stage: the numbers of the layers to build; None builds the whole model.
 
     Returns:
         The model, and its weights, which can be filled anew.
@@ -50,8 +55,8 @@ def load_model(
     check_linear(place)
     # The files are looked at first: if one is missing, no memory is allocated.
     tensors = checkpoint_tensors(Path(path)) if load_format == "auto" else None
-    model = get_model_cls(config.architecture)(config, place)
-    weights = Weights(model, model.WEIGHTS, config.num_layers)
+    model = get_model_cls(config.architecture)(config, place, stage)
+    weights = Weights(model, model.WEIGHTS, config.num_layers, stage)
     fill_all(weights, tensors or dummy_tensors(weights.shapes), f"the checkpoint in {path}")
     log.info(
         "loaded %s parameters of %s in %.1f s%s",
