@@ -9,6 +9,7 @@ import numpy as np
 from fake_device import oracle
 from simulation import Simulation, World, make_config, make_request, prompt
 
+from tokasaurus.protocol.commands import Command, CommandDone, Pause, PauseMode
 from tokasaurus.protocol.messages import (
     FinishReason,
     FromServer,
@@ -52,9 +53,11 @@ class ProgressWorld(World):
                 del self.answers[name], self.living[name]
                 continue
             answer, count = self.answers[name], len(begun[index])
-            answer.ids = list(begun[index])
-            answer.logprobs = answer.expected.logprobs[:count]
-            answer.tops = answer.expected.tops[:count]
+            answer.expected.generate(count)
+            answer.ids = begun[index]
+            answer.weights_versions = [0] * count
+            answer.logprobs = answer.expected.logprobs.copy()
+            answer.tops = answer.expected.tops.copy()
             answer.acked = count
             self.device.num_drawn[event.seed, index] = count
 
@@ -129,6 +132,23 @@ def test_cached_tokens_are_those_of_the_prompt() -> None:
     world.turn(second)
     # The prompt has two pages, and its last token never counts as cached.
     assert world.manager._backlog.find(2, 0).num_cached_tokens == 4
+
+
+def test_a_drain_lets_sequences_run_that_have_begun_elsewhere() -> None:
+    world = ProgressWorld(make_config())
+    world.turn(make_request(1, prompt(6), 9))
+    world.turn(Command(1, Pause(PauseMode.DRAIN)))
+    begun = make_request(2, prompt(6, 1), 9)
+    begun = msgspec.structs.replace(begun, progress=progress({0: oracle(begun, 0).ids[:3]}))
+    world.turn(begun, make_request(3, prompt(6, 2), 9))
+    while world.results:
+        world.turn(num_results=1)
+    assert [world.answers[number, 0].reason for number in (1, 2, 3)] == [
+        FinishReason.LENGTH,
+        FinishReason.LENGTH,
+        FinishReason.RUNNING,
+    ]
+    assert isinstance(world.command_answers[1], CommandDone)
 
 
 def test_nonsense_is_refused_with_a_reason() -> None:
