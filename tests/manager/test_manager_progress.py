@@ -59,6 +59,8 @@ class ProgressWorld(World):
             answer.logprobs = answer.expected.logprobs.copy()
             answer.tops = answer.expected.tops.copy()
             answer.acked = count
+            if count:
+                self.begun.add(name)
             self.device.num_drawn[event.seed, index] = count
 
 
