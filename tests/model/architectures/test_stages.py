@@ -52,7 +52,7 @@ def logits_of(path, config, stages):
     x = torch.arange(NUM_TOKENS) * 7 % VOCAB_SIZE
     names = []
     for stage in stages:
-        model, weights = load_model(path, config, PLACE, stage=stage)
+        model, weights, _ = load_model(path, config, PLACE, stage=stage)
         num_layers = config.num_layers if stage is None else len(stage)
         with torch.inference_mode():
             x = model(x, torch.arange(NUM_TOKENS), attention_of(num_layers, config))
@@ -84,7 +84,7 @@ def test_stages_in_sequence_are_the_whole_model_bit_for_bit(checkpoint):
 def test_a_stage_still_refuses_what_no_stage_has(checkpoint):
     path = checkpoint("llama", tied=False)
     config = read_model_config(path)
-    _, weights = load_model(path, config, PLACE, stage=range(1))
+    _, weights, _ = load_model(path, config, PLACE, stage=range(1))
     tensors = [(name, torch.zeros(shape)) for name, shape in weights.shapes.items()]
     other = "model.layers.1.self_attn.q_proj.weight"
     fill_all(weights, [*tensors, (other, torch.zeros(1))], "it")
