@@ -59,7 +59,7 @@ def test_model_and_cache_take_the_memory_that_resolution_counted(tmp_path, monke
     )
     available = "tokasaurus.launch.assemble._available_memory_bytes"
     place = Placement(torch.bfloat16, torch.device("cpu"))
-    _, weights = load_model(path, model, place)
+    _, weights, _ = load_model(path, model, place)
     num_bytes = cache.num_bytes + 2 * weights.num_parameters
     monkeypatch.setattr(available, lambda: num_bytes)
     assert worker_of(path, **flags) == worker
