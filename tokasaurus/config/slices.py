@@ -67,7 +67,7 @@ class ServerConfig:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     max_request_tokens: int  # prompt and completion together
-    max_seqs_per_forward: int
+    max_seqs_per_forward: int  # of all replicas
     max_topk_logprobs: int
     logprobs_mode: LogprobsMode
     tool_call_parser: str  # "auto", "hermes" or "llama3"

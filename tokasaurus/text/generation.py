@@ -76,7 +76,7 @@ class Generation:
     @property
     def finished(self) -> bool:
         """Whether everything has come, or nothing more will."""
-        return self.error is not None or (self._num_running == 0 and self._has_prompt_logprobs)
+        return self.error is not None or (self._num_running == 0 and self.has_prompt_logprobs)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -110,12 +110,13 @@ class Generation:
         return None if self._prompt_logprobs is None else self._prompt_logprobs.ranks
 
     @property
-    def _has_prompt_logprobs(self) -> bool:
+    def has_prompt_logprobs(self) -> bool:
+        """Whether all logprobs of the prompt have come that were asked for."""
         return self._prompt_logprobs is None or self._prompt_logprobs.complete
 
     def take_news(self) -> list[SampleOutput]:
         """The output since the last call, for streams. Cancelled samples end with "abort"."""
-        if not self._has_prompt_logprobs:
+        if not self.has_prompt_logprobs:
             return []
         changed, self._changed = self._changed, {}
         return [sample.take() for sample in changed.values() if sample.has_news]

@@ -129,6 +129,14 @@ class Generations:
             backlog_s *= 1 + turnstile.num_held / turnstile.num_open
         return Etas(known, backlog_s)
 
+    def find(self, request_id: int) -> Generation | None:
+        """A prompt in flight; None if there is none with this id."""
+        return self._table.get(request_id)
+
+    def set_num_seats(self, num_seats: int) -> None:
+        """From now on, the engine runs at most this many sequences at once."""
+        self._turnstile.max_open = _WAITING_ROUNDS * num_seats
+
     @property
     def num_held(self) -> int:
         """Sequences held back from the manager, which has enough for now."""

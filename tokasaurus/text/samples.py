@@ -81,18 +81,22 @@ class Sample:
         tokenizer: makes its text.
         text: makes its text as tokens come; None if the text is made at the end.
         unseen_ids: tokens that end the sample without being part of its text.
+
+    Attributes:
+        token_ids: so far, including those that were taken; no longer there once all are taken.
     """
 
     __slots__ = (
         "_logprobs",
+        "_num_taken",
         "_text",
-        "_token_ids",
         "_tokenizer",
         "_unseen_ids",
         "finish_reason",
         "index",
         "num_cached_tokens",
         "num_tokens",
+        "token_ids",
     )
 
     def __init__(
@@ -109,7 +113,8 @@ class Sample:
         self._tokenizer = tokenizer
         self._text = text
         self._unseen_ids = unseen_ids
-        self._token_ids: list[int] = []
+        self.token_ids: list[int] = []
+        self._num_taken = 0
         self._logprobs: list[TokenLogprobs] = []
 
     def extend(
@@ -127,7 +132,7 @@ class Sample:
             token_ids = token_ids[:counted]
             logprobs = None if logprobs is None else logprobs[:counted]
         self.num_tokens += len(token_ids)
-        self._token_ids += token_ids
+        self.token_ids += token_ids
         if logprobs is not None:
             self._logprobs.append(logprobs.copy())
 
@@ -158,7 +163,9 @@ class Sample:
 
     def take(self) -> SampleOutput:
         """The output since the last call. Decodes the rest of the text, which may take a while."""
-        token_ids, self._token_ids = self._token_ids, []
+        token_ids, self._num_taken = self.token_ids[self._num_taken :], len(self.token_ids)
+        if self.finish_reason is not None:
+            self.token_ids, self._num_taken = [], 0
         logprobs, self._logprobs = self._logprobs, []
         if self._text is None:
             text = self._tokenizer.decode(self._seen(token_ids))

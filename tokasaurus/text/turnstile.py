@@ -41,7 +41,7 @@ class Turnstile:
         self.num_open = 0  # sequences that the manager holds
         self.num_held = 0  # sequences that wait here
         self._send = send
-        self._max_open = max_open
+        self.max_open = max_open
         self._open: dict[int, GenerateRequest] = {}
         self._num_open: Counter[int] = Counter()  # sequences, by priority
         self._held: dict[int, tuple[str, GenerateRequest]] = {}  # by request id: client, request
@@ -51,7 +51,7 @@ class Turnstile:
 
     def submit(self, client: str, request: GenerateRequest) -> None:
         """Sends a request to the manager, now or later."""
-        if not self._levels and self.num_open < self._max_open:
+        if not self._levels and self.num_open < self.max_open:
             self._pass(request)
             return
         level = self._levels.get(request.priority)
@@ -108,7 +108,7 @@ class Turnstile:
         while self._priorities:
             priority = self._priorities[0]
             as_urgent = sum(n for each, n in self._num_open.items() if each <= priority)
-            if as_urgent >= self._max_open:
+            if as_urgent >= self.max_open:
                 return  # less urgent requests cannot pass either
             level = self._levels[priority]
             request = level.pop(self._mean_tokens)
