@@ -223,7 +223,7 @@ def _adjusted_slots(
         else:
             ids = sequence.generated_ids if adjustments.reads_generated else EMPTY_INT32
         slots = _int32([sequence.slot for sequence in sequences])
-        groups.append(AdjustedSlots(slots, places[id(message.sampling)], ids))
+        groups.append(AdjustedSlots(slots, places[id(sequence.request.message.sampling)], ids))
     return tuple(groups)
 
 
