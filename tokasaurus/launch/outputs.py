@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.text.generation import Generation
@@ -30,7 +30,9 @@ class CompletionOutput:
     token_ids: list[int]  # the end-of-sequence token included
     logprobs: list[dict[int, Logprob]] | None  # for each token: the chosen one and the top k
     cumulative_logprob: float | None
-    finish_reason: str | None  # "stop" or "length"
+    finish_reason: str | None  # "stop", "length", or "abort" if a command ended it
+    # Of ``token_ids``: runs of a version of the weights and a number of tokens.
+    weights_versions: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def _completion(sample: SampleOutput, tokenizer: Tokenizer) -> CompletionOutput:
         logprobs=None if values is None else _logprobs(tokenizer, ids, values),
         cumulative_logprob=None if values is None else float(values.logprobs.sum()),
         finish_reason=sample.finish_reason,
+        weights_versions=list(sample.weights_versions),
     )
 
 

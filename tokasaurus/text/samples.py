@@ -14,7 +14,7 @@ from tokasaurus.protocol.arrays import Float32Array, Int32Array
 from tokasaurus.text.text_stream import TextStream
 from tokasaurus.text.tokenizer import Tokenizer
 
-__all__ = ["Sample", "SampleOutput", "TokenLogprobs"]
+__all__ = ["Sample", "SampleOutput", "TokenLogprobs", "add_run"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +64,7 @@ class SampleOutput:
         token_ids: with the end-of-sequence token, and up to the end of a stop string.
         logprobs: of ``token_ids``; None if none were asked for.
         finish_reason: "stop", "length", or "abort" if cancelled; None while the sample goes on.
+        weights_versions: of ``token_ids``: runs of a version and a number of tokens.
     """
 
     index: int
@@ -71,6 +72,7 @@ class SampleOutput:
     token_ids: list[int]
     logprobs: TokenLogprobs | None
     finish_reason: str | None
+    weights_versions: Sequence[tuple[int, int]] = ()
 
 
 class Sample:
@@ -89,6 +91,7 @@ class Sample:
         "_token_ids",
         "_tokenizer",
         "_unseen_ids",
+        "_versions",
         "finish_reason",
         "index",
         "num_cached_tokens",
@@ -111,9 +114,14 @@ class Sample:
         self._unseen_ids = unseen_ids
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
+        self._versions: list[tuple[int, int]] = []
 
     def extend(
-        self, token_ids: list[int], logprobs: TokenLogprobs | None, finish_reason: str | None
+        self,
+        token_ids: list[int],
+        logprobs: TokenLogprobs | None,
+        finish_reason: str | None,
+        weights_version: int = 0,
     ) -> None:
         """Adds the next tokens, and the finish reason if they are the last.
 
@@ -130,6 +138,8 @@ class Sample:
         self._token_ids += token_ids
         if logprobs is not None:
             self._logprobs.append(logprobs.copy())
+        if token_ids:
+            add_run(self._versions, weights_version, len(token_ids))
 
     def _seen(self, token_ids: list[int]) -> list[int]:
         """The tokens that make text."""
@@ -160,6 +170,7 @@ class Sample:
         """The output since the last call. Decodes the rest of the text, which may take a while."""
         token_ids, self._token_ids = self._token_ids, []
         logprobs, self._logprobs = self._logprobs, []
+        versions, self._versions = self._versions, []
         if self._text is None:
             text = self._tokenizer.decode(self._seen(token_ids))
         else:
@@ -170,4 +181,12 @@ class Sample:
             token_ids,
             TokenLogprobs.join(logprobs) if logprobs else None,
             self.finish_reason,
+            versions,
         )
+
+
+def add_run(runs: list[tuple[int, int]], version: int, num_tokens: int) -> None:
+    """Adds tokens of one version to runs of tokens."""
+    if runs and runs[-1][0] == version:
+        num_tokens += runs.pop()[1]
+    runs.append((version, num_tokens))
