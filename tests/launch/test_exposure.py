@@ -17,7 +17,7 @@ from tokasaurus.launch.exposure import (
     API_KEY_VARIABLE,
     check_certificate,
     open_door_warning,
-    read_api_keys,
+    with_keys,
 )
 
 KEY = "sk-very-secret"
@@ -28,10 +28,10 @@ def test_keys_of_all_sources_are_accepted(tmp_path):
     file.write_text("# of the team\nfrom-file\n\n  another \n")
     config = EngineConfig(api_key=("a", "b"), api_key_file=str(file))
     environment = {API_KEY_VARIABLE: "from-environment, last"}
-    assert read_api_keys(config, environment) == (
+    assert with_keys(config, environment).api_key == (
         *("a", "b", "from-file", "another", "from-environment", "last"),
     )
-    assert read_api_keys(EngineConfig(), {}) is None
+    assert with_keys(EngineConfig(), {}).api_key is None
 
 
 @each_row("content", [None, b"", b"# nothing\n\n", b"\xff\xfe"])
@@ -40,14 +40,14 @@ def test_a_key_file_without_keys_is_an_error(tmp_path, content):
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(ConfigError, match="api_key_file="):
-        read_api_keys(EngineConfig(api_key_file=str(file)), {})
+        with_keys(EngineConfig(api_key_file=str(file)), {})
 
 
 def test_an_empty_flag_or_variable_of_keys_is_an_error():
     with pytest.raises(ConfigError, match=API_KEY_VARIABLE):
-        read_api_keys(EngineConfig(), {API_KEY_VARIABLE: " , "})
+        with_keys(EngineConfig(), {API_KEY_VARIABLE: " , "})
     with pytest.raises(ConfigError, match="api_key"):
-        read_api_keys(EngineConfig(api_key=()), {})
+        with_keys(EngineConfig(api_key=()), {})
 
 
 def test_keys_are_never_shown(capsys, monkeypatch):
