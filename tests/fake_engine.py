@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -548,7 +549,9 @@ def submit(
 class RunningServer:
     """A server on a loopback port, in a thread, with a fake engine behind it."""
 
-    def __init__(self, config: ServerConfig = CONFIG, *, ready: bool = True) -> None:
+    def __init__(
+        self, config: ServerConfig = CONFIG, *, ready: bool = True, directory: Path | None = None
+    ) -> None:
         self.engine = FakeEngine()
         self._woken = asyncio.Event()  # the engine has a message
         self.state = EngineState()
@@ -563,7 +566,7 @@ class RunningServer:
         self._listener = socket.socket(fileno=socket.create_server(("127.0.0.1", 0)).detach())
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self._server = http_server(config, self.state, self.batches)
+        self._server = http_server(config, self.state, self.batches, directory)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ahead_s = 0.0  # added to the clock of the event loop
         self._connections = _Connections(self.port)

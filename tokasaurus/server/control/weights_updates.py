@@ -260,7 +260,8 @@ def _check_bucket(path: Path, num_bytes: int, found: str, expected: str) -> None
     with path.open("rb") as file:
         start = file.read(9)
     # The length of a JSON object, then the object, then the tensors.
-    if len(start) < 9 or start[8:] != b"{" or struct.unpack("<Q", start[:8])[0] > num_bytes - 8:
+    length = struct.unpack("<Q", start[:8])[0] if len(start) == 9 else 0
+    if not (start[8:] == b"{" and 2 <= length <= num_bytes - 8):
         raise RequestError("the body is not a safetensors file")
 
 

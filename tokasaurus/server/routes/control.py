@@ -34,7 +34,7 @@ from tokasaurus.server.operations.schemas import RequestBody, body_reference, pa
 from tokasaurus.server.state import EngineState
 from tokasaurus.text.params import renamed
 
-__all__ = ["CONTROL_SCHEMAS", "ControlRoutes", "Label"]
+__all__ = ["CONTROL_SCHEMAS", "ControlBody", "ControlRoutes", "Label"]
 
 Label = Annotated[str, Field(min_length=1, max_length=256)]
 
