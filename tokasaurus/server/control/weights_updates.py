@@ -160,6 +160,7 @@ class WeightsUpdates:
             path = update.directory / f"{number:05}.safetensors"
             part.rename(path)
         except OSError as error:
+            self._open(update_id)  # its files are gone if it was deleted meanwhile
             raise _disk_error(error) from None
         finally:
             part.unlink(missing_ok=True)
