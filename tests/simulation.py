@@ -51,18 +51,22 @@ from tokasaurus.protocol.messages import (
 )
 from tokasaurus.rounding import ceil_div
 
-DEFAULTS = resolve(
-    EngineConfig(model="any"),
-    ModelFacts(
-        path="",
-        vocab_size=VOCAB_SIZE,
-        max_position_embeddings=4096,
-        kv_elements_per_token=1,
-        eos_token_ids=(),
-    ),
-    cuda_available=False,
-    memory_bytes=None,
-).manager
+DEFAULTS = (
+    resolve(
+        EngineConfig(model="any"),
+        ModelFacts(
+            path="",
+            vocab_size=VOCAB_SIZE,
+            max_position_embeddings=4096,
+            kv_elements_per_token=1,
+            eos_token_ids=(),
+        ),
+        cuda_available=False,
+        memory_bytes=None,
+    )
+    .replicas[0]
+    .manager
+)
 
 
 def make_config(**changes: Any) -> ManagerConfig:
@@ -171,7 +175,7 @@ class World:
             check_invariants(self.manager._running, self.manager._backlog)
         for message in actions.messages:
             self._receive(message)
-        for batch in actions.batches:
+        for batch in actions.to_worker:
             self._send(batch)
         assert self.manager.num_in_flight <= self.config.scheduling_steps_ahead
 

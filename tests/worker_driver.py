@@ -24,6 +24,8 @@ GREEDY = Sampling(temperature=0.0)
 def worker_config(path: Path, **fields) -> WorkerConfig:
     """A small worker in fp32."""
     defaults = {
+        "rank": 0,
+        "world": 1,
         "model_path": str(path),
         "trust_remote_code": False,
         "rope_scaling": None,

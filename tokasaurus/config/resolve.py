@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -21,11 +22,13 @@ from tokasaurus.config.slices import (
     EngineSlices,
     ManagerConfig,
     ModelFacts,
+    ReplicaSlices,
     ServerConfig,
     WorkerConfig,
 )
 from tokasaurus.errors import ConfigError
 from tokasaurus.protocol.messages import LogprobsMode, Pooling
+from tokasaurus.protocol.role import Kind
 from tokasaurus.rounding import round_up
 
 __all__ = ["BUNDLED_MODEL_NAME", "resolve"]
@@ -41,6 +44,13 @@ STOP_LAG = 16  # tokens
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 
+# Users may name the worker by its room.
+_KINDS: Mapping[str, Kind] = {
+    "server": "server",
+    "manager": "manager",
+    "worker": "worker",
+    "model": "worker",
+}
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _LOGPROBS_MODES = {
     "temperature": LogprobsMode.TEMPERATURE,
@@ -78,11 +88,17 @@ def resolve(
         raise ConfigError("\n".join(problems))
     return EngineSlices(
         server=_server(config, facts, limits),
-        manager=_manager(config, limits),
-        worker=_worker(config, facts, limits, device, dtype),
+        replicas=(
+            ReplicaSlices(
+                manager=_manager(config, limits),
+                workers=(_worker(config, facts, limits, device, dtype),),
+            ),
+        ),
         log_level=config.log_level,
-        log_procs=None if config.log_procs is None else tuple(map(_role, config.log_procs)),
-        local_proc_name=_role(config.local_proc_name),
+        log_procs=None
+        if config.log_procs is None
+        else tuple(_KINDS[name] for name in config.log_procs),
+        local_proc_name=_KINDS[config.local_proc_name],
     )
 
 
@@ -317,6 +333,8 @@ def _worker(
 ) -> WorkerConfig:
     scaling = config.rope_scaling
     return WorkerConfig(
+        rank=0,
+        world=1,
         model_path=facts.path,
         trust_remote_code=config.trust_remote_code,
         rope_scaling=None if scaling is None else json.dumps(scaling, sort_keys=True),
@@ -343,8 +361,3 @@ def _num_slots(limits: _Limits) -> int:
 
 def _max_topk(config: EngineConfig, facts: ModelFacts) -> int:
     return min(config.max_topk_logprobs or 0, facts.vocab_size)
-
-
-def _role(process: str) -> str:
-    """The role of a process; users may name the worker by its room."""
-    return "worker" if process == "model" else process

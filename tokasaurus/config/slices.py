@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokasaurus.protocol.messages import LogprobsMode, Pooling
+from tokasaurus.protocol.role import Kind
 
 __all__ = [
     "AdmissionConfig",
     "EngineSlices",
     "ManagerConfig",
     "ModelFacts",
+    "ReplicaSlices",
     "ServerConfig",
     "WorkerConfig",
 ]
@@ -130,8 +132,10 @@ class ManagerConfig:
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """The model room's slice."""
+    """The model room's slice: one worker's."""
 
+    rank: int  # of the worker
+    world: int  # workers of its replica
     model_path: str
     trust_remote_code: bool
     rope_scaling: str | None  # JSON that replaces the model's
@@ -151,12 +155,21 @@ class WorkerConfig:
 
 
 @dataclass(frozen=True)
+class ReplicaSlices:
+    """One manager and its workers."""
+
+    manager: ManagerConfig
+    workers: tuple[WorkerConfig, ...]  # by rank, at least one
+
+
+@dataclass(frozen=True)
 class EngineSlices:
     """Everything that resolution decides."""
 
     server: ServerConfig
-    manager: ManagerConfig
-    worker: WorkerConfig
+    replicas: tuple[ReplicaSlices, ...]  # at least one
     log_level: str
+    # Kinds of processes, as roles name them.
     log_procs: tuple[str, ...] | None
-    local_proc_name: str
+    # The kind of the process in the foreground; of several, it is the first.
+    local_proc_name: Kind

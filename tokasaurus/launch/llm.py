@@ -33,7 +33,7 @@ from tokasaurus.launch.assemble import assemble
 from tokasaurus.launch.outputs import RequestOutput, request_output
 from tokasaurus.manager.manager import Manager
 from tokasaurus.model.worker.worker import Worker
-from tokasaurus.protocol.messages import ForwardResult, FromServer
+from tokasaurus.protocol.messages import FromServer, FromWorker
 from tokasaurus.server.protocols.embeddings import embedding, pooling_named
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.generations import Generations
@@ -63,20 +63,21 @@ class LLM:
         if model is not None:
             flags["model"] = fspath(model)
         slices = assemble(EngineConfig.from_flags(**flags))
+        (replica,) = slices.replicas
         # The caller runs in this process, and could run any code without a template.
         server = dataclasses.replace(slices.server, trust_request_chat_template=True)
         self._tokenizer = Tokenizer.load(server)
         # Every batch is finished before the next is planned, so looking further ahead would only
         # compute tokens after a stop.
-        self._manager = Manager(dataclasses.replace(slices.manager, scheduling_steps_ahead=1))
+        self._manager = Manager(dataclasses.replace(replica.manager, scheduling_steps_ahead=1))
         self._worker: Worker | None = Worker(
-            slices.worker,
+            replica.workers[0],
             partial(self._tokenizer.vocabulary, server.eos_token_ids)
             if server.eos_token_ids
             else None,
         )
         self._worker.warm_up()
-        self._inbox: list[FromServer | ForwardResult] = []
+        self._inbox: list[FromServer | FromWorker] = []
         self._preparer = Preparer(server, self._tokenizer)
         self._generations = Generations(server, self._tokenizer, self._inbox.append)
         self._lock = threading.Lock()
@@ -271,9 +272,9 @@ class LLM:
         actions = self._manager.take_turn(events, time.monotonic())
         for message in actions.messages:
             self._generations.absorb(message)
-        for batch in actions.batches:
+        for order in actions.to_worker:
             try:
-                self._inbox.append(self._worker.submit(batch).collect())
+                self._inbox.append(self._worker.submit(order).collect())
             except Exception:
                 # Its state is behind the manager's, so no further batch could be right.
                 self._worker = None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
+from functools import partial
 
 from tokasaurus.launch.doors import TO_MANAGER, TO_SERVER
 from tokasaurus.launch.lifeline import Assignment, Dead, Lifeline, Ready, Start, Stop
-from tokasaurus.protocol.channels import AsyncReceiver, Sender
+from tokasaurus.protocol.channels import AsyncReceiver, Sender, door_address
+from tokasaurus.protocol.role import Role
 from tokasaurus.server.state import EngineState
 from tokasaurus.text.generations import Generations
 from tokasaurus.text.preparation import Preparer
@@ -28,9 +29,9 @@ class TextProcess:
         self.config = assignment.slices.server
         self.state = EngineState()
         self.lifeline = lifeline
-        directory = Path(assignment.directory)
-        self._door = AsyncReceiver(directory, "server", TO_SERVER)
-        self._to_manager = Sender(directory, "manager", TO_MANAGER)
+        address = partial(door_address, assignment.directory)
+        self._door = AsyncReceiver(address(Role("server")), TO_SERVER)
+        self._to_manager = Sender(address(Role("manager")), TO_MANAGER)
         self._others_ready = asyncio.Event()
 
     # --- for subclasses ---------------------------------------------------------------------------

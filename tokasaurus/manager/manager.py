@@ -37,7 +37,6 @@ from tokasaurus.protocol.messages import (
     Acknowledge,
     Eta,
     FinishReason,
-    ForwardBatch,
     ForwardResult,
     FromServer,
     FromWorker,
@@ -48,6 +47,7 @@ from tokasaurus.protocol.messages import (
     Statistics,
     StopSequence,
     ToServer,
+    ToWorker,
 )
 from tokasaurus.rounding import ceil_div
 
@@ -58,8 +58,8 @@ __all__ = ["Actions", "Manager"]
 class Actions:
     """What to send after a turn, each list in order."""
 
-    batches: list[ForwardBatch]  # to the worker
-    messages: list[ToServer]
+    to_worker: list[ToWorker]
+    messages: list[ToServer]  # to the server
 
 
 class Manager:
@@ -96,7 +96,7 @@ class Manager:
     @property
     def num_in_flight(self) -> int:
         """Batches that were sent and have not come back."""
-        return len(self._running.in_flight)
+        return self._running.in_flight.num_batches
 
     def take_turn(self, events: Iterable[FromServer | FromWorker], now: float) -> Actions:
         """Takes one turn. Afterwards there is nothing to do until the next event comes.
@@ -164,8 +164,8 @@ class Manager:
             num_evicted_pages=pages.cache.num_evicted,
         )
 
-    def _plan(self, now: float) -> list[ForwardBatch]:
-        batches: list[ForwardBatch] = []
+    def _plan(self, now: float) -> list[ToWorker]:
+        batches: list[ToWorker] = []
         while self.num_in_flight < self._look_ahead.depth:
             batch = self._scheduler.plan(now)
             if batch is None:

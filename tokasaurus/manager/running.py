@@ -44,6 +44,10 @@ class SlotStart(NamedTuple):
 class RunningSequences:
     """Everything that belongs to sequences in slots.
 
+    Attributes:
+        weights_version: of the weights that compute the batches to come. It is the namespace of
+            what enters a slot.
+
     Args:
         config: the manager's slice.
         backlog: where preempted sequences return to.
@@ -55,7 +59,8 @@ class RunningSequences:
         max_pages = max(1, ceil_div(longest, config.page_size))
         self.slots = SlotTable(config.num_slots, max_pages, config.page_size)
         self.window = TokenWindow(self.slots, config.scheduling_steps_ahead)
-        self.pages = PageAllocator(config.num_pages, config.page_size)
+        self.weights_version = 0
+        self.pages = PageAllocator(config.num_pages, config.page_size, self.weights_version)
         self.table_changes = TableChanges(self.slots)
         # Of prompts, as far as they were found in the cache or fed.
         self.prefixes = SharedPrefixes(config.num_slots)
@@ -94,7 +99,7 @@ class RunningSequences:
         """Whether no sequence before this one is computing the page that its prompt needs next."""
         if sequence.whole_prompt_due:  # it computes every page in any case
             return True
-        return self.in_progress.enter(sequence, num_cached_pages)
+        return self.in_progress.enter(self.weights_version, sequence, num_cached_pages)
 
     def wake(self) -> None:
         """Lets sequences go on that waited for pages that others have computed or given up."""
@@ -162,7 +167,7 @@ class RunningSequences:
                 sequence.num_cached_tokens = min(count, most) * page_size
                 self._counters.queue_s += now - sequence.request.arrived_at
         self.window.prepare(max(s.request.message.num_logprobs for s in sequences))
-        rows = slots.enter(sequences, lengths, num_pages)
+        rows = slots.enter(sequences, lengths, num_pages, self.weights_version)
         table, new_pages, taken = slots.page_table, self.pages.allocate(sum(num_new_pages)), 0
         for row, shared, count in zip(rows.tolist(), shared_pages, num_pages, strict=True):
             num_own = count - len(shared)
@@ -191,21 +196,26 @@ class RunningSequences:
         num_published = slots.published[rows]
         slots.published[rows] = counts
         is_whole = slots.length[rows] >= slots.prompt_end[rows]
-        for (sequence, forks), count, num_before, is_fed in zip(
-            prompts, counts.tolist(), num_published.tolist(), is_whole.tolist(), strict=True
+        for (sequence, forks), namespace, count, num_before, is_fed in zip(
+            prompts,
+            slots.weights_version[rows].tolist(),
+            counts.tolist(),
+            num_published.tolist(),
+            is_whole.tolist(),
+            strict=True,
         ):
             if count == num_before:
                 continue
             pages = slots.page_table[sequence.slot, :count]
             ids = sequence.prompt_ids[: count * slots.page_size]
-            shared = self.pages.publish(ids, pages, num_before, 1 + len(forks))
+            shared = self.pages.publish(namespace, ids, pages, num_before, 1 + len(forks))
             if shared is not None:
                 columns = (shared != pages).nonzero()[0]
                 for row in [sequence.slot, *forks.tolist()]:
                     slots.page_table[row, columns] = shared[columns]
                     self.table_changes.patch(slots.sequence(row), columns)
             if not is_fed:
-                self.in_progress.advance(sequence, count)
+                self.in_progress.advance(namespace, sequence, count)
 
     def prompts_are_fed(self, prompts: Rows[tuple[Sequence, IndexArray]], rows: IndexArray) -> None:
         """The last chunks of these prompts were sent: their sequences decode from now on.
@@ -254,9 +264,10 @@ class RunningSequences:
         rows = np.array([sequence.slot for sequence in sequences], np.intp)
         num_known = (slots.num_known_pages(rows) * page_size).tolist()
         num_pages = (slots.capacity[rows] // page_size).tolist()
+        namespaces = slots.weights_version[rows].tolist()
         ids, counts = self.window.unstored_ids(rows)
         ends = np.cumsum(counts).tolist()
-        holders: list[tuple[Int32Array, Int32Array]] = []
+        holders: list[tuple[int, Int32Array, Int32Array]] = []
         start = 0
         for index, sequence in enumerate(sequences):
             prompt_ids, count = sequence.request.message.prompt_ids, num_known[index]
@@ -264,7 +275,8 @@ class RunningSequences:
                 known_ids = prompt_ids[:count]
             else:
                 known_ids = _all_ids(sequence, ids[start : ends[index]])[:count]
-            holders.append((known_ids, slots.page_table[sequence.slot, : num_pages[index]]))
+            pages = slots.page_table[sequence.slot, : num_pages[index]]
+            holders.append((namespaces[index], known_ids, pages))
             start = ends[index]
         self.prefixes.leave(rows)
         self.pages.release(holders)

@@ -409,7 +409,7 @@ class Scheduler:
         if sequence.whole_prompt_due:  # needs the hidden state of every position
             cached_pages = EMPTY_INT32
         else:
-            cached_pages = self._pages.lookup(sequence.prompt_ids)
+            cached_pages = self._pages.lookup(self._running.weights_version, sequence.prompt_ids)
         num_pages = ceil_div(len(sequence.prompt_ids), self._slots.page_size)
         return SlotStart(sequence, cached_pages, num_pages - len(cached_pages))
 

@@ -38,7 +38,7 @@ IndexArray: TypeAlias = NDArray[np.intp]
 
 NO_SLOTS: IndexArray = np.empty(0, np.intp)
 
-_NUM_COLUMNS = 17
+_NUM_COLUMNS = 18
 
 
 class SlotTable:
@@ -75,7 +75,8 @@ class SlotTable:
         self.num_cached_tokens = columns[13]
         self.num_logprobs = columns[14]
         self.length_group = columns[15]  # a handle of the predictor of lengths
-        self._num_stop_ids = columns[16]
+        self.weights_version = columns[16]  # with which it entered: the namespace of its pages
+        self._num_stop_ids = columns[17]
         self.page_table: Int32Array = np.zeros((num_slots, max_pages), np.int32)
         self.order: Int64Array = np.full(num_slots, -1, np.int64)  # of arrival; -1 if not running
         # The number of the last batch that has a row for the slot.
@@ -111,7 +112,11 @@ class SlotTable:
         return self.page_table[slot, : self.capacity[slot] // self.page_size]
 
     def enter(
-        self, sequences: Rows[Sequence], lengths: Rows[int], num_pages: Rows[int]
+        self,
+        sequences: Rows[Sequence],
+        lengths: Rows[int],
+        num_pages: Rows[int],
+        weights_version: int,
     ) -> IndexArray:
         """Gives sequences free slots; their page tables are still to be written.
 
@@ -119,6 +124,7 @@ class SlotTable:
             sequences: one or more.
             lengths: the positions that the pages of each hold already.
             num_pages: the pages that each gets.
+            weights_version: the present one.
 
         Returns:
             The slots.
@@ -151,6 +157,7 @@ class SlotTable:
                     sequence.num_cached_tokens,
                     message.num_logprobs,
                     sequence.request.length_group,
+                    weights_version,
                     len(message.stop_token_ids),
                 )
             )
