@@ -214,6 +214,17 @@ def test_each_command_gets_its_own_answer():
     assert wrong.field == "files"
 
 
+def test_a_refused_update_is_about_its_files_unless_the_weights_are_released():
+    post = Post()
+    for released in (False, True):
+        if released:
+            post.core.absorb(CommandDone(post.command(ReleaseMemory(weights=True, kv_cache=False))))
+        post.core.update_weights(["/f"], post.done.append)
+        post.core.absorb(CommandFailed(post.sent[-1].command_id, "no"))
+        assert getattr(post.done[-1], "field", None) == (None if released else "files")
+        assert isinstance(post.done[-1], Conflict) == released
+
+
 def test_a_dead_engine_ends_all_commands():
     post = Post()
     post.command(AbortAll())

@@ -60,13 +60,13 @@ class Commands:
             self._note(message.command_id, action)
             on_done(message)
             return
+        field = message.field
         if isinstance(action, UpdateWeights):
             self.weights.drop(action.version)
+            if "weights" not in self.released:
+                field = field or "files"  # the worker refuses nothing else
         # Where no field is wrong, the state of the engine forbids the command.
-        if message.field is None:
-            on_done(Conflict(message.reason))
-        else:
-            on_done(RequestError(message.reason, message.field))
+        on_done(Conflict(message.reason) if field is None else RequestError(message.reason, field))
 
     def fail_all(self, error: TokasaurusError) -> None:
         """The engine is gone: ends every command with this error."""
