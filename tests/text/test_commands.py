@@ -317,12 +317,21 @@ def test_several_rows_of_one_sequence_in_one_message():
             [],
         ),
         # The stop string lies across two versions, and the manager has ended the sequence already.
-        ("bc", [("ab", RUNNING, 0), ("cd", LENGTH, 1)], "a", "stop", [(0, 2), (1, 1)], 0, []),
+        ("bc", [("ab", RUNNING, 0), ("cd", LENGTH, 1)], "a", "stop", [(0, 2), (1, 1)], 0, [[2]]),
         # It is found in the first row: the tokens of the others are left out.
         ("b", [("abx", RUNNING, 0), ("cd", RUNNING, 1)], "a", "stop", [(0, 2)], 1, []),
-        ("b", [("abx", RUNNING, 0), ("cd", LENGTH, 1)], "a", "stop", [(0, 2)], 0, []),
-        # The sequence goes on: one acknowledgement of both rows.
-        ("no", [("ab", RUNNING, 0), ("cd", RUNNING, 1)], "abcd", None, [(0, 2), (1, 2)], 0, [4]),
+        # The manager ignores what it is told of a sequence that has ended.
+        ("b", [("abx", RUNNING, 0), ("cd", LENGTH, 1)], "a", "stop", [(0, 2)], 1, []),
+        # The sequence goes on: the last acknowledgement is of both rows.
+        (
+            "no",
+            [("ab", RUNNING, 0), ("cd", RUNNING, 1)],
+            "abcd",
+            None,
+            [(0, 2), (1, 2)],
+            0,
+            [[2, 4]],
+        ),
     ]
 
     def check(case):
@@ -337,7 +346,7 @@ def test_several_rows_of_one_sequence_in_one_message():
             told = post.sent[1:]
             assert sum(isinstance(each, StopSequence) for each in told) == num_stops
             counts = [each.num_tokens.tolist() for each in told if isinstance(each, Acknowledge)]
-            assert counts == ([acknowledged] if acknowledged else [])
+            assert counts == acknowledged
             (output,) = generation.take_news() if streams else generation.take_all()
             assert output.finish_reason == reason
             assert output.text == text

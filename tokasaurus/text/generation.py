@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from tokasaurus.text.text_stream import TextStream
 from tokasaurus.text.tokenizer import Tokenizer
 from tokasaurus.text.weights_versions import WeightsVersions
 
-__all__ = ["Generation", "Piece"]
+__all__ = ["Generation"]
 
 _FINISH_REASONS: Mapping[int, str | None] = {
     FinishReason.RUNNING: None,
@@ -24,15 +23,6 @@ _FINISH_REASONS: Mapping[int, str | None] = {
     FinishReason.LENGTH: "length",
     FinishReason.ABORT: "abort",
 }
-
-
-class Piece(NamedTuple):
-    """The next tokens of a sample, all drawn by weights of one version."""
-
-    token_ids: list[int]
-    logprobs: TokenLogprobs | None
-    reason: int  # FinishReason
-    weights_version: int = 0
 
 
 class Generation:
@@ -101,7 +91,7 @@ class Generation:
     @property
     def was_aborted(self) -> bool:
         """Whether a command ended it before enough samples had ended by themselves."""
-        return self._num_running == 0 and self._num_wanted > 0
+        return self._num_wanted > 0 and self._num_running == 0
 
     @property
     def left_out(self) -> list[Sample]:
@@ -164,10 +154,16 @@ class Generation:
 
     # --- what the table passes on from the manager ------------------------------------------------
 
-    def extend(self, sample: Sample, piece: Piece) -> None:
+    def extend(
+        self,
+        sample: Sample,
+        token_ids: list[int],
+        logprobs: TokenLogprobs | None,
+        reason: int,
+        weights_version: int,
+    ) -> None:
         """Adds tokens to a sample, which ends unless the reason is ``FinishReason.RUNNING``."""
-        reason = _FINISH_REASONS[piece.reason]
-        sample.extend(piece.token_ids, piece.logprobs, reason, piece.weights_version)
+        sample.extend(token_ids, logprobs, _FINISH_REASONS[reason], weights_version)
         self._changed[sample.index] = sample
         if sample.finish_reason is None:
             return
@@ -180,9 +176,11 @@ class Generation:
     def close_one(self) -> bool:
         """The manager has finished one more sample; returns whether it was the last one."""
         self._num_open -= 1
-        if self._num_open == 0 and self.was_aborted and not self._has_prompt_results:
+        if self._num_open > 0:
+            return False
+        if self.was_aborted and not self._has_prompt_results:
             self.error = EngineAborted("the request was aborted before its prompt was computed")
-        return self._num_open == 0
+        return True
 
     def fill_prompt_logprobs(self, piece: PromptLogprobs) -> None:
         """Adds a piece of the prompt's logprobs."""

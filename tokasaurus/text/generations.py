@@ -49,7 +49,7 @@ from tokasaurus.protocol.messages import (
     ToServer,
 )
 from tokasaurus.text.commands import Commands, OnDone
-from tokasaurus.text.generation import Generation, Piece
+from tokasaurus.text.generation import Generation
 from tokasaurus.text.preparation import PreparedRequest
 from tokasaurus.text.samples import TokenLogprobs
 from tokasaurus.text.tokenizer import Tokenizer
@@ -270,7 +270,7 @@ class Generations:
         """Ends a generation that the turnstile has dropped before the manager heard of it."""
         del self._table[generation.request_id]
         for sample in generation.samples:
-            generation.extend(sample, _NOTHING)
+            generation.extend(sample, [], None, FinishReason.ABORT, 0)
             generation.close_one()
         self._ended(generation, "aborted")
         generation.on_change()
@@ -329,47 +329,35 @@ class Generations:
 
     def _absorb_updates(self, message: SequenceUpdates) -> None:
         """Takes the rows in order; a sequence may have several, of which the last may be final."""
-        # For each sequence with stop strings that goes on: its tokens so far; None to stop it.
-        answers: dict[tuple[int, int], int | None] = {}
+        acknowledged: list[tuple[int, int, int]] = []
         changed: dict[int, Generation] = {}
-        for request_id, index, num_cached, piece in _rows(message):
+        for request_id, index, token_ids, logprobs, reason, num_cached, version in _rows(message):
             generation = self._table.get(request_id)
             if generation is None:
                 continue
             sample = generation.samples[index]
-            is_final = piece.reason != FinishReason.RUNNING
             if sample.finish_reason is None:
                 sample.num_cached_tokens = num_cached
                 if generation.began_at is None and sample.reads and self._watcher is not None:
                     self._watcher.began(generation)
-                generation.extend(sample, piece)
+                generation.extend(sample, token_ids, logprobs, reason, version)
                 changed[request_id] = generation
-                if not is_final:
+                if reason == FinishReason.RUNNING:
                     if sample.finish_reason is not None:
-                        answers[request_id, index] = None
+                        self._send(StopSequence(request_id, index))
                     elif generation.request.stops is not None:
-                        answers[request_id, index] = sample.num_tokens
-            if is_final:
-                answers.pop((request_id, index), None)
-                if generation.close_one():
-                    del self._table[request_id]
-                    self._ended(generation, "aborted" if generation.was_aborted else "finished")
-                    if generation.error is not None:
-                        changed[request_id] = generation
-        if answers:
-            self._answer(answers)
-        for generation in changed.values():
-            generation.on_change()
-
-    def _answer(self, answers: dict[tuple[int, int], int | None]) -> None:
-        acknowledged: list[tuple[int, int, int]] = []
-        for (request_id, index), num_tokens in answers.items():
-            if num_tokens is None:
-                self._send(StopSequence(request_id, index))
-            else:
-                acknowledged.append((request_id, index, num_tokens))
+                        acknowledged.append((request_id, index, sample.num_tokens))
+            if reason != FinishReason.RUNNING and generation.close_one():
+                del self._table[request_id]
+                if generation.was_aborted:
+                    self._ended(generation, "aborted")
+                    changed[request_id] = generation  # it may have an error now
+                else:
+                    self._ended(generation, "finished")
         if acknowledged:
             self._acknowledge(acknowledged)
+        for generation in changed.values():
+            generation.on_change()
 
     def _acknowledge(self, rows: list[tuple[int, int, int]]) -> None:
         request_ids, sample_indices, num_tokens = zip(*rows, strict=True)
@@ -380,10 +368,6 @@ class Generations:
                 num_tokens=np.array(num_tokens, np.int32),
             )
         )
-
-
-_NOTHING = Piece([], None, FinishReason.ABORT)
-"""The end of a sample that never ran."""
 
 
 def _aborts_all(action: Action) -> bool:
@@ -404,8 +388,10 @@ def _with_more_sequences(number: int, on_done: OnDone) -> OnDone:
     return done
 
 
-def _rows(message: SequenceUpdates) -> Iterator[tuple[int, int, int, Piece]]:
-    """Each row: request id, sample index, cached tokens of the prompt, and the tokens."""
+def _rows(
+    message: SequenceUpdates,
+) -> Iterator[tuple[int, int, list[int], TokenLogprobs | None, int, int, int]]:
+    """Each row: request, sample, token ids, logprobs, finish reason, cached tokens, version."""
     token_ids = message.token_ids.tolist()
     token = chosen = top = 0
     for request_id, index, count, reason, num_cached, num_top, version in zip(
@@ -427,6 +413,6 @@ def _rows(message: SequenceUpdates) -> Iterator[tuple[int, int, int, Piece]]:
                 message.top_logprobs[top:top_end].reshape(count, num_top),
             )
             chosen, top = chosen + count, top_end
-        piece = Piece(token_ids[token : token + count], logprobs, reason, version)
-        yield request_id, index, num_cached, piece
+        ids = token_ids[token : token + count]
+        yield request_id, index, ids, logprobs, reason, num_cached, version
         token += count

@@ -91,7 +91,8 @@ class Sample:
         "_token_ids",
         "_tokenizer",
         "_unseen_ids",
-        "_versions",
+        "_version",
+        "_version_ends",
         "finish_reason",
         "index",
         "num_cached_tokens",
@@ -114,7 +115,9 @@ class Sample:
         self._unseen_ids = unseen_ids
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
-        self._versions: list[tuple[int, int]] = []
+        self._version = 0  # of the weights that drew the last token
+        # Of the versions before it: how many of the tokens below are theirs, and the version.
+        self._version_ends: list[tuple[int, int]] = []
 
     def extend(
         self,
@@ -134,12 +137,14 @@ class Sample:
             counted = self._text.num_tokens - self.num_tokens
             token_ids = token_ids[:counted]
             logprobs = None if logprobs is None else logprobs[:counted]
+        if weights_version != self._version:
+            if self._token_ids:
+                self._version_ends.append((len(self._token_ids), self._version))
+            self._version = weights_version
         self.num_tokens += len(token_ids)
         self._token_ids += token_ids
         if logprobs is not None:
             self._logprobs.append(logprobs.copy())
-        if token_ids:
-            add_run(self._versions, weights_version, len(token_ids))
 
     def _seen(self, token_ids: list[int]) -> list[int]:
         """The tokens that make text."""
@@ -170,7 +175,8 @@ class Sample:
         """The output since the last call. Decodes the rest of the text, which may take a while."""
         token_ids, self._token_ids = self._token_ids, []
         logprobs, self._logprobs = self._logprobs, []
-        versions, self._versions = self._versions, []
+        ends, self._version_ends = self._version_ends, []
+        ends.append((len(token_ids), self._version))
         if self._text is None:
             text = self._tokenizer.decode(self._seen(token_ids))
         else:
@@ -181,8 +187,19 @@ class Sample:
             token_ids,
             TokenLogprobs.join(logprobs) if logprobs else None,
             self.finish_reason,
-            versions,
+            _runs(ends),
         )
+
+
+def _runs(ends: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Runs of a version and a number of tokens, from the end of each run and its version."""
+    runs: list[tuple[int, int]] = []
+    start = 0
+    for end, version in ends:
+        if end > start:
+            add_run(runs, version, end - start)
+        start = end
+    return runs
 
 
 def add_run(runs: list[tuple[int, int]], version: int, num_tokens: int) -> None:
