@@ -14,6 +14,7 @@ from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.parser import parse_command_line
 from tokasaurus.errors import ConfigError
 from tokasaurus.launch.exposure import (
+    ADMIN_KEY_VARIABLE,
     API_KEY_VARIABLE,
     check_certificate,
     open_door_warning,
@@ -32,6 +33,38 @@ def test_keys_of_all_sources_are_accepted(tmp_path):
         *("a", "b", "from-file", "another", "from-environment", "last"),
     )
     assert with_keys(EngineConfig(), {}).api_key is None
+
+
+def test_admin_keys_have_sources_of_their_own(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("# of the trainer\nfrom-file\n")
+    config = EngineConfig(admin_api_key=("a",), admin_api_key_file=str(file), api_key=("user",))
+    found = with_keys(config, {ADMIN_KEY_VARIABLE: "b, c"})
+    assert found.admin_api_key == ("a", "from-file", "b", "c")
+    assert found.api_key == ("user",)
+    assert with_keys(EngineConfig(), {API_KEY_VARIABLE: "x"}).admin_api_key is None
+
+
+def test_a_source_without_admin_keys_is_an_error(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("# none\n")
+    with pytest.raises(ConfigError, match="admin_api_key_file="):
+        with_keys(EngineConfig(admin_api_key_file=str(file)), {})
+    with pytest.raises(ConfigError, match=ADMIN_KEY_VARIABLE):
+        with_keys(EngineConfig(), {ADMIN_KEY_VARIABLE: ""})
+    with pytest.raises(ConfigError, match="admin_api_key is an empty list"):
+        with_keys(EngineConfig(admin_api_key=()), {})
+    assert entry.run(["admin_api_key='a b'", "port=0"], {}) == 2
+
+
+def test_admin_keys_are_never_shown(capsys):
+    with pytest.raises(SystemExit):
+        parse_command_line([f"admin_api_key={KEY}", "--show"], {})
+    assert entry.run([f"admin_api_key='{KEY} with a space'", "port=0"], {}) == 2
+    captured = capsys.readouterr()
+    assert "# admin_api_key is set" in captured.out
+    assert KEY not in captured.out + captured.err
+    assert KEY not in repr(EngineConfig(admin_api_key=(KEY,)))
 
 
 @each_row("content", [None, b"", b"# nothing\n\n", b"\xff\xfe"])
