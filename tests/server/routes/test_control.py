@@ -364,6 +364,14 @@ def test_waking_without_weights_says_what_to_do(server):
     assert server.get("/is_sleeping").json == {"is_sleeping": False}
 
 
+def test_nothing_follows_a_pause_that_fails(server):
+    server.engine.refuse[Pause] = ("it was resumed before all sequences had ended", None)
+    for request in ("POST /pause?mode=wait", "POST /sleep?mode=wait"):
+        assert ask(server, request).status == 409
+        assert commands(server) == [plain(DRAIN)]
+    assert server.get("/is_sleeping").json == {"is_sleeping": False}
+
+
 # --- weights -------------------------------------------------------------------------------------
 
 
@@ -515,7 +523,7 @@ def test_a_command_whose_time_is_up_goes_on(server, tmp_path):
     with ThreadPoolExecutor(2) as pool:
         pause = pool.submit(server.post, "/pause?mode=keep", b"")
         update = pool.submit(server.post, "/update_weights_from_disk", body)
-        wait_for(lambda: len(server.engine.received) == 3)
+        wait_for(lambda: len(server.engine.received) == 2)
         server.advance(61)
         answer = pause.result()
         assert (answer.status, answer.error["code"]) == (504, "command_timeout")
@@ -530,13 +538,16 @@ def test_a_command_whose_time_is_up_goes_on(server, tmp_path):
         server.engine._carry_out(each.command_id, each.action)
     wait_for(lambda: server.generations.commands.weights.version == 1)
     assert server.get("/is_paused").json == {"is_paused": True}
+    # What comes behind the pause follows, too.
+    wait_for(lambda: not server.generations.commands._unanswered)
+    assert commands(server)[-1] == plain(FlushCache())
 
 
 def test_a_client_that_leaves_does_not_end_its_command(server):
     server.engine.answers_commands = False
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
     connection.request("POST", "/pause?mode=keep")
-    wait_for(lambda: len(server.engine.received) == 2)
+    wait_for(lambda: len(server.engine.received) == 1)
     connection.close()
     server.settle()
     sent = list(server.engine.received)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
 from tokasaurus.errors import TokasaurusError
 from tokasaurus.protocol.commands import (
@@ -20,6 +21,8 @@ from tokasaurus.server.state import EngineState
 from tokasaurus.text.commands import Commands, OnDone
 
 __all__ = ["CommandRunner"]
+
+T = TypeVar("T")
 
 _QUICK_S = 60.0
 _WEIGHTS_S = 600.0  # reading and checking weights, and allocating memory
@@ -44,21 +47,25 @@ class CommandRunner:
         return self._state.engine().generations.commands
 
     async def run(self, *actions: Action) -> list[CommandDone]:
-        """Sends commands, one right behind the other, and waits for all of them.
+        """Runs commands, each when the one before it is done, and waits for all of them.
 
         Raises:
-            RequestError: the engine refuses one; names the field of the action.
+            RequestError: the engine refuses one; names the field of the action. The others behind
+                it are not sent.
             Conflict: the state of the engine forbids one.
             EngineError: the engine is not ready, or has died.
             CommandTimeout: their time is up.
         """
-        generations = self._state.engine().generations
-        answers = []
+        self._state.check()
+        return await _within(max(map(_limit_s, actions)), self._in_turn(actions))
+
+    async def _in_turn(self, actions: Sequence[Action]) -> list[CommandDone]:
+        results = []
         for action in actions:
             answer, on_done = _future()
-            generations.command(action, on_done)
-            answers.append(answer)
-        return await _within(max(map(_limit_s, actions)), answers)
+            self._state.engine().generations.command(action, on_done)
+            results.append(await answer)
+        return results
 
     async def update_weights(
         self,
@@ -84,8 +91,7 @@ class CommandRunner:
             settle(result)
 
         generations.update_weights(files, done, checksums=checksums, label=label)
-        (result,) = await _within(_WEIGHTS_S, [answer])
-        return result
+        return await _within(_WEIGHTS_S, answer)
 
 
 def _limit_s(action: Action) -> float:
@@ -112,10 +118,22 @@ def _future() -> tuple[
     return answer, settle
 
 
-async def _within(
-    limit_s: float, answers: Sequence[asyncio.Future[CommandDone]]
-) -> list[CommandDone]:
-    try:
-        return await asyncio.wait_for(asyncio.gather(*answers), limit_s)
-    except asyncio.TimeoutError:
-        raise CommandTimeout(limit_s) from None
+async def _within(limit_s: float, work: Awaitable[T]) -> T:
+    """What the work returns. It goes on when the caller is cancelled, or the time is up."""
+    task = asyncio.ensure_future(work)
+    _going_on.add(task)
+    task.add_done_callback(_ended)
+    await asyncio.wait({task}, timeout=limit_s)
+    if not task.done():
+        raise CommandTimeout(limit_s)
+    return task.result()
+
+
+# The event loop itself does not keep tasks alive.
+_going_on: set[asyncio.Future[Any]] = set()
+
+
+def _ended(task: asyncio.Future[Any]) -> None:
+    _going_on.discard(task)
+    if not task.cancelled():
+        task.exception()  # nothing may wait for it any more, which is not worth a warning

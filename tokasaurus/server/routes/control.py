@@ -262,10 +262,14 @@ class ControlRoutes:
         query = read_query(request, ("level", "mode"))
         level = whole_number(query, "level", 1, 0, 2)
         mode = _VLLM_MODES[choice(query, "mode", (*_VLLM_MODES,))]
-        was_paused = self._runner.commands.is_paused
         release = (ReleaseMemory(weights=True, kv_cache=True),) if level else ()
-        await self._runner.run(Pause(mode), *release)
-        self._wake_resumes |= not was_paused
+        before = self._wake_resumes
+        self._wake_resumes |= not self._runner.commands.is_paused
+        try:
+            await self._runner.run(Pause(mode), *release)
+        except RequestError:
+            self._wake_resumes = before
+            raise
         return json_answer({"status": "sleeping"})
 
     async def wake_up(self, request: Request) -> Response:
