@@ -20,7 +20,7 @@ pytestmark = pytest.mark.engine
 
 ADMIN = "sk-admin"
 PROMPT = {"prompt": "A B C D A B C D A B", "temperature": 0, "max_tokens": 8}
-LONG = {"prompt": "Once upon a time", "max_tokens": 1500, "ignore_eos": True, "seed": 3}
+LONG = {"prompt": "Once", "max_tokens": 1500, "ignore_eos": True, "seed": 3, "n": 8}
 UPDATES = "/v1/weights/updates"
 
 
@@ -56,11 +56,28 @@ def text(engine):
     return answer["choices"][0]["text"]
 
 
-def count(engine, name):
-    with urllib.request.urlopen(f"http://127.0.0.1:{engine.port}/metrics") as answer:
-        lines = answer.read().decode().splitlines()
-    found = [line.split()[-1] for line in lines if line.startswith(f"tokasaurus_{name} ")]
-    return float(found[0]) if found else 0.0
+class Stream:
+    """A long request that has begun to answer; its events are read to the end when asked for."""
+
+    def __init__(self, engine):
+        body = json.dumps({**LONG, "stream": True, "return_weights_versions": True}).encode()
+        url = f"http://127.0.0.1:{engine.port}/v1/completions"
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(url, body, headers)
+        self._answer = urllib.request.urlopen(request, timeout=120)
+        self._lines = [self._answer.readline()]
+
+    def choices(self):
+        """The finish reason of each choice, and its runs of versions."""
+        with self._answer:
+            self._lines += self._answer.readlines()
+        events = [json.loads(each[6:]) for each in self._lines if each.startswith(b"data: {")]
+        found = {}
+        for choice in (event["choices"][0] for event in events):
+            one = found.setdefault(choice["index"], {"reason": None, "runs": []})
+            one["reason"] = choice["finish_reason"]
+            one["runs"] += choice["weights_versions"]
+        return list(found.values())
 
 
 def model_path(engine):
@@ -91,34 +108,36 @@ def test_only_the_admin_key_controls(engine):
 
 def test_requests_wait_while_the_engine_is_paused(engine):
     before = text(engine)
-    with ThreadPoolExecutor(2) as pool:
-        long = pool.submit(ask, engine, "POST /v1/completions", LONG)
-        eventually(lambda: count(engine, "running_sequences") == 1, "it runs")
-        assert ask(engine, "POST /pause?mode=keep") == (200, {"status": "paused"})
+    stream = Stream(engine)
+    assert ask(engine, "POST /pause?mode=keep") == (200, {"status": "paused"})
+    with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(text, engine)
+        eventually(lambda: ask(engine, "GET /health")[1]["running"] == 2, "both are there")
         assert ask(engine, "GET /health")[1]["status"] == "ok"
-        eventually(lambda: count(engine, "prompts_in_flight") == 2, "both are there")
-        assert not long.done()
         assert not waiting.done()
         assert ask(engine, "POST /resume") == (200, {"status": "resumed"})
         assert waiting.result() == before
-        status, answer = ask(engine, "POST /abort_requests")
-        assert (status, answer["status"]) == (200, "aborted")
-        status, answer = long.result()
-    assert status == 200
-    assert answer["choices"][0]["finish_reason"] in ("abort", "length")
-    assert answer["usage"]["completion_tokens"] > 0
+    assert {choice["reason"] for choice in stream.choices()} == {"length"}
 
 
-def test_an_abort_answers_with_the_tokens_so_far(engine):
-    with ThreadPoolExecutor(4) as pool:
-        answers = [pool.submit(ask, engine, "POST /v1/completions", LONG) for _ in range(4)]
-        eventually(lambda: count(engine, "running_sequences") == 4, "all run")
-        assert ask(engine, "POST /pause?mode=abort")[0] == 200
-        got = [each.result() for each in answers]
-    assert [status for status, _ in got] == [200] * 4
-    assert {each["choices"][0]["finish_reason"] for _, each in got} == {"abort"}
-    assert ask(engine, "POST /resume")[0] == 200
+def test_a_pause_that_waits_lets_what_has_begun_finish(engine):
+    stream = Stream(engine)
+    assert ask(engine, "POST /pause?mode=wait") == (200, {"status": "paused"})
+    assert {choice["reason"] for choice in stream.choices()} == {"length"}
+
+
+@pytest.mark.parametrize("path", ["/pause?mode=abort", "/abort_requests"])
+def test_an_abort_answers_with_the_tokens_so_far(engine, path):
+    streams = [Stream(engine) for _ in range(3)]
+    assert ask(engine, f"POST {path}")[0] == 200
+    choices = [choice for stream in streams for choice in stream.choices()]
+    assert len(choices) == 24
+    assert "abort" in {choice["reason"] for choice in choices}
+    assert {choice["reason"] for choice in choices} <= {"abort", "length"}
+    num_tokens = sum(run["num_tokens"] for choice in choices for run in choice["runs"])
+    assert 0 < num_tokens < 24 * LONG["max_tokens"]
+    if "pause" in path:
+        assert ask(engine, "POST /resume")[0] == 200
     assert text(engine)
 
 
@@ -140,30 +159,28 @@ def test_memory_is_released_and_restored(engine):
 
 def test_weights_from_disk_while_requests_run(engine, other_weights):
     before = text(engine)
-    asked = {**LONG, "return_weights_versions": True}
-    with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(ask, engine, "POST /v1/completions", asked)
-        eventually(lambda: count(engine, "running_sequences") == 1, "it runs")
-        body = {"model_path": str(other_weights), "weight_version": "other"}
-        status, updated = ask(engine, "POST /update_weights_from_disk", body)
-        assert (status, updated["success"], updated["weight_version"]) == (200, True, "other")
-        status, completion = answer.result()
-    assert status == 200
-    runs = completion["choices"][0]["weights_versions"]
-    assert [(each["version"], each["label"]) for each in runs] == [(0, "default"), (1, "other")]
-    assert sum(each["num_tokens"] for each in runs) == LONG["max_tokens"]
+    stream = Stream(engine)
+    body = {"model_path": str(other_weights), "weight_version": "other"}
+    status, updated = ask(engine, "POST /update_weights_from_disk", body)
+    assert (status, updated["success"], updated["weight_version"]) == (200, True, "other")
+    choices = stream.choices()
+    labels = {(run["version"], run["label"]) for choice in choices for run in choice["runs"]}
+    assert labels == {(0, "default"), (1, "other")}
+    for choice in choices:
+        versions = [run["version"] for run in choice["runs"]]
+        assert versions == sorted(versions)
+        assert sum(run["num_tokens"] for run in choice["runs"]) == LONG["max_tokens"]
     after = text(engine)
     assert after != before
-    assert (
-        ask(engine, "POST /generate", {"text": "hi"})[1]["meta_info"]["weight_version"] == "other"
-    )
+    meta_info = ask(engine, "POST /generate", {"text": "hi"})[1]["meta_info"]
+    assert meta_info["weight_version"] == "other"
     # Wrong weights change nothing.
     wrong = {"model_path": str(other_weights / "one.safetensors"), "weight_version": "wrong"}
     status, error = ask(engine, "POST /update_weights_from_disk", wrong)
     assert (status, error["error"]["param"]) == (400, "model_path"), error
     assert ask(engine, "GET /weight_info")[1] == {"weight_version": "other", "weights_version": 1}
     assert text(engine) == after
-    assert count(engine, "weights_version") == 1
+    eventually(lambda: engine.metrics().get("weights_version") == 1, "it is counted")
     original = {"model_path": str(model_path(engine))}
     assert ask(engine, "POST /update_weights_from_disk", original)[0] == 200
     assert text(engine) == before
