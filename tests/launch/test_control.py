@@ -20,7 +20,7 @@ pytestmark = pytest.mark.engine
 
 ADMIN = "sk-admin"
 PROMPT = {"prompt": "A B C D A B C D A B", "temperature": 0, "max_tokens": 8}
-LONG = {"prompt": "Once", "max_tokens": 1500, "ignore_eos": True, "seed": 3, "n": 8}
+LONG = {"prompt": "Once", "max_tokens": 500, "ignore_eos": True, "seed": 3, "n": 8}
 UPDATES = "/v1/weights/updates"
 
 
@@ -28,7 +28,7 @@ UPDATES = "/v1/weights/updates"
 def engine(tmp_path: Path) -> Iterator[EngineProcess]:
     key_file = tmp_path / "admin"
     key_file.write_text(f"{ADMIN}\n")
-    flags = (f"admin_api_key_file={key_file}", "page_size=4", "kv_cache_num_tokens=8192")
+    flags = (f"admin_api_key_file={key_file}", "kv_cache_num_tokens=8192")
     with running(tmp_path, *flags) as ready:
         yield ready
 
