@@ -50,6 +50,19 @@ def test_crowded_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert num_rests > 500  # turns
 
 
+def test_worlds_with_commands() -> None:
+    """Pauses, updates, released memory and the rest, in any order, with eight batches in flight."""
+    run_worlds(400, num_events=3_000, make_world=Simulation.commanded_of_seed)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("first_seed", range(50_000, 54_000, 1_000))
+def test_many_worlds_with_commands(first_seed: int) -> None:
+    """Cases of their own, so that workers share them."""
+    run_worlds(first_seed, num_events=20_000, make_world=Simulation.commanded_of_seed)
+
+
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_many_crowded_worlds() -> None:

@@ -111,7 +111,7 @@ EXAMPLES = [
     Control(3, WriteCartridge("notes.safetensors", 5, ints(2))),
     ControlDone(3, "it is damaged", False),
     Eta(longs(3), np.array([0.5, 1e9, np.nan]), 7.25),
-    Statistics(*range(10), 2.5, 3.5, *range(5), 0.125),
+    Statistics(*range(10), 2.5, 3.5, *range(5), 0.125, 3, True),
     ForwardBatch(
         number=8,
         parameters=SlotParameters(

@@ -130,11 +130,12 @@ def _run_manager(assignment: Assignment, lifeline: Lifeline) -> None:
     statistics_due_at = 0.0
     at_rest = False  # and the server knows
     while True:
-        # The wait is limited only if the manager is idle and its last figures are not sent yet.
-        wait_s = statistics_due_at - time.monotonic() if manager.idle and not at_rest else None
-        events = door.receive(None if wait_s is None else max(0.0, wait_s))
+        # The wait is limited only by a control's deadline, and if the manager rests and its last
+        # figures are not sent yet.
+        until = statistics_due_at if manager.at_rest and not at_rest else manager.deadline
+        events = door.receive(None if until is None else max(0.0, until - time.monotonic()))
         started = time.monotonic()
-        if not events:
+        if not events and manager.at_rest:
             to_server.send(manager.statistics())
             at_rest = True
             continue

@@ -36,6 +36,8 @@ def check_invariants(running: RunningSequences, backlog: Backlog) -> None:
     tables = [slots.pages(holder.slot) for holder in holders]
     orphans = [table for table, is_found in zip(tables, is_open, strict=True) if not is_found]
     check_allocator(running.pages, tables, orphans)
+    versions = slots.weights_version[slots.order >= 0]
+    _require(bool((versions == running.weights_version).all()), "a sequence has other weights")
     for holder, is_found in zip(holders, is_open, strict=True):
         if not is_found:
             continue
@@ -250,11 +252,18 @@ def _check_backlog(running: RunningSequences, backlog: Backlog) -> None:
         claiming <= {*running.prefilling, *waiting},
         "a sequence claims a page and does not feed its prompt",
     )
+    held = set(backlog.held())
+    _require(
+        all(sequence.state is SequenceState.PARKED for sequence in held),
+        "a sequence that is held back is elsewhere too",
+    )
     waits_for_pages = set(in_progress.waiting())
     for sequence in living:
         if sequence.state is SequenceState.PARKED:
             _require(
-                sequence in waits_for_pages or not sequence.may_sample(running.stop_lag),
+                sequence in waits_for_pages
+                or sequence in held
+                or not sequence.may_sample(running.stop_lag),
                 f"{sequence.name} is parked without a reason",
             )
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.errors import ProtocolError
+from tokasaurus.manager.controls import Controls
 from tokasaurus.manager.counters import Counters, Gauges, statistics
 from tokasaurus.manager.forecast.admission import AdmissionControl
 from tokasaurus.manager.forecast.eta import StepTimer, eta
@@ -30,7 +31,7 @@ from tokasaurus.manager.sequence import Request, Sequence, SequenceState
 from tokasaurus.manager.slots import IndexArray
 from tokasaurus.manager.waiting import Backlog
 from tokasaurus.protocol.arrays import Int32Array
-from tokasaurus.protocol.commands import Command, CommandDone, CommandFailed, FlushCache
+from tokasaurus.protocol.commands import Command, CommandDone, CommandFailed, ControlDone
 from tokasaurus.protocol.messages import (
     MAX_PRIORITY,
     AbortRequest,
@@ -81,6 +82,15 @@ class Manager:
         self._look_ahead = LookAhead(config.scheduling_steps_ahead)
         self._step_timer = StepTimer()
         self._outbox = Outbox()
+        self._controls = Controls(
+            self._running,
+            self._backlog,
+            preempt=self._scheduler.preempt,
+            abort=self._abort_requests,
+            answer=self._answer,
+        )
+        self._messages: list[ToServer] = []  # of this turn
+        self._is_ordinary = True  # whether this turn has no command and no control
         # In this turn these ended: sequences, those of them that hold pages, and whole requests.
         self._ended: list[tuple[Sequence, FinishReason]] = []
         self._retiring: list[Sequence] = []
@@ -90,8 +100,24 @@ class Manager:
 
     @property
     def idle(self) -> bool:
-        """Whether no sequence lives and no batch is in flight."""
+        """Whether no sequence lives, and no batch or control is in flight."""
         return not self._backlog.requests and not self._running.in_flight
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether no batch or control is in flight: only a message of the server changes that.
+
+        Sequences may wait for one: for acknowledgements, or for the end of a pause.
+        """
+        return not self._running.in_flight
+
+    @property
+    def deadline(self) -> float | None:
+        """When the worker will have taken too long for a control; None if none is in flight.
+
+        A time on the clock of ``take_turn``, which must be called then, if need be without events.
+        """
+        return self._controls.deadline
 
     @property
     def num_in_flight(self) -> int:
@@ -104,35 +130,44 @@ class Manager:
         Args:
             events: in the order they came.
             now: seconds on any clock that does not run backwards; it is measured with, and no
-                decision depends on it.
+                decision but that about the ``deadline`` depends on it.
 
         Raises:
             ProtocolError: a result is not that of the oldest batch in flight.
+            EngineError: the ``deadline`` has passed.
         """
         num_results = 0
+        self._is_ordinary = True
         for event in events:
             self._take(event, now)
             num_results += isinstance(event, ForwardResult)
-        messages = self._outbox.collect(self._running.slots, self._running.window)
         self._settle()
-        batches = self._plan(now)
+        self._controls.advance(now)
+        self._controls.check_deadline(now)
+        to_worker = self._controls.take_orders() + self._plan(now)
         self._step_timer.absorbed(now, num_results, self.num_in_flight == 0)
         if self._config.check_invariants:
             check_invariants(self._running, self._backlog)
-        return Actions(batches, messages)
+        messages, self._messages = self._messages, []
+        return Actions(to_worker, messages)
 
     def turn_took(self, seconds: float) -> None:
         """Takes the time of a turn: from when events came until everything that followed was sent.
 
         Where this is never called, ``scheduling_steps_ahead`` batches are in flight. Otherwise
-        there are no more than the device needs to stay busy.
+        there are no more than the device needs to stay busy. Turns with a command or a control do
+        not count.
         """
-        if self._config.adapt_steps_ahead:
+        if self._config.adapt_steps_ahead and self._is_ordinary:
             self._look_ahead.turn_took(seconds)
 
     def eta(self) -> Eta | None:
-        """When requests will have ended; None if nothing runs, or if no step was measured yet."""
-        if self.idle or not self._step_timer.seconds:
+        """When requests will have ended.
+
+        None if nothing runs, if no step was measured yet, and as long as requests wait for a
+        command: the server keeps the last predictions until then.
+        """
+        if self.idle or self._controls.rests or not self._step_timer.seconds:
             return None
         return eta(self._running, self._backlog, self._admission, self._step_timer.seconds)
 
@@ -162,10 +197,14 @@ class Manager:
             num_free_pages=pages.pool.num_free,
             num_evictable_pages=pages.pool.num_evictable,
             num_evicted_pages=pages.cache.num_evicted,
+            weights_version=self._running.weights_version,
+            paused=self._controls.rests,
         )
 
     def _plan(self, now: float) -> list[ToWorker]:
         batches: list[ToWorker] = []
+        if not self._controls.may_plan:
+            return batches
         while self.num_in_flight < self._look_ahead.depth:
             batch = self._scheduler.plan(now)
             if batch is None:
@@ -188,8 +227,8 @@ class Manager:
             request = self._backlog.requests.get(event.request_id)
             if request is not None:
                 self._abort(request)
-        elif isinstance(event, Command):
-            self._outbox.add(self._obey(event))
+        elif isinstance(event, Command | ControlDone):
+            self._take_control(event, now)
         else:
             raise ProtocolError(f"the manager takes no {type(event).__name__}")
 
@@ -255,13 +294,29 @@ class Manager:
             else:
                 self._backlog.acknowledged(sequence, int(event.num_tokens[row]))
 
-    def _obey(self, command: Command) -> CommandDone | CommandFailed:
-        if isinstance(command.action, FlushCache):
-            num_pages = self._running.pages.flush()
-            num_tokens = num_pages * self._config.page_size
-            return CommandDone(command.command_id, num_pages=num_pages, num_tokens=num_tokens)
-        name = type(command.action).__name__
-        return CommandFailed(command.command_id, f"{name} is not supported")
+    # --- commands --------------------------------------------------------------------------------
+
+    def _take_control(self, event: Command | ControlDone, now: float) -> None:
+        """Takes a command, or the end of a control, in its order among the events of the turn."""
+        self._settle()
+        if isinstance(event, Command):
+            self._controls.take(event, now)
+        else:
+            self._controls.absorb(event, now)
+            self._step_timer.interrupt()
+        self._is_ordinary = False
+
+    def _answer(self, answer: CommandDone | CommandFailed) -> None:
+        self._messages.append(answer)
+
+    def _abort_requests(self, request_ids: list[int]) -> int:
+        num_before = self._backlog.num_sequences
+        for request_id in request_ids:
+            request = self._backlog.requests.get(request_id)
+            if request is not None:
+                self._abort(request)
+        self._settle()
+        return num_before - self._backlog.num_sequences
 
     # --- from the worker -------------------------------------------------------------------------
 
@@ -356,7 +411,9 @@ class Manager:
                 self._abort(request)
 
     def _settle(self) -> None:
-        """Does what is left to do for all sequences that ended in this turn, at once."""
+        """Collects messages; does what is left to do for all sequences that have ended, at once."""
+        slots, window = self._running.slots, self._running.window
+        self._messages += self._outbox.collect(slots, window, self._running.weights_version)
         if self._ended:
             self._admission.end(
                 [sequence for sequence, _ in self._ended],
@@ -366,8 +423,8 @@ class Manager:
         for request in self._closing:
             self._admission.close(request)
         if self._retiring:
-            slots = np.array([sequence.slot for sequence in self._retiring], np.intp)
-            self._admission.release(slots)
+            rows = np.array([sequence.slot for sequence in self._retiring], np.intp)
+            self._admission.release(rows)
             self._departing += self._running.retire(self._retiring)
         self._running.depart(self._departing)
         self._ended, self._closing, self._retiring, self._departing = [], [], [], []

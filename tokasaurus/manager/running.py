@@ -81,6 +81,11 @@ class RunningSequences:
         """Sequences that hold pages."""
         return int(np.count_nonzero(self.slots.order >= 0))
 
+    @property
+    def num_begun(self) -> int:
+        """Sequences that have begun and not ended, whether they run now or were preempted."""
+        return self.num_running + len(self.preempted) + len(self.resting)
+
     def num_unfed_tokens(self) -> int:
         """Tokens of the prompts being fed that are in no batch yet."""
         return sum(

@@ -30,7 +30,8 @@ class SequenceState(enum.Enum):
     """
 
     FOLLOWING = enum.auto()  # waits until the leader of its request has fed the prompt
-    PARKED = enum.auto()  # waits for pages that another request computes, or for acknowledgements
+    # Waits for pages that another request computes, for acknowledgements, or till a drain is over.
+    PARKED = enum.auto()
     WAITING = enum.auto()  # in the queue
     RUNNING = enum.auto()  # owns a slot and pages
     PREEMPTED = enum.auto()  # owns a slot and no pages: results in flight are still its own
@@ -44,11 +45,13 @@ class GeneratedTokens(NamedTuple):
     logprobs: Float32Array  # [tokens], or [0]
     top_ids: Int32Array  # [tokens * k], or [0]
     top_logprobs: Float32Array  # like top_ids
+    # Of the weights that drew all of them; -1 where they come from several slots.
+    weights_version: int = -1
 
     @staticmethod
-    def without_logprobs(ids: Int32Array) -> GeneratedTokens:
+    def without_logprobs(ids: Int32Array, weights_version: int = -1) -> GeneratedTokens:
         """Tokens whose logprobs were not asked for, or were sent before."""
-        return GeneratedTokens(ids, EMPTY_FLOAT32, EMPTY_INT32, EMPTY_FLOAT32)
+        return GeneratedTokens(ids, EMPTY_FLOAT32, EMPTY_INT32, EMPTY_FLOAT32, weights_version)
 
     @staticmethod
     def joined(pieces: list[GeneratedTokens]) -> GeneratedTokens:

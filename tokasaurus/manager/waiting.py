@@ -5,7 +5,8 @@ Owns the request table, the queue, and the followers. One sample of a request is
 outside the queue:
 
 - a preempted sequence, until the server acknowledges enough of its tokens;
-- a sequence that needs pages that the prompt of another request is computing.
+- a sequence that needs pages that the prompt of another request is computing;
+- in a drain, a sequence that has not begun.
 
 The queue is in order of priority, and of arrival within one. Preempted sequences arrived before
 every sequence of their priority that was never admitted, so they come first without a rule of their
@@ -50,6 +51,9 @@ class Backlog:
         # (order, sequence); entries of sequences that ended or were parked stay until they surface.
         self._heap: list[tuple[int, Sequence]] = []
         self._num_stale = 0
+        # In a drain: sequences that would be in the queue if they had begun.
+        self._holds_back = False
+        self._held: dict[Sequence, None] = {}
 
     def __len__(self) -> int:
         """Sequences in the queue."""
@@ -138,10 +142,36 @@ class Backlog:
         if was_behind:
             self.wake(sequence)
 
+    def hold_back(self) -> list[Sequence]:
+        """Keeps sequences that have not begun out of the queue, until ``let_go``.
+
+        Returns:
+            Those that were in it.
+        """
+        self._holds_back = True
+        held = [sequence for sequence in self.waiting() if not sequence.was_admitted]
+        for sequence in held:
+            self.park(sequence)
+            self._held[sequence] = None
+        return held
+
+    def let_go(self) -> None:
+        """Puts the sequences that were held back into the queue."""
+        self._holds_back = False
+        held, self._held = self._held, {}
+        for sequence in held:
+            self.wake(sequence)
+
+    def held(self) -> list[Sequence]:
+        """The sequences that are kept out of the queue because they have not begun."""
+        return list(self._held)
+
     def num_followers(self, leader: Sequence) -> int:
         """How many sequences would fork from this one when it has fed its prompt."""
         request = leader.request
-        return len(request.followers) if request.leader is leader else 0
+        if request.leader is not leader or self._holds_back:
+            return 0
+        return len(request.followers)
 
     def next_follower_order(self, leader: Sequence) -> int:
         """The order of its first follower; more than any order where it has none."""
@@ -166,6 +196,7 @@ class Backlog:
         sequence.state = SequenceState.ENDED
         self._drop_stale()
         self.num_sequences -= 1
+        self._held.pop(sequence, None)
         del request.sequences[sequence.sample_index]
         request.followers.pop(sequence.sample_index, None)
         if request.leader is sequence:
@@ -184,6 +215,10 @@ class Backlog:
             self._push(request.leader)
 
     def _push(self, sequence: Sequence) -> None:
+        if self._holds_back and not sequence.was_admitted:
+            sequence.state = SequenceState.PARKED
+            self._held[sequence] = None
+            return
         sequence.state = SequenceState.WAITING
         if sequence.has_entry:  # from before it was parked
             self._num_stale -= 1

@@ -318,6 +318,9 @@ class Statistics(Message, frozen=True):
     num_free_pages: int
     num_evictable_pages: int  # cached, and held by no sequence
     step_s: float  # what a batch takes at present; 0 until one was measured
+    weights_version: int = 0
+    # Whether all that waits, waits for a command: for Resume, RestoreMemory or UpdateWeights.
+    paused: bool = False
 
 
 # --- manager to worker, and back ------------------------------------------------------------------

@@ -30,6 +30,10 @@ class StepTimer:
         self.seconds = 0.0  # 0 until a step was measured
         self._absorbed_at: float | None = None
 
+    def interrupt(self) -> None:
+        """Something else has run between two batches: the time until the next is not a step's."""
+        self._absorbed_at = None
+
     def absorbed(self, now: float, num_results: int, is_idle: bool) -> None:
         """Takes the time at which results were absorbed.
 
