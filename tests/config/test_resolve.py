@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -17,6 +18,8 @@ FACTS = ModelFacts(
     vocab_size=2048,
     max_position_embeddings=4096,
     kv_elements_per_token=1000,
+    num_parameters=1_000_000,
+    num_tied_parameters=300_000,
     eos_token_ids=(1, 2),
     temperature=0.6,
     top_k=50,
@@ -197,7 +200,7 @@ def test_the_longest_request():
 
 
 def test_the_kv_cache_grows_for_a_large_request():
-    facts = ModelFacts("/m", 100, 10**6, 1000, ())
+    facts = dataclasses.replace(FACTS, max_position_embeddings=10**6)
     manager = manager_of(facts=facts, max_num_tokens_per_request=200001)
     assert manager.num_pages == math.ceil(200001 / 16)
     assert manager.max_request_tokens == 200001
@@ -211,26 +214,66 @@ def test_the_most_top_logprobs():
 # --- memory --------------------------------------------------------------------------------------
 
 
-def test_the_default_kv_cache_takes_at_most_half_of_the_memory():
-    # 4,000 bytes for a token in float32, 2,000 in bfloat16
-    assert manager_of(memory_bytes=8_000_000).num_pages == 1000 // 16
-    assert manager_of(memory_bytes=8_000_000, dtype="bfloat16").num_pages == 2000 // 16
-    assert manager_of(memory_bytes=None).num_pages == 8192
-    assert manager_of(memory_bytes=8_000_000, cuda_available=True).num_pages == 8192
+# In float32 the weights take 4,000,000 bytes and a token of the KV cache 4,000; in bfloat16 half.
 
 
-def test_an_explicit_kv_cache_may_take_more_than_half():
-    assert manager_of(memory_bytes=8_000_000, kv_cache_num_tokens=1600).num_pages == 100
-    (line,) = problems(memory_bytes=8_000_000, kv_cache_num_tokens=2016)
-    assert "kv_cache_num_tokens=2016" in line
-    assert "2000" in line
+def test_the_default_kv_cache_takes_at_most_half_of_what_the_weights_leave():
+    for flags, num_tokens in (
+        ({"memory_bytes": 12_000_000}, 1000),
+        ({"memory_bytes": 12_000_000, "dtype": "bfloat16"}, 2500),
+        ({"memory_bytes": 12_000_000, "cuda_available": True}, 2500),
+        ({"memory_bytes": 12_000_000, "cuda_available": True, "dtype": "float32"}, 1000),
+        ({"memory_bytes": 12_000_000, "linear": "packed"}, 850),
+        ({"memory_bytes": 12_000_000, "load_format": "dummy"}, 1000),
+        ({"memory_bytes": 10**12}, 131072),
+        ({"memory_bytes": None}, 131072),
+        ({"memory_bytes": None, "cuda_available": True}, 131072),
+    ):
+        assert manager_of(**flags).num_pages == num_tokens // 16, flags
+
+
+def test_an_explicit_kv_cache_may_take_all_that_the_weights_leave():
+    flags = {"memory_bytes": 12_000_000}
+    assert manager_of(**flags, kv_cache_num_tokens=2000).num_pages == 125
+    (line,) = problems(**flags, kv_cache_num_tokens=2016)
+    assert line == (
+        "kv_cache_num_tokens=2016 needs a KV cache of 2016 tokens, 8.1 MB in float32; cpu has"
+        " 12.0 MB free, and beside 4.0 MB of weights this holds 2000; lower it, or leave it out to"
+        " take at most half of what the weights leave"
+    )
+    assert manager_of(**flags, kv_cache_num_tokens=4000, dtype="bfloat16").num_pages == 250
 
 
 def test_memory_too_small_for_a_request():
-    (line,) = problems(memory_bytes=8_000_000, max_num_tokens_per_request=3000)
+    (line,) = problems(memory_bytes=12_000_000, max_num_tokens_per_request=3000)
     assert "max_num_tokens_per_request=3000" in line
-    (line,) = problems(memory_bytes=4000)
+    (line,) = problems(memory_bytes=4_000_000 + 15 * 4000)
     assert "page_size=16" in line
+    assert "this holds 15;" in line
+
+
+def test_memory_too_small_for_the_weights():
+    (line,) = problems(memory_bytes=3_999_999, kv_cache_num_tokens=1600)
+    assert line == (
+        "model=tokasaurus-demo: the weights take 4.0 MB in float32, and cpu has 4.0 MB free;"
+        " dtype=bfloat16 takes half; otherwise free memory, or serve a smaller model"
+    )
+    (line,) = problems(memory_bytes=1_999_999, model="org/large", cuda_available=True)
+    assert line == (
+        "model=org/large: the weights take 2.0 MB in bfloat16, and cuda has 2.0 MB free; free"
+        " memory, or serve a smaller model"
+    )
+
+
+def test_the_plan_of_memory_is_one_line():
+    assert slices(memory_bytes=12_000_000).memory_plan == (
+        "memory: cpu has 12.0 MB free; 4.0 MB for weights in float32, 4.0 MB for a KV cache of 992"
+        " tokens, 4.0 MB for the rest"
+    )
+    assert slices(memory_bytes=None, cuda_available=True, page_size=2048).memory_plan == (
+        "memory: the free memory of cuda is unknown; 2.0 MB for weights in bfloat16, 262.1 MB for a"
+        " KV cache of 131072 tokens"
+    )
 
 
 # --- everything together -------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from tokasaurus.errors import ConfigError
 from tokasaurus.launch.assemble import assemble
 from tokasaurus.model.facts import read_model_config
 from tokasaurus.model.kv_cache import KVCache
+from tokasaurus.model.placement import Placement
+from tokasaurus.model.weights.loader import load_model
 
 
 def positions_of(path) -> int:
@@ -42,7 +44,7 @@ def test_every_room_gets_the_sizes_of_the_checkpoint(tmp_path):
         assert server.max_request_tokens == worker.max_request_tokens == positions_of(path)
 
 
-def test_the_cache_takes_the_memory_that_resolution_counted(tmp_path, monkeypatch):
+def test_model_and_cache_take_the_memory_that_resolution_counted(tmp_path, monkeypatch):
     path = make_checkpoint(tmp_path / "model", "qwen3", num_heads=4, num_kv_heads=2)
     flags = {"kv_cache_num_tokens": 640, "page_size": 32, "dtype": "bfloat16"}
     model, worker = read_model_config(path), worker_of(path, **flags)
@@ -56,9 +58,12 @@ def test_the_cache_takes_the_memory_that_resolution_counted(tmp_path, monkeypatc
         device=torch.device("cpu"),
     )
     available = "tokasaurus.launch.assemble._available_memory_bytes"
-    monkeypatch.setattr(available, lambda: cache.num_bytes)
+    place = Placement(torch.bfloat16, torch.device("cpu"))
+    _, weights = load_model(path, model, place)
+    num_bytes = cache.num_bytes + 2 * weights.num_parameters
+    monkeypatch.setattr(available, lambda: num_bytes)
     assert worker_of(path, **flags) == worker
-    monkeypatch.setattr(available, lambda: cache.num_bytes - 1)
+    monkeypatch.setattr(available, lambda: num_bytes - 1)
     with pytest.raises(ConfigError, match="kv_cache_num_tokens=640 needs a KV cache of 640"):
         sizes(path, **flags)
 
@@ -94,3 +99,24 @@ def test_dtypes_reach_the_worker(tmp_path):
     path = make_checkpoint(tmp_path / "model", "llama", dtype=torch.bfloat16)
     assert worker_of(path).dtype == "float32"
     assert worker_of(path, dtype="bfloat16").dtype == "bfloat16"
+
+
+def test_dummy_weights_are_planned_from_config_json_alone(tmp_path, monkeypatch):
+    path = make_checkpoint(tmp_path / "model", "llama", tied=True)
+    (path / "model.safetensors").unlink()
+    weight_bytes = 4 * read_model_config(path).num_parameters
+    available = "tokasaurus.launch.assemble._available_memory_bytes"
+    monkeypatch.setattr(available, lambda: weight_bytes - 1)
+    with pytest.raises(ConfigError, match=r"the weights take .* in float32"):
+        sizes(path, load_format="dummy")
+    monkeypatch.setattr(available, lambda: 10 * weight_bytes)
+    assert worker_of(path, load_format="dummy").load_format == "dummy"
+
+
+def test_the_bundled_model_gets_the_default_cache(monkeypatch):
+    available = "tokasaurus.launch.assemble._available_memory_bytes"
+    monkeypatch.setattr(available, lambda: 8 * 10**9)
+    slices = assemble(EngineConfig(device="cpu"))
+    manager = slices.replicas[0].manager
+    assert manager.num_pages * manager.page_size == 131072
+    assert "131072 tokens" in slices.memory_plan

@@ -10,7 +10,7 @@ from fake_engine import CONFIG, PREPARER, TOKENIZER, FakeEngine, ids_of, submit,
 from rows import check_each, each_row
 
 from tokasaurus.errors import Conflict, EngineAborted, EngineDead, RequestError
-from tokasaurus.launch.outputs import request_output
+from tokasaurus.launch.outputs import GrowingOutput, request_output
 from tokasaurus.protocol.commands import (
     AbortAll,
     CommandDone,
@@ -419,3 +419,24 @@ def test_outputs_of_the_embedded_engine_tell_the_versions(core, fake):
     fake.run(core)
     (completion,) = request_output(generation, None, TOKENIZER).outputs
     assert completion.weights_versions == [(0, 4), (1, 5)]
+
+
+def test_a_stream_of_the_embedded_engine_tells_the_versions_and_keeps_what_a_command_aborted():
+    post = Post()
+    params = SamplingParams(n=2, max_tokens=50, ignore_eos=True)
+    generation = submit(post.core, PROMPT, params, stream=True)
+    request, growing = post.sent[0], GrowingOutput(generation, None, TOKENIZER)
+    for rows in (
+        [(request, 0, ids_of("ab"), RUNNING, 0), (request, 1, ids_of("x"), RUNNING, 0)],
+        [(request, 0, ids_of("c"), RUNNING, 0, 1), (request, 0, ids_of("d"), ABORT, 0, 1)],
+        [(request, 1, [], ABORT, 0, 1)],
+    ):
+        post.core.absorb(updates(rows))
+        assert growing.grow()
+        outputs = growing.so_far().outputs
+    assert growing.finished
+    assert [(each.text, each.finish_reason) for each in outputs] == [
+        ("abcd", "abort"),
+        ("x", "abort"),
+    ]
+    assert [each.weights_versions for each in outputs] == [[(0, 2), (1, 2)], [(0, 1)]]

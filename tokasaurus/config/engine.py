@@ -336,7 +336,7 @@ class EngineConfig:
         help="Tokens that the KV cache of a replica holds.",
         usually="131072",
         adapts=(
-            "on cpu to half of the free memory, if that holds less; up to "
+            "down to half of the free memory that the weights leave; up to "
             "max_num_tokens_per_request"
         ),
     )

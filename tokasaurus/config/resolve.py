@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from tokasaurus.config.engine import EngineConfig
+from tokasaurus.config.memory import Memory
 from tokasaurus.config.slices import (
     AdmissionConfig,
     EngineSlices,
@@ -51,7 +52,6 @@ _KINDS: Mapping[str, Kind] = {
     "worker": "worker",
     "model": "worker",
 }
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _LOGPROBS_MODES = {
     "temperature": LogprobsMode.TEMPERATURE,
     "raw": LogprobsMode.RAW,
@@ -72,7 +72,7 @@ def resolve(
         config: the user's choices; ``tokenizer``, if set, is a path that the text core can load.
         facts: about the model that ``config.model`` names.
         cuda_available: whether the machine has a working CUDA device.
-        memory_bytes: free main memory, or None if unknown. Only a model on cpu uses it.
+        memory_bytes: free memory of the device that the model will run on; None if unknown.
 
     Raises:
         ConfigError: one line for every conflict, naming the flags and the remedy.
@@ -80,9 +80,10 @@ def resolve(
     problems: list[str] = []
     device = _device(config, cuda_available, problems)
     dtype = _dtype(config, device)
-    token_bytes = facts.kv_elements_per_token * _DTYPE_BYTES[dtype]
-    room = None if memory_bytes is None or device != "cpu" else memory_bytes // token_bytes
-    limits = _limits(config, facts.max_position_embeddings, room, problems)
+    memory = Memory(
+        device, memory_bytes, dtype, _num_weights(config, facts), facts.kv_elements_per_token
+    )
+    limits = _limits(config, facts.max_position_embeddings, memory, problems)
     _check_access(config, problems)
     if problems:
         raise ConfigError("\n".join(problems))
@@ -94,6 +95,7 @@ def resolve(
                 workers=(_worker(config, facts, limits, device, dtype),),
             ),
         ),
+        memory_plan=memory.plan(limits.num_pages * limits.page_size),
         log_level=config.log_level,
         log_procs=None
         if config.log_procs is None
@@ -129,12 +131,21 @@ def _dtype(config: EngineConfig, device: str) -> str:
     return "bfloat16" if device == "cuda" else "float32"
 
 
+def _num_weights(config: EngineConfig, facts: ModelFacts) -> int:
+    """Numbers that the weights hold. A packed head is a copy of the embedding that it is tied to.
+
+    The product that is being packed takes its memory twice; this comes out of the rest.
+    """
+    copied = facts.num_tied_parameters if config.linear == "packed" else 0
+    return facts.num_parameters + copied
+
+
 def _limits(
-    config: EngineConfig, max_positions: int, room: int | None, problems: list[str]
+    config: EngineConfig, max_positions: int, memory: Memory, problems: list[str]
 ) -> _Limits:
-    """Sizes of the KV cache and of a batch. ``room`` is the tokens that the memory could hold."""
+    """Sizes of the KV cache and of a batch."""
     page_size = _page_size(config, problems)
-    kv_tokens = _kv_tokens(config, page_size, room, problems)
+    kv_tokens = _kv_tokens(config, page_size, memory, problems)
     max_seqs, max_tokens = _batch_size(config, problems)
     asked = config.max_num_tokens_per_request
     if asked is not None and asked > max_positions:
@@ -163,9 +174,17 @@ def _page_size(config: EngineConfig, problems: list[str]) -> int:
     return page_size or DEFAULT_PAGE_SIZE
 
 
-def _kv_tokens(config: EngineConfig, page_size: int, room: int | None, problems: list[str]) -> int:
-    """Tokens in the KV cache, a whole number of pages."""
-    tokens, asked = config.kv_cache_num_tokens, config.max_num_tokens_per_request
+def _kv_tokens(config: EngineConfig, page_size: int, memory: Memory, problems: list[str]) -> int:
+    """Tokens in the KV cache, a whole number of pages.
+
+    Unless the user says otherwise, half of what the weights leave stays free for batches.
+    """
+    tokens, asked, room = config.kv_cache_num_tokens, config.max_num_tokens_per_request, memory.room
+    if not memory.has_room_for_weights:
+        problems.append(
+            f"model={config.model or BUNDLED_MODEL_NAME}: {memory.weights_do_not_fit()}"
+        )
+        room = None
     if tokens is None:
         tokens = DEFAULT_KV_TOKENS if room is None else min(DEFAULT_KV_TOKENS, room // 2)
         tokens = max(tokens // page_size * page_size, round_up(asked or 1, page_size))
@@ -179,12 +198,9 @@ def _kv_tokens(config: EngineConfig, page_size: int, room: int | None, problems:
             )
         tokens = round_up(tokens, page_size)
         flag = f"kv_cache_num_tokens={config.kv_cache_num_tokens}"
-        remedy = "lower it, or leave it out to take at most half of the memory"
+        remedy = "lower it, or leave it out to take at most half of what the weights leave"
     if room is not None and tokens > room:
-        problems.append(
-            f"{flag} needs a KV cache of {tokens} tokens, and the free memory holds {room};"
-            f" {remedy}"
-        )
+        problems.append(f"{flag} {memory.kv_does_not_fit(tokens)}; {remedy}")
     return tokens
 
 

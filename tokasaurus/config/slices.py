@@ -27,6 +27,9 @@ class ModelFacts:
     # After the RoPE scaling, the user's if there is one.
     max_position_embeddings: int
     kv_elements_per_token: int  # 2 * layers * kv heads * head size
+    # Numbers in all weights. A head that shares the embedding's weight does not count.
+    num_parameters: int
+    num_tied_parameters: int  # those that embedding and head share
     eos_token_ids: tuple[int, ...]
     # From generation_config.json; None if it says nothing.
     temperature: float | None = None
@@ -168,6 +171,7 @@ class EngineSlices:
 
     server: ServerConfig
     replicas: tuple[ReplicaSlices, ...]  # at least one
+    memory_plan: str  # of each replica; a line for the log
     log_level: str
     # Kinds of processes, as roles name them.
     log_procs: tuple[str, ...] | None

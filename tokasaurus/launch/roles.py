@@ -30,11 +30,6 @@ __all__ = ["Front", "roles_of", "run_role"]
 
 log = logging.getLogger(__name__)
 
-_STATISTICS_INTERVAL_S = 1.0
-_ETA_INTERVAL_S = 1.0
-_ETA_REST = 50  # the interval is at least this many times the duration of the estimate
-
-
 Front: TypeAlias = Callable[[Assignment, Lifeline], None]
 """The work of the text core's process: usually, to serve."""
 
@@ -109,6 +104,7 @@ def _run_server(assignment: Assignment, lifeline: Lifeline) -> None:
 
 
 def _run_manager(assignment: Assignment, lifeline: Lifeline) -> None:
+    from tokasaurus.launch.figures import Figures
     from tokasaurus.manager.manager import Manager
 
     number = assignment.role.replica
@@ -126,18 +122,12 @@ def _run_manager(assignment: Assignment, lifeline: Lifeline) -> None:
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
     lifeline.send(Ready())
-    eta_due_at = 0.0
-    statistics_due_at = 0.0
-    at_rest = False  # and the server knows
+    figures = Figures(manager)
     while True:
-        # The wait is limited only by a control's deadline, and if the manager rests and its last
-        # figures are not sent yet.
-        until = statistics_due_at if manager.at_rest and not at_rest else manager.deadline
-        events = door.receive(None if until is None else max(0.0, until - time.monotonic()))
+        events = door.receive(figures.wait_s)
         started = time.monotonic()
         if not events and manager.at_rest:
-            to_server.send(manager.statistics())
-            at_rest = True
+            to_server.send(figures.at_rest())
             continue
         actions = manager.take_turn(events, started)
         for order in actions.to_worker:
@@ -145,16 +135,8 @@ def _run_manager(assignment: Assignment, lifeline: Lifeline) -> None:
                 to_worker.send(order)
         for message in actions.messages:
             to_server.send(message)
-        sent = time.monotonic()
-        if sent >= eta_due_at:
-            eta = manager.eta()
-            if eta is not None:
-                to_server.send(eta)
-            eta_due_at = sent + max(_ETA_INTERVAL_S, _ETA_REST * (time.monotonic() - sent))
-        at_rest = False
-        if sent >= statistics_due_at:
-            to_server.send(manager.statistics())
-            statistics_due_at = sent + _STATISTICS_INTERVAL_S
+        for message in figures.after_turn():
+            to_server.send(message)
         manager.turn_took(time.monotonic() - started)
 
 
@@ -167,6 +149,7 @@ def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:
     # Without an end-of-sequence id no text is ever complete, and the server refuses grammars.
     server = assignment.slices.server
     load_vocabulary = partial(_load_vocabulary, server) if server.eos_token_ids else None
+    log.info("%s", assignment.slices.memory_plan)
     worker = Worker(assignment.slices.replicas[role.replica].workers[role.rank], load_vocabulary)
     worker.warm_up()
     lifeline.send(Ready())

@@ -14,7 +14,7 @@ from tokasaurus.protocol.arrays import Float32Array, Int32Array
 from tokasaurus.text.text_stream import TextStream
 from tokasaurus.text.tokenizer import Tokenizer
 
-__all__ = ["Sample", "SampleOutput", "TokenLogprobs", "add_run"]
+__all__ = ["Sample", "SampleOutput", "TokenLogprobs", "joined_runs"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,13 +197,18 @@ def _runs(ends: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     start = 0
     for end, version in ends:
         if end > start:
-            add_run(runs, version, end - start)
+            runs = joined_runs(runs, [(version, end - start)])
         start = end
     return runs
 
 
-def add_run(runs: list[tuple[int, int]], version: int, num_tokens: int) -> None:
-    """Adds tokens of one version to runs of tokens."""
-    if runs and runs[-1][0] == version:
-        num_tokens += runs.pop()[1]
-    runs.append((version, num_tokens))
+def joined_runs(
+    before: Sequence[tuple[int, int]], more: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Runs of a version and a number of tokens, where neighbours of one version are one run."""
+    runs = list(before)
+    for version, num_tokens in more:
+        if runs and runs[-1][0] == version:
+            num_tokens += runs.pop()[1]
+        runs.append((version, num_tokens))
+    return runs

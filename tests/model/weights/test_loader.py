@@ -21,7 +21,7 @@ QUERY = "model.layers.1.self_attn.q_proj.weight"
 
 
 def load(path, place=PLACE):
-    model, _ = load_model(path, read_model_config(path), place)
+    model, _, _ = load_model(path, read_model_config(path), place)
     return model
 
 

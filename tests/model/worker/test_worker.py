@@ -90,7 +90,7 @@ def test_a_gap_in_the_numbers_of_batches_is_refused(driver):
     driver.start(0)
     driver.step(prefill=[Enter(0, ids(5))])
     driver.number = 2
-    with pytest.raises(ProtocolError, match="batch 2 came, batch 1 was due"):
+    with pytest.raises(ProtocolError, match="batch 2 came, number 1 was due"):
         driver.step(decode=[0])
 
 

@@ -7,7 +7,7 @@ through here. Owns the errors about tensors.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
 
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from tokasaurus.errors import ModelError
+from tokasaurus.listing import listing
 from tokasaurus.model.layers.fillable import Fillable
 
-__all__ = ["Weights", "listing"]
+__all__ = ["Weights"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_NAMES_SHOWN = 5
 
 # Tensors that old checkpoints contain and that we compute.
 _DERIVED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
@@ -93,11 +93,28 @@ class Weights:
         target = self._targets[name]
         if dtype not in _FLOATS:
             raise ModelError(f"tensor {name} is {dtype}: quantized checkpoints are not supported")
-        padded = target.layer.is_vocabulary and shape[0] > target.shape[0]
-        if shape[1:] != target.shape[1:] or (shape[0] != target.shape[0] and not padded):
+        padded = target.layer.is_vocabulary and shape[:1] > target.shape[:1]
+        if shape[1:] != target.shape[1:] or (shape[:1] != target.shape[:1] and not padded):
             raise ModelError(
                 f"tensor {name} has shape {list(shape)}; config.json asks for {list(target.shape)}"
             )
+
+    def check_names(self, names: Collection[str], source: str) -> None:
+        """Checks that these tensors are all, and that each is used or may be ignored.
+
+        Args:
+            names: of tensors.
+            source: where they come from, for errors.
+
+        Raises:
+            ModelError: names the tensors that are unknown or missing.
+        """
+        if unknown := [name for name in names if not (self.uses(name) or self.ignores(name))]:
+            raise ModelError(
+                f"{source} has tensors that this architecture does not use: {listing(unknown)}"
+            )
+        if missing := [name for name in self._targets if name not in names]:
+            raise ModelError(f"{source} lacks tensors: {listing(missing)}")
 
     def fill(self, name: str, tensor: Tensor) -> None:
         """Takes one tensor that the model uses.
@@ -125,9 +142,13 @@ class Weights:
                 layer.finish()
         self._unfilled = set(self._targets)
 
+    def release(self) -> None:
+        """Frees the memory of all tensors. A round of filling must come before the model runs."""
+        for layer in self._layers:
+            layer.release()
+        self._unfilled = set(self._targets)
 
-def listing(names: Iterable[str]) -> str:
-    """A few of the names, and how many more there are."""
-    names = list(names)
-    rest = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    def restore(self) -> None:
+        """Allocates what was released; comes before the first ``fill``."""
+        for layer in self._layers:
+            layer.restore()

@@ -20,7 +20,7 @@ from tokasaurus.server.operations.writer import DONE, StreamWriter, event
 from tokasaurus.server.protocols.sglang.request import SglangRequest
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.preparation import PreparedRequest
-from tokasaurus.text.samples import SampleOutput, TokenLogprobs, add_run
+from tokasaurus.text.samples import SampleOutput, TokenLogprobs, joined_runs
 from tokasaurus.text.tokenizer import Tokenizer
 
 __all__ = ["SglangWriter"]
@@ -41,8 +41,7 @@ class _Sample:
         self.token_ids += output.token_ids
         if output.logprobs is not None:
             self.logprobs.append(output.logprobs)
-        for run in output.weights_versions:
-            add_run(self.weights_versions, *run)
+        self.weights_versions = joined_runs(self.weights_versions, output.weights_versions)
         return SampleOutput(
             output.index,
             "".join(self.text),
