@@ -166,7 +166,7 @@ def body_of(place: Place, fields: Any, around: Any = None) -> Any:
 def schemas_of_the_server() -> set[type[BaseModel]]:
     """Every schema that is read from a client's JSON, but not the bases of others.
 
-    Those of control routes have a table of their own, in ``test_control``.
+    Those of control routes have a table of their own, in ``test_control_routes``.
     """
     found, new = set(), [BaseModel]
     while new:
