@@ -14,7 +14,6 @@ from tokasaurus.protocol.commands import Control, ControlDone, DeviceAction
 from tokasaurus.protocol.messages import (
     ForwardBatch,
     ForwardResult,
-    LogprobsMode,
     Sampling,
     SlotParameters,
 )
@@ -187,15 +186,12 @@ class Driver:
         self._parameters = []
         return SlotParameters(
             slots=_ints(slots),
-            temperature=np.array([s.temperature for s in samplings], np.float32),
-            top_k=_ints(s.top_k for s in samplings),
-            top_p=np.array([s.top_p for s in samplings], np.float32),
-            min_p=np.array([s.min_p for s in samplings], np.float32),
+            samplings=samplings,
+            sampling_index=np.arange(len(slots), dtype=np.int32),
             seed=np.array(seeds, np.int64),
             sample_index=_ints(indices),
             num_generated=_ints(generated),
             num_logprobs=_ints(logprobs),
-            logprobs_mode=_ints(LogprobsMode(s.logprobs_mode) for s in samplings),
         )
 
 

@@ -66,7 +66,12 @@ def script(config) -> list[ForwardBatch]:
 
     for slot in range(10):
         mode = list(LogprobsMode)[slot % len(LogprobsMode)]
-        sampling = Sampling(temperature=0.9, top_p=0.95, logprobs_mode=mode)
+        sampling = Sampling(
+            temperature=0.9,
+            top_p=0.95,
+            logprobs_mode=mode,
+            adjustments=PENALTIES if slot in (2, 3) else None,
+        )
         driver.start(slot, sampling, seed=slot, num_logprobs=slot % 3 - 1)
     entering = [Enter(slot, ids(9, slot)) for slot in (0, 1, 2, 3, 9)]
     entering.append(Enter(4, ids(19, 4), forks=(5, 6)))
@@ -78,7 +83,7 @@ def script(config) -> list[ForwardBatch]:
             SlotGrammar("start: /[a-z]{3,40}/", ints(0), ints(0), ints()),
             SlotGrammar("start: /a+b[ab]{30}/", ints(1), ints(0), ints()),
         ),
-        adjusted=(AdjustedSlots(ints(2, 3), PENALTIES, ints(*ids(9, 2))),),
+        adjusted=(AdjustedSlots(ints(2, 3), 2, ints(*ids(9, 2))),),
         prefill_pooling=ints(*[0] * len(entering), 0, Pooling.MEAN),
     )
     for part in (1, 2):
@@ -91,12 +96,13 @@ def script(config) -> list[ForwardBatch]:
         add([6, 3, 0, 1, 2, 5, 4, 9, 7])
     add([1, 3, 4], left_slots=ints(2))
     for slot in (0, 2, 9):
-        driver.start(slot, Sampling(temperature=0.7), seed=slot + 20, num_logprobs=1)
+        sampling = Sampling(temperature=0.7, adjustments=PENALTIES if slot == 0 else None)
+        driver.start(slot, sampling, seed=slot + 20, num_logprobs=1)
     add(
         [1, 3, 4, 7],
         [Enter(slot, ids(12, slot + 20)) for slot in (0, 2, 9)],
         grammars=(SlotGrammar("start: /b[cd]+/", ints(9), ints(0), ints()),),
-        adjusted=(AdjustedSlots(ints(0), PENALTIES, ints(*ids(12, 20))),),
+        adjusted=(AdjustedSlots(ints(0), 0, ints(*ids(12, 20))),),
     )
     for _ in range(4):
         add([9, 0, 2, 1, 3])

@@ -21,8 +21,7 @@ FACTS = ModelFacts(
     num_parameters=1_000_000,
     num_tied_parameters=300_000,
     eos_token_ids=(1, 2),
-    temperature=0.6,
-    top_k=50,
+    sampling_defaults={"temperature": 0.6, "top_k": 50},
 )
 GIB = 2**30
 
@@ -62,7 +61,7 @@ def test_default_configuration():
     assert server.tokenizer_path == "/models/tiny"
     assert (server.max_topk_logprobs, worker.max_topk_logprobs) == (20, 20)
     assert server.logprobs_mode is LogprobsMode.TEMPERATURE
-    assert (server.temperature, server.top_p, server.top_k) == (0.6, None, 50)
+    assert server.sampling_defaults == {"temperature": 0.6, "top_k": 50}
     assert server.eos_token_ids == (1, 2)
     assert (result.log_level, result.log_procs, result.local_proc_name) == ("INFO", None, "server")
 

@@ -38,7 +38,8 @@ def test_every_room_gets_the_sizes_of_the_checkpoint(tmp_path):
         server, (replica,) = slices.server, slices.replicas
         manager, (worker,) = replica.manager, replica.workers
         assert server.vocab_size == VOCAB_SIZE, architecture
-        assert (server.eos_token_ids, server.temperature, server.top_k) == ((EOS_ID,), 0.25, 7)
+        assert server.eos_token_ids == (EOS_ID,)
+        assert server.sampling_defaults == {"temperature": 0.25, "top_k": 7}
         assert manager.num_pages == worker.num_pages == 4096 // 32
         assert manager.max_request_tokens == positions_of(path)
         assert server.max_request_tokens == worker.max_request_tokens == positions_of(path)
@@ -59,7 +60,7 @@ def test_model_and_cache_take_the_memory_that_resolution_counted(tmp_path, monke
     )
     available = "tokasaurus.launch.assemble._available_memory_bytes"
     place = Placement(torch.bfloat16, torch.device("cpu"))
-    _, weights = load_model(path, model, place)
+    _, weights, _ = load_model(path, model, place)
     num_bytes = cache.num_bytes + 2 * weights.num_parameters
     monkeypatch.setattr(available, lambda: num_bytes)
     assert worker_of(path, **flags) == worker

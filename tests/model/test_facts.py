@@ -229,7 +229,7 @@ def test_facts_without_a_generation_config(directory):
     assert (facts.vocab_size, facts.max_position_embeddings) == (100, 512)
     assert facts.eos_token_ids == (2,)
     assert facts.kv_elements_per_token == 256
-    assert (facts.temperature, facts.top_p, facts.top_k, facts.min_p) == (None,) * 4
+    assert facts.sampling_defaults == {}
 
 
 def test_facts_from_generation_config(directory):
@@ -237,11 +237,11 @@ def test_facts_from_generation_config(directory):
         directory({"eos_token_id": [5, 6], "temperature": 0.6, "top_k": 20, "top_p": 0.95})
     )
     assert facts.eos_token_ids == (5, 6)
-    assert (facts.temperature, facts.top_p, facts.top_k, facts.min_p) == (0.6, 0.95, 20, None)
+    assert facts.sampling_defaults == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
     assert model_facts(directory({"eos_token_id": 0})).eos_token_ids == (0,)
     assert model_facts(directory({"eos_token_id": [5, 100, -1]})).eos_token_ids == (5,)
     greedy = model_facts(directory({"do_sample": False, "temperature": None}))
-    assert (greedy.temperature, greedy.eos_token_ids) == (None, (2,))
+    assert (greedy.sampling_defaults, greedy.eos_token_ids) == ({}, (2,))
     with pytest.raises(ModelError, match=r"generation_config\.json: field 'top_p' must be above 0"):
         model_facts(directory({"top_p": 1.5}))
 

@@ -10,7 +10,7 @@ import numpy as np
 from tokasaurus.planner.cost_model import INSTANT, CostModel
 from tokasaurus.planner.lengths import CompletionLengths, DrawnLengths
 from tokasaurus.planner.simulated_device import SimulatedDevice
-from tokasaurus.protocol.messages import ForwardBatch, SlotParameters
+from tokasaurus.protocol.messages import ForwardBatch, Sampling, SlotParameters
 
 NEVER = DrawnLengths(np.array([1 << 40]))
 
@@ -75,11 +75,8 @@ def _parameters(entering):
     count = len(entering)
     return SlotParameters(
         slots=int32([each.slot for each in entering]),
-        temperature=np.ones(count, np.float32),
-        top_k=np.zeros(count, np.int32),
-        top_p=np.ones(count, np.float32),
-        min_p=np.zeros(count, np.float32),
+        samplings=(Sampling(),),
+        sampling_index=np.zeros(count, np.int32),
         seed=np.array([each.seed for each in entering], np.int64),
-        logprobs_mode=np.zeros(count, np.int32),
         **columns,
     )

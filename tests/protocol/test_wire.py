@@ -115,15 +115,15 @@ EXAMPLES = [
     ForwardBatch(
         number=8,
         parameters=SlotParameters(
-            *(ints(1), floats(1), ints(1), floats(1), floats(1), longs(1)),
-            *(ints(1), ints(1), ints(1), ints(1)),
-            adjusted=(
-                AdjustedSlots(
-                    ints(2),
-                    Adjustments(((1, 2), (3,)), 4, (5, 6), ((7, 0.5),), 1.5, 0.25, -1.0),
-                    ints(9),
+            ints(2),
+            (
+                Sampling(
+                    adjustments=Adjustments(((1, 2), (3,)), 4, (5, 6), ((7, 0.5),), 1.5, 0.25, -1.0)
                 ),
+                Sampling(0.25, 7),
             ),
+            *(ints(2), longs(2), ints(2), ints(2), ints(2)),
+            adjusted=(AdjustedSlots(ints(1), 0, ints(9)),),
         ),
         table_slots=ints(3),
         table_columns=ints(3),

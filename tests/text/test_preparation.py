@@ -16,7 +16,8 @@ PROMPT = [10, 11, 12]
 
 def test_missing_parameters_come_from_the_generation_config():
     config = with_config(
-        temperature=0.6, top_p=0.8, top_k=5, min_p=0.2, logprobs_mode=LogprobsMode.RAW
+        sampling_defaults={"temperature": 0.6, "top_p": 0.8, "top_k": 5, "min_p": 0.2},
+        logprobs_mode=LogprobsMode.RAW,
     )
     preparer = Preparer(config, TOKENIZER)
     first = preparer.prepare(PROMPT, SamplingParams()).sampling

@@ -300,10 +300,7 @@ def _server(config: EngineConfig, facts: ModelFacts, limits: _Limits) -> ServerC
         tool_call_parser=config.tool_call_parser,
         reasoning_parser=config.reasoning_parser,
         embedding_pooling=Pooling[config.embedding_pooling.upper()],
-        temperature=facts.temperature,
-        top_p=facts.top_p,
-        top_k=facts.top_k,
-        min_p=facts.min_p,
+        sampling_defaults=facts.sampling_defaults,
     )
 
 

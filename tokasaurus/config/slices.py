@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from tokasaurus.protocol.messages import LogprobsMode, Pooling
 from tokasaurus.protocol.role import Kind
@@ -31,11 +32,8 @@ class ModelFacts:
     num_parameters: int
     num_tied_parameters: int  # those that embedding and head share
     eos_token_ids: tuple[int, ...]
-    # From generation_config.json; None if it says nothing.
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
+    # Numbers of ``Sampling`` that generation_config.json sets.
+    sampling_defaults: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,11 +74,9 @@ class ServerConfig:
     tool_call_parser: str  # "auto", "hermes" or "llama3"
     reasoning_parser: str  # "auto", "think" or "none"
     embedding_pooling: Pooling  # of requests that do not say
-    # Defaults of requests that leave these out; None means the endpoint's own default.
-    temperature: float | None
-    top_p: float | None
-    top_k: int | None
-    min_p: float | None
+    # Numbers of ``Sampling`` for requests that leave them out; otherwise the endpoint's own
+    # default counts.
+    sampling_defaults: Mapping[str, float]
 
 
 @dataclass(frozen=True)

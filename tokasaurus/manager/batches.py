@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -164,20 +165,18 @@ def pooled_prompts(chunks: Rows[Chunk]) -> list[Sequence]:
 
 def _slot_parameters(entered: Rows[Sequence]) -> SlotParameters:
     messages = [sequence.request.message for sequence in entered]
-    samplings = [message.sampling for message in messages]
+    samplings = {id(message.sampling): message.sampling for message in messages}
+    places = {key: place for place, key in enumerate(samplings)}
     return SlotParameters(
         slots=_int32([sequence.slot for sequence in entered]),
-        temperature=np.array([sampling.temperature for sampling in samplings], np.float32),
-        top_k=_int32([sampling.top_k for sampling in samplings]),
-        top_p=np.array([sampling.top_p for sampling in samplings], np.float32),
-        min_p=np.array([sampling.min_p for sampling in samplings], np.float32),
+        samplings=tuple(samplings.values()),
+        sampling_index=_int32([places[id(message.sampling)] for message in messages]),
         seed=np.array([message.seed for message in messages], np.int64),
         sample_index=_int32([sequence.sample_index for sequence in entered]),
         num_generated=_int32([sequence.num_stored for sequence in entered]),
         num_logprobs=_int32([message.num_logprobs for message in messages]),
-        logprobs_mode=_int32([sampling.logprobs_mode for sampling in samplings]),
         adjusted=_adjusted_slots(
-            [s for s in entered if s.request.message.sampling.adjustments is not None]
+            [s for s in entered if s.request.message.sampling.adjustments is not None], places
         ),
         grammars=_grammars(entered),
     )
@@ -199,8 +198,15 @@ def _grammars(entered: Rows[Sequence]) -> tuple[SlotGrammar, ...]:
     )
 
 
-def _adjusted_slots(entered: Rows[Sequence]) -> tuple[AdjustedSlots, ...]:
-    """One entry for all samples of a request that start together."""
+def _adjusted_slots(
+    entered: Rows[Sequence], places: Mapping[int, int]
+) -> tuple[AdjustedSlots, ...]:
+    """One entry for all samples of a request that start together.
+
+    Args:
+        entered: sequences with adjustments.
+        places: of the message's samplings, by their ``id``.
+    """
     alike: dict[tuple[int, int], list[Sequence]] = {}
     for sequence in entered:
         key = (id(sequence.request), id(sequence.prompt_ids))
@@ -214,7 +220,7 @@ def _adjusted_slots(entered: Rows[Sequence]) -> tuple[AdjustedSlots, ...]:
         if not adjustments.reads_prompt:
             ids = ids[len(message.prompt_ids) :] if adjustments.reads_generated else EMPTY_INT32
         slots = _int32([sequence.slot for sequence in sequences])
-        groups.append(AdjustedSlots(slots, adjustments, ids))
+        groups.append(AdjustedSlots(slots, places[id(message.sampling)], ids))
     return tuple(groups)
 
 

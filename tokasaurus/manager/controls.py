@@ -119,12 +119,19 @@ class Controls:
         self._has_weights_memory = self._has_kv_cache = self._has_weights = True
 
     @property
+    def is_active(self) -> bool:
+        """Whether a command is not finished: a turn may have to ``advance`` it."""
+        return bool(self._sent or self._pausing or self._waiting)
+
+    @property
     def may_plan(self) -> bool:
         """Whether batches may be planned now; in a drain, of sequences that have begun."""
-        return (
-            self.paused in (None, PauseMode.DRAIN)
-            and self._lack is None
-            and all(isinstance(sent.control.action, WriteCartridge) for sent in self._sent)
+        if not (self._has_weights and self._has_weights_memory and self._has_kv_cache):
+            return False
+        if self.paused is not None and self.paused is not PauseMode.DRAIN:
+            return False
+        return not self._sent or all(
+            isinstance(sent.control.action, WriteCartridge) for sent in self._sent
         )
 
     @property

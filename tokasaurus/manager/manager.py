@@ -142,9 +142,13 @@ class Manager:
             self._take(event, now)
             num_results += isinstance(event, ForwardResult)
         self._settle()
-        self._controls.advance(now)
-        self._controls.check_deadline(now)
-        to_worker = self._controls.take_orders() + self._plan(now)
+        to_worker: list[ToWorker] = []
+        if self._controls.is_active:
+            self._controls.advance(now)
+            self._controls.check_deadline(now)
+            to_worker = self._controls.take_orders()
+        if self._controls.may_plan:
+            to_worker += self._plan(now)
         self._step_timer.absorbed(now, num_results, self.num_in_flight == 0)
         if self._config.check_invariants:
             check_invariants(self._running, self._backlog)
@@ -203,8 +207,6 @@ class Manager:
 
     def _plan(self, now: float) -> list[ToWorker]:
         batches: list[ToWorker] = []
-        if not self._controls.may_plan:
-            return batches
         while self.num_in_flight < self._look_ahead.depth:
             batch = self._scheduler.plan(now)
             if batch is None:

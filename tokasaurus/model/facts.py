@@ -6,9 +6,8 @@ weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
 
 from tokasaurus.config.slices import ModelFacts
 from tokasaurus.errors import ModelError
@@ -18,7 +17,13 @@ from tokasaurus.model.json_fields import JsonFields
 
 __all__ = ["model_facts", "read_model_config"]
 
-T = TypeVar("T")
+# The numbers of ``Sampling`` that a model's generation_config.json may set.
+_SAMPLING_DEFAULTS: Mapping[str, Callable[[JsonFields, str], float]] = {
+    "temperature": lambda fields, name: fields.number(name, minimum=0),
+    "top_p": lambda fields, name: fields.positive(name, maximum=1),
+    "top_k": lambda fields, name: fields.integer(name, minimum=0),
+    "min_p": lambda fields, name: fields.number(name, minimum=0),
+}
 
 
 def read_model_config(path: str | Path, rope_scaling_override: str | None = None) -> ModelConfig:
@@ -47,10 +52,6 @@ def model_facts(path: str | Path, rope_scaling_override: str | None = None) -> M
     generation = JsonFields({}, "")
     if (directory / "generation_config.json").exists():
         generation = JsonFields.read(directory / "generation_config.json")
-
-    def optional(name: str, read: Callable[[str], T]) -> T | None:
-        return read(name) if name in generation else None
-
     eos_token_ids = generation.integers("eos_token_id") or fields.integers("eos_token_id")
     return ModelFacts(
         path=str(directory),
@@ -61,10 +62,11 @@ def model_facts(path: str | Path, rope_scaling_override: str | None = None) -> M
         num_tied_parameters=config.num_tied_parameters,
         # Ids beyond the vocabulary are never drawn, and some files say -1 for none.
         eos_token_ids=tuple(i for i in eos_token_ids if 0 <= i < config.vocab_size),
-        temperature=optional("temperature", lambda name: generation.number(name, minimum=0)),
-        top_p=optional("top_p", lambda name: generation.positive(name, maximum=1)),
-        top_k=optional("top_k", lambda name: generation.integer(name, minimum=0)),
-        min_p=optional("min_p", lambda name: generation.number(name, minimum=0)),
+        sampling_defaults={
+            name: read(generation, name)
+            for name, read in _SAMPLING_DEFAULTS.items()
+            if name in generation
+        },
     )
 
 

@@ -13,6 +13,7 @@ columns" has parallel arrays: entry i of each array describes the same thing.
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from typing import TypeAlias
 
 import msgspec
@@ -35,6 +36,7 @@ from tokasaurus.protocol.message import Message
 
 __all__ = [
     "MAX_PRIORITY",
+    "SAMPLING_NUMBERS",
     "AbortRequest",
     "Acknowledge",
     "AdjustedSlots",
@@ -145,6 +147,19 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     logprobs_mode: LogprobsMode = LogprobsMode.TEMPERATURE
     # Applied before the filters; None if there are none.
     adjustments: Adjustments | None = None
+
+
+SAMPLING_NUMBERS: Mapping[str, float] = {
+    name: default
+    for name, default in zip(Sampling.__struct_fields__, Sampling.__struct_defaults__, strict=True)
+    if type(default) in (int, float)
+}
+"""The numbers in ``Sampling``, with their defaults.
+
+A request may set each of them, under the same name in ``SamplingParams``. The worker keeps each in
+a column of its table over slots. All but the temperature are filters, which their defaults turn
+off.
+"""
 
 
 # --- server to manager ----------------------------------------------------------------------------
@@ -333,7 +348,7 @@ class AdjustedSlots(msgspec.Struct, frozen=True, array_like=True, eq=False):
     """
 
     slots: Int32Array
-    adjustments: Adjustments
+    sampling: int  # index into ``SlotParameters.samplings``; that one has adjustments
     # The part of the sequence so far that the adjustments read: the prompt's ids, or none of them,
     # then the ``num_generated`` ids that the slot has generated.
     ids: Int32Array
@@ -352,15 +367,12 @@ class SlotParameters(msgspec.Struct, frozen=True, array_like=True, eq=False):
     """What the worker must remember of slots that a sequence enters with this batch. In columns."""
 
     slots: Int32Array
-    temperature: Float32Array
-    top_k: Int32Array
-    top_p: Float32Array
-    min_p: Float32Array
+    samplings: tuple[Sampling, ...]  # of all slots; the samples of a request share one
+    sampling_index: Int32Array  # [slots] index into samplings
     seed: Int64Array
     sample_index: Int32Array
     num_generated: Int32Array  # generated position of the next draw; above 0 after a preemption
     num_logprobs: Int32Array
-    logprobs_mode: Int32Array
     # The slots with adjustments; the logits of the others stay as they are.
     adjusted: tuple[AdjustedSlots, ...] = ()
     # The slots with a grammar.

@@ -10,6 +10,7 @@ import dataclasses
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import RequestError, RequestTooLong
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import (
+    SAMPLING_NUMBERS,
     Adjustments,
     GenerateRequest,
     LogprobsMode,
@@ -243,20 +245,23 @@ def _sampling(
     default_temperature: float,
     adjustments: Adjustments | None,
 ) -> Sampling:
-    top_k = int(_first(params.top_k, config.top_k, 0))
+    defaults = {
+        **SAMPLING_NUMBERS,
+        "temperature": default_temperature,
+        **config.sampling_defaults,
+    }
+    numbers: dict[str, Any] = {}
+    for name, neutral in SAMPLING_NUMBERS.items():
+        asked = getattr(params, name)
+        numbers[name] = type(neutral)(defaults[name] if asked is None else asked)
+    if not 0 < numbers["top_k"] < config.vocab_size:
+        numbers["top_k"] = 0
     mode = params.logprobs_mode
     return Sampling(
-        temperature=float(_first(params.temperature, config.temperature, default_temperature)),
-        top_k=top_k if 0 < top_k < config.vocab_size else 0,
-        top_p=float(_first(params.top_p, config.top_p, 1.0)),
-        min_p=float(_first(params.min_p, config.min_p, 0.0)),
+        **numbers,
         logprobs_mode=mode if isinstance(mode, LogprobsMode) else config.logprobs_mode,
         adjustments=adjustments,
     )
-
-
-def _first(*choices: float | None) -> float:
-    return next(choice for choice in choices if choice is not None)
 
 
 def _number(num_logprobs: int | None) -> int:

@@ -18,7 +18,13 @@ from tokasaurus.model.sampling import history as history_module
 from tokasaurus.model.sampling.adjustments import AdjustmentTable
 from tokasaurus.model.sampling.history import History
 from tokasaurus.model.sampling.sampler import draw, logprobs_of, processed
-from tokasaurus.protocol.messages import AdjustedSlots, Adjustments, LogprobsMode, SlotParameters
+from tokasaurus.protocol.messages import (
+    AdjustedSlots,
+    Adjustments,
+    LogprobsMode,
+    Sampling,
+    SlotParameters,
+)
 
 CPU = torch.device("cpu")
 
@@ -32,22 +38,21 @@ def enter(table, entries):
     """Sequences enter, each as (slot, adjustments or None, prompt, generated)."""
     slots = np.array([entry[0] for entry in entries], np.int32)
     count = len(entries)
+    samplings = tuple(Sampling(adjustments=entry[1]) for entry in entries)
     adjusted = []
-    for slot, adjustments, prompt, generated in entries:
+    for index, (slot, adjustments, prompt, generated) in enumerate(entries):
         if adjustments is not None:
             ids = [*(prompt if adjustments.reads_prompt else []), *generated]
             if not adjustments.reads_generated:
                 ids = []
-            adjusted.append(
-                AdjustedSlots(np.array([slot], np.int32), adjustments, np.array(ids, np.int32))
-            )
-    ones, zeros = np.ones(count, np.float32), np.zeros(count, np.int32)
+            slots_of_one = np.array([slot], np.int32)
+            adjusted.append(AdjustedSlots(slots_of_one, index, np.array(ids, np.int32)))
+    zeros = np.zeros(count, np.int32)
     table.enter(
         SlotParameters(
-            *(slots, ones, zeros, ones, ones, np.zeros(count, np.int64), zeros),
+            *(slots, samplings, np.arange(count, dtype=np.int32), np.zeros(count, np.int64), zeros),
             num_generated=np.array([len(entry[3]) for entry in entries], np.int32),
             num_logprobs=zeros,
-            logprobs_mode=zeros,
             adjusted=tuple(adjusted),
         )
     )
@@ -321,17 +326,18 @@ def test_only_processed_logprobs_see_adjustments():
 
 
 def test_impossible_adjustments_are_refused():
-    one_int, one_float = np.zeros(1, np.int32), np.ones(1, np.float32)
+    zero = np.zeros(1, np.int32)
     for slot, adjustments, ids, message in (
         (1, Adjustments(), [], "enters"),
         (0, Adjustments(), [8], "to 8"),
         (0, Adjustments(bias=((-1, 1),)), [], "from -1"),
         (0, Adjustments(bad_words=((1, 9),)), [], "to 9"),
+        (0, None, [], "no adjustments"),
     ):
-        group = AdjustedSlots(np.array([slot], np.int32), adjustments, np.array(ids, np.int32))
+        group = AdjustedSlots(np.array([slot], np.int32), 0, np.array(ids, np.int32))
+        samplings = (Sampling(adjustments=adjustments),)
         parameters = SlotParameters(
-            *(one_int, one_float, one_int, one_float, one_float, np.zeros(1, np.int64)),
-            *(one_int, one_int, one_int, one_int, (group,)),
+            *(zero, samplings, zero, np.zeros(1, np.int64), zero, zero, zero, (group,))
         )
         with named(message), pytest.raises(ProtocolError, match=message):
             make_table(4, 8).enter(parameters)

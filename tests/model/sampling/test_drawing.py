@@ -10,8 +10,8 @@ from tokasaurus.model.sampling import drawing
 from tokasaurus.model.sampling.adjustments import AdjustmentTable
 from tokasaurus.model.sampling.drawing import draw_tokens, score_prompts
 from tokasaurus.model.sampling.history import History
+from tokasaurus.model.sampling.parameters import SamplingParameters
 from tokasaurus.model.sampling.rows import PromptRows, SamplingRows
-from tokasaurus.model.sampling.sampler import SamplingParameters
 
 VOCAB_SIZE, HIDDEN_SIZE, NUM_ROWS = 5000, 8, 40
 CPU = torch.device("cpu")
@@ -47,11 +47,11 @@ def make_hidden():
 def make_parameters(num_rows):
     """All kinds of logprobs, seeds of their own, and a filter."""
     asked = SamplingParameters.neutral(num_rows)
-    asked.num_logprobs[:] = np.arange(num_rows) % 4 - 1
-    asked.logprobs_mode[:] = np.arange(num_rows) % 3
-    asked.temperature[:] = 0.7
-    asked.top_k[:] = 50
-    asked.seed[:] = np.arange(num_rows)
+    asked["num_logprobs"][:] = np.arange(num_rows) % 4 - 1
+    asked["logprobs_mode"][:] = np.arange(num_rows) % 3
+    asked["temperature"][:] = 0.7
+    asked["top_k"][:] = 50
+    asked["seed"][:] = np.arange(num_rows)
     return asked
 
 

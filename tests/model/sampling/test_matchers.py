@@ -19,19 +19,24 @@ from tokasaurus.grammars import Vocabulary
 from tokasaurus.model.download import Download
 from tokasaurus.model.sampling.matchers import Matchers, TokenMasks
 from tokasaurus.model.worker.worker import Worker
-from tokasaurus.protocol.messages import SlotGrammar, SlotParameters
+from tokasaurus.protocol.messages import Sampling, SlotGrammar, SlotParameters
 
 EOS = VOCABULARY.eos_token_ids[0]
 NUM_SLOTS = 6
 
 
 def parameters(slots: list[int], *grammars: SlotGrammar) -> SlotParameters:
-    ints, floats = np.zeros(len(slots), np.int32), np.zeros(len(slots), np.float32)
-    columns = {
-        name: floats if name in ("temperature", "top_p", "min_p") else ints
-        for name in SlotParameters.__struct_fields__
-    }
-    return SlotParameters(**{**columns, "slots": np.array(slots, np.int32), "grammars": grammars})
+    zeros = np.zeros(len(slots), np.int32)
+    return SlotParameters(
+        slots=np.array(slots, np.int32),
+        samplings=(Sampling(),),
+        sampling_index=zeros,
+        seed=zeros.astype(np.int64),
+        sample_index=zeros,
+        num_generated=zeros,
+        num_logprobs=zeros,
+        grammars=grammars,
+    )
 
 
 def grammar(text: str, **generated: str) -> SlotGrammar:

@@ -7,8 +7,9 @@ import torch
 from rows import named
 
 from tokasaurus.model.sampling import sampler
+from tokasaurus.model.sampling.parameters import SamplingParameters
 from tokasaurus.model.sampling.randomness import uniforms
-from tokasaurus.model.sampling.sampler import SamplingParameters, draw, logprobs_of, processed
+from tokasaurus.model.sampling.sampler import draw, logprobs_of, processed
 from tokasaurus.protocol.messages import LogprobsMode
 
 
@@ -16,7 +17,7 @@ def parameters(num_rows, **columns):
     """Neutral parameters with some columns set."""
     result = SamplingParameters.neutral(num_rows)
     for name, values in columns.items():
-        getattr(result, name)[:] = values
+        result[name][:] = values
     return result
 
 
@@ -68,7 +69,7 @@ def check_filters(vocab_size):
     for name in ("top_k", "top_p", "min_p"):
         for row, (filters, _) in enumerate(rows):
             if name in filters:
-                getattr(chosen, name)[row] = filters[name]
+                chosen[name][row] = filters[name]
     left = processed(logits, chosen).isfinite()
     for row, (filters, temperature) in enumerate(rows):
         options = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, **filters}
@@ -149,7 +150,7 @@ def test_a_large_vocabulary_is_drawn_exactly():
     chosen = parameters(n, seed=np.arange(n))
     tokens = draw(logits.repeat(n, 1), chosen).numpy()
     cumulative = np.exp(logits.double().numpy()).cumsum()
-    numbers = uniforms(chosen.seed, chosen.sample_index, chosen.num_generated)
+    numbers = uniforms(chosen["seed"], chosen["sample_index"], chosen["num_generated"])
     expected = np.searchsorted(cumulative, numbers * cumulative[-1], side="right")
     assert np.abs(tokens - expected).max() <= 1
 
@@ -193,11 +194,14 @@ def test_logprobs_are_those_of_the_oracle():
     tokens = draw(logits, chosen)
     result = logprobs_of(logits, tokens, chosen, width=6)
     for row in range(60):
-        wanted = int(chosen.num_logprobs[row])
+        wanted = int(chosen["num_logprobs"][row])
         if wanted < 0:
             assert result.chosen[row].isnan()
         else:
-            mode, temperature = LogprobsMode(chosen.logprobs_mode[row]), chosen.temperature[row]
+            mode, temperature = (
+                LogprobsMode(chosen["logprobs_mode"][row]),
+                chosen["temperature"][row],
+            )
             scores = logits[row].double()
             if mode is not LogprobsMode.RAW:
                 scores = scores / float(temperature or 1)

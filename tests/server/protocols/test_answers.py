@@ -72,7 +72,9 @@ def test_default_limits_and_temperatures_of_completions_and_chats(server, client
 
 
 def test_defaults_of_the_generation_config_come_first():
-    with RunningServer(with_config(temperature=0.3, top_k=7)).running() as server:
+    with RunningServer(
+        with_config(sampling_defaults={"temperature": 0.3, "top_k": 7})
+    ).running() as server:
         client = server.client()
         client.completions.create(model="m", prompt="the cat")
         chat(client, max_tokens=3)

@@ -38,11 +38,11 @@ def test_model_info(server):
 
 def test_server_info_has_no_secrets():
     key = "sk-very-secret"
-    config = with_config(api_key_digests=("ab" * 32,), temperature=0.5)
+    config = with_config(api_key_digests=("ab" * 32,), sampling_defaults={"temperature": 0.5})
     with RunningServer(config).running() as server:
         answer = server._ask("GET", "/server_info", None, {"Authorization": f"Bearer {key}"})
         assert answer.status == 401  # this route needs a key
-    with RunningServer(with_config(temperature=0.5)).running() as server:
+    with RunningServer(with_config(sampling_defaults={"temperature": 0.5})).running() as server:
         content = server.get("/server_info").content.decode()
         info = server.get("/server_info").json
         assert server.get("/model_info").json["default_sampling_params"] == {"temperature": 0.5}

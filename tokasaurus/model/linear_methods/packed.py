@@ -61,9 +61,6 @@ class PackedLinear(LinearMethod):
             self._pack(self._tied)
         assert self._packed is not None
 
-    def _pack(self, weight: Tensor) -> None:
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-
     def release(self) -> None:
         self._plain = self._packed = None
         if self._bias is not None:
@@ -78,6 +75,9 @@ class PackedLinear(LinearMethod):
             x, self._packed, self._bias, "none", [], ""
         )
         return result
+
+    def _pack(self, weight: Tensor) -> None:
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
 
 def why_not(place: Placement) -> str | None:

@@ -138,7 +138,7 @@ class AdjustmentTable:
 
         Raises:
             ProtocolError: ids are beyond the vocabulary, or slots are adjusted that no sequence
-                enters.
+                enters, or without adjustments.
         """
         self.leave(parameters.slots)
         if not parameters.adjusted:
@@ -147,7 +147,10 @@ class AdjustmentTable:
         slots, num_generated = parameters.slots.tolist(), parameters.num_generated.tolist()
         entering = dict(zip(slots, num_generated, strict=True))
         for group in parameters.adjusted:
-            self._enter_group(group, entering)
+            adjustments = parameters.samplings[group.sampling].adjustments
+            if adjustments is None:
+                raise ProtocolError("slots are adjusted, and their sampling has no adjustments")
+            self._enter_group(group, adjustments, entering)
 
     def leave(self, slots: Int32Array) -> None:
         """Forgets these slots, adjusted or not."""
@@ -220,9 +223,11 @@ class AdjustmentTable:
 
     # --- the slots' adjustments -------------------------------------------------------------------
 
-    def _enter_group(self, group: AdjustedSlots, entering: dict[int, int]) -> None:
+    def _enter_group(
+        self, group: AdjustedSlots, adjustments: Adjustments, entering: dict[int, int]
+    ) -> None:
         """Enters one group. ``entering`` maps each slot to the number of its generated tokens."""
-        slots, adjustments = group.slots.tolist(), group.adjustments
+        slots = group.slots.tolist()
         if len(entering.keys() & set(slots)) != len(slots):
             raise ProtocolError("slots are adjusted that no sequence enters")
         edits = _Edits.of(adjustments)

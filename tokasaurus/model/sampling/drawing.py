@@ -14,8 +14,9 @@ from torch import Tensor
 from tokasaurus.model.architectures.llama_model import LlamaModel
 from tokasaurus.model.sampling.adjustments import AdjustmentTable
 from tokasaurus.model.sampling.matchers import TokenMasks
+from tokasaurus.model.sampling.parameters import SamplingParameters
 from tokasaurus.model.sampling.rows import PromptRows, SamplingRows
-from tokasaurus.model.sampling.sampler import Logprobs, SamplingParameters, draw, logprobs_of
+from tokasaurus.model.sampling.sampler import Logprobs, draw, logprobs_of
 
 __all__ = ["draw_tokens", "score_prompts"]
 
@@ -44,12 +45,12 @@ def draw_tokens(
         [sampling rows] int64, and their logprobs if any row asked.
     """
     tokens = torch.empty(len(rows.rows), dtype=torch.int64, device=hidden.device)
-    wanted = bool((rows.parameters.num_logprobs >= 0).any())
+    wanted = bool((rows.parameters["num_logprobs"] >= 0).any())
     width = _width(rows.parameters)
     parts = []
     for part, logits in _logits(model, hidden, rows.rows):
         parameters = rows.parameters.take(part)
-        adjusted = adjustments.adjusted(logits, rows.slots[part], parameters.num_generated)
+        adjusted = adjustments.adjusted(logits, rows.slots[part], parameters["num_generated"])
         if masks is not None:
             adjusted = masks.apply(adjusted, logits, part)
         tokens[part] = draw(adjusted, parameters)
@@ -76,7 +77,7 @@ def score_prompts(model: LlamaModel, hidden: Tensor, rows: PromptRows) -> Logpro
 
 
 def _width(parameters: SamplingParameters) -> int:
-    return max(int(parameters.num_logprobs.max(initial=0)), 0)
+    return max(int(parameters["num_logprobs"].max(initial=0)), 0)
 
 
 def _logits(model: LlamaModel, hidden: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:

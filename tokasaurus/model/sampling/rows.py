@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tokasaurus.model.sampling.sampler import SamplingParameters
+from tokasaurus.model.sampling.parameters import SamplingParameters
 from tokasaurus.protocol.arrays import Int32Array
 
 __all__ = ["PromptRows", "SamplingRows"]

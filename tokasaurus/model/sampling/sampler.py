@@ -16,89 +16,28 @@ tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokasaurus.model.sampling.parameters import SamplingParameters
 from tokasaurus.model.sampling.randomness import uniforms
 from tokasaurus.model.upload import upload, upload_indices
-from tokasaurus.protocol.arrays import Float32Array, Int32Array, Int64Array
-from tokasaurus.protocol.messages import LogprobsMode, SlotParameters
+from tokasaurus.protocol.messages import LogprobsMode, Sampling
 
-__all__ = ["Logprobs", "SamplingParameters", "draw", "logprobs_of", "processed"]
+__all__ = ["EVERY_FILTER", "Logprobs", "draw", "logprobs_of", "processed"]
 
 # The part of the ranking that top_p looks at before it sorts the whole vocabulary.
 _NUCLEUS_CANDIDATES = 512
 
+EVERY_FILTER = Sampling(temperature=0.9, top_k=50, top_p=0.9, min_p=0.01)
+"""Turns on everything here that takes memory, for the worker's warm-up."""
+
 # At lower temperatures logits could overflow. The draw is an argmax long before.
 _MIN_TEMPERATURE = 1e-20
-
-
-@dataclass(frozen=True)
-class SamplingParameters:
-    """One column for each parameter, one row for each slot or sampling row. On the host.
-
-    Attributes:
-        top_k: 0 means off.
-        num_generated: the position among the generated tokens of the next draw.
-        num_logprobs: -1 for none, 0 for the chosen token's, k for the top k as well.
-    """
-
-    temperature: Float32Array
-    top_k: Int32Array
-    top_p: Float32Array
-    min_p: Float32Array
-    seed: Int64Array
-    sample_index: Int32Array
-    num_generated: Int32Array
-    num_logprobs: Int32Array
-    logprobs_mode: Int32Array
-
-    @classmethod
-    def neutral(cls, num_rows: int) -> SamplingParameters:
-        """Plain sampling at temperature 1, no logprobs."""
-        return cls(
-            temperature=np.ones(num_rows, np.float32),
-            top_k=np.zeros(num_rows, np.int32),
-            top_p=np.ones(num_rows, np.float32),
-            min_p=np.zeros(num_rows, np.float32),
-            seed=np.zeros(num_rows, np.int64),
-            sample_index=np.zeros(num_rows, np.int32),
-            num_generated=np.zeros(num_rows, np.int32),
-            num_logprobs=np.full(num_rows, -1, np.int32),
-            logprobs_mode=np.zeros(num_rows, np.int32),
-        )
-
-    def clear(self) -> None:
-        """Makes all rows neutral, in place."""
-        neutral = SamplingParameters.neutral(len(self))
-        for field in fields(self):
-            getattr(self, field.name)[:] = getattr(neutral, field.name)
-
-    def assign(self, rows: Int32Array, values: SlotParameters) -> None:
-        """Overwrites rows with the columns of a message."""
-        for field in fields(self):
-            getattr(self, field.name)[rows] = getattr(values, field.name)
-
-    def take(self, rows: NDArray[np.integer[Any]] | slice) -> SamplingParameters:
-        """A copy of some rows, or a view of a slice."""
-        return SamplingParameters(*(getattr(self, field.name)[rows] for field in fields(self)))
-
-    def __len__(self) -> int:
-        return len(self.temperature)
-
-    @property
-    def greedy(self) -> NDArray[np.bool_]:
-        return np.equal(self.temperature, 0)
-
-    @property
-    def filtered(self) -> NDArray[np.bool_]:
-        """Whether each row has a filter."""
-        return np.greater(self.top_k, 0) | (self.top_p < 1) | (self.min_p > 0)
 
 
 @dataclass(frozen=True)
@@ -163,7 +102,7 @@ def draw(logits: Tensor, parameters: SamplingParameters) -> Tensor:
 def _draw_at_random(logits: Tensor, parameters: SamplingParameters) -> Tensor:
     scores = processed(logits, parameters)
     weights = (scores - scores.amax(dim=-1, keepdim=True)).exp_()
-    numbers = uniforms(parameters.seed, parameters.sample_index, parameters.num_generated)
+    numbers = uniforms(parameters["seed"], parameters["sample_index"], parameters["num_generated"])
     return _invert(weights, upload(numbers, logits.device))
 
 
@@ -201,7 +140,9 @@ def logprobs_of(
     top_ids = token_ids.new_full((num_rows, width), -1)
     top = logits.new_full((num_rows, width), torch.nan)
     for mode in LogprobsMode:
-        rows = np.flatnonzero((parameters.num_logprobs >= 0) & (parameters.logprobs_mode == mode))
+        rows = np.flatnonzero(
+            (parameters["num_logprobs"] >= 0) & (parameters["logprobs_mode"] == mode)
+        )
         if not len(rows):
             continue
         index = upload_indices(rows, logits.device)
@@ -212,13 +153,13 @@ def logprobs_of(
         picked = scores.gather(1, token_ids[index, None])
         if ranked:
             ranks[index] = 1 + (scores > picked).sum(dim=-1)
-        depth = min(int(parameters.num_logprobs[rows].max()), vocab_size)
+        depth = min(int(parameters["num_logprobs"][rows].max()), vocab_size)
         if depth == 0:
             chosen[index] = (picked - norm)[:, 0]
             continue
         best = scores.topk(depth, dim=-1)
         chosen[index] = _below_the_best(picked, best.values, norm)[:, 0]
-        wanted = upload(parameters.num_logprobs[rows], logits.device)
+        wanted = upload(parameters["num_logprobs"][rows], logits.device)
         asked = torch.arange(depth, device=logits.device) < wanted[:, None]
         top_ids[index, :depth] = best.indices.where(asked, -1)
         values = _below_the_best(best.values, best.values, norm)
@@ -245,7 +186,7 @@ def _distribution(logits: Tensor, parameters: SamplingParameters, mode: Logprobs
 
 
 def _tempered(logits: Tensor, parameters: SamplingParameters) -> Tensor:
-    temperature = np.where(parameters.greedy, 1, parameters.temperature.clip(_MIN_TEMPERATURE))
+    temperature = np.where(parameters.greedy, 1, parameters["temperature"].clip(_MIN_TEMPERATURE))
     if (temperature == 1).all():
         return logits
     return logits / _column(temperature.astype(np.float32), logits)
@@ -291,10 +232,10 @@ def _kept(scores: Tensor, parameters: SamplingParameters) -> Tensor:
     """[rows, vocabulary] bool: the tokens that the three filters keep."""
     best = scores.amax(dim=-1, keepdim=True)
     # The filters before min_p keep the first token and all ratios, so min_p needs no ranking.
-    floor = best + torch.log(_column(parameters.min_p, scores))
+    floor = best + torch.log(_column(parameters["min_p"], scores))
     kept = scores >= floor
-    limited = (parameters.top_k > 0) & (parameters.top_k < scores.shape[1])
-    ranked = np.flatnonzero(limited | (parameters.top_p < 1))
+    limited = (parameters["top_k"] > 0) & (parameters["top_k"] < scores.shape[1])
+    ranked = np.flatnonzero(limited | (parameters["top_p"] < 1))
     if len(ranked):
         index = upload_indices(ranked, scores.device)
         kept[index] &= _ranked_first(scores[index], parameters.take(ranked))
@@ -308,13 +249,13 @@ def _ranked_first(scores: Tensor, parameters: SamplingParameters) -> Tensor:
     probability is its whole vocabulary sorted.
     """
     vocab_size = scores.shape[1]
-    limits = np.where(parameters.top_k > 0, parameters.top_k, vocab_size).clip(max=vocab_size)
+    limits = np.where(parameters["top_k"] > 0, parameters["top_k"], vocab_size).clip(max=vocab_size)
     unlimited = limits == vocab_size
     depth = int(limits[~unlimited].max(initial=1))
     if unlimited.any():
         depth = min(max(depth, _NUCLEUS_CANDIDATES), vocab_size)
     limits_column = _column(limits, scores)
-    shares = _column(parameters.top_p.astype(np.float64), scores)
+    shares = _column(parameters["top_p"].astype(np.float64), scores)
     threshold, num_equal, enough = _last_kept(scores, depth, limits_column, shares)
     if not enough.all():
         rest = (~enough).nonzero()[:, 0]

@@ -19,8 +19,8 @@ from tokasaurus.errors import ProtocolError
 from tokasaurus.model.backend.base import PrefixGroups, SequenceRows
 from tokasaurus.model.sampling.adjustments import AdjustmentTable
 from tokasaurus.model.sampling.history import History
+from tokasaurus.model.sampling.parameters import SamplingParameters
 from tokasaurus.model.sampling.rows import PromptRows, SamplingRows
-from tokasaurus.model.sampling.sampler import SamplingParameters
 from tokasaurus.model.upload import upload_together
 from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
 from tokasaurus.protocol.messages import ForwardBatch, SlotParameters
@@ -234,7 +234,7 @@ class SlotState:
             The rows that cannot go on; see ``AdjustmentTable.record``.
         """
         self.last_tokens[rows.device_slots] = token_ids
-        self.sampling.num_generated[rows.slots] += 1
+        self.sampling["num_generated"][rows.slots] += 1
         return self.adjustments.record(rows.slots, token_ids)
 
     def _scored(self, batch: ForwardBatch) -> tuple[NDArray[np.intp], Int32Array]:
@@ -256,7 +256,7 @@ class SlotState:
         """The parameters of each prefill row's slot, with the chunk's number of logprobs."""
         chunks = np.searchsorted(np.cumsum(batch.prefill_lengths), rows, side="right")
         parameters = self.sampling.take(batch.prefill_slots[chunks])
-        parameters.num_logprobs[:] = batch.prefill_num_logprobs[chunks]
+        parameters["num_logprobs"][:] = batch.prefill_num_logprobs[chunks]
         return parameters
 
     def _fork(self, batch: ForwardBatch, chunk_ends: Int32Array) -> None:
@@ -270,7 +270,7 @@ class SlotState:
         self._check_range("slots of parameters", slots, self._num_slots)
         self.lengths[slots] = 0
         self.pages_held[slots] = 0
-        self.sampling.assign(slots, parameters)
+        self.sampling.assign(parameters)
         self.adjustments.enter(parameters)
 
     def _hold_pages(self, batch: ForwardBatch) -> None:

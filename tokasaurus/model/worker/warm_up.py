@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 
 from tokasaurus.config.slices import WorkerConfig
+from tokasaurus.model.sampling.sampler import EVERY_FILTER
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import (
     AdjustedSlots,
@@ -24,8 +26,12 @@ __all__ = ["warm_up_batches"]
 _CPU_WORK = 1e9
 _MIN_TOKENS = 16
 
-_ADJUSTMENTS = Adjustments(
-    bad_words=((0, 0),), bias=((0, 1.0),), repetition_penalty=1.1, frequency_penalty=0.1
+_SAMPLING = msgspec.structs.replace(
+    EVERY_FILTER,
+    logprobs_mode=LogprobsMode.PROCESSED,
+    adjustments=Adjustments(
+        bad_words=((0, 0),), bias=((0, 1.0),), repetition_penalty=1.1, frequency_penalty=0.1
+    ),
 )
 
 
@@ -91,14 +97,11 @@ def _parameters(slots: Int32Array, num_logprobs: int) -> SlotParameters:
     count = len(slots)
     return SlotParameters(
         slots=slots,
-        temperature=np.full(count, 0.9, np.float32),
-        top_k=np.full(count, 50, np.int32),
-        top_p=np.full(count, 0.9, np.float32),
-        min_p=np.full(count, 0.01, np.float32),
+        samplings=(_SAMPLING,),
+        sampling_index=np.zeros(count, np.int32),
         seed=slots.astype(np.int64),
         sample_index=np.zeros(count, np.int32),
         num_generated=np.zeros(count, np.int32),
         num_logprobs=np.full(count, num_logprobs, np.int32),
-        logprobs_mode=np.full(count, LogprobsMode.PROCESSED, np.int32),
-        adjusted=(AdjustedSlots(slots, _ADJUSTMENTS, np.zeros(1, np.int32)),),
+        adjusted=(AdjustedSlots(slots, 0, np.zeros(1, np.int32)),),
     )

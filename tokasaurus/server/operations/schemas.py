@@ -7,6 +7,7 @@ refuses the same values in the same words.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
@@ -232,32 +233,17 @@ class GenerationRequest(EngineRequest):
         num_logprobs = self.num_logprobs
         if self.logprobs_in_fingerprint and num_logprobs is None:
             num_logprobs = 0
-        return SamplingParams(
-            n=self.num_samples,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            seed=self.seed,
-            stop=self.stop,
-            ignore_eos=bool(self.ignore_eos),
-            stop_token_ids=self.stop_token_ids,
-            min_tokens=self.min_tokens or 0,
-            frequency_penalty=self.frequency_penalty or 0.0,
-            presence_penalty=self.presence_penalty or 0.0,
-            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
-            logit_bias=self.logit_bias,
-            bad_words=self.bad_words,
-            max_tokens=self.token_limit,
-            logprobs=num_logprobs,
-            prompt_logprobs=self.prompt_logprobs,
-            logprobs_mode=LogprobsMode.RAW
-            if self.logprobs_ignore_temperature
-            else self.logprobs_mode,
-            priority=self._priority,
-            first_k=self.first_k,
-            structured_outputs=next(iter(self._forms.values()), None),
-        )
+        mode = LogprobsMode.RAW if self.logprobs_ignore_temperature else self.logprobs_mode
+        own: dict[str, Any] = {
+            "max_tokens": self.token_limit,
+            "logprobs": num_logprobs,
+            "logprobs_mode": mode,
+            "priority": self._priority,
+            "structured_outputs": next(iter(self._forms.values()), None),
+        }
+        given = {name: getattr(self, name) for name in _SHARED_FIELDS}
+        given = {name: value for name, value in given.items() if value is not None}
+        return SamplingParams(**{**given, **own})
 
     @property
     def _priority(self) -> int:
@@ -275,6 +261,13 @@ class GenerationRequest(EngineRequest):
             echoed["service_tier"] = served
         return echoed
 
+
+_SHARED_FIELDS = [
+    field.name
+    for field in dataclasses.fields(SamplingParams)
+    if field.name in GenerationRequest.model_fields
+]
+"""The fields of ``SamplingParams`` that requests have under the same name."""
 
 R = TypeVar("R", bound=RequestBody)
 

@@ -135,11 +135,7 @@ class EngineRoutes:
                 "vocab_size": config.vocab_size,
                 "eos_token_ids": config.eos_token_ids,
                 "max_model_len": config.max_request_tokens,
-                "default_sampling_params": {
-                    name: getattr(config, name)
-                    for name in ("temperature", "top_p", "top_k", "min_p")
-                    if getattr(config, name) is not None
-                },
+                "default_sampling_params": config.sampling_defaults,
                 **({} if weights.are_original else {"weight_version": weights.label()}),
             }
         )
