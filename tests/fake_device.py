@@ -7,12 +7,17 @@ through the page table*. Every row checks all cells it attends to. The drawn tok
 seed, the sample, the generated position and the digest, so a token lost, repeated or reordered, a
 page that is stale, or one that other weights computed, changes what comes out.
 
-Controls are carried out in order. An update from the files ``BAD_FILES`` is refused.
+A cell of a cartridge has a number that follows from its path and position in the place of a token,
+and belongs to no version of the weights. A text goes on with its digest, as with that of no tokens.
+
+Controls are carried out in order. An update from the files ``BAD_FILES`` is refused. A cartridge
+cannot be written from a path that begins with "missing".
 """
 
 from __future__ import annotations
 
 import itertools
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +29,7 @@ from tokasaurus.protocol.commands import (
     ReleaseMemory,
     RestoreMemory,
     UpdateWeights,
+    WriteCartridge,
 )
 from tokasaurus.protocol.messages import ForwardBatch, ForwardResult, GenerateRequest, Pooling
 from tokasaurus.rounding import ceil_div
@@ -34,7 +40,8 @@ GOOD_FILES = ("good.safetensors",)
 BAD_FILES = ("bad.safetensors",)  # the device refuses them
 
 _MASK = (1 << 64) - 1
-_EMPTY_CONTEXT = 0x0123456789ABCDEF
+EMPTY_CONTEXT = 0x0123456789ABCDEF
+_NO_VERSION = -2  # of the weights: the cell is of a cartridge
 
 
 def mix(digest: int, value: int) -> int:
@@ -43,9 +50,9 @@ def mix(digest: int, value: int) -> int:
     return mixed ^ (mixed >> 31)
 
 
-def context_of(weights_version: int) -> int:
-    """The digest of no tokens."""
-    return mix(_EMPTY_CONTEXT, weights_version)
+def context_of(weights_version: int, behind: int = EMPTY_CONTEXT) -> int:
+    """The digest of no tokens, where the text comes behind a cartridge of this digest."""
+    return mix(behind, weights_version)
 
 
 def _mix_arrays(digests: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -75,10 +82,24 @@ def top_of(digest: int, count: int) -> list[tuple[int, float]]:
     return [(token, logprob_of(digest, token)) for token in ids]
 
 
+def cartridge_token(path: str, position: int) -> int:
+    """What a cell of a cartridge has in the place of a token; no token of text is like it."""
+    return VOCAB_SIZE + mix(zlib.crc32(path.encode()), position) % 1_000_000
+
+
+def cartridge_digest(path: str, num_tokens: int) -> int:
+    """The digest of the last cell of a cartridge."""
+    digest = EMPTY_CONTEXT
+    for position in range(num_tokens):
+        digest = mix(digest, cartridge_token(path, position))
+    return digest
+
+
 class Oracle:
     """Generates one sequence alone, without pages or batches, with weights of any versions.
 
-    A grammar of "12" is one that the device gives up after 12 tokens.
+    A grammar of "12" is one that the device gives up after 12 tokens. The prompt comes behind a
+    cartridge of the digest ``behind``.
 
     Attributes:
         ids, logprobs, tops: what it has generated.
@@ -86,7 +107,9 @@ class Oracle:
         by_length: it has ended at max_tokens or is cut, not at a stop id.
     """
 
-    def __init__(self, request: GenerateRequest, sample_index: int) -> None:
+    def __init__(
+        self, request: GenerateRequest, sample_index: int, behind: int = EMPTY_CONTEXT
+    ) -> None:
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.tops: list[list[tuple[int, float]]] = []
@@ -94,6 +117,7 @@ class Oracle:
         self.by_length = False
         self._request = request
         self._sample_index = sample_index
+        self._behind = behind
         self._tokens = request.prompt_ids.tolist()
         # By version: a digest, and the number of tokens that it is of.
         self._digests: dict[int, tuple[int, int]] = {}
@@ -114,7 +138,8 @@ class Oracle:
             self.has_ended = self.by_length or token in request.stop_token_ids
 
     def _digest(self, weights_version: int) -> int:
-        digest, length = self._digests.get(weights_version, (context_of(weights_version), 0))
+        empty = (context_of(weights_version, self._behind), 0)
+        digest, length = self._digests.get(weights_version, empty)
         for token in self._tokens[length:]:
             digest = mix(digest, token)
         self._digests[weights_version] = (digest, len(self._tokens))
@@ -130,10 +155,10 @@ def oracle(request: GenerateRequest, sample_index: int) -> Oracle:
 
 
 def prompt_logprobs_oracle(
-    request: GenerateRequest, weights_version: int = 0
+    request: GenerateRequest, weights_version: int = 0, behind: int = EMPTY_CONTEXT
 ) -> list[tuple[float, int, list[tuple[int, float]]]]:
     """Logprob, rank and top logprobs of each prompt token except the first."""
-    digest = context_of(weights_version)
+    digest = context_of(weights_version, behind)
     prompt = request.prompt_ids.tolist()
     rows = []
     for token, following in itertools.pairwise(prompt):
@@ -148,9 +173,11 @@ def pooled_state(kind: int, digest: int) -> list[float]:
     return [float(kind), float(digest % 4093), float(digest // 4093 % 4093)]
 
 
-def pooled_oracle(request: GenerateRequest, weights_version: int = 0) -> list[float]:
+def pooled_oracle(
+    request: GenerateRequest, weights_version: int = 0, behind: int = EMPTY_CONTEXT
+) -> list[float]:
     """The pooled state of a request's prompt."""
-    digest = context_of(weights_version)
+    digest = context_of(weights_version, behind)
     for token in request.prompt_ids.tolist():
         digest = mix(digest, token)
     return pooled_state(request.pooling, digest)
@@ -192,6 +219,7 @@ class FakeDevice:
         self.num_rows = 0
         self.num_prompt_tokens = 0
         self.num_entered = 0
+        self.num_early_copies = 0
         self.pooled_positions: dict[int, list[int]] = {}  # by slot, of prompts that are being fed
 
     def run(self, batch: ForwardBatch) -> ForwardResult:
@@ -200,6 +228,7 @@ class FakeDevice:
         assert self.has_kv_cache, "a batch runs without a KV cache"
         self.next_number += 1
         self._patch(batch)
+        self._copy_early(batch)
         self._check_limits(batch)
         self._check_groups(batch)
         rows, prompt_rows, pooled = [], [], []
@@ -235,7 +264,7 @@ class FakeDevice:
                     (slot, start + offset, token, width) for offset, token in enumerate(following)
                 ]
         assert at == len(batch.prefill_ids)
-        self._copy(batch)
+        self._copy_pages(batch.copy_sources, batch.copy_targets)
         decoding, feeding = batch.decode_slots.tolist(), batch.prefill_slots.tolist()
         assert len(set(batch.draw_slots.tolist())) == len(batch.draw_slots)
         for slot, chunk in zip(batch.draw_slots.tolist(), batch.draw_chunks.tolist(), strict=True):
@@ -280,6 +309,8 @@ class FakeDevice:
             if action.kv_cache:
                 assert not self.has_kv_cache, "a KV cache is restored twice"
                 self.has_kv_cache = True
+        elif isinstance(action, WriteCartridge):
+            error = self._write_cartridge(action)
         else:
             raise AssertionError(f"the device knows no {type(action).__name__}")
         return ControlDone(control.number, error, self.has_weights)
@@ -301,8 +332,33 @@ class FakeDevice:
         del self.pooled_positions[slot]
         return [pooled_state(kind, self._digest(slot, start + length - 1))]
 
-    def _copy(self, batch: ForwardBatch) -> None:
-        sources, targets = batch.copy_sources, batch.copy_targets
+    def _write_cartridge(self, action: WriteCartridge) -> str | None:
+        """Fills the cells of a cartridge; returns an error where its file is said to be missing."""
+        assert self.has_kv_cache, "a cartridge is written without a KV cache"
+        size = self.config.page_size
+        assert len(set(action.pages.tolist())) == ceil_div(action.num_tokens, size)
+        if action.path.startswith("missing") or not self.keeps_files:
+            return f"{action.path} does not exist"
+        digest = EMPTY_CONTEXT
+        for position in range(action.num_tokens):
+            cell = (action.pages[position // size], position % size)
+            token = cartridge_token(action.path, position)
+            digest = mix(digest, token)
+            self.cell_tokens[cell] = token
+            self.cell_positions[cell] = position
+            self.cell_digests[cell] = digest
+            self.cell_versions[cell] = _NO_VERSION
+        return None
+
+    def _copy_early(self, batch: ForwardBatch) -> None:
+        sources, targets = batch.early_copy_sources, batch.early_copy_targets
+        assert (sources is None) == (targets is None)
+        if sources is not None and targets is not None:
+            assert len(sources) == len(targets) > 0
+            self._copy_pages(sources, targets)
+            self.num_early_copies += len(targets)
+
+    def _copy_pages(self, sources: np.ndarray, targets: np.ndarray) -> None:
         assert len(set(targets.tolist())) == len(targets)
         assert not set(targets.tolist()) & set(sources.tolist())
         for cells in (
@@ -388,6 +444,8 @@ class FakeDevice:
         if start > 0:
             page, offset = self._cells(slot, start - 1, start)
             digest = int(self.cell_digests[page, offset][0])
+            if self.cell_versions[page, offset][0] == _NO_VERSION:
+                digest = context_of(self.weights_version, digest)
         for index, token in enumerate(ids):
             assert 0 <= token < VOCAB_SIZE
             digest = mix(digest, token)
@@ -401,12 +459,15 @@ class FakeDevice:
         assert np.array_equal(self.cell_positions[pages, offsets], np.arange(length)), (
             f"slot {slot} attends to cells of other positions"
         )
-        assert (self.cell_versions[pages, offsets] == self.weights_version).all(), (
+        versions = self.cell_versions[pages, offsets]
+        first = int(np.count_nonzero(versions == _NO_VERSION))  # cell of the text
+        assert (versions[:first] == _NO_VERSION).all(), "a cartridge is behind text"
+        assert (versions[first:] == self.weights_version).all(), (
             f"slot {slot} attends to cells that other weights computed"
         )
         digests = self.cell_digests[pages, offsets]
-        empty = np.array([context_of(self.weights_version)], np.uint64)
-        before = np.concatenate([empty, digests[:-1]])
+        before = np.concatenate([np.array([EMPTY_CONTEXT], np.uint64), digests[:-1]])
+        before[first] = context_of(self.weights_version, int(before[first]))
         expected = _mix_arrays(before, self.cell_tokens[pages, offsets])
         assert np.array_equal(expected, digests), f"slot {slot} attends to cells of other contexts"
 

@@ -22,10 +22,12 @@ from unittest import mock
 import numpy as np
 from fake_device import (
     BAD_FILES,
+    EMPTY_CONTEXT,
     GOOD_FILES,
     VOCAB_SIZE,
     FakeDevice,
     Oracle,
+    cartridge_digest,
     pooled_oracle,
     prompt_logprobs_oracle,
 )
@@ -46,12 +48,15 @@ from tokasaurus.protocol.commands import (
     Control,
     ControlDone,
     FlushCache,
+    LoadCartridge,
     Pause,
     PauseMode,
     ReleaseMemory,
     RestoreMemory,
     Resume,
+    UnloadCartridge,
     UpdateWeights,
+    WriteCartridge,
 )
 from tokasaurus.protocol.messages import (
     AbortRequest,
@@ -195,6 +200,13 @@ class World:
         self.num_turns = 0
         self.check_interval = 1  # turns
         self.now = 0.0
+        # Cartridges by name, as the server knows them: the loads that were done.
+        self.cartridges: dict[str, LoadCartridge] = {}
+        self.num_loaded = self.num_lost = 0
+        # By the number of a control: the name of the cartridge that it writes again.
+        self.rewritten: dict[int, str] = {}
+        self.behind: dict[int, int] = {}  # by request id: the digest of its cartridge
+        self.num_pseudo: dict[int, int] = {}  # by request id
 
     def turn(self, *events: FromServer, num_results: int = 0) -> None:
         """One turn of the manager, with these events and some of the results that are ready."""
@@ -203,6 +215,7 @@ class World:
             self._note(event)
         for _ in range(min(num_results, len(self.results))):
             arrived.append(self.results.popleft())
+            self._note_loss(arrived[-1])
             self.num_absorbed += 1
         self.now += 0.001
         actions = self.manager.take_turn(arrived, self.now)
@@ -217,7 +230,7 @@ class World:
         assert self.manager.at_rest == (not self.results)
         is_waited_for = any(isinstance(result, ControlDone) for result in self.results)
         assert (self.manager.deadline is not None) == is_waited_for
-        if self.is_quiet or is_waited_for:
+        if self.is_quiet or not all(map(self._lets_batches_run, self.results)):
             assert not self.manager._running.num_running, "a sequence holds pages in a pause"
 
     def command(self, action: Action, num_results: int = 0) -> int:
@@ -326,8 +339,8 @@ class World:
         assert not running.prefixes.num_holders.any()
         assert (running.prefixes.leaf == -1).all()
         assert not running.in_flight.flights
-        assert running.pages.num_available == self.config.num_pages
-        assert not running.pages.pool.references.any()
+        assert running.pages.num_available == self.config.num_pages - running.pages.num_pinned
+        assert running.pages.pool.references.sum() == running.pages.num_pinned
         assert not running.table_changes._entries
         assert all(
             sequence.name.startswith("sample") and sequence.slot == -1
@@ -341,9 +354,10 @@ class World:
     def _note(self, event: FromServer) -> None:
         if isinstance(event, GenerateRequest):
             self.requests[event.request_id] = event
+            self._note_cartridge(event)
             self.request_ids[event.seed] = event.request_id
             for sample_index in range(event.n):
-                answer = Answer(Oracle(event, sample_index))
+                answer = Answer(Oracle(event, sample_index, self.behind[event.request_id]))
                 self.answers[event.request_id, sample_index] = answer
                 self.living[event.request_id, sample_index] = None
             self.prompt_logprobs[event.request_id] = {}
@@ -371,14 +385,107 @@ class World:
             elif isinstance(action, Resume) or action_mode(action) is PauseMode.DRAIN:
                 self.is_quiet = False
 
+    # --- cartridges ------------------------------------------------------------------------------
+
+    def load(self, name: str, num_tokens: int, path: str = "") -> CommandDone | CommandFailed:
+        """Loads a cartridge, and waits for the answer."""
+        command_id = self.command(LoadCartridge(name, path or name, num_tokens))
+        while command_id not in self.command_answers:
+            assert self.results, "the load is not answered"
+            self.turn(num_results=1)
+        return self.command_answers[command_id]
+
+    def unload(self, name: str) -> CommandDone | CommandFailed:
+        """Unloads a cartridge; returns the answer."""
+        return self.command_answers[self.command(UnloadCartridge(name))]
+
+    def is_named(self, cartridge: str) -> bool:
+        """Whether a sequence of which the server has not seen the end has this cartridge."""
+        return any(
+            cartridge in self.requests[request_id].cartridges for request_id, _ in self.living
+        )
+
+    def _note_cartridge(self, request: GenerateRequest) -> None:
+        """Without a cartridge, or with one that is not loaded, nothing comes before the prompt."""
+        load = self.cartridges.get(request.cartridges[0]) if request.cartridges else None
+        digest, num_pseudo = EMPTY_CONTEXT, 0
+        if load is not None:
+            digest, num_pseudo = cartridge_digest(load.path, load.num_tokens), load.num_tokens
+        self.behind[request.request_id] = digest
+        self.num_pseudo[request.request_id] = num_pseudo
+
+    def _note_write(self, control: Control) -> None:
+        if isinstance(control.action, WriteCartridge):
+            for name, load in self.cartridges.items():
+                if load.path == control.action.path:
+                    self.rewritten[control.number] = name
+
+    def _lets_batches_run(self, result: FromWorker) -> bool:
+        """Whether it is no answer to a control, or to that of a load."""
+        if not isinstance(result, ControlDone):
+            return True
+        (control,) = [control for control in self.controls if control.number == result.number]
+        return isinstance(control.action, WriteCartridge) and result.number not in self.rewritten
+
+    def _may_follow(self, order: ToWorker, result: FromWorker) -> bool:
+        """Batches may follow a load; what is written again after a restore follows each other."""
+        if isinstance(order, ForwardBatch):
+            return self._lets_batches_run(result)
+        return not isinstance(result, ControlDone) or result.number in self.rewritten
+
+    def _note_loss(self, result: FromWorker) -> None:
+        """A cartridge that cannot be written again is lost, and so are the requests with it."""
+        name = self.rewritten.pop(result.number, None)
+        if name is None or not isinstance(result, ControlDone) or result.error is None:
+            return
+        self.num_lost += 1
+        del self.cartridges[name]
+        names = {request_id for request_id, _ in self.living}
+        self.aborted |= {i for i in names if name in self.requests[i].cartridges}
+
+    def _check_rejection(self, message: RequestRejected) -> None:
+        request = self.requests[message.request_id]
+        if request.cartridges:
+            is_unknown = self.num_pseudo[message.request_id] == 0
+            is_wrong = is_unknown or request.pooling is Pooling.MEAN or len(request.cartridges) > 1
+            assert (message.field == "cartridges") == is_wrong, message
+
+    def _check_cartridge_done(
+        self, answer: CommandDone, action: LoadCartridge | UnloadCartridge
+    ) -> None:
+        if isinstance(action, LoadCartridge):
+            assert not action.path.startswith("missing")
+            assert action.name not in self.cartridges
+            self.cartridges[action.name] = action
+            self.num_loaded += 1
+            return
+        load = self.cartridges.pop(action.name)
+        num_pages = ceil_div(load.num_tokens, self.config.page_size)
+        assert answer.num_pages >= num_pages
+        num_behind = answer.num_pages - num_pages
+        assert answer.num_tokens == load.num_tokens + num_behind * self.config.page_size
+        assert not self.is_named(action.name), "an unloaded cartridge is in use"
+
+    def _check_cartridge_failed(
+        self, answer: CommandFailed, action: LoadCartridge | UnloadCartridge
+    ) -> None:
+        is_loaded = action.name in self.cartridges
+        if isinstance(action, UnloadCartridge):
+            assert answer.field == "name"
+            assert not is_loaded or self.is_named(action.name)
+        else:
+            assert (answer.field == "name") == is_loaded
+            assert answer.field in ("name", "num_tokens", "path") or "released" in answer.reason
+
     # --- from the manager ------------------------------------------------------------------------
 
     def _send(self, order: ToWorker) -> None:
-        assert not any(isinstance(result, ControlDone) for result in self.results), (
+        assert all(self._may_follow(order, result) for result in self.results), (
             "something is sent behind a control"
         )
         if isinstance(order, Control):
             self.controls.append(order)
+            self._note_write(order)
             self.results.append(self.device.carry_out(order))
         else:
             assert not self.is_quiet, "a batch is planned in a pause"
@@ -420,6 +527,7 @@ class World:
     def _receive(self, message: ToServer) -> None:
         if isinstance(message, RequestRejected):
             self.rejected[message.request_id] = message
+            self._check_rejection(message)
             for name in [name for name in self.answers if name[0] == message.request_id]:
                 del self.answers[name], self.living[name]
         elif isinstance(message, PromptLogprobs):
@@ -431,7 +539,8 @@ class World:
             versions = {
                 version
                 for version in self.weights_versions
-                if message.state.tolist() == pooled_oracle(request, version)
+                if message.state.tolist()
+                == pooled_oracle(request, version, self.behind[request.request_id])
             }
             assert versions, "a pooled state is wrong"
             self.pooled[message.request_id] = versions
@@ -447,7 +556,8 @@ class World:
         assert len(message.logprobs) > 0
         request = self.requests[message.request_id]
         expected = {
-            version: prompt_logprobs_oracle(request, version) for version in self.weights_versions
+            version: prompt_logprobs_oracle(request, version, self.behind[request.request_id])
+            for version in self.weights_versions
         }
         assert message.top_ids.shape == (len(message.logprobs), request.num_prompt_logprobs)
         for index, logprob in enumerate(message.logprobs.tolist()):
@@ -475,6 +585,10 @@ class World:
             assert all(
                 name in self.command_answers
                 or action_mode(self.commands[name].action) is PauseMode.DRAIN
+                or (
+                    isinstance(self.commands[name].action, LoadCartridge)
+                    and isinstance(action, Pause | Resume | FlushCache)
+                )
                 for name in before
             ), "commands are answered in another order"
         if isinstance(answer, CommandDone):
@@ -483,7 +597,10 @@ class World:
             self._check_failed(answer, action)
 
     def _check_done(self, answer: CommandDone, action: Action) -> None:
-        assert answer.num_tokens == answer.num_pages * self.config.page_size
+        if isinstance(action, LoadCartridge | UnloadCartridge):
+            self._check_cartridge_done(answer, action)
+        else:
+            assert answer.num_tokens == answer.num_pages * self.config.page_size
         if isinstance(action, UpdateWeights):
             assert action.files != BAD_FILES
             assert action.version > self.weights_versions[-1]
@@ -493,11 +610,20 @@ class World:
         assert not {request_id for request_id, _ in self.living} & set(doomed)
         if isinstance(action, Pause):
             if action.mode is PauseMode.DRAIN:
-                assert not self.begun & self.living.keys(), "a drain ends too early"
+                self._check_drained(answer.command_id)
             names = list(self.commands)
             later = names[names.index(answer.command_id) + 1 :]
             is_last = not any(isinstance(self.commands[n].action, Pause | Resume) for n in later)
             self.is_quiet = is_last and action.mode is not PauseMode.DRAIN
+
+    def _check_drained(self, command_id: int) -> None:
+        """No begun sequence lives, but for those that came after an abort that ended the drain."""
+        left = self.begun & self.living.keys()
+        names = list(self.commands)
+        for name in names[names.index(command_id) + 1 :]:
+            if action_mode(self.commands[name].action) is PauseMode.ABORT:
+                left = {each for each in left if each[0] in self.doomed[name]}
+        assert not left, "a drain ends too early"
 
     def _check_failed(self, answer: CommandFailed, action: Action) -> None:
         if isinstance(action, UpdateWeights):
@@ -505,6 +631,8 @@ class World:
             is_released = "released" in answer.reason
             assert is_old or is_released or action.files == BAD_FILES
             assert (answer.field == "version") == is_old
+        elif isinstance(action, LoadCartridge | UnloadCartridge):
+            self._check_cartridge_failed(answer, action)
         elif isinstance(action, Resume):
             assert "nothing can run" in answer.reason
         else:
@@ -561,7 +689,8 @@ class World:
             assert answer.logprobs == expected.logprobs
             assert answer.tops == expected.tops
         assert answer.num_cached_tokens <= len(request.prompt_ids) - 1
-        assert answer.num_cached_tokens % self.config.page_size == 0
+        found = answer.num_cached_tokens
+        assert found == 0 or (found + self.num_pseudo[name[0]]) % self.config.page_size == 0
         if not (request.stream or request.hold_for_acks):
             assert bool(answer.reason) == is_last, "an update of a sequence that does not stream"
             assert answer.num_messages == 1
@@ -611,6 +740,9 @@ class Habits:
     max_prompt: int = 20
     max_tokens: int = 12
     max_samples: int = 4
+    loads: float = 0.0  # of cartridges
+    unloads: float = 0.0
+    with_cartridges: float = 0.0  # share of the requests
 
 
 class Simulation(World):
@@ -626,6 +758,8 @@ class Simulation(World):
         super().__init__(config)
         self.habits = habits
         self._random = random.Random(seed)
+        self._num_loads = 0
+        self._leaving: set[str] = set()  # cartridges that no further request names
         # Few beginnings, so that prompts share prefixes of any length.
         self._beginnings = [self._ids(habits.max_prompt) for _ in range(3)]
 
@@ -734,6 +868,8 @@ class Simulation(World):
                     self._random.randint(0, len(events)), self.make_command(self._action())
                 )
                 self.device.keeps_files = self._random.random() < 0.7
+            if habits.loads:
+                events += self._cartridge_commands()
             if self._random.random() < habits.acks:
                 events += self.acknowledgements()
             self.turn(*events, num_results=self._count(habits.results))
@@ -760,6 +896,65 @@ class Simulation(World):
             return RestoreMemory(*parts)
         return chance.choice([AbortAll(), FlushCache()])
 
+    # --- cartridges ------------------------------------------------------------------------------
+
+    @staticmethod
+    def with_cartridges_of_seed(seed: int) -> Simulation:
+        """A world in which cartridges come, go, and come again as others of the same name."""
+        return Simulation._with_cartridges(Simulation.of_seed(seed), seed)
+
+    @staticmethod
+    def commanded_with_cartridges_of_seed(seed: int) -> Simulation:
+        """The same among other commands: weights change, and what the cache held is lost."""
+        world = Simulation._with_cartridges(Simulation.commanded_of_seed(seed), seed)
+        # Often, so that a restore meets loaded cartridges.
+        world.habits = dataclasses.replace(world.habits, arrivals=1.0, commands=0.5)
+        return world
+
+    @staticmethod
+    def _with_cartridges(world: Simulation, seed: int) -> Simulation:
+        chance, page_size = random.Random(seed), world.config.page_size
+        longest = world.config.max_request_tokens + 2 * page_size + 1
+        config = dataclasses.replace(
+            world.config,
+            # Room for the largest request, and for few or many cartridges of at most 3 pages.
+            num_pages=world.config.num_pages + chance.choice([1, 3, 12]),
+            max_request_tokens=longest,
+        )
+        habits = dataclasses.replace(
+            world.habits, loads=0.2, unloads=chance.choice([0.1, 0.3]), with_cartridges=0.6
+        )
+        other = Simulation(seed, config, habits)
+        other.check_interval = world.check_interval
+        return other
+
+    def unload_all(self) -> None:
+        """Gives back every page that a cartridge has, when all sequences have ended."""
+        for name in list(self.cartridges):
+            assert isinstance(self.unload(name), CommandDone)
+        pages = self.manager._running.pages
+        assert pages.num_pinned == 0
+        assert pages.num_available == self.config.num_pages
+        ids = [np.frombuffer(node.ids, np.int32) for node in pages.cache.nodes()]
+        assert all((run >= 0).all() for run in ids), "text behind a cartridge is still cached"
+
+    def _cartridge_commands(self) -> list[FromServer]:
+        """Loads of new versions, some of which fail; unloads, some of cartridges in use."""
+        chance, actions = self._random, []
+        for _ in range(self._count(self.habits.loads)):
+            name = chance.choice("abc")
+            self._num_loads += 1
+            path = chance.choice(["", "", "", "missing "]) + f"{name} {self._num_loads}"
+            num_tokens = chance.randint(1, 2 * self.config.page_size + 1)
+            actions.append(LoadCartridge(name, path, num_tokens))
+        for _ in range(self._count(self.habits.unloads)):
+            self._leaving.add(chance.choice("abc"))
+        self._leaving &= set(self.cartridges)
+        actions += [
+            UnloadCartridge(name) for name in sorted(self._leaving) if chance.random() < 0.3
+        ]
+        return [self.make_command(action) for action in actions]
+
     def _count(self, mean: float) -> int:
         """A geometric random number."""
         count = 0
@@ -774,6 +969,12 @@ class Simulation(World):
         chance, habits = self._random, self.habits
         length = chance.randint(1, habits.max_prompt)
         shared = chance.choice(self._beginnings)[: chance.randint(0, length)]
+        cartridges: tuple[str, ...] = ()
+        if habits.with_cartridges and chance.random() < habits.with_cartridges:
+            names = [name for name in self.cartridges if name not in self._leaving]
+            cartridges = tuple(chance.sample(names, 1) if names else ())
+            if chance.random() < 0.02:
+                cartridges = chance.choice([("unknown",), ("a", "b")])
         pooling = Pooling.NONE
         if chance.random() < habits.pooled:
             pooling = chance.choice([Pooling.MEAN, Pooling.LAST])
@@ -783,6 +984,7 @@ class Simulation(World):
             shared + self._ids(length - len(shared)),
             1 if pooling else chance.randint(1, habits.max_tokens),
             pooling=pooling,
+            cartridges=cartridges,
             n=n,
             priority=chance.choice([0, 0, 0, 0, -3, 1, 2]),
             first_k=chance.choice([0, 0, chance.randint(1, n)]),

@@ -2,13 +2,15 @@
 
 Owns whether batches may be planned, and the controls in flight. Commands are carried out one after
 the other, in the order in which they came. One that is not finished holds up those behind it, and
-nothing else: requests, aborts, stops and acknowledgements work at any time. There are two
+nothing else: requests, aborts, stops and acknowledgements work at any time. There are three
 exceptions:
 
 - An AbortAll is like an abort of every request: it is carried out at once.
 - An unfinished drain may take long. A Pause, a Resume or a FlushCache does not wait for it. A pause
   with ABORT finishes it, a second drain ends together with it, and a Resume or a pause with KEEP
   cancels it: then the drain fails.
+- Batches run while a cartridge is written, and that may take long. A Pause, a Resume or a
+  FlushCache does not wait for it.
 
 What is asked for already is done at once: a Resume where nothing is paused, a release of what is
 released, a restore of what is there. A command that contradicts the state fails, and changes
@@ -16,7 +18,9 @@ nothing:
 
 - an update whose version is not greater than the present one, or while the weights are released;
 - a Resume while memory is released or there are no weights, since nothing could run;
-- a drain in this state, if there are sequences that could not run to their ends.
+- a drain in this state, if there are sequences that could not run to their ends;
+- a load of a cartridge that is loaded, or for which there are not enough pages;
+- an unload of a cartridge that a request names.
 
 A pause lasts until a Resume, whatever else happens. Without a pause, batches are planned again as
 soon as an update or a restore has succeeded, and after an update that was refused.
@@ -29,6 +33,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from tokasaurus.errors import EngineError
+from tokasaurus.manager.kv.cartridges import Cartridge
 from tokasaurus.manager.running import RunningSequences
 from tokasaurus.manager.slots import IndexArray
 from tokasaurus.manager.waiting import Backlog
@@ -42,15 +47,18 @@ from tokasaurus.protocol.commands import (
     ControlDone,
     DeviceAction,
     FlushCache,
+    LoadCartridge,
     Pause,
     PauseMode,
     ReleaseMemory,
     RestoreMemory,
     Resume,
+    UnloadCartridge,
     UpdateWeights,
     WriteCartridge,
 )
 from tokasaurus.protocol.messages import ToWorker
+from tokasaurus.rounding import ceil_div
 
 __all__ = ["MAX_WEIGHTS_VERSION", "TIME_LIMITS_S", "Controls"]
 
@@ -79,6 +87,8 @@ class _Sent(NamedTuple):
 
     control: Control
     command_id: int
+    cartridge: str = ""  # the name of the one that it writes
+    rewrites: bool = False  # it writes a cartridge again, which the KV cache lost in a release
 
 
 class Controls:
@@ -130,9 +140,7 @@ class Controls:
             return False
         if self.paused is not None and self.paused is not PauseMode.DRAIN:
             return False
-        return not self._sent or all(
-            isinstance(sent.control.action, WriteCartridge) for sent in self._sent
-        )
+        return not self._sent or self._only_loads
 
     @property
     def rests(self) -> bool:
@@ -180,14 +188,19 @@ class Controls:
         Raises:
             ProtocolError: it answers something else.
         """
-        control = self._running.in_flight.land_control(done)
-        command_id = self._sent.popleft().command_id
+        self._running.in_flight.land_control(done)
+        sent = self._sent.popleft()
         self._oldest_since = now
-        if done.error is not None:
-            self._failed(command_id, done.error)
+        if sent.cartridge:
+            self._has_written(sent, done.error)
+        elif done.error is not None:
+            self._failed(sent.command_id, done.error)
         else:
-            num_pages = self._has_done(control.action, done)
-            self._done(command_id, num_pages=num_pages)
+            num_pages = self._has_done(sent.control.action, done)
+            if isinstance(sent.control.action, RestoreMemory) and sent.control.action.kv_cache:
+                self._write_again(sent.command_id, now)
+            if not self._sent:
+                self._done(sent.command_id, num_pages=num_pages)
         self.advance(now)
 
     def advance(self, now: float) -> None:
@@ -207,9 +220,9 @@ class Controls:
 
     def _must_wait(self, action: Action) -> bool:
         """Whether a command before this one holds it up."""
-        if self._sent:
-            return True
         may_interrupt = isinstance(action, Pause | Resume | FlushCache)
+        if self._sent and not (self._only_loads and may_interrupt):
+            return True
         return bool(self._pausing) and not (self.paused is PauseMode.DRAIN and may_interrupt)
 
     def _finish_pauses(self) -> None:
@@ -251,6 +264,10 @@ class Controls:
                 kv_cache=action.kv_cache and not self._has_kv_cache,
             )
             self._change_memory(command_id, missing, now)
+        elif isinstance(action, LoadCartridge):
+            self._load(command_id, action, now)
+        elif isinstance(action, UnloadCartridge):
+            self._unload(command_id, action.name)
         else:
             self._failed(command_id, f"{type(action).__name__} is not supported")
 
@@ -297,24 +314,32 @@ class Controls:
         elif not self._has_weights_memory:
             self._failed(command_id, "the memory of the weights is released; restore it first")
         else:
+            self._preempt_all()  # what they have computed is lost
             self._send(command_id, action, now)
 
     def _change_memory(
         self, command_id: int, action: ReleaseMemory | RestoreMemory, now: float
     ) -> None:
         if action.weights or action.kv_cache:
+            self._preempt_all()
             self._send(command_id, action, now)
         else:
             self._done(command_id)
 
-    def _send(self, command_id: int, action: DeviceAction, now: float) -> None:
-        """Preempts all sequences, since what they have computed may be lost; sends a control."""
-        self._preempt_all()
+    def _send(
+        self,
+        command_id: int,
+        action: DeviceAction,
+        now: float,
+        *,
+        cartridge: str = "",
+        rewrites: bool = False,
+    ) -> None:
         control = Control(self._running.in_flight.next_number, action)
         self._running.in_flight.add_control(control)
         if not self._sent:
             self._oldest_since = now
-        self._sent.append(_Sent(control, command_id))
+        self._sent.append(_Sent(control, command_id, cartridge, rewrites))
         self._orders.append(control)
 
     def _has_done(self, action: DeviceAction, done: ControlDone) -> int:
@@ -326,6 +351,7 @@ class Controls:
         if isinstance(action, UpdateWeights):
             old, self._running.weights_version = self._running.weights_version, action.version
             num_pages = self._running.pages.replace_namespace(old, action.version)
+            self._running.cartridges.publish_all(action.version)
             self._has_weights = done.weights_ready
         elif isinstance(action, ReleaseMemory):
             self._has_weights_memory &= not action.weights
@@ -339,7 +365,101 @@ class Controls:
             self._has_weights = done.weights_ready
         return num_pages
 
+    # --- cartridges -------------------------------------------------------------------------------
+
+    def _load(self, command_id: int, action: LoadCartridge, now: float) -> None:
+        refusal = self._why_not_load(action)
+        if refusal is not None:
+            field, reason = refusal
+            self._failed(command_id, reason, field)
+            return
+        cartridges = self._running.cartridges
+        cartridge = cartridges.begin(action.name, action.path, action.num_tokens)
+        self._write(command_id, cartridge, now, rewrites=False)
+
+    def _write(self, command_id: int, cartridge: Cartridge, now: float, *, rewrites: bool) -> None:
+        action = WriteCartridge(cartridge.path, cartridge.num_tokens, cartridge.pages)
+        self._send(command_id, action, now, cartridge=cartridge.name, rewrites=rewrites)
+
+    def _why_not_load(self, action: LoadCartridge) -> tuple[str | None, str] | None:
+        """The field that is wrong and the reason, where a cartridge cannot be loaded."""
+        pages, cartridges = self._running.pages, self._running.cartridges
+        if action.name in cartridges:
+            return "name", f"cartridge {action.name!r} is loaded already"
+        if action.num_tokens < 1:
+            return "num_tokens", f"num_tokens is {action.num_tokens}; it must be at least 1"
+        if action.num_tokens > cartridges.num_ids_left:
+            return "num_tokens", "the pseudo ids of this engine are used up; start it again"
+        if not self._has_kv_cache:
+            return None, "the memory of the KV cache is released; restore it first"
+        num_pages = ceil_div(action.num_tokens, pages.page_size)
+        wanted = f"a cartridge of {action.num_tokens} tokens takes {num_pages} pages of KV cache"
+        if num_pages > pages.num_available:
+            return "num_tokens", f"{wanted}, of which {pages.num_available} are available"
+        num_left = pages.pool.num_pages - pages.num_pinned - num_pages
+        num_needed = self._most_pages_of_a_request()
+        if num_needed > num_left:
+            reason = f"a request that was accepted may need {num_needed}, of {num_left} left"
+            return "num_tokens", f"{wanted}; {reason}"
+        return None
+
+    def _most_pages_of_a_request(self) -> int:
+        """The most pages that one sequence may need beside pinned ones, of all that live."""
+        page_size = self._running.pages.page_size
+        return max(
+            (
+                ceil_div(request.final_length, page_size) - request.num_pseudo // page_size
+                for request in self._backlog.requests.values()
+            ),
+            default=0,
+        )
+
+    def _unload(self, command_id: int, name: str) -> None:
+        if self._running.cartridges.find(name) is None:
+            self._failed(command_id, f"no cartridge {name!r} is loaded", "name")
+        elif self._requests_with(name):
+            reason = f"a request that has not ended names cartridge {name!r}"
+            self._failed(command_id, reason, "name")
+        else:
+            num_pages, num_tokens = self._running.cartridges.remove(name)
+            self._done(command_id, num_pages=num_pages, num_tokens=num_tokens)
+
+    def _requests_with(self, cartridge: str) -> list[int]:
+        """The requests that name this cartridge."""
+        return [
+            request_id
+            for request_id, request in self._backlog.requests.items()
+            if cartridge in request.message.cartridges
+        ]
+
+    def _write_again(self, command_id: int, now: float) -> None:
+        """Writes all cartridges after a restore, whose command the last of them answers."""
+        for cartridge in self._running.cartridges.all():
+            self._write(command_id, cartridge, now, rewrites=True)
+
+    def _has_written(self, sent: _Sent, error: str | None) -> None:
+        """The worker has written a cartridge, or could not."""
+        cartridges = self._running.cartridges
+        if error is not None:
+            # Only after a restore can there be requests that name it.
+            self._abort(self._requests_with(sent.cartridge))
+            cartridges.remove(sent.cartridge)
+        elif not sent.rewrites:
+            cartridges.finish(sent.cartridge, self._running.weights_version)
+        if sent.rewrites:
+            if not self._sent:
+                self._done(sent.command_id)
+        elif error is not None:
+            self._failed(sent.command_id, error, "path")
+        else:
+            self._done(sent.command_id)
+
     # --- state ------------------------------------------------------------------------------------
+
+    @property
+    def _only_loads(self) -> bool:
+        """Whether nothing is in flight but loads of cartridges, behind which batches may run."""
+        return all(sent.cartridge and not sent.rewrites for sent in self._sent)
 
     @property
     def _lack(self) -> str | None:
@@ -359,12 +479,20 @@ class Controls:
             self._running.in_progress.leave(sequence)
         self._running.wake()
 
-    def _done(self, command_id: int, num_pages: int = 0, num_sequences: int = 0) -> None:
+    def _done(
+        self,
+        command_id: int,
+        num_pages: int = 0,
+        num_tokens: int | None = None,
+        num_sequences: int = 0,
+    ) -> None:
+        if num_tokens is None:
+            num_tokens = num_pages * self._running.pages.page_size
         self._answer(
             CommandDone(
                 command_id,
                 num_pages=num_pages,
-                num_tokens=num_pages * self._running.pages.page_size,
+                num_tokens=num_tokens,
                 num_sequences=num_sequences,
                 weights_version=self._running.weights_version,
             )

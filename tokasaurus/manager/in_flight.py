@@ -23,7 +23,7 @@ class PromptPiece:
     """A chunk of a prompt; its prompt logprobs will come with a result."""
 
     sequence: Sequence
-    first_position: int  # of the token that the first logprob is about
+    first_position: int  # in the request's prompt, of the token that the first logprob is about
     num_tokens: int
     num_logprobs: int
     ends_prompt: bool

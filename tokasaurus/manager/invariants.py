@@ -31,11 +31,13 @@ def check_invariants(running: RunningSequences, backlog: Backlog) -> None:
         for sequence in running.slots.sequences
         if sequence is not None and sequence.state is SequenceState.RUNNING
     ]
+    pins = [cartridge.pages for cartridge in running.cartridges.all()]
     slots, roots = running.slots, running.pages.cache.roots
     is_open = [slots.weights_version.item(holder.slot) in roots for holder in holders]
     tables = [slots.pages(holder.slot) for holder in holders]
     orphans = [table for table, is_found in zip(tables, is_open, strict=True) if not is_found]
-    check_allocator(running.pages, tables, orphans)
+    check_allocator(running.pages, [*tables, *pins], orphans)
+    _check_cartridges(running)
     versions = slots.weights_version[slots.order >= 0]
     _require(bool((versions == running.weights_version).all()), "a sequence has other weights")
     for holder, is_found in zip(holders, is_open, strict=True):
@@ -107,6 +109,23 @@ def _check_tree(pages: PageAllocator) -> None:
         sorted(seen) == np.flatnonzero(pool.cached).tolist(), "the tree's pages are not as marked"
     )
     _require(num_reachable == pool.num_evictable, "evictable pages cannot be reached")
+
+
+def _check_cartridges(running: RunningSequences) -> None:
+    """Full pages of cartridges are found under their pseudo ids; all their pages are pinned."""
+    pages, cartridges = running.pages, running.cartridges
+    num_pinned = sum(len(cartridge.pages) for cartridge in cartridges.all())
+    _require(num_pinned == pages.num_pinned, "the pinned pages are miscounted")
+    for cartridge in cartridges.all():
+        if cartridges.find(cartridge.name) is None:
+            continue
+        num_full, rest = divmod(cartridge.num_tokens, pages.page_size)
+        found = pages.cache.lookup(running.weights_version, cartridge.ids, num_full)
+        complaint = f"the pages of cartridge {cartridge.name} cannot be found"
+        _require(np.array_equal(found, cartridge.pages[:num_full]), complaint)
+        if rest:
+            is_apart = not pages.pool.cached[cartridge.pages[-1]]
+            _require(bool(is_apart), f"the tail of cartridge {cartridge.name} can be found")
 
 
 def _check_prefix_is_shared(running: RunningSequences, sequence: Sequence) -> None:

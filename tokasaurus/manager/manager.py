@@ -43,6 +43,7 @@ from tokasaurus.protocol.messages import (
     FromWorker,
     GenerateRequest,
     PooledState,
+    Pooling,
     PromptLogprobs,
     RequestRejected,
     Statistics,
@@ -239,7 +240,8 @@ class Manager:
     def _accept(self, request: GenerateRequest, now: float) -> None:
         refusal = self._refusal(request)
         if refusal is None:
-            self._admission.open(self._backlog.add(request, now))
+            pseudo_ids = self._running.cartridges.ids_of(request.cartridges)
+            self._admission.open(self._backlog.add(request, now, pseudo_ids))
             self.counters.num_requests += 1
         else:
             field, reason = refusal
@@ -260,16 +262,34 @@ class Manager:
             return "priority", f"priority is {request.priority}; {reason}"
         if not 0 <= request.first_k <= request.n:
             return "first_k", f"first_k is {request.first_k}; it must be from 1 to n={request.n}"
-        total = prompt_length + request.max_tokens
+        if len(request.cartridges) > 1:
+            reason = f"a request may have one cartridge, and this one has {len(request.cartridges)}"
+            return "cartridges", f"{reason}: each was trained at the positions from 0 on"
+        cartridges = self._running.cartridges
+        for name in request.cartridges:
+            if cartridges.find(name) is None:
+                return "cartridges", f"no cartridge {name!r} is loaded"
+            if request.pooling is Pooling.MEAN:
+                return "cartridges", "the mean over a prompt behind a cartridge is not supported"
+        num_pseudo = len(cartridges.ids_of(request.cartridges))
+        total = num_pseudo + prompt_length + request.max_tokens
         lengths = f"{prompt_length} prompt tokens and max_tokens={request.max_tokens}"
+        if num_pseudo:
+            lengths = f"a cartridge of {num_pseudo} tokens, {lengths}"
         if total > self._config.max_request_tokens:
             limit = self._config.max_request_tokens
             return "max_tokens", f"{lengths} are more than the {limit} tokens a request may have"
         # The last token's KV is never needed.
-        num_pages = ceil_div(total - 1, self._config.page_size)
+        page_size, num_pinned = self._config.page_size, self._running.pages.num_pinned
+        num_pages = ceil_div(total - 1, page_size)
         if num_pages > self._config.num_pages:
-            limit = self._config.num_pages * self._config.page_size
+            limit = self._config.num_pages * page_size
             return "max_tokens", f"{lengths} never fit the KV cache of {limit} tokens"
+        num_free = self._config.num_pages - num_pinned
+        if num_pages - num_pseudo // page_size > num_free:
+            limit, pinned = self._config.num_pages * page_size, num_pinned * page_size
+            reason = f"the KV cache of {limit} tokens, of which loaded cartridges take {pinned}"
+            return "max_tokens", f"{lengths} do not fit {reason}"
         if request.pooling and (request.n, request.max_tokens) != (1, 1):
             return "n", "a pooled request has one sample of one token"
         if request.request_id in self._backlog.requests:
@@ -306,6 +326,7 @@ class Manager:
         else:
             self._controls.absorb(event, now)
             self._step_timer.interrupt()
+        self._admission.pages_come_free()
         self._is_ordinary = False
 
     def _answer(self, answer: CommandDone | CommandFailed) -> None:

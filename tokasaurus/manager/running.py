@@ -20,6 +20,7 @@ from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.manager.counters import Counters
 from tokasaurus.manager.in_flight import InFlight
 from tokasaurus.manager.kv.allocator import PageAllocator
+from tokasaurus.manager.kv.cartridges import Cartridges
 from tokasaurus.manager.kv.prompts_in_progress import PromptsInProgress
 from tokasaurus.manager.kv.shared_prefixes import SharedPrefixes
 from tokasaurus.manager.kv.table_changes import TableChanges
@@ -30,7 +31,9 @@ from tokasaurus.manager.waiting import Backlog
 from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array, Int64Array
 from tokasaurus.rounding import ceil_div
 
-__all__ = ["RunningSequences", "SlotStart"]
+__all__ = ["NO_COPIES", "RunningSequences", "SlotStart"]
+
+NO_COPIES: Int32Array = np.empty((2, 0), np.int32)
 
 
 class SlotStart(NamedTuple):
@@ -39,6 +42,9 @@ class SlotStart(NamedTuple):
     sequence: Sequence
     cached_pages: Int32Array  # its prompt's leading pages, found in the prefix cache
     num_new_pages: int
+    # Positions of its prompt that are not computed: those of the cached pages, or of its cartridge
+    # where that ends in the page behind them.
+    length: int
 
 
 class RunningSequences:
@@ -61,6 +67,7 @@ class RunningSequences:
         self.window = TokenWindow(self.slots, config.scheduling_steps_ahead)
         self.weights_version = 0
         self.pages = PageAllocator(config.num_pages, config.page_size, self.weights_version)
+        self.cartridges = Cartridges(self.pages)
         self.table_changes = TableChanges(self.slots)
         # Of prompts, as far as they were found in the cache or fed.
         self.prefixes = SharedPrefixes(config.num_slots)
@@ -94,9 +101,10 @@ class RunningSequences:
         )
 
     def unshared(self, slots: IndexArray) -> tuple[Int64Array, Int64Array]:
-        """[slots] pages that no other sequence holds, and the positions that are fed in them."""
+        """[slots] pages with no other holder, and the positions that are filled in them."""
         page_size = self.slots.page_size
-        num_shared = self.prefixes.num_shared_pages(slots).astype(np.int64)
+        num_pinned = self.slots.num_pseudo[slots] // page_size
+        num_shared = np.maximum(self.prefixes.num_shared_pages(slots), num_pinned, dtype=np.int64)
         num_pages = self.slots.capacity[slots] // page_size - num_shared
         return num_pages, self.slots.length[slots] - num_shared * page_size
 
@@ -112,14 +120,17 @@ class RunningSequences:
             self._backlog.wake(sequence)
         self.in_progress.woken.clear()
 
-    def enter(self, starts: Rows[SlotStart], now: float) -> None:
+    def enter(self, starts: Rows[SlotStart], now: float) -> Int32Array:
         """Lets sequences run: each gets a slot and all pages of its prompt.
 
         The cached pages are retained already.
+
+        Returns:
+            [2, copies] the pages to copy from and to, before the pass: the ends of cartridges.
         """
         sequences = [start.sequence for start in starts]
         cached_pages = [start.cached_pages for start in starts]
-        lengths = [len(pages) * self.pages.page_size for pages in cached_pages]
+        lengths = [start.length for start in starts]
         num_new_pages = [start.num_new_pages for start in starts]
         self._enter(sequences, cached_pages, num_new_pages, lengths, now)
         for sequence, pages in zip(sequences, cached_pages, strict=True):
@@ -128,6 +139,24 @@ class RunningSequences:
             self.resting.pop(sequence, None)
         self.prefilling += sequences
         self.prefilling.sort(key=lambda sequence: sequence.order)
+        page_size = self.pages.page_size
+        return self._tail_copies([start for start in starts if start.length % page_size])
+
+    def _tail_copies(self, starts: Rows[SlotStart]) -> Int32Array:
+        """[2, copies] from the last pages of cartridges to the pages in which these prompts go on.
+
+        Args:
+            starts: of sequences that begin inside a page.
+        """
+        if not starts:
+            return NO_COPIES
+        sources = [
+            self.cartridges.tail_page(start.sequence.request.message.cartridges[0])
+            for start in starts
+        ]
+        rows = [start.sequence.slot for start in starts]
+        columns = [len(start.cached_pages) for start in starts]
+        return np.stack([np.array(sources, np.int32), self.slots.page_table[rows, columns]])
 
     def fork(
         self, leader: Sequence, followers: Rows[Sequence], now: float
@@ -163,13 +192,15 @@ class RunningSequences:
         slots, page_size = self.slots, self.pages.page_size
         num_shared = [len(pages) for pages in shared_pages]
         num_pages = [shared + new for shared, new in zip(num_shared, num_new_pages, strict=True)]
-        self._counters.num_cached_tokens += sum(num_shared) * page_size
         for sequence, count in zip(sequences, num_shared, strict=True):
+            num_pseudo = sequence.request.num_pseudo
+            self._counters.num_cached_tokens += max(0, count * page_size - num_pseudo)
             if not sequence.was_admitted:
                 sequence.was_admitted = True
                 # Reported as if the prompt had come alone: its last token is never found.
                 most = (len(sequence.prompt_ids) - 1) // page_size
-                sequence.num_cached_tokens = min(count, most) * page_size
+                num_cached = min(count, most) * page_size - num_pseudo
+                sequence.num_cached_tokens = max(0, num_cached)
                 self._counters.queue_s += now - sequence.request.arrived_at
         self.window.prepare(max(s.request.message.num_logprobs for s in sequences))
         rows = slots.enter(sequences, lengths, num_pages, self.weights_version)
@@ -275,7 +306,7 @@ class RunningSequences:
         holders: list[tuple[int, Int32Array, Int32Array]] = []
         start = 0
         for index, sequence in enumerate(sequences):
-            prompt_ids, count = sequence.request.message.prompt_ids, num_known[index]
+            prompt_ids, count = sequence.request.prompt_ids, num_known[index]
             if count <= len(prompt_ids):
                 known_ids = prompt_ids[:count]
             else:
@@ -326,6 +357,6 @@ class RunningSequences:
 
 def _all_ids(sequence: Sequence, unstored_ids: Int32Array) -> Int32Array:
     if not sequence.stored and not len(unstored_ids):
-        return sequence.request.message.prompt_ids
+        return sequence.request.prompt_ids
     stored = [piece.ids for piece in sequence.stored]
-    return np.concatenate([sequence.request.message.prompt_ids, *stored, unstored_ids])
+    return np.concatenate([sequence.request.prompt_ids, *stored, unstored_ids])

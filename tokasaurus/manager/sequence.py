@@ -74,12 +74,20 @@ class Request:
 
     message: GenerateRequest
     arrived_at: float
+    # The pseudo ids of its cartridge, then the prompt of the message.
+    prompt_ids: Int32Array
+    num_pseudo: int = 0  # pseudo ids, which never leave the manager
     sequences: dict[int, Sequence] = field(default_factory=dict)  # by sample index
     # Until all samples run: the one that feeds the prompt next, and those that will fork from it.
     leader: Sequence | None = None
     followers: dict[int, Sequence] = field(default_factory=dict)  # by sample index, the next last
     num_finished: int = 0  # samples that ended by themselves
     length_group: int = -1  # its handle at the predictor of lengths
+    # Positions of KV when all tokens of a sample are generated; the last one needs none.
+    final_length: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.final_length = len(self.prompt_ids) + self.message.max_tokens - 1
 
     @property
     def incremental(self) -> bool:
@@ -119,13 +127,17 @@ class Sequence:
     @property
     def generated_ids(self) -> Int32Array:
         """Its tokens from before this run: ``prompt_ids`` without the prompt of the request."""
-        return self.prompt_ids[len(self.request.message.prompt_ids) :]
+        return self.prompt_ids[len(self.request.prompt_ids) :]
 
     @property
     def final_length(self) -> int:
-        """Positions of KV when all its tokens are generated; the last one needs none."""
-        message = self.request.message
-        return len(message.prompt_ids) + message.max_tokens - 1
+        """Positions of KV when all its tokens are generated."""
+        return self.request.final_length
+
+    @property
+    def num_own_tokens(self) -> int:
+        """Tokens of ``prompt_ids`` that are not pseudo ids."""
+        return len(self.prompt_ids) - self.request.num_pseudo
 
     def may_sample(self, stop_lag: int) -> bool:
         """Whether a token beyond the stored ones may be planned before more are acknowledged."""

@@ -19,8 +19,10 @@ import heapq
 from collections.abc import Iterator
 from typing import TypeVar
 
+import numpy as np
+
 from tokasaurus.manager.sequence import Request, Sequence, SequenceState
-from tokasaurus.protocol.arrays import Int64Array
+from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array, Int64Array
 from tokasaurus.protocol.messages import MAX_PRIORITY, GenerateRequest, Pooling
 
 __all__ = ["NO_ORDER", "Backlog", "priority_of"]
@@ -59,9 +61,20 @@ class Backlog:
         """Sequences in the queue."""
         return len(self._heap) - self._num_stale
 
-    def add(self, message: GenerateRequest, now: float) -> Request:
-        """Takes in a request that can run."""
-        request = Request(message, now)
+    def add(
+        self, message: GenerateRequest, now: float, pseudo_ids: Int32Array = EMPTY_INT32
+    ) -> Request:
+        """Takes in a request that can run.
+
+        Args:
+            message: of the server.
+            now: the time of its arrival.
+            pseudo_ids: of its cartridge.
+        """
+        prompt_ids = message.prompt_ids
+        if len(pseudo_ids):
+            prompt_ids = np.concatenate([pseudo_ids, prompt_ids])
+        request = Request(message, now, prompt_ids, len(pseudo_ids))
         self.requests[message.request_id] = request
         first = ((MAX_PRIORITY + message.priority) << _ARRIVAL_BITS) + self._num_arrived
         reads_whole_prompt = message.num_prompt_logprobs >= 0 or message.pooling is Pooling.MEAN
@@ -70,7 +83,7 @@ class Backlog:
                 request=request,
                 sample_index=sample_index,
                 order=first + sample_index,
-                prompt_ids=message.prompt_ids,
+                prompt_ids=prompt_ids,
                 state=SequenceState.FOLLOWING,
                 whole_prompt_due=sample_index == 0 and reads_whole_prompt,
             )

@@ -112,6 +112,9 @@ class RestoreMemory(_Action, frozen=True):
     last update. Where one of these does not exist any more, or has been written to, the weights
     stay released, and nothing runs until an UpdateWeights. An update also restores released weights
     by itself, without reading the former ones.
+
+    With the KV cache, loaded cartridges are written again. One that cannot be is unloaded, and the
+    requests that name it end with FinishReason.ABORT.
     """
 
     weights: bool

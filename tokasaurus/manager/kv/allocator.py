@@ -22,6 +22,9 @@ class PageAllocator:
     Pages are looked up, published and released in a namespace, which stands for the weights that
     computed them. What is published or released in a closed namespace is not found any more.
 
+    Attributes:
+        num_pinned: pages with a holder that is not a sequence.
+
     Args:
         num_pages: pages are numbered 0 .. num_pages - 1.
         page_size: tokens.
@@ -32,6 +35,7 @@ class PageAllocator:
         self.page_size = page_size
         self.pool = PagePool(num_pages)
         self.cache = PrefixCache(self.pool, page_size)
+        self.num_pinned = 0
         self.cache.open(namespace)
 
     @property
@@ -41,8 +45,8 @@ class PageAllocator:
 
     @property
     def num_held(self) -> int:
-        """Pages that have a holder."""
-        return self.pool.num_pages - self.num_available
+        """Pages that sequences hold, without those that are pinned anyway."""
+        return self.pool.num_pages - self.num_available - self.num_pinned
 
     def lookup(self, namespace: int, prompt_ids: Int32Array) -> Int32Array:
         """Returns the cached pages of a prompt; its last token is always computed."""
@@ -73,6 +77,28 @@ class PageAllocator:
         num_pages = self.pool.num_evictable
         self.cache.evict(num_pages)
         return num_pages
+
+    def pin(self, count: int) -> Int32Array:
+        """Returns private pages with a holder that is not a sequence, until ``unpin``.
+
+        Raises:
+            ProtocolError: ``num_available`` is smaller.
+        """
+        pages = self.allocate(count)
+        self.num_pinned += count
+        return pages
+
+    def unpin(self, pages: Int32Array, first_id: int) -> int:
+        """Gives back pinned pages, and forgets all prefixes that begin with this id.
+
+        Returns:
+            The number of pages that this frees.
+        """
+        self.num_pinned -= len(pages)
+        num_free = self.pool.num_free
+        self.pool.release(pages)
+        self.cache.drop(first_id)
+        return self.pool.num_free - num_free
 
     def replace_namespace(self, old: int, new: int) -> int:
         """Closes a namespace and opens another; returns the number of pages that this frees."""

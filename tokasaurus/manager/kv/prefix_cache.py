@@ -20,6 +20,7 @@ Eviction takes the least recently used leaf, last page first. Knows nothing of s
 from __future__ import annotations
 
 import heapq
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -83,14 +84,17 @@ class PrefixCache:
 
         The others become private pages of their holders, which give them back as such.
         """
-        nodes = list(_below(self.roots.pop(namespace)))
-        for node in nodes:
-            node.parent = None
-        self._heap = [entry for entry in self._heap if entry[2].parent is not None]
-        heapq.heapify(self._heap)
-        num_freed = self._pool.uncache(np.concatenate([EMPTY_INT32, *[n.pages for n in nodes]]))
-        self.num_evicted += num_freed
-        return num_freed
+        return self._forget(list(_below(self.roots.pop(namespace))))
+
+    def drop(self, first_id: int) -> int:
+        """Like ``close``, for all prefixes that begin with this id, in every namespace."""
+        start = first_id.to_bytes(_BYTES_PER_ID, sys.byteorder, signed=True)
+        dropped: list[PrefixNode] = []
+        for root in self.roots.values():
+            for key in [key for key in root.children if key.startswith(start)]:
+                top = root.children.pop(key)
+                dropped += [top, *_below(top)]
+        return self._forget(dropped)
 
     def lookup(self, namespace: int, ids: Int32Array, max_pages: int) -> Int32Array:
         """Returns the pages of the longest cached prefix of ``ids``, at most ``max_pages``."""
@@ -173,6 +177,16 @@ class PrefixCache:
         """Every node but the roots, parents first."""
         for root in self.roots.values():
             yield from _below(root)
+
+    def _forget(self, nodes: list[PrefixNode]) -> int:
+        """Frees the pages, as far as they have no holder, of nodes that cannot be reached."""
+        for node in nodes:
+            node.parent = None
+        self._heap = [entry for entry in self._heap if entry[2].parent is not None]
+        heapq.heapify(self._heap)
+        num_freed = self._pool.uncache(np.concatenate([EMPTY_INT32, *[n.pages for n in nodes]]))
+        self.num_evicted += num_freed
+        return num_freed
 
     def _num_common_pages(self, run: bytes, data: bytes, at: int) -> int:
         length = min(len(run), len(data) - at)

@@ -173,6 +173,9 @@ class Worker:
         sampling = planned.sampling
         if batch.parameters is not None:
             matchers.enter(batch.parameters)
+        if planned.early_copies is not None:
+            early = planned.early_copies
+            self._cache.copy_pages(early.sources, early.targets)
         hidden = self._runner.run(planned)
         if planned.copies is not None:
             self._cache.copy_pages(planned.copies.sources, planned.copies.targets)

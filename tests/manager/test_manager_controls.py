@@ -15,13 +15,11 @@ from tokasaurus.protocol.commands import (
     CommandFailed,
     ControlDone,
     FlushCache,
-    LoadCartridge,
     Pause,
     PauseMode,
     ReleaseMemory,
     RestoreMemory,
     Resume,
-    UnloadCartridge,
     UpdateWeights,
 )
 from tokasaurus.protocol.messages import (
@@ -510,15 +508,6 @@ def test_the_answer_to_abort_all_comes_after_the_updates() -> None:
     actions = world.manager.take_turn([command], 0.0)
     kinds = [type(message).__name__ for message in actions.messages]
     assert kinds == ["SequenceUpdates", "CommandDone"]
-
-
-def test_cartridges_are_not_supported_yet() -> None:
-    world = World(make_config())
-    for action in (LoadCartridge("a", "a.safetensors", 3), UnloadCartridge("a")):
-        world.num_commands += 1
-        (answer,) = world.manager.take_turn([world.make_command(action)], 0.0).messages
-        assert isinstance(answer, CommandFailed)
-        assert "not supported" in answer.reason
 
 
 # --- the worker ----------------------------------------------------------------------------------
