@@ -43,6 +43,7 @@ class ServerConfig:
     host: str
     port: int
     api_key_digests: tuple[str, ...]  # SHA-256 of each key, in hexadecimal; () if none is needed
+    admin_key_digests: tuple[str, ...]  # the same, of the keys that may control the engine
     ssl_certfile: str | None
     ssl_keyfile: str | None
     cors_origins: tuple[str, ...]

@@ -63,18 +63,32 @@ class Turnstile:
         self.num_held += request.n
         self._let_pass()
 
-    def abort(self, request_id: int) -> None:
-        """Drops a request; if it has passed, tells the manager."""
+    def abort(self, request_id: int) -> bool:
+        """Drops a request; if it has passed, tells the manager.
+
+        Returns:
+            Whether it was held here, so that the manager has never heard of it.
+        """
         held = self._held.pop(request_id, None)
         if held is None:
             self._send(AbortRequest(request_id))
-            return
+            return False
         client, request = held
         self.num_held -= request.n
         level = self._levels[request.priority]
         level.remove(client, request)
         if not level.num_requests:
             self._drop_level(request.priority)
+        return True
+
+    def take_held(self) -> list[int]:
+        """Drops all requests that are held here, and returns their ids."""
+        held = [*self._held]
+        self._held.clear()
+        self._levels.clear()
+        self._priorities.clear()
+        self.num_held = 0
+        return held
 
     def ended(self, request_id: int, num_tokens: int | None = None) -> None:
         """The manager has finished a request, or will soon, since it was aborted.
