@@ -15,7 +15,7 @@ from openai.types import Completion
 
 pytestmark = pytest.mark.engine
 
-PROGRAM = (sys.executable, Path(__file__).parents[1] / "two_replicas.py")
+PROGRAM = (sys.executable, Path(__file__).parents[1] / "engine_variants.py", "two_replicas")
 FLAGS = ("max_seqs_per_forward=16", "kv_cache_num_tokens=16384", "cpu_threads=1")
 REQUEST = {
     "model": "m",

@@ -121,7 +121,7 @@ class Sample:
         self._num_taken = 0
         self._logprobs: list[TokenLogprobs] = []
         self._version = 0  # of the weights that drew the last token
-        # Of the versions before it: how many of the tokens below are theirs, and the version.
+        # Of the versions before it: where their tokens end among those not taken, and the version.
         self._version_ends: list[tuple[int, int]] = []
 
     def extend(
@@ -143,8 +143,8 @@ class Sample:
             token_ids = token_ids[:counted]
             logprobs = None if logprobs is None else logprobs[:counted]
         if weights_version != self._version:
-            if self.token_ids:
-                self._version_ends.append((len(self.token_ids), self._version))
+            if num_untaken := len(self.token_ids) - self._num_taken:
+                self._version_ends.append((num_untaken, self._version))
             self._version = weights_version
         self.num_tokens += len(token_ids)
         self.token_ids += token_ids
