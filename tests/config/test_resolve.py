@@ -318,7 +318,10 @@ def test_only_digests_of_keys_reach_the_server():
     server = slices(api_key=("abc", "abc", "other")).server
     assert len(server.api_key_digests) == 2
     assert "abc" not in repr(server)
-    assert slices().server.api_key_digests == ()
+    assert slices().server.api_key_digests == slices().server.admin_key_digests == ()
+    server = slices(admin_api_key=("a", "b", "a")).server
+    assert len(server.admin_key_digests) == 2
+    assert server.api_key_digests == ()
     assert "number 2" in problems(api_key=("abc", "a b"))[0]
 
 

@@ -216,6 +216,23 @@ class EngineConfig:
         ),
         adapts="no file",
     )
+    admin_api_key: tuple[str, ...] | None = flag(
+        None,
+        group=_SECURITY,
+        secret=True,
+        help=(
+            "Keys that also control the engine: pause it, abort all requests, release its memory, "
+            "replace its weights. admin_api_key_file and the environment variable "
+            "TOKASAURUS_ADMIN_API_KEY add keys that other users of the machine cannot read."
+        ),
+        adapts="an engine on a loopback address needs none; others cannot be controlled",
+    )
+    admin_api_key_file: str | None = flag(
+        None,
+        group=_SECURITY,
+        help="A file with more admin keys, in the form of api_key_file.",
+        adapts="no file",
+    )
     trust_request_chat_template: bool = flag(
         False,
         group=_SECURITY,

@@ -219,12 +219,8 @@ def _batch_size(config: EngineConfig, problems: list[str]) -> tuple[int, int]:
 
 
 def _check_access(config: EngineConfig, problems: list[str]) -> None:
-    for number, key in enumerate(config.api_key or (), 1):
-        if not key or not all("!" <= character <= "~" for character in key):
-            problems.append(
-                f"api_key: key number {number} is empty, or has a character that no HTTP header"
-                " carries; keys consist of visible ASCII characters"
-            )
+    _check_keys("api_key", config.api_key, problems)
+    _check_keys("admin_api_key", config.admin_api_key, problems)
     if (config.ssl_certfile is None) != (config.ssl_keyfile is None):
         given, missing = "ssl_certfile", "ssl_keyfile"
         if config.ssl_certfile is None:
@@ -242,6 +238,15 @@ def _check_access(config: EngineConfig, problems: list[str]) -> None:
         problems.append(f"statsd_server_url={url}: expected HOST:PORT, such as 127.0.0.1:8125")
 
 
+def _check_keys(flag: str, keys: tuple[str, ...] | None, problems: list[str]) -> None:
+    for number, key in enumerate(keys or (), 1):
+        if not key or not all("!" <= character <= "~" for character in key):
+            problems.append(
+                f"{flag}: key number {number} is empty, or has a character that no HTTP header"
+                " carries; keys consist of visible ASCII characters"
+            )
+
+
 def _statsd_address(url: str | None) -> tuple[str, int] | None:
     """Host and port; None if that cannot be read."""
     try:
@@ -255,15 +260,16 @@ def _statsd_address(url: str | None) -> tuple[str, int] | None:
     return parts.hostname, port
 
 
-def _digest(key: str) -> str:
-    return hashlib.sha256(key.encode()).hexdigest()
+def _digests(keys: tuple[str, ...] | None) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(hashlib.sha256(key.encode()).hexdigest() for key in keys or ()))
 
 
 def _server(config: EngineConfig, facts: ModelFacts, limits: _Limits) -> ServerConfig:
     return ServerConfig(
         host=config.host,
         port=config.port,
-        api_key_digests=tuple(dict.fromkeys(map(_digest, config.api_key or ()))),
+        api_key_digests=_digests(config.api_key),
+        admin_key_digests=_digests(config.admin_api_key),
         ssl_certfile=config.ssl_certfile,
         ssl_keyfile=config.ssl_keyfile,
         cors_origins=config.cors_origins or (),

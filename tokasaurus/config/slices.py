@@ -43,6 +43,7 @@ class ServerConfig:
     host: str
     port: int
     api_key_digests: tuple[str, ...]  # SHA-256 of each key, in hexadecimal; () if none is needed
+    admin_key_digests: tuple[str, ...]  # the same, of the keys that may control the engine
     ssl_certfile: str | None
     ssl_keyfile: str | None
     cors_origins: tuple[str, ...]
@@ -67,7 +68,7 @@ class ServerConfig:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     max_request_tokens: int  # prompt and completion together
-    max_seqs_per_forward: int
+    max_seqs_per_forward: int  # of all replicas
     max_topk_logprobs: int
     logprobs_mode: LogprobsMode
     tool_call_parser: str  # "auto", "hermes" or "llama3"

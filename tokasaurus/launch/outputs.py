@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.text.generation import Generation
-from tokasaurus.text.samples import SampleOutput, TokenLogprobs
+from tokasaurus.text.samples import SampleOutput, TokenLogprobs, joined_runs
 from tokasaurus.text.tokenizer import Tokenizer
 
 __all__ = ["CompletionOutput", "GrowingOutput", "Logprob", "RequestOutput", "request_output"]
@@ -30,7 +30,10 @@ class CompletionOutput:
     token_ids: list[int]  # the end-of-sequence token included
     logprobs: list[dict[int, Logprob]] | None  # for each token: the chosen one and the top k
     cumulative_logprob: float | None
-    finish_reason: str | None  # "stop" or "length"; None while it goes on
+    # "stop", "length", or "abort" if a command ended it; None while it goes on.
+    finish_reason: str | None
+    # Of ``token_ids``: runs of a version of the weights and a number of tokens.
+    weights_versions: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,6 @@ class GrowingOutput:
         self.finished = self._generation.finished
         news = self._generation.take_news()
         for piece in news:
-            if piece.finish_reason == "abort":  # others have ended before it
-                self._samples.pop(piece.index, None)
-                continue
             before = self._samples.get(piece.index)
             more = _completion(piece, self._tokenizer)
             self._samples[piece.index] = more if before is None else _joined(before, more)
@@ -89,7 +89,12 @@ class GrowingOutput:
 
     def so_far(self) -> RequestOutput:
         """The output as it is now."""
-        outputs = [self._samples[index] for index in sorted(self._samples)]
+        outputs = [
+            sample
+            for _, sample in sorted(self._samples.items())
+            # With first_k, others have ended before an aborted one.
+            if sample.finish_reason != "abort" or self._generation.was_aborted
+        ]
         if self._first is None:
             self._first = _request_output(self._generation, self._prompt, self._tokenizer, outputs)
         return replace(
@@ -112,6 +117,7 @@ def _joined(before: CompletionOutput, more: CompletionOutput) -> CompletionOutpu
         logprobs=logprobs,
         cumulative_logprob=cumulative,
         finish_reason=more.finish_reason,
+        weights_versions=joined_runs(before.weights_versions, more.weights_versions),
     )
 
 
@@ -145,6 +151,7 @@ def _completion(sample: SampleOutput, tokenizer: Tokenizer) -> CompletionOutput:
         logprobs=None if values is None else _logprobs(tokenizer, ids, values),
         cumulative_logprob=None if values is None else float(values.logprobs.sum()),
         finish_reason=sample.finish_reason,
+        weights_versions=list(sample.weights_versions),
     )
 
 

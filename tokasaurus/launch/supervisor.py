@@ -244,7 +244,9 @@ class Supervisor:
                 self._stop_server(Dead(reason), 0.0)
             return
         self._replicas.remove(role.replica)
-        log.error("%s%s; %d replicas go on", failure.traceback, reason, len(self._replicas))
+        num_left = len(self._replicas)
+        others = "1 replica goes on" if num_left == 1 else f"{num_left} replicas go on"
+        log.error("%s%s; %s", failure.traceback, reason, others)
         rest = {each for each in self._lifelines if self._is_of_replica(each, role.replica)}
         for each in rest & self._alive:
             self._end_at_once(each)

@@ -215,7 +215,8 @@ def _adjusted_slots(
     groups = []
     for sequences in alike.values():
         sequence = sequences[0]
-        adjustments = sequence.request.message.sampling.adjustments
+        sampling = sequence.request.message.sampling
+        adjustments = sampling.adjustments
         if adjustments is None:
             continue
         if adjustments.reads_prompt:
@@ -223,7 +224,7 @@ def _adjusted_slots(
         else:
             ids = sequence.generated_ids if adjustments.reads_generated else EMPTY_INT32
         slots = _int32([sequence.slot for sequence in sequences])
-        groups.append(AdjustedSlots(slots, places[id(message.sampling)], ids))
+        groups.append(AdjustedSlots(slots, places[id(sampling)], ids))
     return tuple(groups)
 
 

@@ -25,6 +25,7 @@ from tokasaurus.manager.in_flight import PromptPiece
 from tokasaurus.manager.invariants import check_invariants
 from tokasaurus.manager.look_ahead import LookAhead
 from tokasaurus.manager.outbox import Outbox
+from tokasaurus.manager.progress import progress_refusal
 from tokasaurus.manager.running import RunningSequences
 from tokasaurus.manager.scheduler import Scheduler
 from tokasaurus.manager.sequence import Request, Sequence, SequenceState
@@ -241,7 +242,10 @@ class Manager:
         refusal = self._refusal(request)
         if refusal is None:
             pseudo_ids = self._running.cartridges.ids_of(request.cartridges)
-            self._admission.open(self._backlog.add(request, now, pseudo_ids))
+            accepted = self._backlog.add(request, now, pseudo_ids)
+            if request.progress is not None:
+                self._running.rest(accepted.sequences.values())
+            self._admission.open(accepted)
             self.counters.num_requests += 1
         else:
             field, reason = refusal
@@ -290,6 +294,10 @@ class Manager:
             limit, pinned = self._config.num_pages * page_size, num_pinned * page_size
             reason = f"the KV cache of {limit} tokens, of which loaded cartridges take {pinned}"
             return "max_tokens", f"{lengths} do not fit {reason}"
+        if request.progress is not None:
+            problem = progress_refusal(request, request.progress)
+            if problem is not None:
+                return "progress", problem
         if request.pooling and (request.n, request.max_tokens) != (1, 1):
             return "n", "a pooled request has one sample of one token"
         if request.request_id in self._backlog.requests:

@@ -152,8 +152,7 @@ def _stored_rows(
     sequence: Sequence, reason: FinishReason, weights_version: int
 ) -> list[_StoredRow]:
     """A row for each version among the stored tokens; the last one says that it has ended."""
-    # A stream was sent everything before it lost its slot.
-    stored = [] if sequence.request.incremental else sequence.stored
+    stored = sequence.undelivered
     latest = stored[-1].weights_version if stored else weights_version
     if not stored or stored[0].weights_version == latest:  # versions never decrease
         return [_StoredRow(sequence, stored, latest, reason)]

@@ -11,6 +11,7 @@ All moves take many sequences at once: Python runs per sequence only where its o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
@@ -76,7 +77,8 @@ class RunningSequences:
         # The prompts of these, and of candidates.
         self.in_progress = PromptsInProgress(config.page_size)
         self.preempted: list[Sequence] = []  # their last batches are in flight
-        self.resting: dict[Sequence, None] = {}  # preempted, with tokens and without a slot
+        # With tokens and without a slot: preempted, or begun elsewhere.
+        self.resting: dict[Sequence, None] = {}
         # Slots that sequences with adjustments left; the worker does not know it yet.
         self.left_slots: list[int] = []
         self.stop_lag = config.stop_lag
@@ -198,7 +200,7 @@ class RunningSequences:
             if not sequence.was_admitted:
                 sequence.was_admitted = True
                 # Reported as if the prompt had come alone: its last token is never found.
-                most = (len(sequence.prompt_ids) - 1) // page_size
+                most = (len(sequence.request.prompt_ids) - 1) // page_size
                 num_cached = min(count, most) * page_size - num_pseudo
                 sequence.num_cached_tokens = max(0, num_cached)
                 self._counters.queue_s += now - sequence.request.arrived_at
@@ -215,6 +217,10 @@ class RunningSequences:
         columns = np.arange(len(owners)) - (counts.cumsum() - counts).repeat(counts)
         self.table_changes.add(owners, columns)
         return rows
+
+    def rest(self, sequences: Iterable[Sequence]) -> None:
+        """Remembers those of these sequences, which have no slot, that have tokens."""
+        self.resting.update((sequence, None) for sequence in sequences if sequence.num_stored)
 
     def publish(self, prompts: Rows[tuple[Sequence, IndexArray]]) -> None:
         """Makes the full pages of prompts findable, as far as batches that fill them were sent.

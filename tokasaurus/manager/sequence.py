@@ -118,6 +118,7 @@ class Sequence:
     slot: int = -1  # -1 where it owns none
     stored: list[GeneratedTokens] = field(default_factory=list)  # moved out of the token window
     num_stored: int = 0  # tokens in ``stored``; without a slot, these are all that are known
+    came_with_tokens: bool = False  # the first piece of ``stored`` was generated elsewhere
 
     @property
     def name(self) -> str:
@@ -128,6 +129,16 @@ class Sequence:
     def generated_ids(self) -> Int32Array:
         """Its tokens from before this run: ``prompt_ids`` without the prompt of the request."""
         return self.prompt_ids[len(self.request.prompt_ids) :]
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has been in a slot, here or elsewhere."""
+        return self.was_admitted or self.came_with_tokens
+
+    @property
+    def undelivered(self) -> list[GeneratedTokens]:
+        """Stored tokens that go out with its last update. A stream has been sent everything."""
+        return [] if self.request.incremental else self.stored[int(self.came_with_tokens) :]
 
     @property
     def final_length(self) -> int:

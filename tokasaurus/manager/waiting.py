@@ -21,9 +21,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from tokasaurus.manager.sequence import Request, Sequence, SequenceState
+from tokasaurus.manager.progress import reads_whole_prompt
+from tokasaurus.manager.sequence import GeneratedTokens, Request, Sequence, SequenceState
 from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array, Int64Array
-from tokasaurus.protocol.messages import MAX_PRIORITY, GenerateRequest, Pooling
+from tokasaurus.protocol.messages import MAX_PRIORITY, GenerateRequest, Progress
 
 __all__ = ["NO_ORDER", "Backlog", "priority_of"]
 
@@ -66,6 +67,8 @@ class Backlog:
     ) -> Request:
         """Takes in a request that can run.
 
+        Samples that have generated tokens elsewhere enter as if they had been preempted here.
+
         Args:
             message: of the server.
             now: the time of its arrival.
@@ -77,7 +80,7 @@ class Backlog:
         request = Request(message, now, prompt_ids, len(pseudo_ids))
         self.requests[message.request_id] = request
         first = ((MAX_PRIORITY + message.priority) << _ARRIVAL_BITS) + self._num_arrived
-        reads_whole_prompt = message.num_prompt_logprobs >= 0 or message.pooling is Pooling.MEAN
+        progress, brings_prompt = message.progress, reads_whole_prompt(message)
         request.sequences = {
             sample_index: Sequence(
                 request=request,
@@ -85,14 +88,20 @@ class Backlog:
                 order=first + sample_index,
                 prompt_ids=prompt_ids,
                 state=SequenceState.FOLLOWING,
-                whole_prompt_due=sample_index == 0 and reads_whole_prompt,
+                whole_prompt_due=sample_index == 0 and brings_prompt,
             )
-            for sample_index in range(message.n)
+            for sample_index in (
+                range(message.n) if progress is None else progress.sample_indices.tolist()
+            )
         }
-        request.followers = dict(reversed(request.sequences.items()))
+        begun = [] if progress is None else _give_tokens(request, progress)
+        fresh = [entry for entry in request.sequences.items() if not entry[1].num_stored]
+        request.followers = dict(reversed(fresh))
         self._next_leads(request)
         self._num_arrived += message.n
-        self.num_sequences += message.n
+        self.num_sequences += len(request.sequences)
+        for sequence in begun:
+            self.resume(sequence)
         return request
 
     def find(self, request_id: int, sample_index: int) -> Sequence | None:
@@ -162,7 +171,7 @@ class Backlog:
             Those that were in it.
         """
         self._holds_back = True
-        held = [sequence for sequence in self.waiting() if not sequence.was_admitted]
+        held = [sequence for sequence in self.waiting() if not sequence.has_begun]
         for sequence in held:
             self.park(sequence)
             self._held[sequence] = None
@@ -228,7 +237,7 @@ class Backlog:
             self._push(request.leader)
 
     def _push(self, sequence: Sequence) -> None:
-        if self._holds_back and not sequence.was_admitted:
+        if self._holds_back and not sequence.has_begun:
             sequence.state = SequenceState.PARKED
             self._held[sequence] = None
             return
@@ -253,3 +262,21 @@ class Backlog:
         self._heap = [entry for entry in self._heap if entry[1].has_entry]
         heapq.heapify(self._heap)
         self._num_stale = 0
+
+
+def _give_tokens(request: Request, progress: Progress) -> list[Sequence]:
+    """Stores what samples have generated elsewhere; returns the sequences that have begun."""
+    request.num_finished = progress.num_finished
+    begun, prompt_ids, start = [], request.prompt_ids, 0
+    for sequence, count in zip(
+        request.sequences.values(), progress.num_generated.tolist(), strict=True
+    ):
+        ids = progress.generated_ids[start : start + count]
+        start += count
+        if count:
+            sequence.prompt_ids = np.concatenate([prompt_ids, ids])
+            sequence.stored = [GeneratedTokens.without_logprobs(ids)]
+            sequence.num_stored = sequence.num_acked = count
+            sequence.came_with_tokens = True
+            begun.append(sequence)
+    return begun

@@ -30,7 +30,11 @@ log = logging.getLogger(__name__)
 
 
 def load_model(
-    path: str | Path, config: ModelConfig, place: Placement, load_format: str = "auto"
+    path: str | Path,
+    config: ModelConfig,
+    place: Placement,
+    load_format: str = "auto",
+    stage: range | None = None,
 ) -> tuple[LlamaModel, Weights, WeightFiles | None]:
     """Builds the model of ``config`` and fills it.
 
@@ -39,6 +43,7 @@ def load_model(
         config: of the same directory.
         place: the dtype to convert to, and the device.
         load_format: "auto" reads the checkpoint; "dummy" makes random weights and reads no file.
+        stage: the numbers of the layers to build; None builds the whole model.
 
     Returns:
         The model, its weights, which can be filled anew, and the files that they came from, which
@@ -53,8 +58,8 @@ def load_model(
     # The files are looked at first: if one is missing or damaged, no memory is allocated.
     files = _open_checkpoint(Path(path)) if load_format == "auto" else None
     with files or contextlib.nullcontext():
-        model = get_model_cls(config.architecture)(config, place)
-        weights = Weights(model, model.WEIGHTS, config.num_layers)
+        model = get_model_cls(config.architecture)(config, place, stage)
+        weights = Weights(model, model.WEIGHTS, config.num_layers, stage)
         if files is None:
             fill_all(weights, dummy_tensors(weights.shapes), "random weights")
         else:

@@ -37,7 +37,7 @@ class _Target:
 
 
 class Weights:
-    """The weights of one model.
+    """The weights of one model, or of a stage of it.
 
     A round of filling begins with the first ``fill`` and ends with ``finish``. Each round fills
     every tensor: a linear method may have packed the former ones beyond recognition.
@@ -45,26 +45,34 @@ class Weights:
     Args:
         model: its layers are filled.
         names: our layers -> the checkpoint's, see ``LlamaModel.WEIGHTS``.
-        num_layers: the numbers that replace ``{}`` in the names.
+        num_layers: of the whole model; their numbers replace ``{}`` in the names.
+        stage: the numbers of the model's layers; None if it has all.
     """
 
     def __init__(
-        self, model: nn.Module, names: dict[str, str | dict[str, str]], num_layers: int
+        self,
+        model: nn.Module,
+        names: dict[str, str | dict[str, str]],
+        num_layers: int,
+        stage: range | None = None,
     ) -> None:
         self._layers: list[Fillable] = []
         self._targets: dict[str, _Target] = {}
+        self._elsewhere: set[str] = set()  # names of other stages' tensors
+        stage = range(num_layers) if stage is None else stage
         modules = dict(model.named_modules())
         for pattern, sources in names.items():
-            for number in range(num_layers if "{}" in pattern else 1):
+            parts = {"": sources} if isinstance(sources, str) else sources
+            for number in stage if "{}" in pattern else range(1):
                 layer = modules.get(pattern.format(number))
                 if layer is None:  # most models have no norms on queries and keys
                     continue
                 assert isinstance(layer, Fillable)
                 self._layers.append(layer)
-                parts = {"": sources} if isinstance(sources, str) else sources
                 for (part, kind), shape in layer.tensors().items():
                     name = f"{parts[part].format(number)}.{kind}"
                     self._targets[name] = _Target(layer, part, kind, shape)
+            self._elsewhere |= _names_elsewhere(modules, pattern, parts, num_layers, stage)
         self._unfilled = set(self._targets)
 
     @property
@@ -84,9 +92,11 @@ class Weights:
     def ignores(self, name: str) -> bool:
         """Whether a checkpoint may have this tensor although there is no place for it.
 
-        The model computes it by itself, or it is the head of a tied model: a duplicate.
+        The model computes it by itself, another stage has it, or it is the head of a tied model: a
+        duplicate.
         """
-        return name == "lm_head.weight" or _DERIVED.search(name) is not None
+        is_derived = _DERIVED.search(name) is not None
+        return name == "lm_head.weight" or is_derived or name in self._elsewhere
 
     def check(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Raises ModelError where ``fill`` would, before there is a tensor to fill."""
@@ -152,3 +162,24 @@ class Weights:
         """Allocates what was released; comes before the first ``fill``."""
         for layer in self._layers:
             layer.restore()
+
+
+def _names_elsewhere(
+    modules: dict[str, nn.Module],
+    pattern: str,
+    parts: dict[str, str],
+    num_layers: int,
+    stage: range,
+) -> set[str]:
+    """The checkpoint's names of what other stages have of one of our layers."""
+    if "{}" not in pattern:  # the embedding, or the last norm
+        is_here = pattern in modules or len(stage) == num_layers
+        return set() if is_here else {f"{source}.weight" for source in parts.values()}
+    layer = modules.get(pattern.format(stage.start))
+    if not isinstance(layer, Fillable):
+        return set()
+    return {
+        f"{parts[part].format(number)}.{kind}"
+        for number in set(range(num_layers)).difference(stage)
+        for part, kind in layer.tensors()
+    }
