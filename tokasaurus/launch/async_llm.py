@@ -198,7 +198,11 @@ class AsyncLLM:
             await self._thread.close()
 
     async def __aenter__(self) -> AsyncLLM:
-        await self._loaded()
+        try:
+            await self._loaded()
+        except BaseException:
+            await self.close()
+            raise
         return self
 
     async def __aexit__(
