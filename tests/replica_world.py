@@ -330,7 +330,7 @@ def _expected(request: PreparedRequest, message: GenerateRequest, index: int) ->
     )
     sample = alone.samples[index]
     reason = FinishReason.LENGTH if generated.by_length else FinishReason.STOP
-    alone.extend(sample, generated.ids, logprobs, reason)
+    alone.extend(sample, generated.ids, logprobs, reason, weights_version=0)
     return sample.take()
 
 
