@@ -78,12 +78,21 @@ def check_filters(vocab_size):
 
 
 def test_filters_keep_what_the_oracle_keeps(monkeypatch):
-    """Few candidates force the full sort."""
-    for candidates in (4, 512):
+    """Few candidates force the full sort, and so does a device that must be waited for."""
+    for candidates, answers in ((4, True), (512, True), (4, False)):
         monkeypatch.setattr(sampler, "_NUCLEUS_CANDIDATES", candidates)
+        monkeypatch.setattr(sampler, "_answers_at_once", lambda device, answers=answers: answers)
         for vocab_size in (7, 300):
-            with named((candidates, vocab_size)):
+            with named((candidates, answers, vocab_size)):
                 check_filters(vocab_size)
+
+
+def test_draws_are_the_same_whether_the_device_is_asked_or_not(monkeypatch):
+    logits, chosen = random_batch(200, vocab_size=5000)
+    logits[:50] *= 0.1  # nuclei of more than 512 tokens
+    asked = draw(logits, chosen)
+    monkeypatch.setattr(sampler, "_answers_at_once", lambda device: False)
+    assert torch.equal(draw(logits, chosen), asked)
 
 
 def test_equal_logits_rank_by_id(monkeypatch):
