@@ -300,15 +300,19 @@ def test_another_event_loop_is_refused_and_a_closed_one_ends_the_thread(model):
 def test_calls_wait_while_the_engine_is_paused_or_asleep(run, expected):
     async def use(llm):
         rests = [(llm.pause, ("keep",), llm.resume), (llm.sleep, (1, "keep"), llm.wake_up)]
+        greedy = replace(ENDLESS, temperature=0.0)
+        whole = await llm.generate("x", greedy)
         for stop, arguments, go_on in rests:
-            begun = asyncio.ensure_future(llm.generate(PROMPTS[0], GREEDY))
-            await until(lambda: not manager_of(llm).idle)
+            stream = aiter(llm.generate("x", greedy))
+            pieces = [await anext(stream)]
             await stop(*arguments)
             waiting = asyncio.ensure_future(llm.generate(PROMPTS[1], GREEDY))
-            done, _ = await asyncio.wait({begun, waiting}, timeout=0.2)
-            assert waiting not in done
+            done, _ = await asyncio.wait({waiting}, timeout=0.2)
+            assert not done
+            assert not manager_of(llm).idle
             await go_on()
-            assert (await begun).outputs == expected[0].outputs
+            pieces += [piece async for piece in stream]
+            assert pieces[-1].outputs == whole.outputs
             assert (await waiting).outputs == expected[1].outputs
 
     run(use)
@@ -321,9 +325,8 @@ def test_an_abort_keeps_the_tokens_so_far(run):
             stream = aiter(llm.generate("x", several))
             await anext(stream)
             whole = asyncio.ensure_future(llm.generate("y", several))
-            await until(lambda: manager_of(llm).gauges().num_decoding == 4)
-            number = await abort()
-            assert number in (4, None)
+            await until(lambda: len(llm._state.engine().generations) == 2)
+            assert await abort() in (4, None)  # a pause does not say how many
             pieces = [piece async for piece in stream]
             for output in (pieces[-1], await whole):
                 assert [each.index for each in output.outputs] == [0, 1]
@@ -350,18 +353,29 @@ def test_an_embedding_that_is_aborted_before_its_prompt_ran_is_an_error(run):
     run(use)
 
 
-def test_a_call_goes_on_with_new_weights(run, model, expected):
-    async def use(llm):
-        task = asyncio.ensure_future(llm.generate("x", ENDLESS))
-        await until(lambda: manager_of(llm).gauges().num_decoding == 1)
-        version = await llm.update_weights(model)
-        runs = (await task).outputs[0].weights_versions
-        assert [each for each, _ in runs] == [version - 1, version]
+def test_a_call_goes_on_with_new_weights(model):
+    async def use():
+        async with AsyncLLM(model, **FLAGS) as llm:
+            stream = aiter(llm.generate("x", ENDLESS))
+            pieces = [await anext(stream)]
+            assert await llm.update_weights(model) == 1
+            pieces += [piece async for piece in stream]
+        runs = pieces[-1].outputs[0].weights_versions
+        assert [version for version, _ in runs] == [0, 1]
         assert sum(count for _, count in runs) == 400
-        await llm.reset_prefix_cache()
-        after = await llm.generate(PROMPTS[0], GREEDY)
-        assert after.num_cached_tokens == 0
-        assert after.outputs[0].token_ids == expected[0].outputs[0].token_ids
+
+    asyncio.run(use())
+
+
+def test_reset_prefix_cache_drops_the_pages_of_a_prompt(run):
+    async def use(llm):
+        cached = []
+        for reset in (False, False, True):
+            if reset:
+                await llm.reset_prefix_cache()
+            output = await llm.generate("a prompt of several pages " * 8, GREEDY)
+            cached.append(output.num_cached_tokens > 0)
+        assert cached == [False, True, False]
 
     run(use)
 
