@@ -17,6 +17,7 @@ tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,13 +29,13 @@ from tokasaurus.model.sampling.randomness import uniforms
 from tokasaurus.model.upload import upload, upload_indices
 from tokasaurus.protocol.messages import LogprobsMode, Sampling
 
-__all__ = ["EVERY_FILTER", "Logprobs", "draw", "logprobs_of", "processed"]
+__all__ = ["MOST_MEMORY", "Logprobs", "draw", "logprobs_of", "processed"]
 
-# The part of the ranking that top_p looks at before it sorts the whole vocabulary.
+# The part of the ranking that top_p may look at before it sorts the whole vocabulary.
 _NUCLEUS_CANDIDATES = 512
 
-EVERY_FILTER = Sampling(temperature=0.9, top_k=50, top_p=0.9, min_p=0.01)
-"""Turns on everything here that takes memory, for the worker's warm-up."""
+MOST_MEMORY = Sampling(temperature=0.9, top_p=0.9, min_p=0.01)
+"""Takes the most memory, for the worker's warm-up. With a top_k, top_p would sort few tokens."""
 
 # At lower temperatures logits could overflow. The draw is an argmax long before.
 _MIN_TEMPERATURE = 1e-20
@@ -243,64 +244,104 @@ def _kept(scores: Tensor, parameters: SamplingParameters) -> Tensor:
 
 
 def _ranked_first(scores: Tensor, parameters: SamplingParameters) -> Tensor:
-    """[rows, vocabulary] bool: the tokens that top_k and top_p keep.
-
-    A row with top_p ranks ``_NUCLEUS_CANDIDATES`` tokens at first. Only if they do not hold enough
-    probability is its whole vocabulary sorted.
-    """
+    """[rows, vocabulary] bool: the tokens that top_k and top_p keep."""
     vocab_size = scores.shape[1]
-    limits = np.where(parameters["top_k"] > 0, parameters["top_k"], vocab_size).clip(max=vocab_size)
-    unlimited = limits == vocab_size
-    depth = int(limits[~unlimited].max(initial=1))
-    if unlimited.any():
-        depth = min(max(depth, _NUCLEUS_CANDIDATES), vocab_size)
-    limits_column = _column(limits, scores)
-    shares = _column(parameters["top_p"].astype(np.float64), scores)
-    threshold, num_equal, enough = _last_kept(scores, depth, limits_column, shares)
-    if not enough.all():
-        rest = (~enough).nonzero()[:, 0]
-        threshold[rest], num_equal[rest], _ = _last_kept(
-            scores[rest], vocab_size, limits_column[rest], shares[rest]
-        )
+    limits = np.where(parameters["top_k"] > 0, parameters["top_k"], vocab_size)
+    limits = limits.clip(max=vocab_size)
+    shares = parameters["top_p"].astype(np.float64)
+    threshold = scores.new_empty(len(scores), 1)
+    num_equal = torch.empty(len(scores), 1, dtype=torch.int64, device=scores.device)
+    for rows, find in (
+        (np.flatnonzero(limits < vocab_size), _last_of_some),
+        (np.flatnonzero(limits == vocab_size), _last_of_all),
+    ):
+        if not len(rows):
+            continue
+        if len(rows) == len(scores):
+            threshold, num_equal = find(scores, limits, shares)
+            break
+        index = upload_indices(rows, scores.device)
+        threshold[index], num_equal[index] = find(scores[index], limits[rows], shares[rows])
     equal = scores == threshold
     return (scores > threshold) | (equal & (equal.cumsum(dim=-1) <= num_equal))
 
 
-def _last_kept(
-    scores: Tensor, depth: int, limits: Tensor, shares: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Finds the end of the part of the ranking that is kept.
+# Each of the next three finds the end of the part of the ranking that is kept. They take
+#
+#     scores: [rows, vocabulary];
+#     limits: [rows], top_k, on the host;
+#     shares: [rows] float64, top_p, on the host;
+#
+# and return
+#
+#     threshold: [rows, 1], the score of the last token kept;
+#     num_equal: [rows, 1], the number of kept tokens with exactly that score.
 
-    Args:
-        scores: [rows, vocabulary].
-        depth: the number of tokens to rank.
-        limits: [rows, 1] top_k, or the vocabulary's size where it is off.
-        shares: [rows, 1] float64 top_p.
 
-    Returns:
-        threshold: [rows, 1], the score of the last token kept.
-        num_equal: [rows, 1], the number of kept tokens with exactly that score.
-        enough: [rows], whether ``depth`` tokens were enough.
-    """
-    vocab_size = scores.shape[1]
+def _last_of_some(
+    scores: Tensor, limits: NDArray[np.integer[Any]], shares: NDArray[np.float64]
+) -> tuple[Tensor, Tensor]:
+    """top_k, then top_p. All rows have a top_k."""
+    depth = int(limits.max())
     ranking = scores.topk(depth, dim=-1).values
-    weights = (ranking - ranking[:, :1]).exp().to(torch.float64)
-    within = torch.arange(depth, device=scores.device) < limits
-    weights = weights.where(within, 0)
-    cumulative = weights.cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    if depth < vocab_size:
-        # Without top_k, the probability below the ranking counts too.
-        everything = (scores - ranking[:, :1]).exp().sum(dim=-1, keepdim=True, dtype=torch.float64)
-        total = torch.where(limits > depth, torch.maximum(everything, total), total)
-    # A token is kept if those before it do not hold the share yet.
-    before = torch.cat((torch.zeros_like(total), cumulative[:, :-1]), dim=-1)
-    num_kept = (within & (before < shares * total)).sum(dim=-1, keepdim=True)
-    num_kept = torch.where(shares >= 1, limits.clamp(max=depth), num_kept)
-    enough = ((num_kept < depth) | (limits <= depth))[:, 0]
+    limits_column = _column(limits, scores)
+    within = torch.arange(depth, device=scores.device) < limits_column
+    cumulative = _weights(ranking).where(within, 0).cumsum(dim=-1)
+    shares_column = _column(shares, scores)
+    num_kept = _num_kept(cumulative, shares_column * cumulative[:, -1:], within)
+    return _end(ranking, torch.where(shares_column >= 1, limits_column, num_kept))
+
+
+def _last_of_all(
+    scores: Tensor, limits: NDArray[np.integer[Any]], shares: NDArray[np.float64]
+) -> tuple[Tensor, Tensor]:
+    """top_p alone.
+
+    Most nuclei have few tokens, and sorting a vocabulary takes long. But whether few tokens hold
+    enough probability is a question to the device, and its answer is waited for. On the CPU it is
+    known at once.
+    """
+    shares_column = _column(shares, scores)
+    if not _answers_at_once(scores.device) or scores.shape[1] <= _NUCLEUS_CANDIDATES:
+        return _last_of_sorted(scores, shares_column)
+    ranking = scores.topk(_NUCLEUS_CANDIDATES, dim=-1).values
+    cumulative = _weights(ranking).cumsum(dim=-1)
+    everything = (scores - ranking[:, :1]).exp().sum(dim=-1, keepdim=True, dtype=torch.float64)
+    total = torch.maximum(everything, cumulative[:, -1:])
+    num_kept = _num_kept(cumulative, shares_column * total)
+    threshold, num_equal = _end(ranking, num_kept)
+    short = (num_kept == _NUCLEUS_CANDIDATES).nonzero()[:, 0]
+    if len(short):
+        threshold[short], num_equal[short] = _last_of_sorted(scores[short], shares_column[short])
+    return threshold, num_equal
+
+
+def _last_of_sorted(scores: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """top_p alone, [rows, 1] on the device, from the whole ranking."""
+    ranking = scores.sort(dim=-1, descending=True).values
+    cumulative = _weights(ranking).cumsum(dim=-1)
+    return _end(ranking, _num_kept(cumulative, shares * cumulative[:, -1:]))
+
+
+def _answers_at_once(device: torch.device) -> bool:
+    """Whether the host can ask the device without waiting for what was enqueued before."""
+    return device.type == "cpu"
+
+
+def _weights(ranking: Tensor) -> Tensor:
+    return (ranking - ranking[:, :1]).exp().to(torch.float64)
+
+
+def _num_kept(cumulative: Tensor, shares: Tensor, within: Tensor | None = None) -> Tensor:
+    """[rows, 1]: a token is kept if those before it do not hold the share yet."""
+    before = torch.cat((torch.zeros_like(shares), cumulative[:, :-1]), dim=-1)
+    kept = before < shares
+    return (kept if within is None else kept & within).sum(dim=-1, keepdim=True)
+
+
+def _end(ranking: Tensor, num_kept: Tensor) -> tuple[Tensor, Tensor]:
     threshold = ranking.gather(1, num_kept - 1)
-    num_equal = num_kept - (ranking > threshold).sum(dim=-1, keepdim=True)
-    return threshold, num_equal, enough
+    return threshold, num_kept - (ranking > threshold).sum(dim=-1, keepdim=True)
 
 
 def _column(values: NDArray[np.generic], like: Tensor) -> Tensor:

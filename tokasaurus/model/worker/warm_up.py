@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 
 from tokasaurus.config.slices import WorkerConfig
-from tokasaurus.model.sampling.sampler import EVERY_FILTER
+from tokasaurus.model.sampling.sampler import MOST_MEMORY
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import (
     AdjustedSlots,
@@ -27,7 +27,7 @@ _CPU_WORK = 1e9
 _MIN_TOKENS = 16
 
 _SAMPLING = msgspec.structs.replace(
-    EVERY_FILTER,
+    MOST_MEMORY,
     logprobs_mode=LogprobsMode.PROCESSED,
     adjustments=Adjustments(
         bad_words=((0, 0),), bias=((0, 1.0),), repetition_penalty=1.1, frequency_penalty=0.1

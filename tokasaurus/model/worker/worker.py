@@ -130,8 +130,7 @@ class Worker:
 
         It waits for the masks of rows with a grammar, which follow from the ids of the previous
         batch. This wait comes after the layers of this batch are enqueued, and counts as
-        ``grammar_wait_s``. The sampler also asks the device whether its candidates for ``top_p``
-        are enough.
+        ``grammar_wait_s``. Nothing else waits.
 
         Raises:
             ProtocolError: the batch is not the next one, or it names slots, pages, ids or positions
