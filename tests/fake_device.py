@@ -1,33 +1,58 @@
 """A worker without a model, and an oracle of what it must generate.
 
 The device keeps what a real one keeps: page tables, lengths, last tokens, sampling parameters, and
-a KV cache. A KV cell is the token it is of, its position, and a digest of all tokens up to it,
-computed from the cell before it *as found through the page table*. Every row checks all cells it
-attends to. The drawn token is a hash of the seed, the sample, the generated position and the
-digest, so a token lost, repeated or reordered, or a page that is stale, changes what comes out.
+a KV cache. A KV cell is the token it is of, its position, the version of the weights that computed
+it, and a digest of this version and all tokens up to it, computed from the cell before it *as found
+through the page table*. Every row checks all cells it attends to. The drawn token is a hash of the
+seed, the sample, the generated position and the digest, so a token lost, repeated or reordered, a
+page that is stale, or one that other weights computed, changes what comes out.
+
+A cell of a cartridge has a number that follows from its path and position in the place of a token,
+and belongs to no version of the weights. A text goes on with its digest, as with that of no tokens.
+
+Controls are carried out in order. An update from the files ``BAD_FILES`` is refused. A cartridge
+cannot be written from a path that begins with "missing".
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+import zlib
+from dataclasses import dataclass
 
 import numpy as np
 
 from tokasaurus.config.slices import ManagerConfig
+from tokasaurus.protocol.commands import (
+    Control,
+    ControlDone,
+    ReleaseMemory,
+    RestoreMemory,
+    UpdateWeights,
+    WriteCartridge,
+)
 from tokasaurus.protocol.messages import ForwardBatch, ForwardResult, GenerateRequest, Pooling
 from tokasaurus.rounding import ceil_div
 
 VOCAB_SIZE = 61
 
+GOOD_FILES = ("good.safetensors",)
+BAD_FILES = ("bad.safetensors",)  # the device refuses them
+
 _MASK = (1 << 64) - 1
-_EMPTY_CONTEXT = 0x0123456789ABCDEF
+EMPTY_CONTEXT = 0x0123456789ABCDEF
+_NO_VERSION = -2  # of the weights: the cell is of a cartridge
 
 
 def mix(digest: int, value: int) -> int:
     """A 64-bit digest that goes on with a value."""
     mixed = (digest ^ (value * 0x9E3779B97F4A7C15 & _MASK)) * 0xBF58476D1CE4E5B9 & _MASK
     return mixed ^ (mixed >> 31)
+
+
+def context_of(weights_version: int, behind: int = EMPTY_CONTEXT) -> int:
+    """The digest of no tokens, where the text comes behind a cartridge of this digest."""
+    return mix(behind, weights_version)
 
 
 def _mix_arrays(digests: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -57,43 +82,83 @@ def top_of(digest: int, count: int) -> list[tuple[int, float]]:
     return [(token, logprob_of(digest, token)) for token in ids]
 
 
-@dataclass
-class Generated:
-    """The right output of one sequence."""
-
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    tops: list[list[tuple[int, float]]] = field(default_factory=list)
-    by_length: bool = False  # it ends at max_tokens or is cut, not at a stop id
+def cartridge_token(path: str, position: int) -> int:
+    """What a cell of a cartridge has in the place of a token; no token of text is like it."""
+    return VOCAB_SIZE + mix(zlib.crc32(path.encode()), position) % 1_000_000
 
 
-def oracle(request: GenerateRequest, sample_index: int) -> Generated:
-    """Generates a sequence alone, without pages or batches.
+def cartridge_digest(path: str, num_tokens: int) -> int:
+    """The digest of the last cell of a cartridge."""
+    digest = EMPTY_CONTEXT
+    for position in range(num_tokens):
+        digest = mix(digest, cartridge_token(path, position))
+    return digest
 
-    A grammar of "12" is one that the device gives up after 12 tokens.
+
+class Oracle:
+    """Generates one sequence alone, without pages or batches, with weights of any versions.
+
+    A grammar of "12" is one that the device gives up after 12 tokens. The prompt comes behind a
+    cartridge of the digest ``behind``.
+
+    Attributes:
+        ids, logprobs, tops: what it has generated.
+        has_ended: whether no token comes after these.
+        by_length: it has ended at max_tokens or is cut, not at a stop id.
     """
-    digest = _EMPTY_CONTEXT
-    for token in request.prompt_ids.tolist():
-        digest = mix(digest, token)
-    result = Generated()
-    while len(result.ids) < request.max_tokens:
-        token = draw(digest, request.seed, sample_index, len(result.ids))
-        result.ids.append(token)
-        result.logprobs.append(logprob_of(digest, token))
-        result.tops.append(top_of(digest, max(0, request.num_logprobs)))
-        is_cut = len(result.ids) == int(request.grammar or 0)
-        result.by_length = len(result.ids) == request.max_tokens or is_cut
-        if token in request.stop_token_ids or is_cut:
-            break
-        digest = mix(digest, token)
+
+    def __init__(
+        self, request: GenerateRequest, sample_index: int, behind: int = EMPTY_CONTEXT
+    ) -> None:
+        self.ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.tops: list[list[tuple[int, float]]] = []
+        self.has_ended = False
+        self.by_length = False
+        self._request = request
+        self._sample_index = sample_index
+        self._behind = behind
+        self._tokens = request.prompt_ids.tolist()
+        # By version: a digest, and the number of tokens that it is of.
+        self._digests: dict[int, tuple[int, int]] = {}
+
+    def generate(self, count: int, weights_version: int = 0) -> None:
+        """Generates tokens with weights of one version."""
+        request = self._request
+        for _ in range(count):
+            assert not self.has_ended, "a token after the end"
+            digest = self._digest(weights_version)
+            token = draw(digest, request.seed, self._sample_index, len(self.ids))
+            self.ids.append(token)
+            self._tokens.append(token)
+            self.logprobs.append(logprob_of(digest, token))
+            self.tops.append(top_of(digest, max(0, request.num_logprobs)))
+            is_cut = len(self.ids) == int(request.grammar or 0)
+            self.by_length = len(self.ids) == request.max_tokens or is_cut
+            self.has_ended = self.by_length or token in request.stop_token_ids
+
+    def _digest(self, weights_version: int) -> int:
+        empty = (context_of(weights_version, self._behind), 0)
+        digest, length = self._digests.get(weights_version, empty)
+        for token in self._tokens[length:]:
+            digest = mix(digest, token)
+        self._digests[weights_version] = (digest, len(self._tokens))
+        return digest
+
+
+def oracle(request: GenerateRequest, sample_index: int) -> Oracle:
+    """A sequence from its beginning to its end, with the first weights."""
+    result = Oracle(request, sample_index)
+    while not result.has_ended:
+        result.generate(1)
     return result
 
 
 def prompt_logprobs_oracle(
-    request: GenerateRequest,
+    request: GenerateRequest, weights_version: int = 0, behind: int = EMPTY_CONTEXT
 ) -> list[tuple[float, int, list[tuple[int, float]]]]:
     """Logprob, rank and top logprobs of each prompt token except the first."""
-    digest = _EMPTY_CONTEXT
+    digest = context_of(weights_version, behind)
     prompt = request.prompt_ids.tolist()
     rows = []
     for token, following in itertools.pairwise(prompt):
@@ -108,9 +173,11 @@ def pooled_state(kind: int, digest: int) -> list[float]:
     return [float(kind), float(digest % 4093), float(digest // 4093 % 4093)]
 
 
-def pooled_oracle(request: GenerateRequest) -> list[float]:
+def pooled_oracle(
+    request: GenerateRequest, weights_version: int = 0, behind: int = EMPTY_CONTEXT
+) -> list[float]:
     """The pooled state of a request's prompt."""
-    digest = _EMPTY_CONTEXT
+    digest = context_of(weights_version, behind)
     for token in request.prompt_ids.tolist():
         digest = mix(digest, token)
     return pooled_state(request.pooling, digest)
@@ -141,6 +208,10 @@ class FakeDevice:
         self.cell_tokens = np.full((config.num_pages, size), -1, np.int64)
         self.cell_positions = np.full((config.num_pages, size), -1, np.int64)
         self.cell_digests = np.zeros((config.num_pages, size), np.uint64)
+        self.cell_versions = np.full((config.num_pages, size), -1, np.int64)
+        self.weights_version = 0
+        self.has_weights_memory = self.has_kv_cache = self.has_weights = True
+        self.keeps_files = True  # so that weights which were released can be read again
         self.next_number = 0
         self.remembers: set[int] = set()  # slots whose sequences have adjustments
         # By (seed, sample index): generated tokens drawn so far. Never drawn twice, none left out.
@@ -148,12 +219,16 @@ class FakeDevice:
         self.num_rows = 0
         self.num_prompt_tokens = 0
         self.num_entered = 0
+        self.num_early_copies = 0
         self.pooled_positions: dict[int, list[int]] = {}  # by slot, of prompts that are being fed
 
     def run(self, batch: ForwardBatch) -> ForwardResult:
         assert batch.number == self.next_number, "a batch is missing"
+        assert self.has_weights, "a batch runs without weights"
+        assert self.has_kv_cache, "a batch runs without a KV cache"
         self.next_number += 1
         self._patch(batch)
+        self._copy_early(batch)
         self._check_limits(batch)
         self._check_groups(batch)
         rows, prompt_rows, pooled = [], [], []
@@ -189,7 +264,7 @@ class FakeDevice:
                     (slot, start + offset, token, width) for offset, token in enumerate(following)
                 ]
         assert at == len(batch.prefill_ids)
-        self._copy(batch)
+        self._copy_pages(batch.copy_sources, batch.copy_targets)
         decoding, feeding = batch.decode_slots.tolist(), batch.prefill_slots.tolist()
         assert len(set(batch.draw_slots.tolist())) == len(batch.draw_slots)
         for slot, chunk in zip(batch.draw_slots.tolist(), batch.draw_chunks.tolist(), strict=True):
@@ -203,6 +278,42 @@ class FakeDevice:
         self.num_rows += len(rows)
         self.num_prompt_tokens += len(batch.prefill_ids)
         return self._result(batch.number, rows, prompt_rows, pooled)
+
+    def carry_out(self, control: Control) -> ControlDone:
+        assert control.number == self.next_number, "a batch or control is missing"
+        self.next_number += 1
+        action, error = control.action, None
+        if isinstance(action, UpdateWeights):
+            assert self.has_weights_memory, "there is no room for weights"
+            assert action.version > self.weights_version
+            if action.files == BAD_FILES:
+                error = "bad.safetensors has another checksum"
+            else:
+                self.weights_version = action.version
+                self.has_weights = True
+        elif isinstance(action, ReleaseMemory):
+            assert action.weights or action.kv_cache
+            if action.weights:
+                assert self.has_weights_memory, "weights are released twice"
+                self.has_weights_memory = self.has_weights = False
+            if action.kv_cache:
+                assert self.has_kv_cache, "a KV cache is released twice"
+                self.has_kv_cache = False
+                for cells in (self.cell_tokens, self.cell_positions, self.cell_versions):
+                    cells[:] = -1
+        elif isinstance(action, RestoreMemory):
+            assert action.weights or action.kv_cache
+            if action.weights:
+                assert not self.has_weights_memory, "weights are restored twice"
+                self.has_weights_memory, self.has_weights = True, self.keeps_files
+            if action.kv_cache:
+                assert not self.has_kv_cache, "a KV cache is restored twice"
+                self.has_kv_cache = True
+        elif isinstance(action, WriteCartridge):
+            error = self._write_cartridge(action)
+        else:
+            raise AssertionError(f"the device knows no {type(action).__name__}")
+        return ControlDone(control.number, error, self.has_weights)
 
     def _pool(self, batch: ForwardBatch, index: int, *, is_last: bool) -> list[list[float]]:
         """A "state" names the kind of pooling, and has a digest of the whole prompt."""
@@ -221,11 +332,41 @@ class FakeDevice:
         del self.pooled_positions[slot]
         return [pooled_state(kind, self._digest(slot, start + length - 1))]
 
-    def _copy(self, batch: ForwardBatch) -> None:
-        sources, targets = batch.copy_sources, batch.copy_targets
+    def _write_cartridge(self, action: WriteCartridge) -> str | None:
+        """Fills the cells of a cartridge; returns an error where its file is said to be missing."""
+        assert self.has_kv_cache, "a cartridge is written without a KV cache"
+        size = self.config.page_size
+        assert len(set(action.pages.tolist())) == ceil_div(action.num_tokens, size)
+        if action.path.startswith("missing") or not self.keeps_files:
+            return f"{action.path} does not exist"
+        digest = EMPTY_CONTEXT
+        for position in range(action.num_tokens):
+            cell = (action.pages[position // size], position % size)
+            token = cartridge_token(action.path, position)
+            digest = mix(digest, token)
+            self.cell_tokens[cell] = token
+            self.cell_positions[cell] = position
+            self.cell_digests[cell] = digest
+            self.cell_versions[cell] = _NO_VERSION
+        return None
+
+    def _copy_early(self, batch: ForwardBatch) -> None:
+        sources, targets = batch.early_copy_sources, batch.early_copy_targets
+        assert (sources is None) == (targets is None)
+        if sources is not None and targets is not None:
+            assert len(sources) == len(targets) > 0
+            self._copy_pages(sources, targets)
+            self.num_early_copies += len(targets)
+
+    def _copy_pages(self, sources: np.ndarray, targets: np.ndarray) -> None:
         assert len(set(targets.tolist())) == len(targets)
         assert not set(targets.tolist()) & set(sources.tolist())
-        for cells in (self.cell_tokens, self.cell_positions, self.cell_digests):
+        for cells in (
+            self.cell_tokens,
+            self.cell_positions,
+            self.cell_digests,
+            self.cell_versions,
+        ):
             cells[targets] = cells[sources]
 
     def _patch(self, batch: ForwardBatch) -> None:
@@ -299,24 +440,34 @@ class FakeDevice:
         assert len(cells) == len(ids)
         assert not cells & written, "two rows write to one cell"
         written |= cells
-        digest = _EMPTY_CONTEXT
+        digest = context_of(self.weights_version)
         if start > 0:
             page, offset = self._cells(slot, start - 1, start)
             digest = int(self.cell_digests[page, offset][0])
+            if self.cell_versions[page, offset][0] == _NO_VERSION:
+                digest = context_of(self.weights_version, digest)
         for index, token in enumerate(ids):
             assert 0 <= token < VOCAB_SIZE
             digest = mix(digest, token)
             self.cell_tokens[pages[index], offsets[index]] = token
             self.cell_positions[pages[index], offsets[index]] = start + index
             self.cell_digests[pages[index], offsets[index]] = digest
+            self.cell_versions[pages[index], offsets[index]] = self.weights_version
 
     def _check_context(self, slot: int, length: int) -> None:
         pages, offsets = self._cells(slot, 0, length)
         assert np.array_equal(self.cell_positions[pages, offsets], np.arange(length)), (
             f"slot {slot} attends to cells of other positions"
         )
+        versions = self.cell_versions[pages, offsets]
+        first = int(np.count_nonzero(versions == _NO_VERSION))  # cell of the text
+        assert (versions[:first] == _NO_VERSION).all(), "a cartridge is behind text"
+        assert (versions[first:] == self.weights_version).all(), (
+            f"slot {slot} attends to cells that other weights computed"
+        )
         digests = self.cell_digests[pages, offsets]
-        before = np.concatenate([np.array([_EMPTY_CONTEXT], np.uint64), digests[:-1]])
+        before = np.concatenate([np.array([EMPTY_CONTEXT], np.uint64), digests[:-1]])
+        before[first] = context_of(self.weights_version, int(before[first]))
         expected = _mix_arrays(before, self.cell_tokens[pages, offsets])
         assert np.array_equal(expected, digests), f"slot {slot} attends to cells of other contexts"
 

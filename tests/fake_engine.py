@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import itertools
 import json
 import math
 import random
@@ -14,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,7 +27,20 @@ from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.resolve import resolve
 from tokasaurus.config.slices import ModelFacts, ServerConfig
 from tokasaurus.launch.serving import http_server
-from tokasaurus.protocol.commands import Command, CommandDone
+from tokasaurus.protocol.commands import (
+    AbortAll,
+    Action,
+    Command,
+    CommandDone,
+    CommandFailed,
+    FlushCache,
+    Pause,
+    PauseMode,
+    ReleaseMemory,
+    RestoreMemory,
+    Resume,
+    UpdateWeights,
+)
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
@@ -94,6 +109,8 @@ FACTS = ModelFacts(
     vocab_size=VOCAB_SIZE,
     max_position_embeddings=512,
     kv_elements_per_token=1,
+    num_parameters=0,
+    num_tied_parameters=0,
     eos_token_ids=(EOS_ID,),
 )
 CHOICES = EngineConfig(
@@ -149,7 +166,8 @@ class _Sequence:
     ids: list[int]
     position: int = 0
     acknowledged: int = 0
-    pending: list[int] = field(default_factory=list)  # generated, but not sent
+    # Generated, but not sent: ids, and the version of the weights that drew each.
+    pending: list[tuple[int, int]] = field(default_factory=list)
 
 
 class FakeEngine:
@@ -163,6 +181,10 @@ class FakeEngine:
         hold_at: number of tokens at which every sequence stops moving; None: no such number.
         largest_step: tokens of a sequence in one update.
         most_running: largest number of samples that ran at once.
+        weights_version: of the tokens that come from now on.
+        obeys: carries commands out; otherwise it only answers them.
+        refuse: answers commands of this type with an error.
+        answers_commands: otherwise a command never ends.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -176,6 +198,13 @@ class FakeEngine:
         self.hold_at: int | None = None
         self.largest_step = 3
         self.most_running = 0
+        self.weights_version = 0
+        self.obeys = True
+        self.answers_commands = True
+        self.refuse: dict[type, tuple[str, str | None]] = {}
+        self._is_held = False  # by a Pause
+        self._released: set[str] = set()
+        self._draining: tuple[int, set[tuple[int, int]]] | None = None  # command, sequences
         self._running: dict[tuple[int, int], _Sequence] = {}
         self._num_finished: Counter[int] = Counter()  # samples of each request
         self._outbox: list[object] = []
@@ -189,7 +218,7 @@ class FakeEngine:
         elif isinstance(message, AbortRequest):
             self._abort(message.request_id)
         elif isinstance(message, Command):
-            self._outbox.append(CommandDone(message.command_id, 3, 48))
+            self._carry_out(message.command_id, message.action)
         elif isinstance(message, StopSequence):
             sequence = self._running.get((message.request_id, message.sample_index))
             if sequence is not None:
@@ -222,13 +251,16 @@ class FakeEngine:
     @property
     def is_moving(self) -> bool:
         """Whether more messages will come without a message to the engine."""
-        if self.paused:
+        if self.paused or (self._is_held and self._draining is None) or self._released:
             return bool(self._outbox)
         limit = math.inf if self.hold_at is None else self.hold_at
         return bool(self._outbox) or any(s.position < limit for s in self._running.values())
 
     def reset(self) -> None:
         """Restore the initial settings; running sequences stay."""
+        self.obeys, self.answers_commands, self._is_held = True, True, False
+        self.refuse, self._draining = {}, None
+        self._released.clear()
         self.script, self.reject, self.paused = random_ids, None, False
         self.hold_at, self.num_cached_tokens, self.largest_step = None, 0, 3
         self.received.clear()
@@ -242,14 +274,18 @@ class FakeEngine:
         """Take one turn: let every running sequence move, and return messages for the server."""
         messages, self._outbox = self._outbox, []
         rows = []
-        for sequence in [] if self.paused else list(self._running.values()):
+        for sequence in self._moving():
             if (sequence.request.request_id, sequence.index) not in self._running:
                 continue  # cancelled, since enough others have ended
             row = self._advance(sequence)
             if row is not None:
                 rows.append(row)
-        self.rng.shuffle(rows)
-        return [*messages, updates(rows)] if rows else messages
+        if self._draining is not None and not self._draining[1] & self._running.keys():
+            messages.append(CommandDone(self._draining[0]))
+            self._draining = None
+        self.rng.shuffle(rows)  # rows of one sequence stay in order: they are one entry
+        flat = [row for each in rows for row in each]
+        return [*messages, updates(flat)] if flat else messages
 
     def run(self, generations: Generations) -> None:
         """Take turns until nothing runs."""
@@ -262,6 +298,50 @@ class FakeEngine:
         raise AssertionError("the engine never comes to rest")
 
     # --- inside ---------------------------------------------------------------------------------
+
+    def _moving(self) -> list[_Sequence]:
+        if self.paused or self._released or (self._is_held and self._draining is None):
+            return []
+        if self._draining is None:
+            return list(self._running.values())
+        return [self._running[name] for name in self._draining[1] & self._running.keys()]
+
+    def _carry_out(self, command_id: int, action: Action) -> None:
+        if type(action) in self.refuse:
+            reason, name = self.refuse[type(action)]
+            self._outbox.append(CommandFailed(command_id, reason, name))
+            return
+        if not self.answers_commands:
+            return
+        done = CommandDone(command_id, weights_version=self.weights_version)
+        if isinstance(action, FlushCache):
+            done = CommandDone(command_id, 3, 48)
+        elif isinstance(action, UpdateWeights):
+            assert action.version > self.weights_version
+            self.weights_version = action.version
+            done = CommandDone(command_id, weights_version=action.version)
+        elif not self.obeys:
+            pass
+        elif isinstance(action, AbortAll) or (
+            isinstance(action, Pause) and action.mode is PauseMode.ABORT
+        ):
+            done = CommandDone(command_id, num_sequences=len(self._running))
+            for sequence in list(self._running.values()):
+                self._end(sequence, FinishReason.ABORT)
+        if isinstance(action, Pause) and self.obeys:
+            self._is_held = True
+            if action.mode is PauseMode.DRAIN:
+                self._draining = (command_id, {*self._running})
+                return
+        elif isinstance(action, Resume):
+            self._is_held = False
+        elif isinstance(action, ReleaseMemory | RestoreMemory) and self.obeys:
+            for kind in ("weights", "kv_cache"):
+                if getattr(action, kind) and isinstance(action, ReleaseMemory):
+                    self._released.add(kind)
+                elif getattr(action, kind):
+                    self._released.discard(kind)
+        self._outbox.append(done)
 
     def _begin(self, request: GenerateRequest) -> None:
         assert request.prompt_ids.dtype == np.int32
@@ -279,7 +359,8 @@ class FakeEngine:
         if request.num_prompt_logprobs >= 0:
             self._outbox += _prompt_logprobs(request)
 
-    def _advance(self, sequence: _Sequence) -> tuple | None:
+    def _advance(self, sequence: _Sequence) -> list[tuple] | None:
+        """The rows of one sequence: of each version of the weights, in order."""
         request = sequence.request
         count = self.rng.randint(0, self.largest_step)
         if self.hold_at is not None:
@@ -291,31 +372,41 @@ class FakeEngine:
             if token_id in request.stop_token_ids:
                 new = new[: number + 1]
         sequence.position += len(new)
-        sequence.pending += new
+        sequence.pending += [(token_id, self.weights_version) for token_id in new]
         if new and new[-1] in request.stop_token_ids and sequence.position < request.max_tokens:
             return self._end(sequence, FinishReason.STOP, report=False)
         if sequence.position >= len(sequence.ids):
             return self._end(sequence, FinishReason.LENGTH, report=False)
         if not (request.stream or request.hold_for_acks) or not new:
             return None
-        return self._row(sequence, FinishReason.RUNNING)
+        return self._rows(sequence, FinishReason.RUNNING)
 
-    def _row(self, sequence: _Sequence, reason: FinishReason) -> tuple:
-        ids, sequence.pending = sequence.pending, []
-        self.num_sent_tokens += len(ids)
-        return sequence.request, sequence.index, ids, reason, self.num_cached_tokens
+    def _rows(self, sequence: _Sequence, reason: FinishReason) -> list[tuple]:
+        pending, sequence.pending = sequence.pending, []
+        self.num_sent_tokens += len(pending)
+        runs = [
+            ([token_id for token_id, _ in run], version)
+            for version, run in itertools.groupby(pending, key=lambda each: each[1])
+        ] or [([], self.weights_version)]
+        reasons = [FinishReason.RUNNING] * (len(runs) - 1) + [reason]
+        return [
+            (sequence.request, sequence.index, ids, each, self.num_cached_tokens, version)
+            for (ids, version), each in zip(runs, reasons, strict=True)
+        ]
 
-    def _end(self, sequence: _Sequence, reason: FinishReason, *, report: bool = True) -> tuple:
+    def _end(
+        self, sequence: _Sequence, reason: FinishReason, *, report: bool = True
+    ) -> list[tuple]:
         request_id = sequence.request.request_id
         del self._running[request_id, sequence.index]
-        row = self._row(sequence, reason)
+        rows = self._rows(sequence, reason)
         if report:
-            self._outbox.append(updates([row]))
+            self._outbox.append(updates(rows))
         if reason is not FinishReason.ABORT:
             self._num_finished[request_id] += 1
             if self._num_finished[request_id] == sequence.request.first_k:
                 self._abort(request_id)
-        return row
+        return rows
 
     def _abort(self, request_id: int) -> None:
         for index in [i for r, i in self._running if r == request_id]:
@@ -323,9 +414,12 @@ class FakeEngine:
 
 
 def updates(rows: list[tuple]) -> SequenceUpdates:
-    """A message of rows (request, sample index, new ids, finish reason, cached tokens)."""
+    """A message of rows (request, sample index, new ids, finish reason, cached tokens, version).
+
+    The version of the weights may be left out.
+    """
     chosen, top_ids, top_logprobs = [], [], []
-    for request, _, ids, _, _ in rows:
+    for request, _, ids, *_ in rows:
         if request.num_logprobs >= 0:
             for token_id in ids:
                 one, best, values = logprob_row(token_id, request.num_logprobs)
@@ -339,7 +433,7 @@ def updates(rows: list[tuple]) -> SequenceUpdates:
         finish_reasons=np.array([row[3] for row in rows], np.int32),
         num_cached_tokens=np.array([row[4] for row in rows], np.int32),
         num_logprobs=np.array([row[0].num_logprobs for row in rows], np.int32),
-        weights_versions=np.zeros(len(rows), np.int32),
+        weights_versions=np.array([(*row, 0)[5] for row in rows], np.int32),
         token_ids=np.array([i for row in rows for i in row[2]], np.int32),
         logprobs=np.array(chosen, np.float32),
         top_ids=np.array(top_ids, np.int32),
@@ -457,7 +551,9 @@ def submit(
 class RunningServer:
     """A server on a loopback port, in a thread, with a fake engine behind it."""
 
-    def __init__(self, config: ServerConfig = CONFIG, *, ready: bool = True) -> None:
+    def __init__(
+        self, config: ServerConfig = CONFIG, *, ready: bool = True, directory: Path | None = None
+    ) -> None:
         self.engine = FakeEngine()
         self._woken = asyncio.Event()  # the engine has a message
         self.state = EngineState()
@@ -472,7 +568,7 @@ class RunningServer:
         self._listener = socket.socket(fileno=socket.create_server(("127.0.0.1", 0)).detach())
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self._server = http_server(config, self.state, self.batches)
+        self._server = http_server(config, self.state, self.batches, directory)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ahead_s = 0.0  # added to the clock of the event loop
         self._connections = _Connections(self.port)

@@ -138,6 +138,7 @@ SAMPLING: dict[str, SearchStrategy[Any]] = {
     "logprobs_in_fingerprint": st.booleans(),
     "priority": st.integers(-9, 9),
     "first_k": st.just(1),
+    "return_weights_versions": st.booleans(),
     "stream": st.booleans(),
     "stream_options": st.sampled_from([{"include_usage": True}, {"continuous_usage_stats": True}]),
     "user": st.sampled_from(["u", ""]),
@@ -284,6 +285,7 @@ RESPONSE_FIELDS = {
     **_without(
         "n",
         "first_k",
+        "return_weights_versions",
         "max_tokens",
         "logprobs_in_fingerprint",
         "prompt_logprobs",

@@ -1,12 +1,18 @@
 """A seeded world around a manager: clients come and go, a server lags, results are late.
 
 After every turn: the manager's own invariants (``check_invariants``), the device's checks (see
-``fake_device``), and here: each sequence gets exactly the oracle's tokens, in order, and ends once.
+``fake_device``), and here:
+
+- Each sequence gets exactly the oracle's tokens, in order, and ends once. Each token is the one
+  that the weights of its row's version draw.
+- Each command is answered once, in order, and fails only if it must. Nothing is planned while
+  something forbids it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections import Counter, deque
 from dataclasses import dataclass, field
@@ -15,10 +21,13 @@ from unittest import mock
 
 import numpy as np
 from fake_device import (
+    BAD_FILES,
+    EMPTY_CONTEXT,
+    GOOD_FILES,
     VOCAB_SIZE,
     FakeDevice,
-    Generated,
-    oracle,
+    Oracle,
+    cartridge_digest,
     pooled_oracle,
     prompt_logprobs_oracle,
 )
@@ -27,9 +36,28 @@ from tokasaurus.common_types import EngineConfig
 from tokasaurus.config.resolve import resolve
 from tokasaurus.config.slices import AdmissionConfig, ManagerConfig, ModelFacts
 from tokasaurus.manager import token_window
+from tokasaurus.manager.controls import MAX_WEIGHTS_VERSION
 from tokasaurus.manager.invariants import check_invariants
 from tokasaurus.manager.manager import Manager
-from tokasaurus.protocol.commands import Command, CommandDone, FlushCache
+from tokasaurus.protocol.commands import (
+    AbortAll,
+    Action,
+    Command,
+    CommandDone,
+    CommandFailed,
+    Control,
+    ControlDone,
+    FlushCache,
+    LoadCartridge,
+    Pause,
+    PauseMode,
+    ReleaseMemory,
+    RestoreMemory,
+    Resume,
+    UnloadCartridge,
+    UpdateWeights,
+    WriteCartridge,
+)
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
@@ -37,8 +65,8 @@ from tokasaurus.protocol.messages import (
     Eta,
     FinishReason,
     ForwardBatch,
-    ForwardResult,
     FromServer,
+    FromWorker,
     GenerateRequest,
     PooledState,
     Pooling,
@@ -46,23 +74,31 @@ from tokasaurus.protocol.messages import (
     RequestRejected,
     Sampling,
     SequenceUpdates,
+    SlotParameters,
     StopSequence,
     ToServer,
+    ToWorker,
 )
 from tokasaurus.rounding import ceil_div
 
-DEFAULTS = resolve(
-    EngineConfig(model="any"),
-    ModelFacts(
-        path="",
-        vocab_size=VOCAB_SIZE,
-        max_position_embeddings=4096,
-        kv_elements_per_token=1,
-        eos_token_ids=(),
-    ),
-    cuda_available=False,
-    memory_bytes=None,
-).manager
+DEFAULTS = (
+    resolve(
+        EngineConfig(model="any"),
+        ModelFacts(
+            path="",
+            vocab_size=VOCAB_SIZE,
+            max_position_embeddings=4096,
+            kv_elements_per_token=1,
+            num_parameters=0,
+            num_tied_parameters=0,
+            eos_token_ids=(),
+        ),
+        cuda_available=False,
+        memory_bytes=None,
+    )
+    .replicas[0]
+    .manager
+)
 
 
 def make_config(**changes: Any) -> ManagerConfig:
@@ -117,11 +153,12 @@ def acknowledge(request_id: int, count: int) -> Acknowledge:
 class Answer:
     """What the server has received of one sequence, and what it did."""
 
-    expected: Generated
+    expected: Oracle
     ids: list[int] = field(default_factory=list)
+    weights_versions: list[int] = field(default_factory=list)  # of each token
     logprobs: list[float] = field(default_factory=list)
     tops: list[list[tuple[int, float]]] = field(default_factory=list)
-    num_rows: int = 0
+    num_messages: int = 0
     num_cached_tokens: int = 0
     reason: FinishReason = FinishReason.RUNNING
     acked: int = 0  # as the manager was told
@@ -144,25 +181,41 @@ class World:
         self.living: dict[tuple[int, int], None] = {}  # names of those that have not ended
         self.aborted: set[int] = set()
         self.num_finished: Counter[int] = Counter()  # by request: those that were not aborted
-        self.prompt_logprobs: dict[int, dict[int, object]] = {}
-        self.pooled: dict[int, list[float]] = {}
-        self.flushed: list[CommandDone] = []
+        # By request and position: the versions of weights that may have computed the logprob.
+        self.prompt_logprobs: dict[int, dict[int, set[int]]] = {}
+        self.pooled: dict[int, set[int]] = {}  # versions, as above
+        self.num_commands = 0
+        self.commands: dict[int, Command] = {}
+        self.command_answers: dict[int, CommandDone | CommandFailed] = {}
+        self.doomed: dict[int, list[int]] = {}  # by command: the requests that it is to abort
+        self.weights_versions = [0]  # all so far, as the answers say
+        self.is_quiet = False  # a pause is done that lets nothing run
+        self.begun: set[tuple[int, int]] = set()  # names of those that the device has seen
         self.rejected: dict[int, RequestRejected] = {}
-        self.results: deque[ForwardResult] = deque()
+        self.results: deque[FromWorker] = deque()
         self.batches: list[ForwardBatch] = []
+        self.controls: list[Control] = []
         self.last_named: dict[int, int] = {}
         self.num_absorbed = 0
         self.num_turns = 0
         self.check_interval = 1  # turns
         self.now = 0.0
+        # Cartridges by name, as the server knows them: the loads that were done.
+        self.cartridges: dict[str, LoadCartridge] = {}
+        self.num_loaded = self.num_lost = 0
+        # By the number of a control: the name of the cartridge that it writes again.
+        self.rewritten: dict[int, str] = {}
+        self.behind: dict[int, int] = {}  # by request id: the digest of its cartridge
+        self.num_pseudo: dict[int, int] = {}  # by request id
 
     def turn(self, *events: FromServer, num_results: int = 0) -> None:
         """One turn of the manager, with these events and some of the results that are ready."""
-        arrived: list[FromServer | ForwardResult] = list(events)
+        arrived: list[FromServer | FromWorker] = list(events)
         for event in events:
             self._note(event)
         for _ in range(min(num_results, len(self.results))):
             arrived.append(self.results.popleft())
+            self._note_loss(arrived[-1])
             self.num_absorbed += 1
         self.now += 0.001
         actions = self.manager.take_turn(arrived, self.now)
@@ -171,9 +224,48 @@ class World:
             check_invariants(self.manager._running, self.manager._backlog)
         for message in actions.messages:
             self._receive(message)
-        for batch in actions.batches:
-            self._send(batch)
+        for order in actions.to_worker:
+            self._send(order)
         assert self.manager.num_in_flight <= self.config.scheduling_steps_ahead
+        assert self.manager.at_rest == (not self.results)
+        is_waited_for = any(isinstance(result, ControlDone) for result in self.results)
+        assert (self.manager.deadline is not None) == is_waited_for
+        if self.is_quiet or not all(map(self._lets_batches_run, self.results)):
+            assert not self.manager._running.num_running, "a sequence holds pages in a pause"
+
+    def command(self, action: Action, num_results: int = 0) -> int:
+        """Sends a command in a turn of its own; returns its id."""
+        command = self.make_command(action)
+        self.turn(command, num_results=num_results)
+        return command.command_id
+
+    def make_command(self, action: Action) -> Command:
+        """A command with an id of its own."""
+        self.num_commands += 1
+        return Command(self.num_commands, action)
+
+    @property
+    def done(self) -> list[int]:
+        """The commands that were done, in order."""
+        return [name for name, answer in self.command_answers.items() if _is_done(answer)]
+
+    @property
+    def failed(self) -> dict[int, str]:
+        """Why commands failed."""
+        answers = self.command_answers.items()
+        return {name: answer.reason for name, answer in answers if not _is_done(answer)}
+
+    def open_up(self) -> None:
+        """Sends the commands after which everything runs again, whatever came before."""
+        self.command(RestoreMemory(weights=True, kv_cache=True))
+        self.command(UpdateWeights(self.next_version, GOOD_FILES))
+        self.command(Resume())
+
+    @property
+    def next_version(self) -> int:
+        """Greater than that of any update so far."""
+        actions = [command.action for command in self.commands.values()]
+        return max([0, *(a.version for a in actions if isinstance(a, UpdateWeights))]) + 1
 
     def finish(self, request: GenerateRequest) -> None:
         """Runs a request by itself."""
@@ -192,13 +284,15 @@ class World:
         assert self.manager.idle, "the manager does not come to an end"
         self.check_all_ended()
         self.check_empty()
+        assert self.command_answers.keys() == self.commands.keys(), "a command has no answer"
 
     @property
     def num_events(self) -> int:
-        """Sequences that arrived, aborts, stops and preemptions so far."""
+        """Sequences that arrived, aborts, stops, preemptions and commands so far."""
         stops = sum(answer.reason is FinishReason.STOP for answer in self.answers.values())
         aborts = sum(answer.reason is FinishReason.ABORT for answer in self.answers.values())
-        return len(self.answers) + stops + aborts + self.manager.counters.num_preemptions
+        num_preemptions = self.manager.counters.num_preemptions
+        return len(self.answers) + stops + aborts + num_preemptions + len(self.commands)
 
     def acknowledgements(self) -> list[FromServer]:
         """The events that a server that has caught up would send."""
@@ -236,6 +330,7 @@ class World:
         assert not backlog.requests
         assert backlog.num_sequences == len(backlog) == len(backlog.waiting()) == 0
         assert not backlog._heap
+        assert not backlog._held
         assert running.slots.num_free == self.config.num_slots
         assert not running.prefilling
         assert not running.preempted
@@ -244,8 +339,8 @@ class World:
         assert not running.prefixes.num_holders.any()
         assert (running.prefixes.leaf == -1).all()
         assert not running.in_flight.flights
-        assert running.pages.num_available == self.config.num_pages
-        assert not running.pages.pool.references.any()
+        assert running.pages.num_available == self.config.num_pages - running.pages.num_pinned
+        assert running.pages.pool.references.sum() == running.pages.num_pinned
         assert not running.table_changes._entries
         assert all(
             sequence.name.startswith("sample") and sequence.slot == -1
@@ -259,9 +354,10 @@ class World:
     def _note(self, event: FromServer) -> None:
         if isinstance(event, GenerateRequest):
             self.requests[event.request_id] = event
+            self._note_cartridge(event)
             self.request_ids[event.seed] = event.request_id
             for sample_index in range(event.n):
-                answer = Answer(oracle(event, sample_index))
+                answer = Answer(Oracle(event, sample_index, self.behind[event.request_id]))
                 self.answers[event.request_id, sample_index] = answer
                 self.living[event.request_id, sample_index] = None
             self.prompt_logprobs[event.request_id] = {}
@@ -278,11 +374,126 @@ class World:
             ):
                 answer = self.answers[request_id, sample_index]
                 answer.acked = max(answer.acked, count)
+        elif isinstance(event, Command):
+            assert event.command_id not in self.commands
+            self.commands[event.command_id] = event
+            action = event.action
+            if isinstance(action, AbortAll) or action_mode(action) is PauseMode.ABORT:
+                doomed = list({request_id: None for request_id, _ in self.living})
+                self.doomed[event.command_id] = doomed
+                self.aborted.update(doomed)
+            elif isinstance(action, Resume) or action_mode(action) is PauseMode.DRAIN:
+                self.is_quiet = False
+
+    # --- cartridges ------------------------------------------------------------------------------
+
+    def load(self, name: str, num_tokens: int, path: str = "") -> CommandDone | CommandFailed:
+        """Loads a cartridge, and waits for the answer."""
+        command_id = self.command(LoadCartridge(name, path or name, num_tokens))
+        while command_id not in self.command_answers:
+            assert self.results, "the load is not answered"
+            self.turn(num_results=1)
+        return self.command_answers[command_id]
+
+    def unload(self, name: str) -> CommandDone | CommandFailed:
+        """Unloads a cartridge; returns the answer."""
+        return self.command_answers[self.command(UnloadCartridge(name))]
+
+    def is_named(self, cartridge: str) -> bool:
+        """Whether a sequence of which the server has not seen the end has this cartridge."""
+        return any(
+            cartridge in self.requests[request_id].cartridges for request_id, _ in self.living
+        )
+
+    def _note_cartridge(self, request: GenerateRequest) -> None:
+        """Without a cartridge, or with one that is not loaded, nothing comes before the prompt."""
+        load = self.cartridges.get(request.cartridges[0]) if request.cartridges else None
+        digest, num_pseudo = EMPTY_CONTEXT, 0
+        if load is not None:
+            digest, num_pseudo = cartridge_digest(load.path, load.num_tokens), load.num_tokens
+        self.behind[request.request_id] = digest
+        self.num_pseudo[request.request_id] = num_pseudo
+
+    def _note_write(self, control: Control) -> None:
+        if isinstance(control.action, WriteCartridge):
+            for name, load in self.cartridges.items():
+                if load.path == control.action.path:
+                    self.rewritten[control.number] = name
+
+    def _lets_batches_run(self, result: FromWorker) -> bool:
+        """Whether it is no answer to a control, or to that of a load."""
+        if not isinstance(result, ControlDone):
+            return True
+        (control,) = [control for control in self.controls if control.number == result.number]
+        return isinstance(control.action, WriteCartridge) and result.number not in self.rewritten
+
+    def _may_follow(self, order: ToWorker, result: FromWorker) -> bool:
+        """Batches may follow a load; what is written again after a restore follows each other."""
+        if isinstance(order, ForwardBatch):
+            return self._lets_batches_run(result)
+        return not isinstance(result, ControlDone) or result.number in self.rewritten
+
+    def _note_loss(self, result: FromWorker) -> None:
+        """A cartridge that cannot be written again is lost, and so are the requests with it."""
+        name = self.rewritten.pop(result.number, None)
+        if name is None or not isinstance(result, ControlDone) or result.error is None:
+            return
+        self.num_lost += 1
+        del self.cartridges[name]
+        names = {request_id for request_id, _ in self.living}
+        self.aborted |= {i for i in names if name in self.requests[i].cartridges}
+
+    def _check_rejection(self, message: RequestRejected) -> None:
+        request = self.requests[message.request_id]
+        if request.cartridges:
+            is_unknown = self.num_pseudo[message.request_id] == 0
+            is_wrong = is_unknown or request.pooling is Pooling.MEAN or len(request.cartridges) > 1
+            assert (message.field == "cartridges") == is_wrong, message
+
+    def _check_cartridge_done(
+        self, answer: CommandDone, action: LoadCartridge | UnloadCartridge
+    ) -> None:
+        if isinstance(action, LoadCartridge):
+            assert not action.path.startswith("missing")
+            assert action.name not in self.cartridges
+            self.cartridges[action.name] = action
+            self.num_loaded += 1
+            return
+        load = self.cartridges.pop(action.name)
+        num_pages = ceil_div(load.num_tokens, self.config.page_size)
+        assert answer.num_pages >= num_pages
+        num_behind = answer.num_pages - num_pages
+        assert answer.num_tokens == load.num_tokens + num_behind * self.config.page_size
+        assert not self.is_named(action.name), "an unloaded cartridge is in use"
+
+    def _check_cartridge_failed(
+        self, answer: CommandFailed, action: LoadCartridge | UnloadCartridge
+    ) -> None:
+        is_loaded = action.name in self.cartridges
+        if isinstance(action, UnloadCartridge):
+            assert answer.field == "name"
+            assert not is_loaded or self.is_named(action.name)
+        else:
+            assert (answer.field == "name") == is_loaded
+            assert answer.field in ("name", "num_tokens", "path") or "released" in answer.reason
 
     # --- from the manager ------------------------------------------------------------------------
 
-    def _send(self, batch: ForwardBatch) -> None:
+    def _send(self, order: ToWorker) -> None:
+        assert all(self._may_follow(order, result) for result in self.results), (
+            "something is sent behind a control"
+        )
+        if isinstance(order, Control):
+            self.controls.append(order)
+            self._note_write(order)
+            self.results.append(self.device.carry_out(order))
+        else:
+            assert not self.is_quiet, "a batch is planned in a pause"
+            self._send_batch(order)
+
+    def _send_batch(self, batch: ForwardBatch) -> None:
         if batch.parameters is not None:
+            self._note_begun(batch.parameters)
             for slot in batch.parameters.slots.tolist():
                 last = self.last_named.get(slot, -1)
                 assert last < self.num_absorbed, (
@@ -294,6 +505,13 @@ class World:
         self.results.append(self.device.run(batch))
         for slot in batch.decode_slots.tolist() + batch.draw_slots.tolist():
             self._check_stop_lag(slot)
+
+    def _note_begun(self, parameters: SlotParameters) -> None:
+        request_ids = [self.request_ids[seed] for seed in parameters.seed.tolist()]
+        names = set(zip(request_ids, parameters.sample_index.tolist(), strict=True))
+        if self.manager._controls.paused is PauseMode.DRAIN:
+            assert names <= self.begun, "a sequence begins in a drain"
+        self.begun |= names
 
     def _check_stop_lag(self, slot: int) -> None:
         """No token is drawn beyond ``max_tokens``, or too far beyond the acknowledged ones."""
@@ -309,6 +527,7 @@ class World:
     def _receive(self, message: ToServer) -> None:
         if isinstance(message, RequestRejected):
             self.rejected[message.request_id] = message
+            self._check_rejection(message)
             for name in [name for name in self.answers if name[0] == message.request_id]:
                 del self.answers[name], self.living[name]
         elif isinstance(message, PromptLogprobs):
@@ -317,11 +536,16 @@ class World:
             request = self.requests[message.request_id]
             assert not self.answers[message.request_id, 0].reason, "a pooled state after the end"
             assert message.request_id not in self.pooled, "a prompt was pooled twice"
-            self.pooled[message.request_id] = message.state.tolist()
-            assert self.pooled[message.request_id] == pooled_oracle(request)
-        elif isinstance(message, CommandDone):
-            assert message.num_tokens == message.num_pages * self.config.page_size
-            self.flushed.append(message)
+            versions = {
+                version
+                for version in self.weights_versions
+                if message.state.tolist()
+                == pooled_oracle(request, version, self.behind[request.request_id])
+            }
+            assert versions, "a pooled state is wrong"
+            self.pooled[message.request_id] = versions
+        elif isinstance(message, CommandDone | CommandFailed):
+            self._receive_answer(message)
         elif isinstance(message, Eta):
             pass  # a prediction: nothing depends on it
         else:
@@ -331,7 +555,10 @@ class World:
         assert not self.answers[message.request_id, 0].reason, "prompt logprobs after the end"
         assert len(message.logprobs) > 0
         request = self.requests[message.request_id]
-        expected = prompt_logprobs_oracle(request)
+        expected = {
+            version: prompt_logprobs_oracle(request, version, self.behind[request.request_id])
+            for version in self.weights_versions
+        }
         assert message.top_ids.shape == (len(message.logprobs), request.num_prompt_logprobs)
         for index, logprob in enumerate(message.logprobs.tolist()):
             position = message.first_position + index
@@ -343,21 +570,95 @@ class World:
                 )
             )
             answer = (logprob, int(message.ranks[index]), tops)
-            assert answer == expected[position - 1]
-            self.prompt_logprobs[message.request_id][position] = answer
+            versions = {
+                version for version in expected if answer == expected[version][position - 1]
+            }
+            assert versions, "a prompt logprob is wrong"
+            self.prompt_logprobs[message.request_id][position] = versions
+
+    def _receive_answer(self, answer: CommandDone | CommandFailed) -> None:
+        assert answer.command_id not in self.command_answers, "a command is answered twice"
+        self.command_answers[answer.command_id] = answer
+        action = self.commands[answer.command_id].action
+        if not isinstance(action, AbortAll) and action_mode(action) is not PauseMode.DRAIN:
+            before = itertools.takewhile(lambda name: name != answer.command_id, self.commands)
+            assert all(
+                name in self.command_answers
+                or action_mode(self.commands[name].action) is PauseMode.DRAIN
+                or (
+                    isinstance(self.commands[name].action, LoadCartridge)
+                    and isinstance(action, Pause | Resume | FlushCache)
+                )
+                for name in before
+            ), "commands are answered in another order"
+        if isinstance(answer, CommandDone):
+            self._check_done(answer, action)
+        else:
+            self._check_failed(answer, action)
+
+    def _check_done(self, answer: CommandDone, action: Action) -> None:
+        if isinstance(action, LoadCartridge | UnloadCartridge):
+            self._check_cartridge_done(answer, action)
+        else:
+            assert answer.num_tokens == answer.num_pages * self.config.page_size
+        if isinstance(action, UpdateWeights):
+            assert action.files != BAD_FILES
+            assert action.version > self.weights_versions[-1]
+            self.weights_versions.append(action.version)
+        assert answer.weights_version == self.weights_versions[-1]
+        doomed = self.doomed.get(answer.command_id, [])
+        assert not {request_id for request_id, _ in self.living} & set(doomed)
+        if isinstance(action, Pause):
+            if action.mode is PauseMode.DRAIN:
+                self._check_drained(answer.command_id)
+            names = list(self.commands)
+            later = names[names.index(answer.command_id) + 1 :]
+            is_last = not any(isinstance(self.commands[n].action, Pause | Resume) for n in later)
+            self.is_quiet = is_last and action.mode is not PauseMode.DRAIN
+
+    def _check_drained(self, command_id: int) -> None:
+        """No begun sequence lives, but for those that came after an abort that ended the drain."""
+        left = self.begun & self.living.keys()
+        names = list(self.commands)
+        for name in names[names.index(command_id) + 1 :]:
+            if action_mode(self.commands[name].action) is PauseMode.ABORT:
+                left = {each for each in left if each[0] in self.doomed[name]}
+        assert not left, "a drain ends too early"
+
+    def _check_failed(self, answer: CommandFailed, action: Action) -> None:
+        if isinstance(action, UpdateWeights):
+            is_old = not self.weights_versions[-1] < action.version <= MAX_WEIGHTS_VERSION
+            is_released = "released" in answer.reason
+            assert is_old or is_released or action.files == BAD_FILES
+            assert (answer.field == "version") == is_old
+        elif isinstance(action, LoadCartridge | UnloadCartridge):
+            self._check_cartridge_failed(answer, action)
+        elif isinstance(action, Resume):
+            assert "nothing can run" in answer.reason
+        else:
+            assert action_mode(action) is PauseMode.DRAIN
+            assert answer.reason.startswith(("it was", "another pause", "sequences cannot"))
 
     def _receive_updates(self, message: SequenceUpdates) -> None:
         names = list(
             zip(message.request_ids.tolist(), message.sample_indices.tolist(), strict=True)
         )
-        assert len(set(names)) == len(names), "a sequence has two rows in one message"
+        versions = message.weights_versions.tolist()
+        rows = list(zip(names, versions, strict=True))
+        assert len(set(rows)) == len(rows), "a sequence has two rows of one version in a message"
+        last_row = {name: row for row, name in enumerate(names)}
+        for name in last_row:
+            self.answers[name].num_messages += 1
         at_token = at_logprob = at_top = 0
         for row, name in enumerate(names):
             answer, request = self.answers[name], self.requests[name[0]]
             assert not answer.reason, f"sequence {name} was updated after its end"
             count, width = int(message.num_tokens[row]), int(message.num_logprobs[row])
-            answer.num_rows += 1
             answer.ids += message.token_ids[at_token : at_token + count].tolist()
+            answer.weights_versions += [versions[row]] * count
+            answer.expected.generate(count, versions[row])
+            assert versions[row] in self.weights_versions
+            assert answer.weights_versions == sorted(answer.weights_versions)
             at_token += count
             assert width == request.num_logprobs
             if width >= 0:
@@ -372,7 +673,7 @@ class World:
                 at_top = end
             answer.num_cached_tokens = int(message.num_cached_tokens[row])
             answer.reason = FinishReason(int(message.finish_reasons[row]))
-            self._check_answer(name, answer, request)
+            self._check_answer(name, answer, request, is_last=row == last_row[name])
             if answer.reason:
                 del self.living[name]
         assert at_token == len(message.token_ids)
@@ -380,18 +681,19 @@ class World:
         assert at_top == len(message.top_ids) == len(message.top_logprobs)
 
     def _check_answer(
-        self, name: tuple[int, int], answer: Answer, request: GenerateRequest
+        self, name: tuple[int, int], answer: Answer, request: GenerateRequest, *, is_last: bool
     ) -> None:
-        expected, count = answer.expected, len(answer.ids)
-        assert answer.ids == expected.ids[:count], f"sequence {name} got other tokens"
+        expected = answer.expected
+        assert answer.ids == expected.ids, f"sequence {name} got other tokens"
         if request.num_logprobs >= 0:
-            assert answer.logprobs == expected.logprobs[:count]
-            assert answer.tops == expected.tops[:count]
+            assert answer.logprobs == expected.logprobs
+            assert answer.tops == expected.tops
         assert answer.num_cached_tokens <= len(request.prompt_ids) - 1
-        assert answer.num_cached_tokens % self.config.page_size == 0
+        found = answer.num_cached_tokens
+        assert found == 0 or (found + self.num_pseudo[name[0]]) % self.config.page_size == 0
         if not (request.stream or request.hold_for_acks):
-            assert answer.reason, "an update of a sequence that does not stream"
-            assert answer.num_rows == 1
+            assert bool(answer.reason) == is_last, "an update of a sequence that does not stream"
+            assert answer.num_messages == 1
         if answer.reason is FinishReason.ABORT:
             enough = request.first_k and self.num_finished[name[0]] == request.first_k
             assert enough or name[0] in self.aborted
@@ -399,16 +701,27 @@ class World:
             self.num_finished[name[0]] += 1
             assert self.num_finished[name[0]] <= (request.first_k or request.n)
         if answer.reason in (FinishReason.STOP, FinishReason.LENGTH) and not answer.stop_sent:
-            assert count == len(expected.ids), f"sequence {name} ended early"
+            assert expected.has_ended, f"sequence {name} ended early"
             by_length = answer.reason is FinishReason.LENGTH
             assert by_length == expected.by_length
         if answer.reason in (FinishReason.STOP, FinishReason.LENGTH) and name[1] == 0:
-            is_whole = count == len(expected.ids)
-            if is_whole:
+            if expected.has_ended:
                 assert (name[0] in self.pooled) == bool(request.pooling)
-            if request.num_prompt_logprobs >= 0 and is_whole:
+                if request.pooling:
+                    assert answer.weights_versions[-1] in self.pooled[name[0]]
+            if request.num_prompt_logprobs >= 0 and expected.has_ended:
                 pieces = self.prompt_logprobs[name[0]]
                 assert sorted(pieces) == list(range(1, len(request.prompt_ids)))
+                assert not pieces or set.intersection(*pieces.values()), "weights are mixed"
+
+
+def _is_done(answer: CommandDone | CommandFailed) -> bool:
+    return isinstance(answer, CommandDone)
+
+
+def action_mode(action: Action) -> PauseMode | None:
+    """The mode of a pause; None for other actions."""
+    return action.mode if isinstance(action, Pause) else None
 
 
 @dataclass(frozen=True)
@@ -422,10 +735,14 @@ class Habits:
     results: float = 1.5
     acks: float = 0.5
     flushes: float = 0.02
+    commands: float = 0.0  # of all kinds
     pooled: float = 0.1  # share of the requests
     max_prompt: int = 20
     max_tokens: int = 12
     max_samples: int = 4
+    loads: float = 0.0  # of cartridges
+    unloads: float = 0.0
+    with_cartridges: float = 0.0  # share of the requests
 
 
 class Simulation(World):
@@ -441,6 +758,8 @@ class Simulation(World):
         super().__init__(config)
         self.habits = habits
         self._random = random.Random(seed)
+        self._num_loads = 0
+        self._leaving: set[str] = set()  # cartridges that no further request names
         # Few beginnings, so that prompts share prefixes of any length.
         self._beginnings = [self._ids(habits.max_prompt) for _ in range(3)]
 
@@ -493,6 +812,17 @@ class Simulation(World):
         return world
 
     @staticmethod
+    def commanded_of_seed(seed: int) -> Simulation:
+        """A world of random size that is given commands, with many batches in flight."""
+        world = Simulation.of_seed(seed)
+        chance = random.Random(seed)
+        config = dataclasses.replace(world.config, scheduling_steps_ahead=8)
+        habits = dataclasses.replace(world.habits, commands=chance.choice([0.05, 0.2]))
+        commanded = Simulation(seed, config, habits)
+        commanded.check_interval = 1
+        return commanded
+
+    @staticmethod
     def crowded_of_seed(seed: int) -> Simulation:
         """A world in which most sequences wait long for room in the cache."""
         world = Simulation.of_seed(seed)
@@ -532,11 +862,98 @@ class Simulation(World):
                 for _ in range(self._count(habits.stops)):
                     events.append(StopSequence(*self._random.choice(names)))
             for _ in range(self._count(habits.flushes)):
-                events.append(Command(self.num_turns, FlushCache()))
+                events.append(self.make_command(FlushCache()))
+            for _ in range(self._count(habits.commands)):
+                events.insert(
+                    self._random.randint(0, len(events)), self.make_command(self._action())
+                )
+                self.device.keeps_files = self._random.random() < 0.7
+            if habits.loads:
+                events += self._cartridge_commands()
             if self._random.random() < habits.acks:
                 events += self.acknowledgements()
             self.turn(*events, num_results=self._count(habits.results))
+        if habits.commands:
+            self.open_up()
         self.drain()
+
+    def _action(self) -> Action:
+        chance = self._random
+        counts = {"pause": 4, "resume": 5, "update": 2, "release": 2, "restore": 5, "other": 1}
+        kind = chance.choice([kind for kind, count in counts.items() for _ in range(count)])
+        if kind == "pause":
+            return Pause(chance.choice([*PauseMode, PauseMode.KEEP, PauseMode.DRAIN]))
+        if kind == "resume":
+            return Resume()
+        if kind == "update":
+            files = chance.choice([GOOD_FILES, GOOD_FILES, GOOD_FILES, BAD_FILES])
+            version = self.next_version - chance.choice([0, 0, 0, 0, 0, 1, 2])
+            return UpdateWeights(max(0, version), files)
+        parts = chance.choice([(True, False), (False, True), (True, True)])
+        if kind == "release":
+            return ReleaseMemory(*parts)
+        if kind == "restore":
+            return RestoreMemory(*parts)
+        return chance.choice([AbortAll(), FlushCache()])
+
+    # --- cartridges ------------------------------------------------------------------------------
+
+    @staticmethod
+    def with_cartridges_of_seed(seed: int) -> Simulation:
+        """A world in which cartridges come, go, and come again as others of the same name."""
+        return Simulation._with_cartridges(Simulation.of_seed(seed), seed)
+
+    @staticmethod
+    def commanded_with_cartridges_of_seed(seed: int) -> Simulation:
+        """The same among other commands: weights change, and what the cache held is lost."""
+        world = Simulation._with_cartridges(Simulation.commanded_of_seed(seed), seed)
+        # Often, so that a restore meets loaded cartridges.
+        world.habits = dataclasses.replace(world.habits, arrivals=1.0, commands=0.5)
+        return world
+
+    @staticmethod
+    def _with_cartridges(world: Simulation, seed: int) -> Simulation:
+        chance, page_size = random.Random(seed), world.config.page_size
+        longest = world.config.max_request_tokens + 2 * page_size + 1
+        config = dataclasses.replace(
+            world.config,
+            # Room for the largest request, and for few or many cartridges of at most 3 pages.
+            num_pages=world.config.num_pages + chance.choice([1, 3, 12]),
+            max_request_tokens=longest,
+        )
+        habits = dataclasses.replace(
+            world.habits, loads=0.2, unloads=chance.choice([0.1, 0.3]), with_cartridges=0.6
+        )
+        other = Simulation(seed, config, habits)
+        other.check_interval = world.check_interval
+        return other
+
+    def unload_all(self) -> None:
+        """Gives back every page that a cartridge has, when all sequences have ended."""
+        for name in list(self.cartridges):
+            assert isinstance(self.unload(name), CommandDone)
+        pages = self.manager._running.pages
+        assert pages.num_pinned == 0
+        assert pages.num_available == self.config.num_pages
+        ids = [np.frombuffer(node.ids, np.int32) for node in pages.cache.nodes()]
+        assert all((run >= 0).all() for run in ids), "text behind a cartridge is still cached"
+
+    def _cartridge_commands(self) -> list[FromServer]:
+        """Loads of new versions, some of which fail; unloads, some of cartridges in use."""
+        chance, actions = self._random, []
+        for _ in range(self._count(self.habits.loads)):
+            name = chance.choice("abc")
+            self._num_loads += 1
+            path = chance.choice(["", "", "", "missing "]) + f"{name} {self._num_loads}"
+            num_tokens = chance.randint(1, 2 * self.config.page_size + 1)
+            actions.append(LoadCartridge(name, path, num_tokens))
+        for _ in range(self._count(self.habits.unloads)):
+            self._leaving.add(chance.choice("abc"))
+        self._leaving &= set(self.cartridges)
+        actions += [
+            UnloadCartridge(name) for name in sorted(self._leaving) if chance.random() < 0.3
+        ]
+        return [self.make_command(action) for action in actions]
 
     def _count(self, mean: float) -> int:
         """A geometric random number."""
@@ -552,6 +969,12 @@ class Simulation(World):
         chance, habits = self._random, self.habits
         length = chance.randint(1, habits.max_prompt)
         shared = chance.choice(self._beginnings)[: chance.randint(0, length)]
+        cartridges: tuple[str, ...] = ()
+        if habits.with_cartridges and chance.random() < habits.with_cartridges:
+            names = [name for name in self.cartridges if name not in self._leaving]
+            cartridges = tuple(chance.sample(names, 1) if names else ())
+            if chance.random() < 0.02:
+                cartridges = chance.choice([("unknown",), ("a", "b")])
         pooling = Pooling.NONE
         if chance.random() < habits.pooled:
             pooling = chance.choice([Pooling.MEAN, Pooling.LAST])
@@ -561,6 +984,7 @@ class Simulation(World):
             shared + self._ids(length - len(shared)),
             1 if pooling else chance.randint(1, habits.max_tokens),
             pooling=pooling,
+            cartridges=cartridges,
             n=n,
             priority=chance.choice([0, 0, 0, 0, -3, 1, 2]),
             first_k=chance.choice([0, 0, chance.randint(1, n)]),

@@ -10,12 +10,21 @@ from urllib.parse import urlsplit
 
 import pytest
 from documentation import examples, mismatch, run_bash, run_python
+from engine_process import running
 from openai import OpenAI
 
 pytestmark = pytest.mark.engine
 
 EXAMPLES = examples("docs/api.md")
 CURL = "curl -s -w '\\n%{stderr}%{method} %{url_effective}\\n' "
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    """An engine of its own: the examples control it."""
+    flags = ("uvicorn_log_level=warning", "trust_request_chat_template=T")
+    with running(tmp_path_factory.mktemp("engine"), *flags) as ready:
+        yield ready
 
 
 @pytest.fixture(scope="module")

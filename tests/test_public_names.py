@@ -42,6 +42,7 @@ def test_names_that_users_know_can_be_imported():
 def test_the_package_exports_exactly_its_public_names():
     assert set(tokasaurus.__all__) == {
         "LLM",
+        "AsyncLLM",
         "CompletionOutput",
         "EngineConfig",
         "RequestOutput",

@@ -10,6 +10,7 @@ import numpy as np
 from tokasaurus.config.slices import WorkerConfig
 from tokasaurus.model.worker.pending import Pending
 from tokasaurus.model.worker.worker import Worker
+from tokasaurus.protocol.commands import Control, ControlDone, DeviceAction
 from tokasaurus.protocol.messages import (
     ForwardBatch,
     ForwardResult,
@@ -23,6 +24,8 @@ GREEDY = Sampling(temperature=0.0)
 def worker_config(path: Path, **fields) -> WorkerConfig:
     """A small worker in fp32."""
     defaults = {
+        "rank": 0,
+        "world": 1,
         "model_path": str(path),
         "trust_remote_code": False,
         "rope_scaling": None,
@@ -96,6 +99,11 @@ class Driver:
         batch = self.batch(decode, prefill)
         self.number += 1
         return self.worker.submit(batch)
+
+    def control(self, action: DeviceAction) -> ControlDone:
+        control = Control(self.number, action)
+        self.number += 1
+        return self.worker.submit(control).collect()
 
     def batch(self, decode: list[int] = (), prefill: list[Enter] = ()) -> ForwardBatch:
         table: list[tuple[int, int, int]] = []

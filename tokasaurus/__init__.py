@@ -14,12 +14,14 @@ from tokasaurus.version import __version__
 
 if TYPE_CHECKING:
     from tokasaurus.config.engine import EngineConfig
+    from tokasaurus.launch.async_llm import AsyncLLM
     from tokasaurus.launch.llm import LLM
     from tokasaurus.launch.outputs import CompletionOutput, RequestOutput
     from tokasaurus.text.params import SamplingParams
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CompletionOutput",
     "EngineConfig",
     "RequestOutput",
@@ -29,6 +31,7 @@ __all__ = [
 
 _HOMES = {
     "LLM": "tokasaurus.launch.llm",
+    "AsyncLLM": "tokasaurus.launch.async_llm",
     "CompletionOutput": "tokasaurus.launch.outputs",
     "RequestOutput": "tokasaurus.launch.outputs",
     "EngineConfig": "tokasaurus.config.engine",

@@ -6,11 +6,12 @@
     ├── RequestError           a request is wrong; names the field                       (HTTP 400)
     │   ├── RequestTooLong     the request can never fit                                 (HTTP 400)
     │   ├── NotFound           there is no such file or batch                            (HTTP 404)
-    │   └── Conflict           the state of a file or batch forbids the request          (HTTP 409)
+    │   └── Conflict           the state of a file, batch or engine forbids the request  (HTTP 409)
     └── EngineError            the engine cannot serve
         ├── EngineNotReady     it is loading or draining                                 (HTTP 503)
         ├── EngineOverloaded   it has too much to do; says when to try again             (HTTP 429)
         ├── StorageFull        its disk has no room for a file or batch                  (HTTP 507)
+        ├── EngineAborted      a command aborted the request before it had an answer     (HTTP 503)
         ├── EngineDead         one of its processes ended; says why                      (HTTP 503)
         └── ProtocolError      two rooms disagree: a defect in Tokasaurus, not in a request
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 __all__ = [
     "ConfigError",
     "Conflict",
+    "EngineAborted",
     "EngineDead",
     "EngineError",
     "EngineNotReady",
@@ -76,7 +78,7 @@ class NotFound(RequestError):
 
 
 class Conflict(RequestError):
-    """The state of a file or batch forbids the request."""
+    """The state of a file, a batch or the engine forbids the request."""
 
 
 class EngineError(TokasaurusError):
@@ -102,6 +104,10 @@ class EngineOverloaded(EngineError):
 
 class StorageFull(EngineError):
     """The disk has no room for a file or a batch, of which nothing is kept."""
+
+
+class EngineAborted(EngineError):
+    """A command ended the request before there was anything to answer with."""
 
 
 class EngineDead(EngineError):

@@ -29,6 +29,8 @@ NAMES_AND_DEFAULTS = {
     "port": 10210,
     "api_key": None,
     "api_key_file": None,
+    "admin_api_key": None,
+    "admin_api_key_file": None,
     "ssl_certfile": None,
     "ssl_keyfile": None,
     "cors_origins": None,

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -17,6 +18,8 @@ FACTS = ModelFacts(
     vocab_size=2048,
     max_position_embeddings=4096,
     kv_elements_per_token=1000,
+    num_parameters=1_000_000,
+    num_tied_parameters=300_000,
     eos_token_ids=(1, 2),
     sampling_defaults={"temperature": 0.6, "top_k": 50},
 )
@@ -28,6 +31,11 @@ def slices(*, facts=FACTS, cuda_available=False, memory_bytes=24 * GIB, **flags)
     return resolve(config, facts, cuda_available=cuda_available, memory_bytes=memory_bytes)
 
 
+def manager_of(**arguments):
+    (replica,) = slices(**arguments).replicas
+    return replica.manager
+
+
 def problems(**arguments):
     with pytest.raises(ConfigError) as caught:
         slices(**arguments)
@@ -36,7 +44,9 @@ def problems(**arguments):
 
 def test_default_configuration():
     result = slices()
-    manager, worker, server = result.manager, result.worker, result.server
+    (replica,) = result.replicas
+    (worker,) = replica.workers
+    manager, server = replica.manager, result.server
     assert (manager.page_size, manager.num_pages, manager.num_slots) == (16, 8192, 2048)
     assert (manager.max_seqs_per_forward, manager.max_tokens_per_forward) == (1024, 8192)
     assert (manager.max_request_tokens, manager.scheduling_steps_ahead) == (4096, 8)
@@ -58,9 +68,12 @@ def test_default_configuration():
 
 def test_the_rooms_get_the_same_sizes():
     result = slices(page_size=8, kv_cache_num_tokens=1024, max_seqs_per_forward=4)
+    (replica,) = result.replicas
+    manager, (worker,), server = replica.manager, replica.workers, result.server
+    assert (worker.rank, worker.world) == (0, 1)
     for name in ("page_size", "num_pages", "num_slots", "max_tokens_per_forward"):
-        assert getattr(result.manager, name) == getattr(result.worker, name)
-    for room in (result.manager, result.worker, result.server):
+        assert getattr(manager, name) == getattr(worker, name)
+    for room in (manager, worker, server):
         assert room.max_request_tokens == 1024
         assert room.max_seqs_per_forward == 4
 
@@ -83,7 +96,7 @@ def test_every_choice_reaches_its_room():
         shutdown_timeout_s=1,
         port=0,
     )
-    server, worker = result.server, result.worker
+    server, worker = result.server, result.replicas[0].workers[0]
     assert (server.model_name, server.model_root, server.tokenizer_path) == (
         "mine",
         "org/name",
@@ -94,7 +107,8 @@ def test_every_choice_reaches_its_room():
     assert (server.trust_remote_code, worker.trust_remote_code) == (True, True)
     assert json.loads(worker.rope_scaling) == {"factor": 2.0}
     assert (worker.num_threads, worker.attention, worker.max_topk_logprobs) == (3, "reference", 5)
-    assert (result.manager.check_invariants, result.manager.force_preemption) == (True, True)
+    manager = result.replicas[0].manager
+    assert (manager.check_invariants, manager.force_preemption) == (True, True)
     assert (result.log_procs, result.local_proc_name) == (("worker", "server"), "worker")
     assert slices(model="org/name").server.model_name == "org/name"
 
@@ -114,7 +128,7 @@ def test_every_choice_reaches_its_room():
     ],
 )
 def test_device_and_dtype(flags, cuda_available, expected):
-    worker = slices(cuda_available=cuda_available, **flags).worker
+    worker = slices(cuda_available=cuda_available, **flags).replicas[0].workers[0]
     assert (worker.device, worker.dtype) == expected
 
 
@@ -137,7 +151,7 @@ def test_cuda_without_a_device_is_an_error():
     ],
 )
 def test_batch_sizes_adapt_to_each_other(flags, expected):
-    manager = slices(**flags).manager
+    manager = manager_of(**flags)
     assert (manager.max_seqs_per_forward, manager.max_tokens_per_forward) == expected
     assert manager.num_slots == 2 * expected[0]
 
@@ -160,7 +174,7 @@ def test_conflicting_batch_sizes():
     ],
 )
 def test_page_size_and_number_of_pages(flags, page_size, num_pages):
-    manager = slices(**flags).manager
+    manager = manager_of(**flags)
     assert (manager.page_size, manager.num_pages) == (page_size, num_pages)
 
 
@@ -174,9 +188,9 @@ def test_a_cache_size_that_is_not_a_multiple_of_the_page_size():
 
 
 def test_the_longest_request():
-    assert slices().manager.max_request_tokens == 4096
-    assert slices(kv_cache_num_tokens=1024).manager.max_request_tokens == 1024
-    assert slices(max_num_tokens_per_request=99).manager.max_request_tokens == 99
+    assert manager_of().max_request_tokens == 4096
+    assert manager_of(kv_cache_num_tokens=1024).max_request_tokens == 1024
+    assert manager_of(max_num_tokens_per_request=99).max_request_tokens == 99
     (line,) = problems(max_num_tokens_per_request=2000, kv_cache_num_tokens=1000)
     assert "max_num_tokens_per_request=2000" in line
     assert "kv_cache_num_tokens=1000" in line
@@ -185,8 +199,8 @@ def test_the_longest_request():
 
 
 def test_the_kv_cache_grows_for_a_large_request():
-    facts = ModelFacts("/m", 100, 10**6, 1000, ())
-    manager = slices(facts=facts, max_num_tokens_per_request=200001).manager
+    facts = dataclasses.replace(FACTS, max_position_embeddings=10**6)
+    manager = manager_of(facts=facts, max_num_tokens_per_request=200001)
     assert manager.num_pages == math.ceil(200001 / 16)
     assert manager.max_request_tokens == 200001
 
@@ -199,26 +213,66 @@ def test_the_most_top_logprobs():
 # --- memory --------------------------------------------------------------------------------------
 
 
-def test_the_default_kv_cache_takes_at_most_half_of_the_memory():
-    # 4,000 bytes for a token in float32, 2,000 in bfloat16
-    assert slices(memory_bytes=8_000_000).manager.num_pages == 1000 // 16
-    assert slices(memory_bytes=8_000_000, dtype="bfloat16").manager.num_pages == 2000 // 16
-    assert slices(memory_bytes=None).manager.num_pages == 8192
-    assert slices(memory_bytes=8_000_000, cuda_available=True).manager.num_pages == 8192
+# In float32 the weights take 4,000,000 bytes and a token of the KV cache 4,000; in bfloat16 half.
 
 
-def test_an_explicit_kv_cache_may_take_more_than_half():
-    assert slices(memory_bytes=8_000_000, kv_cache_num_tokens=1600).manager.num_pages == 100
-    (line,) = problems(memory_bytes=8_000_000, kv_cache_num_tokens=2016)
-    assert "kv_cache_num_tokens=2016" in line
-    assert "2000" in line
+def test_the_default_kv_cache_takes_at_most_half_of_what_the_weights_leave():
+    for flags, num_tokens in (
+        ({"memory_bytes": 12_000_000}, 1000),
+        ({"memory_bytes": 12_000_000, "dtype": "bfloat16"}, 2500),
+        ({"memory_bytes": 12_000_000, "cuda_available": True}, 2500),
+        ({"memory_bytes": 12_000_000, "cuda_available": True, "dtype": "float32"}, 1000),
+        ({"memory_bytes": 12_000_000, "linear": "packed"}, 850),
+        ({"memory_bytes": 12_000_000, "load_format": "dummy"}, 1000),
+        ({"memory_bytes": 10**12}, 131072),
+        ({"memory_bytes": None}, 131072),
+        ({"memory_bytes": None, "cuda_available": True}, 131072),
+    ):
+        assert manager_of(**flags).num_pages == num_tokens // 16, flags
+
+
+def test_an_explicit_kv_cache_may_take_all_that_the_weights_leave():
+    flags = {"memory_bytes": 12_000_000}
+    assert manager_of(**flags, kv_cache_num_tokens=2000).num_pages == 125
+    (line,) = problems(**flags, kv_cache_num_tokens=2016)
+    assert line == (
+        "kv_cache_num_tokens=2016 needs a KV cache of 2016 tokens, 8.1 MB in float32; cpu has"
+        " 12.0 MB free, and beside 4.0 MB of weights this holds 2000; lower it, or leave it out to"
+        " take at most half of what the weights leave"
+    )
+    assert manager_of(**flags, kv_cache_num_tokens=4000, dtype="bfloat16").num_pages == 250
 
 
 def test_memory_too_small_for_a_request():
-    (line,) = problems(memory_bytes=8_000_000, max_num_tokens_per_request=3000)
+    (line,) = problems(memory_bytes=12_000_000, max_num_tokens_per_request=3000)
     assert "max_num_tokens_per_request=3000" in line
-    (line,) = problems(memory_bytes=4000)
+    (line,) = problems(memory_bytes=4_000_000 + 15 * 4000)
     assert "page_size=16" in line
+    assert "this holds 15;" in line
+
+
+def test_memory_too_small_for_the_weights():
+    (line,) = problems(memory_bytes=3_999_999, kv_cache_num_tokens=1600)
+    assert line == (
+        "model=tokasaurus-demo: the weights take 4.0 MB in float32, and cpu has 4.0 MB free;"
+        " dtype=bfloat16 takes half; otherwise free memory, or serve a smaller model"
+    )
+    (line,) = problems(memory_bytes=1_999_999, model="org/large", cuda_available=True)
+    assert line == (
+        "model=org/large: the weights take 2.0 MB in bfloat16, and cuda has 2.0 MB free; free"
+        " memory, or serve a smaller model"
+    )
+
+
+def test_the_plan_of_memory_is_one_line():
+    assert slices(memory_bytes=12_000_000).memory_plan == (
+        "memory: cpu has 12.0 MB free; 4.0 MB for weights in float32, 4.0 MB for a KV cache of 992"
+        " tokens, 4.0 MB for the rest"
+    )
+    assert slices(memory_bytes=None, cuda_available=True, page_size=2048).memory_plan == (
+        "memory: the free memory of cuda is unknown; 2.0 MB for weights in bfloat16, 262.1 MB for a"
+        " KV cache of 131072 tokens"
+    )
 
 
 # --- everything together -------------------------------------------------------------------------
@@ -250,7 +304,7 @@ def test_every_conflict_is_reported_at_once():
     value=st.integers(1, 300_000),
 )
 def test_one_explicit_limit_never_conflicts(name, value):
-    manager = slices(**{name: value}).manager
+    manager = manager_of(**{name: value})
     assert 1 <= manager.max_seqs_per_forward <= manager.max_tokens_per_forward
     assert 1 <= manager.max_request_tokens <= manager.num_pages * manager.page_size
     assert manager.num_slots == 2 * manager.max_seqs_per_forward
@@ -264,7 +318,10 @@ def test_only_digests_of_keys_reach_the_server():
     server = slices(api_key=("abc", "abc", "other")).server
     assert len(server.api_key_digests) == 2
     assert "abc" not in repr(server)
-    assert slices().server.api_key_digests == ()
+    assert slices().server.api_key_digests == slices().server.admin_key_digests == ()
+    server = slices(admin_api_key=("a", "b", "a")).server
+    assert len(server.admin_key_digests) == 2
+    assert server.api_key_digests == ()
     assert "number 2" in problems(api_key=("abc", "a b"))[0]
 
 

@@ -8,6 +8,8 @@ computes from transformers' logits.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ from checkpoints import EOS_ID, make_checkpoint
 from oracle import TIE, reference_logits
 
 from tokasaurus import LLM, SamplingParams
-from tokasaurus.manager.manager import Manager
+from tokasaurus.launch import llm as llm_module
+from tokasaurus.launch.embedded import EmbeddedEngine
 from tokasaurus.protocol.messages import Adjustments, LogprobsMode
 
 pytestmark = pytest.mark.engine
@@ -43,19 +46,20 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def llm(model):
     """Preempts with and without need, and has four batches in flight."""
-    with LLM(
-        model,
-        dtype="float32",
-        page_size=4,
-        kv_cache_num_tokens=640,
-        max_num_tokens_per_request=192,
-        max_tokens_per_forward=48,
-        max_seqs_per_forward=12,
-        bump_city_population_me=True,
-        allocator_sanity_checks=True,
-    ) as engine:
-        config = dataclasses.replace(engine._manager._config, scheduling_steps_ahead=4)
-        engine._manager = Manager(config)
+    four_ahead = partial(EmbeddedEngine, steps_ahead=4)
+    with mock.patch.object(llm_module, "EmbeddedEngine", four_ahead):
+        engine = LLM(
+            model,
+            dtype="float32",
+            page_size=4,
+            kv_cache_num_tokens=640,
+            max_num_tokens_per_request=192,
+            max_tokens_per_forward=48,
+            max_seqs_per_forward=12,
+            bump_city_population_me=True,
+            allocator_sanity_checks=True,
+        )
+    with engine:
         yield engine
 
 

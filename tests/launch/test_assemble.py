@@ -13,6 +13,8 @@ from tokasaurus.errors import ConfigError
 from tokasaurus.launch.assemble import assemble
 from tokasaurus.model.facts import read_model_config
 from tokasaurus.model.kv_cache import KVCache
+from tokasaurus.model.placement import Placement
+from tokasaurus.model.weights.loader import load_model
 
 
 def positions_of(path) -> int:
@@ -23,12 +25,18 @@ def sizes(path, **flags):
     return assemble(EngineConfig(model=str(path), device="cpu", **flags))
 
 
+def worker_of(path, **flags):
+    (replica,) = sizes(path, **flags).replicas
+    return replica.workers[0]
+
+
 def test_every_room_gets_the_sizes_of_the_checkpoint(tmp_path):
     for architecture in ("llama", "qwen2", "qwen3"):
         path = make_checkpoint(tmp_path / architecture, architecture)
         edit_json(path / "generation_config.json", temperature=0.25, top_k=7)
         slices = sizes(path, kv_cache_num_tokens=4096, page_size=32, max_seqs_per_forward=4)
-        server, manager, worker = slices.server, slices.manager, slices.worker
+        server, (replica,) = slices.server, slices.replicas
+        manager, (worker,) = replica.manager, replica.workers
         assert server.vocab_size == VOCAB_SIZE, architecture
         assert server.eos_token_ids == (EOS_ID,)
         assert server.sampling_defaults == {"temperature": 0.25, "top_k": 7}
@@ -37,10 +45,10 @@ def test_every_room_gets_the_sizes_of_the_checkpoint(tmp_path):
         assert server.max_request_tokens == worker.max_request_tokens == positions_of(path)
 
 
-def test_the_cache_takes_the_memory_that_resolution_counted(tmp_path, monkeypatch):
+def test_model_and_cache_take_the_memory_that_resolution_counted(tmp_path, monkeypatch):
     path = make_checkpoint(tmp_path / "model", "qwen3", num_heads=4, num_kv_heads=2)
     flags = {"kv_cache_num_tokens": 640, "page_size": 32, "dtype": "bfloat16"}
-    model, worker = read_model_config(path), sizes(path, **flags).worker
+    model, worker = read_model_config(path), worker_of(path, **flags)
     cache = KVCache.allocate(
         num_layers=model.num_layers,
         num_pages=worker.num_pages,
@@ -51,9 +59,12 @@ def test_the_cache_takes_the_memory_that_resolution_counted(tmp_path, monkeypatc
         device=torch.device("cpu"),
     )
     available = "tokasaurus.launch.assemble._available_memory_bytes"
-    monkeypatch.setattr(available, lambda: cache.num_bytes)
-    assert sizes(path, **flags).worker == worker
-    monkeypatch.setattr(available, lambda: cache.num_bytes - 1)
+    place = Placement(torch.bfloat16, torch.device("cpu"))
+    _, weights, _ = load_model(path, model, place)
+    num_bytes = cache.num_bytes + 2 * weights.num_parameters
+    monkeypatch.setattr(available, lambda: num_bytes)
+    assert worker_of(path, **flags) == worker
+    monkeypatch.setattr(available, lambda: num_bytes - 1)
     with pytest.raises(ConfigError, match="kv_cache_num_tokens=640 needs a KV cache of 640"):
         sizes(path, **flags)
 
@@ -70,7 +81,7 @@ def test_a_scaling_of_positions_counts_once(tmp_path):
         ({"rope_type": "llama3", "factor": 8.0, **low_and_high}, 8 * original),
     ):
         slices = sizes(path, rope_scaling=scaling, kv_cache_num_tokens=64 * original)
-        assert slices.manager.max_request_tokens == expected, scaling
+        assert slices.replicas[0].manager.max_request_tokens == expected, scaling
 
 
 def test_more_positions_than_the_model_has_are_refused(tmp_path):
@@ -80,12 +91,33 @@ def test_more_positions_than_the_model_has_are_refused(tmp_path):
     for scaling, most in ((None, original), (linear, 2 * original)):
         flags = {"rope_scaling": scaling, "kv_cache_num_tokens": 8 * original}
         slices = sizes(path, max_num_tokens_per_request=most, **flags)
-        assert slices.manager.max_request_tokens == most
+        assert slices.replicas[0].manager.max_request_tokens == most
         with pytest.raises(ConfigError, match=f"the model has {most} positions"):
             sizes(path, max_num_tokens_per_request=most + 1, **flags)
 
 
 def test_dtypes_reach_the_worker(tmp_path):
     path = make_checkpoint(tmp_path / "model", "llama", dtype=torch.bfloat16)
-    assert sizes(path).worker.dtype == "float32"
-    assert sizes(path, dtype="bfloat16").worker.dtype == "bfloat16"
+    assert worker_of(path).dtype == "float32"
+    assert worker_of(path, dtype="bfloat16").dtype == "bfloat16"
+
+
+def test_dummy_weights_are_planned_from_config_json_alone(tmp_path, monkeypatch):
+    path = make_checkpoint(tmp_path / "model", "llama", tied=True)
+    (path / "model.safetensors").unlink()
+    weight_bytes = 4 * read_model_config(path).num_parameters
+    available = "tokasaurus.launch.assemble._available_memory_bytes"
+    monkeypatch.setattr(available, lambda: weight_bytes - 1)
+    with pytest.raises(ConfigError, match=r"the weights take .* in float32"):
+        sizes(path, load_format="dummy")
+    monkeypatch.setattr(available, lambda: 10 * weight_bytes)
+    assert worker_of(path, load_format="dummy").load_format == "dummy"
+
+
+def test_the_bundled_model_gets_the_default_cache(monkeypatch):
+    available = "tokasaurus.launch.assemble._available_memory_bytes"
+    monkeypatch.setattr(available, lambda: 8 * 10**9)
+    slices = assemble(EngineConfig(device="cpu"))
+    manager = slices.replicas[0].manager
+    assert manager.num_pages * manager.page_size == 131072
+    assert "131072 tokens" in slices.memory_plan

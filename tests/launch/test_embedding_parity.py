@@ -11,7 +11,11 @@ from checkpoints import make_checkpoint
 from oracle import reference_model
 
 from tokasaurus import LLM, SamplingParams
+from tokasaurus.config.engine import EngineConfig
 from tokasaurus.errors import RequestError
+from tokasaurus.launch.assemble import assemble
+from tokasaurus.launch.embedded import EmbeddedEngine
+from tokasaurus.protocol.messages import Pooling
 
 pytestmark = pytest.mark.engine
 
@@ -68,12 +72,14 @@ def test_embeddings_beside_generation(model):
     params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
     with LLM(model, bump_city_population_me=True, **FLAGS) as llm:
         alone = llm.generate(texts, params, use_tqdm=False)
-        preparer = llm._preparer
-        requests = [preparer.prepare(ids, params) for ids in texts]
-        pooling = preparer.config.embedding_pooling
-        pooled = [preparer.prepare_pooling(ids, pooling) for ids in texts]
-        mixed = [each for pair in zip(requests, pooled, strict=True) for each in pair]
-        generations = llm._finished(mixed, use_tqdm=False)
+    flags = EngineConfig.from_flags(model=str(model), bump_city_population_me=True, **FLAGS)
+    engine = EmbeddedEngine(assemble(flags), steps_ahead=2)
+    requests = [engine.prepare(ids, params) for ids in texts]
+    pooled = [engine.prepare_embedding(ids, Pooling.MEAN) for ids in texts]
+    mixed = [each for pair in zip(requests, pooled, strict=True) for each in pair]
+    generations = [engine.generations.start(each) for each in mixed]
+    while not engine.idle:
+        engine.step()
     for output, generation in zip(alone, generations[::2], strict=True):
         assert generation.take_all()[0].token_ids == output.outputs[0].token_ids
     for ids, generation in zip(texts, generations[1::2], strict=True):

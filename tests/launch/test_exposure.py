@@ -14,10 +14,11 @@ from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.parser import parse_command_line
 from tokasaurus.errors import ConfigError
 from tokasaurus.launch.exposure import (
+    ADMIN_KEY_VARIABLE,
     API_KEY_VARIABLE,
     check_certificate,
     open_door_warning,
-    read_api_keys,
+    with_keys,
 )
 
 KEY = "sk-very-secret"
@@ -28,10 +29,42 @@ def test_keys_of_all_sources_are_accepted(tmp_path):
     file.write_text("# of the team\nfrom-file\n\n  another \n")
     config = EngineConfig(api_key=("a", "b"), api_key_file=str(file))
     environment = {API_KEY_VARIABLE: "from-environment, last"}
-    assert read_api_keys(config, environment) == (
+    assert with_keys(config, environment).api_key == (
         *("a", "b", "from-file", "another", "from-environment", "last"),
     )
-    assert read_api_keys(EngineConfig(), {}) is None
+    assert with_keys(EngineConfig(), {}).api_key is None
+
+
+def test_admin_keys_have_sources_of_their_own(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("# of the trainer\nfrom-file\n")
+    config = EngineConfig(admin_api_key=("a",), admin_api_key_file=str(file), api_key=("user",))
+    found = with_keys(config, {ADMIN_KEY_VARIABLE: "b, c"})
+    assert found.admin_api_key == ("a", "from-file", "b", "c")
+    assert found.api_key == ("user",)
+    assert with_keys(EngineConfig(), {API_KEY_VARIABLE: "x"}).admin_api_key is None
+
+
+def test_a_source_without_admin_keys_is_an_error(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("# none\n")
+    with pytest.raises(ConfigError, match="admin_api_key_file="):
+        with_keys(EngineConfig(admin_api_key_file=str(file)), {})
+    with pytest.raises(ConfigError, match=ADMIN_KEY_VARIABLE):
+        with_keys(EngineConfig(), {ADMIN_KEY_VARIABLE: ""})
+    with pytest.raises(ConfigError, match="admin_api_key is an empty list"):
+        with_keys(EngineConfig(admin_api_key=()), {})
+    assert entry.run(["admin_api_key='a b'", "port=0"], {}) == 2
+
+
+def test_admin_keys_are_never_shown(capsys):
+    with pytest.raises(SystemExit):
+        parse_command_line([f"admin_api_key={KEY}", "--show"], {})
+    assert entry.run([f"admin_api_key='{KEY} with a space'", "port=0"], {}) == 2
+    captured = capsys.readouterr()
+    assert "# admin_api_key is set" in captured.out
+    assert KEY not in captured.out + captured.err
+    assert KEY not in repr(EngineConfig(admin_api_key=(KEY,)))
 
 
 @each_row("content", [None, b"", b"# nothing\n\n", b"\xff\xfe"])
@@ -40,14 +73,14 @@ def test_a_key_file_without_keys_is_an_error(tmp_path, content):
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(ConfigError, match="api_key_file="):
-        read_api_keys(EngineConfig(api_key_file=str(file)), {})
+        with_keys(EngineConfig(api_key_file=str(file)), {})
 
 
 def test_an_empty_flag_or_variable_of_keys_is_an_error():
     with pytest.raises(ConfigError, match=API_KEY_VARIABLE):
-        read_api_keys(EngineConfig(), {API_KEY_VARIABLE: " , "})
+        with_keys(EngineConfig(), {API_KEY_VARIABLE: " , "})
     with pytest.raises(ConfigError, match="api_key"):
-        read_api_keys(EngineConfig(api_key=()), {})
+        with_keys(EngineConfig(api_key=()), {})
 
 
 def test_keys_are_never_shown(capsys, monkeypatch):

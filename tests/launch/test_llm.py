@@ -143,7 +143,7 @@ def test_a_failed_batch_ends_the_engine(model, monkeypatch):
     def fail(batch):
         raise RuntimeError("the device is on fire")
 
-    monkeypatch.setattr(engine._worker, "submit", fail)
+    monkeypatch.setattr(engine._engine._worker, "submit", fail)
     with pytest.raises(RuntimeError, match="on fire"):
         engine.generate("a", GREEDY, use_tqdm=False)
     with pytest.raises(EngineDead):

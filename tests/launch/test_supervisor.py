@@ -12,6 +12,7 @@ from tokasaurus.config.parser import parse_command_line
 from tokasaurus.launch import supervisor
 from tokasaurus.launch.assemble import assemble
 from tokasaurus.launch.lifeline import Stop
+from tokasaurus.protocol.role import Role
 
 
 def test_a_lost_interrupt_is_sent_again(monkeypatch):
@@ -33,7 +34,7 @@ def test_a_lost_interrupt_is_sent_again(monkeypatch):
         lifeline.close()
 
     slices = assemble(parse_command_line([".dmanager"], {}))
-    monkeypatch.setattr(supervisor, "ROLES", ("manager",))
+    monkeypatch.setattr(supervisor, "roles_of", lambda slices: [Role("manager")])
     monkeypatch.setattr(supervisor, "run_role", loses_the_first_interrupt)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         assert supervisor.Supervisor(slices, listener).run() == 0

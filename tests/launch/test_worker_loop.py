@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokasaurus.launch.worker_loop import WorkerLoop
+from tokasaurus.protocol.commands import Control, ReleaseMemory
 
 
 @dataclass
@@ -18,7 +19,7 @@ class FakePending:
         return self.number
 
 
-def events_of(arrivals: list[list[int]], *, done_at_once: bool) -> list[str]:
+def events_of(arrivals: list[list[int | Control]], *, done_at_once: bool) -> list[str]:
     """What happens when these batches arrive turn by turn. None arrives when it is not awaited."""
     events: list[str] = []
     coming = iter(arrivals)
@@ -29,9 +30,11 @@ def events_of(arrivals: list[list[int]], *, done_at_once: bool) -> list[str]:
         events.append("wait" if timeout_s is None else "look")
         return batches
 
-    def submit(batch):
-        events.append(f"submit {batch}")
-        return FakePending(batch, done_at_once, events)
+    def submit(message):
+        is_control = isinstance(message, Control)
+        number = message.number if is_control else message
+        events.append(f"submit control {number}" if is_control else f"submit {number}")
+        return FakePending(number, done_at_once, events)
 
     loop = WorkerLoop(submit, receive, lambda result: events.append(f"send {result}"))
     for _ in arrivals:
@@ -59,6 +62,16 @@ def test_at_most_two_batches_are_in_flight_when_several_arrive_together():
     assert events_of([[0, 1, 2, 3], []], done_at_once=False) == [
         *("wait", "submit 0", "submit 1", "collect 0", "send 0"),
         *("submit 2", "collect 1", "send 1", "submit 3", "collect 2", "send 2"),
+        *("look", "collect 3", "send 3"),
+    ]
+
+
+def test_every_result_before_a_control_is_sent_before_it_is_carried_out():
+    control = Control(2, ReleaseMemory(True, True))
+    assert events_of([[0], [1, control], [3], []], done_at_once=False) == [
+        *("wait", "submit 0"),
+        *("look", "submit 1", "collect 0", "send 0", "collect 1", "send 1", "submit control 2"),
+        *("look", "submit 3", "collect 2", "send 2"),
         *("look", "collect 3", "send 3"),
     ]
 

@@ -52,7 +52,7 @@ def test_a_request_id_in_use_is_refused() -> None:
     world.turn(make_request(1, prompt(5), 4))
     actions = world.manager.take_turn([make_request(1, prompt(6), 4)], 0.0)
     assert "already in use" in actions.messages[0].reason
-    world.batches += actions.batches
+    world.batches += actions.to_worker
     world.drain()
     assert world.answers[1, 0].reason is FinishReason.LENGTH
 
@@ -280,7 +280,7 @@ def count_lines_of_a_steady_turn(num_sequences: int) -> int:
             for index in range(num_sequences)
         ],
         0.0,
-    ).batches
+    ).to_worker
     num_lines = 0
 
     def trace(frame: object, event: str, argument: object) -> object:
@@ -306,7 +306,7 @@ def count_lines_of_a_steady_turn(num_sequences: int) -> int:
         previous = sys.gettrace()
         sys.settrace(trace)  # type: ignore[arg-type]
         try:
-            batches += manager.take_turn([result], 0.0).batches
+            batches += manager.take_turn([result], 0.0).to_worker
         finally:
             sys.settrace(previous)
     return num_lines

@@ -12,6 +12,7 @@ from simulation import World, acknowledge, make_admission, make_config, make_req
 
 from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.manager import held_slots
+from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import FinishReason
 from tokasaurus.rounding import ceil_div
 
@@ -104,14 +105,14 @@ def check_that_preempted_sequences_resume_first(monkeypatch, steps_ahead: int) -
                 waiting.add(sequence.request.message.seed)
         preempt(sequences)
 
-    def watched_enter(starts, now) -> None:
+    def watched_enter(starts, now) -> Int32Array:
         nonlocal num_entered
         for start in starts:
             seed = start.sequence.request.message.seed
             waiting.discard(seed)
             num_entered += 1
             assert all(seed < other for other in waiting), (seed, waiting)
-        enter(starts, now)
+        return enter(starts, now)
 
     monkeypatch.setattr(running, "preempt", watched_preempt)
     monkeypatch.setattr(running, "enter", watched_enter)

@@ -262,9 +262,7 @@ def test_a_flush_frees_cached_pages_without_a_holder() -> None:
     world = World(make_config())
     world.finish(make_request(1, prompt(13), 3))
     world.turn(Command(9, FlushCache()))
-    assert [(each.command_id, each.num_pages, each.num_tokens) for each in world.flushed] == [
-        (9, 3, 12)
-    ]
+    assert (world.command_answers[9].num_pages, world.command_answers[9].num_tokens) == (3, 12)
     assert world.manager.gauges().num_free_pages == world.config.num_pages
     world.finish(make_request(2, prompt(13), 3))
     assert world.answers[2, 0].num_cached_tokens == 0
@@ -278,13 +276,13 @@ def test_a_flush_leaves_running_sequences_their_pages() -> None:
     world.finish(make_request(1, prompt(9, 5), 2))
     world.turn(make_request(2, prompt(9), 12))
     world.turn(Command(0, FlushCache()), num_results=1)
-    assert world.flushed[0].num_pages == 2
+    assert world.command_answers[0].num_pages == 2
     world.turn(make_request(3, prompt(9), 2))
     world.drain()
     assert world.answers[3, 0].num_cached_tokens == 8
     world.turn(Command(1, FlushCache()), Command(2, FlushCache()))
-    assert world.flushed[1].num_pages > 0
-    assert world.flushed[2].num_pages == 0
+    assert world.command_answers[1].num_pages > 0
+    assert world.command_answers[2].num_pages == 0
 
 
 def test_only_a_mean_computes_the_whole_prompt() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -29,6 +30,31 @@ def run_worlds(
             return
 
 
+def run_worlds_with_cartridges(
+    first_seed: int, num_events: int, make_world: Callable[[int], Simulation]
+) -> Counter[str]:
+    """Runs worlds in which cartridges come and go; returns what happened in all of them."""
+    worlds: list[Simulation] = []
+
+    def remembered(seed: int) -> Simulation:
+        worlds.append(make_world(seed))
+        return worlds[-1]
+
+    run_worlds(first_seed, num_events, remembered)
+    counts: Counter[str] = Counter()
+    for world in worlds:
+        world.unload_all()
+        counts["loads"] += world.num_loaded
+        counts["losses"] += world.num_lost
+        counts["early copies"] += world.device.num_early_copies
+        counts["preemptions"] += world.manager.counters.num_preemptions
+        counts["hits"] += sum(
+            answer.num_cached_tokens > 0 and world.num_pseudo[request_id] > 0
+            for (request_id, _), answer in world.answers.items()
+        )
+    return counts
+
+
 def test_random_worlds() -> None:
     """At least 16,000 arrivals, aborts, stops and preemptions, all together."""
     run_worlds(0, num_events=16_000)
@@ -48,6 +74,45 @@ def test_crowded_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AdmissionControl, "may_ask", counted)
     run_worlds(900, num_events=1_000, make_world=Simulation.crowded_of_seed)
     assert num_rests > 500  # turns
+
+
+def test_worlds_with_cartridges() -> None:
+    """No page crosses over between a cartridge's versions, other cartridges and plain requests."""
+    counts = run_worlds_with_cartridges(50_000, 10_000, Simulation.with_cartridges_of_seed)
+    assert min(counts[name] for name in ("loads", "early copies", "preemptions", "hits")) > 100
+
+
+def test_worlds_with_cartridges_and_commands() -> None:
+    """Cartridges outlive updates, and are written again or lost when a cache is restored."""
+    make_world = Simulation.commanded_with_cartridges_of_seed
+    counts = run_worlds_with_cartridges(80_000, 20_000, make_world)
+    assert counts["loads"] > 50
+    assert counts["losses"] > 3
+
+
+def test_worlds_with_commands() -> None:
+    """Pauses, updates, released memory and the rest, in any order, with eight batches in flight."""
+    run_worlds(400, num_events=3_000, make_world=Simulation.commanded_of_seed)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_many_worlds_with_cartridges() -> None:
+    run_worlds_with_cartridges(60_000, 60_000, Simulation.with_cartridges_of_seed)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_many_worlds_with_cartridges_and_commands() -> None:
+    run_worlds_with_cartridges(90_000, 60_000, Simulation.commanded_with_cartridges_of_seed)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("first_seed", range(50_000, 54_000, 1_000))
+def test_many_worlds_with_commands(first_seed: int) -> None:
+    """Cases of their own, so that workers share them."""
+    run_worlds(first_seed, num_events=20_000, make_world=Simulation.commanded_of_seed)
 
 
 @pytest.mark.long

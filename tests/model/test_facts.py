@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ from tokasaurus.model import get_model_cls
 from tokasaurus.model.architectures.registry import ARCHITECTURES
 from tokasaurus.model.facts import model_facts, read_model_config
 from tokasaurus.model.layers.rotary import _frequencies
+from tokasaurus.model.placement import Placement
 from tokasaurus.model.rope_config import DefaultRope, LinearRope, Llama3Rope, YarnRope
+from tokasaurus.model.weights.weights import Weights
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -75,6 +78,28 @@ def test_each_architecture_reads_its_own_biases_norms_and_head_size(directory):
         )
         found = {field: getattr(config, field) for field in fields}
         assert found == fields, (name, biases)
+
+
+def test_the_number_of_parameters_is_that_of_the_model(directory):
+    """For every architecture, with and without biases and a tied head, in several shapes."""
+    shapes = (
+        {},
+        {"num_attention_heads": 8, "num_key_value_heads": 2},
+        {"head_dim": 48, "num_key_value_heads": 1, "num_hidden_layers": 5, "vocab_size": 37},
+    )
+    place, wrong = Placement(torch.float32, torch.device("meta")), []
+    for name, biases, tied, shape in product(ARCHITECTURES, (0, 1), (0, 1), shapes):
+        flags = {"attention_bias": bool(biases), "mlp_bias": bool(biases)}
+        path = directory(architectures=[name], tie_word_embeddings=bool(tied), **flags, **shape)
+        config = read_model_config(path)
+        model = get_model_cls(name)(config, place)
+        actual = Weights(model, model.WEIGHTS, config.num_layers).num_parameters
+        facts = model_facts(path)
+        if (config.num_parameters, facts.num_parameters) != (actual, actual):
+            wrong.append((name, flags, tied, shape, config.num_parameters, actual))
+        shared = config.vocab_size * config.hidden_size if tied else 0
+        assert facts.num_tied_parameters == shared
+    assert wrong == []
 
 
 LLAMA3 = {k: v for k, v in ROPES["llama3"].items() if k not in ("rope_type", "rope_theta")}

@@ -21,7 +21,7 @@ _FLAGS = {
 
 
 def manager_config(**flags):
-    return simulated_slices(EngineConfig(**{**_FLAGS, **flags})).manager
+    return simulated_slices(EngineConfig(**{**_FLAGS, **flags})).replicas[0].manager
 
 
 def line(**changes):

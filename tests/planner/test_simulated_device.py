@@ -7,13 +7,14 @@ import math
 import msgspec
 import numpy as np
 import pytest
-from batches_by_hand import Entering, Fed, Hand
+from batches_by_hand import NEVER, Entering, Fed, Hand
 
 from tokasaurus.errors import ProtocolError
-from tokasaurus.planner.cost_model import CostModel
+from tokasaurus.planner.cost_model import CostModel, fixed
 from tokasaurus.planner.lengths import DrawnLengths, ListedLengths
-from tokasaurus.planner.simulated_device import STOP_ID, VOCAB_SIZE
-from tokasaurus.protocol.messages import ForwardResult
+from tokasaurus.planner.simulated_device import STOP_ID, VOCAB_SIZE, SimulatedDevice
+from tokasaurus.protocol.commands import Control, UpdateWeights
+from tokasaurus.protocol.messages import ForwardBatch, ForwardResult
 from tokasaurus.protocol.wire import Codec
 
 SEQUENCES = [Entering(slot, seed=5, sample_index=slot - 1) for slot in (1, 2, 3)]
@@ -150,3 +151,14 @@ def test_a_token_can_only_be_drawn_at_the_end_of_a_prompt():
     hand.run(SEQUENCES)
     with pytest.raises(ProtocolError, match="does not end"):
         hand.run(fed=[chunk, Fed(2, 0, 3)], draw_chunks=np.array([1]))
+
+
+def test_controls_are_numbered_with_the_batches():
+    device = SimulatedDevice(fixed(0.5), NEVER, num_slots=1)
+    action = UpdateWeights(1, ("a.safetensors",))
+    done = device.carry_out(Control(0, action))
+    assert (done.number, done.error, done.weights_ready) == (0, None, True)
+    with pytest.raises(ProtocolError, match="control 0 came, 1 was due"):
+        device.carry_out(Control(0, action))
+    with pytest.raises(ProtocolError, match="batch 0 came, batch 1 was due"):
+        device.run(ForwardBatch(0))

@@ -111,7 +111,7 @@ EXAMPLES = [
     Control(3, WriteCartridge("notes.safetensors", 5, ints(2))),
     ControlDone(3, "it is damaged", False),
     Eta(longs(3), np.array([0.5, 1e9, np.nan]), 7.25),
-    Statistics(*range(10), 2.5, 3.5, *range(5), 0.125),
+    Statistics(*range(10), 2.5, 3.5, *range(5), 0.125, 3, True),
     ForwardBatch(
         number=8,
         parameters=SlotParameters(
@@ -139,6 +139,8 @@ EXAMPLES = [
         draw_slots=ints(2),
         copy_sources=ints(1),
         copy_targets=ints(1),
+        early_copy_sources=ints(3),
+        early_copy_targets=ints(4),
         group_first_rows=ints(2),
         group_num_rows=ints(2),
         group_first_columns=ints(2),
@@ -187,12 +189,14 @@ def test_a_decoded_message_equals_the_sent_one(message):
 
 
 def test_columns_that_a_batch_leaves_out_travel_as_empty_arrays():
-    """``parameters`` and the last two columns are optional, the others are int32 arrays."""
-    optional = ("number", "parameters", "prefill_pooling", "left_slots")
-    columns = [name for name in ForwardBatch.__struct_fields__ if name not in optional]
+    """``parameters`` and the last four columns are optional, the others are int32 arrays."""
+    names = ForwardBatch.__struct_fields__
+    optional = ("number", "parameters", *names[-4:])
+    columns = [name for name in names if name not in optional]
     codec = Codec(ForwardBatch)
     sent = codec.encode(ForwardBatch(number=8))
-    spelled_out = ForwardBatch(8, None, *(np.zeros(0, np.int32) for _ in columns), None, None)
+    empty = (np.zeros(0, np.int32) for _ in columns)
+    spelled_out = ForwardBatch(8, None, *empty, None, None, None, None)
     assert sent == codec.encode(spelled_out)
     assert_same(codec.decode(sent), spelled_out)
 

@@ -46,6 +46,8 @@ SOMETHING = msgspec.structs.replace(
     num_free_pages=20,
     num_evictable_pages=30,
     step_s=0.25,
+    weights_version=4,
+    paused=True,
 )
 
 
@@ -165,6 +167,8 @@ def test_metrics_show_the_managers_figures(own_server):
     assert found["queue_seconds_total",] == 1.5
     assert found["step_seconds",] == 0.25
     assert found["kv_use",] == 0.5
+    assert found["paused",] == 1
+    assert found["weights_version",] == 4
     assert found["prompts_in_flight",] == 0
 
 

@@ -286,6 +286,54 @@ def test_cached_tokens_are_not_those_of_a_sample_that_never_ran(fake):
     assert generation.num_cached_tokens == 2
 
 
+def test_rows_of_several_weights_versions_are_one_output():
+    """After an update of the weights, a sequence has one row of each version in one message."""
+    sent = []
+    core = Generations(CONFIG, TOKENIZER, sent.append)
+    generation = submit(core, PROMPT, SamplingParams(n=2, logprobs=1, max_tokens=9))
+    request = sent[0]
+    rows = [
+        (request, 1, ids_of("ab"), FinishReason.RUNNING, 2),
+        (request, 1, ids_of("c"), FinishReason.RUNNING, 2),
+        (request, 1, ids_of("de"), FinishReason.LENGTH, 2),
+        (request, 0, ids_of("x"), FinishReason.RUNNING, 0),
+        (request, 0, [EOS_ID], FinishReason.STOP, 0),
+    ]
+    core.absorb(updates(rows))
+    assert generation.finished
+    assert len(core) == 0
+    assert len(sent) == 1
+    outputs = generation.take_all()
+    assert [output.text for output in outputs] == ["x", "abcde"]
+    assert [output.finish_reason for output in outputs] == ["stop", "length"]
+    assert [len(output.logprobs) for output in outputs] == [2, 5]
+
+
+def test_a_stop_string_may_lie_in_any_row_of_a_message():
+    for row in range(3):
+        pieces = [ids_of("ab"), ids_of("cd"), ids_of("ef")]
+        pieces[row] = ids_of("END")
+        check_that_a_stop_string_ends_a_sample_of_several_rows(pieces, row)
+
+
+def check_that_a_stop_string_ends_a_sample_of_several_rows(pieces, row):
+    sent = []
+    core = Generations(CONFIG, TOKENIZER, sent.append)
+    generation = submit(core, PROMPT, SamplingParams(max_tokens=50, stop="END"))
+    request = sent.pop()
+    reasons = [FinishReason.RUNNING, FinishReason.RUNNING, FinishReason.LENGTH]
+    core.absorb(updates([(request, 0, *each, 0) for each in zip(pieces, reasons, strict=True)]))
+    assert generation.finished, row
+    assert len(core) == 0, row
+    (output,) = generation.take_all()
+    assert (output.text, output.finish_reason) == ("abcd"[: 2 * row], "stop"), row
+    # It has ended for the manager too, which ignores what is said of it.
+    stops = [message for message in sent if isinstance(message, StopSequence)]
+    acks = [message for message in sent if isinstance(message, Acknowledge)]
+    assert len(stops) == (row < 2), row
+    assert [ack.num_tokens.tolist() for ack in acks] == [[], [[2]], [[2, 4]]][row], row
+
+
 def test_etas_are_those_of_the_latest_message(core, fake):
     fake.paused = True
     first, second, third = (submit(core, PROMPT, SamplingParams()) for _ in range(3))

@@ -184,7 +184,7 @@ def _replay(cell: _Cell, config: CompareConfig) -> Report:
         raise ConfigError(
             f"caches={cell.cache_tokens}: the longest request of {cell.trace} has {longest} tokens"
         )
-    manager = simulated_slices(_engine_flags(cell, config)).manager
+    manager = simulated_slices(_engine_flags(cell, config)).replicas[0].manager
     return replay(trace, manager, Timing(cost_model(config.cost), config.manager_ms / 1e3))
 
 

@@ -21,7 +21,8 @@ from tokasaurus.planner.cost_model import cost_model
 from tokasaurus.planner.lengths import DrawnLengths
 from tokasaurus.planner.simulated_device import VOCAB_SIZE, SimulatedDevice
 from tokasaurus.planner.worker_loop import DeviceStatistics, work
-from tokasaurus.protocol.channels import Receiver, Sender
+from tokasaurus.protocol.channels import Receiver, Sender, door_address
+from tokasaurus.protocol.role import Role
 
 __all__ = ["DevicePlan", "main"]
 
@@ -46,8 +47,8 @@ def main() -> None:
     lengths = DrawnLengths(np.array(plan.output_tokens, np.int64))
     device = SimulatedDevice(cost_model(plan.cost), lengths, num_slots, plan.vocab_size)
     statistics = DeviceStatistics(directory / DeviceStatistics.FILE_NAME, create=True)
-    door = Receiver(directory, "worker", TO_WORKER)
-    to_manager = Sender(directory, "manager", TO_MANAGER)
+    door = Receiver(door_address(directory, Role("worker")), TO_WORKER)
+    to_manager = Sender(door_address(directory, Role("manager")), TO_MANAGER)
     lifeline.send(Ready())
     work(door, to_manager, device, statistics)
 

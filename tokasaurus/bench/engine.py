@@ -30,8 +30,9 @@ from tokasaurus.errors import EngineDead
 from tokasaurus.launch.doors import TO_MANAGER, TO_SERVER
 from tokasaurus.launch.lifeline import Assignment, Failed, Lifeline, Start
 from tokasaurus.planner.worker_loop import DeviceStatistics
-from tokasaurus.protocol.channels import Receiver, Sender
+from tokasaurus.protocol.channels import Receiver, Sender, door_address
 from tokasaurus.protocol.messages import FromServer, ToServer
+from tokasaurus.protocol.role import Kind, Role
 
 __all__ = ["SimulatedEngine", "SimulatedService"]
 
@@ -89,7 +90,7 @@ class _Processes:
             "device",
             "tokasaurus.bench.device_process",
             str(self._directory),
-            str(self._slices.manager.num_slots),
+            str(self._slices.replicas[0].manager.num_slots),
             msgspec.json.encode(self._plan).decode(),
         )
         if listener is not None:
@@ -98,11 +99,11 @@ class _Processes:
             self._await_ready(name)
         self.device = DeviceStatistics(self._directory / DeviceStatistics.FILE_NAME, create=False)
 
-    def _spawn_role(self, role: str, listener_fd: int | None = None) -> None:
+    def _spawn_role(self, kind: Kind, listener_fd: int | None = None) -> None:
         passed = () if listener_fd is None else (listener_fd,)
-        self._spawn(role, "tokasaurus.launch.child", passed=passed)
-        directory = str(self._directory)
-        self._lifelines[role].send(Assignment(role, directory, self._slices, listener_fd))
+        self._spawn(kind, "tokasaurus.launch.child", passed=passed)
+        assignment = Assignment(Role(kind), str(self._directory), self._slices, listener_fd)
+        self._lifelines[kind].send(assignment)
 
     def _spawn(self, name: str, module: str, *arguments: str, passed: tuple[int, ...] = ()) -> None:
         ours, theirs = Lifeline.pair()
@@ -150,8 +151,9 @@ class SimulatedEngine(_Processes):
 
     def __init__(self, slices: EngineSlices, plan: DevicePlan) -> None:
         super().__init__(slices, plan)
-        self._door = Receiver(self._directory, "server", TO_SERVER)
-        self._to_manager = Sender(self._directory, "manager", TO_MANAGER)
+        self._door = Receiver(door_address(self._directory, Role("server")), TO_SERVER)
+        address = door_address(self._directory, Role("manager"))
+        self._to_manager = Sender(address, TO_MANAGER)
         try:
             self._start()
         except BaseException:

@@ -117,10 +117,12 @@ def _measure(config: LookaheadConfig, name: str, steps_ahead: int | None) -> _Ou
         )
     )
     if steps_ahead is not None:
+        (replica,) = slices.replicas
         manager = dataclasses.replace(
-            slices.manager, scheduling_steps_ahead=steps_ahead, adapt_steps_ahead=False
+            replica.manager, scheduling_steps_ahead=steps_ahead, adapt_steps_ahead=False
         )
-        slices = dataclasses.replace(slices, manager=manager)
+        replica = dataclasses.replace(replica, manager=manager)
+        slices = dataclasses.replace(slices, replicas=(replica,))
     plan = DevicePlan(f"fixed:{config.step_ms / 1e3}", _lengths(config.mean_length))
     with SimulatedEngine(slices, plan) as engine:
         clients, device = Clients(engine), engine.device

@@ -86,7 +86,7 @@ def run(config: ReplayConfig) -> None:
     )
     if config.plot:
         check_plot(config.plot)
-    report = replay(_trace(config.trace), simulated_slices(config).manager, timing)
+    report = replay(_trace(config.trace), simulated_slices(config).replicas[0].manager, timing)
     values = summary(report)
     print(table(("", ""), list(values.items())))
     if config.plot:

@@ -216,6 +216,23 @@ class EngineConfig:
         ),
         adapts="no file",
     )
+    admin_api_key: tuple[str, ...] | None = flag(
+        None,
+        group=_SECURITY,
+        secret=True,
+        help=(
+            "Keys that also control the engine: pause it, abort all requests, release its memory, "
+            "replace its weights. admin_api_key_file and the environment variable "
+            "TOKASAURUS_ADMIN_API_KEY add keys that other users of the machine cannot read."
+        ),
+        adapts="an engine on a loopback address needs none; others cannot be controlled",
+    )
+    admin_api_key_file: str | None = flag(
+        None,
+        group=_SECURITY,
+        help="A file with more admin keys, in the form of api_key_file.",
+        adapts="no file",
+    )
     trust_request_chat_template: bool = flag(
         False,
         group=_SECURITY,
@@ -319,7 +336,7 @@ class EngineConfig:
         help="Tokens that the KV cache of a replica holds.",
         usually="131072",
         adapts=(
-            "on cpu to half of the free memory, if that holds less; up to "
+            "down to half of the free memory that the weights leave; up to "
             "max_num_tokens_per_request"
         ),
     )
@@ -379,7 +396,7 @@ class EngineConfig:
         choices=("temperature", "raw", "processed"),
         help=(
             "The distribution that logprobs come from: softmax of logits / temperature, of the "
-            "logits alone, or after temperature, top_k, top_p and min_p."
+            "logits alone, or after temperature and filters."
         ),
     )
 

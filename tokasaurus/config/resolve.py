@@ -12,20 +12,24 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from tokasaurus.config.engine import EngineConfig
+from tokasaurus.config.memory import Memory
 from tokasaurus.config.slices import (
     AdmissionConfig,
     EngineSlices,
     ManagerConfig,
     ModelFacts,
+    ReplicaSlices,
     ServerConfig,
     WorkerConfig,
 )
 from tokasaurus.errors import ConfigError
 from tokasaurus.protocol.messages import LogprobsMode, Pooling
+from tokasaurus.protocol.role import Kind
 from tokasaurus.rounding import round_up
 
 __all__ = ["BUNDLED_MODEL_NAME", "resolve"]
@@ -41,7 +45,13 @@ STOP_LAG = 16  # tokens
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
 
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Users may name the worker by its room.
+_KINDS: Mapping[str, Kind] = {
+    "server": "server",
+    "manager": "manager",
+    "worker": "worker",
+    "model": "worker",
+}
 _LOGPROBS_MODES = {
     "temperature": LogprobsMode.TEMPERATURE,
     "raw": LogprobsMode.RAW,
@@ -62,7 +72,7 @@ def resolve(
         config: the user's choices; ``tokenizer``, if set, is a path that the text core can load.
         facts: about the model that ``config.model`` names.
         cuda_available: whether the machine has a working CUDA device.
-        memory_bytes: free main memory, or None if unknown. Only a model on cpu uses it.
+        memory_bytes: free memory of the device that the model will run on; None if unknown.
 
     Raises:
         ConfigError: one line for every conflict, naming the flags and the remedy.
@@ -70,19 +80,27 @@ def resolve(
     problems: list[str] = []
     device = _device(config, cuda_available, problems)
     dtype = _dtype(config, device)
-    token_bytes = facts.kv_elements_per_token * _DTYPE_BYTES[dtype]
-    room = None if memory_bytes is None or device != "cpu" else memory_bytes // token_bytes
-    limits = _limits(config, facts.max_position_embeddings, room, problems)
+    memory = Memory(
+        device, memory_bytes, dtype, _num_weights(config, facts), facts.kv_elements_per_token
+    )
+    limits = _limits(config, facts.max_position_embeddings, memory, problems)
     _check_access(config, problems)
     if problems:
         raise ConfigError("\n".join(problems))
     return EngineSlices(
         server=_server(config, facts, limits),
-        manager=_manager(config, limits),
-        worker=_worker(config, facts, limits, device, dtype),
+        replicas=(
+            ReplicaSlices(
+                manager=_manager(config, limits),
+                workers=(_worker(config, facts, limits, device, dtype),),
+            ),
+        ),
+        memory_plan=memory.plan(limits.num_pages * limits.page_size),
         log_level=config.log_level,
-        log_procs=None if config.log_procs is None else tuple(map(_role, config.log_procs)),
-        local_proc_name=_role(config.local_proc_name),
+        log_procs=None
+        if config.log_procs is None
+        else tuple(_KINDS[name] for name in config.log_procs),
+        local_proc_name=_KINDS[config.local_proc_name],
     )
 
 
@@ -113,12 +131,21 @@ def _dtype(config: EngineConfig, device: str) -> str:
     return "bfloat16" if device == "cuda" else "float32"
 
 
+def _num_weights(config: EngineConfig, facts: ModelFacts) -> int:
+    """Numbers that the weights hold. A packed head is a copy of the embedding that it is tied to.
+
+    The product that is being packed takes its memory twice; this comes out of the rest.
+    """
+    copied = facts.num_tied_parameters if config.linear == "packed" else 0
+    return facts.num_parameters + copied
+
+
 def _limits(
-    config: EngineConfig, max_positions: int, room: int | None, problems: list[str]
+    config: EngineConfig, max_positions: int, memory: Memory, problems: list[str]
 ) -> _Limits:
-    """Sizes of the KV cache and of a batch. ``room`` is the tokens that the memory could hold."""
+    """Sizes of the KV cache and of a batch."""
     page_size = _page_size(config, problems)
-    kv_tokens = _kv_tokens(config, page_size, room, problems)
+    kv_tokens = _kv_tokens(config, page_size, memory, problems)
     max_seqs, max_tokens = _batch_size(config, problems)
     asked = config.max_num_tokens_per_request
     if asked is not None and asked > max_positions:
@@ -147,9 +174,17 @@ def _page_size(config: EngineConfig, problems: list[str]) -> int:
     return page_size or DEFAULT_PAGE_SIZE
 
 
-def _kv_tokens(config: EngineConfig, page_size: int, room: int | None, problems: list[str]) -> int:
-    """Tokens in the KV cache, a whole number of pages."""
-    tokens, asked = config.kv_cache_num_tokens, config.max_num_tokens_per_request
+def _kv_tokens(config: EngineConfig, page_size: int, memory: Memory, problems: list[str]) -> int:
+    """Tokens in the KV cache, a whole number of pages.
+
+    Unless the user says otherwise, half of what the weights leave stays free for batches.
+    """
+    tokens, asked, room = config.kv_cache_num_tokens, config.max_num_tokens_per_request, memory.room
+    if not memory.has_room_for_weights:
+        problems.append(
+            f"model={config.model or BUNDLED_MODEL_NAME}: {memory.weights_do_not_fit()}"
+        )
+        room = None
     if tokens is None:
         tokens = DEFAULT_KV_TOKENS if room is None else min(DEFAULT_KV_TOKENS, room // 2)
         tokens = max(tokens // page_size * page_size, round_up(asked or 1, page_size))
@@ -163,12 +198,9 @@ def _kv_tokens(config: EngineConfig, page_size: int, room: int | None, problems:
             )
         tokens = round_up(tokens, page_size)
         flag = f"kv_cache_num_tokens={config.kv_cache_num_tokens}"
-        remedy = "lower it, or leave it out to take at most half of the memory"
+        remedy = "lower it, or leave it out to take at most half of what the weights leave"
     if room is not None and tokens > room:
-        problems.append(
-            f"{flag} needs a KV cache of {tokens} tokens, and the free memory holds {room};"
-            f" {remedy}"
-        )
+        problems.append(f"{flag} {memory.kv_does_not_fit(tokens)}; {remedy}")
     return tokens
 
 
@@ -187,12 +219,8 @@ def _batch_size(config: EngineConfig, problems: list[str]) -> tuple[int, int]:
 
 
 def _check_access(config: EngineConfig, problems: list[str]) -> None:
-    for number, key in enumerate(config.api_key or (), 1):
-        if not key or not all("!" <= character <= "~" for character in key):
-            problems.append(
-                f"api_key: key number {number} is empty, or has a character that no HTTP header"
-                " carries; keys consist of visible ASCII characters"
-            )
+    _check_keys("api_key", config.api_key, problems)
+    _check_keys("admin_api_key", config.admin_api_key, problems)
     if (config.ssl_certfile is None) != (config.ssl_keyfile is None):
         given, missing = "ssl_certfile", "ssl_keyfile"
         if config.ssl_certfile is None:
@@ -210,6 +238,15 @@ def _check_access(config: EngineConfig, problems: list[str]) -> None:
         problems.append(f"statsd_server_url={url}: expected HOST:PORT, such as 127.0.0.1:8125")
 
 
+def _check_keys(flag: str, keys: tuple[str, ...] | None, problems: list[str]) -> None:
+    for number, key in enumerate(keys or (), 1):
+        if not key or not all("!" <= character <= "~" for character in key):
+            problems.append(
+                f"{flag}: key number {number} is empty, or has a character that no HTTP header"
+                " carries; keys consist of visible ASCII characters"
+            )
+
+
 def _statsd_address(url: str | None) -> tuple[str, int] | None:
     """Host and port; None if that cannot be read."""
     try:
@@ -223,15 +260,16 @@ def _statsd_address(url: str | None) -> tuple[str, int] | None:
     return parts.hostname, port
 
 
-def _digest(key: str) -> str:
-    return hashlib.sha256(key.encode()).hexdigest()
+def _digests(keys: tuple[str, ...] | None) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(hashlib.sha256(key.encode()).hexdigest() for key in keys or ()))
 
 
 def _server(config: EngineConfig, facts: ModelFacts, limits: _Limits) -> ServerConfig:
     return ServerConfig(
         host=config.host,
         port=config.port,
-        api_key_digests=tuple(dict.fromkeys(map(_digest, config.api_key or ()))),
+        api_key_digests=_digests(config.api_key),
+        admin_key_digests=_digests(config.admin_api_key),
         ssl_certfile=config.ssl_certfile,
         ssl_keyfile=config.ssl_keyfile,
         cors_origins=config.cors_origins or (),
@@ -308,6 +346,8 @@ def _worker(
 ) -> WorkerConfig:
     scaling = config.rope_scaling
     return WorkerConfig(
+        rank=0,
+        world=1,
         model_path=facts.path,
         trust_remote_code=config.trust_remote_code,
         rope_scaling=None if scaling is None else json.dumps(scaling, sort_keys=True),
@@ -334,8 +374,3 @@ def _num_slots(limits: _Limits) -> int:
 
 def _max_topk(config: EngineConfig, facts: ModelFacts) -> int:
     return min(config.max_topk_logprobs or 0, facts.vocab_size)
-
-
-def _role(process: str) -> str:
-    """The role of a process; users may name the worker by its room."""
-    return "worker" if process == "model" else process

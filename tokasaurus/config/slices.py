@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tokasaurus.protocol.messages import LogprobsMode, Pooling
+from tokasaurus.protocol.role import Kind
 
 __all__ = [
     "AdmissionConfig",
     "EngineSlices",
     "ManagerConfig",
     "ModelFacts",
+    "ReplicaSlices",
     "ServerConfig",
     "WorkerConfig",
 ]
@@ -26,6 +28,9 @@ class ModelFacts:
     # After the RoPE scaling, the user's if there is one.
     max_position_embeddings: int
     kv_elements_per_token: int  # 2 * layers * kv heads * head size
+    # Numbers in all weights. A head that shares the embedding's weight does not count.
+    num_parameters: int
+    num_tied_parameters: int  # those that embedding and head share
     eos_token_ids: tuple[int, ...]
     # Numbers of ``Sampling`` that generation_config.json sets.
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)
@@ -38,6 +43,7 @@ class ServerConfig:
     host: str
     port: int
     api_key_digests: tuple[str, ...]  # SHA-256 of each key, in hexadecimal; () if none is needed
+    admin_key_digests: tuple[str, ...]  # the same, of the keys that may control the engine
     ssl_certfile: str | None
     ssl_keyfile: str | None
     cors_origins: tuple[str, ...]
@@ -62,7 +68,7 @@ class ServerConfig:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     max_request_tokens: int  # prompt and completion together
-    max_seqs_per_forward: int
+    max_seqs_per_forward: int  # of all replicas
     max_topk_logprobs: int
     logprobs_mode: LogprobsMode
     tool_call_parser: str  # "auto", "hermes" or "llama3"
@@ -125,8 +131,10 @@ class ManagerConfig:
 
 @dataclass(frozen=True)
 class WorkerConfig:
-    """The model room's slice."""
+    """The model room's slice: one worker's."""
 
+    rank: int  # of the worker
+    world: int  # workers of its replica
     model_path: str
     trust_remote_code: bool
     rope_scaling: str | None  # JSON that replaces the model's
@@ -146,12 +154,22 @@ class WorkerConfig:
 
 
 @dataclass(frozen=True)
+class ReplicaSlices:
+    """One manager and its workers."""
+
+    manager: ManagerConfig
+    workers: tuple[WorkerConfig, ...]  # by rank, at least one
+
+
+@dataclass(frozen=True)
 class EngineSlices:
     """Everything that resolution decides."""
 
     server: ServerConfig
-    manager: ManagerConfig
-    worker: WorkerConfig
+    replicas: tuple[ReplicaSlices, ...]  # at least one
+    memory_plan: str  # of each replica; a line for the log
     log_level: str
+    # Kinds of processes, as roles name them.
     log_procs: tuple[str, ...] | None
-    local_proc_name: str
+    # The kind of the process in the foreground; of several, it is the first.
+    local_proc_name: Kind

@@ -31,11 +31,12 @@ def assemble(config: EngineConfig) -> EngineSlices:
     facts = model_facts(find_model(config.model), rope_scaling)
     if config.tokenizer is not None:
         config = dataclasses.replace(config, tokenizer=str(find_tokenizer(config.tokenizer)))
+    cuda_bytes = None if config.device == "cpu" else _free_cuda_bytes()
     return resolve(
         config,
         facts,
-        memory_bytes=_available_memory_bytes(),
-        cuda_available=config.device != "cpu" and _cuda_available(),
+        memory_bytes=_available_memory_bytes() if cuda_bytes is None else cuda_bytes,
+        cuda_available=cuda_bytes is not None,
     )
 
 
@@ -50,9 +51,15 @@ def _available_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def _cuda_available() -> bool:
-    """Asks torch, in a process of its own and only if there is a device: its import is slow."""
+def _free_cuda_bytes() -> int | None:
+    """Free memory of the first CUDA device; None if torch finds no device that works.
+
+    Asks torch in a process of its own, which the CUDA context ends with, and only if the driver is
+    there: the import is slow.
+    """
     if not (Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()):
-        return False
-    question = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)"
-    return subprocess.run([sys.executable, "-c", question], check=False).returncode == 0
+        return None
+    question = "import torch; print(torch.cuda.is_available() and torch.cuda.mem_get_info()[0])"
+    asked = subprocess.run([sys.executable, "-c", question], stdout=subprocess.PIPE, text=True)
+    answer = asked.stdout.strip()
+    return int(answer) if asked.returncode == 0 and answer.isdecimal() else None

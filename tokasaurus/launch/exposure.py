@@ -5,6 +5,7 @@ All are checked before anything slow begins. No message shows a key.
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 import ssl
 from collections.abc import Mapping
@@ -13,49 +14,66 @@ from pathlib import Path
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.errors import ConfigError
 
-__all__ = ["API_KEY_VARIABLE", "check_certificate", "open_door_warning", "read_api_keys"]
+__all__ = [
+    "ADMIN_KEY_VARIABLE",
+    "API_KEY_VARIABLE",
+    "check_certificate",
+    "open_door_warning",
+    "with_keys",
+]
 
 API_KEY_VARIABLE = "TOKASAURUS_API_KEY"
+ADMIN_KEY_VARIABLE = "TOKASAURUS_ADMIN_API_KEY"
 
 
-def read_api_keys(config: EngineConfig, environment: Mapping[str, str]) -> tuple[str, ...] | None:
-    """Collects the keys of the flag, the file and the environment variable.
+def with_keys(config: EngineConfig, environment: Mapping[str, str]) -> EngineConfig:
+    """A configuration whose keys are those of the flags, the files and the environment variables.
 
     Args:
         config: the user's choices.
-        environment: its variable holds one key, or several separated by commas.
-
-    Returns:
-        The keys, or None if no key is needed.
+        environment: each of its two variables holds one key, or several separated by commas.
 
     Raises:
-        ConfigError: the file cannot be read, or a given source holds no key. To continue without
-            one would leave an engine open that the user meant to protect.
+        ConfigError: a file cannot be read, or a given source holds no key. To continue without one
+            would leave an engine open that the user meant to protect.
     """
-    keys = list(config.api_key or ())
-    if config.api_key is not None and not keys:
-        raise ConfigError("api_key is an empty list; leave it out where no key is needed")
-    if config.api_key_file is not None:
-        keys += _keys_of_file(config.api_key_file)
-    variable = environment.get(API_KEY_VARIABLE)
-    if variable is not None:
-        found = [key.strip() for key in variable.split(",") if key.strip()]
+    return dataclasses.replace(
+        config,
+        api_key=_read_keys(config, "api_key", environment, API_KEY_VARIABLE),
+        admin_api_key=_read_keys(config, "admin_api_key", environment, ADMIN_KEY_VARIABLE),
+    )
+
+
+def _read_keys(
+    config: EngineConfig, flag: str, environment: Mapping[str, str], variable: str
+) -> tuple[str, ...] | None:
+    """The keys of all sources, or None if no source is given."""
+    given: tuple[str, ...] | None = getattr(config, flag)
+    file: str | None = getattr(config, f"{flag}_file")
+    keys = list(given or ())
+    if given is not None and not keys:
+        raise ConfigError(f"{flag} is an empty list; leave it out where no key is needed")
+    if file is not None:
+        keys += _keys_of_file(f"{flag}_file", file)
+    text = environment.get(variable)
+    if text is not None:
+        found = [key.strip() for key in text.split(",") if key.strip()]
         if not found:
-            raise ConfigError(f"the environment variable {API_KEY_VARIABLE} is set and empty")
+            raise ConfigError(f"the environment variable {variable} is set and empty")
         keys += found
     return tuple(keys) or None
 
 
-def _keys_of_file(path: str) -> list[str]:
+def _keys_of_file(flag: str, path: str) -> list[str]:
     try:
         lines = Path(path).read_text(encoding="ascii").splitlines()
     except UnicodeDecodeError:
-        raise ConfigError(f"api_key_file={path}: not ASCII text") from None
+        raise ConfigError(f"{flag}={path}: not ASCII text") from None
     except OSError as error:
-        raise ConfigError(f"api_key_file={path}: {error.strerror}") from None
+        raise ConfigError(f"{flag}={path}: {error.strerror}") from None
     keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not keys:
-        raise ConfigError(f"api_key_file={path} holds no key")
+        raise ConfigError(f"{flag}={path} holds no key")
     return keys
 
 

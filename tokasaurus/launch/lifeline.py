@@ -13,6 +13,7 @@ from typing import TypeAlias
 import msgspec
 
 from tokasaurus.config.slices import EngineSlices
+from tokasaurus.protocol.role import Role
 
 __all__ = [
     "Assignment",
@@ -21,6 +22,7 @@ __all__ = [
     "Failed",
     "FromProcess",
     "Lifeline",
+    "Lost",
     "Ready",
     "Start",
     "Stop",
@@ -50,18 +52,25 @@ class Done(_Note, frozen=True):
 class Assignment(_Note, frozen=True):
     """Supervisor to a process that it spawned: the first note, with its role."""
 
-    role: str
+    role: Role
     directory: str  # the engine's private directory, with the doors
     slices: EngineSlices
     listener_fd: int | None = None  # the server's listening socket
 
 
 class Start(_Note, frozen=True):
-    """Supervisor to the server: all other processes are ready."""
+    """Supervisor to the server: every replica is ready, or lost."""
+
+
+class Lost(_Note, frozen=True):
+    """Supervisor to the server: this replica ended, and others go on."""
+
+    replica: int
+    reason: str
 
 
 class Dead(_Note, frozen=True):
-    """Supervisor to the server: another process ended; answer every request and stop."""
+    """Supervisor to the server: the last replica ended; answer every request and stop."""
 
     reason: str
 
@@ -71,9 +80,9 @@ class Stop(_Note, frozen=True):
 
 
 FromProcess: TypeAlias = Ready | Failed | Done
-ToProcess: TypeAlias = Assignment | Start | Dead | Stop
+ToProcess: TypeAlias = Assignment | Start | Lost | Dead | Stop
 
-_decoder = msgspec.json.Decoder(Ready | Failed | Done | Assignment | Start | Dead | Stop)
+_decoder = msgspec.json.Decoder(FromProcess | ToProcess)
 
 
 class Lifeline:

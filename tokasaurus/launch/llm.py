@@ -17,34 +17,28 @@ import dataclasses
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from os import PathLike, fspath
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from tokasaurus.config.engine import EngineConfig
-from tokasaurus.errors import EngineDead, RequestError
+from tokasaurus.errors import RequestError
 from tokasaurus.launch.assemble import assemble
+from tokasaurus.launch.embedded import Conversation, EmbeddedEngine, Prompt
 from tokasaurus.launch.outputs import RequestOutput, request_output
-from tokasaurus.manager.manager import Manager
-from tokasaurus.model.worker.worker import Worker
-from tokasaurus.protocol.messages import ForwardResult, FromServer
 from tokasaurus.server.protocols.embeddings import embedding, pooling_named
 from tokasaurus.text.generation import Generation
-from tokasaurus.text.generations import Generations
 from tokasaurus.text.params import SamplingParams
-from tokasaurus.text.preparation import CHAT_TEMPERATURE, PreparedRequest, Preparer
+from tokasaurus.text.preparation import PreparedRequest
 from tokasaurus.text.tokenizer import Tokenizer
 
 __all__ = ["LLM"]
-
-Prompt: TypeAlias = str | Sequence[int]
-Conversation: TypeAlias = Sequence[Mapping[str, Any]]
 
 
 class LLM:
@@ -65,20 +59,7 @@ class LLM:
         slices = assemble(EngineConfig.from_flags(**flags))
         # The caller runs in this process, and could run any code without a template.
         server = dataclasses.replace(slices.server, trust_request_chat_template=True)
-        self._tokenizer = Tokenizer.load(server)
-        # Every batch is finished before the next is planned, so looking further ahead would only
-        # compute tokens after a stop.
-        self._manager = Manager(dataclasses.replace(slices.manager, scheduling_steps_ahead=1))
-        self._worker: Worker | None = Worker(
-            slices.worker,
-            partial(self._tokenizer.vocabulary, server.eos_token_ids)
-            if server.eos_token_ids
-            else None,
-        )
-        self._worker.warm_up()
-        self._inbox: list[FromServer | ForwardResult] = []
-        self._preparer = Preparer(server, self._tokenizer)
-        self._generations = Generations(server, self._tokenizer, self._inbox.append)
+        self._engine = EmbeddedEngine(dataclasses.replace(slices, server=server))
         self._lock = threading.Lock()
 
     def generate(
@@ -104,7 +85,7 @@ class LLM:
         texts = _as_list(prompts)
         params = _per_prompt(sampling_params, len(texts))
         requests = [
-            self._prepare(number, prompt, each, 1.0)
+            _named(number, partial(self._engine.prepare, prompt, each))
             for number, (prompt, each) in enumerate(zip(texts, params, strict=True))
         ]
         names = [prompt if isinstance(prompt, str) else None for prompt in texts]
@@ -134,10 +115,11 @@ class LLM:
         if not conversations or isinstance(conversations[0], Mapping):
             conversations = [conversations]
         params = _per_prompt(sampling_params, len(conversations))
-        requests = []
-        for number, (conversation, each) in enumerate(zip(conversations, params, strict=True)):
-            ids = self._tokenizer.render_chat(conversation, chat_template_kwargs)
-            requests.append(self._prepare(number, ids, each, CHAT_TEMPERATURE))
+        prepare = partial(self._engine.prepare_chat, template_arguments=chat_template_kwargs)
+        requests = [
+            _named(number, partial(prepare, conversation, each))
+            for number, (conversation, each) in enumerate(zip(conversations, params, strict=True))
+        ]
         return self._run(requests, [None] * len(requests), use_tqdm)
 
     def embed(
@@ -163,28 +145,25 @@ class LLM:
         texts = _as_list(prompts)
         if not texts:
             return np.empty((0, 0), np.float32)
-        kind = pooling_named(pooling, self._preparer.config)
-        requests = []
-        for number, prompt in enumerate(texts):
-            ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-            try:
-                requests.append(self._preparer.prepare_pooling(ids, kind))
-            except RequestError as error:
-                raise _numbered(error, number) from None
+        kind = pooling_named(pooling, self._engine.config)
+        requests = [
+            _named(number, partial(self._engine.prepare_embedding, prompt, kind))
+            for number, prompt in enumerate(texts)
+        ]
         return np.stack([embedding(each) for each in self._finished(requests, use_tqdm)])
 
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer in use."""
-        return self._tokenizer
+        return self._engine.tokenizer
 
     @property
     def num_preemptions(self) -> int:
         """How many times a running sequence was preempted since the start."""
-        return self._manager.counters.num_preemptions
+        return self._engine.manager.counters.num_preemptions
 
     def close(self) -> None:
         """Frees the model and the cache. The engine cannot be used afterwards."""
-        self._worker = None
+        self._engine.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -199,20 +178,11 @@ class LLM:
 
     # --- the loop ---------------------------------------------------------------------------------
 
-    def _prepare(
-        self, number: int, prompt: Prompt, params: SamplingParams, temperature: float
-    ) -> PreparedRequest:
-        ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        try:
-            return self._preparer.prepare(ids, params, default_temperature=temperature)
-        except RequestError as error:
-            raise _numbered(error, number) from None
-
     def _run(
         self, requests: list[PreparedRequest], prompts: list[str | None], use_tqdm: bool
     ) -> list[RequestOutput]:
         return [
-            request_output(generation, prompt, self._tokenizer)
+            request_output(generation, prompt, self._engine.tokenizer)
             for generation, prompt in zip(self._finished(requests, use_tqdm), prompts, strict=True)
         ]
 
@@ -220,7 +190,7 @@ class LLM:
         with self._lock:
             changed: list[int] = []  # numbers of generations that may have finished
             generations = [
-                self._generations.start(request, on_change=partial(changed.append, number))
+                self._engine.generations.start(request, on_change=partial(changed.append, number))
                 for number, request in enumerate(requests)
             ]
             try:
@@ -239,7 +209,7 @@ class LLM:
         use_tqdm: bool,
     ) -> None:
         """Runs the engine until all generations have finished, or Ctrl-C was pressed."""
-        counters = self._manager.counters
+        counters = self._engine.manager.counters
         tokens_before, started = counters.num_generated_tokens, time.perf_counter()
         unfinished = set(range(len(generations)))
         with tqdm(
@@ -248,7 +218,7 @@ class LLM:
             while unfinished:
                 if interrupted.is_set():
                     raise KeyboardInterrupt
-                self._step()
+                self._engine.step()
                 for number in changed:
                     generation = generations[number]
                     if generation.error is not None:
@@ -262,29 +232,12 @@ class LLM:
                     speed = num_tokens / (time.perf_counter() - started)
                     bar.set_postfix_str(f"{speed:.0f} output tokens/s", refresh=False)
 
-    def _step(self) -> None:
-        """Passes messages once from text core to manager to worker, and back."""
-        if self._worker is None:
-            raise EngineDead("this LLM was closed, or one of its batches failed")
-        events = self._inbox.copy()
-        self._inbox.clear()
-        actions = self._manager.take_turn(events, time.monotonic())
-        for message in actions.messages:
-            self._generations.absorb(message)
-        for batch in actions.batches:
-            try:
-                self._inbox.append(self._worker.submit(batch).collect())
-            except Exception:
-                # Its state is behind the manager's, so no further batch could be right.
-                self._worker = None
-                raise
-
     def _abandon(self, generations: list[Generation]) -> None:
         """Ends the running requests after an interrupt, so that the engine can be used again."""
         for generation in generations:
-            self._generations.abort(generation)
-        while self._worker is not None and (self._inbox or not self._manager.idle):
-            self._step()
+            self._engine.generations.abort(generation)
+        while not (self._engine.closed or self._engine.idle):
+            self._engine.step()
 
 
 @contextlib.contextmanager
@@ -302,8 +255,12 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _numbered(error: RequestError, number: int) -> RequestError:
-    return type(error)(f"prompt number {number}: {error.message}", error.field)
+def _named(number: int, prepare: Callable[[], PreparedRequest]) -> PreparedRequest:
+    """Prepares a prompt; an error says which one it is about."""
+    try:
+        return prepare()
+    except RequestError as error:
+        raise type(error)(f"prompt number {number}: {error.message}", error.field) from None
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

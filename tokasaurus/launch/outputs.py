@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.text.generation import Generation
-from tokasaurus.text.samples import SampleOutput, TokenLogprobs
+from tokasaurus.text.samples import SampleOutput, TokenLogprobs, joined_runs
 from tokasaurus.text.tokenizer import Tokenizer
 
-__all__ = ["CompletionOutput", "Logprob", "RequestOutput", "request_output"]
+__all__ = ["CompletionOutput", "GrowingOutput", "Logprob", "RequestOutput", "request_output"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,10 @@ class CompletionOutput:
     token_ids: list[int]  # the end-of-sequence token included
     logprobs: list[dict[int, Logprob]] | None  # for each token: the chosen one and the top k
     cumulative_logprob: float | None
-    finish_reason: str | None  # "stop" or "length"
+    # "stop", "length", or "abort" if a command ended it; None while it goes on.
+    finish_reason: str | None
+    # Of ``token_ids``: runs of a version of the weights and a number of tokens.
+    weights_versions: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,80 @@ def request_output(
     generation: Generation, prompt: str | None, tokenizer: Tokenizer
 ) -> RequestOutput:
     """The output of a finished prompt. Decodes text, which may take a while."""
+    outputs = [_completion(sample, tokenizer) for sample in generation.take_all()]
+    return _request_output(generation, prompt, tokenizer, outputs)
+
+
+class GrowingOutput:
+    """The output of a prompt in a stream: everything so far.
+
+    Args:
+        generation: in a stream.
+        prompt: its text; None if it came as ids.
+        tokenizer: of the model.
+
+    Attributes:
+        finished: no more will come.
+    """
+
+    def __init__(self, generation: Generation, prompt: str | None, tokenizer: Tokenizer) -> None:
+        self.finished = False
+        self._generation = generation
+        self._prompt = prompt
+        self._tokenizer = tokenizer
+        self._samples: dict[int, CompletionOutput] = {}
+        self._first: RequestOutput | None = None
+
+    def grow(self) -> bool:
+        """Takes the generation's news; returns whether there were any."""
+        self.finished = self._generation.finished
+        news = self._generation.take_news()
+        for piece in news:
+            before = self._samples.get(piece.index)
+            more = _completion(piece, self._tokenizer)
+            self._samples[piece.index] = more if before is None else _joined(before, more)
+        return self.finished or bool(news)
+
+    def so_far(self) -> RequestOutput:
+        """The output as it is now."""
+        outputs = [
+            sample
+            for _, sample in sorted(self._samples.items())
+            # With first_k, others have ended before an aborted one.
+            if sample.finish_reason != "abort" or self._generation.was_aborted
+        ]
+        if self._first is None:
+            self._first = _request_output(self._generation, self._prompt, self._tokenizer, outputs)
+        return replace(
+            self._first,
+            outputs=outputs,
+            num_cached_tokens=self._generation.num_cached_tokens,
+            finished=self.finished,
+        )
+
+
+def _joined(before: CompletionOutput, more: CompletionOutput) -> CompletionOutput:
+    logprobs = cumulative = None
+    if before.logprobs is not None:
+        logprobs = before.logprobs + (more.logprobs or [])
+        cumulative = (before.cumulative_logprob or 0.0) + (more.cumulative_logprob or 0.0)
+    return CompletionOutput(
+        index=before.index,
+        text=before.text + more.text,
+        token_ids=before.token_ids + more.token_ids,
+        logprobs=logprobs,
+        cumulative_logprob=cumulative,
+        finish_reason=more.finish_reason,
+        weights_versions=joined_runs(before.weights_versions, more.weights_versions),
+    )
+
+
+def _request_output(
+    generation: Generation,
+    prompt: str | None,
+    tokenizer: Tokenizer,
+    outputs: list[CompletionOutput],
+) -> RequestOutput:
     ids = generation.request.prompt_ids.tolist()
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     if generation.prompt_logprobs is not None:
@@ -60,7 +137,7 @@ def request_output(
         prompt=prompt,
         prompt_token_ids=ids,
         prompt_logprobs=prompt_logprobs,
-        outputs=[_completion(sample, tokenizer) for sample in generation.take_all()],
+        outputs=outputs,
         num_cached_tokens=generation.num_cached_tokens,
     )
 
@@ -74,6 +151,7 @@ def _completion(sample: SampleOutput, tokenizer: Tokenizer) -> CompletionOutput:
         logprobs=None if values is None else _logprobs(tokenizer, ids, values),
         cumulative_logprob=None if values is None else float(values.logprobs.sum()),
         finish_reason=sample.finish_reason,
+        weights_versions=list(sample.weights_versions),
     )
 
 

@@ -14,31 +14,33 @@ import time
 import traceback
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TypeAlias
 
-from tokasaurus.config.slices import ServerConfig
+from tokasaurus.config.slices import EngineSlices, ServerConfig
 from tokasaurus.errors import ConfigError, ModelError
 from tokasaurus.grammars import Vocabulary
 from tokasaurus.launch.doors import TO_MANAGER, TO_SERVER, TO_WORKER
 from tokasaurus.launch.lifeline import Assignment, Failed, Lifeline, Ready, Stop
 from tokasaurus.launch.worker_loop import WorkerLoop
 from tokasaurus.observability.logging import configure_logging
-from tokasaurus.protocol.channels import Receiver, Sender
+from tokasaurus.protocol.channels import Receiver, Sender, door_address
+from tokasaurus.protocol.role import Role
 
-__all__ = ["ROLES", "Front", "run_role"]
+__all__ = ["Front", "roles_of", "run_role"]
 
 log = logging.getLogger(__name__)
 
-ROLES = ("server", "manager", "worker")
-
-_STATISTICS_INTERVAL_S = 1.0
-_ETA_INTERVAL_S = 1.0
-_ETA_REST = 50  # the interval is at least this many times the duration of the estimate
-
-
 Front: TypeAlias = Callable[[Assignment, Lifeline], None]
 """The work of the text core's process: usually, to serve."""
+
+
+def roles_of(slices: EngineSlices) -> list[Role]:
+    """The processes of an engine: its server, then each replica's manager and workers."""
+    roles = [Role("server")]
+    for number, replica in enumerate(slices.replicas):
+        roles.append(Role("manager", number))
+        roles += [Role("worker", number, rank) for rank in range(len(replica.workers))]
+    return roles
 
 
 def run_role(
@@ -58,17 +60,18 @@ def run_role(
     Returns:
         False if the role failed; the supervisor has been told why.
     """
-    slices = assignment.slices
-    configure_logging(assignment.role, slices.log_level, slices.log_procs)
+    role, slices = assignment.role, assignment.slices
+    is_quiet = slices.log_procs is not None and role.kind not in slices.log_procs
+    configure_logging(str(role), "ERROR" if is_quiet else slices.log_level)
     log.info("process id %d", os.getpid())
     try:
-        if assignment.role == "server":
+        if role.kind == "server":
             (front or _run_server)(assignment, lifeline)
         else:
             threading.Thread(
                 target=_await_end, args=(lifeline, interrupt), name="lifeline", daemon=True
             ).start()
-            run = _run_manager if assignment.role == "manager" else _run_worker
+            run = _run_manager if role.kind == "manager" else _run_worker
             run(assignment, lifeline)
     except KeyboardInterrupt:
         return True
@@ -101,58 +104,53 @@ def _run_server(assignment: Assignment, lifeline: Lifeline) -> None:
 
 
 def _run_manager(assignment: Assignment, lifeline: Lifeline) -> None:
+    from tokasaurus.launch.figures import Figures
     from tokasaurus.manager.manager import Manager
 
-    directory = Path(assignment.directory)
-    door = Receiver(directory, "manager", TO_MANAGER)
-    to_server = Sender(directory, "server", TO_SERVER)
-    to_worker = Sender(directory, "worker", TO_WORKER)
-    manager = Manager(assignment.slices.manager)
+    number = assignment.role.replica
+    address = partial(door_address, assignment.directory)
+    door = Receiver(address(assignment.role), TO_MANAGER)
+    to_server = Sender(address(Role("server", number)), TO_SERVER)
+    replica = assignment.slices.replicas[number]
+    to_workers = [
+        Sender(address(Role("worker", number, rank)), TO_WORKER)
+        for rank in range(len(replica.workers))
+    ]
+    manager = Manager(replica.manager)
     # Requests come and go in thousands and live long enough to look permanent, but leave no cycles
     # when they end. To look for cycles at the usual rate takes a sixth of the time of a request.
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
     lifeline.send(Ready())
-    eta_due_at = 0.0
-    statistics_due_at = 0.0
-    at_rest = False  # and the server knows
+    figures = Figures(manager)
     while True:
-        # The wait is limited only if the manager is idle and its last figures are not sent yet.
-        wait_s = statistics_due_at - time.monotonic() if manager.idle and not at_rest else None
-        events = door.receive(None if wait_s is None else max(0.0, wait_s))
+        events = door.receive(figures.wait_s)
         started = time.monotonic()
-        if not events:
-            to_server.send(manager.statistics())
-            at_rest = True
+        if not events and manager.at_rest:
+            to_server.send(figures.at_rest())
             continue
         actions = manager.take_turn(events, started)
-        for batch in actions.batches:
-            to_worker.send(batch)
+        for order in actions.to_worker:
+            for to_worker in to_workers:
+                to_worker.send(order)
         for message in actions.messages:
             to_server.send(message)
-        sent = time.monotonic()
-        if sent >= eta_due_at:
-            eta = manager.eta()
-            if eta is not None:
-                to_server.send(eta)
-            eta_due_at = sent + max(_ETA_INTERVAL_S, _ETA_REST * (time.monotonic() - sent))
-        at_rest = False
-        if sent >= statistics_due_at:
-            to_server.send(manager.statistics())
-            statistics_due_at = sent + _STATISTICS_INTERVAL_S
+        for message in figures.after_turn():
+            to_server.send(message)
         manager.turn_took(time.monotonic() - started)
 
 
 def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:
     from tokasaurus.model.worker.worker import Worker
 
-    directory = Path(assignment.directory)
-    door = Receiver(directory, "worker", TO_WORKER)
-    to_manager = Sender(directory, "manager", TO_MANAGER)
+    role, address = assignment.role, partial(door_address, assignment.directory)
+    door = Receiver(address(role), TO_WORKER)
+    to_manager = Sender(address(Role("manager", role.replica)), TO_MANAGER)
     # Without an end-of-sequence id no text is ever complete, and the server refuses grammars.
     server = assignment.slices.server
     load_vocabulary = partial(_load_vocabulary, server) if server.eos_token_ids else None
-    worker = Worker(assignment.slices.worker, load_vocabulary)
+    log.info("%s", assignment.slices.memory_plan)
+    worker = Worker(assignment.slices.replicas[role.replica].workers[role.rank], load_vocabulary)
     worker.warm_up()
     lifeline.send(Ready())
     loop = WorkerLoop(worker.submit, door.receive, to_manager.send)

@@ -9,6 +9,7 @@ import os
 import resource
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import uvicorn
 
@@ -57,7 +58,8 @@ class _Serving(TextProcess):
         # not set TCP_NODELAY on its connections.
         self._listener = socket.socket(fileno=os.dup(assignment.listener_fd))
         self._batches = batch_runner(self.config, self.state)
-        self._http = http_server(self.config, self.state, self._batches)
+        directory = Path(assignment.directory)
+        self._http = http_server(self.config, self.state, self._batches, directory)
         self._reports: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
@@ -102,13 +104,16 @@ class _Serving(TextProcess):
 
 
 def http_server(
-    config: ServerConfig, state: EngineState, batches: BatchRunner | None = None
+    config: ServerConfig,
+    state: EngineState,
+    batches: BatchRunner | None = None,
+    directory: Path | None = None,
 ) -> uvicorn.Server:
     """The web server of an engine."""
     logging.getLogger("uvicorn").setLevel(config.uvicorn_log_level.upper())
     return _HTTPServer(
         uvicorn.Config(
-            RequestIds(create_app(config, state, batches)),
+            RequestIds(create_app(config, state, batches, directory)),
             http=connections(config.request_read_timeout_s),
             ws="none",
             log_config=None,  # logs go through the engine's own handler

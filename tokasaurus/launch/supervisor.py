@@ -4,11 +4,15 @@
 
     toka ─┬─ server   (in the foreground of toka itself, unless local_proc_name says otherwise)
           ├─ manager
-          └─ worker
+          ├─ worker
+          └─ managers and workers of further replicas
 
-One thread watches the lifelines; the foreground role has the main thread. Whatever ends the engine
-(a signal, an exception, a killed process), it ends in the same order: first the server, so that
-every client gets an answer or an error, then the other processes, then the private directory.
+One thread watches the lifelines; the foreground role has the main thread. When a process of a
+replica dies, the rest of this replica ends; while others are left, the server goes on with these.
+
+Whatever ends the engine (a signal, an exception, the end of the last replica), it ends in the same
+order: first the server, so that every client gets an answer or an error, then the other processes,
+then the private directory.
 """
 
 from __future__ import annotations
@@ -35,12 +39,14 @@ from tokasaurus.launch.lifeline import (
     Failed,
     FromProcess,
     Lifeline,
+    Lost,
     Ready,
     Start,
     Stop,
     ToProcess,
 )
-from tokasaurus.launch.roles import ROLES, Front, run_role
+from tokasaurus.launch.roles import Front, roles_of, run_role
+from tokasaurus.protocol.role import Role
 
 __all__ = ["Supervisor"]
 
@@ -49,6 +55,7 @@ log = logging.getLogger(__name__)
 _INTERRUPT_EVERY_S = 0.1
 # Time for the server to answer its clients after a death, and for the others to exit.
 _FLUSH_S = 5.0
+_SERVER = Role("server")
 
 
 class Supervisor:
@@ -66,14 +73,17 @@ class Supervisor:
         self._slices = slices
         self._listener = listener
         self._front = front
-        self._local_role = slices.local_proc_name if front is None else "server"
+        self._local_role = Role(slices.local_proc_name) if front is None else _SERVER
         self._directory = tempfile.mkdtemp(prefix="tokasaurus-")
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self._lifelines: dict[str, Lifeline] = {}
-        self._alive: set[str] = set()
-        self._ready: set[str] = set()
+        self._processes: dict[Role, subprocess.Popen[bytes]] = {}
+        self._lifelines: dict[Role, Lifeline] = {}
+        self._alive: set[Role] = set()
+        self._awaited: set[Role] = set()  # not ready yet
+        self._failed: dict[Role, Failed] = {}  # what each said before its end
+        self._replicas = set(range(len(slices.replicas)))  # that go on
+        # Why the engine ends; None if it was asked to.
         self._failure: Failed | None = None
-        self._failed_role = ""
+        self._failed_role = _SERVER
         self._stopping = False
         self._interrupting = False  # the next SIGINT comes from here, to end the foreground role
         self._foreground_ended = threading.Event()
@@ -86,7 +96,9 @@ class Supervisor:
         Returns:
             The exit status: 0 after a drain, 1 after a death, 130 if a second signal cut the drain.
         """
-        for role in ROLES:
+        roles = roles_of(self._slices)
+        self._awaited.update(role for role in roles if role != _SERVER)
+        for role in roles:
             if role != self._local_role:
                 self._spawn(role)
         ours, theirs = Lifeline.pair()
@@ -119,15 +131,15 @@ class Supervisor:
 
     # --- starting ---------------------------------------------------------------------------------
 
-    def _assignment(self, role: str) -> Assignment:
-        listener = self._listener if role == "server" else None
+    def _assignment(self, role: Role) -> Assignment:
+        listener = self._listener if role == _SERVER else None
         fd = None if listener is None else listener.fileno()
         return Assignment(role, self._directory, self._slices, fd)
 
-    def _spawn(self, role: str) -> None:
+    def _spawn(self, role: Role) -> None:
         ours, theirs = Lifeline.pair()
         passed = [theirs.fileno()]
-        if role == "server" and self._listener is not None:
+        if role == _SERVER and self._listener is not None:
             passed.append(self._listener.fileno())
         self._processes[role] = subprocess.Popen(
             [sys.executable, "-m", "tokasaurus.launch.child", str(theirs.fileno())],
@@ -138,7 +150,7 @@ class Supervisor:
         self._adopt(role, ours)
         ours.send(self._assignment(role))
 
-    def _adopt(self, role: str, lifeline: Lifeline) -> None:
+    def _adopt(self, role: Role, lifeline: Lifeline) -> None:
         self._lifelines[role] = lifeline
         self._alive.add(role)
 
@@ -190,7 +202,7 @@ class Supervisor:
         log.info("draining (a second signal stops at once)")
         self._stop_server(Stop(), self._slices.server.shutdown_timeout_s)
 
-    def _on_readable(self, role: str) -> bool:
+    def _on_readable(self, role: Role) -> bool:
         notes = self._lifelines[role].receive()
         if notes is None:
             return False
@@ -198,35 +210,73 @@ class Supervisor:
             self._on_note(role, note)
         return True
 
-    def _on_note(self, role: str, note: FromProcess | ToProcess) -> None:
+    def _on_note(self, role: Role, note: FromProcess | ToProcess) -> None:
         if isinstance(note, Ready):
-            self._ready.add(role)
-            if self._ready >= {"manager", "worker"} and role != "server":
-                self._lifelines["server"].send(Start())
+            self._no_longer_awaited({role})
         elif isinstance(note, Done):
             self._stopping = True
-        elif isinstance(note, Failed) and self._failure is None:
-            self._failure, self._failed_role = note, role
+        elif isinstance(note, Failed):
+            self._failed[role] = note
 
-    def _on_ended(self, role: str) -> None:
+    def _no_longer_awaited(self, roles: set[Role]) -> None:
+        """Tells the server to start when the last of the processes that it waits for is ready."""
+        if self._awaited and self._awaited <= roles:
+            self._lifelines[_SERVER].send(Start())
+        self._awaited -= roles
+
+    def _on_ended(self, role: Role) -> None:
         self._alive.discard(role)
-        if self._failure is None and not (self._stopping and self._is_clean_end(role)):
-            self._failure = Failed(self._how_it_ended(role), "")
-            self._failed_role = role
-        if role == "server":
+        failure = self._failed.get(role)
+        if failure is None and not (self._stopping and self._is_clean_end(role)):
+            failure = Failed(self._how_it_ended(role), "")
+        if role == _SERVER:
+            self._fail(role, failure)
             self._stop_others()
-        elif self._failure is not None and "server" in self._alive:
-            reason = f"the {self._failed_role} ended: {self._failure.summary}"
-            self._stop_server(Dead(reason), 0.0)
+        elif role.replica in self._replicas and failure is not None:
+            self._lose(role, failure)
 
-    def _is_clean_end(self, role: str) -> bool:
+    def _lose(self, role: Role, failure: Failed) -> None:
+        """Ends a replica after the end of one of its processes, and the engine with the last."""
+        reason = f"the {role} ended: {failure.summary}"
+        if len(self._replicas) == 1 or _SERVER not in self._alive:
+            self._fail(role, failure)
+            if _SERVER in self._alive:
+                self._stop_server(Dead(reason), 0.0)
+            return
+        self._replicas.remove(role.replica)
+        num_left = len(self._replicas)
+        others = "1 replica goes on" if num_left == 1 else f"{num_left} replicas go on"
+        log.error("%s%s; %s", failure.traceback, reason, others)
+        rest = {each for each in self._lifelines if self._is_of_replica(each, role.replica)}
+        for each in rest & self._alive:
+            self._end_at_once(each)
+        self._lifelines[_SERVER].send(Lost(role.replica, reason))
+        self._no_longer_awaited(rest)
+
+    def _is_of_replica(self, role: Role, replica: int) -> bool:
+        return role != _SERVER and role.replica == replica
+
+    def _end_at_once(self, role: Role) -> None:
+        """Ends a manager or a worker, which have nothing to save."""
+        process = self._processes.get(role)
+        if process is None:  # the foreground's
+            self._lifelines[role].send(Stop())
+        else:
+            process.kill()
+
+    def _fail(self, role: Role, failure: Failed | None) -> None:
+        """The engine ends because a process has; the first reason counts."""
+        if self._failure is None and failure is not None:
+            self._failure, self._failed_role = failure, role
+
+    def _is_clean_end(self, role: Role) -> bool:
         """Whether a process may have ended: in a drain, first the server, then the others."""
-        if role != "server":
-            return "server" not in self._alive
+        if role != _SERVER:
+            return _SERVER not in self._alive
         process = self._processes.get(role)
         return process is None or process.wait() == 0
 
-    def _how_it_ended(self, role: str) -> str:
+    def _how_it_ended(self, role: Role) -> str:
         process = self._processes.get(role)
         if process is None:
             return "it returned without being asked to"
@@ -242,8 +292,8 @@ class Supervisor:
     def _stop_server(self, note: Stop | Dead, timeout_s: float) -> None:
         self._stopping = True
         self._deadline = time.monotonic() + timeout_s + _FLUSH_S
-        if "server" in self._alive:
-            self._lifelines["server"].send(note)
+        if _SERVER in self._alive:
+            self._lifelines[_SERVER].send(note)
         else:
             self._stop_others()
 

@@ -23,7 +23,6 @@ from tokasaurus.protocol.messages import (
 )
 
 __all__ = [
-    "NO_COPIES",
     "Chunk",
     "Draws",
     "draws",
@@ -31,8 +30,6 @@ __all__ = [
     "pooled_prompts",
     "prompt_pieces",
 ]
-
-NO_COPIES: Int32Array = np.empty((2, 0), np.int32)
 
 
 @dataclass(eq=False, slots=True)
@@ -81,7 +78,8 @@ def forward_batch(
     table_changes: tuple[Int32Array, Int32Array, Int32Array],
     chunks: Rows[Chunk],
     draws: Draws,
-    copies: Int32Array,
+    copies_before: Int32Array,
+    copies_after: Int32Array,
     groups: Groups,
 ) -> ForwardBatch:
     """The message.
@@ -93,7 +91,8 @@ def forward_batch(
         table_changes: slots, columns and pages.
         chunks: of prompts, in row order.
         draws: of tokens from prompts' last rows.
-        copies: [2, copies] pages to copy from and to after the pass.
+        copies_before: [2, copies] pages to copy from and to before the pass.
+        copies_after: [2, copies] after the pass.
         groups: the decode rows, and which of them share pages.
     """
     table_slots, table_columns, table_pages = table_changes
@@ -117,14 +116,16 @@ def forward_batch(
         prefill_next_ids=_int32(next_ids),
         draw_chunks=draws.chunks.astype(np.int32),
         draw_slots=draws.slots.astype(np.int32),
-        copy_sources=copies[0],
-        copy_targets=copies[1],
+        copy_sources=copies_after[0],
+        copy_targets=copies_after[1],
         group_first_rows=groups.first_rows,
         group_num_rows=groups.num_rows,
         group_first_columns=groups.first_columns,
         group_num_columns=groups.num_columns,
         prefill_pooling=_int32(pooling) if any(pooling) else None,
         left_slots=_int32(left_slots) if left_slots else None,
+        early_copy_sources=copies_before[0] if copies_before.size else None,
+        early_copy_targets=copies_before[1] if copies_before.size else None,
     )
 
 
@@ -148,7 +149,7 @@ def prompt_pieces(chunks: Rows[Chunk]) -> list[PromptPiece]:
     return [
         PromptPiece(
             sequence=chunk.sequence,
-            first_position=chunk.start + 1,
+            first_position=chunk.start + 1 - chunk.sequence.request.num_pseudo,
             num_tokens=chunk.length - chunk.ends_prompt,
             num_logprobs=chunk.num_prompt_logprobs,
             ends_prompt=chunk.ends_prompt,
@@ -213,14 +214,17 @@ def _adjusted_slots(
         alike.setdefault(key, []).append(sequence)
     groups = []
     for sequences in alike.values():
-        message, ids = sequences[0].request.message, sequences[0].prompt_ids
-        adjustments = message.sampling.adjustments
+        sequence = sequences[0]
+        sampling = sequence.request.message.sampling
+        adjustments = sampling.adjustments
         if adjustments is None:
             continue
-        if not adjustments.reads_prompt:
-            ids = ids[len(message.prompt_ids) :] if adjustments.reads_generated else EMPTY_INT32
+        if adjustments.reads_prompt:
+            ids = sequence.prompt_ids[sequence.request.num_pseudo :]
+        else:
+            ids = sequence.generated_ids if adjustments.reads_generated else EMPTY_INT32
         slots = _int32([sequence.slot for sequence in sequences])
-        groups.append(AdjustedSlots(slots, places[id(message.sampling)], ids))
+        groups.append(AdjustedSlots(slots, places[id(sampling)], ids))
     return tuple(groups)
 
 

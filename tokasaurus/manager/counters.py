@@ -45,6 +45,8 @@ class Gauges:
     num_free_pages: int
     num_evictable_pages: int  # cached, without a holder
     num_evicted_pages: int  # since the start
+    weights_version: int
+    paused: bool  # by a Pause, or because memory is released or the weights are missing
 
 
 def statistics(counters: Counters, gauges: Gauges, step_s: float) -> Statistics:
@@ -68,4 +70,6 @@ def statistics(counters: Counters, gauges: Gauges, step_s: float) -> Statistics:
         num_free_pages=gauges.num_free_pages,
         num_evictable_pages=gauges.num_evictable_pages,
         step_s=step_s,
+        weights_version=gauges.weights_version,
+        paused=gauges.paused,
     )

@@ -6,6 +6,7 @@ Is slow, and changes nothing.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence as Rows
 from itertools import pairwise
 
 import numpy as np
@@ -30,8 +31,18 @@ def check_invariants(running: RunningSequences, backlog: Backlog) -> None:
         for sequence in running.slots.sequences
         if sequence is not None and sequence.state is SequenceState.RUNNING
     ]
-    check_allocator(running.pages, [running.slots.pages(holder.slot) for holder in holders])
-    for holder in holders:
+    pins = [cartridge.pages for cartridge in running.cartridges.all()]
+    slots, roots = running.slots, running.pages.cache.roots
+    is_open = [slots.weights_version.item(holder.slot) in roots for holder in holders]
+    tables = [slots.pages(holder.slot) for holder in holders]
+    orphans = [table for table, is_found in zip(tables, is_open, strict=True) if not is_found]
+    check_allocator(running.pages, [*tables, *pins], orphans)
+    _check_cartridges(running)
+    versions = slots.weights_version[slots.order >= 0]
+    _require(bool((versions == running.weights_version).all()), "a sequence has other weights")
+    for holder, is_found in zip(holders, is_open, strict=True):
+        if not is_found:
+            continue
         _check_prefix_is_shared(running, holder)
     _check_slots(running, backlog)
     _check_progress(running)
@@ -39,12 +50,15 @@ def check_invariants(running: RunningSequences, backlog: Backlog) -> None:
     _check_backlog(running, backlog)
 
 
-def check_allocator(pages: PageAllocator, tables: list[np.ndarray]) -> None:
+def check_allocator(
+    pages: PageAllocator, tables: list[np.ndarray], orphans: Rows[np.ndarray] = ()
+) -> None:
     """Checks that every page is accounted for exactly once.
 
     Args:
         pages: the allocator.
         tables: the pages of each holder.
+        orphans: those tables whose namespaces are closed. They may share private pages.
     """
     pool = pages.pool
     held = np.zeros(pool.num_pages, np.int64)
@@ -59,7 +73,10 @@ def check_allocator(pages: PageAllocator, tables: list[np.ndarray]) -> None:
     _require(
         np.array_equal(is_free, (held == 0) & ~pool.cached), "a page leaked, or is free and in use"
     )
-    _require(bool((held[~pool.cached] <= 1).all()), "a private page has two holders")
+    may_be_shared = pool.cached.copy()
+    for table in orphans:
+        may_be_shared[table] = True
+    _require(bool((held[~may_be_shared] <= 1).all()), "a private page has two holders")
     _require(
         pool.num_evictable == int(np.count_nonzero((held == 0) & pool.cached)),
         "the number of evictable pages is wrong",
@@ -79,7 +96,7 @@ def _check_tree(pages: PageAllocator) -> None:
         if parent is None or parent.children.get(node.ids[:page_bytes]) is not node:
             raise ProtocolError("invariant broken: a node is not its parent's child")
         seen += run
-        path = run if parent is pages.cache.root else [int(parent.pages[-1]), *run]
+        path = run if parent.parent is None else [int(parent.pages[-1]), *run]
         _require(
             all(references[above] >= references[below] for above, below in pairwise(path)),
             "a page is held without the one before it",
@@ -92,6 +109,23 @@ def _check_tree(pages: PageAllocator) -> None:
         sorted(seen) == np.flatnonzero(pool.cached).tolist(), "the tree's pages are not as marked"
     )
     _require(num_reachable == pool.num_evictable, "evictable pages cannot be reached")
+
+
+def _check_cartridges(running: RunningSequences) -> None:
+    """Full pages of cartridges are found under their pseudo ids; all their pages are pinned."""
+    pages, cartridges = running.pages, running.cartridges
+    num_pinned = sum(len(cartridge.pages) for cartridge in cartridges.all())
+    _require(num_pinned == pages.num_pinned, "the pinned pages are miscounted")
+    for cartridge in cartridges.all():
+        if cartridges.find(cartridge.name) is None:
+            continue
+        num_full, rest = divmod(cartridge.num_tokens, pages.page_size)
+        found = pages.cache.lookup(running.weights_version, cartridge.ids, num_full)
+        complaint = f"the pages of cartridge {cartridge.name} cannot be found"
+        _require(np.array_equal(found, cartridge.pages[:num_full]), complaint)
+        if rest:
+            is_apart = not pages.pool.cached[cartridge.pages[-1]]
+            _require(bool(is_apart), f"the tail of cartridge {cartridge.name} can be found")
 
 
 def _check_prefix_is_shared(running: RunningSequences, sequence: Sequence) -> None:
@@ -107,7 +141,7 @@ def _check_prefix_is_shared(running: RunningSequences, sequence: Sequence) -> No
         f"{sequence.name}: a page is findable before it is filled",
     )
     _require(count >= slots.published[sequence.slot], f"{sequence.name} lost a published page")
-    found = pages.cache.lookup(ids, count)
+    found = pages.cache.lookup(slots.weights_version.item(sequence.slot), ids, count)
     _require(
         np.array_equal(found, table[:count]), f"{sequence.name} holds cached pages with other ids"
     )
@@ -237,11 +271,18 @@ def _check_backlog(running: RunningSequences, backlog: Backlog) -> None:
         claiming <= {*running.prefilling, *waiting},
         "a sequence claims a page and does not feed its prompt",
     )
+    held = set(backlog.held())
+    _require(
+        all(sequence.state is SequenceState.PARKED for sequence in held),
+        "a sequence that is held back is elsewhere too",
+    )
     waits_for_pages = set(in_progress.waiting())
     for sequence in living:
         if sequence.state is SequenceState.PARKED:
             _require(
-                sequence in waits_for_pages or not sequence.may_sample(running.stop_lag),
+                sequence in waits_for_pages
+                or sequence in held
+                or not sequence.may_sample(running.stop_lag),
                 f"{sequence.name} is parked without a reason",
             )
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.errors import ProtocolError
+from tokasaurus.manager.controls import Controls
 from tokasaurus.manager.counters import Counters, Gauges, statistics
 from tokasaurus.manager.forecast.admission import AdmissionControl
 from tokasaurus.manager.forecast.eta import StepTimer, eta
@@ -24,30 +25,32 @@ from tokasaurus.manager.in_flight import PromptPiece
 from tokasaurus.manager.invariants import check_invariants
 from tokasaurus.manager.look_ahead import LookAhead
 from tokasaurus.manager.outbox import Outbox
+from tokasaurus.manager.progress import progress_refusal
 from tokasaurus.manager.running import RunningSequences
 from tokasaurus.manager.scheduler import Scheduler
 from tokasaurus.manager.sequence import Request, Sequence, SequenceState
 from tokasaurus.manager.slots import IndexArray
 from tokasaurus.manager.waiting import Backlog
 from tokasaurus.protocol.arrays import Int32Array
-from tokasaurus.protocol.commands import Command, CommandDone, CommandFailed, FlushCache
+from tokasaurus.protocol.commands import Command, CommandDone, CommandFailed, ControlDone
 from tokasaurus.protocol.messages import (
     MAX_PRIORITY,
     AbortRequest,
     Acknowledge,
     Eta,
     FinishReason,
-    ForwardBatch,
     ForwardResult,
     FromServer,
     FromWorker,
     GenerateRequest,
     PooledState,
+    Pooling,
     PromptLogprobs,
     RequestRejected,
     Statistics,
     StopSequence,
     ToServer,
+    ToWorker,
 )
 from tokasaurus.rounding import ceil_div
 
@@ -58,8 +61,8 @@ __all__ = ["Actions", "Manager"]
 class Actions:
     """What to send after a turn, each list in order."""
 
-    batches: list[ForwardBatch]  # to the worker
-    messages: list[ToServer]
+    to_worker: list[ToWorker]
+    messages: list[ToServer]  # to the server
 
 
 class Manager:
@@ -81,6 +84,15 @@ class Manager:
         self._look_ahead = LookAhead(config.scheduling_steps_ahead)
         self._step_timer = StepTimer()
         self._outbox = Outbox()
+        self._controls = Controls(
+            self._running,
+            self._backlog,
+            preempt=self._scheduler.preempt,
+            abort=self._abort_requests,
+            answer=self._answer,
+        )
+        self._messages: list[ToServer] = []  # of this turn
+        self._is_ordinary = True  # whether this turn has no command and no control
         # In this turn these ended: sequences, those of them that hold pages, and whole requests.
         self._ended: list[tuple[Sequence, FinishReason]] = []
         self._retiring: list[Sequence] = []
@@ -90,13 +102,29 @@ class Manager:
 
     @property
     def idle(self) -> bool:
-        """Whether no sequence lives and no batch is in flight."""
+        """Whether no sequence lives, and no batch or control is in flight."""
         return not self._backlog.requests and not self._running.in_flight
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether no batch or control is in flight: only a message of the server changes that.
+
+        Sequences may wait for one: for acknowledgements, or for the end of a pause.
+        """
+        return not self._running.in_flight
+
+    @property
+    def deadline(self) -> float | None:
+        """When the worker will have taken too long for a control; None if none is in flight.
+
+        A time on the clock of ``take_turn``, which must be called then, if need be without events.
+        """
+        return self._controls.deadline
 
     @property
     def num_in_flight(self) -> int:
         """Batches that were sent and have not come back."""
-        return len(self._running.in_flight)
+        return self._running.in_flight.num_batches
 
     def take_turn(self, events: Iterable[FromServer | FromWorker], now: float) -> Actions:
         """Takes one turn. Afterwards there is nothing to do until the next event comes.
@@ -104,35 +132,48 @@ class Manager:
         Args:
             events: in the order they came.
             now: seconds on any clock that does not run backwards; it is measured with, and no
-                decision depends on it.
+                decision but that about the ``deadline`` depends on it.
 
         Raises:
             ProtocolError: a result is not that of the oldest batch in flight.
+            EngineError: the ``deadline`` has passed.
         """
         num_results = 0
+        self._is_ordinary = True
         for event in events:
             self._take(event, now)
             num_results += isinstance(event, ForwardResult)
-        messages = self._outbox.collect(self._running.slots, self._running.window)
         self._settle()
-        batches = self._plan(now)
+        to_worker: list[ToWorker] = []
+        if self._controls.is_active:
+            self._controls.advance(now)
+            self._controls.check_deadline(now)
+            to_worker = self._controls.take_orders()
+        if self._controls.may_plan:
+            to_worker += self._plan(now)
         self._step_timer.absorbed(now, num_results, self.num_in_flight == 0)
         if self._config.check_invariants:
             check_invariants(self._running, self._backlog)
-        return Actions(batches, messages)
+        messages, self._messages = self._messages, []
+        return Actions(to_worker, messages)
 
     def turn_took(self, seconds: float) -> None:
         """Takes the time of a turn: from when events came until everything that followed was sent.
 
         Where this is never called, ``scheduling_steps_ahead`` batches are in flight. Otherwise
-        there are no more than the device needs to stay busy.
+        there are no more than the device needs to stay busy. Turns with a command or a control do
+        not count.
         """
-        if self._config.adapt_steps_ahead:
+        if self._config.adapt_steps_ahead and self._is_ordinary:
             self._look_ahead.turn_took(seconds)
 
     def eta(self) -> Eta | None:
-        """When requests will have ended; None if nothing runs, or if no step was measured yet."""
-        if self.idle or not self._step_timer.seconds:
+        """When requests will have ended.
+
+        None if nothing runs, if no step was measured yet, and as long as requests wait for a
+        command: the server keeps the last predictions until then.
+        """
+        if self.idle or self._controls.rests or not self._step_timer.seconds:
             return None
         return eta(self._running, self._backlog, self._admission, self._step_timer.seconds)
 
@@ -162,10 +203,12 @@ class Manager:
             num_free_pages=pages.pool.num_free,
             num_evictable_pages=pages.pool.num_evictable,
             num_evicted_pages=pages.cache.num_evicted,
+            weights_version=self._running.weights_version,
+            paused=self._controls.rests,
         )
 
-    def _plan(self, now: float) -> list[ForwardBatch]:
-        batches: list[ForwardBatch] = []
+    def _plan(self, now: float) -> list[ToWorker]:
+        batches: list[ToWorker] = []
         while self.num_in_flight < self._look_ahead.depth:
             batch = self._scheduler.plan(now)
             if batch is None:
@@ -188,8 +231,8 @@ class Manager:
             request = self._backlog.requests.get(event.request_id)
             if request is not None:
                 self._abort(request)
-        elif isinstance(event, Command):
-            self._outbox.add(self._obey(event))
+        elif isinstance(event, Command | ControlDone):
+            self._take_control(event, now)
         else:
             raise ProtocolError(f"the manager takes no {type(event).__name__}")
 
@@ -198,7 +241,11 @@ class Manager:
     def _accept(self, request: GenerateRequest, now: float) -> None:
         refusal = self._refusal(request)
         if refusal is None:
-            self._admission.open(self._backlog.add(request, now))
+            pseudo_ids = self._running.cartridges.ids_of(request.cartridges)
+            accepted = self._backlog.add(request, now, pseudo_ids)
+            if request.progress is not None:
+                self._running.rest(accepted.sequences.values())
+            self._admission.open(accepted)
             self.counters.num_requests += 1
         else:
             field, reason = refusal
@@ -219,16 +266,38 @@ class Manager:
             return "priority", f"priority is {request.priority}; {reason}"
         if not 0 <= request.first_k <= request.n:
             return "first_k", f"first_k is {request.first_k}; it must be from 1 to n={request.n}"
-        total = prompt_length + request.max_tokens
+        if len(request.cartridges) > 1:
+            reason = f"a request may have one cartridge, and this one has {len(request.cartridges)}"
+            return "cartridges", f"{reason}: each was trained at the positions from 0 on"
+        cartridges = self._running.cartridges
+        for name in request.cartridges:
+            if cartridges.find(name) is None:
+                return "cartridges", f"no cartridge {name!r} is loaded"
+            if request.pooling is Pooling.MEAN:
+                return "cartridges", "the mean over a prompt behind a cartridge is not supported"
+        num_pseudo = len(cartridges.ids_of(request.cartridges))
+        total = num_pseudo + prompt_length + request.max_tokens
         lengths = f"{prompt_length} prompt tokens and max_tokens={request.max_tokens}"
+        if num_pseudo:
+            lengths = f"a cartridge of {num_pseudo} tokens, {lengths}"
         if total > self._config.max_request_tokens:
             limit = self._config.max_request_tokens
             return "max_tokens", f"{lengths} are more than the {limit} tokens a request may have"
         # The last token's KV is never needed.
-        num_pages = ceil_div(total - 1, self._config.page_size)
+        page_size, num_pinned = self._config.page_size, self._running.pages.num_pinned
+        num_pages = ceil_div(total - 1, page_size)
         if num_pages > self._config.num_pages:
-            limit = self._config.num_pages * self._config.page_size
+            limit = self._config.num_pages * page_size
             return "max_tokens", f"{lengths} never fit the KV cache of {limit} tokens"
+        num_free = self._config.num_pages - num_pinned
+        if num_pages - num_pseudo // page_size > num_free:
+            limit, pinned = self._config.num_pages * page_size, num_pinned * page_size
+            reason = f"the KV cache of {limit} tokens, of which loaded cartridges take {pinned}"
+            return "max_tokens", f"{lengths} do not fit {reason}"
+        if request.progress is not None:
+            problem = progress_refusal(request, request.progress)
+            if problem is not None:
+                return "progress", problem
         if request.pooling and (request.n, request.max_tokens) != (1, 1):
             return "n", "a pooled request has one sample of one token"
         if request.request_id in self._backlog.requests:
@@ -255,13 +324,30 @@ class Manager:
             else:
                 self._backlog.acknowledged(sequence, int(event.num_tokens[row]))
 
-    def _obey(self, command: Command) -> CommandDone | CommandFailed:
-        if isinstance(command.action, FlushCache):
-            num_pages = self._running.pages.flush()
-            num_tokens = num_pages * self._config.page_size
-            return CommandDone(command.command_id, num_pages=num_pages, num_tokens=num_tokens)
-        name = type(command.action).__name__
-        return CommandFailed(command.command_id, f"{name} is not supported")
+    # --- commands --------------------------------------------------------------------------------
+
+    def _take_control(self, event: Command | ControlDone, now: float) -> None:
+        """Takes a command, or the end of a control, in its order among the events of the turn."""
+        self._settle()
+        if isinstance(event, Command):
+            self._controls.take(event, now)
+        else:
+            self._controls.absorb(event, now)
+            self._step_timer.interrupt()
+        self._admission.pages_come_free()
+        self._is_ordinary = False
+
+    def _answer(self, answer: CommandDone | CommandFailed) -> None:
+        self._messages.append(answer)
+
+    def _abort_requests(self, request_ids: list[int]) -> int:
+        num_before = self._backlog.num_sequences
+        for request_id in request_ids:
+            request = self._backlog.requests.get(request_id)
+            if request is not None:
+                self._abort(request)
+        self._settle()
+        return num_before - self._backlog.num_sequences
 
     # --- from the worker -------------------------------------------------------------------------
 
@@ -356,7 +442,9 @@ class Manager:
                 self._abort(request)
 
     def _settle(self) -> None:
-        """Does what is left to do for all sequences that ended in this turn, at once."""
+        """Collects messages; does what is left to do for all sequences that have ended, at once."""
+        slots, window = self._running.slots, self._running.window
+        self._messages += self._outbox.collect(slots, window, self._running.weights_version)
         if self._ended:
             self._admission.end(
                 [sequence for sequence, _ in self._ended],
@@ -366,8 +454,8 @@ class Manager:
         for request in self._closing:
             self._admission.close(request)
         if self._retiring:
-            slots = np.array([sequence.slot for sequence in self._retiring], np.intp)
-            self._admission.release(slots)
+            rows = np.array([sequence.slot for sequence in self._retiring], np.intp)
+            self._admission.release(rows)
             self._departing += self._running.retire(self._retiring)
         self._running.depart(self._departing)
         self._ended, self._closing, self._retiring, self._departing = [], [], [], []

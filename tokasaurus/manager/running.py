@@ -11,6 +11,7 @@ All moves take many sequences at once: Python runs per sequence only where its o
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Rows
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.manager.counters import Counters
 from tokasaurus.manager.in_flight import InFlight
 from tokasaurus.manager.kv.allocator import PageAllocator
+from tokasaurus.manager.kv.cartridges import Cartridges
 from tokasaurus.manager.kv.prompts_in_progress import PromptsInProgress
 from tokasaurus.manager.kv.shared_prefixes import SharedPrefixes
 from tokasaurus.manager.kv.table_changes import TableChanges
@@ -30,7 +32,9 @@ from tokasaurus.manager.waiting import Backlog
 from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array, Int64Array
 from tokasaurus.rounding import ceil_div
 
-__all__ = ["RunningSequences", "SlotStart"]
+__all__ = ["NO_COPIES", "RunningSequences", "SlotStart"]
+
+NO_COPIES: Int32Array = np.empty((2, 0), np.int32)
 
 
 class SlotStart(NamedTuple):
@@ -39,10 +43,17 @@ class SlotStart(NamedTuple):
     sequence: Sequence
     cached_pages: Int32Array  # its prompt's leading pages, found in the prefix cache
     num_new_pages: int
+    # Positions of its prompt that are not computed: those of the cached pages, or of its cartridge
+    # where that ends in the page behind them.
+    length: int
 
 
 class RunningSequences:
     """Everything that belongs to sequences in slots.
+
+    Attributes:
+        weights_version: of the weights that compute the batches to come. It is the namespace of
+            what enters a slot.
 
     Args:
         config: the manager's slice.
@@ -55,7 +66,9 @@ class RunningSequences:
         max_pages = max(1, ceil_div(longest, config.page_size))
         self.slots = SlotTable(config.num_slots, max_pages, config.page_size)
         self.window = TokenWindow(self.slots, config.scheduling_steps_ahead)
-        self.pages = PageAllocator(config.num_pages, config.page_size)
+        self.weights_version = 0
+        self.pages = PageAllocator(config.num_pages, config.page_size, self.weights_version)
+        self.cartridges = Cartridges(self.pages)
         self.table_changes = TableChanges(self.slots)
         # Of prompts, as far as they were found in the cache or fed.
         self.prefixes = SharedPrefixes(config.num_slots)
@@ -64,7 +77,8 @@ class RunningSequences:
         # The prompts of these, and of candidates.
         self.in_progress = PromptsInProgress(config.page_size)
         self.preempted: list[Sequence] = []  # their last batches are in flight
-        self.resting: dict[Sequence, None] = {}  # preempted, with tokens and without a slot
+        # With tokens and without a slot: preempted, or begun elsewhere.
+        self.resting: dict[Sequence, None] = {}
         # Slots that sequences with adjustments left; the worker does not know it yet.
         self.left_slots: list[int] = []
         self.stop_lag = config.stop_lag
@@ -76,6 +90,11 @@ class RunningSequences:
         """Sequences that hold pages."""
         return int(np.count_nonzero(self.slots.order >= 0))
 
+    @property
+    def num_begun(self) -> int:
+        """Sequences that have begun and not ended, whether they run now or were preempted."""
+        return self.num_running + len(self.preempted) + len(self.resting)
+
     def num_unfed_tokens(self) -> int:
         """Tokens of the prompts being fed that are in no batch yet."""
         return sum(
@@ -84,9 +103,10 @@ class RunningSequences:
         )
 
     def unshared(self, slots: IndexArray) -> tuple[Int64Array, Int64Array]:
-        """[slots] pages that no other sequence holds, and the positions that are fed in them."""
+        """[slots] pages with no other holder, and the positions that are filled in them."""
         page_size = self.slots.page_size
-        num_shared = self.prefixes.num_shared_pages(slots).astype(np.int64)
+        num_pinned = self.slots.num_pseudo[slots] // page_size
+        num_shared = np.maximum(self.prefixes.num_shared_pages(slots), num_pinned, dtype=np.int64)
         num_pages = self.slots.capacity[slots] // page_size - num_shared
         return num_pages, self.slots.length[slots] - num_shared * page_size
 
@@ -94,7 +114,7 @@ class RunningSequences:
         """Whether no sequence before this one is computing the page that its prompt needs next."""
         if sequence.whole_prompt_due:  # it computes every page in any case
             return True
-        return self.in_progress.enter(sequence, num_cached_pages)
+        return self.in_progress.enter(self.weights_version, sequence, num_cached_pages)
 
     def wake(self) -> None:
         """Lets sequences go on that waited for pages that others have computed or given up."""
@@ -102,14 +122,17 @@ class RunningSequences:
             self._backlog.wake(sequence)
         self.in_progress.woken.clear()
 
-    def enter(self, starts: Rows[SlotStart], now: float) -> None:
+    def enter(self, starts: Rows[SlotStart], now: float) -> Int32Array:
         """Lets sequences run: each gets a slot and all pages of its prompt.
 
         The cached pages are retained already.
+
+        Returns:
+            [2, copies] the pages to copy from and to, before the pass: the ends of cartridges.
         """
         sequences = [start.sequence for start in starts]
         cached_pages = [start.cached_pages for start in starts]
-        lengths = [len(pages) * self.pages.page_size for pages in cached_pages]
+        lengths = [start.length for start in starts]
         num_new_pages = [start.num_new_pages for start in starts]
         self._enter(sequences, cached_pages, num_new_pages, lengths, now)
         for sequence, pages in zip(sequences, cached_pages, strict=True):
@@ -118,6 +141,24 @@ class RunningSequences:
             self.resting.pop(sequence, None)
         self.prefilling += sequences
         self.prefilling.sort(key=lambda sequence: sequence.order)
+        page_size = self.pages.page_size
+        return self._tail_copies([start for start in starts if start.length % page_size])
+
+    def _tail_copies(self, starts: Rows[SlotStart]) -> Int32Array:
+        """[2, copies] from the last pages of cartridges to the pages in which these prompts go on.
+
+        Args:
+            starts: of sequences that begin inside a page.
+        """
+        if not starts:
+            return NO_COPIES
+        sources = [
+            self.cartridges.tail_page(start.sequence.request.message.cartridges[0])
+            for start in starts
+        ]
+        rows = [start.sequence.slot for start in starts]
+        columns = [len(start.cached_pages) for start in starts]
+        return np.stack([np.array(sources, np.int32), self.slots.page_table[rows, columns]])
 
     def fork(
         self, leader: Sequence, followers: Rows[Sequence], now: float
@@ -153,16 +194,18 @@ class RunningSequences:
         slots, page_size = self.slots, self.pages.page_size
         num_shared = [len(pages) for pages in shared_pages]
         num_pages = [shared + new for shared, new in zip(num_shared, num_new_pages, strict=True)]
-        self._counters.num_cached_tokens += sum(num_shared) * page_size
         for sequence, count in zip(sequences, num_shared, strict=True):
+            num_pseudo = sequence.request.num_pseudo
+            self._counters.num_cached_tokens += max(0, count * page_size - num_pseudo)
             if not sequence.was_admitted:
                 sequence.was_admitted = True
                 # Reported as if the prompt had come alone: its last token is never found.
-                most = (len(sequence.prompt_ids) - 1) // page_size
-                sequence.num_cached_tokens = min(count, most) * page_size
+                most = (len(sequence.request.prompt_ids) - 1) // page_size
+                num_cached = min(count, most) * page_size - num_pseudo
+                sequence.num_cached_tokens = max(0, num_cached)
                 self._counters.queue_s += now - sequence.request.arrived_at
         self.window.prepare(max(s.request.message.num_logprobs for s in sequences))
-        rows = slots.enter(sequences, lengths, num_pages)
+        rows = slots.enter(sequences, lengths, num_pages, self.weights_version)
         table, new_pages, taken = slots.page_table, self.pages.allocate(sum(num_new_pages)), 0
         for row, shared, count in zip(rows.tolist(), shared_pages, num_pages, strict=True):
             num_own = count - len(shared)
@@ -174,6 +217,10 @@ class RunningSequences:
         columns = np.arange(len(owners)) - (counts.cumsum() - counts).repeat(counts)
         self.table_changes.add(owners, columns)
         return rows
+
+    def rest(self, sequences: Iterable[Sequence]) -> None:
+        """Remembers those of these sequences, which have no slot, that have tokens."""
+        self.resting.update((sequence, None) for sequence in sequences if sequence.num_stored)
 
     def publish(self, prompts: Rows[tuple[Sequence, IndexArray]]) -> None:
         """Makes the full pages of prompts findable, as far as batches that fill them were sent.
@@ -191,21 +238,26 @@ class RunningSequences:
         num_published = slots.published[rows]
         slots.published[rows] = counts
         is_whole = slots.length[rows] >= slots.prompt_end[rows]
-        for (sequence, forks), count, num_before, is_fed in zip(
-            prompts, counts.tolist(), num_published.tolist(), is_whole.tolist(), strict=True
+        for (sequence, forks), namespace, count, num_before, is_fed in zip(
+            prompts,
+            slots.weights_version[rows].tolist(),
+            counts.tolist(),
+            num_published.tolist(),
+            is_whole.tolist(),
+            strict=True,
         ):
             if count == num_before:
                 continue
             pages = slots.page_table[sequence.slot, :count]
             ids = sequence.prompt_ids[: count * slots.page_size]
-            shared = self.pages.publish(ids, pages, num_before, 1 + len(forks))
+            shared = self.pages.publish(namespace, ids, pages, num_before, 1 + len(forks))
             if shared is not None:
                 columns = (shared != pages).nonzero()[0]
                 for row in [sequence.slot, *forks.tolist()]:
                     slots.page_table[row, columns] = shared[columns]
                     self.table_changes.patch(slots.sequence(row), columns)
             if not is_fed:
-                self.in_progress.advance(sequence, count)
+                self.in_progress.advance(namespace, sequence, count)
 
     def prompts_are_fed(self, prompts: Rows[tuple[Sequence, IndexArray]], rows: IndexArray) -> None:
         """The last chunks of these prompts were sent: their sequences decode from now on.
@@ -254,17 +306,19 @@ class RunningSequences:
         rows = np.array([sequence.slot for sequence in sequences], np.intp)
         num_known = (slots.num_known_pages(rows) * page_size).tolist()
         num_pages = (slots.capacity[rows] // page_size).tolist()
+        namespaces = slots.weights_version[rows].tolist()
         ids, counts = self.window.unstored_ids(rows)
         ends = np.cumsum(counts).tolist()
-        holders: list[tuple[Int32Array, Int32Array]] = []
+        holders: list[tuple[int, Int32Array, Int32Array]] = []
         start = 0
         for index, sequence in enumerate(sequences):
-            prompt_ids, count = sequence.request.message.prompt_ids, num_known[index]
+            prompt_ids, count = sequence.request.prompt_ids, num_known[index]
             if count <= len(prompt_ids):
                 known_ids = prompt_ids[:count]
             else:
                 known_ids = _all_ids(sequence, ids[start : ends[index]])[:count]
-            holders.append((known_ids, slots.page_table[sequence.slot, : num_pages[index]]))
+            pages = slots.page_table[sequence.slot, : num_pages[index]]
+            holders.append((namespaces[index], known_ids, pages))
             start = ends[index]
         self.prefixes.leave(rows)
         self.pages.release(holders)
@@ -309,6 +363,6 @@ class RunningSequences:
 
 def _all_ids(sequence: Sequence, unstored_ids: Int32Array) -> Int32Array:
     if not sequence.stored and not len(unstored_ids):
-        return sequence.request.message.prompt_ids
+        return sequence.request.prompt_ids
     stored = [piece.ids for piece in sequence.stored]
-    return np.concatenate([sequence.request.message.prompt_ids, *stored, unstored_ids])
+    return np.concatenate([sequence.request.prompt_ids, *stored, unstored_ids])

@@ -38,7 +38,6 @@ import numpy as np
 from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.errors import ProtocolError
 from tokasaurus.manager.batches import (
-    NO_COPIES,
     Chunk,
     draws,
     forward_batch,
@@ -47,14 +46,14 @@ from tokasaurus.manager.batches import (
 )
 from tokasaurus.manager.counters import Counters
 from tokasaurus.manager.forecast.admission import AdmissionControl
-from tokasaurus.manager.forecast.rows import Candidate
+from tokasaurus.manager.forecast.rows import Candidate, uncached_candidate
 from tokasaurus.manager.in_flight import Flight
 from tokasaurus.manager.kv.prefix_groups import GroupFinder, Groups
-from tokasaurus.manager.running import RunningSequences, SlotStart
+from tokasaurus.manager.running import NO_COPIES, RunningSequences, SlotStart
 from tokasaurus.manager.sequence import Sequence
 from tokasaurus.manager.slots import NO_SLOTS, IndexArray
 from tokasaurus.manager.waiting import NO_ORDER, Backlog, priority_of
-from tokasaurus.protocol.arrays import EMPTY_INT32, BoolArray, Int32Array
+from tokasaurus.protocol.arrays import BoolArray, Int32Array
 from tokasaurus.protocol.messages import ForwardBatch
 from tokasaurus.rounding import ceil_div
 
@@ -221,7 +220,7 @@ class Scheduler:
         for sequence in self._backlog.in_order():
             if priority_of(sequence.order) >= lowest or num_tokens >= budget:
                 break
-            num_tokens += len(sequence.prompt_ids)
+            num_tokens += sequence.num_own_tokens
             candidates.append(self._uncached_candidate(sequence))
         return candidates
 
@@ -331,7 +330,7 @@ class Scheduler:
 
     def _uncached_candidate(self, sequence: Sequence) -> Candidate:
         num_forks = self._backlog.num_followers(sequence)
-        return Candidate(sequence, len(sequence.prompt_ids), 0, num_forks)
+        return uncached_candidate(sequence, num_forks, self._slots.page_size)
 
     def _plan_chunks(self, budget: int) -> list[Chunk]:
         """Deals tokens to the prompts that are being fed, in order."""
@@ -406,12 +405,14 @@ class Scheduler:
 
     def _start_of(self, sequence: Sequence) -> SlotStart:
         """The pages with which a sequence would start now."""
-        if sequence.whole_prompt_due:  # needs the hidden state of every position
-            cached_pages = EMPTY_INT32
-        else:
-            cached_pages = self._pages.lookup(sequence.prompt_ids)
-        num_pages = ceil_div(len(sequence.prompt_ids), self._slots.page_size)
-        return SlotStart(sequence, cached_pages, num_pages - len(cached_pages))
+        page_size, num_pseudo = self._slots.page_size, sequence.request.num_pseudo
+        ids = sequence.prompt_ids
+        if sequence.whole_prompt_due:  # needs the hidden state of every token of its own
+            ids = ids[: num_pseudo + 1]
+        cached_pages = self._pages.lookup(self._running.weights_version, ids)
+        num_pages = ceil_div(len(sequence.prompt_ids), page_size)
+        length = max(len(cached_pages) * page_size, num_pseudo)
+        return SlotStart(sequence, cached_pages, num_pages - len(cached_pages), length)
 
     def _num_needed(self, start: SlotStart) -> int:
         """Pages that are not available any more if the sequence starts."""
@@ -420,7 +421,7 @@ class Scheduler:
     def _take_start(self, start: SlotStart, num_needed: int, headroom: _Headroom) -> _Offer:
         """Offers a place to a sequence, and to as many of its forks as there is room for."""
         sequence, num_cached = start.sequence, len(start.cached_pages)
-        first = num_cached * self._slots.page_size
+        first = start.length
         end = min(first + headroom.num_tokens, len(sequence.prompt_ids))
         chunk = Chunk(sequence, first, end)
         headroom.take(end - first, num_needed, 1)
@@ -468,7 +469,7 @@ class Scheduler:
 
     @property
     def _is_empty(self) -> bool:
-        """No sequence holds a page."""
+        """No sequence holds a page that is not pinned: each that runs has some."""
         return self._pages.num_held == 0
 
     # --- the batch -------------------------------------------------------------------------------
@@ -482,7 +483,7 @@ class Scheduler:
     ) -> ForwardBatch:
         running = self._running
         number = running.in_flight.next_number
-        copies = self._enter(accepted, now)
+        copies_before, copies_after = self._enter(accepted, now)
         if self._config.use_groups:
             groups = self._groups.find(decode_slots)
         else:
@@ -495,7 +496,8 @@ class Scheduler:
             table_changes=running.table_changes.flush(),
             chunks=chunks,
             draws=drawing,
-            copies=copies,
+            copies_before=copies_before,
+            copies_after=copies_after,
             groups=groups,
         )
         running.left_slots = []
@@ -513,14 +515,13 @@ class Scheduler:
         self._counters.num_prefill_tokens += len(batch.prefill_ids)
         return batch
 
-    def _enter(self, accepted: list[_Offer], now: float) -> Int32Array:
-        """Gives slots and pages; returns the pages to copy after the batch."""
+    def _enter(self, accepted: list[_Offer], now: float) -> tuple[Int32Array, Int32Array]:
+        """Gives slots and pages; returns the pages to copy before the pass, and those after it."""
         if not accepted:
-            return NO_COPIES
+            return NO_COPIES, NO_COPIES
         running = self._running
         starts = [offer.start for offer in accepted if offer.start is not None]
-        if starts:
-            running.enter(starts, now)
+        copies_before = running.enter(starts, now) if starts else NO_COPIES
         copies = [NO_COPIES]
         for offer in accepted:
             chunk = offer.chunk
@@ -529,7 +530,7 @@ class Scheduler:
                 copies.append(copied)
         entering = [sequence.slot for offer in accepted for sequence in offer.entering]
         self._admission.admit(np.array(entering, np.intp))
-        return np.concatenate(copies, axis=1)
+        return copies_before, np.concatenate(copies, axis=1)
 
     def _commit_chunks(self, chunks: list[Chunk], drawing: IndexArray, number: int) -> None:
         running, slots = self._running, self._slots

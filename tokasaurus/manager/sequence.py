@@ -30,7 +30,8 @@ class SequenceState(enum.Enum):
     """
 
     FOLLOWING = enum.auto()  # waits until the leader of its request has fed the prompt
-    PARKED = enum.auto()  # waits for pages that another request computes, or for acknowledgements
+    # Waits for pages that another request computes, for acknowledgements, or till a drain is over.
+    PARKED = enum.auto()
     WAITING = enum.auto()  # in the queue
     RUNNING = enum.auto()  # owns a slot and pages
     PREEMPTED = enum.auto()  # owns a slot and no pages: results in flight are still its own
@@ -44,11 +45,13 @@ class GeneratedTokens(NamedTuple):
     logprobs: Float32Array  # [tokens], or [0]
     top_ids: Int32Array  # [tokens * k], or [0]
     top_logprobs: Float32Array  # like top_ids
+    # Of the weights that drew all of them; -1 where they come from several slots.
+    weights_version: int = -1
 
     @staticmethod
-    def without_logprobs(ids: Int32Array) -> GeneratedTokens:
+    def without_logprobs(ids: Int32Array, weights_version: int = -1) -> GeneratedTokens:
         """Tokens whose logprobs were not asked for, or were sent before."""
-        return GeneratedTokens(ids, EMPTY_FLOAT32, EMPTY_INT32, EMPTY_FLOAT32)
+        return GeneratedTokens(ids, EMPTY_FLOAT32, EMPTY_INT32, EMPTY_FLOAT32, weights_version)
 
     @staticmethod
     def joined(pieces: list[GeneratedTokens]) -> GeneratedTokens:
@@ -71,12 +74,20 @@ class Request:
 
     message: GenerateRequest
     arrived_at: float
+    # The pseudo ids of its cartridge, then the prompt of the message.
+    prompt_ids: Int32Array
+    num_pseudo: int = 0  # pseudo ids, which never leave the manager
     sequences: dict[int, Sequence] = field(default_factory=dict)  # by sample index
     # Until all samples run: the one that feeds the prompt next, and those that will fork from it.
     leader: Sequence | None = None
     followers: dict[int, Sequence] = field(default_factory=dict)  # by sample index, the next last
     num_finished: int = 0  # samples that ended by themselves
     length_group: int = -1  # its handle at the predictor of lengths
+    # Positions of KV when all tokens of a sample are generated; the last one needs none.
+    final_length: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.final_length = len(self.prompt_ids) + self.message.max_tokens - 1
 
     @property
     def incremental(self) -> bool:
@@ -107,6 +118,7 @@ class Sequence:
     slot: int = -1  # -1 where it owns none
     stored: list[GeneratedTokens] = field(default_factory=list)  # moved out of the token window
     num_stored: int = 0  # tokens in ``stored``; without a slot, these are all that are known
+    came_with_tokens: bool = False  # the first piece of ``stored`` was generated elsewhere
 
     @property
     def name(self) -> str:
@@ -116,13 +128,27 @@ class Sequence:
     @property
     def generated_ids(self) -> Int32Array:
         """Its tokens from before this run: ``prompt_ids`` without the prompt of the request."""
-        return self.prompt_ids[len(self.request.message.prompt_ids) :]
+        return self.prompt_ids[len(self.request.prompt_ids) :]
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has been in a slot, here or elsewhere."""
+        return self.was_admitted or self.came_with_tokens
+
+    @property
+    def undelivered(self) -> list[GeneratedTokens]:
+        """Stored tokens that go out with its last update. A stream has been sent everything."""
+        return [] if self.request.incremental else self.stored[int(self.came_with_tokens) :]
 
     @property
     def final_length(self) -> int:
-        """Positions of KV when all its tokens are generated; the last one needs none."""
-        message = self.request.message
-        return len(message.prompt_ids) + message.max_tokens - 1
+        """Positions of KV when all its tokens are generated."""
+        return self.request.final_length
+
+    @property
+    def num_own_tokens(self) -> int:
+        """Tokens of ``prompt_ids`` that are not pseudo ids."""
+        return len(self.prompt_ids) - self.request.num_pseudo
 
     def may_sample(self, stop_lag: int) -> bool:
         """Whether a token beyond the stored ones may be planned before more are acknowledged."""

@@ -38,7 +38,7 @@ IndexArray: TypeAlias = NDArray[np.intp]
 
 NO_SLOTS: IndexArray = np.empty(0, np.intp)
 
-_NUM_COLUMNS = 17
+_NUM_COLUMNS = 19
 
 
 class SlotTable:
@@ -75,7 +75,9 @@ class SlotTable:
         self.num_cached_tokens = columns[13]
         self.num_logprobs = columns[14]
         self.length_group = columns[15]  # a handle of the predictor of lengths
-        self._num_stop_ids = columns[16]
+        self.weights_version = columns[16]  # with which it entered: the namespace of its pages
+        self.num_pseudo = columns[17]  # leading positions of a cartridge, part of prompt_length
+        self._num_stop_ids = columns[18]
         self.page_table: Int32Array = np.zeros((num_slots, max_pages), np.int32)
         self.order: Int64Array = np.full(num_slots, -1, np.int64)  # of arrival; -1 if not running
         # The number of the last batch that has a row for the slot.
@@ -111,7 +113,11 @@ class SlotTable:
         return self.page_table[slot, : self.capacity[slot] // self.page_size]
 
     def enter(
-        self, sequences: Rows[Sequence], lengths: Rows[int], num_pages: Rows[int]
+        self,
+        sequences: Rows[Sequence],
+        lengths: Rows[int],
+        num_pages: Rows[int],
+        weights_version: int,
     ) -> IndexArray:
         """Gives sequences free slots; their page tables are still to be written.
 
@@ -119,6 +125,7 @@ class SlotTable:
             sequences: one or more.
             lengths: the positions that the pages of each hold already.
             num_pages: the pages that each gets.
+            weights_version: the present one.
 
         Returns:
             The slots.
@@ -131,7 +138,8 @@ class SlotTable:
             sequence.slot = slot
             sequence.state = SequenceState.RUNNING
             self.sequences[slot] = sequence
-            message = sequence.request.message
+            request = sequence.request
+            message = request.message
             num_stored = sequence.num_stored
             values.append(
                 (
@@ -139,7 +147,7 @@ class SlotTable:
                     count * self.page_size,
                     0,
                     sequence.final_length,
-                    len(message.prompt_ids),
+                    len(request.prompt_ids),
                     len(sequence.prompt_ids),
                     sequence.num_acked,
                     num_stored,
@@ -150,7 +158,9 @@ class SlotTable:
                     sequence.sample_index,
                     sequence.num_cached_tokens,
                     message.num_logprobs,
-                    sequence.request.length_group,
+                    request.length_group,
+                    weights_version,
+                    request.num_pseudo,
                     len(message.stop_token_ids),
                 )
             )

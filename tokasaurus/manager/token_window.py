@@ -133,8 +133,13 @@ class TokenWindow:
         slots.stored[rows] = known
         # Rings are stored when they are full, so these tokens never wrap around.
         starts = rows * self._columns + (first & (self._columns - 1))
-        for slot, start, count, end in zip(
-            rows.tolist(), starts.tolist(), (known - first).tolist(), known.tolist(), strict=True
+        for slot, start, count, end, version in zip(
+            rows.tolist(),
+            starts.tolist(),
+            (known - first).tolist(),
+            known.tolist(),
+            slots.weights_version[rows].tolist(),
+            strict=True,
         ):
             if not count:
                 continue
@@ -144,13 +149,14 @@ class TokenWindow:
             width = sequence.request.message.num_logprobs
             # A stream's logprobs were sent when they came; only its ids are needed again.
             if width < 0 or sequence.request.incremental:
-                piece = GeneratedTokens.without_logprobs(ids)
+                piece = GeneratedTokens.without_logprobs(ids, version)
             else:
                 piece = GeneratedTokens(
                     ids,
                     self._logprobs[cells].copy(),
                     self._top_ids[cells, :width].flatten(),
                     self._top_logprobs[cells, :width].flatten(),
+                    version,
                 )
             sequence.stored.append(piece)
             sequence.num_stored = end

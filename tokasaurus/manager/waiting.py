@@ -5,7 +5,8 @@ Owns the request table, the queue, and the followers. One sample of a request is
 outside the queue:
 
 - a preempted sequence, until the server acknowledges enough of its tokens;
-- a sequence that needs pages that the prompt of another request is computing.
+- a sequence that needs pages that the prompt of another request is computing;
+- in a drain, a sequence that has not begun.
 
 The queue is in order of priority, and of arrival within one. Preempted sequences arrived before
 every sequence of their priority that was never admitted, so they come first without a rule of their
@@ -18,9 +19,12 @@ import heapq
 from collections.abc import Iterator
 from typing import TypeVar
 
-from tokasaurus.manager.sequence import Request, Sequence, SequenceState
-from tokasaurus.protocol.arrays import Int64Array
-from tokasaurus.protocol.messages import MAX_PRIORITY, GenerateRequest, Pooling
+import numpy as np
+
+from tokasaurus.manager.progress import reads_whole_prompt
+from tokasaurus.manager.sequence import GeneratedTokens, Request, Sequence, SequenceState
+from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array, Int64Array
+from tokasaurus.protocol.messages import MAX_PRIORITY, GenerateRequest, Progress
 
 __all__ = ["NO_ORDER", "Backlog", "priority_of"]
 
@@ -50,32 +54,54 @@ class Backlog:
         # (order, sequence); entries of sequences that ended or were parked stay until they surface.
         self._heap: list[tuple[int, Sequence]] = []
         self._num_stale = 0
+        # In a drain: sequences that would be in the queue if they had begun.
+        self._holds_back = False
+        self._held: dict[Sequence, None] = {}
 
     def __len__(self) -> int:
         """Sequences in the queue."""
         return len(self._heap) - self._num_stale
 
-    def add(self, message: GenerateRequest, now: float) -> Request:
-        """Takes in a request that can run."""
-        request = Request(message, now)
+    def add(
+        self, message: GenerateRequest, now: float, pseudo_ids: Int32Array = EMPTY_INT32
+    ) -> Request:
+        """Takes in a request that can run.
+
+        Samples that have generated tokens elsewhere enter as if they had been preempted here.
+
+        Args:
+            message: of the server.
+            now: the time of its arrival.
+            pseudo_ids: of its cartridge.
+        """
+        prompt_ids = message.prompt_ids
+        if len(pseudo_ids):
+            prompt_ids = np.concatenate([pseudo_ids, prompt_ids])
+        request = Request(message, now, prompt_ids, len(pseudo_ids))
         self.requests[message.request_id] = request
         first = ((MAX_PRIORITY + message.priority) << _ARRIVAL_BITS) + self._num_arrived
-        reads_whole_prompt = message.num_prompt_logprobs >= 0 or message.pooling is Pooling.MEAN
+        progress, brings_prompt = message.progress, reads_whole_prompt(message)
         request.sequences = {
             sample_index: Sequence(
                 request=request,
                 sample_index=sample_index,
                 order=first + sample_index,
-                prompt_ids=message.prompt_ids,
+                prompt_ids=prompt_ids,
                 state=SequenceState.FOLLOWING,
-                whole_prompt_due=sample_index == 0 and reads_whole_prompt,
+                whole_prompt_due=sample_index == 0 and brings_prompt,
             )
-            for sample_index in range(message.n)
+            for sample_index in (
+                range(message.n) if progress is None else progress.sample_indices.tolist()
+            )
         }
-        request.followers = dict(reversed(request.sequences.items()))
+        begun = [] if progress is None else _give_tokens(request, progress)
+        fresh = [entry for entry in request.sequences.items() if not entry[1].num_stored]
+        request.followers = dict(reversed(fresh))
         self._next_leads(request)
         self._num_arrived += message.n
-        self.num_sequences += message.n
+        self.num_sequences += len(request.sequences)
+        for sequence in begun:
+            self.resume(sequence)
         return request
 
     def find(self, request_id: int, sample_index: int) -> Sequence | None:
@@ -138,10 +164,36 @@ class Backlog:
         if was_behind:
             self.wake(sequence)
 
+    def hold_back(self) -> list[Sequence]:
+        """Keeps sequences that have not begun out of the queue, until ``let_go``.
+
+        Returns:
+            Those that were in it.
+        """
+        self._holds_back = True
+        held = [sequence for sequence in self.waiting() if not sequence.has_begun]
+        for sequence in held:
+            self.park(sequence)
+            self._held[sequence] = None
+        return held
+
+    def let_go(self) -> None:
+        """Puts the sequences that were held back into the queue."""
+        self._holds_back = False
+        held, self._held = self._held, {}
+        for sequence in held:
+            self.wake(sequence)
+
+    def held(self) -> list[Sequence]:
+        """The sequences that are kept out of the queue because they have not begun."""
+        return list(self._held)
+
     def num_followers(self, leader: Sequence) -> int:
         """How many sequences would fork from this one when it has fed its prompt."""
         request = leader.request
-        return len(request.followers) if request.leader is leader else 0
+        if request.leader is not leader or self._holds_back:
+            return 0
+        return len(request.followers)
 
     def next_follower_order(self, leader: Sequence) -> int:
         """The order of its first follower; more than any order where it has none."""
@@ -166,6 +218,7 @@ class Backlog:
         sequence.state = SequenceState.ENDED
         self._drop_stale()
         self.num_sequences -= 1
+        self._held.pop(sequence, None)
         del request.sequences[sequence.sample_index]
         request.followers.pop(sequence.sample_index, None)
         if request.leader is sequence:
@@ -184,6 +237,10 @@ class Backlog:
             self._push(request.leader)
 
     def _push(self, sequence: Sequence) -> None:
+        if self._holds_back and not sequence.has_begun:
+            sequence.state = SequenceState.PARKED
+            self._held[sequence] = None
+            return
         sequence.state = SequenceState.WAITING
         if sequence.has_entry:  # from before it was parked
             self._num_stale -= 1
@@ -205,3 +262,21 @@ class Backlog:
         self._heap = [entry for entry in self._heap if entry[1].has_entry]
         heapq.heapify(self._heap)
         self._num_stale = 0
+
+
+def _give_tokens(request: Request, progress: Progress) -> list[Sequence]:
+    """Stores what samples have generated elsewhere; returns the sequences that have begun."""
+    request.num_finished = progress.num_finished
+    begun, prompt_ids, start = [], request.prompt_ids, 0
+    for sequence, count in zip(
+        request.sequences.values(), progress.num_generated.tolist(), strict=True
+    ):
+        ids = progress.generated_ids[start : start + count]
+        start += count
+        if count:
+            sequence.prompt_ids = np.concatenate([prompt_ids, ids])
+            sequence.stored = [GeneratedTokens.without_logprobs(ids)]
+            sequence.num_stored = sequence.num_acked = count
+            sequence.came_with_tokens = True
+            begun.append(sequence)
+    return begun

@@ -46,3 +46,31 @@ class ModelConfig:
     @property
     def kv_elements_per_token(self) -> int:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in all weights; those that embedding and head share count once."""
+        vocabulary = self.vocab_size * self.hidden_size
+        vocabularies = 2 * vocabulary - self.num_tied_parameters
+        return vocabularies + self.num_layers * self._layer_parameters + self.hidden_size
+
+    @property
+    def num_tied_parameters(self) -> int:
+        """Numbers that embedding and head share."""
+        return self.vocab_size * self.hidden_size if self.tie_word_embeddings else 0
+
+    @property
+    def _layer_parameters(self) -> int:
+        hidden, inner = self.hidden_size, self.intermediate_size
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        total = 2 * hidden  # norms
+        total += (queries + 2 * keys + queries + 3 * inner) * hidden
+        if self.qkv_bias:
+            total += queries + 2 * keys
+        if self.output_bias:
+            total += hidden
+        if self.mlp_bias:
+            total += 2 * inner + hidden
+        if self.qk_norm:
+            total += 2 * self.head_dim
+        return total

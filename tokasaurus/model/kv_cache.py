@@ -24,10 +24,13 @@ backend must therefore not read beyond a sequence's length: 0 * NaN is NaN.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from tokasaurus.model import storage
 
 __all__ = ["KVCache"]
 
@@ -72,6 +75,36 @@ class KVCache:
         """
         for tensor in self.keys + self.values:
             tensor[targets] = tensor[sources]
+
+    def write_pages(
+        self, pages: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], num_tokens: int
+    ) -> None:
+        """Writes consecutive positions, from the beginning of a page on, in every layer.
+
+        The rest of the last page keeps its contents. Numbers are rounded to the cache's dtype.
+
+        Args:
+            pages: [ceil(num_tokens / page_size)] int64, distinct, in order of position.
+            keys: for each layer [kv_heads, num_tokens, head_dim], after RoPE, on any device.
+            values: of the same shape.
+            num_tokens: at least 1.
+        """
+        full, rest = divmod(num_tokens, self.page_size)
+        split = (self.num_kv_heads, full, self.page_size, self.head_dim)
+        for tensor, rows in zip(self.keys + self.values, (*keys, *values), strict=True):
+            rows = rows.to(tensor.device, tensor.dtype)
+            at = full * self.page_size
+            tensor[pages[:full]] = rows[:, :at].reshape(split).transpose(0, 1)
+            if rest:
+                tensor[pages[full], :, :rest] = rows[:, at:]
+
+    def release(self) -> None:
+        """Frees the memory. What it held is lost."""
+        storage.release(*self.keys, *self.values)
+
+    def restore(self) -> None:
+        """Allocates the memory again, uninitialised."""
+        storage.restore(*self.keys, *self.values)
 
     @property
     def num_pages(self) -> int:

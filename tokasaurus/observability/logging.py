@@ -8,18 +8,16 @@ Rooms log through ``logging.getLogger(__name__)``; only this module configures h
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
 
 __all__ = ["configure_logging"]
 
 
-def configure_logging(process: str, level: str, only: Collection[str] | None = None) -> None:
+def configure_logging(process: str, level: str) -> None:
     """Sends this process's log to standard error.
 
     Args:
         process: the name in each line.
         level: a level's name in the logging module, in any case.
-        only: the processes that log; the others print only errors. None means all.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(
@@ -28,5 +26,4 @@ def configure_logging(process: str, level: str, only: Collection[str] | None = N
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
-    silent = only is not None and process not in only
-    logging.getLogger("tokasaurus").setLevel(logging.ERROR if silent else level.upper())
+    logging.getLogger("tokasaurus").setLevel(level.upper())

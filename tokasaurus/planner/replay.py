@@ -33,13 +33,14 @@ from tokasaurus.protocol.messages import (
     Acknowledge,
     FinishReason,
     ForwardBatch,
-    ForwardResult,
     FromServer,
+    FromWorker,
     PromptLogprobs,
     RequestRejected,
     SequenceUpdates,
     StopSequence,
     ToServer,
+    ToWorker,
 )
 
 __all__ = ["Replay", "Timing", "replay"]
@@ -57,7 +58,7 @@ class Timing:
 class _Event(NamedTuple):
     time: float
     order: int  # counts events, so that those of the same time keep their order
-    message: FromServer | ForwardResult
+    message: FromServer | FromWorker
 
 
 def replay(trace: Sequence[TraceRequest], config: ManagerConfig, timing: Timing) -> Report:
@@ -104,8 +105,8 @@ class Replay:
         manager_s = self._timing.manager_s
         done = now + (time.perf_counter() - started if manager_s is None else manager_s)
         self._manager_free_at = done
-        for batch in actions.batches:
-            self._run(batch, done)
+        for order in actions.to_worker:
+            self._run(order, done)
         for message in actions.messages:
             self._deliver(message, done)
         self._tally.observe(Moment.of(done, self._manager.gauges()))
@@ -121,12 +122,15 @@ class Replay:
             raise ProtocolError("no event is left, but the manager still has sequences")
         return self._tally.report(self._manager.counters, self._manager.gauges().num_pages)
 
-    def _post(self, at: float, message: FromServer | ForwardResult) -> None:
+    def _post(self, at: float, message: FromServer | FromWorker) -> None:
         heapq.heappush(self._events, _Event(at, self._num_events, message))
         self._num_events += 1
 
-    def _run(self, batch: ForwardBatch, sent_at: float) -> None:
-        result = self._device.run(batch)
+    def _run(self, order: ToWorker, sent_at: float) -> None:
+        if not isinstance(order, ForwardBatch):
+            self._post(max(sent_at, self._device_free_at), self._device.carry_out(order))
+            return
+        result = self._device.run(order)
         start = max(sent_at, self._device_free_at)
         self._tally.count_batch(len(result.token_ids), start - self._device_free_at)
         self._device_free_at = start + result.device_s

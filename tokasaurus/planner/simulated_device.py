@@ -13,6 +13,7 @@ from tokasaurus.errors import ProtocolError
 from tokasaurus.planner.cost_model import CostModel
 from tokasaurus.planner.lengths import CompletionLengths, mix
 from tokasaurus.protocol.arrays import EMPTY_FLOAT32, Float32Array, Int32Array, Int64Array
+from tokasaurus.protocol.commands import Control, ControlDone
 from tokasaurus.protocol.messages import ForwardBatch, ForwardResult, SlotParameters
 
 __all__ = ["STOP_ID", "VOCAB_SIZE", "SimulatedDevice", "drawn_ids"]
@@ -37,7 +38,7 @@ def drawn_ids(
 
 
 class SimulatedDevice:
-    """Runs numbered batches in order.
+    """Runs numbered batches and controls in order.
 
     Args:
         cost: how long batches take.
@@ -86,6 +87,17 @@ class SimulatedDevice:
         return self._result(
             batch, slots, self._cost.batch_s(num_tokens, num_context_tokens, len(slots))
         )
+
+    def carry_out(self, control: Control) -> ControlDone:
+        """Does nothing but keep the numbering: it has neither weights nor a KV cache.
+
+        Raises:
+            ProtocolError: the control is not the next one.
+        """
+        if control.number != self._next_number:
+            raise ProtocolError(f"control {control.number} came, {self._next_number} was due")
+        self._next_number += 1
+        return ControlDone(control.number)
 
     def _enter(self, parameters: SlotParameters) -> None:
         slots = parameters.slots

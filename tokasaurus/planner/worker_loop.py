@@ -9,7 +9,6 @@ import numpy as np
 
 from tokasaurus.planner.simulated_device import SimulatedDevice
 from tokasaurus.protocol.channels import Receiver, Sender
-from tokasaurus.protocol.commands import ControlDone
 from tokasaurus.protocol.messages import ForwardBatch, FromServer, FromWorker, ToWorker
 
 __all__ = ["DeviceStatistics", "work"]
@@ -89,7 +88,7 @@ def work(
         waited_s = start - free_at
         for batch in batches:
             if not isinstance(batch, ForwardBatch):
-                to_manager.send(ControlDone(batch.number))
+                to_manager.send(device.carry_out(batch))
                 continue
             result = device.run(batch)
             now = time.monotonic()

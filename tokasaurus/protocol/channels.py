@@ -1,11 +1,15 @@
 """Channels between the processes of one engine.
 
-They are ZeroMQ PUSH/PULL sockets over Unix sockets in the engine's private directory. Each room has
-one door, a socket that it binds. The rooms that send to it connect::
+They are ZeroMQ PUSH/PULL sockets over Unix sockets in the engine's private directory. Each process
+has a door, a socket that it binds, and the server has one for each replica. The processes that send
+to a door connect::
 
     server.sock  ◀── manager
     manager.sock ◀── server, worker
     worker.sock  ◀── manager
+
+Doors of further replicas have numbers, as ``Role`` says. Which replica a message of a manager is
+from follows from the door that it came through.
 
 Sending never blocks and never drops a message; the supervisor deals with a peer that died. The
 messages of one sender arrive in order.
@@ -19,32 +23,38 @@ from typing import Generic, TypeVar
 import zmq
 import zmq.asyncio
 
+from tokasaurus.protocol.role import Role
 from tokasaurus.protocol.wire import Codec
 
-__all__ = ["AsyncReceiver", "Receiver", "Sender"]
+__all__ = ["AsyncReceiver", "Receiver", "Sender", "door_address"]
 
 M = TypeVar("M")
 
 
-def _address(directory: Path, door: str) -> str:
-    return f"ipc://{directory / door}.sock"
+def door_address(directory: str | Path, role: Role) -> str:
+    """The address of a role's door, as ZeroMQ writes it.
+
+    Args:
+        directory: the engine's private directory.
+        role: of the process that opens the door.
+    """
+    return f"ipc://{directory}/{role}.sock"
 
 
 class Sender(Generic[M]):
     """Sends to one door; may be created before the door opens.
 
     Args:
-        directory: the engine's private directory.
-        door: "server", "manager" or "worker".
+        address: of the door.
         codec: for the messages that this door takes.
     """
 
-    def __init__(self, directory: Path, door: str, codec: Codec[M]) -> None:
+    def __init__(self, address: str, codec: Codec[M]) -> None:
         self._codec = codec
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
         self._socket.set(zmq.SNDHWM, 0)
         self._socket.set(zmq.LINGER, 0)
-        self._socket.connect(_address(directory, door))
+        self._socket.connect(address)
 
     def send(self, message: M) -> None:
         self._socket.send(self._codec.encode(message))
@@ -56,11 +66,11 @@ class Sender(Generic[M]):
 class Receiver(Generic[M]):
     """Opens a door and receives, for a process that waits for nothing else."""
 
-    def __init__(self, directory: Path, door: str, codec: Codec[M]) -> None:
+    def __init__(self, address: str, codec: Codec[M]) -> None:
         self._codec = codec
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
         self._socket.set(zmq.RCVHWM, 0)
-        self._socket.bind(_address(directory, door))
+        self._socket.bind(address)
 
     def receive(self, timeout_s: float | None = None) -> list[M]:
         """Waits for at least one message, then returns all that have arrived, oldest first.
@@ -84,11 +94,11 @@ class Receiver(Generic[M]):
 class AsyncReceiver(Generic[M]):
     """Opens a door and receives, for a process that runs an asyncio event loop."""
 
-    def __init__(self, directory: Path, door: str, codec: Codec[M]) -> None:
+    def __init__(self, address: str, codec: Codec[M]) -> None:
         self._codec = codec
         self._socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
         self._socket.set(zmq.RCVHWM, 0)
-        self._socket.bind(_address(directory, door))
+        self._socket.bind(address)
 
     async def receive(self) -> M:
         return self._codec.decode(await self._socket.recv())

@@ -81,26 +81,40 @@ class UpdateWeights(_Action, frozen=True):
     Running sequences are preempted, and recompute their KV with the new weights. The files are
     checked whole (checksums, names, shapes, dtypes, completeness) before a tensor is written. An
     update that fails this check changes nothing; a failure after it ends the replica.
+
+    The names, shapes and padding of the vocabulary are those of the model's own checkpoint. Tensors
+    are converted to the engine's dtype. The files must not be written to until the update is done:
+    this ends the replica. They may be replaced by other files of the same names.
     """
 
     version: int  # of the new weights; greater than that of the present ones, which begin at 0
-    files: tuple[str, ...]  # safetensors files, which together have every tensor
-    # SHA-256 of each file, in hexadecimal; () does not check.
+    # Safetensors files, which together have every tensor; paths as the worker sees them. Not
+    # directories: checkpoint_files in tokasaurus/checkpoint_files.py lists the files of one.
+    files: tuple[str, ...]
+    # SHA-256 of each file, in hexadecimal and in the order of the files; () does not check.
     checksums: tuple[str, ...] = ()
 
 
 class ReleaseMemory(_Action, frozen=True):
-    """Preempt all sequences and free memory of the device; nothing runs until it is restored."""
+    """Preempt all sequences and free memory of the device; nothing runs until it is restored.
+
+    The memory goes back to the system. What is released already stays so.
+    """
 
     weights: bool
     kv_cache: bool
 
 
 class RestoreMemory(_Action, frozen=True):
-    """Allocate what was released again.
+    """Allocate what was released again; what was not released stays as it is.
 
-    Weights are read again from the files that they came from. Where these do not exist any more,
-    nothing runs until an UpdateWeights.
+    Weights are read again from the files that they came from: the checkpoint, or the files of the
+    last update. Where one of these does not exist any more, or has been written to, the weights
+    stay released, and nothing runs until an UpdateWeights. An update also restores released weights
+    by itself, without reading the former ones.
+
+    With the KV cache, loaded cartridges are written again. One that cannot be is unloaded, and the
+    requests that name it end with FinishReason.ABORT.
     """
 
     weights: bool
@@ -122,7 +136,11 @@ class UnloadCartridge(_Action, frozen=True):
 
 
 class WriteCartridge(_Action, frozen=True):
-    """For the worker: write a cartridge's keys and values into pages."""
+    """For the worker: write a cartridge's keys and values into pages.
+
+    tokasaurus/cartridge_file.py describes the file. It is checked and read whole before a page is
+    written.
+    """
 
     path: str
     num_tokens: int
@@ -176,7 +194,7 @@ class Control(Message, frozen=True):
 
 
 class ControlDone(Message, frozen=True):
-    """Worker to manager."""
+    """Worker to manager, after the results of all batches before the control."""
 
     number: int
     error: str | None = None  # why the worker refused, without having changed anything

@@ -217,7 +217,7 @@ class GenerateRequest(Message, frozen=True):
     grammar: str = ""
     # The samples to generate; None generates all ``n`` from their beginning.
     progress: Progress | None = None
-    # Names of loaded cartridges, whose tokens come before the prompt, in this order.
+    # The name of a loaded cartridge, which comes before the prompt; more than one is refused.
     cartridges: tuple[str, ...] = ()
 
 
@@ -262,7 +262,7 @@ class SequenceUpdates(Message, frozen=True):
     sample_indices: Int32Array  # [rows]
     num_tokens: Int32Array  # [rows]
     finish_reasons: Int32Array  # [rows] FinishReason
-    # [rows] prompt tokens found in the prefix cache at first admission
+    # [rows] the prompt's own tokens found in the prefix cache at first admission
     num_cached_tokens: Int32Array
     num_logprobs: Int32Array  # [rows] as in the request
     weights_versions: Int32Array  # [rows]
@@ -280,7 +280,7 @@ class PromptLogprobs(Message, frozen=True):
     """
 
     request_id: int
-    first_position: int
+    first_position: int  # in the prompt, which does not count a cartridge
     logprobs: Float32Array  # [tokens]
     ranks: Int32Array  # [tokens] 1 is the likeliest token
     top_ids: Int32Array  # [tokens, k]
@@ -333,6 +333,9 @@ class Statistics(Message, frozen=True):
     num_free_pages: int
     num_evictable_pages: int  # cached, and held by no sequence
     step_s: float  # what a batch takes at present; 0 until one was measured
+    weights_version: int = 0
+    # Whether all that waits, waits for a command: for Resume, RestoreMemory or UpdateWeights.
+    paused: bool = False
 
 
 # --- manager to worker, and back ------------------------------------------------------------------
@@ -382,13 +385,13 @@ class ForwardBatch(Message, frozen=True):
     The worker works in this order:
 
     1. It forgets ``left_slots``.
-    2. It applies ``parameters``, then the page-table entries.
+    2. It applies ``parameters``, then the page-table entries, then the early copies of pages.
     3. It computes one token for each slot of ``decode_slots``. The input is the last token sampled
        for that slot, and its position is the slot's length. Then it computes the chunks of prompts.
        So the decode rows come first, then the prefill rows.
     4. Every decode row draws a token. Then slot ``draw_slots[i]`` draws one from the last row of
        chunk ``draw_chunks[i]``, which ends a prompt.
-    5. It copies pages.
+    5. It makes the other copies of pages.
 
     Several slots may draw from one chunk, when samples fork where their prompt ends. Such a slot
     holds the prompt's full pages, and gets a copy of the last one, which is partly filled::
@@ -442,6 +445,10 @@ class ForwardBatch(Message, frozen=True):
     # Slots that sequences with adjustments have left since the previous batch: what the worker
     # remembers for them is no longer needed. None if there are none.
     left_slots: Int32Array | None = None
+    # [copies] Before the pass, page early_copy_sources[i] is copied to page early_copy_targets[i]:
+    # the end of a cartridge, in a page that a prompt goes on to fill. None if there are none.
+    early_copy_sources: Int32Array | None = None
+    early_copy_targets: Int32Array | None = None
 
 
 class ForwardResult(Message, frozen=True):

@@ -12,11 +12,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
 
 from tokasaurus.batch.runner import BatchRunner
 from tokasaurus.config.slices import ServerConfig
+from tokasaurus.server.control.weights_updates import WeightsUpdates
 from tokasaurus.server.document import document_answers
 from tokasaurus.server.http.access import Access
 from tokasaurus.server.http.answers import install_error_handlers
@@ -25,11 +29,13 @@ from tokasaurus.server.http.request_counts import CountRequests
 from tokasaurus.server.operations.executor import Executor
 from tokasaurus.server.protocols.table import OPERATIONS
 from tokasaurus.server.routes.batches import BatchRequest, BatchRoutes
+from tokasaurus.server.routes.control import CONTROL_SCHEMAS, ControlRoutes
 from tokasaurus.server.routes.engine import EngineRoutes
 from tokasaurus.server.routes.files import FileRoutes
 from tokasaurus.server.routes.generating import Endpoints
 from tokasaurus.server.routes.synchronous_batch import SynchronousBatch
 from tokasaurus.server.routes.tokens import TOKEN_SCHEMAS, TokenRoutes
+from tokasaurus.server.routes.weights import WEIGHTS_PREFIX, WEIGHTS_SCHEMAS, WeightsRoutes
 from tokasaurus.server.state import EngineState
 from tokasaurus.version import __version__
 
@@ -37,7 +43,10 @@ __all__ = ["create_app"]
 
 
 def create_app(
-    config: ServerConfig, state: EngineState, batches: BatchRunner | None = None
+    config: ServerConfig,
+    state: EngineState,
+    batches: BatchRunner | None = None,
+    directory: Path | None = None,
 ) -> FastAPI:
     """An ASGI application that serves one engine.
 
@@ -45,6 +54,7 @@ def create_app(
         config: the server's slice.
         state: of the engine; its owner says when the engine is ready, drains and dies.
         batches: runs batches, once its owner has started it; None leaves out files and batches.
+        directory: for weights that come over HTTP; None is the system's for temporary files.
     """
     app = FastAPI(title="Tokasaurus", version=__version__, redirect_slashes=False)
     executor = Executor(state, OPERATIONS)
@@ -56,10 +66,19 @@ def create_app(
         app.include_router(FileRoutes(batches).router())
         app.include_router(BatchRoutes(batches).router())
     app.include_router(TokenRoutes(state).router())
+    updates = WeightsUpdates(directory)
+    control = ControlRoutes(state, updates).router()
+    app.include_router(control)
+    app.include_router(WeightsRoutes(state, updates).router())
+    control_paths = {route.path for route in control.routes if isinstance(route, APIRoute)}
     install_error_handlers(app)
     # From the innermost layer to the outermost.
     app.add_middleware(DirectRoutes, endpoints.handlers)
-    app.add_middleware(Access, config)
+    app.add_middleware(
+        Access,
+        config,
+        lambda path: path in control_paths or path.startswith(WEIGHTS_PREFIX),
+    )
     if config.cors_origins:
         # Around Access, so that web pages can read refusals, and ask first without a key.
         app.add_middleware(
@@ -71,5 +90,6 @@ def create_app(
         )
     app.add_middleware(CountRequests, state.metrics.requests)  # refusals too
     operations = [each for operation in OPERATIONS.values() for each in operation.schemas]
-    document_answers(app, [*operations, BatchRequest, *TOKEN_SCHEMAS])
+    control_bodies = [*CONTROL_SCHEMAS, *WEIGHTS_SCHEMAS]
+    document_answers(app, [*operations, BatchRequest, *TOKEN_SCHEMAS, *control_bodies])
     return app

@@ -123,6 +123,14 @@ _SCHEMAS: Mapping[str, Any] = {
 _FLUSHED = _json(
     _object(status=_const("ok"), flushed_pages=_INTEGER, flushed_tokens=_INTEGER),
 )
+_PAUSED = _json(_object(is_paused={"type": "boolean"}))
+_SLEEPING = _json(_object(is_sleeping={"type": "boolean"}))
+_STATUS, _ABORTED = _json(_object(status=_STRING)), _json(_object(status=_STRING, aborted=_INTEGER))
+_VERSION = _json(_object(weight_version=_STRING, weights_version=_INTEGER))
+_SUCCESS = _json(_object(success={"type": "boolean"}, message=_STRING))
+_UPDATE = _json(_object(id=_STRING, object=_const("weights.update"), status=_STRING))
+_BUCKET = _json(_object(index=_INTEGER, bytes=_INTEGER, sha256=_STRING))
+_DROPPED = _json(_object(id=_STRING, object=_const("weights.update"), deleted={"type": "boolean"}))
 _FILE, _BATCH = _json(_reference("File")), _json(_reference("Batch"))
 _DELETED = _object(id=_STRING, object=_const("file"), deleted={"type": "boolean"})
 _HEALTH = _json(_object(status=_STRING, running=_INTEGER))
@@ -173,6 +181,30 @@ _ANSWERS: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("post", "/flush_cache"): _FLUSHED,
     ("get", "/reset_prefix_cache"): _FLUSHED,
     ("post", "/reset_prefix_cache"): _FLUSHED,
+    ("post", "/pause"): _STATUS,
+    ("post", "/resume"): _STATUS,
+    ("get", "/is_paused"): _PAUSED,
+    ("post", "/pause_generation"): _STATUS,
+    ("post", "/continue_generation"): _STATUS,
+    ("post", "/abort_request"): _ABORTED,
+    ("post", "/abort_requests"): _ABORTED,
+    ("post", "/sleep"): _STATUS,
+    ("post", "/wake_up"): _STATUS,
+    ("get", "/is_sleeping"): _SLEEPING,
+    ("post", "/release_memory_occupation"): _STATUS,
+    ("post", "/resume_memory_occupation"): _STATUS,
+    ("post", "/update_weights_from_disk"): _SUCCESS,
+    ("post", "/update_weights_from_tensor"): _STATUS,
+    ("post", "/update_weights_from_distributed"): _STATUS,
+    ("post", "/update_weights_from_ipc"): _STATUS,
+    ("post", "/update_weight_version"): _SUCCESS,
+    ("get", "/weight_info"): _VERSION,
+    ("get", "/get_weight_version"): _VERSION,
+    ("post", "/v1/weights/updates"): _UPDATE,
+    ("get", "/v1/weights/updates/{update_id}"): _UPDATE,
+    ("delete", "/v1/weights/updates/{update_id}"): _DROPPED,
+    ("put", "/v1/weights/updates/{update_id}/buckets/{number}"): _BUCKET,
+    ("post", "/v1/weights/updates/{update_id}/commit"): _UPDATE,
     ("get", "/model_info"): _json(_object(model_path=_STRING, max_model_len=_INTEGER)),
     ("get", "/server_info"): _json(_object(version=_STRING, status=_STRING)),
 }
@@ -183,12 +215,39 @@ def _query(name: str, what: str, schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _AFTER = _query("after", "The id that the page before ended with.", _STRING)
+_BOOLEAN = {"type": "boolean"}
+_MODE = _query(
+    "mode",
+    "abort (default) ends all requests with the tokens that they have, wait lets those that have"
+    " begun finish, keep lets all go on afterwards.",
+    {"type": "string", "enum": ["abort", "wait", "keep"]},
+)
 _PARAMETERS: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]] = {
     ("get", "/v1/files"): (
         _query("purpose", "Of the files.", _STRING),
         _query("limit", "Files of a page.", {**_INTEGER, "minimum": 1, "maximum": 10_000}),
         _query("order", "By age.", {"type": "string", "enum": ["desc", "asc"]}),
         _AFTER,
+    ),
+    ("post", "/pause"): (
+        _MODE,
+        _query("clear_cache", "Drop all cached pages, too; default true.", _BOOLEAN),
+        _query("wait_for_inflight_requests", "The same as mode=wait.", _BOOLEAN),
+    ),
+    ("post", "/sleep"): (
+        _query(
+            "level",
+            "0 only pauses; 1 and 2 release the memory. Default 1.",
+            {**_INTEGER, "minimum": 0, "maximum": 2},
+        ),
+        _MODE,
+    ),
+    ("post", "/wake_up"): (
+        _query(
+            "tags",
+            "What to restore, once for each; default all.",
+            _list({"type": "string", "enum": ["weights", "kv_cache", "scheduling"]}),
+        ),
     ),
     ("get", "/v1/batches"): (
         _query("limit", "Batches of a page.", {**_INTEGER, "minimum": 1, "maximum": 100}),

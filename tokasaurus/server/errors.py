@@ -22,6 +22,8 @@ from tokasaurus.errors import (
 __all__ = [
     "BodyTooLarge",
     "ClientGone",
+    "CommandTimeout",
+    "Forbidden",
     "HeadTooLarge",
     "ReadTimeout",
     "TimeIsUp",
@@ -54,6 +56,10 @@ class Unauthorized(RequestError):
     """The request carries none of the server's keys."""
 
 
+class Forbidden(RequestError):
+    """The request needs an admin key, or must not come from where it comes."""
+
+
 class UnknownModel(RequestError):
     """No model has this name."""
 
@@ -75,6 +81,16 @@ class TimeIsUp(TokasaurusError):
         )
 
 
+class CommandTimeout(TokasaurusError):
+    """The engine has not carried out a command in time."""
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(
+            f"the engine has not carried this out within {limit_s:g} s; it goes on, and there is"
+            " no need to ask again"
+        )
+
+
 class ReadTimeout(TokasaurusError):
     """A request came too slowly."""
 
@@ -85,6 +101,7 @@ class ReadTimeout(TokasaurusError):
 # The first that fits.
 _STATUSES: dict[type[Exception], int] = {
     Unauthorized: 401,
+    Forbidden: 403,
     NotFound: 404,
     UnknownModel: 404,
     Conflict: 409,
@@ -98,12 +115,14 @@ _STATUSES: dict[type[Exception], int] = {
     EngineOverloaded: 429,
     StorageFull: 507,
     EngineError: 503,
+    CommandTimeout: 504,
     Exception: 500,
 }
 _CODES = {
     RequestTooLong: "context_length_exceeded",
     UnknownModel: "model_not_found",
     Unauthorized: "invalid_api_key",
+    Forbidden: "admin_key_required",
 }
 
 
@@ -121,6 +140,8 @@ def error_body(error: Exception) -> dict[str, Any]:
         return described(str(error), "rate_limit_error", code="rate_limit_exceeded")
     if isinstance(error, (TimeIsUp, ReadTimeout)):
         return described(str(error), "timeout_error", code="request_timeout")
+    if isinstance(error, CommandTimeout):
+        return described(str(error), "timeout_error", code="command_timeout")
     if isinstance(error, StorageFull):
         return described(str(error), "insufficient_storage", code="storage_full")
     if isinstance(error, EngineError):

@@ -156,6 +156,9 @@ def figures(generations: Generations | None) -> Iterator[Figure]:
     meaning = "Sequences that the server holds back, since the manager has enough"
     yield Figure("held_sequences", meaning, generations.num_held)
     yield Figure("prompts_in_flight", "Prompts that have not ended", len(generations))
+    meaning = "1 while requests wait for a command: to resume, or to restore memory or weights"
+    yield Figure("paused", meaning, int(statistics.paused))
+    yield Figure("weights_version", "Updates of the weights", statistics.weights_version)
     backlog_s = generations.etas().backlog_s
     if backlog_s is not None:
         meaning = "Predicted time until everything in flight has ended"

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from tokasaurus.errors import TokasaurusError
+from tokasaurus.errors import EngineAborted, TokasaurusError
 from tokasaurus.protocol.arrays import Float32Array, Int32Array
-from tokasaurus.protocol.messages import FinishReason, PromptLogprobs
+from tokasaurus.protocol.messages import FinishReason, Pooling, PromptLogprobs
 from tokasaurus.text.preparation import PreparedRequest
 from tokasaurus.text.samples import Sample, SampleOutput, TokenLogprobs
 from tokasaurus.text.text_stream import TextStream
 from tokasaurus.text.tokenizer import Tokenizer
+from tokasaurus.text.weights_versions import WeightsVersions
 
 __all__ = ["Generation"]
 
@@ -32,6 +33,9 @@ class Generation:
     sample. In both orders it counts up to ``first_k`` and aborts the rest, so the last row of every
     sample comes. The generation waits for these rows, since their tokens count in the usage.
 
+    A generation may also be aborted as a whole, by a command. Then all its samples are the answer,
+    with the tokens that they have.
+
     Args:
         request_id: its number among all prompts.
         request: as prepared.
@@ -39,6 +43,8 @@ class Generation:
         stream: news comes before the end.
         on_change: called when there is news for a stream, and when the generation has finished.
         client: whose share of the engine it takes.
+        names: by which the client may end it.
+        weights: the engine's versions of the weights.
 
     Attributes:
         eta_s: seconds until all samples have ended, by the manager's last prediction; None before.
@@ -56,12 +62,16 @@ class Generation:
         stream: bool,
         on_change: Callable[[], None],
         client: str,
+        names: Sequence[str] = (),
+        weights: WeightsVersions | None = None,
     ) -> None:
         self.request_id = request_id
         self.request = request
         self.samples = samples = _samples(request, tokenizer, stream)
         self.on_change = on_change
         self.client = client
+        self.names = names
+        self.weights = WeightsVersions() if weights is None else weights
         self.error: TokasaurusError | None = None
         self.eta_s: float | None = None
         self.pooled_state: Float32Array | None = None
@@ -76,7 +86,19 @@ class Generation:
     @property
     def finished(self) -> bool:
         """Whether everything has come, or nothing more will."""
-        return self.error is not None or (self._num_running == 0 and self._has_prompt_logprobs)
+        return self.error is not None or (self._num_running == 0 and self.has_prompt_logprobs)
+
+    @property
+    def was_aborted(self) -> bool:
+        """Whether a command ended it before enough samples had ended by themselves."""
+        return self._num_wanted > 0 and self._num_running == 0
+
+    @property
+    def left_out(self) -> list[Sample]:
+        """The samples that ``first_k`` others have kept out of the answer."""
+        if self.was_aborted:
+            return []
+        return [sample for sample in self.samples if sample.was_cancelled]
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -110,27 +132,39 @@ class Generation:
         return None if self._prompt_logprobs is None else self._prompt_logprobs.ranks
 
     @property
-    def _has_prompt_logprobs(self) -> bool:
+    def _has_prompt_results(self) -> bool:
+        has_state = self.request.pooling is Pooling.NONE or self.pooled_state is not None
+        return has_state and self.has_prompt_logprobs
+
+    @property
+    def has_prompt_logprobs(self) -> bool:
+        """Whether all logprobs of the prompt have come that were asked for."""
         return self._prompt_logprobs is None or self._prompt_logprobs.complete
 
     def take_news(self) -> list[SampleOutput]:
         """The output since the last call, for streams. Cancelled samples end with "abort"."""
-        if not self._has_prompt_logprobs:
+        if not self.has_prompt_logprobs:
             return []
         changed, self._changed = self._changed, {}
         return [sample.take() for sample in changed.values() if sample.has_news]
 
     def take_all(self) -> list[SampleOutput]:
-        """The output of every sample that was not cancelled, in order. Decoding takes time."""
-        return [sample.take() for sample in self.samples if not sample.was_cancelled]
+        """The output of every sample that is part of the answer, in order. Decoding takes time."""
+        takes_all = self.was_aborted
+        return [each.take() for each in self.samples if takes_all or not each.was_cancelled]
 
     # --- what the table passes on from the manager ------------------------------------------------
 
     def extend(
-        self, sample: Sample, token_ids: list[int], logprobs: TokenLogprobs | None, reason: int
+        self,
+        sample: Sample,
+        token_ids: list[int],
+        logprobs: TokenLogprobs | None,
+        reason: int,
+        weights_version: int,
     ) -> None:
         """Adds tokens to a sample, which ends unless the reason is ``FinishReason.RUNNING``."""
-        sample.extend(token_ids, logprobs, _FINISH_REASONS[reason])
+        sample.extend(token_ids, logprobs, _FINISH_REASONS[reason], weights_version)
         self._changed[sample.index] = sample
         if sample.finish_reason is None:
             return
@@ -143,7 +177,11 @@ class Generation:
     def close_one(self) -> bool:
         """The manager has finished one more sample; returns whether it was the last one."""
         self._num_open -= 1
-        return self._num_open == 0
+        if self._num_open > 0:
+            return False
+        if self.was_aborted and not self._has_prompt_results:
+            self.error = EngineAborted("the request was aborted before its prompt was computed")
+        return True
 
     def fill_prompt_logprobs(self, piece: PromptLogprobs) -> None:
         """Adds a piece of the prompt's logprobs."""

@@ -17,15 +17,24 @@ the last sample has come, or when the prompt is aborted.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 import numpy as np
 
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import EngineOverloaded, RequestError, TokasaurusError
-from tokasaurus.protocol.commands import Action, Command, CommandDone, CommandFailed
+from tokasaurus.protocol.commands import (
+    AbortAll,
+    Action,
+    CommandDone,
+    CommandFailed,
+    Pause,
+    PauseMode,
+    UpdateWeights,
+)
 from tokasaurus.protocol.messages import (
     Acknowledge,
     Eta,
@@ -39,6 +48,7 @@ from tokasaurus.protocol.messages import (
     StopSequence,
     ToServer,
 )
+from tokasaurus.text.commands import Commands, OnDone
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.preparation import PreparedRequest
 from tokasaurus.text.samples import TokenLogprobs
@@ -91,6 +101,7 @@ class Generations:
 
     Attributes:
         config: as given.
+        commands: to the engine, and what they have made of it.
         statistics: the manager's latest; None before the first.
     """
 
@@ -102,6 +113,7 @@ class Generations:
         watcher: Watcher | None = None,
     ) -> None:
         self.config = config
+        self.commands = Commands(send)
         self.statistics: Statistics | None = None
         self._tokenizer = tokenizer
         self._send = send
@@ -110,7 +122,6 @@ class Generations:
         self._num_of_client: Counter[str] = Counter()  # prompts in flight
         self._table: dict[int, Generation] = {}
         self._next_id = 0
-        self._commands: dict[int, Callable[[CommandDone | TokasaurusError], None]] = {}
         self._backlog_eta_s: float | None = None
 
     def __len__(self) -> int:
@@ -128,6 +139,14 @@ class Generations:
             # A sequence that the manager has not heard of takes as long as one that it has.
             backlog_s *= 1 + turnstile.num_held / turnstile.num_open
         return Etas(known, backlog_s)
+
+    def find(self, request_id: int) -> Generation | None:
+        """A prompt in flight; None if there is none with this id."""
+        return self._table.get(request_id)
+
+    def set_num_seats(self, num_seats: int) -> None:
+        """From now on, the engine runs at most this many sequences at once."""
+        self._turnstile.max_open = _WAITING_ROUNDS * num_seats
 
     @property
     def num_held(self) -> int:
@@ -167,6 +186,7 @@ class Generations:
         stream: bool = False,
         on_change: Callable[[], None] = lambda: None,
         client: str = "",
+        names: Sequence[str] = (),
     ) -> Generation:
         """Sends a request to the manager, at once or when the turnstile lets it pass.
 
@@ -175,6 +195,7 @@ class Generations:
             stream: news comes before the end.
             on_change: called when there is news for a stream, and when the generation has finished.
             client: whose share of the engine it takes; clients get fair shares.
+            names: by which the client may end it; see ``named``.
         """
         generation = Generation(
             self._next_id,
@@ -183,6 +204,8 @@ class Generations:
             stream=stream,
             on_change=on_change,
             client=client,
+            names=names,
+            weights=self.commands.weights,
         )
         self._next_id += 1
         if not self._table:
@@ -194,20 +217,53 @@ class Generations:
         self._turnstile.submit(client, request.message(generation.request_id, stream=stream))
         return generation
 
+    def named(self, name: str) -> list[Generation]:
+        """The generations in flight that have this name."""
+        return [each for each in self._table.values() if name in each.names]
+
     def abort(self, generation: Generation) -> None:
-        """Ends a generation. Harmless if it has ended already."""
+        """Ends a generation that no client waits for. Harmless if it has ended already."""
         if self._table.pop(generation.request_id, None) is not None:
             self._turnstile.abort(generation.request_id)
             self._ended(generation, "aborted")
 
-    def command(
-        self, action: Action, on_done: Callable[[CommandDone | TokasaurusError], None]
+    def cut_short(self, generation: Generation) -> None:
+        """Ends a generation; its client gets the tokens so far, and "abort" as the reason.
+
+        Harmless if it has ended already.
+        """
+        if generation.request_id in self._table and self._turnstile.abort(generation.request_id):
+            self._end_unsent(generation)
+
+    def command(self, action: Action, on_done: OnDone) -> None:
+        """Gives the engine a command; calls back with what it did, or with an error.
+
+        A command that aborts all sequences ends those that the turnstile holds, too.
+        """
+        if _aborts_all(action):
+            on_done = _with_more_sequences(self._turnstile.num_held, on_done)
+            for request_id in self._turnstile.take_held():
+                self._end_unsent(self._table[request_id])
+        self.commands.submit(action, on_done)
+
+    def update_weights(
+        self,
+        files: Sequence[str],
+        on_done: OnDone,
+        *,
+        checksums: Sequence[str] = (),
+        label: str | None = None,
     ) -> None:
-        """Gives the engine a command; calls back with what it did, or with an error."""
-        command_id = self._next_id
-        self._next_id += 1
-        self._commands[command_id] = on_done
-        self._send(Command(command_id, action))
+        """Replaces the weights of the model by the next version.
+
+        Args:
+            files: safetensors files, which together have every tensor.
+            on_done: as for ``command``.
+            checksums: the SHA-256 of each file, in hexadecimal; () does not check.
+            label: of the new version; None is its number.
+        """
+        version = self.commands.weights.reserve(label)
+        self.command(UpdateWeights(version, tuple(files), tuple(checksums)), on_done)
 
     def fail_all(self, error: TokasaurusError) -> None:
         """The engine is gone: ends every generation and every command with this error."""
@@ -216,9 +272,16 @@ class Generations:
         for generation in generations.values():
             generation.fail(error)
             self._ended(generation, "failed")
-        commands, self._commands = self._commands, {}
-        for on_done in commands.values():
-            on_done(error)
+        self.commands.fail_all(error)
+
+    def _end_unsent(self, generation: Generation) -> None:
+        """Ends a generation that the turnstile has dropped before the manager heard of it."""
+        del self._table[generation.request_id]
+        for sample in generation.samples:
+            generation.extend(sample, [], None, FinishReason.ABORT, 0)
+            generation.close_one()
+        self._ended(generation, "aborted")
+        generation.on_change()
 
     def _ended(self, generation: Generation, outcome: str) -> None:
         """Updates the counts after a generation has left the table, for any reason."""
@@ -251,11 +314,8 @@ class Generations:
                 generation.pooled_state = message.state.copy()
         elif isinstance(message, Eta):
             self._absorb_etas(message)
-        elif isinstance(message, CommandDone):
-            self._commands.pop(message.command_id)(message)
-        elif isinstance(message, CommandFailed):
-            error = RequestError(message.reason, message.field)
-            self._commands.pop(message.command_id)(error)
+        elif isinstance(message, CommandDone | CommandFailed):
+            self.commands.absorb(message)
         elif isinstance(message, Statistics):
             self.statistics = message
         else:
@@ -276,9 +336,10 @@ class Generations:
             self._ended(generation, "refused")
 
     def _absorb_updates(self, message: SequenceUpdates) -> None:
+        """Takes the rows in order; a sequence may have several, of which the last may be final."""
         acknowledged: list[tuple[int, int, int]] = []
         changed: dict[int, Generation] = {}
-        for request_id, index, token_ids, logprobs, reason, num_cached in _rows(message):
+        for request_id, index, token_ids, logprobs, reason, num_cached, version in _rows(message):
             generation = self._table.get(request_id)
             if generation is None:
                 continue
@@ -287,7 +348,7 @@ class Generations:
                 sample.num_cached_tokens = num_cached
                 if generation.began_at is None and sample.reads and self._watcher is not None:
                     self._watcher.began(generation)
-                generation.extend(sample, token_ids, logprobs, reason)
+                generation.extend(sample, token_ids, logprobs, reason, version)
                 changed[request_id] = generation
                 if reason == FinishReason.RUNNING:
                     if sample.finish_reason is not None:
@@ -296,7 +357,11 @@ class Generations:
                         acknowledged.append((request_id, index, sample.num_tokens))
             if reason != FinishReason.RUNNING and generation.close_one():
                 del self._table[request_id]
-                self._ended(generation, "finished")
+                if generation.was_aborted:
+                    self._ended(generation, "aborted")
+                    changed[request_id] = generation  # it may have an error now
+                else:
+                    self._ended(generation, "finished")
         if acknowledged:
             self._acknowledge(acknowledged)
         for generation in changed.values():
@@ -313,19 +378,38 @@ class Generations:
         )
 
 
+def _aborts_all(action: Action) -> bool:
+    if isinstance(action, Pause):
+        return action.mode is PauseMode.ABORT
+    return isinstance(action, AbortAll)
+
+
+def _with_more_sequences(number: int, on_done: OnDone) -> OnDone:
+    """Adds sequences to those that a command has aborted."""
+
+    def done(result: CommandDone | TokasaurusError) -> None:
+        if isinstance(result, CommandDone):
+            total = result.num_sequences + number
+            result = msgspec.structs.replace(result, num_sequences=total)
+        on_done(result)
+
+    return done
+
+
 def _rows(
     message: SequenceUpdates,
-) -> Iterator[tuple[int, int, list[int], TokenLogprobs | None, int, int]]:
-    """Each row: request id, sample index, token ids, logprobs, finish reason, cached tokens."""
+) -> Iterator[tuple[int, int, list[int], TokenLogprobs | None, int, int, int]]:
+    """Each row: request, sample, token ids, logprobs, finish reason, cached tokens, version."""
     token_ids = message.token_ids.tolist()
     token = chosen = top = 0
-    for request_id, index, count, reason, num_cached, num_top in zip(
+    for request_id, index, count, reason, num_cached, num_top, version in zip(
         message.request_ids.tolist(),
         message.sample_indices.tolist(),
         message.num_tokens.tolist(),
         message.finish_reasons.tolist(),
         message.num_cached_tokens.tolist(),
         message.num_logprobs.tolist(),
+        message.weights_versions.tolist(),
         strict=True,
     ):
         logprobs = None
@@ -337,5 +421,6 @@ def _rows(
                 message.top_logprobs[top:top_end].reshape(count, num_top),
             )
             chosen, top = chosen + count, top_end
-        yield request_id, index, token_ids[token : token + count], logprobs, reason, num_cached
+        ids = token_ids[token : token + count]
+        yield request_id, index, ids, logprobs, reason, num_cached, version
         token += count

@@ -14,7 +14,7 @@ from tokasaurus.protocol.arrays import Float32Array, Int32Array
 from tokasaurus.text.text_stream import TextStream
 from tokasaurus.text.tokenizer import Tokenizer
 
-__all__ = ["Sample", "SampleOutput", "TokenLogprobs"]
+__all__ = ["Sample", "SampleOutput", "TokenLogprobs", "joined_runs"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +64,7 @@ class SampleOutput:
         token_ids: with the end-of-sequence token, and up to the end of a stop string.
         logprobs: of ``token_ids``; None if none were asked for.
         finish_reason: "stop", "length", or "abort" if cancelled; None while the sample goes on.
+        weights_versions: of ``token_ids``: runs of a version and a number of tokens.
     """
 
     index: int
@@ -71,6 +72,7 @@ class SampleOutput:
     token_ids: list[int]
     logprobs: TokenLogprobs | None
     finish_reason: str | None
+    weights_versions: Sequence[tuple[int, int]] = ()
 
 
 class Sample:
@@ -81,18 +83,24 @@ class Sample:
         tokenizer: makes its text.
         text: makes its text as tokens come; None if the text is made at the end.
         unseen_ids: tokens that end the sample without being part of its text.
+
+    Attributes:
+        token_ids: so far, including those that were taken; no longer there once all are taken.
     """
 
     __slots__ = (
         "_logprobs",
+        "_num_taken",
         "_text",
-        "_token_ids",
         "_tokenizer",
         "_unseen_ids",
+        "_version",
+        "_version_ends",
         "finish_reason",
         "index",
         "num_cached_tokens",
         "num_tokens",
+        "token_ids",
     )
 
     def __init__(
@@ -109,11 +117,19 @@ class Sample:
         self._tokenizer = tokenizer
         self._text = text
         self._unseen_ids = unseen_ids
-        self._token_ids: list[int] = []
+        self.token_ids: list[int] = []
+        self._num_taken = 0
         self._logprobs: list[TokenLogprobs] = []
+        self._version = 0  # of the weights that drew the last token
+        # Of the versions before it: where their tokens end among those not taken, and the version.
+        self._version_ends: list[tuple[int, int]] = []
 
     def extend(
-        self, token_ids: list[int], logprobs: TokenLogprobs | None, finish_reason: str | None
+        self,
+        token_ids: list[int],
+        logprobs: TokenLogprobs | None,
+        finish_reason: str | None,
+        weights_version: int = 0,
     ) -> None:
         """Adds the next tokens, and the finish reason if they are the last.
 
@@ -126,8 +142,12 @@ class Sample:
             counted = self._text.num_tokens - self.num_tokens
             token_ids = token_ids[:counted]
             logprobs = None if logprobs is None else logprobs[:counted]
+        if weights_version != self._version:
+            if num_untaken := len(self.token_ids) - self._num_taken:
+                self._version_ends.append((num_untaken, self._version))
+            self._version = weights_version
         self.num_tokens += len(token_ids)
-        self._token_ids += token_ids
+        self.token_ids += token_ids
         if logprobs is not None:
             self._logprobs.append(logprobs.copy())
 
@@ -158,8 +178,12 @@ class Sample:
 
     def take(self) -> SampleOutput:
         """The output since the last call. Decodes the rest of the text, which may take a while."""
-        token_ids, self._token_ids = self._token_ids, []
+        token_ids, self._num_taken = self.token_ids[self._num_taken :], len(self.token_ids)
+        if self.finish_reason is not None:
+            self.token_ids, self._num_taken = [], 0
         logprobs, self._logprobs = self._logprobs, []
+        ends, self._version_ends = self._version_ends, []
+        ends.append((len(token_ids), self._version))
         if self._text is None:
             text = self._tokenizer.decode(self._seen(token_ids))
         else:
@@ -170,4 +194,28 @@ class Sample:
             token_ids,
             TokenLogprobs.join(logprobs) if logprobs else None,
             self.finish_reason,
+            _runs(ends),
         )
+
+
+def _runs(ends: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Runs of a version and a number of tokens, from the end of each run and its version."""
+    runs: list[tuple[int, int]] = []
+    start = 0
+    for end, version in ends:
+        if end > start:
+            runs = joined_runs(runs, [(version, end - start)])
+        start = end
+    return runs
+
+
+def joined_runs(
+    before: Sequence[tuple[int, int]], more: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Runs of a version and a number of tokens, where neighbours of one version are one run."""
+    runs = list(before)
+    for version, num_tokens in more:
+        if runs and runs[-1][0] == version:
+            num_tokens += runs.pop()[1]
+        runs.append((version, num_tokens))
+    return runs

@@ -41,7 +41,7 @@ class Turnstile:
         self.num_open = 0  # sequences that the manager holds
         self.num_held = 0  # sequences that wait here
         self._send = send
-        self._max_open = max_open
+        self.max_open = max_open
         self._open: dict[int, GenerateRequest] = {}
         self._num_open: Counter[int] = Counter()  # sequences, by priority
         self._held: dict[int, tuple[str, GenerateRequest]] = {}  # by request id: client, request
@@ -51,7 +51,7 @@ class Turnstile:
 
     def submit(self, client: str, request: GenerateRequest) -> None:
         """Sends a request to the manager, now or later."""
-        if not self._levels and self.num_open < self._max_open:
+        if not self._levels and self.num_open < self.max_open:
             self._pass(request)
             return
         level = self._levels.get(request.priority)
@@ -63,18 +63,32 @@ class Turnstile:
         self.num_held += request.n
         self._let_pass()
 
-    def abort(self, request_id: int) -> None:
-        """Drops a request; if it has passed, tells the manager."""
+    def abort(self, request_id: int) -> bool:
+        """Drops a request; if it has passed, tells the manager.
+
+        Returns:
+            Whether it was held here, so that the manager has never heard of it.
+        """
         held = self._held.pop(request_id, None)
         if held is None:
             self._send(AbortRequest(request_id))
-            return
+            return False
         client, request = held
         self.num_held -= request.n
         level = self._levels[request.priority]
         level.remove(client, request)
         if not level.num_requests:
             self._drop_level(request.priority)
+        return True
+
+    def take_held(self) -> list[int]:
+        """Drops all requests that are held here, and returns their ids."""
+        held = [*self._held]
+        self._held.clear()
+        self._levels.clear()
+        self._priorities.clear()
+        self.num_held = 0
+        return held
 
     def ended(self, request_id: int, num_tokens: int | None = None) -> None:
         """The manager has finished a request, or will soon, since it was aborted.
@@ -108,7 +122,7 @@ class Turnstile:
         while self._priorities:
             priority = self._priorities[0]
             as_urgent = sum(n for each, n in self._num_open.items() if each <= priority)
-            if as_urgent >= self._max_open:
+            if as_urgent >= self.max_open:
                 return  # less urgent requests cannot pass either
             level = self._levels[priority]
             request = level.pop(self._mean_tokens)

@@ -21,7 +21,7 @@ QUERY = "model.layers.1.self_attn.q_proj.weight"
 
 
 def load(path, place=PLACE):
-    model, _ = load_model(path, read_model_config(path), place)
+    model, _, _ = load_model(path, read_model_config(path), place)
     return model
 
 
@@ -48,7 +48,7 @@ def test_shards_load_like_one_file(checkpoint):
     whole, cut = load(checkpoint(seed=3)), load(checkpoint(seed=3, shards=4))
     assert len(list(checkpoint(seed=3, shards=4).glob("*.safetensors"))) >= 4
     assert torch.equal(whole.embedding.weight, cut.embedding.weight)
-    for one, other in zip(whole.layers, cut.layers, strict=True):
+    for one, other in zip(whole.layers.values(), cut.layers.values(), strict=True):
         assert torch.equal(one.mlp_norm.weight, other.mlp_norm.weight)
         assert torch.equal(one.attention.qkv.method.weight, other.attention.qkv.method.weight)
         assert torch.equal(one.mlp.down.method.weight, other.mlp.down.method.weight)
@@ -58,7 +58,7 @@ def test_fused_parameters_are_in_order(checkpoint):
     path = checkpoint("qwen2")
     tensors, model = load_file(path / "model.safetensors"), load(path)
     names = [f"model.layers.1.self_attn.{x}_proj" for x in "qkv"]
-    layer = model.layers[1]
+    layer = model.layers["1"]
     for kind in ("weight", "bias"):
         expected = torch.cat([tensors[f"{name}.{kind}"] for name in names])
         assert torch.equal(getattr(layer.attention.qkv.method, kind), expected)

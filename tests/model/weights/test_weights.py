@@ -48,7 +48,7 @@ def test_shapes_are_those_of_the_checkpoint(checkpoint):
         ("qwen3", True),
     ):
         path = checkpoint(architecture, tied=tied)
-        _, weights = load(path)
+        _, weights, _ = load(path)
         tensors = load_file(path / "model.safetensors")
         assert weights.shapes == {name: tuple(t.shape) for name, t in tensors.items()}
         assert weights.num_parameters == sum(t.numel() for t in tensors.values())
@@ -56,7 +56,7 @@ def test_shapes_are_those_of_the_checkpoint(checkpoint):
 
 def test_every_round_of_filling_must_be_complete(checkpoint):
     path = checkpoint("qwen3")
-    _, weights = load(path)
+    _, weights, _ = load(path)
     tensors = dict(stream(path))
     assert weights.missing() == list(weights.shapes)
     kept = tensors.pop(QUERY)
@@ -70,7 +70,7 @@ def test_every_round_of_filling_must_be_complete(checkpoint):
 
 
 def test_a_tensor_can_be_checked_before_there_is_one(checkpoint):
-    _, weights = load(checkpoint())
+    _, weights, _ = load(checkpoint())
     shape = weights.shapes[QUERY]
     weights.check(QUERY, shape, torch.bfloat16)
     with pytest.raises(ModelError, match=rf"{QUERY} has shape \[1, 1\]"):

@@ -90,7 +90,7 @@ def test_a_gap_in_the_numbers_of_batches_is_refused(driver):
     driver.start(0)
     driver.step(prefill=[Enter(0, ids(5))])
     driver.number = 2
-    with pytest.raises(ProtocolError, match="batch 2 came, batch 1 was due"):
+    with pytest.raises(ProtocolError, match="batch 2 came, number 1 was due"):
         driver.step(decode=[0])
 
 
@@ -112,6 +112,14 @@ IMPOSSIBLE = [
     ({"draw_slots": [2]}, "slot 2 would hold 1 tokens in 0 pages"),
     ({"copy_sources": [64], "copy_targets": [0]}, "pages to copy range from 64"),
     ({"copy_sources": [0], "copy_targets": [-1]}, "pages to copy to range from -1"),
+    (
+        {"early_copy_sources": [64], "early_copy_targets": [0]},
+        "pages to copy early range from 64",
+    ),
+    (
+        {"early_copy_sources": [0], "early_copy_targets": [-1]},
+        "pages to copy early to range from -1",
+    ),
     ({"table_columns": [16]}, "columns of the page table range from 16"),
 ]
 
@@ -157,6 +165,34 @@ def test_a_fork_goes_on_like_a_sequence_of_its_own(checkpoint):
     for length in (1, 15, 16, 33):
         with named(length):
             check_forks(make_driver(checkpoint("llama", tied=True)), length)
+
+
+def test_early_copies_are_made_before_the_pass(driver):
+    """A prompt goes on in the copy of a page that another slot has partly filled."""
+    prompt = ids(30)
+    expected, _ = generate(driver, prompt, 5, slot=2)
+    driver.start(0)
+    driver.step(prefill=[Enter(0, prompt[:21], ends_prompt=False, next_id=prompt[21])])
+    full, tail = driver.held[0]
+    driver.start(1)
+    driver.held[1] = [full]
+    batch = driver.batch(prefill=[Enter(1, prompt[21:], start=21)])
+    assert batch.table_columns.tolist() == [1]
+    batch = msgspec.structs.replace(
+        batch,
+        table_slots=np.array([1, 1], np.int32),
+        table_columns=np.array([0, 1], np.int32),
+        table_pages=np.array([full, driver.held[1][1]], np.int32),
+        early_copy_sources=np.array([tail], np.int32),
+        early_copy_targets=np.array([driver.held[1][1]], np.int32),
+    )
+    driver.number += 1
+    tokens = [int(driver.worker.submit(batch).collect().token_ids[0])]
+    tokens += [int(driver.step(decode=[1]).token_ids[0]) for _ in range(4)]
+    assert tokens == expected
+    # The page that was copied from stays as it was.
+    driver.step(prefill=[Enter(0, prompt[21:], start=21)])
+    assert [int(driver.step(decode=[0]).token_ids[0]) for _ in range(4)] == expected[1:]
 
 
 def test_pages_of_a_slots_former_sequence_do_not_count(driver):

@@ -20,8 +20,7 @@ def test_a_flush_reports_what_was_dropped(server, path):
 
 def test_a_flush_ends_with_a_503_when_the_engine_dies():
     with RunningServer().running() as server:
-        server.engine.send = lambda message: None  # the engine never answers
-        server.generations._send = lambda message: server.state.die("it broke")
+        server.engine.send = lambda message: server.state.die("it broke")
         answer = server.post("/flush_cache", b"")
         assert answer.status == 503
         assert "it broke" in answer.error["message"]

@@ -22,7 +22,12 @@ from tokasaurus.manager.counters import Counters
 from tokasaurus.manager.forecast.curve import Forecast, ForecastRows, Forest
 from tokasaurus.manager.forecast.learning import LengthLearning
 from tokasaurus.manager.forecast.patience import Patience
-from tokasaurus.manager.forecast.rows import Candidate, candidate_rows, running_rows
+from tokasaurus.manager.forecast.rows import (
+    Candidate,
+    candidate_rows,
+    running_forest,
+    running_rows,
+)
 from tokasaurus.manager.forecast.use_curve import UseCurve
 from tokasaurus.manager.running import RunningSequences
 from tokasaurus.manager.sequence import Request, Sequence
@@ -58,7 +63,6 @@ class AdmissionControl:
     """The forecast of one replica.
 
     Attributes:
-        limit: pages that may be in use.
         prefill_pace: prompt tokens to feed per step; None for as many as a batch takes.
 
     Args:
@@ -75,8 +79,7 @@ class AdmissionControl:
         self._page_size = config.page_size
         self._running = running
         self._counters = counters
-        utilization = self._config.target_utilization if self._config.predict_lengths else 1.0
-        self.limit = int(utilization * config.num_pages)
+        self._utilization = self._config.target_utilization if self._config.predict_lengths else 1.0
         self.prefill_pace: int | None = None
         self._learning = LengthLearning(config, running)
         self._curve = UseCurve(config.page_size, config.max_tokens_per_forward)
@@ -85,6 +88,12 @@ class AdmissionControl:
         self._refreshed_at = -REFRESH_INTERVAL
         self._refresh_at = 0
         self._question: _Question | None = None  # None where there was room without a forecast
+
+    @property
+    def limit(self) -> int:
+        """Pages that may be in use, of those that are not pinned."""
+        pages = self._running.pages
+        return int(self._utilization * (pages.pool.num_pages - pages.num_pinned))
 
     # --- what happens ----------------------------------------------------------------------------
 
@@ -101,6 +110,10 @@ class AdmissionControl:
     def end(self, sequences: Rows[Sequence], by_itself: Rows[bool]) -> None:
         """Sequences have ended, each by itself or aborted; those that had slots still have them."""
         self._learning.end(sequences, by_itself)
+
+    def pages_come_free(self) -> None:
+        """Pages that were pinned are free."""
+        self._patience.pages_come_free()
 
     def release(self, slots: IndexArray) -> None:
         """These slots are about to give back their pages."""
@@ -181,7 +194,8 @@ class AdmissionControl:
         lowest = priority_of(int(slots.order.max()))
         running = (slots.order >= 0).nonzero()[0]
         priorities = priority_of(slots.order[running])
-        longest = ceil_div(slots.final_length[running], self._page_size)
+        num_pinned = slots.num_pseudo[running] // self._page_size
+        longest = ceil_div(slots.final_length[running], self._page_size) - num_pinned
         num_rows = num_pages = 0
         for candidate in candidates:
             priority = priority_of(candidate.sequence.order)
@@ -264,16 +278,16 @@ class AdmissionControl:
 
     def _whole_forecast(self, running: ForecastRows, candidates: Rows[Candidate]) -> Forecast:
         """A forecast of all running sequences and of these candidates."""
-        prefixes = self._running.prefixes
+        shared = running_forest(self._running)
         waiting, forest = candidate_rows(candidates, self._page_size, self._learning)
         # The nodes of waiting sequences come after those of running ones.
-        np.add(waiting.leaf, len(prefixes.parent), out=waiting.leaf, where=waiting.leaf >= 0)
+        np.add(waiting.leaf, len(shared.parent), out=waiting.leaf, where=waiting.leaf >= 0)
         return self._curve.forecast(
             running=running,
             waiting=waiting,
             forest=Forest(
-                np.concatenate([prefixes.parent, forest.parent]),
-                np.concatenate([prefixes.end_column, forest.end_column]),
+                np.concatenate([shared.parent, forest.parent]),
+                np.concatenate([shared.end_column, forest.end_column]),
             ),
         )
 

@@ -10,7 +10,7 @@ from itertools import chain
 import numpy as np
 
 from tokasaurus.manager.forecast.admission import AdmissionControl
-from tokasaurus.manager.forecast.rows import Candidate
+from tokasaurus.manager.forecast.rows import Candidate, uncached_candidate
 from tokasaurus.manager.running import RunningSequences
 from tokasaurus.manager.waiting import Backlog
 from tokasaurus.protocol.messages import Eta
@@ -29,6 +29,10 @@ class StepTimer:
     def __init__(self) -> None:
         self.seconds = 0.0  # 0 until a step was measured
         self._absorbed_at: float | None = None
+
+    def interrupt(self) -> None:
+        """Something else has run between two batches: the time until the next is not a step's."""
+        self._absorbed_at = None
 
     def absorbed(self, now: float, num_results: int, is_idle: bool) -> None:
         """Takes the time at which results were absorbed.
@@ -53,12 +57,15 @@ def eta(
     """The estimate for the requests with samples that run or are among the first in the queue."""
     candidates: list[Candidate] = []
     num_rows = 0
-    queue = ((sequence, len(sequence.prompt_ids)) for sequence in backlog.in_order())
-    for sequence, num_tokens in chain(((leader, 0) for leader in running.prefilling), queue):
+    page_size = running.slots.page_size
+    for sequence in chain(running.prefilling, backlog.in_order()):
         if num_rows >= MAX_QUEUED:
             break
         num_forks = min(backlog.num_followers(sequence), MAX_QUEUED - num_rows)
-        candidates.append(Candidate(sequence, num_tokens, 0, num_forks))
+        if sequence.slot >= 0:  # it runs already, and only its forks wait
+            candidates.append(Candidate(sequence, 0, 0, num_forks))
+        else:
+            candidates.append(uncached_candidate(sequence, num_forks, page_size))
         num_rows += candidates[-1].num_rows
     slots, running_ends, waiting_ends = admission.finish_steps(candidates)
     counts = [candidate.num_rows for candidate in candidates]

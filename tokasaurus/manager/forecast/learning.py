@@ -52,8 +52,8 @@ class LengthLearning:
 
     def open(self, request: Request) -> None:
         """The request will have sequences that run."""
-        self._predictor.expect(request.message.max_tokens, request.message.n)
-        if request.message.n > 1 and self._config.learn_lengths:
+        self._predictor.expect(request.message.max_tokens, len(request.sequences))
+        if len(request.sequences) > 1 and self._config.learn_lengths:
             request.length_group = self._predictor.open_group()
 
     def close(self, request: Request) -> None:

@@ -16,9 +16,10 @@ from tokasaurus.manager.forecast.lengths import at_most_median
 from tokasaurus.manager.running import RunningSequences
 from tokasaurus.manager.sequence import Sequence
 from tokasaurus.manager.slots import IndexArray
+from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.rounding import ceil_div
 
-__all__ = ["Candidate", "candidate_rows", "running_rows"]
+__all__ = ["Candidate", "candidate_rows", "running_forest", "running_rows", "uncached_candidate"]
 
 
 class Candidate(NamedTuple):
@@ -26,7 +27,7 @@ class Candidate(NamedTuple):
 
     sequence: Sequence
     num_tokens: int  # of its prompt, that it would feed; 0 where it runs already, and has no row
-    num_held_pages: int  # of its prompt's pages, those that other sequences hold
+    num_held_pages: int  # of its prompt's pages, those that have a holder already
     num_forks: int
 
     @property
@@ -35,18 +36,28 @@ class Candidate(NamedTuple):
         return self.num_forks + (self.num_tokens > 0)
 
     def most_pages_each(self, page_size: int) -> int:
-        """Pages of one of its sequences that becomes as long as it may."""
-        return ceil_div(self.sequence.final_length, page_size)
+        """Pages of one of its sequences that becomes as long as it may, without pinned ones."""
+        num_pinned = self.sequence.request.num_pseudo // page_size
+        return ceil_div(self.sequence.final_length, page_size) - num_pinned
 
     def most_pages(self, page_size: int) -> int:
         """Pages of all its sequences if each becomes as long as it may."""
         return self.most_pages_each(page_size) * self.num_rows
 
 
+def uncached_candidate(sequence: Sequence, num_forks: int, page_size: int) -> Candidate:
+    """A sequence of the queue, as if no page of its own prompt were cached."""
+    num_pinned = sequence.request.num_pseudo // page_size
+    return Candidate(sequence, sequence.num_own_tokens, num_pinned, num_forks)
+
+
 def running_rows(
     running: RunningSequences, learning: LengthLearning
 ) -> tuple[IndexArray, ForecastRows]:
-    """Slots that hold pages, and their rows: first those that decode, then prompts in order."""
+    """Slots that hold pages, and their rows: first those that decode, then prompts in order.
+
+    Pinned pages are left out, and so are the positions in them.
+    """
     slots, page_size = running.slots, running.slots.page_size
     prefilling = [sequence.slot for sequence in running.prefilling]
     is_decoding = slots.order >= 0
@@ -54,6 +65,7 @@ def running_rows(
     rows = np.concatenate([is_decoding.nonzero()[0], np.array(prefilling, np.intp)])
     length = slots.length[rows].astype(np.int64)
     decodes_from = np.maximum(length, slots.prompt_end[rows])
+    num_pinned = slots.num_pseudo[rows].astype(np.int64) // page_size
     predicted = learning.predict(
         slots.length_group[rows],
         slots.known[rows].astype(np.int64),
@@ -63,12 +75,28 @@ def running_rows(
     # The last token is not fed.
     end = np.minimum(slots.prompt_length[rows] + predicted - 1, slots.final_length[rows])
     return rows, ForecastRows(
-        length=decodes_from,
-        num_pages=slots.capacity[rows].astype(np.int64) // page_size,
+        length=decodes_from - num_pinned * page_size,
+        num_pages=slots.capacity[rows].astype(np.int64) // page_size - num_pinned,
         num_prompt_tokens=decodes_from - length,
         num_steps=np.maximum(end - decodes_from, 0),
         leaf=running.prefixes.leaf[rows].astype(np.int64),
     )
+
+
+def running_forest(running: RunningSequences) -> Forest:
+    """The pages that slots share, without those that are pinned."""
+    prefixes, slots = running.prefixes, running.slots
+    rows = ((prefixes.leaf >= 0) & (slots.num_pseudo >= slots.page_size)).nonzero()[0]
+    if not rows.size:
+        return Forest(prefixes.parent, prefixes.end_column)
+    # All holders of a page of a cartridge have that cartridge, and hold all its full pages.
+    num_pinned: Int32Array = np.zeros_like(prefixes.end_column)
+    nodes, counts = prefixes.leaf[rows], slots.num_pseudo[rows] // slots.page_size
+    while nodes.size:
+        num_pinned[nodes] = counts
+        nodes = prefixes.parent[nodes]
+        nodes, counts = nodes[nodes >= 0], counts[nodes >= 0]
+    return Forest(prefixes.parent, prefixes.end_column - num_pinned)
 
 
 class _Alike(NamedTuple):
@@ -88,7 +116,7 @@ def candidate_rows(
 ) -> tuple[ForecastRows, Forest]:
     """Each candidate that does not run yet, followed by its forks; and the pages that these share.
 
-    Pages that other sequences hold are left out: they are in use anyway.
+    Pages that other sequences hold, or that are pinned, are left out: they are in use anyway.
     """
     alike: list[_Alike] = []
     counts: list[int] = []

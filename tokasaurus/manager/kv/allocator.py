@@ -19,15 +19,24 @@ __all__ = ["PageAllocator"]
 class PageAllocator:
     """The KV pages of one replica.
 
+    Pages are looked up, published and released in a namespace, which stands for the weights that
+    computed them. What is published or released in a closed namespace is not found any more.
+
+    Attributes:
+        num_pinned: pages with a holder that is not a sequence.
+
     Args:
         num_pages: pages are numbered 0 .. num_pages - 1.
         page_size: tokens.
+        namespace: the first one that is open.
     """
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
+    def __init__(self, num_pages: int, page_size: int, namespace: int = 0) -> None:
         self.page_size = page_size
         self.pool = PagePool(num_pages)
         self.cache = PrefixCache(self.pool, page_size)
+        self.num_pinned = 0
+        self.cache.open(namespace)
 
     @property
     def num_available(self) -> int:
@@ -36,12 +45,12 @@ class PageAllocator:
 
     @property
     def num_held(self) -> int:
-        """Pages that have a holder."""
-        return self.pool.num_pages - self.num_available
+        """Pages that sequences hold, without those that are pinned anyway."""
+        return self.pool.num_pages - self.num_available - self.num_pinned
 
-    def lookup(self, prompt_ids: Int32Array) -> Int32Array:
+    def lookup(self, namespace: int, prompt_ids: Int32Array) -> Int32Array:
         """Returns the cached pages of a prompt; its last token is always computed."""
-        return self.cache.lookup(prompt_ids, (len(prompt_ids) - 1) // self.page_size)
+        return self.cache.lookup(namespace, prompt_ids, (len(prompt_ids) - 1) // self.page_size)
 
     def num_needed(self, cached_pages: Int32Array, num_new: int) -> int:
         """By how much ``num_available`` shrinks if these cached and new pages get a holder."""
@@ -69,12 +78,46 @@ class PageAllocator:
         self.cache.evict(num_pages)
         return num_pages
 
+    def pin(self, count: int) -> Int32Array:
+        """Returns private pages with a holder that is not a sequence, until ``unpin``.
+
+        Raises:
+            ProtocolError: ``num_available`` is smaller.
+        """
+        pages = self.allocate(count)
+        self.num_pinned += count
+        return pages
+
+    def unpin(self, pages: Int32Array, first_id: int) -> int:
+        """Gives back pinned pages, and forgets all prefixes that begin with this id.
+
+        Returns:
+            The number of pages that this frees.
+        """
+        self.num_pinned -= len(pages)
+        num_free = self.pool.num_free
+        self.pool.release(pages)
+        self.cache.drop(first_id)
+        return self.pool.num_free - num_free
+
+    def replace_namespace(self, old: int, new: int) -> int:
+        """Closes a namespace and opens another; returns the number of pages that this frees."""
+        num_freed = self.cache.close(old)
+        self.cache.open(new)
+        return num_freed
+
     def publish(
-        self, ids: Int32Array, pages: Int32Array, num_published: int, num_holders: int = 1
+        self,
+        namespace: int,
+        ids: Int32Array,
+        pages: Int32Array,
+        num_published: int,
+        num_holders: int = 1,
     ) -> Int32Array | None:
         """Makes full pages findable, from position 0 on.
 
         Args:
+            namespace: where they are found.
             ids: of ``len(pages)`` full pages.
             pages: where their KV is.
             num_published: leading pages that were published, or found in the cache, before.
@@ -85,30 +128,36 @@ class PageAllocator:
             meantime: the duplicates are given back, and the cached ones shared. None if all stay as
             they are.
         """
-        num_found, _ = self.cache.insert(ids, pages)
+        if namespace not in self.cache.roots:
+            return None
+        num_found, _ = self.cache.insert(namespace, ids, pages)
         if num_found < len(pages):
             self.pool.mark_cached(pages[num_found:])
         if num_found == num_published:
             return None
-        shared = self.cache.lookup(ids, len(pages))
+        shared = self.cache.lookup(namespace, ids, len(pages))
         changed = pages != shared
         self.pool.retain(shared[changed], num_holders)
         self.pool.release(np.repeat(pages[changed], num_holders))
         return shared
 
-    def release(self, holders: Iterable[tuple[Int32Array, Int32Array]]) -> None:
+    def release(self, holders: Iterable[tuple[int, Int32Array, Int32Array]]) -> None:
         """Gives back all pages of these holders; full pages of known ids become findable.
 
         Args:
-            holders: for each, the ids of its leading full pages of known ids, and all its pages.
+            holders: for each, its namespace, the ids of its leading full pages of known ids, and
+                all its pages.
         """
         tables, nodes, new = [], [], []
-        for ids, pages in holders:
+        roots = self.cache.roots
+        for namespace, ids, pages in holders:
+            tables.append(pages)
+            if namespace not in roots:
+                continue
             known = pages[: len(ids) // self.page_size]
-            num_found, node = self.cache.insert(ids, known)
+            num_found, node = self.cache.insert(namespace, ids, known)
             if num_found < len(known):
                 new.append(known[num_found:])
-            tables.append(pages)
             nodes.append(node)
         if new:
             self.pool.mark_cached(np.concatenate(new))

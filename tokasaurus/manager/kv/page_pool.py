@@ -5,6 +5,8 @@ Knows nothing of tokens. A page is in exactly one of these conditions::
                       not cached        cached (in the prefix cache's tree)
     no reference      free              evictable
     references        private (one)     shared by its holders
+
+A page that several share stays shared when its tree is dropped: it is then private to all of them.
 """
 
 from __future__ import annotations
@@ -82,6 +84,13 @@ class PagePool:
         self.cached[pages] = False
         self.num_evictable -= len(pages)
         self._put_back(pages)
+
+    def uncache(self, pages: Int32Array) -> int:
+        """Notes that these pages left the tree; frees those without a holder, returns how many."""
+        unreferenced = pages[self.references[pages] == 0]
+        self.evict(unreferenced)
+        self.cached[pages] = False
+        return len(unreferenced)
 
     def is_referenced(self, page: int) -> bool:
         """Whether the page has a holder."""

@@ -1,4 +1,7 @@
-"""The prefix cache: a radix tree from token ids to the pages that hold their KV.
+"""The prefix cache: radix trees from token ids to the pages that hold their KV.
+
+There is one tree for each *namespace*. KV that was computed in one namespace is found only there:
+a namespace stands for the weights that computed it.
 
 A node is a *run* of pages, so a prompt of a thousand pages is one object. Children are found by the
 bytes of their first page's ids. With pages of two tokens::
@@ -11,12 +14,13 @@ A holder of a page holds all pages above it too. So reference counts never grow 
 unreferenced pages are the tails of leaves and whole subtrees, and each of them can be evicted.
 
 Eviction takes the least recently used leaf, last page first. Knows nothing of slots or of time:
-"used" means inserted again, in the order of calls.
+"used" means inserted again, in the order of calls. It is one order over all namespaces.
 """
 
 from __future__ import annotations
 
 import heapq
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -48,7 +52,11 @@ class PrefixNode:
 
 
 class PrefixCache:
-    """Finds, inserts and evicts runs of full pages.
+    """Finds, inserts and evicts runs of full pages, in namespaces that are opened and closed.
+
+    Attributes:
+        roots: by open namespace.
+        num_evicted: pages that left the trees.
 
     Args:
         pool: it is told which pages left the tree, and asked which are referenced.
@@ -64,14 +72,35 @@ class PrefixCache:
         # stale when its leaf is used again, gets children or is referenced; that is noticed when it
         # is popped.
         self._heap: list[tuple[int, int, PrefixNode]] = []
-        self.root = self._new_node(None, b"", EMPTY_INT32)
+        self.roots: dict[int, PrefixNode] = {}
         self.num_evicted = 0
 
-    def lookup(self, ids: Int32Array, max_pages: int) -> Int32Array:
+    def open(self, namespace: int) -> None:
+        """Opens a namespace, which is empty."""
+        self.roots[namespace] = self._new_node(None, b"", EMPTY_INT32)
+
+    def close(self, namespace: int) -> int:
+        """Forgets a namespace: frees the pages that have no holder, and returns their number.
+
+        The others become private pages of their holders, which give them back as such.
+        """
+        return self._forget(list(_below(self.roots.pop(namespace))))
+
+    def drop(self, first_id: int) -> int:
+        """Like ``close``, for all prefixes that begin with this id, in every namespace."""
+        start = first_id.to_bytes(_BYTES_PER_ID, sys.byteorder, signed=True)
+        dropped: list[PrefixNode] = []
+        for root in self.roots.values():
+            for key in [key for key in root.children if key.startswith(start)]:
+                top = root.children.pop(key)
+                dropped += [top, *_below(top)]
+        return self._forget(dropped)
+
+    def lookup(self, namespace: int, ids: Int32Array, max_pages: int) -> Int32Array:
         """Returns the pages of the longest cached prefix of ``ids``, at most ``max_pages``."""
         data = ids[: max_pages * self._page_bytes // _BYTES_PER_ID].tobytes()
         size = self._page_bytes
-        node, at = self.root, 0
+        node, at = self.roots[namespace], 0
         runs: list[Int32Array] = []
         while (child := node.children.get(data[at : at + size])) is not None:
             if not data.startswith(child.ids, at):
@@ -84,12 +113,13 @@ class PrefixCache:
             return EMPTY_INT32
         return runs[0] if len(runs) == 1 else np.concatenate(runs)
 
-    def insert(self, ids: Int32Array, pages: Int32Array) -> tuple[int, PrefixNode]:
+    def insert(self, namespace: int, ids: Int32Array, pages: Int32Array) -> tuple[int, PrefixNode]:
         """Makes a prefix findable, and counts as a use of it.
 
         The caller must tell the pool of the pages that are new in the tree.
 
         Args:
+            namespace: an open one.
             ids: of ``len(pages)`` full pages, from position 0.
             pages: where their KV is; those that are not in the tree yet must be private.
 
@@ -99,7 +129,7 @@ class PrefixCache:
         """
         data = ids.tobytes()
         size = self._page_bytes
-        node, at = self.root, 0
+        node, at = self.roots[namespace], 0
         while (child := node.children.get(data[at : at + size])) is not None:
             if not data.startswith(child.ids, at):
                 count = self._num_common_pages(child.ids, data, at)
@@ -116,7 +146,7 @@ class PrefixCache:
 
     def offer(self, node: PrefixNode) -> None:
         """Must be called when a holder of the prefix that ends with ``node`` has released it."""
-        if not (node.queued or node.children or node is self.root):
+        if not (node.queued or node.children or node.parent is None):
             node.queued = True
             heapq.heappush(self._heap, (node.last_used, node.serial, node))
 
@@ -144,12 +174,19 @@ class PrefixCache:
             self.num_evicted += len(pages)
 
     def nodes(self) -> Iterator[PrefixNode]:
-        """Every node but the root, parents first."""
-        stack = list(self.root.children.values())
-        while stack:
-            node = stack.pop()
-            yield node
-            stack.extend(node.children.values())
+        """Every node but the roots, parents first."""
+        for root in self.roots.values():
+            yield from _below(root)
+
+    def _forget(self, nodes: list[PrefixNode]) -> int:
+        """Frees the pages, as far as they have no holder, of nodes that cannot be reached."""
+        for node in nodes:
+            node.parent = None
+        self._heap = [entry for entry in self._heap if entry[2].parent is not None]
+        heapq.heapify(self._heap)
+        num_freed = self._pool.uncache(np.concatenate([EMPTY_INT32, *[n.pages for n in nodes]]))
+        self.num_evicted += num_freed
+        return num_freed
 
     def _num_common_pages(self, run: bytes, data: bytes, at: int) -> int:
         length = min(len(run), len(data) - at)
@@ -166,7 +203,7 @@ class PrefixCache:
         """
         parent = node.parent
         if parent is None:
-            raise ProtocolError("the root of the prefix cache has no pages to split")
+            raise ProtocolError("a root of the prefix cache has no pages to split")
         cut = count * self._page_bytes
         upper = self._new_node(parent, node.ids[:cut], node.pages[:count])
         upper.last_used = node.last_used
@@ -177,7 +214,7 @@ class PrefixCache:
 
     def _append(self, node: PrefixNode, ids: bytes, pages: Int32Array) -> PrefixNode:
         """Adds pages below ``node``; a leaf just grows."""
-        if node is not self.root and not node.children:
+        if node.parent is not None and not node.children:
             node.ids += ids
             node.pages = np.concatenate([node.pages, pages])
             return node
@@ -212,3 +249,12 @@ class PrefixCache:
     def _new_node(self, parent: PrefixNode | None, ids: bytes, pages: Int32Array) -> PrefixNode:
         self._num_nodes += 1
         return PrefixNode(parent, ids, pages, self._num_nodes)
+
+
+def _below(root: PrefixNode) -> Iterator[PrefixNode]:
+    """All nodes below this one, parents first."""
+    stack = list(root.children.values())
+    while stack:
+        node = stack.pop()
+        yield node
+        stack.extend(node.children.values())

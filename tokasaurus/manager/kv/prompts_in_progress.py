@@ -1,8 +1,8 @@
 """Which sequence is computing which page of a prompt right now, so that no page is computed twice.
 
 A sequence that feeds its prompt, or comes first in the queue, claims the first page of the prompt
-that is not yet in the prefix cache, under the ids up to the end of that page. A sequence that would
-have to compute the same page next waits for the claim to move on::
+that is not yet in the prefix cache, under its namespace and the ids up to the end of that page. A
+sequence that would have to compute the same page next waits for the claim to move on::
 
     A  [system prompt    |question A]     claims page 0, as far as its chunks have not filled it
     B  [system prompt    |question B]     waits; looks again as soon as A's next pages can be found
@@ -13,16 +13,20 @@ Knows nothing of where pages are, nor of which sequences may run.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from tokasaurus.manager.sequence import Sequence
 
 __all__ = ["PromptsInProgress"]
 
 
+_Key: TypeAlias = tuple[int, bytes]  # namespace, ids
+
+
 @dataclass(eq=False, slots=True)
 class _Claim:
     sequence: Sequence
-    key: bytes
+    key: _Key
     waiting: list[Sequence] = field(default_factory=list)
 
 
@@ -35,14 +39,15 @@ class PromptsInProgress:
 
     def __init__(self, page_size: int) -> None:
         self._page_size = page_size
-        self._by_key: dict[bytes, _Claim] = {}
+        self._by_key: dict[_Key, _Claim] = {}
         self._by_sequence: dict[Sequence, _Claim] = {}
         self.woken: list[Sequence] = []  # the caller takes them out and lets them go on
 
-    def enter(self, sequence: Sequence, num_pages: int) -> bool:
+    def enter(self, namespace: int, sequence: Sequence, num_pages: int) -> bool:
         """Claims the next page of a sequence that is about to feed its prompt, or will be soon.
 
         Args:
+            namespace: of the pages.
             sequence: that feeds it.
             num_pages: leading pages of its prompt that can be found.
 
@@ -51,7 +56,7 @@ class PromptsInProgress:
             page: it waits, and is among the ``woken`` as soon as the other one is done with the
             page.
         """
-        key = self._key(sequence, num_pages)
+        key = self._key(namespace, sequence, num_pages)
         other = None if key is None else self._by_key.get(key)
         if other is not None and other.sequence.order < sequence.order:
             self.leave(sequence)
@@ -60,9 +65,9 @@ class PromptsInProgress:
         self._claim(sequence, key)
         return True
 
-    def advance(self, sequence: Sequence, num_pages: int) -> None:
+    def advance(self, namespace: int, sequence: Sequence, num_pages: int) -> None:
         """Moves the claim behind ``num_pages`` pages that can be found now; wakes what waited."""
-        self._claim(sequence, self._key(sequence, num_pages))
+        self._claim(sequence, self._key(namespace, sequence, num_pages))
 
     def leave(self, sequence: Sequence) -> None:
         """Drops the claim of a sequence, if it has one; wakes those that waited for it."""
@@ -79,7 +84,7 @@ class PromptsInProgress:
         """All sequences that wait, including those that have ended in the meantime."""
         return [sequence for claim in self._by_sequence.values() for sequence in claim.waiting]
 
-    def _claim(self, sequence: Sequence, key: bytes | None) -> None:
+    def _claim(self, sequence: Sequence, key: _Key | None) -> None:
         claim = self._by_sequence.get(sequence)
         if claim is not None and claim.key == key:
             return
@@ -94,7 +99,7 @@ class PromptsInProgress:
             other.sequence = sequence
             self._by_sequence[sequence] = other
 
-    def _key(self, sequence: Sequence, num_pages: int) -> bytes | None:
+    def _key(self, namespace: int, sequence: Sequence, num_pages: int) -> _Key | None:
         end = (num_pages + 1) * self._page_size
         ids = sequence.prompt_ids
-        return ids[:end].tobytes() if end <= len(ids) else None
+        return (namespace, ids[:end].tobytes()) if end <= len(ids) else None

@@ -38,9 +38,13 @@ class LlamaLayer(nn.Module):
 class LlamaModel(nn.Module):
     """Turns token ids into hidden states, and chosen rows of those into logits.
 
+    A *stage* is a model with a range of the layers. The first stage has the embedding, the last one
+    the last norm and the head, and the hidden states of each are the input of the next.
+
     Args:
-        config: the shape.
+        config: the shape of the whole model.
         place: dtype and device of the parameters, which the loader fills.
+        stage: the numbers of its layers, at least one; None is the whole model.
     """
 
     # Our layer -> the checkpoint's layer that fills it, or one for each of our layer's parts. {} is
@@ -67,42 +71,49 @@ class LlamaModel(nn.Module):
         "head": "lm_head",
     }
 
-    def __init__(self, config: ModelConfig, place: Placement) -> None:
+    def __init__(self, config: ModelConfig, place: Placement, stage: range | None = None) -> None:
         super().__init__()
         self.vocab_size = config.vocab_size
-        self.embedding = Embedding(place, config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            LlamaLayer(config, place, layer) for layer in range(config.num_layers)
+        stage = range(config.num_layers) if stage is None else stage
+        self.is_first = stage.start == 0
+        self.is_last = stage.stop == config.num_layers
+        is_tied = self.is_last and config.tie_word_embeddings
+        if self.is_first or is_tied:
+            self.embedding = Embedding(place, config.vocab_size, config.hidden_size)
+        # By the layer's number in the checkpoint; in the KV cache, the stage's first is number 0.
+        self.layers = nn.ModuleDict(
+            {str(number): LlamaLayer(config, place, index) for index, number in enumerate(stage)}
         )
-        self.norm = RMSNorm(place, config.hidden_size, config.rms_norm_eps)
-        self.head = Linear(
-            place,
-            config.hidden_size,
-            {"": config.vocab_size},
-            Sharding.VOCABULARY,
-            tied=self.embedding if config.tie_word_embeddings else None,
-        )
+        if self.is_last:
+            self.norm = RMSNorm(place, config.hidden_size, config.rms_norm_eps)
+            self.head = Linear(
+                place,
+                config.hidden_size,
+                {"": config.vocab_size},
+                Sharding.VOCABULARY,
+                tied=self.embedding if is_tied else None,
+            )
         self._rotary = Rotary(config.rope, config.head_dim, place.device)
 
-    def forward(self, ids: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Runs one pass over a flat batch.
 
         Args:
-            ids: [tokens] int64.
+            x: ids, [tokens] int64; of a stage but the first, hidden states, [tokens, hidden].
             positions: [tokens] int64, the position of each token in its sequence.
             attention: of this batch; it also stores the batch's keys and values.
 
         Returns:
-            Hidden states after the last norm, [tokens, hidden].
+            Hidden states, [tokens, hidden]; of the last stage, after the last norm.
         """
         rotation = self._rotary(positions)
-        x = self.embedding(ids)
-        for layer in self.layers:
+        if self.is_first:
+            x = self.embedding(x)
+        for layer in self.layers.values():
             x = layer(x, rotation, attention)
-        result: Tensor = self.norm(x)
-        return result
+        return self.norm(x) if self.is_last else x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Turns [rows, hidden] into [rows, vocabulary], in the model's dtype."""
+        """Turns [rows, hidden] of the last stage into [rows, vocabulary], in the model's dtype."""
         result: Tensor = self.head(hidden)
         return result

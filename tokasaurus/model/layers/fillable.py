@@ -33,3 +33,11 @@ class Fillable(Protocol):
     def finish(self) -> None:
         """Every tensor has been filled."""
         ...
+
+    def release(self) -> None:
+        """Frees the memory of its tensors; see ``LinearMethod``."""
+        ...
+
+    def restore(self) -> None:
+        """Allocates what was released, before it is filled."""
+        ...

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from tokasaurus.model import storage
 from tokasaurus.model.linear_methods.base import LinearSpec, Sharding
 from tokasaurus.model.linear_methods.registry import make_linear
 from tokasaurus.model.placement import Placement
@@ -54,6 +55,14 @@ class Linear(nn.Module):
         """Implements ``Fillable``."""
         self.method.finish()
 
+    def release(self) -> None:
+        """Implements ``Fillable``."""
+        self.method.release()
+
+    def restore(self) -> None:
+        """Implements ``Fillable``."""
+        self.method.restore()
+
     def forward(self, x: Tensor) -> Tensor:
         return self.method.apply(x)
 
@@ -77,6 +86,14 @@ class Embedding(nn.Module):
 
     def finish(self) -> None:
         """Implements ``Fillable``."""
+
+    def release(self) -> None:
+        """Implements ``Fillable``."""
+        storage.release(self.weight)
+
+    def restore(self) -> None:
+        """Implements ``Fillable``."""
+        storage.restore(self.weight)
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight)

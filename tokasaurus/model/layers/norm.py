@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tokasaurus.model import storage
 from tokasaurus.model.placement import Placement
 
 __all__ = ["RMSNorm"]
@@ -30,6 +31,14 @@ class RMSNorm(nn.Module):
 
     def finish(self) -> None:
         """Implements ``Fillable``."""
+
+    def release(self) -> None:
+        """Implements ``Fillable``."""
+        storage.release(self.weight)
+
+    def restore(self) -> None:
+        """Implements ``Fillable``."""
+        storage.restore(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.to(torch.float32)

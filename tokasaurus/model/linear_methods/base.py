@@ -68,7 +68,8 @@ class LinearMethod(ABC):
     """Owns the tensors of one product.
 
     Their life: ``fill`` for every part and kind, in any order; ``finish``; then ``apply``. To
-    replace the weights: ``fill`` for every part and kind, and ``finish``, once more.
+    replace the weights: ``fill`` for every part and kind, and ``finish``, once more. The first
+    ``fill`` may drop the former weights. After ``release`` comes ``restore``, then the same again.
     """
 
     @abstractmethod
@@ -81,6 +82,14 @@ class LinearMethod(ABC):
     @abstractmethod
     def finish(self) -> None:
         """Brings the tensors, which are all filled, into the layout that ``apply`` needs."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Frees the memory of the tensors. Those of another module are left to that module."""
+
+    @abstractmethod
+    def restore(self) -> None:
+        """Allocates what was released, or leaves it to ``fill``."""
 
     @abstractmethod
     def apply(self, x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tokasaurus.model import storage
 from tokasaurus.model.linear_methods.base import LinearMethod, LinearSpec
 from tokasaurus.model.placement import Placement
 
@@ -19,8 +20,8 @@ __all__ = ["PackedLinear", "why_not"]
 class PackedLinear(LinearMethod):
     """Multiplies by a weight in oneDNN's own layout.
 
-    While weights are filled there is a plain copy of this product's weight too. ``finish`` drops
-    it.
+    While parts are filled there is a plain weight in place of the packed one. The last part packs
+    it. So of a whole model, few weights exist twice at any time.
 
     Args:
         spec: the product.
@@ -35,29 +36,48 @@ class PackedLinear(LinearMethod):
         self._tied = tied
         self._plain: Tensor | None = None
         self._packed: Tensor | None = None
+        self._unfilled: set[str] = set()
         self._bias = place.empty(spec.out_size) if spec.bias else None
 
     def fill(self, part: str, kind: str, tensor: Tensor) -> None:
-        if kind == "weight":
-            if self._plain is None:
-                self._plain = self._place.empty(self._spec.out_size, self._spec.in_size)
-            whole = self._plain
-        else:
+        rows = self._spec.rows(part)
+        if kind == "bias":
             assert self._bias is not None
-            whole = self._bias
-        whole[self._spec.rows(part)].copy_(tensor)
+            self._bias[rows].copy_(tensor)
+            return
+        if self._plain is None:
+            self._packed = None
+            self._plain = self._place.empty(self._spec.out_size, self._spec.in_size)
+            self._unfilled = set(self._spec.parts)
+        self._plain[rows].copy_(tensor)
+        self._unfilled.discard(part)
+        if not self._unfilled:
+            self._pack(self._plain)
+            self._plain = None
 
     def finish(self) -> None:
-        weight = self._plain if self._tied is None else self._tied
-        assert weight is not None
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        self._plain = None
+        if self._tied is not None:
+            self._packed = None
+            self._pack(self._tied)
+        assert self._packed is not None
+
+    def release(self) -> None:
+        self._plain = self._packed = None
+        if self._bias is not None:
+            storage.release(self._bias)
+
+    def restore(self) -> None:
+        if self._bias is not None:
+            storage.restore(self._bias)
 
     def apply(self, x: Tensor) -> Tensor:
         result: Tensor = torch.ops.mkldnn._linear_pointwise(
             x, self._packed, self._bias, "none", [], ""
         )
         return result
+
+    def _pack(self, weight: Tensor) -> None:
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
 
 
 def why_not(place: Placement) -> str | None:

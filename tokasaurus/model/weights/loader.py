@@ -6,6 +6,7 @@ needs no second copy of the weights.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterable
@@ -13,24 +14,28 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tokasaurus.errors import ModelError
+from tokasaurus.checkpoint_files import checkpoint_files
 from tokasaurus.model.architectures.llama_model import LlamaModel
 from tokasaurus.model.architectures.registry import get_model_cls
 from tokasaurus.model.config import ModelConfig
 from tokasaurus.model.linear_methods.registry import check_linear
 from tokasaurus.model.placement import Placement
-from tokasaurus.model.weights.checkpoint import checkpoint_tensors
 from tokasaurus.model.weights.dummy import dummy_tensors
-from tokasaurus.model.weights.weights import Weights, listing
+from tokasaurus.model.weights.weight_files import WeightFiles
+from tokasaurus.model.weights.weights import Weights
 
-__all__ = ["load_model"]
+__all__ = ["fill_all", "load_model"]
 
 log = logging.getLogger(__name__)
 
 
 def load_model(
-    path: str | Path, config: ModelConfig, place: Placement, load_format: str = "auto"
-) -> tuple[LlamaModel, Weights]:
+    path: str | Path,
+    config: ModelConfig,
+    place: Placement,
+    load_format: str = "auto",
+    stage: range | None = None,
+) -> tuple[LlamaModel, Weights, WeightFiles | None]:
     """Builds the model of ``config`` and fills it.
 
     Args:
@@ -38,9 +43,11 @@ def load_model(
         config: of the same directory.
         place: the dtype to convert to, and the device.
         load_format: "auto" reads the checkpoint; "dummy" makes random weights and reads no file.
+        stage: the numbers of the layers to build; None builds the whole model.
 
     Returns:
-        The model, and its weights, which can be filled anew.
+        The model, its weights, which can be filled anew, and the files that they came from, which
+        are closed; None if they are random.
 
     Raises:
         ModelError: names the file or the tensor, and a remedy where there is one.
@@ -48,19 +55,24 @@ def load_model(
     """
     started = time.perf_counter()
     check_linear(place)
-    # The files are looked at first: if one is missing, no memory is allocated.
-    tensors = checkpoint_tensors(Path(path)) if load_format == "auto" else None
-    model = get_model_cls(config.architecture)(config, place)
-    weights = Weights(model, model.WEIGHTS, config.num_layers)
-    fill_all(weights, tensors or dummy_tensors(weights.shapes), f"the checkpoint in {path}")
+    # The files are looked at first: if one is missing or damaged, no memory is allocated.
+    files = _open_checkpoint(Path(path)) if load_format == "auto" else None
+    with files or contextlib.nullcontext():
+        model = get_model_cls(config.architecture)(config, place, stage)
+        weights = Weights(model, model.WEIGHTS, config.num_layers, stage)
+        if files is None:
+            fill_all(weights, dummy_tensors(weights.shapes), "random weights")
+        else:
+            files.check(weights)
+            fill_all(weights, files.tensors(), files.source)
     log.info(
         "loaded %s parameters of %s in %.1f s%s",
         _readable(weights.num_parameters),
         config.architecture,
         time.perf_counter() - started,
-        ", random ones" if load_format == "dummy" else "",
+        ", random ones" if files is None else "",
     )
-    return model, weights
+    return model, weights, files
 
 
 def fill_all(weights: Weights, tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
@@ -74,19 +86,17 @@ def fill_all(weights: Weights, tensors: Iterable[tuple[str, Tensor]], source: st
     Raises:
         ModelError: names the tensors that are wrong, unknown or missing.
     """
-    unknown: list[str] = []
+    names: dict[str, None] = {}
     for name, tensor in tensors:
+        names[name] = None
         if weights.uses(name):
             weights.fill(name, tensor)
-        elif not weights.ignores(name):
-            unknown.append(name)
-    if unknown:
-        raise ModelError(
-            f"{source} has tensors that this architecture does not use: {listing(unknown)}"
-        )
-    if missing := weights.missing():
-        raise ModelError(f"{source} lacks tensors: {listing(missing)}")
+    weights.check_names(names, source)
     weights.finish()
+
+
+def _open_checkpoint(directory: Path) -> WeightFiles:
+    return WeightFiles(checkpoint_files(directory), f"the checkpoint in {directory}")
 
 
 def _readable(count: int) -> str:

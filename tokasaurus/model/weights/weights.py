@@ -7,7 +7,7 @@ through here. Owns the errors about tensors.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
 
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from tokasaurus.errors import ModelError
+from tokasaurus.listing import listing
 from tokasaurus.model.layers.fillable import Fillable
 
-__all__ = ["Weights", "listing"]
+__all__ = ["Weights"]
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_NAMES_SHOWN = 5
 
 # Tensors that old checkpoints contain and that we compute.
 _DERIVED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
@@ -37,7 +37,7 @@ class _Target:
 
 
 class Weights:
-    """The weights of one model.
+    """The weights of one model, or of a stage of it.
 
     A round of filling begins with the first ``fill`` and ends with ``finish``. Each round fills
     every tensor: a linear method may have packed the former ones beyond recognition.
@@ -45,26 +45,34 @@ class Weights:
     Args:
         model: its layers are filled.
         names: our layers -> the checkpoint's, see ``LlamaModel.WEIGHTS``.
-        num_layers: the numbers that replace ``{}`` in the names.
+        num_layers: of the whole model; their numbers replace ``{}`` in the names.
+        stage: the numbers of the model's layers; None if it has all.
     """
 
     def __init__(
-        self, model: nn.Module, names: dict[str, str | dict[str, str]], num_layers: int
+        self,
+        model: nn.Module,
+        names: dict[str, str | dict[str, str]],
+        num_layers: int,
+        stage: range | None = None,
     ) -> None:
         self._layers: list[Fillable] = []
         self._targets: dict[str, _Target] = {}
+        self._elsewhere: set[str] = set()  # names of other stages' tensors
+        stage = range(num_layers) if stage is None else stage
         modules = dict(model.named_modules())
         for pattern, sources in names.items():
-            for number in range(num_layers if "{}" in pattern else 1):
+            parts = {"": sources} if isinstance(sources, str) else sources
+            for number in stage if "{}" in pattern else range(1):
                 layer = modules.get(pattern.format(number))
                 if layer is None:  # most models have no norms on queries and keys
                     continue
                 assert isinstance(layer, Fillable)
                 self._layers.append(layer)
-                parts = {"": sources} if isinstance(sources, str) else sources
                 for (part, kind), shape in layer.tensors().items():
                     name = f"{parts[part].format(number)}.{kind}"
                     self._targets[name] = _Target(layer, part, kind, shape)
+            self._elsewhere |= _names_elsewhere(modules, pattern, parts, num_layers, stage)
         self._unfilled = set(self._targets)
 
     @property
@@ -84,20 +92,39 @@ class Weights:
     def ignores(self, name: str) -> bool:
         """Whether a checkpoint may have this tensor although there is no place for it.
 
-        The model computes it by itself, or it is the head of a tied model: a duplicate.
+        The model computes it by itself, another stage has it, or it is the head of a tied model: a
+        duplicate.
         """
-        return name == "lm_head.weight" or _DERIVED.search(name) is not None
+        is_derived = _DERIVED.search(name) is not None
+        return name == "lm_head.weight" or is_derived or name in self._elsewhere
 
     def check(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Raises ModelError where ``fill`` would, before there is a tensor to fill."""
         target = self._targets[name]
         if dtype not in _FLOATS:
             raise ModelError(f"tensor {name} is {dtype}: quantized checkpoints are not supported")
-        padded = target.layer.is_vocabulary and shape[0] > target.shape[0]
-        if shape[1:] != target.shape[1:] or (shape[0] != target.shape[0] and not padded):
+        padded = target.layer.is_vocabulary and shape[:1] > target.shape[:1]
+        if shape[1:] != target.shape[1:] or (shape[:1] != target.shape[:1] and not padded):
             raise ModelError(
                 f"tensor {name} has shape {list(shape)}; config.json asks for {list(target.shape)}"
             )
+
+    def check_names(self, names: Collection[str], source: str) -> None:
+        """Checks that these tensors are all, and that each is used or may be ignored.
+
+        Args:
+            names: of tensors.
+            source: where they come from, for errors.
+
+        Raises:
+            ModelError: names the tensors that are unknown or missing.
+        """
+        if unknown := [name for name in names if not (self.uses(name) or self.ignores(name))]:
+            raise ModelError(
+                f"{source} has tensors that this architecture does not use: {listing(unknown)}"
+            )
+        if missing := [name for name in self._targets if name not in names]:
+            raise ModelError(f"{source} lacks tensors: {listing(missing)}")
 
     def fill(self, name: str, tensor: Tensor) -> None:
         """Takes one tensor that the model uses.
@@ -125,9 +152,34 @@ class Weights:
                 layer.finish()
         self._unfilled = set(self._targets)
 
+    def release(self) -> None:
+        """Frees the memory of all tensors. A round of filling must come before the model runs."""
+        for layer in self._layers:
+            layer.release()
+        self._unfilled = set(self._targets)
 
-def listing(names: Iterable[str]) -> str:
-    """A few of the names, and how many more there are."""
-    names = list(names)
-    rest = len(names) - _NAMES_SHOWN
-    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    def restore(self) -> None:
+        """Allocates what was released; comes before the first ``fill``."""
+        for layer in self._layers:
+            layer.restore()
+
+
+def _names_elsewhere(
+    modules: dict[str, nn.Module],
+    pattern: str,
+    parts: dict[str, str],
+    num_layers: int,
+    stage: range,
+) -> set[str]:
+    """The checkpoint's names of what other stages have of one of our layers."""
+    if "{}" not in pattern:  # the embedding, or the last norm
+        is_here = pattern in modules or len(stage) == num_layers
+        return set() if is_here else {f"{source}.weight" for source in parts.values()}
+    layer = modules.get(pattern.format(stage.start))
+    if not isinstance(layer, Fillable):
+        return set()
+    return {
+        f"{parts[part].format(number)}.{kind}"
+        for number in set(range(num_layers)).difference(stage)
+        for part, kind in layer.tensors()
+    }

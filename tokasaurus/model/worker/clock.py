@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["Clock", "start_clock"]
+__all__ = ["Clock", "HostClock", "start_clock", "wait_for_device"]
 
 
 class Clock(Protocol):
@@ -29,6 +29,12 @@ class Clock(Protocol):
 
 def start_clock(device: torch.device) -> Clock:
     return HostClock() if device.type == "cpu" else EventClock(device)
+
+
+def wait_for_device(device: torch.device) -> None:
+    """Waits until the device has done all work that was enqueued, on every stream."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 class HostClock:

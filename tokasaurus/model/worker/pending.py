@@ -1,10 +1,11 @@
-"""Batches that the device works on, and their results on the way to the host."""
+"""Batches and controls that the device works on, and their results on the way to the host."""
 
 from __future__ import annotations
 
 import contextlib
 from collections import deque
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
@@ -14,13 +15,21 @@ from tokasaurus.model.download import Download
 from tokasaurus.model.sampling.sampler import Logprobs
 from tokasaurus.model.worker.clock import Clock
 from tokasaurus.protocol.arrays import Int32Array
-from tokasaurus.protocol.messages import ForwardResult
+from tokasaurus.protocol.messages import ForwardResult, FromWorker
 
-__all__ = ["InFlight", "Outputs", "Pending", "naming_batch"]
+__all__ = ["Answer", "InFlight", "Outputs", "Pending", "naming"]
+
+
+class Answer(Protocol):
+    """What a batch or a control gives, perhaps still on its way to the host."""
+
+    def result(self, number: int, device_s: float) -> FromWorker:
+        """Waits for its arrival, and puts it into a message."""
+        ...
 
 
 class Outputs:
-    """What a batch gives, once it has arrived on the host.
+    """Implements ``Answer`` for a batch.
 
     Args:
         token_ids: [sampling rows].
@@ -47,7 +56,6 @@ class Outputs:
         self._cut_rows = cut_rows
 
     def result(self, number: int, device_s: float) -> ForwardResult:
-        """Waits for the copies, and puts them into a message."""
         logprobs, top_ids, top_logprobs = (each.array() for each in self._drawn)
         prompt_logprobs, ranks, prompt_top_ids, prompt_top = (each.array() for each in self._prompt)
         return ForwardResult(
@@ -67,60 +75,68 @@ class Outputs:
 
 
 class Pending:
-    """One batch in flight; ``InFlight.add`` makes it."""
+    """One batch or control in flight; ``InFlight.add`` makes it.
 
-    def __init__(self, number: int, outputs: Outputs, clock: Clock, batches: InFlight) -> None:
+    Attributes:
+        number: its own, in one sequence over both.
+        name: for errors, such as "batch 3".
+    """
+
+    def __init__(
+        self, number: int, name: str, answer: Answer, clock: Clock, in_flight: InFlight
+    ) -> None:
         self.number = number
-        self._outputs = outputs
+        self.name = name
+        self._answer = answer
         self._clock = clock
-        self._batches = batches
+        self._in_flight = in_flight
 
     @property
     def is_done(self) -> bool:
         """Whether ``collect`` would return without waiting."""
         return self._clock.is_done
 
-    def collect(self) -> ForwardResult:
-        """Waits for the batch. Batches are collected once each, in the order of their numbers.
+    def collect(self) -> FromWorker:
+        """Waits for the end. Each is collected once, in the order of the numbers.
 
         Raises:
-            ProtocolError: it was collected before, or an earlier batch was not.
+            ProtocolError: it was collected before, or an earlier one was not.
             EngineError: the device failed; names the batch.
         """
-        self._batches.remove(self)
-        with naming_batch(self.number):
+        self._in_flight.remove(self)
+        with naming(self.name):
             device_s = self._clock.wait()
-            return self._outputs.result(self.number, device_s)
+            return self._answer.result(self.number, device_s)
 
 
 class InFlight:
-    """The batches that were submitted and not collected yet, oldest first."""
+    """The batches and controls that were submitted and not collected yet, oldest first."""
 
     def __init__(self) -> None:
-        self._batches: deque[Pending] = deque()
+        self._pending: deque[Pending] = deque()
 
-    def add(self, number: int, outputs: Outputs, clock: Clock) -> Pending:
-        pending = Pending(number, outputs, clock, self)
-        self._batches.append(pending)
+    def add(self, number: int, name: str, answer: Answer, clock: Clock) -> Pending:
+        pending = Pending(number, name, answer, clock, self)
+        self._pending.append(pending)
         return pending
 
     def remove(self, pending: Pending) -> None:
-        """Removes the oldest batch.
+        """Removes the oldest.
 
         Raises:
             ProtocolError: this is another one.
         """
-        if pending not in self._batches:
-            raise ProtocolError(f"batch {pending.number} was collected before")
-        oldest = self._batches[0]
+        if pending not in self._pending:
+            raise ProtocolError(f"{pending.name} was collected before")
+        oldest = self._pending[0]
         if pending is not oldest:
-            raise ProtocolError(f"batch {pending.number} is collected before batch {oldest.number}")
-        self._batches.popleft()
+            raise ProtocolError(f"{pending.name} is collected before {oldest.name}")
+        self._pending.popleft()
 
 
 @contextlib.contextmanager
-def naming_batch(number: int) -> Iterator[None]:
-    """Puts the batch's number into the messages of errors.
+def naming(name: str) -> Iterator[None]:
+    """Puts the name of a batch or control before the messages of errors.
 
     Raises:
         ProtocolError: from a ``ProtocolError``.
@@ -129,6 +145,6 @@ def naming_batch(number: int) -> Iterator[None]:
     try:
         yield
     except ProtocolError as error:
-        raise ProtocolError(f"batch {number}: {error}") from error
+        raise ProtocolError(f"{name}: {error}") from error
     except Exception as error:
-        raise EngineError(f"batch {number}: {type(error).__name__}: {error}") from error
+        raise EngineError(f"{name}: {type(error).__name__}: {error}") from error

@@ -21,10 +21,10 @@ __all__ = ["EagerRunner", "Runner"]
 class Runner(Protocol):
     """Runs one batch after the other.
 
-    The weights, the KV cache, the page table and the last tokens of ``SlotState`` stay at their
-    addresses as long as the worker lives, so a runner may record kernels that read them. The ids
-    and positions of a batch are new tensors: a runner that replays recorded kernels copies them
-    into its own buffers.
+    The page table and the last tokens of ``SlotState`` stay at their addresses as long as the
+    worker lives; the weights and the KV cache until ``addresses_changed`` is called. So a runner
+    may record kernels that read them. The ids and positions of a batch are new tensors: a runner
+    that replays recorded kernels copies them into its own buffers.
     """
 
     def run(self, planned: PlannedBatch) -> Tensor:
@@ -33,6 +33,16 @@ class Runner(Protocol):
         Returns:
             Hidden states of all rows after the last norm, [rows, hidden]. They are read before the
             next batch runs.
+        """
+        ...
+
+    def addresses_changed(self) -> None:
+        """Weights or KV cache may lie at other addresses from now on, in the same tensor objects.
+
+        Called when the device is idle: after memory was released and allocated again, and after
+        an update of weights, which a linear method may lay out anew. A runner with recorded
+        kernels drops them here, and records them anew before it replays the next batch. So does a
+        runner that keeps addresses or views of storage.
         """
         ...
 
@@ -56,3 +66,6 @@ class EagerRunner:
         attention = self._backend.plan(planned.sequences)
         hidden: Tensor = self._model(planned.ids, planned.positions, attention)
         return hidden
+
+    def addresses_changed(self) -> None:
+        """Does nothing: the layers find each tensor as they run."""

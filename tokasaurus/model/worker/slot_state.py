@@ -38,7 +38,7 @@ _NO_ROWS: NDArray[np.intp] = np.empty(0, np.intp)
 
 @dataclass(frozen=True)
 class PageCopies:
-    """Pages to copy after the batch has run. Both are [copies] int64, on the device."""
+    """Pages to copy. Both are [copies] int64, on the device."""
 
     sources: Tensor
     targets: Tensor
@@ -54,7 +54,8 @@ class PlannedBatch:
         sequences: the rows of each sequence.
         sampling: the rows to draw a token from.
         prompt: the rows that give prompt logprobs. None if no chunk asked.
-        copies: None if no prompt forks inside a page.
+        early_copies: to make before the layers run. None if no prompt begins inside a page.
+        copies: to make after the layers have run. None if no prompt forks inside a page.
     """
 
     ids: Tensor
@@ -62,6 +63,7 @@ class PlannedBatch:
     sequences: SequenceRows
     sampling: SamplingRows
     prompt: PromptRows | None
+    early_copies: PageCopies | None
     copies: PageCopies | None
 
 
@@ -174,6 +176,9 @@ class SlotState:
             )
             if len(scored_rows)
             else None,
+            early_copies=PageCopies(sent["early_copy_sources"], sent["early_copy_targets"])
+            if "early_copy_sources" in sent
+            else None,
             copies=PageCopies(sent["copy_sources"], sent["copy_targets"])
             if len(batch.copy_sources)
             else None,
@@ -186,6 +191,9 @@ class SlotState:
             arrays["prompt_ids"] = batch.prefill_ids
         if len(batch.copy_sources):
             arrays |= {"copy_sources": batch.copy_sources, "copy_targets": batch.copy_targets}
+        if batch.early_copy_sources is not None and batch.early_copy_targets is not None:
+            arrays["early_copy_sources"] = batch.early_copy_sources
+            arrays["early_copy_targets"] = batch.early_copy_targets
         if not len(batch.table_slots):
             return upload_together(arrays, self._device)
         arrays |= {"table_slots": batch.table_slots, "table_columns": batch.table_columns}
@@ -283,6 +291,9 @@ class SlotState:
             np.maximum.at(self.pages_held, slots, columns + 1)
         self._check_range("pages to copy", batch.copy_sources, self._num_pages)
         self._check_range("pages to copy to", batch.copy_targets, self._num_pages)
+        if batch.early_copy_sources is not None and batch.early_copy_targets is not None:
+            self._check_range("pages to copy early", batch.early_copy_sources, self._num_pages)
+            self._check_range("pages to copy early to", batch.early_copy_targets, self._num_pages)
 
     def _check_slots(self, batch: ForwardBatch) -> None:
         slots = np.concatenate((batch.decode_slots, batch.prefill_slots))

@@ -1,4 +1,4 @@
-"""The worker runs numbered batches in order, with one model, one KV cache and one set of tables.
+"""The worker runs numbered batches and controls in order, with one model and one KV cache.
 
 The host prepares a batch while the device still runs the former ones::
 
@@ -29,14 +29,16 @@ from tokasaurus.model.sampling.drawing import draw_tokens, score_prompts
 from tokasaurus.model.sampling.matchers import Matchers, OpenMatchers
 from tokasaurus.model.sampling.sampler import Logprobs
 from tokasaurus.model.weights.loader import load_model
-from tokasaurus.model.worker.clock import start_clock
+from tokasaurus.model.worker.clock import Clock, HostClock, start_clock, wait_for_device
+from tokasaurus.model.worker.controls import Controls
 from tokasaurus.model.worker.host_memory import keep_freed_memory
-from tokasaurus.model.worker.pending import InFlight, Outputs, Pending, naming_batch
+from tokasaurus.model.worker.pending import Answer, InFlight, Outputs, Pending, naming
 from tokasaurus.model.worker.pooling import Pooler
 from tokasaurus.model.worker.runner import EagerRunner
 from tokasaurus.model.worker.slot_state import SlotState
 from tokasaurus.model.worker.warm_up import warm_up_batches
 from tokasaurus.protocol.arrays import Int32Array
+from tokasaurus.protocol.commands import Control
 from tokasaurus.protocol.messages import ForwardBatch, ToWorker
 
 __all__ = ["Worker"]
@@ -78,7 +80,7 @@ class Worker:
         model_config = read_model_config(config.model_path, config.rope_scaling)
         self._vocab_size = model_config.vocab_size
         self._matchers = Matchers(config.num_slots, self._vocab_size, load_vocabulary)
-        self._model, self.weights = load_model(
+        self._model, self.weights, files = load_model(
             config.model_path, model_config, place, config.load_format
         )
         self._cache = KVCache.allocate(
@@ -92,6 +94,7 @@ class Worker:
         )
         backend = make_backend(config.attention, self._cache, model_config.num_heads, self._device)
         self._runner = EagerRunner(self._model, backend)
+        self._controls = Controls(self.weights, files, self._cache, self._runner, self._device)
         self._state = SlotState(
             num_slots=config.num_slots,
             num_pages=config.num_pages,
@@ -125,28 +128,38 @@ class Worker:
         self._matchers.wait()
         log.info("warmed up in %.1f s", time.perf_counter() - started)
 
-    def submit(self, batch: ToWorker) -> Pending:
-        """Enqueues one batch, and does not wait for the device. On the CPU the batch runs here.
+    def submit(self, message: ToWorker) -> Pending:
+        """Enqueues one batch, or carries out one control.
 
-        It waits for the masks of rows with a grammar, which follow from the ids of the previous
-        batch. This wait comes after the layers of this batch are enqueued, and counts as
+        A batch does not wait for the device. On the CPU the batch runs here. A control is carried
+        out here: after the device has done all batches before it, which can be collected later.
+
+        A batch waits for the masks of rows with a grammar, which follow from the ids of the
+        previous batch. This wait comes after the layers of this batch are enqueued, and counts as
         ``grammar_wait_s``. Nothing else waits.
 
         Raises:
-            ProtocolError: the batch is not the next one, or it names slots, pages, ids or positions
-                that cannot exist.
-            EngineError: the batch failed; names it.
+            ProtocolError: the message is not the next one. Or it names slots, pages, ids or
+                positions that cannot exist. Or it is a batch, and memory for it is released.
+            EngineError: the batch or control failed; names it. After a control that failed the
+                process has to end.
         """
-        if not isinstance(batch, ForwardBatch):
-            raise ProtocolError(f"a worker does not know {type(batch.action).__name__}")
-        if batch.number != self._next_number:
-            raise ProtocolError(f"batch {batch.number} came, batch {self._next_number} was due")
+        name = _name(message)
+        if message.number != self._next_number:
+            raise ProtocolError(f"{name} came, number {self._next_number} was due")
         self._next_number += 1
-        with naming_batch(batch.number):
-            clock = start_clock(self._device)
-            outputs = self._enqueue(batch, self._matchers)
+        with naming(name):
+            if isinstance(message, Control):
+                wait_for_device(self._device)
+                clock: Clock = HostClock()
+                answer: Answer = self._controls.carry_out(message.action)
+                wait_for_device(self._device)
+            else:
+                self._controls.check_ready()
+                clock = start_clock(self._device)
+                answer = self._enqueue(message, self._matchers)
             clock.stop()
-        return self._in_flight.add(batch.number, outputs, clock)
+        return self._in_flight.add(message.number, name, answer, clock)
 
     @property
     def grammar_wait_s(self) -> float:
@@ -159,6 +172,9 @@ class Worker:
         sampling = planned.sampling
         if batch.parameters is not None:
             matchers.enter(batch.parameters)
+        if planned.early_copies is not None:
+            early = planned.early_copies
+            self._cache.copy_pages(early.sources, early.targets)
         hidden = self._runner.run(planned)
         if planned.copies is not None:
             self._cache.copy_pages(planned.copies.sources, planned.copies.targets)
@@ -179,6 +195,13 @@ class Worker:
             self._pooler.pool(batch, hidden),
             _union(lost, given_up),
         )
+
+
+def _name(message: ToWorker) -> str:
+    """For errors."""
+    if isinstance(message, Control):
+        return f"control {message.number} ({type(message.action).__name__})"
+    return f"batch {message.number}"
 
 
 def _union(one: Int32Array | None, other: Int32Array | None) -> Int32Array | None:

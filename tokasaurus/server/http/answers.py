@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 
 from tokasaurus.errors import EngineNotReady, EngineOverloaded, StorageFull, TokasaurusError
 from tokasaurus.server.errors import (
+    CommandTimeout,
     TimeIsUp,
     Unauthorized,
     described,
@@ -35,7 +36,7 @@ def error_answer(error: Exception) -> Response:
         headers["Retry-After"] = str(_RETRY_AFTER_S)
     elif isinstance(error, EngineOverloaded):
         headers["Retry-After"] = str(error.retry_after_s)
-    elif isinstance(error, (TimeIsUp, StorageFull)):
+    elif isinstance(error, (CommandTimeout, TimeIsUp, StorageFull)):
         # Otherwise OpenAI's clients send the same request again.
         headers["X-Should-Retry"] = "false"
     elif isinstance(error, Unauthorized):

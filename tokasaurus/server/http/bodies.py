@@ -11,7 +11,7 @@ from tokasaurus import untrusted_json
 from tokasaurus.errors import RequestError
 from tokasaurus.server.errors import ClientGone, WrongMediaType
 
-__all__ = ["read_json", "refuse_compressed"]
+__all__ = ["read_json", "read_optional_json", "refuse_compressed"]
 
 
 def refuse_compressed(request: Request) -> None:
@@ -50,3 +50,12 @@ async def read_json(request: Request) -> Any:
         return untrusted_json.decode(data)
     except ValueError as error:
         raise RequestError(f"the body is not valid JSON: {error}") from None
+
+
+async def read_optional_json(request: Request) -> Any:
+    """The same, where a missing body counts as an empty object."""
+    try:
+        is_missing = not await request.body()
+    except ClientDisconnect:
+        raise ClientGone("the client disconnected") from None
+    return {} if is_missing else await read_json(request)

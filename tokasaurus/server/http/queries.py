@@ -8,7 +8,7 @@ from fastapi import Request
 
 from tokasaurus.errors import RequestError
 
-__all__ = ["choice", "read_query", "whole_number"]
+__all__ = ["choice", "choices", "read_query", "truth", "whole_number"]
 
 
 def read_query(request: Request, known: Sequence[str]) -> Mapping[str, str]:
@@ -43,3 +43,26 @@ def choice(parameters: Mapping[str, str], name: str, choices: Sequence[str]) -> 
     if value not in choices:
         raise RequestError(f"{name} must be one of {', '.join(choices)}, not {value!r}", name)
     return value
+
+
+def choices(request: Request, name: str, known: Sequence[str]) -> list[str] | None:
+    """The values of the only parameter, which may come several times; None if it does not come.
+
+    Raises RequestError.
+    """
+    for given, value in request.query_params.multi_items():
+        if given != name:
+            raise RequestError(
+                f"{given} is not a parameter of this request; it may have {name}", given
+            )
+        if value not in known:
+            raise RequestError(f"{name} must be one of {', '.join(known)}, not {value!r}", name)
+    return request.query_params.getlist(name) or None
+
+
+def truth(parameters: Mapping[str, str], name: str, *, default: bool) -> bool:
+    """True or false. Raises RequestError if it is something else."""
+    text = parameters.get(name, str(default)).lower()
+    if text not in ("true", "false", "1", "0"):
+        raise RequestError(f"{name} must be true or false, not {parameters[name]!r}", name)
+    return text in ("true", "1")

@@ -26,11 +26,18 @@ class Execution:
         task: to run; its generations start at once.
         table: where to start them.
         client: whose share of the engine they take.
+        name: of the request; all its generations may be ended by it.
         timeout_s: the time after which all of them end; None is no limit.
     """
 
     def __init__(
-        self, task: Task, table: Generations, *, client: str = "", timeout_s: float | None = None
+        self,
+        task: Task,
+        table: Generations,
+        *,
+        client: str = "",
+        name: str = "",
+        timeout_s: float | None = None,
     ) -> None:
         self._task = task
         self._table = table
@@ -40,9 +47,14 @@ class Execution:
         self._generations: list[Generation] = []
         streams = task.stream is not None
         for position, prompt in enumerate(task.prompts):
-            note = partial(self._note, position)
             self._generations.append(
-                table.start(prompt, stream=streams, on_change=note, client=client)
+                table.start(
+                    prompt,
+                    stream=streams,
+                    on_change=partial(self._note, position),
+                    client=client,
+                    names=(name, *task.names[position : position + 1]) if name else (),
+                )
             )
         self._unfinished = set(range(len(task.prompts)))
         self._timer: asyncio.TimerHandle | None = None
@@ -57,6 +69,11 @@ class Execution:
         if self._timer is not None:
             self._timer.cancel()
         self._abort()
+
+    @property
+    def was_aborted(self) -> bool:
+        """Whether a command ended some of it."""
+        return any(generation.was_aborted for generation in self._generations)
 
     def interrupt(self, error: TokasaurusError) -> None:
         """Ends the generations at once; whatever waits for them gets this error."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from tokasaurus.errors import EngineError, RequestError
+from tokasaurus.errors import EngineAborted, EngineError, RequestError
 from tokasaurus.protocol.messages import MAX_PRIORITY
 from tokasaurus.server.errors import error_body, error_status
 from tokasaurus.server.operations.execution import Execution
@@ -46,7 +46,7 @@ class Executor:
         self._state = state
 
     async def execute(
-        self, operation: Operation, body: Any, share: Callable[[str | None], str]
+        self, operation: Operation, body: Any, share: Callable[[str | None], str], name: str = ""
     ) -> Execution:
         """Starts a client's request, if the engine has room for it.
 
@@ -54,6 +54,7 @@ class Executor:
             operation: the kind of request.
             body: decoded JSON, of any shape.
             share: the client whose share of the engine a request takes, by the user that it names.
+            name: of the request, by which it may be aborted.
 
         Raises:
             RequestError: the request is wrong; names the field.
@@ -68,7 +69,7 @@ class Executor:
         # Asked again: meanwhile the engine may have died, and other requests may have come.
         table = self._state.engine().generations
         table.check_room(client)
-        return _started(task, table, client)
+        return _started(task, table, client, name)
 
     def check_room(self, client: str) -> None:
         """Raises EngineError if no further request of this client may start."""
@@ -99,6 +100,8 @@ class Executor:
     async def answer(self, path: str, body: Any, *, priority: int = 0) -> tuple[int, bytes]:
         """What the route would answer to this body. Cancelling it ends what runs for it.
 
+        A command that aborts requests does not end it: it begins again.
+
         Args:
             path: of an operation.
             body: decoded JSON, of any shape.
@@ -116,13 +119,16 @@ class Executor:
                 raise RequestError(
                     f"url must be one of {', '.join(self.operations)}, not {path!r}", "url"
                 )
-            task = await self.prepare(operation, body)
-            if task.stream is not None:
-                raise RequestError(
-                    "stream must be false: there is no connection to stream to", "stream"
-                )
-            with self.start(_with_priority(task, priority)) as execution:
-                return 200, await execution.answer()
+            while True:
+                task = await self.prepare(operation, body)
+                if task.stream is not None:
+                    raise RequestError(
+                        "stream must be false: there is no connection to stream to", "stream"
+                    )
+                with self.start(_with_priority(task, priority)) as execution:
+                    content = await _unless_aborted(execution)
+                if content is not None:
+                    return 200, content
         except EngineError:
             raise
         except Exception as error:
@@ -140,10 +146,20 @@ async def _task(operation: Operation, request: EngineRequest, preparer: Preparer
         raise renamed(error, request.field_names()) from None
 
 
-def _started(task: Task, table: Generations, client: str | None) -> Execution:
+def _started(task: Task, table: Generations, client: str | None, name: str = "") -> Execution:
     if client is None:
         return Execution(task, table)
-    return Execution(task, table, client=client, timeout_s=table.config.request_timeout_s)
+    limit_s = table.config.request_timeout_s
+    return Execution(task, table, client=client, name=name, timeout_s=limit_s)
+
+
+async def _unless_aborted(execution: Execution) -> bytes | None:
+    """The answer; None if a command aborted it."""
+    try:
+        content = await execution.answer()
+    except EngineAborted:
+        return None
+    return None if execution.was_aborted else content
 
 
 def _with_priority(task: Task, priority: int) -> Task:

@@ -27,12 +27,14 @@ class Task:
         prompts: one or several, each with its own generation.
         writer: writes the answer.
         stream: the same writer, if the client asked for a stream.
+        names: the client's names for the prompts, one for each; empty if it gave none.
     """
 
     request: EngineRequest
     prompts: Sequence[PreparedRequest]
     writer: AnswerWriter
     stream: StreamWriter | None = None
+    names: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

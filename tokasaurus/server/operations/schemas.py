@@ -130,6 +130,8 @@ class GenerationRequest(EngineRequest):
     """The same as ``logprobs_mode="raw"``."""
     logprobs_in_fingerprint: bool | None = None
     """Packed logprobs in ``system_fingerprint`` instead of the ``logprobs`` field."""
+    return_weights_versions: bool | None = None
+    """Add ``weights_versions`` to each choice: which version of the weights drew which tokens."""
     priority: int | None = None
     """Of all requests in the engine, lower runs first; from -1,000,000 to 1,000,000, default 0."""
     first_k: int | None = None

@@ -19,6 +19,7 @@ from tokasaurus.server.operations.heavy_work import takes_long
 from tokasaurus.server.operations.logprobs import fingerprint, prompt_logprobs
 from tokasaurus.server.operations.schemas import GenerationRequest
 from tokasaurus.server.operations.usage import usage
+from tokasaurus.server.operations.versions import weights_versions
 from tokasaurus.server.operations.writer import DONE, StreamWriter, event
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.samples import SampleOutput
@@ -64,7 +65,8 @@ class ChoicesWriter(StreamWriter):
         for position, generation in enumerate(generations):
             for output in generation.take_all():
                 index = position * self.request.num_samples + output.index
-                choices.append(self._choice(index, generation, output))
+                choice = self._choice(index, generation, output)
+                choices.append(self._with_versions(choice, generation, output))
                 outputs.append(output)
         num_tokens = sum(generation.num_generated_tokens for generation in generations)
         return msgspec.json.encode(
@@ -87,6 +89,7 @@ class ChoicesWriter(StreamWriter):
         index = position * self.request.num_samples + output.index
         first = index not in self._begun
         choice = self._delta(index, generations[position], output, first=first)
+        choice = self._with_versions(choice, generations[position], output)
         self._begun.add(index)
         self._num_streamed_tokens += len(output.token_ids)
         body = {
@@ -111,6 +114,13 @@ class ChoicesWriter(StreamWriter):
         counts = self._streamed_usage(generations)
         body = {**self._head, "object": self.chunk_object, "choices": [], "usage": counts}
         return event(body) + DONE
+
+    def _with_versions(
+        self, choice: dict[str, Any], generation: Generation, output: SampleOutput
+    ) -> dict[str, Any]:
+        if self.request.return_weights_versions:
+            choice["weights_versions"] = weights_versions(generation, output)
+        return choice
 
     def _streamed_usage(self, generations: Sequence[Generation]) -> dict[str, Any]:
         return usage(generations, self._num_streamed_tokens, self._num_reasoning_tokens())

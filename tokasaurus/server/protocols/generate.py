@@ -13,14 +13,13 @@ __all__ = ["GENERATE"]
 
 def _prepare(request: NativeRequest | SglangRequest, preparer: Preparer) -> Task:
     """Continues prompts, in the engine's own protocol or in SGLang's."""
-    writer: NativeWriter | SglangWriter
     if isinstance(request, NativeRequest):
         prompts = [prepare_native(request, preparer)]
         writer = NativeWriter(request, preparer.config.model_name)
-    else:
-        prompts = prepare_sglang(request, preparer)
-        writer = SglangWriter(request, prompts, preparer.tokenizer)
-    return Task(request, prompts, writer, writer if request.stream else None)
+        return Task(request, prompts, writer, writer if request.stream else None)
+    prompts = prepare_sglang(request, preparer)
+    answer = SglangWriter(request, prompts, preparer.tokenizer)
+    return Task(request, prompts, answer, answer if request.stream else None, answer.ids)
 
 
 def _num_characters(request: NativeRequest | SglangRequest) -> int:

@@ -20,6 +20,7 @@ from tokasaurus.server.operations.logprobs import finite
 from tokasaurus.server.operations.prompts import TOKEN_IDS
 from tokasaurus.server.operations.schemas import GenerationRequest
 from tokasaurus.server.operations.usage import usage
+from tokasaurus.server.operations.versions import weights_versions
 from tokasaurus.server.operations.writer import DONE, StreamWriter, event
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.preparation import CHAT_TEMPERATURE, PreparedRequest, Preparer
@@ -106,13 +107,13 @@ class NativeWriter(StreamWriter):
         outputs = generation.take_all()
         body = {
             **self._head,
-            **_sample(outputs[0]),
+            **self._sample(generation, outputs[0]),
             "prompt_ids": generation.request.prompt_ids.tolist(),
             "prompt_logprobs": _prompt_logprobs(generation),
             "usage": usage(generations, generation.num_generated_tokens),
         }
         if len(outputs) > 1:
-            body["samples"] = [_sample(output) for output in outputs]
+            body["samples"] = [self._sample(generation, output) for output in outputs]
         return msgspec.json.encode(body)
 
     def chunk(
@@ -121,7 +122,7 @@ class NativeWriter(StreamWriter):
         self._num_streamed_tokens += len(output.token_ids)
         body = {
             **self._head,
-            **_sample(output),
+            **self._sample(generations[position], output),
             "usage": usage(generations, self._num_streamed_tokens),
         }
         if not self._has_begun:
@@ -133,23 +134,25 @@ class NativeWriter(StreamWriter):
     def end(self, generations: Sequence[Generation]) -> bytes:
         return DONE
 
+    def _sample(self, generation: Generation, output: SampleOutput) -> dict[str, Any]:
+        """One sample, or the next piece of it."""
+        sample = {
+            "index": output.index,
+            "text": output.text,
+            "output": output.text,  # clients look for either name
+            "output_ids": output.token_ids,
+            "logprobs": None if output.logprobs is None else _logprobs(output.logprobs),
+            "finish_reason": output.finish_reason,
+        }
+        if self._request.return_weights_versions:
+            sample["weights_versions"] = weights_versions(generation, output)
+        return sample
+
 
 def prepare_native(request: NativeRequest, preparer: Preparer) -> PreparedRequest:
     """The prompt, ready to run. Raises RequestError."""
     ids = request.ids(preparer.tokenizer)
     return preparer.prepare(ids, request.params(), default_temperature=CHAT_TEMPERATURE)
-
-
-def _sample(output: SampleOutput) -> dict[str, Any]:
-    """One sample, or the next piece of it."""
-    return {
-        "index": output.index,
-        "text": output.text,
-        "output": output.text,  # clients look for either name
-        "output_ids": output.token_ids,
-        "logprobs": None if output.logprobs is None else _logprobs(output.logprobs),
-        "finish_reason": output.finish_reason,
-    }
 
 
 def _prompt_logprobs(generation: Generation) -> Mapping[str, list[Any]] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +11,8 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from tokasaurus.config.slices import ServerConfig
-from tokasaurus.errors import TokasaurusError
-from tokasaurus.protocol.commands import CommandDone, FlushCache
+from tokasaurus.protocol.commands import FlushCache
+from tokasaurus.server.control.commands import CommandRunner
 from tokasaurus.server.errors import UnknownModel
 from tokasaurus.server.http.answers import json_answer
 from tokasaurus.server.state import EngineState
@@ -33,6 +32,7 @@ class EngineRoutes:
     def __init__(self, config: ServerConfig, state: EngineState) -> None:
         self._config = config
         self._state = state
+        self._runner = CommandRunner(state)
         self._started_at = time.monotonic()
         self._created = int(time.time())
 
@@ -125,7 +125,7 @@ class EngineRoutes:
     async def model_info(self) -> Response:
         """The model."""
         config = self._config
-        self._state.check()
+        weights = self._state.engine().generations.commands.weights
         return json_answer(
             {
                 "model_path": config.model_root,
@@ -136,23 +136,13 @@ class EngineRoutes:
                 "eos_token_ids": config.eos_token_ids,
                 "max_model_len": config.max_request_tokens,
                 "default_sampling_params": config.sampling_defaults,
+                **({} if weights.are_original else {"weight_version": weights.label()}),
             }
         )
 
     async def flush_cache(self) -> Response:
         """Forgets every cached page that no running request holds, and counts these pages."""
-        done: asyncio.Future[CommandDone] = asyncio.get_running_loop().create_future()
-
-        def settle(result: CommandDone | TokasaurusError) -> None:
-            if done.done():  # the client disconnected
-                return
-            if isinstance(result, CommandDone):
-                done.set_result(result)
-            else:
-                done.set_exception(result)
-
-        self._state.engine().generations.command(FlushCache(), settle)
-        flushed = await done
+        (flushed,) = await self._runner.run(FlushCache())
         return json_answer(
             {
                 "status": "ok",

@@ -12,6 +12,7 @@ from tokasaurus.server.http.bodies import read_json
 from tokasaurus.server.http.direct import Handler
 from tokasaurus.server.http.disconnects import watched
 from tokasaurus.server.http.event_stream import EventStream
+from tokasaurus.server.http.request_ids import REQUEST_ID
 from tokasaurus.server.operations.executor import Executor
 from tokasaurus.server.operations.operation import Operation
 from tokasaurus.server.operations.schemas import body_reference
@@ -54,7 +55,8 @@ class Endpoints:
 
         async def handler(request: Request) -> Response:
             share = partial(share_of, request.scope)
-            execution = await executor.execute(operation, await read_json(request), share)
+            name = request.scope.get(REQUEST_ID, "")
+            execution = await executor.execute(operation, await read_json(request), share, name)
             events = execution.events()
             if events is not None:
                 return EventStream(events, execution)

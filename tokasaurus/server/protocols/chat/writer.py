@@ -47,8 +47,8 @@ class ChatWriter(ChoicesWriter):
 
     def whole(self, generations: Sequence[Generation]) -> bytes:
         if self._make_parser is not None:  # the reasoning of cancelled samples counts, too
-            for sample in (each for generation in generations for each in generation.samples):
-                if sample.was_cancelled:
+            for generation in generations:
+                for sample in generation.left_out:
                     self._message(sample.take())
         return super().whole(generations)
 

@@ -62,6 +62,7 @@ _NOT_HERE = {
     "max_tokens": "it is called max_output_tokens here",
     "logprobs_in_fingerprint": "a response has no fingerprint",
     "prompt_logprobs": "a response has no place for them",
+    "return_weights_versions": "a response has no place for them",
     "response_format": "it is called text.format here",
     "stream_options": "a stream of responses always ends with the usage",
 }

@@ -195,7 +195,7 @@ class ResponsesWriter(StreamWriter):
     def whole(self, generations: Sequence[Generation]) -> bytes:
         (output,) = generations[0].take_all()
         self._take(output)
-        self._close(self._status)
+        self._close(self._item_status)
         return msgspec.json.encode(self._finished(generations[0]))
 
     def chunk(
@@ -211,9 +211,10 @@ class ResponsesWriter(StreamWriter):
         return self._encoded(events + self._take(output))
 
     def end(self, generations: Sequence[Generation]) -> bytes:
-        events = self._close(self._status)
+        events = self._close(self._item_status)
         response = self._finished(generations[0])
-        events.append((f"response.{self._status}", {"response": response}))
+        # OpenAI has no event for a response that was cancelled.
+        events.append((f"response.{self._item_status}", {"response": response}))
         return self._encoded(events)
 
     def failure(self, error: TokasaurusError) -> bytes:
@@ -285,17 +286,23 @@ class ResponsesWriter(StreamWriter):
 
     @property
     def _status(self) -> str:
+        return "cancelled" if self._finish_reason == "abort" else self._item_status
+
+    @property
+    def _item_status(self) -> str:
+        """Of the last item."""
         return "completed" if self._finish_reason == "stop" else "incomplete"
 
     def _finished(self, generation: Generation) -> dict[str, Any]:
-        is_whole = self._status == "completed"
+        status, is_whole = self._status, self._finish_reason == "stop"
+        details = {"reason": "max_output_tokens"} if status == "incomplete" else None
         num_tokens = generation.num_generated_tokens
         num_thought = 0 if self._parser is None else self._parser.num_reasoning_tokens
         return {
             **self._head,
-            "status": self._status,
+            "status": status,
             "completed_at": int(time.time()) if is_whole else None,
-            "incomplete_details": None if is_whole else {"reason": "max_output_tokens"},
+            "incomplete_details": details,
             "output": self._items,
             "usage": {
                 "input_tokens": generation.num_prompt_tokens,

@@ -20,7 +20,7 @@ from tokasaurus.server.operations.writer import DONE, StreamWriter, event
 from tokasaurus.server.protocols.sglang.request import SglangRequest
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.preparation import PreparedRequest
-from tokasaurus.text.samples import SampleOutput, TokenLogprobs
+from tokasaurus.text.samples import SampleOutput, TokenLogprobs, joined_runs
 from tokasaurus.text.tokenizer import Tokenizer
 
 __all__ = ["SglangWriter"]
@@ -33,6 +33,7 @@ class _Sample:
         self.text: list[str] = []
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
+        self.weights_versions: list[tuple[int, int]] = []
 
     def extend(self, output: SampleOutput) -> SampleOutput:
         """All output so far, as if it had come at once."""
@@ -40,12 +41,14 @@ class _Sample:
         self.token_ids += output.token_ids
         if output.logprobs is not None:
             self.logprobs.append(output.logprobs)
+        self.weights_versions = joined_runs(self.weights_versions, output.weights_versions)
         return SampleOutput(
             output.index,
             "".join(self.text),
             self.token_ids,
             TokenLogprobs.join(self.logprobs) if self.logprobs else None,
             output.finish_reason,
+            self.weights_versions,
         )
 
 
@@ -56,6 +59,9 @@ class SglangWriter(StreamWriter):
         request: what was asked.
         prepared: the prompts.
         tokenizer: spells tokens for logprobs.
+
+    Attributes:
+        ids: the names of the prompts.
     """
 
     def __init__(
@@ -68,9 +74,9 @@ class SglangWriter(StreamWriter):
         rid = request.rid or uuid.uuid4().hex
         if isinstance(rid, str) and count > 1:
             rid = [f"{rid}_{position}" for position in range(count)]
-        self._ids = [rid] if isinstance(rid, str) else rid
-        if len(self._ids) != count:
-            raise RequestError(f"rid has {len(self._ids)} entries for {count} prompts", "rid")
+        self.ids = [rid] if isinstance(rid, str) else rid
+        if len(self.ids) != count:
+            raise RequestError(f"rid has {len(self.ids)} entries for {count} prompts", "rid")
         self._is_single = request.is_single and prepared[0].params.n == 1
         self._with_logprobs = any(each.params.logprobs is not None for each in prepared)
         self._num_before: list[int] = []  # for each prompt, the samples of the prompts before it
@@ -111,13 +117,17 @@ class SglangWriter(StreamWriter):
         self, generation: Generation, position: int, output: SampleOutput
     ) -> dict[str, Any]:
         meta_info: dict[str, Any] = {
-            "id": self._ids[position],
+            "id": self.ids[position],
             "finish_reason": self._finish_reason(generation, output),
             "prompt_tokens": generation.num_prompt_tokens,
             "completion_tokens": len(output.token_ids),
             "cached_tokens": generation.num_cached_tokens,
             "e2e_latency": time.monotonic() - self._started_at,
         }
+        if not generation.weights.are_original:  # SGLang says the label of its last token's
+            versions = output.weights_versions
+            version = versions[-1][0] if versions else generation.weights.version
+            meta_info["weight_version"] = generation.weights.label(version)
         num_top = generation.request.params.logprobs
         if num_top is not None:
             chosen, top = self._logprobs(output.token_ids, output.logprobs)

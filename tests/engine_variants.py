@@ -1,0 +1,48 @@
+"""``toka`` in variants that no flag asks for: ``engine_variants.py VARIANT flag=value ...``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from tokasaurus.config.parser import parse_command_line
+from tokasaurus.config.slices import EngineSlices
+from tokasaurus.entry import listen
+from tokasaurus.launch.assemble import assemble
+from tokasaurus.launch.supervisor import Supervisor
+
+
+def two_replicas(slices: EngineSlices) -> EngineSlices:
+    """The resolved replica, twice."""
+    server = slices.server
+    return replace(
+        slices,
+        server=replace(server, max_seqs_per_forward=2 * server.max_seqs_per_forward),
+        replicas=slices.replicas * 2,
+    )
+
+
+def all_steps_ahead(slices: EngineSlices) -> EngineSlices:
+    """``scheduling_steps_ahead`` batches in flight, although the device needs fewer."""
+    (replica,) = slices.replicas
+    manager = replace(replica.manager, adapt_steps_ahead=False)
+    return replace(slices, replicas=(replace(replica, manager=manager),))
+
+
+VARIANTS: Mapping[str, Callable[[EngineSlices], EngineSlices]] = {
+    "two_replicas": two_replicas,
+    "all_steps_ahead": all_steps_ahead,
+}
+
+
+def main() -> int:
+    config = parse_command_line(sys.argv[2:], os.environ)
+    listener = listen(config.host, config.port)
+    config = replace(config, port=listener.getsockname()[1])
+    return Supervisor(VARIANTS[sys.argv[1]](assemble(config)), listener).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""Control of a real engine over HTTP: pauses, aborts, memory, and new weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engine_process import EngineProcess, eventually, running
+from safetensors.numpy import load_file, save_file
+
+pytestmark = pytest.mark.engine
+
+ADMIN = "sk-admin"
+PROMPT = {"prompt": "A B C D A B C D A B", "temperature": 0, "max_tokens": 8}
+LONG = {"prompt": "Once", "max_tokens": 500, "ignore_eos": True, "seed": 3, "n": 8}
+UPDATES = "/v1/weights/updates"
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[EngineProcess]:
+    key_file = tmp_path / "admin"
+    key_file.write_text(f"{ADMIN}\n")
+    flags = (f"admin_api_key_file={key_file}", "kv_cache_num_tokens=8192")
+    with running(tmp_path, *flags) as ready:
+        yield ready
+
+
+def ask(engine, line, body=None, key=ADMIN, **headers):
+    """Status and JSON of a request such as "POST /pause"."""
+    method, path = line.split(" ")
+    data = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
+    if method == "POST" and data is None:
+        data = b""
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json", **headers}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{engine.port}{path}", data, headers, method=method
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def text(engine):
+    status, answer = ask(engine, "POST /v1/completions", PROMPT)
+    assert status == 200, answer
+    return answer["choices"][0]["text"]
+
+
+class Stream:
+    """A long request that has begun to answer; its events are read to the end when asked for."""
+
+    def __init__(self, engine):
+        body = json.dumps({**LONG, "stream": True, "return_weights_versions": True}).encode()
+        url = f"http://127.0.0.1:{engine.port}/v1/completions"
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(url, body, headers)
+        self._answer = urllib.request.urlopen(request, timeout=120)
+        self._lines = [self._answer.readline()]
+
+    def choices(self):
+        """The finish reason of each choice, and its runs of versions."""
+        with self._answer:
+            self._lines += self._answer.readlines()
+        events = [json.loads(each[6:]) for each in self._lines if each.startswith(b"data: {")]
+        found = {}
+        for choice in (event["choices"][0] for event in events):
+            one = found.setdefault(choice["index"], {"reason": None, "runs": []})
+            one["reason"] = choice["finish_reason"]
+            one["runs"] += choice["weights_versions"]
+        return list(found.values())
+
+
+def model_path(engine):
+    return Path(ask(engine, "GET /model_info")[1]["model_path"])
+
+
+@pytest.fixture
+def other_weights(engine, tmp_path):
+    """A checkpoint whose first token after PROMPT is another one; in two files."""
+    tensors = load_file(model_path(engine) / "model.safetensors")
+    rng = np.random.default_rng(1)
+    changed = {
+        name: tensor if "norm" in name else rng.permutation(tensor.ravel()).reshape(tensor.shape)
+        for name, tensor in tensors.items()
+    }
+    directory = tmp_path / "other"
+    directory.mkdir()
+    names = sorted(changed)
+    save_file({n: changed[n] for n in names[::2]}, directory / "one.safetensors")
+    save_file({n: changed[n] for n in names[1::2]}, directory / "two.safetensors")
+    return directory
+
+
+def test_only_the_admin_key_controls(engine):
+    assert ask(engine, "POST /pause", key="sk-other")[0] == 401
+    assert ask(engine, "GET /is_paused") == (200, {"is_paused": False})
+
+
+def test_requests_wait_while_the_engine_is_paused(engine):
+    before = text(engine)
+    stream = Stream(engine)
+    assert ask(engine, "POST /pause?mode=keep") == (200, {"status": "paused"})
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(text, engine)
+        eventually(lambda: ask(engine, "GET /health")[1]["running"] == 2, "both are there")
+        assert ask(engine, "GET /health")[1]["status"] == "ok"
+        assert not waiting.done()
+        assert ask(engine, "POST /resume") == (200, {"status": "resumed"})
+        assert waiting.result() == before
+    assert {choice["reason"] for choice in stream.choices()} == {"length"}
+
+
+def test_a_pause_that_waits_lets_what_has_begun_finish(engine):
+    stream = Stream(engine)
+    assert ask(engine, "POST /pause?mode=wait") == (200, {"status": "paused"})
+    assert {choice["reason"] for choice in stream.choices()} == {"length"}
+
+
+@pytest.mark.parametrize("path", ["/pause?mode=abort", "/abort_requests"])
+def test_an_abort_answers_with_the_tokens_so_far(engine, path):
+    streams = [Stream(engine) for _ in range(3)]
+    assert ask(engine, f"POST {path}")[0] == 200
+    choices = [choice for stream in streams for choice in stream.choices()]
+    assert len(choices) == 24
+    assert "abort" in {choice["reason"] for choice in choices}
+    assert {choice["reason"] for choice in choices} <= {"abort", "length"}
+    num_tokens = sum(run["num_tokens"] for choice in choices for run in choice["runs"])
+    assert 0 < num_tokens < 24 * LONG["max_tokens"]
+    if "pause" in path:
+        assert ask(engine, "POST /resume")[0] == 200
+    assert text(engine)
+
+
+def test_memory_is_released_and_restored(engine):
+    before = text(engine)
+    assert ask(engine, "POST /sleep?level=1") == (200, {"status": "sleeping"})
+    assert ask(engine, "POST /resume")[0] == 409
+    assert ask(engine, "POST /wake_up?tags=weights") == (200, {"status": "sleeping"})
+    assert ask(engine, "POST /wake_up") == (200, {"status": "awake"})
+    assert text(engine) == before
+    assert ask(engine, "POST /release_memory_occupation", {"tags": ["kv_cache"]})[0] == 200
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(text, engine)
+        eventually(lambda: ask(engine, "GET /health")[1]["running"] == 1, "it waits")
+        assert not waiting.done()
+        assert ask(engine, "POST /resume_memory_occupation", {})[0] == 200
+        assert waiting.result() == before
+
+
+def test_weights_from_disk_while_requests_run(engine, other_weights):
+    before = text(engine)
+    stream = Stream(engine)
+    body = {"model_path": str(other_weights), "weight_version": "other"}
+    status, updated = ask(engine, "POST /update_weights_from_disk", body)
+    assert (status, updated["success"], updated["weight_version"]) == (200, True, "other")
+    choices = stream.choices()
+    labels = {(run["version"], run["label"]) for choice in choices for run in choice["runs"]}
+    assert labels == {(0, "default"), (1, "other")}
+    for choice in choices:
+        versions = [run["version"] for run in choice["runs"]]
+        assert versions == sorted(versions)
+        assert sum(run["num_tokens"] for run in choice["runs"]) == LONG["max_tokens"]
+    after = text(engine)
+    assert after != before
+    meta_info = ask(engine, "POST /generate", {"text": "hi"})[1]["meta_info"]
+    assert meta_info["weight_version"] == "other"
+    # Wrong weights change nothing.
+    wrong = {"model_path": str(other_weights / "one.safetensors"), "weight_version": "wrong"}
+    status, error = ask(engine, "POST /update_weights_from_disk", wrong)
+    assert (status, error["error"]["param"]) == (400, "model_path"), error
+    assert ask(engine, "GET /weight_info")[1] == {"weight_version": "other", "weights_version": 1}
+    assert text(engine) == after
+    eventually(lambda: engine.metrics().get("weights_version") == 1, "it is counted")
+    original = {"model_path": str(model_path(engine))}
+    assert ask(engine, "POST /update_weights_from_disk", original)[0] == 200
+    assert text(engine) == before
+
+
+def test_weights_over_http_survive_a_release_of_memory(engine, other_weights):
+    before = text(engine)
+    update = ask(engine, f"POST {UPDATES}")[1]["id"]
+    for number, name in enumerate(("one", "two")):
+        data = (other_weights / f"{name}.safetensors").read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        path = f"PUT {UPDATES}/{update}/buckets/{number}"
+        assert ask(engine, path, data, **{"X-Checksum-SHA256": digest})[0] == 200
+        assert ask(engine, path, data, **{"X-Checksum-SHA256": "0" * 64})[0] == 400
+        if number == 0:
+            status, error = ask(engine, f"POST {UPDATES}/{update}/commit", {"num_buckets": 1})
+            assert status == 400, error
+            assert text(engine) == before
+    shutil.rmtree(other_weights)
+    status, done = ask(engine, f"POST {UPDATES}/{update}/commit", {"num_buckets": 2})
+    assert (status, done["status"], done["weights_version"]) == (200, "committed", 1)
+    after = text(engine)
+    assert after != before
+    assert ask(engine, "POST /sleep")[0] == 200
+    assert ask(engine, "POST /wake_up") == (200, {"status": "awake"})
+    assert text(engine) == after

@@ -1,0 +1,497 @@
+"""Cartridges: requests behind them, what these share, and the commands that load them."""
+
+from __future__ import annotations
+
+import numpy as np
+from fake_device import GOOD_FILES
+from rows import named
+from simulation import World, make_admission, make_config, make_request, prompt
+
+from tokasaurus.manager.forecast.learning import LengthLearning
+from tokasaurus.manager.forecast.rows import running_forest, running_rows
+from tokasaurus.manager.forecast.use_curve import UseCurve
+from tokasaurus.protocol.commands import (
+    Action,
+    Command,
+    CommandDone,
+    CommandFailed,
+    FlushCache,
+    LoadCartridge,
+    Pause,
+    PauseMode,
+    ReleaseMemory,
+    RestoreMemory,
+    Resume,
+    UnloadCartridge,
+    UpdateWeights,
+    WriteCartridge,
+)
+from tokasaurus.protocol.messages import (
+    AbortRequest,
+    Adjustments,
+    FinishReason,
+    ForwardBatch,
+    Pooling,
+    Sampling,
+)
+from tokasaurus.rounding import ceil_div
+
+PAGE_SIZE = 4
+SIZES = range(1, 2 * PAGE_SIZE + 2)
+
+
+def world_with(num_tokens: int, **changes: object) -> World:
+    """A world with a cartridge "a" of this size."""
+    world = World(make_config(**changes))
+    world.load("a", num_tokens)
+    return world
+
+
+def behind(request_id: int, ids: list[int], max_tokens: int, **changes: object):
+    """A request behind the cartridge "a"."""
+    return make_request(request_id, ids, max_tokens, cartridges=("a",), **changes)
+
+
+def refusal_of(world: World, action: Action) -> tuple[str | None, str]:
+    """Why a command fails at once."""
+    answer = world.command_answers[world.command(action)]
+    assert isinstance(answer, CommandFailed)
+    return answer.field, answer.reason
+
+
+def run_control(world: World, action: Action) -> CommandDone | CommandFailed:
+    """Runs a command that goes to the worker, behind the batches in flight."""
+    command_id = world.command(action)
+    while command_id not in world.command_answers:
+        world.turn(num_results=1)
+    return world.command_answers[command_id]
+
+
+# --- requests ------------------------------------------------------------------------------------
+
+
+def test_a_prompt_begins_at_the_position_behind_its_cartridge() -> None:
+    for num_tokens in SIZES:
+        for length in (1, 3, 4, 9):
+            with named((num_tokens, length)):
+                world = world_with(num_tokens)
+                world.finish(behind(1, prompt(length), 5))
+                first = world.batches[0]
+                assert first.prefill_starts.tolist() == [num_tokens]
+                assert first.prefill_ids.tolist() == prompt(length)
+                assert world.device.num_early_copies == (num_tokens % PAGE_SIZE > 0)
+                assert world.answers[1, 0].num_cached_tokens == 0
+
+
+def test_no_pseudo_id_leaves_the_manager() -> None:
+    """Not in prompts, and not among the ids that adjustments and grammars read."""
+    penalty = Sampling(adjustments=Adjustments(repetition_penalty=1.5))
+    world = world_with(6, num_pages=12, scheduling_steps_ahead=1, force_preemption=True)
+    requests = [behind(i, prompt(5, i), 12, sampling=penalty, grammar="99") for i in range(4)]
+    world.turn(*requests)
+    world.drain()
+    assert world.manager.counters.num_preemptions > 0
+    num_resumed = 0
+    for batch in world.batches:
+        assert (batch.prefill_ids >= 0).all()
+        if batch.parameters is None:
+            continue
+        for group in batch.parameters.adjusted:
+            (slot,) = group.slots.tolist()
+            row = batch.parameters.slots.tolist().index(slot)
+            request = world.request_ids[int(batch.parameters.seed[row])]
+            count = int(batch.parameters.num_generated[row])
+            generated = world.answers[request, 0].ids[:count]
+            assert group.ids.tolist() == prompt(5, request) + generated
+            num_resumed += count > 0
+        for grammar in batch.parameters.grammars:
+            assert (grammar.generated_ids >= 0).all()
+    assert num_resumed > 0
+
+
+def test_text_behind_a_cartridge_is_found_behind_that_cartridge_only() -> None:
+    for num_tokens in SIZES:
+        with named(num_tokens):
+            world = world_with(num_tokens)
+            world.load("b", num_tokens)
+            text = prompt(11)
+            world.finish(behind(1, text, 3))
+            world.finish(make_request(2, text, 3))
+            world.finish(make_request(3, text, 3, cartridges=("b",)))
+            assert [world.answers[i, 0].num_cached_tokens for i in (1, 2, 3)] == [0, 0, 0]
+            world.finish(behind(4, text, 3))
+            full_pages = (num_tokens + len(text) - 1) // PAGE_SIZE
+            found = full_pages * PAGE_SIZE - num_tokens
+            assert found > 0
+            assert world.answers[4, 0].num_cached_tokens == found
+            assert world.device.num_prompt_tokens == 4 * len(text) - found
+            statistics = world.manager.statistics()
+            assert statistics.num_cached_tokens == found
+            assert statistics.num_prefill_tokens == 4 * len(text) - found
+
+
+def test_two_requests_with_one_cartridge_compute_their_common_text_once() -> None:
+    world = world_with(6, max_tokens_per_forward=16, scheduling_steps_ahead=2)
+    world.turn(behind(1, prompt(14), 3), behind(2, prompt(14), 3))
+    assert world.batches[0].prefill_slots.size == 1
+    assert world.batches[1].prefill_starts.tolist() == [16]
+    world.drain()
+    assert world.answers[2, 0].num_cached_tokens == 10
+
+
+def test_samples_fork_behind_a_cartridge() -> None:
+    for num_tokens in SIZES:
+        for length in (1, 2, 5):
+            with named((num_tokens, length)):
+                world = world_with(num_tokens)
+                world.turn(behind(1, prompt(length), 6, n=4))
+                assert world.batches[0].draw_slots.size == 4
+                world.drain()
+                assert world.device.num_prompt_tokens == length
+
+
+def test_a_prompt_behind_a_cartridge_is_fed_in_chunks() -> None:
+    world = world_with(7, max_tokens_per_forward=5)
+    world.finish(behind(1, prompt(19), 3))
+    starts = [start for batch in world.batches for start in batch.prefill_starts.tolist()]
+    assert starts == [7, 12, 17, 22]
+
+
+def test_prompt_logprobs_cover_all_tokens_of_the_prompt_but_its_first() -> None:
+    for num_tokens in SIZES:
+        with named(num_tokens):
+            world = world_with(num_tokens, max_tokens_per_forward=5)
+            world.finish(behind(1, prompt(9), 3))
+            world.finish(behind(2, prompt(9), 3, num_prompt_logprobs=2))
+            assert sorted(world.prompt_logprobs[2]) == list(range(1, 9))
+            assert world.device.num_prompt_tokens == 18
+            assert world.answers[2, 0].num_cached_tokens == 0
+
+
+def test_the_state_of_the_last_token_is_pooled_and_the_mean_is_refused() -> None:
+    world = world_with(6)
+    world.finish(behind(1, prompt(9), 1, pooling=Pooling.LAST))
+    assert 1 in world.pooled
+    world.turn(behind(2, prompt(9), 1, pooling=Pooling.MEAN))
+    assert world.rejected[2].field == "cartridges"
+
+
+def test_requests_that_cannot_have_their_cartridges_are_refused() -> None:
+    world = World(make_config())
+    load = world.make_command(LoadCartridge("a", "a", 5))
+    world.turn(load, behind(1, prompt(3), 3))  # its pages are not written yet
+    assert world.rejected[1].reason == "no cartridge 'a' is loaded"
+    world.turn(num_results=1)
+    world.turn(make_request(2, prompt(3), 3, cartridges=("a", "a")), behind(3, prompt(3), 3))
+    assert "may have one cartridge, and this one has 2" in world.rejected[2].reason
+    assert {world.rejected[i].field for i in (1, 2)} == {"cartridges"}
+    world.drain()
+    assert world.answers[3, 0].reason is FinishReason.LENGTH
+
+
+def test_the_tokens_of_a_cartridge_count_for_the_limits_of_a_request() -> None:
+    world = world_with(10, max_request_tokens=24)
+    world.turn(behind(1, prompt(10), 5), behind(2, prompt(10), 4), make_request(3, prompt(20), 4))
+    assert list(world.rejected) == [1]
+    assert world.rejected[1].field == "max_tokens"
+    assert "a cartridge of 10 tokens, 10 prompt tokens" in world.rejected[1].reason
+    world.drain()
+
+
+def test_a_request_that_does_not_fit_beside_pinned_pages_is_refused() -> None:
+    world = world_with(6, num_pages=6)
+    world.turn(make_request(1, prompt(10), 8))  # 17 positions, 5 pages; 4 are not pinned
+    assert "of which loaded cartridges take 8" in world.rejected[1].reason
+    world.finish(make_request(2, prompt(10), 7))
+    world.turn(behind(3, prompt(10), 6))  # 21 positions, 6 pages, of which one is pinned
+    assert 3 in world.rejected
+    world.finish(behind(4, prompt(10), 5))
+    assert world.answers[4, 0].reason is FinishReason.LENGTH
+
+
+# --- pages ---------------------------------------------------------------------------------------
+
+
+def test_pages_of_a_cartridge_are_never_evicted() -> None:
+    world = world_with(10, num_pages=10)
+    for request_id in range(1, 9):
+        world.finish(make_request(request_id, prompt(24, request_id), 3))
+    assert world.manager.gauges().num_evicted_pages > 0
+    world.finish(behind(9, prompt(9), 3))
+    world.finish(behind(10, prompt(9), 3))
+    assert world.answers[10, 0].num_cached_tokens == 6
+
+
+def test_a_flush_drops_the_text_behind_a_cartridge_and_keeps_the_cartridge() -> None:
+    world = world_with(10)
+    world.finish(behind(1, prompt(9), 3))
+    flushed = world.command_answers[world.command(FlushCache())]
+    assert isinstance(flushed, CommandDone)
+    assert flushed.num_pages == 3  # 21 positions were written; two pages are pinned
+    world.finish(behind(2, prompt(9), 3))
+    assert world.answers[2, 0].num_cached_tokens == 0
+    assert world.manager._running.pages.num_pinned == 3
+
+
+def test_a_forecast_counts_no_pinned_page() -> None:
+    world = World(
+        make_config(
+            num_pages=64,
+            max_tokens_per_forward=8,
+            scheduling_steps_ahead=1,
+            admission=make_admission(predict_lengths=False),
+        )
+    )
+    world.load("a", 18)
+    world.load("b", 9)
+    world.finish(behind(0, prompt(12), 4))
+    requests = [behind(i, prompt(12) + prompt(9, i), 6) for i in (1, 2)]
+    requests += [make_request(3, prompt(9), 5, cartridges=("b",)), make_request(4, prompt(6), 9)]
+    world.turn(*requests)
+    running = world.manager._running
+    learning = LengthLearning(world.config, running)
+    most_rows = 0
+    for _ in range(30):
+        slots, rows = running_rows(running, learning)
+        most_rows = max(most_rows, len(slots))
+        forest = running_forest(running)
+        forecast = UseCurve(page_size=4, prefill_rate=8).forecast(running=rows, forest=forest)
+        assert forecast.use()[:1].sum() == running.pages.num_held
+        world.manager.eta()
+        world.turn(num_results=1)
+    assert most_rows == 4
+    world.drain()
+    assert running.pages.num_held == 0
+    assert world.manager._admission.limit == 64 - 5 - 3
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+
+def test_a_load_writes_pages_and_is_answered_when_they_are_written() -> None:
+    world = World(make_config())
+    actions = world.manager.take_turn([Command(5, LoadCartridge("a", "path", 9))], 0.0)
+    (control,) = actions.to_worker
+    assert control.number == 0
+    assert isinstance(control.action, WriteCartridge)
+    assert (control.action.path, control.action.num_tokens) == ("path", 9)
+    assert len(set(control.action.pages.tolist())) == 3
+    assert not actions.messages
+    done = world.device.carry_out(control)
+    (answer,) = world.manager.take_turn([done], 0.0).messages
+    assert isinstance(answer, CommandDone)
+    assert answer.command_id == 5
+
+
+def test_batches_run_while_a_cartridge_is_written() -> None:
+    world = World(make_config(scheduling_steps_ahead=2))
+    load = world.make_command(LoadCartridge("a", "a", 5))
+    world.turn(make_request(1, prompt(5), 9), load)
+    assert [type(result).__name__ for result in world.results] == [
+        "ControlDone",
+        "ForwardResult",
+        "ForwardResult",
+    ]
+    world.drain()
+
+
+def test_pages_of_a_cartridge_that_could_not_be_written_are_given_back() -> None:
+    world = World(make_config())
+    failure = world.load("a", 9, path="missing a")
+    assert isinstance(failure, CommandFailed)
+    assert (failure.field, failure.reason) == ("path", "missing a does not exist")
+    assert world.manager._running.pages.num_available == world.config.num_pages
+    world.load("a", 9)
+    assert "a" in world.cartridges
+
+
+def test_loads_that_cannot_be_are_refused() -> None:
+    world = world_with(9, num_pages=12)
+    for action, field, reason in (
+        (LoadCartridge("a", "other", 1), "name", "cartridge 'a' is loaded already"),
+        (LoadCartridge("b", "b", 0), "num_tokens", "it must be at least 1"),
+        (LoadCartridge("b", "b", 37), "num_tokens", "takes 10 pages of KV cache, of which 9"),
+    ):
+        with named(action):
+            found_field, found_reason = refusal_of(world, action)
+            assert found_field == field
+            assert reason in found_reason
+    # Nine pages are not pinned. A request that is accepted may come to need eight of them.
+    world.turn(make_request(1, prompt(4), 28))
+    field, reason = refusal_of(world, LoadCartridge("b", "b", 8))
+    assert field == "num_tokens"
+    assert "a request that was accepted may need 8, of 7 left" in reason
+    world.load("b", 4)
+    world.drain()
+
+
+def test_a_load_evicts_what_is_cached() -> None:
+    world = World(make_config(num_pages=10))
+    world.finish(make_request(1, prompt(24), 3))
+    world.load("a", 37)
+    assert world.manager._running.pages.num_available == 0
+
+
+def test_an_unload_fails_while_a_request_names_the_cartridge() -> None:
+    world = world_with(6)
+    world.turn(behind(1, prompt(5), 6))
+    reason = "a request that has not ended names cartridge 'a'"
+    assert refusal_of(world, UnloadCartridge("a")) == ("name", reason)
+    assert refusal_of(world, UnloadCartridge("b")) == ("name", "no cartridge 'b' is loaded")
+    # In one turn with the end of the last request.
+    unload = world.make_command(UnloadCartridge("a"))
+    world.turn(AbortRequest(1), unload)
+    assert isinstance(world.command_answers[unload.command_id], CommandDone)
+    world.turn(behind(2, prompt(5), 6))
+    assert world.rejected[2].reason == "no cartridge 'a' is loaded"
+    world.drain()
+    assert world.manager._running.pages.num_pinned == 0
+
+
+def test_an_unload_drops_the_text_behind_the_cartridge_and_no_other() -> None:
+    for num_tokens in SIZES:
+        with named(num_tokens):
+            world = world_with(num_tokens)
+            world.load("b", num_tokens)
+            world.finish(make_request(1, prompt(10), 3))
+            world.finish(make_request(2, prompt(10), 3, cartridges=("b",)))
+            num_before = world.manager._running.pages.pool.num_free
+            world.finish(behind(3, prompt(10), 3))
+            world.finish(behind(4, prompt(6) + prompt(5, 1), 3))  # two leaves
+            done = world.unload("a")
+            assert isinstance(done, CommandDone)
+            num_pinned = ceil_div(num_tokens, PAGE_SIZE)
+            assert world.manager._running.pages.pool.num_free == num_before + num_pinned
+            assert done.num_tokens == num_tokens + (done.num_pages - num_pinned) * PAGE_SIZE
+            world.finish(make_request(5, prompt(10), 3))
+            world.finish(make_request(6, prompt(10), 3, cartridges=("b",)))
+            assert world.answers[5, 0].num_cached_tokens == 8
+            assert world.answers[6, 0].num_cached_tokens > 0
+
+
+def test_another_version_of_a_cartridge_shares_nothing_with_the_one_before() -> None:
+    world = world_with(6)
+    world.finish(behind(1, prompt(9), 3))
+    world.unload("a")
+    world.load("a", 6, path="a, retrained")
+    world.finish(behind(2, prompt(9), 3))
+    assert world.answers[2, 0].num_cached_tokens == 0
+    assert world.answers[1, 0].ids != world.answers[2, 0].ids
+
+
+def test_a_pseudo_id_is_never_used_again() -> None:
+    world = World(make_config())
+    cartridges = world.manager._running.cartridges
+    seen: set[int] = set()
+    for version, num_tokens in enumerate((3, 9, 1, 4)):
+        world.load("a", num_tokens, path=f"version {version}")
+        ids = cartridges.ids_of(("a",)).tolist()
+        assert len(ids) == num_tokens
+        assert max(ids) < 0
+        assert not seen & set(ids)
+        seen |= set(ids)
+        world.unload("a")
+    cartridges._next_id = -(2**31) + 1
+    assert refusal_of(world, LoadCartridge("a", "a", 3))[0] == "num_tokens"
+    world.load("a", 2)
+    world.finish(behind(1, prompt(5), 3))
+    assert cartridges.ids_of(("a",)).tolist() == [-(2**31) + 1, -(2**31)]
+
+
+def test_a_full_queue_goes_on_when_an_unload_frees_pages() -> None:
+    world = world_with(20, num_pages=10, max_seqs_per_forward=8, scheduling_steps_ahead=1)
+    world.turn(*[make_request(i, prompt(9, i), 8) for i in range(4)])
+    assert isinstance(world.unload("a"), CommandDone)
+    world.drain()
+    assert np.all([world.answers[i, 0].reason is FinishReason.LENGTH for i in range(4)])
+    assert all(isinstance(batch, ForwardBatch) for batch in world.batches)
+
+
+# --- weights and memory --------------------------------------------------------------------------
+
+
+def test_a_cartridge_outlives_an_update_of_the_weights_and_the_text_behind_it_does_not() -> None:
+    for num_tokens in SIZES:
+        with named(num_tokens):
+            world = world_with(num_tokens)
+            world.finish(behind(1, prompt(10), 3))
+            num_writes = len(world.controls)
+            world.turn(behind(2, prompt(6, 2), 12))
+            assert isinstance(run_control(world, UpdateWeights(1, GOOD_FILES)), CommandDone)
+            world.drain()
+            assert len(world.controls) == num_writes + 1  # it is not written again
+            world.finish(behind(3, prompt(10), 3))
+            world.finish(behind(4, prompt(10), 3))
+            assert world.answers[3, 0].num_cached_tokens == 0
+            assert world.answers[4, 0].num_cached_tokens > 0
+            assert isinstance(world.unload("a"), CommandDone)
+            assert world.manager._running.pages.num_available >= world.config.num_pages
+
+
+def test_cartridges_are_written_again_when_a_kv_cache_is_restored() -> None:
+    world = world_with(6)
+    world.load("b", 9)
+    world.turn(behind(1, prompt(6), 12))
+    run_control(world, ReleaseMemory(weights=False, kv_cache=True))
+    field, reason = refusal_of(world, LoadCartridge("c", "c", 3))
+    assert field is None
+    assert "restore it first" in reason
+    num_controls, num_batches = len(world.controls), len(world.batches)
+    restore = world.command(RestoreMemory(weights=False, kv_cache=True))
+    world.turn(num_results=1)
+    again = [control.action for control in world.controls[num_controls + 1 :]]
+    assert [action.path for action in again if isinstance(action, WriteCartridge)] == ["a", "b"]
+    # Nothing runs, and the restore is not answered, before the last cartridge is there.
+    world.turn(num_results=1)
+    assert len(world.batches) == num_batches
+    assert restore not in world.command_answers
+    world.turn(num_results=1)
+    assert isinstance(world.command_answers[restore], CommandDone)
+    assert len(world.batches) > num_batches
+    world.drain()
+    world.finish(make_request(2, prompt(6), 12, cartridges=("b",)))
+
+
+def test_a_cartridge_that_cannot_be_written_again_is_unloaded_with_its_requests() -> None:
+    world = world_with(6)
+    world.turn(behind(1, prompt(6), 12), make_request(2, prompt(6), 12))
+    run_control(world, ReleaseMemory(weights=False, kv_cache=True))
+    world.device.keeps_files = False
+    done = run_control(world, RestoreMemory(weights=False, kv_cache=True))
+    assert isinstance(done, CommandDone)
+    assert world.answers[1, 0].reason is FinishReason.ABORT
+    world.turn(behind(3, prompt(6), 12))
+    assert world.rejected[3].reason == "no cartridge 'a' is loaded"
+    world.drain()
+    assert world.answers[2, 0].reason is FinishReason.LENGTH
+    world.device.keeps_files = True
+    world.load("a", 6)
+    world.finish(behind(4, prompt(6), 3))
+
+
+def test_a_restore_of_the_weights_alone_writes_no_cartridge() -> None:
+    world = world_with(6)
+    run_control(world, ReleaseMemory(weights=True, kv_cache=False))
+    run_control(world, RestoreMemory(weights=True, kv_cache=False))
+    assert [type(control.action) for control in world.controls] == [
+        WriteCartridge,
+        ReleaseMemory,
+        RestoreMemory,
+    ]
+    world.finish(behind(1, prompt(6), 3))
+
+
+def test_a_pause_does_not_wait_for_a_cartridge_to_be_written() -> None:
+    world = World(make_config())
+    world.turn(make_request(1, prompt(5), 9), num_results=1)
+    load, pause = LoadCartridge("a", "a", 5), Pause(PauseMode.KEEP)
+    commands = [world.make_command(action) for action in (load, pause)]
+    num_batches = len(world.batches)
+    # The batches in flight come before the control that writes the cartridge.
+    world.turn(*commands, num_results=num_batches)
+    assert len(world.batches) == num_batches
+    assert list(world.command_answers) == [commands[1].command_id]
+    world.turn(num_results=1)
+    assert list(world.command_answers) == [commands[1].command_id, commands[0].command_id]
+    world.command(Resume())
+    world.drain()

@@ -1,0 +1,398 @@
+"""The router: where requests go, and how the answers of several managers become one."""
+
+from __future__ import annotations
+
+import numpy as np
+from fake_engine import CONFIG, TOKENIZER, submit
+
+from tokasaurus.protocol.commands import Command, CommandDone, CommandFailed, FlushCache
+from tokasaurus.protocol.messages import (
+    AbortRequest,
+    Acknowledge,
+    Eta,
+    FinishReason,
+    GenerateRequest,
+    PooledState,
+    PromptLogprobs,
+    RequestRejected,
+    Sampling,
+    SequenceUpdates,
+    Statistics,
+    StopSequence,
+)
+from tokasaurus.text.generation import Generation
+from tokasaurus.text.generations import Generations
+from tokasaurus.text.params import SamplingParams
+from tokasaurus.text.replicas import Replicas
+
+SEATS = 4
+
+
+class Engine:
+    """A router and what each of its replicas was sent."""
+
+    def __init__(self, num_replicas: int = 2, num_seats: int = SEATS) -> None:
+        self.sent: list[list[object]] = [[] for _ in range(num_replicas)]
+        self.router = Replicas([sent.append for sent in self.sent], [num_seats] * num_replicas)
+
+    def submit(self, request_id: int, prompt: int = 5, **changes: object) -> GenerateRequest:
+        values: dict[str, object] = {
+            "request_id": request_id,
+            "prompt_ids": np.arange(prompt, dtype=np.int32),
+            "n": 1,
+            "max_tokens": 20,
+            "sampling": Sampling(),
+            "seed": 7,
+            "stop_token_ids": (),
+        }
+        request = GenerateRequest(**{**values, **changes})  # type: ignore[arg-type]
+        self.router.send(request)
+        return request
+
+    def requests(self, replica: int) -> list[GenerateRequest]:
+        return [each for each in self.sent[replica] if isinstance(each, GenerateRequest)]
+
+    def last(self, replica: int) -> GenerateRequest:
+        return self.requests(replica)[-1]
+
+    def end(self, replica: int, request: GenerateRequest, *indices: int, reason=FinishReason.STOP):
+        """The replica ends samples; returns what the text core gets."""
+        rows = [(request.request_id, index, [1], reason) for index in indices]
+        (message,) = self.router.absorb(replica, updates(rows))
+        return message
+
+
+def updates(rows: list[tuple[int, int, list[int], FinishReason]]) -> SequenceUpdates:
+    """Rows of (request id, sample index, ids, finish reason), without logprobs."""
+    none = np.array([], np.float32)
+    return SequenceUpdates(
+        request_ids=np.array([row[0] for row in rows], np.int64),
+        sample_indices=np.array([row[1] for row in rows], np.int32),
+        num_tokens=np.array([len(row[2]) for row in rows], np.int32),
+        finish_reasons=np.array([row[3] for row in rows], np.int32),
+        num_cached_tokens=np.zeros(len(rows), np.int32),
+        num_logprobs=np.full(len(rows), -1, np.int32),
+        weights_versions=np.zeros(len(rows), np.int32),
+        token_ids=np.array([token for row in rows for token in row[2]], np.int32),
+        logprobs=none,
+        top_ids=np.array([], np.int32),
+        top_logprobs=none,
+    )
+
+
+def indices_of(request: GenerateRequest) -> list[int]:
+    """The samples that a replica was asked for."""
+    if request.progress is None:
+        return list(range(request.n))
+    return request.progress.sample_indices.tolist()
+
+
+# --- choosing ------------------------------------------------------------------------------------
+
+
+def test_requests_go_where_most_seats_are_free_and_a_whole_one_is_passed_on_as_it_is() -> None:
+    engine = Engine()
+    first = engine.submit(0, n=3)
+    assert engine.sent == [[first], []]
+    second = engine.submit(1, n=2)
+    third = engine.submit(2)
+    assert engine.sent == [[first], [second, third]]
+    engine.end(0, first, 0, 1, 2)
+    fourth = engine.submit(3, n=3)
+    assert engine.sent[0] == [first, fourth]
+
+
+def test_samples_are_split_when_they_exceed_the_free_seats_of_one_replica() -> None:
+    # Samples, seats taken at both replicas before, and the samples that each gets.
+    for n, taken, shares in (
+        (4, (0, 0), ([0, 1, 2, 3], [])),
+        (6, (0, 0), ([0, 1, 2, 3], [4, 5])),
+        (4, (1, 2), ([0, 1, 2], [3])),
+        # They must wait in any case, and can run together.
+        (4, (3, 4), ([0, 1, 2, 3], [])),
+        (4, (4, 4), ([0, 1, 2, 3], [])),
+        # No replica can run all of them together.
+        (11, (0, 2), ([0, 1, 2, 3, 4, 5, 6], [7, 8, 9, 10])),
+    ):
+        engine = Engine()
+        for replica, count in enumerate(taken):
+            if count:
+                engine.router._replicas[replica].num_open = count
+        engine.submit(5, n=n)
+        got = tuple([i for each in engine.requests(r) for i in indices_of(each)] for r in (0, 1))
+        assert got == shares, (n, taken)
+
+
+def test_a_split_request_keeps_its_seed_and_the_numbers_of_its_samples() -> None:
+    engine = Engine()
+    request = engine.submit(5, n=6, first_k=5, num_logprobs=2, stream=True)
+    for replica in (0, 1):
+        part = engine.last(replica)
+        assert (part.n, part.first_k, part.seed) == (6, 0, request.seed)
+        assert (part.num_logprobs, part.stream) == (2, True)
+        assert part.progress is not None
+        assert not part.progress.num_generated.any()
+    assert engine.last(0).request_id != engine.last(1).request_id
+
+
+def test_prompt_logprobs_and_first_k_together_are_not_split() -> None:
+    engine = Engine()
+    request = engine.submit(1, n=20, first_k=2, num_prompt_logprobs=0)
+    assert engine.sent == [[request], []]
+
+
+def test_equal_beginnings_of_prompts_stay_together_unless_the_load_becomes_uneven() -> None:
+    engine = Engine(num_seats=16)
+    engine.submit(0, prompt=200)
+    engine.submit(1)
+    for request_id, length in ((2, 300), (3, 150), (4, 250), (5, 128)):
+        engine.submit(request_id, prompt=length)
+    assert [each.request_id for each in engine.requests(0)] == [0, 2, 3, 4, 5]
+    # Now it has a quarter of its seats fewer free than the other, and after one more, more.
+    engine.submit(6, prompt=128)
+    engine.submit(7, prompt=128)
+    engine.submit(8, prompt=128)
+    assert [each.request_id for each in engine.requests(0)] == [0, 2, 3, 4, 5, 6]
+    assert [each.request_id for each in engine.requests(1)] == [1, 7, 8]
+
+
+def acknowledged(message: Acknowledge) -> list[tuple[int, int, int]]:
+    columns = message.request_ids, message.sample_indices, message.num_tokens
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+# --- messages to the managers --------------------------------------------------------------------
+
+
+def test_each_part_hears_of_its_own_samples() -> None:
+    engine = Engine()
+    engine.submit(5, n=6, hold_for_acks=True)
+    engine.submit(6, hold_for_acks=True)
+    parts = [engine.requests(replica)[0].request_id for replica in (0, 1)]
+    engine.router.send(StopSequence(5, 4))
+    stop = engine.sent[1][-1]
+    assert (type(stop), stop.request_id, stop.sample_index) == (StopSequence, parts[1], 4)
+    engine.router.send(
+        Acknowledge(
+            np.array([5, 5, 6, 9]), np.array([1, 5, 0, 0], np.int32), np.array([7, 8, 9, 1])
+        )
+    )
+    rows = [acknowledged(engine.sent[replica][-1]) for replica in (0, 1)]
+    assert rows == [[(parts[0], 1, 7)], [(parts[1], 5, 8), (6, 0, 9)]]
+    engine.router.send(AbortRequest(5))
+    assert [engine.sent[replica][-1].request_id for replica in (0, 1)] == parts
+    engine.router.send(AbortRequest(6))
+    num_sent = [len(sent) for sent in engine.sent]
+    for message in (AbortRequest(5), StopSequence(6, 0), StopSequence(5, 1)):
+        engine.router.send(message)  # of requests that are not there any more
+    assert [len(sent) for sent in engine.sent] == num_sent
+    assert [replica.num_open for replica in engine.router._replicas.values()] == [0, 0]
+
+
+# --- messages from the managers ------------------------------------------------------------------
+
+
+def test_parts_answer_in_the_name_of_their_request() -> None:
+    engine = Engine()
+    engine.submit(5, n=6)
+    part = engine.last(1).request_id
+    message = engine.end(1, engine.last(1), 4)
+    assert message.request_ids.tolist() == [5]
+    empty, table = np.zeros(1, np.float32), np.zeros((1, 0), np.float32)
+    for given in (
+        PromptLogprobs(part, 1, empty, empty.astype(np.int32), table.astype(np.int32), table),
+        PooledState(part, empty),
+    ):
+        (message,) = engine.router.absorb(1, given)
+        assert message.request_id == 5
+
+
+def test_first_k_of_a_split_request_is_counted_over_all_parts() -> None:
+    engine = Engine()
+    engine.submit(5, n=8, first_k=3)
+    zero, one = engine.last(0), engine.last(1)
+    engine.end(0, zero, 0, 1)
+    assert len(engine.sent[0]) == len(engine.sent[1]) == 1
+    engine.end(1, one, 4)
+    for replica, part in enumerate((zero, one)):
+        (abort,) = engine.sent[replica][1:]
+        assert isinstance(abort, AbortRequest)
+        assert abort.request_id == part.request_id
+    engine.end(0, zero, 2, 3, reason=FinishReason.ABORT)
+    engine.end(1, one, 5)  # it ended before it heard of the abort
+    engine.end(1, one, 6, 7, reason=FinishReason.ABORT)
+    assert [len(sent) for sent in engine.sent] == [2, 2]
+    assert not engine.router._routes
+
+
+def test_a_split_request_is_refused_once() -> None:
+    engine = Engine()
+    engine.submit(5, n=8)
+    zero, one = engine.last(0), engine.last(1)
+    (message,) = engine.router.absorb(1, RequestRejected(one.request_id, "too much", "n"))
+    assert (message.request_id, message.reason, message.field) == (5, "too much", "n")
+    (abort,) = engine.sent[0][1:]
+    assert (type(abort), abort.request_id) == (AbortRequest, zero.request_id)
+    assert len(engine.sent[1]) == 1
+    assert [replica.num_open for replica in engine.router._replicas.values()] == [0, 0]
+
+
+def eta(rows: dict[int, float], backlog: float) -> Eta:
+    return Eta(np.array(list(rows), np.int64), np.array(list(rows.values())), backlog)
+
+
+def test_predictions_are_those_of_the_last_part_and_of_the_longest_backlog() -> None:
+    engine = Engine()
+    engine.submit(5, n=6)
+    engine.submit(6)
+    parts = [engine.requests(replica)[0].request_id for replica in (0, 1)]
+    (message,) = engine.router.absorb(0, eta({parts[0]: 8.0}, 9.0))
+    assert (message.request_ids.tolist(), message.seconds.tolist()) == ([5], [8.0])
+    (message,) = engine.router.absorb(1, eta({parts[1]: 3.0, 6: 4.0, 77: 1.0}, 4.0))
+    assert (message.request_ids.tolist(), message.seconds.tolist()) == ([5, 6], [8.0, 4.0])
+    assert message.backlog_seconds == 9.0
+    engine.end(0, engine.requests(0)[0], 0, 1, 2, 3)
+    (message,) = engine.router.absorb(1, eta({parts[1]: 2.0}, 2.5))
+    assert (message.seconds.tolist(), message.backlog_seconds) == ([2.0], 2.5)
+
+
+def statistics(value: int, step_s: float) -> Statistics:
+    values = dict.fromkeys(Statistics.__struct_fields__, value)
+    return Statistics(**{**values, "step_s": step_s})  # type: ignore[arg-type]
+
+
+def test_statistics_are_sums_whose_totals_never_fall() -> None:
+    engine = Engine()
+    (message,) = engine.router.absorb(0, statistics(3, 0.5))
+    assert (message.num_finished, message.step_s) == (3, 0.5)
+    (message,) = engine.router.absorb(1, statistics(4, 0.25))
+    assert (message.num_finished, message.num_pages, message.step_s) == (7, 7, 0.5)
+    engine.router.lost(0, lambda _: None)
+    (message,) = engine.router.absorb(1, statistics(5, 0.25))
+    assert (message.num_finished, message.device_s) == (8, 8)
+    assert (message.num_pages, message.num_waiting, message.step_s) == (5, 5, 0.25)
+
+
+def test_a_command_is_done_when_every_replica_has_done_it() -> None:
+    engine = Engine(3)
+    engine.router.send(Command(1, FlushCache()))
+    assert all(len(sent) == 1 for sent in engine.sent)
+    assert engine.router.absorb(0, CommandDone(1, 1, 16, 2, weights_version=3)) == []
+    assert engine.router.absorb(2, CommandDone(1, 2, 32, 0, weights_version=3)) == []
+    (message,) = engine.router.absorb(1, CommandDone(1, 4, 64, 1, weights_version=3))
+    numbers = message.num_pages, message.num_tokens, message.num_sequences, message.weights_version
+    assert numbers == (7, 112, 3, 3)
+
+
+def test_a_failed_command_says_which_replicas_failed_if_not_all_did() -> None:
+    for answers, reason in (
+        (["no", "no"], "no"),
+        (["no", None], "replica 0: no; 1 of 2 replicas have done it"),
+        (["no", "never"], "replica 0: no; replica 1: never"),
+    ):
+        engine = Engine()
+        engine.router.send(Command(1, FlushCache()))
+        messages = []
+        for replica, problem in enumerate(answers):
+            answer = CommandDone(1) if problem is None else CommandFailed(1, problem, "path")
+            messages += engine.router.absorb(replica, answer)
+        (message,) = messages
+        assert (message.reason, message.field) == (reason, "path"), answers
+
+
+def test_a_lost_replica_is_not_waited_for() -> None:
+    engine = Engine()
+    engine.router.send(Command(1, FlushCache()))
+    assert engine.router.absorb(1, CommandDone(1, 4)) == []
+    (message,) = engine.router.lost(0, lambda _: None)
+    assert (message.command_id, message.num_pages) == (1, 4)
+    assert engine.router.absorb(0, CommandDone(1, 4)) == []
+
+
+# --- a loss --------------------------------------------------------------------------------------
+
+
+def text_core() -> tuple[Engine, Generations]:
+    """A text core over a router of two replicas."""
+    engine = Engine()
+    return engine, Generations(CONFIG, TOKENIZER, engine.router.send)
+
+
+def start(generations: Generations, **params: object) -> Generation:
+    values = {"max_tokens": 20, "seed": 3, "ignore_eos": True, **params}
+    stream = bool(values.pop("stream", False))
+    return submit(generations, [9, 10, 11], SamplingParams(**values), stream=stream)
+
+
+def lose(engine: Engine, generations: Generations, replica: int) -> None:
+    for message in engine.router.lost(replica, generations.find):
+        generations.absorb(message)
+
+
+def test_a_stream_goes_on_with_its_tokens_and_others_begin_again() -> None:
+    engine, generations = text_core()
+    stream = start(generations, n=2, stream=True)
+    part = engine.last(0).request_id
+    rows = [(part, 0, [20, 21], FinishReason.RUNNING), (part, 1, [30], FinishReason.RUNNING)]
+    for message in engine.router.absorb(0, updates(rows)):
+        generations.absorb(message)
+    stream.take_news()
+    whole = start(generations, n=2)  # replica 1 has more room
+    assert engine.last(1).request_id == whole.request_id
+    lose(engine, generations, 0)
+    replay = engine.last(1)
+    assert replay.progress is not None
+    assert replay.progress.sample_indices.tolist() == [0, 1]
+    assert replay.progress.num_generated.tolist() == [2, 1]
+    assert replay.progress.generated_ids.tolist() == [20, 21, 30]
+    late = updates([(part, 0, [99], FinishReason.RUNNING)])
+    assert engine.router.absorb(0, late) == []
+    assert engine.router.num_seats == SEATS
+
+
+def test_samples_that_have_ended_do_not_come_again_and_count_for_first_k() -> None:
+    engine, generations = text_core()
+    generation = start(generations, n=4, first_k=3)
+    part = engine.last(0).request_id
+    rows = [(part, 2, [5], FinishReason.LENGTH), (part, 0, [5], FinishReason.LENGTH)]
+    for message in engine.router.absorb(0, updates(rows)):
+        generations.absorb(message)
+    lose(engine, generations, 0)
+    replay = engine.last(1)
+    assert (indices_of(replay), replay.progress.num_finished, replay.first_k) == ([1, 3], 2, 3)
+    assert not generation.finished
+
+
+def test_a_stop_string_that_the_dead_had_not_heard_of_ends_its_sample() -> None:
+    engine, generations = text_core()
+    text = TOKENIZER.decode([40])
+    generation = start(generations, n=3, first_k=1, stop=text)
+    part = engine.last(0).request_id
+    for message in engine.router.absorb(0, updates([(part, 1, [40], FinishReason.RUNNING)])):
+        generations.absorb(message)
+    assert isinstance(engine.sent[0][-1], StopSequence)
+    lose(engine, generations, 0)
+    assert generation.finished
+    assert [output.index for output in generation.take_all()] == [1]
+    assert len(generations) == 0
+    assert engine.sent[1] == []
+
+
+def test_prompt_logprobs_are_asked_for_again_unless_all_have_come() -> None:
+    for num_missing, asked in ((1, 1), (0, -1)):
+        engine, generations = text_core()
+        start(generations, prompt_logprobs=1)
+        request = engine.last(0)
+        count = len(request.prompt_ids) - 1 - num_missing
+        piece = PromptLogprobs(
+            request.request_id,
+            1,
+            np.zeros(count, np.float32),
+            np.ones(count, np.int32),
+            np.zeros((count, 1), np.int32),
+            np.zeros((count, 1), np.float32),
+        )
+        for message in engine.router.absorb(0, piece):
+            generations.absorb(message)
+        lose(engine, generations, 0)
+        assert engine.last(1).num_prompt_logprobs == asked, num_missing

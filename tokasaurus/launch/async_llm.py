@@ -1,0 +1,287 @@
+"""The embedded engine for programs with an event loop.
+
+    from tokasaurus import AsyncLLM, SamplingParams
+
+    async with AsyncLLM("path/to/model") as llm:
+        output = await llm.generate("Once upon a time", SamplingParams(max_tokens=50))
+        print(output.outputs[0].text)
+
+The twin of ``LLM``, with one prompt for each call. Calls that are in flight together share batches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from os import PathLike, fspath
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokasaurus.config.engine import EngineConfig
+from tokasaurus.launch.embedded import Conversation, EmbeddedEngine, Prompt
+from tokasaurus.launch.engine_thread import EngineThread
+from tokasaurus.launch.outputs import GrowingOutput, RequestOutput, request_output
+from tokasaurus.server.operations.heavy_work import MANY_CHARACTERS, in_thread_if, takes_long
+from tokasaurus.server.protocols.embeddings import embedding, pooling_named
+from tokasaurus.server.state import EngineState
+from tokasaurus.text.generation import Generation
+from tokasaurus.text.params import SamplingParams
+from tokasaurus.text.preparation import PreparedRequest
+from tokasaurus.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+__all__ = ["Answer", "AsyncLLM"]
+
+
+@dataclass(frozen=True)
+class _Question:
+    """One call: how its request is prepared, and what its output repeats."""
+
+    prepare: Callable[[EmbeddedEngine], PreparedRequest]
+    is_heavy: bool  # to prepare
+    prompt: str | None = None
+
+
+class Answer(Coroutine[Any, Any, RequestOutput]):
+    """The answer to one call, which begins when it is awaited or iterated over.
+
+    ``await`` gives the whole output. ``async for`` gives an output with everything so far, whenever
+    there is more; the last one is ``finished``. Where the task is cancelled or the iteration ends
+    early, the engine drops the request.
+    """
+
+    def __init__(
+        self,
+        whole: Callable[[], Coroutine[Any, Any, RequestOutput]],
+        pieces: Callable[[], AsyncGenerator[RequestOutput, None]],
+    ) -> None:
+        self._whole = whole
+        self._pieces = pieces
+        self._begun: Coroutine[Any, Any, RequestOutput] | None = None
+
+    def __aiter__(self) -> AsyncGenerator[RequestOutput, None]:
+        return self._pieces()
+
+    def __await__(self) -> Generator[Any, Any, RequestOutput]:
+        return self._coroutine().__await__()
+
+    def send(self, value: Any) -> Any:
+        return self._coroutine().send(value)
+
+    def throw(self, *error: Any) -> Any:
+        return self._coroutine().throw(*error)
+
+    def close(self) -> None:
+        if self._begun is not None:
+            self._begun.close()
+
+    def _coroutine(self) -> Coroutine[Any, Any, RequestOutput]:
+        if self._begun is None:
+            self._begun = self._whole()
+        return self._begun
+
+
+class AsyncLLM:
+    """An engine in this process, in a thread of its own.
+
+    The model is loaded by ``async with``, or by the first call. The engine then belongs to the
+    event loop that runs.
+
+    Args:
+        model: a Hugging Face directory or repository id; None is the bundled model.
+        flags: those of the ``toka`` command line.
+
+    Raises:
+        ConfigError: a flag is unknown or wrong. Whatever depends on the model or the machine is
+            raised where the model is loaded.
+    """
+
+    def __init__(self, model: str | PathLike[str] | None = None, **flags: Any) -> None:
+        if model is not None:
+            flags["model"] = fspath(model)
+        self._config = EngineConfig.from_flags(**flags)
+        self._state = EngineState()
+        self._thread: EngineThread | None = None
+
+    def generate(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Answer:
+        """Continues a prompt.
+
+        Args:
+            prompt: a string, or a list of token ids.
+            sampling_params: default ``SamplingParams()``.
+
+        Raises:
+            RequestError: when awaited: the prompt or its parameters are wrong.
+            EngineDead: when awaited: the engine was closed, or one of its batches failed.
+        """
+        params = sampling_params or SamplingParams()
+        return self._answer(
+            _Question(
+                lambda engine: engine.prepare(prompt, params),
+                len(prompt) > MANY_CHARACTERS or _compiles(params),
+                prompt if isinstance(prompt, str) else None,
+            )
+        )
+
+    def chat(
+        self,
+        messages: Conversation,
+        sampling_params: SamplingParams | None = None,
+        *,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Answer:
+        """Answers a conversation with the model's chat template.
+
+        Args:
+            messages: a list of ``{"role": ..., "content": ...}``.
+            sampling_params: as for :meth:`generate`.
+            chat_template_kwargs: further arguments of the template.
+
+        Raises:
+            RequestError: as for :meth:`generate`, or the template refuses the messages.
+        """
+        params = sampling_params or SamplingParams()
+        return self._answer(
+            _Question(
+                lambda engine: engine.prepare_chat(messages, params, chat_template_kwargs),
+                len(str(messages)) > MANY_CHARACTERS or _compiles(params),
+            )
+        )
+
+    async def embed(self, prompt: Prompt, *, pooling: str | None = None) -> NDArray[np.float32]:
+        """Computes one vector of length 1 from the model's last hidden states.
+
+        Args:
+            prompt: a string, or a list of token ids.
+            pooling: "mean" over the prompt's tokens, or "last"; default ``embedding_pooling``.
+
+        Returns:
+            [hidden].
+
+        Raises:
+            RequestError: the prompt is wrong.
+        """
+
+        def prepare(engine: EmbeddedEngine) -> PreparedRequest:
+            return engine.prepare_embedding(prompt, pooling_named(pooling, engine.config))
+
+        question = _Question(prepare, len(prompt) > MANY_CHARACTERS)
+        async with self._running(question, stream=False) as run:
+            return embedding(await run.finished())
+
+    async def get_tokenizer(self) -> Tokenizer:
+        """The tokenizer in use."""
+        return (await self._loaded()).tokenizer
+
+    async def asgi_app(self) -> ASGIApp:
+        """The HTTP API of ``toka`` on this engine, for clients in this process: no port is opened.
+
+        It has every route but those of files and batches. Give it to ``httpx.ASGITransport``.
+        """
+        from tokasaurus.server.app import create_app
+        from tokasaurus.server.http.request_ids import RequestIds
+
+        return RequestIds(create_app((await self._loaded()).config, self._state))
+
+    async def close(self) -> None:
+        """Ends every call with ``EngineDead``, and frees the model and the cache."""
+        self._state.die("it was closed")
+        if self._thread is not None:
+            await self._thread.close()
+
+    async def __aenter__(self) -> AsyncLLM:
+        try:
+            await self._loaded()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    # --- calls ------------------------------------------------------------------------------------
+
+    async def _loaded(self) -> EmbeddedEngine:
+        """The engine, which can serve at this moment."""
+        if self._thread is None:
+            if self._state.status == "dead":
+                self._state.check()
+            self._thread = EngineThread(self._config, self._state)
+        engine = await self._thread.engine()
+        self._state.check()
+        return engine
+
+    def _answer(self, question: _Question) -> Answer:
+        return Answer(partial(self._whole, question), partial(self._pieces, question))
+
+    async def _whole(self, question: _Question) -> RequestOutput:
+        async with self._running(question, stream=False) as run:
+            generation = await run.finished()
+        with_logprobs = generation.request.params.logprobs is not None
+        return await in_thread_if(
+            takes_long([generation], with_logprobs),
+            lambda: request_output(generation, question.prompt, run.tokenizer),
+        )
+
+    async def _pieces(self, question: _Question) -> AsyncGenerator[RequestOutput, None]:
+        async with self._running(question, stream=True) as run:
+            output = GrowingOutput(run.generation, question.prompt, run.tokenizer)
+            while not output.finished:
+                await run.changed()
+                if output.grow():
+                    yield output.so_far()
+
+    @contextlib.asynccontextmanager
+    async def _running(self, question: _Question, *, stream: bool) -> AsyncIterator[_Run]:
+        engine = await self._loaded()
+        request = await in_thread_if(question.is_heavy, partial(question.prepare, engine))
+        self._state.check()
+        run = _Run(engine, request, stream)
+        try:
+            yield run
+        finally:
+            if not run.generation.finished:
+                engine.generations.abort(run.generation)
+
+
+class _Run:
+    """A request in flight, and the event that there is news of it."""
+
+    def __init__(self, engine: EmbeddedEngine, request: PreparedRequest, stream: bool) -> None:
+        self.tokenizer = engine.tokenizer
+        self._news = asyncio.Event()
+        self.generation = engine.generations.start(request, stream=stream, on_change=self._news.set)
+
+    async def changed(self) -> None:
+        """Waits for news. Raises the error that ends the request."""
+        await self._news.wait()
+        self._news.clear()
+        if self.generation.error is not None:
+            # Everything in flight may share the error, but no traceback.
+            raise self.generation.error.with_traceback(None)
+
+    async def finished(self) -> Generation:
+        """Waits for the end. Raises the error that ends the request."""
+        while True:
+            await self.changed()
+            if self.generation.finished:
+                return self.generation
+
+
+def _compiles(params: SamplingParams) -> bool:
+    """Whether it takes a while to check the parameters."""
+    return params.structured_outputs is not None or params.bad_words is not None

@@ -1,0 +1,502 @@
+"""The server's commands: pauses, flushes, and what the worker must do between two batches.
+
+Owns whether batches may be planned, and the controls in flight. Commands are carried out one after
+the other, in the order in which they came. One that is not finished holds up those behind it, and
+nothing else: requests, aborts, stops and acknowledgements work at any time. There are three
+exceptions:
+
+- An AbortAll is like an abort of every request: it is carried out at once.
+- An unfinished drain may take long. A Pause, a Resume or a FlushCache does not wait for it. A pause
+  with ABORT finishes it, a second drain ends together with it, and a Resume or a pause with KEEP
+  cancels it: then the drain fails.
+- Batches run while a cartridge is written, and that may take long. A Pause, a Resume or a
+  FlushCache does not wait for it.
+
+What is asked for already is done at once: a Resume where nothing is paused, a release of what is
+released, a restore of what is there. A command that contradicts the state fails, and changes
+nothing:
+
+- an update whose version is not greater than the present one, or while the weights are released;
+- a Resume while memory is released or there are no weights, since nothing could run;
+- a drain in this state, if there are sequences that could not run to their ends;
+- a load of a cartridge that is loaded, or for which there are not enough pages;
+- an unload of a cartridge that a request names.
+
+A pause lasts until a Resume, whatever else happens. Without a pause, batches are planned again as
+soon as an update or a restore has succeeded, and after an update that was refused.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from tokasaurus.errors import EngineError
+from tokasaurus.manager.kv.cartridges import Cartridge
+from tokasaurus.manager.running import RunningSequences
+from tokasaurus.manager.slots import IndexArray
+from tokasaurus.manager.waiting import Backlog
+from tokasaurus.protocol.commands import (
+    AbortAll,
+    Action,
+    Command,
+    CommandDone,
+    CommandFailed,
+    Control,
+    ControlDone,
+    DeviceAction,
+    FlushCache,
+    LoadCartridge,
+    Pause,
+    PauseMode,
+    ReleaseMemory,
+    RestoreMemory,
+    Resume,
+    UnloadCartridge,
+    UpdateWeights,
+    WriteCartridge,
+)
+from tokasaurus.protocol.messages import ToWorker
+from tokasaurus.rounding import ceil_div
+
+__all__ = ["MAX_WEIGHTS_VERSION", "TIME_LIMITS_S", "Controls"]
+
+MAX_WEIGHTS_VERSION = 2**31 - 1
+
+# The worker may take this time for a control, counted from when those before it are done. It is so
+# long that only a worker that hangs exceeds it: weights may come from a slow disk.
+TIME_LIMITS_S: Mapping[type[DeviceAction], float] = {
+    UpdateWeights: 1800.0,
+    ReleaseMemory: 120.0,
+    RestoreMemory: 1800.0,
+    WriteCartridge: 300.0,
+}
+
+
+class _Waiting(NamedTuple):
+    """A command that has not begun."""
+
+    command_id: int
+    action: Action
+    request_ids: list[int]  # of the requests that had come before it
+
+
+class _Sent(NamedTuple):
+    """A control in flight, and the command that it is a part of."""
+
+    control: Control
+    command_id: int
+    cartridge: str = ""  # the name of the one that it writes
+    rewrites: bool = False  # it writes a cartridge again, which the KV cache lost in a release
+
+
+class Controls:
+    """The state of the commands of one replica.
+
+    Attributes:
+        paused: the mode of the present pause; None if there is none.
+
+    Args:
+        running: the sequences in slots.
+        backlog: the requests.
+        preempt: takes the pages of the sequences in these slots.
+        abort: ends the requests with these ids, as far as they live, and gets their updates ready
+            to be sent; returns the number of sequences that it ended.
+        answer: takes an answer to the server, to be sent after these updates.
+    """
+
+    def __init__(
+        self,
+        running: RunningSequences,
+        backlog: Backlog,
+        preempt: Callable[[IndexArray], None],
+        abort: Callable[[list[int]], int],
+        answer: Callable[[CommandDone | CommandFailed], None],
+    ) -> None:
+        self.paused: PauseMode | None = None
+        self._running = running
+        self._backlog = backlog
+        self._preempt = preempt
+        self._abort = abort
+        self._answer = answer
+        self._waiting: deque[_Waiting] = deque()
+        self._orders: list[ToWorker] = []
+        # The answers to pauses, for when they are done.
+        self._pausing: list[CommandDone] = []
+        self._sent: deque[_Sent] = deque()
+        self._oldest_since = 0.0  # when the oldest control in flight could begin
+        self._has_weights_memory = self._has_kv_cache = self._has_weights = True
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a command is not finished: a turn may have to ``advance`` it."""
+        return bool(self._sent or self._pausing or self._waiting)
+
+    @property
+    def may_plan(self) -> bool:
+        """Whether batches may be planned now; in a drain, of sequences that have begun."""
+        if not (self._has_weights and self._has_weights_memory and self._has_kv_cache):
+            return False
+        if self.paused is not None and self.paused is not PauseMode.DRAIN:
+            return False
+        return not self._sent or self._only_loads
+
+    @property
+    def rests(self) -> bool:
+        """Whether requests wait for a command: a Resume, a restore or an update."""
+        return self.paused is not None or self._lack is not None
+
+    @property
+    def deadline(self) -> float | None:
+        """When the oldest control in flight has taken too long; None if there is none."""
+        if not self._sent:
+            return None
+        return self._oldest_since + TIME_LIMITS_S[type(self._sent[0].control.action)]
+
+    def check_deadline(self, now: float) -> None:
+        """Checks that the worker does not hang.
+
+        Raises:
+            EngineError: it has taken too long for a control.
+        """
+        if self.deadline is not None and now >= self.deadline:
+            control = self._sent[0].control
+            limit_s = TIME_LIMITS_S[type(control.action)]
+            raise EngineError(
+                f"the worker has not finished {type(control.action).__name__} (control"
+                f" {control.number}) within its limit of {limit_s:g} seconds"
+            )
+
+    def take(self, command: Command, now: float) -> None:
+        """Takes a command, and carries it out if none before it holds it up.
+
+        The results that came before must be absorbed, and their updates collected.
+        """
+        request_ids = list(self._backlog.requests)
+        if isinstance(command.action, AbortAll):
+            self._done(command.command_id, num_sequences=self._abort(request_ids))
+            return
+        self._waiting.append(_Waiting(command.command_id, command.action, request_ids))
+        self.advance(now)
+
+    def absorb(self, done: ControlDone, now: float) -> None:
+        """Takes the worker's answer to the oldest control in flight.
+
+        The results that came before must be absorbed, and their updates collected.
+
+        Raises:
+            ProtocolError: it answers something else.
+        """
+        self._running.in_flight.land_control(done)
+        sent = self._sent.popleft()
+        self._oldest_since = now
+        if sent.cartridge:
+            self._has_written(sent, done.error)
+        elif done.error is not None:
+            self._failed(sent.command_id, done.error)
+        else:
+            num_pages = self._has_done(sent.control.action, done)
+            if isinstance(sent.control.action, RestoreMemory) and sent.control.action.kv_cache:
+                self._write_again(sent.command_id, now)
+            if not self._sent:
+                self._done(sent.command_id, num_pages=num_pages)
+        self.advance(now)
+
+    def advance(self, now: float) -> None:
+        """Answers the pauses that are done, and carries out what waited for them."""
+        while True:
+            self._finish_pauses()
+            if not self._waiting or self._must_wait(self._waiting[0].action):
+                return
+            self._carry_out(self._waiting.popleft(), now)
+
+    def take_orders(self) -> list[ToWorker]:
+        """Takes out what the worker is to do."""
+        orders, self._orders = self._orders, []
+        return orders
+
+    # --- order ------------------------------------------------------------------------------------
+
+    def _must_wait(self, action: Action) -> bool:
+        """Whether a command before this one holds it up."""
+        may_interrupt = isinstance(action, Pause | Resume | FlushCache)
+        if self._sent and not (self._only_loads and may_interrupt):
+            return True
+        return bool(self._pausing) and not (self.paused is PauseMode.DRAIN and may_interrupt)
+
+    def _finish_pauses(self) -> None:
+        if not self._pausing or self._running.in_flight.num_batches:
+            return
+        if self.paused is PauseMode.DRAIN and self._running.num_begun:
+            return
+        done, self._pausing = self._pausing, []
+        for answer in done:
+            self._answer(answer)
+
+    def _cancel_drain(self, reason: str) -> None:
+        """Fails the drains that have not finished."""
+        for answer in self._pausing:
+            self._failed(answer.command_id, reason)
+        self._pausing = []
+
+    # --- commands ---------------------------------------------------------------------------------
+
+    def _carry_out(self, command: _Waiting, now: float) -> None:
+        command_id, action = command.command_id, command.action
+        if isinstance(action, FlushCache):
+            self._done(command_id, num_pages=self._running.pages.flush())
+        elif isinstance(action, Pause):
+            self._pause(command, action.mode)
+        elif isinstance(action, Resume):
+            self._resume(command_id)
+        elif isinstance(action, UpdateWeights):
+            self._update_weights(command_id, action, now)
+        elif isinstance(action, ReleaseMemory):
+            rest = ReleaseMemory(
+                weights=action.weights and self._has_weights_memory,
+                kv_cache=action.kv_cache and self._has_kv_cache,
+            )
+            self._change_memory(command_id, rest, now)
+        elif isinstance(action, RestoreMemory):
+            missing = RestoreMemory(
+                weights=action.weights and not self._has_weights_memory,
+                kv_cache=action.kv_cache and not self._has_kv_cache,
+            )
+            self._change_memory(command_id, missing, now)
+        elif isinstance(action, LoadCartridge):
+            self._load(command_id, action, now)
+        elif isinstance(action, UnloadCartridge):
+            self._unload(command_id, action.name)
+        else:
+            self._failed(command_id, f"{type(action).__name__} is not supported")
+
+    def _pause(self, command: _Waiting, mode: PauseMode) -> None:
+        command_id = command.command_id
+        if mode is PauseMode.DRAIN:
+            if self._lack is not None and self._running.num_begun:
+                self._failed(command_id, f"sequences cannot run to their ends: {self._lack}")
+                return
+            self._hold_back()
+        else:
+            self._backlog.let_go()
+        num_aborted = 0
+        if mode is PauseMode.ABORT:
+            num_aborted = self._abort(command.request_ids)
+        elif mode is PauseMode.KEEP:
+            self._cancel_drain("another pause preempted the sequences before they had ended")
+        self.paused = mode
+        if mode is not PauseMode.DRAIN:
+            self._preempt_all()
+        self._pausing.append(
+            CommandDone(
+                command_id,
+                num_sequences=num_aborted,
+                weights_version=self._running.weights_version,
+            )
+        )
+
+    def _resume(self, command_id: int) -> None:
+        if self._lack is not None:
+            self._failed(command_id, f"nothing can run: {self._lack}")
+            return
+        self._cancel_drain("it was resumed before all sequences had ended")
+        self.paused = None
+        self._backlog.let_go()
+        self._done(command_id)
+
+    def _update_weights(self, command_id: int, action: UpdateWeights, now: float) -> None:
+        present = self._running.weights_version
+        if not present < action.version <= MAX_WEIGHTS_VERSION:
+            reason = f"version is {action.version}; it must be greater than {present}, that of the"
+            reason += f" present weights, and at most {MAX_WEIGHTS_VERSION}"
+            self._failed(command_id, reason, "version")
+        elif not self._has_weights_memory:
+            self._failed(command_id, "the memory of the weights is released; restore it first")
+        else:
+            self._preempt_all()  # what they have computed is lost
+            self._send(command_id, action, now)
+
+    def _change_memory(
+        self, command_id: int, action: ReleaseMemory | RestoreMemory, now: float
+    ) -> None:
+        if action.weights or action.kv_cache:
+            self._preempt_all()
+            self._send(command_id, action, now)
+        else:
+            self._done(command_id)
+
+    def _send(
+        self,
+        command_id: int,
+        action: DeviceAction,
+        now: float,
+        *,
+        cartridge: str = "",
+        rewrites: bool = False,
+    ) -> None:
+        control = Control(self._running.in_flight.next_number, action)
+        self._running.in_flight.add_control(control)
+        if not self._sent:
+            self._oldest_since = now
+        self._sent.append(_Sent(control, command_id, cartridge, rewrites))
+        self._orders.append(control)
+
+    def _has_done(self, action: DeviceAction, done: ControlDone) -> int:
+        """The worker has carried out a control; returns how many pages left the prefix cache.
+
+        Nothing was planned since the control was sent, so no sequence holds a page.
+        """
+        num_pages = 0
+        if isinstance(action, UpdateWeights):
+            old, self._running.weights_version = self._running.weights_version, action.version
+            num_pages = self._running.pages.replace_namespace(old, action.version)
+            self._running.cartridges.publish_all(action.version)
+            self._has_weights = done.weights_ready
+        elif isinstance(action, ReleaseMemory):
+            self._has_weights_memory &= not action.weights
+            self._has_kv_cache &= not action.kv_cache
+            self._has_weights = done.weights_ready
+            if action.kv_cache:
+                num_pages = self._running.pages.flush()
+        elif isinstance(action, RestoreMemory):
+            self._has_weights_memory |= action.weights
+            self._has_kv_cache |= action.kv_cache
+            self._has_weights = done.weights_ready
+        return num_pages
+
+    # --- cartridges -------------------------------------------------------------------------------
+
+    def _load(self, command_id: int, action: LoadCartridge, now: float) -> None:
+        refusal = self._why_not_load(action)
+        if refusal is not None:
+            field, reason = refusal
+            self._failed(command_id, reason, field)
+            return
+        cartridges = self._running.cartridges
+        cartridge = cartridges.begin(action.name, action.path, action.num_tokens)
+        self._write(command_id, cartridge, now, rewrites=False)
+
+    def _write(self, command_id: int, cartridge: Cartridge, now: float, *, rewrites: bool) -> None:
+        action = WriteCartridge(cartridge.path, cartridge.num_tokens, cartridge.pages)
+        self._send(command_id, action, now, cartridge=cartridge.name, rewrites=rewrites)
+
+    def _why_not_load(self, action: LoadCartridge) -> tuple[str | None, str] | None:
+        """The field that is wrong and the reason, where a cartridge cannot be loaded."""
+        pages, cartridges = self._running.pages, self._running.cartridges
+        if action.name in cartridges:
+            return "name", f"cartridge {action.name!r} is loaded already"
+        if action.num_tokens < 1:
+            return "num_tokens", f"num_tokens is {action.num_tokens}; it must be at least 1"
+        if action.num_tokens > cartridges.num_ids_left:
+            return "num_tokens", "the pseudo ids of this engine are used up; start it again"
+        if not self._has_kv_cache:
+            return None, "the memory of the KV cache is released; restore it first"
+        num_pages = ceil_div(action.num_tokens, pages.page_size)
+        wanted = f"a cartridge of {action.num_tokens} tokens takes {num_pages} pages of KV cache"
+        if num_pages > pages.num_available:
+            return "num_tokens", f"{wanted}, of which {pages.num_available} are available"
+        num_left = pages.pool.num_pages - pages.num_pinned - num_pages
+        num_needed = self._most_pages_of_a_request()
+        if num_needed > num_left:
+            reason = f"a request that was accepted may need {num_needed}, of {num_left} left"
+            return "num_tokens", f"{wanted}; {reason}"
+        return None
+
+    def _most_pages_of_a_request(self) -> int:
+        """The most pages that one sequence may need beside pinned ones, of all that live."""
+        page_size = self._running.pages.page_size
+        return max(
+            (
+                ceil_div(request.final_length, page_size) - request.num_pseudo // page_size
+                for request in self._backlog.requests.values()
+            ),
+            default=0,
+        )
+
+    def _unload(self, command_id: int, name: str) -> None:
+        if self._running.cartridges.find(name) is None:
+            self._failed(command_id, f"no cartridge {name!r} is loaded", "name")
+        elif self._requests_with(name):
+            reason = f"a request that has not ended names cartridge {name!r}"
+            self._failed(command_id, reason, "name")
+        else:
+            num_pages, num_tokens = self._running.cartridges.remove(name)
+            self._done(command_id, num_pages=num_pages, num_tokens=num_tokens)
+
+    def _requests_with(self, cartridge: str) -> list[int]:
+        """The requests that name this cartridge."""
+        return [
+            request_id
+            for request_id, request in self._backlog.requests.items()
+            if cartridge in request.message.cartridges
+        ]
+
+    def _write_again(self, command_id: int, now: float) -> None:
+        """Writes all cartridges after a restore, whose command the last of them answers."""
+        for cartridge in self._running.cartridges.all():
+            self._write(command_id, cartridge, now, rewrites=True)
+
+    def _has_written(self, sent: _Sent, error: str | None) -> None:
+        """The worker has written a cartridge, or could not."""
+        cartridges = self._running.cartridges
+        if error is not None:
+            # Only after a restore can there be requests that name it.
+            self._abort(self._requests_with(sent.cartridge))
+            cartridges.remove(sent.cartridge)
+        elif not sent.rewrites:
+            cartridges.finish(sent.cartridge, self._running.weights_version)
+        if sent.rewrites:
+            if not self._sent:
+                self._done(sent.command_id)
+        elif error is not None:
+            self._failed(sent.command_id, error, "path")
+        else:
+            self._done(sent.command_id)
+
+    # --- state ------------------------------------------------------------------------------------
+
+    @property
+    def _only_loads(self) -> bool:
+        """Whether nothing is in flight but loads of cartridges, behind which batches may run."""
+        return all(sent.cartridge and not sent.rewrites for sent in self._sent)
+
+    @property
+    def _lack(self) -> str | None:
+        """Why nothing can run, whether it is paused or not; None if it can."""
+        if not (self._has_weights_memory and self._has_kv_cache):
+            return "memory of the device is released; restore it first"
+        if not self._has_weights:
+            return "the weights were released and could not be read again; update them first"
+        return None
+
+    def _preempt_all(self) -> None:
+        self._preempt((self._running.slots.order >= 0).nonzero()[0])
+
+    def _hold_back(self) -> None:
+        """Leaves only sequences in the queue that have begun."""
+        for sequence in self._backlog.hold_back():
+            self._running.in_progress.leave(sequence)
+        self._running.wake()
+
+    def _done(
+        self,
+        command_id: int,
+        num_pages: int = 0,
+        num_tokens: int | None = None,
+        num_sequences: int = 0,
+    ) -> None:
+        if num_tokens is None:
+            num_tokens = num_pages * self._running.pages.page_size
+        self._answer(
+            CommandDone(
+                command_id,
+                num_pages=num_pages,
+                num_tokens=num_tokens,
+                num_sequences=num_sequences,
+                weights_version=self._running.weights_version,
+            )
+        )
+
+    def _failed(self, command_id: int, reason: str, field: str | None = None) -> None:
+        self._answer(CommandFailed(command_id, reason, field))

@@ -1,0 +1,229 @@
+"""Carries out controls: replaces weights, gives memory back, and writes cartridges.
+
+Owns whether the weights and the KV cache are there. Knows nothing of numbers: the worker calls it
+between two batches, when the device is idle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokasaurus.cartridge_file import CartridgeFile, key_name, value_name
+from tokasaurus.errors import ModelError, ProtocolError
+from tokasaurus.model.kv_cache import KVCache
+from tokasaurus.model.upload import upload_indices
+from tokasaurus.model.weights.dummy import dummy_tensors
+from tokasaurus.model.weights.loader import fill_all
+from tokasaurus.model.weights.weight_files import WeightFiles, read_tensors
+from tokasaurus.model.weights.weights import Weights
+from tokasaurus.model.worker.host_memory import return_freed_memory
+from tokasaurus.model.worker.runner import Runner
+from tokasaurus.protocol.commands import (
+    ControlDone,
+    DeviceAction,
+    ReleaseMemory,
+    RestoreMemory,
+    UpdateWeights,
+    WriteCartridge,
+)
+from tokasaurus.rounding import ceil_div
+
+__all__ = ["Controls", "Outcome"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Implements ``Answer`` for a control."""
+
+    error: str | None
+    weights_ready: bool
+
+    def result(self, number: int, device_s: float) -> ControlDone:
+        return ControlDone(number, self.error, self.weights_ready)
+
+
+class Controls:
+    """Carries out one control after the other.
+
+    Args:
+        weights: filled.
+        files: that the weights came from, closed; None if they are random.
+        cache: the KV cache.
+        runner: is told when tensors may have moved.
+        device: of all of these.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        files: WeightFiles | None,
+        cache: KVCache,
+        runner: Runner,
+        device: torch.device,
+    ) -> None:
+        self._weights, self._files = weights, files
+        self._cache, self._runner, self._device = cache, runner, device
+        self._weights_ready = self._cache_ready = True
+        self._weights_allocated = True
+
+    def check_ready(self) -> None:
+        """Raises ProtocolError if a batch cannot run."""
+        if not self._weights_ready:
+            raise ProtocolError("it comes while the weights are released, or half written")
+        if not self._cache_ready:
+            raise ProtocolError("it comes while the KV cache is released")
+
+    @torch.inference_mode()
+    def carry_out(self, action: DeviceAction) -> Outcome:
+        """Does what is asked, or refuses and changes nothing.
+
+        Raises:
+            ModelError: the weights are half written. The process has to end.
+            ProtocolError: the manager should not have asked.
+        """
+        error = None
+        try:
+            match action:
+                case UpdateWeights():
+                    self._update(action)
+                case ReleaseMemory():
+                    self._release(action)
+                case RestoreMemory():
+                    self._restore(action)
+                case WriteCartridge():
+                    self._write_cartridge(action)
+        except _Refusal as refusal:
+            error = str(refusal)
+            log.warning("refused %s: %s", type(action).__name__, error)
+        return Outcome(error, self._weights_ready)
+
+    def _update(self, action: UpdateWeights) -> None:
+        started = time.perf_counter()
+        source = f"the update to version {action.version}"
+        with contextlib.ExitStack() as opened:
+            with _refusing():
+                files = opened.enter_context(WeightFiles([Path(f) for f in action.files], source))
+                files.check(self._weights)
+                if action.checksums:
+                    files.check_sums(action.checksums)
+                files.check_unchanged()
+            checked = time.perf_counter()
+            self._fill(files.tensors(), source)
+        self._files = files
+        log.info(
+            "updated the weights to version %d from %d files in %.1f s, after %.1f s of checks",
+            action.version,
+            files.num_files,
+            time.perf_counter() - checked,
+            checked - started,
+        )
+
+    def _release(self, action: ReleaseMemory) -> None:
+        if action.weights:
+            self._weights_ready = self._weights_allocated = False
+            self._weights.release()
+        if action.kv_cache:
+            self._cache_ready = False
+            self._cache.release()
+        self._return_memory()
+
+    def _restore(self, action: RestoreMemory) -> None:
+        if action.kv_cache and not self._cache_ready:
+            self._cache.restore()
+            self._cache_ready = True
+            self._runner.addresses_changed()
+        if action.weights and not self._weights_ready:
+            self._read_weights_again()
+
+    def _read_weights_again(self) -> None:
+        if self._files is None:
+            self._fill(dummy_tensors(self._weights.shapes), "random weights")
+            return
+        try:
+            files = self._files.reopened()
+        except ModelError as error:
+            log.warning("the weights stay released until the next update: %s", error)
+            return
+        with files:
+            self._fill(files.tensors(), files.source)
+
+    def _fill(self, tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
+        """Fills all weights. A failure leaves them half written."""
+        self._weights_ready = False
+        try:
+            if not self._weights_allocated:
+                self._weights.restore()
+                self._weights_allocated = True
+            fill_all(self._weights, tensors, source)
+        except Exception as error:
+            raise ModelError(
+                f"the weights are half written, so the engine cannot go on ({error}); "
+                "start it again"
+            ) from error
+        self._weights_ready = True
+        self._runner.addresses_changed()
+        self._return_memory()
+
+    def _write_cartridge(self, action: WriteCartridge) -> None:
+        self._check_pages(action)
+        cache = self._cache
+        with _refusing(), CartridgeFile(Path(action.path)) as file:
+            file.check(len(cache.keys), cache.num_kv_heads, cache.head_dim)
+            if file.num_tokens != action.num_tokens:
+                raise ModelError(
+                    f"{file.path} has {file.num_tokens} tokens, where {action.num_tokens} were "
+                    "announced; load it again"
+                )
+            # Copies: what has been read whole is written, even if the file changes.
+            tensors = {name: tensor.clone() for name, tensor in read_tensors(file)}
+        layers = range(len(cache.keys))
+        cache.write_pages(
+            upload_indices(action.pages, self._device),
+            [tensors[key_name(layer)].transpose(0, 1) for layer in layers],
+            [tensors[value_name(layer)].transpose(0, 1) for layer in layers],
+            action.num_tokens,
+        )
+
+    def _check_pages(self, action: WriteCartridge) -> None:
+        pages = action.pages
+        if not self._cache_ready:
+            raise ProtocolError("it comes while the KV cache is released")
+        if len(pages) != ceil_div(action.num_tokens, self._cache.page_size):
+            raise ProtocolError(f"it has {len(pages)} pages for {action.num_tokens} tokens")
+        if len(np.unique(pages)) != len(pages):
+            raise ProtocolError("it names a page twice")
+        if len(pages) and (pages.min() < 0 or pages.max() >= self._cache.num_pages):
+            raise ProtocolError(
+                f"its pages range from {pages.min()} to {pages.max()}, the limit is "
+                f"{self._cache.num_pages}"
+            )
+
+    def _return_memory(self) -> None:
+        """Gives what tensors have freed back to the system."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return_freed_memory()
+
+
+class _Refusal(Exception):
+    """A control cannot be carried out, and nothing has changed."""
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """For checks: what is wrong with a file is a reason to refuse."""
+    try:
+        yield
+    except ModelError as error:
+        raise _Refusal(str(error)) from error

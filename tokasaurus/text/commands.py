@@ -1,0 +1,91 @@
+"""The commands that the engine has not answered yet, and what the answered ones have made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from tokasaurus.errors import Conflict, RequestError, TokasaurusError
+from tokasaurus.protocol.commands import (
+    Action,
+    Command,
+    CommandDone,
+    CommandFailed,
+    Pause,
+    ReleaseMemory,
+    RestoreMemory,
+    Resume,
+    UpdateWeights,
+)
+from tokasaurus.text.weights_versions import WeightsVersions
+
+__all__ = ["Commands", "OnDone"]
+
+OnDone: TypeAlias = Callable[[CommandDone | TokasaurusError], None]
+"""Called once, with what a command did, or with an error."""
+
+
+class Commands:
+    """The table of commands.
+
+    Args:
+        send: gives a message to the manager; must not block.
+
+    Attributes:
+        is_paused: the last Pause is done, and no Resume since.
+        released: the kinds of memory that are released: "weights", "kv_cache".
+        weights: the versions of the weights.
+    """
+
+    def __init__(self, send: Callable[[Command], None]) -> None:
+        self.is_paused = False
+        self.released: frozenset[str] = frozenset()
+        self.weights = WeightsVersions()
+        self._send = send
+        self._next_id = 0
+        self._paused_by = -1  # the latest answered command that paused or resumed
+        self._unanswered: dict[int, tuple[Action, OnDone]] = {}
+
+    def submit(self, action: Action, on_done: OnDone) -> None:
+        """Sends a command."""
+        command_id = self._next_id
+        self._next_id += 1
+        self._unanswered[command_id] = (action, on_done)
+        self._send(Command(command_id, action))
+
+    def absorb(self, message: CommandDone | CommandFailed) -> None:
+        """Takes the answer to a command."""
+        action, on_done = self._unanswered.pop(message.command_id)
+        if isinstance(message, CommandDone):
+            self._note(message.command_id, action)
+            on_done(message)
+            return
+        field = message.field
+        if isinstance(action, UpdateWeights):
+            self.weights.drop(action.version)
+            if "weights" not in self.released:
+                field = field or "files"  # the worker refuses nothing else
+        # Where no field is wrong, the state of the engine forbids the command.
+        on_done(Conflict(message.reason) if field is None else RequestError(message.reason, field))
+
+    def fail_all(self, error: TokasaurusError) -> None:
+        """The engine is gone: ends every command with this error."""
+        unanswered, self._unanswered = self._unanswered, {}
+        for _, on_done in unanswered.values():
+            on_done(error)
+
+    def _note(self, command_id: int, action: Action) -> None:
+        if isinstance(action, Pause | Resume) and command_id > self._paused_by:
+            # A drain may be answered after the Resume that ended it.
+            self.is_paused, self._paused_by = isinstance(action, Pause), command_id
+        elif isinstance(action, ReleaseMemory):
+            self.released |= _kinds(action)
+        elif isinstance(action, RestoreMemory):
+            self.released -= _kinds(action)
+        elif isinstance(action, UpdateWeights):
+            self.weights.adopt(action.version)
+
+
+def _kinds(action: ReleaseMemory | RestoreMemory) -> frozenset[str]:
+    chosen = (("weights", action.weights), ("kv_cache", action.kv_cache))
+    return frozenset(kind for kind, is_chosen in chosen if is_chosen)
