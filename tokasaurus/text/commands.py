@@ -46,6 +46,11 @@ class Commands:
         self._paused_by = -1  # the latest answered command that paused or resumed
         self._unanswered: dict[int, tuple[Action, OnDone]] = {}
 
+    @property
+    def hold_everything(self) -> bool:
+        """Whether requests can only go on after a command that has not been sent yet."""
+        return not self._unanswered and (self.is_paused or bool(self.released))
+
     def submit(self, action: Action, on_done: OnDone) -> None:
         """Sends a command."""
         command_id = self._next_id
