@@ -150,6 +150,7 @@ def test_a_route_asks_this_of_the_engine(request_, actions, answer):
         (("POST /release_memory_occupation", {"tags": ["nothing"]}), "tags"),
         (("POST /update_weights_from_disk", {}), "model_path"),
         ("POST /update_weights_from_disk", "model_path"),
+        (("POST /update_weights_from_disk", {"model_path": ""}), "model_path"),
         (("POST /update_weights_from_disk", {"model_path": "/no/such"}), "model_path"),
         (("POST /update_weights_from_disk", {"model_path": "/", "keep_pause": True}), "keep_pause"),
         (

@@ -114,7 +114,7 @@ class UpdateWeightsFromDisk(ControlBody):
         "torch_empty_cache": _ANY,
     }
 
-    model_path: str
+    model_path: Annotated[str, Field(min_length=1)]
     """A directory on the engine's machine with safetensors files, or one such file."""
     load_format: Literal["auto", "safetensors"] | None = None
     abort_all_requests: bool | None = None
