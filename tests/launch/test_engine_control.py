@@ -172,9 +172,25 @@ def test_a_drain_does_not_wait_for_requests_that_a_pause_holds(engine, path):
         assert engine.wait_exit(10) == 0
         status, answer = held.result()
     assert (status, "while it was paused" in answer["error"]["message"]) == (503, True)
-    assert f"{num_held} prompts did not finish, since the engine is paused" in engine.log
+    assert f"{num_held} prompts did not finish, since the engine is paused or asleep" in engine.log
     last = stream.events()[-1]
     assert "error" in last if "keep" in path else last["choices"][0]["finish_reason"] == "length"
+
+
+def test_an_engine_whose_weights_are_gone_says_so_and_shuts_down_at_once(engine, other_weights):
+    update = {"model_path": str(other_weights)}
+    assert ask(engine, "POST /update_weights_from_disk", update)[0] == 200
+    for file in other_weights.glob("*.safetensors"):
+        file.unlink()
+    assert ask(engine, "POST /release_memory_occupation") == (200, {"status": "ok"})
+    status, answer = ask(engine, "POST /resume_memory_occupation")
+    assert (status, "wait for an update" in answer["message"]) == (200, True)
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(ask, engine, "POST /v1/completions", PROMPT)
+        eventually(lambda: ask(engine, "GET /health")[1]["running"] == 1, "it waits")
+        engine.signal(signal.SIGTERM)
+        assert engine.wait_exit(10) == 0
+        assert held.result()[0] == 503
 
 
 def test_weights_from_disk_while_requests_run(engine, other_weights):

@@ -104,7 +104,10 @@ class _Serving(TextProcess):
     def _cut_short(self) -> None:
         """Ends the requests that a drain has left."""
         if self.state.holds_everything:
-            why, reason = ", since the engine is paused", "it was shut down while it was paused"
+            why, reason = (
+                ", since the engine is paused or asleep",
+                "it was shut down while it was paused",
+            )
         else:
             why, reason = " in time", "it was shut down before this request had finished"
         log.warning("%d prompts did not finish%s", self.state.num_running, why)

@@ -70,7 +70,7 @@ class EngineState:
 
     @property
     def holds_everything(self) -> bool:
-        """Whether a pause, or released memory, keeps all requests waiting."""
+        """Whether a pause, released memory or missing weights keep all requests waiting."""
         return self._engine is not None and self._engine.generations.commands.hold_everything
 
     @property
