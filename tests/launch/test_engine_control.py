@@ -177,6 +177,23 @@ def test_a_drain_does_not_wait_for_requests_that_a_pause_holds(engine, path):
     assert "error" in last if "keep" in path else last["choices"][0]["finish_reason"] == "length"
 
 
+def test_weights_that_diverged_do_not_end_the_engine(engine, other_weights):
+    before = text(engine)
+    original = {"model_path": str(model_path(engine))}
+    for file in other_weights.glob("*.safetensors"):
+        nan = {name: np.full_like(tensor, np.nan) for name, tensor in load_file(file).items()}
+        save_file(nan, file)
+    update = {"model_path": str(other_weights)}
+    assert ask(engine, "POST /update_weights_from_disk", update)[0] == 200
+    for sampling in ({}, {"top_p": 0.9}, {"top_k": 5, "top_p": 0.5}, {"temperature": 0}):
+        request = {"prompt": "A B C", "max_tokens": 4, "ignore_eos": True, "logprobs": 1}
+        status, answer = ask(engine, "POST /v1/completions", {**request, **sampling})
+        assert status == 200, answer
+        assert answer["choices"][0]["logprobs"]["token_logprobs"] == [None] * 4
+    assert ask(engine, "POST /update_weights_from_disk", original)[0] == 200
+    assert text(engine) == before
+
+
 def test_an_engine_whose_weights_are_gone_says_so_and_shuts_down_at_once(engine, other_weights):
     update = {"model_path": str(other_weights)}
     assert ask(engine, "POST /update_weights_from_disk", update)[0] == 200
