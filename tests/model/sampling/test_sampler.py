@@ -193,7 +193,7 @@ def test_weights_that_diverged_draw_some_token():
         for row, (broken, _) in enumerate(rows):
             logits[row, : 1 if row % 2 else None] = broken
         tokens = draw(logits, chosen)
-        assert tokens.min() >= 0 and tokens.max() < vocab_size
+        assert 0 <= tokens.min() <= tokens.max() < vocab_size
         logprobs_of(logits, tokens, chosen, 5)
 
 
