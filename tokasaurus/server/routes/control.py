@@ -114,7 +114,7 @@ class UpdateWeightsFromDisk(ControlBody):
         "torch_empty_cache": _ANY,
     }
 
-    model_path: str
+    model_path: Annotated[str, Field(min_length=1)]
     """A directory on the engine's machine with safetensors files, or one such file."""
     load_format: Literal["auto", "safetensors"] | None = None
     abort_all_requests: bool | None = None
@@ -271,13 +271,12 @@ class ControlRoutes:
         await self._restore(frozenset(_KINDS if tags is None else tags) & {*_KINDS})
         commands = self._runner.commands
         if commands.wake_resumes and not commands.released:
-            try:
-                await self._resume()
-            except Conflict as error:
+            if commands.lacks_weights:
                 raise Conflict(
-                    f"the memory is restored, and the engine stays paused: {error.message}; update"
-                    " the weights, then POST /resume"
-                ) from None
+                    "the memory is restored, but the files of the weights are gone or have changed:"
+                    " update the weights, then POST /resume"
+                )
+            await self._resume()
         return json_answer({"status": "sleeping" if commands.released else "awake"})
 
     async def is_sleeping(self) -> Response:
@@ -296,6 +295,9 @@ class ControlRoutes:
     async def restore_memory(self, request: Request) -> Response:
         """Restores released memory."""
         await self._restore((await _body(request, MemoryBody)).kinds)
+        if self._runner.commands.lacks_weights:
+            waits = "requests wait for an update: the files of the weights are gone or have changed"
+            return json_answer({"status": "ok", "message": waits})
         return json_answer({"status": "ok"})
 
     async def _restore(self, kinds: frozenset[str]) -> None:
