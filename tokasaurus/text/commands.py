@@ -73,7 +73,7 @@ class Commands:
             return
         field = message.field
         if isinstance(action, UpdateWeights):
-            self.weights.drop(action.version)
+            self.weights.drop(action.version, is_taken=message.is_partial)
             if "weights" not in self.released:
                 field = field or "files"  # the worker refuses nothing else
         # Where no field is wrong, the state of the engine forbids the command.
