@@ -1,8 +1,9 @@
 """The model's tokenizer: text to ids, chat messages to ids, ids to bytes.
 
 It wraps a tokenizer of transformers, which knows the special tokens and the chat template. Where
-there is a ``tokenizer.json``, its pipeline turns text to ids, unchanged. Several threads may call every method at once. The texts that
-models generate *continue* something, so decoding never strips their first space.
+there is a ``tokenizer.json``, its pipeline turns text to ids, unchanged. Several threads may call
+every method at once. The texts that models generate *continue* something, so decoding never strips
+their first space.
 """
 
 from __future__ import annotations
