@@ -337,6 +337,8 @@ class FakeEngine:
                 return
         elif isinstance(action, Resume):
             self._is_held = False
+        elif isinstance(action, UpdateWeights) and self.obeys:
+            self._released.discard("weights")
         elif isinstance(action, ReleaseMemory | RestoreMemory) and self.obeys:
             for kind in ("weights", "kv_cache"):
                 if getattr(action, kind) and isinstance(action, ReleaseMemory):

@@ -237,6 +237,11 @@ def test_weights_from_disk_while_requests_run(engine, other_weights):
     original = {"model_path": str(model_path(engine))}
     assert ask(engine, "POST /update_weights_from_disk", original)[0] == 200
     assert text(engine) == before
+    # An update restores the weights of an engine that is asleep.
+    assert ask(engine, "POST /sleep")[0] == 200
+    assert ask(engine, "POST /update_weights_from_disk", body)[0] == 200
+    assert ask(engine, "POST /wake_up") == (200, {"status": "awake"})
+    assert text(engine) == after
 
 
 def test_weights_over_http_survive_a_release_of_memory(engine, other_weights):

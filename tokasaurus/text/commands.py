@@ -108,6 +108,7 @@ class Commands:
         elif isinstance(action, RestoreMemory):
             self.released -= _kinds(action)
         elif isinstance(action, UpdateWeights):
+            self.released -= {"weights"}
             self.weights.adopt(action.version)
 
 
