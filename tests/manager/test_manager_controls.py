@@ -440,7 +440,7 @@ def test_without_weights_nothing_runs_until_an_update() -> None:
     still = world.command(Resume())
     land_all(world)
     assert "released" in failure_of(world, update_too_early).reason
-    answer_of(world, restore)
+    assert answer_of(world, restore).lacks_weights
     assert "update them first" in failure_of(world, resume).reason
     failure_of(world, bad)
     failure_of(world, still)

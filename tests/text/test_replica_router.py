@@ -303,10 +303,11 @@ def test_a_command_is_done_when_every_replica_has_done_it() -> None:
     engine.router.send(Command(1, FlushCache()))
     assert all(len(sent) == 1 for sent in engine.sent)
     assert engine.router.absorb(0, CommandDone(1, 1, 16, 2, weights_version=3)) == []
-    assert engine.router.absorb(2, CommandDone(1, 2, 32, 0, weights_version=3)) == []
+    assert engine.router.absorb(2, CommandDone(1, 2, 32, 0, 3, lacks_weights=True)) == []
     (message,) = engine.router.absorb(1, CommandDone(1, 4, 64, 1, weights_version=3))
     numbers = message.num_pages, message.num_tokens, message.num_sequences, message.weights_version
     assert numbers == (7, 112, 3, 3)
+    assert message.lacks_weights
 
 
 def test_a_failed_command_says_which_replicas_failed_if_not_all_did() -> None:

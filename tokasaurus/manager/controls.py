@@ -495,6 +495,7 @@ class Controls:
                 num_tokens=num_tokens,
                 num_sequences=num_sequences,
                 weights_version=self._running.weights_version,
+                lacks_weights=self._has_weights_memory and not self._has_weights,
             )
         )
 

@@ -184,6 +184,8 @@ class CommandDone(Message, frozen=True):
     num_tokens: int = 0  # that these pages held
     num_sequences: int = 0  # aborted
     weights_version: int = 0  # of the weights that run from now on
+    # Whether nothing runs before an update: the weights were released and not read again.
+    lacks_weights: bool = False
 
 
 class CommandFailed(Message, frozen=True):

@@ -505,6 +505,7 @@ def _merged_answers(command_id: int, broadcast: _Broadcast) -> CommandDone | Com
             num_tokens=sum(each.num_tokens for each in done),
             num_sequences=sum(each.num_sequences for each in done),
             weights_version=max(each.weights_version for each in done),
+            lacks_weights=any(each.lacks_weights for each in done),
         )
     first, *others = failed.values()
     if not done and all(each.reason == first.reason for each in others):
