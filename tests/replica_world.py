@@ -64,9 +64,8 @@ COMMANDS = (
     Resume(),
     Pause(PauseMode.KEEP),
     Pause(PauseMode.DRAIN),
-    Pause(PauseMode.ABORT),
-    AbortAll(),
 )
+ABORTS = (Pause(PauseMode.ABORT), AbortAll())
 
 
 class SimulatedReplica:
@@ -179,6 +178,8 @@ class ReplicaWorld:
         self.answers: list[CommandDone | TokasaurusError] = []
         self.num_commands = 0
         self.num_updates = 0
+        # In the others more samples have tokens when their replica is lost.
+        self.has_aborts = chance.random() < 0.5
         self.num_kills = chance.randint(1, num_replicas - 1)
         self.num_replayed = 0  # samples with tokens
         self._beginnings = [[chance.randrange(VOCAB_SIZE) for _ in range(20)] for _ in range(2)]
@@ -208,6 +209,8 @@ class ReplicaWorld:
                 self._cut_short(chance.choice(self.watched))
             if chance.random() < 0.03 and may_start:
                 self._command(chance.choice(COMMANDS))
+            if chance.random() < 0.015 and may_start and self.has_aborts:
+                self._command(chance.choice(ABORTS))
             if chance.random() < 0.02 and may_start:
                 self._update()
             for number in list(self.living):
