@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 from tokasaurus.errors import Conflict, RequestError, TokasaurusError
@@ -33,6 +34,7 @@ class Commands:
 
     Attributes:
         is_paused: the last Pause is done, and no Resume since.
+        wake_resumes: a sleep has paused the engine, so waking it up resumes it.
         released: the kinds of memory that are released: "weights", "kv_cache".
         lacks_weights: the weights were released, could not be read again, and wait for an update.
         weights: the versions of the weights.
@@ -40,6 +42,7 @@ class Commands:
 
     def __init__(self, send: Callable[[Command], None]) -> None:
         self.is_paused = False
+        self.wake_resumes = False
         self.released: frozenset[str] = frozenset()
         self.lacks_weights = False
         self.weights = WeightsVersions()
@@ -70,11 +73,22 @@ class Commands:
             return
         field = message.field
         if isinstance(action, UpdateWeights):
-            self.weights.drop(action.version)
+            self.weights.drop(action.version, is_taken=message.is_partial)
             if "weights" not in self.released:
                 field = field or "files"  # the worker refuses nothing else
         # Where no field is wrong, the state of the engine forbids the command.
         on_done(Conflict(message.reason) if field is None else RequestError(message.reason, field))
+
+    @contextlib.contextmanager
+    def falling_asleep(self) -> Iterator[None]:
+        """Surrounds the commands of a sleep: ``wake_resumes`` is set, unless one is refused."""
+        before = self.wake_resumes
+        self.wake_resumes |= not self.is_paused
+        try:
+            yield
+        except RequestError:
+            self.wake_resumes = before
+            raise
 
     def fail_all(self, error: TokasaurusError) -> None:
         """The engine is gone: ends every command with this error."""
@@ -88,6 +102,7 @@ class Commands:
         if isinstance(action, Pause | Resume) and done.command_id > self._paused_by:
             # A drain may be answered after the Resume that ended it.
             self.is_paused, self._paused_by = isinstance(action, Pause), done.command_id
+            self.wake_resumes &= self.is_paused
         elif isinstance(action, ReleaseMemory):
             self.released |= _kinds(action)
         elif isinstance(action, RestoreMemory):

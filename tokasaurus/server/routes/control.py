@@ -159,7 +159,6 @@ class ControlRoutes:
         self._state = state
         self._runner = CommandRunner(state)
         self._updates = updates
-        self._wake_resumes = False  # a sleep has paused the engine
 
     def router(self) -> APIRouter:
         router = APIRouter()
@@ -229,7 +228,6 @@ class ControlRoutes:
 
     async def _resume(self) -> None:
         await self._runner.run(Resume())
-        self._wake_resumes = False
 
     # --- aborting ---------------------------------------------------------------------------------
 
@@ -263,13 +261,8 @@ class ControlRoutes:
         level = whole_number(query, "level", 1, 0, 2)
         mode = _VLLM_MODES[choice(query, "mode", (*_VLLM_MODES,))]
         release = (ReleaseMemory(weights=True, kv_cache=True),) if level else ()
-        before = self._wake_resumes
-        self._wake_resumes |= not self._runner.commands.is_paused
-        try:
+        with self._runner.commands.falling_asleep():
             await self._runner.run(Pause(mode), *release)
-        except RequestError:
-            self._wake_resumes = before
-            raise
         return json_answer({"status": "sleeping"})
 
     async def wake_up(self, request: Request) -> Response:
@@ -277,7 +270,7 @@ class ControlRoutes:
         tags = choices(request, "tags", (*_KINDS, "scheduling"))
         await self._restore(frozenset(_KINDS if tags is None else tags) & {*_KINDS})
         commands = self._runner.commands
-        if self._wake_resumes and not commands.released:
+        if commands.wake_resumes and not commands.released:
             if commands.lacks_weights:
                 raise Conflict(
                     "the memory is restored, but the files of the weights are gone or have changed:"
@@ -289,7 +282,7 @@ class ControlRoutes:
     async def is_sleeping(self) -> Response:
         """Whether memory is released, or a sleep has paused the engine."""
         commands = self._runner.commands
-        paused = self._wake_resumes and commands.is_paused
+        paused = commands.wake_resumes and commands.is_paused
         return json_answer({"is_sleeping": bool(commands.released) or paused})
 
     async def release_memory(self, request: Request) -> Response:
