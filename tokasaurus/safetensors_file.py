@@ -117,6 +117,23 @@ class SafetensorsFile:
         """The whole file, read from the disk as it is used. To write to it changes no file."""
         return mmap.mmap(self._file.fileno(), self.stamp.num_bytes, access=mmap.ACCESS_COPY)
 
+    def has_equal_bytes(self, entry: TensorEntry, other: SafetensorsFile, its: TensorEntry) -> bool:
+        """Whether two tensors begin with the same bytes, as far as both of them go.
+
+        Args:
+            entry: of this file.
+            other: the file of the other tensor, or this one.
+            its: the other tensor's entry.
+        """
+        length = min(entry.end - entry.start, its.end - its.start)
+        mine, theirs = self.buffer(), other.buffer()
+        for done in range(0, length, _BLOCK_BYTES):
+            size = min(_BLOCK_BYTES, length - done)
+            here, there = entry.start + done, its.start + done
+            if mine[here : here + size] != theirs[there : there + size]:
+                return False
+        return True
+
     def sha256(self, report: Callable[[int], None]) -> str:
         """Reads the whole file.
 
