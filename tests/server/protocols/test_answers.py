@@ -384,7 +384,8 @@ def test_logprobs_of_a_chat(server, client):
             for c in chat(client, logprobs=True, top_logprobs=number, stream=True)
         ]
         assert [entry for piece in pieces for entry in piece] == content
-        assert bytes(b for entry in content for b in entry.bytes) == f"{SAID}</s>".encode()
+        assert bytes(b for entry in content for b in entry.bytes) == SAID.encode()
+        assert (content[-1].token, content[-1].bytes) == ("</s>", [])
         for token_id, entry in zip(ids, content, strict=True):
             chosen, best, values = logprob_row(token_id, number or 0)
             assert (entry.token, entry.logprob) == (TOKENIZER.token_text(token_id), chosen)
