@@ -263,6 +263,16 @@ class EngineConfig:
         ),
         adapts="pages of other origins may not",
     )
+    allowed_hosts: tuple[str, ...] | None = flag(
+        None,
+        group=_SECURITY,
+        help=(
+            "More names that clients may call the engine by, in the header Host, besides those of "
+            "loopback and host: names such as gpu.example.org, *.example.org for all below it, "
+            "or * for every name. Others are refused with status 421."
+        ),
+        adapts="on a loopback address without api_key no more names; otherwise every name",
+    )
 
     max_queued_requests: int = flag(
         65536,

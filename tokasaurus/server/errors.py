@@ -25,6 +25,7 @@ __all__ = [
     "CommandTimeout",
     "Forbidden",
     "HeadTooLarge",
+    "Misdirected",
     "ReadTimeout",
     "TimeIsUp",
     "Unauthorized",
@@ -58,6 +59,10 @@ class Unauthorized(RequestError):
 
 class Forbidden(RequestError):
     """The request needs an admin key, or must not come from where it comes."""
+
+
+class Misdirected(RequestError):
+    """The request names another host than this one."""
 
 
 class UnknownModel(RequestError):
@@ -107,6 +112,7 @@ _STATUSES: dict[type[Exception], int] = {
     Conflict: 409,
     BodyTooLarge: 413,
     WrongMediaType: 415,
+    Misdirected: 421,
     HeadTooLarge: 431,
     RequestError: 400,
     TimeIsUp: 408,
@@ -123,6 +129,7 @@ _CODES = {
     UnknownModel: "model_not_found",
     Unauthorized: "invalid_api_key",
     Forbidden: "admin_key_required",
+    Misdirected: "host_not_allowed",
 }
 
 

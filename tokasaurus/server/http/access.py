@@ -6,6 +6,9 @@ layer, which looks at the headers once, and counts a body's bytes only if they a
 Requests that control the engine need an admin key. An engine without admin keys obeys whatever
 reaches it over a loopback address, except web pages: a browser lets any page send a request there,
 and names the page in ``Origin``.
+
+An engine on a loopback address without keys also checks ``Host``. Otherwise a page could give its
+own name the address 127.0.0.1 (DNS rebinding): to the browser, the engine is then of its origin.
 """
 
 from __future__ import annotations
@@ -19,8 +22,10 @@ from collections.abc import Callable, Sequence
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokasaurus.config.slices import ServerConfig
+from tokasaurus.errors import RequestError
 from tokasaurus.server.errors import BodyTooLarge, Forbidden, Unauthorized
 from tokasaurus.server.http.answers import error_answer
+from tokasaurus.server.http.hosts import Hosts
 
 __all__ = ["CLIENT", "OPEN_PATHS", "Access", "share_of"]
 
@@ -64,6 +69,9 @@ class Access:
         self._all_digests = [*self._digests, *admin_digests]
         self._origins = config.cors_origins
         self._is_local = _is_loopback(config.host)
+        self._hosts: Hosts | None = None
+        if config.allowed_hosts or (self._is_local and not self._digests):
+            self._hosts = Hosts(config.host, config.allowed_hosts)
         self._max_body_bytes = config.max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,9 +79,12 @@ class Access:
             await self._app(scope, receive, send)
             return
         authorization, origin, num_bytes, is_chunked = b"", "", 0, False
+        hosts = []
         for name, value in scope["headers"]:
             if name == b"authorization":
                 authorization = value
+            elif name == b"host":
+                hosts.append(value)
             elif name == b"origin":
                 origin = value.decode("latin-1")
             elif name == b"content-length":
@@ -81,18 +92,27 @@ class Access:
             elif name == b"transfer-encoding":
                 is_chunked = True
         try:
+            self._check_host(scope, hosts)
             if self._is_control(scope["path"]):
                 scope[CLIENT] = self._admin(scope, authorization, origin)
             else:
                 scope[CLIENT] = self._client(scope, authorization)
             if num_bytes > self._max_body_bytes:
                 raise self._too_large()
-        except (Unauthorized, Forbidden, BodyTooLarge) as error:
+        except RequestError as error:
             await error_answer(error)(scope, receive, send)
             return
         if is_chunked:
             receive = self._counted(receive)
         await self._app(scope, receive, send)
+
+    def _check_host(self, scope: Scope, hosts: Sequence[bytes]) -> None:
+        """Raises RequestError if Host is missing, sent twice, or another machine's."""
+        if len(hosts) != 1 and (hosts or scope["http_version"] == "1.1"):
+            sent = f"{len(hosts)} were sent" if hosts else "it is missing"
+            raise RequestError(f"a request must have one Host header, and {sent}")
+        if hosts and self._hosts is not None:
+            self._hosts.check(hosts[0].decode("latin-1"))
 
     def _client(self, scope: Scope, authorization: bytes) -> str:
         """The name of the client. Raises Unauthorized."""
