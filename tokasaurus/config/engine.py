@@ -320,7 +320,7 @@ class EngineConfig:
             "The most bytes of all files in data_dir, inputs and results of batches. An upload "
             "beyond it is refused with status 400; results are always kept."
         ),
-        adapts="as much as the disk holds",
+        adapts="a tenth of the disk",
     )
 
     uvicorn_log_level: str = flag(

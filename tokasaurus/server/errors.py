@@ -24,6 +24,7 @@ __all__ = [
     "ClientGone",
     "CommandTimeout",
     "Forbidden",
+    "ForeignPage",
     "HeadTooLarge",
     "Misdirected",
     "ReadTimeout",
@@ -59,6 +60,10 @@ class Unauthorized(RequestError):
 
 class Forbidden(RequestError):
     """The request needs an admin key, or must not come from where it comes."""
+
+
+class ForeignPage(RequestError):
+    """A web page that the engine does not know sends the request."""
 
 
 class Misdirected(RequestError):
@@ -107,6 +112,7 @@ class ReadTimeout(TokasaurusError):
 _STATUSES: dict[type[Exception], int] = {
     Unauthorized: 401,
     Forbidden: 403,
+    ForeignPage: 403,
     NotFound: 404,
     UnknownModel: 404,
     Conflict: 409,
@@ -129,6 +135,7 @@ _CODES = {
     UnknownModel: "model_not_found",
     Unauthorized: "invalid_api_key",
     Forbidden: "admin_key_required",
+    ForeignPage: "origin_not_allowed",
     Misdirected: "host_not_allowed",
 }
 

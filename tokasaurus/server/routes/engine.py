@@ -51,14 +51,7 @@ class EngineRoutes:
         for path, handler in get:
             router.add_api_route(path, handler, methods=["GET"], response_model=None)
         for path in ("/flush_cache", "/reset_prefix_cache"):
-            for method in ("GET", "POST"):  # SGLang's tools use either
-                router.add_api_route(
-                    path,
-                    self.flush_cache,
-                    methods=[method],
-                    name=f"{method} {path}",
-                    response_model=None,
-                )
+            router.add_api_route(path, self.flush_cache, methods=["POST"], response_model=None)
         return router
 
     # --- while the model loads, too ---------------------------------------------------------------
