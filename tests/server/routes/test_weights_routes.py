@@ -294,7 +294,8 @@ def test_a_commit_whose_time_is_up_goes_on(server):
 def test_a_bucket_that_breaks_off_leaves_nothing(server, home):
     update = begin(server)
     with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S) as connection:
-        head = f"PUT {UPDATES}/{update}/buckets/0 HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n"
+        head = f"PUT {UPDATES}/{update}/buckets/0 HTTP/1.1\r\nHost: localhost\r\n"
+        head += "Content-Length: 1000\r\n"
         connection.sendall(f"{head}X-Checksum-SHA256: {'0' * 64}\r\n\r\nxxx".encode())
         wait_for(lambda: files_below(home))
     wait_for(lambda: not files_below(home))
@@ -304,7 +305,7 @@ def test_a_bucket_that_breaks_off_leaves_nothing(server, home):
 def test_a_bucket_that_comes_while_its_update_is_deleted_is_dropped(server, home):
     update, data = begin(server), bucket(1, 1 << 17)
     with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S) as connection:
-        head = f"PUT {UPDATES}/{update}/buckets/0 HTTP/1.1\r\nHost: x\r\n"
+        head = f"PUT {UPDATES}/{update}/buckets/0 HTTP/1.1\r\nHost: localhost\r\n"
         head += f"Content-Length: {len(data)}\r\n"
         head += f"X-Checksum-SHA256: {hashlib.sha256(data).hexdigest()}\r\n\r\n"
         connection.sendall(head.encode() + data[:100])
