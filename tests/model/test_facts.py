@@ -236,14 +236,106 @@ def test_facts_from_generation_config(directory):
     facts = model_facts(
         directory({"eos_token_id": [5, 6], "temperature": 0.6, "top_k": 20, "top_p": 0.95})
     )
-    assert facts.eos_token_ids == (5, 6)
+    assert facts.eos_token_ids == (5, 6, 2)
     assert facts.sampling_defaults == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
-    assert model_facts(directory({"eos_token_id": 0})).eos_token_ids == (0,)
-    assert model_facts(directory({"eos_token_id": [5, 100, -1]})).eos_token_ids == (5,)
+    assert model_facts(directory({"eos_token_id": 0})).eos_token_ids == (0, 2)
+    assert model_facts(directory({"eos_token_id": [5, 100, -1]})).eos_token_ids == (5, 2)
     greedy = model_facts(directory({"do_sample": False, "temperature": None}))
     assert (greedy.sampling_defaults, greedy.eos_token_ids) == ({}, (2,))
     with pytest.raises(ModelError, match=r"generation_config\.json: field 'top_p' must be above 0"):
         model_facts(directory({"top_p": 1.5}))
+
+
+ADDED = {"added_tokens": [{"id": 7, "content": "<|im_end|>"}]}
+IM_END = {"eos_token": "<|im_end|>"}
+# generation_config.json's ids, config.json's, other files, the right ids
+ENDS = {
+    "no tokenizer": (5, 2, {}, (5, 2)),
+    "a fine-tune with ChatML": (None, 2, {"tokenizer_config": IM_END, "tokenizer": ADDED}, (2, 7)),
+    "no configuration names one": (
+        None,
+        "absent",
+        {"tokenizer_config": IM_END, "tokenizer": ADDED},
+        (7,),
+    ),
+    "all agree": (7, [7], {"tokenizer_config": IM_END, "tokenizer": ADDED}, (7,)),
+    "an object": (
+        [5, 6],
+        2,
+        {
+            "tokenizer_config": {"eos_token": {"content": "<|im_end|>", "lstrip": False}},
+            "tokenizer": ADDED,
+        },
+        (5, 6, 2, 7),
+    ),
+    "another file of special tokens": (
+        None,
+        2,
+        {"special_tokens_map": IM_END, "tokenizer": ADDED},
+        (2, 7),
+    ),
+    "a token of the vocabulary": (
+        None,
+        2,
+        {"tokenizer_config": IM_END, "tokenizer": {"model": {"vocab": {"a": 1, "<|im_end|>": 9}}}},
+        (2, 9),
+    ),
+    "a unigram vocabulary": (
+        None,
+        2,
+        {
+            "tokenizer_config": IM_END,
+            "tokenizer": {"model": {"vocab": [["a", 0.0], ["<|im_end|>", 0.0]]}},
+        },
+        (2, 1),
+    ),
+    "a token that only the settings have": (
+        None,
+        2,
+        {"tokenizer_config": {**IM_END, "added_tokens_decoder": {"8": {"content": "<|im_end|>"}}}},
+        (2, 8),
+    ),
+    "a vocabulary in a file of its own": (
+        None,
+        2,
+        {"tokenizer_config": IM_END, "vocab": {"<|im_end|>": 11}},
+        (2, 11),
+    ),
+    "beyond the model's vocabulary": (
+        None,
+        2,
+        {"tokenizer_config": IM_END, "vocab": {"<|im_end|>": 100}},
+        (2,),
+    ),
+    "nonsense": (
+        None,
+        2,
+        {"tokenizer_config": IM_END, "tokenizer": {"added_tokens": 3, "model": []}, "vocab": []},
+        (2,),
+    ),
+}
+
+
+def test_a_text_ends_at_the_tokens_of_all_configurations_and_of_the_tokenizer(directory):
+    wrong, written = [], []
+    for name, (generation, config, files, expected) in ENDS.items():
+        path = directory({"eos_token_id": generation}, eos_token_id=config)
+        for file in written:
+            file.unlink()
+        written = [path / f"{file}.json" for file in files]
+        for file, values in zip(written, files.values(), strict=True):
+            file.write_text(json.dumps(values))
+        if (found := model_facts(path).eos_token_ids) != expected:
+            wrong.append((name, found, expected))
+    assert wrong == []
+
+
+def test_the_tokenizer_of_another_directory_ends_texts(directory, tmp_path):
+    elsewhere = tmp_path / "tokenizer"
+    elsewhere.mkdir()
+    (elsewhere / "tokenizer_config.json").write_text(json.dumps(IM_END))
+    (elsewhere / "tokenizer.json").write_text(json.dumps(ADDED))
+    assert model_facts(directory(), tokenizer=elsewhere).eos_token_ids == (2, 7)
 
 
 def test_facts_of_every_architecture_are_read_without_torch(directory):

@@ -16,6 +16,7 @@ from tokasaurus.errors import ModelError
 from tokasaurus.model.architectures.registry import ARCHITECTURES
 from tokasaurus.model.checkpoint_headers import HEAD, CheckpointHeaders, check_sizes
 from tokasaurus.model.config import ModelConfig
+from tokasaurus.model.end_token import end_token_ids
 from tokasaurus.model.json_fields import JsonFields
 
 __all__ = ["model_facts", "read_model_config"]
@@ -62,7 +63,10 @@ def read_model_config(path: str | Path, rope_scaling_override: str | None = None
 
 
 def model_facts(
-    path: str | Path, rope_scaling_override: str | None = None, load_format: str = "auto"
+    path: str | Path,
+    rope_scaling_override: str | None = None,
+    load_format: str = "auto",
+    tokenizer: str | Path | None = None,
 ) -> ModelFacts:
     """Reads what the composition root needs: sizes, and the model's defaults of generation.
 
@@ -70,6 +74,7 @@ def model_facts(
         path: the model's directory.
         rope_scaling_override: see :func:`read_model_config`.
         load_format: "auto" compares the sizes with the headers of the weights, if there are any.
+        tokenizer: the directory of the tokenizer; None is the model's.
 
     Raises:
         ModelError: names the file and the field.
@@ -84,7 +89,15 @@ def model_facts(
     generation = JsonFields({}, "")
     if (directory / "generation_config.json").exists():
         generation = JsonFields.read(directory / "generation_config.json")
-    eos_token_ids = generation.integers("eos_token_id") or fields.integers("eos_token_id")
+    # A chat's template ends messages with the tokenizer's token, which fine-tunes of base models
+    # name in no other file.
+    eos_token_ids = dict.fromkeys(
+        (
+            *generation.integers("eos_token_id"),
+            *fields.integers("eos_token_id"),
+            *end_token_ids(directory if tokenizer is None else Path(tokenizer)),
+        )
+    )
     return ModelFacts(
         path=str(directory),
         vocab_size=config.vocab_size,
