@@ -122,15 +122,66 @@ def test_an_override_replaces_the_scaling_of_the_checkpoint(directory):
     assert plain.rope == DefaultRope(5e5)
     linear = read_model_config(path, '{"rope_type": "linear", "factor": 4, "rope_theta": 7}')
     assert linear.rope == LinearRope(7.0, 4.0)
-    assert linear.max_position_embeddings == 2048
+    assert linear.max_position_embeddings == 4 * 64
     yarn = read_model_config(path, '{"type": "yarn", "factor": 4.0}')
     assert isinstance(yarn.rope, YarnRope)
-    assert yarn.rope.original_max_position == 512
-    assert yarn.max_position_embeddings == 2048
+    assert yarn.rope.original_max_position == 64
+    assert yarn.max_position_embeddings == 4 * 64
     with pytest.raises(ModelError, match=r"rope_type.*is missing, and factor alone"):
         read_model_config(path, '{"factor": 2}')
     with pytest.raises(ModelError, match=r"rope_scaling=.*not JSON"):
         read_model_config(path, "{oops")
+
+
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0}
+PLAIN = {"rope_type": "default", "factor": 4.0}
+ORIGINAL = {"original_max_position_embeddings": 128}
+# max_position_embeddings, the checkpoint's scaling, the user's, the right number of positions
+STRETCHES = [
+    (128, None, None, 128),
+    (128, None, LINEAR, 512),
+    (128, None, YARN, 512),
+    (128, None, PLAIN, 128),
+    # The checkpoint counts the positions before its scaling.
+    (128, LINEAR, None, 512),
+    (128, YARN, None, 512),
+    (128, PLAIN, None, 128),
+    (128, {**YARN, **ORIGINAL}, None, 512),
+    (128, LINEAR, LINEAR, 512),
+    (128, YARN, YARN, 512),
+    (128, YARN, PLAIN, 128),
+    # The checkpoint counts them after its scaling.
+    (512, {**LINEAR, **ORIGINAL}, None, 512),
+    (512, {**YARN, **ORIGINAL}, None, 512),
+    (512, {**YARN, **ORIGINAL}, LINEAR, 512),
+    (512, {**YARN, **ORIGINAL}, YARN, 512),
+    (512, {**YARN, **ORIGINAL}, PLAIN, 128),
+    (512, {**YARN, **ORIGINAL}, {**YARN, "original_max_position_embeddings": 256}, 1024),
+    (512, {**YARN, **ORIGINAL}, {"rope_type": "yarn", "factor": 8.0}, 1024),
+    (512, {"rope_type": "llama3", **LLAMA3}, None, 512),
+    (500, {"rope_type": "llama3", **LLAMA3}, None, 500),
+    (600, {"rope_type": "llama3", **LLAMA3}, {"rope_type": "llama3", **LLAMA3}, 600),
+]
+
+
+def test_a_scaling_stretches_the_original_positions_once(directory):
+    wrong = []
+    for max_position, own, override, expected in STRETCHES:
+        for spelling in ("rope_scaling", "rope_parameters"):
+            path = directory(max_position_embeddings=max_position, **{spelling: own})
+            flag = None if override is None else json.dumps(override)
+            found = model_facts(path, flag).max_position_embeddings
+            if found != expected:
+                wrong.append((max_position, own, override, found, expected))
+    assert wrong == []
+
+
+def test_a_yarn_without_an_original_length_stretches_the_checkpoints(directory):
+    path = directory(max_position_embeddings=512, rope_scaling={**YARN, **ORIGINAL})
+    rope = read_model_config(path, json.dumps(YARN)).rope
+    assert isinstance(rope, YarnRope)
+    assert rope.original_max_position == 128
 
 
 def test_rotary_frequencies_are_those_of_transformers(directory):

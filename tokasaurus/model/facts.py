@@ -37,8 +37,8 @@ def read_model_config(path: str | Path, rope_scaling_override: str | None = None
 
     Args:
         path: the model's directory.
-        rope_scaling_override: a JSON object that replaces the checkpoint's RoPE scaling. A scaling
-            that stretches positions (linear, llama3, yarn) raises ``max_position_embeddings`` too.
+        rope_scaling_override: a JSON object that replaces the checkpoint's RoPE scaling. It
+            stretches the positions that the model had before any scaling.
 
     Raises:
         ModelError: names the file and the field.

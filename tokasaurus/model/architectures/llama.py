@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from tokasaurus.model.config import ModelConfig
 from tokasaurus.model.json_fields import JsonFields
-from tokasaurus.model.rope_config import parse_rope, stretched_positions
+from tokasaurus.model.rope_config import parse_rope
 
 if TYPE_CHECKING:
     from tokasaurus.model.architectures.llama_model import LlamaModel
@@ -34,9 +34,7 @@ class Llama:
                 "num_key_value_heads", f"is {num_kv_heads}, which does not divide {num_heads} heads"
             )
         max_position = fields.integer("max_position_embeddings")
-        rope = parse_rope(fields, max_position, rope_scaling)
-        if rope_scaling is not None:
-            max_position = stretched_positions(rope, max_position)
+        rope, max_position = parse_rope(fields, max_position, rope_scaling)
         attention_bias = fields.flag("attention_bias", False)
         return ModelConfig(
             architecture=fields.strings("architectures")[0],
