@@ -11,7 +11,7 @@ from itertools import product
 import pytest
 import torch
 from checkpoints import ROPES
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tokasaurus.errors import ModelError
@@ -231,7 +231,39 @@ REFUSALS = [
     ),
     ({"rope_parameters": 3}, "'rope_parameters' must be an object"),
     ({"layer_types": ["sliding_attention"]}, "'layer_types' has 'sliding_attention'"),
-    ({"use_sliding_window": True, "max_window_layers": 1}, "'use_sliding_window' is true"),
+    (
+        {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 64},
+        "'use_sliding_window' is true",
+    ),
+    (
+        {"use_sliding_window": True, "max_window_layers": 1, "max_position_embeddings": "absent"}
+        | {"architectures": ["Qwen2ForCausalLM"]},
+        "'use_sliding_window' is true",
+    ),
+    ({"sliding_window": 64}, "'sliding_window' is 64"),
+    ({"model_type": "mistral", "sliding_window": 64}, "'model_type' is 'mistral', which contr"),
+    ({"model_type": "mistral"}, "'model_type' is 'mistral', which contradicts"),
+    (
+        {"model_type": "granite", "embedding_multiplier": 12.0, "logits_scaling": 8.0},
+        "'model_type' is 'granite', which contradicts",
+    ),
+    ({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen2"}, "'model_type' is 'qwen2'"),
+    ({"embedding_multiplier": 12.0}, "'embedding_multiplier' is 12.0, which is not supported"),
+    ({"attention_multiplier": 0.5}, "'attention_multiplier' is 0.5: llama models do not have it"),
+    ({"residual_multiplier": 0.22}, "'residual_multiplier' is 0.22"),
+    ({"logits_scaling": 8}, "'logits_scaling' is 8"),
+    ({"is_causal": False}, "'is_causal' is False"),
+    ({"use_bidirectional_attention": True}, "'use_bidirectional_attention' is True"),
+    ({"is_encoder_decoder": True}, "'is_encoder_decoder' is True"),
+    ({"attn_logit_softcapping": 50.0}, "'attn_logit_softcapping' is 50.0"),
+    ({"final_logit_softcapping": 30.0}, "'final_logit_softcapping' is 30.0"),
+    ({"no_rope_layers": [1, 0]}, r"'no_rope_layers' is \[1, 0\]"),
+    ({"num_experts": 8}, "'num_experts' is 8"),
+    ({"use_qk_norm": True}, "'use_qk_norm' is True"),
+    ({"rotary_emb_base": 1e6}, "'rotary_emb_base' is 1000000.0"),
+    ({"quantization": {"bits": 4}}, r"'quantization' is \{'bits': 4\}"),
+    ({"dual_chunk_attention_config": {"chunk_size": 8}}, "'dual_chunk_attention_config' is"),
+    ({"invented": False}, "'invented' is False: llama models do not have it"),
 ]
 
 
@@ -260,6 +292,45 @@ def test_harmless_fields_change_nothing(directory):
         auto_map={"AutoModel": "code.Model"},
     )
     assert read_model_config(harmless) == plain
+    rows = [
+        {"model_type": "llama", "is_causal": True, "logits_scaling": 1, "residual_multiplier": 1.0},
+        {"invented": None, "attn_logit_softcapping": None},
+        {"_name_or_path": "a/b", "unsloth_fixed": True, "transformers.js_config": {"dtype": "q4"}},
+        {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": None},
+        {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 512},
+        {
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+            "sliding_window": 64,
+            "layer_types": ["full_attention"] * 2,
+        },
+        {"use_sliding_window": False, "max_window_layers": 0, "sliding_window": 64},
+    ]
+    for row in rows:
+        assert read_model_config(directory(**row)) == plain, row
+
+
+def test_every_field_that_transformers_writes_by_itself_is_known(directory):
+    """With its defaults, of the classes that it has for our architectures."""
+    classes = {
+        "LlamaForCausalLM": LlamaConfig,
+        "Qwen2ForCausalLM": Qwen2Config,
+        "Qwen3ForCausalLM": Qwen3Config,
+    }
+    for name, config_class in classes.items():
+        theirs = {**config_class().to_dict(), "architectures": [name]}
+        found = read_model_config(directory(**theirs))
+        assert found.num_layers == theirs["num_hidden_layers"], name
+        assert found.head_dim == theirs.get("head_dim", found.hidden_size // found.num_heads), name
+        absent = directory(architectures=[name], max_position_embeddings="absent")
+        expected = theirs["max_position_embeddings"]
+        assert read_model_config(absent).max_position_embeddings == expected, name
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(directory):
+    path = directory({"top_k": 3}) / "generation_config.json"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert model_facts(path.parent).sampling_defaults == {"top_k": 3}
 
 
 def test_directories_without_a_readable_config_are_refused(tmp_path):

@@ -31,7 +31,7 @@ class JsonFields:
     def read(cls, path: Path) -> JsonFields:
         """Reads a file. Raises ModelError if it is unreadable or not a JSON object."""
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ModelError(f"cannot read {path}: {error}") from error
         return cls.parse(text, str(path))
@@ -52,6 +52,10 @@ class JsonFields:
 
     def __contains__(self, name: str) -> bool:
         return self._values.get(name) is not None
+
+    def is_null(self, name: str) -> bool:
+        """Whether the field is there and says null."""
+        return name in self._values and self._values[name] is None
 
     def raw(self, name: str) -> Any:
         return self._values.get(name)
