@@ -138,7 +138,8 @@ def test_every_prompt_ends_once(own_server):
     requests = own_server.engine.requests
     with contextlib.closing(socket.create_connection(("127.0.0.1", own_server.port))) as client:
         data = b'{"prompt": "x"}'
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+        head += b"Content-Type: application/json\r\n"
         client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(data) + data)
         wait_for(lambda: len(own_server.engine.requests) > len(requests))
     own_server.wait_idle()

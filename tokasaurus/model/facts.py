@@ -1,21 +1,26 @@
 """Reads the JSON files of a model's directory before any tensor is read. No torch.
 
-Owns the files and the choice of the architecture, which then parses the fields. Knows nothing of
-weights.
+Owns the files and the choice of the architecture, which then parses the fields. Of the weights, it
+reads the headers only.
 """
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 
 from tokasaurus.config.slices import ModelFacts
 from tokasaurus.errors import ModelError
 from tokasaurus.model.architectures.registry import ARCHITECTURES
+from tokasaurus.model.checkpoint_headers import HEAD, CheckpointHeaders, check_sizes
 from tokasaurus.model.config import ModelConfig
 from tokasaurus.model.json_fields import JsonFields
 from tokasaurus.protocol.messages import SAMPLING_LIMITS
 
 __all__ = ["model_facts", "read_model_config"]
+
+log = logging.getLogger(__name__)
 
 
 def read_model_config(path: str | Path, rope_scaling_override: str | None = None) -> ModelConfig:
@@ -29,11 +34,34 @@ def read_model_config(path: str | Path, rope_scaling_override: str | None = None
     Raises:
         ModelError: names the file and the field.
     """
-    return _parse(_read_config(Path(path)), rope_scaling_override)
+    directory = Path(path)
+    config = _parse(_read_config(directory), rope_scaling_override)
+    adapted = _adapt(config, CheckpointHeaders.read(directory))
+    if config.tie_word_embeddings and not adapted.tie_word_embeddings:
+        log.warning(
+            "%s: field 'tie_word_embeddings' is true, but the weights have a %s that differs from "
+            "the embedding; both are kept",
+            directory / "config.json",
+            HEAD,
+        )
+    elif adapted != config:
+        log.warning(
+            "%s has no %s: the model embeds texts, and what it generates means nothing",
+            directory,
+            HEAD,
+        )
+    return adapted
 
 
-def model_facts(path: str | Path, rope_scaling_override: str | None = None) -> ModelFacts:
+def model_facts(
+    path: str | Path, rope_scaling_override: str | None = None, load_format: str = "auto"
+) -> ModelFacts:
     """Reads what the composition root needs: sizes, and the model's defaults of generation.
+
+    Args:
+        path: the model's directory.
+        rope_scaling_override: see :func:`read_model_config`.
+        load_format: "auto" compares the sizes with the headers of the weights, if there are any.
 
     Raises:
         ModelError: names the file and the field.
@@ -41,6 +69,10 @@ def model_facts(path: str | Path, rope_scaling_override: str | None = None) -> M
     directory = Path(path)
     fields = _read_config(directory)
     config = _parse(fields, rope_scaling_override)
+    headers = CheckpointHeaders.read(directory)
+    if headers is not None and load_format == "auto":
+        check_sizes(fields, config, headers.shapes)
+    config = _adapt(config, headers)
     generation = JsonFields({}, "")
     if (directory / "generation_config.json").exists():
         generation = JsonFields.read(directory / "generation_config.json")
@@ -60,6 +92,17 @@ def model_facts(path: str | Path, rope_scaling_override: str | None = None) -> M
             if name in generation
         },
     )
+
+
+def _adapt(config: ModelConfig, headers: CheckpointHeaders | None) -> ModelConfig:
+    """The shape of the model in the files, where it is not the one that ``config.json`` says."""
+    if headers is None:
+        return config
+    if config.tie_word_embeddings and headers.heads_differ:
+        return replace(config, tie_word_embeddings=False)
+    if not headers.has_prefix and HEAD not in headers.shapes:
+        return replace(config, tie_word_embeddings=True)
+    return config
 
 
 def _read_config(directory: Path) -> JsonFields:

@@ -24,7 +24,9 @@ __all__ = [
     "ClientGone",
     "CommandTimeout",
     "Forbidden",
+    "ForeignPage",
     "HeadTooLarge",
+    "Misdirected",
     "ReadTimeout",
     "TimeIsUp",
     "Unauthorized",
@@ -57,6 +59,14 @@ class Unauthorized(RequestError):
 
 class Forbidden(RequestError):
     """The request needs an admin key, or must not come from where it comes."""
+
+
+class ForeignPage(RequestError):
+    """A web page that the engine does not know sends the request."""
+
+
+class Misdirected(RequestError):
+    """The request names another host than this one."""
 
 
 class ClientGone(TokasaurusError):
@@ -94,10 +104,12 @@ class ReadTimeout(TokasaurusError):
 _STATUSES: dict[type[Exception], int] = {
     Unauthorized: 401,
     Forbidden: 403,
+    ForeignPage: 403,
     NotFound: 404,
     Conflict: 409,
     BodyTooLarge: 413,
     WrongMediaType: 415,
+    Misdirected: 421,
     HeadTooLarge: 431,
     RequestError: 400,
     TimeIsUp: 408,
@@ -113,6 +125,8 @@ _CODES = {
     RequestTooLong: "context_length_exceeded",
     Unauthorized: "invalid_api_key",
     Forbidden: "admin_key_required",
+    ForeignPage: "origin_not_allowed",
+    Misdirected: "host_not_allowed",
 }
 
 

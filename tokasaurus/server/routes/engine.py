@@ -59,14 +59,7 @@ class EngineRoutes:
                 include_in_schema=False,
             )
         for path in ("/flush_cache", "/reset_prefix_cache"):
-            for method in ("GET", "POST"):  # SGLang's tools use either
-                router.add_api_route(
-                    path,
-                    self.flush_cache,
-                    methods=[method],
-                    name=f"{method} {path}",
-                    response_model=None,
-                )
+            router.add_api_route(path, self.flush_cache, methods=["POST"], response_model=None)
         return router
 
     # --- while the model loads, too ---------------------------------------------------------------
