@@ -47,7 +47,8 @@ async def receive_form(
 
     Args:
         request: with the form as its body.
-        path: where the file's content goes; the caller removes it, also after an error.
+        path: where the file's content goes, which its owner alone may read; the caller removes it,
+            also after an error.
         file_field: the field with the file.
         fields: the other fields that the form may have.
         max_bytes: of the file.
@@ -63,7 +64,8 @@ async def receive_form(
     boundary = options.get(b"boundary")
     if media_type != b"multipart/form-data" or not boundary:
         raise WrongMediaType("the body must be sent as multipart/form-data with a boundary")
-    with path.open("wb") as file:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    with open(os.open(path, flags, 0o600), "wb") as file:
         parts = _Parts(file, file_field, fields, max_bytes)
         parser = MultipartParser(
             boundary,
