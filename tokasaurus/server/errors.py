@@ -30,7 +30,6 @@ __all__ = [
     "ReadTimeout",
     "TimeIsUp",
     "Unauthorized",
-    "UnknownModel",
     "WrongMediaType",
     "described",
     "error_body",
@@ -70,13 +69,6 @@ class Misdirected(RequestError):
     """The request names another host than this one."""
 
 
-class UnknownModel(RequestError):
-    """No model has this name."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(f"the model {name!r} does not exist", "model")
-
-
 class ClientGone(TokasaurusError):
     """The client disconnected, so nothing reads the answer."""
 
@@ -114,7 +106,6 @@ _STATUSES: dict[type[Exception], int] = {
     Forbidden: 403,
     ForeignPage: 403,
     NotFound: 404,
-    UnknownModel: 404,
     Conflict: 409,
     BodyTooLarge: 413,
     WrongMediaType: 415,
@@ -132,7 +123,6 @@ _STATUSES: dict[type[Exception], int] = {
 }
 _CODES = {
     RequestTooLong: "context_length_exceeded",
-    UnknownModel: "model_not_found",
     Unauthorized: "invalid_api_key",
     Forbidden: "admin_key_required",
     ForeignPage: "origin_not_allowed",

@@ -181,6 +181,22 @@ def test_a_number_picks_the_token_whose_share_contains_it():
     assert sampler._invert(weights, numbers).tolist() == [1, 1, 3, 3, 4, 4]
 
 
+def test_weights_that_diverged_draw_some_token():
+    """Logits that are NaN or infinite must not end the engine: better weights may come."""
+    rows = [(broken, f) for broken in (torch.nan, torch.inf, -torch.inf) for f in FILTERS]
+    chosen = parameters(len(rows), temperature=1.0, seed=range(len(rows)))
+    for row, (_, filters) in enumerate(rows):
+        for name, value in filters.items():
+            chosen[name][row] = value
+    for vocab_size in (50, 5000):
+        logits = torch.randn(len(rows), vocab_size)
+        for row, (broken, _) in enumerate(rows):
+            logits[row, : 1 if row % 2 else None] = broken
+        tokens = draw(logits, chosen)
+        assert 0 <= tokens.min() <= tokens.max() < vocab_size
+        logprobs_of(logits, tokens, chosen, 5)
+
+
 def test_a_nucleus_ends_where_its_share_is_reached():
     left = processed(torch.zeros(1, 4), parameters(1, top_p=0.5)).isfinite()
     assert left.tolist() == [[True, True, False, False]]
