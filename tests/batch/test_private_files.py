@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import stat
 from collections.abc import Iterator
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 from fake_engine import RunningServer, with_config
 
+from tokasaurus.batch.offline import OfflineJob
 from tokasaurus.batch.records import Batch, StoredFile
-from tokasaurus.batch.store import JobStore, NewAnswer
+from tokasaurus.batch.store import JobStore, NewAnswer, open_private
 
 FORM = (
     b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--x\r\n'
@@ -87,6 +89,20 @@ def test_a_mode_that_cannot_be_changed_is_warned_of(
     monkeypatch.setattr(Path, "chmod", refuse)
     JobStore(tmp_path).close()
     assert f"{tmp_path} is open to other users" in caplog.text
+
+
+def test_the_answers_of_an_offline_job_have_the_mode_of_any_new_file(tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(json.dumps({"prompt": "x"}))
+    for mask in (0o022, 0o077):
+        os.umask(mask)
+        job = OfflineJob(source, target, "m")
+        assert wrong_modes(job.directory) == {}
+        open_private(job.store.path("out"), is_new=True).close()
+        job.store.finish(job.batch_id, [], output_file_id="out")
+        job.publish()
+        assert stat.S_IMODE(target.stat().st_mode) == 0o666 & ~mask
+        target.unlink()
 
 
 def test_uploads_are_private(tmp_path: Path) -> None:
