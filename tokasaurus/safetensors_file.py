@@ -16,6 +16,7 @@ import json
 import mmap
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
@@ -32,6 +33,8 @@ _LENGTH_BYTES = 8
 # The limit of the safetensors library.
 _MAX_HEADER_BYTES = 100_000_000
 _BLOCK_BYTES = 1 << 22
+# The limit of torch.
+_MAX_DIMENSIONS = 64
 # Of the dtypes that have whole bytes.
 _ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
@@ -190,8 +193,7 @@ def _unreadable(path: Path, error: OSError | ValueError) -> ModelError:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"its header names {twice} twice")
     return fields
 
@@ -215,13 +217,19 @@ def _entries(fields: object, data_start: int, file_bytes: int) -> dict[str, Tens
     return dict(ordered)
 
 
+def _is_shape(sizes: list[object]) -> bool:
+    """Whether torch could have a tensor of these sizes; if so, their product is soon computed."""
+    are_sizes = all(type(size) is int and 0 <= size < 1 << 63 for size in sizes)
+    return are_sizes and len(sizes) <= _MAX_DIMENSIONS
+
+
 def _entry(name: str, value: object, data_start: int) -> TensorEntry:
     match value:
         case {
             "dtype": str(dtype),
             "shape": [*shape],
             "data_offsets": [int(start), int(end)],
-        } if 0 <= start <= end and all(type(size) is int and size >= 0 for size in shape):
+        } if 0 <= start <= end and _is_shape(shape):
             item_bytes = _ITEM_BYTES.get(dtype)
             if item_bytes is not None and end - start != prod(shape) * item_bytes:
                 raise ValueError(f"tensor {name} of {shape} has {end - start} bytes of {dtype}")

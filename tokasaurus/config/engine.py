@@ -396,7 +396,7 @@ class EngineConfig:
         choices=("temperature", "raw", "processed"),
         help=(
             "The distribution that logprobs come from: softmax of logits / temperature, of the "
-            "logits alone, or after temperature, top_k, top_p and min_p."
+            "logits alone, or after temperature and filters."
         ),
     )
 

@@ -7,7 +7,6 @@ reads the headers only.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,18 +17,11 @@ from tokasaurus.model.checkpoint_headers import HEAD, CheckpointHeaders, check_s
 from tokasaurus.model.config import ModelConfig
 from tokasaurus.model.end_token import end_token_ids
 from tokasaurus.model.json_fields import JsonFields
+from tokasaurus.protocol.messages import SAMPLING_LIMITS
 
 __all__ = ["model_facts", "read_model_config"]
 
 log = logging.getLogger(__name__)
-
-# The numbers of ``Sampling`` that a model's generation_config.json may set.
-_SAMPLING_DEFAULTS: Mapping[str, Callable[[JsonFields, str], float]] = {
-    "temperature": lambda fields, name: fields.number(name, minimum=0),
-    "top_p": lambda fields, name: fields.positive(name, maximum=1),
-    "top_k": lambda fields, name: fields.integer(name, minimum=0),
-    "min_p": lambda fields, name: fields.number(name, minimum=0),
-}
 
 
 def read_model_config(path: str | Path, rope_scaling_override: str | None = None) -> ModelConfig:
@@ -108,8 +100,8 @@ def model_facts(
         # Ids beyond the vocabulary are never drawn, and some files say -1 for none.
         eos_token_ids=tuple(i for i in eos_token_ids if 0 <= i < config.vocab_size),
         sampling_defaults={
-            name: read(generation, name)
-            for name, read in _SAMPLING_DEFAULTS.items()
+            name: _sampling_number(generation, name)
+            for name in SAMPLING_LIMITS
             if name in generation
         },
     )
@@ -135,6 +127,19 @@ def _read_config(directory: Path) -> JsonFields:
             f"{directory} has no config.json: it is not a model that transformers saved"
         )
     return JsonFields.read(path)
+
+
+def _sampling_number(generation: JsonFields, name: str) -> float:
+    """A number of ``Sampling``, within the limits that requests have."""
+    low, high = SAMPLING_LIMITS[name]
+    value = generation.number(name, minimum=low)
+    if value > high:
+        raise generation.error(name, f"must be at most {high:g}, not {value!r}")
+    if name != "top_k":
+        return value
+    if value != int(value):
+        raise generation.error(name, f"must be a whole number, not {value!r}")
+    return int(value)
 
 
 def _parse(fields: JsonFields, rope_scaling_override: str | None) -> ModelConfig:

@@ -28,7 +28,6 @@ __all__ = [
     "ReadTimeout",
     "TimeIsUp",
     "Unauthorized",
-    "UnknownModel",
     "WrongMediaType",
     "described",
     "error_body",
@@ -58,13 +57,6 @@ class Unauthorized(RequestError):
 
 class Forbidden(RequestError):
     """The request needs an admin key, or must not come from where it comes."""
-
-
-class UnknownModel(RequestError):
-    """No model has this name."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(f"the model {name!r} does not exist", "model")
 
 
 class ClientGone(TokasaurusError):
@@ -103,7 +95,6 @@ _STATUSES: dict[type[Exception], int] = {
     Unauthorized: 401,
     Forbidden: 403,
     NotFound: 404,
-    UnknownModel: 404,
     Conflict: 409,
     BodyTooLarge: 413,
     WrongMediaType: 415,
@@ -120,7 +111,6 @@ _STATUSES: dict[type[Exception], int] = {
 }
 _CODES = {
     RequestTooLong: "context_length_exceeded",
-    UnknownModel: "model_not_found",
     Unauthorized: "invalid_api_key",
     Forbidden: "admin_key_required",
 }

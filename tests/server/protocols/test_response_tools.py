@@ -214,11 +214,6 @@ def test_reasoning_is_an_item_of_the_output(server):
         ({"guided_regex": "a"}, "tools", "guided_regex"),
         ({"tool_choice": "required", "ignore_eos": True}, "ignore_eos", "structured output"),
         ({"include": ["message.output_text.logprobs"]}, "include", "calls"),
-        (
-            {"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "[1]"}]},
-            "input",
-            "input[0].arguments",
-        ),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "input", "call_id"),
         ({"input": [{"type": "web_search_call"}]}, "input", "web_search_call"),
         (

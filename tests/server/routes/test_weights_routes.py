@@ -216,6 +216,17 @@ def test_there_is_one_unfinished_update_at_a_time(server, home):
     begin(server)
 
 
+def test_a_refusal_names_buckets_and_not_their_files(server, home):
+    update = begin(server)
+    put(server, update, 0, bucket())
+    (path,) = files_below(home)
+    server.engine.refuse[UpdateWeights] = (f"{path}: tensor x is int8", "files")
+    answer = commit(server, update, 1)
+    assert (answer.status, answer.error["param"]) == (400, None)
+    assert answer.error["message"] == "bucket 0: tensor x is int8"
+    assert server.get(f"{UPDATES}/{update}").json["error"] == "bucket 0: tensor x is int8"
+
+
 def test_a_refused_update_is_open_again(server):
     update = begin(server, weight_version="new")
     put(server, update, 0, bucket())
