@@ -16,7 +16,7 @@ from worker_driver import Driver, Enter, generate, make_driver, worker_config
 
 from tokasaurus.errors import ModelError, ProtocolError
 from tokasaurus.model.llama import LlamaModel
-from tokasaurus.model.sampling.matchers import TokenMasks
+from tokasaurus.model.sampling.matchers import SentMasks
 from tokasaurus.model.worker.worker import Worker
 from tokasaurus.protocol.messages import ForwardBatch, ForwardResult, Sampling
 from tokasaurus.protocol.wire import Codec
@@ -253,13 +253,13 @@ def test_warm_up_runs_the_largest_batches(checkpoint):
 def test_warm_up_uses_the_memory_of_masks_for_every_row(checkpoint, monkeypatch):
     """No row of the warm-up has a grammar, and the worker has no vocabulary here."""
     masked = []
-    apply = TokenMasks.apply
+    apply = SentMasks.apply
 
     def count(masks, adjusted, logits, part):
-        masked.append((len(masks.rows), len(logits)))
+        masked.append((len(masks._rows), len(logits)))
         return apply(masks, adjusted, logits, part)
 
-    monkeypatch.setattr(TokenMasks, "apply", count)
+    monkeypatch.setattr(SentMasks, "apply", count)
     worker = Worker(worker_config(checkpoint("llama", tied=True), max_tokens_per_forward=300))
     worker.warm_up()
     assert masked == [(2, 2), (8, 8), (8, 8)]
