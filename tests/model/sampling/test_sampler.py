@@ -8,7 +8,7 @@ import torch
 from rows import named
 from sampling_driver import draw, logprobs_of, parameters, processed, sent
 
-from tokasaurus.model.sampling import sampler
+from tokasaurus.model.sampling import logit_rows, sampler
 from tokasaurus.model.sampling.kinds import Kind, plan_rows
 from tokasaurus.model.sampling.randomness import uniforms
 from tokasaurus.protocol.messages import LogprobsMode
@@ -78,6 +78,11 @@ def test_filters_keep_what_the_oracle_keeps(monkeypatch):
         for vocab_size in (7, 300):
             with named((candidates, answers_at_once, vocab_size)):
                 check_filters(vocab_size)
+    monkeypatch.undo()
+    # The smallest vocabulary for which top_p lists candidates, and one with a short last block.
+    for vocab_size in (2 * 64 * 64, 2 * 64 * 64 + 77):
+        with named(vocab_size):
+            check_filters(vocab_size)
 
 
 def test_a_device_that_is_not_asked_draws_the_same_tokens(monkeypatch):
@@ -97,16 +102,17 @@ def test_a_device_that_is_not_asked_draws_the_same_tokens(monkeypatch):
         logits *= torch.from_numpy(rng.choice([0, 0.1, 0.5, 1], (50, 1)).astype(np.float32))
         if seed % 2:
             logits = logits.round()
-        counts.clear()
         asked = draw(logits, chosen), processed(logits, chosen).isfinite()
-        assert len(counts) == 2, seed
-        assert all(0 < num_short < num_rows for num_short, num_rows in counts), seed
+        num_asked = len(counts)
         with monkeypatch.context() as patch:
             patch.setattr(sampler, "_answers_at_once", lambda _: False)
             unasked = draw(logits, chosen), processed(logits, chosen).isfinite()
-        assert len(counts) == 2, seed
+        assert len(counts) == num_asked, seed
         assert torch.equal(asked[0], unasked[0]), seed
         assert torch.equal(asked[1], unasked[1]), seed
+    num_short, num_rows = np.sum(counts, axis=0)
+    assert num_rows > 200
+    assert 0.1 * num_rows < num_short < 0.9 * num_rows
 
 
 def test_another_device_is_never_asked(monkeypatch):
@@ -225,6 +231,20 @@ def test_a_large_vocabulary_is_drawn_exactly():
     assert np.abs(tokens - expected).max() <= 1
 
 
+def test_a_draw_is_that_of_a_cumulated_vocabulary():
+    """The sums by blocks decide nothing: one sum over all tokens, in float64, picks the same."""
+    n = 300
+    for vocab_size, spread in ((50_001, 0.1), (50_001, 4), (300, 1), (256, 1)):
+        rng = np.random.default_rng(vocab_size)
+        logits = torch.from_numpy(rng.normal(0, spread, vocab_size).astype(np.float32))
+        chosen = parameters(n, temperature=0.7, seed=np.arange(n))
+        scores = logits / np.float32(0.7)
+        cumulative = (scores - scores.max()).exp().numpy().cumsum(dtype=np.float64)
+        numbers = uniforms(chosen["seed"], chosen["sample_index"], chosen["num_generated"])
+        expected = np.searchsorted(cumulative, numbers * cumulative[-1], side="right")
+        assert draw(logits.repeat(n, 1), chosen).tolist() == expected.tolist(), vocab_size
+
+
 def random_batch(num_rows, vocab_size=500, seed=11):
     rng = np.random.default_rng(seed)
     logits = torch.from_numpy(rng.normal(0, 3, (num_rows, vocab_size)).astype(np.float32))
@@ -243,14 +263,62 @@ def random_batch(num_rows, vocab_size=500, seed=11):
     return logits, chosen
 
 
-def test_a_draw_does_not_depend_on_the_rows_around_it():
-    logits, chosen = random_batch(80)
+def check_rows_alone(vocab_size):
+    logits, chosen = random_batch(80, vocab_size)
     together = draw(logits, chosen)
+    kept = processed(logits, chosen)
     for row in range(80):
-        assert draw(logits[row : row + 1], chosen.take(slice(row, row + 1))) == together[row]
+        one = (logits[row : row + 1], chosen.take(slice(row, row + 1)))
+        assert draw(*one) == together[row], row
+        assert torch.equal(processed(*one)[0], kept[row]), row
     order = np.random.default_rng(0).permutation(80)[:50]
     shuffled = draw(logits[torch.from_numpy(order)], chosen.take(order))
     assert torch.equal(shuffled, together[torch.from_numpy(order)])
+
+
+def test_a_draw_does_not_depend_on_the_rows_around_it():
+    """Rows of all kinds are in the batch; a small vocabulary is sorted, a large one is not."""
+    for vocab_size in (500, 9000):
+        with named(vocab_size):
+            check_rows_alone(vocab_size)
+
+
+def test_each_row_is_of_the_kind_that_its_parameters_need():
+    cases = [
+        ({}, Kind.WHOLE),
+        ({"temperature": 0.5, "min_p": 0.1}, Kind.WHOLE),
+        ({"temperature": 0, "top_k": 3}, Kind.GREEDY),
+        ({"top_k": 1}, Kind.LISTED),
+        ({"top_k": 78, "top_p": 0.5, "min_p": 0.1}, Kind.SORTED),
+        ({"top_k": 64, "top_p": 0.5, "min_p": 0.1}, Kind.LISTED),
+        ({"top_k": 10_000}, Kind.WHOLE),
+        ({"top_k": 10_000, "top_p": 0.5}, Kind.NUCLEUS),
+    ]
+    chosen = parameters(len(cases))
+    for row, (columns, _) in enumerate(cases):
+        for name, value in columns.items():
+            chosen[name][row] = value
+    plan = sent(plan_rows, chosen, 10_000, draws=True)
+    kinds = {int(i): rows.kind for rows in plan for i in rows.index.tensor}
+    assert [kinds[row] for row in range(len(cases))] == [kind for _, kind in cases]
+    # Rows of one kind pay for nothing that only other kinds need.
+    for rows in plan:
+        assert (rows.numbers is None) == (rows.kind is Kind.GREEDY)
+        assert (rows.top_k is not None) == (rows.kind in (Kind.LISTED, Kind.SORTED))
+    # Scores do not depend on what is drawn.
+    plan = sent(plan_rows, chosen, 10_000, draws=False)
+    assert all(rows.numbers is None and rows.kind is not Kind.GREEDY for rows in plan)
+
+
+def test_the_size_of_parts_changes_no_number(monkeypatch):
+    logits, chosen = random_batch(60, vocab_size=9000)
+    whole = draw(logits, chosen), processed(logits, chosen)
+    for cached in (1, 9000 * 7, 9000 * 1000):
+        monkeypatch.setattr(logit_rows, "_CACHED", cached)
+        for one, other in zip(
+            whole, (draw(logits, chosen), processed(logits, chosen)), strict=True
+        ):
+            assert torch.equal(one, other), cached
 
 
 def test_a_draw_depends_on_seed_sample_and_position():

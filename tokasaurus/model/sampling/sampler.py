@@ -71,8 +71,10 @@ def processed(logits: Tensor, plan: list[RowsOfKind]) -> Tensor:
         return logits
     scores = torch.empty_like(logits)
     for rows in plan:
-        index = slice(None) if rows.index is None else rows.index.tensor
-        scores[index] = _processed(_rows_of(logits, rows), rows)
+        some = _processed(_rows_of(logits, rows), rows)
+        if rows.index is None:
+            return some
+        scores[rows.index.tensor] = some
     return scores
 
 
@@ -128,6 +130,12 @@ class _Columns:
         if self.min_p is not None:
             scores = scores.masked_fill(scores < self.floor(best), -torch.inf)
         return scores
+
+    def weights(self, logits: Tensor, ids: Tensor, best: Tensor) -> Tensor:
+        """Probabilities relative to that of the best token. Takes what ``kept_scores`` takes."""
+        scores = self.kept_scores(logits, ids, best)
+        below = scores - best if scores is logits else scores.sub_(best)
+        return below.exp_()
 
     def floor(self, best: Tensor) -> Tensor:
         """The lowest score that min_p keeps, if there is one."""
@@ -211,15 +219,14 @@ class _Sums:
         for part, some in logits.parts():
             own = columns.take(part)
             best.append(own.best(some))
-            scores = own.kept_scores(some, ids, best[-1])
-            blocks.append(sums_of_blocks((scores - best[-1]).exp_()))
+            blocks.append(sums_of_blocks(own.weights(some, ids, best[-1])))
         return _Sums(torch.cat(best), torch.cat(blocks))
 
     def draw(self, logits: LogitRows, columns: _Columns) -> Tensor:
         """[rows]: the tokens that contain each row's number, on the way from id to id."""
 
         def weights(ids: Tensor) -> Tensor:
-            return (columns.kept_scores(logits.gather(ids), ids, self.best) - self.best).exp_()
+            return columns.weights(logits.gather(ids), ids, self.best)
 
         assert columns.numbers is not None
         return find(self.blocks, columns.numbers, logits.vocab_size, weights, beyond=True)[:, 0]

@@ -23,6 +23,7 @@ from tokasaurus.model.sampling.history import History
 from tokasaurus.model.sampling.parameters import SamplingParameters
 from tokasaurus.model.sampling.rows import PromptRows, SamplingRows
 from tokasaurus.model.upload import Staged, Staging
+from tokasaurus.model.worker.pooling import PlannedPooling, Pooler
 from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
 from tokasaurus.protocol.messages import ForwardBatch, SlotParameters
 from tokasaurus.rounding import ceil_div
@@ -52,6 +53,7 @@ class PlannedBatch:
         sequences: the rows of each sequence.
         sampling: the rows to draw a token from.
         prompt: the rows that give prompt logprobs. None if no chunk asked.
+        pooling: of the chunks that asked.
         early_copies: to make before the layers run. None if no prompt begins inside a page.
         copies: to make after the layers have run. None if no prompt forks inside a page.
     """
@@ -61,6 +63,7 @@ class PlannedBatch:
     sequences: SequenceRows
     sampling: SamplingRows
     prompt: PromptRows | None
+    pooling: PlannedPooling | None
     early_copies: PageCopies | None
     copies: PageCopies | None
 
@@ -106,6 +109,7 @@ class SlotState:
             num_slots, max_request_tokens, _HISTORY_SHARE * num_pages * page_size, device
         )
         self.adjustments = AdjustmentTable(num_slots, vocab_size, history, device)
+        self.pooler = Pooler()
 
     def clear(self) -> None:
         """Forgets all slots in place: tensors stay where they are."""
@@ -114,6 +118,7 @@ class SlotState:
         self.lengths[:] = self.pages_held[:] = 0
         self.sampling.clear()
         self.adjustments.clear()
+        self.pooler.clear()
 
     def apply(self, batch: ForwardBatch) -> PlannedBatch:
         """Applies the batch's changes to the tables, lays out its rows, and plans its sampling.
@@ -167,6 +172,7 @@ class SlotState:
             rows = scored_rows + num_decodes
             prompt = plan_scores(rows, next_ids, parameters, self._vocab_size, staging)
         early_copies = _staged_copies(batch.early_copy_sources, batch.early_copy_targets, staging)
+        pooling = self.pooler.plan(batch, staging)
         copies = _staged_copies(batch.copy_sources, batch.copy_targets, staging)
         entries = self._staged_entries(batch, staging)
         staging.send()
@@ -191,6 +197,7 @@ class SlotState:
             ),
             sampling=sampling,
             prompt=prompt,
+            pooling=pooling,
             early_copies=early_copies,
             copies=copies,
         )

@@ -33,7 +33,6 @@ from tokasaurus.model.worker.clock import Clock, HostClock, start_clock, wait_fo
 from tokasaurus.model.worker.controls import Controls
 from tokasaurus.model.worker.host_memory import keep_freed_memory
 from tokasaurus.model.worker.pending import Answer, InFlight, Outputs, Pending, naming
-from tokasaurus.model.worker.pooling import Pooler
 from tokasaurus.model.worker.runner import EagerRunner
 from tokasaurus.model.worker.slot_state import SlotState
 from tokasaurus.model.worker.warm_up import warm_up_batches
@@ -103,7 +102,6 @@ class Worker:
             vocab_size=self._vocab_size,
             device=self._device,
         )
-        self._pooler = Pooler()
         self._in_flight = InFlight()
         self._next_number = 0
         log.info(
@@ -188,11 +186,12 @@ class Worker:
         lost = sampling.recording.lost if sampling.recording is not None else None
         given_up = masks.cut_rows if masks is not None else None
         prompt = score_prompts(self._model, hidden, planned.prompt) if planned.prompt else None
+        pooled = self._state.pooler.pool(planned.pooling, hidden) if planned.pooling else None
         return Outputs(
             arriving,
             drawn or Logprobs.none(0, len(token_ids)),
             prompt or Logprobs.none(0, 0),
-            self._pooler.pool(batch, hidden),
+            pooled,
             _union(lost, given_up),
         )
 
