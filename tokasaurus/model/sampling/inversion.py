@@ -57,12 +57,13 @@ def find(
     target = _reachable(shares * cumulative[:, -1:], cumulative, beyond)
     block = torch.searchsorted(cumulative, target, right=beyond).clamp_(max=sums.shape[1] - 1)
     before = cumulative.gather(1, (block - 1).clamp_(min=0)).where(block > 0, 0)
-    places = block * _BLOCK + torch.arange(_BLOCK, device=sums.device)
+    width = min(_BLOCK, size)
+    places = block * _BLOCK + torch.arange(width, device=sums.device)
     inside = places.clamp(max=size - 1)
     weights = weights_of(inside).to(torch.float64).where(places == inside, 0)
     cumulative = weights.cumsum(dim=-1)
     target = _reachable(target - before, cumulative, beyond)
-    found = torch.searchsorted(cumulative, target, right=beyond).clamp_(max=_BLOCK - 1)
+    found = torch.searchsorted(cumulative, target, right=beyond).clamp_(max=width - 1)
     return inside.gather(1, found)
 
 
