@@ -241,6 +241,18 @@ def test_a_schema_of_a_tool_may_refer_to_its_own_definitions(server):
     assert not accepts(grammar, head + '{"a": 2}}\n</tool_call>')
 
 
+def test_arguments_have_no_keys_that_the_tool_does_not_list_and_white_space_as_python(server):
+    parameters = {"type": "object", "properties": {"a": {"type": "string", "format": "path"}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    says(server, "x")
+    ask(server, tools=[tool], tool_choice="required")
+    grammar = server.engine.requests[-1].grammar
+    head, end = '<tool_call>\n{"name": "f", "arguments": ', "}\n</tool_call>"
+    texts = ('{"a": "x"}', "{}", '{"a":"x"}', '{"a": "x" }', '{"b": 1}', '{"a": "x", "b": 1}')
+    taken = [text for text in texts if accepts(grammar, head + text + end)]
+    assert taken == ['{"a": "x"}', "{}"]
+
+
 @each_row(
     "fields, param, said",
     [

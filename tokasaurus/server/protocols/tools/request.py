@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from tokasaurus.errors import RequestError
 from tokasaurus.server.operations.strict import StrictSchema
-from tokasaurus.text.structured_output import json_style
+from tokasaurus.text.structured_output import FIELD, json_for_grammar
 
 __all__ = [
     "MAX_TOOLS",
@@ -176,7 +176,7 @@ def calls_grammar(
         parameters = tool.function.parameters
         if parameters is None:
             parameters = {"properties": {}, "additionalProperties": False}
-        schema = {"type": "object", **parameters, "x-guidance": json_style()}
+        schema = _for_grammar({"json": {"type": "object", **parameters}})
         rules.append(
             f"call_{number}: {json.dumps(head)} %json {json.dumps(schema)}"
             f" {json.dumps('}' + after)}"
@@ -184,3 +184,10 @@ def calls_grammar(
     any_call = " | ".join(f"call_{number}" for number in range(len(tools)))
     more = f" ({json.dumps(between)} call)*" if many else ""
     return "\n".join([f"start: call{more}", f"call: {any_call}", *rules])
+
+
+def _for_grammar(options: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return json_for_grammar(options)
+    except (ValueError, RecursionError, TypeError) as error:
+        raise RequestError(f"{FIELD} cannot be compiled: {error}", FIELD) from None
