@@ -179,6 +179,11 @@ class GenerationRequest(EngineRequest):
         """The field that says what the text must be; None if the text is free."""
         return next(iter(self._forms), None)
 
+    @property
+    def form(self) -> Any:
+        """What the text must be, as ``SamplingParams`` says it; None if the text is free."""
+        return next(iter(self._forms.values()), None)
+
     @cached_property
     def _forms(self) -> Mapping[str, Any]:
         """What the text must be, as ``SamplingParams`` says it, by the field that says it here.
@@ -239,7 +244,7 @@ class GenerationRequest(EngineRequest):
             "logprobs": num_logprobs,
             "logprobs_mode": mode,
             "priority": self._priority,
-            "structured_outputs": next(iter(self._forms.values()), None),
+            "structured_outputs": self.form,
         }
         given = {name: getattr(self, name) for name in _SHARED_FIELDS}
         given = {name: value for name, value in given.items() if value is not None}

@@ -66,8 +66,8 @@ class ChatRequest(GenerationRequest):
 
     def field_names(self) -> Mapping[str, str]:
         names = {
-            **({} if self.enforced_choice is None else {STRUCTURED_OUTPUTS: "tools"}),
             **super().field_names(),
+            **({} if self.enforced_choice is None else {STRUCTURED_OUTPUTS: "tools"}),
             "logprobs": "top_logprobs",
             "prompt": "messages" if self.ids is None else "ids",
         }
@@ -95,7 +95,7 @@ class ChatRequest(GenerationRequest):
                 " leave one out",
                 "apply_chat_template_overrides",
             )
-        check_tools(self.tools or (), self.tool_choice, self.form_field)
+        check_tools(self.tools or (), self.tool_choice, self.form_field, self.form)
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and (

@@ -136,8 +136,8 @@ class ResponsesRequest(GenerationRequest):
 
     def field_names(self) -> Mapping[str, str]:
         return {
-            **({} if self.enforced_choice is None else {STRUCTURED_OUTPUTS: "tools"}),
             **super().field_names(),
+            **({} if self.enforced_choice is None else {STRUCTURED_OUTPUTS: "tools"}),
             "logprobs": "top_logprobs",
             "max_tokens": "max_output_tokens",
             "messages": "input",
@@ -157,7 +157,7 @@ class ResponsesRequest(GenerationRequest):
             raise RequestError("text.format of type json_schema must have a schema", "text")
         choice = self.enforced_choice or self.tool_choice
         assert not isinstance(choice, FunctionChoice)
-        check_tools([tool.as_tool for tool in self.tools or ()], choice, self.form_field)
+        check_tools([tool.as_tool for tool in self.tools or ()], choice, self.form_field, self.form)
         if self.top_logprobs and not self.include:
             raise RequestError(f"top_logprobs needs include to name {LOGPROBS!r}", "top_logprobs")
 
