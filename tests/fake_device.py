@@ -212,6 +212,7 @@ class FakeDevice:
         self.weights_version = 0
         self.has_weights_memory = self.has_kv_cache = self.has_weights = True
         self.keeps_files = True  # so that weights which were released can be read again
+        self.refuses_updates = False  # whatever their files
         self.next_number = 0
         self.remembers: set[int] = set()  # slots whose sequences have adjustments
         # By (seed, sample index): generated tokens drawn so far. Never drawn twice, none left out.
@@ -284,13 +285,12 @@ class FakeDevice:
         self.next_number += 1
         action, error = control.action, None
         if isinstance(action, UpdateWeights):
-            assert self.has_weights_memory, "there is no room for weights"
             assert action.version > self.weights_version
-            if action.files == BAD_FILES:
-                error = "bad.safetensors has another checksum"
+            if action.files == BAD_FILES or self.refuses_updates:
+                error = f"{action.files[0]} has another checksum"
             else:
                 self.weights_version = action.version
-                self.has_weights = True
+                self.has_weights_memory = self.has_weights = True
         elif isinstance(action, ReleaseMemory):
             assert action.weights or action.kv_cache
             if action.weights:

@@ -184,6 +184,7 @@ class FakeEngine:
         weights_version: of the tokens that come from now on.
         obeys: carries commands out; otherwise it only answers them.
         refuse: answers commands of this type with an error.
+        forgets_weights: a restore does not read the weights again.
         answers_commands: otherwise a command never ends.
     """
 
@@ -200,6 +201,7 @@ class FakeEngine:
         self.most_running = 0
         self.weights_version = 0
         self.obeys = True
+        self.forgets_weights = False
         self.answers_commands = True
         self.refuse: dict[type, tuple[str, str | None]] = {}
         self._is_held = False  # by a Pause
@@ -259,7 +261,7 @@ class FakeEngine:
     def reset(self) -> None:
         """Restore the initial settings; running sequences stay."""
         self.obeys, self.answers_commands, self._is_held = True, True, False
-        self.refuse, self._draining = {}, None
+        self.refuse, self._draining, self.forgets_weights = {}, None, False
         self._released.clear()
         self.script, self.reject, self.paused = random_ids, None, False
         self.hold_at, self.num_cached_tokens, self.largest_step = None, 0, 3
@@ -335,12 +337,17 @@ class FakeEngine:
                 return
         elif isinstance(action, Resume):
             self._is_held = False
+        elif isinstance(action, UpdateWeights) and self.obeys:
+            self._released.discard("weights")
         elif isinstance(action, ReleaseMemory | RestoreMemory) and self.obeys:
             for kind in ("weights", "kv_cache"):
                 if getattr(action, kind) and isinstance(action, ReleaseMemory):
                     self._released.add(kind)
                 elif getattr(action, kind):
                     self._released.discard(kind)
+            is_there = isinstance(action, RestoreMemory) and "weights" not in self._released
+            if is_there and self.forgets_weights:
+                done = CommandDone(command_id, lacks_weights=True)
         self._outbox.append(done)
 
     def _begin(self, request: GenerateRequest) -> None:

@@ -742,9 +742,7 @@ def engine_routes() -> list[Ask]:
         *(Ask(f"head {path}", path, method="HEAD") for path in ("/ping", "/health", "/v1/models")),
         *(Ask(f"options {path}", path, method="OPTIONS") for path in ("/ping", COMPLETIONS)),
         Ask("flush", "/flush_cache"),
-        Ask("flush by get", "/flush_cache", method="GET"),
         Ask("reset", "/reset_prefix_cache"),
-        Ask("reset by get", "/reset_prefix_cache", method="GET"),
     ]
 
 

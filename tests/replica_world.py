@@ -2,7 +2,8 @@
 
 Messages between them are late, and replicas are killed with batches and messages in flight. All
 along, each replica's manager checks its invariants and each device its positions; what the text
-core delivers is compared with an oracle that knows nothing of replicas.
+core delivers is compared with an oracle that knows nothing of replicas. Commands come while
+replicas die: pauses, aborts, flushes, and updates of the weights, which some replicas refuse.
 """
 
 from __future__ import annotations
@@ -13,20 +14,30 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import numpy as np
-from fake_device import VOCAB_SIZE, FakeDevice, oracle, pooled_oracle, prompt_logprobs_oracle
+from fake_device import (
+    BAD_FILES,
+    GOOD_FILES,
+    VOCAB_SIZE,
+    FakeDevice,
+    Oracle,
+    pooled_oracle,
+    prompt_logprobs_oracle,
+)
 from fake_engine import CONFIG, TOKENIZER
 from simulation import make_config
 
 from tokasaurus.config.slices import ManagerConfig
-from tokasaurus.errors import TokasaurusError
+from tokasaurus.errors import EngineAborted, TokasaurusError
 from tokasaurus.manager.manager import Manager
 from tokasaurus.protocol.commands import (
+    AbortAll,
     Action,
     CommandDone,
     FlushCache,
     Pause,
     PauseMode,
     Resume,
+    aborts_all,
 )
 from tokasaurus.protocol.messages import (
     FinishReason,
@@ -54,6 +65,7 @@ COMMANDS = (
     Pause(PauseMode.KEEP),
     Pause(PauseMode.DRAIN),
 )
+ABORTS = (Pause(PauseMode.ABORT), AbortAll())
 
 
 class SimulatedReplica:
@@ -113,18 +125,20 @@ class Watched:
     stream: bool
     news: dict[int, list[SampleOutput]] = field(default_factory=dict)
     is_aborted: bool = False
+    is_doomed: bool = False  # a command, or its client, ends it with the tokens that it has
 
     def take_news(self) -> None:
         for output in self.generation.take_news():
             self.news.setdefault(output.index, []).append(output)
 
     def outputs(self) -> dict[int, SampleOutput]:
-        """The whole output of every sample that ended by itself."""
+        """The whole output of every sample that is part of the answer."""
         if not self.stream:
             return {output.index: output for output in self.generation.take_all()}
         self.take_news()
         whole = {index: _joined(pieces) for index, pieces in self.news.items()}
-        return {index: each for index, each in whole.items() if each.finish_reason != "abort"}
+        left_out = {sample.index for sample in self.generation.left_out}
+        return {index: each for index, each in whole.items() if index not in left_out}
 
 
 class ReplicaWorld:
@@ -163,6 +177,9 @@ class ReplicaWorld:
         self.final_rows: Counter[tuple[int, int]] = Counter()
         self.answers: list[CommandDone | TokasaurusError] = []
         self.num_commands = 0
+        self.num_updates = 0
+        # In the others more samples have tokens when their replica is lost.
+        self.has_aborts = chance.random() < 0.5
         self.num_kills = chance.randint(1, num_replicas - 1)
         self.num_replayed = 0  # samples with tokens
         self._beginnings = [[chance.randrange(VOCAB_SIZE) for _ in range(20)] for _ in range(2)]
@@ -188,17 +205,22 @@ class ReplicaWorld:
                 watched = chance.choice(self.watched)
                 watched.is_aborted |= not watched.generation.finished
                 self.generations.abort(watched.generation)
+            if chance.random() < 0.02 and self.watched and may_start:
+                self._cut_short(chance.choice(self.watched))
             if chance.random() < 0.03 and may_start:
                 self._command(chance.choice(COMMANDS))
+            if chance.random() < 0.015 and may_start and self.has_aborts:
+                self._command(chance.choice(ABORTS))
+            if chance.random() < 0.02 and may_start:
+                self._update()
             for number in list(self.living):
                 self._move(number)
             if self.watched and chance.random() < 0.5:
                 watched = chance.choice(self.watched)
                 if watched.stream:
                     watched.take_news()
-        while not all(self.replicas[number].is_idle for number in self.living):
-            for number in list(self.living):
-                self._move(number)
+        self._settle()
+        self._check_last_update()
         self._check_end()
 
     def kill(self, number: int) -> None:
@@ -215,6 +237,23 @@ class ReplicaWorld:
             assert self.router.absorb(number, message) == []
 
     # --- inside -----------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        while not all(self.replicas[number].is_idle for number in self.living):
+            for number in list(self.living):
+                self._move(number)
+
+    def _check_last_update(self) -> None:
+        """Whatever went wrong before, an update brings all replicas to one version."""
+        for number in self.living:
+            self.replicas[number].device.refuses_updates = False
+        self.num_commands += 1
+        self.num_updates += 1
+        self.generations.update_weights(GOOD_FILES, self.answers.append)
+        self._settle()
+        assert isinstance(self.answers[-1], CommandDone), self.answers[-1]
+        versions = {self.replicas[number].device.weights_version for number in self.living}
+        assert versions == {self.generations.commands.weights.version}
 
     def _move(self, number: int) -> None:
         replica, chance = self.replicas[number], self._random
@@ -252,9 +291,34 @@ class ReplicaWorld:
         )
         self.watched.append(Watched(generation, stream))
 
+    def _cut_short(self, watched: Watched) -> None:
+        watched.is_doomed |= not watched.generation.finished
+        self.generations.cut_short(watched.generation)
+
     def _command(self, action: Action) -> None:
         self.num_commands += 1
-        self.generations.command(action, self.answers.append)
+        if not aborts_all(action):
+            self.generations.command(action, self.answers.append)
+            return
+        doomed = [watched for watched in self.watched if not watched.generation.finished]
+        for watched in doomed:
+            watched.is_doomed = True
+
+        def on_done(answer: CommandDone | TokasaurusError) -> None:
+            self.answers.append(answer)
+            for watched in doomed:
+                assert watched.is_aborted or watched.generation.finished, "an abort left a request"
+
+        self.generations.command(action, on_done)
+
+    def _update(self) -> None:
+        """Updates the weights of all replicas; perhaps some refuse."""
+        self.num_commands += 1
+        self.num_updates += 1
+        for number in self.living:
+            self.replicas[number].device.refuses_updates = self._random.random() < 0.2
+        files = self._random.choice([GOOD_FILES, GOOD_FILES, BAD_FILES])
+        self.generations.update_weights(files, self.answers.append)
 
     def _params(self) -> SamplingParams:
         chance = self._random
@@ -281,7 +345,8 @@ class ReplicaWorld:
         assert len(self.answers) == self.num_commands
         for answer in self.answers:
             # A drain fails if sequences could not run to their ends.
-            assert isinstance(answer, CommandDone) or "had ended" in str(answer), answer
+            is_known = "had ended" in str(answer) or "checksum" in str(answer)
+            assert isinstance(answer, CommandDone) or is_known, answer
         turnstile = self.generations._turnstile
         assert (turnstile.num_open, turnstile.num_held) == (0, 0)
         assert not self.router._routes
@@ -295,50 +360,87 @@ class ReplicaWorld:
     def _check(self, watched: Watched) -> None:
         generation, request = watched.generation, watched.generation.request
         assert generation.finished
-        assert generation.error is None
         message = request.message(generation.request_id, stream=watched.stream)
-        for index in range(message.n):
-            assert self.final_rows[generation.request_id, index] == 1, "a sample never ended"
         outputs = watched.outputs()
-        assert len(outputs) == (message.first_k or message.n)
+        if watched.is_doomed:
+            assert generation.error is None or isinstance(generation.error, EngineAborted)
+        else:
+            assert generation.error is None
+            for index in range(message.n):
+                assert self.final_rows[generation.request_id, index] == 1, "a sample never ended"
+            assert len(outputs) == (message.first_k or message.n)
         for index, output in outputs.items():
-            _check_output(output, _expected(request, message, index))
-        if message.pooling:
+            is_cut = output.finish_reason == "abort"
+            assert watched.is_doomed or not is_cut
+            _check_output(output, _expected(request, message, index, output, is_cut=is_cut))
+        if generation.error is None and message.pooling:
             assert generation.pooled_state is not None
-            assert generation.pooled_state.tolist() == pooled_oracle(message)
-        if message.num_prompt_logprobs >= 0:
-            rows = prompt_logprobs_oracle(message)
+            states = [pooled_oracle(message, version) for version in self._versions]
+            assert generation.pooled_state.tolist() in states
+        if generation.error is None and message.num_prompt_logprobs >= 0:
             assert generation.prompt_logprobs is not None
             assert generation.prompt_ranks is not None
-            assert generation.prompt_logprobs.logprobs.tolist() == [row[0] for row in rows]
-            assert generation.prompt_ranks.tolist() == [row[1] for row in rows]
+            logprobs = generation.prompt_logprobs.logprobs.tolist()
+            found = zip(logprobs, generation.prompt_ranks.tolist(), strict=True)
+            oracles = [prompt_logprobs_oracle(message, version) for version in self._versions]
+            for pair, rows in zip(found, zip(*oracles, strict=True), strict=True):
+                assert pair in [(logprob, rank) for logprob, rank, _ in rows]
+
+    @property
+    def _versions(self) -> range:
+        """The versions that weights may have had."""
+        return range(self.num_updates + 1)
 
 
-def _expected(request: PreparedRequest, message: GenerateRequest, index: int) -> SampleOutput:
-    """What a sample must bring: the text core's output for the oracle's tokens."""
-    generated = oracle(message, index)
-    logprobs = None
-    if message.num_logprobs >= 0:
-        count, width = len(generated.ids), message.num_logprobs
-        logprobs = TokenLogprobs(
-            np.array(generated.logprobs, np.float32),
-            np.array([[top[0] for top in tops] for tops in generated.tops]).reshape(count, width),
-            np.array([[top[1] for top in tops] for tops in generated.tops]).reshape(count, width),
-        )
+def _expected(
+    request: PreparedRequest,
+    message: GenerateRequest,
+    index: int,
+    output: SampleOutput,
+    *,
+    is_cut: bool,
+) -> SampleOutput:
+    """What a sample must bring: the text core's output for the oracle's tokens.
+
+    The output says only which versions of the weights drew how many tokens, and, where it was cut
+    short, how many it has.
+    """
     alone = Generation(
         0, request, TOKENIZER, stream=message.stream, on_change=lambda: None, client=""
     )
-    sample = alone.samples[index]
-    reason = FinishReason.LENGTH if generated.by_length else FinishReason.STOP
-    alone.extend(sample, generated.ids, logprobs, reason, weights_version=0)
+    sample, generated = alone.samples[index], Oracle(message, index)
+    for version, count in output.weights_versions:
+        first = len(generated.ids)
+        generated.generate(count, version)
+        reason = FinishReason.RUNNING
+        if generated.has_ended:
+            reason = FinishReason.LENGTH if generated.by_length else FinishReason.STOP
+        logprobs = _logprobs(generated, message.num_logprobs, first)
+        alone.extend(sample, generated.ids[first:], logprobs, reason, version)
+    if is_cut and sample.finish_reason is None:
+        alone.extend(sample, [], None, FinishReason.ABORT, 0)
     return sample.take()
+
+
+def _logprobs(generated: Oracle, num_logprobs: int, first: int) -> TokenLogprobs | None:
+    """The logprobs of the oracle's tokens from ``first`` on."""
+    if num_logprobs < 0:
+        return None
+    tops = generated.tops[first:]
+    shape = (len(tops), num_logprobs)
+    return TokenLogprobs(
+        np.array(generated.logprobs[first:], np.float32),
+        np.array([[top[0] for top in each] for each in tops]).reshape(shape),
+        np.array([[top[1] for top in each] for each in tops]).reshape(shape),
+    )
 
 
 def _check_output(output: SampleOutput, expected: SampleOutput) -> None:
     assert output.token_ids == expected.token_ids
     assert output.text == expected.text
     assert output.finish_reason == expected.finish_reason
-    assert (output.logprobs is None) == (expected.logprobs is None)
+    if output.token_ids:
+        assert (output.logprobs is None) == (expected.logprobs is None)
     if output.logprobs is not None and expected.logprobs is not None:
         for name in ("logprobs", "top_ids", "top_logprobs"):
             theirs = getattr(expected.logprobs, name).tolist()
@@ -353,4 +455,5 @@ def _joined(pieces: list[SampleOutput]) -> SampleOutput:
         [token for piece in pieces for token in piece.token_ids],
         TokenLogprobs.join(logprobs) if logprobs else None,
         pieces[-1].finish_reason,
+        [run for piece in pieces for run in piece.weights_versions],
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ DAMAGED = [
     ("no dtype", encoded({"x": {**F32, "dtype": None}}, bytes(8)), "describe tensor x"),
     ("a negative size", encoded({"x": {**F32, "shape": [-2]}}, bytes(8)), "describe tensor x"),
     ("a size that is no integer", encoded({"x": {**F32, "shape": [2.0]}}, bytes(8)), "describe"),
+    ("a size above 64 bits", encoded({"x": {**F32, "shape": [0, 1 << 70]}}), "describe tensor x"),
     ("offsets backwards", encoded({"x": {**F32, "data_offsets": [8, 0]}}, bytes(8)), "describe"),
     ("too few bytes", encoded({"x": F32}, bytes(7)), "tensor x ends at byte"),
     ("too many bytes", encoded({"x": F32}, bytes(9)), "its tensors end at byte"),
@@ -71,6 +73,22 @@ def test_damaged_files_are_refused_as_by_the_library(tmp_path):
                 safe_open(path, "pt")
 
     check_each(DAMAGED, check)
+
+
+def test_hostile_headers_are_refused_soon(tmp_path):
+    """Each would take hours if the work grew with the square of its length."""
+    names = ",".join(f'"{number}":0' for number in range(1_000_000))
+    shape = ",".join(["9" * 18] * 1_000_000)
+    path = tmp_path / "hostile.safetensors"
+    for header, message in (
+        (f'{{{names},"999999":0}}', "names 999999 twice"),
+        (f'{{"x":{{"dtype":"F32","shape":[{shape}],"data_offsets":[0,0]}}}}', "tensor x"),
+    ):
+        path.write_bytes(encoded(header.encode()))
+        started = time.monotonic()
+        with pytest.raises(ModelError, match=message):
+            SafetensorsFile(path)
+        assert time.monotonic() - started < 30
 
 
 def test_what_the_library_writes_is_read(tmp_path):

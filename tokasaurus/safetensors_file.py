@@ -16,6 +16,7 @@ import json
 import mmap
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
@@ -32,6 +33,8 @@ _LENGTH_BYTES = 8
 # The limit of the safetensors library.
 _MAX_HEADER_BYTES = 100_000_000
 _BLOCK_BYTES = 1 << 22
+# The limit of torch.
+_MAX_DIMENSIONS = 64
 # Of the dtypes that have whole bytes.
 _ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
@@ -114,6 +117,23 @@ class SafetensorsFile:
         """The whole file, read from the disk as it is used. To write to it changes no file."""
         return mmap.mmap(self._file.fileno(), self.stamp.num_bytes, access=mmap.ACCESS_COPY)
 
+    def has_equal_bytes(self, entry: TensorEntry, other: SafetensorsFile, its: TensorEntry) -> bool:
+        """Whether two tensors begin with the same bytes, as far as both of them go.
+
+        Args:
+            entry: of this file.
+            other: the file of the other tensor, or this one.
+            its: the other tensor's entry.
+        """
+        length = min(entry.end - entry.start, its.end - its.start)
+        mine, theirs = self.buffer(), other.buffer()
+        for done in range(0, length, _BLOCK_BYTES):
+            size = min(_BLOCK_BYTES, length - done)
+            here, there = entry.start + done, its.start + done
+            if mine[here : here + size] != theirs[there : there + size]:
+                return False
+        return True
+
     def sha256(self, report: Callable[[int], None]) -> str:
         """Reads the whole file.
 
@@ -173,8 +193,7 @@ def _unreadable(path: Path, error: OSError | ValueError) -> ModelError:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"its header names {twice} twice")
     return fields
 
@@ -198,13 +217,19 @@ def _entries(fields: object, data_start: int, file_bytes: int) -> dict[str, Tens
     return dict(ordered)
 
 
+def _is_shape(sizes: list[object]) -> bool:
+    """Whether torch could have a tensor of these sizes; if so, their product is soon computed."""
+    are_sizes = all(type(size) is int and 0 <= size < 1 << 63 for size in sizes)
+    return are_sizes and len(sizes) <= _MAX_DIMENSIONS
+
+
 def _entry(name: str, value: object, data_start: int) -> TensorEntry:
     match value:
         case {
             "dtype": str(dtype),
             "shape": [*shape],
             "data_offsets": [int(start), int(end)],
-        } if 0 <= start <= end and all(type(size) is int and size >= 0 for size in shape):
+        } if 0 <= start <= end and _is_shape(shape):
             item_bytes = _ITEM_BYTES.get(dtype)
             if item_bytes is not None and end - start != prod(shape) * item_bytes:
                 raise ValueError(f"tensor {name} of {shape} has {end - start} bytes of {dtype}")

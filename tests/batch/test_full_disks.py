@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import errno
 import resource
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from echo_batches import check, new_batch
 from echo_process import echo_runner
@@ -18,6 +20,7 @@ from echo_process import echo_runner
 from tokasaurus.batch import runner as runner_module
 from tokasaurus.batch.records import StoredFile, new_id
 from tokasaurus.batch.store import JobStore
+from tokasaurus.errors import RequestError
 
 
 @contextlib.contextmanager
@@ -79,3 +82,15 @@ def test_results_are_written_again_after_the_disk_was_full(
 
     asyncio.run(run())
     check(tmp_path, batch_id, 30)
+
+
+def test_files_may_fill_a_tenth_of_the_disk_by_default(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(total=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    file = StoredFile(
+        id="a", bytes=100, created_at=0, filename="a", purpose="batch", expires_at=None
+    )
+    with contextlib.closing(JobStore(tmp_path)) as store:
+        store.add_file(file)
+        with pytest.raises(RequestError, match="max_stored_bytes=100;"):
+            store.add_file(msgspec.structs.replace(file, id="b", bytes=1))

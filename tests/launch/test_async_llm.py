@@ -7,6 +7,7 @@ import gc
 import threading
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +18,15 @@ import pytest
 from checkpoints import make_checkpoint
 
 from tokasaurus import LLM, AsyncLLM, SamplingParams
-from tokasaurus.errors import ConfigError, EngineDead, EngineError, ModelError, RequestError
+from tokasaurus.errors import (
+    ConfigError,
+    Conflict,
+    EngineAborted,
+    EngineDead,
+    EngineError,
+    ModelError,
+    RequestError,
+)
 
 pytestmark = pytest.mark.engine
 
@@ -283,6 +292,122 @@ def test_another_event_loop_is_refused_and_a_closed_one_ends_the_thread(model):
         asyncio.run(use_again())
     asyncio.run(llm.close())
     assert engine_threads() == others
+
+
+# --- control --------------------------------------------------------------------------------------
+
+
+def test_calls_wait_while_the_engine_is_paused_or_asleep(run, expected):
+    async def use(llm):
+        rests = [(llm.pause, ("keep",), llm.resume), (llm.sleep, (1, "keep"), llm.wake_up)]
+        greedy = replace(ENDLESS, temperature=0.0)
+        whole = await llm.generate("x", greedy)
+        for stop, arguments, go_on in rests:
+            stream = aiter(llm.generate("x", greedy))
+            pieces = [await anext(stream)]
+            await stop(*arguments)
+            waiting = asyncio.ensure_future(llm.generate(PROMPTS[1], GREEDY))
+            done, _ = await asyncio.wait({waiting}, timeout=0.2)
+            assert not done
+            assert not manager_of(llm).idle
+            await go_on()
+            pieces += [piece async for piece in stream]
+            assert pieces[-1].outputs == whole.outputs
+            assert (await waiting).outputs == expected[1].outputs
+
+    run(use)
+
+
+def test_an_abort_keeps_the_tokens_so_far(run):
+    async def use(llm):
+        for abort in (llm.abort_all, partial(llm.pause, "abort")):
+            several = replace(ENDLESS, n=2, logprobs=0)
+            stream = aiter(llm.generate("x", several))
+            await anext(stream)
+            whole = asyncio.ensure_future(llm.generate("y", several))
+            await until(lambda: len(llm._state.engine().generations) == 2)
+            assert await abort() in (4, None)  # a pause does not say how many
+            pieces = [piece async for piece in stream]
+            for output in (pieces[-1], await whole):
+                assert [each.index for each in output.outputs] == [0, 1]
+                assert {each.finish_reason for each in output.outputs} == {"abort"}
+            for sample in pieces[-1].outputs:
+                assert sample.token_ids
+                assert sample.weights_versions == [(0, len(sample.token_ids))]
+            await llm.resume()
+            await until_empty(llm)
+
+    run(use)
+
+
+def test_an_embedding_that_is_aborted_before_its_prompt_ran_is_an_error(run):
+    async def use(llm):
+        await llm.pause("keep")
+        vector = asyncio.ensure_future(llm.embed("x"))
+        await until(lambda: not manager_of(llm).idle)
+        assert await llm.abort_all() == 1
+        with pytest.raises(EngineAborted):
+            await vector
+        await llm.resume()
+
+    run(use)
+
+
+def test_a_call_goes_on_with_new_weights(model):
+    async def use():
+        async with AsyncLLM(model, **FLAGS) as llm:
+            stream = aiter(llm.generate("x", ENDLESS))
+            pieces = [await anext(stream)]
+            assert await llm.update_weights(model) == 1
+            pieces += [piece async for piece in stream]
+        runs = pieces[-1].outputs[0].weights_versions
+        assert [version for version, _ in runs] == [0, 1]
+        assert sum(count for _, count in runs) == 400
+
+    asyncio.run(use())
+
+
+def test_reset_prefix_cache_drops_the_pages_of_a_prompt(run):
+    async def use(llm):
+        cached = []
+        for reset in (False, False, True):
+            if reset:
+                await llm.reset_prefix_cache()
+            output = await llm.generate("a prompt of several pages " * 8, GREEDY)
+            cached.append(output.num_cached_tokens > 0)
+        assert cached == [False, True, False]
+
+    run(use)
+
+
+def test_refused_commands_are_errors_and_the_engine_goes_on(run, expected):
+    async def use(llm):
+        wrong = [(llm.pause, "stop", "mode"), (llm.sleep, 3, "level"), (llm.wake_up, "kv", "tags")]
+        for call, argument, field in wrong:
+            with pytest.raises(RequestError, match=rf"^{field}\b"):
+                await call(argument)
+        await llm.sleep()
+        with pytest.raises(Conflict, match="released"):
+            await llm.resume()
+        await llm.wake_up()
+        await llm.wake_up()  # there is nothing left to restore
+        output = await llm.generate(PROMPTS[0], GREEDY)
+        assert output.outputs[0].token_ids == expected[0].outputs[0].token_ids
+
+    run(use)
+
+
+def test_a_sleep_in_python_is_ended_over_http(run, expected):
+    async def use(llm):
+        transport = httpx2.ASGITransport(app=await llm.asgi_app())
+        async with httpx2.AsyncClient(transport=transport, base_url="http://x") as http:
+            await llm.sleep()
+            assert (await http.get("/is_sleeping")).json() == {"is_sleeping": True}
+            assert (await http.post("/wake_up")).json() == {"status": "awake"}
+        output = await llm.generate(PROMPTS[0], GREEDY)
+        assert output.outputs[0].token_ids == expected[0].outputs[0].token_ids
+
+    run(use)
 
 
 # --- HTTP inside the process ----------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import signal
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -67,13 +68,15 @@ class Stream:
         self._answer = urllib.request.urlopen(request, timeout=120)
         self._lines = [self._answer.readline()]
 
-    def choices(self):
-        """The finish reason of each choice, and its runs of versions."""
+    def events(self):
         with self._answer:
             self._lines += self._answer.readlines()
-        events = [json.loads(each[6:]) for each in self._lines if each.startswith(b"data: {")]
+        return [json.loads(each[6:]) for each in self._lines if each.startswith(b"data: {")]
+
+    def choices(self):
+        """The finish reason of each choice, and its runs of versions."""
         found = {}
-        for choice in (event["choices"][0] for event in events):
+        for choice in (event["choices"][0] for event in self.events()):
             one = found.setdefault(choice["index"], {"reason": None, "runs": []})
             one["reason"] = choice["finish_reason"]
             one["runs"] += choice["weights_versions"]
@@ -157,6 +160,56 @@ def test_memory_is_released_and_restored(engine):
         assert waiting.result() == before
 
 
+@pytest.mark.parametrize("path", ["/pause?mode=keep", "/sleep?mode=keep", "/pause?mode=wait"])
+def test_a_drain_does_not_wait_for_requests_that_a_pause_holds(engine, path):
+    stream = Stream(engine)
+    with ThreadPoolExecutor(1) as pool:
+        assert ask(engine, f"POST {path}")[0] == 200
+        held = pool.submit(ask, engine, "POST /v1/completions", PROMPT)
+        num_held = 1 if "wait" in path else 2
+        eventually(lambda: ask(engine, "GET /health")[1]["running"] == num_held, "they wait")
+        engine.signal(signal.SIGTERM)
+        assert engine.wait_exit(10) == 0
+        status, answer = held.result()
+    assert (status, "while it was paused" in answer["error"]["message"]) == (503, True)
+    assert f"{num_held} prompts did not finish, since the engine is paused or asleep" in engine.log
+    last = stream.events()[-1]
+    assert "error" in last if "keep" in path else last["choices"][0]["finish_reason"] == "length"
+
+
+def test_weights_that_diverged_do_not_end_the_engine(engine, other_weights):
+    before = text(engine)
+    original = {"model_path": str(model_path(engine))}
+    for file in other_weights.glob("*.safetensors"):
+        nan = {name: np.full_like(tensor, np.nan) for name, tensor in load_file(file).items()}
+        save_file(nan, file)
+    update = {"model_path": str(other_weights)}
+    assert ask(engine, "POST /update_weights_from_disk", update)[0] == 200
+    for sampling in ({}, {"top_p": 0.9}, {"top_k": 5, "top_p": 0.5}, {"temperature": 0}):
+        request = {"prompt": "A B C", "max_tokens": 4, "ignore_eos": True, "logprobs": 1}
+        status, answer = ask(engine, "POST /v1/completions", {**request, **sampling})
+        assert status == 200, answer
+        assert answer["choices"][0]["logprobs"]["token_logprobs"] == [None] * 4
+    assert ask(engine, "POST /update_weights_from_disk", original)[0] == 200
+    assert text(engine) == before
+
+
+def test_an_engine_whose_weights_are_gone_says_so_and_shuts_down_at_once(engine, other_weights):
+    update = {"model_path": str(other_weights)}
+    assert ask(engine, "POST /update_weights_from_disk", update)[0] == 200
+    for file in other_weights.glob("*.safetensors"):
+        file.unlink()
+    assert ask(engine, "POST /release_memory_occupation") == (200, {"status": "ok"})
+    status, answer = ask(engine, "POST /resume_memory_occupation")
+    assert (status, "wait for an update" in answer["message"]) == (200, True)
+    with ThreadPoolExecutor(1) as pool:
+        held = pool.submit(ask, engine, "POST /v1/completions", PROMPT)
+        eventually(lambda: ask(engine, "GET /health")[1]["running"] == 1, "it waits")
+        engine.signal(signal.SIGTERM)
+        assert engine.wait_exit(10) == 0
+        assert held.result()[0] == 503
+
+
 def test_weights_from_disk_while_requests_run(engine, other_weights):
     before = text(engine)
     stream = Stream(engine)
@@ -184,6 +237,11 @@ def test_weights_from_disk_while_requests_run(engine, other_weights):
     original = {"model_path": str(model_path(engine))}
     assert ask(engine, "POST /update_weights_from_disk", original)[0] == 200
     assert text(engine) == before
+    # An update restores the weights of an engine that is asleep.
+    assert ask(engine, "POST /sleep")[0] == 200
+    assert ask(engine, "POST /update_weights_from_disk", body)[0] == 200
+    assert ask(engine, "POST /wake_up") == (200, {"status": "awake"})
+    assert text(engine) == after
 
 
 def test_weights_over_http_survive_a_release_of_memory(engine, other_weights):

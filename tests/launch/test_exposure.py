@@ -141,6 +141,12 @@ def test_wrong_origins_are_errors(capsys):
         assert origin in capsys.readouterr().err
 
 
+def test_wrong_host_names_are_errors(capsys):
+    for name in ("http://example.org", "example.org:80", "example.org/x", "a b", "**", "a.*"):
+        assert entry.run([f"allowed_hosts='{name}'", "port=0"], {}) == 2
+        assert f"allowed_hosts: {name!r} is not" in capsys.readouterr().err
+
+
 def test_an_engine_open_to_other_machines_without_a_key_is_warned_of():
     closed, opened = EngineConfig(), EngineConfig(host="0.0.0.0")
     assert open_door_warning(closed, "127.0.0.1") is None

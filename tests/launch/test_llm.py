@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import signal
 import threading
 
 import pytest
 from checkpoints import make_checkpoint
+from safetensors.numpy import load_file, save_file
 
 from tokasaurus import LLM, SamplingParams
-from tokasaurus.errors import ConfigError, EngineDead, ModelError, RequestError
+from tokasaurus.errors import ConfigError, Conflict, EngineDead, ModelError, RequestError
 
 pytestmark = pytest.mark.engine
 
@@ -169,3 +171,126 @@ def test_a_closed_engine_is_dead(model):
     engine.close()
     with pytest.raises(EngineDead, match="closed"):
         engine.generate("a", GREEDY, use_tqdm=False)
+
+
+# --- control --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(model, tmp_path):
+    """An engine of its own, and the directory of its weights, which a test may replace."""
+    directory = shutil.copytree(model, tmp_path / "own")
+    with LLM(directory, kv_cache_num_tokens=4096) as engine:
+        yield engine, directory
+
+
+def other_weights(model, directory):
+    """Writes weights of the same shapes with other values; returns the directory."""
+    directory.mkdir(exist_ok=True)
+    tensors = load_file(model / "model.safetensors")
+    changed = {name: tensor[..., ::-1].copy() for name, tensor in tensors.items()}
+    save_file(changed, directory / "model.safetensors")
+    return directory
+
+
+def test_an_engine_that_sleeps_refuses_to_generate_and_wakes_up_unchanged(llm):
+    before = llm.generate("again", GREEDY, use_tqdm=False)[0].outputs
+    for level in (0, 1, 2):
+        llm.sleep(level)
+        for use in (llm.generate, llm.embed):
+            with pytest.raises(Conflict, match=r"asleep.*wake_up\(\)"):
+                use("again", use_tqdm=False)
+        llm.wake_up()
+        assert llm.generate("again", GREEDY, use_tqdm=False)[0].outputs == before, level
+
+
+def test_the_engine_wakes_up_when_the_last_memory_is_restored(llm):
+    llm.sleep()
+    llm.wake_up(["weights"])
+    with pytest.raises(Conflict, match="asleep"):
+        llm.generate("again", GREEDY, use_tqdm=False)
+    llm.wake_up(["kv_cache"])
+    assert llm.generate("again", GREEDY, use_tqdm=False)[0].finished
+
+
+def test_wrong_levels_tags_and_paths_name_their_argument(llm, tmp_path):
+    wrong = [
+        (llm.sleep, 3, "level"),
+        (llm.wake_up, ["wieghts"], "tags"),
+        (llm.wake_up, "weights", "tags"),
+        (llm.update_weights, tmp_path / "absent", "path"),
+        (llm.update_weights, tmp_path, "path"),
+        (llm.update_weights, [], "path"),
+    ]
+    for call, argument, field in wrong:
+        with pytest.raises(RequestError, match=rf"^{field}\b") as refused:
+            call(argument)
+        assert refused.value.field == field
+    assert llm.generate("again", GREEDY, use_tqdm=False)[0].finished
+
+
+def test_new_weights_come_between_two_calls(own, model, tmp_path):
+    engine, _ = own
+    old = engine.generate("again", GREEDY, use_tqdm=False)[0].outputs[0]
+    other = other_weights(model, tmp_path / "other")
+    assert engine.update_weights(other) == 1
+    new = engine.generate("again", GREEDY, use_tqdm=False)[0].outputs[0]
+    assert new.token_ids != old.token_ids
+    assert (old.weights_versions, new.weights_versions) == ([(0, 12)], [(1, 12)])
+    assert engine.update_weights([str(model / "model.safetensors")]) == 2
+    again = engine.generate("again", GREEDY, use_tqdm=False)[0].outputs[0]
+    assert again.token_ids == old.token_ids
+
+
+def test_weights_that_do_not_fit_are_refused_and_change_nothing(own, tmp_path):
+    engine, directory = own
+    old = engine.generate("again", GREEDY, use_tqdm=False)[0].outputs
+    tensors = load_file(directory / "model.safetensors")
+    tensors.popitem()
+    save_file(tensors, tmp_path / "part.safetensors")
+    with pytest.raises(RequestError, match="lack"):
+        engine.update_weights(tmp_path / "part.safetensors")
+    assert engine.generate("again", GREEDY, use_tqdm=False)[0].outputs == old
+    engine.sleep()
+    with pytest.raises(Conflict, match="restore"):
+        engine.update_weights(directory)
+
+
+def test_an_engine_whose_files_are_gone_wakes_up_after_an_update(own, model, tmp_path):
+    engine, directory = own
+    engine.sleep()
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(Conflict, match="update"):
+        engine.wake_up()
+    with pytest.raises(Conflict, match="asleep"):
+        engine.generate("again", GREEDY, use_tqdm=False)
+    engine.update_weights(other_weights(model, tmp_path / "other"))
+    engine.wake_up()
+    output = engine.generate("again", GREEDY, use_tqdm=False)[0].outputs[0]
+    assert output.weights_versions == [(1, 12)]
+
+
+def test_reset_prefix_cache_drops_the_pages_of_a_prompt(llm):
+    prompt = "a prompt of several pages " * 8
+    cached = []
+    for reset in (False, False, True):
+        if reset:
+            llm.reset_prefix_cache()
+        cached.append(llm.generate(prompt, GREEDY, use_tqdm=False)[0].num_cached_tokens > 0)
+    assert cached == [False, True, False]
+
+
+def test_an_interrupt_waits_for_a_command(own, monkeypatch):
+    engine, directory = own
+    step = engine._engine.step
+
+    def interrupted_step():
+        signal.raise_signal(signal.SIGINT)
+        step()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._engine, "step", interrupted_step)
+        with pytest.raises(KeyboardInterrupt):
+            engine.update_weights(directory)
+    output = engine.generate("again", GREEDY, use_tqdm=False)[0].outputs[0]
+    assert output.weights_versions == [(1, 12)]

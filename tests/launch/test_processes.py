@@ -231,7 +231,7 @@ def test_disconnects_leave_no_work_behind(engine, stream):
     """The worker falls idle long before the requests would have been served."""
     worker = engine.child("worker")
     body = json.dumps({**LONG, "ignore_eos": True, "n": 64, "stream": stream}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
     head += "Content-Type: application/json\r\n\r\n"
     clients = [socket.create_connection(("127.0.0.1", engine.port)) for _ in range(4)]
     for client in clients:

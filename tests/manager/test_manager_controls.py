@@ -433,14 +433,12 @@ def test_without_weights_nothing_runs_until_an_update() -> None:
     world = busy_world()
     world.device.keeps_files = False
     world.command(RELEASE_ALL)
-    update_too_early = world.command(update(1))
     restore = world.command(RESTORE_ALL)
     resume = world.command(Resume())
     bad = world.command(update(1, BAD_FILES))
     still = world.command(Resume())
     land_all(world)
-    assert "released" in failure_of(world, update_too_early).reason
-    answer_of(world, restore)
+    assert answer_of(world, restore).lacks_weights
     assert "update them first" in failure_of(world, resume).reason
     failure_of(world, bad)
     failure_of(world, still)
@@ -448,6 +446,22 @@ def test_without_weights_nothing_runs_until_an_update() -> None:
     world.command(update(1))
     world.drain()
     assert world.answers[3, 0].weights_versions == [1] * 20
+
+
+def test_an_update_restores_released_weights() -> None:
+    """So a trainer does not wait until the former weights are read again."""
+    world = busy_world()
+    world.command(RELEASE_ALL)
+    bad = world.command(update(1, BAD_FILES))
+    good = world.command(update(1))
+    resume = world.command(Resume())
+    land_all(world)
+    failure_of(world, bad)
+    answer_of(world, good)
+    assert "restore it first" in failure_of(world, resume).reason  # the KV cache
+    world.command(RestoreMemory(True, True))
+    world.drain()
+    assert world.answers[3, 0].weights_versions[-1] == 1
 
 
 def test_weights_are_updated_while_the_kv_cache_is_released() -> None:

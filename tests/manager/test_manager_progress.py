@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import numpy as np
-from fake_device import oracle
+from fake_device import Oracle, oracle
 from simulation import Simulation, World, make_config, make_request, prompt
 
 from tokasaurus.protocol.commands import Command, CommandDone, Pause, PauseMode
@@ -41,6 +44,21 @@ def ids_by_sample(given: Progress) -> dict[int, list[int]]:
 class ProgressWorld(World):
     """A world that knows what samples have generated elsewhere."""
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        # By request id: the version of the weights that drew the tokens; 0 where it is not here.
+        self.drawn_with: dict[int, int] = {}
+        self.latest: set[tuple[int, int]] = set()  # names that began elsewhere and came this turn
+
+    def turn(self, *events: FromServer, num_results: int = 0) -> None:
+        self.latest.clear()
+        super().turn(*events, num_results=num_results)
+
+    def _check_drained(self, command_id: int) -> None:
+        begun, self.begun = self.begun, self.begun - self.latest
+        super()._check_drained(command_id)
+        self.begun = begun
+
     def _note(self, event: FromServer) -> None:
         super()._note(event)
         if not isinstance(event, GenerateRequest) or event.progress is None:
@@ -53,14 +71,16 @@ class ProgressWorld(World):
                 del self.answers[name], self.living[name]
                 continue
             answer, count = self.answers[name], len(begun[index])
-            answer.expected.generate(count)
+            version = self.drawn_with.get(event.request_id, 0)
+            answer.expected.generate(count, version)
             answer.ids = begun[index]
-            answer.weights_versions = [0] * count
+            answer.weights_versions = [version] * count
             answer.logprobs = answer.expected.logprobs.copy()
             answer.tops = answer.expected.tops.copy()
             answer.acked = count
             if count:
                 self.begun.add(name)
+                self.latest.add(name)
             self.device.num_drawn[event.seed, index] = count
 
 
@@ -77,26 +97,51 @@ class ProgressSimulation(ProgressWorld, Simulation):
         if 0 < request.first_k <= num_finished:
             return request
         generated = {}
+        self._note_cartridge(request)
+        version = self.drawn_with[request_id] = chance.choice(self.weights_versions)
         for index in indices:
-            ids = oracle(request, index).ids
+            alone = Oracle(request, index, self.behind[request_id])
+            while not alone.has_ended:
+                alone.generate(1, version)
+            ids = alone.ids
             generated[index] = ids[: chance.choice([0, chance.randrange(len(ids))])]
         if generated.get(0):
             request = msgspec.structs.replace(request, num_prompt_logprobs=-1)
         return msgspec.structs.replace(request, progress=progress(generated, num_finished))
 
 
-def test_random_worlds_go_on_where_samples_stopped_elsewhere() -> None:
-    num_events = 6_000
-    for seed in itertools.count(500):
-        like = Simulation.of_seed(seed)
+def run_worlds(
+    first_seed: int, num_events: int, make_world: Callable[[int], Simulation]
+) -> Counter[str]:
+    """Runs worlds like these until this much has happened; returns what happened in them."""
+    counts: Counter[str] = Counter()
+    seeds = itertools.count(first_seed)
+    while num_events > 0:
+        seed = next(seeds)
+        like = make_world(seed)
         world = ProgressSimulation(seed, like.config, like.habits)
         try:
             world.run()
         except Exception as error:
             raise AssertionError(f"seed {seed}: {world.config} {world.habits}") from error
+        counts["updates"] += len(world.weights_versions) - 1
+        for name in world.begun:
+            request = world.requests[name[0]]
+            if request.progress is not None and name in world.answers:
+                counts["with cartridges"] += bool(request.cartridges)
+                versions = set(world.answers[name].weights_versions)
+                counts["of several versions"] += len(versions) > 1
         num_events -= world.num_events
-        if num_events <= 0:
-            return
+    return counts
+
+
+def test_random_worlds_go_on_where_samples_stopped_elsewhere() -> None:
+    run_worlds(500, 6_000, Simulation.of_seed)
+
+
+def test_worlds_with_commands_and_cartridges_go_on_where_samples_stopped_elsewhere() -> None:
+    counts = run_worlds(700, 10_000, Simulation.commanded_with_cartridges_of_seed)
+    assert min(counts[name] for name in ("updates", "with cartridges", "of several versions")) > 20
 
 
 def test_only_the_new_tokens_of_the_named_samples_are_sent() -> None:

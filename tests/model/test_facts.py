@@ -14,7 +14,8 @@ from checkpoints import ROPES
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from tokasaurus.errors import ModelError
+from tokasaurus import SamplingParams
+from tokasaurus.errors import ModelError, RequestError
 from tokasaurus.model import get_model_cls
 from tokasaurus.model.architectures.registry import ARCHITECTURES
 from tokasaurus.model.facts import model_facts, read_model_config
@@ -22,6 +23,7 @@ from tokasaurus.model.layers.rotary import _frequencies
 from tokasaurus.model.placement import Placement
 from tokasaurus.model.rope_config import DefaultRope, LinearRope, Llama3Rope, YarnRope
 from tokasaurus.model.weights.weights import Weights
+from tokasaurus.protocol.messages import SAMPLING_LIMITS
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -242,8 +244,35 @@ def test_facts_from_generation_config(directory):
     assert model_facts(directory({"eos_token_id": [5, 100, -1]})).eos_token_ids == (5,)
     greedy = model_facts(directory({"do_sample": False, "temperature": None}))
     assert (greedy.sampling_defaults, greedy.eos_token_ids) == ({}, (2,))
-    with pytest.raises(ModelError, match=r"generation_config\.json: field 'top_p' must be above 0"):
-        model_facts(directory({"top_p": 1.5}))
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte-order-mark"])
+def test_a_generation_config_may_say_what_requests_may_say(directory, mark):
+    for said, read in (
+        ({"top_k": -1}, {"top_k": -1}),
+        ({"top_k": 20.0}, {"top_k": 20}),
+        ({"top_k": 0}, {"top_k": 0}),
+        ({"top_p": 0}, {"top_p": 0}),
+        ({"temperature": 1e-9, "min_p": 0.5}, {"temperature": 1e-9, "min_p": 0.5}),
+    ):
+        path = directory(said)
+        for file in path.glob("*.json"):
+            file.write_bytes(mark + file.read_bytes())
+        assert model_facts(path).sampling_defaults == read, said
+
+
+def test_nonsense_in_a_generation_config_is_refused_as_in_a_request(directory):
+    for name, (low, high) in SAMPLING_LIMITS.items():
+        for value in (low - 0.5, high * 2 + 1, float("nan"), float("inf"), "1", True, [1]):
+            with pytest.raises(ModelError, match=rf"generation_config\.json: field '{name}' must"):
+                model_facts(directory({name: value}))
+            with pytest.raises(RequestError, match=name):
+                SamplingParams(**{name: value})
+        for value in (low, high):
+            model_facts(directory({name: value}))
+            SamplingParams(**{name: value})
+    with pytest.raises(ModelError, match=r"'top_k' must be a whole number, not 20\.5"):
+        model_facts(directory({"top_k": 20.5}))
 
 
 def test_facts_of_every_architecture_are_read_without_torch(directory):

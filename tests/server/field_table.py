@@ -107,6 +107,9 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
 SHOWS_ALL = {"chat_template_kwargs": {"chat_template": "{{ messages }}{{ tools }}<tool_call>"}}
 ONE_MODEL = "there is one model, by any name"
 ONE_KIND = "there is only one kind"
+NAMED = {"type": "function", "function": {"name": "f"}}
+OTHER_NAMED = {"type": "function", "function": {"name": "g"}}
+CACHE_HINT = "a hint for the cache, which needs none"
 COMES_BACK = "clients send parts of answers back unchanged"
 
 FORMS: Mapping[str, Row] = {
@@ -226,6 +229,8 @@ SCHEMAS: Mapping[Any, Place] = {
             "tool_calls": Changes([CALL]),
             "tool_call_id": Changes("call_1"),
             "reasoning_content": Changes("hm"),
+            "reasoning": Changes("hm"),
+            "refusal": Changes("No."),
         },
         lambda fields: in_chat(messages=[fields]),
         "messages",
@@ -234,8 +239,21 @@ SCHEMAS: Mapping[Any, Place] = {
         messages.TextPart,
         CHAT,
         {"type": "text", "text": "the cat"},
-        {"type": Passes(("text",), ONE_KIND, "image_url"), "text": Changes("the dog")},
+        {
+            "type": Passes(("text",), ONE_KIND, "image_url"),
+            "text": Changes("the dog"),
+            "cache_control": Passes(({"type": "ephemeral"},), CACHE_HINT, "ephemeral"),
+            "prompt_cache_breakpoint": Passes(({"mode": "explicit"},), CACHE_HINT, "explicit"),
+        },
         lambda fields: in_chat(messages=[{"role": "user", "content": [fields]}]),
+        "messages",
+    ),
+    messages.RefusalPart: of(
+        messages.RefusalPart,
+        CHAT,
+        {"type": "refusal", "refusal": "No."},
+        {"type": Passes(("refusal",), ONE_KIND, "image_url"), "refusal": Changes("Never.")},
+        lambda fields: in_chat(messages=[{"role": "assistant", "content": [fields]}, USER]),
         "messages",
     ),
     tools.ToolCall: of(
@@ -306,6 +324,28 @@ SCHEMAS: Mapping[Any, Place] = {
         ),
         "tool_choice",
     ),
+    tools.AllowedTools: of(
+        tools.AllowedTools,
+        CHAT,
+        {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [NAMED]}},
+        {
+            "type": Passes(("allowed_tools",), ONE_KIND, "custom"),
+            "allowed_tools": Changes({"mode": "required", "tools": [NAMED]}),
+        },
+        lambda fields: in_chat(tools=[TOOL, OTHER_TOOL], tool_choice=fields),
+        "tool_choice",
+    ),
+    tools._AllowedFunctions: of(
+        tools._AllowedFunctions,
+        CHAT,
+        {"mode": "auto", "tools": [NAMED]},
+        {"mode": Changes("required"), "tools": Changes([NAMED, OTHER_NAMED])},
+        lambda fields: in_chat(
+            tools=[TOOL, OTHER_TOOL],
+            tool_choice={"type": "allowed_tools", "allowed_tools": fields},
+        ),
+        "tool_choice",
+    ),
     responses.ResponsesRequest: of(
         responses.ResponsesRequest,
         RESPONSES,
@@ -359,6 +399,23 @@ SCHEMAS: Mapping[Any, Place] = {
         },
         "tool_choice",
     ),
+    response_items.AllowedFunctions: of(
+        response_items.AllowedFunctions,
+        RESPONSES,
+        {"type": "allowed_tools", "mode": "auto", "tools": [FLAT_TOOL]},
+        {
+            "type": Passes(("allowed_tools",), ONE_KIND, "web_search"),
+            "mode": Changes("required"),
+            "tools": Changes([FLAT_TOOL, {**FLAT_TOOL, "name": "g"}]),
+        },
+        lambda fields: {
+            **BASE[RESPONSES],
+            **SHOWS_ALL,
+            "tools": [FLAT_TOOL, {**FLAT_TOOL, "name": "g"}],
+            "tool_choice": fields,
+        },
+        "tool_choice",
+    ),
     response_items.FunctionCall: of(
         response_items.FunctionCall,
         RESPONSES,
@@ -396,6 +453,7 @@ SCHEMAS: Mapping[Any, Place] = {
             "type": Passes(("reasoning",), ONE_KIND, "compaction"),
             "content": Changes([{"type": "reasoning_text", "text": "hm"}]),
             "summary": Passes(([],), COMES_BACK, [{}]),
+            "encrypted_content": Refused("gAAAA"),
             "id": Passes(("rs_1",), COMES_BACK),
             "status": Passes(("completed",), COMES_BACK),
         },
@@ -441,6 +499,8 @@ SCHEMAS: Mapping[Any, Place] = {
             "text": Changes("the dog"),
             "annotations": Passes(([],), COMES_BACK, [{}]),
             "logprobs": Passes(([], [{}]), COMES_BACK),
+            "cache_control": Passes(({"type": "ephemeral"},), CACHE_HINT, "ephemeral"),
+            "prompt_cache_breakpoint": Passes(({"mode": "explicit"},), CACHE_HINT, "explicit"),
         },
         lambda fields: {**BASE[RESPONSES], "input": [{"role": "user", "content": [fields]}]},
         "input",

@@ -33,7 +33,7 @@ def send_raw(server, path, body):
     """Send a request on a bare socket, which the test can close at any time."""
     data = json.dumps(body).encode()
     connection = socket.create_connection(("127.0.0.1", server.port))
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
     return connection
 
@@ -91,7 +91,7 @@ def test_finished_requests_are_not_aborted(server):
 
 
 def test_half_a_body_starts_nothing_and_logs_nothing(server, caplog):
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(head + b'Content-Length: 1000\r\n\r\n{"prompt":')
     assert server.get("/health").status == 200

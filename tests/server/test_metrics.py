@@ -79,16 +79,14 @@ def test_requests_are_counted_by_route_and_status(own_server):
     own_server.post("/v1/completions", {"prompt": 7})
     own_server.post("/v1/completions", {**BODY, "stream": True})
     own_server.get("/v1/models/org/tiny-model")
-    own_server.get("/v1/models/a/b/c")
     for number in range(20):
         own_server.get(f"/no/such/{number}")
     found = read(own_server)
     assert found["http_requests_total", "/v1/completions", "200"] == 4
     assert found["http_requests_total", "/v1/completions", "400"] == 1
     assert found["http_requests_total", "/v1/models/{model_id:path}", "200"] == 1
-    assert found["http_requests_total", "/v1/models/{model_id:path}", "404"] == 1
     assert found["http_requests_total", "404", "other"] == 20
-    assert sum(key[0] == "http_requests_total" for key in found) == 5
+    assert sum(key[0] == "http_requests_total" for key in found) == 4
 
 
 def test_an_internal_error_counts_as_500(own_server, monkeypatch):
@@ -140,7 +138,8 @@ def test_every_prompt_ends_once(own_server):
     requests = own_server.engine.requests
     with contextlib.closing(socket.create_connection(("127.0.0.1", own_server.port))) as client:
         data = b'{"prompt": "x"}'
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+        head += b"Content-Type: application/json\r\n"
         client.sendall(head + b"Content-Length: %d\r\n\r\n" % len(data) + data)
         wait_for(lambda: len(own_server.engine.requests) > len(requests))
     own_server.wait_idle()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from fake_engine import CONFIG, PREPARER, TOKENIZER, VOCAB_SIZE, with_config
 from rows import each_row
@@ -32,6 +33,42 @@ def test_requests_without_a_seed_get_different_seeds():
     seeds = {PREPARER.prepare(PROMPT, SamplingParams()).seed for _ in range(20)}
     assert len(seeds) == 20
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_minus_one_is_no_seed_and_other_negative_seeds_are_seeds():
+    def seed_of(seed):
+        return PREPARER.prepare(PROMPT, SamplingParams(seed=seed)).seed
+
+    assert len({seed_of(-1) for _ in range(20)}) == 20
+    negative = [-2, -3, -1234, -(1 << 63)]
+    assert [seed_of(seed) for seed in negative] == [seed_of(seed) for seed in negative]
+    assert len({seed_of(seed) for seed in negative}) == len(negative)
+    assert all(0 <= seed_of(seed) < 2**63 for seed in negative)
+    assert [seed_of(seed) for seed in (0, 7, (1 << 63) - 1)] == [0, 7, (1 << 63) - 1]
+
+
+def test_tiny_numbers_leave_the_likeliest_token():
+    """Of a request and of the generation config."""
+    for temperature in (0, 1e-300, 1e-8, 0.99e-5):
+        for preparer, params in (
+            (PREPARER, SamplingParams(temperature=temperature)),
+            (
+                Preparer(with_config(sampling_defaults={"temperature": temperature}), TOKENIZER),
+                SamplingParams(),
+            ),
+        ):
+            assert preparer.prepare(PROMPT, params).sampling.temperature == 0
+    assert PREPARER.prepare(PROMPT, SamplingParams(temperature=1e-5)).sampling.temperature == 1e-5
+    for top_p in (0, 1e-300):
+        for preparer, params in (
+            (PREPARER, SamplingParams(top_p=top_p)),
+            (
+                Preparer(with_config(sampling_defaults={"top_p": top_p}), TOKENIZER),
+                SamplingParams(),
+            ),
+        ):
+            assert np.float32(preparer.prepare(PROMPT, params).sampling.top_p) > 0
+    assert PREPARER.prepare(PROMPT, SamplingParams(top_p=0.5)).sampling.top_p == 0.5
 
 
 def test_top_k_as_large_as_the_vocabulary_is_off():

@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 from fake_engine import CONFIG, TOKENIZER, submit
 
-from tokasaurus.protocol.commands import Command, CommandDone, CommandFailed, FlushCache
+from tokasaurus.protocol.commands import (
+    AbortAll,
+    Command,
+    CommandDone,
+    CommandFailed,
+    FlushCache,
+    Pause,
+    PauseMode,
+    UpdateWeights,
+)
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
@@ -182,6 +191,9 @@ def test_each_part_hears_of_its_own_samples() -> None:
     engine.router.send(AbortRequest(5))
     assert [engine.sent[replica][-1].request_id for replica in (0, 1)] == parts
     engine.router.send(AbortRequest(6))
+    engine.end(0, engine.requests(0)[0], 0, 1, 2, 3, reason=FinishReason.ABORT)
+    engine.end(1, engine.requests(1)[0], 4, 5, reason=FinishReason.ABORT)
+    engine.end(1, engine.requests(1)[1], 0, reason=FinishReason.ABORT)
     num_sent = [len(sent) for sent in engine.sent]
     for message in (AbortRequest(5), StopSequence(6, 0), StopSequence(5, 1)):
         engine.router.send(message)  # of requests that are not there any more
@@ -256,9 +268,12 @@ def test_predictions_are_those_of_the_last_part_and_of_the_longest_backlog() -> 
     assert (message.seconds.tolist(), message.backlog_seconds) == ([2.0], 2.5)
 
 
-def statistics(value: int, step_s: float) -> Statistics:
+def statistics(
+    value: int, step_s: float, weights_version: int = 0, *, paused: bool = False
+) -> Statistics:
     values = dict.fromkeys(Statistics.__struct_fields__, value)
-    return Statistics(**{**values, "step_s": step_s})  # type: ignore[arg-type]
+    values |= {"step_s": step_s, "weights_version": weights_version, "paused": paused}
+    return Statistics(**values)  # type: ignore[arg-type]
 
 
 def test_statistics_are_sums_whose_totals_never_fall() -> None:
@@ -273,15 +288,26 @@ def test_statistics_are_sums_whose_totals_never_fall() -> None:
     assert (message.num_pages, message.num_waiting, message.step_s) == (5, 5, 0.25)
 
 
+def test_a_version_and_a_pause_are_not_summed() -> None:
+    engine = Engine()
+    engine.router.absorb(0, statistics(1, 0.5, weights_version=2, paused=True))
+    (message,) = engine.router.absorb(1, statistics(1, 0.5, weights_version=2, paused=True))
+    assert (message.weights_version, message.paused) == (2, True)
+    engine.router.lost(0, lambda _: None)
+    (message,) = engine.router.absorb(1, statistics(1, 0.5, weights_version=2))
+    assert (message.weights_version, message.paused) == (2, False)
+
+
 def test_a_command_is_done_when_every_replica_has_done_it() -> None:
     engine = Engine(3)
     engine.router.send(Command(1, FlushCache()))
     assert all(len(sent) == 1 for sent in engine.sent)
     assert engine.router.absorb(0, CommandDone(1, 1, 16, 2, weights_version=3)) == []
-    assert engine.router.absorb(2, CommandDone(1, 2, 32, 0, weights_version=3)) == []
+    assert engine.router.absorb(2, CommandDone(1, 2, 32, 0, 3, lacks_weights=True)) == []
     (message,) = engine.router.absorb(1, CommandDone(1, 4, 64, 1, weights_version=3))
     numbers = message.num_pages, message.num_tokens, message.num_sequences, message.weights_version
     assert numbers == (7, 112, 3, 3)
+    assert message.lacks_weights
 
 
 def test_a_failed_command_says_which_replicas_failed_if_not_all_did() -> None:
@@ -298,6 +324,7 @@ def test_a_failed_command_says_which_replicas_failed_if_not_all_did() -> None:
             messages += engine.router.absorb(replica, answer)
         (message,) = messages
         assert (message.reason, message.field) == (reason, "path"), answers
+        assert message.is_partial == (None in answers)
 
 
 def test_a_lost_replica_is_not_waited_for() -> None:
@@ -396,3 +423,54 @@ def test_prompt_logprobs_are_asked_for_again_unless_all_have_come() -> None:
             generations.absorb(message)
         lose(engine, generations, 0)
         assert engine.last(1).num_prompt_logprobs == asked, num_missing
+
+
+def test_a_request_that_was_cut_short_ends_though_its_replica_is_lost() -> None:
+    engine, generations = text_core()
+    generation = start(generations)
+    generations.cut_short(generation)
+    assert isinstance(engine.sent[0][-1], AbortRequest)
+    lose(engine, generations, 0)
+    assert generation.finished
+    assert not len(generations)
+    assert not engine.sent[1]
+
+
+def test_requests_that_a_command_aborts_do_not_go_on_after_a_loss() -> None:
+    for action in (AbortAll(), Pause(PauseMode.ABORT)):
+        engine, generations = text_core()
+        before, answers = start(generations, max_tokens=9), []
+        generations.command(action, answers.append)
+        after = start(generations, max_tokens=9)
+        assert engine.router.absorb(1, CommandDone(0, num_sequences=2)) == []
+        num_sent = len(engine.sent[1])
+        lose(engine, generations, 0)
+        assert before.finished, action
+        assert not after.finished, action
+        assert len(answers) == 1, action
+        assert all(isinstance(each, GenerateRequest) for each in engine.sent[1][num_sent:])
+
+
+def test_an_answer_of_a_lost_replica_does_not_count() -> None:
+    engine = Engine(3)
+    engine.router.send(Command(1, UpdateWeights(1, ("f",))))
+    engine.router.absorb(0, CommandFailed(1, "no such file", "files"))
+    engine.router.absorb(1, CommandDone(1, weights_version=1))
+    assert engine.router.lost(0, lambda _: None) == []
+    (message,) = engine.router.absorb(2, CommandDone(1, weights_version=1))
+    assert isinstance(message, CommandDone)
+
+
+def test_an_update_that_only_one_replica_refused_can_be_followed_by_another() -> None:
+    engine, generations = text_core()
+    answers: list[object] = []
+    generations.update_weights(["f"], answers.append, label="mine")
+    for message in (CommandDone(0, weights_version=1), CommandFailed(0, "no such file")):
+        replica = int(isinstance(message, CommandFailed))
+        for each in engine.router.absorb(replica, message):
+            generations.absorb(each)
+    versions = generations.commands.weights
+    assert len(answers) == 1
+    assert (versions.version, versions.label(1)) == (0, "mine")  # replica 0 draws tokens with it
+    generations.update_weights(["f"], answers.append)
+    assert engine.sent[1][-1].action.version == 2

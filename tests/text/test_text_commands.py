@@ -21,6 +21,7 @@ from tokasaurus.protocol.commands import (
     ReleaseMemory,
     RestoreMemory,
     Resume,
+    UpdateWeights,
 )
 from tokasaurus.protocol.messages import (
     AbortRequest,
@@ -263,6 +264,26 @@ def test_the_core_knows_what_is_released():
     ):
         post.core.absorb(CommandDone(post.command(action)))
         assert commands.released == released
+
+
+def test_the_core_knows_when_nothing_can_run_before_a_further_command():
+    post = Post()
+    commands = post.core.commands
+    restore = RestoreMemory(weights=True, kv_cache=True)
+    for action, lacks_weights, holds in (
+        (Pause(PauseMode.KEEP), False, True),
+        (Resume(), False, False),
+        (ReleaseMemory(weights=False, kv_cache=True), False, True),
+        (restore, False, False),
+        (ReleaseMemory(weights=True, kv_cache=False), False, True),
+        (restore, True, True),
+        (FlushCache(), False, True),
+        (UpdateWeights(1, ("a.safetensors",)), False, False),
+    ):
+        command_id = post.command(action)
+        assert not commands.hold_everything, action  # it may let requests run
+        post.core.absorb(CommandDone(command_id, lacks_weights=lacks_weights))
+        assert commands.hold_everything == holds, action
 
 
 # --- versions of the weights ---------------------------------------------------------------------

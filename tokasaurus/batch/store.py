@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -92,8 +93,8 @@ class JobStore:
 
     Args:
         directory: its directory.
-        max_bytes: the most that all files may have before uploads are refused; None for no limit.
-            Results are always stored.
+        max_bytes: the most that all files may have before uploads are refused; None for a tenth of
+            the disk. Results are always stored.
 
     Raises:
         ConfigError: another process uses the directory, it cannot be written, or a newer version of
@@ -102,10 +103,12 @@ class JobStore:
 
     def __init__(self, directory: Path, max_bytes: int | None = None) -> None:
         self._directory = directory
-        self._max_bytes = max_bytes
         try:
             for path in (directory, self._files, self._answers):
                 path.mkdir(parents=True, exist_ok=True)
+            if max_bytes is None:
+                max_bytes = shutil.disk_usage(directory).total // 10
+            self._max_bytes = max_bytes
             self._lock = _take_lock(directory)
             self._database = sqlite3.connect(
                 directory / "jobs.sqlite3", isolation_level=None, check_same_thread=False
@@ -133,16 +136,15 @@ class JobStore:
             raise RequestError(
                 f"{number} files are stored, and there may be {MAX_FILES}; delete some", "file"
             )
-        if self._max_bytes is not None:
-            (stored,) = self._database.execute(
-                "SELECT coalesce(sum(json_extract(CAST(record AS TEXT), '$.bytes')), 0) FROM files"
-            ).fetchone()
-            if stored + file.bytes > self._max_bytes:
-                raise RequestError(
-                    f"{stored} bytes are stored, and with these {file.bytes} there would be more"
-                    f" than max_stored_bytes={self._max_bytes}; delete some files",
-                    "file",
-                )
+        (stored,) = self._database.execute(
+            "SELECT coalesce(sum(json_extract(CAST(record AS TEXT), '$.bytes')), 0) FROM files"
+        ).fetchone()
+        if stored + file.bytes > self._max_bytes:
+            raise RequestError(
+                f"{stored} bytes are stored, and with these {file.bytes} there would be more"
+                f" than max_stored_bytes={self._max_bytes}; delete some files",
+                "file",
+            )
         with self._transaction():
             self._insert_file(file)
 

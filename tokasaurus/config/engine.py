@@ -263,6 +263,16 @@ class EngineConfig:
         ),
         adapts="pages of other origins may not",
     )
+    allowed_hosts: tuple[str, ...] | None = flag(
+        None,
+        group=_SECURITY,
+        help=(
+            "More names that clients may call the engine by, in the header Host, besides those of "
+            "loopback and host: names such as gpu.example.org, *.example.org for all below it, "
+            "or * for every name. Others are refused with status 421."
+        ),
+        adapts="on a loopback address without api_key no more names; otherwise every name",
+    )
 
     max_queued_requests: int = flag(
         65536,
@@ -310,7 +320,7 @@ class EngineConfig:
             "The most bytes of all files in data_dir, inputs and results of batches. An upload "
             "beyond it is refused with status 400; results are always kept."
         ),
-        adapts="as much as the disk holds",
+        adapts="a tenth of the disk",
     )
 
     uvicorn_log_level: str = flag(
@@ -396,7 +406,7 @@ class EngineConfig:
         choices=("temperature", "raw", "processed"),
         help=(
             "The distribution that logprobs come from: softmax of logits / temperature, of the "
-            "logits alone, or after temperature, top_k, top_p and min_p."
+            "logits alone, or after temperature and filters."
         ),
     )
 

@@ -44,6 +44,7 @@ STATSD_PORT = 8125
 STOP_LAG = 16  # tokens
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
+_HOST_NAME = re.compile(r"(\*\.)?[^\s/:?#@*\[\]]+|\[[0-9a-fA-F:.]+\]")
 
 # Users may name the worker by its room.
 _KINDS: Mapping[str, Kind] = {
@@ -232,6 +233,12 @@ def _check_access(config: EngineConfig, problems: list[str]) -> None:
                 f"cors_origins: {origin!r} is not an origin; expected one such as"
                 " https://example.org, without a path, or *"
             )
+    for name in config.allowed_hosts or ():
+        if name != "*" and not _HOST_NAME.fullmatch(name):
+            problems.append(
+                f"allowed_hosts: {name!r} is not the name of a host; expected one such as"
+                " gpu.example.org, without a scheme, port or path, or *"
+            )
 
     url = config.statsd_server_url
     if url is not None and _statsd_address(url) is None:
@@ -273,6 +280,7 @@ def _server(config: EngineConfig, facts: ModelFacts, limits: _Limits) -> ServerC
         ssl_certfile=config.ssl_certfile,
         ssl_keyfile=config.ssl_keyfile,
         cors_origins=config.cors_origins or (),
+        allowed_hosts=config.allowed_hosts or (),
         max_queued_requests=config.max_queued_requests,
         request_timeout_s=config.request_timeout_s,
         request_read_timeout_s=config.request_read_timeout_s,

@@ -47,6 +47,7 @@ class ServerConfig:
     ssl_certfile: str | None
     ssl_keyfile: str | None
     cors_origins: tuple[str, ...]
+    allowed_hosts: tuple[str, ...]  # besides those of loopback and host
     max_queued_requests: int  # prompts in flight
     request_timeout_s: float | None
     request_read_timeout_s: float

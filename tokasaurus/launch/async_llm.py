@@ -13,7 +13,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Generator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike, fspath
@@ -24,9 +32,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokasaurus.config.engine import EngineConfig
+from tokasaurus.launch.control import (
+    Weights,
+    pause_action,
+    sleep_actions,
+    wake_up_actions,
+    weights_of,
+)
 from tokasaurus.launch.embedded import Conversation, EmbeddedEngine, Prompt
 from tokasaurus.launch.engine_thread import EngineThread
 from tokasaurus.launch.outputs import GrowingOutput, RequestOutput, request_output
+from tokasaurus.protocol.commands import AbortAll, Action, CommandDone, FlushCache, Resume
+from tokasaurus.server.control.commands import CommandRunner
 from tokasaurus.server.operations.heavy_work import MANY_CHARACTERS, in_thread_if, takes_long
 from tokasaurus.server.protocols.embeddings import embedding, pooling_named
 from tokasaurus.server.state import EngineState
@@ -109,6 +126,7 @@ class AsyncLLM:
             flags["model"] = fspath(model)
         self._config = EngineConfig.from_flags(**flags)
         self._state = EngineState()
+        self._runner = CommandRunner(self._state)
         self._thread: EngineThread | None = None
 
     def generate(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Answer:
@@ -177,6 +195,86 @@ class AsyncLLM:
         async with self._running(question, stream=False) as run:
             return embedding(await run.finished())
 
+    async def pause(self, mode: str = "abort") -> None:
+        """Computes nothing more until :meth:`resume`; later calls wait.
+
+        Args:
+            mode: "abort" ends every call with the tokens so far and the finish reason "abort";
+                "wait" lets the sequences that have begun end; "keep" lets all go on after
+                :meth:`resume`.
+
+        Raises:
+            RequestError: there is no such mode.
+            Conflict: a "wait" was ended by a resume, or by a pause that keeps.
+        """
+        await self._run(pause_action(mode))
+
+    async def resume(self) -> None:
+        """Goes on after a pause. Raises Conflict while memory is released."""
+        await self._run(Resume())
+
+    async def abort_all(self) -> int:
+        """Ends every call with the tokens so far and the finish reason "abort".
+
+        A call that has nothing to answer with, such as an embedding, raises EngineAborted.
+
+        Returns:
+            The number of samples that it ended.
+        """
+        (done,) = await self._run(AbortAll())
+        return done.num_sequences
+
+    async def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Pauses, and frees the memory of the weights and the KV cache until :meth:`wake_up`.
+
+        Args:
+            level: 1 or 2; 0 frees nothing.
+            mode: as for :meth:`pause`.
+
+        Raises:
+            RequestError: the level or the mode is wrong.
+        """
+        actions = sleep_actions(level, mode)
+        with (await self._loaded()).generations.commands.falling_asleep():
+            await self._run(*actions)
+
+    async def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Restores memory; when all is restored, resumes if a sleep had paused the engine.
+
+        The weights are read again from the files that they came from. If these are gone, the engine
+        waits for :meth:`update_weights`.
+
+        Args:
+            tags: "weights", "kv_cache" or both; default both.
+
+        Raises:
+            RequestError: there is no such tag.
+            Conflict: the memory is restored, but there are no weights to run.
+        """
+        await self._run(*wake_up_actions((await self._loaded()).generations.commands, tags))
+
+    async def reset_prefix_cache(self) -> None:
+        """Drops every cached page that no running sequence holds."""
+        await self._run(FlushCache())
+
+    async def update_weights(self, path: Weights) -> int:
+        """Replaces all weights of the model; calls in flight go on with the new ones.
+
+        Args:
+            path: as for :meth:`LLM.update_weights`.
+
+        Returns:
+            The version of the new weights: the first ones are 0, and each update makes the next.
+
+        Raises:
+            RequestError: the files cannot be these weights; nothing has changed.
+            Conflict: the memory of the weights is released.
+        """
+        files = await asyncio.to_thread(weights_of, path)
+        await self._loaded()
+        done = await self._runner.update_weights(files, lambda result: None)
+        return done.weights_version
+
     async def get_tokenizer(self) -> Tokenizer:
         """The tokenizer in use."""
         return (await self._loaded()).tokenizer
@@ -224,6 +322,10 @@ class AsyncLLM:
         engine = await self._thread.engine()
         self._state.check()
         return engine
+
+    async def _run(self, *actions: Action) -> list[CommandDone]:
+        await self._loaded()
+        return await self._runner.run(*actions) if actions else []
 
     def _answer(self, question: _Question) -> Answer:
         return Answer(partial(self._whole, question), partial(self._pieces, question))

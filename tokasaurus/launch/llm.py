@@ -28,11 +28,14 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from tokasaurus.config.engine import EngineConfig
-from tokasaurus.errors import RequestError
+from tokasaurus.errors import Conflict, RequestError, TokasaurusError
 from tokasaurus.launch.assemble import assemble
+from tokasaurus.launch.control import Weights, sleep_actions, wake_up_actions, weights_of
 from tokasaurus.launch.embedded import Conversation, EmbeddedEngine, Prompt
 from tokasaurus.launch.outputs import RequestOutput, request_output
+from tokasaurus.protocol.commands import Action, CommandDone, FlushCache
 from tokasaurus.server.protocols.embeddings import embedding, pooling_named
+from tokasaurus.text.commands import OnDone
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.params import SamplingParams
 from tokasaurus.text.preparation import PreparedRequest
@@ -81,6 +84,7 @@ class LLM:
 
         Raises:
             RequestError: a prompt or its parameters are wrong; nothing was generated.
+            Conflict: the engine is asleep.
         """
         texts = _as_list(prompts)
         params = _per_prompt(sampling_params, len(texts))
@@ -152,6 +156,59 @@ class LLM:
         ]
         return np.stack([embedding(each) for each in self._finished(requests, use_tqdm)])
 
+    def sleep(self, level: int = 1) -> None:
+        """Frees the memory of the weights and the KV cache, until :meth:`wake_up`.
+
+        Args:
+            level: 1 or 2; 0 frees nothing.
+
+        Raises:
+            RequestError: the level is wrong.
+        """
+        with self._engine.generations.commands.falling_asleep():
+            # Between two calls there is no sequence that the mode could concern.
+            for action in sleep_actions(level, "keep"):
+                self._command(action)
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Restores memory; the engine is awake when all of it is restored.
+
+        The weights are read again from the files that they came from. If these are gone, the engine
+        wakes up after :meth:`update_weights`.
+
+        Args:
+            tags: "weights", "kv_cache" or both; default both.
+
+        Raises:
+            RequestError: there is no such tag.
+            Conflict: the memory is restored, but there are no weights to run.
+        """
+        for action in wake_up_actions(self._engine.generations.commands, tags):
+            self._command(action)
+
+    def reset_prefix_cache(self) -> None:
+        """Drops every cached page."""
+        self._command(FlushCache())
+
+    def update_weights(self, path: Weights) -> int:
+        """Replaces all weights of the model.
+
+        Args:
+            path: a directory with safetensors files, one such file, or a list of them. Together
+                they have every tensor, under the names of the model's own checkpoint. They must
+                not be written to before this returns.
+
+        Returns:
+            The version of the new weights: the first ones are 0, and each update makes the next.
+
+        Raises:
+            RequestError: the files cannot be these weights; nothing has changed.
+            Conflict: the memory of the weights is released.
+        """
+        files = weights_of(path)
+        update = self._engine.generations.update_weights
+        return self._carry_out(partial(update, files)).weights_version
+
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer in use."""
         return self._engine.tokenizer
@@ -188,6 +245,7 @@ class LLM:
 
     def _finished(self, requests: list[PreparedRequest], use_tqdm: bool) -> list[Generation]:
         with self._lock:
+            self._check_awake()
             changed: list[int] = []  # numbers of generations that may have finished
             generations = [
                 self._engine.generations.start(request, on_change=partial(changed.append, number))
@@ -231,6 +289,28 @@ class LLM:
                     num_tokens = counters.num_generated_tokens - tokens_before
                     speed = num_tokens / (time.perf_counter() - started)
                     bar.set_postfix_str(f"{speed:.0f} output tokens/s", refresh=False)
+
+    def _check_awake(self) -> None:
+        commands = self._engine.generations.commands
+        if commands.is_paused or commands.released:
+            raise Conflict("the engine is asleep and computes nothing; call wake_up() first")
+
+    def _command(self, action: Action) -> CommandDone:
+        return self._carry_out(partial(self._engine.generations.command, action))
+
+    def _carry_out(self, submit: Callable[[OnDone], None]) -> CommandDone:
+        """Runs the engine until it has answered a command; Ctrl-C works only afterwards."""
+        with self._lock, _deferred_interrupt() as interrupted:
+            results: list[CommandDone | TokasaurusError] = []
+            submit(results.append)
+            while not results:
+                self._engine.step()
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        (result,) = results
+        if isinstance(result, TokasaurusError):
+            raise result
+        return result
 
     def _abandon(self, generations: list[Generation]) -> None:
         """Ends the running requests after an interrupt, so that the engine can be used again."""

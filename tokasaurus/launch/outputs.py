@@ -89,11 +89,9 @@ class GrowingOutput:
 
     def so_far(self) -> RequestOutput:
         """The output as it is now."""
+        left_out = {sample.index for sample in self._generation.left_out}
         outputs = [
-            sample
-            for _, sample in sorted(self._samples.items())
-            # With first_k, others have ended before an aborted one.
-            if sample.finish_reason != "abort" or self._generation.was_aborted
+            sample for index, sample in sorted(self._samples.items()) if index not in left_out
         ]
         if self._first is None:
             self._first = _request_output(self._generation, self._prompt, self._tokenizer, outputs)

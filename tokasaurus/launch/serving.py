@@ -95,12 +95,23 @@ class _Serving(TextProcess):
     async def _drain(self) -> None:
         self.state.drain()
         await self._batches.stop()  # they go on at the next start
-        try:
+        with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.state.drained(), self.config.shutdown_timeout_s)
-        except asyncio.TimeoutError:
-            log.warning("%d prompts did not finish in time", self.state.num_running)
-            self.state.die("it was shut down before this request had finished")
+        if self.state.num_running:
+            self._cut_short()
         self._http.should_exit = True
+
+    def _cut_short(self) -> None:
+        """Ends the requests that a drain has left."""
+        if self.state.holds_everything:
+            why, reason = (
+                ", since the engine is paused or asleep",
+                "it was shut down while it was paused",
+            )
+        else:
+            why, reason = " in time", "it was shut down before this request had finished"
+        log.warning("%d prompts did not finish%s", self.state.num_running, why)
+        self.state.die(reason)
 
 
 def http_server(

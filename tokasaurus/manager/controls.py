@@ -16,7 +16,7 @@ What is asked for already is done at once: a Resume where nothing is paused, a r
 released, a restore of what is there. A command that contradicts the state fails, and changes
 nothing:
 
-- an update whose version is not greater than the present one, or while the weights are released;
+- an update whose version is not greater than the present one;
 - a Resume while memory is released or there are no weights, since nothing could run;
 - a drain in this state, if there are sequences that could not run to their ends;
 - a load of a cartridge that is loaded, or for which there are not enough pages;
@@ -311,8 +311,6 @@ class Controls:
             reason = f"version is {action.version}; it must be greater than {present}, that of the"
             reason += f" present weights, and at most {MAX_WEIGHTS_VERSION}"
             self._failed(command_id, reason, "version")
-        elif not self._has_weights_memory:
-            self._failed(command_id, "the memory of the weights is released; restore it first")
         else:
             self._preempt_all()  # what they have computed is lost
             self._send(command_id, action, now)
@@ -352,6 +350,7 @@ class Controls:
             old, self._running.weights_version = self._running.weights_version, action.version
             num_pages = self._running.pages.replace_namespace(old, action.version)
             self._running.cartridges.publish_all(action.version)
+            self._has_weights_memory = True  # it restores released weights
             self._has_weights = done.weights_ready
         elif isinstance(action, ReleaseMemory):
             self._has_weights_memory &= not action.weights
@@ -495,6 +494,7 @@ class Controls:
                 num_tokens=num_tokens,
                 num_sequences=num_sequences,
                 weights_version=self._running.weights_version,
+                lacks_weights=self._has_weights_memory and not self._has_weights,
             )
         )
 

@@ -94,9 +94,10 @@ class Backlog:
                 range(message.n) if progress is None else progress.sample_indices.tolist()
             )
         }
+        request.followers = dict(reversed(request.sequences.items()))
         begun = [] if progress is None else _give_tokens(request, progress)
-        fresh = [entry for entry in request.sequences.items() if not entry[1].num_stored]
-        request.followers = dict(reversed(fresh))
+        for sequence in begun:
+            del request.followers[sequence.sample_index]
         self._next_leads(request)
         self._num_arrived += message.n
         self.num_sequences += len(request.sequences)

@@ -1,29 +1,26 @@
 """Reads the JSON files of a model's directory before any tensor is read. No torch.
 
-Owns the files and the choice of the architecture, which then parses the fields. Knows nothing of
-weights.
+Owns the files and the choice of the architecture, which then parses the fields. Of the weights, it
+reads the headers only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from dataclasses import replace
 from pathlib import Path
 
 from tokasaurus.config.slices import ModelFacts
 from tokasaurus.errors import ModelError
 from tokasaurus.model.architectures.registry import ARCHITECTURES
+from tokasaurus.model.checkpoint_headers import HEAD, CheckpointHeaders, check_sizes
 from tokasaurus.model.config import ModelConfig
 from tokasaurus.model.json_fields import JsonFields
+from tokasaurus.protocol.messages import SAMPLING_LIMITS
 
 __all__ = ["model_facts", "read_model_config"]
 
-# The numbers of ``Sampling`` that a model's generation_config.json may set.
-_SAMPLING_DEFAULTS: Mapping[str, Callable[[JsonFields, str], float]] = {
-    "temperature": lambda fields, name: fields.number(name, minimum=0),
-    "top_p": lambda fields, name: fields.positive(name, maximum=1),
-    "top_k": lambda fields, name: fields.integer(name, minimum=0),
-    "min_p": lambda fields, name: fields.number(name, minimum=0),
-}
+log = logging.getLogger(__name__)
 
 
 def read_model_config(path: str | Path, rope_scaling_override: str | None = None) -> ModelConfig:
@@ -37,11 +34,34 @@ def read_model_config(path: str | Path, rope_scaling_override: str | None = None
     Raises:
         ModelError: names the file and the field.
     """
-    return _parse(_read_config(Path(path)), rope_scaling_override)
+    directory = Path(path)
+    config = _parse(_read_config(directory), rope_scaling_override)
+    adapted = _adapt(config, CheckpointHeaders.read(directory))
+    if config.tie_word_embeddings and not adapted.tie_word_embeddings:
+        log.warning(
+            "%s: field 'tie_word_embeddings' is true, but the weights have a %s that differs from "
+            "the embedding; both are kept",
+            directory / "config.json",
+            HEAD,
+        )
+    elif adapted != config:
+        log.warning(
+            "%s has no %s: the model embeds texts, and what it generates means nothing",
+            directory,
+            HEAD,
+        )
+    return adapted
 
 
-def model_facts(path: str | Path, rope_scaling_override: str | None = None) -> ModelFacts:
+def model_facts(
+    path: str | Path, rope_scaling_override: str | None = None, load_format: str = "auto"
+) -> ModelFacts:
     """Reads what the composition root needs: sizes, and the model's defaults of generation.
+
+    Args:
+        path: the model's directory.
+        rope_scaling_override: see :func:`read_model_config`.
+        load_format: "auto" compares the sizes with the headers of the weights, if there are any.
 
     Raises:
         ModelError: names the file and the field.
@@ -49,6 +69,10 @@ def model_facts(path: str | Path, rope_scaling_override: str | None = None) -> M
     directory = Path(path)
     fields = _read_config(directory)
     config = _parse(fields, rope_scaling_override)
+    headers = CheckpointHeaders.read(directory)
+    if headers is not None and load_format == "auto":
+        check_sizes(fields, config, headers.shapes)
+    config = _adapt(config, headers)
     generation = JsonFields({}, "")
     if (directory / "generation_config.json").exists():
         generation = JsonFields.read(directory / "generation_config.json")
@@ -63,11 +87,22 @@ def model_facts(path: str | Path, rope_scaling_override: str | None = None) -> M
         # Ids beyond the vocabulary are never drawn, and some files say -1 for none.
         eos_token_ids=tuple(i for i in eos_token_ids if 0 <= i < config.vocab_size),
         sampling_defaults={
-            name: read(generation, name)
-            for name, read in _SAMPLING_DEFAULTS.items()
+            name: _sampling_number(generation, name)
+            for name in SAMPLING_LIMITS
             if name in generation
         },
     )
+
+
+def _adapt(config: ModelConfig, headers: CheckpointHeaders | None) -> ModelConfig:
+    """The shape of the model in the files, where it is not the one that ``config.json`` says."""
+    if headers is None:
+        return config
+    if config.tie_word_embeddings and headers.heads_differ:
+        return replace(config, tie_word_embeddings=False)
+    if not headers.has_prefix and HEAD not in headers.shapes:
+        return replace(config, tie_word_embeddings=True)
+    return config
 
 
 def _read_config(directory: Path) -> JsonFields:
@@ -79,6 +114,19 @@ def _read_config(directory: Path) -> JsonFields:
             f"{directory} has no config.json: it is not a model that transformers saved"
         )
     return JsonFields.read(path)
+
+
+def _sampling_number(generation: JsonFields, name: str) -> float:
+    """A number of ``Sampling``, within the limits that requests have."""
+    low, high = SAMPLING_LIMITS[name]
+    value = generation.number(name, minimum=low)
+    if value > high:
+        raise generation.error(name, f"must be at most {high:g}, not {value!r}")
+    if name != "top_k":
+        return value
+    if value != int(value):
+        raise generation.error(name, f"must be a whole number, not {value!r}")
+    return int(value)
 
 
 def _parse(fields: JsonFields, rope_scaling_override: str | None) -> ModelConfig:

@@ -31,7 +31,7 @@ class JsonFields:
     def read(cls, path: Path) -> JsonFields:
         """Reads a file. Raises ModelError if it is unreadable or not a JSON object."""
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")  # Windows begins files with a mark
         except (OSError, UnicodeDecodeError) as error:
             raise ModelError(f"cannot read {path}: {error}") from error
         return cls.parse(text, str(path))

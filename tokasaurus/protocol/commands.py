@@ -36,6 +36,7 @@ __all__ = [
     "UnloadCartridge",
     "UpdateWeights",
     "WriteCartridge",
+    "aborts_all",
 ]
 
 
@@ -161,6 +162,13 @@ Action: TypeAlias = (
 DeviceAction: TypeAlias = UpdateWeights | ReleaseMemory | RestoreMemory | WriteCartridge
 
 
+def aborts_all(action: Action) -> bool:
+    """Whether an action ends every request that came before it."""
+    if isinstance(action, Pause):
+        return action.mode is PauseMode.ABORT
+    return isinstance(action, AbortAll)
+
+
 class Command(Message, frozen=True):
     """Server to manager; answered by one CommandDone or CommandFailed."""
 
@@ -176,14 +184,17 @@ class CommandDone(Message, frozen=True):
     num_tokens: int = 0  # that these pages held
     num_sequences: int = 0  # aborted
     weights_version: int = 0  # of the weights that run from now on
+    # Whether nothing runs before an update: the weights were released and not read again.
+    lacks_weights: bool = False
 
 
 class CommandFailed(Message, frozen=True):
-    """The command changed nothing."""
+    """The command changed nothing, or only some of several replicas."""
 
     command_id: int
     reason: str
     field: str | None = None  # of the action
+    is_partial: bool = False  # some replicas have done it
 
 
 class Control(Message, frozen=True):

@@ -142,7 +142,7 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
 
     temperature: float = 1.0  # 0 means argmax
     top_k: int = 0  # 0 means off
-    top_p: float = 1.0  # in (0, 1]
+    top_p: float = 1.0  # in (0, 1]; where a client says 0, the smallest that is told apart from it
     min_p: float = 0.0  # in [0, 1]
     logprobs_mode: LogprobsMode = LogprobsMode.TEMPERATURE
     # Applied before the filters; None if there are none.
@@ -160,6 +160,14 @@ A request may set each of them, under the same name in ``SamplingParams``. The w
 a column of its table over slots. All but the temperature are filters, which their defaults turn
 off.
 """
+
+SAMPLING_LIMITS: Mapping[str, tuple[float, float]] = {
+    "temperature": (0.0, 100.0),
+    "top_k": (-1, (1 << 31) - 1),  # -1 is off, as 0 is
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+}
+"""What clients and generation configs may say of these numbers: at least, and at most."""
 
 
 # --- server to manager ----------------------------------------------------------------------------

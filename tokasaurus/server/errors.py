@@ -24,11 +24,12 @@ __all__ = [
     "ClientGone",
     "CommandTimeout",
     "Forbidden",
+    "ForeignPage",
     "HeadTooLarge",
+    "Misdirected",
     "ReadTimeout",
     "TimeIsUp",
     "Unauthorized",
-    "UnknownModel",
     "WrongMediaType",
     "described",
     "error_body",
@@ -60,11 +61,12 @@ class Forbidden(RequestError):
     """The request needs an admin key, or must not come from where it comes."""
 
 
-class UnknownModel(RequestError):
-    """No model has this name."""
+class ForeignPage(RequestError):
+    """A web page that the engine does not know sends the request."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__(f"the model {name!r} does not exist", "model")
+
+class Misdirected(RequestError):
+    """The request names another host than this one."""
 
 
 class ClientGone(TokasaurusError):
@@ -102,11 +104,12 @@ class ReadTimeout(TokasaurusError):
 _STATUSES: dict[type[Exception], int] = {
     Unauthorized: 401,
     Forbidden: 403,
+    ForeignPage: 403,
     NotFound: 404,
-    UnknownModel: 404,
     Conflict: 409,
     BodyTooLarge: 413,
     WrongMediaType: 415,
+    Misdirected: 421,
     HeadTooLarge: 431,
     RequestError: 400,
     TimeIsUp: 408,
@@ -120,9 +123,10 @@ _STATUSES: dict[type[Exception], int] = {
 }
 _CODES = {
     RequestTooLong: "context_length_exceeded",
-    UnknownModel: "model_not_found",
     Unauthorized: "invalid_api_key",
     Forbidden: "admin_key_required",
+    ForeignPage: "origin_not_allowed",
+    Misdirected: "host_not_allowed",
 }
 
 

@@ -64,9 +64,14 @@ class EngineState:
             self._engine.generations.fail_all(EngineDead(reason))
 
     async def drained(self) -> None:
-        """Returns when nothing is in flight any more."""
-        while self.num_running:
+        """Returns when nothing is in flight any more, or nothing of it can go on."""
+        while self.num_running and not self.holds_everything:
             await asyncio.sleep(_POLL_S)
+
+    @property
+    def holds_everything(self) -> bool:
+        """Whether a pause, released memory or missing weights keep all requests waiting."""
+        return self._engine is not None and self._engine.generations.commands.hold_everything
 
     @property
     def num_running(self) -> int:

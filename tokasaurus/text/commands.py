@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TypeAlias
 
 from tokasaurus.errors import Conflict, RequestError, TokasaurusError
@@ -33,18 +34,28 @@ class Commands:
 
     Attributes:
         is_paused: the last Pause is done, and no Resume since.
+        wake_resumes: a sleep has paused the engine, so waking it up resumes it.
         released: the kinds of memory that are released: "weights", "kv_cache".
+        lacks_weights: the weights were released, could not be read again, and wait for an update.
         weights: the versions of the weights.
     """
 
     def __init__(self, send: Callable[[Command], None]) -> None:
         self.is_paused = False
+        self.wake_resumes = False
         self.released: frozenset[str] = frozenset()
+        self.lacks_weights = False
         self.weights = WeightsVersions()
         self._send = send
         self._next_id = 0
         self._paused_by = -1  # the latest answered command that paused or resumed
         self._unanswered: dict[int, tuple[Action, OnDone]] = {}
+
+    @property
+    def hold_everything(self) -> bool:
+        """Whether requests can only go on after a command that has not been sent yet."""
+        rests = self.is_paused or self.lacks_weights or bool(self.released)
+        return rests and not self._unanswered
 
     def submit(self, action: Action, on_done: OnDone) -> None:
         """Sends a command."""
@@ -57,16 +68,27 @@ class Commands:
         """Takes the answer to a command."""
         action, on_done = self._unanswered.pop(message.command_id)
         if isinstance(message, CommandDone):
-            self._note(message.command_id, action)
+            self._note(message, action)
             on_done(message)
             return
         field = message.field
         if isinstance(action, UpdateWeights):
-            self.weights.drop(action.version)
+            self.weights.drop(action.version, is_taken=message.is_partial)
             if "weights" not in self.released:
                 field = field or "files"  # the worker refuses nothing else
         # Where no field is wrong, the state of the engine forbids the command.
         on_done(Conflict(message.reason) if field is None else RequestError(message.reason, field))
+
+    @contextlib.contextmanager
+    def falling_asleep(self) -> Iterator[None]:
+        """Surrounds the commands of a sleep: ``wake_resumes`` is set, unless one is refused."""
+        before = self.wake_resumes
+        self.wake_resumes |= not self.is_paused
+        try:
+            yield
+        except RequestError:
+            self.wake_resumes = before
+            raise
 
     def fail_all(self, error: TokasaurusError) -> None:
         """The engine is gone: ends every command with this error."""
@@ -74,15 +96,19 @@ class Commands:
         for _, on_done in unanswered.values():
             on_done(error)
 
-    def _note(self, command_id: int, action: Action) -> None:
-        if isinstance(action, Pause | Resume) and command_id > self._paused_by:
+    def _note(self, done: CommandDone, action: Action) -> None:
+        if isinstance(action, ReleaseMemory | RestoreMemory | UpdateWeights):
+            self.lacks_weights = done.lacks_weights
+        if isinstance(action, Pause | Resume) and done.command_id > self._paused_by:
             # A drain may be answered after the Resume that ended it.
-            self.is_paused, self._paused_by = isinstance(action, Pause), command_id
+            self.is_paused, self._paused_by = isinstance(action, Pause), done.command_id
+            self.wake_resumes &= self.is_paused
         elif isinstance(action, ReleaseMemory):
             self.released |= _kinds(action)
         elif isinstance(action, RestoreMemory):
             self.released -= _kinds(action)
         elif isinstance(action, UpdateWeights):
+            self.released -= {"weights"}
             self.weights.adopt(action.version)
 
 

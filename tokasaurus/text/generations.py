@@ -27,13 +27,11 @@ import numpy as np
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import EngineOverloaded, RequestError, TokasaurusError
 from tokasaurus.protocol.commands import (
-    AbortAll,
     Action,
     CommandDone,
     CommandFailed,
-    Pause,
-    PauseMode,
     UpdateWeights,
+    aborts_all,
 )
 from tokasaurus.protocol.messages import (
     Acknowledge,
@@ -240,7 +238,7 @@ class Generations:
 
         A command that aborts all sequences ends those that the turnstile holds, too.
         """
-        if _aborts_all(action):
+        if aborts_all(action):
             on_done = _with_more_sequences(self._turnstile.num_held, on_done)
             for request_id in self._turnstile.take_held():
                 self._end_unsent(self._table[request_id])
@@ -376,12 +374,6 @@ class Generations:
                 num_tokens=np.array(num_tokens, np.int32),
             )
         )
-
-
-def _aborts_all(action: Action) -> bool:
-    if isinstance(action, Pause):
-        return action.mode is PauseMode.ABORT
-    return isinstance(action, AbortAll)
 
 
 def _with_more_sequences(number: int, on_done: OnDone) -> OnDone:

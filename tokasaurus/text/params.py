@@ -13,7 +13,7 @@ from numbers import Integral, Real
 from typing import Any, cast
 
 from tokasaurus.errors import RequestError, TokasaurusError
-from tokasaurus.protocol.messages import MAX_PRIORITY, LogprobsMode
+from tokasaurus.protocol.messages import MAX_PRIORITY, SAMPLING_LIMITS, LogprobsMode
 from tokasaurus.text.structured_output import check_structured_outputs
 
 __all__ = ["MAX_SAMPLES", "SamplingParams", "renamed"]
@@ -21,8 +21,6 @@ __all__ = ["MAX_SAMPLES", "SamplingParams", "renamed"]
 MAX_SAMPLES = 1 << 16  # of one request, over all its prompts
 MAX_STOP_STRINGS = 128
 MAX_STOP_CHARS = 1024  # of one stop string
-_MIN_TEMPERATURE = 1e-5  # below it, dividing by the temperature leaves fp32
-_MAX_TEMPERATURE = 100.0
 _MAX_REPETITION_PENALTY = 1000.0
 MAX_STOP_TOKEN_IDS = 128
 MAX_BAD_WORDS = 256
@@ -42,11 +40,13 @@ class SamplingParams:
 
     Args:
         n: samples per prompt.
-        temperature: 0 always takes the likeliest token; default 1.
+        temperature: 0, or anything below 0.00001, always takes the likeliest token; default 1.
         top_p: draw from the likeliest tokens that together have this probability; default 1 (off).
+            0 leaves only the likeliest token.
         top_k: draw from this many of the likeliest tokens; -1 or 0 is off, the default.
         min_p: leave out tokens less likely than this share of the likeliest; default 0 (off).
-        seed: makes the samples reproducible, whatever else the engine runs.
+        seed: makes the samples reproducible, whatever else the engine runs; from -2^63 to 2^63-1.
+            -1 is no seed.
         stop: texts that end a sample; they are not part of its text.
         ignore_eos: go on after an end-of-sequence token.
         stop_token_ids: further tokens that end a sample; their text is not part of its text.
@@ -101,20 +101,12 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _check_int("n", self.n, 1, MAX_SAMPLES)
-        if self.temperature is not None and self.temperature != 0:
-            _check_number(
-                "temperature", self.temperature, _MIN_TEMPERATURE, _MAX_TEMPERATURE, "0, or "
-            )
-        if self.top_p is not None:
-            _check_number("top_p", self.top_p, 0.0, 1.0)
-            if self.top_p == 0:
-                raise RequestError("top_p must be above 0, and at most 1", "top_p")
-        if self.top_k is not None:
-            _check_int("top_k", self.top_k, -1, (1 << 31) - 1)
-        if self.min_p is not None:
-            _check_number("min_p", self.min_p, 0.0, 1.0)
+        for name, limits in SAMPLING_LIMITS.items():
+            if getattr(self, name) is not None:
+                check = _check_int if name == "top_k" else _check_number
+                check(name, getattr(self, name), *limits)
         if self.seed is not None:
-            _check_int("seed", self.seed, 0, (1 << 63) - 1)
+            _check_int("seed", self.seed, -(1 << 63), (1 << 63) - 1)
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(
                 f"ignore_eos must be true or false, not {self.ignore_eos!r}", "ignore_eos"
@@ -187,7 +179,7 @@ def _check_whole(name: str, value: Any) -> None:
         raise RequestError(f"{name} must be a whole number, not {value!r}", name)
 
 
-def _check_int(name: str, value: Any, low: int, high: int) -> None:
+def _check_int(name: str, value: Any, low: float, high: float) -> None:
     _check_whole(name, value)
     if not low <= int(value) <= high:
         raise RequestError(f"{name} must be from {low} to {high}, not {value}", name)
@@ -203,12 +195,12 @@ def _check_first_k(first_k: Any, n: int) -> None:
         )
 
 
-def _check_number(name: str, value: Any, low: float, high: float, also: str = "") -> None:
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise RequestError(f"{name} must be a number, not {value!r}", name)
     # Compared as it is: a whole number may be too large for a float.
     if not low <= cast(float, value) <= high:
-        raise RequestError(f"{name} must be {also}from {low:g} to {high:g}, not {value!r}", name)
+        raise RequestError(f"{name} must be from {low:g} to {high:g}, not {value!r}", name)
 
 
 def _checked_stop(stop: Any) -> tuple[str, ...]:

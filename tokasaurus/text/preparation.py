@@ -36,6 +36,11 @@ __all__ = ["CHAT_TEMPERATURE", "PreparedRequest", "Preparer"]
 CHAT_TEMPERATURE = 0.7
 """The temperature of conversations if neither client nor generation config gives one."""
 
+_MIN_TEMPERATURE = 1e-5  # below it, dividing by the temperature leaves fp32
+_MIN_TOP_P = 1e-8  # fp32 tells it from 0, and every likeliest token has more
+_SEED_BITS = 63
+_NO_SEED = (None, -1)  # vLLM's clients say -1
+
 
 @dataclass(frozen=True, eq=False)
 class PreparedRequest:
@@ -136,7 +141,7 @@ class Preparer:
                 default_temperature,
                 adjustments_of(params, late_ids, self.tokenizer, config.vocab_size),
             ),
-            seed=secrets.randbits(63) if params.seed is None else int(params.seed),
+            seed=_seed(params),
             stops=stops,
             stop_token_ids=tuple(sorted(stop_token_ids)),
             grammar=self._grammar(params),
@@ -239,6 +244,14 @@ def _room(num_prompt_tokens: int, max_tokens: int | None, limit: int) -> int:
     return int(max_tokens)
 
 
+def _seed(params: SamplingParams) -> int:
+    """The seed on the wire, which is not negative; a new one if the client gave none."""
+    if params.seed in _NO_SEED:
+        return secrets.randbits(_SEED_BITS)
+    assert params.seed is not None
+    return int(params.seed) % (1 << _SEED_BITS)
+
+
 def _sampling(
     params: SamplingParams,
     config: ServerConfig,
@@ -254,6 +267,9 @@ def _sampling(
     for name, neutral in SAMPLING_NUMBERS.items():
         asked = getattr(params, name)
         numbers[name] = type(neutral)(defaults[name] if asked is None else asked)
+    if numbers["temperature"] < _MIN_TEMPERATURE:
+        numbers["temperature"] = 0.0
+    numbers["top_p"] = max(numbers["top_p"], _MIN_TOP_P)
     if not 0 < numbers["top_k"] < config.vocab_size:
         numbers["top_k"] = 0
     mode = params.logprobs_mode

@@ -2,6 +2,7 @@
 
 It looks like one manager to the text core. Requests go to replicas, answers come back merged, and
 when a replica is lost, its samples go on elsewhere with the tokens that the server has of them.
+Samples that were to be aborted end instead: the router sends the last rows that the replica owes.
 
 Which replica gets a request:
 
@@ -30,7 +31,12 @@ import msgspec
 import numpy as np
 
 from tokasaurus.protocol.arrays import EMPTY_FLOAT32, EMPTY_INT32, Int32Array
-from tokasaurus.protocol.commands import Command, CommandDone, CommandFailed
+from tokasaurus.protocol.commands import (
+    Command,
+    CommandDone,
+    CommandFailed,
+    aborts_all,
+)
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
@@ -66,7 +72,11 @@ _STATE_FIELDS = (
     "num_free_pages",
     "num_evictable_pages",
     "step_s",
+    "weights_version",
+    "paused",
 )
+# What is not summed over the replicas: of the slowest, of the newest, and whether any is paused.
+_SHARED_FIELDS = ("step_s", "weights_version", "paused")
 
 
 @dataclass(eq=False, slots=True)
@@ -102,6 +112,8 @@ class _Route:
     num_parts: int = 0  # made so far
     num_finished: int = 0  # samples that ended by themselves
     is_split: bool = False  # so that ends are counted here
+    # Its replicas were told to end its samples, and will send the last row of each.
+    is_aborted: bool = False
 
     @property
     def has_enough(self) -> bool:
@@ -114,8 +126,7 @@ class _Broadcast:
     """The answers to a command that was sent to every replica."""
 
     awaited: set[int]  # replicas
-    done: list[CommandDone] = field(default_factory=list)
-    failed: list[tuple[int, CommandFailed]] = field(default_factory=list)
+    answers: dict[int, CommandDone | CommandFailed] = field(default_factory=dict)  # by replica
 
 
 class Replicas:
@@ -158,10 +169,9 @@ class Replicas:
             if part is not None:
                 part.replica.send(StopSequence(part.part_id, message.sample_index))
         elif isinstance(message, AbortRequest):
-            route_or_none = self._routes.pop(message.request_id, None)
+            route_or_none = self._routes.get(message.request_id)
             if route_or_none is not None:
                 self._abort_parts(route_or_none)
-                self._free_seats(route_or_none)
         else:
             self._broadcast(message)
 
@@ -187,10 +197,14 @@ class Replicas:
 
     def _broadcast(self, command: Command) -> None:
         self._broadcasts[command.command_id] = _Broadcast(set(self._replicas))
+        if aborts_all(command.action):
+            for route in self._routes.values():
+                route.is_aborted = True
         for replica in self._replicas.values():
             replica.send(command)
 
     def _abort_parts(self, route: _Route) -> None:
+        route.is_aborted = True
         for part in route.parts.values():
             part.replica.send(AbortRequest(part.part_id))
 
@@ -281,11 +295,7 @@ class Replicas:
         if isinstance(message, Statistics):
             self._statistics[replica] = message
             return [_merged_statistics(self._statistics.values())]
-        broadcast = self._broadcasts[message.command_id]
-        if isinstance(message, CommandDone):
-            broadcast.done.append(message)
-        else:
-            broadcast.failed.append((replica, message))
+        self._broadcasts[message.command_id].answers[replica] = message
         return self._answered(message.command_id, replica)
 
     def _absorb_updates(self, message: SequenceUpdates) -> SequenceUpdates:
@@ -302,7 +312,7 @@ class Replicas:
         route = self._routes.get(part_id & _REQUEST_MASK)
         part = None if route is None else route.parts.get(part_id)
         if route is None or part is None:
-            return  # the request was aborted before
+            return  # another part was refused
         part.samples.remove(sample_index)
         part.replica.num_open -= 1
         if not part.samples:
@@ -391,6 +401,7 @@ class Replicas:
                 del self._routes[route.request.request_id]
         messages: list[ToServer] = [endings.message()] if endings.rows else []
         for command_id, broadcast in list(self._broadcasts.items()):
+            broadcast.answers.pop(replica, None)
             if replica in broadcast.awaited:
                 messages += self._answered(command_id, replica)
         return messages
@@ -405,7 +416,7 @@ class Replicas:
         for index in set(indices).difference(rest):
             endings.add(route.request, samples[index].num_cached_tokens, index, FinishReason.STOP)
             self._count_finished(route)
-        if route.has_enough:
+        if route.is_aborted or route.has_enough:
             for index in rest:
                 endings.add(
                     route.request, samples[index].num_cached_tokens, index, FinishReason.ABORT
@@ -482,7 +493,11 @@ def _renamed(
 
 
 def _merged_answers(command_id: int, broadcast: _Broadcast) -> CommandDone | CommandFailed:
-    done, failed = broadcast.done, broadcast.failed
+    answers = broadcast.answers
+    done = [answer for answer in answers.values() if isinstance(answer, CommandDone)]
+    failed = {
+        replica: answer for replica, answer in answers.items() if isinstance(answer, CommandFailed)
+    }
     if not failed:
         return CommandDone(
             command_id,
@@ -490,21 +505,23 @@ def _merged_answers(command_id: int, broadcast: _Broadcast) -> CommandDone | Com
             num_tokens=sum(each.num_tokens for each in done),
             num_sequences=sum(each.num_sequences for each in done),
             weights_version=max(each.weights_version for each in done),
+            lacks_weights=any(each.lacks_weights for each in done),
         )
-    reasons = {message.reason for _, message in failed}
-    if not done and len(reasons) == 1:
-        return failed[0][1]
-    named = [f"replica {number}: {message.reason}" for number, message in failed]
+    first, *others = failed.values()
+    if not done and all(each.reason == first.reason for each in others):
+        return first
+    named = [f"replica {replica}: {each.reason}" for replica, each in failed.items()]
     if done:
-        named.append(f"{len(done)} of {len(done) + len(failed)} replicas have done it")
-    return CommandFailed(command_id, "; ".join(named), failed[0][1].field)
+        named.append(f"{len(done)} of {len(answers)} replicas have done it")
+    return CommandFailed(command_id, "; ".join(named), first.field, bool(done))
 
 
 def _merged_statistics(each: Iterable[Statistics]) -> Statistics:
-    rows = [msgspec.structs.astuple(statistics) for statistics in each]
-    sums = dict(zip(Statistics.__struct_fields__, map(sum, zip(*rows, strict=True)), strict=True))
-    step_s = Statistics.__struct_fields__.index("step_s")
-    return Statistics(**{**sums, "step_s": max(row[step_s] for row in rows)})
+    columns = zip(*(msgspec.structs.astuple(statistics) for statistics in each), strict=True)
+    named = zip(Statistics.__struct_fields__, columns, strict=True)
+    return Statistics(
+        **{name: max(column) if name in _SHARED_FIELDS else sum(column) for name, column in named}
+    )
 
 
 def _int32(values: Iterable[int]) -> Int32Array:

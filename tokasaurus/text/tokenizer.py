@@ -1,7 +1,9 @@
 """The model's tokenizer: text to ids, chat messages to ids, ids to bytes.
 
-It wraps a tokenizer of transformers. Several threads may call every method at once. The texts that
-models generate *continue* something, so decoding never strips their first space.
+It wraps a tokenizer of transformers, which knows the special tokens and the chat template. Where
+there is a ``tokenizer.json``, its pipeline turns text to ids, unchanged. Several threads may call
+every method at once. The texts that models generate *continue* something, so decoding never strips
+their first space.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ _RESERVED_ARGUMENTS = frozenset(
 # A template may write an argument again with each message, so the product is limited, too.
 _MAX_ARGUMENT_CHARS = 1 << 16
 _MAX_WRITTEN_CHARS = 1 << 26
-_GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+_FILE = "tokenizer.json"
+# Names of other files that AutoTokenizer makes a tokenizer of, beside *.model and *.tiktoken.
+_VOCABULARIES = ("vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 
 
 class Tokenizer:
@@ -48,6 +52,7 @@ class Tokenizer:
         wrapped: a transformers tokenizer.
         vocab_size: of the model. The tokenizer may have fewer tokens, because of padding, or more.
         eos_token_ids: ids that end a text without being part of it.
+        pipeline: a ``tokenizers.Tokenizer`` that turns text to ids in place of the wrapped one's.
         trusts_templates: requests may bring their own chat template, a program that may never end.
 
     Attributes:
@@ -63,12 +68,13 @@ class Tokenizer:
         vocab_size: int,
         eos_token_ids: Iterable[int] = (),
         *,
+        pipeline: Any = None,
         trusts_templates: bool = False,
     ) -> None:
         self._wrapped = wrapped
         self._trusts_templates = trusts_templates
         self._vocab_size = vocab_size
-        self._backend: Any = getattr(wrapped, "backend_tokenizer", None)
+        self._backend: Any = pipeline or getattr(wrapped, "backend_tokenizer", None)
         steps = None
         if self._backend is not None:
             self._backend.no_truncation()
@@ -99,12 +105,16 @@ class Tokenizer:
         """
         path = config.tokenizer_path
         try:
+            wrapped, pipeline = _load(Path(path), config.trust_remote_code)
             return cls(
-                _load_wrapped(path, config.trust_remote_code),
+                wrapped,
                 config.vocab_size,
                 config.eos_token_ids,
+                pipeline=pipeline,
                 trusts_templates=config.trust_request_chat_template,
             )
+        except ModelError:
+            raise
         except Exception as error:  # the libraries raise bare Exception
             raise ModelError(f"cannot load a tokenizer from {path}: {error}") from error
 
@@ -317,14 +327,60 @@ class Tokenizer:
         return str(both[len(alone) :]).encode()
 
 
-def _load_wrapped(path: str, trust_remote_code: bool) -> Any:
-    config_path = Path(path) / "tokenizer_config.json"
-    config = json.loads(config_path.read_text()) if config_path.is_file() else {}
-    if config.get("tokenizer_class") in _GENERIC_CLASSES and "auto_map" not in config:
-        # AutoTokenizer would load the same, but import torch.
+def _load(directory: Path, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Loads a directory's tokenizer.
+
+    Returns:
+        The wrapper, which knows the special tokens and the chat template, and the pipeline of
+        ``tokenizer.json``, which turns text to ids; None if the wrapper has the only one.
+    """
+    file = directory / _FILE
+    own_code = trust_remote_code and "AutoTokenizer" in _auto_map(directory)
+    if file.is_file() and not own_code:
+        # The generic class. AutoTokenizer chooses a class by the name in tokenizer_config.json or
+        # by the type of the model. Such a class builds a pipeline of its own from the vocabulary.
         from transformers import PreTrainedTokenizerFast
 
-        return PreTrainedTokenizerFast.from_pretrained(path)
+        wrapped = PreTrainedTokenizerFast.from_pretrained(directory)
+        return wrapped, _pipeline(file, wrapped)
+    if not own_code and not any(map(_is_vocabulary, directory.iterdir())):
+        raise ModelError(
+            f"{directory} has no {_FILE} and no other file with a vocabulary; copy the tokenizer's "
+            "files there, or name a directory or repository that has them with tokenizer=..."
+        )
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code), None
+
+
+def _pipeline(file: Path, wrapped: Any) -> Any:
+    """The pipeline of ``tokenizer.json``, and behind it the tokens that only other files add.
+
+    The wrapper's own is another: its class may change normalizer, post-processor and the tokens'
+    flags by what ``tokenizer_config.json`` says.
+    """
+    from tokenizers import Tokenizer as Pipeline
+
+    pipeline = Pipeline.from_file(str(file))
+    known = {token.content for token in pipeline.get_added_tokens_decoder().values()}
+    for _, token in sorted(wrapped.added_tokens_decoder.items()):
+        if token.content not in known:
+            add = pipeline.add_special_tokens if token.special else pipeline.add_tokens
+            add([token])
+    if pipeline.get_vocab() != wrapped.get_vocab():
+        raise ModelError(
+            f"{file.parent}: tokenizer_config.json gives tokens other ids than {_FILE} has for them"
+        )
+    return pipeline
+
+
+def _auto_map(directory: Path) -> Any:
+    path = directory / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    # A list is the old form, and stands for AutoTokenizer's.
+    found = config.get("auto_map", ())
+    return ("AutoTokenizer",) if isinstance(found, list) else found
+
+
+def _is_vocabulary(path: Path) -> bool:
+    return path.suffix in (".model", ".tiktoken") or path.name in _VOCABULARIES

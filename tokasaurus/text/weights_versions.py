@@ -20,6 +20,7 @@ class WeightsVersions:
 
     def __init__(self) -> None:
         self.version = 0
+        self._last_taken = 0  # the newest that any replica has had
         self._pending: list[int] = []  # updates without an answer
         self._labels: dict[int, str] = {}  # by version, those that clients gave
 
@@ -43,7 +44,7 @@ class WeightsVersions:
         Args:
             label: of the version, once it runs; None is its number.
         """
-        version = max(self.version, *self._pending, 0) + 1
+        version = max(self._last_taken, *self._pending, 0) + 1
         self._pending.append(version)
         self._labels.pop(version, None)
         if label is not None:
@@ -54,11 +55,20 @@ class WeightsVersions:
         """The update with this number has succeeded."""
         self._forget(version)
         self.version = max(self.version, version)
+        self._last_taken = max(self._last_taken, version)
 
-    def drop(self, version: int) -> None:
-        """The update with this number has failed; the next one may get the number."""
+    def drop(self, version: int, *, is_taken: bool = False) -> None:
+        """The update with this number has failed.
+
+        Args:
+            version: of the update.
+            is_taken: some replicas have this version. Otherwise the next update may get the number.
+        """
         self._forget(version)
-        self._labels.pop(version, None)
+        if is_taken:
+            self._last_taken = max(self._last_taken, version)
+        else:
+            self._labels.pop(version, None)
 
     def _forget(self, version: int) -> None:
         if version in self._pending:

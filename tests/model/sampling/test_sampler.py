@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from rows import named
 
+from tokasaurus.model import upload
 from tokasaurus.model.sampling import sampler
 from tokasaurus.model.sampling.parameters import SamplingParameters
 from tokasaurus.model.sampling.randomness import uniforms
@@ -78,21 +80,55 @@ def check_filters(vocab_size):
 
 
 def test_filters_keep_what_the_oracle_keeps(monkeypatch):
-    """Few candidates force the full sort, and so does a device that must be waited for."""
-    for candidates, answers in ((4, True), (512, True), (4, False)):
+    """Few candidates force the full sort, as does a device that must not be asked."""
+    for candidates, answers_at_once in ((4, True), (512, True), (4, False)):
         monkeypatch.setattr(sampler, "_NUCLEUS_CANDIDATES", candidates)
-        monkeypatch.setattr(sampler, "_answers_at_once", lambda device, answers=answers: answers)
+        monkeypatch.setattr(sampler, "_answers_at_once", lambda _, answer=answers_at_once: answer)
         for vocab_size in (7, 300):
-            with named((candidates, answers, vocab_size)):
+            with named((candidates, answers_at_once, vocab_size)):
                 check_filters(vocab_size)
 
 
-def test_draws_are_the_same_whether_the_device_is_asked_or_not(monkeypatch):
-    logits, chosen = random_batch(200, vocab_size=5000)
-    logits[:50] *= 0.1  # nuclei of more than 512 tokens
-    asked = draw(logits, chosen)
-    monkeypatch.setattr(sampler, "_answers_at_once", lambda device: False)
-    assert torch.equal(draw(logits, chosen), asked)
+def test_a_device_that_is_not_asked_draws_the_same_tokens(monkeypatch):
+    """From peaked and flat logits, with and without ties; the candidates are enough for some."""
+    short = []
+    whole_ranking = sampler._last_of_sorted
+
+    def counted(scores, shares):
+        short.append(len(scores))
+        return whole_ranking(scores, shares)
+
+    monkeypatch.setattr(sampler, "_last_of_sorted", counted)
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        logits, chosen = random_batch(50, vocab_size=1500, seed=seed)
+        logits *= torch.from_numpy(rng.choice([0, 0.1, 0.5, 1], (50, 1)).astype(np.float32))
+        if seed % 2:
+            logits = logits.round()
+        short.clear()
+        asked = draw(logits, chosen), processed(logits, chosen).isfinite()
+        # Temperature 0 draws without filters.
+        num_asking = ((chosen["top_p"] < 1) & (chosen["top_k"] == 0)).sum()
+        assert 0 < short[-1] < num_asking, seed
+        with monkeypatch.context() as patch:
+            patch.setattr(sampler, "_answers_at_once", lambda _: False)
+            unasked = draw(logits, chosen), processed(logits, chosen).isfinite()
+        assert short[-1] == num_asking, seed
+        assert torch.equal(asked[0], unasked[0]), seed
+        assert torch.equal(asked[1], unasked[1]), seed
+
+
+def test_another_device_is_never_asked(monkeypatch):
+    """Tensors of the meta device have no values, so a question about them raises."""
+    monkeypatch.setattr(upload, "_sent", lambda host, device: host.to(device))
+    logits, chosen = random_batch(60)
+    tokens = draw(logits.to("meta"), chosen)
+    logprobs = logprobs_of(logits.to("meta"), tokens, chosen, width=6, ranked=True)
+    assert (tokens.device.type, tokens.shape, logprobs.top.shape) == ("meta", (60,), (60, 6))
+    monkeypatch.setattr(sampler, "_answers_at_once", lambda _: True)
+    monkeypatch.setattr(sampler, "_NUCLEUS_CANDIDATES", 8)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        draw(logits.to("meta"), chosen)
 
 
 def test_equal_logits_rank_by_id(monkeypatch):
@@ -145,6 +181,22 @@ def test_a_number_picks_the_token_whose_share_contains_it():
     assert sampler._invert(weights, numbers).tolist() == [1, 1, 3, 3, 4, 4]
 
 
+def test_weights_that_diverged_draw_some_token():
+    """Logits that are NaN or infinite must not end the engine: better weights may come."""
+    rows = [(broken, f) for broken in (torch.nan, torch.inf, -torch.inf) for f in FILTERS]
+    chosen = parameters(len(rows), temperature=1.0, seed=range(len(rows)))
+    for row, (_, filters) in enumerate(rows):
+        for name, value in filters.items():
+            chosen[name][row] = value
+    for vocab_size in (50, 5000):
+        logits = torch.randn(len(rows), vocab_size)
+        for row, (broken, _) in enumerate(rows):
+            logits[row, : 1 if row % 2 else None] = broken
+        tokens = draw(logits, chosen)
+        assert 0 <= tokens.min() <= tokens.max() < vocab_size
+        logprobs_of(logits, tokens, chosen, 5)
+
+
 def test_a_nucleus_ends_where_its_share_is_reached():
     left = processed(torch.zeros(1, 4), parameters(1, top_p=0.5)).isfinite()
     assert left.tolist() == [[True, True, False, False]]
@@ -164,8 +216,8 @@ def test_a_large_vocabulary_is_drawn_exactly():
     assert np.abs(tokens - expected).max() <= 1
 
 
-def random_batch(num_rows, vocab_size=500):
-    rng = np.random.default_rng(11)
+def random_batch(num_rows, vocab_size=500, seed=11):
+    rng = np.random.default_rng(seed)
     logits = torch.from_numpy(rng.normal(0, 3, (num_rows, vocab_size)).astype(np.float32))
     chosen = parameters(
         num_rows,

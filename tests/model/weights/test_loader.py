@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -10,11 +11,13 @@ import torch
 from checkpoints import VOCAB_SIZE, edit_json, make_checkpoint
 from rows import named
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from tokasaurus.errors import ModelError
-from tokasaurus.model.facts import read_model_config
+from tokasaurus.model.facts import model_facts, read_model_config
 from tokasaurus.model.placement import Placement
-from tokasaurus.model.weights.loader import load_model
+from tokasaurus.model.weights.loader import fill_all, load_model
+from tokasaurus.model.weights.weight_files import WeightFiles
 
 PLACE = Placement(torch.float32, torch.device("cpu"))
 QUERY = "model.layers.1.self_attn.q_proj.weight"
@@ -94,6 +97,121 @@ def test_derived_tensors_and_a_copy_of_a_tied_head_are_ignored(editable):
     assert after.keys() == before.keys()
     for name, parameter in after.items():
         assert torch.equal(parameter, before[name]), name
+
+
+def logits(path):
+    """Of ten positions: ours, and those of transformers."""
+    ids = torch.arange(3, 13)
+    config = read_model_config(path)
+    model, _, _ = load_model(path, config, PLACE)
+    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.inference_mode():
+        hidden = theirs.model(ids[None]).last_hidden_state[0]
+        return model.logits(hidden), theirs.lm_head(hidden)
+
+
+def test_a_tied_head_that_differs_from_the_embedding_is_kept(editable, caplog):
+    """transformers drops neither: without tying, its answer is the right one."""
+    path = editable(tied=False)
+    for tied in (False, True):
+        edit_json(path / "config.json", tie_word_embeddings=tied)
+        caplog.clear()
+        found = load(path)
+        tensors = load_file(path / "model.safetensors")
+        assert torch.equal(found.head.method.weight, tensors["lm_head.weight"]), tied
+        assert torch.equal(found.embedding.weight, tensors["model.embed_tokens.weight"]), tied
+        assert ("'tie_word_embeddings' is true, but" in caplog.text) == tied
+        facts = model_facts(path)
+        assert facts.num_tied_parameters == 0
+        assert facts.num_parameters == sum(tensor.numel() for tensor in tensors.values())
+    edit_json(path / "config.json", tie_word_embeddings=False)
+    ours, theirs = logits(path)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_only_a_difference_in_the_vocabulary_unties_a_head(editable):
+    """Rows of padding, which one of the two may lack, are no difference; another dtype is one."""
+    path = editable(tied=True)
+    embedding = load_file(path / "model.safetensors")["model.embed_tokens.weight"]
+    changed = embedding.clone()
+    changed[-1, -1] += 1
+    rows = {
+        "a copy": (embedding.clone(), True),
+        "a copy with padding": (torch.cat([embedding, torch.ones(8, 64)]), True),
+        "the last number": (changed, False),
+        "another dtype": (embedding.double(), False),
+    }
+    for name, (head, tied) in rows.items():
+        edit_tensors(path, lambda tensors, head=head: tensors.update({"lm_head.weight": head}))
+        assert read_model_config(path).tie_word_embeddings == tied, name
+        load(path)
+
+
+def test_a_tied_model_may_have_its_tensor_as_the_head(editable):
+    path = editable(tied=True)
+    before = dict(load(path).named_parameters())
+
+    def rename(tensors):
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    edit_tensors(path, rename)
+    after = dict(load(path).named_parameters())
+    assert after.keys() == before.keys()
+    for name, parameter in after.items():
+        assert torch.equal(parameter, before[name]), name
+    assert model_facts(path).num_tied_parameters == VOCAB_SIZE * 64
+    edit_json(path / "config.json", tie_word_embeddings=False)
+    with pytest.raises(ModelError, match=r"lacks tensors: model\.embed_tokens\.weight"):
+        load(path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_names_without_the_prefix_of_a_model_that_embeds_are_understood(editable, tied, caplog):
+    path = editable(architecture="qwen3", tied=tied)
+    before = dict(load(path).named_parameters())
+
+    def strip(tensors):
+        for name in list(tensors):
+            tensor = tensors.pop(name)
+            if name != "lm_head.weight":
+                tensors[name.removeprefix("model.")] = tensor
+
+    edit_tensors(path, strip)
+    model, weights, files = load_model(path, read_model_config(path), PLACE)
+    after = dict(model.named_parameters())
+    assert after.keys() - before.keys() == set()
+    for name, parameter in after.items():
+        assert torch.equal(parameter, before[name]), name
+    assert ("has no lm_head.weight" in caplog.text) == (not tied)
+    assert model_facts(path).num_parameters == weights.num_parameters
+    with files.reopened() as again:
+        fill_all(weights, again.tensors(), "the same files")
+
+
+def test_sizes_are_compared_with_the_tensors_before_anything_is_allocated(editable):
+    path = editable()
+    plain = json.loads((path / "config.json").read_text())
+    rows = [
+        ("hidden_size", 10**9, r"is 1000000000, but tensor model.embed_tokens.weight has shape"),
+        ("vocab_size", 10**10, "is 10000000000, but tensor model.embed_tokens.weight has shape"),
+        ("intermediate_size", 10**9, r"is 1000000000, but .*mlp.gate_proj.weight has shape"),
+        ("num_hidden_layers", 10**9, "is 1000000000, but the weights have 3 layers"),
+        ("num_hidden_layers", 2, "is 2, but the weights have 3 layers"),
+        ("num_attention_heads", 8, "is 8, which with head_dim makes 128 rows, but tensor .*q_proj"),
+        ("num_key_value_heads", 4, "is 4, which with head_dim makes 64 rows, but tensor .*k_proj"),
+    ]
+    wrong = []
+    for name, value, message in rows:
+        edit_json(path / "config.json", **{**plain, name: value})
+        try:
+            wrong.append((name, model_facts(path)))
+        except ModelError as error:
+            if not re.search(rf"field '{name}' {message}", str(error)):
+                wrong.append((name, str(error)))
+        model_facts(path, load_format="dummy")
+    assert wrong == []
+    edit_json(path / "config.json", **{**plain, "vocab_size": VOCAB_SIZE - 5})
+    assert model_facts(path).vocab_size == VOCAB_SIZE - 5
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -198,3 +316,19 @@ def test_make_checkpoint_writes_both_styles_of_config(tmp_path):
     assert "rope_parameters" not in old_fields
     assert {"rope_parameters", "dtype"} <= set(new_fields)
     assert read_model_config(old) == read_model_config(new)
+
+
+def test_an_update_of_a_tied_model_cannot_bring_a_head_of_its_own(editable):
+    path = editable(tied=True)
+    _, weights, files = load_model(path, read_model_config(path), PLACE)
+    with files.reopened() as again:
+        again.check(weights)
+    embedding = load_file(path / "model.safetensors")["model.embed_tokens.weight"]
+    for head, message in ((embedding.clone(), None), (embedding + 1, "one tensor between them")):
+        edit_tensors(path, lambda tensors, head=head: tensors.update({"lm_head.weight": head}))
+        with WeightFiles([path / "model.safetensors"], "the update") as update:
+            if message is None:
+                update.check(weights)
+                continue
+            with pytest.raises(ModelError, match=message):
+                update.check(weights)

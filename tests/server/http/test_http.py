@@ -5,7 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 
-from fake_engine import CONFIG, wait_for
+import pytest
+from fake_engine import CONFIG, RunningServer, wait_for
 from rows import each_row
 
 import tokasaurus
@@ -30,10 +31,33 @@ def test_the_model_is_listed_and_retrieved(server):
     assert client.models.retrieve(CONFIG.model_name).id == CONFIG.model_name
 
 
-def test_an_unknown_model_is_a_404(server):
-    answer = server.get("/v1/models/another/model")
-    assert (answer.status, answer.error["code"]) == (404, "model_not_found")
-    assert answer.error["param"] == "model"
+def test_a_model_is_found_by_every_name_that_requests_may_use(server):
+    model = server.get(f"/v1/models/{CONFIG.model_name}").json
+    for name in ("default", "another/model", "gpt-4o"):
+        assert server.get(f"/v1/models/{name}").json == {**model, "id": name}
+        answer = server.post("/v1/completions", {"prompt": "a", "max_tokens": 1, "model": name})
+        assert answer.json["model"] == name
+    assert server.client().models.retrieve("default").id == "default"
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_head_has_the_status_and_headers_of_get_without_a_body(ready):
+    with RunningServer(ready=ready).running() as server:
+        for path in (
+            "/ping",
+            "/health",
+            "/version",
+            "/v1/models",
+            "/v1/models/default",
+            "/model_info",
+            "/server_info",
+        ):
+            get, head = (server._ask(method, path, None, {}) for method in ("GET", "HEAD"))
+            assert (head.status, head.content) == (get.status, b""), path
+            assert head.headers["content-type"] == get.headers["content-type"], path
+        assert server._ask("HEAD", "/v1/nothing", None, {}).status == 404
+        assert server._ask("HEAD", "/v1/completions", None, {}).status == 405
+        assert server._ask("HEAD", "/flush_cache", None, {}).status == 405
 
 
 @each_row(

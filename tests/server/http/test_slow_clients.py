@@ -38,7 +38,7 @@ def connected(server: RunningServer, data: bytes = b"") -> Iterator[socket.socke
 
 def post(num_bytes: int, path: str = "/v1/completions", more: str = "") -> bytes:
     return (
-        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         f"{more}Content-Length: {num_bytes}\r\n\r\n"
     ).encode()
 
@@ -106,7 +106,7 @@ def test_a_dribbling_body_is_refused(server, path):
 
 def test_an_upload_that_stops_leaves_nothing(server):
     head = (
-        "POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n"
+        "POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n"
         "Content-Type: multipart/form-data; boundary=xyz\r\n\r\n--xyz\r\n"
         'Content-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
     )
@@ -136,7 +136,7 @@ def test_an_answer_may_take_longer_than_the_limit(server):
             server.advance(LIMIT_S / 2)
         server.engine.paused = False
         assert answer_to(connection).startswith(b"HTTP/1.1 200")
-        connection.sendall(b"ng HTTP/1.1\r\nHost: x\r\n\r\n")
+        connection.sendall(b"ng HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert answer_to(connection).startswith(b"HTTP/1.1 200")
         connection.sendall(b"GET /ping HTTP/1.1\r\nHo")
         check_refusal(rest_of(server, connection), 408, "head of the request")
@@ -158,7 +158,7 @@ def test_an_endless_head_is_refused(server):
 
 
 def test_requests_in_one_piece_may_be_larger_than_a_head(server):
-    request = b"GET /ping HTTP/1.1\r\nHost: x\r\nX-Name: " + b"x" * 2000 + b"\r\n\r\n"
+    request = b"GET /ping HTTP/1.1\r\nHost: localhost\r\nX-Name: " + b"x" * 2000 + b"\r\n\r\n"
     with connected(server, 60 * request + request[:-2]) as connection:
         for _ in range(60):
             assert answer_to(connection).startswith(b"HTTP/1.1 200")

@@ -165,6 +165,48 @@ def check_completion_logprobs(logprobs, ids, number, text):
             assert text[offset:].startswith(token)
 
 
+def test_echo_alone_has_the_prompt_and_its_logprobs(server, client):
+    """``max_tokens=0``, as programs ask for the logprobs of a text."""
+    server.engine.script = lambda request, index: [EOS_ID]
+    prompts = ["the cat", "a mat"]
+    body = {"prompt": prompts, "echo": True, "max_tokens": 0, "logprobs": 2, "n": 2}
+    more = {"return_weights_versions": True}
+    answer = server.post("/v1/completions", {**body, **more}).json
+    plain = server.post("/v1/completions", {**body, "max_tokens": 1}).json
+    assert [choice["text"] for choice in answer["choices"]] == [p for p in prompts for _ in "ab"]
+    for choice, longer in zip(answer["choices"], plain["choices"], strict=True):
+        num_tokens = len(TOKENIZER.encode(choice["text"]))
+        assert choice["finish_reason"] == "length"
+        assert choice["weights_versions"] == []
+        for name, values in choice["logprobs"].items():
+            assert values == longer["logprobs"][name][:num_tokens], name
+            assert len(values) == num_tokens
+    num_prompt_tokens = sum(len(TOKENIZER.encode(prompt)) for prompt in prompts)
+    assert answer["usage"]["completion_tokens"] == 0
+    assert answer["usage"]["total_tokens"] == num_prompt_tokens
+    assert json.loads(answer["system_fingerprint"]) == {"completion_ids": [[]] * 4}
+    chunks = list(
+        client.completions.create(
+            model="m", **body, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    texts = {chunk.choices[0].index: chunk.choices[0].text for chunk in chunks if chunk.choices}
+    assert [texts[index] for index in range(4)] == [p for p in prompts for _ in "ab"]
+    assert chunks[-1].usage.completion_tokens == 0
+
+
+def test_echo_alone_needs_echo(server):
+    for fields, param in (
+        ({}, "max_tokens"),
+        ({"echo": False}, "max_tokens"),
+        ({"echo": True, "min_tokens": 1}, "min_tokens"),
+        ({"echo": True, "logprobs_in_fingerprint": True}, "logprobs_in_fingerprint"),
+    ):
+        body = {"prompt": "a", "max_tokens": 0, **fields}
+        answer = server.post("/v1/completions", body)
+        assert (answer.status, answer.error["param"]) == (400, param)
+
+
 def test_echo_with_logprobs(server, client):
     says(server, " sat")
     prompt = TOKENIZER.encode("the cat")
@@ -342,7 +384,8 @@ def test_logprobs_of_a_chat(server, client):
             for c in chat(client, logprobs=True, top_logprobs=number, stream=True)
         ]
         assert [entry for piece in pieces for entry in piece] == content
-        assert bytes(b for entry in content for b in entry.bytes) == f"{SAID}</s>".encode()
+        assert bytes(b for entry in content for b in entry.bytes) == SAID.encode()
+        assert (content[-1].token, content[-1].bytes) == ("</s>", [])
         for token_id, entry in zip(ids, content, strict=True):
             chosen, best, values = logprob_row(token_id, number or 0)
             assert (entry.token, entry.logprob) == (TOKENIZER.token_text(token_id), chosen)

@@ -379,23 +379,6 @@ def test_responses_take_tools_with_a_schema(server):
         ),
         ({"tool_choice": "required", "ignore_eos": True}, "ignore_eos", "structured output"),
         (
-            {"messages": [{"role": "assistant", "content": None}, *MESSAGES]},
-            "messages",
-            "messages[0].content is required",
-        ),
-        (
-            {
-                "messages": [
-                    {
-                        "role": "assistant",
-                        "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}],
-                    }
-                ]
-            },
-            "messages",
-            "messages[0].tool_calls[0].function.arguments",
-        ),
-        (
             {"apply_chat_template_overrides": {"shout": True}},
             "apply_chat_template_overrides",
             "two names",

@@ -150,6 +150,7 @@ def test_a_route_asks_this_of_the_engine(request_, actions, answer):
         (("POST /release_memory_occupation", {"tags": ["nothing"]}), "tags"),
         (("POST /update_weights_from_disk", {}), "model_path"),
         ("POST /update_weights_from_disk", "model_path"),
+        (("POST /update_weights_from_disk", {"model_path": ""}), "model_path"),
         (("POST /update_weights_from_disk", {"model_path": "/no/such"}), "model_path"),
         (("POST /update_weights_from_disk", {"model_path": "/", "keep_pause": True}), "keep_pause"),
         (
@@ -353,15 +354,22 @@ def test_sleeping_and_waking(server):
     assert state() == (True, False)
 
 
-def test_waking_without_weights_says_what_to_do(server):
+def test_a_restore_without_weights_says_what_to_do(server, tmp_path):
+    server.engine.forgets_weights = True
     assert ask(server, "POST /sleep").status == 200
-    server.engine.refuse[Resume] = ("the weights were not filled again", None)
+    assert ask(server, "POST /wake_up?tags=weights").json == {"status": "sleeping"}
     answer = ask(server, "POST /wake_up")
     assert answer.status == 409
     assert "then POST /resume" in answer.error["message"]
-    server.engine.refuse.clear()
     assert ask(server, "POST /resume").status == 200
     assert server.get("/is_sleeping").json == {"is_sleeping": False}
+    assert ask(server, "POST /release_memory_occupation").json == {"status": "ok"}
+    answer = ask(server, "POST /resume_memory_occupation")
+    assert (answer.status, answer.json["status"]) == (200, "ok")
+    assert "wait for an update" in answer.json["message"]
+    update = {"model_path": checkpoint(tmp_path, "model.safetensors")}
+    assert ask(server, ("POST /update_weights_from_disk", update)).status == 200
+    assert ask(server, "POST /resume_memory_occupation").json == {"status": "ok"}
 
 
 def test_nothing_follows_a_pause_that_fails(server):

@@ -11,11 +11,15 @@ from tokasaurus.version import __version__
 
 @pytest.mark.parametrize("path", ["/flush_cache", "/reset_prefix_cache"])
 def test_a_flush_reports_what_was_dropped(server, path):
-    for answer in (server.post(path, b""), server.get(path)):
+    for _ in range(2):
+        answer = server.post(path, b"")
         assert answer.status == 200
         assert answer.json == {"status": "ok", "flushed_pages": 3, "flushed_tokens": 48}
     asked = [each for each in server.engine.received if isinstance(each, Command)]
     assert len({each.command_id for each in asked}) == len(asked) == 2
+    answer = server.get(path)  # any web page can make a browser send this
+    assert (answer.status, answer.headers["allow"]) == (405, "POST")
+    assert [each for each in server.engine.received if isinstance(each, Command)] == asked
 
 
 def test_a_flush_ends_with_a_503_when_the_engine_dies():

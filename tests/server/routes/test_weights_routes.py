@@ -216,6 +216,17 @@ def test_there_is_one_unfinished_update_at_a_time(server, home):
     begin(server)
 
 
+def test_a_refusal_names_buckets_and_not_their_files(server, home):
+    update = begin(server)
+    put(server, update, 0, bucket())
+    (path,) = files_below(home)
+    server.engine.refuse[UpdateWeights] = (f"{path}: tensor x is int8", "files")
+    answer = commit(server, update, 1)
+    assert (answer.status, answer.error["param"]) == (400, None)
+    assert answer.error["message"] == "bucket 0: tensor x is int8"
+    assert server.get(f"{UPDATES}/{update}").json["error"] == "bucket 0: tensor x is int8"
+
+
 def test_a_refused_update_is_open_again(server):
     update = begin(server, weight_version="new")
     put(server, update, 0, bucket())
@@ -283,7 +294,8 @@ def test_a_commit_whose_time_is_up_goes_on(server):
 def test_a_bucket_that_breaks_off_leaves_nothing(server, home):
     update = begin(server)
     with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S) as connection:
-        head = f"PUT {UPDATES}/{update}/buckets/0 HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n"
+        head = f"PUT {UPDATES}/{update}/buckets/0 HTTP/1.1\r\nHost: localhost\r\n"
+        head += "Content-Length: 1000\r\n"
         connection.sendall(f"{head}X-Checksum-SHA256: {'0' * 64}\r\n\r\nxxx".encode())
         wait_for(lambda: files_below(home))
     wait_for(lambda: not files_below(home))
@@ -293,7 +305,7 @@ def test_a_bucket_that_breaks_off_leaves_nothing(server, home):
 def test_a_bucket_that_comes_while_its_update_is_deleted_is_dropped(server, home):
     update, data = begin(server), bucket(1, 1 << 17)
     with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S) as connection:
-        head = f"PUT {UPDATES}/{update}/buckets/0 HTTP/1.1\r\nHost: x\r\n"
+        head = f"PUT {UPDATES}/{update}/buckets/0 HTTP/1.1\r\nHost: localhost\r\n"
         head += f"Content-Length: {len(data)}\r\n"
         head += f"X-Checksum-SHA256: {hashlib.sha256(data).hexdigest()}\r\n\r\n"
         connection.sendall(head.encode() + data[:100])

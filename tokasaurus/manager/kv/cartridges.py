@@ -70,7 +70,7 @@ class Cartridges:
         self._pages = pages
         self._next_id = -1
         self._by_name: dict[str, Cartridge] = {}
-        self._written: set[str] = set()
+        self._written: dict[str, None] = {}  # names, in a fixed order
 
     def __contains__(self, name: str) -> bool:
         """Whether the name is taken: by a cartridge that is loaded, or still being written."""
@@ -119,7 +119,7 @@ class Cartridges:
             name: of the cartridge.
             namespace: of the prefix cache, where its full pages can be found.
         """
-        self._written.add(name)
+        self._written[name] = None
         self._publish(self._by_name[name], namespace)
 
     def publish_all(self, namespace: int) -> None:
@@ -139,7 +139,7 @@ class Cartridges:
             The number of all these pages, and of the tokens in them.
         """
         cartridge = self._by_name.pop(name)
-        self._written.discard(name)
+        self._written.pop(name, None)
         num_pages = self._pages.unpin(cartridge.pages, int(cartridge.ids[0]))
         num_behind = num_pages - len(cartridge.pages)
         return num_pages, cartridge.num_tokens + num_behind * self._pages.page_size

@@ -77,7 +77,8 @@ class LlamaModel(nn.Module):
         stage = range(config.num_layers) if stage is None else stage
         self.is_first = stage.start == 0
         self.is_last = stage.stop == config.num_layers
-        is_tied = self.is_last and config.tie_word_embeddings
+        self.has_tied_head = config.tie_word_embeddings
+        is_tied = self.is_last and self.has_tied_head
         if self.is_first or is_tied:
             self.embedding = Embedding(place, config.vocab_size, config.hidden_size)
         # By the layer's number in the checkpoint; in the KV cache, the stage's first is number 0.

@@ -209,7 +209,9 @@ def _invert(weights: Tensor, numbers: Tensor) -> Tensor:
     # Rounding may lift a number close to 1 to the total, and no cumulative weight is above that.
     below = torch.nextafter(total, torch.zeros_like(total))
     target = torch.minimum(numbers[:, None] * total, below)
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+    # Where weights are NaN, since the model's weights have diverged, nothing is above the target.
+    found = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    return found.clamp_(max=weights.shape[1] - 1)
 
 
 def _filter(scores: Tensor, parameters: SamplingParameters) -> Tensor:
@@ -333,10 +335,13 @@ def _weights(ranking: Tensor) -> Tensor:
 
 
 def _num_kept(cumulative: Tensor, shares: Tensor, within: Tensor | None = None) -> Tensor:
-    """[rows, 1]: a token is kept if those before it do not hold the share yet."""
+    """[rows, 1]: a token is kept if those before it do not hold the share yet.
+
+    The first one is, even if the scores are NaN, since the model's weights have diverged.
+    """
     before = torch.cat((torch.zeros_like(shares), cumulative[:, :-1]), dim=-1)
     kept = before < shares
-    return (kept if within is None else kept & within).sum(dim=-1, keepdim=True)
+    return (kept if within is None else kept & within).sum(dim=-1, keepdim=True).clamp_(min=1)
 
 
 def _end(ranking: Tensor, num_kept: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tokasaurus.errors import ModelError
+from tokasaurus.model.checkpoint_headers import EMBEDDING, HEAD, heads_differ, usual_names
 from tokasaurus.model.weights.weights import Weights
 from tokasaurus.safetensors_file import SafetensorsFile, TensorEntry
 
@@ -61,6 +62,7 @@ class WeightFiles:
         with contextlib.ExitStack() as opened:
             self._files = [opened.enter_context(SafetensorsFile(path)) for path in paths]
             self._opened = opened.pop_all()
+        self._names = usual_names([name for file in self._files for name in file.tensors])
 
     def __enter__(self) -> WeightFiles:
         return self
@@ -101,9 +103,14 @@ class WeightFiles:
                         f"tensor {name} is in {owners[name]} and in {file.path}; keep one of them"
                     )
                 owners[name] = file.path
-                if weights.uses(name):
-                    _check_entry(weights, name, entry, file.path)
-        weights.check_names(owners, self.source)
+                if weights.uses(self._names[name]):
+                    _check_entry(weights, self._names[name], entry, file.path)
+        weights.check_names([self._names[name] for name in owners], self.source)
+        if weights.has_tied_head and heads_differ(self._files):
+            raise ModelError(
+                f"{self.source} has a {HEAD} that differs from {EMBEDDING}, and this model shares "
+                "one tensor between them; start an engine with these weights instead"
+            )
 
     def check_sums(self, checksums: Sequence[str]) -> None:
         """Reads the files whole and compares them with their checksums.
@@ -146,7 +153,7 @@ class WeightFiles:
         progress = _Progress("loading weights", self._num_bytes)
         for file in self._files:
             for name, tensor in read_tensors(file):
-                yield name, tensor
+                yield self._names[name], tensor
                 progress.add(tensor.numel() * tensor.element_size())
 
     @property

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tokasaurus.errors import ModelError
 from tokasaurus.listing import listing
+from tokasaurus.model.checkpoint_headers import EMBEDDING, HEAD
 from tokasaurus.model.layers.fillable import Fillable
 
 __all__ = ["Weights"]
@@ -58,6 +59,7 @@ class Weights:
     ) -> None:
         self._layers: list[Fillable] = []
         self._targets: dict[str, _Target] = {}
+        self._other_names: dict[str, str] = {}
         self._elsewhere: set[str] = set()  # names of other stages' tensors
         stage = range(num_layers) if stage is None else stage
         modules = dict(model.named_modules())
@@ -74,6 +76,10 @@ class Weights:
                     self._targets[name] = _Target(layer, part, kind, shape)
             self._elsewhere |= _names_elsewhere(modules, pattern, parts, num_layers, stage)
         self._unfilled = set(self._targets)
+        self.has_tied_head = bool(getattr(model, "has_tied_head", False))
+        if self.has_tied_head and EMBEDDING in self._targets:
+            # A tied model has one tensor, and its checkpoint may have it under either name.
+            self._other_names[HEAD] = EMBEDDING
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -87,7 +93,7 @@ class Weights:
 
     def uses(self, name: str) -> bool:
         """Whether there is a place for a tensor of this name."""
-        return name in self._targets
+        return self._other_names.get(name, name) in self._targets
 
     def ignores(self, name: str) -> bool:
         """Whether a checkpoint may have this tensor although there is no place for it.
@@ -96,11 +102,12 @@ class Weights:
         duplicate.
         """
         is_derived = _DERIVED.search(name) is not None
-        return name == "lm_head.weight" or is_derived or name in self._elsewhere
+        is_duplicate = name == HEAD and self.has_tied_head
+        return is_duplicate or is_derived or name in self._elsewhere
 
     def check(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Raises ModelError where ``fill`` would, before there is a tensor to fill."""
-        target = self._targets[name]
+        target = self._targets[self._other_names.get(name, name)]
         if dtype not in _FLOATS:
             raise ModelError(f"tensor {name} is {dtype}: quantized checkpoints are not supported")
         padded = target.layer.is_vocabulary and shape[:1] > target.shape[:1]
@@ -123,7 +130,8 @@ class Weights:
             raise ModelError(
                 f"{source} has tensors that this architecture does not use: {listing(unknown)}"
             )
-        if missing := [name for name in self._targets if name not in names]:
+        found = {self._other_names.get(name, name) for name in names}
+        if missing := [name for name in self._targets if name not in found]:
             raise ModelError(f"{source} lacks tensors: {listing(missing)}")
 
     def fill(self, name: str, tensor: Tensor) -> None:
@@ -133,6 +141,7 @@ class Weights:
             ModelError: it has another shape, or it is quantized.
         """
         self.check(name, tuple(tensor.shape), tensor.dtype)
+        name = self._other_names.get(name, name)
         target = self._targets[name]
         # Rows beyond the vocabulary are padding. Without them, their ids cannot be sampled.
         with torch.inference_mode():

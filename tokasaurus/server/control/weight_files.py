@@ -24,7 +24,10 @@ def weight_files(model_path: str) -> list[str]:
         if path.is_file() and path.suffix == ".safetensors":
             return [str(path.resolve())]
         if not path.is_dir():
-            raise ModelError(f"{model_path} is not a directory on the engine's machine")
+            raise ModelError(
+                f"{model_path} is neither a directory nor a .safetensors file on the engine's"
+                " machine"
+            )
         return [str(each.resolve()) for each in _of_directory(path)]
     except (OSError, ModelError, ValueError) as error:  # ValueError: this cannot be a path
         raise RequestError(f"model_path: {error}", "model_path") from None

@@ -84,6 +84,12 @@ class WeightsUpdate:
             "buckets": [self.described_bucket(number) for number in sorted(self.buckets)],
         }
 
+    def in_words_of_client(self, reason: str) -> str:
+        """An error of the engine that names buckets by their numbers, and not by their files."""
+        for number, bucket in self.buckets.items():
+            reason = reason.replace(str(bucket.path), f"bucket {number}")
+        return reason
+
     def described_bucket(self, number: int) -> dict[str, Any]:
         bucket = self.buckets[number]
         return {"index": number, "bytes": bucket.num_bytes, "sha256": bucket.sha256}
@@ -195,7 +201,7 @@ class WeightsUpdates:
 
     def refused(self, update: WeightsUpdate, reason: str) -> None:
         """The engine refused an update, which is open again."""
-        update.status, update.error = "open", reason
+        update.status, update.error = "open", update.in_words_of_client(reason)
         self._touch(update)
 
     def replaced(self) -> None:

@@ -4,8 +4,14 @@ It knows keys by their digests only, and nothing of what requests are about. It 
 layer, which looks at the headers once, and counts a body's bytes only if they are not declared.
 
 Requests that control the engine need an admin key. An engine without admin keys obeys whatever
-reaches it over a loopback address, except web pages: a browser lets any page send a request there,
-and names the page in ``Origin``.
+reaches it over a loopback address, except web pages.
+
+A browser lets any page send some requests anywhere without asking first: forms, uploads, requests
+without a body. It names the page in ``Origin``, and says in ``Sec-Fetch-Site`` how the page relates
+to the engine. So a request that shows no key and comes from a page elsewhere changes nothing.
+
+An engine on a loopback address without keys also checks ``Host``. Otherwise a page could give its
+own name the address 127.0.0.1 (DNS rebinding): to the browser, the engine is then of its origin.
 """
 
 from __future__ import annotations
@@ -19,8 +25,10 @@ from collections.abc import Callable, Sequence
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokasaurus.config.slices import ServerConfig
-from tokasaurus.server.errors import BodyTooLarge, Forbidden, Unauthorized
+from tokasaurus.errors import RequestError
+from tokasaurus.server.errors import BodyTooLarge, Forbidden, ForeignPage, Unauthorized
 from tokasaurus.server.http.answers import error_answer
+from tokasaurus.server.http.hosts import Hosts
 
 __all__ = ["CLIENT", "OPEN_PATHS", "Access", "share_of"]
 
@@ -31,6 +39,13 @@ CLIENT = "tokasaurus.client"
 """Where a scope names the client: a text for each key or, if no key is needed, for each address."""
 
 _KEY = "key "
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods that change nothing, on every route."""
+
+# Values of Sec-Fetch-Site. A page cannot set this header. A page with the same site and another
+# origin, such as another port of localhost, is known by its Origin.
+_OWN_SITES = frozenset({"same-origin", "none"})
+_OTHER_SITES = frozenset({"cross-site"})
 _BEARER = b"bearer "
 
 
@@ -64,35 +79,90 @@ class Access:
         self._all_digests = [*self._digests, *admin_digests]
         self._origins = config.cors_origins
         self._is_local = _is_loopback(config.host)
+        self._hosts: Hosts | None = None
+        if config.allowed_hosts or (self._is_local and not self._digests):
+            self._hosts = Hosts(config.host, config.allowed_hosts)
         self._max_body_bytes = config.max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        authorization, origin, num_bytes, is_chunked = b"", "", 0, False
+        authorization, num_bytes, is_chunked = b"", 0, False
+        origin: str | None = None
+        site: str | None = None
+        hosts = []
         for name, value in scope["headers"]:
             if name == b"authorization":
                 authorization = value
+            elif name == b"host":
+                hosts.append(value)
             elif name == b"origin":
                 origin = value.decode("latin-1")
+            elif name == b"sec-fetch-site":
+                site = value.decode("latin-1").strip().lower()
             elif name == b"content-length":
                 num_bytes = int(value)
             elif name == b"transfer-encoding":
                 is_chunked = True
         try:
-            if self._is_control(scope["path"]):
-                scope[CLIENT] = self._admin(scope, authorization, origin)
+            self._check_host(scope, hosts)
+            is_control = self._is_control(scope["path"])
+            if is_control:
+                client, shown = self._admin(scope, authorization), self._admin_digests
             else:
-                scope[CLIENT] = self._client(scope, authorization)
+                client, shown = self._client(scope, authorization), self._digests
+            scope[CLIENT] = client
+            if not shown and (is_control or scope["method"] not in _SAFE_METHODS):
+                host = hosts[0].decode("latin-1") if hosts else ""
+                self._check_page(origin, site, host, is_control)
             if num_bytes > self._max_body_bytes:
                 raise self._too_large()
-        except (Unauthorized, Forbidden, BodyTooLarge) as error:
+        except RequestError as error:
             await error_answer(error)(scope, receive, send)
             return
         if is_chunked:
             receive = self._counted(receive)
         await self._app(scope, receive, send)
+
+    def _check_host(self, scope: Scope, hosts: Sequence[bytes]) -> None:
+        """Raises RequestError if Host is missing, sent twice, or another machine's."""
+        if len(hosts) != 1 and (hosts or scope["http_version"] == "1.1"):
+            sent = f"{len(hosts)} were sent" if hosts else "it is missing"
+            raise RequestError(f"a request must have one Host header, and {sent}")
+        if hosts and self._hosts is not None:
+            self._hosts.check(hosts[0].decode("latin-1"))
+
+    def _check_page(
+        self, origin: str | None, site: str | None, host: str, is_control: bool
+    ) -> None:
+        """Raises Forbidden or ForeignPage if a page sends this that may not.
+
+        A page of the engine's own, such as /docs, may do all but control it.
+
+        Args:
+            origin: of the page; None if no page, or a page of the engine, sends this.
+            site: how the page relates to the engine; None if the browser is too old to say.
+            host: of the engine, as the client calls it.
+            is_control: whether the request controls the engine.
+        """
+        if origin in self._origins:
+            return
+        if is_control:
+            if origin or site in _OTHER_SITES:
+                raise Forbidden(
+                    f"the page {origin or 'of another site'} may not control the engine: give the"
+                    " engine an admin key, or name the page in cors_origins"
+                )
+            return
+        if "*" in self._origins:
+            return
+        is_own = not origin or (host and origin.lower().endswith(f"://{host.lower()}"))
+        if site in _OTHER_SITES or (site not in _OWN_SITES and not is_own):
+            raise ForeignPage(
+                f"the page {origin or 'of another site'} may not use this engine: name its origin"
+                " in cors_origins, or give the engine an API key"
+            )
 
     def _client(self, scope: Scope, authorization: bytes) -> str:
         """The name of the client. Raises Unauthorized."""
@@ -101,7 +171,7 @@ class Access:
         known = _known_key(authorization, self._all_digests, "an API key")
         return f"{_KEY}{known.hex()}"
 
-    def _admin(self, scope: Scope, authorization: bytes, origin: str) -> str:
+    def _admin(self, scope: Scope, authorization: bytes) -> str:
         """The name of a client that controls the engine. Raises Unauthorized or Forbidden."""
         if self._admin_digests:
             known = _known_key(authorization, self._all_digests, "an admin key")
@@ -114,11 +184,6 @@ class Access:
                 "this engine has no admin key and listens to other machines, so it cannot be"
                 " controlled over HTTP: start it with admin_api_key_file or"
                 " TOKASAURUS_ADMIN_API_KEY, or leave host at its default"
-            )
-        if origin and origin not in self._origins:
-            raise Forbidden(
-                f"the page {origin} may not control the engine: give the engine an admin key, or"
-                " name the page in cors_origins"
             )
         return client
 

@@ -92,13 +92,17 @@ class CompletionLogprobs:
 def chat_logprobs(
     tokenizer: Tokenizer, token_ids: Sequence[int], logprobs: TokenLogprobs
 ) -> dict[str, Any]:
-    """The ``logprobs`` of a chat choice."""
+    """The ``logprobs`` of a chat choice.
+
+    The bytes of its tokens join to the text, so special tokens, such as the one at the end, have
+    none; their name is in ``token``.
+    """
 
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         return {
             "token": tokenizer.token_text(token_id),
             "logprob": logprob,
-            "bytes": list(tokenizer.spelled[token_id]),
+            "bytes": list(tokenizer.visible[token_id]),
         }
 
     content = []

@@ -14,10 +14,18 @@ from tokasaurus.untrusted_json import shown
 __all__ = ["StrictSchema", "validated"]
 
 
+_SCHEMA_NAMES: set[str] = set()
+"""With these names pydantic tells the schemas in a union apart; clients do not know them."""
+
+
 class StrictSchema(BaseModel):
     """Refuses unknown fields, and values of another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        _SCHEMA_NAMES.add(cls.__name__)
 
 
 S = TypeVar("S", bound=StrictSchema)
@@ -36,7 +44,7 @@ def validated(fields: Any, schema: type[S]) -> S:
 def _as_request_error(error: ValidationError) -> RequestError:
     """The first error; of a union, the error of the member that came furthest."""
     first = max(
-        error.errors(include_url=False),
+        _of_the_kind_meant(error.errors(include_url=False)),
         key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")),
     )
     field = str(first["loc"][0])
@@ -48,10 +56,29 @@ def _as_request_error(error: ValidationError) -> RequestError:
     return RequestError(said, field)
 
 
+def _of_the_kind_meant(errors: list[ErrorDetails]) -> list[ErrorDetails]:
+    """The errors of those members of a union which have the ``type`` that was sent; else all."""
+    others = {
+        each["loc"][:-1]
+        for each in errors
+        if each["type"] == "literal_error" and each["loc"][-1] == "type"
+    }
+    meant = [
+        each
+        for each in errors
+        if each["type"] != "model_type"
+        and not _SCHEMA_NAMES.isdisjoint(map(str, each["loc"]))
+        and not any(each["loc"][: len(other)] == other for other in others)
+    ]
+    return meant or errors
+
+
 def _expectation(error: ErrorDetails) -> str:
     """``must be a valid string``: pydantic's message without its own words for the input."""
     if error["type"] == "union_tag_invalid":
         return f"must be of type {error['ctx']['expected_tags']}"
+    if error["type"] == "model_type":
+        return "must be an object"
     message = error["msg"].partition(" after validation")[0]
     for begin, instead in (("Input should ", "must "), ("List should ", "must ")):
         if message.startswith(begin):
@@ -65,6 +92,6 @@ def _path(location: Sequence[str | int]) -> str:
     for step in location:
         if isinstance(step, int):
             path += f"[{step}]"
-        elif "[" not in step and step not in ("str", "int", "bool", "float"):
+        elif "[" not in step and step not in ("str", "int", "bool", "float", *_SCHEMA_NAMES):
             path += f".{step}" if path else step
     return path

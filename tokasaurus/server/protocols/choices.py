@@ -63,12 +63,12 @@ class ChoicesWriter(StreamWriter):
     def whole(self, generations: Sequence[Generation]) -> bytes:
         choices, outputs = [], []
         for position, generation in enumerate(generations):
-            for output in generation.take_all():
+            for output in map(self._shown, generation.take_all()):
                 index = position * self.request.num_samples + output.index
                 choice = self._choice(index, generation, output)
                 choices.append(self._with_versions(choice, generation, output))
                 outputs.append(output)
-        num_tokens = sum(generation.num_generated_tokens for generation in generations)
+        num_tokens = sum(map(self._num_tokens, generations))
         return msgspec.json.encode(
             {
                 **self._head,
@@ -85,6 +85,7 @@ class ChoicesWriter(StreamWriter):
     def chunk(
         self, generations: Sequence[Generation], position: int, output: SampleOutput
     ) -> bytes:
+        output = self._shown(output)
         # The fingerprint carries the ids in this chunk.
         index = position * self.request.num_samples + output.index
         first = index not in self._begun
@@ -132,6 +133,14 @@ class ChoicesWriter(StreamWriter):
         values = values.narrowed(self.request.prompt_logprobs or 0)
         ids = generation.request.prompt_ids.tolist()
         return prompt_logprobs(self.tokenizer, ids, values, ranks)
+
+    def _shown(self, output: SampleOutput) -> SampleOutput:
+        """What the client gets of the output of a sample."""
+        return output
+
+    def _num_tokens(self, generation: Generation) -> int:
+        """The generated tokens that the usage of a whole answer counts."""
+        return generation.num_generated_tokens
 
     def _more(self, generations: Sequence[Generation]) -> dict[str, Any]:
         """Fields beside the choices that only this protocol's whole answers have."""

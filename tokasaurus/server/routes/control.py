@@ -114,7 +114,7 @@ class UpdateWeightsFromDisk(ControlBody):
         "torch_empty_cache": _ANY,
     }
 
-    model_path: str
+    model_path: Annotated[str, Field(min_length=1)]
     """A directory on the engine's machine with safetensors files, or one such file."""
     load_format: Literal["auto", "safetensors"] | None = None
     abort_all_requests: bool | None = None
@@ -159,7 +159,6 @@ class ControlRoutes:
         self._state = state
         self._runner = CommandRunner(state)
         self._updates = updates
-        self._wake_resumes = False  # a sleep has paused the engine
 
     def router(self) -> APIRouter:
         router = APIRouter()
@@ -229,7 +228,6 @@ class ControlRoutes:
 
     async def _resume(self) -> None:
         await self._runner.run(Resume())
-        self._wake_resumes = False
 
     # --- aborting ---------------------------------------------------------------------------------
 
@@ -263,13 +261,8 @@ class ControlRoutes:
         level = whole_number(query, "level", 1, 0, 2)
         mode = _VLLM_MODES[choice(query, "mode", (*_VLLM_MODES,))]
         release = (ReleaseMemory(weights=True, kv_cache=True),) if level else ()
-        before = self._wake_resumes
-        self._wake_resumes |= not self._runner.commands.is_paused
-        try:
+        with self._runner.commands.falling_asleep():
             await self._runner.run(Pause(mode), *release)
-        except RequestError:
-            self._wake_resumes = before
-            raise
         return json_answer({"status": "sleeping"})
 
     async def wake_up(self, request: Request) -> Response:
@@ -277,20 +270,19 @@ class ControlRoutes:
         tags = choices(request, "tags", (*_KINDS, "scheduling"))
         await self._restore(frozenset(_KINDS if tags is None else tags) & {*_KINDS})
         commands = self._runner.commands
-        if self._wake_resumes and not commands.released:
-            try:
-                await self._resume()
-            except Conflict as error:
+        if commands.wake_resumes and not commands.released:
+            if commands.lacks_weights:
                 raise Conflict(
-                    f"the memory is restored, and the engine stays paused: {error.message}; update"
-                    " the weights, then POST /resume"
-                ) from None
+                    "the memory is restored, but the files of the weights are gone or have changed:"
+                    " update the weights, then POST /resume"
+                )
+            await self._resume()
         return json_answer({"status": "sleeping" if commands.released else "awake"})
 
     async def is_sleeping(self) -> Response:
         """Whether memory is released, or a sleep has paused the engine."""
         commands = self._runner.commands
-        paused = self._wake_resumes and commands.is_paused
+        paused = commands.wake_resumes and commands.is_paused
         return json_answer({"is_sleeping": bool(commands.released) or paused})
 
     async def release_memory(self, request: Request) -> Response:
@@ -303,6 +295,9 @@ class ControlRoutes:
     async def restore_memory(self, request: Request) -> Response:
         """Restores released memory."""
         await self._restore((await _body(request, MemoryBody)).kinds)
+        if self._runner.commands.lacks_weights:
+            waits = "requests wait for an update: the files of the weights are gone or have changed"
+            return json_answer({"status": "ok", "message": waits})
         return json_answer({"status": "ok"})
 
     async def _restore(self, kinds: frozenset[str]) -> None:

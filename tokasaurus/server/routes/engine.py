@@ -13,7 +13,6 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.protocol.commands import FlushCache
 from tokasaurus.server.control.commands import CommandRunner
-from tokasaurus.server.errors import UnknownModel
 from tokasaurus.server.http.answers import json_answer
 from tokasaurus.server.state import EngineState
 from tokasaurus.version import __version__
@@ -50,15 +49,17 @@ class EngineRoutes:
         ]
         for path, handler in get:
             router.add_api_route(path, handler, methods=["GET"], response_model=None)
+            # Probes and load balancers ask for the status alone.
+            router.add_api_route(
+                path,
+                handler,
+                methods=["HEAD"],
+                name=f"HEAD {path}",
+                response_model=None,
+                include_in_schema=False,
+            )
         for path in ("/flush_cache", "/reset_prefix_cache"):
-            for method in ("GET", "POST"):  # SGLang's tools use either
-                router.add_api_route(
-                    path,
-                    self.flush_cache,
-                    methods=[method],
-                    name=f"{method} {path}",
-                    response_model=None,
-                )
+            router.add_api_route(path, self.flush_cache, methods=["POST"], response_model=None)
         return router
 
     # --- while the model loads, too ---------------------------------------------------------------
@@ -117,10 +118,9 @@ class EngineRoutes:
         return json_answer({"object": "list", "data": [self._model()]})
 
     async def model(self, model_id: str) -> Response:
+        """The one model, by any name: requests may use any."""
         self._state.check()
-        if model_id != self._config.model_name:
-            raise UnknownModel(model_id)
-        return json_answer(self._model())
+        return json_answer({**self._model(), "id": model_id})
 
     async def model_info(self) -> Response:
         """The model."""

@@ -17,6 +17,7 @@ from tokasaurus.server.protocols.chat.messages import (
     ChatMessage,
     conversation_size,
     for_template,
+    rendered,
 )
 from tokasaurus.server.state import EngineState
 from tokasaurus.text.params import renamed
@@ -85,7 +86,7 @@ class TokenizeRequest(RequestBody):
                 self.prompt, add_special_tokens=self.add_special_tokens is not False
             )
         try:
-            return tokenizer.render_chat(for_template(self.messages or ()), self._overrides)
+            return rendered(tokenizer, for_template(self.messages or ()), self._overrides)
         except RequestError as error:
             raise renamed(error, self.field_names()) from None
 

@@ -119,12 +119,15 @@ class WeightsRoutes:
             else:
                 self._updates.refused(update, str(result))
 
-        await self._runner.update_weights(
-            [str(bucket.path) for bucket in buckets],
-            on_done,
-            checksums=[bucket.sha256 for bucket in buckets],
-            label=update.label,
-        )
+        try:
+            await self._runner.update_weights(
+                [str(bucket.path) for bucket in buckets],
+                on_done,
+                checksums=[bucket.sha256 for bucket in buckets],
+                label=update.label,
+            )
+        except RequestError as error:
+            raise type(error)(update.in_words_of_client(error.message)) from None
         return json_answer(update.described())
 
 

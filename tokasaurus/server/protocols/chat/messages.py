@@ -11,15 +11,33 @@ from pydantic import model_validator
 from tokasaurus.errors import RequestError
 from tokasaurus.server.operations.strict import StrictSchema
 from tokasaurus.server.protocols.tools.request import Tool, ToolCall
+from tokasaurus.text.tokenizer import Tokenizer
 
-__all__ = ["ChatMessage", "TextPart", "conversation_size", "for_template"]
+__all__ = [
+    "ChatMessage",
+    "RefusalPart",
+    "TextPart",
+    "conversation_size",
+    "for_template",
+    "rendered",
+]
 
 _TEMPLATE_CHARS = 32  # about what a template writes around a message
 
 # Clients copy a message from an answer into the next request; these fields are harmless when empty.
 _EMPTY_FIELDS = frozenset(
-    {"annotations", "audio", "function_call", "reasoning_content", "refusal", "tool_calls"}
+    {
+        "annotations",
+        "audio",
+        "function_call",
+        "reasoning",
+        "reasoning_content",
+        "refusal",
+        "tool_calls",
+    }
 )
+_MAY_BE_EMPTY = frozenset({"assistant", "function", "tool"})
+"""The roles of messages that clients repeat from models and tools, which may have said nothing."""
 
 
 class TextPart(StrictSchema):
@@ -27,14 +45,29 @@ class TextPart(StrictSchema):
 
     type: Literal["text"]
     text: str
+    cache_control: dict[str, Any] | None = None
+    """A hint for other servers' caches; changes nothing."""
+    prompt_cache_breakpoint: dict[str, Any] | None = None
+    """The same in OpenAI's words."""
+
+
+class RefusalPart(StrictSchema):
+    """A part of an assistant's message: what it said instead of an answer."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        return self.refusal
 
 
 class ChatMessage(StrictSchema):
     """One message. The chat template decides which roles exist; it sees developer as system."""
 
     role: str
-    content: str | list[TextPart] | None = None
-    """Null only beside ``tool_calls``."""
+    content: str | list[TextPart | RefusalPart] | None = None
+    """Null only in what an assistant or a tool said."""
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     """The calls that the assistant made."""
@@ -42,6 +75,10 @@ class ChatMessage(StrictSchema):
     """The call that a tool's message answers."""
     reasoning_content: str | None = None
     """The assistant's reasoning. A template that knows the field decides what to keep of it."""
+    reasoning: str | None = None
+    """Another name of ``reasoning_content``."""
+    refusal: str | None = None
+    """What the assistant said instead of an answer; it follows the content."""
 
     @model_validator(mode="before")
     @classmethod
@@ -54,14 +91,22 @@ class ChatMessage(StrictSchema):
 
     @property
     def text(self) -> str:
-        if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
-        return self.content or ""
+        content = self.content or ""
+        if isinstance(content, list):
+            content = "".join(part.text for part in content)
+        if self.refusal is None:
+            return content
+        return f"{content}\n{self.refusal}" if content else self.refusal
+
+    @property
+    def thought(self) -> str | None:
+        """The assistant's reasoning, by either name."""
+        return self.reasoning if self.reasoning_content is None else self.reasoning_content
 
     @property
     def size(self) -> int:
         """The number of characters, about."""
-        texts = (self.role, self.text, self.name, self.tool_call_id, self.reasoning_content)
+        texts = (self.role, self.text, self.name, self.tool_call_id, self.thought)
         calls = 0 if self.tool_calls is None else len(str(self.tool_calls))
         return sum(len(text) for text in texts if text is not None) + calls
 
@@ -72,26 +117,77 @@ class ChatMessage(StrictSchema):
             where: the message is in the request, for errors.
 
         Raises:
-            RequestError: the message has no content, or a call in it is wrong.
+            RequestError: the message has no content, or two different kinds of reasoning.
         """
-        if self.content is None and not self.tool_calls:
+        if self.content is None and not self.tool_calls and self.role not in _MAY_BE_EMPTY:
             raise RequestError(f"{where}.content is required", "messages")
+        if None not in (self.reasoning, self.reasoning_content) and (
+            self.reasoning != self.reasoning_content
+        ):
+            raise RequestError(
+                f"{where}.reasoning and {where}.reasoning_content are two names of one text; leave"
+                " one out",
+                "messages",
+            )
         role = "system" if self.role == "developer" else self.role
         message: dict[str, Any] = {"role": role, "content": self.text}
-        for name in ("name", "tool_call_id", "reasoning_content"):
-            if getattr(self, name) is not None:
-                message[name] = getattr(self, name)
+        for name, value in (
+            ("name", self.name),
+            ("tool_call_id", self.tool_call_id),
+            ("reasoning_content", self.thought),
+        ):
+            if value is not None:
+                message[name] = value
         if self.tool_calls:
-            message["tool_calls"] = [
-                call.for_template(f"{where}.tool_calls[{number}]")
-                for number, call in enumerate(self.tool_calls)
-            ]
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
         return message
 
 
 def for_template(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     """A conversation as the chat template sees it. Raises RequestError."""
     return [each.for_template(f"messages[{number}]") for number, each in enumerate(messages)]
+
+
+def rendered(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    arguments: Mapping[str, Any],
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> list[int]:
+    """Ids of a conversation, written by the chat template.
+
+    A call's arguments may be any text, and some templates write only objects. Such a template gets
+    the text as the object ``{"arguments": text}``.
+
+    Args:
+        tokenizer: has the template.
+        messages: as the template sees them.
+        arguments: of the template.
+        tools: that the model may call.
+
+    Raises:
+        RequestError: the template refuses the messages.
+    """
+    try:
+        return tokenizer.render_chat(messages, arguments, tools)
+    except RequestError:
+        mended = [_with_objects(message) for message in messages]
+        if mended == messages:
+            raise
+        return tokenizer.render_chat(mended, arguments, tools)
+
+
+def _with_objects(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The message with an object for the arguments of each call."""
+    if "tool_calls" not in message:
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        said = call["function"]["arguments"]
+        if isinstance(said, str):
+            call = {**call, "function": {**call["function"], "arguments": {"arguments": said}}}
+        calls.append(call)
+    return {**message, "tool_calls": calls}
 
 
 def conversation_size(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tokasaurus.server.operations.operation import Operation, Task
-from tokasaurus.server.protocols.chat.messages import conversation_size, for_template
+from tokasaurus.server.protocols.chat.messages import conversation_size, for_template, rendered
 from tokasaurus.server.protocols.chat.request import ChatRequest
 from tokasaurus.server.protocols.chat.writer import ChatWriter
 from tokasaurus.server.protocols.tools.formats import AnswerFormat
@@ -23,7 +23,7 @@ def _prepare(request: ChatRequest, preparer: Preparer) -> Task:
     ids = request.ids
     if ids is None:
         told = [tool.for_template() for tool in tools]
-        ids = tokenizer.render_chat(for_template(request.messages or ()), arguments, told)
+        ids = rendered(tokenizer, for_template(request.messages or ()), arguments, told)
     params = form.enforced(request.params())
     prompt = preparer.prepare(ids, params, default_temperature=CHAT_TEMPERATURE)
     make_parser = form.parser_maker(ids, params, tokenizer)

@@ -10,7 +10,14 @@ from pydantic import Field
 from tokasaurus.errors import RequestError
 from tokasaurus.server.operations.schemas import GenerationRequest
 from tokasaurus.server.protocols.chat.messages import ChatMessage
-from tokasaurus.server.protocols.tools.request import Tool, ToolChoice, check_tools
+from tokasaurus.server.protocols.tools.request import (
+    AllowedTools,
+    Tool,
+    ToolChoice,
+    check_tools,
+    enforced,
+    offered,
+)
 from tokasaurus.text.structured_output import FIELD as STRUCTURED_OUTPUTS
 
 __all__ = ["ChatRequest"]
@@ -28,8 +35,11 @@ class ChatRequest(GenerationRequest):
     top_logprobs: int | None = None
     tools: list[Tool] | None = None
     """The tools that the model may call."""
-    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
-    """Default ``auto``: the model decides. A grammar enforces ``required`` and a named function."""
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | AllowedTools | None = None
+    """Default ``auto``: the model decides. A grammar enforces ``required`` and a named function.
+
+    ``allowed_tools`` offers some of the tools, with the mode ``auto`` or ``required``.
+    """
     parallel_tool_calls: bool | None = None
     """False allows one call at most. Default true."""
     chat_template_kwargs: dict[str, Any] | None = None
@@ -53,12 +63,12 @@ class ChatRequest(GenerationRequest):
     @property
     def offered_tools(self) -> list[Tool]:
         """The tools that the model sees."""
-        return [] if self.tool_choice == "none" else self.tools or []
+        return offered(self.tools or (), self.tool_choice)
 
     @property
     def enforced_choice(self) -> str | ToolChoice | None:
         """The call that the model must make; None if the model decides."""
-        return None if self.tool_choice in ("none", "auto") else self.tool_choice
+        return enforced(self.tool_choice)
 
     @property
     def needs_grammar(self) -> bool:

@@ -26,8 +26,27 @@ class CompletionRequest(GenerationRequest):
     def num_logprobs(self) -> int | None:
         return self.logprobs
 
+    @property
+    def token_limit(self) -> int | None:
+        return 1 if self.echoes_only else self.max_tokens
+
+    @property
+    def echoes_only(self) -> bool:
+        """Whether the answer is the prompt alone. The one token that the engine draws is dropped.
+
+        This is how programs once asked for the logprobs of a text.
+        """
+        return bool(self.echo) and self.max_tokens == 0
+
     def check(self) -> None:
         super().check()
+        if self.max_tokens == 0 and not self.echo:
+            raise RequestError("max_tokens must be at least 1, or 0 with echo", "max_tokens")
+        if self.echoes_only and self.min_tokens:
+            raise RequestError(
+                f"min_tokens must be at most max_tokens, which is 0, not {self.min_tokens}",
+                "min_tokens",
+            )
         if self.echo and self.logprobs_in_fingerprint:
             raise RequestError(
                 "logprobs_in_fingerprint has no place for the prompt's logprobs that echo asks for",

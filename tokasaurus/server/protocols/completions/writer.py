@@ -25,6 +25,7 @@ class CompletionWriter(ChoicesWriter):
         echoes: the text of each prompt, if the answer repeats it.
     """
 
+    request: CompletionRequest
     id_prefix = "cmpl"
     whole_object = chunk_object = "text_completion"
 
@@ -39,6 +40,16 @@ class CompletionWriter(ChoicesWriter):
         self._echoes = echoes
         self._prompt_logprobs: dict[int, list[Any]] = {}  # by prompt
         self._logprobs: dict[int, CompletionLogprobs] = {}  # by choice
+
+    def _shown(self, output: SampleOutput) -> SampleOutput:
+        if not self.request.echoes_only:
+            return output
+        logprobs = None if output.logprobs is None else output.logprobs[:0]
+        reason = None if output.finish_reason is None else "length"
+        return SampleOutput(output.index, "", [], logprobs, reason)
+
+    def _num_tokens(self, generation: Generation) -> int:
+        return 0 if self.request.echoes_only else super()._num_tokens(generation)
 
     def _choice(self, index: int, generation: Generation, output: SampleOutput) -> dict[str, Any]:
         choice = self._delta(index, generation, output, first=True)

@@ -11,9 +11,17 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import Discriminator, Field, Tag
 
 from tokasaurus.server.operations.strict import StrictSchema
-from tokasaurus.server.protocols.tools.request import Function, Tool, ToolChoice, call_for_template
+from tokasaurus.server.protocols.chat.messages import RefusalPart
+from tokasaurus.server.protocols.tools.request import (
+    AllowedTools,
+    Function,
+    Tool,
+    ToolChoice,
+    call_for_template,
+)
 
 __all__ = [
+    "AllowedFunctions",
     "CallOutput",
     "FunctionCall",
     "FunctionChoice",
@@ -34,9 +42,13 @@ class InputText(StrictSchema):
     text: str
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     logprobs: list[Any] | None = None
+    cache_control: dict[str, Any] | None = None
+    """A hint for other servers' caches; changes nothing."""
+    prompt_cache_breakpoint: dict[str, Any] | None = None
+    """The same in OpenAI's words."""
 
 
-def _joined(content: str | list[InputText]) -> str:
+def _joined(content: str | Sequence[InputText | RefusalPart]) -> str:
     return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
@@ -44,7 +56,7 @@ class InputMessage(StrictSchema):
     """One message of a conversation. The chat template decides which roles exist."""
 
     role: str
-    content: str | list[InputText]
+    content: str | list[InputText | RefusalPart]
     type: Literal["message"] | None = None
     id: str | None = None
     status: str | None = None
@@ -101,6 +113,8 @@ class ReasoningItem(StrictSchema):
     type: Literal["reasoning"]
     content: list[ReasoningText] | None = None
     summary: Annotated[list[Any], Field(max_length=0)] | None = None
+    encrypted_content: None = None
+    """Only null: nothing here encrypts reasoning, and nothing can read another server's."""
     id: str | None = None
     status: str | None = None
 
@@ -128,13 +142,10 @@ def for_template(items: Sequence[InputItem]) -> list[dict[str, Any]]:
     """A conversation as the chat template sees it.
 
     An assistant's reasoning, text and calls become one message.
-
-    Raises:
-        RequestError: a call's arguments are not a JSON object.
     """
     messages: list[dict[str, Any]] = []
     thinking: dict[str, Any] | None = None  # the last message, while it is only reasoning
-    for number, item in enumerate(items):
+    for item in items:
         thought, thinking = thinking, None
         if isinstance(item, ReasoningItem):
             thinking = {"role": "assistant", "content": "", "reasoning_content": item.text}
@@ -147,8 +158,7 @@ def for_template(items: Sequence[InputItem]) -> list[dict[str, Any]]:
         elif isinstance(item, FunctionCall):
             if not messages or messages[-1]["role"] != "assistant":
                 messages.append({"role": "assistant", "content": ""})
-            where = f"input[{number}].arguments"
-            call = call_for_template(item.call_id, item.name, item.arguments, where, "input")
+            call = call_for_template(item.call_id, item.name, item.arguments)
             messages[-1].setdefault("tool_calls", []).append(call)
         else:
             messages.append({"role": "tool", "tool_call_id": item.call_id, "content": item.text})
@@ -172,6 +182,18 @@ class FunctionTool(StrictSchema):
             name=self.name, description=self.description, parameters=self.parameters
         )
         return Tool(type="function", function=function)
+
+
+class AllowedFunctions(StrictSchema):
+    """Some of the tools; the model sees no others."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[FunctionChoice], Field(min_length=1)]
+
+    @property
+    def as_choice(self) -> AllowedTools:
+        return AllowedTools.of(self.mode, [each.name for each in self.tools])
 
 
 class FunctionChoice(StrictSchema):

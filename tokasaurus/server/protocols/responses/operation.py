@@ -8,7 +8,7 @@ from typing import Any
 
 from tokasaurus.errors import RequestError
 from tokasaurus.server.operations.operation import Operation, Task
-from tokasaurus.server.protocols.chat.messages import conversation_size
+from tokasaurus.server.protocols.chat.messages import conversation_size, rendered
 from tokasaurus.server.protocols.responses.request import LOGPROBS, ResponsesRequest
 from tokasaurus.server.protocols.responses.writer import ResponsesWriter
 from tokasaurus.server.protocols.tools.formats import AnswerFormat
@@ -65,9 +65,8 @@ def _prepare(request: ResponsesRequest, preparer: Preparer) -> Task:
     form = AnswerFormat.of(
         request, config, tokenizer.chat_template(arguments, with_tools=bool(tools))
     )
-    ids = tokenizer.render_chat(
-        request.messages(), arguments, [tool.for_template() for tool in tools]
-    )
+    told = [tool.for_template() for tool in tools]
+    ids = rendered(tokenizer, request.messages(), arguments, told)
     params = form.enforced(request.params())
     prompt = preparer.prepare(ids, params, default_temperature=CHAT_TEMPERATURE)
     make_parser = form.parser_maker(ids, params, tokenizer)

@@ -17,12 +17,20 @@ from tokasaurus.server.operations.fields import HARMLESS
 from tokasaurus.server.operations.schemas import GenerationRequest
 from tokasaurus.server.operations.strict import StrictSchema
 from tokasaurus.server.protocols.responses.items import (
+    AllowedFunctions,
     FunctionChoice,
     FunctionTool,
     InputItem,
     for_template,
 )
-from tokasaurus.server.protocols.tools.request import Tool, ToolChoice, check_tools
+from tokasaurus.server.protocols.tools.request import (
+    Choice,
+    Tool,
+    ToolChoice,
+    check_tools,
+    enforced,
+    offered,
+)
 from tokasaurus.text.structured_output import FIELD as STRUCTURED_OUTPUTS
 
 __all__ = ["LOGPROBS", "ResponsesRequest"]
@@ -103,8 +111,13 @@ class ResponsesRequest(GenerationRequest):
     """And those of this many likeliest tokens."""
     tools: list[FunctionTool] | None = None
     """The tools that the model may call."""
-    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
-    """Default ``auto``: the model decides. A grammar enforces ``required`` and a named function."""
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | AllowedFunctions | None = (
+        None
+    )
+    """Default ``auto``: the model decides. A grammar enforces ``required`` and a named function.
+
+    ``allowed_tools`` offers some of the tools, with the mode ``auto`` or ``required``.
+    """
     parallel_tool_calls: bool | None = None
     """False allows one call at most. Default true."""
     chat_template_kwargs: dict[str, Any] | None = None
@@ -121,14 +134,17 @@ class ResponsesRequest(GenerationRequest):
     @property
     def offered_tools(self) -> list[Tool]:
         """The tools that the model sees."""
-        return [] if self.tool_choice == "none" else [tool.as_tool for tool in self.tools or ()]
+        return offered([tool.as_tool for tool in self.tools or ()], self._choice)
 
     @property
     def enforced_choice(self) -> str | ToolChoice | None:
         """The call that the model must make; None if the model decides."""
-        if isinstance(self.tool_choice, FunctionChoice):
-            return self.tool_choice.as_choice
-        return "required" if self.tool_choice == "required" else None
+        return enforced(self._choice)
+
+    @property
+    def _choice(self) -> Choice:
+        choice = self.tool_choice
+        return choice if choice is None or isinstance(choice, str) else choice.as_choice
 
     @property
     def needs_grammar(self) -> bool:
@@ -155,9 +171,8 @@ class ResponsesRequest(GenerationRequest):
             raise RequestError(f"text.format of type {format_.type} has no schema", "text")
         if self._forms.get("text") == {"json": None}:
             raise RequestError("text.format of type json_schema must have a schema", "text")
-        choice = self.enforced_choice or self.tool_choice
-        assert not isinstance(choice, FunctionChoice)
-        check_tools([tool.as_tool for tool in self.tools or ()], choice, self.form_field, self.form)
+        tools = [tool.as_tool for tool in self.tools or ()]
+        check_tools(tools, self._choice, self.form_field, self.form)
         if self.top_logprobs and not self.include:
             raise RequestError(f"top_logprobs needs include to name {LOGPROBS!r}", "top_logprobs")
 

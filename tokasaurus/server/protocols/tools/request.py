@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field
 
 from tokasaurus.errors import RequestError
 from tokasaurus.server.operations.strict import StrictSchema
@@ -13,6 +15,8 @@ from tokasaurus.text.structured_output import FIELD, json_for_grammar
 
 __all__ = [
     "MAX_TOOLS",
+    "AllowedTools",
+    "Choice",
     "Function",
     "Tool",
     "ToolCall",
@@ -20,6 +24,8 @@ __all__ = [
     "call_for_template",
     "calls_grammar",
     "check_tools",
+    "enforced",
+    "offered",
 ]
 
 MAX_TOOLS = 128
@@ -66,6 +72,35 @@ class ToolChoice(StrictSchema):
     def of(cls, name: str) -> ToolChoice:
         return cls(type="function", function=_FunctionName(name=name))
 
+    @property
+    def names(self) -> list[str]:
+        return [self.function.name]
+
+
+class _AllowedFunctions(StrictSchema):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[ToolChoice], Field(min_length=1)]
+
+
+class AllowedTools(StrictSchema):
+    """Some of the tools; the model sees no others."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: _AllowedFunctions
+
+    @classmethod
+    def of(cls, mode: Literal["auto", "required"], names: Sequence[str]) -> AllowedTools:
+        tools = [ToolChoice.of(name) for name in names]
+        return cls(type="allowed_tools", allowed_tools=_AllowedFunctions(mode=mode, tools=tools))
+
+    @property
+    def names(self) -> list[str]:
+        return [name for each in self.allowed_tools.tools for name in each.names]
+
+
+Choice: TypeAlias = str | ToolChoice | AllowedTools | None
+"""Among the tools: "none", "auto" (None is the same), "required", one function, or some of them."""
+
 
 class _CalledFunction(StrictSchema):
     name: str
@@ -82,44 +117,56 @@ class ToolCall(StrictSchema):
     index: int | None = None
     """From a streamed answer; changes nothing here."""
 
-    def for_template(self, where: str) -> dict[str, Any]:
-        """The call as the chat template sees it. Raises RequestError, saying where it is."""
-        called = self.function
-        return call_for_template(
-            self.id, called.name, called.arguments, f"{where}.function.arguments", "messages"
-        )
+    def for_template(self) -> dict[str, Any]:
+        """The call as the chat template sees it."""
+        return call_for_template(self.id, self.function.name, self.function.arguments)
 
 
 def call_for_template(
-    call_id: str | None, name: str, arguments: str | dict[str, Any], where: str, field: str
+    call_id: str | None, name: str, arguments: str | dict[str, Any]
 ) -> dict[str, Any]:
     """A call as chat templates expect it, with the arguments as an object.
 
     Args:
         call_id: if the call has one.
         name: of the function.
-        arguments: as JSON, or decoded.
-        where: the arguments are in the request, for errors.
-        field: of the request, for errors.
-
-    Raises:
-        RequestError: the arguments are not a JSON object.
+        arguments: as JSON, or decoded. The API allows any text, since models write any text: what
+            is not a JSON object stays as it was written, and null or nothing is no arguments.
     """
-    said: Any = arguments
-    if isinstance(said, str):
-        try:
-            said = json.loads(said or "{}")
-        except (ValueError, RecursionError):
-            said = None
-        if not isinstance(said, dict):
-            raise RequestError(f"{where} must be a JSON object, written as a string", field)
+    said = _object_or_text(arguments) if isinstance(arguments, str) else arguments
     call = {"type": "function", "function": {"name": name, "arguments": said}}
     return call if call_id is None else {"id": call_id, **call}
 
 
+def _object_or_text(arguments: str) -> str | dict[str, Any]:
+    try:
+        said = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        return arguments
+    if said is None:
+        return {}
+    return said if isinstance(said, dict) else arguments
+
+
+def offered(tools: Sequence[Tool], choice: Choice) -> list[Tool]:
+    """The tools that the model sees."""
+    if choice == "none":
+        return []
+    if isinstance(choice, AllowedTools):
+        return [tool for tool in tools if tool.function.name in choice.names]
+    return list(tools)
+
+
+def enforced(choice: Choice) -> str | ToolChoice | None:
+    """The call that the model must make: "required", or a function; None if the model decides."""
+    if isinstance(choice, AllowedTools):
+        choice = choice.allowed_tools.mode
+    return None if choice in ("none", "auto") else choice
+
+
 def check_tools(
     tools: Sequence[Tool],
-    choice: str | ToolChoice | None,
+    choice: Choice,
     form_field: str | None,
     form: Mapping[str, Any] | None,
 ) -> None:
@@ -143,11 +190,11 @@ def check_tools(
             )
         if names.count(name) > 1:
             raise RequestError(f"tools has two functions called {name!r}", "tools")
-    if isinstance(choice, ToolChoice) and choice.function.name not in names:
-        raise RequestError(
-            f"tool_choice names {choice.function.name!r}, which is not among the tools",
-            "tool_choice",
-        )
+    for name in choice.names if isinstance(choice, ToolChoice | AllowedTools) else ():
+        if name not in names:
+            raise RequestError(
+                f"tool_choice names {name!r}, which is not among the tools", "tool_choice"
+            )
     if choice == "required" and not tools:
         raise RequestError("tool_choice is 'required', and there are no tools", "tool_choice")
     if tools and choice != "none" and form_field is not None and not _is_json(form):
