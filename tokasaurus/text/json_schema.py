@@ -7,6 +7,7 @@ library would break the schema, the schema is written differently:
 - a pattern of keys is left out where all keys that match it are among the ``properties``;
 - a reference to a schema that only an infinite text can match is ``false``;
 - an unknown ``format`` is left out, as an annotation;
+- whole numbers without bounds have 64 bits, since a model may go on with digits;
 - bounds that a double cannot hold are moved inwards to the next ones that it can.
 
 It knows nothing of requests or vocabularies.
@@ -374,6 +375,8 @@ def _move_bounds(schema: dict[str, Any]) -> None:
         for name in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
         if isinstance(schema.get(name), (int, float)) and not isinstance(schema[name], bool)
     }
+    if schema.get("type") == "integer" and not bounds and "multipleOf" not in schema:
+        schema |= {"minimum": _LEAST, "maximum": _MOST}
     if not any(abs(value) >= _EXACT for value in bounds.values()):
         return
     kinds = schema.get("type")
