@@ -11,7 +11,7 @@ from itertools import product
 import pytest
 import torch
 from checkpoints import ROPES
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from tokasaurus import SamplingParams
@@ -124,15 +124,66 @@ def test_an_override_replaces_the_scaling_of_the_checkpoint(directory):
     assert plain.rope == DefaultRope(5e5)
     linear = read_model_config(path, '{"rope_type": "linear", "factor": 4, "rope_theta": 7}')
     assert linear.rope == LinearRope(7.0, 4.0)
-    assert linear.max_position_embeddings == 2048
+    assert linear.max_position_embeddings == 4 * 64
     yarn = read_model_config(path, '{"type": "yarn", "factor": 4.0}')
     assert isinstance(yarn.rope, YarnRope)
-    assert yarn.rope.original_max_position == 512
-    assert yarn.max_position_embeddings == 2048
+    assert yarn.rope.original_max_position == 64
+    assert yarn.max_position_embeddings == 4 * 64
     with pytest.raises(ModelError, match=r"rope_type.*is missing, and factor alone"):
         read_model_config(path, '{"factor": 2}')
     with pytest.raises(ModelError, match=r"rope_scaling=.*not JSON"):
         read_model_config(path, "{oops")
+
+
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0}
+PLAIN = {"rope_type": "default", "factor": 4.0}
+ORIGINAL = {"original_max_position_embeddings": 128}
+# max_position_embeddings, the checkpoint's scaling, the user's, the right number of positions
+STRETCHES = [
+    (128, None, None, 128),
+    (128, None, LINEAR, 512),
+    (128, None, YARN, 512),
+    (128, None, PLAIN, 128),
+    # The checkpoint counts the positions before its scaling.
+    (128, LINEAR, None, 512),
+    (128, YARN, None, 512),
+    (128, PLAIN, None, 128),
+    (128, {**YARN, **ORIGINAL}, None, 512),
+    (128, LINEAR, LINEAR, 512),
+    (128, YARN, YARN, 512),
+    (128, YARN, PLAIN, 128),
+    # The checkpoint counts them after its scaling.
+    (512, {**LINEAR, **ORIGINAL}, None, 512),
+    (512, {**YARN, **ORIGINAL}, None, 512),
+    (512, {**YARN, **ORIGINAL}, LINEAR, 512),
+    (512, {**YARN, **ORIGINAL}, YARN, 512),
+    (512, {**YARN, **ORIGINAL}, PLAIN, 128),
+    (512, {**YARN, **ORIGINAL}, {**YARN, "original_max_position_embeddings": 256}, 1024),
+    (512, {**YARN, **ORIGINAL}, {"rope_type": "yarn", "factor": 8.0}, 1024),
+    (512, {"rope_type": "llama3", **LLAMA3}, None, 512),
+    (500, {"rope_type": "llama3", **LLAMA3}, None, 500),
+    (600, {"rope_type": "llama3", **LLAMA3}, {"rope_type": "llama3", **LLAMA3}, 600),
+]
+
+
+def test_a_scaling_stretches_the_original_positions_once(directory):
+    wrong = []
+    for max_position, own, override, expected in STRETCHES:
+        for spelling in ("rope_scaling", "rope_parameters"):
+            path = directory(max_position_embeddings=max_position, **{spelling: own})
+            flag = None if override is None else json.dumps(override)
+            found = model_facts(path, flag).max_position_embeddings
+            if found != expected:
+                wrong.append((max_position, own, override, found, expected))
+    assert wrong == []
+
+
+def test_a_yarn_without_an_original_length_stretches_the_checkpoints(directory):
+    path = directory(max_position_embeddings=512, rope_scaling={**YARN, **ORIGINAL})
+    rope = read_model_config(path, json.dumps(YARN)).rope
+    assert isinstance(rope, YarnRope)
+    assert rope.original_max_position == 128
 
 
 def test_rotary_frequencies_are_those_of_transformers(directory):
@@ -182,7 +233,39 @@ REFUSALS = [
     ),
     ({"rope_parameters": 3}, "'rope_parameters' must be an object"),
     ({"layer_types": ["sliding_attention"]}, "'layer_types' has 'sliding_attention'"),
-    ({"use_sliding_window": True, "max_window_layers": 1}, "'use_sliding_window' is true"),
+    (
+        {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 64},
+        "'use_sliding_window' is true",
+    ),
+    (
+        {"use_sliding_window": True, "max_window_layers": 1, "max_position_embeddings": "absent"}
+        | {"architectures": ["Qwen2ForCausalLM"]},
+        "'use_sliding_window' is true",
+    ),
+    ({"sliding_window": 64}, "'sliding_window' is 64"),
+    ({"model_type": "mistral", "sliding_window": 64}, "'model_type' is 'mistral', which contr"),
+    ({"model_type": "mistral"}, "'model_type' is 'mistral', which contradicts"),
+    (
+        {"model_type": "granite", "embedding_multiplier": 12.0, "logits_scaling": 8.0},
+        "'model_type' is 'granite', which contradicts",
+    ),
+    ({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen2"}, "'model_type' is 'qwen2'"),
+    ({"embedding_multiplier": 12.0}, "'embedding_multiplier' is 12.0, which is not supported"),
+    ({"attention_multiplier": 0.5}, "'attention_multiplier' is 0.5: llama models do not have it"),
+    ({"residual_multiplier": 0.22}, "'residual_multiplier' is 0.22"),
+    ({"logits_scaling": 8}, "'logits_scaling' is 8"),
+    ({"is_causal": False}, "'is_causal' is False"),
+    ({"use_bidirectional_attention": True}, "'use_bidirectional_attention' is True"),
+    ({"is_encoder_decoder": True}, "'is_encoder_decoder' is True"),
+    ({"attn_logit_softcapping": 50.0}, "'attn_logit_softcapping' is 50.0"),
+    ({"final_logit_softcapping": 30.0}, "'final_logit_softcapping' is 30.0"),
+    ({"no_rope_layers": [1, 0]}, r"'no_rope_layers' is \[1, 0\]"),
+    ({"num_experts": 8}, "'num_experts' is 8"),
+    ({"use_qk_norm": True}, "'use_qk_norm' is True"),
+    ({"rotary_emb_base": 1e6}, "'rotary_emb_base' is 1000000.0"),
+    ({"quantization": {"bits": 4}}, r"'quantization' is \{'bits': 4\}"),
+    ({"dual_chunk_attention_config": {"chunk_size": 8}}, "'dual_chunk_attention_config' is"),
+    ({"invented": False}, "'invented' is False: llama models do not have it"),
 ]
 
 
@@ -211,6 +294,45 @@ def test_harmless_fields_change_nothing(directory):
         auto_map={"AutoModel": "code.Model"},
     )
     assert read_model_config(harmless) == plain
+    rows = [
+        {"model_type": "llama", "is_causal": True, "logits_scaling": 1, "residual_multiplier": 1.0},
+        {"invented": None, "attn_logit_softcapping": None},
+        {"_name_or_path": "a/b", "unsloth_fixed": True, "transformers.js_config": {"dtype": "q4"}},
+        {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": None},
+        {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 512},
+        {
+            "use_sliding_window": True,
+            "max_window_layers": 0,
+            "sliding_window": 64,
+            "layer_types": ["full_attention"] * 2,
+        },
+        {"use_sliding_window": False, "max_window_layers": 0, "sliding_window": 64},
+    ]
+    for row in rows:
+        assert read_model_config(directory(**row)) == plain, row
+
+
+def test_every_field_that_transformers_writes_by_itself_is_known(directory):
+    """With its defaults, of the classes that it has for our architectures."""
+    classes = {
+        "LlamaForCausalLM": LlamaConfig,
+        "Qwen2ForCausalLM": Qwen2Config,
+        "Qwen3ForCausalLM": Qwen3Config,
+    }
+    for name, config_class in classes.items():
+        theirs = {**config_class().to_dict(), "architectures": [name]}
+        found = read_model_config(directory(**theirs))
+        assert found.num_layers == theirs["num_hidden_layers"], name
+        assert found.head_dim == theirs.get("head_dim", found.hidden_size // found.num_heads), name
+        absent = directory(architectures=[name], max_position_embeddings="absent")
+        expected = theirs["max_position_embeddings"]
+        assert read_model_config(absent).max_position_embeddings == expected, name
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(directory):
+    path = directory({"top_k": 3}) / "generation_config.json"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert model_facts(path.parent).sampling_defaults == {"top_k": 3}
 
 
 def test_directories_without_a_readable_config_are_refused(tmp_path):
@@ -238,10 +360,10 @@ def test_facts_from_generation_config(directory):
     facts = model_facts(
         directory({"eos_token_id": [5, 6], "temperature": 0.6, "top_k": 20, "top_p": 0.95})
     )
-    assert facts.eos_token_ids == (5, 6)
+    assert facts.eos_token_ids == (5, 6, 2)
     assert facts.sampling_defaults == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
-    assert model_facts(directory({"eos_token_id": 0})).eos_token_ids == (0,)
-    assert model_facts(directory({"eos_token_id": [5, 100, -1]})).eos_token_ids == (5,)
+    assert model_facts(directory({"eos_token_id": 0})).eos_token_ids == (0, 2)
+    assert model_facts(directory({"eos_token_id": [5, 100, -1]})).eos_token_ids == (5, 2)
     greedy = model_facts(directory({"do_sample": False, "temperature": None}))
     assert (greedy.sampling_defaults, greedy.eos_token_ids) == ({}, (2,))
 
@@ -273,6 +395,98 @@ def test_nonsense_in_a_generation_config_is_refused_as_in_a_request(directory):
             SamplingParams(**{name: value})
     with pytest.raises(ModelError, match=r"'top_k' must be a whole number, not 20\.5"):
         model_facts(directory({"top_k": 20.5}))
+
+
+ADDED = {"added_tokens": [{"id": 7, "content": "<|im_end|>"}]}
+IM_END = {"eos_token": "<|im_end|>"}
+# generation_config.json's ids, config.json's, other files, the right ids
+ENDS = {
+    "no tokenizer": (5, 2, {}, (5, 2)),
+    "a fine-tune with ChatML": (None, 2, {"tokenizer_config": IM_END, "tokenizer": ADDED}, (2, 7)),
+    "no configuration names one": (
+        None,
+        "absent",
+        {"tokenizer_config": IM_END, "tokenizer": ADDED},
+        (7,),
+    ),
+    "all agree": (7, [7], {"tokenizer_config": IM_END, "tokenizer": ADDED}, (7,)),
+    "an object": (
+        [5, 6],
+        2,
+        {
+            "tokenizer_config": {"eos_token": {"content": "<|im_end|>", "lstrip": False}},
+            "tokenizer": ADDED,
+        },
+        (5, 6, 2, 7),
+    ),
+    "another file of special tokens": (
+        None,
+        2,
+        {"special_tokens_map": IM_END, "tokenizer": ADDED},
+        (2, 7),
+    ),
+    "a token of the vocabulary": (
+        None,
+        2,
+        {"tokenizer_config": IM_END, "tokenizer": {"model": {"vocab": {"a": 1, "<|im_end|>": 9}}}},
+        (2, 9),
+    ),
+    "a unigram vocabulary": (
+        None,
+        2,
+        {
+            "tokenizer_config": IM_END,
+            "tokenizer": {"model": {"vocab": [["a", 0.0], ["<|im_end|>", 0.0]]}},
+        },
+        (2, 1),
+    ),
+    "a token that only the settings have": (
+        None,
+        2,
+        {"tokenizer_config": {**IM_END, "added_tokens_decoder": {"8": {"content": "<|im_end|>"}}}},
+        (2, 8),
+    ),
+    "a vocabulary in a file of its own": (
+        None,
+        2,
+        {"tokenizer_config": IM_END, "vocab": {"<|im_end|>": 11}},
+        (2, 11),
+    ),
+    "beyond the model's vocabulary": (
+        None,
+        2,
+        {"tokenizer_config": IM_END, "vocab": {"<|im_end|>": 100}},
+        (2,),
+    ),
+    "nonsense": (
+        None,
+        2,
+        {"tokenizer_config": IM_END, "tokenizer": {"added_tokens": 3, "model": []}, "vocab": []},
+        (2,),
+    ),
+}
+
+
+def test_a_text_ends_at_the_tokens_of_all_configurations_and_of_the_tokenizer(directory):
+    wrong, written = [], []
+    for name, (generation, config, files, expected) in ENDS.items():
+        path = directory({"eos_token_id": generation}, eos_token_id=config)
+        for file in written:
+            file.unlink()
+        written = [path / f"{file}.json" for file in files]
+        for file, values in zip(written, files.values(), strict=True):
+            file.write_text(json.dumps(values))
+        if (found := model_facts(path).eos_token_ids) != expected:
+            wrong.append((name, found, expected))
+    assert wrong == []
+
+
+def test_the_tokenizer_of_another_directory_ends_texts(directory, tmp_path):
+    elsewhere = tmp_path / "tokenizer"
+    elsewhere.mkdir()
+    (elsewhere / "tokenizer_config.json").write_text(json.dumps(IM_END))
+    (elsewhere / "tokenizer.json").write_text(json.dumps(ADDED))
+    assert model_facts(directory(), tokenizer=elsewhere).eos_token_ids == (2, 7)
 
 
 def test_facts_of_every_architecture_are_read_without_torch(directory):

@@ -28,9 +28,10 @@ def assemble(config: EngineConfig) -> EngineSlices:
         ModelError: the model cannot be found, or its architecture is unknown.
     """
     rope_scaling = None if config.rope_scaling is None else json.dumps(dict(config.rope_scaling))
-    facts = model_facts(find_model(config.model), rope_scaling, config.load_format)
+    model = find_model(config.model)
     if config.tokenizer is not None:
         config = dataclasses.replace(config, tokenizer=str(find_tokenizer(config.tokenizer)))
+    facts = model_facts(model, rope_scaling, config.load_format, config.tokenizer)
     cuda_bytes = None if config.device == "cpu" else _free_cuda_bytes()
     return resolve(
         config,

@@ -15,6 +15,7 @@ from tokasaurus.errors import ModelError
 from tokasaurus.model.architectures.registry import ARCHITECTURES
 from tokasaurus.model.checkpoint_headers import HEAD, CheckpointHeaders, check_sizes
 from tokasaurus.model.config import ModelConfig
+from tokasaurus.model.end_token import end_token_ids
 from tokasaurus.model.json_fields import JsonFields
 from tokasaurus.protocol.messages import SAMPLING_LIMITS
 
@@ -28,8 +29,8 @@ def read_model_config(path: str | Path, rope_scaling_override: str | None = None
 
     Args:
         path: the model's directory.
-        rope_scaling_override: a JSON object that replaces the checkpoint's RoPE scaling. A scaling
-            that stretches positions (linear, llama3, yarn) raises ``max_position_embeddings`` too.
+        rope_scaling_override: a JSON object that replaces the checkpoint's RoPE scaling. It
+            stretches the positions that the model had before any scaling.
 
     Raises:
         ModelError: names the file and the field.
@@ -54,7 +55,10 @@ def read_model_config(path: str | Path, rope_scaling_override: str | None = None
 
 
 def model_facts(
-    path: str | Path, rope_scaling_override: str | None = None, load_format: str = "auto"
+    path: str | Path,
+    rope_scaling_override: str | None = None,
+    load_format: str = "auto",
+    tokenizer: str | Path | None = None,
 ) -> ModelFacts:
     """Reads what the composition root needs: sizes, and the model's defaults of generation.
 
@@ -62,6 +66,7 @@ def model_facts(
         path: the model's directory.
         rope_scaling_override: see :func:`read_model_config`.
         load_format: "auto" compares the sizes with the headers of the weights, if there are any.
+        tokenizer: the directory of the tokenizer; None is the model's.
 
     Raises:
         ModelError: names the file and the field.
@@ -76,7 +81,15 @@ def model_facts(
     generation = JsonFields({}, "")
     if (directory / "generation_config.json").exists():
         generation = JsonFields.read(directory / "generation_config.json")
-    eos_token_ids = generation.integers("eos_token_id") or fields.integers("eos_token_id")
+    # A chat's template ends messages with the tokenizer's token, which fine-tunes of base models
+    # name in no other file.
+    eos_token_ids = dict.fromkeys(
+        (
+            *generation.integers("eos_token_id"),
+            *fields.integers("eos_token_id"),
+            *end_token_ids(directory if tokenizer is None else Path(tokenizer)),
+        )
+    )
     return ModelFacts(
         path=str(directory),
         vocab_size=config.vocab_size,

@@ -53,6 +53,10 @@ class JsonFields:
     def __contains__(self, name: str) -> bool:
         return self._values.get(name) is not None
 
+    def is_null(self, name: str) -> bool:
+        """Whether the field is there and says null."""
+        return name in self._values and self._values[name] is None
+
     def raw(self, name: str) -> Any:
         return self._values.get(name)
 

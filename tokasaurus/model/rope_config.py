@@ -25,7 +25,6 @@ __all__ = [
     "RopeConfig",
     "YarnRope",
     "parse_rope",
-    "stretched_positions",
 ]
 
 _DEFAULT_THETA = 10_000.0
@@ -75,14 +74,20 @@ class YarnRope:
 RopeConfig: TypeAlias = DefaultRope | LinearRope | Llama3Rope | YarnRope
 
 
-def parse_rope(fields: JsonFields, max_position: int, override: JsonFields | None) -> RopeConfig:
+def parse_rope(
+    fields: JsonFields, max_position: int, override: JsonFields | None
+) -> tuple[RopeConfig, int]:
     """Reads the embedding's description.
 
     Args:
         fields: the whole ``config.json``.
         max_position: its ``max_position_embeddings``.
         override: replaces the checkpoint's object. The checkpoint's ``rope_theta`` stays unless the
-            override has one.
+            override has one. Its scaling stretches the positions that the model had before the
+            checkpoint's own scaling.
+
+    Returns:
+        The embedding, and the positions that the model has with it.
 
     Raises:
         ModelError: names the field that is missing, malformed or of an unsupported kind.
@@ -92,16 +97,33 @@ def parse_rope(fields: JsonFields, max_position: int, override: JsonFields | Non
     chosen = own if override is None else override
     theta = chosen.positive("rope_theta", theta)
     _refuse_partial(fields, chosen)
-    return _of_kind(chosen, theta, fields.integer("original_max_position_embeddings", max_position))
+    name = "original_max_position_embeddings"
+    original = own.integer(name, fields.integer(name, max_position))
+    rope = _of_kind(chosen, theta, original)
+    if override is None:
+        return rope, _own_positions(rope, original, max_position)
+    positions = _stretched_positions(rope, original)
+    return rope, max(max_position, positions) if isinstance(rope, Llama3Rope) else positions
 
 
-def stretched_positions(rope: RopeConfig, max_position: int) -> int:
-    """The positions that a scaling makes of ``max_position`` original ones."""
-    if isinstance(rope, YarnRope | Llama3Rope):
-        return max(max_position, int(rope.factor * rope.original_max_position))
-    if isinstance(rope, LinearRope):
-        return int(rope.factor * max_position)
+def _own_positions(rope: RopeConfig, original: int, max_position: int) -> int:
+    """Positions under the checkpoint's own scaling, as transformers and vLLM count them.
+
+    ``max_position_embeddings`` may count them before the scaling or after it. Of Llama 3's scaling
+    it always counts them after it, and they are fewer than factor times original ones.
+    """
+    if isinstance(rope, LinearRope | YarnRope):
+        return max(max_position, _stretched_positions(rope, original))
     return max_position
+
+
+def _stretched_positions(rope: RopeConfig, original: int) -> int:
+    """The positions that a scaling makes of ``original`` ones."""
+    if isinstance(rope, YarnRope | Llama3Rope):
+        return max(original, int(rope.factor * rope.original_max_position))
+    if isinstance(rope, LinearRope):
+        return int(rope.factor * original)
+    return original
 
 
 def _of_kind(fields: JsonFields, theta: float, original: int) -> RopeConfig:

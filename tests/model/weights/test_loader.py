@@ -263,7 +263,7 @@ def test_wrong_tensors_are_named(editable, change, message):
 
 def test_biases_that_the_architecture_does_not_have_are_refused(editable):
     path = editable(architecture="qwen2")
-    edit_json(path / "config.json", architectures=["LlamaForCausalLM"])
+    edit_json(path / "config.json", architectures=["LlamaForCausalLM"], model_type="llama")
     with pytest.raises(
         ModelError, match=r"does not use: model\.layers\.0\.self_attn\.k_proj\.bias"
     ):

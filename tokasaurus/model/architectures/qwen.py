@@ -16,6 +16,9 @@ __all__ = ["Qwen2", "Qwen3"]
 class Qwen2(Llama):
     """Implements ``Architecture``. Biases are part of the architecture; no field asks for them."""
 
+    model_type: ClassVar[str] = "qwen2"
+    default_positions: ClassVar[int] = 32768
+
     def parse(self, fields: JsonFields, rope_scaling: JsonFields | None) -> ModelConfig:
         config = super().parse(fields, rope_scaling)
         return replace(config, qkv_bias=True, output_bias=False, mlp_bias=False)
@@ -24,6 +27,8 @@ class Qwen2(Llama):
 class Qwen3(Llama):
     """Implements ``Architecture``."""
 
+    model_type: ClassVar[str] = "qwen3"
+    default_positions: ClassVar[int] = 32768
     default_head_dim: ClassVar[int | None] = 128
 
     def parse(self, fields: JsonFields, rope_scaling: JsonFields | None) -> ModelConfig:
