@@ -678,7 +678,7 @@ class RunningServer:
             "raw_path": path.encode(),
             "query_string": b"",
             "root_path": "",
-            "headers": [(b"host", b"x"), *headers],
+            "headers": [(b"host", b"localhost"), *headers],
             "client": ("127.0.0.1", 1),
             "server": ("127.0.0.1", self.port),
         }

@@ -84,13 +84,17 @@ def test_results_are_written_again_after_the_disk_was_full(
     check(tmp_path, batch_id, 30)
 
 
-def test_files_may_fill_a_tenth_of_the_disk_by_default(tmp_path, monkeypatch):
+def test_files_may_fill_a_share_of_the_disk(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(total=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     file = StoredFile(
         id="a", bytes=100, created_at=0, filename="a", purpose="batch", expires_at=None
     )
-    with contextlib.closing(JobStore(tmp_path)) as store:
+    with contextlib.closing(JobStore(tmp_path, disk_share=0.1)) as store:
         store.add_file(file)
         with pytest.raises(RequestError, match="max_stored_bytes=100;"):
             store.add_file(msgspec.structs.replace(file, id="b", bytes=1))
+    with contextlib.closing(JobStore(tmp_path, 101, disk_share=0.1)) as store:
+        store.add_file(msgspec.structs.replace(file, id="c", bytes=1))
+    with contextlib.closing(JobStore(tmp_path)) as store:  # as offline jobs have it
+        store.add_file(msgspec.structs.replace(file, id="d", bytes=1 << 50))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from checkpoints import make_checkpoint
 from oracle import reference_model
+from safetensors.torch import load_file, save_file
 
 from tokasaurus import LLM, SamplingParams
 from tokasaurus.config.engine import EngineConfig
@@ -64,6 +66,23 @@ def test_embeddings_with_chunks_and_preemptions(model, pooling):
         assert llm.num_preemptions > 0
     for ids, vector in zip(texts + texts[:5], [*vectors, *again], strict=True):
         np.testing.assert_allclose(vector, reference(model, ids, pooling), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_checkpoint_without_prefix_and_head_embeds(tmp_path, tied):
+    """The layout of Qwen3-Embedding."""
+    whole = make_checkpoint(tmp_path / "whole", "qwen3", seed=5, tied=tied)
+    bare = tmp_path / "bare"
+    shutil.copytree(whole, bare)
+    tensors = load_file(bare / "model.safetensors")
+    tensors.pop("lm_head.weight", None)
+    renamed = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(renamed, bare / "model.safetensors")
+    texts = prompts(5, seed=3)
+    with LLM(bare, bump_city_population_me=True, **FLAGS) as llm:
+        vectors = llm.embed(texts, pooling="last", use_tqdm=False)
+    for ids, vector in zip(texts, vectors, strict=True):
+        np.testing.assert_allclose(vector, reference(whole, ids, "last"), atol=TOLERANCE)
 
 
 def test_embeddings_beside_generation(model):

@@ -124,7 +124,7 @@ def test_a_wrong_prompt_is_named_and_nothing_is_generated(llm):
         llm.generate(["fine", [10**6]], GREEDY, use_tqdm=False)
     assert refused.value.field == "prompt"
     with pytest.raises(RequestError, match="top_p"):
-        SamplingParams(top_p=0.0)
+        SamplingParams(top_p=-0.1)
     assert llm.generate("fine", GREEDY, use_tqdm=False)[0].finished
 
 
@@ -252,8 +252,12 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(own, tmp_path):
         engine.update_weights(tmp_path / "part.safetensors")
     assert engine.generate("again", GREEDY, use_tqdm=False)[0].outputs == old
     engine.sleep()
-    with pytest.raises(Conflict, match="restore"):
-        engine.update_weights(directory)
+    engine.update_weights(directory)  # it restores the weights, and not the KV cache
+    with pytest.raises(Conflict, match="asleep"):
+        engine.generate("again", GREEDY, use_tqdm=False)
+    engine.wake_up()
+    new = engine.generate("again", GREEDY, use_tqdm=False)[0].outputs
+    assert [each.token_ids for each in new] == [each.token_ids for each in old]
 
 
 def test_an_engine_whose_files_are_gone_wakes_up_after_an_update(own, model, tmp_path):

@@ -52,7 +52,7 @@ def whole(engine: EngineProcess, seed: int) -> Completion:
     return engine.client(timeout=120).completions.create(**REQUEST, n=20, seed=seed)
 
 
-@pytest.mark.parametrize("role", ["manager-1", "worker"])
+@pytest.mark.parametrize("role", [pytest.param("manager-1", marks=pytest.mark.long), "worker"])
 def test_requests_go_on_when_a_replica_dies_and_fail_with_the_last(
     pair: EngineProcess, role: str
 ) -> None:

@@ -329,12 +329,6 @@ def test_every_field_that_transformers_writes_by_itself_is_known(directory):
         assert read_model_config(absent).max_position_embeddings == expected, name
 
 
-def test_a_byte_order_mark_is_no_part_of_a_file(directory):
-    path = directory({"top_k": 3}) / "generation_config.json"
-    path.write_text(path.read_text(), encoding="utf-8-sig")
-    assert model_facts(path.parent).sampling_defaults == {"top_k": 3}
-
-
 def test_directories_without_a_readable_config_are_refused(tmp_path):
     with pytest.raises(ModelError, match=r"has no config\.json"):
         read_model_config(tmp_path)

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from tokasaurus.server.operations import schemas
 from tokasaurus.server.protocols import embeddings, native
-from tokasaurus.server.protocols.chat import messages
+from tokasaurus.server.protocols.chat import messages, reasoning
 from tokasaurus.server.protocols.chat import request as chat
 from tokasaurus.server.protocols.completions import request as completions
 from tokasaurus.server.protocols.responses import items as response_items
@@ -105,6 +105,9 @@ FLAT_TOOL = {"type": "function", "name": "f"}
 CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
 # A template that shows everything it is given.
 SHOWS_ALL = {"chat_template_kwargs": {"chat_template": "{{ messages }}{{ tools }}<tool_call>"}}
+SHOWS_EFFORT = {
+    "chat_template_kwargs": {"chat_template": "effort {{ enable_thinking }}{{ reasoning_effort }}"}
+}
 ONE_MODEL = "there is one model, by any name"
 ONE_KIND = "there is only one kind"
 NAMED = {"type": "function", "function": {"name": "f"}}
@@ -119,6 +122,9 @@ FORMS: Mapping[str, Row] = {
     "guided_regex": Changes("[a-z]+"),
     "guided_choice": Changes(["a", "b"]),
     "guided_grammar": Changes('start: "a"'),
+    "json_schema": Changes({"type": "integer"}),
+    "regex": Changes("[a-z]+"),
+    "ebnf": Changes('root ::= "a"'),
 }
 GENERATION: Mapping[str, Row] = {
     **FORMS,
@@ -194,7 +200,11 @@ SCHEMAS: Mapping[Any, Place] = {
         schemas.StreamOptions,
         COMPLETIONS,
         {},
-        {"include_usage": Changes(True), "continuous_usage_stats": Changes(True)},
+        {
+            "include_usage": Changes(True),
+            "continuous_usage_stats": Changes(True),
+            "include_obfuscation": Refused(True, (False,)),
+        },
         lambda fields: {**BASE[COMPLETIONS], "stream": True, "stream_options": fields},
         "stream_options",
     ),
@@ -211,6 +221,12 @@ SCHEMAS: Mapping[Any, Place] = {
             "max_completion_tokens": Changes(5, {"max_tokens": None}),
             "apply_chat_template_overrides": Changes({"shout": True}),
             "chat_template_kwargs": Changes({"shout": True}),
+            "add_generation_prompt": Changes(False),
+            "continue_final_message": Changes(
+                True, {"messages": [{**USER, "role": "assistant"}, USER]}
+            ),
+            "reasoning_effort": Changes("none", SHOWS_EFFORT),
+            "reasoning": Changes({"effort": "low"}, SHOWS_EFFORT),
             "tools": Changes([TOOL], SHOWS_ALL),
             "tool_choice": Changes("none", {"tools": [TOOL], **SHOWS_ALL}),
             "parallel_tool_calls": Changes(
@@ -370,7 +386,22 @@ SCHEMAS: Mapping[Any, Place] = {
             "tool_choice": Changes("none", {"tools": [FLAT_TOOL], **SHOWS_ALL}),
             "parallel_tool_calls": Changes(False),
             "chat_template_kwargs": Changes({"shout": True}),
+            "reasoning": Changes({"effort": "low"}),
         },
+    ),
+    reasoning.Reasoning: of(
+        reasoning.Reasoning,
+        RESPONSES,
+        {},
+        {
+            "effort": Changes("high"),
+            "summary": Refused("detailed", ("auto",)),
+            "generate_summary": Refused("concise", ("auto",)),
+            "context": Refused("all_turns", ("auto",)),
+            "mode": Refused("pro", ("standard",)),
+        },
+        lambda fields: {**BASE[RESPONSES], "reasoning": fields},
+        "reasoning",
     ),
     response_items.FunctionTool: of(
         response_items.FunctionTool,
@@ -509,7 +540,7 @@ SCHEMAS: Mapping[Any, Place] = {
         responses.TextOptions,
         RESPONSES,
         {},
-        {"format": Changes({"type": "json_object"}), "verbosity": Refused("low")},
+        {"format": Changes({"type": "json_object"}), "verbosity": Refused("low", ("medium",))},
         lambda fields: {**BASE[RESPONSES], "text": fields},
         "text",
     ),
@@ -701,12 +732,12 @@ OBJECTS: Mapping[str, Place] = {
 
 OTHER_ENGINES: Mapping[str, tuple[Any, ...]] = {
     # vLLM
-    "add_generation_prompt": (True,),
     "allowed_token_ids": (),
     "cache_salt": (),
     "chat_template": (),
-    "continue_final_message": (False,),
     "documents": (),
+    "ec_transfer_params": (),
+    "guided_decoding_backend": ("xgrammar", "auto"),
     "include_reasoning": (True,),
     "kv_transfer_params": (),
     "logits_processors": (),
@@ -715,14 +746,40 @@ OTHER_ENGINES: Mapping[str, tuple[Any, ...]] = {
     "request_id": (),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
+    "logprob_token_ids": (),
+    "repetition_detection": (),
+    "return_mm_kwargs": (True, False),
+    "return_prompt_text": (False,),
+    "return_token_offsets": (False,),
+    "routed_experts_prompt_start": (0,),
+    "session_id": ("mine",),
+    "stream_interval": (1,),
+    "thinking_token_budget": (),
+    "truncation_side": ("left", "right"),
     "vllm_xargs": (),
+    "watermarking": (False,),
     # SGLang
+    "bootstrap_host": (),
+    "bootstrap_port": (),
+    "bootstrap_room": (),
+    "custom_labels": (),
+    "custom_params": (),
+    "data_parallel_rank": (),
+    "disagg_prefill_dp_rank": (),
+    "images_config": (),
+    "max_dynamic_patch": (),
+    "min_dynamic_patch": (),
+    "return_meta_info": (False,),
+    "return_prompt_token_ids": (False,),
+    "task": (),
+    "use_audio_in_video": (False,),
+    "ngram_corpus_id": (),
+    "return_cached_tokens_details": (False,),
+    "routed_dp_rank": (),
+    "routed_experts_start_len": (0,),
     "custom_logit_processor": (),
-    "ebnf": (),
     "extra_key": (),
-    "json_schema": (),
     "no_stop_trim": (False,),
-    "regex": (),
     "return_hidden_states": (False,),
     "return_routed_experts": (False,),
     "rid": (),

@@ -20,7 +20,7 @@ def run_worlds(seeds: range) -> int:
 
 
 def test_every_request_gets_its_tokens_once_though_replicas_die() -> None:
-    assert run_worlds(range(25)) > 30  # else these worlds show little
+    assert run_worlds(range(8)) > 15  # else these worlds show little
 
 
 @pytest.mark.long

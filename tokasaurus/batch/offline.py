@@ -75,6 +75,9 @@ class OfflineJob:
                 write_parquet(output, table)
                 os.replace(table, self.target)
             else:
+                new = self.directory / "new"
+                new.touch()
+                output.chmod(new.stat().st_mode)  # the store's files are private
                 os.replace(output, self.target)
         self.drop()
 

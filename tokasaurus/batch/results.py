@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from tokasaurus.batch.lines import error_line, parse_line, read_lines
 from tokasaurus.batch.records import RequestCounts
-from tokasaurus.batch.store import AnsweredLine
+from tokasaurus.batch.store import AnsweredLine, open_private
 
 __all__ = ["write_results"]
 
@@ -39,8 +39,9 @@ def write_results(
     """
     completed = failed = 0
     with contextlib.ExitStack() as stack:
-        output = stack.enter_context(output_path.open("wb"))
-        errors = output if error_path == output_path else stack.enter_context(error_path.open("wb"))
+        output = errors = stack.enter_context(open_private(output_path, is_new=True))
+        if error_path != output_path:
+            errors = stack.enter_context(open_private(error_path, is_new=True))
         answers: BinaryIO | None = None
         if answered:
             answers = stack.enter_context(answers_path.open("rb"))

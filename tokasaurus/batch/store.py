@@ -11,6 +11,9 @@ A line counts as answered once its row is committed. Its bytes are on the disk b
 those of the last commit; what a killed process wrote there without a commit is overwritten. So each
 line is answered exactly once, whenever the process ends.
 
+Other users of the machine cannot read any of this: directories have mode 0700 and files 0600, and
+what an earlier version left open is closed at the start.
+
 Every method blocks on the disk. Only one thread may call them at a time.
 """
 
@@ -18,20 +21,24 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import shutil
 import sqlite3
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
 from tokasaurus.batch.records import FINAL_STATUSES, Batch, RequestCounts, StoredFile, Usage
 from tokasaurus.errors import ConfigError, Conflict, NotFound, RequestError
 
-__all__ = ["AnsweredLine", "JobStore", "NewAnswer"]
+__all__ = ["AnsweredLine", "JobStore", "NewAnswer", "open_private"]
+
+log = logging.getLogger(__name__)
 
 MAX_FILES = 10_000
 
@@ -68,6 +75,12 @@ CREATE TABLE IF NOT EXISTS dropped_files (  -- the latest, so that a list can co
 """
 _VERSION = 1
 
+_DATABASE = "jobs.sqlite3"
+_OWN_NAMES = frozenset(
+    {"lock", "files", "answers", *(f"{_DATABASE}{end}" for end in ("", "-wal", "-shm", "-journal"))}
+)
+_PRIVATE_DIRECTORY, _PRIVATE_FILE = 0o700, 0o600
+
 
 @dataclass(frozen=True)
 class NewAnswer:
@@ -93,28 +106,38 @@ class JobStore:
 
     Args:
         directory: its directory.
-        max_bytes: the most that all files may have before uploads are refused; None for a tenth of
-            the disk. Results are always stored.
+        max_bytes: the most that all files may have before uploads are refused. Results are always
+            stored.
+        disk_share: the same as a share of the disk, where max_bytes is None. If both are None,
+            there is no limit.
 
     Raises:
         ConfigError: another process uses the directory, it cannot be written, or a newer version of
             Tokasaurus has written it.
     """
 
-    def __init__(self, directory: Path, max_bytes: int | None = None) -> None:
+    def __init__(
+        self, directory: Path, max_bytes: int | None = None, disk_share: float | None = None
+    ) -> None:
         self._directory = directory
         try:
-            for path in (directory, self._files, self._answers):
-                path.mkdir(parents=True, exist_ok=True)
-            if max_bytes is None:
-                max_bytes = shutil.disk_usage(directory).total // 10
+            _make_private(directory)
+            for path in (self._files, self._answers):
+                path.mkdir(mode=_PRIVATE_DIRECTORY, exist_ok=True)
+                _close_to_others(path)
+            if max_bytes is None and disk_share is not None:
+                # A file system that does not know its size says 0.
+                max_bytes = int(shutil.disk_usage(directory).total * disk_share) or None
             self._max_bytes = max_bytes
             self._lock = _take_lock(directory)
+            # SQLite gives its other files the mode of this one.
+            open_private(directory / _DATABASE, is_new=False).close()
             self._database = sqlite3.connect(
-                directory / "jobs.sqlite3", isolation_level=None, check_same_thread=False
+                directory / _DATABASE, isolation_level=None, check_same_thread=False
             )
             self._set_up()
             self._clean()
+            self._close_files_to_others()
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"{directory} cannot be used: {error}") from None
 
@@ -136,15 +159,16 @@ class JobStore:
             raise RequestError(
                 f"{number} files are stored, and there may be {MAX_FILES}; delete some", "file"
             )
-        (stored,) = self._database.execute(
-            "SELECT coalesce(sum(json_extract(CAST(record AS TEXT), '$.bytes')), 0) FROM files"
-        ).fetchone()
-        if stored + file.bytes > self._max_bytes:
-            raise RequestError(
-                f"{stored} bytes are stored, and with these {file.bytes} there would be more"
-                f" than max_stored_bytes={self._max_bytes}; delete some files",
-                "file",
-            )
+        if self._max_bytes is not None:
+            (stored,) = self._database.execute(
+                "SELECT coalesce(sum(json_extract(CAST(record AS TEXT), '$.bytes')), 0) FROM files"
+            ).fetchone()
+            if stored + file.bytes > self._max_bytes:
+                raise RequestError(
+                    f"{stored} bytes are stored, and with these {file.bytes} there would be more"
+                    f" than max_stored_bytes={self._max_bytes}; delete some files",
+                    "file",
+                )
         with self._transaction():
             self._insert_file(file)
 
@@ -312,6 +336,12 @@ class JobStore:
             if path.name not in (ids if path.parent == self._files else unfinished):
                 path.unlink()
 
+    def _close_files_to_others(self) -> None:
+        own = (self._directory / name for name in _OWN_NAMES)
+        for path in (*own, *self._files.iterdir(), *self._answers.iterdir()):
+            if path.is_file():
+                _close_to_others(path)
+
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
         self._database.execute("BEGIN IMMEDIATE")
@@ -384,13 +414,45 @@ class JobStore:
         return [record for (record,) in rows[:limit]], len(rows) > limit
 
 
+def open_private(path: Path, *, is_new: bool) -> BinaryIO:
+    """Opens a file, which is created if it does not exist, so that its owner alone may read it.
+
+    Args:
+        path: of the file.
+        is_new: whether its former content goes.
+    """
+    flags = os.O_RDWR | os.O_CREAT | (os.O_TRUNC if is_new else 0)
+    return open(os.open(path, flags, _PRIVATE_FILE), "r+b")
+
+
+def _make_private(directory: Path) -> None:
+    """Makes a directory, or closes one to others unless somebody uses it for other things, too."""
+    try:
+        directory.mkdir(mode=_PRIVATE_DIRECTORY, parents=True)
+    except FileExistsError:
+        if {each.name for each in directory.iterdir()} <= _OWN_NAMES:
+            _close_to_others(directory)
+
+
+def _close_to_others(path: Path) -> None:
+    """Takes all rights from the group and from others, if the path is this user's."""
+    mode = stat.S_IMODE(path.stat().st_mode)
+    private = mode & stat.S_IRWXU
+    if mode == private:
+        return
+    try:
+        path.chmod(private)
+    except PermissionError:
+        log.warning("%s is open to other users, and its mode cannot be changed", path)
+
+
 def _take_lock(directory: Path) -> Any:
     """Locks the directory until the file that is returned is closed, or the process ends.
 
     Raises:
         ConfigError: another process holds the lock.
     """
-    file = (directory / "lock").open("a+")
+    file = os.fdopen(os.open(directory / "lock", os.O_RDWR | os.O_CREAT, _PRIVATE_FILE), "r+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -400,14 +462,15 @@ def _take_lock(directory: Path) -> Any:
         raise ConfigError(
             f"{directory} is in use by another process (process id {owner}); stop that first"
         ) from None
-    file.truncate(0)
+    file.seek(0)
+    file.truncate()
     file.write(f"{os.getpid()}\n")
     file.flush()
     return file
 
 
 def _write_at(path: Path, start: int, pieces: Sequence[bytes]) -> None:
-    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b") as file:
+    with open_private(path, is_new=False) as file:
         file.seek(start)
         file.writelines(pieces)
         file.truncate()

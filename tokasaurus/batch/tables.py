@@ -13,6 +13,7 @@ import msgspec
 
 from tokasaurus import untrusted_json
 from tokasaurus.batch.lines import MAX_LINE_BYTES, read_lines
+from tokasaurus.batch.store import open_private
 from tokasaurus.errors import ConfigError
 
 __all__ = ["import_requests", "is_parquet", "load_pyarrow", "write_parquet"]
@@ -35,7 +36,7 @@ def import_requests(source: Path, target: Path) -> None:
         ConfigError: the file cannot be read.
     """
     lines = _rows_as_lines(source) if is_parquet(source) else _lines(source)
-    with target.open("wb") as file:
+    with open_private(target, is_new=True) as file:
         for number, line in enumerate(lines, 1):
             file.write(_as_batch_line(number, line) + b"\n")
 

@@ -22,7 +22,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike, fspath
 from types import TracebackType
@@ -282,12 +282,14 @@ class AsyncLLM:
     async def asgi_app(self) -> ASGIApp:
         """The HTTP API of ``toka`` on this engine, for clients in this process: no port is opened.
 
-        It has every route but those of files and batches. Give it to ``httpx.ASGITransport``.
+        It has every route but those of files and batches. Give it to ``httpx.ASGITransport``. It
+        answers to every name in ``Host``: whatever serves it elsewhere knows its own.
         """
         from tokasaurus.server.app import create_app
         from tokasaurus.server.http.request_ids import RequestIds
 
-        return RequestIds(create_app((await self._loaded()).config, self._state))
+        config = (await self._loaded()).config
+        return RequestIds(create_app(replace(config, allowed_hosts=("*",)), self._state))
 
     async def close(self) -> None:
         """Ends every call with ``EngineDead``, and frees the model and the cache."""

@@ -1,4 +1,4 @@
-"""Ends connections that send nothing, or hardly anything; uvicorn alone would keep them.
+"""Ends connections that send nothing, hardly anything, or no HTTP, with an error like any other.
 
 ::
 
@@ -7,6 +7,9 @@
     answered ──▶ first byte of the next request                 uvicorn's timeout_keep_alive
 
 No time passes while the server does not read, because it has enough of a body or of requests.
+
+A head has at most 64 KiB: its lines are counted as they are parsed, since one read may bring more
+than one request, and what is not a whole line yet is counted by the read.
 """
 
 from __future__ import annotations
@@ -17,15 +20,16 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from tokasaurus.errors import TokasaurusError
+from tokasaurus.errors import RequestError, TokasaurusError
 from tokasaurus.server.errors import HeadTooLarge, ReadTimeout
 from tokasaurus.server.http.answers import error_answer
-from tokasaurus.server.http.request_ids import REQUEST_ID_HEADER, new_request_id
+from tokasaurus.server.http.request_ids import REQUEST_ID_HEADER, request_id_of
 
 __all__ = ["connections"]
 
 _MIN_BYTES = 1024  # of a body in each timeout
 _MAX_HEAD_BYTES = 1 << 16
+_LINE_BYTES = 4  # of a header, besides its name and value
 
 
 class _Awaits(Enum):
@@ -44,6 +48,8 @@ class _Connection(HttpToolsProtocol):
         self._awaits = _Awaits.HEAD
         self._since = self.loop.time()
         self._num_bytes = 0  # since then; of a head, all bytes
+        self._head_bytes = 0  # of the lines of the head that are parsed
+        self._error: TokasaurusError | None = None  # found while a head is parsed
         self._turned = False  # it awaits something else since the last data came
         self._timer: asyncio.TimerHandle | None = None
 
@@ -63,12 +69,35 @@ class _Connection(HttpToolsProtocol):
         # It is unknown how much of the data belongs to what has just begun.
         self._num_bytes += 1 if self._turned else len(data)
         if self._awaits is _Awaits.HEAD and self._num_bytes > _MAX_HEAD_BYTES:
-            self._refuse(HeadTooLarge(f"the head of a request may have {_MAX_HEAD_BYTES} bytes"))
+            self._refuse(_head_too_large())
+
+    def send_400_response(self, msg: str) -> None:
+        """Called by uvicorn if the parser, or a method that it calls, has raised an error."""
+        # The bytes that have just come are not counted yet.
+        self._num_bytes += 1
+        self._refuse(self._error or RequestError("this is not a valid HTTP request"))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._head_bytes = 0
         if self._awaits is _Awaits.NOTHING:
             self._await(_Awaits.HEAD)
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._count_head(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count_head(len(name) + len(value) + _LINE_BYTES)
+        if self._awaits is not _Awaits.BODY:  # what follows a body may not change its head
+            super().on_header(name, value)
+
+    def _count_head(self, num_bytes: int) -> None:
+        """Raises an error in the parser if the head is too large, so that it is not answered."""
+        self._head_bytes += num_bytes
+        if self._head_bytes > _MAX_HEAD_BYTES:
+            self._error = _head_too_large()
+            raise self._error
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
@@ -122,14 +151,20 @@ class _Connection(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         is_body = self._awaits is _Awaits.BODY
-        if not self.cycle.response_started if is_body else self._num_bytes:
+        # An answer that has begun cannot be followed by one to the next request before its end.
+        may_answer = self._is_idle or not self.cycle.response_started
+        if may_answer and (not self._is_idle if is_body else self._num_bytes):
             answer = error_answer(error)
-            name = (REQUEST_ID_HEADER, new_request_id())
+            name = (REQUEST_ID_HEADER, request_id_of(self.headers or ()))
             headers = [*answer.raw_headers, name, (b"connection", b"close")]
             lines = [name + b": " + value + b"\r\n" for name, value in headers]
             status = STATUS_LINE[answer.status_code]
             self.transport.write(b"".join([status, *lines, b"\r\n", bytes(answer.body)]))
         self.transport.close()
+
+
+def _head_too_large() -> HeadTooLarge:
+    return HeadTooLarge(f"the head of a request may have {_MAX_HEAD_BYTES} bytes")
 
 
 def connections(read_timeout_s: float) -> type[asyncio.Protocol]:

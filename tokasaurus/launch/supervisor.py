@@ -26,12 +26,12 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from types import FrameType
 
 from tokasaurus.config.slices import EngineSlices
+from tokasaurus.launch.leftovers import own_directory, sweep
 from tokasaurus.launch.lifeline import (
     Assignment,
     Dead,
@@ -74,7 +74,8 @@ class Supervisor:
         self._listener = listener
         self._front = front
         self._local_role = Role(slices.local_proc_name) if front is None else _SERVER
-        self._directory = tempfile.mkdtemp(prefix="tokasaurus-")
+        sweep()
+        self._directory, self._owner = own_directory()
         self._processes: dict[Role, subprocess.Popen[bytes]] = {}
         self._lifelines: dict[Role, Lifeline] = {}
         self._alive: set[Role] = set()
@@ -320,6 +321,7 @@ class Supervisor:
         if self._listener is not None:
             self._listener.close()
         shutil.rmtree(self._directory, ignore_errors=True)
+        self._owner.close()
 
     def _report_failure(self, failure: Failed) -> None:
         sys.stderr.write(failure.traceback)

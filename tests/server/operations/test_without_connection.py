@@ -33,7 +33,7 @@ def ask(server: RunningServer, path: str, body: object, **options: object) -> tu
         ("/v1/embeddings", {"input": ["one", "two"], "encoding_format": "base64"}),
         ("/v1/embeddings", {"input": "one", "dimensions": 10_000}),
         ("/v1/responses", {"input": "hello", "seed": 1, "max_output_tokens": 9}),
-        ("/v1/responses", {"input": "hello", "store": True}),
+        ("/v1/responses", {"input": "hello", "background": True}),
         ("/generate", {"prompt": "hello", "seed": 1, "max_tokens": 9, "logprobs": 1}),
         ("/generate", {"input_ids": [[70], [71]], "sampling_params": {"sampling_seed": 1}}),
         ("/generate", {"prompt": "hello", "text": "hello"}),

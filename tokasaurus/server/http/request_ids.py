@@ -8,11 +8,11 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["REQUEST_ID", "REQUEST_ID_HEADER", "RequestIds", "new_request_id"]
+__all__ = ["REQUEST_ID", "REQUEST_ID_HEADER", "RequestIds", "new_request_id", "request_id_of"]
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,12 @@ def new_request_id() -> bytes:
     return b"req_" + secrets.token_hex(16).encode()
 
 
+def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """The client's name for a request, or a new one if there is none that a log can take."""
+    given = next((value for name, value in headers if name == REQUEST_ID_HEADER), b"")
+    return given if _SANE.fullmatch(given) is not None else new_request_id()
+
+
 class RequestIds:
     """A plain ASGI layer.
 
@@ -43,9 +49,7 @@ class RequestIds:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = next((value for name, value in scope["headers"] if name == REQUEST_ID_HEADER), b"")
-        is_sane = _SANE.fullmatch(given) is not None
-        request_id = given if is_sane else new_request_id()
+        request_id = request_id_of(scope["headers"])
         scope[REQUEST_ID] = request_id.decode()
 
         def naming(message: Message) -> Awaitable[None]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fastapi import Request
-from python_multipart.exceptions import MultipartParseError
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect
 
@@ -22,6 +22,7 @@ __all__ = ["Form", "receive_form"]
 
 _MAX_FIELD_BYTES = 1 << 10
 _MAX_NAME_BYTES = 255
+_MAX_BOUNDARY_BYTES = 256  # as many as the parser takes
 _WRITE_BYTES = 1 << 20  # written at once
 
 
@@ -47,7 +48,8 @@ async def receive_form(
 
     Args:
         request: with the form as its body.
-        path: where the file's content goes; the caller removes it, also after an error.
+        path: where the file's content goes, which its owner alone may read; the caller removes it,
+            also after an error.
         file_field: the field with the file.
         fields: the other fields that the form may have.
         max_bytes: of the file.
@@ -63,7 +65,13 @@ async def receive_form(
     boundary = options.get(b"boundary")
     if media_type != b"multipart/form-data" or not boundary:
         raise WrongMediaType("the body must be sent as multipart/form-data with a boundary")
-    with path.open("wb") as file:
+    if len(boundary) > _MAX_BOUNDARY_BYTES:
+        raise RequestError(
+            f"the boundary of the form has {len(boundary)} characters, and it may have"
+            f" {_MAX_BOUNDARY_BYTES}"
+        )
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    with open(os.open(path, flags, 0o600), "wb") as file:
         parts = _Parts(file, file_field, fields, max_bytes)
         parser = MultipartParser(
             boundary,
@@ -85,7 +93,7 @@ async def receive_form(
                     await asyncio.to_thread(parts.write)
         except ClientDisconnect:
             raise ClientGone("the client disconnected") from None
-        except MultipartParseError as error:
+        except FormParserError as error:
             raise RequestError(f"the body is not valid multipart/form-data: {error}") from None
         if not parts.ended:
             raise RequestError("the body ends before its last boundary")

@@ -43,12 +43,16 @@ Metadata: TypeAlias = Annotated[
 ]
 """A client's own notes, within OpenAI's limits."""
 
-# Older names of the kinds in ``structured_outputs``.
+# Other names of the kinds in ``structured_outputs``. First those that vLLM had.
 _GUIDED = {
     "guided_json": "json",
     "guided_regex": "regex",
     "guided_choice": "choice",
     "guided_grammar": "grammar",
+    # SGLang's names.
+    "json_schema": "json",
+    "regex": "regex",
+    "ebnf": "grammar",
 }
 
 
@@ -59,6 +63,8 @@ class StreamOptions(StrictSchema):
     """End with a chunk that has the usage of the whole request, and no choices."""
     continuous_usage_stats: bool | None = None
     """Put the usage so far into every chunk."""
+    include_obfuscation: Literal[False] | None = None
+    """Only false: no chunk is padded to hide its length."""
 
 
 class RequestBody(StrictSchema):
@@ -150,6 +156,9 @@ class GenerationRequest(EngineRequest):
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
+    json_schema: Any = None
+    regex: Any = None
+    ebnf: Any = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     metadata: Metadata | None = None

@@ -28,6 +28,7 @@ from tokasaurus.server.state import EngineState
 __all__ = ["SAMPLES_AHEAD", "BatchRequest", "BatchRoutes", "batch_runner"]
 
 _WINDOW = "24h"
+_DISK_SHARE = 0.1  # of files, where max_stored_bytes is not set
 SAMPLES_AHEAD = 2
 """Samples of batches in flight for each that can run, so that enough wait to fill every gap."""
 
@@ -35,7 +36,8 @@ SAMPLES_AHEAD = 2
 def batch_runner(config: ServerConfig, state: EngineState) -> BatchRunner:
     """The batches of an engine; the caller starts and closes them. Raises ConfigError."""
     try:
-        store = JobStore(Path(config.data_dir).expanduser(), config.max_stored_bytes)
+        directory = Path(config.data_dir).expanduser()
+        store = JobStore(directory, config.max_stored_bytes, _DISK_SHARE)
     except (ConfigError, RuntimeError) as error:  # RuntimeError: there is no home directory
         raise ConfigError(f"data_dir: {error}; another can be chosen with data_dir=") from None
     ahead = SAMPLES_AHEAD * config.max_seqs_per_forward

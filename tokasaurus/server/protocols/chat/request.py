@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from tokasaurus.errors import RequestError
+from tokasaurus.server.operations.fields import HARMLESS
 from tokasaurus.server.operations.schemas import GenerationRequest
 from tokasaurus.server.protocols.chat.messages import ChatMessage
+from tokasaurus.server.protocols.chat.reasoning import Effort, Reasoning, effort_arguments
 from tokasaurus.server.protocols.tools.request import (
     AllowedTools,
     Tool,
@@ -22,9 +24,26 @@ from tokasaurus.text.structured_output import FIELD as STRUCTURED_OUTPUTS
 
 __all__ = ["ChatRequest"]
 
+_HARMLESS_BESIDE_IDS: Mapping[str, Any] = {
+    "apply_chat_template_overrides": {},
+    "chat_template_kwargs": {},
+    "tools": [],
+    "add_generation_prompt": True,
+    "continue_final_message": False,
+    "reasoning_effort": None,
+    "reasoning": Reasoning(),
+}
+"""What says how a chat template writes the prompt, with the value that says nothing."""
+
 
 class ChatRequest(GenerationRequest):
     """``POST /v1/chat/completions``."""
+
+    harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **HARMLESS,
+        "input_ids": (),
+        "add_special_tokens": (False,),  # the chat template writes them
+    }
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
     ids: Annotated[list[int], Field(min_length=1)] | None = None
@@ -46,6 +65,15 @@ class ChatRequest(GenerationRequest):
     """Further arguments of ``apply_chat_template``, such as ``enable_thinking``."""
     apply_chat_template_overrides: dict[str, Any] | None = None
     """Another name of ``chat_template_kwargs``."""
+    add_generation_prompt: bool | None = None
+    """End the prompt where the assistant's next message begins. Default true, unless the last
+    message is the assistant's."""
+    continue_final_message: bool | None = None
+    """Leave the last message open. Default: if it is the assistant's."""
+    reasoning_effort: Effort | None = None
+    """For the chat template, as ``reasoning_effort``, ``enable_thinking`` and ``thinking``."""
+    reasoning: Reasoning | None = None
+    """The same, as ``/v1/responses`` has it."""
 
     @property
     def num_logprobs(self) -> int | None:
@@ -58,7 +86,28 @@ class ChatRequest(GenerationRequest):
 
     @property
     def template_arguments(self) -> Mapping[str, Any]:
-        return self.chat_template_kwargs or self.apply_chat_template_overrides or {}
+        return {
+            **effort_arguments(self._effort),
+            **self._ending,
+            **(self.chat_template_kwargs or self.apply_chat_template_overrides or {}),
+        }
+
+    @property
+    def _effort(self) -> Effort | None:
+        if self.reasoning_effort is not None or self.reasoning is None:
+            return self.reasoning_effort
+        return self.reasoning.effort
+
+    @property
+    def _ending(self) -> Mapping[str, bool]:
+        """How the prompt ends, where the request says so."""
+        begins, continues = self.add_generation_prompt, self.continue_final_message
+        if begins is None and continues is None:
+            return {}
+        return {
+            "add_generation_prompt": not continues if begins is None else begins,
+            "continue_final_message": bool(continues),
+        }
 
     @property
     def offered_tools(self) -> list[Tool]:
@@ -96,9 +145,21 @@ class ChatRequest(GenerationRequest):
                 "messages" if self.ids is None else "ids",
             )
         if self.ids is not None:
-            for name in ("apply_chat_template_overrides", "chat_template_kwargs", "tools"):
-                if getattr(self, name):
+            for name, harmless in _HARMLESS_BESIDE_IDS.items():
+                if getattr(self, name) not in (None, harmless):
                     raise RequestError(f"{name} has no effect on ids, which are not messages", name)
+        if self.add_generation_prompt and self.continue_final_message:
+            raise RequestError(
+                "continue_final_message continues the last message, and add_generation_prompt"
+                " begins another",
+                "continue_final_message",
+            )
+        efforts = (self.reasoning_effort, self.reasoning and self.reasoning.effort)
+        if None not in efforts and efforts[0] != efforts[1]:
+            raise RequestError(
+                "reasoning_effort and reasoning.effort are two names of one thing; leave one out",
+                "reasoning_effort",
+            )
         if self.chat_template_kwargs and self.apply_chat_template_overrides:
             raise RequestError(
                 "apply_chat_template_overrides and chat_template_kwargs are two names of one thing;"

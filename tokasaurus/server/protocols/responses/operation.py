@@ -26,6 +26,7 @@ def _head(request: ResponsesRequest, prompt: PreparedRequest, model: str) -> dic
         model: the name in the answer if the request names none.
     """
     choice = request.tool_choice or "auto"
+    effort = None if request.reasoning is None else request.reasoning.effort
     return {
         "id": f"resp_{uuid.uuid4().hex}",
         "object": "response",
@@ -38,7 +39,7 @@ def _head(request: ResponsesRequest, prompt: PreparedRequest, model: str) -> dic
         "metadata": request.metadata or {},
         "parallel_tool_calls": request.parallel_tool_calls is not False,
         "previous_response_id": None,
-        "reasoning": {"effort": None, "summary": None},
+        "reasoning": {"effort": effort, "summary": None},
         "store": False,
         "temperature": prompt.sampling.temperature,
         "text": _text(request),
@@ -61,7 +62,7 @@ def _text(request: ResponsesRequest) -> dict[str, Any]:
 def _prepare(request: ResponsesRequest, preparer: Preparer) -> Task:
     """Answers the last message of a conversation."""
     tokenizer, config = preparer.tokenizer, preparer.config
-    tools, arguments = request.offered_tools, request.chat_template_kwargs or {}
+    tools, arguments = request.offered_tools, request.template_arguments
     form = AnswerFormat.of(
         request, config, tokenizer.chat_template(arguments, with_tools=bool(tools))
     )
@@ -91,7 +92,7 @@ def _num_characters(request: ResponsesRequest) -> float:
         [request.input] if isinstance(request.input, str) else [item.text for item in request.input]
     )
     sizes = [len(text) for text in (request.instructions or "", *items)]
-    size = conversation_size(sizes, request.chat_template_kwargs or {}, request.offered_tools)
+    size = conversation_size(sizes, request.template_arguments, request.offered_tools)
     return size + request.num_bad_word_characters
 
 

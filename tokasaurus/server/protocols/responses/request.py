@@ -14,8 +14,9 @@ from pydantic import Field
 
 from tokasaurus.errors import RequestError
 from tokasaurus.server.operations.fields import HARMLESS
-from tokasaurus.server.operations.schemas import GenerationRequest
+from tokasaurus.server.operations.schemas import GenerationRequest, StreamOptions
 from tokasaurus.server.operations.strict import StrictSchema
+from tokasaurus.server.protocols.chat.reasoning import Reasoning, effort_arguments
 from tokasaurus.server.protocols.responses.items import (
     AllowedFunctions,
     FunctionChoice,
@@ -50,7 +51,7 @@ class TextFormat(StrictSchema):
 
 class TextOptions(StrictSchema):
     format: TextFormat | None = None
-    verbosity: None = None
+    verbosity: Literal["medium"] | None = None
 
     @property
     def form(self) -> Mapping[str, Any] | None:
@@ -62,6 +63,7 @@ class TextOptions(StrictSchema):
         return {"json": self.format.json_schema}
 
 
+Include: TypeAlias = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
 Input: TypeAlias = str | Annotated[list[InputItem], Field(min_length=1)]
 
 _NOT_HERE = {
@@ -75,25 +77,26 @@ _NOT_HERE = {
     "stream_options": "a stream of responses always ends with the usage",
 }
 
+_HARMLESS_HERE: Mapping[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "stream_options": (StreamOptions(), StreamOptions(include_obfuscation=False)),
+}
+
 
 class ResponsesRequest(GenerationRequest):
     """``POST /v1/responses``."""
 
     harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        **{name: HARMLESS[name] for name in ("lora_path", "cartridges", "safety_identifier")},
-        **{name: each for name, each in HARMLESS.items() if name.startswith("prompt_cache")},
+        **HARMLESS,
         "access_programs": (),
         "background": (False,),
         "context_management": ([],),
         "conversation": (),
         "image": (),
         "max_tool_calls": (),
-        "moderation": (),
         "previous_response_id": (),
         "prompt": (),
-        "reasoning": ({},),
-        "store": (False,),
-        "truncation": ("disabled",),
+        "truncation": ("auto", "disabled"),  # a conversation that does not fit is refused
     }
 
     input: Input
@@ -105,8 +108,9 @@ class ResponsesRequest(GenerationRequest):
     text: TextOptions | None = None
     """What the text must be: ``{"format": {"type": "json_schema", "name": ..., "schema": ...}}``,
     or of type json_object."""
-    include: list[Literal["message.output_text.logprobs"]] | None = None
-    """Return the logprobs of the answer's tokens."""
+    include: list[Include] | None = None
+    """Return the logprobs of the answer's tokens. Nothing encrypts reasoning, which is returned
+    in any case."""
     top_logprobs: int | None = None
     """And those of this many likeliest tokens."""
     tools: list[FunctionTool] | None = None
@@ -122,10 +126,17 @@ class ResponsesRequest(GenerationRequest):
     """False allows one call at most. Default true."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Further arguments of ``apply_chat_template``, such as ``enable_thinking``."""
+    reasoning: Reasoning | None = None
+    """``effort``, for the chat template: as on ``/v1/chat/completions``."""
 
     @property
     def num_logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.include else None
+        return (self.top_logprobs or 0) if LOGPROBS in (self.include or ()) else None
+
+    @property
+    def template_arguments(self) -> Mapping[str, Any]:
+        effort = None if self.reasoning is None else self.reasoning.effort
+        return {**effort_arguments(effort), **(self.chat_template_kwargs or {})}
 
     @property
     def token_limit(self) -> int | None:
@@ -163,7 +174,7 @@ class ResponsesRequest(GenerationRequest):
     def check(self) -> None:
         for name, reason in _NOT_HERE.items():
             value = getattr(self, name)
-            if value is not None and not (name == "n" and value == 1):
+            if value is not None and value not in _HARMLESS_HERE.get(name, ()):
                 raise RequestError(f"{name} is not supported: {reason}", name)
         super().check()
         format_ = None if self.text is None else self.text.format
@@ -173,7 +184,7 @@ class ResponsesRequest(GenerationRequest):
             raise RequestError("text.format of type json_schema must have a schema", "text")
         tools = [tool.as_tool for tool in self.tools or ()]
         check_tools(tools, self._choice, self.form_field, self.form)
-        if self.top_logprobs and not self.include:
+        if self.top_logprobs and self.num_logprobs is None:
             raise RequestError(f"top_logprobs needs include to name {LOGPROBS!r}", "top_logprobs")
 
     @cached_property
