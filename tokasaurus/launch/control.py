@@ -5,7 +5,7 @@ The words are those of vLLM and of the HTTP API.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from os import PathLike, fspath
 from typing import TypeAlias
 
@@ -13,13 +13,12 @@ from tokasaurus.errors import RequestError
 from tokasaurus.protocol.commands import (
     Action,
     Pause,
-    PauseMode,
     ReleaseMemory,
     RestoreMemory,
     Resume,
 )
 from tokasaurus.server.control.weight_files import weight_files
-from tokasaurus.text.commands import Commands
+from tokasaurus.text.commands import MEMORY_KINDS, PAUSE_MODES, Commands
 from tokasaurus.text.params import renamed
 
 __all__ = ["Weights", "pause_action", "sleep_actions", "wake_up_actions", "weights_of"]
@@ -27,20 +26,14 @@ __all__ = ["Weights", "pause_action", "sleep_actions", "wake_up_actions", "weigh
 Weights: TypeAlias = str | PathLike[str] | Sequence[str | PathLike[str]]
 """A directory with safetensors files, one such file, or a list of them."""
 
-_MODES: Mapping[str, PauseMode] = {
-    "abort": PauseMode.ABORT,
-    "wait": PauseMode.DRAIN,
-    "keep": PauseMode.KEEP,
-}
 _LEVELS = (0, 1, 2)
-_KINDS = frozenset({"weights", "kv_cache"})
 
 
 def pause_action(mode: str) -> Pause:
     """A pause. Raises RequestError if there is no such mode."""
-    if mode not in _MODES:
-        raise RequestError(f"mode must be one of {', '.join(_MODES)}, not {mode!r}", "mode")
-    return Pause(_MODES[mode])
+    if mode not in PAUSE_MODES:
+        raise RequestError(f"mode must be one of {', '.join(PAUSE_MODES)}, not {mode!r}", "mode")
+    return Pause(PAUSE_MODES[mode])
 
 
 def sleep_actions(level: int, mode: str) -> list[Action]:
@@ -61,9 +54,9 @@ def wake_up_actions(commands: Commands, tags: Sequence[str] | None) -> list[Acti
     Raises:
         RequestError: there is no such tag.
     """
-    if isinstance(tags, str) or not _KINDS.issuperset(tags or ()):
+    if isinstance(tags, str) or not set(tags or ()) <= {*MEMORY_KINDS}:
         raise RequestError(f"tags must be a list of weights and kv_cache, not {tags!r}", "tags")
-    kinds = commands.released.intersection(_KINDS if tags is None else tags)
+    kinds = commands.released.intersection(MEMORY_KINDS if tags is None else tags)
     actions: list[Action] = []
     if kinds:
         actions.append(RestoreMemory("weights" in kinds, "kv_cache" in kinds))

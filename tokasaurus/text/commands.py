@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeAlias
 
 from tokasaurus.errors import Conflict, RequestError, TokasaurusError
@@ -13,6 +13,7 @@ from tokasaurus.protocol.commands import (
     CommandDone,
     CommandFailed,
     Pause,
+    PauseMode,
     ReleaseMemory,
     RestoreMemory,
     Resume,
@@ -20,7 +21,17 @@ from tokasaurus.protocol.commands import (
 )
 from tokasaurus.text.weights_versions import WeightsVersions
 
-__all__ = ["Commands", "OnDone"]
+__all__ = ["MEMORY_KINDS", "PAUSE_MODES", "Commands", "OnDone"]
+
+PAUSE_MODES: Mapping[str, PauseMode] = {
+    "abort": PauseMode.ABORT,
+    "wait": PauseMode.DRAIN,
+    "keep": PauseMode.KEEP,
+}
+"""What a pause does with the requests in flight, in vLLM's words."""
+
+MEMORY_KINDS = ("weights", "kv_cache")
+"""What memory can be released, in the words of vLLM and SGLang."""
 
 OnDone: TypeAlias = Callable[[CommandDone | TokasaurusError], None]
 """Called once, with what a command did, or with an error."""
@@ -113,5 +124,4 @@ class Commands:
 
 
 def _kinds(action: ReleaseMemory | RestoreMemory) -> frozenset[str]:
-    chosen = (("weights", action.weights), ("kv_cache", action.kv_cache))
-    return frozenset(kind for kind, is_chosen in chosen if is_chosen)
+    return frozenset(kind for kind in MEMORY_KINDS if getattr(action, kind))

@@ -32,19 +32,18 @@ from tokasaurus.server.http.bodies import read_optional_json
 from tokasaurus.server.http.queries import choice, choices, read_query, truth, whole_number
 from tokasaurus.server.operations.schemas import RequestBody, body_reference, parse
 from tokasaurus.server.state import EngineState
+from tokasaurus.text.commands import MEMORY_KINDS, PAUSE_MODES
 from tokasaurus.text.params import renamed
 
 __all__ = ["CONTROL_SCHEMAS", "ControlBody", "ControlRoutes", "Label"]
 
 Label = Annotated[str, Field(min_length=1, max_length=256)]
 
-_VLLM_MODES = {"abort": PauseMode.ABORT, "wait": PauseMode.DRAIN, "keep": PauseMode.KEEP}
 _SGLANG_MODES = {
     "abort": PauseMode.ABORT,
     "retract": PauseMode.KEEP,
     "in_place": PauseMode.KEEP,
 }
-_KINDS = ("weights", "kv_cache")
 _ANY = (True, False)
 
 
@@ -98,7 +97,7 @@ class MemoryBody(ControlBody):
 
     @property
     def kinds(self) -> frozenset[str]:
-        return frozenset(_KINDS if self.tags is None else self.tags) & {*_KINDS}
+        return frozenset(MEMORY_KINDS if self.tags is None else self.tags) & {*MEMORY_KINDS}
 
 
 class UpdateWeightsFromDisk(ControlBody):
@@ -198,7 +197,7 @@ class ControlRoutes:
     async def pause(self, request: Request) -> Response:
         """Plans no more batches, as vLLM does; requests are accepted and wait."""
         query = read_query(request, ("mode", "clear_cache", "wait_for_inflight_requests"))
-        mode = _VLLM_MODES[choice(query, "mode", (*_VLLM_MODES,))]
+        mode = PAUSE_MODES[choice(query, "mode", (*PAUSE_MODES,))]
         if truth(query, "wait_for_inflight_requests", default=False):
             mode = PauseMode.DRAIN
         flush = (FlushCache(),) if truth(query, "clear_cache", default=True) else ()
@@ -259,7 +258,7 @@ class ControlRoutes:
         """Pauses and, above level 0, releases the memory of weights and KV cache."""
         query = read_query(request, ("level", "mode"))
         level = whole_number(query, "level", 1, 0, 2)
-        mode = _VLLM_MODES[choice(query, "mode", (*_VLLM_MODES,))]
+        mode = PAUSE_MODES[choice(query, "mode", (*PAUSE_MODES,))]
         release = (ReleaseMemory(weights=True, kv_cache=True),) if level else ()
         with self._runner.commands.falling_asleep():
             await self._runner.run(Pause(mode), *release)
@@ -267,8 +266,8 @@ class ControlRoutes:
 
     async def wake_up(self, request: Request) -> Response:
         """Restores memory; once all is restored, the engine runs again if a sleep paused it."""
-        tags = choices(request, "tags", (*_KINDS, "scheduling"))
-        await self._restore(frozenset(_KINDS if tags is None else tags) & {*_KINDS})
+        tags = choices(request, "tags", (*MEMORY_KINDS, "scheduling"))
+        await self._restore(frozenset(MEMORY_KINDS if tags is None else tags) & {*MEMORY_KINDS})
         commands = self._runner.commands
         if commands.wake_resumes and not commands.released:
             if commands.lacks_weights:
