@@ -22,7 +22,7 @@ import llguidance
 
 from tokasaurus.errors import RequestError
 
-__all__ = ["MAX_GRAMMAR_BYTES", "GrammarCompiler", "Vocabulary", "accepts"]
+__all__ = ["MAX_GRAMMAR_BYTES", "GrammarCompiler", "Vocabulary", "accepts", "holds_json"]
 
 MAX_GRAMMAR_BYTES = 1 << 16
 """The longest text that is compiled.
@@ -113,14 +113,19 @@ class GrammarCompiler:
         return matcher
 
 
+def holds_json(text: str) -> bool:
+    """Whether a grammar's text is a JSON schema, or has one in it."""
+    return '"json_schema"' in text or "%json" in text
+
+
 def accepts(schema: Any, text: str, *, whole: bool = True) -> bool:
     """Whether a text without white space matches a JSON schema; false if it does not compile.
 
     Takes about a millisecond. Any thread may call it.
 
     Args:
-        schema: of one value.
-        text: JSON.
+        schema: a JSON schema.
+        text: to match.
         whole: false asks whether the text can be the beginning of a match.
     """
     overrides: Any = {"whitespace_flexible": False}

@@ -1,6 +1,6 @@
 """Rewrites a client's JSON schema so that the grammar library follows it to an end.
 
-The library takes a schema literally. Where that lets an answer run on for ever, or where the
+The library takes a schema literally. Where that lets an answer run on without end, or where the
 library would break the schema, the schema is written differently:
 
 - an object that lists its ``properties`` is closed unless it says otherwise;
@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 
 from tokasaurus.grammars import accepts
 
-__all__ = ["FORMATS", "for_grammar"]
+__all__ = ["FORMATS", "for_grammar", "lists_keys"]
 
 Schema: TypeAlias = Any
 """A mapping, or true or false; anything else is wrong, and the library refuses it."""
@@ -76,6 +76,15 @@ def for_grammar(schema: Schema) -> Schema:
         ValueError: no finite text can match it, or it has a number that cannot be enforced.
     """
     return _Rewriter(schema).result()
+
+
+def lists_keys(schema: Schema) -> bool:
+    """Whether a schema lists the keys of an object, itself or in a subschema."""
+    if isinstance(schema, dict):
+        if isinstance(schema.get("properties"), dict):
+            return True
+        schema = list(schema.values())
+    return any(lists_keys(each) for each in _list(schema))
 
 
 class _Rewriter:
@@ -144,18 +153,14 @@ class _Rewriter:
 
     def _open(self, schema: Schema) -> Schema:
         """A part of a composition, which the whole closes."""
-        self._num_copies += 1
-        if self._num_copies > _MAX_COPIES:
-            raise ValueError("allOf, anyOf and $ref refer to too many schemas")
+        self._count_copy()
         if not isinstance(schema, dict):
             return schema
         return self._ended(self._rewritten(schema, closed=False))
 
     def _parts(self, schema: Schema, seen: set[str]) -> Iterator[Mapping[str, Any]]:
         """The schemas that describe the same value: this one, and those that it is composed of."""
-        self._num_copies += 1
-        if self._num_copies > _MAX_COPIES:
-            raise ValueError("allOf, anyOf and $ref refer to too many schemas")
+        self._count_copy()
         if not isinstance(schema, dict):
             return
         yield schema
@@ -166,6 +171,11 @@ class _Rewriter:
         if isinstance(reference, str) and reference not in seen:
             seen.add(reference)
             yield from self._parts(self._target(reference), seen)
+
+    def _count_copy(self) -> None:
+        self._num_copies += 1
+        if self._num_copies > _MAX_COPIES:
+            raise ValueError("allOf, anyOf and $ref refer to too many schemas")
 
     def _rewritten(self, schema: Mapping[str, Any], *, closed: bool) -> dict[str, Any]:
         """A copy with rewritten subschemas.

@@ -18,7 +18,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from tokasaurus.errors import RequestError
 from tokasaurus.grammars import MAX_GRAMMAR_BYTES, GrammarCompiler, Vocabulary
-from tokasaurus.text.json_schema import for_grammar
+from tokasaurus.text.json_schema import for_grammar, lists_keys
 from tokasaurus.untrusted_json import shown
 
 __all__ = [
@@ -39,7 +39,11 @@ _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 _OPTIONS = ("whitespace_pattern", "disable_any_whitespace")
 # The library's options for JSON. White space is as Python writes it, one space after a colon or a
 # comma: a model that may choose goes on with white space where it does not know what to say.
-_ON_ONE_LINE = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+_SEPARATORS = {"item_separator": ", ", "key_separator": ": "}
+_ON_ONE_LINE = {**_SEPARATORS, "whitespace_flexible": False}
+# Where the model itself decides when an array or an object ends, a space may stand before the
+# bracket: after a value, a model that knows little JSON writes a space sooner than a bracket.
+_SPACED = {**_SEPARATORS, "whitespace_pattern": " "}
 _DENSE = {"whitespace_flexible": False}
 # On one line, or on lines with indentation; bounded for the same reason.
 _FREE = {"whitespace_pattern": r" |\r?\n[ \t]{0,40}"}
@@ -206,6 +210,7 @@ def json_for_grammar(options: Mapping[str, Any]) -> dict[str, Any]:
     schema = options.get("json", {"type": "object"})
     if isinstance(schema, str):
         schema = json.loads(schema)
+    default = _ON_ONE_LINE if lists_keys(schema) else _SPACED
     if len(json.dumps(schema)) <= MAX_GRAMMAR_BYTES:  # or the compiler refuses it
         schema = for_grammar(schema)
     if schema is False:
@@ -217,10 +222,12 @@ def json_for_grammar(options: Mapping[str, Any]) -> dict[str, Any]:
     own = schema.get(_LIBRARY, {})
     if not isinstance(own, dict):
         raise ValueError(f"{_LIBRARY} must be an object")
-    return {**schema, _LIBRARY: {"coerce_one_of": True, **_whitespace(own, options)}}
+    return {**schema, _LIBRARY: {"coerce_one_of": True, **_whitespace(own, options, default)}}
 
 
-def _whitespace(own: Mapping[str, Any], options: Mapping[str, Any]) -> Mapping[str, Any]:
+def _whitespace(
+    own: Mapping[str, Any], options: Mapping[str, Any], default: Mapping[str, Any]
+) -> Mapping[str, Any]:
     """The library's options: the request's before the schema's own before the default."""
     spaces = ("item_separator", "key_separator", "whitespace_pattern", "whitespace_flexible")
     rest = {name: each for name, each in own.items() if name not in spaces}
@@ -230,7 +237,7 @@ def _whitespace(own: Mapping[str, Any], options: Mapping[str, Any]) -> Mapping[s
         return {**rest, "whitespace_pattern": options["whitespace_pattern"]}
     if "disable_any_whitespace" in options:
         return {**rest, **_FREE}
-    return own if any(name in own for name in spaces) else {**rest, **_ON_ONE_LINE}
+    return own if any(name in own for name in spaces) else {**rest, **default}
 
 
 def _lark(grammar: str) -> str:

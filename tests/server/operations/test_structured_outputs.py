@@ -102,6 +102,18 @@ def test_whitespace_between_the_tokens_of_json(server):
     assert taken(own={"coerce_one_of": True}) == [default]
 
 
+def test_a_schema_that_lists_no_keys_allows_a_space_before_a_bracket(server):
+    """A weak model then ends arrays and objects whose size it decides."""
+    texts = ("{ }", "{}", '{"a": [1, 2 ] }', '{"a": [1, 2]}', "{  }", "{\n}", '{"a": [1,2]}')
+    for form in ({"json_object": True}, {"json": {"type": "object"}}, {"json": {}}):
+        grammar = grammar_of(server, structured_outputs=form)
+        assert [text for text in texts if accepts(grammar, text)] == list(texts[:4]), form
+    nested = {"type": "array", "items": {"type": "object", "properties": {"a": {}}}}
+    grammar = grammar_of(server, guided_json=nested)
+    assert accepts(grammar, '[{"a": {"b": 1}}]')
+    assert not accepts(grammar, '[{"a": 1} ]')
+
+
 def test_branches_of_one_of_may_overlap(server):
     grammar = grammar_of(server, guided_json={"oneOf": [{"type": "integer"}, {"type": "number"}]})
     assert accepts(grammar, "5")

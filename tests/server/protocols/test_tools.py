@@ -306,14 +306,15 @@ def test_with_any_json_object_an_answer_is_calls_or_an_object(server):
     says(server, "{}")
     for fields in (
         {"response_format": {"type": "json_object"}},
-        {"extra_body": {"structured_outputs": {"json_object": True}}},
+        {"structured_outputs": {"json_object": True}},
     ):
-        body = {**fields.pop("extra_body", {}), **fields}
-        assert post(server, **body).status == 200
+        assert post(server, **fields).status == 200
         grammar = server.engine.requests[-1].grammar
         assert accepts(grammar, '{"x": [1, null]}')
         assert accepts(grammar, HERMES_CALLS[6:])
         assert not accepts(grammar, "[1]")
+    assert post(server, structured_outputs={"json": {}}).status == 200
+    assert accepts(server.engine.requests[-1].grammar, "[1]")
 
 
 def test_responses_take_tools_with_a_schema(server):

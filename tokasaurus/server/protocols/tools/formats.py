@@ -130,8 +130,8 @@ class AnswerFormat:
     def enforced(self, params: SamplingParams) -> SamplingParams:
         """The parameters, with a grammar of the calls that the model must or may make.
 
-        A model that must make calls says nothing else. One that need not, and has to answer in
-        JSON, makes calls or answers.
+        A model that must make calls says nothing else. A model that may make calls, and must
+        answer in JSON, makes calls or answers.
 
         Raises:
             RequestError: a schema cannot be compiled.

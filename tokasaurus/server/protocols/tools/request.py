@@ -206,7 +206,9 @@ def check_tools(
 
 
 def _is_json(form: object) -> bool:
-    return isinstance(form, Mapping) and any(form.get(kind) for kind in ("json", "json_object"))
+    return isinstance(form, Mapping) and (
+        form.get("json") is not None or bool(form.get("json_object"))
+    )
 
 
 def calls_grammar(
