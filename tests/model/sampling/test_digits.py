@@ -40,7 +40,10 @@ def test_digits_are_counted_outside_strings():
     expected = {
         "123": 3,
         "-12.3456": 4,
-        "1.5e17": 2,
+        "1.5e1": MAX_DIGITS - 2,
+        "1.5E-17": MAX_DIGITS - 1,
+        "[1.5e17, -3": 1,
+        "[true, 3": 1,
         '"123': 0,
         '"123"': 0,
         '"12\\"34': 0,
@@ -98,6 +101,7 @@ def test_a_number_ends_after_its_digits():
         ({"type": "number"}, f"0.{many}", {"e", "E", "<end>"}),
         ({"type": "number"}, many, {".", "e", "E", "<end>"}),
         ({"type": "number", "minimum": 0, "maximum": 2}, f"1.{many}", {"<end>"}),
+        ({"type": "number"}, "6.62607015e-341", {"<end>"}),
         ({"type": "array"}, f"[-{many}", {".", "e", "E", ",", "]"}),
         ({"type": "integer", "minimum": 5}, many, {"<end>"}),
     ):

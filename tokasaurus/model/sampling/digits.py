@@ -1,8 +1,8 @@
 """Ends long runs of digits in JSON: a grammar lets a number go on, and some models never end one.
 
-A double needs 17 significant digits and a 64-bit integer 20, so an answer loses nothing. Other
-engines limit digits within their grammars. The library's grammars cannot say it: bounds and
-``multipleOf`` exclude exponents.
+A double needs 17 significant digits and an exponent of three, a 64-bit integer 20 digits, so an
+answer loses nothing. The library's grammars cannot say it: bounds and ``multipleOf`` exclude
+exponents.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ __all__ = ["MAX_DIGITS", "DigitLimit", "JsonText"]
 
 MAX_DIGITS = 20
 """After this many digits of JSON, outside its strings, no token that begins with one may follow."""
+MAX_EXPONENT_DIGITS = 3
+"""The same for an exponent."""
 
 _QUOTE, _BACKSLASH = b'"\\'
-_DIGITS = frozenset(b"0123456789")
+_DIGITS, _SIGNS, _EXPONENTS = frozenset(b"0123456789"), frozenset(b"+-"), frozenset(b"eE")
 
 
 class DigitLimit:
@@ -55,7 +57,7 @@ class JsonText:
     """Where a text of JSON has come to.
 
     Attributes:
-        num_digits: outside strings, since the last other character.
+        num_digits: outside strings, since the last other character. An exponent begins at 17.
     """
 
     def __init__(self, tokens: Sequence[bytes], quoting: frozenset[int]) -> None:
@@ -80,4 +82,9 @@ class JsonText:
                 self._in_string = byte != _QUOTE
             else:
                 self._in_string = byte == _QUOTE
-                self.num_digits = self.num_digits + 1 if byte in _DIGITS else 0
+                if byte in _DIGITS:
+                    self.num_digits += 1
+                elif byte in _EXPONENTS:
+                    self.num_digits = MAX_DIGITS - MAX_EXPONENT_DIGITS
+                elif byte not in _SIGNS:
+                    self.num_digits = 0
