@@ -215,3 +215,11 @@ def test_service_tiers_are_priorities(server, path, stream, tier, served, priori
     bodies = answer.events if stream else [answer.json]
     assert {body.get("service_tier") for body in bodies} == {served}
     assert server.engine.requests[0].priority == priority
+
+
+def test_an_unknown_null_beside_a_field_with_the_name_of_a_schema_is_refused(server):
+    """Pydantic's names for members of unions are no path into what the client sent."""
+    for inner in ("x", [], {"zzz": 1}, [{"zzz": 1}]):
+        part = {"type": "text", "text": "a", "zzz": None, "TextPart": inner}
+        body = {"messages": [{"role": "user", "content": [part]}]}
+        assert server.post(CHAT, body).error["param"] == "messages"

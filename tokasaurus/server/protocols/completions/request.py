@@ -21,6 +21,8 @@ class CompletionRequest(GenerationRequest):
     prompt: Prompts
     logprobs: int | None = None
     echo: bool | None = None
+    add_special_tokens: bool | None = None
+    """Add the special tokens that the model expects around a text. Default true."""
 
     @property
     def num_logprobs(self) -> int | None:
