@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
@@ -64,9 +64,9 @@ def _remove(fields: Any, location: Sequence[str | int]) -> None:
     """
     *steps, name = location
     for step in steps:
-        places = range(len(fields)) if isinstance(fields, list) else fields
-        if isinstance(fields, list | dict) and step in places:
-            fields = fields[step]
+        known: Any = range(len(fields)) if isinstance(fields, list) else fields
+        if isinstance(fields, list | dict) and step in known:
+            fields = cast(Any, fields)[step]
     if isinstance(fields, dict) and fields.get(name) is None:
         fields.pop(name, None)
 
