@@ -1,4 +1,4 @@
-"""Attention backends, and the choice between them.
+"""Backends, and the choice between them.
 
 Each kind of device may have kernels of its own; ``reference`` runs on all of them.
 """
@@ -13,9 +13,8 @@ from tokasaurus.errors import ConfigError
 from tokasaurus.model.backend.base import Backend
 from tokasaurus.model.backend.cpu.compiled import CompiledBackend
 from tokasaurus.model.backend.reference import ReferenceBackend
-from tokasaurus.model.kv_cache import KVCache
 
-__all__ = ["make_backend"]
+__all__ = ["choose_backend"]
 
 log = logging.getLogger(__name__)
 
@@ -26,26 +25,24 @@ _BACKENDS: dict[str, tuple[type[Backend], ...]] = {
 }
 
 
-def make_backend(attention: str, cache: KVCache, num_heads: int, device: torch.device) -> Backend:
+def choose_backend(attention: str, device: torch.device) -> type[Backend]:
     """Chooses the backend.
 
     Args:
         attention: the name of a backend, or "auto" for the best one that runs on this machine.
-        cache: the pages to attend over.
-        num_heads: query heads.
-        device: of the cache.
+        device: of the model.
 
     Raises:
         ConfigError: the backend cannot run on this device or machine.
     """
     backends = _BACKENDS[device.type]
     if attention == "auto":
-        return _best(backends)(cache, num_heads)
+        return _best(backends)
     for backend in backends:
         if backend.name == attention:
             if reason := backend.why_not():
                 raise ConfigError(f"attention={attention}: {reason}, or set attention=auto")
-            return backend(cache, num_heads)
+            return backend
     names = " or ".join(backend.name for backend in backends)
     raise ConfigError(f"attention={attention} does not run on device={device.type}: set {names}")
 

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokasaurus.model.backend.base import SequenceRows
+from tokasaurus.model.backend.base import HeadNorms, Operators, Rotation, SequenceRows
 from tokasaurus.model.backend.cpu.build import BuildError, load_library
+from tokasaurus.model.backend.reference_operators import REFERENCE_OPERATORS, norm_and_rotate
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.rounding import ceil_div
@@ -82,6 +83,10 @@ class CompiledBackend:
             return f"no kernel can be built: {error}; install g++"
         return None
 
+    @classmethod
+    def operators(cls) -> Operators:
+        return REFERENCE_OPERATORS
+
     def __init__(self, cache: KVCache, num_heads: int) -> None:
         self._kernel = _library().tokasaurus_paged_attention
         self._cache = cache
@@ -97,7 +102,7 @@ class CompiledAttention:
     def __init__(
         self, kernel: ctypes._NamedFuncPointer, cache: KVCache, num_heads: int, rows: SequenceRows
     ) -> None:
-        self._kernel, self._cache, self._rows = kernel, cache, rows
+        self._kernel, self._cache, self._num_heads, self._rows = kernel, cache, num_heads, rows
         rows_per_block = max(_QUERIES_PER_BLOCK * cache.num_kv_heads // num_heads, 1)
         block_sequences, block_rows = self._blocks = _blocks(rows.query_starts, rows_per_block)
         num_keys = int(np.dot(np.diff(rows.query_starts), rows.kv_lengths.astype(np.int64)))
@@ -120,7 +125,12 @@ class CompiledAttention:
             num_threads=min(torch.get_num_threads(), 1 + work // _WORK_PER_THREAD),
         )
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(
+        self, layer: int, heads: Tensor, rotation: Rotation, norms: HeadNorms | None
+    ) -> Tensor:
+        query, key, value = norm_and_rotate(
+            heads, self._num_heads, self._cache.num_kv_heads, rotation, norms
+        )
         output = torch.empty(query.shape, dtype=torch.float32)
         arguments = self._arguments
         arguments.query, arguments.query_stride = query.data_ptr(), query.stride(0)
@@ -130,7 +140,7 @@ class CompiledAttention:
         arguments.value_cache = self._cache.values[layer].data_ptr()
         arguments.output = output.data_ptr()
         self._kernel(ctypes.byref(arguments))
-        return output.to(query.dtype)
+        return output.to(query.dtype).flatten(1)
 
 
 def _blocks(query_starts: Int32Array, rows_per_block: int) -> tuple[Int32Array, Int32Array]:
