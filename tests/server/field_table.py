@@ -204,6 +204,7 @@ SCHEMAS: Mapping[Any, Place] = {
             "logprobs": Changes(3),
             "echo": Changes(True),
             "add_special_tokens": Changes(False),
+            "best_of": Refused(2, (1,)),
         },
     ),
     schemas.StreamOptions: of(

@@ -149,7 +149,7 @@ def test_fields_that_contradict_each_other_are_refused_by_name(server, path, fie
         (COMPLETIONS, {"logprobs": 21}, "logprobs", "max_topk_logprobs"),
         (CHAT, {"top_logprobs": 21, "logprobs": True}, "top_logprobs", "max_topk_logprobs"),
         (COMPLETIONS, {"best_of": 2, "n": 4}, "best_of", "ask for n samples"),
-        (COMPLETIONS, {"best_of": 4, "n": 4}, "best_of", "with the value 4"),
+        (COMPLETIONS, {"best_of": 4, "n": 3}, "best_of", "with the value 4"),
         (COMPLETIONS, {"suffix": "end"}, "suffix", "added after the prompt"),
         (COMPLETIONS, {"store": 1}, "store", "true or false"),
         (COMPLETIONS, {"reasoning_effort": "low"}, "reasoning_effort", "of chat templates"),

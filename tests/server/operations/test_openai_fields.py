@@ -50,9 +50,9 @@ REQUESTS: Mapping[str, tuple[Any, Mapping[str, str]]] = {
     COMPLETIONS: (
         completion_params.CompletionCreateParamsBase,
         decided(
-            served="model prompt echo frequency_penalty logit_bias logprobs max_tokens n"
+            served="model prompt best_of echo frequency_penalty logit_bias logprobs max_tokens n"
             " presence_penalty seed stop stream_options temperature top_p user",
-            harmless="best_of suffix",
+            harmless="suffix",
         ),
     ),
     CHAT: (

@@ -140,6 +140,12 @@ def test_detokenize_leaves_special_tokens_out_if_asked(server):
         assert server.post(DETOKENIZE, body).json == {"prompt": text}
 
 
+def test_a_best_of_that_chooses_nothing_passes(server):
+    for number in (1, 3):
+        answer = server.post(COMPLETIONS, {**BASE[COMPLETIONS], "n": 3, "best_of": number})
+        assert len(answer.json["choices"]) == 3
+
+
 def test_what_only_tools_of_a_server_would_do_passes(server):
     plain = outcome(server, RESPONSES, BASE[RESPONSES])
     for fields in (

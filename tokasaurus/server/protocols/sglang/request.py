@@ -60,7 +60,7 @@ _OUR_NAMES = {
 _FORMS = [name for name, field in SAMPLING_FIELDS.items() if field.name == STRUCTURED_OUTPUTS]
 
 _HARMLESS_SAMPLING: Mapping[str, tuple[Any, ...]] = {
-    "custom_params": (),
+    "custom_params": ({},),
     "no_stop_trim": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
