@@ -8,6 +8,7 @@ refuses the same values in the same words.
 from __future__ import annotations
 
 import dataclasses
+import uuid
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
@@ -32,7 +33,7 @@ __all__ = [
     "parse",
 ]
 
-_MAX_USER_CHARS = 512
+_MAX_NAME_CHARS = 512
 
 _TIER_PRIORITIES = {"flex": 1000, "priority": -1000}
 """The priority of a request in another service tier than the default one."""
@@ -90,8 +91,14 @@ class RequestBody(StrictSchema):
 class EngineRequest(RequestBody):
     """What requests that run on the engine have in common."""
 
-    user: Annotated[str, Field(max_length=_MAX_USER_CHARS)] | None = None
+    user: Annotated[str, Field(max_length=_MAX_NAME_CHARS)] | None = None
     """The person whom the request is for. Users get equal shares of the engine."""
+    request_id: Annotated[str, Field(min_length=1, max_length=_MAX_NAME_CHARS)] | None = None
+    """A name for the request, beside its ``X-Request-Id``. The answer's id ends with it."""
+
+    def answer_id(self, prefix: str) -> str:
+        """The id of the answer."""
+        return prefix + (self.request_id or uuid.uuid4().hex)
 
     @property
     def needs_grammar(self) -> bool:

@@ -104,7 +104,7 @@ Choice: TypeAlias = str | ToolChoice | AllowedTools | None
 
 class _CalledFunction(StrictSchema):
     name: str
-    arguments: str | dict[str, Any]
+    arguments: str | dict[str, Any] | None = None
 
 
 class ToolCall(StrictSchema):
@@ -123,7 +123,7 @@ class ToolCall(StrictSchema):
 
 
 def call_for_template(
-    call_id: str | None, name: str, arguments: str | dict[str, Any]
+    call_id: str | None, name: str, arguments: str | dict[str, Any] | None
 ) -> dict[str, Any]:
     """A call as chat templates expect it, with the arguments as an object.
 
@@ -133,7 +133,7 @@ def call_for_template(
         arguments: as JSON, or decoded. The API allows any text, since models write any text: what
             is not a JSON object stays as it was written, and null or nothing is no arguments.
     """
-    said = _object_or_text(arguments) if isinstance(arguments, str) else arguments
+    said = _object_or_text(arguments) if isinstance(arguments, str) else arguments or {}
     call = {"type": "function", "function": {"name": name, "arguments": said}}
     return call if call_id is None else {"id": call_id, **call}
 
