@@ -76,7 +76,7 @@ class TokenizeRequest(RequestBody):
                 "add_special_tokens must be false with messages: the chat template writes them",
                 "add_special_tokens",
             )
-        check_tools(self.tools or (), self.tool_choice, None)
+        check_tools(self.tools or (), self.tool_choice, None, None)
 
     def field_names(self) -> Mapping[str, str]:
         if self.chat_template is None or self.chat_template_kwargs:
