@@ -22,7 +22,7 @@ NAMES_AND_DEFAULTS = {
     "rope_scaling": None,
     "device": "auto",
     "attention": "auto",
-    "linear": "plain",
+    "linear": "auto",
     "load_format": "auto",
     "cpu_threads": None,
     "host": "127.0.0.1",
