@@ -69,7 +69,7 @@ def environment(
     return directory / "bin"
 
 
-def test_the_wheel_has_the_model_and_the_kernel_and_nothing_else_than_the_package(wheel):
+def test_the_wheel_has_the_model_and_the_kernels_and_nothing_else_than_the_package(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     for name in (
         "py.typed",

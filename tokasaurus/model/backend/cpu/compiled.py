@@ -15,7 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokasaurus.model.backend.base import HeadNorms, Operators, Rotation, SequenceRows
+from tokasaurus.model.backend.base import (
+    DEFAULT_OPTIONS,
+    BackendOptions,
+    HeadNorms,
+    Operators,
+    Rotation,
+    SequenceRows,
+)
 from tokasaurus.model.backend.cpu.build import BuildError, load_library
 from tokasaurus.model.backend.reference_operators import REFERENCE_OPERATORS, norm_and_rotate
 from tokasaurus.model.kv_cache import KVCache
@@ -52,8 +59,8 @@ class _Arguments(ctypes.Structure):
 
 
 @cache
-def _library() -> ctypes.CDLL:
-    library = load_library(_SOURCE)
+def _library(instruction_set: str) -> ctypes.CDLL:
+    library = load_library(_SOURCE, instruction_set)
     library.tokasaurus_arguments_size.restype = ctypes.c_int64
     library.tokasaurus_paged_attention.argtypes = [ctypes.POINTER(_Arguments)]
     library.tokasaurus_paged_attention.restype = None
@@ -76,19 +83,21 @@ class CompiledBackend:
     name: ClassVar[str] = "compiled"
 
     @classmethod
-    def why_not(cls) -> str | None:
+    def why_not(cls, options: BackendOptions) -> str | None:
         try:
-            _library()
+            _library(options.instruction_set)
         except BuildError as error:
             return f"no kernel can be built: {error}; install g++"
         return None
 
     @classmethod
-    def operators(cls) -> Operators:
+    def operators(cls, options: BackendOptions) -> Operators:
         return REFERENCE_OPERATORS
 
-    def __init__(self, cache: KVCache, num_heads: int) -> None:
-        self._kernel = _library().tokasaurus_paged_attention
+    def __init__(
+        self, cache: KVCache, num_heads: int, options: BackendOptions = DEFAULT_OPTIONS
+    ) -> None:
+        self._kernel = _library(options.instruction_set).tokasaurus_paged_attention
         self._cache = cache
         self._num_heads = num_heads
 
