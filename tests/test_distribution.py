@@ -76,7 +76,10 @@ def test_the_wheel_has_the_model_and_the_kernels_and_nothing_else_than_the_packa
         "demo/model/config.json",
         "demo/model/model.safetensors",
         "demo/model/tokenizer.json",
+        "model/backend/cpu/operators.cpp",
         "model/backend/cpu/paged_attention.cpp",
+        "model/backend/cpu/products.h",
+        "model/backend/cpu/vectors.h",
     ):
         assert f"tokasaurus/{name}" in names
     tops = {name.split("/")[0] for name in names}
