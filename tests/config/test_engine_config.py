@@ -22,6 +22,7 @@ NAMES_AND_DEFAULTS = {
     "rope_scaling": None,
     "device": "auto",
     "attention": "auto",
+    "instruction_set": "auto",
     "linear": "auto",
     "load_format": "auto",
     "cpu_threads": None,

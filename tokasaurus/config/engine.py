@@ -107,6 +107,15 @@ class EngineConfig:
             "reference. auto: compiled if it works."
         ),
     )
+    instruction_set: str = flag(
+        "auto",
+        group=_MODEL,
+        choices=("auto", "amx", "avx512_bf16", "avx512", "avx2", "generic"),
+        help=(
+            "The processor's instructions that compiled kernels use on cpu. auto: the best set "
+            "that the processor has. generic: what every processor of its kind has."
+        ),
+    )
     linear: str = flag(
         "auto",
         group=_MODEL,

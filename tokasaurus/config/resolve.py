@@ -351,6 +351,7 @@ def _worker(
         device=device,
         dtype=dtype,
         attention=config.attention,
+        instruction_set=config.instruction_set,
         linear=config.linear,
         load_format=config.load_format,
         page_size=limits.page_size,

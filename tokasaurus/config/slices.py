@@ -141,6 +141,7 @@ class WorkerConfig:
     device: str  # "cpu" or "cuda"
     dtype: str  # "float32", "bfloat16" or "float16"
     attention: str  # "auto", "compiled" or "reference"
+    instruction_set: str  # of the kernels on "cpu"; "auto" for the best one
     linear: str  # "auto", "plain" or "packed"
     load_format: str  # "auto" or "dummy"
     page_size: int

@@ -7,6 +7,7 @@ import torch
 from rows import named
 
 from tokasaurus.errors import ConfigError
+from tokasaurus.model.backend.cpu.instruction_sets import usable_sets
 from tokasaurus.model.layers.linear import Embedding, Linear
 from tokasaurus.model.linear_methods.base import LinearSpec, Sharding
 from tokasaurus.model.linear_methods.registry import choose_linear
@@ -104,8 +105,13 @@ def test_tensors_are_converted_to_the_placement():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_packed_products_of_every_shape_match_float64(dtype):
     """Sizes that do not fill a panel, a chunk, a block of rows or a tile."""
-    generator = torch.Generator().manual_seed(0)
-    place = choose_linear(Placement(dtype, CPU, "packed"))
+    for instructions in usable_sets():
+        with named(instructions.name):
+            check_products(Placement(dtype, CPU, "packed", instruction_set=instructions.name))
+
+
+def check_products(place):
+    dtype, generator = place.dtype, torch.Generator().manual_seed(0)
     for in_size, out_size in ((1, 1), (7, 33), (32, 32), (40, 31), (65, 200), (576, 96)):
         linear = Linear(place, in_size, {"": out_size}, Sharding.OUTPUTS, bias=True)
         weight = torch.randn(out_size, in_size, generator=generator).to(dtype)
@@ -125,7 +131,13 @@ def test_packed_products_of_every_shape_match_float64(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_packed_products_of_a_row_do_not_depend_on_the_other_rows(dtype):
-    place = choose_linear(Placement(dtype, CPU, "packed"))
+    for instructions in usable_sets():
+        with named(instructions.name):
+            check_independence(Placement(dtype, CPU, "packed", instruction_set=instructions.name))
+
+
+def check_independence(place):
+    dtype = place.dtype
     for in_size, out_size in ((576, 96), (33, 70)):
         linear = Linear(place, in_size, {"": out_size}, Sharding.OUTPUTS)
         linear.fill("", "weight", torch.randn(out_size, in_size))

@@ -1,7 +1,7 @@
 """Weights packed once into panels, and multiplied by a kernel of ours on the CPU.
 
 ``F.linear`` repacks a weight at every call, which costs most where a batch has few rows: when it
-decodes. ``products.cpp`` has the layout and the loops.
+decodes. ``packed.cpp`` has the layout and the loops.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tokasaurus.model.placement import Placement
 
 __all__ = ["PackedLinear", "why_not"]
 
-_SOURCE = Path(__file__).with_name("products.cpp")
+_SOURCE = Path(__file__).with_name("packed.cpp")
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1}
 
 # Numbers of a weight that justify another thread.
@@ -40,8 +40,8 @@ class _Product(ctypes.Structure):
 
 
 @cache
-def _library() -> ctypes.CDLL:
-    library = load_library(_SOURCE)
+def _library(instruction_set: str) -> ctypes.CDLL:
+    library = load_library(_SOURCE, instruction_set)
     pointer, number, element = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     library.tokasaurus_product_size.restype = number
     library.tokasaurus_packed_size.argtypes = [number, number, element]
@@ -69,7 +69,7 @@ class PackedLinear(LinearMethod):
 
     def __init__(self, spec: LinearSpec, place: Placement) -> None:
         self._spec, self._dtype = spec, place.dtype
-        self._library = _library()
+        self._library = _library(place.instruction_set)
         self._multiply = self._library.tokasaurus_multiply
         self._element = _ELEMENTS[place.dtype]
         size = self._library.tokasaurus_packed_size(spec.out_size, spec.in_size, self._element)
@@ -149,7 +149,7 @@ def why_not(place: Placement) -> str | None:
     if place.dtype not in _ELEMENTS:
         return f"it is for fp32 and bf16, not for {place.dtype}"
     try:
-        _library()
+        _library(place.instruction_set)
     except BuildError as error:
         return f"no kernel can be built: {error}; install g++"
     return None
