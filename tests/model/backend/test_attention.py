@@ -12,9 +12,16 @@ from rows import named
 
 from tokasaurus.errors import ConfigError
 from tokasaurus.model.backend import choose_backend
-from tokasaurus.model.backend.base import HeadNorms, PrefixGroups, Rotation, SequenceRows
-from tokasaurus.model.backend.cpu import build, compiled
+from tokasaurus.model.backend.base import (
+    BackendOptions,
+    HeadNorms,
+    PrefixGroups,
+    Rotation,
+    SequenceRows,
+)
+from tokasaurus.model.backend.cpu import build, compiled, instruction_sets
 from tokasaurus.model.backend.cpu.compiled import CompiledBackend
+from tokasaurus.model.backend.cpu.instruction_sets import usable_sets
 from tokasaurus.model.backend.reference import ReferenceBackend
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.rounding import ceil_div
@@ -96,12 +103,17 @@ def random_steps(rng, num_sequences, num_steps, page_size):
         yield SequenceRows(slots, starts, lengths[slots], positions, page_table)
 
 
-@pytest.fixture(params=["reference", "compiled"])
+SETS = [instructions.name for instructions in usable_sets()]
+
+
+@pytest.fixture(params=["reference", *SETS])
 def backend_of(request):
+    """Makes the reference, and the compiled backend in every instruction set of this processor."""
+
     def get(cache, num_heads):
         if request.param == "reference":
             return ReferenceBackend(cache, num_heads)
-        return CompiledBackend(cache, num_heads)
+        return CompiledBackend(cache, num_heads, BackendOptions(request.param))
 
     return get
 
@@ -362,6 +374,64 @@ def test_a_library_is_built_once_for_each_source(monkeypatch, tmp_path):
     assert kept.stat().st_mtime_ns == before
     source.write_text('extern "C" int answer() { return 42; }')
     assert build.load_library(source).answer() == 42
+
+
+def test_a_library_is_built_anew_when_a_header_beside_it_changes(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source, header = tmp_path / "answer.cpp", tmp_path / "answer.h"
+    source.write_text('#include "answer.h"\nextern "C" int answer() { return ANSWER; }')
+    for answer in (41, 42):
+        header.write_text(f"#define ANSWER {answer}")
+        assert build.load_library(source).answer() == answer
+
+
+def set_processor(monkeypatch, tmp_path, features):
+    cpu_info = tmp_path / "cpuinfo"
+    cpu_info.write_text(f"processor : 0\nflags : {' '.join(features)}\n\n")
+    monkeypatch.setattr(instruction_sets, "_CPU_INFO", cpu_info)
+    monkeypatch.setattr(instruction_sets.platform, "machine", lambda: "x86_64")
+    instruction_sets._processor_features.cache_clear()
+
+
+@pytest.fixture
+def processor(monkeypatch, tmp_path):
+    """Gives the processor other features."""
+    yield lambda features: set_processor(monkeypatch, tmp_path, features)
+    instruction_sets._processor_features.cache_clear()
+
+
+def test_auto_takes_the_best_instruction_set_that_the_processor_runs(processor):
+    features = {each.name: each.features for each in instruction_sets.INSTRUCTION_SETS}
+    for best in features:
+        processor(features[best])
+        with named(best):
+            assert instruction_sets.candidate_sets("auto")[0].name == best
+    processor([*features["avx2"], "amx_tile", "amx_bf16"])
+    assert [each.name for each in usable_sets()] == ["avx2", "generic"]
+
+
+def test_a_forced_instruction_set_that_the_processor_lacks_is_refused(processor):
+    processor(instruction_sets.INSTRUCTION_SETS[2].features)
+    expected = (
+        "instruction_set=amx: this processor has no avx512_bf16, amx_tile, amx_bf16; "
+        "set auto or avx512 or avx2 or generic"
+    )
+    for attention in ("auto", "compiled"):
+        with pytest.raises(ConfigError, match=expected):
+            choose_backend(attention, CPU, BackendOptions("amx"))
+
+
+def test_auto_passes_over_an_instruction_set_that_the_compiler_does_not_know(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    unknown = instruction_sets.InstructionSet("new", (), ("-march=unheard-of",))
+    monkeypatch.setattr(
+        instruction_sets, "INSTRUCTION_SETS", (unknown, instruction_sets.INSTRUCTION_SETS[-1])
+    )
+    source = tmp_path / "answer.cpp"
+    source.write_text('extern "C" int answer() { return 41; }')
+    assert build.load_library(source).answer() == 41
+    with pytest.raises(build.BuildError, match="unheard-of"):
+        build.load_library(source, "new")
 
 
 def test_auto_prefers_the_compiled_backend():

@@ -10,7 +10,7 @@ import logging
 import torch
 
 from tokasaurus.errors import ConfigError
-from tokasaurus.model.backend.base import Backend
+from tokasaurus.model.backend.base import DEFAULT_OPTIONS, Backend, BackendOptions
 from tokasaurus.model.backend.cpu.compiled import CompiledBackend
 from tokasaurus.model.backend.reference import ReferenceBackend
 
@@ -25,31 +25,34 @@ _BACKENDS: dict[str, tuple[type[Backend], ...]] = {
 }
 
 
-def choose_backend(attention: str, device: torch.device) -> type[Backend]:
+def choose_backend(
+    attention: str, device: torch.device, options: BackendOptions = DEFAULT_OPTIONS
+) -> type[Backend]:
     """Chooses the backend.
 
     Args:
         attention: the name of a backend, or "auto" for the best one that runs on this machine.
         device: of the model.
+        options: that the backend will get.
 
     Raises:
-        ConfigError: the backend cannot run on this device or machine.
+        ConfigError: the backend or the options cannot run on this device or machine.
     """
     backends = _BACKENDS[device.type]
     if attention == "auto":
-        return _best(backends)
+        return _best(backends, options)
     for backend in backends:
         if backend.name == attention:
-            if reason := backend.why_not():
+            if reason := backend.why_not(options):
                 raise ConfigError(f"attention={attention}: {reason}, or set attention=auto")
             return backend
     names = " or ".join(backend.name for backend in backends)
     raise ConfigError(f"attention={attention} does not run on device={device.type}: set {names}")
 
 
-def _best(backends: tuple[type[Backend], ...]) -> type[Backend]:
+def _best(backends: tuple[type[Backend], ...], options: BackendOptions) -> type[Backend]:
     for backend in backends[:-1]:
-        reason = backend.why_not()
+        reason = backend.why_not(options)
         if reason is None:
             return backend
         log.warning("attention=%s cannot run, and others are slower: %s", backend.name, reason)

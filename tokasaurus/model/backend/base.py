@@ -16,9 +16,11 @@ from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
 
 __all__ = [
+    "DEFAULT_OPTIONS",
     "NO_GROUPS",
     "Attention",
     "Backend",
+    "BackendOptions",
     "HeadNorms",
     "Operators",
     "PrefixGroups",
@@ -166,26 +168,47 @@ class Attention(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class BackendOptions:
+    """What a user may choose about kernels.
+
+    Attributes:
+        instruction_set: of the processor, by the name of the flag; "auto" takes the best.
+    """
+
+    instruction_set: str = "auto"
+
+
+DEFAULT_OPTIONS = BackendOptions()
+
+
 class Backend(Protocol):
     """The kernels of one device over one KV cache.
 
     Args:
         cache: the pages to attend over.
         num_heads: query heads.
+        options: the same for all calls.
     """
 
     name: ClassVar[str]
     """The value of the flag ``attention`` that asks for it."""
 
-    def __init__(self, cache: KVCache, num_heads: int) -> None: ...
+    def __init__(
+        self, cache: KVCache, num_heads: int, options: BackendOptions = DEFAULT_OPTIONS
+    ) -> None: ...
 
     @classmethod
-    def why_not(cls) -> str | None:
-        """Why it cannot run on this machine, and the remedy; None if it can."""
+    def why_not(cls, options: BackendOptions) -> str | None:
+        """Why it cannot run on this machine, and the remedy; None if it can.
+
+        Raises:
+            ConfigError: these options exist on another machine only.
+        """
         ...
 
     @classmethod
-    def operators(cls) -> Operators:
+    def operators(cls, options: BackendOptions) -> Operators:
         """The element-wise kernels. Called only if ``why_not`` returns None."""
         ...
 

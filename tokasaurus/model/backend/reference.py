@@ -25,6 +25,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from tokasaurus.model.backend.base import (
+    DEFAULT_OPTIONS,
+    BackendOptions,
     HeadNorms,
     Operators,
     PrefixGroups,
@@ -44,15 +46,17 @@ class ReferenceBackend:
 
     name: ClassVar[str] = "reference"
 
-    def __init__(self, cache: KVCache, num_heads: int) -> None:
+    def __init__(
+        self, cache: KVCache, num_heads: int, options: BackendOptions = DEFAULT_OPTIONS
+    ) -> None:
         self._cache, self._num_heads = cache, num_heads
 
     @classmethod
-    def why_not(cls) -> str | None:
+    def why_not(cls, options: BackendOptions) -> str | None:
         return None
 
     @classmethod
-    def operators(cls) -> Operators:
+    def operators(cls, options: BackendOptions) -> Operators:
         return REFERENCE_OPERATORS
 
     def plan(self, rows: SequenceRows) -> ReferenceAttention:
