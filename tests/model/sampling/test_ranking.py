@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from rows import named
 
-from tokasaurus.model.sampling import logit_rows
+from tokasaurus.model.sampling import logit_rows, ranking
 from tokasaurus.model.sampling.logit_rows import LogitRows
 from tokasaurus.model.sampling.ranking import first_of, most_ranked, ranked, sorted_logits
 
@@ -45,15 +45,17 @@ def check_rankings(vocab_size: int, seed: int) -> None:
 
 def test_rankings_are_those_of_a_stable_sort(monkeypatch):
     """Also where rows are looked at in parts."""
-    for cached in (logit_rows._CACHED, 1000):
+    for cached, small in ((logit_rows._CACHED, 4096), (1000, 0)):
         monkeypatch.setattr(logit_rows, "_CACHED", cached)
+        monkeypatch.setattr(ranking, "_SMALL_VOCABULARY", small)
         for vocab_size in SIZES:
             for seed in range(5):
                 with named((cached, vocab_size, seed)):
                     check_rankings(vocab_size, seed)
 
 
-def test_rows_that_diverged_have_ids_too():
+def test_rows_that_diverged_have_ids_too(monkeypatch):
+    monkeypatch.setattr(ranking, "_SMALL_VOCABULARY", 0)
     logits = torch.full((3, 1300), torch.nan)
     logits[1, 5:] = 1
     logits[2] = torch.inf
