@@ -12,8 +12,8 @@ are ranked by logit, and equal ones by id. The filters shorten that ranking in t
 A draw inverts the cumulative distribution in float64, in the order of token ids. A difference in
 the last bit between two kernels therefore moves a boundary by a last bit instead of reordering
 tokens. The distribution is summed up by blocks, and only the block that the draw falls into is
-summed up token by token. So two ways to add the same float64 numbers decide what a draw on a
-boundary gives.
+summed up token by token. Sums in another order may give another token only where the number lies
+within about 1e-16 of a boundary.
 
 What a row takes depends on its filters (``kinds``).
 """
