@@ -27,14 +27,13 @@ from tokasaurus.model.facts import read_model_config
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.model.placement import Placement
 from tokasaurus.model.sampling.drawing import draw_tokens, score_prompts
+from tokasaurus.model.sampling.logprobs import Logprobs
 from tokasaurus.model.sampling.matchers import Matchers, OpenMatchers
-from tokasaurus.model.sampling.sampler import Logprobs
 from tokasaurus.model.weights.loader import load_model
 from tokasaurus.model.worker.clock import Clock, HostClock, start_clock, wait_for_device
 from tokasaurus.model.worker.controls import Controls
 from tokasaurus.model.worker.host_memory import keep_freed_memory
 from tokasaurus.model.worker.pending import Answer, InFlight, Outputs, Pending, naming
-from tokasaurus.model.worker.pooling import Pooler
 from tokasaurus.model.worker.runner import EagerRunner
 from tokasaurus.model.worker.slot_state import SlotState
 from tokasaurus.model.worker.warm_up import warm_up_batches
@@ -113,7 +112,6 @@ class Worker:
             vocab_size=self._vocab_size,
             device=self._device,
         )
-        self._pooler = Pooler()
         self._in_flight = InFlight()
         self._next_number = 0
         log.info(
@@ -184,25 +182,26 @@ class Worker:
             matchers.enter(batch.parameters)
         if planned.early_copies is not None:
             early = planned.early_copies
-            self._cache.copy_pages(early.sources, early.targets)
+            self._cache.copy_pages(early.sources.tensor, early.targets.tensor)
         hidden = self._runner.run(planned)
         if planned.copies is not None:
-            self._cache.copy_pages(planned.copies.sources, planned.copies.targets)
+            copies = planned.copies
+            self._cache.copy_pages(copies.sources.tensor, copies.targets.tensor)
         masks = matchers.masks(sampling.slots)
-        token_ids, drawn = draw_tokens(
-            self._model, hidden, sampling, self._state.adjustments, masks
-        )
+        token_ids, drawn = draw_tokens(self._model, hidden, sampling, masks)
         arriving = Download(token_ids)
         if masks is not None:
             matchers.advance(masks, sampling.slots, arriving)
-        lost = self._state.record(sampling, token_ids)
+        self._state.record(sampling, token_ids)
+        lost = sampling.recording.lost if sampling.recording is not None else None
         given_up = masks.cut_rows if masks is not None else None
         prompt = score_prompts(self._model, hidden, planned.prompt) if planned.prompt else None
+        pooled = self._state.pooler.pool(planned.pooling, hidden) if planned.pooling else None
         return Outputs(
             arriving,
             drawn or Logprobs.none(0, len(token_ids)),
             prompt or Logprobs.none(0, 0),
-            self._pooler.pool(batch, hidden),
+            pooled,
             _union(lost, given_up),
         )
 
