@@ -323,6 +323,15 @@ class EngineConfig:
         adapts="a tenth of the disk",
     )
 
+    stall_timeout_s: float = flag(
+        60.0,
+        group=_LOGGING,
+        minimum=0.1,
+        help=(
+            "How long the manager or the worker may make no progress, though it has work, before "
+            "/health says so. The worker gets more time where its largest batches take long."
+        ),
+    )
     uvicorn_log_level: str = flag(
         "info",
         group=_LOGGING,

@@ -114,19 +114,28 @@ class Worker:
             self._cache.num_bytes / 1e6,
         )
 
-    def warm_up(self) -> None:
+    def warm_up(self) -> float:
         """Runs the largest possible batches, so that a lack of memory shows now.
 
         Also waits for the vocabulary. Call it before the first ``submit``. It leaves the slot
         tables as new.
+
+        Returns:
+            About how long a batch of ``max_tokens_per_forward`` takes, in seconds.
         """
         started = time.perf_counter()
         matchers = OpenMatchers(self._vocab_size)
+        token_s = []
         for batch in warm_up_batches(self._config, self.weights.num_parameters):
+            begun = time.perf_counter()
             self._enqueue(batch, matchers).result(batch.number, 0.0)
+            num_tokens = len(batch.prefill_ids) + len(batch.decode_slots)
+            token_s.append((time.perf_counter() - begun) / num_tokens)
         self._state.clear()
         self._matchers.wait()
         log.info("warmed up in %.1f s", time.perf_counter() - started)
+        # The first batches load libraries, too, and may compile: the quickest counts.
+        return min(token_s) * self._config.max_tokens_per_forward
 
     def submit(self, message: ToWorker) -> Pending:
         """Enqueues one batch, or carries out one control.
