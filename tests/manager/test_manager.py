@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import msgspec
 import numpy as np
 import pytest
 from simulation import World, make_config, make_request, prompt
@@ -324,9 +325,10 @@ def test_a_steady_step_executes_no_python_per_sequence() -> None:
 def test_a_ping_is_answered_with_statistics_and_changes_nothing() -> None:
     world = World(make_config())
     world.turn(make_request(1, prompt(5), 4))
-    before = world.manager.statistics()
+    before = msgspec.structs.asdict(world.manager.statistics())
     actions = world.manager.take_turn([Ping()], 0.0)
-    assert (actions.to_worker, actions.messages) == ([], [before])
+    assert actions.to_worker == []
+    assert [msgspec.structs.asdict(message) for message in actions.messages] == [before]
 
 
 def test_the_batch_that_the_worker_must_answer_next_is_known() -> None:
