@@ -20,6 +20,7 @@ import torch
 from tokasaurus.config.slices import WorkerConfig
 from tokasaurus.errors import ProtocolError
 from tokasaurus.grammars import Vocabulary
+from tokasaurus.host_memory import keep_freed_memory
 from tokasaurus.model.backend import make_backend
 from tokasaurus.model.download import Download
 from tokasaurus.model.facts import read_model_config
@@ -31,7 +32,6 @@ from tokasaurus.model.sampling.sampler import Logprobs
 from tokasaurus.model.weights.loader import load_model
 from tokasaurus.model.worker.clock import Clock, HostClock, start_clock, wait_for_device
 from tokasaurus.model.worker.controls import Controls
-from tokasaurus.model.worker.host_memory import keep_freed_memory
 from tokasaurus.model.worker.pending import Answer, InFlight, Outputs, Pending, naming
 from tokasaurus.model.worker.pooling import Pooler
 from tokasaurus.model.worker.runner import EagerRunner
