@@ -238,8 +238,8 @@ class EngineConfig:
         group=_SECURITY,
         help=(
             "Let a request bring its own chat_template. The risk: it is a Jinja program, which "
-            "runs in the server without limits of time and memory, so a single request can block "
-            "the engine permanently."
+            "runs in the server, so a single request can take ten seconds of its time and a "
+            "gigabyte of its memory."
         ),
     )
     ssl_certfile: str | None = flag(

@@ -9,8 +9,9 @@ their first space.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import ModelError, RequestError, RequestTooLong
 from tokasaurus.grammars import Vocabulary
 from tokasaurus.host_memory import return_freed_memory
+from tokasaurus.text.chat_templates import ChatTemplate
 from tokasaurus.text.fewest_tokens import FewestTokens
 from tokasaurus.text.token_bytes import bytes_from_decoder, decoder_steps
 
@@ -47,6 +49,16 @@ _MANY_CHARACTERS = 1 << 20
 _FILE = "tokenizer.json"
 # Names of other files that AutoTokenizer makes a tokenizer of, beside *.model and *.tiktoken.
 _VOCABULARIES = ("vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+
+
+class _Templates(threading.local):
+    """The chat templates that this thread has compiled."""
+
+    def __init__(self) -> None:
+        self.compiled = lru_cache(maxsize=8)(ChatTemplate)
+
+
+_templates = _Templates()
 
 
 class Tokenizer:
@@ -80,6 +92,8 @@ class Tokenizer:
     ) -> None:
         self._wrapped = wrapped
         self._max_tokens = max_tokens
+        self._special_tokens = dict(wrapped.special_tokens_map)
+        self._writes_chats = _writes_chats(wrapped)
         self._trusts_templates = trusts_templates
         self._vocab_size = vocab_size
         self._backend: Any = pipeline or getattr(wrapped, "backend_tokenizer", None)
@@ -188,17 +202,26 @@ class Tokenizer:
         if tools:
             arguments["tools"] = list(tools)
         try:
-            text = self._wrapped.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                **{**arguments, **overrides},
-            )
+            text = self._write_chat(messages, {**arguments, **overrides})
         except Exception as error:  # a template may raise anything
             raise RequestError(
                 f"messages cannot be rendered by the chat template: {error}", "messages"
             ) from error
         self._check_length(text, "messages")
         return self._encode(text, add_special_tokens=False)
+
+    def _write_chat(
+        self, messages: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]
+    ) -> str:
+        """The text of a conversation. Raises what the template raises."""
+        if self._writes_chats:
+            said = [dict(message) for message in messages]
+            return str(self._wrapped.apply_chat_template(said, tokenize=False, **arguments))
+        variables = {**self._special_tokens, **arguments}
+        template = self._wrapped.get_chat_template(
+            variables.pop("chat_template", None), variables.get("tools")
+        )
+        return _templates.compiled(template).render(messages, **variables)
 
     def chat_template(self, overrides: Mapping[str, Any], *, with_tools: bool = False) -> str:
         """The chat template that ``render_chat`` uses; "" if there is none.
@@ -362,6 +385,14 @@ class Tokenizer:
             for ids in (anchor, [*anchor, token_id])
         )
         return str(both[len(alone) :]).encode()
+
+
+def _writes_chats(wrapped: Any) -> bool:
+    """Whether a tokenizer's class has code of its own for conversations, trusted with the rest."""
+    from transformers import PreTrainedTokenizerBase
+
+    own, common = type(wrapped).apply_chat_template, PreTrainedTokenizerBase.apply_chat_template
+    return own is not common
 
 
 def _load(directory: Path, trust_remote_code: bool) -> tuple[Any, Any]:
