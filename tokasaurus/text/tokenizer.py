@@ -69,7 +69,7 @@ class Tokenizer:
         vocab_size: of the model. The tokenizer may have fewer tokens, because of padding, or more.
         eos_token_ids: ids that end a text without being part of it.
         pipeline: a ``tokenizers.Tokenizer`` that turns text to ids in place of the wrapped one's.
-        trusts_templates: requests may bring their own chat template, a program that may never end.
+        trusts_templates: requests may bring their own chat template, a program that may take long.
         max_tokens: of a request. Texts that must have more are refused instead of tokenized; None
             is no limit.
 
@@ -277,8 +277,8 @@ class Tokenizer:
         if not is_name_of_own:
             raise RequestError(
                 "chat_template_kwargs: a chat_template is a program, and a request's own might"
-                " never end; leave it out to use the model's, or start the engine with"
-                " trust_request_chat_template=T",
+                " take seconds and a gigabyte; leave it out to use the model's, or start the engine"
+                " with trust_request_chat_template=T",
                 "chat_template_kwargs",
             )
 
