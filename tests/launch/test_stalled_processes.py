@@ -78,7 +78,6 @@ def test_of_two_replicas_the_one_that_hangs_is_named_and_the_other_serves(tmp_pa
             # All of these go to the other replica, more than it has seats for.
             short = {**REQUEST, "max_tokens": 3, "n": 20}
             assert len(client.completions.create(**short).choices) == 20
-            # A command needs every replica; here it is one that nobody waits for.
             os.kill(engine.child("worker"), signal.SIGSTOP)
             more = pool.submit(client.completions.create, **ENDLESS)
             eventually(lambda: health(engine)[0] == 503, "now nothing goes on", 20)

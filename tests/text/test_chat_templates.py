@@ -195,6 +195,16 @@ def test_a_stopped_template_leaves_the_next_one_alone():
         assert len(template.render(SAID, n=400)) == 400
 
 
+def test_a_tokenizer_notes_that_its_template_takes_long(monkeypatch):
+    clock = iter(range(1000))
+    tokenizer = Tokenizer(WRAPPED, len(WRAPPED))
+    assert tokenizer.render_chat(SAID)
+    assert not tokenizer.chats_take_long
+    monkeypatch.setattr("time.thread_time", lambda: next(clock))
+    assert tokenizer.render_chat(SAID)
+    assert tokenizer.chats_take_long
+
+
 class Writer(PreTrainedTokenizerFast):
     def apply_chat_template(self, conversation: list[dict[str, str]], **_: object) -> str:
         return "the cat" * len(conversation)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -44,6 +45,7 @@ _RESERVED_ARGUMENTS = frozenset(
 # A template may write an argument again with each message, so the product is limited, too.
 _MAX_ARGUMENT_CHARS = 1 << 16
 _MAX_WRITTEN_CHARS = 1 << 26
+_LONG_S = 0.25  # of processor time
 # To tokenize a longer text takes so much memory that what is freed is given back at once.
 _MANY_CHARACTERS = 1 << 20
 _FILE = "tokenizer.json"
@@ -78,6 +80,8 @@ class Tokenizer:
         spelled: the same, with special tokens by their names.
         special_ids: the special tokens by their names.
         special_token_ids: the same, ids only.
+        chats_take_long: the chat template has taken long for a short text, so that even short
+            conversations must not be rendered in an event loop.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class Tokenizer:
         self._max_tokens = max_tokens
         self._special_tokens = dict(wrapped.special_tokens_map)
         self._writes_chats = _writes_chats(wrapped)
+        self.chats_take_long = False
         self._trusts_templates = trusts_templates
         self._vocab_size = vocab_size
         self._backend: Any = pipeline or getattr(wrapped, "backend_tokenizer", None)
@@ -221,7 +226,13 @@ class Tokenizer:
         template = self._wrapped.get_chat_template(
             variables.pop("chat_template", None), variables.get("tools")
         )
-        return _templates.compiled(template).render(messages, **variables)
+        begun, text = time.thread_time(), ""
+        try:
+            text = _templates.compiled(template).render(messages, **variables)
+        finally:
+            if len(text) < _MANY_CHARACTERS and time.thread_time() - begun > _LONG_S:
+                self.chats_take_long = True
+        return text
 
     def chat_template(self, overrides: Mapping[str, Any], *, with_tools: bool = False) -> str:
         """The chat template that ``render_chat`` uses; "" if there is none.
