@@ -53,16 +53,6 @@ def test_a_process_that_hangs_is_named_until_it_goes_on(watched, role):
     assert f"the {role} makes progress again" in watched.log
 
 
-def test_a_stopped_process_without_work_is_not_missed(watched):
-    """It is seen with the next request."""
-    pid = watched.child("manager")
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        assert health(watched)[0] == 200
-    finally:
-        os.kill(pid, signal.SIGCONT)
-
-
 def test_of_two_replicas_the_one_that_hangs_is_named_and_the_other_serves(tmp_path):
     engine = EngineProcess(tmp_path / "toka.log", *FLAGS, "cpu_threads=1", program=PROGRAM)
     try:
