@@ -95,6 +95,7 @@ def resolve(
             ),
         ),
         memory_plan=memory.plan(limits.num_pages * limits.page_size),
+        stall_timeout_s=config.stall_timeout_s,
         log_level=config.log_level,
         log_procs=None
         if config.log_procs is None

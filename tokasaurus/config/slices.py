@@ -169,6 +169,8 @@ class EngineSlices:
     server: ServerConfig
     replicas: tuple[ReplicaSlices, ...]  # at least one
     memory_plan: str  # of each replica; a line for the log
+    # How long a process that has work may show no progress before it counts as stalled.
+    stall_timeout_s: float
     log_level: str
     # Kinds of processes, as roles name them.
     log_procs: tuple[str, ...] | None

@@ -43,6 +43,7 @@ from tokasaurus.protocol.messages import (
     FromServer,
     FromWorker,
     GenerateRequest,
+    Ping,
     PooledState,
     Pooling,
     PromptLogprobs,
@@ -125,6 +126,11 @@ class Manager:
     def num_in_flight(self) -> int:
         """Batches that were sent and have not come back."""
         return self._running.in_flight.num_batches
+
+    @property
+    def awaited_batch(self) -> int | None:
+        """The number of the batch that the worker must answer next; None if that is a control."""
+        return self._running.in_flight.awaited_batch
 
     def take_turn(self, events: Iterable[FromServer | FromWorker], now: float) -> Actions:
         """Takes one turn. Afterwards there is nothing to do until the next event comes.
@@ -233,6 +239,8 @@ class Manager:
                 self._abort(request)
         elif isinstance(event, Command | ControlDone):
             self._take_control(event, now)
+        elif isinstance(event, Ping):
+            self._messages.append(self.statistics())
         else:
             raise ProtocolError(f"the manager takes no {type(event).__name__}")
 
