@@ -74,7 +74,7 @@ NAMES_AND_DEFAULTS = {
     "cudagraph_max_size": 128,
     "cudagraph_step": 16,
     "cudagraph_max_kv_indices_per_seq": 32768,
-    "use_hydragen": False,
+    "use_hydragen": None,
     "hydragen_min_group_size": 32,
     "hydragen_min_prefix_len": 256,
     "greedy_prefill": True,

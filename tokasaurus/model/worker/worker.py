@@ -77,7 +77,7 @@ class Worker:
             torch.set_num_threads(config.num_threads)
         self._config = config
         self._device = torch.device(config.device)
-        options = BackendOptions(config.instruction_set)
+        options = BackendOptions(config.instruction_set, config.use_groups)
         backend = choose_backend(config.attention, self._device, options)
         place = Placement(
             _DTYPES[config.dtype], self._device, config.linear, backend.operators(options)
@@ -97,9 +97,8 @@ class Worker:
             dtype=place.dtype,
             device=place.device,
         )
-        self._runner = EagerRunner(
-            self._model, backend(self._cache, model_config.num_heads, options)
-        )
+        self._backend = backend(self._cache, model_config.num_heads, options)
+        self._runner = EagerRunner(self._model, self._backend)
         self._controls = Controls(self.weights, files, self._cache, self._runner, self._device)
         self._state = SlotState(
             num_slots=config.num_slots,
@@ -127,6 +126,7 @@ class Worker:
         tables as new.
         """
         started = time.perf_counter()
+        self._backend.calibrate()
         matchers = OpenMatchers(self._vocab_size)
         for batch in warm_up_batches(self._config, self.weights.num_parameters):
             self._enqueue(batch, matchers).result(batch.number, 0.0)
@@ -182,6 +182,7 @@ class Worker:
             early = planned.early_copies
             self._cache.copy_pages(early.sources, early.targets)
         hidden = self._runner.run(planned)
+        num_grouped = self._backend.num_grouped_rows if len(planned.ids) else 0
         if planned.copies is not None:
             self._cache.copy_pages(planned.copies.sources, planned.copies.targets)
         masks = matchers.masks(sampling.slots)
@@ -200,6 +201,7 @@ class Worker:
             prompt or Logprobs.none(0, 0),
             self._pooler.pool(batch, hidden),
             _union(lost, given_up),
+            num_grouped,
         )
 
 

@@ -687,10 +687,13 @@ extern "C" {
 int64_t tokasaurus_plan_size() { return sizeof(Plan); }
 int64_t tokasaurus_task_size() { return sizeof(Task); }
 
+// Rows of a task, if that many read the same positions.
+int32_t tokasaurus_rows_per_task(int32_t group) { return std::max(QUERIES / group, 1); }
+
 // The most tasks that a plan of so many rows, sequences and groups has.
 int64_t tokasaurus_max_tasks(int64_t num_rows, int64_t num_sequences, int64_t num_groups,
                              int64_t num_group_rows, int32_t num_threads, int32_t group) {
-    const int64_t rows_per_task = std::max(QUERIES / group, 1);
+    const int64_t rows_per_task = tokasaurus_rows_per_task(group);
     const int64_t blocks =
         num_sequences + num_groups + (num_rows + num_group_rows) / rows_per_task;
     return 2 * blocks + 8 * TASKS_PER_THREAD * int64_t(num_threads);
