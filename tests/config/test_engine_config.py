@@ -23,7 +23,7 @@ NAMES_AND_DEFAULTS = {
     "device": "auto",
     "attention": "auto",
     "instruction_set": "auto",
-    "linear": "plain",
+    "linear": "auto",
     "load_format": "auto",
     "cpu_threads": None,
     "host": "127.0.0.1",
@@ -368,3 +368,12 @@ def test_config_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
+
+
+def test_use_hydragen_may_be_auto_on_a_command_line_and_in_python():
+    assert parse_command_line(["use_hydragen=T"], {}).use_hydragen is True
+    for arguments in (["use_hydragen=auto"], ["use_hydragen=F", "use_hydragen=auto"], []):
+        assert parse_command_line(arguments, {}).use_hydragen is None
+    assert EngineConfig(use_hydragen="auto").use_hydragen is None
+    with pytest.raises(ConfigError, match="use_hydragen"):
+        parse_command_line(["use_hydragen=often"], {})

@@ -19,7 +19,6 @@ FACTS = ModelFacts(
     max_position_embeddings=4096,
     kv_elements_per_token=1000,
     num_parameters=1_000_000,
-    num_tied_parameters=300_000,
     eos_token_ids=(1, 2),
     sampling_defaults={"temperature": 0.6, "top_k": 50},
 )
@@ -222,7 +221,6 @@ def test_the_default_kv_cache_takes_at_most_half_of_what_the_weights_leave():
         ({"memory_bytes": 12_000_000, "dtype": "bfloat16"}, 2500),
         ({"memory_bytes": 12_000_000, "cuda_available": True}, 2500),
         ({"memory_bytes": 12_000_000, "cuda_available": True, "dtype": "float32"}, 1000),
-        ({"memory_bytes": 12_000_000, "linear": "packed"}, 850),
         ({"memory_bytes": 12_000_000, "load_format": "dummy"}, 1000),
         ({"memory_bytes": 10**12}, 131072),
         ({"memory_bytes": None}, 131072),
@@ -342,3 +340,11 @@ def test_statsd_addresses(url, address):
 @each_row("url", ["h:x", "h:70000", "http://h:1", "h:1/path", ":8125", "::1:5"])
 def test_wrong_statsd_addresses_are_errors(url):
     assert "statsd_server_url" in problems(statsd_server_url=url)[0]
+
+
+def test_shared_prefixes_are_offered_unless_they_are_switched_off():
+    for use, offered in ((True, True), (False, False), (None, True), ("auto", True)):
+        result = slices(use_hydragen=use)
+        assert result.replicas[0].manager.use_groups is offered, use
+        expected = None if use == "auto" else use
+        assert result.replicas[0].workers[0].use_groups is expected, use

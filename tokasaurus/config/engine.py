@@ -117,12 +117,13 @@ class EngineConfig:
         ),
     )
     linear: str = flag(
-        "plain",
+        "auto",
         group=_MODEL,
-        choices=("plain", "packed"),
+        choices=("auto", "plain", "packed"),
         help=(
-            "How layers multiply. plain: by the weights as they are. packed: device=cpu lays the "
-            "weights out once for its matrix library, which is faster for batches of few rows."
+            "How layers multiply. plain: PyTorch multiplies by the weights as they are. packed: "
+            "device=cpu lays the weights out once for a kernel of ours, which is faster for "
+            "batches of few rows. auto: packed if it works."
         ),
     )
     load_format: str = flag(

@@ -81,9 +81,7 @@ def resolve(
     problems: list[str] = []
     device = _device(config, cuda_available, problems)
     dtype = _dtype(config, device)
-    memory = Memory(
-        device, memory_bytes, dtype, _num_weights(config, facts), facts.kv_elements_per_token
-    )
+    memory = Memory(device, memory_bytes, dtype, facts.num_parameters, facts.kv_elements_per_token)
     limits = _limits(config, facts.max_position_embeddings, memory, problems)
     _check_access(config, problems)
     if problems:
@@ -130,15 +128,6 @@ def _dtype(config: EngineConfig, device: str) -> str:
     if config.dtype != "auto":
         return config.dtype
     return "bfloat16" if device == "cuda" else "float32"
-
-
-def _num_weights(config: EngineConfig, facts: ModelFacts) -> int:
-    """Numbers that the weights hold. A packed head is a copy of the embedding that it is tied to.
-
-    The product that is being packed takes its memory twice; this comes out of the rest.
-    """
-    copied = facts.num_tied_parameters if config.linear == "packed" else 0
-    return facts.num_parameters + copied
 
 
 def _limits(

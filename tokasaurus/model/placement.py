@@ -22,12 +22,14 @@ class Placement:
         device: of all of these.
         linear: the name of the linear method, see ``linear_methods.registry``.
         operators: the element-wise kernels.
+        instruction_set: that kernels of the CPU are compiled for; "auto" for the best one.
     """
 
     dtype: torch.dtype
     device: torch.device
     linear: str = "plain"
     operators: Operators = REFERENCE_OPERATORS
+    instruction_set: str = "auto"
 
     def empty(self, *shape: int) -> Tensor:
         """An uninitialised tensor."""

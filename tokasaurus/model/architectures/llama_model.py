@@ -96,7 +96,9 @@ class LlamaModel(nn.Module):
         self.has_tied_head = config.tie_word_embeddings
         is_tied = self.is_last and self.has_tied_head
         if self.is_first or is_tied:
-            self.embedding = Embedding(place, config.vocab_size, config.hidden_size)
+            self.embedding = Embedding(
+                place, config.vocab_size, config.hidden_size, multiplied=is_tied
+            )
         # By the layer's number in the checkpoint; in the KV cache, the stage's first is number 0.
         self.layers = nn.ModuleDict(
             {str(number): LlamaLayer(config, place, index) for index, number in enumerate(stage)}

@@ -80,7 +80,11 @@ class Worker:
         options = BackendOptions(config.instruction_set, config.use_groups)
         backend = choose_backend(config.attention, self._device, options)
         place = Placement(
-            _DTYPES[config.dtype], self._device, config.linear, backend.operators(options)
+            _DTYPES[config.dtype],
+            self._device,
+            config.linear,
+            backend.operators(options),
+            config.instruction_set,
         )
         model_config = read_model_config(config.model_path, config.rope_scaling)
         self._vocab_size = model_config.vocab_size
