@@ -340,3 +340,11 @@ def test_statsd_addresses(url, address):
 @each_row("url", ["h:x", "h:70000", "http://h:1", "h:1/path", ":8125", "::1:5"])
 def test_wrong_statsd_addresses_are_errors(url):
     assert "statsd_server_url" in problems(statsd_server_url=url)[0]
+
+
+def test_shared_prefixes_are_offered_unless_they_are_switched_off():
+    for use, offered in ((True, True), (False, False), (None, True), ("auto", True)):
+        result = slices(use_hydragen=use)
+        assert result.replicas[0].manager.use_groups is offered, use
+        expected = None if use == "auto" else use
+        assert result.replicas[0].workers[0].use_groups is expected, use

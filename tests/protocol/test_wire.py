@@ -164,6 +164,7 @@ EXAMPLES = [
         prompt_top_logprobs=floats(0, 0),
         device_s=0.25,
         pooled=floats(1, 8),
+        num_grouped_tokens=4,
     ),
 ]
 

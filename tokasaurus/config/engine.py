@@ -523,13 +523,16 @@ class EngineConfig:
         help="Page-table room per sequence of a captured batch.",
     )
 
-    use_hydragen: bool = flag(
-        False,
+    use_hydragen: bool | None = flag(
+        None,
         group=_HYDRAGEN,
         help=(
-            "Group the sequences of every batch by the prefixes they share, for attention that "
-            "reads such a prefix once. Of this version's kernels only attention=reference does."
+            "Group the sequences of every batch by the prefixes they share, and read such a "
+            "prefix once for all of them. F never does. T does for every group. auto does where "
+            "it saves time, as the engine measures when it starts; attention=reference does not "
+            "measure, and then needs T."
         ),
+        adapts="auto, a choice for each group",
     )
     hydragen_min_group_size: int = flag(
         32,

@@ -142,6 +142,7 @@ class WorkerConfig:
     dtype: str  # "float32", "bfloat16" or "float16"
     attention: str  # "auto", "compiled" or "reference"
     instruction_set: str  # of the kernels on "cpu"; "auto" for the best one
+    use_groups: bool | None  # read a shared prefix once; None where that saves time
     linear: str  # "auto", "plain" or "packed"
     load_format: str  # "auto" or "dummy"
     page_size: int

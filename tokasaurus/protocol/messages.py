@@ -499,6 +499,7 @@ class ForwardResult(Message, frozen=True):
     #   id), or
     # - penalties need the generated tokens, and there is no room left to remember them.
     cut_rows: Int32Array | None = None
+    num_grouped_tokens: int = 0  # decode rows whose prefix was read once for a group
 
 
 FromServer: TypeAlias = GenerateRequest | AbortRequest | StopSequence | Acknowledge | Command | Ping

@@ -76,7 +76,7 @@ class Worker:
             torch.set_num_threads(config.num_threads)
         self._config = config
         self._device = torch.device(config.device)
-        options = BackendOptions(config.instruction_set)
+        options = BackendOptions(config.instruction_set, config.use_groups)
         backend = choose_backend(config.attention, self._device, options)
         place = Placement(
             _DTYPES[config.dtype],
@@ -100,9 +100,8 @@ class Worker:
             dtype=place.dtype,
             device=place.device,
         )
-        self._runner = EagerRunner(
-            self._model, backend(self._cache, model_config.num_heads, options)
-        )
+        self._backend = backend(self._cache, model_config.num_heads, options)
+        self._runner = EagerRunner(self._model, self._backend)
         self._controls = Controls(self.weights, files, self._cache, self._runner, self._device)
         self._state = SlotState(
             num_slots=config.num_slots,
@@ -132,6 +131,7 @@ class Worker:
             About how long a batch of ``max_tokens_per_forward`` takes, in seconds.
         """
         started = time.perf_counter()
+        self._backend.calibrate()
         matchers = OpenMatchers(self._vocab_size)
         token_s = []
         for batch in warm_up_batches(self._config, self.weights.num_parameters):
@@ -193,6 +193,7 @@ class Worker:
             early = planned.early_copies
             self._cache.copy_pages(early.sources.tensor, early.targets.tensor)
         hidden = self._runner.run(planned)
+        num_grouped = self._backend.num_grouped_rows if len(planned.ids) else 0
         if planned.copies is not None:
             copies = planned.copies
             self._cache.copy_pages(copies.sources.tensor, copies.targets.tensor)
@@ -212,6 +213,7 @@ class Worker:
             prompt or Logprobs.none(0, 0),
             pooled,
             _union(lost, given_up),
+            num_grouped,
         )
 
 
