@@ -79,8 +79,9 @@ class EngineConfig:
         group=_MODEL,
         choices=("auto", "float32", "bfloat16", "float16"),
         help=(
-            "Precision of weights, activations and KV cache. auto: float32 on cpu, bfloat16 on "
-            "cuda."
+            "Precision of weights, activations and KV cache. auto: bfloat16 on cuda; on cpu, "
+            "bfloat16 if the checkpoint has it and the processor, or instruction_set, multiplies "
+            "it (AVX512-BF16, AMX), otherwise float32. The log and --show say which and why."
         ),
     )
     rope_scaling: Mapping[str, Any] | None = flag(

@@ -173,6 +173,7 @@ def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:
     # Without an end-of-sequence id no text is ever complete, and the server refuses grammars.
     server = assignment.slices.server
     load_vocabulary = partial(_load_vocabulary, server) if server.eos_token_ids else None
+    log.info("%s", assignment.slices.dtype_plan)
     log.info("%s", assignment.slices.memory_plan)
     worker = Worker(assignment.slices.replicas[role.replica].workers[role.rank], load_vocabulary)
     lifeline.send(Ready(worker.warm_up()))
