@@ -20,6 +20,7 @@ import torch
 from tokasaurus.config.slices import WorkerConfig
 from tokasaurus.errors import ProtocolError
 from tokasaurus.grammars import Vocabulary
+from tokasaurus.host_memory import keep_freed_memory
 from tokasaurus.model.backend import choose_backend
 from tokasaurus.model.backend.base import BackendOptions
 from tokasaurus.model.download import Download
@@ -32,7 +33,6 @@ from tokasaurus.model.sampling.matchers import Matchers, OpenMatchers
 from tokasaurus.model.weights.loader import load_model
 from tokasaurus.model.worker.clock import Clock, HostClock, start_clock, wait_for_device
 from tokasaurus.model.worker.controls import Controls
-from tokasaurus.model.worker.host_memory import keep_freed_memory
 from tokasaurus.model.worker.pending import Answer, InFlight, Outputs, Pending, naming
 from tokasaurus.model.worker.runner import EagerRunner
 from tokasaurus.model.worker.slot_state import SlotState
@@ -76,7 +76,7 @@ class Worker:
             torch.set_num_threads(config.num_threads)
         self._config = config
         self._device = torch.device(config.device)
-        options = BackendOptions(config.instruction_set)
+        options = BackendOptions(config.instruction_set, config.use_groups)
         backend = choose_backend(config.attention, self._device, options)
         place = Placement(
             _DTYPES[config.dtype],
@@ -100,9 +100,8 @@ class Worker:
             dtype=place.dtype,
             device=place.device,
         )
-        self._runner = EagerRunner(
-            self._model, backend(self._cache, model_config.num_heads, options)
-        )
+        self._backend = backend(self._cache, model_config.num_heads, options)
+        self._runner = EagerRunner(self._model, self._backend)
         self._controls = Controls(self.weights, files, self._cache, self._runner, self._device)
         self._state = SlotState(
             num_slots=config.num_slots,
@@ -122,19 +121,29 @@ class Worker:
             self._cache.num_bytes / 1e6,
         )
 
-    def warm_up(self) -> None:
+    def warm_up(self) -> float:
         """Runs the largest possible batches, so that a lack of memory shows now.
 
         Also waits for the vocabulary. Call it before the first ``submit``. It leaves the slot
         tables as new.
+
+        Returns:
+            About how long a batch of ``max_tokens_per_forward`` takes, in seconds.
         """
         started = time.perf_counter()
+        self._backend.calibrate()
         matchers = OpenMatchers(self._vocab_size)
+        token_s = []
         for batch in warm_up_batches(self._config, self.weights.num_parameters):
+            begun = time.perf_counter()
             self._enqueue(batch, matchers).result(batch.number, 0.0)
+            num_tokens = len(batch.prefill_ids) + len(batch.decode_slots)
+            token_s.append((time.perf_counter() - begun) / num_tokens)
         self._state.clear()
         self._matchers.wait()
         log.info("warmed up in %.1f s", time.perf_counter() - started)
+        # The first batches load libraries, too, and may compile: the quickest counts.
+        return min(token_s) * self._config.max_tokens_per_forward
 
     def submit(self, message: ToWorker) -> Pending:
         """Enqueues one batch, or carries out one control.
@@ -184,6 +193,7 @@ class Worker:
             early = planned.early_copies
             self._cache.copy_pages(early.sources.tensor, early.targets.tensor)
         hidden = self._runner.run(planned)
+        num_grouped = self._backend.num_grouped_rows if len(planned.ids) else 0
         if planned.copies is not None:
             copies = planned.copies
             self._cache.copy_pages(copies.sources.tensor, copies.targets.tensor)
@@ -203,6 +213,7 @@ class Worker:
             prompt or Logprobs.none(0, 0),
             pooled,
             _union(lost, given_up),
+            num_grouped,
         )
 
 
