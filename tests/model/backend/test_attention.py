@@ -403,7 +403,7 @@ def test_a_long_context_is_shared_out_to_threads(backend_of, four_threads):
     """A prompt of several blocks, then a single row, behind which most threads would rest."""
     for dtype, tolerance in TOLERANCES:
         torch.manual_seed(0)
-        length, page_size = 1500, 16
+        length, page_size = 700, 16
         cache = make_cache(ceil_div(length + 1, page_size), page_size, 1, 64, dtype)
         backend, oracle = backend_of(cache, 2), DenseOracle()
         table = torch.arange(cache.num_pages, dtype=torch.int32)[None]
