@@ -49,6 +49,7 @@ NAMES_AND_DEFAULTS = {
     "unsafe_pickle_responses": False,
     "trust_request_chat_template": False,
     "embedding_pooling": "mean",
+    "stall_timeout_s": 60.0,
     "uvicorn_log_level": "info",
     "log_level": "INFO",
     "log_procs": None,

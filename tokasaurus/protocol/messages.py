@@ -49,6 +49,7 @@ __all__ = [
     "FromWorker",
     "GenerateRequest",
     "LogprobsMode",
+    "Ping",
     "PooledState",
     "Pooling",
     "Progress",
@@ -62,6 +63,7 @@ __all__ = [
     "StopSequence",
     "ToServer",
     "ToWorker",
+    "WorkerStall",
 ]
 
 
@@ -235,6 +237,10 @@ class AbortRequest(Message, frozen=True):
     request_id: int
 
 
+class Ping(Message, frozen=True):
+    """Asks for Statistics, to see whether the manager still works."""
+
+
 class StopSequence(Message, frozen=True):
     """The server found a stop string: end this sequence.
 
@@ -344,6 +350,15 @@ class Statistics(Message, frozen=True):
     weights_version: int = 0
     # Whether all that waits, waits for a command: for Resume, RestoreMemory or UpdateWeights.
     paused: bool = False
+
+
+class WorkerStall(Message, frozen=True):
+    """The worker has not answered the oldest batch in flight for too long.
+
+    Sent about once a second as long as this lasts, and once with 0 when it is over.
+    """
+
+    seconds: float
 
 
 # --- manager to worker, and back ------------------------------------------------------------------
@@ -487,7 +502,7 @@ class ForwardResult(Message, frozen=True):
     num_grouped_tokens: int = 0  # decode rows whose prefix was read once for a group
 
 
-FromServer: TypeAlias = GenerateRequest | AbortRequest | StopSequence | Acknowledge | Command
+FromServer: TypeAlias = GenerateRequest | AbortRequest | StopSequence | Acknowledge | Command | Ping
 ToServer: TypeAlias = (
     SequenceUpdates
     | PromptLogprobs

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokasaurus.errors import EngineError, ProtocolError
 from tokasaurus.model.download import Download
-from tokasaurus.model.sampling.sampler import Logprobs
+from tokasaurus.model.sampling.logprobs import Logprobs
 from tokasaurus.model.worker.clock import Clock
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import ForwardResult, FromWorker
