@@ -344,6 +344,7 @@ class Statistics(Message, frozen=True):
     weights_version: int = 0
     # Whether all that waits, waits for a command: for Resume, RestoreMemory or UpdateWeights.
     paused: bool = False
+    num_recompiles: int = 0  # graphs that the worker compiled after its warm-up, in total
 
 
 # --- manager to worker, and back ------------------------------------------------------------------
@@ -484,6 +485,8 @@ class ForwardResult(Message, frozen=True):
     #   id), or
     # - penalties need the generated tokens, and there is no room left to remember them.
     cut_rows: Int32Array | None = None
+    # Graphs that the worker has compiled since its warm-up, in total.
+    num_recompiles: int = 0
 
 
 FromServer: TypeAlias = GenerateRequest | AbortRequest | StopSequence | Acknowledge | Command

@@ -37,6 +37,7 @@ class Outputs:
         prompt: logprobs of prompt tokens.
         pooled: [pooled prompts, hidden], or None.
         cut_rows: as in ``ForwardResult``.
+        num_recompiles: as in ``ForwardResult``.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Outputs:
         prompt: Logprobs,
         pooled: Tensor | None,
         cut_rows: Int32Array | None,
+        num_recompiles: int,
     ) -> None:
         self._token_ids = token_ids
         self._drawn = [Download(each) for each in (drawn.chosen, drawn.top_ids, drawn.top)]
@@ -54,6 +56,7 @@ class Outputs:
         ]
         self._pooled = None if pooled is None or not len(pooled) else Download(pooled)
         self._cut_rows = cut_rows
+        self._num_recompiles = num_recompiles
 
     def result(self, number: int, device_s: float) -> ForwardResult:
         logprobs, top_ids, top_logprobs = (each.array() for each in self._drawn)
@@ -71,6 +74,7 @@ class Outputs:
             device_s=device_s,
             pooled=None if self._pooled is None else self._pooled.array(),
             cut_rows=self._cut_rows,
+            num_recompiles=self._num_recompiles,
         )
 
 

@@ -10,6 +10,7 @@ It knows nothing of processes and sockets: the launch room carries batches in an
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -21,7 +22,9 @@ from tokasaurus.config.slices import WorkerConfig
 from tokasaurus.errors import ProtocolError
 from tokasaurus.grammars import Vocabulary
 from tokasaurus.model.backend import choose_backend
-from tokasaurus.model.backend.base import BackendOptions
+from tokasaurus.model.backend.base import Backend, BackendOptions
+from tokasaurus.model.backend.reference_operators import REFERENCE_OPERATORS
+from tokasaurus.model.config import ModelConfig
 from tokasaurus.model.download import Download
 from tokasaurus.model.facts import read_model_config
 from tokasaurus.model.kv_cache import KVCache
@@ -35,7 +38,7 @@ from tokasaurus.model.worker.controls import Controls
 from tokasaurus.model.worker.host_memory import keep_freed_memory
 from tokasaurus.model.worker.pending import Answer, InFlight, Outputs, Pending, naming
 from tokasaurus.model.worker.pooling import Pooler
-from tokasaurus.model.worker.runner import EagerRunner
+from tokasaurus.model.worker.runner import EagerRunner, Runner
 from tokasaurus.model.worker.slot_state import SlotState
 from tokasaurus.model.worker.warm_up import warm_up_batches
 from tokasaurus.protocol.arrays import Int32Array
@@ -83,8 +86,9 @@ class Worker:
             _DTYPES[config.dtype],
             self._device,
             config.linear,
-            backend.operators(options),
+            REFERENCE_OPERATORS if config.torch_compile else backend.operators(options),
             config.instruction_set,
+            is_traced=config.torch_compile,
         )
         model_config = read_model_config(config.model_path, config.rope_scaling)
         self._vocab_size = model_config.vocab_size
@@ -101,8 +105,8 @@ class Worker:
             dtype=place.dtype,
             device=place.device,
         )
-        self._runner = EagerRunner(
-            self._model, backend(self._cache, model_config.num_heads, options)
+        self._runner = self._make_runner(
+            backend(self._cache, model_config.num_heads, options), model_config
         )
         self._controls = Controls(self.weights, files, self._cache, self._runner, self._device)
         self._state = SlotState(
@@ -124,6 +128,18 @@ class Worker:
             self._cache.num_bytes / 1e6,
         )
 
+    def _make_runner(self, backend: Backend, model_config: ModelConfig) -> Runner:
+        config = self._config
+        if not config.torch_compile:
+            return EagerRunner(self._model, backend)
+        # To import what compiles takes seconds.
+        from tokasaurus.model.worker.compiled_runner import CompiledRunner
+
+        options = json.loads(config.torch_compile_config or "{}")
+        return CompiledRunner(
+            self._model, backend, model_config.num_heads, model_config.head_dim, options
+        )
+
     def warm_up(self) -> None:
         """Runs the largest possible batches, so that a lack of memory shows now.
 
@@ -135,6 +151,7 @@ class Worker:
         for batch in warm_up_batches(self._config, self.weights.num_parameters):
             self._enqueue(batch, matchers).result(batch.number, 0.0)
         self._state.clear()
+        self._runner.warmed_up()
         self._matchers.wait()
         log.info("warmed up in %.1f s", time.perf_counter() - started)
 
@@ -204,6 +221,7 @@ class Worker:
             prompt or Logprobs.none(0, 0),
             self._pooler.pool(batch, hidden),
             _union(lost, given_up),
+            self._runner.num_recompiles,
         )
 
 
