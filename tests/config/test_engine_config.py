@@ -49,6 +49,7 @@ NAMES_AND_DEFAULTS = {
     "unsafe_pickle_responses": False,
     "trust_request_chat_template": False,
     "embedding_pooling": "mean",
+    "stall_timeout_s": 60.0,
     "uvicorn_log_level": "info",
     "log_level": "INFO",
     "log_procs": None,
@@ -74,7 +75,7 @@ NAMES_AND_DEFAULTS = {
     "cudagraph_max_size": 128,
     "cudagraph_step": 16,
     "cudagraph_max_kv_indices_per_seq": 32768,
-    "use_hydragen": False,
+    "use_hydragen": None,
     "hydragen_min_group_size": 32,
     "hydragen_min_prefix_len": 256,
     "greedy_prefill": True,
@@ -366,3 +367,12 @@ def test_config_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
+
+
+def test_use_hydragen_may_be_auto_on_a_command_line_and_in_python():
+    assert parse_command_line(["use_hydragen=T"], {}).use_hydragen is True
+    for arguments in (["use_hydragen=auto"], ["use_hydragen=F", "use_hydragen=auto"], []):
+        assert parse_command_line(arguments, {}).use_hydragen is None
+    assert EngineConfig(use_hydragen="auto").use_hydragen is None
+    with pytest.raises(ConfigError, match="use_hydragen"):
+        parse_command_line(["use_hydragen=often"], {})

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from tokasaurus.config.dtype import choose_dtype
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.memory import Memory
 from tokasaurus.config.slices import (
@@ -66,6 +67,7 @@ def resolve(
     *,
     cuda_available: bool,
     memory_bytes: int | None,
+    bfloat16_instructions: str | None = None,
 ) -> EngineSlices:
     """Decides everything that the user left open, for this model on this machine.
 
@@ -74,14 +76,18 @@ def resolve(
         facts: about the model that ``config.model`` names.
         cuda_available: whether the machine has a working CUDA device.
         memory_bytes: free memory of the device that the model will run on; None if unknown.
+        bfloat16_instructions: the instruction set of the processor's kernels, if it multiplies
+            bf16; otherwise None.
 
     Raises:
         ConfigError: one line for every conflict, naming the flags and the remedy.
     """
     problems: list[str] = []
     device = _device(config, cuda_available, problems)
-    dtype = _dtype(config, device)
-    memory = Memory(device, memory_bytes, dtype, facts.num_parameters, facts.kv_elements_per_token)
+    dtype = choose_dtype(config.dtype, device, facts.dtype, bfloat16_instructions)
+    memory = Memory(
+        device, memory_bytes, dtype.name, facts.num_parameters, facts.kv_elements_per_token
+    )
     limits = _limits(config, facts.max_position_embeddings, memory, problems)
     _check_access(config, problems)
     if problems:
@@ -91,10 +97,12 @@ def resolve(
         replicas=(
             ReplicaSlices(
                 manager=_manager(config, limits),
-                workers=(_worker(config, facts, limits, device, dtype),),
+                workers=(_worker(config, facts, limits, device, dtype.name),),
             ),
         ),
+        dtype_plan=dtype.reason,
         memory_plan=memory.plan(limits.num_pages * limits.page_size),
+        stall_timeout_s=config.stall_timeout_s,
         log_level=config.log_level,
         log_procs=None
         if config.log_procs is None
@@ -122,12 +130,6 @@ def _device(config: EngineConfig, cuda_available: bool, problems: list[str]) -> 
             "device=cuda: PyTorch finds no CUDA device here; leave device out, or set cpu"
         )
     return config.device
-
-
-def _dtype(config: EngineConfig, device: str) -> str:
-    if config.dtype != "auto":
-        return config.dtype
-    return "bfloat16" if device == "cuda" else "float32"
 
 
 def _limits(
@@ -313,7 +315,7 @@ def _manager(config: EngineConfig, limits: _Limits) -> ManagerConfig:
         adapt_steps_ahead=True,
         stop_lag=STOP_LAG,
         admission=_admission(config),
-        use_groups=config.use_hydragen,
+        use_groups=config.use_hydragen is not False,
         min_group_size=config.hydragen_min_group_size,
         min_prefix_len=config.hydragen_min_prefix_len,
         check_invariants=config.allocator_sanity_checks,
@@ -352,6 +354,7 @@ def _worker(
         dtype=dtype,
         attention=config.attention,
         instruction_set=config.instruction_set,
+        use_groups=config.use_hydragen,
         linear=config.linear,
         load_format=config.load_format,
         page_size=limits.page_size,

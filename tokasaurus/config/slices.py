@@ -31,6 +31,8 @@ class ModelFacts:
     # Numbers in all weights. A head that shares the embedding's weight does not count.
     num_parameters: int
     eos_token_ids: tuple[int, ...]
+    # Of most weights in the files: "float32", "bfloat16" or "float16"; None if unknown.
+    dtype: str | None = None
     # Numbers of ``Sampling`` that generation_config.json sets.
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)
 
@@ -142,6 +144,7 @@ class WorkerConfig:
     dtype: str  # "float32", "bfloat16" or "float16"
     attention: str  # "auto", "compiled" or "reference"
     instruction_set: str  # of the kernels on "cpu"; "auto" for the best one
+    use_groups: bool | None  # read a shared prefix once; None where that saves time
     linear: str  # "auto", "plain" or "packed"
     load_format: str  # "auto" or "dummy"
     page_size: int
@@ -170,7 +173,10 @@ class EngineSlices:
 
     server: ServerConfig
     replicas: tuple[ReplicaSlices, ...]  # at least one
+    dtype_plan: str  # which dtype and why; a line for the log
     memory_plan: str  # of each replica; a line for the log
+    # How long a process that has work may show no progress before it counts as stalled.
+    stall_timeout_s: float
     log_level: str
     # Kinds of processes, as roles name them.
     log_procs: tuple[str, ...] | None

@@ -510,7 +510,6 @@ class Scheduler:
         if chunks:
             self._commit_chunks(chunks, drawing.slots, number)
         self._counters.num_batches += 1
-        self._counters.num_grouped_tokens += groups.num_grouped
         self._counters.num_decode_tokens += len(decode_slots)
         self._counters.num_prefill_tokens += len(batch.prefill_ids)
         return batch

@@ -146,7 +146,7 @@ class SlotTable:
                     length,
                     count * self.page_size,
                     0,
-                    sequence.final_length,
+                    request.final_length,
                     len(request.prompt_ids),
                     len(sequence.prompt_ids),
                     sequence.num_acked,

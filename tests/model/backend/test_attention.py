@@ -11,6 +11,7 @@ import torch
 from rows import named
 
 from tokasaurus.errors import ConfigError
+from tokasaurus.model import instruction_sets
 from tokasaurus.model.backend import choose_backend
 from tokasaurus.model.backend.base import (
     BackendOptions,
@@ -19,10 +20,10 @@ from tokasaurus.model.backend.base import (
     Rotation,
     SequenceRows,
 )
-from tokasaurus.model.backend.cpu import build, compiled, instruction_sets
+from tokasaurus.model.backend.cpu import build, compiled
 from tokasaurus.model.backend.cpu.compiled import CompiledBackend
-from tokasaurus.model.backend.cpu.instruction_sets import usable_sets
 from tokasaurus.model.backend.reference import ReferenceBackend
+from tokasaurus.model.instruction_sets import usable_sets
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.rounding import ceil_div
 
@@ -408,6 +409,17 @@ def test_auto_takes_the_best_instruction_set_that_the_processor_runs(processor):
             assert instruction_sets.candidate_sets("auto")[0].name == best
     processor([*features["avx2"], "amx_tile", "amx_bf16"])
     assert [each.name for each in usable_sets()] == ["avx2", "generic"]
+
+
+def test_two_instruction_sets_multiply_bf16(processor):
+    features = {each.name: each.features for each in instruction_sets.INSTRUCTION_SETS}
+    for name, each in features.items():
+        processor(each)
+        expected = name if name in ("amx", "avx512_bf16") else None
+        assert instruction_sets.bfloat16_instructions("auto") == expected, name
+    processor(features["amx"])
+    assert instruction_sets.bfloat16_instructions("avx512") is None
+    assert instruction_sets.bfloat16_instructions("avx512_bf16") == "avx512_bf16"
 
 
 def test_a_forced_instruction_set_that_the_processor_lacks_is_refused(processor):

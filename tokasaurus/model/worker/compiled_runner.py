@@ -22,6 +22,10 @@ from tokasaurus.model.worker.slot_state import PlannedBatch
 __all__ = ["CompiledRunner"]
 
 
+# torch counts the graphs of all models of a process together, and refuses more. Each model has two.
+_MOST_GRAPHS = 1024
+
+
 class _Current(threading.local):
     """The attention of the batch that this thread runs: a graph cannot hold it."""
 
@@ -65,6 +69,8 @@ class CompiledRunner:
         self._backend = backend
         self._attention = _OpaqueAttention(num_heads * head_dim)
         self._num_expected = 0
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, _MOST_GRAPHS)
         arguments = {"dynamic": True, "fullgraph": True, **options}
         try:
             self._forward = torch.compile(model, **arguments)

@@ -139,7 +139,11 @@ class Executor:
 
 async def _task(operation: Operation, request: EngineRequest, preparer: Preparer) -> Task:
     """Raises RequestError, in the words of the request."""
-    heavy = request.needs_grammar or operation.num_characters(request) > MANY_CHARACTERS
+    heavy = (
+        request.needs_grammar
+        or operation.num_characters(request) > MANY_CHARACTERS
+        or preparer.tokenizer.chats_take_long
+    )
     try:
         return await in_thread_if(heavy, lambda: operation.prepare(request, preparer))
     except RequestError as error:
