@@ -44,10 +44,11 @@ class Manager:
             seed=0,
             stop_token_ids=(),
             priority=priority,
+            client=client,
         )
         self.num_made += 1
         self.clients[request.request_id] = client
-        self.turnstile.submit(client, request)
+        self.turnstile.submit(request)
         return request.request_id
 
     def end(self, request_id=None):

@@ -323,6 +323,17 @@ class EngineConfig:
         adapts="a tenth of the disk",
     )
 
+    fair_share_wait_s: float = flag(
+        1.0,
+        group=_OVERLOAD,
+        minimum=0,
+        help=(
+            "How long a request of a client that runs less than its share waits for room, in "
+            "seconds that the device works, before sequences of clients that run more than theirs "
+            "are preempted for it."
+        ),
+    )
+
     uvicorn_log_level: str = flag(
         "info",
         group=_LOGGING,

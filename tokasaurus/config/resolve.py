@@ -327,6 +327,7 @@ def _manager(config: EngineConfig, limits: _Limits) -> ManagerConfig:
         use_groups=config.use_hydragen,
         min_group_size=config.hydragen_min_group_size,
         min_prefix_len=config.hydragen_min_prefix_len,
+        share_wait_s=config.fair_share_wait_s,
         check_invariants=config.allocator_sanity_checks,
         force_preemption=config.bump_city_population_me,
     )

@@ -126,6 +126,8 @@ class ManagerConfig:
     use_groups: bool  # find the decode rows that share a prefix
     min_group_size: int  # rows
     min_prefix_len: int  # tokens
+    # Seconds of the device after which a waiting client that has less than its share gets room.
+    share_wait_s: float
     check_invariants: bool  # after every turn; slow
     force_preemption: bool  # preempt now and then without need, for tests
 
