@@ -336,9 +336,9 @@ class Scheduler:
         if (counts[head.request.client] + 1) * num_clients > peers.size:
             return NO_SLOTS
         is_above = counts[slots.client[peers]] * num_clients > peers.size
-        rows: IndexArray = peers[behind & is_above]
-        rows = rows[np.argsort(-slots.order[rows])]
-        return rows
+        rows = peers[behind & is_above]
+        displaced: IndexArray = rows[np.argsort(-slots.order[rows])]
+        return displaced
 
     def _above_share(self, rows: IndexArray) -> IndexArray:
         """Those of these running sequences whose clients run more than others; all if none do."""

@@ -138,10 +138,9 @@ class Turnstile:
         for priority in sorted(self._priorities):
             level = self._levels[priority]
             while self._is_below_share(client, priority):
-                request = level.first_of(client)
+                request = level.pop_of(client, self._mean_tokens)
                 if request is None:
                     break
-                level.remove(request)
                 self._release(priority, request)
 
     def _is_below_share(self, client: str, priority: int) -> bool:
@@ -185,10 +184,11 @@ def _subtract(num_open: Counter[int], request: GenerateRequest) -> None:
 class _Client:
     """One client's waiting requests of one priority."""
 
-    __slots__ = ("name", "requests")
+    __slots__ = ("end", "name", "requests")
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.end = 0.0  # of the first request, in tokens
         self.requests: OrderedDict[int, GenerateRequest] = OrderedDict()
 
 
@@ -199,8 +199,8 @@ class _Level:
         self.num_requests = 0
         self._now = 0.0  # the end of the request that passed last, in tokens
         self._clients: dict[str, _Client] = {}
-        # (end of the first request, tie-breaker, client): one for each client, and some for clients
-        # that have left _clients because all their requests were aborted.
+        # (end of the first request, tie-breaker, client): one for each client, and some that count
+        # no more: of clients that have left _clients, and of requests that passed out of turn.
         self._heap: list[tuple[float, int, _Client]] = []
         self._num_pushed = 0
 
@@ -210,41 +210,52 @@ class _Level:
         client = self._clients.get(name)
         if client is None:
             client = self._clients[name] = _Client(name)
-            self._push(client, request, num_tokens)
+            self._push(client, self._now, request, num_tokens)
         client.requests[request.request_id] = request
         self.num_requests += 1
 
-    def first_of(self, name: str) -> GenerateRequest | None:
-        """The client's request that came first; None if it has none here."""
+    def pop_of(self, name: str, num_tokens: float) -> GenerateRequest | None:
+        """Removes and returns the client's first request, out of turn; None if it has none."""
         client = self._clients.get(name)
-        return None if client is None else next(iter(client.requests.values()))
+        return None if client is None else self._pop_first(client, client.end, num_tokens)
 
     def remove(self, request: GenerateRequest) -> None:
         client = self._clients[request.client]
         del client.requests[request.request_id]
         self.num_requests -= 1
         if not client.requests:
-            del self._clients[request.client]
-            if len(self._heap) > 2 * len(self._clients) + _FEW:
-                self._heap = [entry for entry in self._heap if entry[2].requests]
-                heapq.heapify(self._heap)
+            self._forget(client)
 
     def pop(self, num_tokens: float) -> GenerateRequest:
         """Removes and returns the next request; there must be one."""
         while True:
             end, _, client = heapq.heappop(self._heap)
-            if client.requests:
+            if client.requests and end == client.end:
                 break
         self._now = end
+        return self._pop_first(client, end, num_tokens)
+
+    def _pop_first(self, client: _Client, end: float, num_tokens: float) -> GenerateRequest:
         _, request = client.requests.popitem(last=False)
         self.num_requests -= 1
         if client.requests:
-            self._push(client, next(iter(client.requests.values())), num_tokens)
+            self._push(client, end, next(iter(client.requests.values())), num_tokens)
         else:
-            del self._clients[client.name]
+            self._forget(client)
         return request
 
-    def _push(self, client: _Client, first: GenerateRequest, num_tokens: float) -> None:
+    def _forget(self, client: _Client) -> None:
+        del self._clients[client.name]
+        if len(self._heap) > 2 * len(self._clients) + _FEW:
+            self._heap = [
+                entry for entry in self._heap if entry[2].requests and entry[0] == entry[2].end
+            ]
+            heapq.heapify(self._heap)
+
+    def _push(
+        self, client: _Client, start: float, first: GenerateRequest, num_tokens: float
+    ) -> None:
         cost = len(first.prompt_ids) + first.n * min(first.max_tokens, num_tokens)
+        client.end = start + cost
         self._num_pushed += 1
-        heapq.heappush(self._heap, (self._now + cost, self._num_pushed, client))
+        heapq.heappush(self._heap, (client.end, self._num_pushed, client))
