@@ -31,6 +31,7 @@ The order of a plan:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -63,6 +64,7 @@ __all__ = ["FORCED_PREEMPTION_INTERVAL", "Scheduler"]
 FORCED_PREEMPTION_INTERVAL = 8  # batches
 
 _MAX_PARKED = 256  # in one plan, so that none takes long
+_NUM_NEAR_HEAD = 32  # sequences of the queue that may be let in out of turn
 
 
 class _Wanted(NamedTuple):
@@ -280,65 +282,70 @@ class Scheduler:
     # --- shares ----------------------------------------------------------------------------------
 
     def _make_way(self) -> Sequence | None:
-        """Lets the head of the queue in though the forecast has no room, if that is fair.
+        """Lets a sequence in though the forecast has no room, if that is fair.
 
-        It is if three things hold:
+        It is the first near the head of the queue for which these things hold:
 
-        - The head has waited for long.
+        - It has waited for long.
         - Its client runs less than its share.
-        - Sequences behind it, of clients that run more than their share, hold what it may need.
+        - Sequences behind the head, of clients that run more than their share, hold what it may
+          need.
 
-        These are preempted until it finds a seat and its pages.
+        It becomes the head, and these are preempted until it finds a seat and its pages.
 
         Returns:
-            The head; None if it must wait.
+            The new head; None if all must wait.
         """
         head = self._backlog.head()
-        if head is None or not self._is_overdue(head) or not self._slots.num_free:
+        if head is None or not self._is_shared(head) or not self._slots.num_free:
             return None
-        rows = self._displaced_by(head)
+        slots = self._slots
+        peers = (priority_of(slots.order) == priority_of(head.order)).nonzero()[0]
+        behind = peers[slots.order[peers] > head.order]
+        if not behind.size:
+            return None
+        num_clients = self._backlog.shares.num_clients(head.request.message.priority)
+        counts = np.bincount(slots.client[peers], minlength=self._backlog.shares.num_numbers)
+        rows = behind[counts[slots.client[behind]] * num_clients > peers.size]
         if not rows.size:
             return None
-        slots, start = self._slots, self._start_of(head)
-        num_later = ceil_div(head.final_length, slots.page_size) - len(start.cached_pages)
-        num_later -= start.num_new_pages
+        rows = rows[np.argsort(-slots.order[rows])]
+        for sequence in islice(self._backlog.in_order(), _NUM_NEAR_HEAD):
+            is_below = (counts[sequence.request.client] + 1) * num_clients <= peers.size
+            if not is_below or not self._is_overdue(sequence):
+                continue
+            num_victims = self._num_displaced_by(sequence, rows)
+            if num_victims is None or not self._backlog.move_to_head(sequence):
+                return None
+            self.preempt(rows[:num_victims])
+            return sequence
+        return None
+
+    def _num_displaced_by(self, sequence: Sequence, rows: IndexArray) -> int | None:
+        """How many of these slots, from the first on, hold the room that a sequence may need.
+
+        None if all of them do not hold enough.
+        """
+        slots, start = self._slots, self._start_of(sequence)
+        num_pages = ceil_div(sequence.final_length, slots.page_size)
+        num_later = num_pages - len(start.cached_pages) - start.num_new_pages
         num_missing = self._num_needed(start) + num_later - self._pages.num_available
         num_freed = np.cumsum(self._running.unshared(rows)[0])
         if num_missing > num_freed[-1]:
             return None
-        num_victims = 0
-        if num_missing > 0:
-            num_victims = int(np.searchsorted(num_freed, num_missing)) + 1
         num_active = int(np.count_nonzero(slots.length < slots.final_length))
-        if num_active >= self._max_running:
-            num_victims = max(num_victims, 1)
-        self.preempt(rows[:num_victims])
-        return head
+        num_victims = int(num_active >= self._max_running)
+        if num_missing > 0:
+            num_victims = max(num_victims, int(np.searchsorted(num_freed, num_missing)) + 1)
+        return num_victims
 
     def _is_shared(self, sequence: Sequence) -> bool:
         """Whether another client has sequences of this one's priority."""
         return self._backlog.shares.num_clients(sequence.request.message.priority) > 1
 
-    def _is_overdue(self, head: Sequence) -> bool:
-        waited_s = self._counters.device_s - head.request.device_s_before
-        return self._is_shared(head) and waited_s >= self._config.share_wait_s
-
-    def _displaced_by(self, head: Sequence) -> IndexArray:
-        """The running sequences that give way to an overdue head, the first to do so first."""
-        slots = self._slots
-        level = priority_of(head.order)
-        peers = (priority_of(slots.order) == level).nonzero()[0]
-        behind = slots.order[peers] > head.order
-        if not behind.any():
-            return NO_SLOTS
-        num_clients = self._backlog.shares.num_clients(head.request.message.priority)
-        counts = np.bincount(slots.client[peers], minlength=head.request.client + 1)
-        if (counts[head.request.client] + 1) * num_clients > peers.size:
-            return NO_SLOTS
-        is_above = counts[slots.client[peers]] * num_clients > peers.size
-        rows = peers[behind & is_above]
-        displaced: IndexArray = rows[np.argsort(-slots.order[rows])]
-        return displaced
+    def _is_overdue(self, sequence: Sequence) -> bool:
+        waited_s = self._counters.device_s - sequence.request.device_s_before
+        return waited_s >= self._config.share_wait_s
 
     def _above_share(self, rows: IndexArray) -> IndexArray:
         """Those of these running sequences whose clients run more than others; all if none do."""

@@ -31,7 +31,10 @@ from tokasaurus.manager.slots import SlotTable
 __all__ = ["Shares", "middle"]
 
 _LONG = 1 << 30  # a max_tokens that limits no sequence
+_START = 1 << 30  # the first virtual time, so that there are places before it
 _NEW_MEAN = 1.25  # by this factor, predictions have become others
+_REVIEW_INTERVAL = 16  # steps
+_NUM_LATE = 8  # mean sequences
 
 
 @dataclass(eq=False, slots=True)
@@ -40,7 +43,7 @@ class _Client:
 
     number: int  # in the slot table
     num_sequences: int = 0
-    end: int = 0  # the virtual time at which the work of its sequences ends
+    end: int = _START  # the virtual time at which the work of its sequences ends
 
 
 @dataclass(eq=False, slots=True)
@@ -50,8 +53,9 @@ class _Level:
     mean_tokens: float  # predicted when its sequences were placed
     clients: dict[str, _Client] = field(default_factory=dict)
     times: set[int] = field(default_factory=set)  # of its sequences, each of which has its own
-    present: int = 0
+    present: int = _START
     read_at: int = -1  # the step at which the present was read
+    latest: int = _START  # the latest present at which sequences were placed
 
 
 class Shares:
@@ -69,7 +73,7 @@ class Shares:
         self._predict = predict
         self._levels: dict[int, _Level] = {}  # by priority
         self._shared: set[int] = set()  # priorities of several clients
-        self._num_numbers = 0
+        self.num_numbers = 0  # of clients, each less than this
         self._free_numbers: list[int] = []
         self._step = 0
 
@@ -77,16 +81,30 @@ class Shares:
         """Clients that have sequences of this priority; 1 where there are none."""
         return len(self._levels[priority].clients) if priority in self._shared else 1
 
+    @property
+    def num_sequences(self) -> int:
+        """Places that are taken."""
+        return sum(len(level.times) for level in self._levels.values())
+
     def pass_step(self) -> None:
         """A batch was planned."""
         self._step += 1
 
     def outdated(self) -> list[int]:
-        """Priorities of several clients whose places rest on predictions that are others now."""
+        """Priorities of several clients whose places are not right any more.
+
+        They rest on predictions that are others now, or on a present that turned out to be too
+        late: more ran than could go on, and what was preempted would come first.
+        """
         outdated: list[int] = []
         for priority in self._shared:
-            ratio = self._predict(_LONG) / self._levels[priority].mean_tokens
-            if not 1 / _NEW_MEAN <= ratio <= _NEW_MEAN:
+            level, mean_tokens = self._levels[priority], self._predict(_LONG)
+            ratio = mean_tokens / level.mean_tokens
+            is_outdated = not 1 / _NEW_MEAN <= ratio <= _NEW_MEAN
+            if self._step % _REVIEW_INTERVAL == 0:
+                late = level.latest - self._present(priority, level)
+                is_outdated |= late > _NUM_LATE * mean_tokens
+            if is_outdated:
                 outdated.append(priority)
         return outdated
 
@@ -103,7 +121,9 @@ class Shares:
         request.client = client.number
         if len(level.clients) > 1:
             self._shared.add(message.priority)
-            client.end = max(client.end, self._present(message.priority, level))
+            present = self._present(message.priority, level)
+            client.end = max(client.end, present)
+            level.latest = max(level.latest, present)
         self._place(level, client, request, request.sequences.values())
 
     def place_anew(self, priority: int, requests: Iterable[Request]) -> None:
@@ -121,11 +141,31 @@ class Shares:
                 sequences = [each for each in request.sequences.values() if each.slot < 0]
                 waiting.append((request, sequences))
                 level.times.difference_update(time_of(each.order) for each in sequences)
-        present = self._present(priority, level)
+        level.latest = present = self._present(priority, level)
         for client in level.clients.values():
             client.end = present
+        # Of clients that are placed at the same time, the one with the fewest sequences is first.
+        waiting.sort(key=lambda each: level.clients[each[0].message.client].num_sequences)
         for request, sequences in waiting:
             self._place(level, level.clients[request.message.client], request, sequences)
+
+    def move_before(self, sequence: Sequence, other: Sequence) -> bool:
+        """Places a sequence directly before another one of its priority.
+
+        Returns:
+            Whether there is a place.
+        """
+        message = sequence.request.message
+        times = self._levels[message.priority].times
+        time = time_of(other.order) - 1
+        while time in times:
+            time -= 1
+        if time < 0:
+            return False
+        times.remove(time_of(sequence.order))
+        times.add(time)
+        sequence.order = first_order(message.priority) + time
+        return True
 
     def leave(self, sequence: Sequence) -> None:
         """The sequence has ended."""
@@ -155,7 +195,7 @@ class Shares:
         """Gives sequences the places behind those that the client has."""
         message, times = request.message, level.times
         base = first_order(message.priority)
-        each = max(1, round(self._predict(message.max_tokens)))
+        each = round(self._predict(message.max_tokens))
         end, before, extra = client.end, -1, len(message.prompt_ids)
         for sequence in sequences:
             time = max(end, before + 1)
@@ -171,8 +211,8 @@ class Shares:
     def _new_number(self) -> int:
         if self._free_numbers:
             return self._free_numbers.pop()
-        self._num_numbers += 1
-        return self._num_numbers - 1
+        self.num_numbers += 1
+        return self.num_numbers - 1
 
 
 def middle(slots: SlotTable, priority: int) -> int | None:

@@ -106,8 +106,17 @@ class Backlog:
         for priority in outdated:
             self.shares.place_anew(priority, self.requests.values())
         if outdated:
-            self._heap = [(entry.order, entry.arrival, entry) for _, _, entry in self._heap]
-            heapq.heapify(self._heap)
+            self._sort()
+
+    def move_to_head(self, sequence: Sequence) -> bool:
+        """Makes a sequence of the queue its head. Returns False where no place is left."""
+        head = self.head()
+        if head is None or head is sequence:
+            return head is not None
+        if not self.shares.move_before(sequence, head):
+            return False
+        self._sort()
+        return True
 
     def find(self, request_id: int, sample_index: int) -> Sequence | None:
         """The sequence of that name; None if it has ended or never existed."""
@@ -262,6 +271,11 @@ class Backlog:
         else:
             sequence.has_entry = True
             heapq.heappush(self._heap, (sequence.order, sequence.arrival, sequence))
+
+    def _sort(self) -> None:
+        """Puts the queue in order after places have changed."""
+        self._heap = [(entry.order, entry.arrival, entry) for _, _, entry in self._heap]
+        heapq.heapify(self._heap)
 
     def _pop_entry(self) -> Sequence:
         sequence = heapq.heappop(self._heap)[2]

@@ -312,7 +312,7 @@ class LengthPredictor:
     def mean(self, max_tokens: int) -> float:
         """The mean of what sequences with this limit generate, or the limit if it is smaller."""
         if self._prior_mean is not None and self._num_known < self._initial_wait:
-            return min(max_tokens, self._max_length) * self._prior_mean
+            return max(1.0, min(max_tokens, self._max_length) * self._prior_mean)
         if self._means is None:
             survival = np.exp(-_FRAILTY_SHAPE * self._risk)
             in_buckets = self._widths * (survival[:-1] + survival[1:]) / 2
