@@ -323,6 +323,17 @@ class EngineConfig:
         adapts="a tenth of the disk",
     )
 
+    max_request_priority: int = flag(
+        0,
+        group=_OVERLOAD,
+        minimum=0,
+        maximum=1_000_000,
+        help=(
+            "By how much requests may outrank the default priority 0: the field priority must be "
+            "at least minus this. A key may have a limit of its own: KEY max_request_priority=N "
+            "in the place of KEY. Admin keys have none."
+        ),
+    )
     fair_share_wait_s: float = flag(
         1.0,
         group=_OVERLOAD,

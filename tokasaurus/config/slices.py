@@ -44,6 +44,9 @@ class ServerConfig:
     port: int
     api_key_digests: tuple[str, ...]  # SHA-256 of each key, in hexadecimal; () if none is needed
     admin_key_digests: tuple[str, ...]  # the same, of the keys that may control the engine
+    # By how much requests may outrank the default priority; by digest, the keys that differ.
+    max_request_priority: int
+    key_priorities: Mapping[str, int]
     ssl_certfile: str | None
     ssl_keyfile: str | None
     cors_origins: tuple[str, ...]

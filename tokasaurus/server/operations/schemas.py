@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 from pydantic import Field
 
 from tokasaurus.errors import RequestError
-from tokasaurus.protocol.messages import LogprobsMode
+from tokasaurus.protocol.messages import MAX_PRIORITY, LogprobsMode
 from tokasaurus.server.operations.fields import HARMLESS, without_harmless
 from tokasaurus.server.operations.strict import StrictSchema, validated
 from tokasaurus.text.params import SamplingParams
@@ -29,6 +29,7 @@ __all__ = [
     "RequestBody",
     "StreamOptions",
     "body_reference",
+    "check_priority",
     "parse",
 ]
 
@@ -97,6 +98,15 @@ class EngineRequest(RequestBody):
     def needs_grammar(self) -> bool:
         """Whether a grammar must be compiled, which may take a while."""
         return False
+
+    def within(self, max_priority: int) -> EngineRequest:
+        """The request, if it may outrank the default priority by this; in a tier that it may have.
+
+        Raises:
+            RequestError: its priority is more important.
+        """
+        del max_priority
+        return self
 
 
 class GenerationRequest(EngineRequest):
@@ -260,6 +270,13 @@ class GenerationRequest(EngineRequest):
             return self.priority
         return _TIER_PRIORITIES.get(self.service_tier or "default", 0)
 
+    def within(self, max_priority: int) -> EngineRequest:
+        check_priority(self.priority, max_priority)
+        if self.service_tier != "priority" or self._priority >= -max_priority:
+            return self
+        # As OpenAI answers where a project may not use the tier.
+        return self.model_copy(update={"service_tier": "default"})
+
     def echoed(self) -> dict[str, Any]:
         """The fields of the request that the answer repeats."""
         echoed: dict[str, Any] = {}
@@ -269,6 +286,16 @@ class GenerationRequest(EngineRequest):
             served = self.service_tier if self.service_tier in _TIER_PRIORITIES else "default"
             echoed["service_tier"] = served
         return echoed
+
+
+def check_priority(priority: int | None, max_priority: int) -> None:
+    """Raises RequestError if a request outranks the default priority by more than it may."""
+    if priority is not None and -MAX_PRIORITY <= priority < -max_priority:
+        raise RequestError(
+            f"priority is {priority}, and this client's requests may have {-max_priority} or more"
+            " (lower runs first); max_request_priority says how much they may outrank others",
+            "priority",
+        )
 
 
 _SHARED_FIELDS = [

@@ -16,7 +16,7 @@ from tokasaurus.protocol.arrays import Float32Array
 from tokasaurus.protocol.messages import Pooling
 from tokasaurus.server.operations.operation import Operation, Task
 from tokasaurus.server.operations.prompts import Prompts, read_prompts
-from tokasaurus.server.operations.schemas import EngineRequest
+from tokasaurus.server.operations.schemas import EngineRequest, check_priority
 from tokasaurus.server.operations.writer import AnswerWriter
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.preparation import Preparer
@@ -54,6 +54,10 @@ class EmbeddingRequest(EngineRequest):
 
     def field_names(self) -> Mapping[str, str]:
         return {"prompt": "input"}
+
+    def within(self, max_priority: int) -> EngineRequest:
+        check_priority(self.priority, max_priority)
+        return self
 
 
 def pooling_named(name: str | None, config: ServerConfig) -> Pooling:
