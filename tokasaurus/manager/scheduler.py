@@ -9,19 +9,23 @@ The order of a plan:
 
 1. Where the head of the queue outranks running sequences, these are preempted until the head finds
    a seat and pages, if only less important sequences are in its way.
-2. Every running sequence that may decode does. Where they need more pages than are available,
-   others are preempted until the pages suffice: of the least important priority, the one that costs
-   the least to compute again. The oldest is never preempted while it needs its pages: in the end it
-   could have every page there is, and no request is accepted that needs more. So the oldest always
-   advances, and every sequence is the oldest at some time.
-3. What is left of ``max_tokens_per_forward`` goes to prompts, in order, in chunks. Where a prompt
+2. Where a client runs less than its share and one of its sequences has waited for long, the
+   sequences of clients that run more than theirs are preempted until it finds a seat and pages.
+3. Every running sequence that may decode does. Where they need more pages than are available,
+   others are preempted until the pages suffice: of the least important priority, of the clients
+   that run the most, the one that costs the least to compute again. The first in the order is never
+   preempted while it needs its pages: in the end it could have every page there is, and no request
+   is accepted that needs more. So the first always advances, and every sequence is the first at
+   some time.
+4. What is left of ``max_tokens_per_forward`` goes to prompts, in order, in chunks. Where a prompt
    ends, the other samples of its request may fork from its last row: that takes no tokens of the
    budget.
-4. What is left then admits sequences from the queue, strictly in order, as far as there is room now
-   and as the forecast finds room for all that they will need (``admission``). There are three
+5. What is left then admits sequences from the queue, strictly in order, as far as there is room now
+   and as the forecast finds room for all that they will need (``admission``). There are four
    exceptions:
 
    - Where no sequence holds a page, the head is admitted whatever it needs.
+   - So is the sequence for which others gave way by rule 2.
    - A sequence that would compute a page that another prompt is computing steps aside until that
      page can be found.
    - A sequence that was preempted and waits for its last results counts as being in the queue

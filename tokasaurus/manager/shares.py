@@ -1,20 +1,27 @@
 """Fair shares: where the sequences of each client come in the order.
 
-Within a priority the order is that of a *virtual time*, which counts work in tokens: the prompt of
+Within a priority, the order is that of a *virtual time*, which counts work in tokens: the prompt of
 a request, and the tokens that its samples are predicted to generate. A client's sequences follow
 one another in the order in which they came, each after the work of the one before it::
 
-    client A   ├─ A1 ─┼─ A2 ─┼─ A3 ─┼─ A4 ─┼─ A5 ─┼─ A6 ─┼ ...
-    client B                    ├B1┼B2┼
-                                ▲ the present when B came: A1 to A4 were running
-    order      A1  A2  A3  B1 B2  A4  A5 ...
+    virtual time     ─────────────────────────────────────────────────────▶
+    client A         ├─ A1 ─┼─ A2 ─┼─ A3 ─┼─ A4 ─┼─ A5 ─┼─ A6 ─┼ ...
+    client B                      ├B1┼B2┼B3┼
+                                  ▲ the present when B came: A1 to A4 were running
+    order            A1 A2 B1 A3 B2 B3 A4 A5 ...      by the beginnings
 
-The first sequence of a client that has none comes at the *present*: the middle of what runs. So
-it goes before everything that waits, and before half of what runs. This is start-time fair queueing
-(P. Goyal, H. M. Vin, H. Cheng, SIGCOMM 1996), for a server that serves many at once.
+The first sequence of a client that has none comes at the *present*: the middle of what runs. So it
+comes before all that has not begun, and before half of what runs. This is start-time fair queueing
+(P. Goyal, H. M. Vin, H. Cheng, SIGCOMM 1996), with a present for a server of many at once.
 
-With one client the order is that of arrival. No sequence starves: the present never goes back, and
-it advances with the work that is done, so only finitely many later ones come before any sequence.
+Places are kept until a sequence ends. They are given anew, from the present on and with each
+client's sequences in their order, to all that does not run, if clients share the priority and
+
+- the predictions have changed by a quarter, or
+- the present has gone back far, since more ran than could go on.
+
+With one client, the order is that of arrival. With several, no sequence starves: the present moves
+on as sequences run, so the number of those that come before any place is limited.
 """
 
 from __future__ import annotations
@@ -91,11 +98,7 @@ class Shares:
         self._step += 1
 
     def outdated(self) -> list[int]:
-        """Priorities of several clients whose places are not right any more.
-
-        They rest on predictions that are others now, or on a present that turned out to be too
-        late: more ran than could go on, and what was preempted would come first.
-        """
+        """The priorities at which places are to be given anew."""
         outdated: list[int] = []
         for priority in self._shared:
             level, mean_tokens = self._levels[priority], self._predict(_LONG)

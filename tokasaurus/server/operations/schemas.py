@@ -149,7 +149,10 @@ class GenerationRequest(EngineRequest):
     return_weights_versions: bool | None = None
     """Add ``weights_versions`` to each choice: which version of the weights drew which tokens."""
     priority: int | None = None
-    """Of all requests in the engine, lower runs first; from -1,000,000 to 1,000,000, default 0."""
+    """Of all requests in the engine, lower runs first; from -1,000,000 to 1,000,000, default 0.
+
+    How far below 0 a client may go is its ``max_request_priority``, by default 0.
+    """
     first_k: int | None = None
     """Wait for the k samples of each prompt that end first, then cancel its others; from 1 to n.
 

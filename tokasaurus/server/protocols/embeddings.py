@@ -50,7 +50,10 @@ class EmbeddingRequest(EngineRequest):
     """The mean of the last hidden states of all tokens, or the last token's. Default: the engine's
     ``embedding_pooling``."""
     priority: int | None = None
-    """Of all requests in the engine, lower runs first; from -1,000,000 to 1,000,000, default 0."""
+    """Of all requests in the engine, lower runs first; from -1,000,000 to 1,000,000, default 0.
+
+    How far below 0 a client may go is its ``max_request_priority``, by default 0.
+    """
 
     def field_names(self) -> Mapping[str, str]:
         return {"prompt": "input"}
