@@ -90,7 +90,6 @@ DEFAULTS = (
             max_position_embeddings=4096,
             kv_elements_per_token=1,
             num_parameters=0,
-            num_tied_parameters=0,
             eos_token_ids=(),
         ),
         cuda_available=False,

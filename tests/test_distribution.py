@@ -69,14 +69,17 @@ def environment(
     return directory / "bin"
 
 
-def test_the_wheel_has_the_model_and_the_kernel_and_nothing_else_than_the_package(wheel):
+def test_the_wheel_has_the_model_and_the_kernels_and_nothing_else_than_the_package(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     for name in (
         "py.typed",
         "demo/model/config.json",
         "demo/model/model.safetensors",
         "demo/model/tokenizer.json",
+        "model/backend/cpu/operators.cpp",
         "model/backend/cpu/paged_attention.cpp",
+        "model/backend/cpu/products.h",
+        "model/backend/cpu/vectors.h",
     ):
         assert f"tokasaurus/{name}" in names
     tops = {name.split("/")[0] for name in names}

@@ -32,6 +32,7 @@ def worker_config(path: Path, **fields) -> WorkerConfig:
         "device": "cpu",
         "dtype": "float32",
         "attention": "auto",
+        "instruction_set": "auto",
         "linear": "plain",
         "load_format": "auto",
         "page_size": 16,

@@ -9,17 +9,20 @@ server accepts. It knows nothing of requests or tensors.
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
+from typing import Any
 
 import llguidance
 
 from tokasaurus.errors import RequestError
 
-__all__ = ["MAX_GRAMMAR_BYTES", "GrammarCompiler", "Vocabulary"]
+__all__ = ["MAX_GRAMMAR_BYTES", "GrammarCompiler", "Vocabulary", "accepts", "holds_json"]
 
 MAX_GRAMMAR_BYTES = 1 << 16
 """The longest text that is compiled.
@@ -108,6 +111,40 @@ class GrammarCompiler:
         if matcher.is_error():
             raise RequestError(matcher.get_error().strip())
         return matcher
+
+
+def holds_json(text: str) -> bool:
+    """Whether a grammar's text is a JSON schema, or has one in it."""
+    return '"json_schema"' in text or "%json" in text
+
+
+def accepts(schema: Any, text: str, *, whole: bool = True) -> bool:
+    """Whether a text without white space matches a JSON schema; false if it does not compile.
+
+    Takes about a millisecond. Any thread may call it.
+
+    Args:
+        schema: a JSON schema.
+        text: to match.
+        whole: false asks whether the text can be the beginning of a match.
+    """
+    overrides: Any = {"whitespace_flexible": False}
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=overrides)
+    try:
+        matcher = _byte_compiler().compile(grammar)
+    except RequestError:
+        return False
+    data = list(text.encode())
+    return matcher.try_consume_tokens(data) == len(data) and (matcher.is_accepting() or not whole)
+
+
+@functools.cache
+def _byte_compiler() -> GrammarCompiler:
+    """A compiler for a vocabulary of the 256 bytes and an end."""
+    tokens = [bytes([byte]) for byte in range(256)]
+    return GrammarCompiler(
+        Vocabulary([*tokens, b"<end>"], frozenset([256]), (256,), lambda text: list(text.encode()))
+    )
 
 
 class _Tokenizer:

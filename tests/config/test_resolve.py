@@ -20,7 +20,6 @@ FACTS = ModelFacts(
     max_position_embeddings=4096,
     kv_elements_per_token=1000,
     num_parameters=1_000_000,
-    num_tied_parameters=300_000,
     eos_token_ids=(1, 2),
     sampling_defaults={"temperature": 0.6, "top_k": 50},
 )
@@ -223,7 +222,6 @@ def test_the_default_kv_cache_takes_at_most_half_of_what_the_weights_leave():
         ({"memory_bytes": 12_000_000, "dtype": "bfloat16"}, 2500),
         ({"memory_bytes": 12_000_000, "cuda_available": True}, 2500),
         ({"memory_bytes": 12_000_000, "cuda_available": True, "dtype": "float32"}, 1000),
-        ({"memory_bytes": 12_000_000, "linear": "packed"}, 850),
         ({"memory_bytes": 12_000_000, "load_format": "dummy"}, 1000),
         ({"memory_bytes": 10**12}, 131072),
         ({"memory_bytes": None}, 131072),

@@ -99,8 +99,6 @@ def test_the_number_of_parameters_is_that_of_the_model(directory):
         facts = model_facts(path)
         if (config.num_parameters, facts.num_parameters) != (actual, actual):
             wrong.append((name, flags, tied, shape, config.num_parameters, actual))
-        shared = config.vocab_size * config.hidden_size if tied else 0
-        assert facts.num_tied_parameters == shared
     assert wrong == []
 
 

@@ -108,6 +108,7 @@ SHOWS_ALL = {"chat_template_kwargs": {"chat_template": "{{ messages }}{{ tools }
 SHOWS_EFFORT = {
     "chat_template_kwargs": {"chat_template": "effort {{ enable_thinking }}{{ reasoning_effort }}"}
 }
+TOKENIZED = {"prompt": None, "messages": [USER], **SHOWS_ALL}
 ONE_MODEL = "there is one model, by any name"
 ONE_KIND = "there is only one kind"
 NAMED = {"type": "function", "function": {"name": "f"}}
@@ -155,6 +156,7 @@ GENERATION: Mapping[str, Row] = {
     "stream": Changes(True),
     "stream_options": Changes({"include_usage": True}, {"stream": True}),
     "user": Changes("somebody"),
+    "request_id": Changes("mine"),
     "metadata": Changes({"run": "7"}),
     "service_tier": Changes("flex"),
 }
@@ -173,6 +175,13 @@ def required(schema: Any) -> frozenset[str]:
 def of(schema: Any, path: str, base: Any, rows: Any, wrap: Any = None, top: str = "") -> Place:
     wrap = wrap or (lambda fields: fields)
     return Place(path, base, rows, known(schema), required(schema), wrap, top)
+
+
+def example(harmless: Any) -> Any:
+    """A value that passes; a type stands for all its values."""
+    return (
+        {str: "anything", int: 7, float: 1.5}[harmless] if isinstance(harmless, type) else harmless
+    )
 
 
 def without_null(fields: Any) -> Any:
@@ -194,6 +203,8 @@ SCHEMAS: Mapping[Any, Place] = {
             "prompt": Changes("the dog"),
             "logprobs": Changes(3),
             "echo": Changes(True),
+            "add_special_tokens": Changes(False),
+            "best_of": Refused(2, (1,)),
         },
     ),
     schemas.StreamOptions: of(
@@ -375,7 +386,9 @@ SCHEMAS: Mapping[Any, Place] = {
             "logprobs_in_fingerprint": Refused(True),
             "prompt_logprobs": Refused(2),
             "response_format": Refused({"type": "json_object"}),
-            "stream_options": Refused({"include_usage": True}),
+            "stream_options": Refused(
+                {"continuous_usage_stats": True}, ({"include_usage": True}, {})
+            ),
             "input": Changes("the dog"),
             "instructions": Changes("Be brief."),
             "max_output_tokens": Changes(5),
@@ -585,6 +598,7 @@ SCHEMAS: Mapping[Any, Place] = {
             "return_text_in_logprobs": Changes(True, {"return_logprob": True}),
             "stream": Changes(True),
             "rid": Changes("mine", {"text": ["the cat"]}),
+            "request_id": Changes("mine"),
             "user": Changes("somebody"),
         },
     ),
@@ -594,6 +608,8 @@ SCHEMAS: Mapping[Any, Place] = {
         BASE[EMBEDDINGS],
         {
             "input": Changes("the dog"),
+            "add_special_tokens": Changes(False),
+            "request_id": Passes(("mine",), "it names the request for /abort_requests", ""),
             "model": Changes("other"),
             "encoding_format": Changes("base64"),
             "dimensions": Changes(4),
@@ -621,13 +637,20 @@ SCHEMAS: Mapping[Any, Place] = {
                     ("chat_template_kwargs", {"shout": True}),
                 )
             },
+            "tools": Changes([TOOL], TOKENIZED),
+            "tool_choice": Changes("none", {**TOKENIZED, "tools": [TOOL]}),
+            "reasoning_effort": Changes("low", {**TOKENIZED, **SHOWS_EFFORT}),
         },
     ),
     tokens.DetokenizeRequest: of(
         tokens.DetokenizeRequest,
         DETOKENIZE,
         {"tokens": [70]},
-        {"model": Passes(("other",), ONE_MODEL), "tokens": Changes([71])},
+        {
+            "model": Passes(("other",), ONE_MODEL),
+            "tokens": Changes([71]),
+            "skip_special_tokens": Changes(True, {"tokens": [0, 1, 2, 3, 70]}),
+        },
     ),
     batch_routes.BatchRequest: of(
         batch_routes.BatchRequest,
@@ -729,63 +752,3 @@ OBJECTS: Mapping[str, Place] = {
     ),
 }
 """Objects that no schema describes."""
-
-OTHER_ENGINES: Mapping[str, tuple[Any, ...]] = {
-    # vLLM
-    "allowed_token_ids": (),
-    "cache_salt": (),
-    "chat_template": (),
-    "documents": (),
-    "ec_transfer_params": (),
-    "guided_decoding_backend": ("xgrammar", "auto"),
-    "include_reasoning": (True,),
-    "kv_transfer_params": (),
-    "logits_processors": (),
-    "media_io_kwargs": (),
-    "mm_processor_kwargs": (),
-    "request_id": (),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "logprob_token_ids": (),
-    "repetition_detection": (),
-    "return_mm_kwargs": (True, False),
-    "return_prompt_text": (False,),
-    "return_token_offsets": (False,),
-    "routed_experts_prompt_start": (0,),
-    "session_id": ("mine",),
-    "stream_interval": (1,),
-    "thinking_token_budget": (),
-    "truncation_side": ("left", "right"),
-    "vllm_xargs": (),
-    "watermarking": (False,),
-    # SGLang
-    "bootstrap_host": (),
-    "bootstrap_port": (),
-    "bootstrap_room": (),
-    "custom_labels": (),
-    "custom_params": (),
-    "data_parallel_rank": (),
-    "disagg_prefill_dp_rank": (),
-    "images_config": (),
-    "max_dynamic_patch": (),
-    "min_dynamic_patch": (),
-    "return_meta_info": (False,),
-    "return_prompt_token_ids": (False,),
-    "task": (),
-    "use_audio_in_video": (False,),
-    "ngram_corpus_id": (),
-    "return_cached_tokens_details": (False,),
-    "routed_dp_rank": (),
-    "routed_experts_start_len": (0,),
-    "custom_logit_processor": (),
-    "extra_key": (),
-    "no_stop_trim": (False,),
-    "return_hidden_states": (False,),
-    "return_routed_experts": (False,),
-    "rid": (),
-    "separate_reasoning": (True,),
-    "session_params": (),
-    "stop_regex": (),
-    "stream_reasoning": (True,),
-}
-"""Unsupported fields of other engines' completions and chats: values that pass, beside null."""

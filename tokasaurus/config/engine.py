@@ -107,13 +107,23 @@ class EngineConfig:
             "reference. auto: compiled if it works."
         ),
     )
-    linear: str = flag(
-        "plain",
+    instruction_set: str = flag(
+        "auto",
         group=_MODEL,
-        choices=("plain", "packed"),
+        choices=("auto", "amx", "avx512_bf16", "avx512", "avx2", "generic"),
         help=(
-            "How layers multiply. plain: by the weights as they are. packed: device=cpu lays the "
-            "weights out once for its matrix library, which is faster for batches of few rows."
+            "The processor's instructions that compiled kernels use on cpu. auto: the best set "
+            "that the processor has. generic: what every processor of its kind has."
+        ),
+    )
+    linear: str = flag(
+        "auto",
+        group=_MODEL,
+        choices=("auto", "plain", "packed"),
+        help=(
+            "How layers multiply. plain: PyTorch multiplies by the weights as they are. packed: "
+            "device=cpu lays the weights out once for a kernel of ours, which is faster for "
+            "batches of few rows. auto: packed if it works."
         ),
     )
     load_format: str = flag(

@@ -82,9 +82,7 @@ def resolve(
     problems: list[str] = []
     device = _device(config, cuda_available, problems)
     dtype = _dtype(config, device)
-    memory = Memory(
-        device, memory_bytes, dtype, _num_weights(config, facts), facts.kv_elements_per_token
-    )
+    memory = Memory(device, memory_bytes, dtype, facts.num_parameters, facts.kv_elements_per_token)
     limits = _limits(config, facts.max_position_embeddings, memory, problems)
     _check_access(config, problems)
     if problems:
@@ -131,15 +129,6 @@ def _dtype(config: EngineConfig, device: str) -> str:
     if config.dtype != "auto":
         return config.dtype
     return "bfloat16" if device == "cuda" else "float32"
-
-
-def _num_weights(config: EngineConfig, facts: ModelFacts) -> int:
-    """Numbers that the weights hold. A packed head is a copy of the embedding that it is tied to.
-
-    The product that is being packed takes its memory twice; this comes out of the rest.
-    """
-    copied = facts.num_tied_parameters if config.linear == "packed" else 0
-    return facts.num_parameters + copied
 
 
 def _limits(
@@ -392,6 +381,7 @@ def _worker(
         device=device,
         dtype=dtype,
         attention=config.attention,
+        instruction_set=config.instruction_set,
         linear=config.linear,
         load_format=config.load_format,
         page_size=limits.page_size,

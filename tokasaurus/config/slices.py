@@ -30,7 +30,6 @@ class ModelFacts:
     kv_elements_per_token: int  # 2 * layers * kv heads * head size
     # Numbers in all weights. A head that shares the embedding's weight does not count.
     num_parameters: int
-    num_tied_parameters: int  # those that embedding and head share
     eos_token_ids: tuple[int, ...]
     # Numbers of ``Sampling`` that generation_config.json sets.
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)
@@ -147,7 +146,8 @@ class WorkerConfig:
     device: str  # "cpu" or "cuda"
     dtype: str  # "float32", "bfloat16" or "float16"
     attention: str  # "auto", "compiled" or "reference"
-    linear: str  # "plain" or "packed"
+    instruction_set: str  # of the kernels on "cpu"; "auto" for the best one
+    linear: str  # "auto", "plain" or "packed"
     load_format: str  # "auto" or "dummy"
     page_size: int
     num_pages: int

@@ -51,13 +51,8 @@ class ModelConfig:
     def num_parameters(self) -> int:
         """Numbers in all weights; those that embedding and head share count once."""
         vocabulary = self.vocab_size * self.hidden_size
-        vocabularies = 2 * vocabulary - self.num_tied_parameters
+        vocabularies = vocabulary if self.tie_word_embeddings else 2 * vocabulary
         return vocabularies + self.num_layers * self._layer_parameters + self.hidden_size
-
-    @property
-    def num_tied_parameters(self) -> int:
-        """Numbers that embedding and head share."""
-        return self.vocab_size * self.hidden_size if self.tie_word_embeddings else 0
 
     @property
     def _layer_parameters(self) -> int:

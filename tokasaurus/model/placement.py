@@ -1,4 +1,4 @@
-"""Where a model's tensors live, in which dtype, and how they are multiplied."""
+"""Where a model's tensors live, in which dtype, and which kernels work on them."""
 
 from __future__ import annotations
 
@@ -7,22 +7,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokasaurus.model.backend.base import Operators
+from tokasaurus.model.backend.reference_operators import REFERENCE_OPERATORS
+
 __all__ = ["Placement"]
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The device and dtype of a model's tensors.
+    """The device, dtype and kernels of a model.
 
     Attributes:
         dtype: of weights, activations and KV.
         device: of all of these.
         linear: the name of the linear method, see ``linear_methods.registry``.
+        operators: the element-wise kernels.
+        instruction_set: that kernels of the CPU are compiled for; "auto" for the best one.
     """
 
     dtype: torch.dtype
     device: torch.device
     linear: str = "plain"
+    operators: Operators = REFERENCE_OPERATORS
+    instruction_set: str = "auto"
 
     def empty(self, *shape: int) -> Tensor:
         """An uninitialised tensor."""

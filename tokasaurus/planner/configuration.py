@@ -17,7 +17,6 @@ _FACTS = ModelFacts(
     max_position_embeddings=1 << 30,  # only the KV cache limits requests
     kv_elements_per_token=1,
     num_parameters=0,
-    num_tied_parameters=0,
     eos_token_ids=(STOP_ID,),
 )
 

@@ -11,19 +11,23 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import llguidance
 from llguidance.gbnf_to_lark import any_to_lark
 
 from tokasaurus.errors import RequestError
 from tokasaurus.grammars import MAX_GRAMMAR_BYTES, GrammarCompiler, Vocabulary
+from tokasaurus.text.json_schema import for_grammar, lists_keys
 from tokasaurus.untrusted_json import shown
 
-if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions
-
-__all__ = ["FIELD", "Grammars", "check_structured_outputs", "from_response_format", "json_style"]
+__all__ = [
+    "FIELD",
+    "Grammars",
+    "check_structured_outputs",
+    "from_response_format",
+    "json_for_grammar",
+]
 
 FIELD = "structured_outputs"
 
@@ -33,21 +37,35 @@ RESPONSE_SCHEMA = ("schema", "name", "description", "strict")
 
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 _OPTIONS = ("whitespace_pattern", "disable_any_whitespace")
-# White space between the tokens of JSON: on one line, or on lines with indentation. It is bounded,
-# since a model that does not know how to go on writes white space without end.
-_WHITESPACE = r" |\r?\n[ \t]{0,40}"
+# The library's options for JSON. White space is as Python writes it, one space after a colon or a
+# comma: a model that may choose goes on with white space where it does not know what to say.
+_SEPARATORS = {"item_separator": ", ", "key_separator": ": "}
+_ON_ONE_LINE = {**_SEPARATORS, "whitespace_flexible": False}
+# Where the model itself decides when an array or an object ends, a space may stand before the
+# bracket: after a value, a model that knows little JSON writes a space sooner than a bracket.
+_SPACED = {**_SEPARATORS, "whitespace_pattern": " "}
+_DENSE = {"whitespace_flexible": False}
+# On one line, or on lines with indentation; bounded for the same reason.
+_FREE = {"whitespace_pattern": r" |\r?\n[ \t]{0,40}"}
+_LIBRARY = "x-guidance"  # where a schema has options of the library
 _MAX_KNOWN = 1024  # texts that are remembered to compile
 
 
 def check_structured_outputs(value: Any) -> Mapping[str, Any]:
     """Checked structured outputs, ``{"json": ...}`` or another kind, without null and false values.
 
+    A false ``disable_any_whitespace`` stays, because it allows more white space than the default.
+
     Raises:
         RequestError: the value is something else, or has several kinds.
     """
     if not isinstance(value, Mapping):
         raise RequestError(f"{FIELD} must be an object, not {shown(value)}", FIELD)
-    options = {name: each for name, each in value.items() if each is not None and each is not False}
+    options = {
+        name: each
+        for name, each in value.items()
+        if each is not None and (each is not False or name == "disable_any_whitespace")
+    }
     unknown = [str(name) for name in options if name not in _KINDS + _OPTIONS]
     if unknown:
         known = ", ".join(_KINDS + _OPTIONS)
@@ -70,7 +88,7 @@ def check_structured_outputs(value: Any) -> Mapping[str, Any]:
     choice = options.get("choice", ("",))
     if not choice or not all(isinstance(each, str) for each in choice):
         raise RequestError(f"{FIELD}: choice must be a list of one or more strings", FIELD)
-    if any(option in options for option in _OPTIONS) and kinds[0] not in ("json", "json_object"):
+    if any(options.get(option) for option in _OPTIONS) and kinds[0] not in ("json", "json_object"):
         raise RequestError(f"{FIELD}: {kinds[0]} leaves no room for whitespace options", FIELD)
     return options
 
@@ -176,18 +194,50 @@ def _text(options: Mapping[str, Any]) -> str:
         return matcher.grammar_from_lark(f"start: {choices}")
     if "grammar" in options:
         return matcher.grammar_from_lark(_lark(options["grammar"]))
+    return matcher.grammar_from_json_schema(json.dumps(json_for_grammar(options)))
+
+
+def json_for_grammar(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON schema as the library reads it, with its options for white space.
+
+    Args:
+        options: of the kind ``json`` or ``json_object``.
+
+    Raises:
+        ValueError: no text can match the schema, or it cannot be enforced.
+        RecursionError: the schema is nested too deeply.
+    """
     schema = options.get("json", {"type": "object"})
-    if not isinstance(schema, str):
-        schema = json.dumps(schema)
-    style = json_style(options.get("whitespace_pattern", _WHITESPACE))
+    if isinstance(schema, str):
+        schema = json.loads(schema)
+    default = _ON_ONE_LINE if lists_keys(schema) else _SPACED
+    if len(json.dumps(schema)) <= MAX_GRAMMAR_BYTES:  # or the compiler refuses it
+        schema = for_grammar(schema)
+    if schema is False:
+        raise ValueError("no text can match a schema that is false")
+    if schema is True:
+        schema = {}
+    if not isinstance(schema, dict):
+        raise ValueError("a JSON schema is an object, true or false")
+    own = schema.get(_LIBRARY, {})
+    if not isinstance(own, dict):
+        raise ValueError(f"{_LIBRARY} must be an object")
+    return {**schema, _LIBRARY: {"coerce_one_of": True, **_whitespace(own, options, default)}}
+
+
+def _whitespace(
+    own: Mapping[str, Any], options: Mapping[str, Any], default: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The library's options: the request's before the schema's own before the default."""
+    spaces = ("item_separator", "key_separator", "whitespace_pattern", "whitespace_flexible")
+    rest = {name: each for name, each in own.items() if name not in spaces}
     if options.get("disable_any_whitespace"):
-        style = {"whitespace_flexible": False}
-    return matcher.grammar_from_json_schema(schema, overrides=style)
-
-
-def json_style(whitespace: str = _WHITESPACE) -> JsonCompileOptions:
-    """The library's option for the white space between the tokens of JSON."""
-    return {"whitespace_pattern": whitespace}
+        return {**rest, **_DENSE}
+    if "whitespace_pattern" in options:
+        return {**rest, "whitespace_pattern": options["whitespace_pattern"]}
+    if "disable_any_whitespace" in options:
+        return {**rest, **_FREE}
+    return own if any(name in own for name in spaces) else {**rest, **default}
 
 
 def _lark(grammar: str) -> str:

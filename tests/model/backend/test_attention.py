@@ -11,10 +11,17 @@ import torch
 from rows import named
 
 from tokasaurus.errors import ConfigError
-from tokasaurus.model.backend import make_backend
-from tokasaurus.model.backend.base import PrefixGroups, SequenceRows
-from tokasaurus.model.backend.cpu import build, compiled
+from tokasaurus.model.backend import choose_backend
+from tokasaurus.model.backend.base import (
+    BackendOptions,
+    HeadNorms,
+    PrefixGroups,
+    Rotation,
+    SequenceRows,
+)
+from tokasaurus.model.backend.cpu import build, compiled, instruction_sets
 from tokasaurus.model.backend.cpu.compiled import CompiledBackend
+from tokasaurus.model.backend.cpu.instruction_sets import usable_sets
 from tokasaurus.model.backend.reference import ReferenceBackend
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.rounding import ceil_div
@@ -37,6 +44,16 @@ def make_cache(num_pages, page_size, num_kv_heads, head_dim, dtype=torch.float32
     for tensor in cache.keys + cache.values:
         tensor.fill_(torch.nan)
     return cache
+
+
+def attend(backend, rows, query, key, value, layer=0):
+    """Attention without norms or rotation, [rows, heads, head_dim]."""
+    zero = torch.zeros(len(query), 1, query.shape[2] // 2)
+    heads = torch.cat((query, key, value), dim=1)
+    output = backend.plan(rows).attend(layer, heads, Rotation(zero + 1, zero), None)
+    assert output.is_contiguous()
+    assert output.dtype == query.dtype
+    return output.view(query.shape)
 
 
 class DenseOracle:
@@ -86,12 +103,17 @@ def random_steps(rng, num_sequences, num_steps, page_size):
         yield SequenceRows(slots, starts, lengths[slots], positions, page_table)
 
 
-@pytest.fixture(params=["reference", "compiled"])
+SETS = [instructions.name for instructions in usable_sets()]
+
+
+@pytest.fixture(params=["reference", *SETS])
 def backend_of(request):
+    """Makes the reference, and the compiled backend in every instruction set of this processor."""
+
     def get(cache, num_heads):
         if request.param == "reference":
             return ReferenceBackend(cache, num_heads)
-        return CompiledBackend(cache, num_heads)
+        return CompiledBackend(cache, num_heads, BackendOptions(request.param))
 
     return get
 
@@ -114,12 +136,10 @@ def check_against_dense(backend_of, num_heads, num_kv_heads, head_dim, page_size
     cache = make_cache(4 * ceil_div(MAX_LENGTH, page_size), page_size, num_kv_heads, head_dim)
     backend, oracle = backend_of(cache, num_heads), DenseOracle()
     for rows in random_steps(rng, 4, 6, page_size):
-        # As in the model: views into one wider tensor.
         heads = torch.randn(len(rows.positions), num_heads + 2 * num_kv_heads, head_dim) * 2
         query, key, value = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-        output = backend.plan(rows).attend(0, query, key, value)
+        output = attend(backend, rows, query, key, value)
         expected = oracle.attend(rows, query, key, value)
-        assert output.is_contiguous()
         torch.testing.assert_close(output.double(), expected, atol=5e-5, rtol=1e-5)
 
 
@@ -138,8 +158,7 @@ def check_half_precision(backend_of, dtype, tolerance):
     for rows in random_steps(rng, 3, 5, 16):
         heads = torch.randn(len(rows.positions), 10, 24).to(dtype)
         query, key, value = heads.split([6, 2, 2], dim=1)
-        output = backend.plan(rows).attend(0, query, key, value)
-        assert output.dtype == dtype
+        output = attend(backend, rows, query, key, value)
         expected = oracle.attend(rows, query, key, value)
         torch.testing.assert_close(output.double(), expected, atol=tolerance, rtol=tolerance)
 
@@ -160,7 +179,7 @@ def test_the_compiled_kernel_widens_every_kind_of_fp16_number():
     for special in (0.0, -0.0, 6e-8, 5.9e-5, 65504.0, -1.5):
         cache = make_cache(1, 16, 1, 8, torch.float16)
         value = torch.full((1, 1, 8), special, dtype=torch.float16)
-        output = CompiledBackend(cache, 1).plan(rows).attend(0, one, one, value)
+        output = attend(CompiledBackend(cache, 1), rows, one, one, value)
         assert torch.equal(output, value), special
 
 
@@ -177,9 +196,46 @@ def test_large_scores_do_not_overflow(backend_of):
     # Scores of whole numbers are exact in every order of addition. Only the sum of values rounds.
     query, key = torch.randint(-3, 4, (2, 40, 1, 16)) * 100.0
     value = torch.randn(40, 1, 16)
-    output = backend_of(cache, 1).plan(rows).attend(0, query, key, value)
+    output = attend(backend_of(cache, 1), rows, query, key, value)
     expected = DenseOracle().attend(rows, query, key, value)
     torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_heads_are_normed_and_rotated_before_they_are_stored(backend_of):
+    """The definition is that of the papers, in float64, over several dtypes and shapes."""
+    num_rows = 7
+    for num_heads, num_kv_heads, head_dim in HEADS:
+        cache = make_cache(1, 16, num_kv_heads, head_dim)
+        torch.manual_seed(0)
+        heads = torch.randn(num_rows, num_heads + 2 * num_kv_heads, head_dim)
+        angles = torch.rand(num_rows, 1, head_dim // 2) * 6
+        query_norm, key_norm = torch.rand(2, head_dim) + 0.5
+        rows = SequenceRows(
+            *(np.array(x, np.int32) for x in ([0], [0, num_rows], [num_rows], range(num_rows))),
+            page_table=torch.zeros(1, 1, dtype=torch.int32),
+        )
+        for norms in (None, HeadNorms(query_norm, key_norm, 1e-3)):
+            prepared = []
+            for part, weight in zip(
+                heads.double().split([num_heads, num_kv_heads, num_kv_heads], dim=1),
+                (query_norm, key_norm, None),
+                strict=True,
+            ):
+                if norms is not None and weight is not None:
+                    scale = (part.square().mean(-1, keepdim=True) + 1e-3).rsqrt()
+                    part = part * scale * weight
+                if weight is not None:
+                    pairs = torch.view_as_complex(torch.stack(part.chunk(2, dim=-1), -1))
+                    turned = pairs * torch.polar(torch.ones_like(angles), angles).to(pairs.dtype)
+                    part = torch.cat((turned.real, turned.imag), dim=-1)
+                prepared.append(part)
+            rotation = Rotation(angles.cos(), angles.sin())
+            output = backend_of(cache, num_heads).plan(rows).attend(0, heads, rotation, norms)
+            expected = DenseOracle().attend(rows, *prepared).flatten(1)
+            with named(f"{num_heads} heads of {head_dim}, norms {norms is not None}"):
+                torch.testing.assert_close(output.double(), expected, atol=5e-5, rtol=1e-5)
+                stored = cache.keys[0][0, :, :num_rows].transpose(0, 1).double()
+                torch.testing.assert_close(stored, prepared[1], atol=1e-5, rtol=1e-5)
 
 
 def test_each_layer_has_its_own_keys_and_values(backend_of):
@@ -188,10 +244,10 @@ def test_each_layer_has_its_own_keys_and_values(backend_of):
         *(np.array(x, np.int32) for x in ([0], [0, 2], [2], [0, 1])),
         page_table=torch.zeros(1, 1, dtype=torch.int32),
     )
-    attention = backend_of(cache, 1).plan(rows)
+    backend = backend_of(cache, 1)
     ones = torch.ones(2, 1, 8)
-    attention.attend(0, ones, ones, ones)
-    attention.attend(1, ones, ones, 2 * ones)
+    attend(backend, rows, ones, ones, ones, layer=0)
+    attend(backend, rows, ones, ones, 2 * ones, layer=1)
     assert cache.values[0][0, 0, :2].eq(1).all()
     assert cache.values[1][0, 0, :2].eq(2).all()
     assert cache.values[0][0, 0, 2:].isnan().all()
@@ -257,10 +313,10 @@ def test_groups_change_no_result(backend_of):
                 torch.randn(len(plain.positions), heads, head_dim)
                 for heads in (num_heads, num_kv_heads, num_kv_heads)
             )
-            expected = backend.plan(plain).attend(0, query, key, value)
+            expected = attend(backend, plain, query, key, value)
             assert not expected.isnan().any()
             with named(f"{num_heads} heads of {head_dim}, pages of {page_size}"):
-                output = backend.plan(grouped).attend(0, query, key, value)
+                output = attend(backend, grouped, query, key, value)
                 torch.testing.assert_close(output, expected, atol=2e-6, rtol=1e-5)
 
 
@@ -272,13 +328,13 @@ def test_the_reference_reads_the_prefix_of_a_group_once():
         tensor.normal_()
     query, key, value = (torch.randn(9, heads, 8) for heads in (2, 1, 1))
     backend = ReferenceBackend(cache, 2)
-    expected = backend.plan(plain).attend(0, query, key, value)
-    torch.testing.assert_close(backend.plan(grouped).attend(0, query, key, value), expected)
+    expected = attend(backend, plain, query, key, value)
+    torch.testing.assert_close(attend(backend, grouped, query, key, value), expected)
     broken = plain.page_table.clone()
     broken[plain.slots[3], 0] = broken[plain.slots[0], 0]
-    output = backend.plan(replace(plain, page_table=broken)).attend(0, query, key, value)
+    output = attend(backend, replace(plain, page_table=broken), query, key, value)
     assert (output[3] - expected[3]).abs().max() > 1e-3
-    output = backend.plan(replace(grouped, page_table=broken)).attend(0, query, key, value)
+    output = attend(backend, replace(grouped, page_table=broken), query, key, value)
     torch.testing.assert_close(output, expected)
 
 
@@ -292,12 +348,11 @@ def no_compiler(monkeypatch, tmp_path):
 
 
 def test_without_a_compiler_auto_falls_back_and_compiled_is_refused(no_compiler, caplog):
-    cache = make_cache(1, 16, 1, 8)
     with caplog.at_level(logging.WARNING, "tokasaurus"):
-        assert isinstance(make_backend("auto", cache, 1, CPU), ReferenceBackend)
+        assert choose_backend("auto", CPU) is ReferenceBackend
     assert "no C++ compiler found" in caplog.text
     with pytest.raises(ConfigError, match=r"attention=compiled.*no C\+\+ compiler"):
-        make_backend("compiled", cache, 1, CPU)
+        choose_backend("compiled", CPU)
 
 
 def test_a_failing_compiler_is_reported_and_leaves_no_file(monkeypatch, tmp_path):
@@ -321,15 +376,72 @@ def test_a_library_is_built_once_for_each_source(monkeypatch, tmp_path):
     assert build.load_library(source).answer() == 42
 
 
+def test_a_library_is_built_anew_when_a_header_beside_it_changes(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source, header = tmp_path / "answer.cpp", tmp_path / "answer.h"
+    source.write_text('#include "answer.h"\nextern "C" int answer() { return ANSWER; }')
+    for answer in (41, 42):
+        header.write_text(f"#define ANSWER {answer}")
+        assert build.load_library(source).answer() == answer
+
+
+def set_processor(monkeypatch, tmp_path, features):
+    cpu_info = tmp_path / "cpuinfo"
+    cpu_info.write_text(f"processor : 0\nflags : {' '.join(features)}\n\n")
+    monkeypatch.setattr(instruction_sets, "_CPU_INFO", cpu_info)
+    monkeypatch.setattr(instruction_sets.platform, "machine", lambda: "x86_64")
+    instruction_sets._processor_features.cache_clear()
+
+
+@pytest.fixture
+def processor(monkeypatch, tmp_path):
+    """Gives the processor other features."""
+    yield lambda features: set_processor(monkeypatch, tmp_path, features)
+    instruction_sets._processor_features.cache_clear()
+
+
+def test_auto_takes_the_best_instruction_set_that_the_processor_runs(processor):
+    features = {each.name: each.features for each in instruction_sets.INSTRUCTION_SETS}
+    for best in features:
+        processor(features[best])
+        with named(best):
+            assert instruction_sets.candidate_sets("auto")[0].name == best
+    processor([*features["avx2"], "amx_tile", "amx_bf16"])
+    assert [each.name for each in usable_sets()] == ["avx2", "generic"]
+
+
+def test_a_forced_instruction_set_that_the_processor_lacks_is_refused(processor):
+    processor(instruction_sets.INSTRUCTION_SETS[2].features)
+    expected = (
+        "instruction_set=amx: this processor has no avx512_bf16, amx_tile, amx_bf16; "
+        "set auto or avx512 or avx2 or generic"
+    )
+    for attention in ("auto", "compiled"):
+        with pytest.raises(ConfigError, match=expected):
+            choose_backend(attention, CPU, BackendOptions("amx"))
+
+
+def test_auto_passes_over_an_instruction_set_that_the_compiler_does_not_know(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    unknown = instruction_sets.InstructionSet("new", (), ("-march=unheard-of",))
+    monkeypatch.setattr(
+        instruction_sets, "INSTRUCTION_SETS", (unknown, instruction_sets.INSTRUCTION_SETS[-1])
+    )
+    source = tmp_path / "answer.cpp"
+    source.write_text('extern "C" int answer() { return 41; }')
+    assert build.load_library(source).answer() == 41
+    with pytest.raises(build.BuildError, match="unheard-of"):
+        build.load_library(source, "new")
+
+
 def test_auto_prefers_the_compiled_backend():
-    cache = make_cache(1, 16, 1, 8)
-    assert isinstance(make_backend("reference", cache, 1, CPU), ReferenceBackend)
-    assert isinstance(make_backend("compiled", cache, 1, CPU), CompiledBackend)
-    assert isinstance(make_backend("auto", cache, 1, CPU), CompiledBackend)
+    assert choose_backend("reference", CPU) is ReferenceBackend
+    assert choose_backend("compiled", CPU) is CompiledBackend
+    assert choose_backend("auto", CPU) is CompiledBackend
 
 
 def test_a_backend_of_another_device_is_refused():
-    cache = make_cache(1, 16, 1, 8)
+    cuda = torch.device("cuda")
     with pytest.raises(ConfigError, match="attention=compiled does not run on device=cuda: set"):
-        make_backend("compiled", cache, 1, torch.device("cuda"))
-    assert isinstance(make_backend("auto", cache, 1, torch.device("cuda")), ReferenceBackend)
+        choose_backend("compiled", cuda)
+    assert choose_backend("auto", cuda) is ReferenceBackend

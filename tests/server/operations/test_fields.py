@@ -149,7 +149,7 @@ def test_fields_that_contradict_each_other_are_refused_by_name(server, path, fie
         (COMPLETIONS, {"logprobs": 21}, "logprobs", "max_topk_logprobs"),
         (CHAT, {"top_logprobs": 21, "logprobs": True}, "top_logprobs", "max_topk_logprobs"),
         (COMPLETIONS, {"best_of": 2, "n": 4}, "best_of", "ask for n samples"),
-        (COMPLETIONS, {"best_of": 4, "n": 4}, "best_of", "with the value 4"),
+        (COMPLETIONS, {"best_of": 4, "n": 3}, "best_of", "with the value 4"),
         (COMPLETIONS, {"suffix": "end"}, "suffix", "added after the prompt"),
         (COMPLETIONS, {"store": 1}, "store", "true or false"),
         (COMPLETIONS, {"reasoning_effort": "low"}, "reasoning_effort", "of chat templates"),
@@ -215,3 +215,11 @@ def test_service_tiers_are_priorities(server, path, stream, tier, served, priori
     bodies = answer.events if stream else [answer.json]
     assert {body.get("service_tier") for body in bodies} == {served}
     assert server.engine.requests[0].priority == priority
+
+
+def test_an_unknown_null_beside_a_field_with_the_name_of_a_schema_is_refused(server):
+    """Pydantic's names for members of unions are no path into what the client sent."""
+    for inner in ("x", [], {"zzz": 1}, [{"zzz": 1}]):
+        part = {"type": "text", "text": "a", "zzz": None, "TextPart": inner}
+        body = {"messages": [{"role": "user", "content": [part]}]}
+        assert server.post(CHAT, body).error["param"] == "messages"

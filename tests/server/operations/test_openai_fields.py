@@ -14,14 +14,16 @@ import openai.types.chat as openai_chat
 import openai.types.chat.completion_create_params as chat_params
 import openai.types.completion_create_params as completion_params
 import openai.types.embedding_create_params as embedding_params
+import openai.types.responses as openai_types
 import openai.types.responses.response_create_params as response_params
 import openai.types.shared_params as openai_shared
 import pytest
 from fake_engine import TOKENIZER
-from field_table import BASE, CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES
+from field_table import BASE, CHAT, COMPLETIONS, EMBEDDINGS, RESPONSES, example
 from rows import check_each
 
 from tokasaurus.server.operations.fields import _REASONS
+from tokasaurus.server.protocols.responses.request import Include
 from tokasaurus.server.protocols.table import OPERATIONS
 
 SERVED, HARMLESS, REFUSED = "served", "harmless", "refused"
@@ -48,9 +50,9 @@ REQUESTS: Mapping[str, tuple[Any, Mapping[str, str]]] = {
     COMPLETIONS: (
         completion_params.CompletionCreateParamsBase,
         decided(
-            served="model prompt echo frequency_penalty logit_bias logprobs max_tokens n"
+            served="model prompt best_of echo frequency_penalty logit_bias logprobs max_tokens n"
             " presence_penalty seed stop stream_options temperature top_p user",
-            harmless="best_of suffix",
+            harmless="suffix",
         ),
     ),
     CHAT: (
@@ -71,10 +73,9 @@ REQUESTS: Mapping[str, tuple[Any, Mapping[str, str]]] = {
             served="include input instructions max_output_tokens metadata model"
             " parallel_tool_calls reasoning service_tier stream_options temperature text"
             " tool_choice tools top_logprobs top_p user",
-            harmless="background context_management prompt_cache_key prompt_cache_options"
-            " prompt_cache_retention safety_identifier store truncation",
-            refused="access_programs conversation image max_tool_calls moderation"
-            " previous_response_id prompt",
+            harmless="background context_management max_tool_calls prompt_cache_key"
+            " prompt_cache_options prompt_cache_retention safety_identifier store truncation",
+            refused="access_programs conversation image moderation previous_response_id prompt",
         ),
     ),
     EMBEDDINGS: (
@@ -102,7 +103,7 @@ def check_decision(server: Any, path: str, schema: Any, name: str, decision: str
         return
     values = schema.harmless[name]
     assert bool(values) == (decision == HARMLESS)
-    for value in (None, *("anything" if each is str else each for each in values)):
+    for value in (None, *map(example, values)):
         assert server.post(path, {**BASE[path], name: value}).status == 200, value
     if values == (str,):
         return
@@ -137,6 +138,10 @@ def test_every_field_of_an_object_in_a_request_has_a_decision(name):
     """``test_every_field`` shows what these do."""
     theirs, names = NESTED[name]
     assert sorted(typing.get_type_hints(theirs)) == names.split()
+
+
+def test_every_inclusion_has_a_decision():
+    assert set(typing.get_args(openai_types.ResponseIncludable)) == set(typing.get_args(Include))
 
 
 def messages() -> Iterator[Any]:

@@ -44,8 +44,8 @@ def test_all_spellings_of_a_constraint_give_the_same_grammar(server):
     ]
     (text,) = {grammar_of(server, **fields) for fields in spellings}
     assert accepts(text, '{"a": 1}')
-    assert accepts(text, '{\n  "a": 1\n}')
     assert not accepts(text, '{"a": "1"}')
+    assert not accepts(text, '{"a": 1, "b": 1}')
     assert not accepts(text, '{"a": 1}  ')
     for one, other in (
         ({"guided_regex": "[ab]+"}, {"structured_outputs": {"regex": "[ab]+"}}),
@@ -79,13 +79,46 @@ def test_each_kind_of_constraint_accepts_what_it_describes(server):
 
 
 def test_whitespace_between_the_tokens_of_json(server):
-    def of(**options):
-        return grammar_of(server, structured_outputs={"json": SCHEMA, **options})
+    """By default it is as Python writes it; vLLM's fields, or the library's, change that."""
+    schema = {**SCHEMA, "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}}
+    default, dense = '{"a": 1, "b": 2}', '{"a":1,"b":2}'
+    indented = '{\n  "a": 1,\n  "b": 2\n}'
+    endless = '{"a":' + "\n" + " " * 41 + "1}"
+    marked = '{__"a":_1,"b":2}'
 
-    assert not accepts(of(disable_any_whitespace=True), '{"a": 1}')
-    assert accepts(of(disable_any_whitespace=True), '{"a":1}')
-    assert accepts(of(whitespace_pattern="_{1,2}"), '{__"a":_1}')
-    assert not accepts(of(), '{"a":' + "\n" + " " * 41 + "1}")  # white space is limited
+    def taken(own=None, **options):
+        form = {"json": schema if own is None else {**schema, "x-guidance": own}, **options}
+        grammar = grammar_of(server, structured_outputs=form)
+        texts = (default, dense, indented, endless, marked)
+        return [text for text in texts if accepts(grammar, text)]
+
+    assert taken() == [default]
+    assert taken(disable_any_whitespace=True) == [dense]
+    assert taken(disable_any_whitespace=False) == [default, dense, indented]
+    assert taken(whitespace_pattern="_{1,2}") == [dense, marked]
+    assert taken(own={"whitespace_flexible": False}) == [dense]
+    assert taken(own={"whitespace_flexible": True}) == [default, dense, indented, endless]
+    assert taken(own={"whitespace_flexible": True}, disable_any_whitespace=True) == [dense]
+    assert taken(own={"coerce_one_of": True}) == [default]
+
+
+def test_a_schema_that_lists_no_keys_allows_a_space_before_a_bracket(server):
+    """A weak model then ends arrays and objects whose size it decides."""
+    texts = ("{ }", "{}", '{"a": [1, 2 ] }', '{"a": [1, 2]}', "{  }", "{\n}", '{"a": [1,2]}')
+    for form in ({"json_object": True}, {"json": {"type": "object"}}, {"json": {}}):
+        grammar = grammar_of(server, structured_outputs=form)
+        assert [text for text in texts if accepts(grammar, text)] == list(texts[:4]), form
+    nested = {"type": "array", "items": {"type": "object", "properties": {"a": {}}}}
+    grammar = grammar_of(server, guided_json=nested)
+    assert accepts(grammar, '[{"a": {"b": 1}}]')
+    assert not accepts(grammar, '[{"a": 1} ]')
+
+
+def test_branches_of_one_of_may_overlap(server):
+    grammar = grammar_of(server, guided_json={"oneOf": [{"type": "integer"}, {"type": "number"}]})
+    assert accepts(grammar, "5")
+    assert accepts(grammar, "5.5")
+    assert not accepts(grammar, '"5"')
 
 
 def test_a_grammar_does_not_allow_special_tokens_as_text(server):
@@ -118,6 +151,19 @@ DEEP = {
         ({"guided_json": {"not": {"type": "string"}}}, "guided_json", "Unimplemented keys"),
         ({"guided_json": "{"}, "guided_json", "cannot be compiled"),
         ({"guided_json": False}, "guided_json", "json"),
+        *(
+            ({"guided_json": {"type": kind, keyword: value}}, "guided_json", keyword)
+            for kind, keyword, value in (
+                ("array", "contains", {"type": "integer"}),
+                ("object", "dependentRequired", {"a": ["b"]}),
+                ("object", "if", {"required": ["a"]}),
+                ("object", "propertyNames", {"pattern": "a"}),
+                ("object", "unevaluatedProperties", False),
+            )
+        ),
+        ({"guided_json": "false"}, "guided_json", "no text"),
+        ({"guided_json": {"$ref": "#"}}, "guided_json", "no finite text"),
+        ({"guided_json": {"const": 2**53 + 1}}, "guided_json", "cannot be enforced exactly"),
         ({"guided_json": {"$ref": "http://x/y"}}, "guided_json", "http://x/y"),
         ({"guided_regex": "[0-9"}, "guided_regex", "unclosed character class"),
         ({"guided_regex": 5}, "guided_regex", "string"),

@@ -104,6 +104,13 @@ def test_the_arguments_of_a_call_may_be_any_text(server, arguments, shown):
     assert f"|{shown}]" in prompt_of(server, RESPONSES, input=[USER, item, USER])
 
 
+def test_a_call_in_a_chat_may_have_no_arguments(server):
+    for function in ({"name": "f"}, {"name": "f", "arguments": None}):
+        call = {"id": "c", "type": "function", "function": function}
+        message = {"role": "assistant", "content": None, "tool_calls": [call]}
+        assert "|{}]" in prompt_of(server, CHAT, messages=[message, USER])
+
+
 @each_row(
     "arguments, shown",
     [
@@ -194,7 +201,7 @@ def test_allowed_tools_are_the_only_ones_that_the_model_sees(server, path):
         grammar = server.engine.requests[-1].grammar
         assert bool(grammar) == (mode == "required")
         if grammar:
-            assert [f'name\\": \\"{name}' in grammar for name in "fgh"] == [True, False, True]
+            assert [f'\\"{name}\\"' in grammar for name in "fgh"] == [True, False, True]
 
 
 @pytest.mark.parametrize("path", [CHAT, RESPONSES])

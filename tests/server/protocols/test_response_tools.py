@@ -210,7 +210,7 @@ def test_reasoning_is_an_item_of_the_output(server):
         ({"tools": [], "tool_choice": "required"}, "tool_choice", "no tools"),
         ({"tool_choice": {"type": "function", "name": "g"}}, "tool_choice", "'g'"),
         ({"tool_choice": {"type": "web_search_preview"}}, "tool_choice", "web_search_preview"),
-        ({"text": {"format": {"type": "json_object"}}}, "tools", "text"),
+        ({"structured_outputs": {"regex": "a+"}}, "tools", "structured_outputs"),
         ({"guided_regex": "a"}, "tools", "guided_regex"),
         ({"tool_choice": "required", "ignore_eos": True}, "ignore_eos", "structured output"),
         ({"include": ["message.output_text.logprobs"]}, "include", "calls"),

@@ -216,7 +216,7 @@ def test_an_error_in_mid_stream_is_a_failed_response(server):
         ({"max_output_tokens": 10**6}, "max_output_tokens"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"top_logprobs": 21, "include": LOGPROBS}, "top_logprobs"),
-        ({"include": ["file_search_call.results"]}, "include"),
+        ({"include": ["file_search_call.resultz"]}, "include"),
         ({"text": {"format": {"type": "json_schema"}}}, "text"),
         ({"text": {"format": {"type": "json_schema", "schema": {"type": 5}}}}, "text"),
         ({"text": {"format": {"type": "xml"}}}, "text"),

@@ -241,6 +241,102 @@ def test_a_schema_of_a_tool_may_refer_to_its_own_definitions(server):
     assert not accepts(grammar, head + '{"a": 2}}\n</tool_call>')
 
 
+def test_arguments_have_no_keys_that_the_tool_does_not_list_and_white_space_as_python(server):
+    parameters = {"type": "object", "properties": {"a": {"type": "string", "format": "path"}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    says(server, "x")
+    ask(server, tools=[tool], tool_choice="required")
+    grammar = server.engine.requests[-1].grammar
+    head, end = '<tool_call>\n{"name": "f", "arguments": ', "}\n</tool_call>"
+    texts = ('{"a": "x"}', "{}", '{"a":"x"}', '{"a": "x" }', '{"b": 1}', '{"a": "x", "b": 1}')
+    taken = [text for text in texts if accepts(grammar, head + text + end)]
+    assert taken == ['{"a": "x"}', "{}"]
+
+
+SIZE = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "size",
+        "schema": {"type": "object", "properties": {"big": {"type": "boolean"}}},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("template", "calls"),
+    [(HERMES, HERMES_CALLS[6:]), (LLAMA, LLAMA_CALLS)],
+    ids=["hermes", "llama"],
+)
+def test_with_a_schema_an_answer_is_calls_or_matches_the_schema(server, template, calls):
+    texts = (calls, '{"big": true}', '{"big": 1}', '{"other": 1}', "It rains.", calls + "{}")
+    says(server, '{"big": true}')
+    for fields, expected in (
+        ({}, (True, True, False, False, False, False)),
+        ({"tool_choice": "auto"}, (True, True, False, False, False, False)),
+        ({"tool_choice": "required"}, (True, False, False, False, False, False)),
+        ({"parallel_tool_calls": False}, (False, True, False, False, False, False)),
+        ({"tool_choice": "none"}, (False, True, False, False, False, False)),
+    ):
+        (choice,) = ask(server, template, response_format=SIZE, **fields).choices
+        assert choice.message.content == '{"big": true}', fields
+        assert choice.finish_reason == "stop"
+        grammar = server.engine.requests[-1].grammar
+        assert tuple(accepts(grammar, text) for text in texts) == expected, fields
+    says(server, calls)
+    (choice,) = ask(server, template, response_format=SIZE).choices
+    check_calls(choice.message.tool_calls)
+    assert choice.message.content is None
+    assert choice.finish_reason == "tool_calls"
+
+
+def test_a_form_may_begin_like_a_call_of_the_llama_format(server):
+    """The library reads the longest piece of a grammar that fits, and does not go back."""
+    schema = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    for text in ('{"name": "bob"}', '{"name": "weather-man"}'):
+        says(server, text)
+        (choice,) = ask(server, LLAMA, response_format=form).choices
+        assert accepts(server.engine.requests[-1].grammar, text), text
+        assert accepts(server.engine.requests[-1].grammar, LLAMA_CALLS)
+        assert choice.message.content == text
+        assert choice.message.tool_calls is None
+
+
+def test_with_any_json_object_an_answer_is_calls_or_an_object(server):
+    says(server, "{}")
+    for fields in (
+        {"response_format": {"type": "json_object"}},
+        {"structured_outputs": {"json_object": True}},
+    ):
+        assert post(server, **fields).status == 200
+        grammar = server.engine.requests[-1].grammar
+        assert accepts(grammar, '{"x": [1, null]}')
+        assert accepts(grammar, HERMES_CALLS[6:])
+        assert not accepts(grammar, "[1]")
+    assert post(server, structured_outputs={"json": {}}).status == 200
+    assert accepts(server.engine.requests[-1].grammar, "[1]")
+
+
+def test_responses_take_tools_with_a_schema(server):
+    tool = {"type": "function", "name": "weather", "parameters": PARAMETERS}
+    format_ = {"type": "json_schema", "name": "size", "schema": SIZE["json_schema"]["schema"]}
+    body = {
+        "input": "hi",
+        "tools": [tool],
+        "text": {"format": format_},
+        "chat_template_kwargs": {"chat_template": HERMES},
+    }
+    one = HERMES_CALLS[6:].partition('\n<tool_call>\n{"name": "time')[0]
+    for text, kind in (('{"big": true}', "message"), (one, "function_call")):
+        says(server, text)
+        answer = server.post("/v1/responses", body)
+        assert answer.status == 200, answer.error
+        assert [item["type"] for item in answer.json["output"]] == [kind]
+        assert accepts(server.engine.requests[-1].grammar, text)
+    server.post("/v1/responses", {**body, "tool_choice": "required"})
+    assert not accepts(server.engine.requests[-1].grammar, '{"big": true}')
+
+
 @each_row(
     "fields, param, said",
     [
@@ -255,7 +351,17 @@ def test_a_schema_of_a_tool_may_refer_to_its_own_definitions(server):
         ({"tools": [], "tool_choice": "required"}, "tool_choice", "no tools"),
         ({"tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice", "'g'"),
         ({"tool_choice": "always"}, "tool_choice", "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "tools", "response_format"),
+        ({"guided_regex": "a+"}, "tools", "guided_regex"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"schema": {"type": "foo"}},
+                }
+            },
+            "response_format",
+            "Invalid type: foo",
+        ),
         (
             {
                 "tool_choice": "required",

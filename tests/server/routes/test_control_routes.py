@@ -271,11 +271,14 @@ def test_one_request_is_aborted_by_its_name(server):
     server.engine.hold_at = 5
     body = {"input_ids": [[9, 9], [8, 8]], "rid": ["a", "b"]}
     body["sampling_params"] = {"max_new_tokens": 50, "ignore_eos": True}
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(3) as pool:
         two = pool.submit(server.post, "/generate", body)
+        named = pool.submit(server.post, COMPLETIONS, {**LONG, "request_id": "own"})
         other = pool.submit(lambda: server.post(COMPLETIONS, LONG, **{"X-Request-Id": "mine"}))
-        wait_for(lambda: server.engine.num_running == 3)
+        wait_for(lambda: server.engine.num_running == 4)
         assert server.post("/abort_request", {"rid": "b"}).json["aborted"] == 1
+        assert server.post("/abort_requests", {"request_ids": ["own"]}).json["aborted"] == 1
+        assert named.result().json["choices"][0]["finish_reason"] == "abort"
         assert server.post("/abort_requests", {"request_ids": ["mine", "x"]}).json["aborted"] == 1
         assert other.result().json["choices"][0]["finish_reason"] == "abort"
         server.engine.hold_at = None

@@ -6,13 +6,13 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from tokasaurus.model.backend.base import Attention
+from tokasaurus.model.backend.base import Attention, Rotation
 from tokasaurus.model.config import ModelConfig
 from tokasaurus.model.layers.attention import SelfAttention
 from tokasaurus.model.layers.linear import Embedding, Linear
 from tokasaurus.model.layers.mlp import GatedMLP
 from tokasaurus.model.layers.norm import RMSNorm
-from tokasaurus.model.layers.rotary import Rotary, Rotation
+from tokasaurus.model.layers.rotary import Rotary
 from tokasaurus.model.linear_methods.base import Sharding
 from tokasaurus.model.placement import Placement
 
@@ -29,9 +29,25 @@ class LlamaLayer(nn.Module):
         self.mlp_norm = RMSNorm(place, config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config, place)
 
-    def forward(self, x: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation, attention)
-        result: Tensor = x + self.mlp(self.mlp_norm(x))
+    def forward(
+        self, stream: Tensor, update: Tensor | None, rotation: Rotation, attention: Attention
+    ) -> Tensor:
+        """Runs the layer.
+
+        Args:
+            stream: the residual stream, [tokens, hidden]; it is changed.
+            update: of the layer before, which is not yet added to the stream. None if there is
+                none.
+            rotation: of this batch.
+            attention: of this batch.
+
+        Returns:
+            The layer's own update, which is not yet added to the stream.
+        """
+        norm = self.attention_norm
+        normed = norm(stream) if update is None else norm.of_sum(stream, update)
+        mixed = self.attention(normed, rotation, attention)
+        result: Tensor = self.mlp(self.mlp_norm.of_sum(stream, mixed))
         return result
 
 
@@ -80,7 +96,9 @@ class LlamaModel(nn.Module):
         self.has_tied_head = config.tie_word_embeddings
         is_tied = self.is_last and self.has_tied_head
         if self.is_first or is_tied:
-            self.embedding = Embedding(place, config.vocab_size, config.hidden_size)
+            self.embedding = Embedding(
+                place, config.vocab_size, config.hidden_size, multiplied=is_tied
+            )
         # By the layer's number in the checkpoint; in the KV cache, the stage's first is number 0.
         self.layers = nn.ModuleDict(
             {str(number): LlamaLayer(config, place, index) for index, number in enumerate(stage)}
@@ -100,7 +118,8 @@ class LlamaModel(nn.Module):
         """Runs one pass over a flat batch.
 
         Args:
-            x: ids, [tokens] int64; of a stage but the first, hidden states, [tokens, hidden].
+            x: ids, [tokens] int64; of a stage but the first, hidden states, [tokens, hidden],
+                which are changed.
             positions: [tokens] int64, the position of each token in its sequence.
             attention: of this batch; it also stores the batch's keys and values.
 
@@ -108,11 +127,12 @@ class LlamaModel(nn.Module):
             Hidden states, [tokens, hidden]; of the last stage, after the last norm.
         """
         rotation = self._rotary(positions)
-        if self.is_first:
-            x = self.embedding(x)
+        stream = self.embedding(x) if self.is_first else x
+        update = None
         for layer in self.layers.values():
-            x = layer(x, rotation, attention)
-        return self.norm(x) if self.is_last else x
+            update = layer(stream, update, rotation, attention)
+        assert update is not None  # a stage has a layer
+        return self.norm.of_sum(stream, update) if self.is_last else stream + update
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Turns [rows, hidden] of the last stage into [rows, vocabulary], in the model's dtype."""

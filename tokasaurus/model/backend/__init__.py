@@ -1,4 +1,4 @@
-"""Attention backends, and the choice between them.
+"""Backends, and the choice between them.
 
 Each kind of device may have kernels of its own; ``reference`` runs on all of them.
 """
@@ -10,12 +10,11 @@ import logging
 import torch
 
 from tokasaurus.errors import ConfigError
-from tokasaurus.model.backend.base import Backend
+from tokasaurus.model.backend.base import DEFAULT_OPTIONS, Backend, BackendOptions
 from tokasaurus.model.backend.cpu.compiled import CompiledBackend
 from tokasaurus.model.backend.reference import ReferenceBackend
-from tokasaurus.model.kv_cache import KVCache
 
-__all__ = ["make_backend"]
+__all__ = ["choose_backend"]
 
 log = logging.getLogger(__name__)
 
@@ -26,33 +25,34 @@ _BACKENDS: dict[str, tuple[type[Backend], ...]] = {
 }
 
 
-def make_backend(attention: str, cache: KVCache, num_heads: int, device: torch.device) -> Backend:
+def choose_backend(
+    attention: str, device: torch.device, options: BackendOptions = DEFAULT_OPTIONS
+) -> type[Backend]:
     """Chooses the backend.
 
     Args:
         attention: the name of a backend, or "auto" for the best one that runs on this machine.
-        cache: the pages to attend over.
-        num_heads: query heads.
-        device: of the cache.
+        device: of the model.
+        options: that the backend will get.
 
     Raises:
-        ConfigError: the backend cannot run on this device or machine.
+        ConfigError: the backend or the options cannot run on this device or machine.
     """
     backends = _BACKENDS[device.type]
     if attention == "auto":
-        return _best(backends)(cache, num_heads)
+        return _best(backends, options)
     for backend in backends:
         if backend.name == attention:
-            if reason := backend.why_not():
+            if reason := backend.why_not(options):
                 raise ConfigError(f"attention={attention}: {reason}, or set attention=auto")
-            return backend(cache, num_heads)
+            return backend
     names = " or ".join(backend.name for backend in backends)
     raise ConfigError(f"attention={attention} does not run on device={device.type}: set {names}")
 
 
-def _best(backends: tuple[type[Backend], ...]) -> type[Backend]:
+def _best(backends: tuple[type[Backend], ...], options: BackendOptions) -> type[Backend]:
     for backend in backends[:-1]:
-        reason = backend.why_not()
+        reason = backend.why_not(options)
         if reason is None:
             return backend
         log.warning("attention=%s cannot run, and others are slower: %s", backend.name, reason)

@@ -1,20 +1,32 @@
 """The seam between the model and the kernels of a device.
 
-A backend owns attention over the paged KV cache. It knows nothing of weights, slots' parameters or
-sampling. Tests compare every backend with dense attention; ``reference.py`` is the definition.
+A backend owns what happens between the matrix products of a layer: attention over the paged KV
+cache, and the element-wise work. It knows nothing of weights, slots' parameters or sampling. Tests
+compare every backend with ``reference.py``, which is the definition.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 from torch import Tensor
 
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
 
-__all__ = ["NO_GROUPS", "Attention", "Backend", "PrefixGroups", "SequenceRows"]
+__all__ = [
+    "DEFAULT_OPTIONS",
+    "NO_GROUPS",
+    "Attention",
+    "Backend",
+    "BackendOptions",
+    "HeadNorms",
+    "Operators",
+    "PrefixGroups",
+    "Rotation",
+    "SequenceRows",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,25 +87,99 @@ class SequenceRows:
     groups: PrefixGroups = NO_GROUPS
 
 
+class Rotation(NamedTuple):
+    """The angles of one batch: cosines and sines, each [rows, 1, head_dim / 2] in fp32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class HeadNorms(NamedTuple):
+    """RMS norms of each query head and each key head, before the rotation.
+
+    Attributes:
+        query: [head_dim], the weight.
+        key: [head_dim].
+        eps: is added to the mean of the squares.
+    """
+
+    query: Tensor
+    key: Tensor
+    eps: float
+
+
+class Operators(Protocol):
+    """The element-wise work between the products of a layer, on [rows, size] tensors."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight; the mean and the quotient are in fp32.
+
+        Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467. The quotient is rounded to the
+        dtype of x before it is multiplied by the weight.
+
+        Args:
+            x: [..., size], the last dimension is contiguous.
+            weight: [size].
+            eps: is added to the mean.
+        """
+        ...
+
+    def add_rms_norm(self, stream: Tensor, added: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Adds to the residual stream in place, and returns the norm of the sum.
+
+        Args:
+            stream: [rows, size], contiguous; it is changed.
+            added: [rows, size].
+            weight: [size].
+            eps: as for ``rms_norm``.
+        """
+        ...
+
+    def silu_multiply(self, gate_up: Tensor) -> Tensor:
+        """silu(gate) * up, [rows, size]; Shazeer 2020, https://arxiv.org/abs/2002.05202.
+
+        Args:
+            gate_up: [rows, 2 * size], gate in the left half.
+        """
+        ...
+
+
 class Attention(Protocol):
     """The attention of one batch, for all its layers."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Writes the rows' keys and values into their pages, then attends causally.
+    def attend(
+        self, layer: int, heads: Tensor, rotation: Rotation, norms: HeadNorms | None
+    ) -> Tensor:
+        """Norms and rotates, writes the rows' keys and values into their pages, attends causally.
 
         A row sees every position of its sequence up to its own. Scores are scaled by
         1 / sqrt(head_dim); query head h reads key/value head h // (heads / kv_heads).
 
         Args:
             layer: the index of the layer in the cache.
-            query: [rows, heads, head_dim]. Here and below the last two dimensions are contiguous.
-            key: [rows, kv_heads, head_dim], already rotated.
-            value: [rows, kv_heads, head_dim].
+            heads: [rows, heads + 2 * kv_heads, head_dim]: query, key and value heads. It is not
+                changed.
+            rotation: of these rows.
+            norms: of queries and keys; None if the model has none.
 
         Returns:
-            [rows, heads, head_dim] in the query's dtype, contiguous.
+            [rows, heads * head_dim] in the dtype of the heads, contiguous.
         """
         ...
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """What a user may choose about kernels.
+
+    Attributes:
+        instruction_set: of the processor, by the name of the flag; "auto" takes the best.
+    """
+
+    instruction_set: str = "auto"
+
+
+DEFAULT_OPTIONS = BackendOptions()
 
 
 class Backend(Protocol):
@@ -102,16 +188,28 @@ class Backend(Protocol):
     Args:
         cache: the pages to attend over.
         num_heads: query heads.
+        options: the same for all calls.
     """
 
     name: ClassVar[str]
     """The value of the flag ``attention`` that asks for it."""
 
-    def __init__(self, cache: KVCache, num_heads: int) -> None: ...
+    def __init__(
+        self, cache: KVCache, num_heads: int, options: BackendOptions = DEFAULT_OPTIONS
+    ) -> None: ...
 
     @classmethod
-    def why_not(cls) -> str | None:
-        """Why it cannot run on this machine, and the remedy; None if it can."""
+    def why_not(cls, options: BackendOptions) -> str | None:
+        """Why it cannot run on this machine, and the remedy; None if it can.
+
+        Raises:
+            ConfigError: these options exist on another machine only.
+        """
+        ...
+
+    @classmethod
+    def operators(cls, options: BackendOptions) -> Operators:
+        """The element-wise kernels. Called only if ``why_not`` returns None."""
         ...
 
     def plan(self, rows: SequenceRows) -> Attention:

@@ -1,4 +1,4 @@
-"""Paged attention in plain torch, on any device: every other backend's oracle and fallback.
+"""A backend in plain torch, for any device: every other backend's oracle and fallback.
 
 It gathers the pages of one sequence after the other. This defines what paged attention means; it is
 not fast.
@@ -24,7 +24,16 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from tokasaurus.model.backend.base import PrefixGroups, SequenceRows
+from tokasaurus.model.backend.base import (
+    DEFAULT_OPTIONS,
+    BackendOptions,
+    HeadNorms,
+    Operators,
+    PrefixGroups,
+    Rotation,
+    SequenceRows,
+)
+from tokasaurus.model.backend.reference_operators import REFERENCE_OPERATORS, norm_and_rotate
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.model.upload import upload_indices
 from tokasaurus.rounding import ceil_div
@@ -37,22 +46,28 @@ class ReferenceBackend:
 
     name: ClassVar[str] = "reference"
 
-    def __init__(self, cache: KVCache, num_heads: int) -> None:
-        self._cache = cache
+    def __init__(
+        self, cache: KVCache, num_heads: int, options: BackendOptions = DEFAULT_OPTIONS
+    ) -> None:
+        self._cache, self._num_heads = cache, num_heads
 
     @classmethod
-    def why_not(cls) -> str | None:
+    def why_not(cls, options: BackendOptions) -> str | None:
         return None
 
+    @classmethod
+    def operators(cls, options: BackendOptions) -> Operators:
+        return REFERENCE_OPERATORS
+
     def plan(self, rows: SequenceRows) -> ReferenceAttention:
-        return ReferenceAttention(self._cache, rows)
+        return ReferenceAttention(self._cache, self._num_heads, rows)
 
 
 class ReferenceAttention:
     """Implements ``Attention`` for one batch."""
 
-    def __init__(self, cache: KVCache, rows: SequenceRows) -> None:
-        self._cache = cache
+    def __init__(self, cache: KVCache, num_heads: int, rows: SequenceRows) -> None:
+        self._cache, self._num_heads = cache, num_heads
         device = rows.page_table.device
         self._row_ranges = list(itertools.pairwise(rows.query_starts.tolist()))
         self._lengths = rows.kv_lengths.tolist()
@@ -66,7 +81,12 @@ class ReferenceAttention:
         self._groups = rows.groups
         self._own_columns = _own_columns(rows.groups, rows.num_decodes)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(
+        self, layer: int, heads: Tensor, rotation: Rotation, norms: HeadNorms | None
+    ) -> Tensor:
+        query, key, value = norm_and_rotate(
+            heads, self._num_heads, self._cache.num_kv_heads, rotation, norms
+        )
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         keys[self._pages, :, self._offsets] = key
         values[self._pages, :, self._offsets] = value
@@ -83,7 +103,7 @@ class ReferenceAttention:
                 _gather(keys, pages, length),
                 _gather(values, pages, length),
             )
-        return output
+        return output.flatten(1)
 
     def _attend_in_groups(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Attention of the decode rows, [rows, heads, head_dim]."""

@@ -7,14 +7,12 @@ one ends.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from tokasaurus.model.backend.base import Attention
+from tokasaurus.model.backend.base import Attention, HeadNorms, Rotation
 from tokasaurus.model.config import ModelConfig
 from tokasaurus.model.layers.linear import Linear
 from tokasaurus.model.layers.norm import RMSNorm
-from tokasaurus.model.layers.rotary import Rotation, rotate
 from tokasaurus.model.linear_methods.base import Sharding
 from tokasaurus.model.placement import Placement
 
@@ -46,21 +44,18 @@ class SelfAttention(nn.Module):
             self.query_norm = RMSNorm(place, config.head_dim, config.rms_norm_eps)
             self.key_norm = RMSNorm(place, config.head_dim, config.rms_norm_eps)
         self._layer = layer
-        self._num_heads, self._num_kv_heads = config.num_heads, config.num_kv_heads
+        self._num_all_heads = config.num_heads + 2 * config.num_kv_heads
         self._head_dim = config.head_dim
 
     def forward(self, x: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
         """Maps [T, hidden] to the same shape."""
         #   one row of the product:  │ q heads (H) │ k heads (K) │ v heads (K) │
-        num_rotated = self._num_heads + self._num_kv_heads
-        heads = self.qkv(x).view(len(x), num_rotated + self._num_kv_heads, self._head_dim)
-        rotated, value = heads[:, :num_rotated], heads[:, num_rotated:]
-        if self.query_norm is not None and self.key_norm is not None:
-            query = self.query_norm(rotated[:, : self._num_heads])
-            key = self.key_norm(rotated[:, self._num_heads :])
-            rotated = torch.cat((query, key), dim=1)
-        rotated = rotate(rotated, rotation)
-        query, key = rotated[:, : self._num_heads], rotated[:, self._num_heads :]
-        mixed = attention.attend(self._layer, query, key, value)
-        result: Tensor = self.output(mixed.view(len(x), -1))
+        heads = self.qkv(x).view(len(x), self._num_all_heads, self._head_dim)
+        mixed = attention.attend(self._layer, heads, rotation, self._norms())
+        result: Tensor = self.output(mixed)
         return result
+
+    def _norms(self) -> HeadNorms | None:
+        if self.query_norm is None or self.key_norm is None:
+            return None
+        return HeadNorms(self.query_norm.weight, self.key_norm.weight, self.query_norm.eps)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from tokasaurus.model.config import ModelConfig
@@ -29,8 +28,8 @@ class GatedMLP(nn.Module):
         self.down = Linear(
             place, inner, {"": config.hidden_size}, Sharding.INPUTS, bias=config.mlp_bias
         )
+        self._operators = place.operators
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        result: Tensor = self.down(F.silu(gate) * up)
+        result: Tensor = self.down(self._operators.silu_multiply(self.gate_up(x)))
         return result

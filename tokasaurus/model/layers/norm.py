@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from tokasaurus.model import storage
@@ -12,14 +11,15 @@ __all__ = ["RMSNorm"]
 
 
 class RMSNorm(nn.Module):
-    """Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467, with the mean in fp32."""
+    """The weight of ``Operators.rms_norm``."""
 
     is_vocabulary = False
 
     def __init__(self, place: Placement, size: int, eps: float) -> None:
         super().__init__()
         self.weight = place.empty(size)
-        self._eps = eps
+        self.eps = eps
+        self._operators = place.operators
 
     def tensors(self) -> dict[tuple[str, str], tuple[int, ...]]:
         """Implements ``Fillable``."""
@@ -41,6 +41,8 @@ class RMSNorm(nn.Module):
         storage.restore(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.float32)
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._eps)
-        return self.weight * (wide * scale).to(x.dtype)
+        return self._operators.rms_norm(x, self.weight, self.eps)
+
+    def of_sum(self, stream: Tensor, added: Tensor) -> Tensor:
+        """Adds to the residual stream in place, and returns the norm of the sum."""
+        return self._operators.add_rms_norm(stream, added, self.weight, self.eps)

@@ -1,13 +1,13 @@
-"""Rotary position embeddings: the inverse frequencies of each kind, and the rotation of heads."""
+"""Rotary position embeddings: the inverse frequencies of each kind, and the angles of a batch."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tokasaurus.model.backend.base import Rotation
 from tokasaurus.model.rope_config import (
     DefaultRope,
     LinearRope,
@@ -16,14 +16,7 @@ from tokasaurus.model.rope_config import (
     YarnRope,
 )
 
-__all__ = ["Rotary", "Rotation", "rotate"]
-
-
-class Rotation(NamedTuple):
-    """The angles of one batch: cosines and sines, each [tokens, 1, head_dim / 2] in fp32."""
-
-    cos: Tensor
-    sin: Tensor
+__all__ = ["Rotary"]
 
 
 class Rotary:
@@ -40,17 +33,6 @@ class Rotary:
     def __call__(self, positions: Tensor) -> Rotation:
         angles = (positions.to(torch.float32)[:, None] * self._frequencies)[:, None, :]
         return Rotation(angles.cos() * self._scale, angles.sin() * self._scale)
-
-
-def rotate(heads: Tensor, rotation: Rotation) -> Tensor:
-    """Rotates [tokens, heads, head_dim], pairing component i with i + head_dim / 2.
-
-    The product is in fp32, whatever the dtype of the heads.
-    """
-    left, right = heads.chunk(2, dim=-1)
-    cos, sin = rotation
-    rotated = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
-    return rotated.to(heads.dtype)
 
 
 def _frequencies(rope: RopeConfig, head_dim: int) -> tuple[Tensor, float]:

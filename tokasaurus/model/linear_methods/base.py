@@ -85,7 +85,7 @@ class LinearMethod(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """Frees the memory of the tensors. Those of another module are left to that module."""
+        """Frees the memory of the tensors."""
 
     @abstractmethod
     def restore(self) -> None:
@@ -94,3 +94,11 @@ class LinearMethod(ABC):
     @abstractmethod
     def apply(self, x: Tensor) -> Tensor:
         """Multiplies [rows, in] to [rows, out]."""
+
+    @abstractmethod
+    def rows(self, ids: Tensor) -> Tensor:
+        """Chosen rows of the weight, [ids, in]: what an embedding looks up.
+
+        Args:
+            ids: [ids] int64, on the device of the weight.
+        """

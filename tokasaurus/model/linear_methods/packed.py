@@ -1,43 +1,87 @@
-"""Weights packed once for oneDNN, the matrix library of the CPU.
+"""Weights packed once into panels, and multiplied by a kernel of ours on the CPU.
 
-``F.linear`` repacks a weight at every call, which costs most where a batch has few rows. The two
-operators here are private ones of torch, which its inductor uses when it freezes a model: so they
-are probed, and ``why_not`` says what is missing.
+``F.linear`` repacks a weight at every call, which costs most where a batch has few rows: when it
+decodes. ``packed.cpp`` has the layout and the loops.
 """
 
 from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tokasaurus.model import storage
+from tokasaurus.model.backend.cpu.build import BuildError, load_library
 from tokasaurus.model.linear_methods.base import LinearMethod, LinearSpec
 from tokasaurus.model.placement import Placement
 
 __all__ = ["PackedLinear", "why_not"]
 
+_SOURCE = Path(__file__).with_name("packed.cpp")
+_ELEMENTS = {torch.float32: 0, torch.bfloat16: 1}
+
+# Numbers of a weight that justify another thread.
+_SIZE_PER_THREAD = 1 << 15
+
+
+class _Product(ctypes.Structure):
+    """Mirrors ``Product`` of the C++ file."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("x_stride", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "y")),
+        *((name, ctypes.c_int64) for name in ("rows", "in_size", "out_size")),
+        *((name, ctypes.c_int32) for name in ("element", "num_threads")),
+    )
+
+
+@cache
+def _library(instruction_set: str) -> ctypes.CDLL:
+    library = load_library(_SOURCE, instruction_set)
+    pointer, number, element = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    library.tokasaurus_product_size.restype = number
+    library.tokasaurus_packed_size.argtypes = [number, number, element]
+    library.tokasaurus_packed_size.restype = number
+    library.tokasaurus_pack.argtypes = [pointer, number, number, number, element, pointer]
+    library.tokasaurus_unpack.argtypes = [pointer, pointer, number, number, element, pointer]
+    library.tokasaurus_multiply.argtypes = [ctypes.POINTER(_Product)]
+    for function in ("tokasaurus_pack", "tokasaurus_unpack", "tokasaurus_multiply"):
+        getattr(library, function).restype = None
+    if library.tokasaurus_product_size() != ctypes.sizeof(_Product):
+        raise BuildError("the compiler lays out the kernel's arguments in an unexpected way")
+    return library
+
 
 class PackedLinear(LinearMethod):
-    """Multiplies by a weight in oneDNN's own layout.
-
-    While parts are filled there is a plain weight in place of the packed one. The last part packs
-    it. So of a whole model, few weights exist twice at any time.
+    """Multiplies by a weight that lies in panels. There is no other copy of it.
 
     Args:
         spec: the product.
-        place: dtype of the tensors; the device is the CPU.
-        tied: [out, in], the weight of another module, which fills it and keeps it; None if the
-            product has its own.
+        place: dtype of the tensors, fp32 or bf16; the device is the CPU.
+
+    Raises:
+        BuildError: the kernel cannot be built on this machine.
     """
 
-    def __init__(self, spec: LinearSpec, place: Placement, tied: Tensor | None = None) -> None:
-        self._spec = spec
-        self._place = place
-        self._tied = tied
-        self._plain: Tensor | None = None
-        self._packed: Tensor | None = None
-        self._unfilled: set[str] = set()
+    def __init__(self, spec: LinearSpec, place: Placement) -> None:
+        self._spec, self._dtype = spec, place.dtype
+        self._library = _library(place.instruction_set)
+        self._multiply = self._library.tokasaurus_multiply
+        self._element = _ELEMENTS[place.dtype]
+        size = self._library.tokasaurus_packed_size(spec.out_size, spec.in_size, self._element)
+        # Zero, since padding is multiplied too.
+        self._packed = torch.zeros(size, dtype=place.dtype)
         self._bias = place.empty(spec.out_size) if spec.bias else None
+        self._out_size = spec.out_size
+        self._most_threads = 1 + spec.out_size * spec.in_size // _SIZE_PER_THREAD
+        self._arguments = _Product(
+            in_size=spec.in_size, out_size=spec.out_size, element=self._element
+        )
+        self._reference = ctypes.byref(self._arguments)
 
     def fill(self, part: str, kind: str, tensor: Tensor) -> None:
         rows = self._spec.rows(part)
@@ -45,52 +89,67 @@ class PackedLinear(LinearMethod):
             assert self._bias is not None
             self._bias[rows].copy_(tensor)
             return
-        if self._plain is None:
-            self._packed = None
-            self._plain = self._place.empty(self._spec.out_size, self._spec.in_size)
-            self._unfilled = set(self._spec.parts)
-        self._plain[rows].copy_(tensor)
-        self._unfilled.discard(part)
-        if not self._unfilled:
-            self._pack(self._plain)
-            self._plain = None
+        plain = tensor.to("cpu", self._dtype).contiguous()
+        self._library.tokasaurus_pack(
+            plain.data_ptr(),
+            len(plain),
+            self._spec.in_size,
+            rows.start,
+            self._element,
+            self._packed.data_ptr(),
+        )
 
     def finish(self) -> None:
-        if self._tied is not None:
-            self._packed = None
-            self._pack(self._tied)
-        assert self._packed is not None
+        """Does nothing: each tensor is in its place."""
 
     def release(self) -> None:
-        self._plain = self._packed = None
+        storage.release(self._packed)
         if self._bias is not None:
             storage.release(self._bias)
 
     def restore(self) -> None:
+        storage.restore(self._packed)
+        self._packed.zero_()
         if self._bias is not None:
             storage.restore(self._bias)
 
     def apply(self, x: Tensor) -> Tensor:
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self._packed, self._bias, "none", [], ""
-        )
-        return result
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        num_rows = x.shape[0]
+        y = torch.empty(num_rows, self._out_size, dtype=self._dtype)
+        arguments = self._arguments
+        arguments.x, arguments.x_stride = x.data_ptr(), x.stride(0)
+        arguments.y, arguments.rows = y.data_ptr(), num_rows
+        arguments.weight = self._packed.data_ptr()
+        if self._bias is not None:
+            arguments.bias = self._bias.data_ptr()
+        arguments.num_threads = min(torch.get_num_threads(), self._most_threads)
+        self._multiply(self._reference)
+        return y
 
-    def _pack(self, weight: Tensor) -> None:
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    def rows(self, ids: Tensor) -> Tensor:
+        ids = ids.contiguous()
+        found = torch.empty(len(ids), self._spec.in_size, dtype=self._dtype)
+        self._library.tokasaurus_unpack(
+            self._packed.data_ptr(),
+            ids.data_ptr(),
+            len(ids),
+            self._spec.in_size,
+            self._element,
+            found.data_ptr(),
+        )
+        return found
 
 
 def why_not(place: Placement) -> str | None:
     """Why weights of this dtype cannot be packed on this device; None if they can."""
     if place.device.type != "cpu":
         return "it is for device=cpu"
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return "this build of torch has no oneDNN"
+    if place.dtype not in _ELEMENTS:
+        return f"it is for fp32 and bf16, not for {place.dtype}"
     try:
-        with torch.inference_mode():
-            weight = torch.ones(2, 2, dtype=place.dtype)
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-            torch.ops.mkldnn._linear_pointwise(weight, packed, None, "none", [], "")
-    except (AttributeError, RuntimeError) as error:
-        return f"this torch or processor cannot pack {place.dtype}: {error}"
+        _library(place.instruction_set)
+    except BuildError as error:
+        return f"no kernel can be built: {error}; install g++"
     return None

@@ -18,13 +18,11 @@ class PlainLinear(LinearMethod):
     Args:
         spec: the product.
         place: dtype and device of the tensors.
-        tied: [out, in], the weight of another module, which fills it; None if it has its own.
     """
 
-    def __init__(self, spec: LinearSpec, place: Placement, tied: Tensor | None = None) -> None:
+    def __init__(self, spec: LinearSpec, place: Placement) -> None:
         self._spec = spec
-        self._is_tied = tied is not None
-        self.weight = place.empty(spec.out_size, spec.in_size) if tied is None else tied
+        self.weight = place.empty(spec.out_size, spec.in_size)
         self.bias = place.empty(spec.out_size) if spec.bias else None
 
     def fill(self, part: str, kind: str, tensor: Tensor) -> None:
@@ -36,14 +34,16 @@ class PlainLinear(LinearMethod):
         """Does nothing: each tensor is in its place."""
 
     def release(self) -> None:
-        storage.release(*self._own_tensors())
+        storage.release(*self._tensors())
 
     def restore(self) -> None:
-        storage.restore(*self._own_tensors())
+        storage.restore(*self._tensors())
 
     def apply(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
 
-    def _own_tensors(self) -> list[Tensor]:
-        weights = [] if self._is_tied else [self.weight]
-        return weights if self.bias is None else [*weights, self.bias]
+    def rows(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+    def _tensors(self) -> list[Tensor]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import logging
+from dataclasses import replace
 
 from tokasaurus.errors import ConfigError
 from tokasaurus.model.linear_methods import packed
@@ -11,7 +12,9 @@ from tokasaurus.model.linear_methods.packed import PackedLinear
 from tokasaurus.model.linear_methods.plain import PlainLinear
 from tokasaurus.model.placement import Placement
 
-__all__ = ["check_linear", "make_linear"]
+__all__ = ["choose_linear", "make_linear"]
+
+log = logging.getLogger(__name__)
 
 _METHODS: dict[str, type[PlainLinear] | type[PackedLinear]] = {
     "plain": PlainLinear,
@@ -19,12 +22,24 @@ _METHODS: dict[str, type[PlainLinear] | type[PackedLinear]] = {
 }
 
 
-def check_linear(place: Placement) -> None:
-    """Raises ConfigError where the method of this placement cannot run here; says why."""
-    if place.linear == "packed" and (reason := packed.why_not(place)):
-        raise ConfigError(f"linear=packed cannot run here: {reason}; linear=plain can")
+def choose_linear(place: Placement) -> Placement:
+    """The placement with a method that runs there in place of ``auto``.
+
+    Raises:
+        ConfigError: the method that the placement names cannot run there.
+    """
+    if place.linear == "plain":
+        return place
+    reason = packed.why_not(place)
+    if place.linear == "packed":
+        if reason is not None:
+            raise ConfigError(f"linear=packed cannot run here: {reason}; linear=plain can")
+        return place
+    if reason is not None and place.device.type == "cpu":
+        log.warning("linear=packed cannot run, and linear=plain is slower: %s", reason)
+    return replace(place, linear="plain" if reason else "packed")
 
 
-def make_linear(spec: LinearSpec, place: Placement, tied: Tensor | None = None) -> LinearMethod:
-    """The method of this placement for one product; see ``PlainLinear`` for the arguments."""
-    return _METHODS[place.linear](spec, place, tied)
+def make_linear(spec: LinearSpec, place: Placement) -> LinearMethod:
+    """The method of this placement for one product."""
+    return _METHODS[place.linear](spec, place)

@@ -31,8 +31,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokasaurus.errors import ProtocolError, RequestError
-from tokasaurus.grammars import GrammarCompiler, Vocabulary
+from tokasaurus.grammars import GrammarCompiler, Vocabulary, holds_json
 from tokasaurus.model.download import Download
+from tokasaurus.model.sampling.digits import DigitLimit, JsonText
 from tokasaurus.model.upload import upload, upload_indices
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import SlotGrammar, SlotParameters
@@ -216,11 +217,14 @@ class _Work:
     # [slots, 32-bit words of the vocabulary]
     masks: Int32Array
     _only_eos: NDArray[np.uint8]
+    _digit_limit: DigitLimit
 
     def __init__(self, num_slots: int, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
         self._matchers: list[llguidance.LLMatcher | None] = [None] * num_slots
+        # The texts of slots whose grammar is of JSON.
+        self._texts: dict[int, JsonText] = {}
         self.given_up = np.zeros(num_slots, np.bool_)
 
     def start(self, load_vocabulary: Callable[[], Vocabulary]) -> None:
@@ -232,22 +236,29 @@ class _Work:
         self._only_eos = np.zeros(num_words * 4, np.uint8)
         for token_id in vocabulary.eos_token_ids:
             self._only_eos[token_id // 8] |= 1 << token_id % 8
+        self._digit_limit = DigitLimit(vocabulary.tokens, num_words)
 
     def enter(self, grammar: SlotGrammar) -> None:
         slots = grammar.slots.tolist()
         ends = np.cumsum(grammar.num_generated)
         compiled = self._compile(grammar.text)
+        is_json = holds_json(grammar.text)
         for slot, ids in zip(slots, np.split(grammar.generated_ids, ends[:-1]), strict=True):
             matcher = compiled.deep_copy() if compiled is not None else None
             if matcher is not None and len(ids):
                 matcher.consume_tokens(ids.tolist())
             self._matchers[slot] = matcher
+            self._texts.pop(slot, None)
+            if is_json:
+                self._texts[slot] = self._digit_limit.begin()
+                self._texts[slot].extend(ids.tolist())
         self.given_up[slots] = False
         self._fill(slots)
 
     def leave(self, slots: list[int]) -> None:
         for slot in slots:
             self._matchers[slot] = None
+            self._texts.pop(slot, None)
 
     def advance(self, drawing: list[int], rows: NDArray[np.intp], token_ids: Download) -> None:
         """Takes the token of each slot that draws, from its row. Waits until they arrive."""
@@ -263,6 +274,8 @@ class _Work:
                 continue
             pairs.append((matcher, token_id))
             slots.append(slot)
+            if slot in self._texts:
+                self._texts[slot].extend([token_id])
         if pairs:
             self._pool.consume_token_par(pairs)
             self._fill(slots)
@@ -297,6 +310,8 @@ class _Work:
         for matcher, slot in pairs:
             if matcher.is_error():
                 self._give_up(slot)
+            elif slot in self._texts:
+                self._digit_limit.apply(self._texts[slot], self.masks[slot])
 
     def _give_up(self, slot: int) -> None:
         matcher = self._matchers[slot]

@@ -18,7 +18,7 @@ from tokasaurus.checkpoint_files import checkpoint_files
 from tokasaurus.model.architectures.llama_model import LlamaModel
 from tokasaurus.model.architectures.registry import get_model_cls
 from tokasaurus.model.config import ModelConfig
-from tokasaurus.model.linear_methods.registry import check_linear
+from tokasaurus.model.linear_methods.registry import choose_linear
 from tokasaurus.model.placement import Placement
 from tokasaurus.model.weights.dummy import dummy_tensors
 from tokasaurus.model.weights.weight_files import WeightFiles
@@ -54,7 +54,7 @@ def load_model(
         ConfigError: the linear method of ``place`` cannot run here.
     """
     started = time.perf_counter()
-    check_linear(place)
+    place = choose_linear(place)
     # The files are looked at first: if one is missing or damaged, no memory is allocated.
     files = _open_checkpoint(Path(path)) if load_format == "auto" else None
     with files or contextlib.nullcontext():

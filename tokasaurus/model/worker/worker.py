@@ -20,7 +20,8 @@ import torch
 from tokasaurus.config.slices import WorkerConfig
 from tokasaurus.errors import ProtocolError
 from tokasaurus.grammars import Vocabulary
-from tokasaurus.model.backend import make_backend
+from tokasaurus.model.backend import choose_backend
+from tokasaurus.model.backend.base import BackendOptions
 from tokasaurus.model.download import Download
 from tokasaurus.model.facts import read_model_config
 from tokasaurus.model.kv_cache import KVCache
@@ -65,7 +66,7 @@ class Worker:
 
     Raises:
         ModelError: the checkpoint cannot be served. It names the file, tensor or field.
-        ConfigError: the attention asked for is not available on this machine.
+        ConfigError: the attention or instruction set asked for is not available on this machine.
     """
 
     def __init__(
@@ -76,7 +77,15 @@ class Worker:
             torch.set_num_threads(config.num_threads)
         self._config = config
         self._device = torch.device(config.device)
-        place = Placement(_DTYPES[config.dtype], self._device, config.linear)
+        options = BackendOptions(config.instruction_set)
+        backend = choose_backend(config.attention, self._device, options)
+        place = Placement(
+            _DTYPES[config.dtype],
+            self._device,
+            config.linear,
+            backend.operators(options),
+            config.instruction_set,
+        )
         model_config = read_model_config(config.model_path, config.rope_scaling)
         self._vocab_size = model_config.vocab_size
         self._matchers = Matchers(config.num_slots, self._vocab_size, load_vocabulary)
@@ -92,8 +101,9 @@ class Worker:
             dtype=place.dtype,
             device=place.device,
         )
-        backend = make_backend(config.attention, self._cache, model_config.num_heads, self._device)
-        self._runner = EagerRunner(self._model, backend)
+        self._runner = EagerRunner(
+            self._model, backend(self._cache, model_config.num_heads, options)
+        )
         self._controls = Controls(self.weights, files, self._cache, self._runner, self._device)
         self._state = SlotState(
             num_slots=config.num_slots,

@@ -46,6 +46,8 @@ class Execution:
         self._interruption: TokasaurusError | None = None
         self._generations: list[Generation] = []
         streams = task.stream is not None
+        request_id = task.request.request_id
+        names = (name,) if request_id is None else (name, request_id)
         for position, prompt in enumerate(task.prompts):
             self._generations.append(
                 table.start(
@@ -53,7 +55,7 @@ class Execution:
                     stream=streams,
                     on_change=partial(self._note, position),
                     client=client,
-                    names=(name, *task.names[position : position + 1]) if name else (),
+                    names=(*names, *task.names[position : position + 1]) if name else (),
                 )
             )
         self._unfinished = set(range(len(task.prompts)))

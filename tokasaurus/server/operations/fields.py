@@ -17,6 +17,7 @@ __all__ = ["HARMLESS", "without_harmless"]
 
 _BOTH = (True, False)
 _ANY_STRING = str
+_NO_OBJECT: tuple[Any, ...] = ({},)
 
 HARMLESS: Mapping[str, tuple[Any, ...]] = {
     # OpenAI: sampling
@@ -52,49 +53,66 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "add_special_tokens": (True,),
     "allowed_token_ids": (),
-    "cache_salt": (),
+    "bootstrap_pair_key": (),
+    "cache_salt": ("",),
     "cartridges": ([],),
     "bootstrap_host": (),
     "bootstrap_port": (),
     "bootstrap_room": (),
     "chat_template": (),
-    "custom_labels": (),
-    "custom_params": (),
+    "conversation_id": (_ANY_STRING,),
+    "custom_labels": _NO_OBJECT,
+    "custom_params": _NO_OBJECT,
     "data_parallel_rank": (),
     "disagg_prefill_dp_rank": (),
     "continue_final_message": (False,),
     "custom_logit_processor": (),
+    "decode_tp_size": (),
     "detokenize": (True,),
     "documents": ([],),
     "early_stopping": (False,),
     "enable_response_messages": (False,),
-    "ec_transfer_params": (),
-    "extra_key": (),
+    "ec_transfer_params": _NO_OBJECT,
+    "external_trace_header": _NO_OBJECT,
+    "extra_key": ("",),
     "guided_whitespace_pattern": (),
     "images_config": (),
     "include_reasoning": (True,),
     "include_stop_str_in_output": (False,),
-    "kv_transfer_params": (),
+    "kv_router_hint": _NO_OBJECT,
+    "kv_transfer_params": _NO_OBJECT,
     "length_penalty": (1,),
-    "logits_processors": (),
+    "image_max_dynamic_patch": (),
+    "logits_processors": ([],),
     "logprob_token_ids": (),
     "lora_path": (),
     "max_dynamic_patch": (),
-    "media_io_kwargs": (),
+    "max_thinking_tokens": (),
+    "media_io_kwargs": _NO_OBJECT,
     "min_dynamic_patch": (),
-    "mm_processor_kwargs": (),
+    "mm_content_hashes": ([],),
+    "mm_hashes": ([],),
+    "mm_processor_kwargs": _NO_OBJECT,
+    "multi_item_delimiter_indices": ([],),
     "no_stop_trim": (False,),
     "ngram_corpus_id": (),
+    "positional_embed_overrides": (),
     "previous_input_messages": ([],),
-    "repetition_detection": (),
-    "request_id": (),
+    "prompt_embeds": ([],),
+    "repetition_detection": _NO_OBJECT,
+    "require_reasoning": (False,),
     "return_cached_tokens_details": (False,),
+    "return_entropy": (False,),
+    "return_flat_raw_top_logprobs": (False,),
+    "return_flat_raw_top_logprobs_b64": (False,),
     "return_hidden_states": (False,),
+    "return_indexer_topk": (False,),
     "return_meta_info": (False,),
     "return_mm_kwargs": _BOTH,
     "return_prompt_text": (False,),
     "return_prompt_token_ids": (False,),
     "return_routed_experts": (False,),
+    "return_sampling_mask": (False,),
     "return_token_ids": (False,),
     "return_token_offsets": (False,),
     "return_tokens_as_token_ids": (False,),
@@ -102,22 +120,28 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "routed_dp_rank": (),
     "routed_experts_prompt_start": (0,),
     "routed_experts_start_len": (0,),
+    "routing_key": (_ANY_STRING,),  # there is one engine to route to
     "separate_reasoning": (True,),
-    "session_params": (),
+    "session_params": _NO_OBJECT,
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
-    "stop_regex": (),
+    "stop_regex": ("", []),
     "stream_interval": (1,),
     "stream_reasoning": (True,),
     "task": (),
-    "thinking_token_budget": (),
+    "thinking_token_budget": (-1,),
     "truncate_prompt_tokens": (),
     "use_audio_in_video": (False,),
     "use_beam_search": (False,),
-    "vllm_xargs": (),
+    "video_config": _NO_OBJECT,
+    "video_max_dynamic_patch": (),
+    "vllm_xargs": _NO_OBJECT,
     "watermarking": (False,),
 }
-"""Null is harmless everywhere, and not listed. A type stands for all its values."""
+"""Null is harmless everywhere, and not listed. A type stands for all its values.
+
+The newest fields of vLLM's and SGLang's requests are in ``peer_fields`` of the tests.
+"""
 
 _REASONS: Mapping[str, str] = {
     "access_programs": "this server runs no programs",
@@ -125,6 +149,7 @@ _REASONS: Mapping[str, str] = {
     "audio": "answers are text",
     "background": "a response is answered while its client waits; use a batch",
     "best_of": "every sample is returned; ask for n samples",
+    "cache_salt": "the cache of prefixes has no partitions",
     "chat_template": "set it in chat_template_kwargs",
     "context_management": "the conversation is used as it is",
     "continue_final_message": "it is an argument of chat templates",
@@ -134,16 +159,21 @@ _REASONS: Mapping[str, str] = {
     "guided_whitespace_pattern": "set whitespace_pattern in structured_outputs",
     "image": "answers are text",
     "input_ids": "the token ids of a chat are called ids here",
-    "max_tool_calls": "the client makes the calls, so it counts them",
+    "max_tool_calls": "it must be a number",
+    "messages": "this request takes texts or token ids in input",
     "modalities": "answers are text",
     "moderation": "this server moderates nothing",
     "prediction": "nothing is predicted from it",
+    "previous_input_messages": "send the whole input",
+    "previous_response": "send the whole input",
     "previous_response_id": "this server keeps no responses; send the whole input",
     "prompt": "this server keeps no prompts; send instructions and input",
     "prompt_cache_options": "the cache of prefixes needs no options",
     "reasoning": "it is an argument of chat templates",
     "reasoning_effort": "it is an argument of chat templates",
+    "prompt_embeds": "prompts are texts or token ids",
     "return_token_ids": "the ids are in system_fingerprint",
+    "rid": "name the request in request_id",
     "store": "it must be true or false",
     "suffix": ("text is only added after the prompt; write a fill-in-the-middle prompt yourself"),
     "thinking_token_budget": "reasoning has no limit of its own; set max_tokens",
@@ -169,23 +199,26 @@ def without_harmless(
         where: what stands before a field's name in errors.
 
     Raises:
-        RequestError: a field is unknown, or has a value that is not supported; names it.
+        RequestError: a field is unknown, or has a value that is not supported; names it. An
+            unknown field that is null is as good as left out.
     """
     fields = {}
     for name, value in body.items():
         if name in supported:
             fields[name] = value
+        elif value is None:
+            continue
         elif name not in harmless:
             raise RequestError(_unknown(where + name, name, supported), where + name)
-        elif value is not None and not any(_matches(value, each) for each in harmless[name]):
+        elif not any(_matches(value, each) for each in harmless[name]):
             raise RequestError(where + _unsupported(name, value), where + name)
     return fields
 
 
 def _matches(value: Any, harmless: Any) -> bool:
-    if isinstance(harmless, type):
-        return isinstance(value, harmless)
     # True is 1 to Python.
+    if isinstance(harmless, type):
+        return isinstance(value, harmless) and not isinstance(value, bool)
     return isinstance(value, bool) == isinstance(harmless, bool) and bool(value == harmless)
 
 

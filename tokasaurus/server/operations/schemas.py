@@ -8,6 +8,7 @@ refuses the same values in the same words.
 from __future__ import annotations
 
 import dataclasses
+import uuid
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
@@ -33,7 +34,7 @@ __all__ = [
     "parse",
 ]
 
-_MAX_USER_CHARS = 512
+_MAX_NAME_CHARS = 512
 
 _TIER_PRIORITIES = {"flex": 1000, "priority": -1000}
 """The priority of a request in another service tier than the default one."""
@@ -91,8 +92,14 @@ class RequestBody(StrictSchema):
 class EngineRequest(RequestBody):
     """What requests that run on the engine have in common."""
 
-    user: Annotated[str, Field(max_length=_MAX_USER_CHARS)] | None = None
+    user: Annotated[str, Field(max_length=_MAX_NAME_CHARS)] | None = None
     """The person whom the request is for. Users get equal shares of the engine."""
+    request_id: Annotated[str, Field(min_length=1, max_length=_MAX_NAME_CHARS)] | None = None
+    """A name for the request, beside its ``X-Request-Id``. The answer's id ends with it."""
+
+    def answer_id(self, prefix: str) -> str:
+        """The id of the answer."""
+        return prefix + (self.request_id or uuid.uuid4().hex)
 
     @property
     def needs_grammar(self) -> bool:
@@ -201,6 +208,11 @@ class GenerationRequest(EngineRequest):
         """The field that says what the text must be; None if the text is free."""
         return next(iter(self._forms), None)
 
+    @property
+    def form(self) -> Any:
+        """What the text must be, as ``SamplingParams`` says it; None if the text is free."""
+        return next(iter(self._forms.values()), None)
+
     @cached_property
     def _forms(self) -> Mapping[str, Any]:
         """What the text must be, as ``SamplingParams`` says it, by the field that says it here.
@@ -261,7 +273,7 @@ class GenerationRequest(EngineRequest):
             "logprobs": num_logprobs,
             "logprobs_mode": mode,
             "priority": self._priority,
-            "structured_outputs": next(iter(self._forms.values()), None),
+            "structured_outputs": self.form,
         }
         given = {name: getattr(self, name) for name in _SHARED_FIELDS}
         given = {name: value for name, value in given.items() if value is not None}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
@@ -32,13 +32,43 @@ S = TypeVar("S", bound=StrictSchema)
 
 
 def validated(fields: Any, schema: type[S]) -> S:
-    """Reads decoded JSON. Raises RequestError if it does not fit the schema; names the field."""
+    """Reads decoded JSON. Raises RequestError if it does not fit the schema; names the field.
+
+    An unknown field that is null is as good as left out, at any depth: it is removed.
+    """
     if not isinstance(fields, dict):
         raise RequestError("the body must be a JSON object")
     try:
         return schema.model_validate(fields)
     except ValidationError as error:
+        nulls = [each["loc"] for each in error.errors() if _is_unknown_null(each)]
+        if not nulls:
+            raise _as_request_error(error) from None
+    for location in nulls:
+        _remove(fields, location)
+    try:
+        return schema.model_validate(fields)
+    except ValidationError as error:
         raise _as_request_error(error) from None
+
+
+def _is_unknown_null(error: ErrorDetails) -> bool:
+    return error["type"] == "extra_forbidden" and error["input"] is None
+
+
+def _remove(fields: Any, location: Sequence[str | int]) -> None:
+    """Removes a field that is null.
+
+    Pydantic's names for members of unions are in its location, and are skipped. The field stays if
+    a client's field has such a name.
+    """
+    *steps, name = location
+    for step in steps:
+        known: Any = range(len(fields)) if isinstance(fields, list) else fields
+        if isinstance(fields, list | dict) and step in known:
+            fields = cast(Any, fields)[step]
+    if isinstance(fields, dict) and fields.get(name) is None:
+        fields.pop(name, None)
 
 
 def _as_request_error(error: ValidationError) -> RequestError:

@@ -8,7 +8,6 @@ answers line by line.
 from __future__ import annotations
 
 import time
-import uuid
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -51,7 +50,7 @@ class ChoicesWriter(StreamWriter):
         self._num_streamed_tokens = 0
         self._begun: set[int] = set()  # choices that have had a chunk
         self._head = {
-            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
+            "id": request.answer_id(f"{self.id_prefix}-"),
             "created": int(time.time()),
             "model": model if request.model is None else request.model,
             **request.echoed(),

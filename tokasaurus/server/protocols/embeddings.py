@@ -14,6 +14,7 @@ from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import ProtocolError, RequestError
 from tokasaurus.protocol.arrays import Float32Array
 from tokasaurus.protocol.messages import Pooling
+from tokasaurus.server.operations.fields import HARMLESS
 from tokasaurus.server.operations.operation import Operation, Task
 from tokasaurus.server.operations.prompts import Prompts, read_prompts
 from tokasaurus.server.operations.schemas import EngineRequest, check_priority
@@ -23,6 +24,7 @@ from tokasaurus.text.preparation import Preparer
 
 __all__ = ["EMBEDDINGS", "EmbeddingRequest", "embedding", "pooling_named"]
 
+_BOTH = (True, False)
 _MANY_VECTORS = 8  # take more than about a millisecond to write
 
 
@@ -30,15 +32,25 @@ class EmbeddingRequest(EngineRequest):
     """``POST /v1/embeddings``."""
 
     harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "add_special_tokens": (True,),
+        **HARMLESS,
+        "add_generation_prompt": _BOTH,  # there are no messages to add it to
+        "chat_template_kwargs": ({},),
+        "embed_dtype": ("float32",),
+        "embed_override_token_id": (),
+        "embed_overrides": (),
+        "endianness": ("native", "little"),
+        "messages": (),
         "metadata": ({},),
         "normalize": (True,),
+        "padding": ("do_not_pad",),
         "service_tier": ("auto", "default"),
-        "truncate_prompt_tokens": (),
+        "use_activation": (True,),
     }
 
     input: Prompts
     """One text or several, as strings or as token ids."""
+    add_special_tokens: bool | None = None
+    """Add the special tokens that the model expects around a text. Default true."""
     model: str | None = None
     """Any name will do: there is one model. The answer repeats the name."""
     encoding_format: Literal["float", "base64"] | None = None
@@ -134,9 +146,10 @@ def _prepare(request: EmbeddingRequest, preparer: Preparer) -> Task:
     tokenizer, config = preparer.tokenizer, preparer.config
     pooling = pooling_named(request.pooling, config)
     texts = read_prompts("input", request.input)
+    special = request.add_special_tokens is not False
     prompts = [
         preparer.prepare_pooling(
-            tokenizer.encode(text) if isinstance(text, str) else text,
+            tokenizer.encode(text, add_special_tokens=special) if isinstance(text, str) else text,
             pooling,
             priority=request.priority or 0,
         )

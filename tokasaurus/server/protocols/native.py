@@ -7,7 +7,6 @@ Text or ids go in; text, ids, logprobs, usage and a finish reason come out. The 
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
@@ -93,7 +92,7 @@ class NativeWriter(StreamWriter):
         self._num_streamed_tokens = 0
         self._has_begun = False
         self._head = {
-            "id": f"gen-{uuid.uuid4().hex}",
+            "id": request.answer_id("gen-"),
             "created": int(time.time()),
             "model": model if request.model is None else request.model,
             **request.echoed(),

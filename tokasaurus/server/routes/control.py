@@ -73,7 +73,8 @@ class AbortRequestBody(ControlBody):
     harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {"abort_message": (str,)}
 
     rid: str | None = None
-    """The ``rid`` of a request to /generate, or the ``X-Request-Id`` of any request."""
+    """The ``rid`` of a request to /generate, or the ``request_id`` or ``X-Request-Id`` of any
+    request."""
     abort_all: bool | None = None
 
     def check(self) -> None:
@@ -86,7 +87,8 @@ class AbortRequests(ControlBody):
     """``POST /abort_requests``."""
 
     request_ids: list[str] | None = None
-    """The ``X-Request-Id`` of each request, or its ``rid``; without any, all requests."""
+    """The ``request_id`` of each request, its ``rid`` or its ``X-Request-Id``; without any, all
+    requests."""
 
 
 class MemoryBody(ControlBody):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
@@ -17,7 +17,16 @@ from tokasaurus.server.protocols.chat.messages import (
     ChatMessage,
     conversation_size,
     for_template,
+    prompt_ending,
     rendered,
+)
+from tokasaurus.server.protocols.chat.reasoning import Effort, effort_arguments
+from tokasaurus.server.protocols.tools.request import (
+    AllowedTools,
+    Tool,
+    ToolChoice,
+    check_tools,
+    offered,
 )
 from tokasaurus.server.state import EngineState
 from tokasaurus.text.params import renamed
@@ -28,11 +37,6 @@ __all__ = ["TOKEN_SCHEMAS", "TokenRoutes"]
 
 class TokenizeRequest(RequestBody):
     """``POST /tokenize``, for a text or a conversation."""
-
-    harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "mm_processor_kwargs": ({},),
-        "tools": ([],),
-    }
 
     model: str | None = None
     """Any name will do: there is one model."""
@@ -52,20 +56,27 @@ class TokenizeRequest(RequestBody):
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     """Further arguments of the chat template."""
+    tools: list[Tool] | None = None
+    """The tools that the chat template tells the model of."""
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | AllowedTools | None = None
+    """As in /v1/chat/completions: which of the tools the model is told of."""
+    reasoning_effort: Effort | None = None
+    """For the chat template, as in /v1/chat/completions."""
 
     def check(self) -> None:
         if (self.prompt is None) == (self.messages is None):
             said = "neither was given" if self.prompt is None else "both were given"
             raise RequestError(f"prompt or messages is required, one of the two: {said}", "prompt")
         if self.messages is None:
-            for name in _CHAT_ONLY:
-                if getattr(self, name) is not None:
+            for name, harmless in _CHAT_ONLY.items():
+                if getattr(self, name) not in (None, harmless):
                     raise RequestError(f"{name} has no effect without messages", name)
         elif self.add_special_tokens:
             raise RequestError(
                 "add_special_tokens must be false with messages: the chat template writes them",
                 "add_special_tokens",
             )
+        check_tools(self.tools or (), self.tool_choice, None, None)
 
     def field_names(self) -> Mapping[str, str]:
         if self.chat_template is None or self.chat_template_kwargs:
@@ -77,7 +88,8 @@ class TokenizeRequest(RequestBody):
         """The number of characters, about."""
         if self.prompt is not None:
             return len(self.prompt)
-        return conversation_size([each.size for each in self.messages or ()], self._overrides)
+        sizes = [each.size for each in self.messages or ()]
+        return conversation_size(sizes, self._overrides, self._offered_tools)
 
     def ids(self, tokenizer: Tokenizer) -> list[int]:
         """The tokens. Raises RequestError."""
@@ -86,35 +98,47 @@ class TokenizeRequest(RequestBody):
                 self.prompt, add_special_tokens=self.add_special_tokens is not False
             )
         try:
-            return rendered(tokenizer, for_template(self.messages or ()), self._overrides)
+            told = [tool.for_template() for tool in self._offered_tools]
+            return rendered(tokenizer, for_template(self.messages or ()), self._overrides, told)
         except RequestError as error:
             raise renamed(error, self.field_names()) from None
 
     @property
+    def _offered_tools(self) -> list[Tool]:
+        return offered(self.tools or (), self.tool_choice)
+
+    @property
     def _overrides(self) -> dict[str, Any]:
-        overrides = dict(self.chat_template_kwargs or {})
-        for name in ("add_generation_prompt", "continue_final_message", "chat_template"):
-            if getattr(self, name) is not None:
-                overrides[name] = getattr(self, name)
+        overrides = {
+            **effort_arguments(self.reasoning_effort),
+            **(self.chat_template_kwargs or {}),
+            **prompt_ending(self.add_generation_prompt, self.continue_final_message),
+        }
+        if self.chat_template is not None:
+            overrides["chat_template"] = self.chat_template
         return overrides
 
 
-_CHAT_ONLY = (
-    "add_generation_prompt",
-    "continue_final_message",
-    "chat_template",
-    "chat_template_kwargs",
-)
+_CHAT_ONLY: Mapping[str, Any] = {
+    "add_generation_prompt": False,
+    "continue_final_message": False,
+    "chat_template": None,
+    "chat_template_kwargs": {},
+    "tools": [],
+    "tool_choice": "auto",
+    "reasoning_effort": None,
+}
+"""The fields of conversations, with the value that asks for nothing of a text."""
 
 
 class DetokenizeRequest(RequestBody):
     """``POST /detokenize``."""
 
-    harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-
     model: str | None = None
     """Any name will do: there is one model."""
     tokens: list[int]
+    skip_special_tokens: bool | None = None
+    """Leave special tokens out. Default false: they stand by their names."""
 
 
 TOKEN_SCHEMAS: tuple[type[RequestBody], ...] = (TokenizeRequest, DetokenizeRequest)
@@ -161,16 +185,17 @@ class TokenRoutes:
         return await in_thread_if(body.size > MANY_CHARACTERS, answer)
 
     async def detokenize(self, request: Request) -> Response:
-        """The text of tokens, with special tokens by their names."""
+        """The text of tokens, with special tokens by their names unless they are left out."""
         preparer = self._state.engine().preparer
-        tokens = parse(await read_json(request), DetokenizeRequest).tokens
+        body = parse(await read_json(request), DetokenizeRequest)
+        tokens, special = body.tokens, not body.skip_special_tokens
         tokenizer, vocab_size = preparer.tokenizer, preparer.config.vocab_size
         wrong = next((i for i in tokens if not 0 <= i < vocab_size), None)
         if wrong is not None:
             raise RequestError(f"tokens must be from 0 to {vocab_size - 1}, not {wrong}", "tokens")
         return await in_thread_if(
             len(tokens) > MANY_CHARACTERS,
-            lambda: json_answer({"prompt": tokenizer.decode_prompt(tokens, special=True)}),
+            lambda: json_answer({"prompt": tokenizer.decode_prompt(tokens, special=special)}),
         )
 
     async def info(self) -> Response:

@@ -1,9 +1,9 @@
-"""Compiles a C++ file into a shared library, once for each machine, and loads it.
+"""Compiles a C++ file into a shared library, once for each instruction set, and loads it.
 
 Libraries are kept in ``$XDG_CACHE_HOME/tokasaurus``. Their names are hashes of everything that
-decides the compiler's output: the source, the flags, the compiler's version and the processor. A
-library is written under a temporary name and then renamed, so processes that start together never
-read half a file.
+decides the compiler's output: the source, the headers beside it, the flags, the compiler's version
+and the architecture. A library is written under a temporary name and then renamed, so processes
+that start together never read half a file.
 
 OpenMP: torch has its own runtime, and a second pool of threads in the process would compete with it
 for the cores. So the library is first linked without a runtime, and its calls find torch's. Where
@@ -22,7 +22,10 @@ import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+from tokasaurus.model.backend.cpu.instruction_sets import AUTO, InstructionSet, candidate_sets
 
 __all__ = ["BuildError", "load_library"]
 
@@ -40,8 +43,6 @@ _COMPILE = (
     "-fno-trapping-math",
     "-ffp-contract=fast",
 )
-# Not every compiler knows every processor.
-_TUNING = (("-march=native",), ())
 _LINKING = ((), ("-fopenmp",))
 _TIMEOUT_S = 300
 
@@ -53,43 +54,55 @@ class BuildError(Exception):
 @dataclass(frozen=True)
 class _Recipe:
     compiler: tuple[str, ...]
-    tuning: tuple[str, ...]
+    instructions: InstructionSet
     linking: tuple[str, ...]
 
     def commands(self, source: Path, library: Path) -> list[list[str]]:
         objects = library.with_suffix(".o")
         compiler = list(self.compiler)
         return [
-            [*compiler, *_COMPILE, *self.tuning, "-c", str(source), "-o", str(objects)],
+            [
+                *(*compiler, *_COMPILE, *self.instructions.options),
+                *("-c", str(source), "-o", str(objects)),
+            ],
             [*compiler, "-shared", *self.linking, str(objects), "-o", str(library)],
         ]
 
 
-def load_library(source: Path) -> ctypes.CDLL:
+def load_library(source: Path, instruction_set: str = AUTO) -> ctypes.CDLL:
     """Loads the library of a C++ file, and compiles it first if this machine has not done so.
 
     torch must be imported before.
 
+    Args:
+        source: the file. The headers that it includes are beside it.
+        instruction_set: the name of one, or "auto" for the best that processor and compiler know.
+
     Raises:
         BuildError: the library cannot be built on this machine.
+        ConfigError: the processor does not run this instruction set.
     """
+    candidates = candidate_sets(instruction_set)
     compiler = _find_compiler()
     directory = _cache_directory()
     complaint = ""
-    for tuning in _TUNING:
+    for instructions in candidates:
         for linking in _LINKING:
-            recipe = _Recipe(compiler, tuning, linking)
-            library = directory / f"{source.stem}-{_key(source, recipe)}.so"
+            recipe = _Recipe(compiler, instructions, linking)
+            library = directory / f"{source.stem}-{instructions.name}-{_key(source, recipe)}.so"
             try:
                 if not library.exists():
                     _build(source, recipe, library)
-                return ctypes.CDLL(str(library))
+                loaded = ctypes.CDLL(str(library))
             except subprocess.TimeoutExpired as error:
                 raise BuildError(f"{compiler[0]} ran for more than {_TIMEOUT_S} s") from error
             except subprocess.CalledProcessError as error:
                 complaint = complaint or _first_error(error)
             except OSError as error:
                 complaint = complaint or str(error)
+            else:
+                log.info("%s runs with %s instructions", source.name, instructions.name)
+                return loaded
     raise BuildError(f"{compiler[0]} failed: {complaint}")
 
 
@@ -114,15 +127,17 @@ def _cache_directory() -> Path:
 
 
 def _key(source: Path, recipe: _Recipe) -> str:
+    files = [source, *sorted(source.parent.glob("*.h"))]
     parts = [
-        source.read_text(encoding="utf-8"),
+        *(file.read_text(encoding="utf-8") for file in files),
         repr((recipe, _COMPILE)),
         _compiler_version(recipe.compiler),
-        _processor(),
+        platform.machine(),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
+@cache
 def _compiler_version(compiler: tuple[str, ...]) -> str:
     try:
         told = subprocess.run(
@@ -133,22 +148,10 @@ def _compiler_version(compiler: tuple[str, ...]) -> str:
     return told.stdout
 
 
-def _processor() -> str:
-    """What -march=native depends on: the processor's model and features."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    wanted = ("model name", "flags", "features", "cpu part")
-    return platform.machine() + "".join(
-        sorted({line for line in lines if line.lower().startswith(wanted)})
-    )
-
-
 def _build(source: Path, recipe: _Recipe, library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="build-") as directory:
         built = Path(directory) / library.name
-        log.info("compiling %s, once for this machine", source.name)
+        log.info("compiling %s, once for %s", source.name, recipe.instructions.name)
         for command in recipe.commands(source, built):
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S)
         built.replace(library)

@@ -1,7 +1,6 @@
-"""The compiled paged-attention kernel: ``paged_attention.cpp`` through ctypes.
+"""The compiled backend: ``paged_attention.cpp`` through ctypes, and its operators.
 
-Owns the kernel's arguments and the blocks that a batch is cut into. ``reference.py`` defines the
-result.
+Owns what one batch hands to the kernel. ``reference.py`` defines the result.
 """
 
 from __future__ import annotations
@@ -9,56 +8,78 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from tokasaurus.model.backend.base import SequenceRows
+from tokasaurus.model.backend.base import (
+    DEFAULT_OPTIONS,
+    BackendOptions,
+    HeadNorms,
+    Operators,
+    PrefixGroups,
+    Rotation,
+    SequenceRows,
+)
 from tokasaurus.model.backend.cpu.build import BuildError, load_library
+from tokasaurus.model.backend.cpu.operators import ELEMENTS, load_operators
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.protocol.arrays import Int32Array
-from tokasaurus.rounding import ceil_div
 
 __all__ = ["CompiledAttention", "CompiledBackend"]
 
 _SOURCE = Path(__file__).with_name("paged_attention.cpp")
-_ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-# Queries that share one pass over the keys: enough of them to use each key often, few enough to
-# spread a short prompt over the cores.
-_QUERIES_PER_BLOCK = 32
-
-# Multiply-adds of one layer that justify one more thread; they take about 50 microseconds.
-_WORK_PER_THREAD = 250_000
 
 
-class _Arguments(ctypes.Structure):
-    """Mirrors ``Arguments`` of the C++ file."""
+class _Plan(ctypes.Structure):
+    """Mirrors ``Plan`` of the C++ file."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "key", "value")),
-        *((name, ctypes.c_void_p) for name in ("key_cache", "value_cache", "output")),
         *((name, ctypes.c_void_p) for name in ("page_table", "slots", "query_starts")),
-        *((name, ctypes.c_void_p) for name in ("kv_lengths", "block_sequences", "block_rows")),
-        *((name, ctypes.c_int64) for name in ("query_stride", "key_stride", "value_stride")),
-        ("page_table_stride", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("num_blocks", "rows_per_block")),
+        *((name, ctypes.c_void_p) for name in ("kv_lengths", "own_starts", "group_first_rows")),
+        *((name, ctypes.c_void_p) for name in ("group_num_rows", "group_begins", "group_ends")),
+        *((name, ctypes.c_void_p) for name in ("tasks", "row_slots", "row_positions")),
+        *((name, ctypes.c_void_p) for name in ("partial_starts", "workspace")),
+        *((name, ctypes.c_int64) for name in ("page_table_stride", "workspace_size")),
+        *((name, ctypes.c_int32) for name in ("num_sequences", "num_rows", "num_decodes")),
+        *((name, ctypes.c_int32) for name in ("num_groups", "num_tasks", "num_partials")),
         *((name, ctypes.c_int32) for name in ("num_heads", "num_kv_heads", "head_dim")),
         *((name, ctypes.c_int32) for name in ("page_size", "element", "num_threads")),
     )
 
 
+class _Library:
+    """The functions of one build of the kernel.
+
+    Raises:
+        BuildError: it cannot be built on this machine.
+        ConfigError: the processor does not run this instruction set.
+    """
+
+    def __init__(self, instruction_set: str) -> None:
+        library = load_library(_SOURCE, instruction_set)
+        library.tokasaurus_plan_size.restype = ctypes.c_int64
+        if library.tokasaurus_plan_size() != ctypes.sizeof(_Plan):
+            raise BuildError("the compiler lays out the kernel's arguments in an unexpected way")
+        library.tokasaurus_task_size.restype = ctypes.c_int64
+        self.task_size: int = library.tokasaurus_task_size()
+        self.max_tasks = library.tokasaurus_max_tasks
+        self.max_tasks.argtypes = (*[ctypes.c_int64] * 4, *[ctypes.c_int32] * 2)
+        self.max_tasks.restype = ctypes.c_int64
+        self.plan = library.tokasaurus_plan_attention
+        self.plan.argtypes = (ctypes.c_void_p,)
+        self.plan.restype = None
+        self.attend = library.tokasaurus_attend
+        self.attend.argtypes = (*[ctypes.c_void_p] * 6, ctypes.c_float, *[ctypes.c_void_p] * 3)
+        self.attend.restype = None
+
+
 @cache
-def _library() -> ctypes.CDLL:
-    library = load_library(_SOURCE)
-    library.tokasaurus_arguments_size.restype = ctypes.c_int64
-    library.tokasaurus_paged_attention.argtypes = [ctypes.POINTER(_Arguments)]
-    library.tokasaurus_paged_attention.restype = None
-    if library.tokasaurus_arguments_size() != ctypes.sizeof(_Arguments):
-        raise BuildError("the compiler lays out the kernel's arguments in an unexpected way")
-    return library
+def _library(instruction_set: str) -> _Library:
+    return _Library(instruction_set)
 
 
 class CompiledBackend:
@@ -67,6 +88,7 @@ class CompiledBackend:
     Args:
         cache: on the processor, in fp32, bf16 or fp16.
         num_heads: query heads.
+        options: of the kernels.
 
     Raises:
         BuildError: the kernel cannot be built on this machine.
@@ -75,79 +97,122 @@ class CompiledBackend:
     name: ClassVar[str] = "compiled"
 
     @classmethod
-    def why_not(cls) -> str | None:
+    def why_not(cls, options: BackendOptions) -> str | None:
         try:
-            _library()
+            _library(options.instruction_set)
+            load_operators(options.instruction_set)
         except BuildError as error:
             return f"no kernel can be built: {error}; install g++"
         return None
 
-    def __init__(self, cache: KVCache, num_heads: int) -> None:
-        self._kernel = _library().tokasaurus_paged_attention
+    @classmethod
+    def operators(cls, options: BackendOptions) -> Operators:
+        return load_operators(options.instruction_set)
+
+    def __init__(
+        self, cache: KVCache, num_heads: int, options: BackendOptions = DEFAULT_OPTIONS
+    ) -> None:
+        self._library = _library(options.instruction_set)
         self._cache = cache
         self._num_heads = num_heads
+        self._workspace = np.empty(0, np.float32)
 
     def plan(self, rows: SequenceRows) -> CompiledAttention:
-        return CompiledAttention(self._kernel, self._cache, self._num_heads, rows)
+        attention = CompiledAttention(self._library, self._cache, self._num_heads, rows)
+        self._workspace = attention.use_workspace(self._workspace)
+        return attention
 
 
 class CompiledAttention:
     """Implements ``Attention`` for one batch. Keeps the arrays alive that the kernel points to."""
 
     def __init__(
-        self, kernel: ctypes._NamedFuncPointer, cache: KVCache, num_heads: int, rows: SequenceRows
+        self, library: _Library, cache: KVCache, num_heads: int, rows: SequenceRows
     ) -> None:
-        self._kernel, self._cache, self._rows = kernel, cache, rows
-        rows_per_block = max(_QUERIES_PER_BLOCK * cache.num_kv_heads // num_heads, 1)
-        block_sequences, block_rows = self._blocks = _blocks(rows.query_starts, rows_per_block)
-        num_keys = int(np.dot(np.diff(rows.query_starts), rows.kv_lengths.astype(np.int64)))
-        work = 2 * num_keys * num_heads * cache.head_dim
-        self._arguments = _Arguments(
+        self._attend, self._cache, self._rows = library.attend, cache, rows
+        self._num_heads = num_heads
+        groups, num_rows = rows.groups, len(rows.positions)
+        num_threads = torch.get_num_threads()
+        max_tasks = library.max_tasks(
+            num_rows,
+            len(rows.slots),
+            len(groups),
+            int(groups.num_rows.sum()),
+            num_threads,
+            num_heads // cache.num_kv_heads,
+        )
+        tasks = np.empty(max_tasks * library.task_size, np.uint8)
+        by_row = np.empty((3, num_rows + 1), np.int32)
+        begins = groups.first_columns * np.int32(cache.page_size)
+        ends = begins + groups.num_columns * np.int32(cache.page_size)
+        own_starts = _own_starts(groups, ends, rows.num_decodes)
+        self._kept: tuple[NDArray[Any], ...] = (tasks, by_row, begins, ends, own_starts)
+        row_slots, row_positions, partial_starts = (each.ctypes.data for each in by_row)
+        self._plan = _Plan(
             page_table=rows.page_table.data_ptr(),
             slots=rows.slots.ctypes.data,
             query_starts=rows.query_starts.ctypes.data,
             kv_lengths=rows.kv_lengths.ctypes.data,
-            block_sequences=block_sequences.ctypes.data,
-            block_rows=block_rows.ctypes.data,
+            own_starts=own_starts.ctypes.data if len(groups) else None,
+            group_first_rows=groups.first_rows.ctypes.data,
+            group_num_rows=groups.num_rows.ctypes.data,
+            group_begins=begins.ctypes.data,
+            group_ends=ends.ctypes.data,
+            tasks=tasks.ctypes.data,
+            row_slots=row_slots,
+            row_positions=row_positions,
+            partial_starts=partial_starts,
             page_table_stride=rows.page_table.stride(0),
-            num_blocks=len(block_rows),
-            rows_per_block=rows_per_block,
+            num_sequences=len(rows.slots),
+            num_rows=num_rows,
+            num_decodes=rows.num_decodes,
+            num_groups=len(groups),
             num_heads=num_heads,
             num_kv_heads=cache.num_kv_heads,
             head_dim=cache.head_dim,
             page_size=cache.page_size,
-            element=_ELEMENTS[cache.dtype],
-            num_threads=min(torch.get_num_threads(), 1 + work // _WORK_PER_THREAD),
+            element=ELEMENTS[cache.dtype],
+            num_threads=num_threads,
         )
+        self._address = ctypes.addressof(self._plan)
+        library.plan(self._address)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = torch.empty(query.shape, dtype=torch.float32)
-        arguments = self._arguments
-        arguments.query, arguments.query_stride = query.data_ptr(), query.stride(0)
-        arguments.key, arguments.key_stride = key.data_ptr(), key.stride(0)
-        arguments.value, arguments.value_stride = value.data_ptr(), value.stride(0)
-        arguments.key_cache = self._cache.keys[layer].data_ptr()
-        arguments.value_cache = self._cache.values[layer].data_ptr()
-        arguments.output = output.data_ptr()
-        self._kernel(ctypes.byref(arguments))
-        return output.to(query.dtype)
+    def use_workspace(self, workspace: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Gives room for partial results. Returns the same room, or a larger one."""
+        size = self._plan.workspace_size
+        if len(workspace) < size:
+            workspace = np.empty(size, np.float32)
+        self._workspace = workspace
+        self._plan.workspace = workspace.ctypes.data
+        return workspace
+
+    def attend(
+        self, layer: int, heads: Tensor, rotation: Rotation, norms: HeadNorms | None
+    ) -> Tensor:
+        output = torch.empty((heads.shape[0], self._num_heads * heads.shape[2]), dtype=heads.dtype)
+        query_norm, key_norm, eps = (None, None, 0.0)
+        if norms is not None:
+            query_norm, key_norm, eps = norms.query.data_ptr(), norms.key.data_ptr(), norms.eps
+        heads = heads.contiguous()
+        cos, sin = rotation.cos.contiguous(), rotation.sin.contiguous()
+        self._attend(
+            self._address,
+            heads.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            query_norm,
+            key_norm,
+            eps,
+            self._cache.keys[layer].data_ptr(),
+            self._cache.values[layer].data_ptr(),
+            output.data_ptr(),
+        )
+        return output
 
 
-def _blocks(query_starts: Int32Array, rows_per_block: int) -> tuple[Int32Array, Int32Array]:
-    """Cuts each sequence's rows into blocks::
-
-        query_starts [0, 1, 6], 2 rows per block:
-        rows              0 │ 1 2 │ 3 4 │ 5
-        block_sequences   0   1     1     1
-        block_rows        0   1     3     5
-
-    Returns:
-        block_sequences: [blocks], the sequence of each.
-        block_rows: [blocks], the first row of each.
-    """
-    counts = ceil_div(np.diff(query_starts), rows_per_block)
-    sequences = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-    firsts = np.cumsum(counts) - counts
-    within = np.arange(len(sequences), dtype=np.int32) - firsts[sequences]
-    rows = query_starts[sequences] + within * rows_per_block
-    return sequences, rows.astype(np.int32)
+def _own_starts(groups: PrefixGroups, ends: Int32Array, num_decodes: int) -> Int32Array:
+    """For each decode row, the first position that no group covers."""
+    starts = np.zeros(num_decodes, np.int32)
+    for first, count, end in zip(groups.first_rows, groups.num_rows, ends, strict=True):
+        starts[first : first + count] = end  # a group inside another comes later
+    return starts

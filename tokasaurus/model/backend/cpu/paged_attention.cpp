@@ -1,324 +1,586 @@
 // Causal attention over a paged KV cache on the CPU, for mixed prefill and decode rows.
 //
-// There are two phases, with a barrier between them:
-//   1. Each row's key and value are written to their page.
+// A batch is planned once for all layers, and then run for each layer in three phases:
+//   1. Each row's key is normed and rotated, and written to its page with its value.
 //   2. Each task attends with an online softmax in fp32 (Milakov and Gimelshein 2018,
-//      https://arxiv.org/abs/1805.02867). A task is a block of rows of one sequence and one
-//      key/value head.
-// The queries of a task are its rows times the query heads that share the key/value head. Together
-// they read each key once:
+//      https://arxiv.org/abs/1805.02867). A task is a block of rows and a range of positions that
+//      these rows read from the same pages, for each key/value head.
+//   3. Rows that several tasks attended for are merged by their log-sum-exp.
 //
-//     keys of the sequence     0 ........ 31 | 32 ....... 63 | 64 ..      tiles of TILE keys
-//     row 60, head 0           ███████████████ ████████████                the keys a query sees
-//     row 60, head 1           ███████████████ ████████████
-//     row 61, head 0           ███████████████ █████████████
-//     row 61, head 1           ███████████████ █████████████
+// Tasks come from two sources. A sequence's own positions are cut into blocks of its rows, and a
+// long context into ranges, so that every thread has work. A group's shared pages are read once for
+// all its rows (Juravsky et al. 2024, Hydragen, https://arxiv.org/abs/2402.05099)::
 //
-// Nothing is read beyond a sequence's length, because pages are not initialised. The vectors are
-// those of GCC and Clang, eight floats wide; the compiler maps them to the processor's own.
+//     positions   0 ......... 127 | 128 .... 191 | 192 ....
+//     row 1       ┌─────────────┐ ┌────────────────────────┐    a task of the group of rows 1 to 3,
+//     row 2       │  group 1-3  │ ├────────────────────────┤    and one for each row: each row has
+//     row 3       └─────────────┘ └────────────────────────┘    two partial results to merge
+//
+// The queries of a task are its rows times the query heads that share the key/value head. They meet
+// a tile of TILE keys at a time, which is first laid out for products of matrices: the keys
+// transposed, both in fp32 or, with instructions for that, in pairs of bf16.
+//
+// Nothing is read beyond a sequence's length, because pages are not initialised.
 
 #include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
 #include <vector>
+
+#include "products.h"
 
 namespace {
 
 // Keys in a tile.
-constexpr int TILE = 32;
+constexpr int TILE = 64;
 
-constexpr int WIDTH = 8;
-typedef float Vector __attribute__((vector_size(WIDTH * sizeof(float))));
-typedef float HalfVector __attribute__((vector_size(WIDTH / 2 * sizeof(float))));
+// Queries in a task, where there are that many: enough of them to use each tile often, few enough
+// to spread a short prompt over the cores, and to keep a task's memory in a core's cache.
+constexpr int QUERIES = 96;
 
-inline Vector load(const float *from) {
-    Vector vector;
-    std::memcpy(&vector, from, sizeof vector);
-    return vector;
-}
+// What laying out a key costs, in queries that meet it.
+constexpr int LAYOUT_COST = 8;
 
-inline void store(float *to, Vector vector) { std::memcpy(to, &vector, sizeof vector); }
+// Multiply-adds of one layer that justify one more thread; they take about 20 microseconds.
+constexpr int64_t WORK_PER_THREAD = 500000;
 
-inline float total(Vector vector) {
-    HalfVector halves[2];
-    std::memcpy(halves, &vector, sizeof vector);
-    const HalfVector sums = halves[0] + halves[1];
-    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
+// A thread gets this many tasks, where a few long ones can be cut.
+constexpr int TASKS_PER_THREAD = 4;
+constexpr int MIN_KEYS_PER_TASK = 256;
 
-struct BFloat16 {
-    uint16_t bits;
-};
+inline int round_up(int number, int multiple) { return (number + multiple - 1) / multiple * multiple; }
 
-struct Float16 {
-    uint16_t bits;
-};
-
-inline float as_float(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-inline float widen(float value) { return value; }
-
-inline float widen(BFloat16 value) { return as_float(uint32_t(value.bits) << 16); }
-
-inline float widen(Float16 value) {
-    // The exponent and fraction move to fp32's place. The product corrects the exponent's bias, for
-    // denormal numbers too. Infinity and NaN get fp32's exponent.
-    const uint32_t magnitude = value.bits & 0x7fffu;
-    const float finite = as_float(magnitude << 13) * 0x1p112f;
-    const float other = as_float((magnitude << 13) | 0x7f800000u);
-    const float unsigned_value = magnitude < 0x7c00u ? finite : other;
-    return value.bits & 0x8000u ? -unsigned_value : unsigned_value;
-}
-
-// e^x for x <= 0, within 2 units of the last place; 0 below -87. It has no calls, so it vectorises.
-inline float exp_negative(float x) {
-    const float clamped = std::max(x, -87.0f);
-    const float n = std::nearbyint(clamped * 1.44269504f);
-    // r = x - n ln 2, with ln 2 in two parts.
-    const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    const float scale = as_float(uint32_t(int32_t(n) + 127) << 23);
-    return x < -87.0f ? 0.0f : p * scale;
-}
-
-// The products of one query with N keys.
-template <int N>
-inline void dot(const float *query, const float *const *keys, int head_dim, float *scores) {
-    Vector sums[N] = {};
-    int d = 0;
-    for (; d + WIDTH <= head_dim; d += WIDTH) {
-        const Vector q = load(query + d);
-        for (int n = 0; n < N; n++) sums[n] += q * load(keys[n] + d);
-    }
-    for (int n = 0; n < N; n++) scores[n] = total(sums[n]);
-    for (; d < head_dim; d++)
-        for (int n = 0; n < N; n++) scores[n] += query[d] * keys[n][d];
-}
-
-// For N vectors, from component d on: mixed = mixed * shrink + the sum of weights[t] * values[t].
-template <int N>
-inline void mix(float *mixed, float shrink, const float *weights, const float *const *values,
-                int count, int d) {
-    Vector sums[N];
-    for (int n = 0; n < N; n++) sums[n] = load(mixed + d + n * WIDTH) * shrink;
-    for (int t = 0; t < count; t++)
-        for (int n = 0; n < N; n++) sums[n] += weights[t] * load(values[t] + d + n * WIDTH);
-    for (int n = 0; n < N; n++) store(mixed + d + n * WIDTH, sums[n]);
-}
+inline int ceil_div(int64_t number, int64_t divisor) { return int((number + divisor - 1) / divisor); }
 
 }  // namespace
 
 extern "C" {
 
-// Mirrored by _Arguments in compiled.py. Strides are in elements.
-struct Arguments {
-    const void *query, *key, *value;  // rows of heads of head_dim numbers
-    void *key_cache, *value_cache;    // [pages, kv_heads, page_size, head_dim]
-    float *output;                    // [rows, heads, head_dim]
-    const int32_t *page_table;        // [slots, page_table_stride]
-    const int32_t *slots;             // [sequences]
-    const int32_t *query_starts;      // [sequences + 1]
-    const int32_t *kv_lengths;        // [sequences]
-    const int32_t *block_sequences;   // [blocks], the sequence of each block of rows
-    const int32_t *block_rows;        // [blocks], the first row of each block
-    int64_t query_stride, key_stride, value_stride, page_table_stride;
-    int32_t num_blocks, rows_per_block;
+struct Task {
+    int32_t slot;          // the row of the page table
+    int32_t first_row;
+    int32_t num_rows;
+    int32_t begin, end;    // positions
+    int32_t visible;       // positions before this one are visible to the first row,
+    int32_t visible_step;  // and this many more to each further row
+    int32_t partial;       // the number of its result among those of each of its rows
+    float cost;
+};
+
+// Mirrored by _Plan in compiled.py.
+struct Plan {
+    const int32_t *page_table;    // [slots, page_table_stride]
+    const int32_t *slots;         // [sequences]
+    const int32_t *query_starts;  // [sequences + 1]
+    const int32_t *kv_lengths;    // [sequences]
+    const int32_t *own_starts;    // [decode rows], positions before that are in groups
+    const int32_t *group_first_rows, *group_num_rows, *group_begins, *group_ends;  // [groups]
+    // Filled by tokasaurus_plan_attention.
+    Task *tasks;
+    int32_t *row_slots, *row_positions;  // [rows]
+    int32_t *partial_starts;             // [rows + 1], in partials of the rows before
+    float *workspace;                    // set later, of workspace_size floats
+    int64_t page_table_stride, workspace_size;
+    int32_t num_sequences, num_rows, num_decodes, num_groups, num_tasks, num_partials;
     int32_t num_heads, num_kv_heads, head_dim, page_size;
     int32_t element;  // 0 fp32, 1 bf16, 2 fp16
     int32_t num_threads;
+};
+
+// The tensors of one layer.
+struct Layer {
+    const void *heads;                   // [rows, heads + 2 * kv_heads, head_dim], contiguous
+    const float *cosines, *sines;        // [rows, head_dim / 2]
+    const void *query_norm, *key_norm;   // [head_dim], or null
+    float eps;
+    void *key_cache, *value_cache;       // [pages, kv_heads, page_size, head_dim]
+    void *output;                        // [rows, heads, head_dim]
 };
 }
 
 namespace {
 
-// The working memory of one thread.
-struct Scratch {
-    std::vector<float> queries, mixed, keys, values, scores, best, sum;
+// --- planning ------------------------------------------------------------------------------------
 
-    void reserve(int num_queries, int head_dim) {
-        queries.resize(size_t(num_queries) * head_dim);
-        mixed.resize(size_t(num_queries) * head_dim);
-        keys.resize(size_t(TILE) * head_dim);
-        values.resize(size_t(TILE) * head_dim);
-        scores.resize(size_t(num_queries) * TILE);
-        best.resize(num_queries);
-        sum.resize(num_queries);
-    }
-};
-
-template <typename Element>
-class Kernel {
+class Planner {
    public:
-    explicit Kernel(const Arguments &arguments) : a(arguments) {}
+    explicit Planner(Plan &plan)
+        : p(plan),
+          group(plan.num_heads / plan.num_kv_heads),
+          rows_per_task(std::max(QUERIES / group, 1)),
+          num_tasks(0) {}
 
-    void append(int row, int sequence) const {
-        const int position =
-            a.kv_lengths[sequence] - (a.query_starts[sequence + 1] - row);
-        for (int head = 0; head < a.num_kv_heads; head++) {
-            const int64_t to = offset(sequence, position, head);
-            const int64_t from = int64_t(head) * a.head_dim;
-            const size_t size = size_t(a.head_dim) * sizeof(Element);
-            std::memcpy(static_cast<Element *>(a.key_cache) + to,
-                        static_cast<const Element *>(a.key) + row * a.key_stride + from, size);
-            std::memcpy(static_cast<Element *>(a.value_cache) + to,
-                        static_cast<const Element *>(a.value) + row * a.value_stride + from, size);
+    void plan() {
+        std::fill_n(p.partial_starts, p.num_rows + 1, 0);
+        const double total = count_costs();
+        if (p.num_threads > 1) most = std::max(total / (p.num_threads * TASKS_PER_THREAD), 1.0);
+        for (int g = 0; g < p.num_groups; g++) {
+            const int first = p.group_first_rows[g];
+            add(p.slots[first], first, p.group_num_rows[g], p.group_begins[g], p.group_ends[g],
+                p.group_ends[g], 0);
         }
-    }
-
-    void attend(int block, int kv_head, Scratch &scratch) const {
-        const int head_dim = a.head_dim;
-        const int group = a.num_heads / a.num_kv_heads;
-        const int sequence = a.block_sequences[block];
-        const int first_row = a.block_rows[block];
-        const int end_row = a.query_starts[sequence + 1];
-        const int num_rows = std::min(a.rows_per_block, end_row - first_row);
-        const int num_queries = num_rows * group;
-        // The number of keys that the first row sees; each further row sees one more.
-        const int first_visible = a.kv_lengths[sequence] - (end_row - first_row) + 1;
-        const int num_keys = first_visible + num_rows - 1;
-
-        load_queries(first_row, kv_head, num_queries, group, head_dim, scratch);
-        for (int start = 0; start < num_keys; start += TILE) {
-            const int tile = std::min(TILE, num_keys - start);
-            const float *keys[TILE], *values[TILE];
-            locate(sequence, kv_head, start, tile, head_dim, scratch, keys, values);
-            for (int query = 0; query < num_queries; query++) {
-                const int visible = std::min(tile, first_visible + query / group - start);
-                if (visible > 0)
-                    step(query, visible, head_dim, keys, values, scratch);
+        for (int s = 0; s < p.num_sequences; s++) {
+            const int first = p.query_starts[s], count = p.query_starts[s + 1] - first;
+            const int before = p.kv_lengths[s] - count;
+            for (int r = 0; r < count; r++) {
+                p.row_slots[first + r] = p.slots[s];
+                p.row_positions[first + r] = before + r;
             }
+            add(p.slots[s], first, count, own_start(s), p.kv_lengths[s], before + 1, 1);
         }
-        store(first_row, kv_head, num_queries, group, head_dim, scratch);
+        p.num_tasks = num_tasks;
+        place_partials();
+        std::sort(p.tasks, p.tasks + num_tasks,
+                  [](const Task &a, const Task &b) { return a.cost > b.cost; });
     }
 
    private:
-    int64_t offset(int sequence, int position, int head) const {
-        const int32_t *pages = a.page_table + a.slots[sequence] * a.page_table_stride;
-        const int64_t page = pages[position / a.page_size];
-        return ((page * a.num_kv_heads + head) * a.page_size + position % a.page_size) * a.head_dim;
+    int own_start(int sequence) const {
+        return p.own_starts && sequence < p.num_decodes ? p.own_starts[sequence] : 0;
     }
 
-    void load_queries(int first_row, int kv_head, int num_queries, int group, int head_dim,
-                      Scratch &scratch) const {
-        const float scale = 1.0f / std::sqrt(float(head_dim));
-        for (int query = 0; query < num_queries; query++) {
-            const Element *from = static_cast<const Element *>(a.query) +
-                                  (first_row + query / group) * a.query_stride +
-                                  int64_t(kv_head * group + query % group) * head_dim;
-            float *to = &scratch.queries[size_t(query) * head_dim];
-            for (int d = 0; d < head_dim; d++) to[d] = widen(from[d]) * scale;
+    double cost(int num_rows, int num_keys) const {
+        return double(num_keys) * (num_rows * group + LAYOUT_COST);
+    }
+
+    // The costs of all heads together. Also decides the number of threads.
+    double count_costs() {
+        double costs = 0, pairs = 0;
+        for (int g = 0; g < p.num_groups; g++) {
+            const int keys = p.group_ends[g] - p.group_begins[g], rows = p.group_num_rows[g];
+            costs += cost(rows, keys);
+            pairs += double(rows) * keys;
         }
-        std::fill_n(scratch.mixed.begin(), size_t(num_queries) * head_dim, 0.0f);
-        std::fill_n(scratch.best.begin(), num_queries, -std::numeric_limits<float>::infinity());
-        std::fill_n(scratch.sum.begin(), num_queries, 0.0f);
+        for (int s = 0; s < p.num_sequences; s++) {
+            const int rows = p.query_starts[s + 1] - p.query_starts[s];
+            const int keys = p.kv_lengths[s] - own_start(s);
+            costs += cost(rows, keys);
+            pairs += double(rows) * keys;
+        }
+        const double work = 2 * pairs * p.num_heads * p.head_dim;
+        p.num_threads = int(std::min(double(p.num_threads), 1 + work / WORK_PER_THREAD));
+        return costs * p.num_kv_heads;
     }
 
-    // Finds the keys and values of a tile: in their pages, or widened to fp32 in the scratch.
-    void locate(int sequence, int kv_head, int start, int tile, int head_dim, Scratch &scratch,
-                const float **keys, const float **values) const {
-        for (int t = 0; t < tile; t++) {
-            const int64_t from = offset(sequence, start + t, kv_head);
-            const Element *key = static_cast<const Element *>(a.key_cache) + from;
-            const Element *value = static_cast<const Element *>(a.value_cache) + from;
-            if constexpr (sizeof(Element) == sizeof(float)) {
-                keys[t] = key;
-                values[t] = value;
-            } else {
-                float *wide_key = &scratch.keys[size_t(t) * head_dim];
-                float *wide_value = &scratch.values[size_t(t) * head_dim];
-                for (int d = 0; d < head_dim; d++) wide_key[d] = widen(key[d]);
-                for (int d = 0; d < head_dim; d++) wide_value[d] = widen(value[d]);
-                keys[t] = wide_key;
-                values[t] = wide_value;
+    // Cuts rows into blocks, and the positions of each block into ranges.
+    void add(int slot, int first_row, int num_rows, int begin, int end, int visible, int step) {
+        const int rows = std::min(num_rows, rows_per_task);
+        const int keys = end - begin;
+        int parts = std::min(ceil_div(int64_t(cost(rows, keys)), int64_t(most)),
+                             keys / MIN_KEYS_PER_TASK);
+        parts = std::max(parts, 1);
+        const int part = round_up(ceil_div(keys, parts), TILE);
+        for (int first = 0; first < num_rows; first += rows_per_task) {
+            const int count = std::min(rows_per_task, num_rows - first);
+            const int block_visible = visible + first * step;
+            const int block_end = std::min(end, block_visible + (count - 1) * step);
+            for (int from = begin, n = 0; from < end; from += part, n++) {
+                // Rows of the same sequence have as many results, some of them empty.
+                const int to = std::min(from + part, block_end);
+                const int partial = p.partial_starts[first_row + first] + n;
+                p.tasks[num_tasks++] = {slot,      first_row + first, count, from, std::max(from, to),
+                                        block_visible, step, partial,
+                                        float(cost(count, std::max(to - from, 0)))};
             }
         }
+        const int num_parts = ceil_div(keys, part);
+        for (int row = 0; row < num_rows; row++) p.partial_starts[first_row + row] += num_parts;
     }
 
-    // Adds the first `visible` keys of a tile to one query's running softmax.
-    static void step(int query, int visible, int head_dim, const float *const *keys,
-                     const float *const *values, Scratch &scratch) {
-        const float *q = &scratch.queries[size_t(query) * head_dim];
-        float *scores = &scratch.scores[size_t(query) * TILE];
-        int t = 0;
-        for (; t + 4 <= visible; t += 4) dot<4>(q, keys + t, head_dim, scores + t);
-        for (; t < visible; t++) dot<1>(q, keys + t, head_dim, scores + t);
-
-        float best = scratch.best[query];
-#pragma omp simd reduction(max : best)
-        for (int i = 0; i < visible; i++) best = scores[i] > best ? scores[i] : best;
-        // In the first tile this is exp_negative(-infinity), which is 0.
-        const float shrink = exp_negative(scratch.best[query] - best);
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int i = 0; i < visible; i++) {
-            scores[i] = exp_negative(scores[i] - best);
-            sum += scores[i];
+    // Turns the rows' numbers of partials into places. A row with a single one needs none.
+    void place_partials() {
+        int place = 0;
+        for (int row = 0; row <= p.num_rows; row++) {
+            const int count = row < p.num_rows ? p.partial_starts[row] : 0;
+            p.partial_starts[row] = place;
+            place += count > 1 ? count : 0;
         }
-        scratch.best[query] = best;
-        scratch.sum[query] = scratch.sum[query] * shrink + sum;
-
-        float *mixed = &scratch.mixed[size_t(query) * head_dim];
-        int d = 0;
-        for (; d + 8 * WIDTH <= head_dim; d += 8 * WIDTH)
-            mix<8>(mixed, shrink, scores, values, visible, d);
-        for (; d + 4 * WIDTH <= head_dim; d += 4 * WIDTH)
-            mix<4>(mixed, shrink, scores, values, visible, d);
-        for (; d + WIDTH <= head_dim; d += WIDTH)
-            mix<1>(mixed, shrink, scores, values, visible, d);
-        for (; d < head_dim; d++) {
-            mixed[d] *= shrink;
-            for (int i = 0; i < visible; i++) mixed[d] += scores[i] * values[i][d];
-        }
+        p.num_partials = place;
+        p.workspace_size =
+            int64_t(place) * p.num_heads * (round_up(p.head_dim, WIDTH) + 2);
     }
 
-    void store(int first_row, int kv_head, int num_queries, int group, int head_dim,
-               const Scratch &scratch) const {
-        for (int query = 0; query < num_queries; query++) {
-            const float share = 1.0f / scratch.sum[query];
-            const float *from = &scratch.mixed[size_t(query) * head_dim];
-            float *to = a.output + (int64_t(first_row + query / group) * a.num_heads +
-                                    kv_head * group + query % group) *
-                                       head_dim;
-            for (int d = 0; d < head_dim; d++) to[d] = from[d] * share;
-        }
-    }
-
-    const Arguments &a;
+    Plan &p;
+    const int group, rows_per_task;
+    int num_tasks;
+    double most = 1e18;  // the cost of a task
 };
 
+// --- layouts of a tile ---------------------------------------------------------------------------
+
+// Words in fp32, from elements of any kind.
 template <typename Element>
-void run(const Arguments &a) {
-    const Kernel<Element> kernel(a);
-    const int num_tasks = a.num_blocks * a.num_kv_heads;
-    const int group = a.num_heads / a.num_kv_heads;
-#pragma omp parallel num_threads(a.num_threads)
-    {
-        Scratch scratch;
-        scratch.reserve(a.rows_per_block * group, a.head_dim);
-#pragma omp for schedule(static)
-        for (int block = 0; block < a.num_blocks; block++) {
-            const int sequence = a.block_sequences[block];
-            const int first = a.block_rows[block];
-            const int end = std::min(first + a.rows_per_block, a.query_starts[sequence + 1]);
-            for (int row = first; row < end; row++) kernel.append(row, sequence);
+struct WideLayout {
+    using Kind = Wide;
+    static int query_words(int head_dim) { return head_dim; }
+    static int weight_words(int num_keys) { return num_keys; }
+
+    static Words key_words(const Element *key, int word) {
+        return bits_as<Words>(load(key + word));
+    }
+    static uint32_t key_word(const Element *key, int word) {
+        return bits_as<uint32_t>(load(key + word, 1)[0]);
+    }
+    static void lay_out_query(const float *query, int head_dim, uint32_t *words) {
+        std::memcpy(words, query, size_t(head_dim) * sizeof(float));
+    }
+    static void lay_out_values(const Element *const *values, int count, int head_dim, int stride,
+                               uint32_t *words) {
+        for (int t = 0; t < count; t++)
+            for (int d = 0; d < head_dim; d += WIDTH)
+                store_words(words + t * stride + d,
+                            bits_as<Words>(load(values[t] + d, head_dim - d)));
+    }
+    // The weights of a tile stay where they are.
+    static const uint32_t *weights(const float *scores, int, uint32_t *) {
+        return reinterpret_cast<const uint32_t *>(scores);
+    }
+    static constexpr int weight_stride = TILE;
+};
+
+#if defined(__AVX512BF16__)
+// Pairs of bf16.
+struct PairsLayout {
+    using Kind = Pairs;
+    using Element = BFloat16;
+    static int query_words(int head_dim) { return head_dim / 2; }
+    static int weight_words(int num_keys) { return (num_keys + 1) / 2; }
+
+    static Words key_words(const Element *key, int word) { return load_words(key + 2 * word); }
+    static uint32_t key_word(const Element *key, int word) {
+        uint32_t pair;
+        std::memcpy(&pair, key + 2 * word, sizeof pair);
+        return pair;
+    }
+    static void lay_out_query(const float *query, int head_dim, uint32_t *words) {
+        BFloat16 *to = reinterpret_cast<BFloat16 *>(words);
+        for (int d = 0; d < head_dim; d += WIDTH)
+            store(to + d, load(query + d, head_dim - d), head_dim - d);
+    }
+    // Pairs the values of two keys. There are TILE pointers, also where there are fewer keys.
+    static void lay_out_values(const Element *const *values, int count, int head_dim, int stride,
+                               uint32_t *words) {
+        for (int t = 0; t < count; t += 2)
+            for (int d = 0; d < head_dim; d += WIDTH) {
+                const Vector low = load(values[t] + d, head_dim - d);
+                const Vector high = load(values[t + 1] + d, head_dim - d);
+                store_words(words + t / 2 * stride + d,
+                            (bits_as<Words>(low) >> 16) | bits_as<Words>(high));
+            }
+    }
+    static const uint32_t *weights(const float *scores, int num_queries, uint32_t *words) {
+        for (int query = 0; query < num_queries; query++) {
+            BFloat16 *to = reinterpret_cast<BFloat16 *>(words + query * weight_stride);
+            for (int t = 0; t < TILE; t += WIDTH) store(to + t, load(scores + query * TILE + t));
         }
-        // One head after the other, so that a prompt's blocks find its keys in the core's cache.
-        // Late blocks come first, because they see the most keys.
+        return words;
+    }
+    static constexpr int weight_stride = TILE / 2;
+};
+#endif
+
+// --- attention -----------------------------------------------------------------------------------
+
+// The working memory of one thread. It only grows.
+struct Scratch {
+    std::vector<uint32_t> queries, keys, values, weights;
+    std::vector<float> mixed, scores, best, sum, shrink, head;
+
+    void reserve(int num_queries, int head_dim) {
+        const size_t n = size_t(num_queries), size = size_t(round_up(head_dim, WIDTH));
+        if (mixed.size() >= n * size && best.size() >= n && keys.size() >= size * TILE) return;
+        queries.resize(n * size);
+        keys.resize(size * TILE);
+        values.resize(size * TILE);
+        weights.resize(n * TILE / 2);
+        mixed.resize(n * size);
+        scores.resize(n * TILE);
+        best.resize(n);
+        sum.resize(n);
+        shrink.resize(n);
+        head.resize(size);
+    }
+};
+
+inline Scratch &scratch_of_thread(int num_queries, int head_dim) {
+    static thread_local Scratch scratch;
+    scratch.reserve(num_queries, head_dim);
+    return scratch;
+}
+
+template <typename Element, typename Layout>
+class Kernel {
+   public:
+    Kernel(const Plan &plan, const Layer &layer)
+        : p(plan),
+          a(layer),
+          group(plan.num_heads / plan.num_kv_heads),
+          padded_dim(round_up(plan.head_dim, WIDTH)),
+          row_stride(int64_t(plan.num_heads + 2 * plan.num_kv_heads) * plan.head_dim) {}
+
+    // Phase 1.
+    void append(int row) const {
+        float *key = scratch_of_thread(1, p.head_dim).head.data();
+        const int position = p.row_positions[row];
+        const int32_t *pages = p.page_table + p.row_slots[row] * p.page_table_stride;
+        for (int head = 0; head < p.num_kv_heads; head++) {
+            const int64_t to = ((int64_t(pages[position / p.page_size]) * p.num_kv_heads + head) *
+                                    p.page_size +
+                                position % p.page_size) *
+                               p.head_dim;
+            prepare_head(row, p.num_heads + head, a.key_norm, key);
+            Element *stored = static_cast<Element *>(a.key_cache) + to;
+            for (int d = 0; d < p.head_dim; d += WIDTH)
+                store(stored + d, load(key + d), p.head_dim - d);
+            std::memcpy(static_cast<Element *>(a.value_cache) + to,
+                        head_of(row, p.num_heads + p.num_kv_heads + head),
+                        size_t(p.head_dim) * sizeof(Element));
+        }
+    }
+
+    // Phase 2.
+    void attend(const Task &task, int kv_head) const {
+        const int num_queries = task.num_rows * group;
+        Scratch &s = scratch_of_thread(num_queries, p.head_dim);
+        load_queries(task, kv_head, s);
+        const Element *keys[2][TILE], *values[2][TILE];
+        int current = 0;
+        locate(task, kv_head, task.begin, keys[0], values[0]);
+        for (int start = task.begin; start < task.end; start += TILE, current = 1 - current) {
+            const int count = std::min(TILE, task.end - start);
+            lay_out_keys(keys[current], count, s.keys.data());
+            Layout::lay_out_values(values[current], count, p.head_dim, padded_dim,
+                                   s.values.data());
+            if (start + TILE < task.end) {
+                locate(task, kv_head, start + TILE, keys[1 - current], values[1 - current]);
+                prefetch(keys[1 - current], values[1 - current]);
+            }
+            score(num_queries, count, s);
+            for (int query = 0; query < num_queries; query++) {
+                const int visible = task.visible + query / group * task.visible_step - start;
+                weigh(query, std::min(visible, count), count, s);
+            }
+            mix(num_queries, count, s);
+        }
+        finish(task, kv_head, s);
+    }
+
+    // Phase 3.
+    void merge(int row) const {
+        const int begin = p.partial_starts[row], end = p.partial_starts[row + 1];
+        for (int head = 0; head < p.num_heads; head++) {
+            float best = -INFINITE, sum = 0;
+            for (int i = begin; i < end; i++) best = std::max(best, best_of(i, head)[0]);
+            float *first = mixed_of(begin, head);
+            for (int i = begin; i < end; i++) {
+                const float share = std::exp(best_of(i, head)[0] - best);
+                const float *mixed = mixed_of(i, head);
+                sum += share * best_of(i, head)[1];
+                for (int d = 0; d < padded_dim; d += WIDTH) {
+                    const Vector part = load(mixed + d) * share;
+                    store(first + d, i == begin ? part : load(first + d) + part);
+                }
+            }
+            write(row, head, first, sum);
+        }
+    }
+
+   private:
+    const Element *head_of(int row, int head) const {
+        return static_cast<const Element *>(a.heads) + row * row_stride + int64_t(head) * p.head_dim;
+    }
+
+    // Norms and rotates a query or key. The results are as exact as an Element.
+    void prepare_head(int row, int head, const void *norm, float *to) const {
+        const Element *from = head_of(row, head);
+        const int size = p.head_dim, half = size / 2;
+        for (int d = 0; d < size; d += WIDTH) store(to + d, load(from + d, size - d));
+        if (norm) {
+            const Element *weight = static_cast<const Element *>(norm);
+            Vector squares = {};
+            for (int d = 0; d < size; d += WIDTH) squares += load(to + d) * load(to + d);
+            const float scale = 1.0f / std::sqrt(total(squares) / float(size) + a.eps);
+            for (int d = 0; d < size; d += WIDTH) {
+                const Vector quotient = rounded<Element>(load(to + d) * scale);
+                store(to + d, rounded<Element>(quotient * load(weight + d, size - d)));
+            }
+        }
+        const float *cosines = a.cosines + int64_t(row) * half, *sines = a.sines + int64_t(row) * half;
+        for (int d = 0; d < half; d += WIDTH) {
+            const int count = half - d;
+            const Vector left = load(to + d, count), right = load(to + half + d, count);
+            const Vector cosine = load(cosines + d, count), sine = load(sines + d, count);
+            store(to + d, rounded<Element>(left * cosine - right * sine), count);
+            store(to + half + d, rounded<Element>(right * cosine + left * sine), count);
+        }
+    }
+
+    void load_queries(const Task &task, int kv_head, Scratch &s) const {
+        const int num_queries = task.num_rows * group, stride = Layout::query_words(p.head_dim);
+        for (int query = 0; query < num_queries; query++) {
+            prepare_head(task.first_row + query / group, kv_head * group + query % group,
+                         a.query_norm, s.head.data());
+            Layout::lay_out_query(s.head.data(), p.head_dim, &s.queries[size_t(query) * stride]);
+        }
+        std::fill_n(s.mixed.begin(), size_t(num_queries) * padded_dim, 0.0f);
+        std::fill_n(s.best.begin(), num_queries, -INFINITE);
+        std::fill_n(s.sum.begin(), num_queries, 0.0f);
+    }
+
+    // Finds the keys and values of a tile. Beyond the last key come copies of its pointer.
+    void locate(const Task &task, int kv_head, int start, const Element **keys,
+                const Element **values) const {
+        const int32_t *pages = p.page_table + task.slot * p.page_table_stride;
+        const int count = std::min(TILE, task.end - start);
+        int column = start / p.page_size, within = start % p.page_size;
+        for (int t = 0; t < count; column++, within = 0) {
+            const int64_t from =
+                ((int64_t(pages[column]) * p.num_kv_heads + kv_head) * p.page_size + within) *
+                p.head_dim;
+            const Element *key = static_cast<const Element *>(a.key_cache) + from;
+            const Element *value = static_cast<const Element *>(a.value_cache) + from;
+            for (; within < p.page_size && t < count; within++, t++) {
+                keys[t] = key;
+                values[t] = value;
+                key += p.head_dim;
+                value += p.head_dim;
+            }
+        }
+        for (int t = std::max(count, 1); t < TILE && count; t++) {
+            keys[t] = keys[t - 1];
+            values[t] = values[t - 1];
+        }
+    }
+
+    void prefetch(const Element *const *keys, const Element *const *values) const {
+        const int size = p.head_dim * int(sizeof(Element));
+        for (int t = 0; t < TILE; t++)
+            for (int at = 0; at < size; at += 64) {
+                __builtin_prefetch(reinterpret_cast<const char *>(keys[t]) + at);
+                __builtin_prefetch(reinterpret_cast<const char *>(values[t]) + at);
+            }
+    }
+
+    // Transposes the keys: [words of a key, TILE].
+    void lay_out_keys(const Element *const *keys, int count, uint32_t *words) const {
+        const int num_words = Layout::query_words(p.head_dim);
+        for (int t = 0; t < count; t += WIDTH) {
+            int word = 0;
+            for (; word + WIDTH <= num_words; word += WIDTH) {
+                Words rows[WIDTH];
+                for (int i = 0; i < WIDTH; i++) rows[i] = Layout::key_words(keys[t + i], word);
+                transpose(rows);
+                for (int i = 0; i < WIDTH; i++) store_words(words + (word + i) * TILE + t, rows[i]);
+            }
+            for (; word < num_words; word++)
+                for (int i = 0; i < WIDTH; i++)
+                    words[word * TILE + t + i] = Layout::key_word(keys[t + i], word);
+        }
+    }
+
+    void score(int num_queries, int count, Scratch &s) const {
+        const int depth = Layout::query_words(p.head_dim);
+        multiply<typename Layout::Kind>(
+            {s.queries.data(), depth, s.keys.data(), TILE, s.scores.data(), TILE, nullptr, depth},
+            num_queries, round_up(count, WIDTH));
+    }
+
+    // Turns a query's scores into weights of the online softmax. Those of invisible keys are 0.
+    void weigh(int query, int visible, int count, Scratch &s) const {
+        float *scores = &s.scores[size_t(query) * TILE];
+        if (visible <= 0) {
+            std::fill_n(scores, TILE, 0.0f);
+            s.shrink[query] = 1;
+            return;
+        }
+        const float scale = 1.0f / std::sqrt(float(p.head_dim));
+        const int padded = round_up(count, WIDTH);
+        Vector highest = splat(-INFINITE);
+        for (int t = 0; t < padded; t += WIDTH) {
+            Vector some = load(scores + t) * scale;
+            if (t + WIDTH > visible) some = lane_numbers() < visible - t ? some : splat(-INFINITE);
+            highest = larger(highest, some);
+            store(scores + t, some);
+        }
+        const float best = std::max(s.best[query], largest(highest));
+        // In the first tile this is e^-infinity, which is 0.
+        const float shrink = exponential(splat(s.best[query] - best))[0];
+        Vector sums = {};
+        for (int t = 0; t < padded; t += WIDTH) {
+            const Vector weights = exponential(load(scores + t) - best);
+            sums += weights;
+            store(scores + t, weights);
+        }
+        s.best[query] = best;
+        s.sum[query] = s.sum[query] * shrink + total(sums);
+        s.shrink[query] = shrink;
+    }
+
+    void mix(int num_queries, int count, Scratch &s) const {
+        const uint32_t *weights = Layout::weights(s.scores.data(), num_queries, s.weights.data());
+        multiply<typename Layout::Kind>(
+            {weights, Layout::weight_stride, s.values.data(), padded_dim, s.mixed.data(),
+             padded_dim, s.shrink.data(), Layout::weight_words(count)},
+            num_queries, padded_dim);
+    }
+
+    void finish(const Task &task, int kv_head, const Scratch &s) const {
+        for (int query = 0; query < task.num_rows * group; query++) {
+            const int row = task.first_row + query / group, head = kv_head * group + query % group;
+            const float *mixed = &s.mixed[size_t(query) * padded_dim];
+            if (p.partial_starts[row] == p.partial_starts[row + 1]) {
+                write(row, head, mixed, s.sum[query]);
+                continue;
+            }
+            const int place = p.partial_starts[row] + task.partial;
+            std::memcpy(mixed_of(place, head), mixed, size_t(padded_dim) * sizeof(float));
+            best_of(place, head)[0] = s.best[query];
+            best_of(place, head)[1] = s.sum[query];
+        }
+    }
+
+    void write(int row, int head, const float *mixed, float sum) const {
+        Element *to = static_cast<Element *>(a.output) +
+                      (int64_t(row) * p.num_heads + head) * p.head_dim;
+        const float share = 1.0f / sum;
+        for (int d = 0; d < p.head_dim; d += WIDTH)
+            store(to + d, load(mixed + d) * share, p.head_dim - d);
+    }
+
+    // A partial result in the workspace: mixed values; then the best score and the sum.
+    float *mixed_of(int place, int head) const {
+        return p.workspace + (int64_t(place) * p.num_heads + head) * (padded_dim + 2);
+    }
+    float *best_of(int place, int head) const { return mixed_of(place, head) + padded_dim; }
+
+    const Plan &p;
+    const Layer &a;
+    const int group, padded_dim;
+    const int64_t row_stride;
+};
+
+// Rows whose keys are written faster than other threads start.
+constexpr int ROWS_OF_ONE_THREAD = 64;
+
+template <typename Element, typename Layout>
+void run(const Plan &p, const Layer &layer) {
+    const Kernel<Element, Layout> kernel(p, layer);
+    const bool appends_alone = p.num_threads == 1 || p.num_rows <= ROWS_OF_ONE_THREAD;
+    if (appends_alone)
+        for (int row = 0; row < p.num_rows; row++) kernel.append(row);
+    const int num_units = p.num_tasks * p.num_kv_heads;
+#pragma omp parallel num_threads(p.num_threads) if (p.num_threads > 1)
+    {
+        if (!appends_alone) {
+#pragma omp for schedule(static)
+            for (int row = 0; row < p.num_rows; row++) kernel.append(row);
+        }
 #pragma omp for schedule(dynamic, 1)
-        for (int task = num_tasks - 1; task >= 0; task--)
-            kernel.attend(task % a.num_blocks, task / a.num_blocks, scratch);
+        for (int unit = 0; unit < num_units; unit++)
+            kernel.attend(p.tasks[unit / p.num_kv_heads], unit % p.num_kv_heads);
+        if (p.num_partials) {
+#pragma omp for schedule(static)
+            for (int row = 0; row < p.num_rows; row++)
+                if (p.partial_starts[row] < p.partial_starts[row + 1]) kernel.merge(row);
+        }
     }
 }
 
@@ -326,14 +588,34 @@ void run(const Arguments &a) {
 
 extern "C" {
 
-// Lets the caller check that it lays out Arguments in the same way.
-int64_t tokasaurus_arguments_size() { return sizeof(Arguments); }
+// Lets the caller check that it lays out a plan in the same way, and make room for tasks.
+int64_t tokasaurus_plan_size() { return sizeof(Plan); }
+int64_t tokasaurus_task_size() { return sizeof(Task); }
 
-void tokasaurus_paged_attention(const Arguments *arguments) {
-    switch (arguments->element) {
-        case 0: return run<float>(*arguments);
-        case 1: return run<BFloat16>(*arguments);
-        default: return run<Float16>(*arguments);
+// The most tasks that a plan of so many rows, sequences and groups has.
+int64_t tokasaurus_max_tasks(int64_t num_rows, int64_t num_sequences, int64_t num_groups,
+                             int64_t num_group_rows, int32_t num_threads, int32_t group) {
+    const int64_t rows_per_task = std::max(QUERIES / group, 1);
+    const int64_t blocks =
+        num_sequences + num_groups + (num_rows + num_group_rows) / rows_per_task;
+    return 2 * blocks + 8 * TASKS_PER_THREAD * int64_t(num_threads);
+}
+
+void tokasaurus_plan_attention(Plan *plan) { Planner(*plan).plan(); }
+
+void tokasaurus_attend(const Plan *plan, const void *heads, const float *cosines,
+                       const float *sines, const void *query_norm, const void *key_norm, float eps,
+                       void *key_cache, void *value_cache, void *output) {
+    const Layer layer{heads, cosines,   sines,       query_norm, key_norm,
+                      eps,   key_cache, value_cache, output};
+    switch (plan->element) {
+        case 0: return run<float, WideLayout<float>>(*plan, layer);
+#if defined(__AVX512BF16__)
+        case 1: return run<BFloat16, PairsLayout>(*plan, layer);
+#else
+        case 1: return run<BFloat16, WideLayout<BFloat16>>(*plan, layer);
+#endif
+        default: return run<Float16, WideLayout<Float16>>(*plan, layer);
     }
 }
 }

@@ -19,6 +19,7 @@ __all__ = [
     "TextPart",
     "conversation_size",
     "for_template",
+    "prompt_ending",
     "rendered",
 ]
 
@@ -146,6 +147,21 @@ class ChatMessage(StrictSchema):
 def for_template(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     """A conversation as the chat template sees it. Raises RequestError."""
     return [each.for_template(f"messages[{number}]") for number, each in enumerate(messages)]
+
+
+def prompt_ending(begins: bool | None, continues: bool | None) -> Mapping[str, bool]:
+    """How the prompt ends, where the request says so.
+
+    Args:
+        begins: ``add_generation_prompt``, if the request has it.
+        continues: ``continue_final_message``, if the request has it.
+    """
+    if begins is None and continues is None:
+        return {}
+    return {
+        "add_generation_prompt": not continues if begins is None else begins,
+        "continue_final_message": bool(continues),
+    }
 
 
 def rendered(

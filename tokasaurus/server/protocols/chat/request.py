@@ -10,7 +10,7 @@ from pydantic import Field
 from tokasaurus.errors import RequestError
 from tokasaurus.server.operations.fields import HARMLESS
 from tokasaurus.server.operations.schemas import GenerationRequest
-from tokasaurus.server.protocols.chat.messages import ChatMessage
+from tokasaurus.server.protocols.chat.messages import ChatMessage, prompt_ending
 from tokasaurus.server.protocols.chat.reasoning import Effort, Reasoning, effort_arguments
 from tokasaurus.server.protocols.tools.request import (
     AllowedTools,
@@ -88,7 +88,7 @@ class ChatRequest(GenerationRequest):
     def template_arguments(self) -> Mapping[str, Any]:
         return {
             **effort_arguments(self._effort),
-            **self._ending,
+            **prompt_ending(self.add_generation_prompt, self.continue_final_message),
             **(self.chat_template_kwargs or self.apply_chat_template_overrides or {}),
         }
 
@@ -97,17 +97,6 @@ class ChatRequest(GenerationRequest):
         if self.reasoning_effort is not None or self.reasoning is None:
             return self.reasoning_effort
         return self.reasoning.effort
-
-    @property
-    def _ending(self) -> Mapping[str, bool]:
-        """How the prompt ends, where the request says so."""
-        begins, continues = self.add_generation_prompt, self.continue_final_message
-        if begins is None and continues is None:
-            return {}
-        return {
-            "add_generation_prompt": not continues if begins is None else begins,
-            "continue_final_message": bool(continues),
-        }
 
     @property
     def offered_tools(self) -> list[Tool]:
@@ -125,8 +114,8 @@ class ChatRequest(GenerationRequest):
 
     def field_names(self) -> Mapping[str, str]:
         names = {
-            **({} if self.enforced_choice is None else {STRUCTURED_OUTPUTS: "tools"}),
             **super().field_names(),
+            **({} if self.enforced_choice is None else {STRUCTURED_OUTPUTS: "tools"}),
             "logprobs": "top_logprobs",
             "prompt": "messages" if self.ids is None else "ids",
         }
@@ -166,7 +155,7 @@ class ChatRequest(GenerationRequest):
                 " leave one out",
                 "apply_chat_template_overrides",
             )
-        check_tools(self.tools or (), self.tool_choice, self.form_field)
+        check_tools(self.tools or (), self.tool_choice, self.form_field, self.form)
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and (

@@ -14,7 +14,11 @@ def _prepare(request: CompletionRequest, preparer: Preparer) -> Task:
     """Continues prompts."""
     tokenizer, config = preparer.tokenizer, preparer.config
     given = request.prompts()
-    ids = [tokenizer.encode(each) if isinstance(each, str) else each for each in given]
+    special = request.add_special_tokens is not False
+    ids = [
+        tokenizer.encode(each, add_special_tokens=special) if isinstance(each, str) else each
+        for each in given
+    ]
     prompts = [
         preparer.prepare(each, request.params_for(len(each), config.max_request_tokens))
         for each in ids

@@ -21,6 +21,10 @@ class CompletionRequest(GenerationRequest):
     prompt: Prompts
     logprobs: int | None = None
     echo: bool | None = None
+    best_of: int | None = None
+    """Only 1 or ``n``: every sample is returned."""
+    add_special_tokens: bool | None = None
+    """Add the special tokens that the model expects around a text. Default true."""
 
     @property
     def num_logprobs(self) -> int | None:
@@ -40,6 +44,12 @@ class CompletionRequest(GenerationRequest):
 
     def check(self) -> None:
         super().check()
+        if self.best_of not in (None, 1, self.num_samples):
+            raise RequestError(
+                f"best_of is not supported with the value {self.best_of}: every sample is returned;"
+                " ask for n samples",
+                "best_of",
+            )
         if self.max_tokens == 0 and not self.echo:
             raise RequestError("max_tokens must be at least 1, or 0 with echo", "max_tokens")
         if self.echoes_only and self.min_tokens:

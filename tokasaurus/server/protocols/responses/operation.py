@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from typing import Any
 
 from tokasaurus.errors import RequestError
@@ -28,7 +27,7 @@ def _head(request: ResponsesRequest, prompt: PreparedRequest, model: str) -> dic
     choice = request.tool_choice or "auto"
     effort = None if request.reasoning is None else request.reasoning.effort
     return {
-        "id": f"resp_{uuid.uuid4().hex}",
+        "id": request.request_id or request.answer_id("resp_"),
         "object": "response",
         "created_at": int(time.time()),
         "model": model if request.model is None else request.model,

@@ -63,7 +63,17 @@ class TextOptions(StrictSchema):
         return {"json": self.format.json_schema}
 
 
-Include: TypeAlias = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
+Include: TypeAlias = Literal[
+    "message.output_text.logprobs",
+    "reasoning.encrypted_content",
+    # What tools of the server and images would have: there are none.
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "web_search_call.action.sources",
+    "web_search_call.results",
+]
 Input: TypeAlias = str | Annotated[list[InputItem], Field(min_length=1)]
 
 _NOT_HERE = {
@@ -79,7 +89,11 @@ _NOT_HERE = {
 
 _HARMLESS_HERE: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
-    "stream_options": (StreamOptions(), StreamOptions(include_obfuscation=False)),
+    "stream_options": tuple(
+        StreamOptions(include_usage=usage, include_obfuscation=obfuscation)
+        for usage in (None, True)
+        for obfuscation in (None, False)
+    ),
 }
 
 
@@ -93,10 +107,12 @@ class ResponsesRequest(GenerationRequest):
         "context_management": ([],),
         "conversation": (),
         "image": (),
-        "max_tool_calls": (),
+        "max_tool_calls": (int,),  # it counts calls to tools of the server, which has none
+        "previous_response": (),
         "previous_response_id": (),
         "prompt": (),
         "truncation": ("auto", "disabled"),  # a conversation that does not fit is refused
+        "watermarking": (True, False),  # true leaves it to the server, whose text has no marks
     }
 
     input: Input
@@ -109,8 +125,8 @@ class ResponsesRequest(GenerationRequest):
     """What the text must be: ``{"format": {"type": "json_schema", "name": ..., "schema": ...}}``,
     or of type json_object."""
     include: list[Include] | None = None
-    """Return the logprobs of the answer's tokens. Nothing encrypts reasoning, which is returned
-    in any case."""
+    """``message.output_text.logprobs`` returns the logprobs of the answer's tokens. The others
+    change nothing: the server runs no tools, and returns reasoning in any case."""
     top_logprobs: int | None = None
     """And those of this many likeliest tokens."""
     tools: list[FunctionTool] | None = None
@@ -163,8 +179,8 @@ class ResponsesRequest(GenerationRequest):
 
     def field_names(self) -> Mapping[str, str]:
         return {
-            **({} if self.enforced_choice is None else {STRUCTURED_OUTPUTS: "tools"}),
             **super().field_names(),
+            **({} if self.enforced_choice is None else {STRUCTURED_OUTPUTS: "tools"}),
             "logprobs": "top_logprobs",
             "max_tokens": "max_output_tokens",
             "messages": "input",
@@ -182,7 +198,8 @@ class ResponsesRequest(GenerationRequest):
             raise RequestError(f"text.format of type {format_.type} has no schema", "text")
         if self._forms.get("text") == {"json": None}:
             raise RequestError("text.format of type json_schema must have a schema", "text")
-        check_tools([tool.as_tool for tool in self.tools or ()], self._choice, self.form_field)
+        tools = [tool.as_tool for tool in self.tools or ()]
+        check_tools(tools, self._choice, self.form_field, self.form)
         if self.top_logprobs and self.num_logprobs is None:
             raise RequestError(f"top_logprobs needs include to name {LOGPROBS!r}", "top_logprobs")
 

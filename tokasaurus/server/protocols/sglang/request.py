@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from tokasaurus.errors import RequestError
-from tokasaurus.server.operations.fields import without_harmless
+from tokasaurus.server.operations.fields import HARMLESS, without_harmless
 from tokasaurus.server.operations.prompts import Prompts, read_prompts
 from tokasaurus.server.operations.schemas import EngineRequest
 from tokasaurus.text.params import SamplingParams, renamed
@@ -60,7 +60,7 @@ _OUR_NAMES = {
 _FORMS = [name for name, field in SAMPLING_FIELDS.items() if field.name == STRUCTURED_OUTPUTS]
 
 _HARMLESS_SAMPLING: Mapping[str, tuple[Any, ...]] = {
-    "custom_params": (),
+    "custom_params": ({},),
     "no_stop_trim": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
@@ -75,24 +75,24 @@ class SglangRequest(EngineRequest):
 
     key_fields: ClassVar[tuple[str, ...]] = ("text", "input_ids")
     harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "audio_data": (),
+        **HARMLESS,
+        "audio_data": ([],),
         "background": (False,),
-        "custom_logit_processor": (),
-        "image_data": (),
+        "encoder_urls": ([],),
+        "http_worker_ipc": (),
+        "image_data": ([],),
         "input_embeds": (),
         "log_metrics": (True, False),
         "lora_id": (),
-        "lora_path": (),
-        "modalities": (["text"],),
         "model": (str,),
+        "need_wait_for_mm_inputs": (False,),
         "no_logs": (True, False),
+        "num_items_assigned": ({},),
         "priority": (),
+        "received_time": (float, int),
         "return_bytes": (False,),
-        "return_hidden_states": (False,),
-        "return_routed_experts": (False,),
-        "session_params": (),
-        "token_ids_logprob": (),
-        "video_data": (),
+        "token_ids_logprob": ([],),
+        "video_data": ([],),
     }
 
     text: Prompts = None

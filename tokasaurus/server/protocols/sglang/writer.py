@@ -7,7 +7,6 @@ null stands for it.
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,7 +70,7 @@ class SglangWriter(StreamWriter):
         self._tokenizer = tokenizer
         self._with_text = bool(request.return_text_in_logprobs)
         self._starts = request.per_prompt("logprob_start_len", count, -1)
-        rid = request.rid or uuid.uuid4().hex
+        rid = request.rid or request.answer_id("")
         if isinstance(rid, str) and count > 1:
             rid = [f"{rid}_{position}" for position in range(count)]
         self.ids = [rid] if isinstance(rid, str) else rid

@@ -128,12 +128,23 @@ class AnswerFormat:
         )
 
     def enforced(self, params: SamplingParams) -> SamplingParams:
-        """The parameters, with a grammar if the model must make calls. Raises RequestError."""
-        choice = self.request.enforced_choice
-        if choice is None or self.tool_format is None:
+        """The parameters, with a grammar of the calls that the model must or may make.
+
+        A model that must make calls says nothing else. A model that may make calls, and must
+        answer in JSON, makes calls or answers.
+
+        Raises:
+            RequestError: a schema cannot be compiled.
+        """
+        choice, form = self.request.enforced_choice, params.structured_outputs
+        if self.tool_format is None or (choice is None and form is None):
             return params
         layout, many = _LAYOUTS[self.tool_format], self.request.parallel_tool_calls is not False
-        grammar = calls_grammar(self.request.offered_tools, choice, layout, many)
+        tools = self.request.offered_tools
+        if choice is None:
+            grammar = calls_grammar(tools, "auto", layout, many, form)
+        else:
+            grammar = calls_grammar(tools, choice, layout, many)
         return dataclasses.replace(params, structured_outputs={"grammar": grammar})
 
     def parser_maker(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
 
 from tokasaurus.errors import RequestError
 from tokasaurus.server.operations.strict import StrictSchema
-from tokasaurus.text.structured_output import json_style
+from tokasaurus.text.structured_output import FIELD, json_for_grammar
 
 __all__ = [
     "MAX_TOOLS",
@@ -104,7 +104,7 @@ Choice: TypeAlias = str | ToolChoice | AllowedTools | None
 
 class _CalledFunction(StrictSchema):
     name: str
-    arguments: str | dict[str, Any]
+    arguments: str | dict[str, Any] | None = None
 
 
 class ToolCall(StrictSchema):
@@ -123,7 +123,7 @@ class ToolCall(StrictSchema):
 
 
 def call_for_template(
-    call_id: str | None, name: str, arguments: str | dict[str, Any]
+    call_id: str | None, name: str, arguments: str | dict[str, Any] | None
 ) -> dict[str, Any]:
     """A call as chat templates expect it, with the arguments as an object.
 
@@ -133,7 +133,7 @@ def call_for_template(
         arguments: as JSON, or decoded. The API allows any text, since models write any text: what
             is not a JSON object stays as it was written, and null or nothing is no arguments.
     """
-    said = _object_or_text(arguments) if isinstance(arguments, str) else arguments
+    said = _object_or_text(arguments) if isinstance(arguments, str) else arguments or {}
     call = {"type": "function", "function": {"name": name, "arguments": said}}
     return call if call_id is None else {"id": call_id, **call}
 
@@ -164,13 +164,19 @@ def enforced(choice: Choice) -> str | ToolChoice | None:
     return None if choice in ("none", "auto") else choice
 
 
-def check_tools(tools: Sequence[Tool], choice: Choice, form_field: str | None) -> None:
+def check_tools(
+    tools: Sequence[Tool],
+    choice: Choice,
+    form_field: str | None,
+    form: Mapping[str, Any] | None,
+) -> None:
     """Raises RequestError if the tools, or the choice among them, are impossible.
 
     Args:
         tools: of the request.
         choice: among them.
         form_field: the request's field that says what the text must be, if one does.
+        form: what it says.
     """
     if len(tools) > MAX_TOOLS:
         raise RequestError(f"tools may hold at most {MAX_TOOLS}, not {len(tools)}", "tools")
@@ -191,41 +197,66 @@ def check_tools(tools: Sequence[Tool], choice: Choice, form_field: str | None) -
             )
     if choice == "required" and not tools:
         raise RequestError("tool_choice is 'required', and there are no tools", "tool_choice")
-    if tools and choice != "none" and form_field is not None:
+    if tools and choice != "none" and form_field is not None and not _is_json(form):
         raise RequestError(
-            f"tools cannot be combined with {form_field}: both say what the answer looks like;"
-            " leave one out, or set tool_choice to none",
+            f"tools cannot be combined with {form_field} unless that asks for JSON: both say what"
+            " the answer looks like; leave one out, or set tool_choice to none",
             "tools",
         )
 
 
+def _is_json(form: object) -> bool:
+    return isinstance(form, Mapping) and (
+        form.get("json") is not None or bool(form.get("json_object"))
+    )
+
+
 def calls_grammar(
-    tools: Sequence[Tool], choice: str | ToolChoice, format_: tuple[str, str, str, str], many: bool
+    tools: Sequence[Tool],
+    choice: str | ToolChoice,
+    format_: tuple[str, str, str, str],
+    many: bool,
+    form: Mapping[str, Any] | None = None,
 ) -> str:
-    """A grammar, in Lark, of answers that are calls and nothing else.
+    """A grammar, in Lark, of answers that are calls and nothing else, or else JSON.
 
     Args:
         tools: of the request.
-        choice: "required", or a function.
+        choice: "required", or a function; with a form, "auto".
         format_: the text before a call, the name of its arguments, the text after it, and the text
             between calls.
         many: several calls are allowed, unless one is named.
+        form: structured outputs that the answer may be instead; of the kind json or json_object.
+
+    Raises:
+        RequestError: a schema cannot be compiled.
     """
     before, arguments, after, between = format_
     if isinstance(choice, ToolChoice):
         tools, many = [each for each in tools if each.function.name == choice.function.name], False
     rules = []
     for number, tool in enumerate(tools):
-        name = json.dumps(tool.function.name)
-        head = f'{before}{{"name": {name}, "{arguments}": '
         parameters = tool.function.parameters
         if parameters is None:
             parameters = {"properties": {}, "additionalProperties": False}
-        schema = {"type": "object", **parameters, "x-guidance": json_style()}
-        rules.append(
-            f"call_{number}: {json.dumps(head)} %json {json.dumps(schema)}"
-            f" {json.dumps('}' + after)}"
-        )
+        schema = _for_grammar({"json": {"type": "object", **parameters}}, "tools")
+        # The pieces of the JSON of a form, so that both can begin in the same way: the library
+        # always reads on to the end of the longest piece.
+        head = ("{", '"name"', ": ", json.dumps(tool.function.name), ", ", f'"{arguments}"', ": ")
+        texts = " ".join(json.dumps(text) for text in (before, *head) if text)
+        end = " ".join(json.dumps(text) for text in ("}", after) if text)
+        rules.append(f"call_{number}: {texts} %json {json.dumps(schema)} {end}")
     any_call = " | ".join(f"call_{number}" for number in range(len(tools)))
     more = f" ({json.dumps(between)} call)*" if many else ""
-    return "\n".join([f"start: call{more}", f"call: {any_call}", *rules])
+    start = f"call{more}"
+    if form is not None:
+        start += " | form"
+        rules.append(f"form: %json {json.dumps(_for_grammar(form, FIELD))}")
+    return "\n".join([f"start: {start}", f"call: {any_call}", *rules])
+
+
+def _for_grammar(options: Mapping[str, Any], field: str) -> dict[str, Any]:
+    try:
+        return json_for_grammar(options)
+    except (ValueError, RecursionError, TypeError) as error:
+        raise RequestError(f"{field} cannot be compiled: {error}", field) from None

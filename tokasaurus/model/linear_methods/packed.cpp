@@ -1,0 +1,449 @@
+// Products of activations with packed weights, on the CPU:
+//
+//     y[m, n] = bias[n] + the sum over k of x[m, k] * weight[n, k]
+//
+// The weight is cut into panels of PANEL rows, which are columns of y. A panel's numbers lie in the
+// order in which the loops read them:
+//
+//     fp32   [panels][in][PANEL]                  one k after the other
+//     bf16   [panels][in / CHUNK][2][16][16][2]   chunks of k, each with two tiles of 16 columns; in
+//                                                 a tile, 16 pairs of k: the layout of AMX's tiles
+//
+// Rows and k that a panel or chunk has beyond the weight's are zero. Threads share the panels, so
+// each reads a part of the weight once, and all of x.
+//
+// Each number of y is one sum, in ascending order of k and without regard to the number of rows. So
+// a row's results do not depend on the other rows of the batch.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+extern "C" {
+
+// Mirrored by _Product in packed.py. Strides are in elements.
+struct Product {
+    const void *x;  // [rows, in], rows x_stride apart
+    int64_t x_stride;
+    const void *weight;  // packed
+    const void *bias;    // [out], or null
+    void *y;             // [rows, out]
+    int64_t rows, in, out;
+    int32_t element;  // 0 fp32, 1 bf16
+    int32_t num_threads;
+};
+}
+
+namespace {
+
+constexpr int PANEL = 32;
+constexpr int TILE = 16;
+constexpr int CHUNK = 2 * TILE;
+constexpr int CHUNK_SIZE = CHUNK * PANEL;
+
+// Numbers in a vector register; rows of a block, so that its sums fit into the registers.
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
+constexpr int MAX_ROWS = 12;
+#elif defined(__AVX__)
+constexpr int WIDTH = 8;
+constexpr int MAX_ROWS = 6;
+#else
+constexpr int WIDTH = 4;
+constexpr int MAX_ROWS = 4;
+#endif
+
+// Bytes of x that the loops over panels reuse: a part of the second-level cache.
+constexpr int64_t REUSED_BYTES = 1 << 20;
+
+typedef float Vector __attribute__((vector_size(WIDTH * sizeof(float))));
+typedef uint32_t Bits __attribute__((vector_size(WIDTH * sizeof(uint32_t))));
+
+template <typename T>
+inline T load(const void *from) {
+    T value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+inline float widen(uint16_t value) {
+    const uint32_t bits = uint32_t(value) << 16;
+    return load<float>(&bits);
+}
+
+// To the nearest bf16, ties to even; NaN stays NaN.
+inline uint16_t narrow(float value) {
+    const uint32_t bits = load<uint32_t>(&value);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40u);
+    return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The place of weight[n, k].
+inline int64_t place_f32(int64_t in, int64_t n, int64_t k) {
+    return (n / PANEL * in + k) * PANEL + n % PANEL;
+}
+
+inline int64_t place_bf16(int64_t in, int64_t n, int64_t k) {
+    const int64_t chunk = n / PANEL * ceil_div(in, CHUNK) + k / CHUNK;
+    const int64_t tile = chunk * 2 + n % PANEL / TILE;
+    return ((tile * TILE + k % CHUNK / 2) * TILE + n % TILE) * 2 + k % 2;
+}
+
+// Writes sums of consecutive columns of one row, from column n on.
+inline void write(const Product &p, int64_t row, int64_t n, const float *sums, int count) {
+    const int columns = int(std::min<int64_t>(count, p.out - n));
+    if (p.element == 0) {
+        float *y = static_cast<float *>(p.y) + row * p.out + n;
+        const float *bias = static_cast<const float *>(p.bias);
+        for (int i = 0; i < columns; i++) y[i] = bias ? sums[i] + bias[n + i] : sums[i];
+    } else {
+        uint16_t *y = static_cast<uint16_t *>(p.y) + row * p.out + n;
+        const uint16_t *bias = static_cast<const uint16_t *>(p.bias);
+        for (int i = 0; i < columns; i++)
+            y[i] = narrow(bias ? sums[i] + widen(bias[n + i]) : sums[i]);
+    }
+}
+
+// --- blocks of rows, in vector registers --------------------------------------------------------
+
+// The two kinds of numbers. ``step`` is the number of k that one step of the loop takes; a step
+// reads STRIDE bytes of each panel.
+struct F32 {
+    typedef float X;
+    typedef Vector Column;
+    static constexpr int64_t step = 1, STRIDE = PANEL * sizeof(float);
+
+    static int64_t steps(int64_t in) { return in; }
+    static int64_t offset(int column, int64_t) { return column * sizeof(float); }
+    static int64_t advance(int64_t k) { return k * STRIDE; }
+    static void add(Vector &sum, const X *x, Column w) { sum += *x * w; }
+};
+
+struct BF16 {
+#if defined(__AVX512BF16__)
+    typedef uint16_t X;
+    typedef __m512bh Column;
+    static void add(Vector &sum, const X *x, Column w) {
+        const __m512bh both = (__m512bh)_mm512_set1_epi32(load<int32_t>(x));
+        sum = (Vector)_mm512_dpbf16_ps((__m512)sum, both, w);
+    }
+#else
+    typedef float X;
+    typedef Bits Column;
+    static void add(Vector &sum, const X *x, Column w) {
+        const Bits even = w << 16, odd = w & 0xffff0000u;
+        sum += x[0] * load<Vector>(&even);
+        sum += x[1] * load<Vector>(&odd);
+    }
+#endif
+    static constexpr int64_t step = 2, STRIDE = 2 * PANEL * sizeof(uint16_t);
+
+    static int64_t steps(int64_t in) { return ceil_div(in, CHUNK) * TILE; }
+    static int64_t offset(int column, int64_t) {
+        return (column / TILE * TILE * TILE + column % TILE) * 2 * sizeof(uint16_t);
+    }
+    // Chunks of 16 steps; a step's columns of one tile lie next to each other.
+    static int64_t advance(int64_t k) {
+        return (k / TILE * CHUNK_SIZE + k % TILE * CHUNK) * sizeof(uint16_t);
+    }
+};
+
+// x of a product, as the blocks read it.
+template <typename X>
+struct Rows {
+    const X *x;
+    int64_t stride;
+    const X *row(int64_t m) const { return x + m * stride; }
+};
+
+// The sums of ROWS rows and VECTORS vectors of columns, which may span panels. If ``next`` is not
+// null, it fetches what the loop will read there, into the second-level cache.
+template <typename Kind, int ROWS, int VECTORS>
+inline void block(const Product &p, const Rows<typename Kind::X> &rows, int64_t row, int64_t panel,
+                  int column, const char *next) {
+    const int64_t steps = Kind::steps(p.in), panel_bytes = steps * Kind::STRIDE;
+    const char *weight[VECTORS];
+    for (int v = 0; v < VECTORS; v++) {
+        const int c = column + v * WIDTH;
+        weight[v] = static_cast<const char *>(p.weight) + (panel + c / PANEL) * panel_bytes +
+                    Kind::offset(c % PANEL, p.in);
+    }
+    const typename Kind::X *x = rows.row(row);
+    Vector sums[ROWS][VECTORS] = {};
+    for (int64_t k = 0; k < steps; k++) {
+        if (next)
+            for (int64_t line = 0; line < Kind::STRIDE; line += 64)
+                __builtin_prefetch(next + k * Kind::STRIDE + line, 0, 2);
+        typename Kind::Column w[VECTORS];
+#pragma GCC unroll 16
+        for (int v = 0; v < VECTORS; v++)
+            w[v] = load<typename Kind::Column>(weight[v] + Kind::advance(k));
+#pragma GCC unroll 16
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 16
+            for (int v = 0; v < VECTORS; v++)
+                Kind::add(sums[r][v], x + r * rows.stride + k * Kind::step, w[v]);
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < VECTORS; v++) {
+            const int64_t n = panel * PANEL + column + v * WIDTH;
+            if (n < p.out)
+                write(p, row + r, n, reinterpret_cast<const float *>(&sums[r][v]), WIDTH);
+        }
+}
+
+// ROWS rows times the panels from ``first`` to ``end``. Few rows take many columns at a time, so
+// that there are enough sums in flight to hide the latency of an addition.
+template <typename Kind, int ROWS>
+inline void panels_of(const Product &p, const Rows<typename Kind::X> &rows, int64_t row,
+                      int64_t first, int64_t end, const char *next) {
+    constexpr int VECTORS = ROWS * 8 <= 2 * MAX_ROWS ? 8 : ROWS * 4 <= 2 * MAX_ROWS ? 4 : 2;
+    constexpr int COLUMNS = VECTORS * WIDTH;
+    int64_t panel = first;
+    if constexpr (COLUMNS > PANEL)
+        for (; panel + COLUMNS / PANEL <= end; panel += COLUMNS / PANEL)
+            block<Kind, ROWS, VECTORS>(p, rows, row, panel, 0, nullptr);
+    constexpr int WITHIN = std::min(COLUMNS, PANEL);
+    for (; panel < end; panel++)
+        for (int column = 0; column < PANEL; column += WITHIN)
+            block<Kind, ROWS, WITHIN / WIDTH>(p, rows, row, panel, column, column ? nullptr : next);
+}
+
+template <typename Kind, int ROWS = MAX_ROWS>
+inline void any_rows(int64_t count, const Product &p, const Rows<typename Kind::X> &rows,
+                     int64_t row, int64_t first, int64_t end, const char *next) {
+    if (count == ROWS) return panels_of<Kind, ROWS>(p, rows, row, first, end, next);
+    if constexpr (ROWS > 1) any_rows<Kind, ROWS - 1>(count, p, rows, row, first, end, next);
+}
+
+// The panels of one thread.
+template <typename Kind>
+inline void multiply(const Product &p, const Rows<typename Kind::X> &rows, int64_t first,
+                     int64_t end) {
+    const int64_t panel_bytes = Kind::steps(p.in) * Kind::STRIDE;
+    const int64_t row_bytes = p.in * int64_t(sizeof(typename Kind::X));
+    const int64_t most = std::max<int64_t>(REUSED_BYTES / row_bytes / MAX_ROWS, 1) * MAX_ROWS;
+    for (int64_t start = 0; start < p.rows; start += most) {
+        const int64_t count = std::min(most, p.rows - start);
+        const int64_t parts = ceil_div(count, MAX_ROWS);
+        if (count * 4 <= 2 * MAX_ROWS) {
+            any_rows<Kind>(count, p, rows, start, first, end, nullptr);
+            continue;
+        }
+        for (int64_t panel = first; panel < end; panel++)
+            for (int64_t part = 0; part < parts; part++) {
+                const int64_t from = count * part / parts, to = count * (part + 1) / parts;
+                const char *next = static_cast<const char *>(p.weight) + (panel + 1) * panel_bytes;
+                const bool fetches = part == 0 && panel + 1 < end;
+                any_rows<Kind>(to - from, p, rows, start + from, panel, panel + 1,
+                               fetches ? next : nullptr);
+            }
+    }
+}
+
+// --- blocks of rows, in AMX's tiles -------------------------------------------------------------
+
+#if defined(__AMX_BF16__)
+
+// Asks the system for the right to use the tiles, once for the process.
+bool may_use_tiles() {
+    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+    static const bool granted = syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+    return granted;
+}
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+};
+
+// Tiles 0 to 3 are sums: upper and lower rows by left and right columns. Tiles 4 and 5 are upper
+// and lower rows of x; 6 and 7 left and right columns of a panel.
+void configure(int upper, int lower) {
+    const int rows[8] = {upper, upper, lower, lower, upper, lower, TILE, TILE};
+    TileConfig config;
+    for (int tile = 0; tile < 8; tile++) {
+        config.row_bytes[tile] = 64;
+        config.rows[tile] = uint8_t(std::max(rows[tile], 1));
+    }
+    _tile_loadconfig(&config);
+}
+
+template <bool HAS_LOWER>
+inline void tile_block(const Product &p, const Rows<uint16_t> &rows, int64_t row, int count,
+                       int64_t panel, const uint16_t *next) {
+    const int64_t chunks = ceil_div(p.in, CHUNK), stride = rows.stride * sizeof(uint16_t);
+    const uint16_t *upper = rows.row(row), *lower = rows.row(row + TILE);
+    const uint16_t *weight = static_cast<const uint16_t *>(p.weight) + panel * chunks * CHUNK_SIZE;
+    _tile_zero(0);
+    _tile_zero(1);
+    if (HAS_LOWER) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        if (next)
+            for (int at = 0; at < CHUNK_SIZE; at += 32)
+                __builtin_prefetch(next + chunk * CHUNK_SIZE + at, 0, 2);
+        _tile_loadd(4, upper + chunk * CHUNK, stride);
+        _tile_loadd(6, weight + chunk * CHUNK_SIZE, 64);
+        _tile_loadd(7, weight + chunk * CHUNK_SIZE + TILE * CHUNK, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (HAS_LOWER) {
+            _tile_loadd(5, lower + chunk * CHUNK, stride);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    alignas(64) float sums[2 * TILE][PANEL];
+    _tile_stored(0, sums[0], sizeof sums[0]);
+    _tile_stored(1, sums[0] + TILE, sizeof sums[0]);
+    if (HAS_LOWER) {
+        _tile_stored(2, sums[TILE], sizeof sums[0]);
+        _tile_stored(3, sums[TILE] + TILE, sizeof sums[0]);
+    }
+    const int64_t n = panel * PANEL;
+    for (int r = 0; r < count; r++) {
+        if (p.bias || n + PANEL > p.out) {
+            write(p, row + r, n, sums[r], PANEL);
+            continue;
+        }
+        const __m512bh line =
+            _mm512_cvtne2ps_pbh(_mm512_load_ps(sums[r] + TILE), _mm512_load_ps(sums[r]));
+        std::memcpy(static_cast<uint16_t *>(p.y) + (row + r) * p.out + n, &line, sizeof line);
+    }
+}
+
+// The panels of one thread.
+void multiply_in_tiles(const Product &p, const Rows<uint16_t> &rows, int64_t first, int64_t end) {
+    const int64_t panel_size = ceil_div(p.in, CHUNK) * CHUNK_SIZE;
+    const int64_t row_bytes = p.in * int64_t(sizeof(uint16_t));
+    const int64_t most = std::max<int64_t>(REUSED_BYTES / row_bytes / CHUNK, 1) * CHUNK;
+    for (int64_t start = 0; start < p.rows; start += most) {
+        const int64_t stop = std::min(p.rows, start + most);
+        const int64_t whole = start + (stop - start) / CHUNK * CHUNK;
+        const auto next = [&](int64_t row, int64_t panel) -> const uint16_t * {
+            if (row != start || panel + 1 == end) return nullptr;
+            return static_cast<const uint16_t *>(p.weight) + (panel + 1) * panel_size;
+        };
+        if (whole > start) {
+            configure(TILE, TILE);
+            for (int64_t panel = first; panel < end; panel++)
+                for (int64_t row = start; row < whole; row += CHUNK)
+                    tile_block<true>(p, rows, row, CHUNK, panel, next(row, panel));
+        }
+        const int rest = int(stop - whole);
+        if (rest == 0) continue;
+        configure(std::min(rest, TILE), rest - TILE);
+        for (int64_t panel = first; panel < end; panel++)
+            if (rest > TILE)
+                tile_block<true>(p, rows, whole, rest, panel, next(whole, panel));
+            else
+                tile_block<false>(p, rows, whole, rest, panel, next(whole, panel));
+    }
+    _tile_release();
+}
+#endif
+
+// --- x as the blocks read it --------------------------------------------------------------------
+
+// A copy of x with whole chunks of k, in numbers of type To. It is kept until the next product.
+template <typename To, typename Convert>
+Rows<To> copy_of_x(const Product &p, Convert convert) {
+    static thread_local std::vector<To> copy;
+    const int64_t stride = ceil_div(p.in, CHUNK) * CHUNK;
+    copy.assign(size_t(p.rows) * stride, To(0));
+    for (int64_t m = 0; m < p.rows; m++) {
+        const uint16_t *x = static_cast<const uint16_t *>(p.x) + m * p.x_stride;
+        for (int64_t k = 0; k < p.in; k++) copy[m * stride + k] = convert(x[k]);
+    }
+    return {copy.data(), stride};
+}
+
+Rows<BF16::X> rows_of_bf16(const Product &p) {
+#if defined(__AVX512BF16__)
+    if (p.in % CHUNK == 0) return {static_cast<const uint16_t *>(p.x), p.x_stride};
+    return copy_of_x<uint16_t>(p, [](uint16_t x) { return x; });
+#else
+    return copy_of_x<float>(p, widen);
+#endif
+}
+
+// Calls ``work`` in each thread with its share of the panels.
+template <typename Work>
+void share_panels(const Product &p, Work work) {
+    const int64_t panels = ceil_div(p.out, PANEL), threads = p.num_threads;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t thread = 0; thread < threads; thread++)
+        work(panels * thread / threads, panels * (thread + 1) / threads);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Lets the caller check that it lays out Product in the same way.
+int64_t tokasaurus_product_size() { return sizeof(Product); }
+
+// Numbers in a packed weight.
+int64_t tokasaurus_packed_size(int64_t out, int64_t in, int32_t element) {
+    return ceil_div(out, PANEL) * PANEL * (element ? ceil_div(in, CHUNK) * CHUNK : in);
+}
+
+// Packs the rows of a part of the weight, [rows, in], which begins at row ``first`` of the whole.
+void tokasaurus_pack(const void *part, int64_t rows, int64_t in, int64_t first, int32_t element,
+                     void *packed) {
+#pragma omp parallel for
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t k = 0; k < in; k++)
+            if (element == 0)
+                static_cast<float *>(packed)[place_f32(in, first + r, k)] =
+                    static_cast<const float *>(part)[r * in + k];
+            else
+                static_cast<uint16_t *>(packed)[place_bf16(in, first + r, k)] =
+                    static_cast<const uint16_t *>(part)[r * in + k];
+}
+
+// Writes chosen rows of a packed weight to ``to``, [count, in].
+void tokasaurus_unpack(const void *packed, const int64_t *rows, int64_t count, int64_t in,
+                       int32_t element, void *to) {
+#pragma omp parallel for if (count > 8)
+    for (int64_t i = 0; i < count; i++)
+        for (int64_t k = 0; k < in; k++)
+            if (element == 0)
+                static_cast<float *>(to)[i * in + k] =
+                    static_cast<const float *>(packed)[place_f32(in, rows[i], k)];
+            else
+                static_cast<uint16_t *>(to)[i * in + k] =
+                    static_cast<const uint16_t *>(packed)[place_bf16(in, rows[i], k)];
+}
+
+void tokasaurus_multiply(const Product *product) {
+    const Product &p = *product;
+    if (p.element == 0) {
+        const Rows<float> rows = {static_cast<const float *>(p.x), p.x_stride};
+        share_panels(p, [&](int64_t first, int64_t end) { multiply<F32>(p, rows, first, end); });
+        return;
+    }
+    const Rows<BF16::X> rows = rows_of_bf16(p);
+    share_panels(p, [&](int64_t first, int64_t end) {
+#if defined(__AMX_BF16__)
+        if (may_use_tiles()) return multiply_in_tiles(p, rows, first, end);
+#endif
+        multiply<BF16>(p, rows, first, end);
+    });
+}
+}
