@@ -82,18 +82,18 @@ def test_crowded_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_worlds_of_several_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients displace others' sequences, and places are given anew."""
     counts: Counter[str] = Counter()
-    displaced_by, place_anew = Scheduler._num_displaced_by, Shares.place_anew
+    num_displaced_by, place_anew = Scheduler._num_displaced_by, Shares.place_anew
 
-    def counted(self: Scheduler, head: Sequence) -> IndexArray:
-        rows = displaced_by(self, head)
-        counts["displaced"] += len(rows) > 0
-        return rows
+    def counted(self: Scheduler, sequence: Sequence, rows: IndexArray) -> int | None:
+        num_victims = num_displaced_by(self, sequence, rows)
+        counts["displaced"] += bool(num_victims)
+        return num_victims
 
     def noted(self: Shares, priority: int, requests: Iterable[Request]) -> None:
         counts["anew"] += 1
         place_anew(self, priority, requests)
 
-    monkeypatch.setattr(Scheduler, "_displaced_by", counted)
+    monkeypatch.setattr(Scheduler, "_num_displaced_by", counted)
     monkeypatch.setattr(Shares, "place_anew", noted)
     run_worlds(120_000, num_events=4_000, make_world=Simulation.shared_of_seed)
     assert min(counts["displaced"], counts["anew"]) > 20
