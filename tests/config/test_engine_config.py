@@ -41,6 +41,8 @@ NAMES_AND_DEFAULTS = {
     "request_read_timeout_s": 60.0,
     "max_body_bytes": 256 << 20,
     "max_n": 65536,
+    "max_request_priority": 0,
+    "fair_share_wait_s": 1.0,
     "max_stored_bytes": None,
     "shutdown_timeout_s": 30.0,
     "tool_call_parser": "auto",

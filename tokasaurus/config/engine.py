@@ -333,6 +333,28 @@ class EngineConfig:
         adapts="a tenth of the disk",
     )
 
+    max_request_priority: int = flag(
+        0,
+        group=_OVERLOAD,
+        minimum=0,
+        maximum=1_000_000,
+        help=(
+            "By how much requests may outrank the default priority 0: the field priority must be "
+            "at least minus this. A key may have a limit of its own: KEY max_request_priority=N "
+            "in the place of KEY. Admin keys have none."
+        ),
+    )
+    fair_share_wait_s: float = flag(
+        1.0,
+        group=_OVERLOAD,
+        minimum=0,
+        help=(
+            "How long a request of a client that runs less than its share waits for room, in "
+            "seconds that the device works, before sequences of clients that run more than theirs "
+            "are preempted for it."
+        ),
+    )
+
     stall_timeout_s: float = flag(
         60.0,
         group=_LOGGING,

@@ -229,6 +229,8 @@ class GenerateRequest(Message, frozen=True):
     progress: Progress | None = None
     # The name of a loaded cartridge, which comes before the prompt; more than one is refused.
     cartridges: tuple[str, ...] = ()
+    # A name for the client; clients get fair shares.
+    client: str = ""
 
 
 class AbortRequest(Message, frozen=True):
