@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import math
 
@@ -349,6 +350,20 @@ def test_only_digests_of_keys_reach_the_server():
     assert len(server.admin_key_digests) == 2
     assert server.api_key_digests == ()
     assert "number 2" in problems(api_key=("abc", "a b"))[0]
+    assert "number 1" in problems(api_key=("abc max_request_priority=1000001",))[0]
+
+
+def test_a_key_may_bring_its_own_priority():
+    server = slices(
+        api_key=("plain", "urgent max_request_priority=20"),
+        admin_api_key=("admin",),
+        max_request_priority=5,
+    ).server
+    digests = [hashlib.sha256(key.encode()).hexdigest() for key in ("plain", "urgent", "admin")]
+    assert server.api_key_digests == tuple(digests[:2])
+    assert server.admin_key_digests == (digests[2],)
+    assert server.key_priorities == {digests[1]: 20, digests[2]: 1_000_000}
+    assert server.max_request_priority == 5
 
 
 @each_row(

@@ -38,7 +38,6 @@ _PROCESSES = ("server", "manager", "model", "worker")
 
 # Features still to come: a flag for one is refused with "... is not available yet".
 _TENSOR = "tensor parallelism"
-_COMPILE = "compiling the whole model with torch.compile"
 _CUDA_GRAPHS = "running batches as CUDA graphs"
 _WANDB = "the report to Weights & Biases"
 
@@ -334,6 +333,28 @@ class EngineConfig:
         adapts="a tenth of the disk",
     )
 
+    max_request_priority: int = flag(
+        0,
+        group=_OVERLOAD,
+        minimum=0,
+        maximum=1_000_000,
+        help=(
+            "By how much requests may outrank the default priority 0: the field priority must be "
+            "at least minus this. A key may have a limit of its own: KEY max_request_priority=N "
+            "in the place of KEY. Admin keys have none."
+        ),
+    )
+    fair_share_wait_s: float = flag(
+        1.0,
+        group=_OVERLOAD,
+        minimum=0,
+        help=(
+            "How long a request of a client that runs less than its share waits for room, in "
+            "seconds that the device works, before sequences of clients that run more than theirs "
+            "are preempted for it."
+        ),
+    )
+
     stall_timeout_s: float = flag(
         60.0,
         group=_LOGGING,
@@ -482,14 +503,15 @@ class EngineConfig:
     torch_compile: bool = flag(
         False,
         group=_GRAPHS,
-        later=_COMPILE,
-        help="Compile the whole model, with dynamic shapes: slower to start, faster to run.",
+        help=(
+            "Compile the whole model with torch.compile, for batches of any size. It takes a "
+            "minute at each start. On cpu the compiled kernels of the engine are faster."
+        ),
     )
     torch_compile_config: Mapping[str, Any] | None = flag(
         None,
         group=_GRAPHS,
-        later=_COMPILE,
-        help="Options of torch.compile, by nested keys.",
+        help="Arguments of torch.compile, by nested keys, as in torch_compile_config.mode=default.",
         adapts="its own",
     )
     use_cudagraphs: bool = flag(

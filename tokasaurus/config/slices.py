@@ -45,6 +45,9 @@ class ServerConfig:
     port: int
     api_key_digests: tuple[str, ...]  # SHA-256 of each key, in hexadecimal; () if none is needed
     admin_key_digests: tuple[str, ...]  # the same, of the keys that may control the engine
+    # By how much requests may outrank the default priority; by digest, the keys that differ.
+    max_request_priority: int
+    key_priorities: Mapping[str, int]
     ssl_certfile: str | None
     ssl_keyfile: str | None
     cors_origins: tuple[str, ...]
@@ -127,6 +130,8 @@ class ManagerConfig:
     use_groups: bool  # find the decode rows that share a prefix
     min_group_size: int  # rows
     min_prefix_len: int  # tokens
+    # Seconds of the device after which a waiting client that has less than its share gets room.
+    share_wait_s: float
     check_invariants: bool  # after every turn; slow
     force_preemption: bool  # preempt now and then without need, for tests
 
@@ -154,6 +159,8 @@ class WorkerConfig:
     max_tokens_per_forward: int
     max_request_tokens: int
     max_topk_logprobs: int
+    torch_compile: bool
+    torch_compile_config: str | None  # JSON
     num_threads: int | None  # of the CPU backend; None leaves it to torch
 
 

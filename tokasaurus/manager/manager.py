@@ -29,6 +29,7 @@ from tokasaurus.manager.progress import progress_refusal
 from tokasaurus.manager.running import RunningSequences
 from tokasaurus.manager.scheduler import Scheduler
 from tokasaurus.manager.sequence import Request, Sequence, SequenceState
+from tokasaurus.manager.shares import Shares, middle
 from tokasaurus.manager.slots import IndexArray
 from tokasaurus.manager.waiting import Backlog
 from tokasaurus.protocol.arrays import Int32Array
@@ -76,7 +77,11 @@ class Manager:
     def __init__(self, config: ManagerConfig) -> None:
         self.counters = Counters()
         self._config = config
-        self._backlog = Backlog(config.stop_lag)
+        shares = Shares(
+            lambda priority: middle(self._running.slots, priority),
+            lambda max_tokens: self._admission.mean_tokens(max_tokens),
+        )
+        self._backlog = Backlog(config.stop_lag, shares)
         self._running = RunningSequences(config, self._backlog, self.counters)
         self._admission = AdmissionControl(config, self._running, self.counters)
         self._scheduler = Scheduler(
@@ -251,6 +256,7 @@ class Manager:
         if refusal is None:
             pseudo_ids = self._running.cartridges.ids_of(request.cartridges)
             accepted = self._backlog.add(request, now, pseudo_ids)
+            accepted.device_s_before = self.counters.device_s
             if request.progress is not None:
                 self._running.rest(accepted.sequences.values())
             self._admission.open(accepted)
@@ -397,6 +403,7 @@ class Manager:
         self.counters.num_wasted_tokens += len(is_live) - len(rows)
         self.counters.num_grouped_tokens += result.num_grouped_tokens
         self.counters.device_s += result.device_s
+        self.counters.num_recompiles = result.num_recompiles
         self._look_ahead.batch_took(result.device_s)
 
     def _end_rows(

@@ -229,6 +229,8 @@ class GenerateRequest(Message, frozen=True):
     progress: Progress | None = None
     # The name of a loaded cartridge, which comes before the prompt; more than one is refused.
     cartridges: tuple[str, ...] = ()
+    # A name for the client; clients get fair shares.
+    client: str = ""
 
 
 class AbortRequest(Message, frozen=True):
@@ -350,6 +352,7 @@ class Statistics(Message, frozen=True):
     weights_version: int = 0
     # Whether all that waits, waits for a command: for Resume, RestoreMemory or UpdateWeights.
     paused: bool = False
+    num_recompiles: int = 0  # graphs that the worker compiled after its warm-up, in total
 
 
 class WorkerStall(Message, frozen=True):
@@ -500,6 +503,8 @@ class ForwardResult(Message, frozen=True):
     # - penalties need the generated tokens, and there is no room left to remember them.
     cut_rows: Int32Array | None = None
     num_grouped_tokens: int = 0  # decode rows whose prefix was read once for a group
+    # Graphs that the worker has compiled since its warm-up, in total.
+    num_recompiles: int = 0
 
 
 FromServer: TypeAlias = GenerateRequest | AbortRequest | StopSequence | Acknowledge | Command | Ping

@@ -226,7 +226,8 @@ class Generations:
         if self._watcher is not None:
             self._watcher.started(generation)
         self._num_of_client[client] += 1
-        self._turnstile.submit(client, request.message(generation.request_id, stream=stream))
+        message = request.message(generation.request_id, stream=stream, client=client)
+        self._turnstile.submit(message)
         return generation
 
     def named(self, name: str) -> list[Generation]:

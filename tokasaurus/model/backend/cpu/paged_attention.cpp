@@ -17,9 +17,9 @@
 //     row 3       └─────────────┘ └────────────────────────┘    two partial results to merge
 //
 // The queries of a task are its rows times the query heads that share the key/value head. They meet
-// a tile of TILE keys at a time. Few queries read it where it lies. For many it is first laid out for
-// products of matrices: the keys transposed, both in fp32 or, with instructions for that, in pairs
-// of bf16.
+// a tile of TILE keys at a time. Few queries read it where it lies. For many it is first laid out
+// for products of matrices: the keys transposed, both in fp32 or, with instructions for that, in
+// pairs of bf16.
 //
 // Nothing is read beyond a sequence's length, because pages are not initialised.
 
@@ -50,9 +50,13 @@ constexpr int64_t WORK_PER_THREAD = 500000;
 constexpr int TASKS_PER_THREAD = 4;
 constexpr int MIN_KEYS_PER_TASK = 256;
 
-inline int round_up(int number, int multiple) { return (number + multiple - 1) / multiple * multiple; }
+inline int round_up(int number, int multiple) {
+    return (number + multiple - 1) / multiple * multiple;
+}
 
-inline int ceil_div(int64_t number, int64_t divisor) { return int((number + divisor - 1) / divisor); }
+inline int ceil_div(int64_t number, int64_t divisor) {
+    return int((number + divisor - 1) / divisor);
+}
 
 }  // namespace
 
@@ -179,10 +183,17 @@ class Planner {
             for (int from = begin, n = 0; from < end; from += part, n++) {
                 // Rows of the same sequence have as many results, some of them empty.
                 const int to = std::min(from + part, block_end);
-                const int partial = p.partial_starts[first_row + first] + n;
-                p.tasks[num_tasks++] = {slot,      first_row + first, count, from, std::max(from, to),
-                                        block_visible, step, partial,
-                                        float(cost(count, std::max(to - from, 0)))};
+                p.tasks[num_tasks++] = {
+                    slot,
+                    first_row + first,
+                    count,
+                    from,
+                    std::max(from, to),
+                    block_visible,
+                    step,
+                    p.partial_starts[first_row + first] + n,
+                    float(cost(count, std::max(to - from, 0))),
+                };
             }
         }
         const int num_parts = ceil_div(keys, part);
@@ -213,7 +224,9 @@ class Planner {
 // Words in fp32, from elements of any kind.
 template <typename Element>
 struct WideLayout {
-    using Kind = Wide;
+    static void multiply(const Product &product, int num_rows, int num_columns) {
+        ::multiply<Wide>(product, num_rows, num_columns);
+    }
     static int query_words(int head_dim) { return head_dim; }
     static int weight_words(int num_keys) { return num_keys; }
 
@@ -243,8 +256,16 @@ struct WideLayout {
 #if defined(__AVX512BF16__)
 // Pairs of bf16.
 struct PairsLayout {
-    using Kind = Pairs;
     using Element = BFloat16;
+    static void multiply(const Product &product, int num_rows, int num_columns) {
+#if defined(__AMX_BF16__)
+        if (product.depth % TILE_ROWS == 0 && may_use_tiles()) {
+            const Tiles tiles;
+            return multiply_tiles(product, num_rows, num_columns);
+        }
+#endif
+        ::multiply<Pairs>(product, num_rows, num_columns);
+    }
     static int query_words(int head_dim) { return head_dim / 2; }
     static int weight_words(int num_keys) { return (num_keys + 1) / 2; }
 
@@ -289,7 +310,9 @@ struct Scratch {
     std::vector<float> mixed, scores, best, sum, shrink, head;
 
     void reserve(int num_queries, int head_dim) {
-        const size_t n = size_t(num_queries), size = size_t(round_up(head_dim, WIDTH));
+        // Products in tiles write whole tiles of rows.
+        const size_t n = size_t(round_up(num_queries, TILE_ROWS));
+        const size_t size = size_t(round_up(head_dim, WIDTH));
         if (mixed.size() >= n * size && best.size() >= n && keys.size() >= size * TILE) return;
         queries.resize(n * size);
         keys.resize(size * TILE);
@@ -401,7 +424,8 @@ class Kernel {
     int padded_dim() const { return round_up(head_dim(), WIDTH); }
 
     const Element *head_of(int row, int head) const {
-        return static_cast<const Element *>(a.heads) + row * row_stride + int64_t(head) * head_dim();
+        const int64_t at = row * row_stride + int64_t(head) * head_dim();
+        return static_cast<const Element *>(a.heads) + at;
     }
 
     // Norms and rotates a query or key. The results are as exact as an Element.
@@ -419,7 +443,8 @@ class Kernel {
                 store(to + d, rounded<Element>(quotient * load(weight + d, size - d)));
             }
         }
-        const float *cosines = a.cosines + int64_t(row) * half, *sines = a.sines + int64_t(row) * half;
+        const float *cosines = a.cosines + int64_t(row) * half;
+        const float *sines = a.sines + int64_t(row) * half;
         for (int d = 0; d < half; d += WIDTH) {
             const int count = half - d;
             const Vector left = load(to + d, count), right = load(to + half + d, count);
@@ -499,7 +524,7 @@ class Kernel {
 
     void score(int num_queries, int count, Scratch &s) const {
         const int depth = Layout::query_words(head_dim());
-        multiply<typename Layout::Kind>(
+        Layout::multiply(
             {s.queries.data(), depth, s.keys.data(), TILE, s.scores.data(), TILE, nullptr, depth},
             num_queries, round_up(count, WIDTH));
     }
@@ -588,10 +613,10 @@ class Kernel {
         }
         const float best = std::max(s.best[query], largest(highest));
         // In the first tile this is e^-infinity, which is 0.
-        const float shrink = exponential(splat(s.best[query] - best))[0];
+        const float shrink = bounded_exponential(splat(s.best[query] - best))[0];
         Vector sums = {};
         for (int t = 0; t < padded; t += WIDTH) {
-            const Vector weights = exponential(load(scores + t) - best);
+            const Vector weights = bounded_exponential(load(scores + t) - best);
             sums += weights;
             store(scores + t, weights);
         }
@@ -602,7 +627,7 @@ class Kernel {
 
     void mix(int num_queries, int count, Scratch &s) const {
         const uint32_t *weights = Layout::weights(s.scores.data(), num_queries, s.weights.data());
-        multiply<typename Layout::Kind>(
+        Layout::multiply(
             {weights, Layout::weight_stride, s.values.data(), padded_dim(), s.mixed.data(),
              padded_dim(), s.shrink.data(), Layout::weight_words(count)},
             num_queries, padded_dim());
