@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tokasaurus.config.builder import Builder
 from tokasaurus.config.schema import Retired, Schema, check_fields, flag
@@ -349,17 +349,17 @@ class EngineConfig:
         adapts="all",
     )
 
-    kv_cache_num_tokens: int | None = flag(
+    kv_cache_num_tokens: int | Literal["auto"] | None = flag(
         None,
         group=_LIMITS,
         aliases=("kv_cache_size_num_tokens",),
         minimum=1,
-        help="Tokens that the KV cache of a replica holds.",
-        usually="131072",
-        adapts=(
-            "down to half of the free memory that the weights leave; up to "
-            "max_num_tokens_per_request"
+        help=(
+            "Tokens that the KV cache of a replica holds. auto: what the free memory holds beside "
+            "the weights and the largest batch, less a tenth of the free memory."
         ),
+        usually="131072",
+        adapts="down to auto; up to max_num_tokens_per_request",
     )
     page_size: int | None = flag(
         None,
@@ -377,7 +377,7 @@ class EngineConfig:
         minimum=1,
         help="Sequences that run at the same time.",
         usually="1024",
-        adapts="down to max_tokens_per_forward",
+        adapts="down to max_tokens_per_forward, and to the memory",
     )
     max_tokens_per_forward: int | None = flag(
         None,
@@ -385,7 +385,7 @@ class EngineConfig:
         minimum=1,
         help="Prompt and generated tokens of one batch, together.",
         usually="8192",
-        adapts="up to max_seqs_per_forward",
+        adapts="up to max_seqs_per_forward; down to the memory",
     )
     max_num_tokens_per_request: int | None = flag(
         None,

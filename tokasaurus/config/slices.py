@@ -30,6 +30,8 @@ class ModelFacts:
     kv_elements_per_token: int  # 2 * layers * kv heads * head size
     # Numbers in all weights. A head that shares the embedding's weight does not count.
     num_parameters: int
+    # Numbers that the layers hold at a time for each token of a batch, at most.
+    activation_elements_per_token: int
     eos_token_ids: tuple[int, ...]
     # Of most weights in the files: "float32", "bfloat16" or "float16"; None if unknown.
     dtype: str | None = None

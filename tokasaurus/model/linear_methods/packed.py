@@ -94,7 +94,7 @@ class PackedLinear(LinearMethod):
             return
         # In blocks, since a tensor of another dtype or device is copied on the way.
         first = rows.start
-        for block in tensor.split(max(_BLOCK_SIZE // self._spec.in_size, 1)):
+        for block in torch.split(tensor, max(_BLOCK_SIZE // self._spec.in_size, 1)):
             plain = block.to("cpu", self._dtype).contiguous()
             self._library.tokasaurus_pack(
                 plain.data_ptr(),

@@ -37,6 +37,6 @@ def _random(name: str, shape: tuple[int, ...]) -> Tensor:
     # One more than a power of two, so that rows of usual lengths do not repeat.
     drawn = torch.empty(min(size, _NUM_DRAWN + 1)).normal_(0, _STD, generator=generator)
     tensor = torch.empty(size, dtype=torch.bfloat16)
-    for part in tensor.split(len(drawn)):
+    for part in torch.split(tensor, len(drawn)):
         part.copy_(drawn[: len(part)])
     return tensor.view(shape)
