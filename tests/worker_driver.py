@@ -33,6 +33,7 @@ def worker_config(path: Path, **fields) -> WorkerConfig:
         "dtype": "float32",
         "attention": "auto",
         "instruction_set": "auto",
+        "use_groups": True,
         "linear": "plain",
         "load_format": "auto",
         "page_size": 16,

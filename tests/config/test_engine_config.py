@@ -41,6 +41,8 @@ NAMES_AND_DEFAULTS = {
     "request_read_timeout_s": 60.0,
     "max_body_bytes": 256 << 20,
     "max_n": 65536,
+    "max_request_priority": 0,
+    "fair_share_wait_s": 1.0,
     "max_stored_bytes": None,
     "shutdown_timeout_s": 30.0,
     "tool_call_parser": "auto",
@@ -49,6 +51,7 @@ NAMES_AND_DEFAULTS = {
     "unsafe_pickle_responses": False,
     "trust_request_chat_template": False,
     "embedding_pooling": "mean",
+    "stall_timeout_s": 60.0,
     "uvicorn_log_level": "info",
     "log_level": "INFO",
     "log_procs": None,
@@ -74,7 +77,7 @@ NAMES_AND_DEFAULTS = {
     "cudagraph_max_size": 128,
     "cudagraph_step": 16,
     "cudagraph_max_kv_indices_per_seq": 32768,
-    "use_hydragen": False,
+    "use_hydragen": None,
     "hydragen_min_group_size": 32,
     "hydragen_min_prefix_len": 256,
     "greedy_prefill": True,
@@ -146,6 +149,8 @@ def test_no_arguments_give_the_defaults():
         ("kv_cache_num_tokens=((1024 + 512) * 1024)", "kv_cache_num_tokens", 1572864),
         ("kv_cache_size_num_tokens=(1024*1024)", "kv_cache_num_tokens", 1048576),
         ("kv_cache_num_tokens=100000", "kv_cache_num_tokens", 100000),
+        ("kv_cache_num_tokens=auto", "kv_cache_num_tokens", "auto"),
+        ("kv_cache_num_tokens=None", "kv_cache_num_tokens", None),
         ("model=meta-llama/Llama-3.2-1B-Instruct", "model", "meta-llama/Llama-3.2-1B-Instruct"),
         ("model=123", "model", "123"),
         ("model=(1)+(2)", "model", "3"),
@@ -326,6 +331,8 @@ def test_from_flags_reads_keyword_arguments_and_a_file(tmp_path):
         ({"prot": 1}, ["prot", "'port'"]),
         ({"max_model_len": 5}, ["max_model_len", "'max_num_tokens_per_request'"]),
         ({"port": "8080"}, ["port='8080'", "expected an integer, got text"]),
+        ({"port": "auto"}, ["port='auto'", "expected an integer, got text"]),
+        ({"kv_cache_num_tokens": "all"}, ["kv_cache_num_tokens", "an integer or auto or None"]),
         ({"model": 123}, ["model=123", "expected text or None"]),
         ({"trust_remote_code": "T"}, ["trust_remote_code='T'", "true or false"]),
         ({"port": True}, ["port=True", "an integer"]),
@@ -368,3 +375,12 @@ def test_config_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
+
+
+def test_use_hydragen_may_be_auto_on_a_command_line_and_in_python():
+    assert parse_command_line(["use_hydragen=T"], {}).use_hydragen is True
+    for arguments in (["use_hydragen=auto"], ["use_hydragen=F", "use_hydragen=auto"], []):
+        assert parse_command_line(arguments, {}).use_hydragen is None
+    assert EngineConfig(use_hydragen="auto").use_hydragen is None
+    with pytest.raises(ConfigError, match="use_hydragen"):
+        parse_command_line(["use_hydragen=often"], {})

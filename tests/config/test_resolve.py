@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import math
 
@@ -378,8 +379,8 @@ def test_every_conflict_is_reported_at_once():
     assert [line.split()[0].rstrip(":") for line in lines] == [
         "device=cuda",
         "kv_cache_num_tokens=1000",
-        "max_num_tokens_per_request=5000",
         "max_seqs_per_forward=20",
+        "max_num_tokens_per_request=5000",
         "max_num_tokens_per_request=5000",
     ]
 
@@ -411,6 +412,20 @@ def test_only_digests_of_keys_reach_the_server():
     assert len(server.admin_key_digests) == 2
     assert server.api_key_digests == ()
     assert "number 2" in problems(api_key=("abc", "a b"))[0]
+    assert "number 1" in problems(api_key=("abc max_request_priority=1000001",))[0]
+
+
+def test_a_key_may_bring_its_own_priority():
+    server = slices(
+        api_key=("plain", "urgent max_request_priority=20"),
+        admin_api_key=("admin",),
+        max_request_priority=5,
+    ).server
+    digests = [hashlib.sha256(key.encode()).hexdigest() for key in ("plain", "urgent", "admin")]
+    assert server.api_key_digests == tuple(digests[:2])
+    assert server.admin_key_digests == (digests[2],)
+    assert server.key_priorities == {digests[1]: 20, digests[2]: 1_000_000}
+    assert server.max_request_priority == 5
 
 
 @each_row(
@@ -430,3 +445,11 @@ def test_statsd_addresses(url, address):
 @each_row("url", ["h:x", "h:70000", "http://h:1", "h:1/path", ":8125", "::1:5"])
 def test_wrong_statsd_addresses_are_errors(url):
     assert "statsd_server_url" in problems(statsd_server_url=url)[0]
+
+
+def test_shared_prefixes_are_offered_unless_they_are_switched_off():
+    for use, offered in ((True, True), (False, False), (None, True), ("auto", True)):
+        result = slices(use_hydragen=use)
+        assert result.replicas[0].manager.use_groups is offered, use
+        expected = None if use == "auto" else use
+        assert result.replicas[0].workers[0].use_groups is expected, use

@@ -16,7 +16,7 @@ class Counters:
     num_batches: int = 0
     num_prefill_tokens: int = 0  # prompt tokens computed
     num_decode_tokens: int = 0  # decode rows
-    num_grouped_tokens: int = 0  # decode rows in a group, for which a prefix is read once
+    num_grouped_tokens: int = 0  # decode rows whose prefix the worker read once for a group
     num_cached_tokens: int = 0  # prompt tokens that were not computed, at any admission
     num_generated_tokens: int = 0  # absorbed
     num_wasted_tokens: int = 0  # sampled after their sequence had ended

@@ -273,6 +273,19 @@ inline void interleave(Words a, Words b, Words &low, Words &high) {
 #endif
 }
 
+// The sums of WIDTH vectors, one in each lane. `vectors` is overwritten.
+inline Vector totals(Vector (&vectors)[WIDTH]) {
+    // Interleaving i and i + half puts equal lanes side by side, as in a transposition, and the sum
+    // of both results halves the number of vectors.
+    for (int half = WIDTH / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) {
+            Words low, high;
+            interleave(bits_as<Words>(vectors[i]), bits_as<Words>(vectors[i + half]), low, high);
+            vectors[i] = bits_as<Vector>(low) + bits_as<Vector>(high);
+        }
+    return vectors[0];
+}
+
 inline void transpose(Words (&rows)[WIDTH]) {
     for (int round = 1; round < WIDTH; round *= 2) {
         Words next[WIDTH];
