@@ -222,8 +222,6 @@ def test_features_still_to_come_are_refused_by_name(name):
 
 
 def test_documented_commands_for_features_still_to_come_are_refused():
-    with pytest.raises(ConfigError, match=r"torch_compile=True: .*torch.compile is not available"):
-        toka("model=org/name", "port=1", "kv_cache_num_tokens=(128 * 1024)", "torch_compile=T")
     with pytest.raises(ConfigError) as caught:
         toka(".par(dp=2,pp=2,tp=1)")
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
@@ -352,7 +350,7 @@ def test_from_flags_warns_of_retired_flags():
 
 def test_the_constructor_checks_every_field():
     with pytest.raises(ConfigError) as caught:
-        EngineConfig(port="x", page_size=0, dtype="int8", torch_compile=True)
+        EngineConfig(port="x", page_size=0, dtype="int8", dp_size=2)
     assert len(str(caught.value).splitlines()) == 4
     with pytest.raises(TypeError):
         EngineConfig(prot=1)

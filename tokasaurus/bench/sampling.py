@@ -68,7 +68,7 @@ def run(config: SamplingConfig) -> None:
     """Measures and prints the results. The kinds take turns."""
     import torch  # which --help does not need
 
-    from tokasaurus.model.worker.host_memory import keep_freed_memory
+    from tokasaurus.host_memory import keep_freed_memory
 
     keep_freed_memory()
     torch.manual_seed(0)

@@ -400,7 +400,7 @@ def _admission(config: EngineConfig) -> AdmissionConfig:
 def _worker(
     config: EngineConfig, facts: ModelFacts, limits: _Limits, device: str, dtype: str
 ) -> WorkerConfig:
-    scaling = config.rope_scaling
+    scaling, compiling = config.rope_scaling, config.torch_compile_config
     return WorkerConfig(
         rank=0,
         world=1,
@@ -421,6 +421,8 @@ def _worker(
         max_tokens_per_forward=limits.max_tokens,
         max_request_tokens=limits.max_request_tokens,
         max_topk_logprobs=_max_topk(config, facts),
+        torch_compile=config.torch_compile,
+        torch_compile_config=None if compiling is None else json.dumps(compiling, sort_keys=True),
         num_threads=config.cpu_threads,
     )
 

@@ -161,6 +161,8 @@ class WorkerConfig:
     max_tokens_per_forward: int
     max_request_tokens: int
     max_topk_logprobs: int
+    torch_compile: bool
+    torch_compile_config: str | None  # JSON
     num_threads: int | None  # of the CPU backend; None leaves it to torch
 
 

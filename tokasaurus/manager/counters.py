@@ -28,6 +28,7 @@ class Counters:
     num_forecast_pages_off: int = 0  # the differences, summed
     queue_s: float = 0.0  # from arrival to first admission, summed over sequences
     device_s: float = 0.0  # as the worker reports it
+    num_recompiles: int = 0  # as the worker reports it
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,4 +73,5 @@ def statistics(counters: Counters, gauges: Gauges, step_s: float) -> Statistics:
         step_s=step_s,
         weights_version=gauges.weights_version,
         paused=gauges.paused,
+        num_recompiles=counters.num_recompiles,
     )

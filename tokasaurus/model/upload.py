@@ -60,7 +60,7 @@ class Staging:
     The buffer holds one type after the other, those with the largest elements first. So every array
     is aligned::
 
-        int64 │ float64 │ int32 │ float32 │ uint8 │ bool
+        int64 │ float64 │ int32 │ float32 │ bool
 
     On the CPU the tensors are views of the buffer itself.
 
@@ -70,17 +70,18 @@ class Staging:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._staged: dict[np.dtype[Any], list[Staged]] = {dtype: [] for dtype in _TORCH_TYPES}
+        self._staged: dict[np.dtype[Any], list[Staged]] = {}
 
     def add(self, array: NDArray[Any], dtype: DTypeLike | None = None) -> Staged:
         """Adds an array of any shape, which must not change before ``send``.
 
         Args:
-            array: of one of the types above.
+            array: of a type that ``_TORCH_TYPES`` has.
             dtype: of the copy; None for the array's own.
         """
         staged = Staged(array)
-        self._staged[array.dtype if dtype is None else np.dtype(dtype)].append(staged)
+        key = array.dtype if dtype is None else np.dtype(dtype)
+        self._staged.setdefault(key, []).append(staged)
         return staged
 
     def add_indices(self, array: NDArray[np.integer[Any]]) -> Staged:
@@ -89,9 +90,9 @@ class Staging:
 
     def send(self) -> None:
         """Copies the arrays that were added. It is called once."""
-        groups = [(dtype, staged) for dtype, staged in self._staged.items() if staged]
-        if not groups:
+        if not self._staged:
             return
+        groups = sorted(self._staged.items(), key=lambda group: -group[0].itemsize)
         arrays = [[each._take_array() for each in staged] for _, staged in groups]
         lengths = [[len(array) for array in flat] for flat in arrays]
         sizes = [

@@ -352,6 +352,7 @@ class Statistics(Message, frozen=True):
     weights_version: int = 0
     # Whether all that waits, waits for a command: for Resume, RestoreMemory or UpdateWeights.
     paused: bool = False
+    num_recompiles: int = 0  # graphs that the worker compiled after its warm-up, in total
 
 
 class WorkerStall(Message, frozen=True):
@@ -502,6 +503,8 @@ class ForwardResult(Message, frozen=True):
     # - penalties need the generated tokens, and there is no room left to remember them.
     cut_rows: Int32Array | None = None
     num_grouped_tokens: int = 0  # decode rows whose prefix was read once for a group
+    # Graphs that the worker has compiled since its warm-up, in total.
+    num_recompiles: int = 0
 
 
 FromServer: TypeAlias = GenerateRequest | AbortRequest | StopSequence | Acknowledge | Command | Ping

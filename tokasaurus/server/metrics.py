@@ -38,6 +38,7 @@ _TOTALS = (
     ("evicted_pages", "num_evicted_pages", "Pages that the prefix cache gave up"),
     ("queue_seconds", "queue_s", "Waiting of sequences before they ran first, summed"),
     ("device_seconds", "device_s", "Computing time of the device"),
+    ("recompiles", "num_recompiles", "Graphs that torch.compile made after the warm-up"),
 )
 _STATE = (
     ("running_sequences", "num_running", "Sequences that run"),

@@ -72,7 +72,8 @@ def check_filters(vocab_size):
 
 def test_filters_keep_what_the_oracle_keeps(monkeypatch):
     """Few candidates force the full sort, as does a device that must not be asked."""
-    for candidates, answers_at_once in ((4, True), (512, True), (4, False)):
+    for candidates, answers_at_once, few in ((4, True, 0), (512, True, 1 << 18), (4, False, 0)):
+        monkeypatch.setattr(sampler, "_FEW_WEIGHTS", few)
         monkeypatch.setattr(sampler, "_NUCLEUS_CANDIDATES", candidates)
         monkeypatch.setattr(sampler, "_answers_at_once", lambda _, answer=answers_at_once: answer)
         for vocab_size in (7, 300):
@@ -182,7 +183,7 @@ def check_numbers(kind, filters):
     assert drawn.tolist() == [1, 1, 3, 3, 4, 4], kind
 
 
-def test_a_number_picks_the_token_whose_share_contains_it():
+def test_a_number_picks_the_token_whose_share_contains_it(monkeypatch):
     """In the order of the ids, whatever the kind of row."""
     for kind, filters in (
         (Kind.WHOLE, {}),
@@ -191,7 +192,9 @@ def test_a_number_picks_the_token_whose_share_contains_it():
         (Kind.NUCLEUS, {"top_p": 0.999}),
         (Kind.SORTED, {"top_k": 2999}),
     ):
-        check_numbers(kind, filters)
+        for few in (0, 1 << 18):
+            monkeypatch.setattr(sampler, "_FEW_WEIGHTS", few)
+            check_numbers(kind, filters)
 
 
 def test_weights_that_diverged_draw_some_token():

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["find", "sums_of_blocks"]
+__all__ = ["find", "find_in", "sums_of_blocks"]
 
 _BLOCK = 256
 
@@ -65,6 +65,20 @@ def find(
     target = _reachable(target - before, cumulative, beyond)
     found = torch.searchsorted(cumulative, target, right=beyond).clamp_(max=width - 1)
     return inside.gather(1, found)
+
+
+def find_in(weights: Tensor, shares: Tensor, *, beyond: bool) -> Tensor:
+    """The same places, from a cumulative sum of all weights, which takes fewer steps.
+
+    Args:
+        weights: [rows, some] fp32.
+        shares: as for ``find``.
+        beyond: as for ``find``.
+    """
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    target = _reachable(shares * cumulative[:, -1:], cumulative, beyond)
+    found = torch.searchsorted(cumulative, target, right=beyond)
+    return found.clamp_(max=weights.shape[1] - 1)
 
 
 def _reachable(target: Tensor, cumulative: Tensor, beyond: bool) -> Tensor:

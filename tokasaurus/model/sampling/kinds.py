@@ -52,7 +52,7 @@ class RowsOfKind:
         index: [rows] int64, among the rows of the logits; None if they are all rows.
         depth: of the ranking, for LISTED rows.
         temperature: [rows, 1] fp32; None if all are 1.
-        top_k: [rows, 1] int64, at most the size of the vocabulary; None if none has one.
+        top_k: [rows, 1] int64, of LISTED and SORTED rows, all of which have one.
         top_p: [rows, 1] float64; None if all are 1.
         min_p: [rows, 1] fp32; None if all are 0.
         numbers: [rows, 1] float64, the random number of each draw; None if they do not draw.
@@ -85,10 +85,15 @@ def plan_rows(
         draws: whether tokens are drawn. If not, the scores are wanted, and rows at temperature 0
             count as rows at temperature 1.
     """
+    if not len(parameters):
+        return []
+    if draws and parameters.greedy.all():
+        return [RowsOfKind(Kind.GREEDY, None)]
     kinds, depths = _kinds(parameters, vocab_size, draws)
     classes = kinds + (depths << 8)
+    is_one = bool((classes == classes[0]).all())
     planned = []
-    for each in np.unique(classes).tolist():
+    for each in classes[:1].tolist() if is_one else np.unique(classes).tolist():
         rows = np.flatnonzero(classes == each)
         index, chosen = None, parameters
         if len(rows) < len(parameters):
@@ -97,7 +102,7 @@ def plan_rows(
         if kind is Kind.GREEDY:
             planned.append(RowsOfKind(kind, index))
         else:
-            numbers = _numbers(chosen, vocab_size, staging, draws)
+            numbers = _numbers(kind, chosen, staging, draws)
             planned.append(RowsOfKind(kind, index, each >> 8, **numbers))
     return planned
 
@@ -126,7 +131,7 @@ def _kinds(
 
 
 def _numbers(
-    parameters: SamplingParameters, vocab_size: int, staging: Staging, draws: bool
+    kind: Kind, parameters: SamplingParameters, staging: Staging, draws: bool
 ) -> dict[str, Staged | None]:
     """The columns that are not the same for all rows, or off."""
 
@@ -134,18 +139,17 @@ def _numbers(
         return staging.add(values[:, None]) if (values != off).any() else None
 
     temperature = np.where(parameters.greedy, 1, parameters["temperature"].clip(_MIN_TEMPERATURE))
-    top_k = parameters["top_k"].astype(np.int64)
-    limits = np.where(top_k > 0, top_k.clip(max=vocab_size), vocab_size)
-    numbers = None
+    columns = {
+        "temperature": column(temperature.astype(np.float32), 1),
+        "min_p": column(parameters["min_p"], 0),
+    }
+    if kind is not Kind.WHOLE:
+        columns["top_p"] = column(parameters["top_p"].astype(np.float64), 1)
+    if kind in (Kind.LISTED, Kind.SORTED):
+        columns["top_k"] = staging.add_indices(parameters["top_k"][:, None])
     if draws:
         drawn = uniforms(
             parameters["seed"], parameters["sample_index"], parameters["num_generated"]
         )
-        numbers = staging.add(drawn[:, None])
-    return {
-        "temperature": column(temperature.astype(np.float32), 1),
-        "top_k": column(limits, vocab_size),
-        "top_p": column(parameters["top_p"].astype(np.float64), 1),
-        "min_p": column(parameters["min_p"], 0),
-        "numbers": numbers,
-    }
+        columns["numbers"] = staging.add(drawn[:, None])
+    return columns

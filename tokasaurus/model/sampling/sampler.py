@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tokasaurus.model.sampling.inversion import find, sums_of_blocks
+from tokasaurus.model.sampling.inversion import find, find_in, sums_of_blocks
 from tokasaurus.model.sampling.kinds import Kind, RowsOfKind
 from tokasaurus.model.sampling.logit_rows import LogitRows
 from tokasaurus.model.sampling.ranking import first_of, most_ranked, ranked, sorted_logits
@@ -38,6 +38,8 @@ MOST_MEMORY = Sampling(temperature=0.9, top_p=0.9, min_p=0.01)
 
 # The part of the ranking that top_p may look at before it sorts the whole vocabulary.
 _NUCLEUS_CANDIDATES = 64
+# Weights that are sooner cumulated than summed up by blocks: the steps take longer than the sums.
+_FEW_WEIGHTS = 1 << 18
 
 
 def draw(logits: Tensor, plan: list[RowsOfKind]) -> Tensor:
@@ -154,7 +156,7 @@ def _drawn(logits: LogitRows, rows: RowsOfKind) -> Tensor:
         return first_of(logits)
     columns = _Columns.of(rows)
     if rows.kind is Kind.WHOLE:
-        return _Sums.of(logits, columns).draw(logits, columns)
+        return _draw_kept(logits, columns)
     if rows.kind is Kind.LISTED:
         return _List.of(logits, columns, rows.depth).draw(columns)
     if rows.kind is Kind.SORTED or not _can_list(logits):
@@ -167,8 +169,18 @@ def _drawn(logits: LogitRows, rows: RowsOfKind) -> Tensor:
 
 
 def _draw_sorted(logits: LogitRows, columns: _Columns) -> Tensor:
-    columns = _with_last(logits, columns)
-    return _Sums.of(logits, columns).draw(logits, columns)
+    return _draw_kept(logits, _with_last(logits, columns))
+
+
+def _draw_kept(logits: LogitRows, columns: _Columns) -> Tensor:
+    """[rows]: tokens of those that ``kept_scores`` keeps."""
+    if len(logits) * logits.vocab_size > _FEW_WEIGHTS:
+        return _Sums.of(logits, columns).draw(logits, columns)
+    some = logits.whole()
+    ids = torch.arange(logits.vocab_size, device=logits.device)
+    assert columns.numbers is not None
+    weights = columns.weights(some, ids, columns.best(some))
+    return find_in(weights, columns.numbers, beyond=True)[:, 0]
 
 
 def _processed(logits: LogitRows, rows: RowsOfKind) -> Tensor:
@@ -360,14 +372,17 @@ def _num_kept(ranking: Tensor, columns: _Columns) -> Tensor:
         weights = (scores - best).exp_()
         return weights if limits is None else weights.where(places < limits, 0)
 
-    sums = sums_of_blocks(weights(scores, places))
-    last = find(
-        sums,
-        columns.top_p,
-        size,
-        lambda places: weights(scores.gather(1, places), places),
-        beyond=False,
-    )
+    all_weights = weights(scores, places)
+    if all_weights.numel() <= _FEW_WEIGHTS:
+        last = find_in(all_weights, columns.top_p, beyond=False)
+    else:
+        last = find(
+            sums_of_blocks(all_weights),
+            columns.top_p,
+            size,
+            lambda places: weights(scores.gather(1, places), places),
+            beyond=False,
+        )
     num_kept = last + 1
     return num_kept if limits is None else num_kept.where(columns.top_p < 1, limits)
 

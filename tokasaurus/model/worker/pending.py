@@ -38,6 +38,7 @@ class Outputs:
         pooled: [pooled prompts, hidden], or None.
         cut_rows: as in ``ForwardResult``.
         num_grouped: as ``num_grouped_tokens`` there.
+        num_recompiles: as in ``ForwardResult``.
     """
 
     def __init__(
@@ -47,7 +48,8 @@ class Outputs:
         prompt: Logprobs,
         pooled: Tensor | None,
         cut_rows: Int32Array | None,
-        num_grouped: int = 0,
+        num_grouped: int,
+        num_recompiles: int,
     ) -> None:
         self._token_ids = token_ids
         self._drawn = [Download(each) for each in (drawn.chosen, drawn.top_ids, drawn.top)]
@@ -57,6 +59,7 @@ class Outputs:
         self._pooled = None if pooled is None or not len(pooled) else Download(pooled)
         self._cut_rows = cut_rows
         self._num_grouped = num_grouped
+        self._num_recompiles = num_recompiles
 
     def result(self, number: int, device_s: float) -> ForwardResult:
         logprobs, top_ids, top_logprobs = (each.array() for each in self._drawn)
@@ -75,6 +78,7 @@ class Outputs:
             pooled=None if self._pooled is None else self._pooled.array(),
             cut_rows=self._cut_rows,
             num_grouped_tokens=self._num_grouped,
+            num_recompiles=self._num_recompiles,
         )
 
 

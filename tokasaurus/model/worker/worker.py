@@ -10,6 +10,7 @@ It knows nothing of processes and sockets: the launch room carries batches in an
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from tokasaurus.grammars import Vocabulary
 from tokasaurus.host_memory import keep_freed_memory
 from tokasaurus.model.backend import choose_backend
 from tokasaurus.model.backend.base import BackendOptions
+from tokasaurus.model.backend.reference_operators import REFERENCE_OPERATORS
+from tokasaurus.model.config import ModelConfig
 from tokasaurus.model.download import Download
 from tokasaurus.model.facts import read_model_config
 from tokasaurus.model.kv_cache import KVCache
@@ -34,7 +37,7 @@ from tokasaurus.model.weights.loader import load_model
 from tokasaurus.model.worker.clock import Clock, HostClock, start_clock, wait_for_device
 from tokasaurus.model.worker.controls import Controls
 from tokasaurus.model.worker.pending import Answer, InFlight, Outputs, Pending, naming
-from tokasaurus.model.worker.runner import EagerRunner
+from tokasaurus.model.worker.runner import EagerRunner, Runner
 from tokasaurus.model.worker.slot_state import SlotState
 from tokasaurus.model.worker.warm_up import warm_up_batches
 from tokasaurus.protocol.arrays import Int32Array
@@ -82,8 +85,9 @@ class Worker:
             _DTYPES[config.dtype],
             self._device,
             config.linear,
-            backend.operators(options),
+            REFERENCE_OPERATORS if config.torch_compile else backend.operators(options),
             config.instruction_set,
+            is_traced=config.torch_compile,
         )
         model_config = read_model_config(config.model_path, config.rope_scaling)
         self._vocab_size = model_config.vocab_size
@@ -101,7 +105,7 @@ class Worker:
             device=place.device,
         )
         self._backend = backend(self._cache, model_config.num_heads, options)
-        self._runner = EagerRunner(self._model, self._backend)
+        self._runner = self._make_runner(model_config)
         self._controls = Controls(self.weights, files, self._cache, self._runner, self._device)
         self._state = SlotState(
             num_slots=config.num_slots,
@@ -119,6 +123,18 @@ class Worker:
             config.num_pages * config.page_size,
             config.dtype,
             self._cache.num_bytes / 1e6,
+        )
+
+    def _make_runner(self, model_config: ModelConfig) -> Runner:
+        config = self._config
+        if not config.torch_compile:
+            return EagerRunner(self._model, self._backend)
+        # To import what compiles takes seconds.
+        from tokasaurus.model.worker.compiled_runner import CompiledRunner
+
+        options = json.loads(config.torch_compile_config or "{}")
+        return CompiledRunner(
+            self._model, self._backend, model_config.num_heads, model_config.head_dim, options
         )
 
     def warm_up(self) -> float:
@@ -140,6 +156,7 @@ class Worker:
             num_tokens = len(batch.prefill_ids) + len(batch.decode_slots)
             token_s.append((time.perf_counter() - begun) / num_tokens)
         self._state.clear()
+        self._runner.warmed_up()
         self._matchers.wait()
         log.info("warmed up in %.1f s", time.perf_counter() - started)
         # The first batches load libraries, too, and may compile: the quickest counts.
@@ -214,6 +231,7 @@ class Worker:
             pooled,
             _union(lost, given_up),
             num_grouped,
+            self._runner.num_recompiles,
         )
 
 

@@ -213,7 +213,9 @@ class Planner {
 // Words in fp32, from elements of any kind.
 template <typename Element>
 struct WideLayout {
-    using Kind = Wide;
+    static void multiply(const Product &product, int num_rows, int num_columns) {
+        ::multiply<Wide>(product, num_rows, num_columns);
+    }
     static int query_words(int head_dim) { return head_dim; }
     static int weight_words(int num_keys) { return num_keys; }
 
@@ -243,8 +245,16 @@ struct WideLayout {
 #if defined(__AVX512BF16__)
 // Pairs of bf16.
 struct PairsLayout {
-    using Kind = Pairs;
     using Element = BFloat16;
+    static void multiply(const Product &product, int num_rows, int num_columns) {
+#if defined(__AMX_BF16__)
+        if (product.depth % TILE_ROWS == 0 && may_use_tiles()) {
+            const Tiles tiles;
+            return multiply_tiles(product, num_rows, num_columns);
+        }
+#endif
+        ::multiply<Pairs>(product, num_rows, num_columns);
+    }
     static int query_words(int head_dim) { return head_dim / 2; }
     static int weight_words(int num_keys) { return (num_keys + 1) / 2; }
 
@@ -289,7 +299,8 @@ struct Scratch {
     std::vector<float> mixed, scores, best, sum, shrink, head;
 
     void reserve(int num_queries, int head_dim) {
-        const size_t n = size_t(num_queries), size = size_t(round_up(head_dim, WIDTH));
+        // Products in tiles write whole tiles of rows.
+        const size_t n = size_t(round_up(num_queries, TILE_ROWS)), size = size_t(round_up(head_dim, WIDTH));
         if (mixed.size() >= n * size && best.size() >= n && keys.size() >= size * TILE) return;
         queries.resize(n * size);
         keys.resize(size * TILE);
@@ -499,7 +510,7 @@ class Kernel {
 
     void score(int num_queries, int count, Scratch &s) const {
         const int depth = Layout::query_words(head_dim());
-        multiply<typename Layout::Kind>(
+        Layout::multiply(
             {s.queries.data(), depth, s.keys.data(), TILE, s.scores.data(), TILE, nullptr, depth},
             num_queries, round_up(count, WIDTH));
     }
@@ -588,10 +599,10 @@ class Kernel {
         }
         const float best = std::max(s.best[query], largest(highest));
         // In the first tile this is e^-infinity, which is 0.
-        const float shrink = exponential(splat(s.best[query] - best))[0];
+        const float shrink = bounded_exponential(splat(s.best[query] - best))[0];
         Vector sums = {};
         for (int t = 0; t < padded; t += WIDTH) {
-            const Vector weights = exponential(load(scores + t) - best);
+            const Vector weights = bounded_exponential(load(scores + t) - best);
             sums += weights;
             store(scores + t, weights);
         }
@@ -602,7 +613,7 @@ class Kernel {
 
     void mix(int num_queries, int count, Scratch &s) const {
         const uint32_t *weights = Layout::weights(s.scores.data(), num_queries, s.weights.data());
-        multiply<typename Layout::Kind>(
+        Layout::multiply(
             {weights, Layout::weight_stride, s.values.data(), padded_dim(), s.mixed.data(),
              padded_dim(), s.shrink.data(), Layout::weight_words(count)},
             num_queries, padded_dim());
