@@ -140,7 +140,7 @@ class EngineConfig:
         group=_MODEL,
         minimum=1,
         help="Threads of the model process on cpu.",
-        adapts="PyTorch's choice",
+        adapts="PyTorch's choice; several workers share the cores",
     )
 
     host: str = flag(

@@ -21,6 +21,7 @@ from tokasaurus.errors import ConfigError, ModelError
 from tokasaurus.grammars import Vocabulary
 from tokasaurus.launch.doors import TO_MANAGER, TO_SERVER, TO_WORKER
 from tokasaurus.launch.lifeline import Assignment, Failed, Lifeline, Ready, Stop
+from tokasaurus.launch.processor import let_threads_sleep, with_threads
 from tokasaurus.launch.worker_loop import WorkerLoop
 from tokasaurus.observability.logging import configure_logging
 from tokasaurus.protocol.channels import Receiver, Sender, door_address
@@ -165,6 +166,7 @@ def _run_manager(assignment: Assignment, lifeline: Lifeline, pace: _Pace) -> Non
 
 
 def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:
+    let_threads_sleep()
     from tokasaurus.model.worker.worker import Worker
 
     role, address = assignment.role, partial(door_address, assignment.directory)
@@ -175,7 +177,9 @@ def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:
     load_vocabulary = partial(_load_vocabulary, server) if server.eos_token_ids else None
     log.info("%s", assignment.slices.dtype_plan)
     log.info("%s", assignment.slices.memory_plan)
-    worker = Worker(assignment.slices.replicas[role.replica].workers[role.rank], load_vocabulary)
+    slices = assignment.slices
+    config = with_threads(slices.replicas[role.replica].workers[role.rank], slices)
+    worker = Worker(config, load_vocabulary)
     lifeline.send(Ready(worker.warm_up()))
     loop = WorkerLoop(worker.submit, door.receive, to_manager.send)
     while True:
