@@ -55,6 +55,8 @@ NAMES_AND_DEFAULTS = {
     "uvicorn_log_level": "info",
     "log_level": "INFO",
     "log_procs": None,
+    "profile": False,
+    "profile_num_batches": 1000,
     "local_proc_name": "server",
     "kv_cache_num_tokens": None,
     "page_size": None,

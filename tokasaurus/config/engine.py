@@ -451,6 +451,18 @@ class EngineConfig:
         ),
     )
 
+    profile: bool = flag(
+        False,
+        group=_DEBUG,
+        help=(
+            "Write a timeline of the first batches of the first replica to profile.json in "
+            "data_dir: the manager's turns, the queue, and the device. chrome://tracing and "
+            "ui.perfetto.dev show it."
+        ),
+    )
+    profile_num_batches: int = flag(
+        1000, group=_DEBUG, minimum=1, help="Batches in the timeline of profile."
+    )
     local_proc_name: str = flag(
         "server",
         group=_DEBUG,

@@ -103,6 +103,8 @@ def resolve(
         dtype_plan=dtype.reason,
         memory_plan=memory.plan(limits.num_pages * limits.page_size, limits.max_tokens),
         stall_timeout_s=config.stall_timeout_s,
+        profile_path=f"{_data_dir(config)}/profile.json" if config.profile else None,
+        profile_num_batches=config.profile_num_batches,
         log_level=config.log_level,
         log_procs=None
         if config.log_procs is None
@@ -343,7 +345,7 @@ def _server(config: EngineConfig, facts: ModelFacts, limits: _Limits) -> ServerC
         uvicorn_log_level=config.uvicorn_log_level,
         log_level=config.log_level,
         shutdown_timeout_s=config.shutdown_timeout_s,
-        data_dir=config.data_dir or f"~/.local/share/tokasaurus/port-{config.port}",
+        data_dir=_data_dir(config),
         trust_request_chat_template=config.trust_request_chat_template,
         unsafe_pickle_responses=config.unsafe_pickle_responses,
         vocab_size=facts.vocab_size,
@@ -357,6 +359,10 @@ def _server(config: EngineConfig, facts: ModelFacts, limits: _Limits) -> ServerC
         embedding_pooling=Pooling[config.embedding_pooling.upper()],
         sampling_defaults=facts.sampling_defaults,
     )
+
+
+def _data_dir(config: EngineConfig) -> str:
+    return config.data_dir or f"~/.local/share/tokasaurus/port-{config.port}"
 
 
 def _manager(config: EngineConfig, limits: _Limits) -> ManagerConfig:

@@ -184,6 +184,8 @@ class EngineSlices:
     memory_plan: str  # of each replica; a line for the log
     # How long a process that has work may show no progress before it counts as stalled.
     stall_timeout_s: float
+    profile_path: str | None  # of a trace; None for no trace
+    profile_num_batches: int
     log_level: str
     # Kinds of processes, as roles name them.
     log_procs: tuple[str, ...] | None
