@@ -8,14 +8,12 @@ import os
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from tokasaurus.config.parser import parse_command_line
 from tokasaurus.errors import ConfigError, ModelError
 from tokasaurus.launch.assemble import assemble, explain
 from tokasaurus.launch.exposure import check_certificate, open_door_warning, with_keys
 from tokasaurus.launch.supervisor import Supervisor
-from tokasaurus.launch.timeline import begin_file
 
 __all__ = ["main", "run"]
 
@@ -41,8 +39,6 @@ def run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
     warning = open_door_warning(config, address)
     if warning is not None:
         print(f"toka: warning: {warning}", file=sys.stderr)
-    if slices.profile_path is not None:
-        begin_file(Path(slices.profile_path).expanduser())
     return Supervisor(slices, listener).run()
 
 
