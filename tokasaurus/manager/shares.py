@@ -78,6 +78,8 @@ class Shares:
     ) -> None:
         self._middle = middle
         self._predict = predict
+        # By max_tokens, in this step: requests that come together mostly agree.
+        self._predicted: dict[int, int] = {}
         self._levels: dict[int, _Level] = {}  # by priority
         self._shared: set[int] = set()  # priorities of several clients
         self.num_numbers = 0  # of clients, each less than this
@@ -96,6 +98,7 @@ class Shares:
     def pass_step(self) -> None:
         """A batch was planned."""
         self._step += 1
+        self._predicted.clear()
 
     def outdated(self) -> list[int]:
         """The priorities at which places are to be given anew."""
@@ -198,7 +201,9 @@ class Shares:
         """Gives sequences the places behind those that the client has."""
         message, times = request.message, level.times
         base = first_order(message.priority)
-        each = round(self._predict(message.max_tokens))
+        each = self._predicted.get(message.max_tokens)
+        if each is None:
+            each = self._predicted[message.max_tokens] = round(self._predict(message.max_tokens))
         end, before, extra = client.end, -1, len(message.prompt_ids)
         for sequence in sequences:
             time = max(end, before + 1)
