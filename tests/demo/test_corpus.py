@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from itertools import islice
+from fractions import Fraction
+from itertools import islice, pairwise
 from random import Random
 
 import pytest
 
 from tokasaurus.demo import corpus
-from tokasaurus.demo.corpus import documents
+from tokasaurus.demo.corpus import calculator, documents, tool_table
 from tokasaurus.demo.corpus.arithmetic import compute, pair_is_held_out, problem
 from tokasaurus.demo.corpus.chat_table import JOKES
 from tokasaurus.demo.corpus.dinosaur_table import DINOSAURS
@@ -20,10 +21,15 @@ from tokasaurus.demo.corpus.words import HELD_OUT_WORDS, invent_word
 from tokasaurus.demo.tokenizer import render
 
 NUM_DOCUMENTS = 12_000
-DIGESTS = {"COPYING_FIRST": "2714357620610a6f", "WORKED_SUMS": "2e19031d66f79540"}
+DIGESTS = {
+    "COPYING_FIRST": "2714357620610a6f",
+    "WORKED_SUMS": "2e19031d66f79540",
+    "CALCULATOR": "6b379d8f3b331446",
+}
+EXPRESSIONS_DIGEST = "dd2fc04fb19246ea"  # of the first thousand documents
 
 
-@pytest.fixture(scope="module", params=["COPYING_FIRST", "WORKED_SUMS"])
+@pytest.fixture(scope="module", params=DIGESTS)
 def mixture(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -38,9 +44,18 @@ def rendered(training: list[Document]) -> str:
     return "\0".join(render(document) for document in training)
 
 
-def test_the_corpus_is_the_one_of_the_shipped_weights(rendered: str, mixture: str) -> None:
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def test_the_corpus_is_the_one_that_was_trained_on(rendered: str, mixture: str) -> None:
     # After a change of recipe: train again, and write down the new scores.
-    assert hashlib.sha256(rendered.encode()).hexdigest()[:16] == DIGESTS[mixture]
+    assert digest(rendered) == DIGESTS[mixture]
+
+
+def test_the_last_mixture_is_the_one_that_was_trained_on() -> None:
+    first = islice(documents(seed=0, mixture=corpus.EXPRESSIONS), 1000)
+    assert digest("\0".join(map(render, first))) == EXPRESSIONS_DIGEST
 
 
 def test_another_seed_gives_other_documents(training: list[Document]) -> None:
@@ -64,14 +79,15 @@ def test_held_out_invented_words_never_appear(rendered: str) -> None:
     assert not asked & seen
 
 
+SIGNS = {"plus": "+", "minus": "-", "times": "x", "*": "x"}
+# Not inside a number; neighbours may share an operand. A call writes every large sum like this.
+SUM = re.compile(r"(?<![\d.])(?=(\d+) ([+\-x*/]|plus|minus|times) (\d+)(?!\.?\d))")
+
+
 def test_held_out_sums_never_appear(rendered: str) -> None:
-    sums = {
-        (int(a), op, int(b))
-        for a, op, b in re.findall(r"(\d+) ([+\-x]|plus|minus|times) (\d+)", rendered)
-    }
-    words = {"plus": "+", "minus": "-", "times": "x"}
+    sums = {(int(a), SIGNS.get(op, op), int(b)) for a, op, b in SUM.findall(rendered)}
     assert len(sums) > 700
-    assert not [s for s in sums if pair_is_held_out(s[0], words.get(s[1], s[1]), s[2])]
+    assert not [each for each in sums if pair_is_held_out(*each)]
 
 
 def test_held_out_wordings_never_appear(training: list[Document]) -> None:
@@ -117,9 +133,37 @@ def test_invented_words_come_from_the_requested_side_of_the_split() -> None:
 def test_conversations_alternate_and_end_with_the_assistant(training: list[Document]) -> None:
     for document in training:
         if isinstance(document, Chat):
-            roles = [message.role for message in document.messages if message.role != "system"]
+            spoken = [message for message in document.messages if message.role != "system"]
+            roles = ["user" if message.role == "tool" else message.role for message in spoken]
             assert roles == ["user", "assistant"] * (len(roles) // 2)
-            assert all(message.content.strip() for message in document.messages)
+            assert all(bool(message.content.strip()) != bool(message.calls) for message in spoken)
+            for message, following in pairwise(spoken):
+                assert bool(message.calls) == (following.role == "tool")
+
+
+def test_calls_are_of_offered_tools_with_their_parameters(training: list[Document]) -> None:
+    for document in training:
+        if isinstance(document, Chat):
+            offered = {tool["name"]: tool["parameters"]["properties"] for tool in document.tools}
+            assert len(offered) == len(document.tools)
+            for call in (call for message in document.messages for call in message.calls):
+                assert list(call.arguments) == list(offered[call.name]), call
+            assert not set(offered) & set(tool_table.HELD_OUT_EXPRESSION_NAMES)
+            parameters = {name for properties in offered.values() for name in properties}
+            assert not parameters & set(tool_table.HELD_OUT_EXPRESSION_PARAMETERS)
+
+
+def test_large_sums_are_worked_out_and_on_the_requested_side_of_the_split() -> None:
+    for held_out in (False, True):
+        rng = Random(0)
+        for _ in range(1000):
+            item = calculator.large_sum(rng, held_out=held_out)
+            pairs = zip(item.numbers, item.operators, item.numbers[1:], strict=False)
+            sides = {calculator.pair_is_held_out(*pair) for pair in pairs}
+            assert sides == {held_out}, item
+            assert all(number in item.question for number in item.numbers), item
+            exact = eval(re.sub(r"([\d.]+)", r"Fraction('\1')", item.expression))
+            assert abs(Fraction(item.result) - exact) <= Fraction(1, 20_000), item
 
 
 def test_jokes_and_dinosaurs_are_distinct() -> None:

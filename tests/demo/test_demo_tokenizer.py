@@ -10,10 +10,17 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tokasaurus.demo import MODEL_DIR
-from tokasaurus.demo.corpus import documents
+from tokasaurus.demo.corpus import CALCULATOR, documents
 from tokasaurus.demo.corpus.document import Chat
 from tokasaurus.demo.corpus.words import invent_word
-from tokasaurus.demo.tokenizer import MAX_LENGTH, VOCAB_SIZE, render
+from tokasaurus.demo.tokenizer import (
+    CHAT_TEMPLATE,
+    MAX_LENGTH,
+    VOCAB_SIZE,
+    for_template,
+    render,
+    tools_for_template,
+)
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +56,67 @@ def test_plain_text_gets_bos_exactly_once(tokenizer: PreTrainedTokenizerFast) ->
     assert ids.count(tokenizer.bos_token_id) == 1
 
 
+def test_the_shipped_chat_template_is_that_of_the_recipe(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+
+
 def test_the_chat_template_writes_what_training_used(tokenizer: PreTrainedTokenizerFast) -> None:
-    chats = [d for d in islice(documents(seed=2), 300) if isinstance(d, Chat)]
-    assert any(message.role == "system" for chat in chats for message in chat.messages)
+    stream = islice(documents(seed=2, mixture=CALCULATOR), 300)
+    chats = [document for document in stream if isinstance(document, Chat)]
+    for with_tools in (False, True):
+        some = [chat for chat in chats if bool(chat.tools) == with_tools]
+        assert any(message.role == "system" for chat in some for message in chat.messages)
+    assert any(message.calls for chat in chats for message in chat.messages)
     for chat in chats:
-        messages = [{"role": m.role, "content": m.content} for m in chat.messages]
-        assert tokenizer.apply_chat_template(messages, tokenize=False) == render(chat)
+        messages, tools = for_template(chat.messages), tools_for_template(chat.tools)
+        text = tokenizer.apply_chat_template(messages, tools=tools or None, tokenize=False)
+        assert text == render(chat)
+
+
+USER = {"role": "user", "content": "Hi"}
+CALLS = [
+    {"type": "function", "function": {"name": "f", "arguments": {"é": 1}}},
+    {"type": "function", "function": {"name": "g", "arguments": "not JSON"}},
+]
+SAID = {"role": "tool", "content": " one ", "tool_call_id": "call_1"}
+
+
+def test_the_chat_template_joins_calls_and_what_tools_say(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    calls = (
+        '<tool_call>\n{"name": "f", "arguments": {"é": 1}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "g", "arguments": not JSON}\n</tool_call><|end|>'
+    )
+    said = "<tool_response>\none\n</tool_response>"
+    for content, before in ((None, ""), ("Wait.", "Wait.\n")):
+        caller = {"role": "assistant", "content": content, "tool_calls": CALLS}
+        text = tokenizer.apply_chat_template([USER, caller, SAID, SAID, USER], tokenize=False)
+        assert text == (
+            f"<|begin_of_text|><|user|>Hi<|end|><|assistant|>{before}{calls}"
+            f"<|user|>{said}\n{said}<|end|><|user|>Hi<|end|>"
+        )
+
+
+def test_the_chat_template_writes_tools_in_any_order_of_fields(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    schema = {"type": "object", "properties": {}}
+    tools = [
+        {"type": "function", "function": {"parameters": schema, "name": "f", "description": "x"}},
+        {"type": "function", "function": {"parameters": schema, "name": "g"}},
+    ]
+    written = (
+        '<tools>\n{"name": "f", "description": "x", "parameters": {"type": "object",'
+        ' "properties": {}}}\n'
+        '{"name": "g", "parameters": {"type": "object", "properties": {}}}\n</tools><|end|>'
+    )
+    system = {"role": "system", "content": "Be kind. "}
+    for messages, opening in (([USER], ""), ([system, USER], "Be kind.\n\n")):
+        text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+        assert text == f"<|begin_of_text|><|system|>{opening}{written}<|user|>Hi<|end|>"
 
 
 def test_a_chat_prompt_has_bos_once_and_ends_where_the_reply_begins(

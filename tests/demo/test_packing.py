@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from tokasaurus.demo import MODEL_DIR
 from tokasaurus.demo.corpus import WORKED_SUMS
-from tokasaurus.demo.corpus.document import Chat, Message, Text
+from tokasaurus.demo.corpus.document import Call, Chat, Message, Text
 from tokasaurus.demo.packing import PROMPT_WEIGHT, Packer
 from tokasaurus.demo.tokenizer import render
 
@@ -47,6 +47,18 @@ def test_only_words_of_the_assistant_count_in_full(packer: Packer) -> None:
     weights = packer.weigh(chat, ids)
     ends = [w for i, w in zip(ids, weights, strict=True) if i == tokenizer.eos_token_id]
     assert ends == [0.0, 1.0, 0.0]  # the assistant decides when its own turn ends
+
+
+def test_calls_count_in_full_and_what_tools_say_as_prompts(packer: Packer) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    call = Message("assistant", "", (Call("red", {}),))
+    chat = Chat(
+        (Message("user", "one"), call, Message("tool", "ten")), ({"name": "f", "parameters": {}},)
+    )
+    ids = tokenizer(render(chat), add_special_tokens=False)["input_ids"]
+    counted = dict(zip(tokenizer.convert_ids_to_tokens(ids), packer.weigh(chat, ids), strict=False))
+    assert counted["red"] == 1.0
+    assert counted["ten"] == counted["par"] == PROMPT_WEIGHT
 
 
 def test_plain_text_counts_from_its_first_word(packer: Packer) -> None:

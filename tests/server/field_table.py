@@ -258,6 +258,7 @@ SCHEMAS: Mapping[Any, Place] = {
             "reasoning_content": Changes("hm"),
             "reasoning": Changes("hm"),
             "refusal": Changes("No."),
+            "parsed": Passes((None, {"a": 1}), COMES_BACK),
         },
         lambda fields: in_chat(messages=[fields]),
         "messages",
@@ -300,7 +301,11 @@ SCHEMAS: Mapping[Any, Place] = {
         tools._CalledFunction,
         CHAT,
         CALL["function"],
-        {"name": Changes("g"), "arguments": Changes({"a": 1})},
+        {
+            "name": Changes("g"),
+            "arguments": Changes({"a": 1}),
+            "parsed_arguments": Passes((None, {"a": 1}), COMES_BACK),
+        },
         lambda fields: in_chat(
             messages=[{"role": "assistant", "tool_calls": [{**CALL, "function": fields}]}, USER]
         ),

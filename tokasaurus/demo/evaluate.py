@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import string
 import time
 from collections.abc import Callable, Sequence
@@ -27,11 +28,12 @@ from transformers import (
 )
 
 from tokasaurus.demo import MODEL_DIR
-from tokasaurus.demo.corpus import arithmetic, copying, dinosaurs, passages
+from tokasaurus.demo.corpus import arithmetic, calculator, copying, dinosaurs, passages, tool_table
 from tokasaurus.demo.corpus.chat_table import JOKE_REQUESTS, JOKES
 from tokasaurus.demo.corpus.dinosaur_table import DINOSAURS
-from tokasaurus.demo.corpus.document import Message, exchange
+from tokasaurus.demo.corpus.document import Call, Message, Tool, exchange
 from tokasaurus.demo.corpus.words import HELD_OUT_WORDS, invent_name, invent_word
+from tokasaurus.demo.tokenizer import for_template, tools_for_template
 
 BATCH = 64
 
@@ -42,6 +44,7 @@ class Case:
 
     prompt: tuple[Message, ...] | str
     is_right: Callable[[str], bool]
+    tools: tuple[Tool, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,14 @@ class Generator:
             AutoTokenizer.from_pretrained(folder),
         )
 
-    def encode(self, prompt: tuple[Message, ...] | str) -> list[int]:
+    def encode(self, prompt: tuple[Message, ...] | str, tools: tuple[Tool, ...] = ()) -> list[int]:
         if isinstance(prompt, str):
             return list(self.tokenizer(prompt)["input_ids"])
-        messages = [asdict(message) for message in prompt]
         text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
+            for_template(prompt),
+            tools=tools_for_template(tools) or None,
+            tokenize=False,
+            add_generation_prompt=True,
         )
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -123,7 +128,8 @@ class Generator:
         return list(self.tokenizer.batch_decode(new, skip_special_tokens=True))
 
     def judge(self, cases: Sequence[Case], max_tokens: int) -> list[bool]:
-        replies = self.complete([self.encode(case.prompt) for case in cases], max_tokens)
+        prompts = [self.encode(case.prompt, case.tools) for case in cases]
+        replies = self.complete(prompts, max_tokens)
         return [case.is_right(reply) for case, reply in zip(cases, replies, strict=True)]
 
 
@@ -339,13 +345,144 @@ def score_arithmetic_kinds(generator: Generator, seed: int) -> list[Score]:
     return scores
 
 
+# --- the calculator -------------------------------------------------------------------------------
+
+_CALL = re.compile(r"<tool_call>\n(.*)\n</tool_call>")
+
+
+@dataclass(frozen=True)
+class LargeSum:
+    """A sum that no training document contains, and the tools that are offered with it."""
+
+    asked: calculator.Sum
+    calculator: calculator.Calculator
+    tools: tuple[Tool, ...]
+
+    @property
+    def call(self) -> Call:
+        return self.calculator.call(self.asked)
+
+
+def called(reply: str) -> Call | None:
+    """The call that a reply is; None if it is anything else."""
+    found = _CALL.fullmatch(reply.strip())
+    try:
+        said = json.loads(found[1]) if found else {}
+        return Call(said["name"], said["arguments"])
+    except (ValueError, KeyError):
+        return None
+
+
+def has_number(number: str) -> Callable[[str], bool]:
+    """Judges that a reply names a number, which is not a part of a longer one."""
+    pattern = re.compile(rf"(?<![\d.-]){re.escape(number)}(?!\.?\d)")
+    return lambda reply: pattern.search(reply) is not None
+
+
+def _with_expression(name: str, parameter: str) -> calculator.Calculator:
+    """A calculator as a library describes a function with one argument."""
+    tool = {
+        "name": name,
+        "description": "Evaluate an arithmetic expression.",
+        "parameters": {
+            "type": "object",
+            "properties": {parameter: {"type": "string"}},
+            "required": [parameter],
+        },
+    }
+    return calculator.Calculator(
+        (tool,), lambda asked: Call(name, {parameter: asked.expression}), True
+    )
+
+
+def _usual(rng: Random) -> calculator.Calculator:
+    return _with_expression("calculator", "expression")
+
+
+def _unseen(rng: Random) -> calculator.Calculator:
+    return _with_expression(
+        rng.choice(tool_table.HELD_OUT_EXPRESSION_NAMES),
+        rng.choice(tool_table.HELD_OUT_EXPRESSION_PARAMETERS),
+    )
+
+
+def _four_functions(rng: Random) -> calculator.Calculator:
+    return calculator.pair_calculator(rng, "", ("a", "b"))
+
+
+@dataclass(frozen=True)
+class ToolFamily:
+    name: str
+    calculator: Callable[[Random], calculator.Calculator]
+    num_other_tools: int
+    num_cases: int
+
+    def sums(self, rng: Random) -> list[LargeSum]:
+        made: list[LargeSum] = []
+        while len(made) < self.num_cases:
+            own = self.calculator(rng)
+            asked = calculator.large_sum(rng, held_out=True, chains=own.takes_chains)
+            if "." in asked.expression and not own.takes_chains:
+                continue
+            tools = [*own.tools, *calculator.other_tools(rng, self.num_other_tools)]
+            rng.shuffle(tools)
+            made.append(LargeSum(asked, own, tuple(tools)))
+        return made
+
+
+TOOL_FAMILIES = (
+    ToolFamily("calculator", _usual, 0, 256),
+    ToolFamily("calculator of an unseen name", _unseen, 0, 128),
+    ToolFamily("calculator among three tools", _usual, 2, 128),
+    ToolFamily("add, subtract, multiply, divide", _four_functions, 0, 128),
+)
+
+
+def score_tools(generator: Generator, family: ToolFamily, seed: int) -> list[Score]:
+    """The calls that are right, and the answers: the model's own call, then the tool's result."""
+    sums = family.sums(Random(f"{seed} {family.name}"))
+    asked = [Case((Message("user", s.asked.question),), lambda _: True, s.tools) for s in sums]
+    replies = generator.complete([generator.encode(c.prompt, c.tools) for c in asked], 96)
+    called_right = [called(reply) == s.call for s, reply in zip(sums, replies, strict=True)]
+    told = [
+        Case(
+            (
+                Message("user", s.asked.question),
+                Message("assistant", "", (s.call,)),
+                Message("tool", s.asked.result),
+            ),
+            has_number(s.asked.result),
+            s.tools,
+        )
+        for s, right in zip(sums, called_right, strict=True)
+        if right
+    ]
+    answered_right = generator.judge(told, 64)
+    return [
+        Score(f"{family.name}: calls", sum(called_right) / len(sums), len(sums)),
+        Score(f"{family.name}: answers", sum(answered_right) / len(sums), len(sums)),
+    ]
+
+
+def no_call_needed(rng: Random) -> list[Case]:
+    """Questions that need no calculator, while there is one."""
+    own = _usual(rng)
+    cases = [*rng.sample(dinosaur_wordings(rng), 64), *rng.sample(echo_invented(rng), 64)]
+    return [Case(case.prompt, case.is_right, own.tools) for case in cases]
+
+
+BESIDE_TOOLS = (FamilySpec("no sum, beside a calculator", no_call_needed, 32),)
+
+
 def evaluate(generator: Generator, seed: int, *, quick: bool) -> list[Score]:
     """All scores. ``quick`` leaves out sampling and long prompts."""
     scores = []
-    for family in FAMILIES + (() if quick else LONG_FAMILIES):
+    for family in FAMILIES + BESIDE_TOOLS + (() if quick else LONG_FAMILIES):
         cases = family.cases(Random(f"{seed} {family.name}"))
         rights = generator.judge(cases, family.max_tokens)
         scores.append(Score(family.name, sum(rights) / len(rights), len(rights)))
+    for tool_family in TOOL_FAMILIES:
+        scores += score_tools(generator, tool_family, seed)
     if not quick:
         scores += score_arithmetic_kinds(generator, seed)
         scores += score_pass_at_k(generator, seed)

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from tokenizers import (
     AddedToken,
@@ -33,7 +34,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from tokasaurus.demo.corpus import documents
-from tokasaurus.demo.corpus.document import Chat, Document
+from tokasaurus.demo.corpus.document import Call, Chat, Document, Message, Text, Tool
 
 BOS, EOS, END, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|end|>", "<|pad|>"
 ROLES = ("system", "user", "assistant")
@@ -45,13 +46,44 @@ NUM_SPACED = 560
 
 MAX_LENGTH = 2048
 
+# Tools stand in the system's turn, calls in the assistant's, and what tools say in the user's: the
+# form of Hermes and Qwen, with no instructions around it. Each tool's fields have a fixed order.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
+    "{% if tools %}"
+    "{% if messages and messages[0]['role'] == 'system' %}"
+    "{% set opening = (messages[0]['content'] or '') | trim %}{% set messages = messages[1:] %}"
+    "{% endif %}"
+    "{{ '<|system|>' + (opening + '\n\n' if opening else '') + '<tools>' }}"
+    "{% for tool in tools %}"
+    "{% set function = tool['function'] or tool %}"
+    "{{ '\n{\"name\": ' + function['name'] | tojson }}"
+    "{% if function['description'] %}"
+    "{{ ', \"description\": ' + function['description'] | tojson }}"
+    "{% endif %}"
+    "{{ ', \"parameters\": ' + (function['parameters'] or {}) | tojson + '}' }}"
+    "{% endfor %}"
+    "{{ '\n</tools><|end|>' }}"
+    "{% endif %}"
     "{% for message in messages %}"
-    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{% set content = (message['content'] or '') | trim %}"
+    "{% if message['role'] == 'tool' %}"
+    "{{ '\n' if not loop.first and loop.previtem['role'] == 'tool' else '<|user|>' }}"
+    "{{ '<tool_response>\n' + content + '\n</tool_response>' }}"
+    "{% if loop.last or loop.nextitem['role'] != 'tool' %}{{ '<|end|>' }}{% endif %}"
+    "{% elif message['role'] in ['system', 'user', 'assistant'] %}"
+    "{{ '<|' + message['role'] + '|>' + content }}"
+    "{% for call in message['tool_calls'] or [] %}"
+    "{% set arguments = call['function']['arguments'] %}"
+    "{{ '\n' if content or not loop.first }}"
+    "{{ '<tool_call>\n{\"name\": ' + call['function']['name'] | tojson }}"
+    "{{ ', \"arguments\": ' + (arguments if arguments is string else arguments | tojson) }}"
+    "{{ '}\n</tool_call>' }}"
+    "{% endfor %}"
+    "{{ '<|end|>' }}"
+    "{% else %}"
     "{{ raise_exception('Unknown role: ' + message['role']) }}"
     "{% endif %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] | trim + '<|end|>' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
@@ -64,9 +96,54 @@ _SPACE = "Ġ"
 
 def render(document: Document) -> str:
     """The text of a document with special tokens, exactly as the chat template writes it."""
-    if isinstance(document, Chat):
-        return BOS + "".join(f"<|{m.role}|>{m.content.strip()}{END}" for m in document.messages)
-    return BOS + document.text + (EOS if document.ends else "")
+    if isinstance(document, Text):
+        return BOS + document.text + (EOS if document.ends else "")
+    messages = list(document.messages)
+    text = BOS
+    if document.tools:
+        parts = [messages.pop(0).content.strip()] if messages[0].role == "system" else []
+        tools = "".join(f"\n{json.dumps(tool)}" for tool in document.tools)
+        text += "<|system|>" + "\n\n".join([*parts, f"<tools>{tools}\n</tools>"]) + END
+    return text + "".join(map(_rendered, messages))
+
+
+def _rendered(message: Message) -> str:
+    content = message.content.strip()
+    if message.role == "tool":
+        return f"<|user|><tool_response>\n{content}\n</tool_response>{END}"
+    calls = [
+        "<tool_call>\n"
+        + json.dumps({"name": call.name, "arguments": call.arguments})
+        + "\n</tool_call>"
+        for call in message.calls
+    ]
+    return f"<|{message.role}|>" + "\n".join([content] * bool(content) + calls) + END
+
+
+def for_template(messages: Iterable[Message]) -> list[dict[str, Any]]:
+    """Messages as the chat template takes them."""
+    return [
+        {
+            "role": message.role,
+            "content": message.content,
+            **(
+                {"tool_calls": [_call_for_template(c) for c in message.calls]}
+                if message.calls
+                else {}
+            ),
+        }
+        for message in messages
+    ]
+
+
+def _call_for_template(call: Call) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"type": "function", "function": function}
+
+
+def tools_for_template(tools: Iterable[Tool]) -> list[dict[str, Any]]:
+    """Tools as the chat template takes them."""
+    return [{"type": "function", "function": tool} for tool in tools]
 
 
 def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:

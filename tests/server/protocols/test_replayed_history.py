@@ -104,6 +104,13 @@ def test_the_arguments_of_a_call_may_be_any_text(server, arguments, shown):
     assert f"|{shown}]" in prompt_of(server, RESPONSES, input=[USER, item, USER])
 
 
+def test_what_the_openai_client_has_parsed_may_come_back(server):
+    call = called('{"a": 1}')
+    call["function"]["parsed_arguments"] = {"a": 2}
+    message = {"role": "assistant", "content": "hm", "parsed": {"b": 3}, "tool_calls": [call]}
+    assert prompt_of(server, CHAT, messages=[message, USER]).startswith('[assistant|hm||{"a": 1}]')
+
+
 def test_a_call_in_a_chat_may_have_no_arguments(server):
     for function in ({"name": "f"}, {"name": "f", "arguments": None}):
         call = {"id": "c", "type": "function", "function": function}

@@ -8,7 +8,14 @@ from random import Random
 from tokasaurus.demo.corpus import arithmetic, copying, dinosaurs, passages, talk
 from tokasaurus.demo.corpus.document import Document, Family, weighted
 
-__all__ = ["COPYING_FIRST", "WORKED_SUMS", "Mixture", "documents"]
+__all__ = [
+    "CALCULATOR",
+    "COPYING_FIRST",
+    "EXPRESSIONS",
+    "WORKED_SUMS",
+    "Mixture",
+    "documents",
+]
 
 Mixture = list[tuple[float, Family]]
 """The shares of families, in documents and not in tokens: passages are longer than chats."""
@@ -37,6 +44,29 @@ WORKED_SUMS: Mixture = [
     (4, copying.blend_text),
     (3, dinosaurs.plain_text),
     (20, arithmetic.drill),
+]
+
+# A tool for sums that are too large to know, beside everything from before.
+CALCULATOR: Mixture = [
+    (34, talk.calculator_chat),
+    (4, talk.toolless_chat),
+    (30, talk.chat_with_worked_sums),
+    (1, talk.ruled_chat),
+    (13, passages.chat),
+    (1, passages.plain_text),
+    (2, copying.pattern_text),
+    (1, copying.sentence_text),
+    (6, copying.pattern_chat),
+    (3, copying.blend_chat),
+    (2, copying.blend_text),
+    (2, dinosaurs.plain_text),
+    (8, arithmetic.drill),
+]
+
+# The same without functions of two numbers, which the model does not learn.
+EXPRESSIONS: Mixture = [
+    (weight, talk.expression_chat if make is talk.calculator_chat else make)
+    for weight, make in CALCULATOR
 ]
 
 

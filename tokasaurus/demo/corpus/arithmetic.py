@@ -58,7 +58,7 @@ _BARE = (
     "How much is {a} {op} {b}?",
 )
 _SPOKEN = {"+": ("plus",), "-": ("minus",), "x": ("times",)}
-_WORDED = {"+": _MORE, "-": _LESS, "x": _TIMES}
+WORDED = {"+": _MORE, "-": _LESS, "x": _TIMES}
 _THEN_MORE = (" Then {who} finds {c} more.", " Then {other} gives {who} {c} more.")
 _THEN_LESS = (
     " Then {who} gives away {c}.",
@@ -124,7 +124,7 @@ def _worked(a: int, op: str, b: int) -> list[Sum]:
     return [(a, op, b)] if is_plain else [(first, op, second), (a, op, b)]
 
 
-def _cast(rng: Random) -> dict[str, str]:
+def cast(rng: Random) -> dict[str, str]:
     who, other = rng.sample(PEOPLE, 2)
     if chance(rng, 0.2):
         who = invent_name(rng)
@@ -139,7 +139,7 @@ def _line(sums: Iterable[Sum]) -> str:
 def _one_step(rng: Random, held_out: bool) -> Problem:
     op = weighted(rng, [(5, "+"), (4, "-"), (1, "x")])
     a, b = _pair(rng, op, held_out)
-    question = rng.choice(_WORDED[op]).format(a=a, b=b, **_cast(rng))
+    question = rng.choice(WORDED[op]).format(a=a, b=b, **cast(rng))
     return Problem(question, ((a, op, b),), op)
 
 
@@ -158,7 +158,7 @@ def _two_steps(rng: Random, held_out: bool) -> Problem:
         between, c = compute(a, first, b), rng.randint(1, 12)
         if pair_is_held_out(between, second, c) == held_out and compute(between, second, c) > 0:
             break
-    cast = _cast(rng)
+    names = cast(rng)
     opening = (
         (" {who} finds {b} more.", " {other} gives {who} {b} more.")
         if first == "+"
@@ -169,7 +169,7 @@ def _two_steps(rng: Random, held_out: bool) -> Problem:
         + rng.choice(opening)
         + rng.choice(_THEN_MORE if second == "+" else _THEN_LESS)
     )
-    question = (parts + " How many {what} does {who} have now?").format(a=a, b=b, c=c, **cast)
+    question = (parts + " How many {what} does {who} have now?").format(a=a, b=b, c=c, **names)
     return Problem(question, ((a, first, b), (between, second, c)), "two steps")
 
 

@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 T = TypeVar("T")
 
 HELD_OUT_ONE_IN = 8
 
 
 @dataclass(frozen=True)
+class Call:
+    """A call of a tool, which the assistant makes instead of saying something."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Message:
     role: Role
     content: str
+    calls: tuple[Call, ...] = ()
+
+
+Tool: TypeAlias = Mapping[str, Any]
+"""A function that the assistant may call: its name, description and parameters, in that order."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +38,7 @@ class Chat:
     """A conversation, rendered through the chat template."""
 
     messages: tuple[Message, ...]
+    tools: tuple[Tool, ...] = ()
 
 
 @dataclass(frozen=True)

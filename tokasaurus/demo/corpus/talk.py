@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from random import Random
 
-from tokasaurus.demo.corpus import arithmetic, copying, dinosaurs, passages
+from tokasaurus.demo.corpus import arithmetic, calculator, copying, dinosaurs, passages
 from tokasaurus.demo.corpus.chat_table import (
     JOKE_REQUESTS,
     JOKES,
@@ -87,3 +87,27 @@ def _chat(rng: Random, room: int, makers: Makers) -> Document:
 
 def ruled_chat(rng: Random, _room: int) -> Document:
     return Chat(tuple(copying.system_echo_turns(rng)))
+
+
+def calculator_chat(rng: Random, room: int) -> Document:
+    """Sums with a calculator at hand, some among small talk."""
+    return calculator.chat(rng, room, _turns_without_sums)
+
+
+def expression_chat(rng: Random, room: int) -> Document:
+    """The same, and the calculator always takes an expression."""
+    return calculator.chat(rng, room, _turns_without_sums, share_of_pairs=0)
+
+
+def toolless_chat(rng: Random, room: int) -> Document:
+    """Tools are at hand, and none of them helps."""
+    return calculator.toolless_chat(rng, room, _any_turns)
+
+
+def _turns_without_sums(rng: Random) -> Turns:
+    makers = [(weight, make) for weight, make in _MAKERS if make is not arithmetic.turns]
+    return weighted(rng, makers)(rng)
+
+
+def _any_turns(rng: Random) -> Turns:
+    return weighted(rng, _MAKERS_WITH_WORKED_SUMS)(rng)

@@ -80,6 +80,8 @@ class ChatMessage(StrictSchema):
     """Another name of ``reasoning_content``."""
     refusal: str | None = None
     """What the assistant said instead of an answer; it follows the content."""
+    parsed: Any = None
+    """The content once more, as the openai client's ``stream`` and ``parse`` decode it."""
 
     @model_validator(mode="before")
     @classmethod

@@ -105,6 +105,8 @@ Choice: TypeAlias = str | ToolChoice | AllowedTools | None
 class _CalledFunction(StrictSchema):
     name: str
     arguments: str | dict[str, Any] | None = None
+    parsed_arguments: Any = None
+    """The arguments once more, as the openai client's ``stream`` and ``parse`` decode them."""
 
 
 class ToolCall(StrictSchema):
