@@ -10,18 +10,18 @@ from engine_process import started
 
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.launch import processor
-from tokasaurus.launch.processor import let_threads_sleep, with_threads
+from tokasaurus.launch.processor import bound_spinning, with_threads
 from tokasaurus.planner.configuration import simulated_slices
 
 
-def test_threads_sleep_unless_the_user_chose_how_they_wait():
+def test_threads_sleep_soon_unless_the_user_chose_how_they_wait():
     for given, expected in (
-        ({}, {"OMP_WAIT_POLICY": "passive"}),
+        ({}, {"GOMP_SPINCOUNT": "10000"}),
         ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
         ({"GOMP_SPINCOUNT": "1000"}, {"GOMP_SPINCOUNT": "1000"}),
     ):
         environment = dict(given)
-        let_threads_sleep(environment)
+        bound_spinning(environment)
         assert environment == expected
 
 

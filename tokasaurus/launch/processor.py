@@ -8,20 +8,25 @@ from dataclasses import replace
 
 from tokasaurus.config.slices import EngineSlices, WorkerConfig
 
-__all__ = ["let_threads_sleep", "with_threads"]
+__all__ = ["bound_spinning", "with_threads"]
 
 # How OpenMP's threads wait, in the words of the standard and of GNU's runtime.
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 
+# Rounds of waiting before a thread sleeps: a few hundred microseconds, which is longer than the
+# host needs between two kernels of a pass.
+_SPINS = "10000"
 
-def let_threads_sleep(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Makes OpenMP's threads sleep while they wait for work, unless the user chose otherwise.
 
-    By default they spin for milliseconds after each product, on cores that the server and the
-    manager need. The runtime reads this as torch is imported, so call it before.
+def bound_spinning(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Lets OpenMP's threads sleep soon while they wait, unless the user chose otherwise.
+
+    By default they spin for milliseconds after each pass, on cores that the server and the manager
+    need. If they slept at once, they would have to be woken for each of a pass's hundreds of
+    kernels. The runtime reads this as torch is imported, so call it before.
     """
     if not any(name in environment for name in _WAITING):
-        environment["OMP_WAIT_POLICY"] = "passive"
+        environment["GOMP_SPINCOUNT"] = _SPINS
 
 
 def with_threads(worker: WorkerConfig, slices: EngineSlices) -> WorkerConfig:

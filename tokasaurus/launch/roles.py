@@ -22,7 +22,7 @@ from tokasaurus.errors import ConfigError, ModelError
 from tokasaurus.grammars import Vocabulary
 from tokasaurus.launch.doors import TO_MANAGER, TO_SERVER, TO_WORKER
 from tokasaurus.launch.lifeline import Assignment, Failed, Lifeline, Ready, Stop
-from tokasaurus.launch.processor import let_threads_sleep, with_threads
+from tokasaurus.launch.processor import bound_spinning, with_threads
 from tokasaurus.launch.timeline import Timeline
 from tokasaurus.launch.worker_loop import WorkerLoop
 from tokasaurus.observability.logging import configure_logging
@@ -171,7 +171,7 @@ def _run_manager(assignment: Assignment, lifeline: Lifeline, pace: _Pace) -> Non
 
 
 def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:
-    let_threads_sleep()
+    bound_spinning()
     from tokasaurus.model.worker.worker import Worker
 
     role, address = assignment.role, partial(door_address, assignment.directory)
