@@ -19,6 +19,8 @@ COMMANDS = {
     "server": "what the server costs in CPU time: a request, a token, an event of a stream",
     "grammar": "what structured output costs, compared with the same batch without (runs a model)",
     "attention": "what one layer of attention takes on this processor",
+    "peers": "ours against other engines on the same workloads, in the same run",
+    "roofline": "how fast this machine multiplies matrices and reads memory",
     "lookahead": "how long the device waits for the manager, and how many tokens are wasted",
     "trace": "write a workload to a file",
     "replay": "run a workload from a file in virtual time",
