@@ -30,6 +30,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tokasaurus.bench.flags import scale
@@ -115,51 +116,81 @@ SCHEMA = Schema(
 )
 
 
+@dataclass(frozen=True)
+class _Installed:
+    """An engine to run.
+
+    Attributes:
+        name: of the engine.
+        python: that it is installed in.
+        model: the directory that it loads.
+    """
+
+    name: str
+    python: str
+    model: Path
+
+
 def run(config: PeersConfig) -> None:
     """Measures and prints the results."""
     if config.plot:
         check_plot(config.plot)
+    engines = list(_installed(config))
     results = Results.read(config.output)
     if config.repetitions:
-        directory = cache_directory() / config.shape
-        checkpoint = directory / "checkpoint"
-        if not checkpoint.is_dir():
-            progress(f"making a checkpoint in {checkpoint}")
-        make_once(checkpoint, lambda path: make_checkpoint(SHAPES[config.shape], path))
-        export = directory / "openvino"
-        if config.openvino and not export.is_dir():
-            progress(f"exporting it for OpenVINO to {export}")
-            python = _python("openvino", config.openvino)
-            make_once(export, lambda path: export_openvino(python, checkpoint, path))
+        _make_models(config, engines)
         for dtype in config.dtypes:
-            _measure(config, dtype, {"openvino": export}, checkpoint, results)
+            _measure(config, dtype, engines, results)
     print(results.tables())
     if config.plot:
         results.plot(config.plot)
     print_json(results.as_json())
 
 
+def _installed(config: PeersConfig) -> Iterator[_Installed]:
+    """The engines that the flags name, ours first. Raises ConfigError if one is not there."""
+    directory = cache_directory() / config.shape
+    yield _Installed(_OURS, sys.executable, directory / "checkpoint")
+    for name, model in (("vllm", "checkpoint"), ("openvino", "openvino")):
+        path = getattr(config, name)
+        if path is None:
+            continue
+        python = Path(path).expanduser()
+        if not python.is_file():
+            raise ConfigError(f"{name}={path}: there is no such file; give the path of a Python")
+        yield _Installed(name, str(python), directory / model)
+
+
+def _make_models(config: PeersConfig, engines: Sequence[_Installed]) -> None:
+    """Makes what the engines load, if it is not there yet."""
+    checkpoint = engines[0].model
+    if not checkpoint.is_dir():
+        progress(f"making a checkpoint in {checkpoint}")
+        make_once(checkpoint, partial(make_checkpoint, SHAPES[config.shape]))
+    for engine in engines:
+        if engine.name == "openvino" and not engine.model.is_dir():
+            progress(f"exporting it for OpenVINO to {engine.model}")
+            make_once(engine.model, partial(export_openvino, engine.python, checkpoint))
+
+
 def _measure(
-    config: PeersConfig,
-    dtype: str,
-    models: dict[str, Path],
-    checkpoint: Path,
-    results: Results,
+    config: PeersConfig, dtype: str, engines: Sequence[_Installed], results: Results
 ) -> None:
     """Runs all workloads in one dtype, and adds them to the results."""
     with contextlib.ExitStack() as stack:
-        engines = []
-        # One after the other: compilers of two engines at a time take more memory and no less time.
-        for name, python in _pythons(config):
-            progress(f"{dtype}: starting {name}" + (", which compiles" if name == "vllm" else ""))
-            settings = _settings(config, name, dtype, models.get(name, checkpoint))
-            engine = stack.enter_context(EngineProcess(python, settings))
-            engine.await_ready()
-            results.versions[engine.name] = engine.version
-            engines.append(engine)
+        running = []
+        # One after the other: two compilers at a time take more memory and no less time.
+        for engine in engines:
+            compiles = ", which compiles" if engine.name == "vllm" else ""
+            progress(f"{dtype}: starting {engine.name}{compiles}")
+            settings = _settings(config, engine, dtype)
+            process = stack.enter_context(EngineProcess(engine.python, settings))
+            process.await_ready()
+            results.versions[process.name] = process.version
+            running.append(process)
         for name in config.workloads:
             workload = Workload(name, SHAPES[config.shape].vocab_size, config.size)
-            results.add(_measure_workload(config, dtype, workload, engines))
+            results.add(_measure_workload(config, dtype, workload, running))
             results.write(config.output)
 
 
@@ -167,7 +198,7 @@ def _measure_workload(
     config: PeersConfig, dtype: str, workload: Workload, engines: Sequence[EngineProcess]
 ) -> Measurement:
     seconds: dict[str, list[float]] = {engine.name: [] for engine in engines}
-    ours = next(engine for engine in engines if engine.name == _OURS)
+    ours = engines[0]
     for repetition in range(config.repetitions):
         requests = workload.requests()
         tokens = sum(each.max_tokens * each.n for each in requests)
@@ -197,28 +228,12 @@ def _measure_workload(
     )
 
 
-def _pythons(config: PeersConfig) -> Iterator[tuple[str, str]]:
-    """The engines to run, each with its Python."""
-    yield _OURS, sys.executable
-    for name in ("vllm", "openvino"):
-        path = getattr(config, name)
-        if path is not None:
-            yield name, _python(name, path)
-
-
-def _python(name: str, path: str) -> str:
-    found = Path(path).expanduser()
-    if not found.is_file():
-        raise ConfigError(f"{name}={path}: there is no such file; give the path of a Python")
-    return str(found)
-
-
-def _settings(config: PeersConfig, name: str, dtype: str, model: Path) -> dict[str, object]:
+def _settings(config: PeersConfig, engine: _Installed, dtype: str) -> dict[str, object]:
     cache_bytes = config.cache_gib << 30
     token_bytes = SHAPES[config.shape].kv_bytes(_ELEMENT_BYTES[dtype])
     return {
-        "engine": name,
-        "model": str(model),
+        "engine": engine.name,
+        "model": str(engine.model),
         "dtype": dtype,
         "cache_gib": config.cache_gib,
         "cache_tokens": cache_bytes // token_bytes // 16 * 16,
