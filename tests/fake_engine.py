@@ -119,6 +119,7 @@ CHOICES = EngineConfig(
     max_queued_requests=4096,
     max_body_bytes=1 << 20,
     max_n=1 << 16,
+    max_request_priority=1_000_000,
     max_seqs_per_forward=64,
     max_topk_logprobs=20,
     stats_report_seconds=0.0,

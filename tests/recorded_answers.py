@@ -56,6 +56,7 @@ FLAGS = (
     "kv_cache_num_tokens=32768",
     "cpu_threads=1",
     "stats_report_seconds=0",
+    "max_request_priority=1000000",
 )
 MAIN_FLAGS = (*FLAGS, "trust_request_chat_template=T")
 OTHER_FLAGS = (

@@ -360,7 +360,9 @@ class ReplicaWorld:
     def _check(self, watched: Watched) -> None:
         generation, request = watched.generation, watched.generation.request
         assert generation.finished
-        message = request.message(generation.request_id, stream=watched.stream)
+        message = request.message(
+            generation.request_id, stream=watched.stream, client=generation.client
+        )
         outputs = watched.outputs()
         if watched.is_doomed:
             assert generation.error is None or isinstance(generation.error, EngineAborted)

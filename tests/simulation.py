@@ -741,6 +741,7 @@ class Habits:
     loads: float = 0.0  # of cartridges
     unloads: float = 0.0
     with_cartridges: float = 0.0  # share of the requests
+    num_clients: int = 1
 
 
 class Simulation(World):
@@ -819,6 +820,18 @@ class Simulation(World):
         commanded = Simulation(seed, config, habits)
         commanded.check_interval = 1
         return commanded
+
+    @staticmethod
+    def shared_of_seed(seed: int) -> Simulation:
+        """A world of several clients, of which one has most of the requests."""
+        chance = random.Random(seed)
+        make_world = chance.choice([Simulation.of_seed, Simulation.crowded_of_seed])
+        world = make_world(seed)
+        config = dataclasses.replace(world.config, share_wait_s=chance.choice([0.0, 0.005, 0.02]))
+        habits = dataclasses.replace(world.habits, num_clients=chance.choice([2, 3, 20]))
+        shared = Simulation(seed, config, habits)
+        shared.check_interval = world.check_interval
+        return shared
 
     @staticmethod
     def crowded_of_seed(seed: int) -> Simulation:
@@ -977,12 +990,16 @@ class Simulation(World):
         if chance.random() < habits.pooled:
             pooling = chance.choice([Pooling.MEAN, Pooling.LAST])
         n = 1 if pooling else chance.choice([1, 1, chance.randint(1, habits.max_samples)])
+        client = ""
+        if habits.num_clients > 1 and chance.random() < 0.5:
+            client = str(chance.randrange(1, habits.num_clients))
         return make_request(
             request_id,
             shared + self._ids(length - len(shared)),
             1 if pooling else chance.randint(1, habits.max_tokens),
             pooling=pooling,
             cartridges=cartridges,
+            client=client,
             n=n,
             priority=chance.choice([0, 0, 0, 0, -3, 1, 2]),
             first_k=chance.choice([0, 0, chance.randint(1, n)]),

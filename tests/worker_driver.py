@@ -33,6 +33,7 @@ def worker_config(path: Path, **fields) -> WorkerConfig:
         "dtype": "float32",
         "attention": "auto",
         "instruction_set": "auto",
+        "use_groups": True,
         "linear": "plain",
         "load_format": "auto",
         "page_size": 16,
@@ -42,6 +43,8 @@ def worker_config(path: Path, **fields) -> WorkerConfig:
         "max_tokens_per_forward": 128,
         "max_request_tokens": 256,
         "max_topk_logprobs": 5,
+        "torch_compile": False,
+        "torch_compile_config": None,
         "num_threads": None,
     }
     return WorkerConfig(**{**defaults, **fields})

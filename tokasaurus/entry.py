@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from tokasaurus.config.parser import parse_command_line
 from tokasaurus.errors import ConfigError, ModelError
-from tokasaurus.launch.assemble import assemble
+from tokasaurus.launch.assemble import assemble, explain
 from tokasaurus.launch.exposure import check_certificate, open_door_warning, with_keys
 from tokasaurus.launch.supervisor import Supervisor
 
@@ -27,7 +27,7 @@ def run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
         The exit status: 0 after a drain, 1 if a process died, 2 if the configuration is wrong.
     """
     try:
-        config = with_keys(parse_command_line(arguments, environment), environment)
+        config = with_keys(parse_command_line(arguments, environment, explain), environment)
         check_certificate(config)
         listener = listen(config.host, config.port)
         address, port = listener.getsockname()[:2]

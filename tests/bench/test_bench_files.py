@@ -168,3 +168,11 @@ def test_tables_have_aligned_columns():
         "| first |     1 |",
         "| b     |   100 |",
     ]
+
+
+def test_the_cost_of_each_kind_of_row_is_measured(capsys):
+    assert main(["sampling", "num_rows=9", "vocab_size=700", "rounds=1"]) == 0
+    result = last_line(capsys)
+    assert result["rows"] == 9
+    assert {"greedy", "top_k 50", "mixed", "logprobs 5"} < set(result["us_per_row"])
+    assert min(result["us_per_row"].values()) > 0

@@ -41,6 +41,8 @@ NAMES_AND_DEFAULTS = {
     "request_read_timeout_s": 60.0,
     "max_body_bytes": 256 << 20,
     "max_n": 65536,
+    "max_request_priority": 0,
+    "fair_share_wait_s": 1.0,
     "max_stored_bytes": None,
     "shutdown_timeout_s": 30.0,
     "tool_call_parser": "auto",
@@ -49,6 +51,7 @@ NAMES_AND_DEFAULTS = {
     "unsafe_pickle_responses": False,
     "trust_request_chat_template": False,
     "embedding_pooling": "mean",
+    "stall_timeout_s": 60.0,
     "uvicorn_log_level": "info",
     "log_level": "INFO",
     "log_procs": None,
@@ -74,7 +77,7 @@ NAMES_AND_DEFAULTS = {
     "cudagraph_max_size": 128,
     "cudagraph_step": 16,
     "cudagraph_max_kv_indices_per_seq": 32768,
-    "use_hydragen": False,
+    "use_hydragen": None,
     "hydragen_min_group_size": 32,
     "hydragen_min_prefix_len": 256,
     "greedy_prefill": True,
@@ -217,8 +220,6 @@ def test_features_still_to_come_are_refused_by_name(name):
 
 
 def test_documented_commands_for_features_still_to_come_are_refused():
-    with pytest.raises(ConfigError, match=r"torch_compile=True: .*torch.compile is not available"):
-        toka("model=org/name", "port=1", "kv_cache_num_tokens=(128 * 1024)", "torch_compile=T")
     with pytest.raises(ConfigError) as caught:
         toka(".par(dp=2,pp=2,tp=1)")
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
@@ -345,7 +346,7 @@ def test_from_flags_warns_of_retired_flags():
 
 def test_the_constructor_checks_every_field():
     with pytest.raises(ConfigError) as caught:
-        EngineConfig(port="x", page_size=0, dtype="int8", torch_compile=True)
+        EngineConfig(port="x", page_size=0, dtype="int8", dp_size=2)
     assert len(str(caught.value).splitlines()) == 4
     with pytest.raises(TypeError):
         EngineConfig(prot=1)
@@ -368,3 +369,12 @@ def test_config_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
+
+
+def test_use_hydragen_may_be_auto_on_a_command_line_and_in_python():
+    assert parse_command_line(["use_hydragen=T"], {}).use_hydragen is True
+    for arguments in (["use_hydragen=auto"], ["use_hydragen=F", "use_hydragen=auto"], []):
+        assert parse_command_line(arguments, {}).use_hydragen is None
+    assert EngineConfig(use_hydragen="auto").use_hydragen is None
+    with pytest.raises(ConfigError, match="use_hydragen"):
+        parse_command_line(["use_hydragen=often"], {})

@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import math
 
@@ -25,9 +26,21 @@ FACTS = ModelFacts(
 GIB = 2**30
 
 
-def slices(*, facts=FACTS, cuda_available=False, memory_bytes=24 * GIB, **flags):
-    config = EngineConfig(**flags)
-    return resolve(config, facts, cuda_available=cuda_available, memory_bytes=memory_bytes)
+def slices(
+    *,
+    facts=FACTS,
+    cuda_available=False,
+    memory_bytes=24 * GIB,
+    bfloat16_instructions=None,
+    **flags,
+):
+    return resolve(
+        EngineConfig(**flags),
+        facts,
+        cuda_available=cuda_available,
+        memory_bytes=memory_bytes,
+        bfloat16_instructions=bfloat16_instructions,
+    )
 
 
 def manager_of(**arguments):
@@ -129,6 +142,22 @@ def test_every_choice_reaches_its_room():
 def test_device_and_dtype(flags, cuda_available, expected):
     worker = slices(cuda_available=cuda_available, **flags).replicas[0].workers[0]
     assert (worker.device, worker.dtype) == expected
+
+
+def test_auto_takes_bfloat16_on_cpu_if_checkpoint_and_processor_have_it():
+    for checkpoint, instructions, expected, reason in (
+        ("bfloat16", "amx", "bfloat16", "as the checkpoint has it, and instruction_set=amx"),
+        ("bfloat16", None, "float32", "although the checkpoint has bfloat16, which the kernels"),
+        ("float16", "amx", "float32", "although the checkpoint has float16, which the kernels"),
+        ("float32", "amx", "float32", "as the checkpoint has it"),
+        (None, "amx", "float32", "since neither the checkpoint nor config.json says another"),
+    ):
+        facts = dataclasses.replace(FACTS, dtype=checkpoint)
+        result = slices(facts=facts, bfloat16_instructions=instructions)
+        assert result.replicas[0].workers[0].dtype == expected, (checkpoint, instructions)
+        assert result.dtype_plan.startswith(f"dtype=auto: {expected}, {reason}"), result.dtype_plan
+    asked = slices(facts=facts, bfloat16_instructions="amx", dtype="float16")
+    assert asked.dtype_plan == "dtype=float16: as asked"
 
 
 def test_cuda_without_a_device_is_an_error():
@@ -321,6 +350,20 @@ def test_only_digests_of_keys_reach_the_server():
     assert len(server.admin_key_digests) == 2
     assert server.api_key_digests == ()
     assert "number 2" in problems(api_key=("abc", "a b"))[0]
+    assert "number 1" in problems(api_key=("abc max_request_priority=1000001",))[0]
+
+
+def test_a_key_may_bring_its_own_priority():
+    server = slices(
+        api_key=("plain", "urgent max_request_priority=20"),
+        admin_api_key=("admin",),
+        max_request_priority=5,
+    ).server
+    digests = [hashlib.sha256(key.encode()).hexdigest() for key in ("plain", "urgent", "admin")]
+    assert server.api_key_digests == tuple(digests[:2])
+    assert server.admin_key_digests == (digests[2],)
+    assert server.key_priorities == {digests[1]: 20, digests[2]: 1_000_000}
+    assert server.max_request_priority == 5
 
 
 @each_row(
@@ -340,3 +383,11 @@ def test_statsd_addresses(url, address):
 @each_row("url", ["h:x", "h:70000", "http://h:1", "h:1/path", ":8125", "::1:5"])
 def test_wrong_statsd_addresses_are_errors(url):
     assert "statsd_server_url" in problems(statsd_server_url=url)[0]
+
+
+def test_shared_prefixes_are_offered_unless_they_are_switched_off():
+    for use, offered in ((True, True), (False, False), (None, True), ("auto", True)):
+        result = slices(use_hydragen=use)
+        assert result.replicas[0].manager.use_groups is offered, use
+        expected = None if use == "auto" else use
+        assert result.replicas[0].workers[0].use_groups is expected, use

@@ -9,9 +9,11 @@ import torch
 from checkpoints import EOS_ID, VOCAB_SIZE, edit_json, make_checkpoint
 
 from tokasaurus.config.engine import EngineConfig
+from tokasaurus.entry import run
 from tokasaurus.errors import ConfigError
 from tokasaurus.launch.assemble import assemble
 from tokasaurus.model.facts import read_model_config
+from tokasaurus.model.instruction_sets import usable_sets
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.model.placement import Placement
 from tokasaurus.model.weights.loader import load_model
@@ -98,8 +100,30 @@ def test_more_positions_than_the_model_has_are_refused(tmp_path):
 
 def test_dtypes_reach_the_worker(tmp_path):
     path = make_checkpoint(tmp_path / "model", "llama", dtype=torch.bfloat16)
-    assert worker_of(path).dtype == "float32"
-    assert worker_of(path, dtype="bfloat16").dtype == "bfloat16"
+    assert worker_of(path, instruction_set="generic").dtype == "float32"
+    assert worker_of(path, instruction_set="generic", dtype="bfloat16").dtype == "bfloat16"
+    multiplies = any("avx512_bf16" in each.features for each in usable_sets())
+    assert worker_of(path).dtype == ("bfloat16" if multiplies else "float32")
+    for other in (torch.float32, torch.float16):
+        path = make_checkpoint(tmp_path / str(other), "llama", dtype=other)
+        assert worker_of(path).dtype == "float32", other
+
+
+def test_show_says_dtype_and_memory_of_the_model_that_is_here(tmp_path, capsys):
+    path = make_checkpoint(tmp_path / "model", "llama", dtype=torch.bfloat16)
+
+    def shown(*flags):
+        with pytest.raises(SystemExit):
+            run([*flags, "device=cpu", "--show"], {})
+        return capsys.readouterr().out.splitlines()
+
+    dtype, memory = shown(f"model={path}", "instruction_set=generic")[-2:]
+    assert dtype.startswith("# dtype=auto: float32, although the checkpoint has bfloat16")
+    assert memory.startswith("# memory: cpu has ")
+    assert shown(f"model={path}", "dtype=float32")[-2] == "# dtype=float32: as asked"
+    assert shown("model=org/elsewhere")[-1].startswith("# model=org/elsewhere is not here yet")
+    too_long = shown(f"model={path}", "max_num_tokens_per_request=100000")[-1]
+    assert too_long.startswith("# error: max_num_tokens_per_request=100000")
 
 
 def test_dummy_weights_are_planned_from_config_json_alone(tmp_path, monkeypatch):

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import sys
 
+import msgspec
 import numpy as np
 import pytest
 from simulation import World, make_config, make_request, prompt
 
 from tokasaurus.errors import ProtocolError
 from tokasaurus.manager.manager import Manager
+from tokasaurus.protocol.commands import Command, UpdateWeights
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
     FinishReason,
     ForwardResult,
     GenerateRequest,
+    Ping,
     StopSequence,
 )
 
@@ -172,6 +175,15 @@ def test_steps_ahead_limit_the_batches_in_flight() -> None:
     world.drain()
 
 
+def test_grouped_tokens_count_as_the_worker_reports_them() -> None:
+    world = World(make_config())
+    world.turn(make_request(1, prompt(5), 6))
+    first, second = world.results[0], world.results[1]
+    reported = (msgspec.structs.replace(first, num_grouped_tokens=3), second)
+    world.manager.take_turn([*reported], 0.0)
+    assert world.manager.counters.num_grouped_tokens == 3
+
+
 def test_results_of_other_batches_are_an_error() -> None:
     world = World(make_config())
     world.turn(make_request(1, prompt(5), 6))
@@ -314,3 +326,27 @@ def count_lines_of_a_steady_turn(num_sequences: int) -> int:
 
 def test_a_steady_step_executes_no_python_per_sequence() -> None:
     assert count_lines_of_a_steady_turn(16) == count_lines_of_a_steady_turn(256)
+
+
+# --- whether it works ----------------------------------------------------------------------------
+
+
+def test_a_ping_is_answered_with_statistics_and_changes_nothing() -> None:
+    world = World(make_config())
+    world.turn(make_request(1, prompt(5), 4))
+    before = msgspec.structs.asdict(world.manager.statistics())
+    actions = world.manager.take_turn([Ping()], 0.0)
+    assert actions.to_worker == []
+    assert [msgspec.structs.asdict(message) for message in actions.messages] == [before]
+
+
+def test_the_batch_that_the_worker_must_answer_next_is_known() -> None:
+    world = World(make_config())
+    assert world.manager.awaited_batch is None
+    world.turn(make_request(1, prompt(5), 4))
+    assert world.manager.awaited_batch == world.batches[0].number
+    world.drain()
+    assert world.manager.awaited_batch is None
+    world.turn(Command(1, UpdateWeights(1, ("a.safetensors",))))
+    assert not world.manager.at_rest
+    assert world.manager.awaited_batch is None

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 from simulation import Simulation
 
 from tokasaurus.manager.forecast.admission import AdmissionControl
-from tokasaurus.manager.sequence import Sequence
+from tokasaurus.manager.scheduler import Scheduler
+from tokasaurus.manager.sequence import Request, Sequence
+from tokasaurus.manager.shares import Shares
+from tokasaurus.manager.slots import IndexArray
 
 
 def run_worlds(
@@ -76,6 +79,26 @@ def test_crowded_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert num_rests > 500  # turns
 
 
+def test_worlds_of_several_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients displace others' sequences, and places are given anew."""
+    counts: Counter[str] = Counter()
+    num_displaced_by, place_anew = Scheduler._num_displaced_by, Shares.place_anew
+
+    def counted(self: Scheduler, sequence: Sequence, rows: IndexArray) -> int | None:
+        num_victims = num_displaced_by(self, sequence, rows)
+        counts["displaced"] += bool(num_victims)
+        return num_victims
+
+    def noted(self: Shares, priority: int, requests: Iterable[Request]) -> None:
+        counts["anew"] += 1
+        place_anew(self, priority, requests)
+
+    monkeypatch.setattr(Scheduler, "_num_displaced_by", counted)
+    monkeypatch.setattr(Shares, "place_anew", noted)
+    run_worlds(120_000, num_events=4_000, make_world=Simulation.shared_of_seed)
+    assert min(counts["displaced"], counts["anew"]) > 20
+
+
 def test_worlds_with_cartridges() -> None:
     """No page crosses over between a cartridge's versions, other cartridges and plain requests."""
     counts = run_worlds_with_cartridges(50_000, 10_000, Simulation.with_cartridges_of_seed)
@@ -93,6 +116,12 @@ def test_worlds_with_cartridges_and_commands() -> None:
 def test_worlds_with_commands() -> None:
     """Pauses, updates, released memory and the rest, in any order, with eight batches in flight."""
     run_worlds(400, num_events=3_000, make_world=Simulation.commanded_of_seed)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_many_worlds_of_several_clients() -> None:
+    run_worlds(130_000, num_events=60_000, make_world=Simulation.shared_of_seed)
 
 
 @pytest.mark.long

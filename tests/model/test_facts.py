@@ -10,7 +10,7 @@ from itertools import product
 
 import pytest
 import torch
-from checkpoints import ROPES
+from checkpoints import ROPES, edit_json, make_checkpoint
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -346,6 +346,21 @@ def test_facts_without_a_generation_config(directory):
     assert facts.eos_token_ids == (2,)
     assert facts.kv_elements_per_token == 256
     assert facts.sampling_defaults == {}
+
+
+def test_the_dtype_is_that_of_the_files_or_of_config_json(directory, tmp_path):
+    for fields, expected in (
+        ({}, None),
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"torch_dtype": "torch.bfloat16"}, "bfloat16"),
+        ({"dtype": "auto"}, None),
+    ):
+        assert model_facts(directory(**fields)).dtype == expected, fields
+    for dtype, expected in ((torch.bfloat16, "bfloat16"), (torch.float32, "float32")):
+        path = make_checkpoint(tmp_path / expected, "llama", dtype=dtype)
+        edit_json(path / "config.json", dtype="float16")
+        assert model_facts(path).dtype == expected
 
 
 def test_facts_from_generation_config(directory):

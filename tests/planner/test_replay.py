@@ -55,6 +55,24 @@ def test_the_device_waits_for_a_slow_manager():
     assert slow.device_idle == pytest.approx(3 / 7)
 
 
+def test_a_shallow_look_ahead_lets_the_device_wait_and_a_deep_one_wastes_tokens():
+    lengths, manager_s = range(10, 26), 0.25
+    trace = [line(output_tokens=(length,)) for length in lengths]
+    shallow, deep = (
+        replay(trace, manager_config(scheduling_steps_ahead=depth), Timing(fixed(1.0), manager_s))
+        for depth in (1, 8)
+    )
+    # Before every batch it waits for a turn of the manager, or only before the first one.
+    assert shallow.device_idle * shallow.makespan_s == pytest.approx(
+        manager_s * shallow.num_batches
+    )
+    assert deep.device_idle * deep.makespan_s == pytest.approx(manager_s)
+    assert deep.makespan_s < shallow.makespan_s
+    # Seven batches are planned between the one that draws a sequence's stop and its result.
+    assert shallow.num_wasted_tokens == 0
+    assert deep.num_wasted_tokens == 7 * len(lengths)
+
+
 def test_a_sequence_with_a_stop_string_ends_after_the_server_has_searched():
     trace = [line(stop_strings=True, output_tokens=(7,))]
     report = replay(trace, manager_config(), Timing(fixed(1.0), server_s=0.5))

@@ -33,6 +33,7 @@ from tokasaurus.protocol.messages import (
     FromWorker,
     GenerateRequest,
     LogprobsMode,
+    Ping,
     PooledState,
     Pooling,
     Progress,
@@ -45,6 +46,7 @@ from tokasaurus.protocol.messages import (
     StopSequence,
     ToServer,
     ToWorker,
+    WorkerStall,
 )
 from tokasaurus.protocol.wire import Codec
 
@@ -85,6 +87,8 @@ EXAMPLES = [
         cartridges=("notes@1",),
     ),
     AbortRequest(3),
+    Ping(),
+    WorkerStall(61.5),
     Command(7, FlushCache()),
     Command(8, Pause(PauseMode.DRAIN)),
     Command(9, UpdateWeights(1, ("a.safetensors",), ("00ff",))),
@@ -160,6 +164,7 @@ EXAMPLES = [
         prompt_top_logprobs=floats(0, 0),
         device_s=0.25,
         pooled=floats(1, 8),
+        num_grouped_tokens=4,
     ),
 ]
 
@@ -184,7 +189,7 @@ def assert_same(a, b):
 
 @each_row("message", EXAMPLES)
 def test_a_decoded_message_equals_the_sent_one(message):
-    codec = Codec(FromServer | ToServer | FromWorker | ToWorker)
+    codec = Codec(FromServer | ToServer | FromWorker | ToWorker | WorkerStall)
     assert_same(codec.decode(codec.encode(message)), message)
 
 

@@ -222,6 +222,23 @@ def test_health_counts_prompts_in_flight(server):
     wait_for(lambda: server.get("/health").json["running"] == 0)
 
 
+def test_health_names_processes_that_hang(own_server):
+    generations = own_server.generations
+    generations.stalled = ("worker-1-0",)
+    answer = own_server.get("/health")
+    assert (answer.status, answer.json) == (
+        200,
+        {"status": "ok", "running": 0, "stalled": ["worker-1-0"]},
+    )
+    assert "tokasaurus_stalled_processes 1.0" in own_server.get("/metrics").content.decode()
+    generations.is_stuck = True
+    answer = own_server.get("/health")
+    assert (answer.status, answer.json["status"]) == (503, "stalled")
+    assert own_server.get("/server_info").json["status"] == "stalled"
+    own_server.call(own_server.state.drain)
+    assert own_server.get("/health").json["status"] == "draining"
+
+
 # --- many at once ------------------------------------------------------------------------------
 
 

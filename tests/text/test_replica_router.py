@@ -21,6 +21,7 @@ from tokasaurus.protocol.messages import (
     Eta,
     FinishReason,
     GenerateRequest,
+    Ping,
     PooledState,
     PromptLogprobs,
     RequestRejected,
@@ -474,3 +475,69 @@ def test_an_update_that_only_one_replica_refused_can_be_followed_by_another() ->
     assert (versions.version, versions.label(1)) == (0, "mine")  # replica 0 draws tokens with it
     generations.update_weights(["f"], answers.append)
     assert engine.sent[1][-1].action.version == 2
+
+
+# --- replicas that hang --------------------------------------------------------------------------
+
+
+def test_a_stalled_replica_gets_no_requests_as_long_as_another_makes_progress() -> None:
+    engine = Engine(num_replicas=3)
+    held = engine.submit(1, n=2)
+    engine.router.set_stalled({0})
+    assert (engine.router.num_seats, engine.router.num_stuck) == (2 * SEATS, 2)
+    engine.submit(2, n=3 * SEATS)
+    for request_id in range(3, 9):
+        engine.submit(request_id, prompt=200)
+    assert engine.requests(0) == [held]
+    engine.router.set_stalled({0, 1, 2})
+    assert (engine.router.num_seats, engine.router.num_stuck) == (3 * SEATS, 0)
+    engine.submit(20)
+    assert engine.last(0).request_id == 20
+    engine.router.set_stalled(set())
+    engine.submit(21)
+    assert engine.last(0).request_id == 21
+
+
+def test_a_prefix_does_not_lead_to_a_stalled_replica() -> None:
+    engine = Engine()
+    engine.submit(1, prompt=200)
+    engine.router.set_stalled({0})
+    engine.submit(2, prompt=200)
+    assert engine.last(1).request_id == 2
+
+
+def test_a_replica_is_awaited_while_it_has_samples_or_a_command() -> None:
+    engine = Engine()
+    assert [engine.router.is_awaited(number) for number in range(3)] == [False] * 3
+    request = engine.submit(1)
+    assert [engine.router.is_awaited(number) for number in range(2)] == [True, False]
+    engine.end(0, request, 0)
+    assert not engine.router.is_awaited(0)
+    engine.router.send(Command(1, Pause(PauseMode.KEEP)))
+    engine.router.absorb(0, CommandDone(1))
+    assert [engine.router.is_awaited(number) for number in range(2)] == [False, True]
+
+
+def test_a_ping_goes_to_every_replica() -> None:
+    engine = Engine()
+    engine.router.send(Ping())
+    assert [[type(each) for each in sent] for sent in engine.sent] == [[Ping], [Ping]]
+
+
+def test_more_requests_pass_the_turnstile_beside_those_that_are_stuck() -> None:
+    engine, generations = text_core()
+    generations.set_num_seats(engine.router.num_seats)
+    passed = 4 * 2 * SEATS  # rounds of seats
+    for _ in range(passed + 1):
+        start(generations)
+    assert generations.num_held == 1
+    engine.router.set_stalled({0})
+    num_stuck = engine.router.num_stuck
+    assert num_stuck == passed / 2
+    generations.set_num_seats(engine.router.num_seats, num_stuck)
+    for request in engine.requests(1):
+        for message in engine.router.absorb(
+            1, updates([(request.request_id, 0, [1], FinishReason.LENGTH)])
+        ):
+            generations.absorb(message)
+    assert generations.num_held == 0

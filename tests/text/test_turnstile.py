@@ -44,10 +44,11 @@ class Manager:
             seed=0,
             stop_token_ids=(),
             priority=priority,
+            client=client,
         )
         self.num_made += 1
         self.clients[request.request_id] = client
-        self.turnstile.submit(client, request)
+        self.turnstile.submit(request)
         return request.request_id
 
     def end(self, request_id=None):
@@ -84,14 +85,30 @@ def test_one_client_alone_keeps_the_manager_full_and_in_order():
     assert [request.request_id for request in manager.passed] == list(range(500))
 
 
-def test_a_newcomer_waits_only_for_what_the_manager_already_has():
-    manager = Manager(16)
+def test_a_newcomer_passes_at_once_up_to_its_share():
+    """With k clients, the k-th may have a k-th of what the manager takes, beyond the limit."""
+    manager = Manager(12)
     for _ in range(1000):
         manager.submit("a")
-    newcomer = manager.submit("b")
-    for _ in range(17):
-        manager.end()
-    assert newcomer in {request.request_id for request in manager.passed}
+    for client in "bcd":
+        for _ in range(100):
+            manager.submit(client)
+    assert manager.order() == "a" * 12 + "b" * 6 + "c" * 4 + "d" * 3
+    manager.end(next(i for i in manager.running if manager.clients[i] == "a"))
+    assert len(manager.passed) == 12 + 6 + 4 + 3  # there is enough
+    for _ in range(2):
+        manager.end(next(i for i in manager.running if manager.clients[i] == "d"))
+    assert manager.order()[-2:] == "dd"  # still less than a quarter
+
+
+def test_a_less_urgent_crowd_of_the_same_client_does_not_count():
+    manager = Manager(8)
+    for _ in range(20):
+        manager.submit("b", priority=1)
+        manager.submit("a")
+    before = Counter(manager.order())
+    manager.submit("b")
+    assert Counter(manager.order()) - before == {"b": 1}
 
 
 def test_shares_are_counted_in_tokens_not_in_requests():
@@ -100,12 +117,11 @@ def test_shares_are_counted_in_tokens_not_in_requests():
         manager.submit("a", n=4, max_tokens=50, prompt=100)  # 300 tokens
         manager.submit("b", max_tokens=50, prompt=50)  # 100 tokens
         manager.submit("c", max_tokens=10, prompt=20)  # 30 tokens
-    while len(manager.passed) < 300:
-        manager.end()
     tokens: Counter[str] = Counter()
-    for request in manager.passed[4:]:
-        client = manager.clients[request.request_id]
-        tokens[client] += len(request.prompt_ids) + request.n * request.max_tokens
+    while len(manager.passed) < 300:  # a manager that serves its clients fairly
+        request = min(manager.running.values(), key=lambda request: tokens[request.client])
+        tokens[request.client] += len(request.prompt_ids) + request.n * request.max_tokens
+        manager.end(request.request_id)
     assert max(tokens.values()) - min(tokens.values()) < 700  # two of the largest requests
 
 
@@ -158,10 +174,10 @@ def test_a_held_request_is_aborted_without_the_manager():
 def test_a_request_larger_than_the_bound_passes_as_a_whole():
     manager = Manager(4)
     manager.submit("a", n=100)
-    manager.submit("b")
+    manager.submit("a")
     assert manager.order() == "a"
     manager.end()
-    assert manager.order() == "ab"
+    assert manager.order() == "aa"
 
 
 @each_row("seed", range(20))
@@ -194,7 +210,7 @@ def test_every_request_passes_once_and_nothing_is_left(seed):
     assert set(passed) | aborted == waiting
     turnstile = manager.turnstile
     assert (turnstile.num_open, turnstile.num_held) == (0, 0)
-    for table in ("_open", "_num_open", "_held", "_levels", "_priorities"):
+    for table in ("_open", "_num_open", "_num_of_client", "_held", "_levels", "_priorities"):
         assert not getattr(turnstile, table)
 
 
@@ -239,7 +255,13 @@ def test_names_of_clients_without_requests_are_released():
     for number in range(1000):
         name = Name(f"client {number}")
         names.append(weakref.ref(name))
-        manager.turnstile.abort(manager.submit(name))
+        passes, waits = manager.submit(name), manager.submit(name)
+        assert manager.running.keys() >= {passes}
+        assert waits not in manager.running
+        manager.turnstile.abort(waits)
+        manager.turnstile.ended(passes)
+        manager.running.clear()
+        manager.passed.clear()
         manager.clients.clear()
     del name
     assert sum(each() is not None for each in names) < 100

@@ -31,7 +31,7 @@ from tokasaurus.launch.doors import TO_MANAGER, TO_SERVER
 from tokasaurus.launch.lifeline import Assignment, Failed, Lifeline, Start
 from tokasaurus.planner.worker_loop import DeviceStatistics
 from tokasaurus.protocol.channels import Receiver, Sender, door_address
-from tokasaurus.protocol.messages import FromServer, ToServer
+from tokasaurus.protocol.messages import FromServer, ToServer, WorkerStall
 from tokasaurus.protocol.role import Kind, Role
 
 __all__ = ["SimulatedEngine", "SimulatedService"]
@@ -172,7 +172,7 @@ class SimulatedEngine(_Processes):
         messages = self._door.receive(timeout_s)
         if not messages:
             self._check_alive()
-        return messages
+        return [each for each in messages if not isinstance(each, WorkerStall)]
 
     def manager_cpu_s(self) -> float:
         """The CPU time of the manager's process."""

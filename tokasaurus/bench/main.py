@@ -18,6 +18,7 @@ COMMANDS = {
     "manager": "what the manager costs in CPU time, its real process against a simulated device",
     "server": "what the server costs in CPU time: a request, a token, an event of a stream",
     "grammar": "what structured output costs, compared with the same batch without (runs a model)",
+    "sampling": "what drawing a token costs, for each kind of row (needs no model)",
     "attention": "what one layer of attention takes on this processor",
     "peers": "ours against other engines on the same workloads, in the same run",
     "roofline": "how fast this machine multiplies matrices and reads memory",

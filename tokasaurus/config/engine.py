@@ -38,7 +38,6 @@ _PROCESSES = ("server", "manager", "model", "worker")
 
 # Features still to come: a flag for one is refused with "... is not available yet".
 _TENSOR = "tensor parallelism"
-_COMPILE = "compiling the whole model with torch.compile"
 _CUDA_GRAPHS = "running batches as CUDA graphs"
 _WANDB = "the report to Weights & Biases"
 
@@ -79,8 +78,9 @@ class EngineConfig:
         group=_MODEL,
         choices=("auto", "float32", "bfloat16", "float16"),
         help=(
-            "Precision of weights, activations and KV cache. auto: float32 on cpu, bfloat16 on "
-            "cuda."
+            "Precision of weights, activations and KV cache. auto: bfloat16 on cuda; on cpu, "
+            "bfloat16 if the checkpoint has it and the processor, or instruction_set, multiplies "
+            "it (AVX512-BF16, AMX), otherwise float32. The log and --show say which and why."
         ),
     )
     rope_scaling: Mapping[str, Any] | None = flag(
@@ -248,8 +248,8 @@ class EngineConfig:
         group=_SECURITY,
         help=(
             "Let a request bring its own chat_template. The risk: it is a Jinja program, which "
-            "runs in the server without limits of time and memory, so a single request can block "
-            "the engine permanently."
+            "runs in the server, so a single request can take ten seconds of its time and a "
+            "gigabyte of its memory."
         ),
     )
     ssl_certfile: str | None = flag(
@@ -333,6 +333,37 @@ class EngineConfig:
         adapts="a tenth of the disk",
     )
 
+    max_request_priority: int = flag(
+        0,
+        group=_OVERLOAD,
+        minimum=0,
+        maximum=1_000_000,
+        help=(
+            "By how much requests may outrank the default priority 0: the field priority must be "
+            "at least minus this. A key may have a limit of its own: KEY max_request_priority=N "
+            "in the place of KEY. Admin keys have none."
+        ),
+    )
+    fair_share_wait_s: float = flag(
+        1.0,
+        group=_OVERLOAD,
+        minimum=0,
+        help=(
+            "How long a request of a client that runs less than its share waits for room, in "
+            "seconds that the device works, before sequences of clients that run more than theirs "
+            "are preempted for it."
+        ),
+    )
+
+    stall_timeout_s: float = flag(
+        60.0,
+        group=_LOGGING,
+        minimum=0.1,
+        help=(
+            "How long the manager or the worker may make no progress, though it has work, before "
+            "/health says so. The worker gets more time where its largest batches take long."
+        ),
+    )
     uvicorn_log_level: str = flag(
         "info",
         group=_LOGGING,
@@ -472,14 +503,15 @@ class EngineConfig:
     torch_compile: bool = flag(
         False,
         group=_GRAPHS,
-        later=_COMPILE,
-        help="Compile the whole model, with dynamic shapes: slower to start, faster to run.",
+        help=(
+            "Compile the whole model with torch.compile, for batches of any size. It takes a "
+            "minute at each start. On cpu the compiled kernels of the engine are faster."
+        ),
     )
     torch_compile_config: Mapping[str, Any] | None = flag(
         None,
         group=_GRAPHS,
-        later=_COMPILE,
-        help="Options of torch.compile, by nested keys.",
+        help="Arguments of torch.compile, by nested keys, as in torch_compile_config.mode=default.",
         adapts="its own",
     )
     use_cudagraphs: bool = flag(
@@ -514,13 +546,16 @@ class EngineConfig:
         help="Page-table room per sequence of a captured batch.",
     )
 
-    use_hydragen: bool = flag(
-        False,
+    use_hydragen: bool | None = flag(
+        None,
         group=_HYDRAGEN,
         help=(
-            "Group the sequences of every batch by the prefixes they share, for attention that "
-            "reads such a prefix once. Of this version's kernels only attention=reference does."
+            "Group the sequences of every batch by the prefixes they share, and read such a "
+            "prefix once for all of them. F never does. T does for every group. auto does where "
+            "it saves time, as the engine measures when it starts; attention=reference does not "
+            "measure, and then needs T."
         ),
+        adapts="auto, a choice for each group",
     )
     hydragen_min_group_size: int = flag(
         32,

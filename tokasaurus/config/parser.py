@@ -11,7 +11,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import yaml
 
@@ -27,18 +27,26 @@ __all__ = ["answer_question", "parse", "parse_command_line", "parse_or_exit", "p
 C = TypeVar("C")
 
 
-def parse_command_line(arguments: Sequence[str], environment: Mapping[str, str]) -> EngineConfig:
+Explain: TypeAlias = Callable[[C], Sequence[str]]
+"""Lines about a configuration that ``--show`` adds as comments."""
+
+
+def parse_command_line(
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    explain: Explain[EngineConfig] | None = None,
+) -> EngineConfig:
     """Reads the command line of ``toka``.
 
     The words of the environment variable OVERRIDES, split as a shell splits them, count as if they
-    followed the arguments. Warnings go to standard error.
+    followed the arguments. Warnings go to standard error. ``--show`` adds what ``explain`` says.
 
     Raises:
         ConfigError: one line for each thing that is wrong.
         SystemExit: with status 0, after printing what ``--help``, ``--version`` or ``--show`` asked
             for.
     """
-    return parse(ENGINE, arguments, environment.get("OVERRIDES", ""))
+    return parse(ENGINE, arguments, environment.get("OVERRIDES", ""), explain)
 
 
 def parse_or_exit(schema: Schema[C], arguments: Sequence[str]) -> C:
@@ -50,7 +58,12 @@ def parse_or_exit(schema: Schema[C], arguments: Sequence[str]) -> C:
         raise SystemExit(2) from None
 
 
-def parse(schema: Schema[C], arguments: Sequence[str], overrides: str = "") -> C:
+def parse(
+    schema: Schema[C],
+    arguments: Sequence[str],
+    overrides: str = "",
+    explain: Explain[C] | None = None,
+) -> C:
     """Reads a command line of any schema; see :func:`parse_command_line`."""
     if answer_question(arguments, partial(print_help, schema)):
         raise SystemExit(0)
@@ -69,6 +82,8 @@ def parse(schema: Schema[C], arguments: Sequence[str], overrides: str = "") -> C
         print(f"{schema.program}: warning: {line}", file=sys.stderr)
     if reader.show:
         print(show(parsed.value), end="")
+        for line in explain(parsed.value) if explain is not None else ():
+            print(f"# {line}")
         raise SystemExit(0)
     return parsed.value
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from tokasaurus.config.dtype import choose_dtype
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.memory import Memory
 from tokasaurus.config.slices import (
@@ -28,7 +29,7 @@ from tokasaurus.config.slices import (
     WorkerConfig,
 )
 from tokasaurus.errors import ConfigError
-from tokasaurus.protocol.messages import LogprobsMode, Pooling
+from tokasaurus.protocol.messages import MAX_PRIORITY, LogprobsMode, Pooling
 from tokasaurus.protocol.role import Kind
 from tokasaurus.rounding import round_up
 
@@ -44,6 +45,7 @@ STATSD_PORT = 8125
 STOP_LAG = 16  # tokens
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s]+")
+_KEY_PRIORITY = re.compile(r"max_request_priority=([0-9]{1,7})")
 _HOST_NAME = re.compile(r"(\*\.)?[^\s/:?#@*\[\]]+|\[[0-9a-fA-F:.]+\]")
 
 # Users may name the worker by its room.
@@ -66,6 +68,7 @@ def resolve(
     *,
     cuda_available: bool,
     memory_bytes: int | None,
+    bfloat16_instructions: str | None = None,
 ) -> EngineSlices:
     """Decides everything that the user left open, for this model on this machine.
 
@@ -74,14 +77,18 @@ def resolve(
         facts: about the model that ``config.model`` names.
         cuda_available: whether the machine has a working CUDA device.
         memory_bytes: free memory of the device that the model will run on; None if unknown.
+        bfloat16_instructions: the instruction set of the processor's kernels, if it multiplies
+            bf16; otherwise None.
 
     Raises:
         ConfigError: one line for every conflict, naming the flags and the remedy.
     """
     problems: list[str] = []
     device = _device(config, cuda_available, problems)
-    dtype = _dtype(config, device)
-    memory = Memory(device, memory_bytes, dtype, facts.num_parameters, facts.kv_elements_per_token)
+    dtype = choose_dtype(config.dtype, device, facts.dtype, bfloat16_instructions)
+    memory = Memory(
+        device, memory_bytes, dtype.name, facts.num_parameters, facts.kv_elements_per_token
+    )
     limits = _limits(config, facts.max_position_embeddings, memory, problems)
     _check_access(config, problems)
     if problems:
@@ -91,10 +98,12 @@ def resolve(
         replicas=(
             ReplicaSlices(
                 manager=_manager(config, limits),
-                workers=(_worker(config, facts, limits, device, dtype),),
+                workers=(_worker(config, facts, limits, device, dtype.name),),
             ),
         ),
+        dtype_plan=dtype.reason,
         memory_plan=memory.plan(limits.num_pages * limits.page_size),
+        stall_timeout_s=config.stall_timeout_s,
         log_level=config.log_level,
         log_procs=None
         if config.log_procs is None
@@ -122,12 +131,6 @@ def _device(config: EngineConfig, cuda_available: bool, problems: list[str]) -> 
             "device=cuda: PyTorch finds no CUDA device here; leave device out, or set cpu"
         )
     return config.device
-
-
-def _dtype(config: EngineConfig, device: str) -> str:
-    if config.dtype != "auto":
-        return config.dtype
-    return "bfloat16" if device == "cuda" else "float32"
 
 
 def _limits(
@@ -209,8 +212,14 @@ def _batch_size(config: EngineConfig, problems: list[str]) -> tuple[int, int]:
 
 
 def _check_access(config: EngineConfig, problems: list[str]) -> None:
-    _check_keys("api_key", config.api_key, problems)
-    _check_keys("admin_api_key", config.admin_api_key, problems)
+    _check_keys("api_key", [entry.partition(" ")[0] for entry in config.api_key or ()], problems)
+    for number, entry in enumerate(config.api_key or (), 1):
+        if " " in entry and _priority_of_key(entry) is None:
+            problems.append(
+                f"api_key: what follows key number {number} must be max_request_priority=N, with N"
+                f" from 0 to {MAX_PRIORITY}"
+            )
+    _check_keys("admin_api_key", config.admin_api_key or (), problems)
     if (config.ssl_certfile is None) != (config.ssl_keyfile is None):
         given, missing = "ssl_certfile", "ssl_keyfile"
         if config.ssl_certfile is None:
@@ -234,8 +243,24 @@ def _check_access(config: EngineConfig, problems: list[str]) -> None:
         problems.append(f"statsd_server_url={url}: expected HOST:PORT, such as 127.0.0.1:8125")
 
 
-def _check_keys(flag: str, keys: tuple[str, ...] | None, problems: list[str]) -> None:
-    for number, key in enumerate(keys or (), 1):
+def _priority_of_key(entry: str) -> int | None:
+    """By how much requests with this key may outrank others; None if the entry does not say."""
+    found = _KEY_PRIORITY.fullmatch(entry.partition(" ")[2].strip())
+    value = None if found is None else int(found[1])
+    return value if value is not None and value <= MAX_PRIORITY else None
+
+
+def _key_priorities(config: EngineConfig) -> dict[str, int]:
+    priorities = dict.fromkeys(config.admin_api_key or (), MAX_PRIORITY)
+    for entry in config.api_key or ():
+        priority = _priority_of_key(entry)
+        if priority is not None:
+            priorities.setdefault(entry.partition(" ")[0], priority)
+    return {_digest(key): priority for key, priority in priorities.items()}
+
+
+def _check_keys(flag: str, keys: Sequence[str], problems: list[str]) -> None:
+    for number, key in enumerate(keys, 1):
         if not key or not all("!" <= character <= "~" for character in key):
             problems.append(
                 f"{flag}: key number {number} is empty, or has a character that no HTTP header"
@@ -256,8 +281,12 @@ def _statsd_address(url: str | None) -> tuple[str, int] | None:
     return parts.hostname, port
 
 
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
 def _digests(keys: tuple[str, ...] | None) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(hashlib.sha256(key.encode()).hexdigest() for key in keys or ()))
+    return tuple(dict.fromkeys(_digest(key.partition(" ")[0]) for key in keys or ()))
 
 
 def _server(config: EngineConfig, facts: ModelFacts, limits: _Limits) -> ServerConfig:
@@ -266,6 +295,8 @@ def _server(config: EngineConfig, facts: ModelFacts, limits: _Limits) -> ServerC
         port=config.port,
         api_key_digests=_digests(config.api_key),
         admin_key_digests=_digests(config.admin_api_key),
+        max_request_priority=config.max_request_priority,
+        key_priorities=_key_priorities(config),
         ssl_certfile=config.ssl_certfile,
         ssl_keyfile=config.ssl_keyfile,
         cors_origins=config.cors_origins or (),
@@ -313,9 +344,10 @@ def _manager(config: EngineConfig, limits: _Limits) -> ManagerConfig:
         adapt_steps_ahead=True,
         stop_lag=STOP_LAG,
         admission=_admission(config),
-        use_groups=config.use_hydragen,
+        use_groups=config.use_hydragen is not False,
         min_group_size=config.hydragen_min_group_size,
         min_prefix_len=config.hydragen_min_prefix_len,
+        share_wait_s=config.fair_share_wait_s,
         check_invariants=config.allocator_sanity_checks,
         force_preemption=config.bump_city_population_me,
     )
@@ -341,7 +373,7 @@ def _admission(config: EngineConfig) -> AdmissionConfig:
 def _worker(
     config: EngineConfig, facts: ModelFacts, limits: _Limits, device: str, dtype: str
 ) -> WorkerConfig:
-    scaling = config.rope_scaling
+    scaling, compiling = config.rope_scaling, config.torch_compile_config
     return WorkerConfig(
         rank=0,
         world=1,
@@ -352,6 +384,7 @@ def _worker(
         dtype=dtype,
         attention=config.attention,
         instruction_set=config.instruction_set,
+        use_groups=config.use_hydragen,
         linear=config.linear,
         load_format=config.load_format,
         page_size=limits.page_size,
@@ -361,6 +394,8 @@ def _worker(
         max_tokens_per_forward=limits.max_tokens,
         max_request_tokens=limits.max_request_tokens,
         max_topk_logprobs=_max_topk(config, facts),
+        torch_compile=config.torch_compile,
+        torch_compile_config=None if compiling is None else json.dumps(compiling, sort_keys=True),
         num_threads=config.cpu_threads,
     )
 

@@ -31,6 +31,8 @@ class ModelFacts:
     # Numbers in all weights. A head that shares the embedding's weight does not count.
     num_parameters: int
     eos_token_ids: tuple[int, ...]
+    # Of most weights in the files: "float32", "bfloat16" or "float16"; None if unknown.
+    dtype: str | None = None
     # Numbers of ``Sampling`` that generation_config.json sets.
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)
 
@@ -43,6 +45,9 @@ class ServerConfig:
     port: int
     api_key_digests: tuple[str, ...]  # SHA-256 of each key, in hexadecimal; () if none is needed
     admin_key_digests: tuple[str, ...]  # the same, of the keys that may control the engine
+    # By how much requests may outrank the default priority; by digest, the keys that differ.
+    max_request_priority: int
+    key_priorities: Mapping[str, int]
     ssl_certfile: str | None
     ssl_keyfile: str | None
     cors_origins: tuple[str, ...]
@@ -125,6 +130,8 @@ class ManagerConfig:
     use_groups: bool  # find the decode rows that share a prefix
     min_group_size: int  # rows
     min_prefix_len: int  # tokens
+    # Seconds of the device after which a waiting client that has less than its share gets room.
+    share_wait_s: float
     check_invariants: bool  # after every turn; slow
     force_preemption: bool  # preempt now and then without need, for tests
 
@@ -142,6 +149,7 @@ class WorkerConfig:
     dtype: str  # "float32", "bfloat16" or "float16"
     attention: str  # "auto", "compiled" or "reference"
     instruction_set: str  # of the kernels on "cpu"; "auto" for the best one
+    use_groups: bool | None  # read a shared prefix once; None where that saves time
     linear: str  # "auto", "plain" or "packed"
     load_format: str  # "auto" or "dummy"
     page_size: int
@@ -151,6 +159,8 @@ class WorkerConfig:
     max_tokens_per_forward: int
     max_request_tokens: int
     max_topk_logprobs: int
+    torch_compile: bool
+    torch_compile_config: str | None  # JSON
     num_threads: int | None  # of the CPU backend; None leaves it to torch
 
 
@@ -168,7 +178,10 @@ class EngineSlices:
 
     server: ServerConfig
     replicas: tuple[ReplicaSlices, ...]  # at least one
+    dtype_plan: str  # which dtype and why; a line for the log
     memory_plan: str  # of each replica; a line for the log
+    # How long a process that has work may show no progress before it counts as stalled.
+    stall_timeout_s: float
     log_level: str
     # Kinds of processes, as roles name them.
     log_procs: tuple[str, ...] | None

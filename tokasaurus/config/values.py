@@ -168,6 +168,8 @@ def convert(value: Any, form: Any) -> Any:
     inner, optional = split_optional(form)
     if value is None and optional:
         return None
+    if value == "auto" and optional and inner is bool:
+        return None
     name, accept = _KINDS[_kind(inner)]
     result = accept(value)
     if result is _NO:

@@ -12,10 +12,12 @@ from pathlib import Path
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.resolve import resolve
 from tokasaurus.config.slices import EngineSlices
-from tokasaurus.launch.model_files import find_model, find_tokenizer
+from tokasaurus.errors import ConfigError, ModelError
+from tokasaurus.launch.model_files import find_model, find_model_here, find_tokenizer
 from tokasaurus.model.facts import model_facts
+from tokasaurus.model.instruction_sets import bfloat16_instructions
 
-__all__ = ["assemble"]
+__all__ = ["assemble", "explain"]
 
 
 def assemble(config: EngineConfig) -> EngineSlices:
@@ -27,8 +29,23 @@ def assemble(config: EngineConfig) -> EngineSlices:
         ConfigError: flags contradict one another, the model or the machine.
         ModelError: the model cannot be found, or its architecture is unknown.
     """
+    return _resolve(config, find_model(config.model))
+
+
+def explain(config: EngineConfig) -> list[str]:
+    """What resolution decides about dtype and memory, for ``--show``. Downloads nothing."""
+    model = find_model_here(config.model)
+    if model is None:
+        return [f"model={config.model} is not here yet; it decides dtype and memory"]
+    try:
+        slices = _resolve(config, model)
+    except (ConfigError, ModelError) as error:
+        return [f"error: {line}" for line in str(error).splitlines()]
+    return [slices.dtype_plan, slices.memory_plan]
+
+
+def _resolve(config: EngineConfig, model: Path) -> EngineSlices:
     rope_scaling = None if config.rope_scaling is None else json.dumps(dict(config.rope_scaling))
-    model = find_model(config.model)
     if config.tokenizer is not None:
         config = dataclasses.replace(config, tokenizer=str(find_tokenizer(config.tokenizer)))
     facts = model_facts(model, rope_scaling, config.load_format, config.tokenizer)
@@ -38,6 +55,9 @@ def assemble(config: EngineConfig) -> EngineSlices:
         facts,
         memory_bytes=_available_memory_bytes() if cuda_bytes is None else cuda_bytes,
         cuda_available=cuda_bytes is not None,
+        bfloat16_instructions=(
+            bfloat16_instructions(config.instruction_set) if cuda_bytes is None else None
+        ),
     )
 
 

@@ -29,6 +29,7 @@ from tokasaurus.launch.assemble import assemble
 from tokasaurus.launch.lifeline import Assignment, Done, Lifeline
 from tokasaurus.launch.supervisor import Supervisor
 from tokasaurus.launch.text_process import TextProcess
+from tokasaurus.protocol.messages import MAX_PRIORITY
 from tokasaurus.server.operations.executor import Executor
 from tokasaurus.server.protocols.table import OPERATIONS
 from tokasaurus.server.routes.batches import SAMPLES_AHEAD
@@ -84,7 +85,8 @@ def _run(words: list[str], environment: Mapping[str, str]) -> int:
     if len(names) != 2:
         raise ConfigError("name the input and the output: toka-batch run INPUT OUTPUT")
     _warn_of_flags(config)
-    slices = assemble(config)
+    # Its lines compete with one another only.
+    slices = assemble(dataclasses.replace(config, max_request_priority=MAX_PRIORITY))
     job = OfflineJob(Path(names[0]), Path(names[1]), slices.server.model_name)
     run = _BatchRun(job)
     status = Supervisor(slices, None, front=run.front).run()

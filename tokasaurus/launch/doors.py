@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from tokasaurus.protocol.messages import FromServer, FromWorker, ToServer, ToWorker
+from tokasaurus.protocol.messages import FromServer, FromWorker, ToServer, ToWorker, WorkerStall
 from tokasaurus.protocol.wire import Codec
 
 __all__ = ["TO_MANAGER", "TO_SERVER", "TO_WORKER"]
 
-TO_SERVER: Codec[ToServer] = Codec(ToServer)
+TO_SERVER: Codec[ToServer | WorkerStall] = Codec(ToServer | WorkerStall)
 TO_MANAGER: Codec[FromServer | FromWorker] = Codec(FromServer | FromWorker)
 TO_WORKER: Codec[ToWorker] = Codec(ToWorker)

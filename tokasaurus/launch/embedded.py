@@ -83,6 +83,7 @@ class EmbeddedEngine:
         self.config = config = slices.server
         self.tokenizer = Tokenizer.load(config)
         self.manager = Manager(replace(replica.manager, scheduling_steps_ahead=steps_ahead))
+        log.info("%s", slices.dtype_plan)
         log.info("%s", slices.memory_plan)
         # Without an end-of-sequence id no text is ever complete, and the preparer refuses grammars.
         load_vocabulary = partial(self.tokenizer.vocabulary, config.eos_token_ids)

@@ -1,13 +1,14 @@
-"""What a manager reports unasked: its predictions and statistics, about once a second."""
+"""What a manager reports unasked: predictions and statistics, and a worker that stalls."""
 
 from __future__ import annotations
 
 import time
 
+from tokasaurus.launch.stalls import StallWatch, check_interval_s
 from tokasaurus.manager.manager import Manager
-from tokasaurus.protocol.messages import Statistics, ToServer
+from tokasaurus.protocol.messages import Statistics, ToServer, WorkerStall
 
-__all__ = ["Figures"]
+__all__ = ["Figures", "WorkerWatch"]
 
 _STATISTICS_INTERVAL_S = 1.0
 _ETA_INTERVAL_S = 1.0
@@ -58,3 +59,41 @@ class Figures:
             due.append(self._manager.statistics())
             self._statistics_due_at = now + _STATISTICS_INTERVAL_S
         return due
+
+
+class WorkerWatch:
+    """Whether the worker answers the batches in flight. A control has a time limit of its own.
+
+    It costs nothing per batch: the manager's loop asks it when it wakes up for lack of events, and
+    otherwise once in an interval.
+
+    Args:
+        manager: knows what is in flight.
+        limit_s: the time that the worker may take for a batch.
+    """
+
+    def __init__(self, manager: Manager, limit_s: float) -> None:
+        self._manager = manager
+        self._interval_s = check_interval_s(limit_s)
+        self._watch = StallWatch(limit_s, self._interval_s)
+        self._due_at = 0.0
+
+    def expect(self, batch_s: float) -> None:
+        """A batch may take this long: a longer time limit than before is needed, perhaps."""
+        self._watch.limit_s = max(self._watch.limit_s, batch_s)
+
+    def wait_s(self, wait_s: float | None) -> float | None:
+        """How long to wait for an event, if there were no worker to watch; shorter if there is."""
+        if self._manager.awaited_batch is None and not self._watch.stalled_s:
+            return wait_s
+        return self._interval_s if wait_s is None else min(wait_s, self._interval_s)
+
+    def check(self, now: float) -> list[WorkerStall]:
+        """What the server has to know, if anything."""
+        if now < self._due_at:
+            return []
+        self._due_at = now + self._interval_s
+        was_stalled = self._watch.stalled_s > 0
+        self._watch.check(self._manager.awaited_batch, now)
+        stalled_s = self._watch.stalled_s
+        return [WorkerStall(stalled_s)] if stalled_s or was_stalled else []

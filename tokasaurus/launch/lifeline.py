@@ -35,7 +35,12 @@ class _Note(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ready(_Note, frozen=True):
-    """Process to supervisor: it is initialised and able to work."""
+    """Process to supervisor: it is initialised and able to work.
+
+    The supervisor passes a worker's on to its manager.
+    """
+
+    largest_batch_s: float = 0.0  # what the largest batch of a worker may take
 
 
 class Failed(_Note, frozen=True):
@@ -80,7 +85,7 @@ class Stop(_Note, frozen=True):
 
 
 FromProcess: TypeAlias = Ready | Failed | Done
-ToProcess: TypeAlias = Assignment | Start | Lost | Dead | Stop
+ToProcess: TypeAlias = Assignment | Ready | Start | Lost | Dead | Stop
 
 _decoder = msgspec.json.Decoder(FromProcess | ToProcess)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from tokasaurus.demo import MODEL_DIR
 from tokasaurus.errors import ModelError
 
-__all__ = ["download", "find_model", "find_tokenizer"]
+__all__ = ["download", "find_model", "find_model_here", "find_tokenizer"]
 
 _REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 
@@ -39,6 +39,16 @@ def find_model(model: str | None) -> Path:
     if not (MODEL_DIR / "config.json").is_file():
         raise ModelError("this installation lacks the bundled model; name another with model=...")
     return MODEL_DIR
+
+
+def find_model_here(model: str | None) -> Path | None:
+    """The directory of a model, if it need not be downloaded; otherwise None."""
+    if model is None or Path(model).expanduser().exists() or not _REPOSITORY.fullmatch(model):
+        try:
+            return find_model(model)
+        except ModelError:
+            return None
+    return _cached_essentials(model, _MODEL, _DUPLICATES)
 
 
 def find_tokenizer(tokenizer: str) -> Path:

@@ -30,6 +30,9 @@ __all__ = ["Front", "roles_of", "run_role"]
 
 log = logging.getLogger(__name__)
 
+# A batch with long contexts takes this many times as long as the largest of the warm-up.
+_LONG_BATCHES = 4
+
 Front: TypeAlias = Callable[[Assignment, Lifeline], None]
 """The work of the text core's process: usually, to serve."""
 
@@ -68,11 +71,14 @@ def run_role(
         if role.kind == "server":
             (front or _run_server)(assignment, lifeline)
         else:
+            pace = _Pace()
             threading.Thread(
-                target=_await_end, args=(lifeline, interrupt), name="lifeline", daemon=True
+                target=_await_end, args=(lifeline, interrupt, pace), name="lifeline", daemon=True
             ).start()
-            run = _run_manager if role.kind == "manager" else _run_worker
-            run(assignment, lifeline)
+            if role.kind == "manager":
+                _run_manager(assignment, lifeline, pace)
+            else:
+                _run_worker(assignment, lifeline)
     except KeyboardInterrupt:
         return True
     except (ConfigError, ModelError) as error:
@@ -89,9 +95,18 @@ def run_role(
     return True
 
 
-def _await_end(lifeline: Lifeline, interrupt: Callable[[], None]) -> None:
+class _Pace:
+    """What a manager hears of its worker's speed, in the thread of its lifeline."""
+
+    largest_batch_s = 0.0
+
+
+def _await_end(lifeline: Lifeline, interrupt: Callable[[], None], pace: _Pace) -> None:
     while True:
         notes = lifeline.receive()
+        for note in notes or ():
+            if isinstance(note, Ready):
+                pace.largest_batch_s = note.largest_batch_s
         if notes is None or any(isinstance(note, Stop) for note in notes):
             interrupt()
             return
@@ -103,8 +118,8 @@ def _run_server(assignment: Assignment, lifeline: Lifeline) -> None:
     serve(assignment, lifeline)
 
 
-def _run_manager(assignment: Assignment, lifeline: Lifeline) -> None:
-    from tokasaurus.launch.figures import Figures
+def _run_manager(assignment: Assignment, lifeline: Lifeline, pace: _Pace) -> None:
+    from tokasaurus.launch.figures import Figures, WorkerWatch
     from tokasaurus.manager.manager import Manager
 
     number = assignment.role.replica
@@ -123,12 +138,19 @@ def _run_manager(assignment: Assignment, lifeline: Lifeline) -> None:
     gc.set_threshold(100_000, 50, 100)
     lifeline.send(Ready())
     figures = Figures(manager)
+    worker = WorkerWatch(manager, assignment.slices.stall_timeout_s)
     while True:
-        events = door.receive(figures.wait_s)
+        events = door.receive(worker.wait_s(figures.wait_s))
         started = time.monotonic()
-        if not events and manager.at_rest:
-            to_server.send(figures.at_rest())
-            continue
+        if not events:
+            worker.expect(_LONG_BATCHES * pace.largest_batch_s)
+            for stall in worker.check(started):
+                to_server.send(stall)
+            if manager.at_rest:
+                to_server.send(figures.at_rest())
+                continue
+            if manager.deadline is None or started < manager.deadline:
+                continue
         actions = manager.take_turn(events, started)
         for order in actions.to_worker:
             for to_worker in to_workers:
@@ -137,6 +159,8 @@ def _run_manager(assignment: Assignment, lifeline: Lifeline) -> None:
             to_server.send(message)
         for message in figures.after_turn():
             to_server.send(message)
+        for stall in worker.check(started):
+            to_server.send(stall)
         manager.turn_took(time.monotonic() - started)
 
 
@@ -149,10 +173,10 @@ def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:
     # Without an end-of-sequence id no text is ever complete, and the server refuses grammars.
     server = assignment.slices.server
     load_vocabulary = partial(_load_vocabulary, server) if server.eos_token_ids else None
+    log.info("%s", assignment.slices.dtype_plan)
     log.info("%s", assignment.slices.memory_plan)
     worker = Worker(assignment.slices.replicas[role.replica].workers[role.rank], load_vocabulary)
-    worker.warm_up()
-    lifeline.send(Ready())
+    lifeline.send(Ready(worker.warm_up()))
     loop = WorkerLoop(worker.submit, door.receive, to_manager.send)
     while True:
         loop.take_turn()

@@ -213,6 +213,8 @@ class Supervisor:
 
     def _on_note(self, role: Role, note: FromProcess | ToProcess) -> None:
         if isinstance(note, Ready):
+            if role.kind == "worker":
+                self._lifelines[Role("manager", role.replica)].send(note)
             self._no_longer_awaited({role})
         elif isinstance(note, Done):
             self._stopping = True

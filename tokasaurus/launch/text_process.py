@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from functools import partial
 
 from tokasaurus.errors import ProtocolError
 from tokasaurus.launch.doors import TO_MANAGER, TO_SERVER
 from tokasaurus.launch.lifeline import Assignment, Dead, Lifeline, Lost, Ready, Start, Stop
+from tokasaurus.launch.stalls import ManagerWatch, check_interval_s
 from tokasaurus.protocol.channels import AsyncReceiver, Sender, door_address
+from tokasaurus.protocol.messages import Ping, WorkerStall
 from tokasaurus.protocol.role import Role
 from tokasaurus.server.state import EngineState
 from tokasaurus.text.generations import Generations
@@ -17,6 +21,8 @@ from tokasaurus.text.replicas import Replicas
 from tokasaurus.text.tokenizer import Tokenizer
 
 __all__ = ["TextProcess"]
+
+log = logging.getLogger(__name__)
 
 
 class TextProcess:
@@ -46,6 +52,14 @@ class TextProcess:
         self._send = senders[0] if self._router is None else self._router.send
         self._generations: Generations | None = None
         self._others_ready = asyncio.Event()
+        self._check_every_s = check_interval_s(assignment.slices.stall_timeout_s)
+        self._watches = {  # by replica
+            number: ManagerWatch(
+                assignment.slices.stall_timeout_s, self._check_every_s, partial(send, Ping())
+            )
+            for number, send in enumerate(senders)
+        }
+        self._stalled: set[Role] = set()
 
     # --- for subclasses ---------------------------------------------------------------------------
 
@@ -85,20 +99,56 @@ class TextProcess:
             generations.set_num_seats(self._router.num_seats)
         self.state.ready(preparer, generations)
         await self.on_ready(generations)
-        if self._router is None:
-            while True:
-                generations.absorb(await self._doors[0].receive())
-        takers = (
-            self._take(number, self._router, generations) for number in range(len(self._doors))
-        )
-        await asyncio.gather(*takers)
+        takers = (self._take(number, generations) for number in range(len(self._doors)))
+        await asyncio.gather(self._watch_managers(generations), *takers)
 
-    async def _take(self, replica: int, router: Replicas, generations: Generations) -> None:
-        """Takes the messages of one of several replicas."""
+    async def _take(self, replica: int, generations: Generations) -> None:
+        """Takes the messages of one replica."""
+        door, watch, router = self._doors[replica], self._watches[replica], self._router
         while True:
-            message = await self._doors[replica].receive()
-            for each in router.absorb(replica, message):
-                generations.absorb(each)
+            message = await door.receive()
+            watch.num_heard += 1
+            if isinstance(message, WorkerStall):
+                self._note_stall(Role("worker", replica), message.seconds, generations)
+            elif router is None:
+                generations.absorb(message)
+            else:
+                for each in router.absorb(replica, message):
+                    generations.absorb(each)
+
+    # --- processes that hang ----------------------------------------------------------------------
+
+    async def _watch_managers(self, generations: Generations) -> None:
+        router = self._router
+        while True:
+            await asyncio.sleep(self._check_every_s)
+            now = time.monotonic()
+            for number, watch in self._watches.items():
+                has_work = (
+                    generations.await_manager if router is None else router.is_awaited(number)
+                )
+                stalled_s = watch.check(has_work, now)
+                self._note_stall(Role("manager", number), stalled_s, generations)
+
+    def _note_stall(self, role: Role, stalled_s: float, generations: Generations) -> None:
+        """Notes for how long a process has made no progress; 0 if it makes progress."""
+        if (stalled_s > 0) == (role in self._stalled) or role.replica not in self._watches:
+            return
+        if stalled_s:
+            self._stalled.add(role)
+            log.error("the %s has work and has made no progress for %.3g s", role, stalled_s)
+        else:
+            self._stalled.remove(role)
+            log.warning("the %s makes progress again", role)
+        self._tell_stalls(generations)
+
+    def _tell_stalls(self, generations: Generations) -> None:
+        replicas = {role.replica for role in self._stalled}
+        generations.stalled = tuple(map(str, sorted(self._stalled)))
+        generations.is_stuck = replicas >= set(self._watches)
+        if self._router is not None:
+            self._router.set_stalled(replicas)
+            generations.set_num_seats(self._router.num_seats, self._router.num_stuck)
 
     def _on_lifeline(self) -> None:
         notes = self.lifeline.receive()
@@ -121,11 +171,13 @@ class TextProcess:
         router, generations = self._router, self._generations
         if router is None:
             raise ProtocolError("an engine with one replica cannot go on without it")
+        del self._watches[replica]
         if generations is None:  # there are no requests yet
             router.lost(replica, lambda _: None)
             return
+        self._stalled = {role for role in self._stalled if role.replica != replica}
         messages = router.lost(replica, generations.find)
-        generations.set_num_seats(router.num_seats)
+        self._tell_stalls(generations)
         for each in messages:
             generations.absorb(each)
 

@@ -43,20 +43,20 @@ class Chunk:
     followers: list[Sequence] = field(default_factory=list)
     forks: IndexArray = field(default_factory=lambda: NO_SLOTS)
     ends_prompt: bool = field(init=False)  # its last row samples the next token
+    # How many top logprobs its tokens want; -1 if they want no logprobs at all.
+    num_prompt_logprobs: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.ends_prompt = self.end == len(self.sequence.prompt_ids)
+        sequence = self.sequence
+        self.ends_prompt = self.end == len(sequence.prompt_ids)
+        self.num_prompt_logprobs = -1
+        if sequence.whole_prompt_due:
+            self.num_prompt_logprobs = sequence.request.message.num_prompt_logprobs
 
     @property
     def length(self) -> int:
         """Tokens."""
         return self.end - self.start
-
-    @property
-    def num_prompt_logprobs(self) -> int:
-        """How many top logprobs its tokens want; -1 if they want no logprobs at all."""
-        sequence = self.sequence
-        return sequence.request.message.num_prompt_logprobs if sequence.whole_prompt_due else -1
 
     @property
     def pooling(self) -> Pooling:
@@ -166,20 +166,25 @@ def pooled_prompts(chunks: Rows[Chunk]) -> list[Sequence]:
 
 def _slot_parameters(entered: Rows[Sequence]) -> SlotParameters:
     messages = [sequence.request.message for sequence in entered]
-    samplings = {id(message.sampling): message.sampling for message in messages}
-    places = {key: place for place, key in enumerate(samplings)}
+    samplings = [message.sampling for message in messages]
+    keys = list(map(id, samplings))
+    distinct = dict(zip(keys, samplings, strict=True))
+    places = {key: place for place, key in enumerate(distinct)}
+    adjusted = [
+        sequence
+        for sequence, sampling in zip(entered, samplings, strict=True)
+        if sampling.adjustments is not None
+    ]
     return SlotParameters(
         slots=_int32([sequence.slot for sequence in entered]),
-        samplings=tuple(samplings.values()),
-        sampling_index=_int32([places[id(message.sampling)] for message in messages]),
+        samplings=tuple(distinct.values()),
+        sampling_index=_int32([places[key] for key in keys]),
         seed=np.array([message.seed for message in messages], np.int64),
         sample_index=_int32([sequence.sample_index for sequence in entered]),
         num_generated=_int32([sequence.num_stored for sequence in entered]),
         num_logprobs=_int32([message.num_logprobs for message in messages]),
-        adjusted=_adjusted_slots(
-            [s for s in entered if s.request.message.sampling.adjustments is not None], places
-        ),
-        grammars=_grammars(entered),
+        adjusted=_adjusted_slots(adjusted, places) if adjusted else (),
+        grammars=_grammars(entered) if any(message.grammar for message in messages) else (),
     )
 
 

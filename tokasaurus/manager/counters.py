@@ -16,7 +16,7 @@ class Counters:
     num_batches: int = 0
     num_prefill_tokens: int = 0  # prompt tokens computed
     num_decode_tokens: int = 0  # decode rows
-    num_grouped_tokens: int = 0  # decode rows in a group, for which a prefix is read once
+    num_grouped_tokens: int = 0  # decode rows whose prefix the worker read once for a group
     num_cached_tokens: int = 0  # prompt tokens that were not computed, at any admission
     num_generated_tokens: int = 0  # absorbed
     num_wasted_tokens: int = 0  # sampled after their sequence had ended
@@ -28,6 +28,7 @@ class Counters:
     num_forecast_pages_off: int = 0  # the differences, summed
     queue_s: float = 0.0  # from arrival to first admission, summed over sequences
     device_s: float = 0.0  # as the worker reports it
+    num_recompiles: int = 0  # as the worker reports it
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,4 +73,5 @@ def statistics(counters: Counters, gauges: Gauges, step_s: float) -> Statistics:
         step_s=step_s,
         weights_version=gauges.weights_version,
         paused=gauges.paused,
+        num_recompiles=counters.num_recompiles,
     )

@@ -58,6 +58,11 @@ class InFlight:
         return len(self._sent)
 
     @property
+    def awaited_batch(self) -> int | None:
+        """The number of the oldest in flight; None if that is a control, or nothing is."""
+        return self._oldest if self._sent and isinstance(self._sent[0], Flight) else None
+
+    @property
     def flights(self) -> tuple[Flight, ...]:
         """All batches, oldest first."""
         return tuple(sent for sent in self._sent if isinstance(sent, Flight))

@@ -48,6 +48,7 @@ def check_invariants(running: RunningSequences, backlog: Backlog) -> None:
     _check_progress(running)
     _check_flights(running)
     _check_backlog(running, backlog)
+    _check_shares(running, backlog)
 
 
 def check_allocator(
@@ -285,6 +286,32 @@ def _check_backlog(running: RunningSequences, backlog: Backlog) -> None:
                 or not sequence.may_sample(running.stop_lag),
                 f"{sequence.name} is parked without a reason",
             )
+
+
+def _check_shares(running: RunningSequences, backlog: Backlog) -> None:
+    """Each sequence has a place of its own, and clients are those of the sequences that live."""
+    slots = running.slots
+    living = [each for request in backlog.requests.values() for each in request.sequences.values()]
+    _require(len({each.order for each in living}) == len(living), "two sequences have one place")
+    clients: dict[tuple[int, str], set[int]] = {}
+    for sequence in living:
+        message = sequence.request.message
+        clients.setdefault((message.priority, message.client), set()).add(sequence.request.client)
+        if sequence.state is SequenceState.RUNNING:
+            is_right = slots.client[sequence.slot] == sequence.request.client
+            is_right &= slots.order[sequence.slot] == sequence.order
+            _require(bool(is_right), f"{sequence.name} runs for another client, or elsewhere")
+    _require(all(len(numbers) == 1 for numbers in clients.values()), "a client has two numbers")
+    _require(
+        len({number for numbers in clients.values() for number in numbers}) == len(clients),
+        "two clients have one number",
+    )
+    counts = Counter(priority for priority, _ in clients)
+    _require(
+        all(backlog.shares.num_clients(priority) == count for priority, count in counts.items()),
+        "the clients of a priority are miscounted",
+    )
+    _require(backlog.shares.num_sequences == len(living), "the places are miscounted")
 
 
 def _require(condition: bool, complaint: str) -> None:

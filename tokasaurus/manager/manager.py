@@ -29,6 +29,7 @@ from tokasaurus.manager.progress import progress_refusal
 from tokasaurus.manager.running import RunningSequences
 from tokasaurus.manager.scheduler import Scheduler
 from tokasaurus.manager.sequence import Request, Sequence, SequenceState
+from tokasaurus.manager.shares import Shares, middle
 from tokasaurus.manager.slots import IndexArray
 from tokasaurus.manager.waiting import Backlog
 from tokasaurus.protocol.arrays import Int32Array
@@ -43,6 +44,7 @@ from tokasaurus.protocol.messages import (
     FromServer,
     FromWorker,
     GenerateRequest,
+    Ping,
     PooledState,
     Pooling,
     PromptLogprobs,
@@ -75,7 +77,11 @@ class Manager:
     def __init__(self, config: ManagerConfig) -> None:
         self.counters = Counters()
         self._config = config
-        self._backlog = Backlog(config.stop_lag)
+        shares = Shares(
+            lambda priority: middle(self._running.slots, priority),
+            lambda max_tokens: self._admission.mean_tokens(max_tokens),
+        )
+        self._backlog = Backlog(config.stop_lag, shares)
         self._running = RunningSequences(config, self._backlog, self.counters)
         self._admission = AdmissionControl(config, self._running, self.counters)
         self._scheduler = Scheduler(
@@ -125,6 +131,11 @@ class Manager:
     def num_in_flight(self) -> int:
         """Batches that were sent and have not come back."""
         return self._running.in_flight.num_batches
+
+    @property
+    def awaited_batch(self) -> int | None:
+        """The number of the batch that the worker must answer next; None if that is a control."""
+        return self._running.in_flight.awaited_batch
 
     def take_turn(self, events: Iterable[FromServer | FromWorker], now: float) -> Actions:
         """Takes one turn. Afterwards there is nothing to do until the next event comes.
@@ -233,6 +244,8 @@ class Manager:
                 self._abort(request)
         elif isinstance(event, Command | ControlDone):
             self._take_control(event, now)
+        elif isinstance(event, Ping):
+            self._messages.append(self.statistics())
         else:
             raise ProtocolError(f"the manager takes no {type(event).__name__}")
 
@@ -243,6 +256,7 @@ class Manager:
         if refusal is None:
             pseudo_ids = self._running.cartridges.ids_of(request.cartridges)
             accepted = self._backlog.add(request, now, pseudo_ids)
+            accepted.device_s_before = self.counters.device_s
             if request.progress is not None:
                 self._running.rest(accepted.sequences.values())
             self._admission.open(accepted)
@@ -254,8 +268,7 @@ class Manager:
 
     def _refusal(self, request: GenerateRequest) -> tuple[str | None, str] | None:
         """The field that is wrong and the reason, where a request can never run; None if it can."""
-        prompt_length = len(request.prompt_ids)
-        if prompt_length == 0:
+        if len(request.prompt_ids) == 0:
             return "prompt", "the prompt is empty"
         if request.n < 1:
             return "n", f"n is {request.n}; it must be at least 1"
@@ -266,34 +279,13 @@ class Manager:
             return "priority", f"priority is {request.priority}; {reason}"
         if not 0 <= request.first_k <= request.n:
             return "first_k", f"first_k is {request.first_k}; it must be from 1 to n={request.n}"
-        if len(request.cartridges) > 1:
-            reason = f"a request may have one cartridge, and this one has {len(request.cartridges)}"
-            return "cartridges", f"{reason}: each was trained at the positions from 0 on"
-        cartridges = self._running.cartridges
-        for name in request.cartridges:
-            if cartridges.find(name) is None:
-                return "cartridges", f"no cartridge {name!r} is loaded"
-            if request.pooling is Pooling.MEAN:
-                return "cartridges", "the mean over a prompt behind a cartridge is not supported"
-        num_pseudo = len(cartridges.ids_of(request.cartridges))
-        total = num_pseudo + prompt_length + request.max_tokens
-        lengths = f"{prompt_length} prompt tokens and max_tokens={request.max_tokens}"
-        if num_pseudo:
-            lengths = f"a cartridge of {num_pseudo} tokens, {lengths}"
-        if total > self._config.max_request_tokens:
-            limit = self._config.max_request_tokens
-            return "max_tokens", f"{lengths} are more than the {limit} tokens a request may have"
-        # The last token's KV is never needed.
-        page_size, num_pinned = self._config.page_size, self._running.pages.num_pinned
-        num_pages = ceil_div(total - 1, page_size)
-        if num_pages > self._config.num_pages:
-            limit = self._config.num_pages * page_size
-            return "max_tokens", f"{lengths} never fit the KV cache of {limit} tokens"
-        num_free = self._config.num_pages - num_pinned
-        if num_pages - num_pseudo // page_size > num_free:
-            limit, pinned = self._config.num_pages * page_size, num_pinned * page_size
-            reason = f"the KV cache of {limit} tokens, of which loaded cartridges take {pinned}"
-            return "max_tokens", f"{lengths} do not fit {reason}"
+        if request.cartridges:
+            problem = self._cartridge_refusal(request)
+            if problem is not None:
+                return "cartridges", problem
+        problem = self._length_refusal(request)
+        if problem is not None:
+            return "max_tokens", problem
         if request.progress is not None:
             problem = progress_refusal(request, request.progress)
             if problem is not None:
@@ -303,6 +295,45 @@ class Manager:
         if request.request_id in self._backlog.requests:
             return None, f"request id {request.request_id} is already in use"
         return None
+
+    def _cartridge_refusal(self, request: GenerateRequest) -> str | None:
+        """Why a request cannot have its cartridges; None if it can."""
+        if len(request.cartridges) > 1:
+            reason = f"a request may have one cartridge, and this one has {len(request.cartridges)}"
+            return f"{reason}: each was trained at the positions from 0 on"
+        for name in request.cartridges:
+            if self._running.cartridges.find(name) is None:
+                return f"no cartridge {name!r} is loaded"
+            if request.pooling is Pooling.MEAN:
+                return "the mean over a prompt behind a cartridge is not supported"
+        return None
+
+    def _length_refusal(self, request: GenerateRequest) -> str | None:
+        """Why a request never has the pages that it may need; None if it fits.
+
+        Its cartridge, if it has one, is loaded.
+        """
+        config, num_pinned = self._config, self._running.pages.num_pinned
+        page_size, num_pseudo = config.page_size, 0
+        if request.cartridges:
+            num_pseudo = len(self._running.cartridges.ids_of(request.cartridges))
+        total = num_pseudo + len(request.prompt_ids) + request.max_tokens
+        # The last token's KV is never needed.
+        num_pages = ceil_div(total - 1, page_size)
+        num_own = num_pages - num_pseudo // page_size
+        if total <= config.max_request_tokens and num_own <= config.num_pages - num_pinned:
+            return None
+        lengths = f"{len(request.prompt_ids)} prompt tokens and max_tokens={request.max_tokens}"
+        if num_pseudo:
+            lengths = f"a cartridge of {num_pseudo} tokens, {lengths}"
+        if total > config.max_request_tokens:
+            limit = config.max_request_tokens
+            return f"{lengths} are more than the {limit} tokens a request may have"
+        limit = config.num_pages * page_size
+        if num_pages > config.num_pages:
+            return f"{lengths} never fit the KV cache of {limit} tokens"
+        reason = f"of which loaded cartridges take {num_pinned * page_size}"
+        return f"{lengths} do not fit the KV cache of {limit} tokens, {reason}"
 
     def _abort(self, request: Request) -> None:
         # The last sample first, so that no follower becomes a leader just before it ends.
@@ -370,7 +401,9 @@ class Manager:
         self._departing.extend(flight.departures)
         self.counters.num_generated_tokens += len(rows)
         self.counters.num_wasted_tokens += len(is_live) - len(rows)
+        self.counters.num_grouped_tokens += result.num_grouped_tokens
         self.counters.device_s += result.device_s
+        self.counters.num_recompiles = result.num_recompiles
         self._look_ahead.batch_took(result.device_s)
 
     def _end_rows(

@@ -195,22 +195,27 @@ class RunningSequences:
         num_shared = [len(pages) for pages in shared_pages]
         num_pages = [shared + new for shared, new in zip(num_shared, num_new_pages, strict=True)]
         for sequence, count in zip(sequences, num_shared, strict=True):
-            num_pseudo = sequence.request.num_pseudo
-            self._counters.num_cached_tokens += max(0, count * page_size - num_pseudo)
+            request = sequence.request
+            if count:
+                num_found = count * page_size - request.num_pseudo
+                self._counters.num_cached_tokens += max(0, num_found)
             if not sequence.was_admitted:
                 sequence.was_admitted = True
-                # Reported as if the prompt had come alone: its last token is never found.
-                most = (len(sequence.request.prompt_ids) - 1) // page_size
-                num_cached = min(count, most) * page_size - num_pseudo
-                sequence.num_cached_tokens = max(0, num_cached)
-                self._counters.queue_s += now - sequence.request.arrived_at
+                self._counters.queue_s += now - request.arrived_at
+                if count:
+                    # Reported as if the prompt had come alone: its last token is never found.
+                    most = (len(request.prompt_ids) - 1) // page_size
+                    num_found = min(count, most) * page_size - request.num_pseudo
+                    sequence.num_cached_tokens = max(0, num_found)
         self.window.prepare(max(s.request.message.num_logprobs for s in sequences))
         rows = slots.enter(sequences, lengths, num_pages, self.weights_version)
         table, new_pages, taken = slots.page_table, self.pages.allocate(sum(num_new_pages)), 0
         for row, shared, count in zip(rows.tolist(), shared_pages, num_pages, strict=True):
-            num_own = count - len(shared)
-            table[row, : len(shared)] = shared
-            table[row, len(shared) : count] = new_pages[taken : taken + num_own]
+            first = len(shared)
+            if first:
+                table[row, :first] = shared
+            num_own = count - first
+            table[row, first:count] = new_pages[taken : taken + num_own]
             taken += num_own
         counts = np.array(num_pages)
         owners = rows.repeat(counts)

@@ -9,19 +9,23 @@ The order of a plan:
 
 1. Where the head of the queue outranks running sequences, these are preempted until the head finds
    a seat and pages, if only less important sequences are in its way.
-2. Every running sequence that may decode does. Where they need more pages than are available,
-   others are preempted until the pages suffice: of the least important priority, the one that costs
-   the least to compute again. The oldest is never preempted while it needs its pages: in the end it
-   could have every page there is, and no request is accepted that needs more. So the oldest always
-   advances, and every sequence is the oldest at some time.
-3. What is left of ``max_tokens_per_forward`` goes to prompts, in order, in chunks. Where a prompt
+2. Where a client runs less than its share and one of its sequences has waited for long, the
+   sequences of clients that run more than theirs are preempted until it finds a seat and pages.
+3. Every running sequence that may decode does. Where they need more pages than are available,
+   others are preempted until the pages suffice: of the least important priority, of the clients
+   that run the most, the one that costs the least to compute again. The first in the order is never
+   preempted while it needs its pages: in the end it could have every page there is, and no request
+   is accepted that needs more. So the first always advances, and every sequence is the first at
+   some time.
+4. What is left of ``max_tokens_per_forward`` goes to prompts, in order, in chunks. Where a prompt
    ends, the other samples of its request may fork from its last row: that takes no tokens of the
    budget.
-4. What is left then admits sequences from the queue, strictly in order, as far as there is room now
-   and as the forecast finds room for all that they will need (``admission``). There are three
+5. What is left then admits sequences from the queue, strictly in order, as far as there is room now
+   and as the forecast finds room for all that they will need (``admission``). There are four
    exceptions:
 
    - Where no sequence holds a page, the head is admitted whatever it needs.
+   - So is the sequence for which others gave way by rule 2.
    - A sequence that would compute a page that another prompt is computing steps aside until that
      page can be found.
    - A sequence that was preempted and waits for its last results counts as being in the queue
@@ -31,6 +35,7 @@ The order of a plan:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -49,10 +54,11 @@ from tokasaurus.manager.forecast.admission import AdmissionControl
 from tokasaurus.manager.forecast.rows import Candidate, uncached_candidate
 from tokasaurus.manager.in_flight import Flight
 from tokasaurus.manager.kv.prefix_groups import GroupFinder, Groups
+from tokasaurus.manager.order import NO_ORDER, priority_of
 from tokasaurus.manager.running import NO_COPIES, RunningSequences, SlotStart
 from tokasaurus.manager.sequence import Sequence
 from tokasaurus.manager.slots import NO_SLOTS, IndexArray
-from tokasaurus.manager.waiting import NO_ORDER, Backlog, priority_of
+from tokasaurus.manager.waiting import Backlog
 from tokasaurus.protocol.arrays import BoolArray, Int32Array
 from tokasaurus.protocol.messages import ForwardBatch
 from tokasaurus.rounding import ceil_div
@@ -62,6 +68,7 @@ __all__ = ["FORCED_PREEMPTION_INTERVAL", "Scheduler"]
 FORCED_PREEMPTION_INTERVAL = 8  # batches
 
 _MAX_PARKED = 256  # in one plan, so that none takes long
+_NUM_NEAR_HEAD = 32  # sequences of the queue that may be let in out of turn
 
 
 class _Wanted(NamedTuple):
@@ -157,9 +164,11 @@ class Scheduler:
 
     def plan(self, now: float) -> ForwardBatch | None:
         """Plans the next batch and counts it as sent; None if there is nothing to run."""
+        self._backlog.review_places()
         wanted = self._wanted_by_head()
         while wanted is not None and (victims := self._in_the_way_of(wanted)).size:
             self.preempt(victims)
+        overdue = self._make_way()
         decode = self._plan_decode()
         while decode.num_missing > 0:
             self.preempt(self._victims(decode.num_missing, self._oldest_order()))
@@ -169,10 +178,10 @@ class Scheduler:
         budget = self._prefill_budget(len(decode_slots))
         chunks = self._plan_chunks(budget)
         budget -= sum(chunk.length for chunk in chunks)
-        offers, waiting = self._plan_offers(chunks, budget, decode.is_decoding)
+        offers, waiting = self._plan_offers(chunks, budget, decode.is_decoding, overdue)
         for sequence in waiting:
             self._backlog.park(sequence)
-        accepted = self._accept(offers)
+        accepted = self._accept(offers, overdue)
         chunks += [offer.chunk for offer in accepted if offer.start is not None]
         # Only now: a sequence that wakes up may come before those that were offered a place.
         self._running.wake()
@@ -180,6 +189,7 @@ class Scheduler:
             return None
         batch = self._commit(decode_slots, chunks, accepted, now)
         self._admission.pass_step()
+        self._backlog.shares.pass_step()
         if self._config.force_preemption:
             self.preempt(self._victims_without_need(batch.number))
         return batch
@@ -256,7 +266,7 @@ class Scheduler:
         if not later.size:
             raise ProtocolError("the oldest running sequence does not find the pages it may have")
         priorities = priority_of(slots.order[later])
-        rows = later[priorities == priorities.max()]
+        rows = self._above_share(later[priorities == priorities.max()])
         orders = slots.order[rows]
         # Pages that other sequences hold too are neither freed nor computed again.
         num_freed, cost = self._running.unshared(rows)
@@ -272,6 +282,84 @@ class Scheduler:
             ranked = ranked[: int(np.searchsorted(num_gained, num_pages)) + 1]
         victims: IndexArray = rows[ranked]
         return victims
+
+    # --- shares ----------------------------------------------------------------------------------
+
+    def _make_way(self) -> Sequence | None:
+        """Lets a sequence in though the forecast has no room, if that is fair.
+
+        It is the first near the head of the queue for which these things hold:
+
+        - It has waited for long.
+        - Its client runs less than its share.
+        - Sequences behind the head, of clients that run more than their share, hold what it may
+          need.
+
+        It becomes the head, and these are preempted until it finds a seat and its pages.
+
+        Returns:
+            The new head; None if all must wait.
+        """
+        head = self._backlog.head()
+        if head is None or not self._is_shared(head) or not self._slots.num_free:
+            return None
+        slots = self._slots
+        peers = (priority_of(slots.order) == priority_of(head.order)).nonzero()[0]
+        behind = peers[slots.order[peers] > head.order]
+        if not behind.size:
+            return None
+        num_clients = self._backlog.shares.num_clients(head.request.message.priority)
+        counts = np.bincount(slots.client[peers], minlength=self._backlog.shares.num_numbers)
+        rows = behind[counts[slots.client[behind]] * num_clients > peers.size]
+        if not rows.size:
+            return None
+        rows = rows[np.argsort(-slots.order[rows])]
+        for sequence in islice(self._backlog.in_order(), _NUM_NEAR_HEAD):
+            is_below = (counts[sequence.request.client] + 1) * num_clients <= peers.size
+            if not is_below or not self._is_overdue(sequence):
+                continue
+            num_victims = self._num_displaced_by(sequence, rows)
+            if num_victims is None or not self._backlog.move_to_head(sequence):
+                return None
+            self.preempt(rows[:num_victims])
+            return sequence
+        return None
+
+    def _num_displaced_by(self, sequence: Sequence, rows: IndexArray) -> int | None:
+        """How many of these slots, from the first on, hold the room that a sequence may need.
+
+        None if all of them do not hold enough.
+        """
+        slots, start = self._slots, self._start_of(sequence)
+        num_pages = ceil_div(sequence.final_length, slots.page_size)
+        num_later = num_pages - len(start.cached_pages) - start.num_new_pages
+        num_missing = self._num_needed(start) + num_later - self._pages.num_available
+        num_freed = np.cumsum(self._running.unshared(rows)[0])
+        if num_missing > num_freed[-1]:
+            return None
+        num_active = int(np.count_nonzero(slots.length < slots.final_length))
+        num_victims = int(num_active >= self._max_running)
+        if num_missing > 0:
+            num_victims = max(num_victims, int(np.searchsorted(num_freed, num_missing)) + 1)
+        return num_victims
+
+    def _is_shared(self, sequence: Sequence) -> bool:
+        """Whether another client has sequences of this one's priority."""
+        return self._backlog.shares.num_clients(sequence.request.message.priority) > 1
+
+    def _is_overdue(self, sequence: Sequence) -> bool:
+        waited_s = self._counters.device_s - sequence.request.device_s_before
+        return waited_s >= self._config.share_wait_s
+
+    def _above_share(self, rows: IndexArray) -> IndexArray:
+        """Those of these running sequences whose clients run more than others; all if none do."""
+        clients = self._slots.client[rows]
+        counts = np.bincount(clients)
+        num_clients = np.count_nonzero(counts)
+        if num_clients < 2:
+            return rows
+        is_above = counts[clients] * num_clients > rows.size
+        return rows[is_above] if is_above.any() else rows
 
     def _victims_without_need(self, number: int) -> IndexArray:
         """For tests: another slot now and then; never the oldest, which must advance."""
@@ -346,12 +434,18 @@ class Scheduler:
 
     # --- admission -------------------------------------------------------------------------------
 
-    def _plan_offers(self, chunks: list[Chunk], budget: int, is_decoding: BoolArray) -> _Offers:
+    def _plan_offers(
+        self,
+        chunks: list[Chunk],
+        budget: int,
+        is_decoding: BoolArray,
+        overdue: Sequence | None,
+    ) -> _Offers:
         """Candidates for which there is room now: forks of these prompts, then the queue."""
         if not (chunks or len(self._backlog)):
             return _Offers([], [])
         head = self._backlog.head()
-        if not (self._is_empty or self._admission.may_ask(head)):
+        if not (self._is_empty or overdue is not None or self._admission.may_ask(head)):
             return _Offers([], [])
         headroom = self._headroom(budget, is_decoding)
         # These will be back in the queue in a few turns.
@@ -381,7 +475,7 @@ class Scheduler:
         offers: list[_Offer] = []
         for chunk in chunks:
             if self._backlog.next_follower_order(chunk.sequence) < first_order:
-                num_forks = self._take_forks(chunk, headroom)
+                num_forks = self._take_forks(chunk, headroom, first_order)
                 if num_forks:
                     offers.append(_Offer(Candidate(chunk.sequence, 0, 0, num_forks), chunk, None))
         return offers
@@ -390,7 +484,10 @@ class Scheduler:
         """The first of the queue, as long as they fit and do not come after ``first_order``."""
         offers: list[_Offer] = []
         waiting: list[Sequence] = []
-        for sequence in self._backlog.in_order():
+        queue = self._backlog.in_order()
+        following = next(queue, None)
+        while following is not None:
+            sequence, following = following, next(queue, None)
             if headroom.is_used_up or sequence.order > first_order or len(waiting) == _MAX_PARKED:
                 break
             start = self._start_of(sequence)
@@ -398,7 +495,8 @@ class Scheduler:
             if num_needed > headroom.num_pages and not headroom.must_admit:
                 break
             if self._running.may_feed(sequence, len(start.cached_pages)):
-                offers.append(self._take_start(start, num_needed, headroom))
+                last = first_order if following is None else min(first_order, following.order)
+                offers.append(self._take_start(start, num_needed, headroom, last))
             else:
                 waiting.append(sequence)
         return _Offers(offers, waiting)
@@ -418,8 +516,17 @@ class Scheduler:
         """Pages that are not available any more if the sequence starts."""
         return self._pages.num_needed(start.cached_pages, start.num_new_pages)
 
-    def _take_start(self, start: SlotStart, num_needed: int, headroom: _Headroom) -> _Offer:
-        """Offers a place to a sequence, and to as many of its forks as there is room for."""
+    def _take_start(
+        self, start: SlotStart, num_needed: int, headroom: _Headroom, last_order: int
+    ) -> _Offer:
+        """Offers a place to a sequence, and to as many of its forks as there is room for.
+
+        Args:
+            start: of the sequence.
+            num_needed: pages that it takes.
+            headroom: to take them from.
+            last_order: where sequences of other clients come next.
+        """
         sequence, num_cached = start.sequence, len(start.cached_pages)
         first = start.length
         end = min(first + headroom.num_tokens, len(sequence.prompt_ids))
@@ -429,28 +536,35 @@ class Scheduler:
             sequence=sequence,
             num_tokens=len(sequence.prompt_ids) - first,
             num_held_pages=num_cached + start.num_new_pages - num_needed,
-            num_forks=self._take_forks(chunk, headroom),
+            num_forks=self._take_forks(chunk, headroom, last_order),
         )
         return _Offer(candidate, chunk, start)
 
-    def _take_forks(self, chunk: Chunk, headroom: _Headroom) -> int:
-        """How many samples could run from the chunk's last row on."""
+    def _take_forks(self, chunk: Chunk, headroom: _Headroom, last_order: int) -> int:
+        """How many samples could run from the chunk's last row on, before other clients' come."""
         num_followers = self._backlog.num_followers(chunk.sequence)
         if num_followers == 0 or not chunk.ends_prompt:
             return 0
         count = min(num_followers, headroom.num_sequences)
+        if self._is_shared(chunk.sequence):
+            count = self._backlog.num_followers_before(chunk.sequence, last_order, count)
         has_own_page = len(chunk.sequence.prompt_ids) % self._slots.page_size > 0
         if has_own_page:
             count = min(count, max(0, headroom.num_pages))
         headroom.take(0, count if has_own_page else 0, count)
         return count
 
-    def _accept(self, offers: list[_Offer]) -> list[_Offer]:
-        """Takes the sequences out of the queue that the forecast has room for."""
+    def _accept(self, offers: list[_Offer], overdue: Sequence | None) -> list[_Offer]:
+        """Takes the sequences out of the queue that may run: the forecast has room, or they must.
+
+        Args:
+            offers: in order.
+            overdue: one that must; None if there is none.
+        """
         if not offers:
             return offers
         num_rows = self._admission.num_admissible([offer.candidate for offer in offers])
-        if self._is_empty:
+        if self._is_empty or offers[0].candidate.sequence is overdue:
             num_rows = max(num_rows, 1)
         accepted: list[_Offer] = []
         for offer in offers:
@@ -510,7 +624,6 @@ class Scheduler:
         if chunks:
             self._commit_chunks(chunks, drawing.slots, number)
         self._counters.num_batches += 1
-        self._counters.num_grouped_tokens += groups.num_grouped
         self._counters.num_decode_tokens += len(decode_slots)
         self._counters.num_prefill_tokens += len(batch.prefill_ids)
         return batch

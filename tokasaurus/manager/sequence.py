@@ -83,6 +83,8 @@ class Request:
     followers: dict[int, Sequence] = field(default_factory=dict)  # by sample index, the next last
     num_finished: int = 0  # samples that ended by themselves
     length_group: int = -1  # its handle at the predictor of lengths
+    client: int = 0  # a number that other clients of its priority do not have
+    device_s_before: float = 0.0  # what the device had worked when it came
     # Positions of KV when all tokens of a sample are generated; the last one needs none.
     final_length: int = field(init=False)
 
@@ -104,12 +106,14 @@ class Sequence:
 
     request: Request
     sample_index: int
-    order: int  # of importance, over all sequences: by priority, then by arrival
+    arrival: int  # a number; those of the samples of a request follow one another
     # To be fed: the request's prompt, and the tokens that were generated before this run.
     prompt_ids: Int32Array
     state: SequenceState
     # Whether an output for every prompt token is asked for and was not delivered yet.
     whole_prompt_due: bool
+    order: int = -1  # of importance, over all sequences
+    num_predicted: int = 0  # tokens that it costs: its own, and the prompt where it is the first
     was_admitted: bool = False
     resumes: bool = False  # preempted with tokens to come; else its last ones are in flight
     has_entry: bool = False  # in the queue; the entry may be stale

@@ -38,7 +38,8 @@ IndexArray: TypeAlias = NDArray[np.intp]
 
 NO_SLOTS: IndexArray = np.empty(0, np.intp)
 
-_NUM_COLUMNS = 19
+_NUM_COLUMNS = 22
+_INT32 = (1 << 31) - 1
 
 
 class SlotTable:
@@ -78,8 +79,11 @@ class SlotTable:
         self.weights_version = columns[16]  # with which it entered: the namespace of its pages
         self.num_pseudo = columns[17]  # leading positions of a cartridge, part of prompt_length
         self._num_stop_ids = columns[18]
+        self.arrival = columns[19]  # the low bits
+        self.client = columns[20]
+        self.num_predicted = columns[21]  # tokens
         self.page_table: Int32Array = np.zeros((num_slots, max_pages), np.int32)
-        self.order: Int64Array = np.full(num_slots, -1, np.int64)  # of arrival; -1 if not running
+        self.order: Int64Array = np.full(num_slots, -1, np.int64)  # -1 if not running
         # The number of the last batch that has a row for the slot.
         self.last_batch: Int64Array = np.full(num_slots, -1, np.int64)
         # The step of the forecast in which the slot's pages come free.
@@ -146,7 +150,7 @@ class SlotTable:
                     length,
                     count * self.page_size,
                     0,
-                    sequence.final_length,
+                    request.final_length,
                     len(request.prompt_ids),
                     len(sequence.prompt_ids),
                     sequence.num_acked,
@@ -162,6 +166,9 @@ class SlotTable:
                     weights_version,
                     request.num_pseudo,
                     len(message.stop_token_ids),
+                    sequence.arrival & _INT32,
+                    request.client,
+                    min(sequence.num_predicted, _INT32),
                 )
             )
         slots = np.array(rows, np.intp)

@@ -8,35 +8,27 @@ outside the queue:
 - a sequence that needs pages that the prompt of another request is computing;
 - in a drain, a sequence that has not begun.
 
-The queue is in order of priority, and of arrival within one. Preempted sequences arrived before
-every sequence of their priority that was never admitted, so they come first without a rule of their
-own. Knows nothing of slots and pages.
+The queue is in order of priority, and within one as the ``shares`` of clients say. The preempted
+sequences of a client come before those of its priority that were never admitted, without a rule of
+their own. Knows nothing of slots and pages.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from typing import TypeVar
+from itertools import islice, takewhile
 
 import numpy as np
 
+from tokasaurus.manager.order import NO_ORDER
 from tokasaurus.manager.progress import reads_whole_prompt
 from tokasaurus.manager.sequence import GeneratedTokens, Request, Sequence, SequenceState
-from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array, Int64Array
-from tokasaurus.protocol.messages import MAX_PRIORITY, GenerateRequest, Progress
+from tokasaurus.manager.shares import Shares
+from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
+from tokasaurus.protocol.messages import GenerateRequest, Progress
 
-__all__ = ["NO_ORDER", "Backlog", "priority_of"]
-
-_ARRIVAL_BITS = 40
-NO_ORDER = (1 << 63) - 1  # after every order
-
-_Order = TypeVar("_Order", int, Int64Array)
-
-
-def priority_of(order: _Order) -> _Order:
-    """A number for the priority of a sequence, or of each of these; lower goes first."""
-    return order >> _ARRIVAL_BITS
+__all__ = ["Backlog"]
 
 
 class Backlog:
@@ -44,15 +36,18 @@ class Backlog:
 
     Args:
         stop_lag: tokens that may be planned beyond what the server acknowledged.
+        shares: the places of sequences in the order.
     """
 
-    def __init__(self, stop_lag: int) -> None:
+    def __init__(self, stop_lag: int, shares: Shares) -> None:
+        self.shares = shares
         self.requests: dict[int, Request] = {}
         self.num_sequences = 0  # of all requests that have not ended
         self._stop_lag = stop_lag
         self._num_arrived = 0
-        # (order, sequence); entries of sequences that ended or were parked stay until they surface.
-        self._heap: list[tuple[int, Sequence]] = []
+        # (order, arrival, sequence); entries of sequences that ended or were parked stay until they
+        # surface.
+        self._heap: list[tuple[int, int, Sequence]] = []
         self._num_stale = 0
         # In a drain: sequences that would be in the queue if they had begun.
         self._holds_back = False
@@ -79,13 +74,12 @@ class Backlog:
             prompt_ids = np.concatenate([pseudo_ids, prompt_ids])
         request = Request(message, now, prompt_ids, len(pseudo_ids))
         self.requests[message.request_id] = request
-        first = ((MAX_PRIORITY + message.priority) << _ARRIVAL_BITS) + self._num_arrived
         progress, brings_prompt = message.progress, reads_whole_prompt(message)
         request.sequences = {
             sample_index: Sequence(
                 request=request,
                 sample_index=sample_index,
-                order=first + sample_index,
+                arrival=self._num_arrived + sample_index,
                 prompt_ids=prompt_ids,
                 state=SequenceState.FOLLOWING,
                 whole_prompt_due=sample_index == 0 and brings_prompt,
@@ -94,6 +88,7 @@ class Backlog:
                 range(message.n) if progress is None else progress.sample_indices.tolist()
             )
         }
+        self.shares.enter(request)
         request.followers = dict(reversed(request.sequences.items()))
         begun = [] if progress is None else _give_tokens(request, progress)
         for sequence in begun:
@@ -105,6 +100,24 @@ class Backlog:
             self.resume(sequence)
         return request
 
+    def review_places(self) -> None:
+        """Places waiting sequences anew where clients share and predictions have changed."""
+        outdated = self.shares.outdated()
+        for priority in outdated:
+            self.shares.place_anew(priority, self.requests.values())
+        if outdated:
+            self._sort()
+
+    def move_to_head(self, sequence: Sequence) -> bool:
+        """Makes a sequence of the queue its head. Returns False where no place is left."""
+        head = self.head()
+        if head is None or head is sequence:
+            return head is not None
+        if not self.shares.move_before(sequence, head):
+            return False
+        self._sort()
+        return True
+
     def find(self, request_id: int, sample_index: int) -> Sequence | None:
         """The sequence of that name; None if it has ended or never existed."""
         request = self.requests.get(request_id)
@@ -113,10 +126,10 @@ class Backlog:
     def head(self) -> Sequence | None:
         """The first sequence of the queue; None if it is empty."""
         self._drop_stale()
-        while self._heap and self._heap[0][1].state is not SequenceState.WAITING:
+        while self._heap and self._heap[0][2].state is not SequenceState.WAITING:
             self._pop_entry()
             self._num_stale -= 1
-        return self._heap[0][1] if self._heap else None
+        return self._heap[0][2] if self._heap else None
 
     def in_order(self) -> Iterator[Sequence]:
         """The queue from its head on. Meanwhile it may change only by parking."""
@@ -125,7 +138,7 @@ class Backlog:
         frontier = [(heap[0][0], 0)] if heap else []
         while frontier:
             _, index = heapq.heappop(frontier)
-            sequence = heap[index][1]
+            sequence = heap[index][2]
             if sequence.state is SequenceState.WAITING:
                 yield sequence
             for child in (2 * index + 1, 2 * index + 2):
@@ -196,6 +209,15 @@ class Backlog:
             return 0
         return len(request.followers)
 
+    def num_followers_before(self, leader: Sequence, order: int, most: int) -> int:
+        """How many of them come before this order, counted up to ``most``."""
+        count = min(most, self.num_followers(leader))
+        followers = leader.request.followers.values()
+        if count and next(iter(followers)).order > order:  # the last one
+            first = islice(reversed(followers), count)
+            count = sum(1 for _ in takewhile(lambda follower: follower.order < order, first))
+        return count
+
     def next_follower_order(self, leader: Sequence) -> int:
         """The order of its first follower; more than any order where it has none."""
         if self.num_followers(leader) == 0:
@@ -218,6 +240,7 @@ class Backlog:
             self._num_stale += 1
         sequence.state = SequenceState.ENDED
         self._drop_stale()
+        self.shares.leave(sequence)
         self.num_sequences -= 1
         self._held.pop(sequence, None)
         del request.sequences[sequence.sample_index]
@@ -229,7 +252,7 @@ class Backlog:
 
     def waiting(self) -> list[Sequence]:
         """The queue's sequences, in no particular order."""
-        return [entry for _, entry in self._heap if entry.state is SequenceState.WAITING]
+        return [entry for _, _, entry in self._heap if entry.state is SequenceState.WAITING]
 
     def _next_leads(self, request: Request) -> None:
         request.leader = None
@@ -247,10 +270,15 @@ class Backlog:
             self._num_stale -= 1
         else:
             sequence.has_entry = True
-            heapq.heappush(self._heap, (sequence.order, sequence))
+            heapq.heappush(self._heap, (sequence.order, sequence.arrival, sequence))
+
+    def _sort(self) -> None:
+        """Puts the queue in order after places have changed."""
+        self._heap = [(entry.order, entry.arrival, entry) for _, _, entry in self._heap]
+        heapq.heapify(self._heap)
 
     def _pop_entry(self) -> Sequence:
-        sequence = heapq.heappop(self._heap)[1]
+        sequence = heapq.heappop(self._heap)[2]
         sequence.has_entry = False
         return sequence
 
@@ -258,9 +286,9 @@ class Backlog:
         """Removes stale entries where most are stale."""
         if self._num_stale * 2 <= len(self._heap):
             return
-        for _, sequence in self._heap:
+        for _, _, sequence in self._heap:
             sequence.has_entry = sequence.state is SequenceState.WAITING
-        self._heap = [entry for entry in self._heap if entry[1].has_entry]
+        self._heap = [entry for entry in self._heap if entry[2].has_entry]
         heapq.heapify(self._heap)
         self._num_stale = 0
 

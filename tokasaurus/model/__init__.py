@@ -1,8 +1,8 @@
 """The model room turns a ``ForwardBatch`` into a ``ForwardResult``.
 
 It owns weights, the paged KV tensors, attention backends and sampling. It knows nothing of
-requests, text, scheduling or processes. Importing this package, ``config``, ``facts`` or
-``architectures.registry`` loads no torch; the other modules load it.
+requests, text, scheduling or processes. Importing this package, ``config``, ``facts``,
+``instruction_sets`` or ``architectures.registry`` loads no torch; the other modules load it.
 """
 
 from __future__ import annotations

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from tokasaurus.checkpoint_files import checkpoint_files
@@ -33,11 +35,13 @@ class CheckpointHeaders:
         has_prefix: the names in the files are the usual ones. A model without its head is often
             saved without the prefix "model."; such models embed texts.
         heads_differ: there are an embedding and a head, and they are not copies.
+        dtype: of most numbers, in the words of the format, such as "BF16"; None without numbers.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     has_prefix: bool
     heads_differ: bool
+    dtype: str | None
 
     @classmethod
     def read(cls, directory: Path) -> CheckpointHeaders | None:
@@ -54,6 +58,7 @@ class CheckpointHeaders:
                 {usual: owners[name].tensors[name].shape for name, usual in names.items()},
                 all(name == usual for name, usual in names.items()),
                 heads_differ(files),
+                _commonest_dtype(files),
             )
 
 
@@ -64,6 +69,14 @@ def usual_names(names: Collection[str]) -> dict[str, str]:
         name: name if has_prefix or name.startswith("lm_head.") else f"model.{name}"
         for name in names
     }
+
+
+def _commonest_dtype(files: Collection[SafetensorsFile]) -> str | None:
+    counts: Counter[str] = Counter()
+    for file in files:
+        for entry in file.tensors.values():
+            counts[entry.dtype] += prod(entry.shape)
+    return counts.most_common(1)[0][0] if counts else None
 
 
 def heads_differ(files: Collection[SafetensorsFile]) -> bool:

@@ -23,6 +23,9 @@ __all__ = ["model_facts", "read_model_config"]
 
 log = logging.getLogger(__name__)
 
+# The dtypes that a model can run in, in the words of safetensors.
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
 
 def read_model_config(path: str | Path, rope_scaling_override: str | None = None) -> ModelConfig:
     """Reads and checks ``config.json``.
@@ -98,12 +101,23 @@ def model_facts(
         num_parameters=config.num_parameters,
         # Ids beyond the vocabulary are never drawn, and some files say -1 for none.
         eos_token_ids=tuple(i for i in eos_token_ids if 0 <= i < config.vocab_size),
+        dtype=_dtype(fields, headers),
         sampling_defaults={
             name: _sampling_number(generation, name)
             for name in SAMPLING_LIMITS
             if name in generation
         },
     )
+
+
+def _dtype(fields: JsonFields, headers: CheckpointHeaders | None) -> str | None:
+    """The dtype of the files; without files the one in ``config.json``."""
+    if headers is not None:
+        return _DTYPES.get(headers.dtype or "")
+    # transformers 4 calls it torch_dtype. Some files write "torch.bfloat16".
+    value = fields.raw("dtype") or fields.raw("torch_dtype")
+    name = str(value).removeprefix("torch.")
+    return name if name in _DTYPES.values() else None
 
 
 def _adapt(config: ModelConfig, headers: CheckpointHeaders | None) -> ModelConfig:

@@ -22,6 +22,7 @@ class Placement:
         device: of all of these.
         linear: the name of the linear method, see ``linear_methods.registry``.
         operators: the element-wise kernels.
+        is_traced: torch.compile traces the layers, so kernels of ours become operators.
         instruction_set: that kernels of the CPU are compiled for; "auto" for the best one.
     """
 
@@ -30,6 +31,7 @@ class Placement:
     linear: str = "plain"
     operators: Operators = REFERENCE_OPERATORS
     instruction_set: str = "auto"
+    is_traced: bool = False
 
     def empty(self, *shape: int) -> Tensor:
         """An uninitialised tensor."""

@@ -166,7 +166,14 @@ class SimulatedDevice:
             prompt_top_logprobs=prompt[2],
             device_s=device_s,
             pooled=_pooled(batch),
+            num_grouped_tokens=_num_grouped(batch),
         )
+
+
+def _num_grouped(batch: ForwardBatch) -> int:
+    """Decode rows in a group: this device takes every group. Rows in none come first."""
+    firsts = batch.group_first_rows
+    return len(batch.decode_slots) - int(firsts.min()) if len(firsts) else 0
 
 
 def _pooled(batch: ForwardBatch) -> Float32Array | None:

@@ -71,6 +71,7 @@ class Receiver(Generic[M]):
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
         self._socket.set(zmq.RCVHWM, 0)
         self._socket.bind(address)
+        self._timeout_ms = -1  # of the socket
 
     def receive(self, timeout_s: float | None = None) -> list[M]:
         """Waits for at least one message, then returns all that have arrived, oldest first.
@@ -78,9 +79,14 @@ class Receiver(Generic[M]):
         Args:
             timeout_s: how long to wait before returning an empty list; None waits without limit.
         """
-        if timeout_s is not None and not self._socket.poll(round(timeout_s * 1000)):
+        timeout_ms = -1 if timeout_s is None else round(timeout_s * 1000)
+        if timeout_ms != self._timeout_ms:
+            self._socket.set(zmq.RCVTIMEO, timeout_ms)
+            self._timeout_ms = timeout_ms
+        try:
+            messages = [self._codec.decode(self._socket.recv())]
+        except zmq.Again:
             return []
-        messages = [self._codec.decode(self._socket.recv())]
         while True:
             try:
                 messages.append(self._codec.decode(self._socket.recv(zmq.NOBLOCK)))

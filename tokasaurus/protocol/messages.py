@@ -49,6 +49,7 @@ __all__ = [
     "FromWorker",
     "GenerateRequest",
     "LogprobsMode",
+    "Ping",
     "PooledState",
     "Pooling",
     "Progress",
@@ -62,6 +63,7 @@ __all__ = [
     "StopSequence",
     "ToServer",
     "ToWorker",
+    "WorkerStall",
 ]
 
 
@@ -227,12 +229,18 @@ class GenerateRequest(Message, frozen=True):
     progress: Progress | None = None
     # The name of a loaded cartridge, which comes before the prompt; more than one is refused.
     cartridges: tuple[str, ...] = ()
+    # A name for the client; clients get fair shares.
+    client: str = ""
 
 
 class AbortRequest(Message, frozen=True):
     """The client has gone: end every sample of the request that still runs."""
 
     request_id: int
+
+
+class Ping(Message, frozen=True):
+    """Asks for Statistics, to see whether the manager still works."""
 
 
 class StopSequence(Message, frozen=True):
@@ -344,6 +352,16 @@ class Statistics(Message, frozen=True):
     weights_version: int = 0
     # Whether all that waits, waits for a command: for Resume, RestoreMemory or UpdateWeights.
     paused: bool = False
+    num_recompiles: int = 0  # graphs that the worker compiled after its warm-up, in total
+
+
+class WorkerStall(Message, frozen=True):
+    """The worker has not answered the oldest batch in flight for too long.
+
+    Sent about once a second as long as this lasts, and once with 0 when it is over.
+    """
+
+    seconds: float
 
 
 # --- manager to worker, and back ------------------------------------------------------------------
@@ -484,9 +502,12 @@ class ForwardResult(Message, frozen=True):
     #   id), or
     # - penalties need the generated tokens, and there is no room left to remember them.
     cut_rows: Int32Array | None = None
+    num_grouped_tokens: int = 0  # decode rows whose prefix was read once for a group
+    # Graphs that the worker has compiled since its warm-up, in total.
+    num_recompiles: int = 0
 
 
-FromServer: TypeAlias = GenerateRequest | AbortRequest | StopSequence | Acknowledge | Command
+FromServer: TypeAlias = GenerateRequest | AbortRequest | StopSequence | Acknowledge | Command | Ping
 ToServer: TypeAlias = (
     SequenceUpdates
     | PromptLogprobs

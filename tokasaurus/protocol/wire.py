@@ -17,11 +17,12 @@ _CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 # An array is encoded as its dtype's code (u8), the number of dimensions (u8, at most three), each
 # dimension (u32), and the data.
 _HEADERS = [struct.Struct(f"<BB{num_dimensions}I") for num_dimensions in range(4)]
+_PACK = [header.pack for header in _HEADERS]
+_ROW_HEADER_BYTES = _HEADERS[1].size
 
 # Most arrays of most messages are empty, so empty arrays are made once.
 _EMPTY = [np.empty(0, dtype) for dtype in _DTYPES]
-_EMPTY_DATA = [_HEADERS[1].pack(code, 1, 0) for code in range(len(_DTYPES))]
-_EMPTY_EXT = [msgspec.msgpack.Ext(_ARRAY, data) for data in _EMPTY_DATA]
+_EMPTY_EXT = [msgspec.msgpack.Ext(_ARRAY, _PACK[1](code, 1, 0)) for code in range(len(_DTYPES))]
 for _array in _EMPTY:
     _array.setflags(write=False)
 
@@ -36,7 +37,7 @@ def _encode_array(value: Any) -> msgspec.msgpack.Ext:
     shape = value.shape
     if shape == (0,):
         return _EMPTY_EXT[code]
-    header = _HEADERS[len(shape)].pack(code, len(shape), *shape)
+    header = _PACK[len(shape)](code, len(shape), *shape)
     return msgspec.msgpack.Ext(_ARRAY, header + value.tobytes())
 
 
@@ -44,11 +45,14 @@ def _decode_array(code: int, data: memoryview) -> np.ndarray[Any, Any]:
     if code != _ARRAY:
         raise msgspec.ValidationError(f"unknown extension {code} in a message")
     dtype_code, num_dimensions = data[0], data[1]
-    if num_dimensions == 1 and data == _EMPTY_DATA[dtype_code]:
-        return _EMPTY[dtype_code]
+    # By position: keyword arguments of frombuffer take longer than all the rest.
+    if num_dimensions == 1:
+        if len(data) == _ROW_HEADER_BYTES:
+            return _EMPTY[dtype_code]
+        return np.frombuffer(data, _DTYPES[dtype_code], -1, _ROW_HEADER_BYTES)
     header = _HEADERS[num_dimensions]
-    array = np.frombuffer(data, _DTYPES[dtype_code], offset=header.size)
-    return array if num_dimensions == 1 else array.reshape(header.unpack_from(data)[2:])
+    array = np.frombuffer(data, _DTYPES[dtype_code], -1, header.size)
+    return array.reshape(header.unpack_from(data)[2:])
 
 
 class Codec(Generic[M]):

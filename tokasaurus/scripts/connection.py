@@ -49,7 +49,7 @@ def connect(to: Connection, retries: int = 0) -> openai.OpenAI:
     is_https = to.https or to.ca_file is not None
     return openai.OpenAI(
         # Not OPENAI_API_KEY: a key for OpenAI must not be sent to others.
-        api_key=os.environ.get(_API_KEY_VARIABLE, "").partition(",")[0].strip() or "none",
+        api_key=_first_key(os.environ.get(_API_KEY_VARIABLE, "")) or "none",
         base_url=f"{'https' if is_https else 'http'}://{name}:{to.port}/v1",
         max_retries=retries,
         timeout=openai.Timeout(None, connect=_CONNECT_S),
@@ -108,3 +108,8 @@ def _reason(error: openai.APIStatusError) -> str:
     if isinstance(body, dict) and isinstance(body.get("message"), str):
         return str(body["message"])
     return error.message
+
+
+def _first_key(keys: str) -> str:
+    """The first of keys with commas between them, without what the engine is told of it."""
+    return keys.partition(",")[0].strip().partition(" ")[0]

@@ -38,6 +38,7 @@ _TOTALS = (
     ("evicted_pages", "num_evicted_pages", "Pages that the prefix cache gave up"),
     ("queue_seconds", "queue_s", "Waiting of sequences before they ran first, summed"),
     ("device_seconds", "device_s", "Computing time of the device"),
+    ("recompiles", "num_recompiles", "Graphs that torch.compile made after the warm-up"),
 )
 _STATE = (
     ("running_sequences", "num_running", "Sequences that run"),
@@ -144,9 +145,13 @@ class Figure:
 
 
 def figures(generations: Generations | None) -> Iterator[Figure]:
-    """The manager's latest figures, and the server's own; none before the manager has sent any."""
-    statistics = None if generations is None else generations.statistics
-    if generations is None or statistics is None:
+    """The manager's latest figures, and the server's own; few before the manager has sent any."""
+    if generations is None:
+        return
+    meaning = "Processes that have work and make no progress"
+    yield Figure("stalled_processes", meaning, len(generations.stalled))
+    statistics = generations.statistics
+    if statistics is None:
         return
     for name, field, meaning in _TOTALS:
         yield Figure(name, meaning, getattr(statistics, field), is_total=True)

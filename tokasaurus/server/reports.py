@@ -124,10 +124,11 @@ async def _send_gauges(address: tuple[str, int] | None, generations: Generations
     family, kind, protocol, _, resolved = found[0]
     with socket.socket(family, kind, protocol) as sender:
         sender.setblocking(False)
-        sent: Statistics | None = None
+        sent: tuple[Statistics | None, tuple[str, ...]] = None, ()
         while True:
-            if generations.statistics is not sent:
-                sent = generations.statistics
+            latest = generations.statistics, generations.stalled
+            if latest[0] is not sent[0] or latest[1] != sent[1]:
+                sent = latest
                 for packet in statsd_packets(figures(generations)):
                     with contextlib.suppress(OSError):  # the daemon is away, or too slow
                         sender.sendto(packet, resolved)

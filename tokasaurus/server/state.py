@@ -4,6 +4,8 @@
 
     loading ──ready()──▶ ok ──drain()──▶ draining
        └──────────────────┴──────die()──────┴───▶ dead
+
+"ok" is called "stalled" as long as a process that every request needs makes no progress.
 """
 
 from __future__ import annotations
@@ -35,31 +37,30 @@ class EngineState:
     """The state of one engine. All methods belong to the event loop's thread.
 
     Attributes:
-        status: "loading", "ok", "draining" or "dead".
         metrics: for monitoring.
     """
 
     def __init__(self) -> None:
-        self.status = "loading"
+        self._status = "loading"
         self._engine: Engine | None = None
         self._reason = ""
         self.metrics = Metrics(self.figures)
 
     def ready(self, preparer: Preparer, generations: Generations) -> None:
         """The model is loaded, and requests may come."""
-        if self.status == "loading":
-            self.status, self._engine = "ok", Engine(preparer, generations)
+        if self._status == "loading":
+            self._status, self._engine = "ok", Engine(preparer, generations)
 
     def drain(self) -> None:
         """New requests are refused from now on; those in flight go on."""
-        if self.status != "dead":
-            self.status = "draining"
+        if self._status != "dead":
+            self._status = "draining"
 
     def die(self, reason: str) -> None:
         """Every request in flight, and every later one, ends with this reason."""
-        if self.status == "dead":
+        if self._status == "dead":
             return
-        self.status, self._reason = "dead", reason
+        self._status, self._reason = "dead", reason
         if self._engine is not None:
             self._engine.generations.fail_all(EngineDead(reason))
 
@@ -67,6 +68,17 @@ class EngineState:
         """Returns when nothing is in flight any more, or nothing of it can go on."""
         while self.num_running and not self.holds_everything:
             await asyncio.sleep(_POLL_S)
+
+    @property
+    def status(self) -> str:
+        """ "loading", "ok", "stalled", "draining" or "dead"."""
+        is_stuck = self._engine is not None and self._engine.generations.is_stuck
+        return "stalled" if is_stuck and self._status == "ok" else self._status
+
+    @property
+    def stalled(self) -> tuple[str, ...]:
+        """The processes that have work and make no progress."""
+        return () if self._engine is None else self._engine.generations.stalled
 
     @property
     def holds_everything(self) -> bool:
@@ -93,11 +105,11 @@ class EngineState:
 
     def check(self) -> None:
         """Raises EngineNotReady or EngineDead if the engine cannot serve."""
-        if self.status == "loading":
+        if self._status == "loading":
             raise EngineNotReady("the model is still loading; try again in a moment")
-        if self.status == "draining":
+        if self._status == "draining":
             raise EngineNotReady("the engine is shutting down")
-        if self.status == "dead":
+        if self._status == "dead":
             raise EngineDead(f"the engine is dead: {self._reason}")
 
     def engine(self) -> Engine:

@@ -68,6 +68,11 @@ class Commands:
         rests = self.is_paused or self.lacks_weights or bool(self.released)
         return rests and not self._unanswered
 
+    @property
+    def num_unanswered(self) -> int:
+        """Commands that were sent and have no answer yet."""
+        return len(self._unanswered)
+
     def submit(self, action: Action, on_done: OnDone) -> None:
         """Sends a command."""
         command_id = self._next_id

@@ -101,6 +101,8 @@ class Generations:
         config: as given.
         commands: to the engine, and what they have made of it.
         statistics: the manager's latest; None before the first.
+        stalled: the processes that have work and make no progress; their owner says so.
+        is_stuck: as long as these make no progress, no request can.
     """
 
     def __init__(
@@ -113,6 +115,8 @@ class Generations:
         self.config = config
         self.commands = Commands(send)
         self.statistics: Statistics | None = None
+        self.stalled: tuple[str, ...] = ()
+        self.is_stuck = False
         self._tokenizer = tokenizer
         self._send = send
         self._watcher = watcher
@@ -142,9 +146,19 @@ class Generations:
         """A prompt in flight; None if there is none with this id."""
         return self._table.get(request_id)
 
-    def set_num_seats(self, num_seats: int) -> None:
-        """From now on, the engine runs at most this many sequences at once."""
-        self._turnstile.max_open = _WAITING_ROUNDS * num_seats
+    def set_num_seats(self, num_seats: int, num_stuck: int = 0) -> None:
+        """From now on, the engine runs at most this many sequences at once.
+
+        Args:
+            num_seats: the sequences that can run.
+            num_stuck: those that the manager holds beside them, and that do not go on.
+        """
+        self._turnstile.max_open = _WAITING_ROUNDS * num_seats + num_stuck
+
+    @property
+    def await_manager(self) -> bool:
+        """Whether the manager has something that it must answer sooner or later."""
+        return self._turnstile.num_open > 0 or self.commands.num_unanswered > 0
 
     @property
     def num_held(self) -> int:
@@ -212,7 +226,8 @@ class Generations:
         if self._watcher is not None:
             self._watcher.started(generation)
         self._num_of_client[client] += 1
-        self._turnstile.submit(client, request.message(generation.request_id, stream=stream))
+        message = request.message(generation.request_id, stream=stream, client=client)
+        self._turnstile.submit(message)
         return generation
 
     def named(self, name: str) -> list[Generation]:

@@ -61,7 +61,7 @@ class PreparedRequest:
     pooling: Pooling = Pooling.NONE
     grammar: str = ""
 
-    def message(self, request_id: int, *, stream: bool) -> GenerateRequest:
+    def message(self, request_id: int, *, stream: bool, client: str) -> GenerateRequest:
         """The message to the manager."""
         params = self.params
         return GenerateRequest(
@@ -80,6 +80,7 @@ class PreparedRequest:
             hold_for_acks=self.stops is not None,
             pooling=self.pooling,
             grammar=self.grammar,
+            client=client,
         )
 
 

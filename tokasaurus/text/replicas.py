@@ -23,7 +23,7 @@ An engine with one replica has no router.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -44,6 +44,7 @@ from tokasaurus.protocol.messages import (
     FinishReason,
     FromServer,
     GenerateRequest,
+    Ping,
     PooledState,
     Progress,
     PromptLogprobs,
@@ -86,6 +87,7 @@ class _Replica:
     num_seats: int
     num_open: int = 0  # samples that it has and that have not ended
     backlog_s: float = 0.0  # its last prediction
+    is_stalled: bool = False  # so that it gets nothing as long as another is not
 
     @property
     def room(self) -> int:
@@ -153,7 +155,33 @@ class Replicas:
     @property
     def num_seats(self) -> int:
         """The sequences that can run at once."""
-        return sum(replica.num_seats for replica in self._replicas.values())
+        return sum(replica.num_seats for replica in self._choice())
+
+    @property
+    def num_stuck(self) -> int:
+        """The samples at stalled replicas, while others go on."""
+        choice = self._choice()
+        return sum(each.num_open for each in self._replicas.values() if each not in choice)
+
+    def is_awaited(self, replica: int) -> bool:
+        """Whether a replica has something that it must answer sooner or later."""
+        its = self._replicas.get(replica)
+        return its is not None and (
+            its.num_open > 0 or any(replica in each.awaited for each in self._broadcasts.values())
+        )
+
+    def set_stalled(self, stalled: Collection[int]) -> None:
+        """These replicas make no progress: the others get all further requests, if there are any.
+
+        What the stalled ones have stays there.
+        """
+        for replica in self._replicas.values():
+            replica.is_stalled = replica.number in stalled
+
+    def _choice(self) -> list[_Replica]:
+        """The replicas that get requests."""
+        replicas = list(self._replicas.values())
+        return [replica for replica in replicas if not replica.is_stalled] or replicas
 
     # --- from the text core -----------------------------------------------------------------------
 
@@ -172,6 +200,9 @@ class Replicas:
             route_or_none = self._routes.get(message.request_id)
             if route_or_none is not None:
                 self._abort_parts(route_or_none)
+        elif isinstance(message, Ping):
+            for replica in self._replicas.values():
+                replica.send(message)
         else:
             self._broadcast(message)
 
@@ -249,7 +280,7 @@ class Replicas:
     def _shares(self, request: GenerateRequest, num_samples: int) -> list[tuple[_Replica, int]]:
         """How many samples each replica gets, without those that get none."""
         best = self._best(request, num_samples)
-        rooms = {replica: max(0, replica.room) for replica in self._replicas.values()}
+        rooms = {replica: max(0, replica.room) for replica in self._choice()}
         must_wait = sum(rooms.values()) < num_samples <= best.num_seats
         if num_samples <= best.room or must_wait or not _may_be_split(request):
             return [(best, num_samples)]
@@ -264,13 +295,14 @@ class Replicas:
 
     def _best(self, request: GenerateRequest, num_samples: int) -> _Replica:
         """The replica for a request that is not split."""
-        emptiest = max(self._replicas.values(), key=lambda replica: replica.room)
+        choice = self._choice()
+        emptiest = max(choice, key=lambda replica: replica.room)
         if len(request.prompt_ids) < _PREFIX_TOKENS:
             return emptiest
         prefix = request.prompt_ids[:_PREFIX_TOKENS].tobytes()
         best = self._replicas.get(self._prefixes.pop(prefix, emptiest.number), emptiest)
         is_fuller = emptiest.room - best.room > best.num_seats // _UNEVEN_SHARE
-        if is_fuller or best.room < num_samples:
+        if is_fuller or best.room < num_samples or best not in choice:
             best = emptiest
         self._prefixes[prefix] = best.number
         if len(self._prefixes) > _MAX_PREFIXES:

@@ -13,7 +13,7 @@ import json
 import re
 from typing import Any
 
-__all__ = ["bytes_from_decoder", "decoder_steps"]
+__all__ = ["byte_level_alphabet", "bytes_from_decoder", "decoder_steps"]
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -64,7 +64,7 @@ def _byte_level(token: str) -> bytes:
         return token.encode()
 
 
-def _byte_level_alphabet() -> dict[str, int]:
+def byte_level_alphabet() -> dict[str, int]:
     """Byte-level BPE writes printable bytes as themselves, others as characters from 256 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -73,4 +73,4 @@ def _byte_level_alphabet() -> dict[str, int]:
     }
 
 
-_BYTE_OF_CHARACTER = _byte_level_alphabet()
+_BYTE_OF_CHARACTER = byte_level_alphabet()

@@ -9,14 +9,19 @@ their first space.
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from tokasaurus.config.slices import ServerConfig
-from tokasaurus.errors import ModelError, RequestError
+from tokasaurus.errors import ModelError, RequestError, RequestTooLong
 from tokasaurus.grammars import Vocabulary
+from tokasaurus.host_memory import return_freed_memory
+from tokasaurus.text.chat_templates import ChatTemplate
+from tokasaurus.text.fewest_tokens import FewestTokens
 from tokasaurus.text.token_bytes import bytes_from_decoder, decoder_steps
 
 __all__ = ["Tokenizer"]
@@ -40,9 +45,22 @@ _RESERVED_ARGUMENTS = frozenset(
 # A template may write an argument again with each message, so the product is limited, too.
 _MAX_ARGUMENT_CHARS = 1 << 16
 _MAX_WRITTEN_CHARS = 1 << 26
+_LONG_S = 0.25  # of processor time
+# To tokenize a longer text takes so much memory that what is freed is given back at once.
+_MANY_CHARACTERS = 1 << 20
 _FILE = "tokenizer.json"
 # Names of other files that AutoTokenizer makes a tokenizer of, beside *.model and *.tiktoken.
 _VOCABULARIES = ("vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+
+
+class _Templates(threading.local):
+    """The chat templates that this thread has compiled."""
+
+    def __init__(self) -> None:
+        self.compiled = lru_cache(maxsize=8)(ChatTemplate)
+
+
+_templates = _Templates()
 
 
 class Tokenizer:
@@ -53,13 +71,17 @@ class Tokenizer:
         vocab_size: of the model. The tokenizer may have fewer tokens, because of padding, or more.
         eos_token_ids: ids that end a text without being part of it.
         pipeline: a ``tokenizers.Tokenizer`` that turns text to ids in place of the wrapped one's.
-        trusts_templates: requests may bring their own chat template, a program that may never end.
+        trusts_templates: requests may bring their own chat template, a program that may take long.
+        max_tokens: of a request. Texts that must have more are refused instead of tokenized; None
+            is no limit.
 
     Attributes:
         visible: for each id, the bytes that it adds to a text; none for special tokens.
         spelled: the same, with special tokens by their names.
         special_ids: the special tokens by their names.
         special_token_ids: the same, ids only.
+        chats_take_long: the chat template has taken long for a short text, so that even short
+            conversations must not be rendered in an event loop.
     """
 
     def __init__(
@@ -70,8 +92,13 @@ class Tokenizer:
         *,
         pipeline: Any = None,
         trusts_templates: bool = False,
+        max_tokens: int | None = None,
     ) -> None:
         self._wrapped = wrapped
+        self._max_tokens = max_tokens
+        self._special_tokens = dict(wrapped.special_tokens_map)
+        self._writes_chats = _writes_chats(wrapped)
+        self.chats_take_long = False
         self._trusts_templates = trusts_templates
         self._vocab_size = vocab_size
         self._backend: Any = pipeline or getattr(wrapped, "backend_tokenizer", None)
@@ -80,6 +107,7 @@ class Tokenizer:
             self._backend.no_truncation()
             self._backend.no_padding()
             steps = decoder_steps(self._backend)
+        self._fewest_tokens = None if self._backend is None else FewestTokens(self._backend)
         tokens: list[str | None] = [None] * max(vocab_size, len(wrapped))
         for token, token_id in wrapped.get_vocab().items():
             if token_id < len(tokens):
@@ -112,6 +140,7 @@ class Tokenizer:
                 config.eos_token_ids,
                 pipeline=pipeline,
                 trusts_templates=config.trust_request_chat_template,
+                max_tokens=config.max_request_tokens,
             )
         except ModelError:
             raise
@@ -124,7 +153,11 @@ class Tokenizer:
         """Ids of a prompt, with the special tokens that the model expects around it.
 
         A prompt that already begins with the text of the BOS token gets no second BOS token.
+
+        Raises:
+            RequestTooLong: the prompt must have more tokens than a request may have.
         """
+        self._check_length(text, "prompt")
         if not add_special_tokens:
             return self._encode(text, add_special_tokens=False)
         ids = self._encode(text, add_special_tokens=True)
@@ -174,16 +207,32 @@ class Tokenizer:
         if tools:
             arguments["tools"] = list(tools)
         try:
-            text = self._wrapped.apply_chat_template(
-                [dict(message) for message in messages],
-                tokenize=False,
-                **{**arguments, **overrides},
-            )
+            text = self._write_chat(messages, {**arguments, **overrides})
         except Exception as error:  # a template may raise anything
             raise RequestError(
                 f"messages cannot be rendered by the chat template: {error}", "messages"
             ) from error
+        self._check_length(text, "messages")
         return self._encode(text, add_special_tokens=False)
+
+    def _write_chat(
+        self, messages: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]
+    ) -> str:
+        """The text of a conversation. Raises what the template raises."""
+        if self._writes_chats:
+            said = [dict(message) for message in messages]
+            return str(self._wrapped.apply_chat_template(said, tokenize=False, **arguments))
+        variables = {**self._special_tokens, **arguments}
+        template = self._wrapped.get_chat_template(
+            variables.pop("chat_template", None), variables.get("tools")
+        )
+        begun, text = time.thread_time(), ""
+        try:
+            text = _templates.compiled(template).render(messages, **variables)
+        finally:
+            if len(text) < _MANY_CHARACTERS and time.thread_time() - begun > _LONG_S:
+                self.chats_take_long = True
+        return text
 
     def chat_template(self, overrides: Mapping[str, Any], *, with_tools: bool = False) -> str:
         """The chat template that ``render_chat`` uses; "" if there is none.
@@ -239,17 +288,39 @@ class Tokenizer:
         if not is_name_of_own:
             raise RequestError(
                 "chat_template_kwargs: a chat_template is a program, and a request's own might"
-                " never end; leave it out to use the model's, or start the engine with"
-                " trust_request_chat_template=T",
+                " take seconds and a gigabyte; leave it out to use the model's, or start the engine"
+                " with trust_request_chat_template=T",
                 "chat_template_kwargs",
+            )
+
+    def _check_length(self, text: str, field: str) -> None:
+        limit = self._max_tokens
+        if limit is None or self._fewest_tokens is None:
+            return
+        num_tokens = self._fewest_tokens.exceed(text, limit)
+        if num_tokens is not None:
+            have = "messages have" if field == "messages" else f"{field} has"
+            raise RequestTooLong(
+                f"{have} at least {num_tokens} tokens; prompt and completion together may have"
+                f" max_num_tokens_per_request={limit}",
+                field,
             )
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         # Past the wrapper if possible: it sets the backend's truncation at each call, which two
         # threads must not do at once.
         if self._backend is not None:
-            encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
-            return list(encoding.ids)
+            if len(text) < _MANY_CHARACTERS:
+                encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
+                return list(encoding.ids)
+            # Half of the time and memory, since it counts no offsets. But it starts threads.
+            (encoding,) = self._backend.encode_batch_fast(
+                [text], add_special_tokens=add_special_tokens
+            )
+            token_ids = list(encoding.ids)
+            del encoding
+            return_freed_memory()
+            return token_ids
         return list(self._wrapped.encode(text, add_special_tokens=add_special_tokens))
 
     def info(self) -> dict[str, Any]:
@@ -325,6 +396,14 @@ class Tokenizer:
             for ids in (anchor, [*anchor, token_id])
         )
         return str(both[len(alone) :]).encode()
+
+
+def _writes_chats(wrapped: Any) -> bool:
+    """Whether a tokenizer's class has code of its own for conversations, trusted with the rest."""
+    from transformers import PreTrainedTokenizerBase
+
+    own, common = type(wrapped).apply_chat_template, PreTrainedTokenizerBase.apply_chat_template
+    return own is not common
 
 
 def _load(directory: Path, trust_remote_code: bool) -> tuple[Any, Any]:

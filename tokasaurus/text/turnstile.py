@@ -1,9 +1,11 @@
 """The turnstile between server and manager: a bounded number of sequences pass, in fair shares.
 
-The manager works through its requests in the order of arrival, so it gets enough to choose from and
-no more. Further requests wait here, by client; the client that has been served the fewest tokens
-comes next. A client with a hundred thousand requests thus delays another client by what the manager
-holds, not by all of them.
+The manager gets enough to choose from and no more. Further requests wait here, by client; the
+client that has been served the fewest tokens comes next.
+
+The manager serves the clients that it knows in fair shares. So a client does not wait here behind
+another one: when the manager has enough, requests still pass of a client with less than its share
+of what the manager may hold.
 
 Priority comes first. For requests that are more urgent than everything that waits, the manager
 takes as many sequences again, however many it holds of the rest.
@@ -34,7 +36,8 @@ class Turnstile:
     Args:
         send: gives a message to the manager.
         max_open: sequences that the manager holds, running or not, before others wait here. A
-            request passes as a whole, however many sequences it has.
+            request passes as a whole, however many sequences it has. With k clients, a client with
+            fewer than ``max_open / k`` of them need not wait.
     """
 
     def __init__(self, send: Callable[[FromServer], None], max_open: int) -> None:
@@ -42,14 +45,15 @@ class Turnstile:
         self.num_held = 0  # sequences that wait here
         self._send = send
         self.max_open = max_open
-        self._open: dict[int, GenerateRequest] = {}
+        self._open: dict[int, GenerateRequest] = {}  # by request id
         self._num_open: Counter[int] = Counter()  # sequences, by priority
-        self._held: dict[int, tuple[str, GenerateRequest]] = {}  # by request id: client, request
+        self._num_of_client: dict[str, Counter[int]] = {}  # the same for each client
+        self._held: dict[int, GenerateRequest] = {}  # by request id
         self._levels: dict[int, _Level] = {}  # by priority, those with requests
         self._priorities: list[int] = []  # of the levels, a heap
         self._mean_tokens = _FIRST_GUESS
 
-    def submit(self, client: str, request: GenerateRequest) -> None:
+    def submit(self, request: GenerateRequest) -> None:
         """Sends a request to the manager, now or later."""
         if not self._levels and self.num_open < self.max_open:
             self._pass(request)
@@ -58,10 +62,11 @@ class Turnstile:
         if level is None:
             level = self._levels[request.priority] = _Level()
             heapq.heappush(self._priorities, request.priority)
-        level.add(client, request, self._mean_tokens)
-        self._held[request.request_id] = (client, request)
+        level.add(request, self._mean_tokens)
+        self._held[request.request_id] = request
         self.num_held += request.n
         self._let_pass()
+        self._let_client_pass(request.client)
 
     def abort(self, request_id: int) -> bool:
         """Drops a request; if it has passed, tells the manager.
@@ -69,14 +74,13 @@ class Turnstile:
         Returns:
             Whether it was held here, so that the manager has never heard of it.
         """
-        held = self._held.pop(request_id, None)
-        if held is None:
+        request = self._held.pop(request_id, None)
+        if request is None:
             self._send(AbortRequest(request_id))
             return False
-        client, request = held
         self.num_held -= request.n
         level = self._levels[request.priority]
-        level.remove(client, request)
+        level.remove(request)
         if not level.num_requests:
             self._drop_level(request.priority)
         return True
@@ -101,18 +105,22 @@ class Turnstile:
         if request is None:
             return
         self.num_open -= request.n
-        self._num_open[request.priority] -= request.n
-        if not self._num_open[request.priority]:
-            del self._num_open[request.priority]
+        _subtract(self._num_open, request)
+        of_client = self._num_of_client[request.client]
+        _subtract(of_client, request)
+        if not of_client:
+            del self._num_of_client[request.client]
         if num_tokens is not None:
             self._mean_tokens += _NEW_SHARE * (num_tokens / request.n - self._mean_tokens)
         if self._levels:
             self._let_pass()
+            self._let_client_pass(request.client)
 
     def clear(self) -> None:
         """The manager is gone: forgets everything."""
         self._open.clear()
         self._num_open.clear()
+        self._num_of_client.clear()
         self._held.clear()
         self._levels.clear()
         self._priorities.clear()
@@ -121,20 +129,38 @@ class Turnstile:
     def _let_pass(self) -> None:
         while self._priorities:
             priority = self._priorities[0]
-            as_urgent = sum(n for each, n in self._num_open.items() if each <= priority)
-            if as_urgent >= self.max_open:
+            if _as_urgent(self._num_open, priority) >= self.max_open:
                 return  # less urgent requests cannot pass either
+            self._release(priority, self._levels[priority].pop(self._mean_tokens))
+
+    def _let_client_pass(self, client: str) -> None:
+        """Lets requests of this client pass while it has less than its share in the manager."""
+        for priority in sorted(self._priorities):
             level = self._levels[priority]
-            request = level.pop(self._mean_tokens)
-            if not level.num_requests:
-                self._drop_level(priority)
-            del self._held[request.request_id]
-            self.num_held -= request.n
-            self._pass(request)
+            while self._is_below_share(client, priority):
+                request = level.pop_of(client, self._mean_tokens)
+                if request is None:
+                    break
+                self._release(priority, request)
+
+    def _is_below_share(self, client: str, priority: int) -> bool:
+        of_client = self._num_of_client.get(client)
+        num_clients = len(self._num_of_client) + (of_client is None)
+        num_open = 0 if of_client is None else _as_urgent(of_client, priority)
+        return num_open * num_clients < self.max_open
+
+    def _release(self, priority: int, request: GenerateRequest) -> None:
+        """Lets a request pass that its level has given up."""
+        if not self._levels[priority].num_requests:
+            self._drop_level(priority)
+        del self._held[request.request_id]
+        self.num_held -= request.n
+        self._pass(request)
 
     def _pass(self, request: GenerateRequest) -> None:
         self._open[request.request_id] = request
         self._num_open[request.priority] += request.n
+        self._num_of_client.setdefault(request.client, Counter())[request.priority] += request.n
         self.num_open += request.n
         self._send(request)
 
@@ -144,13 +170,25 @@ class Turnstile:
         heapq.heapify(self._priorities)
 
 
+def _as_urgent(num_open: Counter[int], priority: int) -> int:
+    """Sequences that are at least as urgent as this priority."""
+    return sum(count for each, count in num_open.items() if each <= priority)
+
+
+def _subtract(num_open: Counter[int], request: GenerateRequest) -> None:
+    num_open[request.priority] -= request.n
+    if not num_open[request.priority]:
+        del num_open[request.priority]
+
+
 class _Client:
     """One client's waiting requests of one priority."""
 
-    __slots__ = ("name", "requests")
+    __slots__ = ("end", "name", "requests")
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.end = 0.0  # of the first request, in tokens
         self.requests: OrderedDict[int, GenerateRequest] = OrderedDict()
 
 
@@ -161,46 +199,63 @@ class _Level:
         self.num_requests = 0
         self._now = 0.0  # the end of the request that passed last, in tokens
         self._clients: dict[str, _Client] = {}
-        # (end of the first request, tie-breaker, client): one for each client, and some for clients
-        # that have left _clients because all their requests were aborted.
+        # (end of the first request, tie-breaker, client): one for each client, and some that count
+        # no more: of clients that have left _clients, and of requests that passed out of turn.
         self._heap: list[tuple[float, int, _Client]] = []
         self._num_pushed = 0
 
-    def add(self, name: str, request: GenerateRequest, num_tokens: float) -> None:
+    def add(self, request: GenerateRequest, num_tokens: float) -> None:
         """Adds a request with about this many tokens in each sample."""
+        name = request.client
         client = self._clients.get(name)
         if client is None:
             client = self._clients[name] = _Client(name)
-            self._push(client, request, num_tokens)
+            self._push(client, self._now, request, num_tokens)
         client.requests[request.request_id] = request
         self.num_requests += 1
 
-    def remove(self, name: str, request: GenerateRequest) -> None:
-        client = self._clients[name]
+    def pop_of(self, name: str, num_tokens: float) -> GenerateRequest | None:
+        """Removes and returns the client's first request, out of turn; None if it has none."""
+        client = self._clients.get(name)
+        return None if client is None else self._pop_first(client, client.end, num_tokens)
+
+    def remove(self, request: GenerateRequest) -> None:
+        client = self._clients[request.client]
         del client.requests[request.request_id]
         self.num_requests -= 1
         if not client.requests:
-            del self._clients[name]
-            if len(self._heap) > 2 * len(self._clients) + _FEW:
-                self._heap = [entry for entry in self._heap if entry[2].requests]
-                heapq.heapify(self._heap)
+            self._forget(client)
 
     def pop(self, num_tokens: float) -> GenerateRequest:
         """Removes and returns the next request; there must be one."""
         while True:
             end, _, client = heapq.heappop(self._heap)
-            if client.requests:
+            if client.requests and end == client.end:
                 break
         self._now = end
+        return self._pop_first(client, end, num_tokens)
+
+    def _pop_first(self, client: _Client, end: float, num_tokens: float) -> GenerateRequest:
         _, request = client.requests.popitem(last=False)
         self.num_requests -= 1
         if client.requests:
-            self._push(client, next(iter(client.requests.values())), num_tokens)
+            self._push(client, end, next(iter(client.requests.values())), num_tokens)
         else:
-            del self._clients[client.name]
+            self._forget(client)
         return request
 
-    def _push(self, client: _Client, first: GenerateRequest, num_tokens: float) -> None:
+    def _forget(self, client: _Client) -> None:
+        del self._clients[client.name]
+        if len(self._heap) > 2 * len(self._clients) + _FEW:
+            self._heap = [
+                entry for entry in self._heap if entry[2].requests and entry[0] == entry[2].end
+            ]
+            heapq.heapify(self._heap)
+
+    def _push(
+        self, client: _Client, start: float, first: GenerateRequest, num_tokens: float
+    ) -> None:
         cost = len(first.prompt_ids) + first.n * min(first.max_tokens, num_tokens)
+        client.end = start + cost
         self._num_pushed += 1
-        heapq.heappush(self._heap, (self._now + cost, self._num_pushed, client))
+        heapq.heappush(self._heap, (client.end, self._num_pushed, client))

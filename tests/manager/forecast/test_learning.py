@@ -10,6 +10,7 @@ from tokasaurus.manager.forecast.learning import LengthLearning
 from tokasaurus.manager.forecast.lengths import NO_GROUP
 from tokasaurus.manager.running import RunningSequences
 from tokasaurus.manager.sequence import GeneratedTokens, Request
+from tokasaurus.manager.shares import Shares
 from tokasaurus.manager.waiting import Backlog
 
 LIMIT = 60  # max_tokens
@@ -20,7 +21,7 @@ class Replica:
 
     def __init__(self, **admission: object) -> None:
         config = make_config(admission=make_admission(std_scale=0.0, **admission))
-        self.backlog = Backlog(config.stop_lag)
+        self.backlog = Backlog(config.stop_lag, Shares(lambda priority: None, float))
         self.learning = LengthLearning(config, RunningSequences(config, self.backlog, Counters()))
         self.num_requests = 0
 

@@ -521,3 +521,21 @@ def test_no_sequences_have_no_predictions():
     predictor = LengthPredictor(100)
     refresh(predictor)
     assert predict(predictor, NONE, 100).shape == (0,)
+
+
+def test_the_mean_is_that_of_the_lengths_up_to_a_limit() -> None:
+    chance = np.random.default_rng(0)
+    lengths = np.ceil(chance.exponential(200.0, 20_000)).astype(np.int64)
+    predictor = LengthPredictor(4096, memory=10**6)
+    predictor.observe(np.full(len(lengths), NO_GROUP), lengths, np.full(len(lengths), 4096))
+    predictor.refresh(np.empty(0, np.int64), np.empty(0, np.int64))
+    for limit in (1, 50, 200, 1000, 10**6):
+        expected = np.minimum(lengths, limit).mean()
+        assert predictor.mean(limit) == pytest.approx(expected, rel=0.03), limit
+
+
+def test_the_mean_follows_the_prior_until_lengths_are_known() -> None:
+    predictor = LengthPredictor(1000, prior_mean=0.5)
+    assert predictor.mean(100) == 50.0
+    assert predictor.mean(10**6) == 500.0
+    assert predictor.mean(1) == 1.0

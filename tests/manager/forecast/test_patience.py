@@ -6,13 +6,15 @@ from simulation import make_request, prompt
 
 from tokasaurus.manager.forecast.patience import Patience
 from tokasaurus.manager.sequence import Sequence
+from tokasaurus.manager.shares import Shares
 from tokasaurus.manager.waiting import Backlog
 
 PAGE_SIZE = 16
 
 
 def sequence(request_id: int) -> Sequence:
-    return Backlog(stop_lag=4).add(make_request(request_id, prompt(5), 4), 0.0).sequences[0]
+    backlog = Backlog(4, Shares(lambda priority: None, float))
+    return backlog.add(make_request(request_id, prompt(5), 4), 0.0).sequences[0]
 
 
 def wait(patience: Patience, head: Sequence, step: int) -> int:

@@ -11,6 +11,7 @@ import torch
 from rows import named
 
 from tokasaurus.errors import ConfigError
+from tokasaurus.model import instruction_sets
 from tokasaurus.model.backend import choose_backend
 from tokasaurus.model.backend.base import (
     BackendOptions,
@@ -19,10 +20,10 @@ from tokasaurus.model.backend.base import (
     Rotation,
     SequenceRows,
 )
-from tokasaurus.model.backend.cpu import build, compiled, instruction_sets
+from tokasaurus.model.backend.cpu import build, compiled
 from tokasaurus.model.backend.cpu.compiled import CompiledBackend
-from tokasaurus.model.backend.cpu.instruction_sets import usable_sets
 from tokasaurus.model.backend.reference import ReferenceBackend
+from tokasaurus.model.instruction_sets import usable_sets
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.rounding import ceil_div
 
@@ -150,14 +151,14 @@ def test_attention_in_fp32_matches_dense_attention(backend_of, page_size):
             check_against_dense(backend_of, *heads, page_size)
 
 
-def check_half_precision(backend_of, dtype, tolerance):
+def check_half_precision(backend_of, dtype, tolerance, num_heads, num_kv_heads, head_dim):
     rng = np.random.default_rng(1)
     torch.manual_seed(0)
-    cache = make_cache(3 * 13, 16, 2, 24, dtype)
-    backend, oracle = backend_of(cache, 6), DenseOracle()
+    cache = make_cache(3 * 13, 16, num_kv_heads, head_dim, dtype)
+    backend, oracle = backend_of(cache, num_heads), DenseOracle()
     for rows in random_steps(rng, 3, 5, 16):
-        heads = torch.randn(len(rows.positions), 10, 24).to(dtype)
-        query, key, value = heads.split([6, 2, 2], dim=1)
+        heads = torch.randn(len(rows.positions), num_heads + 2 * num_kv_heads, head_dim).to(dtype)
+        query, key, value = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
         output = attend(backend, rows, query, key, value)
         expected = oracle.attend(rows, query, key, value)
         torch.testing.assert_close(output.double(), expected, atol=tolerance, rtol=tolerance)
@@ -165,8 +166,9 @@ def check_half_precision(backend_of, dtype, tolerance):
 
 def test_half_precision_rounds_the_inputs_and_the_result_but_not_the_sums(backend_of):
     for dtype, tolerance in ((torch.bfloat16, 0.02), (torch.float16, 0.003)):
-        with named(dtype):
-            check_half_precision(backend_of, dtype, tolerance)
+        for heads in [(6, 2, 24), (9, 3, 64), (8, 1, 128), (4, 4, 32), (5, 5, 80)]:
+            with named((dtype, *heads)):
+                check_half_precision(backend_of, dtype, tolerance, *heads)
 
 
 def test_the_compiled_kernel_widens_every_kind_of_fp16_number():
@@ -338,6 +340,89 @@ def test_the_reference_reads_the_prefix_of_a_group_once():
     torch.testing.assert_close(output, expected)
 
 
+TOLERANCES = [(torch.float32, 5e-6), (torch.bfloat16, 0.02), (torch.float16, 0.003)]
+
+
+def test_groups_change_results_in_half_precision_by_its_rounding_only(backend_of):
+    for dtype, tolerance in TOLERANCES:
+        for num_heads, num_kv_heads, head_dim in [(9, 3, 64), (8, 2, 128), (6, 6, 40)]:
+            torch.manual_seed(1)
+            cache = make_cache(10 * 8, 16, num_kv_heads, head_dim, dtype)
+            for tensor in cache.keys + cache.values:
+                tensor.normal_()
+            backend = backend_of(cache, num_heads)
+            plain, grouped = grouped_decodes(np.random.default_rng(2), 16)
+            query, key, value = (
+                torch.randn(len(plain.positions), heads, head_dim).to(dtype)
+                for heads in (num_heads, num_kv_heads, num_kv_heads)
+            )
+            expected = attend(backend, plain, query, key, value)
+            with named((dtype, num_heads, head_dim)):
+                output = attend(backend, grouped, query, key, value)
+                torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
+
+
+def large_group(num_rows, num_columns, page_size):
+    """Rows that share so many pages that the group is cut into blocks of rows and positions."""
+    shared = np.tile(np.arange(num_columns, dtype=np.int32), (num_rows, 1))
+    own = num_columns + np.arange(num_rows, dtype=np.int32)[:, None]
+    lengths = num_columns * page_size + 1 + np.arange(num_rows, dtype=np.int32) % page_size
+    rows = SequenceRows(
+        slots=np.arange(num_rows, dtype=np.int32),
+        query_starts=np.arange(num_rows + 1, dtype=np.int32),
+        kv_lengths=lengths,
+        positions=lengths - 1,
+        page_table=torch.from_numpy(np.concatenate((shared, own), axis=1)),
+        num_decodes=num_rows,
+    )
+    group = (np.array([number], np.int32) for number in (0, num_rows, 0, num_columns))
+    return rows, replace(rows, groups=PrefixGroups(*group))
+
+
+@pytest.fixture
+def four_threads(monkeypatch):
+    """Makes the kernel cut long work into parts, on every machine."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+
+
+def test_a_large_group_is_cut_and_changes_no_result(backend_of, four_threads):
+    for dtype, tolerance in TOLERANCES:
+        torch.manual_seed(1)
+        cache = make_cache(120, 16, 1, 64, dtype)
+        for tensor in cache.keys + cache.values:
+            tensor.normal_()
+        backend = backend_of(cache, 3)
+        plain, grouped = large_group(70, 50, 16)
+        query, key, value = (torch.randn(70, heads, 64).to(dtype) for heads in (3, 1, 1))
+        expected = attend(backend, plain, query, key, value)
+        with named(dtype):
+            output = attend(backend, grouped, query, key, value)
+            torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
+
+
+def test_a_long_context_is_shared_out_to_threads(backend_of, four_threads):
+    """A prompt of several blocks, then a single row, behind which most threads would rest."""
+    for dtype, tolerance in TOLERANCES:
+        torch.manual_seed(0)
+        length, page_size = 700, 16
+        cache = make_cache(ceil_div(length + 1, page_size), page_size, 1, 64, dtype)
+        backend, oracle = backend_of(cache, 2), DenseOracle()
+        table = torch.arange(cache.num_pages, dtype=torch.int32)[None]
+        for start, count in ((0, length - 100), (length - 100, 100), (length, 1)):
+            rows = SequenceRows(
+                slots=np.zeros(1, np.int32),
+                query_starts=np.array([0, count], np.int32),
+                kv_lengths=np.array([start + count], np.int32),
+                positions=np.arange(start, start + count, dtype=np.int32),
+                page_table=table,
+            )
+            query, key, value = torch.randn(count, 4, 64).to(dtype).split([2, 1, 1], dim=1)
+            expected = oracle.attend(rows, query, key, value)
+            with named((dtype, start)):
+                output = attend(backend, rows, query, key, value).double()
+                torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
+
+
 @pytest.fixture
 def no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -408,6 +493,17 @@ def test_auto_takes_the_best_instruction_set_that_the_processor_runs(processor):
             assert instruction_sets.candidate_sets("auto")[0].name == best
     processor([*features["avx2"], "amx_tile", "amx_bf16"])
     assert [each.name for each in usable_sets()] == ["avx2", "generic"]
+
+
+def test_two_instruction_sets_multiply_bf16(processor):
+    features = {each.name: each.features for each in instruction_sets.INSTRUCTION_SETS}
+    for name, each in features.items():
+        processor(each)
+        expected = name if name in ("amx", "avx512_bf16") else None
+        assert instruction_sets.bfloat16_instructions("auto") == expected, name
+    processor(features["amx"])
+    assert instruction_sets.bfloat16_instructions("avx512") is None
+    assert instruction_sets.bfloat16_instructions("avx512_bf16") == "avx512_bf16"
 
 
 def test_a_forced_instruction_set_that_the_processor_lacks_is_refused(processor):

@@ -7,9 +7,9 @@ import torch
 from rows import named
 
 from tokasaurus.model.backend.cpu import operators
-from tokasaurus.model.backend.cpu.instruction_sets import usable_sets
 from tokasaurus.model.backend.cpu.operators import CompiledOperators
 from tokasaurus.model.backend.reference_operators import REFERENCE_OPERATORS
+from tokasaurus.model.instruction_sets import usable_sets
 
 SETS = [instructions.name for instructions in usable_sets()]
 # Rows and size; sizes with and without a rest behind the last whole vector.

@@ -7,7 +7,7 @@ import torch
 from rows import named
 
 from tokasaurus.errors import ConfigError
-from tokasaurus.model.backend.cpu.instruction_sets import usable_sets
+from tokasaurus.model.instruction_sets import usable_sets
 from tokasaurus.model.layers.linear import Embedding, Linear
 from tokasaurus.model.linear_methods.base import LinearSpec, Sharding
 from tokasaurus.model.linear_methods.registry import choose_linear

@@ -10,14 +10,22 @@ import torch
 import transformers
 from adjustment_oracle import adjusted_logits, random_adjustments
 from rows import named
-from test_sampler import parameters
+from sampling_driver import (
+    adjusted_by,
+    draw,
+    enter_slots,
+    logprobs_of,
+    parameters,
+    processed,
+    record,
+    sent,
+)
 
 from tokasaurus.errors import ProtocolError
 from tokasaurus.model.sampling import adjustments as adjustments_module
 from tokasaurus.model.sampling import history as history_module
 from tokasaurus.model.sampling.adjustments import AdjustmentTable
 from tokasaurus.model.sampling.history import History
-from tokasaurus.model.sampling.sampler import draw, logprobs_of, processed
 from tokasaurus.protocol.messages import (
     AdjustedSlots,
     Adjustments,
@@ -48,13 +56,14 @@ def enter(table, entries):
             slots_of_one = np.array([slot], np.int32)
             adjusted.append(AdjustedSlots(slots_of_one, index, np.array(ids, np.int32)))
     zeros = np.zeros(count, np.int32)
-    table.enter(
+    enter_slots(
+        table,
         SlotParameters(
             *(slots, samplings, np.arange(count, dtype=np.int32), np.zeros(count, np.int64), zeros),
             num_generated=np.array([len(entry[3]) for entry in entries], np.int32),
             num_logprobs=zeros,
             adjusted=tuple(adjusted),
-        )
+        ),
     )
 
 
@@ -63,7 +72,7 @@ def one(adjustments, prompt, generated, logits):
     table = make_table(1, len(logits))
     enter(table, [(0, adjustments, prompt, generated)])
     numbers = np.array([len(generated)], np.int32)
-    return table.adjusted(torch.tensor([logits]), np.zeros(1, np.int32), numbers)[0]
+    return adjusted_by(table, torch.tensor([logits]), np.zeros(1, np.int32), numbers)[0]
 
 
 def check_random_table(seed):
@@ -91,7 +100,7 @@ def check_random_table(seed):
         logits = torch.randn(len(slots), vocab_size) * 3
         before = logits.clone()
         numbers = np.array([len(living[slot][2]) for slot in slots], np.int32)
-        adjusted = table.adjusted(logits, np.array(slots, np.int32), numbers)
+        adjusted = adjusted_by(table, logits, np.array(slots, np.int32), numbers)
         assert torch.equal(logits, before)
         for row, slot in enumerate(slots):
             expected = logits[row].double()
@@ -101,7 +110,7 @@ def check_random_table(seed):
                 )
             torch.testing.assert_close(adjusted[row].double(), expected, atol=2e-5, rtol=1e-6)
         drawn = [chance.randrange(min(12, vocab_size)) for _ in slots]
-        table.record(np.array(slots, np.int32), torch.tensor(drawn))
+        record(table, np.array(slots, np.int32), torch.tensor(drawn))
         for slot, token_id in zip(slots, drawn, strict=True):
             living[slot][2].append(token_id)
 
@@ -218,9 +227,9 @@ def test_bad_words_work_before_any_id_is_recorded():
     enter(table, [(0, Adjustments(bad_words=((1, 2),)), [0], [])])
     logits, slots = torch.zeros(1, 3), np.zeros(1, np.int32)
     numbers = np.arange(2, dtype=np.int32)
-    assert table.adjusted(logits, slots, numbers[:1]).tolist() == [[0, 0, 0]]
-    table.record(slots, torch.tensor([1]))
-    assert table.adjusted(logits, slots, numbers[1:]).tolist() == [[0, 0, -np.inf]]
+    assert adjusted_by(table, logits, slots, numbers[:1]).tolist() == [[0, 0, 0]]
+    record(table, slots, torch.tensor([1]))
+    assert adjusted_by(table, logits, slots, numbers[1:]).tolist() == [[0, 0, -np.inf]]
 
 
 def test_if_every_token_would_be_masked_none_is():
@@ -237,12 +246,12 @@ def test_rows_without_adjustments_are_unchanged():
     table = make_table(4, 8)
     logits, numbers = torch.randn(2, 8), np.zeros(2, np.int32)
     slots = np.array([1, 2], np.int32)
-    assert table.adjusted(logits, slots, numbers) is logits
+    assert adjusted_by(table, logits, slots, numbers) is logits
     enter(table, [(2, Adjustments(bias=((1, 5.0),)), [1], []), (3, None, [1], [])])
-    assert torch.equal(table.adjusted(logits, slots, numbers)[0], logits[0])
-    assert table.adjusted(logits, np.array([3, 1], np.int32), numbers) is logits
+    assert torch.equal(adjusted_by(table, logits, slots, numbers)[0], logits[0])
+    assert adjusted_by(table, logits, np.array([3, 1], np.int32), numbers) is logits
     enter(table, [(2, None, [1], [])])
-    assert table.adjusted(logits, slots, numbers) is logits
+    assert adjusted_by(table, logits, slots, numbers) is logits
 
 
 def test_histories_are_kept_only_where_adjustments_read_generated_ids():
@@ -254,9 +263,10 @@ def test_histories_are_kept_only_where_adjustments_read_generated_ids():
     assert not history.keeps.any()
     enter(table, [(7, Adjustments(repetition_penalty=1.5), [1] * 100, [2])])
     enter(table, [(8, Adjustments(presence_penalty=1.5), [1] * 100, [])])
-    assert table.record(np.array([8, 7, 9], np.int32), torch.tensor([1, 2, 3])) is None
+    assert record(table, np.array([8, 7, 9], np.int32), torch.tensor([1, 2, 3])) is None
     assert history.lengths[[7, 8, 9]].tolist() == [2, 1, 0]
-    assert history.tails(np.array([7, 8], np.int32), 3, -1).tolist() == [[-1, 2, 2], [-1, -1, 1]]
+    tails = sent(history.plan_tails, np.array([7, 8], np.int32), 3)
+    assert history.tails(tails, -1).tolist() == [[-1, 2, 2], [-1, -1, 1]]
     enter(table, [(7, Adjustments(bias=((1, 5.0),)), [1], []), (8, None, [1], [])])
     assert not history.keeps.any()
     assert not history.lengths.any()
@@ -271,11 +281,11 @@ def test_slots_that_leave_are_forgotten_before_others_enter():
     slots = np.arange(2, dtype=np.int32)
     enter(table, [(0, penalty, [1], [2] * 600), (1, None, [1], [])])
     logits = torch.ones(2, 8)
-    assert not torch.equal(table.adjusted(logits, slots, slots), logits)
+    assert not torch.equal(adjusted_by(table, logits, slots, slots), logits)
     table.leave(slots)
-    assert table.adjusted(logits, slots, slots) is logits
+    assert adjusted_by(table, logits, slots, slots) is logits
     enter(table, [(2, penalty, [1], [2] * 900)])
-    assert table.record(np.array([2], np.int32), torch.tensor([4])) is None
+    assert record(table, np.array([2], np.int32), torch.tensor([4])) is None
     assert history.lengths.tolist() == [0, 0, 901, 0]
 
 
@@ -286,10 +296,10 @@ def test_a_sequence_whose_tokens_cannot_be_remembered_is_cut():
     penalty = Adjustments(frequency_penalty=1.0)
     enter(table, [(0, None, [1], []), (1, penalty, [1], [2] * 512), (2, penalty, [1], [3] * 255)])
     slots = np.arange(3, dtype=np.int32)
-    assert table.record(slots, torch.tensor([4, 5, 6])).tolist() == [1]
-    assert table.record(slots, torch.tensor([4, 5, 6])).tolist() == [1]
+    assert record(table, slots, torch.tensor([4, 5, 6])).tolist() == [1]
+    assert record(table, slots, torch.tensor([4, 5, 6])).tolist() == [1]
     enter(table, [(1, penalty, [1], [])])
-    assert table.record(slots, torch.tensor([4, 5, 6])) is None
+    assert record(table, slots, torch.tensor([4, 5, 6])) is None
 
 
 def test_layouts_that_are_kept_are_bounded(monkeypatch):
@@ -300,8 +310,11 @@ def test_layouts_that_are_kept_are_bounded(monkeypatch):
     monkeypatch.setattr(adjustments_module, "_MAX_LAYOUT_ELEMENTS", 250)
     numbers = np.zeros(2, np.int32)
     for slots in ([0], [1], [2], [3, 4], [5], [6, 7, 0]):
-        adjusted = table.adjusted(
-            torch.zeros(len(slots), 100), np.array(slots, np.int32), numbers[:1].repeat(len(slots))
+        adjusted = adjusted_by(
+            table,
+            torch.zeros(len(slots), 100),
+            np.array(slots, np.int32),
+            numbers[:1].repeat(len(slots)),
         )
         assert (adjusted == 1).all()
         kept = [layout.num_elements for layout in table._layouts.values()]
@@ -336,8 +349,8 @@ def test_impossible_adjustments_are_refused():
     ):
         group = AdjustedSlots(np.array([slot], np.int32), 0, np.array(ids, np.int32))
         samplings = (Sampling(adjustments=adjustments),)
-        parameters = SlotParameters(
+        entering = SlotParameters(
             *(zero, samplings, zero, np.zeros(1, np.int64), zero, zero, zero, (group,))
         )
         with named(message), pytest.raises(ProtocolError, match=message):
-            make_table(4, 8).enter(parameters)
+            enter_slots(make_table(4, 8), entering)

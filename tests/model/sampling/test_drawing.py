@@ -8,10 +8,10 @@ import torch
 
 from tokasaurus.model.sampling import drawing
 from tokasaurus.model.sampling.adjustments import AdjustmentTable
-from tokasaurus.model.sampling.drawing import draw_tokens, score_prompts
+from tokasaurus.model.sampling.drawing import draw_tokens, plan_draws, plan_scores, score_prompts
 from tokasaurus.model.sampling.history import History
 from tokasaurus.model.sampling.parameters import SamplingParameters
-from tokasaurus.model.sampling.rows import PromptRows, SamplingRows
+from tokasaurus.model.upload import Staging
 
 VOCAB_SIZE, HIDDEN_SIZE, NUM_ROWS = 5000, 8, 40
 CPU = torch.device("cpu")
@@ -58,16 +58,24 @@ def make_parameters(num_rows):
 def draw_and_score(model, hidden, sampled, scored):
     """Every tensor that comes out when these rows draw, and those are scored."""
     adjustments = AdjustmentTable(NUM_ROWS, VOCAB_SIZE, History(NUM_ROWS, 1, 1, CPU), CPU)
-    drawing_rows = SamplingRows(
-        torch.tensor(sampled),
+    staging = Staging(CPU)
+    drawing_rows = plan_draws(
+        np.array(sampled, np.int32),
         np.arange(len(sampled), dtype=np.int32),
-        torch.arange(len(sampled)),
         make_parameters(len(sampled)),
+        adjustments,
+        VOCAB_SIZE,
+        staging,
     )
-    prompt_rows = PromptRows(
-        torch.tensor(scored), torch.arange(len(scored)) * 100, make_parameters(len(scored))
+    prompt_rows = plan_scores(
+        np.array(scored),
+        np.arange(len(scored), dtype=np.int32) * 100,
+        make_parameters(len(scored)),
+        VOCAB_SIZE,
+        staging,
     )
-    tokens, logprobs = draw_tokens(model, hidden, drawing_rows, adjustments, None)
+    staging.send()
+    tokens, logprobs = draw_tokens(model, hidden, drawing_rows, None)
     prompt = score_prompts(model, hidden, prompt_rows)
     return [tokens, *vars(logprobs).values(), *vars(prompt).values()]
 

@@ -6,21 +6,12 @@ import numpy as np
 import pytest
 import torch
 from rows import named
+from sampling_driver import draw, logprobs_of, parameters, processed, sent
 
-from tokasaurus.model import upload
-from tokasaurus.model.sampling import sampler
-from tokasaurus.model.sampling.parameters import SamplingParameters
+from tokasaurus.model.sampling import logit_rows, sampler
+from tokasaurus.model.sampling.kinds import Kind, plan_rows
 from tokasaurus.model.sampling.randomness import uniforms
-from tokasaurus.model.sampling.sampler import draw, logprobs_of, processed
 from tokasaurus.protocol.messages import LogprobsMode
-
-
-def parameters(num_rows, **columns):
-    """Neutral parameters with some columns set."""
-    result = SamplingParameters.neutral(num_rows)
-    for name, values in columns.items():
-        result[name][:] = values
-    return result
 
 
 def ranking(logits):
@@ -31,7 +22,7 @@ def ranking(logits):
 def kept_by_oracle(logits, temperature, top_k, top_p, min_p):
     """The ids that the filters keep, one filter after the other, in float64."""
     scores = [x / (temperature or 1) for x in logits]
-    weights = [np.exp(x - max(scores)) for x in scores]
+    weights = np.exp(np.array(scores) - max(scores)).tolist()
     left = ranking(logits)
     if top_k > 0:
         left = left[:top_k]
@@ -81,49 +72,53 @@ def check_filters(vocab_size):
 
 def test_filters_keep_what_the_oracle_keeps(monkeypatch):
     """Few candidates force the full sort, as does a device that must not be asked."""
-    for candidates, answers_at_once in ((4, True), (512, True), (4, False)):
+    for candidates, answers_at_once, few in ((4, True, 0), (512, True, 1 << 18), (4, False, 0)):
+        monkeypatch.setattr(sampler, "_FEW_WEIGHTS", few)
         monkeypatch.setattr(sampler, "_NUCLEUS_CANDIDATES", candidates)
         monkeypatch.setattr(sampler, "_answers_at_once", lambda _, answer=answers_at_once: answer)
         for vocab_size in (7, 300):
             with named((candidates, answers_at_once, vocab_size)):
                 check_filters(vocab_size)
+    monkeypatch.undo()
+    # Large enough for top_p to list candidates; the last block is short.
+    check_filters(2 * 64 * 64 + 77)
 
 
 def test_a_device_that_is_not_asked_draws_the_same_tokens(monkeypatch):
     """From peaked and flat logits, with and without ties; the candidates are enough for some."""
-    short = []
-    whole_ranking = sampler._last_of_sorted
+    counts = []
+    find_nucleus = sampler._nucleus
 
-    def counted(scores, shares):
-        short.append(len(scores))
-        return whole_ranking(scores, shares)
+    def counted(logits, columns):
+        nucleus, short = find_nucleus(logits, columns)
+        counts.append((len(short), len(logits)))
+        return nucleus, short
 
-    monkeypatch.setattr(sampler, "_last_of_sorted", counted)
-    for seed in range(40):
+    monkeypatch.setattr(sampler, "_nucleus", counted)
+    for seed in range(16):
         rng = np.random.default_rng(seed)
-        logits, chosen = random_batch(50, vocab_size=1500, seed=seed)
+        logits, chosen = random_batch(50, vocab_size=9000, seed=seed)
         logits *= torch.from_numpy(rng.choice([0, 0.1, 0.5, 1], (50, 1)).astype(np.float32))
         if seed % 2:
             logits = logits.round()
-        short.clear()
         asked = draw(logits, chosen), processed(logits, chosen).isfinite()
-        # Temperature 0 draws without filters.
-        num_asking = ((chosen["top_p"] < 1) & (chosen["top_k"] == 0)).sum()
-        assert 0 < short[-1] < num_asking, seed
+        num_asked = len(counts)
         with monkeypatch.context() as patch:
             patch.setattr(sampler, "_answers_at_once", lambda _: False)
             unasked = draw(logits, chosen), processed(logits, chosen).isfinite()
-        assert short[-1] == num_asking, seed
+        assert len(counts) == num_asked, seed
         assert torch.equal(asked[0], unasked[0]), seed
         assert torch.equal(asked[1], unasked[1]), seed
+    num_short, num_rows = np.sum(counts, axis=0)
+    assert num_rows > 200
+    assert 0.1 * num_rows < num_short < 0.9 * num_rows
 
 
 def test_another_device_is_never_asked(monkeypatch):
     """Tensors of the meta device have no values, so a question about them raises."""
-    monkeypatch.setattr(upload, "_sent", lambda host, device: host.to(device))
     logits, chosen = random_batch(60)
     tokens = draw(logits.to("meta"), chosen)
-    logprobs = logprobs_of(logits.to("meta"), tokens, chosen, width=6, ranked=True)
+    logprobs = logprobs_of(logits.to("meta"), tokens, chosen, width=6, with_ranks=True)
     assert (tokens.device.type, tokens.shape, logprobs.top.shape) == ("meta", (60,), (60, 6))
     monkeypatch.setattr(sampler, "_answers_at_once", lambda _: True)
     monkeypatch.setattr(sampler, "_NUCLEUS_CANDIDATES", 8)
@@ -174,11 +169,32 @@ def test_draws_follow_the_exact_probabilities():
             check_distribution(filters)
 
 
-def test_a_number_picks_the_token_whose_share_contains_it():
+def check_numbers(kind, filters):
     """Zero weights are never drawn, not even by the extreme numbers."""
-    weights = torch.tensor([0.0, 0.5, 0.0, 1.0, 0.25, 0.0, 0.0]).repeat(6, 1)
-    numbers = torch.tensor([0.0, 0.2857, 0.2858, 0.857, 0.858, 1 - 2.0**-53], dtype=torch.float64)
-    assert sampler._invert(weights, numbers).tolist() == [1, 1, 3, 3, 4, 4]
+    weights = torch.tensor([0.0, 0.5, 0.0, 1.0, 0.25, 0.0, 0.0])
+    numbers = np.array([0.0, 0.2857, 0.2858, 0.857, 0.858, 1 - 2.0**-53])
+    logits = torch.full((len(numbers), 3000), -torch.inf)
+    logits[:, 1500:1507] = weights.log()
+    chosen = parameters(len(numbers), **filters)
+    plan = sent(plan_rows, chosen, logits.shape[1], draws=True)
+    assert [rows.kind for rows in plan] == [kind]
+    plan[0].numbers.tensor[:] = torch.from_numpy(numbers)[:, None]
+    drawn = sampler.draw(logits, plan) - 1500
+    assert drawn.tolist() == [1, 1, 3, 3, 4, 4], kind
+
+
+def test_a_number_picks_the_token_whose_share_contains_it(monkeypatch):
+    """In the order of the ids, whatever the kind of row."""
+    for kind, filters in (
+        (Kind.WHOLE, {}),
+        (Kind.WHOLE, {"min_p": 0.2}),
+        (Kind.LISTED, {"top_k": 3}),
+        (Kind.NUCLEUS, {"top_p": 0.999}),
+        (Kind.SORTED, {"top_k": 2999}),
+    ):
+        for few in (0, 1 << 18):
+            monkeypatch.setattr(sampler, "_FEW_WEIGHTS", few)
+            check_numbers(kind, filters)
 
 
 def test_weights_that_diverged_draw_some_token():
@@ -216,6 +232,20 @@ def test_a_large_vocabulary_is_drawn_exactly():
     assert np.abs(tokens - expected).max() <= 1
 
 
+def test_a_draw_is_that_of_a_cumulated_vocabulary():
+    """The sums by blocks decide nothing: one sum over all tokens, in float64, picks the same."""
+    n = 300
+    for vocab_size, spread in ((50_001, 0.1), (50_001, 4), (300, 1), (256, 1)):
+        rng = np.random.default_rng(vocab_size)
+        logits = torch.from_numpy(rng.normal(0, spread, vocab_size).astype(np.float32))
+        chosen = parameters(n, temperature=0.7, seed=np.arange(n))
+        scores = logits / np.float32(0.7)
+        cumulative = (scores - scores.max()).exp().numpy().cumsum(dtype=np.float64)
+        numbers = uniforms(chosen["seed"], chosen["sample_index"], chosen["num_generated"])
+        expected = np.searchsorted(cumulative, numbers * cumulative[-1], side="right")
+        assert draw(logits.repeat(n, 1), chosen).tolist() == expected.tolist(), vocab_size
+
+
 def random_batch(num_rows, vocab_size=500, seed=11):
     rng = np.random.default_rng(seed)
     logits = torch.from_numpy(rng.normal(0, 3, (num_rows, vocab_size)).astype(np.float32))
@@ -234,14 +264,62 @@ def random_batch(num_rows, vocab_size=500, seed=11):
     return logits, chosen
 
 
-def test_a_draw_does_not_depend_on_the_rows_around_it():
-    logits, chosen = random_batch(80)
+def check_rows_alone(vocab_size):
+    logits, chosen = random_batch(80, vocab_size)
     together = draw(logits, chosen)
+    kept = processed(logits, chosen)
     for row in range(80):
-        assert draw(logits[row : row + 1], chosen.take(slice(row, row + 1))) == together[row]
+        one = (logits[row : row + 1], chosen.take(slice(row, row + 1)))
+        assert draw(*one) == together[row], row
+        assert torch.equal(processed(*one)[0], kept[row]), row
     order = np.random.default_rng(0).permutation(80)[:50]
     shuffled = draw(logits[torch.from_numpy(order)], chosen.take(order))
     assert torch.equal(shuffled, together[torch.from_numpy(order)])
+
+
+def test_a_draw_does_not_depend_on_the_rows_around_it():
+    """Rows of all kinds are in the batch; a small vocabulary is sorted, a large one is not."""
+    for vocab_size in (500, 9000):
+        with named(vocab_size):
+            check_rows_alone(vocab_size)
+
+
+def test_each_row_is_of_the_kind_that_its_parameters_need():
+    cases = [
+        ({}, Kind.WHOLE),
+        ({"temperature": 0.5, "min_p": 0.1}, Kind.WHOLE),
+        ({"temperature": 0, "top_k": 3}, Kind.GREEDY),
+        ({"top_k": 1}, Kind.LISTED),
+        ({"top_k": 78, "top_p": 0.5, "min_p": 0.1}, Kind.SORTED),
+        ({"top_k": 64, "top_p": 0.5, "min_p": 0.1}, Kind.LISTED),
+        ({"top_k": 10_000}, Kind.WHOLE),
+        ({"top_k": 10_000, "top_p": 0.5}, Kind.NUCLEUS),
+    ]
+    chosen = parameters(len(cases))
+    for row, (columns, _) in enumerate(cases):
+        for name, value in columns.items():
+            chosen[name][row] = value
+    plan = sent(plan_rows, chosen, 10_000, draws=True)
+    kinds = {int(i): rows.kind for rows in plan for i in rows.index.tensor}
+    assert [kinds[row] for row in range(len(cases))] == [kind for _, kind in cases]
+    # Rows of one kind pay for nothing that only other kinds need.
+    for rows in plan:
+        assert (rows.numbers is None) == (rows.kind is Kind.GREEDY)
+        assert (rows.top_k is not None) == (rows.kind in (Kind.LISTED, Kind.SORTED))
+    # Scores do not depend on what is drawn.
+    plan = sent(plan_rows, chosen, 10_000, draws=False)
+    assert all(rows.numbers is None and rows.kind is not Kind.GREEDY for rows in plan)
+
+
+def test_the_size_of_parts_changes_no_number(monkeypatch):
+    logits, chosen = random_batch(60, vocab_size=9000)
+    whole = draw(logits, chosen), processed(logits, chosen)
+    for cached in (1, 9000 * 7, 9000 * 1000):
+        monkeypatch.setattr(logit_rows, "_CACHED", cached)
+        for one, other in zip(
+            whole, (draw(logits, chosen), processed(logits, chosen)), strict=True
+        ):
+            assert torch.equal(one, other), cached
 
 
 def test_a_draw_depends_on_seed_sample_and_position():
@@ -273,13 +351,13 @@ def test_logprobs_are_those_of_the_oracle():
             torch.testing.assert_close(
                 result.chosen[row].double(), expected[tokens[row]], atol=1e-5, rtol=1e-5
             )
-            best = expected.topk(max(wanted, 1))
-            assert result.top_ids[row, :wanted].tolist() == best.indices[:wanted].tolist()
+            best = ranking(scores.tolist())[: max(wanted, 1)]
+            assert result.top_ids[row, :wanted].tolist() == best[:wanted]
             torch.testing.assert_close(
-                result.top[row, :wanted].double(), best.values[:wanted], atol=1e-5, rtol=1e-5
+                result.top[row, :wanted].double(), expected[best[:wanted]], atol=1e-5, rtol=1e-5
             )
             # The best token's number is the same bit for bit.
-            if wanted and tokens[row] == best.indices[0]:
+            if wanted and tokens[row] == best[0]:
                 assert result.chosen[row] == result.top[row, 0]
         assert result.top_ids[row, max(wanted, 0) :].eq(-1).all()
         assert result.top[row, max(wanted, 0) :].isnan().all()
@@ -302,7 +380,7 @@ def test_logprobs_beyond_the_vocabulary_are_empty():
 def test_ranks_count_higher_logits():
     logits = torch.tensor([[3.0, 1.0, 3.0, 2.0]]).repeat(4, 1)
     result = logprobs_of(
-        logits, torch.arange(4), parameters(4, num_logprobs=[0, 0, 2, -1]), width=2, ranked=True
+        logits, torch.arange(4), parameters(4, num_logprobs=[0, 0, 2, -1]), width=2, with_ranks=True
     )
     assert result.ranks.tolist() == [1, 4, 1, -1]
 

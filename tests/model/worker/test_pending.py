@@ -15,7 +15,7 @@ from worker_script import contents, ids, ints, load_vocabulary, run, script
 
 from tokasaurus.errors import EngineError, ProtocolError
 from tokasaurus.model.download import Download
-from tokasaurus.model.sampling.sampler import Logprobs
+from tokasaurus.model.sampling.logprobs import Logprobs
 from tokasaurus.model.worker.clock import EventClock, HostClock
 from tokasaurus.model.worker.pending import InFlight, Outputs
 from tokasaurus.model.worker.worker import Worker

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from rows import named
+from sampling_driver import sent
 
 from tokasaurus.model.worker.pooling import Pooler
 from tokasaurus.protocol.messages import Pooling
@@ -61,9 +62,10 @@ def check_random_batches(seed):
         if not chunks:
             continue
         hidden = torch.cat([torch.randn(num_decodes, HIDDEN, generator=generator), *rows])
-        found = pooler.pool(batch(chunks, num_decodes, entering), hidden)
-        assert (found is None) == (not any(chunk[-1] for chunk in chunks))
-        if found is not None:
+        plan = sent(pooler.plan, batch(chunks, num_decodes, entering))
+        assert (plan is None) == (not any(chunk[-1] for chunk in chunks))
+        if plan is not None:
+            found = pooler.pool(plan, hidden)
             wanted = torch.stack(expected) if expected else torch.empty(0, HIDDEN)
             torch.testing.assert_close(found, wanted)
     assert len(pooler._sums) <= 6

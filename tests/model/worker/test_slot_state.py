@@ -8,6 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from sampling_driver import adjusted_by
 from worker_driver import Driver, Enter, worker_config
 
 from tokasaurus.model.sampling.parameters import SamplingParameters
@@ -37,16 +38,16 @@ def test_only_ends_of_prompts_and_scored_rows_need_logits(driver, state):
     driver.start(0)
     driver.start(1)
     planned = state.apply(driver.batch(prefill=[Enter(0, [7] * 50, ends_prompt=False)]))
-    assert planned.sampling.rows.tolist() == []
+    assert planned.sampling.rows.tensor.tolist() == []
     assert planned.prompt is None
     planned = state.apply(driver.batch(prefill=[Enter(0, [7] * 50, 50), Enter(1, [8] * 9)]))
-    assert planned.sampling.rows.tolist() == [49, 58]
+    assert planned.sampling.rows.tensor.tolist() == [49, 58]
     assert planned.prompt is None
     prompt = list(range(20, 29))
     planned = state.apply(driver.batch([0], [Enter(1, prompt, num_prompt_logprobs=0)]))
-    assert planned.sampling.rows.tolist() == [0, 9]
-    assert planned.prompt.rows.tolist() == list(range(1, 9))
-    assert planned.prompt.next_ids.tolist() == prompt[1:]
+    assert planned.sampling.rows.tensor.tolist() == [0, 9]
+    assert planned.prompt.rows.tensor.tolist() == list(range(1, 9))
+    assert planned.prompt.next_ids.tensor.tolist() == prompt[1:]
 
 
 def test_cleared_tables_are_as_new_and_stay_in_place(driver, state):
@@ -63,13 +64,13 @@ def test_cleared_tables_are_as_new_and_stay_in_place(driver, state):
     planned = state.apply(msgspec.structs.replace(batch, parameters=parameters))
     state.record(planned.sampling, torch.tensor([4, 5, 6]))
     logits, slots = torch.ones(3, 100), np.arange(3, dtype=np.int32)
-    assert state.adjustments.adjusted(logits, slots, slots * 0 + 1) is not logits
+    assert adjusted_by(state.adjustments, logits, slots, slots * 0 + 1) is not logits
     state.clear()
     assert [tensor.data_ptr() for tensor in tensors] == addresses
     assert not any(tensor.any() for tensor in tensors)
     assert not state.lengths.any()
     assert not state.pages_held.any()
-    assert state.adjustments.adjusted(logits, slots, slots * 0 + 1) is logits
+    assert adjusted_by(state.adjustments, logits, slots, slots * 0 + 1) is logits
     neutral = SamplingParameters.neutral(driver.config.num_slots)
     for name in ("temperature", "top_k", "seed", "num_logprobs", "num_generated"):
         assert state.sampling[name].tolist() == neutral[name].tolist(), name

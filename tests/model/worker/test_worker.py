@@ -10,21 +10,36 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import VOCAB_SIZE
+from fake_vocabulary import VOCABULARY
 from rows import named
 from torch.nn.modules.module import register_module_forward_pre_hook
 from worker_driver import Driver, Enter, generate, make_driver, worker_config
 
 from tokasaurus.errors import ModelError, ProtocolError
+from tokasaurus.model import upload
 from tokasaurus.model.llama import LlamaModel
-from tokasaurus.model.sampling.matchers import TokenMasks
+from tokasaurus.model.sampling.matchers import SentMasks
 from tokasaurus.model.worker.worker import Worker
-from tokasaurus.protocol.messages import ForwardBatch, ForwardResult, Sampling
+from tokasaurus.protocol.messages import (
+    AdjustedSlots,
+    Adjustments,
+    ForwardBatch,
+    ForwardResult,
+    LogprobsMode,
+    Pooling,
+    Sampling,
+    SlotGrammar,
+)
 from tokasaurus.protocol.wire import Codec
 
 
 @pytest.fixture
 def driver(checkpoint):
     return make_driver(checkpoint("llama", tied=True))
+
+
+def ints(values):
+    return np.array(values, np.int32)
 
 
 def ids(count, seed=0):
@@ -253,13 +268,13 @@ def test_warm_up_runs_the_largest_batches(checkpoint):
 def test_warm_up_uses_the_memory_of_masks_for_every_row(checkpoint, monkeypatch):
     """No row of the warm-up has a grammar, and the worker has no vocabulary here."""
     masked = []
-    apply = TokenMasks.apply
+    apply = SentMasks.apply
 
     def count(masks, adjusted, logits, part):
-        masked.append((len(masks.rows), len(logits)))
+        masked.append((len(masks._rows), len(logits)))
         return apply(masks, adjusted, logits, part)
 
-    monkeypatch.setattr(TokenMasks, "apply", count)
+    monkeypatch.setattr(SentMasks, "apply", count)
     worker = Worker(worker_config(checkpoint("llama", tied=True), max_tokens_per_forward=300))
     worker.warm_up()
     assert masked == [(2, 2), (8, 8), (8, 8)]
@@ -302,3 +317,93 @@ def test_sampling_depends_on_the_slot_and_not_on_the_row(checkpoint):
         order = order[1:] + order[:1]
         among.append(int(driver.step(decode=order).token_ids[order.index(3)]))
     assert among == alone
+
+
+def everything(driver, slots, forks):
+    """A batch in which prompts of these slots enter, which ask for everything there is."""
+    for slot in (*slots, *forks):
+        kind = {0: 0.0, 1: 0.7, 2: 1.0}[slot % 3]
+        filters = ({}, {"top_k": 5}, {"top_p": 0.8, "min_p": 0.1}, {"min_p": 0.2}, {"top_k": 200})
+        driver.start(
+            slot,
+            Sampling(
+                temperature=kind,
+                **filters[slot % 5],
+                logprobs_mode=LogprobsMode(slot % 3),
+                adjustments=Adjustments(
+                    bad_words=((1,), (2, 3)),
+                    min_tokens=3,
+                    late_ids=(4,),
+                    bias=((5, 1.0),),
+                    repetition_penalty=1.2,
+                    frequency_penalty=0.3,
+                )
+                if slot % 2
+                else None,
+            ),
+            seed=slot,
+            num_logprobs=slot % 4 - 1,
+            num_generated=2,
+        )
+    first, *others = slots
+    entering = [Enter(first, ids(20), num_prompt_logprobs=2, forks=forks)]
+    entering += [Enter(slot, ids(9, slot), num_prompt_logprobs=slot % 3 - 1) for slot in others]
+    batch = driver.batch(prefill=entering)
+    parameters = msgspec.structs.replace(
+        batch.parameters,
+        adjusted=tuple(
+            AdjustedSlots(np.array([slot], np.int32), index, np.array([7, 8, slot, 9, 9], np.int32))
+            for index, slot in enumerate((*slots, *forks))
+            if slot % 2
+        ),
+    )
+    pooling = np.resize(np.array([Pooling.MEAN, Pooling.LAST], np.int32), len(entering))
+    return msgspec.structs.replace(batch, parameters=parameters, prefill_pooling=pooling)
+
+
+def test_a_batch_is_sent_in_one_transfer(checkpoint, monkeypatch):
+    """Whatever its rows ask for. The masks of grammars, which follow from results, come alone."""
+    padding = [b""] * (VOCAB_SIZE - len(VOCABULARY.tokens))
+    vocabulary = dataclasses.replace(VOCABULARY, tokens=[*VOCABULARY.tokens, *padding])
+    config = worker_config(checkpoint("llama", tied=True), num_slots=16, max_seqs_per_forward=16)
+    driver = Driver(Worker(config, lambda: vocabulary), config)
+    sizes, send = [], upload._sent
+    run = driver.worker._runner.run
+
+    def counted(host, device):
+        sizes.append(host.numel())
+        return send(host, device)
+
+    def attend(planned):
+        """What attention sends is its own affair."""
+        with monkeypatch.context() as patch:
+            patch.setattr(upload, "_sent", send)
+            return run(planned)
+
+    monkeypatch.setattr(upload, "_sent", counted)
+    monkeypatch.setattr(driver.worker._runner, "run", attend)
+    num_transfers = []
+
+    def submit(batch):
+        sizes.clear()
+        driver.number += 1
+        result = driver.worker.submit(batch).collect()
+        num_transfers.append(len(sizes))
+        return result
+
+    slots, forks = [0, 1, 2, 3, 4, 5, 6], (7, 9)
+    first = submit(everything(driver, slots, forks))
+    assert len(first.prompt_logprobs) > 20
+    assert first.pooled.shape[0] == len(slots)
+    order = [9, 3, 0, 7, 1, 2, 6, 4, 5]
+    for _ in range(3):
+        result = submit(driver.batch(decode=order))
+        assert np.isfinite(result.logprobs).any()
+    driver.start(11)
+    entering = driver.batch(order, [Enter(11, ids(5), num_prompt_logprobs=1)])
+    grammar = SlotGrammar('start: "ab"', ints([11]), ints([0]), ints([]))
+    parameters = msgspec.structs.replace(entering.parameters, grammars=(grammar,))
+    submit(msgspec.structs.replace(entering, parameters=parameters))
+    submit(driver.batch(decode=[11, *order]))
+    submit(driver.batch(decode=order))
+    assert num_transfers == [1, 1, 1, 1, 2, 2, 1]

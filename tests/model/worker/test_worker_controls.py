@@ -711,7 +711,7 @@ def test_released_memory_goes_back_to_the_system(checkpoint, tmp_path, linear):
     ]
     check_each(rows, check)
     # No second copy of the weights: the largest matrix, and what the allocator keeps of those that
-    # were freed (``_TRIM_BYTES`` of worker/host_memory.py).
+    # were freed (``_TRIM_BYTES`` of host_memory.py).
     limit = 0.25 * weight_bytes + (64 << 20)
     assert limit < 0.8 * weight_bytes
     assert stages["peak of update"] - stages["with weights"] < limit, stages

@@ -43,7 +43,7 @@ class Engine:
         executor = Executor(self.state, {COMPLETIONS: self.operation})
 
         async def ask() -> None:
-            with await executor.execute(self.operation, {"prompt": "one"}, lambda user: "me"):
+            with await executor.execute(self.operation, {"prompt": "one"}, lambda user: "me", 0):
                 pass
 
         asyncio.run(ask())

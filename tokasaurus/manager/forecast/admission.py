@@ -29,10 +29,10 @@ from tokasaurus.manager.forecast.rows import (
     running_rows,
 )
 from tokasaurus.manager.forecast.use_curve import UseCurve
+from tokasaurus.manager.order import priority_of
 from tokasaurus.manager.running import RunningSequences
 from tokasaurus.manager.sequence import Request, Sequence
 from tokasaurus.manager.slots import IndexArray
-from tokasaurus.manager.waiting import priority_of
 from tokasaurus.protocol.arrays import Int64Array
 from tokasaurus.rounding import ceil_div
 
@@ -88,6 +88,10 @@ class AdmissionControl:
         self._refreshed_at = -REFRESH_INTERVAL
         self._refresh_at = 0
         self._question: _Question | None = None  # None where there was room without a forecast
+
+    def mean_tokens(self, max_tokens: int) -> float:
+        """How many tokens a sequence with this limit generates, as far as that is known."""
+        return self._learning.mean_tokens(max_tokens)
 
     @property
     def limit(self) -> int:

@@ -30,6 +30,7 @@ class LengthLearning:
     def __init__(self, config: ManagerConfig, running: RunningSequences) -> None:
         self._config = config.admission
         self._running = running
+        self._max_tokens = config.max_request_tokens
         learns, prior_mean = self._config.learn_lengths, self._config.prior_mean
         self._predictor = LengthPredictor(
             config.max_request_tokens,
@@ -49,6 +50,12 @@ class LengthLearning:
     def num_unlearned(self) -> int:
         """Sequences that ended since the last refresh."""
         return len(self._ended) + len(self._aborted)
+
+    def mean_tokens(self, max_tokens: int) -> float:
+        """How many tokens sequences with this limit generate, as far as that is known."""
+        if not self._config.predict_lengths:
+            return min(max_tokens, self._max_tokens)
+        return self._predictor.mean(max_tokens)
 
     def open(self, request: Request) -> None:
         """The request will have sequences that run."""
@@ -105,7 +112,7 @@ class LengthLearning:
         groups: IntArray,
         num_generated: Int64Array,
         max_tokens: IntArray,
-        numbers: Int64Array,
+        numbers: IntArray,
     ) -> Int64Array:
         """How many tokens sequences will have generated at their end.
 

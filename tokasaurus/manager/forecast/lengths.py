@@ -180,6 +180,8 @@ class LengthPredictor:
         self._tokens_missed: _Floats = np.zeros(num_buckets)
         # The part of ``_tokens`` of the sequences that ran at the last refresh.
         self._running_tokens: _Floats = np.zeros(num_buckets)
+        # What is generated in the mean, with a limit at each edge; None until it is needed.
+        self._means: _Floats | None = None
         self._make_table()
         # What came since the last refresh.
         self._new_siblings: list[Int64Array] = []
@@ -277,7 +279,7 @@ class LengthPredictor:
         groups: IntArray,
         num_generated: IntArray,
         max_tokens: IntArray,
-        numbers: Int64Array,
+        numbers: IntArray,
         num_together: int = 1,
     ) -> Int64Array:
         """How many tokens sequences will have generated at their end, including those so far.
@@ -307,11 +309,21 @@ class LengthPredictor:
         bounded: Int64Array = np.minimum(np.maximum(lengths, num_generated + 1), max_tokens)
         return bounded
 
+    def mean(self, max_tokens: int) -> float:
+        """The mean of what sequences with this limit generate, or the limit if it is smaller."""
+        if self._prior_mean is not None and self._num_known < self._initial_wait:
+            return max(1.0, min(max_tokens, self._max_length) * self._prior_mean)
+        if self._means is None:
+            survival = np.exp(-_FRAILTY_SHAPE * self._risk)
+            in_buckets = self._widths * (survival[:-1] + survival[1:]) / 2
+            self._means = np.append(0.0, np.cumsum(in_buckets))
+        return float(np.interp(max_tokens, self._edges, self._means))
+
     def _learned(
         self,
         groups: IntArray,
         num_generated: IntArray,
-        numbers: Int64Array,
+        numbers: IntArray,
         margin: float,
     ) -> _Floats:
         """[n] lengths at the end."""
@@ -344,6 +356,7 @@ class LengthPredictor:
 
     def _make_table(self) -> None:
         """Computes H at the edges of buckets, and its slope between them."""
+        self._means = None
         tokens, widths = self._tokens, self._widths
         usual = (
             self._sum_max_tokens / self._num_expected if self._num_expected else self._max_length

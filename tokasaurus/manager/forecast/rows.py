@@ -70,7 +70,7 @@ def running_rows(
         slots.length_group[rows],
         slots.known[rows].astype(np.int64),
         slots.max_tokens[rows],
-        slots.order[rows],
+        slots.arrival[rows],
     )
     # The last token is not fed.
     end = np.minimum(slots.prompt_length[rows] + predicted - 1, slots.final_length[rows])
@@ -140,11 +140,11 @@ def candidate_rows(
             num_stored = sequence.num_stored
             alike.append(_Alike(length, num_pages, num_tokens, leaf, group, num_stored, limit))
             counts.append(1)
-            numbers.append(sequence.order)
+            numbers.append(sequence.arrival)
         if num_forks:
             alike.append(_Alike(length, num_pages, 0, leaf, group, 0, limit))
             counts.append(num_forks)
-            numbers += range(sequence.order + 1, sequence.order + 1 + num_forks)
+            numbers += range(sequence.arrival + 1, sequence.arrival + 1 + num_forks)
     # Where few sequences run, a head that happens to be predicted long would hold up the whole
     # queue.
     if numbers:

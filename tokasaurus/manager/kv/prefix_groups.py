@@ -64,11 +64,6 @@ class Groups:
     first_columns: Int32Array
     num_columns: Int32Array
 
-    @property
-    def num_grouped(self) -> int:
-        """Rows that are in a group."""
-        return len(self.slots) - int(self.first_rows.min()) if self.first_rows.size else 0
-
     @classmethod
     def none(cls, slots: IndexArray) -> Groups:
         """These rows, in no groups."""

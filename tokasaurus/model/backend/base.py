@@ -174,9 +174,11 @@ class BackendOptions:
 
     Attributes:
         instruction_set: of the processor, by the name of the flag; "auto" takes the best.
+        use_groups: read the prefix of a group once. None does so where it saves time.
     """
 
     instruction_set: str = "auto"
+    use_groups: bool | None = True
 
 
 DEFAULT_OPTIONS = BackendOptions()
@@ -210,6 +212,15 @@ class Backend(Protocol):
     @classmethod
     def operators(cls, options: BackendOptions) -> Operators:
         """The element-wise kernels. Called only if ``why_not`` returns None."""
+        ...
+
+    def calibrate(self) -> None:
+        """Measures what decisions depend on. Called at most once, when nothing else runs."""
+        ...
+
+    @property
+    def num_grouped_rows(self) -> int:
+        """Decode rows of the batch planned last whose prefix is read once for a group."""
         ...
 
     def plan(self, rows: SequenceRows) -> Attention:

@@ -17,6 +17,7 @@ https://arxiv.org/abs/2402.05099)::
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from tokasaurus.model.backend.base import (
     DEFAULT_OPTIONS,
+    NO_GROUPS,
     BackendOptions,
     HeadNorms,
     Operators,
@@ -50,6 +52,9 @@ class ReferenceBackend:
         self, cache: KVCache, num_heads: int, options: BackendOptions = DEFAULT_OPTIONS
     ) -> None:
         self._cache, self._num_heads = cache, num_heads
+        # It is not fast either way, so it does not measure which is faster.
+        self._uses_groups = bool(options.use_groups)
+        self.num_grouped_rows = 0
 
     @classmethod
     def why_not(cls, options: BackendOptions) -> str | None:
@@ -59,7 +64,14 @@ class ReferenceBackend:
     def operators(cls, options: BackendOptions) -> Operators:
         return REFERENCE_OPERATORS
 
+    def calibrate(self) -> None:
+        """Does nothing."""
+
     def plan(self, rows: SequenceRows) -> ReferenceAttention:
+        if not self._uses_groups:
+            rows = replace(rows, groups=NO_GROUPS)
+        own_columns = _own_columns(rows.groups, rows.num_decodes)
+        self.num_grouped_rows = sum(column > 0 for column in own_columns)
         return ReferenceAttention(self._cache, self._num_heads, rows)
 
 

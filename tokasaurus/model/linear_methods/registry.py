@@ -8,6 +8,7 @@ from dataclasses import replace
 from tokasaurus.errors import ConfigError
 from tokasaurus.model.linear_methods import packed
 from tokasaurus.model.linear_methods.base import LinearMethod, LinearSpec
+from tokasaurus.model.linear_methods.opaque import OpaqueLinear
 from tokasaurus.model.linear_methods.packed import PackedLinear
 from tokasaurus.model.linear_methods.plain import PlainLinear
 from tokasaurus.model.placement import Placement
@@ -42,4 +43,7 @@ def choose_linear(place: Placement) -> Placement:
 
 def make_linear(spec: LinearSpec, place: Placement) -> LinearMethod:
     """The method of this placement for one product."""
-    return _METHODS[place.linear](spec, place)
+    method = _METHODS[place.linear](spec, place)
+    if place.is_traced and place.linear == "packed":
+        return OpaqueLinear(method, spec.in_size, spec.out_size, place.dtype)
+    return method

@@ -8,29 +8,95 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tokasaurus.model.architectures.llama_model import LlamaModel
 from tokasaurus.model.sampling.adjustments import AdjustmentTable
+from tokasaurus.model.sampling.kinds import plan_rows
+from tokasaurus.model.sampling.logprobs import Logprobs, logprobs_of, plan_logprobs
 from tokasaurus.model.sampling.matchers import TokenMasks
 from tokasaurus.model.sampling.parameters import SamplingParameters
-from tokasaurus.model.sampling.rows import PromptRows, SamplingRows
-from tokasaurus.model.sampling.sampler import Logprobs, draw, logprobs_of
+from tokasaurus.model.sampling.rows import DrawingPart, PromptRows, SamplingRows, ScoringPart
+from tokasaurus.model.sampling.sampler import draw
+from tokasaurus.model.upload import Staging
+from tokasaurus.protocol.arrays import Int32Array
 
-__all__ = ["draw_tokens", "score_prompts"]
+__all__ = ["draw_tokens", "plan_draws", "plan_scores", "score_prompts"]
 
 # Elements of the logits of one part: 128 MiB in fp32. Sampling and logprobs take a few times as
 # much while they work on a part, for any number of rows and any vocabulary.
 _MAX_LOGITS = 1 << 25
 
 
-def draw_tokens(
-    model: LlamaModel,
-    hidden: Tensor,
-    rows: SamplingRows,
+def plan_draws(
+    rows: Int32Array,
+    slots: Int32Array,
+    parameters: SamplingParameters,
     adjustments: AdjustmentTable,
-    masks: TokenMasks | None,
+    vocab_size: int,
+    staging: Staging,
+) -> SamplingRows:
+    """Plans the draws of a batch.
+
+    Args:
+        rows: [sampling rows], among those of the batch.
+        slots: [sampling rows], that draw.
+        parameters: of the same rows.
+        adjustments: of all slots. Their histories go on as if the tokens were drawn.
+        vocab_size: of the model.
+        staging: sends what the draws need.
+    """
+    parts = []
+    for part in _parts(len(rows), vocab_size):
+        some = parameters.take(part)
+        parts.append(
+            DrawingPart(
+                part,
+                plan_rows(some, vocab_size, staging, draws=True),
+                plan_logprobs(some, vocab_size, staging),
+                adjustments.plan(slots[part], some["num_generated"], staging),
+            )
+        )
+    num_logprobs = int(parameters["num_logprobs"].max(initial=-1))
+    return SamplingRows(
+        staging.add_indices(rows),
+        slots,
+        staging.add_indices(slots),
+        parts,
+        num_logprobs if num_logprobs >= 0 else None,
+        adjustments.plan_record(slots, staging),
+    )
+
+
+def plan_scores(
+    rows: NDArray[np.intp],
+    next_ids: Int32Array,
+    parameters: SamplingParameters,
+    vocab_size: int,
+    staging: Staging,
+) -> PromptRows:
+    """Plans the logprobs of prompt tokens.
+
+    Args:
+        rows: [prompt tokens], at least one, among those of the batch.
+        next_ids: [prompt tokens].
+        parameters: of the same rows, all of which ask for logprobs.
+        vocab_size: of the model.
+        staging: sends what is needed.
+    """
+    parts = [
+        ScoringPart(part, plan_logprobs(parameters.take(part), vocab_size, staging))
+        for part in _parts(len(rows), vocab_size)
+    ]
+    num_top = int(parameters["num_logprobs"].max())
+    return PromptRows(staging.add_indices(rows), staging.add_indices(next_ids), parts, num_top)
+
+
+def draw_tokens(
+    model: LlamaModel, hidden: Tensor, rows: SamplingRows, masks: TokenMasks | None
 ) -> tuple[Tensor, Logprobs | None]:
     """Draws one token for each sampling row.
 
@@ -38,25 +104,24 @@ def draw_tokens(
         model: its head is used.
         hidden: [rows of the batch, hidden].
         rows: the rows to draw from, and how to sample each.
-        adjustments: of all slots.
         masks: the tokens that grammars allow; None if no row has a grammar.
 
     Returns:
         [sampling rows] int64, and their logprobs if any row asked.
     """
-    tokens = torch.empty(len(rows.rows), dtype=torch.int64, device=hidden.device)
-    wanted = bool((rows.parameters["num_logprobs"] >= 0).any())
-    width = _width(rows.parameters)
-    parts = []
-    for part, logits in _logits(model, hidden, rows.rows):
-        parameters = rows.parameters.take(part)
-        adjusted = adjustments.adjusted(logits, rows.slots[part], parameters["num_generated"])
-        if masks is not None:
-            adjusted = masks.apply(adjusted, logits, part)
-        tokens[part] = draw(adjusted, parameters)
-        if wanted:
-            parts.append(logprobs_of(logits, tokens[part], parameters, width, adjusted))
-    return tokens, Logprobs.joined(parts) if wanted else None
+    tokens = torch.empty(len(rows.slots), dtype=torch.int64, device=hidden.device)
+    sent = masks.send(hidden.device) if masks is not None else None
+    logprobs = []
+    for part in rows.parts:
+        logits = adjusted = _logits(model, hidden, rows.rows.tensor[part.rows])
+        if part.adjustments is not None:
+            adjusted = part.adjustments.apply(logits)
+        if sent is not None:
+            adjusted = sent.apply(adjusted, logits, part.rows)
+        drawn = tokens[part.rows] = draw(adjusted, part.kinds)
+        if rows.num_top is not None:
+            logprobs.append(logprobs_of(logits, drawn, part.logprobs, rows.num_top, adjusted))
+    return tokens, Logprobs.joined(logprobs) if logprobs else None
 
 
 def score_prompts(model: LlamaModel, hidden: Tensor, rows: PromptRows) -> Logprobs:
@@ -67,22 +132,21 @@ def score_prompts(model: LlamaModel, hidden: Tensor, rows: PromptRows) -> Logpro
         hidden: [rows of the batch, hidden].
         rows: at least one row, and the token that follows each.
     """
-    width = _width(rows.parameters)
-    return Logprobs.joined(
-        [
-            logprobs_of(logits, rows.next_ids[part], rows.parameters.take(part), width, ranked=True)
-            for part, logits in _logits(model, hidden, rows.rows)
-        ]
-    )
+    logprobs = []
+    for part in rows.parts:
+        logits = _logits(model, hidden, rows.rows.tensor[part.rows])
+        next_ids = rows.next_ids.tensor[part.rows]
+        logprobs.append(logprobs_of(logits, next_ids, part.logprobs, rows.num_top, with_ranks=True))
+    return Logprobs.joined(logprobs)
 
 
-def _width(parameters: SamplingParameters) -> int:
-    return max(int(parameters["num_logprobs"].max(initial=0)), 0)
+def _parts(num_rows: int, vocab_size: int) -> Iterator[slice]:
+    """All rows, a part of bounded size at a time."""
+    step = max(_MAX_LOGITS // vocab_size, 1)
+    for start in range(0, num_rows, step):
+        yield slice(start, min(start + step, num_rows))
 
 
-def _logits(model: LlamaModel, hidden: Tensor, rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yields parts of ``rows`` and their logits, [rows of the part, vocabulary] in fp32."""
-    step = max(_MAX_LOGITS // model.vocab_size, 1)
-    for start in range(0, len(rows), step):
-        part = slice(start, min(start + step, len(rows)))
-        yield part, model.logits(hidden[rows[part]]).to(torch.float32)
+def _logits(model: LlamaModel, hidden: Tensor, rows: Tensor) -> Tensor:
+    """[rows, vocabulary] in fp32."""
+    return model.logits(hidden[rows]).to(torch.float32)

@@ -2,7 +2,7 @@
 
 Memory consists of blocks of a fixed size and number, so its size is known when the worker starts.
 Ids are written on the device as they are drawn. The host knows the place of an id without its
-value::
+value, so it plans all reads and writes of a batch before the batch runs::
 
     blocks    slot 3   [ 7, 2 ]     length 5, blocks of 4
               slot 5   [ 0 ]        length 1
@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokasaurus.model.upload import upload, upload_indices
+from tokasaurus.model.upload import Staged, Staging
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.rounding import ceil_div
 
-__all__ = ["MAX_GATHERED", "History"]
+__all__ = ["MAX_GATHERED", "Appends", "History", "Pieces", "Tails"]
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,49 @@ log = logging.getLogger(__name__)
 _BLOCK = 256
 # Ids that are gathered at once. The temporary tensors take about 50 bytes for each.
 MAX_GATHERED = 1 << 22
+
+
+@dataclass(frozen=True)
+class Tails:
+    """Where the last ids of some slots lie.
+
+    Attributes:
+        places: [slots, count] int64, in the memory; any place where there is no id.
+        is_there: [slots, count] bool.
+    """
+
+    places: Staged
+    is_there: Staged
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Where everything that some slots hold lies, in pieces of some blocks of each slot.
+
+    Attributes:
+        lengths: [slots] int64.
+        longest: of these lengths.
+        blocks: of each piece, [slots, blocks of the piece] int64.
+    """
+
+    lengths: Staged
+    longest: int
+    blocks: list[Staged]
+
+
+@dataclass(frozen=True)
+class Appends:
+    """Where the next ids of some slots go.
+
+    Attributes:
+        is_lost: [slots], whether the slot has no room for its id.
+        rows: the others, int64; None if all slots have room.
+        places: of these rows, int64, in the memory.
+    """
+
+    is_lost: NDArray[np.bool_]
+    rows: Staged | None
+    places: Staged
 
 
 class History:
@@ -55,6 +99,8 @@ class History:
         self.keeps: NDArray[np.bool_] = np.zeros(num_slots, np.bool_)
         self.is_lost: NDArray[np.bool_] = np.zeros(num_slots, np.bool_)
         self.lengths: Int32Array = np.zeros(num_slots, np.int32)
+        # Blocks, and the ids to write into each, of slots that entered and were not written yet.
+        self._entries: list[tuple[Staged, Staged]] = []
 
     @property
     def num_bytes(self) -> int:
@@ -72,15 +118,21 @@ class History:
         self._free = list(range(len(self._memory)))
         self.keeps[:] = self.is_lost[:] = False
         self.lengths[:] = 0
+        self._entries.clear()
 
-    def enter(self, slots: Int32Array, ids: Int32Array) -> None:
-        """Starts a history with these ids for each slot. The slots have left before."""
+    def enter(self, slots: Int32Array, ids: Int32Array, staging: Staging) -> None:
+        """Starts a history with these ids for each slot. The slots have left before.
+
+        ``write_entries`` writes the ids, once they are sent.
+        """
         self.keeps[slots] = True
         count = ceil_div(len(ids), _BLOCK)
-        padded = np.zeros(count * _BLOCK, np.int32)
-        padded[: len(ids)] = ids
-        rows = upload(padded, self._device).view(count, _BLOCK)
-        for slot in slots.tolist() if count else ():
+        if not count:
+            return
+        padded = np.zeros((count, _BLOCK), np.int32)
+        padded.reshape(-1)[: len(ids)] = ids
+        entered = []
+        for slot in slots.tolist():
             blocks = self._take(count)
             if len(blocks) < count:
                 self._free += blocks
@@ -88,18 +140,19 @@ class History:
                 continue
             self._blocks[slot, :count] = blocks
             self.lengths[slot] = len(ids)
-            self._memory[upload_indices(self._blocks[slot, :count], self._device)] = rows
+            entered.append(blocks)
+        if entered:
+            blocks_of_all = np.array(entered, np.int64)
+            self._entries.append((staging.add(blocks_of_all), staging.add(padded)))
 
-    def record(self, slots: Int32Array, drawn: Tensor) -> NDArray[np.bool_]:
-        """Appends an id to each slot's history.
+    def write_entries(self) -> None:
+        """Writes the ids of the slots that have entered since the last call."""
+        for blocks, ids in self._entries:
+            self._memory[blocks.tensor] = ids.tensor
+        self._entries.clear()
 
-        Args:
-            slots: [rows], all of which keep a history.
-            drawn: [rows], on the device.
-
-        Returns:
-            [rows], whether the slot is lost.
-        """
+    def plan_appends(self, slots: Int32Array, staging: Staging) -> Appends:
+        """Makes room for one more id of each slot. All slots keep a history."""
         starts_block = self.lengths[slots] % _BLOCK == 0
         for slot in (
             slots[starts_block & ~self.is_lost[slots]].tolist() if starts_block.any() else ()
@@ -110,43 +163,62 @@ class History:
             else:
                 self._lose(slot)
         is_lost = self.is_lost[slots]
+        rows = None
         if is_lost.any():
-            rows = np.flatnonzero(~is_lost)
-            slots, drawn = slots[rows], drawn[upload_indices(rows, self._device)]
-        places = self._places(slots, self.lengths[slots])
-        self._memory.view(-1)[upload_indices(places, self._device)] = drawn.to(torch.int32)
+            kept = np.flatnonzero(~is_lost)
+            slots, rows = slots[kept], staging.add_indices(kept)
+        places = staging.add_indices(self._places(slots, self.lengths[slots]))
         self.lengths[slots] += 1
-        return is_lost
+        return Appends(is_lost, rows, places)
 
-    def tails(self, slots: Int32Array, count: int, missing: int) -> Tensor:
-        """[slots, count]: the last ids of each, aligned to the right, with ``missing`` before."""
+    def append(self, plan: Appends, drawn: Tensor) -> None:
+        """Writes an id of each slot, [slots], on the device."""
+        if plan.rows is not None:
+            drawn = drawn[plan.rows.tensor]
+        self._memory.view(-1)[plan.places.tensor] = drawn.to(torch.int32)
+
+    def plan_tails(self, slots: Int32Array, count: int, staging: Staging) -> Tails:
+        """Finds the last ``count`` ids of each slot."""
         columns = self.lengths[slots, None] - np.arange(count, 0, -1)
-        ids = self._memory.view(-1)[
-            upload_indices(self._places(slots[:, None], columns.clip(min=0)), self._device)
-        ]
-        return ids.where(upload(columns >= 0, self._device), missing)
+        places = self._places(slots[:, None], columns.clip(min=0))
+        return Tails(staging.add_indices(places), staging.add(columns >= 0))
 
-    def pieces(self, slots: Int32Array) -> Iterator[tuple[Tensor, Tensor]]:
-        """Everything that slots hold, some ids of each at a time. Each slot holds at least one id.
+    def tails(self, plan: Tails, missing: int) -> Tensor:
+        """[slots, count]: the last ids of each, aligned to the right, with ``missing`` before."""
+        ids = self._memory.view(-1)[plan.places.tensor]
+        return ids.where(plan.is_there.tensor, missing)
+
+    def plan_pieces(self, slots: Int32Array, staging: Staging) -> Pieces:
+        """Finds everything that slots hold. Each slot holds at least one id."""
+        lengths = self.lengths[slots]
+        longest = int(lengths.max())
+        num_blocks = ceil_div(longest, _BLOCK)
+        step = max(MAX_GATHERED // (len(slots) * _BLOCK), 1)
+        blocks = [
+            staging.add_indices(self._blocks[slots, start : min(start + step, num_blocks)])
+            for start in range(0, num_blocks, step)
+        ]
+        return Pieces(staging.add_indices(lengths), longest, blocks)
+
+    def pieces(self, plan: Pieces) -> Iterator[tuple[Tensor, Tensor]]:
+        """Everything that slots hold, some ids of each at a time.
 
         Yields:
             [slots, some] int64 ids, and bool, whether an id exists. Beyond its end a slot repeats
             its first id.
         """
-        lengths = upload_indices(self.lengths[slots], self._device)[:, None]
-        longest = int(self.lengths[slots].max())
-        step = max(MAX_GATHERED // (len(slots) * _BLOCK), 1)
-        num_blocks = ceil_div(longest, _BLOCK)
-        columns = torch.arange(min(step * _BLOCK, longest), device=self._device)
-        firsts = None
-        for start in range(0, num_blocks, step):
-            blocks = self._blocks[slots, start : min(start + step, num_blocks)]
-            found = self._memory.index_select(0, upload_indices(blocks.reshape(-1), self._device))
-            ids = found.view(len(slots), -1)[:, : longest - start * _BLOCK].to(torch.int64)
+        lengths = plan.lengths.tensor[:, None]
+        columns = torch.arange(plan.longest, device=self._device)
+        firsts, start = None, 0
+        for staged in plan.blocks:
+            blocks = staged.tensor
+            found = self._memory.index_select(0, blocks.view(-1))
+            ids = found.view(len(blocks), -1)[:, : plan.longest - start].to(torch.int64)
             if firsts is None:
                 firsts = ids[:, :1]
-            is_there = columns[: ids.shape[1]] < lengths - start * _BLOCK
+            is_there = columns[: ids.shape[1]] < lengths - start
             yield ids.where(is_there, firsts), is_there
+            start += blocks.shape[1] * _BLOCK
 
     def _places(self, slots: Int32Array, columns: Int32Array) -> Int32Array:
         """The places in the memory of the ids at these positions."""

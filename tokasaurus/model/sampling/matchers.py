@@ -34,12 +34,12 @@ from tokasaurus.errors import ProtocolError, RequestError
 from tokasaurus.grammars import GrammarCompiler, Vocabulary, holds_json
 from tokasaurus.model.download import Download
 from tokasaurus.model.sampling.digits import DigitLimit, JsonText
-from tokasaurus.model.upload import upload, upload_indices
+from tokasaurus.model.upload import Staging
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import SlotGrammar, SlotParameters
 from tokasaurus.rounding import ceil_div
 
-__all__ = ["Matchers", "OpenMatchers", "TokenMasks"]
+__all__ = ["Matchers", "OpenMatchers", "SentMasks", "TokenMasks"]
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,25 @@ class TokenMasks:
         """The sampling rows with a grammar that is given up; None if there are none."""
         return self.rows[self.given_up].astype(np.int32) if self.given_up.any() else None
 
+    def send(self, device: torch.device) -> SentMasks:
+        """Copies the masks to the device of the logits."""
+        return SentMasks(self, device)
+
+
+class SentMasks:
+    """Masks on the device.
+
+    Args:
+        masks: of one batch.
+        device: of the logits.
+    """
+
+    def __init__(self, masks: TokenMasks, device: torch.device) -> None:
+        staging = Staging(device)
+        bits, rows = staging.add(masks.bits), staging.add_indices(masks.rows)
+        staging.send()
+        self._host_rows, self._rows, self._bits = masks.rows, rows.tensor, bits.tensor
+
     def apply(self, adjusted: Tensor, logits: Tensor, part: slice) -> Tensor:
         """Logits with -inf for tokens that are not allowed; the same tensor if no row has a mask.
 
@@ -82,14 +101,14 @@ class TokenMasks:
                 token: the grammar wins.
             part: of the sampling rows.
         """
-        first, last = np.searchsorted(self.rows, [part.start, part.stop]).tolist()
+        first, last = np.searchsorted(self._host_rows, [part.start, part.stop]).tolist()
         if first == last:
             return adjusted
         count, vocab_size = last - first, logits.shape[1]
-        bits = upload(self.bits[first:last], logits.device)
         places = (1 << torch.arange(8, device=logits.device)).to(torch.uint8)
-        forbidden = (bits[:, :, None] & places == 0).view(count, -1)[:, :vocab_size]
-        rows = upload_indices(self.rows[first:last] - part.start, logits.device)
+        forbidden = self._bits[first:last, :, None] & places == 0
+        forbidden = forbidden.view(count, -1)[:, :vocab_size]
+        rows = self._rows[first:last] - part.start
         everything = count == len(logits)
 
         def masked(values: Tensor) -> Tensor:

@@ -75,6 +75,13 @@ class SamplingParameters:
         """A copy of some rows, or a view of a slice."""
         return SamplingParameters(self._rows[rows])
 
+    def without_filters(self) -> SamplingParameters:
+        """A copy with the temperature alone."""
+        rows = self._rows.copy()
+        for name, off in _FILTERS.items():
+            rows[name] = off
+        return SamplingParameters(rows)
+
     def __getitem__(self, name: str) -> NDArray[Any]:
         return self._rows[name]
 
@@ -85,11 +92,3 @@ class SamplingParameters:
     def greedy(self) -> NDArray[np.bool_]:
         greedy: NDArray[np.bool_] = self["temperature"] == 0
         return greedy
-
-    @property
-    def filtered(self) -> NDArray[np.bool_]:
-        """Whether each row has a filter."""
-        filtered = np.zeros(len(self), np.bool_)
-        for name, off in _FILTERS.items():
-            filtered |= self[name] != off
-        return filtered

@@ -1,45 +1,85 @@
-"""The rows of a batch that need logits: those that draw, and prompt rows that are scored."""
+"""The rows of a batch that need logits: those that draw, and prompt rows that are scored.
+
+All that they need is planned before the batch runs, and goes to the device with the batch.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from tokasaurus.model.sampling.parameters import SamplingParameters
+from tokasaurus.model.sampling.adjustments import PlannedAdjustments, Recording
+from tokasaurus.model.sampling.kinds import RowsOfKind
+from tokasaurus.model.sampling.logprobs import RowsOfMode
+from tokasaurus.model.upload import Staged
 from tokasaurus.protocol.arrays import Int32Array
 
-__all__ = ["PromptRows", "SamplingRows"]
+__all__ = ["DrawingPart", "PromptRows", "SamplingRows", "ScoringPart"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class DrawingPart:
+    """Some sampling rows, which draw together.
+
+    Attributes:
+        rows: which they are.
+        kinds: how each draws.
+        logprobs: for the rows that ask.
+        adjustments: of their logits, if any row asks.
+    """
+
+    rows: slice
+    kinds: list[RowsOfKind]
+    logprobs: list[RowsOfMode]
+    adjustments: PlannedAdjustments | None
+
+
+@dataclass(frozen=True, eq=False)
 class SamplingRows:
     """The rows to draw from, in the order of the results: decode rows, then draws of prompts.
 
     Attributes:
-        rows: [sampling rows] int64, on the device. The row of a prompt that forks occurs once for
-            each draw.
+        rows: [sampling rows] int64. The row of a prompt that forks occurs once for each draw.
         slots: [sampling rows], the slot that draws.
         device_slots: the same in int64, on the device.
-        parameters: of each slot.
+        parts: all rows, a part of bounded size at a time.
+        num_top: the largest number of top logprobs that a row asks for; None if no row asks for
+            logprobs.
+        recording: remembers the tokens of the rows that need it, if any does.
     """
 
-    rows: Tensor
+    rows: Staged
     slots: Int32Array
-    device_slots: Tensor
-    parameters: SamplingParameters
+    device_slots: Staged
+    parts: list[DrawingPart]
+    num_top: int | None
+    recording: Recording | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class ScoringPart:
+    """Some prompt rows, which are scored together.
+
+    Attributes:
+        rows: which they are.
+        logprobs: for all of them.
+    """
+
+    rows: slice
+    logprobs: list[RowsOfMode]
+
+
+@dataclass(frozen=True, eq=False)
 class PromptRows:
     """The rows of chunks that asked for prompt logprobs, except a prompt's last row.
 
     Attributes:
-        rows: [prompt tokens] int64, on the device.
-        next_ids: [prompt tokens] int64, on the device: the token after each row, which is scored.
-        parameters: of each row's slot, with the chunk's number of logprobs.
+        rows: [prompt tokens] int64.
+        next_ids: [prompt tokens] int64: the token after each row, which is scored.
+        parts: all rows, a part of bounded size at a time.
+        num_top: the largest number of top logprobs that a row asks for.
     """
 
-    rows: Tensor
-    next_ids: Tensor
-    parameters: SamplingParameters
+    rows: Staged
+    next_ids: Staged
+    parts: list[ScoringPart]
+    num_top: int

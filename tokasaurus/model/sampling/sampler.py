@@ -1,4 +1,4 @@
-"""Draws tokens from logits, and computes their logprobs.
+"""Draws tokens from logits.
 
 Each row is sampled by itself: its token is a function of its logits, its parameters and its random
 number (``randomness``), never of other rows. Logits come already adjusted (``adjustments``). Tokens
@@ -11,318 +11,320 @@ are ranked by logit, and equal ones by id. The filters shorten that ranking in t
 
 A draw inverts the cumulative distribution in float64, in the order of token ids. A difference in
 the last bit between two kernels therefore moves a boundary by a last bit instead of reordering
-tokens.
+tokens. The distribution is summed up by blocks, and only the block that the draw falls into is
+summed up token by token. Sums in another order may give another token only where the number lies
+within about 1e-16 of a boundary.
+
+What a row takes depends on its filters (``kinds``).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from tokasaurus.model.sampling.parameters import SamplingParameters
-from tokasaurus.model.sampling.randomness import uniforms
-from tokasaurus.model.upload import upload, upload_indices
-from tokasaurus.protocol.messages import LogprobsMode, Sampling
+from tokasaurus.model.sampling.inversion import find, find_in, sums_of_blocks
+from tokasaurus.model.sampling.kinds import Kind, RowsOfKind
+from tokasaurus.model.sampling.logit_rows import LogitRows
+from tokasaurus.model.sampling.ranking import first_of, most_ranked, ranked, sorted_logits
+from tokasaurus.protocol.messages import Sampling
 
-__all__ = ["MOST_MEMORY", "Logprobs", "draw", "logprobs_of", "processed"]
-
-# The part of the ranking that top_p may look at before it sorts the whole vocabulary.
-_NUCLEUS_CANDIDATES = 512
+__all__ = ["MOST_MEMORY", "draw", "processed"]
 
 MOST_MEMORY = Sampling(temperature=0.9, top_p=0.9, min_p=0.01)
 """Takes the most memory, for the worker's warm-up. With a top_k, top_p would sort few tokens."""
 
-# At lower temperatures logits could overflow. The draw is an argmax long before.
-_MIN_TEMPERATURE = 1e-20
+# The part of the ranking that top_p may look at before it sorts the whole vocabulary.
+_NUCLEUS_CANDIDATES = 64
+# Weights that are sooner cumulated than summed up by blocks: the steps take longer than the sums.
+_FEW_WEIGHTS = 1 << 18
 
 
-@dataclass(frozen=True)
-class Logprobs:
-    """Logprobs of rows. Where a row asked for none, numbers are NaN and ids are -1.
-
-    Attributes:
-        chosen: [rows] fp32.
-        top_ids: [rows, K] int64, best first.
-        top: [rows, K] fp32. The chosen token's number equals the best one's if and only if no logit
-            is above the chosen token's.
-        ranks: [rows] int64, 1 plus the number of tokens with higher logits than the chosen one; -1
-            where the row asked for no logprobs, and if the caller wanted no ranks.
-    """
-
-    chosen: Tensor
-    top_ids: Tensor
-    top: Tensor
-    ranks: Tensor
-
-    @classmethod
-    def none(cls, num_chosen: int, num_rows: int) -> Logprobs:
-        """For rows that asked for none. ``num_chosen`` is 0 to leave their numbers out."""
-        return cls(
-            torch.full((num_chosen,), torch.nan),
-            torch.empty(num_rows, 0, dtype=torch.int64),
-            torch.empty(num_rows, 0),
-            torch.full((num_chosen,), -1),
-        )
-
-    @classmethod
-    def joined(cls, parts: list[Logprobs]) -> Logprobs:
-        """The rows of all parts. There is at least one part; all have the same width."""
-        return cls(
-            torch.cat([part.chosen for part in parts]),
-            torch.cat([part.top_ids for part in parts]),
-            torch.cat([part.top for part in parts]),
-            torch.cat([part.ranks for part in parts]),
-        )
-
-
-def draw(logits: Tensor, parameters: SamplingParameters) -> Tensor:
+def draw(logits: Tensor, plan: list[RowsOfKind]) -> Tensor:
     """Draws one token for each row.
 
     Args:
         logits: [rows, vocabulary] fp32.
-        parameters: of the same rows.
+        plan: of the same rows, which draw.
 
     Returns:
         [rows] int64.
     """
-    random = np.flatnonzero(~parameters.greedy)
-    if len(random) == len(logits):
-        return _draw_at_random(logits, parameters)
-    tokens = logits.argmax(dim=-1)
-    if len(random):
-        rows = upload_indices(random, logits.device)
-        tokens[rows] = _draw_at_random(logits[rows], parameters.take(random))
+    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    for rows in plan:
+        drawn = _drawn(_rows_of(logits, rows), rows)
+        if rows.index is None:
+            return drawn
+        tokens[rows.index.tensor] = drawn
     return tokens
 
 
-def _draw_at_random(logits: Tensor, parameters: SamplingParameters) -> Tensor:
-    scores = processed(logits, parameters)
-    weights = (scores - scores.amax(dim=-1, keepdim=True)).exp_()
-    numbers = uniforms(parameters["seed"], parameters["sample_index"], parameters["num_generated"])
-    return _invert(weights, upload(numbers, logits.device))
-
-
-def processed(logits: Tensor, parameters: SamplingParameters) -> Tensor:
-    """Logits after temperature and filters, -inf for removed tokens. Temperature 0 counts as 1.
+def processed(logits: Tensor, plan: list[RowsOfKind]) -> Tensor:
+    """Logits after temperature and filters, -inf for removed tokens.
 
     Args:
-        logits: [rows, vocabulary] fp32. Never changed; returned as it is if there is nothing to do.
+        logits: [rows, vocabulary] fp32. Never changed.
+        plan: of the same rows, which do not draw. The logits themselves are returned if it has
+            nothing to do.
     """
-    return _filter(_tempered(logits, parameters), parameters)
-
-
-def logprobs_of(
-    logits: Tensor,
-    token_ids: Tensor,
-    parameters: SamplingParameters,
-    width: int,
-    adjusted: Tensor | None = None,
-    *,
-    ranked: bool = False,
-) -> Logprobs:
-    """Logprobs of chosen tokens and of each row's best tokens.
-
-    Args:
-        logits: [rows, vocabulary] fp32.
-        token_ids: [rows] int64.
-        parameters: of the same rows: the number of logprobs of each, and their distribution.
-        width: K, at least the largest number that a row asks for.
-        adjusted: the logits that the rows were drawn from, if others. Only ``PROCESSED`` uses them.
-        ranked: whether to compute ranks.
-    """
-    num_rows, vocab_size = logits.shape
-    chosen = logits.new_full((num_rows,), torch.nan)
-    ranks = token_ids.new_full((num_rows,), -1)
-    top_ids = token_ids.new_full((num_rows, width), -1)
-    top = logits.new_full((num_rows, width), torch.nan)
-    for mode in LogprobsMode:
-        rows = np.flatnonzero(
-            (parameters["num_logprobs"] >= 0) & (parameters["logprobs_mode"] == mode)
-        )
-        if not len(rows):
-            continue
-        index = upload_indices(rows, logits.device)
-        source = adjusted if adjusted is not None and mode is LogprobsMode.PROCESSED else logits
-        scores = _distribution(source[index], parameters.take(rows), mode)
-        # x - logsumexp(x) is finite wherever x is; the logarithm of a probability underflows.
-        norm = scores.logsumexp(dim=-1, keepdim=True)
-        picked = scores.gather(1, token_ids[index, None])
-        if ranked:
-            ranks[index] = 1 + (scores > picked).sum(dim=-1)
-        depth = min(int(parameters["num_logprobs"][rows].max()), vocab_size)
-        if depth == 0:
-            chosen[index] = (picked - norm)[:, 0]
-            continue
-        best = scores.topk(depth, dim=-1)
-        chosen[index] = _below_the_best(picked, best.values, norm)[:, 0]
-        wanted = upload(parameters["num_logprobs"][rows], logits.device)
-        asked = torch.arange(depth, device=logits.device) < wanted[:, None]
-        top_ids[index, :depth] = best.indices.where(asked, -1)
-        values = _below_the_best(best.values, best.values, norm)
-        top[index, :depth] = values.where(asked, torch.nan)
-    return Logprobs(chosen, top_ids, top, ranks)
-
-
-def _below_the_best(scores: Tensor, best: Tensor, norm: Tensor) -> Tensor:
-    """Logprobs of scores, [rows, some]; a score below the best gets a number below the best one's.
-
-    Subtraction may round two scores to one number, and clients compare them to find the likeliest.
-    """
-    values, first = scores - norm, best[:, :1] - norm
-    is_mistaken = (values == first) & (scores < best[:, :1])
-    return values.where(~is_mistaken, values.nextafter(values.new_full((), -torch.inf)))
-
-
-def _distribution(logits: Tensor, parameters: SamplingParameters, mode: LogprobsMode) -> Tensor:
-    if mode is LogprobsMode.RAW:
+    if all(rows.is_neutral for rows in plan):
         return logits
-    if mode is LogprobsMode.TEMPERATURE:
-        return _tempered(logits, parameters)
-    return processed(logits, parameters)
-
-
-def _tempered(logits: Tensor, parameters: SamplingParameters) -> Tensor:
-    temperature = np.where(parameters.greedy, 1, parameters["temperature"].clip(_MIN_TEMPERATURE))
-    if (temperature == 1).all():
-        return logits
-    return logits / _column(temperature.astype(np.float32), logits)
-
-
-def _invert(weights: Tensor, numbers: Tensor) -> Tensor:
-    """The token whose share of the cumulative weight contains each number::
-
-        weights      0.5     0     1.0        0.25
-        cumulative   0.5    0.5    1.5        1.75
-        number 0.4 -> target 0.7: the first cumulative weight above it is the third
-
-    Args:
-        weights: [rows, vocabulary], not negative.
-        numbers: [rows] float64 in [0, 1).
-    """
-    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
-    # Rounding may lift a number close to 1 to the total, and no cumulative weight is above that.
-    below = torch.nextafter(total, torch.zeros_like(total))
-    target = torch.minimum(numbers[:, None] * total, below)
-    # Where weights are NaN, since the model's weights have diverged, nothing is above the target.
-    found = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    return found.clamp_(max=weights.shape[1] - 1)
-
-
-def _filter(scores: Tensor, parameters: SamplingParameters) -> Tensor:
-    """The scores, in a copy with -inf for removed tokens if any row has a filter."""
-    rows = np.flatnonzero(parameters.filtered)
-    if not len(rows):
-        return scores
-    everything = len(rows) == len(scores)
-    index = upload_indices(rows, scores.device)
-    part = scores if everything else scores[index]
-    chosen = parameters.take(rows)
-    part = part.masked_fill(~_kept(part, chosen), -torch.inf)
-    if everything:
-        return part
-    scores = scores.clone()
-    scores[index] = part
+    scores = torch.empty_like(logits)
+    for rows in plan:
+        some = _processed(_rows_of(logits, rows), rows)
+        if rows.index is None:
+            return some
+        scores[rows.index.tensor] = some
     return scores
 
 
-def _kept(scores: Tensor, parameters: SamplingParameters) -> Tensor:
-    """[rows, vocabulary] bool: the tokens that the three filters keep."""
-    best = scores.amax(dim=-1, keepdim=True)
-    # The filters before min_p keep the first token and all ratios, so min_p needs no ranking.
-    floor = best + torch.log(_column(parameters["min_p"], scores))
-    kept = scores >= floor
-    limited = (parameters["top_k"] > 0) & (parameters["top_k"] < scores.shape[1])
-    ranked = np.flatnonzero(limited | (parameters["top_p"] < 1))
-    if len(ranked):
-        index = upload_indices(ranked, scores.device)
-        kept[index] &= _ranked_first(scores[index], parameters.take(ranked))
-    return kept
+@dataclass(frozen=True, eq=False)
+class _Columns:
+    """The numbers of some rows, [rows, 1] each, as in ``RowsOfKind``.
+
+    Attributes:
+        last_logit: of the part of the ranking that is kept, if it was found by sorting.
+        last_id: the largest id that is kept with exactly this logit; None if all are.
+    """
+
+    temperature: Tensor | None = None
+    top_k: Tensor | None = None
+    top_p: Tensor | None = None
+    min_p: Tensor | None = None
+    numbers: Tensor | None = None
+    last_logit: Tensor | None = None
+    last_id: Tensor | None = None
+
+    @staticmethod
+    def of(rows: RowsOfKind) -> _Columns:
+        staged = (rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.numbers)
+        return _Columns(*(None if each is None else each.tensor for each in staged))
+
+    def take(self, index: Tensor | slice) -> _Columns:
+        return _Columns(
+            **{name: None if each is None else each[index] for name, each in vars(self).items()}
+        )
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Logits divided by the temperature; the same tensor if all temperatures are 1."""
+        return logits if self.temperature is None else logits / self.temperature
+
+    def best(self, logits: Tensor) -> Tensor:
+        """[rows, 1]: the highest score of all tokens: division keeps their order."""
+        return self.scores(logits.amax(dim=-1, keepdim=True))
+
+    def kept_scores(self, logits: Tensor, ids: Tensor, best: Tensor) -> Tensor:
+        """Scores, -inf for tokens that min_p removes, or that come after the last one.
+
+        Args:
+            logits: [rows, some] fp32.
+            ids: of these tokens, [some] or [rows, some].
+            best: each row's highest score, [rows, 1].
+        """
+        scores = self.scores(logits)
+        if self.last_logit is not None:
+            removed = logits < self.last_logit
+            if self.last_id is not None:
+                removed |= (logits == self.last_logit) & (ids > self.last_id)
+            scores = scores.masked_fill(removed, -torch.inf)
+        if self.min_p is not None:
+            scores = scores.masked_fill(scores < self.floor(best), -torch.inf)
+        return scores
+
+    def weights(self, logits: Tensor, ids: Tensor, best: Tensor) -> Tensor:
+        """Probabilities relative to that of the best token. Takes what ``kept_scores`` takes."""
+        scores = self.kept_scores(logits, ids, best)
+        below = scores - best if scores is logits else scores.sub_(best)
+        return below.exp_()
+
+    def floor(self, best: Tensor) -> Tensor:
+        """The lowest score that min_p keeps, if there is one."""
+        # The filters before min_p keep the first token and all ratios, so min_p needs no ranking.
+        assert self.min_p is not None
+        return best + torch.log(self.min_p)
 
 
-def _ranked_first(scores: Tensor, parameters: SamplingParameters) -> Tensor:
-    """[rows, vocabulary] bool: the tokens that top_k and top_p keep."""
-    vocab_size = scores.shape[1]
-    limits = np.where(parameters["top_k"] > 0, parameters["top_k"], vocab_size)
-    limits = limits.clip(max=vocab_size)
-    shares = parameters["top_p"].astype(np.float64)
-    threshold = scores.new_empty(len(scores), 1)
-    num_equal = torch.empty(len(scores), 1, dtype=torch.int64, device=scores.device)
-    for rows, find in (
-        (np.flatnonzero(limits < vocab_size), _last_of_some),
-        (np.flatnonzero(limits == vocab_size), _last_of_all),
-    ):
-        if not len(rows):
-            continue
-        if len(rows) == len(scores):
-            threshold, num_equal = find(scores, limits, shares)
-            break
-        index = upload_indices(rows, scores.device)
-        threshold[index], num_equal[index] = find(scores[index], limits[rows], shares[rows])
-    equal = scores == threshold
-    return (scores > threshold) | (equal & (equal.cumsum(dim=-1) <= num_equal))
+def _rows_of(logits: Tensor, rows: RowsOfKind) -> LogitRows:
+    return LogitRows(logits, None if rows.index is None else rows.index.tensor)
 
 
-# Each of the next three finds the end of the part of the ranking that is kept. They take
-#
-#     scores: [rows, vocabulary];
-#     limits: [rows], top_k, on the host;
-#     shares: [rows] float64, top_p, on the host;
-#
-# and return
-#
-#     threshold: [rows, 1], the score of the last token kept;
-#     num_equal: [rows, 1], the number of kept tokens with exactly that score.
+def _drawn(logits: LogitRows, rows: RowsOfKind) -> Tensor:
+    """[rows]: a token for each row of one kind."""
+    if rows.kind is Kind.GREEDY:
+        return first_of(logits)
+    columns = _Columns.of(rows)
+    if rows.kind is Kind.WHOLE:
+        return _draw_kept(logits, columns)
+    if rows.kind is Kind.LISTED:
+        return _List.of(logits, columns, rows.depth).draw(columns)
+    if rows.kind is Kind.SORTED or not _can_list(logits):
+        return _draw_sorted(logits, columns)
+    nucleus, short = _nucleus(logits, columns)
+    tokens = nucleus.draw(columns)
+    if len(short):
+        tokens[short] = _draw_sorted(logits.take(short), columns.take(short))
+    return tokens
 
 
-def _last_of_some(
-    scores: Tensor, limits: NDArray[np.integer[Any]], shares: NDArray[np.float64]
-) -> tuple[Tensor, Tensor]:
-    """top_k, then top_p. All rows have a top_k."""
-    depth = int(limits.max())
-    ranking = scores.topk(depth, dim=-1).values
-    limits_column = _column(limits, scores)
-    within = torch.arange(depth, device=scores.device) < limits_column
-    cumulative = _weights(ranking).where(within, 0).cumsum(dim=-1)
-    shares_column = _column(shares, scores)
-    num_kept = _num_kept(cumulative, shares_column * cumulative[:, -1:], within)
-    return _end(ranking, torch.where(shares_column >= 1, limits_column, num_kept))
+def _draw_sorted(logits: LogitRows, columns: _Columns) -> Tensor:
+    return _draw_kept(logits, _with_last(logits, columns))
 
 
-def _last_of_all(
-    scores: Tensor, limits: NDArray[np.integer[Any]], shares: NDArray[np.float64]
-) -> tuple[Tensor, Tensor]:
-    """top_p alone.
+def _draw_kept(logits: LogitRows, columns: _Columns) -> Tensor:
+    """[rows]: tokens of those that ``kept_scores`` keeps."""
+    if len(logits) * logits.vocab_size > _FEW_WEIGHTS:
+        return _Sums.of(logits, columns).draw(logits, columns)
+    some = logits.whole()
+    ids = torch.arange(logits.vocab_size, device=logits.device)
+    assert columns.numbers is not None
+    weights = columns.weights(some, ids, columns.best(some))
+    return find_in(weights, columns.numbers, beyond=True)[:, 0]
+
+
+def _processed(logits: LogitRows, rows: RowsOfKind) -> Tensor:
+    """[rows, vocabulary]: scores of rows of one kind, -inf for removed tokens."""
+    columns = _Columns.of(rows)
+    if rows.kind is Kind.WHOLE:
+        return _kept_scores(logits, columns)
+    if rows.kind is Kind.LISTED:
+        return _List.of(logits, columns, rows.depth).scores_of_all(logits.vocab_size)
+    if rows.kind is Kind.SORTED or not _can_list(logits):
+        return _kept_scores(logits, _with_last(logits, columns))
+    nucleus, short = _nucleus(logits, columns)
+    scores = nucleus.scores_of_all(logits.vocab_size)
+    if len(short):
+        some = logits.take(short)
+        scores[short] = _kept_scores(some, _with_last(some, columns.take(short)))
+    return scores
+
+
+def _kept_scores(logits: LogitRows, columns: _Columns) -> Tensor:
+    scores = torch.empty(len(logits), logits.vocab_size, device=logits.device)
+    ids = torch.arange(logits.vocab_size, device=logits.device)
+    for part, some in logits.parts():
+        own = columns.take(part)
+        scores[part] = own.kept_scores(some, ids, own.best(some))
+    return scores
+
+
+# --- the whole vocabulary ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Sums:
+    """The weights of rows, summed up by blocks. A weight is relative to that of the best token.
+
+    Attributes:
+        best: [rows, 1] fp32, the highest score.
+        blocks: [rows, blocks] float64.
+    """
+
+    best: Tensor
+    blocks: Tensor
+
+    @staticmethod
+    def of(logits: LogitRows, columns: _Columns) -> _Sums:
+        ids = torch.arange(logits.vocab_size, device=logits.device)
+        best, blocks = [], []
+        for part, some in logits.parts():
+            own = columns.take(part)
+            best.append(own.best(some))
+            blocks.append(sums_of_blocks(own.weights(some, ids, best[-1])))
+        return _Sums(torch.cat(best), torch.cat(blocks))
+
+    def draw(self, logits: LogitRows, columns: _Columns) -> Tensor:
+        """[rows]: the tokens that contain each row's number, on the way from id to id."""
+
+        def weights(ids: Tensor) -> Tensor:
+            return columns.weights(logits.gather(ids), ids, self.best)
+
+        assert columns.numbers is not None
+        return find(self.blocks, columns.numbers, logits.vocab_size, weights, beyond=True)[:, 0]
+
+
+# --- the beginning of the ranking ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _List:
+    """The first tokens of the ranking of each row, [rows, depth] each.
+
+    Attributes:
+        ids: best first.
+        scores: fp32.
+        weights: float64, relative to that of the best token; 0 beyond top_k.
+        kept: whether the filters keep the token.
+        reaches_share: [rows], whether the tokens within top_k hold the share of top_p.
+    """
+
+    ids: Tensor
+    scores: Tensor
+    weights: Tensor
+    kept: Tensor
+    reaches_share: Tensor
+
+    @staticmethod
+    def of(logits: LogitRows, columns: _Columns, depth: int, total: Tensor | None = None) -> _List:
+        """Lists tokens.
+
+        Args:
+            logits: of the rows.
+            columns: of the same rows.
+            depth: how many tokens, no fewer than any top_k.
+            total: [rows, 1] float64, the weight of the whole vocabulary, if there is no top_k.
+        """
+        values, ids = ranked(logits, depth)
+        scores = columns.scores(values)
+        best = scores[:, :1]
+        weights = (scores - best).exp_().to(torch.float64)
+        kept = torch.ones_like(ids, dtype=torch.bool)
+        reaches_share = kept[:, 0]
+        if columns.top_k is not None:
+            kept = torch.arange(depth, device=ids.device) < columns.top_k
+            weights = weights.where(kept, 0)
+        if columns.top_p is not None:
+            cumulative = weights.cumsum(dim=-1)
+            held = cumulative[:, -1:]
+            share = columns.top_p * (held if total is None else torch.maximum(total, held))
+            # A token is kept if those before it do not hold the share yet.
+            before = torch.cat((torch.zeros_like(share), cumulative[:, :-1]), dim=-1)
+            kept = kept & ((before < share) | (columns.top_p >= 1))
+            reaches_share = (held >= share)[:, 0]
+        if columns.min_p is not None:
+            kept = kept & (scores >= columns.floor(best))
+        # Also where the scores are NaN, since the model's weights have diverged.
+        kept[:, 0] = True
+        return _List(ids, scores, weights, kept, reaches_share)
+
+    def draw(self, columns: _Columns) -> Tensor:
+        """[rows]: the tokens that contain each row's number, on the way from id to id."""
+        assert columns.numbers is not None
+        beyond = torch.iinfo(torch.int64).max
+        ids, order = self.ids.where(self.kept, beyond).sort(dim=-1)
+        cumulative = self.weights.where(self.kept, 0).gather(1, order).cumsum(dim=-1)
+        total = cumulative[:, -1:]
+        # Rounding may lift a number close to 1 to the total, and nothing is above that.
+        below = torch.nextafter(total, torch.zeros_like(total))
+        target = torch.minimum(columns.numbers * total, below)
+        found = torch.searchsorted(cumulative, target, right=True)
+        last = self.kept.sum(dim=-1, keepdim=True) - 1
+        return ids.gather(1, torch.minimum(found, last))[:, 0]
+
+    def scores_of_all(self, vocab_size: int) -> Tensor:
+        """[rows, vocabulary]: scores, -inf for tokens that are not kept."""
+        scores = self.scores.new_full((len(self.scores), vocab_size), -torch.inf)
+        return scores.scatter_(1, self.ids, self.scores.where(self.kept, -torch.inf))
+
+
+def _can_list(logits: LogitRows) -> bool:
+    """Whether top_p looks at the beginning of the ranking first.
 
     Most nuclei have few tokens, and sorting a vocabulary takes long. But whether few tokens hold
-    enough probability is a question to the device, and its answer is waited for. On the CPU it is
-    known at once.
+    enough probability is a question to the device, and its answer is waited for.
     """
-    shares_column = _column(shares, scores)
-    if not _answers_at_once(scores.device) or scores.shape[1] <= _NUCLEUS_CANDIDATES:
-        return _last_of_sorted(scores, shares_column)
-    ranking = scores.topk(_NUCLEUS_CANDIDATES, dim=-1).values
-    cumulative = _weights(ranking).cumsum(dim=-1)
-    everything = (scores - ranking[:, :1]).exp().sum(dim=-1, keepdim=True, dtype=torch.float64)
-    total = torch.maximum(everything, cumulative[:, -1:])
-    num_kept = _num_kept(cumulative, shares_column * total)
-    threshold, num_equal = _end(ranking, num_kept)
-    short = (num_kept == _NUCLEUS_CANDIDATES).nonzero()[:, 0]
-    if len(short):
-        threshold[short], num_equal[short] = _last_of_sorted(scores[short], shares_column[short])
-    return threshold, num_equal
-
-
-def _last_of_sorted(scores: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """top_p alone, [rows, 1] on the device, from the whole ranking."""
-    ranking = scores.sort(dim=-1, descending=True).values
-    cumulative = _weights(ranking).cumsum(dim=-1)
-    return _end(ranking, _num_kept(cumulative, shares * cumulative[:, -1:]))
+    return _answers_at_once(logits.device) and most_ranked(logits.vocab_size) >= _NUCLEUS_CANDIDATES
 
 
 def _answers_at_once(device: torch.device) -> bool:
@@ -330,25 +332,65 @@ def _answers_at_once(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _weights(ranking: Tensor) -> Tensor:
-    return (ranking - ranking[:, :1]).exp().to(torch.float64)
+def _nucleus(logits: LogitRows, columns: _Columns) -> tuple[_List, Tensor]:
+    """The nuclei, if they are short, and the rows in which they are not."""
+    sums = _Sums.of(logits, _Columns(temperature=columns.temperature))
+    total = sums.blocks.sum(dim=-1, keepdim=True)
+    nucleus = _List.of(logits, columns, _NUCLEUS_CANDIDATES, total)
+    return nucleus, (~nucleus.reaches_share).nonzero()[:, 0]
 
 
-def _num_kept(cumulative: Tensor, shares: Tensor, within: Tensor | None = None) -> Tensor:
-    """[rows, 1]: a token is kept if those before it do not hold the share yet.
-
-    The first one is, even if the scores are NaN, since the model's weights have diverged.
-    """
-    before = torch.cat((torch.zeros_like(shares), cumulative[:, :-1]), dim=-1)
-    kept = before < shares
-    return (kept if within is None else kept & within).sum(dim=-1, keepdim=True).clamp_(min=1)
+# --- the whole ranking ---------------------------------------------------------------------------
 
 
-def _end(ranking: Tensor, num_kept: Tensor) -> tuple[Tensor, Tensor]:
-    threshold = ranking.gather(1, num_kept - 1)
-    return threshold, num_kept - (ranking > threshold).sum(dim=-1, keepdim=True)
+def _with_last(logits: LogitRows, columns: _Columns) -> _Columns:
+    """Adds the last token of each row's ranking that top_k and top_p keep."""
+    last_logits, last_ids = [], []
+    for part, some in logits.parts():
+        own = columns.take(part)
+        ranking = sorted_logits(some)
+        num_kept = _num_kept(ranking, own)
+        last_logit = ranking.gather(1, num_kept - 1)
+        last_logits.append(last_logit)
+        num_equal = num_kept - (ranking > last_logit).sum(dim=-1, keepdim=True)
+        last_ids.append(_id_of_equal(some == last_logit, num_equal))
+    return replace(columns, last_logit=torch.cat(last_logits), last_id=torch.cat(last_ids))
 
 
-def _column(values: NDArray[np.generic], like: Tensor) -> Tensor:
-    """Turns [rows] on the host into [rows, 1] on the device of a tensor."""
-    return upload(values, like.device)[:, None]
+def _num_kept(ranking: Tensor, columns: _Columns) -> Tensor:
+    """[rows, 1]: how many tokens top_k and top_p keep of a ranking, [rows, vocabulary]."""
+    size = ranking.shape[1]
+    limits = columns.top_k
+    if columns.top_p is None:
+        assert limits is not None
+        return limits
+    scores = columns.scores(ranking)
+    best = scores[:, :1]
+    places = torch.arange(size, device=ranking.device)
+
+    def weights(scores: Tensor, places: Tensor) -> Tensor:
+        weights = (scores - best).exp_()
+        return weights if limits is None else weights.where(places < limits, 0)
+
+    all_weights = weights(scores, places)
+    if all_weights.numel() <= _FEW_WEIGHTS:
+        last = find_in(all_weights, columns.top_p, beyond=False)
+    else:
+        last = find(
+            sums_of_blocks(all_weights),
+            columns.top_p,
+            size,
+            lambda places: weights(scores.gather(1, places), places),
+            beyond=False,
+        )
+    num_kept = last + 1
+    return num_kept if limits is None else num_kept.where(columns.top_p < 1, limits)
+
+
+def _id_of_equal(is_equal: Tensor, count: Tensor) -> Tensor:
+    """[rows, 1]: where the ``count``-th true element of each row stands."""
+    if _answers_at_once(is_equal.device):
+        num_equal = is_equal.sum(dim=-1, keepdim=True)
+        if (num_equal <= count).all():
+            return torch.full_like(count, is_equal.shape[1])
+    return (is_equal.cumsum(dim=-1) < count).sum(dim=-1, keepdim=True)

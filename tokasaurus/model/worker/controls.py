@@ -19,13 +19,13 @@ from torch import Tensor
 
 from tokasaurus.cartridge_file import CartridgeFile, key_name, value_name
 from tokasaurus.errors import ModelError, ProtocolError
+from tokasaurus.host_memory import return_freed_memory
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.model.upload import upload_indices
 from tokasaurus.model.weights.dummy import dummy_tensors
 from tokasaurus.model.weights.loader import fill_all
 from tokasaurus.model.weights.weight_files import WeightFiles, read_tensors
 from tokasaurus.model.weights.weights import Weights
-from tokasaurus.model.worker.host_memory import return_freed_memory
 from tokasaurus.model.worker.runner import Runner
 from tokasaurus.protocol.commands import (
     ControlDone,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokasaurus.errors import EngineError, ProtocolError
 from tokasaurus.model.download import Download
-from tokasaurus.model.sampling.sampler import Logprobs
+from tokasaurus.model.sampling.logprobs import Logprobs
 from tokasaurus.model.worker.clock import Clock
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import ForwardResult, FromWorker
@@ -37,6 +37,8 @@ class Outputs:
         prompt: logprobs of prompt tokens.
         pooled: [pooled prompts, hidden], or None.
         cut_rows: as in ``ForwardResult``.
+        num_grouped: as ``num_grouped_tokens`` there.
+        num_recompiles: as in ``ForwardResult``.
     """
 
     def __init__(
@@ -46,6 +48,8 @@ class Outputs:
         prompt: Logprobs,
         pooled: Tensor | None,
         cut_rows: Int32Array | None,
+        num_grouped: int,
+        num_recompiles: int,
     ) -> None:
         self._token_ids = token_ids
         self._drawn = [Download(each) for each in (drawn.chosen, drawn.top_ids, drawn.top)]
@@ -54,6 +58,8 @@ class Outputs:
         ]
         self._pooled = None if pooled is None or not len(pooled) else Download(pooled)
         self._cut_rows = cut_rows
+        self._num_grouped = num_grouped
+        self._num_recompiles = num_recompiles
 
     def result(self, number: int, device_s: float) -> ForwardResult:
         logprobs, top_ids, top_logprobs = (each.array() for each in self._drawn)
@@ -71,6 +77,8 @@ class Outputs:
             device_s=device_s,
             pooled=None if self._pooled is None else self._pooled.array(),
             cut_rows=self._cut_rows,
+            num_grouped_tokens=self._num_grouped,
+            num_recompiles=self._num_recompiles,
         )
 
 

@@ -6,6 +6,7 @@ knows nothing of logits.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
@@ -13,12 +14,48 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokasaurus.model.upload import upload_indices
+from tokasaurus.model.upload import Staged, Staging
 from tokasaurus.protocol.messages import ForwardBatch, Pooling
 
-__all__ = ["Pooler"]
+__all__ = ["PlannedPooling", "Pooler"]
 
 IndexArray: TypeAlias = NDArray[np.intp]
+
+
+@dataclass(frozen=True, eq=False)
+class _PlannedMeans:
+    """Chunks that are averaged. Indices count these chunks.
+
+    Attributes:
+        rows: of all chunks, int64, chunk by chunk, among the rows of the batch.
+        lengths: [chunks] int64.
+        num_tokens: [chunks, 1] int64, of the prompt up to the chunk's end.
+        continued: the index and slot of each chunk that goes on from an earlier batch.
+        unfinished: the index and slot of each chunk that does not end its prompt.
+        sources: the chunks that end their prompts, int64.
+        targets: where their means go among the pooled prompts, int64.
+    """
+
+    rows: Staged
+    lengths: Staged
+    num_tokens: Staged
+    continued: list[tuple[int, int]]
+    unfinished: list[tuple[int, int]]
+    sources: Staged
+    targets: Staged
+
+
+@dataclass(frozen=True, eq=False)
+class PlannedPooling:
+    """The pooling of a batch.
+
+    Attributes:
+        last_rows: of the pooled prompts that end in this batch, int64.
+        means: None if no chunk is averaged.
+    """
+
+    last_rows: Staged
+    means: _PlannedMeans | None
 
 
 class Pooler:
@@ -28,17 +65,20 @@ class Pooler:
         # [hidden] of each slot.
         self._sums: dict[int, Tensor] = {}
 
-    def pool(self, batch: ForwardBatch, hidden: Tensor) -> Tensor | None:
-        """Adds the batch's chunks.
+    def clear(self) -> None:
+        """Forgets all slots."""
+        self._sums.clear()
+
+    def plan(self, batch: ForwardBatch, staging: Staging) -> PlannedPooling | None:
+        """Plans the pooling of the batch's chunks. Former sequences of its slots are forgotten.
 
         Args:
             batch: a prompt's chunks come in the order of their positions. A chunk at position 0
                 starts a new sum.
-            hidden: [rows of the batch, hidden].
+            staging: sends what pooling needs.
 
         Returns:
-            [pooled prompts that end in this batch, hidden] in fp32, in row order. None if the batch
-            pools no chunk.
+            None if the batch pools no chunk.
         """
         if batch.parameters is not None and self._sums:
             # New sequences enter these slots.
@@ -50,34 +90,67 @@ class Pooler:
         is_mean = batch.prefill_pooling[chunks] == Pooling.MEAN
         ends_prompt = batch.prefill_next_ids[chunks] < 0
         last_rows = (len(batch.decode_slots) + np.cumsum(batch.prefill_lengths) - 1)[chunks]
-        states = hidden[upload_indices(last_rows[ends_prompt], hidden.device)].to(torch.float32)
+        means = None
         if is_mean.any():
-            means = self._means(batch, chunks[is_mean], last_rows[is_mean], hidden)
-            targets = np.flatnonzero(is_mean[ends_prompt])
             sources = np.flatnonzero(ends_prompt[is_mean])
-            states[upload_indices(targets, hidden.device)] = means[
-                upload_indices(sources, hidden.device)
-            ]
+            targets = np.flatnonzero(is_mean[ends_prompt])
+            means = _plan_means(
+                batch, chunks[is_mean], last_rows[is_mean], sources, targets, staging
+            )
+        return PlannedPooling(staging.add_indices(last_rows[ends_prompt]), means)
+
+    def pool(self, plan: PlannedPooling, hidden: Tensor) -> Tensor:
+        """Adds the batch's chunks.
+
+        Args:
+            plan: of the batch.
+            hidden: [rows of the batch, hidden].
+
+        Returns:
+            [pooled prompts that end in this batch, hidden] in fp32, in row order.
+        """
+        states = hidden[plan.last_rows.tensor].to(torch.float32)
+        if plan.means is not None:
+            means = self._means(plan.means, hidden)
+            states[plan.means.targets.tensor] = means[plan.means.sources.tensor]
         return states
 
-    def _means(
-        self, batch: ForwardBatch, chunks: IndexArray, last_rows: IndexArray, hidden: Tensor
-    ) -> Tensor:
+    def _means(self, plan: _PlannedMeans, hidden: Tensor) -> Tensor:
         """[chunks, hidden]: each prompt's mean up to the chunk's end. Keeps unfinished sums."""
-        lengths, starts = batch.prefill_lengths[chunks], batch.prefill_starts[chunks]
-        # Chunk by chunk, each row is the chunk's last row minus the number of rows after it.
-        after = np.repeat(np.cumsum(lengths), lengths) - 1 - np.arange(lengths.sum())
-        rows = np.repeat(last_rows, lengths) - after
         sums: Tensor = torch.segment_reduce(
-            hidden[upload_indices(rows, hidden.device)].to(torch.float32),
+            hidden[plan.rows.tensor].to(torch.float32),
             "sum",
-            lengths=upload_indices(lengths, hidden.device),
+            lengths=plan.lengths.tensor,
             # To check the lengths, which are right, it would wait for the device.
             unsafe=True,
         )
-        slots = batch.prefill_slots[chunks].tolist()
-        for index in np.flatnonzero(starts > 0).tolist():
-            sums[index] += self._sums.pop(slots[index])
-        for index in np.flatnonzero(batch.prefill_next_ids[chunks] >= 0).tolist():
-            self._sums[slots[index]] = sums[index].clone()
-        return sums / upload_indices(starts + lengths, hidden.device)[:, None]
+        for index, slot in plan.continued:
+            sums[index] += self._sums.pop(slot)
+        for index, slot in plan.unfinished:
+            self._sums[slot] = sums[index].clone()
+        return sums / plan.num_tokens.tensor
+
+
+def _plan_means(
+    batch: ForwardBatch,
+    chunks: IndexArray,
+    last_rows: IndexArray,
+    sources: IndexArray,
+    targets: IndexArray,
+    staging: Staging,
+) -> _PlannedMeans:
+    lengths, starts = batch.prefill_lengths[chunks], batch.prefill_starts[chunks]
+    # Chunk by chunk, each row is the chunk's last row minus the number of rows after it.
+    after = np.repeat(np.cumsum(lengths), lengths) - 1 - np.arange(lengths.sum())
+    rows = np.repeat(last_rows, lengths) - after
+    slots = batch.prefill_slots[chunks].tolist()
+    is_unfinished = batch.prefill_next_ids[chunks] >= 0
+    return _PlannedMeans(
+        rows=staging.add_indices(rows),
+        lengths=staging.add_indices(lengths),
+        num_tokens=staging.add_indices((starts + lengths)[:, None]),
+        continued=[(index, slots[index]) for index in np.flatnonzero(starts > 0).tolist()],
+        unfinished=[(index, slots[index]) for index in np.flatnonzero(is_unfinished).tolist()],
+        sources=staging.add_indices(sources),
+        targets=staging.add_indices(targets),
+    )

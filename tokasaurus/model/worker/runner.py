@@ -36,6 +36,15 @@ class Runner(Protocol):
         """
         ...
 
+    def warmed_up(self) -> None:
+        """The batches of the warm-up have run: nothing needs to be compiled from now on."""
+        ...
+
+    @property
+    def num_recompiles(self) -> int:
+        """Graphs that were compiled after the warm-up, while requests waited."""
+        ...
+
     def addresses_changed(self) -> None:
         """Weights or KV cache may lie at other addresses from now on, in the same tensor objects.
 
@@ -66,6 +75,13 @@ class EagerRunner:
         attention = self._backend.plan(planned.sequences)
         hidden: Tensor = self._model(planned.ids, planned.positions, attention)
         return hidden
+
+    @property
+    def num_recompiles(self) -> int:
+        return 0
+
+    def warmed_up(self) -> None:
+        """Does nothing: there is nothing to compile."""
 
     def addresses_changed(self) -> None:
         """Does nothing: the layers find each tensor as they run."""

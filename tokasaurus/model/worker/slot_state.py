@@ -8,7 +8,7 @@ on the sampled tokens, so the host prepares a batch without waiting for the prev
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +18,12 @@ from torch import Tensor
 from tokasaurus.errors import ProtocolError
 from tokasaurus.model.backend.base import PrefixGroups, SequenceRows
 from tokasaurus.model.sampling.adjustments import AdjustmentTable
+from tokasaurus.model.sampling.drawing import plan_draws, plan_scores
 from tokasaurus.model.sampling.history import History
 from tokasaurus.model.sampling.parameters import SamplingParameters
 from tokasaurus.model.sampling.rows import PromptRows, SamplingRows
-from tokasaurus.model.upload import upload_together
+from tokasaurus.model.upload import Staged, Staging
+from tokasaurus.model.worker.pooling import PlannedPooling, Pooler
 from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
 from tokasaurus.protocol.messages import ForwardBatch, SlotParameters
 from tokasaurus.rounding import ceil_div
@@ -30,18 +32,15 @@ __all__ = ["PlannedBatch", "SlotState"]
 
 # Generated ids that fit in the history, for each position of the KV cache.
 _HISTORY_SHARE = 2
-# By name.
-_Arrays: TypeAlias = dict[str, NDArray[np.integer[Any]]]
-
 _NO_ROWS: NDArray[np.intp] = np.empty(0, np.intp)
 
 
 @dataclass(frozen=True)
 class PageCopies:
-    """Pages to copy. Both are [copies] int64, on the device."""
+    """Pages to copy. Both are [copies] int64."""
 
-    sources: Tensor
-    targets: Tensor
+    sources: Staged
+    targets: Staged
 
 
 @dataclass(frozen=True)
@@ -54,6 +53,7 @@ class PlannedBatch:
         sequences: the rows of each sequence.
         sampling: the rows to draw a token from.
         prompt: the rows that give prompt logprobs. None if no chunk asked.
+        pooling: of the chunks that asked.
         early_copies: to make before the layers run. None if no prompt begins inside a page.
         copies: to make after the layers have run. None if no prompt forks inside a page.
     """
@@ -63,6 +63,7 @@ class PlannedBatch:
     sequences: SequenceRows
     sampling: SamplingRows
     prompt: PromptRows | None
+    pooling: PlannedPooling | None
     early_copies: PageCopies | None
     copies: PageCopies | None
 
@@ -108,6 +109,7 @@ class SlotState:
             num_slots, max_request_tokens, _HISTORY_SHARE * num_pages * page_size, device
         )
         self.adjustments = AdjustmentTable(num_slots, vocab_size, history, device)
+        self.pooler = Pooler()
 
     def clear(self) -> None:
         """Forgets all slots in place: tensors stay where they are."""
@@ -116,20 +118,23 @@ class SlotState:
         self.lengths[:] = self.pages_held[:] = 0
         self.sampling.clear()
         self.adjustments.clear()
+        self.pooler.clear()
 
     def apply(self, batch: ForwardBatch) -> PlannedBatch:
-        """Applies the batch's changes to the tables and lays out its rows.
+        """Applies the batch's changes to the tables, lays out its rows, and plans its sampling.
 
-        Afterwards ``lengths`` include the batch's own tokens.
+        Everything that the device needs of it is sent at once. Afterwards ``lengths`` include the
+        batch's own tokens, and numbers of generated tokens those that it draws.
 
         Raises:
             ProtocolError: the batch names slots, pages, ids or positions that cannot exist.
         """
+        staging = Staging(self._device)
         if batch.left_slots is not None:
             self._check_range("slots that were left", batch.left_slots, self._num_slots)
             self.adjustments.leave(batch.left_slots)
         if batch.parameters is not None:
-            self._enter(batch.parameters)
+            self._enter(batch.parameters, staging)
         self._hold_pages(batch)
         self._check_slots(batch)
         num_decodes = len(batch.decode_slots)
@@ -149,13 +154,38 @@ class SlotState:
         sampled_slots = np.concatenate((batch.decode_slots, batch.draw_slots))
         self._fork(batch, lengths[num_decodes:])
         scored_rows, next_ids = self._scored(batch)
-        arrays: _Arrays = {"positions": positions, "rows": sampled_rows, "slots": sampled_slots}
+        groups = self._groups(batch, lengths)
+        staged_positions = staging.add_indices(positions)
+        prompt_ids = staging.add_indices(batch.prefill_ids) if len(batch.prefill_ids) else None
+        sampling = plan_draws(
+            sampled_rows,
+            sampled_slots,
+            self.sampling.take(sampled_slots),
+            self.adjustments,
+            self._vocab_size,
+            staging,
+        )
+        self.sampling["num_generated"][sampled_slots] += 1
+        prompt = None
         if len(scored_rows):
-            arrays |= {"scored_rows": scored_rows + num_decodes, "next_ids": next_ids}
-        sent = self._send(batch, arrays)
+            parameters = self._scoring(batch, scored_rows)
+            rows = scored_rows + num_decodes
+            prompt = plan_scores(rows, next_ids, parameters, self._vocab_size, staging)
+        early_copies = _staged_copies(batch.early_copy_sources, batch.early_copy_targets, staging)
+        pooling = self.pooler.plan(batch, staging)
+        copies = _staged_copies(batch.copy_sources, batch.copy_targets, staging)
+        entries = self._staged_entries(batch, staging)
+        staging.send()
+        if entries is not None:
+            slots_of_entries, columns, pages = (each.tensor for each in entries)
+            self.page_table[slots_of_entries, columns] = pages
+        self.adjustments.write_entries()
         return PlannedBatch(
-            ids=self._ids(sent["slots"][:num_decodes], sent.get("prompt_ids")),
-            positions=sent["positions"],
+            ids=self._ids(
+                sampling.device_slots.tensor[:num_decodes],
+                None if prompt_ids is None else prompt_ids.tensor,
+            ),
+            positions=staged_positions.tensor,
             sequences=SequenceRows(
                 slots=slots,
                 query_starts=query_starts,
@@ -163,44 +193,27 @@ class SlotState:
                 positions=positions,
                 page_table=self.page_table,
                 num_decodes=num_decodes,
-                groups=self._groups(batch, lengths),
+                groups=groups,
             ),
-            sampling=SamplingRows(
-                sent["rows"],
-                sampled_slots,
-                sent["slots"],
-                self.sampling.take(sampled_slots),
-            ),
-            prompt=PromptRows(
-                sent["scored_rows"], sent["next_ids"], self._scoring(batch, scored_rows)
-            )
-            if len(scored_rows)
-            else None,
-            early_copies=PageCopies(sent["early_copy_sources"], sent["early_copy_targets"])
-            if "early_copy_sources" in sent
-            else None,
-            copies=PageCopies(sent["copy_sources"], sent["copy_targets"])
-            if len(batch.copy_sources)
-            else None,
+            sampling=sampling,
+            prompt=prompt,
+            pooling=pooling,
+            early_copies=early_copies,
+            copies=copies,
         )
 
-    def _send(self, batch: ForwardBatch, arrays: _Arrays) -> dict[str, Tensor]:
-        """Sends these arrays and the batch's own to the device. Patches the page table there."""
+    def _staged_entries(
+        self, batch: ForwardBatch, staging: Staging
+    ) -> tuple[Staged, Staged, Staged] | None:
+        """Slots, columns and pages of the page table's new entries; None if there are none."""
         # Most batches decode only, and change few tables.
-        if len(batch.prefill_ids):
-            arrays["prompt_ids"] = batch.prefill_ids
-        if len(batch.copy_sources):
-            arrays |= {"copy_sources": batch.copy_sources, "copy_targets": batch.copy_targets}
-        if batch.early_copy_sources is not None and batch.early_copy_targets is not None:
-            arrays["early_copy_sources"] = batch.early_copy_sources
-            arrays["early_copy_targets"] = batch.early_copy_targets
         if not len(batch.table_slots):
-            return upload_together(arrays, self._device)
-        arrays |= {"table_slots": batch.table_slots, "table_columns": batch.table_columns}
-        sent = upload_together({**arrays, "table_pages": batch.table_pages}, self._device)
-        pages = sent["table_pages"].to(torch.int32)
-        self.page_table[sent["table_slots"], sent["table_columns"]] = pages
-        return sent
+            return None
+        return (
+            staging.add_indices(batch.table_slots),
+            staging.add_indices(batch.table_columns),
+            staging.add(batch.table_pages),
+        )
 
     def _ids(self, decode_slots: Tensor, prompt_ids: Tensor | None) -> Tensor:
         if prompt_ids is None:
@@ -231,19 +244,16 @@ class SlotState:
                 )
         return groups
 
-    def record(self, rows: SamplingRows, token_ids: Tensor) -> Int32Array | None:
+    def record(self, rows: SamplingRows, token_ids: Tensor) -> None:
         """Remembers the drawn tokens, which are the input of the slots' next decode rows.
 
         Args:
             rows: that drew.
             token_ids: [rows] int64, on the device.
-
-        Returns:
-            The rows that cannot go on; see ``AdjustmentTable.record``.
         """
-        self.last_tokens[rows.device_slots] = token_ids
-        self.sampling["num_generated"][rows.slots] += 1
-        return self.adjustments.record(rows.slots, token_ids)
+        self.last_tokens[rows.device_slots.tensor] = token_ids
+        if rows.recording is not None:
+            rows.recording.record(token_ids)
 
     def _scored(self, batch: ForwardBatch) -> tuple[NDArray[np.intp], Int32Array]:
         """The prefill rows that give prompt logprobs, and the token after each."""
@@ -273,13 +283,13 @@ class SlotState:
         self._check_lengths(slots, ends, ends)
         self.lengths[slots] = ends
 
-    def _enter(self, parameters: SlotParameters) -> None:
+    def _enter(self, parameters: SlotParameters, staging: Staging) -> None:
         slots = parameters.slots
         self._check_range("slots of parameters", slots, self._num_slots)
         self.lengths[slots] = 0
         self.pages_held[slots] = 0
         self.sampling.assign(parameters)
-        self.adjustments.enter(parameters)
+        self.adjustments.enter(parameters, staging)
 
     def _hold_pages(self, batch: ForwardBatch) -> None:
         """Counts the pages that slots get, and checks the pages of the batch."""
@@ -341,3 +351,12 @@ class SlotState:
             raise ProtocolError(
                 f"{what} range from {values.min()} to {values.max()}, the limit is {limit}"
             )
+
+
+def _staged_copies(
+    sources: Int32Array | None, targets: Int32Array | None, staging: Staging
+) -> PageCopies | None:
+    """The pages to copy; None if there are none."""
+    if sources is None or targets is None or not len(sources):
+        return None
+    return PageCopies(staging.add_indices(sources), staging.add_indices(targets))

@@ -58,6 +58,8 @@ def warm_up_batches(config: WorkerConfig, num_parameters: int) -> list[ForwardBa
         batches.append(_prefill(config, 1, np.ones(num_decodes, np.int32)))
         slots = np.arange(num_decodes, dtype=np.int32)
         batches.append(ForwardBatch(number=2, decode_slots=slots))
+    # For one row, other kernels may run than for several.
+    batches.append(_prefill(config, len(batches), np.ones(1, np.int32)))
     return batches
 
 

@@ -10,6 +10,7 @@ It knows nothing of processes and sockets: the launch room carries batches in an
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -20,22 +21,23 @@ import torch
 from tokasaurus.config.slices import WorkerConfig
 from tokasaurus.errors import ProtocolError
 from tokasaurus.grammars import Vocabulary
+from tokasaurus.host_memory import keep_freed_memory
 from tokasaurus.model.backend import choose_backend
 from tokasaurus.model.backend.base import BackendOptions
+from tokasaurus.model.backend.reference_operators import REFERENCE_OPERATORS
+from tokasaurus.model.config import ModelConfig
 from tokasaurus.model.download import Download
 from tokasaurus.model.facts import read_model_config
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.model.placement import Placement
 from tokasaurus.model.sampling.drawing import draw_tokens, score_prompts
+from tokasaurus.model.sampling.logprobs import Logprobs
 from tokasaurus.model.sampling.matchers import Matchers, OpenMatchers
-from tokasaurus.model.sampling.sampler import Logprobs
 from tokasaurus.model.weights.loader import load_model
 from tokasaurus.model.worker.clock import Clock, HostClock, start_clock, wait_for_device
 from tokasaurus.model.worker.controls import Controls
-from tokasaurus.model.worker.host_memory import keep_freed_memory
 from tokasaurus.model.worker.pending import Answer, InFlight, Outputs, Pending, naming
-from tokasaurus.model.worker.pooling import Pooler
-from tokasaurus.model.worker.runner import EagerRunner
+from tokasaurus.model.worker.runner import EagerRunner, Runner
 from tokasaurus.model.worker.slot_state import SlotState
 from tokasaurus.model.worker.warm_up import warm_up_batches
 from tokasaurus.protocol.arrays import Int32Array
@@ -77,14 +79,15 @@ class Worker:
             torch.set_num_threads(config.num_threads)
         self._config = config
         self._device = torch.device(config.device)
-        options = BackendOptions(config.instruction_set)
+        options = BackendOptions(config.instruction_set, config.use_groups)
         backend = choose_backend(config.attention, self._device, options)
         place = Placement(
             _DTYPES[config.dtype],
             self._device,
             config.linear,
-            backend.operators(options),
+            REFERENCE_OPERATORS if config.torch_compile else backend.operators(options),
             config.instruction_set,
+            is_traced=config.torch_compile,
         )
         model_config = read_model_config(config.model_path, config.rope_scaling)
         self._vocab_size = model_config.vocab_size
@@ -101,9 +104,8 @@ class Worker:
             dtype=place.dtype,
             device=place.device,
         )
-        self._runner = EagerRunner(
-            self._model, backend(self._cache, model_config.num_heads, options)
-        )
+        self._backend = backend(self._cache, model_config.num_heads, options)
+        self._runner = self._make_runner(model_config)
         self._controls = Controls(self.weights, files, self._cache, self._runner, self._device)
         self._state = SlotState(
             num_slots=config.num_slots,
@@ -113,7 +115,6 @@ class Worker:
             vocab_size=self._vocab_size,
             device=self._device,
         )
-        self._pooler = Pooler()
         self._in_flight = InFlight()
         self._next_number = 0
         log.info(
@@ -124,19 +125,42 @@ class Worker:
             self._cache.num_bytes / 1e6,
         )
 
-    def warm_up(self) -> None:
+    def _make_runner(self, model_config: ModelConfig) -> Runner:
+        config = self._config
+        if not config.torch_compile:
+            return EagerRunner(self._model, self._backend)
+        # To import what compiles takes seconds.
+        from tokasaurus.model.worker.compiled_runner import CompiledRunner
+
+        options = json.loads(config.torch_compile_config or "{}")
+        return CompiledRunner(
+            self._model, self._backend, model_config.num_heads, model_config.head_dim, options
+        )
+
+    def warm_up(self) -> float:
         """Runs the largest possible batches, so that a lack of memory shows now.
 
         Also waits for the vocabulary. Call it before the first ``submit``. It leaves the slot
         tables as new.
+
+        Returns:
+            About how long a batch of ``max_tokens_per_forward`` takes, in seconds.
         """
         started = time.perf_counter()
+        self._backend.calibrate()
         matchers = OpenMatchers(self._vocab_size)
+        token_s = []
         for batch in warm_up_batches(self._config, self.weights.num_parameters):
+            begun = time.perf_counter()
             self._enqueue(batch, matchers).result(batch.number, 0.0)
+            num_tokens = len(batch.prefill_ids) + len(batch.decode_slots)
+            token_s.append((time.perf_counter() - begun) / num_tokens)
         self._state.clear()
+        self._runner.warmed_up()
         self._matchers.wait()
         log.info("warmed up in %.1f s", time.perf_counter() - started)
+        # The first batches load libraries, too, and may compile: the quickest counts.
+        return min(token_s) * self._config.max_tokens_per_forward
 
     def submit(self, message: ToWorker) -> Pending:
         """Enqueues one batch, or carries out one control.
@@ -184,26 +208,30 @@ class Worker:
             matchers.enter(batch.parameters)
         if planned.early_copies is not None:
             early = planned.early_copies
-            self._cache.copy_pages(early.sources, early.targets)
+            self._cache.copy_pages(early.sources.tensor, early.targets.tensor)
         hidden = self._runner.run(planned)
+        num_grouped = self._backend.num_grouped_rows if len(planned.ids) else 0
         if planned.copies is not None:
-            self._cache.copy_pages(planned.copies.sources, planned.copies.targets)
+            copies = planned.copies
+            self._cache.copy_pages(copies.sources.tensor, copies.targets.tensor)
         masks = matchers.masks(sampling.slots)
-        token_ids, drawn = draw_tokens(
-            self._model, hidden, sampling, self._state.adjustments, masks
-        )
+        token_ids, drawn = draw_tokens(self._model, hidden, sampling, masks)
         arriving = Download(token_ids)
         if masks is not None:
             matchers.advance(masks, sampling.slots, arriving)
-        lost = self._state.record(sampling, token_ids)
+        self._state.record(sampling, token_ids)
+        lost = sampling.recording.lost if sampling.recording is not None else None
         given_up = masks.cut_rows if masks is not None else None
         prompt = score_prompts(self._model, hidden, planned.prompt) if planned.prompt else None
+        pooled = self._state.pooler.pool(planned.pooling, hidden) if planned.pooling else None
         return Outputs(
             arriving,
             drawn or Logprobs.none(0, len(token_ids)),
             prompt or Logprobs.none(0, 0),
-            self._pooler.pool(batch, hidden),
+            pooled,
             _union(lost, given_up),
+            num_grouped,
+            self._runner.num_recompiles,
         )
 
 

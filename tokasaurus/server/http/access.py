@@ -30,7 +30,7 @@ from tokasaurus.server.errors import BodyTooLarge, Forbidden, ForeignPage, Unaut
 from tokasaurus.server.http.answers import error_answer
 from tokasaurus.server.http.hosts import Hosts
 
-__all__ = ["CLIENT", "OPEN_PATHS", "Access", "share_of"]
+__all__ = ["CLIENT", "OPEN_PATHS", "Access", "max_priority_of", "share_of"]
 
 OPEN_PATHS = frozenset({"/ping", "/health"})
 """Paths that need no key: they are for load balancers, and only say whether the engine serves."""
@@ -38,6 +38,7 @@ OPEN_PATHS = frozenset({"/ping", "/health"})
 CLIENT = "tokasaurus.client"
 """Where a scope names the client: a text for each key or, if no key is needed, for each address."""
 
+_MAX_PRIORITY = "tokasaurus.max_priority"
 _KEY = "key "
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 """Methods that change nothing, on every route."""
@@ -57,6 +58,12 @@ def share_of(scope: Scope, user: str | None) -> str:
     """
     client: str = scope.get(CLIENT, "")
     return client if user is None or client.startswith(_KEY) else f"user {user}"
+
+
+def max_priority_of(scope: Scope) -> int:
+    """By how much a request may outrank the default priority."""
+    limit: int = scope.get(_MAX_PRIORITY, 0)
+    return limit
 
 
 class Access:
@@ -83,6 +90,10 @@ class Access:
         if config.allowed_hosts or (self._is_local and not self._digests):
             self._hosts = Hosts(config.host, config.allowed_hosts)
         self._max_body_bytes = config.max_body_bytes
+        self._max_priority = config.max_request_priority
+        self._priorities = {
+            f"{_KEY}{digest}": limit for digest, limit in config.key_priorities.items()
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -113,6 +124,7 @@ class Access:
             else:
                 client, shown = self._client(scope, authorization), self._digests
             scope[CLIENT] = client
+            scope[_MAX_PRIORITY] = self._priorities.get(client, self._max_priority)
             if not shown and (is_control or scope["method"] not in _SAFE_METHODS):
                 host = hosts[0].decode("latin-1") if hosts else ""
                 self._check_page(origin, site, host, is_control)

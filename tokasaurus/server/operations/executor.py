@@ -46,7 +46,12 @@ class Executor:
         self._state = state
 
     async def execute(
-        self, operation: Operation, body: Any, share: Callable[[str | None], str], name: str = ""
+        self,
+        operation: Operation,
+        body: Any,
+        share: Callable[[str | None], str],
+        max_priority: int,
+        name: str = "",
     ) -> Execution:
         """Starts a client's request, if the engine has room for it.
 
@@ -54,6 +59,7 @@ class Executor:
             operation: the kind of request.
             body: decoded JSON, of any shape.
             share: the client whose share of the engine a request takes, by the user that it names.
+            max_priority: by how much the request may outrank the default priority.
             name: of the request, by which it may be aborted.
 
         Raises:
@@ -61,7 +67,7 @@ class Executor:
             EngineError: the engine cannot serve, or has no room.
         """
         engine = self._state.engine()
-        request = operation.read(body)
+        request = operation.read(body).within(max_priority)
         client = share(request.user)
         # Asked before the prompts are tokenized, so that a flood of refusals is cheap.
         engine.generations.check_room(client)
@@ -75,15 +81,21 @@ class Executor:
         """Raises EngineError if no further request of this client may start."""
         self._state.engine().generations.check_room(client)
 
-    async def prepare(self, operation: Operation, body: Any) -> Task:
+    async def prepare(self, operation: Operation, body: Any, max_priority: int) -> Task:
         """Reads a request, tokenizes its prompts, and compiles its grammar. Nothing runs yet.
+
+        Args:
+            operation: the kind of request.
+            body: decoded JSON, of any shape.
+            max_priority: by how much the request may outrank the default priority.
 
         Raises:
             RequestError: the request is wrong; names the field.
             EngineError: the engine cannot serve.
         """
         engine = self._state.engine()
-        return await _task(operation, operation.read(body), engine.preparer)
+        request = operation.read(body).within(max_priority)
+        return await _task(operation, request, engine.preparer)
 
     def start(self, task: Task, client: str | None = None) -> Execution:
         """Sends the prompts to the engine.
@@ -120,7 +132,8 @@ class Executor:
                     f"url must be one of {', '.join(self.operations)}, not {path!r}", "url"
                 )
             while True:
-                task = await self.prepare(operation, body)
+                limit = self._state.engine().preparer.config.max_request_priority
+                task = await self.prepare(operation, body, limit)
                 if task.stream is not None:
                     raise RequestError(
                         "stream must be false: there is no connection to stream to", "stream"
@@ -139,7 +152,11 @@ class Executor:
 
 async def _task(operation: Operation, request: EngineRequest, preparer: Preparer) -> Task:
     """Raises RequestError, in the words of the request."""
-    heavy = request.needs_grammar or operation.num_characters(request) > MANY_CHARACTERS
+    heavy = (
+        request.needs_grammar
+        or operation.num_characters(request) > MANY_CHARACTERS
+        or preparer.tokenizer.chats_take_long
+    )
     try:
         return await in_thread_if(heavy, lambda: operation.prepare(request, preparer))
     except RequestError as error:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 from pydantic import Field
 
 from tokasaurus.errors import RequestError
-from tokasaurus.protocol.messages import LogprobsMode
+from tokasaurus.protocol.messages import MAX_PRIORITY, LogprobsMode
 from tokasaurus.server.operations.fields import HARMLESS, without_harmless
 from tokasaurus.server.operations.strict import StrictSchema, validated
 from tokasaurus.text.params import SamplingParams
@@ -30,6 +30,7 @@ __all__ = [
     "RequestBody",
     "StreamOptions",
     "body_reference",
+    "check_priority",
     "parse",
 ]
 
@@ -105,6 +106,15 @@ class EngineRequest(RequestBody):
         """Whether a grammar must be compiled, which may take a while."""
         return False
 
+    def within(self, max_priority: int) -> EngineRequest:
+        """The request, if it may outrank the default priority by this; in a tier that it may have.
+
+        Raises:
+            RequestError: its priority is more important.
+        """
+        del max_priority
+        return self
+
 
 class GenerationRequest(EngineRequest):
     """What requests for text have in common.
@@ -146,7 +156,10 @@ class GenerationRequest(EngineRequest):
     return_weights_versions: bool | None = None
     """Add ``weights_versions`` to each choice: which version of the weights drew which tokens."""
     priority: int | None = None
-    """Of all requests in the engine, lower runs first; from -1,000,000 to 1,000,000, default 0."""
+    """Of all requests in the engine, lower runs first; from -1,000,000 to 1,000,000, default 0.
+
+    How far below 0 a client may go is its ``max_request_priority``, by default 0.
+    """
     first_k: int | None = None
     """Wait for the k samples of each prompt that end first, then cancel its others; from 1 to n.
 
@@ -272,6 +285,13 @@ class GenerationRequest(EngineRequest):
             return self.priority
         return _TIER_PRIORITIES.get(self.service_tier or "default", 0)
 
+    def within(self, max_priority: int) -> EngineRequest:
+        check_priority(self.priority, max_priority)
+        if self.service_tier != "priority" or self._priority >= -max_priority:
+            return self
+        # As OpenAI answers where a project may not use the tier.
+        return self.model_copy(update={"service_tier": "default"})
+
     def echoed(self) -> dict[str, Any]:
         """The fields of the request that the answer repeats."""
         echoed: dict[str, Any] = {}
@@ -281,6 +301,16 @@ class GenerationRequest(EngineRequest):
             served = self.service_tier if self.service_tier in _TIER_PRIORITIES else "default"
             echoed["service_tier"] = served
         return echoed
+
+
+def check_priority(priority: int | None, max_priority: int) -> None:
+    """Raises RequestError if a request outranks the default priority by more than it may."""
+    if priority is not None and -MAX_PRIORITY <= priority < -max_priority:
+        raise RequestError(
+            f"priority is {priority}, and this client's requests may have {-max_priority} or more"
+            " (lower runs first); max_request_priority says how much they may outrank others",
+            "priority",
+        )
 
 
 _SHARED_FIELDS = [

@@ -17,7 +17,7 @@ from tokasaurus.protocol.messages import Pooling
 from tokasaurus.server.operations.fields import HARMLESS
 from tokasaurus.server.operations.operation import Operation, Task
 from tokasaurus.server.operations.prompts import Prompts, read_prompts
-from tokasaurus.server.operations.schemas import EngineRequest
+from tokasaurus.server.operations.schemas import EngineRequest, check_priority
 from tokasaurus.server.operations.writer import AnswerWriter
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.preparation import Preparer
@@ -62,10 +62,17 @@ class EmbeddingRequest(EngineRequest):
     """The mean of the last hidden states of all tokens, or the last token's. Default: the engine's
     ``embedding_pooling``."""
     priority: int | None = None
-    """Of all requests in the engine, lower runs first; from -1,000,000 to 1,000,000, default 0."""
+    """Of all requests in the engine, lower runs first; from -1,000,000 to 1,000,000, default 0.
+
+    How far below 0 a client may go is its ``max_request_priority``, by default 0.
+    """
 
     def field_names(self) -> Mapping[str, str]:
         return {"prompt": "input"}
+
+    def within(self, max_priority: int) -> EngineRequest:
+        check_priority(self.priority, max_priority)
+        return self
 
 
 def pooling_named(name: str | None, config: ServerConfig) -> Pooling:

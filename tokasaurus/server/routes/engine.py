@@ -69,9 +69,11 @@ class EngineRoutes:
         return json_answer({"message": "pong"})
 
     async def health(self) -> Response:
-        """200 when requests are served."""
-        status = self._state.status
-        body = {"status": status, "running": self._state.num_running}
+        """200 when requests are served. Names the processes that make no progress."""
+        status, stalled = self._state.status, self._state.stalled
+        body: dict[str, Any] = {"status": status, "running": self._state.num_running}
+        if stalled:
+            body["stalled"] = stalled
         return json_answer(body, 200 if status == "ok" else 503)
 
     async def version(self) -> Response:

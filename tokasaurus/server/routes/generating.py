@@ -7,7 +7,7 @@ from functools import partial
 
 from fastapi import APIRouter, Request, Response
 
-from tokasaurus.server.http.access import share_of
+from tokasaurus.server.http.access import max_priority_of, share_of
 from tokasaurus.server.http.bodies import read_json
 from tokasaurus.server.http.direct import Handler
 from tokasaurus.server.http.disconnects import watched
@@ -56,7 +56,8 @@ class Endpoints:
         async def handler(request: Request) -> Response:
             share = partial(share_of, request.scope)
             name = request.scope.get(REQUEST_ID, "")
-            execution = await executor.execute(operation, await read_json(request), share, name)
+            body, limit = await read_json(request), max_priority_of(request.scope)
+            execution = await executor.execute(operation, body, share, limit, name)
             events = execution.events()
             if events is not None:
                 return EventStream(events, execution)

@@ -17,7 +17,7 @@ from fastapi import APIRouter, Request, Response
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import RequestError
 from tokasaurus.server.errors import BodyTooLarge
-from tokasaurus.server.http.access import share_of
+from tokasaurus.server.http.access import max_priority_of, share_of
 from tokasaurus.server.http.bodies import read_json
 from tokasaurus.server.http.disconnects import until_disconnect
 from tokasaurus.server.operations.executor import Executor
@@ -71,20 +71,20 @@ class SynchronousBatch:
         client = share_of(request.scope, None)
         # Asked before the prompts are tokenized, so that a flood of refusals is cheap, and after.
         self._executor.check_room(client)
-        tasks = await self._prepare(bodies)
+        tasks = await self._prepare(bodies, max_priority_of(request.scope))
         self._executor.check_room(client)
         answers = await until_disconnect(request.receive, self._answers(tasks, client))
         content = await asyncio.to_thread(_encode, answers, media_type)
         return Response(content, media_type=media_type)
 
-    async def _prepare(self, bodies: Sequence[Any]) -> list[Task]:
+    async def _prepare(self, bodies: Sequence[Any], max_priority: int) -> list[Task]:
         tasks = []
         num_samples = 0
         for position, body in enumerate(bodies):
             if position % 100 == 99:
                 await asyncio.sleep(0)  # lets other requests run
             try:
-                task = await self._executor.prepare(self._chat, body)
+                task = await self._executor.prepare(self._chat, body, max_priority)
                 if task.stream is not None:
                     raise RequestError("stream must be false in a synchronous batch", "stream")
             except RequestError as error:

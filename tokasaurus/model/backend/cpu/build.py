@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from tokasaurus.model.backend.cpu.instruction_sets import AUTO, InstructionSet, candidate_sets
+from tokasaurus.model.instruction_sets import AUTO, InstructionSet, candidate_sets
 
 __all__ = ["BuildError", "load_library"]
 

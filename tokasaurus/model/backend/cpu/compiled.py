@@ -6,6 +6,8 @@ Owns what one batch hands to the kernel. ``reference.py`` defines the result.
 from __future__ import annotations
 
 import ctypes
+import logging
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,16 +22,18 @@ from tokasaurus.model.backend.base import (
     BackendOptions,
     HeadNorms,
     Operators,
-    PrefixGroups,
     Rotation,
     SequenceRows,
 )
 from tokasaurus.model.backend.cpu.build import BuildError, load_library
+from tokasaurus.model.backend.cpu.calibration import PAGE_SIZE, PAGES, measure_group_costs
+from tokasaurus.model.backend.cpu.grouping import ALWAYS, NEVER, ChosenGroups, choose_groups
 from tokasaurus.model.backend.cpu.operators import ELEMENTS, load_operators
 from tokasaurus.model.kv_cache import KVCache
-from tokasaurus.protocol.arrays import Int32Array
 
 __all__ = ["CompiledAttention", "CompiledBackend"]
+
+log = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("paged_attention.cpp")
 
@@ -69,6 +73,9 @@ class _Library:
         self.max_tasks = library.tokasaurus_max_tasks
         self.max_tasks.argtypes = (*[ctypes.c_int64] * 4, *[ctypes.c_int32] * 2)
         self.max_tasks.restype = ctypes.c_int64
+        self.rows_per_task = library.tokasaurus_rows_per_task
+        self.rows_per_task.argtypes = (ctypes.c_int32,)
+        self.rows_per_task.restype = ctypes.c_int32
         self.plan = library.tokasaurus_plan_attention
         self.plan.argtypes = (ctypes.c_void_p,)
         self.plan.restype = None
@@ -112,13 +119,50 @@ class CompiledBackend:
     def __init__(
         self, cache: KVCache, num_heads: int, options: BackendOptions = DEFAULT_OPTIONS
     ) -> None:
+        self._options = options
+        # Until it is calibrated, it takes no groups by itself.
+        self._costs = ALWAYS if options.use_groups else NEVER
+        self.num_grouped_rows = 0
         self._library = _library(options.instruction_set)
         self._cache = cache
         self._num_heads = num_heads
         self._workspace = np.empty(0, np.float32)
 
+    def calibrate(self) -> None:
+        if self._options.use_groups is not None:
+            return
+        cache = KVCache.allocate(
+            num_layers=1,
+            num_pages=PAGES,
+            page_size=PAGE_SIZE,
+            num_kv_heads=self._cache.num_kv_heads,
+            head_dim=self._cache.head_dim,
+            dtype=self._cache.dtype,
+            device=torch.device("cpu"),
+        )
+        for tensor in cache.keys + cache.values:
+            tensor.zero_()
+        options = replace(self._options, use_groups=True)
+        self._costs = measure_group_costs(
+            CompiledBackend(cache, self._num_heads, options),
+            self._num_heads + 2 * cache.num_kv_heads,
+            cache.head_dim,
+            cache.dtype,
+            self._rows_per_block,
+        )
+        log.info("prefix groups save seconds of a layer: %s", self._costs)
+
+    @property
+    def _rows_per_block(self) -> int:
+        group = self._num_heads // self._cache.num_kv_heads
+        return int(self._library.rows_per_task(group))
+
     def plan(self, rows: SequenceRows) -> CompiledAttention:
-        attention = CompiledAttention(self._library, self._cache, self._num_heads, rows)
+        groups = choose_groups(
+            rows.groups, self._cache.page_size, rows.num_decodes, self._costs.saved
+        )
+        self.num_grouped_rows = groups.num_grouped
+        attention = CompiledAttention(self._library, self._cache, self._num_heads, rows, groups)
         self._workspace = attention.use_workspace(self._workspace)
         return attention
 
@@ -127,37 +171,39 @@ class CompiledAttention:
     """Implements ``Attention`` for one batch. Keeps the arrays alive that the kernel points to."""
 
     def __init__(
-        self, library: _Library, cache: KVCache, num_heads: int, rows: SequenceRows
+        self,
+        library: _Library,
+        cache: KVCache,
+        num_heads: int,
+        rows: SequenceRows,
+        groups: ChosenGroups,
     ) -> None:
         self._attend, self._cache, self._rows = library.attend, cache, rows
         self._num_heads = num_heads
-        groups, num_rows = rows.groups, len(rows.positions)
+        num_rows, num_groups = len(rows.positions), len(groups.first_rows)
         num_threads = torch.get_num_threads()
         max_tasks = library.max_tasks(
             num_rows,
             len(rows.slots),
-            len(groups),
+            num_groups,
             int(groups.num_rows.sum()),
             num_threads,
             num_heads // cache.num_kv_heads,
         )
         tasks = np.empty(max_tasks * library.task_size, np.uint8)
         by_row = np.empty((3, num_rows + 1), np.int32)
-        begins = groups.first_columns * np.int32(cache.page_size)
-        ends = begins + groups.num_columns * np.int32(cache.page_size)
-        own_starts = _own_starts(groups, ends, rows.num_decodes)
-        self._kept: tuple[NDArray[Any], ...] = (tasks, by_row, begins, ends, own_starts)
+        self._kept: tuple[NDArray[Any], ...] = (tasks, by_row, *groups)
         row_slots, row_positions, partial_starts = (each.ctypes.data for each in by_row)
         self._plan = _Plan(
             page_table=rows.page_table.data_ptr(),
             slots=rows.slots.ctypes.data,
             query_starts=rows.query_starts.ctypes.data,
             kv_lengths=rows.kv_lengths.ctypes.data,
-            own_starts=own_starts.ctypes.data if len(groups) else None,
+            own_starts=groups.own_starts.ctypes.data if num_groups else None,
             group_first_rows=groups.first_rows.ctypes.data,
             group_num_rows=groups.num_rows.ctypes.data,
-            group_begins=begins.ctypes.data,
-            group_ends=ends.ctypes.data,
+            group_begins=groups.begins.ctypes.data,
+            group_ends=groups.ends.ctypes.data,
             tasks=tasks.ctypes.data,
             row_slots=row_slots,
             row_positions=row_positions,
@@ -166,7 +212,7 @@ class CompiledAttention:
             num_sequences=len(rows.slots),
             num_rows=num_rows,
             num_decodes=rows.num_decodes,
-            num_groups=len(groups),
+            num_groups=num_groups,
             num_heads=num_heads,
             num_kv_heads=cache.num_kv_heads,
             head_dim=cache.head_dim,
@@ -208,11 +254,3 @@ class CompiledAttention:
             output.data_ptr(),
         )
         return output
-
-
-def _own_starts(groups: PrefixGroups, ends: Int32Array, num_decodes: int) -> Int32Array:
-    """For each decode row, the first position that no group covers."""
-    starts = np.zeros(num_decodes, np.int32)
-    for first, count, end in zip(groups.first_rows, groups.num_rows, ends, strict=True):
-        starts[first : first + count] = end  # a group inside another comes later
-    return starts

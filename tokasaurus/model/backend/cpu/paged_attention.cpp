@@ -17,8 +17,9 @@
 //     row 3       └─────────────┘ └────────────────────────┘    two partial results to merge
 //
 // The queries of a task are its rows times the query heads that share the key/value head. They meet
-// a tile of TILE keys at a time, which is first laid out for products of matrices: the keys
-// transposed, both in fp32 or, with instructions for that, in pairs of bf16.
+// a tile of TILE keys at a time. Few queries read it where it lies. For many it is first laid out for
+// products of matrices: the keys transposed, both in fp32 or, with instructions for that, in pairs
+// of bf16.
 //
 // Nothing is read beyond a sequence's length, because pages are not initialised.
 
@@ -35,6 +36,9 @@ constexpr int TILE = 64;
 // Queries in a task, where there are that many: enough of them to use each tile often, few enough
 // to spread a short prompt over the cores, and to keep a task's memory in a core's cache.
 constexpr int QUERIES = 96;
+
+// Tasks of fewer queries read keys and values where they lie.
+constexpr int FEW_QUERIES = 8;
 
 // What laying out a key costs, in queries that meet it.
 constexpr int LAYOUT_COST = 8;
@@ -209,7 +213,9 @@ class Planner {
 // Words in fp32, from elements of any kind.
 template <typename Element>
 struct WideLayout {
-    using Kind = Wide;
+    static void multiply(const Product &product, int num_rows, int num_columns) {
+        ::multiply<Wide>(product, num_rows, num_columns);
+    }
     static int query_words(int head_dim) { return head_dim; }
     static int weight_words(int num_keys) { return num_keys; }
 
@@ -239,8 +245,16 @@ struct WideLayout {
 #if defined(__AVX512BF16__)
 // Pairs of bf16.
 struct PairsLayout {
-    using Kind = Pairs;
     using Element = BFloat16;
+    static void multiply(const Product &product, int num_rows, int num_columns) {
+#if defined(__AMX_BF16__)
+        if (product.depth % TILE_ROWS == 0 && may_use_tiles()) {
+            const Tiles tiles;
+            return multiply_tiles(product, num_rows, num_columns);
+        }
+#endif
+        ::multiply<Pairs>(product, num_rows, num_columns);
+    }
     static int query_words(int head_dim) { return head_dim / 2; }
     static int weight_words(int num_keys) { return (num_keys + 1) / 2; }
 
@@ -285,7 +299,8 @@ struct Scratch {
     std::vector<float> mixed, scores, best, sum, shrink, head;
 
     void reserve(int num_queries, int head_dim) {
-        const size_t n = size_t(num_queries), size = size_t(round_up(head_dim, WIDTH));
+        // Products in tiles write whole tiles of rows.
+        const size_t n = size_t(round_up(num_queries, TILE_ROWS)), size = size_t(round_up(head_dim, WIDTH));
         if (mixed.size() >= n * size && best.size() >= n && keys.size() >= size * TILE) return;
         queries.resize(n * size);
         keys.resize(size * TILE);
@@ -306,59 +321,68 @@ inline Scratch &scratch_of_thread(int num_queries, int head_dim) {
     return scratch;
 }
 
-template <typename Element, typename Layout>
+// DIM is the size of a head if it is known, else 0.
+template <typename Element, typename Layout, int DIM>
 class Kernel {
    public:
     Kernel(const Plan &plan, const Layer &layer)
         : p(plan),
           a(layer),
           group(plan.num_heads / plan.num_kv_heads),
-          padded_dim(round_up(plan.head_dim, WIDTH)),
           row_stride(int64_t(plan.num_heads + 2 * plan.num_kv_heads) * plan.head_dim) {}
 
     // Phase 1.
     void append(int row) const {
-        float *key = scratch_of_thread(1, p.head_dim).head.data();
+        float *key = scratch_of_thread(1, head_dim()).head.data();
         const int position = p.row_positions[row];
         const int32_t *pages = p.page_table + p.row_slots[row] * p.page_table_stride;
         for (int head = 0; head < p.num_kv_heads; head++) {
             const int64_t to = ((int64_t(pages[position / p.page_size]) * p.num_kv_heads + head) *
                                     p.page_size +
                                 position % p.page_size) *
-                               p.head_dim;
+                               head_dim();
             prepare_head(row, p.num_heads + head, a.key_norm, key);
             Element *stored = static_cast<Element *>(a.key_cache) + to;
-            for (int d = 0; d < p.head_dim; d += WIDTH)
-                store(stored + d, load(key + d), p.head_dim - d);
+            for (int d = 0; d < head_dim(); d += WIDTH)
+                store(stored + d, load(key + d), head_dim() - d);
             std::memcpy(static_cast<Element *>(a.value_cache) + to,
                         head_of(row, p.num_heads + p.num_kv_heads + head),
-                        size_t(p.head_dim) * sizeof(Element));
+                        size_t(head_dim()) * sizeof(Element));
         }
     }
 
     // Phase 2.
     void attend(const Task &task, int kv_head) const {
         const int num_queries = task.num_rows * group;
-        Scratch &s = scratch_of_thread(num_queries, p.head_dim);
-        load_queries(task, kv_head, s);
+        Scratch &s = scratch_of_thread(num_queries, head_dim());
+        const bool are_few = num_queries <= FEW_QUERIES;
+        load_queries(task, kv_head, are_few, s);
         const Element *keys[2][TILE], *values[2][TILE];
         int current = 0;
         locate(task, kv_head, task.begin, keys[0], values[0]);
         for (int start = task.begin; start < task.end; start += TILE, current = 1 - current) {
             const int count = std::min(TILE, task.end - start);
-            lay_out_keys(keys[current], count, s.keys.data());
-            Layout::lay_out_values(values[current], count, p.head_dim, padded_dim,
-                                   s.values.data());
+            if (!are_few) {
+                lay_out_keys(keys[current], count, s.keys.data());
+                Layout::lay_out_values(values[current], count, head_dim(), padded_dim(),
+                                       s.values.data());
+            }
             if (start + TILE < task.end) {
                 locate(task, kv_head, start + TILE, keys[1 - current], values[1 - current]);
                 prefetch(keys[1 - current], values[1 - current]);
             }
-            score(num_queries, count, s);
+            if (are_few)
+                score_few(num_queries, keys[current], count, s);
+            else
+                score(num_queries, count, s);
             for (int query = 0; query < num_queries; query++) {
                 const int visible = task.visible + query / group * task.visible_step - start;
                 weigh(query, std::min(visible, count), count, s);
             }
-            mix(num_queries, count, s);
+            if (are_few)
+                mix_few(num_queries, values[current], count, s);
+            else
+                mix(num_queries, count, s);
         }
         finish(task, kv_head, s);
     }
@@ -374,7 +398,7 @@ class Kernel {
                 const float share = std::exp(best_of(i, head)[0] - best);
                 const float *mixed = mixed_of(i, head);
                 sum += share * best_of(i, head)[1];
-                for (int d = 0; d < padded_dim; d += WIDTH) {
+                for (int d = 0; d < padded_dim(); d += WIDTH) {
                     const Vector part = load(mixed + d) * share;
                     store(first + d, i == begin ? part : load(first + d) + part);
                 }
@@ -384,14 +408,17 @@ class Kernel {
     }
 
    private:
+    int head_dim() const { return DIM ? DIM : p.head_dim; }
+    int padded_dim() const { return round_up(head_dim(), WIDTH); }
+
     const Element *head_of(int row, int head) const {
-        return static_cast<const Element *>(a.heads) + row * row_stride + int64_t(head) * p.head_dim;
+        return static_cast<const Element *>(a.heads) + row * row_stride + int64_t(head) * head_dim();
     }
 
     // Norms and rotates a query or key. The results are as exact as an Element.
     void prepare_head(int row, int head, const void *norm, float *to) const {
         const Element *from = head_of(row, head);
-        const int size = p.head_dim, half = size / 2;
+        const int size = head_dim(), half = size / 2;
         for (int d = 0; d < size; d += WIDTH) store(to + d, load(from + d, size - d));
         if (norm) {
             const Element *weight = static_cast<const Element *>(norm);
@@ -413,14 +440,19 @@ class Kernel {
         }
     }
 
-    void load_queries(const Task &task, int kv_head, Scratch &s) const {
-        const int num_queries = task.num_rows * group, stride = Layout::query_words(p.head_dim);
+    void load_queries(const Task &task, int kv_head, bool are_few, Scratch &s) const {
+        const int num_queries = task.num_rows * group, stride = Layout::query_words(head_dim());
         for (int query = 0; query < num_queries; query++) {
             prepare_head(task.first_row + query / group, kv_head * group + query % group,
                          a.query_norm, s.head.data());
-            Layout::lay_out_query(s.head.data(), p.head_dim, &s.queries[size_t(query) * stride]);
+            if (are_few)
+                std::memcpy(&s.queries[size_t(query) * padded_dim()], s.head.data(),
+                            size_t(padded_dim()) * sizeof(float));
+            else
+                Layout::lay_out_query(s.head.data(), head_dim(),
+                                      &s.queries[size_t(query) * stride]);
         }
-        std::fill_n(s.mixed.begin(), size_t(num_queries) * padded_dim, 0.0f);
+        std::fill_n(s.mixed.begin(), size_t(num_queries) * padded_dim(), 0.0f);
         std::fill_n(s.best.begin(), num_queries, -INFINITE);
         std::fill_n(s.sum.begin(), num_queries, 0.0f);
     }
@@ -434,14 +466,14 @@ class Kernel {
         for (int t = 0; t < count; column++, within = 0) {
             const int64_t from =
                 ((int64_t(pages[column]) * p.num_kv_heads + kv_head) * p.page_size + within) *
-                p.head_dim;
+                head_dim();
             const Element *key = static_cast<const Element *>(a.key_cache) + from;
             const Element *value = static_cast<const Element *>(a.value_cache) + from;
             for (; within < p.page_size && t < count; within++, t++) {
                 keys[t] = key;
                 values[t] = value;
-                key += p.head_dim;
-                value += p.head_dim;
+                key += head_dim();
+                value += head_dim();
             }
         }
         for (int t = std::max(count, 1); t < TILE && count; t++) {
@@ -451,7 +483,7 @@ class Kernel {
     }
 
     void prefetch(const Element *const *keys, const Element *const *values) const {
-        const int size = p.head_dim * int(sizeof(Element));
+        const int size = head_dim() * int(sizeof(Element));
         for (int t = 0; t < TILE; t++)
             for (int at = 0; at < size; at += 64) {
                 __builtin_prefetch(reinterpret_cast<const char *>(keys[t]) + at);
@@ -461,7 +493,7 @@ class Kernel {
 
     // Transposes the keys: [words of a key, TILE].
     void lay_out_keys(const Element *const *keys, int count, uint32_t *words) const {
-        const int num_words = Layout::query_words(p.head_dim);
+        const int num_words = Layout::query_words(head_dim());
         for (int t = 0; t < count; t += WIDTH) {
             int word = 0;
             for (; word + WIDTH <= num_words; word += WIDTH) {
@@ -477,10 +509,75 @@ class Kernel {
     }
 
     void score(int num_queries, int count, Scratch &s) const {
-        const int depth = Layout::query_words(p.head_dim);
-        multiply<typename Layout::Kind>(
+        const int depth = Layout::query_words(head_dim());
+        Layout::multiply(
             {s.queries.data(), depth, s.keys.data(), TILE, s.scores.data(), TILE, nullptr, depth},
             num_queries, round_up(count, WIDTH));
+    }
+
+    void score_few(int num_queries, const Element *const *keys, int count, Scratch &s) const {
+        const float *queries = reinterpret_cast<const float *>(s.queries.data());
+        int query = 0;
+        for (; query + 4 <= num_queries; query += 4)
+            score_directly<4>(queries + query * padded_dim(), keys, count, &s.scores[query * TILE]);
+        for (; query + 3 <= num_queries; query += 3)
+            score_directly<3>(queries + query * padded_dim(), keys, count, &s.scores[query * TILE]);
+        for (; query < num_queries; query++)
+            score_directly<1>(queries + query * padded_dim(), keys, count, &s.scores[query * TILE]);
+    }
+
+    template <int N>
+    void score_directly(const float *queries, const Element *const *keys, int count,
+                        float *scores) const {
+        for (int t = 0; t < count; t += WIDTH) {
+            Vector sums[N][WIDTH];
+            for (int i = 0; i < WIDTH; i++) {
+                Vector products[N] = {};
+                for (int d = 0; d < head_dim(); d += WIDTH) {
+                    const Vector key = load(keys[t + i] + d, head_dim() - d);
+                    for (int n = 0; n < N; n++)
+                        products[n] += load(queries + n * padded_dim() + d) * key;
+                }
+                for (int n = 0; n < N; n++) sums[n][i] = products[n];
+            }
+            for (int n = 0; n < N; n++) store(scores + n * TILE + t, totals(sums[n]));
+        }
+    }
+
+    void mix_few(int num_queries, const Element *const *values, int count, Scratch &s) const {
+        int query = 0;
+        for (; query + 4 <= num_queries; query += 4) mix_directly<4>(query, values, count, s);
+        for (; query + 3 <= num_queries; query += 3) mix_directly<3>(query, values, count, s);
+        for (; query < num_queries; query++) mix_directly<1>(query, values, count, s);
+    }
+
+    template <int N>
+    void mix_directly(int query, const Element *const *values, int count, Scratch &s) const {
+        int d = 0;
+        for (; d + BLOCK_VECTORS * WIDTH <= head_dim(); d += BLOCK_VECTORS * WIDTH)
+            mix_vectors<N, BLOCK_VECTORS>(query, values, count, d, s);
+        for (; d < head_dim(); d += WIDTH) mix_vectors<N, 1>(query, values, count, d, s);
+    }
+
+    template <int N, int VECTORS>
+    void mix_vectors(int query, const Element *const *values, int count, int d, Scratch &s) const {
+        Vector sums[N][VECTORS];
+        float *mixed = &s.mixed[size_t(query) * padded_dim() + d];
+        const float *weights = &s.scores[size_t(query) * TILE];
+        for (int n = 0; n < N; n++)
+            for (int v = 0; v < VECTORS; v++)
+                sums[n][v] = load(mixed + n * padded_dim() + v * WIDTH) * s.shrink[query + n];
+        for (int t = 0; t < count; t++) {
+            Vector value[VECTORS];
+            for (int v = 0; v < VECTORS; v++)
+                value[v] = load(values[t] + d + v * WIDTH, head_dim() - d - v * WIDTH);
+            for (int n = 0; n < N; n++)
+                for (int v = 0; v < VECTORS; v++)
+                    sums[n][v] += splat(weights[n * TILE + t]) * value[v];
+        }
+        for (int n = 0; n < N; n++)
+            for (int v = 0; v < VECTORS; v++)
+                store(mixed + n * padded_dim() + v * WIDTH, sums[n][v]);
     }
 
     // Turns a query's scores into weights of the online softmax. Those of invisible keys are 0.
@@ -491,7 +588,7 @@ class Kernel {
             s.shrink[query] = 1;
             return;
         }
-        const float scale = 1.0f / std::sqrt(float(p.head_dim));
+        const float scale = 1.0f / std::sqrt(float(head_dim()));
         const int padded = round_up(count, WIDTH);
         Vector highest = splat(-INFINITE);
         for (int t = 0; t < padded; t += WIDTH) {
@@ -502,10 +599,10 @@ class Kernel {
         }
         const float best = std::max(s.best[query], largest(highest));
         // In the first tile this is e^-infinity, which is 0.
-        const float shrink = exponential(splat(s.best[query] - best))[0];
+        const float shrink = bounded_exponential(splat(s.best[query] - best))[0];
         Vector sums = {};
         for (int t = 0; t < padded; t += WIDTH) {
-            const Vector weights = exponential(load(scores + t) - best);
+            const Vector weights = bounded_exponential(load(scores + t) - best);
             sums += weights;
             store(scores + t, weights);
         }
@@ -516,22 +613,22 @@ class Kernel {
 
     void mix(int num_queries, int count, Scratch &s) const {
         const uint32_t *weights = Layout::weights(s.scores.data(), num_queries, s.weights.data());
-        multiply<typename Layout::Kind>(
-            {weights, Layout::weight_stride, s.values.data(), padded_dim, s.mixed.data(),
-             padded_dim, s.shrink.data(), Layout::weight_words(count)},
-            num_queries, padded_dim);
+        Layout::multiply(
+            {weights, Layout::weight_stride, s.values.data(), padded_dim(), s.mixed.data(),
+             padded_dim(), s.shrink.data(), Layout::weight_words(count)},
+            num_queries, padded_dim());
     }
 
     void finish(const Task &task, int kv_head, const Scratch &s) const {
         for (int query = 0; query < task.num_rows * group; query++) {
             const int row = task.first_row + query / group, head = kv_head * group + query % group;
-            const float *mixed = &s.mixed[size_t(query) * padded_dim];
+            const float *mixed = &s.mixed[size_t(query) * padded_dim()];
             if (p.partial_starts[row] == p.partial_starts[row + 1]) {
                 write(row, head, mixed, s.sum[query]);
                 continue;
             }
             const int place = p.partial_starts[row] + task.partial;
-            std::memcpy(mixed_of(place, head), mixed, size_t(padded_dim) * sizeof(float));
+            std::memcpy(mixed_of(place, head), mixed, size_t(padded_dim()) * sizeof(float));
             best_of(place, head)[0] = s.best[query];
             best_of(place, head)[1] = s.sum[query];
         }
@@ -539,30 +636,30 @@ class Kernel {
 
     void write(int row, int head, const float *mixed, float sum) const {
         Element *to = static_cast<Element *>(a.output) +
-                      (int64_t(row) * p.num_heads + head) * p.head_dim;
+                      (int64_t(row) * p.num_heads + head) * head_dim();
         const float share = 1.0f / sum;
-        for (int d = 0; d < p.head_dim; d += WIDTH)
-            store(to + d, load(mixed + d) * share, p.head_dim - d);
+        for (int d = 0; d < head_dim(); d += WIDTH)
+            store(to + d, load(mixed + d) * share, head_dim() - d);
     }
 
     // A partial result in the workspace: mixed values; then the best score and the sum.
     float *mixed_of(int place, int head) const {
-        return p.workspace + (int64_t(place) * p.num_heads + head) * (padded_dim + 2);
+        return p.workspace + (int64_t(place) * p.num_heads + head) * (padded_dim() + 2);
     }
-    float *best_of(int place, int head) const { return mixed_of(place, head) + padded_dim; }
+    float *best_of(int place, int head) const { return mixed_of(place, head) + padded_dim(); }
 
     const Plan &p;
     const Layer &a;
-    const int group, padded_dim;
+    const int group;
     const int64_t row_stride;
 };
 
 // Rows whose keys are written faster than other threads start.
 constexpr int ROWS_OF_ONE_THREAD = 64;
 
-template <typename Element, typename Layout>
-void run(const Plan &p, const Layer &layer) {
-    const Kernel<Element, Layout> kernel(p, layer);
+template <typename Element, typename Layout, int DIM>
+void run_with_dim(const Plan &p, const Layer &layer) {
+    const Kernel<Element, Layout, DIM> kernel(p, layer);
     const bool appends_alone = p.num_threads == 1 || p.num_rows <= ROWS_OF_ONE_THREAD;
     if (appends_alone)
         for (int row = 0; row < p.num_rows; row++) kernel.append(row);
@@ -584,6 +681,15 @@ void run(const Plan &p, const Layer &layer) {
     }
 }
 
+template <typename Element, typename Layout>
+void run(const Plan &p, const Layer &layer) {
+    switch (p.head_dim) {
+        case 64: return run_with_dim<Element, Layout, 64>(p, layer);
+        case 128: return run_with_dim<Element, Layout, 128>(p, layer);
+        default: return run_with_dim<Element, Layout, 0>(p, layer);
+    }
+}
+
 }  // namespace
 
 extern "C" {
@@ -592,10 +698,13 @@ extern "C" {
 int64_t tokasaurus_plan_size() { return sizeof(Plan); }
 int64_t tokasaurus_task_size() { return sizeof(Task); }
 
+// Rows of a task, if that many read the same positions.
+int32_t tokasaurus_rows_per_task(int32_t group) { return std::max(QUERIES / group, 1); }
+
 // The most tasks that a plan of so many rows, sequences and groups has.
 int64_t tokasaurus_max_tasks(int64_t num_rows, int64_t num_sequences, int64_t num_groups,
                              int64_t num_group_rows, int32_t num_threads, int32_t group) {
-    const int64_t rows_per_task = std::max(QUERIES / group, 1);
+    const int64_t rows_per_task = tokasaurus_rows_per_task(group);
     const int64_t blocks =
         num_sequences + num_groups + (num_rows + num_group_rows) / rows_per_task;
     return 2 * blocks + 8 * TASKS_PER_THREAD * int64_t(num_threads);

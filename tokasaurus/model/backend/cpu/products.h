@@ -12,6 +12,11 @@
 
 #include "vectors.h"
 
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace {
 
 struct Wide {
@@ -95,5 +100,102 @@ inline void multiply(const Product &p, int num_rows, int num_columns) {
         multiply_panel<Kind, BLOCK_VECTORS>(p, num_rows, column);
     for (; column < num_columns; column += WIDTH) multiply_panel<Kind, 1>(p, num_rows, column);
 }
+
+// --- tiles of AMX --------------------------------------------------------------------------------
+
+// Rows of a tile; it has as many words. Those of A and C must have room for a multiple of it.
+constexpr int TILE_ROWS = 16;
+
+#if defined(__AMX_BF16__)
+
+// Linux lends the tiles to a process that asks for them.
+inline bool may_use_tiles() {
+    constexpr int request_permission = 0x1023, tile_data = 18;
+    static const bool granted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    return granted;
+}
+
+// Gives all tiles their full size, as long as it lives.
+class Tiles {
+   public:
+    Tiles() {
+        struct alignas(64) {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t row_bytes[16] = {};
+            uint8_t rows[16] = {};
+        } config;
+        for (int tile = 0; tile < 8; tile++) {
+            config.row_bytes[tile] = 64;
+            config.rows[tile] = TILE_ROWS;
+        }
+        _tile_loadconfig(&config);
+    }
+    ~Tiles() { _tile_release(); }
+};
+
+// C = C + A * B, or C = A * B, for one or two tiles of rows and of columns.
+template <int ROWS, int COLUMNS>
+inline void multiply_in_tiles(const Product &p, int row, int column) {
+    float *c = p.c + int64_t(row) * p.c_stride + column;
+    float *lower_c = c + int64_t(TILE_ROWS) * p.c_stride;
+    const size_t a_bytes = size_t(p.a_stride) * 4, b_bytes = size_t(p.b_stride) * 4;
+    const size_t c_bytes = size_t(p.c_stride) * 4;
+    if (p.shrink) {
+        _tile_loadd(0, c, c_bytes);
+        if constexpr (COLUMNS == 2) _tile_loadd(1, c + TILE_ROWS, c_bytes);
+        if constexpr (ROWS == 2) _tile_loadd(2, lower_c, c_bytes);
+        if constexpr (ROWS == 2 && COLUMNS == 2) _tile_loadd(3, lower_c + TILE_ROWS, c_bytes);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (int k = 0; k < p.depth; k += TILE_ROWS) {
+        const uint32_t *a = p.a + int64_t(row) * p.a_stride + k;
+        const uint32_t *b = p.b + int64_t(k) * p.b_stride + column;
+        _tile_loadd(4, a, a_bytes);
+        _tile_loadd(6, b, b_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        if constexpr (COLUMNS == 2) {
+            _tile_loadd(7, b + TILE_ROWS, b_bytes);
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if constexpr (ROWS == 2) {
+            _tile_loadd(5, a + int64_t(TILE_ROWS) * p.a_stride, a_bytes);
+            _tile_dpbf16ps(2, 5, 6);
+            if constexpr (COLUMNS == 2) _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, c, c_bytes);
+    if constexpr (COLUMNS == 2) _tile_stored(1, c + TILE_ROWS, c_bytes);
+    if constexpr (ROWS == 2) _tile_stored(2, lower_c, c_bytes);
+    if constexpr (ROWS == 2 && COLUMNS == 2) _tile_stored(3, lower_c + TILE_ROWS, c_bytes);
+}
+
+// As `multiply`, for pairs, while there are Tiles. The depth is a multiple of TILE_ROWS.
+inline void multiply_tiles(const Product &p, int num_rows, int num_columns) {
+    if (p.shrink)
+        for (int row = 0; row < num_rows; row++)
+            for (int column = 0; column < num_columns; column += WIDTH) {
+                float *c = p.c + int64_t(row) * p.c_stride + column;
+                store(c, load(c) * p.shrink[row]);
+            }
+    for (int row = 0; row < num_rows; row += 2 * TILE_ROWS)
+        for (int column = 0; column < num_columns; column += 2 * TILE_ROWS) {
+            const bool two_rows = row + TILE_ROWS < num_rows;
+            const bool two_columns = column + TILE_ROWS < num_columns;
+            if (two_rows && two_columns)
+                multiply_in_tiles<2, 2>(p, row, column);
+            else if (two_rows)
+                multiply_in_tiles<2, 1>(p, row, column);
+            else if (two_columns)
+                multiply_in_tiles<1, 2>(p, row, column);
+            else
+                multiply_in_tiles<1, 1>(p, row, column);
+        }
+}
+
+#endif
 
 }  // namespace

@@ -238,9 +238,8 @@ inline Vector reciprocal(Vector x) {
 #endif
 }
 
-// e^x within 2 units of the last place, for x up to 88, and e^88 above; 0 below -87.
-inline Vector exponential(Vector x) {
-    x = x > 88.0f ? splat(88.0f) : x;
+// e^x within 2 units of the last place, for x up to 88; 0 below -87.
+inline Vector bounded_exponential(Vector x) {
     const Vector shifted = x * 1.44269504088896341f + 0x1.8p23f;  // the addition rounds
     const Vector n = shifted - 0x1.8p23f;
     Vector r = x - n * 0x1.62e4p-1f;
@@ -255,6 +254,9 @@ inline Vector exponential(Vector x) {
     const Vector result = p * bits_as<Vector>((bits_as<Words>(shifted) + 127u) << 23);
     return x < -87.0f ? Vector{} : result;
 }
+
+// The same for every x: e^88 above 88.
+inline Vector exponential(Vector x) { return bounded_exponential(x > 88.0f ? splat(88.0f) : x); }
 
 // Turns rows into columns: log2(WIDTH) rounds of interleaving rows i and i + WIDTH / 2.
 #if defined(__clang__) || __GNUC__ >= 12
@@ -271,6 +273,19 @@ inline void interleave(Words a, Words b, Words &low, Words &high) {
     low = TOKASAURUS_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
     high = TOKASAURUS_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
 #endif
+}
+
+// The sums of WIDTH vectors, one in each lane. `vectors` is overwritten.
+inline Vector totals(Vector (&vectors)[WIDTH]) {
+    // Interleaving i and i + half puts equal lanes side by side, as in a transposition, and the sum
+    // of both results halves the number of vectors.
+    for (int half = WIDTH / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) {
+            Words low, high;
+            interleave(bits_as<Words>(vectors[i]), bits_as<Words>(vectors[i + half]), low, high);
+            vectors[i] = bits_as<Vector>(low) + bits_as<Vector>(high);
+        }
+    return vectors[0];
 }
 
 inline void transpose(Words (&rows)[WIDTH]) {

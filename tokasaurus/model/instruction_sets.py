@@ -13,7 +13,14 @@ from pathlib import Path
 
 from tokasaurus.errors import ConfigError
 
-__all__ = ["AUTO", "INSTRUCTION_SETS", "InstructionSet", "candidate_sets", "usable_sets"]
+__all__ = [
+    "AUTO",
+    "INSTRUCTION_SETS",
+    "InstructionSet",
+    "bfloat16_instructions",
+    "candidate_sets",
+    "usable_sets",
+]
 
 AUTO = "auto"
 
@@ -79,6 +86,19 @@ def candidate_sets(name: str) -> tuple[InstructionSet, ...]:
             f"instruction_set={name}: this processor has no {', '.join(missing)}; set {names}"
         )
     return (chosen,)
+
+
+def bfloat16_instructions(name: str) -> str | None:
+    """The set that kernels will use, if it multiplies bf16; None if it does not.
+
+    Args:
+        name: of a set, or "auto" for the best one that this processor runs.
+
+    Raises:
+        ConfigError: the processor does not run this set.
+    """
+    best = candidate_sets(name)[0]
+    return best.name if "avx512_bf16" in best.features else None
 
 
 @cache

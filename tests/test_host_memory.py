@@ -10,7 +10,7 @@ import pytest
 # Several blocks that lie at the top of the heap together, freed and allocated again and again.
 FAULTS = """
 import resource, sys, torch
-from tokasaurus.model.worker.host_memory import keep_freed_memory
+from tokasaurus.host_memory import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 
