@@ -90,6 +90,7 @@ DEFAULTS = (
             max_position_embeddings=4096,
             kv_elements_per_token=1,
             num_parameters=0,
+            activation_elements_per_token=0,
             eos_token_ids=(),
         ),
         cuda_available=False,

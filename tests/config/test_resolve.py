@@ -20,6 +20,7 @@ FACTS = ModelFacts(
     max_position_embeddings=4096,
     kv_elements_per_token=1000,
     num_parameters=1_000_000,
+    activation_elements_per_token=0,
     eos_token_ids=(1, 2),
     sampling_defaults={"temperature": 0.6, "top_k": 50},
 )
@@ -241,64 +242,125 @@ def test_the_most_top_logprobs():
 # --- memory --------------------------------------------------------------------------------------
 
 
-# In float32 the weights take 4,000,000 bytes and a token of the KV cache 4,000; in bfloat16 half.
+# In float32 the weights take 4 GB, a token of the KV cache 400 KB, and a batch 200 KB in the layers
+# and 128 KB in the sampler for each token; in bfloat16 all but the sampler take half.
+LARGE = dataclasses.replace(
+    FACTS,
+    num_parameters=10**9,
+    kv_elements_per_token=100_000,
+    activation_elements_per_token=50_000,
+)
+PROCESS = 512 << 20
 
 
-def test_the_default_kv_cache_takes_at_most_half_of_what_the_weights_leave():
-    for flags, num_tokens in (
-        ({"memory_bytes": 12_000_000}, 1000),
-        ({"memory_bytes": 12_000_000, "dtype": "bfloat16"}, 2500),
-        ({"memory_bytes": 12_000_000, "cuda_available": True}, 2500),
-        ({"memory_bytes": 12_000_000, "cuda_available": True, "dtype": "float32"}, 1000),
-        ({"memory_bytes": 12_000_000, "load_format": "dummy"}, 1000),
-        ({"memory_bytes": 10**12}, 131072),
-        ({"memory_bytes": None}, 131072),
-        ({"memory_bytes": None, "cuda_available": True}, 131072),
+def needed(kv_tokens, batch_tokens, num_bytes=4):
+    """The bytes of weights, KV cache, batch and process."""
+    batch = batch_tokens * (50_000 * num_bytes + 64 * FACTS.vocab_size)
+    return PROCESS + (10**9 + kv_tokens * 100_000) * num_bytes + batch
+
+
+def test_the_default_kv_cache_leaves_a_tenth_of_the_memory_free():
+    """Without flags, a batch adapts to the memory first."""
+    for flags, batch in (
+        ({"memory_bytes": 12 * 10**9}, 8192),
+        ({"memory_bytes": 7 * 10**9}, 2048),
+        ({"memory_bytes": 12 * 10**9, "dtype": "bfloat16"}, 8192),
+        ({"memory_bytes": 12 * 10**9, "cuda_available": True}, 8192),
+        ({"memory_bytes": 12 * 10**9, "load_format": "dummy"}, 8192),
     ):
-        assert manager_of(**flags).num_pages == num_tokens // 16, flags
+        manager = manager_of(facts=LARGE, **flags)
+        is_narrow = "dtype" in flags or "cuda_available" in flags
+        num_bytes = 2 if is_narrow else 4
+        assert manager.max_tokens_per_forward == batch, flags
+        used = needed(manager.num_pages * 16, batch, num_bytes)
+        page = 16 * 100_000 * num_bytes
+        assert used <= 0.9 * flags["memory_bytes"] < used + 2 * page, flags
+    for flags in (
+        {"memory_bytes": 10**12},
+        {"memory_bytes": None},
+        {"memory_bytes": None, "cuda_available": True},
+        {"memory_bytes": None, "kv_cache_num_tokens": "auto"},
+    ):
+        assert manager_of(facts=LARGE, **flags).num_pages == 131072 // 16, flags
 
 
-def test_an_explicit_kv_cache_may_take_all_that_the_weights_leave():
-    flags = {"memory_bytes": 12_000_000}
+def test_an_auto_kv_cache_takes_what_is_left():
+    manager = manager_of(facts=LARGE, memory_bytes=10**12, kv_cache_num_tokens="auto")
+    assert manager.num_pages > 131072 // 16
+    used = needed(manager.num_pages * 16, 8192)
+    assert used <= 0.9 * 10**12 < used + 2 * 16 * 400_000
+    flags = {"max_seqs_per_forward": 4, "max_num_tokens_per_request": 1000}
+    manager = manager_of(facts=LARGE, memory_bytes=10**12, kv_cache_num_tokens="auto", **flags)
+    assert manager.num_pages == 4 * math.ceil(1000 / 16), "running sequences fill no more"
+
+
+def test_an_explicit_kv_cache_may_take_all_that_weights_and_batches_leave():
+    flags = {"facts": LARGE, "max_tokens_per_forward": 1000}
+    flags["memory_bytes"] = needed(2000, 1000)
     assert manager_of(**flags, kv_cache_num_tokens=2000).num_pages == 125
     (line,) = problems(**flags, kv_cache_num_tokens=2016)
     assert line == (
-        "kv_cache_num_tokens=2016 needs a KV cache of 2016 tokens, 8.1 MB in float32; cpu has"
-        " 12.0 MB free, and beside 4.0 MB of weights this holds 2000; lower it, or leave it out to"
-        " take at most half of what the weights leave"
+        "kv_cache_num_tokens=2016 needs a KV cache of 2016 tokens, 806.4 MB in float32; cpu has"
+        " 5.7 GB free, and beside 4.0 GB of weights, 331.1 MB for batches of 1000 tokens and"
+        " 536.9 MB for the process this holds 2000; kv_cache_num_tokens=2000 fits, and auto takes"
+        " what fits, less a tenth of the free memory"
     )
     assert manager_of(**flags, kv_cache_num_tokens=4000, dtype="bfloat16").num_pages == 250
+    flags["memory_bytes"] = needed(15, 1000)
+    (line,) = problems(**flags, kv_cache_num_tokens=16)
+    assert line.endswith("this holds 15; auto takes what fits, less a tenth of the free memory")
+
+
+def test_batches_that_do_not_fit_are_refused_with_those_that_do():
+    flags = {"facts": LARGE, "memory_bytes": needed(100, 5000)}
+    (line,) = problems(**flags, max_tokens_per_forward=9000)
+    assert line == (
+        "max_tokens_per_forward=9000 needs 3.0 GB for the tensors of a batch; cpu has 6.2 GB free,"
+        " of which 4.0 GB are for weights and 536.9 MB for the process;"
+        " max_tokens_per_forward=4096 fits"
+    )
+    assert manager_of(**flags, max_tokens_per_forward=4096).max_tokens_per_forward == 4096
+    (line,) = problems(**flags, max_seqs_per_forward=9000)
+    assert line.startswith("max_seqs_per_forward=9000 needs 3.0 GB for the tensors of a batch;")
+    (line,) = problems(facts=LARGE, memory_bytes=needed(0, 1))
+    assert line.startswith("the smallest batch needs ")
+    assert line.endswith("max_tokens_per_forward=1 fits")
 
 
 def test_memory_too_small_for_a_request():
-    (line,) = problems(memory_bytes=12_000_000, max_num_tokens_per_request=3000)
-    assert "max_num_tokens_per_request=3000" in line
-    (line,) = problems(memory_bytes=4_000_000 + 15 * 4000)
+    memory_bytes = needed(2000, 256)
+    (line,) = problems(facts=LARGE, memory_bytes=memory_bytes, max_num_tokens_per_request=4000)
+    assert "max_num_tokens_per_request=4000" in line
+    (line,) = problems(facts=LARGE, memory_bytes=needed(15, 256))
     assert "page_size=16" in line
     assert "this holds 15;" in line
 
 
 def test_memory_too_small_for_the_weights():
-    (line,) = problems(memory_bytes=3_999_999, kv_cache_num_tokens=1600)
+    (line,) = problems(facts=LARGE, memory_bytes=4 * 10**9, kv_cache_num_tokens=1600)
     assert line == (
-        "model=tokasaurus-demo: the weights take 4.0 MB in float32, and cpu has 4.0 MB free;"
-        " dtype=bfloat16 takes half; otherwise free memory, or serve a smaller model"
+        "model=tokasaurus-demo: the weights take 4.0 GB in float32 and the process 536.9 MB, and"
+        " cpu has 4.0 GB free; dtype=bfloat16 takes half; otherwise free memory, or serve a smaller"
+        " model"
     )
-    (line,) = problems(memory_bytes=1_999_999, model="org/large", cuda_available=True)
+    (line,) = problems(facts=LARGE, memory_bytes=2 * 10**9, model="org/large", cuda_available=True)
     assert line == (
-        "model=org/large: the weights take 2.0 MB in bfloat16, and cuda has 2.0 MB free; free"
-        " memory, or serve a smaller model"
+        "model=org/large: the weights take 2.0 GB in bfloat16 and the process 536.9 MB, and cuda"
+        " has 2.0 GB free; free memory, or serve a smaller model"
     )
 
 
 def test_the_plan_of_memory_is_one_line():
-    assert slices(memory_bytes=12_000_000).memory_plan == (
-        "memory: cpu has 12.0 MB free; 4.0 MB for weights in float32, 4.0 MB for a KV cache of 992"
-        " tokens, 4.0 MB for the rest"
+    flags = {"facts": LARGE, "max_tokens_per_forward": 1000, "kv_cache_num_tokens": 2000}
+    assert slices(memory_bytes=6 * 10**9, **flags).memory_plan == (
+        "memory: cpu has 6.0 GB free; 4.0 GB for weights in float32, 800.0 MB for a KV cache of"
+        " 2000 tokens, at most 331.1 MB for a batch of 1000 tokens, 536.9 MB for the process,"
+        " 332.1 MB to spare"
     )
-    assert slices(memory_bytes=None, cuda_available=True, page_size=2048).memory_plan == (
-        "memory: the free memory of cuda is unknown; 2.0 MB for weights in bfloat16, 262.1 MB for a"
-        " KV cache of 131072 tokens"
+    assert slices(memory_bytes=None, cuda_available=True, **flags).memory_plan == (
+        "memory: the free memory of cuda is unknown; 2.0 GB for weights in bfloat16, 400.0 MB for a"
+        " KV cache of 2000 tokens, at most 231.1 MB for a batch of 1000 tokens, 536.9 MB for the"
+        " process"
     )
 
 
@@ -317,8 +379,8 @@ def test_every_conflict_is_reported_at_once():
     assert [line.split()[0].rstrip(":") for line in lines] == [
         "device=cuda",
         "kv_cache_num_tokens=1000",
-        "max_num_tokens_per_request=5000",
         "max_seqs_per_forward=20",
+        "max_num_tokens_per_request=5000",
         "max_num_tokens_per_request=5000",
     ]
 

@@ -9,10 +9,11 @@ import torch
 from checkpoints import EOS_ID, VOCAB_SIZE, edit_json, make_checkpoint
 
 from tokasaurus.config.engine import EngineConfig
+from tokasaurus.config.memory import Memory
 from tokasaurus.entry import run
 from tokasaurus.errors import ConfigError
 from tokasaurus.launch.assemble import assemble
-from tokasaurus.model.facts import read_model_config
+from tokasaurus.model.facts import model_facts, read_model_config
 from tokasaurus.model.instruction_sets import usable_sets
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.model.placement import Placement
@@ -49,7 +50,12 @@ def test_every_room_gets_the_sizes_of_the_checkpoint(tmp_path):
 
 def test_model_and_cache_take_the_memory_that_resolution_counted(tmp_path, monkeypatch):
     path = make_checkpoint(tmp_path / "model", "qwen3", num_heads=4, num_kv_heads=2)
-    flags = {"kv_cache_num_tokens": 640, "page_size": 32, "dtype": "bfloat16"}
+    flags = {
+        "kv_cache_num_tokens": 640,
+        "page_size": 32,
+        "dtype": "bfloat16",
+        "max_tokens_per_forward": 64,
+    }
     model, worker = read_model_config(path), worker_of(path, **flags)
     cache = KVCache.allocate(
         num_layers=model.num_layers,
@@ -63,7 +69,9 @@ def test_model_and_cache_take_the_memory_that_resolution_counted(tmp_path, monke
     available = "tokasaurus.launch.assemble._available_memory_bytes"
     place = Placement(torch.bfloat16, torch.device("cpu"))
     _, weights, _ = load_model(path, model, place)
-    num_bytes = cache.num_bytes + 2 * weights.num_parameters
+    memory = Memory("cpu", None, "bfloat16", model_facts(path))
+    others = memory.batch_bytes(worker.max_tokens_per_forward) + (512 << 20)  # and the process
+    num_bytes = cache.num_bytes + 2 * weights.num_parameters + others
     monkeypatch.setattr(available, lambda: num_bytes)
     assert worker_of(path, **flags) == worker
     monkeypatch.setattr(available, lambda: num_bytes - 1)
@@ -129,12 +137,13 @@ def test_show_says_dtype_and_memory_of_the_model_that_is_here(tmp_path, capsys):
 def test_dummy_weights_are_planned_from_config_json_alone(tmp_path, monkeypatch):
     path = make_checkpoint(tmp_path / "model", "llama", tied=True)
     (path / "model.safetensors").unlink()
+    process_bytes = 512 << 20
     weight_bytes = 4 * read_model_config(path).num_parameters
     available = "tokasaurus.launch.assemble._available_memory_bytes"
-    monkeypatch.setattr(available, lambda: weight_bytes - 1)
+    monkeypatch.setattr(available, lambda: process_bytes + weight_bytes - 1)
     with pytest.raises(ConfigError, match=r"the weights take .* in float32"):
         sizes(path, load_format="dummy")
-    monkeypatch.setattr(available, lambda: 10 * weight_bytes)
+    monkeypatch.setattr(available, lambda: 2 * process_bytes)
     assert worker_of(path, load_format="dummy").load_format == "dummy"
 
 

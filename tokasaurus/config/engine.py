@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tokasaurus.config.builder import Builder
 from tokasaurus.config.schema import Retired, Schema, check_fields, flag
@@ -140,7 +140,7 @@ class EngineConfig:
         group=_MODEL,
         minimum=1,
         help="Threads of the model process on cpu.",
-        adapts="PyTorch's choice",
+        adapts="PyTorch's choice; several workers share the cores",
     )
 
     host: str = flag(
@@ -379,17 +379,17 @@ class EngineConfig:
         adapts="all",
     )
 
-    kv_cache_num_tokens: int | None = flag(
+    kv_cache_num_tokens: int | Literal["auto"] | None = flag(
         None,
         group=_LIMITS,
         aliases=("kv_cache_size_num_tokens",),
         minimum=1,
-        help="Tokens that the KV cache of a replica holds.",
-        usually="131072",
-        adapts=(
-            "down to half of the free memory that the weights leave; up to "
-            "max_num_tokens_per_request"
+        help=(
+            "Tokens that the KV cache of a replica holds. auto: what the free memory holds beside "
+            "the weights and the largest batch, less a tenth of the free memory."
         ),
+        usually="131072",
+        adapts="down to auto; up to max_num_tokens_per_request",
     )
     page_size: int | None = flag(
         None,
@@ -407,7 +407,7 @@ class EngineConfig:
         minimum=1,
         help="Sequences that run at the same time.",
         usually="1024",
-        adapts="down to max_tokens_per_forward",
+        adapts="down to max_tokens_per_forward, and to the memory",
     )
     max_tokens_per_forward: int | None = flag(
         None,
@@ -415,7 +415,7 @@ class EngineConfig:
         minimum=1,
         help="Prompt and generated tokens of one batch, together.",
         usually="8192",
-        adapts="up to max_seqs_per_forward",
+        adapts="up to max_seqs_per_forward; down to the memory",
     )
     max_num_tokens_per_request: int | None = flag(
         None,
@@ -451,6 +451,18 @@ class EngineConfig:
         ),
     )
 
+    profile: bool = flag(
+        False,
+        group=_DEBUG,
+        help=(
+            "Write a timeline of the first batches of the first replica to profile.json in "
+            "data_dir: the manager's turns, the queue, and the device. chrome://tracing and "
+            "ui.perfetto.dev show it."
+        ),
+    )
+    profile_num_batches: int = flag(
+        1000, group=_DEBUG, minimum=1, help="Batches in the timeline of profile."
+    )
     local_proc_name: str = flag(
         "server",
         group=_DEBUG,

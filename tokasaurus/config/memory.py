@@ -1,83 +1,161 @@
-"""How the memory of a device is divided: weights first, then the KV cache, the rest for batches."""
+"""How the memory of a device is divided: process, weights, the largest batch, then the KV cache."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+from tokasaurus.config.slices import ModelFacts
 
 __all__ = ["Memory"]
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SCALES = ((1e9, "GB"), (1e6, "MB"), (1e3, "KB"))
 
+# Of the worker's process without model and batches: the interpreter, torch and its threads, CUDA's
+# context, the tables of slots.
+_PROCESS_BYTES = 512 << 20
+
+# Rows go through the head, the sampler and the logprobs in parts of this number of logits, or of
+# one row (``model.sampling.drawing``). Each logit takes at most this number of bytes: the product
+# in the model's dtype, the logits in fp32, and copies of them that are adjusted, sorted with their
+# ids, and summed up. With all filters, penalties and logprobs at once, a logit took 27 bytes on a
+# CPU; with an earlier sampler it took 55.
+_PART_LOGITS = 1 << 25
+_LOGIT_BYTES = 64
+
+# The share of the free memory that stays free if the KV cache takes the rest.
+_SPARE = 0.1
+
 
 @dataclass(frozen=True)
 class Memory:
     """The memory of the device that a model runs on, and what the model takes of it.
 
+    The bound of a batch is for the kernels that ``auto`` takes. attention=reference gathers keys
+    and values, which takes more.
+
     Attributes:
         device: "cpu" or "cuda".
-        free_bytes: before the model is loaded; None if unknown.
-        dtype: of weights and KV cache.
-        num_weights: numbers that the weights hold.
-        kv_elements: numbers that the KV cache holds for each token.
+        free_bytes: before the worker's process starts; None if unknown.
+        dtype: of weights, activations and KV cache.
+        facts: of the model.
     """
 
     device: str
     free_bytes: int | None
     dtype: str
-    num_weights: int
-    kv_elements: int
+    facts: ModelFacts
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights."""
-        return self.num_weights * _DTYPE_BYTES[self.dtype]
+        return self.facts.num_parameters * self._element_bytes
 
     @property
     def has_room_for_weights(self) -> bool:
         """Whether the weights fit, as far as is known."""
-        return self.free_bytes is None or self.weight_bytes <= self.free_bytes
-
-    @property
-    def room(self) -> int | None:
-        """Tokens of KV cache that fit beside the weights; None if unknown."""
-        if self.free_bytes is None:
-            return None
-        return max(0, self.free_bytes - self.weight_bytes) // self.kv_bytes(1)
+        return self.free_bytes is None or self._for_weights <= self.free_bytes
 
     def kv_bytes(self, num_tokens: int) -> int:
         """Bytes of a KV cache for this number of tokens."""
-        return num_tokens * self.kv_elements * _DTYPE_BYTES[self.dtype]
+        return num_tokens * self.facts.kv_elements_per_token * self._element_bytes
+
+    def batch_bytes(self, num_tokens: int) -> int:
+        """The most bytes of tensors that a batch of this number of tokens has at a time."""
+        layers = num_tokens * self.facts.activation_elements_per_token * self._element_bytes
+        vocab_size = self.facts.vocab_size
+        rows = min(num_tokens, max(_PART_LOGITS // vocab_size, 1))
+        return layers + rows * vocab_size * _LOGIT_BYTES
+
+    def room(self, max_tokens: int) -> int | None:
+        """Tokens of KV cache that fit beside weights and the largest batch; None if unknown."""
+        if self.free_bytes is None:
+            return None
+        left = self.free_bytes - self._for_weights - self.batch_bytes(max_tokens)
+        return max(0, left) // self.kv_bytes(1)
+
+    def usual_room(self, max_tokens: int) -> int | None:
+        """The same, where a part of the memory stays free; None if unknown."""
+        room = self.room(max_tokens)
+        if room is None or self.free_bytes is None:
+            return None
+        return max(0, room - int(_SPARE * self.free_bytes) // self.kv_bytes(1))
+
+    def usual_batch(self, most: int, least: int) -> int:
+        """Tokens of a batch that takes at most half of what the weights leave, by halving."""
+        if self.free_bytes is None:
+            return most
+        half = (self.free_bytes - self._for_weights) // 2
+        while most // 2 >= least and self.batch_bytes(most) > half:
+            most //= 2
+        return most
+
+    def batch_fits(self, num_tokens: int) -> bool:
+        """Whether weights and a batch fit, as far as is known."""
+        return self.free_bytes is None or (
+            self._for_weights + self.batch_bytes(num_tokens) <= self.free_bytes
+        )
 
     def weights_do_not_fit(self) -> str:
         """Why, and what helps."""
         need = f"the weights take {_size(self.weight_bytes)} in {self.dtype}"
         remedy = "free memory, or serve a smaller model"
-        if _DTYPE_BYTES[self.dtype] > 2:
+        if self._element_bytes > 2:
             remedy = f"dtype=bfloat16 takes half; otherwise {remedy}"
-        return f"{need}, and {self._free()}; {remedy}"
+        return f"{need} and the process {_size(_PROCESS_BYTES)}, and {self._free()}; {remedy}"
 
-    def kv_does_not_fit(self, num_tokens: int) -> str:
-        """Why a KV cache of this size does not fit."""
+    def batch_does_not_fit(self, num_tokens: int) -> str:
+        """Why a batch of this size does not fit, and which does."""
+        fitting = next((size for size in _smaller(num_tokens) if self.batch_fits(size)), None)
+        remedy = "free memory" if fitting is None else f"max_tokens_per_forward={fitting} fits"
+        return (
+            f"needs {_size(self.batch_bytes(num_tokens))} for the tensors of a batch; "
+            f"{self._free()}, of which {_size(self.weight_bytes)} are for weights and"
+            f" {_size(_PROCESS_BYTES)} for the process; {remedy}"
+        )
+
+    def kv_does_not_fit(self, num_tokens: int, max_tokens: int) -> str:
+        """Why a KV cache of this size does not fit beside batches of ``max_tokens``."""
         return (
             f"needs a KV cache of {num_tokens} tokens, {_size(self.kv_bytes(num_tokens))} in"
-            f" {self.dtype}; {self._free()}, and beside {_size(self.weight_bytes)} of weights this"
-            f" holds {self.room}"
+            f" {self.dtype}; {self._free()}, and beside {_size(self.weight_bytes)} of weights,"
+            f" {_size(self.batch_bytes(max_tokens))} for batches of {max_tokens} tokens and"
+            f" {_size(_PROCESS_BYTES)} for the process this holds {self.room(max_tokens)}"
         )
 
-    def plan(self, num_tokens: int) -> str:
-        """One line that says what takes how much, with a KV cache of this size."""
-        used = self.weight_bytes + self.kv_bytes(num_tokens)
-        rest = "" if self.free_bytes is None else f", {_size(self.free_bytes - used)} for the rest"
+    def plan(self, num_tokens: int, max_tokens: int) -> str:
+        """One line that says what takes how much: a KV cache and batches of these sizes."""
+        batch_bytes = self.batch_bytes(max_tokens)
+        used = self._for_weights + self.kv_bytes(num_tokens) + batch_bytes
+        rest = "" if self.free_bytes is None else f", {_size(self.free_bytes - used)} to spare"
         return (
             f"memory: {self._free()}; {_size(self.weight_bytes)} for weights in {self.dtype},"
-            f" {_size(self.kv_bytes(num_tokens))} for a KV cache of {num_tokens} tokens{rest}"
+            f" {_size(self.kv_bytes(num_tokens))} for a KV cache of {num_tokens} tokens, at most"
+            f" {_size(batch_bytes)} for a batch of {max_tokens} tokens, {_size(_PROCESS_BYTES)}"
+            f" for the process{rest}"
         )
+
+    @property
+    def _element_bytes(self) -> int:
+        return _DTYPE_BYTES[self.dtype]
+
+    @property
+    def _for_weights(self) -> int:
+        return self.weight_bytes + _PROCESS_BYTES
 
     def _free(self) -> str:
         if self.free_bytes is None:
             return f"the free memory of {self.device} is unknown"
         return f"{self.device} has {_size(self.free_bytes)} free"
+
+
+def _smaller(num_tokens: int) -> Iterator[int]:
+    """Round numbers of tokens below this one, the largest first."""
+    power = 1 << (num_tokens - 1).bit_length() >> 1
+    while power:
+        yield power
+        power //= 2
 
 
 def _size(num_bytes: int) -> str:

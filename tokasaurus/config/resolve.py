@@ -41,6 +41,7 @@ DEFAULT_KV_TOKENS = 131072
 DEFAULT_PAGE_SIZE = 16
 DEFAULT_MAX_SEQS = 1024
 DEFAULT_MAX_TOKENS = 8192
+LEAST_MAX_TOKENS = 256  # where memory is short and the user set none
 STATSD_PORT = 8125
 STOP_LAG = 16  # tokens
 
@@ -86,9 +87,7 @@ def resolve(
     problems: list[str] = []
     device = _device(config, cuda_available, problems)
     dtype = choose_dtype(config.dtype, device, facts.dtype, bfloat16_instructions)
-    memory = Memory(
-        device, memory_bytes, dtype.name, facts.num_parameters, facts.kv_elements_per_token
-    )
+    memory = Memory(device, memory_bytes, dtype.name, facts)
     limits = _limits(config, facts.max_position_embeddings, memory, problems)
     _check_access(config, problems)
     if problems:
@@ -102,8 +101,10 @@ def resolve(
             ),
         ),
         dtype_plan=dtype.reason,
-        memory_plan=memory.plan(limits.num_pages * limits.page_size),
+        memory_plan=memory.plan(limits.num_pages * limits.page_size, limits.max_tokens),
         stall_timeout_s=config.stall_timeout_s,
+        profile_path=f"{_data_dir(config)}/profile.json" if config.profile else None,
+        profile_num_batches=config.profile_num_batches,
         log_level=config.log_level,
         log_procs=None
         if config.log_procs is None
@@ -138,9 +139,13 @@ def _limits(
 ) -> _Limits:
     """Sizes of the KV cache and of a batch."""
     page_size = _page_size(config, problems)
-    kv_tokens = _kv_tokens(config, page_size, memory, problems)
-    max_seqs, max_tokens = _batch_size(config, problems)
     asked = config.max_num_tokens_per_request
+    if not memory.has_room_for_weights:
+        problems.append(
+            f"model={config.model or BUNDLED_MODEL_NAME}: {memory.weights_do_not_fit()}"
+        )
+    batch = _batch_size(config, memory, problems)
+    kv_tokens = _kv_tokens(config, page_size, asked or max_positions, batch, memory, problems)
     if asked is not None and asked > max_positions:
         problems.append(
             f"max_num_tokens_per_request={asked}: the model has {max_positions} positions; "
@@ -150,14 +155,14 @@ def _limits(
         page_size=page_size,
         num_pages=kv_tokens // page_size,
         max_request_tokens=asked or min(max_positions, kv_tokens),
-        max_seqs=max_seqs,
-        max_tokens=max_tokens,
+        max_seqs=batch.max_seqs,
+        max_tokens=batch.max_tokens,
     )
 
 
 def _page_size(config: EngineConfig, problems: list[str]) -> int:
     kv_tokens, page_size = config.kv_cache_num_tokens, config.page_size
-    if page_size is not None and kv_tokens is not None and kv_tokens % page_size:
+    if page_size is not None and isinstance(kv_tokens, int) and kv_tokens % page_size:
         below = kv_tokens // page_size * page_size
         nearby = f"{below} or {below + page_size}" if below else f"{page_size}"
         problems.append(
@@ -167,22 +172,31 @@ def _page_size(config: EngineConfig, problems: list[str]) -> int:
     return page_size or DEFAULT_PAGE_SIZE
 
 
-def _kv_tokens(config: EngineConfig, page_size: int, memory: Memory, problems: list[str]) -> int:
+def _kv_tokens(
+    config: EngineConfig,
+    page_size: int,
+    longest: int,
+    batch: _BatchSize,
+    memory: Memory,
+    problems: list[str],
+) -> int:
     """Tokens in the KV cache, a whole number of pages.
 
-    Unless the user says otherwise, half of what the weights leave stays free for batches.
+    Args:
+        longest: tokens of the longest request, if the cache does not limit it.
     """
-    tokens, asked, room = config.kv_cache_num_tokens, config.max_num_tokens_per_request, memory.room
-    if not memory.has_room_for_weights:
-        problems.append(
-            f"model={config.model or BUNDLED_MODEL_NAME}: {memory.weights_do_not_fit()}"
-        )
-        room = None
-    if tokens is None:
-        tokens = DEFAULT_KV_TOKENS if room is None else min(DEFAULT_KV_TOKENS, room // 2)
-        tokens = max(tokens // page_size * page_size, round_up(asked or 1, page_size))
+    tokens, asked = config.kv_cache_num_tokens, config.max_num_tokens_per_request
+    room = memory.room(batch.max_tokens) if memory.has_room_for_weights else None
+    if tokens is None or tokens == "auto":
         flag = f"max_num_tokens_per_request={asked}" if asked else f"page_size={page_size}"
         remedy = "lower it, or free memory"
+        most = DEFAULT_KV_TOKENS
+        if tokens == "auto" and room is not None:
+            # Sequences that run together fill no more.
+            most = batch.max_seqs * round_up(longest, page_size)
+        usual = memory.usual_room(batch.max_tokens)
+        tokens = most if usual is None else min(most, usual)
+        tokens = max(tokens // page_size * page_size, round_up(asked or 1, page_size))
     else:
         if asked is not None and asked > tokens:
             problems.append(
@@ -191,14 +205,24 @@ def _kv_tokens(config: EngineConfig, page_size: int, memory: Memory, problems: l
             )
         tokens = round_up(tokens, page_size)
         flag = f"kv_cache_num_tokens={config.kv_cache_num_tokens}"
-        remedy = "lower it, or leave it out to take at most half of what the weights leave"
-    if room is not None and tokens > room:
-        problems.append(f"{flag} {memory.kv_does_not_fit(tokens)}; {remedy}")
+        fitting = (room or 0) // page_size * page_size
+        remedy = "auto takes what fits, less a tenth of the free memory"
+        if fitting:
+            remedy = f"kv_cache_num_tokens={fitting} fits, and {remedy}"
+    if room is not None and tokens > room and memory.batch_fits(batch.max_tokens):
+        problems.append(f"{flag} {memory.kv_does_not_fit(tokens, batch.max_tokens)}; {remedy}")
     return tokens
 
 
-def _batch_size(config: EngineConfig, problems: list[str]) -> tuple[int, int]:
+@dataclass(frozen=True)
+class _BatchSize:
     """Sequences that run together, and tokens of a batch, which has at least one per sequence."""
+
+    max_seqs: int
+    max_tokens: int
+
+
+def _batch_size(config: EngineConfig, memory: Memory, problems: list[str]) -> _BatchSize:
     seqs, tokens = config.max_seqs_per_forward, config.max_tokens_per_forward
     if seqs is not None and tokens is not None and seqs > tokens:
         problems.append(
@@ -206,9 +230,14 @@ def _batch_size(config: EngineConfig, problems: list[str]) -> tuple[int, int]:
             " running sequence takes a token of every step; lower the first, or leave one of"
             " them out"
         )
-    if seqs is None:
-        seqs = min(DEFAULT_MAX_SEQS, tokens or DEFAULT_MAX_TOKENS)
-    return seqs, tokens or max(DEFAULT_MAX_TOKENS, seqs)
+    flag = f"max_tokens_per_forward={tokens}"
+    if tokens is None:
+        flag = f"max_seqs_per_forward={seqs}" if seqs else "the smallest batch"
+        tokens = memory.usual_batch(DEFAULT_MAX_TOKENS, LEAST_MAX_TOKENS)
+        tokens = max(tokens, seqs or 0)
+    if memory.has_room_for_weights and not memory.batch_fits(tokens):
+        problems.append(f"{flag} {memory.batch_does_not_fit(tokens)}")
+    return _BatchSize(seqs or min(DEFAULT_MAX_SEQS, tokens), tokens)
 
 
 def _check_access(config: EngineConfig, problems: list[str]) -> None:
@@ -316,7 +345,7 @@ def _server(config: EngineConfig, facts: ModelFacts, limits: _Limits) -> ServerC
         uvicorn_log_level=config.uvicorn_log_level,
         log_level=config.log_level,
         shutdown_timeout_s=config.shutdown_timeout_s,
-        data_dir=config.data_dir or f"~/.local/share/tokasaurus/port-{config.port}",
+        data_dir=_data_dir(config),
         trust_request_chat_template=config.trust_request_chat_template,
         unsafe_pickle_responses=config.unsafe_pickle_responses,
         vocab_size=facts.vocab_size,
@@ -330,6 +359,10 @@ def _server(config: EngineConfig, facts: ModelFacts, limits: _Limits) -> ServerC
         embedding_pooling=Pooling[config.embedding_pooling.upper()],
         sampling_defaults=facts.sampling_defaults,
     )
+
+
+def _data_dir(config: EngineConfig) -> str:
+    return config.data_dir or f"~/.local/share/tokasaurus/port-{config.port}"
 
 
 def _manager(config: EngineConfig, limits: _Limits) -> ManagerConfig:

@@ -112,10 +112,10 @@ class Flag:
                 asks for a feature that is not available yet.
         """
         value = convert(value, self.form)
-        if value is not None:
+        if value is not None and value != "auto":
             self._check_range(value)
-            if self.notes.choices:
-                value = self._choice(value)
+        if value is not None and self.notes.choices:
+            value = self._choice(value)
         notes = self.notes
         if notes.later is not None and value != self.default and value not in notes.accepts:
             raise BadValue(

@@ -30,6 +30,8 @@ class ModelFacts:
     kv_elements_per_token: int  # 2 * layers * kv heads * head size
     # Numbers in all weights. A head that shares the embedding's weight does not count.
     num_parameters: int
+    # Numbers that the layers hold at a time for each token of a batch, at most.
+    activation_elements_per_token: int
     eos_token_ids: tuple[int, ...]
     # Of most weights in the files: "float32", "bfloat16" or "float16"; None if unknown.
     dtype: str | None = None
@@ -182,6 +184,8 @@ class EngineSlices:
     memory_plan: str  # of each replica; a line for the log
     # How long a process that has work may show no progress before it counts as stalled.
     stall_timeout_s: float
+    profile_path: str | None  # of a trace; None for no trace
+    profile_num_batches: int
     log_level: str
     # Kinds of processes, as roles name them.
     log_procs: tuple[str, ...] | None

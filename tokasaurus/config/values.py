@@ -2,7 +2,7 @@
 
 Owns the literals of the command line and the conversions between types. Knows no flags. A *form* is
 the annotation of a dataclass field: ``str``, ``int``, ``float``, ``bool``, ``tuple[str, ...]``,
-``Mapping[str, Any]`` or ``Any``, each possibly ``| None``.
+``Mapping[str, Any]`` or ``Any``, each possibly ``| None``, or ``int | Literal["auto"] | None``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import types
 import typing
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from tokasaurus.config.expressions import ExpressionError, evaluate
 
@@ -26,6 +26,10 @@ _CONSTANTS = {"T": True, "F": False, "True": True, "False": False, "None": None}
 _MAX_INT = 2**63
 
 
+class _IntOrAuto:
+    """The form ``int | Literal["auto"]``."""
+
+
 class BadValue(ValueError):
     """A value that does not fit its form; the message says what was expected."""
 
@@ -35,6 +39,8 @@ def split_optional(form: Any) -> tuple[Any, bool]:
     if typing.get_origin(form) not in (typing.Union, types.UnionType):
         return form, False
     inner = [part for part in typing.get_args(form) if part is not type(None)]
+    if inner == [int, Literal["auto"]]:
+        return _IntOrAuto, len(inner) < len(typing.get_args(form))
     if len(inner) != 1:
         raise TypeError(f"a flag has one type, not {form}")
     return inner[0], True
@@ -76,7 +82,7 @@ def read_text(text: str, form: Any) -> Any:
     if kind is tuple:
         return _read_texts(text)
     value = _read_any(text)
-    if kind in (int, float) and isinstance(value, str):
+    if kind in (int, float, _IntOrAuto) and isinstance(value, str) and value != "auto":
         hint = "; put arithmetic in parentheses" if any(c in "()*+/" for c in text) else ""
         raise BadValue(f"expected {describe(form)}{hint}")
     return convert(value, form)
@@ -193,6 +199,10 @@ def _to_int(value: Any) -> Any:
     return int(value)
 
 
+def _to_int_or_auto(value: Any) -> Any:
+    return value if value == "auto" else _to_int(value)
+
+
 def _to_float(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return _NO
@@ -227,6 +237,7 @@ def _describe_value(value: Any) -> str:
 _KINDS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
     bool: ("true or false", _to_bool),
     int: ("an integer", _to_int),
+    _IntOrAuto: ("an integer or auto", _to_int_or_auto),
     float: ("a number", _to_float),
     str: ("text", _to_str),
     tuple: ("a list of texts", _to_texts),

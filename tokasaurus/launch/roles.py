@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TypeAlias
 
 from tokasaurus.config.slices import EngineSlices, ServerConfig
@@ -21,6 +22,8 @@ from tokasaurus.errors import ConfigError, ModelError
 from tokasaurus.grammars import Vocabulary
 from tokasaurus.launch.doors import TO_MANAGER, TO_SERVER, TO_WORKER
 from tokasaurus.launch.lifeline import Assignment, Failed, Lifeline, Ready, Stop
+from tokasaurus.launch.processor import let_threads_sleep, with_threads
+from tokasaurus.launch.timeline import Timeline
 from tokasaurus.launch.worker_loop import WorkerLoop
 from tokasaurus.observability.logging import configure_logging
 from tokasaurus.protocol.channels import Receiver, Sender, door_address
@@ -137,6 +140,7 @@ def _run_manager(assignment: Assignment, lifeline: Lifeline, pace: _Pace) -> Non
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
     lifeline.send(Ready())
+    timeline = _timeline(assignment)
     figures = Figures(manager)
     worker = WorkerWatch(manager, assignment.slices.stall_timeout_s)
     while True:
@@ -152,6 +156,8 @@ def _run_manager(assignment: Assignment, lifeline: Lifeline, pace: _Pace) -> Non
             if manager.deadline is None or started < manager.deadline:
                 continue
         actions = manager.take_turn(events, started)
+        if timeline is not None:
+            timeline.turn(started, len(events), actions.to_worker)
         for order in actions.to_worker:
             for to_worker in to_workers:
                 to_worker.send(order)
@@ -165,6 +171,7 @@ def _run_manager(assignment: Assignment, lifeline: Lifeline, pace: _Pace) -> Non
 
 
 def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:
+    let_threads_sleep()
     from tokasaurus.model.worker.worker import Worker
 
     role, address = assignment.role, partial(door_address, assignment.directory)
@@ -175,11 +182,23 @@ def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:
     load_vocabulary = partial(_load_vocabulary, server) if server.eos_token_ids else None
     log.info("%s", assignment.slices.dtype_plan)
     log.info("%s", assignment.slices.memory_plan)
-    worker = Worker(assignment.slices.replicas[role.replica].workers[role.rank], load_vocabulary)
+    slices = assignment.slices
+    config = with_threads(slices.replicas[role.replica].workers[role.rank], slices)
+    worker = Worker(config, load_vocabulary)
     lifeline.send(Ready(worker.warm_up()))
-    loop = WorkerLoop(worker.submit, door.receive, to_manager.send)
+    timeline = _timeline(assignment)
+    submit = worker.submit if timeline is None else timeline.submitting(worker.submit)
+    loop = WorkerLoop(submit, door.receive, to_manager.send)
     while True:
         loop.take_turn()
+
+
+def _timeline(assignment: Assignment) -> Timeline | None:
+    """The profile of the first replica, if the user asked for one."""
+    slices, role = assignment.slices, assignment.role
+    if slices.profile_path is None or role.replica or role.rank:
+        return None
+    return Timeline(Path(slices.profile_path).expanduser(), slices.profile_num_batches)
 
 
 def _load_vocabulary(config: ServerConfig) -> Vocabulary:

@@ -28,6 +28,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 
 from tokasaurus.config.slices import EngineSlices
@@ -46,6 +47,7 @@ from tokasaurus.launch.lifeline import (
     ToProcess,
 )
 from tokasaurus.launch.roles import Front, roles_of, run_role
+from tokasaurus.launch.timeline import begin_file
 from tokasaurus.protocol.role import Role
 
 __all__ = ["Supervisor"]
@@ -97,6 +99,8 @@ class Supervisor:
         Returns:
             The exit status: 0 after a drain, 1 after a death, 130 if a second signal cut the drain.
         """
+        if self._slices.profile_path is not None:
+            begin_file(Path(self._slices.profile_path).expanduser())
         roles = roles_of(self._slices)
         self._awaited.update(role for role in roles if role != _SERVER)
         for role in roles:

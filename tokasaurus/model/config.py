@@ -55,6 +55,26 @@ class ModelConfig:
         return vocabularies + self.num_layers * self._layer_parameters + self.hidden_size
 
     @property
+    def activation_elements_per_token(self) -> int:
+        """Numbers that the layers hold at a time for each token of a batch, at most.
+
+        The residual stream and a layer's update of it are there all the time. Beside them comes
+        the larger of:
+
+        - attention: the normed input, queries, keys and values, what the heads mix, its product;
+        - the MLP: the normed input, gate and up, their product, and the update.
+
+        An input of a product may be copied in fp32, which counts twice, and the rotation's fp32
+        cosines and sines count too.
+        """
+        hidden, inner = self.hidden_size, self.intermediate_size
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = 2 * hidden + 2 * queries + 2 * keys
+        mlp = 2 * hidden + 3 * inner
+        copied = 2 * max(hidden, queries, inner)
+        return 2 * hidden + max(attention, mlp) + copied + 4 * self.head_dim
+
+    @property
     def _layer_parameters(self) -> int:
         hidden, inner = self.hidden_size, self.intermediate_size
         queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim

@@ -9,6 +9,7 @@ from rows import named
 from tokasaurus.errors import ConfigError
 from tokasaurus.model.instruction_sets import usable_sets
 from tokasaurus.model.layers.linear import Embedding, Linear
+from tokasaurus.model.linear_methods import packed
 from tokasaurus.model.linear_methods.base import LinearSpec, Sharding
 from tokasaurus.model.linear_methods.registry import choose_linear
 from tokasaurus.model.placement import Placement
@@ -82,6 +83,29 @@ def test_a_tied_product_uses_the_weight_of_the_embedding(method):
             torch.testing.assert_close(head(x), torch.nn.functional.linear(x, weight))
             ids = torch.tensor([0, 39, 7, 7])
             assert torch.equal(embedding(ids), weight[ids])
+
+
+def test_rows_are_those_that_were_filled_block_by_block(monkeypatch):
+    """Parts and blocks that begin within a panel, of tensors that are converted."""
+    monkeypatch.setattr(packed, "_BLOCK_SIZE", 700)
+    generator = torch.Generator().manual_seed(0)
+    for instructions in usable_sets():
+        for dtype in (torch.float32, torch.bfloat16):
+            for in_size in (1, 31, 64, 97):
+                place = Placement(dtype, CPU, "packed", instruction_set=instructions.name)
+                sizes = {"a": 19, "b": 1, "c": 75}
+                linear = Linear(place, in_size, sizes, Sharding.OUTPUTS)
+                tensors = {
+                    part: torch.randn(size, in_size, dtype=torch.float64, generator=generator)
+                    for part, size in sizes.items()
+                }
+                for part, tensor in reversed(tensors.items()):
+                    linear.fill(part, "weight", tensor)
+                whole = torch.cat(list(tensors.values())).to(dtype)
+                ids = torch.randperm(len(whole), generator=generator)
+                with named(f"{instructions.name}, {dtype}, {in_size} columns"):
+                    assert torch.equal(linear.method.rows(ids), whole[ids])
+                    assert torch.equal(linear.method.rows(ids[:3]), whole[ids[:3]])
 
 
 def test_tensors_are_converted_to_the_placement():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from transformers import AutoModelForCausalLM
 from tokasaurus.errors import ModelError
 from tokasaurus.model.facts import model_facts, read_model_config
 from tokasaurus.model.placement import Placement
+from tokasaurus.model.weights.dummy import dummy_tensors
 from tokasaurus.model.weights.loader import fill_all, load_model
-from tokasaurus.model.weights.weight_files import WeightFiles
+from tokasaurus.model.weights.weight_files import WeightFiles, read_tensors
+from tokasaurus.safetensors_file import SafetensorsFile
 
 PLACE = Placement(torch.float32, torch.device("cpu"))
 QUERY = "model.layers.1.self_attn.q_proj.weight"
@@ -334,3 +337,37 @@ def test_an_update_of_a_tied_model_cannot_bring_a_head_of_its_own(editable):
                 continue
             with pytest.raises(ModelError, match=message):
                 update.check(weights)
+
+
+def test_the_bytes_of_a_file_do_not_stay_in_memory_while_it_is_read(tmp_path):
+    def file_bytes():
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("RssFile:")[1].split()[0])
+
+    num_bytes = 4 << 20
+    path = tmp_path / "model.safetensors"
+    save_file({str(i): torch.full((num_bytes // 4,), float(i)) for i in range(8)}, path)
+    before = file_bytes()
+    with SafetensorsFile(path) as file:
+        kept = []
+        for number, (name, tensor) in enumerate(read_tensors(file)):
+            assert tensor.sum().item() == int(name) * tensor.numel()
+            kept.append((name, tensor))
+            assert file_bytes() - before < 2 * num_bytes, f"after {number} tensors"
+        for name, tensor in kept:
+            assert (tensor == float(name)).all()
+
+
+def test_random_weights_differ_between_tensors_and_rows():
+    shapes = {"a": (3000, 512), "b": (3000, 512), "n.weight": (4,), "n.bias": (4,)}
+    tensors = dict(dummy_tensors(shapes))
+    again = dict(dummy_tensors(shapes))
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes
+    assert all(torch.equal(tensors[name], again[name]) for name in shapes)
+    assert not torch.equal(tensors["a"], tensors["b"])
+    rows = tensors["a"].float()
+    assert len(rows.unique(dim=0)) == len(rows)
+    assert abs(rows.std().item() - 0.02) < 1e-3
+    assert abs(rows.mean().item()) < 1e-3
+    assert tensors["n.weight"].tolist() == [1] * 4
+    assert tensors["n.bias"].tolist() == [0] * 4

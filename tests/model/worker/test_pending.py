@@ -130,7 +130,7 @@ def test_a_pass_that_fails_on_the_device_is_named_as_it_is_collected():
         batches.add(
             number,
             f"batch {number}",
-            Outputs(Download(torch.tensor([7])), none, none, None, None),
+            Outputs(Download(torch.tensor([7])), none, none, None, None, 0, 0),
             clock,
         )
         for number, clock in enumerate((FailingClock(), HostClock()))

@@ -262,7 +262,7 @@ def test_warm_up_runs_the_largest_batches(checkpoint):
         worker.warm_up()
     finally:
         hook.remove()
-    assert num_rows == [300, 8, 8]
+    assert num_rows == [300, 8, 8, 1]
 
 
 def test_warm_up_uses_the_memory_of_masks_for_every_row(checkpoint, monkeypatch):
@@ -277,7 +277,7 @@ def test_warm_up_uses_the_memory_of_masks_for_every_row(checkpoint, monkeypatch)
     monkeypatch.setattr(SentMasks, "apply", count)
     worker = Worker(worker_config(checkpoint("llama", tied=True), max_tokens_per_forward=300))
     worker.warm_up()
-    assert masked == [(2, 2), (8, 8), (8, 8)]
+    assert masked == [(2, 2), (8, 8), (8, 8), (1, 1)]
 
 
 def test_the_number_of_threads_is_set(checkpoint):

@@ -89,17 +89,6 @@ inline uint16_t narrow(float value) {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The place of weight[n, k].
-inline int64_t place_f32(int64_t in, int64_t n, int64_t k) {
-    return (n / PANEL * in + k) * PANEL + n % PANEL;
-}
-
-inline int64_t place_bf16(int64_t in, int64_t n, int64_t k) {
-    const int64_t chunk = n / PANEL * ceil_div(in, CHUNK) + k / CHUNK;
-    const int64_t tile = chunk * 2 + n % PANEL / TILE;
-    return ((tile * TILE + k % CHUNK / 2) * TILE + n % TILE) * 2 + k % 2;
-}
-
 // Writes sums of consecutive columns of one row, from column n on.
 inline void write(const Product &p, int64_t row, int64_t n, const float *sums, int count) {
     const int columns = int(std::min<int64_t>(count, p.out - n));
@@ -382,6 +371,52 @@ Rows<BF16::X> rows_of_bf16(const Product &p) {
 #endif
 }
 
+// --- packing ------------------------------------------------------------------------------------
+
+// The rows of one panel from ``from`` to ``to``, of a weight [out, in]. A block of columns of all
+// rows goes to its place before the next, so that what is written stays in the first-level cache.
+void pack_panel(const float *weight, int64_t from, int64_t to, int64_t in, float *packed) {
+    float *panel = packed + from / PANEL * in * PANEL;
+    for (int64_t start = 0; start < in; start += TILE)
+        for (int64_t n = from; n < to; n++)
+            for (int64_t k = start; k < std::min(start + TILE, in); k++)
+                panel[k * PANEL + n % PANEL] = weight[n * in + k];
+}
+
+// A chunk of a row of bf16 is TILE pairs, which lie TILE pairs apart.
+typedef uint32_t Pair;
+
+inline int64_t first_pair(int64_t in, int64_t n, int64_t k) {
+    const int64_t chunk = n / PANEL * ceil_div(in, CHUNK) + k / CHUNK;
+    return (chunk * 2 + n % PANEL / TILE) * TILE * TILE + n % TILE;
+}
+
+void pack_panel(const uint16_t *weight, int64_t from, int64_t to, int64_t in, uint16_t *packed) {
+    for (int64_t start = 0; start < in; start += CHUNK)
+        for (int64_t n = from; n < to; n++) {
+            Pair pairs[TILE] = {};
+            std::memcpy(pairs, weight + n * in + start,
+                        std::min<int64_t>(CHUNK, in - start) * sizeof(uint16_t));
+            uint16_t *place = packed + 2 * first_pair(in, n, start);
+            for (int i = 0; i < TILE; i++)
+                std::memcpy(place + 2 * i * TILE, pairs + i, sizeof(Pair));
+        }
+}
+
+void unpack_row(const float *packed, int64_t n, int64_t in, float *row) {
+    const float *panel = packed + n / PANEL * in * PANEL + n % PANEL;
+    for (int64_t k = 0; k < in; k++) row[k] = panel[k * PANEL];
+}
+
+void unpack_row(const uint16_t *packed, int64_t n, int64_t in, uint16_t *row) {
+    for (int64_t start = 0; start < in; start += CHUNK) {
+        const uint16_t *place = packed + 2 * first_pair(in, n, start);
+        Pair pairs[TILE];
+        for (int i = 0; i < TILE; i++) std::memcpy(pairs + i, place + 2 * i * TILE, sizeof(Pair));
+        std::memcpy(row + start, pairs, std::min<int64_t>(CHUNK, in - start) * sizeof(uint16_t));
+    }
+}
+
 // Calls ``work`` in each thread with its share of the panels.
 template <typename Work>
 void share_panels(const Product &p, Work work) {
@@ -406,15 +441,18 @@ int64_t tokasaurus_packed_size(int64_t out, int64_t in, int32_t element) {
 // Packs the rows of a part of the weight, [rows, in], which begins at row ``first`` of the whole.
 void tokasaurus_pack(const void *part, int64_t rows, int64_t in, int64_t first, int32_t element,
                      void *packed) {
+    const int64_t end = first + rows;
 #pragma omp parallel for
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t k = 0; k < in; k++)
-            if (element == 0)
-                static_cast<float *>(packed)[place_f32(in, first + r, k)] =
-                    static_cast<const float *>(part)[r * in + k];
-            else
-                static_cast<uint16_t *>(packed)[place_bf16(in, first + r, k)] =
-                    static_cast<const uint16_t *>(part)[r * in + k];
+    for (int64_t panel = first / PANEL; panel < ceil_div(end, PANEL); panel++) {
+        const int64_t from = std::max(first, panel * PANEL);
+        const int64_t to = std::min(end, (panel + 1) * PANEL);
+        if (element == 0)
+            pack_panel(static_cast<const float *>(part) - first * in, from, to, in,
+                       static_cast<float *>(packed));
+        else
+            pack_panel(static_cast<const uint16_t *>(part) - first * in, from, to, in,
+                       static_cast<uint16_t *>(packed));
+    }
 }
 
 // Writes chosen rows of a packed weight to ``to``, [count, in].
@@ -422,13 +460,12 @@ void tokasaurus_unpack(const void *packed, const int64_t *rows, int64_t count, i
                        int32_t element, void *to) {
 #pragma omp parallel for if (count > 8)
     for (int64_t i = 0; i < count; i++)
-        for (int64_t k = 0; k < in; k++)
-            if (element == 0)
-                static_cast<float *>(to)[i * in + k] =
-                    static_cast<const float *>(packed)[place_f32(in, rows[i], k)];
-            else
-                static_cast<uint16_t *>(to)[i * in + k] =
-                    static_cast<const uint16_t *>(packed)[place_bf16(in, rows[i], k)];
+        if (element == 0)
+            unpack_row(static_cast<const float *>(packed), rows[i], in,
+                       static_cast<float *>(to) + i * in);
+        else
+            unpack_row(static_cast<const uint16_t *>(packed), rows[i], in,
+                       static_cast<uint16_t *>(to) + i * in);
 }
 
 void tokasaurus_multiply(const Product *product) {

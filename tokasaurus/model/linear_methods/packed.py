@@ -23,6 +23,9 @@ __all__ = ["PackedLinear", "why_not"]
 _SOURCE = Path(__file__).with_name("packed.cpp")
 _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1}
 
+# Numbers of a tensor that are packed at once.
+_BLOCK_SIZE = 1 << 22
+
 # Numbers of a weight that justify another thread.
 _SIZE_PER_THREAD = 1 << 15
 
@@ -73,8 +76,8 @@ class PackedLinear(LinearMethod):
         self._multiply = self._library.tokasaurus_multiply
         self._element = _ELEMENTS[place.dtype]
         size = self._library.tokasaurus_packed_size(spec.out_size, spec.in_size, self._element)
-        # Zero, since padding is multiplied too.
-        self._packed = torch.zeros(size, dtype=place.dtype)
+        self._packed = torch.empty(size, dtype=place.dtype)
+        self._zero_padding()
         self._bias = place.empty(spec.out_size) if spec.bias else None
         self._out_size = spec.out_size
         self._most_threads = 1 + spec.out_size * spec.in_size // _SIZE_PER_THREAD
@@ -89,15 +92,19 @@ class PackedLinear(LinearMethod):
             assert self._bias is not None
             self._bias[rows].copy_(tensor)
             return
-        plain = tensor.to("cpu", self._dtype).contiguous()
-        self._library.tokasaurus_pack(
-            plain.data_ptr(),
-            len(plain),
-            self._spec.in_size,
-            rows.start,
-            self._element,
-            self._packed.data_ptr(),
-        )
+        # In blocks, since a tensor of another dtype or device is copied on the way.
+        first = rows.start
+        for block in torch.split(tensor, max(_BLOCK_SIZE // self._spec.in_size, 1)):
+            plain = block.to("cpu", self._dtype).contiguous()
+            self._library.tokasaurus_pack(
+                plain.data_ptr(),
+                len(plain),
+                self._spec.in_size,
+                first,
+                self._element,
+                self._packed.data_ptr(),
+            )
+            first += len(plain)
 
     def finish(self) -> None:
         """Does nothing: each tensor is in its place."""
@@ -109,9 +116,14 @@ class PackedLinear(LinearMethod):
 
     def restore(self) -> None:
         storage.restore(self._packed)
-        self._packed.zero_()
+        self._zero_padding()
         if self._bias is not None:
             storage.restore(self._bias)
+
+    def _zero_padding(self) -> None:
+        """Padding is multiplied too. Without padding no page is touched before it is filled."""
+        if self._packed.numel() > self._spec.out_size * self._spec.in_size:
+            self._packed.zero_()
 
     def apply(self, x: Tensor) -> Tensor:
         if x.stride(1) != 1:

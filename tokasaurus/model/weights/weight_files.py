@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import mmap
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor
 from tokasaurus.errors import ModelError
 from tokasaurus.model.checkpoint_headers import EMBEDDING, HEAD, heads_differ, usual_names
 from tokasaurus.model.weights.weights import Weights
+from tokasaurus.rounding import round_up
 from tokasaurus.safetensors_file import SafetensorsFile, TensorEntry
 
 __all__ = ["WeightFiles", "read_tensors"]
@@ -169,7 +171,8 @@ def read_tensors(file: SafetensorsFile) -> Iterator[tuple[str, Tensor]]:
     """The tensors of one file by name, in the order of their bytes.
 
     A tensor's bytes come from the disk when they are used. They are used before the next tensor is
-    asked for: then it is checked that the file has not changed.
+    asked for: then it is checked that the file has not changed, and the process gives back the
+    memory of the bytes. They come from the disk again where they are used later.
 
     Raises:
         ModelError: the file has been written to since it was opened.
@@ -179,7 +182,16 @@ def read_tensors(file: SafetensorsFile) -> Iterator[tuple[str, Tensor]]:
         if entry.dtype in _DTYPES:
             file.check_unchanged()
             yield name, _tensor(buffer, entry)
+            _give_back(buffer, entry)
     file.check_unchanged()
+
+
+def _give_back(buffer: mmap.mmap, entry: TensorEntry) -> None:
+    """Drops the whole pages of a tensor, so that a process never holds a file's weights twice."""
+    first = round_up(entry.start, mmap.PAGESIZE)
+    end = entry.end // mmap.PAGESIZE * mmap.PAGESIZE
+    if first < end and hasattr(mmap, "MADV_DONTNEED"):
+        buffer.madvise(mmap.MADV_DONTNEED, first, end - first)
 
 
 def _tensor(buffer: object, entry: TensorEntry) -> Tensor:

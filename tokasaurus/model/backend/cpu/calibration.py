@@ -19,7 +19,7 @@ PAGE_SIZE = 16
 _ROWS = (2, 8, 32, 64)
 _COLUMNS = (4, 12, 32)
 PAGES = max(_COLUMNS) + max(_ROWS)  # each row has one page of its own
-_ROUNDS = 5
+_ROUNDS = 3
 
 
 def measure_group_costs(

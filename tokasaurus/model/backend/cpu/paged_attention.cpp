@@ -17,9 +17,9 @@
 //     row 3       └─────────────┘ └────────────────────────┘    two partial results to merge
 //
 // The queries of a task are its rows times the query heads that share the key/value head. They meet
-// a tile of TILE keys at a time. Few queries read it where it lies. For many it is first laid out for
-// products of matrices: the keys transposed, both in fp32 or, with instructions for that, in pairs
-// of bf16.
+// a tile of TILE keys at a time. Few queries read it where it lies. For many it is first laid out
+// for products of matrices: the keys transposed, both in fp32 or, with instructions for that, in
+// pairs of bf16.
 //
 // Nothing is read beyond a sequence's length, because pages are not initialised.
 
@@ -50,9 +50,13 @@ constexpr int64_t WORK_PER_THREAD = 500000;
 constexpr int TASKS_PER_THREAD = 4;
 constexpr int MIN_KEYS_PER_TASK = 256;
 
-inline int round_up(int number, int multiple) { return (number + multiple - 1) / multiple * multiple; }
+inline int round_up(int number, int multiple) {
+    return (number + multiple - 1) / multiple * multiple;
+}
 
-inline int ceil_div(int64_t number, int64_t divisor) { return int((number + divisor - 1) / divisor); }
+inline int ceil_div(int64_t number, int64_t divisor) {
+    return int((number + divisor - 1) / divisor);
+}
 
 }  // namespace
 
@@ -179,10 +183,17 @@ class Planner {
             for (int from = begin, n = 0; from < end; from += part, n++) {
                 // Rows of the same sequence have as many results, some of them empty.
                 const int to = std::min(from + part, block_end);
-                const int partial = p.partial_starts[first_row + first] + n;
-                p.tasks[num_tasks++] = {slot,      first_row + first, count, from, std::max(from, to),
-                                        block_visible, step, partial,
-                                        float(cost(count, std::max(to - from, 0)))};
+                p.tasks[num_tasks++] = {
+                    slot,
+                    first_row + first,
+                    count,
+                    from,
+                    std::max(from, to),
+                    block_visible,
+                    step,
+                    p.partial_starts[first_row + first] + n,
+                    float(cost(count, std::max(to - from, 0))),
+                };
             }
         }
         const int num_parts = ceil_div(keys, part);
@@ -300,7 +311,8 @@ struct Scratch {
 
     void reserve(int num_queries, int head_dim) {
         // Products in tiles write whole tiles of rows.
-        const size_t n = size_t(round_up(num_queries, TILE_ROWS)), size = size_t(round_up(head_dim, WIDTH));
+        const size_t n = size_t(round_up(num_queries, TILE_ROWS));
+        const size_t size = size_t(round_up(head_dim, WIDTH));
         if (mixed.size() >= n * size && best.size() >= n && keys.size() >= size * TILE) return;
         queries.resize(n * size);
         keys.resize(size * TILE);
@@ -412,7 +424,8 @@ class Kernel {
     int padded_dim() const { return round_up(head_dim(), WIDTH); }
 
     const Element *head_of(int row, int head) const {
-        return static_cast<const Element *>(a.heads) + row * row_stride + int64_t(head) * head_dim();
+        const int64_t at = row * row_stride + int64_t(head) * head_dim();
+        return static_cast<const Element *>(a.heads) + at;
     }
 
     // Norms and rotates a query or key. The results are as exact as an Element.
@@ -430,7 +443,8 @@ class Kernel {
                 store(to + d, rounded<Element>(quotient * load(weight + d, size - d)));
             }
         }
-        const float *cosines = a.cosines + int64_t(row) * half, *sines = a.sines + int64_t(row) * half;
+        const float *cosines = a.cosines + int64_t(row) * half;
+        const float *sines = a.sines + int64_t(row) * half;
         for (int d = 0; d < half; d += WIDTH) {
             const int count = half - d;
             const Vector left = load(to + d, count), right = load(to + half + d, count);
