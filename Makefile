@@ -8,6 +8,7 @@
 #   make test-pythons  install and run the unit tests on the oldest and the newest Python found
 #   make check         check formatting, lint, import contracts, types
 #   make bench         measure the CPU time of the manager     make bench ARGS='mix=full quick=T'
+#   make gpu-check     check that a CUDA device computes what the CPU computes
 #   make dist          build the wheel and the sdist in dist/
 #   make install       make .venv with the package (editable) and everything that the targets need
 
@@ -29,7 +30,8 @@ PYTEST  := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscop
 # Several processes compute on few cores here. Their OpenMP threads must sleep while they wait.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help install serve chat check format test test-quick test-long test-pythons bench dist clean
+.PHONY: help install serve chat check format test test-quick test-long test-pythons bench \
+        gpu-check dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -83,6 +85,10 @@ test-pythons:
 
 bench: install
 	@$(BIN)/toka-bench manager $(ARGS)
+
+# Needs a CUDA device, which CI has not.
+gpu-check: install
+	@$(BIN)/python tests/gpu_check.py $(ARGS)
 
 dist: install
 	@echo "==> building the sdist, and from it the wheel"

@@ -20,6 +20,8 @@ COMMANDS = {
     "grammar": "what structured output costs, compared with the same batch without (runs a model)",
     "sampling": "what drawing a token costs, for each kind of row (needs no model)",
     "attention": "what one layer of attention takes on this processor",
+    "peers": "ours against other engines on the same workloads, in the same run",
+    "roofline": "how fast this machine multiplies matrices and reads memory",
     "lookahead": "how long the device waits for the manager, and how many tokens are wasted",
     "trace": "write a workload to a file",
     "replay": "run a workload from a file in virtual time",

@@ -1,0 +1,50 @@
+"""The logic of ``make gpu-check``, with the CPU in the place of the GPU."""
+
+from __future__ import annotations
+
+import gpu_check
+import pytest
+import torch
+from checkpoints import make_checkpoint
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Two models that differ."""
+    directory = tmp_path_factory.mktemp("models")
+    return [make_checkpoint(directory / str(seed), "llama", seed=seed) for seed in (0, 1)]
+
+
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch):
+    monkeypatch.setattr(gpu_check, "_NUM_PROMPTS", 2)
+    monkeypatch.setattr(gpu_check, "_NUM_TOKENS", 12)
+    monkeypatch.setattr(gpu_check, "_BATCH", 4)
+    monkeypatch.setattr(gpu_check, "_BATCH_TOKENS", 4)
+
+
+def test_a_device_that_computes_the_same_passes(checkpoints, capsys):
+    same, _ = checkpoints
+    assert gpu_check.check("cpu", same, same) == []
+    assert "tokens/s with 4 sequences" in capsys.readouterr().out
+
+
+def test_a_device_that_computes_something_else_fails_in_both_dtypes(checkpoints):
+    one, other = checkpoints
+    failures = "\n".join(gpu_check.check("cpu", one, other))
+    for part in (
+        "in float32, greedy tokens differ",
+        "in float32, logprobs differ",
+        "in bfloat16, logprobs differ",
+        "in bfloat16, on average, logprobs differ",
+        "in bfloat16, a greedy token is",
+    ):
+        assert part in failures, failures
+
+
+def test_without_cuda_nothing_is_checked(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main() == 2
+    assert "no CUDA device" in capsys.readouterr().err
