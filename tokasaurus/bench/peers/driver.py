@@ -8,7 +8,7 @@ else the engine prints goes to standard error.
 
 =============================  =====================================================================
 ``{"run": [request, ...]}``    runs the requests, all given at once: ``{"seconds", "tokens"}``
-``{"products": rounds}``       replays the products of the last run alone: ``{"seconds"}``
+``{"products": rounds}``       ours replays the last run's products alone: ``{"seconds"}``
 =============================  =====================================================================
 """
 
@@ -38,10 +38,6 @@ class Engine(Protocol):
 
     def run(self, requests: list[dict[str, Any]]) -> int:
         """Samples every request to its full length, at temperature 1. Returns generated tokens."""
-        ...
-
-    def products(self, rounds: int) -> float:
-        """Seconds that the products of the last run take alone, the median of several rounds."""
         ...
 
 
@@ -78,6 +74,7 @@ class Tokasaurus:
         return sum(len(each.token_ids) for output in outputs for each in output.outputs)
 
     def products(self, rounds: int) -> float:
+        """Seconds that the products of the last run take alone, the median of several rounds."""
         return self._batches.replay(rounds)
 
 
@@ -116,9 +113,6 @@ class Vllm:
         prompts = [{"prompt_token_ids": request["prompt"]} for request in requests]
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
         return sum(len(each.token_ids) for output in outputs for each in output.outputs)
-
-    def products(self, rounds: int) -> float:
-        raise NotImplementedError
 
 
 class OpenVino:
@@ -162,9 +156,6 @@ class OpenVino:
             self._pipeline.step()
         return sum(len(each.generated_ids) for handle in handles for each in handle.read_all())
 
-    def products(self, rounds: int) -> float:
-        raise NotImplementedError
-
 
 ENGINES: dict[str, Callable[[dict[str, Any]], Engine]] = {
     "tokasaurus": Tokasaurus,
@@ -182,6 +173,7 @@ def main() -> None:
     for line in sys.stdin:
         command = json.loads(line)
         if "products" in command:
+            assert isinstance(engine, Tokasaurus)  # of others, the products are unknown
             _answer(answers, {"seconds": engine.products(command["products"])})
             continue
         started = time.perf_counter()

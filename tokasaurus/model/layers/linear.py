@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from tokasaurus.model.linear_methods.base import LinearSpec, Sharding
+from tokasaurus.model.linear_methods.base import LinearMethod, LinearSpec, Sharding
 from tokasaurus.model.linear_methods.plain import PlainLinear
 from tokasaurus.model.linear_methods.registry import make_linear
 from tokasaurus.model.placement import Placement
@@ -14,8 +14,47 @@ from tokasaurus.model.placement import Placement
 __all__ = ["Embedding", "Linear"]
 
 
-class Linear(nn.Module):
-    """Declares one matrix product. Its linear method owns the tensors and multiplies.
+class _Weights(nn.Module):
+    """Implements ``Fillable`` by a linear method, which owns the tensors.
+
+    Args:
+        spec: the shape of the weight.
+        method: of this shape.
+        is_borrowed: another layer fills, releases and restores the method.
+    """
+
+    def __init__(self, spec: LinearSpec, method: LinearMethod, *, is_borrowed: bool) -> None:
+        super().__init__()
+        self.spec, self.method = spec, method
+        self.is_borrowed = is_borrowed
+        self.is_vocabulary = spec.sharding is Sharding.VOCABULARY
+
+    def tensors(self) -> dict[tuple[str, str], tuple[int, ...]]:
+        """Implements ``Fillable``."""
+        return {} if self.is_borrowed else self.spec.tensors()
+
+    def fill(self, part: str, kind: str, tensor: Tensor) -> None:
+        """Implements ``Fillable``."""
+        self.method.fill(part, kind, tensor)
+
+    def finish(self) -> None:
+        """Implements ``Fillable``."""
+        if not self.is_borrowed:
+            self.method.finish()
+
+    def release(self) -> None:
+        """Implements ``Fillable``."""
+        if not self.is_borrowed:
+            self.method.release()
+
+    def restore(self) -> None:
+        """Implements ``Fillable``."""
+        if not self.is_borrowed:
+            self.method.restore()
+
+
+class Linear(_Weights):
+    """Declares one matrix product. Its linear method multiplies.
 
     Args:
         place: where the tensors live, and which method.
@@ -36,78 +75,30 @@ class Linear(nn.Module):
         bias: bool = False,
         tied: Embedding | None = None,
     ) -> None:
-        super().__init__()
-        self.spec = LinearSpec(in_size, parts, bias, sharding)
-        self.is_tied = tied is not None
-        self.is_vocabulary = sharding is Sharding.VOCABULARY
-        self.method = make_linear(self.spec, place) if tied is None else tied.method
-
-    def tensors(self) -> dict[tuple[str, str], tuple[int, ...]]:
-        """Implements ``Fillable``."""
-        return {} if self.is_tied else self.spec.tensors()
-
-    def fill(self, part: str, kind: str, tensor: Tensor) -> None:
-        """Implements ``Fillable``."""
-        self.method.fill(part, kind, tensor)
-
-    def finish(self) -> None:
-        """Implements ``Fillable``."""
-        if not self.is_tied:
-            self.method.finish()
-
-    def release(self) -> None:
-        """Implements ``Fillable``."""
-        if not self.is_tied:
-            self.method.release()
-
-    def restore(self) -> None:
-        """Implements ``Fillable``."""
-        if not self.is_tied:
-            self.method.restore()
+        spec = LinearSpec(in_size, parts, bias, sharding)
+        method = make_linear(spec, place) if tied is None else tied.method
+        super().__init__(spec, method, is_borrowed=tied is not None)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.method.apply(x)
 
 
-class Embedding(nn.Module):
+class Embedding(_Weights):
     """Maps token ids to vectors.
 
     Args:
         place: where the tensor lives.
         vocab_size: rows of the weight.
         hidden_size: columns.
-        multiplied: a tied head multiplies by the weight too, so its linear method owns it.
+        multiplied: a tied head multiplies by the weight too.
     """
-
-    is_vocabulary = True
 
     def __init__(
         self, place: Placement, vocab_size: int, hidden_size: int, *, multiplied: bool
     ) -> None:
-        super().__init__()
         spec = LinearSpec(hidden_size, {"": vocab_size}, False, Sharding.VOCABULARY)
-        self.spec = spec
-        self.method = make_linear(spec, place) if multiplied else PlainLinear(spec, place)
-
-    def tensors(self) -> dict[tuple[str, str], tuple[int, ...]]:
-        """Implements ``Fillable``."""
-        return self.spec.tensors()
-
-    def fill(self, part: str, kind: str, tensor: Tensor) -> None:
-        """Implements ``Fillable``."""
-        self.method.fill(part, kind, tensor)
-
-    def finish(self) -> None:
-        """Implements ``Fillable``."""
-        self.method.finish()
-
-    def release(self) -> None:
-        """Implements ``Fillable``."""
-        self.method.release()
-
-    def restore(self) -> None:
-        """Implements ``Fillable``."""
-        self.method.restore()
+        method = make_linear(spec, place) if multiplied else PlainLinear(spec, place)
+        super().__init__(spec, method, is_borrowed=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.method.rows(ids)
