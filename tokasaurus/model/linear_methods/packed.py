@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tokasaurus.model import storage
 from tokasaurus.model.backend.cpu.build import BuildError, load_library
 from tokasaurus.model.linear_methods.base import LinearMethod, LinearSpec
 from tokasaurus.model.placement import Placement
@@ -76,7 +75,8 @@ class PackedLinear(LinearMethod):
         self._multiply = self._library.tokasaurus_multiply
         self._element = _ELEMENTS[place.dtype]
         size = self._library.tokasaurus_packed_size(spec.out_size, spec.in_size, self._element)
-        self._packed = torch.empty(size, dtype=place.dtype)
+        self._memory = place.memory
+        self._packed = place.empty(size)
         self._zero_padding()
         self._bias = place.empty(spec.out_size) if spec.bias else None
         self._out_size = spec.out_size
@@ -110,15 +110,15 @@ class PackedLinear(LinearMethod):
         """Does nothing: each tensor is in its place."""
 
     def release(self) -> None:
-        storage.release(self._packed)
+        self._memory.release(self._packed)
         if self._bias is not None:
-            storage.release(self._bias)
+            self._memory.release(self._bias)
 
     def restore(self) -> None:
-        storage.restore(self._packed)
+        self._memory.restore(self._packed)
         self._zero_padding()
         if self._bias is not None:
-            storage.restore(self._bias)
+            self._memory.restore(self._bias)
 
     def _zero_padding(self) -> None:
         """Padding is multiplied too. Without padding no page is touched before it is filled."""
