@@ -660,8 +660,8 @@ stages["updated"] = anonymous()
 control(RestoreMemory(True, True))
 for tensor in cache.keys + cache.values:
     tensor.zero_()
-stages["restored"] = anonymous()
 drawn.append(tokens())
+stages["restored"] = anonymous()
 assert drawn[0] == drawn[1]
 stages["num_parameters"] = weights.num_parameters
 stages["cache bytes"] = cache.num_bytes

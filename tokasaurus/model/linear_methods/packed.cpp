@@ -31,15 +31,14 @@
 extern "C" {
 
 // Mirrored by _Product in packed.py. Strides are in elements.
-struct Product {
+struct Arguments {
     const void *x;  // [rows, in], rows x_stride apart
     int64_t x_stride;
     const void *weight;  // packed
     const void *bias;    // [out], or null
     void *y;             // [rows, out]
-    int64_t rows, in, out;
+    int64_t in, out;
     int32_t element;  // 0 fp32, 1 bf16
-    int32_t num_threads;
 };
 }
 
@@ -61,6 +60,13 @@ constexpr int MAX_ROWS = 6;
 constexpr int WIDTH = 4;
 constexpr int MAX_ROWS = 4;
 #endif
+
+// Numbers of a weight that justify another thread.
+constexpr int64_t SIZE_PER_THREAD = 1 << 15;
+
+struct Product : Arguments {
+    int64_t rows, num_threads;
+};
 
 // Bytes of x that the loops over panels reuse: a part of the second-level cache.
 constexpr int64_t REUSED_BYTES = 1 << 20;
@@ -430,8 +436,7 @@ void share_panels(const Product &p, Work work) {
 
 extern "C" {
 
-// Lets the caller check that it lays out Product in the same way.
-int64_t tokasaurus_product_size() { return sizeof(Product); }
+extern const int64_t tokasaurus_sizes[] = {sizeof(Arguments)};
 
 // Numbers in a packed weight.
 int64_t tokasaurus_packed_size(int64_t out, int64_t in, int32_t element) {
@@ -468,8 +473,10 @@ void tokasaurus_unpack(const void *packed, const int64_t *rows, int64_t count, i
                        static_cast<uint16_t *>(to) + i * in);
 }
 
-void tokasaurus_multiply(const Product *product) {
-    const Product &p = *product;
+void tokasaurus_multiply(const Arguments *arguments, int64_t num_rows, int32_t num_threads) {
+    const int64_t size = arguments->in * arguments->out;
+    const Product p{*arguments, num_rows,
+                    std::min<int64_t>(num_threads, 1 + size / SIZE_PER_THREAD)};
     if (p.element == 0) {
         const Rows<float> rows = {static_cast<const float *>(p.x), p.x_stride};
         share_panels(p, [&](int64_t first, int64_t end) { multiply<F32>(p, rows, first, end); });

@@ -93,14 +93,15 @@ struct Plan {
     int32_t num_threads;
 };
 
-// The tensors of one layer.
+// The tensors of one layer. Mirrored by _Layer in compiled.py.
 struct Layer {
+    const Plan *const *plan;             // of the batch
     const void *heads;                   // [rows, heads + 2 * kv_heads, head_dim], contiguous
     const float *cosines, *sines;        // [rows, head_dim / 2]
     const void *query_norm, *key_norm;   // [head_dim], or null
-    float eps;
     void *key_cache, *value_cache;       // [pages, kv_heads, page_size, head_dim]
     void *output;                        // [rows, heads, head_dim]
+    float eps;
 };
 }
 
@@ -708,8 +709,8 @@ void run(const Plan &p, const Layer &layer) {
 
 extern "C" {
 
-// Lets the caller check that it lays out a plan in the same way, and make room for tasks.
-int64_t tokasaurus_plan_size() { return sizeof(Plan); }
+extern const int64_t tokasaurus_sizes[] = {sizeof(Layer), sizeof(Plan)};
+
 int64_t tokasaurus_task_size() { return sizeof(Task); }
 
 // Rows of a task, if that many read the same positions.
@@ -724,21 +725,18 @@ int64_t tokasaurus_max_tasks(int64_t num_rows, int64_t num_sequences, int64_t nu
     return 2 * blocks + 8 * TASKS_PER_THREAD * int64_t(num_threads);
 }
 
-void tokasaurus_plan_attention(Plan *plan) { Planner(*plan).plan(); }
+void tokasaurus_plan_attention(Plan *plan, int64_t, int32_t) { Planner(*plan).plan(); }
 
-void tokasaurus_attend(const Plan *plan, const void *heads, const float *cosines,
-                       const float *sines, const void *query_norm, const void *key_norm, float eps,
-                       void *key_cache, void *value_cache, void *output) {
-    const Layer layer{heads, cosines,   sines,       query_norm, key_norm,
-                      eps,   key_cache, value_cache, output};
-    switch (plan->element) {
-        case 0: return run<float, WideLayout<float>>(*plan, layer);
+void tokasaurus_attend(const Layer *layer, int64_t, int32_t) {
+    const Plan &plan = **layer->plan;
+    switch (plan.element) {
+        case 0: return run<float, WideLayout<float>>(plan, *layer);
 #if defined(__AVX512BF16__)
-        case 1: return run<BFloat16, PairsLayout>(*plan, layer);
+        case 1: return run<BFloat16, PairsLayout>(plan, *layer);
 #else
-        case 1: return run<BFloat16, WideLayout<BFloat16>>(*plan, layer);
+        case 1: return run<BFloat16, WideLayout<BFloat16>>(plan, *layer);
 #endif
-        default: return run<Float16, WideLayout<Float16>>(*plan, layer);
+        default: return run<Float16, WideLayout<Float16>>(plan, *layer);
     }
 }
 }
