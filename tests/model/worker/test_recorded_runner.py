@@ -35,8 +35,9 @@ def test_recorded_layers_give_what_called_ones_give(checkpoint):
         ("qwen3", "bfloat16"),
     ):
         path = checkpoint(architecture)
-        eager, recorded = make_eager(path, dtype=dtype), make_driver(path, dtype=dtype)
-        for length, chunk in ((1, 1), (5, 2), (256, 256), (200, 64), (3, 1)):
+        fields = {"dtype": dtype, "max_tokens_per_forward": 128}
+        eager, recorded = make_eager(path, **fields), make_driver(path, **fields)
+        for length, chunk in ((1, 1), (5, 2), (128, 128), (200, 64), (3, 1)):
             prompt = [5 + i % 200 for i in range(length)]
             with named((architecture, dtype, length)):
                 expected = generate(eager, prompt, 6, chunk=chunk)
