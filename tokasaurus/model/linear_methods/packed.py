@@ -34,7 +34,7 @@ class _Product(ctypes.Structure):
         *(("x", ctypes.c_void_p), ("x_stride", ctypes.c_int64)),
         *((name, ctypes.c_void_p) for name in ("weight", "bias", "y")),
         *((name, ctypes.c_int64) for name in ("in_size", "out_size")),
-        ("element", ctypes.c_int32),
+        *(("following", ctypes.c_void_p), ("element", ctypes.c_int32)),
     )
 
 
@@ -127,7 +127,9 @@ class PackedLinear(LinearMethod):
             out_size=self._spec.out_size,
             element=self._element,
         )
-        call(self._multiply, arguments, num_rows)
+        former = call(self._multiply, arguments, num_rows)
+        if former is not None:
+            former.following = ctypes.addressof(arguments)
         return y
 
     def rows(self, ids: Tensor) -> Tensor:

@@ -54,19 +54,22 @@ def result(num_rows: int, size: int, dtype: torch.dtype) -> Tensor:
     return torch.empty((num_rows, size), dtype=dtype)
 
 
-def call(kernel: Kernel, arguments: ctypes.Structure, num_rows: int) -> None:
+def call(kernel: Kernel, arguments: ctypes.Structure, num_rows: int) -> Any:
     """Calls a kernel, or records the call.
 
     Args:
         kernel: the function.
         arguments: a structure of its own for each call.
         num_rows: of the batch.
+
+    Returns:
+        The arguments of this kernel's last call before, if both are recorded; else None.
     """
     recording = _recording.get()
     if recording is not None:
-        recording.add(kernel, arguments, num_rows)
-    else:
-        kernel(ctypes.byref(arguments), num_rows, torch.get_num_threads())
+        return recording.add(kernel, arguments, num_rows)
+    kernel(ctypes.byref(arguments), num_rows, torch.get_num_threads())
+    return None
 
 
 def load_kernels(
@@ -127,6 +130,7 @@ class Recording:
         self._free: list[Tensor] = []
         self._calls: list[_Call] = []
         self._arguments: list[ctypes.Structure] = []
+        self._latest: dict[int | None, ctypes.Structure] = {}
         self._guard = _ViewsOnly()  # type: ignore[no-untyped-call]
         self._table: ctypes.Array[_Call] | None = None
 
@@ -140,13 +144,18 @@ class Recording:
         _recording.reset(self._token)
         self._table = (_Call * len(self._calls))(*self._calls)
 
-    def add(self, kernel: Kernel, arguments: ctypes.Structure, num_rows: int) -> None:
-        """Records a call. Its arguments are kept."""
+    def add(
+        self, kernel: Kernel, arguments: ctypes.Structure, num_rows: int
+    ) -> ctypes.Structure | None:
+        """Records a call; see ``call``. Its arguments are kept."""
         if num_rows != self.max_rows:
             raise NotRecordable(f"a kernel has {num_rows} rows, and the batch {self.max_rows}")
+        address = ctypes.cast(kernel, ctypes.c_void_p).value
+        former = self._latest.get(address)
+        self._latest[address] = arguments
         self._arguments.append(arguments)
-        function = ctypes.cast(kernel, ctypes.c_void_p)
-        self._calls.append(_Call(function, ctypes.addressof(arguments)))
+        self._calls.append(_Call(address, ctypes.addressof(arguments)))
+        return former
 
     def buffer(self, num_rows: int, size: int, dtype: torch.dtype) -> Tensor:
         """A tensor, [rows, size]. Its memory gets another use once no tensor points to it."""
