@@ -5,6 +5,7 @@
 #   make test          run all tests but the heavy ones        make test ARGS='tests/manager -x'
 #   make test-quick    run the unit tests only
 #   make test-long     run all tests, the heavy ones too
+#   make test-sets     run the tests of the model with each instruction set of this processor
 #   make test-pythons  install and run the unit tests on the oldest and the newest Python found
 #   make check         check formatting, lint, import contracts, types
 #   make bench         measure the CPU time of the manager     make bench ARGS='mix=full quick=T'
@@ -30,7 +31,7 @@ PYTEST  := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscop
 # Several processes compute on few cores here. Their OpenMP threads must sleep while they wait.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help install serve chat check format test test-quick test-long test-pythons bench \
+.PHONY: help install serve chat check format test test-quick test-long test-sets test-pythons bench \
         gpu-check dist clean
 
 help:
@@ -74,6 +75,14 @@ test-quick: install
 test-long: install
 	@echo "==> pytest, the heavy tests too"
 	@$(PYTEST) -m 'long or not long' --timeout 3600 $(ARGS)
+
+test-sets: install
+	@for name in $$($(BIN)/python -c 'from tokasaurus.model.instruction_sets import usable_sets; \
+	    print(*(each.name for each in usable_sets()))'); do \
+	    echo "==> pytest, $$name"; \
+	    $(PYTEST) --processor $$name tests/model tests/launch/test_parity.py \
+	        tests/launch/test_embedding_parity.py $(ARGS) || exit; \
+	done
 
 test-pythons:
 	@found=$$(for python in $(PYTHONS); do \

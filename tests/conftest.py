@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,27 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from engine_process import EngineProcess, running
+
+from tokasaurus.model import instruction_sets
+from tokasaurus.model.instruction_sets import INSTRUCTION_SETS
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--processor",
+        choices=[each.name for each in INSTRUCTION_SETS],
+        help="let this process believe that the processor runs no better instruction set",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    name = config.getoption("--processor")
+    if name is not None:
+        (chosen,) = instruction_sets.candidate_sets(name)
+        told = Path(tempfile.mkdtemp()) / "cpuinfo"
+        told.write_text(f"flags : {' '.join(chosen.features)}\n")
+        instruction_sets._CPU_INFO = told
+        instruction_sets._processor_features.cache_clear()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

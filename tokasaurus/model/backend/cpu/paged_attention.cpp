@@ -538,7 +538,7 @@ class Kernel {
             }
             for (; word < num_words; word++)
                 for (int i = 0; i < WIDTH; i++)
-                    words[word * TILE + t + i] = Layout::key_word(keys[t + i], word);
+                    words[size_t(word) * TILE + t + i] = Layout::key_word(keys[t + i], word);
         }
     }
 
