@@ -25,10 +25,11 @@ from tokasaurus.model.sampling.randomness import uniforms
 from tokasaurus.model.sampling.ranking import most_ranked
 from tokasaurus.model.upload import Staged, Staging
 
-__all__ = ["Kind", "RowsOfKind", "plan_rows"]
+__all__ = ["MIN_TEMPERATURE", "Kind", "RowsOfKind", "plan_rows"]
 
-# At lower temperatures logits could overflow. The draw is an argmax long before.
-_MIN_TEMPERATURE = 1e-20
+MIN_TEMPERATURE = 1e-20
+"""At lower temperatures logits could overflow. The draw is an argmax long before."""
+
 # Rows whose top_k is smaller are listed together.
 _MIN_DEPTH = 16
 
@@ -138,7 +139,7 @@ def _numbers(
     def column(values: NDArray[Any], off: float) -> Staged | None:
         return staging.add(values[:, None]) if (values != off).any() else None
 
-    temperature = np.where(parameters.greedy, 1, parameters["temperature"].clip(_MIN_TEMPERATURE))
+    temperature = np.where(parameters.greedy, 1, parameters["temperature"].clip(MIN_TEMPERATURE))
     columns = {
         "temperature": column(temperature.astype(np.float32), 1),
         "min_p": column(parameters["min_p"], 0),
