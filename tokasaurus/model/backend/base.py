@@ -162,8 +162,8 @@ DRAW = np.dtype(
 """How a row draws, for ``SamplingKernels.draw``.
 
 The first three give its random number (``model/sampling/randomness.py``). A temperature of 0 asks
-for the first token of the ranking. Filters are off if ``top_k`` is 0, ``top_p`` is 1, and the
-logarithm of ``min_p`` is -infinity.
+for the first token of the ranking. Filters are off if ``top_k`` is 0, ``top_p`` is 1, and
+``log_min_p`` is -infinity.
 """
 
 

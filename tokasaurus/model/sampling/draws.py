@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokasaurus.model.backend.base import DRAW, SamplingKernels
-from tokasaurus.model.sampling.kinds import MIN_TEMPERATURE, RowsOfKind, plan_rows
+from tokasaurus.model.sampling.kinds import RowsOfKind, draw_rows, plan_rows
 from tokasaurus.model.sampling.parameters import SamplingParameters
 from tokasaurus.model.sampling.sampler import draw
 from tokasaurus.model.upload import Staged, Staging
@@ -70,15 +70,5 @@ def plan_row_draws(
     """
     if kernels is None:
         return _TorchDraws(plan_rows(parameters, vocab_size, staging, draws=True))
-    rows = np.empty(len(parameters), DRAW)
-    for name in ("seed", "sample_index", "top_k", "top_p"):
-        rows[name] = parameters[name]
-    rows["position"] = parameters["num_generated"]
-    temperature = parameters["temperature"]
-    rows["temperature"] = np.where(temperature == 0, 0, temperature.clip(MIN_TEMPERATURE))
-    min_p = parameters["min_p"]
-    rows["log_min_p"] = -np.inf
-    if min_p.any():
-        # By torch, whose logarithm may differ from numpy's in the last bit.
-        rows["log_min_p"] = torch.from_numpy(np.ascontiguousarray(min_p)).log().numpy()
+    rows = draw_rows(parameters)
     return _KernelDraws(kernels, staging.add(rows.view(np.uint8).reshape(-1, DRAW.itemsize)))

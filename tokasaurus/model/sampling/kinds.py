@@ -1,6 +1,7 @@
 """Sorts the rows of a batch by what their sampling takes, on the host, before the batch runs.
 
-Rows of one kind are sampled together, and pay for nothing that only other kinds need::
+Rows of one kind are sampled together, and pay for nothing that only other kinds need. A kernel
+(``draw_rows``) looks at each row by itself and takes no kinds::
 
     kind      rows                                   what is done
     ────────────────────────────────────────────────────────────────────────────────────
@@ -18,18 +19,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from tokasaurus.model.backend.base import DRAW
 from tokasaurus.model.sampling.parameters import SamplingParameters
 from tokasaurus.model.sampling.randomness import uniforms
 from tokasaurus.model.sampling.ranking import most_ranked
 from tokasaurus.model.upload import Staged, Staging
 
-__all__ = ["MIN_TEMPERATURE", "Kind", "RowsOfKind", "plan_rows"]
+__all__ = ["Kind", "RowsOfKind", "draw_rows", "plan_rows"]
 
-MIN_TEMPERATURE = 1e-20
-"""At lower temperatures logits could overflow. The draw is an argmax long before."""
-
+# At lower temperatures logits could overflow. The draw is an argmax long before.
+_MIN_TEMPERATURE = 1e-20
 # Rows whose top_k is smaller are listed together.
 _MIN_DEPTH = 16
 
@@ -139,7 +141,7 @@ def _numbers(
     def column(values: NDArray[Any], off: float) -> Staged | None:
         return staging.add(values[:, None]) if (values != off).any() else None
 
-    temperature = np.where(parameters.greedy, 1, parameters["temperature"].clip(MIN_TEMPERATURE))
+    temperature = np.where(parameters.greedy, 1, parameters["temperature"].clip(_MIN_TEMPERATURE))
     columns = {
         "temperature": column(temperature.astype(np.float32), 1),
         "min_p": column(parameters["min_p"], 0),
@@ -154,3 +156,19 @@ def _numbers(
         )
         columns["numbers"] = staging.add(drawn[:, None])
     return columns
+
+
+def draw_rows(parameters: SamplingParameters) -> NDArray[np.void]:
+    """[rows] of ``DRAW``: what a kernel needs to draw a token for each row."""
+    rows = np.empty(len(parameters), DRAW)
+    for name in ("seed", "sample_index", "top_k", "top_p"):
+        rows[name] = parameters[name]
+    rows["position"] = parameters["num_generated"]
+    temperature = parameters["temperature"]
+    rows["temperature"] = np.where(temperature == 0, 0, temperature.clip(_MIN_TEMPERATURE))
+    rows["log_min_p"] = -np.inf
+    if parameters["min_p"].any():
+        # By torch, whose logarithm may differ from numpy's in the last bit.
+        shares = torch.from_numpy(np.ascontiguousarray(parameters["min_p"]))
+        rows["log_min_p"] = shares.log().numpy()
+    return rows
