@@ -160,12 +160,17 @@ def _numbers(
 
 def draw_rows(parameters: SamplingParameters) -> NDArray[np.void]:
     """[rows] of ``DRAW``: what a kernel needs to draw a token for each row."""
-    rows = np.empty(len(parameters), DRAW)
+    rows = np.zeros(len(parameters), DRAW)
+    temperature = parameters["temperature"]
+    if not temperature.any():
+        return rows
     for name in ("seed", "sample_index", "top_k", "top_p"):
         rows[name] = parameters[name]
     rows["position"] = parameters["num_generated"]
-    temperature = parameters["temperature"]
-    rows["temperature"] = np.where(temperature == 0, 0, temperature.clip(_MIN_TEMPERATURE))
+    rows["temperature"] = temperature
+    is_low = (temperature > 0) & (temperature < _MIN_TEMPERATURE)
+    if is_low.any():
+        rows["temperature"][is_low] = _MIN_TEMPERATURE
     rows["log_min_p"] = -np.inf
     if parameters["min_p"].any():
         # By torch, whose logarithm may differ from numpy's in the last bit.
