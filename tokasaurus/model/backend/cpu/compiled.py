@@ -26,8 +26,9 @@ from tokasaurus.model.backend.base import (
     SamplingKernels,
     SequenceRows,
 )
-from tokasaurus.model.backend.cpu.build import BuildError, load_library
+from tokasaurus.model.backend.cpu.build import BuildError
 from tokasaurus.model.backend.cpu.calibration import PAGE_SIZE, PAGES, measure_group_costs
+from tokasaurus.model.backend.cpu.calls import call, load_kernels, result
 from tokasaurus.model.backend.cpu.grouping import ALWAYS, NEVER, ChosenGroups, choose_groups
 from tokasaurus.model.backend.cpu.operators import ELEMENTS, load_operators
 from tokasaurus.model.backend.cpu.sampling import load_sampling
@@ -57,6 +58,17 @@ class _Plan(ctypes.Structure):
     )
 
 
+class _Layer(ctypes.Structure):
+    """Mirrors ``Layer`` of the C++ file."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("plan", "heads", "cosines", "sines")),
+        *((name, ctypes.c_void_p) for name in ("query_norm", "key_norm")),
+        *((name, ctypes.c_void_p) for name in ("key_cache", "value_cache", "output")),
+        ("eps", ctypes.c_float),
+    )
+
+
 class _Library:
     """The functions of one build of the kernel.
 
@@ -66,10 +78,11 @@ class _Library:
     """
 
     def __init__(self, instruction_set: str) -> None:
-        library = load_library(_SOURCE, instruction_set)
-        library.tokasaurus_plan_size.restype = ctypes.c_int64
-        if library.tokasaurus_plan_size() != ctypes.sizeof(_Plan):
-            raise BuildError("the compiler lays out the kernel's arguments in an unexpected way")
+        library, (self.attend, self.plan) = load_kernels(
+            _SOURCE,
+            instruction_set,
+            {"tokasaurus_attend": _Layer, "tokasaurus_plan_attention": _Plan},
+        )
         library.tokasaurus_task_size.restype = ctypes.c_int64
         self.task_size: int = library.tokasaurus_task_size()
         self.max_tasks = library.tokasaurus_max_tasks
@@ -78,12 +91,6 @@ class _Library:
         self.rows_per_task = library.tokasaurus_rows_per_task
         self.rows_per_task.argtypes = (ctypes.c_int32,)
         self.rows_per_task.restype = ctypes.c_int32
-        self.plan = library.tokasaurus_plan_attention
-        self.plan.argtypes = (ctypes.c_void_p,)
-        self.plan.restype = None
-        self.attend = library.tokasaurus_attend
-        self.attend.argtypes = (*[ctypes.c_void_p] * 6, ctypes.c_float, *[ctypes.c_void_p] * 3)
-        self.attend.restype = None
 
 
 @cache
@@ -134,6 +141,8 @@ class CompiledBackend:
         self._cache = cache
         self._num_heads = num_heads
         self._workspace = np.empty(0, np.float32)
+        # The address of the plan of the batch that runs.
+        self._current = ctypes.c_void_p()
 
     def calibrate(self) -> None:
         if self._options.use_groups is not None:
@@ -169,7 +178,9 @@ class CompiledBackend:
             rows.groups, self._cache.page_size, rows.num_decodes, self._costs.saved
         )
         self.num_grouped_rows = groups.num_grouped
-        attention = CompiledAttention(self._library, self._cache, self._num_heads, rows, groups)
+        attention = CompiledAttention(
+            self._library, self._cache, self._num_heads, rows, groups, self._current
+        )
         self._workspace = attention.use_workspace(self._workspace)
         return attention
 
@@ -184,8 +195,10 @@ class CompiledAttention:
         num_heads: int,
         rows: SequenceRows,
         groups: ChosenGroups,
+        current: ctypes.c_void_p,
     ) -> None:
-        self._attend, self._cache, self._rows = library.attend, cache, rows
+        self._library, self._cache, self._rows = library, cache, rows
+        self._current = current
         self._num_heads = num_heads
         num_rows, num_groups = len(rows.positions), len(groups.first_rows)
         num_threads = torch.get_num_threads()
@@ -227,8 +240,7 @@ class CompiledAttention:
             element=ELEMENTS[cache.dtype],
             num_threads=num_threads,
         )
-        self._address = ctypes.addressof(self._plan)
-        library.plan(self._address)
+        library.plan(ctypes.byref(self._plan), num_rows, num_threads)
 
     def use_workspace(self, workspace: NDArray[np.float32]) -> NDArray[np.float32]:
         """Gives room for partial results. Returns the same room, or a larger one."""
@@ -242,22 +254,26 @@ class CompiledAttention:
     def attend(
         self, layer: int, heads: Tensor, rotation: Rotation, norms: HeadNorms | None
     ) -> Tensor:
-        output = torch.empty((heads.shape[0], self._num_heads * heads.shape[2]), dtype=heads.dtype)
-        query_norm, key_norm, eps = (None, None, 0.0)
-        if norms is not None:
-            query_norm, key_norm, eps = norms.query.data_ptr(), norms.key.data_ptr(), norms.eps
-        heads = heads.contiguous()
-        cos, sin = rotation.cos.contiguous(), rotation.sin.contiguous()
-        self._attend(
-            self._address,
-            heads.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            query_norm,
-            key_norm,
-            eps,
-            self._cache.keys[layer].data_ptr(),
-            self._cache.values[layer].data_ptr(),
-            output.data_ptr(),
+        num_rows, _, head_dim = heads.shape
+        output = result(num_rows, self._num_heads * head_dim, heads.dtype)
+        heads, cos, sin = heads.contiguous(), rotation.cos.contiguous(), rotation.sin.contiguous()
+        arguments = _Layer(
+            plan=ctypes.addressof(self._current),
+            heads=heads.data_ptr(),
+            cosines=cos.data_ptr(),
+            sines=sin.data_ptr(),
+            key_cache=self._cache.keys[layer].data_ptr(),
+            value_cache=self._cache.values[layer].data_ptr(),
+            output=output.data_ptr(),
         )
+        if norms is not None:
+            arguments.query_norm = norms.query.data_ptr()
+            arguments.key_norm = norms.key.data_ptr()
+            arguments.eps = norms.eps
+        self.select()
+        call(self._library.attend, arguments, num_rows)
         return output
+
+    def select(self) -> None:
+        """Makes this the attention that recorded calls use."""
+        self._current.value = ctypes.addressof(self._plan)
