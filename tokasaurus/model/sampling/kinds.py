@@ -73,7 +73,12 @@ class RowsOfKind:
     @property
     def is_neutral(self) -> bool:
         """Whether the scores of the rows are their logits."""
-        return self.kind is Kind.WHOLE and self.temperature is None and self.min_p is None
+        return self.is_unfiltered and self.temperature is None
+
+    @property
+    def is_unfiltered(self) -> bool:
+        """Whether the scores of the rows are their logits, divided by the temperature."""
+        return self.kind is Kind.WHOLE and self.min_p is None
 
 
 def plan_rows(

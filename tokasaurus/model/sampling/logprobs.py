@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokasaurus.model.backend.base import SamplingKernels
-from tokasaurus.model.sampling.kinds import Kind, RowsOfKind, plan_rows
+from tokasaurus.model.sampling.kinds import RowsOfKind, plan_rows
 from tokasaurus.model.sampling.logit_rows import LogitRows
 from tokasaurus.model.sampling.parameters import SamplingParameters
 from tokasaurus.model.sampling.ranking import ranked
@@ -83,9 +83,7 @@ class RowsOfMode:
     @property
     def is_unfiltered(self) -> bool:
         """Whether the distribution is that of the logits at one temperature for each row."""
-        return not self.kinds or (
-            len(self.kinds) == 1 and self.kinds[0].kind is Kind.WHOLE and not self.kinds[0].min_p
-        )
+        return not self.kinds or (len(self.kinds) == 1 and self.kinds[0].is_unfiltered)
 
     @property
     def temperature(self) -> Tensor | None:

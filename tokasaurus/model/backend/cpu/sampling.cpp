@@ -19,7 +19,7 @@ constexpr int BLOCK = 256;
 // Of a sum: weight i is added to lane i % LANES.
 constexpr int LANES = 16;
 // The part of the ranking that top_p looks at before it searches the whole vocabulary.
-constexpr int NUCLEUS_CANDIDATES = 64;
+constexpr int FEWEST_CANDIDATES = 16, MOST_CANDIDATES = 64;
 // Vocabularies in which looking at every token takes no longer than looking for its block.
 constexpr int SMALL_VOCABULARY = 1024;
 // Tokens that are sooner sorted than searched.
@@ -166,7 +166,7 @@ class Row {
         double total = 0;
         if (!is_limited && draw.top_p < 1) {
             total = weigh();
-            list(std::min(std::max(num_blocks_ / 2, 1), NUCLEUS_CANDIDATES), 1.0f);
+            list(std::clamp(num_blocks_ / 2, FEWEST_CANDIDATES, MOST_CANDIDATES), 1.0f);
             const int id = draw_listed(draw, true, total);
             if (id >= 0) return id;
         }
@@ -351,9 +351,14 @@ class Row {
         ranks.clear();
         // They lie in the `depth` blocks whose best tokens rank highest.
         float least = -INFINITE;
-        if (!has_nan_ && depth <= num_blocks_) {
-            std::vector<float> &kth = scratch_.kth;
-            kth = scratch_.maxima;
+        std::vector<float> &kth = scratch_.kth;
+        kth = scratch_.maxima;
+        if (depth > num_blocks_) {
+            // In a small vocabulary, each vector is a block.
+            kth.clear();
+            for (int i = 0; i < size_; i += WIDTH) kth.push_back(largest(padded(i)));
+        }
+        if (!has_nan_ && depth <= int(kth.size())) {
             std::nth_element(kth.begin(), kth.begin() + depth - 1, kth.end(),
                              std::greater<float>());
             least = kth[depth - 1] / divisor;
@@ -403,7 +408,8 @@ class Row {
         if (draw.top_p < 1) {
             double held = 0;
             for (double each : weights) held += each;
-            const double share = double(draw.top_p) * (is_beginning && !(total < held) ? total : held);
+            if (!is_beginning || total < held) total = held;
+            const double share = double(draw.top_p) * total;
             if (is_beginning && !(held >= share)) return -1;
             // A token is kept if those before it do not hold the share yet.
             double before = 0;

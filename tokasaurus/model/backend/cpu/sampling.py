@@ -21,7 +21,7 @@ _OPTIONS = ("-ffp-contract=off",)
 
 # Logits that justify several threads. To start them takes as long as one thread needs for this
 # many.
-_LOGITS_PER_THREAD = 16_384
+_LOGITS_PER_THREAD = 65_536
 
 _int, _long, _pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 
