@@ -2,7 +2,8 @@
 
     toka-bench sampling num_rows=64 vocab_size=128256
 
-Draws from random logits in this process, and computes logprobs. The logits are peaked, as those of
+Draws from random logits in this process, and computes logprobs: in torch and by the kernels of the
+CPU, in turn. The logits are peaked, as those of
 a trained model mostly are: ten tokens hold 94% of the probability. For one kind of row they are
 flat, so that top_p keeps most of the vocabulary.
 """
@@ -21,6 +22,7 @@ from tokasaurus.config.schema import Schema, check_fields, flag
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tokasaurus.model.backend.base import SamplingKernels
     from tokasaurus.model.sampling.parameters import SamplingParameters
 
 __all__ = ["SCHEMA", "SamplingConfig", "run"]
@@ -40,6 +42,11 @@ _DRAWS: dict[str, dict[str, Any]] = {
 _LOGPROBS: dict[str, dict[str, Any]] = {
     "logprobs 0": {"num_logprobs": 0},
     "logprobs 5": {"num_logprobs": 5},
+    "logprobs 20, temperature 0.7": {
+        "num_logprobs": 20,
+        "temperature": 0.7,
+        "logprobs_mode": 1,
+    },
     "logprobs 5, one row of 8": {"num_logprobs": [5, -1, -1, -1, -1, -1, -1, -1]},
 }
 
@@ -51,6 +58,11 @@ class SamplingConfig:
     num_rows: int = flag(64, minimum=1, help="How many rows draw a token.")
     vocab_size: int = flag(49152, minimum=1, help="How many tokens there are.")
     rounds: int = flag(7, minimum=1, help="How often each kind is measured.")
+    dtype: str = flag(
+        "float32",
+        choices=("float32", "bfloat16"),
+        help="Of the logits, for the kernels. Torch takes float32.",
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -69,32 +81,59 @@ def run(config: SamplingConfig) -> None:
     import torch  # which --help does not need
 
     from tokasaurus.host_memory import keep_freed_memory
+    from tokasaurus.model.backend.base import BackendOptions
+    from tokasaurus.model.backend.cpu.compiled import CompiledBackend
 
     keep_freed_memory()
+    options = BackendOptions()
+    kernels = CompiledBackend.sampling(options) if not CompiledBackend.why_not(options) else None
     torch.manual_seed(0)
     flat = torch.randn(config.num_rows, config.vocab_size)
     ranks = torch.rand_like(flat).argsort(dim=-1) + 1
     peaked = -2 * ranks.log()
-    works = {
-        name: _draw(flat if "flat" in name else peaked, _parameters(config, columns))
-        for name, columns in _DRAWS.items()
-    }
-    works |= {
-        name: _compute_logprobs(peaked, _parameters(config, columns))
-        for name, columns in _LOGPROBS.items()
-    }
-    times: dict[str, list[float]] = {name: [] for name in works}
+    works: dict[tuple[str, str], Callable[[], None]] = {}
+    dtypes = {"torch": torch.float32, "kernels": getattr(torch, config.dtype)}
+    for sampler, own in {"torch": None, "kernels": kernels}.items():
+        if own is None and sampler == "kernels":
+            continue
+        for name, columns in _DRAWS.items():
+            logits = (flat if "flat" in name else peaked).to(dtypes[sampler])
+            works[name, sampler] = _draw(logits, _parameters(config, columns), own)
+        for name, columns in _LOGPROBS.items():
+            logits = peaked.to(dtypes[sampler])
+            works[name, sampler] = _compute_logprobs(logits, _parameters(config, columns), own)
+    times: dict[tuple[str, str], list[float]] = {name: [] for name in works}
     for number in range(config.rounds + 1):
         progress(f"round {number} of {config.rounds}" if number else "warming up")
-        for name, work in works.items():
-            started = time.perf_counter()
-            work()
-            if number:
-                times[name].append(time.perf_counter() - started)
-    costs = {name: statistics.median(each) / config.num_rows * 1e6 for name, each in times.items()}
-    rows = [(name, f"{us:,.1f}", f"{us / costs['greedy']:.1f}") for name, us in costs.items()]
-    print(table(("rows", "us a row", "times greedy"), rows))
-    print_json({"rows": config.num_rows, "us_per_row": costs})
+        for name in (*_DRAWS, *_LOGPROBS):
+            for sampler in ("torch", "kernels"):
+                if (name, sampler) not in works:
+                    continue
+                started = time.perf_counter()
+                works[name, sampler]()
+                if number:
+                    times[name, sampler].append(time.perf_counter() - started)
+    costs: dict[str, dict[str, float]] = {}
+    for (name, sampler), each in times.items():
+        us = statistics.median(each) / config.num_rows * 1e6
+        costs.setdefault(name, {})[sampler] = us
+    samplers = list(costs["greedy"])
+    rows = [
+        (name, *(f"{us:,.1f}" for us in each.values()), f"{each['torch'] / each[samplers[-1]]:.1f}")
+        for name, each in costs.items()
+    ]
+    print(
+        table(
+            ("rows", *(f"{each}, us a row" for each in samplers), f"torch / {samplers[-1]}"), rows
+        )
+    )
+    print_json(
+        {
+            "rows": config.num_rows,
+            "us_per_row": {name: each[samplers[-1]] for name, each in costs.items()},
+            "torch_us_per_row": {name: each["torch"] for name, each in costs.items()},
+        }
+    )
 
 
 def _parameters(config: SamplingConfig, columns: dict[str, Any]) -> SamplingParameters:
@@ -109,21 +148,24 @@ def _parameters(config: SamplingConfig, columns: dict[str, Any]) -> SamplingPara
     return parameters
 
 
-def _draw(logits: Tensor, parameters: SamplingParameters) -> Callable[[], None]:
-    from tokasaurus.model.sampling.kinds import plan_rows
-    from tokasaurus.model.sampling.sampler import draw
+def _draw(
+    logits: Tensor, parameters: SamplingParameters, kernels: SamplingKernels | None
+) -> Callable[[], None]:
+    from tokasaurus.model.sampling.draws import plan_row_draws
     from tokasaurus.model.upload import Staging
 
     def work() -> None:
         staging = Staging(logits.device)
-        plan = plan_rows(parameters, logits.shape[1], staging, draws=True)
+        draws = plan_row_draws(parameters, logits.shape[1], staging, kernels)
         staging.send()
-        draw(logits, plan)
+        draws.draw(logits)
 
     return work
 
 
-def _compute_logprobs(logits: Tensor, parameters: SamplingParameters) -> Callable[[], None]:
+def _compute_logprobs(
+    logits: Tensor, parameters: SamplingParameters, kernels: SamplingKernels | None
+) -> Callable[[], None]:
     from tokasaurus.model.sampling.logprobs import logprobs_of, plan_logprobs
     from tokasaurus.model.upload import Staging
 
@@ -132,7 +174,7 @@ def _compute_logprobs(logits: Tensor, parameters: SamplingParameters) -> Callabl
 
     def work() -> None:
         staging = Staging(logits.device)
-        plan = plan_logprobs(parameters, logits.shape[1], staging)
+        plan = plan_logprobs(parameters, logits.shape[1], staging, kernels)
         staging.send()
         logprobs_of(logits, token_ids, plan, width)
 

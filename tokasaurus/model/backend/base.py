@@ -1,8 +1,9 @@
 """The seam between the model and the kernels of a device.
 
 A backend owns what happens between the matrix products of a layer: attention over the paged KV
-cache, and the element-wise work. It knows nothing of weights, slots' parameters or sampling. Tests
-compare every backend with ``reference.py``, which is the definition.
+cache, and the element-wise work. It may also have kernels that draw tokens from logits. It knows
+nothing of weights or slots. Tests compare every backend with ``reference.py``, which is the
+definition, and kernels of sampling with ``model/sampling/sampler.py``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from tokasaurus.model.kv_cache import KVCache
@@ -17,6 +19,7 @@ from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
 
 __all__ = [
     "DEFAULT_OPTIONS",
+    "DRAW",
     "NO_GROUPS",
     "Attention",
     "Backend",
@@ -25,6 +28,7 @@ __all__ = [
     "Operators",
     "PrefixGroups",
     "Rotation",
+    "SamplingKernels",
     "SequenceRows",
 ]
 
@@ -144,6 +148,79 @@ class Operators(Protocol):
         ...
 
 
+DRAW = np.dtype(
+    [
+        ("seed", np.int64),
+        ("sample_index", np.int32),
+        ("position", np.int32),
+        ("temperature", np.float32),
+        ("top_k", np.int32),
+        ("top_p", np.float32),
+        ("log_min_p", np.float32),
+    ]
+)
+"""How a row draws, for ``SamplingKernels.draw``.
+
+The first three give its random number (``model/sampling/randomness.py``). A temperature of 0 asks
+for the first token of the ranking. Filters are off if ``top_k`` is 0, ``top_p`` is 1, and
+``log_min_p`` is -infinity.
+"""
+
+
+class SamplingKernels(Protocol):
+    """Work over whole rows of logits, [rows, vocabulary] in fp32, bf16 or fp16, where they are.
+
+    Each row is on its own: its results depend neither on the rows beside it nor on the number of
+    threads. ``model/sampling`` defines them, except for the last bits of weights. Scores are
+    logits, divided by the temperature where it is given.
+    """
+
+    def draw(self, logits: Tensor, draws: Tensor) -> Tensor:
+        """Draws a token for each row, [rows] int64.
+
+        Args:
+            logits: which may hold numbers that are not finite: then some token is drawn.
+            draws: [rows, bytes] uint8, a ``DRAW`` for each row, on the device of the logits.
+        """
+        ...
+
+    def log_sums(
+        self,
+        logits: Tensor,
+        index: Tensor | None,
+        temperature: Tensor | None,
+        token_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The logarithms of the sums of e^score, which turn scores into logprobs.
+
+        Args:
+            logits: of all rows.
+            index: [some] int64, which rows; None for all.
+            temperature: [some] fp32; None if all are 1.
+            token_ids: [some] int64, to be counted how many tokens have higher scores.
+
+        Returns:
+            [some] fp32, and the number of tokens with higher scores, [some] int64.
+        """
+        ...
+
+    def ranked(
+        self, logits: Tensor, index: Tensor | None, temperature: Tensor | None, depth: int
+    ) -> tuple[Tensor, Tensor]:
+        """The tokens with the highest scores, best first, and equal ones by id.
+
+        Args:
+            logits: of all rows.
+            index: as for ``log_sums``.
+            temperature: as for ``log_sums``.
+            depth: how many, at most all.
+
+        Returns:
+            Scores in fp32 and ids in int64, [some, depth] each.
+        """
+        ...
+
+
 class Attention(Protocol):
     """The attention of one batch, for all its layers."""
 
@@ -212,6 +289,11 @@ class Backend(Protocol):
     @classmethod
     def operators(cls, options: BackendOptions) -> Operators:
         """The element-wise kernels. Called only if ``why_not`` returns None."""
+        ...
+
+    @classmethod
+    def sampling(cls, options: BackendOptions) -> SamplingKernels | None:
+        """The kernels of sampling; None if torch samples. Called as ``operators`` is."""
         ...
 
     def calibrate(self) -> None:

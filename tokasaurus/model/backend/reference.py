@@ -64,6 +64,10 @@ class ReferenceBackend:
     def operators(cls, options: BackendOptions) -> Operators:
         return REFERENCE_OPERATORS
 
+    @classmethod
+    def sampling(cls, options: BackendOptions) -> None:
+        return None
+
     def calibrate(self) -> None:
         """Does nothing."""
 

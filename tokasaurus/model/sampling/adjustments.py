@@ -393,14 +393,14 @@ class PlannedAdjustments:
                 self._holding = staging.add_indices(holding)
 
     def apply(self, logits: Tensor) -> Tensor:
-        """The logits after all adjustments.
+        """The logits after all adjustments, in fp32.
 
         Args:
-            logits: [rows, vocabulary] fp32. Never changed.
+            logits: [rows, vocabulary] fp32, bf16 or fp16. Never changed.
         """
         layout = self._layout
         original = logits if layout.rows is None else logits[layout.rows.tensor]
-        work = original.clone()
+        work = original.to(torch.float32, copy=True)
         self._add(work)
         if layout.may_mask_all:
             none_left = work.amax(dim=-1, keepdim=True) == -torch.inf
@@ -409,7 +409,7 @@ class PlannedAdjustments:
             self._penalize(work)
         if layout.rows is None:
             return work
-        result = logits.clone()
+        result = logits.to(torch.float32, copy=True)
         result[layout.rows.tensor] = work
         return result
 

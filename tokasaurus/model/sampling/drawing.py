@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokasaurus.model.architectures.llama_model import LlamaModel
+from tokasaurus.model.backend.base import SamplingKernels
 from tokasaurus.model.sampling.adjustments import AdjustmentTable
-from tokasaurus.model.sampling.kinds import plan_rows
+from tokasaurus.model.sampling.draws import plan_row_draws
 from tokasaurus.model.sampling.logprobs import Logprobs, logprobs_of, plan_logprobs
 from tokasaurus.model.sampling.matchers import TokenMasks
 from tokasaurus.model.sampling.parameters import SamplingParameters
 from tokasaurus.model.sampling.rows import DrawingPart, PromptRows, SamplingRows, ScoringPart
-from tokasaurus.model.sampling.sampler import draw
 from tokasaurus.model.upload import Staging
 from tokasaurus.protocol.arrays import Int32Array
 
@@ -38,6 +38,7 @@ def plan_draws(
     adjustments: AdjustmentTable,
     vocab_size: int,
     staging: Staging,
+    kernels: SamplingKernels | None = None,
 ) -> SamplingRows:
     """Plans the draws of a batch.
 
@@ -48,6 +49,7 @@ def plan_draws(
         adjustments: of all slots. Their histories go on as if the tokens were drawn.
         vocab_size: of the model.
         staging: sends what the draws need.
+        kernels: of the device; None if it has none of its own.
     """
     parts = []
     for part in _parts(len(rows), vocab_size):
@@ -55,8 +57,8 @@ def plan_draws(
         parts.append(
             DrawingPart(
                 part,
-                plan_rows(some, vocab_size, staging, draws=True),
-                plan_logprobs(some, vocab_size, staging),
+                plan_row_draws(some, vocab_size, staging, kernels),
+                plan_logprobs(some, vocab_size, staging, kernels),
                 adjustments.plan(slots[part], some["num_generated"], staging),
             )
         )
@@ -77,6 +79,7 @@ def plan_scores(
     parameters: SamplingParameters,
     vocab_size: int,
     staging: Staging,
+    kernels: SamplingKernels | None = None,
 ) -> PromptRows:
     """Plans the logprobs of prompt tokens.
 
@@ -86,9 +89,10 @@ def plan_scores(
         parameters: of the same rows, all of which ask for logprobs.
         vocab_size: of the model.
         staging: sends what is needed.
+        kernels: as for ``plan_draws``.
     """
     parts = [
-        ScoringPart(part, plan_logprobs(parameters.take(part), vocab_size, staging))
+        ScoringPart(part, plan_logprobs(parameters.take(part), vocab_size, staging, kernels))
         for part in _parts(len(rows), vocab_size)
     ]
     num_top = int(parameters["num_logprobs"].max())
@@ -118,7 +122,7 @@ def draw_tokens(
             adjusted = part.adjustments.apply(logits)
         if sent is not None:
             adjusted = sent.apply(adjusted, logits, part.rows)
-        drawn = tokens[part.rows] = draw(adjusted, part.kinds)
+        drawn = tokens[part.rows] = part.draws.draw(adjusted)
         if rows.num_top is not None:
             logprobs.append(logprobs_of(logits, drawn, part.logprobs, rows.num_top, adjusted))
     return tokens, Logprobs.joined(logprobs) if logprobs else None
@@ -148,5 +152,5 @@ def _parts(num_rows: int, vocab_size: int) -> Iterator[slice]:
 
 
 def _logits(model: LlamaModel, hidden: Tensor, rows: Tensor) -> Tensor:
-    """[rows, vocabulary] in fp32."""
-    return model.logits(hidden[rows]).to(torch.float32)
+    """[rows, vocabulary] in the model's dtype."""
+    return model.logits(hidden[rows])

@@ -1,6 +1,7 @@
 """Sorts the rows of a batch by what their sampling takes, on the host, before the batch runs.
 
-Rows of one kind are sampled together, and pay for nothing that only other kinds need::
+Rows of one kind are sampled together, and pay for nothing that only other kinds need. A kernel
+(``draw_rows``) looks at each row by itself and takes no kinds::
 
     kind      rows                                   what is done
     ────────────────────────────────────────────────────────────────────────────────────
@@ -18,14 +19,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from tokasaurus.model.backend.base import DRAW
 from tokasaurus.model.sampling.parameters import SamplingParameters
 from tokasaurus.model.sampling.randomness import uniforms
 from tokasaurus.model.sampling.ranking import most_ranked
 from tokasaurus.model.upload import Staged, Staging
 
-__all__ = ["Kind", "RowsOfKind", "plan_rows"]
+__all__ = ["Kind", "RowsOfKind", "draw_rows", "plan_rows"]
 
 # At lower temperatures logits could overflow. The draw is an argmax long before.
 _MIN_TEMPERATURE = 1e-20
@@ -70,7 +73,12 @@ class RowsOfKind:
     @property
     def is_neutral(self) -> bool:
         """Whether the scores of the rows are their logits."""
-        return self.kind is Kind.WHOLE and self.temperature is None and self.min_p is None
+        return self.is_unfiltered and self.temperature is None
+
+    @property
+    def is_unfiltered(self) -> bool:
+        """Whether the scores of the rows are their logits, divided by the temperature."""
+        return self.kind is Kind.WHOLE and self.min_p is None
 
 
 def plan_rows(
@@ -153,3 +161,24 @@ def _numbers(
         )
         columns["numbers"] = staging.add(drawn[:, None])
     return columns
+
+
+def draw_rows(parameters: SamplingParameters) -> NDArray[np.void]:
+    """[rows] of ``DRAW``: what a kernel needs to draw a token for each row."""
+    rows = np.zeros(len(parameters), DRAW)
+    temperature = parameters["temperature"]
+    if not temperature.any():
+        return rows
+    for name in ("seed", "sample_index", "top_k", "top_p"):
+        rows[name] = parameters[name]
+    rows["position"] = parameters["num_generated"]
+    rows["temperature"] = temperature
+    is_low = (temperature > 0) & (temperature < _MIN_TEMPERATURE)
+    if is_low.any():
+        rows["temperature"][is_low] = _MIN_TEMPERATURE
+    rows["log_min_p"] = -np.inf
+    if parameters["min_p"].any():
+        # By torch, whose logarithm may differ from numpy's in the last bit.
+        shares = torch.from_numpy(np.ascontiguousarray(parameters["min_p"]))
+        rows["log_min_p"] = shares.log().numpy()
+    return rows

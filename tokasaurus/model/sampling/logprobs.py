@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tokasaurus.model.backend.base import SamplingKernels
 from tokasaurus.model.sampling.kinds import RowsOfKind, plan_rows
 from tokasaurus.model.sampling.logit_rows import LogitRows
 from tokasaurus.model.sampling.parameters import SamplingParameters
@@ -69,12 +71,25 @@ class RowsOfMode:
         index: [rows] int64, among the rows of the logits; None if they are all rows.
         kinds: of these rows, which make the distribution of the logits.
         top: of those that ask for top tokens. None if none of these rows does.
+        kernels: of the device; None if it has none of its own.
     """
 
     mode: LogprobsMode
     index: Staged | None
     kinds: list[RowsOfKind]
     top: RowsWithTop | None
+    kernels: SamplingKernels | None
+
+    @property
+    def is_unfiltered(self) -> bool:
+        """Whether the distribution is that of the logits at one temperature for each row."""
+        return not self.kinds or (len(self.kinds) == 1 and self.kinds[0].is_unfiltered)
+
+    @property
+    def temperature(self) -> Tensor | None:
+        """[rows, 1] fp32, of unfiltered rows; None if all are 1."""
+        staged = self.kinds[0].temperature if self.kinds else None
+        return None if staged is None else staged.tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +110,10 @@ class RowsWithTop:
 
 
 def plan_logprobs(
-    parameters: SamplingParameters, vocab_size: int, staging: Staging
+    parameters: SamplingParameters,
+    vocab_size: int,
+    staging: Staging,
+    kernels: SamplingKernels | None = None,
 ) -> list[RowsOfMode]:
     """Sorts the rows that ask for logprobs by mode.
 
@@ -103,6 +121,7 @@ def plan_logprobs(
         parameters: of the rows: the number of logprobs of each, and their distribution.
         vocab_size: of the logits.
         staging: sends the numbers.
+        kernels: of the device; None if it has none of its own.
     """
     asks = parameters["num_logprobs"] >= 0
     planned: list[RowsOfMode] = []
@@ -115,7 +134,7 @@ def plan_logprobs(
             chosen = parameters.take(rows)
             kinds = _kinds(mode, chosen, vocab_size, staging)
             top = _with_top(rows, chosen["num_logprobs"], vocab_size, staging)
-            planned.append(RowsOfMode(mode, index, kinds, top))
+            planned.append(RowsOfMode(mode, index, kinds, top, kernels))
     return planned
 
 
@@ -155,7 +174,7 @@ def logprobs_of(
     """Logprobs of chosen tokens and of each row's best tokens.
 
     Args:
-        logits: [rows, vocabulary] fp32.
+        logits: [rows, vocabulary] fp32, bf16 or fp16.
         token_ids: [rows] int64.
         plan: of the same rows.
         width: K, at least the largest number that a row asks for.
@@ -164,9 +183,9 @@ def logprobs_of(
     """
     num_rows = len(logits)
     result = Logprobs(
-        logits.new_full((num_rows,), torch.nan),
+        logits.new_full((num_rows,), torch.nan, dtype=torch.float32),
         token_ids.new_full((num_rows, width), -1),
-        logits.new_full((num_rows, width), torch.nan),
+        logits.new_full((num_rows, width), torch.nan, dtype=torch.float32),
         token_ids.new_full((num_rows,), -1),
     )
     for rows in plan:
@@ -182,23 +201,97 @@ def _fill(
 ) -> None:
     """Writes the numbers of rows of one mode."""
     index = slice(None) if rows.index is None else rows.index.tensor
-    scores = processed(logits if rows.index is None else logits[index], rows.kinds)
+    scores = _scores(logits, rows)
     # x - logsumexp(x) is finite wherever x is; the logarithm of a probability underflows.
-    norm = scores.logsumexp(dim=-1, keepdim=True)
-    picked = scores.gather(1, token_ids[index, None])
+    norm, num_higher = scores.log_sums(token_ids[index] if with_ranks else None)
+    picked = scores.of(token_ids[index])
     result.chosen[index] = (picked - norm)[:, 0]
-    if with_ranks:
-        result.ranks[index] = 1 + (scores > picked).sum(dim=-1)
+    if num_higher is not None:
+        result.ranks[index] = 1 + num_higher
     if rows.top is None:
         return
     some, target = rows.top.index.tensor, rows.top.rows.tensor
     norm, depth = norm[some], rows.top.depth
-    best, ids = ranked(LogitRows(scores, some), depth)
+    best, ids = scores.ranked(rows.top, depth)
     result.chosen[target] = _below_the_best(picked[some], best, norm)[:, 0]
     is_wanted = torch.arange(depth, device=ids.device) < rows.top.num_top.tensor
     result.top_ids[target, :depth] = ids.where(is_wanted, -1)
     values = _below_the_best(best, best, norm)
     result.top[target, :depth] = values.where(is_wanted, torch.nan)
+
+
+class _Scores(Protocol):
+    """The scores of rows of one mode."""
+
+    def log_sums(self, token_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """[rows, 1]: the logarithms of the sums of e^score; and how many tokens are above some.
+
+        Args:
+            token_ids: [rows] int64; None if these numbers are not wanted.
+        """
+        ...
+
+    def of(self, token_ids: Tensor) -> Tensor:
+        """[rows, 1] fp32, for ids of [rows] int64."""
+        ...
+
+    def ranked(self, top: RowsWithTop, depth: int) -> tuple[Tensor, Tensor]:
+        """Scores and ids of the first tokens of the ranking, [some, depth] each."""
+        ...
+
+
+class _TorchScores:
+    """Implements ``_Scores`` for [rows, vocabulary] fp32."""
+
+    def __init__(self, scores: Tensor) -> None:
+        self._scores = scores
+
+    def log_sums(self, token_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        norm = self._scores.logsumexp(dim=-1, keepdim=True)
+        if token_ids is None:
+            return norm, None
+        return norm, (self._scores > self.of(token_ids)).sum(dim=-1)
+
+    def of(self, token_ids: Tensor) -> Tensor:
+        return self._scores.gather(1, token_ids[:, None])
+
+    def ranked(self, top: RowsWithTop, depth: int) -> tuple[Tensor, Tensor]:
+        return ranked(LogitRows(self._scores, top.index.tensor), depth)
+
+
+class _KernelScores:
+    """Implements ``_Scores`` by kernels, which read unfiltered rows where they are."""
+
+    def __init__(self, logits: Tensor, rows: RowsOfMode, kernels: SamplingKernels) -> None:
+        self._logits, self._kernels, self._temperature = logits, kernels, rows.temperature
+        self._index = None if rows.index is None else rows.index.tensor
+
+    def log_sums(self, token_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        norm, num_higher = self._kernels.log_sums(
+            self._logits, self._index, self._temperature, token_ids
+        )
+        return norm[:, None], num_higher
+
+    def of(self, token_ids: Tensor) -> Tensor:
+        if self._index is None:
+            picked = self._logits.gather(1, token_ids[:, None])
+        else:
+            picked = self._logits[self._index, token_ids][:, None]
+        picked = picked.to(torch.float32)
+        return picked if self._temperature is None else picked / self._temperature
+
+    def ranked(self, top: RowsWithTop, depth: int) -> tuple[Tensor, Tensor]:
+        temperature = self._temperature
+        if temperature is not None:
+            temperature = temperature[top.index.tensor]
+        return self._kernels.ranked(self._logits, top.rows.tensor, temperature, depth)
+
+
+def _scores(logits: Tensor, rows: RowsOfMode) -> _Scores:
+    if rows.kernels is not None and rows.is_unfiltered:
+        return _KernelScores(logits, rows, rows.kernels)
+    some = logits if rows.index is None else logits[rows.index.tensor]
+    return _TorchScores(processed(some.to(torch.float32), rows.kinds))
 
 
 def _below_the_best(scores: Tensor, best: Tensor, norm: Tensor) -> Tensor:

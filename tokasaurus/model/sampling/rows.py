@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokasaurus.model.sampling.adjustments import PlannedAdjustments, Recording
-from tokasaurus.model.sampling.kinds import RowsOfKind
+from tokasaurus.model.sampling.draws import Draws
 from tokasaurus.model.sampling.logprobs import RowsOfMode
 from tokasaurus.model.upload import Staged
 from tokasaurus.protocol.arrays import Int32Array
@@ -22,13 +22,13 @@ class DrawingPart:
 
     Attributes:
         rows: which they are.
-        kinds: how each draws.
+        draws: of these rows.
         logprobs: for the rows that ask.
         adjustments: of their logits, if any row asks.
     """
 
     rows: slice
-    kinds: list[RowsOfKind]
+    draws: Draws
     logprobs: list[RowsOfMode]
     adjustments: PlannedAdjustments | None
 

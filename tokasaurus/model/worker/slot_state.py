@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokasaurus.errors import ProtocolError
-from tokasaurus.model.backend.base import PrefixGroups, SequenceRows
+from tokasaurus.model.backend.base import PrefixGroups, SamplingKernels, SequenceRows
 from tokasaurus.model.sampling.adjustments import AdjustmentTable
 from tokasaurus.model.sampling.drawing import plan_draws, plan_scores
 from tokasaurus.model.sampling.history import History
@@ -78,6 +78,7 @@ class SlotState:
         max_request_tokens: the length of the longest possible sequence.
         vocab_size: ids are below it.
         device: of the page table and the last tokens.
+        kernels: of sampling; None if the device has none of its own.
     """
 
     def __init__(
@@ -89,7 +90,9 @@ class SlotState:
         max_request_tokens: int,
         vocab_size: int,
         device: torch.device,
+        kernels: SamplingKernels | None = None,
     ) -> None:
+        self._kernels = kernels
         self._num_slots, self._num_pages, self._page_size = num_slots, num_pages, page_size
         self._vocab_size = vocab_size
         self._num_columns = ceil_div(max_request_tokens, page_size)
@@ -164,13 +167,16 @@ class SlotState:
             self.adjustments,
             self._vocab_size,
             staging,
+            self._kernels,
         )
         self.sampling["num_generated"][sampled_slots] += 1
         prompt = None
         if len(scored_rows):
             parameters = self._scoring(batch, scored_rows)
             rows = scored_rows + num_decodes
-            prompt = plan_scores(rows, next_ids, parameters, self._vocab_size, staging)
+            prompt = plan_scores(
+                rows, next_ids, parameters, self._vocab_size, staging, self._kernels
+            )
         early_copies = _staged_copies(batch.early_copy_sources, batch.early_copy_targets, staging)
         pooling = self.pooler.plan(batch, staging)
         copies = _staged_copies(batch.copy_sources, batch.copy_targets, staging)

@@ -116,6 +116,7 @@ class Worker:
             max_request_tokens=config.max_request_tokens,
             vocab_size=self._vocab_size,
             device=self._device,
+            kernels=backend.sampling(options),
         )
         self._in_flight = InFlight()
         self._next_number = 0

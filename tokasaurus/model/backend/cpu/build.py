@@ -65,6 +65,7 @@ class BuildError(Exception):
 class _Recipe:
     compiler: tuple[str, ...]
     instructions: InstructionSet
+    options: tuple[str, ...]
     linking: tuple[str, ...]
 
     def commands(self, source: Path, library: Path) -> list[list[str]]:
@@ -72,14 +73,16 @@ class _Recipe:
         compiler = list(self.compiler)
         return [
             [
-                *(*compiler, *_COMPILE, *self.instructions.options),
+                *(*compiler, *_COMPILE, *self.instructions.options, *self.options),
                 *("-c", str(source), "-o", str(objects)),
             ],
             [*compiler, "-shared", *self.linking, str(objects), "-o", str(library)],
         ]
 
 
-def load_library(source: Path, instruction_set: str = AUTO) -> ctypes.CDLL:
+def load_library(
+    source: Path, instruction_set: str = AUTO, options: tuple[str, ...] = ()
+) -> ctypes.CDLL:
     """Loads the library of a C++ file, and compiles it first if this machine has not done so.
 
     torch must be imported before.
@@ -87,6 +90,7 @@ def load_library(source: Path, instruction_set: str = AUTO) -> ctypes.CDLL:
     Args:
         source: the file. The headers that it includes are beside it.
         instruction_set: the name of one, or "auto" for the best that processor and compiler know.
+        options: of the compiler, which override those of all files.
 
     Raises:
         BuildError: the library cannot be built on this machine.
@@ -98,7 +102,7 @@ def load_library(source: Path, instruction_set: str = AUTO) -> ctypes.CDLL:
     complaint = ""
     for instructions in candidates:
         for linking in _LINKING:
-            recipe = _Recipe(compiler, instructions, linking)
+            recipe = _Recipe(compiler, instructions, options, linking)
             library = directory / f"{source.stem}-{instructions.name}-{_key(source, recipe)}.so"
             try:
                 loaded = _load(source, recipe, library)

@@ -23,6 +23,7 @@ from tokasaurus.model.backend.base import (
     HeadNorms,
     Operators,
     Rotation,
+    SamplingKernels,
     SequenceRows,
 )
 from tokasaurus.model.backend.cpu.build import BuildError
@@ -30,6 +31,7 @@ from tokasaurus.model.backend.cpu.calibration import PAGE_SIZE, PAGES, measure_g
 from tokasaurus.model.backend.cpu.calls import call, load_kernels, result
 from tokasaurus.model.backend.cpu.grouping import ALWAYS, NEVER, ChosenGroups, choose_groups
 from tokasaurus.model.backend.cpu.operators import ELEMENTS, load_operators
+from tokasaurus.model.backend.cpu.sampling import load_sampling
 from tokasaurus.model.kv_cache import KVCache
 
 __all__ = ["CompiledAttention", "CompiledBackend"]
@@ -115,6 +117,7 @@ class CompiledBackend:
         try:
             _library(options.instruction_set)
             load_operators(options.instruction_set)
+            load_sampling(options.instruction_set)
         except BuildError as error:
             return f"no kernel can be built: {error}; install g++"
         return None
@@ -122,6 +125,10 @@ class CompiledBackend:
     @classmethod
     def operators(cls, options: BackendOptions) -> Operators:
         return load_operators(options.instruction_set)
+
+    @classmethod
+    def sampling(cls, options: BackendOptions) -> SamplingKernels:
+        return load_sampling(options.instruction_set)
 
     def __init__(
         self, cache: KVCache, num_heads: int, options: BackendOptions = DEFAULT_OPTIONS

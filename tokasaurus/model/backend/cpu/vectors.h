@@ -188,7 +188,16 @@ inline Vector rounded<BFloat16>(Vector vector) {
 
 // --- arithmetic ----------------------------------------------------------------------------------
 
-inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+// b where a number is compared with something that is not one.
+inline Vector larger(Vector a, Vector b) {
+#if defined(__AVX512F__)
+    return bits_as<Vector>(_mm512_max_ps(bits_as<__m512>(a), bits_as<__m512>(b)));
+#elif defined(__AVX2__)
+    return bits_as<Vector>(_mm256_max_ps(bits_as<__m256>(a), bits_as<__m256>(b)));
+#else
+    return a > b ? a : b;
+#endif
+}
 
 // Adds the lanes, or finds the largest: half of the lanes with the other half, again and again.
 template <int LANES>
