@@ -273,9 +273,9 @@ def test_batches_say_which_rows_share_pages() -> None:
     world = World(make_config(num_pages=64, min_group_size=3, min_prefix_len=8))
     world.turn(make_request(1, prompt(10), 9, n=4), make_request(2, prompt(5, 1), 9))
     batch = next(batch for batch in world.batches if batch.decode_slots.size == 5)
-    assert batch.group_num_rows.tolist() == [4]
+    assert batch.group_num_decodes.tolist() == [4]
     assert batch.group_num_columns.tolist() == [2]
-    first = int(batch.group_first_rows[0])
+    first = int(batch.group_first_decodes[0])
     shared = set(batch.decode_slots[first : first + 4].tolist())
     assert shared == set(world.batches[0].draw_slots[world.batches[0].draw_chunks == 0].tolist())
     world.drain()
@@ -285,4 +285,4 @@ def test_without_the_flag_there_are_no_groups() -> None:
     world = World(make_config(num_pages=64, use_groups=False))
     world.turn(make_request(1, prompt(10), 9, n=4))
     world.drain()
-    assert not any(batch.group_num_rows.size for batch in world.batches)
+    assert not any(batch.group_num_decodes.size for batch in world.batches)

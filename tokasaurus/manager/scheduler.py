@@ -598,10 +598,11 @@ class Scheduler:
         running = self._running
         number = running.in_flight.next_number
         copies_before, copies_after = self._enter(accepted, now)
+        groups = Groups.none(decode_slots)
         if self._config.use_groups:
-            groups = self._groups.find(decode_slots)
-        else:
-            groups = Groups.none(decode_slots)
+            groups = self._groups.find(decode_slots, _slots_of(chunks))
+            if groups.chunks is not None:
+                chunks = [chunks[index] for index in groups.chunks.order.tolist()]
         drawing = draws(chunks)
         batch = forward_batch(
             number=number,
@@ -658,3 +659,9 @@ class Scheduler:
             ended = [(chunk.sequence, chunk.forks) for chunk in chunks if chunk.ends_prompt]
             running.prompts_are_fed(ended, drawing)
         running.wake()
+
+
+def _slots_of(chunks: list[Chunk]) -> IndexArray:
+    if not chunks:
+        return NO_SLOTS
+    return np.array([chunk.sequence.slot for chunk in chunks], np.intp)
