@@ -281,6 +281,20 @@ def test_batches_say_which_rows_share_pages() -> None:
     world.drain()
 
 
+def test_prompts_that_begin_behind_the_same_pages_are_in_a_group_with_those_that_decode() -> None:
+    world = World(make_config(num_pages=64, min_group_size=3, min_prefix_len=8))
+    world.turn(make_request(1, prompt(8), 40))
+    world.turn(num_results=1)
+    alone = [make_request(2, prompt(9, 5), 9)]
+    world.turn(*alone, *[make_request(i, prompt(8) + prompt(3, i), 9) for i in (3, 4)])
+    world.drain()
+    batch = next(batch for batch in world.batches if batch.prefill_slots.size == 3)
+    assert batch.group_num_decodes.tolist() == [1]
+    assert batch.group_first_chunks.tolist() == [1]
+    assert batch.group_num_chunks.tolist() == [2]
+    assert batch.prefill_starts.tolist() == [0, 8, 8]
+
+
 def test_without_the_flag_there_are_no_groups() -> None:
     world = World(make_config(num_pages=64, use_groups=False))
     world.turn(make_request(1, prompt(10), 9, n=4))

@@ -7,7 +7,7 @@ on the sampled tokens, so the host prepares a batch without waiting for the prev
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -236,7 +236,7 @@ class SlotState:
         columns = (
             batch.group_first_decodes,
             batch.group_num_decodes,
-            first_chunks + np.int32(num_decodes),
+            first_chunks,
             num_chunks,
             batch.group_first_columns,
             batch.group_num_columns,
@@ -244,6 +244,7 @@ class SlotState:
         if any(len(column) != num_groups or column.min() < 0 for column in columns):
             raise ProtocolError("the columns of its groups disagree")
         groups = PrefixGroups(*columns)
+        groups = replace(groups, first_chunks=first_chunks + np.int32(num_decodes))
         ends = (groups.first_columns + groups.num_columns) * self._page_size
         beyond = groups.first_decodes + groups.num_decodes > num_decodes
         beyond |= groups.first_chunks + groups.num_chunks > len(firsts)
@@ -259,8 +260,8 @@ class SlotState:
                 int(each[beyond][0]) for each in columns
             )
             raise ProtocolError(
-                f"it has a group of {decodes} sequences from {decode} on and {chunks} from {chunk}"
-                f" on, with pages {column} to {column + width}, which these do not fill"
+                f"it has a group of {decodes} rows from {decode} on and {chunks} chunks from"
+                f" {chunk} on, with pages {column} to {column + width}, which these do not fill"
             )
         return groups
 
