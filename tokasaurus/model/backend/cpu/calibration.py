@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
@@ -25,10 +27,10 @@ __all__ = ["PAGES", "PAGE_SIZE", "measure_group_costs"]
 PAGE_SIZE = 16
 # Sequences, and rows of each: those that decode have one.
 _DECODES = ((2, 1), (8, 1), (32, 1), (64, 1))
-_CHUNKS = ((4, 8), (16, 8))
+_CHUNKS = ((16, 4), (16, 8))
 _COLUMNS = (4, 12, 32)
 PAGES = max(_COLUMNS) + 64  # each sequence has one page of its own
-_ROUNDS = 3
+_ROUNDS = 5
 
 
 class _Case(NamedTuple):
@@ -38,10 +40,11 @@ class _Case(NamedTuple):
     num_rows: int  # of each
     num_columns: int  # of the prefix
 
-    def group(self) -> PrefixGroups:
+    def grouped(self, rows: SequenceRows) -> SequenceRows:
         num_decodes = self.num_sequences if self.num_rows == 1 else 0
         numbers = (0, num_decodes, 0, self.num_sequences - num_decodes, 0, self.num_columns)
-        return PrefixGroups(*(np.array([number], np.int32) for number in numbers))
+        groups = PrefixGroups(*(np.array([number], np.int32) for number in numbers))
+        return replace(rows, groups=groups)
 
     def size(self, blocks: KernelBlocks) -> GroupSize:
         is_direct = self.num_rows <= blocks.rows_without_layout
@@ -73,8 +76,8 @@ def measure_group_costs(
     for index, case in enumerate(cases):
         plain = _batch(case)
         heads = torch.zeros(len(plain.positions), num_all_heads, head_dim, dtype=dtype)
-        grouped = replace(plain, groups=case.group())
-        saved[index] = _seconds(backend, plain, heads) - _seconds(backend, grouped, heads)
+        plain_s, grouped_s = _seconds(backend, (plain, case.grouped(plain)), heads)
+        saved[index] = plain_s - grouped_s
     return fit_costs([case.size(blocks) for case in cases], saved, blocks)
 
 
@@ -94,12 +97,15 @@ def _batch(case: _Case) -> SequenceRows:
     )
 
 
-def _seconds(backend: Backend, rows: SequenceRows, heads: torch.Tensor) -> float:
+def _seconds(backend: Backend, batches: Sequence[SequenceRows], heads: torch.Tensor) -> list[float]:
+    """The shortest time of each batch. They take turns, so that other work disturbs all alike."""
     half = torch.ones(len(heads), 1, heads.shape[2] // 2)
-    attention = backend.plan(rows)
-    seconds = []
+    rotation = Rotation(half, half)
+    seconds = [math.inf] * len(batches)
     for _ in range(_ROUNDS):
-        started = time.perf_counter()
-        attention.attend(0, heads, Rotation(half, half), None)
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+        for index, rows in enumerate(batches):
+            attention = backend.plan(rows)
+            started = time.perf_counter()
+            attention.attend(0, heads, rotation, None)
+            seconds[index] = min(seconds[index], time.perf_counter() - started)
+    return seconds

@@ -93,7 +93,7 @@ NEVER = GroupCosts(0.0, 0.0, 0.0, 1.0, KernelBlocks(1, 1))
 def fit_costs(
     sizes: Iterable[GroupSize], saved_s: NDArray[np.float64], blocks: KernelBlocks
 ) -> GroupCosts:
-    """The costs that explain measured savings best, by least squares.
+    """The costs that explain measured savings best, by least squares. None is negative.
 
     Args:
         sizes: [measurements].
@@ -107,7 +107,15 @@ def fit_costs(
     )
     # Errors of a measurement grow with its size.
     weights = 1 / (num_rows * num_tokens)
-    costs = np.linalg.lstsq(causes * weights[:, None], saved_s * weights, rcond=None)[0]
+    causes, saved = causes * weights[:, None], saved_s * weights
+    costs = np.zeros(causes.shape[1])
+    used = np.arange(len(costs))
+    while len(used):
+        fitted = np.linalg.lstsq(causes[:, used], saved, rcond=None)[0]
+        if (fitted >= 0).all():
+            costs[used] = fitted
+            break
+        used = np.delete(used, np.argmin(fitted * np.abs(causes[:, used]).mean(axis=0)))
     per_pair, per_token, per_row, fixed = costs.tolist()
     return GroupCosts(per_pair, per_token, per_row, fixed, blocks)
 
