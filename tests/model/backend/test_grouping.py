@@ -109,6 +109,15 @@ def test_costs_are_found_from_savings_that_follow_them():
     assert found.blocks == BLOCKS
 
 
+def test_no_cost_is_negative_whatever_was_measured():
+    sizes = [decodes(rows, tokens) for rows in (2, 8, 32, 64) for tokens in (64, 192, 512)]
+    sizes += [GroupSize(32, 64, 0, 4), GroupSize(128, 512, 0, 16)]
+    for seed in range(20):
+        measured = np.random.default_rng(seed).normal(size=len(sizes))
+        costs = fit_costs(sizes, measured, BLOCKS)
+        assert min(costs[:4]) >= 0, seed
+
+
 def test_long_prefixes_of_many_rows_pay_and_short_ones_of_few_rows_do_not():
     assert COSTS.saved(decodes(32, 512)) > 0
     assert COSTS.saved(decodes(2, 512)) < 0
