@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokasaurus.model import storage
+from tokasaurus.model.storage import Region
 
 __all__ = ["KVCache"]
 
@@ -42,10 +42,12 @@ class KVCache:
     Attributes:
         keys: for each layer [num_pages, kv_heads, page_size, head_dim].
         values: of the same shape.
+        memory: of all these.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    memory: Region
 
     @classmethod
     def allocate(
@@ -60,11 +62,12 @@ class KVCache:
         device: torch.device,
     ) -> KVCache:
         shape = (num_pages, num_kv_heads, page_size, head_dim)
+        memory = Region()
 
         def tensors() -> tuple[Tensor, ...]:
-            return tuple(torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers))
+            return tuple(memory.empty(shape, dtype, device) for _ in range(num_layers))
 
-        return cls(tensors(), tensors())
+        return cls(tensors(), tensors(), memory)
 
     def copy_pages(self, sources: Tensor, targets: Tensor) -> None:
         """Copies whole pages in every layer.
@@ -100,11 +103,11 @@ class KVCache:
 
     def release(self) -> None:
         """Frees the memory. What it held is lost."""
-        storage.release(*self.keys, *self.values)
+        self.memory.release(*self.keys, *self.values)
 
     def restore(self) -> None:
         """Allocates the memory again, uninitialised."""
-        storage.restore(*self.keys, *self.values)
+        self.memory.restore(*self.keys, *self.values)
 
     @property
     def num_pages(self) -> int:

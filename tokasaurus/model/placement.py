@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from tokasaurus.model.backend.base import Operators
 from tokasaurus.model.backend.reference_operators import REFERENCE_OPERATORS
+from tokasaurus.model.storage import Region
 
 __all__ = ["Placement"]
 
@@ -24,6 +25,7 @@ class Placement:
         operators: the element-wise kernels.
         is_traced: torch.compile traces the layers, so kernels of ours become operators.
         instruction_set: that kernels of the CPU are compiled for; "auto" for the best one.
+        memory: of the weights.
     """
 
     dtype: torch.dtype
@@ -32,7 +34,8 @@ class Placement:
     operators: Operators = REFERENCE_OPERATORS
     instruction_set: str = "auto"
     is_traced: bool = False
+    memory: Region = field(default_factory=Region, compare=False)
 
     def empty(self, *shape: int) -> Tensor:
-        """An uninitialised tensor."""
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+        """An uninitialised tensor, which lives as long as the model."""
+        return self.memory.empty(shape, self.dtype, self.device)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from rows import named
 
-from tokasaurus.model.backend.cpu import operators
 from tokasaurus.model.backend.cpu.operators import CompiledOperators
 from tokasaurus.model.backend.reference_operators import REFERENCE_OPERATORS
 from tokasaurus.model.instruction_sets import usable_sets
@@ -34,11 +33,10 @@ def check_close(output, expected):
     assert (output != expected).float().mean() <= 0.01
 
 
-@pytest.fixture(params=["one thread", "two threads"])
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
 def threads(request, monkeypatch):
-    if request.param == "two threads":
-        monkeypatch.setattr(operators, "_ELEMENTS_PER_THREAD", 1)
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    """The largest shape has work for two."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
 
 
 def test_rms_norm_is_that_of_the_reference(compiled, threads):

@@ -12,12 +12,10 @@ import torch
 from checkpoints import VOCAB_SIZE
 from fake_vocabulary import VOCABULARY
 from rows import named
-from torch.nn.modules.module import register_module_forward_pre_hook
 from worker_driver import Driver, Enter, generate, make_driver, worker_config
 
 from tokasaurus.errors import ModelError, ProtocolError
 from tokasaurus.model import upload
-from tokasaurus.model.llama import LlamaModel
 from tokasaurus.model.sampling.matchers import SentMasks
 from tokasaurus.model.worker.worker import Worker
 from tokasaurus.protocol.messages import (
@@ -249,19 +247,16 @@ def test_warm_up_leaves_no_trace(checkpoint):
             check_warm_up(checkpoint("llama", tied=True), sizes)
 
 
-def test_warm_up_runs_the_largest_batches(checkpoint):
+def test_warm_up_runs_the_largest_batches(checkpoint, monkeypatch):
     worker = Worker(worker_config(checkpoint("llama", tied=True), max_tokens_per_forward=300))
-    num_rows = []
+    run, num_rows = worker._runner.run, []
 
-    def count(module, arguments):
-        if isinstance(module, LlamaModel):
-            num_rows.append(len(arguments[0]))
+    def count(planned):
+        num_rows.append(len(planned.ids))
+        return run(planned)
 
-    hook = register_module_forward_pre_hook(count)
-    try:
-        worker.warm_up()
-    finally:
-        hook.remove()
+    monkeypatch.setattr(worker._runner, "run", count)
+    worker.warm_up()
     assert num_rows == [300, 8, 8, 1]
 
 

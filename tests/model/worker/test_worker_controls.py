@@ -372,7 +372,7 @@ def test_the_same_tokens_come_after_memory_was_released_and_restored(checkpoint,
         what = {"weights": weights, "kv_cache": kv_cache}
         done(driver, ReleaseMemory(**what), weights_ready=not weights)
         if kv_cache:
-            assert {t.untyped_storage().nbytes() for t in cache.keys + cache.values} == {0}
+            assert all(t.untyped_storage().nbytes() < 8 for t in cache.keys + cache.values)
         driver.start(0)
         if weights or kv_cache:
             with pytest.raises(ProtocolError, match=r"the (weights|KV cache) (is|are) released"):
@@ -660,8 +660,8 @@ stages["updated"] = anonymous()
 control(RestoreMemory(True, True))
 for tensor in cache.keys + cache.values:
     tensor.zero_()
-stages["restored"] = anonymous()
 drawn.append(tokens())
+stages["restored"] = anonymous()
 assert drawn[0] == drawn[1]
 stages["num_parameters"] = weights.num_parameters
 stages["cache bytes"] = cache.num_bytes

@@ -126,13 +126,28 @@ class LlamaModel(nn.Module):
         Returns:
             Hidden states, [tokens, hidden]; of the last stage, after the last norm.
         """
-        rotation = self._rotary(positions)
-        stream = self.embedding(x) if self.is_first else x
-        update = None
+        stream, rotation = self.enter(x, positions)
+        update = self.run_layers(stream, rotation, attention)
+        return self.leave(stream, update)
+
+    def enter(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Rotation]:
+        """The residual stream before the layers, and the angles; see ``forward``."""
+        return self.embedding(x) if self.is_first else x, self._rotary(positions)
+
+    def run_layers(self, stream: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
+        """Changes the stream. Returns the last layer's update, which is not yet added to it."""
+        update: Tensor | None = None
         for layer in self.layers.values():
             update = layer(stream, update, rotation, attention)
         assert update is not None  # a stage has a layer
-        return self.norm.of_sum(stream, update) if self.is_last else stream + update
+        return update
+
+    def leave(self, stream: Tensor, update: Tensor) -> Tensor:
+        """The hidden states; see ``forward``."""
+        if not self.is_last:
+            return stream + update
+        hidden: Tensor = self.norm.of_sum(stream, update)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Turns [rows, hidden] of the last stage into [rows, vocabulary], in the model's dtype."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from tokasaurus.model import storage
 from tokasaurus.model.placement import Placement
 
 __all__ = ["RMSNorm"]
@@ -17,6 +16,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, place: Placement, size: int, eps: float) -> None:
         super().__init__()
+        self._memory = place.memory
         self.weight = place.empty(size)
         self.eps = eps
         self._operators = place.operators
@@ -34,11 +34,11 @@ class RMSNorm(nn.Module):
 
     def release(self) -> None:
         """Implements ``Fillable``."""
-        storage.release(self.weight)
+        self._memory.release(self.weight)
 
     def restore(self) -> None:
         """Implements ``Fillable``."""
-        storage.restore(self.weight)
+        self._memory.restore(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._operators.rms_norm(x, self.weight, self.eps)

@@ -31,15 +31,15 @@
 extern "C" {
 
 // Mirrored by _Product in packed.py. Strides are in elements.
-struct Product {
+struct Arguments {
     const void *x;  // [rows, in], rows x_stride apart
     int64_t x_stride;
     const void *weight;  // packed
     const void *bias;    // [out], or null
     void *y;             // [rows, out]
-    int64_t rows, in, out;
-    int32_t element;  // 0 fp32, 1 bf16
-    int32_t num_threads;
+    int64_t in, out;
+    const Arguments *following;  // what is multiplied next, whose weight is fetched; or null
+    int32_t element;             // 0 fp32, 1 bf16
 };
 }
 
@@ -61,6 +61,30 @@ constexpr int MAX_ROWS = 6;
 constexpr int WIDTH = 4;
 constexpr int MAX_ROWS = 4;
 #endif
+
+// Numbers of a weight that justify another thread.
+constexpr int64_t SIZE_PER_THREAD = 1 << 15;
+
+struct Product : Arguments {
+    int64_t rows, max_threads;
+};
+
+// The panels of a thread.
+struct Share {
+    int64_t thread, first, end;
+};
+
+inline Share share_of(int64_t thread, int64_t num_threads, int64_t out) {
+    const int64_t panels = (out + PANEL - 1) / PANEL;
+    return {thread, panels * thread / num_threads, panels * (thread + 1) / num_threads};
+}
+
+inline int64_t threads_of(const Arguments &a, int64_t num_threads) {
+    return std::min(num_threads, 1 + a.in * a.out / SIZE_PER_THREAD);
+}
+
+// Bytes between what few rows read and what they fetch.
+constexpr int64_t STREAM_AHEAD = 1024;
 
 // Bytes of x that the loops over panels reuse: a part of the second-level cache.
 constexpr int64_t REUSED_BYTES = 1 << 20;
@@ -156,11 +180,48 @@ struct Rows {
     const X *row(int64_t m) const { return x + m * stride; }
 };
 
-// The sums of ROWS rows and VECTORS vectors of columns, which may span panels. If ``next`` is not
-// null, it fetches what the loop will read there, into the second-level cache.
+// Memory that will be read soon. The loops fetch it into the second-level cache, bit by bit.
+struct Ahead {
+    const char *from = nullptr;
+    int64_t size = 0;
+
+    // One of equal parts, in whole lines of the cache.
+    Ahead part(int64_t number, int64_t count) const {
+        const int64_t lines = size / 64;
+        const int64_t begin = lines * number / count, end = lines * (number + 1) / count;
+        return {from + begin * 64, (end - begin) * 64};
+    }
+    void fetch_line() {
+        __builtin_prefetch(from, 0, 2);
+        from += 64;
+        size -= 64;
+    }
+};
+
+// Bytes of a packed panel.
+inline int64_t panel_bytes_of(const Arguments &a) {
+    return PANEL * (a.element ? ceil_div(a.in, CHUNK) * CHUNK * int64_t(sizeof(uint16_t))
+                              : a.in * int64_t(sizeof(float)));
+}
+
+// What a thread reads after one of its panels.
+inline Ahead after(const Product &p, const Share &share, int64_t panel) {
+    const int64_t bytes = panel_bytes_of(p);
+    if (panel + 1 < share.end)
+        return {static_cast<const char *>(p.weight) + (panel + 1) * bytes, bytes};
+    if (!p.following) return {};
+    const Arguments &f = *p.following;
+    const int64_t num_threads = threads_of(f, p.max_threads);
+    if (share.thread >= num_threads) return {};
+    const int64_t first = share_of(share.thread, num_threads, f.out).first;
+    const int64_t its_bytes = panel_bytes_of(f);
+    return {static_cast<const char *>(f.weight) + first * its_bytes, std::min(bytes, its_bytes)};
+}
+
+// The sums of ROWS rows and VECTORS vectors of columns, which may span panels.
 template <typename Kind, int ROWS, int VECTORS>
 inline void block(const Product &p, const Rows<typename Kind::X> &rows, int64_t row, int64_t panel,
-                  int column, const char *next) {
+                  int column, Ahead ahead) {
     const int64_t steps = Kind::steps(p.in), panel_bytes = steps * Kind::STRIDE;
     const char *weight[VECTORS];
     for (int v = 0; v < VECTORS; v++) {
@@ -170,14 +231,18 @@ inline void block(const Product &p, const Rows<typename Kind::X> &rows, int64_t 
     }
     const typename Kind::X *x = rows.row(row);
     Vector sums[ROWS][VECTORS] = {};
+    const bool is_much = ahead.size > steps * 64;
     for (int64_t k = 0; k < steps; k++) {
-        if (next)
-            for (int64_t line = 0; line < Kind::STRIDE; line += 64)
-                __builtin_prefetch(next + k * Kind::STRIDE + line, 0, 2);
+        if (ahead.size > 0) ahead.fetch_line();
+        if (is_much && ahead.size > 0) ahead.fetch_line();
         typename Kind::Column w[VECTORS];
 #pragma GCC unroll 16
-        for (int v = 0; v < VECTORS; v++)
-            w[v] = load<typename Kind::Column>(weight[v] + Kind::advance(k));
+        for (int v = 0; v < VECTORS; v++) {
+            const char *from = weight[v] + Kind::advance(k);
+            // Few rows wait for memory: each line is read once.
+            if (VECTORS > 2) __builtin_prefetch(from + STREAM_AHEAD);
+            w[v] = load<typename Kind::Column>(from);
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 16
@@ -196,47 +261,43 @@ inline void block(const Product &p, const Rows<typename Kind::X> &rows, int64_t 
 // that there are enough sums in flight to hide the latency of an addition.
 template <typename Kind, int ROWS>
 inline void panels_of(const Product &p, const Rows<typename Kind::X> &rows, int64_t row,
-                      int64_t first, int64_t end, const char *next) {
+                      int64_t first, int64_t end, Ahead ahead) {
     constexpr int VECTORS = ROWS * 8 <= 2 * MAX_ROWS ? 8 : ROWS * 4 <= 2 * MAX_ROWS ? 4 : 2;
     constexpr int COLUMNS = VECTORS * WIDTH;
     int64_t panel = first;
     if constexpr (COLUMNS > PANEL)
         for (; panel + COLUMNS / PANEL <= end; panel += COLUMNS / PANEL)
-            block<Kind, ROWS, VECTORS>(p, rows, row, panel, 0, nullptr);
+            block<Kind, ROWS, VECTORS>(p, rows, row, panel, 0, {});
     constexpr int WITHIN = std::min(COLUMNS, PANEL);
     for (; panel < end; panel++)
         for (int column = 0; column < PANEL; column += WITHIN)
-            block<Kind, ROWS, WITHIN / WIDTH>(p, rows, row, panel, column, column ? nullptr : next);
+            block<Kind, ROWS, WITHIN / WIDTH>(p, rows, row, panel, column, column ? Ahead{} : ahead);
 }
 
 template <typename Kind, int ROWS = MAX_ROWS>
 inline void any_rows(int64_t count, const Product &p, const Rows<typename Kind::X> &rows,
-                     int64_t row, int64_t first, int64_t end, const char *next) {
-    if (count == ROWS) return panels_of<Kind, ROWS>(p, rows, row, first, end, next);
-    if constexpr (ROWS > 1) any_rows<Kind, ROWS - 1>(count, p, rows, row, first, end, next);
+                     int64_t row, int64_t first, int64_t end, Ahead ahead) {
+    if (count == ROWS) return panels_of<Kind, ROWS>(p, rows, row, first, end, ahead);
+    if constexpr (ROWS > 1) any_rows<Kind, ROWS - 1>(count, p, rows, row, first, end, ahead);
 }
 
 // The panels of one thread.
 template <typename Kind>
-inline void multiply(const Product &p, const Rows<typename Kind::X> &rows, int64_t first,
-                     int64_t end) {
-    const int64_t panel_bytes = Kind::steps(p.in) * Kind::STRIDE;
+inline void multiply(const Product &p, const Rows<typename Kind::X> &rows, const Share &share) {
     const int64_t row_bytes = p.in * int64_t(sizeof(typename Kind::X));
     const int64_t most = std::max<int64_t>(REUSED_BYTES / row_bytes / MAX_ROWS, 1) * MAX_ROWS;
     for (int64_t start = 0; start < p.rows; start += most) {
         const int64_t count = std::min(most, p.rows - start);
         const int64_t parts = ceil_div(count, MAX_ROWS);
         if (count * 4 <= 2 * MAX_ROWS) {
-            any_rows<Kind>(count, p, rows, start, first, end, nullptr);
+            any_rows<Kind>(count, p, rows, start, share.first, share.end, {});
             continue;
         }
-        for (int64_t panel = first; panel < end; panel++)
+        for (int64_t panel = share.first; panel < share.end; panel++)
             for (int64_t part = 0; part < parts; part++) {
                 const int64_t from = count * part / parts, to = count * (part + 1) / parts;
-                const char *next = static_cast<const char *>(p.weight) + (panel + 1) * panel_bytes;
-                const bool fetches = part == 0 && panel + 1 < end;
-                any_rows<Kind>(to - from, p, rows, start + from, panel, panel + 1,
-                               fetches ? next : nullptr);
+                const Ahead ahead = start ? Ahead{} : after(p, share, panel).part(part, parts);
+                any_rows<Kind>(to - from, p, rows, start + from, panel, panel + 1, ahead);
             }
     }
 }
@@ -272,10 +333,11 @@ void configure(int upper, int lower) {
 
 template <bool HAS_LOWER>
 inline void tile_block(const Product &p, const Rows<uint16_t> &rows, int64_t row, int count,
-                       int64_t panel, const uint16_t *next) {
+                       int64_t panel, Ahead ahead) {
     const int64_t chunks = ceil_div(p.in, CHUNK), stride = rows.stride * sizeof(uint16_t);
     const uint16_t *upper = rows.row(row), *lower = rows.row(row + TILE);
     const uint16_t *weight = static_cast<const uint16_t *>(p.weight) + panel * chunks * CHUNK_SIZE;
+    const int lines = int(ceil_div(ahead.size / 64, chunks));
     _tile_zero(0);
     _tile_zero(1);
     if (HAS_LOWER) {
@@ -283,9 +345,7 @@ inline void tile_block(const Product &p, const Rows<uint16_t> &rows, int64_t row
         _tile_zero(3);
     }
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
-        if (next)
-            for (int at = 0; at < CHUNK_SIZE; at += 32)
-                __builtin_prefetch(next + chunk * CHUNK_SIZE + at, 0, 2);
+        for (int line = 0; line < lines && ahead.size > 0; line++) ahead.fetch_line();
         _tile_loadd(4, upper + chunk * CHUNK, stride);
         _tile_loadd(6, weight + chunk * CHUNK_SIZE, 64);
         _tile_loadd(7, weight + chunk * CHUNK_SIZE + TILE * CHUNK, 64);
@@ -317,31 +377,30 @@ inline void tile_block(const Product &p, const Rows<uint16_t> &rows, int64_t row
 }
 
 // The panels of one thread.
-void multiply_in_tiles(const Product &p, const Rows<uint16_t> &rows, int64_t first, int64_t end) {
-    const int64_t panel_size = ceil_div(p.in, CHUNK) * CHUNK_SIZE;
+void multiply_in_tiles(const Product &p, const Rows<uint16_t> &rows, const Share &share) {
     const int64_t row_bytes = p.in * int64_t(sizeof(uint16_t));
     const int64_t most = std::max<int64_t>(REUSED_BYTES / row_bytes / CHUNK, 1) * CHUNK;
     for (int64_t start = 0; start < p.rows; start += most) {
         const int64_t stop = std::min(p.rows, start + most);
         const int64_t whole = start + (stop - start) / CHUNK * CHUNK;
-        const auto next = [&](int64_t row, int64_t panel) -> const uint16_t * {
-            if (row != start || panel + 1 == end) return nullptr;
-            return static_cast<const uint16_t *>(p.weight) + (panel + 1) * panel_size;
+        const int64_t parts = ceil_div(stop - start, CHUNK);
+        const auto ahead = [&](int64_t row, int64_t panel) {
+            return start ? Ahead{} : after(p, share, panel).part(row / CHUNK, parts);
         };
         if (whole > start) {
             configure(TILE, TILE);
-            for (int64_t panel = first; panel < end; panel++)
+            for (int64_t panel = share.first; panel < share.end; panel++)
                 for (int64_t row = start; row < whole; row += CHUNK)
-                    tile_block<true>(p, rows, row, CHUNK, panel, next(row, panel));
+                    tile_block<true>(p, rows, row, CHUNK, panel, ahead(row, panel));
         }
         const int rest = int(stop - whole);
         if (rest == 0) continue;
         configure(std::min(rest, TILE), rest - TILE);
-        for (int64_t panel = first; panel < end; panel++)
+        for (int64_t panel = share.first; panel < share.end; panel++)
             if (rest > TILE)
-                tile_block<true>(p, rows, whole, rest, panel, next(whole, panel));
+                tile_block<true>(p, rows, whole, rest, panel, ahead(whole, panel));
             else
-                tile_block<false>(p, rows, whole, rest, panel, next(whole, panel));
+                tile_block<false>(p, rows, whole, rest, panel, ahead(whole, panel));
     }
     _tile_release();
 }
@@ -420,18 +479,17 @@ void unpack_row(const uint16_t *packed, int64_t n, int64_t in, uint16_t *row) {
 // Calls ``work`` in each thread with its share of the panels.
 template <typename Work>
 void share_panels(const Product &p, Work work) {
-    const int64_t panels = ceil_div(p.out, PANEL), threads = p.num_threads;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t thread = 0; thread < threads; thread++)
-        work(panels * thread / threads, panels * (thread + 1) / threads);
+    const int64_t num_threads = threads_of(p, p.max_threads);
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+    for (int64_t thread = 0; thread < num_threads; thread++)
+        work(share_of(thread, num_threads, p.out));
 }
 
 }  // namespace
 
 extern "C" {
 
-// Lets the caller check that it lays out Product in the same way.
-int64_t tokasaurus_product_size() { return sizeof(Product); }
+extern const int64_t tokasaurus_sizes[] = {sizeof(Arguments)};
 
 // Numbers in a packed weight.
 int64_t tokasaurus_packed_size(int64_t out, int64_t in, int32_t element) {
@@ -468,19 +526,19 @@ void tokasaurus_unpack(const void *packed, const int64_t *rows, int64_t count, i
                        static_cast<uint16_t *>(to) + i * in);
 }
 
-void tokasaurus_multiply(const Product *product) {
-    const Product &p = *product;
+void tokasaurus_multiply(const Arguments *arguments, int64_t num_rows, int32_t num_threads) {
+    const Product p{*arguments, num_rows, num_threads};
     if (p.element == 0) {
         const Rows<float> rows = {static_cast<const float *>(p.x), p.x_stride};
-        share_panels(p, [&](int64_t first, int64_t end) { multiply<F32>(p, rows, first, end); });
+        share_panels(p, [&](const Share &share) { multiply<F32>(p, rows, share); });
         return;
     }
     const Rows<BF16::X> rows = rows_of_bf16(p);
-    share_panels(p, [&](int64_t first, int64_t end) {
+    share_panels(p, [&](const Share &share) {
 #if defined(__AMX_BF16__)
-        if (may_use_tiles()) return multiply_in_tiles(p, rows, first, end);
+        if (may_use_tiles()) return multiply_in_tiles(p, rows, share);
 #endif
-        multiply<BF16>(p, rows, first, end);
+        multiply<BF16>(p, rows, share);
     });
 }
 }

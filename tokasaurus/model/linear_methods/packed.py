@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tokasaurus.model import storage
-from tokasaurus.model.backend.cpu.build import BuildError, load_library
+from tokasaurus.model.backend.cpu.build import BuildError
+from tokasaurus.model.backend.cpu.calls import Kernel, call, load_kernels, result
 from tokasaurus.model.linear_methods.base import LinearMethod, LinearSpec
 from tokasaurus.model.placement import Placement
 
@@ -26,37 +26,30 @@ _ELEMENTS = {torch.float32: 0, torch.bfloat16: 1}
 # Numbers of a tensor that are packed at once.
 _BLOCK_SIZE = 1 << 22
 
-# Numbers of a weight that justify another thread.
-_SIZE_PER_THREAD = 1 << 15
-
 
 class _Product(ctypes.Structure):
-    """Mirrors ``Product`` of the C++ file."""
+    """Mirrors ``Arguments`` of the C++ file."""
 
     _fields_ = (
-        ("x", ctypes.c_void_p),
-        ("x_stride", ctypes.c_int64),
+        *(("x", ctypes.c_void_p), ("x_stride", ctypes.c_int64)),
         *((name, ctypes.c_void_p) for name in ("weight", "bias", "y")),
-        *((name, ctypes.c_int64) for name in ("rows", "in_size", "out_size")),
-        *((name, ctypes.c_int32) for name in ("element", "num_threads")),
+        *((name, ctypes.c_int64) for name in ("in_size", "out_size")),
+        *(("following", ctypes.c_void_p), ("element", ctypes.c_int32)),
     )
 
 
 @cache
-def _library(instruction_set: str) -> ctypes.CDLL:
-    library = load_library(_SOURCE, instruction_set)
+def _library(instruction_set: str) -> tuple[ctypes.CDLL, Kernel]:
+    """The library, and its product."""
+    library, (multiply,) = load_kernels(_SOURCE, instruction_set, {"tokasaurus_multiply": _Product})
     pointer, number, element = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    library.tokasaurus_product_size.restype = number
-    library.tokasaurus_packed_size.argtypes = [number, number, element]
+    library.tokasaurus_packed_size.argtypes = (number, number, element)
     library.tokasaurus_packed_size.restype = number
-    library.tokasaurus_pack.argtypes = [pointer, number, number, number, element, pointer]
-    library.tokasaurus_unpack.argtypes = [pointer, pointer, number, number, element, pointer]
-    library.tokasaurus_multiply.argtypes = [ctypes.POINTER(_Product)]
-    for function in ("tokasaurus_pack", "tokasaurus_unpack", "tokasaurus_multiply"):
-        getattr(library, function).restype = None
-    if library.tokasaurus_product_size() != ctypes.sizeof(_Product):
-        raise BuildError("the compiler lays out the kernel's arguments in an unexpected way")
-    return library
+    library.tokasaurus_pack.argtypes = (pointer, number, number, number, element, pointer)
+    library.tokasaurus_unpack.argtypes = (pointer, pointer, number, number, element, pointer)
+    for function in (library.tokasaurus_pack, library.tokasaurus_unpack):
+        function.restype = None
+    return library, multiply
 
 
 class PackedLinear(LinearMethod):
@@ -72,19 +65,13 @@ class PackedLinear(LinearMethod):
 
     def __init__(self, spec: LinearSpec, place: Placement) -> None:
         self._spec, self._dtype = spec, place.dtype
-        self._library = _library(place.instruction_set)
-        self._multiply = self._library.tokasaurus_multiply
+        self._library, self._multiply = _library(place.instruction_set)
         self._element = _ELEMENTS[place.dtype]
         size = self._library.tokasaurus_packed_size(spec.out_size, spec.in_size, self._element)
-        self._packed = torch.empty(size, dtype=place.dtype)
+        self._memory = place.memory
+        self._packed = place.empty(size)
         self._zero_padding()
         self._bias = place.empty(spec.out_size) if spec.bias else None
-        self._out_size = spec.out_size
-        self._most_threads = 1 + spec.out_size * spec.in_size // _SIZE_PER_THREAD
-        self._arguments = _Product(
-            in_size=spec.in_size, out_size=spec.out_size, element=self._element
-        )
-        self._reference = ctypes.byref(self._arguments)
 
     def fill(self, part: str, kind: str, tensor: Tensor) -> None:
         rows = self._spec.rows(part)
@@ -110,15 +97,15 @@ class PackedLinear(LinearMethod):
         """Does nothing: each tensor is in its place."""
 
     def release(self) -> None:
-        storage.release(self._packed)
+        self._memory.release(self._packed)
         if self._bias is not None:
-            storage.release(self._bias)
+            self._memory.release(self._bias)
 
     def restore(self) -> None:
-        storage.restore(self._packed)
+        self._memory.restore(self._packed)
         self._zero_padding()
         if self._bias is not None:
-            storage.restore(self._bias)
+            self._memory.restore(self._bias)
 
     def _zero_padding(self) -> None:
         """Padding is multiplied too. Without padding no page is touched before it is filled."""
@@ -129,15 +116,20 @@ class PackedLinear(LinearMethod):
         if x.stride(1) != 1:
             x = x.contiguous()
         num_rows = x.shape[0]
-        y = torch.empty(num_rows, self._out_size, dtype=self._dtype)
-        arguments = self._arguments
-        arguments.x, arguments.x_stride = x.data_ptr(), x.stride(0)
-        arguments.y, arguments.rows = y.data_ptr(), num_rows
-        arguments.weight = self._packed.data_ptr()
-        if self._bias is not None:
-            arguments.bias = self._bias.data_ptr()
-        arguments.num_threads = min(torch.get_num_threads(), self._most_threads)
-        self._multiply(self._reference)
+        y = result(num_rows, self._spec.out_size, self._dtype)
+        arguments = _Product(
+            x=x.data_ptr(),
+            x_stride=x.stride(0),
+            weight=self._packed.data_ptr(),
+            bias=None if self._bias is None else self._bias.data_ptr(),
+            y=y.data_ptr(),
+            in_size=self._spec.in_size,
+            out_size=self._spec.out_size,
+            element=self._element,
+        )
+        former = call(self._multiply, arguments, num_rows)
+        if former is not None:
+            former.following = ctypes.addressof(arguments)
         return y
 
     def rows(self, ids: Tensor) -> Tensor:

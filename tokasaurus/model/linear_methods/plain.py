@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from tokasaurus.model import storage
 from tokasaurus.model.linear_methods.base import LinearMethod, LinearSpec
 from tokasaurus.model.placement import Placement
 
@@ -22,6 +21,7 @@ class PlainLinear(LinearMethod):
 
     def __init__(self, spec: LinearSpec, place: Placement) -> None:
         self._spec = spec
+        self._memory = place.memory
         self.weight = place.empty(spec.out_size, spec.in_size)
         self.bias = place.empty(spec.out_size) if spec.bias else None
 
@@ -34,10 +34,10 @@ class PlainLinear(LinearMethod):
         """Does nothing: each tensor is in its place."""
 
     def release(self) -> None:
-        storage.release(*self._tensors())
+        self._memory.release(*self._tensors())
 
     def restore(self) -> None:
-        storage.restore(*self._tensors())
+        self._memory.restore(*self._tensors())
 
     def apply(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)

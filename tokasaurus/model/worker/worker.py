@@ -24,6 +24,7 @@ from tokasaurus.grammars import Vocabulary
 from tokasaurus.host_memory import keep_freed_memory
 from tokasaurus.model.backend import choose_backend
 from tokasaurus.model.backend.base import NO_GROUPED_ROWS, BackendOptions
+from tokasaurus.model.backend.cpu.compiled import CompiledBackend
 from tokasaurus.model.backend.reference_operators import REFERENCE_OPERATORS
 from tokasaurus.model.config import ModelConfig
 from tokasaurus.model.download import Download
@@ -37,6 +38,7 @@ from tokasaurus.model.weights.loader import load_model
 from tokasaurus.model.worker.clock import Clock, HostClock, start_clock, wait_for_device
 from tokasaurus.model.worker.controls import Controls
 from tokasaurus.model.worker.pending import Answer, InFlight, Outputs, Pending, naming
+from tokasaurus.model.worker.recorded_runner import RecordedRunner
 from tokasaurus.model.worker.runner import EagerRunner, Runner
 from tokasaurus.model.worker.slot_state import SlotState
 from tokasaurus.model.worker.warm_up import warm_up_batches
@@ -128,6 +130,8 @@ class Worker:
     def _make_runner(self, model_config: ModelConfig) -> Runner:
         config = self._config
         if not config.torch_compile:
+            if isinstance(self._backend, CompiledBackend):
+                return RecordedRunner(self._model, self._backend, config.max_tokens_per_forward)
             return EagerRunner(self._model, self._backend)
         # To import what compiles takes seconds.
         from tokasaurus.model.worker.compiled_runner import CompiledRunner

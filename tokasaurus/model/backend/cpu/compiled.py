@@ -26,8 +26,9 @@ from tokasaurus.model.backend.base import (
     Rotation,
     SequenceRows,
 )
-from tokasaurus.model.backend.cpu.build import BuildError, load_library
+from tokasaurus.model.backend.cpu.build import BuildError
 from tokasaurus.model.backend.cpu.calibration import PAGE_SIZE, PAGES, measure_group_costs
+from tokasaurus.model.backend.cpu.calls import call, load_kernels, result
 from tokasaurus.model.backend.cpu.grouping import (
     ALWAYS,
     NEVER,
@@ -63,6 +64,17 @@ class _Plan(ctypes.Structure):
     )
 
 
+class _Layer(ctypes.Structure):
+    """Mirrors ``Layer`` of the C++ file."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("plan", "heads", "cosines", "sines")),
+        *((name, ctypes.c_void_p) for name in ("query_norm", "key_norm")),
+        *((name, ctypes.c_void_p) for name in ("key_cache", "value_cache", "output")),
+        ("eps", ctypes.c_float),
+    )
+
+
 class _Library:
     """The functions of one build of the kernel.
 
@@ -72,10 +84,11 @@ class _Library:
     """
 
     def __init__(self, instruction_set: str) -> None:
-        library = load_library(_SOURCE, instruction_set)
-        library.tokasaurus_plan_size.restype = ctypes.c_int64
-        if library.tokasaurus_plan_size() != ctypes.sizeof(_Plan):
-            raise BuildError("the compiler lays out the kernel's arguments in an unexpected way")
+        library, (self.attend, self.plan) = load_kernels(
+            _SOURCE,
+            instruction_set,
+            {"tokasaurus_attend": _Layer, "tokasaurus_plan_attention": _Plan},
+        )
         library.tokasaurus_task_size.restype = ctypes.c_int64
         self.task_size: int = library.tokasaurus_task_size()
         self.max_tasks = library.tokasaurus_max_tasks
@@ -87,12 +100,6 @@ class _Library:
         self.rows_without_layout = library.tokasaurus_rows_without_layout
         self.rows_without_layout.argtypes = (ctypes.c_int32,)
         self.rows_without_layout.restype = ctypes.c_int32
-        self.plan = library.tokasaurus_plan_attention
-        self.plan.argtypes = (ctypes.c_void_p,)
-        self.plan.restype = None
-        self.attend = library.tokasaurus_attend
-        self.attend.argtypes = (*[ctypes.c_void_p] * 6, ctypes.c_float, *[ctypes.c_void_p] * 3)
-        self.attend.restype = None
 
 
 @cache
@@ -138,6 +145,8 @@ class CompiledBackend:
         self._cache = cache
         self._num_heads = num_heads
         self._workspace = np.empty(0, np.float32)
+        # The address of the plan of the batch that runs.
+        self._current = ctypes.c_void_p()
 
     def calibrate(self) -> None:
         if self._options.use_groups is not None:
@@ -173,7 +182,9 @@ class CompiledBackend:
     def plan(self, rows: SequenceRows) -> CompiledAttention:
         groups = choose_groups(rows, self._cache.page_size, self._costs)
         self.grouped_rows = groups.grouped_rows(rows)
-        attention = CompiledAttention(self._library, self._cache, self._num_heads, rows, groups)
+        attention = CompiledAttention(
+            self._library, self._cache, self._num_heads, rows, groups, self._current
+        )
         self._workspace = attention.use_workspace(self._workspace)
         return attention
 
@@ -188,8 +199,10 @@ class CompiledAttention:
         num_heads: int,
         rows: SequenceRows,
         groups: ChosenGroups,
+        current: ctypes.c_void_p,
     ) -> None:
-        self._attend, self._cache, self._rows = library.attend, cache, rows
+        self._library, self._cache, self._rows = library, cache, rows
+        self._current = current
         self._num_heads = num_heads
         num_rows, num_groups = len(rows.positions), len(groups.first_rows)
         num_threads = torch.get_num_threads()
@@ -232,8 +245,7 @@ class CompiledAttention:
             element=ELEMENTS[cache.dtype],
             num_threads=num_threads,
         )
-        self._address = ctypes.addressof(self._plan)
-        library.plan(self._address)
+        library.plan(ctypes.byref(self._plan), num_rows, num_threads)
 
     def use_workspace(self, workspace: NDArray[np.float32]) -> NDArray[np.float32]:
         """Gives room for partial results. Returns the same room, or a larger one."""
@@ -247,22 +259,26 @@ class CompiledAttention:
     def attend(
         self, layer: int, heads: Tensor, rotation: Rotation, norms: HeadNorms | None
     ) -> Tensor:
-        output = torch.empty((heads.shape[0], self._num_heads * heads.shape[2]), dtype=heads.dtype)
-        query_norm, key_norm, eps = (None, None, 0.0)
-        if norms is not None:
-            query_norm, key_norm, eps = norms.query.data_ptr(), norms.key.data_ptr(), norms.eps
-        heads = heads.contiguous()
-        cos, sin = rotation.cos.contiguous(), rotation.sin.contiguous()
-        self._attend(
-            self._address,
-            heads.data_ptr(),
-            cos.data_ptr(),
-            sin.data_ptr(),
-            query_norm,
-            key_norm,
-            eps,
-            self._cache.keys[layer].data_ptr(),
-            self._cache.values[layer].data_ptr(),
-            output.data_ptr(),
+        num_rows, _, head_dim = heads.shape
+        output = result(num_rows, self._num_heads * head_dim, heads.dtype)
+        heads, cos, sin = heads.contiguous(), rotation.cos.contiguous(), rotation.sin.contiguous()
+        arguments = _Layer(
+            plan=ctypes.addressof(self._current),
+            heads=heads.data_ptr(),
+            cosines=cos.data_ptr(),
+            sines=sin.data_ptr(),
+            key_cache=self._cache.keys[layer].data_ptr(),
+            value_cache=self._cache.values[layer].data_ptr(),
+            output=output.data_ptr(),
         )
+        if norms is not None:
+            arguments.query_norm = norms.query.data_ptr()
+            arguments.key_norm = norms.key.data_ptr()
+            arguments.eps = norms.eps
+        self.select()
+        call(self._library.attend, arguments, num_rows)
         return output
+
+    def select(self) -> None:
+        """Makes this the attention that recorded calls use."""
+        self._current.value = ctypes.addressof(self._plan)

@@ -8,9 +8,19 @@
 
 namespace {
 
+// Elements of a result that justify another thread: to start it takes as long as one thread needs
+// for this many.
+constexpr int64_t ELEMENTS_PER_THREAD = 32768;
+
+// What an element of silu takes, in elements of a norm.
+constexpr int64_t SILU_COST = 4;
+
 // Calls a function for all rows, by several threads if there is work for them.
 template <typename Function>
-void for_rows(int64_t num_rows, int num_threads, const Function &function) {
+void for_rows(int64_t num_rows, int64_t elements_per_row, int64_t max_threads,
+              const Function &function) {
+    const int num_threads =
+        int(std::min(max_threads, num_rows * elements_per_row / ELEMENTS_PER_THREAD));
     if (num_threads <= 1) {
         for (int64_t row = 0; row < num_rows; row++) function(row);
         return;
@@ -48,62 +58,93 @@ void silu_multiply_row(const Element *gate, const Element *up, int size, Element
     }
 }
 
+}  // namespace
+
+extern "C" {
+
+// Mirrored in operators.py. Strides are in elements; elements are 0 fp32, 1 bf16, 2 fp16.
+struct Norm {
+    const void *x;  // [rows, size], rows stride apart
+    int64_t stride;
+    const void *weight;  // [size]
+    void *output;        // [rows, size]
+    float eps;
+    int32_t size, element;
+};
+
+struct AddNorm {
+    void *stream;       // [rows, size]
+    const void *added;  // [rows, size], rows stride apart
+    int64_t stride;
+    const void *weight;  // [size]
+    void *output;        // [rows, size]
+    float eps;
+    int32_t size, element;
+};
+
+struct SiluMultiply {
+    const void *gate_up;  // [rows, 2 * size], rows stride apart
+    int64_t stride;
+    void *output;  // [rows, size]
+    int32_t size, element;
+};
+}
+
+namespace {
+
 template <typename Element>
-void rms_norm(const void *x, int64_t stride, const void *weight, float eps, void *output,
-              int64_t num_rows, int size, int num_threads) {
-    for_rows(num_rows, num_threads, [=](int64_t row) {
-        norm_row(static_cast<const Element *>(x) + row * stride,
-                 static_cast<const Element *>(weight), eps, size,
-                 static_cast<Element *>(output) + row * size);
+void run(const Norm &a, int64_t num_rows, int num_threads) {
+    for_rows(num_rows, a.size, num_threads, [&](int64_t row) {
+        norm_row(static_cast<const Element *>(a.x) + row * a.stride,
+                 static_cast<const Element *>(a.weight), a.eps, a.size,
+                 static_cast<Element *>(a.output) + row * a.size);
     });
 }
 
 template <typename Element>
-void add_rms_norm(void *stream, const void *added, int64_t stride, const void *weight, float eps,
-                  void *output, int64_t num_rows, int size, int num_threads) {
-    for_rows(num_rows, num_threads, [=](int64_t row) {
-        Element *sum = static_cast<Element *>(stream) + row * size;
-        add_row(sum, static_cast<const Element *>(added) + row * stride, size);
-        norm_row<Element>(sum, static_cast<const Element *>(weight), eps, size,
-                          static_cast<Element *>(output) + row * size);
+void run(const AddNorm &a, int64_t num_rows, int num_threads) {
+    for_rows(num_rows, a.size, num_threads, [&](int64_t row) {
+        Element *sum = static_cast<Element *>(a.stream) + row * a.size;
+        add_row(sum, static_cast<const Element *>(a.added) + row * a.stride, a.size);
+        norm_row<Element>(sum, static_cast<const Element *>(a.weight), a.eps, a.size,
+                          static_cast<Element *>(a.output) + row * a.size);
     });
 }
 
 template <typename Element>
-void silu_multiply(const void *gate_up, int64_t stride, void *output, int64_t num_rows, int size,
-                   int num_threads) {
-    for_rows(num_rows, num_threads, [=](int64_t row) {
-        const Element *gate = static_cast<const Element *>(gate_up) + row * stride;
-        silu_multiply_row(gate, gate + size, size, static_cast<Element *>(output) + row * size);
+void run(const SiluMultiply &a, int64_t num_rows, int num_threads) {
+    for_rows(num_rows, SILU_COST * a.size, num_threads, [&](int64_t row) {
+        const Element *gate = static_cast<const Element *>(a.gate_up) + row * a.stride;
+        silu_multiply_row(gate, gate + a.size, a.size,
+                          static_cast<Element *>(a.output) + row * a.size);
     });
+}
+
+template <typename Arguments>
+void run_kernel(const Arguments *arguments, int64_t num_rows, int num_threads) {
+    switch (arguments->element) {
+        case 0: return run<float>(*arguments, num_rows, num_threads);
+        case 1: return run<BFloat16>(*arguments, num_rows, num_threads);
+        default: return run<Float16>(*arguments, num_rows, num_threads);
+    }
 }
 
 }  // namespace
 
-// Called by operators.py. Elements are 0 fp32, 1 bf16, 2 fp16. Strides are in elements.
-#define TOKASAURUS_BY_ELEMENT(function, ...)               \
-    switch (element) {                                     \
-        case 0: return function<float>(__VA_ARGS__);       \
-        case 1: return function<BFloat16>(__VA_ARGS__);    \
-        default: return function<Float16>(__VA_ARGS__);    \
-    }
-
 extern "C" {
 
-void tokasaurus_rms_norm(int element, const void *x, int64_t stride, const void *weight, float eps,
-                         void *output, int64_t num_rows, int size, int num_threads) {
-    TOKASAURUS_BY_ELEMENT(rms_norm, x, stride, weight, eps, output, num_rows, size, num_threads)
+extern const int64_t tokasaurus_sizes[] = {sizeof(Norm), sizeof(AddNorm), sizeof(SiluMultiply)};
+
+void tokasaurus_rms_norm(const Norm *arguments, int64_t num_rows, int32_t num_threads) {
+    run_kernel(arguments, num_rows, num_threads);
 }
 
-void tokasaurus_add_rms_norm(int element, void *stream, const void *added, int64_t stride,
-                             const void *weight, float eps, void *output, int64_t num_rows,
-                             int size, int num_threads) {
-    TOKASAURUS_BY_ELEMENT(add_rms_norm, stream, added, stride, weight, eps, output, num_rows, size,
-                          num_threads)
+void tokasaurus_add_rms_norm(const AddNorm *arguments, int64_t num_rows, int32_t num_threads) {
+    run_kernel(arguments, num_rows, num_threads);
 }
 
-void tokasaurus_silu_multiply(int element, const void *gate_up, int64_t stride, void *output,
-                              int64_t num_rows, int size, int num_threads) {
-    TOKASAURUS_BY_ELEMENT(silu_multiply, gate_up, stride, output, num_rows, size, num_threads)
+void tokasaurus_silu_multiply(const SiluMultiply *arguments, int64_t num_rows,
+                              int32_t num_threads) {
+    run_kernel(arguments, num_rows, num_threads);
 }
 }

@@ -25,6 +25,7 @@
 // Nothing is read beyond a sequence's length, because pages are not initialised.
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "products.h"
@@ -112,14 +113,15 @@ struct Plan {
     int32_t num_threads;
 };
 
-// The tensors of one layer.
+// The tensors of one layer. Mirrored by _Layer in compiled.py.
 struct Layer {
+    const Plan *const *plan;             // of the batch
     const void *heads;                   // [rows, heads + 2 * kv_heads, head_dim], contiguous
     const float *cosines, *sines;        // [rows, head_dim / 2]
     const void *query_norm, *key_norm;   // [head_dim], or null
-    float eps;
     void *key_cache, *value_cache;       // [pages, kv_heads, page_size, head_dim]
     void *output;                        // [rows, heads, head_dim]
+    float eps;
 };
 }
 
@@ -354,9 +356,20 @@ inline Scratch &scratch_of_thread(int num_queries, int head_dim) {
     return scratch;
 }
 
+// A task for one key/value head.
+struct Unit {
+    const Task *task;
+    int kv_head;
+};
+
 // DIM is the size of a head if it is known, else 0.
 template <typename Element, typename Layout, int DIM>
 class Kernel {
+    // Where the keys and values of a tile lie.
+    struct Tile {
+        const Element *keys[TILE], *values[TILE];
+    };
+
    public:
     Kernel(const Plan &plan, const Layer &layer)
         : p(plan),
@@ -384,40 +397,49 @@ class Kernel {
         }
     }
 
-    // Phase 2.
-    void attend(const Task &task, int kv_head) const {
+    // Phase 2. ``next`` is what this thread does afterwards, or null: its first tile is fetched.
+    void attend(const Unit &unit, const Unit *next) const {
+        const Task &task = *unit.task;
         const int num_queries = task.rows.count * group;
         Scratch &s = scratch_of_thread(num_queries, head_dim());
         const bool are_few = num_queries <= FEW_QUERIES;
-        load_queries(task, kv_head, are_few, s);
-        const Element *keys[2][TILE], *values[2][TILE];
+        load_queries(task, unit.kv_head, are_few, s);
+        Tile tiles[2];
         int current = 0;
-        locate(task, kv_head, task.begin, keys[0], values[0]);
+        locate(unit, task.begin, tiles[0]);
         for (int start = task.begin; start < task.end; start += TILE, current = 1 - current) {
             const int count = std::min(TILE, task.end - start);
-            if (!are_few) {
-                lay_out_keys(keys[current], count, s.keys.data());
-                Layout::lay_out_values(values[current], count, head_dim(), padded_dim(),
-                                       s.values.data());
-            }
-            if (start + TILE < task.end) {
-                locate(task, kv_head, start + TILE, keys[1 - current], values[1 - current]);
-                prefetch(keys[1 - current], values[1 - current]);
-            }
-            if (are_few)
-                score_few(num_queries, keys[current], count, s);
+            const Tile &tile = tiles[current];
+            Tile *ahead = &tiles[1 - current];
+            if (start + TILE < task.end)
+                locate(unit, start + TILE, *ahead);
+            else if (next)
+                locate(*next, next->task->begin, *ahead);
             else
+                ahead = nullptr;
+            if (are_few) {
+                score_few(num_queries, tile.keys, count, s, ahead);
+            } else {
+                lay_out_keys(tile.keys, count, s.keys.data());
+                Layout::lay_out_values(tile.values, count, head_dim(), padded_dim(),
+                                       s.values.data());
+                if (ahead)
+                    for (int t = 0; t < TILE; t++) {
+                        prefetch(ahead->keys[t]);
+                        prefetch(ahead->values[t]);
+                    }
                 score(num_queries, count, s);
+            }
             for (int query = 0; query < num_queries; query++) {
                 const int visible = task.visible + query / group * task.visible_step - start;
                 weigh(query, std::min(visible, count), count, s);
             }
             if (are_few)
-                mix_few(num_queries, values[current], count, s);
+                mix_few(num_queries, tile.values, count, s, ahead);
             else
                 mix(num_queries, count, s);
         }
-        finish(task, kv_head, s);
+        finish(task, unit.kv_head, s);
     }
 
     // Phase 3.
@@ -493,37 +515,35 @@ class Kernel {
     }
 
     // Finds the keys and values of a tile. Beyond the last key come copies of its pointer.
-    void locate(const Task &task, int kv_head, int start, const Element **keys,
-                const Element **values) const {
+    void locate(const Unit &unit, int start, Tile &tile) const {
+        const Task &task = *unit.task;
         const int32_t *pages = p.page_table + task.slot * p.page_table_stride;
         const int count = std::min(TILE, task.end - start);
         int column = start / p.page_size, within = start % p.page_size;
         for (int t = 0; t < count; column++, within = 0) {
             const int64_t from =
-                ((int64_t(pages[column]) * p.num_kv_heads + kv_head) * p.page_size + within) *
+                ((int64_t(pages[column]) * p.num_kv_heads + unit.kv_head) * p.page_size + within) *
                 head_dim();
             const Element *key = static_cast<const Element *>(a.key_cache) + from;
             const Element *value = static_cast<const Element *>(a.value_cache) + from;
             for (; within < p.page_size && t < count; within++, t++) {
-                keys[t] = key;
-                values[t] = value;
+                tile.keys[t] = key;
+                tile.values[t] = value;
                 key += head_dim();
                 value += head_dim();
             }
         }
-        for (int t = std::max(count, 1); t < TILE && count; t++) {
-            keys[t] = keys[t - 1];
-            values[t] = values[t - 1];
+        // A task without keys has no pointer to copy, and its tile is not read.
+        for (int t = std::max(count, 0); t < TILE; t++) {
+            tile.keys[t] = t ? tile.keys[t - 1] : nullptr;
+            tile.values[t] = t ? tile.values[t - 1] : nullptr;
         }
     }
 
-    void prefetch(const Element *const *keys, const Element *const *values) const {
-        const int size = head_dim() * int(sizeof(Element));
-        for (int t = 0; t < TILE; t++)
-            for (int at = 0; at < size; at += 64) {
-                __builtin_prefetch(reinterpret_cast<const char *>(keys[t]) + at);
-                __builtin_prefetch(reinterpret_cast<const char *>(values[t]) + at);
-            }
+    void prefetch(const Element *element) const {
+        const char *from = reinterpret_cast<const char *>(element);
+        for (int at = 0; at < head_dim() * int(sizeof(Element)); at += 64)
+            __builtin_prefetch(from + at, 0, 2);
     }
 
     // Transposes the keys: [words of a key, TILE].
@@ -550,23 +570,35 @@ class Kernel {
             num_queries, round_up(count, WIDTH));
     }
 
-    void score_few(int num_queries, const Element *const *keys, int count, Scratch &s) const {
+    // Scores, and fetches the keys of the tile ahead, if there is one, between them.
+    void score_few(int num_queries, const Element *const *keys, int count, Scratch &s,
+                   const Tile *ahead) const {
         const float *queries = reinterpret_cast<const float *>(s.queries.data());
-        int query = 0;
-        for (; query + 4 <= num_queries; query += 4)
-            score_directly<4>(queries + query * padded_dim(), keys, count, &s.scores[query * TILE]);
-        for (; query + 3 <= num_queries; query += 3)
-            score_directly<3>(queries + query * padded_dim(), keys, count, &s.scores[query * TILE]);
-        for (; query < num_queries; query++)
-            score_directly<1>(queries + query * padded_dim(), keys, count, &s.scores[query * TILE]);
+        const Element *const *next = ahead ? ahead->keys : nullptr;
+        for (int query = 0; query < num_queries; next = nullptr) {
+            const float *some = queries + query * padded_dim();
+            float *scores = &s.scores[size_t(query) * TILE];
+            const int rest = num_queries - query;
+            if (rest >= 4) {
+                score_directly<4>(some, keys, count, scores, next);
+                query += 4;
+            } else if (rest == 3) {
+                score_directly<3>(some, keys, count, scores, next);
+                query += 3;
+            } else {
+                score_directly<1>(some, keys, count, scores, next);
+                query++;
+            }
+        }
     }
 
     template <int N>
     void score_directly(const float *queries, const Element *const *keys, int count,
-                        float *scores) const {
+                        float *scores, const Element *const *next) const {
         for (int t = 0; t < count; t += WIDTH) {
             Vector sums[N][WIDTH];
             for (int i = 0; i < WIDTH; i++) {
+                if (next) prefetch(next[t + i]);
                 Vector products[N] = {};
                 for (int d = 0; d < head_dim(); d += WIDTH) {
                     const Vector key = load(keys[t + i] + d, head_dim() - d);
@@ -577,25 +609,43 @@ class Kernel {
             }
             for (int n = 0; n < N; n++) store(scores + n * TILE + t, totals(sums[n]));
         }
+        // Those that no key of this tile stood for.
+        if (next)
+            for (int t = round_up(count, WIDTH); t < TILE; t++) prefetch(next[t]);
     }
 
-    void mix_few(int num_queries, const Element *const *values, int count, Scratch &s) const {
-        int query = 0;
-        for (; query + 4 <= num_queries; query += 4) mix_directly<4>(query, values, count, s);
-        for (; query + 3 <= num_queries; query += 3) mix_directly<3>(query, values, count, s);
-        for (; query < num_queries; query++) mix_directly<1>(query, values, count, s);
+    // Mixes, and fetches the values of the tile ahead between them.
+    void mix_few(int num_queries, const Element *const *values, int count, Scratch &s,
+                 const Tile *ahead) const {
+        const Element *const *next = ahead ? ahead->values : nullptr;
+        for (int query = 0; query < num_queries; next = nullptr) {
+            const int rest = num_queries - query;
+            if (rest >= 4) {
+                mix_directly<4>(query, values, count, s, next);
+                query += 4;
+            } else if (rest == 3) {
+                mix_directly<3>(query, values, count, s, next);
+                query += 3;
+            } else {
+                mix_directly<1>(query, values, count, s, next);
+                query++;
+            }
+        }
     }
 
     template <int N>
-    void mix_directly(int query, const Element *const *values, int count, Scratch &s) const {
+    void mix_directly(int query, const Element *const *values, int count, Scratch &s,
+                      const Element *const *next) const {
         int d = 0;
-        for (; d + BLOCK_VECTORS * WIDTH <= head_dim(); d += BLOCK_VECTORS * WIDTH)
-            mix_vectors<N, BLOCK_VECTORS>(query, values, count, d, s);
-        for (; d < head_dim(); d += WIDTH) mix_vectors<N, 1>(query, values, count, d, s);
+        for (; d + BLOCK_VECTORS * WIDTH <= head_dim(); d += BLOCK_VECTORS * WIDTH, next = nullptr)
+            mix_vectors<N, BLOCK_VECTORS>(query, values, count, d, s, next);
+        for (; d < head_dim(); d += WIDTH, next = nullptr)
+            mix_vectors<N, 1>(query, values, count, d, s, next);
     }
 
     template <int N, int VECTORS>
-    void mix_vectors(int query, const Element *const *values, int count, int d, Scratch &s) const {
+    void mix_vectors(int query, const Element *const *values, int count, int d, Scratch &s,
+                     const Element *const *next) const {
         Vector sums[N][VECTORS];
         float *mixed = &s.mixed[size_t(query) * padded_dim() + d];
         const float *weights = &s.scores[size_t(query) * TILE];
@@ -603,6 +653,7 @@ class Kernel {
             for (int v = 0; v < VECTORS; v++)
                 sums[n][v] = load(mixed + n * padded_dim() + v * WIDTH) * s.shrink[query + n];
         for (int t = 0; t < count; t++) {
+            if (next) prefetch(next[t]);
             Vector value[VECTORS];
             for (int v = 0; v < VECTORS; v++)
                 value[v] = load(values[t] + d + v * WIDTH, head_dim() - d - v * WIDTH);
@@ -610,6 +661,8 @@ class Kernel {
                 for (int v = 0; v < VECTORS; v++)
                     sums[n][v] += splat(weights[n * TILE + t]) * value[v];
         }
+        if (next)
+            for (int t = count; t < TILE; t++) prefetch(next[t]);
         for (int n = 0; n < N; n++)
             for (int v = 0; v < VECTORS; v++)
                 store(mixed + n * padded_dim() + v * WIDTH, sums[n][v]);
@@ -698,16 +751,35 @@ void run_with_dim(const Plan &p, const Layer &layer) {
     const bool appends_alone = p.num_threads == 1 || p.num_rows <= ROWS_OF_ONE_THREAD;
     if (appends_alone)
         for (int row = 0; row < p.num_rows; row++) kernel.append(row);
+    // Heads lie next to each other in a page, so one thread reads them, where there is enough to do.
+    const bool is_plenty = p.num_tasks >= TASKS_PER_THREAD * p.num_threads;
+    const int heads_at_once = is_plenty ? p.num_kv_heads : 1;
     const int num_units = p.num_tasks * p.num_kv_heads;
+    std::atomic<int> num_taken{0};
+    const auto take = [&](int &number) {
+        number++;
+        if (number % heads_at_once == 0)
+            number = num_taken.fetch_add(heads_at_once, std::memory_order_relaxed);
+        return number < num_units;
+    };
+    const auto unit_of = [&](int number) {
+        return Unit{p.tasks + number / p.num_kv_heads, number % p.num_kv_heads};
+    };
 #pragma omp parallel num_threads(p.num_threads) if (p.num_threads > 1)
     {
         if (!appends_alone) {
 #pragma omp for schedule(static)
             for (int row = 0; row < p.num_rows; row++) kernel.append(row);
         }
-#pragma omp for schedule(dynamic, 1)
-        for (int unit = 0; unit < num_units; unit++)
-            kernel.attend(p.tasks[unit / p.num_kv_heads], unit % p.num_kv_heads);
+        // A thread takes its next unit before it runs the one it has.
+        int number = -1;
+        for (bool has_unit = take(number); has_unit;) {
+            const Unit unit = unit_of(number);
+            has_unit = take(number);
+            const Unit next = unit_of(number);
+            kernel.attend(unit, has_unit ? &next : nullptr);
+        }
+#pragma omp barrier
         if (p.num_partials) {
 #pragma omp for schedule(static)
             for (int row = 0; row < p.num_rows; row++)
@@ -729,8 +801,8 @@ void run(const Plan &p, const Layer &layer) {
 
 extern "C" {
 
-// Lets the caller check that it lays out a plan in the same way, and make room for tasks.
-int64_t tokasaurus_plan_size() { return sizeof(Plan); }
+extern const int64_t tokasaurus_sizes[] = {sizeof(Layer), sizeof(Plan)};
+
 int64_t tokasaurus_task_size() { return sizeof(Task); }
 
 // Rows of a task, if that many read the same positions.
@@ -748,21 +820,18 @@ int64_t tokasaurus_max_tasks(int64_t num_rows, int64_t num_sequences, int64_t nu
     return 2 * blocks + 8 * TASKS_PER_THREAD * int64_t(num_threads);
 }
 
-void tokasaurus_plan_attention(Plan *plan) { Planner(*plan).plan(); }
+void tokasaurus_plan_attention(Plan *plan, int64_t, int32_t) { Planner(*plan).plan(); }
 
-void tokasaurus_attend(const Plan *plan, const void *heads, const float *cosines,
-                       const float *sines, const void *query_norm, const void *key_norm, float eps,
-                       void *key_cache, void *value_cache, void *output) {
-    const Layer layer{heads, cosines,   sines,       query_norm, key_norm,
-                      eps,   key_cache, value_cache, output};
-    switch (plan->element) {
-        case 0: return run<float, WideLayout<float>>(*plan, layer);
+void tokasaurus_attend(const Layer *layer, int64_t, int32_t) {
+    const Plan &plan = **layer->plan;
+    switch (plan.element) {
+        case 0: return run<float, WideLayout<float>>(plan, *layer);
 #if defined(__AVX512BF16__)
-        case 1: return run<BFloat16, PairsLayout>(*plan, layer);
+        case 1: return run<BFloat16, PairsLayout>(plan, *layer);
 #else
-        case 1: return run<BFloat16, WideLayout<BFloat16>>(*plan, layer);
+        case 1: return run<BFloat16, WideLayout<BFloat16>>(plan, *layer);
 #endif
-        default: return run<Float16, WideLayout<Float16>>(*plan, layer);
+        default: return run<Float16, WideLayout<Float16>>(plan, *layer);
     }
 }
 }
