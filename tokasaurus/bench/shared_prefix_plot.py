@@ -97,11 +97,14 @@ def _panel(panel: Curves, left: float) -> list[str]:
     for count in sorted({count for count, _ in points}):
         parts.append(_text(x(count), bottom + 16, str(count), anchor="middle"))
     parts.append(_text(left + _WIDTH / 2, bottom + 34, panel.axis, anchor="middle"))
+    # The names stand in the corner that falling, or rising, lines leave free.
+    falls = sum(line[0][1] - line[-1][1] for line in panel.lines.values()) > 0
+    at, anchor = (left + _WIDTH - 4, "end") if falls else (left + 8, "start")
     for index, (name, line) in enumerate(panel.lines.items()):
         colour = _COLOURS[index % len(_COLOURS)]
         where = " ".join(f"{x(count):.1f},{y(ratio):.1f}" for count, ratio in line)
         parts.append(f'<polyline points="{where}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(_text(left + 8, _TOP + 4 + 15 * index, name, colour=colour))
+        parts.append(_text(at, _TOP + 14 + 15 * index, name, anchor=anchor, colour=colour))
     return parts
 
 
