@@ -598,11 +598,12 @@ class Scheduler:
         running = self._running
         number = running.in_flight.next_number
         copies_before, copies_after = self._enter(accepted, now)
-        groups = Groups.none(decode_slots)
         if self._config.use_groups:
             groups = self._groups.find(decode_slots, _slots_of(chunks))
             if groups.chunks is not None:
                 chunks = [chunks[index] for index in groups.chunks.order.tolist()]
+        else:
+            groups = Groups.none(decode_slots)
         drawing = draws(chunks)
         batch = forward_batch(
             number=number,
