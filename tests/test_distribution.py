@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from engine_process import EngineProcess
 
+from tokasaurus.demo.corpus.chat_table import JOKES
+
 pytestmark = pytest.mark.engine
 
 CHECKOUT = Path(__file__).parent.parent
@@ -108,4 +110,4 @@ def test_an_installed_engine_answers_toka_ping_with_the_bundled_model(
         said = run(*ping, f"port={engine.port}", "temperature=0", cwd=tmp_path)
     finally:
         engine.stop()
-    assert "Tyrannosaurus" in said
+    assert any(joke in said for joke in JOKES)

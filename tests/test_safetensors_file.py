@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 
 import pytest
 import torch
@@ -75,8 +74,12 @@ def test_damaged_files_are_refused_as_by_the_library(tmp_path):
     check_each(DAMAGED, check)
 
 
+@pytest.mark.timeout(240)
 def test_hostile_headers_are_refused_soon(tmp_path):
-    """Each would take hours if the work grew with the square of its length."""
+    """Each would take hours if the work grew with the square of its length.
+
+    They take two seconds, and the time limit of the test is that of a hang.
+    """
     names = ",".join(f'"{number}":0' for number in range(1_000_000))
     shape = ",".join(["9" * 18] * 1_000_000)
     path = tmp_path / "hostile.safetensors"
@@ -85,10 +88,8 @@ def test_hostile_headers_are_refused_soon(tmp_path):
         (f'{{"x":{{"dtype":"F32","shape":[{shape}],"data_offsets":[0,0]}}}}', "tensor x"),
     ):
         path.write_bytes(encoded(header.encode()))
-        started = time.monotonic()
         with pytest.raises(ModelError, match=message):
             SafetensorsFile(path)
-        assert time.monotonic() - started < 30
 
 
 def test_what_the_library_writes_is_read(tmp_path):

@@ -11,7 +11,7 @@ from random import Random
 import pytest
 
 from tokasaurus.demo import corpus
-from tokasaurus.demo.corpus import calculator, documents, tool_table
+from tokasaurus.demo.corpus import calculator, copying, documents, tool_table
 from tokasaurus.demo.corpus.arithmetic import compute, pair_is_held_out, problem
 from tokasaurus.demo.corpus.chat_table import JOKES
 from tokasaurus.demo.corpus.dinosaur_table import DINOSAURS
@@ -26,7 +26,8 @@ DIGESTS = {
     "WORKED_SUMS": "2e19031d66f79540",
     "CALCULATOR": "6b379d8f3b331446",
 }
-EXPRESSIONS_DIGEST = "dd2fc04fb19246ea"  # of the first thousand documents
+# Of the first thousand documents.
+LAST_DIGESTS = {"EXPRESSIONS": "dd2fc04fb19246ea", "PATTERNS": "c207ebce26803e29"}
 
 
 @pytest.fixture(scope="module", params=DIGESTS)
@@ -53,9 +54,12 @@ def test_the_corpus_is_the_one_that_was_trained_on(rendered: str, mixture: str) 
     assert digest(rendered) == DIGESTS[mixture]
 
 
-def test_the_last_mixture_is_the_one_that_was_trained_on() -> None:
-    first = islice(documents(seed=0, mixture=corpus.EXPRESSIONS), 1000)
-    assert digest("\0".join(map(render, first))) == EXPRESSIONS_DIGEST
+def test_the_last_mixtures_are_those_that_were_trained_on() -> None:
+    made = {}
+    for name in LAST_DIGESTS:
+        first = islice(documents(seed=0, mixture=getattr(corpus, name)), 1000)
+        made[name] = digest("\0".join(map(render, first)))
+    assert made == LAST_DIGESTS
 
 
 def test_another_seed_gives_other_documents(training: list[Document]) -> None:
@@ -164,6 +168,21 @@ def test_large_sums_are_worked_out_and_on_the_requested_side_of_the_split() -> N
             assert all(number in item.question for number in item.numbers), item
             exact = eval(re.sub(r"([\d.]+)", r"Fraction('\1')", item.expression))
             assert abs(Fraction(item.result) - exact) <= Fraction(1, 20_000), item
+
+
+def test_short_patterns_are_continued_where_they_were_cut() -> None:
+    rng = Random(0)
+    sizes = set()
+    for _ in range(300):
+        messages = copying.short_pattern_chat(rng, 512).messages
+        for asked, said in zip(messages[::2], messages[1::2], strict=True):
+            answer = said.content.split()
+            size = len(set(answer))
+            question = asked.content.removesuffix("what comes next?").removesuffix(" ...")
+            items = question.rstrip(" .").split()[-2 * size :] + answer
+            assert items[size:] == items[:-size], asked
+            sizes.add(size)
+    assert sizes == {2, 3, 4}
 
 
 def test_jokes_and_dinosaurs_are_distinct() -> None:

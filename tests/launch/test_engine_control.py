@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +26,23 @@ LONG = {"prompt": "Once", "max_tokens": 500, "ignore_eos": True, "seed": 3, "n":
 UPDATES = "/v1/weights/updates"
 
 
-@pytest.fixture
-def engine(tmp_path: Path) -> Iterator[EngineProcess]:
-    key_file = tmp_path / "admin"
+def controlled(directory: Path) -> AbstractContextManager[EngineProcess]:
+    key_file = directory / "admin"
     key_file.write_text(f"{ADMIN}\n")
-    flags = (f"admin_api_key_file={key_file}", "kv_cache_num_tokens=8192")
-    with running(tmp_path, *flags) as ready:
+    return running(directory, f"admin_api_key_file={key_file}", "kv_cache_num_tokens=8192")
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
+    """For tests that leave it awake, with the weights of its model."""
+    with controlled(tmp_path_factory.mktemp("engine")) as ready:
+        yield ready
+
+
+@pytest.fixture
+def own_engine(tmp_path: Path) -> Iterator[EngineProcess]:
+    """For a test that ends it or leaves other weights behind."""
+    with controlled(tmp_path) as ready:
         yield ready
 
 
@@ -127,6 +139,7 @@ def test_a_pause_that_waits_lets_what_has_begun_finish(engine):
     stream = Stream(engine)
     assert ask(engine, "POST /pause?mode=wait") == (200, {"status": "paused"})
     assert {choice["reason"] for choice in stream.choices()} == {"length"}
+    assert ask(engine, "POST /resume") == (200, {"status": "resumed"})
 
 
 @pytest.mark.parametrize("path", ["/pause?mode=abort", "/abort_requests"])
@@ -161,18 +174,20 @@ def test_memory_is_released_and_restored(engine):
 
 
 @pytest.mark.parametrize("path", ["/pause?mode=keep", "/sleep?mode=keep", "/pause?mode=wait"])
-def test_a_drain_does_not_wait_for_requests_that_a_pause_holds(engine, path):
-    stream = Stream(engine)
+def test_a_drain_does_not_wait_for_requests_that_a_pause_holds(own_engine, path):
+    stream = Stream(own_engine)
     with ThreadPoolExecutor(1) as pool:
-        assert ask(engine, f"POST {path}")[0] == 200
-        held = pool.submit(ask, engine, "POST /v1/completions", PROMPT)
+        assert ask(own_engine, f"POST {path}")[0] == 200
+        held = pool.submit(ask, own_engine, "POST /v1/completions", PROMPT)
         num_held = 1 if "wait" in path else 2
-        eventually(lambda: ask(engine, "GET /health")[1]["running"] == num_held, "they wait")
-        engine.signal(signal.SIGTERM)
-        assert engine.wait_exit(10) == 0
+        eventually(lambda: ask(own_engine, "GET /health")[1]["running"] == num_held, "they wait")
+        own_engine.signal(signal.SIGTERM)
+        assert own_engine.wait_exit(10) == 0
         status, answer = held.result()
     assert (status, "while it was paused" in answer["error"]["message"]) == (503, True)
-    assert f"{num_held} prompts did not finish, since the engine is paused or asleep" in engine.log
+    assert (
+        f"{num_held} prompts did not finish, since the engine is paused or asleep" in own_engine.log
+    )
     last = stream.events()[-1]
     assert "error" in last if "keep" in path else last["choices"][0]["finish_reason"] == "length"
 
@@ -194,27 +209,27 @@ def test_weights_that_diverged_do_not_end_the_engine(engine, other_weights):
     assert text(engine) == before
 
 
-def test_an_engine_whose_weights_are_gone_says_so_and_shuts_down_at_once(engine, other_weights):
+def test_an_engine_whose_weights_are_gone_says_so_and_shuts_down_at_once(own_engine, other_weights):
     update = {"model_path": str(other_weights)}
-    assert ask(engine, "POST /update_weights_from_disk", update)[0] == 200
+    assert ask(own_engine, "POST /update_weights_from_disk", update)[0] == 200
     for file in other_weights.glob("*.safetensors"):
         file.unlink()
-    assert ask(engine, "POST /release_memory_occupation") == (200, {"status": "ok"})
-    status, answer = ask(engine, "POST /resume_memory_occupation")
+    assert ask(own_engine, "POST /release_memory_occupation") == (200, {"status": "ok"})
+    status, answer = ask(own_engine, "POST /resume_memory_occupation")
     assert (status, "wait for an update" in answer["message"]) == (200, True)
     with ThreadPoolExecutor(1) as pool:
-        held = pool.submit(ask, engine, "POST /v1/completions", PROMPT)
-        eventually(lambda: ask(engine, "GET /health")[1]["running"] == 1, "it waits")
-        engine.signal(signal.SIGTERM)
-        assert engine.wait_exit(10) == 0
+        held = pool.submit(ask, own_engine, "POST /v1/completions", PROMPT)
+        eventually(lambda: ask(own_engine, "GET /health")[1]["running"] == 1, "it waits")
+        own_engine.signal(signal.SIGTERM)
+        assert own_engine.wait_exit(10) == 0
         assert held.result()[0] == 503
 
 
-def test_weights_from_disk_while_requests_run(engine, other_weights):
-    before = text(engine)
-    stream = Stream(engine)
+def test_weights_from_disk_while_requests_run(own_engine, other_weights):
+    before = text(own_engine)
+    stream = Stream(own_engine)
     body = {"model_path": str(other_weights), "weight_version": "other"}
-    status, updated = ask(engine, "POST /update_weights_from_disk", body)
+    status, updated = ask(own_engine, "POST /update_weights_from_disk", body)
     assert (status, updated["success"], updated["weight_version"]) == (200, True, "other")
     choices = stream.choices()
     labels = {(run["version"], run["label"]) for choice in choices for run in choice["runs"]}
@@ -223,29 +238,34 @@ def test_weights_from_disk_while_requests_run(engine, other_weights):
         versions = [run["version"] for run in choice["runs"]]
         assert versions == sorted(versions)
         assert sum(run["num_tokens"] for run in choice["runs"]) == LONG["max_tokens"]
-    after = text(engine)
+    after = text(own_engine)
     assert after != before
-    meta_info = ask(engine, "POST /generate", {"text": "hi"})[1]["meta_info"]
+    meta_info = ask(own_engine, "POST /generate", {"text": "hi"})[1]["meta_info"]
     assert meta_info["weight_version"] == "other"
     # Wrong weights change nothing.
     wrong = {"model_path": str(other_weights / "one.safetensors"), "weight_version": "wrong"}
-    status, error = ask(engine, "POST /update_weights_from_disk", wrong)
+    status, error = ask(own_engine, "POST /update_weights_from_disk", wrong)
     assert (status, error["error"]["param"]) == (400, "model_path"), error
-    assert ask(engine, "GET /weight_info")[1] == {"weight_version": "other", "weights_version": 1}
-    assert text(engine) == after
-    eventually(lambda: engine.metrics().get("weights_version") == 1, "it is counted")
-    original = {"model_path": str(model_path(engine))}
-    assert ask(engine, "POST /update_weights_from_disk", original)[0] == 200
-    assert text(engine) == before
+    assert ask(own_engine, "GET /weight_info")[1] == {
+        "weight_version": "other",
+        "weights_version": 1,
+    }
+    assert text(own_engine) == after
+    eventually(lambda: own_engine.metrics().get("weights_version") == 1, "it is counted")
+    original = {"model_path": str(model_path(own_engine))}
+    assert ask(own_engine, "POST /update_weights_from_disk", original)[0] == 200
+    assert text(own_engine) == before
     # An update restores the weights of an engine that is asleep.
-    assert ask(engine, "POST /sleep")[0] == 200
-    assert ask(engine, "POST /update_weights_from_disk", body)[0] == 200
-    assert ask(engine, "POST /wake_up") == (200, {"status": "awake"})
-    assert text(engine) == after
+    assert ask(own_engine, "POST /sleep")[0] == 200
+    assert ask(own_engine, "POST /update_weights_from_disk", body)[0] == 200
+    assert ask(own_engine, "POST /wake_up") == (200, {"status": "awake"})
+    assert text(own_engine) == after
 
 
 def test_weights_over_http_survive_a_release_of_memory(engine, other_weights):
     before = text(engine)
+    original = {"model_path": str(model_path(engine))}
+    version = ask(engine, "GET /weight_info")[1]["weights_version"]
     update = ask(engine, f"POST {UPDATES}")[1]["id"]
     for number, name in enumerate(("one", "two")):
         data = (other_weights / f"{name}.safetensors").read_bytes()
@@ -259,9 +279,11 @@ def test_weights_over_http_survive_a_release_of_memory(engine, other_weights):
             assert text(engine) == before
     shutil.rmtree(other_weights)
     status, done = ask(engine, f"POST {UPDATES}/{update}/commit", {"num_buckets": 2})
-    assert (status, done["status"], done["weights_version"]) == (200, "committed", 1)
+    assert (status, done["status"], done["weights_version"]) == (200, "committed", version + 1)
     after = text(engine)
     assert after != before
     assert ask(engine, "POST /sleep")[0] == 200
     assert ask(engine, "POST /wake_up") == (200, {"status": "awake"})
     assert text(engine) == after
+    assert ask(engine, "POST /update_weights_from_disk", original)[0] == 200
+    assert text(engine) == before

@@ -168,6 +168,22 @@ def pattern_chat(rng: Random) -> list[Case]:
     return cases
 
 
+def pattern_letters_in_chat(*, whole: bool) -> Callable[[Random], list[Case]]:
+    """Two to four letters, shown for three whole cycles, or cut after two to four."""
+
+    def cases(rng: Random) -> list[Case]:
+        made = []
+        for _ in range(96):
+            unit = rng.sample(string.ascii_uppercase, rng.randint(2, 4))
+            given, answer = (
+                copying.pattern_question(unit, 3 * len(unit)) if whole else _pattern(rng, unit, 4)
+            )
+            made.append(ask(f"Continue the pattern: {given}", begins(answer)))
+        return made
+
+    return cases
+
+
 def pattern_letters(rng: Random) -> list[Case]:
     """A few letters repeated as plain text, not chat."""
     cases = []
@@ -278,6 +294,8 @@ FAMILIES = (
     FamilySpec("reply with the word X: invented", echo_invented, 16),
     FamilySpec("reply with the word X: real words", echo_real, 16),
     FamilySpec("pattern in chat, invented words", pattern_chat, 56),
+    FamilySpec("pattern in chat, letters, whole cycles", pattern_letters_in_chat(whole=True), 24),
+    FamilySpec("pattern in chat, letters, cut anywhere", pattern_letters_in_chat(whole=False), 24),
     FamilySpec("pattern as plain text, letters", pattern_letters, 20),
     FamilySpec("pattern as plain text, invented words", pattern_text, 56),
     FamilySpec("passage, one subject", passage_of(1), 32),

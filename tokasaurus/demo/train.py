@@ -1,6 +1,6 @@
 """Makes the demo model from nothing: corpus, tokenizer, weights.
 
-On two quiet cores it takes an estimated 90 minutes.
+On two quiet cores it takes an estimated 95 minutes.
 
     python -m tokasaurus.demo.train --out DIR
 
@@ -31,6 +31,7 @@ from tokasaurus.demo.corpus import (
     CALCULATOR,
     COPYING_FIRST,
     EXPRESSIONS,
+    PATTERNS,
     WORKED_SUMS,
     Mixture,
 )
@@ -52,7 +53,8 @@ class Phase:
 
 # Short blocks come first, since they are several times as fast; then long ones, so that all 2,048
 # positions are trained. The second course is how to work out a sum, and more of what the model
-# learned most slowly. The third is how to call a tool; the prompts that describe tools are long.
+# learned most slowly. The third is how to call a tool; the prompts that describe tools are long. It
+# displaced patterns in chat, and its end brings them back.
 FIRST_COURSES = (
     Phase(500_000, 256, 16, COPYING_FIRST, 0.0, 1.0),
     Phase(11_000_000, 256, 16, COPYING_FIRST, 1.0, 1.0),
@@ -69,6 +71,9 @@ LAST_COURSE = (
     Phase(1_228_800, 512, 8, EXPRESSIONS, 0.307, 0.183),
     Phase(204_800, 512, 8, EXPRESSIONS, 0.183, 0.05),
     Phase(122_880, 1024, 4, EXPRESSIONS, 0.05, 0.0),
+    Phase(81_920, 512, 8, PATTERNS, 0.0, 0.15),
+    Phase(819_200, 512, 8, PATTERNS, 0.15, 0.05),
+    Phase(122_880, 1024, 4, PATTERNS, 0.05, 0.0),
 )
 PHASES = FIRST_COURSES + LAST_COURSE
 NUM_TOKENS = sum(phase.tokens for phase in PHASES)

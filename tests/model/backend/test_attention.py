@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -560,6 +563,52 @@ def test_a_library_is_built_anew_when_a_header_beside_it_changes(monkeypatch, tm
     for answer in (41, 42):
         header.write_text(f"#define ANSWER {answer}")
         assert build.load_library(source).answer() == answer
+
+
+def test_old_libraries_and_abandoned_builds_are_removed(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kept = tmp_path / "tokasaurus"
+    source = tmp_path / "answer.cpp"
+    libraries = []
+
+    def load(answer):
+        source.write_text(f'extern "C" int answer() {{ return {answer}; }}')
+        before = set(kept.glob("*.so"))
+        library = build.load_library(source)
+        libraries.extend(set(kept.glob("*.so")) - before)
+        return library
+
+    first = load(0)
+    for name, age_s in (("abandoned", 10_000), ("new", 0)):
+        (kept / f"build-{name}").mkdir()
+        os.utime(kept / f"build-{name}", (time.time() - age_s,) * 2)
+    (kept / "another-amx-0.so").touch()
+    for answer in range(1, build._NUM_KEPT):
+        load(answer)
+    assert set(kept.glob("answer-*")) == set(libraries)
+    for number, library in enumerate(libraries):
+        os.utime(library, (number, number))
+    load(0)  # it is not the oldest any more
+    load(build._NUM_KEPT)
+    assert set(kept.glob("answer-*")) == {libraries[0], *libraries[2:]}
+    assert {path.name for path in kept.glob("[!a]*")} == {"build-new"}
+    assert (kept / "another-amx-0.so").exists()
+    assert first.answer() == 0
+    assert load(1).answer() == 1
+
+
+def test_processes_that_start_together_compile_once(monkeypatch, tmp_path):
+    compiler, log = tmp_path / "compiler", tmp_path / "log"
+    compiler.write_text(f'#!/bin/sh\necho "$@" >> {log}\nexec g++ "$@"\n')
+    compiler.chmod(0o700)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", str(compiler))
+    source = tmp_path / "answer.cpp"
+    source.write_text('extern "C" int answer() { return 41; }')
+    with ThreadPoolExecutor(4) as threads:
+        loaded = list(threads.map(build.load_library, [source] * 4))
+    assert [library.answer() for library in loaded] == [41] * 4
+    assert log.read_text().count(" -c ") == 1
 
 
 def set_processor(monkeypatch, tmp_path, features):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -75,3 +78,16 @@ def test_what_would_not_be_repeated_cannot_be_recorded():
         assert torch.equal(operators.rms_norm(x, x[0], 0.0), x)
     with Recording(MAX_ROWS):
         assert x.view(SIZE, MAX_ROWS)[1:].shape == (SIZE - 1, MAX_ROWS)
+
+
+def test_a_recording_does_not_load_the_compiler_of_torch():
+    """That takes longer than the rest of an engine's warm-up."""
+    program = (
+        "import sys, torch\n"
+        "from tokasaurus.model.backend.cpu.calls import Recording\n"
+        "with Recording(2) as recording:\n"
+        "    recording.buffer(2, 3, torch.float32).view(-1)\n"
+        "print('torch._dynamo' in sys.modules)\n"
+    )
+    printed = subprocess.check_output([sys.executable, "-c", program], text=True)
+    assert printed == "False\n"

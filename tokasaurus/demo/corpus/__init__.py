@@ -12,6 +12,7 @@ __all__ = [
     "CALCULATOR",
     "COPYING_FIRST",
     "EXPRESSIONS",
+    "PATTERNS",
     "WORKED_SUMS",
     "Mixture",
     "documents",
@@ -67,6 +68,24 @@ CALCULATOR: Mixture = [
 EXPRESSIONS: Mixture = [
     (weight, talk.expression_chat if make is talk.calculator_chat else make)
     for weight, make in CALCULATOR
+]
+
+# The same kinds, with more of what the calculator displaced: patterns in chat, and passages.
+PATTERNS: Mixture = [
+    (14, talk.expression_chat),
+    (2, talk.toolless_chat),
+    (22, talk.chat_with_worked_sums),
+    (1, talk.ruled_chat),
+    (15, passages.chat),
+    (1, passages.plain_text),
+    (2, copying.pattern_text),
+    (1, copying.sentence_text),
+    (20, copying.short_pattern_chat),
+    (10, copying.pattern_chat),
+    (2, copying.blend_chat),
+    (1, copying.blend_text),
+    (2, dinosaurs.plain_text),
+    (5, arithmetic.drill),
 ]
 
 

@@ -84,6 +84,7 @@ _SAY = (
     "Answer only with {}.",
 )
 
+_SHORT_WORDS = tuple(word for word in COMMON_WORDS if len(word) <= 4)
 _COUNTED = ("one two three four five six seven eight nine ten").split()
 _CYCLES = (
     "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
@@ -209,6 +210,34 @@ def blend_text(rng: Random, room: int) -> Document:
 
 def pattern_chat(rng: Random, _room: int) -> Document:
     return Chat(tuple(pattern_turns(rng)))
+
+
+def short_pattern_chat(rng: Random, _room: int) -> Document:
+    """Patterns of two to four items, mostly letters, more than half cut after whole cycles."""
+    turns: Turns = []
+    for _ in range(rng.choices((1, 2), (85, 15))[0]):
+        unit = _short_unit(rng)
+        size = len(unit)
+        shown = size * rng.randint(2, 5) if chance(rng, 0.5) else rng.randint(2 * size, 5 * size)
+        given, answer = pattern_question(unit, shown)
+        ask = _CONTINUE[0] if chance(rng, 0.4) else rng.choice(_CONTINUE)
+        turns += exchange(ask.format(given), answer)
+    return Chat(tuple(turns))
+
+
+def _short_unit(rng: Random) -> list[str]:
+    size = rng.randint(2, 4)
+    kind = weighted(rng, [(60, "letters"), (20, "words"), (10, "invented"), (10, "digits")])
+    if kind == "letters":
+        letters = string.ascii_uppercase if chance(rng, 0.8) else string.ascii_lowercase
+        start = rng.choice((0, 0, rng.randint(0, 22)))
+        in_order = list(letters[start : start + size])
+        return in_order if chance(rng, 0.35) else rng.sample(letters, size)
+    if kind == "words":
+        return rng.sample(COLOURS if chance(rng, 0.3) else _SHORT_WORDS, size)
+    if kind == "invented":
+        return [invent_word(rng) for _ in range(size)]
+    return [str(n) for n in rng.sample(range(10), size)]
 
 
 def recall(rng: Random) -> tuple[Turns, Turns]:

@@ -3,7 +3,9 @@
 Libraries are kept in ``$XDG_CACHE_HOME/tokasaurus``. Their names are hashes of everything that
 decides the compiler's output: the source, the headers beside it, the flags, the compiler's version
 and the architecture. A library is written under a temporary name and then renamed, so processes
-that start together never read half a file.
+that start together never read half a file. They do not compile the same library twice either:
+the second one waits for the first. Of each file and instruction set, the libraries that were used
+last are kept, enough for a few versions of the engine side by side.
 
 OpenMP: torch has its own runtime, and a second pool of threads in the process would compete with it
 for the cores. So the library is first linked without a runtime, and its calls find torch's. Where
@@ -12,7 +14,9 @@ they do not (another compiler, another build of torch), it is linked with one as
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import hashlib
 import logging
 import os
@@ -21,6 +25,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -45,6 +51,10 @@ _COMPILE = (
 )
 _LINKING = ((), ("-fopenmp",))
 _TIMEOUT_S = 300
+# Libraries of one file and instruction set.
+_NUM_KEPT = 4
+# No build takes longer, so a directory that is older was left behind by one that was killed.
+_ABANDONED_S = 3600
 
 
 class BuildError(Exception):
@@ -91,9 +101,7 @@ def load_library(source: Path, instruction_set: str = AUTO) -> ctypes.CDLL:
             recipe = _Recipe(compiler, instructions, linking)
             library = directory / f"{source.stem}-{instructions.name}-{_key(source, recipe)}.so"
             try:
-                if not library.exists():
-                    _build(source, recipe, library)
-                loaded = ctypes.CDLL(str(library))
+                loaded = _load(source, recipe, library)
             except subprocess.TimeoutExpired as error:
                 raise BuildError(f"{compiler[0]} ran for more than {_TIMEOUT_S} s") from error
             except subprocess.CalledProcessError as error:
@@ -146,6 +154,61 @@ def _compiler_version(compiler: tuple[str, ...]) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildError(f"cannot run {shlex.join(compiler)}: {error}") from error
     return told.stdout
+
+
+def _load(source: Path, recipe: _Recipe, library: Path) -> ctypes.CDLL:
+    if not _is_there(library):
+        with _lock(source):
+            if not _is_there(library):
+                _build(source, recipe, library)
+                _remove_old(library, f"{source.stem}-{recipe.instructions.name}")
+    return ctypes.CDLL(str(library))
+
+
+def _is_there(library: Path) -> bool:
+    """Whether a library exists. If so, no other process removes it soon."""
+    try:
+        modified_ns = library.stat().st_mtime_ns
+    except FileNotFoundError:
+        return False
+    with contextlib.suppress(OSError):  # another user's
+        os.utime(library, ns=(time.time_ns(), modified_ns))
+    return True
+
+
+@contextlib.contextmanager
+def _lock(source: Path) -> Iterator[None]:
+    """Keeps other processes from compiling the same file at the same time.
+
+    Where files cannot be locked it does nothing, and several processes may compile.
+    """
+    with source.open("rb") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _remove_old(built: Path, kind: str) -> None:
+    """Removes the libraries that were used least recently, and what killed builds left behind.
+
+    A process that has loaded a library can still run it.
+    """
+    directory = built.parent
+    used = {path: _used_s(path) for path in directory.glob(f"{kind}-*.so") if path != built}
+    for path in sorted(used, key=lambda path: -used[path])[_NUM_KEPT - 1 :]:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    for path in directory.glob("build-*"):
+        if _used_s(path) < time.time() - _ABANDONED_S:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _used_s(path: Path) -> float:
+    """When a file was used; now, if another process has just removed it."""
+    try:
+        return path.stat().st_atime
+    except FileNotFoundError:
+        return time.time()
 
 
 def _build(source: Path, recipe: _Recipe, library: Path) -> None:
