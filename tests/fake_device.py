@@ -405,28 +405,36 @@ class FakeDevice:
         assert num_tokens <= self.config.max_tokens_per_forward
 
     def _check_groups(self, batch: ForwardBatch) -> None:
+        no_chunks = np.zeros_like(batch.group_first_decodes)
+        has_chunks = batch.group_first_chunks is not None
         columns = (
-            batch.group_first_rows,
-            batch.group_num_rows,
+            batch.group_first_decodes,
+            batch.group_num_decodes,
+            batch.group_first_chunks if has_chunks else no_chunks,
+            batch.group_num_chunks if has_chunks else no_chunks,
             batch.group_first_columns,
             batch.group_num_columns,
         )
-        covered = np.zeros(len(batch.decode_slots), np.int32)
-        for row, num_rows, column, num_columns in zip(
+        slots = np.concatenate((batch.decode_slots, batch.prefill_slots))
+        lengths = [self.slots[slot].length for slot in batch.decode_slots.tolist()]
+        lengths = np.array(lengths + batch.prefill_starts.tolist())
+        covered = np.zeros(len(slots), np.int32)
+        for decode, num_decodes, chunk, num_chunks, column, num_columns in zip(
             *(values.tolist() for values in columns), strict=True
         ):
-            assert 0 <= row < row + num_rows <= len(covered)
+            assert 0 <= decode <= decode + num_decodes <= len(batch.decode_slots)
+            assert 0 <= chunk <= chunk + num_chunks <= len(batch.prefill_slots)
+            chunk += len(batch.decode_slots)
+            members = np.r_[decode : decode + num_decodes, chunk : chunk + num_chunks]
+            assert len(members) >= self.config.min_group_size
             end = column + num_columns
-            members = batch.decode_slots[row : row + num_rows]
-            pages = self.page_table[members, column:end]
+            pages = self.page_table[slots[members], column:end]
             assert num_columns > 0
-            assert (pages == pages[0]).all(), "rows of a group hold different pages"
-            shortest = min(self.slots[slot].length for slot in members.tolist())
+            assert (pages == pages[0]).all(), "slots of a group hold different pages"
+            shortest = lengths[members].min()
             assert end * self.config.page_size <= shortest, "a page of a group is not full"
-            assert (covered[row : row + num_rows] == column).all(), (
-                "columns are read twice or never"
-            )
-            covered[row : row + num_rows] = end
+            assert (covered[members] == column).all(), "columns are read twice or never"
+            covered[members] = end
 
     def _cells(self, slot: int, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         positions = np.arange(start, end)

@@ -447,6 +447,18 @@ def test_wrong_statsd_addresses_are_errors(url):
     assert "statsd_server_url" in problems(statsd_server_url=url)[0]
 
 
+def test_auto_considers_smaller_groups_unless_the_user_sets_a_limit():
+    def limits(**flags):
+        manager = slices(**flags).replicas[0].manager
+        return manager.min_group_size, manager.min_prefix_len
+
+    assert limits() == (4, 64)
+    assert limits(use_hydragen=True) == (32, 256)
+    for use in (None, True):
+        given = {"hydragen_min_group_size": 9, "hydragen_min_prefix_len": 100}
+        assert limits(use_hydragen=use, **given) == (9, 100), use
+
+
 def test_shared_prefixes_are_offered_unless_they_are_switched_off():
     for use, offered in ((True, True), (False, False), (None, True), ("auto", True)):
         result = slices(use_hydragen=use)

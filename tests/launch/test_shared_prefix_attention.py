@@ -14,26 +14,29 @@ PROMPTS = [HEADER + text for text in ("Once upon a time,", "A B C D A B C", "2 +
 
 
 def generate(attention="reference", temperature=0.8, **flags):
+    """The samples of prompts that begin together, when their header's pages are cached."""
     params = SamplingParams(n=4, temperature=temperature, max_tokens=12, seed=3, logprobs=0)
     with LLM(attention=attention, page_size=4, **flags) as llm:
+        llm.generate(HEADER, SamplingParams(max_tokens=1), use_tqdm=False)
         outputs = llm.generate(PROMPTS, params, use_tqdm=False)
     return [sample for output in outputs for sample in output.outputs]
 
 
 def test_tokens_are_the_same_with_groups_and_without(monkeypatch):
-    num_grouped_batches = 0
-    attend_in_groups = ReferenceAttention._attend_in_groups
+    num_decodes, num_chunks = [], []
+    attend_to_prefixes = ReferenceAttention._attend_to_prefixes
 
     def counting(self, *arguments):
-        nonlocal num_grouped_batches
-        num_grouped_batches += 1
-        return attend_in_groups(self, *arguments)
+        num_decodes.append(self._groups.num_decodes.sum())
+        num_chunks.append(self._groups.num_chunks.sum())
+        return attend_to_prefixes(self, *arguments)
 
-    monkeypatch.setattr(ReferenceAttention, "_attend_in_groups", counting)
+    monkeypatch.setattr(ReferenceAttention, "_attend_to_prefixes", counting)
     plain = generate(use_hydragen=False)
-    assert num_grouped_batches == 0
+    assert not any(num_decodes + num_chunks)
     grouped = generate(use_hydragen=True, hydragen_min_group_size=2, hydragen_min_prefix_len=8)
-    assert num_grouped_batches > 8
+    assert sum(count > 0 for count in num_decodes) > 8
+    assert max(num_chunks) == len(PROMPTS)
     for one, other in zip(plain, grouped, strict=True):
         assert one.token_ids == other.token_ids
         assert one.cumulative_logprob == pytest.approx(other.cumulative_logprob, rel=1e-4)

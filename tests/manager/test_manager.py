@@ -179,9 +179,11 @@ def test_grouped_tokens_count_as_the_worker_reports_them() -> None:
     world = World(make_config())
     world.turn(make_request(1, prompt(5), 6))
     first, second = world.results[0], world.results[1]
-    reported = (msgspec.structs.replace(first, num_grouped_tokens=3), second)
+    counts = {"num_grouped_tokens": 3, "num_grouped_prefill_tokens": 5}
+    reported = (msgspec.structs.replace(first, **counts), second)
     world.manager.take_turn([*reported], 0.0)
     assert world.manager.counters.num_grouped_tokens == 3
+    assert world.manager.counters.num_grouped_prefill_tokens == 5
 
 
 def test_results_of_other_batches_are_an_error() -> None:

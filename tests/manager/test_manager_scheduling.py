@@ -273,16 +273,30 @@ def test_batches_say_which_rows_share_pages() -> None:
     world = World(make_config(num_pages=64, min_group_size=3, min_prefix_len=8))
     world.turn(make_request(1, prompt(10), 9, n=4), make_request(2, prompt(5, 1), 9))
     batch = next(batch for batch in world.batches if batch.decode_slots.size == 5)
-    assert batch.group_num_rows.tolist() == [4]
+    assert batch.group_num_decodes.tolist() == [4]
     assert batch.group_num_columns.tolist() == [2]
-    first = int(batch.group_first_rows[0])
+    first = int(batch.group_first_decodes[0])
     shared = set(batch.decode_slots[first : first + 4].tolist())
     assert shared == set(world.batches[0].draw_slots[world.batches[0].draw_chunks == 0].tolist())
     world.drain()
+
+
+def test_prompts_that_begin_behind_the_same_pages_are_in_a_group_with_those_that_decode() -> None:
+    world = World(make_config(num_pages=64, min_group_size=3, min_prefix_len=8))
+    world.turn(make_request(1, prompt(8), 40))
+    world.turn(num_results=1)
+    alone = [make_request(2, prompt(9, 5), 9)]
+    world.turn(*alone, *[make_request(i, prompt(8) + prompt(3, i), 9) for i in (3, 4)])
+    world.drain()
+    batch = next(batch for batch in world.batches if batch.prefill_slots.size == 3)
+    assert batch.group_num_decodes.tolist() == [1]
+    assert batch.group_first_chunks.tolist() == [1]
+    assert batch.group_num_chunks.tolist() == [2]
+    assert batch.prefill_starts.tolist() == [0, 8, 8]
 
 
 def test_without_the_flag_there_are_no_groups() -> None:
     world = World(make_config(num_pages=64, use_groups=False))
     world.turn(make_request(1, prompt(10), 9, n=4))
     world.drain()
-    assert not any(batch.group_num_rows.size for batch in world.batches)
+    assert not any(batch.group_num_decodes.size for batch in world.batches)

@@ -40,6 +40,7 @@ class Both:
             "pooled",
             "cut_rows",
             "num_grouped_tokens",
+            "num_grouped_prefill_tokens",
             "num_recompiles",
         }
         for name in set(ForwardResult.__struct_fields__) - others:

@@ -145,8 +145,10 @@ EXAMPLES = [
         copy_targets=ints(1),
         early_copy_sources=ints(3),
         early_copy_targets=ints(4),
-        group_first_rows=ints(2),
-        group_num_rows=ints(2),
+        group_first_decodes=ints(2),
+        group_num_decodes=ints(2),
+        group_first_chunks=ints(2),
+        group_num_chunks=ints(2),
         group_first_columns=ints(2),
         group_num_columns=ints(2),
         prefill_pooling=ints(1),
@@ -165,6 +167,7 @@ EXAMPLES = [
         device_s=0.25,
         pooled=floats(1, 8),
         num_grouped_tokens=4,
+        num_grouped_prefill_tokens=9,
     ),
 ]
 
@@ -194,14 +197,14 @@ def test_a_decoded_message_equals_the_sent_one(message):
 
 
 def test_columns_that_a_batch_leaves_out_travel_as_empty_arrays():
-    """``parameters`` and the last four columns are optional, the others are int32 arrays."""
+    """``parameters`` and the last six columns are optional, the others are int32 arrays."""
     names = ForwardBatch.__struct_fields__
-    optional = ("number", "parameters", *names[-4:])
+    optional = ("number", "parameters", *names[-6:])
     columns = [name for name in names if name not in optional]
     codec = Codec(ForwardBatch)
     sent = codec.encode(ForwardBatch(number=8))
     empty = (np.zeros(0, np.int32) for _ in columns)
-    spelled_out = ForwardBatch(8, None, *empty, None, None, None, None)
+    spelled_out = ForwardBatch(8, None, *empty, *[None] * 6)
     assert sent == codec.encode(spelled_out)
     assert_same(codec.decode(sent), spelled_out)
 

@@ -37,6 +37,7 @@ SOMETHING = msgspec.structs.replace(
     num_cached_tokens=2000,
     num_decode_tokens=4000,
     num_grouped_tokens=1000,
+    num_grouped_prefill_tokens=1500,
     num_generated_tokens=5000,
     num_preemptions=3,
     queue_s=1.5,
@@ -162,6 +163,7 @@ def test_metrics_show_the_managers_figures(own_server):
     assert found["computed_prompt_tokens_total",] == 6000
     assert found["cached_prompt_tokens_total",] == 2000
     assert found["grouped_decode_tokens_total",] == 1000
+    assert found["grouped_prompt_tokens_total",] == 1500
     assert found["preemptions_total",] == 3
     assert found["queue_seconds_total",] == 1.5
     assert found["step_seconds",] == 0.25

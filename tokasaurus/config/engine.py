@@ -563,23 +563,25 @@ class EngineConfig:
         group=_HYDRAGEN,
         help=(
             "Group the sequences of every batch by the prefixes they share, and read such a "
-            "prefix once for all of them. F never does. T does for every group. auto does where "
-            "it saves time, as the engine measures when it starts; attention=reference does not "
-            "measure, and then needs T."
+            "prefix once for all of them, those that decode and those that feed their prompts. "
+            "F never does. T does for every group. auto does where it saves time, as the engine "
+            "measures when it starts; attention=reference does not measure, and then needs T."
         ),
         adapts="auto, a choice for each group",
     )
-    hydragen_min_group_size: int = flag(
-        32,
+    hydragen_min_group_size: int | None = flag(
+        None,
         group=_HYDRAGEN,
         minimum=2,
-        help="Sequences that must share a prefix.",
+        help="Sequences that must share a prefix. Smaller groups are not considered.",
+        adapts="4 with use_hydragen=auto, which takes those that save time; 32 with T",
     )
-    hydragen_min_prefix_len: int = flag(
-        256,
+    hydragen_min_prefix_len: int | None = flag(
+        None,
         group=_HYDRAGEN,
         minimum=1,
-        help="Tokens that a shared prefix must have.",
+        help="Tokens that a shared prefix must have. Shorter ones are not considered.",
+        adapts="64 with use_hydragen=auto, which takes those that save time; 256 with T",
     )
 
     greedy_prefill: bool = flag(

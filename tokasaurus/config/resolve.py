@@ -366,6 +366,7 @@ def _data_dir(config: EngineConfig) -> str:
 
 
 def _manager(config: EngineConfig, limits: _Limits) -> ManagerConfig:
+    min_group_size, min_prefix_len = _group_limits(config)
     return ManagerConfig(
         page_size=limits.page_size,
         num_pages=limits.num_pages,
@@ -378,12 +379,27 @@ def _manager(config: EngineConfig, limits: _Limits) -> ManagerConfig:
         stop_lag=STOP_LAG,
         admission=_admission(config),
         use_groups=config.use_hydragen is not False,
-        min_group_size=config.hydragen_min_group_size,
-        min_prefix_len=config.hydragen_min_prefix_len,
+        min_group_size=min_group_size,
+        min_prefix_len=min_prefix_len,
         share_wait_s=config.fair_share_wait_s,
         check_invariants=config.allocator_sanity_checks,
         force_preemption=config.bump_city_population_me,
     )
+
+
+def _group_limits(config: EngineConfig) -> tuple[int, int]:
+    """The sequences and the tokens of a prefix that a group must have.
+
+    Where the kernel takes the groups that save time, the limits only spare the manager those that
+    hardly can.
+    """
+    num_sequences, num_tokens = config.hydragen_min_group_size, config.hydragen_min_prefix_len
+    is_auto = config.use_hydragen is None
+    if num_sequences is None:
+        num_sequences = 4 if is_auto else 32
+    if num_tokens is None:
+        num_tokens = 64 if is_auto else 256
+    return num_sequences, num_tokens
 
 
 def _admission(config: EngineConfig) -> AdmissionConfig:

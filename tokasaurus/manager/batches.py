@@ -93,7 +93,7 @@ def forward_batch(
         draws: of tokens from prompts' last rows.
         copies_before: [2, copies] pages to copy from and to before the pass.
         copies_after: [2, copies] after the pass.
-        groups: the decode rows, and which of them share pages.
+        groups: the decode rows, and which of them and of the chunks share pages.
     """
     table_slots, table_columns, table_pages = table_changes
     next_ids = [
@@ -118,8 +118,10 @@ def forward_batch(
         draw_slots=draws.slots.astype(np.int32),
         copy_sources=copies_after[0],
         copy_targets=copies_after[1],
-        group_first_rows=groups.first_rows,
-        group_num_rows=groups.num_rows,
+        group_first_decodes=groups.first_decodes,
+        group_num_decodes=groups.num_decodes,
+        group_first_chunks=None if groups.chunks is None else groups.chunks.firsts,
+        group_num_chunks=None if groups.chunks is None else groups.chunks.counts,
         group_first_columns=groups.first_columns,
         group_num_columns=groups.num_columns,
         prefill_pooling=_int32(pooling) if any(pooling) else None,

@@ -17,6 +17,7 @@ class Counters:
     num_prefill_tokens: int = 0  # prompt tokens computed
     num_decode_tokens: int = 0  # decode rows
     num_grouped_tokens: int = 0  # decode rows whose prefix the worker read once for a group
+    num_grouped_prefill_tokens: int = 0  # the same for rows of chunks
     num_cached_tokens: int = 0  # prompt tokens that were not computed, at any admission
     num_generated_tokens: int = 0  # absorbed
     num_wasted_tokens: int = 0  # sampled after their sequence had ended
@@ -74,4 +75,5 @@ def statistics(counters: Counters, gauges: Gauges, step_s: float) -> Statistics:
         weights_version=gauges.weights_version,
         paused=gauges.paused,
         num_recompiles=counters.num_recompiles,
+        num_grouped_prefill_tokens=counters.num_grouped_prefill_tokens,
     )

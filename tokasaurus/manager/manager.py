@@ -402,6 +402,7 @@ class Manager:
         self.counters.num_generated_tokens += len(rows)
         self.counters.num_wasted_tokens += len(is_live) - len(rows)
         self.counters.num_grouped_tokens += result.num_grouped_tokens
+        self.counters.num_grouped_prefill_tokens += result.num_grouped_prefill_tokens
         self.counters.device_s += result.device_s
         self.counters.num_recompiles = result.num_recompiles
         self._look_ahead.batch_took(result.device_s)

@@ -599,7 +599,9 @@ class Scheduler:
         number = running.in_flight.next_number
         copies_before, copies_after = self._enter(accepted, now)
         if self._config.use_groups:
-            groups = self._groups.find(decode_slots)
+            groups = self._groups.find(decode_slots, _slots_of(chunks))
+            if groups.chunks is not None:
+                chunks = [chunks[index] for index in groups.chunks.order.tolist()]
         else:
             groups = Groups.none(decode_slots)
         drawing = draws(chunks)
@@ -658,3 +660,9 @@ class Scheduler:
             ended = [(chunk.sequence, chunk.forks) for chunk in chunks if chunk.ends_prompt]
             running.prompts_are_fed(ended, drawing)
         running.wake()
+
+
+def _slots_of(chunks: list[Chunk]) -> IndexArray:
+    if not chunks:
+        return NO_SLOTS
+    return np.array([chunk.sequence.slot for chunk in chunks], np.intp)

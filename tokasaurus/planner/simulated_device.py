@@ -167,13 +167,21 @@ class SimulatedDevice:
             device_s=device_s,
             pooled=_pooled(batch),
             num_grouped_tokens=_num_grouped(batch),
+            num_grouped_prefill_tokens=_num_grouped_of_prompts(batch),
         )
 
 
 def _num_grouped(batch: ForwardBatch) -> int:
     """Decode rows in a group: this device takes every group. Rows in none come first."""
-    firsts = batch.group_first_rows
+    firsts = batch.group_first_decodes
     return len(batch.decode_slots) - int(firsts.min()) if len(firsts) else 0
+
+
+def _num_grouped_of_prompts(batch: ForwardBatch) -> int:
+    """Rows of the chunks in a group. Chunks in none come first."""
+    if batch.group_first_chunks is None:
+        return 0
+    return int(batch.prefill_lengths[batch.group_first_chunks.min() :].sum())
 
 
 def _pooled(batch: ForwardBatch) -> Float32Array | None:

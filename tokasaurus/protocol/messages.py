@@ -333,7 +333,7 @@ class Statistics(Message, frozen=True):
     num_batches: int
     num_prefill_tokens: int  # prompt tokens computed
     num_decode_tokens: int  # decode rows
-    num_grouped_tokens: int  # decode rows whose prefix is read once for a group
+    num_grouped_tokens: int  # decode rows whose prefix was read once for a group
     num_cached_tokens: int  # prompt tokens found in the cache, which need no computation
     num_generated_tokens: int
     num_wasted_tokens: int  # sampled after their sequence had ended
@@ -353,6 +353,7 @@ class Statistics(Message, frozen=True):
     # Whether all that waits, waits for a command: for Resume, RestoreMemory or UpdateWeights.
     paused: bool = False
     num_recompiles: int = 0  # graphs that the worker compiled after its warm-up, in total
+    num_grouped_prefill_tokens: int = 0  # rows of prompts whose prefix was read once for a group
 
 
 class WorkerStall(Message, frozen=True):
@@ -428,17 +429,20 @@ class ForwardBatch(Message, frozen=True):
         rows           4 7 9    2        5
         drawn          4 7 9             5 6      draw_slots = [5, 6], draw_chunks = [1, 1]
 
-    Groups say which decode rows share pages, so that the worker may read these pages once for all
-    rows of a group; it may also ignore the groups. A group is a range of decode rows and a range of
-    page-table columns in which all these rows name the same full pages. A group inside another one
-    comes after it and continues where it ends: the columns of the groups that a row is in follow
-    each other from column 0 on, and the columns behind them are the row's own. Here slots 7, 2 and
-    6 share a page, and slots 2 and 6 share another::
+    Groups say which slots of the batch share pages, so that the worker may read these pages once
+    for all rows of a group; it may also ignore the groups. A group is a range of decode slots, a
+    range of prefill slots (one of them may be empty), and a range of page-table columns in which
+    all these slots name the same full pages. Chunks begin behind the pages of their groups. A group
+    inside another one comes after it and continues where it ends: the columns of the groups that a
+    slot is in follow each other from column 0 on, and the columns behind them are the slot's own.
+    Here slots 7, 2, 6 and 5 share a page, and slots 6 and 5 share another::
 
-        decode_slots   4  7  2  6        group_first_rows     1  2
-        column 0       a  b  b  b        group_num_rows       3  2
-        column 1       c  d  e  e        group_first_columns  0  1
-        column 2       .  .  f  g        group_num_columns    1  1
+        decode_slots   4  7  2  6        group_first_decodes  1  3
+        prefill_slots              5     group_num_decodes    3  1
+                                         group_first_chunks   0  0
+        column 0       a  b  b  b  b     group_num_chunks     1  1
+        column 1       c  d  f  e  e     group_first_columns  0  1
+        column 2       .  .  .  g  h     group_num_columns    1  1
     """
 
     number: int  # 0, 1, 2 ...; a worker that sees a gap fails
@@ -463,8 +467,8 @@ class ForwardBatch(Message, frozen=True):
     # [copies] After the pass, page copy_sources[i] is copied to page copy_targets[i].
     copy_sources: Int32Array = EMPTY_INT32
     copy_targets: Int32Array = EMPTY_INT32
-    group_first_rows: Int32Array = EMPTY_INT32  # [groups] index into decode_slots
-    group_num_rows: Int32Array = EMPTY_INT32  # [groups]
+    group_first_decodes: Int32Array = EMPTY_INT32  # [groups] index into decode_slots
+    group_num_decodes: Int32Array = EMPTY_INT32  # [groups]
     group_first_columns: Int32Array = EMPTY_INT32  # [groups] of the page table
     group_num_columns: Int32Array = EMPTY_INT32  # [groups]
     prefill_pooling: Int32Array | None = None  # [chunks] Pooling; None if no chunk is pooled
@@ -475,6 +479,9 @@ class ForwardBatch(Message, frozen=True):
     # the end of a cartridge, in a page that a prompt goes on to fill. None if there are none.
     early_copy_sources: Int32Array | None = None
     early_copy_targets: Int32Array | None = None
+    # [groups] index into the prefill columns, and how many; None if no group has chunks.
+    group_first_chunks: Int32Array | None = None
+    group_num_chunks: Int32Array | None = None
 
 
 class ForwardResult(Message, frozen=True):
@@ -503,6 +510,7 @@ class ForwardResult(Message, frozen=True):
     # - penalties need the generated tokens, and there is no room left to remember them.
     cut_rows: Int32Array | None = None
     num_grouped_tokens: int = 0  # decode rows whose prefix was read once for a group
+    num_grouped_prefill_tokens: int = 0  # the same for rows of chunks
     # Graphs that the worker has compiled since its warm-up, in total.
     num_recompiles: int = 0
 

@@ -31,7 +31,16 @@ _TOTALS = (
     ("generated_tokens", "num_generated_tokens", "Tokens generated"),
     ("wasted_tokens", "num_wasted_tokens", "Tokens generated after their sequence had ended"),
     ("decode_tokens", "num_decode_tokens", "Rows of decoding, one for each token and sequence"),
-    ("grouped_decode_tokens", "num_grouped_tokens", "Rows of decoding whose prefix is shared"),
+    (
+        "grouped_decode_tokens",
+        "num_grouped_tokens",
+        "Rows of decoding for which attention read a shared prefix once for a group",
+    ),
+    (
+        "grouped_prompt_tokens",
+        "num_grouped_prefill_tokens",
+        "Prompt tokens computed for which attention read a shared prefix once for a group",
+    ),
     ("batches", "num_batches", "Forward passes planned"),
     ("finished_sequences", "num_finished", "Sequences that ended, for whatever reason"),
     ("preemptions", "num_preemptions", "Times that a running sequence gave its pages back"),

@@ -53,30 +53,47 @@ def naive_groups(
     return found
 
 
-def check(groups: Groups, table: Table, slots: list[int], limits: Limits) -> None:
-    ordered = groups.slots.tolist()
-    assert sorted(ordered) == sorted(slots)
-    columns = (groups.first_rows, groups.num_rows, groups.first_columns, groups.num_columns)
+def check(
+    groups: Groups, table: Table, slots: list[int], limits: Limits, chunk_slots: list[int] = ()
+) -> None:
+    """Checks the groups of slots that decode, and of slots that feed chunks."""
+    decodes, chunks = groups.slots.tolist(), list(chunk_slots)
+    first_chunks = num_chunks = np.zeros_like(groups.first_decodes)
+    if groups.chunks is not None:
+        order, first_chunks, num_chunks = groups.chunks
+        chunks = [chunks[index] for index in order.tolist()]
+        assert num_chunks.any()
+    assert sorted(decodes) == sorted(slots)
+    assert sorted(chunks) == sorted(chunk_slots)
+    columns = (
+        groups.first_decodes,
+        groups.num_decodes,
+        first_chunks,
+        num_chunks,
+        groups.first_columns,
+        groups.num_columns,
+    )
     assert all(column.dtype == np.int32 for column in columns)
-    ranges = list(zip(*(column.tolist() for column in columns), strict=True))
     found = [
-        (frozenset(ordered[row : row + num_rows]), column, column + num_columns)
-        for row, num_rows, column, num_columns in ranges
+        (
+            frozenset(decodes[decode : decode + num_decodes] + chunks[chunk : chunk + num_chunks]),
+            column,
+            column + num_columns,
+        )
+        for decode, num_decodes, chunk, num_chunks, column, num_columns in zip(
+            *(column.tolist() for column in columns), strict=True
+        )
     ]
     assert len(set(found)) == len(found)
-    assert set(found) == naive_groups(table, set(slots), limits)
-    for (row, num_rows, _, _), (next_row, next_num_rows, _, _) in itertools.pairwise(ranges):
-        assert row <= next_row  # outer groups before inner ones
-        assert next_row + next_num_rows <= row + num_rows or next_row >= row + num_rows
-    for row, slot in enumerate(ordered):
-        end = 0
-        for first_row, num_rows, column, num_columns in ranges:
-            if first_row <= row < first_row + num_rows:
-                assert column == end  # goes on where the one around it ends
-                end += num_columns
-        assert end <= len(table.get(slot, ()))
-    in_none = [slot for slot in slots if not any(slot in members for members, _, _ in found)]
-    assert ordered[: len(in_none)] == in_none
+    assert set(found) == naive_groups(table, {*slots, *chunk_slots}, limits)
+    for index, (members, column, _) in enumerate(found):
+        around = [other for other in found[:index] if members <= other[0]]
+        assert column == max((end for _, _, end in around), default=0)  # goes on where that ends
+        assert not any(members > later for later, _, _ in found[:index])  # outer ones come first
+    is_grouped = {slot for members, _, _ in found for slot in members}
+    for ordered, given in ((decodes, slots), (chunks, chunk_slots)):
+        in_none = [slot for slot in given if slot not in is_grouped]
+        assert ordered[: len(in_none)] == in_none
 
 
 def test_groups_are_as_in_the_picture_of_the_module():
@@ -88,8 +105,8 @@ def test_groups_are_as_in_the_picture_of_the_module():
     _, finder = make(table, 8, page_size=64)
     groups = finder.find(np.arange(7))
     check(groups, table, list(range(7)), Limits(2, 1, 1))
-    assert groups.first_rows.tolist() == [1, 1, 4]
-    assert groups.num_rows.tolist() == [6, 3, 3]
+    assert groups.first_decodes.tolist() == [1, 1, 4]
+    assert groups.num_decodes.tolist() == [6, 3, 3]
     assert groups.first_columns.tolist() == [0, 2, 2]
     assert sorted(groups.num_columns.tolist()) == [1, 2, 2]
 
@@ -120,9 +137,12 @@ def check_random_prefixes(seed: int, page_size: int) -> None:
         min_end = max(1, min_prefix_len // page_size)
         limits = Limits(min_group_size, min_end, min(min_end, ceil_div(MIN_NESTED_LEN, page_size)))
         full = {slot: table.get(slot, []) for slot in range(num_slots)}
-        for share in (1.0, 0.7, 0.2):
-            slots = [slot for slot in range(num_slots) if random_.random() < share]
-            check(finder.find(np.array(slots, np.intp)), full, slots, limits)
+        for share, chunk_share in ((1.0, 0.0), (0.7, 0.2), (0.2, 0.5), (0.0, 0.6)):
+            drawn = [(slot, random_.random()) for slot in random_.sample(range(num_slots), 60)]
+            slots = sorted(slot for slot, number in drawn if number < share)
+            chunks = [slot for slot, number in drawn if share <= number < share + chunk_share]
+            found = finder.find(np.array(slots, np.intp), np.array(chunks, np.intp))
+            check(found, full, slots, limits, chunks)
 
 
 def test_too_few_rows_and_too_short_prefixes():
@@ -130,7 +150,7 @@ def test_too_few_rows_and_too_short_prefixes():
 
     def num_groups(**limits):
         _, finder = make(table, 4, **limits)
-        return len(finder.find(np.arange(4)).first_rows)
+        return len(finder.find(np.arange(4)).first_decodes)
 
     assert num_groups(min_group_size=3, min_prefix_len=64) == 1
     assert num_groups(min_group_size=4, min_prefix_len=64) == 0
@@ -143,7 +163,7 @@ def test_a_run_too_short_for_a_group_goes_to_the_groups_inside_it():
     table = {slot: [*header, 10 + slot // 2, 20 + slot // 2] for slot in range(4)}
     _, finder = make(table, 4, min_prefix_len=80)
     groups = finder.find(np.arange(4))
-    assert groups.num_rows.tolist() == [2, 2]
+    assert groups.num_decodes.tolist() == [2, 2]
     assert groups.first_columns.tolist() == [0, 0]
     assert groups.num_columns.tolist() == [5, 5]
 
@@ -166,20 +186,45 @@ def test_groups_are_computed_again_when_rows_or_prefixes_changed():
     table = {slot: [1, 2] for slot in range(4)}
     prefixes, finder = make(table, 8)
     of_all = finder.find(np.arange(4))
-    assert of_all.num_rows.tolist() == [4]
+    assert of_all.num_decodes.tolist() == [4]
     assert finder.find(np.arange(4)) is of_all
-    assert finder.find(np.array([0, 2, 3])).num_rows.tolist() == [3]
-    assert finder.find(np.array([0, 1, 3])).num_rows.tolist() == [3]
+    assert finder.find(np.array([0, 2, 3])).num_decodes.tolist() == [3]
+    assert finder.find(np.array([0, 1, 3])).num_decodes.tolist() == [3]
     prefixes.leave(np.array([3]))
-    assert finder.find(np.array([0, 1, 3])).num_rows.tolist() == [2]
+    assert finder.find(np.array([0, 1, 3])).num_decodes.tolist() == [2]
     prefixes.enter([3, 4], np.array([1, 2], np.int32))
-    assert finder.find(np.array([0, 1, 3])).num_rows.tolist() == [3]
+    assert finder.find(np.array([0, 1, 3])).num_decodes.tolist() == [3]
     prefixes.leave(np.arange(8))
     groups = finder.find(np.array([0, 1, 3]))
-    assert (groups.slots.tolist(), len(groups.first_rows)) == ([0, 1, 3], 0)
+    assert (groups.slots.tolist(), len(groups.first_decodes)) == ([0, 1, 3], 0)
+
+
+def test_chunks_and_decodes_that_share_pages_are_one_group():
+    table = {slot: [1, 2, 10 + slot // 2] for slot in range(6)}
+    _, finder = make(table, 8, page_size=64)
+    groups = finder.find(np.array([6, 0, 1, 2]), np.array([3, 7, 4]))
+    limits, full = Limits(2, 1, 1), {6: [], 7: [], **table}
+    check(groups, full, [6, 0, 1, 2], limits, [3, 7, 4])
+    assert groups.num_decodes[0] == 3
+    assert groups.chunks.counts[0] == 2
+    assert groups.chunks.order[0] == 1  # slot 7 shares nothing
+
+
+def test_chunks_that_share_nothing_keep_their_order():
+    _, finder = make({slot: [1] for slot in range(3)}, 8)
+    groups = finder.find(np.arange(3), np.array([5, 3]))
+    assert (groups.num_decodes.tolist(), groups.chunks) == ([3], None)
+
+
+def test_groups_are_computed_again_when_chunks_changed():
+    _, finder = make({slot: [1, 2] for slot in range(6)}, 8)
+    first = finder.find(np.arange(3), np.array([4]))
+    assert finder.find(np.arange(3), np.array([4])) is first
+    assert finder.find(np.arange(3), np.array([4, 5])).chunks.counts.tolist() == [2]
+    assert finder.find(np.arange(3)).chunks is None
 
 
 def test_a_batch_without_rows_has_no_groups():
     _, finder = make({0: [1], 1: [1]}, 4)
     groups = finder.find(np.empty(0, np.intp))
-    assert len(groups.slots) == len(groups.first_rows) == 0
+    assert len(groups.slots) == len(groups.first_decodes) == 0

@@ -258,6 +258,11 @@ def test_each_layer_has_its_own_keys_and_values(backend_of):
     assert cache.values[0][0, 0, 2:].isnan().all()
 
 
+def groups_of_decodes(first_rows, num_rows, first_columns, num_columns):
+    no_chunks = np.zeros_like(first_rows)
+    return PrefixGroups(first_rows, num_rows, no_chunks, no_chunks, first_columns, num_columns)
+
+
 def grouped_decodes(rng, page_size):
     """Decode rows over one page table, with groups and without: the same pages either way.
 
@@ -286,7 +291,7 @@ def grouped_decodes(rng, page_size):
         page_table=torch.from_numpy(page_table),
         num_decodes=num_sequences,
     )
-    groups = PrefixGroups(first_rows, num_rows, first_columns, num_columns)
+    groups = groups_of_decodes(first_rows, num_rows, first_columns, num_columns)
     return rows, replace(rows, groups=groups)
 
 
@@ -325,6 +330,96 @@ def test_groups_change_no_result(backend_of):
                 torch.testing.assert_close(output, expected, atol=2e-6, rtol=1e-5)
 
 
+def nested_groups(rng, decodes, chunks, column=0, depth=0):
+    """Groups of random parts of two ranges of sequences, outer ones first: ranges and columns."""
+    if len(decodes) + len(chunks) < 2 or depth == 3:
+        return []
+    end = column + int(rng.integers(1, 4))
+    groups = [(decodes, chunks, column, end)] if rng.random() < 0.8 else []
+    column = end if groups else column
+    cuts = (int(rng.integers(0, len(each) + 1)) for each in (decodes, chunks))
+    decode_cut, chunk_cut = cuts
+    for parts in (
+        (decodes[:decode_cut], chunks[:chunk_cut]),
+        (decodes[decode_cut:], chunks[chunk_cut:]),
+    ):
+        groups += nested_groups(rng, *parts, column, depth + 1)
+    return groups
+
+
+def random_world(rng, page_size):
+    """A batch of decodes and chunks over shared pages, with its groups and without."""
+    num_decodes, num_chunks = int(rng.integers(0, 9)), int(rng.integers(0, 7))
+    num_decodes += num_decodes + num_chunks == 0
+    count = num_decodes + num_chunks
+    found = nested_groups(
+        rng, range(rng.integers(0, num_decodes + 1), num_decodes), range(num_decodes, count)
+    )
+    pages = rng.permutation(count * 15).astype(np.int32).reshape(count, 15)
+    shared = np.zeros(count, np.int32)
+    for decodes, chunks, column, end in found:
+        members = [*decodes, *chunks]
+        pages[members, column:end] = pages[members[0], column:end]
+        shared[members] = end
+    counts = np.where(np.arange(count) < num_decodes, 1, rng.integers(1, 5 * page_size, count))
+    counts = np.minimum(counts, 45)
+    firsts = shared * page_size + rng.integers(0, page_size, count)
+    slots = rng.permutation(count).astype(np.int32)
+    page_table = np.empty_like(pages)
+    page_table[slots] = pages
+    columns = [
+        (decodes.start, len(decodes), chunks.start, len(chunks), column, end - column)
+        for decodes, chunks, column, end in found
+    ]
+    rows = SequenceRows(
+        slots=slots,
+        query_starts=np.append(0, np.cumsum(counts)).astype(np.int32),
+        kv_lengths=(firsts + counts).astype(np.int32),
+        positions=np.concatenate(
+            [np.arange(first, first + n) for first, n in zip(firsts, counts, strict=True)]
+        ).astype(np.int32),
+        page_table=torch.from_numpy(page_table),
+        num_decodes=num_decodes,
+    )
+    groups = PrefixGroups(*np.array(columns, np.int32).reshape(-1, 6).T.copy())
+    num_grouped = np.where(shared > 0, counts, 0)
+    expected = (num_grouped[:num_decodes].sum(), num_grouped[num_decodes:].sum())
+    return rows, replace(rows, groups=groups), expected
+
+
+TOLERANCES = [(torch.float32, 5e-6), (torch.bfloat16, 0.02), (torch.float16, 0.003)]
+
+
+def test_random_groups_of_decodes_and_chunks_change_no_result(backend_of, four_threads):
+    """Against the same backend without groups, and against the reference with them."""
+    num_mixed = 0
+    for seed in range(24):
+        rng = np.random.default_rng(seed)
+        num_heads, num_kv_heads, head_dim = HEADS[seed % len(HEADS)]
+        page_size = (4, 16)[seed % 2]
+        plain, grouped, num_grouped = random_world(rng, page_size)
+        num_mixed += bool((grouped.groups.num_decodes * grouped.groups.num_chunks).any())
+        for dtype, tolerance in TOLERANCES:
+            torch.manual_seed(seed)
+            cache = make_cache(plain.page_table.numel(), page_size, num_kv_heads, head_dim, dtype)
+            for tensor in cache.keys + cache.values:
+                tensor.normal_()
+            backend = backend_of(cache, num_heads)
+            query, key, value = (
+                torch.randn(len(plain.positions), heads, head_dim).to(dtype)
+                for heads in (num_heads, num_kv_heads, num_kv_heads)
+            )
+            with named((seed, dtype)):
+                expected = attend(backend, plain, query, key, value)
+                assert not expected.isnan().any()
+                output = attend(backend, grouped, query, key, value)
+                assert backend.grouped_rows == num_grouped
+                torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
+                reference = attend(ReferenceBackend(cache, num_heads), grouped, query, key, value)
+                torch.testing.assert_close(output, reference, atol=tolerance, rtol=tolerance)
+    assert num_mixed > 8
+
+
 def test_the_reference_reads_the_prefix_of_a_group_once():
     """Reading it through another member's page table would show: their entries are broken."""
     plain, grouped = grouped_decodes(np.random.default_rng(3), 16)
@@ -341,9 +436,6 @@ def test_the_reference_reads_the_prefix_of_a_group_once():
     assert (output[3] - expected[3]).abs().max() > 1e-3
     output = attend(backend, replace(grouped, page_table=broken), query, key, value)
     torch.testing.assert_close(output, expected)
-
-
-TOLERANCES = [(torch.float32, 5e-6), (torch.bfloat16, 0.02), (torch.float16, 0.003)]
 
 
 def test_groups_change_results_in_half_precision_by_its_rounding_only(backend_of):
@@ -379,7 +471,7 @@ def large_group(num_rows, num_columns, page_size):
         num_decodes=num_rows,
     )
     group = (np.array([number], np.int32) for number in (0, num_rows, 0, num_columns))
-    return rows, replace(rows, groups=PrefixGroups(*group))
+    return rows, replace(rows, groups=groups_of_decodes(*group))
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from worker_driver import Enter, make_driver, worker_config
 from worker_script import contents, ids, ints, load_vocabulary, run, script
 
 from tokasaurus.errors import EngineError, ProtocolError
+from tokasaurus.model.backend.base import NO_GROUPED_ROWS
 from tokasaurus.model.download import Download
 from tokasaurus.model.sampling.logprobs import Logprobs
 from tokasaurus.model.worker.clock import EventClock, HostClock
@@ -130,7 +131,7 @@ def test_a_pass_that_fails_on_the_device_is_named_as_it_is_collected():
         batches.add(
             number,
             f"batch {number}",
-            Outputs(Download(torch.tensor([7])), none, none, None, None, 0, 0),
+            Outputs(Download(torch.tensor([7])), none, none, None, None, NO_GROUPED_ROWS, 0),
             clock,
         )
         for number, clock in enumerate((FailingClock(), HostClock()))

@@ -8,9 +8,11 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from rows import named
 from sampling_driver import adjusted_by
 from worker_driver import Driver, Enter, worker_config
 
+from tokasaurus.errors import ProtocolError
 from tokasaurus.model.sampling.parameters import SamplingParameters
 from tokasaurus.model.worker.slot_state import SlotState
 from tokasaurus.protocol.messages import AdjustedSlots, Adjustments, Sampling
@@ -74,3 +76,64 @@ def test_cleared_tables_are_as_new_and_stay_in_place(driver, state):
     neutral = SamplingParameters.neutral(driver.config.num_slots)
     for name in ("temperature", "top_k", "seed", "num_logprobs", "num_generated"):
         assert state.sampling[name].tolist() == neutral[name].tolist(), name
+
+
+def grouped_batch(driver, state):
+    """Slots 0 and 1 decode behind 20 tokens, slots 2 and 3 feed chunks from position 16 on."""
+    for slot in range(4):
+        driver.start(slot)
+    state.apply(driver.batch(prefill=[Enter(slot, [7] * 20) for slot in (0, 1)]))
+    driver.lengths = {0: 20, 1: 20}
+    return driver.batch([0, 1], [Enter(2, [7] * 3, 16), Enter(3, [8], 16)])
+
+
+def with_groups(batch, **columns):
+    arrays = {f"group_{name}": np.array(values, np.int32) for name, values in columns.items()}
+    return msgspec.structs.replace(batch, **arrays)
+
+
+ONE_GROUP = {
+    "first_decodes": [1],
+    "num_decodes": [1],
+    "first_chunks": [0],
+    "num_chunks": [2],
+    "first_columns": [0],
+    "num_columns": [1],
+}
+
+
+def test_groups_name_sequences_of_the_batch(driver, state):
+    batch = grouped_batch(driver, state)
+    groups = state.apply(with_groups(batch, **ONE_GROUP)).sequences.groups
+    assert (groups.first_decodes.tolist(), groups.num_decodes.tolist()) == ([1], [1])
+    assert (groups.first_chunks.tolist(), groups.num_chunks.tolist()) == ([2], [2])
+
+
+def test_a_group_may_have_no_chunks(driver, state):
+    columns = {name: ONE_GROUP[name] for name in ONE_GROUP if "chunks" not in name}
+    batch = with_groups(grouped_batch(driver, state), **columns)
+    groups = state.apply(batch).sequences.groups
+    assert (groups.num_decodes.tolist(), groups.num_chunks.tolist()) == ([1], [0])
+
+
+IMPOSSIBLE_GROUPS = [
+    (
+        {"num_decodes": [2]},
+        "group of 2 rows from 1 on and 2 chunks from 0 on, with pages 0 to 1, which",
+    ),
+    ({"num_chunks": [3]}, "which these do not fill"),
+    ({"num_decodes": [0], "num_chunks": [0]}, "which these do not fill"),
+    ({"num_columns": [2]}, "with pages 0 to 2, which these do not fill"),
+    ({"num_columns": [0]}, "which these do not fill"),
+    ({"num_chunks": [0], "num_columns": [2]}, "which these do not fill"),
+    ({"first_decodes": [-1]}, "columns of its groups disagree"),
+    ({"first_chunks": [-1]}, "columns of its groups disagree"),
+    ({"num_columns": [1, 1]}, "columns of its groups disagree"),
+]
+
+
+def test_impossible_groups_are_refused(driver, state):
+    for changes, message in IMPOSSIBLE_GROUPS:
+        batch = with_groups(grouped_batch(driver, state), **{**ONE_GROUP, **changes})
+        with named(changes), pytest.raises(ProtocolError, match=message):
+            state.apply(batch)

@@ -20,10 +20,12 @@ from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
 __all__ = [
     "DEFAULT_OPTIONS",
     "DRAW",
+    "NO_GROUPED_ROWS",
     "NO_GROUPS",
     "Attention",
     "Backend",
     "BackendOptions",
+    "GroupedRows",
     "HeadNorms",
     "Operators",
     "PrefixGroups",
@@ -35,30 +37,46 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class PrefixGroups:
-    """Decode rows that share pages, which a backend may read once for all rows of a group.
+    """Sequences that share pages, which a backend may read once for all rows of a group.
 
-    Group g is the rows ``first_rows[g]`` to ``first_rows[g] + num_rows[g]``. In the columns
-    ``first_columns[g]`` to ``first_columns[g] + num_columns[g]`` of the page table, all its rows
-    name the same full pages, whose positions come before those of the rows. A group inside another
-    comes after it and starts where it ends. A row's own columns are those behind its last group.
+    Group g is two ranges of sequences: ``num_decodes[g]`` from ``first_decodes[g]`` on decode, and
+    ``num_chunks[g]`` from ``first_chunks[g]`` on feed a chunk of a prompt. One of the ranges may be
+    empty. In the columns ``first_columns[g]`` to ``first_columns[g] + num_columns[g]`` of the page
+    table, all these sequences name the same full pages. The positions of these pages come before
+    those of all rows of the group, so each row sees them all. A group inside another comes after it
+    and starts where it ends. A sequence's own columns are those behind its last group.
 
     Attributes:
-        first_rows: [groups], decode rows of the batch.
-        num_rows: [groups].
+        first_decodes: [groups], sequences of the batch.
+        num_decodes: [groups].
+        first_chunks: [groups], sequences of the batch, counted from the first decode on.
+        num_chunks: [groups].
         first_columns: [groups], columns of the page table.
         num_columns: [groups].
     """
 
-    first_rows: Int32Array
-    num_rows: Int32Array
+    first_decodes: Int32Array
+    num_decodes: Int32Array
+    first_chunks: Int32Array
+    num_chunks: Int32Array
     first_columns: Int32Array
     num_columns: Int32Array
 
     def __len__(self) -> int:
-        return len(self.first_rows)
+        return len(self.first_decodes)
 
 
-NO_GROUPS = PrefixGroups(EMPTY_INT32, EMPTY_INT32, EMPTY_INT32, EMPTY_INT32)
+NO_GROUPS = PrefixGroups(*[EMPTY_INT32] * 6)
+
+
+class GroupedRows(NamedTuple):
+    """Rows of a batch whose prefix is read once for a group."""
+
+    num_decodes: int
+    num_prefills: int
+
+
+NO_GROUPED_ROWS = GroupedRows(0, 0)
 
 
 @dataclass(frozen=True)
@@ -79,7 +97,7 @@ class SequenceRows:
         positions: [rows], on the host.
         page_table: [slots, pages] int32, on the device.
         num_decodes: sequences of one row that come first in the batch, and decode.
-        groups: decode rows that share pages. A backend may ignore them.
+        groups: sequences that share pages. A backend may ignore them.
     """
 
     slots: Int32Array
@@ -301,8 +319,8 @@ class Backend(Protocol):
         ...
 
     @property
-    def num_grouped_rows(self) -> int:
-        """Decode rows of the batch planned last whose prefix is read once for a group."""
+    def grouped_rows(self) -> GroupedRows:
+        """Of the batch planned last."""
         ...
 
     def plan(self, rows: SequenceRows) -> Attention:

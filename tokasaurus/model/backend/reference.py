@@ -3,20 +3,21 @@
 It gathers the pages of one sequence after the other. This defines what paged attention means; it is
 not fast.
 
-Where decode rows share a prefix, it reads the prefix once for all of them, and merges what each row
-gets there with what it gets from its own pages (Juravsky et al. 2024, Hydragen,
+Where sequences share a prefix, it reads the prefix once for all their rows, and merges what each
+row gets there with what it gets from its sequence's own pages (Juravsky et al. 2024, Hydragen,
 https://arxiv.org/abs/2402.05099)::
 
-    columns      0    1    2    3
-    row 0        a    b    c    .      own pages: c
-    row 1        d    e    f    g      group of rows 1-3: d; own pages: e f g
-    row 2        d    h    i    .      group of rows 2-3: h; own pages: i
-    row 3        d    h    j    k
+    columns        0    1    2    3
+    sequence 0     a    b    c    .      own pages: a b c
+    sequence 1     d    e    f    g      group of sequences 1-3: d; own pages: e f g
+    sequence 2     d    h    i    .      group of sequences 2-3: h; own pages: i
+    sequence 3     d    h    j    k
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
@@ -27,8 +28,10 @@ from torch import Tensor
 
 from tokasaurus.model.backend.base import (
     DEFAULT_OPTIONS,
+    NO_GROUPED_ROWS,
     NO_GROUPS,
     BackendOptions,
+    GroupedRows,
     HeadNorms,
     Operators,
     PrefixGroups,
@@ -38,6 +41,7 @@ from tokasaurus.model.backend.base import (
 from tokasaurus.model.backend.reference_operators import REFERENCE_OPERATORS, norm_and_rotate
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.model.upload import upload_indices
+from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.rounding import ceil_div
 
 __all__ = ["ReferenceAttention", "ReferenceBackend"]
@@ -54,7 +58,7 @@ class ReferenceBackend:
         self._cache, self._num_heads = cache, num_heads
         # It is not fast either way, so it does not measure which is faster.
         self._uses_groups = bool(options.use_groups)
-        self.num_grouped_rows = 0
+        self.grouped_rows = NO_GROUPED_ROWS
 
     @classmethod
     def why_not(cls, options: BackendOptions) -> str | None:
@@ -74,8 +78,11 @@ class ReferenceBackend:
     def plan(self, rows: SequenceRows) -> ReferenceAttention:
         if not self._uses_groups:
             rows = replace(rows, groups=NO_GROUPS)
-        own_columns = _own_columns(rows.groups, rows.num_decodes)
-        self.num_grouped_rows = sum(column > 0 for column in own_columns)
+        counts = np.where(_own_columns(rows) > 0, np.diff(rows.query_starts), 0)
+        num_decodes = rows.num_decodes
+        self.grouped_rows = GroupedRows(
+            int(counts[:num_decodes].sum()), int(counts[num_decodes:].sum())
+        )
         return ReferenceAttention(self._cache, self._num_heads, rows)
 
 
@@ -95,7 +102,7 @@ class ReferenceAttention:
         self._pages = self._page_rows[sequence, positions // cache.page_size]
         self._offsets = positions % cache.page_size
         self._groups = rows.groups
-        self._own_columns = _own_columns(rows.groups, rows.num_decodes)
+        self._own_columns: list[int] = _own_columns(rows).tolist()
 
     def attend(
         self, layer: int, heads: Tensor, rotation: Rotation, norms: HeadNorms | None
@@ -107,95 +114,102 @@ class ReferenceAttention:
         keys[self._pages, :, self._offsets] = key
         values[self._pages, :, self._offsets] = value
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
-        num_grouped = 0
-        if len(self._groups):
-            num_grouped = len(self._own_columns)
-            output[:num_grouped] = self._attend_in_groups(query[:num_grouped], keys, values)
-        for (start, end), length, pages in itertools.islice(
-            zip(self._row_ranges, self._lengths, self._page_rows, strict=True), num_grouped, None
-        ):
-            output[start:end] = _attend_sequence(
-                query[start:end],
-                _gather(keys, pages, length),
-                _gather(values, pages, length),
-            )
+        shared = self._attend_to_prefixes(query, keys, values)
+        for sequence, (start, end) in enumerate(self._row_ranges):
+            column = self._own_columns[sequence]
+            pages = self._page_rows[sequence, column:]
+            length = self._lengths[sequence] - column * self._cache.page_size
+            own = query[start:end], _gather(keys, pages, length), _gather(values, pages, length)
+            if column:
+                partials = [*shared[sequence], _attend_partly(*own, is_causal=True)]
+                output[start:end] = _merged(partials).to(query.dtype)
+            else:
+                output[start:end] = _attend_sequence(*own)
         return output.flatten(1)
 
-    def _attend_in_groups(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Attention of the decode rows, [rows, heads, head_dim]."""
-        page_size = self._cache.page_size
-        partials: list[list[_Partial]] = [[] for _ in self._own_columns]
-        groups = self._groups
-        for first, count, column, num_columns in zip(
-            groups.first_rows.tolist(),
-            groups.num_rows.tolist(),
-            groups.first_columns.tolist(),
-            groups.num_columns.tolist(),
-            strict=True,
-        ):
-            shared = self._page_rows[first, column : column + num_columns]
-            length = num_columns * page_size
-            whole = _attend_to_all(
-                query[first : first + count],
-                _gather(keys, shared, length),
-                _gather(values, shared, length),
+    def _attend_to_prefixes(
+        self, query: Tensor, keys: Tensor, values: Tensor
+    ) -> list[list[_Partial]]:
+        """For each sequence, the attention of its rows to the prefix of each of its groups."""
+        partials: list[list[_Partial]] = [[] for _ in self._row_ranges]
+        for members, first, end in _each_group(self._groups):
+            ranges = [range(*self._row_ranges[member]) for member in members]
+            rows = list(itertools.chain(*ranges))
+            pages = self._page_rows[members[0], first:end]
+            length = (end - first) * self._cache.page_size
+            whole = _attend_partly(
+                query[rows],
+                _gather(keys, pages, length),
+                _gather(values, pages, length),
+                is_causal=False,
             )
-            for row in range(count):
-                partials[first + row].append(whole.row(row))
-        for row, column in enumerate(self._own_columns):
-            own = self._page_rows[row, column:]
-            length = self._lengths[row] - column * page_size
-            whole = _attend_to_all(
-                query[row : row + 1],
-                _gather(keys, own, length),
-                _gather(values, own, length),
-            )
-            partials[row].append(whole.row(0))
-        return torch.stack([_merged(each) for each in partials]).to(query.dtype)
+            at = 0
+            for member, own in zip(members, ranges, strict=True):
+                part = slice(at, at + len(own))
+                partials[member].append(_Partial(whole.mixed[part], whole.lse[part]))
+                at += len(own)
+        return partials
 
 
 class _Partial(NamedTuple):
-    """Attention to some of a row's positions.
+    """Attention of rows to some of their positions.
 
     Attributes:
-        mixed: [..., heads, head_dim] in fp32.
-        lse: [..., heads], the logarithm of the sum of exponentiated scores.
+        mixed: [rows, heads, head_dim] in fp32.
+        lse: [rows, heads], the logarithm of the sum of exponentiated scores.
     """
 
     mixed: Tensor
     lse: Tensor
 
-    def row(self, index: int) -> _Partial:
-        return _Partial(self.mixed[index], self.lse[index])
-
 
 def _merged(partials: list[_Partial]) -> Tensor:
-    """Attention to all positions of the parts together, [heads, head_dim]."""
+    """Attention to all positions of the parts together, [rows, heads, head_dim]."""
     shares = torch.stack([each.lse for each in partials]).softmax(0)
     return (torch.stack([each.mixed for each in partials]) * shares[..., None]).sum(0)
 
 
-def _own_columns(groups: PrefixGroups, num_decodes: int) -> list[int]:
-    """For each decode row, the first column of the page table that no group covers."""
-    columns = np.zeros(num_decodes, np.int32)
-    ends = groups.first_columns + groups.num_columns
-    for first, count, end in zip(groups.first_rows, groups.num_rows, ends, strict=True):
-        columns[first : first + count] = end  # a group inside another comes later
-    own: list[int] = columns.tolist()
-    return own
+def _each_group(groups: PrefixGroups) -> Iterator[tuple[list[int], int, int]]:
+    """The sequences of each group, its first column, and the column behind its last."""
+    columns = (
+        groups.first_decodes,
+        groups.num_decodes,
+        groups.first_chunks,
+        groups.num_chunks,
+        groups.first_columns,
+        groups.num_columns,
+    )
+    for decode, num_decodes, chunk, num_chunks, column, num_columns in zip(
+        *(each.tolist() for each in columns), strict=True
+    ):
+        members = [*range(decode, decode + num_decodes), *range(chunk, chunk + num_chunks)]
+        yield members, column, column + num_columns
 
 
-def _attend_to_all(query: Tensor, keys: Tensor, values: Tensor) -> _Partial:
-    """Attention of rows that all see all positions.
+def _own_columns(rows: SequenceRows) -> Int32Array:
+    """For each sequence, the first column of the page table that no group covers."""
+    columns = np.zeros(len(rows.slots), np.int32)
+    for members, _, end in _each_group(rows.groups):
+        columns[members] = end  # a group inside another comes later
+    return columns
+
+
+def _attend_partly(query: Tensor, keys: Tensor, values: Tensor, *, is_causal: bool) -> _Partial:
+    """Attention to some positions.
 
     Args:
         query: [rows, heads, head_dim].
         keys: [kv_heads, length, head_dim].
         values: of the same shape.
+        is_causal: the rows are the last positions, in order. Otherwise each sees all positions.
     """
-    (num_rows, num_heads, head_dim), num_kv_heads = query.shape, len(keys)
+    (num_rows, num_heads, head_dim), (num_kv_heads, length, _) = query.shape, keys.shape
     grouped = query.float().view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
     scores = torch.einsum("rkgd,kld->rkgl", grouped, keys.float()) * head_dim**-0.5
+    if is_causal:
+        visible = torch.ones(num_rows, length, dtype=torch.bool, device=query.device)
+        visible = visible.tril(length - num_rows)
+        scores.masked_fill_(~visible[:, None, None], -torch.inf)
     mixed = torch.einsum("rkgl,kld->rkgd", scores.softmax(-1), values.float())
     return _Partial(mixed.reshape(num_rows, num_heads, head_dim), scores.logsumexp(-1).flatten(1))
 

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from tokasaurus.errors import EngineError, ProtocolError
+from tokasaurus.model.backend.base import GroupedRows
 from tokasaurus.model.download import Download
 from tokasaurus.model.sampling.logprobs import Logprobs
 from tokasaurus.model.worker.clock import Clock
@@ -37,7 +38,7 @@ class Outputs:
         prompt: logprobs of prompt tokens.
         pooled: [pooled prompts, hidden], or None.
         cut_rows: as in ``ForwardResult``.
-        num_grouped: as ``num_grouped_tokens`` there.
+        grouped: as ``num_grouped_tokens`` and ``num_grouped_prefill_tokens`` there.
         num_recompiles: as in ``ForwardResult``.
     """
 
@@ -48,7 +49,7 @@ class Outputs:
         prompt: Logprobs,
         pooled: Tensor | None,
         cut_rows: Int32Array | None,
-        num_grouped: int,
+        grouped: GroupedRows,
         num_recompiles: int,
     ) -> None:
         self._token_ids = token_ids
@@ -58,7 +59,7 @@ class Outputs:
         ]
         self._pooled = None if pooled is None or not len(pooled) else Download(pooled)
         self._cut_rows = cut_rows
-        self._num_grouped = num_grouped
+        self._grouped = grouped
         self._num_recompiles = num_recompiles
 
     def result(self, number: int, device_s: float) -> ForwardResult:
@@ -77,7 +78,8 @@ class Outputs:
             device_s=device_s,
             pooled=None if self._pooled is None else self._pooled.array(),
             cut_rows=self._cut_rows,
-            num_grouped_tokens=self._num_grouped,
+            num_grouped_tokens=self._grouped.num_decodes,
+            num_grouped_prefill_tokens=self._grouped.num_prefills,
             num_recompiles=self._num_recompiles,
         )
 

@@ -7,7 +7,7 @@ on the sampled tokens, so the host prepares a batch without waiting for the prev
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tokasaurus.errors import ProtocolError
-from tokasaurus.model.backend.base import PrefixGroups, SamplingKernels, SequenceRows
+from tokasaurus.model.backend.base import NO_GROUPS, PrefixGroups, SamplingKernels, SequenceRows
 from tokasaurus.model.sampling.adjustments import AdjustmentTable
 from tokasaurus.model.sampling.drawing import plan_draws, plan_scores
 from tokasaurus.model.sampling.history import History
@@ -157,7 +157,7 @@ class SlotState:
         sampled_slots = np.concatenate((batch.decode_slots, batch.draw_slots))
         self._fork(batch, lengths[num_decodes:])
         scored_rows, next_ids = self._scored(batch)
-        groups = self._groups(batch, lengths)
+        groups = self._groups(batch, firsts)
         staged_positions = staging.add_indices(positions)
         prompt_ids = staging.add_indices(batch.prefill_ids) if len(batch.prefill_ids) else None
         sampling = plan_draws(
@@ -226,28 +226,49 @@ class SlotState:
             return self.last_tokens[decode_slots]
         return torch.cat((self.last_tokens[decode_slots], prompt_ids))
 
-    def _groups(self, batch: ForwardBatch, lengths: Int32Array) -> PrefixGroups:
-        """The groups of the batch, checked: pages that a row has not filled are not shared."""
-        groups = PrefixGroups(
-            batch.group_first_rows,
-            batch.group_num_rows,
+    def _groups(self, batch: ForwardBatch, firsts: Int32Array) -> PrefixGroups:
+        """The groups of the batch, checked: all rows come behind the pages of their groups.
+
+        Args:
+            batch: the message.
+            firsts: [sequences], the position of the first row of each.
+        """
+        num_groups, num_decodes = len(batch.group_first_decodes), len(batch.decode_slots)
+        if not num_groups:
+            return NO_GROUPS
+        first_chunks = num_chunks = np.zeros(num_groups, np.int32)
+        if batch.group_first_chunks is not None and batch.group_num_chunks is not None:
+            first_chunks, num_chunks = batch.group_first_chunks, batch.group_num_chunks
+        columns = (
+            batch.group_first_decodes,
+            batch.group_num_decodes,
+            first_chunks,
+            num_chunks,
             batch.group_first_columns,
             batch.group_num_columns,
         )
-        ends = groups.first_columns + groups.num_columns
-        for row, count, column, end in zip(
-            groups.first_rows, groups.num_rows, groups.first_columns, ends, strict=True
-        ):
-            rows = slice(row, row + count)
-            if not (
-                0 <= row < row + count <= len(batch.decode_slots)
-                and 0 <= column < end
-                and end * self._page_size < lengths[rows].min()
-            ):
-                raise ProtocolError(
-                    f"it has a group of {count} rows from {row} on, with pages {column} to {end},"
-                    " which these rows do not fill"
-                )
+        if any(len(column) != num_groups or column.min() < 0 for column in columns):
+            raise ProtocolError("the columns of its groups disagree")
+        groups = PrefixGroups(*columns)
+        groups = replace(groups, first_chunks=first_chunks + np.int32(num_decodes))
+        ends = (groups.first_columns + groups.num_columns) * self._page_size
+        beyond = groups.first_decodes + groups.num_decodes > num_decodes
+        beyond |= groups.first_chunks + groups.num_chunks > len(firsts)
+        beyond |= groups.num_decodes + groups.num_chunks == 0
+        beyond |= groups.num_columns == 0
+        if not beyond.any():
+            beyond = ends > np.minimum(
+                _lowest(firsts, groups.first_decodes, groups.num_decodes),
+                _lowest(firsts, groups.first_chunks, groups.num_chunks),
+            )
+        if beyond.any():
+            decode, decodes, chunk, chunks, column, width = (
+                int(each[beyond][0]) for each in columns
+            )
+            raise ProtocolError(
+                f"it has a group of {decodes} rows from {decode} on and {chunks} chunks from"
+                f" {chunk} on, with pages {column} to {column + width}, which these do not fill"
+            )
         return groups
 
     def record(self, rows: SamplingRows, token_ids: Tensor) -> None:
@@ -357,6 +378,21 @@ class SlotState:
             raise ProtocolError(
                 f"{what} range from {values.min()} to {values.max()}, the limit is {limit}"
             )
+
+
+def _lowest(values: Int32Array, starts: Int32Array, counts: Int32Array) -> Int32Array:
+    """[ranges] the lowest of ``values[start : start + count]``; the largest int32 if it is empty.
+
+    Args:
+        values: [values].
+        starts: [ranges], at most the number of values.
+        counts: [ranges].
+    """
+    highest = np.iinfo(np.int32).max
+    bounds = np.stack((starts, starts + counts), axis=1).ravel()
+    padded = np.append(values, np.int32(highest))
+    lowest = np.minimum.reduceat(padded, bounds)[::2]
+    return np.where(counts > 0, lowest, np.int32(highest))
 
 
 def _staged_copies(

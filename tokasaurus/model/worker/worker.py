@@ -23,7 +23,7 @@ from tokasaurus.errors import ProtocolError
 from tokasaurus.grammars import Vocabulary
 from tokasaurus.host_memory import keep_freed_memory
 from tokasaurus.model.backend import choose_backend
-from tokasaurus.model.backend.base import BackendOptions
+from tokasaurus.model.backend.base import NO_GROUPED_ROWS, BackendOptions
 from tokasaurus.model.backend.cpu.compiled import CompiledBackend
 from tokasaurus.model.backend.reference_operators import REFERENCE_OPERATORS
 from tokasaurus.model.config import ModelConfig
@@ -215,7 +215,7 @@ class Worker:
             early = planned.early_copies
             self._cache.copy_pages(early.sources.tensor, early.targets.tensor)
         hidden = self._runner.run(planned)
-        num_grouped = self._backend.num_grouped_rows if len(planned.ids) else 0
+        grouped = self._backend.grouped_rows if len(planned.ids) else NO_GROUPED_ROWS
         if planned.copies is not None:
             copies = planned.copies
             self._cache.copy_pages(copies.sources.tensor, copies.targets.tensor)
@@ -235,7 +235,7 @@ class Worker:
             prompt or Logprobs.none(0, 0),
             pooled,
             _union(lost, given_up),
-            num_grouped,
+            grouped,
             self._runner.num_recompiles,
         )
 

@@ -2,28 +2,64 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from tokasaurus.model.backend.base import Backend, PrefixGroups, Rotation, SequenceRows
-from tokasaurus.model.backend.cpu.grouping import GroupCosts, fit_costs
+from tokasaurus.model.backend.cpu.grouping import (
+    GroupCosts,
+    GroupSize,
+    KernelBlocks,
+    fit_costs,
+)
+from tokasaurus.rounding import ceil_div
 
 __all__ = ["PAGES", "PAGE_SIZE", "measure_group_costs"]
 
 # The page size hardly matters to the costs.
 PAGE_SIZE = 16
-_ROWS = (2, 8, 32, 64)
+# Sequences, and rows of each: those that decode have one.
+_DECODES = ((2, 1), (8, 1), (32, 1), (64, 1))
+_CHUNKS = ((16, 4), (16, 8))
 _COLUMNS = (4, 12, 32)
-PAGES = max(_COLUMNS) + max(_ROWS)  # each row has one page of its own
-_ROUNDS = 3
+PAGES = max(_COLUMNS) + 64  # each sequence has one page of its own
+_ROUNDS = 5
+
+
+class _Case(NamedTuple):
+    """A batch that is one group."""
+
+    num_sequences: int
+    num_rows: int  # of each
+    num_columns: int  # of the prefix
+
+    def grouped(self, rows: SequenceRows) -> SequenceRows:
+        num_decodes = self.num_sequences if self.num_rows == 1 else 0
+        numbers = (0, num_decodes, 0, self.num_sequences - num_decodes, 0, self.num_columns)
+        groups = PrefixGroups(*(np.array([number], np.int32) for number in numbers))
+        return replace(rows, groups=groups)
+
+    def size(self, blocks: KernelBlocks) -> GroupSize:
+        is_direct = self.num_rows <= blocks.rows_without_layout
+        num_rows = self.num_sequences * self.num_rows
+        own_blocks = self.num_sequences * ceil_div(self.num_rows, blocks.num_rows)
+        return GroupSize(
+            num_rows=num_rows,
+            num_tokens=self.num_columns * PAGE_SIZE,
+            num_direct_rows=num_rows if is_direct else 0,
+            num_own_blocks=0 if is_direct else own_blocks,
+        )
 
 
 def measure_group_costs(
-    backend: Backend, num_all_heads: int, head_dim: int, dtype: torch.dtype, rows_per_block: int
+    backend: Backend, num_all_heads: int, head_dim: int, dtype: torch.dtype, blocks: KernelBlocks
 ) -> GroupCosts:
     """Times groups of several sizes, as groups and row by row.
 
@@ -32,41 +68,44 @@ def measure_group_costs(
         num_all_heads: query, key and value heads.
         head_dim: of each.
         dtype: of the cache.
-        rows_per_block: rows of a group for which keys are laid out once.
+        blocks: of the kernel.
     """
-    sizes = list(product(_ROWS, _COLUMNS))
-    saved = np.empty(len(sizes))
-    for index, (num_rows, num_columns) in enumerate(sizes):
-        heads = torch.zeros(num_rows, num_all_heads, head_dim, dtype=dtype)
-        plain = _batch(num_rows, num_columns)
-        group = PrefixGroups(*(np.array([n], np.int32) for n in (0, num_rows, 0, num_columns)))
-        grouped = replace(plain, groups=group)
-        saved[index] = _seconds(backend, plain, heads) - _seconds(backend, grouped, heads)
-    num_rows, num_columns = np.array(sizes, np.int32).T
-    return fit_costs(num_rows, num_columns * np.int32(PAGE_SIZE), saved, rows_per_block)
+    kinds = product(_DECODES + _CHUNKS, _COLUMNS)
+    cases = [_Case(count, num_rows, num_columns) for (count, num_rows), num_columns in kinds]
+    saved = np.empty(len(cases))
+    for index, case in enumerate(cases):
+        plain = _batch(case)
+        heads = torch.zeros(len(plain.positions), num_all_heads, head_dim, dtype=dtype)
+        plain_s, grouped_s = _seconds(backend, (plain, case.grouped(plain)), heads)
+        saved[index] = plain_s - grouped_s
+    return fit_costs([case.size(blocks) for case in cases], saved, blocks)
 
 
-def _batch(num_rows: int, num_columns: int) -> SequenceRows:
-    """Decode rows that share these columns of the page table, and have one page behind them."""
+def _batch(case: _Case) -> SequenceRows:
+    """Sequences that share columns of the page table, and have one page behind them."""
+    num_sequences, num_rows, num_columns = case
     length = num_columns * PAGE_SIZE + PAGE_SIZE // 2
-    table = torch.arange(num_columns + 1, dtype=torch.int32).repeat(num_rows, 1)
-    table[:, -1] += torch.arange(num_rows, dtype=torch.int32)
+    table = torch.arange(num_columns + 1, dtype=torch.int32).repeat(num_sequences, 1)
+    table[:, -1] += torch.arange(num_sequences, dtype=torch.int32)
+    positions = np.arange(length - num_rows, length, dtype=np.int32)
     return SequenceRows(
-        slots=np.arange(num_rows, dtype=np.int32),
-        query_starts=np.arange(num_rows + 1, dtype=np.int32),
-        kv_lengths=np.full(num_rows, length, np.int32),
-        positions=np.full(num_rows, length - 1, np.int32),
+        slots=np.arange(num_sequences, dtype=np.int32),
+        query_starts=np.arange(num_sequences + 1, dtype=np.int32) * np.int32(num_rows),
+        kv_lengths=np.full(num_sequences, length, np.int32),
+        positions=np.tile(positions, num_sequences),
         page_table=table,
-        num_decodes=num_rows,
     )
 
 
-def _seconds(backend: Backend, rows: SequenceRows, heads: torch.Tensor) -> float:
+def _seconds(backend: Backend, batches: Sequence[SequenceRows], heads: torch.Tensor) -> list[float]:
+    """The shortest time of each batch. They take turns, so that other work disturbs all alike."""
     half = torch.ones(len(heads), 1, heads.shape[2] // 2)
-    attention = backend.plan(rows)
-    seconds = []
+    rotation = Rotation(half, half)
+    seconds = [math.inf] * len(batches)
     for _ in range(_ROUNDS):
-        started = time.perf_counter()
-        attention.attend(0, heads, Rotation(half, half), None)
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+        for index, rows in enumerate(batches):
+            attention = backend.plan(rows)
+            started = time.perf_counter()
+            attention.attend(0, heads, rotation, None)
+            seconds[index] = min(seconds[index], time.perf_counter() - started)
+    return seconds

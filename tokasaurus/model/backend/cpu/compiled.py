@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tokasaurus.model.backend.base import (
     DEFAULT_OPTIONS,
+    NO_GROUPED_ROWS,
     BackendOptions,
     HeadNorms,
     Operators,
@@ -29,7 +30,13 @@ from tokasaurus.model.backend.base import (
 from tokasaurus.model.backend.cpu.build import BuildError
 from tokasaurus.model.backend.cpu.calibration import PAGE_SIZE, PAGES, measure_group_costs
 from tokasaurus.model.backend.cpu.calls import call, load_kernels, result
-from tokasaurus.model.backend.cpu.grouping import ALWAYS, NEVER, ChosenGroups, choose_groups
+from tokasaurus.model.backend.cpu.grouping import (
+    ALWAYS,
+    NEVER,
+    ChosenGroups,
+    KernelBlocks,
+    choose_groups,
+)
 from tokasaurus.model.backend.cpu.operators import ELEMENTS, load_operators
 from tokasaurus.model.backend.cpu.sampling import load_sampling
 from tokasaurus.model.kv_cache import KVCache
@@ -47,12 +54,13 @@ class _Plan(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("page_table", "slots", "query_starts")),
         *((name, ctypes.c_void_p) for name in ("kv_lengths", "own_starts", "group_first_rows")),
+        *((name, ctypes.c_void_p) for name in ("group_num_decodes", "group_first_chunk_rows")),
         *((name, ctypes.c_void_p) for name in ("group_num_rows", "group_begins", "group_ends")),
         *((name, ctypes.c_void_p) for name in ("tasks", "row_slots", "row_positions")),
         *((name, ctypes.c_void_p) for name in ("partial_starts", "workspace")),
         *((name, ctypes.c_int64) for name in ("page_table_stride", "workspace_size")),
-        *((name, ctypes.c_int32) for name in ("num_sequences", "num_rows", "num_decodes")),
-        *((name, ctypes.c_int32) for name in ("num_groups", "num_tasks", "num_partials")),
+        *((name, ctypes.c_int32) for name in ("num_sequences", "num_rows", "num_groups")),
+        *((name, ctypes.c_int32) for name in ("num_tasks", "num_partials")),
         *((name, ctypes.c_int32) for name in ("num_heads", "num_kv_heads", "head_dim")),
         *((name, ctypes.c_int32) for name in ("page_size", "element", "num_threads")),
     )
@@ -91,6 +99,9 @@ class _Library:
         self.rows_per_task = library.tokasaurus_rows_per_task
         self.rows_per_task.argtypes = (ctypes.c_int32,)
         self.rows_per_task.restype = ctypes.c_int32
+        self.rows_without_layout = library.tokasaurus_rows_without_layout
+        self.rows_without_layout.argtypes = (ctypes.c_int32,)
+        self.rows_without_layout.restype = ctypes.c_int32
 
 
 @cache
@@ -136,7 +147,7 @@ class CompiledBackend:
         self._options = options
         # Until it is calibrated, it takes no groups by itself.
         self._costs = ALWAYS if options.use_groups else NEVER
-        self.num_grouped_rows = 0
+        self.grouped_rows = NO_GROUPED_ROWS
         self._library = _library(options.instruction_set)
         self._cache = cache
         self._num_heads = num_heads
@@ -164,20 +175,20 @@ class CompiledBackend:
             self._num_heads + 2 * cache.num_kv_heads,
             cache.head_dim,
             cache.dtype,
-            self._rows_per_block,
+            self._blocks,
         )
         log.info("prefix groups save seconds of a layer: %s", self._costs)
 
     @property
-    def _rows_per_block(self) -> int:
+    def _blocks(self) -> KernelBlocks:
         group = self._num_heads // self._cache.num_kv_heads
-        return int(self._library.rows_per_task(group))
+        return KernelBlocks(
+            self._library.rows_per_task(group), self._library.rows_without_layout(group)
+        )
 
     def plan(self, rows: SequenceRows) -> CompiledAttention:
-        groups = choose_groups(
-            rows.groups, self._cache.page_size, rows.num_decodes, self._costs.saved
-        )
-        self.num_grouped_rows = groups.num_grouped
+        groups = choose_groups(rows, self._cache.page_size, self._costs)
+        self.grouped_rows = groups.grouped_rows(rows)
         attention = CompiledAttention(
             self._library, self._cache, self._num_heads, rows, groups, self._current
         )
@@ -221,6 +232,8 @@ class CompiledAttention:
             kv_lengths=rows.kv_lengths.ctypes.data,
             own_starts=groups.own_starts.ctypes.data if num_groups else None,
             group_first_rows=groups.first_rows.ctypes.data,
+            group_num_decodes=groups.num_decodes.ctypes.data,
+            group_first_chunk_rows=groups.first_chunk_rows.ctypes.data,
             group_num_rows=groups.num_rows.ctypes.data,
             group_begins=groups.begins.ctypes.data,
             group_ends=groups.ends.ctypes.data,
@@ -231,7 +244,6 @@ class CompiledAttention:
             page_table_stride=rows.page_table.stride(0),
             num_sequences=len(rows.slots),
             num_rows=num_rows,
-            num_decodes=rows.num_decodes,
             num_groups=num_groups,
             num_heads=num_heads,
             num_kv_heads=cache.num_kv_heads,

@@ -2,125 +2,215 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tokasaurus.model.backend.base import PrefixGroups
+from tokasaurus.model.backend.base import (
+    NO_GROUPED_ROWS,
+    GroupedRows,
+    PrefixGroups,
+    SequenceRows,
+)
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.rounding import ceil_div
 
-__all__ = ["ALWAYS", "NEVER", "ChosenGroups", "GroupCosts", "choose_groups", "fit_costs"]
+__all__ = [
+    "ALWAYS",
+    "NEVER",
+    "ChosenGroups",
+    "GroupCosts",
+    "GroupSize",
+    "KernelBlocks",
+    "choose_groups",
+    "fit_costs",
+]
+
+
+class KernelBlocks(NamedTuple):
+    """How the kernel cuts the rows of a sequence or a group.
+
+    Attributes:
+        num_rows: of a block, for which keys are laid out once.
+        rows_without_layout: a sequence of no more rows reads keys where they lie.
+    """
+
+    num_rows: int
+    rows_without_layout: int
+
+
+class GroupSize(NamedTuple):
+    """What the time of a group depends on.
+
+    Attributes:
+        num_rows: of all its sequences.
+        num_tokens: of the prefix.
+        num_direct_rows: of sequences that would read keys where they lie.
+        num_own_blocks: of rows, in the other sequences, each of which would lay keys out.
+    """
+
+    num_rows: int
+    num_tokens: int
+    num_direct_rows: int
+    num_own_blocks: int
 
 
 class GroupCosts(NamedTuple):
     """What a group saves, in seconds of one layer.
 
     Attributes:
-        saved_per_pair: for each row and token of the prefix: reading the token for the row alone
-            costs more than multiplying by a token that is laid out.
+        saved_per_pair: for each token of the prefix and each row that would read it where it lies:
+            this costs more than multiplying by a token that is laid out.
         per_token: to lay out a token of the prefix, for each block of rows.
         per_row: to merge the results of a row.
         fixed: of a group.
-        rows_per_block: that share what is laid out.
+        blocks: of the kernel.
     """
 
     saved_per_pair: float
     per_token: float
     per_row: float
     fixed: float
-    rows_per_block: int
+    blocks: KernelBlocks
 
-    def saved(self, num_rows: int, num_tokens: int) -> float:
-        """Seconds that a group of these rows saves if it reads a prefix of these tokens once."""
-        blocks = ceil_div(num_rows, self.rows_per_block)
+    def saved(self, size: GroupSize) -> float:
+        """Seconds that a group of this size saves if it reads its prefix once."""
+        blocks = ceil_div(size.num_rows, self.blocks.num_rows) - size.num_own_blocks
         return (
-            self.saved_per_pair * num_rows * num_tokens
-            - self.per_token * blocks * num_tokens
-            - self.per_row * num_rows
+            self.saved_per_pair * size.num_direct_rows * size.num_tokens
+            - self.per_token * blocks * size.num_tokens
+            - self.per_row * size.num_rows
             - self.fixed
         )
 
 
-ALWAYS = GroupCosts(1.0, 0.0, 0.0, 0.0, 1)
-NEVER = GroupCosts(0.0, 0.0, 0.0, 1.0, 1)
+ALWAYS = GroupCosts(0.0, 0.0, 0.0, -1.0, KernelBlocks(1, 1))
+NEVER = GroupCosts(0.0, 0.0, 0.0, 1.0, KernelBlocks(1, 1))
 
 
 def fit_costs(
-    num_rows: Int32Array,
-    num_tokens: Int32Array,
-    saved_s: NDArray[np.float64],
-    rows_per_block: int,
+    sizes: Iterable[GroupSize], saved_s: NDArray[np.float64], blocks: KernelBlocks
 ) -> GroupCosts:
-    """The costs that explain measured savings best, by least squares.
+    """The costs that explain measured savings best, by least squares. None is negative.
 
     Args:
-        num_rows: [measurements], of a group.
-        num_tokens: [measurements], of its prefix.
+        sizes: [measurements].
         saved_s: [measurements], the time without the group less the time with it.
-        rows_per_block: as in ``GroupCosts``.
+        blocks: of the kernel.
     """
-    blocks = ceil_div(num_rows, rows_per_block)
+    num_rows, num_tokens, direct, own_blocks = np.array(list(sizes), np.float64).T
+    num_blocks = np.ceil(num_rows / blocks.num_rows) - own_blocks
     causes = np.stack(
-        (num_rows * num_tokens, -blocks * num_tokens, -num_rows, -np.ones(len(num_rows))), axis=1
-    ).astype(np.float64)
+        (direct * num_tokens, -num_blocks * num_tokens, -num_rows, -np.ones(len(num_rows))), axis=1
+    )
     # Errors of a measurement grow with its size.
     weights = 1 / (num_rows * num_tokens)
-    costs = np.linalg.lstsq(causes * weights[:, None], saved_s * weights, rcond=None)[0]
+    causes, saved = causes * weights[:, None], saved_s * weights
+    costs = np.zeros(causes.shape[1])
+    used = np.arange(len(costs))
+    while len(used):
+        fitted = np.linalg.lstsq(causes[:, used], saved, rcond=None)[0]
+        if (fitted >= 0).all():
+            costs[used] = fitted
+            break
+        used = np.delete(used, np.argmin(fitted * np.abs(causes[:, used]).mean(axis=0)))
     per_pair, per_token, per_row, fixed = costs.tolist()
-    return GroupCosts(per_pair, per_token, per_row, fixed, rows_per_block)
+    return GroupCosts(per_pair, per_token, per_row, fixed, blocks)
 
 
 class ChosenGroups(NamedTuple):
-    """The groups that the kernel uses.
+    """The groups that the kernel uses. The rows of a group are decode rows, then rows of chunks.
 
     Attributes:
-        first_rows: [groups].
-        num_rows: [groups].
+        first_rows: [groups], the first decode row of each; without any, its first row of a chunk.
+        num_decodes: [groups], decode rows.
+        first_chunk_rows: [groups], the first row of a chunk of each.
+        num_rows: [groups], decode rows and rows of chunks.
         begins: [groups], the first position of each.
         ends: [groups], the position behind the last of each.
-        own_starts: [decode rows], the first position of each row that is in no group.
+        own_starts: [sequences], the first position of each that is in no group.
     """
 
     first_rows: Int32Array
+    num_decodes: Int32Array
+    first_chunk_rows: Int32Array
     num_rows: Int32Array
     begins: Int32Array
     ends: Int32Array
     own_starts: Int32Array
 
-    @property
-    def num_grouped(self) -> int:
-        """Rows that are in a group."""
-        return int(np.count_nonzero(self.own_starts))
+    def grouped_rows(self, rows: SequenceRows) -> GroupedRows:
+        """The rows that are in a group.
+
+        Args:
+            rows: of the batch.
+        """
+        if not len(self.first_rows):
+            return NO_GROUPED_ROWS
+        is_grouped, num_decodes = self.own_starts > 0, rows.num_decodes
+        counts = np.diff(rows.query_starts)[num_decodes:]
+        return GroupedRows(
+            int(np.count_nonzero(is_grouped[:num_decodes])),
+            int(counts[is_grouped[num_decodes:]].sum()),
+        )
 
 
-def choose_groups(
-    groups: PrefixGroups,
-    page_size: int,
-    num_decodes: int,
-    saved: Callable[[int, int], float],
-) -> ChosenGroups:
+def choose_groups(rows: SequenceRows, page_size: int, costs: GroupCosts) -> ChosenGroups:
     """Takes each group that saves time, the outer ones first.
 
     A group inside one that is not taken begins where that one would have begun.
 
     Args:
-        groups: of the batch.
+        rows: of the batch.
         page_size: in tokens.
-        num_decodes: decode rows of the batch.
-        saved: by a group, from its rows and tokens.
+        costs: of groups.
     """
-    own_starts = np.zeros(num_decodes, np.int32)
-    chosen = []
+    own_starts = np.zeros(len(rows.slots), np.int32)
+    groups, starts = rows.groups, rows.query_starts
     ends = (groups.first_columns + groups.num_columns) * page_size
-    for first, count, end in zip(
-        groups.first_rows.tolist(), groups.num_rows.tolist(), ends.tolist(), strict=True
+    chosen = []
+    for decode, num_decodes, chunk, num_chunks, num_rows, direct, own_blocks, end in zip(
+        groups.first_decodes.tolist(),
+        groups.num_decodes.tolist(),
+        groups.first_chunks.tolist(),
+        groups.num_chunks.tolist(),
+        *_counts(groups, starts, costs.blocks),
+        ends.tolist(),
+        strict=True,
     ):
-        begin = own_starts.item(first)
-        if saved(count, end - begin) > 0:
-            chosen.append((first, count, begin, end))
-            own_starts[first : first + count] = end
-    first_rows, num_rows, begins, ends = np.array(chosen, np.int32).reshape(-1, 4).T.copy()
-    return ChosenGroups(first_rows, num_rows, begins, ends, own_starts)
+        begin = own_starts.item(decode if num_decodes else chunk)
+        if costs.saved(GroupSize(num_rows, end - begin, direct, own_blocks)) > 0:
+            first_chunk_row = starts.item(chunk)
+            first_row = decode if num_decodes else first_chunk_row
+            chosen.append((first_row, num_decodes, first_chunk_row, num_rows, begin, end))
+            own_starts[decode : decode + num_decodes] = end
+            own_starts[chunk : chunk + num_chunks] = end
+    first_rows, num_decoding, first_chunk_rows, num_all, begins, last = (
+        np.array(chosen, np.int32).reshape(-1, 6).T.copy()
+    )
+    return ChosenGroups(
+        first_rows, num_decoding, first_chunk_rows, num_all, begins, last, own_starts
+    )
+
+
+def _counts(
+    groups: PrefixGroups, starts: Int32Array, blocks: KernelBlocks
+) -> tuple[list[int], list[int], list[int]]:
+    """For each group: rows, rows that would read keys where they lie, and blocks that would not."""
+    if not len(groups):
+        return [], [], []
+    counts = np.diff(starts)
+    is_direct = counts <= blocks.rows_without_layout
+    kinds = np.zeros((3, len(starts)), np.int32)  # in the sequences before each
+    kinds[0] = starts
+    np.cumsum(np.where(is_direct, counts, 0), out=kinds[1, 1:])
+    np.cumsum(np.where(is_direct, 0, ceil_div(counts, blocks.num_rows)), out=kinds[2, 1:])
+    rows, direct, own_blocks = (
+        kinds[:, groups.first_decodes + groups.num_decodes]
+        - kinds[:, groups.first_decodes]
+        + kinds[:, groups.first_chunks + groups.num_chunks]
+        - kinds[:, groups.first_chunks]
+    ).tolist()
+    return rows, direct, own_blocks

@@ -9,7 +9,8 @@
 //
 // Tasks come from two sources. A sequence's own positions are cut into blocks of its rows, and a
 // long context into ranges, so that every thread has work. A group's shared pages are read once for
-// all its rows (Juravsky et al. 2024, Hydragen, https://arxiv.org/abs/2402.05099)::
+// all its rows, which may be decode rows and rows of prompts (Juravsky et al. 2024, Hydragen,
+// https://arxiv.org/abs/2402.05099)::
 //
 //     positions   0 ......... 127 | 128 .... 191 | 192 ....
 //     row 1       ┌─────────────┐ ┌────────────────────────┐    a task of the group of rows 1 to 3,
@@ -63,10 +64,25 @@ inline int ceil_div(int64_t number, int64_t divisor) {
 
 extern "C" {
 
+// Rows of a batch: a range of them, or two ranges with a gap between them.
+struct Rows {
+    int32_t first;
+    int32_t num_before_gap;
+    int32_t after_gap;
+    int32_t count;
+
+    int row(int index) const {
+        return index < num_before_gap ? first + index : after_gap + index - num_before_gap;
+    }
+    Rows part(int from, int size) const {
+        if (from < num_before_gap) return {first + from, num_before_gap - from, after_gap, size};
+        return {row(from), size, 0, size};
+    }
+};
+
 struct Task {
     int32_t slot;          // the row of the page table
-    int32_t first_row;
-    int32_t num_rows;
+    Rows rows;
     int32_t begin, end;    // positions
     int32_t visible;       // positions before this one are visible to the first row,
     int32_t visible_step;  // and this many more to each further row
@@ -80,15 +96,18 @@ struct Plan {
     const int32_t *slots;         // [sequences]
     const int32_t *query_starts;  // [sequences + 1]
     const int32_t *kv_lengths;    // [sequences]
-    const int32_t *own_starts;    // [decode rows], positions before that are in groups
-    const int32_t *group_first_rows, *group_num_rows, *group_begins, *group_ends;  // [groups]
+    const int32_t *own_starts;    // [sequences], positions before that are in groups; or null
+    // [groups]. The rows of a group are decode rows, then rows of chunks.
+    const int32_t *group_first_rows, *group_num_decodes;
+    const int32_t *group_first_chunk_rows, *group_num_rows;
+    const int32_t *group_begins, *group_ends;  // positions
     // Filled by tokasaurus_plan_attention.
     Task *tasks;
     int32_t *row_slots, *row_positions;  // [rows]
     int32_t *partial_starts;             // [rows + 1], in partials of the rows before
     float *workspace;                    // set later, of workspace_size floats
     int64_t page_table_stride, workspace_size;
-    int32_t num_sequences, num_rows, num_decodes, num_groups, num_tasks, num_partials;
+    int32_t num_sequences, num_rows, num_groups, num_tasks, num_partials;
     int32_t num_heads, num_kv_heads, head_dim, page_size;
     int32_t element;  // 0 fp32, 1 bf16, 2 fp16
     int32_t num_threads;
@@ -122,19 +141,22 @@ class Planner {
         std::fill_n(p.partial_starts, p.num_rows + 1, 0);
         const double total = count_costs();
         if (p.num_threads > 1) most = std::max(total / (p.num_threads * TASKS_PER_THREAD), 1.0);
+        for (int s = 0; s < p.num_sequences; s++) {
+            const int first = p.query_starts[s], end = p.query_starts[s + 1];
+            for (int row = first; row < end; row++) {
+                p.row_slots[row] = p.slots[s];
+                p.row_positions[row] = p.kv_lengths[s] - end + row;
+            }
+        }
         for (int g = 0; g < p.num_groups; g++) {
-            const int first = p.group_first_rows[g];
-            add(p.slots[first], first, p.group_num_rows[g], p.group_begins[g], p.group_ends[g],
-                p.group_ends[g], 0);
+            const Rows rows = {p.group_first_rows[g], p.group_num_decodes[g],
+                               p.group_first_chunk_rows[g], p.group_num_rows[g]};
+            add(rows, p.group_begins[g], p.group_ends[g], p.group_ends[g], 0);
         }
         for (int s = 0; s < p.num_sequences; s++) {
             const int first = p.query_starts[s], count = p.query_starts[s + 1] - first;
-            const int before = p.kv_lengths[s] - count;
-            for (int r = 0; r < count; r++) {
-                p.row_slots[first + r] = p.slots[s];
-                p.row_positions[first + r] = before + r;
-            }
-            add(p.slots[s], first, count, own_start(s), p.kv_lengths[s], before + 1, 1);
+            add({first, count, 0, count}, own_start(s), p.kv_lengths[s],
+                p.kv_lengths[s] - count + 1, 1);
         }
         p.num_tasks = num_tasks;
         place_partials();
@@ -143,9 +165,7 @@ class Planner {
     }
 
    private:
-    int own_start(int sequence) const {
-        return p.own_starts && sequence < p.num_decodes ? p.own_starts[sequence] : 0;
-    }
+    int own_start(int sequence) const { return p.own_starts ? p.own_starts[sequence] : 0; }
 
     double cost(int num_rows, int num_keys) const {
         return double(num_keys) * (num_rows * group + LAYOUT_COST);
@@ -171,15 +191,16 @@ class Planner {
     }
 
     // Cuts rows into blocks, and the positions of each block into ranges.
-    void add(int slot, int first_row, int num_rows, int begin, int end, int visible, int step) {
-        const int rows = std::min(num_rows, rows_per_task);
+    void add(const Rows &rows, int begin, int end, int visible, int step) {
         const int keys = end - begin;
-        int parts = std::min(ceil_div(int64_t(cost(rows, keys)), int64_t(most)),
+        const int largest = std::min(rows.count, rows_per_task);
+        int parts = std::min(ceil_div(int64_t(cost(largest, keys)), int64_t(most)),
                              keys / MIN_KEYS_PER_TASK);
         parts = std::max(parts, 1);
         const int part = round_up(ceil_div(keys, parts), TILE);
-        for (int first = 0; first < num_rows; first += rows_per_task) {
-            const int count = std::min(rows_per_task, num_rows - first);
+        const int slot = p.row_slots[rows.row(0)];
+        for (int first = 0; first < rows.count; first += rows_per_task) {
+            const int count = std::min(rows_per_task, rows.count - first);
             const int block_visible = visible + first * step;
             const int block_end = std::min(end, block_visible + (count - 1) * step);
             for (int from = begin, n = 0; from < end; from += part, n++) {
@@ -187,19 +208,19 @@ class Planner {
                 const int to = std::min(from + part, block_end);
                 p.tasks[num_tasks++] = {
                     slot,
-                    first_row + first,
-                    count,
+                    rows.part(first, count),
                     from,
                     std::max(from, to),
                     block_visible,
                     step,
-                    p.partial_starts[first_row + first] + n,
+                    p.partial_starts[rows.row(first)] + n,
                     float(cost(count, std::max(to - from, 0))),
                 };
             }
         }
         const int num_parts = ceil_div(keys, part);
-        for (int row = 0; row < num_rows; row++) p.partial_starts[first_row + row] += num_parts;
+        for (int index = 0; index < rows.count; index++)
+            p.partial_starts[rows.row(index)] += num_parts;
     }
 
     // Turns the rows' numbers of partials into places. A row with a single one needs none.
@@ -379,7 +400,7 @@ class Kernel {
     // Phase 2. ``next`` is what this thread does afterwards, or null: its first tile is fetched.
     void attend(const Unit &unit, const Unit *next) const {
         const Task &task = *unit.task;
-        const int num_queries = task.num_rows * group;
+        const int num_queries = task.rows.count * group;
         Scratch &s = scratch_of_thread(num_queries, head_dim());
         const bool are_few = num_queries <= FEW_QUERIES;
         load_queries(task, unit.kv_head, are_few, s);
@@ -477,9 +498,9 @@ class Kernel {
     }
 
     void load_queries(const Task &task, int kv_head, bool are_few, Scratch &s) const {
-        const int num_queries = task.num_rows * group, stride = Layout::query_words(head_dim());
+        const int num_queries = task.rows.count * group, stride = Layout::query_words(head_dim());
         for (int query = 0; query < num_queries; query++) {
-            prepare_head(task.first_row + query / group, kv_head * group + query % group,
+            prepare_head(task.rows.row(query / group), kv_head * group + query % group,
                          a.query_norm, s.head.data());
             if (are_few)
                 std::memcpy(&s.queries[size_t(query) * padded_dim()], s.head.data(),
@@ -687,8 +708,8 @@ class Kernel {
     }
 
     void finish(const Task &task, int kv_head, const Scratch &s) const {
-        for (int query = 0; query < task.num_rows * group; query++) {
-            const int row = task.first_row + query / group, head = kv_head * group + query % group;
+        for (int query = 0; query < task.rows.count * group; query++) {
+            const int row = task.rows.row(query / group), head = kv_head * group + query % group;
             const float *mixed = &s.mixed[size_t(query) * padded_dim()];
             if (p.partial_starts[row] == p.partial_starts[row + 1]) {
                 write(row, head, mixed, s.sum[query]);
@@ -787,7 +808,10 @@ int64_t tokasaurus_task_size() { return sizeof(Task); }
 // Rows of a task, if that many read the same positions.
 int32_t tokasaurus_rows_per_task(int32_t group) { return std::max(QUERIES / group, 1); }
 
-// The most tasks that a plan of so many rows, sequences and groups has.
+// A sequence of no more rows than this reads keys where they lie, if it has no group.
+int32_t tokasaurus_rows_without_layout(int32_t group) { return std::max(FEW_QUERIES / group, 1); }
+
+// The most tasks that a plan of this many rows, sequences and groups has.
 int64_t tokasaurus_max_tasks(int64_t num_rows, int64_t num_sequences, int64_t num_groups,
                              int64_t num_group_rows, int32_t num_threads, int32_t group) {
     const int64_t rows_per_task = tokasaurus_rows_per_task(group);
