@@ -22,8 +22,34 @@ def test_a_repeated_prompt_is_found_up_to_its_last_token() -> None:
         world.finish(make_request(2, prompt(length), 3))
         assert world.answers[1, 0].num_cached_tokens == 0
         found[length] = world.answers[2, 0].num_cached_tokens
-        assert world.device.num_prompt_tokens == 2 * length - found[length]
+        # Of a last page that is cached and full, all but the last token is copied.
+        reused = found[length] if length % 4 else length - 1
+        assert world.device.num_prompt_tokens == 2 * length - reused
+        assert world.manager.statistics().num_cached_tokens == reused
     assert found == expected
+
+
+def test_the_same_prompt_many_times_is_fed_once_and_then_by_its_last_token() -> None:
+    """In the second batch, and not one request a batch."""
+    world = World(make_config(max_seqs_per_forward=8, num_slots=8, max_tokens_per_forward=32))
+    world.turn(*(make_request(i, prompt(16), 6) for i in range(1, 7)))
+    first, second = world.batches[:2]
+    assert first.prefill_slots.size == 1
+    assert second.prefill_starts.tolist() == [15] * 5
+    assert second.early_copy_sources.size == 5
+    assert len(set(second.early_copy_sources.tolist())) == 1
+    assert len(set(second.early_copy_targets.tolist())) == 5
+    world.drain()
+    assert world.device.num_prompt_tokens == 16 + 5
+
+
+def test_a_page_that_is_copied_is_not_given_out_in_the_same_batch() -> None:
+    """The cache has all pages there are: what a sequence takes, it evicts from there."""
+    world = World(make_config(num_pages=6, max_seqs_per_forward=2, num_slots=2))
+    for i in range(1, 13):
+        # 4 pages are cached, and 5 needed: a page that is copied, and 4 of the sequence.
+        world.finish(make_request(i, prompt(16, i // 3), 3))
+    assert world.device.num_prompt_tokens < 12 * 16
 
 
 def test_a_common_beginning_is_found_in_the_cache() -> None:
@@ -45,7 +71,7 @@ def test_a_prompt_is_findable_for_the_next_batch() -> None:
     world = World(make_config(max_tokens_per_forward=16, scheduling_steps_ahead=2))
     world.turn(make_request(1, prompt(16), 3), make_request(2, prompt(16), 3))
     assert world.batches[0].prefill_slots.size == 1
-    assert world.batches[1].prefill_starts.tolist() == [12]
+    assert world.batches[1].prefill_starts.tolist() == [15]
     world.drain()
     assert world.answers[2, 0].num_cached_tokens == 12
 

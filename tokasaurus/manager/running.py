@@ -43,9 +43,17 @@ class SlotStart(NamedTuple):
     sequence: Sequence
     cached_pages: Int32Array  # its prompt's leading pages, found in the prefix cache
     num_new_pages: int
-    # Positions of its prompt that are not computed: those of the cached pages, or of its cartridge
-    # where that ends in the page behind them.
+    # Positions of its prompt that are not computed: those of the cached pages, and what is copied
+    # of the page behind them: the end of its cartridge, or all but the last token of the prompt.
     length: int
+    # All pages of the prompt, if the last one is cached, too. That one is copied, since the last
+    # token is computed in any case.
+    whole_prompt: Int32Array = EMPTY_INT32
+
+    @property
+    def num_found_pages(self) -> int:
+        """Leading pages of its prompt that are in the prefix cache."""
+        return len(self.whole_prompt) or len(self.cached_pages)
 
 
 class RunningSequences:
@@ -128,13 +136,13 @@ class RunningSequences:
         The cached pages are retained already.
 
         Returns:
-            [2, copies] the pages to copy from and to, before the pass: the ends of cartridges.
+            [2, copies] the pages to copy from and to, before the pass.
         """
         sequences = [start.sequence for start in starts]
         cached_pages = [start.cached_pages for start in starts]
         lengths = [start.length for start in starts]
         num_new_pages = [start.num_new_pages for start in starts]
-        self._enter(sequences, cached_pages, num_new_pages, lengths, now)
+        self._enter(sequences, cached_pages, num_new_pages, lengths, lengths, now)
         for sequence, pages in zip(sequences, cached_pages, strict=True):
             if len(pages):
                 self.prefixes.enter([sequence.slot], pages)
@@ -145,7 +153,9 @@ class RunningSequences:
         return self._tail_copies([start for start in starts if start.length % page_size])
 
     def _tail_copies(self, starts: Rows[SlotStart]) -> Int32Array:
-        """[2, copies] from the last pages of cartridges to the pages in which these prompts go on.
+        """[2, copies] to the pages in which these prompts go on.
+
+        They are copied from the last pages of cartridges, or of the same prompts in the cache.
 
         Args:
             starts: of sequences that begin inside a page.
@@ -153,7 +163,9 @@ class RunningSequences:
         if not starts:
             return NO_COPIES
         sources = [
-            self.cartridges.tail_page(start.sequence.request.message.cartridges[0])
+            start.whole_prompt[-1]
+            if len(start.whole_prompt)
+            else self.cartridges.tail_page(start.sequence.request.message.cartridges[0])
             for start in starts
         ]
         rows = [start.sequence.slot for start in starts]
@@ -178,7 +190,15 @@ class RunningSequences:
         count = len(followers)
         self.pages.retain(shared, count)
         num_new = 1 if rest else 0
-        rows = self._enter(followers, [shared] * count, [num_new] * count, [length] * count, now)
+        num_found = num_shared * slots.page_size
+        rows = self._enter(
+            followers,
+            [shared] * count,
+            [num_new] * count,
+            [num_found] * count,
+            [length] * count,
+            now,
+        )
         targets = slots.page_table[rows, num_shared] if rest else EMPTY_INT32
         sources = np.full_like(targets, slots.pages(leader.slot)[-1])
         return rows, np.stack([sources, targets])
@@ -188,25 +208,36 @@ class RunningSequences:
         sequences: Rows[Sequence],
         shared_pages: Rows[Int32Array],
         num_new_pages: Rows[int],
+        num_found: Rows[int],
         lengths: Rows[int],
         now: float,
     ) -> IndexArray:
+        """Gives slots and pages.
+
+        Args:
+            sequences: that begin to run.
+            shared_pages: the first pages of each.
+            num_new_pages: that each gets behind these.
+            num_found: positions of each prompt that others have computed.
+            lengths: positions that are filled before its first batch.
+            now: the time.
+
+        Returns:
+            The slots.
+        """
         slots, page_size = self.slots, self.pages.page_size
         num_shared = [len(pages) for pages in shared_pages]
         num_pages = [shared + new for shared, new in zip(num_shared, num_new_pages, strict=True)]
-        for sequence, count in zip(sequences, num_shared, strict=True):
+        for sequence, found in zip(sequences, num_found, strict=True):
             request = sequence.request
-            if count:
-                num_found = count * page_size - request.num_pseudo
-                self._counters.num_cached_tokens += max(0, num_found)
+            self._counters.num_cached_tokens += max(0, found - request.num_pseudo)
             if not sequence.was_admitted:
                 sequence.was_admitted = True
                 self._counters.queue_s += now - request.arrived_at
-                if count:
-                    # Reported as if the prompt had come alone: its last token is never found.
-                    most = (len(request.prompt_ids) - 1) // page_size
-                    num_found = min(count, most) * page_size - request.num_pseudo
-                    sequence.num_cached_tokens = max(0, num_found)
+                # Reported in full pages, and as if the prompt had come alone: its last token is
+                # never found.
+                most = min(found, len(request.prompt_ids) - 1) // page_size * page_size
+                sequence.num_cached_tokens = max(0, most - request.num_pseudo)
         self.window.prepare(max(s.request.message.num_logprobs for s in sequences))
         rows = slots.enter(sequences, lengths, num_pages, self.weights_version)
         table, new_pages, taken = slots.page_table, self.pages.allocate(sum(num_new_pages)), 0

@@ -59,7 +59,7 @@ from tokasaurus.manager.running import NO_COPIES, RunningSequences, SlotStart
 from tokasaurus.manager.sequence import Sequence
 from tokasaurus.manager.slots import NO_SLOTS, IndexArray
 from tokasaurus.manager.waiting import Backlog
-from tokasaurus.protocol.arrays import BoolArray, Int32Array
+from tokasaurus.protocol.arrays import EMPTY_INT32, BoolArray, Int32Array
 from tokasaurus.protocol.messages import ForwardBatch
 from tokasaurus.rounding import ceil_div
 
@@ -494,7 +494,7 @@ class Scheduler:
             num_needed = self._num_needed(start)
             if num_needed > headroom.num_pages and not headroom.must_admit:
                 break
-            if self._running.may_feed(sequence, len(start.cached_pages)):
+            if self._running.may_feed(sequence, start.num_found_pages):
                 last = first_order if following is None else min(first_order, following.order)
                 offers.append(self._take_start(start, num_needed, headroom, last))
             else:
@@ -510,11 +510,21 @@ class Scheduler:
         cached_pages = self._pages.lookup(self._running.weights_version, ids)
         num_pages = ceil_div(len(sequence.prompt_ids), page_size)
         length = max(len(cached_pages) * page_size, num_pseudo)
-        return SlotStart(sequence, cached_pages, num_pages - len(cached_pages), length)
+        whole_prompt = EMPTY_INT32
+        if length + 1 < len(ids) == (len(cached_pages) + 1) * page_size:
+            whole_prompt = self._pages.lookup_whole(self._running.weights_version, ids)
+            if len(whole_prompt):
+                length = len(ids) - 1
+        num_new_pages = num_pages - len(cached_pages)
+        return SlotStart(sequence, cached_pages, num_new_pages, length, whole_prompt)
 
     def _num_needed(self, start: SlotStart) -> int:
-        """Pages that are not available any more if the sequence starts."""
-        return self._pages.num_needed(start.cached_pages, start.num_new_pages)
+        """Pages that are not available any more if the sequence starts.
+
+        A page that is copied is held until the batch is planned.
+        """
+        held = start.whole_prompt if len(start.whole_prompt) else start.cached_pages
+        return self._pages.num_needed(held, start.num_new_pages)
 
     def _take_start(
         self, start: SlotStart, num_needed: int, headroom: _Headroom, last_order: int
@@ -575,6 +585,7 @@ class Scheduler:
                 if self._backlog.pop() is not offer.candidate.sequence:
                     raise ProtocolError("the queue changed while its head was offered a place")
                 self._pages.retain(offer.start.cached_pages)
+                self._pages.retain(offer.start.whole_prompt)
                 num_rows -= 1
             num_forks = min(num_rows, offer.candidate.num_forks)
             offer.chunk.followers = self._backlog.pop_followers(offer.chunk.sequence, num_forks)
@@ -637,12 +648,19 @@ class Scheduler:
         running = self._running
         starts = [offer.start for offer in accepted if offer.start is not None]
         copies_before = running.enter(starts, now) if starts else NO_COPIES
+        copied = [start for start in starts if len(start.whole_prompt)]
         copies = [NO_COPIES]
         for offer in accepted:
             chunk = offer.chunk
             if chunk.followers:
-                chunk.forks, copied = running.fork(chunk.sequence, chunk.followers, now)
-                copies.append(copied)
+                chunk.forks, of_forks = running.fork(chunk.sequence, chunk.followers, now)
+                copies.append(of_forks)
+        if copied:
+            # A later batch may write to these pages: it runs after the copy.
+            self._pages.release(
+                (running.weights_version, start.sequence.prompt_ids, start.whole_prompt)
+                for start in copied
+            )
         entering = [sequence.slot for offer in accepted for sequence in offer.entering]
         self._admission.admit(np.array(entering, np.intp))
         return copies_before, np.concatenate(copies, axis=1)

@@ -476,7 +476,8 @@ class ForwardBatch(Message, frozen=True):
     # remembers for them is no longer needed. None if there are none.
     left_slots: Int32Array | None = None
     # [copies] Before the pass, page early_copy_sources[i] is copied to page early_copy_targets[i]:
-    # the end of a cartridge, in a page that a prompt goes on to fill. None if there are none.
+    # the end of a cartridge, or of the same prompt in the cache, in a page that a prompt goes on to
+    # fill. None if there are none.
     early_copy_sources: Int32Array | None = None
     early_copy_targets: Int32Array | None = None
     # [groups] index into the prefill columns, and how many; None if no group has chunks.

@@ -11,7 +11,7 @@ import numpy as np
 
 from tokasaurus.manager.kv.page_pool import PagePool
 from tokasaurus.manager.kv.prefix_cache import PrefixCache
-from tokasaurus.protocol.arrays import Int32Array
+from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
 
 __all__ = ["PageAllocator"]
 
@@ -51,6 +51,14 @@ class PageAllocator:
     def lookup(self, namespace: int, prompt_ids: Int32Array) -> Int32Array:
         """Returns the cached pages of a prompt; its last token is always computed."""
         return self.cache.lookup(namespace, prompt_ids, (len(prompt_ids) - 1) // self.page_size)
+
+    def lookup_whole(self, namespace: int, prompt_ids: Int32Array) -> Int32Array:
+        """Returns the pages of a prompt that ends with a page, if all are cached; else none."""
+        num_pages, rest = divmod(len(prompt_ids), self.page_size)
+        if rest:
+            return EMPTY_INT32
+        pages = self.cache.lookup(namespace, prompt_ids, num_pages)
+        return pages if len(pages) == num_pages else EMPTY_INT32
 
     def num_needed(self, cached_pages: Int32Array, num_new: int) -> int:
         """By how much ``num_available`` shrinks if these cached and new pages get a holder."""
