@@ -71,6 +71,23 @@ def test_tokens_are_those_of_torch(kernels):
                 assert draw(logits, chosen, kernels).tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_of_the_program_changes_nothing(kernels, default):
+    """Results have four bytes for each number, whatever torch makes where no dtype is named."""
+    logits = torch.randn(3, 300)
+    norms, _ = kernels.log_sums(logits, None, None)
+    scores, ids = kernels.ranked(logits, None, None, 5)
+    torch.set_default_dtype(default)
+    try:
+        others, _ = kernels.log_sums(logits, None, None)
+        other_scores, other_ids = kernels.ranked(logits, None, None, 5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(others, norms)
+    assert torch.equal(other_scores, scores)
+    assert torch.equal(other_ids, ids)
+
+
 def test_a_row_depends_on_nothing_beside_it(kernels, monkeypatch):
     """Neither on other rows, nor on its place, nor on the number of threads."""
     for vocab_size in (500, 9000):

@@ -402,3 +402,20 @@ def test_a_batch_is_sent_in_one_transfer(checkpoint, monkeypatch):
     submit(driver.batch(decode=[11, *order]))
     submit(driver.batch(decode=order))
     assert num_transfers == [1, 1, 1, 1, 2, 2, 1]
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_of_the_program_changes_nothing(checkpoint, default):
+    """Programs that train set it. The engine runs inside them."""
+    sampling = Sampling(temperature=0.8, top_p=0.9, min_p=0.01)
+    results = []
+    for dtype in (torch.float32, default):
+        torch.set_default_dtype(dtype)
+        try:
+            driver = make_driver(checkpoint("llama"), use_groups=None)
+            driver.worker.warm_up()
+            options = {"sampling": sampling, "seed": 5, "num_logprobs": 3}
+            results.append(generate(driver, [5, 6, 7], 6, **options))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert results[0] == results[1]

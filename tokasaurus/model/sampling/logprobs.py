@@ -45,9 +45,9 @@ class Logprobs:
     def none(cls, num_chosen: int, num_rows: int) -> Logprobs:
         """For rows that asked for none. ``num_chosen`` is 0 to leave their numbers out."""
         return cls(
-            torch.full((num_chosen,), torch.nan),
+            torch.full((num_chosen,), torch.nan, dtype=torch.float32),
             torch.empty(num_rows, 0, dtype=torch.int64),
-            torch.empty(num_rows, 0),
+            torch.empty(num_rows, 0, dtype=torch.float32),
             torch.full((num_chosen,), -1),
         )
 

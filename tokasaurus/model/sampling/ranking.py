@@ -85,7 +85,8 @@ def _best_of_blocks(logits: LogitRows) -> Tensor:
     """[rows, blocks]: the highest logit of each block. The last block may be short."""
     num_whole = logits.vocab_size // WIDTH
     end = num_whole * WIDTH
-    best = torch.empty(len(logits), ceil_div(logits.vocab_size, WIDTH), device=logits.device)
+    shape = len(logits), ceil_div(logits.vocab_size, WIDTH)
+    best = torch.empty(shape, dtype=torch.float32, device=logits.device)
     for part, some in logits.parts():
         best[part, :num_whole] = some[:, :end].view(len(some), num_whole, WIDTH).amax(dim=-1)
         if end < logits.vocab_size:

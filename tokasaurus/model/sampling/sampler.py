@@ -201,7 +201,8 @@ def _processed(logits: LogitRows, rows: RowsOfKind) -> Tensor:
 
 
 def _kept_scores(logits: LogitRows, columns: _Columns) -> Tensor:
-    scores = torch.empty(len(logits), logits.vocab_size, device=logits.device)
+    shape = len(logits), logits.vocab_size
+    scores = torch.empty(shape, dtype=torch.float32, device=logits.device)
     ids = torch.arange(logits.vocab_size, device=logits.device)
     for part, some in logits.parts():
         own = columns.take(part)

@@ -35,7 +35,8 @@ def _random(name: str, shape: tuple[int, ...]) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
     size = prod(shape)
     # One more than a power of two, so that rows of usual lengths do not repeat.
-    drawn = torch.empty(min(size, _NUM_DRAWN + 1)).normal_(0, _STD, generator=generator)
+    drawn = torch.empty(min(size, _NUM_DRAWN + 1), dtype=torch.float32)
+    drawn.normal_(0, _STD, generator=generator)
     tensor = torch.empty(size, dtype=torch.bfloat16)
     for part in torch.split(tensor, len(drawn)):
         part.copy_(drawn[: len(part)])

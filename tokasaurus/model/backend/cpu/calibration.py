@@ -99,7 +99,7 @@ def _batch(case: _Case) -> SequenceRows:
 
 def _seconds(backend: Backend, batches: Sequence[SequenceRows], heads: torch.Tensor) -> list[float]:
     """The shortest time of each batch. They take turns, so that other work disturbs all alike."""
-    half = torch.ones(len(heads), 1, heads.shape[2] // 2)
+    half = torch.ones(len(heads), 1, heads.shape[2] // 2, dtype=torch.float32)
     rotation = Rotation(half, half)
     seconds = [math.inf] * len(batches)
     for _ in range(_ROUNDS):

@@ -77,7 +77,7 @@ class CompiledSampling:
         token_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         count = len(logits if index is None else index)
-        norms = torch.empty(count)
+        norms = torch.empty(count, dtype=torch.float32)
         higher = None if token_ids is None else torch.empty(count, dtype=torch.int64)
         self._sum(
             ELEMENTS[logits.dtype],
@@ -93,7 +93,7 @@ class CompiledSampling:
         self, logits: Tensor, index: Tensor | None, temperature: Tensor | None, depth: int
     ) -> tuple[Tensor, Tensor]:
         count = len(logits if index is None else index)
-        scores = torch.empty(count, depth)
+        scores = torch.empty(count, depth, dtype=torch.float32)
         ids = torch.empty(count, depth, dtype=torch.int64)
         self._rank(
             ELEMENTS[logits.dtype],
