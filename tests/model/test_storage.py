@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import subprocess
@@ -31,6 +32,17 @@ def test_tensors_of_a_region_do_not_overlap():
         assert tensor.is_contiguous()
         assert (tensor == number).all(), number
         assert tensor.numel() == 0 or tensor.data_ptr() % 64 == 0
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="there is no such advice")
+def test_a_system_without_huge_pages_has_memory_all_the_same(monkeypatch):
+    class Refusing(mmap.mmap):
+        def madvise(self, *advice):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Refusing)
+    tensor = Region().empty((3, 5), torch.float32, CPU)
+    assert (tensor.fill_(1) == 1).all()
 
 
 def resident() -> int:

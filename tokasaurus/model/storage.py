@@ -7,6 +7,7 @@ take about twice as long, with few rows and with many.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from math import prod
 
@@ -82,5 +83,7 @@ def _mapped(size: int) -> tuple[mmap.mmap, int]:
         flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,
         prot=mmap.PROT_READ | mmap.PROT_WRITE,
     )
-    block.madvise(mmap.MADV_HUGEPAGE)
+    # A system that was built without huge pages, as real-time ones are, refuses the advice.
+    with contextlib.suppress(OSError):
+        block.madvise(mmap.MADV_HUGEPAGE)
     return block, -torch.frombuffer(block, dtype=torch.uint8).data_ptr() % _HUGE_PAGE
