@@ -64,11 +64,20 @@ def test_a_buffer_is_used_again_when_no_tensor_needs_it():
     assert large.data_ptr() not in (first, second)
 
 
-def test_what_would_not_be_repeated_cannot_be_recorded():
+@pytest.mark.parametrize("is_inference", [False, True])
+def test_what_would_not_be_repeated_cannot_be_recorded(is_inference):
+    """The worker runs in inference mode, in which torch shows other operators."""
+    with torch.inference_mode(is_inference):
+        check_what_cannot_be_recorded()
+
+
+def check_what_cannot_be_recorded():
     operators, x = CompiledOperators("auto"), torch.ones(MAX_ROWS, SIZE)
     for layer in (
         lambda: x + 1,
         lambda: x.t().contiguous(),
+        lambda: x.t().reshape(-1),
+        lambda: x.to(torch.bfloat16),
         lambda: x.zero_(),
         lambda: operators.rms_norm(x[:-1], x[0], 1e-5),
     ):
@@ -78,6 +87,8 @@ def test_what_would_not_be_repeated_cannot_be_recorded():
         assert torch.equal(operators.rms_norm(x, x[0], 0.0), x)
     with Recording(MAX_ROWS):
         assert x.view(SIZE, MAX_ROWS)[1:].shape == (SIZE - 1, MAX_ROWS)
+        assert x.reshape(SIZE, -1).to(torch.float32).contiguous().shape == (SIZE, MAX_ROWS)
+        assert [part.shape for part in x.chunk(2, dim=1)] == [(MAX_ROWS, SIZE // 2)] * 2
 
 
 def test_a_recording_does_not_load_the_compiler_of_torch():

@@ -200,7 +200,18 @@ class _ViewsOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         if self.is_active and not func.is_view:
             raise NotRecordable(f"the layers call {func}")
-        return func(*args, **(kwargs or {}))
+        returned = func(*args, **(kwargs or {}))
+        # In inference mode reshape, to and contiguous come here whole. They may copy.
+        if self.is_active and not _are_views(returned, args[0]):
+            raise NotRecordable(f"the layers copy by {func}")
+        return returned
+
+
+def _are_views(returned: Any, tensor: Tensor) -> bool:
+    """Whether what an operator returned, one tensor or several, lies in the memory of another."""
+    tensors = returned if isinstance(returned, list | tuple) else [returned]
+    address = tensor.untyped_storage().data_ptr()
+    return all(each.untyped_storage().data_ptr() == address for each in tensors)
 
 
 @cache
