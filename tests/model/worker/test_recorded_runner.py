@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 
 import torch
 from rows import named
@@ -68,8 +69,10 @@ def test_hidden_states_of_several_sequences_are_those_of_called_layers(checkpoin
 def test_layers_are_recorded_again_after_memory_was_restored(checkpoint):
     driver = make_driver(checkpoint("llama"))
     expected = generate(driver, [5, 6, 7], 4)
-    for action in (ReleaseMemory, RestoreMemory):
-        driver.control(action(weights=True, kv_cache=True))
+    buffers = weakref.ref(driver.worker._runner._recorded)
+    driver.control(ReleaseMemory(weights=True, kv_cache=True))
+    assert buffers() is None  # they are released, too
+    driver.control(RestoreMemory(weights=True, kv_cache=True))
     assert not is_recorded(driver)
     assert generate(driver, [5, 6, 7], 4) == expected
     assert is_recorded(driver)

@@ -475,10 +475,10 @@ def test_a_runner_is_told_when_tensors_may_have_moved(checkpoint, monkeypatch):
     rows = [
         (update_from(checkpoint(seed=2)), True),
         (UpdateWeights(2, ("absent",)), False),
-        (ReleaseMemory(weights=False, kv_cache=True), False),
-        (RestoreMemory(**BOTH), True),
+        (ReleaseMemory(weights=False, kv_cache=False), False),
+        (ReleaseMemory(weights=False, kv_cache=True), True),
         (RestoreMemory(**BOTH), False),
-        (ReleaseMemory(weights=True, kv_cache=False), False),
+        (ReleaseMemory(weights=True, kv_cache=False), True),
         (RestoreMemory(**BOTH), True),
     ]
     check_each(rows, check)

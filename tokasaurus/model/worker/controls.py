@@ -136,13 +136,15 @@ class Controls:
         if action.kv_cache:
             self._cache_ready = False
             self._cache.release()
+        if action.weights or action.kv_cache:
+            # Before memory is returned: a runner may have some that is of no use now.
+            self._runner.addresses_changed()
         self._return_memory()
 
     def _restore(self, action: RestoreMemory) -> None:
         if action.kv_cache and not self._cache_ready:
             self._cache.restore()
             self._cache_ready = True
-            self._runner.addresses_changed()
         if action.weights and not self._weights_ready:
             self._read_weights_again()
 

@@ -46,12 +46,13 @@ class Runner(Protocol):
         ...
 
     def addresses_changed(self) -> None:
-        """Weights or KV cache may lie at other addresses from now on, in the same tensor objects.
+        """Weights or KV cache will lie at other addresses when the next batch runs.
 
-        Called when the device is idle: after memory was released and allocated again, and after
-        an update of weights, which a linear method may lay out anew. A runner with recorded
-        kernels drops them here, and records them anew before it replays the next batch. So does a
-        runner that keeps addresses or views of storage.
+        They are the same tensor objects. Called when the device is idle: after memory was
+        released, which is allocated again before the next batch, and after an update of weights,
+        which a linear method may lay out anew. A runner with recorded kernels drops them here,
+        with their memory, and records them anew before it replays the next batch. So does a runner
+        that keeps addresses or views of storage.
         """
         ...
 
