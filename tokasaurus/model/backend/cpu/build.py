@@ -200,6 +200,8 @@ def _remove_old(built: Path, kind: str) -> None:
     directory = built.parent
     used = {path: _used_s(path) for path in directory.glob(f"{kind}-*.so") if path != built}
     for path in sorted(used, key=lambda path: -used[path])[_NUM_KEPT - 1 :]:
+        if _used_s(path) > used[path]:  # by another process, just now
+            continue
         with contextlib.suppress(OSError):
             path.unlink()
     for path in directory.glob("build-*"):

@@ -29,7 +29,7 @@ from tokasaurus.model.backend.cpu.build import BuildError, load_library
 from tokasaurus.model.storage import Region
 from tokasaurus.rounding import round_up
 
-__all__ = ["Kernel", "NotRecordable", "Recording", "call", "load_kernels", "result"]
+__all__ = ["Kernel", "NotRecordable", "Recording", "call", "load_kernels", "load_replay", "result"]
 
 Kernel = Any
 """A function of a library, as ``load_kernels`` returns it."""
@@ -107,7 +107,12 @@ class _Call(ctypes.Structure):
 
 
 @cache
-def _replay() -> Callable[[Any, int, int, int], None]:
+def load_replay() -> Callable[[Any, int, int, int], None]:
+    """The loop that runs a recording: (table of calls, calls, rows, threads).
+
+    Raises:
+        BuildError: it cannot be built on this machine.
+    """
     function = load_library(_SOURCE).tokasaurus_replay
     function.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int32)
     function.restype = None
@@ -178,7 +183,7 @@ class Recording:
     def run(self, num_rows: int) -> None:
         """Calls the kernels for the first rows of the buffers."""
         assert self._table is not None
-        _replay()(self._table, len(self._table), num_rows, torch.get_num_threads())
+        load_replay()(self._table, len(self._table), num_rows, torch.get_num_threads())
 
 
 class _ViewsOnly(TorchDispatchMode):  # type: ignore[no-untyped-call]

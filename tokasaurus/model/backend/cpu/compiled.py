@@ -29,7 +29,7 @@ from tokasaurus.model.backend.base import (
 )
 from tokasaurus.model.backend.cpu.build import BuildError
 from tokasaurus.model.backend.cpu.calibration import PAGE_SIZE, PAGES, measure_group_costs
-from tokasaurus.model.backend.cpu.calls import call, load_kernels, result
+from tokasaurus.model.backend.cpu.calls import call, load_kernels, load_replay, result
 from tokasaurus.model.backend.cpu.grouping import (
     ALWAYS,
     NEVER,
@@ -128,6 +128,7 @@ class CompiledBackend:
         try:
             _library(options.instruction_set)
             load_operators(options.instruction_set)
+            load_replay()
             load_sampling(options.instruction_set)
         except BuildError as error:
             return f"no kernel can be built: {error}; install g++"
