@@ -52,6 +52,14 @@ def test_a_page_that_is_copied_is_not_given_out_in_the_same_batch() -> None:
     assert world.device.num_prompt_tokens < 12 * 16
 
 
+def test_a_prompt_of_all_pages_is_repeated() -> None:
+    """No page is left to copy its last one to, so that page is computed again."""
+    world = World(make_config(num_pages=4))
+    for i in (1, 2, 3):
+        world.finish(make_request(i, prompt(16), 1))
+        assert world.answers[i, 0].num_cached_tokens == (12 if i > 1 else 0)
+
+
 def test_a_common_beginning_is_found_in_the_cache() -> None:
     world = World(make_config())
     world.finish(make_request(1, prompt(10) + prompt(6, 1), 3))

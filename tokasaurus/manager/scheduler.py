@@ -510,12 +510,14 @@ class Scheduler:
         cached_pages = self._pages.lookup(self._running.weights_version, ids)
         num_pages = ceil_div(len(sequence.prompt_ids), page_size)
         length = max(len(cached_pages) * page_size, num_pseudo)
+        num_new_pages = num_pages - len(cached_pages)
         whole_prompt = EMPTY_INT32
         if length + 1 < len(ids) == (len(cached_pages) + 1) * page_size:
-            whole_prompt = self._pages.lookup_whole(self._running.weights_version, ids)
-            if len(whole_prompt):
-                length = len(ids) - 1
-        num_new_pages = num_pages - len(cached_pages)
+            found = self._pages.lookup_whole(self._running.weights_version, ids)
+            # The copy needs one page more than the prompt has, and there may never be that many.
+            num_needed = self._pages.num_needed(found, num_new_pages)
+            if len(found) and num_needed <= self._pages.num_available:
+                whole_prompt, length = found, len(ids) - 1
         return SlotStart(sequence, cached_pages, num_new_pages, length, whole_prompt)
 
     def _num_needed(self, start: SlotStart) -> int:

@@ -518,6 +518,30 @@ def test_a_long_context_is_shared_out_to_threads(backend_of, four_threads):
                 torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
 
 
+def test_threads_share_out_large_tasks_by_their_heads(monkeypatch):
+    """A thread takes all heads of a task, or ahead, only where that leaves enough to the others."""
+    for lengths, num_threads, expected in (
+        ([500] * 64, 4, (8, 1)),
+        ([256] * 64 + [8000], 4, (1, 1)),
+        ([500] * 8, 4, (1, 1)),
+        ([400], 16, (1, 0)),
+        ([400], 1, (8, 1)),
+    ):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=num_threads: count)
+        count = len(lengths)
+        rows = SequenceRows(
+            slots=np.arange(count, dtype=np.int32),
+            query_starts=np.arange(count + 1, dtype=np.int32),
+            kv_lengths=np.array(lengths, np.int32),
+            positions=np.array(lengths, np.int32) - 1,
+            page_table=torch.zeros(count, ceil_div(max(lengths), 16), dtype=torch.int32),
+            num_decodes=count,
+        )
+        plan = CompiledBackend(make_cache(1, 16, 8, 64), 32).plan(rows)._plan
+        with named((lengths[-1], count, num_threads)):
+            assert (plan.heads_at_once, plan.takes_ahead) == expected
+
+
 @pytest.fixture
 def no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -63,6 +63,7 @@ class _Plan(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("num_tasks", "num_partials")),
         *((name, ctypes.c_int32) for name in ("num_heads", "num_kv_heads", "head_dim")),
         *((name, ctypes.c_int32) for name in ("page_size", "element", "num_threads")),
+        *((name, ctypes.c_int32) for name in ("heads_at_once", "takes_ahead")),
     )
 
 

@@ -111,6 +111,8 @@ struct Plan {
     int32_t num_heads, num_kv_heads, head_dim, page_size;
     int32_t element;  // 0 fp32, 1 bf16, 2 fp16
     int32_t num_threads;
+    // Filled by tokasaurus_plan_attention: how threads take tasks.
+    int32_t heads_at_once, takes_ahead;
 };
 
 // The tensors of one layer. Mirrored by _Layer in compiled.py.
@@ -162,6 +164,9 @@ class Planner {
         place_partials();
         std::sort(p.tasks, p.tasks + num_tasks,
                   [](const Task &a, const Task &b) { return a.cost > b.cost; });
+        const double largest = num_tasks ? p.tasks[0].cost : 0;
+        p.takes_ahead = largest <= most;
+        p.heads_at_once = largest * p.num_kv_heads <= most ? p.num_kv_heads : 1;
     }
 
    private:
@@ -751,9 +756,9 @@ void run_with_dim(const Plan &p, const Layer &layer) {
     const bool appends_alone = p.num_threads == 1 || p.num_rows <= ROWS_OF_ONE_THREAD;
     if (appends_alone)
         for (int row = 0; row < p.num_rows; row++) kernel.append(row);
-    // Heads lie next to each other in a page, so one thread reads them, where there is enough to do.
-    const bool is_plenty = p.num_tasks >= TASKS_PER_THREAD * p.num_threads;
-    const int heads_at_once = is_plenty ? p.num_kv_heads : 1;
+    // Heads lie next to each other in a page, so one thread reads those of a task, unless they are a
+    // large part of its share of the work.
+    const int heads_at_once = p.heads_at_once;
     const int num_units = p.num_tasks * p.num_kv_heads;
     std::atomic<int> num_taken{0};
     const auto take = [&](int &number) {
@@ -771,16 +776,21 @@ void run_with_dim(const Plan &p, const Layer &layer) {
 #pragma omp for schedule(static)
             for (int row = 0; row < p.num_rows; row++) kernel.append(row);
         }
-        // A thread takes its next unit before it runs the one it has.
+        // A thread takes its next unit before it runs the one it has, to fetch ahead. Where units are
+        // large, it leaves them to the others.
         int number = -1;
         for (bool has_unit = take(number); has_unit;) {
             const Unit unit = unit_of(number);
-            has_unit = take(number);
-            const Unit next = unit_of(number);
-            kernel.attend(unit, has_unit ? &next : nullptr);
+            if (p.takes_ahead && (has_unit = take(number))) {
+                const Unit next = unit_of(number);
+                kernel.attend(unit, &next);
+            } else {
+                kernel.attend(unit, nullptr);
+                has_unit = !p.takes_ahead && take(number);
+            }
         }
-#pragma omp barrier
         if (p.num_partials) {
+#pragma omp barrier
 #pragma omp for schedule(static)
             for (int row = 0; row < p.num_rows; row++)
                 if (p.partial_starts[row] < p.partial_starts[row + 1]) kernel.merge(row);
@@ -808,7 +818,8 @@ int64_t tokasaurus_task_size() { return sizeof(Task); }
 // Rows of a task, if that many read the same positions.
 int32_t tokasaurus_rows_per_task(int32_t group) { return std::max(QUERIES / group, 1); }
 
-// A sequence of no more rows than this reads keys where they lie, if it has no group.
+// A sequence of no more rows than this counts as one that reads keys where they lie, if it has no
+// group. Where more than FEW_QUERIES query heads share a key head, even a single row lays them out.
 int32_t tokasaurus_rows_without_layout(int32_t group) { return std::max(FEW_QUERIES / group, 1); }
 
 // The most tasks that a plan of this many rows, sequences and groups has.
