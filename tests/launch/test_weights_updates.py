@@ -27,7 +27,8 @@ FLAGS = ("scheduling_steps_ahead=8", "kv_cache_num_tokens=8192", "dtype=float32"
 # weights differ by more.
 TOLERANCE = 1e-3
 NUM_STREAMS = 10
-NUM_TOKENS = 500
+# Enough for three weights, however fast tokens are drawn while weights are replaced.
+NUM_TOKENS = 800
 
 
 @dataclass
@@ -157,19 +158,19 @@ def num_wrong(checkpoint: Path, stream: Stream, positions: list[int]) -> int:
 def test_each_token_comes_from_the_weights_that_its_version_names(engine, checkpoints):
     streams = [Stream([20 + number, 30, 40 + 2 * number]) for number in range(NUM_STREAMS)]
 
-    def has(num_tokens: int) -> bool:
-        return min(len(stream.token_ids) for stream in streams) >= num_tokens
+    def has(num_tokens: int, version: int) -> bool:
+        return min(stream.versions.count(version) for stream in streams) >= num_tokens
 
     with ThreadPoolExecutor(NUM_STREAMS) as pool:
         reading = [pool.submit(stream.read, engine) for stream in streams]
-        eventually(lambda: has(60), "the first weights draw tokens")
+        eventually(lambda: has(50, 0), "the first weights draw tokens")
         status, done = ask(
             engine, "POST", "/update_weights_from_disk", {"model_path": str(checkpoints[1])}
         )
         assert (status, done["success"]) == (200, True)
-        eventually(lambda: has(160), "the second weights draw tokens")
+        eventually(lambda: has(30, 1), "the second weights draw tokens")
         put_half(engine, checkpoints[2])
-        eventually(lambda: has(220), "they still do after an update that was refused")
+        eventually(lambda: has(50, 1), "they still do after an update that was refused")
         assert put_whole(engine, checkpoints[2]) == 2
         for each in reading:
             each.result()
@@ -185,6 +186,6 @@ def test_each_token_comes_from_the_weights_that_its_version_names(engine, checkp
             judged[version] += len(positions)
             told_apart[version] += num_wrong(checkpoints[version - 1], stream, positions)
     for version, count in judged.items():
-        assert count > 500, judged
+        assert count >= 50 * NUM_STREAMS or (version == 2 and count > 0), judged
         # The judge can tell: other weights give other logprobs.
         assert told_apart[version] > 0.9 * count, (judged, told_apart)
