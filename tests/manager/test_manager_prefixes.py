@@ -44,12 +44,15 @@ def test_the_same_prompt_many_times_is_fed_once_and_then_by_its_last_token() -> 
 
 
 def test_a_page_that_is_copied_is_not_given_out_in_the_same_batch() -> None:
-    """The cache has all pages there are: what a sequence takes, it evicts from there."""
-    world = World(make_config(num_pages=6, max_seqs_per_forward=2, num_slots=2))
-    for i in range(1, 13):
-        # 4 pages are cached, and 5 needed: a page that is copied, and 4 of the sequence.
-        world.finish(make_request(i, prompt(16, i // 3), 3))
-    assert world.device.num_prompt_tokens < 12 * 16
+    """Of all cached pages it was used least recently, so it would be evicted first."""
+    world = World(make_config(num_pages=6))
+    world.finish(make_request(1, prompt(16), 1))
+    world.finish(make_request(2, prompt(8, 1), 1))
+    world.finish(make_request(3, prompt(16), 1))
+    (batch,) = (each for each in world.batches if each.early_copy_sources is not None)
+    assert batch.prefill_starts.tolist() == [15]
+    assert batch.table_pages.size == 4
+    assert not set(batch.early_copy_sources.tolist()) & set(batch.table_pages.tolist())
 
 
 def test_a_prompt_of_all_pages_is_repeated() -> None:
