@@ -54,7 +54,7 @@ def decodes(num_rows, num_tokens):
 
 
 def test_every_group_is_taken_if_every_group_saves_time():
-    chosen = choose_groups(NESTED, PAGE_SIZE, ALWAYS)
+    chosen = choose_groups(NESTED, PAGE_SIZE, PAGE_SIZE, ALWAYS)
     assert chosen.first_rows.tolist() == [1, 1, 4]
     assert chosen.num_rows.tolist() == [6, 3, 3]
     assert chosen.begins.tolist() == [0, 8, 8]
@@ -64,7 +64,7 @@ def test_every_group_is_taken_if_every_group_saves_time():
 
 
 def test_the_rows_of_a_group_are_its_decodes_and_all_rows_of_its_chunks():
-    chosen = choose_groups(MIXED, PAGE_SIZE, ALWAYS)
+    chosen = choose_groups(MIXED, PAGE_SIZE, PAGE_SIZE, ALWAYS)
     assert chosen.first_rows.tolist() == [1, 8]
     assert chosen.num_decodes.tolist() == [2, 0]
     assert chosen.first_chunk_rows.tolist() == [3, 8]
@@ -77,7 +77,7 @@ def test_the_rows_of_a_group_are_its_decodes_and_all_rows_of_its_chunks():
 
 def test_a_group_inside_one_that_is_not_taken_begins_where_that_one_began():
     longer_than_10_tokens = GroupCosts(1.0, 0.0, 10.0, 0.0, BLOCKS)
-    chosen = choose_groups(NESTED, PAGE_SIZE, longer_than_10_tokens)
+    chosen = choose_groups(NESTED, PAGE_SIZE, PAGE_SIZE, longer_than_10_tokens)
     assert chosen.begins.tolist() == [0, 0]
     assert chosen.ends.tolist() == [12, 28]
     assert chosen.own_starts.tolist() == [0, 12, 12, 12, 28, 28, 28, 0]
@@ -85,11 +85,18 @@ def test_a_group_inside_one_that_is_not_taken_begins_where_that_one_began():
 
 def test_a_row_reads_the_pages_of_a_group_that_is_not_taken_by_itself():
     more_than_4_rows = GroupCosts(1.0, 4.0, 0.0, 0.0, BLOCKS)
-    chosen = choose_groups(NESTED, PAGE_SIZE, more_than_4_rows)
+    chosen = choose_groups(NESTED, PAGE_SIZE, PAGE_SIZE, more_than_4_rows)
     assert chosen.ends.tolist() == [8]
     assert chosen.own_starts.tolist() == [0, 8, 8, 8, 8, 8, 8, 0]
-    none = choose_groups(batch_of([1, 1], NO_GROUPS), PAGE_SIZE, ALWAYS)
+    none = choose_groups(batch_of([1, 1], NO_GROUPS), PAGE_SIZE, PAGE_SIZE, ALWAYS)
     assert (none.own_starts.tolist(), none.grouped_rows(NESTED)) == ([0, 0], (0, 0))
+
+
+def test_a_group_ends_at_a_multiple_of_the_kernels_step():
+    chosen = choose_groups(NESTED, PAGE_SIZE, 16, ALWAYS)
+    assert chosen.begins.tolist() == [0]
+    assert chosen.ends.tolist() == [16]
+    assert chosen.own_starts.tolist() == [0, 0, 0, 0, 16, 16, 16, 0]
 
 
 def test_a_group_of_long_chunks_saves_only_the_blocks_that_it_fills_better():
@@ -97,7 +104,7 @@ def test_a_group_of_long_chunks_saves_only_the_blocks_that_it_fills_better():
     layouts = GroupCosts(0.0, 1.0, 0.0, 0.5, BLOCKS)
     for num_rows, expected in (([64, 64], False), ([40, 40], True), ([20, 20], False)):
         batch = batch_of(num_rows, groups_of([0], [0], [0], [2], [0], [4]))
-        is_taken = bool(len(choose_groups(batch, PAGE_SIZE, layouts).ends))
+        is_taken = bool(len(choose_groups(batch, PAGE_SIZE, PAGE_SIZE, layouts).ends))
         assert is_taken is expected, num_rows
 
 
@@ -128,8 +135,8 @@ def one_group():
     rows = SequenceRows(
         slots=np.arange(3, dtype=np.int32),
         query_starts=np.arange(4, dtype=np.int32),
-        kv_lengths=np.full(3, 6, np.int32),
-        positions=np.full(3, 5, np.int32),
+        kv_lengths=np.full(3, 66, np.int32),
+        positions=np.full(3, 65, np.int32),
         page_table=torch.tensor([[0, 1], [0, 2], [0, 3]], dtype=torch.int32),
         num_decodes=3,
         groups=groups_of([0], [3], [3], [0], [0], [1]),
@@ -137,7 +144,7 @@ def one_group():
     cache = KVCache.allocate(
         num_layers=1,
         num_pages=4,
-        page_size=PAGE_SIZE,
+        page_size=64,
         num_kv_heads=1,
         head_dim=8,
         dtype=torch.float32,

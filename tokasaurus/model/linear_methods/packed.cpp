@@ -20,7 +20,7 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__AVX512BF16__)
+#if defined(__FMA__)
 #include <immintrin.h>
 #endif
 #if defined(__AMX_BF16__)
@@ -99,6 +99,21 @@ inline T load(const void *from) {
     return value;
 }
 
+// a * b + c, rounded once where the processor can: in every loop alike, so the compiler must not
+// choose.
+inline Vector multiply_add(float a, Vector b, Vector c) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_fmadd_ps(_mm512_set1_ps(a), (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (Vector)_mm256_fmadd_ps(_mm256_set1_ps(a), (__m256)b, (__m256)c);
+#elif defined(__FP_FAST_FMAF)
+    for (int i = 0; i < WIDTH; i++) c[i] = __builtin_fmaf(a, b[i], c[i]);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
+
 inline float widen(uint16_t value) {
     const uint32_t bits = uint32_t(value) << 16;
     return load<float>(&bits);
@@ -140,7 +155,7 @@ struct F32 {
     static int64_t steps(int64_t in) { return in; }
     static int64_t offset(int column, int64_t) { return column * sizeof(float); }
     static int64_t advance(int64_t k) { return k * STRIDE; }
-    static void add(Vector &sum, const X *x, Column w) { sum += *x * w; }
+    static void add(Vector &sum, const X *x, Column w) { sum = multiply_add(*x, w, sum); }
 };
 
 struct BF16 {
@@ -156,8 +171,8 @@ struct BF16 {
     typedef Bits Column;
     static void add(Vector &sum, const X *x, Column w) {
         const Bits even = w << 16, odd = w & 0xffff0000u;
-        sum += x[0] * load<Vector>(&even);
-        sum += x[1] * load<Vector>(&odd);
+        sum = multiply_add(x[0], load<Vector>(&even), sum);
+        sum = multiply_add(x[1], load<Vector>(&odd), sum);
     }
 #endif
     static constexpr int64_t step = 2, STRIDE = 2 * PANEL * sizeof(uint16_t);
@@ -328,6 +343,8 @@ void configure(int upper, int lower) {
         config.row_bytes[tile] = 64;
         config.rows[tile] = uint8_t(std::max(rows[tile], 1));
     }
+    // The compiler does not know how much of it the instruction reads.
+    asm volatile("" ::: "memory");
     _tile_loadconfig(&config);
 }
 

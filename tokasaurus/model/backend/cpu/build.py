@@ -43,11 +43,12 @@ _COMPILE = (
     "-std=c++17",
     "-fPIC",
     "-fopenmp",
-    # For vectorisation, without effect on any promised result: no errno, no traps, fused
-    # multiply-add.
+    # For vectorisation, without effect on any promised result: no errno, no traps.
     "-fno-math-errno",
     "-fno-trapping-math",
-    "-ffp-contract=fast",
+    # A kernel says itself where it fuses a multiplication and an addition. The compiler would fuse
+    # in one loop and not in another, and results would depend on which one a row happens to meet.
+    "-ffp-contract=off",
 )
 _LINKING = ((), ("-fopenmp",))
 _TIMEOUT_S = 300
@@ -65,7 +66,6 @@ class BuildError(Exception):
 class _Recipe:
     compiler: tuple[str, ...]
     instructions: InstructionSet
-    options: tuple[str, ...]
     linking: tuple[str, ...]
 
     def commands(self, source: Path, library: Path) -> list[list[str]]:
@@ -73,16 +73,14 @@ class _Recipe:
         compiler = list(self.compiler)
         return [
             [
-                *(*compiler, *_COMPILE, *self.instructions.options, *self.options),
+                *(*compiler, *_COMPILE, *self.instructions.options),
                 *("-c", str(source), "-o", str(objects)),
             ],
             [*compiler, "-shared", *self.linking, str(objects), "-o", str(library)],
         ]
 
 
-def load_library(
-    source: Path, instruction_set: str = AUTO, options: tuple[str, ...] = ()
-) -> ctypes.CDLL:
+def load_library(source: Path, instruction_set: str = AUTO) -> ctypes.CDLL:
     """Loads the library of a C++ file, and compiles it first if this machine has not done so.
 
     torch must be imported before.
@@ -90,7 +88,6 @@ def load_library(
     Args:
         source: the file. The headers that it includes are beside it.
         instruction_set: the name of one, or "auto" for the best that processor and compiler know.
-        options: of the compiler, which override those of all files.
 
     Raises:
         BuildError: the library cannot be built on this machine.
@@ -102,7 +99,7 @@ def load_library(
     complaint = ""
     for instructions in candidates:
         for linking in _LINKING:
-            recipe = _Recipe(compiler, instructions, options, linking)
+            recipe = _Recipe(compiler, instructions, linking)
             library = directory / f"{source.stem}-{instructions.name}-{_key(source, recipe)}.so"
             try:
                 loaded = _load(source, recipe, library)

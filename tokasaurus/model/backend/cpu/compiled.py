@@ -57,10 +57,11 @@ class _Plan(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("group_num_decodes", "group_first_chunk_rows")),
         *((name, ctypes.c_void_p) for name in ("group_num_rows", "group_begins", "group_ends")),
         *((name, ctypes.c_void_p) for name in ("tasks", "row_slots", "row_positions")),
-        *((name, ctypes.c_void_p) for name in ("partial_starts", "workspace")),
+        *((name, ctypes.c_void_p) for name in ("row_levels", "state_starts", "level_ends")),
+        ("workspace", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("page_table_stride", "workspace_size")),
         *((name, ctypes.c_int32) for name in ("num_sequences", "num_rows", "num_groups")),
-        *((name, ctypes.c_int32) for name in ("num_tasks", "num_partials")),
+        *((name, ctypes.c_int32) for name in ("num_levels", "merges")),
         *((name, ctypes.c_int32) for name in ("num_heads", "num_kv_heads", "head_dim")),
         *((name, ctypes.c_int32) for name in ("page_size", "element", "num_threads")),
         *((name, ctypes.c_int32) for name in ("heads_at_once", "takes_ahead")),
@@ -95,7 +96,7 @@ class _Library:
         library.tokasaurus_task_size.restype = ctypes.c_int64
         self.task_size: int = library.tokasaurus_task_size()
         self.max_tasks = library.tokasaurus_max_tasks
-        self.max_tasks.argtypes = (*[ctypes.c_int64] * 4, *[ctypes.c_int32] * 2)
+        self.max_tasks.argtypes = (ctypes.c_void_p,)
         self.max_tasks.restype = ctypes.c_int64
         self.rows_per_task = library.tokasaurus_rows_per_task
         self.rows_per_task.argtypes = (ctypes.c_int32,)
@@ -103,6 +104,8 @@ class _Library:
         self.rows_without_layout = library.tokasaurus_rows_without_layout
         self.rows_without_layout.argtypes = (ctypes.c_int32,)
         self.rows_without_layout.restype = ctypes.c_int32
+        library.tokasaurus_group_step.restype = ctypes.c_int32
+        self.group_step: int = library.tokasaurus_group_step()
 
 
 @cache
@@ -189,7 +192,7 @@ class CompiledBackend:
         )
 
     def plan(self, rows: SequenceRows) -> CompiledAttention:
-        groups = choose_groups(rows, self._cache.page_size, self._costs)
+        groups = choose_groups(rows, self._cache.page_size, self._library.group_step, self._costs)
         self.grouped_rows = groups.grouped_rows(rows)
         attention = CompiledAttention(
             self._library, self._cache, self._num_heads, rows, groups, self._current
@@ -215,18 +218,9 @@ class CompiledAttention:
         self._num_heads = num_heads
         num_rows, num_groups = len(rows.positions), len(groups.first_rows)
         num_threads = torch.get_num_threads()
-        max_tasks = library.max_tasks(
-            num_rows,
-            len(rows.slots),
-            num_groups,
-            int(groups.num_rows.sum()),
-            num_threads,
-            num_heads // cache.num_kv_heads,
-        )
-        tasks = np.empty(max_tasks * library.task_size, np.uint8)
-        by_row = np.empty((3, num_rows + 1), np.int32)
-        self._kept: tuple[NDArray[Any], ...] = (tasks, by_row, *groups)
-        row_slots, row_positions, partial_starts = (each.ctypes.data for each in by_row)
+        by_row = np.empty((4, num_rows + 1), np.int32)
+        level_ends = np.empty(num_groups + 1, np.int32)
+        row_slots, row_positions, row_levels, state_starts = (each.ctypes.data for each in by_row)
         self._plan = _Plan(
             page_table=rows.page_table.data_ptr(),
             slots=rows.slots.ctypes.data,
@@ -239,10 +233,11 @@ class CompiledAttention:
             group_num_rows=groups.num_rows.ctypes.data,
             group_begins=groups.begins.ctypes.data,
             group_ends=groups.ends.ctypes.data,
-            tasks=tasks.ctypes.data,
             row_slots=row_slots,
             row_positions=row_positions,
-            partial_starts=partial_starts,
+            row_levels=row_levels,
+            state_starts=state_starts,
+            level_ends=level_ends.ctypes.data,
             page_table_stride=rows.page_table.stride(0),
             num_sequences=len(rows.slots),
             num_rows=num_rows,
@@ -254,10 +249,14 @@ class CompiledAttention:
             element=ELEMENTS[cache.dtype],
             num_threads=num_threads,
         )
+        num_tasks = library.max_tasks(ctypes.byref(self._plan))
+        tasks = np.empty(num_tasks * library.task_size, np.uint8)
+        self._plan.tasks = tasks.ctypes.data
+        self._kept: tuple[NDArray[Any], ...] = (tasks, by_row, level_ends, *groups)
         library.plan(ctypes.byref(self._plan), num_rows, num_threads)
 
     def use_workspace(self, workspace: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Gives room for partial results. Returns the same room, or a larger one."""
+        """Gives room for the states of rows. Returns the same room, or a larger one."""
         size = self._plan.workspace_size
         if len(workspace) < size:
             workspace = np.empty(size, np.float32)

@@ -157,7 +157,9 @@ class ChosenGroups(NamedTuple):
         )
 
 
-def choose_groups(rows: SequenceRows, page_size: int, costs: GroupCosts) -> ChosenGroups:
+def choose_groups(
+    rows: SequenceRows, page_size: int, step: int, costs: GroupCosts
+) -> ChosenGroups:
     """Takes each group that saves time, the outer ones first.
 
     A group inside one that is not taken begins where that one would have begun.
@@ -165,11 +167,12 @@ def choose_groups(rows: SequenceRows, page_size: int, costs: GroupCosts) -> Chos
     Args:
         rows: of the batch.
         page_size: in tokens.
+        step: a group ends at a multiple of this number of tokens; what it has beyond is not shared.
         costs: of groups.
     """
     own_starts = np.zeros(len(rows.slots), np.int32)
     groups, starts = rows.groups, rows.query_starts
-    ends = (groups.first_columns + groups.num_columns) * page_size
+    ends = (groups.first_columns + groups.num_columns) * page_size // step * step
     chosen = []
     for decode, num_decodes, chunk, num_chunks, num_rows, direct, own_blocks, end in zip(
         groups.first_decodes.tolist(),
@@ -181,7 +184,8 @@ def choose_groups(rows: SequenceRows, page_size: int, costs: GroupCosts) -> Chos
         strict=True,
     ):
         begin = own_starts.item(decode if num_decodes else chunk)
-        if costs.saved(GroupSize(num_rows, end - begin, direct, own_blocks)) > 0:
+        size = GroupSize(num_rows, end - begin, direct, own_blocks)
+        if end > begin and costs.saved(size) > 0:
             first_chunk_row = starts.item(chunk)
             first_row = decode if num_decodes else first_chunk_row
             chosen.append((first_row, num_decodes, first_chunk_row, num_rows, begin, end))

@@ -34,7 +34,7 @@ void norm_row(const Element *x, const Element *weight, float eps, int size, Elem
     Vector squares = {};
     for (int i = 0; i < size; i += WIDTH) {
         const Vector some = load(x + i, size - i);
-        squares += some * some;
+        squares = multiply_add(some, some, squares);
     }
     const float scale = 1.0f / std::sqrt(total(squares) / float(size) + eps);
     for (int i = 0; i < size; i += WIDTH) {

@@ -5,24 +5,29 @@
 //   2. Each task attends with an online softmax in fp32 (Milakov and Gimelshein 2018,
 //      https://arxiv.org/abs/1805.02867). A task is a block of rows and a range of positions that
 //      these rows read from the same pages, for each key/value head.
-//   3. Rows that several tasks attended for are merged by their log-sum-exp.
+//   3. Rows of long sequences are merged from their ranges by their log-sum-exp.
 //
-// Tasks come from two sources. A sequence's own positions are cut into blocks of its rows, and a
-// long context into ranges, so that every thread has work. A group's shared pages are read once for
-// all its rows, which may be decode rows and rows of prompts (Juravsky et al. 2024, Hydragen,
-// https://arxiv.org/abs/2402.05099)::
+// What a row gets does not depend on the rows beside it, on the tasks, or on the threads:
+//   - Positions are cut into ranges of RANGE and tiles of TILE, the same for every row.
+//   - A range is a chain of tiles: each tile changes the state (best score, sum, mixed values) that
+//     the tiles before it have left. A row of several ranges merges them in their order.
+//   - Within a tile, the order of each sum is the same for few queries and for many.
+//
+// A group's shared pages are read once for all its rows, which may be decode rows and rows of
+// prompts (Juravsky et al. 2024, Hydragen, https://arxiv.org/abs/2402.05099). It ends where a tile
+// ends. Each row goes on from the state that the group has left, so it gets what it would get alone::
 //
 //     positions   0 ......... 127 | 128 .... 191 | 192 ....
 //     row 1       ┌─────────────┐ ┌────────────────────────┐    a task of the group of rows 1 to 3,
-//     row 2       │  group 1-3  │ ├────────────────────────┤    and one for each row: each row has
-//     row 3       └─────────────┘ └────────────────────────┘    two partial results to merge
+//     row 2       │  group 1-3  │→├────────────────────────┤    then one for each row
+//     row 3       └─────────────┘ └────────────────────────┘
 //
 // The queries of a task are its rows times the query heads that share the key/value head. They meet
 // a tile of TILE keys at a time. Few queries read it where it lies. For many it is first laid out
 // for products of matrices: the keys transposed, both in fp32 or, with instructions for that, in
 // pairs of bf16.
 //
-// Nothing is read beyond a sequence's length, because pages are not initialised.
+// Only keys and values of a sequence take part, because pages are not initialised.
 
 #include <algorithm>
 #include <atomic>
@@ -32,8 +37,11 @@
 
 namespace {
 
-// Keys in a tile.
+// Keys in a tile. Groups end at multiples of it.
 constexpr int TILE = 64;
+
+// Positions in a range: enough to merge seldom, few enough to share a long context among threads.
+constexpr int RANGE = 512;
 
 // Queries in a task, where there are that many: enough of them to use each tile often, few enough
 // to spread a short prompt over the cores, and to keep a task's memory in a core's cache.
@@ -48,9 +56,8 @@ constexpr int LAYOUT_COST = 8;
 // Multiply-adds of one layer that justify one more thread; they take about 20 microseconds.
 constexpr int64_t WORK_PER_THREAD = 500000;
 
-// A thread gets this many tasks, where a few long ones can be cut.
+// A task that takes more than a thread's part of the work divided by this is large.
 constexpr int TASKS_PER_THREAD = 4;
-constexpr int MIN_KEYS_PER_TASK = 256;
 
 inline int round_up(int number, int multiple) {
     return (number + multiple - 1) / multiple * multiple;
@@ -86,7 +93,7 @@ struct Task {
     int32_t begin, end;    // positions
     int32_t visible;       // positions before this one are visible to the first row,
     int32_t visible_step;  // and this many more to each further row
-    int32_t partial;       // the number of its result among those of each of its rows
+    int32_t level;         // it goes on from a task of the level before
     float cost;
 };
 
@@ -103,11 +110,12 @@ struct Plan {
     const int32_t *group_begins, *group_ends;  // positions
     // Filled by tokasaurus_plan_attention.
     Task *tasks;
-    int32_t *row_slots, *row_positions;  // [rows]
-    int32_t *partial_starts;             // [rows + 1], in partials of the rows before
-    float *workspace;                    // set later, of workspace_size floats
+    int32_t *row_slots, *row_positions, *row_levels;  // [rows]
+    int32_t *state_starts;  // [rows + 1], states that are kept of the rows before
+    int32_t *level_ends;    // [groups + 1], tasks up to the end of each level
+    float *workspace;       // set later, of workspace_size floats
     int64_t page_table_stride, workspace_size;
-    int32_t num_sequences, num_rows, num_groups, num_tasks, num_partials;
+    int32_t num_sequences, num_rows, num_groups, num_levels, merges;
     int32_t num_heads, num_kv_heads, head_dim, page_size;
     int32_t element;  // 0 fp32, 1 bf16, 2 fp16
     int32_t num_threads;
@@ -131,25 +139,19 @@ namespace {
 
 // --- planning ------------------------------------------------------------------------------------
 
+// The ranges that a row at this position sees.
+inline int num_ranges(int position) { return position / RANGE + 1; }
+
 class Planner {
    public:
     explicit Planner(Plan &plan)
         : p(plan),
           group(plan.num_heads / plan.num_kv_heads),
-          rows_per_task(std::max(QUERIES / group, 1)),
-          num_tasks(0) {}
+          rows_per_task(std::max(QUERIES / group, 1)) {}
 
     void plan() {
-        std::fill_n(p.partial_starts, p.num_rows + 1, 0);
         const double total = count_costs();
-        if (p.num_threads > 1) most = std::max(total / (p.num_threads * TASKS_PER_THREAD), 1.0);
-        for (int s = 0; s < p.num_sequences; s++) {
-            const int first = p.query_starts[s], end = p.query_starts[s + 1];
-            for (int row = first; row < end; row++) {
-                p.row_slots[row] = p.slots[s];
-                p.row_positions[row] = p.kv_lengths[s] - end + row;
-            }
-        }
+        place_rows();
         for (int g = 0; g < p.num_groups; g++) {
             const Rows rows = {p.group_first_rows[g], p.group_num_decodes[g],
                                p.group_first_chunk_rows[g], p.group_num_rows[g]};
@@ -160,13 +162,7 @@ class Planner {
             add({first, count, 0, count}, own_start(s), p.kv_lengths[s],
                 p.kv_lengths[s] - count + 1, 1);
         }
-        p.num_tasks = num_tasks;
-        place_partials();
-        std::sort(p.tasks, p.tasks + num_tasks,
-                  [](const Task &a, const Task &b) { return a.cost > b.cost; });
-        const double largest = num_tasks ? p.tasks[0].cost : 0;
-        p.takes_ahead = largest <= most;
-        p.heads_at_once = largest * p.num_kv_heads <= most ? p.num_kv_heads : 1;
+        sort_tasks(p.num_threads > 1 ? total / (p.num_threads * TASKS_PER_THREAD) : 1e18);
     }
 
    private:
@@ -195,84 +191,100 @@ class Planner {
         return costs * p.num_kv_heads;
     }
 
-    // Cuts rows into blocks, and the positions of each block into ranges.
+    // A row keeps a state for each of its ranges if it has several, or if a group begins it.
+    void place_rows() {
+        int place = 0;
+        for (int s = 0; s < p.num_sequences; s++) {
+            const int first = p.query_starts[s], end = p.query_starts[s + 1];
+            for (int row = first; row < end; row++) {
+                const int position = p.kv_lengths[s] - end + row;
+                p.row_slots[row] = p.slots[s];
+                p.row_positions[row] = position;
+                p.row_levels[row] = 0;
+                p.state_starts[row] = place;
+                if (position >= RANGE || own_start(s)) place += num_ranges(position);
+                p.merges |= position >= RANGE;
+            }
+        }
+        p.state_starts[p.num_rows] = place;
+        p.workspace_size = int64_t(place) * p.num_heads * (round_up(p.head_dim, WIDTH) + 2);
+    }
+
+    // Cuts rows into blocks, and positions into ranges.
     void add(const Rows &rows, int begin, int end, int visible, int step) {
-        const int keys = end - begin;
-        const int largest = std::min(rows.count, rows_per_task);
-        int parts = std::min(ceil_div(int64_t(cost(largest, keys)), int64_t(most)),
-                             keys / MIN_KEYS_PER_TASK);
-        parts = std::max(parts, 1);
-        const int part = round_up(ceil_div(keys, parts), TILE);
         const int slot = p.row_slots[rows.row(0)];
+        // All these rows go on from the same task, if they do.
+        const int level = begin % RANGE ? p.row_levels[rows.row(0)] + 1 : 0;
         for (int first = 0; first < rows.count; first += rows_per_task) {
             const int count = std::min(rows_per_task, rows.count - first);
             const int block_visible = visible + first * step;
             const int block_end = std::min(end, block_visible + (count - 1) * step);
-            for (int from = begin, n = 0; from < end; from += part, n++) {
-                // Rows of the same sequence have as many results, some of them empty.
-                const int to = std::min(from + part, block_end);
-                p.tasks[num_tasks++] = {
-                    slot,
-                    rows.part(first, count),
-                    from,
-                    std::max(from, to),
-                    block_visible,
-                    step,
-                    p.partial_starts[rows.row(first)] + n,
-                    float(cost(count, std::max(to - from, 0))),
-                };
+            for (int from = begin; from < block_end;) {
+                const int to = std::min((from / RANGE + 1) * RANGE, block_end);
+                p.tasks[num_tasks++] = {slot,          rows.part(first, count),
+                                        from,          to,
+                                        block_visible, step,
+                                        from == begin ? level : 0, float(cost(count, to - from))};
+                from = to;
             }
         }
-        const int num_parts = ceil_div(keys, part);
+        const int last_level = (end - 1) / RANGE == begin / RANGE ? level : 0;
         for (int index = 0; index < rows.count; index++)
-            p.partial_starts[rows.row(index)] += num_parts;
+            p.row_levels[rows.row(index)] = last_level;
     }
 
-    // Turns the rows' numbers of partials into places. A row with a single one needs none.
-    void place_partials() {
-        int place = 0;
-        for (int row = 0; row <= p.num_rows; row++) {
-            const int count = row < p.num_rows ? p.partial_starts[row] : 0;
-            p.partial_starts[row] = place;
-            place += count > 1 ? count : 0;
+    // Level by level, the largest first.
+    void sort_tasks(double large) {
+        std::sort(p.tasks, p.tasks + num_tasks, [](const Task &a, const Task &b) {
+            return a.level != b.level ? a.level < b.level : a.cost > b.cost;
+        });
+        double largest = 0;
+        for (int t = 0; t < num_tasks; t++) {
+            largest = std::max(largest, double(p.tasks[t].cost));
+            p.num_levels = p.tasks[t].level + 1;
+            p.level_ends[p.tasks[t].level] = t + 1;
         }
-        p.num_partials = place;
-        p.workspace_size =
-            int64_t(place) * p.num_heads * (round_up(p.head_dim, WIDTH) + 2);
+        p.takes_ahead = largest <= large;
+        p.heads_at_once = largest * p.num_kv_heads <= large ? p.num_kv_heads : 1;
     }
 
     Plan &p;
     const int group, rows_per_task;
-    int num_tasks;
-    double most = 1e18;  // the cost of a task
+    int num_tasks = 0;
 };
 
 // --- layouts of a tile ---------------------------------------------------------------------------
 
+struct NoTiles {
+    explicit NoTiles(int) {}
+};
+
 // Words in fp32, from elements of any kind.
-template <typename Element>
+template <typename Element_>
 struct WideLayout {
+    using Element = Element_;
+    using Kind = Wide;
+    using Session = NoTiles;
+    static constexpr bool HAS_TILES = false;
+
     static void multiply(const Product &product, int num_rows, int num_columns) {
         ::multiply<Wide>(product, num_rows, num_columns);
     }
     static int query_words(int head_dim) { return head_dim; }
     static int weight_words(int num_keys) { return num_keys; }
 
-    static Words key_words(const Element *key, int word) {
-        return bits_as<Words>(load(key + word));
-    }
-    static uint32_t key_word(const Element *key, int word) {
-        return bits_as<uint32_t>(load(key + word, 1)[0]);
+    static Words key_words(const Element *key, int word, int num_words) {
+        return bits_as<Words>(load(key + word, num_words - word));
     }
     static void lay_out_query(const float *query, int head_dim, uint32_t *words) {
         std::memcpy(words, query, size_t(head_dim) * sizeof(float));
     }
-    static void lay_out_values(const Element *const *values, int count, int head_dim, int stride,
-                               uint32_t *words) {
-        for (int t = 0; t < count; t++)
-            for (int d = 0; d < head_dim; d += WIDTH)
-                store_words(words + t * stride + d,
-                            bits_as<Words>(load(values[t] + d, head_dim - d)));
+    // The words of weight number ``word`` from d on.
+    template <int VECTORS>
+    static void value_words(const Element *const *values, int word, int d, int head_dim,
+                            Words *to) {
+        for (int v = 0; v < VECTORS; v++, d += WIDTH)
+            to[v] = bits_as<Words>(load(values[word] + d, head_dim - d));
     }
     // The weights of a tile stay where they are.
     static const uint32_t *weights(const float *scores, int, uint32_t *) {
@@ -285,23 +297,21 @@ struct WideLayout {
 // Pairs of bf16.
 struct PairsLayout {
     using Element = BFloat16;
+    using Kind = Pairs;
+    using Session = NoTiles;
+    static constexpr bool HAS_TILES = false;
+
     static void multiply(const Product &product, int num_rows, int num_columns) {
-#if defined(__AMX_BF16__)
-        if (product.depth % TILE_ROWS == 0 && may_use_tiles()) {
-            const Tiles tiles;
-            return multiply_tiles(product, num_rows, num_columns);
-        }
-#endif
         ::multiply<Pairs>(product, num_rows, num_columns);
     }
     static int query_words(int head_dim) { return head_dim / 2; }
     static int weight_words(int num_keys) { return (num_keys + 1) / 2; }
 
-    static Words key_words(const Element *key, int word) { return load_words(key + 2 * word); }
-    static uint32_t key_word(const Element *key, int word) {
-        uint32_t pair;
-        std::memcpy(&pair, key + 2 * word, sizeof pair);
-        return pair;
+    static Words key_words(const Element *key, int word, int num_words) {
+        if (num_words - word >= WIDTH) return load_words(key + 2 * word);
+        Words words = {};
+        std::memcpy(&words, key + 2 * word, size_t(num_words - word) * sizeof(uint32_t));
+        return words;
     }
     static void lay_out_query(const float *query, int head_dim, uint32_t *words) {
         BFloat16 *to = reinterpret_cast<BFloat16 *>(words);
@@ -309,15 +319,20 @@ struct PairsLayout {
             store(to + d, load(query + d, head_dim - d), head_dim - d);
     }
     // Pairs the values of two keys. There are TILE pointers, also where there are fewer keys.
-    static void lay_out_values(const Element *const *values, int count, int head_dim, int stride,
-                               uint32_t *words) {
-        for (int t = 0; t < count; t += 2)
-            for (int d = 0; d < head_dim; d += WIDTH) {
-                const Vector low = load(values[t] + d, head_dim - d);
-                const Vector high = load(values[t + 1] + d, head_dim - d);
-                store_words(words + t / 2 * stride + d,
-                            (bits_as<Words>(low) >> 16) | bits_as<Words>(high));
+    template <int VECTORS>
+    static void value_words(const Element *const *values, int word, int d, int head_dim,
+                            Words *to) {
+        const Element *first = values[2 * word], *second = values[2 * word + 1];
+        if constexpr (VECTORS % 2 == 0) {
+            for (int v = 0; v < VECTORS; v += 2, d += 2 * WIDTH)
+                interleave_halves(load_words(first + d), load_words(second + d), to[v], to[v + 1]);
+        } else {
+            for (int v = 0; v < VECTORS; v++, d += WIDTH) {
+                const Vector low = load(first + d, head_dim - d);
+                const Vector high = load(second + d, head_dim - d);
+                to[v] = (bits_as<Words>(low) >> 16) | bits_as<Words>(high);
             }
+        }
     }
     static const uint32_t *weights(const float *scores, int num_queries, uint32_t *words) {
         for (int query = 0; query < num_queries; query++) {
@@ -330,11 +345,28 @@ struct PairsLayout {
 };
 #endif
 
+#if defined(__AMX_BF16__)
+// Pairs that are multiplied in AMX's tiles, which takes whole tiles of pairs.
+struct TilesLayout : PairsLayout {
+    using Session = Tiles;
+    static constexpr bool HAS_TILES = true;
+
+    static void multiply(const Product &product, int num_rows, int num_columns) {
+        multiply_tiles(product, num_rows, num_columns);
+    }
+    static int weight_words(int num_keys) { return round_up((num_keys + 1) / 2, TILE_ROWS); }
+
+    static bool can_run(int head_dim) {
+        return query_words(head_dim) % TILE_ROWS == 0 && may_use_tiles();
+    }
+};
+#endif
+
 // --- attention -----------------------------------------------------------------------------------
 
 // The working memory of one thread. It only grows.
 struct Scratch {
-    std::vector<uint32_t> queries, keys, values, weights;
+    std::vector<uint32_t> queries, turned_queries, keys, values, weights;
     std::vector<float> mixed, scores, best, sum, shrink, head;
 
     void reserve(int num_queries, int head_dim) {
@@ -343,6 +375,7 @@ struct Scratch {
         const size_t size = size_t(round_up(head_dim, WIDTH));
         if (mixed.size() >= n * size && best.size() >= n && keys.size() >= size * TILE) return;
         queries.resize(n * size);
+        turned_queries.resize(size * WIDTH);
         keys.resize(size * TILE);
         values.resize(size * TILE);
         weights.resize(n * TILE / 2);
@@ -370,6 +403,8 @@ struct Unit {
 // DIM is the size of a head if it is known, else 0.
 template <typename Element, typename Layout, int DIM>
 class Kernel {
+    static constexpr int KEYS_PER_WORD = TILE / Layout::weight_stride;
+
     // Where the keys and values of a tile lie.
     struct Tile {
         const Element *keys[TILE], *values[TILE];
@@ -408,10 +443,12 @@ class Kernel {
         const int num_queries = task.rows.count * group;
         Scratch &s = scratch_of_thread(num_queries, head_dim());
         const bool are_few = num_queries <= FEW_QUERIES;
-        load_queries(task, unit.kv_head, are_few, s);
+        load_queries(unit, are_few, s);
+        [[maybe_unused]] const typename Layout::Session session(std::min(num_queries, TILE_ROWS));
         Tile tiles[2];
         int current = 0;
         locate(unit, task.begin, tiles[0]);
+        // A task that goes on from another one begins within a range, but not within a tile.
         for (int start = task.begin; start < task.end; start += TILE, current = 1 - current) {
             const int count = std::min(TILE, task.end - start);
             const Tile &tile = tiles[current];
@@ -425,37 +462,34 @@ class Kernel {
             if (are_few) {
                 score_few(num_queries, tile.keys, count, s, ahead);
             } else {
-                lay_out_keys(tile.keys, count, s.keys.data());
-                Layout::lay_out_values(tile.values, count, head_dim(), padded_dim(),
-                                       s.values.data());
                 if (ahead)
-                    for (int t = 0; t < TILE; t++) {
-                        prefetch(ahead->keys[t]);
-                        prefetch(ahead->values[t]);
-                    }
+                    for (int t = 0; t < TILE; t++) prefetch(ahead->keys[t]);
+                lay_out_keys(tile.keys, count, s.keys.data());
                 score(num_queries, count, s);
             }
             for (int query = 0; query < num_queries; query++) {
                 const int visible = task.visible + query / group * task.visible_step - start;
                 weigh(query, std::min(visible, count), count, s);
             }
-            if (are_few)
+            if (are_few && !Layout::HAS_TILES) {
                 mix_few(num_queries, tile.values, count, s, ahead);
-            else
+            } else {
+                lay_out_values(tile.values, count, s.values.data(), ahead);
                 mix(num_queries, count, s);
+            }
         }
-        finish(task, unit.kv_head, s);
+        finish(unit, s);
     }
 
     // Phase 3.
     void merge(int row) const {
-        const int begin = p.partial_starts[row], end = p.partial_starts[row + 1];
+        const int begin = p.state_starts[row], end = p.state_starts[row + 1];
         for (int head = 0; head < p.num_heads; head++) {
             float best = -INFINITE, sum = 0;
             for (int i = begin; i < end; i++) best = std::max(best, best_of(i, head)[0]);
             float *first = mixed_of(begin, head);
             for (int i = begin; i < end; i++) {
-                const float share = std::exp(best_of(i, head)[0] - best);
+                const float share = bounded_exponential(splat(best_of(i, head)[0] - best))[0];
                 const float *mixed = mixed_of(i, head);
                 sum += share * best_of(i, head)[1];
                 for (int d = 0; d < padded_dim(); d += WIDTH) {
@@ -502,21 +536,33 @@ class Kernel {
         }
     }
 
-    void load_queries(const Task &task, int kv_head, bool are_few, Scratch &s) const {
+    // Loads the queries, and the states that their sums go on from.
+    void load_queries(const Unit &unit, bool are_few, Scratch &s) const {
+        const Task &task = *unit.task;
         const int num_queries = task.rows.count * group, stride = Layout::query_words(head_dim());
         for (int query = 0; query < num_queries; query++) {
-            prepare_head(task.rows.row(query / group), kv_head * group + query % group,
-                         a.query_norm, s.head.data());
-            if (are_few)
-                std::memcpy(&s.queries[size_t(query) * padded_dim()], s.head.data(),
-                            size_t(padded_dim()) * sizeof(float));
-            else
-                Layout::lay_out_query(s.head.data(), head_dim(),
-                                      &s.queries[size_t(query) * stride]);
+            const int row = task.rows.row(query / group);
+            const int head = unit.kv_head * group + query % group;
+            prepare_head(row, head, a.query_norm, s.head.data());
+            Layout::lay_out_query(s.head.data(), head_dim(), &s.queries[size_t(query) * stride]);
+            float *mixed = &s.mixed[size_t(query) * padded_dim()];
+            if (task.begin % RANGE) {
+                const int place = p.state_starts[row] + task.begin / RANGE;
+                std::memcpy(mixed, mixed_of(place, head), size_t(padded_dim()) * sizeof(float));
+                s.best[query] = best_of(place, head)[0];
+                s.sum[query] = best_of(place, head)[1];
+            } else {
+                std::fill_n(mixed, padded_dim(), 0.0f);
+                s.best[query] = -INFINITE;
+                s.sum[query] = 0;
+            }
         }
-        std::fill_n(s.mixed.begin(), size_t(num_queries) * padded_dim(), 0.0f);
-        std::fill_n(s.best.begin(), num_queries, -INFINITE);
-        std::fill_n(s.sum.begin(), num_queries, 0.0f);
+        if (!are_few || !Layout::HAS_TILES) return;
+        std::fill(s.turned_queries.begin(), s.turned_queries.end(), 0);
+        for (int query = 0; query < num_queries; query++)
+            for (int word = 0; word < stride; word++)
+                s.turned_queries[size_t(word) * WIDTH + query] =
+                    s.queries[size_t(query) * stride + word];
     }
 
     // Finds the keys and values of a tile. Beyond the last key come copies of its pointer.
@@ -554,18 +600,49 @@ class Kernel {
     // Transposes the keys: [words of a key, TILE].
     void lay_out_keys(const Element *const *keys, int count, uint32_t *words) const {
         const int num_words = Layout::query_words(head_dim());
-        for (int t = 0; t < count; t += WIDTH) {
-            int word = 0;
-            for (; word + WIDTH <= num_words; word += WIDTH) {
+        for (int t = 0; t < count; t += WIDTH)
+            for (int word = 0; word < num_words; word += WIDTH) {
                 Words rows[WIDTH];
-                for (int i = 0; i < WIDTH; i++) rows[i] = Layout::key_words(keys[t + i], word);
-                transpose(rows);
-                for (int i = 0; i < WIDTH; i++) store_words(words + (word + i) * TILE + t, rows[i]);
+                load_transposed(keys + t, word, rows);
+                const int some = std::min(WIDTH, num_words - word);
+                for (int i = 0; i < some; i++) store_words(words + (word + i) * TILE + t, rows[i]);
             }
-            for (; word < num_words; word++)
-                for (int i = 0; i < WIDTH; i++)
-                    words[size_t(word) * TILE + t + i] = Layout::key_word(keys[t + i], word);
+    }
+
+    // A word of WIDTH keys in each vector.
+    void load_transposed(const Element *const *keys, int word, Words (&rows)[WIDTH]) const {
+        for (int i = 0; i < WIDTH; i++)
+            rows[i] = Layout::key_words(keys[i], word, Layout::query_words(head_dim()));
+        transpose(rows);
+    }
+
+    // Lays values out as words that belong to a word of weights: [words of weights, padded_dim].
+    // Fetches the values of the tile ahead.
+    void lay_out_values(const Element *const *values, int count, uint32_t *words,
+                        const Tile *ahead) const {
+        const int size = padded_dim(), num_words = Layout::weight_words(count);
+        const int num_filled = std::min(num_words, (count + KEYS_PER_WORD - 1) / KEYS_PER_WORD);
+        for (int word = 0; word < num_filled; word++, words += size) {
+            if (ahead)
+                for (int t = 0; t < KEYS_PER_WORD; t++)
+                    prefetch(ahead->values[word * KEYS_PER_WORD + t]);
+            int d = 0;
+            for (; d + 2 * WIDTH <= head_dim(); d += 2 * WIDTH) {
+                Words some[2];
+                Layout::template value_words<2>(values, word, d, head_dim(), some);
+                store_words(words + d, some[0]);
+                store_words(words + d + WIDTH, some[1]);
+            }
+            for (; d < head_dim(); d += WIDTH) {
+                Words some[1];
+                Layout::template value_words<1>(values, word, d, head_dim(), some);
+                store_words(words + d, some[0]);
+            }
         }
+        // Weights of 0 meet zeros: what lay here before may not be finite.
+        std::fill_n(words, size_t(num_words - num_filled) * size, 0u);
+        if (ahead)
+            for (int t = num_filled * KEYS_PER_WORD; t < TILE; t++) prefetch(ahead->values[t]);
     }
 
     void score(int num_queries, int count, Scratch &s) const {
@@ -575,99 +652,140 @@ class Kernel {
             num_queries, round_up(count, WIDTH));
     }
 
-    // Scores, and fetches the keys of the tile ahead, if there is one, between them.
+    // Scores keys where they lie, and fetches those of the tile ahead, if there is one.
     void score_few(int num_queries, const Element *const *keys, int count, Scratch &s,
                    const Tile *ahead) const {
-        const float *queries = reinterpret_cast<const float *>(s.queries.data());
         const Element *const *next = ahead ? ahead->keys : nullptr;
-        for (int query = 0; query < num_queries; next = nullptr) {
-            const float *some = queries + query * padded_dim();
-            float *scores = &s.scores[size_t(query) * TILE];
-            const int rest = num_queries - query;
-            if (rest >= 4) {
-                score_directly<4>(some, keys, count, scores, next);
-                query += 4;
-            } else if (rest == 3) {
-                score_directly<3>(some, keys, count, scores, next);
-                query += 3;
-            } else {
-                score_directly<1>(some, keys, count, scores, next);
-                query++;
+#if defined(__AMX_BF16__)
+        if constexpr (Layout::HAS_TILES)
+            score_in_tiles(num_queries, keys, count, s, next);
+        else
+#endif
+            for (int query = 0; query < num_queries; next = nullptr) {
+                const int rest = num_queries - query;
+                if (rest >= 4) {
+                    score_directly<4>(query, keys, count, s, next);
+                    query += 4;
+                } else if (rest == 3) {
+                    score_directly<3>(query, keys, count, s, next);
+                    query += 3;
+                } else {
+                    score_directly<1>(query, keys, count, s, next);
+                    query++;
+                }
             }
-        }
+        // Those that no key of this tile stood for.
+        if (ahead)
+            for (int t = round_up(count, WIDTH); t < TILE; t++) prefetch(ahead->keys[t]);
     }
 
     template <int N>
-    void score_directly(const float *queries, const Element *const *keys, int count,
-                        float *scores, const Element *const *next) const {
+    void score_directly(int query, const Element *const *keys, int count, Scratch &s,
+                        const Element *const *next) const {
+        const int num_words = Layout::query_words(head_dim());
+        const uint32_t *queries = &s.queries[size_t(query) * num_words];
         for (int t = 0; t < count; t += WIDTH) {
-            Vector sums[N][WIDTH];
-            for (int i = 0; i < WIDTH; i++) {
-                if (next) prefetch(next[t + i]);
-                Vector products[N] = {};
-                for (int d = 0; d < head_dim(); d += WIDTH) {
-                    const Vector key = load(keys[t + i] + d, head_dim() - d);
+            if (next)
+                for (int i = 0; i < WIDTH; i++) prefetch(next[t + i]);
+            Vector sums[N] = {};
+            for (int word = 0; word < num_words; word += WIDTH) {
+                Words rows[WIDTH];
+                load_transposed(keys + t, word, rows);
+                const int some = DIM ? WIDTH : std::min(WIDTH, num_words - word);
+                for (int i = 0; i < some; i++)
                     for (int n = 0; n < N; n++)
-                        products[n] += load(queries + n * padded_dim() + d) * key;
-                }
-                for (int n = 0; n < N; n++) sums[n][i] = products[n];
+                        sums[n] = Layout::Kind::add_product(
+                            sums[n], splat(queries[n * num_words + word + i]), rows[i]);
             }
-            for (int n = 0; n < N; n++) store(scores + n * TILE + t, totals(sums[n]));
+            for (int n = 0; n < N; n++) store(&s.scores[size_t(query + n) * TILE + t], sums[n]);
         }
-        // Those that no key of this tile stood for.
-        if (next)
-            for (int t = round_up(count, WIDTH); t < TILE; t++) prefetch(next[t]);
     }
 
-    // Mixes, and fetches the values of the tile ahead between them.
+#if defined(__AMX_BF16__)
+    // Multiplies tiles of keys, as they lie, by the queries: [keys, queries], which are turned.
+    void score_in_tiles(int num_queries, const Element *const *keys, int count, Scratch &s,
+                        const Element *const *next) const {
+        const int num_words = Layout::query_words(head_dim());
+        const size_t key_bytes = size_t(head_dim()) * sizeof(Element);
+        finish_writes();
+        for (int t = 0; t < count; t += TILE_ROWS) {
+            const void *some = keys[t];
+            if (p.page_size % TILE_ROWS) {
+                char *copy = reinterpret_cast<char *>(s.keys.data());
+                for (int i = 0; i < TILE_ROWS; i++)
+                    std::memcpy(copy + i * key_bytes, keys[t + i], key_bytes);
+                some = copy;
+                finish_writes();
+            }
+            _tile_zero(2);
+            for (int word = 0; word < num_words; word += TILE_ROWS) {
+                _tile_loadd(3, static_cast<const uint32_t *>(some) + word, key_bytes);
+                _tile_loadd(5, &s.turned_queries[size_t(word) * WIDTH], WIDTH * sizeof(uint32_t));
+                _tile_dpbf16ps(2, 3, 5);
+            }
+            if (next)
+                for (int i = 0; i < TILE_ROWS; i++) prefetch(next[t + i]);
+            alignas(64) Words rows[WIDTH];
+            _tile_stored(2, rows, sizeof(Words));
+            transpose(rows);
+            for (int query = 0; query < num_queries; query++)
+                store_words(&s.scores[size_t(query) * TILE + t], rows[query]);
+        }
+    }
+#endif
+
+    // Mixes values where they lie, and fetches those of the tile ahead between them.
     void mix_few(int num_queries, const Element *const *values, int count, Scratch &s,
                  const Tile *ahead) const {
+        const uint32_t *weights = Layout::weights(s.scores.data(), num_queries, s.weights.data());
         const Element *const *next = ahead ? ahead->values : nullptr;
         for (int query = 0; query < num_queries; next = nullptr) {
             const int rest = num_queries - query;
             if (rest >= 4) {
-                mix_directly<4>(query, values, count, s, next);
+                mix_directly<4>(query, weights, values, count, s, next);
                 query += 4;
             } else if (rest == 3) {
-                mix_directly<3>(query, values, count, s, next);
+                mix_directly<3>(query, weights, values, count, s, next);
                 query += 3;
             } else {
-                mix_directly<1>(query, values, count, s, next);
+                mix_directly<1>(query, weights, values, count, s, next);
                 query++;
             }
         }
     }
 
     template <int N>
-    void mix_directly(int query, const Element *const *values, int count, Scratch &s,
-                      const Element *const *next) const {
+    void mix_directly(int query, const uint32_t *weights, const Element *const *values, int count,
+                      Scratch &s, const Element *const *next) const {
         int d = 0;
         for (; d + BLOCK_VECTORS * WIDTH <= head_dim(); d += BLOCK_VECTORS * WIDTH, next = nullptr)
-            mix_vectors<N, BLOCK_VECTORS>(query, values, count, d, s, next);
+            mix_vectors<N, BLOCK_VECTORS>(query, weights, values, count, d, s, next);
         for (; d < head_dim(); d += WIDTH, next = nullptr)
-            mix_vectors<N, 1>(query, values, count, d, s, next);
+            mix_vectors<N, 1>(query, weights, values, count, d, s, next);
     }
 
     template <int N, int VECTORS>
-    void mix_vectors(int query, const Element *const *values, int count, int d, Scratch &s,
-                     const Element *const *next) const {
+    void mix_vectors(int query, const uint32_t *weights, const Element *const *values, int count,
+                     int d, Scratch &s, const Element *const *next) const {
         Vector sums[N][VECTORS];
         float *mixed = &s.mixed[size_t(query) * padded_dim() + d];
-        const float *weights = &s.scores[size_t(query) * TILE];
+        weights += query * Layout::weight_stride;
         for (int n = 0; n < N; n++)
             for (int v = 0; v < VECTORS; v++)
                 sums[n][v] = load(mixed + n * padded_dim() + v * WIDTH) * s.shrink[query + n];
-        for (int t = 0; t < count; t++) {
-            if (next) prefetch(next[t]);
-            Vector value[VECTORS];
-            for (int v = 0; v < VECTORS; v++)
-                value[v] = load(values[t] + d + v * WIDTH, head_dim() - d - v * WIDTH);
+        const int num_words = Layout::weight_words(count);
+        for (int word = 0; word < num_words; word++) {
+            if (next)
+                for (int t = 0; t < KEYS_PER_WORD; t++) prefetch(next[word * KEYS_PER_WORD + t]);
+            Words value[VECTORS];
+            Layout::template value_words<VECTORS>(values, word, d, head_dim(), value);
             for (int n = 0; n < N; n++)
                 for (int v = 0; v < VECTORS; v++)
-                    sums[n][v] += splat(weights[n * TILE + t]) * value[v];
+                    sums[n][v] = Layout::Kind::add_product(
+                        sums[n][v], splat(weights[n * Layout::weight_stride + word]), value[v]);
         }
         if (next)
-            for (int t = count; t < TILE; t++) prefetch(next[t]);
+            for (int t = num_words * KEYS_PER_WORD; t < TILE; t++) prefetch(next[t]);
         for (int n = 0; n < N; n++)
             for (int v = 0; v < VECTORS; v++)
                 store(mixed + n * padded_dim() + v * WIDTH, sums[n][v]);
@@ -699,6 +817,7 @@ class Kernel {
             sums += weights;
             store(scores + t, weights);
         }
+        for (int t = padded; t < TILE; t += WIDTH) store(scores + t, Vector{});
         s.best[query] = best;
         s.sum[query] = s.sum[query] * shrink + total(sums);
         s.shrink[query] = shrink;
@@ -712,15 +831,18 @@ class Kernel {
             num_queries, padded_dim());
     }
 
-    void finish(const Task &task, int kv_head, const Scratch &s) const {
+    void finish(const Unit &unit, const Scratch &s) const {
+        const Task &task = *unit.task;
         for (int query = 0; query < task.rows.count * group; query++) {
-            const int row = task.rows.row(query / group), head = kv_head * group + query % group;
+            const int row = task.rows.row(query / group), position = p.row_positions[row];
+            if (position < task.begin) continue;
+            const int head = unit.kv_head * group + query % group;
             const float *mixed = &s.mixed[size_t(query) * padded_dim()];
-            if (p.partial_starts[row] == p.partial_starts[row + 1]) {
+            if (position < std::min(RANGE, int(task.end))) {
                 write(row, head, mixed, s.sum[query]);
                 continue;
             }
-            const int place = p.partial_starts[row] + task.partial;
+            const int place = p.state_starts[row] + task.begin / RANGE;
             std::memcpy(mixed_of(place, head), mixed, size_t(padded_dim()) * sizeof(float));
             best_of(place, head)[0] = s.best[query];
             best_of(place, head)[1] = s.sum[query];
@@ -735,7 +857,7 @@ class Kernel {
             store(to + d, load(mixed + d) * share, head_dim() - d);
     }
 
-    // A partial result in the workspace: mixed values; then the best score and the sum.
+    // A state in the workspace: mixed values; then the best score and the sum.
     float *mixed_of(int place, int head) const {
         return p.workspace + (int64_t(place) * p.num_heads + head) * (padded_dim() + 2);
     }
@@ -759,41 +881,49 @@ void run_with_dim(const Plan &p, const Layer &layer) {
     // Heads lie next to each other in a page, so one thread reads those of a task, unless they are a
     // large part of its share of the work.
     const int heads_at_once = p.heads_at_once;
-    const int num_units = p.num_tasks * p.num_kv_heads;
     std::atomic<int> num_taken{0};
-    const auto take = [&](int &number) {
-        number++;
-        if (number % heads_at_once == 0)
-            number = num_taken.fetch_add(heads_at_once, std::memory_order_relaxed);
-        return number < num_units;
-    };
-    const auto unit_of = [&](int number) {
-        return Unit{p.tasks + number / p.num_kv_heads, number % p.num_kv_heads};
-    };
 #pragma omp parallel num_threads(p.num_threads) if (p.num_threads > 1)
     {
         if (!appends_alone) {
 #pragma omp for schedule(static)
             for (int row = 0; row < p.num_rows; row++) kernel.append(row);
         }
-        // A thread takes its next unit before it runs the one it has, to fetch ahead. Where units are
-        // large, it leaves them to the others.
-        int number = -1;
-        for (bool has_unit = take(number); has_unit;) {
-            const Unit unit = unit_of(number);
-            if (p.takes_ahead && (has_unit = take(number))) {
-                const Unit next = unit_of(number);
-                kernel.attend(unit, &next);
-            } else {
-                kernel.attend(unit, nullptr);
-                has_unit = !p.takes_ahead && take(number);
+        for (int level = 0; level < p.num_levels; level++) {
+            const int first = level ? p.level_ends[level - 1] : 0;
+            const int num_units = (p.level_ends[level] - first) * p.num_kv_heads;
+            if (level) {
+#pragma omp barrier
+#pragma omp single
+                num_taken = 0;
+            }
+            const auto take = [&](int &number) {
+                number++;
+                if (number % heads_at_once == 0)
+                    number = num_taken.fetch_add(heads_at_once, std::memory_order_relaxed);
+                return number < num_units;
+            };
+            const auto unit_of = [&](int number) {
+                return Unit{p.tasks + first + number / p.num_kv_heads, number % p.num_kv_heads};
+            };
+            // A thread takes its next unit before it runs the one it has, to fetch ahead. Where
+            // units are large, it leaves them to the others.
+            int number = -1;
+            for (bool has_unit = take(number); has_unit;) {
+                const Unit unit = unit_of(number);
+                if (p.takes_ahead && (has_unit = take(number))) {
+                    const Unit next = unit_of(number);
+                    kernel.attend(unit, &next);
+                } else {
+                    kernel.attend(unit, nullptr);
+                    has_unit = !p.takes_ahead && take(number);
+                }
             }
         }
-        if (p.num_partials) {
+        if (p.merges) {
 #pragma omp barrier
 #pragma omp for schedule(static)
             for (int row = 0; row < p.num_rows; row++)
-                if (p.partial_starts[row] < p.partial_starts[row + 1]) kernel.merge(row);
+                if (p.row_positions[row] >= RANGE) kernel.merge(row);
         }
     }
 }
@@ -822,13 +952,20 @@ int32_t tokasaurus_rows_per_task(int32_t group) { return std::max(QUERIES / grou
 // group. Where more than FEW_QUERIES query heads share a key head, even a single row lays them out.
 int32_t tokasaurus_rows_without_layout(int32_t group) { return std::max(FEW_QUERIES / group, 1); }
 
-// The most tasks that a plan of this many rows, sequences and groups has.
-int64_t tokasaurus_max_tasks(int64_t num_rows, int64_t num_sequences, int64_t num_groups,
-                             int64_t num_group_rows, int32_t num_threads, int32_t group) {
-    const int64_t rows_per_task = tokasaurus_rows_per_task(group);
-    const int64_t blocks =
-        num_sequences + num_groups + (num_rows + num_group_rows) / rows_per_task;
-    return 2 * blocks + 8 * TASKS_PER_THREAD * int64_t(num_threads);
+// Groups end at a multiple of this number of positions.
+int32_t tokasaurus_group_step() { return TILE; }
+
+// The most tasks that a plan has whose other arrays are there.
+int64_t tokasaurus_max_tasks(const Plan *plan) {
+    const int64_t rows_per_task = tokasaurus_rows_per_task(plan->num_heads / plan->num_kv_heads);
+    int64_t count = 0;
+    const auto add = [&](int64_t num_rows, int64_t end) {
+        count += (num_rows / rows_per_task + 1) * (end / RANGE + 1);
+    };
+    for (int g = 0; g < plan->num_groups; g++) add(plan->group_num_rows[g], plan->group_ends[g]);
+    for (int s = 0; s < plan->num_sequences; s++)
+        add(plan->query_starts[s + 1] - plan->query_starts[s], plan->kv_lengths[s]);
+    return count;
 }
 
 void tokasaurus_plan_attention(Plan *plan, int64_t, int32_t) { Planner(*plan).plan(); }
@@ -837,10 +974,15 @@ void tokasaurus_attend(const Layer *layer, int64_t, int32_t) {
     const Plan &plan = **layer->plan;
     switch (plan.element) {
         case 0: return run<float, WideLayout<float>>(plan, *layer);
+        case 1:
+#if defined(__AMX_BF16__)
+            if (TilesLayout::can_run(plan.head_dim))
+                return run<BFloat16, TilesLayout>(plan, *layer);
+#endif
 #if defined(__AVX512BF16__)
-        case 1: return run<BFloat16, PairsLayout>(plan, *layer);
+            return run<BFloat16, PairsLayout>(plan, *layer);
 #else
-        case 1: return run<BFloat16, WideLayout<BFloat16>>(plan, *layer);
+            return run<BFloat16, WideLayout<BFloat16>>(plan, *layer);
 #endif
         default: return run<Float16, WideLayout<Float16>>(plan, *layer);
     }

@@ -21,7 +21,7 @@ namespace {
 
 struct Wide {
     static Vector add_product(Vector sum, Words a, Words b) {
-        return sum + bits_as<Vector>(a) * bits_as<Vector>(b);
+        return multiply_add(bits_as<Vector>(a), bits_as<Vector>(b), sum);
     }
 };
 
@@ -103,7 +103,7 @@ inline void multiply(const Product &p, int num_rows, int num_columns) {
 
 // --- tiles of AMX --------------------------------------------------------------------------------
 
-// Rows of a tile; it has as many words. Those of A and C must have room for a multiple of it.
+// Rows of a tile; it has as many words. More than these rows of A and C need room for a multiple.
 constexpr int TILE_ROWS = 16;
 
 #if defined(__AMX_BF16__)
@@ -115,10 +115,15 @@ inline bool may_use_tiles() {
     return granted;
 }
 
-// Gives all tiles their full size, as long as it lives.
+// The compiler does not know what memory the instructions of tiles read: everything that was written
+// before this is there.
+inline void finish_writes() { asm volatile("" ::: "memory"); }
+
+// Configures the tiles, as long as it lives: 0, 1 and 4 have this number of rows, the others have
+// TILE_ROWS. All have that many words in a row.
 class Tiles {
    public:
-    Tiles() {
+    explicit Tiles(int num_rows) {
         struct alignas(64) {
             uint8_t palette = 1, start_row = 0, reserved[14] = {};
             uint16_t row_bytes[16] = {};
@@ -128,6 +133,8 @@ class Tiles {
             config.row_bytes[tile] = 64;
             config.rows[tile] = TILE_ROWS;
         }
+        for (int tile : {0, 1, 4}) config.rows[tile] = uint8_t(num_rows);
+        finish_writes();
         _tile_loadconfig(&config);
     }
     ~Tiles() { _tile_release(); }
@@ -173,7 +180,8 @@ inline void multiply_in_tiles(const Product &p, int row, int column) {
     if constexpr (ROWS == 2 && COLUMNS == 2) _tile_stored(3, lower_c + TILE_ROWS, c_bytes);
 }
 
-// As `multiply`, for pairs, while there are Tiles. The depth is a multiple of TILE_ROWS.
+// As `multiply`, for pairs, while there are Tiles: of num_rows rows, if these are fewer than
+// TILE_ROWS. The depth is a multiple of TILE_ROWS. Sums have another order than those of `multiply`.
 inline void multiply_tiles(const Product &p, int num_rows, int num_columns) {
     if (p.shrink)
         for (int row = 0; row < num_rows; row++)
@@ -181,6 +189,7 @@ inline void multiply_tiles(const Product &p, int num_rows, int num_columns) {
                 float *c = p.c + int64_t(row) * p.c_stride + column;
                 store(c, load(c) * p.shrink[row]);
             }
+    finish_writes();
     for (int row = 0; row < num_rows; row += 2 * TILE_ROWS)
         for (int column = 0; column < num_columns; column += 2 * TILE_ROWS) {
             const bool two_rows = row + TILE_ROWS < num_rows;

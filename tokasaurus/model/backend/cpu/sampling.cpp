@@ -2,9 +2,8 @@
 // model/sampling/sampler.py defines the results.
 //
 // A row is the work of one thread, and nothing else decides its result: not the rows beside it, not
-// the number of threads, and not the instruction set. Every operation is rounded by itself (the
-// file is compiled without fused multiply-add), and sums have as many lanes in short vectors as in
-// long ones.
+// the number of threads, and not the instruction set. Every operation is rounded by itself
+// (none is fused with another), and sums have as many lanes in short vectors as in long ones.
 
 #include <algorithm>
 #include <cfloat>

@@ -16,8 +16,6 @@ from tokasaurus.model.backend.cpu.operators import ELEMENTS
 __all__ = ["CompiledSampling", "load_sampling"]
 
 _SOURCE = Path(__file__).with_name("sampling.cpp")
-# Without fused multiply-add, results are the same on every instruction set.
-_OPTIONS = ("-ffp-contract=off",)
 
 # Logits that justify several threads. To start them takes as long as one thread needs for this
 # many.
@@ -51,7 +49,7 @@ class CompiledSampling:
     """
 
     def __init__(self, instruction_set: str) -> None:
-        library = load_library(_SOURCE, instruction_set, _OPTIONS)
+        library = load_library(_SOURCE, instruction_set)
         library.tokasaurus_draw_size.restype = _long
         if library.tokasaurus_draw_size() != DRAW.itemsize:
             raise BuildError("the compiler lays out the kernel's arguments in an unexpected way")

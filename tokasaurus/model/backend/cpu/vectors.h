@@ -188,6 +188,31 @@ inline Vector rounded<BFloat16>(Vector vector) {
 
 // --- arithmetic ----------------------------------------------------------------------------------
 
+// a * b + c, rounded once where the processor can. The compiler must not choose by itself: it may
+// fuse an expression in one loop and not in another, and the results would differ.
+inline Vector multiply_add(Vector a, Vector b, Vector c) {
+#if defined(__AVX512F__)
+    return bits_as<Vector>(
+        _mm512_fmadd_ps(bits_as<__m512>(a), bits_as<__m512>(b), bits_as<__m512>(c)));
+#elif defined(__FMA__)
+    return bits_as<Vector>(
+        _mm256_fmadd_ps(bits_as<__m256>(a), bits_as<__m256>(b), bits_as<__m256>(c)));
+#elif defined(__FP_FAST_FMAF)
+    for (int i = 0; i < WIDTH; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#else
+    return a * b + c;
+#endif
+}
+
+inline Vector multiply_add(Vector a, float b, Vector c) { return multiply_add(a, splat(b), c); }
+
+inline Vector multiply_add(Vector a, Vector b, float c) { return multiply_add(a, b, splat(c)); }
+
+inline Vector multiply_add(Vector a, float b, float c) {
+    return multiply_add(a, splat(b), splat(c));
+}
+
 // b where a number is compared with something that is not one.
 inline Vector larger(Vector a, Vector b) {
 #if defined(__AVX512F__)
@@ -241,7 +266,7 @@ inline Vector reciprocal(Vector x) {
 #if defined(__AVX512F__)
     // An estimate of 14 bits, and a step of Newton's method. It takes a third of a division.
     const Vector estimate = bits_as<Vector>(_mm512_rcp14_ps(bits_as<__m512>(x)));
-    return estimate * (2.0f - x * estimate);
+    return estimate * multiply_add(-x, estimate, 2.0f);
 #else
     return 1.0f / x;
 #endif
@@ -249,16 +274,17 @@ inline Vector reciprocal(Vector x) {
 
 // e^x within 2 units of the last place, for x up to 88; 0 below -87.
 inline Vector bounded_exponential(Vector x) {
-    const Vector shifted = x * 1.44269504088896341f + 0x1.8p23f;  // the addition rounds
+    // The addition rounds.
+    const Vector shifted = multiply_add(x, 1.44269504088896341f, 0x1.8p23f);
     const Vector n = shifted - 0x1.8p23f;
-    Vector r = x - n * 0x1.62e4p-1f;
-    r = r - n * 0x1.7f7d1cp-20f;
-    Vector p = r * (1.0f / 720) + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
+    Vector r = multiply_add(n, -0x1.62e4p-1f, x);
+    r = multiply_add(n, -0x1.7f7d1cp-20f, r);
+    Vector p = multiply_add(r, 1.0f / 720, 1.0f / 120);
+    p = multiply_add(p, r, 1.0f / 24);
+    p = multiply_add(p, r, 1.0f / 6);
+    p = multiply_add(p, r, 0.5f);
+    p = multiply_add(p, r, 1.0f);
+    p = multiply_add(p, r, 1.0f);
     // The low bits of `shifted` are n.
     const Vector result = p * bits_as<Vector>((bits_as<Words>(shifted) + 127u) << 23);
     return x < -87.0f ? Vector{} : result;
@@ -296,6 +322,20 @@ inline Vector totals(Vector (&vectors)[WIDTH]) {
         }
     return vectors[0];
 }
+
+#if defined(__AVX512BW__)
+// Pairs of halves: the first half of a with the first half of b, and so on.
+inline void interleave_halves(Words a, Words b, Words &low, Words &high) {
+    const __m512i first = _mm512_set_epi16(
+        47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
+        35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    low = bits_as<Words>(
+        _mm512_permutex2var_epi16(bits_as<__m512i>(a), first, bits_as<__m512i>(b)));
+    high = bits_as<Words>(
+        _mm512_permutex2var_epi16(bits_as<__m512i>(a), second, bits_as<__m512i>(b)));
+}
+#endif
 
 inline void transpose(Words (&rows)[WIDTH]) {
     for (int round = 1; round < WIDTH; round *= 2) {
