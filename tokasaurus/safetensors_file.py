@@ -155,6 +155,35 @@ class SafetensorsFile:
             raise _unreadable(self.path, error) from error
         return digest.hexdigest()
 
+    def tensor_sha256s(
+        self, report: Callable[[int], None]
+    ) -> Iterator[tuple[str, TensorEntry, str]]:
+        """Reads every tensor: its name, its entry, and the SHA-256 of its bytes in hexadecimal.
+
+        Args:
+            report: as for ``sha256``.
+
+        Raises:
+            ModelError: the file cannot be read, or has been written to since it was opened.
+        """
+        view = memoryview(bytearray(_BLOCK_BYTES))
+        for name, entry in self.tensors.items():
+            digest = hashlib.sha256()
+            try:
+                self._file.seek(entry.start)
+                left = entry.end - entry.start
+                while left:
+                    count = self._file.readinto(view[:left])  # type: ignore[attr-defined]
+                    if not count:
+                        raise OSError("it ends too early")
+                    digest.update(view[:count])
+                    report(count)
+                    left -= count
+            except OSError as error:
+                raise _unreadable(self.path, error) from error
+            yield name, entry, digest.hexdigest()
+        self.check_unchanged()
+
     def check_unchanged(self) -> None:
         """Raises ModelError if the file has been written to since it was opened."""
         if self._present_stamp() != self.stamp:

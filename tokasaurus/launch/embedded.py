@@ -32,6 +32,7 @@ from tokasaurus.protocol.messages import FromServer, FromWorker, Pooling, ToServ
 from tokasaurus.text.generations import Generations, Watcher
 from tokasaurus.text.params import SamplingParams
 from tokasaurus.text.preparation import CHAT_TEMPERATURE, PreparedRequest, Preparer
+from tokasaurus.text.receipts import Receipts
 from tokasaurus.text.tokenizer import Tokenizer
 
 __all__ = ["Conversation", "EmbeddedEngine", "Prompt"]
@@ -95,8 +96,10 @@ class EmbeddedEngine:
         self._arrived = threading.Event()  # since the last step began
         self._in_flight: deque[Pending] = deque()  # oldest first
         self._deliver = deliver or self._absorb
-        self.preparer = Preparer(config, self.tokenizer)
-        self.generations = Generations(config, self.tokenizer, self.send, watcher)
+        receipts = Receipts(config, self.tokenizer)
+        receipts.adopt([self._worker.identity()])
+        self.preparer = Preparer(config, self.tokenizer, receipts)
+        self.generations = Generations(config, self.tokenizer, self.send, watcher, receipts)
 
     # --- requests ---------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from typing import TypeAlias
 import msgspec
 
 from tokasaurus.config.slices import EngineSlices
+from tokasaurus.protocol.identity import WorkerIdentity
 from tokasaurus.protocol.role import Role
 
 __all__ = [
@@ -41,6 +42,7 @@ class Ready(_Note, frozen=True):
     """
 
     largest_batch_s: float = 0.0  # what the largest batch of a worker may take
+    worker: WorkerIdentity | None = None  # what it is, if it is a worker
 
 
 class Failed(_Note, frozen=True):
@@ -65,6 +67,8 @@ class Assignment(_Note, frozen=True):
 
 class Start(_Note, frozen=True):
     """Supervisor to the server: every replica is ready, or lost."""
+
+    workers: tuple[WorkerIdentity, ...] = ()  # that are ready, in the order of their roles
 
 
 class Lost(_Note, frozen=True):

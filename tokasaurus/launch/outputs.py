@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.text.generation import Generation
@@ -47,14 +48,19 @@ class RequestOutput:
     outputs: list[CompletionOutput]  # with first_k: the samples that ended first, by index
     num_cached_tokens: int  # of the prompt, found in the prefix cache
     finished: bool = True
+    receipt: dict[str, Any] | None = None  # of a finished output, if the parameters asked for it
 
 
 def request_output(
     generation: Generation, prompt: str | None, tokenizer: Tokenizer
 ) -> RequestOutput:
-    """The output of a finished prompt. Decodes text, which may take a while."""
+    """The output of a finished prompt. Decodes text, which may take a while.
+
+    A receipt waits for the digest of the weights.
+    """
     outputs = [_completion(sample, tokenizer) for sample in generation.take_all()]
-    return _request_output(generation, prompt, tokenizer, outputs)
+    output = _request_output(generation, prompt, tokenizer, outputs)
+    return replace(output, receipt=_receipt(generation))
 
 
 class GrowingOutput:
@@ -100,7 +106,13 @@ class GrowingOutput:
             outputs=outputs,
             num_cached_tokens=self._generation.num_cached_tokens,
             finished=self.finished,
+            receipt=_receipt(self._generation) if self.finished else None,
         )
+
+
+def _receipt(generation: Generation) -> dict[str, Any] | None:
+    receipts = generation.request.receipts
+    return None if receipts is None else receipts.write([generation])
 
 
 def _joined(before: CompletionOutput, more: CompletionOutput) -> CompletionOutput:

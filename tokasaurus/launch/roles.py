@@ -185,7 +185,7 @@ def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:
     slices = assignment.slices
     config = with_threads(slices.replicas[role.replica].workers[role.rank], slices)
     worker = Worker(config, load_vocabulary)
-    lifeline.send(Ready(worker.warm_up()))
+    lifeline.send(Ready(worker.warm_up(), worker.identity()))
     timeline = _timeline(assignment)
     submit = worker.submit if timeline is None else timeline.submitting(worker.submit)
     loop = WorkerLoop(submit, door.receive, to_manager.send)

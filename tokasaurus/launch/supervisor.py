@@ -48,6 +48,7 @@ from tokasaurus.launch.lifeline import (
 )
 from tokasaurus.launch.roles import Front, roles_of, run_role
 from tokasaurus.launch.timeline import begin_file
+from tokasaurus.protocol.identity import WorkerIdentity
 from tokasaurus.protocol.role import Role
 
 __all__ = ["Supervisor"]
@@ -82,6 +83,7 @@ class Supervisor:
         self._lifelines: dict[Role, Lifeline] = {}
         self._alive: set[Role] = set()
         self._awaited: set[Role] = set()  # not ready yet
+        self._workers: dict[Role, WorkerIdentity] = {}  # that are ready
         self._failed: dict[Role, Failed] = {}  # what each said before its end
         self._replicas = set(range(len(slices.replicas)))  # that go on
         # Why the engine ends; None if it was asked to.
@@ -219,6 +221,8 @@ class Supervisor:
         if isinstance(note, Ready):
             if role.kind == "worker":
                 self._lifelines[Role("manager", role.replica)].send(note)
+                if note.worker is not None:
+                    self._workers[role] = note.worker
             self._no_longer_awaited({role})
         elif isinstance(note, Done):
             self._stopping = True
@@ -228,7 +232,8 @@ class Supervisor:
     def _no_longer_awaited(self, roles: set[Role]) -> None:
         """Tells the server to start when the last of the processes that it waits for is ready."""
         if self._awaited and self._awaited <= roles:
-            self._lifelines[_SERVER].send(Start())
+            workers = [self._workers.get(role) for role in roles_of(self._slices)]
+            self._lifelines[_SERVER].send(Start(tuple(filter(None, workers))))
         self._awaited -= roles
 
     def _on_ended(self, role: Role) -> None:

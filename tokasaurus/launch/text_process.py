@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from functools import partial
 
 from tokasaurus.errors import ProtocolError
@@ -12,11 +13,13 @@ from tokasaurus.launch.doors import TO_MANAGER, TO_SERVER
 from tokasaurus.launch.lifeline import Assignment, Dead, Lifeline, Lost, Ready, Start, Stop
 from tokasaurus.launch.stalls import ManagerWatch, check_interval_s
 from tokasaurus.protocol.channels import AsyncReceiver, Sender, door_address
+from tokasaurus.protocol.identity import WorkerIdentity
 from tokasaurus.protocol.messages import Ping, WorkerStall
 from tokasaurus.protocol.role import Role
 from tokasaurus.server.state import EngineState
 from tokasaurus.text.generations import Generations
 from tokasaurus.text.preparation import Preparer
+from tokasaurus.text.receipts import Receipts
 from tokasaurus.text.replicas import Replicas
 from tokasaurus.text.tokenizer import Tokenizer
 
@@ -52,6 +55,7 @@ class TextProcess:
         self._send = senders[0] if self._router is None else self._router.send
         self._generations: Generations | None = None
         self._others_ready = asyncio.Event()
+        self._workers: Sequence[WorkerIdentity] = ()
         self._check_every_s = check_interval_s(assignment.slices.stall_timeout_s)
         self._watches = {  # by replica
             number: ManagerWatch(
@@ -89,11 +93,13 @@ class TextProcess:
         """Takes the manager's messages until it is cancelled."""
         config = self.config
         tokenizer = await asyncio.to_thread(Tokenizer.load, config)
-        preparer = Preparer(config, tokenizer)
+        receipts = Receipts(config, tokenizer)
+        preparer = Preparer(config, tokenizer, receipts)
         await asyncio.to_thread(preparer.prepare_grammars)
         self.lifeline.send(Ready())
         await self._others_ready.wait()
-        generations = Generations(config, tokenizer, self._send, self.state.metrics)
+        receipts.adopt(self._workers)
+        generations = Generations(config, tokenizer, self._send, self.state.metrics, receipts)
         self._generations = generations
         if self._router is not None:
             generations.set_num_seats(self._router.num_seats)
@@ -158,6 +164,7 @@ class TextProcess:
             return
         for note in notes:
             if isinstance(note, Start):
+                self._workers = note.workers
                 self._others_ready.set()
             elif isinstance(note, Lost):
                 self._lose(note.replica)

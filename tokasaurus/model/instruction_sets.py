@@ -19,6 +19,8 @@ __all__ = [
     "InstructionSet",
     "bfloat16_instructions",
     "candidate_sets",
+    "processor_features",
+    "processor_name",
     "usable_sets",
 ]
 
@@ -59,6 +61,23 @@ INSTRUCTION_SETS = (
     InstructionSet("avx2", _AVX2, ("-march=x86-64-v3",)),
     InstructionSet("generic"),
 )
+
+
+def processor_features() -> frozenset[str]:
+    """The features of this processor that some instruction set asks for."""
+    asked = {feature for each in INSTRUCTION_SETS for feature in each.features}
+    return _processor_features() & asked
+
+
+@cache
+def processor_name() -> str:
+    """What the processor calls itself; "unknown" where the system does not say."""
+    try:
+        lines = _CPU_INFO.read_text().splitlines()
+    except OSError:
+        lines = []
+    line = next((line for line in lines if line.startswith("model name")), "")
+    return line.partition(":")[2].strip() or platform.processor() or "unknown"
 
 
 def usable_sets() -> tuple[InstructionSet, ...]:

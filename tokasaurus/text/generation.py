@@ -10,6 +10,7 @@ from tokasaurus.errors import EngineAborted, TokasaurusError
 from tokasaurus.protocol.arrays import Float32Array, Int32Array
 from tokasaurus.protocol.messages import FinishReason, Pooling, PromptLogprobs
 from tokasaurus.text.preparation import PreparedRequest
+from tokasaurus.text.receipts import Record
 from tokasaurus.text.samples import Sample, SampleOutput, TokenLogprobs
 from tokasaurus.text.text_stream import TextStream
 from tokasaurus.text.tokenizer import Tokenizer
@@ -82,6 +83,7 @@ class Generation:
         self._num_open = len(samples)  # samples that have not ended for the manager
         self._changed: dict[int, Sample] = {}
         self._prompt_logprobs = _PromptLogprobs.for_request(request)
+        self._record = None if request.receipts is None else Record()
 
     @property
     def finished(self) -> bool:
@@ -146,12 +148,29 @@ class Generation:
         if not self.has_prompt_logprobs:
             return []
         changed, self._changed = self._changed, {}
-        return [sample.take() for sample in changed.values() if sample.has_news]
+        return self._recorded([each.take() for each in changed.values() if each.has_news])
 
     def take_all(self) -> list[SampleOutput]:
         """The output of every sample that is part of the answer, in order. Decoding takes time."""
         takes_all = self.was_aborted
-        return [each.take() for each in self.samples if takes_all or not each.was_cancelled]
+        taken = [each.take() for each in self.samples if takes_all or not each.was_cancelled]
+        return self._recorded(taken)
+
+    def recorded(self) -> list[SampleOutput]:
+        """All output that was taken of each sample, for a receipt."""
+        return [] if self._record is None else self._record.outputs()
+
+    @property
+    def awaits_digest(self) -> bool:
+        """Whether its receipt must wait for a digest."""
+        receipts = self.request.receipts
+        versions = {sample.weights_version for sample in self.samples}
+        return receipts is not None and not all(map(receipts.is_ready, versions))
+
+    def _recorded(self, outputs: list[SampleOutput]) -> list[SampleOutput]:
+        if self._record is not None:
+            self._record.add(outputs)
+        return outputs
 
     # --- what the table passes on from the manager ------------------------------------------------
 

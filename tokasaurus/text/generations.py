@@ -49,6 +49,7 @@ from tokasaurus.protocol.messages import (
 from tokasaurus.text.commands import Commands, OnDone
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.preparation import PreparedRequest
+from tokasaurus.text.receipts import Receipts
 from tokasaurus.text.samples import TokenLogprobs
 from tokasaurus.text.tokenizer import Tokenizer
 from tokasaurus.text.turnstile import Turnstile
@@ -96,6 +97,7 @@ class Generations:
         tokenizer: of the model.
         send: gives a message to the manager; must not block.
         watcher: observes every prompt, for statistics.
+        receipts: are told where new weights come from.
 
     Attributes:
         config: as given.
@@ -111,8 +113,10 @@ class Generations:
         tokenizer: Tokenizer,
         send: Callable[[FromServer], None],
         watcher: Watcher | None = None,
+        receipts: Receipts | None = None,
     ) -> None:
         self.config = config
+        self._receipts = receipts
         self.commands = Commands(send)
         self.statistics: Statistics | None = None
         self.stalled: tuple[str, ...] = ()
@@ -276,6 +280,8 @@ class Generations:
             label: of the new version; None is its number.
         """
         version = self.commands.weights.reserve(label)
+        if self._receipts is not None:
+            self._receipts.note_update(version, files)
         self.command(UpdateWeights(version, tuple(files), tuple(checksums)), on_done)
 
     def fail_all(self, error: TokasaurusError) -> None:

@@ -71,6 +71,7 @@ class SamplingParams:
         structured_outputs: what every sample's text must be: ``{"json": schema}``,
             ``{"regex": ...}``, ``{"choice": [...]}``, ``{"grammar": ...}`` (Lark or GBNF) or
             ``{"json_object": True}``. A sample then ends when its text is complete, or by length.
+        receipt: the output gets a receipt, which ``toka-verify`` checks.
 
     Raises:
         RequestError: a value is of the wrong type or out of range; names the field.
@@ -98,6 +99,7 @@ class SamplingParams:
     priority: int = 0
     first_k: int | None = None
     structured_outputs: Mapping[str, Any] | None = None
+    receipt: bool = False
 
     def __post_init__(self) -> None:
         _check_int("n", self.n, 1, MAX_SAMPLES)
@@ -107,10 +109,11 @@ class SamplingParams:
                 check(name, getattr(self, name), *limits)
         if self.seed is not None:
             _check_int("seed", self.seed, -(1 << 63), (1 << 63) - 1)
-        if not isinstance(self.ignore_eos, bool):
-            raise RequestError(
-                f"ignore_eos must be true or false, not {self.ignore_eos!r}", "ignore_eos"
-            )
+        for name in ("ignore_eos", "receipt"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(
+                    f"{name} must be true or false, not {getattr(self, name)!r}", name
+                )
         for name in ("frequency_penalty", "presence_penalty"):
             _check_number(name, getattr(self, name), -2.0, 2.0)
         _check_number(

@@ -27,6 +27,8 @@ from tokasaurus.protocol.messages import (
 )
 from tokasaurus.text.adjustments import adjustments_of, check_token_ids
 from tokasaurus.text.params import SamplingParams
+from tokasaurus.text.receipts import FIELD as RECEIPT
+from tokasaurus.text.receipts import Receipts
 from tokasaurus.text.stop_strings import StopStrings
 from tokasaurus.text.structured_output import FIELD, Grammars
 from tokasaurus.text.tokenizer import Tokenizer
@@ -49,6 +51,7 @@ class PreparedRequest:
     Attributes:
         pooling: unless it is NONE, the answer is a vector, and the drawn token is ignored.
         grammar: "" if the text is free.
+        receipts: write the answer's receipt; None if the client asked for none.
     """
 
     prompt_ids: Int32Array
@@ -60,6 +63,7 @@ class PreparedRequest:
     stop_token_ids: tuple[int, ...]
     pooling: Pooling = Pooling.NONE
     grammar: str = ""
+    receipts: Receipts | None = None
 
     def message(self, request_id: int, *, stream: bool, client: str) -> GenerateRequest:
         """The message to the manager."""
@@ -90,11 +94,15 @@ class Preparer:
     Args:
         config: the server's slice.
         tokenizer: of the model.
+        receipts: of the engine; None if it gives none.
     """
 
-    def __init__(self, config: ServerConfig, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, config: ServerConfig, tokenizer: Tokenizer, receipts: Receipts | None = None
+    ) -> None:
         self.config = config
         self.tokenizer = tokenizer
+        self._receipts = receipts
         self._grammars = Grammars(lambda: tokenizer.vocabulary(config.eos_token_ids))
 
     def prepare(
@@ -146,6 +154,7 @@ class Preparer:
             stops=stops,
             stop_token_ids=tuple(sorted(stop_token_ids)),
             grammar=self._grammar(params),
+            receipts=self._checked_receipts(params) if params.receipt else None,
         )
 
     def prepare_pooling(
@@ -178,6 +187,12 @@ class Preparer:
         """Makes the first grammar as quick as later ones. Takes a second or so, in any thread."""
         if self.config.eos_token_ids:
             self._grammars.compiler()
+
+    def _checked_receipts(self, params: SamplingParams) -> Receipts:
+        if self._receipts is None:
+            raise RequestError(f"{RECEIPT} is not available in this engine", RECEIPT)
+        self._receipts.check(params)
+        return self._receipts
 
     def _grammar(self, params: SamplingParams) -> str:
         if params.structured_outputs is None:

@@ -163,6 +163,11 @@ class Sample:
         return self._text is not None
 
     @property
+    def weights_version(self) -> int:
+        """Of the weights that drew its last token."""
+        return self._version
+
+    @property
     def was_cancelled(self) -> bool:
         """Whether it was cancelled, instead of ending by itself."""
         return self.finish_reason == "abort"

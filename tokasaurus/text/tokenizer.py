@@ -20,6 +20,7 @@ from tokasaurus.config.slices import ServerConfig
 from tokasaurus.errors import ModelError, RequestError, RequestTooLong
 from tokasaurus.grammars import Vocabulary
 from tokasaurus.host_memory import return_freed_memory
+from tokasaurus.receipts.form import digest
 from tokasaurus.text.chat_templates import ChatTemplate
 from tokasaurus.text.fewest_tokens import FewestTokens
 from tokasaurus.text.token_bytes import bytes_from_decoder, decoder_steps
@@ -334,6 +335,20 @@ class Tokenizer:
             "special_tokens": list(self.special_ids),
             "chat_template": wrapped.chat_template,
         }
+
+    def digests(self) -> Mapping[str, str]:
+        """Of what turns text to ids and back, and of the chat templates. Takes a while."""
+        pipeline: Any = type(self._wrapped).__name__
+        if self._backend is not None:
+            pipeline = json.loads(self._backend.to_str())
+            for name in ("version", "truncation", "padding"):
+                pipeline.pop(name, None)
+        tables = {
+            "pipeline": pipeline,
+            "special": self.special_ids,
+            "spelled": [data.hex() for data in self.spelled],
+        }
+        return {"digest": digest(tables), "chat_template": digest(self._own_templates)}
 
     def vocabulary(self, eos_token_ids: Sequence[int]) -> Vocabulary:
         """The vocabulary for grammars: only tokens that the model can draw.

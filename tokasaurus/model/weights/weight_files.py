@@ -18,7 +18,7 @@ from tokasaurus.errors import ModelError
 from tokasaurus.model.checkpoint_headers import EMBEDDING, HEAD, heads_differ, usual_names
 from tokasaurus.model.weights.weights import Weights
 from tokasaurus.rounding import round_up
-from tokasaurus.safetensors_file import SafetensorsFile, TensorEntry
+from tokasaurus.safetensors_file import FileStamp, SafetensorsFile, TensorEntry
 
 __all__ = ["WeightFiles", "read_tensors"]
 
@@ -157,6 +157,10 @@ class WeightFiles:
             for name, tensor in read_tensors(file):
                 yield self._names[name], tensor
                 progress.add(tensor.numel() * tensor.element_size())
+
+    def stamps(self) -> list[tuple[Path, FileStamp]]:
+        """The files, and what tells each from another one that takes its path later."""
+        return [(file.path, file.stamp) for file in self._files]
 
     @property
     def num_files(self) -> int:

@@ -30,6 +30,7 @@ from tokasaurus.model.config import ModelConfig
 from tokasaurus.model.download import Download
 from tokasaurus.model.facts import read_model_config
 from tokasaurus.model.kv_cache import KVCache
+from tokasaurus.model.linear_methods.registry import choose_linear
 from tokasaurus.model.placement import Placement
 from tokasaurus.model.sampling.drawing import draw_tokens, score_prompts
 from tokasaurus.model.sampling.logprobs import Logprobs
@@ -37,6 +38,7 @@ from tokasaurus.model.sampling.matchers import Matchers, OpenMatchers
 from tokasaurus.model.weights.loader import load_model
 from tokasaurus.model.worker.clock import Clock, HostClock, start_clock, wait_for_device
 from tokasaurus.model.worker.controls import Controls
+from tokasaurus.model.worker.identity import make_identity
 from tokasaurus.model.worker.pending import Answer, InFlight, Outputs, Pending, naming
 from tokasaurus.model.worker.recorded_runner import RecordedRunner
 from tokasaurus.model.worker.runner import EagerRunner, Runner
@@ -44,6 +46,7 @@ from tokasaurus.model.worker.slot_state import SlotState
 from tokasaurus.model.worker.warm_up import warm_up_batches
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.commands import Control
+from tokasaurus.protocol.identity import WorkerIdentity
 from tokasaurus.protocol.messages import ForwardBatch, ToWorker
 
 __all__ = ["Worker"]
@@ -67,6 +70,8 @@ class Worker:
 
     Attributes:
         weights: of the model; they can be filled anew between batches.
+        is_deterministic: a request's results do not depend on what runs beside it.
+        determinism_reason: why they do or do not, in a line for users.
 
     Raises:
         ModelError: the checkpoint cannot be served. It names the file, tensor or field.
@@ -91,6 +96,7 @@ class Worker:
             config.instruction_set,
             is_traced=config.torch_compile,
         )
+        place = choose_linear(place)
         model_config = read_model_config(config.model_path, config.rope_scaling)
         self._vocab_size = model_config.vocab_size
         self._matchers = Matchers(config.num_slots, self._vocab_size, load_vocabulary)
@@ -120,6 +126,9 @@ class Worker:
         )
         self._in_flight = InFlight()
         self._next_number = 0
+        self.is_deterministic = True
+        self.determinism_reason = "compiled kernels"
+        self._model_config, self._files, self._linear = model_config, files, place.linear
         log.info(
             "KV cache of %d pages for %d tokens in %s: %.1f MB when full",
             config.num_pages,
@@ -166,6 +175,18 @@ class Worker:
         log.info("warmed up in %.1f s", time.perf_counter() - started)
         # The first batches load libraries, too, and may compile: the quickest counts.
         return min(token_s) * self._config.max_tokens_per_forward
+
+    def identity(self) -> WorkerIdentity:
+        """What its results follow from, beside the requests."""
+        return make_identity(
+            self._config,
+            self._model_config,
+            self._files,
+            attention=self._backend.name,
+            linear=self._linear,
+            is_deterministic=self.is_deterministic,
+            determinism_reason=self.determinism_reason,
+        )
 
     def submit(self, message: ToWorker) -> Pending:
         """Enqueues one batch, or carries out one control.

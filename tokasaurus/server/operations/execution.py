@@ -94,7 +94,8 @@ class Execution:
         while self._unfinished:
             await self._next_changes()
         writer, generations = self._task.writer, self._generations
-        return await in_thread_if(writer.takes_long(generations), lambda: writer.whole(generations))
+        takes_long = writer.takes_long(generations) or self._awaits_digest
+        return await in_thread_if(takes_long, lambda: writer.whole(generations))
 
     def events(self) -> AsyncIterator[bytes] | None:
         """The events of the answer as they come; None if the client did not ask for a stream.
@@ -112,13 +113,18 @@ class Execution:
                 data = b"".join([writer.chunk(generations, *output) for output in outputs])
                 begun = True
                 yield data
-            yield writer.end(generations)
+            yield await in_thread_if(self._awaits_digest, lambda: writer.end(generations))
         except ClientGone:
             raise
         except TokasaurusError as error:
             if not begun:
                 raise
             yield writer.failure(error)
+
+    @property
+    def _awaits_digest(self) -> bool:
+        """Whether the receipt must wait for a digest, which may take long."""
+        return any(generation.awaits_digest for generation in self._generations)
 
     async def _news(self) -> AsyncIterator[list[tuple[int, SampleOutput]]]:
         """Outputs with the positions of their prompts, whenever there are some, until the end."""

@@ -155,6 +155,11 @@ class GenerationRequest(EngineRequest):
     """Packed logprobs in ``system_fingerprint`` instead of the ``logprobs`` field."""
     return_weights_versions: bool | None = None
     """Add ``weights_versions`` to each choice: which version of the weights drew which tokens."""
+    receipt: bool | None = None
+    """Add a ``receipt`` of the answer, which ``toka-verify`` checks; see docs/reproducibility.md.
+
+    A stream has it in its last event. The engine must have deterministic results.
+    """
     priority: int | None = None
     """Of all requests in the engine, lower runs first; from -1,000,000 to 1,000,000, default 0.
 

@@ -16,6 +16,7 @@ import msgspec
 
 from tokasaurus.server.operations.heavy_work import takes_long
 from tokasaurus.server.operations.logprobs import fingerprint, prompt_logprobs
+from tokasaurus.server.operations.receipts import receipt_field
 from tokasaurus.server.operations.schemas import GenerationRequest
 from tokasaurus.server.operations.usage import usage
 from tokasaurus.server.operations.versions import weights_versions
@@ -74,6 +75,7 @@ class ChoicesWriter(StreamWriter):
                 "object": self.whole_object,
                 "choices": choices,
                 **self._more(generations),
+                **receipt_field(generations),
                 "usage": usage(generations, num_tokens, self._num_reasoning_tokens()),
                 "system_fingerprint": fingerprint(
                     outputs, packed=self._packs_logprobs, input_ids=self._input_ids(generations)
@@ -109,11 +111,12 @@ class ChoicesWriter(StreamWriter):
         return event(body)
 
     def end(self, generations: Sequence[Generation]) -> bytes:
-        if not self._includes_usage:
+        last = receipt_field(generations)
+        if self._includes_usage:
+            last["usage"] = self._streamed_usage(generations)
+        if not last:
             return DONE
-        counts = self._streamed_usage(generations)
-        body = {**self._head, "object": self.chunk_object, "choices": [], "usage": counts}
-        return event(body) + DONE
+        return event({**self._head, "object": self.chunk_object, "choices": [], **last}) + DONE
 
     def _with_versions(
         self, choice: dict[str, Any], generation: Generation, output: SampleOutput

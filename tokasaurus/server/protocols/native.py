@@ -17,6 +17,7 @@ from tokasaurus.errors import RequestError
 from tokasaurus.server.operations.heavy_work import takes_long
 from tokasaurus.server.operations.logprobs import finite
 from tokasaurus.server.operations.prompts import TOKEN_IDS
+from tokasaurus.server.operations.receipts import receipt_field
 from tokasaurus.server.operations.schemas import GenerationRequest
 from tokasaurus.server.operations.usage import usage
 from tokasaurus.server.operations.versions import weights_versions
@@ -109,6 +110,7 @@ class NativeWriter(StreamWriter):
             **self._sample(generation, outputs[0]),
             "prompt_ids": generation.request.prompt_ids.tolist(),
             "prompt_logprobs": _prompt_logprobs(generation),
+            **receipt_field(generations),
             "usage": usage(generations, generation.num_generated_tokens),
         }
         if len(outputs) > 1:
@@ -131,7 +133,11 @@ class NativeWriter(StreamWriter):
         return event(body)
 
     def end(self, generations: Sequence[Generation]) -> bytes:
-        return DONE
+        receipt = receipt_field(generations)
+        if not receipt:
+            return DONE
+        counts = usage(generations, self._num_streamed_tokens)
+        return event({**self._head, **receipt, "usage": counts}) + DONE
 
     def _sample(self, generation: Generation, output: SampleOutput) -> dict[str, Any]:
         """One sample, or the next piece of it."""

@@ -33,7 +33,7 @@ from pathlib import Path
 
 from tokasaurus.model.instruction_sets import AUTO, InstructionSet, candidate_sets
 
-__all__ = ["BuildError", "load_library"]
+__all__ = ["BuildError", "LoadedLibrary", "load_library", "loaded_libraries"]
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +60,36 @@ _ABANDONED_S = 3600
 
 class BuildError(Exception):
     """There is no compiler, or it failed. The message names the compiler and the failure."""
+
+
+@dataclass(frozen=True)
+class LoadedLibrary:
+    """What a library that this process runs was compiled from.
+
+    Attributes:
+        instruction_set: the name of the set that it was compiled for.
+        source: SHA-256 of its source and the headers beside it.
+        flags: of the compiler.
+        compiler: the first line of what it says of its version.
+    """
+
+    instruction_set: str
+    source: str
+    flags: str
+    compiler: str
+
+
+# By source and the instruction set that was asked for.
+_loaded: dict[tuple[str, str], LoadedLibrary] = {}
+
+
+def loaded_libraries(instruction_set: str) -> dict[str, LoadedLibrary]:
+    """The libraries that this process has loaded for an instruction set, by their sources' names.
+
+    Args:
+        instruction_set: as it was asked for: the name of one, or "auto".
+    """
+    return {name: each for (name, asked), each in _loaded.items() if asked == instruction_set}
 
 
 @dataclass(frozen=True)
@@ -111,6 +141,7 @@ def load_library(source: Path, instruction_set: str = AUTO) -> ctypes.CDLL:
                 complaint = complaint or str(error)
             else:
                 log.info("%s runs with %s instructions", source.name, instructions.name)
+                _loaded[source.stem, instruction_set] = _described(source, recipe)
                 return loaded
     raise BuildError(f"{compiler[0]} failed: {complaint}")
 
@@ -135,10 +166,22 @@ def _cache_directory() -> Path:
     return directory
 
 
-def _key(source: Path, recipe: _Recipe) -> str:
+def _texts(source: Path) -> list[str]:
+    """The texts that the compiler reads: the source, and the headers beside it."""
     files = [source, *sorted(source.parent.glob("*.h"))]
+    return [file.read_text(encoding="utf-8") for file in files]
+
+
+def _described(source: Path, recipe: _Recipe) -> LoadedLibrary:
+    flags = (*_COMPILE, *recipe.instructions.options)
+    version = _compiler_version(recipe.compiler).splitlines() or [""]
+    sources = hashlib.sha256("\0".join(_texts(source)).encode()).hexdigest()
+    return LoadedLibrary(recipe.instructions.name, sources, " ".join(flags), version[0])
+
+
+def _key(source: Path, recipe: _Recipe) -> str:
     parts = [
-        *(file.read_text(encoding="utf-8") for file in files),
+        *_texts(source),
         repr((recipe, _COMPILE)),
         _compiler_version(recipe.compiler),
         platform.machine(),

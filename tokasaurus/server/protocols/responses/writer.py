@@ -13,6 +13,7 @@ import msgspec
 from tokasaurus.errors import TokasaurusError
 from tokasaurus.server.operations.heavy_work import takes_long
 from tokasaurus.server.operations.logprobs import chat_logprobs
+from tokasaurus.server.operations.receipts import receipt_field
 from tokasaurus.server.operations.writer import StreamWriter
 from tokasaurus.server.protocols.tools.call_reader import CallBegins
 from tokasaurus.server.protocols.tools.parsing import AnswerParser, Text
@@ -196,7 +197,7 @@ class ResponsesWriter(StreamWriter):
         (output,) = generations[0].take_all()
         self._take(output)
         self._close(self._item_status)
-        return msgspec.json.encode(self._finished(generations[0]))
+        return msgspec.json.encode(self._finished(generations))
 
     def chunk(
         self, generations: Sequence[Generation], position: int, output: SampleOutput
@@ -212,7 +213,7 @@ class ResponsesWriter(StreamWriter):
 
     def end(self, generations: Sequence[Generation]) -> bytes:
         events = self._close(self._item_status)
-        response = self._finished(generations[0])
+        response = self._finished(generations)
         # OpenAI has no event for a response that was cancelled.
         events.append((f"response.{self._item_status}", {"response": response}))
         return self._encoded(events)
@@ -293,7 +294,8 @@ class ResponsesWriter(StreamWriter):
         """Of the last item."""
         return "completed" if self._finish_reason == "stop" else "incomplete"
 
-    def _finished(self, generation: Generation) -> dict[str, Any]:
+    def _finished(self, generations: Sequence[Generation]) -> dict[str, Any]:
+        (generation,) = generations
         status, is_whole = self._status, self._finish_reason == "stop"
         details = {"reason": "max_output_tokens"} if status == "incomplete" else None
         num_tokens = generation.num_generated_tokens
@@ -304,6 +306,7 @@ class ResponsesWriter(StreamWriter):
             "completed_at": int(time.time()) if is_whole else None,
             "incomplete_details": details,
             "output": self._items,
+            **receipt_field(generations),
             "usage": {
                 "input_tokens": generation.num_prompt_tokens,
                 "input_tokens_details": {"cached_tokens": generation.num_cached_tokens},

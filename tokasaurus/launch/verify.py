@@ -1,0 +1,238 @@
+"""``toka-verify``: runs the request of a receipt again, and says what differs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import openai
+
+from tokasaurus.config.engine import ENGINE, EngineConfig
+from tokasaurus.config.parser import answer_question, parse, print_help
+from tokasaurus.config.schema import Schema, flag, flags_of
+from tokasaurus.errors import ConfigError, TokasaurusError
+from tokasaurus.receipts.comparison import Difference, differences
+from tokasaurus.receipts.form import NotAReceipt, altered_parts, checked, found_in
+from tokasaurus.scripts.connection import Connection, connect, explain
+
+__all__ = ["VerifyConfig", "main"]
+
+_GROUP = "Verification"
+
+
+@dataclass(frozen=True)
+class VerifyConfig(EngineConfig):
+    """The flags of the engine that runs the request again, and where it is if it runs already."""
+
+    url: str | None = flag(
+        None,
+        group=_GROUP,
+        help="A running engine, such as http://127.0.0.1:10210, which runs the request again.",
+        usually="an engine that the command starts",
+    )
+    ca_file: str | None = flag(
+        None,
+        group=_GROUP,
+        help="A PEM file with the certificates to trust at url.",
+        adapts="those that the system trusts",
+    )
+
+
+_SCHEMA = Schema(
+    target=VerifyConfig,
+    program="toka-verify RECEIPT",
+    summary="Run the request of a receipt again, and say what differs.\n\n"
+    "RECEIPT is a file with a receipt, with an answer that has one, or with a stream as it came;\n"
+    "- is standard input. The flags are those of the engine that the command starts. Without them\n"
+    "it has the model and the configuration that the receipt names.\n\n"
+    "The exit status is 0 if the receipt is verified, 1 if something differs, and 2 if the file\n"
+    "is no receipt or the request cannot be run.",
+    shortcuts=ENGINE.shortcuts,
+    retired=ENGINE.retired,
+    foreign=ENGINE.foreign,
+    reads_files=True,
+    examples=(
+        "toka-verify receipt.json",
+        "toka-verify answer.json model=meta-llama/Llama-3.2-1B-Instruct",
+        "toka-verify receipt.json url=http://127.0.0.1:10210",
+    ),
+)
+
+
+class _CannotVerify(Exception):
+    """The request cannot be run again; says why."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Returns:
+        The exit status: 0 if the receipt is verified, 1 if something differs, 2 if the command line
+        or the file is wrong or the request cannot be run, 130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if answer_question(words or ["help"], partial(print_help, _SCHEMA)):
+            return 0
+        return _verify(words, os.environ)
+    except (ConfigError, NotAReceipt, _CannotVerify) as error:
+        print(f"toka-verify: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _verify(words: list[str], environment: Mapping[str, str]) -> int:
+    name, *flags = words
+    if "=" in name or (name.startswith("-") and name != "-"):
+        raise ConfigError("name the receipt first: toka-verify RECEIPT [model=...]")
+    receipt = _read(name)
+    altered = altered_parts(receipt)
+    for part in altered:
+        print(f"altered: {part} does not fit its digest")
+    config = parse(_SCHEMA, [*_flags_of(receipt), *flags], environment.get("OVERRIDES", ""))
+    again = _run_there(receipt, config) if config.url else _run_here(receipt, config)
+    found = differences(receipt, again)
+    for difference in sorted(found, key=lambda each: not each.decides):
+        print(f"{'differs' if difference.decides else 'note'}: {difference.text}")
+    return _conclude(receipt, altered, found)
+
+
+def _conclude(receipt: Mapping[str, Any], altered: list[str], found: list[Difference]) -> int:
+    num_reasons = len(altered) + sum(each.decides for each in found)
+    if num_reasons:
+        print(f"not verified: {num_reasons} difference{'s' if num_reasons > 1 else ''}")
+        return 1
+    tokens = [choice["token_ids"] for each in receipt["answer"] for choice in each["choices"]]
+    print(f"verified: {sum(map(len, tokens))} tokens in {len(tokens)} samples")
+    return 0
+
+
+def _read(name: str) -> dict[str, Any]:
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise NotAReceipt(f"{name} cannot be read: {error}") from None
+    try:
+        return checked(found_in(text))
+    except NotAReceipt as error:
+        raise NotAReceipt(f"{name}: {error}") from None
+
+
+# --- what is asked --------------------------------------------------------------------------------
+
+
+def _flags_of(receipt: Mapping[str, Any]) -> list[str]:
+    """The command line of an engine like that of a receipt; later words override it."""
+    known = flags_of(EngineConfig)
+    words = {
+        name: value
+        for name, value in receipt["configuration"].items()
+        if name in known and value is not None
+    }
+    if receipt["environment"].get("model") is not None:
+        words["model"] = receipt["environment"]["model"]
+    if "deterministic" in known:
+        words["deterministic"] = True
+    requests = receipt["request"]
+    words["max_n"] = max(known["max_n"].default, *(each["n"] for each in requests))
+    asked = [each.get(name) or 0 for each in requests for name in ("logprobs", "prompt_logprobs")]
+    if max(asked):
+        words["max_topk_logprobs"] = max(asked)
+    return [f"{name}={_written(value)}" for name, value in words.items()]
+
+
+def _written(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def _params_of(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a request for text that a receipt's request came from."""
+    form = request.get("structured_outputs")
+    try:
+        return {
+            **{name: value for name, value in request.items() if name != "prompt_ids"},
+            "seed": int(request["seed"]),
+            "structured_outputs": None if form is None else json.loads(form),
+            "receipt": True,
+        }
+    except (ValueError, TypeError, RecursionError) as error:
+        raise NotAReceipt(f"its request cannot be read: {error}") from None
+
+
+def _joined(receipts: Sequence[Any]) -> dict[str, Any]:
+    """The receipt of several prompts, from the receipts of each."""
+    try:
+        each = [checked(receipt) for receipt in receipts]
+    except NotAReceipt as error:
+        raise _CannotVerify(f"the request was run again, and {error}") from None
+    return {
+        **each[0],
+        "request": [request for one in each for request in one["request"]],
+        "answer": [answer for one in each for answer in one["answer"]],
+    }
+
+
+# --- where it runs --------------------------------------------------------------------------------
+
+
+def _run_here(receipt: Mapping[str, Any], config: VerifyConfig) -> dict[str, Any]:
+    """Runs the request in an engine of this process."""
+    from tokasaurus.launch.llm import LLM
+    from tokasaurus.text.params import SamplingParams
+
+    model = config.model or "the bundled model"
+    print(f"toka-verify: loading {model}", file=sys.stderr)
+    names = [name for name in flags_of(EngineConfig) if name not in ("url", "ca_file")]
+    try:
+        with LLM(**{name: getattr(config, name) for name in names}) as llm:
+            print("toka-verify: running the request again", file=sys.stderr)
+            try:
+                params = [SamplingParams(**_params_of(each)) for each in receipt["request"]]
+            except TypeError as error:  # a field that this version does not know
+                raise NotAReceipt(f"its request cannot be run: {error}") from None
+            prompts = [each["prompt_ids"] for each in receipt["request"]]
+            outputs = llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())
+            return _joined([output.receipt for output in outputs])
+    except TokasaurusError as error:
+        raise _CannotVerify(f"the request cannot be run with {model}: {error}") from None
+
+
+def _run_there(receipt: Mapping[str, Any], config: VerifyConfig) -> dict[str, Any]:
+    """Runs the request in an engine that runs already."""
+    client = connect(_connection(config))
+    receipts = []
+    for request in receipt["request"]:
+        body = {**_params_of(request), "prompt": request["prompt_ids"]}
+        try:
+            answer: Any = client.post("/completions", body=body, cast_to=object)
+        except openai.OpenAIError as error:
+            raise _CannotVerify(explain(error, client)) from None
+        receipts.append(answer.get("receipt"))
+    return _joined(receipts)
+
+
+def _connection(config: VerifyConfig) -> Connection:
+    try:
+        parts = urlsplit(config.url or "")
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError as error:
+        raise ConfigError(f"url={config.url}: {error}") from None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"url={config.url}: expected an address such as http://127.0.0.1:10210")
+    if parts.path.rstrip("/") not in ("", "/v1"):
+        raise ConfigError(f"url={config.url}: it may have no path but /v1")
+    return Connection(
+        host=parts.hostname, port=port, https=parts.scheme == "https", ca_file=config.ca_file
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
