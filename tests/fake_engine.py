@@ -41,6 +41,7 @@ from tokasaurus.protocol.commands import (
     Resume,
     UpdateWeights,
 )
+from tokasaurus.protocol.identity import WorkerIdentity
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
@@ -60,6 +61,7 @@ from tokasaurus.text.generation import Generation
 from tokasaurus.text.generations import Generations
 from tokasaurus.text.params import SamplingParams
 from tokasaurus.text.preparation import Preparer
+from tokasaurus.text.receipts import Receipts
 
 T = TypeVar("T")
 
@@ -133,6 +135,16 @@ CONFIG = replace(
     resolve(CHOICES, FACTS, cuda_available=False, memory_bytes=None).server, data_dir=""
 )
 PREPARER = Preparer(CONFIG, TOKENIZER)
+# Of the fake model, whose answers depend on nothing but the request.
+IDENTITY = WorkerIdentity(
+    is_deterministic=True,
+    determinism_reason="it is not real",
+    model={"architecture": "fake"},
+    configuration={"dtype": "float32"},
+    kernels={},
+    environment={"threads": 1},
+    weight_files=(),
+)
 
 
 def ids_of(text: str) -> list[int]:
@@ -566,8 +578,12 @@ class RunningServer:
         self._woken = asyncio.Event()  # the engine has a message
         self.state = EngineState()
         tokenizer = TOKENIZER if config.trust_request_chat_template else UNTRUSTING
-        self.generations = Generations(config, tokenizer, self._send, self.state.metrics)
-        self.preparer = Preparer(config, tokenizer)
+        self.receipts = Receipts(config, tokenizer)
+        self.receipts.adopt([IDENTITY])
+        self.generations = Generations(
+            config, tokenizer, self._send, self.state.metrics, self.receipts
+        )
+        self.preparer = Preparer(config, tokenizer, self.receipts)
         if ready:
             self.become_ready()
         self.batches = batch_runner(config, self.state) if config.data_dir else None

@@ -19,7 +19,16 @@ from tokasaurus.demo.corpus.chat_table import JOKES
 pytestmark = pytest.mark.engine
 
 CHECKOUT = Path(__file__).parent.parent
-COMMANDS = ("toka", "tksrs", "toka-ping", "toka-chat", "toka-download", "toka-batch", "toka-bench")
+COMMANDS = (
+    "toka",
+    "tksrs",
+    "toka-ping",
+    "toka-chat",
+    "toka-download",
+    "toka-batch",
+    "toka-verify",
+    "toka-bench",
+)
 
 
 def run(*command: str | Path, cwd: Path) -> str:

@@ -153,6 +153,7 @@ GENERATION: Mapping[str, Row] = {
     "priority": Changes(-5),
     "first_k": Changes(1, {"n": 3}),
     "return_weights_versions": Changes(True),
+    "receipt": Changes(True),
     "stream": Changes(True),
     "stream_options": Changes({"include_usage": True}, {"stream": True}),
     "user": Changes("somebody"),
