@@ -18,6 +18,7 @@ from tokasaurus.config.engine import ENGINE, EngineConfig
 from tokasaurus.config.parser import answer_question, parse, print_help
 from tokasaurus.config.schema import Schema, flag, flags_of
 from tokasaurus.errors import ConfigError, TokasaurusError
+from tokasaurus.observability.logging import configure_logging
 from tokasaurus.receipts.comparison import Difference, differences
 from tokasaurus.receipts.form import NotAReceipt, altered_parts, checked, found_in
 from tokasaurus.scripts.connection import Connection, connect, explain
@@ -78,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         or the file is wrong or the request cannot be run, 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:  # a program of its own, which says how far it is
+        configure_logging("verify", "INFO")
     try:
         if answer_question(words or ["help"], partial(print_help, _SCHEMA)):
             return 0

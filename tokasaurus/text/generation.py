@@ -164,8 +164,9 @@ class Generation:
     def awaits_digest(self) -> bool:
         """Whether its receipt must wait for a digest."""
         receipts = self.request.receipts
-        versions = {sample.weights_version for sample in self.samples}
-        return receipts is not None and not all(map(receipts.is_ready, versions))
+        if receipts is None:
+            return False
+        return not all(receipts.is_ready(sample.weights_version) for sample in self.samples)
 
     def _recorded(self, outputs: list[SampleOutput]) -> list[SampleOutput]:
         if self._record is not None:
