@@ -114,7 +114,8 @@ def _conclude(receipt: Mapping[str, Any], altered: list[str], found: list[Differ
         print(f"not verified: {num_reasons} difference{'s' if num_reasons > 1 else ''}")
         return 1
     tokens = [choice["token_ids"] for each in receipt["answer"] for choice in each["choices"]]
-    print(f"verified: {sum(map(len, tokens))} tokens in {len(tokens)} samples")
+    samples = "1 sample" if len(tokens) == 1 else f"{len(tokens)} samples"
+    print(f"verified: {sum(map(len, tokens))} tokens in {samples}")
     return 0
 
 
