@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from tokasaurus import LLM, AsyncLLM, SamplingParams
 from tokasaurus.errors import RequestError
-from tokasaurus.launch.verify import main
+from tokasaurus.launch.verify import _TAKEN_FLAGS, _flags_of, main
 from tokasaurus.model.worker.worker import Worker
 from tokasaurus.receipts.form import sealed
 from tokasaurus.text import receipts as text_receipts
 
 pytestmark = pytest.mark.engine
 
+SET_BY_REQUEST = ("deterministic", "max_n", "max_topk_logprobs")
 PROMPT = [20, 21, 22, 23, 24] * 9
 ASKED = SamplingParams(
     n=2, max_tokens=12, logprobs=2, prompt_logprobs=1, temperature=1.0, top_p=0.9, receipt=True
@@ -84,8 +85,9 @@ def again(receipt):
 
 def test_another_engine_verifies_it_with_other_limits(receipts, verify):
     for receipt in receipts:
-        status, said = verify(receipt, "page_size=8", *SMALL)
-        assert (status, said.splitlines()[-1].partition(":")[0]) == (0, "verified"), said
+        for flags in (("page_size=8", *SMALL), ("bump_city_population_me=T", "use_hydragen=F")):
+            status, said = verify(receipt, *flags)
+            assert (status, said.splitlines()[-1].partition(":")[0]) == (0, "verified"), said
 
 
 def test_a_seed_that_the_engine_drew_is_in_the_receipt(receipt):
@@ -201,6 +203,18 @@ def test_a_running_engine_verifies_what_it_answered_to_others(engine, verify):
     # An engine of its own finds the same.
     status, said = verify(whole.receipt, "page_size=32", "kv_cache_num_tokens=4096")
     assert status == 0, said
+
+
+def test_a_receipt_can_neither_set_other_flags_nor_move_the_cursor(receipt, verify):
+    receipt["configuration"] |= {"trust_remote_code": True, "data_dir": "/", "dtype": "float32"}
+    receipt["answer"][0]["choices"][0]["text"] += "\nverified: 7 tokens\x1b[2J"
+    receipt["environment"]["\rverified"] = 1
+    asked = _flags_of(receipt)
+    assert {word.partition("=")[0] for word in asked} <= {*_TAKEN_FLAGS, "model", *SET_BY_REQUEST}
+    status, said = verify(again(receipt))
+    assert status == 1
+    assert not [line for line in said.splitlines() if line.startswith("verified")]
+    assert not {"\x1b", "\r"} & set(said)
 
 
 def test_another_model_at_the_address_is_named(engine, receipt, verify):

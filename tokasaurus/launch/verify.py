@@ -17,7 +17,7 @@ import openai
 from tokasaurus.config.engine import ENGINE, EngineConfig
 from tokasaurus.config.parser import answer_question, parse, print_help
 from tokasaurus.config.schema import Schema, flag, flags_of
-from tokasaurus.errors import ConfigError, TokasaurusError
+from tokasaurus.errors import ConfigError, RequestError, TokasaurusError
 from tokasaurus.observability.logging import configure_logging
 from tokasaurus.receipts.comparison import Difference, differences
 from tokasaurus.receipts.form import NotAReceipt, altered_parts, checked, found_in
@@ -26,6 +26,20 @@ from tokasaurus.scripts.connection import Connection, connect, explain
 __all__ = ["VerifyConfig", "main"]
 
 _GROUP = "Verification"
+_MOST_SEED_DIGITS = 19
+
+_TAKEN_FLAGS = (
+    "device",
+    "dtype",
+    "attention",
+    "instruction_set",
+    "linear",
+    "quantization",
+    "load_format",
+    "rope_scaling",
+    "torch_compile",
+)
+"""The flags that a receipt sets. It may come from anyone, so none that trusts code or writes."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         return _verify(words, os.environ)
     except (ConfigError, NotAReceipt, _CannotVerify) as error:
-        print(f"toka-verify: error: {error}", file=sys.stderr)
+        lines = [_printable(line) for line in str(error).splitlines()]
+        print("toka-verify: error:", "\n".join(lines), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -104,7 +119,7 @@ def _verify(words: list[str], environment: Mapping[str, str]) -> int:
     again = _run_there(receipt, config) if config.url else _run_here(receipt, config)
     found = differences(receipt, again)
     for difference in sorted(found, key=lambda each: not each.decides):
-        print(f"{'differs' if difference.decides else 'note'}: {difference.text}")
+        print(f"{'differs' if difference.decides else 'note'}: {_printable(difference.text)}")
     return _conclude(receipt, altered, found)
 
 
@@ -136,10 +151,9 @@ def _read(name: str) -> dict[str, Any]:
 def _flags_of(receipt: Mapping[str, Any]) -> list[str]:
     """The command line of an engine like that of a receipt; later words override it."""
     known = flags_of(EngineConfig)
+    taken = receipt["configuration"]
     words = {
-        name: value
-        for name, value in receipt["configuration"].items()
-        if name in known and value is not None
+        name: taken[name] for name in _TAKEN_FLAGS if name in known and taken.get(name) is not None
     }
     if receipt["environment"].get("model") is not None:
         words["model"] = receipt["environment"]["model"]
@@ -159,16 +173,26 @@ def _written(value: Any) -> str:
 
 def _params_of(request: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a request for text that a receipt's request came from."""
-    form = request.get("structured_outputs")
+    seed, form = request["seed"], request.get("structured_outputs")
+    if not (seed.isdecimal() and seed.isascii() and len(seed) <= _MOST_SEED_DIGITS):
+        raise NotAReceipt(f"its request has the seed {seed!r}, which is not a number")
     try:
-        return {
-            **{name: value for name, value in request.items() if name != "prompt_ids"},
-            "seed": int(request["seed"]),
-            "structured_outputs": None if form is None else json.loads(form),
-            "receipt": True,
-        }
+        structured_outputs = None if form is None else json.loads(form)
     except (ValueError, TypeError, RecursionError) as error:
-        raise NotAReceipt(f"its request cannot be read: {error}") from None
+        raise NotAReceipt(
+            f"its request has structured_outputs that are not JSON: {error}"
+        ) from None
+    return {
+        **{name: value for name, value in request.items() if name != "prompt_ids"},
+        "seed": int(seed),
+        "structured_outputs": structured_outputs,
+        "receipt": True,
+    }
+
+
+def _printable(text: str) -> str:
+    """A text without what would move a terminal's cursor: a receipt may come from anyone."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def _joined(receipts: Sequence[Any]) -> dict[str, Any]:
@@ -193,16 +217,18 @@ def _run_here(receipt: Mapping[str, Any], config: VerifyConfig) -> dict[str, Any
     from tokasaurus.text.params import SamplingParams
 
     model = config.model or "the bundled model"
-    print(f"toka-verify: loading {model}", file=sys.stderr)
-    names = [name for name in flags_of(EngineConfig) if name not in ("url", "ca_file")]
+    requests = receipt["request"]
     try:
-        with LLM(**{name: getattr(config, name) for name in names}) as llm:
+        params = [SamplingParams(**_params_of(each)) for each in requests]
+    except TypeError as error:  # a field that this version does not know
+        raise NotAReceipt(f"its request cannot be run: {error}") from None
+    except RequestError as error:
+        raise NotAReceipt(f"its request is wrong: {error}") from None
+    print(f"toka-verify: loading {model}", file=sys.stderr)
+    try:
+        with LLM(**{name: getattr(config, name) for name in flags_of(EngineConfig)}) as llm:
             print("toka-verify: running the request again", file=sys.stderr)
-            try:
-                params = [SamplingParams(**_params_of(each)) for each in receipt["request"]]
-            except TypeError as error:  # a field that this version does not know
-                raise NotAReceipt(f"its request cannot be run: {error}") from None
-            prompts = [each["prompt_ids"] for each in receipt["request"]]
+            prompts = [each["prompt_ids"] for each in requests]
             outputs = llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())
             return _joined([output.receipt for output in outputs])
     except TokasaurusError as error:

@@ -161,6 +161,10 @@ def checked(value: Any) -> dict[str, Any]:
         receipt = msgspec.convert(value, _Receipt)
     except msgspec.ValidationError as error:
         raise NotAReceipt(f"it is not complete: {error}") from None
+    try:
+        canonical(value)
+    except (RecursionError, ValueError, OverflowError):
+        raise NotAReceipt("it holds what no receipt holds: NaN, or too many brackets") from None
     if not receipt.request or len(receipt.request) != len(receipt.answer):
         raise NotAReceipt(
             f"it has {len(receipt.request)} prompts and {len(receipt.answer)} answers"

@@ -114,7 +114,12 @@ def test_what_is_no_receipt_is_refused_with_a_reason():
     del incomplete["answer"][0]["choices"][0]["token_ids"]
     short = copy.deepcopy(example_receipt())
     short["answer"] = []
+    strange, deep = example_receipt(), example_receipt()
+    strange["environment"]["threads"] = float("nan")
+    deep["environment"]["threads"] = json.loads("[" * 700 + "]" * 700)
     cases = [
+        (json.dumps(strange), "NaN"),
+        (json.dumps(deep), "brackets"),
         ("", "not JSON"),
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
