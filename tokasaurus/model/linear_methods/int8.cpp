@@ -149,7 +149,7 @@ constexpr uint32_t OFFSET<uint8_t> = 128;
 // Writes a row as integers, and returns their scale. A row with inf or NaN has the scale NaN, so
 // that all of its results are NaN. Numbers so small that no scale divides by them count as zero.
 template <typename To, typename Element>
-float quantise(const Element *row, int64_t size, To *to) {
+float quantise(const Element *__restrict row, int64_t size, To *__restrict to) {
     // Adding it rounds to an integer, ties to even, which is then in the lowest bits.
     constexpr float ROUND = 3 << 22;
     const float largest = float_of(largest_of(row, size));
@@ -208,7 +208,7 @@ void quantise_rows(const Product &p, const Quantised<X> &to, int64_t first, int6
 template <typename Element>
 inline void write_columns(const Product &p, int64_t row, int64_t n, float scale,
                           const int32_t *sums, int columns) {
-    Element *y = static_cast<Element *>(p.y) + row * p.out + n;
+    Element *__restrict y = static_cast<Element *>(p.y) + row * p.out + n;
     const float *scales = p.scales + n;
     if (p.bias) {
         const Element *bias = static_cast<const Element *>(p.bias) + n;

@@ -90,6 +90,7 @@ class Worker:
             REFERENCE_OPERATORS if config.torch_compile else backend.operators(options),
             config.instruction_set,
             is_traced=config.torch_compile,
+            quantization=config.quantization,
         )
         model_config = read_model_config(config.model_path, config.rope_scaling)
         self._vocab_size = model_config.vocab_size
