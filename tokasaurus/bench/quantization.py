@@ -121,7 +121,7 @@ def run(config: QuantizationConfig) -> None:
                 samples = samples or _samples(config, llm.get_tokenizer())
                 answers = _answer(config, llm, samples, name)
             measure = measure or answers
-            rows.append(_compare(name, answers, measure, config.max_tokens))
+            rows.append(_compare(name, answers, measure))
     print(_table(rows))
     num_tokens = sum(len(sample.ids) for sample in samples)
     print_json(
@@ -216,7 +216,7 @@ def _positions(output: RequestOutput) -> Iterator[tuple[float, int]]:
             yield logprobs[token_id].logprob, top_id
 
 
-def _compare(name: str, answers: _Answers, measure: _Answers, max_tokens: int) -> _Row:
+def _compare(name: str, answers: _Answers, measure: _Answers) -> _Row:
     pairs = list(zip(answers.continuations, measure.continuations, strict=True))
     same = [[a == b for a, b in zip(*pair, strict=True)] for pair in pairs]
     return _Row(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from rows import named
 from safetensors.torch import load_file
 from worker_driver import generate, make_driver
 
+from tokasaurus import LLM, SamplingParams
 from tokasaurus.demo import MODEL_DIR
 from tokasaurus.errors import ConfigError
 from tokasaurus.model import instruction_sets
@@ -174,6 +176,12 @@ def test_parts_are_packed_block_by_block(extensions, monkeypatch):
                 assert torch.equal(linear.rows(ids), (integers * scales)[ids])
 
 
+def test_a_weight_takes_the_planned_bytes():
+    """A byte for each number, and 8 bytes for each row; see ``Memory``."""
+    linear = make_linear(Placement(torch.bfloat16, CPU), torch.randn(96, 128))
+    assert sum(tensor.nbytes for tensor in linear._tensors()) == 96 * 128 + 8 * 96
+
+
 def test_only_the_products_of_layers_are_quantized():
     for linear in ("auto", "packed"):
         place = choose_linear(Placement(torch.float32, CPU, linear, quantization="int8"))
@@ -253,6 +261,22 @@ def test_other_weights_give_what_a_fresh_worker_gives(checkpoint):
 def test_random_weights_are_quantized(checkpoint):
     driver = make_driver(checkpoint("llama"), load_format="dummy", quantization="int8")
     assert len(generate(driver, [5, 6, 7], 8)[0]) == 8
+
+
+def test_a_traced_model_is_close_to_the_recorded_one(checkpoint):
+    """Its norms and activations differ in their last bits, so that some numbers round otherwise."""
+    path, prompt = checkpoint("llama", tied=True), list(range(3, 43))
+    tracing = {"torch_compile": True, "torch_compile_config": json.dumps({"backend": "eager"})}
+    expected = hidden_of(make_driver(path, quantization="int8"), prompt)
+    found = hidden_of(make_driver(path, quantization="int8", **tracing), prompt)
+    assert torch.cosine_similarity(found, expected, dim=1).min() > 0.99
+
+
+def test_the_engine_generates_with_quantized_weights():
+    params = SamplingParams(temperature=0.0, max_tokens=6)
+    with LLM(quantization="int8", kv_cache_num_tokens=1024) as llm:
+        (output,) = llm.generate(["A B C D A B C D A B"], params, use_tqdm=False)
+    assert output.outputs[0].text == " C D A B C D"
 
 
 def test_memory_is_released_and_restored_with_the_same_weights(checkpoint):

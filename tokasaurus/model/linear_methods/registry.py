@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import replace
 
 from tokasaurus.errors import ConfigError
@@ -64,8 +63,7 @@ def make_linear(spec: LinearSpec, place: Placement) -> LinearMethod:
 
 
 def _method(spec: LinearSpec, place: Placement) -> LinearMethod:
-    if place.quantization is not None and (
-        os.environ.get("HEAD8") or spec.sharding is not Sharding.VOCABULARY
-    ):
+    # The head and the embedding keep the dtype, see docs/decisions/0020-int8.md.
+    if place.quantization is not None and spec.sharding is not Sharding.VOCABULARY:
         return Int8Linear(spec, place)
     return _METHODS[place.linear](spec, place)
