@@ -64,7 +64,7 @@ class GroupCosts(NamedTuple):
         saved_per_pair: for each token of the prefix and each row that would read it where it lies:
             this costs more than multiplying by a token that is laid out.
         per_token: to lay out a token of the prefix, for each block of rows.
-        per_row: to merge the results of a row.
+        per_row: to keep the state of a row, which goes on from it.
         fixed: of a group.
         blocks: of the kernel.
     """
@@ -157,9 +157,7 @@ class ChosenGroups(NamedTuple):
         )
 
 
-def choose_groups(
-    rows: SequenceRows, page_size: int, step: int, costs: GroupCosts
-) -> ChosenGroups:
+def choose_groups(rows: SequenceRows, page_size: int, step: int, costs: GroupCosts) -> ChosenGroups:
     """Takes each group that saves time, the outer ones first.
 
     A group inside one that is not taken begins where that one would have begun.
