@@ -2,9 +2,10 @@
 //
 //     y[m, n] = bias[n] + x_scale[m] * weight_scale[n] * the sum over k of x8[m, k] * weight8[n, k]
 //
-// Each row of the weight is quantised once, and each row of x anew in every product: the largest
-// magnitude of a row becomes 127, and zero stays zero. The sum is exact in int32. So results do not
-// depend on the other rows of the batch, the number of threads, or the instruction set.
+// Each row of the weight is quantized once, and each row of x anew in every product: the largest
+// magnitude of a row becomes 127, and zero stays zero. The sum is exact in int32, for up to 133,000
+// inputs. So results do not depend on the other rows of the batch, the number of threads, or the
+// instruction set.
 //
 // The weight is cut into panels of PANEL rows, which are columns of y. A panel's numbers lie in the
 // order in which the loops read them:
@@ -60,7 +61,7 @@ constexpr int64_t TILE_BYTES = TILE * CHUNK, CHUNK_BYTES = 2 * TILE_BYTES;
 // Numbers of a weight that justify another thread.
 constexpr int64_t SIZE_PER_THREAD = 1 << 15;
 
-// Numbers of x that justify that the threads quantise together and wait for each other.
+// Numbers of x that justify that the threads quantize together and wait for each other.
 constexpr int64_t SHARED_SIZE = 1 << 13;
 
 // Bytes between what few rows read and what they fetch.
@@ -117,7 +118,7 @@ inline void narrow(float value, uint16_t &to) {
 }
 inline void narrow(float value, float &to) { to = value; }
 
-// --- quantising ---------------------------------------------------------------------------------
+// --- quantizing ---------------------------------------------------------------------------------
 
 // The bits of the largest magnitude. Those of inf are larger than all numbers', and NaN's larger
 // still.
@@ -140,7 +141,7 @@ inline uint32_t largest_of(const uint16_t *row, int64_t size) {
     return uint32_t(largest) << 16;
 }
 
-// What is added to a quantised number where it is stored: some instructions take x without a sign.
+// What is added to a quantized number where it is stored: some instructions take x without a sign.
 template <typename To>
 constexpr uint32_t OFFSET = 0;
 template <>
@@ -149,7 +150,7 @@ constexpr uint32_t OFFSET<uint8_t> = 128;
 // Writes a row as integers, and returns their scale. A row with inf or NaN has the scale NaN, so
 // that all of its results are NaN. Numbers so small that no scale divides by them count as zero.
 template <typename To, typename Element>
-float quantise(const Element *__restrict row, int64_t size, To *__restrict to) {
+float quantize(const Element *__restrict row, int64_t size, To *__restrict to) {
     // Adding it rounds to an integer, ties to even, which is then in the lowest bits.
     constexpr float ROUND = 3 << 22;
     const float largest = float_of(largest_of(row, size));
@@ -165,7 +166,7 @@ float quantise(const Element *__restrict row, int64_t size, To *__restrict to) {
 
 // x of a product in integers; rows have whole chunks.
 template <typename X>
-struct Quantised {
+struct Quantized {
     X *numbers;
     float *scales;
     int64_t stride;
@@ -174,7 +175,7 @@ struct Quantised {
 
 // Room for x, which is kept until the next product.
 template <typename X>
-Quantised<X> room_for(const Product &p) {
+Quantized<X> room_for(const Product &p) {
     struct alignas(64) Line {
         char bytes[64];
     };
@@ -188,19 +189,19 @@ Quantised<X> room_for(const Product &p) {
 }
 
 template <typename X, typename Element>
-void quantise_rows(const Product &p, const Quantised<X> &to, int64_t first, int64_t end) {
+void quantize_rows(const Product &p, const Quantized<X> &to, int64_t first, int64_t end) {
     const Element *x = static_cast<const Element *>(p.x);
     for (int64_t m = first; m < end; m++) {
         X *row = to.numbers + m * to.stride;
-        to.scales[m] = quantise(x + m * p.x_stride, p.in, row);
+        to.scales[m] = quantize(x + m * p.x_stride, p.in, row);
         std::fill(row + p.in, row + to.stride, X(OFFSET<X>));
     }
 }
 
 template <typename X>
-void quantise_rows(const Product &p, const Quantised<X> &to, int64_t first, int64_t end) {
-    if (p.element == 0) return quantise_rows<X, float>(p, to, first, end);
-    quantise_rows<X, uint16_t>(p, to, first, end);
+void quantize_rows(const Product &p, const Quantized<X> &to, int64_t first, int64_t end) {
+    if (p.element == 0) return quantize_rows<X, float>(p, to, first, end);
+    quantize_rows<X, uint16_t>(p, to, first, end);
 }
 
 // --- results ------------------------------------------------------------------------------------
@@ -402,7 +403,7 @@ struct Dot {
 
 // The sums of ROWS rows and VECTORS vectors of columns, which may span panels.
 template <int ROWS, int VECTORS>
-inline void block(const Product &p, const Quantised<Dot::X> &rows, int64_t row, int64_t panel,
+inline void block(const Product &p, const Quantized<Dot::X> &rows, int64_t row, int64_t panel,
                   int column, Ahead ahead) {
     constexpr int COLUMNS = Dot::COLUMNS;
     const int64_t chunks = chunks_of(p.in), panel_bytes = panel_bytes_of(p.in);
@@ -453,7 +454,7 @@ inline void block(const Product &p, const Quantised<Dot::X> &rows, int64_t row, 
 // ROWS rows times the panels from ``first`` to ``end``. Few rows take many columns at a time, so
 // that there are enough sums in flight to hide the latency of an addition.
 template <int ROWS>
-inline void panels_of(const Product &p, const Quantised<Dot::X> &rows, int64_t row, int64_t first,
+inline void panels_of(const Product &p, const Quantized<Dot::X> &rows, int64_t row, int64_t first,
                       int64_t end, Ahead ahead) {
     constexpr int MAX_ROWS = Dot::MAX_ROWS;
     constexpr int VECTORS = ROWS * 8 <= 2 * MAX_ROWS ? 8 : ROWS * 4 <= 2 * MAX_ROWS ? 4 : 2;
@@ -470,14 +471,14 @@ inline void panels_of(const Product &p, const Quantised<Dot::X> &rows, int64_t r
 }
 
 template <int ROWS = Dot::MAX_ROWS>
-inline void any_rows(int64_t count, const Product &p, const Quantised<Dot::X> &rows, int64_t row,
+inline void any_rows(int64_t count, const Product &p, const Quantized<Dot::X> &rows, int64_t row,
                      int64_t first, int64_t end, Ahead ahead) {
     if (count == ROWS) return panels_of<ROWS>(p, rows, row, first, end, ahead);
     if constexpr (ROWS > 1) any_rows<ROWS - 1>(count, p, rows, row, first, end, ahead);
 }
 
 // The panels of one thread.
-void multiply(const Product &p, const Quantised<Dot::X> &rows, const Share &share) {
+void multiply(const Product &p, const Quantized<Dot::X> &rows, const Share &share) {
     constexpr int MAX_ROWS = Dot::MAX_ROWS;
     const int64_t row_bytes = rows.stride * int64_t(sizeof(Dot::X));
     const int64_t most = std::max<int64_t>(REUSED_BYTES / row_bytes / MAX_ROWS, 1) * MAX_ROWS;
@@ -548,7 +549,7 @@ inline void write_panel(const Product &p, int64_t row, int64_t n, float scale,
 }
 
 template <bool HAS_LOWER>
-inline void tile_block(const Product &p, const Quantised<int8_t> &rows, int64_t row, int count,
+inline void tile_block(const Product &p, const Quantized<int8_t> &rows, int64_t row, int count,
                        int64_t panel, Ahead ahead) {
     const int64_t chunks = chunks_of(p.in);
     const int8_t *upper = rows.row(row), *lower = rows.row(row + TILE);
@@ -585,7 +586,7 @@ inline void tile_block(const Product &p, const Quantised<int8_t> &rows, int64_t 
 }
 
 // The panels of one thread.
-void multiply_in_tiles(const Product &p, const Quantised<int8_t> &rows, const Share &share) {
+void multiply_in_tiles(const Product &p, const Quantized<int8_t> &rows, const Share &share) {
     constexpr int BLOCK = 2 * TILE;
     const int64_t most = std::max<int64_t>(REUSED_BYTES / rows.stride / BLOCK, 1) * BLOCK;
     for (int64_t start = 0; start < p.rows; start += most) {
@@ -614,20 +615,20 @@ void multiply_in_tiles(const Product &p, const Quantised<int8_t> &rows, const Sh
 }
 #endif
 
-// Quantises x, and calls ``work`` in each thread with its share of the panels.
+// Quantizes x, and calls ``work`` in each thread with its share of the panels.
 template <typename X, typename Work>
 void share_panels(const Product &p, Work work) {
     const int64_t num_threads = threads_of(p, p.max_threads);
-    const Quantised<X> x = room_for<X>(p);
+    const Quantized<X> x = room_for<X>(p);
     const bool is_shared = num_threads > 1 && p.rows * p.in >= SHARED_SIZE;
-    if (!is_shared) quantise_rows(p, x, 0, p.rows);
+    if (!is_shared) quantize_rows(p, x, 0, p.rows);
 #pragma omp parallel num_threads(num_threads)
     {
         if (is_shared) {
             // All wait for the last.
 #pragma omp for schedule(static)
             for (int64_t thread = 0; thread < num_threads; thread++)
-                quantise_rows(p, x, p.rows * thread / num_threads,
+                quantize_rows(p, x, p.rows * thread / num_threads,
                               p.rows * (thread + 1) / num_threads);
         }
 #pragma omp for schedule(static) nowait
@@ -665,7 +666,7 @@ int64_t tokasaurus_packed_size(int64_t out, int64_t in) {
     return ceil_div(out, PANEL) * panel_bytes_of(in);
 }
 
-// Quantises and packs the rows of a part of the weight, fp32 [rows, in], which begins at row
+// Quantizes and packs the rows of a part of the weight, fp32 [rows, in], which begins at row
 // ``first`` of the whole. Also writes the scales and sums of these rows.
 void tokasaurus_pack(const float *part, int64_t rows, int64_t in, int64_t first, int8_t *packed,
                      float *scales, int32_t *sums) {
@@ -675,7 +676,7 @@ void tokasaurus_pack(const float *part, int64_t rows, int64_t in, int64_t first,
         std::vector<int8_t> row(chunks_of(in) * CHUNK);
         for (int64_t n = std::max(first, panel * PANEL); n < std::min(end, (panel + 1) * PANEL);
              n++) {
-            scales[n] = quantise(part + (n - first) * in, in, row.data());
+            scales[n] = quantize(part + (n - first) * in, in, row.data());
             sums[n] = 0;
             for (int8_t number : row) sums[n] += number;
             for (int64_t chunk = 0; chunk < chunks_of(in); chunk++) {

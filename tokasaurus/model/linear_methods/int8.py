@@ -1,4 +1,4 @@
-"""Weights in int8, and activations that are quantised row by row, multiplied on the CPU.
+"""Weights in int8, and activations that are quantized row by row, multiplied on the CPU.
 
 ``int8.cpp`` has the arithmetic, the layout and the loops. Sums are exact integers, so results are
 the same, bit for bit, for every batch, number of threads and instruction set.
