@@ -112,6 +112,8 @@ FACTS = ModelFacts(
     max_position_embeddings=512,
     kv_elements_per_token=1,
     num_parameters=0,
+    num_product_parameters=0,
+    num_product_rows=0,
     activation_elements_per_token=0,
     eos_token_ids=(EOS_ID,),
 )

@@ -90,6 +90,8 @@ DEFAULTS = (
             max_position_embeddings=4096,
             kv_elements_per_token=1,
             num_parameters=0,
+            num_product_parameters=0,
+            num_product_rows=0,
             activation_elements_per_token=0,
             eos_token_ids=(),
         ),

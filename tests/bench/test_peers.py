@@ -92,6 +92,16 @@ def test_engines_take_turns_and_the_results_are_kept(peer, tmp_path, capsys):
     assert "one request alone" in "".join(xml.etree.ElementTree.parse(plot).getroot().itertext())
 
 
+@pytest.mark.engine
+def test_ours_with_int8_weights_is_one_more_engine(tmp_path, capsys):
+    flags = ["shape=tiny", "workloads=single", "dtypes=float32", "repetitions=1"]
+    assert main(["peers", "int8=T", *flags, f"plot={tmp_path / 'peers.svg'}"]) == 0
+    printed = capsys.readouterr().out
+    assert "times int8" in printed
+    (measured,) = json.loads(printed.splitlines()[-1])["measurements"]
+    assert list(measured["seconds"]) == ["tokasaurus", "int8"]
+
+
 def test_a_peer_that_does_not_start_is_an_error_with_its_reason(peer, capsys):
     python = peer("raise SystemExit('this build does not fit that processor')")
     assert main(["peers", f"vllm={python}", "shape=tiny", "workloads=single"]) == 1

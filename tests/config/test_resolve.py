@@ -20,6 +20,8 @@ FACTS = ModelFacts(
     max_position_embeddings=4096,
     kv_elements_per_token=1000,
     num_parameters=1_000_000,
+    num_product_parameters=900_000,
+    num_product_rows=1000,
     activation_elements_per_token=0,
     eos_token_ids=(1, 2),
     sampling_defaults={"temperature": 0.6, "top_k": 50},
@@ -145,6 +147,33 @@ def test_device_and_dtype(flags, cuda_available, expected):
     assert (worker.device, worker.dtype) == expected
 
 
+def test_quantization_conflicts_with_what_cannot_multiply_int8():
+    (worker,) = slices(quantization="int8").replicas[0].workers
+    assert worker.quantization == "int8"
+    for flags, message in (
+        (
+            {"device": "cuda", "cuda_available": True},
+            "only device=cpu has kernels for it, and device=cuda runs on cuda; leave it out, or"
+            " set device=cpu",
+        ),
+        (
+            {"cuda_available": True},
+            "only device=cpu has kernels for it, and device=auto runs on cuda; leave it out, or"
+            " set device=cpu",
+        ),
+        (
+            {"dtype": "float16"},
+            "its kernels are for activations in float32 and bfloat16; set dtype to one of them, or"
+            " leave it out",
+        ),
+        (
+            {"linear": "plain"},
+            "linear=plain multiplies by weights in dtype; leave one of them out",
+        ),
+    ):
+        assert problems(quantization="int8", **flags) == [f"quantization=int8: {message}"], flags
+
+
 def test_auto_takes_bfloat16_on_cpu_if_checkpoint_and_processor_have_it():
     for checkpoint, instructions, expected, reason in (
         ("bfloat16", "amx", "bfloat16", "as the checkpoint has it, and instruction_set=amx"),
@@ -247,6 +276,8 @@ def test_the_most_top_logprobs():
 LARGE = dataclasses.replace(
     FACTS,
     num_parameters=10**9,
+    num_product_parameters=8 * 10**8,
+    num_product_rows=10**5,
     kv_elements_per_token=100_000,
     activation_elements_per_token=50_000,
 )
@@ -362,6 +393,21 @@ def test_the_plan_of_memory_is_one_line():
         " KV cache of 2000 tokens, at most 231.1 MB for a batch of 1000 tokens, 536.9 MB for the"
         " process"
     )
+
+
+def test_the_plan_counts_quantized_weights():
+    """A byte for each number of a product, 8 bytes for each row; the others keep the dtype."""
+    result = slices(facts=LARGE, memory_bytes=6 * 10**9, quantization="int8", dtype="bfloat16")
+    others, products, rows = 2 * 10**8, 8 * 10**8, 10**5
+    assert (
+        f"{(2 * others + products + 8 * rows) / 1e9:.1f} GB for weights in int8 and bfloat16"
+        in (result.memory_plan)
+    )
+    (line,) = problems(
+        facts=LARGE, memory_bytes=10**9, quantization="int8", kv_cache_num_tokens=1600
+    )
+    assert "the weights take 1.6 GB in int8 and float32" in line
+    assert "dtype=bfloat16" not in line
 
 
 # --- everything together -------------------------------------------------------------------------

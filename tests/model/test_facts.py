@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from itertools import product
+from math import prod
 
 import pytest
 import torch
@@ -95,10 +96,15 @@ def test_the_number_of_parameters_is_that_of_the_model(directory):
         path = directory(architectures=[name], tie_word_embeddings=bool(tied), **flags, **shape)
         config = read_model_config(path)
         model = get_model_cls(name)(config, place)
-        actual = Weights(model, model.WEIGHTS, config.num_layers).num_parameters
+        shapes_by_name = Weights(model, model.WEIGHTS, config.num_layers).shapes
+        actual = sum(prod(each) for each in shapes_by_name.values())
+        layers = [n for n in shapes_by_name if n.startswith("model.layers.")]
+        products = [shapes_by_name[n] for n in layers if len(shapes_by_name[n]) == 2]
         facts = model_facts(path)
-        if (config.num_parameters, facts.num_parameters) != (actual, actual):
-            wrong.append((name, flags, tied, shape, config.num_parameters, actual))
+        expected = (actual, sum(map(prod, products)), sum(rows for rows, _ in products))
+        counts = (facts.num_parameters, facts.num_product_parameters, facts.num_product_rows)
+        if counts != expected or config.num_parameters != actual:
+            wrong.append((name, flags, tied, shape, counts, expected))
     assert wrong == []
 
 

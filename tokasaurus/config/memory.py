@@ -10,6 +10,10 @@ from tokasaurus.config.slices import ModelFacts
 __all__ = ["Memory"]
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+# Of a row of a quantized product, beside its numbers of one byte: its scale, and their sum.
+_QUANTIZED_ROW_BYTES = 8
+
 _SCALES = ((1e9, "GB"), (1e6, "MB"), (1e3, "KB"))
 
 # Of the worker's process without model and batches: the interpreter, torch and its threads, CUDA's
@@ -40,17 +44,24 @@ class Memory:
         free_bytes: before the worker's process starts; None if unknown.
         dtype: of weights, activations and KV cache.
         facts: of the model.
+        quantization: of the products; None if they have the dtype.
     """
 
     device: str
     free_bytes: int | None
     dtype: str
     facts: ModelFacts
+    quantization: str | None = None
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights."""
-        return self.facts.num_parameters * self._element_bytes
+        facts = self.facts
+        if self.quantization is None:
+            return facts.num_parameters * self._element_bytes
+        others = facts.num_parameters - facts.num_product_parameters
+        products = facts.num_product_parameters + facts.num_product_rows * _QUANTIZED_ROW_BYTES
+        return others * self._element_bytes + products
 
     @property
     def has_room_for_weights(self) -> bool:
@@ -99,9 +110,9 @@ class Memory:
 
     def weights_do_not_fit(self) -> str:
         """Why, and what helps."""
-        need = f"the weights take {_size(self.weight_bytes)} in {self.dtype}"
+        need = f"the weights take {_size(self.weight_bytes)} in {self._weight_dtype}"
         remedy = "free memory, or serve a smaller model"
-        if self._element_bytes > 2:
+        if self._element_bytes > 2 and self.quantization is None:
             remedy = f"dtype=bfloat16 takes half; otherwise {remedy}"
         return f"{need} and the process {_size(_PROCESS_BYTES)}, and {self._free()}; {remedy}"
 
@@ -130,11 +141,16 @@ class Memory:
         used = self._for_weights + self.kv_bytes(num_tokens) + batch_bytes
         rest = "" if self.free_bytes is None else f", {_size(self.free_bytes - used)} to spare"
         return (
-            f"memory: {self._free()}; {_size(self.weight_bytes)} for weights in {self.dtype},"
+            f"memory: {self._free()}; {_size(self.weight_bytes)} for weights in"
+            f" {self._weight_dtype},"
             f" {_size(self.kv_bytes(num_tokens))} for a KV cache of {num_tokens} tokens, at most"
             f" {_size(batch_bytes)} for a batch of {max_tokens} tokens, {_size(_PROCESS_BYTES)}"
             f" for the process{rest}"
         )
+
+    @property
+    def _weight_dtype(self) -> str:
+        return self.dtype if self.quantization is None else f"{self.quantization} and {self.dtype}"
 
     @property
     def _element_bytes(self) -> int:

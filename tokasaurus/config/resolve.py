@@ -87,7 +87,8 @@ def resolve(
     problems: list[str] = []
     device = _device(config, cuda_available, problems)
     dtype = choose_dtype(config.dtype, device, facts.dtype, bfloat16_instructions)
-    memory = Memory(device, memory_bytes, dtype.name, facts)
+    _check_quantization(config, device, dtype.name, problems)
+    memory = Memory(device, memory_bytes, dtype.name, facts, config.quantization)
     limits = _limits(config, facts.max_position_embeddings, memory, problems)
     _check_access(config, problems)
     if problems:
@@ -132,6 +133,26 @@ def _device(config: EngineConfig, cuda_available: bool, problems: list[str]) -> 
             "device=cuda: PyTorch finds no CUDA device here; leave device out, or set cpu"
         )
     return config.device
+
+
+def _check_quantization(config: EngineConfig, device: str, dtype: str, problems: list[str]) -> None:
+    if config.quantization is None:
+        return
+    flag = f"quantization={config.quantization}"
+    if device != "cpu":
+        problems.append(
+            f"{flag}: only device=cpu has kernels for it, and device={config.device} runs on"
+            f" {device}; leave it out, or set device=cpu"
+        )
+    if dtype == "float16":
+        problems.append(
+            f"{flag}: its kernels are for activations in float32 and bfloat16; set dtype to one of"
+            " them, or leave it out"
+        )
+    if config.linear == "plain":
+        problems.append(
+            f"{flag}: linear=plain multiplies by weights in dtype; leave one of them out"
+        )
 
 
 def _limits(
@@ -435,6 +456,7 @@ def _worker(
         instruction_set=config.instruction_set,
         use_groups=config.use_hydragen,
         linear=config.linear,
+        quantization=config.quantization,
         load_format=config.load_format,
         page_size=limits.page_size,
         num_pages=limits.num_pages,

@@ -30,6 +30,9 @@ class ModelFacts:
     kv_elements_per_token: int  # 2 * layers * kv heads * head size
     # Numbers in all weights. A head that shares the embedding's weight does not count.
     num_parameters: int
+    # Those of products, which quantization makes smaller; and the rows that have them.
+    num_product_parameters: int
+    num_product_rows: int
     # Numbers that the layers hold at a time for each token of a batch, at most.
     activation_elements_per_token: int
     eos_token_ids: tuple[int, ...]
@@ -153,6 +156,7 @@ class WorkerConfig:
     instruction_set: str  # of the kernels on "cpu"; "auto" for the best one
     use_groups: bool | None  # read a shared prefix once; None where that saves time
     linear: str  # "auto", "plain" or "packed"
+    quantization: str | None  # of the products: "int8", or None
     load_format: str  # "auto" or "dummy"
     page_size: int
     num_pages: int

@@ -49,7 +49,6 @@ _PER_REQUEST = "seeds belong to requests; the same request with the same seed dr
 _LOCAL = "a directory, or a repository id"
 _TEMPLATE = "the chat template comes with the tokenizer; use tokenizer=DIR to take another"
 _ROPE = "the model's rope_scaling only, as JSON or by nested keys"
-_NO_QUANTIZATION = "quantized weights are not supported; dtype chooses the precision"
 
 # Flags of vLLM, SGLang and llama.cpp's server, which users bring with them.
 OTHER_ENGINES: Mapping[str, Foreign] = {
@@ -105,7 +104,6 @@ OTHER_ENGINES: Mapping[str, Foreign] = {
     "num_scheduler_steps": Foreign("scheduling_steps_ahead", "an upper bound"),
     "pipeline_parallel_size": Foreign("pp_size"),
     "pp": Foreign("pp_size"),
-    "quantization": Foreign(None, _NO_QUANTIZATION),
     "random_seed": Foreign(None, _PER_REQUEST),
     "revision": Foreign(None, "download the revision you want and give its directory as model"),
     "seed": Foreign(None, _PER_REQUEST),

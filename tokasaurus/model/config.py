@@ -55,6 +55,23 @@ class ModelConfig:
         return vocabularies + self.num_layers * self._layer_parameters + self.hidden_size
 
     @property
+    def num_product_parameters(self) -> int:
+        """Numbers in the weights that quantization makes smaller: those of the layers' products."""
+        hidden = self.hidden_size
+        # Of a product, either side is the hidden size; the sizes of the other sides add up.
+        return (
+            self.num_layers
+            * hidden
+            * (2 * self._query_size + 2 * self._key_size + 3 * self.intermediate_size)
+        )
+
+    @property
+    def num_product_rows(self) -> int:
+        """Rows of these weights."""
+        rows = self._query_size + 2 * self._key_size + 2 * self.intermediate_size
+        return self.num_layers * (rows + 2 * self.hidden_size)
+
+    @property
     def activation_elements_per_token(self) -> int:
         """Numbers that the layers hold at a time for each token of a batch, at most.
 
@@ -68,16 +85,24 @@ class ModelConfig:
         cosines and sines count too.
         """
         hidden, inner = self.hidden_size, self.intermediate_size
-        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        queries, keys = self._query_size, self._key_size
         attention = 2 * hidden + 2 * queries + 2 * keys
         mlp = 2 * hidden + 3 * inner
         copied = 2 * max(hidden, queries, inner)
         return 2 * hidden + max(attention, mlp) + copied + 4 * self.head_dim
 
     @property
+    def _query_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def _key_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
     def _layer_parameters(self) -> int:
         hidden, inner = self.hidden_size, self.intermediate_size
-        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        queries, keys = self._query_size, self._key_size
         total = 2 * hidden  # norms
         total += (queries + 2 * keys + queries + 3 * inner) * hidden
         if self.qkv_bias:

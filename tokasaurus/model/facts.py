@@ -99,6 +99,8 @@ def model_facts(
         max_position_embeddings=config.max_position_embeddings,
         kv_elements_per_token=config.kv_elements_per_token,
         num_parameters=config.num_parameters,
+        num_product_parameters=config.num_product_parameters,
+        num_product_rows=config.num_product_rows,
         activation_elements_per_token=config.activation_elements_per_token,
         # Ids beyond the vocabulary are never drawn, and some files say -1 for none.
         eos_token_ids=tuple(i for i in eos_token_ids if 0 <= i < config.vocab_size),

@@ -1,13 +1,14 @@
 """The instruction sets that kernels are compiled for, and which of them this processor runs.
 
 A library is compiled for a named set rather than for the machine at hand. So a cache of libraries
-may move to another machine, and a machine can test what older ones run.
+may move to another machine, and a machine can test what older ones run. A set may have extensions
+for products of integers, which only some of its processors have. They change no result.
 """
 
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -37,17 +38,26 @@ class InstructionSet:
         name: the value of the flag ``instruction_set`` that asks for it.
         features: that a processor must have, as /proc/cpuinfo names them.
         options: that tell the compiler to use it.
+        extensions: features of some of its processors, and the option for each.
     """
 
     name: str
     features: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    extensions: tuple[tuple[str, str], ...] = ()
+
+    def with_extensions(self) -> InstructionSet:
+        """The set with the options for those extensions that this processor has."""
+        features = _processor_features()
+        more = tuple(option for feature, option in self.extensions if feature in features)
+        return replace(self, options=(*self.options, *more), extensions=())
 
 
 _AVX2 = ("avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe")
 _AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 _AVX512_BF16 = (*_AVX512, "avx512_bf16")
 _V4 = "-march=x86-64-v4"
+_VNNI = ("avx512_vnni", "-mavx512vnni")
 
 # The best first. The last one is what the compiler takes for granted.
 INSTRUCTION_SETS = (
@@ -55,10 +65,11 @@ INSTRUCTION_SETS = (
         "amx",
         (*_AVX512_BF16, "amx_tile", "amx_bf16"),
         (_V4, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+        (_VNNI, ("amx_int8", "-mamx-int8")),
     ),
-    InstructionSet("avx512_bf16", _AVX512_BF16, (_V4, "-mavx512bf16")),
-    InstructionSet("avx512", _AVX512, (_V4,)),
-    InstructionSet("avx2", _AVX2, ("-march=x86-64-v3",)),
+    InstructionSet("avx512_bf16", _AVX512_BF16, (_V4, "-mavx512bf16"), (_VNNI,)),
+    InstructionSet("avx512", _AVX512, (_V4,), (_VNNI,)),
+    InstructionSet("avx2", _AVX2, ("-march=x86-64-v3",), (("avx_vnni", "-mavxvnni"),)),
     InstructionSet("generic"),
 )
 

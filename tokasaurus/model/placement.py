@@ -23,6 +23,7 @@ class Placement:
         device: of all of these.
         linear: the name of the linear method, see ``linear_methods.registry``.
         operators: the element-wise kernels.
+        quantization: of the products' weights: "int8", or None for the dtype.
         is_traced: torch.compile traces the layers, so kernels of ours become operators.
         instruction_set: that kernels of the CPU are compiled for; "auto" for the best one.
         memory: of the weights.
@@ -34,6 +35,7 @@ class Placement:
     operators: Operators = REFERENCE_OPERATORS
     instruction_set: str = "auto"
     is_traced: bool = False
+    quantization: str | None = None
     memory: Region = field(default_factory=Region, compare=False)
 
     def empty(self, *shape: int) -> Tensor:

@@ -17,6 +17,8 @@ _FACTS = ModelFacts(
     max_position_embeddings=1 << 30,  # only the KV cache limits requests
     kv_elements_per_token=1,
     num_parameters=0,
+    num_product_parameters=0,
+    num_product_rows=0,
     activation_elements_per_token=0,
     eos_token_ids=(STOP_ID,),
 )

@@ -14,6 +14,7 @@ __all__ = ["Bar", "Group", "write_chart"]
 
 _COLOURS = {
     "tokasaurus": "#2a6fbb",
+    "int8": "#7fb2e5",
     "vllm": "#d1495b",
     "openvino": "#66a182",
     "products alone": "#cccccc",

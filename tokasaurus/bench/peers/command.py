@@ -2,6 +2,7 @@
 
     toka-bench peers vllm=~/vllm/bin/python openvino=~/openvino/bin/python
     toka-bench peers vllm=~/vllm/bin/python workloads=mixed dtypes=bfloat16 size=0.3
+    toka-bench peers int8=T workloads=mixed            ours alone, with and without int8 weights
     toka-bench peers output=peers.json repetitions=0 plot=docs/images/peers.svg   draws a file only
 
 =========  ======================================================================================
@@ -51,7 +52,7 @@ from tokasaurus.errors import ConfigError
 __all__ = ["SCHEMA", "PeersConfig", "run"]
 
 _ELEMENT_BYTES = {"float32": 4, "bfloat16": 2}
-_OURS = "tokasaurus"
+_OURS, _INT8 = "tokasaurus", "int8"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,7 @@ class PeersConfig:
             "The Python that OpenVINO GenAI and optimum-intel are installed in. None: without them."
         ),
     )
+    int8: bool = flag(False, help="Also run ours with quantization=int8, as one more engine.")
     workloads: tuple[str, ...] = flag(
         tuple(WORKLOADS), choices=tuple(WORKLOADS), help="What the engines run."
     )
@@ -151,6 +153,8 @@ def _installed(config: PeersConfig) -> Iterator[_Installed]:
     """The engines that the flags name, ours first. Raises ConfigError if one is not there."""
     directory = cache_directory() / config.shape
     yield _Installed(_OURS, sys.executable, directory / "checkpoint")
+    if config.int8:
+        yield _Installed(_INT8, sys.executable, directory / "checkpoint")
     for name, model in (("vllm", "checkpoint"), ("openvino", "openvino")):
         path = getattr(config, name)
         if path is None:
@@ -231,11 +235,14 @@ def _measure_workload(
 def _settings(config: PeersConfig, engine: _Installed, dtype: str) -> dict[str, object]:
     cache_bytes = config.cache_gib << 30
     token_bytes = SHAPES[config.shape].kv_bytes(_ELEMENT_BYTES[dtype])
+    flags = dict(text.split("=", 1) for text in config.flags)
+    if engine.name == _INT8:
+        flags["quantization"] = "int8"
     return {
         "engine": engine.name,
         "model": str(engine.model),
         "dtype": dtype,
         "cache_gib": config.cache_gib,
         "cache_tokens": cache_bytes // token_bytes // 16 * 16,
-        "flags": dict(text.split("=", 1) for text in config.flags),
+        "flags": flags,
     }

@@ -159,6 +159,7 @@ class OpenVino:
 
 ENGINES: dict[str, Callable[[dict[str, Any]], Engine]] = {
     "tokasaurus": Tokasaurus,
+    "int8": Tokasaurus,
     "vllm": Vllm,
     "openvino": OpenVino,
 }

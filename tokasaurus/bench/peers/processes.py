@@ -44,7 +44,7 @@ class EngineProcess:
         environment = dict(os.environ)
         # Ours may run from a checkout; a peer must not find this engine's packages.
         environment.pop("PYTHONPATH", None)
-        if self.name == "tokasaurus":
+        if self.name in ("tokasaurus", "int8"):
             environment["PYTHONPATH"] = str(Path(tokasaurus.__file__).parent.parent)
         try:
             self._process = subprocess.Popen(

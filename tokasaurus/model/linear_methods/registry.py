@@ -6,8 +6,9 @@ import logging
 from dataclasses import replace
 
 from tokasaurus.errors import ConfigError
-from tokasaurus.model.linear_methods import packed
-from tokasaurus.model.linear_methods.base import LinearMethod, LinearSpec
+from tokasaurus.model.linear_methods import int8, packed
+from tokasaurus.model.linear_methods.base import LinearMethod, LinearSpec, Sharding
+from tokasaurus.model.linear_methods.int8 import Int8Linear
 from tokasaurus.model.linear_methods.opaque import OpaqueLinear
 from tokasaurus.model.linear_methods.packed import PackedLinear
 from tokasaurus.model.linear_methods.plain import PlainLinear
@@ -27,8 +28,10 @@ def choose_linear(place: Placement) -> Placement:
     """The placement with a method that runs there in place of ``auto``.
 
     Raises:
-        ConfigError: the method that the placement names cannot run there.
+        ConfigError: the method or the quantization that the placement names cannot run there.
     """
+    if place.quantization is not None:
+        return _quantized(place)
     if place.linear == "plain":
         return place
     reason = packed.why_not(place)
@@ -41,9 +44,26 @@ def choose_linear(place: Placement) -> Placement:
     return replace(place, linear="plain" if reason else "packed")
 
 
+def _quantized(place: Placement) -> Placement:
+    """The placement with the method for what is not quantized, which is packed, too."""
+    reason = int8.why_not(place)
+    if place.linear == "plain":
+        reason = "linear=plain multiplies by weights in dtype"
+    if reason is not None:
+        raise ConfigError(f"quantization=int8 cannot run here: {reason}; leave it out")
+    return replace(place, linear="packed")
+
+
 def make_linear(spec: LinearSpec, place: Placement) -> LinearMethod:
     """The method of this placement for one product."""
-    method = _METHODS[place.linear](spec, place)
+    method = _method(spec, place)
     if place.is_traced and place.linear == "packed":
         return OpaqueLinear(method, spec.in_size, spec.out_size, place.dtype)
     return method
+
+
+def _method(spec: LinearSpec, place: Placement) -> LinearMethod:
+    # The head and the embedding keep the dtype, see docs/decisions/0020-int8.md.
+    if place.quantization is not None and spec.sharding is not Sharding.VOCABULARY:
+        return Int8Linear(spec, place)
+    return _METHODS[place.linear](spec, place)

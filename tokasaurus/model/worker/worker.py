@@ -95,6 +95,7 @@ class Worker:
             REFERENCE_OPERATORS if config.torch_compile else backend.operators(options),
             config.instruction_set,
             is_traced=config.torch_compile,
+            quantization=config.quantization,
         )
         place = choose_linear(place)
         model_config = read_model_config(config.model_path, config.rope_scaling)

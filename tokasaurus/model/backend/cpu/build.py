@@ -129,7 +129,7 @@ def load_library(source: Path, instruction_set: str = AUTO) -> ctypes.CDLL:
     complaint = ""
     for instructions in candidates:
         for linking in _LINKING:
-            recipe = _Recipe(compiler, instructions, linking)
+            recipe = _Recipe(compiler, instructions.with_extensions(), linking)
             library = directory / f"{source.stem}-{instructions.name}-{_key(source, recipe)}.so"
             try:
                 loaded = _load(source, recipe, library)
