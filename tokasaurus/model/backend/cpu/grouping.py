@@ -157,9 +157,7 @@ class ChosenGroups(NamedTuple):
         )
 
 
-def choose_groups(
-    rows: SequenceRows, page_size: int, step: int, costs: GroupCosts
-) -> ChosenGroups:
+def choose_groups(rows: SequenceRows, page_size: int, step: int, costs: GroupCosts) -> ChosenGroups:
     """Takes each group that saves time, the outer ones first.
 
     A group inside one that is not taken begins where that one would have begun.
