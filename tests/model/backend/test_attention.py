@@ -536,7 +536,7 @@ def test_threads_share_out_large_tasks_by_their_heads(monkeypatch):
     """A thread takes all heads of a task, or ahead, only where that leaves enough to the others."""
     for lengths, num_threads, expected in (
         ([500] * 64, 4, (8, 1)),
-        ([256] * 64 + [8000], 4, (8, 1)),
+        ([256] * 64 + [8000], 4, (1, 1)),
         ([500] * 8, 4, (1, 1)),
         ([400], 16, (1, 0)),
         ([400], 1, (8, 1)),

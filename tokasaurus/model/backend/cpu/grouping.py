@@ -64,7 +64,7 @@ class GroupCosts(NamedTuple):
         saved_per_pair: for each token of the prefix and each row that would read it where it lies:
             this costs more than multiplying by a token that is laid out.
         per_token: to lay out a token of the prefix, for each block of rows.
-        per_row: to merge the results of a row.
+        per_row: to keep the state of a row, which goes on from it.
         fixed: of a group.
         blocks: of the kernel.
     """

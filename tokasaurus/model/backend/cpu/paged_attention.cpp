@@ -151,18 +151,19 @@ class Planner {
 
     void plan() {
         const double total = count_costs();
+        if (p.num_threads > 1) large = total / (p.num_threads * TASKS_PER_THREAD);
         place_rows();
         for (int g = 0; g < p.num_groups; g++) {
             const Rows rows = {p.group_first_rows[g], p.group_num_decodes[g],
                                p.group_first_chunk_rows[g], p.group_num_rows[g]};
-            add(rows, p.group_begins[g], p.group_ends[g], p.group_ends[g], 0);
+            add(rows, p.group_begins[g], p.group_ends[g], p.group_ends[g], 0, true);
         }
         for (int s = 0; s < p.num_sequences; s++) {
             const int first = p.query_starts[s], count = p.query_starts[s + 1] - first;
             add({first, count, 0, count}, own_start(s), p.kv_lengths[s],
-                p.kv_lengths[s] - count + 1, 1);
+                p.kv_lengths[s] - count + 1, 1, keeps_states(s));
         }
-        sort_tasks(p.num_threads > 1 ? total / (p.num_threads * TASKS_PER_THREAD) : 1e18);
+        sort_tasks();
     }
 
    private:
@@ -191,27 +192,36 @@ class Planner {
         return costs * p.num_kv_heads;
     }
 
-    // A row keeps a state for each of its ranges if it has several, or if a group begins it.
+    // Whether the states of a sequence's rows are kept, one for each range: because a group begins
+    // them, or because a thread alone would take too long.
+    bool keeps_states(int sequence) const {
+        const int rows = p.query_starts[sequence + 1] - p.query_starts[sequence];
+        const int keys = p.kv_lengths[sequence];
+        return own_start(sequence) ||
+               (keys > RANGE && cost(std::min(rows, rows_per_task), keys) > large);
+    }
+
     void place_rows() {
         int place = 0;
         for (int s = 0; s < p.num_sequences; s++) {
             const int first = p.query_starts[s], end = p.query_starts[s + 1];
+            const bool keeps = keeps_states(s);
             for (int row = first; row < end; row++) {
                 const int position = p.kv_lengths[s] - end + row;
                 p.row_slots[row] = p.slots[s];
                 p.row_positions[row] = position;
                 p.row_levels[row] = 0;
                 p.state_starts[row] = place;
-                if (position >= RANGE || own_start(s)) place += num_ranges(position);
-                p.merges |= position >= RANGE;
+                if (keeps) place += num_ranges(position);
+                p.merges |= keeps && position >= RANGE;
             }
         }
         p.state_starts[p.num_rows] = place;
         p.workspace_size = int64_t(place) * p.num_heads * (round_up(p.head_dim, WIDTH) + 2);
     }
 
-    // Cuts rows into blocks, and positions into ranges.
-    void add(const Rows &rows, int begin, int end, int visible, int step) {
+    // Cuts rows into blocks, and positions into ranges where a state is kept for each.
+    void add(const Rows &rows, int begin, int end, int visible, int step, bool by_range) {
         const int slot = p.row_slots[rows.row(0)];
         // All these rows go on from the same task, if they do.
         const int level = begin % RANGE ? p.row_levels[rows.row(0)] + 1 : 0;
@@ -220,7 +230,8 @@ class Planner {
             const int block_visible = visible + first * step;
             const int block_end = std::min(end, block_visible + (count - 1) * step);
             for (int from = begin; from < block_end;) {
-                const int to = std::min((from / RANGE + 1) * RANGE, block_end);
+                const int next = by_range ? (from / RANGE + 1) * RANGE : block_end;
+                const int to = std::min(next, block_end);
                 p.tasks[num_tasks++] = {slot,          rows.part(first, count),
                                         from,          to,
                                         block_visible, step,
@@ -234,7 +245,7 @@ class Planner {
     }
 
     // Level by level, the largest first.
-    void sort_tasks(double large) {
+    void sort_tasks() {
         std::sort(p.tasks, p.tasks + num_tasks, [](const Task &a, const Task &b) {
             return a.level != b.level ? a.level < b.level : a.cost > b.cost;
         });
@@ -250,6 +261,7 @@ class Planner {
 
     Plan &p;
     const int group, rows_per_task;
+    double large = 1e18;  // the cost of a large task
     int num_tasks = 0;
 };
 
@@ -368,6 +380,7 @@ struct TilesLayout : PairsLayout {
 struct Scratch {
     std::vector<uint32_t> queries, turned_queries, keys, values, weights;
     std::vector<float> mixed, scores, best, sum, shrink, head;
+    std::vector<float> whole_mixed, whole_best, whole_sum;  // of the ranges that are done
 
     void reserve(int num_queries, int head_dim) {
         // Products in tiles write whole tiles of rows.
@@ -384,6 +397,9 @@ struct Scratch {
         best.resize(n);
         sum.resize(n);
         shrink.resize(n);
+        whole_mixed.resize(n * size);
+        whole_best.resize(n);
+        whole_sum.resize(n);
         head.resize(size);
     }
 };
@@ -408,6 +424,21 @@ class Kernel {
     // Where the keys and values of a tile lie.
     struct Tile {
         const Element *keys[TILE], *values[TILE];
+    };
+
+    // Fetches a tile into the second-level cache, bit by bit between the work on another one: a
+    // core has few requests to memory at a time.
+    struct Fetcher {
+        const Kernel &kernel;
+        const Tile *tile;  // or null
+        int done = 0;
+
+        // Keys and values until this share of the work, in parts of 128, is done.
+        void until(int end) {
+            if (!tile) return;
+            for (; done < end; done++)
+                kernel.prefetch(done < TILE ? tile->keys[done] : tile->values[done - TILE]);
+        }
     };
 
    public:
@@ -443,13 +474,22 @@ class Kernel {
         const int num_queries = task.rows.count * group;
         Scratch &s = scratch_of_thread(num_queries, head_dim());
         const bool are_few = num_queries <= FEW_QUERIES;
+        const bool has_ranges = task.begin / RANGE < (task.end - 1) / RANGE;
         load_queries(unit, are_few, s);
+        if (has_ranges) {
+            std::fill_n(s.whole_mixed.begin(), size_t(num_queries) * padded_dim(), 0.0f);
+            std::fill_n(s.whole_best.begin(), num_queries, -INFINITE);
+            std::fill_n(s.whole_sum.begin(), num_queries, 0.0f);
+        }
         [[maybe_unused]] const typename Layout::Session session(std::min(num_queries, TILE_ROWS));
         Tile tiles[2];
         int current = 0;
         locate(unit, task.begin, tiles[0]);
-        // A task that goes on from another one begins within a range, but not within a tile.
         for (int start = task.begin; start < task.end; start += TILE, current = 1 - current) {
+            if (has_ranges && start % RANGE == 0 && start > task.begin) {
+                add_to_whole(num_queries, s);
+                begin_range(num_queries, s);
+            }
             const int count = std::min(TILE, task.end - start);
             const Tile &tile = tiles[current];
             Tile *ahead = &tiles[1 - current];
@@ -459,45 +499,48 @@ class Kernel {
                 locate(*next, next->task->begin, *ahead);
             else
                 ahead = nullptr;
+            Fetcher fetcher{*this, ahead};
             if (are_few) {
-                score_few(num_queries, tile.keys, count, s, ahead);
+                score_few(num_queries, tile.keys, count, s, fetcher);
             } else {
-                if (ahead)
-                    for (int t = 0; t < TILE; t++) prefetch(ahead->keys[t]);
                 lay_out_keys(tile.keys, count, s.keys.data());
+                fetcher.until(20);
                 score(num_queries, count, s);
             }
+            fetcher.until(48);
             for (int query = 0; query < num_queries; query++) {
                 const int visible = task.visible + query / group * task.visible_step - start;
                 weigh(query, std::min(visible, count), count, s);
             }
+            fetcher.until(64);
             if (are_few && !Layout::HAS_TILES) {
-                mix_few(num_queries, tile.values, count, s, ahead);
+                mix_few(num_queries, tile.values, count, s, fetcher);
             } else {
-                lay_out_values(tile.values, count, s.values.data(), ahead);
+                lay_out_values(tile.values, count, s.values.data(), fetcher);
+                fetcher.until(108);
                 mix(num_queries, count, s);
             }
+            fetcher.until(2 * TILE);
         }
-        finish(unit, s);
+        if (has_ranges) add_to_whole(num_queries, s);
+        finish(unit, has_ranges ? s.whole_mixed.data() : s.mixed.data(),
+               has_ranges ? s.whole_best.data() : s.best.data(),
+               has_ranges ? s.whole_sum.data() : s.sum.data());
     }
 
-    // Phase 3.
+    // Phase 3, for rows of several ranges whose states are kept.
+    bool merges(int row) const { return p.row_positions[row] >= RANGE && keeps_states(row); }
+
     void merge(int row) const {
-        const int begin = p.state_starts[row], end = p.state_starts[row + 1];
+        Scratch &s = scratch_of_thread(1, head_dim());
         for (int head = 0; head < p.num_heads; head++) {
-            float best = -INFINITE, sum = 0;
-            for (int i = begin; i < end; i++) best = std::max(best, best_of(i, head)[0]);
-            float *first = mixed_of(begin, head);
-            for (int i = begin; i < end; i++) {
-                const float share = bounded_exponential(splat(best_of(i, head)[0] - best))[0];
-                const float *mixed = mixed_of(i, head);
-                sum += share * best_of(i, head)[1];
-                for (int d = 0; d < padded_dim(); d += WIDTH) {
-                    const Vector part = load(mixed + d) * share;
-                    store(first + d, i == begin ? part : load(first + d) + part);
-                }
-            }
-            write(row, head, first, sum);
+            std::fill_n(s.whole_mixed.begin(), padded_dim(), 0.0f);
+            s.whole_best[0] = -INFINITE;
+            s.whole_sum[0] = 0;
+            for (int place = p.state_starts[row]; place < p.state_starts[row + 1]; place++)
+                add_state(mixed_of(place, head), best_of(place, head)[0], best_of(place, head)[1],
+                          s.whole_mixed.data(), s.whole_best[0], s.whole_sum[0]);
+            write(row, head, s.whole_mixed.data(), s.whole_sum[0]);
         }
     }
 
@@ -551,18 +594,43 @@ class Kernel {
                 std::memcpy(mixed, mixed_of(place, head), size_t(padded_dim()) * sizeof(float));
                 s.best[query] = best_of(place, head)[0];
                 s.sum[query] = best_of(place, head)[1];
-            } else {
-                std::fill_n(mixed, padded_dim(), 0.0f);
-                s.best[query] = -INFINITE;
-                s.sum[query] = 0;
             }
         }
+        if (task.begin % RANGE == 0) begin_range(num_queries, s);
         if (!are_few || !Layout::HAS_TILES) return;
         std::fill(s.turned_queries.begin(), s.turned_queries.end(), 0);
         for (int query = 0; query < num_queries; query++)
             for (int word = 0; word < stride; word++)
                 s.turned_queries[size_t(word) * WIDTH + query] =
                     s.queries[size_t(query) * stride + word];
+    }
+
+    void begin_range(int num_queries, Scratch &s) const {
+        std::fill_n(s.mixed.begin(), size_t(num_queries) * padded_dim(), 0.0f);
+        std::fill_n(s.best.begin(), num_queries, -INFINITE);
+        std::fill_n(s.sum.begin(), num_queries, 0.0f);
+    }
+
+    void add_to_whole(int num_queries, Scratch &s) const {
+        for (int query = 0; query < num_queries; query++)
+            add_state(&s.mixed[size_t(query) * padded_dim()], s.best[query], s.sum[query],
+                      &s.whole_mixed[size_t(query) * padded_dim()], s.whole_best[query],
+                      s.whole_sum[query]);
+    }
+
+    // Adds the state of a range to that of the ranges before it. Most rows see a range, and the
+    // first one meets -infinity, whose share is 0.
+    void add_state(const float *mixed, float best, float sum, float *whole_mixed,
+                   float &whole_best, float &whole_sum) const {
+        if (best == -INFINITE) return;
+        const float highest = std::max(best, whole_best);
+        const float share = bounded_exponential(splat(best - highest))[0];
+        const float whole_share = bounded_exponential(splat(whole_best - highest))[0];
+        whole_best = highest;
+        whole_sum = whole_sum * whole_share + sum * share;
+        for (int d = 0; d < padded_dim(); d += WIDTH)
+            store(whole_mixed + d, multiply_add(load(mixed + d), splat(share),
+                                                load(whole_mixed + d) * whole_share));
     }
 
     // Finds the keys and values of a tile. Beyond the last key come copies of its pointer.
@@ -617,15 +685,12 @@ class Kernel {
     }
 
     // Lays values out as words that belong to a word of weights: [words of weights, padded_dim].
-    // Fetches the values of the tile ahead.
     void lay_out_values(const Element *const *values, int count, uint32_t *words,
-                        const Tile *ahead) const {
+                        Fetcher &fetcher) const {
         const int size = padded_dim(), num_words = Layout::weight_words(count);
         const int num_filled = std::min(num_words, (count + KEYS_PER_WORD - 1) / KEYS_PER_WORD);
         for (int word = 0; word < num_filled; word++, words += size) {
-            if (ahead)
-                for (int t = 0; t < KEYS_PER_WORD; t++)
-                    prefetch(ahead->values[word * KEYS_PER_WORD + t]);
+            if (word % 4 == 0) fetcher.until(64 + word * 40 / (TILE / KEYS_PER_WORD));
             int d = 0;
             for (; d + 2 * WIDTH <= head_dim(); d += 2 * WIDTH) {
                 Words some[2];
@@ -641,8 +706,6 @@ class Kernel {
         }
         // Weights of 0 meet zeros: what lay here before may not be finite.
         std::fill_n(words, size_t(num_words - num_filled) * size, 0u);
-        if (ahead)
-            for (int t = num_filled * KEYS_PER_WORD; t < TILE; t++) prefetch(ahead->values[t]);
     }
 
     void score(int num_queries, int count, Scratch &s) const {
@@ -652,41 +715,34 @@ class Kernel {
             num_queries, round_up(count, WIDTH));
     }
 
-    // Scores keys where they lie, and fetches those of the tile ahead, if there is one.
+    // Scores keys where they lie.
     void score_few(int num_queries, const Element *const *keys, int count, Scratch &s,
-                   const Tile *ahead) const {
-        const Element *const *next = ahead ? ahead->keys : nullptr;
+                   Fetcher &fetcher) const {
 #if defined(__AMX_BF16__)
-        if constexpr (Layout::HAS_TILES)
-            score_in_tiles(num_queries, keys, count, s, next);
-        else
+        if constexpr (Layout::HAS_TILES) return score_in_tiles(num_queries, keys, count, s, fetcher);
 #endif
-            for (int query = 0; query < num_queries; next = nullptr) {
-                const int rest = num_queries - query;
-                if (rest >= 4) {
-                    score_directly<4>(query, keys, count, s, next);
-                    query += 4;
-                } else if (rest == 3) {
-                    score_directly<3>(query, keys, count, s, next);
-                    query += 3;
-                } else {
-                    score_directly<1>(query, keys, count, s, next);
-                    query++;
-                }
+        for (int query = 0; query < num_queries;) {
+            const int rest = num_queries - query;
+            if (rest >= 4) {
+                score_directly<4>(query, keys, count, s, fetcher);
+                query += 4;
+            } else if (rest == 3) {
+                score_directly<3>(query, keys, count, s, fetcher);
+                query += 3;
+            } else {
+                score_directly<1>(query, keys, count, s, fetcher);
+                query++;
             }
-        // Those that no key of this tile stood for.
-        if (ahead)
-            for (int t = round_up(count, WIDTH); t < TILE; t++) prefetch(ahead->keys[t]);
+        }
     }
 
     template <int N>
     void score_directly(int query, const Element *const *keys, int count, Scratch &s,
-                        const Element *const *next) const {
+                        Fetcher &fetcher) const {
         const int num_words = Layout::query_words(head_dim());
         const uint32_t *queries = &s.queries[size_t(query) * num_words];
         for (int t = 0; t < count; t += WIDTH) {
-            if (next)
-                for (int i = 0; i < WIDTH; i++) prefetch(next[t + i]);
+            fetcher.until(t * 48 / TILE);
             Vector sums[N] = {};
             for (int word = 0; word < num_words; word += WIDTH) {
                 Words rows[WIDTH];
@@ -704,7 +760,7 @@ class Kernel {
 #if defined(__AMX_BF16__)
     // Multiplies tiles of keys, as they lie, by the queries: [keys, queries], which are turned.
     void score_in_tiles(int num_queries, const Element *const *keys, int count, Scratch &s,
-                        const Element *const *next) const {
+                        Fetcher &fetcher) const {
         const int num_words = Layout::query_words(head_dim());
         const size_t key_bytes = size_t(head_dim()) * sizeof(Element);
         finish_writes();
@@ -723,8 +779,7 @@ class Kernel {
                 _tile_loadd(5, &s.turned_queries[size_t(word) * WIDTH], WIDTH * sizeof(uint32_t));
                 _tile_dpbf16ps(2, 3, 5);
             }
-            if (next)
-                for (int i = 0; i < TILE_ROWS; i++) prefetch(next[t + i]);
+            fetcher.until((t + TILE_ROWS) * 40 / TILE);
             alignas(64) Words rows[WIDTH];
             _tile_stored(2, rows, sizeof(Words));
             transpose(rows);
@@ -734,21 +789,20 @@ class Kernel {
     }
 #endif
 
-    // Mixes values where they lie, and fetches those of the tile ahead between them.
+    // Mixes values where they lie.
     void mix_few(int num_queries, const Element *const *values, int count, Scratch &s,
-                 const Tile *ahead) const {
+                 Fetcher &fetcher) const {
         const uint32_t *weights = Layout::weights(s.scores.data(), num_queries, s.weights.data());
-        const Element *const *next = ahead ? ahead->values : nullptr;
-        for (int query = 0; query < num_queries; next = nullptr) {
+        for (int query = 0; query < num_queries;) {
             const int rest = num_queries - query;
             if (rest >= 4) {
-                mix_directly<4>(query, weights, values, count, s, next);
+                mix_directly<4>(query, weights, values, count, s, fetcher);
                 query += 4;
             } else if (rest == 3) {
-                mix_directly<3>(query, weights, values, count, s, next);
+                mix_directly<3>(query, weights, values, count, s, fetcher);
                 query += 3;
             } else {
-                mix_directly<1>(query, weights, values, count, s, next);
+                mix_directly<1>(query, weights, values, count, s, fetcher);
                 query++;
             }
         }
@@ -756,17 +810,17 @@ class Kernel {
 
     template <int N>
     void mix_directly(int query, const uint32_t *weights, const Element *const *values, int count,
-                      Scratch &s, const Element *const *next) const {
+                      Scratch &s, Fetcher &fetcher) const {
         int d = 0;
-        for (; d + BLOCK_VECTORS * WIDTH <= head_dim(); d += BLOCK_VECTORS * WIDTH, next = nullptr)
-            mix_vectors<N, BLOCK_VECTORS>(query, weights, values, count, d, s, next);
-        for (; d < head_dim(); d += WIDTH, next = nullptr)
-            mix_vectors<N, 1>(query, weights, values, count, d, s, next);
+        for (; d + BLOCK_VECTORS * WIDTH <= head_dim(); d += BLOCK_VECTORS * WIDTH)
+            mix_vectors<N, BLOCK_VECTORS>(query, weights, values, count, d, s, fetcher);
+        for (; d < head_dim(); d += WIDTH)
+            mix_vectors<N, 1>(query, weights, values, count, d, s, fetcher);
     }
 
     template <int N, int VECTORS>
     void mix_vectors(int query, const uint32_t *weights, const Element *const *values, int count,
-                     int d, Scratch &s, const Element *const *next) const {
+                     int d, Scratch &s, Fetcher &fetcher) const {
         Vector sums[N][VECTORS];
         float *mixed = &s.mixed[size_t(query) * padded_dim() + d];
         weights += query * Layout::weight_stride;
@@ -775,8 +829,7 @@ class Kernel {
                 sums[n][v] = load(mixed + n * padded_dim() + v * WIDTH) * s.shrink[query + n];
         const int num_words = Layout::weight_words(count);
         for (int word = 0; word < num_words; word++) {
-            if (next)
-                for (int t = 0; t < KEYS_PER_WORD; t++) prefetch(next[word * KEYS_PER_WORD + t]);
+            if (word % 4 == 0) fetcher.until(64 + word * KEYS_PER_WORD);
             Words value[VECTORS];
             Layout::template value_words<VECTORS>(values, word, d, head_dim(), value);
             for (int n = 0; n < N; n++)
@@ -784,8 +837,6 @@ class Kernel {
                     sums[n][v] = Layout::Kind::add_product(
                         sums[n][v], splat(weights[n * Layout::weight_stride + word]), value[v]);
         }
-        if (next)
-            for (int t = num_words * KEYS_PER_WORD; t < TILE; t++) prefetch(next[t]);
         for (int n = 0; n < N; n++)
             for (int v = 0; v < VECTORS; v++)
                 store(mixed + n * padded_dim() + v * WIDTH, sums[n][v]);
@@ -831,23 +882,26 @@ class Kernel {
             num_queries, padded_dim());
     }
 
-    void finish(const Unit &unit, const Scratch &s) const {
+    void finish(const Unit &unit, const float *mixed, const float *best, const float *sum) const {
         const Task &task = *unit.task;
-        for (int query = 0; query < task.rows.count * group; query++) {
+        for (int query = 0; query < task.rows.count * group; query++, mixed += padded_dim()) {
             const int row = task.rows.row(query / group), position = p.row_positions[row];
             if (position < task.begin) continue;
             const int head = unit.kv_head * group + query % group;
-            const float *mixed = &s.mixed[size_t(query) * padded_dim()];
-            if (position < std::min(RANGE, int(task.end))) {
-                write(row, head, mixed, s.sum[query]);
+            const bool is_whole = task.begin < RANGE && position < task.end &&
+                                  (position < RANGE || !keeps_states(row));
+            if (is_whole) {
+                write(row, head, mixed, sum[query]);
                 continue;
             }
             const int place = p.state_starts[row] + task.begin / RANGE;
             std::memcpy(mixed_of(place, head), mixed, size_t(padded_dim()) * sizeof(float));
-            best_of(place, head)[0] = s.best[query];
-            best_of(place, head)[1] = s.sum[query];
+            best_of(place, head)[0] = best[query];
+            best_of(place, head)[1] = sum[query];
         }
     }
+
+    bool keeps_states(int row) const { return p.state_starts[row] < p.state_starts[row + 1]; }
 
     void write(int row, int head, const float *mixed, float sum) const {
         Element *to = static_cast<Element *>(a.output) +
@@ -923,7 +977,7 @@ void run_with_dim(const Plan &p, const Layer &layer) {
 #pragma omp barrier
 #pragma omp for schedule(static)
             for (int row = 0; row < p.num_rows; row++)
-                if (p.row_positions[row] >= RANGE) kernel.merge(row);
+                if (kernel.merges(row)) kernel.merge(row);
         }
     }
 }
