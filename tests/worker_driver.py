@@ -35,6 +35,7 @@ def worker_config(path: Path, **fields) -> WorkerConfig:
         "instruction_set": "auto",
         "use_groups": True,
         "linear": "auto",
+        "deterministic": None,
         "load_format": "auto",
         "page_size": 16,
         "num_pages": 64,

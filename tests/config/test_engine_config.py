@@ -24,6 +24,7 @@ NAMES_AND_DEFAULTS = {
     "attention": "auto",
     "instruction_set": "auto",
     "linear": "auto",
+    "deterministic": None,
     "load_format": "auto",
     "cpu_threads": None,
     "host": "127.0.0.1",
