@@ -148,15 +148,22 @@ class Engine:
             )
         )
         self._threads = setting.num_threads
+        before = torch.get_num_threads()
+        # The probe runs with them.
+        torch.set_num_threads(setting.num_threads)
         config = worker_config(
             path,
             **shared,
             dtype=setting.dtype,
             instruction_set=setting.instruction_set,
             use_groups=setting.use_groups,
+            deterministic=True,
             max_topk_logprobs=MAX_LOGPROBS,
         )
-        self._worker = Worker(config, load_vocabulary)
+        try:
+            self._worker = Worker(config, load_vocabulary)
+        finally:
+            torch.set_num_threads(before)
         self._pending: deque = deque()
         self._results: list[FromWorker] = []
         self._now, self._next_id, self._num_commands = 0.0, 0, 0

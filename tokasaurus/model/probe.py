@@ -35,20 +35,17 @@ _MAX_WORK = 1 << 32
 _SMALL_WORK = 1 << 26
 
 
-def counts_of(max_rows: int, row_work: int, *, is_first: bool) -> list[int]:
+def counts_of(row_work: int, *, is_first: bool) -> list[int]:
     """The numbers of rows that a probe of a product tries.
 
     Args:
-        max_rows: of a batch.
         row_work: multiplications for a row.
         is_first: all numbers up to 64, and edges beyond. Otherwise some.
     """
     if not is_first:
-        counts = SOME_COUNTS if row_work <= _SMALL_WORK else _FEW_COUNTS
-    else:
-        edges = (count for count in _EDGES if count * row_work <= _MAX_WORK)
-        counts = (*range(1, NUM_ROWS + 1), *edges)
-    return [count for count in counts if count <= max_rows]
+        return list(SOME_COUNTS if row_work <= _SMALL_WORK else _FEW_COUNTS)
+    edges = (count for count in _EDGES if count * row_work <= _MAX_WORK)
+    return [*range(1, NUM_ROWS + 1), *edges]
 
 
 def dependent_counts(

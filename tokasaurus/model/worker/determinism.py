@@ -60,7 +60,6 @@ def settle_determinism(
     place: Placement,
     backend: type[Backend],
     sampling: SamplingKernels | None,
-    max_rows: int,
 ) -> Determinism:
     """Probes the model. Puts products on fixed tiles if they need them and the user asks.
 
@@ -70,7 +69,6 @@ def settle_determinism(
         place: of the model.
         backend: of the attention.
         sampling: the kernels of sampling; None if torch samples.
-        max_rows: of a batch.
 
     Raises:
         ConfigError: the user asks for what cannot be.
@@ -80,7 +78,7 @@ def settle_determinism(
     obstacle = _obstacle(place, backend, sampling)
     if obstacle is None:
         started = time.perf_counter()
-        probe = _Probe(model, place, max_rows)
+        probe = _Probe(model, place)
         obstacle = probe.other_kernels(sampling) or probe.products(may_tile=asked is True)
         log.info("probed in %.2f s whether results depend on the batch", _since(started))
         if obstacle is None:
@@ -113,9 +111,8 @@ class _Probe:
         summary: of the products, once they are probed and none depends on the batch.
     """
 
-    def __init__(self, model: LlamaModel, place: Placement, max_rows: int) -> None:
+    def __init__(self, model: LlamaModel, place: Placement) -> None:
         self._model, self._place = model, place
-        self._max_rows = max_rows
         self._num_threads = torch.get_num_threads()
         self.summary = ""
 
@@ -175,8 +172,7 @@ class _Probe:
     def other_kernels(self, sampling: SamplingKernels | None) -> str | None:
         """Probes the rest, which no tiles help. Returns what is wrong, and the remedy."""
         for name, size, runs in self._other_kernels(sampling):
-            some = [count for count in SOME_COUNTS if count <= self._max_rows]
-            counts = self._failing((name, size), runs, [some])
+            counts = self._failing((name, size), runs, [list(SOME_COUNTS)])
             if counts:
                 return (
                     f"{name} depends on the number of rows (with {_listed(counts)} of them), "
@@ -235,7 +231,7 @@ class _Probe:
     ) -> list[int]:
         """The numbers of rows that the first seed finds for which there are any."""
         place = self._place
-        key = (*key, place.dtype, place.instruction_set, self._num_threads, self._max_rows)
+        key = (*key, place.dtype, place.instruction_set, self._num_threads)
         if key not in _known:
             found: list[int] = []
             for seed, counts in enumerate(counts_of_seeds):

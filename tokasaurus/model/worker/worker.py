@@ -108,7 +108,6 @@ class Worker:
             place,
             backend,
             sampling,
-            config.max_tokens_per_forward,
         )
         self.is_deterministic, self.determinism_reason = determinism.is_on, determinism.reason
         self._cache = KVCache.allocate(
