@@ -126,9 +126,8 @@ class Pooler:
         on how it is cut into chunks.
         """
         rows = plan.rows.tensor
-        numbers = torch.empty(
-            len(rows) + len(plan.continued), hidden.shape[1], device=hidden.device
-        )
+        shape = len(rows) + len(plan.continued), hidden.shape[1]
+        numbers = torch.empty(shape, dtype=torch.float32, device=hidden.device)
         numbers[plan.places.tensor] = hidden[rows].to(torch.float32)
         for place, slot in plan.continued:
             numbers[place] = self._sums.pop(slot)
