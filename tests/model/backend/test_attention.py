@@ -721,8 +721,7 @@ def test_an_extension_that_the_compiler_does_not_know_is_left_out(monkeypatch, t
     )
     source = tmp_path / "answer.cpp"
     source.write_text(
-        "#ifndef ANSWER\n#define ANSWER 41\n#endif\n"
-        'extern "C" int answer() { return ANSWER; }'
+        '#ifndef ANSWER\n#define ANSWER 41\n#endif\nextern "C" int answer() { return ANSWER; }'
     )
     for asked in ("auto", "good"):
         assert build.load_library(source, asked).answer() == 42, asked
