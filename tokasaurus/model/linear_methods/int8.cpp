@@ -407,20 +407,27 @@ void multiply(const Product &p, const Quantized<Dot::X> &rows, const Share &shar
 
 #if defined(__AMX_INT8__)
 
+// For instructions that classify numbers. Those that round to bf16 write such numbers as zero.
+constexpr int DENORMAL = 0x20;
+
 // Writes a whole panel's columns of one row.
 inline void write_panel(const Product &p, int64_t row, int64_t n, float scale,
                         const int32_t *sums) {
 #if defined(__AVX512BF16__)
     if (p.element == 1 && !p.bias && n + PANEL <= p.out) {
         __m512 y[2];
+        bool has_tiny = false;
         for (int half = 0; half < 2; half++) {
             const __m512 sum = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums + half * TILE));
             y[half] = _mm512_mul_ps(_mm512_mul_ps(sum, _mm512_set1_ps(scale)),
                                     _mm512_loadu_ps(p.scales + n + half * TILE));
+            has_tiny |= _mm512_fpclass_ps_mask(y[half], DENORMAL) != 0;
         }
-        const __m512bh line = _mm512_cvtne2ps_pbh(y[1], y[0]);
-        std::memcpy(static_cast<uint16_t *>(p.y) + row * p.out + n, &line, sizeof line);
-        return;
+        if (!has_tiny) {
+            const __m512bh line = _mm512_cvtne2ps_pbh(y[1], y[0]);
+            std::memcpy(static_cast<uint16_t *>(p.y) + row * p.out + n, &line, sizeof line);
+            return;
+        }
     }
 #endif
     write<PANEL>(p, row, n, scale, sums);
