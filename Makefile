@@ -5,6 +5,7 @@
 #   make test          run all tests but the heavy ones        make test ARGS='tests/manager -x'
 #   make test-quick    run the unit tests only
 #   make test-long     run all tests, the heavy ones too
+#   make test-determinism  run 2,400 random batch compositions, on every instruction set
 #   make test-sets     run the tests of the model with each instruction set of this processor
 #   make test-pythons  install and run the unit tests on the oldest and the newest Python found
 #   make check         check formatting, lint, import contracts, types
@@ -31,7 +32,7 @@ PYTEST  := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscop
 # Several processes compute on few cores here. Their OpenMP threads must sleep while they wait.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help install serve chat check format test test-quick test-long test-sets test-pythons bench \
+.PHONY: help install serve chat check format test test-quick test-long test-determinism test-sets test-pythons bench \
         gpu-check dist clean
 
 help:
@@ -75,6 +76,10 @@ test-quick: install
 test-long: install
 	@echo "==> pytest, the heavy tests too"
 	@$(PYTEST) -m 'long or not long' --timeout 3600 $(ARGS)
+
+test-determinism: install
+	@echo "==> pytest, random batch compositions"
+	@$(PYTEST) -m long --timeout 3600 tests/launch/test_reproducibility.py -s $(ARGS)
 
 test-sets: install
 	@for name in $$($(BIN)/python -c 'from tokasaurus.model.instruction_sets import usable_sets; \

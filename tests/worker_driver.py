@@ -36,6 +36,7 @@ def worker_config(path: Path, **fields) -> WorkerConfig:
         "use_groups": True,
         "linear": "auto",
         "quantization": None,
+        "deterministic": None,
         "load_format": "auto",
         "page_size": 16,
         "num_pages": 64,

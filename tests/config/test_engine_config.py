@@ -25,6 +25,7 @@ NAMES_AND_DEFAULTS = {
     "instruction_set": "auto",
     "linear": "auto",
     "quantization": None,
+    "deterministic": None,
     "load_format": "auto",
     "cpu_threads": None,
     "host": "127.0.0.1",
@@ -385,3 +386,8 @@ def test_use_hydragen_may_be_auto_on_a_command_line_and_in_python():
     assert EngineConfig(use_hydragen="auto").use_hydragen is None
     with pytest.raises(ConfigError, match="use_hydragen"):
         parse_command_line(["use_hydragen=often"], {})
+
+
+def test_deterministic_is_auto_unless_it_is_asked_for():
+    for argument, expected in (("T", True), ("F", False), ("auto", None)):
+        assert parse_command_line([f"deterministic={argument}"], {}).deterministic is expected

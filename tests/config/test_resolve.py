@@ -511,3 +511,22 @@ def test_shared_prefixes_are_offered_unless_they_are_switched_off():
         assert result.replicas[0].manager.use_groups is offered, use
         expected = None if use == "auto" else use
         assert result.replicas[0].workers[0].use_groups is expected, use
+
+
+def test_determinism_that_cannot_be_is_refused_and_otherwise_explained():
+    for flags, obstacle in (
+        ({"attention": "reference"}, "attention=reference"),
+        ({"torch_compile": True}, "torch_compile=T"),
+        ({"device": "cuda"}, "device=cuda"),
+    ):
+        machine = {"cuda_available": "device" in flags}
+        with pytest.raises(ConfigError) as refused:
+            slices(deterministic=True, **machine, **flags)
+        assert str(refused.value).startswith("deterministic=T: "), flags
+        assert obstacle in str(refused.value), flags
+        plan = slices(**machine, **flags).determinism_plan
+        assert plan.startswith("not deterministic: "), plan
+        assert obstacle in plan, plan
+    for asked, begin in ((True, "deterministic: "), (None, "deterministic if"), (False, "not")):
+        plan = slices(deterministic=asked).determinism_plan
+        assert plan.startswith(begin), plan

@@ -137,6 +137,17 @@ class EngineConfig:
         ),
         adapts="weights in dtype",
     )
+    deterministic: bool | None = flag(
+        None,
+        group=_MODEL,
+        help=(
+            "Whether a request gets the same tokens and logprobs, bit for bit, whatever runs "
+            "beside it. T makes sure of it, or the engine does not start; products that depend on "
+            "the number of rows then run on tiles of fixed sizes, which takes longer. F does not "
+            "look. auto: it is so if it takes no longer. The log says whether and why."
+        ),
+        adapts="auto",
+    )
     load_format: str = flag(
         "auto",
         group=_MODEL,

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from tokasaurus.config.determinism import check_determinism, plan_determinism
 from tokasaurus.config.dtype import choose_dtype
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.memory import Memory
@@ -90,6 +91,9 @@ def resolve(
     _check_quantization(config, device, dtype.name, problems)
     memory = Memory(device, memory_bytes, dtype.name, facts, config.quantization)
     limits = _limits(config, facts.max_position_embeddings, memory, problems)
+    obstacle = check_determinism(config, device)
+    if config.deterministic and obstacle is not None:
+        problems.append(f"deterministic=T: {obstacle}, or leave deterministic out")
     _check_access(config, problems)
     if problems:
         raise ConfigError("\n".join(problems))
@@ -103,6 +107,7 @@ def resolve(
         ),
         dtype_plan=dtype.reason,
         memory_plan=memory.plan(limits.num_pages * limits.page_size, limits.max_tokens),
+        determinism_plan=plan_determinism(config, obstacle),
         stall_timeout_s=config.stall_timeout_s,
         profile_path=f"{_data_dir(config)}/profile.json" if config.profile else None,
         profile_num_batches=config.profile_num_batches,
@@ -457,6 +462,7 @@ def _worker(
         use_groups=config.use_hydragen,
         linear=config.linear,
         quantization=config.quantization,
+        deterministic=config.deterministic,
         load_format=config.load_format,
         page_size=limits.page_size,
         num_pages=limits.num_pages,

@@ -157,6 +157,8 @@ class WorkerConfig:
     use_groups: bool | None  # read a shared prefix once; None where that saves time
     linear: str  # "auto", "plain" or "packed"
     quantization: str | None  # of the products: "int8", or None
+    # Whether no result may depend on the batch; None if it costs nothing.
+    deterministic: bool | None
     load_format: str  # "auto" or "dummy"
     page_size: int
     num_pages: int
@@ -186,6 +188,7 @@ class EngineSlices:
     replicas: tuple[ReplicaSlices, ...]  # at least one
     dtype_plan: str  # which dtype and why; a line for the log
     memory_plan: str  # of each replica; a line for the log
+    determinism_plan: str  # whether results may depend on the batch, and why; a line for --show
     # How long a process that has work may show no progress before it counts as stalled.
     stall_timeout_s: float
     profile_path: str | None  # of a trace; None for no trace

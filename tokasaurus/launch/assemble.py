@@ -33,7 +33,7 @@ def assemble(config: EngineConfig) -> EngineSlices:
 
 
 def explain(config: EngineConfig) -> list[str]:
-    """What resolution decides about dtype and memory, for ``--show``. Downloads nothing."""
+    """What resolution decides about the model, for ``--show``. Downloads nothing."""
     model = find_model_here(config.model)
     if model is None:
         return [f"model={config.model} is not here yet; it decides dtype and memory"]
@@ -41,7 +41,7 @@ def explain(config: EngineConfig) -> list[str]:
         slices = _resolve(config, model)
     except (ConfigError, ModelError) as error:
         return [f"error: {line}" for line in str(error).splitlines()]
-    return [slices.dtype_plan, slices.memory_plan]
+    return [slices.dtype_plan, slices.memory_plan, slices.determinism_plan]
 
 
 def _resolve(config: EngineConfig, model: Path) -> EngineSlices:

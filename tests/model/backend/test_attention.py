@@ -709,6 +709,25 @@ def test_auto_passes_over_an_instruction_set_that_the_compiler_does_not_know(mon
         build.load_library(source, "new")
 
 
+def test_an_extension_that_the_compiler_does_not_know_is_left_out(monkeypatch, tmp_path):
+    """Rather than the whole set: an older compiler still builds the set itself."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(instruction_sets, "_processor_features", lambda: frozenset({"new"}))
+    extended = instruction_sets.InstructionSet(
+        "good", (), ("-DANSWER=42",), (("new", "-mnew-dot-products"),)
+    )
+    monkeypatch.setattr(
+        instruction_sets, "INSTRUCTION_SETS", (extended, instruction_sets.INSTRUCTION_SETS[-1])
+    )
+    source = tmp_path / "answer.cpp"
+    source.write_text(
+        '#ifndef ANSWER\n#define ANSWER 41\n#endif\nextern "C" int answer() { return ANSWER; }'
+    )
+    for asked in ("auto", "good"):
+        assert build.load_library(source, asked).answer() == 42, asked
+        assert build.loaded_libraries(asked)["answer"].instruction_set == "good", asked
+
+
 def test_auto_prefers_the_compiled_backend():
     assert choose_backend("reference", CPU) is ReferenceBackend
     assert choose_backend("compiled", CPU) is CompiledBackend

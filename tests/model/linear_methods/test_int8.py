@@ -151,6 +151,18 @@ def test_rows_that_have_no_scale(extensions):
             assert result.isnan().nonzero().tolist() == [[0, 7]]
 
 
+def test_tiny_results_are_not_flushed_to_zero(extensions):
+    """Below 2^-126, which some instructions do not write."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(70, 64, generator=generator) * 1e-18
+    x = (torch.randn(40, 64, generator=generator) * 1e-20).to(torch.bfloat16)
+    expected = expected_product(x, weight, None)
+    assert ((expected != 0) & (expected.abs() < 2.0**-126)).any()
+    for instructions in usable_sets():
+        result = make_linear(placed(instructions, torch.bfloat16), weight).apply(x)
+        assert torch.equal(result, expected), instructions.name
+
+
 def test_parts_are_packed_block_by_block(extensions, monkeypatch):
     """Parts and blocks that begin within a panel, of tensors that are converted."""
     monkeypatch.setattr(int8, "_BLOCK_SIZE", 700)

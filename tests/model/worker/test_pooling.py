@@ -31,6 +31,14 @@ def batch(chunks, num_decodes, entering):
     )
 
 
+def mean_row_by_row(states):
+    """The mean in one order of additions, however the states come."""
+    total = torch.zeros(HIDDEN)
+    for row in states:
+        total = total + row
+    return total / len(states)
+
+
 def check_random_batches(seed):
     chance = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -58,7 +66,7 @@ def check_random_batches(seed):
             if end == len(states):
                 del feeding[slot]
                 if kind:
-                    expected.append(states.mean(0) if kind == Pooling.MEAN else states[-1])
+                    expected.append(mean_row_by_row(states) if kind == Pooling.MEAN else states[-1])
         if not chunks:
             continue
         hidden = torch.cat([torch.randn(num_decodes, HIDDEN, generator=generator), *rows])
@@ -67,12 +75,15 @@ def check_random_batches(seed):
         if plan is not None:
             found = pooler.pool(plan, hidden)
             wanted = torch.stack(expected) if expected else torch.empty(0, HIDDEN)
-            torch.testing.assert_close(found, wanted)
+            assert torch.equal(found, wanted)
     assert len(pooler._sums) <= 6
 
 
 def test_chunks_among_decode_rows_pool_like_whole_prompts():
-    """Only some prompts are pooled. Some vanish half-way, and others reuse their slots."""
+    """Only some prompts are pooled. Some vanish half-way, and others reuse their slots.
+
+    Chunks change no bit.
+    """
     for seed in range(20):
         with named(seed):
             check_random_batches(seed)

@@ -112,7 +112,7 @@ class LlamaModel(nn.Module):
                 Sharding.VOCABULARY,
                 tied=self.embedding if is_tied else None,
             )
-        self._rotary = Rotary(config.rope, config.head_dim, place.device)
+        self.rotary = Rotary(config.rope, config.head_dim, place.device)
 
     def forward(self, x: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Runs one pass over a flat batch.
@@ -132,7 +132,7 @@ class LlamaModel(nn.Module):
 
     def enter(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Rotation]:
         """The residual stream before the layers, and the angles; see ``forward``."""
-        return self.embedding(x) if self.is_first else x, self._rotary(positions)
+        return self.embedding(x) if self.is_first else x, self.rotary(positions)
 
     def run_layers(self, stream: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
         """Changes the stream. Returns the last layer's update, which is not yet added to it."""

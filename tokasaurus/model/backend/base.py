@@ -291,6 +291,10 @@ class Backend(Protocol):
     name: ClassVar[str]
     """The value of the flag ``attention`` that asks for it."""
 
+    is_independent_of_batch: ClassVar[bool]
+    """Whether its attention and operators give a row the same bits whatever other rows there are,
+    however its sequence was cut into chunks, and whatever its pages, groups and threads are."""
+
     def __init__(
         self, cache: KVCache, num_heads: int, options: BackendOptions = DEFAULT_OPTIONS
     ) -> None: ...

@@ -51,6 +51,7 @@ class ReferenceBackend:
     """Implements ``Backend``."""
 
     name: ClassVar[str] = "reference"
+    is_independent_of_batch: ClassVar[bool] = False
 
     def __init__(
         self, cache: KVCache, num_heads: int, options: BackendOptions = DEFAULT_OPTIONS

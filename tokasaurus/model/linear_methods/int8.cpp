@@ -17,20 +17,11 @@
 // beyond the weight's may be anything. Threads share the panels, so each reads a part of the weight
 // once, and all of x.
 
-#include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <limits>
 #include <vector>
 
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
-#if defined(__AMX_INT8__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include "panels.h"
 
 extern "C" {
 
@@ -51,24 +42,13 @@ struct Arguments {
 
 namespace {
 
-constexpr int PANEL = 32;
-constexpr int TILE = 16;
 // k of a step: what one instruction adds up.
 constexpr int STEP = 4;
 constexpr int CHUNK = STEP * TILE;
 constexpr int64_t TILE_BYTES = TILE * CHUNK, CHUNK_BYTES = 2 * TILE_BYTES;
 
-// Numbers of a weight that justify another thread.
-constexpr int64_t SIZE_PER_THREAD = 1 << 15;
-
 // Numbers of x that justify that the threads quantize together and wait for each other.
 constexpr int64_t SHARED_SIZE = 1 << 13;
-
-// Bytes between what few rows read and what they fetch.
-constexpr int64_t STREAM_AHEAD = 1024;
-
-// Bytes of x that the loops over panels reuse: a part of the second-level cache.
-constexpr int64_t REUSED_BYTES = 1 << 20;
 
 constexpr float LARGEST = 127;
 
@@ -76,47 +56,12 @@ struct Product : Arguments {
     int64_t rows, max_threads;
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline int64_t chunks_of(int64_t in) { return ceil_div(in, CHUNK); }
 
 inline int64_t panel_bytes_of(int64_t in) { return chunks_of(in) * CHUNK_BYTES; }
 
-// The panels of a thread.
-struct Share {
-    int64_t thread, first, end;
-};
-
-inline Share share_of(int64_t thread, int64_t num_threads, int64_t out) {
-    const int64_t panels = ceil_div(out, PANEL);
-    return {thread, panels * thread / num_threads, panels * (thread + 1) / num_threads};
-}
-
-inline int64_t threads_of(const Arguments &a, int64_t num_threads) {
-    return std::min(num_threads, 1 + a.in * a.out / SIZE_PER_THREAD);
-}
-
-template <typename T>
-inline T load(const void *from) {
-    T value;
-    std::memcpy(&value, from, sizeof value);
-    return value;
-}
-
 inline float float_of(uint32_t bits) { return load<float>(&bits); }
 inline uint32_t bits_of(float value) { return load<uint32_t>(&value); }
-
-inline float widen(float value) { return value; }
-inline float widen(uint16_t value) { return float_of(uint32_t(value) << 16); }
-
-// To the nearest bf16, ties to even; NaN stays NaN.
-inline void narrow(float value, uint16_t &to) {
-    const uint32_t bits = bits_of(value);
-    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const uint32_t quiet = (bits >> 16) | 0x40u;
-    to = uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
-}
-inline void narrow(float value, float &to) { to = value; }
 
 // --- quantizing ---------------------------------------------------------------------------------
 
@@ -233,39 +178,11 @@ inline void write(const Product &p, int64_t row, int64_t n, float scale, const i
     }
 }
 
-// --- what is read next --------------------------------------------------------------------------
-
-// Memory that will be read soon. The loops fetch it into the second-level cache, bit by bit.
-struct Ahead {
-    const char *from = nullptr;
-    int64_t size = 0;
-
-    // One of equal parts, in whole lines of the cache.
-    Ahead part(int64_t number, int64_t count) const {
-        const int64_t lines = size / 64;
-        const int64_t begin = lines * number / count, end = lines * (number + 1) / count;
-        return {from + begin * 64, (end - begin) * 64};
-    }
-    void fetch_line() {
-        __builtin_prefetch(from, 0, 2);
-        from += 64;
-        size -= 64;
-    }
-};
-
-// What a thread reads after one of its panels.
-inline Ahead after(const Product &p, const Share &share, int64_t panel) {
-    const int64_t bytes = panel_bytes_of(p.in);
-    if (panel + 1 < share.end)
-        return {reinterpret_cast<const char *>(p.weight) + (panel + 1) * bytes, bytes};
-    if (!p.following) return {};
-    const Arguments &f = *p.following;
-    const int64_t num_threads = threads_of(f, p.max_threads);
-    if (share.thread >= num_threads) return {};
-    const int64_t first = share_of(share.thread, num_threads, f.out).first;
-    const int64_t its_bytes = panel_bytes_of(f.in);
-    return {reinterpret_cast<const char *>(f.weight) + first * its_bytes,
-            std::min(bytes, its_bytes)};
+// What a thread reads after each of its panels.
+inline auto next_of(const Product &p, const Share &share) {
+    return [&](int64_t panel) {
+        return after(p, share, panel, [](const Arguments &a) { return panel_bytes_of(a.in); });
+    };
 }
 
 // --- blocks of rows, in vector registers --------------------------------------------------------
@@ -479,55 +396,19 @@ inline void any_rows(int64_t count, const Product &p, const Quantized<Dot::X> &r
 
 // The panels of one thread.
 void multiply(const Product &p, const Quantized<Dot::X> &rows, const Share &share) {
-    constexpr int MAX_ROWS = Dot::MAX_ROWS;
-    const int64_t row_bytes = rows.stride * int64_t(sizeof(Dot::X));
-    const int64_t most = std::max<int64_t>(REUSED_BYTES / row_bytes / MAX_ROWS, 1) * MAX_ROWS;
-    for (int64_t start = 0; start < p.rows; start += most) {
-        const int64_t count = std::min(most, p.rows - start);
-        const int64_t parts = ceil_div(count, MAX_ROWS);
-        if (count * 4 <= 2 * MAX_ROWS) {
-            any_rows(count, p, rows, start, share.first, share.end, {});
-            continue;
-        }
-        for (int64_t panel = share.first; panel < share.end; panel++)
-            for (int64_t part = 0; part < parts; part++) {
-                const int64_t from = count * part / parts, to = count * (part + 1) / parts;
-                const Ahead ahead = start ? Ahead{} : after(p, share, panel).part(part, parts);
-                any_rows(to - from, p, rows, start + from, panel, panel + 1, ahead);
-            }
-    }
+    for_row_blocks<Dot::MAX_ROWS>(
+        p.rows, rows.stride * int64_t(sizeof(Dot::X)), share, next_of(p, share),
+        [&](int64_t row, int64_t count, int64_t first, int64_t end, Ahead ahead) {
+            any_rows(count, p, rows, row, first, end, ahead);
+        });
 }
 
 // --- blocks of rows, in AMX's tiles -------------------------------------------------------------
 
 #if defined(__AMX_INT8__)
 
-// Asks the system for the right to use the tiles, once for the process.
-bool may_use_tiles() {
-    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-    static const bool granted = syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-    return granted;
-}
-
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-};
-
-// Tiles 0 to 3 are sums: upper and lower rows by left and right columns. Tiles 4 and 5 are upper
-// and lower rows of x; 6 and 7 left and right columns of a panel.
-void configure(int upper, int lower) {
-    const int rows[8] = {upper, upper, lower, lower, upper, lower, TILE, TILE};
-    TileConfig config;
-    for (int tile = 0; tile < 8; tile++) {
-        config.row_bytes[tile] = 64;
-        config.rows[tile] = uint8_t(std::max(rows[tile], 1));
-    }
-    // The compiler does not know how much of it the instruction reads.
-    asm volatile("" ::: "memory");
-    _tile_loadconfig(&config);
-}
+// For instructions that classify numbers. Those that round to bf16 write such numbers as zero.
+constexpr int DENORMAL = 0x20;
 
 // Writes a whole panel's columns of one row.
 inline void write_panel(const Product &p, int64_t row, int64_t n, float scale,
@@ -535,14 +416,18 @@ inline void write_panel(const Product &p, int64_t row, int64_t n, float scale,
 #if defined(__AVX512BF16__)
     if (p.element == 1 && !p.bias && n + PANEL <= p.out) {
         __m512 y[2];
+        bool has_tiny = false;
         for (int half = 0; half < 2; half++) {
             const __m512 sum = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums + half * TILE));
             y[half] = _mm512_mul_ps(_mm512_mul_ps(sum, _mm512_set1_ps(scale)),
                                     _mm512_loadu_ps(p.scales + n + half * TILE));
+            has_tiny |= _mm512_fpclass_ps_mask(y[half], DENORMAL) != 0;
         }
-        const __m512bh line = _mm512_cvtne2ps_pbh(y[1], y[0]);
-        std::memcpy(static_cast<uint16_t *>(p.y) + row * p.out + n, &line, sizeof line);
-        return;
+        if (!has_tiny) {
+            const __m512bh line = _mm512_cvtne2ps_pbh(y[1], y[0]);
+            std::memcpy(static_cast<uint16_t *>(p.y) + row * p.out + n, &line, sizeof line);
+            return;
+        }
     }
 #endif
     write<PANEL>(p, row, n, scale, sums);
@@ -587,31 +472,11 @@ inline void tile_block(const Product &p, const Quantized<int8_t> &rows, int64_t 
 
 // The panels of one thread.
 void multiply_in_tiles(const Product &p, const Quantized<int8_t> &rows, const Share &share) {
-    constexpr int BLOCK = 2 * TILE;
-    const int64_t most = std::max<int64_t>(REUSED_BYTES / rows.stride / BLOCK, 1) * BLOCK;
-    for (int64_t start = 0; start < p.rows; start += most) {
-        const int64_t stop = std::min(p.rows, start + most);
-        const int64_t whole = start + (stop - start) / BLOCK * BLOCK;
-        const int64_t parts = ceil_div(stop - start, BLOCK);
-        const auto ahead = [&](int64_t row, int64_t panel) {
-            return start ? Ahead{} : after(p, share, panel).part(row / BLOCK, parts);
-        };
-        if (whole > start) {
-            configure(TILE, TILE);
-            for (int64_t panel = share.first; panel < share.end; panel++)
-                for (int64_t row = start; row < whole; row += BLOCK)
-                    tile_block<true>(p, rows, row, BLOCK, panel, ahead(row, panel));
-        }
-        const int rest = int(stop - whole);
-        if (rest == 0) continue;
-        configure(std::min(rest, TILE), rest - TILE);
-        for (int64_t panel = share.first; panel < share.end; panel++)
-            if (rest > TILE)
-                tile_block<true>(p, rows, whole, rest, panel, ahead(whole, panel));
-            else
-                tile_block<false>(p, rows, whole, rest, panel, ahead(whole, panel));
-    }
-    _tile_release();
+    for_tile_blocks(p.rows, rows.stride, share, next_of(p, share),
+                    [&](int64_t row, int count, int64_t panel, Ahead ahead) {
+                        if (count > TILE) return tile_block<true>(p, rows, row, count, panel, ahead);
+                        tile_block<false>(p, rows, row, count, panel, ahead);
+                    });
 }
 #endif
 

@@ -15,18 +15,9 @@
 // Each number of y is one sum, in ascending order of k and without regard to the number of rows. So
 // a row's results do not depend on the other rows of the batch.
 
-#include <algorithm>
-#include <cstdint>
-#include <cstring>
 #include <vector>
 
-#if defined(__FMA__)
-#include <immintrin.h>
-#endif
-#if defined(__AMX_BF16__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include "panels.h"
 
 extern "C" {
 
@@ -45,8 +36,6 @@ struct Arguments {
 
 namespace {
 
-constexpr int PANEL = 32;
-constexpr int TILE = 16;
 constexpr int CHUNK = 2 * TILE;
 constexpr int CHUNK_SIZE = CHUNK * PANEL;
 
@@ -62,42 +51,12 @@ constexpr int WIDTH = 4;
 constexpr int MAX_ROWS = 4;
 #endif
 
-// Numbers of a weight that justify another thread.
-constexpr int64_t SIZE_PER_THREAD = 1 << 15;
-
 struct Product : Arguments {
     int64_t rows, max_threads;
 };
 
-// The panels of a thread.
-struct Share {
-    int64_t thread, first, end;
-};
-
-inline Share share_of(int64_t thread, int64_t num_threads, int64_t out) {
-    const int64_t panels = (out + PANEL - 1) / PANEL;
-    return {thread, panels * thread / num_threads, panels * (thread + 1) / num_threads};
-}
-
-inline int64_t threads_of(const Arguments &a, int64_t num_threads) {
-    return std::min(num_threads, 1 + a.in * a.out / SIZE_PER_THREAD);
-}
-
-// Bytes between what few rows read and what they fetch.
-constexpr int64_t STREAM_AHEAD = 1024;
-
-// Bytes of x that the loops over panels reuse: a part of the second-level cache.
-constexpr int64_t REUSED_BYTES = 1 << 20;
-
 typedef float Vector __attribute__((vector_size(WIDTH * sizeof(float))));
 typedef uint32_t Bits __attribute__((vector_size(WIDTH * sizeof(uint32_t))));
-
-template <typename T>
-inline T load(const void *from) {
-    T value;
-    std::memcpy(&value, from, sizeof value);
-    return value;
-}
 
 // a * b + c, rounded once where the processor can: in every loop alike, so the compiler must not
 // choose.
@@ -114,20 +73,6 @@ inline Vector multiply_add(float a, Vector b, Vector c) {
 #endif
 }
 
-inline float widen(uint16_t value) {
-    const uint32_t bits = uint32_t(value) << 16;
-    return load<float>(&bits);
-}
-
-// To the nearest bf16, ties to even; NaN stays NaN.
-inline uint16_t narrow(float value) {
-    const uint32_t bits = load<uint32_t>(&value);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40u);
-    return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Writes sums of consecutive columns of one row, from column n on.
 inline void write(const Product &p, int64_t row, int64_t n, const float *sums, int count) {
     const int columns = int(std::min<int64_t>(count, p.out - n));
@@ -139,7 +84,7 @@ inline void write(const Product &p, int64_t row, int64_t n, const float *sums, i
         uint16_t *y = static_cast<uint16_t *>(p.y) + row * p.out + n;
         const uint16_t *bias = static_cast<const uint16_t *>(p.bias);
         for (int i = 0; i < columns; i++)
-            y[i] = narrow(bias ? sums[i] + widen(bias[n + i]) : sums[i]);
+            narrow(bias ? sums[i] + widen(bias[n + i]) : sums[i], y[i]);
     }
 }
 
@@ -195,42 +140,14 @@ struct Rows {
     const X *row(int64_t m) const { return x + m * stride; }
 };
 
-// Memory that will be read soon. The loops fetch it into the second-level cache, bit by bit.
-struct Ahead {
-    const char *from = nullptr;
-    int64_t size = 0;
-
-    // One of equal parts, in whole lines of the cache.
-    Ahead part(int64_t number, int64_t count) const {
-        const int64_t lines = size / 64;
-        const int64_t begin = lines * number / count, end = lines * (number + 1) / count;
-        return {from + begin * 64, (end - begin) * 64};
-    }
-    void fetch_line() {
-        __builtin_prefetch(from, 0, 2);
-        from += 64;
-        size -= 64;
-    }
-};
-
-// Bytes of a packed panel.
 inline int64_t panel_bytes_of(const Arguments &a) {
     return PANEL * (a.element ? ceil_div(a.in, CHUNK) * CHUNK * int64_t(sizeof(uint16_t))
                               : a.in * int64_t(sizeof(float)));
 }
 
-// What a thread reads after one of its panels.
-inline Ahead after(const Product &p, const Share &share, int64_t panel) {
-    const int64_t bytes = panel_bytes_of(p);
-    if (panel + 1 < share.end)
-        return {static_cast<const char *>(p.weight) + (panel + 1) * bytes, bytes};
-    if (!p.following) return {};
-    const Arguments &f = *p.following;
-    const int64_t num_threads = threads_of(f, p.max_threads);
-    if (share.thread >= num_threads) return {};
-    const int64_t first = share_of(share.thread, num_threads, f.out).first;
-    const int64_t its_bytes = panel_bytes_of(f);
-    return {static_cast<const char *>(f.weight) + first * its_bytes, std::min(bytes, its_bytes)};
+// What a thread reads after each of its panels.
+inline auto next_of(const Product &p, const Share &share) {
+    return [&](int64_t panel) { return after(p, share, panel, panel_bytes_of); };
 }
 
 // The sums of ROWS rows and VECTORS vectors of columns, which may span panels.
@@ -299,54 +216,16 @@ inline void any_rows(int64_t count, const Product &p, const Rows<typename Kind::
 // The panels of one thread.
 template <typename Kind>
 inline void multiply(const Product &p, const Rows<typename Kind::X> &rows, const Share &share) {
-    const int64_t row_bytes = p.in * int64_t(sizeof(typename Kind::X));
-    const int64_t most = std::max<int64_t>(REUSED_BYTES / row_bytes / MAX_ROWS, 1) * MAX_ROWS;
-    for (int64_t start = 0; start < p.rows; start += most) {
-        const int64_t count = std::min(most, p.rows - start);
-        const int64_t parts = ceil_div(count, MAX_ROWS);
-        if (count * 4 <= 2 * MAX_ROWS) {
-            any_rows<Kind>(count, p, rows, start, share.first, share.end, {});
-            continue;
-        }
-        for (int64_t panel = share.first; panel < share.end; panel++)
-            for (int64_t part = 0; part < parts; part++) {
-                const int64_t from = count * part / parts, to = count * (part + 1) / parts;
-                const Ahead ahead = start ? Ahead{} : after(p, share, panel).part(part, parts);
-                any_rows<Kind>(to - from, p, rows, start + from, panel, panel + 1, ahead);
-            }
-    }
+    for_row_blocks<MAX_ROWS>(
+        p.rows, p.in * int64_t(sizeof(typename Kind::X)), share, next_of(p, share),
+        [&](int64_t row, int64_t count, int64_t first, int64_t end, Ahead ahead) {
+            any_rows<Kind>(count, p, rows, row, first, end, ahead);
+        });
 }
 
 // --- blocks of rows, in AMX's tiles -------------------------------------------------------------
 
 #if defined(__AMX_BF16__)
-
-// Asks the system for the right to use the tiles, once for the process.
-bool may_use_tiles() {
-    constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
-    static const bool granted = syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-    return granted;
-}
-
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-};
-
-// Tiles 0 to 3 are sums: upper and lower rows by left and right columns. Tiles 4 and 5 are upper
-// and lower rows of x; 6 and 7 left and right columns of a panel.
-void configure(int upper, int lower) {
-    const int rows[8] = {upper, upper, lower, lower, upper, lower, TILE, TILE};
-    TileConfig config;
-    for (int tile = 0; tile < 8; tile++) {
-        config.row_bytes[tile] = 64;
-        config.rows[tile] = uint8_t(std::max(rows[tile], 1));
-    }
-    // The compiler does not know how much of it the instruction reads.
-    asm volatile("" ::: "memory");
-    _tile_loadconfig(&config);
-}
 
 template <bool HAS_LOWER>
 inline void tile_block(const Product &p, const Rows<uint16_t> &rows, int64_t row, int count,
@@ -395,31 +274,11 @@ inline void tile_block(const Product &p, const Rows<uint16_t> &rows, int64_t row
 
 // The panels of one thread.
 void multiply_in_tiles(const Product &p, const Rows<uint16_t> &rows, const Share &share) {
-    const int64_t row_bytes = p.in * int64_t(sizeof(uint16_t));
-    const int64_t most = std::max<int64_t>(REUSED_BYTES / row_bytes / CHUNK, 1) * CHUNK;
-    for (int64_t start = 0; start < p.rows; start += most) {
-        const int64_t stop = std::min(p.rows, start + most);
-        const int64_t whole = start + (stop - start) / CHUNK * CHUNK;
-        const int64_t parts = ceil_div(stop - start, CHUNK);
-        const auto ahead = [&](int64_t row, int64_t panel) {
-            return start ? Ahead{} : after(p, share, panel).part(row / CHUNK, parts);
-        };
-        if (whole > start) {
-            configure(TILE, TILE);
-            for (int64_t panel = share.first; panel < share.end; panel++)
-                for (int64_t row = start; row < whole; row += CHUNK)
-                    tile_block<true>(p, rows, row, CHUNK, panel, ahead(row, panel));
-        }
-        const int rest = int(stop - whole);
-        if (rest == 0) continue;
-        configure(std::min(rest, TILE), rest - TILE);
-        for (int64_t panel = share.first; panel < share.end; panel++)
-            if (rest > TILE)
-                tile_block<true>(p, rows, whole, rest, panel, ahead(whole, panel));
-            else
-                tile_block<false>(p, rows, whole, rest, panel, ahead(whole, panel));
-    }
-    _tile_release();
+    for_tile_blocks(p.rows, p.in * int64_t(sizeof(uint16_t)), share, next_of(p, share),
+                    [&](int64_t row, int count, int64_t panel, Ahead ahead) {
+                        if (count > TILE) return tile_block<true>(p, rows, row, count, panel, ahead);
+                        tile_block<false>(p, rows, row, count, panel, ahead);
+                    });
 }
 #endif
 
@@ -443,7 +302,7 @@ Rows<BF16::X> rows_of_bf16(const Product &p) {
     if (p.in % CHUNK == 0) return {static_cast<const uint16_t *>(p.x), p.x_stride};
     return copy_of_x<uint16_t>(p, [](uint16_t x) { return x; });
 #else
-    return copy_of_x<float>(p, widen);
+    return copy_of_x<float>(p, [](uint16_t x) { return widen(x); });
 #endif
 }
 

@@ -260,11 +260,24 @@ class _TorchScores:
 
 
 class _KernelScores:
-    """Implements ``_Scores`` by kernels, which read unfiltered rows where they are."""
+    """Implements ``_Scores`` by kernels, which read rows where they are.
 
-    def __init__(self, logits: Tensor, rows: RowsOfMode, kernels: SamplingKernels) -> None:
-        self._logits, self._kernels, self._temperature = logits, kernels, rows.temperature
-        self._index = None if rows.index is None else rows.index.tensor
+    Args:
+        logits: of all rows of the batch, or the scores of the rows of one mode.
+        index: [rows] int64, among those of the logits; None if they are all rows.
+        temperature: [rows, 1] fp32; None if all are 1.
+        kernels: of the device.
+    """
+
+    def __init__(
+        self,
+        logits: Tensor,
+        index: Tensor | None,
+        temperature: Tensor | None,
+        kernels: SamplingKernels,
+    ) -> None:
+        self._logits, self._kernels, self._temperature = logits, kernels, temperature
+        self._index = index
 
     def log_sums(self, token_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
         norm, num_higher = self._kernels.log_sums(
@@ -281,17 +294,23 @@ class _KernelScores:
         return picked if self._temperature is None else picked / self._temperature
 
     def ranked(self, top: RowsWithTop, depth: int) -> tuple[Tensor, Tensor]:
-        temperature = self._temperature
+        some, temperature = top.index.tensor, self._temperature
         if temperature is not None:
-            temperature = temperature[top.index.tensor]
-        return self._kernels.ranked(self._logits, top.rows.tensor, temperature, depth)
+            temperature = temperature[some]
+        rows = some if self._index is None else self._index[some]
+        return self._kernels.ranked(self._logits, rows, temperature, depth)
 
 
 def _scores(logits: Tensor, rows: RowsOfMode) -> _Scores:
+    index = None if rows.index is None else rows.index.tensor
     if rows.kernels is not None and rows.is_unfiltered:
-        return _KernelScores(logits, rows, rows.kernels)
-    some = logits if rows.index is None else logits[rows.index.tensor]
-    return _TorchScores(processed(some.to(torch.float32), rows.kinds))
+        return _KernelScores(logits, index, rows.temperature, rows.kernels)
+    some = logits if index is None else logits[index]
+    scores = processed(some.to(torch.float32), rows.kinds)
+    if rows.kernels is None:
+        return _TorchScores(scores)
+    # Whether a row comes here depends on the filters of others, so the same kernels sum it up.
+    return _KernelScores(scores, None, None, rows.kernels)
 
 
 def _below_the_best(scores: Tensor, best: Tensor, norm: Tensor) -> Tensor:

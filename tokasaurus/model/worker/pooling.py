@@ -28,15 +28,19 @@ class _PlannedMeans:
 
     Attributes:
         rows: of all chunks, int64, chunk by chunk, among the rows of the batch.
-        lengths: [chunks] int64.
+        places: of these rows, int64, among the numbers that are summed up. The sum of a chunk that
+            goes on from an earlier batch has a place before the chunk's rows.
+        lengths: [chunks] int64, of the numbers that are summed up.
         num_tokens: [chunks, 1] int64, of the prompt up to the chunk's end.
-        continued: the index and slot of each chunk that goes on from an earlier batch.
+        continued: the place of the sum, and the slot, of each chunk that goes on from an earlier
+            batch.
         unfinished: the index and slot of each chunk that does not end its prompt.
         sources: the chunks that end their prompts, int64.
         targets: where their means go among the pooled prompts, int64.
     """
 
     rows: Staged
+    places: Staged
     lengths: Staged
     num_tokens: Staged
     continued: list[tuple[int, int]]
@@ -116,16 +120,28 @@ class Pooler:
         return states
 
     def _means(self, plan: _PlannedMeans, hidden: Tensor) -> Tensor:
-        """[chunks, hidden]: each prompt's mean up to the chunk's end. Keeps unfinished sums."""
+        """[chunks, hidden]: each prompt's mean up to the chunk's end. Keeps unfinished sums.
+
+        A prompt's rows are added one by one in the order of positions. So its sum does not depend
+        on how it is cut into chunks.
+        """
+        rows = plan.rows.tensor
+        numbers = torch.empty(
+            len(rows) + len(plan.continued),
+            hidden.shape[1],
+            dtype=torch.float32,
+            device=hidden.device,
+        )
+        numbers[plan.places.tensor] = hidden[rows].to(torch.float32)
+        for place, slot in plan.continued:
+            numbers[place] = self._sums.pop(slot)
         sums: Tensor = torch.segment_reduce(
-            hidden[plan.rows.tensor].to(torch.float32),
+            numbers,
             "sum",
             lengths=plan.lengths.tensor,
             # To check the lengths, which are right, it would wait for the device.
             unsafe=True,
         )
-        for index, slot in plan.continued:
-            sums[index] += self._sums.pop(slot)
         for index, slot in plan.unfinished:
             self._sums[slot] = sums[index].clone()
         return sums / plan.num_tokens.tensor
@@ -145,11 +161,19 @@ def _plan_means(
     rows = np.repeat(last_rows, lengths) - after
     slots = batch.prefill_slots[chunks].tolist()
     is_unfinished = batch.prefill_next_ids[chunks] >= 0
+    is_continued = starts > 0
+    num_sums = np.cumsum(is_continued)  # up to each chunk
+    places = np.arange(lengths.sum()) + np.repeat(num_sums, lengths)
+    sum_places = np.cumsum(lengths) - lengths + num_sums - 1
     return _PlannedMeans(
         rows=staging.add_indices(rows),
-        lengths=staging.add_indices(lengths),
+        places=staging.add_indices(places),
+        lengths=staging.add_indices(lengths + is_continued),
         num_tokens=staging.add_indices((starts + lengths)[:, None]),
-        continued=[(index, slots[index]) for index in np.flatnonzero(starts > 0).tolist()],
+        continued=[
+            (int(sum_places[index]), slots[index])
+            for index in np.flatnonzero(is_continued).tolist()
+        ],
         unfinished=[(index, slots[index]) for index in np.flatnonzero(is_unfinished).tolist()],
         sources=staging.add_indices(sources),
         targets=staging.add_indices(targets),

@@ -38,6 +38,7 @@ from tokasaurus.model.sampling.matchers import Matchers, OpenMatchers
 from tokasaurus.model.weights.loader import load_model
 from tokasaurus.model.worker.clock import Clock, HostClock, start_clock, wait_for_device
 from tokasaurus.model.worker.controls import Controls
+from tokasaurus.model.worker.determinism import settle_determinism
 from tokasaurus.model.worker.identity import make_identity
 from tokasaurus.model.worker.pending import Answer, InFlight, Outputs, Pending, naming
 from tokasaurus.model.worker.recorded_runner import RecordedRunner
@@ -70,12 +71,13 @@ class Worker:
 
     Attributes:
         weights: of the model; they can be filled anew between batches.
-        is_deterministic: a request's results do not depend on what runs beside it.
-        determinism_reason: why they do or do not, in a line for users.
+        is_deterministic: whether a request gets the same bits whatever runs beside it.
+        determinism_reason: why, or why not; a line for users.
 
     Raises:
         ModelError: the checkpoint cannot be served. It names the file, tensor or field.
-        ConfigError: the attention or instruction set asked for is not available on this machine.
+        ConfigError: the attention, instruction set or determinism asked for is not available on
+            this machine.
     """
 
     def __init__(
@@ -104,6 +106,15 @@ class Worker:
         self._model, self.weights, files = load_model(
             config.model_path, model_config, place, config.load_format
         )
+        sampling = backend.sampling(options)
+        determinism = settle_determinism(
+            config.deterministic,
+            self._model,
+            place,
+            backend,
+            sampling,
+        )
+        self.is_deterministic, self.determinism_reason = determinism.is_on, determinism.reason
         self._cache = KVCache.allocate(
             num_layers=model_config.num_layers,
             num_pages=config.num_pages,
@@ -123,12 +134,10 @@ class Worker:
             max_request_tokens=config.max_request_tokens,
             vocab_size=self._vocab_size,
             device=self._device,
-            kernels=backend.sampling(options),
+            kernels=sampling,
         )
         self._in_flight = InFlight()
         self._next_number = 0
-        self.is_deterministic = True
-        self.determinism_reason = "compiled kernels"
         self._model_config, self._files, self._linear = model_config, files, place.linear
         log.info(
             "KV cache of %d pages for %d tokens in %s: %.1f MB when full",
@@ -137,6 +146,7 @@ class Worker:
             config.dtype,
             self._cache.num_bytes / 1e6,
         )
+        log.info("%s", self.determinism_reason)
 
     def _make_runner(self, model_config: ModelConfig) -> Runner:
         config = self._config

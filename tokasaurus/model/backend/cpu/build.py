@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import fcntl
 import hashlib
+import itertools
 import logging
 import os
 import platform
@@ -26,8 +27,8 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -127,23 +128,31 @@ def load_library(source: Path, instruction_set: str = AUTO) -> ctypes.CDLL:
     compiler = _find_compiler()
     directory = _cache_directory()
     complaint = ""
-    for instructions in candidates:
-        for linking in _LINKING:
-            recipe = _Recipe(compiler, instructions.with_extensions(), linking)
-            library = directory / f"{source.stem}-{instructions.name}-{_key(source, recipe)}.so"
-            try:
-                loaded = _load(source, recipe, library)
-            except subprocess.TimeoutExpired as error:
-                raise BuildError(f"{compiler[0]} ran for more than {_TIMEOUT_S} s") from error
-            except subprocess.CalledProcessError as error:
-                complaint = complaint or _first_error(error)
-            except OSError as error:
-                complaint = complaint or str(error)
-            else:
-                log.info("%s runs with %s instructions", source.name, instructions.name)
-                _loaded[source.stem, instruction_set] = _described(source, recipe)
-                return loaded
+    for instructions, linking in itertools.product(_variants(candidates), _LINKING):
+        recipe = _Recipe(compiler, instructions, linking)
+        library = directory / f"{source.stem}-{instructions.name}-{_key(source, recipe)}.so"
+        try:
+            loaded = _load(source, recipe, library)
+        except subprocess.TimeoutExpired as error:
+            raise BuildError(f"{compiler[0]} ran for more than {_TIMEOUT_S} s") from error
+        except subprocess.CalledProcessError as error:
+            complaint = complaint or _first_error(error)
+        except OSError as error:
+            complaint = complaint or str(error)
+        else:
+            log.info("%s runs with %s instructions", source.name, instructions.name)
+            _loaded[source.stem, instruction_set] = _described(source, recipe)
+            return loaded
     raise BuildError(f"{compiler[0]} failed: {complaint}")
+
+
+def _variants(candidates: Iterable[InstructionSet]) -> Iterator[InstructionSet]:
+    """Each set with this processor's extensions, then without: the compiler may not know them."""
+    for instructions in candidates:
+        extended, plain = instructions.with_extensions(), replace(instructions, extensions=())
+        yield extended
+        if plain != extended:
+            yield plain
 
 
 def _find_compiler() -> tuple[str, ...]:

@@ -126,6 +126,7 @@ class CompiledBackend:
     """
 
     name: ClassVar[str] = "compiled"
+    is_independent_of_batch: ClassVar[bool] = True
 
     @classmethod
     def why_not(cls, options: BackendOptions) -> str | None:
