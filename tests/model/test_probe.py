@@ -14,7 +14,7 @@ from tokasaurus.model.probe import NUM_ROWS, counts_of, dependent_counts
 from tokasaurus.model.worker import determinism
 from tokasaurus.model.worker.worker import Worker
 
-COUNTS = counts_of(1, is_first=True)
+COUNTS = counts_of(1, 1, is_first=True)
 ROWS = torch.randn(NUM_ROWS, 24, generator=torch.Generator().manual_seed(0))
 # The last bit of some number.
 BIT = 2.0**-20
@@ -70,7 +70,8 @@ def test_a_kernel_that_treats_every_row_alike_passes():
 
 
 def test_all_numbers_of_rows_up_to_64_are_tried_of_every_product():
-    assert counts_of(1 << 30, is_first=True) == list(range(1, 65))
+    assert counts_of(1 << 30, 1, is_first=True) == list(range(1, 65))
+    assert counts_of(1, 1 << 20, is_first=True) == list(range(1, 65))
     assert COUNTS[-1] == 513
 
 

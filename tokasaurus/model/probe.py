@@ -34,21 +34,29 @@ _FEW_COUNTS = (1, 2, 3, 16, 17)
 _MAX_WORK = 1 << 32
 _SMALL_WORK = 1 << 26
 
+# Results of a batch of more than 64 rows, so that a probe takes little memory.
+_MAX_RESULTS = 1 << 22
+
 
 # Results of each number of rows that are compared, unless 64 rows have fewer.
 _MIN_RESULT_BYTES = 1 << 16
 
 
-def counts_of(row_work: int, *, is_first: bool) -> list[int]:
+def counts_of(row_work: int, out_size: int, *, is_first: bool) -> list[int]:
     """The numbers of rows that a probe of a product tries.
 
     Args:
         row_work: multiplications for a row.
+        out_size: results of a row.
         is_first: all numbers up to 64, and edges beyond. Otherwise some.
     """
     if not is_first:
         return list(SOME_COUNTS if row_work <= _SMALL_WORK else _FEW_COUNTS)
-    edges = (count for count in _EDGES if count * row_work <= _MAX_WORK)
+    edges = (
+        count
+        for count in _EDGES
+        if count * row_work <= _MAX_WORK and count * out_size <= _MAX_RESULTS
+    )
     return [*range(1, NUM_ROWS + 1), *edges]
 
 
@@ -69,7 +77,9 @@ def dependent_counts(
     found = []
     for count in counts:
         for chosen in _batches(count, expected.shape[1], generator):
-            if not torch.equal(_bits(run(chosen)), expected[chosen]):
+            # Row by row, since a copy of all results may be large.
+            results = zip(_bits(run(chosen)), chosen.tolist(), strict=True)
+            if not all(torch.equal(result, expected[row]) for result, row in results):
                 found.append(count)
                 break
     return found

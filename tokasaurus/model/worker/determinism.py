@@ -166,7 +166,7 @@ class _Probe:
 
         key = (type(method), kind, spec.in_size, spec.out_size, spec.bias)
         work = spec.in_size * spec.out_size
-        counts = [counts_of(work, is_first=seed == 0) for seed in range(_NUM_SEEDS)]
+        counts = [counts_of(work, spec.out_size, is_first=seed == 0) for seed in range(_NUM_SEEDS)]
         return self._failing(key, runs, counts)
 
     def other_kernels(self, sampling: SamplingKernels | None) -> str | None:

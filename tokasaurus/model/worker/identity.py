@@ -43,8 +43,12 @@ _WITHOUT_EFFECT = frozenset(
 )
 """Fields of the worker's slice on which no result depends. All others are in receipts."""
 
-_WITHOUT_RESULTS = frozenset({"replay"})
-"""Libraries that compute nothing."""
+_KERNELS_OF_ATTENTION = {
+    "compiled": ("operators", "paged_attention", "sampling"),
+}
+_KERNELS_OF_LINEAR = {"packed": ("packed",)}
+_KERNELS_OF_QUANTIZATION = {"int8": ("int8",)}
+"""The libraries that a worker computes with. Others in the process may have loaded more."""
 
 _LIBRARIES = ("torch", "numpy", "tokenizers", "llguidance")
 """Their versions may change a result: those of tables, texts and grammars."""
@@ -72,7 +76,12 @@ def make_identity(
         determinism_reason: why, in a line for users.
     """
     libraries = loaded_libraries(config.instruction_set)
-    kernels = {name: each for name, each in libraries.items() if name not in _WITHOUT_RESULTS}
+    used = (
+        *_KERNELS_OF_ATTENTION.get(attention, ()),
+        *_KERNELS_OF_LINEAR.get(linear, ()),
+        *_KERNELS_OF_QUANTIZATION.get(config.quantization or "", ()),
+    )
+    kernels = {name: libraries[name] for name in used if name in libraries}
     return WorkerIdentity(
         is_deterministic=is_deterministic,
         determinism_reason=determinism_reason,
