@@ -319,6 +319,9 @@ def _random_request(
         pooling = chance.choice((Pooling.MEAN, Pooling.LAST))
         return GenerateRequest(n=1, max_tokens=1, sampling=Sampling(), pooling=pooling, **common)
     has_grammar = vocab_size == VOCAB_SIZE and chance.random() < 0.15
+    if has_grammar:
+        # A text that is complete ends, as the server sees to.
+        common["stop_token_ids"] = load_vocabulary().eos_token_ids
     return GenerateRequest(
         n=chance.choice((1, 1, 1, 2, 3)),
         max_tokens=chance.choice((1, 2, 8, 8, 20, 20, 70)),

@@ -128,7 +128,7 @@ def test_show_says_dtype_and_memory_of_the_model_that_is_here(tmp_path, capsys):
     dtype, memory = shown(f"model={path}", "instruction_set=generic")[-3:-1]
     assert dtype.startswith("# dtype=auto: float32, although the checkpoint has bfloat16")
     assert memory.startswith("# memory: cpu has ")
-    assert shown(f"model={path}", "dtype=float32")[-2] == "# dtype=float32: as asked"
+    assert shown(f"model={path}", "dtype=float32")[-3] == "# dtype=float32: as asked"
     assert shown("model=org/elsewhere")[-1].startswith("# model=org/elsewhere is not here yet")
     too_long = shown(f"model={path}", "max_num_tokens_per_request=100000")[-1]
     assert too_long.startswith("# error: max_num_tokens_per_request=100000")

@@ -68,8 +68,8 @@ def test_requests_get_the_same_bits_alone_and_beside_others(checkpoint_of):
             "auto",
             dtype,
             engines=2,
-            rounds=4,
-            requests=8,
+            rounds=3,
+            requests=6,
             longest=300,
         )
 

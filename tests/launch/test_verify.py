@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tokasaurus import LLM, AsyncLLM, SamplingParams
 from tokasaurus.errors import RequestError
-from tokasaurus.launch.verify import _TAKEN_FLAGS, _flags_of, main
+from tokasaurus.launch.verify import _TAKEN_FLAGS, _flags_of, _params_of_all, main
 from tokasaurus.model.worker.worker import Worker
 from tokasaurus.receipts.form import sealed
 from tokasaurus.text import receipts as text_receipts
@@ -209,12 +209,21 @@ def test_a_receipt_can_neither_set_other_flags_nor_move_the_cursor(receipt, veri
     receipt["configuration"] |= {"trust_remote_code": True, "data_dir": "/", "dtype": "float32"}
     receipt["answer"][0]["choices"][0]["text"] += "\nverified: 7 tokens\x1b[2J"
     receipt["environment"]["\rverified"] = 1
-    asked = _flags_of(receipt)
+    asked = _flags_of(receipt, _params_of_all(receipt))
     assert {word.partition("=")[0] for word in asked} <= {*_TAKEN_FLAGS, "model", *SET_BY_REQUEST}
     status, said = verify(again(receipt))
     assert status == 1
     assert not [line for line in said.splitlines() if line.startswith("verified")]
     assert not {"\x1b", "\r"} & set(said)
+
+
+def test_the_name_of_a_model_cannot_move_the_cursor(receipt, monkeypatch, verify):
+    said = io.StringIO()
+    monkeypatch.setattr("sys.stderr", said)
+    receipt["environment"]["model"] = "no/\x1b[2Jsuch/model"
+    assert verify(again(receipt))[0] == 2
+    assert "such/model" in said.getvalue()
+    assert "\x1b" not in said.getvalue()
 
 
 def test_another_model_at_the_address_is_named(engine, receipt, verify):
@@ -240,13 +249,16 @@ def test_what_cannot_be_verified_has_status_2(
     says("nothing listens", receipt, "url=http://127.0.0.1:9")
     says("url=ftp://x", receipt, "url=ftp://x")
     says("no such directory", receipt, f"model={tmp_path / 'nowhere'}")
-    says(
-        "oops is not a field",
-        again({**receipt, "request": [{**receipt["request"][0], "oops": 1}]}),
-        f"url={engine.url}",
-    )
-    says("oops", again({**receipt, "request": [{**receipt["request"][0], "oops": 1}]}))
-    says("seed", again({**receipt, "request": [{**receipt["request"][0], "seed": "x"}]}))
+    for field, value, expected in (
+        ("oops", 1, "does not know: oops"),
+        ("stream", True, "does not know: stream"),
+        ("seed", "x", "seed"),
+        ("logprobs", "x", "logprobs must be a whole number"),
+        ("prompt_logprobs", [1], "prompt_logprobs must be a whole number"),
+    ):
+        changed = again({**receipt, "request": [{**receipt["request"][0], field: value}]})
+        says(expected, changed)
+        says(expected, changed, f"url={engine.url}")
     assert main([str(tmp_path / "missing.json")]) == 2
     assert main(["model=x"]) == 2
     assert main([]) == 0

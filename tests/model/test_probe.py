@@ -52,6 +52,18 @@ def test_each_kind_of_dependence_is_found():
             assert found(kernel)
 
 
+def test_one_row_that_differs_in_one_place_is_found():
+    """Whichever row it is, a batch has it alone."""
+    for row in (0, 17, 63):
+
+        def kernel(x, row=row):
+            is_it = (x == ROWS[row]).all(1, keepdim=True)
+            return x + BIT * (is_it & (len(x) == 1))
+
+        with named(row):
+            assert found(kernel) == [1]
+
+
 def test_a_kernel_that_treats_every_row_alike_passes():
     assert not found(lambda x: (x * 3).exp())
     assert not found(lambda x: x * torch.nan)

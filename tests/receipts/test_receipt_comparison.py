@@ -28,6 +28,14 @@ CHANGES = {
     " only this engine has head": lambda r: set_part(
         r, **{"model.layers.0": "b0", "model.layers.1": "b1", "head": "a2"}
     ),
+    "weights: lm_head.weight differs": lambda r: r["model"]["weights"]["parts"].update(
+        {"lm_head.weight": "b2"}
+    ),
+    "model.tokenizer.more is 1 here, and missing in the receipt": lambda r: r["model"][
+        "tokenizer"
+    ].update(more=1),
+    "choice 1.more is 1 here, and missing in the receipt": lambda r: in_answer(r).update(more=1),
+    "answer.more is 1 here, and missing in the receipt": lambda r: r["answer"][0].update(more=1),
     "the tokenizer is another": lambda r: r["model"]["tokenizer"].update(digest="other"),
     "the chat template is another": lambda r: r["model"]["tokenizer"].update(chat_template="x"),
     "model.config.rms_norm_eps is 1e-06 here, and 1e-05 in the receipt": lambda r: r["model"][
@@ -107,3 +115,13 @@ def test_equal_receipts_have_no_difference_and_prompts_are_numbered():
         "request 1.top_p is 1 here, and 0.9 in the receipt",
         "prompt 1, choice 1: token 0 is 4 here, and 1 in the receipt",
     ]
+
+
+def test_of_long_values_the_part_that_differs_is_shown():
+    one, other = example_receipt(), example_receipt()
+    one["engine"]["flags"] = f"{'-O3 ' * 30}-mavx2{' -x' * 30}"
+    other["engine"]["flags"] = f"{'-O3 ' * 30}-mamx{' -x' * 30}"
+    (difference,) = differences(one, other)
+    here, there = difference.text.split(" here, and ")
+    assert ("-mamx" in here, "-mavx2" in there) == (True, True), difference.text
+    assert len(difference.text) < 200

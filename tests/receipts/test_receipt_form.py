@@ -105,7 +105,10 @@ def test_a_receipt_is_found_in_what_clients_keep():
     stream = f"data: {chunk}\n\ndata: {json.dumps(answer)}\n\ndata: [DONE]\n\n"
     last = {"response": {"id": "resp", "receipt": receipt}, "type": "response.completed"}
     events = f"event: response.completed\ndata: {json.dumps(last)}\n\n"
-    for text in (*map(json.dumps, (receipt, answer, line)), stream, events):
+    # JSON may hold what Python takes for the end of a line.
+    separator = json.dumps({**answer, "choices": ["\u2028\x85"]}, ensure_ascii=False)
+    raw = f"data: {separator}\r\n\r\ndata: [DONE]\r\n"
+    for text in (*map(json.dumps, (receipt, answer, line)), stream, events, raw):
         assert found_in(text) == receipt, text[:40]
 
 
@@ -117,7 +120,12 @@ def test_what_is_no_receipt_is_refused_with_a_reason():
     strange, deep = example_receipt(), example_receipt()
     strange["environment"]["threads"] = float("nan")
     deep["environment"]["threads"] = json.loads("[" * 700 + "]" * 700)
+    twice = example_receipt()
+    twice["answer"][0]["choices"] *= 2
     cases = [
+        (json.dumps(twice), "two choices with the same index"),
+        (json.dumps({**example_receipt(), "more": 1}), "no receipt has: more"),
+        (json.dumps({"receipt_version": json.loads("[" * 700 + "]" * 700)}), "brackets"),
         (json.dumps(strange), "NaN"),
         (json.dumps(deep), "brackets"),
         ("", "not JSON"),

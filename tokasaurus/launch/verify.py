@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -18,10 +19,12 @@ from tokasaurus.config.engine import ENGINE, EngineConfig
 from tokasaurus.config.parser import answer_question, parse, print_help
 from tokasaurus.config.schema import Schema, flag, flags_of
 from tokasaurus.errors import ConfigError, RequestError, TokasaurusError
+from tokasaurus.listing import listing
 from tokasaurus.observability.logging import configure_logging
 from tokasaurus.receipts.comparison import Difference, differences
 from tokasaurus.receipts.form import NotAReceipt, altered_parts, checked, found_in
 from tokasaurus.scripts.connection import Connection, connect, explain
+from tokasaurus.text.params import SamplingParams
 
 __all__ = ["VerifyConfig", "main"]
 
@@ -115,8 +118,10 @@ def _verify(words: list[str], environment: Mapping[str, str]) -> int:
     altered = altered_parts(receipt)
     for part in altered:
         print(f"altered: {part} does not fit its digest")
-    config = parse(_SCHEMA, [*_flags_of(receipt), *flags], environment.get("OVERRIDES", ""))
-    again = _run_there(receipt, config) if config.url else _run_here(receipt, config)
+    params = _params_of_all(receipt)
+    words = [*_flags_of(receipt, params), *flags]
+    config = parse(_SCHEMA, words, environment.get("OVERRIDES", ""))
+    again = _run_there(receipt, config) if config.url else _run_here(receipt, params, config)
     found = differences(receipt, again)
     for difference in sorted(found, key=lambda each: not each.decides):
         print(f"{'differs' if difference.decides else 'note'}: {_printable(difference.text)}")
@@ -126,12 +131,16 @@ def _verify(words: list[str], environment: Mapping[str, str]) -> int:
 def _conclude(receipt: Mapping[str, Any], altered: list[str], found: list[Difference]) -> int:
     num_reasons = len(altered) + sum(each.decides for each in found)
     if num_reasons:
-        print(f"not verified: {num_reasons} difference{'s' if num_reasons > 1 else ''}")
+        print(f"not verified: {_counted(num_reasons, 'difference')}")
         return 1
     tokens = [choice["token_ids"] for each in receipt["answer"] for choice in each["choices"]]
-    samples = "1 sample" if len(tokens) == 1 else f"{len(tokens)} samples"
-    print(f"verified: {sum(map(len, tokens))} tokens in {samples}")
+    num_tokens = sum(map(len, tokens))
+    print(f"verified: {_counted(num_tokens, 'token')} in {_counted(len(tokens), 'sample')}")
     return 0
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -148,7 +157,7 @@ def _read(name: str) -> dict[str, Any]:
 # --- what is asked --------------------------------------------------------------------------------
 
 
-def _flags_of(receipt: Mapping[str, Any]) -> list[str]:
+def _flags_of(receipt: Mapping[str, Any], params: Sequence[SamplingParams]) -> list[str]:
     """The command line of an engine like that of a receipt; later words override it."""
     known = flags_of(EngineConfig)
     taken = receipt["configuration"]
@@ -159,9 +168,8 @@ def _flags_of(receipt: Mapping[str, Any]) -> list[str]:
         words["model"] = receipt["environment"]["model"]
     if "deterministic" in known:
         words["deterministic"] = True
-    requests = receipt["request"]
-    words["max_n"] = max(known["max_n"].default, *(each["n"] for each in requests))
-    asked = [each.get(name) or 0 for each in requests for name in ("logprobs", "prompt_logprobs")]
+    words["max_n"] = max(known["max_n"].default, *(each.n for each in params))
+    asked = [count or 0 for each in params for count in (each.logprobs, each.prompt_logprobs)]
     if max(asked):
         words["max_topk_logprobs"] = max(asked)
     return [f"{name}={_written(value)}" for name, value in words.items()]
@@ -169,6 +177,19 @@ def _flags_of(receipt: Mapping[str, Any]) -> list[str]:
 
 def _written(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict) else str(value)
+
+
+def _params_of_all(receipt: Mapping[str, Any]) -> list[SamplingParams]:
+    """The parameters of each prompt, checked: they may come from anyone."""
+    fields = [_params_of(each) for each in receipt["request"]]
+    known = {field.name for field in dataclasses.fields(SamplingParams)}
+    unknown = sorted({name for each in fields for name in each} - known)
+    if unknown:
+        raise NotAReceipt(f"its request has what this version does not know: {listing(unknown)}")
+    try:
+        return [SamplingParams(**each) for each in fields]
+    except RequestError as error:
+        raise NotAReceipt(f"its request is wrong: {error}") from None
 
 
 def _params_of(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,6 +222,8 @@ def _joined(receipts: Sequence[Any]) -> dict[str, Any]:
         each = [checked(receipt) for receipt in receipts]
     except NotAReceipt as error:
         raise _CannotVerify(f"the request was run again, and {error}") from None
+    if any(len(one["request"]) != 1 for one in each):
+        raise _CannotVerify("the request was run again, and its receipt has several prompts")
     return {
         **each[0],
         "request": [request for one in each for request in one["request"]],
@@ -211,24 +234,18 @@ def _joined(receipts: Sequence[Any]) -> dict[str, Any]:
 # --- where it runs --------------------------------------------------------------------------------
 
 
-def _run_here(receipt: Mapping[str, Any], config: VerifyConfig) -> dict[str, Any]:
+def _run_here(
+    receipt: Mapping[str, Any], params: Sequence[SamplingParams], config: VerifyConfig
+) -> dict[str, Any]:
     """Runs the request in an engine of this process."""
     from tokasaurus.launch.llm import LLM
-    from tokasaurus.text.params import SamplingParams
 
     model = config.model or "the bundled model"
-    requests = receipt["request"]
-    try:
-        params = [SamplingParams(**_params_of(each)) for each in requests]
-    except TypeError as error:  # a field that this version does not know
-        raise NotAReceipt(f"its request cannot be run: {error}") from None
-    except RequestError as error:
-        raise NotAReceipt(f"its request is wrong: {error}") from None
-    print(f"toka-verify: loading {model}", file=sys.stderr)
+    print(f"toka-verify: loading {_printable(model)}", file=sys.stderr)
     try:
         with LLM(**{name: getattr(config, name) for name in flags_of(EngineConfig)}) as llm:
             print("toka-verify: running the request again", file=sys.stderr)
-            prompts = [each["prompt_ids"] for each in requests]
+            prompts = [each["prompt_ids"] for each in receipt["request"]]
             outputs = llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())
             return _joined([output.receipt for output in outputs])
     except TokasaurusError as error:
@@ -245,7 +262,7 @@ def _run_there(receipt: Mapping[str, Any], config: VerifyConfig) -> dict[str, An
             answer: Any = client.post("/completions", body=body, cast_to=object)
         except openai.OpenAIError as error:
             raise _CannotVerify(explain(error, client)) from None
-        receipts.append(answer.get("receipt"))
+        receipts.append(answer.get("receipt") if isinstance(answer, dict) else None)
     return _joined(receipts)
 
 

@@ -12,6 +12,7 @@ from tokasaurus.listing import listing
 __all__ = ["Difference", "differences"]
 
 _MOST_SHOWN = 60  # characters of a value
+_SHOWN_BEFORE = 20  # of these, before the first character that differs
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,16 @@ def differences(receipt: Mapping[str, Any], again: Mapping[str, Any]) -> list[Di
 
 
 def _of_models(mine: Mapping[str, Any], its: Mapping[str, Any]) -> Iterator[str]:
-    if mine["weights"]["digest"] != its["weights"]["digest"]:
+    if mine["weights"] != its["weights"]:
         yield f"weights: {_weights(mine['weights'], its['weights'])}"
     words = {"digest": "the tokenizer is another", "chat_template": "the chat template is another"}
     for name, said in words.items():
         if mine["tokenizer"].get(name) != its["tokenizer"].get(name):
             yield said
-    rest = [
-        {k: v for k, v in each.items() if k not in ("weights", "tokenizer")} for each in (mine, its)
-    ]
+    yield from _of_values(
+        "model.tokenizer", *(_without(each["tokenizer"], *words) for each in (mine, its))
+    )
+    rest = (_without(each, "weights", "tokenizer") for each in (mine, its))
     yield from _of_values("model", *rest)
 
 
@@ -85,7 +87,8 @@ def _of_values(path: str, mine: Any, its: Any) -> Iterator[str]:
         for name in [*mine, *(name for name in its if name not in mine)]:
             yield from _of_values(f"{path}.{name}", mine.get(name), its.get(name))
     elif mine != its or isinstance(mine, bool) != isinstance(its, bool):
-        yield f"{path} is {_shown(its)} here, and {_shown(mine)} in the receipt"
+        here, there = _shown(its, mine)
+        yield f"{path} is {here} here, and {there} in the receipt"
 
 
 def _of_requests(name: str, mine: Mapping[str, Any], its: Mapping[str, Any]) -> Iterator[str]:
@@ -93,8 +96,7 @@ def _of_requests(name: str, mine: Mapping[str, Any], its: Mapping[str, Any]) -> 
     if place is not None:
         ours, theirs = _at(its["prompt_ids"], place), _at(mine["prompt_ids"], place)
         yield f"{name}: prompt token {place} is {ours} here, and {theirs} in the receipt"
-    rest = [{k: v for k, v in each.items() if k != "prompt_ids"} for each in (mine, its)]
-    yield from _of_values(name, *rest)
+    yield from _of_values(name, *(_without(each, "prompt_ids") for each in (mine, its)))
 
 
 def _of_answers(prompt: str, mine: Mapping[str, Any], its: Mapping[str, Any]) -> Iterator[str]:
@@ -108,6 +110,8 @@ def _of_answers(prompt: str, mine: Mapping[str, Any], its: Mapping[str, Any]) ->
             yield from _of_choices(name, before[index], now[index])
     values = mine.get("prompt_logprobs"), its.get("prompt_logprobs")
     yield from _of_logprobs(f"{prompt}prompt", 1, *values)
+    rest = (_without(each, "choices", "prompt_logprobs") for each in (mine, its))
+    yield from _of_values(f"{prompt}answer", *rest)
 
 
 def _of_choices(name: str, mine: Mapping[str, Any], its: Mapping[str, Any]) -> Iterator[str]:
@@ -119,6 +123,8 @@ def _of_choices(name: str, mine: Mapping[str, Any], its: Mapping[str, Any]) -> I
     yield from _of_values(f"{name}: finish_reason", mine["finish_reason"], its["finish_reason"])
     yield from _of_values(f"{name}: text", mine["text"], its["text"])
     yield from _of_logprobs(name, 0, mine.get("logprobs"), its.get("logprobs"))
+    compared = ("index", "token_ids", "finish_reason", "text", "logprobs")
+    yield from _of_values(name, *(_without(each, *compared) for each in (mine, its)))
 
 
 def _of_logprobs(name: str, first: int, mine: Any, its: Any) -> Iterator[str]:
@@ -162,6 +168,24 @@ def _float(bits: Sequence[str], place: int) -> str:
         return str(_at(bits, place))
 
 
-def _shown(value: Any) -> str:
-    text = "missing" if value is None else str(value) if isinstance(value, str) else repr(value)
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+def _without(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}
+
+
+def _shown(one: Any, other: Any) -> tuple[str, str]:
+    """Two values that differ; of long ones, a part that shows a difference."""
+    texts = _text(one), _text(other)
+    begin = 0
+    if max(map(len, texts)) > _MOST_SHOWN:
+        place = _first_difference(*texts) or 0
+        begin = 0 if place < _MOST_SHOWN else place - _SHOWN_BEFORE
+    return _part(texts[0], begin), _part(texts[1], begin)
+
+
+def _part(text: str, begin: int) -> str:
+    end = begin + _MOST_SHOWN
+    return f"{'...' if begin else ''}{text[begin:end]}{'...' if end < len(text) else ''}"
+
+
+def _text(value: Any) -> str:
+    return "missing" if value is None else str(value) if isinstance(value, str) else repr(value)

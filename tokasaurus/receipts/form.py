@@ -31,6 +31,8 @@ from typing import Any
 
 import msgspec
 
+from tokasaurus.listing import listing
+
 __all__ = [
     "SECTIONS",
     "VERSION",
@@ -46,6 +48,8 @@ __all__ = [
 
 VERSION = 1
 SECTIONS = ("model", "engine", "configuration", "request", "answer", "environment")
+
+_MOST_QUOTED = 500  # characters of a value in an error message
 
 # Doubles between these are written without an exponent.
 _LEAST_PLAIN, _MOST_PLAIN = 1e-6, 1e21
@@ -150,25 +154,32 @@ def checked(value: Any) -> dict[str, Any]:
     """
     if not isinstance(value, dict):
         raise NotAReceipt("a receipt is a JSON object")
-    if value.get("receipt_version") != VERSION:
-        found = value.get("receipt_version")
-        raise NotAReceipt(
-            f"its receipt_version is {found!r}, and this version of Tokasaurus reads {VERSION}"
-        )
-    if "void" in value:
-        raise NotAReceipt(f"the answer has no receipt: {value['void']}")
-    try:
-        receipt = msgspec.convert(value, _Receipt)
-    except msgspec.ValidationError as error:
-        raise NotAReceipt(f"it is not complete: {error}") from None
     try:
         canonical(value)
     except (RecursionError, ValueError, OverflowError):
         raise NotAReceipt("it holds what no receipt holds: NaN, or too many brackets") from None
+    if value.get("receipt_version") != VERSION:
+        found = _start(repr(value.get("receipt_version")))
+        raise NotAReceipt(
+            f"its receipt_version is {found}, and this version of Tokasaurus reads {VERSION}"
+        )
+    if "void" in value:
+        raise NotAReceipt(f"the answer has no receipt: {_start(str(value['void']))}")
+    try:
+        receipt = msgspec.convert(value, _Receipt)
+    except msgspec.ValidationError as error:
+        raise NotAReceipt(f"it is not complete: {error}") from None
     if not receipt.request or len(receipt.request) != len(receipt.answer):
         raise NotAReceipt(
             f"it has {len(receipt.request)} prompts and {len(receipt.answer)} answers"
         )
+    more = [name for name in value if name not in _Receipt.__struct_fields__]
+    if more:  # no digest covers these
+        raise NotAReceipt(f"it has parts that no receipt has: {listing(more)}")
+    for answer in receipt.answer:
+        indices = [choice.index for choice in answer.choices]
+        if len(set(indices)) < len(indices):
+            raise NotAReceipt("an answer has two choices with the same index")
     return value
 
 
@@ -198,7 +209,7 @@ def canonical(value: Any) -> bytes:
 def _events(text: str) -> list[Any]:
     """The JSON of each event of a stream; none if the text is something else."""
     values = []
-    for line in text.splitlines():
+    for line in text.split("\n"):  # splitlines would also split texts at U+2028
         if line.startswith("data: {"):
             with contextlib.suppress(ValueError, RecursionError):
                 values.append(json.loads(line.removeprefix("data: ")))
@@ -207,14 +218,14 @@ def _events(text: str) -> list[Any]:
 
 def _inside(value: Any) -> Any:
     """The receipt that a value is or has; None if there is none."""
-    if not isinstance(value, dict):
-        return None
-    if "receipt_version" in value:
-        return value
-    if value.get("receipt") is not None:
-        return value["receipt"]
-    response = value.get("response")
-    return _inside(response.get("body") or response) if isinstance(response, dict) else None
+    while isinstance(value, dict):
+        if "receipt_version" in value:
+            return value
+        if value.get("receipt") is not None:
+            return value["receipt"]
+        response = value.get("response")
+        value = (response.get("body") or response) if isinstance(response, dict) else None
+    return None
 
 
 def _digest_of_all(version: Any, digests: Any) -> str:
@@ -226,6 +237,8 @@ def _written(value: Any) -> str:
         items = sorted(value.items(), key=lambda item: item[0].encode("utf-16-be", "surrogatepass"))
         return "{" + ",".join(f"{_text(key)}:{_written(each)}" for key, each in items) + "}"
     if isinstance(value, list | tuple):
+        if set(map(type, value)) <= {int}:  # many, such as token ids
+            return json.dumps(value, separators=(",", ":"))
         return "[" + ",".join(map(_written, value)) + "]"
     if isinstance(value, float):
         return _number(value)
@@ -234,6 +247,10 @@ def _written(value: Any) -> str:
 
 def _text(value: str | int | bool | None) -> str:
     return json.dumps(value, ensure_ascii=False)
+
+
+def _start(text: str) -> str:
+    return text if len(text) <= _MOST_QUOTED else f"{text[:_MOST_QUOTED]}..."
 
 
 def _number(value: float) -> str:

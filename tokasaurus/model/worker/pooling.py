@@ -127,7 +127,10 @@ class Pooler:
         """
         rows = plan.rows.tensor
         numbers = torch.empty(
-            len(rows) + len(plan.continued), hidden.shape[1], device=hidden.device
+            len(rows) + len(plan.continued),
+            hidden.shape[1],
+            dtype=torch.float32,
+            device=hidden.device,
         )
         numbers[plan.places.tensor] = hidden[rows].to(torch.float32)
         for place, slot in plan.continued:
