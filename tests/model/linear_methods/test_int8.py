@@ -129,6 +129,16 @@ def test_results_do_not_depend_on_other_rows_or_threads(extensions):
                     torch.set_num_threads(threads)
 
 
+def test_more_rows_than_the_cache_holds_are_multiplied_part_by_part(extensions):
+    """A megabyte of x is 29 to 116 of these rows."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(33, 9000, generator=generator)
+    x = torch.randn(200, 9000, generator=generator)
+    for instructions in usable_sets():
+        result = make_linear(placed(instructions), weight).apply(x)
+        assert torch.equal(result, expected_product(x, weight, None)), instructions.name
+
+
 def test_rows_that_have_no_scale(extensions):
     """Zeros give zeros; rows with NaN or inf give NaN; neighbours are not affected."""
     weight, bias = torch.randn(40, 70), torch.randn(40)
