@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from rows import named
 
-from tests.rows import named
 from tokasaurus.model.backend.base import BackendOptions, Rotation, SequenceRows
 from tokasaurus.model.backend.cpu.compiled import CompiledBackend
 from tokasaurus.model.instruction_sets import usable_sets
