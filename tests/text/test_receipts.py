@@ -178,6 +178,8 @@ def test_replicas_must_compute_alike():
     assert "replicas" in refusal(Core(IDENTITY, worker(kernels={"a": 1})))
     unstable = worker(is_deterministic=False, determinism_reason="the second one")
     assert "the second one" in refusal(Core(IDENTITY, unstable))
+    other_file = worker(weight_files=(WeightFile("a", 1, 2),))
+    assert "replicas" in refusal(Core(worker(weight_files=(WeightFile("a", 1, 1),)), other_file))
     assert "digest" in Core(IDENTITY, worker()).receipt()
 
 
@@ -221,6 +223,18 @@ def test_new_weights_have_their_own_digest(tmp_path):
         0,
         1,
     )
+
+
+def test_digests_of_old_versions_are_forgotten(tmp_path):
+    core = Core()
+    path = tmp_path / "a.safetensors"
+    write_weights(path)
+    for version in range(1, 30):
+        core.receipts.note_update(version, [str(path)])
+    assert list(core.receipts._weights) == list(range(22, 30))
+    assert "nothing is known" in core.receipt()["void"]
+    core.fake.weights_version = 29
+    assert "digest" in core.receipt()
 
 
 def test_an_answer_of_two_versions_has_no_receipt():

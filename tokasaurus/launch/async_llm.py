@@ -337,7 +337,7 @@ class AsyncLLM:
             generation = await run.finished()
         with_logprobs = generation.request.params.logprobs is not None
         return await in_thread_if(
-            takes_long([generation], with_logprobs) or generation.awaits_digest,
+            takes_long([generation], with_logprobs) or generation.request.receipts is not None,
             lambda: request_output(generation, question.prompt, run.tokenizer),
         )
 
@@ -347,8 +347,8 @@ class AsyncLLM:
             while not output.finished:
                 await run.changed()
                 if output.grow():
-                    waits = output.finished and run.generation.awaits_digest
-                    yield await in_thread_if(waits, output.so_far)
+                    has_receipt = run.generation.request.receipts is not None
+                    yield await in_thread_if(output.finished and has_receipt, output.so_far)
 
     @contextlib.asynccontextmanager
     async def _running(self, question: _Question, *, stream: bool) -> AsyncIterator[_Run]:

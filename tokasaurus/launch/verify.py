@@ -166,8 +166,7 @@ def _flags_of(receipt: Mapping[str, Any], params: Sequence[SamplingParams]) -> l
     }
     if receipt["environment"].get("model") is not None:
         words["model"] = receipt["environment"]["model"]
-    if "deterministic" in known:
-        words["deterministic"] = True
+    words["deterministic"] = True
     words["max_n"] = max(known["max_n"].default, *(each.n for each in params))
     asked = [count or 0 for each in params for count in (each.logprobs, each.prompt_logprobs)]
     if max(asked):

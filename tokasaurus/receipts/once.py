@@ -26,11 +26,6 @@ class Once(Generic[T]):
         self._lock = threading.Lock()
         self._has_begun = False
 
-    @property
-    def is_known(self) -> bool:
-        """Whether ``result`` returns, or raises, at once."""
-        return self._future.done()
-
     def begin(self) -> None:
         """Begins to compute, unless that has begun before."""
         with self._lock:

@@ -160,14 +160,6 @@ class Generation:
         """All output that was taken of each sample, for a receipt."""
         return [] if self._record is None else self._record.outputs()
 
-    @property
-    def awaits_digest(self) -> bool:
-        """Whether its receipt must wait for a digest."""
-        receipts = self.request.receipts
-        if receipts is None:
-            return False
-        return not all(receipts.is_ready(sample.weights_version) for sample in self.samples)
-
     def _recorded(self, outputs: list[SampleOutput]) -> list[SampleOutput]:
         if self._record is not None:
             self._record.add(outputs)

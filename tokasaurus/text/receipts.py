@@ -45,6 +45,9 @@ __all__ = ["FIELD", "Receipts", "Record"]
 
 FIELD = "receipt"
 
+_NUM_VERSIONS = 8
+"""Versions of weights whose digests are kept, for answers that ended before the latest updates."""
+
 _WITHOUT_EFFECT = frozenset({"priority", "first_k", FIELD})
 """Fields of ``SamplingParams`` on which no token depends."""
 
@@ -129,15 +132,11 @@ class Receipts:
         weights = _digest_later(stamped(files))
         with self._lock:
             self._weights[version] = weights
+            for old in sorted(self._weights)[:-_NUM_VERSIONS]:
+                del self._weights[old]
             is_wanted = self._is_wanted
         if is_wanted:
             weights.begin()  # at once, since the files may go after the update
-
-    def is_ready(self, version: int) -> bool:
-        """Whether ``write`` knows all digests, with that of this version of the weights."""
-        with self._lock:
-            weights = self._weights.get(version)
-        return self._tokenizer.is_known and (weights is None or weights.is_known)
 
     def write(self, generations: Sequence[Generation]) -> dict[str, Any]:
         """The receipt of an answer whose generations have finished and been taken.
@@ -205,7 +204,13 @@ def _digest_later(files: Sequence[StampedFile]) -> Once[WeightsDigest]:
 
 def _as_replica(worker: WorkerIdentity) -> tuple[Any, ...]:
     """What replicas must have in common."""
-    return worker.model, worker.configuration, worker.kernels, worker.environment
+    return (
+        worker.model,
+        worker.configuration,
+        worker.kernels,
+        worker.environment,
+        worker.weight_files,
+    )
 
 
 def _request(prepared: PreparedRequest) -> dict[str, Any]:

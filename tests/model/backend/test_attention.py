@@ -396,10 +396,15 @@ def check_groups_change_nothing(backend, output, expected, tolerance):
 TOLERANCES = [(torch.float32, 5e-6), (torch.bfloat16, 0.02), (torch.float16, 0.003)]
 
 
-def test_random_groups_of_decodes_and_chunks_change_no_result(backend_of, four_threads):
-    """Against the same backend without groups, and against the reference with them."""
+def test_random_groups_of_decodes_and_chunks_change_no_result(backend_of, monkeypatch):
+    """Against the same backend without groups, and against the reference with them.
+
+    One thread adds up all ranges of a group; four threads share those of large groups.
+    """
     num_mixed = 0
     for seed in range(24):
+        num_threads = 1 + 3 * (seed // len(HEADS) % 2)
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=num_threads: count)
         rng = np.random.default_rng(seed)
         num_heads, num_kv_heads, head_dim = HEADS[seed % len(HEADS)]
         page_size = (16, 40, 64, 100)[seed % 4]
@@ -507,6 +512,29 @@ def test_a_large_group_is_cut_and_changes_no_result(backend_of, four_threads):
         with named(dtype):
             output = attend(backend, grouped, query, key, value)
             check_groups_change_nothing(backend, output, expected, tolerance)
+
+
+def test_the_states_of_grouped_prompts_take_no_more_memory_behind_a_longer_prefix(four_threads):
+    """A state for each 512 tokens of the prefix would take gigabytes."""
+    num_rows = 128
+    for num_columns in (8, 400):
+        cache = make_cache(num_columns + 8 * 8, 16, 2, 32)
+        length = num_columns * 16 + num_rows
+        shared = torch.arange(num_columns, dtype=torch.int32).repeat(8, 1)
+        own = num_columns + torch.arange(64, dtype=torch.int32).view(8, 8)
+        zero, all_chunks = np.zeros(1, np.int32), np.full(1, 8, np.int32)
+        columns = np.full(1, num_columns, np.int32)
+        rows = SequenceRows(
+            slots=np.arange(8, dtype=np.int32),
+            query_starts=np.arange(9, dtype=np.int32) * np.int32(num_rows),
+            kv_lengths=np.full(8, length, np.int32),
+            positions=np.tile(np.arange(length - num_rows, length, dtype=np.int32), 8),
+            page_table=torch.cat((shared, own), dim=1),
+            groups=PrefixGroups(zero, zero, zero, all_chunks, zero, columns),
+        )
+        plan = CompiledBackend(cache, 4).plan(rows)._plan
+        assert plan.num_groups == 1
+        assert plan.workspace_size == 8 * num_rows * 4 * 2 * (32 + 2)
 
 
 def test_a_long_context_is_shared_out_to_threads(backend_of, four_threads):

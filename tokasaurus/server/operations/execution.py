@@ -94,7 +94,7 @@ class Execution:
         while self._unfinished:
             await self._next_changes()
         writer, generations = self._task.writer, self._generations
-        takes_long = writer.takes_long(generations) or self._awaits_digest
+        takes_long = writer.takes_long(generations) or self._has_receipt
         return await in_thread_if(takes_long, lambda: writer.whole(generations))
 
     def events(self) -> AsyncIterator[bytes] | None:
@@ -113,7 +113,7 @@ class Execution:
                 data = b"".join([writer.chunk(generations, *output) for output in outputs])
                 begun = True
                 yield data
-            yield await in_thread_if(self._awaits_digest, lambda: writer.end(generations))
+            yield await in_thread_if(self._has_receipt, lambda: writer.end(generations))
         except ClientGone:
             raise
         except TokasaurusError as error:
@@ -122,9 +122,9 @@ class Execution:
             yield writer.failure(error)
 
     @property
-    def _awaits_digest(self) -> bool:
-        """Whether the receipt must wait for a digest, which may take long."""
-        return any(generation.awaits_digest for generation in self._generations)
+    def _has_receipt(self) -> bool:
+        """Whether the answer gets a receipt, which may be large, or wait for a digest."""
+        return any(each.request.receipts is not None for each in self._generations)
 
     async def _news(self) -> AsyncIterator[list[tuple[int, SampleOutput]]]:
         """Outputs with the positions of their prompts, whenever there are some, until the end."""

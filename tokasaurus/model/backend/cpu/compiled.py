@@ -57,8 +57,8 @@ class _Plan(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("group_num_decodes", "group_first_chunk_rows")),
         *((name, ctypes.c_void_p) for name in ("group_num_rows", "group_begins", "group_ends")),
         *((name, ctypes.c_void_p) for name in ("tasks", "row_slots", "row_positions")),
-        *((name, ctypes.c_void_p) for name in ("row_levels", "state_starts", "level_ends")),
-        ("workspace", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("row_levels", "row_by_range", "state_starts")),
+        *((name, ctypes.c_void_p) for name in ("level_ends", "workspace")),
         *((name, ctypes.c_int64) for name in ("page_table_stride", "workspace_size")),
         *((name, ctypes.c_int32) for name in ("num_sequences", "num_rows", "num_groups")),
         *((name, ctypes.c_int32) for name in ("num_levels", "merges")),
@@ -219,9 +219,11 @@ class CompiledAttention:
         self._num_heads = num_heads
         num_rows, num_groups = len(rows.positions), len(groups.first_rows)
         num_threads = torch.get_num_threads()
-        by_row = np.empty((4, num_rows + 1), np.int32)
+        by_row = np.empty((5, num_rows + 1), np.int32)
         level_ends = np.empty(num_groups + 1, np.int32)
-        row_slots, row_positions, row_levels, state_starts = (each.ctypes.data for each in by_row)
+        row_slots, row_positions, row_levels, row_by_range, state_starts = (
+            each.ctypes.data for each in by_row
+        )
         self._plan = _Plan(
             page_table=rows.page_table.data_ptr(),
             slots=rows.slots.ctypes.data,
@@ -237,6 +239,7 @@ class CompiledAttention:
             row_slots=row_slots,
             row_positions=row_positions,
             row_levels=row_levels,
+            row_by_range=row_by_range,
             state_starts=state_starts,
             level_ends=level_ends.ctypes.data,
             page_table_stride=rows.page_table.stride(0),

@@ -94,6 +94,7 @@ struct Task {
     int32_t visible;       // positions before this one are visible to the first row,
     int32_t visible_step;  // and this many more to each further row
     int32_t level;         // it goes on from a task of the level before
+    int32_t by_range;      // within one range, whose state is kept
     float cost;
 };
 
@@ -110,7 +111,7 @@ struct Plan {
     const int32_t *group_begins, *group_ends;  // positions
     // Filled by tokasaurus_plan_attention.
     Task *tasks;
-    int32_t *row_slots, *row_positions, *row_levels;  // [rows]
+    int32_t *row_slots, *row_positions, *row_levels, *row_by_range;  // [rows]
     int32_t *state_starts;  // [rows + 1], states that are kept of the rows before
     int32_t *level_ends;    // [groups + 1], tasks up to the end of each level
     float *workspace;       // set later, of workspace_size floats
@@ -152,22 +153,28 @@ class Planner {
     void plan() {
         const double total = count_costs();
         if (p.num_threads > 1) large = total / (p.num_threads * TASKS_PER_THREAD);
+        choose_ranges();
         place_rows();
-        for (int g = 0; g < p.num_groups; g++) {
-            const Rows rows = {p.group_first_rows[g], p.group_num_decodes[g],
-                               p.group_first_chunk_rows[g], p.group_num_rows[g]};
-            add(rows, p.group_begins[g], p.group_ends[g], p.group_ends[g], 0, true);
-        }
-        for (int s = 0; s < p.num_sequences; s++) {
-            const int first = p.query_starts[s], count = p.query_starts[s + 1] - first;
-            add({first, count, 0, count}, own_start(s), p.kv_lengths[s],
-                p.kv_lengths[s] - count + 1, 1, keeps_states(s));
-        }
+        for (int g = 0; g < p.num_groups; g++)
+            add(rows_of_group(g), p.group_begins[g], p.group_ends[g], p.group_ends[g], 0);
+        for (int s = 0; s < p.num_sequences; s++)
+            add(rows_of_sequence(s), own_start(s), p.kv_lengths[s],
+                p.kv_lengths[s] - rows_of_sequence(s).count + 1, 1);
         sort_tasks();
     }
 
    private:
     int own_start(int sequence) const { return p.own_starts ? p.own_starts[sequence] : 0; }
+
+    Rows rows_of_group(int g) const {
+        return {p.group_first_rows[g], p.group_num_decodes[g], p.group_first_chunk_rows[g],
+                p.group_num_rows[g]};
+    }
+
+    Rows rows_of_sequence(int s) const {
+        const int count = p.query_starts[s + 1] - p.query_starts[s];
+        return {p.query_starts[s], count, 0, count};
+    }
 
     double cost(int num_rows, int num_keys) const {
         return double(num_keys) * (num_rows * group + LAYOUT_COST);
@@ -192,39 +199,51 @@ class Planner {
         return costs * p.num_kv_heads;
     }
 
-    // Whether the states of a sequence's rows are kept, one for each range: because a group begins
-    // them, or because a thread alone would take too long.
-    bool keeps_states(int sequence) const {
-        const int rows = p.query_starts[sequence + 1] - p.query_starts[sequence];
-        const int keys = p.kv_lengths[sequence];
-        return own_start(sequence) ||
-               (keys > RANGE && cost(std::min(rows, rows_per_task), keys) > large);
+    // A thread alone would take too long for these positions, so threads share their ranges. All
+    // groups of a nest do alike, since a row goes from one to the next.
+    void choose_ranges() {
+        std::fill_n(p.row_by_range, p.num_rows, 0);
+        for (int g = 0, next; g < p.num_groups; g = next) {
+            int end = p.group_ends[g];
+            for (next = g + 1; next < p.num_groups && p.group_begins[next] > 0; next++)
+                end = std::max(end, int(p.group_ends[next]));
+            choose_ranges(rows_of_group(g), end);
+        }
+        for (int s = 0; s < p.num_sequences; s++)
+            if (own_start(s) == 0) choose_ranges(rows_of_sequence(s), p.kv_lengths[s]);
     }
 
+    void choose_ranges(const Rows &rows, int end) {
+        if (end <= RANGE || cost(std::min(rows.count, rows_per_task), end) <= large) return;
+        for (int index = 0; index < rows.count; index++) p.row_by_range[rows.row(index)] = 1;
+    }
+
+    // A row whose ranges are shared keeps a state for each. Another one keeps two if a group begins
+    // it: that of the ranges that are done, and that of the range at which the group ends.
     void place_rows() {
         int place = 0;
         for (int s = 0; s < p.num_sequences; s++) {
             const int first = p.query_starts[s], end = p.query_starts[s + 1];
-            const bool keeps = keeps_states(s);
             for (int row = first; row < end; row++) {
                 const int position = p.kv_lengths[s] - end + row;
                 p.row_slots[row] = p.slots[s];
                 p.row_positions[row] = position;
                 p.row_levels[row] = 0;
                 p.state_starts[row] = place;
-                if (keeps) place += num_ranges(position);
-                p.merges |= keeps && position >= RANGE;
+                place += p.row_by_range[row] ? num_ranges(position) : own_start(s) ? 2 : 0;
+                p.merges |= p.row_by_range[row] && position >= RANGE;
             }
         }
         p.state_starts[p.num_rows] = place;
         p.workspace_size = int64_t(place) * p.num_heads * (round_up(p.head_dim, WIDTH) + 2);
     }
 
-    // Cuts rows into blocks, and positions into ranges where a state is kept for each.
-    void add(const Rows &rows, int begin, int end, int visible, int step, bool by_range) {
-        const int slot = p.row_slots[rows.row(0)];
+    // Cuts rows into blocks, and positions into ranges where threads share them.
+    void add(const Rows &rows, int begin, int end, int visible, int step) {
         // All these rows go on from the same task, if they do.
-        const int level = begin % RANGE ? p.row_levels[rows.row(0)] + 1 : 0;
+        const int slot = p.row_slots[rows.row(0)], by_range = p.row_by_range[rows.row(0)];
+        const bool goes_on = by_range ? begin % RANGE : begin;
+        const int level = goes_on ? p.row_levels[rows.row(0)] + 1 : 0;
         for (int first = 0; first < rows.count; first += rows_per_task) {
             const int count = std::min(rows_per_task, rows.count - first);
             const int block_visible = visible + first * step;
@@ -232,16 +251,21 @@ class Planner {
             for (int from = begin; from < block_end;) {
                 const int next = by_range ? (from / RANGE + 1) * RANGE : block_end;
                 const int to = std::min(next, block_end);
-                p.tasks[num_tasks++] = {slot,          rows.part(first, count),
-                                        from,          to,
-                                        block_visible, step,
-                                        from == begin ? level : 0, float(cost(count, to - from))};
+                p.tasks[num_tasks++] = {slot,
+                                        rows.part(first, count),
+                                        from,
+                                        to,
+                                        block_visible,
+                                        step,
+                                        from == begin ? level : 0,
+                                        by_range,
+                                        float(cost(count, to - from))};
                 from = to;
             }
         }
-        const int last_level = (end - 1) / RANGE == begin / RANGE ? level : 0;
+        const bool is_one = !by_range || (end - 1) / RANGE == begin / RANGE;
         for (int index = 0; index < rows.count; index++)
-            p.row_levels[rows.row(index)] = last_level;
+            p.row_levels[rows.row(index)] = is_one ? level : 0;
     }
 
     // Level by level, the largest first.
@@ -474,19 +498,15 @@ class Kernel {
         const int num_queries = task.rows.count * group;
         Scratch &s = scratch_of_thread(num_queries, head_dim());
         const bool are_few = num_queries <= FEW_QUERIES;
-        const bool has_ranges = task.begin / RANGE < (task.end - 1) / RANGE;
+        const bool has_ranges = has_several_ranges(task);
         load_queries(unit, are_few, s);
-        if (has_ranges) {
-            std::fill_n(s.whole_mixed.begin(), size_t(num_queries) * padded_dim(), 0.0f);
-            std::fill_n(s.whole_best.begin(), num_queries, -INFINITE);
-            std::fill_n(s.whole_sum.begin(), num_queries, 0.0f);
-        }
+        load_states(unit, s);
         [[maybe_unused]] const typename Layout::Session session(std::min(num_queries, TILE_ROWS));
         Tile tiles[2];
         int current = 0;
         locate(unit, task.begin, tiles[0]);
         for (int start = task.begin; start < task.end; start += TILE, current = 1 - current) {
-            if (has_ranges && start % RANGE == 0 && start > task.begin) {
+            if (has_ranges && start % RANGE == 0 && start > 0) {
                 add_to_whole(num_queries, s);
                 begin_range(num_queries, s);
             }
@@ -522,14 +542,11 @@ class Kernel {
             }
             fetcher.until(2 * TILE);
         }
-        if (has_ranges) add_to_whole(num_queries, s);
-        finish(unit, has_ranges ? s.whole_mixed.data() : s.mixed.data(),
-               has_ranges ? s.whole_best.data() : s.best.data(),
-               has_ranges ? s.whole_sum.data() : s.sum.data());
+        finish(unit, s);
     }
 
     // Phase 3, for rows of several ranges whose states are kept.
-    bool merges(int row) const { return p.row_positions[row] >= RANGE && keeps_states(row); }
+    bool merges(int row) const { return p.row_by_range[row] && p.row_positions[row] >= RANGE; }
 
     void merge(int row) const {
         Scratch &s = scratch_of_thread(1, head_dim());
@@ -579,30 +596,65 @@ class Kernel {
         }
     }
 
-    // Loads the queries, and the states that their sums go on from.
     void load_queries(const Unit &unit, bool are_few, Scratch &s) const {
         const Task &task = *unit.task;
         const int num_queries = task.rows.count * group, stride = Layout::query_words(head_dim());
         for (int query = 0; query < num_queries; query++) {
-            const int row = task.rows.row(query / group);
-            const int head = unit.kv_head * group + query % group;
-            prepare_head(row, head, a.query_norm, s.head.data());
+            prepare_head(task.rows.row(query / group), unit.kv_head * group + query % group,
+                         a.query_norm, s.head.data());
             Layout::lay_out_query(s.head.data(), head_dim(), &s.queries[size_t(query) * stride]);
-            float *mixed = &s.mixed[size_t(query) * padded_dim()];
-            if (task.begin % RANGE) {
-                const int place = p.state_starts[row] + task.begin / RANGE;
-                std::memcpy(mixed, mixed_of(place, head), size_t(padded_dim()) * sizeof(float));
-                s.best[query] = best_of(place, head)[0];
-                s.sum[query] = best_of(place, head)[1];
-            }
         }
-        if (task.begin % RANGE == 0) begin_range(num_queries, s);
         if (!are_few || !Layout::HAS_TILES) return;
         std::fill(s.turned_queries.begin(), s.turned_queries.end(), 0);
         for (int query = 0; query < num_queries; query++)
             for (int word = 0; word < stride; word++)
                 s.turned_queries[size_t(word) * WIDTH + query] =
                     s.queries[size_t(query) * stride + word];
+    }
+
+    // Whether a task has ranges that are done before its last one.
+    bool has_several_ranges(const Task &task) const {
+        return !task.by_range && task.end > RANGE;
+    }
+
+    // The place of the state of the range that a task ends or begins in, among those of a row.
+    int place_of_range(const Task &task, int row) const {
+        return p.state_starts[row] + (task.by_range ? task.begin / RANGE : 1);
+    }
+
+    // Begins with nothing, or with the states that the task before has left.
+    void load_states(const Unit &unit, Scratch &s) const {
+        const Task &task = *unit.task;
+        const int num_queries = task.rows.count * group;
+        const bool goes_on = task.by_range ? task.begin % RANGE : task.begin;
+        const bool has_whole = !task.by_range && task.begin > RANGE;
+        if (!goes_on) begin_range(num_queries, s);
+        if (has_several_ranges(task) && !has_whole) {
+            std::fill_n(s.whole_mixed.begin(), size_t(num_queries) * padded_dim(), 0.0f);
+            std::fill_n(s.whole_best.begin(), num_queries, -INFINITE);
+            std::fill_n(s.whole_sum.begin(), num_queries, 0.0f);
+        }
+        for (int query = 0; goes_on && query < num_queries; query++) {
+            const int row = task.rows.row(query / group);
+            const int head = unit.kv_head * group + query % group;
+            const size_t at = size_t(query) * padded_dim();
+            load_state(place_of_range(task, row), head, &s.mixed[at], s.best[query], s.sum[query]);
+            if (has_whole)
+                load_state(p.state_starts[row], head, &s.whole_mixed[at], s.whole_best[query],
+                           s.whole_sum[query]);
+        }
+    }
+
+    void load_state(int place, int head, float *mixed, float &best, float &sum) const {
+        std::memcpy(mixed, mixed_of(place, head), size_t(padded_dim()) * sizeof(float));
+        best = best_of(place, head)[0];
+        sum = best_of(place, head)[1];
+    }
+
+    void store_state(int place, int head, const float *mixed, float best, float sum) const {
+        std::memcpy(mixed_of(place, head), mixed, size_t(padded_dim()) * sizeof(float));
+        best_of(place, head)[0] = best;
+        best_of(place, head)[1] = sum;
     }
 
     void begin_range(int num_queries, Scratch &s) const {
@@ -882,26 +934,33 @@ class Kernel {
             num_queries, padded_dim());
     }
 
-    void finish(const Unit &unit, const float *mixed, const float *best, const float *sum) const {
+    // Writes the results of rows that have seen all of their positions, and keeps the states of the
+    // others.
+    void finish(const Unit &unit, Scratch &s) const {
         const Task &task = *unit.task;
-        for (int query = 0; query < task.rows.count * group; query++, mixed += padded_dim()) {
+        const bool has_ranges = has_several_ranges(task);
+        // A task of a group comes before all rows' own positions.
+        const bool is_last = task.visible_step && !task.by_range;
+        if (is_last && has_ranges) add_to_whole(task.rows.count * group, s);
+        for (int query = 0; query < task.rows.count * group; query++) {
             const int row = task.rows.row(query / group), position = p.row_positions[row];
             if (position < task.begin) continue;
             const int head = unit.kv_head * group + query % group;
-            const bool is_whole = task.begin < RANGE && position < task.end &&
-                                  (position < RANGE || !keeps_states(row));
-            if (is_whole) {
-                write(row, head, mixed, sum[query]);
+            const size_t at = size_t(query) * padded_dim();
+            if (is_last || position < std::min(RANGE, int(task.end))) {
+                if (has_ranges)
+                    write(row, head, &s.whole_mixed[at], s.whole_sum[query]);
+                else
+                    write(row, head, &s.mixed[at], s.sum[query]);
                 continue;
             }
-            const int place = p.state_starts[row] + task.begin / RANGE;
-            std::memcpy(mixed_of(place, head), mixed, size_t(padded_dim()) * sizeof(float));
-            best_of(place, head)[0] = best[query];
-            best_of(place, head)[1] = sum[query];
+            store_state(place_of_range(task, row), head, &s.mixed[at], s.best[query],
+                        s.sum[query]);
+            if (has_ranges)
+                store_state(p.state_starts[row], head, &s.whole_mixed[at], s.whole_best[query],
+                            s.whole_sum[query]);
         }
     }
-
-    bool keeps_states(int row) const { return p.state_starts[row] < p.state_starts[row + 1]; }
 
     void write(int row, int head, const float *mixed, float sum) const {
         Element *to = static_cast<Element *>(a.output) +
