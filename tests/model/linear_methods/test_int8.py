@@ -17,7 +17,7 @@ from tokasaurus.errors import ConfigError
 from tokasaurus.model import instruction_sets
 from tokasaurus.model.instruction_sets import usable_sets
 from tokasaurus.model.layers.linear import Embedding, Linear
-from tokasaurus.model.linear_methods import int8
+from tokasaurus.model.linear_methods import int8, panels
 from tokasaurus.model.linear_methods.base import LinearSpec, Sharding
 from tokasaurus.model.linear_methods.int8 import Int8Linear
 from tokasaurus.model.linear_methods.opaque import OpaqueLinear
@@ -175,7 +175,7 @@ def test_tiny_results_are_not_flushed_to_zero(extensions):
 
 def test_parts_are_packed_block_by_block(extensions, monkeypatch):
     """Parts and blocks that begin within a panel, of tensors that are converted."""
-    monkeypatch.setattr(int8, "_BLOCK_SIZE", 700)
+    monkeypatch.setattr(panels, "_BLOCK_SIZE", 700)
     generator = torch.Generator().manual_seed(0)
     for instructions in usable_sets():
         for in_size in (1, 31, 64, 97):

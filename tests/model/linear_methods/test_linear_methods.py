@@ -9,7 +9,7 @@ from rows import named
 from tokasaurus.errors import ConfigError
 from tokasaurus.model.instruction_sets import usable_sets
 from tokasaurus.model.layers.linear import Embedding, Linear
-from tokasaurus.model.linear_methods import packed
+from tokasaurus.model.linear_methods import panels
 from tokasaurus.model.linear_methods.base import LinearSpec, Sharding
 from tokasaurus.model.linear_methods.registry import choose_linear
 from tokasaurus.model.placement import Placement
@@ -87,7 +87,7 @@ def test_a_tied_product_uses_the_weight_of_the_embedding(method):
 
 def test_rows_are_those_that_were_filled_block_by_block(monkeypatch):
     """Parts and blocks that begin within a panel, of tensors that are converted."""
-    monkeypatch.setattr(packed, "_BLOCK_SIZE", 700)
+    monkeypatch.setattr(panels, "_BLOCK_SIZE", 700)
     generator = torch.Generator().manual_seed(0)
     for instructions in usable_sets():
         for dtype in (torch.float32, torch.bfloat16):

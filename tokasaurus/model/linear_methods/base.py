@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["LinearMethod", "LinearSpec", "Sharding"]
+__all__ = ["LinearMethod", "LinearSpec", "Sharding", "WrappedLinear"]
 
 
 class Sharding(enum.Enum):
@@ -102,3 +102,29 @@ class LinearMethod(ABC):
         Args:
             ids: [ids] int64, on the device of the weight.
         """
+
+
+class WrappedLinear(LinearMethod):
+    """Another method, which owns the tensors, called in another way.
+
+    Args:
+        method: the other one.
+    """
+
+    def __init__(self, method: LinearMethod) -> None:
+        self.method = method
+
+    def fill(self, part: str, kind: str, tensor: Tensor) -> None:
+        self.method.fill(part, kind, tensor)
+
+    def finish(self) -> None:
+        self.method.finish()
+
+    def release(self) -> None:
+        self.method.release()
+
+    def restore(self) -> None:
+        self.method.restore()
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return self.method.rows(ids)

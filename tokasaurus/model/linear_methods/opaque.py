@@ -7,7 +7,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from tokasaurus.model.linear_methods.base import LinearMethod
+from tokasaurus.model.linear_methods.base import LinearMethod, WrappedLinear
 
 __all__ = ["OpaqueLinear"]
 
@@ -23,7 +23,7 @@ for _schema in (
     _library.define(_schema)  # type: ignore[no-untyped-call]
 
 
-class OpaqueLinear(LinearMethod):
+class OpaqueLinear(WrappedLinear):
     """Does what another method does, as an operator that torch.compile does not look into.
 
     Args:
@@ -36,22 +36,10 @@ class OpaqueLinear(LinearMethod):
     def __init__(
         self, method: LinearMethod, in_size: int, out_size: int, dtype: torch.dtype
     ) -> None:
-        self.method = method
+        super().__init__(method)
         self._in_size, self._out_size, self._dtype = in_size, out_size, dtype
         self._number = id(self)
         _methods[self._number] = self
-
-    def fill(self, part: str, kind: str, tensor: Tensor) -> None:
-        self.method.fill(part, kind, tensor)
-
-    def finish(self) -> None:
-        self.method.finish()
-
-    def release(self) -> None:
-        self.method.release()
-
-    def restore(self) -> None:
-        self.method.restore()
 
     def apply(self, x: Tensor) -> Tensor:
         result: Tensor = torch.ops.tokasaurus_linear.multiply(x, self._number, self._out_size)

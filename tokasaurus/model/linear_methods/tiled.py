@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from tokasaurus.model.linear_methods.base import LinearMethod
+from tokasaurus.model.linear_methods.base import LinearMethod, WrappedLinear
 from tokasaurus.rounding import round_up
 
 __all__ = ["TiledLinear"]
 
 
-class TiledLinear(LinearMethod):
+class TiledLinear(WrappedLinear):
     """Does what another method does, in calls of certain numbers of rows.
 
     Args:
@@ -26,20 +26,8 @@ class TiledLinear(LinearMethod):
     """
 
     def __init__(self, method: LinearMethod, least_rows: int, tile_rows: int | None) -> None:
-        self.method = method
+        super().__init__(method)
         self._least_rows, self._tile_rows = least_rows, tile_rows
-
-    def fill(self, part: str, kind: str, tensor: Tensor) -> None:
-        self.method.fill(part, kind, tensor)
-
-    def finish(self) -> None:
-        self.method.finish()
-
-    def release(self) -> None:
-        self.method.release()
-
-    def restore(self) -> None:
-        self.method.restore()
 
     def apply(self, x: Tensor) -> Tensor:
         num_rows, tile = len(x), self._tile_rows
@@ -50,6 +38,3 @@ class TiledLinear(LinearMethod):
         if tile is None or wanted == tile:
             return self.method.apply(padded)[:num_rows]
         return torch.cat([self.method.apply(part) for part in torch.split(padded, tile)])[:num_rows]
-
-    def rows(self, ids: Tensor) -> Tensor:
-        return self.method.rows(ids)
