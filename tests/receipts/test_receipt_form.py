@@ -130,6 +130,7 @@ def test_what_is_no_receipt_is_refused_with_a_reason():
         (json.dumps(deep), "brackets"),
         ("", "not JSON"),
         ("{", "not JSON"),
+        ('{"custom_id": "a"}\n{"custom_id": "b"}\n', "several lines; keep the line of one answer"),
         ("[" * 100_000, "not JSON"),
         ("data: {oops\n\n", "not JSON"),
         ("7", "has no receipt"),

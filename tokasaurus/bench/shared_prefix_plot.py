@@ -69,9 +69,9 @@ def _drawing(left: float) -> list[str]:
             parts.append(_text(left + prefix / 2, top + 41, "queries x prefix", anchor="middle"))
     y = _TOP + _HEIGHT + 16
     parts += [
-        _text(left, y, "Parts of a row are merged by their"),
-        _text(left, y + 15, "log-sum-exp. "),
-        f'<text x="{left + 84}" y="{y + 15}"><tspan fill="{_SHARED}">&#9632;</tspan> prefix '
+        _text(left, y, "A row goes on from the state that"),
+        _text(left, y + 15, "its group has left."),
+        f'<text x="{left + 112}" y="{y + 15}"><tspan fill="{_SHARED}">&#9632;</tspan> prefix '
         f'<tspan fill="{_OWN}">&#9632;</tspan> own</text>',
     ]
     return parts

@@ -14,11 +14,11 @@ __all__ = ["check_determinism", "plan_determinism"]
 def check_determinism(config: EngineConfig, device: str) -> str | None:
     """Why results cannot be deterministic, and the remedy; None if nothing is known against it."""
     if device == "cuda":
-        return "results depend on the batch on device=cuda for now; device=cpu can"
+        return "results depend on the batch on device=cuda for now; set device=cpu"
     if config.torch_compile:
         return "torch_compile=T lets results depend on the batch; leave it out"
     if config.attention == "reference":
-        return "attention=reference lets results depend on the batch; attention=compiled does not"
+        return "attention=reference lets results depend on the batch; set attention=compiled"
     return None
 
 

@@ -138,6 +138,9 @@ def found_in(text: str) -> Any:
     except (ValueError, RecursionError) as error:
         values = _events(text)
         if not values:
+            lines = text.split("\n")
+            if len(lines) > 1 and lines[0].startswith("{") and lines[0].rstrip().endswith("}"):
+                raise NotAReceipt("it has several lines; keep the line of one answer") from None
             raise NotAReceipt(f"it is not JSON: {error}") from None
     for value in values:
         found = _inside(value)
