@@ -87,6 +87,10 @@ DEFAULTS = (
         ModelFacts(
             path="",
             vocab_size=VOCAB_SIZE,
+            num_layers=64,
+            num_heads=64,
+            num_kv_heads=64,
+            intermediate_size=64,
             max_position_embeddings=4096,
             kv_elements_per_token=1,
             num_parameters=0,

@@ -227,10 +227,10 @@ def test_features_still_to_come_are_refused_by_name(name):
 
 def test_documented_commands_for_features_still_to_come_are_refused():
     with pytest.raises(ConfigError) as caught:
-        toka(".par(dp=2,pp=2,tp=1)")
+        toka(".par(dp=2,pp=2,tp=2)")
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
         "dp_size=2",
-        "pp_size=2",
+        "tp_size=2",
     ]
     assert toka("dp_size=2", "dp_size=1").dp_size == 1
 

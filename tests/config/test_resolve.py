@@ -17,6 +17,10 @@ from tokasaurus.protocol.messages import LogprobsMode
 FACTS = ModelFacts(
     path="/models/tiny",
     vocab_size=2048,
+    num_layers=64,
+    num_heads=64,
+    num_kv_heads=64,
+    intermediate_size=64,
     max_position_embeddings=4096,
     kv_elements_per_token=1000,
     num_parameters=1_000_000,
@@ -81,11 +85,19 @@ def test_default_configuration():
     assert (result.log_level, result.log_procs, result.local_proc_name) == ("INFO", None, "server")
 
 
+def test_a_replica_has_a_worker_for_each_stage():
+    (replica,) = slices(pp_size=3).replicas
+    assert [worker.rank for worker in replica.workers] == [0, 1, 2]
+    assert {worker.num_ranks for worker in replica.workers} == {3}
+    with pytest.raises(ConfigError, match="pp_size=65: the model has 64 layers"):
+        slices(pp_size=65)
+
+
 def test_the_rooms_get_the_same_sizes():
     result = slices(page_size=8, kv_cache_num_tokens=1024, max_seqs_per_forward=4)
     (replica,) = result.replicas
     manager, (worker,), server = replica.manager, replica.workers, result.server
-    assert (worker.rank, worker.world) == (0, 1)
+    assert (worker.rank, worker.tp_size, worker.pp_size) == (0, 1, 1)
     for name in ("page_size", "num_pages", "num_slots", "max_tokens_per_forward"):
         assert getattr(manager, name) == getattr(worker, name)
     for room in (manager, worker, server):

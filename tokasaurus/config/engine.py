@@ -512,8 +512,10 @@ class EngineConfig:
         1,
         group=_PARALLEL,
         minimum=1,
-        later="pipeline parallelism",
-        help="Pipeline stages of each replica.",
+        help=(
+            "Stages of each replica: devices that each have a part of the layers. Batches run in "
+            "all of them at the same time."
+        ),
     )
     tp_size: int = flag(
         1, group=_PARALLEL, minimum=1, later=_TENSOR, help="GPUs that share each layer."
@@ -522,8 +524,10 @@ class EngineConfig:
         1,
         group=_PARALLEL,
         minimum=0,
-        later="pipeline parallelism",
-        help="Batches in flight beyond one for each pipeline stage.",
+        help=(
+            "With pp_size over 1: batches in flight beyond one for each stage. They hide the way "
+            "of the tokens from the last stage to the first."
+        ),
     )
     async_tp_threshold: int | None = flag(
         None,

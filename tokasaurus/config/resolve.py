@@ -94,6 +94,7 @@ def resolve(
     obstacle = check_determinism(config, device)
     if config.deterministic and obstacle is not None:
         problems.append(f"deterministic=T: {obstacle}, or leave deterministic out")
+    _check_stages(config, facts, problems)
     _check_access(config, problems)
     if problems:
         raise ConfigError("\n".join(problems))
@@ -102,7 +103,10 @@ def resolve(
         replicas=(
             ReplicaSlices(
                 manager=_manager(config, limits),
-                workers=(_worker(config, facts, limits, device, dtype.name),),
+                workers=tuple(
+                    _worker(config, facts, limits, device, dtype.name, rank)
+                    for rank in range(config.pp_size * config.tp_size)
+                ),
             ),
         ),
         dtype_plan=dtype.reason,
@@ -157,6 +161,14 @@ def _check_quantization(config: EngineConfig, device: str, dtype: str, problems:
     if config.linear == "plain":
         problems.append(
             f"{flag}: linear=plain multiplies by weights in dtype; leave one of them out"
+        )
+
+
+def _check_stages(config: EngineConfig, facts: ModelFacts, problems: list[str]) -> None:
+    if config.pp_size > facts.num_layers:
+        problems.append(
+            f"pp_size={config.pp_size}: the model has {facts.num_layers} layers, and each stage"
+            " needs one; lower it"
         )
 
 
@@ -446,12 +458,13 @@ def _admission(config: EngineConfig) -> AdmissionConfig:
 
 
 def _worker(
-    config: EngineConfig, facts: ModelFacts, limits: _Limits, device: str, dtype: str
+    config: EngineConfig, facts: ModelFacts, limits: _Limits, device: str, dtype: str, rank: int
 ) -> WorkerConfig:
     scaling, compiling = config.rope_scaling, config.torch_compile_config
     return WorkerConfig(
-        rank=0,
-        world=1,
+        rank=rank,
+        tp_size=config.tp_size,
+        pp_size=config.pp_size,
         model_path=facts.path,
         trust_remote_code=config.trust_remote_code,
         rope_scaling=None if scaling is None else json.dumps(scaling, sort_keys=True),
