@@ -24,7 +24,6 @@ import selectors
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -46,6 +45,7 @@ from tokasaurus.launch.lifeline import (
     Stop,
     ToProcess,
 )
+from tokasaurus.launch.processes import Launcher, LocalLauncher, Process, how_it_ended
 from tokasaurus.launch.roles import Front, roles_of, run_role
 from tokasaurus.launch.timeline import begin_file
 from tokasaurus.protocol.identity import WorkerIdentity
@@ -68,18 +68,24 @@ class Supervisor:
         slices: the resolved configuration.
         listener: the server's listening socket, which the supervisor closes; None without HTTP.
         front: what runs in the foreground in the server's place; None serves.
+        launcher: starts the other processes, and is closed at the end; None starts them here.
     """
 
     def __init__(
-        self, slices: EngineSlices, listener: socket.socket | None, front: Front | None = None
+        self,
+        slices: EngineSlices,
+        listener: socket.socket | None,
+        front: Front | None = None,
+        launcher: Launcher | None = None,
     ) -> None:
         self._slices = slices
         self._listener = listener
         self._front = front
+        self._launcher = launcher or LocalLauncher()
         self._local_role = Role(slices.local_proc_name) if front is None else _SERVER
         sweep()
         self._directory, self._owner = own_directory()
-        self._processes: dict[Role, subprocess.Popen[bytes]] = {}
+        self._processes: dict[Role, Process] = {}
         self._lifelines: dict[Role, Lifeline] = {}
         self._alive: set[Role] = set()
         self._awaited: set[Role] = set()  # not ready yet
@@ -105,6 +111,7 @@ class Supervisor:
             begin_file(Path(self._slices.profile_path).expanduser())
         roles = roles_of(self._slices)
         self._awaited.update(role for role in roles if role != _SERVER)
+        self._launcher.prepare(roles)
         for role in roles:
             if role != self._local_role:
                 self._spawn(role)
@@ -141,21 +148,12 @@ class Supervisor:
     def _assignment(self, role: Role) -> Assignment:
         listener = self._listener if role == _SERVER else None
         fd = None if listener is None else listener.fileno()
-        return Assignment(role, self._directory, self._slices, fd)
+        doors = self._launcher.doors_of(role)
+        return Assignment(role, self._directory, self._slices, fd, doors)
 
     def _spawn(self, role: Role) -> None:
-        ours, theirs = Lifeline.pair()
-        passed = [theirs.fileno()]
-        if role == _SERVER and self._listener is not None:
-            passed.append(self._listener.fileno())
-        self._processes[role] = subprocess.Popen(
-            [sys.executable, "-m", "tokasaurus.launch.child", str(theirs.fileno())],
-            pass_fds=passed,
-            stdin=subprocess.DEVNULL,
-        )
-        theirs.close()
-        self._adopt(role, ours)
-        ours.send(self._assignment(role))
+        self._processes[role], lifeline = self._launcher.launch(self._assignment(role))
+        self._adopt(role, lifeline)
 
     def _adopt(self, role: Role, lifeline: Lifeline) -> None:
         self._lifelines[role] = lifeline
@@ -292,12 +290,7 @@ class Supervisor:
         process = self._processes.get(role)
         if process is None:
             return "it returned without being asked to"
-        status = process.wait()
-        if status >= 0:
-            return f"exit status {status}"
-        name = signal.Signals(-status).name
-        hint = "; perhaps the system ran out of memory" if status == -signal.SIGKILL else ""
-        return f"killed by {name}{hint}"
+        return how_it_ended(process) + self._launcher.where(role)
 
     # --- ending -----------------------------------------------------------------------------------
 
@@ -325,10 +318,10 @@ class Supervisor:
 
     def _clean_up(self) -> None:
         for process in self._processes.values():
-            if process.poll() is None:
-                process.kill()
+            process.kill()
         for process in self._processes.values():
             process.wait()
+        self._launcher.close()
         if self._listener is not None:
             self._listener.close()
         shutil.rmtree(self._directory, ignore_errors=True)

@@ -12,7 +12,7 @@ from tokasaurus.errors import ProtocolError
 from tokasaurus.launch.doors import TO_MANAGER, TO_SERVER
 from tokasaurus.launch.lifeline import Assignment, Dead, Lifeline, Lost, Ready, Start, Stop
 from tokasaurus.launch.stalls import ManagerWatch, check_interval_s
-from tokasaurus.protocol.channels import AsyncReceiver, Sender, door_address
+from tokasaurus.protocol.channels import AsyncReceiver, Sender
 from tokasaurus.protocol.identity import WorkerIdentity
 from tokasaurus.protocol.messages import Ping, WorkerStall
 from tokasaurus.protocol.role import Role
@@ -40,14 +40,13 @@ class TextProcess:
         self.config = assignment.slices.server
         self.state = EngineState()
         self.lifeline = lifeline
-        address = partial(door_address, assignment.directory)
         replicas = assignment.slices.replicas
         self._doors = [
-            AsyncReceiver(address(Role("server", number)), TO_SERVER)
+            AsyncReceiver(assignment.door(Role("server", number)), TO_SERVER)
             for number in range(len(replicas))
         ]
         senders = [
-            Sender(address(Role("manager", number)), TO_MANAGER).send
+            Sender(assignment.door(Role("manager", number)), TO_MANAGER).send
             for number in range(len(replicas))
         ]
         num_seats = [replica.manager.max_seqs_per_forward for replica in replicas]
