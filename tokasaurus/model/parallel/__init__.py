@@ -1,1 +1,4 @@
-"""Several workers that run one model together."""
+"""Many ranks of one replica: which rank has which part of the model.
+
+Importing this package, or ``stages``, loads no torch.
+"""

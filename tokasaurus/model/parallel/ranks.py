@@ -73,7 +73,9 @@ class Ranks:
         self.stage, self.tp_rank = divmod(rank, tp_size)
         self.size = tp_size * pp_size
         self.device = device or torch.device("cpu")
-        self.tp_group = self.hidden_group = self.token_group = None
+        self.tp_group: dist.ProcessGroup | None = None
+        self.hidden_group: dist.ProcessGroup | None = None
+        self.token_group: dist.ProcessGroup | None = None
         if self.size > 1:
             if rendezvous is None:
                 raise EngineError(f"a replica of {self.size} workers has no place to meet")
@@ -102,7 +104,8 @@ class Ranks:
         self.token_group = self._group(range(self.size))
 
     def _group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
-        return dist.new_group(list(ranks), timeout=_TIMEOUT)
+        group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=_TIMEOUT)
+        return group
 
     # --- where it stands --------------------------------------------------------------------------
 

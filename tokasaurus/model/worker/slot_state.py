@@ -48,7 +48,7 @@ class PlannedBatch:
     """The rows of one batch: decode rows, then prefill rows.
 
     Attributes:
-        inputs: ids, [rows] int64, on the device. At a later stage of a pipeline they are replaced by
+        inputs: ids, [rows] int64, on the device. A later stage of a pipeline replaces them by
             hidden states, [rows, hidden].
         positions: [rows] int64, on the device.
         sequences: the rows of each sequence.

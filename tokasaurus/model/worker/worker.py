@@ -33,9 +33,7 @@ from tokasaurus.model.download import Download
 from tokasaurus.model.facts import read_model_config
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.model.linear_methods.registry import choose_linear
-from tokasaurus.model.parallel.pipeline import Pipeline
 from tokasaurus.model.parallel.ranks import Ranks
-from tokasaurus.model.parallel.stage_costs import choose_stage
 from tokasaurus.model.placement import Placement
 from tokasaurus.model.sampling.drawing import draw_tokens, score_prompts
 from tokasaurus.model.sampling.logprobs import Logprobs
@@ -46,9 +44,11 @@ from tokasaurus.model.worker.controls import Controls
 from tokasaurus.model.worker.determinism import settle_determinism
 from tokasaurus.model.worker.identity import make_identity
 from tokasaurus.model.worker.pending import Answer, InFlight, Outputs, Pending, naming
+from tokasaurus.model.worker.pipeline import Pipeline
 from tokasaurus.model.worker.recorded_runner import RecordedRunner
 from tokasaurus.model.worker.runner import EagerRunner, Runner
 from tokasaurus.model.worker.slot_state import PlannedBatch, SlotState
+from tokasaurus.model.worker.stage_costs import choose_stage
 from tokasaurus.model.worker.warm_up import warm_up_batches
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.commands import Control

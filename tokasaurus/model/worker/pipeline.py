@@ -6,8 +6,8 @@
                         └ hidden states  ▼             ▲ tokens of batch 0
     last stage              │ batch 0 │ batch 1 │ batch 2 │
 
-The first stage receives tokens as late as possible: when a batch decodes a slot whose token it lacks.
-So it is the manager that decides how many batches run at once. Where it plans no batch that
+The first stage receives tokens as late as possible: when a batch decodes a slot whose token it
+lacks. So it is the manager that decides how many batches run at once. Where it plans no batch that
 needs tokens which are not there yet, no stage ever waits.
 
 With tensor parallelism and one stage, the other ranks get the tokens of the one that samples in the
