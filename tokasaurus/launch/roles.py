@@ -198,7 +198,12 @@ def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:
 
 def _rendezvous(assignment: Assignment) -> str:
     """Where the workers of a replica meet."""
-    return f"file://{assignment.directory}/ranks-{assignment.role.replica}"
+    replica = assignment.role.replica
+    meeting = assignment.doors.get(f"ranks-{replica}")
+    if meeting is None:  # they are on one machine
+        return f"file://{assignment.directory}/ranks-{replica}"
+    fd = meeting.listener_fd
+    return meeting.address if fd is None else f"{meeting.address}?listener_fd={fd}"
 
 
 def _drop(result: FromWorker) -> None:

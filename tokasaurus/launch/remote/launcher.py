@@ -1,0 +1,157 @@
+"""A launcher for engines whose processes run at outposts: all of them but the server."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from tokasaurus.errors import LaunchError
+from tokasaurus.launch.lifeline import Assignment, Lifeline
+from tokasaurus.launch.processes import Process
+from tokasaurus.launch.remote.messages import Begin, meeting_door
+from tokasaurus.launch.remote.outpost import listen_at, tcp_address
+from tokasaurus.launch.remote.outposts import Outposts
+from tokasaurus.protocol.doors import Door
+from tokasaurus.protocol.role import Role
+
+__all__ = ["Place", "RemoteLauncher"]
+
+_DOOR_S = 60.0
+_CHECK_EVERY_S = 0.5
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process runs."""
+
+    outpost: int
+    device: int = 0  # of a worker, among those of its outpost
+
+
+class RemoteLauncher:
+    """Starts processes where outposts are.
+
+    Args:
+        outposts: listens already; closed by ``close``.
+        places: of every manager and worker.
+        check: called now and then while outposts are awaited; raises if they cannot come any more.
+    """
+
+    def __init__(
+        self,
+        outposts: Outposts,
+        places: Mapping[Role, Place],
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._outposts = outposts
+        self._places = dict(places)
+        self._check = check
+        self._addresses: dict[str, str] = {}  # of doors
+        self._listeners: dict[str, socket.socket] = {}  # of the server's doors
+
+    def await_outposts(self, timeout_s: float) -> None:
+        """Waits until every outpost has joined.
+
+        Raises:
+            LaunchError: some have not in time.
+        """
+        wanted = {place.outpost for place in self._places.values()}
+        deadline = time.monotonic() + timeout_s
+        while missing := self._outposts.missing(wanted):
+            self._check()
+            if time.monotonic() > deadline:
+                raise LaunchError(
+                    f"{len(missing)} of {len(wanted)} outposts have not joined within"
+                    f" {timeout_s:g} s: {', '.join(map(str, missing))}"
+                )
+            self._outposts.await_change(_CHECK_EVERY_S)
+
+    def prepare(self, roles: Sequence[Role]) -> None:
+        asked = []
+        for role in roles:
+            if role.kind == "server":
+                continue
+            index = self._places[role].outpost
+            for door in self._doors_opened_by(role):
+                self._outposts.open(index, door)
+                asked.append((index, door))
+            if role.kind == "manager":
+                self._open_server_door(role.replica)
+        for index, door in asked:
+            self._addresses[door] = self._outposts.opened(index, door, _DOOR_S)
+
+    def _doors_opened_by(self, role: Role) -> list[str]:
+        doors = [str(role)]
+        if role.kind == "worker" and role.rank == 0 and self._is_spread(role.replica):
+            doors.append(meeting_door(role.replica))
+        return doors
+
+    def _is_spread(self, replica: int) -> bool:
+        """Whether the workers of a replica are at several outposts."""
+        used = {
+            place.outpost
+            for role, place in self._places.items()
+            if role.kind == "worker" and role.replica == replica
+        }
+        return len(used) > 1
+
+    def _open_server_door(self, replica: int) -> None:
+        manager = self._places[Role("manager", replica)]
+        name = str(Role("server", replica))
+        listener = listen_at(self._outposts.own_host(manager.outpost))
+        self._listeners[name] = listener
+        self._addresses[name] = tcp_address(listener)
+
+    def doors_of(self, role: Role) -> dict[str, Door]:
+        if role.kind == "server":
+            doors = {}
+            for name, address in self._addresses.items():
+                listener = self._listeners.pop(name, None)
+                fd = None if listener is None else listener.detach()
+                doors[name] = Door(address, self._outposts.keys, fd)
+            return doors
+        names = [str(Role("server", role.replica)), meeting_door(role.replica)]
+        names += [str(each) for each in self._places if each.replica == role.replica]
+        # Keys do not travel: outposts derive them.
+        return {name: Door(self._addresses[name]) for name in names if name in self._addresses}
+
+    def launch(self, assignment: Assignment) -> tuple[Process, Lifeline]:
+        role = assignment.role
+        place = self._places[role]
+        workers_at = Counter(
+            self._outposts.name(each.outpost)
+            for key, each in self._places.items()
+            if key.kind == "worker"
+        )
+        message = Begin(
+            _without_secrets(assignment),
+            workers_at[self._outposts.name(place.outpost)],
+            place.device,
+        )
+        return self._outposts.begin(place.outpost, message)
+
+    def where(self, role: Role) -> str:
+        place = self._places.get(role)
+        if place is None:
+            return ""
+        try:
+            return f" on {self._outposts.name(place.outpost)}"
+        except LaunchError:
+            return ""
+
+    def close(self) -> None:
+        self._outposts.close()
+        for listener in self._listeners.values():
+            listener.close()
+
+
+def _without_secrets(assignment: Assignment) -> Assignment:
+    """An assignment that may be read on its way: without what only the server needs."""
+    slices = assignment.slices
+    server = replace(slices.server, api_key_digests=(), admin_key_digests=(), key_priorities={})
+    return msgspec.structs.replace(assignment, slices=replace(slices, server=server))
