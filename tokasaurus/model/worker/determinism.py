@@ -21,8 +21,10 @@ from tokasaurus.model.architectures.llama_model import LlamaModel
 from tokasaurus.model.backend.base import DRAW, Backend, SamplingKernels
 from tokasaurus.model.layers.linear import Linear
 from tokasaurus.model.layers.mlp import GatedMLP
+from tokasaurus.model.layers.norm import RMSNorm
 from tokasaurus.model.linear_methods.base import LinearMethod, LinearSpec
 from tokasaurus.model.linear_methods.tiled import TiledLinear
+from tokasaurus.model.parallel.ranks import Ranks
 from tokasaurus.model.placement import Placement
 from tokasaurus.model.probe import NUM_ROWS, SOME_COUNTS, counts_of, dependent_counts
 
@@ -60,8 +62,11 @@ def settle_determinism(
     place: Placement,
     backend: type[Backend],
     sampling: SamplingKernels | None,
+    ranks: Ranks,
 ) -> Determinism:
     """Probes the model. Puts products on fixed tiles if they need them and the user asks.
+
+    All ranks of a replica decide together: one obstacle is an obstacle for all.
 
     Args:
         asked: the flag ``deterministic``.
@@ -69,20 +74,23 @@ def settle_determinism(
         place: of the model.
         backend: of the attention.
         sampling: the kernels of sampling; None if torch samples.
+        ranks: of the replica.
 
     Raises:
         ConfigError: the user asks for what cannot be.
     """
     if asked is False:
         return Determinism(False, "not deterministic: deterministic=F")
-    obstacle = _obstacle(place, backend, sampling)
+    obstacle, summary = _obstacle(place, backend, sampling), ""
     if obstacle is None:
         started = time.perf_counter()
         probe = _Probe(model, place)
         obstacle = probe.other_kernels(sampling) or probe.products(may_tile=asked is True)
+        summary = probe.summary
         log.info("probed in %.2f s whether results depend on the batch", _since(started))
-        if obstacle is None:
-            return Determinism(True, f"deterministic: {probe.summary}")
+    obstacle = ranks.agreed(obstacle)
+    if obstacle is None:
+        return Determinism(True, f"deterministic: {summary}")
     if asked:
         raise ConfigError(f"deterministic=T: {obstacle}, or leave deterministic out")
     return Determinism(False, f"not deterministic: {obstacle}")
@@ -186,14 +194,15 @@ class _Probe:
         """The name and size of each, and what makes its batches from a seed."""
         model, place = self._model, self._place
         operators, rotary = place.operators, model.rotary
-        size, inner = model.norm.weight.numel(), _inner_size(model)
+        norm = next(each for each in model.modules() if isinstance(each, RMSNorm))
+        size, inner = norm.weight.numel(), _inner_size(model)
 
         def numbers(seed: int, width: int) -> Tensor:
             generator = torch.Generator().manual_seed(seed)
             return torch.randn(NUM_ROWS, width, generator=generator).to(place.dtype)
 
         def norms(seed: int) -> Callable[[Tensor], Tensor]:
-            x, added, norm = numbers(seed, size), numbers(seed + 1, size), model.norm
+            x, added = numbers(seed, size), numbers(seed + 1, size)
             return lambda ids: operators.add_rms_norm(x[ids], added[ids], norm.weight, norm.eps)
 
         def gates(seed: int) -> Callable[[Tensor], Tensor]:
