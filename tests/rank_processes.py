@@ -76,7 +76,7 @@ def _serve(rank: int, directory: Path, connection: Connection, path: list[str]) 
     import torch
     import torch.distributed as dist
 
-    from tokasaurus.model.parallel.collectives import GroupRanks, open_tensor_parallel
+    from tokasaurus.model.parallel.collectives import GroupRank, open_tensor_parallel
 
     torch.set_num_threads(1)
     store = dist.FileStore(str(directory / "ranks"), max(_SIZES))
@@ -85,9 +85,9 @@ def _serve(rank: int, directory: Path, connection: Connection, path: list[str]) 
     for size in _SIZES:
         group = dist.new_group(list(range(size)))
         if rank < size:
-            ways[size, False] = GroupRanks(group, group)
-            ways[size, True] = open_tensor_parallel(group, group, torch.device("cpu"))
-            assert type(ways[size, True]) is not GroupRanks
+            ways[size, False] = GroupRank(group)
+            ways[size, True] = open_tensor_parallel(group, torch.device("cpu"), "auto")
+            assert type(ways[size, True]) is not GroupRank
     while True:
         size, shared, function, arguments = pickle.loads(connection.recv_bytes())
         try:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokasaurus.model.backend.base import Operators
 from tokasaurus.model.backend.reference_operators import REFERENCE_OPERATORS
-from tokasaurus.model.tensor_parallel import ALONE, TensorParallel
+from tokasaurus.model.parallel.tensor_parallel import ALONE, TensorParallel
 from tokasaurus.model.storage import Region
 
 __all__ = ["Placement"]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from tokasaurus.model.linear_methods.base import (
@@ -22,9 +21,9 @@ from tokasaurus.model.linear_methods.base import (
     Sharding,
     WrappedLinear,
 )
-from tokasaurus.model.tensor_parallel import TensorParallel, dealt, ranges
+from tokasaurus.model.parallel.tensor_parallel import TensorParallel, dealt, ranges
 
-__all__ = ["Share", "ShardedLinear", "share_of"]
+__all__ = ["ShardedLinear", "Share", "share_of"]
 
 
 @dataclass(frozen=True)
@@ -61,9 +60,7 @@ def share_of(spec: LinearSpec, rank: int, size: int) -> Share:
     if spec.sharding is Sharding.INPUTS:
         columns = _numbers(spec.in_size, spec.unit, rank, size)
         # The bias is added once.
-        local = replace(
-            spec, in_size=columns.stop - columns.start, bias=spec.bias and rank == 0
-        )
+        local = replace(spec, in_size=columns.stop - columns.start, bias=spec.bias and rank == 0)
         return Share(local, dict.fromkeys(spec.parts, whole), columns)
     rows = {part: _numbers(count, spec.unit, rank, size) for part, count in spec.parts.items()}
     sizes = {part: own.stop - own.start for part, own in rows.items()}

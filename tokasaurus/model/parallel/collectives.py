@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tokasaurus.model.backend.cpu.shared_memory import SharedMemory, SharedMemoryRank, why_not
 from tokasaurus.model.parallel.ranks import naming_loss
-from tokasaurus.model.tensor_parallel import ALONE, TensorParallel
+from tokasaurus.model.parallel.tensor_parallel import ALONE, TensorParallel
 
 __all__ = ["GroupRank", "open_tensor_parallel"]
 

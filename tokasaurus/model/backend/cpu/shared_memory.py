@@ -17,7 +17,6 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from tokasaurus.model.backend.cpu.build import BuildError

@@ -6,6 +6,7 @@ whatever decides about a call is part of the batch, or was agreed upon.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -89,4 +90,4 @@ def dealt(count: int, rank: int, size: int) -> range:
 def ranges(count: int, size: int) -> list[range]:
     """Divides ids below ``count`` into a range for each rank. Lengths differ by at most one."""
     ends = [count * rank // size for rank in range(size + 1)]
-    return [range(first, end) for first, end in zip(ends, ends[1:], strict=False)]
+    return [range(first, end) for first, end in itertools.pairwise(ends)]
