@@ -10,52 +10,83 @@ import pickle
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
+from tokasaurus.model.parallel.collectives import GroupRank, open_tensor_parallel
+from tokasaurus.model.parallel.ranks import Ranks
 from tokasaurus.model.parallel.tensor_parallel import TensorParallel
 
-_SIZES = (2, 4)
 _TIMEOUT_S = 60
 
 
-class RankProcesses:
-    """Four processes. A function runs in the first two of them, or in all.
+@dataclass(frozen=True)
+class Meeting:
+    """What a rank knows when a function begins.
 
-    Args:
-        directory: for the file that they meet at.
+    Attributes:
+        rank: from 0.
+        size: number of ranks.
+        rendezvous: where they meet.
     """
 
-    def __init__(self, directory: Path) -> None:
+    rank: int
+    size: int
+    rendezvous: str
+
+    def tensor_parallel(self, *, shared: bool = True) -> TensorParallel:
+        """All ranks share each layer, through shared memory or through gloo."""
+        group = Ranks(self.rank, self.size, 1, self.rendezvous).tp_group
+        if not shared:
+            return GroupRank(group)
+        parallel = open_tensor_parallel(group, torch.device("cpu"), "auto")
+        assert type(parallel) is not GroupRank
+        return parallel
+
+
+class RankProcesses:
+    """Processes that wait for functions.
+
+    Args:
+        size: how many.
+        directory: for the files that they meet at.
+    """
+
+    def __init__(self, size: int, directory: Path) -> None:
+        self._directory, self._num_runs = directory, 0
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tokasaurus.model.worker.worker", "torch.distributed"])
         self._connections: list[Connection] = []
         self._processes = []
-        for rank in range(max(_SIZES)):
+        for _ in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, directory, theirs, sys.path), daemon=True
-            )
+            process = context.Process(target=_serve, args=(theirs, sys.path), daemon=True)
             process.start()
             self._connections.append(ours)
             self._processes.append(process)
 
-    def run(self, size: int, function: Callable[..., Any], *arguments: Any, shared=True) -> list:
-        """Calls ``function(parallel, *arguments)`` at this number of ranks, 2 or 4.
+    def run(self, size: int, function: Callable[..., Any], *arguments: Any, **named: Any) -> list:
+        """Calls ``function(meeting, *arguments)`` at this number of ranks.
 
         Args:
-            size: ranks.
-            function: of a module; gets the rank's ``TensorParallel``.
+            size: ranks, no more than processes.
+            function: of a module.
             arguments: the same for all ranks.
-            shared: the ranks share memory; otherwise they talk through gloo.
 
         Returns:
             What each rank returned.
         """
+        self._num_runs += 1
+        rendezvous = f"file://{self._directory}/{self._num_runs}"
         chosen = self._connections[:size]
-        for connection in chosen:
-            connection.send_bytes(pickle.dumps((size, shared, function, arguments)))
+        for rank, connection in enumerate(chosen):
+            meeting = Meeting(rank, size, rendezvous)
+            connection.send_bytes(pickle.dumps((function, meeting, arguments, named)))
         results = []
         for rank, connection in enumerate(chosen):
             assert connection.poll(_TIMEOUT_S), f"rank {rank} of {size} does not answer"
@@ -71,26 +102,14 @@ class RankProcesses:
             process.join()
 
 
-def _serve(rank: int, directory: Path, connection: Connection, path: list[str]) -> None:
+def _serve(connection: Connection, path: list[str]) -> None:
     sys.path[:] = path
-    import torch
-    import torch.distributed as dist
-
-    from tokasaurus.model.parallel.collectives import GroupRank, open_tensor_parallel
-
     torch.set_num_threads(1)
-    store = dist.FileStore(str(directory / "ranks"), max(_SIZES))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=max(_SIZES))
-    ways: dict[tuple[int, bool], TensorParallel] = {}
-    for size in _SIZES:
-        group = dist.new_group(list(range(size)))
-        if rank < size:
-            ways[size, False] = GroupRank(group)
-            ways[size, True] = open_tensor_parallel(group, torch.device("cpu"), "auto")
-            assert type(ways[size, True]) is not GroupRank
     while True:
-        size, shared, function, arguments = pickle.loads(connection.recv_bytes())
+        function, meeting, arguments, named = pickle.loads(connection.recv_bytes())
         try:
-            connection.send((True, function(ways[size, shared], *arguments)))
+            connection.send((True, function(meeting, *arguments, **named)))
         except BaseException:
             connection.send((False, traceback.format_exc()))
+        if dist.is_initialized():
+            dist.destroy_process_group()

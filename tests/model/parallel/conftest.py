@@ -11,6 +11,7 @@ from rank_processes import RankProcesses
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankProcesses]:
-    processes = RankProcesses(Path(tmp_path_factory.mktemp("ranks")))
+    """Four of them."""
+    processes = RankProcesses(4, Path(tmp_path_factory.mktemp("ranks")))
     yield processes
     processes.end()

@@ -27,7 +27,8 @@ def expected_sum(size, shape, dtype):
     return total.to(dtype)
 
 
-def sums(parallel):
+def sums(meeting, shared):
+    parallel = meeting.tensor_parallel(shared=shared)
     return [
         parallel.all_reduce(numbers(parallel.rank, shape, dtype))
         for dtype in DTYPES
@@ -45,7 +46,8 @@ def test_sums_are_in_the_order_of_the_ranks_and_rounded_once(ranks, shared):
                     assert torch.equal(result, expected_sum(size, shape, dtype))
 
 
-def gathers(parallel, all_columns):
+def gathers(meeting, all_columns, shared):
+    parallel = meeting.tensor_parallel(shared=shared)
     results = []
     for columns in all_columns:
         for num_rows in (1, 5, 300):
@@ -65,8 +67,9 @@ def test_rank_0_gets_the_columns_of_all(ranks, shared):
                     assert torch.equal(result, whole if rank == 0 else whole[:0])
 
 
-def mixed(parallel, seed, num_calls):
+def mixed(meeting, seed, num_calls):
     """Sums and gathers of all sizes, while each rank now and then is late."""
+    parallel = meeting.tensor_parallel()
     chance = torch.Generator().manual_seed(seed)
     late = torch.Generator().manual_seed(seed + 1 + parallel.rank)
     for number in range(num_calls):
