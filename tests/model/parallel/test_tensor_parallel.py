@@ -68,9 +68,9 @@ def test_ranks_that_share_layers_compute_what_transformers_does(checkpoint, rank
             path = checkpoint(architecture, **options)
             prompt = random_ids(50, size)
             fields = {"linear": linear, "max_topk_logprobs": VOCAB_SIZE}
-            scores, ids, logprobs = ranks.run(
-                size, scored_and_generated, path, prompt, 24, fields
-            )[0]
+            scores, ids, logprobs = ranks.run(size, scored_and_generated, path, prompt, 24, fields)[
+                0
+            ]
             with torch.inference_mode():
                 logits = reference_model(path)(torch.tensor([prompt])).logits[0]
             expected = logits.log_softmax(-1)[:-1]
