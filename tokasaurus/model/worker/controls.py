@@ -23,6 +23,7 @@ from tokasaurus.host_memory import return_freed_memory
 from tokasaurus.model.config import ModelConfig
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.model.parallel.ranks import Ranks
+from tokasaurus.model.parallel.tensor_parallel import dealt
 from tokasaurus.model.upload import upload_indices
 from tokasaurus.model.weights.dummy import dummy_tensors
 from tokasaurus.model.weights.loader import fill_all
@@ -83,6 +84,8 @@ class Controls:
         self._weights, self._files = weights, files
         self._cache, self._runner, self._device = cache, runner, device
         self._ranks, self._model, self._stage = ranks, model, stage
+        heads = dealt(model.num_kv_heads, ranks.tp_rank, ranks.tp_size)
+        self._kv_heads = slice(heads.start, heads.stop)
         self._weights_ready = self._cache_ready = True
         self._weights_allocated = True
 
@@ -201,7 +204,7 @@ class Controls:
         )
 
     def _read_cartridge(self, action: WriteCartridge) -> dict[str, Tensor]:
-        """Copies of a cartridge's tensors: what has been read is written, even if it changes."""
+        """Copies of what a cartridge has for this rank, so that it may change before they are used."""
         model = self._model
         with CartridgeFile(Path(action.path)) as file:
             file.check(model.num_layers, model.num_kv_heads, model.head_dim)
@@ -210,7 +213,12 @@ class Controls:
                     f"{file.path} has {file.num_tokens} tokens, where {action.num_tokens} were "
                     "announced; load it again"
                 )
-            return {name: tensor.clone() for name, tensor in read_tensors(file)}
+            names = {name(layer) for layer in self._stage for name in (key_name, value_name)}
+            return {
+                name: tensor[:, self._kv_heads].clone()
+                for name, tensor in read_tensors(file)
+                if name in names
+            }
 
     def _check_pages(self, action: WriteCartridge) -> None:
         pages = action.pages

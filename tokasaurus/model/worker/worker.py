@@ -28,14 +28,15 @@ from tokasaurus.model.backend import choose_backend
 from tokasaurus.model.backend.base import NO_GROUPED_ROWS, BackendOptions, GroupedRows
 from tokasaurus.model.backend.cpu.compiled import CompiledBackend
 from tokasaurus.model.backend.reference_operators import REFERENCE_OPERATORS
-from tokasaurus.model.config import ModelConfig
 from tokasaurus.model.download import Download
 from tokasaurus.model.facts import read_model_config
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.model.linear_methods.registry import choose_linear
+from tokasaurus.model.parallel.collectives import open_tensor_parallel
 from tokasaurus.model.parallel.ranks import Ranks
+from tokasaurus.model.parallel.tensor_parallel import dealt
 from tokasaurus.model.placement import Placement
-from tokasaurus.model.sampling.drawing import draw_tokens, score_prompts
+from tokasaurus.model.sampling.drawing import draw_tokens, give_logits, score_prompts
 from tokasaurus.model.sampling.logprobs import Logprobs
 from tokasaurus.model.sampling.matchers import Matchers, OpenMatchers
 from tokasaurus.model.weights.loader import load_model
@@ -97,7 +98,7 @@ class Worker:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self._config = config
-        self._device = torch.device(config.device)
+        self._device = _device(config)
         options = BackendOptions(config.instruction_set, config.use_groups)
         backend = choose_backend(config.attention, self._device, options)
         place = Placement(
@@ -116,6 +117,12 @@ class Worker:
             config.rank, config.tp_size, config.pp_size, rendezvous, device=self._device
         )
         stage = choose_stage(self.ranks, model_config, place)
+        parallel = open_tensor_parallel(self.ranks.tp_group, self._device, config.instruction_set)
+        place = replace(place, parallel=parallel)
+        num_heads, num_kv_heads = (
+            len(dealt(count, self.ranks.tp_rank, self.ranks.tp_size))
+            for count in (model_config.num_heads, model_config.num_kv_heads)
+        )
         vocabulary = load_vocabulary if self.ranks.samples else None
         self._matchers = Matchers(config.num_slots, self._vocab_size, vocabulary)
         self._model, self.weights, files = load_model(
@@ -135,13 +142,13 @@ class Worker:
             num_layers=len(stage),
             num_pages=config.num_pages,
             page_size=config.page_size,
-            num_kv_heads=model_config.num_kv_heads,
+            num_kv_heads=num_kv_heads,
             head_dim=model_config.head_dim,
             dtype=place.dtype,
             device=place.device,
         )
-        self._backend = backend(self._cache, model_config.num_heads, options)
-        self._runner = self._make_runner(model_config)
+        self._backend = backend(self._cache, num_heads, options)
+        self._runner = self._make_runner(num_heads)
         self._controls = Controls(
             self.weights,
             files,
@@ -180,7 +187,7 @@ class Worker:
         )
         log.info("%s", self.determinism_reason)
 
-    def _make_runner(self, model_config: ModelConfig) -> Runner:
+    def _make_runner(self, num_heads: int) -> Runner:
         config = self._config
         if not config.torch_compile:
             if isinstance(self._backend, CompiledBackend):
@@ -190,9 +197,7 @@ class Worker:
         from tokasaurus.model.worker.compiled_runner import CompiledRunner
 
         options = json.loads(config.torch_compile_config or "{}")
-        return CompiledRunner(
-            self._model, self._backend, model_config.num_heads, model_config.head_dim, options
-        )
+        return CompiledRunner(self._model, self._backend, num_heads, self._cache.head_dim, options)
 
     def warm_up(self) -> float:
         """Runs the largest possible batches, so that a lack of memory shows now.
@@ -204,7 +209,7 @@ class Worker:
             About how long a batch of ``max_tokens_per_forward`` takes, in seconds.
         """
         started = time.perf_counter()
-        self._backend.calibrate()
+        self._backend.calibrate(self.ranks.of_first)
         matchers = OpenMatchers(self._vocab_size)
         token_s = []
         # The same batches at all ranks.
@@ -281,6 +286,8 @@ class Worker:
         grouped = self._backend.grouped_rows if planned.num_rows else NO_GROUPED_ROWS
         waited_s = pipeline.waited_s - waited_s
         if not self.ranks.samples:
+            if self.ranks.is_last_stage:
+                give_logits(self._model, hidden, planned.sampling, planned.prompt)
             pipeline.expect_tokens(planned.sampling)
             return Outputs.of_other_rank(waited_s)
         if batch.parameters is not None:
@@ -332,6 +339,14 @@ class Worker:
             self._runner.num_recompiles,
             waited_s,
         )
+
+
+def _device(config: WorkerConfig) -> torch.device:
+    if config.device_index is None:
+        return torch.device(config.device)
+    device = torch.device(config.device, config.device_index)
+    torch.cuda.set_device(device)  # for kernels and streams that name no device
+    return device
 
 
 def _name(message: ToWorker) -> str:
