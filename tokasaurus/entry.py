@@ -7,12 +7,16 @@ import errno
 import os
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
+from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.parser import parse_command_line
-from tokasaurus.errors import ConfigError, ModelError
+from tokasaurus.config.slices import EngineSlices
+from tokasaurus.errors import ConfigError, LaunchError, ModelError
 from tokasaurus.launch.assemble import assemble, explain
 from tokasaurus.launch.exposure import check_certificate, open_door_warning, with_keys
+from tokasaurus.launch.remote.launcher import RemoteLauncher
 from tokasaurus.launch.supervisor import Supervisor
 
 __all__ = ["main", "run"]
@@ -20,8 +24,20 @@ __all__ = ["main", "run"]
 _BACKLOG = 2048  # connections that wait while the server is busy
 
 
-def run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
+MakeLauncher: TypeAlias = Callable[[EngineConfig], "RemoteLauncher | None"]
+
+
+def run(
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    make_launcher: MakeLauncher | None = None,
+) -> int:
     """Runs one engine to its end.
+
+    Args:
+        arguments: the command line.
+        environment: variables that add to it.
+        make_launcher: finds places for the processes; None for what the flags say.
 
     Returns:
         The exit status: 0 after a drain, 1 if a process died, 2 if the configuration is wrong.
@@ -32,14 +48,33 @@ def run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
         listener = listen(config.host, config.port)
         address, port = listener.getsockname()[:2]
         config = dataclasses.replace(config, port=port)  # port=0 takes a free one
-        slices = assemble(config)
-    except (ConfigError, ModelError) as error:
+        launcher = (make_launcher or _launcher_of)(config)
+        slices = _assemble(config, launcher)
+    except (ConfigError, LaunchError, ModelError) as error:
         print(f"toka: error: {error}", file=sys.stderr)
         return 2
     warning = open_door_warning(config, address)
     if warning is not None:
         print(f"toka: warning: {warning}", file=sys.stderr)
-    return Supervisor(slices, listener).run()
+    return Supervisor(slices, listener, launcher=launcher).run()
+
+
+def _launcher_of(config: EngineConfig) -> RemoteLauncher | None:
+    if config.launcher == "local":
+        return None
+    from tokasaurus.integrations.ray.launcher import launch_on_ray
+
+    return launch_on_ray(config)
+
+
+def _assemble(config: EngineConfig, launcher: RemoteLauncher | None) -> EngineSlices:
+    if launcher is None:
+        return assemble(config)
+    try:
+        return assemble(config, launcher.devices(config))
+    except BaseException:
+        launcher.close()
+        raise
 
 
 def listen(host: str, port: int) -> socket.socket:

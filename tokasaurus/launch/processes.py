@@ -85,7 +85,7 @@ def how_it_ended(process: Process) -> str:
     """Waits for the end of a process, and says how it came."""
     status = process.wait()
     if status is None:
-        return "the connection to its machine ended"
+        return "lost the connection"
     if status >= 0:
         return f"exit status {status}"
     name = signal.Signals(-status).name

@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
+from tokasaurus.config.engine import EngineConfig
 from tokasaurus.errors import LaunchError
 from tokasaurus.launch.lifeline import Assignment, Lifeline
+from tokasaurus.launch.machine import Devices, devices_of
 from tokasaurus.launch.processes import Process
 from tokasaurus.launch.remote.messages import Begin, meeting_door
 from tokasaurus.launch.remote.outpost import listen_at, tcp_address
@@ -21,7 +23,6 @@ from tokasaurus.protocol.role import Role
 
 __all__ = ["Place", "RemoteLauncher"]
 
-_DOOR_S = 60.0
 _CHECK_EVERY_S = 0.5
 
 
@@ -31,6 +32,7 @@ class Place:
 
     outpost: int
     device: int = 0  # of a worker, among those of its outpost
+    num_threads: int | None = None  # of a worker on the CPU; None for its share of the cores
 
 
 class RemoteLauncher:
@@ -40,6 +42,7 @@ class RemoteLauncher:
         outposts: listens already; closed by ``close``.
         places: of every manager and worker.
         check: called now and then while outposts are awaited; raises if they cannot come any more.
+        on_close: called when the outposts are dismissed.
     """
 
     def __init__(
@@ -47,10 +50,12 @@ class RemoteLauncher:
         outposts: Outposts,
         places: Mapping[Role, Place],
         check: Callable[[], None] = lambda: None,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self._outposts = outposts
         self._places = dict(places)
-        self._check = check
+        self._check, self._on_close = check, on_close
+        self._machines: dict[Role, str] = {}  # where processes have been launched
         self._addresses: dict[str, str] = {}  # of doors
         self._listeners: dict[str, socket.socket] = {}  # of the server's doors
 
@@ -71,6 +76,27 @@ class RemoteLauncher:
                 )
             self._outposts.await_change(_CHECK_EVERY_S)
 
+    def devices(self, config: EngineConfig) -> Devices:
+        """The devices of the workers, on the machines of their outposts.
+
+        Raises:
+            ConfigError: a machine lacks what a worker needs.
+            LaunchError: an outpost does not answer.
+        """
+        places = [place for role, place in self._places.items() if role.kind == "worker"]
+        indices = {place.outpost for place in places}
+        for index in indices:
+            self._outposts.look(index, config.device, config.instruction_set)
+        seen = {index: self._outposts.seen(index) for index in indices}
+        return devices_of(
+            config,
+            [
+                (machine, seen[place.outpost].first_device + place.device)
+                for place in places
+                if (machine := seen[place.outpost].machine) is not None
+            ],
+        )
+
     def prepare(self, roles: Sequence[Role]) -> None:
         asked = []
         for role in roles:
@@ -83,7 +109,7 @@ class RemoteLauncher:
             if role.kind == "manager":
                 self._open_server_door(role.replica)
         for index, door in asked:
-            self._addresses[door] = self._outposts.opened(index, door, _DOOR_S)
+            self._addresses[door] = self._outposts.opened(index, door)
 
     def _doors_opened_by(self, role: Role) -> list[str]:
         doors = [str(role)]
@@ -128,26 +154,24 @@ class RemoteLauncher:
             for key, each in self._places.items()
             if key.kind == "worker"
         )
+        machine = self._machines[role] = self._outposts.name(place.outpost)
         message = Begin(
             _without_secrets(assignment),
-            workers_at[self._outposts.name(place.outpost)],
+            workers_at[machine],
             place.device,
+            place.num_threads,
         )
         return self._outposts.begin(place.outpost, message)
 
     def where(self, role: Role) -> str:
-        place = self._places.get(role)
-        if place is None:
-            return ""
-        try:
-            return f" on {self._outposts.name(place.outpost)}"
-        except LaunchError:
-            return ""
+        name = self._machines.get(role)
+        return "" if name is None else f" on {name}"
 
     def close(self) -> None:
         self._outposts.close()
         for listener in self._listeners.values():
             listener.close()
+        self._on_close()
 
 
 def _without_secrets(assignment: Assignment) -> Assignment:

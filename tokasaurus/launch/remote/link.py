@@ -14,15 +14,18 @@ import secrets
 import socket
 import struct
 import threading
+from collections.abc import Mapping
 
 from zmq.utils import z85
 
-from tokasaurus.errors import LaunchError
+from tokasaurus.errors import ConfigError, LaunchError
 from tokasaurus.protocol.doors import DoorKeys
 
-__all__ = ["MIN_SECRET_LENGTH", "Link", "call", "door_keys", "new_secret", "take"]
+__all__ = ["SECRET_VARIABLE", "Link", "call", "door_keys", "secret_of", "take"]
 
-MIN_SECRET_LENGTH = 24  # characters
+SECRET_VARIABLE = "TOKASAURUS_LAUNCH_SECRET"
+
+_MIN_SECRET_LENGTH = 24  # characters
 
 _GREETING = b"tokasaurus outpost 1\n"
 _NONCE_BYTES = _MAC_BYTES = 32
@@ -32,9 +35,21 @@ _HANDSHAKE_S = 10.0
 _SEND_S = 10.0  # how long the other side may take nothing
 
 
-def new_secret() -> str:
-    """A secret for one engine."""
-    return secrets.token_hex(32)
+def secret_of(environment: Mapping[str, str]) -> str:
+    """The secret of an engine: the user's, or a new one.
+
+    Raises:
+        ConfigError: the user's could be guessed.
+    """
+    given = environment.get(SECRET_VARIABLE)
+    if given is None:
+        return secrets.token_hex(32)
+    if len(given) < _MIN_SECRET_LENGTH:
+        raise ConfigError(
+            f"the environment variable {SECRET_VARIABLE} has {len(given)} characters, and needs"
+            f" {_MIN_SECRET_LENGTH}; leave it out for a random one"
+        )
+    return given
 
 
 def door_keys(secret: str, session: bytes) -> DoorKeys:

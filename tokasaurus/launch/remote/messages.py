@@ -7,6 +7,7 @@ from typing import TypeAlias
 import msgspec
 
 from tokasaurus.launch.lifeline import Assignment
+from tokasaurus.launch.machine import Machine
 from tokasaurus.protocol.role import Role
 
 __all__ = [
@@ -17,10 +18,12 @@ __all__ = [
     "FromOutpost",
     "Joined",
     "Kill",
+    "Look",
     "Notes",
     "Open",
     "Opened",
     "Refused",
+    "Seen",
     "ToOutpost",
     "Welcome",
     "encode",
@@ -54,6 +57,21 @@ class Refused(_Message, frozen=True):
     reason: str
 
 
+class Look(_Message, frozen=True):
+    """Supervisor to outpost: look at your machine."""
+
+    device: str  # the flags that decide what to look at
+    instruction_set: str
+
+
+class Seen(_Message, frozen=True):
+    """Outpost to supervisor: its machine, or why it cannot be used."""
+
+    machine: Machine | None
+    first_device: int  # the visible CUDA device that its first worker takes
+    problem: str = ""
+
+
 class Open(_Message, frozen=True):
     """Supervisor to outpost: take a port for a door of a process that will begin."""
 
@@ -73,6 +91,7 @@ class Begin(_Message, frozen=True):
     assignment: Assignment
     num_workers: int  # of the engine on that machine
     device: int  # of a worker, among those of its outpost
+    num_threads: int | None  # of a worker on the CPU, if its place decides
 
 
 class Notes(_Message, frozen=True):
@@ -103,8 +122,8 @@ class Dismissed(_Message, frozen=True):
     """Supervisor to outpost: the engine has ended."""
 
 
-FromOutpost: TypeAlias = Joined | Opened | Notes | Ended | Beat
-ToOutpost: TypeAlias = Welcome | Refused | Open | Begin | Notes | Kill | Beat | Dismissed
+FromOutpost: TypeAlias = Joined | Seen | Opened | Notes | Ended | Beat
+ToOutpost: TypeAlias = Welcome | Refused | Look | Open | Begin | Notes | Kill | Beat | Dismissed
 
 encode = msgspec.msgpack.encode
 from_outpost = msgspec.msgpack.Decoder(FromOutpost).decode

@@ -21,9 +21,10 @@ from typing import TypeAlias
 import msgspec
 
 from tokasaurus.config.slices import EngineSlices
-from tokasaurus.errors import LaunchError, ModelError, TokasaurusError
+from tokasaurus.errors import ConfigError, LaunchError, ModelError, TokasaurusError
 from tokasaurus.launch.leftovers import own_directory, sweep
 from tokasaurus.launch.lifeline import Assignment, Failed, Lifeline
+from tokasaurus.launch.machine import look_here
 from tokasaurus.launch.model_files import find_model
 from tokasaurus.launch.processes import spawn
 from tokasaurus.launch.processor import num_cores
@@ -37,10 +38,12 @@ from tokasaurus.launch.remote.messages import (
     FromOutpost,
     Joined,
     Kill,
+    Look,
     Notes,
     Open,
     Opened,
     Refused,
+    Seen,
     ToOutpost,
     Welcome,
     encode,
@@ -169,6 +172,8 @@ class Outpost:
     def _take(self, link: Link, message: ToOutpost) -> None:
         if isinstance(message, Welcome):
             self._keys = door_keys(self._secret, message.session)
+        elif isinstance(message, Look):
+            self._send(link, self._look(message))
         elif isinstance(message, Open):
             self._send(link, Opened(message.door, self._open(link, message.door)))
         elif isinstance(message, Begin):
@@ -183,6 +188,16 @@ class Outpost:
             raise LaunchError(f"the supervisor refuses this outpost: {message.reason}")
         elif isinstance(message, Dismissed):
             self._is_dismissed = True
+
+    def _look(self, message: Look) -> Seen:
+        try:
+            machine = look_here(message.device, message.instruction_set)
+        except ConfigError as error:
+            return Seen(None, 0, str(error))
+        # Where each program sees one device only, that one is its own.
+        if len(machine.cuda_bytes) == 1:
+            self._first_device = 0
+        return Seen(machine, self._first_device)
 
     # --- processes --------------------------------------------------------------------------------
 
@@ -238,9 +253,11 @@ class Outpost:
         elif not Path(tokenizer).is_dir():
             raise ModelError(f"tokenizer={tokenizer}: no such directory; {_SAME_PATH}")
         worker = replace(worker, model_path=model)
-        if worker.device == "cpu" and worker.num_threads is None and message.num_workers > 1:
-            num_threads = max(1, num_cores() // message.num_workers)
-            worker = replace(worker, num_threads=num_threads)
+        if worker.device != "cpu":
+            worker = replace(worker, device_index=self._first_device + message.device)
+        if worker.device == "cpu" and worker.num_threads is None:
+            share = max(1, num_cores() // message.num_workers)
+            worker = replace(worker, num_threads=message.num_threads or share)
         workers, replicas = list(replica.workers), list(slices.replicas)
         workers[role.rank] = worker
         replicas[role.replica] = replace(replica, workers=tuple(workers))

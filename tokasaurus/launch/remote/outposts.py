@@ -12,8 +12,9 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from tokasaurus.errors import LaunchError
 from tokasaurus.launch.lifeline import Lifeline
@@ -26,10 +27,12 @@ from tokasaurus.launch.remote.messages import (
     FromOutpost,
     Joined,
     Kill,
+    Look,
     Notes,
     Open,
     Opened,
     Refused,
+    Seen,
     ToOutpost,
     Welcome,
     encode,
@@ -43,7 +46,10 @@ __all__ = ["Outposts", "RemoteProcess"]
 
 log = logging.getLogger(__name__)
 
+A = TypeVar("A")
+
 _BEATS = 5
+_ANSWER_S = 120.0  # to look for CUDA devices takes the longest
 _BACKLOG = 2048
 _MAX_UNPROVED = 256  # connections that have not proved themselves
 
@@ -79,6 +85,7 @@ class _Outpost:
     heard_at: float
     children: dict[Role, tuple[RemoteProcess, Lifeline]] = field(default_factory=dict)
     opened: dict[str, str] = field(default_factory=dict)  # addresses of doors
+    seen: Seen | None = None
     is_gone: bool = False
 
     def send(self, message: ToOutpost) -> None:
@@ -138,16 +145,32 @@ class Outposts:
         outpost.opened.pop(door, None)
         outpost.send(Open(door))
 
-    def opened(self, index: int, door: str, timeout_s: float) -> str:
+    def opened(self, index: int, door: str) -> str:
         """Waits for the address of a door. Raises LaunchError if it does not come."""
-        outpost, deadline = self._at(index), time.monotonic() + timeout_s
+        outpost = self._at(index)
+        return self._answer(outpost, "open a port", lambda: outpost.opened.get(door))
+
+    def look(self, index: int, device: str, instruction_set: str) -> None:
+        """Lets an outpost look at its machine, as ``look_here``."""
+        self._at(index).send(Look(device, instruction_set))
+
+    def seen(self, index: int) -> Seen:
+        """Waits for what an outpost sees. Raises LaunchError if it does not come."""
+        outpost = self._at(index)
+        seen = self._answer(outpost, "look at its machine", lambda: outpost.seen)
+        if seen.machine is None:
+            raise LaunchError(f"on {outpost.name}: {seen.problem}")
+        return seen
+
+    def _answer(self, outpost: _Outpost, asked: str, answer: Callable[[], A | None]) -> A:
+        deadline = time.monotonic() + _ANSWER_S
         with self._changed:
-            while door not in outpost.opened:
+            while (given := answer()) is None:
                 left = deadline - time.monotonic()
                 if outpost.is_gone or left <= 0:
-                    raise LaunchError(f"the outpost on {outpost.name} has opened no door")
+                    raise LaunchError(f"the outpost on {outpost.name} was to {asked}, and did not")
                 self._changed.wait(left)
-            return outpost.opened[door]
+            return given
 
     def begin(self, index: int, message: Begin) -> tuple[RemoteProcess, Lifeline]:
         """Starts a process; returns it, with the supervisor's end of its lifeline."""
@@ -284,9 +307,12 @@ class Outposts:
                 outpost.children[message.role][1].write(message.data)
         elif isinstance(message, Ended):
             self._end(outpost, message.role, message.status)
-        elif isinstance(message, Opened):
+        elif isinstance(message, (Opened, Seen)):
             with self._changed:
-                outpost.opened[message.door] = message.address
+                if isinstance(message, Seen):
+                    outpost.seen = message
+                else:
+                    outpost.opened[message.door] = message.address
                 self._changed.notify_all()
 
     def _pass_on(self, outpost: _Outpost, role: Role, lifeline: Lifeline) -> None:
