@@ -18,7 +18,7 @@ from zmq.auth.thread import ThreadAuthenticator
 
 __all__ = ["Door", "DoorKeys", "enter", "lock"]
 
-_DOMAIN = b"doors"
+_DOMAIN = "doors"
 
 
 class DoorKeys(msgspec.Struct, frozen=True):
@@ -53,7 +53,7 @@ def lock(socket: zmq.Socket[Any], door: Door) -> None:
         _admit(socket.context, _public(door.keys.visitor))
         socket.set(zmq.CURVE_SERVER, True)
         socket.set(zmq.CURVE_SECRETKEY, door.keys.door.encode())
-        socket.set(zmq.ZAP_DOMAIN, _DOMAIN)
+        socket.set(zmq.ZAP_DOMAIN, _DOMAIN.encode())
     socket.set(zmq.IPV6, door.address.startswith("tcp://["))
     if door.listener_fd is not None:
         socket.set(zmq.USE_FD, door.listener_fd)
@@ -89,6 +89,6 @@ def _admit(context: zmq.Context[Any], key: bytes) -> None:
             visitors = _Visitors()
             authenticator = ThreadAuthenticator(context)
             authenticator.start()
-            authenticator.configure_curve_callback(domain="*", credentials_provider=visitors)
+            authenticator.configure_curve_callback(domain=_DOMAIN, credentials_provider=visitors)
             _visitors[context] = visitors
         _visitors[context].keys.add(key)

@@ -6,6 +6,7 @@ on between them. So to the supervisor a process elsewhere has a lifeline like an
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import selectors
@@ -185,18 +186,26 @@ class Outposts:
             outpost.children[role] = process, theirs
             self._begun.append((outpost, role, theirs))
         outpost.send(message)
-        self._wake_writer.send(b"b")
+        self._wake()
         return process, ours
 
     def close(self) -> None:
-        """Dismisses all outposts."""
+        """Dismisses all outposts. May be called again."""
         with self._changed:
+            if self._is_closing:
+                return
             outposts = list(self._by_index.values())
             self._is_closing = True
         for outpost in outposts:
             outpost.send(Dismissed())
-        self._wake_writer.send(b"c")
+        self._wake()
         self._thread.join()
+        self._wake_reader.close()
+        self._wake_writer.close()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):  # it is closed
+            self._wake_writer.send(b"w")
 
     def _at(self, index: int) -> _Outpost:
         with self._changed:
@@ -271,7 +280,7 @@ class Outposts:
                 self._arrived.append(outpost)
                 self._changed.notify_all()
         if reason is None:
-            self._wake_writer.send(b"j")
+            self._wake()
         else:
             log.warning("refused the outpost on %s: %s", outpost.name, reason)
             outpost.send(Refused(reason))
@@ -373,5 +382,3 @@ class Outposts:
             outpost.link.close()
         self._listener.close()
         self._selector.close()
-        self._wake_reader.close()
-        self._wake_writer.close()
