@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ __all__ = ["connect", "launch_on_ray"]
 log = logging.getLogger(__name__)
 
 _REPORT_EVERY_S = 30.0
+_REACH_S = 10.0
 
 
 class _OutpostActor:
@@ -63,18 +65,26 @@ def connect(config: EngineConfig) -> Any:
             " ray_address=auto; processes on its nodes must reach this one"
         )
     try:
+        _reach(address)
         ray.init(
             address=address,
             namespace="tokasaurus",
             logging_level=logging.WARNING,
             configure_logging=False,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise LaunchError(
             f"ray_address={address}: no Ray cluster answers ({str(error).splitlines()[0]}); start"
             " one with ray start --head, or set ray_address=HOST:PORT"
         ) from None
     return ray
+
+
+def _reach(address: str) -> None:
+    """Raises OSError if nothing answers at an address. Ray itself would try for minutes."""
+    host, separator, port = address.rpartition(":")
+    if separator and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), _REACH_S).close()
 
 
 def launch_on_ray(config: EngineConfig) -> RemoteLauncher:
