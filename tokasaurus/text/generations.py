@@ -157,7 +157,7 @@ class Generations:
             num_seats: the sequences that can run.
             num_stuck: those that the manager holds beside them, and that do not go on.
         """
-        self._turnstile.max_open = _WAITING_ROUNDS * num_seats + num_stuck
+        self._turnstile.resize(_WAITING_ROUNDS * num_seats + num_stuck)
 
     @property
     def await_manager(self) -> bool:
@@ -283,6 +283,13 @@ class Generations:
         if self._receipts is not None:
             self._receipts.note_update(version, files)
         self.command(UpdateWeights(version, tuple(files), tuple(checksums)), on_done)
+
+    def fail(self, request_id: int, error: TokasaurusError) -> None:
+        """Ends a generation with an error. Harmless if it has ended already."""
+        generation = self._table.pop(request_id, None)
+        if generation is not None:
+            generation.fail(error)
+            self._ended(generation, "failed")
 
     def fail_all(self, error: TokasaurusError) -> None:
         """The engine is gone: ends every generation and every command with this error."""
