@@ -514,6 +514,8 @@ class ForwardResult(Message, frozen=True):
     num_grouped_prefill_tokens: int = 0  # the same for rows of chunks
     # Graphs that the worker has compiled since its warm-up, in total.
     num_recompiles: int = 0
+    # Of device_s: the seconds in which the worker waited for other workers of its replica.
+    waited_s: float = 0.0
 
 
 FromServer: TypeAlias = GenerateRequest | AbortRequest | StopSequence | Acknowledge | Command | Ping
