@@ -1,9 +1,10 @@
 """A seeded world of several replicas: text core, router, managers and simulated devices.
 
 Messages between them are late, and replicas are killed with batches and messages in flight, even
-all of them. Some start again. All along, each replica's manager checks its invariants and each device its positions; what the text
-core delivers is compared with an oracle that knows nothing of replicas. Commands come while
-replicas die: pauses, aborts, flushes, and updates of the weights, which some replicas refuse.
+all of them. Some start again. All along, each replica's manager checks its invariants and each
+device its positions; what the text core delivers is compared with an oracle that knows nothing of
+replicas. Commands come while replicas die: pauses, aborts, flushes, and updates of the weights,
+which some replicas refuse.
 """
 
 from __future__ import annotations
@@ -166,9 +167,7 @@ class ReplicaWorld:
         self.replicas = [SimulatedReplica(config) for _ in range(num_replicas)]
         self.former: list[SimulatedReplica] = []  # that were started again
         seats = Seats(num_seats, config.num_pages * config.page_size)
-        self.router = Replicas(
-            [replica.send for replica in self.replicas], [seats] * num_replicas
-        )
+        self.router = Replicas([replica.send for replica in self.replicas], [seats] * num_replicas)
         server = dataclasses.replace(
             CONFIG, max_request_tokens=MAX_REQUEST_TOKENS, max_seqs_per_forward=num_seats
         )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from tokasaurus.protocol.commands import (
     Action,
     Command,
@@ -103,5 +101,3 @@ class Standing:
 
 def _kinds(action: ReleaseMemory | RestoreMemory) -> set[str]:
     return {name for name in ("weights", "kv_cache") if getattr(action, name)}
-
-
