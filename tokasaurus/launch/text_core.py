@@ -76,6 +76,8 @@ class TextCore:
         self._workers: dict[int, tuple[WorkerIdentity, ...]] = {}  # of replicas that live
         self._first_workers: tuple[WorkerIdentity, ...] = ()
         self._stalled: set[Role] = set()
+        # By stalled replica: what the others were like when that was noticed.
+        self._noticed: dict[int, dict[int, tuple[int, int] | None]] = {}
         self._replaced: set[int] = set()  # replicas that the supervisor was asked to end
         self._watches: dict[int, ManagerWatch] = {}  # by replica
         self._senders: dict[int, Sender[FromServer | FromWorker]] = {}  # by replica
@@ -161,6 +163,7 @@ class TextCore:
             self._stalled.remove(role)
             log.warning("the %s makes progress again", role)
         self._tell_stalls()
+        self._note_others()
 
     def _tell_stalls(self) -> None:
         replicas = {role.replica for role in self._stalled}
@@ -170,15 +173,22 @@ class TextCore:
         if self.router is not None:
             self.router.set_stalled(replicas)
 
-    def _replace_stalled(self) -> None:
-        """Lets the supervisor end stalled replicas, if their requests can go on elsewhere."""
-        if self.router is None:
-            return
+    def _note_others(self) -> None:
         replicas = {role.replica for role in self._stalled}
-        if not any(each.is_fit and each.number not in replicas for each in self.router.living):
-            return
+        marks = {} if self.router is None else self.router.marks()
+        self._noticed = {number: self._noticed.get(number, marks) for number in replicas}
+
+    def _replace_stalled(self) -> None:
+        """Lets the supervisor end stalled replicas, if their requests can go on elsewhere.
+
+        Another one must be idle, or have gone on since the stall was noticed: otherwise the whole
+        machine may stand still, and an end would only cost work.
+        """
+        now = {} if self.router is None else self.router.marks()
         for role in sorted(self._stalled):
-            if role.replica not in self._replaced:
+            before = self._noticed.get(role.replica, {})
+            goes_on = any(mark is None or mark != before.get(each) for each, mark in now.items())
+            if goes_on and role.replica not in self._replaced:
                 self._replaced.add(role.replica)
                 reason = f"the {role} had work and made no progress"
                 self._lifeline.send(Replace(role.replica, reason, again=True))

@@ -217,6 +217,17 @@ class Replicas:
         its = self._replicas.get(replica)
         return its is not None and (its.num_open > 0 or self._broadcasts.is_awaited(its))
 
+    def marks(self) -> dict[int, tuple[int, int] | None]:
+        """Of each replica that gets requests and is not stalled: what changes when it goes on.
+
+        None for a replica that has nothing to do.
+        """
+        return {
+            each.number: each.mark if self.is_awaited(each.number) else None
+            for each in self._choice()
+            if not each.is_stalled
+        }
+
     def set_stalled(self, stalled: Collection[int]) -> None:
         """These replicas make no progress: the others get all further requests, if there are any.
 

@@ -52,6 +52,11 @@ class Replica:
         return self.num_seats - self.num_open
 
     @property
+    def mark(self) -> tuple[int, int]:
+        """What changes as long as the replica goes on."""
+        return self.num_delivered, 0 if self.statistics is None else self.statistics.num_batches
+
+    @property
     def is_fit(self) -> bool:
         """Whether it may get requests."""
         return not self.catching_up and self.obstacle is None
