@@ -49,6 +49,7 @@ def run(
         address, port = listener.getsockname()[:2]
         config = dataclasses.replace(config, port=port)  # port=0 takes a free one
         launcher = (make_launcher or _launcher_of)(config)
+        _check_foreground(config, launcher)
         slices = _assemble(config, launcher)
     except (ConfigError, LaunchError, ModelError) as error:
         print(f"toka: error: {error}", file=sys.stderr)
@@ -56,7 +57,11 @@ def run(
     warning = open_door_warning(config, address)
     if warning is not None:
         print(f"toka: warning: {warning}", file=sys.stderr)
-    return Supervisor(slices, listener, launcher=launcher).run()
+    try:
+        return Supervisor(slices, listener, launcher=launcher).run()
+    except LaunchError as error:
+        print(f"toka: error: {error}", file=sys.stderr)
+        return 1
 
 
 def _launcher_of(config: EngineConfig) -> RemoteLauncher | None:
@@ -65,6 +70,15 @@ def _launcher_of(config: EngineConfig) -> RemoteLauncher | None:
     from tokasaurus.integrations.ray.launcher import launch_on_ray
 
     return launch_on_ray(config)
+
+
+def _check_foreground(config: EngineConfig, launcher: RemoteLauncher | None) -> None:
+    if launcher is not None and config.local_proc_name != "server":
+        launcher.close()
+        raise ConfigError(
+            f"local_proc_name={config.local_proc_name}: managers and workers run on other machines,"
+            " and here only the server; leave it out"
+        )
 
 
 def _assemble(config: EngineConfig, launcher: RemoteLauncher | None) -> EngineSlices:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -148,26 +150,33 @@ def test_the_loss_of_a_rank_loses_no_request(srun):
         assert [each.result(120) for each in answers] == [expected[1]] * 4
     assert "lost the outpost" in engine.log
     assert "1 replica goes on" in engine.log
+    # Nobody but srun can start the rank again.
+    gone = f"replica 1: the program on {socket.gethostname()} is gone; 1 replica goes on"
+    eventually(lambda: gone in engine.log, gone)
+    assert engine.get("/health")[0] == 200
     engine.signal(signal.SIGTERM)
     assert engine.wait_exit(30) == 0
 
 
 @pytest.mark.engine
-def test_a_process_that_dies_at_another_rank_is_reported_as_one_here(srun, tmp_path):
+def test_a_process_that_dies_at_another_rank_is_started_again_there(srun, tmp_path):
     engine = srun.engine
-    log = (tmp_path / "rank-1.log").read_text()
-    pid = next(
-        int(line.rsplit("process id", 1)[1])
-        for line in log.splitlines()
-        if " worker-1-0 " in line and "process id" in line
-    )
+
+    def log_of_rank_1() -> str:
+        return (tmp_path / "rank-1.log").read_text()
+
+    pid = int(re.search(r" worker-1-0 .*process id (\d+)", log_of_rank_1())[1])
     os.kill(pid, signal.SIGKILL)
     name = socket.gethostname()
     expected = (
         f"the worker-1-0 ended: killed by SIGKILL; perhaps the system ran out of memory on {name}"
     )
     eventually(lambda: expected in engine.log, expected)
-    assert answer(engine, 1)
+    expected = answer(engine, 1)
+    eventually(lambda: "replica 1 is ready again" in engine.log, "the replica is back", 60)
+    with ThreadPoolExecutor(8) as pool:  # more than one replica has seats for
+        assert list(pool.map(partial(answer, engine), [1] * 8)) == [expected] * 8
+    assert len(set(re.findall(r" worker-1-0 .*process id (\d+)", log_of_rank_1()))) == 2
     # Rank 0 obeys a signal, and tells the other rank.
     srun.others[0].send_signal(signal.SIGTERM)
     assert answer(engine, 1)

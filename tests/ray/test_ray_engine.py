@@ -6,6 +6,7 @@ import re
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,14 @@ def test_replicas_are_on_different_nodes_and_a_lost_node_loses_no_request(engine
     assert "lost the outpost" in engine.log
     assert "1 replica goes on" in engine.log
     assert engine.get("/health")[0] == 200
+    # The replica moves to the node that has room.
+    eventually(lambda: "replica 1 is ready again" in engine.log, "the replica is back", 90)
+    now = nodes_of(engine, cluster)
+    assert now["manager"] is nodes["manager"]
+    assert now["manager-1"] is now["worker-1-0"] is not None
+    assert now["manager-1"] not in (nodes["manager"], nodes["manager-1"])
+    with ThreadPoolExecutor(8) as pool:  # more than one replica has seats for
+        assert list(pool.map(partial(whole, engine), [9] * 8)) == [expected[1]] * 8
     engine.signal(signal.SIGTERM)
     assert engine.wait_exit(30) == 0
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from tokasaurus.errors import LaunchError
 from tokasaurus.launch.lifeline import Assignment, Lifeline
 from tokasaurus.protocol.doors import Door
 from tokasaurus.protocol.role import Role
@@ -33,10 +34,27 @@ class Launcher(Protocol):
     """Decides where the processes of an engine run, and starts them."""
 
     def prepare(self, roles: Sequence[Role]) -> None:
-        """Finds places and doors for these processes, which are about to be launched."""
+        """Finds places and doors for these processes, which are about to be launched.
+
+        Raises:
+            LaunchError: there are none.
+        """
+
+    def prepare_again(
+        self, roles: Sequence[Role], done: Callable[[LaunchError | None], None]
+    ) -> None:
+        """The same for a replica whose processes have ended, which may take long.
+
+        Args:
+            roles: of the replica.
+            done: is called in any thread, with what ``prepare`` would raise.
+        """
 
     def doors_of(self, role: Role) -> dict[str, Door]:
         """The doors that a process opens or enters, as ``Assignment.doors``."""
+
+    def server_doors_of(self, replica: int) -> dict[str, Door]:
+        """Those that the server opens or enters for a replica."""
 
     def launch(self, assignment: Assignment) -> tuple[Process, Lifeline]:
         """Starts a process; returns it, with the supervisor's end of its lifeline."""
@@ -54,7 +72,15 @@ class LocalLauncher:
     def prepare(self, roles: Sequence[Role]) -> None:
         pass
 
+    def prepare_again(
+        self, roles: Sequence[Role], done: Callable[[LaunchError | None], None]
+    ) -> None:
+        done(None)
+
     def doors_of(self, role: Role) -> dict[str, Door]:
+        return {}
+
+    def server_doors_of(self, replica: int) -> dict[str, Door]:
         return {}
 
     def launch(self, assignment: Assignment) -> tuple[Process, Lifeline]:

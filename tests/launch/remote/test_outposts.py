@@ -26,6 +26,7 @@ from tokasaurus.launch.remote.outposts import Outposts
 from tokasaurus.planner.configuration import simulated_slices
 from tokasaurus.protocol.channels import Receiver, Sender
 from tokasaurus.protocol.commands import Command, CommandDone, FlushCache
+from tokasaurus.protocol.doors import Door
 from tokasaurus.protocol.role import Role
 
 pytestmark = pytest.mark.engine
@@ -67,6 +68,7 @@ class Cluster:
         self.outposts = Outposts("127.0.0.1", SECRET, silence_s)
         self.launcher = RemoteLauncher(self.outposts, PLACES)
         self.started: dict[Role, tuple] = {}
+        self.doors: dict[str, Door] = {}  # as the server sees them
         address = self.outposts.address
         self.running = [
             RunningOutpost(
@@ -77,8 +79,13 @@ class Cluster:
         self.launcher.await_outposts(20)
 
     def launch(self, *roles: Role, slices=SLICES) -> None:
-        self.launcher.prepare([Role("server"), *roles])
-        self.doors = self.launcher.doors_of(Role("server"))
+        if self.doors:
+            self.launcher.prepare(roles)
+            for role in roles:
+                self.doors.update(self.launcher.server_doors_of(role.replica))
+        else:
+            self.launcher.prepare([Role("server"), *PLACES])
+            self.doors = self.launcher.doors_of(Role("server"))
         for role in roles:
             doors = self.launcher.doors_of(role)
             self.started[role] = self.launcher.launch(Assignment(role, "", slices, None, doors))

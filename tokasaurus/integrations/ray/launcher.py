@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -125,49 +126,64 @@ def _await_room(ray: Any, group: PlacementGroup, bundles: Bundles, deadline: flo
         log.warning("waiting for room on the Ray cluster: %s", state)
 
 
+class _Actors:
+    """Starts outposts as actors, each in the bundle of its number."""
+
+    def __init__(
+        self,
+        ray: Any,
+        group: PlacementGroup,
+        bundles: Bundles,
+        config: EngineConfig,
+        address: tuple[str, int],
+        secret: str,
+    ) -> None:
+        self._ray, self._group = ray, group
+        self._amount = {"num_cpus": 0, f"num_{bundles.resource.lower()}s": bundles.amount}
+        self._arguments = (config.launch_timeout_s, config.log_level)
+        self._address, self._secret = address, secret
+        self._class = ray.remote(_OutpostActor)
+        self._runs: dict[int, Any] = {}
+
+    def start(self, index: int) -> None:
+        """Starts an actor, once its bundle has a node."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        strategy = PlacementGroupSchedulingStrategy(
+            placement_group=self._group, placement_group_bundle_index=index
+        )
+        actor = self._class.options(scheduling_strategy=strategy, **self._amount).remote()
+        self._runs[index] = actor.run.remote(self._address, self._secret, index, *self._arguments)
+
+    def check(self, indices: Sequence[int]) -> None:
+        """Raises LaunchError if one of these outposts has ended before it joined."""
+        ended, _ = self._ray.wait([self._runs[index] for index in indices], timeout=0)
+        for each in ended:
+            try:
+                self._ray.get(each)
+            except self._ray.exceptions.RayError as error:
+                reason = str(error).strip().splitlines()[-1]
+                raise LaunchError(
+                    f"an outpost on the Ray cluster does not start: {reason}"
+                ) from None
+
+
 def _start_outposts(
     ray: Any, group: PlacementGroup, bundles: Bundles, config: EngineConfig, deadline: float
 ) -> RemoteLauncher:
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
     secret = secret_of(os.environ)
     outposts = Outposts(ray.util.get_node_ip_address(), secret)
-    amount = {"num_cpus": 0, f"num_{bundles.resource.lower()}s": bundles.amount}
-    actor_class = ray.remote(_OutpostActor)
-    runs = []
-    for index in range(bundles.count):
-        strategy = PlacementGroupSchedulingStrategy(
-            placement_group=group, placement_group_bundle_index=index
-        )
-        actor = actor_class.options(scheduling_strategy=strategy, **amount).remote()
-        runs.append(
-            actor.run.remote(
-                outposts.address, secret, index, config.launch_timeout_s, config.log_level
-            )
-        )
-    launcher = RemoteLauncher(
-        outposts,
-        bundles.places,
-        check=partial(_check, ray, runs),
-        on_close=partial(_give_back, ray, group),
-    )
+    actors = _Actors(ray, group, bundles, config, outposts.address, secret)
+    give_back = partial(_give_back, ray, group)
+    launcher = RemoteLauncher(outposts, bundles.places, actors, on_close=give_back)
     try:
+        for index in range(bundles.count):
+            actors.start(index)
         launcher.await_outposts(max(0.0, deadline - time.monotonic()))
     except BaseException:
         outposts.close()
         raise
     return launcher
-
-
-def _check(ray: Any, runs: list[Any]) -> None:
-    """Raises LaunchError if an outpost has ended before it joined."""
-    ended, _ = ray.wait(runs, timeout=0)
-    for each in ended:
-        try:
-            ray.get(each)
-        except ray.exceptions.RayError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise LaunchError(f"an outpost on the Ray cluster does not start: {reason}") from None
 
 
 def _give_back(ray: Any, group: PlacementGroup) -> None:

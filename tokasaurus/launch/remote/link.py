@@ -8,6 +8,7 @@ derive them from the secret.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import secrets
@@ -130,12 +131,15 @@ class Link:
             frames.append(frame)
         return frames
 
+    def finish(self) -> None:
+        """Says that nothing more is sent. What the other side sends can still be read."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+
     def end(self) -> None:
         """Ends the stream for both sides. The reader here finds its end."""
-        try:
+        with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return
 
     def close(self) -> None:
         self._socket.close()

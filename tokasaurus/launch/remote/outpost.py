@@ -120,10 +120,10 @@ class Outpost:
             use_interface_of(link.own_host)
             self._serve(link)
         finally:
-            stop_beating.set()
-            link.end()
             self._end_children()
+            stop_beating.set()
             self._selector.close()
+            link.end()
             link.close()
             for listener in self._listeners.values():
                 listener.close()

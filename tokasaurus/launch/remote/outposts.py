@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 A = TypeVar("A")
 
 _BEATS = 5
+_DISMISSAL_S = 10.0
 _ANSWER_S = 120.0  # to look for CUDA devices takes the longest
 _BACKLOG = 2048
 _MAX_UNPROVED = 256  # connections that have not proved themselves
@@ -58,14 +59,14 @@ _MAX_UNPROVED = 256  # connections that have not proved themselves
 class RemoteProcess:
     """A process that an outpost has started, or will."""
 
-    def __init__(self, role: Role, outpost: _Outpost) -> None:
+    def __init__(self, role: Role, outpost: _Outpost | None) -> None:
         self.role = role
         self._outpost = outpost
         self._ended = threading.Event()
         self._status: int | None = None
 
     def kill(self) -> None:
-        if not self._ended.is_set():
+        if self._outpost is not None and not self._ended.is_set():
             self._outpost.send(Kill(self.role))
 
     def wait(self) -> int | None:
@@ -175,11 +176,12 @@ class Outposts:
 
     def begin(self, index: int, message: Begin) -> tuple[RemoteProcess, Lifeline]:
         """Starts a process; returns it, with the supervisor's end of its lifeline."""
-        outpost, role = self._at(index), message.assignment.role
+        role = message.assignment.role
         ours, theirs = Lifeline.pair()
-        process = RemoteProcess(role, outpost)
         with self._changed:
-            if outpost.is_gone:
+            outpost = self._by_index.get(index)
+            process = RemoteProcess(role, outpost)
+            if outpost is None:  # it has gone since: the process has ended before it began
                 process.end(None)
                 theirs.close()
                 return process, ours
@@ -194,10 +196,7 @@ class Outposts:
         with self._changed:
             if self._is_closing:
                 return
-            outposts = list(self._by_index.values())
             self._is_closing = True
-        for outpost in outposts:
-            outpost.send(Dismissed())
         self._wake()
         self._thread.join()
         self._wake_reader.close()
@@ -372,13 +371,27 @@ class Outposts:
                 self._lose(outpost, f"it was silent for {silent_s:.3g} s")
 
     def _close_all(self) -> None:
+        """Dismisses all outposts, and gives them time to end."""
         with self._changed:
-            outposts = list(self._by_index.values())
+            outposts = set(self._by_index.values())
             self._by_index.clear()
+        self._selector.close()
+        self._listener.close()
         for outpost in outposts:
             outpost.is_gone = True
-            for role in list(outpost.children):
-                self._end(outpost, role, None)
+            outpost.send(Dismissed())
+            outpost.link.finish()
+        deadline = time.monotonic() + _DISMISSAL_S
+        with selectors.DefaultSelector() as selector:
+            for outpost in outposts:
+                selector.register(outpost.link, selectors.EVENT_READ, outpost)
+            while selector.get_map() and (left := deadline - time.monotonic()) > 0:
+                for key, _ in selector.select(left):
+                    # What it still has to say must be read, or it might not hear the last word.
+                    if key.data.link.receive() is None:
+                        selector.unregister(key.fileobj)
+        for outpost in outposts:
+            for process, lifeline in outpost.children.values():
+                process.end(None)
+                lifeline.close()
             outpost.link.close()
-        self._listener.close()
-        self._selector.close()
