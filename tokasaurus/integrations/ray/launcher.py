@@ -156,16 +156,28 @@ class _Actors:
         self._runs[index] = actor.run.remote(self._address, self._secret, index, *self._arguments)
 
     def check(self, indices: Sequence[int]) -> None:
-        """Raises LaunchError if one of these outposts has ended before it joined."""
-        ended, _ = self._ray.wait([self._runs[index] for index in indices], timeout=0)
-        for each in ended:
+        """Raises LaunchError if one of these outposts has failed.
+
+        An actor that was lost is started again: a node may be gone before the cluster notices.
+        """
+        for index in indices:
+            run = self._runs[index]
+            if not self._ray.wait([run], timeout=0)[0]:
+                continue
+            errors = self._ray.exceptions
             try:
-                self._ray.get(each)
-            except self._ray.exceptions.RayError as error:
-                reason = str(error).strip().splitlines()[-1]
-                raise LaunchError(
-                    f"an outpost on the Ray cluster does not start: {reason}"
-                ) from None
+                self._ray.get(run)
+            except errors.RayActorError as error:
+                if error.actor_init_failed:
+                    raise self._does_not_start(error) from None
+                log.warning("outpost %d was lost before it joined, and is started again", index)
+                self.start(index)
+            except errors.RayError as error:
+                raise self._does_not_start(error) from None
+
+    def _does_not_start(self, error: Exception) -> LaunchError:
+        reason = str(error).strip().splitlines()[-1]
+        return LaunchError(f"an outpost on the Ray cluster does not start: {reason}")
 
 
 def _start_outposts(
