@@ -80,6 +80,7 @@ class TextCore:
         self._noticed: dict[int, dict[int, tuple[int, int] | None]] = {}
         self._replaced: set[int] = set()  # replicas that the supervisor was asked to end
         self._watches: dict[int, ManagerWatch] = {}  # by replica
+        self._check_due_at = 0.0
         self._senders: dict[int, Sender[FromServer | FromWorker]] = {}  # by replica
         for number in range(len(slices.replicas)):
             self._open(number, assignment.directory)
@@ -139,8 +140,15 @@ class TextCore:
 
     # --- processes that hang ----------------------------------------------------------------------
 
+    def check_if_due(self) -> None:
+        """The same as ``check``, for a caller that comes more often than necessary."""
+        now = time.monotonic()
+        if now >= self._check_due_at:
+            self._check_due_at = now + self.check_every_s
+            self.check()
+
     def check(self) -> None:
-        """Looks for managers that hang."""
+        """Looks for managers that hang. Due every ``check_every_s``."""
         if self.generations is None:
             return
         now = time.monotonic()

@@ -277,12 +277,12 @@ class Replicas:
 
     def _settled(self) -> list[ToServer]:
         """Sends what waits for a replica, if there is one now."""
-        self._on_seats()
         endings = Endings()
         for route in list(self._routes.values()) if self._choice() else ():
             held, route.held = route.held, set()
             if held:
                 self._go_on(route, held, endings)
+        self._on_seats()
         return list(endings.messages())
 
     def lost(self, number: int, reason: str, *, starts_again: bool = False) -> Loss:
