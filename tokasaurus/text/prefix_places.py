@@ -14,9 +14,9 @@ A block begins where the one before it ends, and its key stands for everything u
 Blocks have 64 tokens, and where that is more, an eighth of what comes before them in multiples of
 64. So the keys of a prompt are few, however long it is.
 
-The key of a prefix is the sum of its ids (plus 1), each multiplied by a random number of its position
-(multilinear hashing: Carter and Wegman, 1979). It takes one pass of numpy for all blocks. The
-numbers are drawn anew in each process, so that a client cannot make two prefixes of one key.
+The key of a prefix is the sum of its ids (plus 1), each multiplied by a random number of its
+position (multilinear hashing: Carter and Wegman, 1979). It takes one pass of numpy for all blocks.
+The numbers are drawn anew in each process, so that a client cannot make two prefixes of one key.
 """
 
 from __future__ import annotations

@@ -159,6 +159,7 @@ class Replicas:
         self._lengths = ExpectedLengths()
         self._past: Statistics | None = None  # the totals of lost replicas
         self._starting: set[int] = set()  # lost replicas that are started again
+        self._chosen: list[Replica] | None = None  # None if another choice is due
         self.losses = Losses()
         self._find: Find = lambda _: None
         self._on_seats: Callable[[], None] = lambda: None
@@ -235,18 +236,26 @@ class Replicas:
         """
         for replica in self._replicas.values():
             replica.is_stalled = replica.number in stalled
-        self._on_seats()
+        self._on_change()
 
     def _choice(self) -> list[Replica]:
         """The replicas that get requests; none if all wait to be started."""
-        fit = [replica for replica in self._replicas.values() if replica.is_fit]
-        return [replica for replica in fit if not replica.is_stalled] or fit
+        if self._chosen is None:
+            fit = [replica for replica in self._replicas.values() if replica.is_fit]
+            self._chosen = [replica for replica in fit if not replica.is_stalled] or fit
+        return self._chosen
+
+    def _on_change(self) -> None:
+        """Other replicas may get requests from now on."""
+        self._chosen = None
+        self._on_seats()
 
     # --- replicas come and go ---------------------------------------------------------------------
 
     def _add(self, number: int, send: Callable[[FromServer], None]) -> Replica:
         seats = self._seats[number]
         replica = self._replicas[number] = Replica(number, send, seats.num_sequences)
+        self._chosen = None
         self._places.add(number, seats.num_cached_tokens)
         return replica
 
@@ -262,6 +271,7 @@ class Replicas:
         """
         self._starting.discard(number)
         self._broadcasts.join(self._add(number, send))
+        self._chosen = None
         return self._settled()
 
     def absent(self, number: int, *, starts_again: bool) -> None:
@@ -277,6 +287,7 @@ class Replicas:
 
     def _settled(self) -> list[ToServer]:
         """Sends what waits for a replica, if there is one now."""
+        self._chosen = None
         endings = Endings()
         for route in list(self._routes.values()) if self._choice() else ():
             held, route.held = route.held, set()
@@ -294,6 +305,7 @@ class Replicas:
             starts_again: it is on its way back.
         """
         dead = self._replicas.pop(number)
+        self._chosen = None
         self.absent(number, starts_again=starts_again)
         self._places.drop(number)
         self._close_account(dead)
@@ -511,7 +523,8 @@ class Replicas:
             part = None if route is None else route.parts.get(part_id)
             if route is None or part is None:
                 continue  # another part was refused
-            part.advance(index, count)
+            if count:
+                part.advance(index, count)
             if reason != FinishReason.RUNNING:
                 self._end_sample(route, part, index, reason)
         if (part_ids > _REQUEST_MASK).any():
