@@ -9,7 +9,7 @@ import torch
 from checkpoints import VOCAB_SIZE
 from oracle import assert_greedy, reference_generate, reference_model
 from rows import named
-from worker_driver import Driver, generate, worker_config
+from worker_driver import Driver, worker_config
 
 from tokasaurus.model.worker.worker import Worker
 
@@ -68,9 +68,9 @@ def test_ranks_that_share_layers_compute_what_transformers_does(checkpoint, rank
             path = checkpoint(architecture, **options)
             prompt = random_ids(50, size)
             fields = {"linear": linear, "max_topk_logprobs": VOCAB_SIZE}
-            scores, ids, logprobs = ranks.run(
-                size, scored_and_generated, path, prompt, 24, fields
-            )[0]
+            scores, ids, logprobs = ranks.run(size, scored_and_generated, path, prompt, 24, fields)[
+                0
+            ]
             with torch.inference_mode():
                 logits = reference_model(path)(torch.tensor([prompt])).logits[0]
             expected = logits.log_softmax(-1)[:-1]

@@ -117,9 +117,7 @@ class Worker:
             config.rank, config.tp_size, config.pp_size, rendezvous, device=self._device
         )
         stage = choose_stage(self.ranks, model_config, place)
-        parallel = open_tensor_parallel(
-            self.ranks.tp_group, self._device, config.instruction_set
-        )
+        parallel = open_tensor_parallel(self.ranks.tp_group, self._device, config.instruction_set)
         place = replace(place, parallel=parallel)
         num_heads, num_kv_heads = (
             len(dealt(count, self.ranks.tp_rank, self.ranks.tp_size))
@@ -199,9 +197,7 @@ class Worker:
         from tokasaurus.model.worker.compiled_runner import CompiledRunner
 
         options = json.loads(config.torch_compile_config or "{}")
-        return CompiledRunner(
-            self._model, self._backend, num_heads, self._cache.head_dim, options
-        )
+        return CompiledRunner(self._model, self._backend, num_heads, self._cache.head_dim, options)
 
     def warm_up(self) -> float:
         """Runs the largest possible batches, so that a lack of memory shows now.
