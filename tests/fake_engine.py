@@ -137,9 +137,7 @@ CHOICES = EngineConfig(
     uvicorn_log_level="warning",
 )
 # The defaults of all other flags; without a directory for files there are no batches.
-CONFIG = replace(
-    resolve(CHOICES, FACTS, cuda_available=False, memory_bytes=None).server, data_dir=""
-)
+CONFIG = replace(resolve(CHOICES, FACTS, num_cuda_devices=0, memory_bytes=None).server, data_dir="")
 PREPARER = Preparer(CONFIG, TOKENIZER)
 # Of the fake model, whose answers depend on nothing but the request.
 IDENTITY = WorkerIdentity(

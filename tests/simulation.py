@@ -99,7 +99,7 @@ DEFAULTS = (
             activation_elements_per_token=0,
             eos_token_ids=(),
         ),
-        cuda_available=False,
+        num_cuda_devices=0,
         memory_bytes=None,
     )
     .replicas[0]

@@ -27,6 +27,7 @@ def worker_config(path: Path, **fields) -> WorkerConfig:
         "rank": 0,
         "tp_size": 1,
         "pp_size": 1,
+        "device_index": None,
         "model_path": str(path),
         "trust_remote_code": False,
         "rope_scaling": None,

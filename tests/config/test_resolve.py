@@ -36,7 +36,7 @@ GIB = 2**30
 def slices(
     *,
     facts=FACTS,
-    cuda_available=False,
+    num_cuda_devices=0,
     memory_bytes=24 * GIB,
     bfloat16_instructions=None,
     **flags,
@@ -44,7 +44,7 @@ def slices(
     return resolve(
         EngineConfig(**flags),
         facts,
-        cuda_available=cuda_available,
+        num_cuda_devices=num_cuda_devices,
         memory_bytes=memory_bytes,
         bfloat16_instructions=bfloat16_instructions,
     )
@@ -144,19 +144,63 @@ def test_every_choice_reaches_its_room():
 
 
 @each_row(
-    "flags, cuda_available, expected",
+    "flags, num_cuda_devices, expected",
     [
-        ({}, False, ("cpu", "float32")),
-        ({}, True, ("cuda", "bfloat16")),
-        ({"device": "cpu"}, True, ("cpu", "float32")),
-        ({"device": "cuda"}, True, ("cuda", "bfloat16")),
-        ({"dtype": "float16"}, True, ("cuda", "float16")),
-        ({"dtype": "bfloat16"}, False, ("cpu", "bfloat16")),
+        ({}, 0, ("cpu", "float32")),
+        ({}, 1, ("cuda", "bfloat16")),
+        ({"device": "cpu"}, 1, ("cpu", "float32")),
+        ({"device": "cuda"}, 1, ("cuda", "bfloat16")),
+        ({"dtype": "float16"}, 1, ("cuda", "float16")),
+        ({"dtype": "bfloat16"}, 0, ("cpu", "bfloat16")),
     ],
 )
-def test_device_and_dtype(flags, cuda_available, expected):
-    worker = slices(cuda_available=cuda_available, **flags).replicas[0].workers[0]
+def test_device_and_dtype(flags, num_cuda_devices, expected):
+    worker = slices(num_cuda_devices=num_cuda_devices, **flags).replicas[0].workers[0]
     assert (worker.device, worker.dtype) == expected
+
+
+def test_each_rank_of_each_replica_has_the_next_visible_device():
+    for flags, indices in (
+        ({}, [[0]]),
+        ({"dp_size": 3}, [[0], [1], [2]]),
+        ({"dp_size": 2, "pp_size": 2}, [[0, 1], [2, 3]]),
+    ):
+        replicas = slices(num_cuda_devices=8, **flags).replicas
+        found = [[worker.device_index for worker in replica.workers] for replica in replicas]
+        assert found == indices, flags
+    (one, two) = slices(dp_size=2).replicas
+    assert one == two
+    assert one.workers[0].device_index is None
+
+
+def test_too_few_devices_are_one_error_that_counts_them():
+    (line,) = problems(num_cuda_devices=3, dp_size=2, pp_size=2)
+    assert line.startswith("dp_size=2 x pp_size=2 needs 4 CUDA devices, and 3 are visible; lower")
+    (line,) = problems(num_cuda_devices=1, dp_size=2)
+    assert line.startswith("dp_size=2 needs 2 CUDA devices, and 1 is visible")
+    assert "CUDA_VISIBLE_DEVICES" in line
+    # CUDA_VISIBLE_DEVICES="" hides all of them.
+    (line,) = problems(num_cuda_devices=0, dp_size=2, device="cuda")
+    assert line.startswith("device=cuda: PyTorch finds no CUDA device here; leave device out")
+    assert len(slices(num_cuda_devices=0, dp_size=2).replicas) == 2
+
+
+def test_replicas_share_the_memory_of_a_cpu_and_not_that_of_devices():
+    many = {"facts": LARGE, "memory_bytes": 12 * 10**9, "kv_cache_num_tokens": "auto"}
+    whole = slices(**{**many, "memory_bytes": 6 * 10**9}).replicas[0].manager.num_pages
+    for replica in slices(**many, dp_size=2).replicas:
+        assert replica.manager.num_pages == whole
+    one = slices(**many, num_cuda_devices=2).replicas[0].manager.num_pages
+    for replica in slices(**many, dp_size=2, num_cuda_devices=2).replicas:
+        assert replica.manager.num_pages == one
+    plan = slices(**many, dp_size=2).memory_plan
+    assert plan.startswith("memory: cpu has 12.0 GB free, 6.0 GB for each of dp_size=2 replicas; ")
+
+
+def test_the_server_has_the_seats_of_all_replicas():
+    result = slices(dp_size=3, max_seqs_per_forward=4)
+    assert result.server.max_seqs_per_forward == 12
+    assert [replica.manager.max_seqs_per_forward for replica in result.replicas] == [4, 4, 4]
 
 
 def test_quantization_conflicts_with_what_cannot_multiply_int8():
@@ -164,12 +208,12 @@ def test_quantization_conflicts_with_what_cannot_multiply_int8():
     assert worker.quantization == "int8"
     for flags, message in (
         (
-            {"device": "cuda", "cuda_available": True},
+            {"device": "cuda", "num_cuda_devices": 1},
             "only device=cpu has kernels for it, and device=cuda runs on cuda; leave it out, or"
             " set device=cpu",
         ),
         (
-            {"cuda_available": True},
+            {"num_cuda_devices": 1},
             "only device=cpu has kernels for it, and device=auto runs on cuda; leave it out, or"
             " set device=cpu",
         ),
@@ -308,11 +352,11 @@ def test_the_default_kv_cache_leaves_a_tenth_of_the_memory_free():
         ({"memory_bytes": 12 * 10**9}, 8192),
         ({"memory_bytes": 7 * 10**9}, 2048),
         ({"memory_bytes": 12 * 10**9, "dtype": "bfloat16"}, 8192),
-        ({"memory_bytes": 12 * 10**9, "cuda_available": True}, 8192),
+        ({"memory_bytes": 12 * 10**9, "num_cuda_devices": 1}, 8192),
         ({"memory_bytes": 12 * 10**9, "load_format": "dummy"}, 8192),
     ):
         manager = manager_of(facts=LARGE, **flags)
-        is_narrow = "dtype" in flags or "cuda_available" in flags
+        is_narrow = "dtype" in flags or "num_cuda_devices" in flags
         num_bytes = 2 if is_narrow else 4
         assert manager.max_tokens_per_forward == batch, flags
         used = needed(manager.num_pages * 16, batch, num_bytes)
@@ -321,7 +365,7 @@ def test_the_default_kv_cache_leaves_a_tenth_of_the_memory_free():
     for flags in (
         {"memory_bytes": 10**12},
         {"memory_bytes": None},
-        {"memory_bytes": None, "cuda_available": True},
+        {"memory_bytes": None, "num_cuda_devices": 1},
         {"memory_bytes": None, "kv_cache_num_tokens": "auto"},
     ):
         assert manager_of(facts=LARGE, **flags).num_pages == 131072 // 16, flags
@@ -386,7 +430,7 @@ def test_memory_too_small_for_the_weights():
         " cpu has 4.0 GB free; dtype=bfloat16 takes half; otherwise free memory, or serve a smaller"
         " model"
     )
-    (line,) = problems(facts=LARGE, memory_bytes=2 * 10**9, model="org/large", cuda_available=True)
+    (line,) = problems(facts=LARGE, memory_bytes=2 * 10**9, model="org/large", num_cuda_devices=1)
     assert line == (
         "model=org/large: the weights take 2.0 GB in bfloat16 and the process 536.9 MB, and cuda"
         " has 2.0 GB free; free memory, or serve a smaller model"
@@ -400,7 +444,7 @@ def test_the_plan_of_memory_is_one_line():
         " 2000 tokens, at most 331.1 MB for a batch of 1000 tokens, 536.9 MB for the process,"
         " 332.1 MB to spare"
     )
-    assert slices(memory_bytes=None, cuda_available=True, **flags).memory_plan == (
+    assert slices(memory_bytes=None, num_cuda_devices=1, **flags).memory_plan == (
         "memory: the free memory of cuda is unknown; 2.0 GB for weights in bfloat16, 400.0 MB for a"
         " KV cache of 2000 tokens, at most 231.1 MB for a batch of 1000 tokens, 536.9 MB for the"
         " process"
@@ -531,7 +575,7 @@ def test_determinism_that_cannot_be_is_refused_and_otherwise_explained():
         ({"torch_compile": True}, "torch_compile=T"),
         ({"device": "cuda"}, "device=cuda"),
     ):
-        machine = {"cuda_available": "device" in flags}
+        machine = {"num_cuda_devices": int("device" in flags)}
         with pytest.raises(ConfigError) as refused:
             slices(deterministic=True, **machine, **flags)
         assert str(refused.value).startswith("deterministic=T: "), flags

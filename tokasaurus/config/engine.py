@@ -505,8 +505,10 @@ class EngineConfig:
         1,
         group=_PARALLEL,
         minimum=1,
-        later="data parallelism",
-        help="Replicas of the model behind one port.",
+        help=(
+            "Replicas of the model behind one port. Each has weights and a KV cache of its own. "
+            "It takes dp_size x pp_size x tp_size GPUs, in their order."
+        ),
     )
     pp_size: int = flag(
         1,

@@ -41,17 +41,24 @@ class Memory:
 
     Attributes:
         device: "cpu" or "cuda".
-        free_bytes: before the worker's process starts; None if unknown.
+        memory_bytes: free before the workers' processes start; None if unknown.
         dtype: of weights, activations and KV cache.
         facts: of the model.
         quantization: of the products; None if they have the dtype.
+        num_sharing: replicas that share the memory in equal parts.
     """
 
     device: str
-    free_bytes: int | None
+    memory_bytes: int | None
     dtype: str
     facts: ModelFacts
     quantization: str | None = None
+    num_sharing: int = 1
+
+    @property
+    def free_bytes(self) -> int | None:
+        """What one replica may take; None if unknown."""
+        return None if self.memory_bytes is None else self.memory_bytes // self.num_sharing
 
     @property
     def weight_bytes(self) -> int:
@@ -163,7 +170,12 @@ class Memory:
     def _free(self) -> str:
         if self.free_bytes is None:
             return f"the free memory of {self.device} is unknown"
-        return f"{self.device} has {_size(self.free_bytes)} free"
+        if self.num_sharing == 1 or self.memory_bytes is None:
+            return f"{self.device} has {_size(self.free_bytes)} free"
+        return (
+            f"{self.device} has {_size(self.memory_bytes)} free, {_size(self.free_bytes)} for each"
+            f" of dp_size={self.num_sharing} replicas"
+        )
 
 
 def _smaller(num_tokens: int) -> Iterator[int]:

@@ -157,6 +157,8 @@ class WorkerConfig:
     trust_remote_code: bool
     rope_scaling: str | None  # JSON that replaces the model's
     device: str  # "cpu" or "cuda"
+    # Among the visible devices; None on "cpu", and for the device that the process has chosen.
+    device_index: int | None
     dtype: str  # "float32", "bfloat16" or "float16"
     attention: str  # "auto", "compiled" or "reference"
     instruction_set: str  # of the kernels on "cpu"; "auto" for the best one

@@ -39,4 +39,4 @@ def simulated_slices(config: EngineConfig, facts: ModelFacts = _FACTS) -> Engine
         ConfigError: the flags contradict one another.
     """
     config = dataclasses.replace(config, device="cpu")
-    return resolve(config, facts, cuda_available=False, memory_bytes=None)
+    return resolve(config, facts, num_cuda_devices=0, memory_bytes=None)

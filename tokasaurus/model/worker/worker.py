@@ -98,7 +98,7 @@ class Worker:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self._config = config
-        self._device = torch.device(config.device)
+        self._device = _device(config)
         options = BackendOptions(config.instruction_set, config.use_groups)
         backend = choose_backend(config.attention, self._device, options)
         place = Placement(
@@ -339,6 +339,14 @@ class Worker:
             self._runner.num_recompiles,
             waited_s,
         )
+
+
+def _device(config: WorkerConfig) -> torch.device:
+    if config.device_index is None:
+        return torch.device(config.device)
+    device = torch.device(config.device, config.device_index)
+    torch.cuda.set_device(device)  # for kernels and streams that name no device
+    return device
 
 
 def _name(message: ToWorker) -> str:
