@@ -194,7 +194,7 @@ def test_replicas_share_the_memory_of_a_cpu_and_not_that_of_devices():
     for replica in slices(**many, dp_size=2, num_cuda_devices=2).replicas:
         assert replica.manager.num_pages == one
     plan = slices(**many, dp_size=2).memory_plan
-    assert plan.startswith("memory: cpu has 12.0 GB free, 6.0 GB for each of dp_size=2 replicas; ")
+    assert plan.startswith("memory: cpu has 12.0 GB free, 6.0 GB for each of 2 workers; ")
 
 
 def test_the_server_has_the_seats_of_all_replicas():
