@@ -530,7 +530,13 @@ class EngineConfig:
         ),
     )
     tp_size: int = flag(
-        1, group=_PARALLEL, minimum=1, later=_TENSOR, help="GPUs that share each layer."
+        1,
+        group=_PARALLEL,
+        minimum=1,
+        help=(
+            "Devices that share each layer of a stage: each has some of the heads, and a part of "
+            "every other weight. It must divide the heads of the model."
+        ),
     )
     pp_num_buffer_stages: int = flag(
         1,

@@ -49,6 +49,11 @@ _TOTALS = (
     ("evicted_pages", "num_evicted_pages", "Pages that the prefix cache gave up"),
     ("queue_seconds", "queue_s", "Waiting of sequences before they ran first, summed"),
     ("device_seconds", "device_s", "Computing time of the device"),
+    (
+        "worker_wait_seconds",
+        "waited_s",
+        "Part of device_seconds in which the last stage waited for other workers: the bubble",
+    ),
     ("recompiles", "num_recompiles", "Graphs that torch.compile made after the warm-up"),
 )
 _STATE = (

@@ -9,7 +9,7 @@ import torch
 from checkpoints import VOCAB_SIZE
 from oracle import assert_greedy, reference_generate, reference_model
 from rows import named
-from worker_driver import Driver, generate, worker_config
+from worker_driver import Driver, worker_config
 
 from tokasaurus.model.worker.worker import Worker
 
