@@ -75,7 +75,6 @@ NAMES_AND_DEFAULTS = {
     "pp_size": 1,
     "tp_size": 1,
     "pp_num_buffer_stages": 1,
-    "replica_restarts": 3,
     "async_tp_threshold": None,
     "torch_compile": False,
     "torch_compile_config": None,

@@ -27,7 +27,8 @@ from tokasaurus.server.metrics import Figure, Metrics, figures
 from tokasaurus.server.reports import StatisticsLine, report, statsd_packets
 from tokasaurus.text.generations import Generations
 from tokasaurus.text.params import SamplingParams
-from tokasaurus.text.replicas import Replicas, Seats
+from tokasaurus.text.replica_reports import Seats
+from tokasaurus.text.replicas import Replicas
 
 BODY = {"prompt": "the cat", "max_tokens": 9, "ignore_eos": True}
 NOTHING = Statistics(*[0] * 10, 0.0, 0.0, *[0] * 5, 0.0)

@@ -36,7 +36,8 @@ from tokasaurus.protocol.messages import (
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.generations import Generations
 from tokasaurus.text.params import SamplingParams
-from tokasaurus.text.replicas import Loss, Replicas, Seats
+from tokasaurus.text.replica_reports import Loss, Seats
+from tokasaurus.text.replicas import Replicas
 
 SEATS = 4
 

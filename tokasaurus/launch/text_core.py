@@ -30,7 +30,8 @@ from tokasaurus.protocol.role import Role
 from tokasaurus.text.generations import Generations, Watcher
 from tokasaurus.text.preparation import Preparer
 from tokasaurus.text.receipts import Receipts
-from tokasaurus.text.replicas import Replicas, Seats
+from tokasaurus.text.replica_reports import Seats
+from tokasaurus.text.replicas import Replicas
 from tokasaurus.text.tokenizer import Tokenizer
 
 __all__ = ["Doors", "TextCore"]

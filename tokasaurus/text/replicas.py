@@ -30,7 +30,6 @@ An engine with one replica has no router.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import msgspec
@@ -61,80 +60,16 @@ from tokasaurus.text.generation import Generation
 from tokasaurus.text.placing import as_int32, progress_of, shares_of
 from tokasaurus.text.prefix_places import Blocks, PrefixPlaces
 from tokasaurus.text.replica_answers import Endings, merged_statistics, without_state
+from tokasaurus.text.replica_reports import Loss, Losses, Report, Seats
 from tokasaurus.text.routes import Part, Replica, Route
 
-__all__ = ["Find", "Loss", "Losses", "Replicas", "Report", "Seats"]
+__all__ = ["Find", "Replicas"]
 
 Find: TypeAlias = Callable[[int], Generation | None]
 """Finds the generation in flight with a request id."""
 
 _PART_SHIFT = 40
 _REQUEST_MASK = (1 << _PART_SHIFT) - 1
-
-
-@dataclass(frozen=True)
-class Seats:
-    """What a replica has room for.
-
-    Attributes:
-        num_sequences: that can run at once.
-        num_cached_tokens: that its KV cache holds.
-    """
-
-    num_sequences: int
-    num_cached_tokens: int
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What the end of a replica does to requests.
-
-    Attributes:
-        messages: for the text core: what the replica would have said.
-        failed: the error of each request that fails, by request id.
-        num_moved: samples that go on elsewhere.
-        num_begun_again: those of them of which the server has no tokens.
-    """
-
-    messages: list[ToServer]
-    failed: dict[int, ReplicasLost]
-    num_moved: int
-    num_begun_again: int
-
-
-@dataclass
-class Losses:
-    """What the ends of replicas have cost so far.
-
-    Attributes:
-        num_replicas: that have ended.
-        num_moved: samples that went on elsewhere.
-        num_begun_again: those of them of which the server had no tokens.
-        num_lost_tokens: generated, and not delivered; as far as the replicas had said.
-    """
-
-    num_replicas: int = 0
-    num_moved: int = 0
-    num_begun_again: int = 0
-    num_lost_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class Report:
-    """How one replica is.
-
-    Attributes:
-        state: "ok", "stalled", "catching up" (with commands), "waiting for weights", "starting"
-            (again) or "ended".
-        num_open: samples that it has.
-        work: expected tokens of these samples.
-        statistics: its latest; None before the first.
-    """
-
-    state: str
-    num_open: int = 0
-    work: int = 0
-    statistics: Statistics | None = None
 
 
 class Replicas:
