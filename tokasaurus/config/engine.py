@@ -510,6 +510,16 @@ class EngineConfig:
             "It takes dp_size x pp_size x tp_size GPUs, in their order."
         ),
     )
+    replica_restarts: int = flag(
+        3,
+        group=_PARALLEL,
+        minimum=0,
+        help=(
+            "With dp_size over 1: how often within ten minutes a replica is started again after "
+            "one of its processes has ended or makes no progress. After that, or after two starts "
+            "in a row that did not make it ready, the engine goes on without it."
+        ),
+    )
     pp_size: int = flag(
         1,
         group=_PARALLEL,

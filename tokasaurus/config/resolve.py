@@ -127,6 +127,7 @@ def resolve(
         memory_plan=memory.plan(limits.num_pages * limits.page_size, limits.max_tokens),
         determinism_plan=plan_determinism(config, obstacle),
         stall_timeout_s=config.stall_timeout_s,
+        replica_restarts=config.replica_restarts,
         profile_path=f"{_data_dir(config)}/profile.json" if config.profile else None,
         profile_num_batches=config.profile_num_batches,
         log_level=config.log_level,

@@ -87,7 +87,7 @@ def run_role(
         return True
     except (ConfigError, ModelError) as error:
         # The user must act on the message, so a traceback would not help.
-        lifeline.send(Failed(str(error), ""))
+        lifeline.send(Failed(str(error), "", is_final=True))
         return False
     except BaseException as error:
         # Of a message of several lines the first says what failed, for example which batch.
