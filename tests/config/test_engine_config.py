@@ -71,6 +71,7 @@ NAMES_AND_DEFAULTS = {
     "allocator_sanity_checks": False,
     "bump_city_population_me": False,
     "dp_size": 1,
+    "replica_restarts": 3,
     "pp_size": 1,
     "tp_size": 1,
     "pp_num_buffer_stages": 1,
