@@ -37,7 +37,6 @@ _LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
 _PROCESSES = ("server", "manager", "model", "worker")
 
 # Features still to come: a flag for one is refused with "... is not available yet".
-_TENSOR = "tensor parallelism"
 _CUDA_GRAPHS = "running batches as CUDA graphs"
 _WANDB = "the report to Weights & Biases"
 
@@ -551,8 +550,11 @@ class EngineConfig:
         None,
         group=_PARALLEL,
         minimum=1,
-        later=_TENSOR,
-        help="Tokens in a batch from which on communication overlaps with computation.",
+        help=(
+            "With tp_size over 1: tokens in a batch from which on matrix products overlap with "
+            "what devices exchange. It needs GPUs that NVLink joins; on others it changes nothing, "
+            "and the log says so."
+        ),
         adapts="never",
     )
 
