@@ -1,11 +1,12 @@
 """Processes that each are a rank, and run functions of tests together.
 
-They are forked by a server that has loaded torch once, and serve many tests.
+They are forked by a server that has loaded torch and transformers once, and serve many tests.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import sys
 import traceback
@@ -15,6 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -60,15 +62,18 @@ class RankProcesses:
     def __init__(self, size: int, directory: Path) -> None:
         self._directory, self._num_runs = directory, 0
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tokasaurus.model.worker.worker", "torch.distributed"])
+        context.set_forkserver_preload(["worker_script", "torch.distributed"])
         self._connections: list[Connection] = []
         self._processes = []
-        for _ in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, sys.path), daemon=True)
-            process.start()
-            self._connections.append(ours)
-            self._processes.append(process)
+        with pytest.MonkeyPatch.context() as patch:
+            # Where the server finds the modules of tests.
+            patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+            for _ in range(size):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_serve, args=(theirs, sys.path), daemon=True)
+                process.start()
+                self._connections.append(ours)
+                self._processes.append(process)
 
     def run(self, size: int, function: Callable[..., Any], *arguments: Any, **named: Any) -> list:
         """Calls ``function(meeting, *arguments)`` at this number of ranks.

@@ -71,6 +71,7 @@ NAMES_AND_DEFAULTS = {
     "allocator_sanity_checks": False,
     "bump_city_population_me": False,
     "dp_size": 1,
+    "replica_restarts": 3,
     "pp_size": 1,
     "tp_size": 1,
     "pp_num_buffer_stages": 1,
@@ -225,11 +226,9 @@ def test_features_still_to_come_are_refused_by_name(name):
         EngineConfig(**{name: other})
 
 
-def test_documented_commands_for_features_still_to_come_are_refused():
-    with pytest.raises(ConfigError) as caught:
-        toka(".par(dp=2,pp=2,tp=2)")
-    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["tp_size=2"]
-    assert toka("tp_size=2", "tp_size=1").tp_size == 1
+def test_sizes_of_the_grid_are_set_together():
+    config = toka(".par(dp=2,pp=3,tp=4)")
+    assert (config.dp_size, config.pp_size, config.tp_size) == (2, 3, 4)
 
 
 def test_retired_flags_are_accepted_with_a_warning(capsys):

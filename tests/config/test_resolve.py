@@ -93,6 +93,36 @@ def test_a_replica_has_a_worker_for_each_stage():
         slices(pp_size=65)
 
 
+def test_each_stage_has_a_worker_for_each_share():
+    (replica,) = slices(pp_size=2, tp_size=4).replicas
+    assert [worker.rank for worker in replica.workers] == list(range(8))
+    assert {(worker.pp_size, worker.tp_size) for worker in replica.workers} == {(2, 4)}
+
+
+def test_shares_that_are_not_whole_heads_are_refused_with_those_that_are():
+    facts = dataclasses.replace(FACTS, num_heads=12, num_kv_heads=4, intermediate_size=48)
+    for size in (1, 2, 4, 12):
+        assert len(slices(facts=facts, tp_size=size).replicas[0].workers) == size
+    working = "these do: 1, 2, 4, 12"
+    for size, reason in (
+        (5, "num_attention_heads=12"),
+        (24, "num_attention_heads=12"),
+        (3, "num_key_value_heads=4, nor is it a multiple of them"),
+    ):
+        (line,) = problems(facts=facts, tp_size=size)
+        assert line == f"tp_size={size} does not divide the model's {reason}; {working}"
+    facts = dataclasses.replace(facts, intermediate_size=50)
+    (line,) = problems(facts=facts, tp_size=4)
+    assert line == "tp_size=4 does not divide the model's intermediate_size=50; these do: 1, 2"
+
+
+def test_overlapping_needs_workers_that_share_layers():
+    (line,) = problems(async_tp_threshold=6144)
+    assert line.startswith("async_tp_threshold=6144 is for devices that share layers")
+    (replica,) = slices(async_tp_threshold=6144, tp_size=2).replicas
+    assert {worker.async_tp_threshold for worker in replica.workers} == {6144}
+
+
 def test_the_rooms_get_the_same_sizes():
     result = slices(page_size=8, kv_cache_num_tokens=1024, max_seqs_per_forward=4)
     (replica,) = result.replicas
@@ -194,7 +224,7 @@ def test_replicas_share_the_memory_of_a_cpu_and_not_that_of_devices():
     for replica in slices(**many, dp_size=2, num_cuda_devices=2).replicas:
         assert replica.manager.num_pages == one
     plan = slices(**many, dp_size=2).memory_plan
-    assert plan.startswith("memory: cpu has 12.0 GB free, 6.0 GB for each of dp_size=2 replicas; ")
+    assert plan.startswith("memory: cpu has 12.0 GB free, 6.0 GB for each of 2 workers; ")
 
 
 def test_the_server_has_the_seats_of_all_replicas():
@@ -369,6 +399,31 @@ def test_the_default_kv_cache_leaves_a_tenth_of_the_memory_free():
         {"memory_bytes": None, "kv_cache_num_tokens": "auto"},
     ):
         assert manager_of(facts=LARGE, **flags).num_pages == 131072 // 16, flags
+
+
+def test_each_worker_has_its_part_of_weights_and_kv_cache():
+    """On a CPU all workers have one memory; each GPU is one worker's."""
+    facts = dataclasses.replace(LARGE, num_kv_heads=4)
+    flags = {"facts": facts, "max_tokens_per_forward": 1000, "kv_cache_num_tokens": 2000}
+    batch = 1000 * (50_000 * 4 + 64 * FACTS.vocab_size)
+    # Eight ranks have four heads of keys and values: two ranks share one.
+    for size, kv_share in ((2, 2), (4, 4), (8, 4)):
+        enough = PROCESS + batch + 4 * 10**9 // size + 2000 * 400_000 // kv_share
+        for num_devices, bytes_of_all in ((0, size * enough), (8, enough)):
+            flags |= {"tp_size": size, "num_cuda_devices": num_devices, "dtype": "float32"}
+            assert manager_of(**flags, memory_bytes=bytes_of_all).num_pages == 125
+            assert problems(**flags, memory_bytes=bytes_of_all - 10**6)
+
+
+def test_a_stage_has_room_for_the_most_layers_that_it_may_get():
+    """The head takes as long as 16 of 64 layers, so the first stage has 40 of them."""
+    flags = {"facts": LARGE, "max_tokens_per_forward": 1000, "kv_cache_num_tokens": 2000}
+    batch = 1000 * (50_000 * 4 + 64 * FACTS.vocab_size)
+    weights, kv = 4 * (2 * 10**8 + 5 * 10**8), 2000 * 400_000 * 40 // 64
+    enough = PROCESS + batch + weights + kv
+    flags |= {"pp_size": 2, "num_cuda_devices": 2, "dtype": "float32"}
+    assert manager_of(**flags, memory_bytes=enough).num_pages == 125
+    assert problems(**flags, memory_bytes=enough - 10**6)
 
 
 def test_an_auto_kv_cache_takes_what_is_left():

@@ -1,4 +1,4 @@
-"""Several replicas as real processes: their requests go on when one dies or hangs, and it returns."""
+"""Several replicas as real processes: requests go on when one dies or hangs, and it returns."""
 
 from __future__ import annotations
 

@@ -37,7 +37,6 @@ _LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
 _PROCESSES = ("server", "manager", "model", "worker")
 
 # Features still to come: a flag for one is refused with "... is not available yet".
-_TENSOR = "tensor parallelism"
 _CUDA_GRAPHS = "running batches as CUDA graphs"
 _WANDB = "the report to Weights & Biases"
 
@@ -530,7 +529,13 @@ class EngineConfig:
         ),
     )
     tp_size: int = flag(
-        1, group=_PARALLEL, minimum=1, later=_TENSOR, help="GPUs that share each layer."
+        1,
+        group=_PARALLEL,
+        minimum=1,
+        help=(
+            "Devices that share each layer of a stage: each has some of the heads, and a part of "
+            "every other weight. It must divide the heads of the model."
+        ),
     )
     pp_num_buffer_stages: int = flag(
         1,
@@ -545,8 +550,11 @@ class EngineConfig:
         None,
         group=_PARALLEL,
         minimum=1,
-        later=_TENSOR,
-        help="Tokens in a batch from which on communication overlaps with computation.",
+        help=(
+            "With tp_size over 1: tokens in a batch from which on matrix products overlap with "
+            "what devices exchange. It needs GPUs that NVLink joins; on others it changes nothing, "
+            "and the log says so."
+        ),
         adapts="never",
     )
 

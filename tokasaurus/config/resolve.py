@@ -91,14 +91,23 @@ def resolve(
     device = choose_device(config, num_cuda_devices, problems)
     dtype = choose_dtype(config.dtype, device, facts.dtype, bfloat16_instructions)
     _check_quantization(config, device, dtype.name, problems)
-    # Replicas on the CPU have one memory.
-    num_sharing = config.dp_size if device == "cpu" else 1
-    memory = Memory(device, memory_bytes, dtype.name, facts, config.quantization, num_sharing)
+    memory = Memory(
+        device,
+        memory_bytes,
+        dtype.name,
+        facts,
+        config.quantization,
+        # All workers on the CPU have one memory.
+        config.dp_size * config.pp_size * config.tp_size if device == "cpu" else 1,
+        config.pp_size,
+        config.tp_size,
+    )
     limits = _limits(config, facts.max_position_embeddings, memory, problems)
     obstacle = check_determinism(config, device)
     if config.deterministic and obstacle is not None:
         problems.append(f"deterministic=T: {obstacle}, or leave deterministic out")
     _check_stages(config, facts, problems)
+    _check_shares(config, facts, problems)
     _check_access(config, problems)
     if problems:
         raise ConfigError("\n".join(problems))
@@ -166,6 +175,32 @@ def _check_stages(config: EngineConfig, facts: ModelFacts, problems: list[str]) 
             f"pp_size={config.pp_size}: the model has {facts.num_layers} layers, and each stage"
             " needs one; lower it"
         )
+
+
+def _check_shares(config: EngineConfig, facts: ModelFacts, problems: list[str]) -> None:
+    """Whether each layer can be dealt to tp_size workers, in whole heads."""
+    if config.async_tp_threshold is not None and config.tp_size == 1:
+        problems.append(
+            f"async_tp_threshold={config.async_tp_threshold} is for devices that share layers, and"
+            " tp_size is 1; leave it out, or raise tp_size"
+        )
+    size, heads, kv_heads = config.tp_size, facts.num_heads, facts.num_kv_heads
+
+    def works(size: int) -> bool:
+        whole = heads % size == facts.intermediate_size % size == 0
+        return whole and (kv_heads % size == 0 or size % kv_heads == 0)
+
+    if works(size):
+        return
+    working = [str(each) for each in range(1, heads + 1) if works(each)]
+    reason = f"num_attention_heads={heads}"
+    if heads % size == 0:
+        reason = f"intermediate_size={facts.intermediate_size}"
+    if heads % size == facts.intermediate_size % size == 0:
+        reason = f"num_key_value_heads={kv_heads}, nor is it a multiple of them"
+    problems.append(
+        f"tp_size={size} does not divide the model's {reason}; these do: {', '.join(working)}"
+    )
 
 
 def _limits(
@@ -489,6 +524,7 @@ def _worker(
         max_topk_logprobs=_max_topk(config, facts),
         torch_compile=config.torch_compile,
         torch_compile_config=None if compiling is None else json.dumps(compiling, sort_keys=True),
+        async_tp_threshold=config.async_tp_threshold,
         num_threads=config.cpu_threads,
     )
 

@@ -32,7 +32,8 @@ from tokasaurus.protocol.role import Role
 from tokasaurus.text.generations import Generations, Watcher
 from tokasaurus.text.preparation import Preparer
 from tokasaurus.text.receipts import Receipts
-from tokasaurus.text.replicas import Replicas, Seats
+from tokasaurus.text.replica_reports import Seats
+from tokasaurus.text.replicas import Replicas
 from tokasaurus.text.tokenizer import Tokenizer
 
 __all__ = ["Doors", "TextCore"]
@@ -82,6 +83,7 @@ class TextCore:
         self._noticed: dict[int, dict[int, tuple[int, int] | None]] = {}
         self._replaced: set[int] = set()  # replicas that the supervisor was asked to end
         self._watches: dict[int, ManagerWatch] = {}  # by replica
+        self._check_due_at = 0.0
         self._senders: dict[int, Sender[FromServer | FromWorker]] = {}  # by replica
         for number in range(len(slices.replicas)):
             self._open(number, assignment.door)
@@ -140,8 +142,15 @@ class TextCore:
 
     # --- processes that hang ----------------------------------------------------------------------
 
+    def check_if_due(self) -> None:
+        """The same as ``check``, for a caller that comes more often than necessary."""
+        now = time.monotonic()
+        if now >= self._check_due_at:
+            self._check_due_at = now + self.check_every_s
+            self.check()
+
     def check(self) -> None:
-        """Looks for managers that hang."""
+        """Looks for managers that hang. Due every ``check_every_s``."""
         if self.generations is None:
             return
         now = time.monotonic()

@@ -81,6 +81,11 @@ class Receiver(Generic[M]):
         lock(self._socket, _door(door))
         self._timeout_ms = -1  # of the socket
 
+    @property
+    def socket(self) -> zmq.Socket[bytes]:
+        """The socket, to be polled together with others."""
+        return self._socket
+
     def receive(self, timeout_s: float | None = None) -> list[M]:
         """Waits for at least one message, then returns all that have arrived, oldest first.
 

@@ -9,7 +9,7 @@ import torch
 from checkpoints import VOCAB_SIZE
 from oracle import assert_greedy, reference_generate, reference_model
 from rows import named
-from worker_driver import Driver, generate, worker_config
+from worker_driver import Driver, worker_config
 
 from tokasaurus.model.worker.worker import Worker
 
@@ -61,13 +61,12 @@ def scored_and_generated(meeting, path, prompt, num_tokens, fields):
     return scores, ids, logprobs
 
 
-@pytest.mark.parametrize("linear", ["packed", "plain"])
-def test_ranks_that_share_layers_compute_what_transformers_does(checkpoint, ranks, linear):
-    for architecture, options, size in VARIANTS:
+def check_parity(checkpoint, ranks, variants, **fields):
+    for architecture, options, size in variants:
         with named(f"{size} ranks, {architecture} {options}"):
             path = checkpoint(architecture, **options)
             prompt = random_ids(50, size)
-            fields = {"linear": linear, "max_topk_logprobs": VOCAB_SIZE}
+            fields = {"max_topk_logprobs": VOCAB_SIZE, **fields}
             scores, ids, logprobs = ranks.run(size, scored_and_generated, path, prompt, 24, fields)[
                 0
             ]
@@ -77,3 +76,14 @@ def test_ranks_that_share_layers_compute_what_transformers_does(checkpoint, rank
             torch.testing.assert_close(scores, expected, atol=1e-4, rtol=0)
             assert_greedy(path, prompt, ids, logprobs)
             assert ids == reference_generate(path, prompt, 24)
+
+
+@pytest.mark.parametrize("linear", ["packed", "plain"])
+def test_ranks_that_share_layers_compute_what_transformers_does(checkpoint, ranks, linear):
+    check_parity(checkpoint, ranks, VARIANTS, linear=linear)
+
+
+def test_graphs_contain_what_ranks_exchange(checkpoint, ranks):
+    traced = {"torch_compile": True, "torch_compile_config": '{"backend": "eager"}'}
+    for linear in ("packed", "plain"):
+        check_parity(checkpoint, ranks, VARIANTS[:1], linear=linear, **traced)

@@ -159,8 +159,9 @@ def give_logits(
     """
     for part in rows.parts:
         _logits(model, hidden, rows.rows.tensor[part.rows])
-    for scored in prompt.parts if prompt is not None else ():
-        _logits(model, hidden, prompt.rows.tensor[scored.rows])
+    if prompt is not None:
+        for scored in prompt.parts:
+            _logits(model, hidden, prompt.rows.tensor[scored.rows])
 
 
 def _parts(num_rows: int, vocab_size: int) -> Iterator[slice]:

@@ -204,7 +204,7 @@ class Controls:
         )
 
     def _read_cartridge(self, action: WriteCartridge) -> dict[str, Tensor]:
-        """Copies of what a cartridge has for this rank, so that it may change before they are used."""
+        """Copies of this rank's part of a cartridge, so that its file may change at once."""
         model = self._model
         with CartridgeFile(Path(action.path)) as file:
             file.check(model.num_layers, model.num_kv_heads, model.head_dim)

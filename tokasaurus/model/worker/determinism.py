@@ -91,7 +91,8 @@ def settle_determinism(
         log.info("probed in %.2f s whether results depend on the batch", _since(started))
     obstacle = ranks.agreed(obstacle)
     if obstacle is None:
-        return Determinism(True, f"deterministic: {summary}")
+        # The first rank's: a receipt says the same for all.
+        return Determinism(True, f"deterministic: {ranks.agreed(summary)}")
     if asked:
         raise ConfigError(f"deterministic=T: {obstacle}, or leave deterministic out")
     return Determinism(False, f"not deterministic: {obstacle}")

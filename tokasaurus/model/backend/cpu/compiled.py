@@ -178,14 +178,15 @@ class CompiledBackend:
         for tensor in cache.keys + cache.values:
             tensor.zero_()
         options = replace(self._options, use_groups=True)
-        *seconds, blocks = measure_group_costs(
+        costs = measure_group_costs(
             CompiledBackend(cache, self._num_heads, options),
             self._num_heads + 2 * cache.num_kv_heads,
             cache.head_dim,
             cache.dtype,
             self._blocks,
         )
-        self._costs = GroupCosts(*shared(seconds), blocks)
+        per_pair, per_token, per_row, fixed = shared(costs[:4])
+        self._costs = GroupCosts(per_pair, per_token, per_row, fixed, costs.blocks)
         log.info("prefix groups save seconds of a layer: %s", self._costs)
 
     @property
