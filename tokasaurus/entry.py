@@ -7,24 +7,18 @@ import errno
 import os
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from collections.abc import Mapping, Sequence
 
-from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.parser import parse_command_line
-from tokasaurus.config.slices import EngineSlices
 from tokasaurus.errors import ConfigError, LaunchError, ModelError
-from tokasaurus.launch.assemble import assemble, explain
+from tokasaurus.launch.assemble import explain
 from tokasaurus.launch.exposure import check_certificate, open_door_warning, with_keys
-from tokasaurus.launch.remote.launcher import RemoteLauncher
+from tokasaurus.launch.launching import MakeLauncher, placed
 from tokasaurus.launch.supervisor import Supervisor
 
 __all__ = ["main", "run"]
 
 _BACKLOG = 2048  # connections that wait while the server is busy
-
-
-MakeLauncher: TypeAlias = Callable[[EngineConfig], "RemoteLauncher | None"]
 
 
 def run(
@@ -37,7 +31,7 @@ def run(
     Args:
         arguments: the command line.
         environment: variables that add to it.
-        make_launcher: finds places for the processes; None for what the flags say.
+        make_launcher: finds places for the processes on other machines; None does what flags say.
 
     Returns:
         The exit status: 0 after a drain, 1 if a process died, 2 if the configuration is wrong.
@@ -48,9 +42,7 @@ def run(
         listener = listen(config.host, config.port)
         address, port = listener.getsockname()[:2]
         config = dataclasses.replace(config, port=port)  # port=0 takes a free one
-        launcher = (make_launcher or _launcher_of)(config)
-        _check_foreground(config, launcher)
-        slices = _assemble(config, launcher)
+        slices, launcher = placed(config, make_launcher)
     except (ConfigError, LaunchError, ModelError) as error:
         print(f"toka: error: {error}", file=sys.stderr)
         return 2
@@ -62,33 +54,6 @@ def run(
     except LaunchError as error:
         print(f"toka: error: {error}", file=sys.stderr)
         return 1
-
-
-def _launcher_of(config: EngineConfig) -> RemoteLauncher | None:
-    if config.launcher == "local":
-        return None
-    from tokasaurus.integrations.ray.launcher import launch_on_ray
-
-    return launch_on_ray(config)
-
-
-def _check_foreground(config: EngineConfig, launcher: RemoteLauncher | None) -> None:
-    if launcher is not None and config.local_proc_name != "server":
-        launcher.close()
-        raise ConfigError(
-            f"local_proc_name={config.local_proc_name}: managers and workers run on other machines,"
-            " and here only the server; leave it out"
-        )
-
-
-def _assemble(config: EngineConfig, launcher: RemoteLauncher | None) -> EngineSlices:
-    if launcher is None:
-        return assemble(config)
-    try:
-        return assemble(config, launcher.devices(config))
-    except BaseException:
-        launcher.close()
-        raise
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -249,7 +249,7 @@ class Outposts:
     def _welcome(self, sock: socket.socket) -> None:
         """Lets an outpost join, in a thread of its own: it may take its time."""
         try:
-            who = sock.getpeername()[0]
+            host = sock.getpeername()[0]
             link = take(sock, self._secret)
             frames = link.receive()
             while frames == []:
@@ -261,7 +261,7 @@ class Outposts:
         finally:
             self._unproved.release()
         if not isinstance(joined, Joined):
-            log.warning("refused a connection from %s: it does not say what it is", who)
+            log.warning("refused a connection from %s: it does not say what it is", host)
             link.close()
             return
         self._join(_Outpost(joined.index, joined.name, link, time.monotonic()), joined.version)
