@@ -179,7 +179,7 @@ class TextCore:
         replicas = {role.replica for role in self._stalled}
         if self.generations is not None:
             self.generations.stalled = tuple(map(str, sorted(self._stalled)))
-            self.generations.is_stuck = replicas >= set(self._watches)
+            self.generations.is_stuck = bool(self._watches) and replicas >= set(self._watches)
         if self.router is not None:
             self.router.set_stalled(replicas)
 
@@ -263,6 +263,7 @@ class TextCore:
         self._workers[number] = note.workers
         self._adopt_workers()
         self._open(number, note.door)
+        self._tell_stalls()
         self._absorb(router.join(number, self._senders[number].send))
         obstacle = router.obstacle(number)
         if obstacle is not None:
