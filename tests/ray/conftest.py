@@ -23,7 +23,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def ray_environment() -> None:
     """Lets raylets, and the actors that they start, import what these tests import."""
-    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+    # Ray leaves out lines that differ from others in numbers only, as those with process ids.
+    os.environ["RAY_DEDUP_LOGS"] = "0"
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
 
 
