@@ -22,6 +22,8 @@ __all__ = [
     "Done",
     "Failed",
     "FromProcess",
+    "Joined",
+    "Left",
     "Lifeline",
     "Lost",
     "Ready",
@@ -100,8 +102,20 @@ class Restored(_Note, frozen=True):
     workers: tuple[WorkerIdentity, ...]  # in the order of ranks
 
 
+class Joined(_Note, frozen=True):
+    """Supervisor to the server: an HTTP process was started."""
+
+    number: int
+
+
+class Left(_Note, frozen=True):
+    """Supervisor to the server: an HTTP process has ended."""
+
+    number: int
+
+
 class Dead(_Note, frozen=True):
-    """Supervisor to the server: the last replica ended; answer every request and stop."""
+    """Supervisor to what answers clients: the engine ended; answer every request and stop."""
 
     reason: str
 
@@ -111,7 +125,7 @@ class Stop(_Note, frozen=True):
 
 
 FromProcess: TypeAlias = Ready | Failed | Replace | Done
-ToProcess: TypeAlias = Assignment | Ready | Start | Lost | Restored | Dead | Stop
+ToProcess: TypeAlias = Assignment | Ready | Start | Lost | Restored | Joined | Left | Dead | Stop
 
 _decoder = msgspec.json.Decoder(FromProcess | ToProcess)
 

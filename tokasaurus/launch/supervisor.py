@@ -5,12 +5,13 @@
     toka ─┬─ server   (in the foreground of toka itself, unless local_proc_name says otherwise)
           ├─ manager
           ├─ worker
-          └─ managers and workers of further replicas
+          ├─ managers and workers of further replicas
+          └─ HTTP processes, if there are several server processes
 
 One thread watches the lifelines; the foreground role has the main thread. When a process of a
 replica dies, the rest of this replica ends, and the replica is started again; meanwhile the server
 goes on with the others. ``Restarts`` says when that has failed too often. An engine with one
-replica ends with it.
+replica ends with it. An HTTP process that ends is started again as well.
 
 Whatever ends the engine (a signal, an exception, the end of the last replica), it ends in the same
 order: first the server, so that every client gets an answer or an error, then the other processes,
@@ -36,6 +37,7 @@ from pathlib import Path
 from types import FrameType
 
 from tokasaurus.config.slices import EngineSlices
+from tokasaurus.launch.http_members import HTTPMembers
 from tokasaurus.launch.leftovers import own_directory, sweep
 from tokasaurus.launch.lifeline import (
     Assignment,
@@ -43,6 +45,8 @@ from tokasaurus.launch.lifeline import (
     Done,
     Failed,
     FromProcess,
+    Joined,
+    Left,
     Lifeline,
     Lost,
     Ready,
@@ -95,6 +99,11 @@ class Supervisor:
             for number in range(len(slices.replicas))
         }
         self._restarts = Restarts(slices.replica_restarts)
+        # The server answers clients itself if it is the only server process.
+        self._has_http = listener is not None and slices.server_processes > 1
+        self._http = HTTPMembers(
+            slices.server_processes if self._has_http else 0, slices.replica_restarts
+        )
         self._has_begun = False  # the server was told to start
         # Why the engine ends; None if it was asked to.
         self._failure: Failed | None = None
@@ -175,7 +184,7 @@ class Supervisor:
             begin_file(Path(self._slices.profile_path).expanduser())
         self._selector.register(self._wake_watcher, selectors.EVENT_READ, None)
         ours, theirs = Lifeline.pair()
-        for role in roles_of(self._slices):
+        for role in [*roles_of(self._slices), *self._http.first_roles()]:
             if role == self._local_role:
                 self._adopt(Member(role, ours))
             else:
@@ -185,9 +194,10 @@ class Supervisor:
         return self._assignment(self._local_role), theirs
 
     def _assignment(self, role: Role) -> Assignment:
-        if role != _SERVER:
+        if role.kind not in ("server", "http"):
             return Assignment(role, self._replicas[role.replica].directory, self._slices)
-        fd = None if self._listener is None else self._listener.fileno()
+        listens = self._listener is not None and (role.kind == "http" or not self._has_http)
+        fd = self._listener.fileno() if self._listener is not None and listens else None
         return Assignment(role, self._directory, self._slices, fd)
 
     def _adopt(self, member: Member) -> None:
@@ -195,6 +205,9 @@ class Supervisor:
         self._all.append(member)
         if member.role == _SERVER:
             self._server = member
+        elif member.role.kind == "http":
+            self._http.living.add(member)
+            self._tell_server(Joined(member.role.replica))
         else:
             self._replicas[member.role.replica].members.append(member)
         self._selector.register(member.lifeline, selectors.EVENT_READ, member)
@@ -269,6 +282,10 @@ class Supervisor:
         member.is_ready = True
         if member.role == _SERVER or member.is_dismissed:
             return
+        if member.role.kind == "http":
+            self._http.ready(member)
+            self._begin_if_ready()
+            return
         replica = self._replicas[member.role.replica]
         if member.role.kind == "worker":
             member.worker = note.worker
@@ -286,7 +303,7 @@ class Supervisor:
         replicas = self._replicas.values()
         ready = [replica for replica in replicas if replica.is_ready]
         is_first = any(each.num_starts == 1 and each.is_starting for each in replicas)
-        if self._has_begun or is_first or not ready:
+        if self._has_begun or is_first or not ready or not self._http.are_ready:
             return
         self._has_begun = True
         workers = {each.number: each.workers for each in ready if each.num_starts == 1}
@@ -299,7 +316,7 @@ class Supervisor:
         log.warning("replica %d is ready again", replica.number)
         self._tell_server(Restored(replica.number, replica.directory, replica.workers))
 
-    def _tell_server(self, note: Start | Restored | Lost | Dead | Stop) -> None:
+    def _tell_server(self, note: Start | Restored | Lost | Joined | Left | Dead | Stop) -> None:
         if self._server is not None:
             self._server.lifeline.send(note)
 
@@ -316,11 +333,35 @@ class Supervisor:
         if member is self._server:
             self._fail(member.role, failure)
             self._stop_others()
+        elif member.role.kind == "http":
+            self._lose_http(member, failure)
         elif failure is not None:
             named = Failed(
                 f"the {member.role} ended: {failure.summary}", failure.traceback, failure.is_final
             )
             self._lose(member.role, named, failure)
+
+    def _lose_http(self, member: Member, failure: Failed | None) -> None:
+        """Starts an HTTP process again that has ended by itself; the last one ends the engine."""
+        self._http.living.discard(member)
+        self._tell_server(Left(member.role.replica))
+        if failure is None or self._stopping or self._server not in self._members:
+            return
+        why_not = self._http.why_not_again(member, failure)
+        log.error(
+            "%sthe %s ended: %s; it is %s",
+            failure.traceback,
+            member.role,
+            failure.summary,
+            "started again" if why_not is None else f"not started again, since {why_not}",
+        )
+        if why_not is None:
+            self._adopt(spawn(self._assignment(self._http.next_role(member))))
+        elif self._http.living:
+            self._begin_if_ready()
+        else:
+            self._fail(member.role, failure)
+            self._stop_server(Dead(f"the {member.role} ended: {failure.summary}"), 0.0)
 
     # --- the end of a replica ---------------------------------------------------------------------
 
@@ -396,7 +437,7 @@ class Supervisor:
 
     def _is_clean_end(self, member: Member) -> bool:
         """Whether a process may have ended: in a drain, first the server, then the others."""
-        if member is not self._server:
+        if member is not self._server and member.role.kind != "http":
             return self._server not in self._members
         return member.process is None or member.process.wait() == 0
 
@@ -407,14 +448,18 @@ class Supervisor:
         self._deadline = time.monotonic() + timeout_s + _FLUSH_S
         if self._server in self._members:
             self._tell_server(note)
+            for member in self._http.living:
+                member.lifeline.send(note)
         else:
             self._stop_others()
 
     def _stop_others(self) -> None:
         self._stopping = True
         self._deadline = time.monotonic() + _FLUSH_S
+        why = "it was shut down" if self._failure is None else self._failure.summary
         for member in self._members:
-            member.lifeline.send(Stop())
+            is_http = member.role.kind == "http"
+            member.lifeline.send(Dead(f"the server ended: {why}") if is_http else Stop())
 
     def _kill_all(self) -> None:
         """Kills all processes. The foreground role can end only with toka itself, which exits."""
