@@ -152,6 +152,21 @@ class Lifeline:
         except OSError:
             return
 
+    def receive_first(self) -> FromProcess | ToProcess | None:
+        """Waits for one note, and leaves later ones to ``receive``; None at the stream's end."""
+        while True:
+            try:
+                data = self._socket.recv(1 << 16, socket.MSG_PEEK)
+                line, end, _ = data.partition(b"\n")
+                self._buffer += self._socket.recv(len(line) + len(end))
+            except OSError:
+                return None
+            if not data:
+                return None
+            if end:
+                note, self._buffer = _decoder.decode(self._buffer), b""
+                return note
+
     def receive(self) -> list[FromProcess | ToProcess] | None:
         """Waits for data; returns the complete notes, or None at the end of the stream."""
         try:
