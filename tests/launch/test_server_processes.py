@@ -10,7 +10,6 @@ import re
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import openai
 import pytest
@@ -172,9 +171,7 @@ def test_files_and_batches_are_those_of_the_engine(engine):
     ]
     data = io.BytesIO("\n".join(map(json.dumps, lines)).encode())
     file = client.files.create(file=("lines.jsonl", data), purpose="batch")
-    batch = client.batches.create(
-        input_file_id=file.id, endpoint=GENERATE, completion_window="24h"
-    )
+    batch = client.batches.create(input_file_id=file.id, endpoint=GENERATE, completion_window="24h")
     # Each request may reach another process.
     eventually(
         lambda: engine.client().batches.retrieve(batch.id).status == "completed", "the batch ends"

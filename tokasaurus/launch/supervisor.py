@@ -69,6 +69,10 @@ log = logging.getLogger(__name__)
 _INTERRUPT_EVERY_S = 0.1
 # Time for the server to answer its clients after a death, and for the others to exit.
 _FLUSH_S = 5.0
+# A replica that is started again may take this many times as long as the longest first start, which
+# loaded the same model on the same machine. It may share the machine with work now.
+_START_FACTOR = 5.0
+_MIN_START_S = 60.0
 _SERVER = Role("server")
 
 
@@ -104,6 +108,7 @@ class Supervisor:
         self._http = HTTPMembers(
             slices.server_processes if self._has_http else 0, slices.replica_restarts
         )
+        self._first_start_s = 0.0  # the longest, of any replica
         self._has_begun = False  # the server was told to start
         # Why the engine ends; None if it was asked to.
         self._failure: Failed | None = None
@@ -190,7 +195,7 @@ class Supervisor:
             else:
                 self._adopt(spawn(self._assignment(role)))
         for replica in self._replicas.values():
-            replica.num_starts = 1
+            replica.num_starts, replica.started_at = 1, time.monotonic()
         return self._assignment(self._local_role), theirs
 
     def _assignment(self, role: Role) -> Assignment:
@@ -236,17 +241,47 @@ class Supervisor:
     def _watch(self) -> None:
         with self._selector as selector:
             while self._members:
-                wait = None if self._deadline is None else self._deadline - time.monotonic()
+                due = [each for each in (self._deadline, self._start_deadline) if each is not None]
+                wait = min(due) - time.monotonic() if due else None
                 events = selector.select(None if wait is None else max(0.0, wait))
-                if not events:
-                    self._kill_all()
-                    return
+                if self._deadline is not None and not events:
+                    if time.monotonic() >= self._deadline:
+                        self._kill_all()
+                        return
+                self._end_slow_starts()
                 for key, _ in events:
                     if key.data is None:
                         self._on_stop_requested()
                     elif not self._on_readable(key.data):
                         selector.unregister(key.fileobj)
                         self._on_ended(key.data)
+
+    @property
+    def _start_deadline(self) -> float | None:
+        """When the next replica that is started again must be ready; None if none is."""
+        limit_s = self._start_limit_s
+        if limit_s is None:
+            return None
+        starting = [each for each in self._replicas.values() if each.is_started_again]
+        return min((each.started_at + limit_s for each in starting), default=None)
+
+    @property
+    def _start_limit_s(self) -> float | None:
+        """None as long as no replica has shown how long a start takes."""
+        if not self._first_start_s:
+            return None
+        return max(_MIN_START_S, _START_FACTOR * self._first_start_s)
+
+    def _end_slow_starts(self) -> None:
+        """Ends replicas whose second or later start takes too long: a process of them hangs."""
+        now, limit_s = time.monotonic(), self._start_limit_s
+        for replica in list(self._replicas.values()):
+            if limit_s is None or not replica.is_started_again:
+                continue
+            if now >= replica.started_at + limit_s:
+                late = [member for member in replica.members if not member.is_ready]
+                reason = f"the {late[0].role} was not ready {limit_s:.0f} s after its start"
+                self._lose(late[0].role, Failed(reason, ""))
 
     def _on_stop_requested(self) -> None:
         self._wake_watcher.recv(1024)
@@ -294,6 +329,9 @@ class Supervisor:
                     other.lifeline.send(note)
         if replica.is_ready:
             self._restarts.ready(replica.number)
+            if replica.num_starts == 1:
+                took_s = time.monotonic() - replica.started_at
+                self._first_start_s = max(self._first_start_s, took_s)
             if self._has_begun:
                 self._tell_restored(replica)
             self._begin_if_ready()
@@ -425,6 +463,7 @@ class Supervisor:
             return
         replica.move(self._directory)
         replica.num_starts += 1
+        replica.started_at = time.monotonic()
         roles = [member.role for member in replica.members]
         replica.members = []
         for role in roles:

@@ -18,6 +18,7 @@ id names. Nothing is decoded for that: the rows of one process are cut out of th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import msgspec
@@ -317,14 +318,9 @@ def _ignore() -> None:
 
 def _prepared(message: GenerateRequest) -> PreparedRequest:
     """What the table must know of a prompt."""
-    num_prompt_logprobs = message.num_prompt_logprobs
     return PreparedRequest(
         prompt_ids=message.prompt_ids,
-        params=SamplingParams(
-            n=message.n,
-            first_k=message.first_k or None,
-            prompt_logprobs=None if num_prompt_logprobs < 0 else num_prompt_logprobs,
-        ),
+        params=_params(message.n, message.first_k, message.num_prompt_logprobs),
         max_tokens=message.max_tokens,
         sampling=message.sampling,
         seed=message.seed,
@@ -332,6 +328,13 @@ def _prepared(message: GenerateRequest) -> PreparedRequest:
         stop_token_ids=message.stop_token_ids,
         pooling=message.pooling,
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _params(n: int, first_k: int, num_prompt_logprobs: int) -> SamplingParams:
+    """What counts here of the parameters; checking them takes longer than all the rest."""
+    prompt_logprobs = None if num_prompt_logprobs < 0 else num_prompt_logprobs
+    return SamplingParams(n=n, first_k=first_k or None, prompt_logprobs=prompt_logprobs)
 
 
 def _failure(request_id: int, error: TokasaurusError) -> RequestRejected | RequestFailed:
