@@ -164,7 +164,8 @@ class Lifeline:
             if not data:
                 return None
             if end:
-                note, self._buffer = _decoder.decode(self._buffer), b""
+                whole, self._buffer = self._buffer, b""
+                note: FromProcess | ToProcess = _decoder.decode(whole)
                 return note
 
     def receive(self) -> list[FromProcess | ToProcess] | None:
