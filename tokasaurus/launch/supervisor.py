@@ -244,10 +244,10 @@ class Supervisor:
                 due = [each for each in (self._deadline, self._start_deadline) if each is not None]
                 wait = min(due) - time.monotonic() if due else None
                 events = selector.select(None if wait is None else max(0.0, wait))
-                if self._deadline is not None and not events:
-                    if time.monotonic() >= self._deadline:
-                        self._kill_all()
-                        return
+                deadline = self._deadline
+                if deadline is not None and not events and time.monotonic() >= deadline:
+                    self._kill_all()
+                    return
                 self._end_slow_starts()
                 for key, _ in events:
                     if key.data is None:
