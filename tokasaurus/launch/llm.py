@@ -30,9 +30,9 @@ from tqdm.auto import tqdm
 
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.errors import Conflict, RequestError, TokasaurusError
-from tokasaurus.launch.assemble import assemble
 from tokasaurus.launch.control import Weights, sleep_actions, wake_up_actions, weights_of
 from tokasaurus.launch.embedded import EmbeddedEngine
+from tokasaurus.launch.launching import placed
 from tokasaurus.launch.outputs import RequestOutput, request_output
 from tokasaurus.launch.program_engine import Conversation, Prompt
 from tokasaurus.launch.replicated import QUIET, ReplicatedEngine, has_processes
@@ -57,17 +57,20 @@ class LLM:
     Raises:
         ConfigError: a flag is unknown, wrong, or contradicts another.
         ModelError: the model cannot be found or served.
+        LaunchError: other machines are not there.
     """
 
     def __init__(self, model: str | PathLike[str] | None = None, **flags: Any) -> None:
         if model is not None:
             flags["model"] = fspath(model)
         config = EngineConfig.from_flags(**{**QUIET, **flags})
-        slices = assemble(config)
+        slices, launcher = placed(config)
         # The caller runs in this process, and could run any code without a template.
         server = dataclasses.replace(slices.server, trust_request_chat_template=True)
-        make = ReplicatedEngine if has_processes(config) else EmbeddedEngine
-        self._engine = make(dataclasses.replace(slices, server=server))
+        slices = dataclasses.replace(slices, server=server)
+        self._engine = (
+            ReplicatedEngine(slices, launcher) if has_processes(config) else EmbeddedEngine(slices)
+        )
         self._lock = threading.Lock()
 
     def generate(

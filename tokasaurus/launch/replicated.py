@@ -23,14 +23,16 @@ import zmq
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.slices import EngineSlices
 from tokasaurus.errors import EngineDead, ModelError
-from tokasaurus.launch.assemble import assemble
 from tokasaurus.launch.doors import TO_SERVER
+from tokasaurus.launch.launching import placed
 from tokasaurus.launch.lifeline import Assignment, Dead, Lifeline, Lost, Ready, Restored, Start
+from tokasaurus.launch.processes import Launcher
 from tokasaurus.launch.program_engine import ProgramEngine
 from tokasaurus.launch.supervisor import Supervisor
 from tokasaurus.launch.text_core import TextCore
 from tokasaurus.launch.text_process import TextProcess
 from tokasaurus.protocol.channels import Receiver
+from tokasaurus.protocol.doors import Door
 from tokasaurus.protocol.messages import ToServer, WorkerStall
 from tokasaurus.server.state import EngineState
 from tokasaurus.text.generations import Generations
@@ -47,8 +49,8 @@ _PATIENCE_S = 0.1
 
 
 def has_processes(config: EngineConfig) -> bool:
-    """Whether an engine has workers in processes of their own, since it has several."""
-    return config.dp_size * config.pp_size * config.tp_size > 1
+    """Whether an engine has workers in processes of their own: several, or on other machines."""
+    return config.dp_size * config.pp_size * config.tp_size > 1 or config.launcher != "local"
 
 
 class ReplicatedEngine(ProgramEngine):
@@ -58,15 +60,16 @@ class ReplicatedEngine(ProgramEngine):
 
     Args:
         slices: the resolved configuration.
+        launcher: starts the processes; None starts them here.
 
     Raises:
         ModelError: the model cannot be served.
         EngineDead: a process ended before the engine was ready.
     """
 
-    def __init__(self, slices: EngineSlices) -> None:
+    def __init__(self, slices: EngineSlices, launcher: Launcher | None = None) -> None:
         self.config = slices.server
-        supervisor = self._supervisor = Supervisor(slices, None)
+        supervisor = self._supervisor = Supervisor(slices, None, launcher=launcher)
         assignment, lifeline = supervisor.start()
         self._lifeline = lifeline
         # Also called when the program ends without closing the engine.
@@ -148,9 +151,9 @@ class _PolledDoors:
         self._poller = zmq.Poller()
         self._poller.register(lifeline.fileno(), zmq.POLLIN)
 
-    def open(self, replica: int, address: str) -> None:
-        door = self._open[replica] = Receiver(address, TO_SERVER)
-        self._poller.register(door.socket, zmq.POLLIN)
+    def open(self, replica: int, door: Door) -> None:
+        receiver = self._open[replica] = Receiver(door, TO_SERVER)
+        self._poller.register(receiver.socket, zmq.POLLIN)
 
     def close(self, replica: int) -> list[ToServer | WorkerStall]:
         door = self._open.pop(replica)
@@ -220,8 +223,8 @@ class AsyncReplicas:
             self._fail(error)
 
     async def _serve(self) -> None:
-        slices = await asyncio.to_thread(assemble, self._config)
-        supervisor = self.supervisor = Supervisor(slices, None)
+        slices, launcher = await asyncio.to_thread(placed, self._config)
+        supervisor = self.supervisor = Supervisor(slices, None, launcher=launcher)
         assignment, lifeline = supervisor.start()
         # Also called when the program ends without closing the engine.
         end = weakref.finalize(self, supervisor.close, lifeline)

@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import queue
 import selectors
 import shutil
 import signal
@@ -33,10 +34,12 @@ import socket
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 from tokasaurus.config.slices import EngineSlices
+from tokasaurus.errors import LaunchError
 from tokasaurus.launch.http_members import HTTPMembers
 from tokasaurus.launch.leftovers import own_directory, sweep
 from tokasaurus.launch.lifeline import (
@@ -56,7 +59,8 @@ from tokasaurus.launch.lifeline import (
     Stop,
     ToProcess,
 )
-from tokasaurus.launch.members import Member, ReplicaProcesses, spawn
+from tokasaurus.launch.members import Member, ReplicaProcesses
+from tokasaurus.launch.processes import Launcher, LocalLauncher, spawn
 from tokasaurus.launch.restarts import Restarts
 from tokasaurus.launch.roles import Front, roles_of, run_role
 from tokasaurus.launch.timeline import begin_file
@@ -75,6 +79,10 @@ _START_FACTOR = 5.0
 _MIN_START_S = 60.0
 _SERVER = Role("server")
 
+# Why the watching thread wakes up.
+_STOP = b"s"
+_PLACED = b"p"
+
 
 class Supervisor:
     """Owns every process, socket and file of one engine.
@@ -83,14 +91,20 @@ class Supervisor:
         slices: the resolved configuration.
         listener: the server's listening socket, which the supervisor closes; None without HTTP.
         front: what runs in the foreground in the server's place; None serves.
+        launcher: starts the other processes, and is closed at the end; None starts them here.
     """
 
     def __init__(
-        self, slices: EngineSlices, listener: socket.socket | None, front: Front | None = None
+        self,
+        slices: EngineSlices,
+        listener: socket.socket | None,
+        front: Front | None = None,
+        launcher: Launcher | None = None,
     ) -> None:
         self._slices = slices
         self._listener = listener
         self._front = front
+        self._launcher = launcher or LocalLauncher()
         # Without HTTP the text core is in this process.
         self._local_role = _SERVER if listener is None else Role(slices.local_proc_name)
         sweep()
@@ -119,6 +133,8 @@ class Supervisor:
         self._foreground_ended = threading.Event()
         self._wake_watcher, self._wake_sender = socket.socketpair()
         self._selector = selectors.DefaultSelector()
+        # Replicas that have places for another start, and why not if they have none.
+        self._placed: queue.SimpleQueue[tuple[int, LaunchError | None]] = queue.SimpleQueue()
         self._watcher = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         self._deadline: float | None = None
 
@@ -189,21 +205,42 @@ class Supervisor:
             begin_file(Path(self._slices.profile_path).expanduser())
         self._selector.register(self._wake_watcher, selectors.EVENT_READ, None)
         ours, theirs = Lifeline.pair()
-        for role in [*roles_of(self._slices), *self._http.first_roles()]:
+        roles = roles_of(self._slices)
+        try:
+            self._launcher.prepare(roles)
+        except LaunchError:
+            self._clean_up()
+            raise
+        for role in roles:
             if role == self._local_role:
                 self._adopt(Member(role, ours))
             else:
-                self._adopt(spawn(self._assignment(role)))
+                self._launch(role)
+        for role in self._http.first_roles():
+            self._launch_http(role)
         for replica in self._replicas.values():
             replica.num_starts, replica.started_at = 1, time.monotonic()
         return self._assignment(self._local_role), theirs
 
     def _assignment(self, role: Role) -> Assignment:
-        if role.kind not in ("server", "http"):
-            return Assignment(role, self._replicas[role.replica].directory, self._slices)
-        listens = self._listener is not None and (role.kind == "http" or not self._has_http)
+        doors = self._launcher.doors_of(role)
+        if role != _SERVER:
+            directory = self._replicas[role.replica].directory
+            return Assignment(role, directory, self._slices, doors=doors)
+        listens = self._listener is not None and not self._has_http
         fd = self._listener.fileno() if self._listener is not None and listens else None
-        return Assignment(role, self._directory, self._slices, fd)
+        return Assignment(role, self._directory, self._slices, fd, doors)
+
+    def _launch(self, role: Role) -> None:
+        process, lifeline = self._launcher.launch(self._assignment(role))
+        self._adopt(Member(role, lifeline, process, self._launcher.where(role)))
+
+    def _launch_http(self, role: Role) -> None:
+        """Starts an HTTP process, which is always beside the server."""
+        assert self._listener is not None
+        fd = self._listener.fileno()
+        process, lifeline = spawn(Assignment(role, self._directory, self._slices, fd))
+        self._adopt(Member(role, lifeline, process))
 
     def _adopt(self, member: Member) -> None:
         self._members.add(member)
@@ -221,7 +258,7 @@ class Supervisor:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if not self._interrupting:
-            self._wake_sender.send(b"s")
+            self._wake_sender.send(_STOP)
         elif not self._foreground_ended.is_set():
             raise KeyboardInterrupt
 
@@ -251,7 +288,7 @@ class Supervisor:
                 self._end_slow_starts()
                 for key, _ in events:
                     if key.data is None:
-                        self._on_stop_requested()
+                        self._on_woken()
                     elif not self._on_readable(key.data):
                         selector.unregister(key.fileobj)
                         self._on_ended(key.data)
@@ -283,8 +320,14 @@ class Supervisor:
                 reason = f"the {late[0].role} was not ready {limit_s:.0f} s after its start"
                 self._lose(late[0].role, Failed(reason, ""))
 
+    def _on_woken(self) -> None:
+        reasons = self._wake_watcher.recv(1024)
+        while not self._placed.empty():
+            self._on_placed(*self._placed.get())
+        if _STOP in reasons:
+            self._on_stop_requested()
+
     def _on_stop_requested(self) -> None:
-        self._wake_watcher.recv(1024)
         if self._stopping:
             log.warning("stopping at once")
             self._kill_all()
@@ -352,7 +395,8 @@ class Supervisor:
 
     def _tell_restored(self, replica: ReplicaProcesses) -> None:
         log.warning("replica %d is ready again", replica.number)
-        self._tell_server(Restored(replica.number, replica.directory, replica.workers))
+        doors = self._launcher.server_doors_of(replica.number)
+        self._tell_server(Restored(replica.number, replica.directory, replica.workers, doors))
 
     def _tell_server(self, note: Start | Restored | Lost | Joined | Left | Dead | Stop) -> None:
         if self._server is not None:
@@ -394,7 +438,7 @@ class Supervisor:
             "started again" if why_not is None else f"not started again, since {why_not}",
         )
         if why_not is None:
-            self._adopt(spawn(self._assignment(self._http.next_role(member))))
+            self._launch_http(self._http.next_role(member))
         elif self._http.living:
             self._begin_if_ready()
         else:
@@ -455,7 +499,7 @@ class Supervisor:
         return "1 replica goes on" if num_ready == 1 else f"{num_ready} replicas go on"
 
     def _start_again(self, number: int) -> None:
-        """Starts a replica whose former processes are gone: only then their devices are free."""
+        """Finds places for a replica, once its former processes are gone and its devices free."""
         replica = self._replicas.get(number)
         if replica is None or self._server not in self._members:
             return
@@ -463,11 +507,30 @@ class Supervisor:
             return
         replica.move(self._directory)
         replica.num_starts += 1
-        replica.started_at = time.monotonic()
         roles = [member.role for member in replica.members]
         replica.members = []
+        self._launcher.prepare_again(roles, partial(self._note_placed, number))
+
+    def _note_placed(self, number: int, problem: LaunchError | None) -> None:
+        """Tells the watching thread; in any thread."""
+        self._placed.put((number, problem))
+        self._wake_sender.send(_PLACED)
+
+    def _on_placed(self, number: int, problem: LaunchError | None) -> None:
+        """Starts a replica that has places again."""
+        replica = self._replicas.get(number)
+        if replica is None or self._stopping:
+            return
+        roles = [role for role in roles_of(self._slices) if self._is_of(role, number)]
+        if problem is not None:
+            self._lose(roles[0], Failed(f"replica {number}: {problem}", "", is_final=True))
+            return
+        replica.started_at = time.monotonic()
         for role in roles:
-            self._adopt(spawn(self._assignment(role)))
+            self._launch(role)
+
+    def _is_of(self, role: Role, replica: int) -> bool:
+        return role != _SERVER and role.replica == replica
 
     def _fail(self, role: Role, failure: Failed | None) -> None:
         """The engine ends because a process has; the first reason counts."""
@@ -511,10 +574,10 @@ class Supervisor:
     def _clean_up(self) -> None:
         processes = [member.process for member in self._all if member.process is not None]
         for process in processes:
-            if process.poll() is None:
-                process.kill()
+            process.kill()
         for process in processes:
             process.wait()
+        self._launcher.close()
         if self._listener is not None:
             self._listener.close()
         shutil.rmtree(self._directory, ignore_errors=True)

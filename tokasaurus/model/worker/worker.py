@@ -118,7 +118,7 @@ class Worker:
         self.ranks = Ranks(
             config.rank, config.tp_size, config.pp_size, rendezvous, device=self._device
         )
-        stage = choose_stage(self.ranks, model_config, place)
+        stage = choose_stage(self.ranks, model_config, place, backend, options)
         parallel = open_tensor_parallel(self.ranks.tp_group, self._device, config.instruction_set)
         overlap = open_overlap(self.ranks, place.linear, config.async_tp_threshold)
         place = replace(place, parallel=parallel, overlap=overlap)
