@@ -135,6 +135,7 @@ def resolve(
         if config.log_procs is None
         else tuple(_KINDS[name] for name in config.log_procs),
         local_proc_name=_KINDS[config.local_proc_name],
+        server_processes=config.server_processes,
     )
 
 

@@ -206,7 +206,7 @@ class EngineSlices:
     determinism_plan: str  # whether results may depend on the batch, and why; a line for --show
     # How long a process that has work may show no progress before it counts as stalled.
     stall_timeout_s: float
-    replica_restarts: int  # of each replica within ten minutes
+    replica_restarts: int  # of each replica, or HTTP process, within ten minutes
     profile_path: str | None  # of a trace; None for no trace
     profile_num_batches: int
     log_level: str
@@ -214,3 +214,4 @@ class EngineSlices:
     log_procs: tuple[str, ...] | None
     # The kind of the process in the foreground; of several, it is the first.
     local_proc_name: Kind
+    server_processes: int = 1  # that share the port
