@@ -14,16 +14,6 @@ from tokasaurus.launch.assemble import assemble
 from tokasaurus.launch.supervisor import Supervisor
 
 
-def two_replicas(slices: EngineSlices) -> EngineSlices:
-    """The resolved replica, twice."""
-    server = slices.server
-    return replace(
-        slices,
-        server=replace(server, max_seqs_per_forward=2 * server.max_seqs_per_forward),
-        replicas=slices.replicas * 2,
-    )
-
-
 def all_steps_ahead(slices: EngineSlices) -> EngineSlices:
     """``scheduling_steps_ahead`` batches in flight, although the device needs fewer."""
     (replica,) = slices.replicas
@@ -32,7 +22,6 @@ def all_steps_ahead(slices: EngineSlices) -> EngineSlices:
 
 
 VARIANTS: Mapping[str, Callable[[EngineSlices], EngineSlices]] = {
-    "two_replicas": two_replicas,
     "all_steps_ahead": all_steps_ahead,
 }
 

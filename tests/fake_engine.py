@@ -109,6 +109,10 @@ UNTRUSTING = server_tokenizer.Tokenizer(WRAPPED, VOCAB_SIZE, [EOS_ID])
 FACTS = ModelFacts(
     path="",
     vocab_size=VOCAB_SIZE,
+    num_layers=64,
+    num_heads=64,
+    num_kv_heads=64,
+    intermediate_size=64,
     max_position_embeddings=512,
     kv_elements_per_token=1,
     num_parameters=0,
@@ -133,9 +137,7 @@ CHOICES = EngineConfig(
     uvicorn_log_level="warning",
 )
 # The defaults of all other flags; without a directory for files there are no batches.
-CONFIG = replace(
-    resolve(CHOICES, FACTS, cuda_available=False, memory_bytes=None).server, data_dir=""
-)
+CONFIG = replace(resolve(CHOICES, FACTS, num_cuda_devices=0, memory_bytes=None).server, data_dir="")
 PREPARER = Preparer(CONFIG, TOKENIZER)
 # Of the fake model, whose answers depend on nothing but the request.
 IDENTITY = WorkerIdentity(

@@ -1,9 +1,10 @@
 """A seeded world of several replicas: text core, router, managers and simulated devices.
 
-Messages between them are late, and replicas are killed with batches and messages in flight. All
-along, each replica's manager checks its invariants and each device its positions; what the text
-core delivers is compared with an oracle that knows nothing of replicas. Commands come while
-replicas die: pauses, aborts, flushes, and updates of the weights, which some replicas refuse.
+Messages between them are late, and replicas are killed with batches and messages in flight, even
+all of them. Some start again. All along, each replica's manager checks its invariants and each
+device its positions; what the text core delivers is compared with an oracle that knows nothing of
+replicas. Commands come while replicas die: pauses, aborts, flushes, and updates of the weights,
+which some replicas refuse.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from fake_engine import CONFIG, TOKENIZER
 from simulation import make_config
 
 from tokasaurus.config.slices import ManagerConfig
-from tokasaurus.errors import EngineAborted, TokasaurusError
+from tokasaurus.errors import EngineAborted, ReplicasLost, TokasaurusError
 from tokasaurus.manager.manager import Manager
 from tokasaurus.protocol.commands import (
     AbortAll,
@@ -53,7 +54,7 @@ from tokasaurus.text.generation import Generation
 from tokasaurus.text.generations import Generations
 from tokasaurus.text.params import SamplingParams
 from tokasaurus.text.preparation import PreparedRequest, Preparer
-from tokasaurus.text.replicas import Replicas
+from tokasaurus.text.replicas import Replicas, Seats
 from tokasaurus.text.samples import SampleOutput, TokenLogprobs
 
 MAX_REQUEST_TOKENS = 64
@@ -142,7 +143,7 @@ class Watched:
 
 
 class ReplicaWorld:
-    """Random traffic over some replicas, of which some are killed.
+    """Random traffic over some replicas, of which some are killed and started again.
 
     Args:
         seed: of everything that is left to chance.
@@ -162,16 +163,17 @@ class ReplicaWorld:
             force_preemption=chance.random() < 0.3,
         )
         num_replicas = chance.choice([2, 2, 3])
+        self._config = config
         self.replicas = [SimulatedReplica(config) for _ in range(num_replicas)]
-        self.router = Replicas(
-            [replica.send for replica in self.replicas], [num_seats] * num_replicas
-        )
+        self.former: list[SimulatedReplica] = []  # that were started again
+        seats = Seats(num_seats, config.num_pages * config.page_size)
+        self.router = Replicas([replica.send for replica in self.replicas], [seats] * num_replicas)
         server = dataclasses.replace(
             CONFIG, max_request_tokens=MAX_REQUEST_TOKENS, max_seqs_per_forward=num_seats
         )
         self._preparer = Preparer(server, TOKENIZER)
         self.generations = Generations(server, TOKENIZER, self.router.send)
-        self.generations.set_num_seats(self.router.num_seats)
+        self.router.attach(self.generations.find, self._on_seats)
         self.living = list(range(num_replicas))
         self.watched: list[Watched] = []
         self.final_rows: Counter[tuple[int, int]] = Counter()
@@ -180,8 +182,11 @@ class ReplicaWorld:
         self.num_updates = 0
         # In the others more samples have tokens when their replica is lost.
         self.has_aborts = chance.random() < 0.5
-        self.num_kills = chance.randint(1, num_replicas - 1)
+        # In half of the worlds dead replicas stay dead, and one lives.
+        self.has_restarts = chance.random() < 0.5
+        self.num_kills = chance.randint(1, 5 if self.has_restarts else num_replicas - 1)
         self.num_replayed = 0  # samples with tokens
+        self.num_failed = 0  # requests that two dead replicas had
         self._beginnings = [[chance.randrange(VOCAB_SIZE) for _ in range(20)] for _ in range(2)]
 
     def run(self, num_requests: int) -> None:
@@ -197,9 +202,12 @@ class ReplicaWorld:
             assert num_late_steps < MAX_LATE_STEPS, "a request never ends"
             if may_start and chance.random() < 0.4:
                 self._start()
-            if kill_after and len(self.watched) >= kill_after[0] and chance.random() < 0.2:
+            is_due = kill_after and len(self.watched) >= kill_after[0]
+            if is_due and self.living and chance.random() < 0.2:
                 del kill_after[0]
                 self.kill(chance.choice(self.living))
+            if self.has_restarts and (chance.random() < 0.03 or not may_start):
+                self._restart()
             # Later an abort would hide a request that never ends.
             if chance.random() < 0.03 and self.watched and may_start:
                 watched = chance.choice(self.watched)
@@ -229,14 +237,30 @@ class ReplicaWorld:
         self.living.remove(number)
         for _ in range(self._random.randint(0, len(dead.outbox))):
             self._deliver(number, dead.outbox.popleft())
-        messages = self.router.lost(number, self.generations.find)
-        self.generations.set_num_seats(self.router.num_seats)
-        for message in messages:
+        loss = self.router.lost(number, f"kill {number}")
+        for message in loss.messages:
             self._absorb(message)
+        for request_id, error in loss.failed.items():
+            self.num_failed += 1
+            self.generations.fail(request_id, error)
         for message in dead.outbox:
             assert self.router.absorb(number, message) == []
 
     # --- inside -----------------------------------------------------------------------------------
+
+    def _on_seats(self) -> None:
+        self.generations.set_num_seats(self.router.num_seats, self.router.num_stuck)
+
+    def _restart(self) -> None:
+        """Starts a dead replica again, with an empty manager and the first weights."""
+        dead = [number for number in range(len(self.replicas)) if number not in self.living]
+        if dead:
+            number = self._random.choice(dead)
+            self.former.append(self.replicas[number])
+            fresh = self.replicas[number] = SimulatedReplica(self._config)
+            self.living.append(number)
+            for message in self.router.join(number, fresh.send):
+                self._absorb(message)
 
     def _settle(self) -> None:
         while not all(self.replicas[number].is_idle for number in self.living):
@@ -350,9 +374,10 @@ class ReplicaWorld:
         turnstile = self.generations._turnstile
         assert (turnstile.num_open, turnstile.num_held) == (0, 0)
         assert not self.router._routes
-        assert not self.router._broadcasts
-        assert all(replica.num_open == 0 for replica in self.router._replicas.values())
-        for replica in self.replicas:
+        assert not self.router._broadcasts._table
+        assert all(replica.num_open == 0 for replica in self.router.living)
+        assert all(replica.work == 0 for replica in self.router.living)
+        for replica in self.replicas + self.former:
             for message in replica.received:
                 if isinstance(message, GenerateRequest) and message.progress is not None:
                     self.num_replayed += int((message.progress.num_generated > 0).sum())
@@ -360,6 +385,9 @@ class ReplicaWorld:
     def _check(self, watched: Watched) -> None:
         generation, request = watched.generation, watched.generation.request
         assert generation.finished
+        if isinstance(generation.error, ReplicasLost):
+            assert self.has_restarts or self.num_kills > 1
+            return
         message = request.message(
             generation.request_id, stream=watched.stream, client=generation.client
         )

@@ -87,6 +87,10 @@ DEFAULTS = (
         ModelFacts(
             path="",
             vocab_size=VOCAB_SIZE,
+            num_layers=64,
+            num_heads=64,
+            num_kv_heads=64,
+            intermediate_size=64,
             max_position_embeddings=4096,
             kv_elements_per_token=1,
             num_parameters=0,
@@ -95,7 +99,7 @@ DEFAULTS = (
             activation_elements_per_token=0,
             eos_token_ids=(),
         ),
-        cuda_available=False,
+        num_cuda_devices=0,
         memory_bytes=None,
     )
     .replicas[0]

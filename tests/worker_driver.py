@@ -25,7 +25,9 @@ def worker_config(path: Path, **fields) -> WorkerConfig:
     """A small worker in fp32."""
     defaults = {
         "rank": 0,
-        "world": 1,
+        "tp_size": 1,
+        "pp_size": 1,
+        "device_index": None,
         "model_path": str(path),
         "trust_remote_code": False,
         "rope_scaling": None,

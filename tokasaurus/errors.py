@@ -13,6 +13,7 @@
         ├── StorageFull        its disk has no room for a file or batch                  (HTTP 507)
         ├── EngineAborted      a command aborted the request before it had an answer     (HTTP 503)
         ├── EngineDead         one of its processes ended; says why                      (HTTP 503)
+        ├── ReplicasLost       two replicas ended while they had the request             (HTTP 503)
         └── ProtocolError      two rooms disagree: a defect in Tokasaurus, not in a request
 
 A wrong argument to a Python function still raises ``TypeError`` or ``ValueError`` where a Python
@@ -32,6 +33,7 @@ __all__ = [
     "ModelError",
     "NotFound",
     "ProtocolError",
+    "ReplicasLost",
     "RequestError",
     "RequestTooLong",
     "StorageFull",
@@ -112,6 +114,21 @@ class EngineAborted(EngineError):
 
 class EngineDead(EngineError):
     """A process of the engine ended; the message says which and why."""
+
+
+class ReplicasLost(EngineError):
+    """Two replicas ended while they had the request, so no third one gets it.
+
+    Args:
+        first: why the first one ended.
+        second: why the second one did.
+    """
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(
+            f"two replicas ended while they had this request ({first}; {second}); it may be the"
+            " cause, so no other gets it"
+        )
 
 
 class ProtocolError(EngineError):

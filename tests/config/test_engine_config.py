@@ -71,6 +71,7 @@ NAMES_AND_DEFAULTS = {
     "allocator_sanity_checks": False,
     "bump_city_population_me": False,
     "dp_size": 1,
+    "replica_restarts": 3,
     "pp_size": 1,
     "tp_size": 1,
     "pp_num_buffer_stages": 1,
@@ -225,14 +226,9 @@ def test_features_still_to_come_are_refused_by_name(name):
         EngineConfig(**{name: other})
 
 
-def test_documented_commands_for_features_still_to_come_are_refused():
-    with pytest.raises(ConfigError) as caught:
-        toka(".par(dp=2,pp=2,tp=1)")
-    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
-        "dp_size=2",
-        "pp_size=2",
-    ]
-    assert toka("dp_size=2", "dp_size=1").dp_size == 1
+def test_sizes_of_the_grid_are_set_together():
+    config = toka(".par(dp=2,pp=3,tp=4)")
+    assert (config.dp_size, config.pp_size, config.tp_size) == (2, 3, 4)
 
 
 def test_retired_flags_are_accepted_with_a_warning(capsys):
@@ -338,7 +334,7 @@ def test_from_flags_reads_keyword_arguments_and_a_file(tmp_path):
         ({"model": 123}, ["model=123", "expected text or None"]),
         ({"trust_remote_code": "T"}, ["trust_remote_code='T'", "true or false"]),
         ({"port": True}, ["port=True", "an integer"]),
-        ({"dp_size": 2}, ["dp_size=2", "not available yet"]),
+        ({"wandb_enabled": True}, ["wandb_enabled=True", "not available yet"]),
     ],
 )
 def test_from_flags_reports_errors(flags, words):
@@ -354,7 +350,7 @@ def test_from_flags_warns_of_retired_flags():
 
 def test_the_constructor_checks_every_field():
     with pytest.raises(ConfigError) as caught:
-        EngineConfig(port="x", page_size=0, dtype="int8", dp_size=2)
+        EngineConfig(port="x", page_size=0, dtype="int8", dp_size=0)
     assert len(str(caught.value).splitlines()) == 4
     with pytest.raises(TypeError):
         EngineConfig(prot=1)

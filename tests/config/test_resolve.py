@@ -17,6 +17,10 @@ from tokasaurus.protocol.messages import LogprobsMode
 FACTS = ModelFacts(
     path="/models/tiny",
     vocab_size=2048,
+    num_layers=64,
+    num_heads=64,
+    num_kv_heads=64,
+    intermediate_size=64,
     max_position_embeddings=4096,
     kv_elements_per_token=1000,
     num_parameters=1_000_000,
@@ -32,7 +36,7 @@ GIB = 2**30
 def slices(
     *,
     facts=FACTS,
-    cuda_available=False,
+    num_cuda_devices=0,
     memory_bytes=24 * GIB,
     bfloat16_instructions=None,
     **flags,
@@ -40,7 +44,7 @@ def slices(
     return resolve(
         EngineConfig(**flags),
         facts,
-        cuda_available=cuda_available,
+        num_cuda_devices=num_cuda_devices,
         memory_bytes=memory_bytes,
         bfloat16_instructions=bfloat16_instructions,
     )
@@ -81,11 +85,42 @@ def test_default_configuration():
     assert (result.log_level, result.log_procs, result.local_proc_name) == ("INFO", None, "server")
 
 
+def test_a_replica_has_a_worker_for_each_stage():
+    (replica,) = slices(pp_size=3).replicas
+    assert [worker.rank for worker in replica.workers] == [0, 1, 2]
+    assert {worker.num_ranks for worker in replica.workers} == {3}
+    with pytest.raises(ConfigError, match="pp_size=65: the model has 64 layers"):
+        slices(pp_size=65)
+
+
+def test_each_stage_has_a_worker_for_each_share():
+    (replica,) = slices(pp_size=2, tp_size=4).replicas
+    assert [worker.rank for worker in replica.workers] == list(range(8))
+    assert {(worker.pp_size, worker.tp_size) for worker in replica.workers} == {(2, 4)}
+
+
+def test_shares_that_are_not_whole_heads_are_refused_with_those_that_are():
+    facts = dataclasses.replace(FACTS, num_heads=12, num_kv_heads=4, intermediate_size=48)
+    for size in (1, 2, 4, 12):
+        assert len(slices(facts=facts, tp_size=size).replicas[0].workers) == size
+    working = "these do: 1, 2, 4, 12"
+    for size, reason in (
+        (5, "num_attention_heads=12"),
+        (24, "num_attention_heads=12"),
+        (3, "num_key_value_heads=4, nor is it a multiple of them"),
+    ):
+        (line,) = problems(facts=facts, tp_size=size)
+        assert line == f"tp_size={size} does not divide the model's {reason}; {working}"
+    facts = dataclasses.replace(facts, intermediate_size=50)
+    (line,) = problems(facts=facts, tp_size=4)
+    assert line == "tp_size=4 does not divide the model's intermediate_size=50; these do: 1, 2"
+
+
 def test_the_rooms_get_the_same_sizes():
     result = slices(page_size=8, kv_cache_num_tokens=1024, max_seqs_per_forward=4)
     (replica,) = result.replicas
     manager, (worker,), server = replica.manager, replica.workers, result.server
-    assert (worker.rank, worker.world) == (0, 1)
+    assert (worker.rank, worker.tp_size, worker.pp_size) == (0, 1, 1)
     for name in ("page_size", "num_pages", "num_slots", "max_tokens_per_forward"):
         assert getattr(manager, name) == getattr(worker, name)
     for room in (manager, worker, server):
@@ -132,19 +167,63 @@ def test_every_choice_reaches_its_room():
 
 
 @each_row(
-    "flags, cuda_available, expected",
+    "flags, num_cuda_devices, expected",
     [
-        ({}, False, ("cpu", "float32")),
-        ({}, True, ("cuda", "bfloat16")),
-        ({"device": "cpu"}, True, ("cpu", "float32")),
-        ({"device": "cuda"}, True, ("cuda", "bfloat16")),
-        ({"dtype": "float16"}, True, ("cuda", "float16")),
-        ({"dtype": "bfloat16"}, False, ("cpu", "bfloat16")),
+        ({}, 0, ("cpu", "float32")),
+        ({}, 1, ("cuda", "bfloat16")),
+        ({"device": "cpu"}, 1, ("cpu", "float32")),
+        ({"device": "cuda"}, 1, ("cuda", "bfloat16")),
+        ({"dtype": "float16"}, 1, ("cuda", "float16")),
+        ({"dtype": "bfloat16"}, 0, ("cpu", "bfloat16")),
     ],
 )
-def test_device_and_dtype(flags, cuda_available, expected):
-    worker = slices(cuda_available=cuda_available, **flags).replicas[0].workers[0]
+def test_device_and_dtype(flags, num_cuda_devices, expected):
+    worker = slices(num_cuda_devices=num_cuda_devices, **flags).replicas[0].workers[0]
     assert (worker.device, worker.dtype) == expected
+
+
+def test_each_rank_of_each_replica_has_the_next_visible_device():
+    for flags, indices in (
+        ({}, [[0]]),
+        ({"dp_size": 3}, [[0], [1], [2]]),
+        ({"dp_size": 2, "pp_size": 2}, [[0, 1], [2, 3]]),
+    ):
+        replicas = slices(num_cuda_devices=8, **flags).replicas
+        found = [[worker.device_index for worker in replica.workers] for replica in replicas]
+        assert found == indices, flags
+    (one, two) = slices(dp_size=2).replicas
+    assert one == two
+    assert one.workers[0].device_index is None
+
+
+def test_too_few_devices_are_one_error_that_counts_them():
+    (line,) = problems(num_cuda_devices=3, dp_size=2, pp_size=2)
+    assert line.startswith("dp_size=2 x pp_size=2 needs 4 CUDA devices, and 3 are visible; lower")
+    (line,) = problems(num_cuda_devices=1, dp_size=2)
+    assert line.startswith("dp_size=2 needs 2 CUDA devices, and 1 is visible")
+    assert "CUDA_VISIBLE_DEVICES" in line
+    # CUDA_VISIBLE_DEVICES="" hides all of them.
+    (line,) = problems(num_cuda_devices=0, dp_size=2, device="cuda")
+    assert line.startswith("device=cuda: PyTorch finds no CUDA device here; leave device out")
+    assert len(slices(num_cuda_devices=0, dp_size=2).replicas) == 2
+
+
+def test_replicas_share_the_memory_of_a_cpu_and_not_that_of_devices():
+    many = {"facts": LARGE, "memory_bytes": 12 * 10**9, "kv_cache_num_tokens": "auto"}
+    whole = slices(**{**many, "memory_bytes": 6 * 10**9}).replicas[0].manager.num_pages
+    for replica in slices(**many, dp_size=2).replicas:
+        assert replica.manager.num_pages == whole
+    one = slices(**many, num_cuda_devices=2).replicas[0].manager.num_pages
+    for replica in slices(**many, dp_size=2, num_cuda_devices=2).replicas:
+        assert replica.manager.num_pages == one
+    plan = slices(**many, dp_size=2).memory_plan
+    assert plan.startswith("memory: cpu has 12.0 GB free, 6.0 GB for each of 2 workers; ")
+
+
+def test_the_server_has_the_seats_of_all_replicas():
+    result = slices(dp_size=3, max_seqs_per_forward=4)
+    assert result.server.max_seqs_per_forward == 12
+    assert [replica.manager.max_seqs_per_forward for replica in result.replicas] == [4, 4, 4]
 
 
 def test_quantization_conflicts_with_what_cannot_multiply_int8():
@@ -152,12 +231,12 @@ def test_quantization_conflicts_with_what_cannot_multiply_int8():
     assert worker.quantization == "int8"
     for flags, message in (
         (
-            {"device": "cuda", "cuda_available": True},
+            {"device": "cuda", "num_cuda_devices": 1},
             "only device=cpu has kernels for it, and device=cuda runs on cuda; leave it out, or"
             " set device=cpu",
         ),
         (
-            {"cuda_available": True},
+            {"num_cuda_devices": 1},
             "only device=cpu has kernels for it, and device=auto runs on cuda; leave it out, or"
             " set device=cpu",
         ),
@@ -296,11 +375,11 @@ def test_the_default_kv_cache_leaves_a_tenth_of_the_memory_free():
         ({"memory_bytes": 12 * 10**9}, 8192),
         ({"memory_bytes": 7 * 10**9}, 2048),
         ({"memory_bytes": 12 * 10**9, "dtype": "bfloat16"}, 8192),
-        ({"memory_bytes": 12 * 10**9, "cuda_available": True}, 8192),
+        ({"memory_bytes": 12 * 10**9, "num_cuda_devices": 1}, 8192),
         ({"memory_bytes": 12 * 10**9, "load_format": "dummy"}, 8192),
     ):
         manager = manager_of(facts=LARGE, **flags)
-        is_narrow = "dtype" in flags or "cuda_available" in flags
+        is_narrow = "dtype" in flags or "num_cuda_devices" in flags
         num_bytes = 2 if is_narrow else 4
         assert manager.max_tokens_per_forward == batch, flags
         used = needed(manager.num_pages * 16, batch, num_bytes)
@@ -309,10 +388,35 @@ def test_the_default_kv_cache_leaves_a_tenth_of_the_memory_free():
     for flags in (
         {"memory_bytes": 10**12},
         {"memory_bytes": None},
-        {"memory_bytes": None, "cuda_available": True},
+        {"memory_bytes": None, "num_cuda_devices": 1},
         {"memory_bytes": None, "kv_cache_num_tokens": "auto"},
     ):
         assert manager_of(facts=LARGE, **flags).num_pages == 131072 // 16, flags
+
+
+def test_each_worker_has_its_part_of_weights_and_kv_cache():
+    """On a CPU all workers have one memory; each GPU is one worker's."""
+    facts = dataclasses.replace(LARGE, num_kv_heads=4)
+    flags = {"facts": facts, "max_tokens_per_forward": 1000, "kv_cache_num_tokens": 2000}
+    batch = 1000 * (50_000 * 4 + 64 * FACTS.vocab_size)
+    # Eight ranks have four heads of keys and values: two ranks share one.
+    for size, kv_share in ((2, 2), (4, 4), (8, 4)):
+        enough = PROCESS + batch + 4 * 10**9 // size + 2000 * 400_000 // kv_share
+        for num_devices, bytes_of_all in ((0, size * enough), (8, enough)):
+            flags |= {"tp_size": size, "num_cuda_devices": num_devices, "dtype": "float32"}
+            assert manager_of(**flags, memory_bytes=bytes_of_all).num_pages == 125
+            assert problems(**flags, memory_bytes=bytes_of_all - 10**6)
+
+
+def test_a_stage_has_room_for_the_most_layers_that_it_may_get():
+    """The head takes as long as 16 of 64 layers, so the first stage has 40 of them."""
+    flags = {"facts": LARGE, "max_tokens_per_forward": 1000, "kv_cache_num_tokens": 2000}
+    batch = 1000 * (50_000 * 4 + 64 * FACTS.vocab_size)
+    weights, kv = 4 * (2 * 10**8 + 5 * 10**8), 2000 * 400_000 * 40 // 64
+    enough = PROCESS + batch + weights + kv
+    flags |= {"pp_size": 2, "num_cuda_devices": 2, "dtype": "float32"}
+    assert manager_of(**flags, memory_bytes=enough).num_pages == 125
+    assert problems(**flags, memory_bytes=enough - 10**6)
 
 
 def test_an_auto_kv_cache_takes_what_is_left():
@@ -374,7 +478,7 @@ def test_memory_too_small_for_the_weights():
         " cpu has 4.0 GB free; dtype=bfloat16 takes half; otherwise free memory, or serve a smaller"
         " model"
     )
-    (line,) = problems(facts=LARGE, memory_bytes=2 * 10**9, model="org/large", cuda_available=True)
+    (line,) = problems(facts=LARGE, memory_bytes=2 * 10**9, model="org/large", num_cuda_devices=1)
     assert line == (
         "model=org/large: the weights take 2.0 GB in bfloat16 and the process 536.9 MB, and cuda"
         " has 2.0 GB free; free memory, or serve a smaller model"
@@ -388,7 +492,7 @@ def test_the_plan_of_memory_is_one_line():
         " 2000 tokens, at most 331.1 MB for a batch of 1000 tokens, 536.9 MB for the process,"
         " 332.1 MB to spare"
     )
-    assert slices(memory_bytes=None, cuda_available=True, **flags).memory_plan == (
+    assert slices(memory_bytes=None, num_cuda_devices=1, **flags).memory_plan == (
         "memory: the free memory of cuda is unknown; 2.0 GB for weights in bfloat16, 400.0 MB for a"
         " KV cache of 2000 tokens, at most 231.1 MB for a batch of 1000 tokens, 536.9 MB for the"
         " process"
@@ -519,7 +623,7 @@ def test_determinism_that_cannot_be_is_refused_and_otherwise_explained():
         ({"torch_compile": True}, "torch_compile=T"),
         ({"device": "cuda"}, "device=cuda"),
     ):
-        machine = {"cuda_available": "device" in flags}
+        machine = {"num_cuda_devices": int("device" in flags)}
         with pytest.raises(ConfigError) as refused:
             slices(deterministic=True, **machine, **flags)
         assert str(refused.value).startswith("deterministic=T: "), flags

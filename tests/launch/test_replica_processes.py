@@ -1,12 +1,13 @@
-"""Two replicas as real processes: when one dies, its requests go on at the other."""
+"""Several replicas as real processes: requests go on when one dies or hangs, and it returns."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,14 @@ from openai.types import Completion
 
 pytestmark = pytest.mark.engine
 
-PROGRAM = (sys.executable, Path(__file__).parents[1] / "engine_variants.py", "two_replicas")
-FLAGS = ("max_seqs_per_forward=16", "kv_cache_num_tokens=16384", "cpu_threads=1")
+FLAGS = (
+    "max_seqs_per_forward=16",
+    # The time limit of a worker grows with its largest batch.
+    "max_tokens_per_forward=64",
+    "kv_cache_num_tokens=16384",
+    "cpu_threads=1",
+    "stall_timeout_s=2",
+)
 REQUEST = {
     "model": "m",
     "prompt": "A B C D",
@@ -27,9 +34,9 @@ REQUEST = {
 }
 
 
-@pytest.fixture
-def pair(tmp_path: Path) -> Iterator[EngineProcess]:
-    engine = EngineProcess(tmp_path / "toka.log", *FLAGS, program=PROGRAM)
+@contextmanager
+def replicas(directory: Path, *flags: str, number: int = 2) -> Iterator[EngineProcess]:
+    engine = EngineProcess(directory / "toka.log", *FLAGS, f"dp_size={number}", *flags)
     try:
         engine.wait_ready()
         yield engine
@@ -52,39 +59,96 @@ def whole(engine: EngineProcess, seed: int) -> Completion:
     return engine.client(timeout=120).completions.create(**REQUEST, n=20, seed=seed)
 
 
-@pytest.mark.parametrize("role", [pytest.param("manager-1", marks=pytest.mark.long), "worker"])
-def test_requests_go_on_when_a_replica_dies_and_fail_with_the_last(
-    pair: EngineProcess, role: str
-) -> None:
-    expected = [stream(pair, seed) for seed in range(2)]
-    expected_texts = [choice.text for choice in whole(pair, 9).choices]
+def health(engine: EngineProcess) -> tuple[int, dict[str, object]]:
+    status, body = engine.get("/health")
+    return status, json.loads(body)
+
+
+def check_that_all_goes_on(engine: EngineProcess, strike: Callable[[], None]) -> None:
+    """Two streams and a request of 20 samples get their tokens, whatever strikes."""
+    expected = stream(engine, 0)
+    expected_texts = [choice.text for choice in whole(engine, 9).choices]
     with ThreadPoolExecutor(4) as pool:
         streams: list[Future[tuple[str, int]]] = [
-            pool.submit(stream, pair, seed) for seed in range(2)
+            pool.submit(stream, engine, seed) for seed in range(2)
         ]
-        answer = pool.submit(whole, pair, 9)  # more samples than one replica has seats for
-        before = pair.metrics()["generated_tokens_total"]
+        answer = pool.submit(whole, engine, 9)  # more samples than one replica has seats for
+        before = engine.metrics()["generated_tokens_total"]
         eventually(
-            lambda: pair.metrics()["generated_tokens_total"] > before + 100, "both compute", 60
+            lambda: engine.metrics()["generated_tokens_total"] > before + 100, "all compute", 60
         )
-        os.kill(pair.child(role), signal.SIGKILL)
-        assert [each.result(120) for each in streams] == expected
+        strike()
+        # Greedy ones are equal.
+        assert [each.result(120) for each in streams] == [expected] * 2
         assert [choice.text for choice in answer.result(120).choices] == expected_texts
-    assert f"the {role} ended: killed by SIGKILL" in pair.log
-    assert "1 replica goes on" in pair.log
-    assert pair.get("/health")[0] == 200
-    rest = "manager" if role == "manager-1" else "manager-1"
-    os.kill(pair.child(rest), signal.SIGKILL)
-    assert pair.wait_exit(20) == 1
-    assert f"toka: the {rest} ended: killed by SIGKILL" in pair.log
-    assert list(pair.private.iterdir()) == []
 
 
-def test_a_drain_ends_all_replicas(pair: EngineProcess) -> None:
-    names = ("manager", "worker", "manager-1", "worker-1-0")
-    pids = [pair.child(name) for name in names]
-    pair.signal(signal.SIGTERM)
-    assert pair.wait_exit(20) == 0
-    for pid in pids:
+def all_are_well(engine: EngineProcess) -> bool:
+    return set(health(engine)[1]["replicas"].values()) == {"ok"}
+
+
+@pytest.mark.parametrize("role", ["worker", pytest.param("manager-1", marks=pytest.mark.long)])
+def test_requests_go_on_when_a_replica_dies_and_it_starts_again(tmp_path: Path, role: str) -> None:
+    with replicas(tmp_path) as engine:
+        former = engine.child(role)
+        check_that_all_goes_on(engine, lambda: os.kill(former, signal.SIGKILL))
+        assert f"the {role} ended: killed by SIGKILL" in engine.log
+        assert "1 replica goes on, and it is started again" in engine.log
+        assert health(engine)[0] == 200
+        eventually(lambda: all_are_well(engine), "the replica is back", 60)
+        assert engine.child(role) != former
+        # Requests alternate where there is nothing to do, so the new one gets some.
+        check_that_all_goes_on(engine, lambda: None)
+        figures = engine.metrics()
+        assert figures["lost_replicas_total"] == 1
+        assert figures["moved_samples_total"] > 0
+        for number in (0, 1):
+            assert figures[f'replica_generated_tokens{{replica="{number}"}}'] > 0
+        engine.signal(signal.SIGTERM)
+        assert engine.wait_exit(20) == 0
+
+
+@pytest.mark.parametrize("role", ["worker-1-0", pytest.param("manager", marks=pytest.mark.long)])
+def test_a_replica_that_hangs_is_ended_and_its_requests_go_on(tmp_path: Path, role: str) -> None:
+    with replicas(tmp_path) as engine:
+        former = engine.child(role)
+        check_that_all_goes_on(engine, lambda: os.kill(former, signal.SIGSTOP))
+        assert f"the {role} has work and has made no progress for" in engine.log
+        eventually(lambda: all_are_well(engine), "the replica is back", 60)
+        assert engine.child(role) != former
         with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+            os.kill(former, 0)
+
+
+def test_the_engine_ends_with_its_last_replica(tmp_path: Path) -> None:
+    with replicas(tmp_path, "replica_restarts=0") as engine:
+        os.kill(engine.child("worker"), signal.SIGKILL)
+        eventually(lambda: "1 replica goes on, and it is not" in engine.log, "it is noticed", 20)
+        assert stream(engine, 0)[1] == 600
+        assert health(engine)[1]["replicas"] == {"0": "ended", "1": "ok"}
+        os.kill(engine.child("manager-1"), signal.SIGKILL)
+        assert engine.wait_exit(20) == 1
+        assert "toka: the manager-1 ended: killed by SIGKILL" in engine.log
+        assert list(engine.private.iterdir()) == []
+
+
+def test_requests_wait_while_all_replicas_start_again(tmp_path: Path) -> None:
+    with replicas(tmp_path) as engine:
+        expected = stream(engine, 0)
+        for role in ("worker", "worker-1-0"):
+            os.kill(engine.child(role), signal.SIGKILL)
+        eventually(lambda: health(engine)[1]["status"] == "restarting", "all are gone", 20)
+        assert health(engine)[0] == 503
+        assert stream(engine, 0) == expected
+        eventually(lambda: all_are_well(engine), "both are back", 60)
+
+
+def test_a_drain_ends_all_replicas(tmp_path: Path) -> None:
+    with replicas(tmp_path) as engine:
+        names = ("manager", "worker", "manager-1", "worker-1-0")
+        pids = [engine.child(name) for name in names]
+        engine.signal(signal.SIGTERM)
+        assert engine.wait_exit(20) == 0
+        for pid in pids:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)

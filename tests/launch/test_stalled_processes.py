@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from engine_process import EngineProcess, eventually, running
 
 pytestmark = pytest.mark.engine
 
-PROGRAM = (sys.executable, Path(__file__).parents[1] / "engine_variants.py", "two_replicas")
 # Small batches: the time limit of a worker grows with its largest batch.
 FLAGS = ("stall_timeout_s=1", "max_tokens_per_forward=64", "max_seqs_per_forward=8")
 REQUEST = {"model": "m", "prompt": "A B C D", "max_tokens": 600, "temperature": 0.0}
@@ -53,29 +50,24 @@ def test_a_process_that_hangs_is_named_until_it_goes_on(watched, role):
     assert f"the {role} makes progress again" in watched.log
 
 
-def test_of_two_replicas_the_one_that_hangs_is_named_and_the_other_serves(tmp_path):
-    engine = EngineProcess(tmp_path / "toka.log", *FLAGS, "cpu_threads=1", program=PROGRAM)
-    try:
-        engine.wait_ready()
-        pid = engine.child("worker-1-0")
-        os.kill(pid, signal.SIGSTOP)
+def test_of_replicas_that_all_hang_none_is_ended_before_another_goes_on(tmp_path):
+    with running(tmp_path, *FLAGS, "cpu_threads=1", "dp_size=2") as engine:
         client = engine.client(timeout=120)
-        with ThreadPoolExecutor(2) as pool:
-            answers = [pool.submit(client.completions.create, **ENDLESS) for _ in range(2)]
-            eventually(lambda: "stalled" in health(engine)[1], "the stall is noticed", 20)
+        workers = [engine.child(role) for role in ("worker", "worker-1-0")]
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        with ThreadPoolExecutor(4) as pool:
+            answers = [pool.submit(client.completions.create, **ENDLESS) for _ in range(4)]
+            named = ["worker", "worker-1-0"]
+            eventually(
+                lambda: health(engine)[1].get("stalled") == named, "the stall is noticed", 20
+            )
             status, body = health(engine)
-            assert (status, body["status"], body["stalled"]) == (200, "ok", ["worker-1-0"])
-            # All of these go to the other replica, more than it has seats for.
-            short = {**REQUEST, "max_tokens": 3, "n": 20}
-            assert len(client.completions.create(**short).choices) == 20
-            os.kill(engine.child("worker"), signal.SIGSTOP)
-            more = pool.submit(client.completions.create, **ENDLESS)
-            eventually(lambda: health(engine)[0] == 503, "now nothing goes on", 20)
-            assert health(engine)[1]["stalled"] == ["worker", "worker-1-0"]
-            os.kill(engine.child("worker"), signal.SIGCONT)
-            os.kill(pid, signal.SIGCONT)
-            for answer in [*answers, more]:
+            assert (status, body["status"]) == (503, "stalled")
+            assert body["replicas"] == {"0": "stalled", "1": "stalled"}
+            os.kill(workers[0], signal.SIGCONT)
+            for answer in answers:
                 assert answer.result(60).usage.completion_tokens == 600
-        eventually(lambda: "stalled" not in health(engine)[1], "the stall is over", 20)
-    finally:
-        engine.stop()
+        assert "the worker makes progress again" in engine.log
+        assert "the worker-1-0 had work and made no progress; 1 replica goes on" in engine.log
+        assert engine.child("worker") == workers[0]

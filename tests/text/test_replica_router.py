@@ -23,6 +23,7 @@ from tokasaurus.protocol.messages import (
     GenerateRequest,
     Ping,
     PooledState,
+    Pooling,
     PromptLogprobs,
     RequestRejected,
     Sampling,
@@ -33,7 +34,7 @@ from tokasaurus.protocol.messages import (
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.generations import Generations
 from tokasaurus.text.params import SamplingParams
-from tokasaurus.text.replicas import Replicas
+from tokasaurus.text.replicas import Loss, Replicas, Seats
 
 SEATS = 4
 
@@ -43,7 +44,8 @@ class Engine:
 
     def __init__(self, num_replicas: int = 2, num_seats: int = SEATS) -> None:
         self.sent: list[list[object]] = [[] for _ in range(num_replicas)]
-        self.router = Replicas([sent.append for sent in self.sent], [num_seats] * num_replicas)
+        seats = Seats(num_seats, num_cached_tokens=4096)
+        self.router = Replicas([sent.append for sent in self.sent], [seats] * num_replicas)
 
     def submit(self, request_id: int, prompt: int = 5, **changes: object) -> GenerateRequest:
         values: dict[str, object] = {
@@ -100,7 +102,7 @@ def indices_of(request: GenerateRequest) -> list[int]:
 # --- choosing ------------------------------------------------------------------------------------
 
 
-def test_requests_go_where_most_seats_are_free_and_a_whole_one_is_passed_on_as_it_is() -> None:
+def test_requests_go_where_the_least_work_is_and_a_whole_one_is_passed_on_as_it_is() -> None:
     engine = Engine()
     first = engine.submit(0, n=3)
     assert engine.sent == [[first], []]
@@ -110,6 +112,46 @@ def test_requests_go_where_most_seats_are_free_and_a_whole_one_is_passed_on_as_i
     engine.end(0, first, 0, 1, 2)
     fourth = engine.submit(3, n=3)
     assert engine.sent[0] == [first, fourth]
+
+
+def test_work_is_counted_down_as_tokens_arrive_and_samples_end() -> None:
+    engine = Engine()
+    zero = engine.router.living[0]
+    request = engine.submit(0, prompt=30, n=2, max_tokens=20, stream=True)
+    assert zero.work == 30 + 2 * 20
+    rows = [(0, 0, [1, 2, 3], FinishReason.RUNNING), (0, 1, [], FinishReason.RUNNING)]
+    engine.router.absorb(0, updates(rows))
+    assert zero.work == 17 + 20
+    # A sample that is longer than predicted still counts.
+    engine.router.absorb(0, updates([(0, 0, [1] * 30, FinishReason.RUNNING)]))
+    assert zero.work == 1 + 20
+    engine.end(0, request, 1)
+    assert zero.work == 1
+    engine.end(0, request, 0)
+    assert zero.work == 0
+
+
+def test_lengths_are_predicted_from_those_of_samples_with_the_same_max_tokens() -> None:
+    engine = Engine(num_replicas=1)
+    (replica,) = engine.router.living
+    for request_id, max_tokens, num_tokens in ((0, 1000, 10), (1, 1000, 20), (2, 500, 500)):
+        request = engine.submit(request_id, max_tokens=max_tokens)
+        rows = [(request_id, 0, [1] * num_tokens, FinishReason.STOP)]
+        engine.router.absorb(0, updates(rows))
+    # With the last max_tokens none has ended: the mean share of all counts.
+    for request_id, max_tokens, expected in ((3, 1000, 15), (4, 500, 500), (5, 2000, 687)):
+        request = engine.submit(request_id, prompt=7, max_tokens=max_tokens)
+        assert replica.work == 7 + expected, max_tokens
+        engine.end(0, request, 0, reason=FinishReason.ABORT)  # of which nothing is learned
+    assert replica.work == 0
+
+
+def test_a_full_replica_gets_nothing_while_another_has_seats() -> None:
+    engine = Engine()
+    engine.submit(0, n=SEATS, max_tokens=1)
+    engine.submit(1, max_tokens=200)
+    engine.submit(2, max_tokens=1)
+    assert [each.request_id for each in engine.requests(1)] == [1, 2]
 
 
 def test_samples_are_split_when_they_exceed_the_free_seats_of_one_replica() -> None:
@@ -151,19 +193,40 @@ def test_prompt_logprobs_and_first_k_together_are_not_split() -> None:
     assert engine.sent == [[request], []]
 
 
-def test_equal_beginnings_of_prompts_stay_together_unless_the_load_becomes_uneven() -> None:
+def test_a_prompt_goes_where_its_beginning_is_unless_that_replica_has_much_more_to_do() -> None:
     engine = Engine(num_seats=16)
-    engine.submit(0, prompt=200)
-    engine.submit(1)
-    for request_id, length in ((2, 300), (3, 150), (4, 250), (5, 128)):
-        engine.submit(request_id, prompt=length)
-    assert [each.request_id for each in engine.requests(0)] == [0, 2, 3, 4, 5]
-    # Now it has a quarter of its seats fewer free than the other, and after one more, more.
-    engine.submit(6, prompt=128)
-    engine.submit(7, prompt=128)
-    engine.submit(8, prompt=128)
-    assert [each.request_id for each in engine.requests(0)] == [0, 2, 3, 4, 5, 6]
-    assert [each.request_id for each in engine.requests(1)] == [1, 7, 8]
+    engine.submit(0, prompt=1024, max_tokens=1)
+    engine.submit(1, max_tokens=1)
+    engine.submit(2, prompt=1024)
+    assert [each.work for each in engine.router.living] == [1024 + 1 + 20, 5 + 1]
+    engine.submit(3, prompt=576)  # 1045 - 576 tokens here, 6 there
+    assert [each.request_id for each in engine.requests(0)] == [0, 2]
+    assert [each.request_id for each in engine.requests(1)] == [1, 3]
+    assert [each.work for each in engine.router.living] == [1045, 6 + 576 + 20]
+    engine.submit(4, prompt=1024)  # 1045 - 1024 tokens here, 602 - 576 there
+    assert engine.last(0).request_id == 4
+
+
+def test_prompts_that_take_nothing_from_the_cache_go_where_the_least_work_is() -> None:
+    for changes in ({"num_prompt_logprobs": 0}, {"pooling": Pooling.MEAN}, {"cartridges": ("c",)}):
+        engine = Engine(num_seats=16)
+        engine.submit(0, prompt=1024)
+        engine.submit(1, prompt=1024, **changes)
+        assert engine.last(1).request_id == 1, changes
+
+
+def test_no_beginning_is_cached_after_a_flush_or_an_update() -> None:
+    for action in (FlushCache(), UpdateWeights(1, ())):
+        engine = Engine(num_seats=16)
+        request = engine.submit(0, prompt=1024)
+        engine.end(0, request, 0)
+        engine.router.send(Command(1, action))
+        for replica in (0, 1):
+            engine.router.absorb(replica, CommandDone(1))
+        engine.submit(1, prompt=1024)
+        assert engine.router.living[0].work >= 1024, action
+        engine.submit(2, prompt=1024)
+        assert engine.last(1).request_id == 2
 
 
 def acknowledged(message: Acknowledge) -> list[tuple[int, int, int]]:
@@ -199,7 +262,7 @@ def test_each_part_hears_of_its_own_samples() -> None:
     for message in (AbortRequest(5), StopSequence(6, 0), StopSequence(5, 1)):
         engine.router.send(message)  # of requests that are not there any more
     assert [len(sent) for sent in engine.sent] == num_sent
-    assert [replica.num_open for replica in engine.router._replicas.values()] == [0, 0]
+    assert [(each.num_open, each.work) for each in engine.router.living] == [(0, 0)] * 2
 
 
 # --- messages from the managers ------------------------------------------------------------------
@@ -247,7 +310,7 @@ def test_a_split_request_is_refused_once() -> None:
     (abort,) = engine.sent[0][1:]
     assert (type(abort), abort.request_id) == (AbortRequest, zero.request_id)
     assert len(engine.sent[1]) == 1
-    assert [replica.num_open for replica in engine.router._replicas.values()] == [0, 0]
+    assert [(each.num_open, each.work) for each in engine.router.living] == [(0, 0)] * 2
 
 
 def eta(rows: dict[int, float], backlog: float) -> Eta:
@@ -283,7 +346,7 @@ def test_statistics_are_sums_whose_totals_never_fall() -> None:
     assert (message.num_finished, message.step_s) == (3, 0.5)
     (message,) = engine.router.absorb(1, statistics(4, 0.25))
     assert (message.num_finished, message.num_pages, message.step_s) == (7, 7, 0.5)
-    engine.router.lost(0, lambda _: None)
+    engine.router.lost(0, "killed")
     (message,) = engine.router.absorb(1, statistics(5, 0.25))
     assert (message.num_finished, message.device_s) == (8, 8)
     assert (message.num_pages, message.num_waiting, message.step_s) == (5, 5, 0.25)
@@ -294,7 +357,7 @@ def test_a_version_and_a_pause_are_not_summed() -> None:
     engine.router.absorb(0, statistics(1, 0.5, weights_version=2, paused=True))
     (message,) = engine.router.absorb(1, statistics(1, 0.5, weights_version=2, paused=True))
     assert (message.weights_version, message.paused) == (2, True)
-    engine.router.lost(0, lambda _: None)
+    engine.router.lost(0, "killed")
     (message,) = engine.router.absorb(1, statistics(1, 0.5, weights_version=2))
     assert (message.weights_version, message.paused) == (2, False)
 
@@ -332,7 +395,7 @@ def test_a_lost_replica_is_not_waited_for() -> None:
     engine = Engine()
     engine.router.send(Command(1, FlushCache()))
     assert engine.router.absorb(1, CommandDone(1, 4)) == []
-    (message,) = engine.router.lost(0, lambda _: None)
+    (message,) = engine.router.lost(0, "killed").messages
     assert (message.command_id, message.num_pages) == (1, 4)
     assert engine.router.absorb(0, CommandDone(1, 4)) == []
 
@@ -340,10 +403,15 @@ def test_a_lost_replica_is_not_waited_for() -> None:
 # --- a loss --------------------------------------------------------------------------------------
 
 
-def text_core() -> tuple[Engine, Generations]:
-    """A text core over a router of two replicas."""
-    engine = Engine()
-    return engine, Generations(CONFIG, TOKENIZER, engine.router.send)
+def text_core(num_replicas: int = 2) -> tuple[Engine, Generations]:
+    """A text core over a router of some replicas."""
+    engine = Engine(num_replicas)
+    generations = Generations(CONFIG, TOKENIZER, engine.router.send)
+    router = engine.router
+    router.attach(
+        generations.find, lambda: generations.set_num_seats(router.num_seats, router.num_stuck)
+    )
+    return engine, generations
 
 
 def start(generations: Generations, **params: object) -> Generation:
@@ -352,9 +420,13 @@ def start(generations: Generations, **params: object) -> Generation:
     return submit(generations, [9, 10, 11], SamplingParams(**values), stream=stream)
 
 
-def lose(engine: Engine, generations: Generations, replica: int) -> None:
-    for message in engine.router.lost(replica, generations.find):
+def lose(engine: Engine, generations: Generations, replica: int) -> Loss:
+    loss = engine.router.lost(replica, "killed")
+    for message in loss.messages:
         generations.absorb(message)
+    for request_id, error in loss.failed.items():
+        generations.fail(request_id, error)
+    return loss
 
 
 def test_a_stream_goes_on_with_its_tokens_and_others_begin_again() -> None:
@@ -457,7 +529,7 @@ def test_an_answer_of_a_lost_replica_does_not_count() -> None:
     engine.router.send(Command(1, UpdateWeights(1, ("f",))))
     engine.router.absorb(0, CommandFailed(1, "no such file", "files"))
     engine.router.absorb(1, CommandDone(1, weights_version=1))
-    assert engine.router.lost(0, lambda _: None) == []
+    assert engine.router.lost(0, "killed").messages == []
     (message,) = engine.router.absorb(2, CommandDone(1, weights_version=1))
     assert isinstance(message, CommandDone)
 
@@ -526,7 +598,6 @@ def test_a_ping_goes_to_every_replica() -> None:
 
 def test_more_requests_pass_the_turnstile_beside_those_that_are_stuck() -> None:
     engine, generations = text_core()
-    generations.set_num_seats(engine.router.num_seats)
     passed = 4 * 2 * SEATS  # rounds of seats
     for _ in range(passed + 1):
         start(generations)
@@ -534,7 +605,6 @@ def test_more_requests_pass_the_turnstile_beside_those_that_are_stuck() -> None:
     engine.router.set_stalled({0})
     num_stuck = engine.router.num_stuck
     assert num_stuck == passed / 2
-    generations.set_num_seats(engine.router.num_seats, num_stuck)
     for request in engine.requests(1):
         for message in engine.router.absorb(
             1, updates([(request.request_id, 0, [1], FinishReason.LENGTH)])

@@ -21,6 +21,7 @@ COMMANDS = {
     "sampling": "what drawing a token costs, for each kind of row (needs no model)",
     "attention": "what one layer of attention takes on this processor",
     "peers": "ours against other engines on the same workloads, in the same run",
+    "parallel": "several processes of this machine against one, on the same workload",
     "quantization": "what int8 weights change: perplexity and greedy answers",
     "roofline": "how fast this machine multiplies matrices and reads memory",
     "lookahead": "how long the device waits for the manager, and how many tokens are wasted",

@@ -505,25 +505,47 @@ class EngineConfig:
         1,
         group=_PARALLEL,
         minimum=1,
-        later="data parallelism",
-        help="Replicas of the model behind one port.",
+        help=(
+            "Replicas of the model behind one port. Each has weights and a KV cache of its own. "
+            "It takes dp_size x pp_size x tp_size GPUs, in their order."
+        ),
+    )
+    replica_restarts: int = flag(
+        3,
+        group=_PARALLEL,
+        minimum=0,
+        help=(
+            "With dp_size over 1: how often within ten minutes a replica is started again after "
+            "one of its processes has ended or makes no progress. After that, or after two starts "
+            "in a row that did not make it ready, the engine goes on without it."
+        ),
     )
     pp_size: int = flag(
         1,
         group=_PARALLEL,
         minimum=1,
-        later="pipeline parallelism",
-        help="Pipeline stages of each replica.",
+        help=(
+            "Stages of each replica: devices that each have a part of the layers. Batches run in "
+            "all of them at the same time."
+        ),
     )
     tp_size: int = flag(
-        1, group=_PARALLEL, minimum=1, later=_TENSOR, help="GPUs that share each layer."
+        1,
+        group=_PARALLEL,
+        minimum=1,
+        help=(
+            "Devices that share each layer of a stage: each has some of the heads, and a part of "
+            "every other weight. It must divide the heads of the model."
+        ),
     )
     pp_num_buffer_stages: int = flag(
         1,
         group=_PARALLEL,
         minimum=0,
-        later="pipeline parallelism",
-        help="Batches in flight beyond one for each pipeline stage.",
+        help=(
+            "With pp_size over 1: batches in flight beyond one for each stage. They hide the way "
+            "of the tokens from the last stage to the first."
+        ),
     )
     async_tp_threshold: int | None = flag(
         None,

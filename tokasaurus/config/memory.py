@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tokasaurus.config.slices import ModelFacts
+from tokasaurus.rounding import ceil_div
 
 __all__ = ["Memory"]
 
@@ -34,34 +35,47 @@ _SPARE = 0.1
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory of the device that a model runs on, and what the model takes of it.
+    """The memory of the device that a worker runs on, and what its part of the model takes of it.
 
     The bound of a batch is for the kernels that ``auto`` takes. attention=reference gathers keys
     and values, which takes more.
 
     Attributes:
         device: "cpu" or "cuda".
-        free_bytes: before the worker's process starts; None if unknown.
+        memory_bytes: free before the workers' processes start; None if unknown.
         dtype: of weights, activations and KV cache.
         facts: of the model.
         quantization: of the products; None if they have the dtype.
+        num_sharing: workers that share the memory in equal parts.
+        pp_size: stages, each with a part of the layers.
+        tp_size: workers that share each layer.
     """
 
     device: str
-    free_bytes: int | None
+    memory_bytes: int | None
     dtype: str
     facts: ModelFacts
     quantization: str | None = None
+    num_sharing: int = 1
+    pp_size: int = 1
+    tp_size: int = 1
+
+    @property
+    def free_bytes(self) -> int | None:
+        """What one worker may take; None if unknown."""
+        return None if self.memory_bytes is None else self.memory_bytes // self.num_sharing
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the weights."""
+        """Bytes of the weights that a worker has, at most."""
         facts = self.facts
-        if self.quantization is None:
-            return facts.num_parameters * self._element_bytes
-        others = facts.num_parameters - facts.num_product_parameters
-        products = facts.num_product_parameters + facts.num_product_rows * _QUANTIZED_ROW_BYTES
-        return others * self._element_bytes + products
+        others = (facts.num_parameters - facts.num_product_parameters) * self._element_bytes
+        products = facts.num_product_parameters * self._element_bytes
+        if self.quantization is not None:
+            products = facts.num_product_parameters + facts.num_product_rows * _QUANTIZED_ROW_BYTES
+        return ceil_div(
+            others + ceil_div(products * self._most_layers, facts.num_layers), self.tp_size
+        )
 
     @property
     def has_room_for_weights(self) -> bool:
@@ -69,8 +83,8 @@ class Memory:
         return self.free_bytes is None or self._for_weights <= self.free_bytes
 
     def kv_bytes(self, num_tokens: int) -> int:
-        """Bytes of a KV cache for this number of tokens."""
-        return num_tokens * self.facts.kv_elements_per_token * self._element_bytes
+        """Bytes of a worker's part of a KV cache for this number of tokens."""
+        return num_tokens * self._kv_elements_per_token * self._element_bytes
 
     def batch_bytes(self, num_tokens: int) -> int:
         """The most bytes of tensors that a batch of this number of tokens has at a time."""
@@ -149,6 +163,26 @@ class Memory:
         )
 
     @property
+    def _most_layers(self) -> int:
+        """Layers of a stage, at most: stages take equal times, and the last one has the head."""
+        facts = self.facts
+        if self.pp_size == 1:
+            return facts.num_layers
+        products = max(facts.num_product_parameters, 1)
+        head = (facts.num_parameters - products) * facts.num_layers // products
+        return min(
+            ceil_div(facts.num_layers + max(head, 0), self.pp_size),
+            max(facts.num_layers - self.pp_size + 1, 1),
+        )
+
+    @property
+    def _kv_elements_per_token(self) -> int:
+        facts = self.facts
+        heads = max(facts.num_kv_heads // self.tp_size, 1)  # with fewer heads, workers share them
+        share = facts.kv_elements_per_token * self._most_layers * heads
+        return max(ceil_div(share, facts.num_layers * facts.num_kv_heads), 1)
+
+    @property
     def _weight_dtype(self) -> str:
         return self.dtype if self.quantization is None else f"{self.quantization} and {self.dtype}"
 
@@ -163,7 +197,12 @@ class Memory:
     def _free(self) -> str:
         if self.free_bytes is None:
             return f"the free memory of {self.device} is unknown"
-        return f"{self.device} has {_size(self.free_bytes)} free"
+        if self.num_sharing == 1 or self.memory_bytes is None:
+            return f"{self.device} has {_size(self.free_bytes)} free"
+        return (
+            f"{self.device} has {_size(self.memory_bytes)} free, {_size(self.free_bytes)} for each"
+            f" of {self.num_sharing} workers"
+        )
 
 
 def _smaller(num_tokens: int) -> Iterator[int]:

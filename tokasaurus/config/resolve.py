@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from tokasaurus.config.determinism import check_determinism, plan_determinism
+from tokasaurus.config.devices import choose_device, device_index
 from tokasaurus.config.dtype import choose_dtype
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.memory import Memory
@@ -68,7 +69,7 @@ def resolve(
     config: EngineConfig,
     facts: ModelFacts,
     *,
-    cuda_available: bool,
+    num_cuda_devices: int,
     memory_bytes: int | None,
     bfloat16_instructions: str | None = None,
 ) -> EngineSlices:
@@ -77,8 +78,9 @@ def resolve(
     Args:
         config: the user's choices; ``tokenizer``, if set, is a path that the text core can load.
         facts: about the model that ``config.model`` names.
-        cuda_available: whether the machine has a working CUDA device.
-        memory_bytes: free memory of the device that the model will run on; None if unknown.
+        num_cuda_devices: the CUDA devices that work and are visible.
+        memory_bytes: free memory of the device that the model will run on, the least of several;
+            None if unknown.
         bfloat16_instructions: the instruction set of the processor's kernels, if it multiplies
             bf16; otherwise None.
 
@@ -86,29 +88,46 @@ def resolve(
         ConfigError: one line for every conflict, naming the flags and the remedy.
     """
     problems: list[str] = []
-    device = _device(config, cuda_available, problems)
+    device = choose_device(config, num_cuda_devices, problems)
     dtype = choose_dtype(config.dtype, device, facts.dtype, bfloat16_instructions)
     _check_quantization(config, device, dtype.name, problems)
-    memory = Memory(device, memory_bytes, dtype.name, facts, config.quantization)
+    memory = Memory(
+        device,
+        memory_bytes,
+        dtype.name,
+        facts,
+        config.quantization,
+        # All workers on the CPU have one memory.
+        config.dp_size * config.pp_size * config.tp_size if device == "cpu" else 1,
+        config.pp_size,
+        config.tp_size,
+    )
     limits = _limits(config, facts.max_position_embeddings, memory, problems)
     obstacle = check_determinism(config, device)
     if config.deterministic and obstacle is not None:
         problems.append(f"deterministic=T: {obstacle}, or leave deterministic out")
+    _check_stages(config, facts, problems)
+    _check_shares(config, facts, problems)
     _check_access(config, problems)
     if problems:
         raise ConfigError("\n".join(problems))
     return EngineSlices(
         server=_server(config, facts, limits),
-        replicas=(
+        replicas=tuple(
             ReplicaSlices(
                 manager=_manager(config, limits),
-                workers=(_worker(config, facts, limits, device, dtype.name),),
-            ),
+                workers=tuple(
+                    _worker(config, facts, limits, device, dtype.name, replica, rank)
+                    for rank in range(config.pp_size * config.tp_size)
+                ),
+            )
+            for replica in range(config.dp_size)
         ),
         dtype_plan=dtype.reason,
         memory_plan=memory.plan(limits.num_pages * limits.page_size, limits.max_tokens),
         determinism_plan=plan_determinism(config, obstacle),
         stall_timeout_s=config.stall_timeout_s,
+        replica_restarts=config.replica_restarts,
         profile_path=f"{_data_dir(config)}/profile.json" if config.profile else None,
         profile_num_batches=config.profile_num_batches,
         log_level=config.log_level,
@@ -130,16 +149,6 @@ class _Limits:
     max_tokens: int
 
 
-def _device(config: EngineConfig, cuda_available: bool, problems: list[str]) -> str:
-    if config.device == "auto":
-        return "cuda" if cuda_available else "cpu"
-    if config.device == "cuda" and not cuda_available:
-        problems.append(
-            "device=cuda: PyTorch finds no CUDA device here; leave device out, or set cpu"
-        )
-    return config.device
-
-
 def _check_quantization(config: EngineConfig, device: str, dtype: str, problems: list[str]) -> None:
     if config.quantization is None:
         return
@@ -158,6 +167,35 @@ def _check_quantization(config: EngineConfig, device: str, dtype: str, problems:
         problems.append(
             f"{flag}: linear=plain multiplies by weights in dtype; leave one of them out"
         )
+
+
+def _check_stages(config: EngineConfig, facts: ModelFacts, problems: list[str]) -> None:
+    if config.pp_size > facts.num_layers:
+        problems.append(
+            f"pp_size={config.pp_size}: the model has {facts.num_layers} layers, and each stage"
+            " needs one; lower it"
+        )
+
+
+def _check_shares(config: EngineConfig, facts: ModelFacts, problems: list[str]) -> None:
+    """Whether each layer can be dealt to tp_size workers, in whole heads."""
+    size, heads, kv_heads = config.tp_size, facts.num_heads, facts.num_kv_heads
+
+    def works(size: int) -> bool:
+        whole = heads % size == facts.intermediate_size % size == 0
+        return whole and (kv_heads % size == 0 or size % kv_heads == 0)
+
+    if works(size):
+        return
+    working = [str(each) for each in range(1, heads + 1) if works(each)]
+    reason = f"num_attention_heads={heads}"
+    if heads % size == 0:
+        reason = f"intermediate_size={facts.intermediate_size}"
+    if heads % size == facts.intermediate_size % size == 0:
+        reason = f"num_key_value_heads={kv_heads}, nor is it a multiple of them"
+    problems.append(
+        f"tp_size={size} does not divide the model's {reason}; these do: {', '.join(working)}"
+    )
 
 
 def _limits(
@@ -377,7 +415,7 @@ def _server(config: EngineConfig, facts: ModelFacts, limits: _Limits) -> ServerC
         vocab_size=facts.vocab_size,
         eos_token_ids=facts.eos_token_ids,
         max_request_tokens=limits.max_request_tokens,
-        max_seqs_per_forward=limits.max_seqs,
+        max_seqs_per_forward=config.dp_size * limits.max_seqs,
         max_topk_logprobs=_max_topk(config, facts),
         logprobs_mode=_LOGPROBS_MODES[config.logprobs_mode],
         tool_call_parser=config.tool_call_parser,
@@ -447,16 +485,24 @@ def _admission(config: EngineConfig) -> AdmissionConfig:
 
 
 def _worker(
-    config: EngineConfig, facts: ModelFacts, limits: _Limits, device: str, dtype: str
+    config: EngineConfig,
+    facts: ModelFacts,
+    limits: _Limits,
+    device: str,
+    dtype: str,
+    replica: int,
+    rank: int,
 ) -> WorkerConfig:
     scaling, compiling = config.rope_scaling, config.torch_compile_config
     return WorkerConfig(
-        rank=0,
-        world=1,
+        rank=rank,
+        tp_size=config.tp_size,
+        pp_size=config.pp_size,
         model_path=facts.path,
         trust_remote_code=config.trust_remote_code,
         rope_scaling=None if scaling is None else json.dumps(scaling, sort_keys=True),
         device=device,
+        device_index=device_index(config, device, replica, rank),
         dtype=dtype,
         attention=config.attention,
         instruction_set=config.instruction_set,

@@ -25,6 +25,10 @@ class ModelFacts:
 
     path: str  # local directory
     vocab_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    intermediate_size: int
     # After the RoPE scaling, the user's if there is one.
     max_position_embeddings: int
     kv_elements_per_token: int  # 2 * layers * kv heads * head size
@@ -158,12 +162,16 @@ class ManagerConfig:
 class WorkerConfig:
     """The model room's slice: one worker's."""
 
-    rank: int  # of the worker
-    world: int  # workers of its replica
+    # Of the worker within its replica: stage * tp_size + its rank among those of the stage.
+    rank: int
+    tp_size: int  # workers that share each layer
+    pp_size: int  # stages, each with a part of the layers
     model_path: str
     trust_remote_code: bool
     rope_scaling: str | None  # JSON that replaces the model's
     device: str  # "cpu" or "cuda"
+    # Among the visible devices; None on "cpu", and for the device that the process has chosen.
+    device_index: int | None
     dtype: str  # "float32", "bfloat16" or "float16"
     attention: str  # "auto", "compiled" or "reference"
     instruction_set: str  # of the kernels on "cpu"; "auto" for the best one
@@ -183,6 +191,11 @@ class WorkerConfig:
     torch_compile: bool
     torch_compile_config: str | None  # JSON
     num_threads: int | None  # of the CPU backend; None leaves it to torch
+
+    @property
+    def num_ranks(self) -> int:
+        """Workers of the replica."""
+        return self.tp_size * self.pp_size
 
 
 @dataclass(frozen=True)
@@ -204,6 +217,7 @@ class EngineSlices:
     determinism_plan: str  # whether results may depend on the batch, and why; a line for --show
     # How long a process that has work may show no progress before it counts as stalled.
     stall_timeout_s: float
+    replica_restarts: int  # of each replica within ten minutes
     profile_path: str | None  # of a trace; None for no trace
     profile_num_batches: int
     log_level: str

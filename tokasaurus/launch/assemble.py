@@ -19,6 +19,12 @@ from tokasaurus.model.instruction_sets import bfloat16_instructions
 
 __all__ = ["assemble", "explain"]
 
+_QUESTION = """
+import torch
+if torch.cuda.is_available():
+    print(*(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())))
+"""
+
 
 def assemble(config: EngineConfig) -> EngineSlices:
     """Resolves a configuration on this machine.
@@ -49,14 +55,15 @@ def _resolve(config: EngineConfig, model: Path) -> EngineSlices:
     if config.tokenizer is not None:
         config = dataclasses.replace(config, tokenizer=str(find_tokenizer(config.tokenizer)))
     facts = model_facts(model, rope_scaling, config.load_format, config.tokenizer)
-    cuda_bytes = None if config.device == "cpu" else _free_cuda_bytes()
+    cuda_bytes = [] if config.device == "cpu" else _free_cuda_bytes()
+    used = cuda_bytes[: config.dp_size * config.pp_size * config.tp_size]
     return resolve(
         config,
         facts,
-        memory_bytes=_available_memory_bytes() if cuda_bytes is None else cuda_bytes,
-        cuda_available=cuda_bytes is not None,
+        memory_bytes=min(used) if used else _available_memory_bytes(),
+        num_cuda_devices=len(cuda_bytes),
         bfloat16_instructions=(
-            bfloat16_instructions(config.instruction_set) if cuda_bytes is None else None
+            None if cuda_bytes else bfloat16_instructions(config.instruction_set)
         ),
     )
 
@@ -72,15 +79,15 @@ def _available_memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def _free_cuda_bytes() -> int | None:
-    """Free memory of the first CUDA device; None if torch finds no device that works.
+def _free_cuda_bytes() -> list[int]:
+    """Free memory of each visible CUDA device that works, in torch's order.
 
-    Asks torch in a process of its own, which the CUDA context ends with, and only if the driver is
-    there: the import is slow.
+    CUDA reads ``CUDA_VISIBLE_DEVICES`` (numbers or UUIDs; empty for none), so the first of them has
+    the index 0. Asks torch in a process of its own, which the CUDA contexts end with, and only if
+    the driver is there: the import is slow.
     """
     if not (Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()):
-        return None
-    question = "import torch; print(torch.cuda.is_available() and torch.cuda.mem_get_info()[0])"
-    asked = subprocess.run([sys.executable, "-c", question], stdout=subprocess.PIPE, text=True)
-    answer = asked.stdout.strip()
-    return int(answer) if asked.returncode == 0 and answer.isdecimal() else None
+        return []
+    asked = subprocess.run([sys.executable, "-c", _QUESTION], stdout=subprocess.PIPE, text=True)
+    words = asked.stdout.split()
+    return [int(word) for word in words] if asked.returncode == 0 else []

@@ -34,6 +34,7 @@ from tokasaurus.server.operations.executor import Executor
 from tokasaurus.server.protocols.table import OPERATIONS
 from tokasaurus.server.routes.batches import SAMPLES_AHEAD
 from tokasaurus.text.generations import Generations
+from tokasaurus.text.preparation import Preparer
 
 __all__ = ["main"]
 
@@ -239,7 +240,7 @@ class _Front(TextProcess):
         self.lifeline.send(Done())
         return batch
 
-    async def on_ready(self, generations: Generations) -> None:
+    async def on_ready(self, preparer: Preparer, generations: Generations) -> None:
         await self._runner.start()
         self._ready.set()
 

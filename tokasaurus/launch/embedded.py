@@ -88,8 +88,10 @@ class EmbeddedEngine:
         log.info("%s", slices.memory_plan)
         # Without an end-of-sequence id no text is ever complete, and the preparer refuses grammars.
         load_vocabulary = partial(self.tokenizer.vocabulary, config.eos_token_ids)
+        # The caller's process may use a device already: the worker joins it there.
+        worker = replace(replica.workers[0], device_index=None)
         self._worker: Worker | None = Worker(
-            replica.workers[0], load_vocabulary if config.eos_token_ids else None
+            worker, load_vocabulary if config.eos_token_ids else None
         )
         self._worker.warm_up()
         self._inbox: deque[FromServer | FromWorker] = deque()

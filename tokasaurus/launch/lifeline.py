@@ -25,6 +25,8 @@ __all__ = [
     "Lifeline",
     "Lost",
     "Ready",
+    "Replace",
+    "Restored",
     "Start",
     "Stop",
     "ToProcess",
@@ -50,6 +52,16 @@ class Failed(_Note, frozen=True):
 
     summary: str  # one line
     traceback: str
+    # The flags or the files of the model are to blame, so that another start would fail as well.
+    is_final: bool = False
+
+
+class Replace(_Note, frozen=True):
+    """Server to supervisor: end this replica, which is of no use."""
+
+    replica: int
+    reason: str
+    again: bool  # start it again
 
 
 class Done(_Note, frozen=True):
@@ -60,7 +72,7 @@ class Assignment(_Note, frozen=True):
     """Supervisor to a process that it spawned: the first note, with its role."""
 
     role: Role
-    directory: str  # the engine's private directory, with the doors
+    directory: str  # private to the engine, with the doors of the replica
     slices: EngineSlices
     listener_fd: int | None = None  # the server's listening socket
 
@@ -68,14 +80,24 @@ class Assignment(_Note, frozen=True):
 class Start(_Note, frozen=True):
     """Supervisor to the server: every replica is ready, or lost."""
 
-    workers: tuple[WorkerIdentity, ...] = ()  # that are ready, in the order of their roles
+    # The workers of those that are ready, by replica and in the order of ranks.
+    workers: dict[int, tuple[WorkerIdentity, ...]] = {}
 
 
 class Lost(_Note, frozen=True):
-    """Supervisor to the server: this replica ended, and others go on."""
+    """Supervisor to the server: this replica ended, and others go on or are started again."""
 
     replica: int
     reason: str
+    starts_again: bool
+
+
+class Restored(_Note, frozen=True):
+    """Supervisor to the server: a lost replica was started again, and is ready."""
+
+    replica: int
+    directory: str  # of its doors, the server's among them
+    workers: tuple[WorkerIdentity, ...]  # in the order of ranks
 
 
 class Dead(_Note, frozen=True):
@@ -88,8 +110,8 @@ class Stop(_Note, frozen=True):
     """Supervisor to a process: finish what is running, then exit."""
 
 
-FromProcess: TypeAlias = Ready | Failed | Done
-ToProcess: TypeAlias = Assignment | Ready | Start | Lost | Dead | Stop
+FromProcess: TypeAlias = Ready | Failed | Replace | Done
+ToProcess: TypeAlias = Assignment | Ready | Start | Lost | Restored | Dead | Stop
 
 _decoder = msgspec.json.Decoder(FromProcess | ToProcess)
 

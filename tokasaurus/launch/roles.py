@@ -27,6 +27,7 @@ from tokasaurus.launch.timeline import Timeline
 from tokasaurus.launch.worker_loop import WorkerLoop
 from tokasaurus.observability.logging import configure_logging
 from tokasaurus.protocol.channels import Receiver, Sender, door_address
+from tokasaurus.protocol.messages import FromWorker
 from tokasaurus.protocol.role import Role
 
 __all__ = ["Front", "roles_of", "run_role"]
@@ -86,7 +87,7 @@ def run_role(
         return True
     except (ConfigError, ModelError) as error:
         # The user must act on the message, so a traceback would not help.
-        lifeline.send(Failed(str(error), ""))
+        lifeline.send(Failed(str(error), "", is_final=True))
         return False
     except BaseException as error:
         # Of a message of several lines the first says what failed, for example which batch.
@@ -184,13 +185,24 @@ def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:
     log.info("%s", assignment.slices.memory_plan)
     slices = assignment.slices
     config = with_threads(slices.replicas[role.replica].workers[role.rank], slices)
-    worker = Worker(config, load_vocabulary)
+    worker = Worker(config, load_vocabulary, _rendezvous(assignment))
     lifeline.send(Ready(worker.warm_up(), worker.identity()))
     timeline = _timeline(assignment)
     submit = worker.submit if timeline is None else timeline.submitting(worker.submit)
-    loop = WorkerLoop(submit, door.receive, to_manager.send)
+    # One rank answers for all.
+    send = to_manager.send if worker.ranks.samples else _drop
+    loop = WorkerLoop(submit, door.receive, send)
     while True:
         loop.take_turn()
+
+
+def _rendezvous(assignment: Assignment) -> str:
+    """Where the workers of a replica meet."""
+    return f"file://{assignment.directory}/ranks-{assignment.role.replica}"
+
+
+def _drop(result: FromWorker) -> None:
+    """Sends nothing."""
 
 
 def _timeline(assignment: Assignment) -> Timeline | None:

@@ -24,6 +24,7 @@ from tokasaurus.server.reports import report
 from tokasaurus.server.routes.batches import batch_runner
 from tokasaurus.server.state import EngineState
 from tokasaurus.text.generations import Generations
+from tokasaurus.text.preparation import Preparer
 
 __all__ = ["http_server", "serve"]
 
@@ -79,7 +80,7 @@ class _Serving(TextProcess):
             await self._batches.close()
         self.unwatch()
 
-    async def on_ready(self, generations: Generations) -> None:
+    async def on_ready(self, preparer: Preparer, generations: Generations) -> None:
         config = self.config
         await self._batches.start()
         scheme = "http" if config.ssl_certfile is None else "https"

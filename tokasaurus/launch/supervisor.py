@@ -8,11 +8,16 @@
           └─ managers and workers of further replicas
 
 One thread watches the lifelines; the foreground role has the main thread. When a process of a
-replica dies, the rest of this replica ends; while others are left, the server goes on with these.
+replica dies, the rest of this replica ends, and the replica is started again; meanwhile the server
+goes on with the others. ``Restarts`` says when that has failed too often. An engine with one
+replica ends with it.
 
 Whatever ends the engine (a signal, an exception, the end of the last replica), it ends in the same
 order: first the server, so that every client gets an answer or an error, then the other processes,
 then the private directory.
+
+A program with an engine of several processes is the server itself (``start`` and ``close``). Then
+there is no foreground role, and signals are the program's business.
 """
 
 from __future__ import annotations
@@ -24,7 +29,6 @@ import selectors
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -42,13 +46,16 @@ from tokasaurus.launch.lifeline import (
     Lifeline,
     Lost,
     Ready,
+    Replace,
+    Restored,
     Start,
     Stop,
     ToProcess,
 )
+from tokasaurus.launch.members import Member, ReplicaProcesses, spawn
+from tokasaurus.launch.restarts import Restarts
 from tokasaurus.launch.roles import Front, roles_of, run_role
 from tokasaurus.launch.timeline import begin_file
-from tokasaurus.protocol.identity import WorkerIdentity
 from tokasaurus.protocol.role import Role
 
 __all__ = ["Supervisor"]
@@ -76,23 +83,29 @@ class Supervisor:
         self._slices = slices
         self._listener = listener
         self._front = front
-        self._local_role = Role(slices.local_proc_name) if front is None else _SERVER
+        # Without HTTP the text core is in this process.
+        self._local_role = _SERVER if listener is None else Role(slices.local_proc_name)
         sweep()
         self._directory, self._owner = own_directory()
-        self._processes: dict[Role, subprocess.Popen[bytes]] = {}
-        self._lifelines: dict[Role, Lifeline] = {}
-        self._alive: set[Role] = set()
-        self._awaited: set[Role] = set()  # not ready yet
-        self._workers: dict[Role, WorkerIdentity] = {}  # that are ready
-        self._failed: dict[Role, Failed] = {}  # what each said before its end
-        self._replicas = set(range(len(slices.replicas)))  # that go on
+        self._members: set[Member] = set()  # that live, dismissed ones too
+        self._all: list[Member] = []
+        self._server: Member | None = None
+        self._replicas = {  # that go on, or will after a start
+            number: ReplicaProcesses(number, self._directory)
+            for number in range(len(slices.replicas))
+        }
+        self._restarts = Restarts(slices.replica_restarts)
+        self._has_begun = False  # the server was told to start
         # Why the engine ends; None if it was asked to.
         self._failure: Failed | None = None
         self._failed_role = _SERVER
         self._stopping = False
+        self._owns_process = False  # this is toka, which ends with the engine
         self._interrupting = False  # the next SIGINT comes from here, to end the foreground role
         self._foreground_ended = threading.Event()
         self._wake_watcher, self._wake_sender = socket.socketpair()
+        self._selector = selectors.DefaultSelector()
+        self._watcher = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         self._deadline: float | None = None
 
     def run(self) -> int:
@@ -101,32 +114,24 @@ class Supervisor:
         Returns:
             The exit status: 0 after a drain, 1 after a death, 130 if a second signal cut the drain.
         """
-        if self._slices.profile_path is not None:
-            begin_file(Path(self._slices.profile_path).expanduser())
-        roles = roles_of(self._slices)
-        self._awaited.update(role for role in roles if role != _SERVER)
-        for role in roles:
-            if role != self._local_role:
-                self._spawn(role)
-        ours, theirs = Lifeline.pair()
-        self._adopt(self._local_role, ours)
+        self._owns_process = True
+        assignment, lifeline = self._spawn_all()
         previous = {
             number: signal.signal(number, self._on_signal)
             for number in (signal.SIGINT, signal.SIGTERM)
         }
-        watcher = threading.Thread(target=self._watch, name="supervisor", daemon=True)
-        watcher.start()
+        self._watcher.start()
         try:
             with contextlib.suppress(KeyboardInterrupt):
                 run_role(
-                    self._assignment(self._local_role),
-                    theirs,
+                    assignment,
+                    lifeline,
                     interrupt=self._interrupt_foreground,
                     front=self._front,
                 )
             self._foreground_ended.set()
-            theirs.close()
-            watcher.join()
+            lifeline.close()
+            self._watcher.join()
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -136,30 +141,63 @@ class Supervisor:
             return 1
         return 0
 
+    def start(self) -> tuple[Assignment, Lifeline]:
+        """Starts the other processes of an engine whose text core the caller is.
+
+        Returns:
+            The text core's assignment, and its end of a lifeline.
+        """
+        started = self._spawn_all()
+        self._watcher.start()
+        return started
+
+    def close(self, lifeline: Lifeline) -> None:
+        """Ends what ``start`` has started.
+
+        Args:
+            lifeline: the text core's end, which is closed.
+        """
+        lifeline.send(Done())
+        lifeline.close()
+        self._watcher.join()
+        self._clean_up()
+
+    @property
+    def failure(self) -> Failed | None:
+        """Why the engine has ended by itself; None if it has not."""
+        return self._failure
+
     # --- starting ---------------------------------------------------------------------------------
 
+    def _spawn_all(self) -> tuple[Assignment, Lifeline]:
+        """Starts all processes, and returns the assignment and the lifeline of the local role."""
+        if self._slices.profile_path is not None:
+            begin_file(Path(self._slices.profile_path).expanduser())
+        self._selector.register(self._wake_watcher, selectors.EVENT_READ, None)
+        ours, theirs = Lifeline.pair()
+        for role in roles_of(self._slices):
+            if role == self._local_role:
+                self._adopt(Member(role, ours))
+            else:
+                self._adopt(spawn(self._assignment(role)))
+        for replica in self._replicas.values():
+            replica.num_starts = 1
+        return self._assignment(self._local_role), theirs
+
     def _assignment(self, role: Role) -> Assignment:
-        listener = self._listener if role == _SERVER else None
-        fd = None if listener is None else listener.fileno()
+        if role != _SERVER:
+            return Assignment(role, self._replicas[role.replica].directory, self._slices)
+        fd = None if self._listener is None else self._listener.fileno()
         return Assignment(role, self._directory, self._slices, fd)
 
-    def _spawn(self, role: Role) -> None:
-        ours, theirs = Lifeline.pair()
-        passed = [theirs.fileno()]
-        if role == _SERVER and self._listener is not None:
-            passed.append(self._listener.fileno())
-        self._processes[role] = subprocess.Popen(
-            [sys.executable, "-m", "tokasaurus.launch.child", str(theirs.fileno())],
-            pass_fds=passed,
-            stdin=subprocess.DEVNULL,
-        )
-        theirs.close()
-        self._adopt(role, ours)
-        ours.send(self._assignment(role))
-
-    def _adopt(self, role: Role, lifeline: Lifeline) -> None:
-        self._lifelines[role] = lifeline
-        self._alive.add(role)
+    def _adopt(self, member: Member) -> None:
+        self._members.add(member)
+        self._all.append(member)
+        if member.role == _SERVER:
+            self._server = member
+        else:
+            self._replicas[member.role.replica].members.append(member)
+        self._selector.register(member.lifeline, selectors.EVENT_READ, member)
 
     # --- signals, in the main thread --------------------------------------------------------------
 
@@ -183,11 +221,8 @@ class Supervisor:
     # --- watching, in a thread of its own ---------------------------------------------------------
 
     def _watch(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._wake_watcher, selectors.EVENT_READ, None)
-            for role, lifeline in self._lifelines.items():
-                selector.register(lifeline, selectors.EVENT_READ, role)
-            while self._alive:
+        with self._selector as selector:
+            while self._members:
                 wait = None if self._deadline is None else self._deadline - time.monotonic()
                 events = selector.select(None if wait is None else max(0.0, wait))
                 if not events:
@@ -209,125 +244,192 @@ class Supervisor:
         log.info("draining (a second signal stops at once)")
         self._stop_server(Stop(), self._slices.server.shutdown_timeout_s)
 
-    def _on_readable(self, role: Role) -> bool:
-        notes = self._lifelines[role].receive()
+    def _on_readable(self, member: Member) -> bool:
+        notes = member.lifeline.receive()
         if notes is None:
             return False
         for note in notes:
-            self._on_note(role, note)
+            self._on_note(member, note)
         return True
 
-    def _on_note(self, role: Role, note: FromProcess | ToProcess) -> None:
+    def _on_note(self, member: Member, note: FromProcess | ToProcess) -> None:
         if isinstance(note, Ready):
-            if role.kind == "worker":
-                self._lifelines[Role("manager", role.replica)].send(note)
-                if note.worker is not None:
-                    self._workers[role] = note.worker
-            self._no_longer_awaited({role})
+            self._on_ready(member, note)
         elif isinstance(note, Done):
             self._stopping = True
         elif isinstance(note, Failed):
-            self._failed[role] = note
+            member.failure = note
+        elif isinstance(note, Replace):
+            replica = self._replicas.get(note.replica)
+            if replica is not None and replica.is_ready:
+                role = replica.members[0].role
+                self._lose(role, Failed(note.reason, "", is_final=not note.again))
 
-    def _no_longer_awaited(self, roles: set[Role]) -> None:
-        """Tells the server to start when the last of the processes that it waits for is ready."""
-        if self._awaited and self._awaited <= roles:
-            workers = [self._workers.get(role) for role in roles_of(self._slices)]
-            self._lifelines[_SERVER].send(Start(tuple(filter(None, workers))))
-        self._awaited -= roles
-
-    def _on_ended(self, role: Role) -> None:
-        self._alive.discard(role)
-        failure = self._failed.get(role)
-        if failure is None and not (self._stopping and self._is_clean_end(role)):
-            failure = Failed(self._how_it_ended(role), "")
-        if role == _SERVER:
-            self._fail(role, failure)
-            self._stop_others()
-        elif role.replica in self._replicas and failure is not None:
-            self._lose(role, failure)
-
-    def _lose(self, role: Role, failure: Failed) -> None:
-        """Ends a replica after the end of one of its processes, and the engine with the last."""
-        reason = f"the {role} ended: {failure.summary}"
-        if len(self._replicas) == 1 or _SERVER not in self._alive:
-            self._fail(role, failure)
-            if _SERVER in self._alive:
-                self._stop_server(Dead(reason), 0.0)
+    def _on_ready(self, member: Member, note: Ready) -> None:
+        member.is_ready = True
+        if member.role == _SERVER or member.is_dismissed:
             return
-        self._replicas.remove(role.replica)
-        num_left = len(self._replicas)
-        others = "1 replica goes on" if num_left == 1 else f"{num_left} replicas go on"
-        log.error("%s%s; %s", failure.traceback, reason, others)
-        rest = {each for each in self._lifelines if self._is_of_replica(each, role.replica)}
-        for each in rest & self._alive:
-            self._end_at_once(each)
-        self._lifelines[_SERVER].send(Lost(role.replica, reason))
-        self._no_longer_awaited(rest)
+        replica = self._replicas[member.role.replica]
+        if member.role.kind == "worker":
+            member.worker = note.worker
+            for other in replica.members:
+                if other.role.kind == "manager":
+                    other.lifeline.send(note)
+        if replica.is_ready:
+            self._restarts.ready(replica.number)
+            if self._has_begun:
+                self._tell_restored(replica)
+            self._begin_if_ready()
 
-    def _is_of_replica(self, role: Role, replica: int) -> bool:
-        return role != _SERVER and role.replica == replica
+    def _begin_if_ready(self) -> None:
+        """Tells the server to start when each replica is ready or has ended, and one is ready."""
+        replicas = self._replicas.values()
+        ready = [replica for replica in replicas if replica.is_ready]
+        is_first = any(each.num_starts == 1 and each.is_starting for each in replicas)
+        if self._has_begun or is_first or not ready:
+            return
+        self._has_begun = True
+        workers = {each.number: each.workers for each in ready if each.num_starts == 1}
+        self._tell_server(Start(workers))
+        for replica in ready:
+            if replica.num_starts > 1:
+                self._tell_restored(replica)
 
-    def _end_at_once(self, role: Role) -> None:
-        """Ends a manager or a worker, which have nothing to save."""
-        process = self._processes.get(role)
-        if process is None:  # the foreground's
-            self._lifelines[role].send(Stop())
-        else:
-            process.kill()
+    def _tell_restored(self, replica: ReplicaProcesses) -> None:
+        log.warning("replica %d is ready again", replica.number)
+        self._tell_server(Restored(replica.number, replica.directory, replica.workers))
+
+    def _tell_server(self, note: Start | Restored | Lost | Dead | Stop) -> None:
+        if self._server is not None:
+            self._server.lifeline.send(note)
+
+    def _on_ended(self, member: Member) -> None:
+        self._members.discard(member)
+        member.lifeline.close()
+        if member.is_dismissed:
+            member.reap()
+            self._start_again(member.role.replica)
+            return
+        failure = member.failure
+        if failure is None and not (self._stopping and self._is_clean_end(member)):
+            failure = Failed(member.how_it_ended, "")
+        if member is self._server:
+            self._fail(member.role, failure)
+            self._stop_others()
+        elif failure is not None:
+            named = Failed(
+                f"the {member.role} ended: {failure.summary}", failure.traceback, failure.is_final
+            )
+            self._lose(member.role, named, failure)
+
+    # --- the end of a replica ---------------------------------------------------------------------
+
+    def _lose(self, role: Role, failure: Failed, bare: Failed | None = None) -> None:
+        """Ends a replica that has lost a process, and starts it again; or ends the engine.
+
+        Args:
+            role: of the process.
+            failure: what happened to it; names it.
+            bare: the same, without its name.
+        """
+        replica = self._replicas.get(role.replica)
+        if replica is None:
+            return
+        why_not = self._why_not_again(replica, failure)
+        is_last = len(self._replicas) == 1 and why_not is not None
+        if is_last or self._server not in self._members:
+            self._fail(role, bare or failure)
+            if self._server in self._members:
+                self._stop_server(Dead(failure.summary), 0.0)
+            return
+        if why_not is not None:
+            del self._replicas[replica.number]
+        log.error(
+            "%s%s; %s, %s",
+            failure.traceback,
+            failure.summary,
+            self._count_others(replica),
+            "and it is started again" if why_not is None else f"and it is not, since {why_not}",
+        )
+        for member in replica.members:
+            member.is_dismissed = True
+            if member in self._members:
+                member.end_at_once()
+        self._tell_server(Lost(replica.number, failure.summary, starts_again=why_not is None))
+        self._begin_if_ready()
+        self._start_again(replica.number)
+
+    def _why_not_again(self, replica: ReplicaProcesses, failure: Failed) -> str | None:
+        """Why a replica is not started again; None if it is."""
+        if len(self._slices.replicas) == 1:
+            return "it is the only one"
+        if self._stopping:
+            return "the engine is shutting down"
+        if failure.is_final:
+            return "it would end in the same way"
+        if any(member.process is None for member in replica.members):
+            return f"its {self._local_role} runs in the foreground"
+        return self._restarts.ended(replica.number)
+
+    def _count_others(self, replica: ReplicaProcesses) -> str:
+        num_ready = sum(each.is_ready for each in self._replicas.values() if each is not replica)
+        return "1 replica goes on" if num_ready == 1 else f"{num_ready} replicas go on"
+
+    def _start_again(self, number: int) -> None:
+        """Starts a replica whose former processes are gone: only then their devices are free."""
+        replica = self._replicas.get(number)
+        if replica is None or self._server not in self._members:
+            return
+        if any(each in self._members or not each.is_dismissed for each in replica.members):
+            return
+        replica.move(self._directory)
+        replica.num_starts += 1
+        roles = [member.role for member in replica.members]
+        replica.members = []
+        for role in roles:
+            self._adopt(spawn(self._assignment(role)))
 
     def _fail(self, role: Role, failure: Failed | None) -> None:
         """The engine ends because a process has; the first reason counts."""
         if self._failure is None and failure is not None:
             self._failure, self._failed_role = failure, role
 
-    def _is_clean_end(self, role: Role) -> bool:
+    def _is_clean_end(self, member: Member) -> bool:
         """Whether a process may have ended: in a drain, first the server, then the others."""
-        if role != _SERVER:
-            return _SERVER not in self._alive
-        process = self._processes.get(role)
-        return process is None or process.wait() == 0
-
-    def _how_it_ended(self, role: Role) -> str:
-        process = self._processes.get(role)
-        if process is None:
-            return "it returned without being asked to"
-        status = process.wait()
-        if status >= 0:
-            return f"exit status {status}"
-        name = signal.Signals(-status).name
-        hint = "; perhaps the system ran out of memory" if status == -signal.SIGKILL else ""
-        return f"killed by {name}{hint}"
+        if member is not self._server:
+            return self._server not in self._members
+        return member.process is None or member.process.wait() == 0
 
     # --- ending -----------------------------------------------------------------------------------
 
     def _stop_server(self, note: Stop | Dead, timeout_s: float) -> None:
         self._stopping = True
         self._deadline = time.monotonic() + timeout_s + _FLUSH_S
-        if _SERVER in self._alive:
-            self._lifelines[_SERVER].send(note)
+        if self._server in self._members:
+            self._tell_server(note)
         else:
             self._stop_others()
 
     def _stop_others(self) -> None:
         self._stopping = True
         self._deadline = time.monotonic() + _FLUSH_S
-        for role in list(self._alive):
-            self._lifelines[role].send(Stop())
+        for member in self._members:
+            member.lifeline.send(Stop())
 
     def _kill_all(self) -> None:
         """Kills all processes. The foreground role can end only with toka itself, which exits."""
         self._clean_up()
-        if self._local_role in self._alive:
+        if self._owns_process and any(member.process is None for member in self._members):
             if self._failure is not None:
                 self._report_failure(self._failure)
             os._exit(1 if self._failure is not None else 130)
 
     def _clean_up(self) -> None:
-        for process in self._processes.values():
+        processes = [member.process for member in self._all if member.process is not None]
+        for process in processes:
             if process.poll() is None:
                 process.kill()
-        for process in self._processes.values():
+        for process in processes:
             process.wait()
         if self._listener is not None:
             self._listener.close()

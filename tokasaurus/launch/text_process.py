@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import time
-from collections.abc import Sequence
-from functools import partial
 
-from tokasaurus.errors import ProtocolError
-from tokasaurus.launch.doors import TO_MANAGER, TO_SERVER
-from tokasaurus.launch.lifeline import Assignment, Dead, Lifeline, Lost, Ready, Start, Stop
-from tokasaurus.launch.stalls import ManagerWatch, check_interval_s
-from tokasaurus.protocol.channels import AsyncReceiver, Sender, door_address
-from tokasaurus.protocol.identity import WorkerIdentity
-from tokasaurus.protocol.messages import Ping, WorkerStall
-from tokasaurus.protocol.role import Role
+from tokasaurus.launch.doors import TO_SERVER
+from tokasaurus.launch.lifeline import (
+    Assignment,
+    Dead,
+    Lifeline,
+    Lost,
+    Ready,
+    Restored,
+    Start,
+    Stop,
+)
+from tokasaurus.launch.text_core import TextCore
+from tokasaurus.protocol.channels import AsyncReceiver
+from tokasaurus.protocol.messages import ToServer, WorkerStall
 from tokasaurus.server.state import EngineState
 from tokasaurus.text.generations import Generations
 from tokasaurus.text.preparation import Preparer
-from tokasaurus.text.receipts import Receipts
-from tokasaurus.text.replicas import Replicas
-from tokasaurus.text.tokenizer import Tokenizer
 
 __all__ = ["TextProcess"]
-
-log = logging.getLogger(__name__)
 
 
 class TextProcess:
@@ -34,40 +31,22 @@ class TextProcess:
     Args:
         assignment: of the server's role.
         lifeline: to the supervisor.
+        state: follows the engine.
     """
 
-    def __init__(self, assignment: Assignment, lifeline: Lifeline) -> None:
+    def __init__(
+        self, assignment: Assignment, lifeline: Lifeline, state: EngineState | None = None
+    ) -> None:
         self.config = assignment.slices.server
-        self.state = EngineState()
+        self.state = EngineState() if state is None else state
         self.lifeline = lifeline
-        address = partial(door_address, assignment.directory)
-        replicas = assignment.slices.replicas
-        self._doors = [
-            AsyncReceiver(address(Role("server", number)), TO_SERVER)
-            for number in range(len(replicas))
-        ]
-        senders = [
-            Sender(address(Role("manager", number)), TO_MANAGER).send
-            for number in range(len(replicas))
-        ]
-        num_seats = [replica.manager.max_seqs_per_forward for replica in replicas]
-        self._router = Replicas(senders, num_seats) if len(replicas) > 1 else None
-        self._send = senders[0] if self._router is None else self._router.send
-        self._generations: Generations | None = None
-        self._others_ready = asyncio.Event()
-        self._workers: Sequence[WorkerIdentity] = ()
-        self._check_every_s = check_interval_s(assignment.slices.stall_timeout_s)
-        self._watches = {  # by replica
-            number: ManagerWatch(
-                assignment.slices.stall_timeout_s, self._check_every_s, partial(send, Ping())
-            )
-            for number, send in enumerate(senders)
-        }
-        self._stalled: set[Role] = set()
+        self._doors = _AsyncDoors()
+        self.core = TextCore(assignment, lifeline, self._doors)
+        self._begun = asyncio.Event()
 
     # --- for subclasses ---------------------------------------------------------------------------
 
-    async def on_ready(self, generations: Generations) -> None:
+    async def on_ready(self, preparer: Preparer, generations: Generations) -> None:
         """Requests may come from now on."""
         raise NotImplementedError
 
@@ -90,71 +69,19 @@ class TextProcess:
         asyncio.get_running_loop().remove_reader(self.lifeline.fileno())
 
     async def run_ring(self) -> None:
-        """Takes the manager's messages until it is cancelled."""
-        config = self.config
-        tokenizer = await asyncio.to_thread(Tokenizer.load, config)
-        receipts = Receipts(config, tokenizer)
-        preparer = Preparer(config, tokenizer, receipts)
-        await asyncio.to_thread(preparer.prepare_grammars)
+        """Takes the managers' messages until it is cancelled."""
+        preparer = await asyncio.to_thread(self.core.load)
         self.lifeline.send(Ready())
-        await self._others_ready.wait()
-        receipts.adopt(self._workers)
-        generations = Generations(config, tokenizer, self._send, self.state.metrics, receipts)
-        self._generations = generations
-        if self._router is not None:
-            generations.set_num_seats(self._router.num_seats)
+        await self._begun.wait()
+        generations = self.core.begin(preparer, self.state.metrics)
         self.state.ready(preparer, generations)
-        await self.on_ready(generations)
-        takers = (self._take(number, generations) for number in range(len(self._doors)))
-        await asyncio.gather(self._watch_managers(generations), *takers)
+        await self.on_ready(preparer, generations)
+        await asyncio.gather(self._check(), self._doors.receive(self.core))
 
-    async def _take(self, replica: int, generations: Generations) -> None:
-        """Takes the messages of one replica."""
-        door, watch, router = self._doors[replica], self._watches[replica], self._router
+    async def _check(self) -> None:
         while True:
-            message = await door.receive()
-            watch.num_heard += 1
-            if isinstance(message, WorkerStall):
-                self._note_stall(Role("worker", replica), message.seconds, generations)
-            elif router is None:
-                generations.absorb(message)
-            else:
-                for each in router.absorb(replica, message):
-                    generations.absorb(each)
-
-    # --- processes that hang ----------------------------------------------------------------------
-
-    async def _watch_managers(self, generations: Generations) -> None:
-        router = self._router
-        while True:
-            await asyncio.sleep(self._check_every_s)
-            now = time.monotonic()
-            for number, watch in self._watches.items():
-                has_work = (
-                    generations.await_manager if router is None else router.is_awaited(number)
-                )
-                stalled_s = watch.check(has_work, now)
-                self._note_stall(Role("manager", number), stalled_s, generations)
-
-    def _note_stall(self, role: Role, stalled_s: float, generations: Generations) -> None:
-        """Notes for how long a process has made no progress; 0 if it makes progress."""
-        if (stalled_s > 0) == (role in self._stalled) or role.replica not in self._watches:
-            return
-        if stalled_s:
-            self._stalled.add(role)
-            log.error("the %s has work and has made no progress for %.3g s", role, stalled_s)
-        else:
-            self._stalled.remove(role)
-            log.warning("the %s makes progress again", role)
-        self._tell_stalls(generations)
-
-    def _tell_stalls(self, generations: Generations) -> None:
-        replicas = {role.replica for role in self._stalled}
-        generations.stalled = tuple(map(str, sorted(self._stalled)))
-        generations.is_stuck = replicas >= set(self._watches)
-        if self._router is not None:
-            self._router.set_stalled(replicas)
-            generations.set_num_seats(self._router.num_seats, self._router.num_stuck)
+            await asyncio.sleep(self.core.check_every_s)
+            self.core.check()
 
     def _on_lifeline(self) -> None:
         notes = self.lifeline.receive()
@@ -163,31 +90,66 @@ class TextProcess:
             self._die("its supervisor ended")
             return
         for note in notes:
-            if isinstance(note, Start):
-                self._workers = note.workers
-                self._others_ready.set()
-            elif isinstance(note, Lost):
-                self._lose(note.replica)
+            if isinstance(note, Start | Lost | Restored):
+                self.core.note(note)
+                if self.core.has_begun:
+                    self._begun.set()
             elif isinstance(note, Dead):
                 self._die(note.reason)
             elif isinstance(note, Stop):
                 self.on_stop()
 
-    def _lose(self, replica: int) -> None:
-        """Lets the requests of a replica go on elsewhere."""
-        router, generations = self._router, self._generations
-        if router is None:
-            raise ProtocolError("an engine with one replica cannot go on without it")
-        del self._watches[replica]
-        if generations is None:  # there are no requests yet
-            router.lost(replica, lambda _: None)
-            return
-        self._stalled = {role for role in self._stalled if role.replica != replica}
-        messages = router.lost(replica, generations.find)
-        self._tell_stalls(generations)
-        for each in messages:
-            generations.absorb(each)
-
     def _die(self, reason: str) -> None:
         self.state.die(reason)
         self.on_dead(reason)
+
+
+class _AsyncDoors:
+    """A task for each door, which passes its messages on."""
+
+    def __init__(self) -> None:
+        self._open: dict[int, AsyncReceiver[ToServer | WorkerStall]] = {}
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._core: TextCore | None = None
+        self._failure: asyncio.Future[None] | None = None
+
+    def open(self, replica: int, address: str) -> None:
+        self._open[replica] = AsyncReceiver(address, TO_SERVER)
+        self._begin(replica)
+
+    def close(self, replica: int) -> list[ToServer | WorkerStall]:
+        task = self._tasks.pop(replica, None)
+        if task is not None:
+            task.cancel()
+        door = self._open.pop(replica)
+        left = door.receive_rest()
+        door.close()
+        return left
+
+    async def receive(self, core: TextCore) -> None:
+        """Passes messages on until it is cancelled. Raises what taking a message raises."""
+        self._core = core
+        self._failure = asyncio.get_running_loop().create_future()
+        for replica in self._open:
+            self._begin(replica)
+        try:
+            await self._failure
+        finally:
+            for task in self._tasks.values():
+                task.cancel()
+
+    def _begin(self, replica: int) -> None:
+        if self._core is not None:
+            task = asyncio.get_running_loop().create_task(self._take(replica, self._core))
+            task.add_done_callback(self._on_done)
+            self._tasks[replica] = task
+
+    async def _take(self, replica: int, core: TextCore) -> None:
+        door = self._open[replica]
+        while True:
+            core.take(replica, await door.receive())
+
+    def _on_done(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None and self._failure is not None and not self._failure.done():
+            self._failure.set_exception(error)

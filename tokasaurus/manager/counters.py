@@ -29,6 +29,7 @@ class Counters:
     num_forecast_pages_off: int = 0  # the differences, summed
     queue_s: float = 0.0  # from arrival to first admission, summed over sequences
     device_s: float = 0.0  # as the worker reports it
+    waited_s: float = 0.0  # of device_s, as the worker reports it
     num_recompiles: int = 0  # as the worker reports it
 
 
@@ -66,6 +67,7 @@ def statistics(counters: Counters, gauges: Gauges, step_s: float) -> Statistics:
         num_evicted_pages=gauges.num_evicted_pages,
         queue_s=counters.queue_s,
         device_s=counters.device_s,
+        waited_s=counters.waited_s,
         num_waiting=gauges.num_queued + gauges.num_parked,
         num_running=gauges.num_prefilling + gauges.num_decoding,
         num_pages=gauges.num_pages,

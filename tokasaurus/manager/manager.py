@@ -405,6 +405,7 @@ class Manager:
         self.counters.num_grouped_tokens += result.num_grouped_tokens
         self.counters.num_grouped_prefill_tokens += result.num_grouped_prefill_tokens
         self.counters.device_s += result.device_s
+        self.counters.waited_s += result.waited_s
         self.counters.num_recompiles = result.num_recompiles
         self._look_ahead.batch_took(result.device_s)
 

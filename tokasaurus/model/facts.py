@@ -96,6 +96,10 @@ def model_facts(
     return ModelFacts(
         path=str(directory),
         vocab_size=config.vocab_size,
+        num_layers=config.num_layers,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        intermediate_size=config.intermediate_size,
         max_position_embeddings=config.max_position_embeddings,
         kv_elements_per_token=config.kv_elements_per_token,
         num_parameters=config.num_parameters,

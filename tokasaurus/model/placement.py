@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokasaurus.model.backend.base import Operators
 from tokasaurus.model.backend.reference_operators import REFERENCE_OPERATORS
+from tokasaurus.model.parallel.tensor_parallel import ALONE, TensorParallel
 from tokasaurus.model.storage import Region
 
 __all__ = ["Placement"]
@@ -26,6 +27,7 @@ class Placement:
         quantization: of the products' weights: "int8", or None for the dtype.
         is_traced: torch.compile traces the layers, so kernels of ours become operators.
         instruction_set: that kernels of the CPU are compiled for; "auto" for the best one.
+        parallel: the ranks that share each layer.
         memory: of the weights.
     """
 
@@ -36,6 +38,7 @@ class Placement:
     instruction_set: str = "auto"
     is_traced: bool = False
     quantization: str | None = None
+    parallel: TensorParallel = field(default=ALONE, compare=False)
     memory: Region = field(default_factory=Region, compare=False)
 
     def empty(self, *shape: int) -> Tensor:

@@ -14,6 +14,10 @@ __all__ = ["simulated_slices"]
 _FACTS = ModelFacts(
     path="",
     vocab_size=VOCAB_SIZE,
+    num_layers=64,
+    num_heads=64,
+    num_kv_heads=64,
+    intermediate_size=64,
     max_position_embeddings=1 << 30,  # only the KV cache limits requests
     kv_elements_per_token=1,
     num_parameters=0,
@@ -35,4 +39,4 @@ def simulated_slices(config: EngineConfig, facts: ModelFacts = _FACTS) -> Engine
         ConfigError: the flags contradict one another.
     """
     config = dataclasses.replace(config, device="cpu")
-    return resolve(config, facts, cuda_available=False, memory_bytes=None)
+    return resolve(config, facts, num_cuda_devices=0, memory_bytes=None)

@@ -8,7 +8,8 @@ to a door connect::
     manager.sock ◀── server, worker
     worker.sock  ◀── manager
 
-Doors of further replicas have numbers, as ``Role`` says. Which replica a message of a manager is
+Doors of further replicas have numbers, as ``Role`` says. The doors of a replica that was started
+again are in a directory of their own. Which replica a message of a manager is
 from follows from the door that it came through.
 
 Sending never blocks and never drops a message; the supervisor deals with a peer that died. The
@@ -108,6 +109,16 @@ class AsyncReceiver(Generic[M]):
 
     async def receive(self) -> M:
         return self._codec.decode(await self._socket.recv())
+
+    def receive_rest(self) -> list[M]:
+        """All messages that have arrived, oldest first; only when nothing else will receive."""
+        messages: list[M] = []
+        socket: zmq.Socket[bytes] = zmq.Socket.shadow(self._socket)
+        while True:
+            try:
+                messages.append(self._codec.decode(socket.recv(zmq.NOBLOCK)))
+            except zmq.Again:
+                return messages
 
     def close(self) -> None:
         self._socket.close(linger=0)

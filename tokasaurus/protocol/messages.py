@@ -354,6 +354,7 @@ class Statistics(Message, frozen=True):
     paused: bool = False
     num_recompiles: int = 0  # graphs that the worker compiled after its warm-up, in total
     num_grouped_prefill_tokens: int = 0  # rows of prompts whose prefix was read once for a group
+    waited_s: float = 0.0  # of device_s: waiting for other workers of the replica
 
 
 class WorkerStall(Message, frozen=True):
@@ -514,6 +515,8 @@ class ForwardResult(Message, frozen=True):
     num_grouped_prefill_tokens: int = 0  # the same for rows of chunks
     # Graphs that the worker has compiled since its warm-up, in total.
     num_recompiles: int = 0
+    # Of device_s: the seconds in which the worker waited for other workers of its replica.
+    waited_s: float = 0.0
 
 
 FromServer: TypeAlias = GenerateRequest | AbortRequest | StopSequence | Acknowledge | Command | Ping

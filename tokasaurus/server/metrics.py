@@ -6,6 +6,7 @@ generated token costs nothing here. docs/operations.md says what each metric mea
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from prometheus_client.registry import Collector
 from tokasaurus.protocol.messages import Statistics
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.generations import Generations
+from tokasaurus.text.replicas import Replicas
 
 __all__ = ["Figure", "Metrics", "figures", "kv_use"]
 
@@ -47,6 +49,11 @@ _TOTALS = (
     ("evicted_pages", "num_evicted_pages", "Pages that the prefix cache gave up"),
     ("queue_seconds", "queue_s", "Waiting of sequences before they ran first, summed"),
     ("device_seconds", "device_s", "Computing time of the device"),
+    (
+        "worker_wait_seconds",
+        "waited_s",
+        "Part of device_seconds in which the last stage waited for other workers: the bubble",
+    ),
     ("recompiles", "num_recompiles", "Graphs that torch.compile made after the warm-up"),
 )
 _STATE = (
@@ -56,6 +63,16 @@ _STATE = (
     ("kv_free_pages", "num_free_pages", "Pages that hold nothing"),
     ("kv_cached_pages", "num_evictable_pages", "Pages that only the prefix cache holds"),
     ("step_seconds", "step_s", "Time of a forward pass at present, a moving average"),
+)
+
+
+# Of each replica since it was started last, so these fall when it is started again.
+_REPLICA_STATE = (
+    ("running_sequences", "num_running", "Sequences that run in the replica"),
+    ("waiting_sequences", "num_waiting", "Sequences that its manager holds and that do not run"),
+    ("step_seconds", "step_s", "Time of its forward pass at present, a moving average"),
+    ("generated_tokens", "num_generated_tokens", "Tokens generated since it was started"),
+    ("cached_prompt_tokens", "num_cached_tokens", "Prompt tokens found in its prefix cache since"),
 )
 
 
@@ -145,12 +162,14 @@ class Figure:
         meaning: for people.
         value: at this moment.
         is_total: the value counts from the start of the engine.
+        replica: that it is of; None for the engine.
     """
 
     name: str
     meaning: str
     value: float
     is_total: bool = False
+    replica: int | None = None
 
 
 def figures(generations: Generations | None) -> Iterator[Figure]:
@@ -159,6 +178,8 @@ def figures(generations: Generations | None) -> Iterator[Figure]:
         return
     meaning = "Processes that have work and make no progress"
     yield Figure("stalled_processes", meaning, len(generations.stalled))
+    if generations.replicas is not None:
+        yield from _replica_figures(generations.replicas)
     statistics = generations.statistics
     if statistics is None:
         return
@@ -179,6 +200,36 @@ def figures(generations: Generations | None) -> Iterator[Figure]:
         yield Figure("backlog_seconds", meaning, backlog_s)
 
 
+def _replica_figures(replicas: Replicas) -> Iterator[Figure]:
+    """What the router knows of each replica, and what lost ones have cost."""
+    reports, losses = replicas.reports(), replicas.losses
+    for name, value, meaning in (
+        ("lost_replicas", losses.num_replicas, "Times that a replica ended"),
+        ("moved_samples", losses.num_moved, "Samples of lost replicas that went on elsewhere"),
+        ("begun_again_samples", losses.num_begun_again, "Those of them that had to begin again"),
+        ("lost_tokens", losses.num_lost_tokens, "Tokens that lost replicas had not delivered"),
+    ):
+        yield Figure(name, meaning, value, is_total=True)
+    for number, report in reports.items():
+        meaning = "1 if the replica takes requests"
+        yield Figure("replica_up", meaning, int(report.state == "ok"), replica=number)
+    for number, report in reports.items():
+        meaning = "Samples that the replica has"
+        yield Figure("replica_samples", meaning, report.num_open, replica=number)
+    for number, report in reports.items():
+        meaning = "Tokens that these samples are expected to take, of prompts and answers"
+        yield Figure("replica_expected_tokens", meaning, report.work, replica=number)
+    for name, field, meaning in _REPLICA_STATE:
+        for number, report in reports.items():
+            value = 0 if report.statistics is None else getattr(report.statistics, field)
+            yield Figure(f"replica_{name}", meaning, value, replica=number)
+    for number, report in reports.items():
+        used = 0.0 if report.statistics is None else kv_use(report.statistics)
+        yield Figure(
+            "replica_kv_use", "Share of its pages that sequences hold", used, False, number
+        )
+
+
 def kv_use(statistics: Statistics) -> float:
     """The share of the KV cache's pages that sequences hold."""
     unused = statistics.num_free_pages + statistics.num_evictable_pages
@@ -192,6 +243,13 @@ class _Figures(Collector):
         self._figures = figures
 
     def collect(self) -> Iterator[Metric]:
-        for figure in self._figures():
-            family = CounterMetricFamily if figure.is_total else GaugeMetricFamily
-            yield family(f"tokasaurus_{figure.name}", figure.meaning, figure.value)
+        # The figures of one name follow one another.
+        for name, same in itertools.groupby(self._figures(), key=lambda figure: figure.name):
+            each = list(same)
+            first = each[0]
+            labels = () if first.replica is None else ("replica",)
+            kind = CounterMetricFamily if first.is_total else GaugeMetricFamily
+            family = kind(f"tokasaurus_{name}", first.meaning, labels=labels)
+            for figure in each:
+                family.add_metric([] if not labels else [str(figure.replica)], figure.value)
+            yield family

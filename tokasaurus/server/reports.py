@@ -13,6 +13,7 @@ from tokasaurus.config.slices import ServerConfig
 from tokasaurus.protocol.messages import Statistics
 from tokasaurus.server.metrics import Figure, figures, kv_use
 from tokasaurus.text.generations import Generations
+from tokasaurus.text.replicas import Replicas
 
 __all__ = ["StatisticsLine", "report", "statsd_packets"]
 
@@ -82,6 +83,9 @@ class StatisticsLine:
         yield f"running {_count(current.num_running)}"
         yield f"waiting {_count(current.num_waiting + self._generations.num_held)}"
         yield f"KV {kv_use(current):.0%}"
+        replicas = self._generations.replicas
+        if replicas is not None:
+            yield from _replica_parts(replicas)
         if computed + cached:
             yield f"prefix hits {cached / (computed + cached):.0%}"
         preemptions = current.num_preemptions - before.num_preemptions
@@ -90,6 +94,15 @@ class StatisticsLine:
         backlog_s = self._generations.etas().backlog_s
         if backlog_s:
             yield f"done in {_duration(backlog_s)}"
+
+
+def _replica_parts(replicas: Replicas) -> Iterator[str]:
+    """The sequences that each replica runs, in order; a dash where it takes no requests."""
+    running = []
+    for report in replicas.reports().values():
+        number = 0 if report.statistics is None else report.statistics.num_running
+        running.append(_count(number) if report.state == "ok" else "-")
+    yield f"replicas {' '.join(running)}"
 
 
 def _count(number: float) -> str:
@@ -141,7 +154,8 @@ def statsd_packets(found: Iterable[Figure]) -> Iterator[bytes]:
     for figure in found:
         value = figure.value
         text = str(value) if isinstance(value, int) else f"{value:.6f}"
-        line = f"tokasaurus.{figure.name}:{text}|g".encode()
+        replica = "" if figure.replica is None else f".{figure.replica}"
+        line = f"tokasaurus.{figure.name}{replica}:{text}|g".encode()
         if packet and len(packet) + 1 + len(line) > _PACKET_BYTES:
             yield packet
             packet = b""

@@ -5,7 +5,8 @@
     loading ──ready()──▶ ok ──drain()──▶ draining
        └──────────────────┴──────die()──────┴───▶ dead
 
-"ok" is called "stalled" as long as a process that every request needs makes no progress.
+"ok" is called "stalled" as long as a process that every request needs makes no progress, and
+"restarting" while all replicas have ended and some are started again.
 """
 
 from __future__ import annotations
@@ -71,9 +72,20 @@ class EngineState:
 
     @property
     def status(self) -> str:
-        """ "loading", "ok", "stalled", "draining" or "dead"."""
-        is_stuck = self._engine is not None and self._engine.generations.is_stuck
-        return "stalled" if is_stuck and self._status == "ok" else self._status
+        """ "loading", "ok", "stalled", "restarting", "draining" or "dead"."""
+        if self._status != "ok" or self._engine is None:
+            return self._status
+        generations = self._engine.generations
+        if generations.replicas is not None and not generations.replicas.num_seats:
+            return "restarting"
+        return "stalled" if generations.is_stuck else "ok"
+
+    @property
+    def replicas(self) -> dict[str, str]:
+        """How each replica is, by number; empty if there is only one."""
+        replicas = None if self._engine is None else self._engine.generations.replicas
+        reports = {} if replicas is None else replicas.reports()
+        return {str(number): report.state for number, report in reports.items()}
 
     @property
     def stalled(self) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import numpy as np
@@ -53,6 +53,9 @@ from tokasaurus.text.receipts import Receipts
 from tokasaurus.text.samples import TokenLogprobs
 from tokasaurus.text.tokenizer import Tokenizer
 from tokasaurus.text.turnstile import Turnstile
+
+if TYPE_CHECKING:
+    from tokasaurus.text.replicas import Replicas
 
 __all__ = ["Etas", "Generations", "Watcher"]
 
@@ -98,9 +101,11 @@ class Generations:
         send: gives a message to the manager; must not block.
         watcher: observes every prompt, for statistics.
         receipts: are told where new weights come from.
+        replicas: the router that ``send`` leads to, if there is one.
 
     Attributes:
         config: as given.
+        replicas: as given.
         commands: to the engine, and what they have made of it.
         statistics: the manager's latest; None before the first.
         stalled: the processes that have work and make no progress; their owner says so.
@@ -114,8 +119,10 @@ class Generations:
         send: Callable[[FromServer], None],
         watcher: Watcher | None = None,
         receipts: Receipts | None = None,
+        replicas: Replicas | None = None,
     ) -> None:
         self.config = config
+        self.replicas = replicas
         self._receipts = receipts
         self.commands = Commands(send)
         self.statistics: Statistics | None = None
@@ -157,7 +164,7 @@ class Generations:
             num_seats: the sequences that can run.
             num_stuck: those that the manager holds beside them, and that do not go on.
         """
-        self._turnstile.max_open = _WAITING_ROUNDS * num_seats + num_stuck
+        self._turnstile.resize(_WAITING_ROUNDS * num_seats + num_stuck)
 
     @property
     def await_manager(self) -> bool:
@@ -283,6 +290,13 @@ class Generations:
         if self._receipts is not None:
             self._receipts.note_update(version, files)
         self.command(UpdateWeights(version, tuple(files), tuple(checksums)), on_done)
+
+    def fail(self, request_id: int, error: TokasaurusError) -> None:
+        """Ends a generation with an error. Harmless if it has ended already."""
+        generation = self._table.pop(request_id, None)
+        if generation is not None:
+            generation.fail(error)
+            self._ended(generation, "failed")
 
     def fail_all(self, error: TokasaurusError) -> None:
         """The engine is gone: ends every generation and every command with this error."""

@@ -85,15 +85,19 @@ class Receipts:
         self._is_wanted = False  # a request has asked for a receipt
 
     def adopt(self, workers: Sequence[WorkerIdentity]) -> None:
-        """Takes what the workers are. Receipts can be given from now on, if results allow it."""
+        """Takes what the workers are. Receipts can be given from now on, if results allow it.
+
+        Called again when workers have been started again.
+        """
         if not workers:
             self._refusal = "its workers do not say what they compute with"
             return
         first, *others = workers
         unstable = next((each for each in workers if not each.is_deterministic), None)
         if unstable is not None:
-            self._refusal = unstable.determinism_reason
+            self._worker, self._refusal = None, unstable.determinism_reason
         elif any(_as_replica(each) != _as_replica(first) for each in others):
+            self._worker = None
             self._refusal = "its replicas do not compute with the same kernels and libraries"
         else:
             self._worker = first
@@ -101,7 +105,9 @@ class Receipts:
             StampedFile(file.path, FileStamp(file.num_bytes, file.modified_ns))
             for file in first.weight_files
         ]
-        self._weights[0] = _digest_later(files)
+        with self._lock:
+            if not self._weights:
+                self._weights[0] = _digest_later(files)
 
     def check(self, params: SamplingParams) -> None:
         """Checks that a request's answer can have a receipt, and prepares for it.
@@ -143,6 +149,8 @@ class Receipts:
 
         It waits for digests that are not known yet.
         """
+        if self._worker is None:  # a replica that was started again is not what it was
+            return void(self._refusal)
         outputs = [generation.recorded() for generation in generations]
         everything = [output for each in outputs for output in each]
         if any(output.finish_reason == "abort" for output in everything):

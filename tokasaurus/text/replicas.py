@@ -3,12 +3,16 @@
 It looks like one manager to the text core. Requests go to replicas, answers come back merged, and
 when a replica is lost, its samples go on elsewhere with the tokens that the server has of them.
 Samples that were to be aborted end instead: the router sends the last rows that the replica owes.
+A request moves once. When a second replica ends while it has the request, the request fails, so
+that one that kills its replica does not kill them all.
 
 Which replica gets a request:
 
-- the one with most free seats, where a seat is a sequence that can run;
-- but the one that had the last prompt with the same first ``_PREFIX_TOKENS`` tokens, which may be
-  in its prefix cache, if it has room and is not much fuller than the others;
+- one that has seats for all samples, where a seat is a sequence that can run; if there is none,
+  any;
+- of these, the one that would have the least work with the request. Prompt tokens that are
+  probably in a replica's cache are no work there. So a request goes where its beginning is cached,
+  unless that replica has so much more to do that another one would be done sooner;
 - if the samples exceed the free seats of that one, each takes what it has seats for. Samples stay
   together if they would wait in any case and could run together, since they share their prompt.
 
@@ -17,26 +21,23 @@ own, the request's id with the number of the part in its upper bits. So a replic
 parts of one request, one after the other. Where a request has several parts, ends are counted for
 ``first_k`` here. The draws of a sample do not depend on where it runs.
 
+A replica that starts anew first gets the commands that still count, such as new weights, then
+requests. While there is no replica, requests and commands wait for one.
+
 An engine with one replica has no router.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import msgspec
 import numpy as np
 
-from tokasaurus.protocol.arrays import EMPTY_FLOAT32, EMPTY_INT32, Int32Array
-from tokasaurus.protocol.commands import (
-    Command,
-    CommandDone,
-    CommandFailed,
-    aborts_all,
-)
+from tokasaurus.errors import ReplicasLost
+from tokasaurus.protocol.commands import Command, CommandDone, CommandFailed, aborts_all
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
@@ -46,7 +47,7 @@ from tokasaurus.protocol.messages import (
     GenerateRequest,
     Ping,
     PooledState,
-    Progress,
+    Pooling,
     PromptLogprobs,
     RequestRejected,
     SequenceUpdates,
@@ -54,81 +55,86 @@ from tokasaurus.protocol.messages import (
     StopSequence,
     ToServer,
 )
+from tokasaurus.text.broadcasts import Broadcasts
+from tokasaurus.text.expected_lengths import ExpectedLengths
 from tokasaurus.text.generation import Generation
+from tokasaurus.text.placing import as_int32, progress_of, shares_of
+from tokasaurus.text.prefix_places import Blocks, PrefixPlaces
+from tokasaurus.text.replica_answers import Endings, merged_statistics, without_state
+from tokasaurus.text.routes import Part, Replica, Route
 
-__all__ = ["Find", "Replicas"]
+__all__ = ["Find", "Loss", "Losses", "Replicas", "Report", "Seats"]
 
 Find: TypeAlias = Callable[[int], Generation | None]
 """Finds the generation in flight with a request id."""
 
 _PART_SHIFT = 40
 _REQUEST_MASK = (1 << _PART_SHIFT) - 1
-_PREFIX_TOKENS = 128
-_MAX_PREFIXES = 4096  # that are remembered
-_UNEVEN_SHARE = 4  # a replica with a known prefix may have a quarter of its seats fewer free
-_STATE_FIELDS = (
-    "num_waiting",
-    "num_running",
-    "num_pages",
-    "num_free_pages",
-    "num_evictable_pages",
-    "step_s",
-    "weights_version",
-    "paused",
-)
-# What is not summed over the replicas: of the slowest, of the newest, and whether any is paused.
-_SHARED_FIELDS = ("step_s", "weights_version", "paused")
 
 
-@dataclass(eq=False, slots=True)
-class _Replica:
-    number: int
-    send: Callable[[FromServer], None]
-    num_seats: int
-    num_open: int = 0  # samples that it has and that have not ended
-    backlog_s: float = 0.0  # its last prediction
-    is_stalled: bool = False  # so that it gets nothing as long as another is not
+@dataclass(frozen=True)
+class Seats:
+    """What a replica has room for.
 
-    @property
-    def room(self) -> int:
-        """Free seats; less than 0 if samples wait there."""
-        return self.num_seats - self.num_open
+    Attributes:
+        num_sequences: that can run at once.
+        num_cached_tokens: that its KV cache holds.
+    """
+
+    num_sequences: int
+    num_cached_tokens: int
 
 
-@dataclass(eq=False, slots=True)
-class _Part:
-    """Samples of a request that are at one replica, and have not ended."""
+@dataclass(frozen=True)
+class Loss:
+    """What the end of a replica does to requests.
 
-    part_id: int
-    replica: _Replica
-    samples: set[int]
-    eta_s: float = 0.0  # its last prediction
+    Attributes:
+        messages: for the text core: what the replica would have said.
+        failed: the error of each request that fails, by request id.
+        num_moved: samples that go on elsewhere.
+        num_begun_again: those of them of which the server has no tokens.
+    """
 
-
-@dataclass(eq=False, slots=True)
-class _Route:
-    """Where a request is."""
-
-    request: GenerateRequest
-    parts: dict[int, _Part] = field(default_factory=dict)  # by part id
-    num_parts: int = 0  # made so far
-    num_finished: int = 0  # samples that ended by themselves
-    is_split: bool = False  # so that ends are counted here
-    # Its replicas were told to end its samples, and will send the last row of each.
-    is_aborted: bool = False
-
-    @property
-    def has_enough(self) -> bool:
-        """Whether ``first_k`` samples have ended by themselves."""
-        return 0 < self.request.first_k <= self.num_finished
+    messages: list[ToServer]
+    failed: dict[int, ReplicasLost]
+    num_moved: int
+    num_begun_again: int
 
 
-@dataclass(eq=False, slots=True)
-class _Broadcast:
-    """The answers to a command that was sent to every replica."""
+@dataclass
+class Losses:
+    """What the ends of replicas have cost so far.
 
-    awaited: set[int]  # replicas
-    answers: dict[int, CommandDone | CommandFailed] = field(default_factory=dict)  # by replica
+    Attributes:
+        num_replicas: that have ended.
+        num_moved: samples that went on elsewhere.
+        num_begun_again: those of them of which the server had no tokens.
+        num_lost_tokens: generated, and not delivered; as far as the replicas had said.
+    """
+
+    num_replicas: int = 0
+    num_moved: int = 0
+    num_begun_again: int = 0
+    num_lost_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """How one replica is.
+
+    Attributes:
+        state: "ok", "stalled", "catching up" (with commands), "waiting for weights", "starting"
+            (again) or "ended".
+        num_open: samples that it has.
+        work: expected tokens of these samples.
+        statistics: its latest; None before the first.
+    """
+
+    state: str
+    num_open: int = 0
+    work: int = 0
+    statistics: Statistics | None = None
 
 
 class Replicas:
@@ -136,21 +142,43 @@ class Replicas:
 
     Args:
         senders: give a message to the manager of each replica; they must not block.
-        num_seats: the sequences that each can run at once.
+        seats: what each has room for.
+
+    Attributes:
+        losses: what the ends of replicas have cost so far.
     """
 
     def __init__(
-        self, senders: Sequence[Callable[[FromServer], None]], num_seats: Sequence[int]
+        self, senders: Sequence[Callable[[FromServer], None]], seats: Sequence[Seats]
     ) -> None:
-        self._replicas = {
-            number: _Replica(number, send, seats)
-            for number, (send, seats) in enumerate(zip(senders, num_seats, strict=True))
-        }
-        self._routes: dict[int, _Route] = {}  # by request id
-        self._broadcasts: dict[int, _Broadcast] = {}  # by command id
-        # By the bytes of a prompt's first ids: the number of the replica that had it last.
-        self._prefixes: OrderedDict[bytes, int] = OrderedDict()
-        self._statistics: dict[int, Statistics] = {}  # the latest, of lost replicas as well
+        self._seats = tuple(seats)
+        self._replicas: dict[int, Replica] = {}  # that live, by number
+        self._routes: dict[int, Route] = {}  # by request id
+        self._broadcasts = Broadcasts()
+        self._places = PrefixPlaces()
+        self._lengths = ExpectedLengths()
+        self._past: Statistics | None = None  # the totals of lost replicas
+        self._starting: set[int] = set()  # lost replicas that are started again
+        self.losses = Losses()
+        self._find: Find = lambda _: None
+        self._on_seats: Callable[[], None] = lambda: None
+        for number, send in enumerate(senders):
+            self._add(number, send)
+
+    def attach(self, find: Find, on_seats: Callable[[], None]) -> None:
+        """Joins the router to the table of generations.
+
+        Args:
+            find: finds generations in flight.
+            on_seats: called when ``num_seats`` or ``num_stuck`` may have changed.
+        """
+        self._find, self._on_seats = find, on_seats
+        on_seats()
+
+    @property
+    def living(self) -> Sequence[Replica]:
+        """The replicas that live."""
+        return list(self._replicas.values())
 
     @property
     def num_seats(self) -> int:
@@ -163,12 +191,42 @@ class Replicas:
         choice = self._choice()
         return sum(each.num_open for each in self._replicas.values() if each not in choice)
 
+    def reports(self) -> dict[int, Report]:
+        """How each replica is, by number."""
+        return {number: self._report(number) for number in range(len(self._seats))}
+
+    def _report(self, number: int) -> Report:
+        replica = self._replicas.get(number)
+        if replica is None:
+            return Report("starting" if number in self._starting else "ended")
+        state = "ok"
+        if replica.is_stalled:
+            state = "stalled"
+        elif replica.obstacle is not None:
+            state = "waiting for weights"
+        elif replica.catching_up:
+            state = "catching up"
+        return Report(state, replica.num_open, replica.work, replica.statistics)
+
+    def obstacle(self, replica: int) -> str | None:
+        """Why a replica that lives gets no requests before an update of the weights, if so."""
+        return self._replicas[replica].obstacle
+
     def is_awaited(self, replica: int) -> bool:
         """Whether a replica has something that it must answer sooner or later."""
         its = self._replicas.get(replica)
-        return its is not None and (
-            its.num_open > 0 or any(replica in each.awaited for each in self._broadcasts.values())
-        )
+        return its is not None and (its.num_open > 0 or self._broadcasts.is_awaited(its))
+
+    def marks(self) -> dict[int, tuple[int, int] | None]:
+        """Of each replica that gets requests and is not stalled: what changes when it goes on.
+
+        None for a replica that has nothing to do.
+        """
+        return {
+            each.number: each.mark if self.is_awaited(each.number) else None
+            for each in self._choice()
+            if not each.is_stalled
+        }
 
     def set_stalled(self, stalled: Collection[int]) -> None:
         """These replicas make no progress: the others get all further requests, if there are any.
@@ -177,11 +235,141 @@ class Replicas:
         """
         for replica in self._replicas.values():
             replica.is_stalled = replica.number in stalled
+        self._on_seats()
 
-    def _choice(self) -> list[_Replica]:
-        """The replicas that get requests."""
-        replicas = list(self._replicas.values())
-        return [replica for replica in replicas if not replica.is_stalled] or replicas
+    def _choice(self) -> list[Replica]:
+        """The replicas that get requests; none if all wait to be started."""
+        fit = [replica for replica in self._replicas.values() if replica.is_fit]
+        return [replica for replica in fit if not replica.is_stalled] or fit
+
+    # --- replicas come and go ---------------------------------------------------------------------
+
+    def _add(self, number: int, send: Callable[[FromServer], None]) -> Replica:
+        seats = self._seats[number]
+        replica = self._replicas[number] = Replica(number, send, seats.num_sequences)
+        self._places.add(number, seats.num_cached_tokens)
+        return replica
+
+    def join(self, number: int, send: Callable[[FromServer], None]) -> list[ToServer]:
+        """A replica that was lost has been started again. It gets requests when it has caught up.
+
+        Args:
+            number: of the replica.
+            send: gives a message to its new manager; must not block.
+
+        Returns:
+            For the text core, as ``absorb`` does.
+        """
+        self._starting.discard(number)
+        self._broadcasts.join(self._add(number, send))
+        return self._settled()
+
+    def absent(self, number: int, *, starts_again: bool) -> None:
+        """A lost replica is on its way, or is not."""
+        self._starting.discard(number)
+        if starts_again:
+            self._starting.add(number)
+
+    @property
+    def needs_first_weights(self) -> bool:
+        """Whether a replica must start with the weights that the engine started with."""
+        return self._broadcasts.needs_first_weights
+
+    def _settled(self) -> list[ToServer]:
+        """Sends what waits for a replica, if there is one now."""
+        self._on_seats()
+        endings = Endings()
+        for route in list(self._routes.values()) if self._choice() else ():
+            held, route.held = route.held, set()
+            if held:
+                self._go_on(route, held, endings)
+        return list(endings.messages())
+
+    def lost(self, number: int, reason: str, *, starts_again: bool = False) -> Loss:
+        """Lets everything that a replica had go on elsewhere, now or when there is a replica.
+
+        Args:
+            number: of the replica.
+            reason: why it ended.
+            starts_again: it is on its way back.
+        """
+        dead = self._replicas.pop(number)
+        self.absent(number, starts_again=starts_again)
+        self._places.drop(number)
+        self._close_account(dead)
+        endings, failed = Endings(), {}
+        num_moved = num_begun_again = 0
+        for route in list(self._routes.values()):
+            indices = self._taken_from(route, dead)
+            if not indices:
+                continue
+            if route.moved_because is not None and not route.is_aborted:
+                request_id = route.request.request_id
+                failed[request_id] = ReplicasLost(route.moved_because, reason)
+                self._forget(route)
+                continue
+            route.moved_because = reason
+            moved = self._go_on(route, indices, endings)
+            num_moved += len(moved)
+            num_begun_again += sum(not num_tokens for num_tokens in moved.values())
+        messages: list[ToServer] = [*endings.messages(), *self._broadcasts.lost(dead)]
+        self._on_seats()
+        self.losses.num_moved += num_moved
+        self.losses.num_begun_again += num_begun_again
+        return Loss(messages, failed, num_moved, num_begun_again)
+
+    def _close_account(self, dead: Replica) -> None:
+        """Keeps the totals of a replica, and counts what is lost with it."""
+        self.losses.num_replicas += 1
+        last = dead.statistics
+        if last is not None:
+            past = without_state(last)
+            self._past = past if self._past is None else merged_statistics([self._past, past])
+            self.losses.num_lost_tokens += max(0, last.num_generated_tokens - dead.num_delivered)
+
+    def _taken_from(self, route: Route, dead: Replica) -> set[int]:
+        """Takes the samples that a replica has out of a route."""
+        indices: set[int] = set()
+        for part in [part for part in route.parts.values() if part.replica is dead]:
+            del route.parts[part.part_id]
+            indices |= part.num_tokens.keys()
+        return indices
+
+    def _go_on(self, route: Route, indices: set[int], endings: Endings) -> dict[int, int]:
+        """Lets samples without a replica go on, with the tokens that the server has.
+
+        Returns:
+            The tokens of each sample that goes on, by index.
+        """
+        generation = self._find(route.request.request_id)
+        moved: dict[int, int] = {}
+        if generation is not None:
+            samples, request = generation.samples, route.request
+            rest = sorted(index for index in indices if samples[index].finish_reason is None)
+            # The others have a stop string, of which the manager had not heard or had not told.
+            for index in sorted(indices.difference(rest)):
+                endings.add(request, samples[index].num_cached_tokens, index, FinishReason.STOP)
+                self._count_finished(route)
+            if route.is_aborted or route.has_enough:
+                for index in rest:
+                    cached = samples[index].num_cached_tokens
+                    endings.add(request, cached, index, FinishReason.ABORT)
+            elif rest:
+                if generation.has_prompt_logprobs:
+                    route.request = msgspec.structs.replace(request, num_prompt_logprobs=-1)
+                generated = {index: samples[index].token_ids for index in rest}
+                self._place(route, rest, generated)
+                moved = {index: len(ids) for index, ids in generated.items()}
+        if route.is_over:
+            del self._routes[route.request.request_id]
+        return moved
+
+    def _forget(self, route: Route) -> None:
+        """Drops a request of which the text core hears no more, and ends it at its replicas."""
+        del self._routes[route.request.request_id]
+        for part in route.parts.values():
+            part.leave()
+            part.replica.send(AbortRequest(part.part_id))
 
     # --- from the text core -----------------------------------------------------------------------
 
@@ -190,7 +378,7 @@ class Replicas:
         if isinstance(message, Acknowledge):
             self._acknowledge(message)
         elif isinstance(message, GenerateRequest):
-            route = self._routes[message.request_id] = _Route(message)
+            route = self._routes[message.request_id] = Route(message)
             self._place(route, range(message.n), {})
         elif isinstance(message, StopSequence):
             part = self._part_of(message.request_id, message.sample_index)
@@ -207,7 +395,7 @@ class Replicas:
             self._broadcast(message)
 
     def _acknowledge(self, message: Acknowledge) -> None:
-        rows: dict[_Replica, list[tuple[int, int, int]]] = {}
+        rows: dict[Replica, list[tuple[int, int, int]]] = {}
         for request_id, index, count in zip(
             message.request_ids.tolist(),
             message.sample_indices.tolist(),
@@ -219,95 +407,75 @@ class Replicas:
                 rows.setdefault(part.replica, []).append((part.part_id, index, count))
         for replica, columns in rows.items():
             part_ids, indices, counts = zip(*columns, strict=True)
-            replica.send(Acknowledge(np.array(part_ids, np.int64), _int32(indices), _int32(counts)))
+            replica.send(
+                Acknowledge(np.array(part_ids, np.int64), as_int32(indices), as_int32(counts))
+            )
 
-    def _part_of(self, request_id: int, sample_index: int) -> _Part | None:
+    def _part_of(self, request_id: int, sample_index: int) -> Part | None:
         route = self._routes.get(request_id)
         parts = () if route is None else route.parts.values()
-        return next((part for part in parts if sample_index in part.samples), None)
+        return next((part for part in parts if sample_index in part.num_tokens), None)
 
     def _broadcast(self, command: Command) -> None:
-        self._broadcasts[command.command_id] = _Broadcast(set(self._replicas))
         if aborts_all(command.action):
             for route in self._routes.values():
                 route.is_aborted = True
-        for replica in self._replicas.values():
-            replica.send(command)
+        self._broadcasts.send(command, self._replicas.values())
 
-    def _abort_parts(self, route: _Route) -> None:
+    def _abort_parts(self, route: Route) -> None:
         route.is_aborted = True
         for part in route.parts.values():
             part.replica.send(AbortRequest(part.part_id))
 
-    def _free_seats(self, route: _Route) -> None:
-        for part in route.parts.values():
-            part.replica.num_open -= len(part.samples)
-
     # --- choosing replicas ------------------------------------------------------------------------
 
-    def _place(
-        self, route: _Route, indices: Sequence[int], generated: dict[int, list[int]]
-    ) -> None:
+    def _place(self, route: Route, indices: Sequence[int], generated: dict[int, list[int]]) -> None:
         """Sends samples to replicas, with the tokens that they have."""
-        shares = self._shares(route.request, len(indices))
+        request, choice = route.request, self._choice()
+        if not choice:
+            route.held.update(indices)
+            return
+        blocks = self._places.blocks(request.prompt_ids, request.cartridges)
+        # Others take nothing from the cache.
+        takes_hits = request.num_prompt_logprobs < 0 and request.pooling is Pooling.NONE
+        cached = self._places.cached(blocks) if takes_hits else {}
+        shares = shares_of(request, len(indices), choice, cached)
         route.is_split |= len(shares) > 1
         start = 0
         for replica, count in shares:
-            self._send_part(route, replica, indices[start : start + count], generated)
+            num_computed = len(request.prompt_ids) - cached.get(replica.number, 0)
+            part_indices = indices[start : start + count]
+            self._send_part(route, replica, part_indices, generated, num_computed, blocks)
             start += count
 
     def _send_part(
         self,
-        route: _Route,
-        replica: _Replica,
+        route: Route,
+        replica: Replica,
         indices: Sequence[int],
         generated: dict[int, list[int]],
+        num_computed: int,
+        blocks: Blocks,
     ) -> None:
         request, number = route.request, route.num_parts
         part_id = request.request_id | number << _PART_SHIFT
         route.num_parts += 1
-        route.parts[part_id] = _Part(part_id, replica, set(indices))
-        replica.num_open += len(indices)
+        route.parts[part_id] = Part(
+            part_id,
+            replica,
+            {index: len(generated.get(index, ())) for index in indices},
+            self._lengths.expect(request.max_tokens),
+            num_computed + sum(len(generated.get(index, ())) for index in indices),
+        )
+        self._places.note(replica.number, blocks)
         if number or len(indices) < request.n:
             request = msgspec.structs.replace(
                 request,
                 request_id=part_id,
                 first_k=0 if route.is_split else request.first_k,
-                progress=_progress(indices, generated, route.num_finished),
+                progress=progress_of(indices, generated, route.num_finished),
             )
         replica.send(request)
-
-    def _shares(self, request: GenerateRequest, num_samples: int) -> list[tuple[_Replica, int]]:
-        """How many samples each replica gets, without those that get none."""
-        best = self._best(request, num_samples)
-        rooms = {replica: max(0, replica.room) for replica in self._choice()}
-        must_wait = sum(rooms.values()) < num_samples <= best.num_seats
-        if num_samples <= best.room or must_wait or not _may_be_split(request):
-            return [(best, num_samples)]
-        shares, left = dict.fromkeys(rooms, 0), num_samples
-        for replica in sorted(rooms, key=lambda replica: -rooms[replica]):
-            shares[replica] = min(left, rooms[replica])
-            left -= shares[replica]
-        each, more = divmod(left, len(shares))
-        for index, replica in enumerate(shares):
-            shares[replica] += each + (index < more)
-        return [(replica, count) for replica, count in shares.items() if count]
-
-    def _best(self, request: GenerateRequest, num_samples: int) -> _Replica:
-        """The replica for a request that is not split."""
-        choice = self._choice()
-        emptiest = max(choice, key=lambda replica: replica.room)
-        if len(request.prompt_ids) < _PREFIX_TOKENS:
-            return emptiest
-        prefix = request.prompt_ids[:_PREFIX_TOKENS].tobytes()
-        best = self._replicas.get(self._prefixes.pop(prefix, emptiest.number), emptiest)
-        is_fuller = emptiest.room - best.room > best.num_seats // _UNEVEN_SHARE
-        if is_fuller or best.room < num_samples or best not in choice:
-            best = emptiest
-        self._prefixes[prefix] = best.number
-        if len(self._prefixes) > _MAX_PREFIXES:
-            self._prefixes.popitem(last=False)
-        return best
 
     # --- from the managers ------------------------------------------------------------------------
 
@@ -317,7 +485,7 @@ class Replicas:
         if sender is None:  # lost: what it says belongs to samples that go on elsewhere
             return []
         if isinstance(message, SequenceUpdates):
-            return [self._absorb_updates(message)]
+            return [self._absorb_updates(sender, message)]
         if isinstance(message, (PromptLogprobs, PooledState)):
             return [_renamed(message)]
         if isinstance(message, RequestRejected):
@@ -325,36 +493,42 @@ class Replicas:
         if isinstance(message, Eta):
             return [self._merged_eta(sender, message)]
         if isinstance(message, Statistics):
-            self._statistics[replica] = message
-            return [_merged_statistics(self._statistics.values())]
-        self._broadcasts[message.command_id].answers[replica] = message
-        return self._answered(message.command_id, replica)
+            sender.statistics = message
+            return [self._merged_statistics()]
+        return self._absorb_answer(sender, message)
 
-    def _absorb_updates(self, message: SequenceUpdates) -> SequenceUpdates:
-        part_ids, reasons = message.request_ids, message.finish_reasons
-        for row in reasons.nonzero()[0].tolist():
-            self._end_sample(
-                part_ids.item(row), message.sample_indices.item(row), reasons.item(row)
-            )
+    def _absorb_updates(self, sender: Replica, message: SequenceUpdates) -> SequenceUpdates:
+        part_ids = message.request_ids
+        sender.num_delivered += len(message.token_ids)
+        for part_id, index, count, reason in zip(
+            part_ids.tolist(),
+            message.sample_indices.tolist(),
+            message.num_tokens.tolist(),
+            message.finish_reasons.tolist(),
+            strict=True,
+        ):
+            route = self._routes.get(part_id & _REQUEST_MASK)
+            part = None if route is None else route.parts.get(part_id)
+            if route is None or part is None:
+                continue  # another part was refused
+            part.advance(index, count)
+            if reason != FinishReason.RUNNING:
+                self._end_sample(route, part, index, reason)
         if (part_ids > _REQUEST_MASK).any():
             return msgspec.structs.replace(message, request_ids=part_ids & _REQUEST_MASK)
         return message
 
-    def _end_sample(self, part_id: int, sample_index: int, reason: int) -> None:
-        route = self._routes.get(part_id & _REQUEST_MASK)
-        part = None if route is None else route.parts.get(part_id)
-        if route is None or part is None:
-            return  # another part was refused
-        part.samples.remove(sample_index)
-        part.replica.num_open -= 1
-        if not part.samples:
-            del route.parts[part_id]
+    def _end_sample(self, route: Route, part: Part, index: int, reason: int) -> None:
+        num_tokens = part.end(index)
+        if not part.num_tokens:
+            del route.parts[part.part_id]
         if reason != FinishReason.ABORT:
+            self._lengths.learn(route.request.max_tokens, num_tokens)
             self._count_finished(route)
-        if not route.parts:
+        if route.is_over:
             del self._routes[route.request.request_id]
 
-    def _count_finished(self, route: _Route) -> None:
+    def _count_finished(self, route: Route) -> None:
         """Counts a sample that ended by itself; aborts the others if they are not needed."""
         had_enough = route.has_enough
         route.num_finished += 1
@@ -363,14 +537,14 @@ class Replicas:
 
     def _absorb_rejection(self, message: RequestRejected) -> list[ToServer]:
         """The first part that is refused ends the request."""
-        route = self._routes.pop(message.request_id & _REQUEST_MASK, None)
-        if route is not None:
-            self._free_seats(route)
-            del route.parts[message.request_id]
-            self._abort_parts(route)
+        route = self._routes.get(message.request_id & _REQUEST_MASK)
+        part = None if route is None else route.parts.pop(message.request_id, None)
+        if route is not None and part is not None:
+            part.leave()
+            self._forget(route)
         return [_renamed(message)]
 
-    def _merged_eta(self, sender: _Replica, message: Eta) -> Eta:
+    def _merged_eta(self, sender: Replica, message: Eta) -> Eta:
         """The sender's predictions; for a request in several parts, that of the last part."""
         sender.backlog_s = message.backlog_seconds
         seconds: dict[int, float] = {}
@@ -394,124 +568,20 @@ class Replicas:
             ),
         )
 
-    def _answered(self, command_id: int, replica: int) -> list[ToServer]:
-        """This replica will not answer any more; returns the answer if it was the last one."""
-        broadcast = self._broadcasts[command_id]
-        broadcast.awaited.discard(replica)
-        if broadcast.awaited:
-            return []
-        del self._broadcasts[command_id]
-        return [_merged_answers(command_id, broadcast)]
+    def _merged_statistics(self) -> Statistics:
+        known = [each.statistics for each in self._replicas.values()]
+        return merged_statistics(each for each in (self._past, *known) if each is not None)
 
-    # --- when a replica is lost -------------------------------------------------------------------
-
-    def lost(self, replica: int, find: Find) -> list[ToServer]:
-        """Lets everything that a replica had go on elsewhere; others must be left.
-
-        Args:
-            replica: its number.
-            find: finds generations in flight.
-
-        Returns:
-            For the text core: what the replica would have said.
-        """
-        dead = self._replicas.pop(replica)
-        if replica in self._statistics:
-            nothing = dict.fromkeys(_STATE_FIELDS, 0)
-            last = self._statistics[replica]
-            self._statistics[replica] = msgspec.structs.replace(last, **nothing)
-        endings = _Endings()
-        for route in list(self._routes.values()):
-            parts = [part for part in route.parts.values() if part.replica is dead]
-            for part in parts:
-                del route.parts[part.part_id]
-            generation = find(route.request.request_id) if parts else None
-            if generation is not None:
-                indices = sorted(index for part in parts for index in part.samples)
-                self._replay(route, indices, generation, endings)
-            if not route.parts:
-                del self._routes[route.request.request_id]
-        messages: list[ToServer] = [endings.message()] if endings.rows else []
-        for command_id, broadcast in list(self._broadcasts.items()):
-            broadcast.answers.pop(replica, None)
-            if replica in broadcast.awaited:
-                messages += self._answered(command_id, replica)
+    def _absorb_answer(
+        self, sender: Replica, message: CommandDone | CommandFailed
+    ) -> list[ToServer]:
+        was_fit = sender.is_fit
+        messages: list[ToServer] = [*self._broadcasts.absorb(sender, message)]
+        if self._broadcasts.has_emptied_caches:
+            self._places.clear()
+        if sender.is_fit and not was_fit:
+            messages += self._settled()
         return messages
-
-    def _replay(
-        self, route: _Route, indices: list[int], generation: Generation, endings: _Endings
-    ) -> None:
-        """Lets samples of a lost replica go on, with the tokens that the server has."""
-        samples = generation.samples
-        rest = [index for index in indices if samples[index].finish_reason is None]
-        # The others have a stop string, of which the manager had not heard or had not told.
-        for index in set(indices).difference(rest):
-            endings.add(route.request, samples[index].num_cached_tokens, index, FinishReason.STOP)
-            self._count_finished(route)
-        if route.is_aborted or route.has_enough:
-            for index in rest:
-                endings.add(
-                    route.request, samples[index].num_cached_tokens, index, FinishReason.ABORT
-                )
-        elif rest:
-            if generation.has_prompt_logprobs:
-                route.request = msgspec.structs.replace(route.request, num_prompt_logprobs=-1)
-            self._place(route, rest, {index: samples[index].token_ids for index in rest})
-
-
-class _Endings:
-    """Last rows without tokens, in the place of a replica that does not send them any more."""
-
-    def __init__(self) -> None:
-        # Request id, sample index, finish reason, cached tokens, logprobs of a token.
-        self.rows: list[tuple[int, int, int, int, int]] = []
-
-    def add(
-        self, request: GenerateRequest, num_cached: int, sample_index: int, reason: FinishReason
-    ) -> None:
-        self.rows.append(
-            (request.request_id, sample_index, reason, num_cached, request.num_logprobs)
-        )
-
-    def message(self) -> SequenceUpdates:
-        request_ids, sample_indices, reasons, num_cached, num_logprobs = zip(
-            *self.rows, strict=True
-        )
-        nothing: Int32Array = np.zeros(len(self.rows), np.int32)
-        return SequenceUpdates(
-            request_ids=np.array(request_ids, np.int64),
-            sample_indices=_int32(sample_indices),
-            num_tokens=nothing,
-            finish_reasons=_int32(reasons),
-            num_cached_tokens=_int32(num_cached),
-            num_logprobs=_int32(num_logprobs),
-            weights_versions=nothing,
-            token_ids=EMPTY_INT32,
-            logprobs=EMPTY_FLOAT32,
-            top_ids=EMPTY_INT32,
-            top_logprobs=EMPTY_FLOAT32,
-        )
-
-
-def _may_be_split(request: GenerateRequest) -> bool:
-    """Whether samples may run apart.
-
-    With prompt logprobs, which sample 0 brings, and ``first_k``, samples elsewhere could end the
-    request before the logprobs have come.
-    """
-    return request.num_prompt_logprobs < 0 or not request.first_k
-
-
-def _progress(
-    indices: Sequence[int], generated: dict[int, list[int]], num_finished: int
-) -> Progress:
-    tokens = [generated.get(index, []) for index in indices]
-    return Progress(
-        sample_indices=_int32(indices),
-        num_generated=_int32([len(ids) for ids in tokens]),
-        generated_ids=_int32([token for ids in tokens for token in ids]),
-        num_finished=num_finished,
-    )
 
 
 def _renamed(
@@ -522,39 +592,3 @@ def _renamed(
     if request_id == message.request_id:
         return message
     return msgspec.structs.replace(message, request_id=request_id)
-
-
-def _merged_answers(command_id: int, broadcast: _Broadcast) -> CommandDone | CommandFailed:
-    answers = broadcast.answers
-    done = [answer for answer in answers.values() if isinstance(answer, CommandDone)]
-    failed = {
-        replica: answer for replica, answer in answers.items() if isinstance(answer, CommandFailed)
-    }
-    if not failed:
-        return CommandDone(
-            command_id,
-            num_pages=sum(each.num_pages for each in done),
-            num_tokens=sum(each.num_tokens for each in done),
-            num_sequences=sum(each.num_sequences for each in done),
-            weights_version=max(each.weights_version for each in done),
-            lacks_weights=any(each.lacks_weights for each in done),
-        )
-    first, *others = failed.values()
-    if not done and all(each.reason == first.reason for each in others):
-        return first
-    named = [f"replica {replica}: {each.reason}" for replica, each in failed.items()]
-    if done:
-        named.append(f"{len(done)} of {len(answers)} replicas have done it")
-    return CommandFailed(command_id, "; ".join(named), first.field, bool(done))
-
-
-def _merged_statistics(each: Iterable[Statistics]) -> Statistics:
-    columns = zip(*(msgspec.structs.astuple(statistics) for statistics in each), strict=True)
-    named = zip(Statistics.__struct_fields__, columns, strict=True)
-    return Statistics(
-        **{name: max(column) if name in _SHARED_FIELDS else sum(column) for name, column in named}
-    )
-
-
-def _int32(values: Iterable[int]) -> Int32Array:
-    return np.array(list(values), np.int32)

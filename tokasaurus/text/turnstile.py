@@ -44,7 +44,7 @@ class Turnstile:
         self.num_open = 0  # sequences that the manager holds
         self.num_held = 0  # sequences that wait here
         self._send = send
-        self.max_open = max_open
+        self._max_open = max_open
         self._open: dict[int, GenerateRequest] = {}  # by request id
         self._num_open: Counter[int] = Counter()  # sequences, by priority
         self._num_of_client: dict[str, Counter[int]] = {}  # the same for each client
@@ -55,7 +55,7 @@ class Turnstile:
 
     def submit(self, request: GenerateRequest) -> None:
         """Sends a request to the manager, now or later."""
-        if not self._levels and self.num_open < self.max_open:
+        if not self._levels and self.num_open < self._max_open:
             self._pass(request)
             return
         level = self._levels.get(request.priority)
@@ -116,6 +116,11 @@ class Turnstile:
             self._let_pass()
             self._let_client_pass(request.client)
 
+    def resize(self, max_open: int) -> None:
+        """From now on the manager holds this many sequences before others wait here."""
+        self._max_open = max_open
+        self._let_pass()
+
     def clear(self) -> None:
         """The manager is gone: forgets everything."""
         self._open.clear()
@@ -129,7 +134,7 @@ class Turnstile:
     def _let_pass(self) -> None:
         while self._priorities:
             priority = self._priorities[0]
-            if _as_urgent(self._num_open, priority) >= self.max_open:
+            if _as_urgent(self._num_open, priority) >= self._max_open:
                 return  # less urgent requests cannot pass either
             self._release(priority, self._levels[priority].pop(self._mean_tokens))
 
@@ -147,7 +152,7 @@ class Turnstile:
         of_client = self._num_of_client.get(client)
         num_clients = len(self._num_of_client) + (of_client is None)
         num_open = 0 if of_client is None else _as_urgent(of_client, priority)
-        return num_open * num_clients < self.max_open
+        return num_open * num_clients < self._max_open
 
     def _release(self, priority: int, request: GenerateRequest) -> None:
         """Lets a request pass that its level has given up."""

@@ -169,7 +169,7 @@ def test_auto_groups_where_the_measured_costs_say_that_it_saves_time(monkeypatch
         monkeypatch.setattr(
             "tokasaurus.model.backend.cpu.compiled.measure_group_costs", lambda *_, c=costs: c
         )
-        backend.calibrate()
+        backend.calibrate(list)
         backend.plan(rows)
         assert backend.grouped_rows == expected
 
@@ -179,6 +179,6 @@ def test_a_calibration_measures_finite_costs_and_leaves_the_cache_alone():
     for tensor in cache.keys + cache.values:
         tensor.fill_(7)
     backend = CompiledBackend(cache, 2, BackendOptions("auto", None))
-    backend.calibrate()
+    backend.calibrate(list)
     assert np.isfinite(backend._costs[:4]).all()
     assert all(tensor.eq(7).all() for tensor in cache.keys + cache.values)

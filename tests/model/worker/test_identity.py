@@ -69,7 +69,7 @@ def test_an_identity_travels_on_a_lifeline_as_json(model):
         "weight_files": [msgspec.to_builtins(file) for file in identity.weight_files]
     }
     ours, theirs = Lifeline.pair()
-    for note in (Ready(0.5, identity), Start((identity,))):
+    for note in (Ready(0.5, identity), Start({0: (identity,)})):
         ours.send(note)
         assert theirs.receive() == [note]
     ours.close()

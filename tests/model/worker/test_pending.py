@@ -131,7 +131,7 @@ def test_a_pass_that_fails_on_the_device_is_named_as_it_is_collected():
         batches.add(
             number,
             f"batch {number}",
-            Outputs(Download(torch.tensor([7])), none, none, None, None, NO_GROUPED_ROWS, 0),
+            Outputs(Download(torch.tensor([7])), none, none, None, None, NO_GROUPED_ROWS, 0, 0.0),
             clock,
         )
         for number, clock in enumerate((FailingClock(), HostClock()))

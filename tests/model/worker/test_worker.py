@@ -252,7 +252,7 @@ def test_warm_up_runs_the_largest_batches(checkpoint, monkeypatch):
     run, num_rows = worker._runner.run, []
 
     def count(planned):
-        num_rows.append(len(planned.ids))
+        num_rows.append(planned.num_rows)
         return run(planned)
 
     monkeypatch.setattr(worker._runner, "run", count)

@@ -90,6 +90,8 @@ class Shape:
 
 SHAPES = {
     "smollm2-135m": Shape(576, 1536, 30, 9, 3, 49152),
+    # The same, with heads that two ranks share.
+    "smollm2-8-heads": Shape(512, 1536, 30, 8, 4, 49152),
     "llama-1b": Shape(2048, 8192, 16, 32, 8, 128256),
     "tiny": Shape(64, 128, 2, 2, 1, 512),
 }

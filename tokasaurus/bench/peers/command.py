@@ -245,4 +245,5 @@ def _settings(config: PeersConfig, engine: _Installed, dtype: str) -> dict[str, 
         "cache_gib": config.cache_gib,
         "cache_tokens": cache_bytes // token_bytes // 16 * 16,
         "flags": flags,
+        "products": True,
     }

@@ -19,7 +19,10 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from tokasaurus.bench.peers.products import RecordedBatches
 
 # Of every engine, as in the engine's defaults for a CPU.
 _MAX_SEQUENCES = 256
@@ -46,7 +49,6 @@ class Tokasaurus:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         from tokasaurus import LLM, SamplingParams
-        from tokasaurus.bench.peers.products import RecordedBatches
         from tokasaurus.version import __version__
 
         self.version = __version__
@@ -59,10 +61,15 @@ class Tokasaurus:
             **settings["flags"],
         }
         self._llm = LLM(settings["model"], **flags)
-        self._batches = RecordedBatches(self._llm)
+        self._batches: RecordedBatches | None = None
+        if settings["products"]:
+            from tokasaurus.bench.peers.products import RecordedBatches
+
+            self._batches = RecordedBatches(self._llm)
 
     def run(self, requests: list[dict[str, Any]]) -> int:
-        self._batches.clear()
+        if self._batches is not None:
+            self._batches.clear()
         params = [
             self._params(
                 max_tokens=request["max_tokens"], n=request["n"], temperature=1.0, ignore_eos=True
@@ -75,6 +82,7 @@ class Tokasaurus:
 
     def products(self, rounds: int) -> float:
         """Seconds that the products of the last run take alone, the median of several rounds."""
+        assert self._batches is not None
         return self._batches.replay(rounds)
 
 

@@ -8,6 +8,7 @@ definition, and kernels of sampling with ``model/sampling/sampler.py``.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -318,8 +319,12 @@ class Backend(Protocol):
         """The kernels of sampling; None if torch samples. Called as ``operators`` is."""
         ...
 
-    def calibrate(self) -> None:
-        """Measures what decisions depend on. Called at most once, when nothing else runs."""
+    def calibrate(self, shared: Callable[[Sequence[float]], list[float]]) -> None:
+        """Measures what decisions depend on. Called at most once, when nothing else runs.
+
+        Args:
+            shared: from the numbers that this rank has measured, those that all ranks use.
+        """
         ...
 
     @property

@@ -17,7 +17,7 @@ https://arxiv.org/abs/2402.05099)::
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
@@ -73,7 +73,7 @@ class ReferenceBackend:
     def sampling(cls, options: BackendOptions) -> None:
         return None
 
-    def calibrate(self) -> None:
+    def calibrate(self, shared: Callable[[Sequence[float]], list[float]]) -> None:
         """Does nothing."""
 
     def plan(self, rows: SequenceRows) -> ReferenceAttention:

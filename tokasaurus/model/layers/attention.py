@@ -35,22 +35,29 @@ class SelfAttention(nn.Module):
             {"query": size, "key": kv_size, "value": kv_size},
             Sharding.OUTPUTS,
             bias=config.qkv_bias,
+            unit=config.head_dim,
         )
         self.output = Linear(
-            place, size, {"": config.hidden_size}, Sharding.INPUTS, bias=config.output_bias
+            place,
+            size,
+            {"": config.hidden_size},
+            Sharding.INPUTS,
+            bias=config.output_bias,
+            unit=config.head_dim,
         )
         self.query_norm = self.key_norm = None
         if config.qk_norm:
             self.query_norm = RMSNorm(place, config.head_dim, config.rms_norm_eps)
             self.key_norm = RMSNorm(place, config.head_dim, config.rms_norm_eps)
         self._layer = layer
-        self._num_all_heads = config.num_heads + 2 * config.num_kv_heads
         self._head_dim = config.head_dim
 
     def forward(self, x: Tensor, rotation: Rotation, attention: Attention) -> Tensor:
         """Maps [T, hidden] to the same shape."""
         #   one row of the product:  │ q heads (H) │ k heads (K) │ v heads (K) │
-        heads = self.qkv(x).view(len(x), self._num_all_heads, self._head_dim)
+        # With several ranks these are the heads of this one.
+        product = self.qkv(x)
+        heads = product.view(len(x), product.shape[1] // self._head_dim, self._head_dim)
         mixed = attention.attend(self._layer, heads, rotation, self._norms())
         result: Tensor = self.output(mixed)
         return result

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from tokasaurus.model.linear_methods.base import LinearMethod, LinearSpec, Sharding
-from tokasaurus.model.linear_methods.plain import PlainLinear
 from tokasaurus.model.linear_methods.registry import make_linear
 from tokasaurus.model.placement import Placement
 
@@ -62,6 +62,7 @@ class Linear(_Weights):
         parts: rows of each of the checkpoint's products by name, in the order of the outputs.
         sharding: how tensor parallelism deals the product to ranks.
         bias: each part has one.
+        unit: numbers that stay together on a rank; see ``LinearSpec``.
         tied: the embedding whose linear method this product uses; None if it has its own.
     """
 
@@ -73,9 +74,10 @@ class Linear(_Weights):
         sharding: Sharding,
         *,
         bias: bool = False,
+        unit: int = 1,
         tied: Embedding | None = None,
     ) -> None:
-        spec = LinearSpec(in_size, parts, bias, sharding)
+        spec = LinearSpec(in_size, parts, bias, sharding, unit)
         method = make_linear(spec, place) if tied is None else tied.method
         super().__init__(spec, method, is_borrowed=tied is not None)
 
@@ -97,7 +99,7 @@ class Embedding(_Weights):
         self, place: Placement, vocab_size: int, hidden_size: int, *, multiplied: bool
     ) -> None:
         spec = LinearSpec(hidden_size, {"": vocab_size}, False, Sharding.VOCABULARY)
-        method = make_linear(spec, place) if multiplied else PlainLinear(spec, place)
+        method = make_linear(spec, place if multiplied else replace(place, linear="plain"))
         super().__init__(spec, method, is_borrowed=False)
 
     def forward(self, ids: Tensor) -> Tensor:

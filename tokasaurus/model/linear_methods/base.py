@@ -36,12 +36,14 @@ class LinearSpec:
         parts: the rows of each of the checkpoint's products by name, in the order of the outputs.
         bias: every part has a bias.
         sharding: how ranks share the work.
+        unit: rows of each part, or columns with INPUTS, that stay together: those of a head.
     """
 
     in_size: int
     parts: Mapping[str, int]
     bias: bool
     sharding: Sharding
+    unit: int = 1
 
     @property
     def out_size(self) -> int:

@@ -12,6 +12,7 @@ from tokasaurus.model.linear_methods.int8 import Int8Linear
 from tokasaurus.model.linear_methods.opaque import OpaqueLinear
 from tokasaurus.model.linear_methods.packed import PackedLinear
 from tokasaurus.model.linear_methods.plain import PlainLinear
+from tokasaurus.model.linear_methods.sharded import ShardedLinear, share_of
 from tokasaurus.model.placement import Placement
 
 __all__ = ["choose_linear", "make_linear"]
@@ -55,10 +56,17 @@ def _quantized(place: Placement) -> Placement:
 
 
 def make_linear(spec: LinearSpec, place: Placement) -> LinearMethod:
-    """The method of this placement for one product."""
-    method = _method(spec, place)
-    if place.is_traced and place.linear == "packed":
-        return OpaqueLinear(method, spec.in_size, spec.out_size, place.dtype)
+    """The method of this placement for one product: with several ranks, for this one's part."""
+    parallel = place.parallel
+    if parallel.size == 1:
+        method, out_size, is_opaque = _method(spec, place), spec.out_size, False
+    else:
+        share = share_of(spec, parallel.rank, parallel.size)
+        method = ShardedLinear(share, _method(share.spec, place), parallel)
+        is_opaque = spec.sharding is not Sharding.OUTPUTS  # ranks exchange something
+        out_size = spec.out_size if is_opaque else share.spec.out_size
+    if place.is_traced and (is_opaque or place.linear == "packed"):
+        return OpaqueLinear(method, spec.in_size, out_size, place.dtype)
     return method
 
 

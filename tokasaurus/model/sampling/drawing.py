@@ -24,7 +24,7 @@ from tokasaurus.model.sampling.rows import DrawingPart, PromptRows, SamplingRows
 from tokasaurus.model.upload import Staging
 from tokasaurus.protocol.arrays import Int32Array
 
-__all__ = ["draw_tokens", "plan_draws", "plan_scores", "score_prompts"]
+__all__ = ["draw_tokens", "give_logits", "plan_draws", "plan_scores", "score_prompts"]
 
 # Elements of the logits of one part: 128 MiB in fp32. Sampling and logprobs take a few times as
 # much while they work on a part, for any number of rows and any vocabulary.
@@ -144,6 +144,26 @@ def score_prompts(model: LlamaModel, hidden: Tensor, rows: PromptRows) -> Logpro
     return Logprobs.joined(logprobs)
 
 
+def give_logits(
+    model: LlamaModel, hidden: Tensor, rows: SamplingRows, prompt: PromptRows | None
+) -> None:
+    """At a rank that has a part of the head and does not sample: gives its logits of each part.
+
+    The rank that samples draws tokens and scores prompts meanwhile, in this order.
+
+    Args:
+        model: its head is used.
+        hidden: [rows of the batch, hidden].
+        rows: that are drawn from.
+        prompt: rows that are scored, if there are any.
+    """
+    for part in rows.parts:
+        _logits(model, hidden, rows.rows.tensor[part.rows])
+    if prompt is not None:
+        for scored in prompt.parts:
+            _logits(model, hidden, prompt.rows.tensor[scored.rows])
+
+
 def _parts(num_rows: int, vocab_size: int) -> Iterator[slice]:
     """All rows, a part of bounded size at a time."""
     step = max(_MAX_LOGITS // vocab_size, 1)
@@ -152,5 +172,5 @@ def _parts(num_rows: int, vocab_size: int) -> Iterator[slice]:
 
 
 def _logits(model: LlamaModel, hidden: Tensor, rows: Tensor) -> Tensor:
-    """[rows, vocabulary] in the model's dtype."""
+    """[rows, vocabulary] in the model's dtype; [0, vocabulary] at a rank that does not sample."""
     return model.logits(hidden[rows])

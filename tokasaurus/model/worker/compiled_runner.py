@@ -79,10 +79,10 @@ class CompiledRunner:
 
     def run(self, planned: PlannedBatch) -> Tensor:
         # A batch may consist of changes to the tables, without any row.
-        if not len(planned.ids):
-            return torch.empty(0, 0, device=planned.ids.device)
+        if not planned.num_rows:
+            return torch.empty(0, 0, device=planned.inputs.device)
         _current.attention = self._backend.plan(planned.sequences)
-        hidden: Tensor = self._forward(planned.ids, planned.positions, self._attention)
+        hidden: Tensor = self._forward(planned.inputs, planned.positions, self._attention)
         return hidden
 
     def warmed_up(self) -> None:

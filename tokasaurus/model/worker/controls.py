@@ -20,7 +20,10 @@ from torch import Tensor
 from tokasaurus.cartridge_file import CartridgeFile, key_name, value_name
 from tokasaurus.errors import ModelError, ProtocolError
 from tokasaurus.host_memory import return_freed_memory
+from tokasaurus.model.config import ModelConfig
 from tokasaurus.model.kv_cache import KVCache
+from tokasaurus.model.parallel.ranks import Ranks
+from tokasaurus.model.parallel.tensor_parallel import dealt
 from tokasaurus.model.upload import upload_indices
 from tokasaurus.model.weights.dummy import dummy_tensors
 from tokasaurus.model.weights.loader import fill_all
@@ -62,6 +65,9 @@ class Controls:
         cache: the KV cache.
         runner: is told when tensors may have moved.
         device: of all of these.
+        ranks: of the replica, which all carry out the same controls: what one refuses, all do.
+        model: the whole model's sizes.
+        stage: the numbers of the layers that this worker has.
     """
 
     def __init__(
@@ -71,9 +77,15 @@ class Controls:
         cache: KVCache,
         runner: Runner,
         device: torch.device,
+        ranks: Ranks,
+        model: ModelConfig,
+        stage: range,
     ) -> None:
         self._weights, self._files = weights, files
         self._cache, self._runner, self._device = cache, runner, device
+        self._ranks, self._model, self._stage = ranks, model, stage
+        heads = dealt(model.num_kv_heads, ranks.tp_rank, ranks.tp_size)
+        self._kv_heads = slice(heads.start, heads.stop)
         self._weights_ready = self._cache_ready = True
         self._weights_allocated = True
 
@@ -106,13 +118,15 @@ class Controls:
         except _Refusal as refusal:
             error = str(refusal)
             log.warning("refused %s: %s", type(action).__name__, error)
+        # All have carried it out when one of them answers.
+        self._weights_ready = self._ranks.all_agree(self._weights_ready)
         return Outcome(error, self._weights_ready)
 
     def _update(self, action: UpdateWeights) -> None:
         started = time.perf_counter()
         source = f"the update to version {action.version}"
         with contextlib.ExitStack() as opened:
-            with _refusing():
+            with self._refusing_together():
                 files = opened.enter_context(WeightFiles([Path(f) for f in action.files], source))
                 files.check(self._weights)
                 if action.checksums:
@@ -180,22 +194,31 @@ class Controls:
     def _write_cartridge(self, action: WriteCartridge) -> None:
         self._check_pages(action)
         cache = self._cache
-        with _refusing(), CartridgeFile(Path(action.path)) as file:
-            file.check(len(cache.keys), cache.num_kv_heads, cache.head_dim)
+        with self._refusing_together():
+            tensors = self._read_cartridge(action)
+        cache.write_pages(
+            upload_indices(action.pages, self._device),
+            [tensors[key_name(layer)].transpose(0, 1) for layer in self._stage],
+            [tensors[value_name(layer)].transpose(0, 1) for layer in self._stage],
+            action.num_tokens,
+        )
+
+    def _read_cartridge(self, action: WriteCartridge) -> dict[str, Tensor]:
+        """Copies of this rank's part of a cartridge, so that its file may change at once."""
+        model = self._model
+        with CartridgeFile(Path(action.path)) as file:
+            file.check(model.num_layers, model.num_kv_heads, model.head_dim)
             if file.num_tokens != action.num_tokens:
                 raise ModelError(
                     f"{file.path} has {file.num_tokens} tokens, where {action.num_tokens} were "
                     "announced; load it again"
                 )
-            # Copies: what has been read whole is written, even if the file changes.
-            tensors = {name: tensor.clone() for name, tensor in read_tensors(file)}
-        layers = range(len(cache.keys))
-        cache.write_pages(
-            upload_indices(action.pages, self._device),
-            [tensors[key_name(layer)].transpose(0, 1) for layer in layers],
-            [tensors[value_name(layer)].transpose(0, 1) for layer in layers],
-            action.num_tokens,
-        )
+            names = {name(layer) for layer in self._stage for name in (key_name, value_name)}
+            return {
+                name: tensor[:, self._kv_heads].clone()
+                for name, tensor in read_tensors(file)
+                if name in names
+            }
 
     def _check_pages(self, action: WriteCartridge) -> None:
         pages = action.pages
@@ -211,6 +234,18 @@ class Controls:
                 f"{self._cache.num_pages}"
             )
 
+    @contextlib.contextmanager
+    def _refusing_together(self) -> Iterator[None]:
+        """For checks: what is wrong with a file at one rank is a reason for all to refuse."""
+        reason = None
+        try:
+            yield
+        except ModelError as error:
+            reason = str(error)
+        reason = self._ranks.agreed(reason)
+        if reason is not None:
+            raise _Refusal(reason)
+
     def _return_memory(self) -> None:
         """Gives what tensors have freed back to the system."""
         if self._device.type == "cuda":
@@ -220,12 +255,3 @@ class Controls:
 
 class _Refusal(Exception):
     """A control cannot be carried out, and nothing has changed."""
-
-
-@contextlib.contextmanager
-def _refusing() -> Iterator[None]:
-    """For checks: what is wrong with a file is a reason to refuse."""
-    try:
-        yield
-    except ModelError as error:
-        raise _Refusal(str(error)) from error

@@ -21,8 +21,11 @@ from tokasaurus.model.architectures.llama_model import LlamaModel
 from tokasaurus.model.backend.base import DRAW, Backend, SamplingKernels
 from tokasaurus.model.layers.linear import Linear
 from tokasaurus.model.layers.mlp import GatedMLP
+from tokasaurus.model.layers.norm import RMSNorm
 from tokasaurus.model.linear_methods.base import LinearMethod, LinearSpec
+from tokasaurus.model.linear_methods.sharded import ShardedLinear
 from tokasaurus.model.linear_methods.tiled import TiledLinear
+from tokasaurus.model.parallel.ranks import Ranks
 from tokasaurus.model.placement import Placement
 from tokasaurus.model.probe import NUM_ROWS, SOME_COUNTS, counts_of, dependent_counts
 
@@ -60,8 +63,11 @@ def settle_determinism(
     place: Placement,
     backend: type[Backend],
     sampling: SamplingKernels | None,
+    ranks: Ranks,
 ) -> Determinism:
     """Probes the model. Puts products on fixed tiles if they need them and the user asks.
+
+    All ranks of a replica decide together: one obstacle is an obstacle for all.
 
     Args:
         asked: the flag ``deterministic``.
@@ -69,20 +75,24 @@ def settle_determinism(
         place: of the model.
         backend: of the attention.
         sampling: the kernels of sampling; None if torch samples.
+        ranks: of the replica.
 
     Raises:
         ConfigError: the user asks for what cannot be.
     """
     if asked is False:
         return Determinism(False, "not deterministic: deterministic=F")
-    obstacle = _obstacle(place, backend, sampling)
+    obstacle, summary = _obstacle(place, backend, sampling), ""
     if obstacle is None:
         started = time.perf_counter()
         probe = _Probe(model, place)
         obstacle = probe.other_kernels(sampling) or probe.products(may_tile=asked is True)
+        summary = probe.summary
         log.info("probed in %.2f s whether results depend on the batch", _since(started))
-        if obstacle is None:
-            return Determinism(True, f"deterministic: {probe.summary}")
+    obstacle = ranks.agreed(obstacle)
+    if obstacle is None:
+        # The first rank's: a receipt says the same for all.
+        return Determinism(True, f"deterministic: {ranks.agreed(summary)}")
     if asked:
         raise ConfigError(f"deterministic=T: {obstacle}, or leave deterministic out")
     return Determinism(False, f"not deterministic: {obstacle}")
@@ -123,20 +133,22 @@ class _Probe:
         for layer in self._model.modules():
             if not isinstance(layer, Linear):
                 continue
-            spec = layer.spec
-            key = (type(layer.method), spec.in_size, spec.out_size, spec.bias)
+            # With several ranks, each probes its part: their sums do not depend on the batch.
+            holder = layer.method if isinstance(layer.method, ShardedLinear) else layer
+            spec = holder.spec
+            key = (type(holder.method), spec.in_size, spec.out_size, spec.bias)
             keys.add(key)
-            counts = self._dependence(layer.method, spec)
+            counts = self._dependence(holder.method, spec)
             if not counts:
                 continue
-            name = f"the product {spec.in_size}x{spec.out_size} of {type(layer.method).__name__}"
+            name = f"the product {spec.in_size}x{spec.out_size} of {type(holder.method).__name__}"
             trouble = f"{name} depends on the number of rows (with {_listed(counts)} of them)"
             if not may_tile:
                 return (
                     f"{trouble}; deterministic=T runs it on fixed tiles, "
                     "and linear=packed needs none in fp32 and bf16"
                 )
-            tiles = self._tiled(layer, spec)
+            tiles = self._tiled(holder)
             if tiles is None:
                 return f"{trouble}, on fixed tiles too; set linear=packed"
             tiled[key] = f"{spec.in_size}x{spec.out_size} with {tiles}"
@@ -145,12 +157,12 @@ class _Probe:
             self.summary += f"; on fixed tiles: {', '.join(tiled.values())}"
         return None
 
-    def _tiled(self, layer: Linear, spec: LinearSpec) -> str | None:
+    def _tiled(self, holder: Linear | ShardedLinear) -> str | None:
         """Puts a product on the first tiles that help. Returns which."""
         for least, tile in _TILES:
-            method = TiledLinear(layer.method, least, tile)
-            if not self._dependence(method, spec, (type(layer.method), least, tile)):
-                layer.method = method
+            method = TiledLinear(holder.method, least, tile)
+            if not self._dependence(method, holder.spec, (type(holder.method), least, tile)):
+                holder.method = method
                 return f"at least {least} rows" if tile is None else f"{tile} rows each"
         return None
 
@@ -186,14 +198,15 @@ class _Probe:
         """The name and size of each, and what makes its batches from a seed."""
         model, place = self._model, self._place
         operators, rotary = place.operators, model.rotary
-        size, inner = model.norm.weight.numel(), _inner_size(model)
+        norm = next(each for each in model.modules() if isinstance(each, RMSNorm))
+        size, inner = norm.weight.numel(), _inner_size(model)
 
         def numbers(seed: int, width: int) -> Tensor:
             generator = torch.Generator().manual_seed(seed)
             return torch.randn(NUM_ROWS, width, generator=generator).to(place.dtype)
 
         def norms(seed: int) -> Callable[[Tensor], Tensor]:
-            x, added, norm = numbers(seed, size), numbers(seed + 1, size), model.norm
+            x, added = numbers(seed, size), numbers(seed + 1, size)
             return lambda ids: operators.add_rms_norm(x[ids], added[ids], norm.weight, norm.eps)
 
         def gates(seed: int) -> Callable[[Tensor], Tensor]:
@@ -252,7 +265,9 @@ def _draws(seed: int) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
 
 def _inner_size(model: LlamaModel) -> int:
     """Columns of the feed-forward part."""
-    return next(each.down.spec.in_size for each in model.modules() if isinstance(each, GatedMLP))
+    down = next(each.down for each in model.modules() if isinstance(each, GatedMLP))
+    spec = down.method.spec if isinstance(down.method, ShardedLinear) else down.spec
+    return spec.in_size
 
 
 def _listed(counts: list[int]) -> str:

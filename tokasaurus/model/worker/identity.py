@@ -48,6 +48,7 @@ _KERNELS_OF_ATTENTION = {
 }
 _KERNELS_OF_LINEAR = {"packed": ("packed",)}
 _KERNELS_OF_QUANTIZATION = {"int8": ("int8",)}
+_KERNELS_OF_RANKS = ("shared_memory",)
 """The libraries that a worker computes with. Others in the process may have loaded more."""
 
 _LIBRARIES = ("torch", "numpy", "tokenizers", "llguidance")
@@ -80,6 +81,7 @@ def make_identity(
         *_KERNELS_OF_ATTENTION.get(attention, ()),
         *_KERNELS_OF_LINEAR.get(linear, ()),
         *_KERNELS_OF_QUANTIZATION.get(config.quantization or "", ()),
+        *(_KERNELS_OF_RANKS if config.tp_size > 1 else ()),
     )
     kernels = {name: libraries[name] for name in used if name in libraries}
     return WorkerIdentity(

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tokasaurus.errors import EngineError, ProtocolError
-from tokasaurus.model.backend.base import GroupedRows
+from tokasaurus.model.backend.base import NO_GROUPED_ROWS, GroupedRows
 from tokasaurus.model.download import Download
 from tokasaurus.model.sampling.logprobs import Logprobs
 from tokasaurus.model.worker.clock import Clock
@@ -40,6 +41,7 @@ class Outputs:
         cut_rows: as in ``ForwardResult``.
         grouped: as ``num_grouped_tokens`` and ``num_grouped_prefill_tokens`` there.
         num_recompiles: as in ``ForwardResult``.
+        waited_s: as in ``ForwardResult``.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Outputs:
         cut_rows: Int32Array | None,
         grouped: GroupedRows,
         num_recompiles: int,
+        waited_s: float,
     ) -> None:
         self._token_ids = token_ids
         self._drawn = [Download(each) for each in (drawn.chosen, drawn.top_ids, drawn.top)]
@@ -61,6 +64,14 @@ class Outputs:
         self._cut_rows = cut_rows
         self._grouped = grouped
         self._num_recompiles = num_recompiles
+        self._waited_s = waited_s
+
+    @classmethod
+    def of_other_rank(cls, waited_s: float) -> Outputs:
+        """Of a rank that does not sample. Its results go nowhere."""
+        nothing = Logprobs.none(0, 0)
+        no_ids = Download(torch.empty(0, dtype=torch.int64))
+        return cls(no_ids, nothing, nothing, None, None, NO_GROUPED_ROWS, 0, waited_s)
 
     def result(self, number: int, device_s: float) -> ForwardResult:
         logprobs, top_ids, top_logprobs = (each.array() for each in self._drawn)
@@ -81,6 +92,7 @@ class Outputs:
             num_grouped_tokens=self._grouped.num_decodes,
             num_grouped_prefill_tokens=self._grouped.num_prefills,
             num_recompiles=self._num_recompiles,
+            waited_s=self._waited_s,
         )
 
 

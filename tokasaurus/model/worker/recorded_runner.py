@@ -34,10 +34,10 @@ class RecordedRunner:
 
     def run(self, planned: PlannedBatch) -> Tensor:
         # A batch may consist of changes to the tables, without any row.
-        if not len(planned.ids):
+        if not planned.num_rows:
             return torch.empty(0, 0)
         attention = self._backend.plan(planned.sequences)
-        stream, rotation = self._model.enter(planned.ids, planned.positions)
+        stream, rotation = self._model.enter(planned.inputs, planned.positions)
         if self._recorded is None and self._is_recordable:
             self._record(stream, rotation, attention)
         if self._recorded is None:

@@ -71,10 +71,10 @@ class EagerRunner:
 
     def run(self, planned: PlannedBatch) -> Tensor:
         # A batch may consist of changes to the tables, without any row.
-        if not len(planned.ids):
-            return torch.empty(0, 0, device=planned.ids.device)
+        if not planned.num_rows:
+            return torch.empty(0, 0, device=planned.inputs.device)
         attention = self._backend.plan(planned.sequences)
-        hidden: Tensor = self._model(planned.ids, planned.positions, attention)
+        hidden: Tensor = self._model(planned.inputs, planned.positions, attention)
         return hidden
 
     @property

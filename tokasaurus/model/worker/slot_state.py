@@ -48,7 +48,8 @@ class PlannedBatch:
     """The rows of one batch: decode rows, then prefill rows.
 
     Attributes:
-        ids: [rows] int64, on the device.
+        inputs: ids, [rows] int64, on the device. A later stage of a pipeline replaces them by
+            hidden states, [rows, hidden].
         positions: [rows] int64, on the device.
         sequences: the rows of each sequence.
         sampling: the rows to draw a token from.
@@ -58,7 +59,7 @@ class PlannedBatch:
         copies: to make after the layers have run. None if no prompt forks inside a page.
     """
 
-    ids: Tensor
+    inputs: Tensor
     positions: Tensor
     sequences: SequenceRows
     sampling: SamplingRows
@@ -66,6 +67,10 @@ class PlannedBatch:
     pooling: PlannedPooling | None
     early_copies: PageCopies | None
     copies: PageCopies | None
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.positions)
 
 
 class SlotState:
@@ -187,7 +192,7 @@ class SlotState:
             self.page_table[slots_of_entries, columns] = pages
         self.adjustments.write_entries()
         return PlannedBatch(
-            ids=self._ids(
+            inputs=self._ids(
                 sampling.device_slots.tensor[:num_decodes],
                 None if prompt_ids is None else prompt_ids.tensor,
             ),

@@ -14,25 +14,29 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from tokasaurus.config.slices import WorkerConfig
 from tokasaurus.errors import ProtocolError
 from tokasaurus.grammars import Vocabulary
 from tokasaurus.host_memory import keep_freed_memory
 from tokasaurus.model.backend import choose_backend
-from tokasaurus.model.backend.base import NO_GROUPED_ROWS, BackendOptions
+from tokasaurus.model.backend.base import NO_GROUPED_ROWS, BackendOptions, GroupedRows
 from tokasaurus.model.backend.cpu.compiled import CompiledBackend
 from tokasaurus.model.backend.reference_operators import REFERENCE_OPERATORS
-from tokasaurus.model.config import ModelConfig
 from tokasaurus.model.download import Download
 from tokasaurus.model.facts import read_model_config
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.model.linear_methods.registry import choose_linear
+from tokasaurus.model.parallel.collectives import open_tensor_parallel
+from tokasaurus.model.parallel.ranks import Ranks
+from tokasaurus.model.parallel.tensor_parallel import dealt
 from tokasaurus.model.placement import Placement
-from tokasaurus.model.sampling.drawing import draw_tokens, score_prompts
+from tokasaurus.model.sampling.drawing import draw_tokens, give_logits, score_prompts
 from tokasaurus.model.sampling.logprobs import Logprobs
 from tokasaurus.model.sampling.matchers import Matchers, OpenMatchers
 from tokasaurus.model.weights.loader import load_model
@@ -41,9 +45,11 @@ from tokasaurus.model.worker.controls import Controls
 from tokasaurus.model.worker.determinism import settle_determinism
 from tokasaurus.model.worker.identity import make_identity
 from tokasaurus.model.worker.pending import Answer, InFlight, Outputs, Pending, naming
+from tokasaurus.model.worker.pipeline import Pipeline
 from tokasaurus.model.worker.recorded_runner import RecordedRunner
 from tokasaurus.model.worker.runner import EagerRunner, Runner
-from tokasaurus.model.worker.slot_state import SlotState
+from tokasaurus.model.worker.slot_state import PlannedBatch, SlotState
+from tokasaurus.model.worker.stage_costs import choose_stage
 from tokasaurus.model.worker.warm_up import warm_up_batches
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.commands import Control
@@ -68,8 +74,10 @@ class Worker:
         config: the model room's slice.
         load_vocabulary: returns the bytes of each id, for grammars. Another thread calls it while
             the model is loaded. None means that no sequence will have a grammar.
+        rendezvous: where the workers of the replica meet, see ``Ranks``; None if it has one.
 
     Attributes:
+        ranks: the workers of the replica.
         weights: of the model; they can be filled anew between batches.
         is_deterministic: whether a request gets the same bits whatever runs beside it.
         determinism_reason: why, or why not; a line for users.
@@ -81,13 +89,16 @@ class Worker:
     """
 
     def __init__(
-        self, config: WorkerConfig, load_vocabulary: Callable[[], Vocabulary] | None = None
+        self,
+        config: WorkerConfig,
+        load_vocabulary: Callable[[], Vocabulary] | None = None,
+        rendezvous: str | None = None,
     ) -> None:
         keep_freed_memory()
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         self._config = config
-        self._device = torch.device(config.device)
+        self._device = _device(config)
         options = BackendOptions(config.instruction_set, config.use_groups)
         backend = choose_backend(config.attention, self._device, options)
         place = Placement(
@@ -102,9 +113,20 @@ class Worker:
         place = choose_linear(place)
         model_config = read_model_config(config.model_path, config.rope_scaling)
         self._vocab_size = model_config.vocab_size
-        self._matchers = Matchers(config.num_slots, self._vocab_size, load_vocabulary)
+        self.ranks = Ranks(
+            config.rank, config.tp_size, config.pp_size, rendezvous, device=self._device
+        )
+        stage = choose_stage(self.ranks, model_config, place)
+        parallel = open_tensor_parallel(self.ranks.tp_group, self._device, config.instruction_set)
+        place = replace(place, parallel=parallel)
+        num_heads, num_kv_heads = (
+            len(dealt(count, self.ranks.tp_rank, self.ranks.tp_size))
+            for count in (model_config.num_heads, model_config.num_kv_heads)
+        )
+        vocabulary = load_vocabulary if self.ranks.samples else None
+        self._matchers = Matchers(config.num_slots, self._vocab_size, vocabulary)
         self._model, self.weights, files = load_model(
-            config.model_path, model_config, place, config.load_format
+            config.model_path, model_config, place, config.load_format, stage
         )
         sampling = backend.sampling(options)
         determinism = settle_determinism(
@@ -113,20 +135,30 @@ class Worker:
             place,
             backend,
             sampling,
+            self.ranks,
         )
         self.is_deterministic, self.determinism_reason = determinism.is_on, determinism.reason
         self._cache = KVCache.allocate(
-            num_layers=model_config.num_layers,
+            num_layers=len(stage),
             num_pages=config.num_pages,
             page_size=config.page_size,
-            num_kv_heads=model_config.num_kv_heads,
+            num_kv_heads=num_kv_heads,
             head_dim=model_config.head_dim,
             dtype=place.dtype,
             device=place.device,
         )
-        self._backend = backend(self._cache, model_config.num_heads, options)
-        self._runner = self._make_runner(model_config)
-        self._controls = Controls(self.weights, files, self._cache, self._runner, self._device)
+        self._backend = backend(self._cache, num_heads, options)
+        self._runner = self._make_runner(num_heads)
+        self._controls = Controls(
+            self.weights,
+            files,
+            self._cache,
+            self._runner,
+            self._device,
+            self.ranks,
+            model_config,
+            stage,
+        )
         self._state = SlotState(
             num_slots=config.num_slots,
             num_pages=config.num_pages,
@@ -135,6 +167,13 @@ class Worker:
             vocab_size=self._vocab_size,
             device=self._device,
             kernels=sampling,
+        )
+        self._pipeline = Pipeline(
+            self.ranks,
+            config.num_slots,
+            model_config.hidden_size,
+            place.dtype,
+            self._state.record,
         )
         self._in_flight = InFlight()
         self._next_number = 0
@@ -148,7 +187,7 @@ class Worker:
         )
         log.info("%s", self.determinism_reason)
 
-    def _make_runner(self, model_config: ModelConfig) -> Runner:
+    def _make_runner(self, num_heads: int) -> Runner:
         config = self._config
         if not config.torch_compile:
             if isinstance(self._backend, CompiledBackend):
@@ -158,9 +197,7 @@ class Worker:
         from tokasaurus.model.worker.compiled_runner import CompiledRunner
 
         options = json.loads(config.torch_compile_config or "{}")
-        return CompiledRunner(
-            self._model, self._backend, model_config.num_heads, model_config.head_dim, options
-        )
+        return CompiledRunner(self._model, self._backend, num_heads, self._cache.head_dim, options)
 
     def warm_up(self) -> float:
         """Runs the largest possible batches, so that a lack of memory shows now.
@@ -172,14 +209,17 @@ class Worker:
             About how long a batch of ``max_tokens_per_forward`` takes, in seconds.
         """
         started = time.perf_counter()
-        self._backend.calibrate()
+        self._backend.calibrate(self.ranks.of_first)
         matchers = OpenMatchers(self._vocab_size)
         token_s = []
-        for batch in warm_up_batches(self._config, self.weights.num_parameters):
+        # The same batches at all ranks.
+        num_parameters = self.ranks.largest(self.weights.num_parameters)
+        for batch in warm_up_batches(self._config, num_parameters):
             begun = time.perf_counter()
             self._enqueue(batch, matchers).result(batch.number, 0.0)
             num_tokens = len(batch.prefill_ids) + len(batch.decode_slots)
             token_s.append((time.perf_counter() - begun) / num_tokens)
+        self._pipeline.clear()
         self._state.clear()
         self._runner.warmed_up()
         self._matchers.wait()
@@ -239,20 +279,48 @@ class Worker:
 
     @torch.inference_mode()
     def _enqueue(self, batch: ForwardBatch, matchers: Matchers | OpenMatchers) -> Outputs:
+        pipeline, waited_s = self._pipeline, self._pipeline.waited_s
+        pipeline.need_tokens_of(batch.decode_slots)
         planned = self._state.apply(batch)
-        sampling = planned.sampling
+        hidden = self._run_layers(planned)
+        grouped = self._backend.grouped_rows if planned.num_rows else NO_GROUPED_ROWS
+        waited_s = pipeline.waited_s - waited_s
+        if not self.ranks.samples:
+            if self.ranks.is_last_stage:
+                give_logits(self._model, hidden, planned.sampling, planned.prompt)
+            pipeline.expect_tokens(planned.sampling)
+            return Outputs.of_other_rank(waited_s)
         if batch.parameters is not None:
             matchers.enter(batch.parameters)
+        return self._sample(planned, hidden, matchers, grouped, waited_s)
+
+    def _run_layers(self, planned: PlannedBatch) -> Tensor:
+        """The stage's hidden states, which it hands on if it is not the last."""
+        if not self.ranks.is_first_stage:
+            planned = replace(planned, inputs=self._pipeline.receive_hidden(planned.num_rows))
         if planned.early_copies is not None:
             early = planned.early_copies
             self._cache.copy_pages(early.sources.tensor, early.targets.tensor)
         hidden = self._runner.run(planned)
-        grouped = self._backend.grouped_rows if len(planned.ids) else NO_GROUPED_ROWS
+        if not self.ranks.is_last_stage:
+            self._pipeline.send_hidden(hidden)
         if planned.copies is not None:
             copies = planned.copies
             self._cache.copy_pages(copies.sources.tensor, copies.targets.tensor)
+        return hidden
+
+    def _sample(
+        self,
+        planned: PlannedBatch,
+        hidden: Tensor,
+        matchers: Matchers | OpenMatchers,
+        grouped: GroupedRows,
+        waited_s: float,
+    ) -> Outputs:
+        sampling = planned.sampling
         masks = matchers.masks(sampling.slots)
         token_ids, drawn = draw_tokens(self._model, hidden, sampling, masks)
+        self._pipeline.send_tokens(token_ids)
         arriving = Download(token_ids)
         if masks is not None:
             matchers.advance(masks, sampling.slots, arriving)
@@ -269,7 +337,16 @@ class Worker:
             _union(lost, given_up),
             grouped,
             self._runner.num_recompiles,
+            waited_s,
         )
+
+
+def _device(config: WorkerConfig) -> torch.device:
+    if config.device_index is None:
+        return torch.device(config.device)
+    device = torch.device(config.device, config.device_index)
+    torch.cuda.set_device(device)  # for kernels and streams that name no device
+    return device
 
 
 def _name(message: ToWorker) -> str:

@@ -69,11 +69,13 @@ class EngineRoutes:
         return json_answer({"message": "pong"})
 
     async def health(self) -> Response:
-        """200 when requests are served. Names the processes that make no progress."""
+        """200 when requests are served. Names the processes that make no progress, and replicas."""
         status, stalled = self._state.status, self._state.stalled
         body: dict[str, Any] = {"status": status, "running": self._state.num_running}
         if stalled:
             body["stalled"] = stalled
+        if self._state.replicas:
+            body["replicas"] = self._state.replicas
         return json_answer(body, 200 if status == "ok" else 503)
 
     async def version(self) -> Response:

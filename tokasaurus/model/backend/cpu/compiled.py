@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -34,6 +35,7 @@ from tokasaurus.model.backend.cpu.grouping import (
     ALWAYS,
     NEVER,
     ChosenGroups,
+    GroupCosts,
     KernelBlocks,
     choose_groups,
 )
@@ -161,7 +163,7 @@ class CompiledBackend:
         # The address of the plan of the batch that runs.
         self._current = ctypes.c_void_p()
 
-    def calibrate(self) -> None:
+    def calibrate(self, shared: Callable[[Sequence[float]], list[float]]) -> None:
         if self._options.use_groups is not None:
             return
         cache = KVCache.allocate(
@@ -176,13 +178,15 @@ class CompiledBackend:
         for tensor in cache.keys + cache.values:
             tensor.zero_()
         options = replace(self._options, use_groups=True)
-        self._costs = measure_group_costs(
+        costs = measure_group_costs(
             CompiledBackend(cache, self._num_heads, options),
             self._num_heads + 2 * cache.num_kv_heads,
             cache.head_dim,
             cache.dtype,
             self._blocks,
         )
+        per_pair, per_token, per_row, fixed = shared(costs[:4])
+        self._costs = GroupCosts(per_pair, per_token, per_row, fixed, costs.blocks)
         log.info("prefix groups save seconds of a layer: %s", self._costs)
 
     @property

@@ -1,0 +1,69 @@
+"""How the samples of a request are dealt out to replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from tokasaurus.protocol.arrays import Int32Array
+from tokasaurus.protocol.messages import GenerateRequest, Progress
+from tokasaurus.text.routes import Replica
+
+__all__ = ["as_int32", "progress_of", "shares_of"]
+
+
+def shares_of(
+    request: GenerateRequest, num_samples: int, choice: Sequence[Replica], cached: Mapping[int, int]
+) -> list[tuple[Replica, int]]:
+    """How many samples each replica gets, without those that get none.
+
+    ``tokasaurus.text.replicas`` says by which rules.
+
+    Args:
+        request: of the samples.
+        num_samples: to be placed.
+        choice: the replicas that may get some.
+        cached: prompt tokens that are probably in a replica's cache, by its number.
+    """
+    fitting = [replica for replica in choice if replica.room >= num_samples]
+    best = min(fitting or choice, key=lambda each: each.work - cached.get(each.number, 0))
+    if fitting or len(choice) == 1:
+        return [(best, num_samples)]
+    rooms = {replica: max(0, replica.room) for replica in choice}
+    must_wait = sum(rooms.values()) < num_samples <= best.num_seats
+    if must_wait or not _may_be_split(request):
+        return [(best, num_samples)]
+    shares, left = dict.fromkeys(rooms, 0), num_samples
+    for replica in sorted(rooms, key=lambda replica: -rooms[replica]):
+        shares[replica] = min(left, rooms[replica])
+        left -= shares[replica]
+    each, more = divmod(left, len(shares))
+    for index, replica in enumerate(shares):
+        shares[replica] += each + (index < more)
+    return [(replica, count) for replica, count in shares.items() if count]
+
+
+def _may_be_split(request: GenerateRequest) -> bool:
+    """Whether samples may run apart.
+
+    With prompt logprobs, which sample 0 brings, and ``first_k``, samples elsewhere could end the
+    request before the logprobs have come.
+    """
+    return request.num_prompt_logprobs < 0 or not request.first_k
+
+
+def progress_of(
+    indices: Sequence[int], generated: Mapping[int, Sequence[int]], num_finished: int
+) -> Progress:
+    tokens = [generated.get(index, ()) for index in indices]
+    return Progress(
+        sample_indices=as_int32(indices),
+        num_generated=as_int32([len(ids) for ids in tokens]),
+        generated_ids=as_int32([token for ids in tokens for token in ids]),
+        num_finished=num_finished,
+    )
+
+
+def as_int32(values: Iterable[int]) -> Int32Array:
+    return np.array(list(values), np.int32)
