@@ -407,7 +407,7 @@ class Manager:
         self.counters.device_s += result.device_s
         self.counters.waited_s += result.waited_s
         self.counters.num_recompiles = result.num_recompiles
-        self._look_ahead.batch_took(result.device_s)
+        self._look_ahead.batch_took(result.device_s - result.waited_s)
 
     def _end_rows(
         self, rows: IndexArray, token_ids: Int32Array, is_cut: NDArray[np.bool_] | None
