@@ -196,7 +196,7 @@ class Scheduler:
     def num_lanes(self) -> int:
         """Lanes that have something to do."""
         num_lanes = self._lanes.num_lanes
-        if num_lanes == 1 or self._running.prefilling or len(self._backlog):
+        if num_lanes == 1 or self._running.prefilling:  # chunks wait for no tokens
             return num_lanes
         return min(num_lanes, max(1, self._running.num_running))
 

@@ -26,7 +26,7 @@ from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.errors import ProtocolError
 from tokasaurus.manager.manager import Manager
 from tokasaurus.planner.cost_model import CostModel
-from tokasaurus.planner.pipeline import ONE_STAGE, StageClocks, Stages
+from tokasaurus.planner.pipeline import ONE_STAGE, SimulatedPipeline, Stages
 from tokasaurus.planner.report import Moment, Report, Tally
 from tokasaurus.planner.simulated_device import SimulatedDevice
 from tokasaurus.planner.trace import TraceRequest, generate_request, trace_lengths
@@ -85,8 +85,8 @@ class Replay:
     ) -> None:
         self._timing = timing
         self._manager = Manager(config)
-        self._device = SimulatedDevice(timing.cost, trace_lengths(trace), config.num_slots)
-        self._clocks = StageClocks(timing.stages, config.num_slots)
+        device = SimulatedDevice(timing.cost, trace_lengths(trace), config.num_slots)
+        self._pipeline = SimulatedPipeline(device, timing.stages, config.num_slots)
         self._manager_free_at = 0.0
         self._events: list[_Event] = []
         self._num_events = 0
@@ -124,7 +124,7 @@ class Replay:
         if not self._manager.idle:
             raise ProtocolError("no event is left, but the manager still has sequences")
         num_pages = self._manager.gauges().num_pages
-        return self._tally.report(self._manager.counters, num_pages, self._clocks)
+        return self._tally.report(self._manager.counters, num_pages, self._pipeline.waited_s)
 
     def _post(self, at: float, message: FromServer | FromWorker) -> None:
         heapq.heappush(self._events, _Event(at, self._num_events, message))
@@ -132,12 +132,12 @@ class Replay:
 
     def _run(self, order: ToWorker, sent_at: float) -> None:
         if not isinstance(order, ForwardBatch):
-            self._post(max(sent_at, self._clocks.free_at), self._device.carry_out(order))
+            done, done_at = self._pipeline.carry_out(order, sent_at)
+            self._post(done_at, done)
             return
-        result = self._device.run(order)
-        ended_at = self._clocks.run(order, result.device_s, sent_at)
-        self._tally.count_batch(len(result.token_ids))
-        self._post(ended_at, result)
+        result, spans = self._pipeline.run(order, sent_at)
+        self._tally.count_batch(len(result.token_ids), spans)
+        self._post(spans[-1].end_s, result)
 
     def _deliver(self, message: ToServer, at: float) -> None:
         if isinstance(message, SequenceUpdates):
