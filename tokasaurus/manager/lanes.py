@@ -39,12 +39,12 @@ class Lanes:
     """The turns of the running sequences.
 
     Args:
-        num_lanes: 1 where there is no pipeline: then every batch serves all sequences.
+        num_lanes: two or more.
         slots: of the running sequences.
 
     Attributes:
         num_lanes: as above.
-        num_decoding: sequences that may decode now, in any lane; counted where there are several.
+        num_decoding: sequences that may decode, in any lane, as ``due`` was told last.
     """
 
     def __init__(self, num_lanes: int, slots: SlotTable) -> None:
@@ -57,40 +57,32 @@ class Lanes:
         self._num_batches = num_lanes
         self._oldest = -1  # the last batch of the sequence that has waited the longest
 
-    def due(self, number: int, *, at_once: bool = False) -> BoolArray:
+    def due(self, may_decode: BoolArray, number: int, *, at_once: bool) -> BoolArray:
         """[slots] the sequences that decode in a batch.
 
         Args:
+            may_decode: [slots] those of all lanes.
             number: of the batch.
             at_once: whether to take a lane though it is not due, the one that has waited the
                 longest. The batch then waits for its tokens.
         """
-        slots = self._slots
-        may_decode: BoolArray = slots.length < slots.decode_limit
-        if self.num_lanes == 1:
-            return may_decode
         rows = may_decode.nonzero()[0]
         self.num_decoding = rows.size
         if not rows.size:
             return may_decode
-        last_batch = slots.last_batch[rows]
+        last_batch = self._slots.last_batch[rows]
         self._oldest = int(last_batch.min())
         is_due = last_batch <= (self._oldest if at_once else number - self.num_lanes)
-        most = ceil_div(rows.size, self.num_lanes)
-        num_due = int(np.count_nonzero(is_due))
-        if num_due <= most:
-            may_decode[rows[~is_due]] = False
-            return may_decode
         rows, last_batch = rows[is_due], last_batch[is_due]
-        first = np.lexsort((slots.arrival[rows], last_batch))[:most]
-        may_decode[:] = False
-        may_decode[rows[first]] = True
-        return may_decode
+        most = ceil_div(self.num_decoding, self.num_lanes)
+        if rows.size > most:
+            rows = rows[np.lexsort((self._slots.arrival[rows], last_batch))[:most]]
+        decodes: BoolArray = np.zeros_like(may_decode)
+        decodes[rows] = True
+        return decodes
 
     def begins_step(self, number: int) -> bool:
         """Whether a step begins with this batch, for which ``due`` was asked last."""
-        if self.num_lanes == 1:
-            return True
         self._num_batches += 1
         if self.num_decoding:
             is_over = self._oldest >= self._step_began_at

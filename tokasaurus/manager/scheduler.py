@@ -166,7 +166,7 @@ class Scheduler:
             config.min_prefix_len,
             config.num_lanes,
         )
-        self._lanes = Lanes(config.num_lanes, running.slots)
+        self._lanes = Lanes(config.num_lanes, running.slots) if config.num_lanes > 1 else None
         self._prompt_budget = PromptBudget(config, running, backlog, admission)
         self._max_running = config.max_running
 
@@ -179,11 +179,12 @@ class Scheduler:
         overdue = self._make_way()
         decode_slots, is_decoding = self._decode()
         chunks, accepted = self._feed(is_decoding, len(decode_slots), overdue)
-        if not len(decode_slots) and not chunks and self._lanes.num_decoding:
-            decode_slots, is_decoding = self._decode(at_once=True)
         if not len(decode_slots) and not chunks:
-            return None
-        begins_step = self._lanes.begins_step(self._running.in_flight.next_number)
+            if self._lanes is None or not self._lanes.num_decoding:
+                return None
+            decode_slots, is_decoding = self._decode(at_once=True)
+        number = self._running.in_flight.next_number
+        begins_step = self._lanes is None or self._lanes.begins_step(number)
         batch = self._commit(decode_slots, chunks, accepted, now, begins_step)
         if begins_step:
             self._admission.pass_step()
@@ -195,10 +196,11 @@ class Scheduler:
     @property
     def num_lanes(self) -> int:
         """Lanes that have something to do."""
-        num_lanes = self._lanes.num_lanes
-        if num_lanes == 1 or self._running.prefilling:  # chunks wait for no tokens
-            return num_lanes
-        return min(num_lanes, max(1, self._running.num_running))
+        if self._lanes is None:
+            return 1
+        if self._running.prefilling:  # chunks wait for no tokens
+            return self._lanes.num_lanes
+        return min(self._lanes.num_lanes, max(1, self._running.num_running))
 
     def preempt(self, slots: IndexArray) -> None:
         """Takes the pages of the sequences in these slots; they keep their place in the order."""
@@ -393,7 +395,10 @@ class Scheduler:
 
     def _plan_decode(self, at_once: bool) -> _DecodePlan:
         slots = self._slots
-        is_decoding = self._lanes.due(self._running.in_flight.next_number, at_once=at_once)
+        is_decoding = slots.length < slots.decode_limit
+        if self._lanes is not None:
+            number = self._running.in_flight.next_number
+            is_decoding = self._lanes.due(is_decoding, number, at_once=at_once)
         crossing = (is_decoding & (slots.length == slots.capacity)).nonzero()[0]
         return _DecodePlan(is_decoding, crossing, crossing.size - self._pages.num_available)
 
@@ -432,7 +437,7 @@ class Scheduler:
     def _refresh_forecast(self, num_decoding: int) -> None:
         if self._admission.refresh_is_due:
             waiting = [] if self._config.admission.greedy_prefill else self._queue_front()
-            num_rows = max(num_decoding, self._lanes.num_decoding)
+            num_rows = num_decoding if self._lanes is None else self._lanes.num_decoding
             self._admission.refresh(waiting, self._admission.max_tokens - num_rows)
 
     def _queue_front(self) -> list[Candidate]:

@@ -16,6 +16,9 @@ from tokasaurus.protocol.messages import ForwardBatch, FromServer, FromWorker, T
 __all__ = ["DeviceStatistics", "work"]
 
 
+_COARSE_S = 0.002  # a door waits for whole milliseconds
+
+
 class DeviceStatistics:
     """Running totals in a memory-mapped file, which another process can read at any time.
 
@@ -103,13 +106,23 @@ def work(
 
     device.run_late(time.monotonic())
     while True:
-        timeout_s = max(0.0, answers[0].due_at - time.monotonic()) if answers else None
-        orders = door.receive(timeout_s)
+        orders = _receive(door, answers[0].due_at if answers else None)
         arrived_at = time.monotonic()
         for order in orders:
             answers.append(_answer(order, device, arrived_at))
             send_due()
         send_due()
+
+
+def _receive(door: Receiver[ToWorker], until: float | None) -> list[ToWorker]:
+    """Waits for orders until a moment, or without end; returns those that have come."""
+    if until is None:
+        return door.receive()
+    left_s = until - time.monotonic()
+    if left_s > _COARSE_S:
+        return door.receive(left_s - _COARSE_S)
+    time.sleep(max(0.0, left_s))
+    return door.receive(0)
 
 
 def _answer(order: ToWorker, device: SimulatedPipeline, arrived_at: float) -> _Answer:

@@ -31,6 +31,7 @@ attention.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -147,7 +148,8 @@ class GroupFinder:
         self._min_end = max(1, ceil_div(min_prefix_len, page_size))
         self._min_columns = min(self._min_end, max(1, ceil_div(MIN_NESTED_LEN, page_size)))
         # Of each lane, the one that is due first.
-        self._known = [_Known(-1, NO_SLOTS, NO_SLOTS, Groups.none(NO_SLOTS))] * num_lanes
+        nothing = _Known(-1, NO_SLOTS, NO_SLOTS, Groups.none(NO_SLOTS))
+        self._known = deque([nothing] * num_lanes)
 
     def find(self, slots: IndexArray, chunk_slots: IndexArray = NO_SLOTS) -> Groups:
         """The groups of a batch.
@@ -158,15 +160,15 @@ class GroupFinder:
             chunk_slots: [chunks] likewise. All pages that they share are filled already.
         """
         version = self._prefixes.version
-        for index, known in enumerate(self._known):
+        for _ in range(len(self._known)):
+            known = self._known.popleft()
+            self._known.append(known)
             if known.is_of(version, slots, chunk_slots):
-                del self._known[index]
-                break
-        else:
-            known = _Known(version, slots, chunk_slots, self._look(slots, chunk_slots))
-            del self._known[0]
-        self._known.append(known)
-        return known.groups
+                return known.groups
+        self._known.popleft()
+        groups = self._look(slots, chunk_slots)
+        self._known.append(_Known(version, slots, chunk_slots, groups))
+        return groups
 
     def _look(self, decode_slots: IndexArray, chunk_slots: IndexArray) -> Groups:
         prefixes = self._prefixes
