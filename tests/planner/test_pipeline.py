@@ -16,6 +16,7 @@ from tokasaurus.planner.pipeline import SimulatedPipeline, Span, Stages, busy_sh
 from tokasaurus.planner.replay import Timing, replay
 from tokasaurus.planner.report import Report
 from tokasaurus.planner.simulated_device import SimulatedDevice
+from tokasaurus.planner.trace import TraceRequest
 from tokasaurus.planner.workloads import WORKLOADS
 from tokasaurus.protocol.commands import Control, UpdateWeights
 
@@ -59,6 +60,7 @@ def test_the_first_stage_waits_for_the_tokens_of_its_rows_and_for_no_others():
     assert pipeline.run(decode=[0])[0] == (5, 6)
     assert pipeline.run(decode=[1])[0] == (6, 7)  # they came back at 6
     assert pipeline.run(decode=[0, 1])[0] == (11, 12)  # 1 drew in the batch that ended at 10.75
+    assert pipeline.run(sent_at=30, decode=[0])[0] == (30, 31)
 
 
 def test_the_slowest_stage_sets_the_pace():
@@ -103,6 +105,17 @@ def test_costs_that_are_no_times_are_refused():
 # --- how busy lanes keep them --------------------------------------------------------------------
 
 
+# One prompt, and twice as many samples as there are seats.
+SAMPLES = [
+    TraceRequest(
+        arrival_s=0.0,
+        prompt_tokens=200,
+        output_tokens=tuple(50 + 37 * i % 100 for i in range(1200)),
+        max_tokens=200,
+    )
+]
+
+
 @functools.cache
 def steady_load(
     pp_size: int,
@@ -120,7 +133,7 @@ def steady_load(
         pp_num_buffer_stages=buffer_stages,
     )
     timing = Timing(PRESETS["llama-8b-h100"], stages=stages or Stages.equal(pp_size))
-    trace = WORKLOADS[workload](0, size)
+    trace = SAMPLES if workload == "samples" else WORKLOADS[workload](0, size)
     return replay(trace, simulated_slices(config).replicas[0].manager, timing)
 
 
@@ -159,8 +172,8 @@ def test_the_slowest_of_uneven_stages_is_always_busy():
     assert report.steady.stage_busy[0] == pytest.approx(1 / 1.5, abs=0.02)
 
 
-def test_samples_of_few_prompts_keep_stages_busy():
-    assert bubble(steady_load(4, workload="sampling")) < 0.05
+def test_samples_of_one_prompt_keep_all_stages_busy():
+    assert bubble(steady_load(4, workload="samples")) < 0.02
 
 
 def test_a_single_request_takes_the_time_of_all_stages_for_each_token():
