@@ -7,6 +7,7 @@
 #   make test-long     run all tests, the heavy ones too
 #   make test-determinism  run 2,400 random batch compositions, on every instruction set
 #   make test-sets     run the tests of the model with each instruction set of this processor
+#   make test-ray      install Ray and run the tests with clusters of several raylets on this machine
 #   make test-pythons  install and run the unit tests on the oldest and the newest Python found
 #   make check         check formatting, lint, import contracts, types
 #   make bench         measure the CPU time of the manager     make bench ARGS='mix=full quick=T'
@@ -32,8 +33,8 @@ PYTEST  := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscop
 # Several processes compute on few cores here. Their OpenMP threads must sleep while they wait.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help install serve chat check format test test-quick test-long test-determinism test-sets test-pythons bench \
-        gpu-check dist clean
+.PHONY: help install serve chat check format test test-quick test-long test-determinism test-sets test-ray test-pythons \
+        bench gpu-check dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -71,11 +72,11 @@ test: install
 
 test-quick: install
 	@echo "==> pytest, unit tests only"
-	@$(PYTEST) -m 'not long and not engine' $(ARGS)
+	@$(PYTEST) -m 'not long and not engine and not ray' $(ARGS)
 
 test-long: install
 	@echo "==> pytest, the heavy tests too"
-	@$(PYTEST) -m 'long or not long' --timeout 3600 $(ARGS)
+	@$(PYTEST) -m 'not ray' --timeout 3600 $(ARGS)
 
 test-determinism: install
 	@echo "==> pytest, random batch compositions"
@@ -88,6 +89,12 @@ test-sets: install
 	    $(PYTEST) --processor $$name tests/model tests/launch/test_parity.py \
 	        tests/launch/test_embedding_parity.py $(ARGS) || exit; \
 	done
+
+test-ray: install
+	@$(BIN)/python -c 'import ray' 2>/dev/null || { echo "==> installing Ray"; \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'; }
+	@echo "==> pytest, Ray clusters"
+	@$(BIN)/pytest -m ray tests/ray $(ARGS)
 
 test-pythons:
 	@found=$$(for python in $(PYTHONS); do \

@@ -120,7 +120,7 @@ class EngineProcess:
         assert self.get("/health")[0] == 200
 
     def child(self, role: str) -> int:
-        """The process id of one role; of the latest start, if there were several."""
+        """The process id of one role, which its log says at the start; of the latest one."""
         for line in reversed(self.log.splitlines()):
             if f" {role} " in line and "process id" in line:
                 return int(line.rsplit("process id", 1)[1])

@@ -54,7 +54,8 @@ from tokasaurus.text.generation import Generation
 from tokasaurus.text.generations import Generations
 from tokasaurus.text.params import SamplingParams
 from tokasaurus.text.preparation import PreparedRequest, Preparer
-from tokasaurus.text.replicas import Replicas, Seats
+from tokasaurus.text.replica_reports import Seats
+from tokasaurus.text.replicas import Replicas
 from tokasaurus.text.samples import SampleOutput, TokenLogprobs
 
 MAX_REQUEST_TOKENS = 64

@@ -49,6 +49,7 @@ def worker_config(path: Path, **fields) -> WorkerConfig:
         "max_topk_logprobs": 5,
         "torch_compile": False,
         "torch_compile_config": None,
+        "async_tp_threshold": None,
         "num_threads": None,
     }
     return WorkerConfig(**{**defaults, **fields})

@@ -10,9 +10,10 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from tokasaurus.config.parser import parse_command_line
-from tokasaurus.errors import ConfigError, ModelError
-from tokasaurus.launch.assemble import assemble, explain
+from tokasaurus.errors import ConfigError, LaunchError, ModelError
+from tokasaurus.launch.assemble import explain
 from tokasaurus.launch.exposure import check_certificate, open_door_warning, with_keys
+from tokasaurus.launch.launching import MakeLauncher, placed
 from tokasaurus.launch.supervisor import Supervisor
 
 __all__ = ["main", "run"]
@@ -20,8 +21,17 @@ __all__ = ["main", "run"]
 _BACKLOG = 2048  # connections that wait while the server is busy
 
 
-def run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
+def run(
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    make_launcher: MakeLauncher | None = None,
+) -> int:
     """Runs one engine to its end.
+
+    Args:
+        arguments: the command line.
+        environment: variables that add to it.
+        make_launcher: finds places for the processes on other machines; None does what flags say.
 
     Returns:
         The exit status: 0 after a drain, 1 if a process died, 2 if the configuration is wrong.
@@ -32,14 +42,18 @@ def run(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
         listener = listen(config.host, config.port)
         address, port = listener.getsockname()[:2]
         config = dataclasses.replace(config, port=port)  # port=0 takes a free one
-        slices = assemble(config)
-    except (ConfigError, ModelError) as error:
+        slices, launcher = placed(config, make_launcher)
+    except (ConfigError, LaunchError, ModelError) as error:
         print(f"toka: error: {error}", file=sys.stderr)
         return 2
     warning = open_door_warning(config, address)
     if warning is not None:
         print(f"toka: warning: {warning}", file=sys.stderr)
-    return Supervisor(slices, listener).run()
+    try:
+        return Supervisor(slices, listener, launcher=launcher).run()
+    except LaunchError as error:
+        print(f"toka: error: {error}", file=sys.stderr)
+        return 1
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -3,6 +3,7 @@
     TokasaurusError
     ├── ConfigError            a flag, config file or combination of flags is wrong (exit status 2)
     ├── ModelError             a checkpoint cannot be served; names the file, tensor or field
+    ├── LaunchError            processes cannot be started on other machines (exit status 2)
     ├── RequestError           a request is wrong; names the field                       (HTTP 400)
     │   ├── RequestTooLong     the request can never fit                                 (HTTP 400)
     │   ├── NotFound           there is no such file or batch                            (HTTP 404)
@@ -30,6 +31,7 @@ __all__ = [
     "EngineError",
     "EngineNotReady",
     "EngineOverloaded",
+    "LaunchError",
     "ModelError",
     "NotFound",
     "ProtocolError",
@@ -55,6 +57,10 @@ class ConfigError(TokasaurusError):
 
 class ModelError(TokasaurusError):
     """A model directory cannot be served; the message names the file, tensor or field."""
+
+
+class LaunchError(TokasaurusError):
+    """Processes of an engine cannot be started on other machines; the message says why."""
 
 
 class RequestError(TokasaurusError, ValueError):

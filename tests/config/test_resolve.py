@@ -116,6 +116,13 @@ def test_shares_that_are_not_whole_heads_are_refused_with_those_that_are():
     assert line == "tp_size=4 does not divide the model's intermediate_size=50; these do: 1, 2"
 
 
+def test_overlapping_needs_workers_that_share_layers():
+    (line,) = problems(async_tp_threshold=6144)
+    assert line.startswith("async_tp_threshold=6144 is for devices that share layers")
+    (replica,) = slices(async_tp_threshold=6144, tp_size=2).replicas
+    assert {worker.async_tp_threshold for worker in replica.workers} == {6144}
+
+
 def test_the_rooms_get_the_same_sizes():
     result = slices(page_size=8, kv_cache_num_tokens=1024, max_seqs_per_forward=4)
     (replica,) = result.replicas

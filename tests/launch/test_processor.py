@@ -29,7 +29,7 @@ def test_workers_share_the_cores(monkeypatch):
     one = simulated_slices(EngineConfig())
     worker = one.replicas[0].workers[0]
     for num_cores, num_replicas, expected in ((8, 1, None), (8, 2, 4), (8, 3, 2), (2, 4, 1)):
-        monkeypatch.setattr(processor, "_num_cores", lambda count=num_cores: count)
+        monkeypatch.setattr(processor, "num_cores", lambda count=num_cores: count)
         slices = replace(one, replicas=one.replicas * num_replicas)
         assert with_threads(worker, slices).num_threads == expected, (num_cores, num_replicas)
         chosen = replace(worker, num_threads=7)

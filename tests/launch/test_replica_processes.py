@@ -141,6 +141,7 @@ def test_requests_wait_while_all_replicas_start_again(tmp_path: Path) -> None:
         assert health(engine)[0] == 503
         assert stream(engine, 0) == expected
         eventually(lambda: all_are_well(engine), "both are back", 60)
+        assert health(engine)[0] == 200
 
 
 def test_a_drain_ends_all_replicas(tmp_path: Path) -> None:

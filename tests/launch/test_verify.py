@@ -90,6 +90,16 @@ def test_another_engine_verifies_it_with_other_limits(receipts, verify):
             assert (status, said.splitlines()[-1].partition(":")[0]) == (0, "verified"), said
 
 
+@pytest.mark.long
+def test_workers_that_share_layers_are_verified_by_others_of_their_number(model, verify):
+    with LLM(model, tp_size=2, pp_size=2, cpu_threads=1, kv_cache_num_tokens=4096) as llm:
+        (output,) = llm.generate([PROMPT], ASKED, use_tqdm=False)
+    status, said = verify(output.receipt, *SMALL, "cpu_threads=1")
+    assert (status, said.splitlines()[-1].partition(":")[0]) == (0, "verified"), said
+    _, said = verify(output.receipt, *SMALL, "tp_size=1")
+    assert "configuration.tp_size is 1 here, and 2 in the receipt" in said
+
+
 def test_a_seed_that_the_engine_drew_is_in_the_receipt(receipt):
     assert ASKED.seed is None
     assert receipt["request"][0]["seed"].isdecimal()

@@ -23,10 +23,12 @@ from load import Load
 from prometheus_client.parser import text_string_to_metric_families
 
 from tokasaurus.protocol.messages import Statistics
-from tokasaurus.server.metrics import Figure
+from tokasaurus.server.metrics import Figure, Metrics, figures
 from tokasaurus.server.reports import StatisticsLine, report, statsd_packets
 from tokasaurus.text.generations import Generations
 from tokasaurus.text.params import SamplingParams
+from tokasaurus.text.replica_reports import Seats
+from tokasaurus.text.replicas import Replicas
 
 BODY = {"prompt": "the cat", "max_tokens": 9, "ignore_eos": True}
 NOTHING = Statistics(*[0] * 10, 0.0, 0.0, *[0] * 5, 0.0)
@@ -288,3 +290,62 @@ def test_statsd_packets_fit_an_ethernet_frame():
     assert all(len(packet) <= 1400 for packet in packets)
     found = {name: value for packet in packets for name, value in gauges_of(packet).items()}
     assert found == {f"figure_{number}": number for number in range(500)}
+
+
+# --- several replicas ----------------------------------------------------------------------------
+
+
+def of_two_replicas() -> tuple[Generations, Replicas]:
+    """A text core over two replicas, of which the second runs 7 sequences."""
+    router = Replicas([lambda message: None] * 2, [Seats(8, 4096)] * 2)
+    generations = Generations(CONFIG, TOKENIZER, router.send, replicas=router)
+    router.attach(generations.find, lambda: None)
+    submit(generations, [9, 10, 11], SamplingParams(n=2, max_tokens=20))
+    running = msgspec.structs.replace(SOMETHING, num_running=7)
+    for replica, statistics in enumerate((NOTHING, running)):
+        for message in router.absorb(replica, statistics):
+            generations.absorb(message)
+    return generations, router
+
+
+def test_each_replica_has_figures_of_its_own_and_ends_are_counted():
+    generations, router = of_two_replicas()
+    text = Metrics(lambda: figures(generations)).text().decode()
+    for line in (
+        'tokasaurus_replica_up{replica="0"} 1.0',
+        'tokasaurus_replica_samples{replica="0"} 2.0',
+        'tokasaurus_replica_expected_tokens{replica="0"} 43.0',
+        'tokasaurus_replica_expected_tokens{replica="1"} 0.0',
+        'tokasaurus_replica_running_sequences{replica="1"} 7.0',
+        'tokasaurus_replica_generated_tokens{replica="1"} 5000.0',
+        "tokasaurus_lost_replicas_total 0.0",
+    ):
+        assert line in text.splitlines(), line
+    assert text.count("# TYPE tokasaurus_replica_up gauge") == 1
+    router.lost(0, "killed")
+    after = Metrics(lambda: figures(generations)).text().decode().splitlines()
+    for line in (
+        'tokasaurus_replica_up{replica="0"} 0.0',
+        'tokasaurus_replica_samples{replica="1"} 2.0',
+        "tokasaurus_lost_replicas_total 1.0",
+        "tokasaurus_moved_samples_total 2.0",
+        "tokasaurus_begun_again_samples_total 2.0",
+    ):
+        assert line in after, line
+
+
+def test_the_line_says_what_each_replica_runs():
+    generations, router = of_two_replicas()
+    line = StatisticsLine(generations)
+    assert ", replicas 0 7" in line.next()
+    router.lost(0, "killed", starts_again=True)
+    assert ", replicas - 7" in line.next()
+
+
+def test_gauges_of_replicas_have_their_numbers():
+    packets = b"".join(
+        statsd_packets(
+            [Figure("replica_up", "", 1, replica=0), Figure("replica_up", "", 0, replica=1)]
+        )
+    )
+    assert packets == b"tokasaurus.replica_up.0:1|g\ntokasaurus.replica_up.1:0|g"

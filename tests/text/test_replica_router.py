@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from fake_engine import CONFIG, TOKENIZER, submit
 
+from tokasaurus.errors import ReplicasLost
 from tokasaurus.protocol.commands import (
     AbortAll,
     Command,
@@ -13,6 +14,7 @@ from tokasaurus.protocol.commands import (
     FlushCache,
     Pause,
     PauseMode,
+    ReleaseMemory,
     UpdateWeights,
 )
 from tokasaurus.protocol.messages import (
@@ -34,7 +36,8 @@ from tokasaurus.protocol.messages import (
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.generations import Generations
 from tokasaurus.text.params import SamplingParams
-from tokasaurus.text.replicas import Loss, Replicas, Seats
+from tokasaurus.text.replica_reports import Loss, Seats
+from tokasaurus.text.replicas import Replicas
 
 SEATS = 4
 
@@ -611,3 +614,153 @@ def test_more_requests_pass_the_turnstile_beside_those_that_are_stuck() -> None:
         ):
             generations.absorb(message)
     assert generations.num_held == 0
+
+
+# --- replicas that are started again, and requests that lose two ---------------------------------
+
+
+def join(engine: Engine, generations: Generations, replica: int) -> list[object]:
+    """A lost replica is back; returns what its new manager is sent."""
+    engine.sent[replica] = []
+    for message in engine.router.join(replica, engine.sent[replica].append):
+        generations.absorb(message)
+    return engine.sent[replica]
+
+
+def test_a_request_moves_once_and_fails_when_a_second_replica_ends() -> None:
+    engine, generations = text_core(3)
+    poisonous = start(generations)
+    other = start(generations)  # on replica 1
+    assert lose(engine, generations, 0).num_moved == 1
+    assert engine.last(2).request_id == poisonous.request_id | 1 << 40
+    loss = lose(engine, generations, 2)
+    assert loss.num_moved == 0
+    assert isinstance(poisonous.error, ReplicasLost)
+    assert "(killed; killed)" in str(poisonous.error)
+    assert not other.finished
+    assert len(generations) == 1
+    # It has moved once now, and fails with the last one's end.
+    assert engine.requests(1)[-1].request_id == other.request_id
+    assert lose(engine, generations, 1).num_moved == 1
+    assert not other.finished
+
+
+def test_a_split_request_that_fails_is_ended_at_the_replicas_that_live() -> None:
+    engine, generations = text_core(3)
+    generation = start(generations, n=3 * SEATS)
+    lose(engine, generations, 0)
+    lose(engine, generations, 1)
+    assert isinstance(generation.error, ReplicasLost)
+    aborted = [each for each in engine.sent[2] if isinstance(each, AbortRequest)]
+    assert [each.request_id for each in aborted] == [each.request_id for each in engine.requests(2)]
+    (two,) = engine.router.living
+    assert (two.num_open, two.work) == (0, 0)
+    # What it still says of the request is ignored.
+    late = updates([(engine.requests(2)[0].request_id, 8, [1], FinishReason.ABORT)])
+    for message in engine.router.absorb(2, late):
+        generations.absorb(message)
+
+
+def test_requests_and_commands_wait_while_there_is_no_replica() -> None:
+    engine, generations = text_core()
+    stream = start(generations, n=2, stream=True)
+    rows = [(0, 0, [20, 21], FinishReason.RUNNING)]
+    for message in engine.router.absorb(0, updates(rows)):
+        generations.absorb(message)
+    for replica in (1, 0):
+        engine.router.lost(replica, "killed", starts_again=True)
+    assert {each.state for each in engine.router.reports().values()} == {"starting"}
+    assert engine.router.num_seats == 0
+    waiting, aborted = start(generations), start(generations)
+    generations.cut_short(aborted)
+    answers: list[object] = []
+    generations.command(FlushCache(), answers.append)
+    flush, *requests = join(engine, generations, 1)
+    assert isinstance(flush, Command)
+    moved, fresh = requests
+    assert moved.progress.num_generated.tolist() == [2, 0]
+    assert (fresh.request_id, fresh.progress) == (waiting.request_id, None)
+    assert aborted.finished
+    assert not stream.finished
+    engine.router.absorb(1, CommandDone(0))
+    assert engine.router.num_seats == SEATS
+
+
+def test_a_replica_that_starts_again_is_told_what_still_counts_before_it_gets_requests() -> None:
+    engine, generations = text_core()
+    answers: list[object] = []
+    for action in (
+        UpdateWeights(1, ("f",)),
+        Pause(PauseMode.ABORT),
+        UpdateWeights(2, ("g",)),
+        ReleaseMemory(weights=False, kv_cache=True),
+    ):
+        generations.command(action, answers.append)
+        number = len(answers)
+        for replica in (0, 1):
+            for message in engine.router.absorb(replica, CommandDone(number)):
+                generations.absorb(message)
+    assert len(answers) == 4
+    generations.command(FlushCache(), answers.append)  # in flight
+    engine.router.lost(0, "killed", starts_again=True)
+    told = join(engine, generations, 0)
+    assert [type(each.action) for each in told] == [
+        Pause,
+        UpdateWeights,
+        ReleaseMemory,
+        FlushCache,
+    ]
+    assert told[0].action.mode is PauseMode.KEEP
+    assert told[1].action.version == 2
+    assert (told[2].action.weights, told[2].action.kv_cache) == (False, True)
+    for _ in range(3):
+        start(generations)
+    assert engine.requests(0) == []
+    assert engine.router.reports()[0].state == "catching up"
+    for command in told[:3]:
+        assert engine.router.absorb(0, CommandDone(command.command_id)) == []
+    assert engine.router.reports()[0].state == "ok"
+    start(generations)
+    assert len(engine.requests(0)) == 1
+    # The command in flight is answered when this one has answered, too.
+    assert engine.router.absorb(1, CommandDone(4)) == []
+    assert len(engine.router.absorb(0, CommandDone(4))) == 1
+
+
+def test_a_replica_that_cannot_get_the_weights_waits_for_the_next_ones(tmp_path) -> None:
+    engine, generations = text_core()
+    file = tmp_path / "weights"
+    file.write_bytes(b"1")
+    answers: list[object] = []
+
+    def update(replicas: tuple[int, ...]) -> None:
+        number = len(answers)
+        generations.update_weights([str(file)], answers.append)
+        for replica in replicas:
+            for message in engine.router.absorb(replica, CommandDone(number)):
+                generations.absorb(message)
+        assert len(answers) == number + 1
+
+    update((0, 1))
+    file.write_bytes(b"other")
+    engine.router.lost(0, "killed", starts_again=True)
+    assert join(engine, generations, 0) == []
+    assert engine.router.reports()[0].state == "waiting for weights"
+    assert str(file) in engine.router.obstacle(0)
+    start(generations)
+    assert engine.requests(0) == []
+    update((0, 1))
+    assert engine.router.reports()[0].state == "ok"
+    start(generations)
+    assert len(engine.requests(0)) == 1
+
+
+def test_totals_go_on_when_a_replica_starts_again_and_lost_tokens_are_counted() -> None:
+    engine, generations = text_core()
+    engine.router.absorb(0, statistics(10, 0.5))
+    engine.router.absorb(0, updates([(77, 0, [1, 2, 3], FinishReason.RUNNING)]))
+    engine.router.lost(0, "killed")
+    assert engine.router.losses.num_lost_tokens == 7
+    join(engine, generations, 0)
+    (message,) = engine.router.absorb(0, statistics(1, 0.5))
+    assert (message.num_finished, message.num_pages) == (11, 1)

@@ -37,7 +37,6 @@ _LEVELS = ("CRITICAL", "ERROR", "WARNING", "INFO", "DEBUG")
 _PROCESSES = ("server", "manager", "model", "worker")
 
 # Features still to come: a flag for one is refused with "... is not available yet".
-_TENSOR = "tensor parallelism"
 _CUDA_GRAPHS = "running batches as CUDA graphs"
 _WANDB = "the report to Weights & Biases"
 
@@ -161,8 +160,8 @@ class EngineConfig:
         None,
         group=_MODEL,
         minimum=1,
-        help="Threads of the model process on cpu.",
-        adapts="PyTorch's choice; several workers share the cores",
+        help="Threads of the model process on cpu. With launcher=ray, Ray reserves as many CPUs.",
+        adapts="PyTorch's choice; several workers share the cores; 1 with launcher=ray",
     )
 
     host: str = flag(
@@ -551,9 +550,36 @@ class EngineConfig:
         None,
         group=_PARALLEL,
         minimum=1,
-        later=_TENSOR,
-        help="Tokens in a batch from which on communication overlaps with computation.",
+        help=(
+            "With tp_size over 1: tokens in a batch from which on matrix products overlap with "
+            "what devices exchange. It needs GPUs that NVLink joins; on others it changes nothing, "
+            "and the log says so."
+        ),
         adapts="never",
+    )
+
+    launcher: str = flag(
+        "local",
+        group=_PARALLEL,
+        choices=("local", "ray"),
+        help=(
+            "Where managers and workers run. local: on this machine. ray: on the nodes of a Ray "
+            "cluster, the replicas spread over them; the server runs here. It needs the extra ray."
+        ),
+    )
+    ray_address: str = flag(
+        "auto",
+        group=_PARALLEL,
+        help=(
+            "With launcher=ray: HOST:PORT of the cluster that this machine belongs to. auto: the "
+            "one that the environment variable RAY_ADDRESS names, or that runs here."
+        ),
+    )
+    launch_timeout_s: float = flag(
+        300.0,
+        group=_PARALLEL,
+        minimum=0,
+        help="How long to wait for other machines: for room on a cluster, and for their programs.",
     )
 
     torch_compile: bool = flag(

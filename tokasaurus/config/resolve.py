@@ -179,6 +179,11 @@ def _check_stages(config: EngineConfig, facts: ModelFacts, problems: list[str]) 
 
 def _check_shares(config: EngineConfig, facts: ModelFacts, problems: list[str]) -> None:
     """Whether each layer can be dealt to tp_size workers, in whole heads."""
+    if config.async_tp_threshold is not None and config.tp_size == 1:
+        problems.append(
+            f"async_tp_threshold={config.async_tp_threshold} is for devices that share layers, and"
+            " tp_size is 1; leave it out, or raise tp_size"
+        )
     size, heads, kv_heads = config.tp_size, facts.num_heads, facts.num_kv_heads
 
     def works(size: int) -> bool:
@@ -520,6 +525,7 @@ def _worker(
         max_topk_logprobs=_max_topk(config, facts),
         torch_compile=config.torch_compile,
         torch_compile_config=None if compiling is None else json.dumps(compiling, sort_keys=True),
+        async_tp_threshold=config.async_tp_threshold,
         num_threads=config.cpu_threads,
     )
 

@@ -39,9 +39,10 @@ from tokasaurus.launch.control import (
     wake_up_actions,
     weights_of,
 )
-from tokasaurus.launch.embedded import Conversation, EmbeddedEngine, Prompt
 from tokasaurus.launch.engine_thread import EngineThread
 from tokasaurus.launch.outputs import GrowingOutput, RequestOutput, request_output
+from tokasaurus.launch.program_engine import Conversation, ProgramEngine, Prompt
+from tokasaurus.launch.replicated import QUIET, AsyncReplicas, has_processes
 from tokasaurus.protocol.commands import AbortAll, Action, CommandDone, FlushCache, Resume
 from tokasaurus.server.control.commands import CommandRunner
 from tokasaurus.server.operations.heavy_work import MANY_CHARACTERS, in_thread_if, takes_long
@@ -62,7 +63,7 @@ __all__ = ["Answer", "AsyncLLM"]
 class _Question:
     """One call: how its request is prepared, and what its output repeats."""
 
-    prepare: Callable[[EmbeddedEngine], PreparedRequest]
+    prepare: Callable[[ProgramEngine], PreparedRequest]
     is_heavy: bool  # to prepare
     prompt: str | None = None
 
@@ -107,7 +108,7 @@ class Answer(Coroutine[Any, Any, RequestOutput]):
 
 
 class AsyncLLM:
-    """An engine in this process, in a thread of its own.
+    """An engine in this process, in a thread of its own; with several workers, in processes.
 
     The model is loaded by ``async with``, or by the first call. The engine then belongs to the
     event loop that runs.
@@ -124,10 +125,10 @@ class AsyncLLM:
     def __init__(self, model: str | PathLike[str] | None = None, **flags: Any) -> None:
         if model is not None:
             flags["model"] = fspath(model)
-        self._config = EngineConfig.from_flags(**flags)
+        self._config = EngineConfig.from_flags(**{**QUIET, **flags})
         self._state = EngineState()
         self._runner = CommandRunner(self._state)
-        self._thread: EngineThread | None = None
+        self._thread: EngineThread | AsyncReplicas | None = None
 
     def generate(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Answer:
         """Continues a prompt.
@@ -188,7 +189,7 @@ class AsyncLLM:
             RequestError: the prompt is wrong.
         """
 
-        def prepare(engine: EmbeddedEngine) -> PreparedRequest:
+        def prepare(engine: ProgramEngine) -> PreparedRequest:
             return engine.prepare_embedding(prompt, pooling_named(pooling, engine.config))
 
         question = _Question(prepare, len(prompt) > MANY_CHARACTERS)
@@ -315,12 +316,13 @@ class AsyncLLM:
 
     # --- calls ------------------------------------------------------------------------------------
 
-    async def _loaded(self) -> EmbeddedEngine:
+    async def _loaded(self) -> ProgramEngine:
         """The engine, which can serve at this moment."""
         if self._thread is None:
             if self._state.status == "dead":
                 self._state.check()
-            self._thread = EngineThread(self._config, self._state)
+            make = AsyncReplicas if has_processes(self._config) else EngineThread
+            self._thread = make(self._config, self._state)
         engine = await self._thread.engine()
         self._state.check()
         return engine
@@ -366,7 +368,7 @@ class AsyncLLM:
 class _Run:
     """A request in flight, and the event that there is news of it."""
 
-    def __init__(self, engine: EmbeddedEngine, request: PreparedRequest, stream: bool) -> None:
+    def __init__(self, engine: ProgramEngine, request: PreparedRequest, stream: bool) -> None:
         self.tokenizer = engine.tokenizer
         self._news = asyncio.Event()
         self.generation = engine.generations.start(request, stream=stream, on_change=self._news.set)

@@ -24,8 +24,8 @@ from tokasaurus.batch.runner import BatchRunner
 from tokasaurus.config.engine import ENGINE, EngineConfig
 from tokasaurus.config.parser import answer_question, parse, print_help
 from tokasaurus.config.schema import flags_of
-from tokasaurus.errors import ConfigError, ModelError
-from tokasaurus.launch.assemble import assemble
+from tokasaurus.errors import ConfigError, LaunchError, ModelError
+from tokasaurus.launch.launching import placed
 from tokasaurus.launch.lifeline import Assignment, Done, Lifeline
 from tokasaurus.launch.supervisor import Supervisor
 from tokasaurus.launch.text_process import TextProcess
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _run(words, os.environ)
-    except (ConfigError, ModelError) as error:
+    except (ConfigError, LaunchError, ModelError) as error:
         print(f"toka-batch: error: {error}", file=sys.stderr)
         return 2
 
@@ -87,10 +87,10 @@ def _run(words: list[str], environment: Mapping[str, str]) -> int:
         raise ConfigError("name the input and the output: toka-batch run INPUT OUTPUT")
     _warn_of_flags(config)
     # Its lines compete with one another only.
-    slices = assemble(dataclasses.replace(config, max_request_priority=MAX_PRIORITY))
+    slices, launcher = placed(dataclasses.replace(config, max_request_priority=MAX_PRIORITY))
     job = OfflineJob(Path(names[0]), Path(names[1]), slices.server.model_name)
     run = _BatchRun(job)
-    status = Supervisor(slices, None, front=run.front).run()
+    status = Supervisor(slices, None, run.front, launcher).run()
     return run.conclude(status)
 
 

@@ -18,34 +18,28 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeAlias
 
 from tokasaurus.config.slices import EngineSlices
 from tokasaurus.errors import EngineDead
+from tokasaurus.launch.program_engine import ProgramEngine
 from tokasaurus.manager.manager import Manager
 from tokasaurus.model.worker.pending import Pending
 from tokasaurus.model.worker.worker import Worker
-from tokasaurus.protocol.messages import FromServer, FromWorker, Pooling, ToServer
+from tokasaurus.protocol.messages import FromServer, FromWorker, ToServer
 from tokasaurus.text.generations import Generations, Watcher
-from tokasaurus.text.params import SamplingParams
-from tokasaurus.text.preparation import CHAT_TEMPERATURE, PreparedRequest, Preparer
+from tokasaurus.text.preparation import Preparer
 from tokasaurus.text.receipts import Receipts
 from tokasaurus.text.tokenizer import Tokenizer
 
-__all__ = ["Conversation", "EmbeddedEngine", "Prompt"]
+__all__ = ["EmbeddedEngine"]
 
 log = logging.getLogger(__name__)
 
-Prompt: TypeAlias = str | Sequence[int]
-"""A text, or its token ids."""
-Conversation: TypeAlias = Sequence[Mapping[str, Any]]
-"""Messages, each ``{"role": ..., "content": ...}``."""
 
-
-class EmbeddedEngine:
+class EmbeddedEngine(ProgramEngine):
     """The rooms of one engine, connected without processes.
 
     ``send`` and ``wake`` may be called from any thread, ``step`` and ``close`` from one. The text
@@ -61,10 +55,6 @@ class EmbeddedEngine:
         watcher: observes every prompt, for statistics.
 
     Attributes:
-        config: the server's slice.
-        tokenizer: of the model.
-        preparer: checks requests, in any thread.
-        generations: the table of prompts in flight.
         manager: plans the batches.
 
     Raises:
@@ -82,12 +72,12 @@ class EmbeddedEngine:
     ) -> None:
         (replica,) = slices.replicas
         self.config = config = slices.server
-        self.tokenizer = Tokenizer.load(config)
+        tokenizer = Tokenizer.load(config)
         self.manager = Manager(replace(replica.manager, scheduling_steps_ahead=steps_ahead))
         log.info("%s", slices.dtype_plan)
         log.info("%s", slices.memory_plan)
         # Without an end-of-sequence id no text is ever complete, and the preparer refuses grammars.
-        load_vocabulary = partial(self.tokenizer.vocabulary, config.eos_token_ids)
+        load_vocabulary = partial(tokenizer.vocabulary, config.eos_token_ids)
         # The caller's process may use a device already: the worker joins it there.
         worker = replace(replica.workers[0], device_index=None)
         self._worker: Worker | None = Worker(
@@ -98,37 +88,20 @@ class EmbeddedEngine:
         self._arrived = threading.Event()  # since the last step began
         self._in_flight: deque[Pending] = deque()  # oldest first
         self._deliver = deliver or self._absorb
-        receipts = Receipts(config, self.tokenizer)
+        receipts = Receipts(config, tokenizer)
         receipts.adopt([self._worker.identity()])
-        self.preparer = Preparer(config, self.tokenizer, receipts)
-        self.generations = Generations(config, self.tokenizer, self.send, watcher, receipts)
+        self.preparer = Preparer(config, tokenizer, receipts)
+        self.generations = Generations(config, tokenizer, self.send, watcher, receipts)
 
-    # --- requests ---------------------------------------------------------------------------------
+    @property
+    def num_generated_tokens(self) -> int:
+        """Tokens generated so far."""
+        return self.manager.counters.num_generated_tokens
 
-    def prepare(self, prompt: Prompt, params: SamplingParams) -> PreparedRequest:
-        """Checks a prompt, in any thread. Raises RequestError if it cannot run."""
-        return self.preparer.prepare(self._ids(prompt), params)
-
-    def prepare_chat(
-        self,
-        conversation: Conversation,
-        params: SamplingParams,
-        template_arguments: Mapping[str, Any] | None = None,
-    ) -> PreparedRequest:
-        """Writes a conversation with the chat template and checks it, in any thread.
-
-        Raises:
-            RequestError: it cannot run, or the template refuses it.
-        """
-        ids = self.tokenizer.render_chat(conversation, template_arguments)
-        return self.preparer.prepare(ids, params, default_temperature=CHAT_TEMPERATURE)
-
-    def prepare_embedding(self, prompt: Prompt, pooling: Pooling) -> PreparedRequest:
-        """The same as ``prepare``, for a prompt that is made into a vector."""
-        return self.preparer.prepare_pooling(self._ids(prompt), pooling)
-
-    def _ids(self, prompt: Prompt) -> Sequence[int]:
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    @property
+    def num_preemptions(self) -> int:
+        """How many times a running sequence was preempted."""
+        return self.manager.counters.num_preemptions
 
     # --- the loop ---------------------------------------------------------------------------------
 

@@ -13,6 +13,8 @@ from typing import TypeAlias
 import msgspec
 
 from tokasaurus.config.slices import EngineSlices
+from tokasaurus.protocol.channels import door_address
+from tokasaurus.protocol.doors import Door
 from tokasaurus.protocol.identity import WorkerIdentity
 from tokasaurus.protocol.role import Role
 
@@ -75,6 +77,12 @@ class Assignment(_Note, frozen=True):
     directory: str  # private to the engine, with the doors of the replica
     slices: EngineSlices
     listener_fd: int | None = None  # the server's listening socket
+    # By the name of a role: those that open to other machines.
+    doors: dict[str, Door] = {}
+
+    def door(self, role: Role) -> Door:
+        """A role's door, to open it or to enter it."""
+        return self.doors.get(str(role)) or Door(door_address(self.directory, role))
 
 
 class Start(_Note, frozen=True):
@@ -98,6 +106,11 @@ class Restored(_Note, frozen=True):
     replica: int
     directory: str  # of its doors, the server's among them
     workers: tuple[WorkerIdentity, ...]  # in the order of ranks
+    doors: dict[str, Door] = {}  # as of an assignment
+
+    def door(self, role: Role) -> Door:
+        """A role's door, to open it or to enter it."""
+        return self.doors.get(str(role)) or Door(door_address(self.directory, role))
 
 
 class Dead(_Note, frozen=True):
@@ -133,21 +146,29 @@ class Lifeline:
 
     def send(self, note: FromProcess | ToProcess) -> None:
         """Sends a note. Does nothing if the other end is gone, which the receiver notices."""
-        try:
-            self._socket.sendall(msgspec.json.encode(note) + b"\n")
-        except OSError:
-            return
+        self.write(msgspec.json.encode(note) + b"\n")
 
     def receive(self) -> list[FromProcess | ToProcess] | None:
         """Waits for data; returns the complete notes, or None at the end of the stream."""
-        try:
-            data = self._socket.recv(1 << 16)
-        except OSError:
-            return None
+        data = self.read()
         if not data:
             return None
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         return [_decoder.decode(line) for line in lines]
+
+    def read(self) -> bytes:
+        """Waits for data; returns it as it came, or b"" at the end of the stream."""
+        try:
+            return self._socket.recv(1 << 16)
+        except OSError:
+            return b""
+
+    def write(self, data: bytes) -> None:
+        """Sends what ``read`` gave elsewhere. Does nothing if the other end is gone."""
+        try:
+            self._socket.sendall(data)
+        except OSError:
+            return
 
     def close(self) -> None:
         self._socket.close()

@@ -1,4 +1,4 @@
-"""The embedded engine: text core, manager and worker in one process, called in a loop.
+"""The engine of a program: text core, manager and worker in one process, called in a loop.
 
     from tokasaurus import LLM, SamplingParams
 
@@ -7,7 +7,8 @@
             print(output.outputs[0].text)
 
 The names are those of vLLM's offline API. The engine is that of ``toka``, without HTTP and without
-other processes, and generates the same tokens.
+other processes, and generates the same tokens. With several workers (``dp_size``, ``pp_size``,
+``tp_size``) the managers and the workers have processes of their own.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ from tqdm.auto import tqdm
 
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.errors import Conflict, RequestError, TokasaurusError
-from tokasaurus.launch.assemble import assemble
 from tokasaurus.launch.control import Weights, sleep_actions, wake_up_actions, weights_of
-from tokasaurus.launch.embedded import Conversation, EmbeddedEngine, Prompt
+from tokasaurus.launch.embedded import EmbeddedEngine
+from tokasaurus.launch.launching import placed
 from tokasaurus.launch.outputs import RequestOutput, request_output
+from tokasaurus.launch.program_engine import Conversation, Prompt
+from tokasaurus.launch.replicated import QUIET, ReplicatedEngine, has_processes
 from tokasaurus.protocol.commands import Action, CommandDone, FlushCache
 from tokasaurus.server.protocols.embeddings import embedding, pooling_named
 from tokasaurus.text.commands import OnDone
@@ -45,7 +48,7 @@ __all__ = ["LLM"]
 
 
 class LLM:
-    """An engine in this process.
+    """An engine in this process; with several workers, as of ``dp_size=2``, in processes below it.
 
     Args:
         model: a Hugging Face directory or repository id; None is the bundled model.
@@ -54,15 +57,20 @@ class LLM:
     Raises:
         ConfigError: a flag is unknown, wrong, or contradicts another.
         ModelError: the model cannot be found or served.
+        LaunchError: other machines are not there.
     """
 
     def __init__(self, model: str | PathLike[str] | None = None, **flags: Any) -> None:
         if model is not None:
             flags["model"] = fspath(model)
-        slices = assemble(EngineConfig.from_flags(**flags))
+        config = EngineConfig.from_flags(**{**QUIET, **flags})
+        slices, launcher = placed(config)
         # The caller runs in this process, and could run any code without a template.
         server = dataclasses.replace(slices.server, trust_request_chat_template=True)
-        self._engine = EmbeddedEngine(dataclasses.replace(slices, server=server))
+        slices = dataclasses.replace(slices, server=server)
+        self._engine = (
+            ReplicatedEngine(slices, launcher) if has_processes(config) else EmbeddedEngine(slices)
+        )
         self._lock = threading.Lock()
 
     def generate(
@@ -216,7 +224,7 @@ class LLM:
     @property
     def num_preemptions(self) -> int:
         """How many times a running sequence was preempted since the start."""
-        return self._engine.manager.counters.num_preemptions
+        return self._engine.num_preemptions
 
     def close(self) -> None:
         """Frees the model and the cache. The engine cannot be used afterwards."""
@@ -267,8 +275,7 @@ class LLM:
         use_tqdm: bool,
     ) -> None:
         """Runs the engine until all generations have finished, or Ctrl-C was pressed."""
-        counters = self._engine.manager.counters
-        tokens_before, started = counters.num_generated_tokens, time.perf_counter()
+        tokens_before, started = self._engine.num_generated_tokens, time.perf_counter()
         unfinished = set(range(len(generations)))
         with tqdm(
             total=len(generations), desc="Processed prompts", unit="prompt", disable=not use_tqdm
@@ -286,7 +293,7 @@ class LLM:
                         bar.update()
                 if changed:
                     changed.clear()
-                    num_tokens = counters.num_generated_tokens - tokens_before
+                    num_tokens = self._engine.num_generated_tokens - tokens_before
                     speed = num_tokens / (time.perf_counter() - started)
                     bar.set_postfix_str(f"{speed:.0f} output tokens/s", refresh=False)
 

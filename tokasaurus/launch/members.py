@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tokasaurus.launch.lifeline import Assignment, Failed, Lifeline, Stop
+from tokasaurus.launch.lifeline import Failed, Lifeline, Stop
+from tokasaurus.launch.processes import Process, how_it_ended
 from tokasaurus.protocol.identity import WorkerIdentity
 from tokasaurus.protocol.role import Role
 
-__all__ = ["Member", "ReplicaProcesses", "spawn"]
+__all__ = ["Member", "ReplicaProcesses"]
 
 
 @dataclass(eq=False)
@@ -23,6 +21,7 @@ class Member:
         role: of the process.
         lifeline: the supervisor's end.
         process: None for the supervisor's own.
+        where: " on NAME" if it runs on another machine.
         is_ready: it has said so.
         is_dismissed: its replica has ended, so its own end is no news.
         worker: what it is, if it is a worker that is ready.
@@ -31,7 +30,8 @@ class Member:
 
     role: Role
     lifeline: Lifeline
-    process: subprocess.Popen[bytes] | None = None
+    process: Process | None = None
+    where: str = ""
     is_ready: bool = False
     is_dismissed: bool = False
     worker: WorkerIdentity | None = None
@@ -54,12 +54,7 @@ class Member:
         """Why the process ended, if it did not say it itself."""
         if self.process is None:
             return "it returned without being asked to"
-        status = self.process.wait()
-        if status >= 0:
-            return f"exit status {status}"
-        name = signal.Signals(-status).name
-        hint = "; perhaps the system ran out of memory" if status == -signal.SIGKILL else ""
-        return f"killed by {name}{hint}"
+        return how_it_ended(self.process) + self.where
 
 
 @dataclass(eq=False)
@@ -103,19 +98,3 @@ class ReplicaProcesses:
         path = Path(parent, f"{self.number}.{self.num_starts}")
         path.mkdir(mode=0o700)
         self.directory = str(path)
-
-
-def spawn(assignment: Assignment) -> Member:
-    """Starts a process, and gives it its assignment."""
-    ours, theirs = Lifeline.pair()
-    passed = [theirs.fileno()]
-    if assignment.listener_fd is not None:
-        passed.append(assignment.listener_fd)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tokasaurus.launch.child", str(theirs.fileno())],
-        pass_fds=passed,
-        stdin=subprocess.DEVNULL,
-    )
-    theirs.close()
-    ours.send(assignment)
-    return Member(assignment.role, ours, process)

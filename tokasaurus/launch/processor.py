@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from tokasaurus.config.slices import EngineSlices, WorkerConfig
 
-__all__ = ["bound_spinning", "with_threads"]
+__all__ = ["bound_spinning", "num_cores", "with_threads"]
 
 # How OpenMP's threads wait, in the words of the standard and of GNU's runtime.
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -37,11 +37,11 @@ def with_threads(worker: WorkerConfig, slices: EngineSlices) -> WorkerConfig:
     num_workers = sum(len(replica.workers) for replica in slices.replicas)
     if worker.device != "cpu" or worker.num_threads is not None or num_workers == 1:
         return worker
-    return replace(worker, num_threads=max(1, _num_cores() // num_workers))
+    return replace(worker, num_threads=max(1, num_cores() // num_workers))
 
 
-def _num_cores() -> int:
-    """That this process may use."""
+def num_cores() -> int:
+    """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

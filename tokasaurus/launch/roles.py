@@ -26,7 +26,7 @@ from tokasaurus.launch.processor import bound_spinning, with_threads
 from tokasaurus.launch.timeline import Timeline
 from tokasaurus.launch.worker_loop import WorkerLoop
 from tokasaurus.observability.logging import configure_logging
-from tokasaurus.protocol.channels import Receiver, Sender, door_address
+from tokasaurus.protocol.channels import Receiver, Sender
 from tokasaurus.protocol.messages import FromWorker
 from tokasaurus.protocol.role import Role
 
@@ -127,12 +127,12 @@ def _run_manager(assignment: Assignment, lifeline: Lifeline, pace: _Pace) -> Non
     from tokasaurus.manager.manager import Manager
 
     number = assignment.role.replica
-    address = partial(door_address, assignment.directory)
-    door = Receiver(address(assignment.role), TO_MANAGER)
-    to_server = Sender(address(Role("server", number)), TO_SERVER)
+    door_of = assignment.door
+    door = Receiver(door_of(assignment.role), TO_MANAGER)
+    to_server = Sender(door_of(Role("server", number)), TO_SERVER)
     replica = assignment.slices.replicas[number]
     to_workers = [
-        Sender(address(Role("worker", number, rank)), TO_WORKER)
+        Sender(door_of(Role("worker", number, rank)), TO_WORKER)
         for rank in range(len(replica.workers))
     ]
     manager = Manager(replica.manager)
@@ -175,9 +175,9 @@ def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:
     bound_spinning()
     from tokasaurus.model.worker.worker import Worker
 
-    role, address = assignment.role, partial(door_address, assignment.directory)
-    door = Receiver(address(role), TO_WORKER)
-    to_manager = Sender(address(Role("manager", role.replica)), TO_MANAGER)
+    role, door_of = assignment.role, assignment.door
+    door = Receiver(door_of(role), TO_WORKER)
+    to_manager = Sender(door_of(Role("manager", role.replica)), TO_MANAGER)
     # Without an end-of-sequence id no text is ever complete, and the server refuses grammars.
     server = assignment.slices.server
     load_vocabulary = partial(_load_vocabulary, server) if server.eos_token_ids else None
@@ -198,7 +198,12 @@ def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:
 
 def _rendezvous(assignment: Assignment) -> str:
     """Where the workers of a replica meet."""
-    return f"file://{assignment.directory}/ranks-{assignment.role.replica}"
+    replica = assignment.role.replica
+    meeting = assignment.doors.get(f"ranks-{replica}")
+    if meeting is None:  # they are on one machine
+        return f"file://{assignment.directory}/ranks-{replica}"
+    fd = meeting.listener_fd
+    return meeting.address if fd is None else f"{meeting.address}?listener_fd={fd}"
 
 
 def _drop(result: FromWorker) -> None:

@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import queue
 import selectors
 import shutil
 import signal
@@ -32,10 +33,12 @@ import socket
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 from tokasaurus.config.slices import EngineSlices
+from tokasaurus.errors import LaunchError
 from tokasaurus.launch.leftovers import own_directory, sweep
 from tokasaurus.launch.lifeline import (
     Assignment,
@@ -52,7 +55,8 @@ from tokasaurus.launch.lifeline import (
     Stop,
     ToProcess,
 )
-from tokasaurus.launch.members import Member, ReplicaProcesses, spawn
+from tokasaurus.launch.members import Member, ReplicaProcesses
+from tokasaurus.launch.processes import Launcher, LocalLauncher
 from tokasaurus.launch.restarts import Restarts
 from tokasaurus.launch.roles import Front, roles_of, run_role
 from tokasaurus.launch.timeline import begin_file
@@ -67,6 +71,10 @@ _INTERRUPT_EVERY_S = 0.1
 _FLUSH_S = 5.0
 _SERVER = Role("server")
 
+# Why the watching thread wakes up.
+_STOP = b"s"
+_PLACED = b"p"
+
 
 class Supervisor:
     """Owns every process, socket and file of one engine.
@@ -75,14 +83,20 @@ class Supervisor:
         slices: the resolved configuration.
         listener: the server's listening socket, which the supervisor closes; None without HTTP.
         front: what runs in the foreground in the server's place; None serves.
+        launcher: starts the other processes, and is closed at the end; None starts them here.
     """
 
     def __init__(
-        self, slices: EngineSlices, listener: socket.socket | None, front: Front | None = None
+        self,
+        slices: EngineSlices,
+        listener: socket.socket | None,
+        front: Front | None = None,
+        launcher: Launcher | None = None,
     ) -> None:
         self._slices = slices
         self._listener = listener
         self._front = front
+        self._launcher = launcher or LocalLauncher()
         # Without HTTP the text core is in this process.
         self._local_role = _SERVER if listener is None else Role(slices.local_proc_name)
         sweep()
@@ -105,6 +119,8 @@ class Supervisor:
         self._foreground_ended = threading.Event()
         self._wake_watcher, self._wake_sender = socket.socketpair()
         self._selector = selectors.DefaultSelector()
+        # Replicas that have places for another start, and why not if they have none.
+        self._placed: queue.SimpleQueue[tuple[int, LaunchError | None]] = queue.SimpleQueue()
         self._watcher = threading.Thread(target=self._watch, name="supervisor", daemon=True)
         self._deadline: float | None = None
 
@@ -175,20 +191,32 @@ class Supervisor:
             begin_file(Path(self._slices.profile_path).expanduser())
         self._selector.register(self._wake_watcher, selectors.EVENT_READ, None)
         ours, theirs = Lifeline.pair()
-        for role in roles_of(self._slices):
+        roles = roles_of(self._slices)
+        try:
+            self._launcher.prepare(roles)
+        except LaunchError:
+            self._clean_up()
+            raise
+        for role in roles:
             if role == self._local_role:
                 self._adopt(Member(role, ours))
             else:
-                self._adopt(spawn(self._assignment(role)))
+                self._launch(role)
         for replica in self._replicas.values():
             replica.num_starts = 1
         return self._assignment(self._local_role), theirs
 
     def _assignment(self, role: Role) -> Assignment:
+        doors = self._launcher.doors_of(role)
         if role != _SERVER:
-            return Assignment(role, self._replicas[role.replica].directory, self._slices)
+            directory = self._replicas[role.replica].directory
+            return Assignment(role, directory, self._slices, doors=doors)
         fd = None if self._listener is None else self._listener.fileno()
-        return Assignment(role, self._directory, self._slices, fd)
+        return Assignment(role, self._directory, self._slices, fd, doors)
+
+    def _launch(self, role: Role) -> None:
+        process, lifeline = self._launcher.launch(self._assignment(role))
+        self._adopt(Member(role, lifeline, process, self._launcher.where(role)))
 
     def _adopt(self, member: Member) -> None:
         self._members.add(member)
@@ -203,7 +231,7 @@ class Supervisor:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if not self._interrupting:
-            self._wake_sender.send(b"s")
+            self._wake_sender.send(_STOP)
         elif not self._foreground_ended.is_set():
             raise KeyboardInterrupt
 
@@ -230,13 +258,19 @@ class Supervisor:
                     return
                 for key, _ in events:
                     if key.data is None:
-                        self._on_stop_requested()
+                        self._on_woken()
                     elif not self._on_readable(key.data):
                         selector.unregister(key.fileobj)
                         self._on_ended(key.data)
 
+    def _on_woken(self) -> None:
+        reasons = self._wake_watcher.recv(1024)
+        while not self._placed.empty():
+            self._on_placed(*self._placed.get())
+        if _STOP in reasons:
+            self._on_stop_requested()
+
     def _on_stop_requested(self) -> None:
-        self._wake_watcher.recv(1024)
         if self._stopping:
             log.warning("stopping at once")
             self._kill_all()
@@ -297,7 +331,8 @@ class Supervisor:
 
     def _tell_restored(self, replica: ReplicaProcesses) -> None:
         log.warning("replica %d is ready again", replica.number)
-        self._tell_server(Restored(replica.number, replica.directory, replica.workers))
+        doors = self._launcher.server_doors_of(replica.number)
+        self._tell_server(Restored(replica.number, replica.directory, replica.workers, doors))
 
     def _tell_server(self, note: Start | Restored | Lost | Dead | Stop) -> None:
         if self._server is not None:
@@ -376,7 +411,7 @@ class Supervisor:
         return "1 replica goes on" if num_ready == 1 else f"{num_ready} replicas go on"
 
     def _start_again(self, number: int) -> None:
-        """Starts a replica whose former processes are gone: only then their devices are free."""
+        """Finds places for a replica, once its former processes are gone and its devices free."""
         replica = self._replicas.get(number)
         if replica is None or self._server not in self._members:
             return
@@ -386,8 +421,27 @@ class Supervisor:
         replica.num_starts += 1
         roles = [member.role for member in replica.members]
         replica.members = []
+        self._launcher.prepare_again(roles, partial(self._note_placed, number))
+
+    def _note_placed(self, number: int, problem: LaunchError | None) -> None:
+        """Tells the watching thread; in any thread."""
+        self._placed.put((number, problem))
+        self._wake_sender.send(_PLACED)
+
+    def _on_placed(self, number: int, problem: LaunchError | None) -> None:
+        """Starts a replica that has places again."""
+        replica = self._replicas.get(number)
+        if replica is None or self._stopping:
+            return
+        roles = [role for role in roles_of(self._slices) if self._is_of(role, number)]
+        if problem is not None:
+            self._lose(roles[0], Failed(f"replica {number}: {problem}", "", is_final=True))
+            return
         for role in roles:
-            self._adopt(spawn(self._assignment(role)))
+            self._launch(role)
+
+    def _is_of(self, role: Role, replica: int) -> bool:
+        return role != _SERVER and role.replica == replica
 
     def _fail(self, role: Role, failure: Failed | None) -> None:
         """The engine ends because a process has; the first reason counts."""
@@ -427,10 +481,10 @@ class Supervisor:
     def _clean_up(self) -> None:
         processes = [member.process for member in self._all if member.process is not None]
         for process in processes:
-            if process.poll() is None:
-                process.kill()
+            process.kill()
         for process in processes:
             process.wait()
+        self._launcher.close()
         if self._listener is not None:
             self._listener.close()
         shutil.rmtree(self._directory, ignore_errors=True)

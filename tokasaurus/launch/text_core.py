@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
@@ -23,14 +24,16 @@ from tokasaurus.launch.lifeline import (
     Start,
 )
 from tokasaurus.launch.stalls import ManagerWatch, check_interval_s
-from tokasaurus.protocol.channels import Sender, door_address
+from tokasaurus.protocol.channels import Sender
+from tokasaurus.protocol.doors import Door
 from tokasaurus.protocol.identity import WorkerIdentity
 from tokasaurus.protocol.messages import FromServer, FromWorker, Ping, ToServer, WorkerStall
 from tokasaurus.protocol.role import Role
 from tokasaurus.text.generations import Generations, Watcher
 from tokasaurus.text.preparation import Preparer
 from tokasaurus.text.receipts import Receipts
-from tokasaurus.text.replicas import Replicas, Seats
+from tokasaurus.text.replica_reports import Seats
+from tokasaurus.text.replicas import Replicas
 from tokasaurus.text.tokenizer import Tokenizer
 
 __all__ = ["Doors", "TextCore"]
@@ -41,7 +44,7 @@ log = logging.getLogger(__name__)
 class Doors(Protocol):
     """Receives the messages of replicas. Their owner passes each to ``TextCore.take``."""
 
-    def open(self, replica: int, address: str) -> None:
+    def open(self, replica: int, door: Door) -> None:
         """Opens the door for the messages of a replica."""
 
     def close(self, replica: int) -> list[ToServer | WorkerStall]:
@@ -80,9 +83,10 @@ class TextCore:
         self._noticed: dict[int, dict[int, tuple[int, int] | None]] = {}
         self._replaced: set[int] = set()  # replicas that the supervisor was asked to end
         self._watches: dict[int, ManagerWatch] = {}  # by replica
+        self._check_due_at = 0.0
         self._senders: dict[int, Sender[FromServer | FromWorker]] = {}  # by replica
         for number in range(len(slices.replicas)):
-            self._open(number, assignment.directory)
+            self._open(number, assignment.door)
         senders = [sender.send for sender in self._senders.values()]
         seats = [_seats(replica) for replica in slices.replicas]
         self.router = Replicas(senders, seats) if len(seats) > 1 else None
@@ -128,19 +132,25 @@ class TextCore:
             for message in messages:
                 self.generations.absorb(message)
 
-    def _open(self, number: int, directory: str) -> None:
+    def _open(self, number: int, door_of: Callable[[Role], Door]) -> None:
         """Opens the door of a replica, and connects to its manager's."""
-        address = partial(door_address, directory)
-        self._doors.open(number, address(Role("server", number)))
-        sender = self._senders[number] = Sender(address(Role("manager", number)), TO_MANAGER)
+        self._doors.open(number, door_of(Role("server", number)))
+        sender = self._senders[number] = Sender(door_of(Role("manager", number)), TO_MANAGER)
         self._watches[number] = ManagerWatch(
             self._slices.stall_timeout_s, self.check_every_s, partial(sender.send, Ping())
         )
 
     # --- processes that hang ----------------------------------------------------------------------
 
+    def check_if_due(self) -> None:
+        """The same as ``check``, for a caller that comes more often than necessary."""
+        now = time.monotonic()
+        if now >= self._check_due_at:
+            self._check_due_at = now + self.check_every_s
+            self.check()
+
     def check(self) -> None:
-        """Looks for managers that hang."""
+        """Looks for managers that hang. Due every ``check_every_s``."""
         if self.generations is None:
             return
         now = time.monotonic()
@@ -169,7 +179,7 @@ class TextCore:
         replicas = {role.replica for role in self._stalled}
         if self.generations is not None:
             self.generations.stalled = tuple(map(str, sorted(self._stalled)))
-            self.generations.is_stuck = replicas >= set(self._watches)
+            self.generations.is_stuck = bool(self._watches) and replicas >= set(self._watches)
         if self.router is not None:
             self.router.set_stalled(replicas)
 
@@ -252,7 +262,8 @@ class TextCore:
             return
         self._workers[number] = note.workers
         self._adopt_workers()
-        self._open(number, note.directory)
+        self._open(number, note.door)
+        self._tell_stalls()
         self._absorb(router.join(number, self._senders[number].send))
         obstacle = router.obstacle(number)
         if obstacle is not None:

@@ -17,6 +17,7 @@ from tokasaurus.launch.lifeline import (
 )
 from tokasaurus.launch.text_core import TextCore
 from tokasaurus.protocol.channels import AsyncReceiver
+from tokasaurus.protocol.doors import Door
 from tokasaurus.protocol.messages import ToServer, WorkerStall
 from tokasaurus.server.state import EngineState
 from tokasaurus.text.generations import Generations
@@ -113,8 +114,8 @@ class _AsyncDoors:
         self._core: TextCore | None = None
         self._failure: asyncio.Future[None] | None = None
 
-    def open(self, replica: int, address: str) -> None:
-        self._open[replica] = AsyncReceiver(address, TO_SERVER)
+    def open(self, replica: int, door: Door) -> None:
+        self._open[replica] = AsyncReceiver(door, TO_SERVER)
         self._begin(replica)
 
     def close(self, replica: int) -> list[ToServer | WorkerStall]:

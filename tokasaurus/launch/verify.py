@@ -41,6 +41,7 @@ _TAKEN_FLAGS = (
     "load_format",
     "rope_scaling",
     "torch_compile",
+    "tp_size",
 )
 """The flags that a receipt sets. It may come from anyone, so none that trusts code or writes."""
 

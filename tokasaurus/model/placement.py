@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from tokasaurus.model.backend.base import Operators
 from tokasaurus.model.backend.reference_operators import REFERENCE_OPERATORS
 from tokasaurus.model.parallel.tensor_parallel import ALONE, TensorParallel
 from tokasaurus.model.storage import Region
+
+if TYPE_CHECKING:
+    from tokasaurus.model.parallel.async_tp import Overlap
 
 __all__ = ["Placement"]
 
@@ -28,6 +32,7 @@ class Placement:
         is_traced: torch.compile traces the layers, so kernels of ours become operators.
         instruction_set: that kernels of the CPU are compiled for; "auto" for the best one.
         parallel: the ranks that share each layer.
+        overlap: of these ranks' products with what they exchange, if large batches overlap.
         memory: of the weights.
     """
 
@@ -39,6 +44,7 @@ class Placement:
     is_traced: bool = False
     quantization: str | None = None
     parallel: TensorParallel = field(default=ALONE, compare=False)
+    overlap: Overlap | None = field(default=None, compare=False)
     memory: Region = field(default_factory=Region, compare=False)
 
     def empty(self, *shape: int) -> Tensor:

@@ -12,6 +12,8 @@ Doors of further replicas have numbers, as ``Role`` says. The doors of a replica
 again are in a directory of their own. Which replica a message of a manager is
 from follows from the door that it came through.
 
+Where an engine has processes on several machines, doors are TCP sockets with keys (``Door``).
+
 Sending never blocks and never drops a message; the supervisor deals with a peer that died. The
 messages of one sender arrive in order.
 """
@@ -24,6 +26,7 @@ from typing import Generic, TypeVar
 import zmq
 import zmq.asyncio
 
+from tokasaurus.protocol.doors import Door, enter, lock
 from tokasaurus.protocol.role import Role
 from tokasaurus.protocol.wire import Codec
 
@@ -42,20 +45,24 @@ def door_address(directory: str | Path, role: Role) -> str:
     return f"ipc://{directory}/{role}.sock"
 
 
+def _door(door: Door | str) -> Door:
+    return Door(door) if isinstance(door, str) else door
+
+
 class Sender(Generic[M]):
     """Sends to one door; may be created before the door opens.
 
     Args:
-        address: of the door.
+        door: or its address, if it is within this machine.
         codec: for the messages that this door takes.
     """
 
-    def __init__(self, address: str, codec: Codec[M]) -> None:
+    def __init__(self, door: Door | str, codec: Codec[M]) -> None:
         self._codec = codec
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PUSH)
         self._socket.set(zmq.SNDHWM, 0)
         self._socket.set(zmq.LINGER, 0)
-        self._socket.connect(address)
+        enter(self._socket, _door(door))
 
     def send(self, message: M) -> None:
         self._socket.send(self._codec.encode(message))
@@ -67,12 +74,17 @@ class Sender(Generic[M]):
 class Receiver(Generic[M]):
     """Opens a door and receives, for a process that waits for nothing else."""
 
-    def __init__(self, address: str, codec: Codec[M]) -> None:
+    def __init__(self, door: Door | str, codec: Codec[M]) -> None:
         self._codec = codec
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PULL)
         self._socket.set(zmq.RCVHWM, 0)
-        self._socket.bind(address)
+        lock(self._socket, _door(door))
         self._timeout_ms = -1  # of the socket
+
+    @property
+    def socket(self) -> zmq.Socket[bytes]:
+        """The socket, to be polled together with others."""
+        return self._socket
 
     def receive(self, timeout_s: float | None = None) -> list[M]:
         """Waits for at least one message, then returns all that have arrived, oldest first.
@@ -101,11 +113,11 @@ class Receiver(Generic[M]):
 class AsyncReceiver(Generic[M]):
     """Opens a door and receives, for a process that runs an asyncio event loop."""
 
-    def __init__(self, address: str, codec: Codec[M]) -> None:
+    def __init__(self, door: Door | str, codec: Codec[M]) -> None:
         self._codec = codec
         self._socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
         self._socket.set(zmq.RCVHWM, 0)
-        self._socket.bind(address)
+        lock(self._socket, _door(door))
 
     async def receive(self) -> M:
         return self._codec.decode(await self._socket.recv())

@@ -26,9 +26,8 @@ def shares_of(
         choice: the replicas that may get some.
         cached: prompt tokens that are probably in a replica's cache, by its number.
     """
-    fitting = [replica for replica in choice if replica.room >= num_samples]
-    best = min(fitting or choice, key=lambda each: each.work - cached.get(each.number, 0))
-    if fitting or len(choice) == 1:
+    best = _best(num_samples, choice, cached)
+    if best.room >= num_samples or len(choice) == 1:
         return [(best, num_samples)]
     rooms = {replica: max(0, replica.room) for replica in choice}
     must_wait = sum(rooms.values()) < num_samples <= best.num_seats
@@ -42,6 +41,22 @@ def shares_of(
     for index, replica in enumerate(shares):
         shares[replica] += each + (index < more)
     return [(replica, count) for replica, count in shares.items() if count]
+
+
+def _best(num_samples: int, choice: Sequence[Replica], cached: Mapping[int, int]) -> Replica:
+    """The replica with the least work, of those with enough seats or, if none has, of all."""
+    # One pass without calls: there may be many replicas.
+    best, best_fits, least = choice[0], False, 0
+    for replica in choice:
+        fits = replica.num_seats - replica.num_open >= num_samples
+        if best_fits and not fits:
+            continue
+        work = replica.work
+        if cached:
+            work -= cached.get(replica.number, 0)
+        if replica is choice[0] or work < least or fits is not best_fits:
+            best, best_fits, least = replica, fits, work
+    return best
 
 
 def _may_be_split(request: GenerateRequest) -> bool:

@@ -14,9 +14,9 @@ A block begins where the one before it ends, and its key stands for everything u
 Blocks have 64 tokens, and where that is more, an eighth of what comes before them in multiples of
 64. So the keys of a prompt are few, however long it is.
 
-The key of a prefix is the sum of its ids, each multiplied by a random number of its position
-(multilinear hashing: Carter and Wegman, 1979). It takes one pass of numpy for all blocks. The
-numbers are drawn anew in each process, so that a client cannot make two prefixes of one key.
+The key of a prefix is the sum of its ids (plus 1), each multiplied by a random number of its
+position (multilinear hashing: Carter and Wegman, 1979). It takes one pass of numpy for all blocks.
+The numbers are drawn anew in each process, so that a client cannot make two prefixes of one key.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ Blocks: TypeAlias = Sequence[tuple[int, int]]
 _BLOCK_TOKENS = 64
 _GROWTH = 8  # a block has about one token for this many before it
 _FIRST_ROOM = 4096  # tokens
+_ONE = np.uint64(1)
 
 
 class PrefixPlaces:
@@ -82,7 +83,8 @@ class PrefixPlaces:
             return ()
         ends = self._ends[:count]
         length = ends[-1]
-        products = prompt_ids[:length].astype(np.uint64) * self._factors[:length]
+        # Id 0 must count, too.
+        products = (prompt_ids[:length].astype(np.uint64) + _ONE) * self._factors[:length]
         sums = np.add.reduceat(products, [0, *ends[:-1]])
         keys = np.cumsum(sums, dtype=np.uint64).tolist()
         if cartridges:
@@ -135,7 +137,7 @@ class PrefixPlaces:
         more = self._random.integers(
             0, 1 << 64, room - len(self._factors), dtype=np.uint64, endpoint=False
         )
-        self._factors = np.concatenate([self._factors, more | np.uint64(1)])
+        self._factors = np.concatenate([self._factors, more | _ONE])
         end = self._ends[-1] if self._ends else 0
         while end < room:
             end += max(1, end // (_GROWTH * _BLOCK_TOKENS)) * _BLOCK_TOKENS

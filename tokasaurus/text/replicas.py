@@ -30,7 +30,6 @@ An engine with one replica has no router.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import msgspec
@@ -61,80 +60,16 @@ from tokasaurus.text.generation import Generation
 from tokasaurus.text.placing import as_int32, progress_of, shares_of
 from tokasaurus.text.prefix_places import Blocks, PrefixPlaces
 from tokasaurus.text.replica_answers import Endings, merged_statistics, without_state
+from tokasaurus.text.replica_reports import Loss, Losses, Report, Seats
 from tokasaurus.text.routes import Part, Replica, Route
 
-__all__ = ["Find", "Loss", "Losses", "Replicas", "Report", "Seats"]
+__all__ = ["Find", "Replicas"]
 
 Find: TypeAlias = Callable[[int], Generation | None]
 """Finds the generation in flight with a request id."""
 
 _PART_SHIFT = 40
 _REQUEST_MASK = (1 << _PART_SHIFT) - 1
-
-
-@dataclass(frozen=True)
-class Seats:
-    """What a replica has room for.
-
-    Attributes:
-        num_sequences: that can run at once.
-        num_cached_tokens: that its KV cache holds.
-    """
-
-    num_sequences: int
-    num_cached_tokens: int
-
-
-@dataclass(frozen=True)
-class Loss:
-    """What the end of a replica does to requests.
-
-    Attributes:
-        messages: for the text core: what the replica would have said.
-        failed: the error of each request that fails, by request id.
-        num_moved: samples that go on elsewhere.
-        num_begun_again: those of them of which the server has no tokens.
-    """
-
-    messages: list[ToServer]
-    failed: dict[int, ReplicasLost]
-    num_moved: int
-    num_begun_again: int
-
-
-@dataclass
-class Losses:
-    """What the ends of replicas have cost so far.
-
-    Attributes:
-        num_replicas: that have ended.
-        num_moved: samples that went on elsewhere.
-        num_begun_again: those of them of which the server had no tokens.
-        num_lost_tokens: generated, and not delivered; as far as the replicas had said.
-    """
-
-    num_replicas: int = 0
-    num_moved: int = 0
-    num_begun_again: int = 0
-    num_lost_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class Report:
-    """How one replica is.
-
-    Attributes:
-        state: "ok", "stalled", "catching up" (with commands), "waiting for weights", "starting"
-            (again) or "ended".
-        num_open: samples that it has.
-        work: expected tokens of these samples.
-        statistics: its latest; None before the first.
-    """
-
-    state: str
-    num_open: int = 0
-    work: int = 0
-    statistics: Statistics | None = None
 
 
 class Replicas:
@@ -159,6 +94,7 @@ class Replicas:
         self._lengths = ExpectedLengths()
         self._past: Statistics | None = None  # the totals of lost replicas
         self._starting: set[int] = set()  # lost replicas that are started again
+        self._chosen: list[Replica] | None = None  # None if another choice is due
         self.losses = Losses()
         self._find: Find = lambda _: None
         self._on_seats: Callable[[], None] = lambda: None
@@ -235,18 +171,26 @@ class Replicas:
         """
         for replica in self._replicas.values():
             replica.is_stalled = replica.number in stalled
-        self._on_seats()
+        self._on_change()
 
     def _choice(self) -> list[Replica]:
         """The replicas that get requests; none if all wait to be started."""
-        fit = [replica for replica in self._replicas.values() if replica.is_fit]
-        return [replica for replica in fit if not replica.is_stalled] or fit
+        if self._chosen is None:
+            fit = [replica for replica in self._replicas.values() if replica.is_fit]
+            self._chosen = [replica for replica in fit if not replica.is_stalled] or fit
+        return self._chosen
+
+    def _on_change(self) -> None:
+        """Other replicas may get requests from now on."""
+        self._chosen = None
+        self._on_seats()
 
     # --- replicas come and go ---------------------------------------------------------------------
 
     def _add(self, number: int, send: Callable[[FromServer], None]) -> Replica:
         seats = self._seats[number]
         replica = self._replicas[number] = Replica(number, send, seats.num_sequences)
+        self._chosen = None
         self._places.add(number, seats.num_cached_tokens)
         return replica
 
@@ -262,6 +206,7 @@ class Replicas:
         """
         self._starting.discard(number)
         self._broadcasts.join(self._add(number, send))
+        self._chosen = None
         return self._settled()
 
     def absent(self, number: int, *, starts_again: bool) -> None:
@@ -277,12 +222,13 @@ class Replicas:
 
     def _settled(self) -> list[ToServer]:
         """Sends what waits for a replica, if there is one now."""
-        self._on_seats()
+        self._chosen = None
         endings = Endings()
         for route in list(self._routes.values()) if self._choice() else ():
             held, route.held = route.held, set()
             if held:
                 self._go_on(route, held, endings)
+        self._on_seats()
         return list(endings.messages())
 
     def lost(self, number: int, reason: str, *, starts_again: bool = False) -> Loss:
@@ -294,6 +240,7 @@ class Replicas:
             starts_again: it is on its way back.
         """
         dead = self._replicas.pop(number)
+        self._chosen = None
         self.absent(number, starts_again=starts_again)
         self._places.drop(number)
         self._close_account(dead)
@@ -511,7 +458,8 @@ class Replicas:
             part = None if route is None else route.parts.get(part_id)
             if route is None or part is None:
                 continue  # another part was refused
-            part.advance(index, count)
+            if count:
+                part.advance(index, count)
             if reason != FinishReason.RUNNING:
                 self._end_sample(route, part, index, reason)
         if (part_ids > _REQUEST_MASK).any():

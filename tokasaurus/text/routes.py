@@ -95,9 +95,13 @@ class Part:
     def advance(self, sample_index: int, num_new: int) -> None:
         """More tokens of a sample have come."""
         before = self.num_tokens[sample_index]
-        now = self.num_tokens[sample_index] = before + num_new
-        self.replica.work += self._left(now) - self._left(before)
-        self._count_prompt()
+        self.num_tokens[sample_index] = before + num_new
+        # At least 1 token is left, as in _left.
+        num_countable = self._expected - 1 - before
+        if num_countable > 0:
+            self.replica.work -= min(num_new, num_countable)
+        if self._prompt_work:
+            self._count_prompt()
 
     def end(self, sample_index: int) -> int:
         """A sample has ended; returns its tokens."""

@@ -6,7 +6,12 @@ import time
 
 import pytest
 import torch
+from rank_processes import RankProcesses
 from rows import named
+
+from tokasaurus.model.backend.cpu.shared_memory import SharedMemory, SharedMemoryRank
+from tokasaurus.model.parallel.collectives import GroupRank, open_tensor_parallel
+from tokasaurus.model.parallel.ranks import Ranks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of the last one, a message has many pieces, which end within a row.
@@ -27,19 +32,23 @@ def expected_sum(size, shape, dtype):
     return total.to(dtype)
 
 
-def sums(meeting, shared):
+def sums(meeting, shared, num_threads):
     parallel = meeting.tensor_parallel(shared=shared)
-    return [
-        parallel.all_reduce(numbers(parallel.rank, shape, dtype))
-        for dtype in DTYPES
-        for shape in SHAPES
-    ]
+    torch.set_num_threads(num_threads)
+    try:
+        return [
+            parallel.all_reduce(numbers(parallel.rank, shape, dtype))
+            for dtype in DTYPES
+            for shape in SHAPES
+        ]
+    finally:
+        torch.set_num_threads(1)
 
 
 @WAYS
 def test_sums_are_in_the_order_of_the_ranks_and_rounded_once(ranks, shared):
-    for size in (2, 4):
-        for rank, results in enumerate(ranks.run(size, sums, shared=shared)):
+    for size, num_threads in ((2, 1), (2, 3), (4, 1)):
+        for rank, results in enumerate(ranks.run(size, sums, shared, num_threads)):
             cases = [(dtype, shape) for dtype in DTYPES for shape in SHAPES]
             for (dtype, shape), result in zip(cases, results, strict=True):
                 with named(f"rank {rank} of {size}, {dtype}, {shape}"):
@@ -97,3 +106,35 @@ def test_sums_and_gathers_follow_one_another(ranks):
     """No rank overwrites what another one still reads."""
     for size in (2, 4):
         ranks.run(size, mixed, size, 200)
+
+
+@pytest.mark.long
+def test_many_ranks_on_few_cores_wait_for_one_another(tmp_path):
+    ranks = RankProcesses(8, tmp_path)
+    try:
+        for seed in range(3):
+            ranks.run(8, mixed, seed, 100)
+    finally:
+        ranks.end()
+
+
+def ways(meeting, failing):
+    """The way that ranks take if this one of them cannot open the memory, and a sum."""
+
+    def fail(*_):
+        raise OSError("not permitted")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if meeting.rank == failing:
+            patch.setattr(SharedMemory, "make" if failing == 0 else "open", fail)
+        group = Ranks(meeting.rank, meeting.size, 1, meeting.rendezvous).tp_group
+        parallel = open_tensor_parallel(group, torch.device("cpu"), "auto")
+    return type(parallel), parallel.all_reduce(numbers(meeting.rank, (3, 5), torch.float32))
+
+
+def test_all_ranks_take_gloo_if_one_cannot_share_memory(ranks):
+    expected = expected_sum(4, (3, 5), torch.float32)
+    for failing, way in ((0, GroupRank), (1, GroupRank), (3, GroupRank), (4, SharedMemoryRank)):
+        for taken, result in ranks.run(4, ways, failing):
+            assert taken is way
+            assert torch.equal(result, expected)

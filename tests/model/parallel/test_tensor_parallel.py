@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 
-import pytest
 import torch
 from checkpoints import VOCAB_SIZE
 from oracle import assert_greedy, reference_generate, reference_model
@@ -61,13 +60,12 @@ def scored_and_generated(meeting, path, prompt, num_tokens, fields):
     return scores, ids, logprobs
 
 
-@pytest.mark.parametrize("linear", ["packed", "plain"])
-def test_ranks_that_share_layers_compute_what_transformers_does(checkpoint, ranks, linear):
-    for architecture, options, size in VARIANTS:
+def check_parity(checkpoint, ranks, variants, **fields):
+    for architecture, options, size in variants:
         with named(f"{size} ranks, {architecture} {options}"):
             path = checkpoint(architecture, **options)
             prompt = random_ids(50, size)
-            fields = {"linear": linear, "max_topk_logprobs": VOCAB_SIZE}
+            fields = {"max_topk_logprobs": VOCAB_SIZE, **fields}
             scores, ids, logprobs = ranks.run(size, scored_and_generated, path, prompt, 24, fields)[
                 0
             ]
@@ -77,3 +75,17 @@ def test_ranks_that_share_layers_compute_what_transformers_does(checkpoint, rank
             torch.testing.assert_close(scores, expected, atol=1e-4, rtol=0)
             assert_greedy(path, prompt, ids, logprobs)
             assert ids == reference_generate(path, prompt, 24)
+
+
+def test_ranks_that_share_layers_compute_what_transformers_does(checkpoint, ranks):
+    check_parity(checkpoint, ranks, VARIANTS, linear="packed")
+
+
+def test_ranks_whose_weights_are_not_packed_do_so_too(checkpoint, ranks):
+    check_parity(checkpoint, ranks, VARIANTS[1::2], linear="plain")
+
+
+def test_graphs_contain_what_ranks_exchange(checkpoint, ranks):
+    traced = {"torch_compile": True, "torch_compile_config": '{"backend": "eager"}'}
+    for linear in ("packed", "plain"):
+        check_parity(checkpoint, ranks, VARIANTS[:1], linear=linear, **traced)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from tokasaurus.launch.embedded import EmbeddedEngine
 from tokasaurus.model.layers.linear import Linear
 from tokasaurus.protocol.messages import ForwardBatch, ToWorker
 
@@ -27,6 +28,7 @@ class RecordedBatches:
     """
 
     def __init__(self, llm: LLM) -> None:
+        assert isinstance(llm._engine, EmbeddedEngine)
         worker = llm._engine._worker
         assert worker is not None
         layers = [each for each in worker._model.modules() if isinstance(each, Linear)]

@@ -57,7 +57,7 @@ class SelfAttention(nn.Module):
         #   one row of the product:  │ q heads (H) │ k heads (K) │ v heads (K) │
         # With several ranks these are the heads of this one.
         product = self.qkv(x)
-        heads = product.view(len(x), product.shape[1] // self._head_dim, self._head_dim)
+        heads = product.view(len(product), product.shape[1] // self._head_dim, self._head_dim)
         mixed = attention.attend(self._layer, heads, rotation, self._norms())
         result: Tensor = self.output(mixed)
         return result

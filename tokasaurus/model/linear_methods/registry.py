@@ -10,6 +10,7 @@ from tokasaurus.model.linear_methods import int8, packed
 from tokasaurus.model.linear_methods.base import LinearMethod, LinearSpec, Sharding
 from tokasaurus.model.linear_methods.int8 import Int8Linear
 from tokasaurus.model.linear_methods.opaque import OpaqueLinear
+from tokasaurus.model.linear_methods.overlapped import OverlappedLinear
 from tokasaurus.model.linear_methods.packed import PackedLinear
 from tokasaurus.model.linear_methods.plain import PlainLinear
 from tokasaurus.model.linear_methods.sharded import ShardedLinear, share_of
@@ -57,17 +58,23 @@ def _quantized(place: Placement) -> Placement:
 
 def make_linear(spec: LinearSpec, place: Placement) -> LinearMethod:
     """The method of this placement for one product: with several ranks, for this one's part."""
-    parallel = place.parallel
-    if parallel.size == 1:
-        method, out_size, is_opaque = _method(spec, place), spec.out_size, False
+    method: LinearMethod
+    if place.parallel.size == 1:
+        method, out_size, exchanges = _method(spec, place), spec.out_size, False
     else:
-        share = share_of(spec, parallel.rank, parallel.size)
-        method = ShardedLinear(share, _method(share.spec, place), parallel)
-        is_opaque = spec.sharding is not Sharding.OUTPUTS  # ranks exchange something
-        out_size = spec.out_size if is_opaque else share.spec.out_size
-    if place.is_traced and (is_opaque or place.linear == "packed"):
+        method = shared = _shared_method(spec, place)
+        exchanges = spec.sharding is not Sharding.OUTPUTS
+        out_size = spec.out_size if exchanges else shared.spec.out_size
+    if place.is_traced and (exchanges or place.linear == "packed"):
         return OpaqueLinear(method, spec.in_size, out_size, place.dtype)
     return method
+
+
+def _shared_method(spec: LinearSpec, place: Placement) -> ShardedLinear:
+    if place.overlap is not None and spec.sharding is not Sharding.VOCABULARY:
+        return OverlappedLinear(spec, place, place.overlap)
+    share = share_of(spec, place.parallel.rank, place.parallel.size)
+    return ShardedLinear(share, _method(share.spec, place), place.parallel)
 
 
 def _method(spec: LinearSpec, place: Placement) -> LinearMethod:

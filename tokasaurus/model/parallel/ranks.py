@@ -20,6 +20,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import torch
 import torch.distributed as dist
@@ -49,8 +51,9 @@ class Ranks:
         tp_size: workers of a stage.
         pp_size: stages.
         rendezvous: where the workers of this replica meet, as torch.distributed writes it:
-            ``file://`` and a path that is not used twice, or ``tcp://`` and the address of rank 0.
-            None for a worker that is alone.
+            ``file://`` and a path that is not used twice, or ``tcp://`` and the address of rank 0,
+            where ``?listener_fd=`` names the socket with which it listens there already. None for a
+            worker that is alone.
         device: of the tensors that ranks exchange.
 
     Attributes:
@@ -87,7 +90,7 @@ class Ranks:
         backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend,
-            init_method=rendezvous,
+            store=self._store(rendezvous),
             rank=self.rank,
             world_size=self.size,
             timeout=_TIMEOUT,
@@ -102,6 +105,21 @@ class Ranks:
         if self.pp_size > 1:
             self.hidden_group = self._group(range(self.size))
         self.token_group = self._group(range(self.size))
+
+    def _store(self, rendezvous: str) -> Any:
+        place = urlsplit(rendezvous)
+        if place.scheme == "file":
+            return dist.FileStore(place.path, self.size)  # type: ignore[attr-defined]
+        listeners = parse_qs(place.query).get("listener_fd")
+        return dist.TCPStore(  # type: ignore[attr-defined]
+            place.hostname or "",
+            place.port or 0,
+            self.size,
+            is_master=self.rank == 0,
+            timeout=_TIMEOUT,
+            wait_for_workers=False,
+            master_listen_fd=int(listeners[0]) if listeners else None,
+        )
 
     def _group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
         group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=_TIMEOUT)

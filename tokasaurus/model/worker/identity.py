@@ -27,6 +27,9 @@ __all__ = ["make_identity"]
 _WITHOUT_EFFECT = frozenset(
     {
         "rank",
+        "pp_size",  # stages compute what one worker does
+        "device_index",
+        "async_tp_threshold",  # where products overlap, there are no receipts
         "model_path",  # the digests of the model stand for it
         "trust_remote_code",
         "deterministic",  # without it there are no receipts

@@ -32,6 +32,7 @@ from tokasaurus.model.download import Download
 from tokasaurus.model.facts import read_model_config
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.model.linear_methods.registry import choose_linear
+from tokasaurus.model.parallel.async_tp import open_overlap
 from tokasaurus.model.parallel.collectives import open_tensor_parallel
 from tokasaurus.model.parallel.ranks import Ranks
 from tokasaurus.model.parallel.tensor_parallel import dealt
@@ -44,6 +45,7 @@ from tokasaurus.model.worker.clock import Clock, HostClock, start_clock, wait_fo
 from tokasaurus.model.worker.controls import Controls
 from tokasaurus.model.worker.determinism import settle_determinism
 from tokasaurus.model.worker.identity import make_identity
+from tokasaurus.model.worker.overlapped_runner import OverlappedRunner
 from tokasaurus.model.worker.pending import Answer, InFlight, Outputs, Pending, naming
 from tokasaurus.model.worker.pipeline import Pipeline
 from tokasaurus.model.worker.recorded_runner import RecordedRunner
@@ -118,7 +120,8 @@ class Worker:
         )
         stage = choose_stage(self.ranks, model_config, place)
         parallel = open_tensor_parallel(self.ranks.tp_group, self._device, config.instruction_set)
-        place = replace(place, parallel=parallel)
+        overlap = open_overlap(self.ranks, place.linear, config.async_tp_threshold)
+        place = replace(place, parallel=parallel, overlap=overlap)
         num_heads, num_kv_heads = (
             len(dealt(count, self.ranks.tp_rank, self.ranks.tp_size))
             for count in (model_config.num_heads, model_config.num_kv_heads)
@@ -149,6 +152,8 @@ class Worker:
         )
         self._backend = backend(self._cache, num_heads, options)
         self._runner = self._make_runner(num_heads)
+        if overlap is not None:
+            self._runner = OverlappedRunner(self._runner, self._model, self._backend, overlap)
         self._controls = Controls(
             self.weights,
             files,

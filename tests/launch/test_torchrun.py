@@ -1,0 +1,255 @@
+"""Engines that torchrun starts, or srun: every rank a program, as on machines of their own."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+from engine_process import EngineProcess, eventually
+
+from tokasaurus.config.engine import EngineConfig
+from tokasaurus.errors import ConfigError
+from tokasaurus.launch.remote.launcher import Place
+from tokasaurus.launch.torchrun import Rank, places_of, rank_of
+from tokasaurus.protocol.role import Role
+
+FLAGS = (
+    "max_seqs_per_forward=16",
+    "kv_cache_num_tokens=16384",
+    "cpu_threads=1",
+    "attention=reference",
+)
+REQUEST = {
+    "model": "m",
+    "prompt": "A B C D",
+    "max_tokens": 300,
+    "temperature": 0.0,
+    "extra_body": {"ignore_eos": True},
+}
+MODULE = "tokasaurus.launch.torchrun"
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def torchrun(num_ranks: int) -> tuple[str, ...]:
+    return (
+        *(sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={num_ranks}"),
+        *("--master-addr=127.0.0.1", f"--master-port={free_port()}", "-m", MODULE),
+    )
+
+
+class Srun:
+    """Ranks as srun starts them: an engine with rank 0, and processes with the others."""
+
+    def __init__(self, directory: Path, world_size: int, *flags: str) -> None:
+        self._variables = {
+            "SLURM_NTASKS": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
+        self.engine = EngineProcess(
+            directory / "toka.log",
+            *FLAGS,
+            *flags,
+            program=("env", *self._words(0), sys.executable, "-m", MODULE),
+        )
+        self.others = []
+        for rank in range(1, world_size):
+            with (directory / f"rank-{rank}.log").open("wb") as log:
+                self.others.append(
+                    subprocess.Popen(
+                        ["env", *self._words(rank), sys.executable, "-m", MODULE, *FLAGS, *flags],
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        env={**os.environ, "TMPDIR": str(self.engine.private)},
+                    )
+                )
+
+    def _words(self, rank: int) -> list[str]:
+        own = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+        return [f"{name}={value}" for name, value in {**self._variables, **own}.items()]
+
+    def stop(self) -> None:
+        self.engine.stop()
+        for each in self.others:
+            each.kill()
+            each.wait()
+
+
+@pytest.fixture
+def srun(tmp_path: Path) -> Iterator[Srun]:
+    ranks = Srun(tmp_path, 2, "dp_size=2")
+    try:
+        ranks.engine.wait_ready()
+        yield ranks
+    finally:
+        ranks.stop()
+
+
+def answer(engine: EngineProcess, seed: int) -> list[str]:
+    done = engine.client(timeout=120).completions.create(**REQUEST, n=4, seed=seed)
+    return [choice.text for choice in done.choices]
+
+
+def stream(engine: EngineProcess) -> str:
+    chunks = engine.client(timeout=120).completions.create(**REQUEST, stream=True)
+    return "".join(choice.text for chunk in chunks for choice in chunk.choices)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ("dp_size=2",),
+        pytest.param(("pp_size=2",), marks=pytest.mark.long),
+    ],
+)
+def test_torchrun_starts_an_engine_that_serves_and_drains(tmp_path, sizes):
+    engine = EngineProcess(tmp_path / "toka.log", *FLAGS, *sizes, program=torchrun(2))
+    try:
+        engine.wait_ready()
+        assert len(answer(engine, 1)) == 4
+        assert all(answer(engine, 2))
+        pids = [engine.child(role) for role in ("server", "manager", "worker")]
+        os.kill(pids[0], signal.SIGTERM)
+        assert engine.wait_exit(30) == 0
+        for pid in pids:
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+        assert list(engine.private.glob("tokasaurus-*")) == []
+    finally:
+        engine.stop()
+
+
+@pytest.mark.engine
+def test_the_loss_of_a_rank_loses_no_request(srun):
+    """The rank's machine is gone: its replica's requests go on at the other one."""
+    engine, other = srun.engine, srun.others[0]
+    expected = [stream(engine), answer(engine, 9)]
+    with ThreadPoolExecutor(8) as pool:
+        streams = [pool.submit(stream, engine) for _ in range(4)]
+        answers = [pool.submit(answer, engine, 9) for _ in range(4)]
+        before = engine.metrics()["generated_tokens_total"]
+        eventually(
+            lambda: engine.metrics()["generated_tokens_total"] > before + 200, "both compute", 60
+        )
+        other.send_signal(signal.SIGKILL)
+        assert [each.result(120) for each in streams] == [expected[0]] * 4
+        assert [each.result(120) for each in answers] == [expected[1]] * 4
+    assert "lost the outpost" in engine.log
+    assert "1 replica goes on" in engine.log
+    # Nobody but srun can start the rank again.
+    gone = f"replica 1: the program on {socket.gethostname()} is gone; 1 replica goes on"
+    eventually(lambda: gone in engine.log, gone)
+    assert engine.get("/health")[0] == 200
+    engine.signal(signal.SIGTERM)
+    assert engine.wait_exit(30) == 0
+
+
+@pytest.mark.engine
+def test_a_process_that_dies_at_another_rank_is_started_again_there(srun, tmp_path):
+    engine = srun.engine
+
+    def log_of_rank_1() -> str:
+        return (tmp_path / "rank-1.log").read_text()
+
+    pid = int(re.search(r" worker-1-0 .*process id (\d+)", log_of_rank_1())[1])
+    os.kill(pid, signal.SIGKILL)
+    name = socket.gethostname()
+    expected = (
+        f"the worker-1-0 ended: killed by SIGKILL; perhaps the system ran out of memory on {name}"
+    )
+    eventually(lambda: expected in engine.log, expected)
+    expected = answer(engine, 1)
+    eventually(lambda: "replica 1 is ready again" in engine.log, "the replica is back", 60)
+    with ThreadPoolExecutor(8) as pool:  # more than one replica has seats for
+        assert list(pool.map(partial(answer, engine), [1] * 8)) == [expected] * 8
+    assert len(set(re.findall(r" worker-1-0 .*process id (\d+)", log_of_rank_1()))) == 2
+    # Rank 0 obeys a signal, and tells the other rank.
+    srun.others[0].send_signal(signal.SIGTERM)
+    assert answer(engine, 1)
+    engine.signal(signal.SIGTERM)
+    assert engine.wait_exit(30) == 0
+    assert srun.others[0].wait(20) == 0
+
+
+@pytest.mark.engine
+def test_the_end_of_rank_0_ends_the_others(srun):
+    srun.engine.process.kill()
+    assert srun.others[0].wait(20) == 1
+    child = srun.engine.child("worker")
+    eventually(lambda: not alive(child), "the worker of rank 0 ends", 20)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def run_rank(*flags: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in variables}
+    return subprocess.run(
+        [sys.executable, "-m", MODULE, *flags],
+        env={**environment, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_a_wrong_world_size_is_refused_with_the_right_one():
+    place = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for world, flags, needed in (
+        ("3", ("dp_size=2",), "dp_size=2 x pp_size=1 x tp_size=1 needs 2 ranks"),
+        ("1", ("dp_size=2", "pp_size=2"), "dp_size=2 x pp_size=2 x tp_size=1 needs 4 ranks"),
+    ):
+        done = run_rank(*flags, **place, WORLD_SIZE=world)
+        assert done.returncode == 2
+        assert done.stderr.startswith("toka: error: "), done.stderr
+        assert needed in done.stderr
+        assert f"and there are {world}; start" in done.stderr
+
+
+def test_without_a_launcher_the_error_says_how_to_start():
+    done = run_rank("dp_size=2")
+    assert done.returncode == 2
+    assert "start this with torchrun --nproc-per-node=" in done.stderr
+
+
+def test_a_rank_is_what_torchrun_says_or_what_slurm_says():
+    slurm = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "MASTER_ADDR": "n1"}
+    environment = dict(slurm)
+    assert rank_of(environment) == Rank(3, 8, 1)
+    assert environment["MASTER_PORT"].isdecimal()  # for torch
+    torch = {"RANK": "5", "WORLD_SIZE": "6", "LOCAL_RANK": "2"}
+    assert rank_of({**slurm, **torch}) == Rank(5, 6, 2)
+    with pytest.raises(ConfigError, match=r"MASTER_ADDR is not set.*scontrol"):
+        rank_of({name: value for name, value in slurm.items() if name != "MASTER_ADDR"})
+    with pytest.raises(ConfigError, match="must be numbers"):
+        rank_of({**slurm, "RANK": "x"})
+
+
+def test_each_worker_has_the_rank_of_its_number_and_a_manager_that_of_its_first():
+    places = places_of(EngineConfig(dp_size=2, pp_size=2))
+    assert places == {
+        Role("worker", 0, 0): Place(0),
+        Role("worker", 0, 1): Place(1),
+        Role("worker", 1, 0): Place(2),
+        Role("worker", 1, 1): Place(3),
+        Role("manager", 0): Place(0),
+        Role("manager", 1): Place(2),
+    }

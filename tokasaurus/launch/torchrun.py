@@ -1,0 +1,191 @@
+"""Starts an engine under torchrun, or under SLURM's srun: one program for each worker.
+
+    torchrun --nnodes=2 --nproc-per-node=4 ... -m tokasaurus.launch.torchrun model=... dp_size=8
+
+Rank 0 has the supervisor and the server. Every rank is an outpost for the worker of its number, and
+the first rank of a replica for the manager too. Ranks find rank 0 through torch's store at
+``MASTER_ADDR``.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from tokasaurus.config.engine import EngineConfig
+from tokasaurus.config.parser import parse_command_line
+from tokasaurus.entry import run
+from tokasaurus.errors import ConfigError, LaunchError
+from tokasaurus.launch.assemble import explain
+from tokasaurus.launch.remote.launcher import Place, RemoteLauncher
+from tokasaurus.launch.remote.link import secret_of
+from tokasaurus.launch.remote.outpost import Outpost
+from tokasaurus.launch.remote.outposts import Outposts
+from tokasaurus.observability.logging import configure_logging
+from tokasaurus.protocol.role import Role
+
+__all__ = ["Rank", "main", "places_of", "rank_of"]
+
+log = logging.getLogger(__name__)
+
+_KEY = "tokasaurus/supervisor"  # in the store
+_DEFAULT_PORT = "29500"
+# What srun says, by the names that torchrun uses.
+_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One program of the job."""
+
+    rank: int
+    world_size: int
+    local_rank: int  # among those of its machine
+
+
+def rank_of(environment: MutableMapping[str, str]) -> Rank:
+    """Which rank this program is. Variables that torch needs and SLURM names otherwise are set.
+
+    Raises:
+        ConfigError: no launcher has set the variables.
+    """
+    for name, slurms in _SLURM.items():
+        if name not in environment and slurms in environment:
+            environment[name] = environment[slurms]
+    environment.setdefault("MASTER_PORT", _DEFAULT_PORT)
+    missing = [name for name in (*_SLURM, "MASTER_ADDR") if name not in environment]
+    if missing == ["MASTER_ADDR"]:
+        raise ConfigError(
+            "MASTER_ADDR is not set; set it to the address of the machine with rank 0, for example"
+            ' with: export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+        )
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)} must be set: start this with torchrun --nproc-per-node=..."
+            " -m tokasaurus.launch.torchrun, or with srun; on one machine use toka"
+        )
+    numbers = [environment[name] for name in _SLURM]
+    if not all(number.isdecimal() for number in numbers):
+        raise ConfigError(f"{', '.join(_SLURM)} must be numbers, not {', '.join(numbers)}")
+    return Rank(*map(int, numbers))
+
+
+def places_of(config: EngineConfig) -> dict[Role, Place]:
+    """Where each process runs: worker r of replica d at rank d * pp_size * tp_size + r."""
+    size = config.pp_size * config.tp_size
+    places = {}
+    for replica in range(config.dp_size):
+        places[Role("manager", replica)] = Place(replica * size)
+        for rank in range(size):
+            places[Role("worker", replica, rank)] = Place(replica * size + rank)
+    return places
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one rank.
+
+    Returns:
+        The exit status: as that of ``toka``; of other ranks than 0, it is 0 when the engine has
+        ended, and 1 when the connection to rank 0 was lost.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        rank = rank_of(os.environ)
+        config = parse_command_line(words, os.environ, explain)
+        _check_world(config, rank)
+        store = _store()
+        if rank.rank == 0:
+            return run(words, os.environ, partial(_launch, rank, store))
+        return _serve_as_outpost(config, rank, store)
+    except (ConfigError, LaunchError) as error:
+        print(f"toka: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+def _check_world(config: EngineConfig, rank: Rank) -> None:
+    if config.launcher != "local":
+        raise ConfigError(f"launcher={config.launcher} starts with toka, not with torchrun")
+    sizes = {name: getattr(config, name) for name in ("dp_size", "pp_size", "tp_size")}
+    num_needed = len([role for role in places_of(config) if role.kind == "worker"])
+    if rank.world_size != num_needed:
+        flags = " x ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ConfigError(
+            f"{flags} needs {num_needed} ranks, one for each worker, and there are"
+            f" {rank.world_size}; start {num_needed} ranks (--nnodes times --nproc-per-node of"
+            " torchrun, --ntasks of srun), or change a size"
+        )
+
+
+def _store() -> Any:
+    """Torch's store of the job. Rank 0 holds it where torchrun does not."""
+    from torch.distributed.rendezvous import rendezvous
+
+    return next(iter(rendezvous("env://")))[0]
+
+
+# --- rank 0 ---------------------------------------------------------------------------------------
+
+
+def _launch(rank: Rank, store: Any, config: EngineConfig) -> RemoteLauncher:
+    """Makes the launcher, tells the others where it is, and waits for them."""
+    secret = secret_of(os.environ)
+    name = os.environ["MASTER_ADDR"]
+    outposts = Outposts(_listening_host(name), secret)
+    launcher = RemoteLauncher(outposts, places_of(config))
+    try:
+        port = outposts.address[1]
+        store.set(_KEY, json.dumps({"host": name, "port": port, "secret": secret}))
+        own = Outpost((name, port), secret, 0, rank.local_rank)
+        threading.Thread(target=_run_own, args=(own,), name="outpost", daemon=True).start()
+        launcher.await_outposts(config.launch_timeout_s)
+    except BaseException:
+        launcher.close()
+        raise
+    return launcher
+
+
+def _run_own(outpost: Outpost) -> None:
+    try:
+        outpost.run()
+    except LaunchError as error:
+        log.error("the outpost of rank 0: %s", error)
+
+
+def _listening_host(name: str) -> str:
+    """The address to listen at, by which others reach this machine under a name.
+
+    Many machines know themselves by a name that others resolve to something else than loopback.
+    """
+    host = str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
+    is_local_name = name == "localhost" or name == host
+    if ipaddress.ip_address(host).is_loopback and not is_local_name:
+        return "0.0.0.0"
+    return host
+
+
+# --- other ranks ----------------------------------------------------------------------------------
+
+
+def _serve_as_outpost(config: EngineConfig, rank: Rank, store: Any) -> int:
+    configure_logging(f"outpost-{rank.rank}", config.log_level)
+    found: Mapping[str, Any] = json.loads(store.get(_KEY))
+    # A terminal's or a job's signal reaches every rank. Rank 0 obeys it, and dismisses the others.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    address = (found["host"], found["port"])
+    Outpost(address, found["secret"], rank.rank, rank.local_rank).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
