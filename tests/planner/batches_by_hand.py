@@ -55,7 +55,7 @@ class Hand:
 
 
 def batch_of(number, entering=(), decode=(), fed=()):
-    """A batch of that number: the sequences that enter, which slots decode, which chunks are fed."""
+    """A batch of that number: what enters slots, what decodes, and what is fed."""
     return ForwardBatch(
         number=number,
         parameters=_parameters(entering) if entering else None,

@@ -6,7 +6,7 @@ after a refusal (``patience``). The use of pages is computed from all running se
 needed, at most once in REFRESH_INTERVAL steps, and patched in between.
 
 Lets sequences run if, by this, use never exceeds the limit. Does not decide which one comes first,
-and knows nothing of batches except that each is a step.
+and knows nothing of batches except that a step takes one, or a round of the lanes.
 """
 
 from __future__ import annotations
