@@ -461,7 +461,10 @@ class EngineConfig:
         8,
         group=_SCHEDULING,
         minimum=1,
-        help="The most batches planned before the result of the first is known.",
+        help=(
+            "The most batches planned before the result of the first is known. With pp_size over "
+            "1, there may be one more for each stage and buffer stage but the first."
+        ),
     )
 
     max_topk_logprobs: int | None = flag(
