@@ -55,7 +55,7 @@ class Lanes:
         # decodes, when there was a batch for each lane.
         self._step_began_at = 0
         self._num_batches = num_lanes
-        self._oldest = -1  # the last batch of the sequence that has waited the longest
+        self._is_step_over = True
 
     def due(self, may_decode: BoolArray, number: int, *, at_once: bool) -> BoolArray:
         """[slots] the sequences that decode in a batch.
@@ -66,28 +66,24 @@ class Lanes:
             at_once: whether to take a lane though it is not due, the one that has waited the
                 longest. The batch then waits for its tokens.
         """
-        rows = may_decode.nonzero()[0]
-        self.num_decoding = rows.size
-        if not rows.size:
+        last_batch = self._slots.last_batch
+        self.num_decoding = int(np.count_nonzero(may_decode))
+        if not self.num_decoding:
+            self._is_step_over = self._num_batches >= self.num_lanes
             return may_decode
-        last_batch = self._slots.last_batch[rows]
-        self._oldest = int(last_batch.min())
-        is_due = last_batch <= (self._oldest if at_once else number - self.num_lanes)
-        rows, last_batch = rows[is_due], last_batch[is_due]
+        self._is_step_over = not (may_decode & (last_batch < self._step_began_at)).any()
+        latest = int(last_batch[may_decode].min()) if at_once else number - self.num_lanes
+        is_due: BoolArray = may_decode & (last_batch <= latest)
         most = ceil_div(self.num_decoding, self.num_lanes)
-        if rows.size > most:
-            rows = rows[np.lexsort((self._slots.arrival[rows], last_batch))[:most]]
-        decodes: BoolArray = np.zeros_like(may_decode)
-        decodes[rows] = True
-        return decodes
+        if np.count_nonzero(is_due) > most:
+            rows = is_due.nonzero()[0]
+            in_order = np.lexsort((self._slots.arrival[rows], last_batch[rows]))
+            is_due[rows[in_order[most:]]] = False
+        return is_due
 
     def begins_step(self, number: int) -> bool:
         """Whether a step begins with this batch, for which ``due`` was asked last."""
         self._num_batches += 1
-        if self.num_decoding:
-            is_over = self._oldest >= self._step_began_at
-        else:
-            is_over = self._num_batches > self.num_lanes
-        if is_over:
+        if self._is_step_over:
             self._step_began_at, self._num_batches = number, 1
-        return is_over
+        return self._is_step_over

@@ -198,9 +198,10 @@ class Scheduler:
         """Lanes that have something to do."""
         if self._lanes is None:
             return 1
-        if self._running.prefilling:  # chunks wait for no tokens
-            return self._lanes.num_lanes
-        return min(self._lanes.num_lanes, max(1, self._running.num_running))
+        most = self._lanes.num_lanes
+        if self._lanes.num_decoding >= most or self._running.prefilling:
+            return most  # chunks of prompts wait for no tokens
+        return min(most, max(1, self._running.num_running))
 
     def preempt(self, slots: IndexArray) -> None:
         """Takes the pages of the sequences in these slots; they keep their place in the order."""
@@ -411,9 +412,9 @@ class Scheduler:
             slots.capacity[crossing] += slots.page_size
             self._running.table_changes.add(crossing, columns.astype(np.intp))
         slots.length += decode.is_decoding
-        number = self._running.in_flight.next_number
-        np.copyto(slots.last_batch, number, where=decode.is_decoding)
-        return decode.is_decoding.nonzero()[0]
+        rows = decode.is_decoding.nonzero()[0]
+        slots.last_batch[rows] = self._running.in_flight.next_number
+        return rows
 
     # --- prompts ---------------------------------------------------------------------------------
 
