@@ -48,7 +48,7 @@ ENV PATH=$VIRTUAL_ENV/bin:$PATH
 WORKDIR /home/toka
 USER 1000
 EXPOSE 10210
-# The engine listens when it has loaded its weights. Large ones take longer: --health-start-period.
+# /health says 503 until the weights are loaded. Large ones take longer: --health-start-period.
 HEALTHCHECK --start-period=10m --interval=30s --timeout=10s \
     CMD ["wget", "-q", "-O", "/dev/null", "http://127.0.0.1:10210/health"]
 # A container's ports are its own. Later flags win over this one.
