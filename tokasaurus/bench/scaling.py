@@ -97,6 +97,8 @@ def run(config: ScalingConfig) -> None:
             outcome = _predict(config, num_replicas, server)
             progress(f"{num_replicas} replicas, {name}: {outcome.tokens_per_s:.4g} tokens/s")
             cell = {key: float(f"{value:.5g}") for key, value in asdict(outcome).items()}
+            if outcome.server_busy > _SATURATED:  # more replicas would change nothing
+                del servers[name]
             cells.append(
                 {
                     "replicas": num_replicas,
@@ -109,12 +111,10 @@ def run(config: ScalingConfig) -> None:
     _print(config, cells)
     print(f"\n{machine_line(turns)}")
     if config.plot:
-        lines = {
-            name: [
-                (each["replicas"], each["tokens_per_s"]) for each in cells if each["server"] == name
-            ]
-            for name in servers
-        }
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for each in cells:
+            line = lines.setdefault(each["server"], [])
+            line.append((each["replicas"], each["tokens_per_s"]))
         names = {
             "free": "a server that takes no time",
             "charged": f"a server of {config.request_us:g} us a request,"
