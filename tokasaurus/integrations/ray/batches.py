@@ -2,8 +2,8 @@
 
 ::
 
-    names of files ─▶ readers ─▶ blocks ─▶ a pool of actors, each an engine ─▶ counts ─▶ this program
-                                              └─▶ result files
+    names of files ─▶ readers ─▶ blocks ─▶ actors, each an engine ─▶ counts ─▶ this program
+                                             └─▶ result files
 
 Ray Data moves the blocks, a few ahead of the engines, and gives those of a lost node to others. The
 result files say which blocks are done, so a run that was killed continues where it ended.
@@ -11,7 +11,6 @@ result files say which blocks are done, so a run that was killed continues where
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import pickle
 import sys
@@ -64,9 +63,9 @@ def run_directory(config: EngineConfig, source: str, target: str) -> int:
     try:
         requests, results = Directory.at(source), Directory.at(target)
         files = input_files(requests)
-        with _alone(ray, target, results):
-            claim(results, config.served_model_name or config.model or BUNDLED_MODEL_NAME)
-            return _run(ray, config, requests, results, files, deadline)
+        holder = _hold(ray, target, results)  # noqa: F841  # the actor ends with its last handle
+        claim(results, config.served_model_name or config.model or BUNDLED_MODEL_NAME)
+        return _run(ray, config, requests, results, files, deadline)
     finally:
         ray.shutdown()
 
@@ -78,22 +77,19 @@ class _Holder:
         """Returns when the actor is there."""
 
 
-@contextlib.contextmanager
-def _alone(ray: Any, target: str, results: Directory) -> Iterator[None]:
-    """Raises ConfigError if another run writes to the same directory."""
+def _hold(ray: Any, target: str, results: Directory) -> Any:
+    """Makes the holder. Raises ConfigError if another run writes to the same directory."""
     name = f"toka-batch {results.system.type_name} {results.path}"
     deadline = time.monotonic() + _FORMER_RUN_S
     while True:
         try:
             holder = ray.remote(_Holder).options(name=name, num_cpus=0).remote()
-            break
+            ray.get(holder.held.remote())
+            return holder
         except ValueError:
             if time.monotonic() > deadline:
                 raise ConfigError(f"{target} is in use: another run writes to it") from None
             time.sleep(0.5)
-    ray.get(holder.held.remote())
-    yield
-    ray.kill(holder)
 
 
 def _run(
@@ -104,19 +100,17 @@ def _run(
     files: dict[str, int],
     deadline: float,
 ) -> int:
-    # Whole engines: Ray Data cannot divide one over nodes.
-    plans = [
-        plan_bundles(replace(config, pp_size=1, tp_size=config.pp_size * config.tp_size), nodes)
-        for nodes in [[node["Resources"] for node in ray.nodes() if node["Alive"]]]
-    ]
-    (bundles,) = plans
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    # An actor is on one node, and so are all workers of its engine.
+    together = replace(config, pp_size=1, tp_size=config.pp_size * config.tp_size)
+    bundles = plan_bundles(together, nodes)
     # Ray Data takes what is free, and would wait for the rest without a word.
     ray.util.remove_placement_group(reserve(ray, bundles, deadline))
     progress = _Progress(sum(files.values()))
     try:
         with ProgressDisplay() as display:
             display.show("loading the model", RequestCounts(), Usage(), None, final=False)
-            for row in _answered(ray, config, requests, results, list(files), bundles).iter_rows():
+            for row in _answered(config, requests, results, list(files), bundles).iter_rows():
                 progress.add(pickle.loads(row["done"]))
                 progress.show(display)
     except KeyboardInterrupt:
@@ -132,7 +126,6 @@ def _run(
 
 
 def _answered(
-    ray: Any,
     config: EngineConfig,
     requests: Directory,
     results: Directory,
@@ -140,20 +133,18 @@ def _answered(
     bundles: Bundles,
 ) -> Any:
     """The data set of all blocks that are done. Iterating over it carries the work out."""
-    import ray.data
+    from ray import data
 
-    context = ray.data.DataContext.get_current()
+    context = data.DataContext.get_current()
     context.enable_progress_bars = False
     # Otherwise readers and engines keep what they make until there is more of it.
     context.target_max_block_size = 1
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    by_file = ray.data.from_items(
-        [{"file": file} for file in files], override_num_blocks=len(files)
-    )
+    by_file = data.from_items([{"file": file} for file in files], override_num_blocks=len(files))
     blocks = by_file.map_batches(
         partial(_read, requests=requests, results=results),
         batch_size=1,
-        compute=ray.data.TaskPoolStrategy(size=_NUM_READERS),
+        compute=data.TaskPoolStrategy(size=_NUM_READERS),
         num_cpus=0,
     )
     num_threads = bundles.amount // bundles.workers if bundles.resource == "CPU" else None
@@ -162,7 +153,7 @@ def _answered(
         Answerer,
         fn_constructor_args=(engine_of_an_actor(config, num_threads), results),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(
+        compute=data.ActorPoolStrategy(
             size=config.dp_size,
             max_tasks_in_flight_per_actor=num_ahead,
             max_concurrent_calls_per_actor=num_ahead,
@@ -186,9 +177,11 @@ def _read(
 def _cause(error: BaseException | None) -> TokasaurusError | None:
     """What our own code has raised on the cluster."""
     while error is not None:
-        if isinstance(error, TokasaurusError):
+        # Ray's own error is an instance of its cause's class, too, and has a traceback as its text.
+        inner = getattr(error, "cause", None)
+        if inner is None and isinstance(error, TokasaurusError):
             return error
-        error = getattr(error, "cause", None) or error.__cause__
+        error = inner or error.__cause__
     return None
 
 
