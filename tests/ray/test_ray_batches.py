@@ -116,13 +116,16 @@ def test_a_killed_run_continues_and_answers_as_a_local_run_does(cluster, tmp_pat
     assert " of them answered before" in run.log
     for path, modified_ns in done.items():
         assert path.stat().st_mtime_ns == modified_ns, "a block was answered twice"
-    for name in names:
-        expected = locally(tmp_path, source / "sub" / f"{name}.jsonl") if name == "f03" else None
-        found = results_below(target / "sub", name)
-        if expected is not None:
-            assert found == expected
-            assert [each[0] for each in found[6:]] == [None, "line-8"]
-        assert [each[0] for each in found[:6]] == [f"line-{number}" for number in range(1, 7)]
+    together = tmp_path / "together.jsonl"
+    paths = [source / "sub" / f"{name}.jsonl" for name in names]
+    together.write_bytes(b"".join(path.read_bytes() for path in paths))
+    found = [result for name in names for result in results_below(target / "sub", name)]
+    assert [each[1:] for each in found] == [each[1:] for each in locally(tmp_path, together)]
+    assert [each[0] for each in results_below(target / "sub", "f03")[5:]] == [
+        "line-6",
+        None,
+        "line-8",
+    ]
     assert len(list(target.glob("long-*.jsonl"))) == 2
     assert results_below(target, "long") == locally(tmp_path, source / "long.jsonl")
     # All is done: nothing is written any more, and other models are refused.
@@ -136,7 +139,7 @@ def test_a_killed_run_continues_and_answers_as_a_local_run_does(cluster, tmp_pat
     assert "begun with model=" in run.log
 
 
-def test_tables_are_answered_with_tables_by_as_many_engines_as_dp_size_says(cluster, tmp_path):
+def test_tables_are_answered_with_tables(cluster, tmp_path):
     import pyarrow.parquet
 
     source, target = tmp_path / "in", tmp_path / "out"
@@ -144,8 +147,7 @@ def test_tables_are_answered_with_tables_by_as_many_engines_as_dp_size_says(clus
     for name in ("a", "b"):
         rows = [*requests_of(name, 5), {"prompt": None, "max_tokens": 1, "temperature": 0.0}]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), source / f"{name}.parquet")
-    log_level = "log_level=INFO"
-    run = Run(tmp_path / "log", source, target, *on(cluster), log_level)
+    run = Run(tmp_path / "log", source, target, *on(cluster))
     assert run.wait() == 0, run.log
     assert "12 lines, 2 with an error" in run.log
     for name in ("a", "b"):

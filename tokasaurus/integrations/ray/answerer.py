@@ -33,12 +33,14 @@ class BlockDone:
     """What the driver learns of a block that has its result file.
 
     Attributes:
+        name: of its result file.
         num_lines: of the block.
         num_bytes: about what they take of the input file.
         num_failed: lines with an error; None if an earlier run has answered the block.
         usage: the tokens of the answers of this run.
     """
 
+    name: str
     num_lines: int
     num_bytes: float
     num_failed: int | None = None
@@ -114,6 +116,7 @@ class Answerer:
         answers.sort(key=lambda answer: answer.line)
         write_result(self._target, block, [answer.data for answer in answers])
         return BlockDone(
+            block.name,
             len(answers),
             block.num_bytes,
             sum(answer.is_error for answer in answers),

@@ -170,7 +170,7 @@ def _read(
         for block in blocks_of(requests, str(name), OPERATIONS):
             row: Any = block
             if results.exists(block.name):
-                row = BlockDone(len(block.lines), block.num_bytes)
+                row = BlockDone(block.name, len(block.lines), block.num_bytes)
             yield {"block": [pickle.dumps(row)]}
 
 
@@ -193,10 +193,12 @@ class _Progress:
         self._done_bytes = self._new_bytes = 0.0
         self._num_done = self._num_before = self._num_failed = 0
         self._usage = Usage()
+        self._names: set[str] = set()
         self._begun = time.monotonic()
 
     def add(self, done: BlockDone) -> None:
         """Counts a block."""
+        self._names.add(done.name)
         self._num_done += done.num_lines
         self._done_bytes += done.num_bytes
         if done.num_failed is None:
@@ -233,3 +235,12 @@ class _Progress:
             f" {self._usage.input_tokens} prompt tokens, {self._usage.output_tokens} generated",
             file=sys.stderr,
         )
+        others = sorted(
+            name for name in results.files() if name not in self._names and not name.startswith("_")
+        )
+        if others:
+            print(
+                f"toka-batch: warning: {len(others)} result files, such as {others[0]}, are of rows"
+                " that the input does not have any more; delete them",
+                file=sys.stderr,
+            )
