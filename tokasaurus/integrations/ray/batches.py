@@ -144,7 +144,7 @@ def _answered(
     blocks = by_file.map_batches(
         partial(_read, requests=requests, results=results),
         batch_size=1,
-        compute=data.TaskPoolStrategy(size=_NUM_READERS),
+        compute=data.TaskPoolStrategy(size=min(_NUM_READERS, len(files))),
         num_cpus=0,
     )
     num_threads = bundles.amount // bundles.workers if bundles.resource == "CPU" else None
