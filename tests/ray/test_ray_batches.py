@@ -174,7 +174,7 @@ def test_a_directory_that_cannot_be_answered_is_refused(cluster, tmp_path):
     assert "set launcher=ray" in here.log
     wrong = Run(tmp_path / "wrong", source, target, *flags, f"model={tmp_path / 'none'}")
     assert wrong.wait() == 2, wrong.log
-    assert "none" in wrong.log.splitlines()[-1]
+    assert "none: no such directory" in wrong.log.splitlines()[-1]
     target = tmp_path / "other"
     write_lines(target / "precious.jsonl", [])
     taken = Run(tmp_path / "taken", source, target, *flags)

@@ -12,6 +12,7 @@ from tokasaurus.batch.capacity import Capacity
 from tokasaurus.batch.records import Usage
 from tokasaurus.batch.store import NewAnswer
 from tokasaurus.config.engine import EngineConfig
+from tokasaurus.errors import TokasaurusError
 from tokasaurus.integrations.ray.batch_files import BLOCK_ROWS, Block, Directory, write_result
 from tokasaurus.launch.engine_thread import EngineThread
 from tokasaurus.launch.replicated import AsyncReplicas, has_processes
@@ -90,19 +91,19 @@ class Answerer:
         """Answers a batch of Ray Data, which has one row.
 
         Args:
-            batch: "block" has a pickled ``Block``, or a ``BlockDone`` that is passed on.
+            batch: "block" has a pickled ``Block``. Anything else is passed on.
 
         Yields:
-            "done", a pickled ``BlockDone``.
-
-        Raises:
-            ConfigError: the flags contradict one another, the model or the machine.
-            ModelError: the model cannot be found or served.
-            EngineError: the engine has ended.
+            "done", a pickled ``BlockDone``, or the error that ends the run: exceptions that are
+            raised here reach the driver as text.
         """
         for pickled in batch["block"]:
-            block = pickle.loads(pickled)
-            done = await self._answer_block(block) if isinstance(block, Block) else block
+            done = block = pickle.loads(pickled)
+            if isinstance(block, Block):
+                try:
+                    done = await self._answer_block(block)
+                except TokasaurusError as error:
+                    done = error
             yield {"done": [pickle.dumps(done)]}
 
     async def _answer_block(self, block: Block) -> BlockDone:

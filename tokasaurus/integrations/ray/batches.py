@@ -111,16 +111,16 @@ def _run(
         with ProgressDisplay() as display:
             display.show("loading the model", RequestCounts(), Usage(), None, final=False)
             for row in _answered(config, requests, results, list(files), bundles).iter_rows():
-                progress.add(pickle.loads(row["done"]))
+                done = pickle.loads(row["done"])
+                if isinstance(done, TokasaurusError):
+                    raise done
+                progress.add(done)
                 progress.show(display)
     except KeyboardInterrupt:
         return progress.stopped(130)
-    except ray.exceptions.RayError as error:
-        cause = _cause(error)
-        if isinstance(cause, EngineError) or cause is None:
-            print(f"toka-batch: error: {cause or error}", file=sys.stderr)
-            return progress.stopped(1)
-        raise cause from None
+    except (EngineError, ray.exceptions.RayError) as error:
+        print(f"toka-batch: error: {error}", file=sys.stderr)
+        return progress.stopped(1)
     progress.conclude(results)
     return 0
 
@@ -140,6 +140,8 @@ def _answered(
     # Otherwise readers and engines keep what they make until there is more of it.
     context.target_max_block_size = 1
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    # It warns that there are no progress bars.
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
     by_file = data.from_items([{"file": file} for file in files], override_num_blocks=len(files))
     blocks = by_file.map_batches(
         partial(_read, requests=requests, results=results),
@@ -166,23 +168,15 @@ def _read(
     batch: dict[str, Any], requests: Directory, results: Directory
 ) -> Iterator[dict[str, list[bytes]]]:
     """Divides files into blocks; of those that are done only the counts are passed on."""
-    for name in batch["file"]:
-        for block in blocks_of(requests, str(name), OPERATIONS):
-            row: Any = block
-            if results.exists(block.name):
-                row = BlockDone(block.name, len(block.lines), block.num_bytes)
-            yield {"block": [pickle.dumps(row)]}
-
-
-def _cause(error: BaseException | None) -> TokasaurusError | None:
-    """What our own code has raised on the cluster."""
-    while error is not None:
-        # Ray's own error is an instance of its cause's class, too, and has a traceback as its text.
-        inner = getattr(error, "cause", None)
-        if inner is None and isinstance(error, TokasaurusError):
-            return error
-        error = inner or error.__cause__
-    return None
+    try:
+        for name in batch["file"]:
+            for block in blocks_of(requests, str(name), OPERATIONS):
+                row: Any = block
+                if results.exists(block.name):
+                    row = BlockDone(block.name, len(block.lines), block.num_bytes)
+                yield {"block": [pickle.dumps(row)]}
+    except ConfigError as error:
+        yield {"block": [pickle.dumps(error)]}
 
 
 class _Progress:
