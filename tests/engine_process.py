@@ -38,7 +38,9 @@ class EngineProcess:
 
     Args:
         log_path: the file that its output goes to, which a failing test prints.
-        flags: of ``toka``. Without ``model=``, the environment variable MODEL names the model.
+        flags: of ``toka``. Without ``model=``, the environment variable MODEL names the model. The
+            variable ENGINE_FLAGS has more flags, such as server_processes=2, with which the
+            same tests must pass.
         port: None takes a free one.
         program: the command to run.
 
@@ -57,6 +59,7 @@ class EngineProcess:
         self._port = port
         if "MODEL" in os.environ and not any(flag.startswith("model=") for flag in flags):
             flags = (f"model={os.environ['MODEL']}", *flags)
+        flags = (*os.environ.get("ENGINE_FLAGS", "").split(), *flags)
         if not any(flag.startswith("data_dir=") for flag in flags):
             flags = (f"data_dir={log_path.parent / 'data'}", *flags)
         # Not below the log: the path of a Unix socket has 107 bytes at most.

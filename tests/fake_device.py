@@ -222,6 +222,10 @@ class FakeDevice:
         self.num_entered = 0
         self.num_early_copies = 0
         self.pooled_positions: dict[int, list[int]] = {}  # by slot, of prompts that are being fed
+        # By slot, as the first stage of a pipeline sees it: the batch that drew its last token.
+        self.drawn_in: dict[int, int] = {}
+        # Of each batch that decodes: how many batches before it drew the latest of its tokens.
+        self.distances: list[int] = []
 
     def run(self, batch: ForwardBatch) -> ForwardResult:
         assert batch.number == self.next_number, "a batch is missing"
@@ -232,6 +236,7 @@ class FakeDevice:
         self._copy_early(batch)
         self._check_limits(batch)
         self._check_groups(batch)
+        self._check_lane(batch)
         rows, prompt_rows, pooled = [], [], []
         written: set[tuple[int, int]] = set()
         reads: list[tuple[int, int]] = []
@@ -276,6 +281,7 @@ class FakeDevice:
             rows.append((slot, self.slots[slot].length - 1))
         for slot, length in reads:  # after all writes, as in a forward pass
             self._check_context(slot, length)
+        self.drawn_in.update((slot, batch.number) for slot, _ in rows)
         self.num_rows += len(rows)
         self.num_prompt_tokens += len(batch.prefill_ids)
         return self._result(batch.number, rows, prompt_rows, pooled)
@@ -381,6 +387,7 @@ class FakeDevice:
             for index, slot in enumerate(parameters.slots.tolist()):
                 self.num_entered += 1
                 self.page_table[slot] = -1
+                self.drawn_in.pop(slot, None)
                 self.slots[slot] = Slot(
                     seed=int(parameters.seed[index]),
                     sample_index=int(parameters.sample_index[index]),
@@ -403,6 +410,15 @@ class FakeDevice:
         assert 0 < len(named) <= self.config.max_seqs_per_forward
         num_tokens = len(batch.decode_slots) + int(batch.prefill_lengths.sum())
         assert num_tokens <= self.config.max_tokens_per_forward
+
+    def _check_lane(self, batch: ForwardBatch) -> None:
+        """The first stage can tell which tokens it must have, and waits only if idle otherwise."""
+        if not len(batch.decode_slots):
+            return
+        latest = max(self.drawn_in[slot] for slot in batch.decode_slots.tolist())
+        self.distances.append(batch.number - latest)
+        is_due = self.distances[-1] >= self.config.num_lanes
+        assert is_due or not len(batch.prefill_ids), "prompts wait for the tokens of a lane"
 
     def _check_groups(self, batch: ForwardBatch) -> None:
         no_chunks = np.zeros_like(batch.group_first_decodes)

@@ -158,6 +158,7 @@ class ReplicaWorld:
             num_slots=num_seats + chance.choice([1, 4]),
             num_pages=chance.choice([16, 24, 64]),
             max_request_tokens=MAX_REQUEST_TOKENS,
+            num_lanes=random.Random(seed).choice([1, 1, 2, 3]),
             scheduling_steps_ahead=chance.choice([1, 3]),
             stop_lag=chance.choice([1, 4, 16]),
             check_invariants=True,

@@ -232,7 +232,7 @@ class World:
             self._receive(message)
         for order in actions.to_worker:
             self._send(order)
-        assert self.manager.num_in_flight <= self.config.scheduling_steps_ahead
+        assert self.manager.num_in_flight <= self.config.max_in_flight
         assert self.manager.at_rest == (not self.results)
         is_waited_for = any(isinstance(result, ControlDone) for result in self.results)
         assert (self.manager.deadline is not None) == is_waited_for
@@ -863,6 +863,27 @@ class Simulation(World):
         crowded = Simulation(seed, config, habits)
         crowded.check_interval = world.check_interval
         return crowded
+
+    @staticmethod
+    def with_lanes_of_seed(seed: int) -> Simulation:
+        """A world of any of these kinds, on a pipeline."""
+        chance = random.Random(seed)
+        make_world = chance.choice(
+            [
+                Simulation.of_seed,
+                Simulation.of_seed,
+                Simulation.commanded_of_seed,
+                Simulation.shared_of_seed,
+                Simulation.crowded_of_seed,
+                Simulation.with_cartridges_of_seed,
+                Simulation.commanded_with_cartridges_of_seed,
+            ]
+        )
+        world = make_world(seed)
+        config = dataclasses.replace(world.config, num_lanes=chance.choice([2, 3, 5]))
+        laned = Simulation(seed, config, world.habits)
+        laned.check_interval = world.check_interval
+        return laned
 
     def run(self) -> None:
         """Runs until all requests have come and all sequences have ended."""

@@ -38,6 +38,7 @@ NAMES_AND_DEFAULTS = {
     "ssl_keyfile": None,
     "cors_origins": None,
     "allowed_hosts": None,
+    "server_processes": 1,
     "max_queued_requests": 65536,
     "request_timeout_s": None,
     "request_read_timeout_s": 60.0,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -153,3 +155,21 @@ def test_a_drain_ends_all_replicas(tmp_path: Path) -> None:
         for pid in pids:
             with pytest.raises(ProcessLookupError):
                 os.kill(pid, 0)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(200)
+def test_a_replica_that_hangs_while_it_starts_again_is_ended(tmp_path: Path) -> None:
+    program = (sys.executable, Path(__file__).parents[1] / "engine_variants.py", "impatient")
+    engine = EngineProcess(tmp_path / "toka.log", *FLAGS, "dp_size=2", program=program)
+    try:
+        engine.wait_ready()
+        former = engine.child("worker-1-0")
+        os.kill(former, signal.SIGKILL)
+        eventually(lambda: engine.child("worker-1-0") != former, "it is started again")
+        os.kill(engine.child("worker-1-0"), signal.SIGSTOP)
+        late = re.compile(r"the worker-1-0 was not ready \d+ s after its start; 1 replica goes on")
+        eventually(lambda: late.search(engine.log) is not None, "it is noticed", 100)
+        eventually(lambda: all_are_well(engine), "the replica is back", 100)
+    finally:
+        engine.stop()

@@ -118,6 +118,19 @@ def test_worlds_with_commands() -> None:
     run_worlds(400, num_events=3_000, make_world=Simulation.commanded_of_seed)
 
 
+def test_worlds_with_lanes() -> None:
+    """Worlds of all these kinds, on pipelines of two, three and five lanes."""
+    run_worlds(200_000, num_events=12_000, make_world=Simulation.with_lanes_of_seed)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("first_seed", range(210_000, 216_000, 1_000))
+def test_many_worlds_with_lanes(first_seed: int) -> None:
+    """Cases of their own, so that workers share them."""
+    run_worlds(first_seed, num_events=20_000, make_world=Simulation.with_lanes_of_seed)
+
+
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_many_worlds_of_several_clients() -> None:

@@ -49,21 +49,26 @@ class Hand:
         self.number = 0
 
     def run(self, entering=(), decode=(), fed=(), **changes):
-        batch = ForwardBatch(
-            number=self.number,
-            parameters=_parameters(entering) if entering else None,
-            decode_slots=int32(decode),
-            prefill_slots=int32([chunk.slot for chunk in fed]),
-            prefill_starts=int32([chunk.start for chunk in fed]),
-            prefill_lengths=int32([chunk.length for chunk in fed]),
-            prefill_ids=np.zeros(sum(chunk.length for chunk in fed), np.int32),
-            prefill_num_logprobs=int32([chunk.num_logprobs for chunk in fed]),
-            prefill_next_ids=int32([-1 if chunk.draws else 7 for chunk in fed]),
-            draw_chunks=int32([index for index, chunk in enumerate(fed) for _ in chunk.draws]),
-            draw_slots=int32([slot for chunk in fed for slot in chunk.draws]),
-        )
+        batch = batch_of(self.number, entering, decode, fed)
         self.number += 1
         return self.device.run(msgspec.structs.replace(batch, **changes))
+
+
+def batch_of(number, entering=(), decode=(), fed=()):
+    """A batch of that number: what enters slots, what decodes, and what is fed."""
+    return ForwardBatch(
+        number=number,
+        parameters=_parameters(entering) if entering else None,
+        decode_slots=int32(decode),
+        prefill_slots=int32([chunk.slot for chunk in fed]),
+        prefill_starts=int32([chunk.start for chunk in fed]),
+        prefill_lengths=int32([chunk.length for chunk in fed]),
+        prefill_ids=np.zeros(sum(chunk.length for chunk in fed), np.int32),
+        prefill_num_logprobs=int32([chunk.num_logprobs for chunk in fed]),
+        prefill_next_ids=int32([-1 if chunk.draws else 7 for chunk in fed]),
+        draw_chunks=int32([index for index, chunk in enumerate(fed) for _ in chunk.draws]),
+        draw_slots=int32([slot for chunk in fed for slot in chunk.draws]),
+    )
 
 
 def _parameters(entering):

@@ -42,6 +42,7 @@ class Both:
             "num_grouped_tokens",
             "num_grouped_prefill_tokens",
             "num_recompiles",
+            "waited_s",
         }
         for name in set(ForwardResult.__struct_fields__) - others:
             one, other = getattr(expected, name), getattr(found, name)

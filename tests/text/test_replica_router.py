@@ -35,6 +35,7 @@ from tokasaurus.protocol.messages import (
 )
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.generations import Generations
+from tokasaurus.text.numbering import PART_SHIFT
 from tokasaurus.text.params import SamplingParams
 from tokasaurus.text.replica_reports import Loss, Seats
 from tokasaurus.text.replicas import Replicas
@@ -632,7 +633,7 @@ def test_a_request_moves_once_and_fails_when_a_second_replica_ends() -> None:
     poisonous = start(generations)
     other = start(generations)  # on replica 1
     assert lose(engine, generations, 0).num_moved == 1
-    assert engine.last(2).request_id == poisonous.request_id | 1 << 40
+    assert engine.last(2).request_id == poisonous.request_id | 1 << PART_SHIFT
     loss = lose(engine, generations, 2)
     assert loss.num_moved == 0
     assert isinstance(poisonous.error, ReplicasLost)

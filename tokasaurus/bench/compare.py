@@ -15,16 +15,14 @@ The same trace and flags give the same numbers on any machine.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
 from tokasaurus.bench.flags import counts, scale
 from tokasaurus.bench.output import markdown_table, print_json, progress
 from tokasaurus.bench.plot import Panel, check_plot, write_plot
+from tokasaurus.bench.pool import in_processes
 from tokasaurus.bench.replay import summary
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.schema import Schema, check_fields, flag
@@ -160,24 +158,28 @@ def _engine_flags(cell: _Cell, config: CompareConfig) -> EngineConfig:
         raise ConfigError(f"policy {cell.policy}, cache of {cell.cache_tokens}: {error}") from None
 
 
+@dataclass(frozen=True)
+class _Task:
+    """One replay, for a process of its own."""
+
+    cell: _Cell
+    config: CompareConfig
+
+
 def _replay_all(cells: Sequence[_Cell], config: CompareConfig) -> dict[_Cell, Report]:
     """Replays all cells, in several processes if there are several cores."""
-    workers = min(config.jobs or os.cpu_count() or 1, len(cells))
-    if workers == 1:
-        return {cell: _replay(cell, config) for cell in cells}
-    context = multiprocessing.get_context("spawn")
-    reports = {}
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        futures = {pool.submit(_replay, cell, config): cell for cell in cells}
-        for future in as_completed(futures):
-            cell = futures[future]
-            reports[cell] = future.result()
-            name = f"{cell.trace}, {cell.cache_tokens} tokens, {cell.policy}"
-            progress(f"{len(reports)}/{len(cells)}: {name}")
+    tasks = [_Task(cell, config) for cell in cells]
+    reports: dict[_Cell, Report] = {}
+    for task, report in in_processes(_replay, tasks, config.jobs):
+        cell = task.cell
+        reports[cell] = report
+        name = f"{cell.trace}, {cell.cache_tokens} tokens, {cell.policy}"
+        progress(f"{len(reports)}/{len(cells)}: {name}")
     return reports
 
 
-def _replay(cell: _Cell, config: CompareConfig) -> Report:
+def _replay(task: _Task) -> Report:
+    cell, config = task.cell, task.config
     trace = WORKLOADS[cell.trace](config.seed, config.size)
     longest = max_request_tokens(trace)
     if longest > cell.cache_tokens:

@@ -19,6 +19,7 @@ from tokasaurus.launch.doors import TO_MANAGER, TO_WORKER
 from tokasaurus.launch.lifeline import Lifeline, Ready
 from tokasaurus.planner.cost_model import cost_model
 from tokasaurus.planner.lengths import DrawnLengths
+from tokasaurus.planner.pipeline import SimulatedPipeline, Stages
 from tokasaurus.planner.simulated_device import VOCAB_SIZE, SimulatedDevice
 from tokasaurus.planner.worker_loop import DeviceStatistics, work
 from tokasaurus.protocol.channels import Receiver, Sender, door_address
@@ -35,6 +36,7 @@ class DevicePlan(msgspec.Struct, frozen=True):
     cost: str  # the name of a cost model
     output_tokens: tuple[int, ...] = (_ENDLESS,)  # each sequence gets one of these lengths
     vocab_size: int = VOCAB_SIZE
+    pp_size: int = 1  # equal stages
 
 
 def main() -> None:
@@ -45,7 +47,11 @@ def main() -> None:
     plan = msgspec.json.decode(sys.argv[4], type=DevicePlan)
     threading.Thread(target=_await_end, args=(lifeline,), daemon=True).start()
     lengths = DrawnLengths(np.array(plan.output_tokens, np.int64))
-    device = SimulatedDevice(cost_model(plan.cost), lengths, num_slots, plan.vocab_size)
+    device = SimulatedPipeline(
+        SimulatedDevice(cost_model(plan.cost), lengths, num_slots, plan.vocab_size),
+        Stages.equal(plan.pp_size),
+        num_slots,
+    )
     statistics = DeviceStatistics(directory / DeviceStatistics.FILE_NAME, create=True)
     door = Receiver(door_address(directory, Role("worker")), TO_WORKER)
     to_manager = Sender(door_address(directory, Role("manager")), TO_MANAGER)

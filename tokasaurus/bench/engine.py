@@ -11,7 +11,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import http.client
 import shutil
 import socket
 import subprocess
@@ -28,7 +30,7 @@ from tokasaurus.bench.device_process import DevicePlan
 from tokasaurus.config.slices import EngineSlices
 from tokasaurus.errors import EngineDead
 from tokasaurus.launch.doors import TO_MANAGER, TO_SERVER
-from tokasaurus.launch.lifeline import Assignment, Failed, Lifeline, Start
+from tokasaurus.launch.lifeline import Assignment, Failed, Joined, Lifeline, Start
 from tokasaurus.planner.worker_loop import DeviceStatistics
 from tokasaurus.protocol.channels import Receiver, Sender, door_address
 from tokasaurus.protocol.messages import FromServer, ToServer, WorkerStall
@@ -37,6 +39,7 @@ from tokasaurus.protocol.role import Kind, Role
 __all__ = ["SimulatedEngine", "SimulatedService"]
 
 _END_S = 5.0
+_READY_S = 60.0
 
 P = TypeVar("P", bound="_Processes")
 
@@ -94,16 +97,28 @@ class _Processes:
             msgspec.json.encode(self._plan).decode(),
         )
         if listener is not None:
-            self._spawn_role("server", listener.fileno())
+            self._spawn_servers(listener.fileno())
         for name in self._processes:
             self._await_ready(name)
         self.device = DeviceStatistics(self._directory / DeviceStatistics.FILE_NAME, create=False)
 
-    def _spawn_role(self, kind: Kind, listener_fd: int | None = None) -> None:
+    def _spawn_servers(self, listener_fd: int) -> None:
+        """The server, which listens itself or has HTTP processes that do."""
+        number = self._slices.server_processes
+        if number == 1:
+            self._spawn_role("server", listener_fd)
+            return
+        self._spawn_role("server")
+        for each in range(1, number + 1):
+            self._lifelines["server"].send(Joined(each))
+            self._spawn_role("http", listener_fd, each)
+
+    def _spawn_role(self, kind: Kind, listener_fd: int | None = None, number: int = 0) -> None:
+        role = Role(kind, number)
         passed = () if listener_fd is None else (listener_fd,)
-        self._spawn(kind, "tokasaurus.launch.child", passed=passed)
-        assignment = Assignment(Role(kind), str(self._directory), self._slices, listener_fd)
-        self._lifelines[kind].send(assignment)
+        self._spawn(str(role), "tokasaurus.launch.child", passed=passed)
+        assignment = Assignment(role, str(self._directory), self._slices, listener_fd)
+        self._lifelines[str(role)].send(assignment)
 
     def _spawn(self, name: str, module: str, *arguments: str, passed: tuple[int, ...] = ()) -> None:
         ours, theirs = Lifeline.pair()
@@ -212,6 +227,23 @@ class SimulatedService(_Processes):
             self.close()
             raise
         self._lifelines["server"].send(Start())
+        self._await_health()
+
+    def http_cpu_s(self) -> list[float]:
+        """The CPU time of each HTTP process."""
+        return [self.cpu_s(name) for name in self._processes if name.startswith("http-")]
+
+    def _await_health(self) -> None:
+        deadline = time.monotonic() + _READY_S
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_READY_S)
+                connection.request("GET", "/health")
+                if connection.getresponse().status == 200:
+                    return
+            time.sleep(0.02)
+        self.close()
+        raise EngineDead("the server is not ready")
 
     def close(self) -> None:
         """Ends all processes."""

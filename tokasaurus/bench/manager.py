@@ -57,6 +57,11 @@ class ManagerBenchConfig:
     )
     cost: str = flag("instant", help="The device's cost model: instant, fixed:SECONDS, ...")
     scheduling_steps_ahead: int = flag(8, minimum=1, help="The engine's flag of this name.")
+    pp_size: int = flag(
+        1,
+        minimum=1,
+        help="Stages of the device. With several, a batch serves one of pp_size + 1 lanes.",
+    )
     parts: tuple[str, ...] = flag(_PARTS, choices=_PARTS, help="What to measure.")
     quick: bool = flag(False, help="Measure roughly: one small size and short windows.")
 
@@ -95,6 +100,7 @@ def run(config: ManagerBenchConfig) -> None:
         cost=config.cost,
         steps_ahead=config.scheduling_steps_ahead,
         effort=_QUICK_EFFORT if config.quick else _EFFORT,
+        pp_size=config.pp_size,
     )
     turns = [loop_turn_ns()]
     results: dict[str, object] = {"mix": config.mix}
@@ -119,7 +125,7 @@ def _steady(setting: Setting, sizes: tuple[int, ...]) -> list[dict[str, float]]:
     print(f"\nSteady decode, {setting.mix} mix\n")
     print(
         table(
-            ("running", "mean batch", "us/token", "lowest", "ms/step", "steps/s"),
+            ("running", "mean batch", "us/token", "lowest", "ms/batch", "batches/s"),
             [
                 (
                     row.running,

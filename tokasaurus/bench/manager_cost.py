@@ -54,15 +54,24 @@ class Setting:
     cost: str
     steps_ahead: int
     effort: Effort
+    pp_size: int = 1
+
+    @property
+    def num_lanes(self) -> int:
+        """Batches that together serve every running sequence once."""
+        return self.pp_size + 1 if self.pp_size > 1 else 1
 
     def engine(self, **limits: int) -> SimulatedEngine:
         flags = EngineConfig.from_flags(
             scheduling_steps_ahead=self.steps_ahead,
             use_hydragen=True,
             log_level="WARNING",
+            pp_size=self.pp_size,
+            pp_num_buffer_stages=1,
             **limits,
         )
-        return SimulatedEngine(simulated_slices(flags), DevicePlan(self.cost))
+        plan = DevicePlan(self.cost, pp_size=self.pp_size)
+        return SimulatedEngine(simulated_slices(flags), plan)
 
 
 @dataclass(frozen=True)
@@ -145,7 +154,7 @@ def measure_steady(setting: Setting, num_running: int) -> Steady:
         first = clients.num_sent
         for request in requests.series(first, 2 * num_running, _PROMPT, max_tokens):
             clients.send(request)
-        clients.run_until(_settled(engine.device, num_running // 2))
+        clients.run_until(_settled(engine.device, num_running // 2 // setting.num_lanes))
         aborts = iter(range(first, first + num_running)) if setting.mix == "full" else None
         windows = [
             _steady_window(engine, clients, effort.steps, aborts) for _ in range(effort.num_windows)
@@ -163,7 +172,7 @@ def measure_steady(setting: Setting, num_running: int) -> Steady:
 
 
 def _settled(device: DeviceStatistics, num_rows: int) -> Callable[[], bool]:
-    """A test whether ``num_rows`` sequences run and no prompt was computed for some batches."""
+    """A test whether batches have ``num_rows`` rows, and for some batches none of a prompt."""
     seen, since = 0, 0
 
     def is_settled() -> bool:

@@ -100,8 +100,13 @@ def summary(report: Report) -> dict[str, Any]:
     values = {
         item.name: getattr(report, item.name)
         for item in dataclasses.fields(report)
-        if item.name != "timeline"
+        if item.name not in ("steady", "timeline")
     }
+    if report.steady is not None:
+        values |= {
+            "steady_tokens_per_s": report.steady.tokens_per_s,
+            "steady_bubble": report.steady.bubble,
+        }
     return {
         name: float(f"{value:.6g}") if isinstance(value, float) else value
         for name, value in values.items()

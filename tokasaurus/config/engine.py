@@ -305,6 +305,17 @@ class EngineConfig:
         adapts="on a loopback address without api_key no more names; otherwise every name",
     )
 
+    server_processes: int = flag(
+        1,
+        group=_OVERLOAD,
+        minimum=1,
+        maximum=256,
+        help=(
+            "Processes that share the port, where one cannot keep the GPUs busy. Limits, fair "
+            "shares, commands and metrics are those of the engine, whichever of them a client "
+            "reaches. With more than 1, one more process joins them to the replicas."
+        ),
+    )
     max_queued_requests: int = flag(
         65536,
         group=_OVERLOAD,
@@ -450,7 +461,10 @@ class EngineConfig:
         8,
         group=_SCHEDULING,
         minimum=1,
-        help="The most batches planned before the result of the first is known.",
+        help=(
+            "The most batches planned before the result of the first is known. With pp_size over "
+            "1, there may be one more for each stage and buffer stage but the first."
+        ),
     )
 
     max_topk_logprobs: int | None = flag(
@@ -516,7 +530,8 @@ class EngineConfig:
         help=(
             "With dp_size over 1: how often within ten minutes a replica is started again after "
             "one of its processes has ended or makes no progress. After that, or after two starts "
-            "in a row that did not make it ready, the engine goes on without it."
+            "in a row that did not make it ready, the engine goes on without it. With "
+            "server_processes over 1 the same holds for a process that serves HTTP."
         ),
     )
     pp_size: int = flag(

@@ -135,6 +135,7 @@ def resolve(
         if config.log_procs is None
         else tuple(_KINDS[name] for name in config.log_procs),
         local_proc_name=_KINDS[config.local_proc_name],
+        server_processes=config.server_processes,
     )
 
 
@@ -443,6 +444,7 @@ def _manager(config: EngineConfig, limits: _Limits) -> ManagerConfig:
         max_seqs_per_forward=limits.max_seqs,
         max_tokens_per_forward=limits.max_tokens,
         max_request_tokens=limits.max_request_tokens,
+        num_lanes=config.pp_size + config.pp_num_buffer_stages if config.pp_size > 1 else 1,
         scheduling_steps_ahead=config.scheduling_steps_ahead,
         adapt_steps_ahead=True,
         stop_lag=STOP_LAG,

@@ -130,7 +130,10 @@ class ManagerConfig:
     max_seqs_per_forward: int  # running sequences
     max_tokens_per_forward: int
     max_request_tokens: int
-    scheduling_steps_ahead: int  # at most
+    # Parts of the running sequences, of which each batch serves one; 1 without a pipeline.
+    num_lanes: int
+    # Batches in flight, at most. With several lanes, one more for each further lane.
+    scheduling_steps_ahead: int
     # Plan fewer steps ahead if the device does not need them; otherwise always plan that many.
     adapt_steps_ahead: bool
     # Tokens planned beyond those that the server acknowledged, for sequences with stop strings.
@@ -143,6 +146,16 @@ class ManagerConfig:
     share_wait_s: float
     check_invariants: bool  # after every turn; slow
     force_preemption: bool  # preempt now and then without need, for tests
+
+    @property
+    def max_running(self) -> int:
+        """Sequences that run at a time. Each may need a row of a batch, and a row is a token."""
+        return min(self.max_seqs_per_forward, self.max_tokens_per_forward)
+
+    @property
+    def max_in_flight(self) -> int:
+        """Batches that are planned before the result of the first is known."""
+        return self.num_lanes - 1 + self.scheduling_steps_ahead
 
 
 @dataclass(frozen=True)
@@ -206,7 +219,7 @@ class EngineSlices:
     determinism_plan: str  # whether results may depend on the batch, and why; a line for --show
     # How long a process that has work may show no progress before it counts as stalled.
     stall_timeout_s: float
-    replica_restarts: int  # of each replica within ten minutes
+    replica_restarts: int  # of each replica, or HTTP process, within ten minutes
     profile_path: str | None  # of a trace; None for no trace
     profile_num_batches: int
     log_level: str
@@ -214,3 +227,4 @@ class EngineSlices:
     log_procs: tuple[str, ...] | None
     # The kind of the process in the foreground; of several, it is the first.
     local_proc_name: Kind
+    server_processes: int = 1  # that share the port

@@ -22,13 +22,11 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     faulthandler.enable()
     lifeline = Lifeline(socket.socket(fileno=int(sys.argv[1])))
-    notes = lifeline.receive()
-    while notes is not None and not notes:
-        notes = lifeline.receive()
-    if notes is None or not isinstance(notes[0], Assignment):
+    assignment = lifeline.receive_first()
+    if not isinstance(assignment, Assignment):
         return 1
     # Manager and worker have nothing to save, so they end at once.
-    return 0 if run_role(notes[0], lifeline, interrupt=lambda: os._exit(0)) else 1
+    return 0 if run_role(assignment, lifeline, interrupt=lambda: os._exit(0)) else 1
 
 
 if __name__ == "__main__":

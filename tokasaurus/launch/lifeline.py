@@ -24,6 +24,8 @@ __all__ = [
     "Done",
     "Failed",
     "FromProcess",
+    "Joined",
+    "Left",
     "Lifeline",
     "Lost",
     "Ready",
@@ -113,8 +115,20 @@ class Restored(_Note, frozen=True):
         return self.doors.get(str(role)) or Door(door_address(self.directory, role))
 
 
+class Joined(_Note, frozen=True):
+    """Supervisor to the server: an HTTP process was started."""
+
+    number: int
+
+
+class Left(_Note, frozen=True):
+    """Supervisor to the server: an HTTP process has ended."""
+
+    number: int
+
+
 class Dead(_Note, frozen=True):
-    """Supervisor to the server: the last replica ended; answer every request and stop."""
+    """Supervisor to what answers clients: the engine ended; answer every request and stop."""
 
     reason: str
 
@@ -124,7 +138,7 @@ class Stop(_Note, frozen=True):
 
 
 FromProcess: TypeAlias = Ready | Failed | Replace | Done
-ToProcess: TypeAlias = Assignment | Ready | Start | Lost | Restored | Dead | Stop
+ToProcess: TypeAlias = Assignment | Ready | Start | Lost | Restored | Joined | Left | Dead | Stop
 
 _decoder = msgspec.json.Decoder(FromProcess | ToProcess)
 
@@ -147,6 +161,22 @@ class Lifeline:
     def send(self, note: FromProcess | ToProcess) -> None:
         """Sends a note. Does nothing if the other end is gone, which the receiver notices."""
         self.write(msgspec.json.encode(note) + b"\n")
+
+    def receive_first(self) -> FromProcess | ToProcess | None:
+        """Waits for one note, and leaves later ones to ``receive``; None at the stream's end."""
+        while True:
+            try:
+                data = self._socket.recv(1 << 16, socket.MSG_PEEK)
+                line, end, _ = data.partition(b"\n")
+                self._buffer += self._socket.recv(len(line) + len(end))
+            except OSError:
+                return None
+            if not data:
+                return None
+            if end:
+                whole, self._buffer = self._buffer, b""
+                note: FromProcess | ToProcess = _decoder.decode(whole)
+                return note
 
     def receive(self) -> list[FromProcess | ToProcess] | None:
         """Waits for data; returns the complete notes, or None at the end of the stream."""

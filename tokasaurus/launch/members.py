@@ -69,12 +69,14 @@ class ReplicaProcesses:
         directory: of its doors.
         num_starts: so far.
         members: those of the last start.
+        started_at: when they were started, as ``time.monotonic`` counts.
     """
 
     number: int
     directory: str
     num_starts: int = 0
     members: list[Member] = field(default_factory=list)
+    started_at: float = 0.0
 
     @property
     def is_ready(self) -> bool:
@@ -87,6 +89,11 @@ class ReplicaProcesses:
     def is_starting(self) -> bool:
         """Whether its processes are on the way to be ready."""
         return not self.is_ready and not any(member.is_dismissed for member in self.members)
+
+    @property
+    def is_started_again(self) -> bool:
+        """Whether it is on the way to be ready, and not for the first time."""
+        return self.num_starts > 1 and bool(self.members) and self.is_starting
 
     @property
     def workers(self) -> tuple[WorkerIdentity, ...]:

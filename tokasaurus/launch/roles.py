@@ -68,12 +68,15 @@ def run_role(
         False if the role failed; the supervisor has been told why.
     """
     role, slices = assignment.role, assignment.slices
-    is_quiet = slices.log_procs is not None and role.kind not in slices.log_procs
+    logged_as = "server" if role.kind == "http" else role.kind
+    is_quiet = slices.log_procs is not None and logged_as not in slices.log_procs
     configure_logging(str(role), "ERROR" if is_quiet else slices.log_level)
     log.info("process id %d", os.getpid())
     try:
         if role.kind == "server":
             (front or _run_server)(assignment, lifeline)
+        elif role.kind == "http":
+            _run_http(assignment, lifeline)
         else:
             pace = _Pace()
             threading.Thread(
@@ -120,6 +123,12 @@ def _run_server(assignment: Assignment, lifeline: Lifeline) -> None:
     from tokasaurus.launch.serving import serve
 
     serve(assignment, lifeline)
+
+
+def _run_http(assignment: Assignment, lifeline: Lifeline) -> None:
+    from tokasaurus.launch.http_process import serve_http
+
+    serve_http(assignment, lifeline)
 
 
 def _run_manager(assignment: Assignment, lifeline: Lifeline, pace: _Pace) -> None:

@@ -6,20 +6,18 @@ import asyncio
 import contextlib
 import logging
 import os
-import resource
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import uvicorn
 
 from tokasaurus.batch.runner import BatchRunner
 from tokasaurus.config.slices import ServerConfig
-from tokasaurus.launch.http_protocol import connections
-from tokasaurus.launch.lifeline import Assignment, Lifeline
+from tokasaurus.launch.http_relay import HTTPRelay
+from tokasaurus.launch.lifeline import Assignment, Joined, Left, Lifeline
 from tokasaurus.launch.text_process import TextProcess
+from tokasaurus.launch.web_server import allow_many_files, web_server
 from tokasaurus.server.app import create_app
-from tokasaurus.server.http.request_ids import RequestIds
 from tokasaurus.server.reports import report
 from tokasaurus.server.routes.batches import batch_runner
 from tokasaurus.server.state import EngineState
@@ -30,37 +28,30 @@ __all__ = ["http_server", "serve"]
 
 log = logging.getLogger(__name__)
 
-_KEEP_ALIVE_S = 75  # seconds that a connection without a request stays open
-_FLUSH_S = 2  # seconds for answers and errors to reach their clients before connections are cut
-
-
-class _HTTPServer(uvicorn.Server):
-    """uvicorn without its signal handlers: the supervisor handles signals."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
 
 def serve(assignment: Assignment, lifeline: Lifeline) -> None:
     """Serves until the lifeline says stop, says that another process died, or ends."""
-    # Each connection is a file, and the usual limit is a thousand of them.
-    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # macOS names a limit that it refuses
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    allow_many_files()
     asyncio.run(_Serving(assignment, lifeline).run())
 
 
 class _Serving(TextProcess):
     def __init__(self, assignment: Assignment, lifeline: Lifeline) -> None:
         super().__init__(assignment, lifeline)
-        assert assignment.listener_fd is not None
-        # Made from the descriptor alone, the socket knows that it is TCP; otherwise asyncio would
-        # not set TCP_NODELAY on its connections.
-        self._listener = socket.socket(fileno=os.dup(assignment.listener_fd))
         self._batches = batch_runner(self.config, self.state)
         directory = Path(assignment.directory)
-        self._http = http_server(self.config, self.state, self._batches, directory)
+        self._relay: HTTPRelay | None = None
+        if assignment.slices.server_processes > 1:
+            self._relay = HTTPRelay(directory)
+            self._listener = self._relay.listen()
+        else:
+            assert assignment.listener_fd is not None
+            # Made from the descriptor alone, the socket knows that it is TCP; otherwise asyncio
+            # would not set TCP_NODELAY on its connections.
+            self._listener = socket.socket(fileno=os.dup(assignment.listener_fd))
+        is_inner = self._relay is not None
+        app = create_app(self.config, self.state, self._batches, directory, is_inner=is_inner)
+        self._http = web_server(self.config, app, is_inner=is_inner)
         self._reports: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
@@ -68,17 +59,29 @@ class _Serving(TextProcess):
         # It listens from the start, so that clients get a 503 while the model loads, not a refusal.
         http = asyncio.create_task(self._http.serve(sockets=[self._listener]))
         work = asyncio.create_task(self.run_ring())
-        ended, _ = await asyncio.wait({http, work}, return_when=asyncio.FIRST_COMPLETED)
-        work.cancel()
+        tasks = {http, work}
+        if self._relay is not None:
+            tasks.add(asyncio.create_task(self._relay.run()))
+        ended, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in others - {http}:
+            task.cancel()
         if self._reports is not None:
             self._reports.cancel()
         try:
             for task in ended:
                 task.result()  # raises what ended it
-            await asyncio.gather(http, work, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
         finally:
             await self._batches.close()
         self.unwatch()
+
+    async def on_begun(self, preparer: Preparer, generations: Generations) -> None:
+        if self._relay is not None:
+            await self._relay.begin(self.core, preparer, generations, self.state.metrics)
+
+    def on_http_process(self, note: Joined | Left) -> None:
+        if self._relay is not None:
+            self._relay.note(note)
 
     async def on_ready(self, preparer: Preparer, generations: Generations) -> None:
         config = self.config
@@ -88,6 +91,12 @@ class _Serving(TextProcess):
         self._reports = asyncio.create_task(report(config, generations))
 
     def on_dead(self, reason: str) -> None:
+        self._end_task = asyncio.create_task(self._end())
+
+    async def _end(self) -> None:
+        """Ends when the HTTP processes have: until then, they ask this one."""
+        if self._relay is not None:
+            await self._relay.all_left()
         self._http.should_exit = True
 
     def on_stop(self) -> None:
@@ -100,7 +109,7 @@ class _Serving(TextProcess):
             await asyncio.wait_for(self.state.drained(), self.config.shutdown_timeout_s)
         if self.state.num_running:
             self._cut_short()
-        self._http.should_exit = True
+        await self._end()
 
     def _cut_short(self) -> None:
         """Ends the requests that a drain has left."""
@@ -121,21 +130,5 @@ def http_server(
     batches: BatchRunner | None = None,
     directory: Path | None = None,
 ) -> uvicorn.Server:
-    """The web server of an engine."""
-    logging.getLogger("uvicorn").setLevel(config.uvicorn_log_level.upper())
-    return _HTTPServer(
-        uvicorn.Config(
-            RequestIds(create_app(config, state, batches, directory)),
-            http=connections(config.request_read_timeout_s),
-            ws="none",
-            log_config=None,  # logs go through the engine's own handler
-            log_level=config.uvicorn_log_level,
-            access_log=config.uvicorn_log_level in ("trace", "debug", "info"),
-            timeout_graceful_shutdown=_FLUSH_S,
-            timeout_keep_alive=_KEEP_ALIVE_S,
-            lifespan="off",
-            server_header=False,
-            ssl_certfile=config.ssl_certfile,
-            ssl_keyfile=config.ssl_keyfile,
-        )
-    )
+    """The web server of an engine with one server process."""
+    return web_server(config, create_app(config, state, batches, directory))

@@ -5,12 +5,13 @@
     toka ─┬─ server   (in the foreground of toka itself, unless local_proc_name says otherwise)
           ├─ manager
           ├─ worker
-          └─ managers and workers of further replicas
+          ├─ managers and workers of further replicas
+          └─ HTTP processes, if there are several server processes
 
 One thread watches the lifelines; the foreground role has the main thread. When a process of a
 replica dies, the rest of this replica ends, and the replica is started again; meanwhile the server
 goes on with the others. ``Restarts`` says when that has failed too often. An engine with one
-replica ends with it.
+replica ends with it. An HTTP process that ends is started again as well.
 
 Whatever ends the engine (a signal, an exception, the end of the last replica), it ends in the same
 order: first the server, so that every client gets an answer or an error, then the other processes,
@@ -39,6 +40,7 @@ from types import FrameType
 
 from tokasaurus.config.slices import EngineSlices
 from tokasaurus.errors import LaunchError
+from tokasaurus.launch.http_members import HTTPMembers
 from tokasaurus.launch.leftovers import own_directory, sweep
 from tokasaurus.launch.lifeline import (
     Assignment,
@@ -46,6 +48,8 @@ from tokasaurus.launch.lifeline import (
     Done,
     Failed,
     FromProcess,
+    Joined,
+    Left,
     Lifeline,
     Lost,
     Ready,
@@ -56,7 +60,7 @@ from tokasaurus.launch.lifeline import (
     ToProcess,
 )
 from tokasaurus.launch.members import Member, ReplicaProcesses
-from tokasaurus.launch.processes import Launcher, LocalLauncher
+from tokasaurus.launch.processes import Launcher, LocalLauncher, spawn
 from tokasaurus.launch.restarts import Restarts
 from tokasaurus.launch.roles import Front, roles_of, run_role
 from tokasaurus.launch.timeline import begin_file
@@ -69,6 +73,10 @@ log = logging.getLogger(__name__)
 _INTERRUPT_EVERY_S = 0.1
 # Time for the server to answer its clients after a death, and for the others to exit.
 _FLUSH_S = 5.0
+# A replica that is started again may take this many times as long as the longest first start, which
+# loaded the same model on the same machine. It may share the machine with work now.
+_START_FACTOR = 5.0
+_MIN_START_S = 60.0
 _SERVER = Role("server")
 
 # Why the watching thread wakes up.
@@ -109,6 +117,12 @@ class Supervisor:
             for number in range(len(slices.replicas))
         }
         self._restarts = Restarts(slices.replica_restarts)
+        # The server answers clients itself if it is the only server process.
+        self._has_http = listener is not None and slices.server_processes > 1
+        self._http = HTTPMembers(
+            slices.server_processes if self._has_http else 0, slices.replica_restarts
+        )
+        self._first_start_s = 0.0  # the longest, of any replica
         self._has_begun = False  # the server was told to start
         # Why the engine ends; None if it was asked to.
         self._failure: Failed | None = None
@@ -202,8 +216,10 @@ class Supervisor:
                 self._adopt(Member(role, ours))
             else:
                 self._launch(role)
+        for role in self._http.first_roles():
+            self._launch_http(role)
         for replica in self._replicas.values():
-            replica.num_starts = 1
+            replica.num_starts, replica.started_at = 1, time.monotonic()
         return self._assignment(self._local_role), theirs
 
     def _assignment(self, role: Role) -> Assignment:
@@ -211,18 +227,29 @@ class Supervisor:
         if role != _SERVER:
             directory = self._replicas[role.replica].directory
             return Assignment(role, directory, self._slices, doors=doors)
-        fd = None if self._listener is None else self._listener.fileno()
+        listens = self._listener is not None and not self._has_http
+        fd = self._listener.fileno() if self._listener is not None and listens else None
         return Assignment(role, self._directory, self._slices, fd, doors)
 
     def _launch(self, role: Role) -> None:
         process, lifeline = self._launcher.launch(self._assignment(role))
         self._adopt(Member(role, lifeline, process, self._launcher.where(role)))
 
+    def _launch_http(self, role: Role) -> None:
+        """Starts an HTTP process, which is always beside the server."""
+        assert self._listener is not None
+        fd = self._listener.fileno()
+        process, lifeline = spawn(Assignment(role, self._directory, self._slices, fd))
+        self._adopt(Member(role, lifeline, process))
+
     def _adopt(self, member: Member) -> None:
         self._members.add(member)
         self._all.append(member)
         if member.role == _SERVER:
             self._server = member
+        elif member.role.kind == "http":
+            self._http.living.add(member)
+            self._tell_server(Joined(member.role.replica))
         else:
             self._replicas[member.role.replica].members.append(member)
         self._selector.register(member.lifeline, selectors.EVENT_READ, member)
@@ -251,17 +278,47 @@ class Supervisor:
     def _watch(self) -> None:
         with self._selector as selector:
             while self._members:
-                wait = None if self._deadline is None else self._deadline - time.monotonic()
+                due = [each for each in (self._deadline, self._start_deadline) if each is not None]
+                wait = min(due) - time.monotonic() if due else None
                 events = selector.select(None if wait is None else max(0.0, wait))
-                if not events:
+                deadline = self._deadline
+                if deadline is not None and not events and time.monotonic() >= deadline:
                     self._kill_all()
                     return
+                self._end_slow_starts()
                 for key, _ in events:
                     if key.data is None:
                         self._on_woken()
                     elif not self._on_readable(key.data):
                         selector.unregister(key.fileobj)
                         self._on_ended(key.data)
+
+    @property
+    def _start_deadline(self) -> float | None:
+        """When the next replica that is started again must be ready; None if none is."""
+        limit_s = self._start_limit_s
+        if limit_s is None:
+            return None
+        starting = [each for each in self._replicas.values() if each.is_started_again]
+        return min((each.started_at + limit_s for each in starting), default=None)
+
+    @property
+    def _start_limit_s(self) -> float | None:
+        """None as long as no replica has shown how long a start takes."""
+        if not self._first_start_s:
+            return None
+        return max(_MIN_START_S, _START_FACTOR * self._first_start_s)
+
+    def _end_slow_starts(self) -> None:
+        """Ends replicas whose second or later start takes too long: a process of them hangs."""
+        now, limit_s = time.monotonic(), self._start_limit_s
+        for replica in list(self._replicas.values()):
+            if limit_s is None or not replica.is_started_again:
+                continue
+            if now >= replica.started_at + limit_s:
+                late = [member for member in replica.members if not member.is_ready]
+                reason = f"the {late[0].role} was not ready {limit_s:.0f} s after its start"
+                self._lose(late[0].role, Failed(reason, ""))
 
     def _on_woken(self) -> None:
         reasons = self._wake_watcher.recv(1024)
@@ -303,6 +360,10 @@ class Supervisor:
         member.is_ready = True
         if member.role == _SERVER or member.is_dismissed:
             return
+        if member.role.kind == "http":
+            self._http.ready(member)
+            self._begin_if_ready()
+            return
         replica = self._replicas[member.role.replica]
         if member.role.kind == "worker":
             member.worker = note.worker
@@ -311,6 +372,9 @@ class Supervisor:
                     other.lifeline.send(note)
         if replica.is_ready:
             self._restarts.ready(replica.number)
+            if replica.num_starts == 1:
+                took_s = time.monotonic() - replica.started_at
+                self._first_start_s = max(self._first_start_s, took_s)
             if self._has_begun:
                 self._tell_restored(replica)
             self._begin_if_ready()
@@ -320,7 +384,7 @@ class Supervisor:
         replicas = self._replicas.values()
         ready = [replica for replica in replicas if replica.is_ready]
         is_first = any(each.num_starts == 1 and each.is_starting for each in replicas)
-        if self._has_begun or is_first or not ready:
+        if self._has_begun or is_first or not ready or not self._http.are_ready:
             return
         self._has_begun = True
         workers = {each.number: each.workers for each in ready if each.num_starts == 1}
@@ -334,7 +398,7 @@ class Supervisor:
         doors = self._launcher.server_doors_of(replica.number)
         self._tell_server(Restored(replica.number, replica.directory, replica.workers, doors))
 
-    def _tell_server(self, note: Start | Restored | Lost | Dead | Stop) -> None:
+    def _tell_server(self, note: Start | Restored | Lost | Joined | Left | Dead | Stop) -> None:
         if self._server is not None:
             self._server.lifeline.send(note)
 
@@ -351,11 +415,35 @@ class Supervisor:
         if member is self._server:
             self._fail(member.role, failure)
             self._stop_others()
+        elif member.role.kind == "http":
+            self._lose_http(member, failure)
         elif failure is not None:
             named = Failed(
                 f"the {member.role} ended: {failure.summary}", failure.traceback, failure.is_final
             )
             self._lose(member.role, named, failure)
+
+    def _lose_http(self, member: Member, failure: Failed | None) -> None:
+        """Starts an HTTP process again that has ended by itself; the last one ends the engine."""
+        self._http.living.discard(member)
+        self._tell_server(Left(member.role.replica))
+        if failure is None or self._stopping or self._server not in self._members:
+            return
+        why_not = self._http.why_not_again(member, failure)
+        log.error(
+            "%sthe %s ended: %s; it is %s",
+            failure.traceback,
+            member.role,
+            failure.summary,
+            "started again" if why_not is None else f"not started again, since {why_not}",
+        )
+        if why_not is None:
+            self._launch_http(self._http.next_role(member))
+        elif self._http.living:
+            self._begin_if_ready()
+        else:
+            self._fail(member.role, failure)
+            self._stop_server(Dead(f"the {member.role} ended: {failure.summary}"), 0.0)
 
     # --- the end of a replica ---------------------------------------------------------------------
 
@@ -437,6 +525,7 @@ class Supervisor:
         if problem is not None:
             self._lose(roles[0], Failed(f"replica {number}: {problem}", "", is_final=True))
             return
+        replica.started_at = time.monotonic()
         for role in roles:
             self._launch(role)
 
@@ -450,7 +539,7 @@ class Supervisor:
 
     def _is_clean_end(self, member: Member) -> bool:
         """Whether a process may have ended: in a drain, first the server, then the others."""
-        if member is not self._server:
+        if member is not self._server and member.role.kind != "http":
             return self._server not in self._members
         return member.process is None or member.process.wait() == 0
 
@@ -461,14 +550,18 @@ class Supervisor:
         self._deadline = time.monotonic() + timeout_s + _FLUSH_S
         if self._server in self._members:
             self._tell_server(note)
+            for member in self._http.living:
+                member.lifeline.send(note)
         else:
             self._stop_others()
 
     def _stop_others(self) -> None:
         self._stopping = True
         self._deadline = time.monotonic() + _FLUSH_S
+        why = "it was shut down" if self._failure is None else self._failure.summary
         for member in self._members:
-            member.lifeline.send(Stop())
+            is_http = member.role.kind == "http"
+            member.lifeline.send(Dead(f"the server ended: {why}") if is_http else Stop())
 
     def _kill_all(self) -> None:
         """Kills all processes. The foreground role can end only with toka itself, which exits."""

@@ -269,9 +269,20 @@ class TextCore:
         if obstacle is not None:
             log.error("replica %d gets no requests: %s", number, obstacle)
 
+    @property
+    def workers(self) -> list[WorkerIdentity]:
+        """The workers of all replicas that live."""
+        return [each for workers in self._workers.values() for each in workers]
+
+    def pass_to_managers(self, message: FromServer) -> None:
+        """Sends a message to the managers that it concerns."""
+        self._send(message)
+
     def _adopt_workers(self) -> None:
         if self._receipts is not None:
-            self._receipts.adopt([each for workers in self._workers.values() for each in workers])
+            self._receipts.adopt(self.workers)
+        if self.generations is not None and self.generations.relay is not None:
+            self.generations.relay.adopt_workers(self.workers)
 
 
 def _seats(replica: ReplicaSlices) -> Seats:

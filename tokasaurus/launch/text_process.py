@@ -8,6 +8,8 @@ from tokasaurus.launch.doors import TO_SERVER
 from tokasaurus.launch.lifeline import (
     Assignment,
     Dead,
+    Joined,
+    Left,
     Lifeline,
     Lost,
     Ready,
@@ -47,6 +49,12 @@ class TextProcess:
 
     # --- for subclasses ---------------------------------------------------------------------------
 
+    async def on_begun(self, preparer: Preparer, generations: Generations) -> None:
+        """The engine can serve. It is ready when this returns."""
+
+    def on_http_process(self, note: Joined | Left) -> None:
+        """An HTTP process was started, or has ended."""
+
     async def on_ready(self, preparer: Preparer, generations: Generations) -> None:
         """Requests may come from now on."""
         raise NotImplementedError
@@ -75,6 +83,7 @@ class TextProcess:
         self.lifeline.send(Ready())
         await self._begun.wait()
         generations = self.core.begin(preparer, self.state.metrics)
+        await self.on_begun(preparer, generations)
         self.state.ready(preparer, generations)
         await self.on_ready(preparer, generations)
         await asyncio.gather(self._check(), self._doors.receive(self.core))
@@ -95,6 +104,8 @@ class TextProcess:
                 self.core.note(note)
                 if self.core.has_begun:
                     self._begun.set()
+            elif isinstance(note, Joined | Left):
+                self.on_http_process(note)
             elif isinstance(note, Dead):
                 self._die(note.reason)
             elif isinstance(note, Stop):

@@ -37,6 +37,7 @@ class Flight:
     sampling_slots: IndexArray  # in the order of the result's rows
     prompt_pieces: list[PromptPiece]  # in the order of the result's prompt rows
     pooled: list[Sequence]  # their prompts end in it; in the order of the result's pooled states
+    begins_step: bool = True
     departures: list[int] = field(default_factory=list)  # slots without a row in any later batch
 
 

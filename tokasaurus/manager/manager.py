@@ -68,7 +68,7 @@ class Actions:
 
 
 class Manager:
-    """Continuous batching over a paged KV cache, for one worker.
+    """Continuous batching over a paged KV cache, for the workers of one replica.
 
     Args:
         config: the manager's slice.
@@ -98,6 +98,7 @@ class Manager:
             answer=self._answer,
         )
         self._messages: list[ToServer] = []  # of this turn
+        self._num_steps = 0  # that began with batches of which this turn brings the results
         self._is_ordinary = True  # whether this turn has no command and no control
         # In this turn these ended: sequences, those of them that hold pages, and whole requests.
         self._ended: list[tuple[Sequence, FinishReason]] = []
@@ -149,11 +150,10 @@ class Manager:
             ProtocolError: a result is not that of the oldest batch in flight.
             EngineError: the ``deadline`` has passed.
         """
-        num_results = 0
+        self._num_steps = 0
         self._is_ordinary = True
         for event in events:
             self._take(event, now)
-            num_results += isinstance(event, ForwardResult)
         self._settle()
         to_worker: list[ToWorker] = []
         if self._controls.is_active:
@@ -162,7 +162,7 @@ class Manager:
             to_worker = self._controls.take_orders()
         if self._controls.may_plan:
             to_worker += self._plan(now)
-        self._step_timer.absorbed(now, num_results, self.num_in_flight == 0)
+        self._step_timer.absorbed(now, self._num_steps, self.num_in_flight == 0)
         if self._config.check_invariants:
             check_invariants(self._running, self._backlog)
         messages, self._messages = self._messages, []
@@ -171,9 +171,9 @@ class Manager:
     def turn_took(self, seconds: float) -> None:
         """Takes the time of a turn: from when events came until everything that followed was sent.
 
-        Where this is never called, ``scheduling_steps_ahead`` batches are in flight. Otherwise
-        there are no more than the device needs to stay busy. Turns with a command or a control do
-        not count.
+        Where this is never called, ``scheduling_steps_ahead`` batches are in flight, and one more
+        for each further lane. Otherwise there are no more than the device needs to stay busy. Turns
+        with a command or a control do not count.
         """
         if self._config.adapt_steps_ahead and self._is_ordinary:
             self._look_ahead.turn_took(seconds)
@@ -220,7 +220,7 @@ class Manager:
 
     def _plan(self, now: float) -> list[ToWorker]:
         batches: list[ToWorker] = []
-        while self.num_in_flight < self._look_ahead.depth:
+        while self.num_in_flight < self._scheduler.num_lanes - 1 + self._look_ahead.depth:
             batch = self._scheduler.plan(now)
             if batch is None:
                 break
@@ -384,6 +384,7 @@ class Manager:
 
     def _absorb(self, result: ForwardResult) -> None:
         flight = self._running.in_flight.land(result)
+        self._num_steps += flight.begins_step
         self._deliver_prompt_logprobs(flight.prompt_pieces, result)
         self._deliver_pooled_states(flight.pooled, result)
         rows, token_ids = flight.sampling_slots, result.token_ids
@@ -406,7 +407,7 @@ class Manager:
         self.counters.device_s += result.device_s
         self.counters.waited_s += result.waited_s
         self.counters.num_recompiles = result.num_recompiles
-        self._look_ahead.batch_took(result.device_s)
+        self._look_ahead.batch_took(result.device_s - result.waited_s)
 
     def _end_rows(
         self, rows: IndexArray, token_ids: Int32Array, is_cut: NDArray[np.bool_] | None

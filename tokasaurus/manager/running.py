@@ -73,7 +73,7 @@ class RunningSequences:
         longest = min(config.max_request_tokens, config.num_pages * config.page_size)
         max_pages = max(1, ceil_div(longest, config.page_size))
         self.slots = SlotTable(config.num_slots, max_pages, config.page_size)
-        self.window = TokenWindow(self.slots, config.scheduling_steps_ahead)
+        self.window = TokenWindow(self.slots, config.max_in_flight)
         self.weights_version = 0
         self.pages = PageAllocator(config.num_pages, config.page_size, self.weights_version)
         self.cartridges = Cartridges(self.pages)

@@ -11,15 +11,16 @@ The order of a plan:
    a seat and pages, if only less important sequences are in its way.
 2. Where a client runs less than its share and one of its sequences has waited for long, the
    sequences of clients that run more than theirs are preempted until it finds a seat and pages.
-3. Every running sequence that may decode does. Where they need more pages than are available,
-   others are preempted until the pages suffice: of the least important priority, of the clients
-   that run the most, the one that costs the least to compute again. The first in the order is never
-   preempted while it needs its pages: in the end it could have every page there is, and no request
-   is accepted that needs more. So the first always advances, and every sequence is the first at
-   some time.
-4. What is left of ``max_tokens_per_forward`` goes to prompts, in order, in chunks. Where a prompt
-   ends, the other samples of its request may fork from its last row: that takes no tokens of the
-   budget.
+3. Every running sequence that may decode does; in a pipeline those of one lane (``lanes``). Where
+   they need more pages than are available, others are preempted until the pages suffice: of the
+   least important priority, of the clients that run the most, the one that costs the least to
+   compute again. The first in the order is never preempted while it needs its pages: in the end it
+   could have every page there is, and no request is accepted that needs more. So the first always
+   advances, and every sequence is the first at some time.
+4. What is left of ``max_tokens_per_forward``, or less (``prompt_budget``), goes to prompts, in
+   order, in chunks. Where a prompt ends, the other samples of its request may fork from its last
+   row: that takes no tokens of the budget. If this feeds nothing and no lane is due, the lane that
+   has waited the longest decodes.
 5. What is left then admits sequences from the queue, strictly in order, as far as there is room now
    and as the forecast finds room for all that they will need (``admission``). There are four
    exceptions:
@@ -54,7 +55,9 @@ from tokasaurus.manager.forecast.admission import AdmissionControl
 from tokasaurus.manager.forecast.rows import Candidate, uncached_candidate
 from tokasaurus.manager.in_flight import Flight
 from tokasaurus.manager.kv.prefix_groups import GroupFinder, Groups
+from tokasaurus.manager.lanes import Lanes
 from tokasaurus.manager.order import NO_ORDER, priority_of
+from tokasaurus.manager.prompt_budget import PromptBudget
 from tokasaurus.manager.running import NO_COPIES, RunningSequences, SlotStart
 from tokasaurus.manager.sequence import Sequence
 from tokasaurus.manager.slots import NO_SLOTS, IndexArray
@@ -157,10 +160,15 @@ class Scheduler:
         self._admission = admission
         self._counters = counters
         self._groups = GroupFinder(
-            running.prefixes, config.page_size, config.min_group_size, config.min_prefix_len
+            running.prefixes,
+            config.page_size,
+            config.min_group_size,
+            config.min_prefix_len,
+            config.num_lanes,
         )
-        # Every running sequence may need a row of each batch, and a row is a token at least.
-        self._max_running = min(config.max_seqs_per_forward, config.max_tokens_per_forward)
+        self._lanes = Lanes(config.num_lanes, running.slots) if config.num_lanes > 1 else None
+        self._prompt_budget = PromptBudget(config, running, backlog, admission)
+        self._max_running = config.max_running
 
     def plan(self, now: float) -> ForwardBatch | None:
         """Plans the next batch and counts it as sent; None if there is nothing to run."""
@@ -169,30 +177,30 @@ class Scheduler:
         while wanted is not None and (victims := self._in_the_way_of(wanted)).size:
             self.preempt(victims)
         overdue = self._make_way()
-        decode = self._plan_decode()
-        while decode.num_missing > 0:
-            self.preempt(self._victims(decode.num_missing, self._oldest_order()))
-            decode = self._plan_decode()
-        decode_slots = self._commit_decode(decode)
-        self._refresh_forecast(len(decode_slots))
-        budget = self._prefill_budget(len(decode_slots))
-        chunks = self._plan_chunks(budget)
-        budget -= sum(chunk.length for chunk in chunks)
-        offers, waiting = self._plan_offers(chunks, budget, decode.is_decoding, overdue)
-        for sequence in waiting:
-            self._backlog.park(sequence)
-        accepted = self._accept(offers, overdue)
-        chunks += [offer.chunk for offer in accepted if offer.start is not None]
-        # Only now: a sequence that wakes up may come before those that were offered a place.
-        self._running.wake()
+        decode_slots, is_decoding = self._decode()
+        chunks, accepted = self._feed(is_decoding, len(decode_slots), overdue)
         if not len(decode_slots) and not chunks:
-            return None
-        batch = self._commit(decode_slots, chunks, accepted, now)
-        self._admission.pass_step()
-        self._backlog.shares.pass_step()
+            if self._lanes is None or not self._lanes.num_decoding:
+                return None
+            decode_slots, is_decoding = self._decode(at_once=True)
+        number = self._running.in_flight.next_number
+        begins_step = self._lanes is None or self._lanes.begins_step(number)
+        batch = self._commit(decode_slots, chunks, accepted, now, begins_step)
+        if begins_step:
+            self._admission.pass_step()
+            self._backlog.shares.pass_step()
         if self._config.force_preemption:
             self.preempt(self._victims_without_need(batch.number))
         return batch
+
+    @property
+    def num_lanes(self) -> int:
+        """Lanes that have something to do."""
+        if self._lanes is None:
+            return 1
+        if self._running.prefilling:  # chunks wait for no tokens
+            return self._lanes.num_lanes
+        return min(self._lanes.num_lanes, max(1, self._running.num_running))
 
     def preempt(self, slots: IndexArray) -> None:
         """Takes the pages of the sequences in these slots; they keep their place in the order."""
@@ -373,9 +381,24 @@ class Scheduler:
 
     # --- decode ----------------------------------------------------------------------------------
 
-    def _plan_decode(self) -> _DecodePlan:
+    def _decode(self, *, at_once: bool = False) -> tuple[IndexArray, BoolArray]:
+        """The slots that decode, and the same as a column over slots; their pages are given out.
+
+        Args:
+            at_once: see ``Lanes.due``.
+        """
+        decode = self._plan_decode(at_once)
+        while decode.num_missing > 0:
+            self.preempt(self._victims(decode.num_missing, self._oldest_order()))
+            decode = self._plan_decode(at_once)
+        return self._commit_decode(decode), decode.is_decoding
+
+    def _plan_decode(self, at_once: bool) -> _DecodePlan:
         slots = self._slots
         is_decoding = slots.length < slots.decode_limit
+        if self._lanes is not None:
+            number = self._running.in_flight.next_number
+            is_decoding = self._lanes.due(is_decoding, number, at_once=at_once)
         crossing = (is_decoding & (slots.length == slots.capacity)).nonzero()[0]
         return _DecodePlan(is_decoding, crossing, crossing.size - self._pages.num_available)
 
@@ -394,16 +417,28 @@ class Scheduler:
 
     # --- prompts ---------------------------------------------------------------------------------
 
+    def _feed(
+        self, is_decoding: BoolArray, num_decoding: int, overdue: Sequence | None
+    ) -> tuple[list[Chunk], list[_Offer]]:
+        """The chunks of the batch, and the sequences that enter, among them those of chunks."""
+        self._refresh_forecast(num_decoding)
+        budget = self._prompt_budget.tokens(num_decoding)
+        chunks = self._plan_chunks(budget)
+        budget -= sum(chunk.length for chunk in chunks)
+        offers, waiting = self._plan_offers(chunks, budget, is_decoding, overdue)
+        for sequence in waiting:
+            self._backlog.park(sequence)
+        accepted = self._accept(offers, overdue)
+        chunks += [offer.chunk for offer in accepted if offer.start is not None]
+        # Only now: a sequence that wakes up may come before those that were offered a place.
+        self._running.wake()
+        return chunks, accepted
+
     def _refresh_forecast(self, num_decoding: int) -> None:
         if self._admission.refresh_is_due:
             waiting = [] if self._config.admission.greedy_prefill else self._queue_front()
-            self._admission.refresh(waiting, self._config.max_tokens_per_forward - num_decoding)
-
-    def _prefill_budget(self, num_decoding: int) -> int:
-        """Prompt tokens that this batch may feed."""
-        budget = self._config.max_tokens_per_forward - num_decoding
-        pace = self._admission.prefill_pace
-        return budget if pace is None or num_decoding == 0 else min(budget, pace)
+            num_rows = num_decoding if self._lanes is None else self._lanes.num_decoding
+            self._admission.refresh(waiting, self._admission.max_tokens - num_rows)
 
     def _queue_front(self) -> list[Candidate]:
         """The candidates that are likely to run soon, as if none of their pages were cached."""
@@ -607,6 +642,7 @@ class Scheduler:
         chunks: list[Chunk],
         accepted: list[_Offer],
         now: float,
+        begins_step: bool,
     ) -> ForwardBatch:
         running = self._running
         number = running.in_flight.next_number
@@ -634,7 +670,9 @@ class Scheduler:
         if drawing.slots.size:
             sampling_slots = np.concatenate([groups.slots, drawing.slots])
         running.in_flight.add(
-            Flight(number, sampling_slots, prompt_pieces(chunks), pooled_prompts(chunks))
+            Flight(
+                number, sampling_slots, prompt_pieces(chunks), pooled_prompts(chunks), begins_step
+            )
         )
         if chunks:
             self._commit_chunks(chunks, drawing.slots, number)

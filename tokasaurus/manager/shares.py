@@ -96,7 +96,7 @@ class Shares:
         return sum(len(level.times) for level in self._levels.values())
 
     def pass_step(self) -> None:
-        """A batch was planned."""
+        """The first batch of a step was planned."""
         self._step += 1
         self._predicted.clear()
 

@@ -26,6 +26,7 @@ from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.errors import ProtocolError
 from tokasaurus.manager.manager import Manager
 from tokasaurus.planner.cost_model import CostModel
+from tokasaurus.planner.pipeline import ONE_STAGE, SimulatedPipeline, Stages
 from tokasaurus.planner.report import Moment, Report, Tally
 from tokasaurus.planner.simulated_device import SimulatedDevice
 from tokasaurus.planner.trace import TraceRequest, generate_request, trace_lengths
@@ -53,6 +54,7 @@ class Timing:
     cost: CostModel
     manager_s: float | None = 0.0  # for a turn; None for the time that it takes on this machine
     server_s: float = 0.0  # from an update to its acknowledgement
+    stages: Stages = ONE_STAGE  # of the device; their times add up to the cost
 
 
 class _Event(NamedTuple):
@@ -83,8 +85,8 @@ class Replay:
     ) -> None:
         self._timing = timing
         self._manager = Manager(config)
-        self._device = SimulatedDevice(timing.cost, trace_lengths(trace), config.num_slots)
-        self._device_free_at = 0.0
+        device = SimulatedDevice(timing.cost, trace_lengths(trace), config.num_slots)
+        self._pipeline = SimulatedPipeline(device, timing.stages, config.num_slots)
         self._manager_free_at = 0.0
         self._events: list[_Event] = []
         self._num_events = 0
@@ -109,7 +111,8 @@ class Replay:
             self._run(order, done)
         for message in actions.messages:
             self._deliver(message, done)
-        self._tally.observe(Moment.of(done, self._manager.gauges()))
+        num_tokens = self._manager.counters.num_generated_tokens
+        self._tally.observe(Moment.of(done, self._manager.gauges(), num_tokens))
         return True
 
     def report(self) -> Report:
@@ -120,7 +123,8 @@ class Replay:
         """
         if not self._manager.idle:
             raise ProtocolError("no event is left, but the manager still has sequences")
-        return self._tally.report(self._manager.counters, self._manager.gauges().num_pages)
+        num_pages = self._manager.gauges().num_pages
+        return self._tally.report(self._manager.counters, num_pages, self._pipeline.waited_s)
 
     def _post(self, at: float, message: FromServer | FromWorker) -> None:
         heapq.heappush(self._events, _Event(at, self._num_events, message))
@@ -128,13 +132,12 @@ class Replay:
 
     def _run(self, order: ToWorker, sent_at: float) -> None:
         if not isinstance(order, ForwardBatch):
-            self._post(max(sent_at, self._device_free_at), self._device.carry_out(order))
+            done, done_at = self._pipeline.carry_out(order, sent_at)
+            self._post(done_at, done)
             return
-        result = self._device.run(order)
-        start = max(sent_at, self._device_free_at)
-        self._tally.count_batch(len(result.token_ids), start - self._device_free_at)
-        self._device_free_at = start + result.device_s
-        self._post(self._device_free_at, result)
+        result, spans = self._pipeline.run(order, sent_at)
+        self._tally.count_batch(len(result.token_ids), spans)
+        self._post(spans[-1].end_s, result)
 
     def _deliver(self, message: ToServer, at: float) -> None:
         if isinstance(message, SequenceUpdates):

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from tokasaurus.errors import ConfigError, ProtocolError
 from tokasaurus.manager.counters import Counters, Gauges
+from tokasaurus.planner.pipeline import Span, busy_shares
 from tokasaurus.planner.trace import TraceRequest
 from tokasaurus.protocol.messages import RequestRejected, SequenceUpdates
 
-__all__ = ["Moment", "Report", "Tally"]
+__all__ = ["Moment", "Report", "SteadyPart", "Tally"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +26,10 @@ class Moment:
     cached: float  # the share that only the prefix cache holds
     num_running: int
     num_queued: int
+    num_tokens: int  # generated so far, without those behind the end of their sequence
 
     @staticmethod
-    def of(time_s: float, gauges: Gauges) -> Moment:
+    def of(time_s: float, gauges: Gauges, num_tokens: int) -> Moment:
         held = gauges.num_pages - gauges.num_free_pages - gauges.num_evictable_pages
         return Moment(
             time_s=time_s,
@@ -35,7 +37,26 @@ class Moment:
             cached=gauges.num_evictable_pages / gauges.num_pages,
             num_running=gauges.num_prefilling + gauges.num_decoding,
             num_queued=gauges.num_queued + gauges.num_parked,
+            num_tokens=num_tokens,
         )
+
+
+@dataclass(frozen=True)
+class SteadyPart:
+    """What the device did in the second half of the time in which sequences waited for room.
+
+    By then the first sequences have made way for others, and the last ones do not run alone yet.
+    """
+
+    start_s: float
+    end_s: float
+    tokens_per_s: float  # without those behind the end of their sequence
+    stage_busy: tuple[float, ...]  # the share of the time in which each stage ran a batch
+
+    @property
+    def bubble(self) -> float:
+        """The share of the time in which a stage had nothing to run: the mean over stages."""
+        return 1 - sum(self.stage_busy) / len(self.stage_busy)
 
 
 @dataclass(frozen=True)
@@ -51,7 +72,7 @@ class Report:
     mean_batch_size: float  # drawn tokens per batch
     mean_cache_use: float  # the share of the pages that sequences hold, mean over time
     peak_cache_use: float
-    device_idle: float  # the share of the makespan in which the device had no batch
+    device_idle: float  # the share of the makespan in which a stage waited for a batch
     num_preemptions: int
     num_prefill_tokens: int  # computed prompt tokens; those after a preemption count again
     num_cached_tokens: int  # prompt tokens that were found in the prefix cache
@@ -61,6 +82,7 @@ class Report:
     mean_latency_s: float  # of sequences, from arrival to their last token
     median_latency_s: float
     p99_latency_s: float
+    steady: SteadyPart | None  # None if no sequence has waited
     timeline: tuple[Moment, ...]  # one for each turn of the manager
 
 
@@ -81,9 +103,8 @@ class Tally:
         self.has_stop_strings = np.repeat([request.stop_strings for request in trace], counts)
         self.num_expected = np.concatenate([request.output_tokens for request in trace])
         self.num_received = np.zeros(len(self._arrivals), np.int64)
-        self._num_batches = 0
+        self._spans: list[Sequence[Span]] = []  # of each batch
         self._num_drawn = 0
-        self._idle_s = 0.0
         self._timeline: list[Moment] = []
 
     def rows(self, updates: SequenceUpdates) -> NDArray[np.int64]:
@@ -91,11 +112,10 @@ class Tally:
         rows: NDArray[np.int64] = self._first_rows[updates.request_ids] + updates.sample_indices
         return rows
 
-    def count_batch(self, num_drawn: int, waited_s: float) -> None:
-        """Counts a batch, the tokens that it drew, and how long the device had waited for it."""
-        self._num_batches += 1
+    def count_batch(self, num_drawn: int, spans: Sequence[Span]) -> None:
+        """Counts a batch, the tokens that it drew, and when it was at which stage."""
+        self._spans.append(spans)
         self._num_drawn += num_drawn
-        self._idle_s += waited_s
 
     def count_updates(self, updates: SequenceUpdates, at: float) -> None:
         """Counts an update. Raises ProtocolError if it names a sequence that has ended."""
@@ -113,8 +133,17 @@ class Tally:
     def observe(self, moment: Moment) -> None:
         self._timeline.append(moment)
 
-    def report(self, counters: Counters, num_pages: int) -> Report:
-        """The outcome. Raises ProtocolError if a sequence has not ended, or has a wrong length."""
+    def report(self, counters: Counters, num_pages: int, waited_s: float) -> Report:
+        """The outcome.
+
+        Args:
+            counters: of the manager.
+            num_pages: of the KV cache.
+            waited_s: how long stages had nothing to run.
+
+        Raises:
+            ProtocolError: a sequence has not ended, or has a wrong length.
+        """
         self._check()
         makespan_s = float(self._ends.max())
         latencies = self._ends - self._arrivals
@@ -125,11 +154,11 @@ class Tally:
             num_tokens=num_tokens,
             makespan_s=makespan_s,
             tokens_per_s=_ratio(num_tokens, makespan_s),
-            num_batches=self._num_batches,
-            mean_batch_size=_ratio(self._num_drawn, self._num_batches),
+            num_batches=len(self._spans),
+            mean_batch_size=_ratio(self._num_drawn, len(self._spans)),
             mean_cache_use=self._mean_cache_use(),
             peak_cache_use=max(moment.used for moment in self._timeline),
-            device_idle=_ratio(self._idle_s, makespan_s),
+            device_idle=_ratio(waited_s, makespan_s),
             num_preemptions=counters.num_preemptions,
             num_prefill_tokens=counters.num_prefill_tokens,
             num_cached_tokens=counters.num_cached_tokens,
@@ -139,7 +168,21 @@ class Tally:
             mean_latency_s=float(latencies.mean()),
             median_latency_s=float(np.median(latencies)),
             p99_latency_s=float(np.percentile(latencies, 99)),
+            steady=self._steady(),
             timeline=tuple(self._timeline),
+        )
+
+    def _steady(self) -> SteadyPart | None:
+        moments = [moment for moment in self._timeline if moment.num_queued]
+        moments = [moment for moment in moments if moment.time_s >= moments[-1].time_s / 2]
+        if not moments or moments[0].time_s == moments[-1].time_s:
+            return None
+        first, last = moments[0], moments[-1]
+        return SteadyPart(
+            start_s=first.time_s,
+            end_s=last.time_s,
+            tokens_per_s=(last.num_tokens - first.num_tokens) / (last.time_s - first.time_s),
+            stage_busy=busy_shares(self._spans, first.time_s, last.time_s),
         )
 
     def _check(self) -> None:

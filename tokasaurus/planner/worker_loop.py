@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from tokasaurus.planner.simulated_device import SimulatedDevice
+from tokasaurus.planner.pipeline import SimulatedPipeline
 from tokasaurus.protocol.channels import Receiver, Sender
 from tokasaurus.protocol.messages import ForwardBatch, FromServer, FromWorker, ToWorker
 
 __all__ = ["DeviceStatistics", "work"]
+
+
+_COARSE_S = 0.002  # a door waits for whole milliseconds
 
 
 class DeviceStatistics:
@@ -67,34 +72,64 @@ class DeviceStatistics:
         return float(self._values[4])
 
 
+class _Answer(NamedTuple):
+    """What the device has computed, and when it would have."""
+
+    due_at: float
+    message: FromWorker
+    batch: ForwardBatch | None
+    waited_s: float
+    device_s: float
+
+
 def work(
     door: Receiver[ToWorker],
     to_manager: Sender[FromServer | FromWorker],
-    device: SimulatedDevice,
+    device: SimulatedPipeline,
     statistics: DeviceStatistics,
 ) -> None:
-    """Runs batches without end, one after the other, each for its modelled time.
+    """Runs batches without end, each for its modelled time.
 
     The time of the simulation itself is part of the time of a batch. A batch that waits while the
     previous one runs starts when that one is due to end, so oversleeping does not add up.
     """
-    free_at = time.monotonic()
+    answers: deque[_Answer] = deque()
+
+    def send_due() -> None:
+        while answers and answers[0].due_at <= time.monotonic():
+            answer = answers.popleft()
+            to_manager.send(answer.message)
+            if answer.batch is not None:
+                num_rows = len(answer.batch.decode_slots) + len(answer.batch.draw_slots)
+                num_fed = len(answer.batch.prefill_ids)
+                statistics.add(num_rows, num_fed, answer.waited_s, answer.device_s)
+
+    device.run_late(time.monotonic())
     while True:
-        start = free_at
-        batches = door.receive(timeout_s=0)
-        if not batches:
-            batches = door.receive()
-            start = time.monotonic()
-        waited_s = start - free_at
-        for batch in batches:
-            if not isinstance(batch, ForwardBatch):
-                to_manager.send(device.carry_out(batch))
-                continue
-            result = device.run(batch)
-            now = time.monotonic()
-            free_at = max(start + result.device_s, now)
-            if free_at > now:
-                time.sleep(free_at - now)
-            to_manager.send(result)
-            statistics.add(len(result.token_ids), len(batch.prefill_ids), waited_s, result.device_s)
-            start, waited_s = free_at, 0.0
+        orders = _receive(door, answers[0].due_at if answers else None)
+        arrived_at = time.monotonic()
+        for order in orders:
+            answers.append(_answer(order, device, arrived_at))
+            send_due()
+        send_due()
+
+
+def _receive(door: Receiver[ToWorker], until: float | None) -> list[ToWorker]:
+    """Waits for orders until a moment, or without end; returns those that have come."""
+    if until is None:
+        return door.receive()
+    left_s = until - time.monotonic()
+    if left_s > _COARSE_S:
+        return door.receive(left_s - _COARSE_S)
+    time.sleep(max(0.0, left_s))
+    return door.receive(0)
+
+
+def _answer(order: ToWorker, device: SimulatedPipeline, arrived_at: float) -> _Answer:
+    if not isinstance(order, ForwardBatch):
+        done, due_at = device.carry_out(order, arrived_at)
+        return _Answer(due_at, done, None, 0.0, 0.0)
+    waited_s = device.waited_s
+    result, spans = device.run(order, arrived_at)
+    device.run_late(time.monotonic())
+    return _Answer(spans[-1].end_s, result, order, device.waited_s - waited_s, result.device_s)

@@ -8,6 +8,11 @@ to a door connect::
     manager.sock ◀── server, worker
     worker.sock  ◀── manager
 
+With several server processes there are also HTTP processes, and a door of the server for them::
+
+    http.sock    ◀── HTTP processes
+    http-1.sock  ◀── server
+
 Doors of further replicas have numbers, as ``Role`` says. The doors of a replica that was started
 again are in a directory of their own. Which replica a message of a manager is
 from follows from the door that it came through.
@@ -122,8 +127,12 @@ class AsyncReceiver(Generic[M]):
     async def receive(self) -> M:
         return self._codec.decode(await self._socket.recv())
 
+    async def receive_all(self) -> list[M]:
+        """Waits for at least one message, then returns all that have arrived, oldest first."""
+        return [await self.receive(), *self.receive_rest()]
+
     def receive_rest(self) -> list[M]:
-        """All messages that have arrived, oldest first; only when nothing else will receive."""
+        """All messages that have arrived, oldest first; only while nothing else receives."""
         messages: list[M] = []
         socket: zmq.Socket[bytes] = zmq.Socket.shadow(self._socket)
         while True:

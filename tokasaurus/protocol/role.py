@@ -8,7 +8,7 @@ import msgspec
 
 __all__ = ["Kind", "Role"]
 
-Kind: TypeAlias = Literal["server", "manager", "worker"]
+Kind: TypeAlias = Literal["server", "http", "manager", "worker"]
 
 
 class Role(msgspec.Struct, frozen=True, order=True):
@@ -16,6 +16,8 @@ class Role(msgspec.Struct, frozen=True, order=True):
 
     An engine has one server, and for each replica a manager and one or more workers. The server
     opens a door for each replica, which is named like a role too: ``Role("server", replica)``.
+    With ``server_processes`` over 1 it also has HTTP processes, ``Role("http", number)`` with
+    numbers from 1 on, and the door of the server for their messages is ``Role("http")``.
 
     The first of each kind has the kind as its name; others add their numbers::
 

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.routing import APIRoute
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
 
 from tokasaurus.batch.runner import BatchRunner
 from tokasaurus.config.slices import ServerConfig
@@ -39,7 +40,7 @@ from tokasaurus.server.routes.weights import WEIGHTS_PREFIX, WEIGHTS_SCHEMAS, We
 from tokasaurus.server.state import EngineState
 from tokasaurus.version import __version__
 
-__all__ = ["create_app"]
+__all__ = ["create_app", "create_outer_app"]
 
 
 def create_app(
@@ -47,6 +48,8 @@ def create_app(
     state: EngineState,
     batches: BatchRunner | None = None,
     directory: Path | None = None,
+    *,
+    is_inner: bool = False,
 ) -> FastAPI:
     """An ASGI application that serves one engine.
 
@@ -55,6 +58,7 @@ def create_app(
         state: of the engine; its owner says when the engine is ready, drains and dies.
         batches: runs batches, once its owner has started it; None leaves out files and batches.
         directory: for weights that come over HTTP; None is the system's for temporary files.
+        is_inner: requests come from ``create_outer_app``, which has checked them.
     """
     app = FastAPI(title="Tokasaurus", version=__version__, redirect_slashes=False)
     executor = Executor(state, OPERATIONS)
@@ -70,10 +74,43 @@ def create_app(
     control = ControlRoutes(state, updates).router()
     app.include_router(control)
     app.include_router(WeightsRoutes(state, updates).router())
-    control_paths = {route.path for route in control.routes if isinstance(route, APIRoute)}
     install_error_handlers(app)
     # From the innermost layer to the outermost.
     app.add_middleware(DirectRoutes, endpoints.handlers)
+    if not is_inner:
+        _add_checks(app, config, control)
+    app.add_middleware(CountRequests, state.metrics.requests)  # refusals too
+    operations = [each for operation in OPERATIONS.values() for each in operation.schemas]
+    control_bodies = [*CONTROL_SCHEMAS, *WEIGHTS_SCHEMAS]
+    document_answers(app, [*operations, BatchRequest, *TOKEN_SCHEMAS, *control_bodies])
+    return app
+
+
+def create_outer_app(config: ServerConfig, state: EngineState, elsewhere: ASGIApp) -> FastAPI:
+    """An ASGI application for an HTTP process: it checks requests, and answers those that generate.
+
+    Args:
+        config: the server's slice.
+        state: of the engine, as this process knows it.
+        elsewhere: answers all other requests.
+    """
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
+    executor = Executor(state, OPERATIONS)
+    endpoints = Endpoints(executor)
+    app.include_router(endpoints.router())
+    app.include_router(SynchronousBatch(config, executor).router())
+    app.include_router(TokenRoutes(state).router())
+    app.router.default = elsewhere
+    install_error_handlers(app)
+    app.add_middleware(DirectRoutes, endpoints.handlers)
+    _add_checks(app, config, ControlRoutes(state, WeightsUpdates(None)).router())
+    app.add_middleware(CountRequests, state.metrics.requests)
+    return app
+
+
+def _add_checks(app: FastAPI, config: ServerConfig, control: APIRouter) -> None:
+    """Adds what may refuse a request before it is read."""
+    control_paths = {route.path for route in control.routes if isinstance(route, APIRoute)}
     app.add_middleware(
         Access,
         config,
@@ -88,8 +125,3 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["X-Request-Id"],
         )
-    app.add_middleware(CountRequests, state.metrics.requests)  # refusals too
-    operations = [each for operation in OPERATIONS.values() for each in operation.schemas]
-    control_bodies = [*CONTROL_SCHEMAS, *WEIGHTS_SCHEMAS]
-    document_answers(app, [*operations, BatchRequest, *TOKEN_SCHEMAS, *control_bodies])
-    return app

@@ -46,6 +46,7 @@ class Generation:
         client: whose share of the engine it takes.
         names: by which the client may end it.
         weights: the engine's versions of the weights.
+        samples: one for each; None makes them.
 
     Attributes:
         eta_s: seconds until all samples have ended, by the manager's last prediction; None before.
@@ -65,10 +66,13 @@ class Generation:
         client: str,
         names: Sequence[str] = (),
         weights: WeightsVersions | None = None,
+        samples: list[Sample] | None = None,
     ) -> None:
         self.request_id = request_id
         self.request = request
-        self.samples = samples = _samples(request, tokenizer, stream)
+        if samples is None:
+            samples = _samples(request, tokenizer, stream)
+        self.samples = samples
         self.on_change = on_change
         self.client = client
         self.names = names
@@ -200,6 +204,10 @@ class Generation:
         if self._prompt_logprobs is not None:
             self._prompt_logprobs.fill(piece)
             self.on_change()
+
+    def note_unsent(self) -> None:
+        """It has ended before the manager heard of it, so no row said so."""
+        self.on_change()
 
     def fail(self, error: TokasaurusError) -> None:
         """Ends the generation with an error."""

@@ -38,6 +38,7 @@ from tokasaurus.protocol.messages import (
     Eta,
     FinishReason,
     FromServer,
+    GenerateRequest,
     PooledState,
     PromptLogprobs,
     RequestRejected,
@@ -48,6 +49,7 @@ from tokasaurus.protocol.messages import (
 )
 from tokasaurus.text.commands import Commands, OnDone
 from tokasaurus.text.generation import Generation
+from tokasaurus.text.numbering import process_of
 from tokasaurus.text.preparation import PreparedRequest
 from tokasaurus.text.receipts import Receipts
 from tokasaurus.text.samples import TokenLogprobs
@@ -55,9 +57,10 @@ from tokasaurus.text.tokenizer import Tokenizer
 from tokasaurus.text.turnstile import Turnstile
 
 if TYPE_CHECKING:
+    from tokasaurus.text.relay import Relay
     from tokasaurus.text.replicas import Replicas
 
-__all__ = ["Etas", "Generations", "Watcher"]
+__all__ = ["Etas", "Generations", "Watcher", "check_queue"]
 
 # The manager holds this many times the sequences that can run: as many again may be draining, and
 # it must always have others to choose from.
@@ -102,10 +105,12 @@ class Generations:
         watcher: observes every prompt, for statistics.
         receipts: are told where new weights come from.
         replicas: the router that ``send`` leads to, if there is one.
+        first_id: of the request ids, which count up from it.
 
     Attributes:
         config: as given.
         replicas: as given.
+        relay: to the HTTP processes, if there are any.
         commands: to the engine, and what they have made of it.
         statistics: the manager's latest; None before the first.
         stalled: the processes that have work and make no progress; their owner says so.
@@ -120,9 +125,11 @@ class Generations:
         watcher: Watcher | None = None,
         receipts: Receipts | None = None,
         replicas: Replicas | None = None,
+        first_id: int = 0,
     ) -> None:
         self.config = config
         self.replicas = replicas
+        self.relay: Relay | None = None
         self._receipts = receipts
         self.commands = Commands(send)
         self.statistics: Statistics | None = None
@@ -134,7 +141,7 @@ class Generations:
         self._turnstile = Turnstile(send, _WAITING_ROUNDS * config.max_seqs_per_forward)
         self._num_of_client: Counter[str] = Counter()  # prompts in flight
         self._table: dict[int, Generation] = {}
-        self._next_id = 0
+        self._next_id = first_id
         self._backlog_eta_s: float | None = None
 
     def __len__(self) -> int:
@@ -172,6 +179,22 @@ class Generations:
         return self._turnstile.num_open > 0 or self.commands.num_unanswered > 0
 
     @property
+    def num_clients(self) -> int:
+        """The clients with prompts in flight."""
+        return len(self._num_of_client)
+
+    @property
+    def retry_after_s(self) -> int:
+        """When to come again after a refusal for lack of room, in seconds."""
+        backlog_s = self.etas().backlog_s
+        wait_s = _RETRY_AFTER_S if backlog_s is None else backlog_s * _RETRY_SHARE
+        return round(min(max(wait_s, 1.0), _MAX_RETRY_AFTER_S))
+
+    def num_of(self, client: str) -> int:
+        """The prompts of a client in flight."""
+        return self._num_of_client.get(client, 0)
+
+    @property
     def num_held(self) -> int:
         """Sequences held back from the manager, which has enough for now."""
         return self._turnstile.num_held
@@ -185,19 +208,13 @@ class Generations:
         Raises:
             EngineOverloaded: there is no room; says when to come again.
         """
-        limit, num_prompts = self.config.max_queued_requests, len(self._table)
-        if num_prompts < limit:
-            return
-        counts = self._num_of_client
-        num_clients = len(counts) + (client not in counts)
-        if num_prompts < 2 * limit and counts[client] * num_clients < limit:
-            return
-        backlog_s = self.etas().backlog_s
-        wait_s = _RETRY_AFTER_S if backlog_s is None else backlog_s * _RETRY_SHARE
-        raise EngineOverloaded(
-            f"{num_prompts} prompts are in flight, and max_queued_requests={limit}; try again"
-            " later",
-            round(min(max(wait_s, 1.0), _MAX_RETRY_AFTER_S)),
+        others = 1 - (client in self._num_of_client)
+        check_queue(
+            self.config.max_queued_requests,
+            num_prompts=len(self._table),
+            num_clients=self.num_clients + others,
+            num_of_client=self.num_of(client),
+            retry_after_s=lambda: self.retry_after_s,
         )
 
     # --- towards the manager ----------------------------------------------------------------------
@@ -231,19 +248,26 @@ class Generations:
             weights=self.commands.weights,
         )
         self._next_id += 1
+        self.enter(generation, request.message(generation.request_id, stream=stream, client=client))
+        return generation
+
+    def enter(self, generation: Generation, message: GenerateRequest) -> None:
+        """Puts a generation into the table, and sends its message now or later."""
         if not self._table:
             self._backlog_eta_s = None  # it was for prompts that have ended long ago
         self._table[generation.request_id] = generation
         if self._watcher is not None:
             self._watcher.started(generation)
-        self._num_of_client[client] += 1
-        message = request.message(generation.request_id, stream=stream, client=client)
+        self._num_of_client[generation.client] += 1
         self._turnstile.submit(message)
-        return generation
 
     def named(self, name: str) -> list[Generation]:
         """The generations in flight that have this name."""
         return [each for each in self._table.values() if name in each.names]
+
+    def started_by(self, process: int) -> list[Generation]:
+        """The generations in flight that a process with this number has started."""
+        return [each for each in self._table.values() if process_of(each.request_id) == process]
 
     def abort(self, generation: Generation) -> None:
         """Ends a generation that no client waits for. Harmless if it has ended already."""
@@ -289,6 +313,8 @@ class Generations:
         version = self.commands.weights.reserve(label)
         if self._receipts is not None:
             self._receipts.note_update(version, files)
+        if self.relay is not None:
+            self.relay.note_update(version, files)
         self.command(UpdateWeights(version, tuple(files), tuple(checksums)), on_done)
 
     def fail(self, request_id: int, error: TokasaurusError) -> None:
@@ -314,7 +340,7 @@ class Generations:
             generation.extend(sample, [], None, FinishReason.ABORT, 0)
             generation.close_one()
         self._ended(generation, "aborted")
-        generation.on_change()
+        generation.note_unsent()
 
     def _ended(self, generation: Generation, outcome: str) -> None:
         """Updates the counts after a generation has left the table, for any reason."""
@@ -334,6 +360,8 @@ class Generations:
         A message about a request that is not in the table any more is ignored: the manager sent it
         before it heard that the request was aborted.
         """
+        if self.relay is not None:
+            self.relay.pass_on(message)
         if isinstance(message, SequenceUpdates):
             self._absorb_updates(message)
         elif isinstance(message, PromptLogprobs):
@@ -409,6 +437,33 @@ class Generations:
                 num_tokens=np.array(num_tokens, np.int32),
             )
         )
+
+
+def check_queue(
+    limit: int,
+    *,
+    num_prompts: int,
+    num_clients: int,
+    num_of_client: int,
+    retry_after_s: Callable[[], int],
+) -> None:
+    """Raises EngineOverloaded if there is no room for a request of a client.
+
+    Args:
+        limit: prompts that the queue should hold.
+        num_prompts: in flight.
+        num_clients: with prompts in flight, and this one.
+        num_of_client: those of ``num_prompts`` that are this client's.
+        retry_after_s: when to come again.
+    """
+    if num_prompts < limit:
+        return
+    if num_prompts < 2 * limit and num_of_client * num_clients < limit:
+        return
+    raise EngineOverloaded(
+        f"{num_prompts} prompts are in flight, and max_queued_requests={limit}; try again later",
+        retry_after_s(),
+    )
 
 
 def _with_more_sequences(number: int, on_done: OnDone) -> OnDone:

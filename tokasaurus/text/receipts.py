@@ -135,7 +135,11 @@ class Receipts:
 
     def note_update(self, version: int, files: Sequence[str]) -> None:
         """The engine is about to read the weights of this version from these files."""
-        weights = _digest_later(stamped(files))
+        self.note_stamped(version, stamped(files))
+
+    def note_stamped(self, version: int, files: Sequence[StampedFile]) -> None:
+        """The same, with the files as they were when the update began."""
+        weights = _digest_later(files)
         with self._lock:
             self._weights[version] = weights
             for old in sorted(self._weights)[:-_NUM_VERSIONS]:

@@ -57,6 +57,7 @@ from tokasaurus.protocol.messages import (
 from tokasaurus.text.broadcasts import Broadcasts
 from tokasaurus.text.expected_lengths import ExpectedLengths
 from tokasaurus.text.generation import Generation
+from tokasaurus.text.numbering import PART_SHIFT, REQUEST_MASK
 from tokasaurus.text.placing import as_int32, progress_of, shares_of
 from tokasaurus.text.prefix_places import Blocks, PrefixPlaces
 from tokasaurus.text.replica_answers import Endings, merged_statistics, without_state
@@ -67,9 +68,6 @@ __all__ = ["Find", "Replicas"]
 
 Find: TypeAlias = Callable[[int], Generation | None]
 """Finds the generation in flight with a request id."""
-
-_PART_SHIFT = 40
-_REQUEST_MASK = (1 << _PART_SHIFT) - 1
 
 
 class Replicas:
@@ -405,7 +403,7 @@ class Replicas:
         blocks: Blocks,
     ) -> None:
         request, number = route.request, route.num_parts
-        part_id = request.request_id | number << _PART_SHIFT
+        part_id = request.request_id | number << PART_SHIFT
         route.num_parts += 1
         route.parts[part_id] = Part(
             part_id,
@@ -454,7 +452,7 @@ class Replicas:
             message.finish_reasons.tolist(),
             strict=True,
         ):
-            route = self._routes.get(part_id & _REQUEST_MASK)
+            route = self._routes.get(part_id & REQUEST_MASK)
             part = None if route is None else route.parts.get(part_id)
             if route is None or part is None:
                 continue  # another part was refused
@@ -462,8 +460,8 @@ class Replicas:
                 part.advance(index, count)
             if reason != FinishReason.RUNNING:
                 self._end_sample(route, part, index, reason)
-        if (part_ids > _REQUEST_MASK).any():
-            return msgspec.structs.replace(message, request_ids=part_ids & _REQUEST_MASK)
+        if (part_ids > REQUEST_MASK).any():
+            return msgspec.structs.replace(message, request_ids=part_ids & REQUEST_MASK)
         return message
 
     def _end_sample(self, route: Route, part: Part, index: int, reason: int) -> None:
@@ -485,7 +483,7 @@ class Replicas:
 
     def _absorb_rejection(self, message: RequestRejected) -> list[ToServer]:
         """The first part that is refused ends the request."""
-        route = self._routes.get(message.request_id & _REQUEST_MASK)
+        route = self._routes.get(message.request_id & REQUEST_MASK)
         part = None if route is None else route.parts.pop(message.request_id, None)
         if route is not None and part is not None:
             part.leave()
@@ -499,7 +497,7 @@ class Replicas:
         for part_id, eta_s in zip(
             message.request_ids.tolist(), message.seconds.tolist(), strict=True
         ):
-            route = self._routes.get(part_id & _REQUEST_MASK)
+            route = self._routes.get(part_id & REQUEST_MASK)
             if route is None or part_id not in route.parts:
                 continue
             if len(route.parts) > 1:
@@ -536,7 +534,7 @@ def _renamed(
     message: PromptLogprobs | PooledState | RequestRejected,
 ) -> PromptLogprobs | PooledState | RequestRejected:
     """The message with the id of the request instead of its part's."""
-    request_id = message.request_id & _REQUEST_MASK
+    request_id = message.request_id & REQUEST_MASK
     if request_id == message.request_id:
         return message
     return msgspec.structs.replace(message, request_id=request_id)

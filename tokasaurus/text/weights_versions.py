@@ -5,6 +5,8 @@ The weights that the engine starts with are version 0. Each update makes the nex
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 __all__ = ["FIRST_LABEL", "WeightsVersions"]
 
 FIRST_LABEL = "default"
@@ -16,10 +18,12 @@ class WeightsVersions:
 
     Attributes:
         version: of the weights that run now.
+        revision: changes with every change of the version or of a label.
     """
 
     def __init__(self) -> None:
         self.version = 0
+        self.revision = 0
         self._last_taken = 0  # the newest that any replica has had
         self._pending: list[int] = []  # updates without an answer
         self._labels: dict[int, str] = {}  # by version, those that clients gave
@@ -37,6 +41,17 @@ class WeightsVersions:
     def rename(self, label: str) -> None:
         """Gives the present version another label."""
         self._labels[self.version] = label
+        self.revision += 1
+
+    @property
+    def labels(self) -> dict[int, str]:
+        """The labels that clients gave, by version."""
+        return dict(self._labels)
+
+    def follow(self, version: int, labels: Mapping[int, str]) -> None:
+        """Takes over what another process knows of the engine's versions."""
+        self.version, self._labels = version, dict(labels)
+        self.revision += 1
 
     def reserve(self, label: str | None) -> int:
         """The number of the next update.
@@ -49,6 +64,7 @@ class WeightsVersions:
         self._labels.pop(version, None)
         if label is not None:
             self._labels[version] = label
+        self.revision += 1
         return version
 
     def adopt(self, version: int) -> None:
@@ -71,5 +87,6 @@ class WeightsVersions:
             self._labels.pop(version, None)
 
     def _forget(self, version: int) -> None:
+        self.revision += 1
         if version in self._pending:
             self._pending.remove(version)

@@ -10,6 +10,7 @@ from rank_processes import RankProcesses
 from rows import named
 
 from tokasaurus.model.backend.cpu.shared_memory import SharedMemory, SharedMemoryRank
+from tokasaurus.model.parallel import collectives
 from tokasaurus.model.parallel.collectives import GroupRank, open_tensor_parallel
 from tokasaurus.model.parallel.ranks import Ranks
 
@@ -118,14 +119,16 @@ def test_many_ranks_on_few_cores_wait_for_one_another(tmp_path):
         ranks.end()
 
 
-def ways(meeting, failing):
-    """The way that ranks take if this one of them cannot open the memory, and a sum."""
+def ways(meeting, failing, is_elsewhere):
+    """The way that ranks take if one of them cannot share memory, and a sum."""
 
     def fail(*_):
         raise OSError("not permitted")
 
     with pytest.MonkeyPatch.context() as patch:
-        if meeting.rank == failing:
+        if meeting.rank == failing and is_elsewhere:
+            patch.setattr(collectives, "_place", lambda path: f"another machine {path}")
+        elif meeting.rank == failing:
             patch.setattr(SharedMemory, "make" if failing == 0 else "open", fail)
         group = Ranks(meeting.rank, meeting.size, 1, meeting.rendezvous).tp_group
         parallel = open_tensor_parallel(group, torch.device("cpu"), "auto")
@@ -134,7 +137,7 @@ def ways(meeting, failing):
 
 def test_all_ranks_take_gloo_if_one_cannot_share_memory(ranks):
     expected = expected_sum(4, (3, 5), torch.float32)
-    for failing, way in ((0, GroupRank), (1, GroupRank), (3, GroupRank), (4, SharedMemoryRank)):
-        for taken, result in ranks.run(4, ways, failing):
-            assert taken is way
+    for failing, is_elsewhere in ((0, False), (1, False), (3, False), (2, True), (None, False)):
+        for way, result in ranks.run(4, ways, failing, is_elsewhere):
+            assert way is (SharedMemoryRank if failing is None else GroupRank)
             assert torch.equal(result, expected)

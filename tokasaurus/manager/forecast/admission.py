@@ -6,7 +6,7 @@ after a refusal (``patience``). The use of pages is computed from all running se
 needed, at most once in REFRESH_INTERVAL steps, and patched in between.
 
 Lets sequences run if, by this, use never exceeds the limit. Does not decide which one comes first,
-and knows nothing of batches except that each is a step.
+and knows nothing of batches except that a step takes one, or a round of the lanes.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class AdmissionControl:
     """The forecast of one replica.
 
     Attributes:
-        prefill_pace: prompt tokens to feed per step; None for as many as a batch takes.
+        prefill_pace: prompt tokens to feed per step; None for as many as its batches take.
+        max_tokens: of the batches of a step.
 
     Args:
         config: the manager's slice.
@@ -75,16 +76,16 @@ class AdmissionControl:
         self, config: ManagerConfig, running: RunningSequences, counters: Counters
     ) -> None:
         self._config = config.admission
-        self._max_tokens = config.max_tokens_per_forward
+        self.max_tokens = config.max_tokens_per_forward * config.num_lanes
         self._page_size = config.page_size
         self._running = running
         self._counters = counters
         self._utilization = self._config.target_utilization if self._config.predict_lengths else 1.0
         self.prefill_pace: int | None = None
         self._learning = LengthLearning(config, running)
-        self._curve = UseCurve(config.page_size, config.max_tokens_per_forward)
+        self._curve = UseCurve(config.page_size, self.max_tokens)
         self._patience = Patience(config.page_size)
-        self._step = 0  # the present one: batches planned
+        self._step = 0  # the present one: steps planned
         self._refreshed_at = -REFRESH_INTERVAL
         self._refresh_at = 0
         self._question: _Question | None = None  # None where there was room without a forecast
@@ -152,7 +153,7 @@ class AdmissionControl:
         predicted_end[slots] = self._step + admitted.num_steps
 
     def pass_step(self) -> None:
-        """A batch was planned."""
+        """The first batch of a step was planned."""
         self._step += 1
 
     # --- what follows from it --------------------------------------------------------------------
@@ -174,7 +175,7 @@ class AdmissionControl:
                 self._question = None
                 self._curve.most_used += num_pages
                 return sum(candidate.num_rows for candidate in candidates)
-            self.refresh((), self._max_tokens - self._running.num_running)
+            self.refresh((), self.max_tokens - self._running.num_running)
         rows, forest = candidate_rows(candidates, self._page_size, self._learning)
         self._question = _Question(rows, forest, self._running.num_unfed_tokens())
         if self._is_roomy_with(rows.most_pages(self._page_size)):
@@ -244,7 +245,7 @@ class AdmissionControl:
         Args:
             waiting: the candidates that are likely to run next, for the pace at which prompts are
                 fed; none where that is not limited.
-            budget: prompt tokens that a batch can feed.
+            budget: prompt tokens that a step can feed.
         """
         self._judge()
         self._refresh_at = self._step + REFRESH_INTERVAL

@@ -34,21 +34,22 @@ class StepTimer:
         """Something else has run between two batches: the time until the next is not a step's."""
         self._absorbed_at = None
 
-    def absorbed(self, now: float, num_results: int, is_idle: bool) -> None:
+    def absorbed(self, now: float, num_steps: int, is_idle: bool) -> None:
         """Takes the time at which results were absorbed.
 
         Args:
             now: that time.
-            num_results: results that came.
+            num_steps: steps that began with the batches of these results.
             is_idle: whether nothing else is in flight.
         """
-        if num_results == 0:
-            return
-        if self._absorbed_at is not None:
-            measured = (now - self._absorbed_at) / num_results
-            share = _NEW_SHARE if self.seconds else 1.0
-            self.seconds += share * (measured - self.seconds)
-        self._absorbed_at = None if is_idle else now
+        if num_steps:
+            if self._absorbed_at is not None:
+                measured = (now - self._absorbed_at) / num_steps
+                share = _NEW_SHARE if self.seconds else 1.0
+                self.seconds += share * (measured - self.seconds)
+            self._absorbed_at = now
+        if is_idle:
+            self._absorbed_at = None
 
 
 def eta(

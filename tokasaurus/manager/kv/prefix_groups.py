@@ -31,6 +31,7 @@ attention.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
@@ -97,6 +98,23 @@ class Groups:
         return cls(slots, EMPTY_INT32, EMPTY_INT32, EMPTY_INT32, EMPTY_INT32)
 
 
+class _Known(NamedTuple):
+    """The groups that were found for these slots, and the version of the prefixes then."""
+
+    version: int
+    slots: IndexArray
+    chunk_slots: IndexArray
+    groups: Groups
+
+    def is_of(self, version: int, slots: IndexArray, chunk_slots: IndexArray) -> bool:
+        """Whether the groups are those of these slots now."""
+        return (
+            self.version == version
+            and np.array_equal(slots, self.slots)
+            and (chunk_slots is self.chunk_slots or np.array_equal(chunk_slots, self.chunk_slots))
+        )
+
+
 class GroupFinder:
     """Finds the groups of one batch after the other, and looks again only when something changed.
 
@@ -114,20 +132,24 @@ class GroupFinder:
         page_size: tokens.
         min_group_size: slots that a group has at least.
         min_prefix_len: tokens, from position 0 to the end of a group, at least.
+        num_lanes: batches after which the same slots may come again.
     """
 
     def __init__(
-        self, prefixes: SharedPrefixes, page_size: int, min_group_size: int, min_prefix_len: int
+        self,
+        prefixes: SharedPrefixes,
+        page_size: int,
+        min_group_size: int,
+        min_prefix_len: int,
+        num_lanes: int = 1,
     ) -> None:
         self._prefixes = prefixes
         self._min_slots = max(1, min_group_size)
         self._min_end = max(1, ceil_div(min_prefix_len, page_size))
         self._min_columns = min(self._min_end, max(1, ceil_div(MIN_NESTED_LEN, page_size)))
-        # The groups that were found last, for these slots, and the version of the prefixes then.
-        self._version = -1
-        self._slots: IndexArray = NO_SLOTS
-        self._chunk_slots: IndexArray = NO_SLOTS
-        self._found = Groups.none(self._slots)
+        # Of each lane, the one that is due first.
+        nothing = _Known(-1, NO_SLOTS, NO_SLOTS, Groups.none(NO_SLOTS))
+        self._known = deque([nothing] * num_lanes)
 
     def find(self, slots: IndexArray, chunk_slots: IndexArray = NO_SLOTS) -> Groups:
         """The groups of a batch.
@@ -138,15 +160,15 @@ class GroupFinder:
             chunk_slots: [chunks] likewise. All pages that they share are filled already.
         """
         version = self._prefixes.version
-        is_known = (
-            version == self._version
-            and np.array_equal(slots, self._slots)
-            and (chunk_slots is self._chunk_slots or np.array_equal(chunk_slots, self._chunk_slots))
-        )
-        if not is_known:
-            self._found = self._look(slots, chunk_slots)
-            self._version, self._slots, self._chunk_slots = version, slots, chunk_slots
-        return self._found
+        for _ in range(len(self._known)):
+            known = self._known.popleft()
+            self._known.append(known)
+            if known.is_of(version, slots, chunk_slots):
+                return known.groups
+        self._known.popleft()
+        groups = self._look(slots, chunk_slots)
+        self._known.append(_Known(version, slots, chunk_slots, groups))
+        return groups
 
     def _look(self, decode_slots: IndexArray, chunk_slots: IndexArray) -> Groups:
         prefixes = self._prefixes

@@ -118,7 +118,7 @@ class Worker:
         self.ranks = Ranks(
             config.rank, config.tp_size, config.pp_size, rendezvous, device=self._device
         )
-        stage = choose_stage(self.ranks, model_config, place)
+        stage = choose_stage(self.ranks, model_config, place, backend, options)
         parallel = open_tensor_parallel(self.ranks.tp_group, self._device, config.instruction_set)
         overlap = open_overlap(self.ranks, place.linear, config.async_tp_threshold)
         place = replace(place, parallel=parallel, overlap=overlap)
@@ -287,6 +287,9 @@ class Worker:
         pipeline, waited_s = self._pipeline, self._pipeline.waited_s
         pipeline.need_tokens_of(batch.decode_slots)
         planned = self._state.apply(batch)
+        if self.ranks.samples and batch.parameters is not None:
+            # Grammars are compiled while the layers run.
+            matchers.enter(batch.parameters)
         hidden = self._run_layers(planned)
         grouped = self._backend.grouped_rows if planned.num_rows else NO_GROUPED_ROWS
         waited_s = pipeline.waited_s - waited_s
@@ -295,8 +298,6 @@ class Worker:
                 give_logits(self._model, hidden, planned.sampling, planned.prompt)
             pipeline.expect_tokens(planned.sampling)
             return Outputs.of_other_rank(waited_s)
-        if batch.parameters is not None:
-            matchers.enter(batch.parameters)
         return self._sample(planned, hidden, matchers, grouped, waited_s)
 
     def _run_layers(self, planned: PlannedBatch) -> Tensor:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from prometheus_client import Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["CountRequests"]
+from tokasaurus.server.http.passing_on import PASSED_ON
+
+__all__ = ["CountRequests", "NewCounts"]
 
 _OTHER_PATHS = "other"
 
@@ -37,6 +39,32 @@ class CountRequests:
         try:
             await self._app(scope, receive, noting)  # type: ignore[arg-type]
         finally:
-            # The route, not the path: clients can invent any number of paths.
-            path = getattr(scope.get("route"), "path", _OTHER_PATHS)
-            self._counter.labels(path, str(status)).inc()
+            if not scope.get(PASSED_ON):  # otherwise it is counted where it is answered
+                # The route, not the path: clients can invent any number of paths.
+                path = getattr(scope.get("route"), "path", _OTHER_PATHS)
+                self._counter.labels(path, str(status)).inc()
+
+
+class NewCounts:
+    """What was counted since the last call.
+
+    Args:
+        counter: as above.
+    """
+
+    def __init__(self, counter: Counter) -> None:
+        self._counter = counter
+        self._told: dict[tuple[str, str], int] = {}
+
+    def take(self) -> tuple[tuple[str, str, int], ...]:
+        """Path, status and number of the answers since the last call."""
+        new = []
+        for metric in self._counter.collect():
+            for sample in metric.samples:
+                if sample.name.endswith("_total"):
+                    key = sample.labels["path"], sample.labels["status"]
+                    number = int(sample.value) - self._told.get(key, 0)
+                    if number:
+                        new.append((*key, number))
+                        self._told[key] = int(sample.value)
+        return tuple(new)

@@ -1,0 +1,71 @@
+"""The web server of a process: uvicorn as the engine configures it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import resource
+from collections.abc import Iterator
+
+import uvicorn
+from fastapi import FastAPI
+
+from tokasaurus.config.slices import ServerConfig
+from tokasaurus.launch.http_protocol import connections
+from tokasaurus.server.http.request_ids import RequestIds
+
+__all__ = ["allow_many_files", "web_server"]
+
+_KEEP_ALIVE_S = 75  # seconds that a connection without a request stays open
+_FLUSH_S = 2  # seconds for answers and errors to reach their clients before connections are cut
+_ACCEPTED_AT_ONCE = 2048  # connections, if one process accepts them
+
+
+class _HTTPServer(uvicorn.Server):
+    """uvicorn without its signal handlers: the supervisor handles signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def allow_many_files() -> None:
+    """Raises the limit of files: each connection is one, and the usual limit is a thousand."""
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS names a limit that it refuses
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+
+
+def web_server(
+    config: ServerConfig,
+    app: FastAPI,
+    *,
+    is_inner: bool = False,
+    num_accepted: int = _ACCEPTED_AT_ONCE,
+) -> uvicorn.Server:
+    """The web server for an application.
+
+    Args:
+        config: the server's slice.
+        app: the application.
+        is_inner: its clients are HTTP processes of this engine.
+        num_accepted: connections that it accepts at once; others may be accepted elsewhere.
+    """
+    logging.getLogger("uvicorn").setLevel(config.uvicorn_log_level.upper())
+    return _HTTPServer(
+        uvicorn.Config(
+            RequestIds(app),
+            http=connections(config.request_read_timeout_s),
+            ws="none",
+            log_config=None,  # logs go through the engine's own handler
+            log_level=config.uvicorn_log_level,
+            access_log=not is_inner and config.uvicorn_log_level in ("trace", "debug", "info"),
+            timeout_graceful_shutdown=_FLUSH_S,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            lifespan="off",
+            server_header=False,
+            ssl_certfile=None if is_inner else config.ssl_certfile,
+            ssl_keyfile=None if is_inner else config.ssl_keyfile,
+            backlog=num_accepted,
+        )
+    )
