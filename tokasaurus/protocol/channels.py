@@ -127,8 +127,8 @@ class AsyncReceiver(Generic[M]):
         self._awaited: asyncio.Future[bytes] | None = None
 
     async def receive(self) -> M:
-        self._awaited = self._socket.recv()
-        data = await self._awaited
+        awaited = self._awaited = asyncio.ensure_future(self._socket.recv())
+        data = await awaited
         self._awaited = None
         return self._codec.decode(data)
 
