@@ -158,6 +158,20 @@ def test_a_sequence_that_the_server_holds_up_comes_back_into_the_round() -> None
     world.drain()
 
 
+@pytest.mark.parametrize("num_pages", range(5, 12))
+def test_no_batch_is_empty_where_all_that_could_decode_give_way(num_pages: int) -> None:
+    # The first waits for the server, so the others may have to give way to themselves.
+    for num_lanes in (2, 3):
+        world = world_of(num_lanes, num_pages=num_pages, stop_lag=4, max_request_tokens=20)
+        held = make_request(0, prompt(5), 14, hold_for_acks=True)
+        world.turn(held, *(make_request(i, prompt(5, i), 14) for i in (1, 2)))
+        for _ in range(40):
+            world.turn(num_results=1)
+        assert all(num_tokens(batch) for batch in world.batches)
+        world.turn(AbortRequest(0))
+        world.drain()
+
+
 # --- prompts -------------------------------------------------------------------------------------
 
 

@@ -183,6 +183,8 @@ class Scheduler:
             if self._lanes is None or not self._lanes.num_decoding:
                 return None
             decode_slots, is_decoding = self._decode(at_once=True)
+            if not len(decode_slots):  # all that could decode gave way
+                return None
         number = self._running.in_flight.next_number
         begins_step = self._lanes is None or self._lanes.begins_step(number)
         batch = self._commit(decode_slots, chunks, accepted, now, begins_step)
