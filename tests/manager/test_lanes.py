@@ -200,6 +200,22 @@ def test_a_long_prompt_among_short_ones_makes_no_long_batch() -> None:
     world.drain()
 
 
+def test_batches_without_decode_rows_keep_the_pace_of_prompts() -> None:
+    world = world_of(num_lanes=5)
+    world.turn(*requests(2))
+    run_until_fed(world)
+    world.turn(make_request(9, prompt(1500, 9), 5))
+    world.manager._scheduler._admission.prefill_pace = 10
+    budget = world.manager._scheduler._prompt_budget
+    assert budget.tokens(1, keeps_pace=True) == budget.tokens(0, keeps_pace=True) == 2
+    first = len(world.batches)
+    while len(world.batches) < first + 4:
+        world.turn(num_results=1)
+        world.manager._scheduler._admission.prefill_pace = 10
+    assert max(len(batch.prefill_ids) for batch in world.batches[first:]) == 2
+    world.drain()
+
+
 def test_prompts_do_not_wait_for_the_tokens_of_a_lane() -> None:
     """A sequence that decodes alone beside a prompt has a row in every fifth batch only."""
     world = world_of(num_lanes=5)

@@ -424,7 +424,8 @@ class Scheduler:
     ) -> tuple[list[Chunk], list[_Offer]]:
         """The chunks of the batch, and the sequences that enter, among them those of chunks."""
         self._refresh_forecast(num_decoding)
-        budget = self._prompt_budget.tokens(num_decoding)
+        num_all = num_decoding if self._lanes is None else self._lanes.num_decoding
+        budget = self._prompt_budget.tokens(num_decoding, keeps_pace=num_all > 0)
         chunks = self._plan_chunks(budget)
         budget -= sum(chunk.length for chunk in chunks)
         offers, waiting = self._plan_offers(chunks, budget, is_decoding, overdue)
