@@ -120,7 +120,7 @@ def test_worlds_with_commands() -> None:
 
 def test_worlds_with_lanes() -> None:
     """Worlds of all these kinds, on pipelines of two, three and five lanes."""
-    run_worlds(200_000, num_events=12_000, make_world=Simulation.with_lanes_of_seed)
+    run_worlds(200_000, num_events=5_000, make_world=Simulation.with_lanes_of_seed)
 
 
 @pytest.mark.long

@@ -122,7 +122,7 @@ def steady_load(
     stages: Stages | None = None,
     buffer_stages: int = 1,
     workload: str = "chat",
-    size: float = 0.3,
+    size: float = 0.2,
 ) -> Report:
     """Many requests of mixed lengths on a model of 8 billion parameters."""
     config = EngineConfig.from_flags(
