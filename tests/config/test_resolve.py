@@ -89,6 +89,9 @@ def test_a_replica_has_a_worker_for_each_stage():
     (replica,) = slices(pp_size=3).replicas
     assert [worker.rank for worker in replica.workers] == [0, 1, 2]
     assert {worker.num_ranks for worker in replica.workers} == {3}
+    assert replica.manager.num_lanes == 3
+    assert slices(pp_size=3, pp_num_buffer_stages=2).replicas[0].manager.num_lanes == 5
+    assert slices(pp_num_buffer_stages=2).replicas[0].manager.num_lanes == 1
     with pytest.raises(ConfigError, match="pp_size=65: the model has 64 layers"):
         slices(pp_size=65)
 

@@ -19,7 +19,8 @@ from engine_process import EngineProcess, eventually
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.errors import ConfigError
 from tokasaurus.launch.remote.launcher import Place
-from tokasaurus.launch.torchrun import Rank, places_of, rank_of
+from tokasaurus.launch.remote.link import SECRET_VARIABLE
+from tokasaurus.launch.torchrun import Rank, _shared_secret, places_of, rank_of
 from tokasaurus.protocol.role import Role
 
 FLAGS = (
@@ -253,3 +254,12 @@ def test_each_worker_has_the_rank_of_its_number_and_a_manager_that_of_its_first(
         Role("manager", 0): Place(0),
         Role("manager", 1): Place(2),
     }
+
+
+def test_a_secret_that_the_user_gave_does_not_go_through_the_store(monkeypatch):
+    monkeypatch.setenv(SECRET_VARIABLE, "a secret of thirty-two characters")
+    assert _shared_secret(None) == "a secret of thirty-two characters"
+    monkeypatch.delenv(SECRET_VARIABLE)
+    assert _shared_secret("of the store") == "of the store"
+    with pytest.raises(ConfigError, match="set the same for every rank"):
+        _shared_secret(None)

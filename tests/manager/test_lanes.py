@@ -158,6 +158,20 @@ def test_a_sequence_that_the_server_holds_up_comes_back_into_the_round() -> None
     world.drain()
 
 
+@pytest.mark.parametrize("num_pages", range(5, 12))
+def test_no_batch_is_empty_where_all_that_could_decode_give_way(num_pages: int) -> None:
+    # The first waits for the server, so the others may have to give way to themselves.
+    for num_lanes in (2, 3):
+        world = world_of(num_lanes, num_pages=num_pages, stop_lag=4, max_request_tokens=20)
+        held = make_request(0, prompt(5), 14, hold_for_acks=True)
+        world.turn(held, *(make_request(i, prompt(5, i), 14) for i in (1, 2)))
+        for _ in range(40):
+            world.turn(num_results=1)
+        assert all(num_tokens(batch) for batch in world.batches)
+        world.turn(AbortRequest(0))
+        world.drain()
+
+
 # --- prompts -------------------------------------------------------------------------------------
 
 
@@ -183,6 +197,22 @@ def test_a_long_prompt_among_short_ones_makes_no_long_batch() -> None:
     world.turn(*[make_request(i, prompt(lengths[i % 8], i), 20 + i * 7 % 40) for i in range(200)])
     next_batches(world, 100)
     assert max(len(batch.prefill_ids) for batch in next_batches(world, 200)) < 32
+    world.drain()
+
+
+def test_batches_without_decode_rows_keep_the_pace_of_prompts() -> None:
+    world = world_of(num_lanes=5)
+    world.turn(*requests(2))
+    run_until_fed(world)
+    world.turn(make_request(9, prompt(1500, 9), 5))
+    world.manager._scheduler._admission.prefill_pace = 10
+    budget = world.manager._scheduler._prompt_budget
+    assert budget.tokens(1, keeps_pace=True) == budget.tokens(0, keeps_pace=True) == 2
+    first = len(world.batches)
+    while len(world.batches) < first + 4:
+        world.turn(num_results=1)
+        world.manager._scheduler._admission.prefill_pace = 10
+    assert max(len(batch.prefill_ids) for batch in world.batches[first:]) == 2
     world.drain()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import struct
 from collections.abc import Iterator
 
 import numpy as np
@@ -97,3 +99,16 @@ def test_what_travels_is_encrypted():
         assert prompt[:8].tobytes() not in seen
         sender.close()
         receiver.close()
+
+
+def test_a_stranger_cannot_fill_the_memory_with_one_message(door):
+    _, outside = door
+    host, port = outside.address.removeprefix("tcp://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as sock:
+        mechanism = b"CURVE".ljust(20, b"\0")
+        greeting = b"\xff" + bytes(8) + b"\x7f\x03\x01" + mechanism
+        sock.sendall(greeting.ljust(64, b"\0"))
+        sock.sendall(b"\x06" + struct.pack(">Q", 1 << 29))  # a command of 512 MiB
+        with contextlib.suppress(ConnectionResetError):
+            while sock.recv(1024):  # the door ends the connection
+                pass

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Container, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 from tokasaurus.batch.capacity import Capacity
@@ -16,8 +15,6 @@ from tokasaurus.batch.lines import (
     Request,
     answer_line,
     error_line,
-    parse_line,
-    read_lines,
     usage_of,
 )
 from tokasaurus.batch.recorder import Recorder
@@ -42,8 +39,6 @@ class Answering:
     Args:
         answer: answers one request.
         capacity: what all batches share.
-        endpoint: the url of every line; None if urls may differ.
-        urls: the urls that requests may have.
         write: writes a group of answers to the disk.
     """
 
@@ -51,22 +46,17 @@ class Answering:
         self,
         answer: Answer,
         capacity: Capacity,
-        endpoint: str | None,
-        urls: Collection[str],
         write: Callable[[list[NewAnswer]], Awaitable[object]],
     ) -> None:
         self._answer = answer
         self._capacity = capacity
-        self._endpoint = endpoint
-        self._urls = urls
         self._write = write
 
-    async def run(self, path: Path, answered: Container[int]) -> None:
-        """Answers the lines of a file that have no answer yet. If cancelled, answers some of them.
+    async def run(self, lines: Iterator[Line]) -> None:
+        """Answers lines. If cancelled, answers some of them.
 
         Args:
-            path: the input file.
-            answered: the lines that have an answer.
+            lines: taken in a thread, a few at a time, as there is room for them.
 
         Raises:
             EngineError: the engine is gone.
@@ -84,7 +74,7 @@ class Answering:
                 failed.append(error)
 
         try:
-            async for line in self._lines(path, answered):
+            async for line in _as_needed(lines):
                 cost = _cost(line)
                 priority = await self._capacity.take(*cost)
                 task = asyncio.create_task(self._answer_one(line, priority, recorder))
@@ -104,17 +94,6 @@ class Answering:
         if failed:
             raise failed[0]
 
-    async def _lines(self, path: Path, answered: Container[int]) -> AsyncIterator[Line]:
-        """Yields the lines without an answer, in order, and reads the file in chunks."""
-        lines = (
-            parse_line(number, line, self._endpoint, self._urls)
-            for number, line in read_lines(path)
-            if number not in answered
-        )
-        while chunk := await asyncio.to_thread(_take_some, lines):
-            for line in chunk:
-                yield line
-
     async def _answer_one(self, line: Line, priority: int, recorder: Recorder) -> None:
         if isinstance(line, BadLine):
             data = error_line(line.custom_id, line.code, line.message)
@@ -124,6 +103,12 @@ class Answering:
         make = partial(_new_answer, line.line, line.custom_id, status, body)
         answer = await asyncio.to_thread(make) if len(body) > _LARGE_BODY else make()
         await recorder.keep(answer)
+
+
+async def _as_needed(lines: Iterator[Line]) -> AsyncIterator[Line]:
+    while chunk := await asyncio.to_thread(_take_some, lines):
+        for line in chunk:
+            yield line
 
 
 def _cost(line: Line) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from typing import ParamSpec, TypeVar
 from tokasaurus.batch.answering import Answer, Answering
 from tokasaurus.batch.capacity import Capacity
 from tokasaurus.batch.disk import disk_error
+from tokasaurus.batch.lines import parse_line, read_lines
 from tokasaurus.batch.records import Batch, BatchError, BatchErrors, StoredFile, new_id
 from tokasaurus.batch.results import write_results
 from tokasaurus.batch.store import JobStore, NewAnswer
@@ -245,8 +246,13 @@ class BatchRunner:
         async def write(answers: list[NewAnswer]) -> None:
             await self.on_disk(self.store.record, batch.id, answers)
 
-        answering = Answering(self._answer, self._capacity, batch.endpoint, self.urls, write)
-        work = asyncio.create_task(answering.run(path, answered))
+        unanswered = (
+            parse_line(number, line, batch.endpoint, self.urls)
+            for number, line in read_lines(path)
+            if number not in answered
+        )
+        answering = Answering(self._answer, self._capacity, write)
+        work = asyncio.create_task(answering.run(unanswered))
         cancelled = asyncio.create_task(job.cancelled.wait())
         try:
             await asyncio.wait({work, cancelled}, timeout=left_s, return_when="FIRST_COMPLETED")

@@ -5,24 +5,31 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO
 
 import msgspec
 
 from tokasaurus import untrusted_json
-from tokasaurus.batch.lines import MAX_LINE_BYTES, read_lines
+from tokasaurus.batch.lines import MAX_LINE_BYTES, lines_in
 from tokasaurus.batch.store import open_private
 from tokasaurus.errors import ConfigError
 
-__all__ = ["import_requests", "is_parquet", "load_pyarrow", "write_parquet"]
+__all__ = [
+    "import_requests",
+    "is_parquet",
+    "load_pyarrow",
+    "requests_in",
+    "write_parquet",
+    "write_table",
+]
 
 _URLS = {"prompt": "/v1/completions", "messages": "/v1/chat/completions"}
 _ROWS = 256  # of a table, read or written at once
 
 
-def is_parquet(path: Path) -> bool:
+def is_parquet(path: PurePath) -> bool:
     """Whether a file's name says that it is Parquet."""
     return path.suffix.lower() == ".parquet"
 
@@ -35,20 +42,34 @@ def import_requests(source: Path, target: Path) -> None:
     Raises:
         ConfigError: the file cannot be read.
     """
-    lines = _rows_as_lines(source) if is_parquet(source) else _lines(source)
-    with open_private(target, is_new=True) as file:
-        for number, line in enumerate(lines, 1):
-            file.write(_as_batch_line(number, line) + b"\n")
+    with source.open("rb") as requests, open_private(target, is_new=True) as file:
+        for number, line in requests_in(requests, source):
+            if line is None:
+                raise ConfigError(
+                    f"{source}: request {number} is too long: a line may have at most"
+                    f" {MAX_LINE_BYTES} bytes"
+                )
+            file.write(line + b"\n")
 
 
-def _lines(source: Path) -> Iterator[bytes]:
-    for number, line in read_lines(source):
-        if line is None:
-            raise ConfigError(
-                f"{source}: line {number} is too long: a line may have at most {MAX_LINE_BYTES}"
-                " bytes"
-            )
-        yield line
+def requests_in(file: BinaryIO, path: PurePath) -> Iterator[tuple[int, bytes | None]]:
+    """Yields the number, from 1, of every request of a file, and the request as a batch line.
+
+    The line is None if it is too long. What is not a request is yielded as it is.
+
+    Args:
+        file: the open file, JSONL or Parquet.
+        path: its name, which says which of the two it is.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    if is_parquet(path):
+        lines: Iterator[bytes | None] = _rows_as_lines(file, path)
+    else:
+        lines = (line for _, line in lines_in(file))
+    for number, line in enumerate(lines, 1):
+        yield number, None if line is None else _as_batch_line(number, line)
 
 
 def _as_batch_line(number: int, line: bytes) -> bytes:
@@ -68,15 +89,15 @@ def _as_batch_line(number: int, line: bytes) -> bytes:
     return msgspec.json.encode(wrapped)
 
 
-def _rows_as_lines(source: Path) -> Iterator[bytes]:
+def _rows_as_lines(file: BinaryIO, path: PurePath) -> Iterator[bytes]:
     pyarrow, parquet = load_pyarrow()
     try:
-        table = parquet.ParquetFile(source)
+        table = parquet.ParquetFile(file)
         for rows in table.iter_batches(_ROWS):
             for row in rows.to_pylist():
                 yield msgspec.json.encode(_without_nulls(row))
     except pyarrow.ArrowException as error:
-        raise ConfigError(f"{source} cannot be read as Parquet: {error}") from None
+        raise ConfigError(f"{path} cannot be read as Parquet: {error}") from None
 
 
 def _without_nulls(row: Any) -> Any:
@@ -92,16 +113,23 @@ def _without_nulls(row: Any) -> Any:
 
 
 def write_parquet(lines: Path, target: Path) -> None:
+    """Writes a file of result lines as a table, as ``write_table`` does."""
+    with lines.open("rb") as file, target.open("wb") as table:
+        write_table(file, table)
+
+
+def write_table(lines: Iterable[bytes], target: BinaryIO) -> None:
     """Writes result lines as a table: custom_id, status_code, text, and body and error as JSON.
 
     ``text`` is that of the first choice.
     """
+    lines = iter(lines)
     pyarrow, parquet = load_pyarrow()
     text = pyarrow.string()
     names = {"custom_id": text, "status_code": pyarrow.int32(), "text": text}
     schema = pyarrow.schema({**names, "body": text, "error": text})
-    with parquet.ParquetWriter(target, schema) as writer, lines.open("rb") as file:
-        while rows := [_as_row(json.loads(line)) for line in itertools.islice(file, _ROWS)]:
+    with parquet.ParquetWriter(target, schema) as writer:
+        while rows := [_as_row(json.loads(line)) for line in itertools.islice(lines, _ROWS)]:
             writer.write_table(pyarrow.Table.from_pylist(rows, schema))
 
 

@@ -27,6 +27,7 @@ COMMANDS = {
     "lookahead": "how long the device waits for the manager, and how many tokens are wasted",
     "trace": "write a workload to a file",
     "replay": "run a workload from a file in virtual time",
+    "scaling": "the throughput of many replicas behind one router, in virtual time",
     "pipeline": "throughput and bubble of pipelines of simulated devices, in virtual time",
     "compare": "admission by forecast against two simpler policies, in virtual time",
 }

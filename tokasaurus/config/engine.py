@@ -552,14 +552,16 @@ class EngineConfig:
             "every other weight. It must divide the heads of the model."
         ),
     )
-    pp_num_buffer_stages: int = flag(
-        1,
+    pp_num_buffer_stages: int | None = flag(
+        None,
         group=_PARALLEL,
         minimum=0,
         help=(
             "With pp_size over 1: batches in flight beyond one for each stage. They hide the way "
             "of the tokens from the last stage to the first."
         ),
+        usually="1",
+        adapts="0 on cpu, where that way is short and small batches are slow",
     )
     async_tp_threshold: int | None = flag(
         None,

@@ -115,7 +115,7 @@ def resolve(
         server=_server(config, facts, limits),
         replicas=tuple(
             ReplicaSlices(
-                manager=_manager(config, limits),
+                manager=_manager(config, limits, device),
                 workers=tuple(
                     _worker(config, facts, limits, device, dtype.name, replica, rank)
                     for rank in range(config.pp_size * config.tp_size)
@@ -435,7 +435,16 @@ def _data_dir(config: EngineConfig) -> str:
     return config.data_dir or f"~/.local/share/tokasaurus/port-{config.port}"
 
 
-def _manager(config: EngineConfig, limits: _Limits) -> ManagerConfig:
+def _num_lanes(config: EngineConfig, device: str) -> int:
+    if config.pp_size == 1:
+        return 1
+    buffers = config.pp_num_buffer_stages
+    if buffers is None:
+        buffers = 0 if device == "cpu" else 1
+    return config.pp_size + buffers
+
+
+def _manager(config: EngineConfig, limits: _Limits, device: str) -> ManagerConfig:
     min_group_size, min_prefix_len = _group_limits(config)
     return ManagerConfig(
         page_size=limits.page_size,
@@ -444,7 +453,7 @@ def _manager(config: EngineConfig, limits: _Limits) -> ManagerConfig:
         max_seqs_per_forward=limits.max_seqs,
         max_tokens_per_forward=limits.max_tokens,
         max_request_tokens=limits.max_request_tokens,
-        num_lanes=config.pp_size + config.pp_num_buffer_stages if config.pp_size > 1 else 1,
+        num_lanes=_num_lanes(config, device),
         scheduling_steps_ahead=config.scheduling_steps_ahead,
         adapt_steps_ahead=True,
         stop_lag=STOP_LAG,

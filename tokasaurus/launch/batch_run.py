@@ -7,16 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import datetime
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from tokasaurus.batch.offline import OfflineJob
 from tokasaurus.batch.records import Batch
@@ -25,6 +20,7 @@ from tokasaurus.config.engine import ENGINE, EngineConfig
 from tokasaurus.config.parser import answer_question, parse, print_help
 from tokasaurus.config.schema import flags_of
 from tokasaurus.errors import ConfigError, LaunchError, ModelError
+from tokasaurus.launch.batch_progress import ProgressDisplay
 from tokasaurus.launch.launching import placed
 from tokasaurus.launch.lifeline import Assignment, Done, Lifeline
 from tokasaurus.launch.supervisor import Supervisor
@@ -45,17 +41,19 @@ _SCHEMA = dataclasses.replace(
     "If the command is stopped, run it again: it continues where it stopped.\n\n"
     "INPUT has one request per line (JSONL) or row (if its name ends with .parquet): a line of an\n"
     "OpenAI batch, or only its body, with a prompt or messages. OUTPUT, JSONL or Parquet, appears\n"
-    "once all requests are answered, in the same order. The flags are those of the engine.",
+    "once all requests are answered, in the same order. The flags are those of the engine.\n\n"
+    "With launcher=ray, INPUT and OUTPUT may be directories or URLs (s3://BUCKET/PATH): dp_size\n"
+    "engines on a Ray cluster answer all files of INPUT.",
     examples=(
         "toka-batch run prompts.jsonl answers.jsonl",
         "toka-batch run in.parquet out.jsonl model=meta-llama/Llama-3.2-1B-Instruct",
+        "toka-batch run in_dir out_dir launcher=ray dp_size=16",
     ),
 )
 _QUIET = "log_level=WARNING"  # unless the command line sets it
 _SERVER_GROUPS = ("Server", "Access", "Limits on requests", "Statistics")
 _SERVER_FLAGS = ("uvicorn_log_level", "local_proc_name")
 _REFRESH_S = 0.5
-_LINE_S = 10.0  # between lines of progress if there is no terminal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,6 +84,14 @@ def _run(words: list[str], environment: Mapping[str, str]) -> int:
     if len(names) != 2:
         raise ConfigError("name the input and the output: toka-batch run INPUT OUTPUT")
     _warn_of_flags(config)
+    if "://" in names[0] or Path(names[0]).is_dir():
+        if config.launcher != "ray":
+            raise ConfigError(
+                f"{names[0]} is not a file; set launcher=ray, which answers directories of files"
+            )
+        from tokasaurus.integrations.ray.batches import run_directory
+
+        return run_directory(config, names[0], names[1])
     # Its lines compete with one another only.
     slices, launcher = placed(dataclasses.replace(config, max_request_priority=MAX_PRIORITY))
     job = OfflineJob(Path(names[0]), Path(names[1]), slices.server.model_name)
@@ -144,63 +150,17 @@ class _BatchRun:
         return 0
 
 
-class _ProgressDisplay:
-    """Progress on standard error: a bar on a terminal, otherwise a line from time to time."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}"),
-            TextColumn("{task.fields[eta]}"),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._progress.add_task("loading the model", total=None, speed="", eta="")
-        # Time of the first call, and the tokens of earlier runs.
-        self._begun: tuple[float, int] | None = None
-        self._next_line_at = 0.0
-
-    def __enter__(self) -> _ProgressDisplay:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._progress.stop()
-
-    def show(self, batch: Batch, eta_s: float | None) -> None:
-        """Shows the present state."""
-        now, num_tokens = time.monotonic(), batch.usage.output_tokens
-        if self._begun is None:
-            self._begun = now, num_tokens
-        seconds = max(now - self._begun[0], 1e-9)
-        speed = f"{(num_tokens - self._begun[1]) / seconds:,.0f} tokens/s"
-        eta = "" if eta_s is None else f"about {datetime.timedelta(seconds=round(eta_s))} left"
-        failed = batch.request_counts.failed
-        status = batch.status.replace("_", " ") + (f", {failed} failed" if failed else "")
-        self._progress.update(
-            self._task,
-            description=status,
-            completed=_answered(batch),
-            total=_total(batch) or None,
-            speed=speed,
-            eta=eta,
-        )
-        if not self._console.is_terminal and (now >= self._next_line_at or batch.final):
-            self._next_line_at = now + _LINE_S
-            done = f"{_answered(batch)}/{_total(batch)} lines"
-            line = ", ".join(part for part in (status, done, speed, eta) if part)
-            print(f"toka-batch: {line}", file=sys.stderr, flush=True)
-
-
 def _answered(batch: Batch) -> int:
     return batch.request_counts.completed + batch.request_counts.failed
 
 
 def _total(batch: Batch) -> int:
     return batch.request_counts.total
+
+
+def _show(display: ProgressDisplay, batch: Batch, eta_s: float | None) -> None:
+    status = batch.status.replace("_", " ")
+    display.show(status, batch.request_counts, batch.usage, eta_s, final=batch.final)
 
 
 class _Front(TextProcess):
@@ -251,15 +211,15 @@ class _Front(TextProcess):
         self._stopped.set()
 
     async def _work(self) -> None:
-        with _ProgressDisplay() as display:
+        with ProgressDisplay() as display:
             await self._ready.wait()
             work = asyncio.create_task(self._runner.wait(self._job.batch_id))
             try:
                 while not work.done():
                     batch = await self._batch()
-                    display.show(batch, self._eta_s(batch))
+                    _show(display, batch, self._eta_s(batch))
                     await asyncio.wait({work}, timeout=_REFRESH_S)
-                display.show(await self._batch(), None)
+                _show(display, await self._batch(), None)
             finally:
                 work.cancel()
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -223,7 +224,7 @@ class AsyncReplicas:
             self._fail(error)
 
     async def _serve(self) -> None:
-        slices, launcher = await asyncio.to_thread(placed, self._config)
+        slices, launcher = await self._placed()
         supervisor = self.supervisor = Supervisor(slices, None, launcher=launcher)
         assignment, lifeline = supervisor.start()
         # Also called when the program ends without closing the engine.
@@ -246,6 +247,15 @@ class AsyncReplicas:
         finally:
             process.unwatch()
             await asyncio.shield(asyncio.to_thread(end))
+
+    async def _placed(self) -> tuple[EngineSlices, Launcher]:
+        """The same as ``placed``, in a thread, which goes on if this is cancelled."""
+        placing = self._loop.run_in_executor(None, placed, self._config)
+        try:
+            return await asyncio.shield(placing)
+        except asyncio.CancelledError:
+            placing.add_done_callback(_close_launcher)
+            raise
 
     def _fail(self, error: BaseException) -> None:
         self._state.die(str(error))
@@ -281,6 +291,12 @@ class _InProgram(TextProcess):
 
     def on_stop(self) -> None:
         self.on_dead("it was stopped")
+
+
+def _close_launcher(placing: asyncio.Future[tuple[EngineSlices, Launcher]]) -> None:
+    """Gives back the places that were found when nobody wanted them any more."""
+    if not placing.cancelled() and placing.exception() is None:
+        threading.Thread(target=placing.result()[1].close).start()
 
 
 def _reason(supervisor: Supervisor, note: Dead) -> Exception:

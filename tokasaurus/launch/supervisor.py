@@ -575,9 +575,10 @@ class Supervisor:
         processes = [member.process for member in self._all if member.process is not None]
         for process in processes:
             process.kill()
+        # An outpost that is busy obeys late; its processes count as ended once it is dismissed.
+        self._launcher.close()
         for process in processes:
             process.wait()
-        self._launcher.close()
         if self._listener is not None:
             self._listener.close()
         shutil.rmtree(self._directory, ignore_errors=True)

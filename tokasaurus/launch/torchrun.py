@@ -28,7 +28,7 @@ from tokasaurus.entry import run
 from tokasaurus.errors import ConfigError, LaunchError
 from tokasaurus.launch.assemble import explain
 from tokasaurus.launch.remote.launcher import Place, RemoteLauncher
-from tokasaurus.launch.remote.link import secret_of
+from tokasaurus.launch.remote.link import SECRET_VARIABLE, secret_of
 from tokasaurus.launch.remote.outpost import Outpost
 from tokasaurus.launch.remote.outposts import Outposts
 from tokasaurus.observability.logging import configure_logging
@@ -144,7 +144,9 @@ def _launch(rank: Rank, store: Any, config: EngineConfig) -> RemoteLauncher:
     launcher = RemoteLauncher(outposts, places_of(config))
     try:
         port = outposts.address[1]
-        store.set(_KEY, json.dumps({"host": name, "port": port, "secret": secret}))
+        # Whoever reaches the store can read it. A secret that the user gave does not go there.
+        told = None if SECRET_VARIABLE in os.environ else secret
+        store.set(_KEY, json.dumps({"host": name, "port": port, "secret": told}))
         own = Outpost((name, port), secret, 0, rank.local_rank)
         threading.Thread(target=_run_own, args=(own,), name="outpost", daemon=True).start()
         launcher.await_outposts(config.launch_timeout_s)
@@ -183,8 +185,20 @@ def _serve_as_outpost(config: EngineConfig, rank: Rank, store: Any) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     address = (found["host"], found["port"])
-    Outpost(address, found["secret"], rank.rank, rank.local_rank).run()
+    Outpost(address, _shared_secret(found["secret"]), rank.rank, rank.local_rank).run()
     return 0
+
+
+def _shared_secret(told: str | None) -> str:
+    """The secret that this rank was given, or was told by rank 0."""
+    if SECRET_VARIABLE in os.environ:
+        return secret_of(os.environ)
+    if told is None:
+        raise ConfigError(
+            f"rank 0 has {SECRET_VARIABLE} in its environment; set the same for every rank, or for"
+            " none"
+        )
+    return told
 
 
 if __name__ == "__main__":

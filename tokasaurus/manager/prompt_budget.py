@@ -58,15 +58,16 @@ class PromptBudget:
         self._backlog = backlog
         self._admission = admission
 
-    def tokens(self, num_decoding: int) -> int:
+    def tokens(self, num_decoding: int, *, keeps_pace: bool) -> int:
         """The most prompt tokens that a batch may feed.
 
         Args:
             num_decoding: its decode rows.
+            keeps_pace: sequences decode, in this batch or in those of other lanes.
         """
         tokens = self._max_tokens - num_decoding
         pace = self._admission.prefill_pace  # for each step
-        if pace is not None and num_decoding:
+        if pace is not None and keeps_pace:
             tokens = min(tokens, ceil_div(pace, self._num_lanes))
         if self._num_lanes > 1:
             share = ceil_div(self._num_feedable(), _NUM_ROUNDS * self._num_lanes)

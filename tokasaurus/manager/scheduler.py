@@ -183,6 +183,8 @@ class Scheduler:
             if self._lanes is None or not self._lanes.num_decoding:
                 return None
             decode_slots, is_decoding = self._decode(at_once=True)
+            if not len(decode_slots):  # all that could decode gave way
+                return None
         number = self._running.in_flight.next_number
         begins_step = self._lanes is None or self._lanes.begins_step(number)
         batch = self._commit(decode_slots, chunks, accepted, now, begins_step)
@@ -423,7 +425,8 @@ class Scheduler:
     ) -> tuple[list[Chunk], list[_Offer]]:
         """The chunks of the batch, and the sequences that enter, among them those of chunks."""
         self._refresh_forecast(num_decoding)
-        budget = self._prompt_budget.tokens(num_decoding)
+        num_all = num_decoding if self._lanes is None else self._lanes.num_decoding
+        budget = self._prompt_budget.tokens(num_decoding, keeps_pace=num_all > 0)
         chunks = self._plan_chunks(budget)
         budget -= sum(chunk.length for chunk in chunks)
         offers, waiting = self._plan_offers(chunks, budget, is_decoding, overdue)

@@ -25,6 +25,7 @@ messages of one sender arrive in order.
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -123,17 +124,27 @@ class AsyncReceiver(Generic[M]):
         self._socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
         self._socket.set(zmq.RCVHWM, 0)
         lock(self._socket, _door(door))
+        self._awaited: asyncio.Future[bytes] | None = None
 
     async def receive(self) -> M:
-        return self._codec.decode(await self._socket.recv())
+        awaited = self._awaited = asyncio.ensure_future(self._socket.recv())
+        data = await awaited
+        self._awaited = None
+        return self._codec.decode(data)
 
     async def receive_all(self) -> list[M]:
         """Waits for at least one message, then returns all that have arrived, oldest first."""
         return [await self.receive(), *self.receive_rest()]
 
     def receive_rest(self) -> list[M]:
-        """All messages that have arrived, oldest first; only while nothing else receives."""
+        """All messages that have arrived, oldest first; only while nothing else receives.
+
+        Of a receiver that was cancelled too: it may have a message that it has not returned.
+        """
         messages: list[M] = []
+        awaited, self._awaited = self._awaited, None
+        if awaited is not None and awaited.done() and not awaited.cancelled():
+            messages.append(self._codec.decode(awaited.result()))
         socket: zmq.Socket[bytes] = zmq.Socket.shadow(self._socket)
         while True:
             try:

@@ -19,6 +19,8 @@ from zmq.auth.thread import ThreadAuthenticator
 __all__ = ["Door", "DoorKeys", "enter", "lock"]
 
 _DOMAIN = "doors"
+# Of a message, also of one that a stranger sends before it is refused.
+_MAX_BYTES = 1 << 28
 
 
 class DoorKeys(msgspec.Struct, frozen=True):
@@ -51,6 +53,7 @@ def lock(socket: zmq.Socket[Any], door: Door) -> None:
     """Opens a door: binds the socket, for visitors that have the key if the door has one."""
     if door.keys is not None:
         _admit(socket.context, _public(door.keys.visitor))
+        socket.set(zmq.MAXMSGSIZE, _MAX_BYTES)
         socket.set(zmq.CURVE_SERVER, True)
         socket.set(zmq.CURVE_SECRETKEY, door.keys.door.encode())
         socket.set(zmq.ZAP_DOMAIN, _DOMAIN.encode())

@@ -6,12 +6,14 @@ import contextlib
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 
 import pytest
 
 from tokasaurus.errors import ConfigError, LaunchError
+from tokasaurus.launch.remote import link as link_module
 from tokasaurus.launch.remote.link import SECRET_VARIABLE, Link, call, door_keys, secret_of, take
 
 SECRET = "a secret of thirty-two characters"
@@ -74,7 +76,7 @@ def test_an_outpost_without_the_secret_is_refused():
         with pytest.raises(LaunchError, match="another secret"):
             call(address, "another secret of thirty characters")
         thread.join(20)
-        assert isinstance(results[0], LaunchError)
+        assert isinstance(results[0], ConnectionError)
 
 
 def test_a_supervisor_takes_nobody_who_cannot_prove_the_secret():
@@ -92,7 +94,18 @@ def test_a_supervisor_takes_nobody_who_cannot_prove_the_secret():
                     while sock.recv(1024):
                         pass
             thread.join(20)
-            assert isinstance(results[0], LaunchError), said
+            assert isinstance(results[0], LaunchError | ConnectionError), said
+
+
+def test_who_sends_a_byte_now_and_then_has_no_more_time_than_others(monkeypatch):
+    monkeypatch.setattr(link_module, "_HANDSHAKE_S", 0.5)
+    with meeting(lambda sock: take(sock, SECRET)) as (address, results, thread):
+        with socket.create_connection(address) as sock, contextlib.suppress(OSError):
+            for byte in b"tokasaurus outpost 1\n":
+                sock.sendall(bytes([byte]))
+                time.sleep(0.1)
+        thread.join(20)
+        assert isinstance(results[0], TimeoutError)
 
 
 def test_an_outpost_obeys_no_supervisor_that_cannot_prove_the_secret():

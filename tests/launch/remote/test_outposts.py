@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import socket
 import threading
@@ -17,6 +18,7 @@ from tokasaurus.config.engine import EngineConfig
 from tokasaurus.errors import LaunchError
 from tokasaurus.launch.doors import TO_MANAGER, TO_SERVER
 from tokasaurus.launch.lifeline import Assignment, Failed, Lifeline, Ready, Stop
+from tokasaurus.launch.machine import Machine
 from tokasaurus.launch.processes import how_it_ended
 from tokasaurus.launch.remote import outpost as outpost_module
 from tokasaurus.launch.remote import outposts as outposts_module
@@ -288,3 +290,63 @@ def test_what_only_the_server_needs_does_not_travel(cluster):
     (message,) = seen
     assert message.assignment.slices.server == SLICES.server
     assert all(door.keys is None for door in message.assignment.doors.values())
+
+
+def test_an_outpost_that_is_busy_for_long_does_not_take_that_for_silence(monkeypatch):
+    """To look for CUDA devices, or to download a model, may take longer than the limit."""
+
+    def look_slowly(*_: object) -> Machine:
+        time.sleep(2.5)
+        return Machine("here", 1, (), None)
+
+    monkeypatch.setattr(outpost_module, "look_here", look_slowly)
+    cluster = Cluster(silence_s=1)
+    cluster.outposts.look(0, "cpu", "auto")
+    cluster.outposts.seen(0)
+    time.sleep(1)
+    assert cluster.outposts.missing([0, 1]) == []
+    cluster.launcher.close()
+    for each in cluster.running:
+        each.wait()
+        assert each.error is None
+
+
+def test_an_outpost_calls_again_if_the_supervisor_has_no_room_for_it(monkeypatch):
+    monkeypatch.setattr(outposts_module, "_MAX_UNPROVED", 1)
+    outposts = Outposts("127.0.0.1", SECRET)
+    with socket.create_connection(outposts.address):  # says nothing, and is in the way
+        time.sleep(0.5)
+        running = RunningOutpost(outposts.address, 0)
+        time.sleep(0.5)
+        assert outposts.missing([0]) == [0]
+    eventually(lambda: not outposts.missing([0]), "the outpost joins")
+    outposts.close()
+    running.wait()
+    assert running.error is None
+
+
+class _Broken:
+    """A starter whose cluster is gone."""
+
+    def start(self, index: int) -> None:
+        raise RuntimeError("no cluster")
+
+    def check(self, indices: object) -> None:
+        pass
+
+
+def test_a_replica_without_a_place_is_told_of_whatever_the_reason_is(cluster):
+    cluster.launcher._starter = _Broken()
+    cluster.outposts.missing = lambda indices: [1]
+    problems: queue.SimpleQueue[LaunchError | None] = queue.SimpleQueue()
+    cluster.launcher.prepare_again([MANAGERS[1]], problems.put)
+    assert "RuntimeError: no cluster" in str(problems.get(timeout=10))
+
+
+def test_a_launcher_closes_once():
+    outposts = Outposts("127.0.0.1", SECRET)
+    closed: list[int] = []
+    launcher = RemoteLauncher(outposts, PLACES, on_close=lambda: closed.append(1))
+    launcher.close()
+    launcher.close()
+    assert closed == [1]

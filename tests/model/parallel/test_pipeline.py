@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 from rows import named
 from worker_driver import worker_config
 from worker_script import contents, load_vocabulary, run, script
 
+from tokasaurus.model.parallel.ranks import Ranks
+from tokasaurus.model.worker.pipeline import Pipeline
 from tokasaurus.model.worker.worker import Worker
 
 MODELS = (
@@ -50,3 +58,52 @@ def test_stages_compute_what_one_worker_does(checkpoint, ranks, in_flight):
             *others, last = ranks.run(pp_size, results_of, path, in_flight)
             assert last == expected
             assert others == [None] * (pp_size - 1)
+
+
+def most_kept(meeting, num_batches):
+    """Tensors that the first of two stages keeps after it has sent those of many batches."""
+    ranks = Ranks(meeting.rank, 1, 2, meeting.rendezvous)
+    pipeline = Pipeline(ranks, 4, 8, torch.float32, lambda rows, token_ids: None)
+    alive = weakref.WeakSet()
+    for number in range(num_batches):
+        if ranks.is_first_stage:
+            hidden = torch.full((3, 8), float(number))
+            alive.add(hidden)
+            pipeline.send_hidden(hidden)
+            del hidden
+        else:
+            assert (pipeline.receive_hidden(3) == number).all()
+    ranks.agreed(None)
+    return len(alive)
+
+
+def test_a_stage_does_not_keep_what_it_has_sent(ranks):
+    first, _ = ranks.run(2, most_kept, 100)
+    assert first <= 8
+
+
+def most_tokens_kept(meeting, num_batches):
+    """Tensors that the rank that samples keeps, while the other one never decodes."""
+    ranks = Ranks(meeting.rank, 2, 1, meeting.rendezvous)
+    pipeline = Pipeline(ranks, 4, 8, torch.float32, lambda rows, token_ids: None)
+    nothing, slots = np.empty(0, np.int32), np.arange(2, dtype=np.int32)
+    alive = weakref.WeakSet()
+    for _ in range(num_batches):
+        pipeline.need_tokens_of(nothing)
+        dist.barrier()  # in place of the layers, which all ranks run together
+        if ranks.samples:
+            token_ids = torch.zeros(2, dtype=torch.int64)
+            alive.add(token_ids)
+            pipeline.send_tokens(token_ids)
+            del token_ids
+        else:
+            pipeline.expect_tokens(SimpleNamespace(slots=slots))
+    ranks.agreed(None)
+    pipeline.clear()
+    ranks.agreed(None)
+    return len(alive)
+
+
+def test_the_rank_that_samples_does_not_keep_what_it_has_sent(ranks):
+    first, _ = ranks.run(2, most_tokens_kept, 300)
+    assert first <= 80

@@ -16,6 +16,7 @@ from worker_driver import Driver, Enter, worker_config
 from worker_script import ints, load_vocabulary, run, script
 
 from tokasaurus.checkpoint_files import checkpoint_files
+from tokasaurus.errors import ConfigError
 from tokasaurus.model.linear_methods.base import LinearMethod
 from tokasaurus.model.linear_methods.sharded import ShardedLinear
 from tokasaurus.model.linear_methods.tiled import TiledLinear
@@ -247,3 +248,18 @@ def test_each_rank_has_its_share_of_weights_and_kv(checkpoint, ranks):
         # But for an id more or less.
         assert max(numbers for numbers, _ in found) <= products / size + 2 * 128
         assert {num_bytes for _, num_bytes in found} == {whole._cache.num_bytes // size}
+
+
+def refusal_of_attention(meeting, path):
+    """Why a worker does not start whose attention is another one than the first worker's."""
+    try:
+        worker_of(meeting, path, attention="reference" if meeting.rank else "compiled").warm_up()
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def test_workers_with_different_attention_refuse_together(checkpoint, ranks):
+    one, other = ranks.run(2, refusal_of_attention, checkpoint("llama"))
+    assert one == other
+    assert "worker 1 runs attention=reference" in one

@@ -27,7 +27,7 @@ from tokasaurus.observability.logging import configure_logging
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
 
-__all__ = ["connect", "launch_on_ray"]
+__all__ = ["connect", "launch_on_ray", "reserve"]
 
 log = logging.getLogger(__name__)
 
@@ -99,15 +99,38 @@ def launch_on_ray(config: EngineConfig) -> RemoteLauncher:
     deadline = time.monotonic() + config.launch_timeout_s
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     bundles = plan_bundles(config, nodes)
+    try:
+        group = reserve(ray, bundles, deadline)
+    except BaseException:
+        ray.shutdown()
+        raise
+    try:
+        return _start_outposts(ray, group, bundles, config, deadline)
+    except BaseException:
+        _give_back(ray, group)
+        raise
+
+
+def reserve(ray: Any, bundles: Bundles, deadline: float) -> PlacementGroup:
+    """Waits for room on the cluster, and takes it.
+
+    Args:
+        ray: the module.
+        bundles: what is needed.
+        deadline: when to give up, of the monotonic clock.
+
+    Raises:
+        LaunchError: there is no room in time.
+    """
     group = ray.util.placement_group(
         [{bundles.resource: bundles.amount}] * bundles.count, strategy="SPREAD"
     )
     try:
         _await_room(ray, group, bundles, deadline)
-        return _start_outposts(ray, group, bundles, config, deadline)
     except BaseException:
-        _give_back(ray, group)
+        ray.util.remove_placement_group(group)
         raise
+    return group
 
 
 def _await_room(ray: Any, group: PlacementGroup, bundles: Bundles, deadline: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 import time
@@ -24,6 +25,8 @@ from tokasaurus.protocol.doors import Door
 from tokasaurus.protocol.role import Role
 
 __all__ = ["Place", "RemoteLauncher", "Starter"]
+
+log = logging.getLogger(__name__)
 
 _CHECK_EVERY_S = 0.5
 
@@ -168,17 +171,24 @@ class RemoteLauncher:
     ) -> None:
         """Waits for outposts that are lost, for as long as it takes."""
         wanted = {self._places[role].outpost for role in roles}
+        started: set[int] = set()
         try:
-            for index in self._outposts.missing(wanted):
-                if self._starter is None:
-                    raise LaunchError(f"the program on {self._machines[index]} is gone")
-                self._starter.start(index)
-            while self._await_some(wanted):
+            while missing := self._outposts.missing(wanted):
+                for index in missing:
+                    if self._starter is None:
+                        raise LaunchError(f"the program on {self._machines[index]} is gone")
+                    if index not in started:
+                        started.add(index)
+                        self._starter.start(index)
+                self._await_some(wanted)
                 if self._is_closed:
                     return
             self.prepare(roles)
         except LaunchError as error:
             done(error)
+        except Exception as error:  # of a starter's, or no port; the replica must not wait forever
+            log.exception("cannot find places again")
+            done(LaunchError(f"{type(error).__name__}: {error}"))
         else:
             done(None)
 
@@ -223,6 +233,9 @@ class RemoteLauncher:
         return "" if place is None else f" on {self._machines[place.outpost]}"
 
     def close(self) -> None:
+        """Dismisses the outposts. May be called again."""
+        if self._is_closed:
+            return
         self._is_closed = True
         self._outposts.close()
         for listener in self._listeners.values():

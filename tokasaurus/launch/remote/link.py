@@ -15,6 +15,7 @@ import secrets
 import socket
 import struct
 import threading
+import time
 from collections.abc import Mapping
 
 from zmq.utils import z85
@@ -149,14 +150,15 @@ def call(address: tuple[str, int], secret: str) -> Link:
     """Connects an outpost to its supervisor.
 
     Raises:
-        LaunchError: nothing answers, or not with this secret.
-        OSError: the connection is refused, or fails.
+        LaunchError: the supervisor has another secret.
+        OSError: the connection is refused, or fails: another call may succeed.
     """
+    deadline = time.monotonic() + _HANDSHAKE_S
     sock = socket.create_connection(address, timeout=_HANDSHAKE_S)
     try:
         own = secrets.token_bytes(_NONCE_BYTES)
         sock.sendall(_GREETING + own)
-        answer = _read(sock, _NONCE_BYTES + _MAC_BYTES)
+        answer = _read(sock, _NONCE_BYTES + _MAC_BYTES, deadline)
         other, proof = answer[:_NONCE_BYTES], answer[_NONCE_BYTES:]
         if not hmac.compare_digest(proof, _mac(secret.encode(), b"supervisor", own, other)):
             raise LaunchError("the supervisor has another secret than this outpost")
@@ -175,14 +177,14 @@ def take(sock: socket.socket, secret: str) -> Link:
         LaunchError: it does not.
         OSError: the connection fails.
     """
+    deadline = time.monotonic() + _HANDSHAKE_S
     try:
-        sock.settimeout(_HANDSHAKE_S)
-        greeting = _read(sock, len(_GREETING) + _NONCE_BYTES)
+        greeting = _read(sock, len(_GREETING) + _NONCE_BYTES, deadline)
         if not greeting.startswith(_GREETING):
             raise LaunchError("it is no outpost of this version")
         other, own = greeting[len(_GREETING) :], secrets.token_bytes(_NONCE_BYTES)
         sock.sendall(own + _mac(secret.encode(), b"supervisor", other, own))
-        proof = _read(sock, _MAC_BYTES)
+        proof = _read(sock, _MAC_BYTES, deadline)
         if not hmac.compare_digest(proof, _mac(secret.encode(), b"outpost", own, other)):
             raise LaunchError("it does not know the secret")
         up, down = _frame_keys(secret, other, own)
@@ -198,11 +200,13 @@ def _frame_keys(secret: str, outposts: bytes, supervisors: bytes) -> tuple[bytes
     return _mac(secret.encode(), b"up", nonces), _mac(secret.encode(), b"down", nonces)
 
 
-def _read(sock: socket.socket, size: int) -> bytes:
+def _read(sock: socket.socket, size: int, deadline: float) -> bytes:
+    """Raises OSError if the data does not come before the deadline."""
     data = b""
     while len(data) < size:
+        sock.settimeout(max(0.001, deadline - time.monotonic()))
         piece = sock.recv(size - len(data))
         if not piece:
-            raise LaunchError("the other side ended the connection")
+            raise ConnectionError("the other side ended the connection")
         data += piece
     return data

@@ -160,12 +160,12 @@ class Outpost:
                 if key.data is not None:
                     self._pass_on(link, key.data)
                     continue
-                heard_at = time.monotonic()
                 frames = link.receive()
                 if frames is None:
                     raise LaunchError("the connection to the supervisor ended")
                 for frame in frames:
                     self._take(link, to_outpost(frame))
+                heard_at = time.monotonic()  # to look at devices, or to find a model, takes a while
             if time.monotonic() - heard_at > self._silence_s:
                 raise LaunchError(f"the supervisor was silent for {self._silence_s:g} s")
 

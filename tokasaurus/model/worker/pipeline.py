@@ -17,7 +17,7 @@ same way.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 
 import numpy as np
@@ -34,6 +34,10 @@ __all__ = ["Pipeline"]
 # Batches whose tokens were not received, at most. Where prompts come and nothing decodes, no batch
 # asks for tokens.
 _MAX_OWED = 64
+
+# Batches whose hidden states the next stage has not received, at most. A stage that is further
+# ahead waits: the next one has enough to do.
+_MAX_AHEAD = 4
 
 
 class Pipeline:
@@ -67,8 +71,8 @@ class Pipeline:
         self._drawn_in = np.full(num_slots, -1, np.int64)
         self._num_draws = 0
         self._owed: deque[tuple[int, SamplingRows]] = deque()
-        # Tensors on their way, which must live until they have arrived.
-        self._sending: deque[tuple[dist.Work, Tensor]] = deque()
+        # Tensors on their way, by the rank that they go to: they must live until they have arrived.
+        self._sending: defaultdict[int, deque[tuple[dist.Work, Tensor]]] = defaultdict(deque)
 
     def clear(self) -> None:
         """Receives all that is on the way, and forgets the slots."""
@@ -101,7 +105,8 @@ class Pipeline:
         """
         if len(token_ids):
             for rank in self._ranks.others_of_first_stage:
-                self._send(token_ids, rank, self._ranks.token_group)
+                # The former tokens were received before this batch was run: nothing waits here.
+                self._send(token_ids, rank, self._ranks.token_group, _MAX_OWED + 1)
 
     def _receive_tokens(self) -> None:
         _, rows = self._owed.popleft()
@@ -124,17 +129,22 @@ class Pipeline:
     def send_hidden(self, hidden: Tensor) -> None:
         """At a stage but the last: hands hidden states on, which must not be changed any more."""
         if len(hidden):
-            self._send(hidden, self._ranks.rank + self._ranks.tp_size, self._ranks.hidden_group)
+            target = self._ranks.rank + self._ranks.tp_size
+            self._send(hidden, target, self._ranks.hidden_group, _MAX_AHEAD)
 
     # --- both -------------------------------------------------------------------------------------
 
-    def _send(self, tensor: Tensor, rank: int, group: dist.ProcessGroup | None) -> None:
+    def _send(self, tensor: Tensor, rank: int, group: dist.ProcessGroup | None, most: int) -> None:
+        """Sends without waiting, while less than ``most`` tensors are on their way to this rank."""
+        sending, started = self._sending[rank], time.perf_counter()
         with naming_loss():
-            while self._sending and self._sending[0][0].is_completed():
-                self._sending.popleft()[0].wait()
+            # Where gloo sends, work is never completed before someone has waited for it.
+            while sending and (len(sending) >= most or sending[0][0].is_completed()):
+                sending.popleft()[0].wait()
+            self.waited_s += time.perf_counter() - started
             work = dist.isend(tensor, rank, group=group)
         assert work is not None  # this rank is in the group
-        self._sending.append((work, tensor))
+        sending.append((work, tensor))
 
     def _receive(self, tensor: Tensor, rank: int, group: dist.ProcessGroup | None) -> None:
         started = time.perf_counter()

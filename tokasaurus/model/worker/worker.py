@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tokasaurus.config.slices import WorkerConfig
-from tokasaurus.errors import ProtocolError
+from tokasaurus.errors import ConfigError, ProtocolError
 from tokasaurus.grammars import Vocabulary
 from tokasaurus.host_memory import keep_freed_memory
 from tokasaurus.model.backend import choose_backend
@@ -118,6 +118,7 @@ class Worker:
         self.ranks = Ranks(
             config.rank, config.tp_size, config.pp_size, rendezvous, device=self._device
         )
+        _refuse_other_attention(self.ranks, backend.name)
         stage = choose_stage(self.ranks, model_config, place, backend, options)
         parallel = open_tensor_parallel(self.ranks.tp_group, self._device, config.instruction_set)
         overlap = open_overlap(self.ranks, place.linear, config.async_tp_threshold)
@@ -353,6 +354,23 @@ def _device(config: WorkerConfig) -> torch.device:
     device = torch.device(config.device, config.device_index)
     torch.cuda.set_device(device)  # for kernels and streams that name no device
     return device
+
+
+def _refuse_other_attention(ranks: Ranks, name: str) -> None:
+    """What ranks measure and agree upon depends on their attention: it must be the same.
+
+    Raises:
+        ConfigError: at all ranks, where one of them has chosen another one.
+    """
+    first = ranks.agreed(name)
+    reason = None
+    if name != first:
+        reason = (
+            f"the machine of worker {ranks.rank} runs attention={name}, and that of the first"
+            f" worker attention={first}; set attention=reference, or install g++ on all machines"
+        )
+    if (reason := ranks.agreed(reason)) is not None:
+        raise ConfigError(reason)
 
 
 def _name(message: ToWorker) -> str:

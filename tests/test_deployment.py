@@ -1,0 +1,203 @@
+"""The Dockerfile and the files in deploy/ name paths, extras, commands and flags that exist.
+
+``make test-deploy`` checks them with their validators, and runs the Dockerfile's steps.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import yaml
+from dockerfile import Build, Stage, stages_of
+from documentation import ROOT
+
+from tokasaurus.config.engine import EngineConfig
+from tokasaurus.config.parser import parse_command_line
+
+DEPLOY = ROOT / "deploy"
+STAGES = stages_of((ROOT / "Dockerfile").read_text())
+PORT = EngineConfig().port
+
+
+def values(name: str, stage: Stage) -> list[str]:
+    return [step.value for step in stage.steps if step.name == name]
+
+
+def documents(name: str):
+    return list(yaml.safe_load_all((DEPLOY / name).read_text()))
+
+
+def of_kind(name: str, kind: str):
+    (found,) = [each for each in documents(name) if each["kind"] == kind]
+    return found
+
+
+def engine_config(words: list[str]) -> EngineConfig:
+    return parse_command_line(words, {}, lambda _: "")
+
+
+def test_the_dockerfile_has_two_targets_for_a_user_without_rights():
+    assert {"cpu", "cuda"} < set(STAGES)
+    for target in ("cpu", "cuda"):
+        line = [STAGES[target]]
+        while line[-1].parent in STAGES:
+            line.append(STAGES[line[-1].parent])
+        assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", line[-1].parent)
+        (user,) = [value for stage in line for value in values("USER", stage)]
+        assert int(user) > 0
+
+
+def test_what_the_dockerfile_copies_is_there():
+    kept = (ROOT / ".dockerignore").read_text().splitlines()
+    for stage in STAGES.values():
+        for value in values("COPY", stage):
+            source, *words = value.split()
+            if source.startswith("--from="):
+                assert source.removeprefix("--from=") in STAGES, value
+                continue
+            for path in [source, *words[:-1]]:
+                assert (ROOT / path).exists(), path
+                assert f"!{path}" in kept, f".dockerignore leaves out {path}"
+
+
+def test_the_dockerfile_installs_extras_that_exist_in_versions_that_are_tested():
+    project = (ROOT / "pyproject.toml").read_text()
+    section = project.partition("[project.optional-dependencies]\n")[2].partition("\n[")[0]
+    extras = set(re.findall(r"^(\w+) = \[", section, re.MULTILINE))
+    text = (ROOT / "Dockerfile").read_text()
+    named = re.findall(r"EXTRAS=([\w,]+)", text)
+    installed = re.findall(r'"\.\[(.*?)\]"', text)
+    for names in [*named, *installed]:
+        assert set(re.findall(r"(?<!\$)\b\w+", names)) - {"EXTRAS"} <= extras, names
+    assert len(installed) == 2
+    for stage in STAGES.values():
+        for command in values("RUN", stage):
+            for install in re.findall(r"pip\" install[^&]*", command):
+                assert "-c constraints.txt" in install
+
+
+def test_the_entry_point_and_the_health_check_agree_with_the_engine():
+    engine = STAGES["engine"]
+    (entry_point,), (exposed,) = values("ENTRYPOINT", engine), values("EXPOSE", engine)
+    command, *words = json.loads(entry_point)
+    assert command in {each.name for each in entry_points(group="console_scripts")}
+    assert engine_config(words).host == "0.0.0.0"
+    assert int(exposed) == PORT
+    (check,) = values("HEALTHCHECK", engine)
+    assert f":{PORT}/health" in check
+
+
+def test_kubernetes_runs_the_engine_on_the_devices_that_it_asks_for():
+    pod = of_kind("kubernetes.yaml", "Deployment")["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    config = engine_config(container["args"])
+    num_workers = config.dp_size * config.pp_size * config.tp_size
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == str(num_workers)
+    assert pod["spec"]["terminationGracePeriodSeconds"] > config.shutdown_timeout_s
+    assert [port["containerPort"] for port in container["ports"]] == [PORT]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"] == {"path": "/health", "port": "http"}
+
+
+def test_kuberay_has_room_for_the_engine_that_it_runs():
+    job = of_kind("kuberay.yaml", "RayJob")["spec"]
+    command, *words = shlex.split(job["entrypoint"])
+    config = engine_config(words)
+    assert (command, config.launcher) == ("toka", "ray")
+    cluster = job["rayClusterSpec"]
+    num_devices = 0
+    for group in cluster["workerGroupSpecs"]:
+        (container,) = group["template"]["spec"]["containers"]
+        num_devices += group["replicas"] * int(container["resources"]["limits"]["nvidia.com/gpu"])
+    assert config.dp_size * config.pp_size * config.tp_size == num_devices
+    pinned = re.search(r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pinned is not None
+    assert cluster["rayVersion"] == pinned[1]
+
+
+@pytest.mark.parametrize("name", ["kubernetes.yaml", "kuberay.yaml"])
+def test_the_service_leads_to_the_pod_of_the_server(name: str):
+    service = of_kind(name, "Service")["spec"]
+    assert [port["port"] for port in service["ports"]] == [PORT]
+    if name == "kuberay.yaml":
+        cluster = of_kind(name, "RayJob")["spec"]["rayClusterSpec"]
+        pod, *others = [
+            group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
+        ]
+    else:
+        pod, *others = [of_kind(name, "Deployment")["spec"]["template"]]
+    assert service["selector"].items() <= pod["metadata"]["labels"].items()
+    for other in others:
+        assert not service["selector"].items() <= other["metadata"]["labels"].items()
+    (port,) = [port for port in pod["spec"]["containers"][0]["ports"] if port["name"] == "http"]
+    assert port["containerPort"] == PORT
+
+
+def test_no_file_holds_a_key():
+    for path in [ROOT / "Dockerfile", *DEPLOY.iterdir()]:
+        assert not re.search(r"api_key=|API_KEY=|sk-\w{8}", path.read_text()), path
+
+
+def test_the_slurm_script_runs_one_rank_for_each_replica(tmp_path: Path):
+    """``srun`` and ``scontrol`` stand in for SLURM's: they print what they were told."""
+    for name in ("srun", "scontrol"):
+        (tmp_path / name).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "MODEL": "/models/my model",
+        "TOKASAURUS_API_KEY": "key",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_ID": "123456",
+        "SLURM_NTASKS": "16",
+    }
+    script = ["/bin/bash", str(DEPLOY / "slurm.sh")]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.splitlines()
+    start = words.index("python")
+    assert words[start : start + 3] == ["python", "-m", "tokasaurus.launch.torchrun"]
+    assert (ROOT / "tokasaurus/launch/torchrun.py").is_file()
+    config = engine_config(words[start + 3 :])
+    assert (config.model, config.dp_size) == ("/models/my model", 16)
+    assert config.launcher == "local"
+    for name in ("MODEL", "TOKASAURUS_API_KEY"):
+        rest = {key: value for key, value in environment.items() if key != name}
+        refused = subprocess.run(script, env=rest, capture_output=True, text=True)
+        assert refused.returncode != 0
+        assert name in refused.stderr
+
+
+def test_steps_of_a_dockerfile_run_in_a_directory_of_their_own(tmp_path: Path):
+    context, root = tmp_path / "context", tmp_path / "root"
+    context.mkdir()
+    root.mkdir()
+    (context / "word.txt").write_text("hello")
+    text = """\
+FROM scratch AS base
+ENV PLACE=/opt/place
+RUN apt-get update \\
+    && apt-get install -y nothing
+FROM base AS made
+ARG NAME=world
+WORKDIR /src
+COPY word.txt ./
+RUN mkdir -p "$PLACE" \\
+    && echo "$(cat word.txt) $NAME" > "$PLACE/said"
+FROM base AS last
+ENV LINE=$PLACE/said:$REST
+COPY --from=made /opt/place /opt/place
+ENTRYPOINT ["cat"]
+"""
+    build = Build(text, context, root, {"NAME": "you"}, {"REST": "rest", "PATH": "/usr/bin:/bin"})
+    image = build.run("last")
+    assert (root / "opt/place/said").read_text() == "hello you\n"
+    assert image.environment["LINE"] == f"{root}/opt/place/said:rest"
+    assert image.entrypoint == ["cat"]
+    assert build.left_out == ["apt-get update && apt-get install -y nothing"]
