@@ -199,6 +199,22 @@ def test_groups_are_computed_again_when_rows_or_prefixes_changed():
     assert (groups.slots.tolist(), len(groups.first_decodes)) == ([0, 1, 3], 0)
 
 
+def test_the_groups_of_each_lane_are_remembered():
+    prefixes, _ = make({slot: [1, 2] for slot in range(9)}, 16)
+    finder = GroupFinder(prefixes, 16, 2, 16, num_lanes=3)
+    lanes = [np.array([0, 3, 6]), np.array([1, 4]), np.array([2, 5, 7, 8])]
+    first = [finder.find(lane) for lane in lanes]
+    for _ in range(3):
+        assert [finder.find(lane.copy()) for lane in lanes] == first  # the same objects
+    # A lane that has lost a row takes its own place, and no other one's.
+    lanes[0] = np.array([0, 3])
+    first[0] = finder.find(lanes[0])
+    assert first[0].num_decodes.tolist() == [2]
+    assert [finder.find(lane.copy()) for lane in (*lanes[1:], lanes[0])] == [*first[1:], first[0]]
+    prefixes.leave(np.array([4]))
+    assert finder.find(np.array([1, 4])).num_decodes.tolist() == []
+
+
 def test_chunks_and_decodes_that_share_pages_are_one_group():
     table = {slot: [1, 2, 10 + slot // 2] for slot in range(6)}
     _, finder = make(table, 8, page_size=64)
