@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from simulation import World, acknowledge, make_admission, make_config, make_request, prompt
 
+from tokasaurus.manager.lanes import Lanes
+from tokasaurus.manager.slots import SlotTable
 from tokasaurus.protocol.messages import AbortRequest, ForwardBatch
 from tokasaurus.rounding import ceil_div
 
@@ -123,6 +126,18 @@ def test_a_sequence_decodes_with_those_that_decoded_in_the_batch_that_ended_its_
     assert min(world.device.distances[-12:]) >= 4
 
 
+def test_of_too_many_that_are_due_those_that_have_waited_longest_decode() -> None:
+    slots = SlotTable(num_slots=8, max_pages=1, page_size=4)
+    slots.arrival[:6] = range(6)
+    slots.last_batch[:6] = [8, 8, 8, 9, 7, 8]
+    may_decode = np.arange(8) < 6
+    lanes = Lanes(2, slots)
+    assert lanes.due(may_decode, 10, at_once=False).nonzero()[0].tolist() == [0, 1, 4]
+    assert lanes.due(may_decode, 9, at_once=False).nonzero()[0].tolist() == [4]
+    assert lanes.due(may_decode, 8, at_once=False).nonzero()[0].tolist() == []
+    assert lanes.due(may_decode, 8, at_once=True).nonzero()[0].tolist() == [4]
+
+
 def test_the_samples_of_a_request_stay_together() -> None:
     world = world_of(num_lanes=3)
     world.turn(*[make_request(i, prompt(8, i), 60, n=6) for i in range(3)])
@@ -239,6 +254,14 @@ def test_a_step_is_a_round_of_the_lanes() -> None:
         next_batches(world, 100 * num_lanes)
         # One result comes in a millisecond.
         assert world.manager.statistics().step_s == pytest.approx(0.001 * num_lanes, rel=0.02)
+
+
+def test_where_only_prompts_are_fed_a_step_is_a_batch_for_each_lane() -> None:
+    world = world_of(num_lanes=3)
+    world.turn(make_request(0, prompt(1600), 5))
+    next_batches(world, 40)
+    assert world.manager.gauges().num_decoding == 0
+    assert world.manager.statistics().step_s == pytest.approx(0.003)
 
 
 def test_the_eta_counts_rounds() -> None:
