@@ -50,6 +50,45 @@ def test_engine_flags_reach_the_engine(trace, capsys):
     assert alone["num_tokens"] == together["num_tokens"] == 24
 
 
+def test_a_replay_runs_on_the_stages_of_a_pipeline(trace, capsys):
+    words = ["replay", trace, "cost=fixed:1", "max_seqs_per_forward=8"]
+    found = {}
+    for name, flags in {
+        "one": [],
+        "two": ["pp_size=2"],
+        "far": ["pp_size=2", "hop_ms=100"],
+    }.items():
+        assert main([*words, *flags]) == 0
+        found[name] = last_line(capsys)
+    # Prompts are fed in turn, half a second each, and each token takes both stages.
+    assert found["one"]["makespan_s"] < found["two"]["makespan_s"] <= found["one"]["makespan_s"] + 1
+    assert found["two"]["num_batches"] > 1.5 * found["one"]["num_batches"]
+    assert found["far"]["makespan_s"] > found["two"]["makespan_s"]
+
+
+def test_pipelines_are_compared_with_one_device(capsys):
+    words = ["pp_sizes=1,2", "buffers=0,1", "size=0.02", "max_seqs_per_forward=8", "jobs=1"]
+    assert main(["pipeline", *words]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines] == ["stages", "------", "1", "2", "2"]
+    rows = json.loads(last)["pipelines"]
+    assert [(row["pp_size"], row["buffer_stages"]) for row in rows] == [(1, 0), (2, 0), (2, 1)]
+    assert rows[0]["of_one_device"] == 1
+    assert all(row["of_one_device"] > 1.2 for row in rows[1:])
+    assert all(0 <= row["bubble"] < 0.2 for row in rows)
+
+
+def test_a_pipeline_for_which_no_sequence_waits_is_no_measurement(capsys):
+    assert main(["pipeline", "pp_sizes=2", "size=0.001", "jobs=1"]) == 2
+    assert "no sequence waits for room" in capsys.readouterr().err
+
+
+def test_numbers_of_buffer_stages_are_checked(capsys):
+    with pytest.raises(SystemExit):
+        main(["pipeline", "buffers=-1"])
+    assert "buffers=-1: expected numbers" in capsys.readouterr().err
+
+
 def test_a_replay_may_measure_the_time_of_the_manager(trace, capsys):
     started = time.perf_counter()
     assert main(["replay", trace, "cost=instant", "manager_ms=None"]) == 0

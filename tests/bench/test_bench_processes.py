@@ -64,6 +64,13 @@ def test_the_cost_of_steady_decode_is_measured(mix, capsys):
     assert 0 < loop_turns(steady["us_per_token"], result) < 5_000
 
 
+def test_the_cost_with_a_pipeline_is_measured(capsys):
+    assert main(["manager", "quick=T", "pp_size=3", "parts=steady"]) == 0
+    (steady,) = printed_json(capsys)["steady"]
+    assert steady["running"] == 64
+    assert 8 <= steady["batch"] <= 18  # of four lanes
+
+
 def test_the_cost_of_whole_sequences_is_measured(capsys):
     assert main(["manager", "quick=T", "parts=start_finish,reference,admission"]) == 0
     result = printed_json(capsys)

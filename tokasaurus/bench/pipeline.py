@@ -135,7 +135,7 @@ def _replay(task: _Task) -> SteadyPart:
     timing = Timing(cost_model(config.cost), config.manager_ms / 1e3, stages=stages)
     manager = simulated_slices(flags).replicas[0].manager
     report = replay(WORKLOADS[config.trace](config.seed, config.size), manager, timing)
-    if report.steady is None:
+    if report.steady is None or not report.steady.tokens_per_s:
         raise ConfigError(
             f"size={config.size:g}: no sequence waits for room with {task.name};"
             " pass a larger size, or less room"

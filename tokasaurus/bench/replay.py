@@ -3,6 +3,7 @@
     toka-bench trace kind=chat out=chat.jsonl
     toka-bench replay chat.jsonl kv_cache_num_tokens='(64 * 1024)'
     toka-bench replay chat.jsonl cost=llama-8b-h100 max_seqs_per_forward=256 plot=use.svg
+    toka-bench replay chat.jsonl cost=llama-8b-h100 pp_size=4 hop_ms=0.1
 
 ``planner.trace`` describes the lines of a trace, and ``planner.cost_model`` the formula of a cost.
 """
@@ -21,6 +22,7 @@ from tokasaurus.config.schema import Schema, flag
 from tokasaurus.errors import ConfigError
 from tokasaurus.planner.configuration import simulated_slices
 from tokasaurus.planner.cost_model import cost_model
+from tokasaurus.planner.pipeline import Stages
 from tokasaurus.planner.replay import Timing, replay
 from tokasaurus.planner.report import Report
 from tokasaurus.planner.trace import TraceRequest, read_trace
@@ -51,6 +53,12 @@ class ReplayFlags:
         group="Replay",
         minimum=0,
         help="How long the server takes to acknowledge an update.",
+    )
+    hop_ms: float = flag(
+        0.0,
+        group="Replay",
+        minimum=0,
+        help="With pp_size over 1: the way from one of the equal stages to another.",
     )
     plot: str = flag(
         "",
@@ -83,6 +91,7 @@ def run(config: ReplayConfig) -> None:
         cost=cost_model(config.cost),
         manager_s=None if config.manager_ms is None else config.manager_ms / 1e3,
         server_s=config.server_ms / 1e3,
+        stages=Stages.equal(config.pp_size, config.hop_ms / 1e3),
     )
     if config.plot:
         check_plot(config.plot)
