@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from tokasaurus.batch.answering import Answering
@@ -14,6 +13,7 @@ from tokasaurus.batch.store import NewAnswer
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.errors import TokasaurusError
 from tokasaurus.integrations.ray.batch_files import BLOCK_ROWS, Block, Directory, write_result
+from tokasaurus.integrations.ray.rows import BlockDone, decode_row, encode_row
 from tokasaurus.launch.engine_thread import EngineThread
 from tokasaurus.launch.replicated import AsyncReplicas, has_processes
 from tokasaurus.observability.logging import configure_logging
@@ -23,29 +23,10 @@ from tokasaurus.server.protocols.table import OPERATIONS
 from tokasaurus.server.routes.batches import SAMPLES_AHEAD
 from tokasaurus.server.state import EngineState
 
-__all__ = ["Answerer", "BlockDone", "blocks_ahead", "engine_of_an_actor"]
+__all__ = ["Answerer", "blocks_ahead", "engine_of_an_actor"]
 
 _MAX_BYTES = 32 << 20  # of requests in flight
 _USUAL_SEQS = 1024  # in a batch, where the engine itself decides
-
-
-@dataclass(frozen=True)
-class BlockDone:
-    """What the driver learns of a block that has its result file.
-
-    Attributes:
-        name: of its result file.
-        num_lines: of the block.
-        num_bytes: about what they take of the input file.
-        num_failed: lines with an error; None if an earlier run has answered the block.
-        usage: the tokens of the answers of this run.
-    """
-
-    name: str
-    num_lines: int
-    num_bytes: float
-    num_failed: int | None = None
-    usage: Usage = Usage()  # noqa: RUF009  # it is frozen
 
 
 def engine_of_an_actor(config: EngineConfig, num_threads: int | None) -> EngineConfig:
@@ -91,20 +72,20 @@ class Answerer:
         """Answers a batch of Ray Data, which has one row.
 
         Args:
-            batch: "block" has a pickled ``Block``. Anything else is passed on.
+            batch: "row" has a ``Row``. If it is no block, it is passed on.
 
         Yields:
-            "done", a pickled ``BlockDone``, or the error that ends the run: exceptions that are
+            "row", with a block that is done, or the error that ends the run: exceptions that are
             raised here reach the driver as text.
         """
-        for pickled in batch["block"]:
-            done = block = pickle.loads(pickled)
-            if isinstance(block, Block):
+        for data in batch["row"]:
+            row = decode_row(data)
+            if isinstance(row, Block):
                 try:
-                    done = await self._answer_block(block)
+                    row = await self._answer_block(row)
                 except TokasaurusError as error:
-                    done = error
-            yield {"done": [pickle.dumps(done)]}
+                    row = error
+            yield {"row": [encode_row(row)]}
 
     async def _answer_block(self, block: Block) -> BlockDone:
         capacity = await self._loaded()

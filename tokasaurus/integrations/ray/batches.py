@@ -12,7 +12,6 @@ result files say which blocks are done, so a run that was killed continues where
 from __future__ import annotations
 
 import logging
-import pickle
 import sys
 import time
 from collections.abc import Iterator
@@ -26,13 +25,13 @@ from tokasaurus.config.resolve import BUNDLED_MODEL_NAME
 from tokasaurus.errors import ConfigError, EngineError, TokasaurusError
 from tokasaurus.integrations.ray.answerer import (
     Answerer,
-    BlockDone,
     blocks_ahead,
     engine_of_an_actor,
 )
 from tokasaurus.integrations.ray.batch_files import Directory, blocks_of, claim, input_files
 from tokasaurus.integrations.ray.bundles import Bundles, plan_bundles
 from tokasaurus.integrations.ray.launcher import connect, reserve
+from tokasaurus.integrations.ray.rows import BlockDone, Row, decode_row, encode_row
 from tokasaurus.launch.batch_progress import ProgressDisplay
 from tokasaurus.server.protocols.table import OPERATIONS
 
@@ -110,11 +109,12 @@ def _run(
     try:
         with ProgressDisplay() as display:
             display.show("loading the model", RequestCounts(), Usage(), None, final=False)
-            for row in _answered(config, requests, results, list(files), bundles).iter_rows():
-                done = pickle.loads(row["done"])
-                if isinstance(done, TokasaurusError):
-                    raise done
-                progress.add(done)
+            for item in _answered(config, requests, results, list(files), bundles).iter_rows():
+                row = decode_row(item["row"])
+                if isinstance(row, TokasaurusError):
+                    raise row
+                assert isinstance(row, BlockDone)  # an engine has answered each block
+                progress.add(row)
                 progress.show(display)
     except KeyboardInterrupt:
         return progress.stopped(130)
@@ -171,12 +171,12 @@ def _read(
     try:
         for name in batch["file"]:
             for block in blocks_of(requests, str(name), OPERATIONS):
-                row: Any = block
+                row: Row = block
                 if results.exists(block.name):
                     row = BlockDone(block.name, len(block.lines), block.num_bytes)
-                yield {"block": [pickle.dumps(row)]}
+                yield {"row": [encode_row(row)]}
     except ConfigError as error:
-        yield {"block": [pickle.dumps(error)]}
+        yield {"row": [encode_row(error)]}
 
 
 class _Progress:

@@ -67,6 +67,7 @@ class CompiledRunner:
         options: Mapping[str, Any],
     ) -> None:
         self._backend = backend
+        self._is_last = model.is_last
         self._attention = _OpaqueAttention(num_heads * head_dim)
         self._num_expected = 0
         dynamo = torch._dynamo.config
@@ -83,7 +84,8 @@ class CompiledRunner:
             return torch.empty(0, 0, device=planned.inputs.device)
         _current.attention = self._backend.plan(planned.sequences)
         hidden: Tensor = self._forward(planned.inputs, planned.positions, self._attention)
-        return hidden
+        # A graph may write its next result to the same place.
+        return hidden if self._is_last else hidden.clone()
 
     def warmed_up(self) -> None:
         self._num_expected = _num_graphs()

@@ -31,8 +31,9 @@ class Runner(Protocol):
         """Enqueues the layers, and does not wait for them.
 
         Returns:
-            Hidden states of all rows after the last norm, [rows, hidden]. They are read before the
-            next batch runs.
+            Hidden states of all rows, [rows, hidden]; of the last stage, after the last norm, and
+            read before the next batch runs. Those of other stages are a tensor of their own, which
+            is on its way to the next stage while later batches run.
         """
         ...
 
