@@ -8,10 +8,13 @@ import socket
 import threading
 import time
 
+import pytest
+
 from tokasaurus.config.parser import parse_command_line
 from tokasaurus.launch import supervisor
 from tokasaurus.launch.assemble import assemble
 from tokasaurus.launch.lifeline import Stop
+from tokasaurus.launch.processes import LocalLauncher
 from tokasaurus.protocol.role import Role
 
 
@@ -39,3 +42,27 @@ def test_a_lost_interrupt_is_sent_again(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         assert supervisor.Supervisor(slices, listener).run() == 0
     assert len(interrupts) == 2
+
+
+class FailingLauncher(LocalLauncher):
+    """Starts one process, and then the system has no room for another."""
+
+    def __init__(self):
+        super().__init__()
+        self.started = []
+
+    def launch(self, assignment):
+        if self.started:
+            raise OSError("no more processes")
+        process, lifeline = super().launch(assignment)
+        self.started.append(process)
+        return process, lifeline
+
+
+def test_a_start_that_fails_half_way_leaves_no_process():
+    launcher = FailingLauncher()
+    made = supervisor.Supervisor(assemble(parse_command_line([], {})), None, launcher=launcher)
+    with pytest.raises(OSError, match="no more processes"):
+        made.start()
+    (process,) = launcher.started
+    assert process.wait() == -signal.SIGKILL

@@ -205,22 +205,25 @@ class Supervisor:
             begin_file(Path(self._slices.profile_path).expanduser())
         self._selector.register(self._wake_watcher, selectors.EVENT_READ, None)
         ours, theirs = Lifeline.pair()
-        roles = roles_of(self._slices)
         try:
-            self._launcher.prepare(roles)
-        except LaunchError:
+            self._launch_all(ours)
+        except BaseException:  # none of those that have started is left behind
             self._clean_up()
             raise
+        return self._assignment(self._local_role), theirs
+
+    def _launch_all(self, local_lifeline: Lifeline) -> None:
+        roles = roles_of(self._slices)
+        self._launcher.prepare(roles)
         for role in roles:
             if role == self._local_role:
-                self._adopt(Member(role, ours))
+                self._adopt(Member(role, local_lifeline))
             else:
                 self._launch(role)
         for role in self._http.first_roles():
             self._launch_http(role)
         for replica in self._replicas.values():
             replica.num_starts, replica.started_at = 1, time.monotonic()
-        return self._assignment(self._local_role), theirs
 
     def _assignment(self, role: Role) -> Assignment:
         doors = self._launcher.doors_of(role)
