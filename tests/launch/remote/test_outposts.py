@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
@@ -214,7 +215,8 @@ class Wire:
             if not self.is_cut:
                 sink.sendall(data)
         if not self.is_cut:
-            sink.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):  # the other side may have closed it
+                sink.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         for each in self._sockets:
