@@ -229,7 +229,7 @@ def _loss(
 
 
 def _divergence(logits: Tensor, top_ids: Tensor, top_logprobs: Tensor) -> Tensor:
-    """Of predictions [targets, vocabulary] from the most likely tokens and all others together."""
+    """Of predictions [targets, vocabulary] from the likeliest tokens and all others together."""
     predicted = logits.log_softmax(-1).gather(1, top_ids)
     wanted = top_logprobs.exp()
     rest = (1 - wanted.sum(-1)).clamp(min=_SMALLEST)

@@ -101,7 +101,9 @@ class ChatForm:
             whole = render([{"role": "system", "content": _DOCUMENT}, question])
             alone = render([question])
         except Exception as error:  # a template may raise anything
-            raise ConfigError(f"model: its chat template refuses a system message: {error}") from None
+            raise ConfigError(
+                f"model: its chat template refuses a system message: {error}"
+            ) from None
         before_document, found, rest = whole.partition(_DOCUMENT)
         before_question, found_too, before_answer = rest.partition(_QUESTION)
         begin, found_alone, _ = alone.partition(_QUESTION)

@@ -110,6 +110,4 @@ def _sample(output: CompletionOutput, top_k: int) -> Sample:
         likeliest = sorted(each.items(), key=lambda item: -item[1].logprob)[:top_k]
         ids[row, : len(likeliest)] = [token_id for token_id, _ in likeliest]
         logprobs[row, : len(likeliest)] = [found.logprob for _, found in likeliest]
-    return Sample(
-        output.token_ids, output.text, output.finish_reason == "stop", ids, logprobs
-    )
+    return Sample(output.token_ids, output.text, output.finish_reason == "stop", ids, logprobs)

@@ -61,7 +61,7 @@ class TrainConfig(EngineConfig):
         group=_TRAINING,
         minimum=0.0,
         maximum=10.0,
-        help="The highest; it falls to zero during the training. Small models take more, up to 0.1.",
+        help="The highest; it falls to zero during the training. Small models take up to 0.1.",
     )
     num_frozen: int = flag(
         1,
@@ -101,7 +101,7 @@ SCHEMA = Schema(
     reads_files=True,
     examples=(
         "toka-cartridge train --text manual.txt model=Qwen/Qwen3-4B out=manual.safetensors",
-        "toka-cartridge train text=notes.txt out=notes.safetensors num_tokens=64 learning_rate=0.06",
+        "toka-cartridge train text=notes.txt out=notes.safetensors num_tokens=64",
     ),
 )
 
