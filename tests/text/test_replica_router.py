@@ -346,24 +346,41 @@ def statistics(
 
 def test_statistics_are_sums_whose_totals_never_fall() -> None:
     engine = Engine()
-    (message,) = engine.router.absorb(0, statistics(3, 0.5))
-    assert (message.num_finished, message.step_s) == (3, 0.5)
-    (message,) = engine.router.absorb(1, statistics(4, 0.25))
-    assert (message.num_finished, message.num_pages, message.step_s) == (7, 7, 0.5)
-    engine.router.lost(0, "killed")
-    (message,) = engine.router.absorb(1, statistics(5, 0.25))
-    assert (message.num_finished, message.device_s) == (8, 8)
-    assert (message.num_pages, message.num_waiting, message.step_s) == (5, 5, 0.25)
+    router = engine.router
+    assert router.statistics is None
+    assert router.absorb(0, statistics(3, 0.5)) == []
+    assert (router.statistics.num_finished, router.statistics.step_s) == (3, 0.5)
+    router.absorb(1, statistics(4, 0.25))
+    both = router.statistics
+    assert (both.num_finished, both.num_pages, both.step_s) == (7, 7, 0.5)
+    assert router.statistics is both  # added once for all reports that came
+    router.lost(0, "killed")
+    left = router.statistics
+    assert (left.num_finished, left.num_pages, left.step_s) == (7, 4, 0.25)
+    router.absorb(1, statistics(5, 0.25))
+    assert (router.statistics.num_finished, router.statistics.device_s) == (8, 8)
+    assert (router.statistics.num_pages, router.statistics.num_waiting) == (5, 5)
+    router.lost(1, "killed")
+    assert (router.statistics.num_finished, router.statistics.num_pages) == (8, 0)
 
 
 def test_a_version_and_a_pause_are_not_summed() -> None:
-    engine = Engine()
-    engine.router.absorb(0, statistics(1, 0.5, weights_version=2, paused=True))
-    (message,) = engine.router.absorb(1, statistics(1, 0.5, weights_version=2, paused=True))
-    assert (message.weights_version, message.paused) == (2, True)
-    engine.router.lost(0, "killed")
-    (message,) = engine.router.absorb(1, statistics(1, 0.5, weights_version=2))
-    assert (message.weights_version, message.paused) == (2, False)
+    router = Engine().router
+    for replica in (0, 1):
+        router.absorb(replica, statistics(1, 0.5, weights_version=2, paused=True))
+    assert (router.statistics.weights_version, router.statistics.paused) == (2, True)
+    router.lost(0, "killed")
+    router.absorb(1, statistics(1, 0.5, weights_version=2))
+    assert (router.statistics.weights_version, router.statistics.paused) == (2, False)
+
+
+def test_the_text_core_has_the_statistics_of_all_replicas() -> None:
+    engine, generations = text_core()
+    assert generations.statistics is None
+    for replica in (0, 1):
+        for message in engine.router.absorb(replica, statistics(4, 0.5)):
+            generations.absorb(message)
+    assert generations.statistics.num_finished == 8
 
 
 def test_a_command_is_done_when_every_replica_has_done_it() -> None:
@@ -410,7 +427,7 @@ def test_a_lost_replica_is_not_waited_for() -> None:
 def text_core(num_replicas: int = 2) -> tuple[Engine, Generations]:
     """A text core over a router of some replicas."""
     engine = Engine(num_replicas)
-    generations = Generations(CONFIG, TOKENIZER, engine.router.send)
+    generations = Generations(CONFIG, TOKENIZER, engine.router.send, replicas=engine.router)
     router = engine.router
     router.attach(
         generations.find, lambda: generations.set_num_seats(router.num_seats, router.num_stuck)
@@ -763,5 +780,6 @@ def test_totals_go_on_when_a_replica_starts_again_and_lost_tokens_are_counted() 
     engine.router.lost(0, "killed")
     assert engine.router.losses.num_lost_tokens == 7
     join(engine, generations, 0)
-    (message,) = engine.router.absorb(0, statistics(1, 0.5))
-    assert (message.num_finished, message.num_pages) == (11, 1)
+    engine.router.absorb(0, statistics(1, 0.5))
+    merged = engine.router.statistics
+    assert (merged.num_finished, merged.num_pages) == (11, 1)
