@@ -211,6 +211,38 @@ def test_a_prompt_goes_where_its_beginning_is_unless_that_replica_has_much_more_
     assert engine.last(0).request_id == 4
 
 
+def with_beginning_at(replicas: tuple[int, ...], work: tuple[int, ...]) -> Engine:
+    """Replicas of which some have the first 64 tokens of prompts, and all have something to do."""
+    engine = Engine(len(work), num_seats=2)
+    for replica in replicas:
+        blocks = engine.router._places.blocks(np.arange(64, dtype=np.int32))
+        engine.router._places.note(replica, blocks)
+    for each, its_work in zip(engine.router.living, work, strict=True):
+        each.work = its_work
+    return engine
+
+
+def test_a_prompt_does_not_leave_its_beginning_for_a_replica_that_is_hardly_less_busy() -> None:
+    for work, expected in ((1000, 0), (1564, 0), (1565, 1)):
+        engine = with_beginning_at((0,), (work, 1000))
+        request = engine.submit(0, prompt=100)
+        assert engine.requests(expected) == [request], work
+        # A prompt that begins otherwise, or is too short for a block, goes where less is to do.
+        engine = with_beginning_at((0,), (work, 999))
+        assert engine.submit(0, prompt=50) in engine.sent[1], work
+
+
+def test_of_replicas_with_a_beginning_the_one_with_the_least_work_gets_the_prompt() -> None:
+    engine = with_beginning_at((0, 1, 2), (1300, 1100, 1200, 1000))
+    assert engine.submit(0, prompt=100) in engine.sent[1]
+
+
+def test_a_full_replica_does_not_get_a_prompt_for_its_beginning() -> None:
+    engine = with_beginning_at((0,), (1000, 1000))
+    engine.router.living[0].num_open = 2
+    assert engine.submit(0, prompt=100) in engine.sent[1]
+
+
 def test_prompts_that_take_nothing_from_the_cache_go_where_the_least_work_is() -> None:
     for changes in ({"num_prompt_logprobs": 0}, {"pooling": Pooling.MEAN}, {"cartridges": ("c",)}):
         engine = Engine(num_seats=16)

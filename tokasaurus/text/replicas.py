@@ -11,8 +11,10 @@ Which replica gets a request:
 - one that has seats for all samples, where a seat is a sequence that can run; if there is none,
   any;
 - of these, the one that would have the least work with the request. Prompt tokens that are
-  probably in a replica's cache are no work there. So a request goes where its beginning is cached,
-  unless that replica has so much more to do that another one would be done sooner;
+  probably in a replica's cache are no work there;
+- but the one that has the most of the prompt in its cache, as long as the difference in work is less
+  than half of what the other one has to do. So a conversation stays where it is cached, unless that
+  replica is clearly busier than another;
 - if the samples exceed the free seats of that one, each takes what it has seats for. Samples stay
   together if they would wait in any case and could run together, since they share their prompt.
 
