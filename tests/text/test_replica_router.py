@@ -238,9 +238,10 @@ def test_of_replicas_with_a_beginning_the_one_with_the_least_work_gets_the_promp
 
 
 def test_a_full_replica_does_not_get_a_prompt_for_its_beginning() -> None:
-    engine = with_beginning_at((0,), (1000, 1000))
-    engine.router.living[0].num_open = 2
-    assert engine.submit(0, prompt=100) in engine.sent[1]
+    for full, other in ((0, 1), (1, 0)):
+        engine = with_beginning_at((full,), (1000, 1000))
+        engine.router.living[full].num_open = 2
+        assert engine.submit(0, prompt=100) in engine.sent[other], full
 
 
 def test_prompts_that_take_nothing_from_the_cache_go_where_the_least_work_is() -> None:

@@ -12,8 +12,8 @@ Which replica gets a request:
   any;
 - of these, the one that would have the least work with the request. Prompt tokens that are
   probably in a replica's cache are no work there;
-- but the one that has the most of the prompt in its cache, as long as the difference in work is less
-  than half of what the other one has to do. So a conversation stays where it is cached, unless that
+- but the one that has the most of the prompt in its cache, as long as the difference in work is at
+  most half of what the other one has to do. So a conversation stays where it is cached, unless that
   replica is clearly busier than another;
 - if the samples exceed the free seats of that one, each takes what it has seats for. Samples stay
   together if they would wait in any case and could run together, since they share their prompt.
