@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tokasaurus.cartridges.training.self_study import ChatForm, Conversation, Sample, converse
+from tokasaurus.cartridge_training.self_study import ChatForm, Conversation, Sample, converse
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.schema import flags_of
 from tokasaurus.launch.llm import LLM

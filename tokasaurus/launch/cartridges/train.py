@@ -22,7 +22,7 @@ from tokasaurus.launch.cartridges.create import read_text
 from tokasaurus.launch.cartridges.files import sizes
 
 if TYPE_CHECKING:
-    from tokasaurus.cartridges.training.distillation import Losses, TrainableCartridge
+    from tokasaurus.cartridge_training.distillation import Losses, TrainableCartridge
 
 __all__ = ["SCHEMA", "TrainConfig", "run"]
 
@@ -114,7 +114,7 @@ def run(config: TrainConfig) -> None:
         ModelError: the model cannot be run.
         EngineError: a file cannot be written.
     """
-    from tokasaurus.cartridges.training.distillation import Settings, train
+    from tokasaurus.cartridge_training.distillation import Settings, train
     from tokasaurus.launch.assemble import assemble
     from tokasaurus.launch.cartridges.study import ask
 
@@ -168,7 +168,7 @@ def _model(worker: WorkerConfig) -> Any:
 
 def _initial(model: Any, ids: Sequence[int], config: TrainConfig) -> TrainableCartridge:
     """What the model computes for the beginning of the document."""
-    from tokasaurus.cartridges.training.distillation import TrainableCartridge
+    from tokasaurus.cartridge_training.distillation import TrainableCartridge
 
     if len(ids) < config.num_tokens:
         raise ConfigError(

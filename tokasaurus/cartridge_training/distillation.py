@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from tokasaurus.cartridges.training.self_study import Conversation
+from tokasaurus.cartridge_training.self_study import Conversation
 from tokasaurus.errors import ConfigError
 
 __all__ = ["Losses", "Settings", "TrainableCartridge", "train"]
@@ -165,7 +165,7 @@ def train(
         if not math.isfinite(value := loss.item()):
             raise ConfigError(f"the loss is {value} after {step} steps; lower learning_rate")
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         losses.training.append(value)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from tokasaurus.cartridges.training.self_study import ChatForm, Sample, converse
+from tokasaurus.cartridge_training.self_study import ChatForm, Sample, converse
 from tokasaurus.errors import ConfigError
 
 FORM = ChatForm("<bos>S:", "|U:", "|A:", "U:")

@@ -8,14 +8,14 @@ import torch
 from checkpoints import VOCAB_SIZE, make_checkpoint
 from transformers import AutoModelForCausalLM
 
-from tokasaurus.cartridges.training.distillation import (
+from tokasaurus.cartridge_training.distillation import (
     Settings,
     TrainableCartridge,
     _divergence,
     _loss,
     train,
 )
-from tokasaurus.cartridges.training.self_study import Conversation, Sample
+from tokasaurus.cartridge_training.self_study import Conversation, Sample
 from tokasaurus.errors import ConfigError
 
 NUM_TOKENS = 7

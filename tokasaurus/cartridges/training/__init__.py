@@ -1,1 +1,0 @@
-"""Making a cartridge by training: conversations about a document, and distillation on them."""
