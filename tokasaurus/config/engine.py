@@ -779,6 +779,14 @@ class EngineConfig:
         later="serving cartridges",
         help="Where cartridges are stored.",
     )
+    cartridge_tags: bool = flag(
+        False,
+        group=_CARTRIDGES,
+        help=(
+            "Read <cartridge> tags in system messages of chats. Whoever writes a system message can "
+            "then make the engine download cartridges."
+        ),
+    )
     max_completion_tokens: int | None = flag(
         None,
         group=_CARTRIDGES,

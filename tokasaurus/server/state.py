@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from tokasaurus.errors import EngineDead, EngineNotReady
 from tokasaurus.protocol.messages import Statistics
 from tokasaurus.server.metrics import Figure, Metrics, figures
+from tokasaurus.text.cartridges import PrefixSource
 from tokasaurus.text.generations import Etas, Generations
 from tokasaurus.text.preparation import Preparer
 
@@ -28,10 +29,15 @@ _POLL_S = 0.02
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine whose model is loaded, as requests see it."""
+    """An engine whose model is loaded, as requests see it.
+
+    Attributes:
+        prefixes: for requests with cartridges; None if the engine has none.
+    """
 
     preparer: Preparer
     generations: Generations
+    prefixes: PrefixSource | None = None
 
 
 class EngineState:
@@ -47,10 +53,15 @@ class EngineState:
         self._reason = ""
         self.metrics = Metrics(self.figures)
 
-    def ready(self, preparer: Preparer, generations: Generations) -> None:
+    def ready(
+        self,
+        preparer: Preparer,
+        generations: Generations,
+        prefixes: PrefixSource | None = None,
+    ) -> None:
         """The model is loaded, and requests may come."""
         if self._status == "loading":
-            self._status, self._engine = "ok", Engine(preparer, generations)
+            self._status, self._engine = "ok", Engine(preparer, generations, prefixes)
 
     def drain(self) -> None:
         """New requests are refused from now on; those in flight go on."""

@@ -16,7 +16,6 @@ no name stands for any more is unloaded.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -185,7 +184,6 @@ class Cartridges:
         # By digests; the one used last is the last. Those to be unloaded are not here any more.
         self._known: dict[tuple[str, ...], _Known] = {}
         self._leaving: list[_Known] = []  # their unloading was refused, and is tried again
-        self._num_times: Counter[tuple[str, ...]] = Counter()  # that digests were entered
         self._num_requests = self._num_hits = self._num_entered = self._num_left = 0
 
     # --- for requests -----------------------------------------------------------------------------
@@ -280,7 +278,6 @@ class Cartridges:
     def _begin(self, digests: tuple[str, ...], versions: Sequence[StoredCartridge]) -> _Known:
         num_tokens = sum(version.metadata.num_tokens for version in versions)
         known = _Known(Prefix(self._new_name(digests), num_tokens, digests))
-        self._num_entered += 1
         for digest in digests:
             self._store.hold(digest)
 
@@ -302,13 +299,9 @@ class Cartridges:
         return known
 
     def _new_name(self, digests: tuple[str, ...]) -> str:
-        """A name that no prefix has had, since one of the same content may be leaving."""
-        self._num_times[digests] += 1
-        number = self._num_times[digests]
-        name = digests[0]
-        if len(digests) > 1:
-            name = "several-" + hashlib.sha256("+".join(digests).encode()).hexdigest()
-        return name if number == 1 else f"{name}-{number}"
+        """A name that no prefix has had: one of the same content may still be leaving."""
+        self._num_entered += 1
+        return f"{'+'.join(digest[:12] for digest in digests[:4])}-{self._num_entered}"
 
     # --- what is not needed any more --------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 from tokasaurus.server.http.access import max_priority_of, share_of
 from tokasaurus.server.http.bodies import read_json
 from tokasaurus.server.http.direct import Handler
-from tokasaurus.server.http.disconnects import watched
+from tokasaurus.server.http.disconnects import until_disconnect, watched
 from tokasaurus.server.http.event_stream import EventStream
 from tokasaurus.server.http.request_ids import REQUEST_ID
 from tokasaurus.server.operations.executor import Executor
@@ -57,7 +57,8 @@ class Endpoints:
             share = partial(share_of, request.scope)
             name = request.scope.get(REQUEST_ID, "")
             body, limit = await read_json(request), max_priority_of(request.scope)
-            execution = await executor.execute(operation, body, share, limit, name)
+            waiting = partial(until_disconnect, request.receive)
+            execution = await executor.execute(operation, body, share, limit, name, waiting)
             events = execution.events()
             if events is not None:
                 return EventStream(events, execution)

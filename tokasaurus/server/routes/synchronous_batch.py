@@ -71,13 +71,28 @@ class SynchronousBatch:
         client = share_of(request.scope, None)
         # Asked before the prompts are tokenized, so that a flood of refusals is cheap, and after.
         self._executor.check_room(client)
-        tasks = await self._prepare(bodies, max_priority_of(request.scope))
-        self._executor.check_room(client)
-        answers = await until_disconnect(request.receive, self._answers(tasks, client))
+        working = self._all(bodies, client, max_priority_of(request.scope))
+        answers = await until_disconnect(request.receive, working)
         content = await asyncio.to_thread(_encode, answers, media_type)
         return Response(content, media_type=media_type)
 
-    async def _prepare(self, bodies: Sequence[Any], max_priority: int) -> list[Task]:
+    async def _all(self, bodies: Sequence[Any], client: str, max_priority: int) -> list[bytes]:
+        with contextlib.ExitStack() as stack:
+            tasks = await self._prepare(bodies, max_priority, stack)
+            self._executor.check_room(client)
+            executions = [stack.enter_context(self._executor.start(task, client)) for task in tasks]
+            answers = []
+            for position, execution in enumerate(executions):
+                try:
+                    answers.append(await execution.answer())
+                except RequestError as error:
+                    raise _at(position, error) from None
+            return answers
+
+    async def _prepare(
+        self, bodies: Sequence[Any], max_priority: int, stack: contextlib.ExitStack
+    ) -> list[Task]:
+        """All chats, ready to run. The stack releases them."""
         tasks = []
         num_samples = 0
         for position, body in enumerate(bodies):
@@ -85,6 +100,7 @@ class SynchronousBatch:
                 await asyncio.sleep(0)  # lets other requests run
             try:
                 task = await self._executor.prepare(self._chat, body, max_priority)
+                stack.callback(task.release)
                 if task.stream is not None:
                     raise RequestError("stream must be false in a synchronous batch", "stream")
             except RequestError as error:
@@ -97,17 +113,6 @@ class SynchronousBatch:
                 )
             tasks.append(task)
         return tasks
-
-    async def _answers(self, tasks: Sequence[Task], client: str) -> list[bytes]:
-        with contextlib.ExitStack() as stack:
-            executions = [stack.enter_context(self._executor.start(task, client)) for task in tasks]
-            answers = []
-            for position, execution in enumerate(executions):
-                try:
-                    answers.append(await execution.answer())
-                except RequestError as error:
-                    raise _at(position, error) from None
-            return answers
 
 
 def _requests(body: Any) -> list[Any]:
