@@ -783,8 +783,8 @@ class EngineConfig:
         False,
         group=_CARTRIDGES,
         help=(
-            "Read <cartridge> tags in system messages of chats. Whoever writes a system message can "
-            "then make the engine download cartridges."
+            "Read <cartridge> tags in system messages of chats. Whoever writes a system message "
+            "can then make the engine download cartridges."
         ),
     )
     max_completion_tokens: int | None = flag(

@@ -62,10 +62,11 @@ def create_app(
     """
     app = FastAPI(title="Tokasaurus", version=__version__, redirect_slashes=False)
     executor = Executor(state, OPERATIONS)
-    endpoints = Endpoints(executor)
+    batch = SynchronousBatch(config, executor)
+    endpoints = Endpoints(executor, batch)
     app.include_router(EngineRoutes(config, state).router())
     app.include_router(endpoints.router())
-    app.include_router(SynchronousBatch(config, executor).router())
+    app.include_router(batch.router())
     if batches is not None:
         app.include_router(FileRoutes(batches).router())
         app.include_router(BatchRoutes(batches).router())
@@ -96,9 +97,10 @@ def create_outer_app(config: ServerConfig, state: EngineState, elsewhere: ASGIAp
     """
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     executor = Executor(state, OPERATIONS)
-    endpoints = Endpoints(executor)
+    batch = SynchronousBatch(config, executor)
+    endpoints = Endpoints(executor, batch)
     app.include_router(endpoints.router())
-    app.include_router(SynchronousBatch(config, executor).router())
+    app.include_router(batch.router())
     app.include_router(TokenRoutes(state).router())
     app.router.default = elsewhere
     install_error_handlers(app)

@@ -135,6 +135,9 @@ _FILE, _BATCH = _json(_reference("File")), _json(_reference("Batch"))
 _DELETED = _object(id=_STRING, object=_const("file"), deleted={"type": "boolean"})
 _HEALTH = _json(_object(status=_STRING, running=_INTEGER))
 _CHATS = _list(_reference("ChatCompletion"))
+_COMPLETION = {**_json(_reference("Completion")), **_STREAM}
+_CHAT = {**_json(_reference("ChatCompletion")), **_STREAM}
+_MANY_CHATS = {**_json(_CHATS), "application/msgpack": {"schema": _CHATS}}
 
 _ANSWERS: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("get", "/ping"): _json(_object(message=_const("pong"))),
@@ -143,8 +146,17 @@ _ANSWERS: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("get", "/metrics"): {"text/plain": {"schema": _STRING}},
     ("get", "/v1/models"): _json(_object(object=_const("list"), data=_list(_reference("Model")))),
     ("get", "/v1/models/{model_id}"): _json(_reference("Model")),
-    ("post", "/v1/completions"): {**_json(_reference("Completion")), **_STREAM},
-    ("post", "/v1/chat/completions"): {**_json(_reference("ChatCompletion")), **_STREAM},
+    ("post", "/v1/completions"): _COMPLETION,
+    ("post", "/v1/chat/completions"): _CHAT,
+    ("post", "/custom/cartridge/completions"): _COMPLETION,
+    ("post", "/v1/cartridge/completions"): _COMPLETION,
+    ("post", "/custom/cartridge/chat/completions"): _CHAT,
+    ("post", "/v1/cartridge/chat/completions"): _CHAT,
+    ("post", "/batch/cartridge/chat/completions"): {
+        **_json({"anyOf": [_reference("ChatCompletion"), _CHATS]}),
+        **_STREAM,
+        "application/msgpack": {"schema": _CHATS},
+    },
     ("post", "/v1/responses"): {**_json(_reference("Response")), **_STREAM},
     ("post", "/v1/embeddings"): _json(_reference("Embeddings")),
     ("post", "/generate"): {
@@ -159,10 +171,8 @@ _ANSWERS: Mapping[tuple[str, str], Mapping[str, Any]] = {
         ),
         **_STREAM,
     },
-    ("post", "/custom/synchronous-batch-completions"): {
-        **_json(_CHATS),
-        "application/msgpack": {"schema": _CHATS},
-    },
+    ("post", "/custom/synchronous-batch-completions"): _MANY_CHATS,
+    ("post", "/custom/cartridge/synchronous-batch-completions"): _MANY_CHATS,
     ("get", "/v1/files"): _json(_page("File")),
     ("post", "/v1/files"): _FILE,
     ("get", "/v1/files/{file_id}"): _FILE,
