@@ -395,7 +395,7 @@ class World:
 
     def load(self, name: str, num_tokens: int, path: str = "") -> CommandDone | CommandFailed:
         """Loads a cartridge, and waits for the answer."""
-        command_id = self.command(LoadCartridge(name, path or name, num_tokens))
+        command_id = self.command(LoadCartridge(name, (path or name,), num_tokens))
         while command_id not in self.command_answers:
             assert self.results, "the load is not answered"
             self.turn(num_results=1)
@@ -408,22 +408,22 @@ class World:
     def is_named(self, cartridge: str) -> bool:
         """Whether a sequence of which the server has not seen the end has this cartridge."""
         return any(
-            cartridge in self.requests[request_id].cartridges for request_id, _ in self.living
+            cartridge == self.requests[request_id].cartridge for request_id, _ in self.living
         )
 
     def _note_cartridge(self, request: GenerateRequest) -> None:
         """Without a cartridge, or with one that is not loaded, nothing comes before the prompt."""
-        load = self.cartridges.get(request.cartridges[0]) if request.cartridges else None
+        load = self.cartridges.get(request.cartridge)
         digest, num_pseudo = EMPTY_CONTEXT, 0
         if load is not None:
-            digest, num_pseudo = cartridge_digest(load.path, load.num_tokens), load.num_tokens
+            digest, num_pseudo = cartridge_digest(load.paths, load.num_tokens), load.num_tokens
         self.behind[request.request_id] = digest
         self.num_pseudo[request.request_id] = num_pseudo
 
     def _note_write(self, control: Control) -> None:
         if isinstance(control.action, WriteCartridge):
             for name, load in self.cartridges.items():
-                if load.path == control.action.path:
+                if load.paths == control.action.paths:
                     self.rewritten[control.number] = name
 
     def _lets_batches_run(self, result: FromWorker) -> bool:
@@ -447,20 +447,20 @@ class World:
         self.num_lost += 1
         del self.cartridges[name]
         names = {request_id for request_id, _ in self.living}
-        self.aborted |= {i for i in names if name in self.requests[i].cartridges}
+        self.aborted |= {i for i in names if name == self.requests[i].cartridge}
 
     def _check_rejection(self, message: RequestRejected) -> None:
         request = self.requests[message.request_id]
-        if request.cartridges:
+        if request.cartridge:
             is_unknown = self.num_pseudo[message.request_id] == 0
-            is_wrong = is_unknown or request.pooling is Pooling.MEAN or len(request.cartridges) > 1
+            is_wrong = is_unknown or request.pooling is Pooling.MEAN
             assert (message.field == "cartridges") == is_wrong, message
 
     def _check_cartridge_done(
         self, answer: CommandDone, action: LoadCartridge | UnloadCartridge
     ) -> None:
         if isinstance(action, LoadCartridge):
-            assert not action.path.startswith("missing")
+            assert not action.paths[0].startswith("missing")
             assert action.name not in self.cartridges
             self.cartridges[action.name] = action
             self.num_loaded += 1
@@ -985,7 +985,7 @@ class Simulation(World):
             self._num_loads += 1
             path = chance.choice(["", "", "", "missing "]) + f"{name} {self._num_loads}"
             num_tokens = chance.randint(1, 2 * self.config.page_size + 1)
-            actions.append(LoadCartridge(name, path, num_tokens))
+            actions.append(LoadCartridge(name, (path,), num_tokens))
         for _ in range(self._count(self.habits.unloads)):
             self._leaving.add(chance.choice("abc"))
         self._leaving &= set(self.cartridges)
@@ -1008,12 +1008,12 @@ class Simulation(World):
         chance, habits = self._random, self.habits
         length = chance.randint(1, habits.max_prompt)
         shared = chance.choice(self._beginnings)[: chance.randint(0, length)]
-        cartridges: tuple[str, ...] = ()
+        cartridge = ""
         if habits.with_cartridges and chance.random() < habits.with_cartridges:
             names = [name for name in self.cartridges if name not in self._leaving]
-            cartridges = tuple(chance.sample(names, 1) if names else ())
+            cartridge = chance.choice(names or [""])
             if chance.random() < 0.02:
-                cartridges = chance.choice([("unknown",), ("a", "b")])
+                cartridge = "unknown"
         pooling = Pooling.NONE
         if chance.random() < habits.pooled:
             pooling = chance.choice([Pooling.MEAN, Pooling.LAST])
@@ -1026,7 +1026,7 @@ class Simulation(World):
             shared + self._ids(length - len(shared)),
             1 if pooling else chance.randint(1, habits.max_tokens),
             pooling=pooling,
-            cartridges=cartridges,
+            cartridge=cartridge,
             client=client,
             n=n,
             priority=chance.choice([0, 0, 0, 0, -3, 1, 2]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 from fake_engine import CONFIG, TOKENIZER, submit
 
@@ -20,6 +21,7 @@ from tokasaurus.protocol.commands import (
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
+    CartridgeState,
     Eta,
     FinishReason,
     GenerateRequest,
@@ -212,7 +214,7 @@ def test_a_prompt_goes_where_its_beginning_is_unless_that_replica_has_much_more_
 
 
 def test_prompts_that_take_nothing_from_the_cache_go_where_the_least_work_is() -> None:
-    for changes in ({"num_prompt_logprobs": 0}, {"pooling": Pooling.MEAN}, {"cartridges": ("c",)}):
+    for changes in ({"num_prompt_logprobs": 0}, {"pooling": Pooling.MEAN}, {"cartridge": "c"}):
         engine = Engine(num_seats=16)
         engine.submit(0, prompt=1024)
         engine.submit(1, prompt=1024, **changes)
@@ -341,6 +343,7 @@ def statistics(
 ) -> Statistics:
     values = dict.fromkeys(Statistics.__struct_fields__, value)
     values |= {"step_s": step_s, "weights_version": weights_version, "paused": paused}
+    values["cartridges"] = ()
     return Statistics(**values)  # type: ignore[arg-type]
 
 
@@ -354,6 +357,27 @@ def test_statistics_are_sums_whose_totals_never_fall() -> None:
     (message,) = engine.router.absorb(1, statistics(5, 0.25))
     assert (message.num_finished, message.device_s) == (8, 8)
     assert (message.num_pages, message.num_waiting, message.step_s) == (5, 5, 0.25)
+
+
+def test_cartridges_are_merged_by_name() -> None:
+    engine = Engine()
+
+    def having(value: int, **idle_s: float) -> Statistics:
+        states = [CartridgeState(name, 5, *[value] * 7, each) for name, each in idle_s.items()]
+        return msgspec.structs.replace(statistics(value, 0.5), cartridges=tuple(states))
+
+    engine.router.absorb(0, having(1, a=3.0, b=4.0))
+    (message,) = engine.router.absorb(1, having(2, a=2.5, c=7.0))
+    assert message.cartridges == (
+        CartridgeState("a", 5, *[3] * 7, 2.5),
+        CartridgeState("b", 5, *[1] * 7, 4.0),
+        CartridgeState("c", 5, *[2] * 7, 7.0),
+    )
+    engine.router.lost(0, "killed")
+    (message,) = engine.router.absorb(1, having(4, a=1.0))
+    assert message.cartridges == (CartridgeState("a", 5, *[4] * 7, 1.0),)
+    assert message.num_cartridge_loads == 5
+    assert message.num_cartridge_pages == 4
 
 
 def test_a_version_and_a_pause_are_not_summed() -> None:

@@ -373,11 +373,11 @@ class Controls:
             self._failed(command_id, reason, field)
             return
         cartridges = self._running.cartridges
-        cartridge = cartridges.begin(action.name, action.path, action.num_tokens)
+        cartridge = cartridges.begin(action.name, action.paths, action.num_tokens)
         self._write(command_id, cartridge, now, rewrites=False)
 
     def _write(self, command_id: int, cartridge: Cartridge, now: float, *, rewrites: bool) -> None:
-        action = WriteCartridge(cartridge.path, cartridge.num_tokens, cartridge.pages)
+        action = WriteCartridge(cartridge.paths, cartridge.num_tokens, cartridge.pages)
         self._send(command_id, action, now, cartridge=cartridge.name, rewrites=rewrites)
 
     def _why_not_load(self, action: LoadCartridge) -> tuple[str | None, str] | None:
@@ -428,7 +428,7 @@ class Controls:
         return [
             request_id
             for request_id, request in self._backlog.requests.items()
-            if cartridge in request.message.cartridges
+            if cartridge == request.message.cartridge
         ]
 
     def _write_again(self, command_id: int, now: float) -> None:

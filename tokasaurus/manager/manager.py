@@ -254,7 +254,7 @@ class Manager:
     def _accept(self, request: GenerateRequest, now: float) -> None:
         refusal = self._refusal(request)
         if refusal is None:
-            pseudo_ids = self._running.cartridges.ids_of(request.cartridges)
+            pseudo_ids = self._running.cartridges.ids_of(request.cartridge)
             accepted = self._backlog.add(request, now, pseudo_ids)
             accepted.device_s_before = self.counters.device_s
             if request.progress is not None:
@@ -279,7 +279,7 @@ class Manager:
             return "priority", f"priority is {request.priority}; {reason}"
         if not 0 <= request.first_k <= request.n:
             return "first_k", f"first_k is {request.first_k}; it must be from 1 to n={request.n}"
-        if request.cartridges:
+        if request.cartridge:
             problem = self._cartridge_refusal(request)
             if problem is not None:
                 return "cartridges", problem
@@ -298,14 +298,10 @@ class Manager:
 
     def _cartridge_refusal(self, request: GenerateRequest) -> str | None:
         """Why a request cannot have its cartridges; None if it can."""
-        if len(request.cartridges) > 1:
-            reason = f"a request may have one cartridge, and this one has {len(request.cartridges)}"
-            return f"{reason}: each was trained at the positions from 0 on"
-        for name in request.cartridges:
-            if self._running.cartridges.find(name) is None:
-                return f"no cartridge {name!r} is loaded"
-            if request.pooling is Pooling.MEAN:
-                return "the mean over a prompt behind a cartridge is not supported"
+        if self._running.cartridges.find(request.cartridge) is None:
+            return f"no cartridge {request.cartridge!r} is loaded"
+        if request.pooling is Pooling.MEAN:
+            return "the mean over a prompt behind a cartridge is not supported"
         return None
 
     def _length_refusal(self, request: GenerateRequest) -> str | None:
@@ -315,8 +311,8 @@ class Manager:
         """
         config, num_pinned = self._config, self._running.pages.num_pinned
         page_size, num_pseudo = config.page_size, 0
-        if request.cartridges:
-            num_pseudo = len(self._running.cartridges.ids_of(request.cartridges))
+        if request.cartridge:
+            num_pseudo = len(self._running.cartridges.ids_of(request.cartridge))
         total = num_pseudo + len(request.prompt_ids) + request.max_tokens
         # The last token's KV is never needed.
         num_pages = ceil_div(total - 1, page_size)

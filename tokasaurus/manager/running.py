@@ -165,7 +165,7 @@ class RunningSequences:
         sources = [
             start.whole_prompt[-1]
             if len(start.whole_prompt)
-            else self.cartridges.tail_page(start.sequence.request.message.cartridges[0])
+            else self.cartridges.tail_page(start.sequence.request.message.cartridge)
             for start in starts
         ]
         rows = [start.sequence.slot for start in starts]

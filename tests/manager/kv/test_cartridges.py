@@ -21,13 +21,13 @@ def fill(allocator: PageAllocator, ids: np.ndarray) -> None:
 
 
 def behind(cartridges: Cartridges, name: str, *ids: int) -> np.ndarray:
-    return np.concatenate([cartridges.ids_of((name,)), np.array(ids, np.int32)])
+    return np.concatenate([cartridges.ids_of(name), np.array(ids, np.int32)])
 
 
 def loaded(allocator: PageAllocator, **sizes: int) -> Cartridges:
     cartridges = Cartridges(allocator)
     for name, num_tokens in sizes.items():
-        cartridges.begin(name, name, num_tokens)
+        cartridges.begin(name, (name,), num_tokens)
         cartridges.finish(name, 0)
     return cartridges
 
@@ -87,12 +87,12 @@ def test_a_cartridge_is_found_in_the_namespace_that_replaces_another() -> None:
 def test_a_cartridge_is_not_found_before_it_is_written() -> None:
     allocator = PageAllocator(4, 2)
     cartridges = Cartridges(allocator)
-    cartridge = cartridges.begin("a", "path", 6)
+    cartridge = cartridges.begin("a", ("path",), 6)
     assert cartridges.find("a") is None
     assert "a" in cartridges
     assert len(allocator.cache.lookup(0, cartridge.ids, 3)) == 0
     with pytest.raises(ProtocolError):
-        cartridges.begin("b", "path", 3)
+        cartridges.begin("b", ("path",), 3)
     assert allocator.num_pinned == 3
     cartridges.finish("a", 0)
     assert cartridges.find("a") is cartridge

@@ -23,7 +23,6 @@ a request without it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,13 +42,13 @@ class Cartridge:
 
     Attributes:
         name: under which requests name it.
-        path: of its file.
+        paths: of its files.
         ids: [tokens] pseudo ids.
         pages: [pages] pinned, in order of position. The last one may not be full.
     """
 
     name: str
-    path: str
+    paths: tuple[str, ...]
     ids: Int32Array
     pages: Int32Array
 
@@ -80,11 +79,9 @@ class Cartridges:
         """The cartridge of that name; None if it is not loaded, or not written yet."""
         return self._by_name[name] if name in self._written else None
 
-    def ids_of(self, names: Rows[str]) -> Int32Array:
-        """The pseudo ids of these cartridges, one after the other; they are loaded."""
-        if not names:
-            return EMPTY_INT32
-        return np.concatenate([self._by_name[name].ids for name in names])
+    def ids_of(self, name: str) -> Int32Array:
+        """The pseudo ids of a cartridge that is loaded; none for ""."""
+        return self._by_name[name].ids if name else EMPTY_INT32
 
     def all(self) -> list[Cartridge]:
         """All cartridges that have pages, in the order in which they were loaded."""
@@ -99,7 +96,7 @@ class Cartridges:
         """Pseudo ids that were never used."""
         return self._next_id - _LOWEST_ID + 1
 
-    def begin(self, name: str, path: str, num_tokens: int) -> Cartridge:
+    def begin(self, name: str, paths: tuple[str, ...], num_tokens: int) -> Cartridge:
         """Gives a cartridge pseudo ids and pinned pages, which are to be written.
 
         Raises:
@@ -108,7 +105,7 @@ class Cartridges:
         pages = self._pages.pin(ceil_div(num_tokens, self._pages.page_size))
         ids = np.arange(self._next_id, self._next_id - num_tokens, -1, dtype=np.int32)
         self._next_id -= num_tokens
-        cartridge = Cartridge(name, path, ids, pages)
+        cartridge = Cartridge(name, paths, ids, pages)
         self._by_name[name] = cartridge
         return cartridge
 
