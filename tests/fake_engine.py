@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import openai
+from known_cartridges import KnownCartridges
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -57,6 +58,7 @@ from tokasaurus.protocol.messages import (
 from tokasaurus.server.routes.batches import batch_runner
 from tokasaurus.server.state import EngineState
 from tokasaurus.text import tokenizer as server_tokenizer
+from tokasaurus.text.cartridges import Cartridges
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.generations import Generations
 from tokasaurus.text.params import SamplingParams
@@ -588,6 +590,13 @@ class RunningServer:
             config, tokenizer, self._send, self.state.metrics, self.receipts
         )
         self.preparer = Preparer(config, tokenizer, self.receipts)
+        self.store = KnownCartridges(config.cartridge_shape)
+        self.cartridges = Cartridges(
+            self.store,
+            config.cartridge_shape,
+            config.max_request_tokens,
+            self.generations.command,
+        )
         if ready:
             self.become_ready()
         self.batches = batch_runner(config, self.state) if config.data_dir else None
@@ -630,7 +639,7 @@ class RunningServer:
 
     def become_ready(self) -> None:
         """Tell the server that the model is loaded; once it runs, on the event loop only."""
-        self.state.ready(self.preparer, self.generations)
+        self.state.ready(self.preparer, self.generations, self.cartridges)
 
     def call(self, function: Callable[[], object]) -> None:
         """Call a function on the event loop, and wait for it."""

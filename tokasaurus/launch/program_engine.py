@@ -22,7 +22,7 @@ Prompt: TypeAlias = str | Sequence[int]
 Conversation: TypeAlias = Sequence[Mapping[str, Any]]
 """Messages, each ``{"role": ..., "content": ...}``."""
 CartridgeLike: TypeAlias = CartridgeSpec | Mapping[str, Any] | str
-"""A cartridge as requests name it, ``{"id": ..., "source": ...}``; a text is a file or name here."""
+"""A cartridge as requests name it, ``{"id": ..., "source": ...}``; a text is a local file."""
 
 _FIELDS = {"id": str, "source": str, "force_redownload": bool}
 
@@ -84,9 +84,8 @@ class ProgramEngine:
         """
         if prefix is None:
             return self.preparer.prepare(self._ids(prompt), params)
-        ids = prompt
-        if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt, add_special_tokens=False)
+        is_text = isinstance(prompt, str)
+        ids = self.tokenizer.encode(prompt, add_special_tokens=False) if is_text else prompt
         return self.preparer.behind(prefix).prepare(ids, params)
 
     def prepare_chat(

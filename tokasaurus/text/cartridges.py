@@ -29,7 +29,6 @@ from tokasaurus.text.commands import OnDone
 __all__ = [
     "FIELD",
     "MAX_CARTRIDGES",
-    "CartridgeCounts",
     "Cartridges",
     "Lease",
     "Prefix",
@@ -125,27 +124,6 @@ class _Lease:
 
 
 @dataclass(frozen=True)
-class CartridgeCounts:
-    """What requests have done with cartridges since the start.
-
-    Attributes:
-        num_requests: requests with cartridges.
-        num_hits: those whose prefix the managers knew already.
-        num_entered: prefixes that the managers were told of.
-        num_left: prefixes that were unloaded.
-        num_known: prefixes that the managers know.
-        num_used: those of them that requests use.
-    """
-
-    num_requests: int
-    num_hits: int
-    num_entered: int
-    num_left: int
-    num_known: int
-    num_used: int
-
-
-@dataclass(frozen=True)
 class Use:
     """How a version is used at the moment.
 
@@ -184,7 +162,7 @@ class Cartridges:
         # By digests; the one used last is the last. Those to be unloaded are not here any more.
         self._known: dict[tuple[str, ...], _Known] = {}
         self._leaving: list[_Known] = []  # their unloading was refused, and is tried again
-        self._num_requests = self._num_hits = self._num_entered = self._num_left = 0
+        self._num_entered = 0
 
     # --- for requests -----------------------------------------------------------------------------
 
@@ -253,12 +231,9 @@ class Cartridges:
             self._name((spec.source, spec.id), digest)
             for spec, digest in zip(specs, digests, strict=True)
         ]
-        self._num_requests += 1
         known = self._known.pop(digests, None)
         if known is None:
             known = self._begin(digests, versions)
-        else:
-            self._num_hits += 1
         self._known[digests] = known  # the last one: it was used last
         known.num_users += 1
         if known.is_entered:
@@ -295,7 +270,7 @@ class Cartridges:
                 self._tidy(known)
 
         paths = tuple(str(version.path) for version in versions)
-        self._command(load_action(known.prefix.name, paths, num_tokens), done)
+        self._command(LoadCartridge(known.prefix.name, paths, num_tokens), done)
         return known
 
     def _new_name(self, digests: tuple[str, ...]) -> str:
@@ -367,7 +342,6 @@ class Cartridges:
         self._let_go(known)
 
     def _let_go(self, known: _Known) -> None:
-        self._num_left += 1
         for digest in known.prefix.digests:
             self._store.let_go(digest)
 
@@ -411,19 +385,6 @@ class Cartridges:
                 prefixes.setdefault(digest, []).append(known.prefix.name)
         return {digest: Use(users[digest], tuple(names)) for digest, names in prefixes.items()}
 
-    @property
-    def counts(self) -> CartridgeCounts:
-        """Totals, and the present state."""
-        known = [*self._known.values()]
-        return CartridgeCounts(
-            self._num_requests,
-            self._num_hits,
-            self._num_entered,
-            self._num_left,
-            len(known),
-            sum(each.num_users > 0 for each in known),
-        )
-
 
 def check_specs(specs: Sequence[CartridgeSpec]) -> None:
     """Raises RequestError if there are too many cartridges, or one is named twice."""
@@ -436,13 +397,6 @@ def check_specs(specs: Sequence[CartridgeSpec]) -> None:
         if (spec.source, spec.id) in seen:
             raise RequestError(f"cartridge {_shown(spec)} is named twice; name each once", FIELD)
         seen.add((spec.source, spec.id))
-
-
-def load_action(name: str, paths: tuple[str, ...], num_tokens: int) -> Action:
-    """The command that lets managers know a prefix."""
-    if len(paths) > 1:
-        raise RequestError("several cartridges in one request are not supported yet", FIELD)
-    return LoadCartridge(name, paths[0], num_tokens)
 
 
 def _shown(spec: CartridgeSpec) -> str:

@@ -88,7 +88,7 @@ class PreparedRequest:
             hold_for_acks=self.stops is not None,
             pooling=self.pooling,
             grammar=self.grammar,
-            cartridges=() if self.prefix is None else (self.prefix.name,),
+            cartridge="" if self.prefix is None else self.prefix.name,
             client=client,
         )
 

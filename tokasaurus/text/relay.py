@@ -40,9 +40,9 @@ from tokasaurus.protocol.messages import (
     ToServer,
 )
 from tokasaurus.protocol.relaying import (
+    AcquirePrefix,
     AnswerCounts,
     EngineNews,
-    AcquirePrefix,
     FromHTTP,
     ReleasePrefix,
     RequestFailed,
@@ -56,8 +56,8 @@ from tokasaurus.text.generation import Generation
 from tokasaurus.text.generations import Generations
 from tokasaurus.text.numbering import PROCESS_SHIFT, process_of
 from tokasaurus.text.params import SamplingParams
-from tokasaurus.text.preparation import PreparedRequest
 from tokasaurus.text.prefix_relay import PrefixRelay
+from tokasaurus.text.preparation import PreparedRequest
 from tokasaurus.text.samples import Sample, TokenLogprobs
 from tokasaurus.text.tokenizer import Tokenizer
 
