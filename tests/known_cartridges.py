@@ -28,7 +28,7 @@ class KnownCartridges:
     Attributes:
         versions: what each (source, id) stands for now.
         asked: every spec that was resolved, in order.
-        holds: how often each digest is held.
+        holds: how often each digest was resolved and not released.
         gates: by id: resolving waits for the event.
         num_waiting: calls that wait for one.
     """
@@ -68,12 +68,10 @@ class KnownCartridges:
             raise RequestError(
                 f"cartridge {spec.id!r} of source {spec.source}: there is none", "cartridges"
             )
+        self.holds[found.metadata.digest] += 1
         return found
 
-    def hold(self, digest: str) -> None:
-        self.holds[digest] += 1
-
-    def let_go(self, digest: str) -> None:
+    def release(self, digest: str) -> None:
         assert self.holds[digest] > 0
         self.holds[digest] -= 1
 

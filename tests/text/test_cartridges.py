@@ -85,6 +85,7 @@ async def test_requests_of_one_version_share_what_the_managers_know(world: World
     second.release()
     second.release()
     assert len(world.sent) == 1  # it stays for the next request
+    assert world.store.holds == {stored.metadata.digest: 1}
 
 
 @in_world
@@ -236,8 +237,10 @@ async def test_one_that_cannot_be_found_ends_the_search_for_the_others(world: Wo
     with pytest.raises(RequestError, match="'b'"):
         await world.lease("a", "b")
     assert not world.sent
-    await asyncio.sleep(0)
+    for _ in range(2):
+        await asyncio.sleep(0)
     assert len(asyncio.all_tasks()) == 1
+    assert not world.store.held
 
 
 @in_world
@@ -287,4 +290,6 @@ async def test_wrong_requests_are_refused_before_a_manager_hears_of_them(world: 
         with pytest.raises(kind, match=said) as raised:
             await world.lease(*ids)
         assert raised.value.field == "cartridges"
+    await asyncio.sleep(0)
     assert not world.sent
+    assert not world.store.held

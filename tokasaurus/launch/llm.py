@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.errors import Conflict, RequestError, TokasaurusError
+from tokasaurus.launch.cartridges import StoreInThread, cartridges_of
 from tokasaurus.launch.control import Weights, sleep_actions, wake_up_actions, weights_of
 from tokasaurus.launch.embedded import EmbeddedEngine
 from tokasaurus.launch.launching import placed
@@ -75,6 +76,10 @@ class LLM:
         )
         self._lock = threading.Lock()
         self._loop = LoopThread()  # finds cartridges
+        self._store = StoreInThread(self._engine.config, self._loop)
+        self._engine.cartridges = cartridges_of(
+            self._engine.config, self._engine.generations, self._store
+        )
 
     def generate(
         self,
@@ -241,7 +246,7 @@ class LLM:
     def close(self) -> None:
         """Frees the model and the cache. The engine cannot be used afterwards."""
         self._engine.close()
-        self._loop.close()
+        self._loop.close(self._store.close())
 
     def __enter__(self) -> LLM:
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 __all__ = ["LoopThread"]
@@ -32,8 +32,16 @@ class LoopThread:
             future.cancel()
             raise
 
-    def close(self) -> None:
-        """Ends the thread."""
+    def call(self, function: Callable[..., object], *arguments: object) -> None:
+        """Calls a function in the loop, soon. Nothing is called if no coroutine has run."""
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._loop = None
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def close(self, last: Coroutine[Any, Any, None]) -> None:
+        """Runs a last coroutine, if others have run, and ends the thread."""
+        if self._loop is None:
+            last.close()
+            return
+        self.run(last)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop = None

@@ -84,8 +84,11 @@ class ProgramEngine:
         """
         if prefix is None:
             return self.preparer.prepare(self._ids(prompt), params)
-        is_text = isinstance(prompt, str)
-        ids = self.tokenizer.encode(prompt, add_special_tokens=False) if is_text else prompt
+        ids: Sequence[int]
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt, add_special_tokens=False)
+        else:
+            ids = prompt
         return self.preparer.behind(prefix).prepare(ids, params)
 
     def prepare_chat(

@@ -15,6 +15,7 @@ import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from tokasaurus.cartridges.store import CartridgeStore
 from tokasaurus.errors import EngineDead, EngineNotReady
 from tokasaurus.protocol.messages import Statistics
 from tokasaurus.server.metrics import Figure, Metrics, figures
@@ -33,11 +34,13 @@ class Engine:
 
     Attributes:
         prefixes: for requests with cartridges; None if the engine has none.
+        store: of cartridges; None if it is elsewhere.
     """
 
     preparer: Preparer
     generations: Generations
     prefixes: PrefixSource | None = None
+    store: CartridgeStore | None = None
 
 
 class EngineState:
@@ -58,10 +61,11 @@ class EngineState:
         preparer: Preparer,
         generations: Generations,
         prefixes: PrefixSource | None = None,
+        store: CartridgeStore | None = None,
     ) -> None:
         """The model is loaded, and requests may come."""
         if self._status == "loading":
-            self._status, self._engine = "ok", Engine(preparer, generations, prefixes)
+            self._status, self._engine = "ok", Engine(preparer, generations, prefixes, store)
 
     def drain(self) -> None:
         """New requests are refused from now on; those in flight go on."""

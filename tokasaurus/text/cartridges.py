@@ -51,13 +51,15 @@ class Store(Protocol):
     """Where versions are on this machine's disk."""
 
     async def resolve(self, spec: CartridgeSpec) -> StoredCartridge:
-        """The version that a spec stands for now. Raises RequestError or EngineError."""
+        """The version that a spec stands for now. Its file stays until it is released.
 
-    def hold(self, digest: str) -> None:
-        """The file of a version must stay until ``let_go`` was called as often as this."""
+        Raises:
+            RequestError: there is no such cartridge, or it must not be used.
+            EngineError: its source or the disk fails.
+        """
 
-    def let_go(self, digest: str) -> None:
-        """One use of the file has ended."""
+    def release(self, digest: str) -> None:
+        """Undoes one ``resolve``."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ class Cartridges:
         return lease
 
     async def resolve(self, specs: Sequence[CartridgeSpec]) -> list[StoredCartridge]:
-        """The versions that specs stand for now. It may be called in another thread.
+        """The versions that specs stand for now, for ``enter``. Any thread may call it.
 
         Raises:
             RequestError: a cartridge cannot be had, or does not fit; names it.
@@ -206,11 +208,17 @@ class Cartridges:
         tasks = [asyncio.ensure_future(self._store.resolve(spec)) for spec in specs]
         try:
             versions = list(await asyncio.gather(*tasks))
-        finally:
+            self._check(specs, versions)
+        except BaseException:
             for task in tasks:
                 task.cancel()
-        self._check(specs, versions)
+                task.add_done_callback(self._give_back)
+            raise
         return versions
+
+    def _give_back(self, task: asyncio.Future[StoredCartridge]) -> None:
+        if not task.cancelled() and task.exception() is None:
+            self._store.release(task.result().metadata.digest)
 
     def enter(
         self,
@@ -234,6 +242,8 @@ class Cartridges:
         known = self._known.pop(digests, None)
         if known is None:
             known = self._begin(digests, versions)
+        else:
+            self._release(digests)  # one use is enough
         self._known[digests] = known  # the last one: it was used last
         known.num_users += 1
         if known.is_entered:
@@ -253,8 +263,6 @@ class Cartridges:
     def _begin(self, digests: tuple[str, ...], versions: Sequence[StoredCartridge]) -> _Known:
         num_tokens = sum(version.metadata.num_tokens for version in versions)
         known = _Known(Prefix(self._new_name(digests), num_tokens, digests))
-        for digest in digests:
-            self._store.hold(digest)
 
         def done(result: CommandDone | TokasaurusError) -> None:
             waiting, known.waiting = known.waiting, []
@@ -331,7 +339,7 @@ class Cartridges:
             if isinstance(result, RequestError):
                 self._leaving.append(known)  # its last request is about to end
             else:
-                self._let_go(known)
+                self._release(known.prefix.digests)
 
         self._command(UnloadCartridge(known.prefix.name), done)
 
@@ -339,11 +347,11 @@ class Cartridges:
         """The managers do not know a prefix after all."""
         if self._known.get(known.prefix.digests) is known:
             del self._known[known.prefix.digests]
-        self._let_go(known)
+        self._release(known.prefix.digests)
 
-    def _let_go(self, known: _Known) -> None:
-        for digest in known.prefix.digests:
-            self._store.let_go(digest)
+    def _release(self, digests: Sequence[str]) -> None:
+        for digest in digests:
+            self._store.release(digest)
 
     # --- checks -----------------------------------------------------------------------------------
 
