@@ -21,7 +21,7 @@ from typing import Any
 from tokasaurus.cartridges.store import CartridgeStore
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.launch.assemble import assemble
-from tokasaurus.launch.cartridges import cartridges_of
+from tokasaurus.launch.cartridge_store import cartridges_of
 from tokasaurus.launch.embedded import EmbeddedEngine
 from tokasaurus.launch.figures import Figures
 from tokasaurus.protocol.messages import ToServer

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.errors import Conflict, RequestError, TokasaurusError
-from tokasaurus.launch.cartridges import StoreInThread, cartridges_of
+from tokasaurus.launch.cartridge_store import StoreInThread, cartridges_of
 from tokasaurus.launch.control import Weights, sleep_actions, wake_up_actions, weights_of
 from tokasaurus.launch.embedded import EmbeddedEngine
 from tokasaurus.launch.launching import placed

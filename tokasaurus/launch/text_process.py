@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from tokasaurus.cartridges.store import CartridgeStore
-from tokasaurus.launch.cartridges import cartridges_of
+from tokasaurus.launch.cartridge_store import cartridges_of
 from tokasaurus.launch.doors import TO_SERVER
 from tokasaurus.launch.lifeline import (
     Assignment,
