@@ -264,7 +264,9 @@ async def test_the_oldest_idle_ones_go_where_there_are_too_many(world: World) ->
 async def test_deleted_versions_are_unloaded_when_their_requests_have_ended(world: World) -> None:
     stored = world.store.put("a", 21)
     lease = await world.lease("a")
-    world.cartridges.forget([stored.metadata.digest])
+    world.cartridges.forget("local", "b")  # nothing has this name
+    world.cartridges.forget("local", "a")
+    assert world.cartridges.uses()[stored.metadata.digest].names == {("local", "a")}
     assert lease.prefix.name in world.known
     lease.release()
     assert not world.known

@@ -107,6 +107,9 @@ class _Known:
     """A prefix that the managers know, or are about to."""
 
     prefix: Prefix
+    versions: Sequence[StoredCartridge]
+    # Under which requests have named each version: source and id.
+    names: Sequence[set[tuple[str, str]]]
     num_users: int = 0
     is_entered: bool = False
     waiting: list[OnEntered] = field(default_factory=list)
@@ -125,17 +128,21 @@ class _Lease:
             self._owner.leave(self._known)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Use:
     """How a version is used at the moment.
 
     Attributes:
+        version: that is used.
         num_users: requests that use it, alone or with others.
         prefixes: the names of the prefixes that it is in.
+        names: under which requests have named it: source and id.
     """
 
-    num_users: int
-    prefixes: tuple[str, ...]
+    version: StoredCartridge
+    num_users: int = 0
+    prefixes: list[str] = field(default_factory=list)
+    names: set[tuple[str, str]] = field(default_factory=set)
 
 
 class Cartridges:
@@ -239,17 +246,20 @@ class Cartridges:
             self._name((spec.source, spec.id), digest)
             for spec, digest in zip(specs, digests, strict=True)
         ]
-        known = self._known.pop(digests, None)
-        if known is None:
-            known = self._begin(digests, versions)
-        else:
-            self._release(digests)  # one use is enough
+        found = self._known.pop(digests, None)
+        known = found or self._new(digests, versions)
         self._known[digests] = known  # the last one: it was used last
+        for spec, names in zip(specs, known.names, strict=True):
+            names.add((spec.source, spec.id))
         known.num_users += 1
         if known.is_entered:
             on_entered(None)
         else:
             known.waiting.append(on_entered)
+        if found is None:
+            self._load(known)
+        else:
+            self._release(digests)  # one use is enough
         if any(outdated) or len(self._known) > _MAX_KNOWN:
             self._tidy()
         return _Lease(known.prefix, known, self)
@@ -260,10 +270,14 @@ class Cartridges:
         if not known.num_users:
             self._tidy(known)
 
-    def _begin(self, digests: tuple[str, ...], versions: Sequence[StoredCartridge]) -> _Known:
+    def _new(self, digests: tuple[str, ...], versions: Sequence[StoredCartridge]) -> _Known:
+        """A prefix of a name that none has had: one of the same content may still be leaving."""
+        self._num_entered += 1
+        name = f"{'+'.join(digest[:12] for digest in digests[:4])}-{self._num_entered}"
         num_tokens = sum(version.metadata.num_tokens for version in versions)
-        known = _Known(Prefix(self._new_name(digests), num_tokens, digests))
+        return _Known(Prefix(name, num_tokens, digests), versions, [set() for _ in versions])
 
+    def _load(self, known: _Known) -> None:
         def done(result: CommandDone | TokasaurusError) -> None:
             waiting, known.waiting = known.waiting, []
             error = None
@@ -277,23 +291,17 @@ class Cartridges:
             if not known.num_users:  # their callers did not wait for it
                 self._tidy(known)
 
-        paths = tuple(str(version.path) for version in versions)
-        self._command(LoadCartridge(known.prefix.name, paths, num_tokens), done)
-        return known
-
-    def _new_name(self, digests: tuple[str, ...]) -> str:
-        """A name that no prefix has had: one of the same content may still be leaving."""
-        self._num_entered += 1
-        return f"{'+'.join(digest[:12] for digest in digests[:4])}-{self._num_entered}"
+        prefix = known.prefix
+        paths = tuple(str(version.path) for version in known.versions)
+        self._command(LoadCartridge(prefix.name, paths, prefix.num_tokens), done)
 
     # --- what is not needed any more --------------------------------------------------------------
 
-    def forget(self, digests: Sequence[str]) -> None:
-        """Versions were deleted: no name stands for them. Requests in flight finish with them."""
-        gone = set(digests)
-        for key in [key for key, digest in self._named.items() if digest in gone]:
-            self._unname(key)
-        self._tidy()
+    def forget(self, source: str, cartridge_id: str) -> None:
+        """A name was deleted. Requests in flight finish with what they have."""
+        if (source, cartridge_id) in self._named:
+            self._unname((source, cartridge_id))
+            self._tidy()
 
     def _name(self, key: tuple[str, str], digest: str) -> bool:
         """A name stands for this version; returns whether it was another one's last name."""
@@ -385,13 +393,14 @@ class Cartridges:
 
     def uses(self) -> Mapping[str, Use]:
         """How versions are used, by digest; those that the managers do not know are left out."""
-        users: Counter[str] = Counter()
-        prefixes: dict[str, list[str]] = {}
+        uses: dict[str, Use] = {}
         for known in [*self._known.values(), *self._leaving]:
-            for digest in known.prefix.digests:
-                users[digest] += known.num_users
-                prefixes.setdefault(digest, []).append(known.prefix.name)
-        return {digest: Use(users[digest], tuple(names)) for digest, names in prefixes.items()}
+            for version, names in zip(known.versions, known.names, strict=True):
+                use = uses.setdefault(version.metadata.digest, Use(version))
+                use.num_users += known.num_users
+                use.prefixes.append(known.prefix.name)
+                use.names |= names
+        return uses
 
 
 def check_specs(specs: Sequence[CartridgeSpec]) -> None:
