@@ -20,9 +20,7 @@ def cartridges_of(config: ServerConfig, generations: Generations, store: Store) 
         generations: of the engine.
         store: of its cartridges.
     """
-    return Cartridges(
-        store, config.cartridge_shape, config.max_request_tokens, generations.command
-    )
+    return Cartridges(store, config.cartridge_shape, config.max_request_tokens, generations.command)
 
 
 class StoreInThread:
