@@ -102,9 +102,9 @@ def test_calls_of_an_async_engine_share_a_cartridge(flags, directory):
             calls = [llm.generate(IDS[N:], PARAMS, cartridges=[named]) for _ in range(4)]
             for behind in await asyncio.gather(*calls):
                 assert_alike(behind, whole)
-            async for last in llm.generate(IDS[N:], PARAMS, cartridges=[named]):
-                pass
-            assert last.outputs[0].token_ids == whole.outputs[0].token_ids
+            stream = llm.generate(IDS[N:], PARAMS, cartridges=[named])
+            outputs = [each async for each in stream]
+            assert outputs[-1].outputs[0].token_ids == whole.outputs[0].token_ids
             conversation = [{"role": "user", "content": "abc"}]
             answer = await llm.chat(conversation, PARAMS, cartridges=[named])
             plain = await llm.chat(conversation, PARAMS)

@@ -16,13 +16,14 @@ no name stands for any more is unloaded.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 from tokasaurus.cartridges.specification import CartridgeSpec, ModelShape, StoredCartridge
-from tokasaurus.errors import RequestError, RequestTooLong, TokasaurusError
+from tokasaurus.errors import Conflict, RequestError, RequestTooLong, TokasaurusError
 from tokasaurus.protocol.commands import Action, CommandDone, LoadCartridge, UnloadCartridge
 from tokasaurus.text.commands import OnDone
 
@@ -42,6 +43,8 @@ FIELD = "cartridges"
 
 MAX_CARTRIDGES = 64
 """The cartridges that one request may have."""
+
+_RETRY_S = 1.0
 
 _MAX_KNOWN = 1024
 """Prefixes that the managers know; more only while requests use them."""
@@ -283,7 +286,9 @@ class Cartridges:
             error = None
             if isinstance(result, TokasaurusError):
                 error = _as_request_error(result)
-                self._drop(known)
+                if self._known.get(known.prefix.digests) is known:
+                    del self._known[known.prefix.digests]
+                self._unload(known)  # some of several replicas may know it
             else:
                 known.is_entered = True
             for on_entered in waiting:
@@ -328,9 +333,7 @@ class Cartridges:
         Args:
             one: nothing else can have become idle; None if anything can.
         """
-        leaving, self._leaving = self._leaving, []
-        for known in leaving:
-            self._unload(known)
+        self._unload_again()
         num_over = len(self._known) - _MAX_KNOWN
         for known in [*self._known.values()] if one is None or num_over > 0 else [one]:
             is_idle = known.is_entered and not known.num_users
@@ -344,18 +347,19 @@ class Cartridges:
 
     def _unload(self, known: _Known) -> None:
         def done(result: CommandDone | TokasaurusError) -> None:
-            if isinstance(result, RequestError):
-                self._leaving.append(known)  # its last request is about to end
+            if isinstance(result, Conflict):  # its last request is about to end
+                self._leaving.append(known)
+                with contextlib.suppress(RuntimeError):  # there is no loop in a program's own
+                    asyncio.get_running_loop().call_later(_RETRY_S, self._unload_again)
             else:
                 self._release(known.prefix.digests)
 
         self._command(UnloadCartridge(known.prefix.name), done)
 
-    def _drop(self, known: _Known) -> None:
-        """The managers do not know a prefix after all."""
-        if self._known.get(known.prefix.digests) is known:
-            del self._known[known.prefix.digests]
-        self._release(known.prefix.digests)
+    def _unload_again(self) -> None:
+        leaving, self._leaving = self._leaving, []
+        for known in leaving:
+            self._unload(known)
 
     def _release(self, digests: Sequence[str]) -> None:
         for digest in digests:
