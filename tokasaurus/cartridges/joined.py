@@ -37,10 +37,11 @@ class JoinedCalls(Generic[T]):
         """The result of a call with this key: of the one that can be joined, or of a new one."""
         joined = self._joinable.get(key)
         if joined is None:
-            task = asyncio.create_task(self._run(key, call, self._latest.get(key)))
+            former = self._latest.get(key)
+            task = asyncio.create_task(self._run(key, call, former))
             joined = self._joinable[key] = _Call(task)
             self._tasks.add(task)
-            task.add_done_callback(lambda task: self._forget(key, task))
+            task.add_done_callback(lambda task: self._forget(key, task, former))
             if self._fresh:
                 self._latest[key] = task
         joined.num_waiting += 1
@@ -73,10 +74,12 @@ class JoinedCalls(Generic[T]):
         if joined is not None and joined.task is task:
             del self._joinable[key]
 
-    def _forget(self, key: Hashable, task: asyncio.Task[T]) -> None:
+    def _forget(self, key: Hashable, task: asyncio.Task[T], former: asyncio.Task[T] | None) -> None:
         self._tasks.discard(task)
         self._leave(key, task)
         if self._latest.get(key) is task:
             del self._latest[key]
+            if former is not None and not former.done():
+                self._latest[key] = former  # cancelled before its turn
         if not task.cancelled():
             task.exception()  # all that waited may have gone

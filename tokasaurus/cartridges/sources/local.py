@@ -30,7 +30,8 @@ __all__ = ["LocalSource"]
 
 _MAX_FILES = 10_000  # of a directory
 _MAX_COMPANION_BYTES = 1 << 20
-_NUM_TRIES = 3
+# How long a file may go on changing.
+_PATIENCE_S = 5.0
 # A file may be written twice within one tick of the clock that file systems use.
 _TICK_NS = 50_000_000
 _COARSE_TICK_NS = 2_000_000_000
@@ -73,7 +74,8 @@ class LocalSource:
             raise _unreadable(errors, error) from None
 
         async def fetch(directory: Path) -> Fetched:
-            for _ in range(_NUM_TRIES):
+            end = time.monotonic() + _PATIENCE_S
+            while time.monotonic() < end:
                 await asyncio.sleep(_unsettled_s(place))
                 fetched = await asyncio.to_thread(self._copy, cartridge_id, directory, errors)
                 if fetched is not None:
@@ -164,6 +166,8 @@ class LocalSource:
         target, companion = directory / f"copy{place.path.suffix}", directory / COMPANION
         try:
             version = _version(place)
+            if _unsettled_s(place) > 0:
+                return None
             is_whole = self._copy_file(place.path, target, self._max_bytes, errors)
             if place.companion is not None:
                 is_whole &= self._copy_file(
@@ -235,14 +239,13 @@ def _version(place: _Place) -> str:
 
 def _unsettled_s(place: _Place) -> float:
     """Seconds in which the files could still be written without a change of their version."""
-    longest = 0
+    longest, now = 0, time.time_ns()
     for path in (place.path, place.companion):
         with contextlib.suppress(FileNotFoundError):
-            if path is not None:
-                changed = path.stat().st_ctime_ns
+            if path is not None and (changed := path.stat().st_ctime_ns) <= now:
                 tick = _TICK_NS if changed % 1_000_000_000 else _COARSE_TICK_NS
-                # The clock of a file server may be ahead of ours.
-                longest = max(longest, min(tick, changed + tick - time.time_ns()))
+                longest = max(longest, changed + tick - now)
+            # Otherwise the clock of a file server is ahead of ours.
     return longest / 1e9
 
 

@@ -92,7 +92,7 @@ def _make_client(errors: SourceErrors) -> Any:
             " pip install 'tokasaurus[s3]'"
         ) from None
     with _s3_errors(errors, "the client"):
-        return boto3.client(
+        return boto3.session.Session().client(
             "s3",
             config=Config(
                 connect_timeout=_CONNECT_S,
