@@ -30,6 +30,7 @@ from tokasaurus.server.http.request_counts import CountRequests
 from tokasaurus.server.operations.executor import Executor
 from tokasaurus.server.protocols.table import OPERATIONS
 from tokasaurus.server.routes.batches import BatchRequest, BatchRoutes
+from tokasaurus.server.routes.cartridges import CartridgeRoutes
 from tokasaurus.server.routes.control import CONTROL_SCHEMAS, ControlRoutes
 from tokasaurus.server.routes.engine import EngineRoutes
 from tokasaurus.server.routes.files import FileRoutes
@@ -70,6 +71,7 @@ def create_app(
     if batches is not None:
         app.include_router(FileRoutes(batches).router())
         app.include_router(BatchRoutes(batches).router())
+    app.include_router(CartridgeRoutes(config, state).router())
     app.include_router(TokenRoutes(state).router())
     updates = WeightsUpdates(directory)
     control = ControlRoutes(state, updates).router()

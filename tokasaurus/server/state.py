@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from tokasaurus.cartridges.store import CartridgeStore
 from tokasaurus.errors import EngineDead, EngineNotReady
 from tokasaurus.protocol.messages import Statistics
-from tokasaurus.server.metrics import Figure, Metrics, figures
+from tokasaurus.server.metrics import Figure, Metrics, figures, store_figures
 from tokasaurus.text.cartridges import PrefixSource
 from tokasaurus.text.generations import Etas, Generations
 from tokasaurus.text.preparation import Preparer
@@ -128,7 +128,9 @@ class EngineState:
 
     def figures(self) -> Iterator[Figure]:
         """The figures for monitoring; none before the engine is ready."""
-        return figures(None if self._engine is None else self._engine.generations)
+        if self._engine is not None:
+            yield from figures(self._engine.generations)
+            yield from store_figures(self._engine.store)
 
     def check(self) -> None:
         """Raises EngineNotReady or EngineDead if the engine cannot serve."""
