@@ -24,6 +24,7 @@ from known_cartridges import KnownCartridges
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from tokasaurus.cartridges.store import CartridgeStore
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.resolve import resolve
 from tokasaurus.config.slices import ModelFacts, ServerConfig
@@ -597,6 +598,10 @@ class RunningServer:
             config.max_request_tokens,
             self.generations.command,
         )
+        self.disk: CartridgeStore | None = None  # for the routes that manage cartridges
+        if config.data_dir:
+            place = replace(config.cartridges, directory=f"{config.data_dir}/cartridges")
+            self.disk = CartridgeStore(place)
         if ready:
             self.become_ready()
         self.batches = batch_runner(config, self.state) if config.data_dir else None
@@ -639,7 +644,7 @@ class RunningServer:
 
     def become_ready(self) -> None:
         """Tell the server that the model is loaded; once it runs, on the event loop only."""
-        self.state.ready(self.preparer, self.generations, self.cartridges)
+        self.state.ready(self.preparer, self.generations, self.cartridges, self.disk)
 
     def call(self, function: Callable[[], object]) -> None:
         """Call a function on the event loop, and wait for it."""

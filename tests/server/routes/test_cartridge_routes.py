@@ -185,9 +185,7 @@ def test_where_a_version_is_on_the_device_is_what_the_managers_say(server):
 
 
 def make_statistics(state: CartridgeState):
-    zeros = {
-        name: 0 for name in Statistics.__struct_fields__[: -len(Statistics.__struct_defaults__)]
-    }
+    zeros = dict.fromkeys(Statistics.__struct_fields__[: -len(Statistics.__struct_defaults__)], 0)
     return Statistics(**zeros, num_cartridge_hits=50, num_cartridge_pages=6, cartridges=(state,))
 
 
