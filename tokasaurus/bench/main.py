@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import Any
 
-from tokasaurus.config.parser import answer_question, parse_or_exit
-from tokasaurus.config.schema import Schema
+from tokasaurus.config.parser import answer_question, parse_or_exit, with_keys
 from tokasaurus.errors import ConfigError, TokasaurusError
 
 __all__ = ["COMMANDS", "main"]
@@ -28,6 +26,7 @@ COMMANDS = {
     "trace": "write a workload to a file",
     "replay": "run a workload from a file in virtual time",
     "scaling": "the throughput of many replicas behind one router, in virtual time",
+    "routing": "the router against simpler ways to deal out conversations, in virtual time",
     "pipeline": "throughput and bubble of pipelines of simulated devices, in virtual time",
     "compare": "admission by forecast against two simpler policies, in virtual time",
 }
@@ -49,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"toka-bench: error: {message}", file=sys.stderr)
         return 2
     command = importlib.import_module(f"tokasaurus.bench.{name}")
-    config = parse_or_exit(command.SCHEMA, _with_keys(words, command.SCHEMA))
+    config = parse_or_exit(command.SCHEMA, with_keys(words, command.SCHEMA))
     try:
         command.run(config)
     except TokasaurusError as error:
@@ -67,14 +66,6 @@ def _help() -> str:
         "toka-bench: benchmarks that need no GPU.\n\n"
         f"{lines}\n\ntoka-bench COMMAND --help lists the flags of a command."
     )
-
-
-def _with_keys(words: list[str], schema: Schema[Any]) -> list[str]:
-    """Adds the key to a first word without one, if the command requires one flag: its file."""
-    first = next(iter(schema))
-    if first.required and words and "=" not in words[0] and not words[0].startswith("-"):
-        return [f"{first.name}={words[0]}", *words[1:]]
-    return words
 
 
 if __name__ == "__main__":

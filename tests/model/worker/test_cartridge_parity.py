@@ -115,7 +115,7 @@ class Engine:
         }
 
 
-def request(request_id: int, ids: list[int], *cartridges: str, n: int = 1) -> GenerateRequest:
+def request(request_id: int, ids: list[int], cartridge: str = "", n: int = 1) -> GenerateRequest:
     return GenerateRequest(
         request_id=request_id,
         prompt_ids=np.array(ids, np.int32),
@@ -126,7 +126,7 @@ def request(request_id: int, ids: list[int], *cartridges: str, n: int = 1) -> Ge
         stop_token_ids=(),
         num_logprobs=0,
         num_prompt_logprobs=0,
-        cartridges=cartridges,
+        cartridge=cartridge,
     )
 
 
@@ -143,7 +143,7 @@ def test_a_cartridge_stands_for_the_tokens_that_made_it(checkpoint, tmp_path) ->
 def check_cartridge(engine: Engine, path: Path, ids: list[int], num_tokens: int) -> None:
     engine.run(request(1, ids, n=3))
     scores = engine.prompt_logprobs(1)
-    engine.command(LoadCartridge("a", str(path), num_tokens))
+    engine.command(LoadCartridge("a", (str(path),), num_tokens))
     for request_id in (2, 3):
         engine.run(request(request_id, ids[num_tokens:], "a", n=3))
         tokens = engine.tokens()
@@ -172,7 +172,7 @@ def test_preempted_sequences_behind_a_cartridge_get_the_same_tokens(checkpoint, 
     save_cartridge(model, ids[:21], path)
     requests = [request(i, ids[21:] + make_ids(4, i), "a", n=2) for i in range(4)]
     alone = Engine(model)
-    alone.command(LoadCartridge("a", str(path), 21))
+    alone.command(LoadCartridge("a", (str(path),), 21))
     for each in requests:
         alone.run(each)
     expected = ids_of(alone)
@@ -180,7 +180,7 @@ def test_preempted_sequences_behind_a_cartridge_get_the_same_tokens(checkpoint, 
     for changes in ({"num_pages": 8}, {"force_preemption": True}):
         with named(changes):
             engine = Engine(model, **changes)
-            engine.command(LoadCartridge("a", str(path), 21))
+            engine.command(LoadCartridge("a", (str(path),), 21))
             engine.run(*requests)
             assert ids_of(engine) == expected
             assert engine.manager.counters.num_preemptions > 0
