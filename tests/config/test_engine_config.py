@@ -107,6 +107,13 @@ NAMES_AND_DEFAULTS = {
     "wandb_project": "tokasaurus",
     "wandb_run_name": None,
     "cartridge_dir": "./cartridges",
+    "cartridge_sources": ("local", "wandb", "huggingface", "s3", "http"),
+    "cartridge_roots": None,
+    "cartridge_hosts": None,
+    "max_cartridge_bytes": 16 << 30,
+    "max_stored_cartridge_bytes": None,
+    "cartridge_timeout_s": 600.0,
+    "cartridge_host_bytes": 4 << 30,
     "max_completion_tokens": None,
 }
 ALIASES = {"kv_cache_size_num_tokens": "kv_cache_num_tokens", "statsd_addr": "statsd_server_url"}

@@ -10,6 +10,7 @@ satisfy.
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.memory import Memory
 from tokasaurus.config.slices import (
     AdmissionConfig,
+    CartridgeConfig,
     EngineSlices,
     ManagerConfig,
     ModelFacts,
@@ -337,6 +339,13 @@ def _check_access(config: EngineConfig, problems: list[str]) -> None:
                 " gpu.example.org, without a scheme, port or path, or *"
             )
 
+    for name in config.cartridge_hosts or ():
+        if not _HOST_NAME.fullmatch(name):
+            problems.append(
+                f"cartridge_hosts: {name!r} is not the name of a host; expected one such as"
+                " files.example.org, without a scheme, port or path"
+            )
+
     url = config.statsd_server_url
     if url is not None and _statsd_address(url) is None:
         problems.append(f"statsd_server_url={url}: expected HOST:PORT, such as 127.0.0.1:8125")
@@ -416,6 +425,7 @@ def _server(config: EngineConfig, facts: ModelFacts, limits: _Limits) -> ServerC
         log_level=config.log_level,
         shutdown_timeout_s=config.shutdown_timeout_s,
         data_dir=_data_dir(config),
+        cartridges=_cartridges(config, limits),
         trust_request_chat_template=config.trust_request_chat_template,
         unsafe_pickle_responses=config.unsafe_pickle_responses,
         vocab_size=facts.vocab_size,
@@ -433,6 +443,29 @@ def _server(config: EngineConfig, facts: ModelFacts, limits: _Limits) -> ServerC
 
 def _data_dir(config: EngineConfig) -> str:
     return config.data_dir or f"~/.local/share/tokasaurus/port-{config.port}"
+
+
+def _cartridges(config: EngineConfig, limits: _Limits) -> CartridgeConfig:
+    return CartridgeConfig(
+        directory=config.cartridge_dir,
+        sources=config.cartridge_sources,
+        roots=config.cartridge_roots or (config.cartridge_dir,),
+        temporary_root=config.cartridge_roots is None and _is_loopback(config.host),
+        hosts=tuple(name.lower() for name in config.cartridge_hosts or ()),
+        max_bytes=config.max_cartridge_bytes,
+        max_tokens=limits.max_request_tokens,
+        max_stored_bytes=config.max_stored_cartridge_bytes,
+        max_host_bytes=config.cartridge_host_bytes,
+        timeout_s=config.cartridge_timeout_s,
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address. Of names, only localhost counts."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _num_lanes(config: EngineConfig, device: str) -> int:

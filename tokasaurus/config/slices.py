@@ -10,6 +10,7 @@ from tokasaurus.protocol.role import Kind
 
 __all__ = [
     "AdmissionConfig",
+    "CartridgeConfig",
     "EngineSlices",
     "ManagerConfig",
     "ModelFacts",
@@ -47,6 +48,22 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
+class CartridgeConfig:
+    """What the store of cartridges may read, and how much it keeps."""
+
+    directory: str  # of names; the store's own files are in .store
+    sources: tuple[str, ...]  # that requests may name
+    roots: tuple[str, ...]  # directories of local files
+    temporary_root: bool  # whether the directory for temporary files is one, too
+    hosts: tuple[str, ...]  # of http; *.NAME for all below a name
+    max_bytes: int  # of one file
+    max_tokens: int  # of one cartridge
+    max_stored_bytes: int | None  # of all cartridges; None for a tenth of the disk
+    max_host_bytes: int  # of cartridges in the memory of the host
+    timeout_s: float  # of one download
+
+
+@dataclass(frozen=True)
 class ServerConfig:
     """The server room's slice."""
 
@@ -78,6 +95,7 @@ class ServerConfig:
     log_level: str
     shutdown_timeout_s: float  # how long a drain may take
     data_dir: str  # of files and batches
+    cartridges: CartridgeConfig
     unsafe_pickle_responses: bool
     vocab_size: int
     eos_token_ids: tuple[int, ...]

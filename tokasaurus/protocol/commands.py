@@ -114,8 +114,7 @@ class RestoreMemory(_Action, frozen=True):
     stay released, and nothing runs until an UpdateWeights. An update also restores released weights
     by itself, without reading the former ones.
 
-    With the KV cache, loaded cartridges are written again. One that cannot be is unloaded, and the
-    requests that name it end with FinishReason.ABORT.
+    Cartridges are written again when requests need them.
     """
 
     weights: bool
