@@ -111,8 +111,8 @@ class _Known:
 
     prefix: Prefix
     versions: Sequence[StoredCartridge]
-    # Under which requests have named each version: source and id.
-    names: Sequence[set[tuple[str, str]]]
+    # By version: under which names, source and id, requests use it.
+    names: Sequence[Counter[tuple[str, str]]]
     num_users: int = 0
     is_entered: bool = False
     waiting: list[OnEntered] = field(default_factory=list)
@@ -122,13 +122,14 @@ class _Known:
 class _Lease:
     prefix: Prefix
     _known: _Known
+    _names: Sequence[tuple[str, str]]
     _owner: Cartridges
     _is_released: bool = False
 
     def release(self) -> None:
         if not self._is_released:
             self._is_released = True
-            self._owner.leave(self._known)
+            self._owner.leave(self._known, self._names)
 
 
 @dataclass
@@ -139,7 +140,7 @@ class Use:
         version: that is used.
         num_users: requests that use it, alone or with others.
         prefixes: the names of the prefixes that it is in.
-        names: under which requests have named it: source and id.
+        names: under which requests use it: source and id.
     """
 
     version: StoredCartridge
@@ -245,15 +246,13 @@ class Cartridges:
                 also after an error.
         """
         digests = tuple(version.metadata.digest for version in versions)
-        outdated = [
-            self._name((spec.source, spec.id), digest)
-            for spec, digest in zip(specs, digests, strict=True)
-        ]
+        names = [(spec.source, spec.id) for spec in specs]
+        outdated = [self._name(name, digest) for name, digest in zip(names, digests, strict=True)]
         found = self._known.pop(digests, None)
         known = found or self._new(digests, versions)
         self._known[digests] = known  # the last one: it was used last
-        for spec, names in zip(specs, known.names, strict=True):
-            names.add((spec.source, spec.id))
+        for name, counts in zip(names, known.names, strict=True):
+            counts[name] += 1
         known.num_users += 1
         if known.is_entered:
             on_entered(None)
@@ -265,10 +264,12 @@ class Cartridges:
             self._release(digests)  # one use is enough
         if any(outdated) or len(self._known) > _MAX_KNOWN:
             self._tidy()
-        return _Lease(known.prefix, known, self)
+        return _Lease(known.prefix, known, names, self)
 
-    def leave(self, known: _Known) -> None:
+    def leave(self, known: _Known, names: Sequence[tuple[str, str]]) -> None:
         """A request has ended. To be called by its lease."""
+        for name, counts in zip(names, known.names, strict=True):
+            counts[name] -= 1
         known.num_users -= 1
         if not known.num_users:
             self._tidy(known)
@@ -278,7 +279,7 @@ class Cartridges:
         self._num_entered += 1
         name = f"{'+'.join(digest[:12] for digest in digests[:4])}-{self._num_entered}"
         num_tokens = sum(version.metadata.num_tokens for version in versions)
-        return _Known(Prefix(name, num_tokens, digests), versions, [set() for _ in versions])
+        return _Known(Prefix(name, num_tokens, digests), versions, [Counter() for _ in versions])
 
     def _load(self, known: _Known) -> None:
         def done(result: CommandDone | TokasaurusError) -> None:
@@ -403,7 +404,7 @@ class Cartridges:
                 use = uses.setdefault(version.metadata.digest, Use(version))
                 use.num_users += known.num_users
                 use.prefixes.append(known.prefix.name)
-                use.names |= names
+                use.names |= (+names).keys()
         return uses
 
 
