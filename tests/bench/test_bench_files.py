@@ -7,9 +7,11 @@ import re
 import time
 import xml.etree.ElementTree
 
+import numpy as np
 import pytest
 
 from tokasaurus.bench import compare
+from tokasaurus.bench.conversations import Conversations
 from tokasaurus.bench.main import COMMANDS, main
 from tokasaurus.bench.output import markdown_table, table
 from tokasaurus.config.engine import EngineConfig
@@ -160,7 +162,57 @@ def test_throughput_grows_with_replicas_until_the_server_is_busy(tmp_path, capsy
     assert (8, "charged") not in cells
 
 
+def test_the_router_keeps_conversations_where_they_are_cached(tmp_path, capsys):
+    plot = tmp_path / "routing.svg"
+    words = ["replicas=2", "clients=24", "seats=32", "cache_tokens=32768", "pause_s=1"]
+    policies = "policies=router,round_robin,sticky"
+    spans = ["warm_up_s=6", "span_s=6", "sizes=1,4", "jobs=1", f"plot={plot}"]
+    assert main(["routing", *words, policies, *spans]) == 0
+    found = last_line(capsys)
+    cells = {cell["policy"]: cell for cell in found["cells"]}
+    assert cells.keys() == {"router", "round_robin", "sticky"}
+    assert cells["router"]["cached_share"] > cells["round_robin"]["cached_share"] + 0.1
+    assert cells["router"]["request_s"] < 0.95 * cells["round_robin"]["request_s"]
+    assert all(0.8 < cell["least_share"] <= 1 for cell in cells.values())
+    assert 0 < cells["router"]["request_s"] < cells["router"]["request_p95_s"]
+    assert [each["replicas"] for each in found["router"]] == [1, 4]
+    texts = [
+        item.text for item in xml.etree.ElementTree.parse(plot).iter() if item.tag.endswith("text")
+    ]
+    assert {"Tokens a second", "\N{BLACK SQUARE} sticky"} <= set(texts)
+
+
+def test_conversations_are_the_same_in_any_order_and_each_turn_has_all_that_was_said():
+    def hold(order: int) -> dict[int, list[int]]:
+        """The prompts of three clients, of whom the one after the latest, or before it, is next."""
+        clients = Conversations(3.0, 5.0, 512, 8192, seed=1)
+        waiting = [clients.first() for _ in range(3)]
+        prompts = {}
+        while len(prompts) < 60:
+            request = waiting.pop(0 if order > 0 else len(waiting) - 1)
+            prompts[request.request_id] = request.prompt_ids.tolist()
+            answer = np.array([request.request_id % 100] * 3, np.int32)
+            pause_s, following = clients.following(request.request_id, answer)
+            assert pause_s > 0
+            waiting.append(following)
+        return prompts
+
+    first, second = hold(1), hold(-1)
+    both = first.keys() & second.keys()
+    assert len(both) > 10
+    assert all(first[request_id] == second[request_id] for request_id in both)
+    turns = [request_id for request_id in first if request_id % 256]
+    assert len(turns) > 10
+    for request_id in turns:
+        said = [*first[request_id - 1], *[(request_id - 1) % 100] * 3]
+        assert first[request_id][: len(said)] == said
+        assert len(said) < len(first[request_id]) <= 8192 - 512
+
+
 WRONG = {
+    "routing clients=few": "clients=few: expected a whole number",
+    "routing cache_tokens=4096": "cache_tokens=4096 is less than request_tokens=8192; raise",
+    "routing plot=/nowhere/routing.svg": "plot=/nowhere/routing.svg",
     "scaling replicas=none": "replicas=none: expected a whole number",
     "scaling cost=slow": "cost=slow",
     "replay": "trace is required",

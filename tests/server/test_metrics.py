@@ -206,7 +206,7 @@ def test_the_statistics_line_covers_the_time_since_the_previous_one(line):
 def test_the_statistics_line_comes_while_a_request_is_in_flight(line):
     line, generations, _ = line
     generation = submit(generations, [1], SamplingParams())
-    assert line.next() == "in 0 tokens/s, out 0 tokens/s, running 0, waiting 0, KV 100%"
+    assert line.next() == "in 0 tokens/s, out 0 tokens/s, running 0, waiting 0, KV 0%"
     generations.abort(generation)
     assert line.next() is None
 

@@ -213,6 +213,39 @@ def test_a_prompt_goes_where_its_beginning_is_unless_that_replica_has_much_more_
     assert engine.last(0).request_id == 4
 
 
+def with_beginning_at(replicas: tuple[int, ...], work: tuple[int, ...]) -> Engine:
+    """Replicas of which some have the first 64 tokens of prompts, and all have something to do."""
+    engine = Engine(len(work), num_seats=2)
+    for replica in replicas:
+        blocks = engine.router._places.blocks(np.arange(64, dtype=np.int32))
+        engine.router._places.note(replica, blocks)
+    for each, its_work in zip(engine.router.living, work, strict=True):
+        each.work = its_work
+    return engine
+
+
+def test_a_prompt_does_not_leave_its_beginning_for_a_replica_that_is_hardly_less_busy() -> None:
+    for work, expected in ((1000, 0), (1564, 0), (1565, 1)):
+        engine = with_beginning_at((0,), (work, 1000))
+        request = engine.submit(0, prompt=100)
+        assert engine.requests(expected) == [request], work
+        # A prompt that begins otherwise, or is too short for a block, goes where less is to do.
+        engine = with_beginning_at((0,), (work, 999))
+        assert engine.submit(0, prompt=50) in engine.sent[1], work
+
+
+def test_of_replicas_with_a_beginning_the_one_with_the_least_work_gets_the_prompt() -> None:
+    engine = with_beginning_at((0, 1, 2), (1300, 1100, 1200, 1000))
+    assert engine.submit(0, prompt=100) in engine.sent[1]
+
+
+def test_a_full_replica_does_not_get_a_prompt_for_its_beginning() -> None:
+    for full, other in ((0, 1), (1, 0)):
+        engine = with_beginning_at((full,), (1000, 1000))
+        engine.router.living[full].num_open = 2
+        assert engine.submit(0, prompt=100) in engine.sent[other], full
+
+
 def test_prompts_that_take_nothing_from_the_cache_go_where_the_least_work_is() -> None:
     for changes in ({"num_prompt_logprobs": 0}, {"pooling": Pooling.MEAN}, {"cartridge": "c"}):
         engine = Engine(num_seats=16)
@@ -349,14 +382,22 @@ def statistics(
 
 def test_statistics_are_sums_whose_totals_never_fall() -> None:
     engine = Engine()
-    (message,) = engine.router.absorb(0, statistics(3, 0.5))
-    assert (message.num_finished, message.step_s) == (3, 0.5)
-    (message,) = engine.router.absorb(1, statistics(4, 0.25))
-    assert (message.num_finished, message.num_pages, message.step_s) == (7, 7, 0.5)
-    engine.router.lost(0, "killed")
-    (message,) = engine.router.absorb(1, statistics(5, 0.25))
-    assert (message.num_finished, message.device_s) == (8, 8)
-    assert (message.num_pages, message.num_waiting, message.step_s) == (5, 5, 0.25)
+    router = engine.router
+    assert router.statistics is None
+    assert router.absorb(0, statistics(3, 0.5)) == []
+    assert (router.statistics.num_finished, router.statistics.step_s) == (3, 0.5)
+    router.absorb(1, statistics(4, 0.25))
+    both = router.statistics
+    assert (both.num_finished, both.num_pages, both.step_s) == (7, 7, 0.5)
+    assert router.statistics is both  # added once for all reports that came
+    router.lost(0, "killed")
+    left = router.statistics
+    assert (left.num_finished, left.num_pages, left.step_s) == (7, 4, 0.25)
+    router.absorb(1, statistics(5, 0.25))
+    assert (router.statistics.num_finished, router.statistics.device_s) == (8, 8)
+    assert (router.statistics.num_pages, router.statistics.num_waiting) == (5, 5)
+    router.lost(1, "killed")
+    assert (router.statistics.num_finished, router.statistics.num_pages) == (8, 0)
 
 
 def test_cartridges_are_merged_by_name() -> None:
@@ -381,13 +422,22 @@ def test_cartridges_are_merged_by_name() -> None:
 
 
 def test_a_version_and_a_pause_are_not_summed() -> None:
-    engine = Engine()
-    engine.router.absorb(0, statistics(1, 0.5, weights_version=2, paused=True))
-    (message,) = engine.router.absorb(1, statistics(1, 0.5, weights_version=2, paused=True))
-    assert (message.weights_version, message.paused) == (2, True)
-    engine.router.lost(0, "killed")
-    (message,) = engine.router.absorb(1, statistics(1, 0.5, weights_version=2))
-    assert (message.weights_version, message.paused) == (2, False)
+    router = Engine().router
+    for replica in (0, 1):
+        router.absorb(replica, statistics(1, 0.5, weights_version=2, paused=True))
+    assert (router.statistics.weights_version, router.statistics.paused) == (2, True)
+    router.lost(0, "killed")
+    router.absorb(1, statistics(1, 0.5, weights_version=2))
+    assert (router.statistics.weights_version, router.statistics.paused) == (2, False)
+
+
+def test_the_text_core_has_the_statistics_of_all_replicas() -> None:
+    engine, generations = text_core()
+    assert generations.statistics is None
+    for replica in (0, 1):
+        for message in engine.router.absorb(replica, statistics(4, 0.5)):
+            generations.absorb(message)
+    assert generations.statistics.num_finished == 8
 
 
 def test_a_command_is_done_when_every_replica_has_done_it() -> None:
@@ -434,7 +484,7 @@ def test_a_lost_replica_is_not_waited_for() -> None:
 def text_core(num_replicas: int = 2) -> tuple[Engine, Generations]:
     """A text core over a router of some replicas."""
     engine = Engine(num_replicas)
-    generations = Generations(CONFIG, TOKENIZER, engine.router.send)
+    generations = Generations(CONFIG, TOKENIZER, engine.router.send, replicas=engine.router)
     router = engine.router
     router.attach(
         generations.find, lambda: generations.set_num_seats(router.num_seats, router.num_stuck)
@@ -787,5 +837,6 @@ def test_totals_go_on_when_a_replica_starts_again_and_lost_tokens_are_counted() 
     engine.router.lost(0, "killed")
     assert engine.router.losses.num_lost_tokens == 7
     join(engine, generations, 0)
-    (message,) = engine.router.absorb(0, statistics(1, 0.5))
-    assert (message.num_finished, message.num_pages) == (11, 1)
+    engine.router.absorb(0, statistics(1, 0.5))
+    merged = engine.router.statistics
+    assert (merged.num_finished, merged.num_pages) == (11, 1)

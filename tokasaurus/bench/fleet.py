@@ -7,9 +7,10 @@
        └────── ends ───────┼─┘                 │          ...
                            └────── updates ────┘
 
-A client sends a request, waits for its end, and sends the next one. The server does one thing at a
-time, updates before requests, and each takes the time that it is said to take. Managers take none.
-What the router takes on this machine is measured beside, and does not count in virtual time.
+A client sends a request, waits for its end, and sends the next one, perhaps after a while. The
+server does one thing at a time, updates before requests, and each takes the time that it is said to
+take. Managers take none. What the router takes on this machine is measured beside, and does not
+count in virtual time.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ import gc
 import heapq
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol, TypeAlias
+
+import numpy as np
 
 from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.errors import ProtocolError
@@ -28,21 +32,53 @@ from tokasaurus.manager.manager import Manager
 from tokasaurus.planner.cost_model import CostModel
 from tokasaurus.planner.lengths import CompletionLengths
 from tokasaurus.planner.simulated_device import SimulatedDevice
+from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import (
     ForwardBatch,
     FromServer,
     FromWorker,
     GenerateRequest,
     SequenceUpdates,
+    Statistics,
     ToServer,
     ToWorker,
 )
 from tokasaurus.text.replica_reports import Seats
 from tokasaurus.text.replicas import Replicas
 
-__all__ = ["Fleet", "Outcome", "ServerCost"]
+__all__ = ["Clients", "Fleet", "MakeRouter", "Outcome", "Router", "ServerCost"]
 
-_RAMP_S = 0.2  # in which the clients start, one after the other
+
+class Clients(Protocol):
+    """Decides what clients send."""
+
+    def first(self) -> GenerateRequest:
+        """The first request of a client. It must not be streamed."""
+        ...
+
+    def following(self, request_id: int, answer_ids: Int32Array) -> tuple[float, GenerateRequest]:
+        """The next request of the client whose request has ended.
+
+        Args:
+            request_id: of the request that has ended.
+            answer_ids: [generated tokens].
+
+        Returns:
+            How many seconds later the client sends it, and the request.
+        """
+        ...
+
+
+class Router(Protocol):
+    """Deals requests to replicas."""
+
+    def send(self, message: FromServer, /) -> None: ...
+
+    def absorb(self, replica: int, message: ToServer, /) -> object: ...
+
+
+MakeRouter: TypeAlias = Callable[[Sequence[Callable[[FromServer], None]], Sequence[Seats]], Router]
+"""Makes a router of the senders to the replicas and what each has room for."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +96,10 @@ class Outcome:
     Attributes:
         tokens_per_s: that reached the server.
         requests_per_s: that ended.
+        request_s: how long a request took, its median, from the client's side.
+        request_p95_s: how long the slowest twentieth took at least.
+        cached_share: of the prompts' tokens, those that replicas had in their caches.
+        least_share: tokens of the replica that generated the fewest, over the mean of all.
         device_busy: the share of the time in which devices had a batch, mean over replicas.
         server_busy: the share of the time in which the server had something to do.
         place_us: CPU time of this machine's router for a request: to choose a replica and send it.
@@ -68,6 +108,10 @@ class Outcome:
 
     tokens_per_s: float
     requests_per_s: float
+    request_s: float
+    request_p95_s: float
+    cached_share: float
+    least_share: float
     device_busy: float
     server_busy: float
     place_us: float
@@ -82,8 +126,9 @@ class Fleet:
         config: of each manager.
         cost: of each device.
         lengths: how long completions get.
-        requests: what clients send, in order, without end.
+        clients: what is sent.
         server: what the server takes.
+        make_router: deals requests to replicas.
     """
 
     def __init__(
@@ -92,19 +137,22 @@ class Fleet:
         config: ManagerConfig,
         cost: CostModel,
         lengths: CompletionLengths,
-        requests: Iterator[GenerateRequest],
+        clients: Clients,
         server: ServerCost,
+        make_router: MakeRouter = Replicas,
     ) -> None:
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._num_events = 0
         self._now = 0.0
-        self._requests = requests
+        self._clients = clients
         self._server = server
         self._server_is_busy = False
         self._updates: deque[tuple[int, ToServer]] = deque()  # with the replica's number
         self._waiting: deque[GenerateRequest] = deque()
         self._server_s = 0.0
-        self._num_tokens = self._num_ended = 0
+        self._num_tokens = 0
+        self._asked_at: dict[int, float] = {}  # by request id
+        self._request_s: list[float] = []  # of the requests that have ended
         self._place_s = self._absorb_s = 0.0
         self._num_placed = self._num_absorbed = 0
         self._replicas = [
@@ -112,27 +160,47 @@ class Fleet:
             for number in range(num_replicas)
         ]
         seats = Seats(config.max_seqs_per_forward, config.num_pages * config.page_size)
-        self._router = Replicas(
+        self._router = make_router(
             [replica.take for replica in self._replicas], [seats] * num_replicas
         )
 
-    def run(self, num_clients: int, from_s: float, to_s: float) -> Outcome:
-        """Runs from the beginning, and counts between two points of time."""
+    def run(self, num_clients: int, from_s: float, to_s: float, *, ramp_s: float = 0.2) -> Outcome:
+        """Runs from the beginning, and counts between two points of time.
+
+        Args:
+            num_clients: that send requests.
+            from_s: where counting begins.
+            to_s: where the run ends.
+            ramp_s: in which the clients start, one after the other.
+        """
         for number in range(num_clients):
-            self.post(_RAMP_S * number / num_clients, self._ask)
+            self.post(ramp_s * number / num_clients, self._start)
         # Collections would go through everything that all managers hold, again and again.
         gc.disable()
         try:
             self._advance(from_s)
             self._clear()
+            before = [replica.statistics for replica in self._replicas]
             self._advance(to_s)
         finally:
             gc.enable()
         span_s = to_s - from_s
         device_s = sum(replica.device_s for replica in self._replicas)
+        generated, computed, cached = (
+            [
+                getattr(replica.statistics, name) - getattr(each, name)
+                for replica, each in zip(self._replicas, before, strict=True)
+            ]
+            for name in ("num_generated_tokens", "num_prefill_tokens", "num_cached_tokens")
+        )
+        request_s = self._request_s or [0.0]
         return Outcome(
             tokens_per_s=self._num_tokens / span_s,
-            requests_per_s=self._num_ended / span_s,
+            requests_per_s=len(self._request_s) / span_s,
+            request_s=float(np.median(request_s)),
+            request_p95_s=float(np.quantile(request_s, 0.95)),
+            cached_share=sum(cached) / max(1, sum(cached) + sum(computed)),
+            least_share=min(generated) * len(generated) / max(1, sum(generated)),
             device_busy=min(1.0, device_s / span_s / len(self._replicas)),
             server_busy=min(1.0, self._server_s / span_s),
             place_us=self._place_s / max(1, self._num_placed) * 1e6,
@@ -166,12 +234,17 @@ class Fleet:
     def _clear(self) -> None:
         """Forgets what was counted so far."""
         self._server_s = self._place_s = self._absorb_s = 0.0
-        self._num_tokens = self._num_ended = self._num_placed = self._num_absorbed = 0
+        self._num_tokens = self._num_placed = self._num_absorbed = 0
+        self._request_s.clear()
         for replica in self._replicas:
             replica.device_s = 0.0
 
-    def _ask(self) -> None:
-        self._waiting.append(next(self._requests))
+    def _start(self) -> None:
+        self._ask(self._clients.first())
+
+    def _ask(self, request: GenerateRequest) -> None:
+        self._asked_at[request.request_id] = self._now
+        self._waiting.append(request)
         self._serve()
 
     def _serve(self) -> None:
@@ -210,10 +283,19 @@ class Fleet:
         self._absorb_s += time.process_time() - started
         self._num_absorbed += len(message.request_ids)
         self._num_tokens += len(message.token_ids)
-        num_ended = int((message.finish_reasons != 0).sum())
-        self._num_ended += num_ended
-        for _ in range(num_ended):
-            self._ask()
+        ends = np.cumsum(message.num_tokens)
+        for row in np.flatnonzero(message.finish_reasons).tolist():
+            # Requests are not streamed, so the last row has all tokens.
+            answer_ids = message.token_ids[ends[row] - message.num_tokens[row] : ends[row]]
+            self._end(int(message.request_ids[row]), answer_ids)
+
+    def _end(self, request_id: int, answer_ids: Int32Array) -> None:
+        self._request_s.append(self._now - self._asked_at.pop(request_id))
+        pause_s, request = self._clients.following(request_id, answer_ids)
+        if pause_s:
+            self.post(self._now + pause_s, partial(self._ask, request))
+        else:
+            self._ask(request)
 
 
 class _Replica:
@@ -228,6 +310,10 @@ class _Replica:
         self._turn_is_due = False
         self._device_free_at = 0.0
         self.device_s = 0.0  # that the device had a batch
+
+    @property
+    def statistics(self) -> Statistics:
+        return self._manager.statistics()
 
     def take(self, message: FromServer | FromWorker) -> None:
         """A message comes. The manager takes all that come at one time in one turn."""

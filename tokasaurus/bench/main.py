@@ -26,6 +26,7 @@ COMMANDS = {
     "trace": "write a workload to a file",
     "replay": "run a workload from a file in virtual time",
     "scaling": "the throughput of many replicas behind one router, in virtual time",
+    "routing": "the router against simpler ways to deal out conversations, in virtual time",
     "pipeline": "throughput and bubble of pipelines of simulated devices, in virtual time",
     "compare": "admission by forecast against two simpler policies, in virtual time",
 }

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,6 +33,7 @@ from tokasaurus.planner.configuration import simulated_slices
 from tokasaurus.planner.cost_model import cost_model
 from tokasaurus.planner.lengths import DrawnLengths
 from tokasaurus.planner.simulated_device import STOP_ID, VOCAB_SIZE
+from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.messages import GenerateRequest, Sampling
 from tokasaurus.text.replica_reports import Seats
 from tokasaurus.text.replicas import Replicas
@@ -47,7 +47,7 @@ _CLIENTS_PER_SEAT = 1.25  # so that requests wait at each replica
 _WARM_UP_S = 0.5  # longer than most requests take
 _LONGEST_S, _SHORTEST_S = 1.0, 0.25
 _REPLICA_S = 200.0  # replicas times seconds, at most
-_NUM_REPORTS = 20
+_NUM_REPORTS = 1000
 _SATURATED = 0.99
 
 
@@ -171,7 +171,7 @@ def _predict(config: ScalingConfig, num_replicas: int, server: ServerCost) -> Ou
         _manager_config(config),
         cost_model(config.cost),
         lengths,
-        _requests(chance),
+        _Strangers(chance),
         server,
     )
     span_s = min(_LONGEST_S, max(_SHORTEST_S, _REPLICA_S / num_replicas - _WARM_UP_S))
@@ -179,12 +179,18 @@ def _predict(config: ScalingConfig, num_replicas: int, server: ServerCost) -> Ou
     return fleet.run(num_clients, _WARM_UP_S, _WARM_UP_S + span_s)
 
 
-def _requests(chance: np.random.Generator) -> Iterator[GenerateRequest]:
-    """Prompts that share nothing, without end."""
-    for number in itertools.count():
-        yield GenerateRequest(
+class _Strangers:
+    """Clients whose prompts share nothing, and who ask again at once."""
+
+    def __init__(self, chance: np.random.Generator) -> None:
+        self._chance = chance
+        self._numbers = itertools.count()
+
+    def first(self) -> GenerateRequest:
+        number = next(self._numbers)
+        return GenerateRequest(
             request_id=number,
-            prompt_ids=chance.integers(1, VOCAB_SIZE, _PROMPT_TOKENS, dtype=np.int32),
+            prompt_ids=self._chance.integers(1, VOCAB_SIZE, _PROMPT_TOKENS, dtype=np.int32),
             n=1,
             max_tokens=_MAX_TOKENS,
             sampling=Sampling(),
@@ -192,16 +198,20 @@ def _requests(chance: np.random.Generator) -> Iterator[GenerateRequest]:
             stop_token_ids=(STOP_ID,),
         )
 
+    def following(self, request_id: int, answer_ids: Int32Array) -> tuple[float, GenerateRequest]:
+        return 0.0, self.first()
+
 
 def _reports_us(config: ScalingConfig, num_replicas: int) -> float:
-    """CPU microseconds of the router for one report, once each replica has sent one."""
+    """CPU microseconds of the router for a report, if the sums are looked at once a second."""
     manager = _manager_config(config)
     report = Manager(manager).statistics()
     seats = Seats(manager.max_seqs_per_forward, manager.num_pages * manager.page_size)
     router = Replicas([lambda _: None] * num_replicas, [seats] * num_replicas)
-    for number in range(num_replicas):
-        router.absorb(number, report)
+    num_rounds = max(2, _NUM_REPORTS // num_replicas)
     started = time.process_time()
-    for number in range(_NUM_REPORTS):
-        router.absorb(number % num_replicas, report)
-    return (time.process_time() - started) / _NUM_REPORTS * 1e6
+    for _ in range(num_rounds):
+        for number in range(num_replicas):
+            router.absorb(number, report)
+        assert router.statistics is not None
+    return (time.process_time() - started) / num_rounds / num_replicas * 1e6

@@ -49,6 +49,7 @@ from tokasaurus.launch.program_engine import (
     specs_of,
 )
 from tokasaurus.launch.replicated import QUIET, AsyncReplicas, has_processes
+from tokasaurus.launch.unused_flags import warn_of_unused_flags
 from tokasaurus.protocol.commands import AbortAll, Action, CommandDone, FlushCache, Resume
 from tokasaurus.server.control.commands import CommandRunner
 from tokasaurus.server.operations.heavy_work import MANY_CHARACTERS, in_thread_if, takes_long
@@ -123,7 +124,7 @@ class AsyncLLM:
 
     Args:
         model: a Hugging Face directory or repository id; None is the bundled model.
-        flags: those of the ``toka`` command line.
+        flags: those of the ``toka`` command line. A warning names those that only a server needs.
 
     Raises:
         ConfigError: a flag is unknown or wrong. Whatever depends on the model or the machine is
@@ -134,6 +135,7 @@ class AsyncLLM:
         if model is not None:
             flags["model"] = fspath(model)
         self._config = EngineConfig.from_flags(**{**QUIET, **flags})
+        warn_of_unused_flags(self._config, "AsyncLLM")
         self._state = EngineState()
         self._runner = CommandRunner(self._state)
         self._thread: EngineThread | AsyncReplicas | None = None

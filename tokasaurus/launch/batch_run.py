@@ -16,15 +16,15 @@ from pathlib import Path
 from tokasaurus.batch.offline import OfflineJob
 from tokasaurus.batch.records import Batch
 from tokasaurus.batch.runner import BatchRunner
-from tokasaurus.config.engine import ENGINE, EngineConfig
+from tokasaurus.config.engine import ENGINE
 from tokasaurus.config.parser import answer_question, parse, print_help
-from tokasaurus.config.schema import flags_of
 from tokasaurus.errors import ConfigError, LaunchError, ModelError
 from tokasaurus.launch.batch_progress import ProgressDisplay
 from tokasaurus.launch.launching import placed
 from tokasaurus.launch.lifeline import Assignment, Done, Lifeline
 from tokasaurus.launch.supervisor import Supervisor
 from tokasaurus.launch.text_process import TextProcess
+from tokasaurus.launch.unused_flags import unused_flags
 from tokasaurus.protocol.messages import MAX_PRIORITY
 from tokasaurus.server.operations.executor import Executor
 from tokasaurus.server.protocols.table import OPERATIONS
@@ -51,8 +51,6 @@ _SCHEMA = dataclasses.replace(
     ),
 )
 _QUIET = "log_level=WARNING"  # unless the command line sets it
-_SERVER_GROUPS = ("Server", "Access", "Limits on requests", "Statistics")
-_SERVER_FLAGS = ("uvicorn_log_level", "local_proc_name")
 _REFRESH_S = 0.5
 
 
@@ -83,7 +81,8 @@ def _run(words: list[str], environment: Mapping[str, str]) -> int:
     config = parse(_SCHEMA, flags, environment.get("OVERRIDES", ""))
     if len(names) != 2:
         raise ConfigError("name the input and the output: toka-batch run INPUT OUTPUT")
-    _warn_of_flags(config)
+    for name in unused_flags(config, "toka-batch"):
+        print(f"toka-batch: warning: {name} has no effect without a server", file=sys.stderr)
     if "://" in names[0] or Path(names[0]).is_dir():
         if config.launcher != "ray":
             raise ConfigError(
@@ -98,16 +97,6 @@ def _run(words: list[str], environment: Mapping[str, str]) -> int:
     run = _BatchRun(job)
     status = Supervisor(slices, None, run.front, launcher).run()
     return run.conclude(status)
-
-
-def _warn_of_flags(config: EngineConfig) -> None:
-    """Warns of a server's flags. They are not errors, since a server may share the config file."""
-    for flag in flags_of(EngineConfig).values():
-        is_for_server = flag.notes.group in _SERVER_GROUPS or flag.name in _SERVER_FLAGS
-        if is_for_server and getattr(config, flag.name) != flag.default:
-            print(
-                f"toka-batch: warning: {flag.name} has no effect without a server", file=sys.stderr
-            )
 
 
 class _BatchRun:

@@ -38,6 +38,7 @@ from tokasaurus.launch.loop_thread import LoopThread
 from tokasaurus.launch.outputs import RequestOutput, request_output
 from tokasaurus.launch.program_engine import CartridgeLike, Conversation, Prompt, specs_of
 from tokasaurus.launch.replicated import QUIET, ReplicatedEngine, has_processes
+from tokasaurus.launch.unused_flags import warn_of_unused_flags
 from tokasaurus.protocol.commands import Action, CommandDone, FlushCache
 from tokasaurus.server.protocols.embeddings import embedding, pooling_named
 from tokasaurus.text.cartridges import Prefix
@@ -55,7 +56,7 @@ class LLM:
 
     Args:
         model: a Hugging Face directory or repository id; None is the bundled model.
-        flags: those of the ``toka`` command line.
+        flags: those of the ``toka`` command line. A warning names those that only a server needs.
 
     Raises:
         ConfigError: a flag is unknown, wrong, or contradicts another.
@@ -67,6 +68,7 @@ class LLM:
         if model is not None:
             flags["model"] = fspath(model)
         config = EngineConfig.from_flags(**{**QUIET, **flags})
+        warn_of_unused_flags(config, "LLM")
         slices, launcher = placed(config)
         # The caller runs in this process, and could run any code without a template.
         server = dataclasses.replace(slices.server, trust_request_chat_template=True)

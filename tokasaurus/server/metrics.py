@@ -247,9 +247,11 @@ def _replica_figures(replicas: Replicas) -> Iterator[Figure]:
 
 
 def kv_use(statistics: Statistics) -> float:
-    """The share of the KV cache's pages that sequences hold."""
+    """The share of the KV cache's pages that sequences hold; 0 while there are no pages."""
+    if not statistics.num_pages:
+        return 0.0
     unused = statistics.num_free_pages + statistics.num_evictable_pages
-    return 1 - unused / max(1, statistics.num_pages)
+    return 1 - unused / statistics.num_pages
 
 
 class _Figures(Collector):

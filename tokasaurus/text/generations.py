@@ -112,7 +112,6 @@ class Generations:
         replicas: as given.
         relay: to the HTTP processes, if there are any.
         commands: to the engine, and what they have made of it.
-        statistics: the manager's latest; None before the first.
         stalled: the processes that have work and make no progress; their owner says so.
         is_stuck: as long as these make no progress, no request can.
     """
@@ -132,7 +131,7 @@ class Generations:
         self.relay: Relay | None = None
         self._receipts = receipts
         self.commands = Commands(send)
-        self.statistics: Statistics | None = None
+        self._statistics: Statistics | None = None
         self.stalled: tuple[str, ...] = ()
         self.is_stuck = False
         self._tokenizer = tokenizer
@@ -159,6 +158,11 @@ class Generations:
             # A sequence that the manager has not heard of takes as long as one that it has.
             backlog_s *= 1 + turnstile.num_held / turnstile.num_open
         return Etas(known, backlog_s)
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """The engine's latest figures; None before the first."""
+        return self._statistics if self.replicas is None else self.replicas.statistics
 
     def find(self, request_id: int) -> Generation | None:
         """A prompt in flight; None if there is none with this id."""
@@ -378,7 +382,7 @@ class Generations:
         elif isinstance(message, CommandDone | CommandFailed):
             self.commands.absorb(message)
         elif isinstance(message, Statistics):
-            self.statistics = message
+            self._statistics = message
         else:
             self._absorb_rejection(message)
 

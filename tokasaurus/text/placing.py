@@ -12,6 +12,9 @@ from tokasaurus.text.routes import Replica
 
 __all__ = ["as_int32", "progress_of", "shares_of"]
 
+# A replica with this share more of work than another is hardly busier.
+_SLACK = 0.5
+
 
 def shares_of(
     request: GenerateRequest, num_samples: int, choice: Sequence[Replica], cached: Mapping[int, int]
@@ -44,19 +47,30 @@ def shares_of(
 
 
 def _best(num_samples: int, choice: Sequence[Replica], cached: Mapping[int, int]) -> Replica:
-    """The replica with the least work, of those with enough seats or, if none has, of all."""
+    """The replica for samples, of those with enough seats or, if none has, of all.
+
+    That is the one that would have the least work with the request. But one that has more of the
+    prompt gets it as long as it is hardly busier: a difference in work passes, and the cache of a
+    replica that computes what another has drops something else.
+    """
     # One pass without calls: there may be many replicas.
-    best, best_fits, least = choice[0], False, 0
+    best = holder = choice[0]  # holder: of the most cached tokens
+    best_fits, least, most = False, 0, 0
     for replica in choice:
         fits = replica.num_seats - replica.num_open >= num_samples
         if best_fits and not fits:
             continue
-        work = replica.work
-        if cached:
-            work -= cached.get(replica.number, 0)
-        if replica is choice[0] or work < least or fits is not best_fits:
-            best, best_fits, least = replica, fits, work
-    return best
+        num_cached = cached.get(replica.number, 0) if cached else 0
+        work = replica.work - num_cached
+        if replica is choice[0] or fits is not best_fits:
+            best = holder = replica
+            best_fits, least, most = fits, work, num_cached
+            continue
+        if work < least:
+            best, least = replica, work
+        if num_cached > most or (num_cached == most and replica.work < holder.work):
+            holder, most = replica, num_cached
+    return holder if holder.work - most <= least + _SLACK * best.work else best
 
 
 def _may_be_split(request: GenerateRequest) -> bool:

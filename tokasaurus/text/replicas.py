@@ -11,8 +11,10 @@ Which replica gets a request:
 - one that has seats for all samples, where a seat is a sequence that can run; if there is none,
   any;
 - of these, the one that would have the least work with the request. Prompt tokens that are
-  probably in a replica's cache are no work there. So a request goes where its beginning is cached,
-  unless that replica has so much more to do that another one would be done sooner;
+  probably in a replica's cache are no work there;
+- but the one that has the most of the prompt in its cache, as long as the difference in work is at
+  most half of what the other one has to do. So a conversation stays where it is cached, unless that
+  replica is clearly busier than another;
 - if the samples exceed the free seats of that one, each takes what it has seats for. Samples stay
   together if they would wait in any case and could run together, since they share their prompt.
 
@@ -91,6 +93,7 @@ class Replicas:
         self._places = PrefixPlaces()
         self._lengths = ExpectedLengths()
         self._past: Statistics | None = None  # the totals of lost replicas
+        self._sums: Statistics | None = None  # of all; None if they are to be added again
         self._starting: set[int] = set()  # lost replicas that are started again
         self._chosen: list[Replica] | None = None  # None if another choice is due
         self.losses = Losses()
@@ -141,6 +144,19 @@ class Replicas:
         elif replica.catching_up:
             state = "catching up"
         return Report(state, replica.num_open, replica.work, replica.statistics)
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """The latest figures of all replicas as those of one manager; None before the first.
+
+        They are added when they are asked for, and not for each report, since reports are as many
+        as replicas.
+        """
+        if self._sums is None:
+            each = (self._past, *(replica.statistics for replica in self._replicas.values()))
+            known = [statistics for statistics in each if statistics is not None]
+            self._sums = merged_statistics(known) if known else None
+        return self._sums
 
     def obstacle(self, replica: int) -> str | None:
         """Why a replica that lives gets no requests before an update of the weights, if so."""
@@ -266,6 +282,7 @@ class Replicas:
     def _close_account(self, dead: Replica) -> None:
         """Keeps the totals of a replica, and counts what is lost with it."""
         self.losses.num_replicas += 1
+        self._sums = None
         last = dead.statistics
         if last is not None:
             past = without_state(last)
@@ -438,8 +455,8 @@ class Replicas:
         if isinstance(message, Eta):
             return [self._merged_eta(sender, message)]
         if isinstance(message, Statistics):
-            sender.statistics = message
-            return [self._merged_statistics()]
+            sender.statistics, self._sums = message, None
+            return []
         return self._absorb_answer(sender, message)
 
     def _absorb_updates(self, sender: Replica, message: SequenceUpdates) -> SequenceUpdates:
@@ -513,10 +530,6 @@ class Replicas:
                 if replica is sender or replica.num_open
             ),
         )
-
-    def _merged_statistics(self) -> Statistics:
-        known = [each.statistics for each in self._replicas.values()]
-        return merged_statistics(each for each in (self._past, *known) if each is not None)
 
     def _absorb_answer(
         self, sender: Replica, message: CommandDone | CommandFailed

@@ -226,6 +226,19 @@ class Tokenizer:
             del ids[0]
         return ids
 
+    def chat_text(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The text of a conversation, up to where the model writes the next message.
+
+        Raises:
+            Exception: what the template raises, or that there is none.
+        """
+        return self._write_chat(messages, {"add_generation_prompt": True})
+
+    @property
+    def bos_text(self) -> str:
+        """What the BOS token is written as; "" if there is none."""
+        return str(self._wrapped.bos_token or "")
+
     def _write_chat(
         self, messages: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]
     ) -> str:

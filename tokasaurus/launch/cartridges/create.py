@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-__all__ = ["SCHEMA", "CreateConfig", "make_cartridge", "run"]
+__all__ = ["SCHEMA", "CreateConfig", "make_cartridge", "read_text", "run"]
 
 _GROUP = "Cartridge"
 
@@ -88,7 +88,7 @@ def run(config: CreateConfig) -> None:
     """
     from tokasaurus.launch.assemble import assemble
 
-    text, out = _read_text(config.text), Path(config.out).expanduser()
+    text, out = read_text(config.text), Path(config.out).expanduser()
     if out.suffix != ".safetensors":
         raise ConfigError(
             f"out={config.out}: the name must end in .safetensors; "
@@ -144,7 +144,8 @@ def make_cartridge(
     )
 
 
-def _read_text(name: str) -> str:
+def read_text(name: str) -> str:
+    """The text of the file that ``text`` names. Raises ConfigError if it cannot be read."""
     try:
         return Path(name).expanduser().read_text(encoding="utf-8")
     except OSError as error:

@@ -17,6 +17,7 @@ COMMANDS = {
     "verify": "check a file whole, and whether it fits a model",
     "convert": "write a cartridge in the other format: .pt as safetensors, or the reverse",
     "create": "make a cartridge of a text: the KV cache that a model has after reading it",
+    "train": "train a short cartridge that stands for a long document",
 }
 
 
