@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
+from tokasaurus.cartridges.differences import differences
 from tokasaurus.cartridges.specification import CartridgeSpec, ModelShape, StoredCartridge
 from tokasaurus.errors import Conflict, RequestError, RequestTooLong, TokasaurusError
 from tokasaurus.protocol.commands import Action, CommandDone, LoadCartridge, UnloadCartridge
@@ -380,7 +381,7 @@ class Cartridges:
                     FIELD,
                 )
             seen[digest] = spec
-            found = _differences(version.metadata.shape, self._model)
+            found = differences(version.metadata.shape, self._model)
             if found:
                 raise RequestError(
                     f"cartridge {_shown(spec)} is not for this model: {'; '.join(found)}", FIELD
@@ -430,12 +431,3 @@ def _as_request_error(error: TokasaurusError) -> TokasaurusError:
     if isinstance(error, RequestError):
         return type(error)(error.message, FIELD)
     return error
-
-
-def _differences(shape: ModelShape, model: ModelShape) -> list[str]:
-    """What keeps a cartridge from fitting a model, in words."""
-    return [
-        f"it has {name}={getattr(shape, name)}, and the model {getattr(model, name)}"
-        for name in ("num_layers", "num_kv_heads", "head_dim")
-        if getattr(shape, name) != getattr(model, name)
-    ]
