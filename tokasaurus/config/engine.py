@@ -804,7 +804,7 @@ class EngineConfig:
             "The hosts that source=http downloads from, redirects included: names such as "
             "files.example.org, or *.example.org for all below it."
         ),
-        adapts="none",
+        adapts="no host, so source=http is refused",
     )
     max_cartridge_bytes: int = flag(
         16 << 30,
