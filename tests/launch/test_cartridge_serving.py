@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
+import httpx2 as httpx
 import pytest
 from checkpoints import make_checkpoint
 from engine_process import EngineProcess, eventually, running
@@ -138,7 +138,7 @@ def test_a_changed_file_changes_the_answers_of_every_process(engine, files, mode
 
 def test_an_http_process_that_is_killed_leaves_no_cartridge_in_use(engine, files, model):
     save_cartridge(model, IDS[:N], files / "left.safetensors")
-    long = {"max_tokens": 1900, "n": 4, "logprobs": None}
+    long = {"max_tokens": 480, "n": 16, "logprobs": None}
 
     def ask() -> None:
         try:

@@ -452,6 +452,7 @@ def _cartridge_shape(config: EngineConfig, facts: ModelFacts) -> ModelShape:
         num_kv_heads=facts.num_kv_heads,
         head_dim=facts.kv_elements_per_token // per_head,
         name=config.model or BUNDLED_MODEL_NAME,
+        rope=facts.rope,
     )
 
 

@@ -44,6 +44,7 @@ class ModelFacts:
     eos_token_ids: tuple[int, ...]
     # Of most weights in the files: "float32", "bfloat16" or "float16"; None if unknown.
     dtype: str | None = None
+    rope: str = ""  # a digest of the parameters of the rotary embedding
     # Numbers of ``Sampling`` that generation_config.json sets.
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)
 

@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
+from tokasaurus.cartridges.differences import differences
 from tokasaurus.cartridges.specification import CartridgeSpec, ModelShape, StoredCartridge
 from tokasaurus.errors import Conflict, RequestError, RequestTooLong, TokasaurusError
 from tokasaurus.protocol.commands import Action, CommandDone, LoadCartridge, UnloadCartridge
@@ -111,8 +112,8 @@ class _Known:
 
     prefix: Prefix
     versions: Sequence[StoredCartridge]
-    # Under which requests have named each version: source and id.
-    names: Sequence[set[tuple[str, str]]]
+    # By version: under which names, source and id, requests use it.
+    names: Sequence[Counter[tuple[str, str]]]
     num_users: int = 0
     is_entered: bool = False
     waiting: list[OnEntered] = field(default_factory=list)
@@ -122,13 +123,14 @@ class _Known:
 class _Lease:
     prefix: Prefix
     _known: _Known
+    _names: Sequence[tuple[str, str]]
     _owner: Cartridges
     _is_released: bool = False
 
     def release(self) -> None:
         if not self._is_released:
             self._is_released = True
-            self._owner.leave(self._known)
+            self._owner.leave(self._known, self._names)
 
 
 @dataclass
@@ -139,7 +141,7 @@ class Use:
         version: that is used.
         num_users: requests that use it, alone or with others.
         prefixes: the names of the prefixes that it is in.
-        names: under which requests have named it: source and id.
+        names: under which requests use it: source and id.
     """
 
     version: StoredCartridge
@@ -245,15 +247,13 @@ class Cartridges:
                 also after an error.
         """
         digests = tuple(version.metadata.digest for version in versions)
-        outdated = [
-            self._name((spec.source, spec.id), digest)
-            for spec, digest in zip(specs, digests, strict=True)
-        ]
+        names = [(spec.source, spec.id) for spec in specs]
+        outdated = [self._name(name, digest) for name, digest in zip(names, digests, strict=True)]
         found = self._known.pop(digests, None)
         known = found or self._new(digests, versions)
         self._known[digests] = known  # the last one: it was used last
-        for spec, names in zip(specs, known.names, strict=True):
-            names.add((spec.source, spec.id))
+        for name, counts in zip(names, known.names, strict=True):
+            counts[name] += 1
         known.num_users += 1
         if known.is_entered:
             on_entered(None)
@@ -265,10 +265,12 @@ class Cartridges:
             self._release(digests)  # one use is enough
         if any(outdated) or len(self._known) > _MAX_KNOWN:
             self._tidy()
-        return _Lease(known.prefix, known, self)
+        return _Lease(known.prefix, known, names, self)
 
-    def leave(self, known: _Known) -> None:
+    def leave(self, known: _Known, names: Sequence[tuple[str, str]]) -> None:
         """A request has ended. To be called by its lease."""
+        for name, counts in zip(names, known.names, strict=True):
+            counts[name] -= 1
         known.num_users -= 1
         if not known.num_users:
             self._tidy(known)
@@ -278,7 +280,7 @@ class Cartridges:
         self._num_entered += 1
         name = f"{'+'.join(digest[:12] for digest in digests[:4])}-{self._num_entered}"
         num_tokens = sum(version.metadata.num_tokens for version in versions)
-        return _Known(Prefix(name, num_tokens, digests), versions, [set() for _ in versions])
+        return _Known(Prefix(name, num_tokens, digests), versions, [Counter() for _ in versions])
 
     def _load(self, known: _Known) -> None:
         def done(result: CommandDone | TokasaurusError) -> None:
@@ -379,7 +381,7 @@ class Cartridges:
                     FIELD,
                 )
             seen[digest] = spec
-            found = _differences(version.metadata.shape, self._model)
+            found = differences(version.metadata.shape, self._model)
             if found:
                 raise RequestError(
                     f"cartridge {_shown(spec)} is not for this model: {'; '.join(found)}", FIELD
@@ -403,7 +405,7 @@ class Cartridges:
                 use = uses.setdefault(version.metadata.digest, Use(version))
                 use.num_users += known.num_users
                 use.prefixes.append(known.prefix.name)
-                use.names |= names
+                use.names |= (+names).keys()
         return uses
 
 
@@ -429,12 +431,3 @@ def _as_request_error(error: TokasaurusError) -> TokasaurusError:
     if isinstance(error, RequestError):
         return type(error)(error.message, FIELD)
     return error
-
-
-def _differences(shape: ModelShape, model: ModelShape) -> list[str]:
-    """What keeps a cartridge from fitting a model, in words."""
-    return [
-        f"it has {name}={getattr(shape, name)}, and the model {getattr(model, name)}"
-        for name in ("num_layers", "num_kv_heads", "head_dim")
-        if getattr(shape, name) != getattr(model, name)
-    ]

@@ -16,6 +16,7 @@ from safetensors.torch import save
 
 from tokasaurus.cartridges.store import CartridgeStore
 from tokasaurus.launch.cartridge_store import cartridges_of
+from tokasaurus.launch.cartridges.main import main
 from tokasaurus.protocol.messages import CartridgeState, Statistics
 
 SHAPE = {"num_layers": 2, "num_kv_heads": 1, "head_dim": 8}
@@ -161,27 +162,18 @@ def test_where_a_version_is_on_the_device_is_what_the_managers_say(server):
     digest = listed(server)["there"]["digest"]
     (name,) = server.cartridges.uses()[digest].prefixes
     state = CartridgeState(name, 21, 2, 4, 0, 7, 5, 2, 1, 3.5)
-    statistics = server.generations.statistics
-    try:
-        server.generations.statistics = make_statistics(state)
-        (version,) = listed(server)["there"]["versions"]
-        assert version["residence"]["device"] == 2
-        assert version["residence"]["device_pages"] == 4
-        assert [version[key] for key in ("requests", "hits", "loads", "evictions", "idle_s")] == [
-            7,
-            5,
-            2,
-            1,
-            3.5,
-        ]
-        metrics = server.get("/metrics").content.decode()
-        assert "tokasaurus_cartridge_hits_total 50.0" in metrics
-        assert "tokasaurus_cartridge_pages 6.0" in metrics
-        lines = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if line[0] != "#")
-        assert float(lines["tokasaurus_cartridge_disk_bytes"]) > 2688
-        assert float(lines["tokasaurus_cartridge_host_bytes"]) > 2688
-    finally:
-        server.generations.statistics = statistics
+    server.call(lambda: server.generations.absorb(make_statistics(state)))
+    (version,) = listed(server)["there"]["versions"]
+    assert version["residence"]["device"] == 2
+    assert version["residence"]["device_pages"] == 4
+    counts = [version[name] for name in ("requests", "hits", "loads", "evictions", "idle_s")]
+    assert counts == [7, 5, 2, 1, 3.5]
+    metrics = server.get("/metrics").content.decode()
+    assert "tokasaurus_cartridge_hits_total 50.0" in metrics
+    assert "tokasaurus_cartridge_pages 6.0" in metrics
+    lines = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if line[0] != "#")
+    assert float(lines["tokasaurus_cartridge_disk_bytes"]) > 2688
+    assert float(lines["tokasaurus_cartridge_host_bytes"]) > 2688
 
 
 def make_statistics(state: CartridgeState):
@@ -217,3 +209,51 @@ def test_wrong_queries_are_refused(server):
     answer = server._ask("DELETE", "/v1/cartridges/a?force=perhaps", None, {})
     assert (answer.status, answer.error["param"]) == (400, "force")
     assert json.loads(server.get("/v1/cartridges").content)["object"] == "list"
+
+
+# --- toka-cartridge -------------------------------------------------------------------------------
+
+
+def command(server: RunningServer, *words: str) -> int:
+    return main([*words, f"port={server.port}"])
+
+
+def test_commands_upload_list_and_delete(server, tmp_path, capsys):
+    path = tmp_path / "manual.safetensors"
+    path.write_bytes(cartridge_file(9, seed=6))
+    assert command(server, "upload", str(path)) == 0
+    digest = listed(server)["manual"]["digest"]
+    said = capsys.readouterr().out
+    assert said == f"the engine has manual: 9 tokens, 0.0 MB, digest {digest}\n"
+    assert command(server, "upload", f"file={path}", "name=again") == 0
+    capsys.readouterr()
+    assert command(server, "list") == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["id", "source", "version", "tokens", "MB", "users", "where"]
+    row = next(row.split() for row in rows if row.startswith("manual "))
+    assert row == ["manual", "local", digest[:12], "9", "0.0", "0", "disk"]
+    assert command(server, "list", "json=T") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == server.get("/v1/cartridges").json
+    for name in ("manual", "again"):
+        assert command(server, "delete", name) == 0
+        assert capsys.readouterr().out == f"{name} is deleted\n"
+        assert name not in listed(server)
+
+
+def test_commands_say_what_is_wrong(server, tmp_path, capsys):
+    wrong = tmp_path / "wrong.pt"
+    wrong.write_bytes(b"no cartridge")
+    for words, status, said in (
+        (("upload", str(wrong)), 1, "no"),
+        (("upload", str(tmp_path / "missing.pt")), 2, "No such file"),
+        (("upload", str(wrong), "name=a b"), 1, "name"),
+        (("delete", "nothing"), 1, "nothing"),
+        (("delete", "/tmp/a b?c#d", "source=s3", "force=T"), 1, "a b?c#d"),
+    ):
+        assert command(server, *words) == status, words
+        error = capsys.readouterr().err
+        assert error.startswith(f"toka-cartridge {words[0]}: error: "), error
+        assert said in error
+    assert main(["list", "port=1"]) == 1
+    assert "port" in capsys.readouterr().err
