@@ -32,7 +32,7 @@ while time.monotonic() < end:
     key = index.key("local", name)
     if action < 0.3:
         try:
-            commit(index, name, f"{{rng.randrange(8):064d}}", rng.random() / 50)
+            commit(index, name, f"{{rng.randrange(60):064d}}", rng.random() / 50)
         except ValueError:
             pass  # all that is stored is in use
     elif action < 0.4:
