@@ -426,4 +426,12 @@ COMPANIONS = [
     Case("a key that is a list", _companion("? [1, 2]\n: 3"), "its config.yaml cannot be read"),
 ]
 
-CASES = [*PROGRAMS, *DAMAGE, *NUMBERS, *BOMBS, *LAYOUTS, *COMPANIONS]
+KINDS = {
+    "programs": PROGRAMS,
+    "damage": DAMAGE,
+    "numbers": NUMBERS,
+    "bombs": BOMBS,
+    "layouts": LAYOUTS,
+    "companions": COMPANIONS,
+}
+CASES = [case for cases in KINDS.values() for case in cases]

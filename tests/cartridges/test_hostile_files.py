@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from cartridge_files import fields, own_tensors, read_here
-from hostile_files import CASES, DAMAGE, LAYOUTS, NUMBERS, PROGRAMS, Case
+from hostile_files import CASES, KINDS, Case
 from rows import check_each
 from safetensors.torch import save_file
 
@@ -65,14 +65,15 @@ def test_a_file_that_is_no_cartridge_is_refused_with_the_reason(tmp_path):
 
 
 def test_the_process_that_reads_refuses_hostile_files_and_leaves_nothing(tmp_path):
-    cases = [PROGRAMS[0], DAMAGE[2], NUMBERS[0], LAYOUTS[-1]]
+    cases = [KINDS[kind][0] for kind in ("programs", "damage", "numbers", "companions")]
     cases += [case for case in CASES if case.needs_limits]
     check_each(cases, lambda case: check_in_process(case, tmp_path))
 
 
 @pytest.mark.long
-def test_the_process_that_reads_refuses_every_hostile_file(tmp_path):
-    check_each(CASES, lambda case: check_in_process(case, tmp_path))
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_process_that_reads_refuses_every_hostile_file(kind, tmp_path):
+    check_each(KINDS[kind], lambda case: check_in_process(case, tmp_path))
 
 
 def test_what_is_no_file_is_refused(tmp_path):

@@ -50,6 +50,7 @@ NAMES_AND_DEFAULTS = {
     "shutdown_timeout_s": 30.0,
     "tool_call_parser": "auto",
     "reasoning_parser": "auto",
+    "cartridge_tags": False,
     "data_dir": None,
     "unsafe_pickle_responses": False,
     "trust_request_chat_template": False,

@@ -181,27 +181,28 @@ class CartridgeStore:
             StorageFull: the disk has no room for it.
             EngineError: the store's directory cannot be used.
         """
-        errors = SourceErrors("local", name)
-        if not _UPLOAD_NAME.fullmatch(name):
-            raise RequestError(
-                f"the name {shown_id('local', name)!r} must begin with a letter or digit, and have"
-                " at most 128 letters, digits, dots, dashes and underscores",
-                "name",
-            )
+        errors = _upload_errors(name)
         if companion is not None and len(companion) > _MAX_COMPANION_BYTES:
             raise errors.too_large(len(companion), _MAX_COMPANION_BYTES)
-        key = self._index.key("local", name)
-        async with self._incoming() as directory:
-            path, target = directory / "upload", directory / "read"
+        async with self.incoming() as directory:
+            path, config = directory / "upload", None
             with PieceWriter(path, errors, self._config.max_bytes, None) as writer:
                 async for chunk in chunks:
                     await writer.write(chunk)
-            config = None
             if companion is not None:
                 config = directory / COMPANION
                 await asyncio.to_thread(config.write_bytes, companion)
+            return await self.add_file(name, path, config)
+
+    async def add_file(
+        self, name: str, path: Path, companion: Path | None = None
+    ) -> StoredCartridge:
+        """The same, with a file that is in ``incoming``."""
+        errors, key = _upload_errors(name), self._index.key("local", name)
+        async with self.incoming() as directory:
+            target = directory / "read"
             record = await self._read(
-                errors, key, Fetched(path, config, ""), target, is_upload=True
+                errors, key, Fetched(path, companion, ""), target, is_upload=True
             )
             # What is being looked at now is older.
             self._num_looks += 1
@@ -240,6 +241,16 @@ class CartridgeStore:
             )
         await self._on_disk(lambda: self._index.remove(key))
         self._committed_looks.pop(key, None)
+
+    @property
+    def num_host_bytes(self) -> int:
+        """Of the files that are kept in the memory of the host."""
+        return self._host_copies.num_bytes
+
+    @property
+    def num_disk_bytes(self) -> int:
+        """Of all versions."""
+        return self._index.num_bytes
 
     # --- inside -----------------------------------------------------------------------------------
 
@@ -299,7 +310,7 @@ class CartridgeStore:
         if found.num_bytes is not None and found.num_bytes > self._config.max_bytes:
             raise errors.too_large(found.num_bytes, self._config.max_bytes)
         began = time.monotonic()
-        async with self._incoming() as directory:
+        async with self.incoming() as directory:
             new, target = directory / "fetched", directory / "read"
             new.mkdir()
             async with self._fetching[errors.source]:
@@ -373,8 +384,8 @@ class CartridgeStore:
         return StoredCartridge(self._index.path(record.metadata.digest), record.metadata)
 
     @asynccontextmanager
-    async def _incoming(self) -> AsyncIterator[Path]:
-        """A directory for one cartridge, which is deleted at the end."""
+    async def incoming(self) -> AsyncIterator[Path]:
+        """A directory for one cartridge, which is deleted at the end. Raises EngineError."""
         with contextlib.ExitStack() as stack:
             try:
                 yield await asyncio.to_thread(stack.enter_context, self._index.incoming())
@@ -410,3 +421,14 @@ class CartridgeStore:
         task = asyncio.create_task(run())
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+
+def _upload_errors(name: str) -> SourceErrors:
+    """The errors about an upload. Raises RequestError if it cannot have this name."""
+    if not _UPLOAD_NAME.fullmatch(name):
+        raise RequestError(
+            f"the name {shown_id('local', name)!r} must begin with a letter or digit, and have at"
+            " most 128 letters, digits, dots, dashes and underscores",
+            "name",
+        )
+    return SourceErrors("local", name)

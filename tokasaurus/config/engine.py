@@ -837,6 +837,14 @@ class EngineConfig:
             "from which workers read them again after an eviction from the device."
         ),
     )
+    cartridge_tags: bool = flag(
+        False,
+        group=_CARTRIDGES,
+        help=(
+            "Read <cartridge> tags in system messages of chats. Whoever writes a system message "
+            "can then make the engine download cartridges."
+        ),
+    )
     max_completion_tokens: int | None = flag(
         None,
         group=_CARTRIDGES,
