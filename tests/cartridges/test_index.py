@@ -37,7 +37,7 @@ while time.monotonic() < end:
             pass  # all that is stored is in use
     elif action < 0.4:
         index.remove(key)
-    elif action < 0.8:
+    elif action < 0.65:
         record = index.find(key)
         if record is not None and index.pin(record.metadata.digest):
             used.append(record.metadata.digest)
