@@ -52,7 +52,8 @@ _OWN_DIRECTORY = ".store"
 _MAX_ID_CHARS = 2048
 _UPLOAD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MAX_COMPANION_BYTES = 1 << 20
-_NUM_DOWNLOADS, _NUM_READS = 8, 2  # at a time
+_NUM_LOOKS, _NUM_FETCHES = 16, 4  # at a time, of each source
+_NUM_READS = 2
 _NUM_TRIES = 3
 
 
@@ -100,7 +101,9 @@ class CartridgeStore:
         self._sources = self._make_sources(own)
         self._looks: JoinedCalls[tuple[Found, int]] = JoinedCalls(fresh=True)
         self._fetches: JoinedCalls[NameRecord] = JoinedCalls(fresh=False)
-        self._downloading = asyncio.Semaphore(_NUM_DOWNLOADS)
+        # By source, so that a slow one holds up only itself.
+        self._looking = {name: asyncio.Semaphore(_NUM_LOOKS) for name in self._sources}
+        self._fetching = {name: asyncio.Semaphore(_NUM_FETCHES) for name in self._sources}
         self._reading = asyncio.Semaphore(_NUM_READS)
         self._num_looks = 0
         self._committed_looks: dict[str, int] = {}  # by name, the latest whose version it means
@@ -294,9 +297,9 @@ class CartridgeStore:
         return await self._fetches.run(job, lambda: self._fetch(key, found, look, errors))
 
     async def _look(self, source: Source, errors: SourceErrors) -> tuple[Found, int]:
-        self._num_looks += 1
-        look = self._num_looks
-        async with self._downloading:
+        async with self._looking[errors.source]:
+            self._num_looks += 1
+            look = self._num_looks
             return await self._in_time(source.find(errors.cartridge_id), errors), look
 
     async def _fetch(self, key: str, found: Found, look: int, errors: SourceErrors) -> NameRecord:
@@ -310,7 +313,7 @@ class CartridgeStore:
         async with self.incoming() as directory:
             new, target = directory / "fetched", directory / "read"
             new.mkdir()
-            async with self._downloading:
+            async with self._fetching[errors.source]:
                 fetched = await self._in_time(found.fetch(new), errors)
             record = await self._read(errors, key, fetched, target)
             # A later look may have been faster.
@@ -386,6 +389,8 @@ class CartridgeStore:
         with contextlib.ExitStack() as stack:
             try:
                 yield await asyncio.to_thread(stack.enter_context, self._index.incoming())
+            except ConnectionError:  # of a client that sends one
+                raise
             except OSError as error:
                 raise storage_error(error, self._directory) from error
 
