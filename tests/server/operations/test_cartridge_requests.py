@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import socket
 from collections.abc import Iterator
@@ -209,6 +210,46 @@ def test_wrong_cartridges_are_refused_by_name(server, cartridges, said):
         assert (answer.status, answer.error["param"]) == (400, "cartridges"), answer.content
         assert said in answer.error["message"]
     assert not server.engine.requests
+
+
+def test_what_clients_of_cartridges_send_and_read(server):
+    """A rollout of veRL, a synchronous batch of the training package, and its chat client."""
+    prompt = ids_of("hello")
+    rollout = {
+        "model": "default",
+        "prompt": prompt,
+        "max_tokens": 5,
+        "temperature": 0.7,
+        "top_p": 1.0,
+        "logprobs_in_fingerprint": True,
+        "cartridges": [{"id": "notes", "source": "local", "force_redownload": True}],
+    }
+    answer = server.post("/custom/cartridge/completions", rollout).json
+    fingerprint = json.loads(answer["system_fingerprint"])
+    assert len(fingerprint["completion_ids"][0]) == 5
+    assert len(base64.b64decode(fingerprint["packed_chosen_logprobs"][0])) == 4 * 5
+    assert fingerprint["packed_topk_indices"] is None
+    assert answer["choices"][0]["logprobs"] is None
+    chat = {
+        "model": "default",
+        "messages": [USER],
+        "max_completion_tokens": 5,
+        "temperature": 0.0,
+        "apply_chat_template_overrides": {"shout": True},
+        "logprobs": True,
+        "top_logprobs": 3,
+        "logprobs_in_fingerprint": True,
+        "logprobs_ignore_temperature": True,
+        "cartridges": [NOTES],
+    }
+    for path in SYNCHRONOUS[1:]:
+        (answer,) = server.post(path, {"requests": [chat]}).json
+        fingerprint = json.loads(answer["system_fingerprint"])
+        assert len(base64.b64decode(fingerprint["packed_topk_indices"][0])) == 4 * 5 * 3
+        assert answer["usage"]["prompt_tokens_details"]["cartridge_tokens"] == 21
+    del chat["messages"], chat["apply_chat_template_overrides"]
+    answer = server.post("/custom/cartridge/chat/completions", {**chat, "ids": prompt}).json
+    assert json.loads(answer["system_fingerprint"])["input_ids"] == [prompt]
 
 
 # --- what they change -----------------------------------------------------------------------------
