@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -345,6 +346,46 @@ def test_the_time_limit_of_a_request_counts_while_its_cartridge_is_looked_for():
         server.store.gates["notes"] = server.on_loop(make_event())
         answer = server.post("/v1/completions", {"prompt": "a", "cartridges": [NOTES]})
         assert (answer.status, answer.error["code"]) == (408, "request_timeout")
+
+
+def test_requests_that_wait_for_cartridges_count_in_the_queue():
+    with RunningServer(with_config(max_queued_requests=3)).running() as server:
+        fill(server.store)
+        server.store.gates["notes"] = server.on_loop(make_event())
+        body = {"prompt": "a", "cartridges": [NOTES]}
+        waiting = [begin(server, "/v1/completions", body) for _ in range(3)]
+        wait_for(lambda: server.store.num_waiting == 3)
+        answer = server.post("/v1/completions", body)
+        assert (answer.status, answer.error["code"]) == (429, "rate_limit_exceeded")
+        for each in waiting:
+            each.close()
+        wait_for(lambda: server.store.num_waiting == 0)
+        assert server.post("/v1/completions", {"prompt": "a"}).status == 200
+
+
+@each_row(
+    "end, said",
+    [
+        (lambda server: server.state.drain(), "shutting down"),
+        (lambda server: server.state.die("it burnt"), "it burnt"),
+    ],
+)
+def test_requests_that_wait_for_cartridges_end_with_the_engine(end, said):
+    with RunningServer().running() as server:
+        fill(server.store)
+        server.store.gates["notes"] = server.on_loop(make_event())
+        answers: list = []
+        body = {"prompt": "a", "cartridges": [NOTES]}
+        asking = threading.Thread(
+            target=lambda: answers.append(server.post("/v1/completions", body))
+        )
+        asking.start()
+        wait_for(lambda: server.store.num_waiting == 1)
+        server.call(lambda: end(server))
+        asking.join()
+        assert answers[0].status == 503
+        assert said in answers[0].error["message"]
+        assert server.store.num_waiting == 0
 
 
 def test_receipts_have_the_digests_of_cartridges(server):
