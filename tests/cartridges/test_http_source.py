@@ -53,7 +53,7 @@ def test_a_file_and_its_companion_are_fetched(server, asking):
 
 
 def test_a_signed_url_has_no_companion_and_its_query_is_never_shown(server, asking, caplog):
-    caplog.set_level(logging.DEBUG, "tokasaurus")
+    caplog.set_level(logging.INFO)
     server.answers["/c.pt"] = lambda question: Answer(
         DATA if question.query == "key=secret" else b"", 200 if question.query else 403
     )
@@ -62,6 +62,7 @@ def test_a_signed_url_has_no_companion_and_its_query_is_never_shown(server, aski
     for path in ("/missing.pt", "/broken.pt"):
         server.answers["/broken.pt"] = Answer(status=403)
         assert "secret" not in asking(refusal, f"{server.url}{path}?key=secret")
+    assert "/c.pt" in caplog.text  # the client logs what it asks for
     assert "secret" not in caplog.text
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tokasaurus.cartridges import index as index_module
 from tokasaurus.cartridges.index import Index, NameRecord
 from tokasaurus.cartridges.specification import CartridgeMetadata, ModelShape
 
@@ -31,12 +32,12 @@ while time.monotonic() < end:
     key = index.key("local", name)
     if action < 0.3:
         try:
-            commit(index, name, f"{{rng.randrange(8):064d}}")
+            commit(index, name, f"{{rng.randrange(60):064d}}", rng.random() / 50)
         except ValueError:
             pass  # all that is stored is in use
     elif action < 0.4:
         index.remove(key)
-    elif action < 0.8:
+    elif action < 0.65:
         record = index.find(key)
         if record is not None and index.pin(record.metadata.digest):
             used.append(record.metadata.digest)
@@ -54,10 +55,13 @@ def record_of(name: str, digest: str) -> NameRecord:
     return NameRecord("local", name, Index.key("local", name), "1", metadata, 128, time.time())
 
 
-def commit(index: Index, name: str, digest: str, **options: bool) -> None:
+def commit(
+    index: Index, name: str, digest: str, pause_s: float = 0.0, *, is_named: bool = True
+) -> None:
     with index.incoming() as directory:
         (directory / "read").write_text(digest * 2)
-        index.commit(record_of(name, digest), directory / "read", **options)
+        time.sleep(pause_s)
+        index.commit(record_of(name, digest), directory / "read", is_named=is_named)
 
 
 def digests(directory: Path) -> set[str]:
@@ -93,6 +97,17 @@ def test_a_version_without_a_name_can_be_committed(tmp_path):
     assert found is not None
     assert found.metadata.digest == "1"
     assert index.pin("2")
+
+
+def test_a_version_that_is_deleted_while_it_is_pinned_is_not_there(tmp_path, monkeypatch):
+    index = Index(tmp_path, None)
+    commit(index, "a", "1")
+
+    def locking(file, operation):
+        index.path("1").unlink()  # another process was faster
+
+    monkeypatch.setattr(index_module.fcntl, "flock", locking)
+    assert not index.pin("1")
 
 
 def test_processes_that_share_a_directory_find_what_they_use(tmp_path):

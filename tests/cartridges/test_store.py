@@ -140,6 +140,30 @@ def test_a_remote_file_is_asked_for_once_and_again_with_force(directory, server)
     with_store(directory, run, **HOSTS)
 
 
+def test_a_slow_source_holds_up_no_other(directory, server):
+    (directory / "a.safetensors").write_bytes(safetensors_bytes(1))
+
+    async def run(store):
+        gate, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def never(question):
+            asyncio.run_coroutine_threadsafe(gate.wait(), loop).result()
+            return Answer(status=404)
+
+        waiting = []
+        for number in range(100):
+            server.answers[f"/{number}.pt"] = never
+            waiting.append(asyncio.create_task(store.resolve(remote(server, f"/{number}.pt"))))
+        await asyncio.sleep(0.1)
+        assert has_seed(await asyncio.wait_for(store.resolve(local("a")), 30), 1)
+        assert not any(each.done() for each in waiting)
+        gate.set()
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert {type(each) for each in results} == {RequestError}
+
+    with_store(directory, run, **HOSTS)
+
+
 def test_a_source_without_versions_is_fetched_again_and_known_by_its_contents(directory, server):
     server.answers["/c.pt"] = Answer(safetensors_bytes(1))
 
@@ -160,8 +184,8 @@ def test_requests_at_the_same_time_share_one_download(directory, server):
             found = await asyncio.gather(*(store.resolve(spec) for spec in specs))
             assert len(set(found)) == 1
         assert server.count("GET", "/c.pt") == 1
-        # One look when nothing was known, and with force one that runs and one that is waited for.
-        assert server.count("HEAD", "/c.pt") <= 3
+        # A look is shared by those that come before it begins.
+        assert server.count("HEAD", "/c.pt") < 64
 
     with_store(directory, run, **HOSTS)
 
@@ -393,6 +417,20 @@ def test_names_of_uploads_and_their_sizes_are_checked(directory):
     with_store(directory, run, max_bytes=1000)
 
 
+def test_an_upload_that_breaks_off_leaves_nothing(directory):
+    async def breaking():
+        yield bytes(100)
+        raise ConnectionResetError("the client has gone")
+
+    async def run(store):
+        await store.add("a", pieces(safetensors_bytes(1)))
+        with pytest.raises(ConnectionResetError):
+            await store.add("a", breaking())
+        assert has_seed(await store.resolve(local("a")), 1)
+
+    with_store(directory, run)
+
+
 def test_a_deleted_name_is_gone_and_its_version_once_unused(directory, server):
     server.answers["/c.pt"] = Answer(safetensors_bytes(1), headers={"ETag": '"1"'})
 
@@ -569,7 +607,7 @@ def test_a_random_history_keeps_its_promises(directory, server):
 
 @pytest.mark.long
 def test_long_random_histories_keep_their_promises(directory, server):
-    run_history(directory, server, seed=8, num_stores=10, num_actions=60)
+    run_history(directory, server, seed=8, num_stores=6, num_actions=50)
 
 
 def run_history(directory, server, seed, num_stores, num_actions):

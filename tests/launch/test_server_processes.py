@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 from engine_process import EngineProcess, eventually, running
+from http_connections import Connection, one_to_each
 
 pytestmark = pytest.mark.engine
 
@@ -27,47 +28,6 @@ FLAGS = (
 BODY = {"prompt": "A B C D", "max_tokens": 20, "temperature": 0, "ignore_eos": True}
 ENDLESS = {**BODY, "max_tokens": 1900, "n": 8}
 GENERATE = "/v1/completions"
-
-
-class Connection:
-    """A connection to one of the processes, which the log of its first request names."""
-
-    def __init__(self, engine: EngineProcess) -> None:
-        self._http = http.client.HTTPConnection("127.0.0.1", engine.port, timeout=60)
-        assert self.ask("/tokenize", {"prompt": "A"})[0] == 200
-        port = self._http.sock.getsockname()[1]
-        line = re.compile(rf" (http-\d+) .*127\.0\.0\.1:{port} - \"POST /tokenize")
-        eventually(lambda: line.search(engine.log) is not None, "the request is in the log")
-        self.process = line.search(engine.log)[1]
-
-    def begin(self, path: str, body: object = None, **headers: str) -> None:
-        data = None if body is None else json.dumps(body)
-        method = "POST" if path != "/metrics" else "GET"
-        self._http.request(method, path, data, {"Content-Type": "application/json", **headers})
-
-    def end(self) -> tuple[int, dict]:
-        answer = self._http.getresponse()
-        return answer.status, json.loads(answer.read())
-
-    def ask(self, path: str, body: object = None, **headers: str) -> tuple[int, dict]:
-        self.begin(path, body, **headers)
-        return self.end()
-
-    def close(self) -> None:
-        self._http.close()
-
-
-def one_to_each(engine: EngineProcess, number: int) -> list[Connection]:
-    """A connection to each process. Which one takes a connection is chance."""
-    found: dict[str, Connection] = {}
-    for _ in range(200):
-        connection = Connection(engine)
-        if connection.process in found:
-            connection.close()
-        found.setdefault(connection.process, connection)
-        if len(found) == number:
-            return [connection for _, connection in sorted(found.items())]
-    raise AssertionError(f"only {list(found)} took connections")
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 from engine_process import EngineProcess, eventually
 
+from tokasaurus import LLM, SamplingParams
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.errors import ConfigError
 from tokasaurus.launch.remote.launcher import Place
@@ -36,6 +38,7 @@ REQUEST = {
     "temperature": 0.0,
     "extra_body": {"ignore_eos": True},
 }
+FP32 = "dtype=float32"
 MODULE = "tokasaurus.launch.torchrun"
 
 
@@ -109,18 +112,32 @@ def stream(engine: EngineProcess) -> str:
     return "".join(choice.text for chunk in chunks for choice in chunk.choices)
 
 
+@functools.cache
+def of_one_device() -> str:
+    """What an engine in this process answers to REQUEST."""
+    flags = {key: value for key, _, value in (flag.partition("=") for flag in (*FLAGS, FP32))}
+    numbers = {key: int(value) if value.isdecimal() else value for key, value in flags.items()}
+    params = SamplingParams(max_tokens=300, temperature=0, ignore_eos=True)
+    with LLM(**numbers) as llm:
+        return llm.generate(REQUEST["prompt"], params, use_tqdm=False)[0].outputs[0].text
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize(
     "sizes",
     [
         ("dp_size=2",),
         pytest.param(("pp_size=2",), marks=pytest.mark.long),
+        pytest.param(("tp_size=2",), marks=pytest.mark.long),
+        pytest.param(("pp_size=2", "tp_size=2"), marks=pytest.mark.long),
     ],
 )
 def test_torchrun_starts_an_engine_that_serves_and_drains(tmp_path, sizes):
-    engine = EngineProcess(tmp_path / "toka.log", *FLAGS, *sizes, program=torchrun(2))
+    program = torchrun(2 ** len(sizes))
+    engine = EngineProcess(tmp_path / "toka.log", *FLAGS, FP32, *sizes, program=program)
     try:
         engine.wait_ready()
+        assert stream(engine) == of_one_device()
         assert len(answer(engine, 1)) == 4
         assert all(answer(engine, 2))
         pids = [engine.child(role) for role in ("server", "manager", "worker")]
@@ -184,6 +201,37 @@ def test_a_process_that_dies_at_another_rank_is_started_again_there(srun, tmp_pa
     engine.signal(signal.SIGTERM)
     assert engine.wait_exit(30) == 0
     assert srun.others[0].wait(20) == 0
+
+
+@pytest.mark.engine
+@pytest.mark.long
+def test_workers_that_share_layers_at_different_ranks_are_started_again_together(tmp_path):
+    srun = Srun(tmp_path, 4, "dp_size=2", "tp_size=2", FP32)
+    engine = srun.engine
+    try:
+        engine.wait_ready()
+        with ThreadPoolExecutor(8) as pool:
+            # More than one replica has seats for.
+            asked = [pool.submit(stream, engine) for _ in range(24)]
+            before = engine.metrics()["generated_tokens_total"]
+            eventually(
+                lambda: engine.metrics()["generated_tokens_total"] > before + 200, "they run", 60
+            )
+            # The second worker of the second replica.
+            log = (tmp_path / "rank-3.log").read_text()
+            os.kill(int(re.search(r" worker-1-1 .*process id (\d+)", log)[1]), signal.SIGKILL)
+            assert {each.result(120) for each in asked} == {of_one_device()}
+        eventually(lambda: "replica 1 is ready again" in engine.log, "the replica is back", 60)
+        for rank, name in ((2, "worker-1-0"), (3, "worker-1-1")):
+            log = (tmp_path / f"rank-{rank}.log").read_text()
+            assert len(set(re.findall(rf" {name} .*process id (\d+)", log))) == 2, name
+        with ThreadPoolExecutor(8) as pool:
+            assert set(pool.map(lambda _: stream(engine), range(24))) == {of_one_device()}
+        engine.signal(signal.SIGTERM)
+        assert engine.wait_exit(30) == 0
+        assert [each.wait(20) for each in srun.others] == [0, 0, 0]
+    finally:
+        srun.stop()
 
 
 @pytest.mark.engine

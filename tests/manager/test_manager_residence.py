@@ -332,6 +332,48 @@ def test_a_more_important_request_takes_the_pages_that_a_claim_keeps() -> None:
     world.drain()
 
 
+def test_running_sequences_take_the_pages_of_a_claim_that_comes_after_them() -> None:
+    generous = make_admission(target_utilization=1000.0)
+    world = world_with({"a": 24}, num_pages=12, max_request_tokens=48, admission=generous)
+    world.turn(make_request(1, prompt(17), 28))  # it grows to 11 pages
+    world.turn(behind("a", 2, 3, 8), num_results=1)
+    assert written(world) == ["a"]
+    while not world.answers[1, 0].reason:
+        world.turn(num_results=1)
+    assert world.manager.counters.num_preemptions == 0
+    world.drain()
+    assert written(world) == ["a", "a"]
+
+
+def test_an_important_request_finds_the_pages_of_its_cartridge() -> None:
+    world = world_with({"a": 24}, num_pages=12, max_request_tokens=48)
+    world.turn(*[make_request(i, prompt(8, i), 8) for i in range(3)])
+    world.turn(num_results=1)
+    assert world.manager._running.num_running == 3
+    world.turn(behind("a", 3, 3, 8, priority=-1), num_results=1)
+    assert written(world) == ["a"]
+    world.drain()
+
+
+def test_a_cartridge_is_not_written_before_the_forecast_has_room_for_it() -> None:
+    careful = make_admission(predict_lengths=False)
+    world = world_with({"a": 40}, num_pages=24, max_request_tokens=64, admission=careful)
+    world.turn(make_request(1, prompt(17), 32))  # up to 12 pages
+    world.turn(behind("a", 2, 3, 20), num_results=1)  # 10 pages, and up to 6 of its own
+    assert not world.writes
+    while not world.answers[1, 0].reason:
+        world.turn(num_results=1)
+    world.drain()
+    assert written(world) == ["a"]
+
+
+def test_a_prompt_that_is_cached_whole_starts_where_no_page_is_left_for_its_copy() -> None:
+    world = world_with({"a": 10}, num_pages=4)
+    world.finish(behind("a", 1, 2, 1))
+    world.finish(make_request(2, prompt(2, 1), 1, cartridge="a"))
+    assert written(world) == ["a"]
+
+
 # --- groups ---------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,8 @@ COMMANDS = {
     "attention": "what one layer of attention takes on this processor",
     "peers": "ours against other engines on the same workloads, in the same run",
     "parallel": "several processes of this machine against one, on the same workload",
+    "training": "what a trained cartridge knows of a document, with the bundled model",
+    "cartridges": "requests behind a cartridge against the same text in their prompts",
     "quantization": "what int8 weights change: perplexity and greedy answers",
     "roofline": "how fast this machine multiplies matrices and reads memory",
     "lookahead": "how long the device waits for the manager, and how many tokens are wasted",

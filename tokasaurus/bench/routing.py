@@ -103,7 +103,7 @@ class RoutingConfig:
 
     replicas: int = flag(4, minimum=1, help="Replicas behind the router.")
     clients: tuple[str, ...] = flag(
-        ("16", "32", "64", "96", "128"), help="Numbers of clients for each replica."
+        ("32", "64", "128", "256", "384"), help="Numbers of clients for each replica."
     )
     policies: tuple[str, ...] = flag(
         tuple(POLICIES), choices=tuple(POLICIES), help="How requests are dealt to replicas."
@@ -113,7 +113,7 @@ class RoutingConfig:
         help="Numbers of replicas for which the router's CPU time is measured.",
     )
     cost: str = flag("llama-8b-h100", help="The cost model of each device; see toka-bench replay.")
-    seats: int = flag(64, minimum=1, help="The engine's flag max_seqs_per_forward.")
+    seats: int = flag(256, minimum=1, help="The engine's flag max_seqs_per_forward.")
     cache_tokens: int = flag(262144, minimum=1, help="The engine's flag kv_cache_num_tokens.")
     request_tokens: int = flag(
         8192, minimum=2048, help="The engine's flag max_num_tokens_per_request."

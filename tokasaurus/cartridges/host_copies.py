@@ -6,8 +6,10 @@ share. Under pressure the system may still take its pages, and reads them again 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
+import sys
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -84,8 +86,9 @@ class HostCopies:
 
 def _populate(mapped: mmap.mmap) -> None:
     """Reads each page of a file."""
-    try:
-        mapped.madvise(_POPULATE_READ)
-    except (AttributeError, OSError, ValueError):
-        for start in range(0, len(mapped), _STRIDE_BYTES):
-            mapped[start : start + _STRIDE_BYTES : _PAGE_BYTES]
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # older systems do not know it
+            mapped.madvise(_POPULATE_READ)
+            return
+    for start in range(0, len(mapped), _STRIDE_BYTES):
+        mapped[start : start + _STRIDE_BYTES : _PAGE_BYTES]

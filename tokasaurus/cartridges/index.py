@@ -165,6 +165,14 @@ class Index:
 
     # --- versions ---------------------------------------------------------------------------------
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all versions' files; 0 where the directory cannot be read."""
+        try:
+            return sum(entry.stat().st_size for entry in os.scandir(self._versions))
+        except OSError:
+            return 0
+
     def path(self, digest: str) -> Path:
         return self._versions / f"{digest}{_SUFFIX}"
 

@@ -52,7 +52,8 @@ _OWN_DIRECTORY = ".store"
 _MAX_ID_CHARS = 2048
 _UPLOAD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MAX_COMPANION_BYTES = 1 << 20
-_NUM_DOWNLOADS, _NUM_READS = 8, 2  # at a time
+_NUM_LOOKS, _NUM_FETCHES = 16, 4  # at a time, of each source
+_NUM_READS = 2
 _NUM_TRIES = 3
 
 
@@ -100,7 +101,9 @@ class CartridgeStore:
         self._sources = self._make_sources(own)
         self._looks: JoinedCalls[tuple[Found, int]] = JoinedCalls(fresh=True)
         self._fetches: JoinedCalls[NameRecord] = JoinedCalls(fresh=False)
-        self._downloading = asyncio.Semaphore(_NUM_DOWNLOADS)
+        # By source, so that a slow one holds up only itself.
+        self._looking = {name: asyncio.Semaphore(_NUM_LOOKS) for name in self._sources}
+        self._fetching = {name: asyncio.Semaphore(_NUM_FETCHES) for name in self._sources}
         self._reading = asyncio.Semaphore(_NUM_READS)
         self._num_looks = 0
         self._committed_looks: dict[str, int] = {}  # by name, the latest whose version it means
@@ -178,27 +181,28 @@ class CartridgeStore:
             StorageFull: the disk has no room for it.
             EngineError: the store's directory cannot be used.
         """
-        errors = SourceErrors("local", name)
-        if not _UPLOAD_NAME.fullmatch(name):
-            raise RequestError(
-                f"the name {shown_id('local', name)!r} must begin with a letter or digit, and have"
-                " at most 128 letters, digits, dots, dashes and underscores",
-                "name",
-            )
+        errors = _upload_errors(name)
         if companion is not None and len(companion) > _MAX_COMPANION_BYTES:
             raise errors.too_large(len(companion), _MAX_COMPANION_BYTES)
-        key = self._index.key("local", name)
-        async with self._incoming() as directory:
-            path, target = directory / "upload", directory / "read"
+        async with self.incoming() as directory:
+            path, config = directory / "upload", None
             with PieceWriter(path, errors, self._config.max_bytes, None) as writer:
                 async for chunk in chunks:
                     await writer.write(chunk)
-            config = None
             if companion is not None:
                 config = directory / COMPANION
                 await asyncio.to_thread(config.write_bytes, companion)
+            return await self.add_file(name, path, config)
+
+    async def add_file(
+        self, name: str, path: Path, companion: Path | None = None
+    ) -> StoredCartridge:
+        """The same, with a file that is in ``incoming``."""
+        errors, key = _upload_errors(name), self._index.key("local", name)
+        async with self.incoming() as directory:
+            target = directory / "read"
             record = await self._read(
-                errors, key, Fetched(path, config, ""), target, is_upload=True
+                errors, key, Fetched(path, companion, ""), target, is_upload=True
             )
             # What is being looked at now is older.
             self._num_looks += 1
@@ -237,6 +241,16 @@ class CartridgeStore:
             )
         await self._on_disk(lambda: self._index.remove(key))
         self._committed_looks.pop(key, None)
+
+    @property
+    def num_host_bytes(self) -> int:
+        """Of the files that are kept in the memory of the host."""
+        return self._host_copies.num_bytes
+
+    @property
+    def num_disk_bytes(self) -> int:
+        """Of all versions."""
+        return self._index.num_bytes
 
     # --- inside -----------------------------------------------------------------------------------
 
@@ -283,9 +297,9 @@ class CartridgeStore:
         return await self._fetches.run(job, lambda: self._fetch(key, found, look, errors))
 
     async def _look(self, source: Source, errors: SourceErrors) -> tuple[Found, int]:
-        self._num_looks += 1
-        look = self._num_looks
-        async with self._downloading:
+        async with self._looking[errors.source]:
+            self._num_looks += 1
+            look = self._num_looks
             return await self._in_time(source.find(errors.cartridge_id), errors), look
 
     async def _fetch(self, key: str, found: Found, look: int, errors: SourceErrors) -> NameRecord:
@@ -296,10 +310,10 @@ class CartridgeStore:
         if found.num_bytes is not None and found.num_bytes > self._config.max_bytes:
             raise errors.too_large(found.num_bytes, self._config.max_bytes)
         began = time.monotonic()
-        async with self._incoming() as directory:
+        async with self.incoming() as directory:
             new, target = directory / "fetched", directory / "read"
             new.mkdir()
-            async with self._downloading:
+            async with self._fetching[errors.source]:
                 fetched = await self._in_time(found.fetch(new), errors)
             record = await self._read(errors, key, fetched, target)
             # A later look may have been faster.
@@ -370,11 +384,13 @@ class CartridgeStore:
         return StoredCartridge(self._index.path(record.metadata.digest), record.metadata)
 
     @asynccontextmanager
-    async def _incoming(self) -> AsyncIterator[Path]:
-        """A directory for one cartridge, which is deleted at the end."""
+    async def incoming(self) -> AsyncIterator[Path]:
+        """A directory for one cartridge, which is deleted at the end. Raises EngineError."""
         with contextlib.ExitStack() as stack:
             try:
                 yield await asyncio.to_thread(stack.enter_context, self._index.incoming())
+            except ConnectionError:  # of a client that sends one
+                raise
             except OSError as error:
                 raise storage_error(error, self._directory) from error
 
@@ -405,3 +421,14 @@ class CartridgeStore:
         task = asyncio.create_task(run())
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+
+def _upload_errors(name: str) -> SourceErrors:
+    """The errors about an upload. Raises RequestError if it cannot have this name."""
+    if not _UPLOAD_NAME.fullmatch(name):
+        raise RequestError(
+            f"the name {shown_id('local', name)!r} must begin with a letter or digit, and have at"
+            " most 128 letters, digits, dots, dashes and underscores",
+            "name",
+        )
+    return SourceErrors("local", name)

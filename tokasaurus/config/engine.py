@@ -804,7 +804,7 @@ class EngineConfig:
             "The hosts that source=http downloads from, redirects included: names such as "
             "files.example.org, or *.example.org for all below it."
         ),
-        adapts="none",
+        adapts="no host, so source=http is refused",
     )
     max_cartridge_bytes: int = flag(
         16 << 30,
@@ -835,6 +835,14 @@ class EngineConfig:
         help=(
             "The most bytes of recently used cartridges that are kept in the memory of the host, "
             "from which workers read them again after an eviction from the device."
+        ),
+    )
+    cartridge_tags: bool = flag(
+        False,
+        group=_CARTRIDGES,
+        help=(
+            "Read <cartridge> tags in system messages of chats. Whoever writes a system message "
+            "can then make the engine download cartridges."
         ),
     )
     max_completion_tokens: int | None = flag(

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from tokasaurus.cartridges.specification import ModelShape
 from tokasaurus.config.determinism import check_determinism, plan_determinism
 from tokasaurus.config.devices import choose_device, device_index
 from tokasaurus.config.dtype import choose_dtype
@@ -437,7 +438,21 @@ def _server(config: EngineConfig, facts: ModelFacts, limits: _Limits) -> ServerC
         tool_call_parser=config.tool_call_parser,
         reasoning_parser=config.reasoning_parser,
         embedding_pooling=Pooling[config.embedding_pooling.upper()],
+        cartridge_tags=config.cartridge_tags,
+        cartridge_shape=_cartridge_shape(config, facts),
         sampling_defaults=facts.sampling_defaults,
+    )
+
+
+def _cartridge_shape(config: EngineConfig, facts: ModelFacts) -> ModelShape:
+    """What a cartridge must have in common with the model."""
+    per_head = 2 * facts.num_layers * facts.num_kv_heads
+    return ModelShape(
+        num_layers=facts.num_layers,
+        num_kv_heads=facts.num_kv_heads,
+        head_dim=facts.kv_elements_per_token // per_head,
+        name=config.model or BUNDLED_MODEL_NAME,
+        rope=facts.rope,
     )
 
 

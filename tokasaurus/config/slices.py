@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tokasaurus.cartridges.specification import ModelShape
 from tokasaurus.protocol.messages import LogprobsMode, Pooling
 from tokasaurus.protocol.role import Kind
 
@@ -43,6 +44,7 @@ class ModelFacts:
     eos_token_ids: tuple[int, ...]
     # Of most weights in the files: "float32", "bfloat16" or "float16"; None if unknown.
     dtype: str | None = None
+    rope: str = ""  # a digest of the parameters of the rotary embedding
     # Numbers of ``Sampling`` that generation_config.json sets.
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)
 
@@ -106,6 +108,8 @@ class ServerConfig:
     tool_call_parser: str  # "auto", "hermes" or "llama3"
     reasoning_parser: str  # "auto", "think" or "none"
     embedding_pooling: Pooling  # of requests that do not say
+    cartridge_tags: bool  # read tags of system messages that name cartridges
+    cartridge_shape: ModelShape  # that cartridges must fit
     # Numbers of ``Sampling`` for requests that leave them out; otherwise the endpoint's own
     # default counts.
     sampling_defaults: Mapping[str, float]

@@ -112,6 +112,7 @@ def model_facts(
         # Ids beyond the vocabulary are never drawn, and some files say -1 for none.
         eos_token_ids=tuple(i for i in eos_token_ids if 0 <= i < config.vocab_size),
         dtype=_dtype(fields, headers),
+        rope=_rope_digest(config),
         sampling_defaults={
             name: _sampling_number(generation, name)
             for name in SAMPLING_LIMITS
@@ -134,14 +135,18 @@ def model_shape(
         ModelError: names the file and the field.
     """
     config = _parse(_read_config(Path(path)), rope_scaling_override)
-    rope = {"kind": type(config.rope).__name__, **asdict(config.rope)}
     return ModelShape(
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         name=name,
-        rope=hashlib.sha256(json.dumps(rope, sort_keys=True).encode()).hexdigest(),
+        rope=_rope_digest(config),
     )
+
+
+def _rope_digest(config: ModelConfig) -> str:
+    rope = {"kind": type(config.rope).__name__, **asdict(config.rope)}
+    return hashlib.sha256(json.dumps(rope, sort_keys=True).encode()).hexdigest()
 
 
 def _dtype(fields: JsonFields, headers: CheckpointHeaders | None) -> str | None:

@@ -15,9 +15,11 @@ import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from tokasaurus.cartridges.store import CartridgeStore
 from tokasaurus.errors import EngineDead, EngineNotReady
 from tokasaurus.protocol.messages import Statistics
-from tokasaurus.server.metrics import Figure, Metrics, figures
+from tokasaurus.server.metrics import Figure, Metrics, figures, store_figures
+from tokasaurus.text.cartridges import PrefixSource
 from tokasaurus.text.generations import Etas, Generations
 from tokasaurus.text.preparation import Preparer
 
@@ -28,10 +30,17 @@ _POLL_S = 0.02
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine whose model is loaded, as requests see it."""
+    """An engine whose model is loaded, as requests see it.
+
+    Attributes:
+        prefixes: for requests with cartridges; None if the engine has none.
+        store: of cartridges; None if it is elsewhere.
+    """
 
     preparer: Preparer
     generations: Generations
+    prefixes: PrefixSource | None = None
+    store: CartridgeStore | None = None
 
 
 class EngineState:
@@ -47,10 +56,16 @@ class EngineState:
         self._reason = ""
         self.metrics = Metrics(self.figures)
 
-    def ready(self, preparer: Preparer, generations: Generations) -> None:
+    def ready(
+        self,
+        preparer: Preparer,
+        generations: Generations,
+        prefixes: PrefixSource | None = None,
+        store: CartridgeStore | None = None,
+    ) -> None:
         """The model is loaded, and requests may come."""
         if self._status == "loading":
-            self._status, self._engine = "ok", Engine(preparer, generations)
+            self._status, self._engine = "ok", Engine(preparer, generations, prefixes, store)
 
     def drain(self) -> None:
         """New requests are refused from now on; those in flight go on."""
@@ -113,7 +128,9 @@ class EngineState:
 
     def figures(self) -> Iterator[Figure]:
         """The figures for monitoring; none before the engine is ready."""
-        return figures(None if self._engine is None else self._engine.generations)
+        if self._engine is not None:
+            yield from figures(self._engine.generations)
+            yield from store_figures(self._engine.store)
 
     def check(self) -> None:
         """Raises EngineNotReady or EngineDead if the engine cannot serve."""

@@ -17,11 +17,20 @@ from tokasaurus.protocol.messages import (
     GenerateRequest,
     StopSequence,
 )
-from tokasaurus.protocol.relaying import EngineNews, FromHTTP, RequestFailed, Submit, ToHTTP
+from tokasaurus.protocol.relaying import (
+    EngineNews,
+    FromHTTP,
+    PrefixAcquired,
+    PrefixRefused,
+    RequestFailed,
+    Submit,
+    ToHTTP,
+)
 from tokasaurus.receipts.weights import StampedFile
 from tokasaurus.safetensors_file import FileStamp
 from tokasaurus.text.generations import Generations, check_queue
 from tokasaurus.text.numbering import PROCESS_SHIFT
+from tokasaurus.text.prefix_relay import RemotePrefixes
 from tokasaurus.text.receipts import Receipts
 from tokasaurus.text.tokenizer import Tokenizer
 
@@ -39,6 +48,9 @@ class RemoteGenerations(Generations):
         give: gives a message to the server; must not block.
         receipts: of this process.
         number: of this process.
+
+    Attributes:
+        prefixes: for requests with cartridges.
     """
 
     def __init__(
@@ -53,6 +65,7 @@ class RemoteGenerations(Generations):
             config, tokenizer, self._submit, receipts=receipts, first_id=number << PROCESS_SHIFT
         )
         self.set_num_seats(_NO_LIMIT)
+        self.prefixes = RemotePrefixes(give, number)
         self._give = give
         self._news = EngineNews(0, {})
         self._needs_room = True
@@ -78,6 +91,8 @@ class RemoteGenerations(Generations):
         """Takes a message of the server."""
         if isinstance(message, EngineNews):
             self._follow(message)
+        elif isinstance(message, PrefixAcquired | PrefixRefused):
+            self.prefixes.take(message)
         elif isinstance(message, RequestFailed):
             error = EngineError(message.reason)
             if message.retry_after_s is not None:

@@ -103,7 +103,9 @@ def merged_answers(
     named = [f"replica {replica}: {each.reason}" for replica, each in failed.items()]
     if done:
         named.append(f"{len(done)} of {len(answers)} replicas have done it")
-    return CommandFailed(command_id, "; ".join(named), first.field, bool(done))
+    # A field only if it is wrong in each: otherwise the state of a replica forbids the command.
+    field = first.field if all(each.field == first.field for each in others) else None
+    return CommandFailed(command_id, "; ".join(named), field, bool(done))
 
 
 def merged_statistics(each: Iterable[Statistics]) -> Statistics:

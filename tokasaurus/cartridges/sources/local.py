@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import stat
 import time
@@ -28,6 +29,8 @@ from tokasaurus.listing import listing
 
 __all__ = ["LocalSource"]
 
+# When another file takes the place of one.
+_REPLACED = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _MAX_FILES = 10_000  # of a directory
 _MAX_COMPANION_BYTES = 1 << 20
 # How long a file may go on changing.
@@ -139,6 +142,8 @@ class LocalSource:
                 self._within(resolved / name, errors),
                 self._within(resolved / companion, errors) if companion else None,
             )
+        if not stat.S_ISREG(mode):
+            raise errors.wrong(f"{resolved} is not a regular file; name a file or a directory")
         # In a directory such as /tmp, config.yaml is probably of something else.
         beside = resolved.parent / COMPANION
         is_in_root = resolved.parent in [root.resolve() for root in self._roots]
@@ -174,16 +179,18 @@ class LocalSource:
                     place.companion, companion, _MAX_COMPANION_BYTES, errors
                 )
             is_whole &= version == _version(place)
-        except FileNotFoundError:
-            return None  # another file takes its place
         except PermissionError as error:
             raise _unreadable(errors, error) from None
+        except OSError as error:
+            if error.errno in _REPLACED:
+                return None
+            raise
         return (
             Fetched(target, companion if place.companion else None, version) if is_whole else None
         )
 
     def _copy_file(self, path: Path, target: Path, max_bytes: int, errors: SourceErrors) -> bool:
-        """Whether the file stayed the same meanwhile."""
+        """Whether the path is still that of the file which was copied."""
         # To open a pipe would wait for its writer.
         source = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
@@ -199,14 +206,12 @@ class LocalSource:
                 raise errors.too_large(before.st_size, max_bytes)
             copy = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
             try:
-                num_bytes = _copy_bytes(source, copy, before.st_size)
+                _copy_bytes(source, copy, before.st_size)
             finally:
                 os.close(copy)
-            after = os.fstat(source)
         finally:
             os.close(source)
-        is_same = (before.st_mtime_ns, before.st_size) == (after.st_mtime_ns, after.st_size)
-        return is_same and num_bytes == before.st_size
+        return True
 
 
 def _file_names(directory: Path) -> list[str]:
@@ -218,14 +223,13 @@ def _file_names(directory: Path) -> list[str]:
         ]
 
 
-def _copy_bytes(source: int, target: int, num_bytes: int) -> int:
+def _copy_bytes(source: int, target: int, num_bytes: int) -> None:
     done = 0
     while done < num_bytes and (piece := os.read(source, min(PIECE_BYTES, num_bytes - done))):
         view = memoryview(piece)
         while view:
             view = view[os.write(target, view) :]
         done += len(piece)
-    return done
 
 
 def _version(place: _Place) -> str:

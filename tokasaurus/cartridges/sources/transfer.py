@@ -114,6 +114,7 @@ class Http:
     """A client for all sources that speak HTTP."""
 
     def __init__(self) -> None:
+        logging.getLogger("httpx2").addFilter(_hide_query)
         self._client = httpx2.AsyncClient(
             timeout=httpx2.Timeout(_IDLE_S, connect=_CONNECT_S), follow_redirects=False
         )
@@ -271,6 +272,16 @@ def version_of(answer: httpx2.Response) -> str:
         return str(tag)
     date = answer.headers.get("last-modified", "")
     return f"{date} {answer.headers.get('content-length', '')}" if date else ""
+
+
+def _hide_query(record: logging.LogRecord) -> bool:
+    """The client logs each URL, and a query may be a key."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(
+            each.copy_with(query=None) if isinstance(each, httpx2.URL) else each
+            for each in record.args
+        )
+    return True
 
 
 def any_url(url: httpx2.URL) -> None:

@@ -18,6 +18,9 @@ COMMANDS = {
     "convert": "write a cartridge in the other format: .pt as safetensors, or the reverse",
     "create": "make a cartridge of a text: the KV cache that a model has after reading it",
     "train": "train a short cartridge that stands for a long document",
+    "list": "list the cartridges of a running engine",
+    "upload": "give a running engine a cartridge",
+    "delete": "let a running engine forget a cartridge",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -86,7 +87,12 @@ def file_server(host: str = "127.0.0.1") -> Iterator[FileServer]:
         def log_message(self, *args: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer((host, 0), Handler)
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, *args: Any) -> None:
+            if not isinstance(sys.exc_info()[1], ConnectionError):  # of clients that have gone
+                super().handle_error(*args)
+
+    server = Server((host, 0), Handler)
     server.daemon_threads = True
     served = FileServer(f"{host}:{server.server_address[1]}")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
