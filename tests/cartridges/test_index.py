@@ -89,6 +89,16 @@ def test_a_version_stays_while_a_name_or_a_pin_has_it(tmp_path):
         index.unpin("1")
 
 
+def test_a_name_that_means_another_version_by_now_is_not_removed(tmp_path):
+    index = Index(tmp_path, None)
+    key = index.key("local", "a")
+    commit(index, "a", "1")
+    index.remove(key, "2")
+    assert index.find(key) is not None
+    index.remove(key, "1")
+    assert index.find(key) is None
+
+
 def test_a_version_without_a_name_can_be_committed(tmp_path):
     index = Index(tmp_path, None)
     commit(index, "a", "1")
