@@ -10,6 +10,7 @@
 #   make test-parallel run the end-to-end tests with every grid of replicas, stages and ranks
 #   make test-chaos    kill and stop processes of engines at random moments, under load
 #   make test-ray      install Ray and run the tests with clusters of several raylets on this machine
+#   make test-sources  install boto3 and moto, and run the tests of cartridges in S3
 #   make test-deploy   check the deployment files, and run the Dockerfile's steps without Docker
 #   make test-pythons  install and run the unit tests on the oldest and the newest Python found
 #   make check         check formatting, lint, import contracts, types
@@ -37,7 +38,7 @@ PYTEST  := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscop
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help install serve chat check format test test-quick test-long test-determinism test-sets test-parallel \
-        test-chaos test-ray test-deploy test-pythons bench gpu-check dist clean
+        test-chaos test-ray test-sources test-deploy test-pythons bench gpu-check dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -75,11 +76,11 @@ test: install
 
 test-quick: install
 	@echo "==> pytest, unit tests only"
-	@$(PYTEST) -m 'not long and not engine and not ray' $(ARGS)
+	@$(PYTEST) -m 'not long and not engine and not ray and not s3' $(ARGS)
 
 test-long: install
 	@echo "==> pytest, the heavy tests too"
-	@$(PYTEST) -m 'not ray' --timeout 3600 $(ARGS)
+	@$(PYTEST) -m 'not ray and not s3' --timeout 3600 $(ARGS)
 
 test-determinism: install
 	@echo "==> pytest, random batch compositions"
@@ -115,6 +116,14 @@ test-ray: install
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'; }
 	@echo "==> pytest, Ray clusters"
 	@$(BIN)/pytest -m ray tests/ray $(ARGS)
+
+test-sources: install
+	@$(BIN)/python -c 'import boto3, moto.server' 2>/dev/null || { \
+	    echo "==> installing boto3 and moto"; \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	        -e '.[s3]' moto==5.2.5 flask==3.1.3 flask-cors==6.0.5; }
+	@echo "==> pytest, cartridges in S3"
+	@$(BIN)/pytest -m s3 tests/cartridges tests/launch/test_cartridge_sources.py $(ARGS)
 
 # Without PyTorch's own index, TORCH_INDEX=https://pypi.org/simple does, with gigabytes of CUDA.
 TORCH_INDEX ?=

@@ -62,6 +62,8 @@ class EngineProcess:
         flags = (*os.environ.get("ENGINE_FLAGS", "").split(), *flags)
         if not any(flag.startswith("data_dir=") for flag in flags):
             flags = (f"data_dir={log_path.parent / 'data'}", *flags)
+        if not any(flag.startswith("cartridge_dir=") for flag in flags):
+            flags = (f"cartridge_dir={log_path.parent / 'cartridges'}", *flags)
         # Not below the log: the path of a Unix socket has 107 bytes at most.
         self.private = Path(tempfile.mkdtemp(prefix="toka-test-"))
         environment = {

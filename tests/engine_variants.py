@@ -17,9 +17,11 @@ from tokasaurus.launch.supervisor import Supervisor
 
 def all_steps_ahead(slices: EngineSlices) -> EngineSlices:
     """``scheduling_steps_ahead`` batches in flight, although the device needs fewer."""
-    (replica,) = slices.replicas
-    manager = replace(replica.manager, adapt_steps_ahead=False)
-    return replace(slices, replicas=(replace(replica, manager=manager),))
+    replicas = tuple(
+        replace(each, manager=replace(each.manager, adapt_steps_ahead=False))
+        for each in slices.replicas
+    )
+    return replace(slices, replicas=replicas)
 
 
 def impatient(slices: EngineSlices) -> EngineSlices:

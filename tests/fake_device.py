@@ -7,7 +7,7 @@ through the page table*. Every row checks all cells it attends to. The drawn tok
 seed, the sample, the generated position and the digest, so a token lost, repeated or reordered, a
 page that is stale, or one that other weights computed, changes what comes out.
 
-A cell of a cartridge has a number that follows from its path and position in the place of a token,
+A cell of a cartridge has a number that follows from its paths and position in the place of a token,
 and belongs to no version of the weights. A text goes on with its digest, as with that of no tokens.
 
 Controls are carried out in order. An update from the files ``BAD_FILES`` is refused. A cartridge
@@ -82,16 +82,16 @@ def top_of(digest: int, count: int) -> list[tuple[int, float]]:
     return [(token, logprob_of(digest, token)) for token in ids]
 
 
-def cartridge_token(path: str, position: int) -> int:
+def cartridge_token(paths: tuple[str, ...], position: int) -> int:
     """What a cell of a cartridge has in the place of a token; no token of text is like it."""
-    return VOCAB_SIZE + mix(zlib.crc32(path.encode()), position) % 1_000_000
+    return VOCAB_SIZE + mix(zlib.crc32(repr(paths).encode()), position) % 1_000_000
 
 
-def cartridge_digest(path: str, num_tokens: int) -> int:
+def cartridge_digest(paths: tuple[str, ...], num_tokens: int) -> int:
     """The digest of the last cell of a cartridge."""
     digest = EMPTY_CONTEXT
     for position in range(num_tokens):
-        digest = mix(digest, cartridge_token(path, position))
+        digest = mix(digest, cartridge_token(paths, position))
     return digest
 
 
@@ -343,12 +343,12 @@ class FakeDevice:
         assert self.has_kv_cache, "a cartridge is written without a KV cache"
         size = self.config.page_size
         assert len(set(action.pages.tolist())) == ceil_div(action.num_tokens, size)
-        if action.path.startswith("missing") or not self.keeps_files:
-            return f"{action.path} does not exist"
+        if action.paths[0].startswith("missing") or not self.keeps_files:
+            return f"{action.paths[0]} does not exist"
         digest = EMPTY_CONTEXT
         for position in range(action.num_tokens):
             cell = (action.pages[position // size], position % size)
-            token = cartridge_token(action.path, position)
+            token = cartridge_token(action.paths, position)
             digest = mix(digest, token)
             self.cell_tokens[cell] = token
             self.cell_positions[cell] = position

@@ -20,9 +20,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 import openai
+from known_cartridges import KnownCartridges
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from tokasaurus.cartridges.store import CartridgeStore
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.resolve import resolve
 from tokasaurus.config.slices import ModelFacts, ServerConfig
@@ -57,6 +59,7 @@ from tokasaurus.protocol.messages import (
 from tokasaurus.server.routes.batches import batch_runner
 from tokasaurus.server.state import EngineState
 from tokasaurus.text import tokenizer as server_tokenizer
+from tokasaurus.text.cartridges import Cartridges
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.generations import Generations
 from tokasaurus.text.params import SamplingParams
@@ -588,6 +591,17 @@ class RunningServer:
             config, tokenizer, self._send, self.state.metrics, self.receipts
         )
         self.preparer = Preparer(config, tokenizer, self.receipts)
+        self.store = KnownCartridges(config.cartridge_shape)
+        self.cartridges = Cartridges(
+            self.store,
+            config.cartridge_shape,
+            config.max_request_tokens,
+            self.generations.command,
+        )
+        self.disk: CartridgeStore | None = None  # for the routes that manage cartridges
+        if config.data_dir:
+            place = replace(config.cartridges, directory=f"{config.data_dir}/cartridges")
+            self.disk = CartridgeStore(place)
         if ready:
             self.become_ready()
         self.batches = batch_runner(config, self.state) if config.data_dir else None
@@ -630,7 +644,7 @@ class RunningServer:
 
     def become_ready(self) -> None:
         """Tell the server that the model is loaded; once it runs, on the event loop only."""
-        self.state.ready(self.preparer, self.generations)
+        self.state.ready(self.preparer, self.generations, self.cartridges, self.disk)
 
     def call(self, function: Callable[[], object]) -> None:
         """Call a function on the event loop, and wait for it."""

@@ -208,9 +208,9 @@ class World:
         self.now = 0.0
         # Cartridges by name, as the server knows them: the loads that were done.
         self.cartridges: dict[str, LoadCartridge] = {}
-        self.num_loaded = self.num_lost = 0
-        # By the number of a control: the name of the cartridge that it writes again.
-        self.rewritten: dict[int, str] = {}
+        self.writes: dict[int, WriteCartridge] = {}  # by number of the control
+        self.failures: dict[tuple[str, ...], str] = {}  # by paths: why a write failed
+        self.counts: Counter[str] = Counter()  # what happened to cartridges
         self.behind: dict[int, int] = {}  # by request id: the digest of its cartridge
         self.num_pseudo: dict[int, int] = {}  # by request id
 
@@ -221,7 +221,7 @@ class World:
             self._note(event)
         for _ in range(min(num_results, len(self.results))):
             arrived.append(self.results.popleft())
-            self._note_loss(arrived[-1])
+            self._note_written(arrived[-1])
             self.num_absorbed += 1
         self.now += 0.001
         actions = self.manager.take_turn(arrived, self.now)
@@ -345,8 +345,10 @@ class World:
         assert not running.prefixes.num_holders.any()
         assert (running.prefixes.leaf == -1).all()
         assert not running.in_flight.flights
-        assert running.pages.num_available == self.config.num_pages - running.pages.num_pinned
-        assert running.pages.pool.references.sum() == running.pages.num_pinned
+        assert not running.claims.sequences()
+        assert running.pages.num_pinned == 0
+        assert running.pages.num_available == self.config.num_pages
+        assert running.pages.pool.references.sum() == running.pages.num_idle
         assert not running.table_changes._entries
         assert all(
             sequence.name.startswith("sample") and sequence.slot == -1
@@ -394,11 +396,8 @@ class World:
     # --- cartridges ------------------------------------------------------------------------------
 
     def load(self, name: str, num_tokens: int, path: str = "") -> CommandDone | CommandFailed:
-        """Loads a cartridge, and waits for the answer."""
-        command_id = self.command(LoadCartridge(name, path or name, num_tokens))
-        while command_id not in self.command_answers:
-            assert self.results, "the load is not answered"
-            self.turn(num_results=1)
+        """Registers a cartridge; returns the answer."""
+        command_id = self.command(LoadCartridge(name, (path or name,), num_tokens))
         return self.command_answers[command_id]
 
     def unload(self, name: str) -> CommandDone | CommandFailed:
@@ -408,68 +407,58 @@ class World:
     def is_named(self, cartridge: str) -> bool:
         """Whether a sequence of which the server has not seen the end has this cartridge."""
         return any(
-            cartridge in self.requests[request_id].cartridges for request_id, _ in self.living
+            cartridge == self.requests[request_id].cartridge for request_id, _ in self.living
         )
 
     def _note_cartridge(self, request: GenerateRequest) -> None:
         """Without a cartridge, or with one that is not loaded, nothing comes before the prompt."""
-        load = self.cartridges.get(request.cartridges[0]) if request.cartridges else None
+        load = self.cartridges.get(request.cartridge)
         digest, num_pseudo = EMPTY_CONTEXT, 0
         if load is not None:
-            digest, num_pseudo = cartridge_digest(load.path, load.num_tokens), load.num_tokens
+            digest, num_pseudo = cartridge_digest(load.paths, load.num_tokens), load.num_tokens
         self.behind[request.request_id] = digest
         self.num_pseudo[request.request_id] = num_pseudo
 
-    def _note_write(self, control: Control) -> None:
-        if isinstance(control.action, WriteCartridge):
-            for name, load in self.cartridges.items():
-                if load.path == control.action.path:
-                    self.rewritten[control.number] = name
-
     def _lets_batches_run(self, result: FromWorker) -> bool:
-        """Whether it is no answer to a control, or to that of a load."""
-        if not isinstance(result, ControlDone):
-            return True
-        (control,) = [control for control in self.controls if control.number == result.number]
-        return isinstance(control.action, WriteCartridge) and result.number not in self.rewritten
+        """Whether it is no answer to a control, or to one that writes a cartridge."""
+        return not isinstance(result, ControlDone) or result.number in self.writes
 
-    def _may_follow(self, order: ToWorker, result: FromWorker) -> bool:
-        """Batches may follow a load; what is written again after a restore follows each other."""
-        if isinstance(order, ForwardBatch):
-            return self._lets_batches_run(result)
-        return not isinstance(result, ControlDone) or result.number in self.rewritten
-
-    def _note_loss(self, result: FromWorker) -> None:
-        """A cartridge that cannot be written again is lost, and so are the requests with it."""
-        name = self.rewritten.pop(result.number, None)
-        if name is None or not isinstance(result, ControlDone) or result.error is None:
-            return
-        self.num_lost += 1
-        del self.cartridges[name]
-        names = {request_id for request_id, _ in self.living}
-        self.aborted |= {i for i in names if name in self.requests[i].cartridges}
+    def _note_written(self, result: FromWorker) -> None:
+        if isinstance(result, ControlDone) and result.number in self.writes:
+            paths = self.writes[result.number].paths
+            self.counts["writes" if result.error is None else "failed writes"] += 1
+            if result.error is not None:
+                self.failures[paths] = result.error
 
     def _check_rejection(self, message: RequestRejected) -> None:
         request = self.requests[message.request_id]
-        if request.cartridges:
-            is_unknown = self.num_pseudo[message.request_id] == 0
-            is_wrong = is_unknown or request.pooling is Pooling.MEAN or len(request.cartridges) > 1
-            assert (message.field == "cartridges") == is_wrong, message
+        if request.cartridge:
+            load = self.cartridges.get(request.cartridge)
+            is_wrong = load is None or request.pooling is Pooling.MEAN
+            error = None if load is None else self.failures.get(load.paths)
+            if message.field == "cartridges" and not is_wrong:
+                assert message.reason == f"cartridge {request.cartridge!r}: {error}"
+                self.counts["rejections"] += 1
+            else:
+                assert (message.field == "cartridges") == is_wrong, message
 
     def _check_cartridge_done(
         self, answer: CommandDone, action: LoadCartridge | UnloadCartridge
     ) -> None:
         if isinstance(action, LoadCartridge):
-            assert not action.path.startswith("missing")
             assert action.name not in self.cartridges
+            assert (answer.num_pages, answer.num_tokens) == (0, 0)
             self.cartridges[action.name] = action
-            self.num_loaded += 1
+            self.counts["loads"] += 1
             return
         load = self.cartridges.pop(action.name)
         num_pages = ceil_div(load.num_tokens, self.config.page_size)
-        assert answer.num_pages >= num_pages
-        num_behind = answer.num_pages - num_pages
-        assert answer.num_tokens == load.num_tokens + num_behind * self.config.page_size
+        if answer.num_pages:
+            num_behind = answer.num_pages - num_pages
+            assert num_behind >= 0
+            assert answer.num_tokens == load.num_tokens + num_behind * self.config.page_size
+        else:
+            assert answer.num_tokens == 0
         assert not self.is_named(action.name), "an unloaded cartridge is in use"
 
     def _check_cartridge_failed(
@@ -480,18 +469,17 @@ class World:
             assert answer.field == "name"
             assert not is_loaded or self.is_named(action.name)
         else:
-            assert (answer.field == "name") == is_loaded
-            assert answer.field in ("name", "num_tokens", "path") or "released" in answer.reason
+            assert (answer.field == "name") == (is_loaded or not action.name)
+            assert answer.field in ("name", "num_tokens", "paths")
 
     # --- from the manager ------------------------------------------------------------------------
 
     def _send(self, order: ToWorker) -> None:
-        assert all(self._may_follow(order, result) for result in self.results), (
-            "something is sent behind a control"
-        )
+        assert all(map(self._lets_batches_run, self.results)), "something is sent behind a control"
         if isinstance(order, Control):
             self.controls.append(order)
-            self._note_write(order)
+            if isinstance(order.action, WriteCartridge):
+                self.writes[order.number] = order.action
             self.results.append(self.device.carry_out(order))
         else:
             assert not self.is_quiet, "a batch is planned in a pause"
@@ -535,7 +523,8 @@ class World:
             self.rejected[message.request_id] = message
             self._check_rejection(message)
             for name in [name for name in self.answers if name[0] == message.request_id]:
-                del self.answers[name], self.living[name]
+                del self.answers[name]
+                self.living.pop(name, None)
         elif isinstance(message, PromptLogprobs):
             self._receive_prompt_logprobs(message)
         elif isinstance(message, PooledState):
@@ -586,15 +575,12 @@ class World:
         assert answer.command_id not in self.command_answers, "a command is answered twice"
         self.command_answers[answer.command_id] = answer
         action = self.commands[answer.command_id].action
-        if not isinstance(action, AbortAll) and action_mode(action) is not PauseMode.DRAIN:
+        is_done_at_once = isinstance(action, AbortAll | LoadCartridge | UnloadCartridge)
+        if not is_done_at_once and action_mode(action) is not PauseMode.DRAIN:
             before = itertools.takewhile(lambda name: name != answer.command_id, self.commands)
             assert all(
                 name in self.command_answers
                 or action_mode(self.commands[name].action) is PauseMode.DRAIN
-                or (
-                    isinstance(self.commands[name].action, LoadCartridge)
-                    and isinstance(action, Pause | Resume | FlushCache)
-                )
                 for name in before
             ), "commands are answered in another order"
         if isinstance(answer, CommandDone):
@@ -953,15 +939,20 @@ class Simulation(World):
     @staticmethod
     def _with_cartridges(world: Simulation, seed: int) -> Simulation:
         chance, page_size = random.Random(seed), world.config.page_size
-        longest = world.config.max_request_tokens + 2 * page_size + 1
+        longest = world.config.max_request_tokens + 4 * page_size + 1
         config = dataclasses.replace(
             world.config,
-            # Room for the largest request, and for few or many cartridges of at most 3 pages.
-            num_pages=world.config.num_pages + chance.choice([1, 3, 12]),
+            # Room for the largest request with its cartridge of at most 5 pages, or for a few more.
+            num_pages=min(world.config.num_pages, 2 * ceil_div(longest, page_size))
+            + chance.choice([6, 6, 9, 20]),
             max_request_tokens=longest,
         )
         habits = dataclasses.replace(
-            world.habits, loads=0.2, unloads=chance.choice([0.1, 0.3]), with_cartridges=0.6
+            world.habits,
+            arrivals=min(3.0, world.habits.arrivals),
+            loads=0.4,
+            unloads=chance.choice([0.05, 0.2]),
+            with_cartridges=chance.choice([0.6, 0.9]),
         )
         other = Simulation(seed, config, habits)
         other.check_interval = world.check_interval
@@ -972,7 +963,7 @@ class Simulation(World):
         for name in list(self.cartridges):
             assert isinstance(self.unload(name), CommandDone)
         pages = self.manager._running.pages
-        assert pages.num_pinned == 0
+        assert pages.num_pinned == pages.num_idle == 0
         assert pages.num_available == self.config.num_pages
         ids = [np.frombuffer(node.ids, np.int32) for node in pages.cache.nodes()]
         assert all((run >= 0).all() for run in ids), "text behind a cartridge is still cached"
@@ -981,13 +972,13 @@ class Simulation(World):
         """Loads of new versions, some of which fail; unloads, some of cartridges in use."""
         chance, actions = self._random, []
         for _ in range(self._count(self.habits.loads)):
-            name = chance.choice("abc")
+            name = chance.choice("abcdef")
             self._num_loads += 1
-            path = chance.choice(["", "", "", "missing "]) + f"{name} {self._num_loads}"
-            num_tokens = chance.randint(1, 2 * self.config.page_size + 1)
-            actions.append(LoadCartridge(name, path, num_tokens))
+            path = chance.choice([*[""] * 7, "missing "]) + f"{name} {self._num_loads}"
+            num_tokens = chance.randint(1, chance.choice([2, 4]) * self.config.page_size + 1)
+            actions.append(LoadCartridge(name, (path,), num_tokens))
         for _ in range(self._count(self.habits.unloads)):
-            self._leaving.add(chance.choice("abc"))
+            self._leaving.add(chance.choice("abcdef"))
         self._leaving &= set(self.cartridges)
         actions += [
             UnloadCartridge(name) for name in sorted(self._leaving) if chance.random() < 0.3
@@ -1008,12 +999,12 @@ class Simulation(World):
         chance, habits = self._random, self.habits
         length = chance.randint(1, habits.max_prompt)
         shared = chance.choice(self._beginnings)[: chance.randint(0, length)]
-        cartridges: tuple[str, ...] = ()
+        cartridge = ""
         if habits.with_cartridges and chance.random() < habits.with_cartridges:
             names = [name for name in self.cartridges if name not in self._leaving]
-            cartridges = tuple(chance.sample(names, 1) if names else ())
+            cartridge = chance.choice(names or [""])
             if chance.random() < 0.02:
-                cartridges = chance.choice([("unknown",), ("a", "b")])
+                cartridge = "unknown"
         pooling = Pooling.NONE
         if chance.random() < habits.pooled:
             pooling = chance.choice([Pooling.MEAN, Pooling.LAST])
@@ -1026,7 +1017,7 @@ class Simulation(World):
             shared + self._ids(length - len(shared)),
             1 if pooling else chance.randint(1, habits.max_tokens),
             pooling=pooling,
-            cartridges=cartridges,
+            cartridge=cartridge,
             client=client,
             n=n,
             priority=chance.choice([0, 0, 0, 0, -3, 1, 2]),

@@ -27,6 +27,7 @@ COMMANDS = (
     "toka-download",
     "toka-batch",
     "toka-verify",
+    "toka-cartridge",
     "toka-bench",
 )
 

@@ -11,7 +11,8 @@
     └── EngineError            the engine cannot serve
         ├── EngineNotReady     it is loading or draining                                 (HTTP 503)
         ├── EngineOverloaded   it has too much to do; says when to try again             (HTTP 429)
-        ├── StorageFull        its disk has no room for a file or batch                  (HTTP 507)
+        ├── StorageFull        its disk has no room for a file, batch or cartridge       (HTTP 507)
+        ├── SourceUnavailable  a source of cartridges cannot be reached, or fails        (HTTP 502)
         ├── EngineAborted      a command aborted the request before it had an answer     (HTTP 503)
         ├── EngineDead         one of its processes ended; says why                      (HTTP 503)
         ├── ReplicasLost       two replicas ended while they had the request             (HTTP 503)
@@ -38,6 +39,7 @@ __all__ = [
     "ReplicasLost",
     "RequestError",
     "RequestTooLong",
+    "SourceUnavailable",
     "StorageFull",
     "TokasaurusError",
 ]
@@ -111,7 +113,14 @@ class EngineOverloaded(EngineError):
 
 
 class StorageFull(EngineError):
-    """The disk has no room for a file or a batch, of which nothing is kept."""
+    """The disk has no room for a file, batch or cartridge, of which nothing is kept."""
+
+
+class SourceUnavailable(EngineError):
+    """A source of cartridges cannot be reached, is too slow, or answers with an error of its own.
+
+    The request may be right. The message names the cartridge and the source.
+    """
 
 
 class EngineAborted(EngineError):

@@ -17,7 +17,7 @@ import mmap
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -77,6 +77,7 @@ class SafetensorsFile:
         path: as it was given.
         stamp: of the file when it was opened.
         tensors: by name, in the order of their bytes.
+        metadata: texts by name that its writer added; what is no text is left out.
 
     Raises:
         ModelError: the file cannot be read, or it is damaged; names the file.
@@ -93,7 +94,7 @@ class SafetensorsFile:
             raise _unreadable(path, error) from error
         try:
             self.stamp = self._present_stamp()
-            self.tensors = self._read_header()
+            self.tensors, self.metadata = self._read_header()
         except BaseException:
             self.close()
             raise
@@ -201,14 +202,17 @@ class SafetensorsFile:
         status = os.fstat(self._file.fileno())
         return FileStamp(status.st_size, status.st_mtime_ns)
 
-    def _read_header(self) -> dict[str, TensorEntry]:
+    def _read_header(self) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         try:
             start = int.from_bytes(self._file.read(_LENGTH_BYTES), "little")
             data_start = _LENGTH_BYTES + start
             if start > _MAX_HEADER_BYTES or data_start > self.stamp.num_bytes:
                 raise ValueError("its header is longer than the file, or than allowed")
             fields = json.loads(self._file.read(start), object_pairs_hook=_without_duplicates)
-            return _entries(fields, data_start, self.stamp.num_bytes)
+            if not isinstance(fields, dict):
+                raise ValueError("its header is not a JSON object")
+            metadata = _texts(fields.pop("__metadata__", None))
+            return _entries(fields, data_start, self.stamp.num_bytes), metadata
         except (OSError, ValueError, RecursionError) as error:
             raise ModelError(
                 f"{self.path} is damaged or incomplete ({error}); download or write it again"
@@ -227,11 +231,16 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _entries(fields: object, data_start: int, file_bytes: int) -> dict[str, TensorEntry]:
-    """The tensors of a header in the order of their bytes, which follow one another."""
+def _texts(fields: object) -> dict[str, str]:
     if not isinstance(fields, dict):
-        raise ValueError("its header is not a JSON object")
-    fields.pop("__metadata__", None)
+        return {}
+    return {name: value for name, value in fields.items() if isinstance(value, str)}
+
+
+def _entries(
+    fields: Mapping[str, object], data_start: int, file_bytes: int
+) -> dict[str, TensorEntry]:
+    """The tensors of a header in the order of their bytes, which follow one another."""
     entries = {name: _entry(name, value, data_start) for name, value in fields.items()}
     ordered = sorted(entries.items(), key=lambda item: (item[1].start, item[1].end))
     end = data_start

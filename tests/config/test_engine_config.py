@@ -50,6 +50,7 @@ NAMES_AND_DEFAULTS = {
     "shutdown_timeout_s": 30.0,
     "tool_call_parser": "auto",
     "reasoning_parser": "auto",
+    "cartridge_tags": False,
     "data_dir": None,
     "unsafe_pickle_responses": False,
     "trust_request_chat_template": False,
@@ -107,6 +108,13 @@ NAMES_AND_DEFAULTS = {
     "wandb_project": "tokasaurus",
     "wandb_run_name": None,
     "cartridge_dir": "./cartridges",
+    "cartridge_sources": ("local", "wandb", "huggingface", "s3", "http"),
+    "cartridge_roots": None,
+    "cartridge_hosts": None,
+    "max_cartridge_bytes": 16 << 30,
+    "max_stored_cartridge_bytes": None,
+    "cartridge_timeout_s": 600.0,
+    "cartridge_host_bytes": 4 << 30,
     "max_completion_tokens": None,
 }
 ALIASES = {"kv_cache_size_num_tokens": "kv_cache_num_tokens", "statsd_addr": "statsd_server_url"}
@@ -308,7 +316,8 @@ def test_help_lists_every_flag_with_default_and_meaning(capsys):
     out = capsys.readouterr().out
     words = " ".join(out.split())
     for name, default in NAMES_AND_DEFAULTS.items():
-        assert f"{name}={USUALLY.get(name, default)}" in out
+        shown = ",".join(default) if isinstance(default, tuple) else default
+        assert f"{name}={USUALLY.get(name, shown)}" in out
         assert " ".join(flags_of(EngineConfig)[name].notes.help.split()) in words
     for name in (*ALIASES, *RETIRED, ".uvsh", ".par", "config=FILE"):
         assert name in out

@@ -1,8 +1,7 @@
-"""Cartridges: requests behind them, what these share, and the commands that load them."""
+"""Cartridges: requests behind them, what these share, and the commands about them."""
 
 from __future__ import annotations
 
-import numpy as np
 from fake_device import GOOD_FILES
 from rows import named
 from simulation import World, make_admission, make_config, make_request, prompt
@@ -12,7 +11,6 @@ from tokasaurus.manager.forecast.rows import running_forest, running_rows
 from tokasaurus.manager.forecast.use_curve import UseCurve
 from tokasaurus.protocol.commands import (
     Action,
-    Command,
     CommandDone,
     CommandFailed,
     FlushCache,
@@ -21,7 +19,6 @@ from tokasaurus.protocol.commands import (
     PauseMode,
     ReleaseMemory,
     RestoreMemory,
-    Resume,
     UnloadCartridge,
     UpdateWeights,
     WriteCartridge,
@@ -30,7 +27,6 @@ from tokasaurus.protocol.messages import (
     AbortRequest,
     Adjustments,
     FinishReason,
-    ForwardBatch,
     Pooling,
     Sampling,
 )
@@ -49,7 +45,7 @@ def world_with(num_tokens: int, **changes: object) -> World:
 
 def behind(request_id: int, ids: list[int], max_tokens: int, **changes: object):
     """A request behind the cartridge "a"."""
-    return make_request(request_id, ids, max_tokens, cartridges=("a",), **changes)
+    return make_request(request_id, ids, max_tokens, cartridge="a", **changes)
 
 
 def refusal_of(world: World, action: Action) -> tuple[str | None, str]:
@@ -117,7 +113,7 @@ def test_text_behind_a_cartridge_is_found_behind_that_cartridge_only() -> None:
             text = prompt(11)
             world.finish(behind(1, text, 3))
             world.finish(make_request(2, text, 3))
-            world.finish(make_request(3, text, 3, cartridges=("b",)))
+            world.finish(make_request(3, text, 3, cartridge="b"))
             assert [world.answers[i, 0].num_cached_tokens for i in (1, 2, 3)] == [0, 0, 0]
             world.finish(behind(4, text, 3))
             full_pages = (num_tokens + len(text) - 1) // PAGE_SIZE
@@ -136,6 +132,7 @@ def test_text_behind_a_cartridge_is_found_behind_that_cartridge_only() -> None:
 def test_two_requests_with_one_cartridge_compute_their_common_text_once() -> None:
     world = world_with(6, max_tokens_per_forward=16, scheduling_steps_ahead=2)
     world.turn(behind(1, prompt(14), 3), behind(2, prompt(14), 3))
+    world.turn(num_results=1)  # the cartridge is written
     assert world.batches[0].prefill_slots.size == 1
     assert world.batches[1].prefill_starts.tolist() == [19]
     world.drain()
@@ -148,6 +145,7 @@ def test_samples_fork_behind_a_cartridge() -> None:
             with named((num_tokens, length)):
                 world = world_with(num_tokens)
                 world.turn(behind(1, prompt(length), 6, n=4))
+                world.turn(num_results=1)  # the cartridge is written
                 assert world.batches[0].draw_slots.size == 4
                 world.drain()
                 assert world.device.num_prompt_tokens == length
@@ -179,17 +177,14 @@ def test_the_state_of_the_last_token_is_pooled_and_the_mean_is_refused() -> None
     assert world.rejected[2].field == "cartridges"
 
 
-def test_requests_that_cannot_have_their_cartridges_are_refused() -> None:
+def test_a_request_for_a_cartridge_that_is_not_loaded_is_refused() -> None:
     world = World(make_config())
-    load = world.make_command(LoadCartridge("a", "a", 5))
-    world.turn(load, behind(1, prompt(3), 3))  # its pages are not written yet
+    load = world.make_command(LoadCartridge("a", ("a",), 5))
+    world.turn(behind(1, prompt(3), 3), load)
     assert world.rejected[1].reason == "no cartridge 'a' is loaded"
-    world.turn(num_results=1)
-    world.turn(make_request(2, prompt(3), 3, cartridges=("a", "a")), behind(3, prompt(3), 3))
-    assert "may have one cartridge, and this one has 2" in world.rejected[2].reason
-    assert {world.rejected[i].field for i in (1, 2)} == {"cartridges"}
-    world.drain()
-    assert world.answers[3, 0].reason is FinishReason.LENGTH
+    assert world.rejected[1].field == "cartridges"
+    world.finish(behind(2, prompt(3), 3))
+    assert world.answers[2, 0].reason is FinishReason.LENGTH
 
 
 def test_the_tokens_of_a_cartridge_count_for_the_limits_of_a_request() -> None:
@@ -201,28 +196,22 @@ def test_the_tokens_of_a_cartridge_count_for_the_limits_of_a_request() -> None:
     world.drain()
 
 
-def test_a_request_that_does_not_fit_beside_pinned_pages_is_refused() -> None:
+def test_a_request_that_never_fits_with_its_cartridge_is_refused() -> None:
     world = world_with(6, num_pages=6)
-    world.turn(make_request(1, prompt(10), 8))  # 17 positions, 5 pages; 4 are not pinned
-    assert "of which loaded cartridges take 8" in world.rejected[1].reason
-    world.finish(make_request(2, prompt(10), 7))
-    world.turn(behind(3, prompt(10), 6))  # 21 positions, 6 pages, of which one is pinned
-    assert 3 in world.rejected
-    world.finish(behind(4, prompt(10), 5))
-    assert world.answers[4, 0].reason is FinishReason.LENGTH
+    world.load("b", 8)
+    world.turn(behind(1, prompt(10), 6))  # 21 positions, 6 pages, and one of which a copy is made
+    assert world.rejected[1].field == "max_tokens"
+    assert "a cartridge of 6 tokens, 10 prompt tokens" in world.rejected[1].reason
+    world.turn(make_request(2, prompt(10), 8, cartridge="b"))  # 25 positions
+    assert 2 in world.rejected
+    # Whatever has loaded cartridges, and whatever they hold.
+    world.finish(behind(3, prompt(10), 5))
+    world.finish(make_request(4, prompt(10), 7, cartridge="b"))
+    world.finish(make_request(5, prompt(10), 15))
+    assert all(world.answers[i, 0].reason is FinishReason.LENGTH for i in (3, 4, 5))
 
 
 # --- pages ---------------------------------------------------------------------------------------
-
-
-def test_pages_of_a_cartridge_are_never_evicted() -> None:
-    world = world_with(10, num_pages=10)
-    for request_id in range(1, 9):
-        world.finish(make_request(request_id, prompt(24, request_id), 3))
-    assert world.manager.gauges().num_evicted_pages > 0
-    world.finish(behind(9, prompt(9), 3))
-    world.finish(behind(10, prompt(9), 3))
-    assert world.answers[10, 0].num_cached_tokens == 6
 
 
 def test_a_flush_drops_the_text_behind_a_cartridge_and_keeps_the_cartridge() -> None:
@@ -230,10 +219,10 @@ def test_a_flush_drops_the_text_behind_a_cartridge_and_keeps_the_cartridge() -> 
     world.finish(behind(1, prompt(9), 3))
     flushed = world.command_answers[world.command(FlushCache())]
     assert isinstance(flushed, CommandDone)
-    assert flushed.num_pages == 3  # 21 positions were written; two pages are pinned
+    assert flushed.num_pages == 3  # 21 positions were written; two pages are the cartridge's
     world.finish(behind(2, prompt(9), 3))
     assert world.answers[2, 0].num_cached_tokens == 0
-    assert world.manager._running.pages.num_pinned == 3
+    assert world.counts["writes"] == 1
 
 
 def test_a_forecast_counts_no_pinned_page() -> None:
@@ -248,12 +237,13 @@ def test_a_forecast_counts_no_pinned_page() -> None:
     world.load("a", 18)
     world.load("b", 9)
     world.finish(behind(0, prompt(12), 4))
+    world.finish(make_request(5, prompt(12), 4, cartridge="b"))
     requests = [behind(i, prompt(12) + prompt(9, i), 6) for i in (1, 2)]
-    requests += [make_request(3, prompt(9), 5, cartridges=("b",)), make_request(4, prompt(6), 9)]
+    requests += [make_request(3, prompt(9), 5, cartridge="b"), make_request(4, prompt(6), 9)]
     world.turn(*requests)
     running = world.manager._running
     learning = LengthLearning(world.config, running)
-    most_rows = 0
+    most_rows, limits = 0, []
     for _ in range(30):
         slots, rows = running_rows(running, learning)
         most_rows = max(most_rows, len(slots))
@@ -262,77 +252,41 @@ def test_a_forecast_counts_no_pinned_page() -> None:
         assert forecast.use()[:1].sum() == running.pages.num_held
         world.manager.eta()
         world.turn(num_results=1)
+        limits.append(world.manager._admission.limit)
     assert most_rows == 4
+    assert min(limits) == 64 - 5 - 3
     world.drain()
     assert running.pages.num_held == 0
-    assert world.manager._admission.limit == 64 - 5 - 3
+    assert world.manager._admission.limit == 64
 
 
 # --- commands ------------------------------------------------------------------------------------
 
 
-def test_a_load_writes_pages_and_is_answered_when_they_are_written() -> None:
+def test_a_load_is_answered_at_once_and_writes_nothing() -> None:
     world = World(make_config())
-    actions = world.manager.take_turn([Command(5, LoadCartridge("a", "path", 9))], 0.0)
-    (control,) = actions.to_worker
-    assert control.number == 0
-    assert isinstance(control.action, WriteCartridge)
-    assert (control.action.path, control.action.num_tokens) == ("path", 9)
-    assert len(set(control.action.pages.tolist())) == 3
-    assert not actions.messages
-    done = world.device.carry_out(control)
-    (answer,) = world.manager.take_turn([done], 0.0).messages
-    assert isinstance(answer, CommandDone)
-    assert answer.command_id == 5
-
-
-def test_batches_run_while_a_cartridge_is_written() -> None:
-    world = World(make_config(scheduling_steps_ahead=2))
-    load = world.make_command(LoadCartridge("a", "a", 5))
-    world.turn(make_request(1, prompt(5), 9), load)
-    assert [type(result).__name__ for result in world.results] == [
-        "ControlDone",
-        "ForwardResult",
-        "ForwardResult",
-    ]
-    world.drain()
-
-
-def test_pages_of_a_cartridge_that_could_not_be_written_are_given_back() -> None:
-    world = World(make_config())
-    failure = world.load("a", 9, path="missing a")
-    assert isinstance(failure, CommandFailed)
-    assert (failure.field, failure.reason) == ("path", "missing a does not exist")
+    for action in (Pause(PauseMode.KEEP), ReleaseMemory(weights=True, kv_cache=True)):
+        world.command(action)
+    done = world.load("a", 9)
+    assert isinstance(done, CommandDone)
+    assert not world.writes
     assert world.manager._running.pages.num_available == world.config.num_pages
-    world.load("a", 9)
-    assert "a" in world.cartridges
+    assert isinstance(world.unload("a"), CommandDone)
 
 
 def test_loads_that_cannot_be_are_refused() -> None:
     world = world_with(9, num_pages=12)
     for action, field, reason in (
-        (LoadCartridge("a", "other", 1), "name", "cartridge 'a' is loaded already"),
-        (LoadCartridge("b", "b", 0), "num_tokens", "it must be at least 1"),
-        (LoadCartridge("b", "b", 37), "num_tokens", "takes 10 pages of KV cache, of which 9"),
+        (LoadCartridge("a", ("other",), 1), "name", "cartridge 'a' is loaded already"),
+        (LoadCartridge("", ("other",), 1), "name", "is empty"),
+        (LoadCartridge("b", (), 1), "paths", "at least one file"),
+        (LoadCartridge("b", ("b",), 0), "num_tokens", "it must be at least 1"),
+        (LoadCartridge("b", ("b",), 49), "num_tokens", "takes 13 pages, and the KV cache has 12"),
     ):
         with named(action):
             found_field, found_reason = refusal_of(world, action)
             assert found_field == field
             assert reason in found_reason
-    # Nine pages are not pinned. A request that is accepted may come to need eight of them.
-    world.turn(make_request(1, prompt(4), 28))
-    field, reason = refusal_of(world, LoadCartridge("b", "b", 8))
-    assert field == "num_tokens"
-    assert "a request that was accepted may need 8, of 7 left" in reason
-    world.load("b", 4)
-    world.drain()
-
-
-def test_a_load_evicts_what_is_cached() -> None:
-    world = World(make_config(num_pages=10))
-    world.finish(make_request(1, prompt(24), 3))
-    world.load("a", 37)
-    assert world.manager._running.pages.num_available == 0
 
 
 def test_an_unload_fails_while_a_request_names_the_cartridge() -> None:
@@ -357,17 +311,17 @@ def test_an_unload_drops_the_text_behind_the_cartridge_and_no_other() -> None:
             world = world_with(num_tokens)
             world.load("b", num_tokens)
             world.finish(make_request(1, prompt(10), 3))
-            world.finish(make_request(2, prompt(10), 3, cartridges=("b",)))
+            world.finish(make_request(2, prompt(10), 3, cartridge="b"))
             num_before = world.manager._running.pages.pool.num_free
             world.finish(behind(3, prompt(10), 3))
             world.finish(behind(4, prompt(6) + prompt(5, 1), 3))  # two leaves
             done = world.unload("a")
             assert isinstance(done, CommandDone)
-            num_pinned = ceil_div(num_tokens, PAGE_SIZE)
-            assert world.manager._running.pages.pool.num_free == num_before + num_pinned
-            assert done.num_tokens == num_tokens + (done.num_pages - num_pinned) * PAGE_SIZE
+            num_own = ceil_div(num_tokens, PAGE_SIZE)
+            assert world.manager._running.pages.pool.num_free == num_before
+            assert done.num_tokens == num_tokens + (done.num_pages - num_own) * PAGE_SIZE
             world.finish(make_request(5, prompt(10), 3))
-            world.finish(make_request(6, prompt(10), 3, cartridges=("b",)))
+            world.finish(make_request(6, prompt(10), 3, cartridge="b"))
             assert world.answers[5, 0].num_cached_tokens == 8
             assert world.answers[6, 0].num_cached_tokens > 0
 
@@ -388,26 +342,17 @@ def test_a_pseudo_id_is_never_used_again() -> None:
     seen: set[int] = set()
     for version, num_tokens in enumerate((3, 9, 1, 4)):
         world.load("a", num_tokens, path=f"version {version}")
-        ids = cartridges.ids_of(("a",)).tolist()
+        ids = cartridges.find("a").ids.tolist()
         assert len(ids) == num_tokens
         assert max(ids) < 0
         assert not seen & set(ids)
         seen |= set(ids)
         world.unload("a")
     cartridges._next_id = -(2**31) + 1
-    assert refusal_of(world, LoadCartridge("a", "a", 3))[0] == "num_tokens"
+    assert refusal_of(world, LoadCartridge("a", ("a",), 3))[0] == "num_tokens"
     world.load("a", 2)
     world.finish(behind(1, prompt(5), 3))
-    assert cartridges.ids_of(("a",)).tolist() == [-(2**31) + 1, -(2**31)]
-
-
-def test_a_full_queue_goes_on_when_an_unload_frees_pages() -> None:
-    world = world_with(20, num_pages=10, max_seqs_per_forward=8, scheduling_steps_ahead=1)
-    world.turn(*[make_request(i, prompt(9, i), 8) for i in range(4)])
-    assert isinstance(world.unload("a"), CommandDone)
-    world.drain()
-    assert np.all([world.answers[i, 0].reason is FinishReason.LENGTH for i in range(4)])
-    assert all(isinstance(batch, ForwardBatch) for batch in world.batches)
+    assert cartridges.find("a").ids.tolist() == [-(2**31) + 1, -(2**31)]
 
 
 # --- weights and memory --------------------------------------------------------------------------
@@ -431,70 +376,52 @@ def test_a_cartridge_outlives_an_update_of_the_weights_and_the_text_behind_it_do
             assert world.manager._running.pages.num_available >= world.config.num_pages
 
 
-def test_cartridges_are_written_again_when_a_kv_cache_is_restored() -> None:
+def test_cartridges_are_written_again_when_requests_need_them_after_a_restore() -> None:
     world = world_with(6)
     world.load("b", 9)
-    world.turn(behind(1, prompt(6), 12))
-    run_control(world, ReleaseMemory(weights=False, kv_cache=True))
-    field, reason = refusal_of(world, LoadCartridge("c", "c", 3))
-    assert field is None
-    assert "restore it first" in reason
-    num_controls, num_batches = len(world.controls), len(world.batches)
-    restore = world.command(RestoreMemory(weights=False, kv_cache=True))
+    world.finish(make_request(1, prompt(6), 3, cartridge="b"))
+    world.turn(behind(2, prompt(6), 12))
     world.turn(num_results=1)
-    again = [control.action for control in world.controls[num_controls + 1 :]]
-    assert [action.path for action in again if isinstance(action, WriteCartridge)] == ["a", "b"]
-    # Nothing runs, and the restore is not answered, before the last cartridge is there.
-    world.turn(num_results=1)
-    assert len(world.batches) == num_batches
-    assert restore not in world.command_answers
-    world.turn(num_results=1)
-    assert isinstance(world.command_answers[restore], CommandDone)
-    assert len(world.batches) > num_batches
+    done = run_control(world, ReleaseMemory(weights=False, kv_cache=True))
+    assert isinstance(done, CommandDone)
+    assert done.num_pages >= 2 + 3  # the cartridges, and text
+    assert world.manager._running.pages.pool.num_free == world.config.num_pages
+    num_writes = len(world.writes)
+    restored = run_control(world, RestoreMemory(weights=False, kv_cache=True))
+    assert isinstance(restored, CommandDone)
     world.drain()
-    world.finish(make_request(2, prompt(6), 12, cartridges=("b",)))
+    (write,) = list(world.writes.values())[num_writes:]
+    assert write.paths == ("a",)
+    world.finish(make_request(3, prompt(6), 12, cartridge="b"))
+    assert len(world.writes) == num_writes + 2
 
 
-def test_a_cartridge_that_cannot_be_written_again_is_unloaded_with_its_requests() -> None:
+def test_a_cartridge_that_cannot_be_written_again_ends_the_requests_that_name_it() -> None:
     world = world_with(6)
-    world.turn(behind(1, prompt(6), 12), make_request(2, prompt(6), 12))
+    world.turn(behind(1, prompt(6), 12, stream=True, n=2), make_request(2, prompt(6), 12))
+    for _ in range(6):
+        world.turn(num_results=1)
+    assert world.answers[1, 0].ids  # it has begun
     run_control(world, ReleaseMemory(weights=False, kv_cache=True))
     world.device.keeps_files = False
     done = run_control(world, RestoreMemory(weights=False, kv_cache=True))
     assert isinstance(done, CommandDone)
-    assert world.answers[1, 0].reason is FinishReason.ABORT
-    world.turn(behind(3, prompt(6), 12))
-    assert world.rejected[3].reason == "no cartridge 'a' is loaded"
     world.drain()
+    assert world.rejected[1].reason == "cartridge 'a': a does not exist"
     assert world.answers[2, 0].reason is FinishReason.LENGTH
     world.device.keeps_files = True
-    world.load("a", 6)
-    world.finish(behind(4, prompt(6), 3))
+    world.finish(behind(3, prompt(6), 3))
+    assert world.answers[3, 0].reason is FinishReason.LENGTH
 
 
 def test_a_restore_of_the_weights_alone_writes_no_cartridge() -> None:
     world = world_with(6)
+    world.finish(behind(1, prompt(6), 3))
     run_control(world, ReleaseMemory(weights=True, kv_cache=False))
     run_control(world, RestoreMemory(weights=True, kv_cache=False))
+    world.finish(behind(2, prompt(6), 3))
     assert [type(control.action) for control in world.controls] == [
         WriteCartridge,
         ReleaseMemory,
         RestoreMemory,
     ]
-    world.finish(behind(1, prompt(6), 3))
-
-
-def test_a_pause_does_not_wait_for_a_cartridge_to_be_written() -> None:
-    world = World(make_config())
-    world.turn(make_request(1, prompt(5), 9), num_results=1)
-    load, pause = LoadCartridge("a", "a", 5), Pause(PauseMode.KEEP)
-    commands = [world.make_command(action) for action in (load, pause)]
-    num_batches = len(world.batches)
-    # The batches in flight come before the control that writes the cartridge.
-    world.turn(*commands, num_results=num_batches)
-    assert len(world.batches) == num_batches
-    assert list(world.command_answers) == [commands[1].command_id]
-    world.turn(num_results=1)
-    assert list(world.command_answers) == [commands[1].command_id, commands[0].command_id]
-    world.command(Resume())
-    world.drain()

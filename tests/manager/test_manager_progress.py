@@ -128,7 +128,7 @@ def run_worlds(
         for name in world.begun:
             request = world.requests[name[0]]
             if request.progress is not None and name in world.answers:
-                counts["with cartridges"] += bool(request.cartridges)
+                counts["with cartridges"] += bool(request.cartridge)
                 versions = set(world.answers[name].weights_versions)
                 counts["of several versions"] += len(versions) > 1
         num_events -= world.num_events

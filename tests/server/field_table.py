@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from tokasaurus.server.operations import schemas
+from tokasaurus.server.operations import cartridges, schemas
 from tokasaurus.server.protocols import embeddings, native
 from tokasaurus.server.protocols.chat import messages, reasoning
 from tokasaurus.server.protocols.chat import request as chat
@@ -116,6 +116,9 @@ OTHER_NAMED = {"type": "function", "function": {"name": "g"}}
 CACHE_HINT = "a hint for the cache, which needs none"
 COMES_BACK = "clients send parts of answers back unchanged"
 
+CARTRIDGE = {"id": "notes", "source": "local"}
+"""The servers of tests that read this table have it, another one of the source s3, and "more"."""
+
 FORMS: Mapping[str, Row] = {
     "response_format": Changes({"type": "json_object"}),
     "structured_outputs": Changes({"regex": "[a-z]+"}),
@@ -129,6 +132,7 @@ FORMS: Mapping[str, Row] = {
 }
 GENERATION: Mapping[str, Row] = {
     **FORMS,
+    "cartridges": Changes([CARTRIDGE]),
     "model": Changes("other"),
     "n": Changes(3),
     "temperature": Changes(0.25),
@@ -219,6 +223,18 @@ SCHEMAS: Mapping[Any, Place] = {
         },
         lambda fields: {**BASE[COMPLETIONS], "stream": True, "stream_options": fields},
         "stream_options",
+    ),
+    cartridges.CartridgeReference: of(
+        cartridges.CartridgeReference,
+        COMPLETIONS,
+        CARTRIDGE,
+        {
+            "id": Changes("more"),
+            "source": Changes("s3"),
+            "force_redownload": Passes((True, False), "the source has no other version"),
+        },
+        lambda fields: {**BASE[COMPLETIONS], "cartridges": [fields]},
+        "cartridges",
     ),
     chat.ChatRequest: of(
         chat.ChatRequest,

@@ -102,6 +102,6 @@ def test_prompts_behind_other_cartridges_have_other_beginnings() -> None:
     places = PrefixPlaces()
     places.add(0, 4096)
     ids = np.arange(100, dtype=np.int32)
-    places.note(0, places.blocks(ids, ["a"]))
-    assert places.cached(places.blocks(ids, ["a"])) == {0: 64}
-    assert places.cached(places.blocks(ids, ["b"])) == places.cached(places.blocks(ids)) == {}
+    places.note(0, places.blocks(ids, "a"))
+    assert places.cached(places.blocks(ids, "a")) == {0: 64}
+    assert places.cached(places.blocks(ids, "b")) == places.cached(places.blocks(ids)) == {}

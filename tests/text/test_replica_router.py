@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 from fake_engine import CONFIG, TOKENIZER, submit
 
@@ -20,6 +21,7 @@ from tokasaurus.protocol.commands import (
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
+    CartridgeState,
     Eta,
     FinishReason,
     GenerateRequest,
@@ -245,7 +247,7 @@ def test_a_full_replica_does_not_get_a_prompt_for_its_beginning() -> None:
 
 
 def test_prompts_that_take_nothing_from_the_cache_go_where_the_least_work_is() -> None:
-    for changes in ({"num_prompt_logprobs": 0}, {"pooling": Pooling.MEAN}, {"cartridges": ("c",)}):
+    for changes in ({"num_prompt_logprobs": 0}, {"pooling": Pooling.MEAN}, {"cartridge": "c"}):
         engine = Engine(num_seats=16)
         engine.submit(0, prompt=1024)
         engine.submit(1, prompt=1024, **changes)
@@ -374,6 +376,7 @@ def statistics(
 ) -> Statistics:
     values = dict.fromkeys(Statistics.__struct_fields__, value)
     values |= {"step_s": step_s, "weights_version": weights_version, "paused": paused}
+    values["cartridges"] = ()
     return Statistics(**values)  # type: ignore[arg-type]
 
 
@@ -395,6 +398,28 @@ def test_statistics_are_sums_whose_totals_never_fall() -> None:
     assert (router.statistics.num_pages, router.statistics.num_waiting) == (5, 5)
     router.lost(1, "killed")
     assert (router.statistics.num_finished, router.statistics.num_pages) == (8, 0)
+
+
+def test_cartridges_are_merged_by_name() -> None:
+    engine = Engine()
+
+    def having(value: int, **idle_s: float) -> Statistics:
+        states = [CartridgeState(name, 5, *[value] * 7, each) for name, each in idle_s.items()]
+        return msgspec.structs.replace(statistics(value, 0.5), cartridges=tuple(states))
+
+    engine.router.absorb(0, having(1, a=3.0, b=4.0))
+    engine.router.absorb(1, having(2, a=2.5, c=7.0))
+    assert engine.router.statistics.cartridges == (
+        CartridgeState("a", 5, *[3] * 7, 2.5),
+        CartridgeState("b", 5, *[1] * 7, 4.0),
+        CartridgeState("c", 5, *[2] * 7, 7.0),
+    )
+    engine.router.lost(0, "killed")
+    engine.router.absorb(1, having(4, a=1.0))
+    merged = engine.router.statistics
+    assert merged.cartridges == (CartridgeState("a", 5, *[4] * 7, 1.0),)
+    assert merged.num_cartridge_loads == 5
+    assert merged.num_cartridge_pages == 4
 
 
 def test_a_version_and_a_pause_are_not_summed() -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Sequence
-from typing import Any
 
-from tokasaurus.config.parser import answer_question, parse_or_exit
-from tokasaurus.config.schema import Schema
+from tokasaurus.config.parser import answer_question, parse_or_exit, with_keys
 from tokasaurus.errors import ConfigError, TokasaurusError
 
 __all__ = ["COMMANDS", "main"]
@@ -22,6 +20,8 @@ COMMANDS = {
     "attention": "what one layer of attention takes on this processor",
     "peers": "ours against other engines on the same workloads, in the same run",
     "parallel": "several processes of this machine against one, on the same workload",
+    "training": "what a trained cartridge knows of a document, with the bundled model",
+    "cartridges": "requests behind a cartridge against the same text in their prompts",
     "quantization": "what int8 weights change: perplexity and greedy answers",
     "roofline": "how fast this machine multiplies matrices and reads memory",
     "lookahead": "how long the device waits for the manager, and how many tokens are wasted",
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"toka-bench: error: {message}", file=sys.stderr)
         return 2
     command = importlib.import_module(f"tokasaurus.bench.{name}")
-    config = parse_or_exit(command.SCHEMA, _with_keys(words, command.SCHEMA))
+    config = parse_or_exit(command.SCHEMA, with_keys(words, command.SCHEMA))
     try:
         command.run(config)
     except TokasaurusError as error:
@@ -68,14 +68,6 @@ def _help() -> str:
         "toka-bench: benchmarks that need no GPU.\n\n"
         f"{lines}\n\ntoka-bench COMMAND --help lists the flags of a command."
     )
-
-
-def _with_keys(words: list[str], schema: Schema[Any]) -> list[str]:
-    """Adds the key to a first word without one, if the command requires one flag: its file."""
-    first = next(iter(schema))
-    if first.required and words and "=" not in words[0] and not words[0].startswith("-"):
-        return [f"{first.name}={words[0]}", *words[1:]]
-    return words
 
 
 if __name__ == "__main__":

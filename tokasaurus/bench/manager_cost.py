@@ -33,6 +33,7 @@ __all__ = [
     "measure_reference",
     "measure_start_finish",
     "measure_steady",
+    "start_us",
 ]
 
 
@@ -240,15 +241,15 @@ def measure_start_finish(setting: Setting) -> tuple[Cost, Cost]:
             clients.send(Requests().make(clients.num_sent, _LONG_PROMPT, 1, count))
             return count
 
-        _start_us(clients, separate)  # fills the cache
+        start_us(clients, separate)  # fills the cache
         return _start_cost(setting, clients, separate), _start_cost(setting, clients, samples)
 
 
 def _start_cost(setting: Setting, clients: Clients, send: Callable[[], int]) -> Cost:
-    return Cost.of([_start_us(clients, send) for _ in range(setting.effort.num_windows)])
+    return Cost.of([start_us(clients, send) for _ in range(setting.effort.num_windows)])
 
 
-def _start_us(clients: Clients, send: Callable[[], int]) -> float:
+def start_us(clients: Clients, send: Callable[[], int]) -> float:
     """The CPU time of a sequence. ``send`` returns how many it has sent."""
     cpu_s, num_ended = clients.engine.manager_cpu_s(), clients.num_ended
     count = send()

@@ -776,8 +776,74 @@ class EngineConfig:
     cartridge_dir: str = flag(
         "./cartridges",
         group=_CARTRIDGES,
-        later="serving cartridges",
-        help="Where cartridges are stored.",
+        help=(
+            "Where cartridges are: files and directories that requests name by their names here, "
+            "and, in the directory .store, the checked copies of all that were used or uploaded. "
+            "Several engines may share it."
+        ),
+    )
+    cartridge_sources: tuple[str, ...] = flag(
+        ("local", "wandb", "huggingface", "s3", "http"),
+        group=_CARTRIDGES,
+        choices=("local", "wandb", "huggingface", "s3", "http"),
+        help="Where requests may get cartridges from. http also needs cartridge_hosts.",
+    )
+    cartridge_roots: tuple[str, ...] | None = flag(
+        None,
+        group=_CARTRIDGES,
+        help=(
+            "The directories in which source=local finds files, once all links are resolved: a "
+            "path or several."
+        ),
+        adapts="cartridge_dir and, on a loopback address, the directory for temporary files",
+    )
+    cartridge_hosts: tuple[str, ...] | None = flag(
+        None,
+        group=_CARTRIDGES,
+        help=(
+            "The hosts that source=http downloads from, redirects included: names such as "
+            "files.example.org, or *.example.org for all below it."
+        ),
+        adapts="no host, so source=http is refused",
+    )
+    max_cartridge_bytes: int = flag(
+        16 << 30,
+        group=_CARTRIDGES,
+        minimum=1,
+        help="The largest file of a cartridge, downloaded, uploaded or local.",
+    )
+    max_stored_cartridge_bytes: int | None = flag(
+        None,
+        group=_CARTRIDGES,
+        minimum=1,
+        help=(
+            "The most bytes of all cartridges that the store keeps. Beyond it, copies of local "
+            "files and downloads go, the least recently used first; uploads stay."
+        ),
+        adapts="a tenth of the disk",
+    )
+    cartridge_timeout_s: float = flag(
+        600.0,
+        group=_CARTRIDGES,
+        minimum=0.001,
+        help="How long it may take to get a cartridge from its source.",
+    )
+    cartridge_host_bytes: int = flag(
+        4 << 30,
+        group=_CARTRIDGES,
+        minimum=0,
+        help=(
+            "The most bytes of recently used cartridges that are kept in the memory of the host, "
+            "from which workers read them again after an eviction from the device."
+        ),
+    )
+    cartridge_tags: bool = flag(
+        False,
+        group=_CARTRIDGES,
+        help=(
+            "Read <cartridge> tags in system messages of chats. Whoever writes a system message "
+            "can then make the engine download cartridges."
+        ),
     )
     max_completion_tokens: int | None = flag(
         None,

@@ -22,7 +22,14 @@ from tokasaurus.config.syntax import Reader
 from tokasaurus.errors import ConfigError
 from tokasaurus.version import __version__
 
-__all__ = ["answer_question", "parse", "parse_command_line", "parse_or_exit", "print_help"]
+__all__ = [
+    "answer_question",
+    "parse",
+    "parse_command_line",
+    "parse_or_exit",
+    "print_help",
+    "with_keys",
+]
 
 C = TypeVar("C")
 
@@ -86,6 +93,17 @@ def parse(
             print(f"# {line}")
         raise SystemExit(0)
     return parsed.value
+
+
+def with_keys(words: Sequence[str], schema: Schema[Any]) -> list[str]:
+    """Adds keys to first words that have none: those of the flags that a command requires."""
+    required = [flag.name for flag in schema if flag.required]
+    named = []
+    for name, word in zip(required, words, strict=False):
+        if "=" in word or word.startswith("-"):
+            break
+        named.append(f"{name}={word}")
+    return [*named, *words[len(named) :]]
 
 
 def answer_question(words: Sequence[str], show_help: Callable[[], None]) -> bool:

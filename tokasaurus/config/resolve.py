@@ -10,12 +10,14 @@ satisfy.
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from tokasaurus.cartridges.specification import ModelShape
 from tokasaurus.config.determinism import check_determinism, plan_determinism
 from tokasaurus.config.devices import choose_device, device_index
 from tokasaurus.config.dtype import choose_dtype
@@ -23,6 +25,7 @@ from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.memory import Memory
 from tokasaurus.config.slices import (
     AdmissionConfig,
+    CartridgeConfig,
     EngineSlices,
     ManagerConfig,
     ModelFacts,
@@ -337,6 +340,13 @@ def _check_access(config: EngineConfig, problems: list[str]) -> None:
                 " gpu.example.org, without a scheme, port or path, or *"
             )
 
+    for name in config.cartridge_hosts or ():
+        if not _HOST_NAME.fullmatch(name):
+            problems.append(
+                f"cartridge_hosts: {name!r} is not the name of a host; expected one such as"
+                " files.example.org, without a scheme, port or path"
+            )
+
     url = config.statsd_server_url
     if url is not None and _statsd_address(url) is None:
         problems.append(f"statsd_server_url={url}: expected HOST:PORT, such as 127.0.0.1:8125")
@@ -416,6 +426,7 @@ def _server(config: EngineConfig, facts: ModelFacts, limits: _Limits) -> ServerC
         log_level=config.log_level,
         shutdown_timeout_s=config.shutdown_timeout_s,
         data_dir=_data_dir(config),
+        cartridges=_cartridges(config, limits),
         trust_request_chat_template=config.trust_request_chat_template,
         unsafe_pickle_responses=config.unsafe_pickle_responses,
         vocab_size=facts.vocab_size,
@@ -427,12 +438,49 @@ def _server(config: EngineConfig, facts: ModelFacts, limits: _Limits) -> ServerC
         tool_call_parser=config.tool_call_parser,
         reasoning_parser=config.reasoning_parser,
         embedding_pooling=Pooling[config.embedding_pooling.upper()],
+        cartridge_tags=config.cartridge_tags,
+        cartridge_shape=_cartridge_shape(config, facts),
         sampling_defaults=facts.sampling_defaults,
+    )
+
+
+def _cartridge_shape(config: EngineConfig, facts: ModelFacts) -> ModelShape:
+    """What a cartridge must have in common with the model."""
+    per_head = 2 * facts.num_layers * facts.num_kv_heads
+    return ModelShape(
+        num_layers=facts.num_layers,
+        num_kv_heads=facts.num_kv_heads,
+        head_dim=facts.kv_elements_per_token // per_head,
+        name=config.model or BUNDLED_MODEL_NAME,
+        rope=facts.rope,
     )
 
 
 def _data_dir(config: EngineConfig) -> str:
     return config.data_dir or f"~/.local/share/tokasaurus/port-{config.port}"
+
+
+def _cartridges(config: EngineConfig, limits: _Limits) -> CartridgeConfig:
+    return CartridgeConfig(
+        directory=config.cartridge_dir,
+        sources=config.cartridge_sources,
+        roots=config.cartridge_roots or (config.cartridge_dir,),
+        temporary_root=config.cartridge_roots is None and _is_loopback(config.host),
+        hosts=tuple(name.lower() for name in config.cartridge_hosts or ()),
+        max_bytes=config.max_cartridge_bytes,
+        max_tokens=limits.max_request_tokens,
+        max_stored_bytes=config.max_stored_cartridge_bytes,
+        max_host_bytes=config.cartridge_host_bytes,
+        timeout_s=config.cartridge_timeout_s,
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address. Of names, only localhost counts."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _num_lanes(config: EngineConfig, device: str) -> int:

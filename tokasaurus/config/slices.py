@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tokasaurus.cartridges.specification import ModelShape
 from tokasaurus.protocol.messages import LogprobsMode, Pooling
 from tokasaurus.protocol.role import Kind
 
 __all__ = [
     "AdmissionConfig",
+    "CartridgeConfig",
     "EngineSlices",
     "ManagerConfig",
     "ModelFacts",
@@ -42,8 +44,25 @@ class ModelFacts:
     eos_token_ids: tuple[int, ...]
     # Of most weights in the files: "float32", "bfloat16" or "float16"; None if unknown.
     dtype: str | None = None
+    rope: str = ""  # a digest of the parameters of the rotary embedding
     # Numbers of ``Sampling`` that generation_config.json sets.
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CartridgeConfig:
+    """What the store of cartridges may read, and how much it keeps."""
+
+    directory: str  # of names; the store's own files are in .store
+    sources: tuple[str, ...]  # that requests may name
+    roots: tuple[str, ...]  # directories of local files
+    temporary_root: bool  # whether the directory for temporary files is one, too
+    hosts: tuple[str, ...]  # of http; *.NAME for all below a name
+    max_bytes: int  # of one file
+    max_tokens: int  # of one cartridge
+    max_stored_bytes: int | None  # of all cartridges; None for a tenth of the disk
+    max_host_bytes: int  # of cartridges in the memory of the host
+    timeout_s: float  # of one download
 
 
 @dataclass(frozen=True)
@@ -78,6 +97,7 @@ class ServerConfig:
     log_level: str
     shutdown_timeout_s: float  # how long a drain may take
     data_dir: str  # of files and batches
+    cartridges: CartridgeConfig
     unsafe_pickle_responses: bool
     vocab_size: int
     eos_token_ids: tuple[int, ...]
@@ -88,6 +108,8 @@ class ServerConfig:
     tool_call_parser: str  # "auto", "hermes" or "llama3"
     reasoning_parser: str  # "auto", "think" or "none"
     embedding_pooling: Pooling  # of requests that do not say
+    cartridge_tags: bool  # read tags of system messages that name cartridges
+    cartridge_shape: ModelShape  # that cartridges must fit
     # Numbers of ``Sampling`` for requests that leave them out; otherwise the endpoint's own
     # default counts.
     sampling_defaults: Mapping[str, float]

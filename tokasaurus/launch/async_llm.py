@@ -41,7 +41,13 @@ from tokasaurus.launch.control import (
 )
 from tokasaurus.launch.engine_thread import EngineThread
 from tokasaurus.launch.outputs import GrowingOutput, RequestOutput, request_output
-from tokasaurus.launch.program_engine import Conversation, ProgramEngine, Prompt
+from tokasaurus.launch.program_engine import (
+    CartridgeLike,
+    Conversation,
+    ProgramEngine,
+    Prompt,
+    specs_of,
+)
 from tokasaurus.launch.replicated import QUIET, AsyncReplicas, has_processes
 from tokasaurus.launch.unused_flags import warn_of_unused_flags
 from tokasaurus.protocol.commands import AbortAll, Action, CommandDone, FlushCache, Resume
@@ -49,6 +55,7 @@ from tokasaurus.server.control.commands import CommandRunner
 from tokasaurus.server.operations.heavy_work import MANY_CHARACTERS, in_thread_if, takes_long
 from tokasaurus.server.protocols.embeddings import embedding, pooling_named
 from tokasaurus.server.state import EngineState
+from tokasaurus.text.cartridges import Prefix
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.params import SamplingParams
 from tokasaurus.text.preparation import PreparedRequest
@@ -64,9 +71,10 @@ __all__ = ["Answer", "AsyncLLM"]
 class _Question:
     """One call: how its request is prepared, and what its output repeats."""
 
-    prepare: Callable[[ProgramEngine], PreparedRequest]
+    prepare: Callable[[ProgramEngine, Prefix | None], PreparedRequest]
     is_heavy: bool  # to prepare
     prompt: str | None = None
+    cartridges: Sequence[CartridgeLike] | CartridgeLike | None = None
 
 
 class Answer(Coroutine[Any, Any, RequestOutput]):
@@ -132,12 +140,19 @@ class AsyncLLM:
         self._runner = CommandRunner(self._state)
         self._thread: EngineThread | AsyncReplicas | None = None
 
-    def generate(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Answer:
+    def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        cartridges: Sequence[CartridgeLike] | CartridgeLike | None = None,
+    ) -> Answer:
         """Continues a prompt.
 
         Args:
             prompt: a string, or a list of token ids.
             sampling_params: default ``SamplingParams()``.
+            cartridges: as for :meth:`LLM.generate`.
 
         Raises:
             RequestError: when awaited: the prompt or its parameters are wrong.
@@ -146,9 +161,10 @@ class AsyncLLM:
         params = sampling_params or SamplingParams()
         return self._answer(
             _Question(
-                lambda engine: engine.prepare(prompt, params),
+                lambda engine, prefix: engine.prepare(prompt, params, prefix),
                 len(prompt) > MANY_CHARACTERS or _compiles(params),
                 prompt if isinstance(prompt, str) else None,
+                cartridges,
             )
         )
 
@@ -158,6 +174,7 @@ class AsyncLLM:
         sampling_params: SamplingParams | None = None,
         *,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        cartridges: Sequence[CartridgeLike] | CartridgeLike | None = None,
     ) -> Answer:
         """Answers a conversation with the model's chat template.
 
@@ -165,6 +182,7 @@ class AsyncLLM:
             messages: a list of ``{"role": ..., "content": ...}``.
             sampling_params: as for :meth:`generate`.
             chat_template_kwargs: further arguments of the template.
+            cartridges: as for :meth:`LLM.generate`.
 
         Raises:
             RequestError: as for :meth:`generate`, or the template refuses the messages.
@@ -172,8 +190,11 @@ class AsyncLLM:
         params = sampling_params or SamplingParams()
         return self._answer(
             _Question(
-                lambda engine: engine.prepare_chat(messages, params, chat_template_kwargs),
+                lambda engine, prefix: engine.prepare_chat(
+                    messages, params, chat_template_kwargs, prefix
+                ),
                 len(str(messages)) > MANY_CHARACTERS or _compiles(params),
+                cartridges=cartridges,
             )
         )
 
@@ -191,7 +212,7 @@ class AsyncLLM:
             RequestError: the prompt is wrong.
         """
 
-        def prepare(engine: ProgramEngine) -> PreparedRequest:
+        def prepare(engine: ProgramEngine, prefix: Prefix | None) -> PreparedRequest:
             return engine.prepare_embedding(prompt, pooling_named(pooling, engine.config))
 
         question = _Question(prepare, len(prompt) > MANY_CHARACTERS)
@@ -357,14 +378,30 @@ class AsyncLLM:
     @contextlib.asynccontextmanager
     async def _running(self, question: _Question, *, stream: bool) -> AsyncIterator[_Run]:
         engine = await self._loaded()
-        request = await in_thread_if(question.is_heavy, partial(question.prepare, engine))
-        self._state.check()
-        run = _Run(engine, request, stream)
-        try:
-            yield run
-        finally:
-            if not run.generation.finished:
-                engine.generations.abort(run.generation)
+        async with _prefixed(engine, question) as prefix:
+            prepare = partial(question.prepare, engine, prefix)
+            request = await in_thread_if(question.is_heavy, prepare)
+            self._state.check()
+            run = _Run(engine, request, stream)
+            try:
+                yield run
+            finally:
+                if not run.generation.finished:
+                    engine.generations.abort(run.generation)
+
+
+@contextlib.asynccontextmanager
+async def _prefixed(engine: ProgramEngine, question: _Question) -> AsyncIterator[Prefix | None]:
+    """What comes before the prompt of a call, as long as the call lasts."""
+    specs = specs_of(question.cartridges)
+    if not specs:
+        yield None
+        return
+    lease = await engine.cartridges.acquire(specs)
+    try:
+        yield lease.prefix
+    finally:
+        lease.release()
 
 
 class _Run:

@@ -18,8 +18,10 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from tokasaurus.cartridges.store import CartridgeStore
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.launch.assemble import assemble
+from tokasaurus.launch.cartridge_store import cartridges_of
 from tokasaurus.launch.embedded import EmbeddedEngine
 from tokasaurus.launch.figures import Figures
 from tokasaurus.protocol.messages import ToServer
@@ -47,6 +49,7 @@ class EngineThread:
         self._loop = asyncio.get_running_loop()
         self._loaded: asyncio.Future[EmbeddedEngine] = self._loop.create_future()
         self._engine: EmbeddedEngine | None = None
+        self._store: CartridgeStore | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="tokasaurus-engine", daemon=True)
         self._thread.start()
@@ -70,6 +73,8 @@ class EngineThread:
         if self._engine is not None:
             self._engine.wake()
         await asyncio.to_thread(self._thread.join)
+        if self._store is not None:
+            await self._store.close()
 
     # --- in the thread ----------------------------------------------------------------------------
 
@@ -124,7 +129,9 @@ class EngineThread:
     # --- in the event loop ------------------------------------------------------------------------
 
     def _ready(self, engine: EmbeddedEngine) -> None:
-        self._state.ready(engine.preparer, engine.generations)
+        self._store = CartridgeStore(engine.config.cartridges)
+        engine.cartridges = cartridges_of(engine.config, engine.generations, self._store)
+        self._state.ready(engine.preparer, engine.generations, engine.cartridges, self._store)
         if not self._loaded.done():
             self._loaded.set_result(engine)
 

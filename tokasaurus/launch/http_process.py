@@ -98,7 +98,7 @@ class _HTTPProcess:
             config, tokenizer, self._sender.send, receipts, self._number
         )
         generations.take(await self._door.receive())
-        self._state.ready(preparer, generations)
+        self._state.ready(preparer, generations, generations.prefixes)
         self._can_serve.set()
         self._tell_counts(even_if_none=True)
         await asyncio.gather(self._receive(generations), self._count())

@@ -23,6 +23,7 @@ from tokasaurus.protocol.channels import AsyncReceiver, Sender, door_address
 from tokasaurus.protocol.relaying import FromHTTP, ToHTTP
 from tokasaurus.protocol.role import Role
 from tokasaurus.server.metrics import Metrics
+from tokasaurus.text.cartridges import PrefixSource
 from tokasaurus.text.generations import Generations
 from tokasaurus.text.preparation import Preparer
 from tokasaurus.text.relay import Relay
@@ -80,14 +81,19 @@ class HTTPRelay:
             log.warning("HTTP process %d ended with %d prompts in flight", number, num_left)
 
     async def begin(
-        self, core: TextCore, preparer: Preparer, generations: Generations, metrics: Metrics
+        self,
+        core: TextCore,
+        preparer: Preparer,
+        generations: Generations,
+        metrics: Metrics,
+        prefixes: PrefixSource,
     ) -> None:
         """Lets HTTP processes start prompts, and waits until they can."""
 
         def count(path: str, status: str, number: int) -> None:
             metrics.requests.labels(path, status).inc(number)
 
-        relay = Relay(generations, preparer.tokenizer, core.pass_to_managers, count)
+        relay = Relay(generations, preparer.tokenizer, core.pass_to_managers, count, prefixes)
         relay.adopt_workers(core.workers)
         for number, sender in self._senders.items():
             relay.open(number, sender.send)

@@ -30,15 +30,18 @@ from tqdm.auto import tqdm
 
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.errors import Conflict, RequestError, TokasaurusError
+from tokasaurus.launch.cartridge_store import StoreInThread, cartridges_of
 from tokasaurus.launch.control import Weights, sleep_actions, wake_up_actions, weights_of
 from tokasaurus.launch.embedded import EmbeddedEngine
 from tokasaurus.launch.launching import placed
+from tokasaurus.launch.loop_thread import LoopThread
 from tokasaurus.launch.outputs import RequestOutput, request_output
-from tokasaurus.launch.program_engine import Conversation, Prompt
+from tokasaurus.launch.program_engine import CartridgeLike, Conversation, Prompt, specs_of
 from tokasaurus.launch.replicated import QUIET, ReplicatedEngine, has_processes
 from tokasaurus.launch.unused_flags import warn_of_unused_flags
 from tokasaurus.protocol.commands import Action, CommandDone, FlushCache
 from tokasaurus.server.protocols.embeddings import embedding, pooling_named
+from tokasaurus.text.cartridges import Prefix
 from tokasaurus.text.commands import OnDone
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.params import SamplingParams
@@ -74,6 +77,11 @@ class LLM:
             ReplicatedEngine(slices, launcher) if has_processes(config) else EmbeddedEngine(slices)
         )
         self._lock = threading.Lock()
+        self._loop = LoopThread()  # finds cartridges
+        self._store = StoreInThread(self._engine.config, self._loop)
+        self._engine.cartridges = cartridges_of(
+            self._engine.config, self._engine.generations, self._store
+        )
 
     def generate(
         self,
@@ -81,6 +89,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        cartridges: Sequence[CartridgeLike] | CartridgeLike | None = None,
     ) -> list[RequestOutput]:
         """Continues prompts.
 
@@ -88,22 +97,25 @@ class LLM:
             prompts: strings or lists of token ids, or a single one.
             sampling_params: one for all, or one for each prompt; default ``SamplingParams()``.
             use_tqdm: show progress on standard error.
+            cartridges: trained KV caches that come before each prompt, in this order: files, or
+                ``{"id": ..., "source": ...}``. Texts are then tokenized without BOS.
 
         Returns:
             One output per prompt, in the same order.
 
         Raises:
-            RequestError: a prompt or its parameters are wrong; nothing was generated.
+            RequestError: a prompt, its parameters or a cartridge is wrong; nothing was generated.
             Conflict: the engine is asleep.
         """
         texts = _as_list(prompts)
         params = _per_prompt(sampling_params, len(texts))
-        requests = [
-            _named(number, partial(self._engine.prepare, prompt, each))
-            for number, (prompt, each) in enumerate(zip(texts, params, strict=True))
-        ]
-        names = [prompt if isinstance(prompt, str) else None for prompt in texts]
-        return self._run(requests, names, use_tqdm)
+        with self._behind(cartridges) as prefix:
+            requests = [
+                _named(number, partial(self._engine.prepare, prompt, each, prefix))
+                for number, (prompt, each) in enumerate(zip(texts, params, strict=True))
+            ]
+            names = [prompt if isinstance(prompt, str) else None for prompt in texts]
+            return self._run(requests, names, use_tqdm)
 
     def chat(
         self,
@@ -112,6 +124,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        cartridges: Sequence[CartridgeLike] | CartridgeLike | None = None,
     ) -> list[RequestOutput]:
         """Answers conversations with the model's chat template.
 
@@ -121,6 +134,7 @@ class LLM:
             sampling_params: as for :meth:`generate`.
             use_tqdm: show progress on standard error.
             chat_template_kwargs: further arguments of the template.
+            cartridges: as for :meth:`generate`.
 
         Raises:
             RequestError: as for :meth:`generate`, or the template refuses the messages.
@@ -130,11 +144,14 @@ class LLM:
             conversations = [conversations]
         params = _per_prompt(sampling_params, len(conversations))
         prepare = partial(self._engine.prepare_chat, template_arguments=chat_template_kwargs)
-        requests = [
-            _named(number, partial(prepare, conversation, each))
-            for number, (conversation, each) in enumerate(zip(conversations, params, strict=True))
-        ]
-        return self._run(requests, [None] * len(requests), use_tqdm)
+        with self._behind(cartridges) as prefix:
+            requests = [
+                _named(number, partial(prepare, conversation, each, prefix=prefix))
+                for number, (conversation, each) in enumerate(
+                    zip(conversations, params, strict=True)
+                )
+            ]
+            return self._run(requests, [None] * len(requests), use_tqdm)
 
     def embed(
         self,
@@ -231,6 +248,7 @@ class LLM:
     def close(self) -> None:
         """Frees the model and the cache. The engine cannot be used afterwards."""
         self._engine.close()
+        self._loop.close(self._store.close())
 
     def __enter__(self) -> LLM:
         return self
@@ -298,6 +316,33 @@ class LLM:
                     num_tokens = self._engine.num_generated_tokens - tokens_before
                     speed = num_tokens / (time.perf_counter() - started)
                     bar.set_postfix_str(f"{speed:.0f} output tokens/s", refresh=False)
+
+    @contextlib.contextmanager
+    def _behind(
+        self, cartridges: Sequence[CartridgeLike] | CartridgeLike | None
+    ) -> Iterator[Prefix | None]:
+        """What comes before prompts, as long as the block lasts."""
+        specs = specs_of(cartridges)
+        if not specs:
+            yield None
+            return
+        known = self._engine.cartridges
+        versions = self._loop.run(known.resolve(specs))
+        outcome: list[TokasaurusError | None] = []
+        with self._lock, _deferred_interrupt() as interrupted:
+            self._check_awake()
+            lease = known.enter(specs, versions, outcome.append)
+            while not outcome:
+                self._engine.step()
+        try:
+            if interrupted.is_set():
+                raise KeyboardInterrupt
+            if outcome[0] is not None:
+                raise outcome[0]
+            yield lease.prefix
+        finally:
+            with self._lock:
+                lease.release()
 
     def _check_awake(self) -> None:
         commands = self._engine.generations.commands

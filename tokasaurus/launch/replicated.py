@@ -282,6 +282,7 @@ class _InProgram(TextProcess):
     async def on_ready(self, preparer: Preparer, generations: Generations) -> None:
         engine = ProgramEngine()
         engine.config, engine.preparer, engine.generations = self.config, preparer, generations
+        engine.cartridges = self.cartridges
         if not self._loaded.done():
             self._loaded.set_result(engine)
 

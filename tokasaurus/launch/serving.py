@@ -77,7 +77,8 @@ class _Serving(TextProcess):
 
     async def on_begun(self, preparer: Preparer, generations: Generations) -> None:
         if self._relay is not None:
-            await self._relay.begin(self.core, preparer, generations, self.state.metrics)
+            relay, metrics = self._relay, self.state.metrics
+            await relay.begin(self.core, preparer, generations, metrics, self.cartridges)
 
     def on_http_process(self, note: Joined | Left) -> None:
         if self._relay is not None:

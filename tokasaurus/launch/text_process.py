@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+from tokasaurus.cartridges.store import CartridgeStore
+from tokasaurus.launch.cartridge_store import cartridges_of
 from tokasaurus.launch.doors import TO_SERVER
 from tokasaurus.launch.lifeline import (
     Assignment,
@@ -22,6 +24,7 @@ from tokasaurus.protocol.channels import AsyncReceiver
 from tokasaurus.protocol.doors import Door
 from tokasaurus.protocol.messages import ToServer, WorkerStall
 from tokasaurus.server.state import EngineState
+from tokasaurus.text.cartridges import Cartridges
 from tokasaurus.text.generations import Generations
 from tokasaurus.text.preparation import Preparer
 
@@ -35,7 +38,12 @@ class TextProcess:
         assignment: of the server's role.
         lifeline: to the supervisor.
         state: follows the engine.
+
+    Attributes:
+        cartridges: of the engine, from ``on_begun`` on.
     """
+
+    cartridges: Cartridges
 
     def __init__(
         self, assignment: Assignment, lifeline: Lifeline, state: EngineState | None = None
@@ -83,10 +91,15 @@ class TextProcess:
         self.lifeline.send(Ready())
         await self._begun.wait()
         generations = self.core.begin(preparer, self.state.metrics)
-        await self.on_begun(preparer, generations)
-        self.state.ready(preparer, generations)
-        await self.on_ready(preparer, generations)
-        await asyncio.gather(self._check(), self._doors.receive(self.core))
+        store = CartridgeStore(self.config.cartridges)
+        cartridges = self.cartridges = cartridges_of(self.config, generations, store)
+        try:
+            await self.on_begun(preparer, generations)
+            self.state.ready(preparer, generations, cartridges, store)
+            await self.on_ready(preparer, generations)
+            await asyncio.gather(self._check(), self._doors.receive(self.core))
+        finally:
+            await store.close()
 
     async def _check(self) -> None:
         while True:

@@ -6,11 +6,13 @@ nothing else: requests, aborts, stops and acknowledgements work at any time. The
 exceptions:
 
 - An AbortAll is like an abort of every request: it is carried out at once.
+- A cartridge is registered and forgotten at once, as a request is taken in.
 - An unfinished drain may take long. A Pause, a Resume or a FlushCache does not wait for it. A pause
   with ABORT finishes it, a second drain ends together with it, and a Resume or a pause with KEEP
   cancels it: then the drain fails.
-- Batches run while a cartridge is written, and that may take long. A Pause, a Resume or a
-  FlushCache does not wait for it.
+
+The plans ask for cartridges to be written. These controls are no commands: they hold up none, and
+batches run behind them.
 
 What is asked for already is done at once: a Resume where nothing is paused, a release of what is
 released, a restore of what is there. A command that contradicts the state fails, and changes
@@ -19,7 +21,7 @@ nothing:
 - an update whose version is not greater than the present one;
 - a Resume while memory is released or there are no weights, since nothing could run;
 - a drain in this state, if there are sequences that could not run to their ends;
-- a load of a cartridge that is loaded, or for which there are not enough pages;
+- a load of a cartridge that is loaded, or that is larger than the KV cache;
 - an unload of a cartridge that a request names.
 
 A pause lasts until a Resume, whatever else happens. Without a pause, batches are planned again as
@@ -83,12 +85,11 @@ class _Waiting(NamedTuple):
 
 
 class _Sent(NamedTuple):
-    """A control in flight, and the command that it is a part of."""
+    """A control in flight: what a command asks for, or the writing of a cartridge."""
 
     control: Control
-    command_id: int
-    cartridge: str = ""  # the name of the one that it writes
-    rewrites: bool = False  # it writes a cartridge again, which the KV cache lost in a release
+    command_id: int = -1
+    cartridge: Cartridge | None = None
 
 
 class Controls:
@@ -103,6 +104,7 @@ class Controls:
         preempt: takes the pages of the sequences in these slots.
         abort: ends the requests with these ids, as far as they live, and gets their updates ready
             to be sent; returns the number of sequences that it ended.
+        reject: ends the requests with these ids, which live; takes the field and the reason.
         answer: takes an answer to the server, to be sent after these updates.
     """
 
@@ -112,6 +114,7 @@ class Controls:
         backlog: Backlog,
         preempt: Callable[[IndexArray], None],
         abort: Callable[[list[int]], int],
+        reject: Callable[[list[int], str, str], None],
         answer: Callable[[CommandDone | CommandFailed], None],
     ) -> None:
         self.paused: PauseMode | None = None
@@ -119,6 +122,7 @@ class Controls:
         self._backlog = backlog
         self._preempt = preempt
         self._abort = abort
+        self._reject = reject
         self._answer = answer
         self._waiting: deque[_Waiting] = deque()
         self._orders: list[ToWorker] = []
@@ -140,7 +144,7 @@ class Controls:
             return False
         if self.paused is not None and self.paused is not PauseMode.DRAIN:
             return False
-        return not self._sent or self._only_loads
+        return not self._waits_for_worker
 
     @property
     def rests(self) -> bool:
@@ -173,11 +177,17 @@ class Controls:
 
         The results that came before must be absorbed, and their updates collected.
         """
-        request_ids = list(self._backlog.requests)
-        if isinstance(command.action, AbortAll):
+        request_ids, action = list(self._backlog.requests), command.action
+        if isinstance(action, AbortAll):
             self._done(command.command_id, num_sequences=self._abort(request_ids))
             return
-        self._waiting.append(_Waiting(command.command_id, command.action, request_ids))
+        if isinstance(action, LoadCartridge):
+            self._load(command.command_id, action, now)
+            return
+        if isinstance(action, UnloadCartridge):
+            self._unload(command.command_id, action.name)
+            return
+        self._waiting.append(_Waiting(command.command_id, action, request_ids))
         self.advance(now)
 
     def absorb(self, done: ControlDone, now: float) -> None:
@@ -191,16 +201,12 @@ class Controls:
         self._running.in_flight.land_control(done)
         sent = self._sent.popleft()
         self._oldest_since = now
-        if sent.cartridge:
-            self._has_written(sent, done.error)
+        if sent.cartridge is not None:
+            self._has_written(sent.cartridge, done)
         elif done.error is not None:
             self._failed(sent.command_id, done.error)
         else:
-            num_pages = self._has_done(sent.control.action, done)
-            if isinstance(sent.control.action, RestoreMemory) and sent.control.action.kv_cache:
-                self._write_again(sent.command_id, now)
-            if not self._sent:
-                self._done(sent.command_id, num_pages=num_pages)
+            self._done(sent.command_id, num_pages=self._has_done(sent.control.action, done))
         self.advance(now)
 
     def advance(self, now: float) -> None:
@@ -220,9 +226,9 @@ class Controls:
 
     def _must_wait(self, action: Action) -> bool:
         """Whether a command before this one holds it up."""
-        may_interrupt = isinstance(action, Pause | Resume | FlushCache)
-        if self._sent and not (self._only_loads and may_interrupt):
+        if self._waits_for_worker:
             return True
+        may_interrupt = isinstance(action, Pause | Resume | FlushCache)
         return bool(self._pausing) and not (self.paused is PauseMode.DRAIN and may_interrupt)
 
     def _finish_pauses(self) -> None:
@@ -264,10 +270,6 @@ class Controls:
                 kv_cache=action.kv_cache and not self._has_kv_cache,
             )
             self._change_memory(command_id, missing, now)
-        elif isinstance(action, LoadCartridge):
-            self._load(command_id, action, now)
-        elif isinstance(action, UnloadCartridge):
-            self._unload(command_id, action.name)
         else:
             self._failed(command_id, f"{type(action).__name__} is not supported")
 
@@ -313,31 +315,30 @@ class Controls:
             self._failed(command_id, reason, "version")
         else:
             self._preempt_all()  # what they have computed is lost
-            self._send(command_id, action, now)
+            self._send(action, now, command_id=command_id)
 
     def _change_memory(
         self, command_id: int, action: ReleaseMemory | RestoreMemory, now: float
     ) -> None:
         if action.weights or action.kv_cache:
             self._preempt_all()
-            self._send(command_id, action, now)
+            self._send(action, now, command_id=command_id)
         else:
             self._done(command_id)
 
     def _send(
         self,
-        command_id: int,
         action: DeviceAction,
         now: float,
         *,
-        cartridge: str = "",
-        rewrites: bool = False,
+        command_id: int = -1,
+        cartridge: Cartridge | None = None,
     ) -> None:
         control = Control(self._running.in_flight.next_number, action)
         self._running.in_flight.add_control(control)
         if not self._sent:
             self._oldest_since = now
-        self._sent.append(_Sent(control, command_id, cartridge, rewrites))
+        self._sent.append(_Sent(control, command_id, cartridge))
         self._orders.append(control)
 
     def _has_done(self, action: DeviceAction, done: ControlDone) -> int:
@@ -357,7 +358,7 @@ class Controls:
             self._has_kv_cache &= not action.kv_cache
             self._has_weights = done.weights_ready
             if action.kv_cache:
-                num_pages = self._running.pages.flush()
+                num_pages = self._lose_cartridges() + self._running.pages.flush()
         elif isinstance(action, RestoreMemory):
             self._has_weights_memory |= action.weights
             self._has_kv_cache |= action.kv_cache
@@ -366,99 +367,88 @@ class Controls:
 
     # --- cartridges -------------------------------------------------------------------------------
 
+    def write_cartridges(self, now: float) -> list[ToWorker]:
+        """Writes the cartridges that the latest plan has given pages to.
+
+        Returns:
+            The orders for the worker, which come behind the batch of this plan.
+        """
+        for cartridge in self._running.cartridges.take_unwritten():
+            action = WriteCartridge(cartridge.paths, cartridge.num_tokens, cartridge.pages)
+            cartridge.written_by(self._running.in_flight.next_number)
+            self._send(action, now, cartridge=cartridge)
+        return self.take_orders()
+
     def _load(self, command_id: int, action: LoadCartridge, now: float) -> None:
         refusal = self._why_not_load(action)
         if refusal is not None:
             field, reason = refusal
             self._failed(command_id, reason, field)
             return
-        cartridges = self._running.cartridges
-        cartridge = cartridges.begin(action.name, action.path, action.num_tokens)
-        self._write(command_id, cartridge, now, rewrites=False)
+        self._running.cartridges.register(action.name, action.paths, action.num_tokens, now)
+        self._done(command_id)
 
-    def _write(self, command_id: int, cartridge: Cartridge, now: float, *, rewrites: bool) -> None:
-        action = WriteCartridge(cartridge.path, cartridge.num_tokens, cartridge.pages)
-        self._send(command_id, action, now, cartridge=cartridge.name, rewrites=rewrites)
-
-    def _why_not_load(self, action: LoadCartridge) -> tuple[str | None, str] | None:
-        """The field that is wrong and the reason, where a cartridge cannot be loaded."""
+    def _why_not_load(self, action: LoadCartridge) -> tuple[str, str] | None:
+        """The field that is wrong and the reason, where a cartridge cannot be registered."""
         pages, cartridges = self._running.pages, self._running.cartridges
-        if action.name in cartridges:
+        if not action.name:
+            return "name", "the name of a cartridge is empty"
+        if cartridges.find(action.name) is not None:
             return "name", f"cartridge {action.name!r} is loaded already"
+        if not action.paths:
+            return "paths", "a cartridge needs at least one file"
         if action.num_tokens < 1:
             return "num_tokens", f"num_tokens is {action.num_tokens}; it must be at least 1"
         if action.num_tokens > cartridges.num_ids_left:
             return "num_tokens", "the pseudo ids of this engine are used up; start it again"
-        if not self._has_kv_cache:
-            return None, "the memory of the KV cache is released; restore it first"
-        num_pages = ceil_div(action.num_tokens, pages.page_size)
-        wanted = f"a cartridge of {action.num_tokens} tokens takes {num_pages} pages of KV cache"
-        if num_pages > pages.num_available:
-            return "num_tokens", f"{wanted}, of which {pages.num_available} are available"
-        num_left = pages.pool.num_pages - pages.num_pinned - num_pages
-        num_needed = self._most_pages_of_a_request()
-        if num_needed > num_left:
-            reason = f"a request that was accepted may need {num_needed}, of {num_left} left"
-            return "num_tokens", f"{wanted}; {reason}"
+        num_pages, limit = ceil_div(action.num_tokens, pages.page_size), pages.pool.num_pages
+        if num_pages > limit:
+            wanted = f"a cartridge of {action.num_tokens} tokens takes {num_pages} pages"
+            return "num_tokens", f"{wanted}, and the KV cache has {limit}"
         return None
 
-    def _most_pages_of_a_request(self) -> int:
-        """The most pages that one sequence may need beside pinned ones, of all that live."""
-        page_size = self._running.pages.page_size
-        return max(
-            (
-                ceil_div(request.final_length, page_size) - request.num_pseudo // page_size
-                for request in self._backlog.requests.values()
-            ),
-            default=0,
-        )
-
     def _unload(self, command_id: int, name: str) -> None:
-        if self._running.cartridges.find(name) is None:
+        cartridge = self._running.cartridges.find(name)
+        if cartridge is None:
             self._failed(command_id, f"no cartridge {name!r} is loaded", "name")
-        elif self._requests_with(name):
+        elif cartridge.num_users:
             reason = f"a request that has not ended names cartridge {name!r}"
             self._failed(command_id, reason, "name")
         else:
-            num_pages, num_tokens = self._running.cartridges.remove(name)
+            num_pages, num_tokens = self._running.cartridges.remove(cartridge)
             self._done(command_id, num_pages=num_pages, num_tokens=num_tokens)
 
-    def _requests_with(self, cartridge: str) -> list[int]:
-        """The requests that name this cartridge."""
-        return [
+    def _has_written(self, cartridge: Cartridge, done: ControlDone) -> None:
+        """The worker has written a cartridge, or could not. Its pages may be gone by now."""
+        if not cartridge.is_answered_by(done.number):
+            return
+        if done.error is None:
+            self._running.cartridges.finish(cartridge, self._running.weights_version)
+            self._running.claims.is_written(cartridge)
+            self._running.wake()
+            return
+        users = [
             request_id
             for request_id, request in self._backlog.requests.items()
-            if cartridge in request.message.cartridges
+            if request.cartridge is cartridge
         ]
+        self._reject(users, "cartridges", f"cartridge {cartridge.name!r}: {done.error}")
+        self._running.cartridges.lose(cartridge)
 
-    def _write_again(self, command_id: int, now: float) -> None:
-        """Writes all cartridges after a restore, whose command the last of them answers."""
-        for cartridge in self._running.cartridges.all():
-            self._write(command_id, cartridge, now, rewrites=True)
-
-    def _has_written(self, sent: _Sent, error: str | None) -> None:
-        """The worker has written a cartridge, or could not."""
+    def _lose_cartridges(self) -> int:
+        """The KV cache is gone; returns how many pages came free. No sequence holds one."""
+        self._running.claims.drop_all()
         cartridges = self._running.cartridges
-        if error is not None:
-            # Only after a restore can there be requests that name it.
-            self._abort(self._requests_with(sent.cartridge))
-            cartridges.remove(sent.cartridge)
-        elif not sent.rewrites:
-            cartridges.finish(sent.cartridge, self._running.weights_version)
-        if sent.rewrites:
-            if not self._sent:
-                self._done(sent.command_id)
-        elif error is not None:
-            self._failed(sent.command_id, error, "path")
-        else:
-            self._done(sent.command_id)
+        num_pages = sum(cartridges.lose(cartridge) for cartridge in cartridges.all())
+        self._running.wake()
+        return num_pages
 
     # --- state ------------------------------------------------------------------------------------
 
     @property
-    def _only_loads(self) -> bool:
-        """Whether nothing is in flight but loads of cartridges, behind which batches may run."""
-        return all(sent.cartridge and not sent.rewrites for sent in self._sent)
+    def _waits_for_worker(self) -> bool:
+        """Whether what a command asks for is in flight."""
+        return any(sent.cartridge is None for sent in self._sent)
 
     @property
     def _lack(self) -> str | None:
@@ -475,7 +465,10 @@ class Controls:
     def _hold_back(self) -> None:
         """Leaves only sequences in the queue that have begun."""
         for sequence in self._backlog.hold_back():
-            self._running.in_progress.leave(sequence)
+            self._running.leave_queue(sequence)
+        for sequence in self._running.claims.sequences():
+            if not sequence.has_begun:
+                self._running.claims.drop(sequence)
         self._running.wake()
 
     def _done(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokasaurus.protocol.messages import Statistics
+from tokasaurus.manager.kv.cartridges import Tally
+from tokasaurus.protocol.messages import CartridgeState, Statistics
 
 __all__ = ["Counters", "Gauges", "statistics"]
 
@@ -46,13 +47,20 @@ class Gauges:
     num_in_flight: int  # batches
     num_pages: int
     num_free_pages: int
-    num_evictable_pages: int  # cached, without a holder
+    num_evictable_pages: int  # cached, or of a cartridge, and without a user
+    num_cartridge_pages: int
     num_evicted_pages: int  # since the start
     weights_version: int
     paused: bool  # by a Pause, or because memory is released or the weights are missing
 
 
-def statistics(counters: Counters, gauges: Gauges, step_s: float) -> Statistics:
+def statistics(
+    counters: Counters,
+    gauges: Gauges,
+    step_s: float,
+    tally: Tally,
+    cartridges: tuple[CartridgeState, ...],
+) -> Statistics:
     """Counters and gauges as a message to the server."""
     return Statistics(
         num_batches=counters.num_batches,
@@ -78,4 +86,10 @@ def statistics(counters: Counters, gauges: Gauges, step_s: float) -> Statistics:
         paused=gauges.paused,
         num_recompiles=counters.num_recompiles,
         num_grouped_prefill_tokens=counters.num_grouped_prefill_tokens,
+        num_cartridge_requests=tally.num_requests,
+        num_cartridge_hits=tally.num_hits,
+        num_cartridge_loads=tally.num_loads,
+        num_cartridge_evictions=tally.num_evictions,
+        num_cartridge_pages=gauges.num_cartridge_pages,
+        cartridges=cartridges,
     )

@@ -13,6 +13,7 @@ import numpy as np
 
 from tokasaurus.errors import ProtocolError
 from tokasaurus.manager.kv.allocator import PageAllocator
+from tokasaurus.manager.kv.cartridges import Cartridge
 from tokasaurus.manager.running import RunningSequences
 from tokasaurus.manager.sequence import Sequence, SequenceState
 from tokasaurus.manager.waiting import Backlog
@@ -37,7 +38,7 @@ def check_invariants(running: RunningSequences, backlog: Backlog) -> None:
     tables = [slots.pages(holder.slot) for holder in holders]
     orphans = [table for table, is_found in zip(tables, is_open, strict=True) if not is_found]
     check_allocator(running.pages, [*tables, *pins], orphans)
-    _check_cartridges(running)
+    _check_cartridges(running, backlog)
     versions = slots.weights_version[slots.order >= 0]
     _require(bool((versions == running.weights_version).all()), "a sequence has other weights")
     for holder, is_found in zip(holders, is_open, strict=True):
@@ -112,21 +113,53 @@ def _check_tree(pages: PageAllocator) -> None:
     _require(num_reachable == pool.num_evictable, "evictable pages cannot be reached")
 
 
-def _check_cartridges(running: RunningSequences) -> None:
-    """Full pages of cartridges are found under their pseudo ids; all their pages are pinned."""
-    pages, cartridges = running.pages, running.cartridges
-    num_pinned = sum(len(cartridge.pages) for cartridge in cartridges.all())
-    _require(num_pinned == pages.num_pinned, "the pinned pages are miscounted")
-    for cartridge in cartridges.all():
-        if cartridges.find(cartridge.name) is None:
-            continue
-        num_full, rest = divmod(cartridge.num_tokens, pages.page_size)
-        found = pages.cache.lookup(running.weights_version, cartridge.ids, num_full)
-        complaint = f"the pages of cartridge {cartridge.name} cannot be found"
-        _require(np.array_equal(found, cartridge.pages[:num_full]), complaint)
-        if rest:
-            is_apart = not pages.pool.cached[cartridge.pages[-1]]
-            _require(bool(is_apart), f"the tail of cartridge {cartridge.name} can be found")
+def _check_cartridges(running: RunningSequences, backlog: Backlog) -> None:
+    """Each cartridge has pages or none, and those that use it are counted."""
+    pages, cartridges = running.pages, running.cartridges.all()
+    in_use = [cartridge for cartridge in cartridges if cartridge.num_holders]
+    idle = [cartridge for cartridge in cartridges if not cartridge.num_holders]
+    for complaint, count, holders in (
+        ("the pinned pages are miscounted", pages.num_pinned, in_use),
+        ("the idle pages are miscounted", pages.num_idle, idle),
+    ):
+        _require(count == sum(len(cartridge.pages) for cartridge in holders), complaint)
+    claiming = running.claims.sequences()
+    _require(not running.claims.woken, "sequences that were woken still wait for a cartridge")
+    num_holders: Counter[Cartridge | None] = Counter(each.request.cartridge for each in claiming)
+    runs = [
+        sequence.request.cartridge
+        for sequence in running.slots.sequences
+        if sequence is not None and sequence.state is SequenceState.RUNNING
+    ]
+    num_holders.update(runs)
+    num_users = Counter(request.cartridge for request in backlog.requests.values())
+    for cartridge in cartridges:
+        name = f"cartridge {cartridge.name}"
+        _require(cartridge.num_holders == num_holders[cartridge], f"{name}: holders are miscounted")
+        _require(cartridge.num_users == num_users[cartridge], f"{name}: users are miscounted")
+        _check_residence(running, cartridge)
+    _require(all(its is None or its.is_there for its in runs), "a cartridge in use is not there")
+    for sequence in claiming:
+        states = SequenceState.WAITING, SequenceState.PARKED
+        _require(sequence.state in states, f"{sequence.name} claims a cartridge and does not wait")
+
+
+def _check_residence(running: RunningSequences, cartridge: Cartridge) -> None:
+    """A cartridge that is there is found under its pseudo ids, and else nothing is."""
+    pages, name = running.pages, f"cartridge {cartridge.name}"
+    num_full = cartridge.num_full_pages
+    is_pinned = len(cartridge.pages) > 0
+    _require(len(cartridge.pages) in (0, cartridge.num_pages), f"{name} has some of its pages")
+    is_coming = cartridge.is_being_written
+    _require(is_pinned == (cartridge.is_there or is_coming), f"nothing writes {name}")
+    found = pages.cache.lookup(running.weights_version, cartridge.ids, num_full)
+    if not cartridge.is_there:
+        _require(not len(found), f"{name} is found and not there")
+        return
+    _require(np.array_equal(found, cartridge.pages[:num_full]), f"{name} cannot be found")
+    if cartridge.num_pages > num_full:
+        is_apart = not pages.pool.cached[cartridge.pages[-1]]
+        _require(bool(is_apart), f"the tail of {name} can be found")
 
 
 def _check_prefix_is_shared(running: RunningSequences, sequence: Sequence) -> None:
@@ -278,6 +311,11 @@ def _check_backlog(running: RunningSequences, backlog: Backlog) -> None:
         "a sequence that is held back is elsewhere too",
     )
     waits_for_pages = set(in_progress.waiting())
+    waits_for_pages |= {
+        sequence
+        for sequence in running.claims.sequences()
+        if sequence.request.cartridge is not None and not sequence.request.cartridge.is_there
+    }
     for sequence in living:
         if sequence.state is SequenceState.PARKED:
             _require(

@@ -95,9 +95,11 @@ class Manager:
             self._backlog,
             preempt=self._scheduler.preempt,
             abort=self._abort_requests,
+            reject=self._reject_requests,
             answer=self._answer,
         )
         self._messages: list[ToServer] = []  # of this turn
+        self._now = 0.0
         self._num_steps = 0  # that began with batches of which this turn brings the results
         self._is_ordinary = True  # whether this turn has no command and no control
         # In this turn these ended: sequences, those of them that hold pages, and whole requests.
@@ -152,6 +154,7 @@ class Manager:
         """
         self._num_steps = 0
         self._is_ordinary = True
+        self._now = now
         for event in events:
             self._take(event, now)
         self._settle()
@@ -190,7 +193,14 @@ class Manager:
 
     def statistics(self) -> Statistics:
         """The counters, and the state of this moment."""
-        return statistics(self.counters, self.gauges(), self._step_timer.seconds)
+        cartridges = self._running.cartridges
+        return statistics(
+            self.counters,
+            self.gauges(),
+            self._step_timer.seconds,
+            cartridges.tally(),
+            cartridges.states(self._now),
+        )
 
     def gauges(self) -> Gauges:
         """The state of this moment, for statistics."""
@@ -212,20 +222,24 @@ class Manager:
             num_in_flight=self.num_in_flight,
             num_pages=pages.pool.num_pages,
             num_free_pages=pages.pool.num_free,
-            num_evictable_pages=pages.pool.num_evictable,
+            num_evictable_pages=pages.pool.num_evictable + pages.num_idle,
+            num_cartridge_pages=pages.num_pinned + pages.num_idle,
             num_evicted_pages=pages.cache.num_evicted,
             weights_version=self._running.weights_version,
             paused=self._controls.rests,
         )
 
     def _plan(self, now: float) -> list[ToWorker]:
-        batches: list[ToWorker] = []
+        orders: list[ToWorker] = []
         while self.num_in_flight < self._scheduler.num_lanes - 1 + self._look_ahead.depth:
             batch = self._scheduler.plan(now)
-            if batch is None:
+            if batch is not None:
+                orders.append(batch)
+            if self._scheduler.has_claimed:
+                orders += self._controls.write_cartridges(now)
+            elif batch is None:
                 break
-            batches.append(batch)
-        return batches
+        return orders
 
     def _take(self, event: FromServer | FromWorker, now: float) -> None:
         if isinstance(event, ForwardResult):
@@ -254,8 +268,10 @@ class Manager:
     def _accept(self, request: GenerateRequest, now: float) -> None:
         refusal = self._refusal(request)
         if refusal is None:
-            pseudo_ids = self._running.cartridges.ids_of(request.cartridges)
-            accepted = self._backlog.add(request, now, pseudo_ids)
+            cartridge = self._running.cartridges.find(request.cartridge)
+            if cartridge is not None:
+                cartridge.open()
+            accepted = self._backlog.add(request, now, cartridge)
             accepted.device_s_before = self.counters.device_s
             if request.progress is not None:
                 self._running.rest(accepted.sequences.values())
@@ -279,7 +295,7 @@ class Manager:
             return "priority", f"priority is {request.priority}; {reason}"
         if not 0 <= request.first_k <= request.n:
             return "first_k", f"first_k is {request.first_k}; it must be from 1 to n={request.n}"
-        if request.cartridges:
+        if request.cartridge:
             problem = self._cartridge_refusal(request)
             if problem is not None:
                 return "cartridges", problem
@@ -297,31 +313,24 @@ class Manager:
         return None
 
     def _cartridge_refusal(self, request: GenerateRequest) -> str | None:
-        """Why a request cannot have its cartridges; None if it can."""
-        if len(request.cartridges) > 1:
-            reason = f"a request may have one cartridge, and this one has {len(request.cartridges)}"
-            return f"{reason}: each was trained at the positions from 0 on"
-        for name in request.cartridges:
-            if self._running.cartridges.find(name) is None:
-                return f"no cartridge {name!r} is loaded"
-            if request.pooling is Pooling.MEAN:
-                return "the mean over a prompt behind a cartridge is not supported"
+        """Why a request cannot have its cartridge; None if it can."""
+        if self._running.cartridges.find(request.cartridge) is None:
+            return f"no cartridge {request.cartridge!r} is loaded"
+        if request.pooling is Pooling.MEAN:
+            return "the mean over a prompt behind a cartridge is not supported"
         return None
 
     def _length_refusal(self, request: GenerateRequest) -> str | None:
-        """Why a request never has the pages that it may need; None if it fits.
-
-        Its cartridge, if it has one, is loaded.
-        """
-        config, num_pinned = self._config, self._running.pages.num_pinned
-        page_size, num_pseudo = config.page_size, 0
-        if request.cartridges:
-            num_pseudo = len(self._running.cartridges.ids_of(request.cartridges))
+        """Why a request never has the pages that it may need; None if it fits."""
+        config, page_size = self._config, self._config.page_size
+        cartridge = self._running.cartridges.find(request.cartridge)
+        num_pseudo = 0 if cartridge is None else cartridge.num_tokens
         total = num_pseudo + len(request.prompt_ids) + request.max_tokens
         # The last token's KV is never needed.
         num_pages = ceil_div(total - 1, page_size)
-        num_own = num_pages - num_pseudo // page_size
-        if total <= config.max_request_tokens and num_own <= config.num_pages - num_pinned:
+        if cartridge is not None:  # the page in which it ends is copied
+            num_pages += cartridge.num_pages - cartridge.num_full_pages
+        if total <= config.max_request_tokens and num_pages <= config.num_pages:
             return None
         lengths = f"{len(request.prompt_ids)} prompt tokens and max_tokens={request.max_tokens}"
         if num_pseudo:
@@ -329,16 +338,12 @@ class Manager:
         if total > config.max_request_tokens:
             limit = config.max_request_tokens
             return f"{lengths} are more than the {limit} tokens a request may have"
-        limit = config.num_pages * page_size
-        if num_pages > config.num_pages:
-            return f"{lengths} never fit the KV cache of {limit} tokens"
-        reason = f"of which loaded cartridges take {num_pinned * page_size}"
-        return f"{lengths} do not fit the KV cache of {limit} tokens, {reason}"
+        return f"{lengths} never fit the KV cache of {config.num_pages * page_size} tokens"
 
-    def _abort(self, request: Request) -> None:
+    def _abort(self, request: Request, *, is_told: bool = True) -> None:
         # The last sample first, so that no follower becomes a leader just before it ends.
         for sequence in reversed(list(request.sequences.values())):
-            self._end(sequence, FinishReason.ABORT)
+            self._end(sequence, FinishReason.ABORT, is_told=is_told)
 
     def _acknowledge(self, event: Acknowledge) -> None:
         slots = find_holding_slots(self._running.slots, event.request_ids, event.sample_indices)
@@ -379,6 +384,13 @@ class Manager:
                 self._abort(request)
         self._settle()
         return num_before - self._backlog.num_sequences
+
+    def _reject_requests(self, request_ids: list[int], field: str, reason: str) -> None:
+        for request_id in request_ids:
+            self._abort(self._backlog.requests[request_id], is_told=False)
+            self._outbox.add(RequestRejected(request_id, reason, field))
+            self.counters.num_rejected += 1
+        self._settle()
 
     # --- from the worker -------------------------------------------------------------------------
 
@@ -454,10 +466,17 @@ class Manager:
 
     # --- ends ------------------------------------------------------------------------------------
 
-    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
-        """Ends a sequence, as all ends do; its pages and its slot follow at the end of the turn."""
+    def _end(self, sequence: Sequence, reason: FinishReason, *, is_told: bool = True) -> None:
+        """Ends a sequence, as all ends do; its pages and its slot follow at the end of the turn.
+
+        Args:
+            sequence: that ends.
+            reason: of the end.
+            is_told: whether the server gets its last row.
+        """
         request = sequence.request
-        self._outbox.add_final(sequence, reason)
+        if is_told:
+            self._outbox.add_final(sequence, reason)
         self._ended.append((sequence, reason))
         if sequence.slot >= 0:
             self._running.slots.stop_absorbing(sequence.slot)
@@ -466,7 +485,7 @@ class Manager:
         elif sequence.state is SequenceState.PREEMPTED:
             self._running.preempted.remove(sequence)
         else:
-            self._running.in_progress.leave(sequence)
+            self._running.leave_queue(sequence)
             self._running.resting.pop(sequence, None)
         self._backlog.end(sequence)
         if not request.sequences:
@@ -493,6 +512,9 @@ class Manager:
             rows = np.array([sequence.slot for sequence in self._retiring], np.intp)
             self._admission.release(rows)
             self._departing += self._running.retire(self._retiring)
+        for request in self._closing:
+            if request.cartridge is not None:
+                request.cartridge.close(self._now)
         self._running.depart(self._departing)
         self._ended, self._closing, self._retiring, self._departing = [], [], [], []
 

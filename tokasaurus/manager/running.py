@@ -18,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from tokasaurus.config.slices import ManagerConfig
+from tokasaurus.errors import ProtocolError
+from tokasaurus.manager.claims import Claims
 from tokasaurus.manager.counters import Counters
 from tokasaurus.manager.in_flight import InFlight
 from tokasaurus.manager.kv.allocator import PageAllocator
@@ -42,6 +44,7 @@ class SlotStart(NamedTuple):
 
     sequence: Sequence
     cached_pages: Int32Array  # its prompt's leading pages, found in the prefix cache
+    num_pages: int  # of its prompt
     num_new_pages: int
     # Positions of its prompt that are not computed: those of the cached pages, and what is copied
     # of the page behind them: the end of its cartridge, or all but the last token of the prompt.
@@ -77,6 +80,7 @@ class RunningSequences:
         self.weights_version = 0
         self.pages = PageAllocator(config.num_pages, config.page_size, self.weights_version)
         self.cartridges = Cartridges(self.pages)
+        self.claims = Claims(self.cartridges)
         self.table_changes = TableChanges(self.slots)
         # Of prompts, as far as they were found in the cache or fed.
         self.prefixes = SharedPrefixes(config.num_slots)
@@ -125,10 +129,35 @@ class RunningSequences:
         return self.in_progress.enter(self.weights_version, sequence, num_cached_pages)
 
     def wake(self) -> None:
-        """Lets sequences go on that waited for pages that others have computed or given up."""
-        for sequence in self.in_progress.woken:
-            self._backlog.wake(sequence)
-        self.in_progress.woken.clear()
+        """Lets sequences go on that waited for pages of others, or for a cartridge."""
+        for woken in (self.in_progress.woken, self.claims.woken):
+            for sequence in woken:
+                self._backlog.wake(sequence)
+            woken.clear()
+
+    def set_aside(self, sequence: Sequence) -> None:
+        """A sequence of the queue waits for its cartridge, for which pages are available.
+
+        The caller parks it.
+        """
+        cartridge = sequence.request.cartridge
+        if cartridge is None:
+            raise ProtocolError(f"{sequence.name} has no cartridge to wait for")
+        self.claims.add(sequence, cartridge)
+        self.in_progress.leave(sequence)
+
+    def hold_cartridge(self, leader: Sequence, count: int) -> None:
+        """This number of samples of a request is about to enter slots, perhaps with its leader."""
+        cartridge = leader.request.cartridge
+        if cartridge is not None and count:
+            self.cartridges.hold(cartridge, count)
+            self.claims.leave(leader)
+
+    def leave_queue(self, sequence: Sequence) -> None:
+        """A sequence without a slot has ended, or must wait for the end of a drain."""
+        self.in_progress.leave(sequence)
+        if sequence.request.cartridge is not None:
+            self.claims.leave(sequence)
 
     def enter(self, starts: Rows[SlotStart], now: float) -> Int32Array:
         """Lets sequences run: each gets a slot and all pages of its prompt.
@@ -163,9 +192,7 @@ class RunningSequences:
         if not starts:
             return NO_COPIES
         sources = [
-            start.whole_prompt[-1]
-            if len(start.whole_prompt)
-            else self.cartridges.tail_page(start.sequence.request.message.cartridges[0])
+            (start.whole_prompt if len(start.whole_prompt) else _pages_of_cartridge(start))[-1]
             for start in starts
         ]
         rows = [start.sequence.slot for start in starts]
@@ -358,6 +385,9 @@ class RunningSequences:
             start = ends[index]
         self.prefixes.leave(rows)
         self.pages.release(holders)
+        for sequence in sequences:
+            if sequence.request.cartridge is not None:
+                self.cartridges.release(sequence.request.cartridge)
         is_prefilling = slots.length[rows] < slots.prompt_end[rows]
         for index in is_prefilling.nonzero()[0].tolist():
             self.prefilling.remove(sequences[index])
@@ -395,6 +425,11 @@ class RunningSequences:
         """All known ids of a sequence in a slot: its request's prompt, then the generated ones."""
         ids, _ = self.window.unstored_ids(np.array([sequence.slot]))
         return _all_ids(sequence, ids)
+
+
+def _pages_of_cartridge(start: SlotStart) -> Int32Array:
+    cartridge = start.sequence.request.cartridge
+    return EMPTY_INT32 if cartridge is None else cartridge.pages
 
 
 def _all_ids(sequence: Sequence, unstored_ids: Int32Array) -> Int32Array:

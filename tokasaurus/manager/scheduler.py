@@ -5,6 +5,9 @@ asks the next question, so nothing is ever undone. Only a claim on a page of a p
 together with an offer, because it decides about the sequences behind it in the queue. Knows nothing
 of results or of the server.
 
+A cartridge that no sequence uses yet is first claimed (``claims``), and written if its pages are
+not there. The sequence starts in a later plan.
+
 The order of a plan:
 
 1. Where the head of the queue outranks running sequences, these are preempted until the head finds
@@ -16,7 +19,8 @@ The order of a plan:
    least important priority, of the clients that run the most, the one that costs the least to
    compute again. The first in the order is never preempted while it needs its pages: in the end it
    could have every page there is, and no request is accepted that needs more. So the first always
-   advances, and every sequence is the first at some time.
+   advances, and every sequence is the first at some time. A claim on a cartridge counts as a
+   running sequence of the same order, except that it is dropped rather than preempted.
 4. What is left of ``max_tokens_per_forward``, or less (``prompt_budget``), goes to prompts, in
    order, in chunks. Where a prompt ends, the other samples of its request may fork from its last
    row: that takes no tokens of the budget. If this feeds nothing and no lane is due, the lane that
@@ -54,6 +58,7 @@ from tokasaurus.manager.counters import Counters
 from tokasaurus.manager.forecast.admission import AdmissionControl
 from tokasaurus.manager.forecast.rows import Candidate, uncached_candidate
 from tokasaurus.manager.in_flight import Flight
+from tokasaurus.manager.kv.cartridges import Cartridge
 from tokasaurus.manager.kv.prefix_groups import GroupFinder, Groups
 from tokasaurus.manager.lanes import Lanes
 from tokasaurus.manager.order import NO_ORDER, priority_of
@@ -97,7 +102,6 @@ class _Headroom:
     num_sequences: int
     num_tokens: int
     num_pages: int
-    must_admit: bool  # no sequence holds a page: the head fits, however large
 
     @property
     def is_used_up(self) -> bool:
@@ -109,7 +113,6 @@ class _Headroom:
         self.num_tokens -= num_tokens
         self.num_pages -= num_pages
         self.num_sequences -= num_sequences
-        self.must_admit = False
 
 
 class _Offer(NamedTuple):
@@ -118,6 +121,7 @@ class _Offer(NamedTuple):
     candidate: Candidate
     chunk: Chunk
     start: SlotStart | None  # None: it runs, only its forks do not
+    claims: bool = False  # its cartridge; it does not run yet. No offer comes after this one
 
     @property
     def entering(self) -> list[Sequence]:
@@ -130,11 +134,15 @@ class _Offers(NamedTuple):
     """What the forecast is asked about."""
 
     offers: list[_Offer]  # in the order in which they may run
-    waiting: list[Sequence]  # for pages that another prompt is computing
+    # For pages that another prompt is computing, or for cartridges that are being written.
+    waiting: list[Sequence]
 
 
 class Scheduler:
     """The planner of one replica.
+
+    Attributes:
+        has_claimed: whether the last plan has claimed a cartridge: the next may find more to run.
 
     Args:
         config: the manager's slice.
@@ -169,9 +177,11 @@ class Scheduler:
         self._lanes = Lanes(config.num_lanes, running.slots) if config.num_lanes > 1 else None
         self._prompt_budget = PromptBudget(config, running, backlog, admission)
         self._max_running = config.max_running
+        self.has_claimed = False
 
     def plan(self, now: float) -> ForwardBatch | None:
         """Plans the next batch and counts it as sent; None if there is nothing to run."""
+        self.has_claimed = False
         self._backlog.review_places()
         wanted = self._wanted_by_head()
         while wanted is not None and (victims := self._in_the_way_of(wanted)).size:
@@ -226,11 +236,16 @@ class Scheduler:
         if not num_rows:
             return None
         num_pages, num_left = 0, num_rows
+        cartridges: dict[Cartridge, int] = {}  # to be claimed, and their pages
         for candidate in candidates:
             if num_left <= 0:
                 break
             num_left -= candidate.num_rows
             num_pages += self._num_needed(self._start_of(candidate.sequence))
+            cartridge = candidate.sequence.request.cartridge
+            if cartridge is not None and not cartridge.num_holders:
+                cartridges[cartridge] = cartridge.num_pages
+        num_pages += sum(cartridges.values())
         return _Wanted(num_rows, num_pages, head.order)
 
     def _outranking(self, lowest: int) -> list[Candidate]:
@@ -259,8 +274,17 @@ class Scheduler:
         return self._victims(max(1, num_missing), wanted.order)
 
     def _oldest_order(self) -> int:
-        """The order of the running sequence that goes before all others."""
-        return int(self._slots.order[self._slots.order >= 0].min())
+        """The order of the sequence that runs, or has a claim, and goes before all others."""
+        oldest = int(self._slots.order[self._slots.order >= 0].min())
+        return min(oldest, self._running.claims.first_order())
+
+    def _drop_claim_behind(self, order: int) -> bool:
+        """Drops the last claim on a cartridge, if it comes after this order."""
+        last = self._running.claims.last()
+        if last is None or last.order <= order:
+            return False
+        self._running.claims.drop(last)
+        return True
 
     def _victims(self, num_pages: int, order: int) -> IndexArray:
         """The slots that are preempted next; at least one.
@@ -342,9 +366,8 @@ class Scheduler:
         None if all of them do not hold enough.
         """
         slots, start = self._slots, self._start_of(sequence)
-        num_pages = ceil_div(sequence.final_length, slots.page_size)
-        num_later = num_pages - len(start.cached_pages) - start.num_new_pages
-        num_missing = self._num_needed(start) + num_later - self._pages.num_available
+        num_later = ceil_div(sequence.final_length, slots.page_size) - start.num_pages
+        num_missing = self._num_to_claim(start) + num_later - self._pages.num_available
         num_freed = np.cumsum(self._running.unshared(rows)[0])
         if num_missing > num_freed[-1]:
             return None
@@ -392,7 +415,8 @@ class Scheduler:
         """
         decode = self._plan_decode(at_once)
         while decode.num_missing > 0:
-            self.preempt(self._victims(decode.num_missing, self._oldest_order()))
+            if not self._drop_claim_behind(int(self._slots.order.max())):
+                self.preempt(self._victims(decode.num_missing, self._oldest_order()))
             decode = self._plan_decode(at_once)
         return self._commit_decode(decode), decode.is_decoding
 
@@ -457,7 +481,7 @@ class Scheduler:
 
     def _uncached_candidate(self, sequence: Sequence) -> Candidate:
         num_forks = self._backlog.num_followers(sequence)
-        return uncached_candidate(sequence, num_forks, self._slots.page_size)
+        return uncached_candidate(sequence, num_forks)
 
     def _plan_chunks(self, budget: int) -> list[Chunk]:
         """Deals tokens to the prompts that are being fed, in order."""
@@ -504,7 +528,6 @@ class Scheduler:
             num_sequences=min(self._max_running - num_active, slots.num_free),
             num_tokens=budget,
             num_pages=self._pages.num_available,
-            must_admit=self._is_empty,
         )
 
     def _fork_offers(
@@ -529,16 +552,37 @@ class Scheduler:
             sequence, following = following, next(queue, None)
             if headroom.is_used_up or sequence.order > first_order or len(waiting) == _MAX_PARKED:
                 break
-            start = self._start_of(sequence)
-            num_needed = self._num_needed(start)
-            if num_needed > headroom.num_pages and not headroom.must_admit:
+            start, cartridge = self._start_of(sequence), sequence.request.cartridge
+            num_needed = self._make_room(start, headroom)
+            if num_needed > headroom.num_pages:
                 break
-            if self._running.may_feed(sequence, start.num_found_pages):
+            if cartridge is not None and not cartridge.num_holders:
+                offers.append(_claim_offer(start, num_needed))
+                break
+            if cartridge is not None and not cartridge.is_there:
+                self._running.set_aside(sequence)
+                waiting.append(sequence)
+            elif self._running.may_feed(sequence, start.num_found_pages):
                 last = first_order if following is None else min(first_order, following.order)
                 offers.append(self._take_start(start, num_needed, headroom, last))
             else:
                 waiting.append(sequence)
         return _Offers(offers, waiting)
+
+    def _make_room(self, start: SlotStart, headroom: _Headroom) -> int:
+        """Drops claims that come after this sequence until its pages are there.
+
+        Returns:
+            The number of pages that it needs, with its cartridge.
+        """
+        num_needed = self._num_to_claim(start)
+        while num_needed > headroom.num_pages:
+            num_available = self._pages.num_available
+            if not self._drop_claim_behind(start.sequence.order):
+                break
+            headroom.num_pages += self._pages.num_available - num_available
+            num_needed = self._num_to_claim(start)
+        return num_needed
 
     def _start_of(self, sequence: Sequence) -> SlotStart:
         """The pages with which a sequence would start now."""
@@ -549,23 +593,29 @@ class Scheduler:
         cached_pages = self._pages.lookup(self._running.weights_version, ids)
         num_pages = ceil_div(len(sequence.prompt_ids), page_size)
         length = max(len(cached_pages) * page_size, num_pseudo)
-        num_new_pages = num_pages - len(cached_pages)
+        # Where a cartridge is not there yet, no page is found, but its full ones will be.
+        num_new_pages = num_pages - max(len(cached_pages), num_pseudo // page_size)
         whole_prompt = EMPTY_INT32
         if length + 1 < len(ids) == (len(cached_pages) + 1) * page_size:
             found = self._pages.lookup_whole(self._running.weights_version, ids)
             # The copy needs one page more than the prompt has, and there may never be that many.
             num_needed = self._pages.num_needed(found, num_new_pages)
+            num_needed += _num_unclaimed_pages(sequence)
             if len(found) and num_needed <= self._pages.num_available:
                 whole_prompt, length = found, len(ids) - 1
-        return SlotStart(sequence, cached_pages, num_new_pages, length, whole_prompt)
+        return SlotStart(sequence, cached_pages, num_pages, num_new_pages, length, whole_prompt)
 
     def _num_needed(self, start: SlotStart) -> int:
-        """Pages that are not available any more if the sequence starts.
+        """Pages that are not available any more if the sequence starts, without its cartridge.
 
         A page that is copied is held until the batch is planned.
         """
         held = start.whole_prompt if len(start.whole_prompt) else start.cached_pages
         return self._pages.num_needed(held, start.num_new_pages)
+
+    def _num_to_claim(self, start: SlotStart) -> int:
+        """The same with its cartridge."""
+        return self._num_needed(start) + _num_unclaimed_pages(start.sequence)
 
     def _take_start(
         self, start: SlotStart, num_needed: int, headroom: _Headroom, last_order: int
@@ -578,15 +628,14 @@ class Scheduler:
             headroom: to take them from.
             last_order: where sequences of other clients come next.
         """
-        sequence, num_cached = start.sequence, len(start.cached_pages)
-        first = start.length
+        sequence, first = start.sequence, start.length
         end = min(first + headroom.num_tokens, len(sequence.prompt_ids))
         chunk = Chunk(sequence, first, end)
         headroom.take(end - first, num_needed, 1)
         candidate = Candidate(
             sequence=sequence,
             num_tokens=len(sequence.prompt_ids) - first,
-            num_held_pages=num_cached + start.num_new_pages - num_needed,
+            num_held_pages=start.num_pages - num_needed,
             num_forks=self._take_forks(chunk, headroom, last_order),
         )
         return _Offer(candidate, chunk, start)
@@ -621,6 +670,9 @@ class Scheduler:
         for offer in offers:
             if num_rows <= 0:
                 break
+            if offer.claims:
+                self._claim(offer.candidate.sequence)
+                break
             accepted.append(offer)
             if offer.start is not None:
                 if self._backlog.pop() is not offer.candidate.sequence:
@@ -631,7 +683,20 @@ class Scheduler:
             num_forks = min(num_rows, offer.candidate.num_forks)
             offer.chunk.followers = self._backlog.pop_followers(offer.chunk.sequence, num_forks)
             num_rows -= num_forks
+            self._running.hold_cartridge(offer.chunk.sequence, len(offer.entering))
         return accepted
+
+    def _claim(self, sequence: Sequence) -> None:
+        """Keeps the pages of a cartridge for the head of the queue, which starts when it is there.
+
+        Until then the queue behind it goes on.
+        """
+        self.has_claimed = True
+        cartridge = sequence.request.cartridge
+        is_there = cartridge is not None and cartridge.is_there
+        self._running.set_aside(sequence)
+        if not is_there:
+            self._backlog.park(sequence)
 
     @property
     def _is_empty(self) -> bool:
@@ -722,6 +787,19 @@ class Scheduler:
             ended = [(chunk.sequence, chunk.forks) for chunk in chunks if chunk.ends_prompt]
             running.prompts_are_fed(ended, drawing)
         running.wake()
+
+
+def _num_unclaimed_pages(sequence: Sequence) -> int:
+    """Pages of its cartridge, if no sequence uses or claims that."""
+    cartridge = sequence.request.cartridge
+    return 0 if cartridge is None or cartridge.num_holders else cartridge.num_pages
+
+
+def _claim_offer(start: SlotStart, num_needed: int) -> _Offer:
+    """Asks for the room that a sequence takes with its cartridge, which nothing uses yet."""
+    sequence = start.sequence
+    candidate = Candidate(sequence, sequence.num_own_tokens, start.num_pages - num_needed, 0)
+    return _Offer(candidate, Chunk(sequence, start.length, start.length), None, claims=True)
 
 
 def _slots_of(chunks: list[Chunk]) -> IndexArray:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tokasaurus.manager.kv.cartridges import Cartridge
 from tokasaurus.protocol.arrays import EMPTY_FLOAT32, EMPTY_INT32, Float32Array, Int32Array
 from tokasaurus.protocol.messages import GenerateRequest
 
@@ -30,7 +31,8 @@ class SequenceState(enum.Enum):
     """
 
     FOLLOWING = enum.auto()  # waits until the leader of its request has fed the prompt
-    # Waits for pages that another request computes, for acknowledgements, or till a drain is over.
+    # Waits for pages that another request computes, for its cartridge, for acknowledgements, or
+    # till a drain is over.
     PARKED = enum.auto()
     WAITING = enum.auto()  # in the queue
     RUNNING = enum.auto()  # owns a slot and pages
@@ -76,7 +78,8 @@ class Request:
     arrived_at: float
     # The pseudo ids of its cartridge, then the prompt of the message.
     prompt_ids: Int32Array
-    num_pseudo: int = 0  # pseudo ids, which never leave the manager
+    cartridge: Cartridge | None = None
+    num_pseudo: int = field(init=False)  # pseudo ids, which never leave the manager
     sequences: dict[int, Sequence] = field(default_factory=dict)  # by sample index
     # Until all samples run: the one that feeds the prompt next, and those that will fork from it.
     leader: Sequence | None = None
@@ -89,7 +92,13 @@ class Request:
     final_length: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self.num_pseudo = 0 if self.cartridge is None else self.cartridge.num_tokens
         self.final_length = len(self.prompt_ids) + self.message.max_tokens - 1
+
+    @property
+    def num_pinned_pages(self) -> int:
+        """Pages of its positions that a sequence need not take: ``Cartridge.num_pinned_pages``."""
+        return 0 if self.cartridge is None else self.cartridge.num_pinned_pages
 
     @property
     def incremental(self) -> bool:

@@ -6,6 +6,7 @@ outside the queue:
 
 - a preempted sequence, until the server acknowledges enough of its tokens;
 - a sequence that needs pages that the prompt of another request is computing;
+- a sequence whose cartridge is being written;
 - in a drain, a sequence that has not begun.
 
 The queue is in order of priority, and within one as the ``shares`` of clients say. The preempted
@@ -21,11 +22,11 @@ from itertools import islice, takewhile
 
 import numpy as np
 
+from tokasaurus.manager.kv.cartridges import Cartridge
 from tokasaurus.manager.order import NO_ORDER
 from tokasaurus.manager.progress import reads_whole_prompt
 from tokasaurus.manager.sequence import GeneratedTokens, Request, Sequence, SequenceState
 from tokasaurus.manager.shares import Shares
-from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
 from tokasaurus.protocol.messages import GenerateRequest, Progress
 
 __all__ = ["Backlog"]
@@ -58,7 +59,7 @@ class Backlog:
         return len(self._heap) - self._num_stale
 
     def add(
-        self, message: GenerateRequest, now: float, pseudo_ids: Int32Array = EMPTY_INT32
+        self, message: GenerateRequest, now: float, cartridge: Cartridge | None = None
     ) -> Request:
         """Takes in a request that can run.
 
@@ -67,12 +68,12 @@ class Backlog:
         Args:
             message: of the server.
             now: the time of its arrival.
-            pseudo_ids: of its cartridge.
+            cartridge: that comes before its prompt.
         """
         prompt_ids = message.prompt_ids
-        if len(pseudo_ids):
-            prompt_ids = np.concatenate([pseudo_ids, prompt_ids])
-        request = Request(message, now, prompt_ids, len(pseudo_ids))
+        if cartridge is not None:
+            prompt_ids = np.concatenate([cartridge.ids, prompt_ids])
+        request = Request(message, now, prompt_ids, cartridge)
         self.requests[message.request_id] = request
         progress, brings_prompt = message.progress, reads_whole_prompt(message)
         request.sequences = {

@@ -6,10 +6,13 @@ reads the headers only.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from tokasaurus.cartridges.specification import ModelShape
 from tokasaurus.config.slices import ModelFacts
 from tokasaurus.errors import ModelError
 from tokasaurus.model.architectures.registry import ARCHITECTURES
@@ -19,7 +22,7 @@ from tokasaurus.model.end_token import end_token_ids
 from tokasaurus.model.json_fields import JsonFields
 from tokasaurus.protocol.messages import SAMPLING_LIMITS
 
-__all__ = ["model_facts", "read_model_config"]
+__all__ = ["model_facts", "model_shape", "read_model_config"]
 
 log = logging.getLogger(__name__)
 
@@ -109,12 +112,41 @@ def model_facts(
         # Ids beyond the vocabulary are never drawn, and some files say -1 for none.
         eos_token_ids=tuple(i for i in eos_token_ids if 0 <= i < config.vocab_size),
         dtype=_dtype(fields, headers),
+        rope=_rope_digest(config),
         sampling_defaults={
             name: _sampling_number(generation, name)
             for name in SAMPLING_LIMITS
             if name in generation
         },
     )
+
+
+def model_shape(
+    path: str | Path, name: str, rope_scaling_override: str | None = None
+) -> ModelShape:
+    """What a cartridge must have in common with a model.
+
+    Args:
+        path: the model's directory.
+        name: what users call the model.
+        rope_scaling_override: see :func:`read_model_config`.
+
+    Raises:
+        ModelError: names the file and the field.
+    """
+    config = _parse(_read_config(Path(path)), rope_scaling_override)
+    return ModelShape(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        name=name,
+        rope=_rope_digest(config),
+    )
+
+
+def _rope_digest(config: ModelConfig) -> str:
+    rope = {"kind": type(config.rope).__name__, **asdict(config.rope)}
+    return hashlib.sha256(json.dumps(rope, sort_keys=True).encode()).hexdigest()
 
 
 def _dtype(fields: JsonFields, headers: CheckpointHeaders | None) -> str | None:

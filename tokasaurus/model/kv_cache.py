@@ -101,6 +101,22 @@ class KVCache:
             if rest:
                 tensor[pages[full], :, :rest] = rows[:, at:]
 
+    def read_pages(self, pages: Tensor, num_tokens: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Copies of consecutive positions, from the beginning of a page on, in every layer.
+
+        Args:
+            pages: [ceil(num_tokens / page_size)] int64, in order of position.
+            num_tokens: at least 1.
+
+        Returns:
+            Keys and values as ``write_pages`` takes them.
+        """
+
+        def read(tensor: Tensor) -> Tensor:
+            return tensor[pages].transpose(0, 1).flatten(1, 2)[:, :num_tokens].clone()
+
+        return [read(tensor) for tensor in self.keys], [read(tensor) for tensor in self.values]
+
     def release(self) -> None:
         """Frees the memory. What it held is lost."""
         self.memory.release(*self.keys, *self.values)

@@ -114,8 +114,7 @@ class RestoreMemory(_Action, frozen=True):
     stay released, and nothing runs until an UpdateWeights. An update also restores released weights
     by itself, without reading the former ones.
 
-    With the KV cache, loaded cartridges are written again. One that cannot be is unloaded, and the
-    requests that name it end with FinishReason.ABORT.
+    Cartridges are written again when requests need them.
     """
 
     weights: bool
@@ -123,15 +122,22 @@ class RestoreMemory(_Action, frozen=True):
 
 
 class LoadCartridge(_Action, frozen=True):
-    """Write a trained KV cache into pages that stay there until UnloadCartridge."""
+    """Register a trained KV cache, which requests may name until UnloadCartridge.
 
-    name: str  # of one version of the cartridge; not loaded at present
-    path: str
-    num_tokens: int  # positions that it takes, at least 1
+    It is done at once, behind the commands that came before it or not. The files are read when a
+    request needs the cartridge and its pages are not there; a file that cannot be read then ends
+    the requests that name the cartridge, with RequestRejected.
+    """
+
+    name: str  # of one version of the cartridge; not registered at present
+    # Of its files, which must not change: one, or several whose positions follow one another in
+    # this order. tokasaurus/cartridge_file.py describes them.
+    paths: tuple[str, ...]
+    num_tokens: int  # positions that all of them take together, at least 1
 
 
 class UnloadCartridge(_Action, frozen=True):
-    """Give back the pages of a cartridge; it fails while a request that has not ended names it."""
+    """Forget a cartridge and free its pages; it fails while a request that lives names it."""
 
     name: str
 
@@ -139,12 +145,12 @@ class UnloadCartridge(_Action, frozen=True):
 class WriteCartridge(_Action, frozen=True):
     """For the worker: write a cartridge's keys and values into pages.
 
-    tokasaurus/cartridge_file.py describes the file. It is checked and read whole before a page is
-    written.
+    tokasaurus/cartridge_file.py describes the files. They are checked and read whole before a page
+    is written.
     """
 
-    path: str
-    num_tokens: int
+    paths: tuple[str, ...]  # one after the other
+    num_tokens: int  # of all of them together
     pages: Int32Array  # [pages] in order of position; the last may not be filled
 
 

@@ -41,6 +41,7 @@ __all__ = [
     "Acknowledge",
     "AdjustedSlots",
     "Adjustments",
+    "CartridgeState",
     "Eta",
     "FinishReason",
     "ForwardBatch",
@@ -227,8 +228,8 @@ class GenerateRequest(Message, frozen=True):
     grammar: str = ""
     # The samples to generate; None generates all ``n`` from their beginning.
     progress: Progress | None = None
-    # The name of a loaded cartridge, which comes before the prompt; more than one is refused.
-    cartridges: tuple[str, ...] = ()
+    # The name of a registered cartridge, which comes before the prompt; "" for none.
+    cartridge: str = ""
     # A name for the client; clients get fair shares.
     client: str = ""
 
@@ -311,7 +312,7 @@ class PooledState(Message, frozen=True):
 
 
 class RequestRejected(Message, frozen=True):
-    """The request can never run; none of its samples will send an update."""
+    """The request can never run, or cannot go on: none of its samples sends a further update."""
 
     request_id: int
     reason: str
@@ -324,6 +325,23 @@ class Eta(Message, frozen=True):
     request_ids: Int64Array  # [requests]
     seconds: Float64Array  # [requests] until the last sample of the request ends
     backlog_seconds: float  # until all samples of all requests have ended
+
+
+class CartridgeState(msgspec.Struct, frozen=True, array_like=True):
+    """What became of one registered cartridge so far."""
+
+    name: str
+    num_tokens: int  # positions that it takes
+    num_copies: int  # replicas in whose KV cache it is
+    num_pages: int  # that these copies take
+    num_users: int  # requests that name it and have not ended
+    # Since it was registered: requests that named it; of these, those that came while its pages
+    # were there; how often they were written; and how often they were evicted.
+    num_requests: int
+    num_hits: int
+    num_loads: int
+    num_evictions: int
+    idle_s: float  # seconds since its last request ended; 0 while there is one
 
 
 class Statistics(Message, frozen=True):
@@ -347,7 +365,7 @@ class Statistics(Message, frozen=True):
     num_running: int  # sequences
     num_pages: int
     num_free_pages: int
-    num_evictable_pages: int  # cached, and held by no sequence
+    num_evictable_pages: int  # cached, or of a cartridge, and held by no sequence
     step_s: float  # what a batch takes at present; 0 until one was measured
     weights_version: int = 0
     # Whether all that waits, waits for a command: for Resume, RestoreMemory or UpdateWeights.
@@ -355,6 +373,13 @@ class Statistics(Message, frozen=True):
     num_recompiles: int = 0  # graphs that the worker compiled after its warm-up, in total
     num_grouped_prefill_tokens: int = 0  # rows of prompts whose prefix was read once for a group
     waited_s: float = 0.0  # of device_s: waiting for other workers of the replica
+    # Totals over all cartridges that ever were registered; see CartridgeState.
+    num_cartridge_requests: int = 0
+    num_cartridge_hits: int = 0
+    num_cartridge_loads: int = 0
+    num_cartridge_evictions: int = 0
+    num_cartridge_pages: int = 0  # that hold cartridges at present
+    cartridges: tuple[CartridgeState, ...] = ()  # that are registered
 
 
 class WorkerStall(Message, frozen=True):

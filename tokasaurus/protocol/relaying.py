@@ -24,9 +24,13 @@ from tokasaurus.protocol.messages import (
 )
 
 __all__ = [
+    "AcquirePrefix",
     "AnswerCounts",
     "EngineNews",
     "FromHTTP",
+    "PrefixAcquired",
+    "PrefixRefused",
+    "ReleasePrefix",
     "RequestFailed",
     "Submit",
     "ToHTTP",
@@ -57,6 +61,22 @@ class AnswerCounts(Message, frozen=True):
     counts: tuple[tuple[str, str, int], ...] = ()  # path, status, answers
 
 
+class AcquirePrefix(Message, frozen=True):
+    """Find the cartridges that a request names, and keep them until ReleasePrefix.
+
+    Answered by PrefixAcquired or PrefixRefused.
+    """
+
+    ticket: int  # unique; from it follows the process, as from the id of a request
+    specs: tuple[tuple[str, str, bool], ...]  # id, source, force_redownload
+
+
+class ReleasePrefix(Message, frozen=True):
+    """The requests have ended that needed the cartridges, or do not wait for them any more."""
+
+    ticket: int
+
+
 # --- from the server to an HTTP process -----------------------------------------------------------
 
 
@@ -66,6 +86,24 @@ class RequestFailed(Message, frozen=True):
     request_id: int
     reason: str
     retry_after_s: int | None = None  # if it was refused because the queue is full
+
+
+class PrefixAcquired(Message, frozen=True):
+    """The cartridges of a request can be used."""
+
+    ticket: int
+    name: str  # by which the managers know them
+    num_tokens: int  # positions that they take
+    digests: tuple[str, ...]
+
+
+class PrefixRefused(Message, frozen=True):
+    """The cartridges of a request cannot be had."""
+
+    ticket: int
+    kind: str  # the name of an error of tokasaurus.errors
+    reason: str
+    field: str | None = None
 
 
 class WeightsUpdate(msgspec.Struct, frozen=True):
@@ -93,7 +131,22 @@ class EngineNews(Message, frozen=True):
     retry_after_s: int = 1
 
 
-FromHTTP: TypeAlias = Submit | AbortRequest | StopSequence | Acknowledge | AnswerCounts
+FromHTTP: TypeAlias = (
+    Submit
+    | AbortRequest
+    | StopSequence
+    | Acknowledge
+    | AnswerCounts
+    | AcquirePrefix
+    | ReleasePrefix
+)
 ToHTTP: TypeAlias = (
-    SequenceUpdates | PromptLogprobs | PooledState | RequestRejected | RequestFailed | EngineNews
+    SequenceUpdates
+    | PromptLogprobs
+    | PooledState
+    | RequestRejected
+    | RequestFailed
+    | EngineNews
+    | PrefixAcquired
+    | PrefixRefused
 )

@@ -30,6 +30,7 @@ from tokasaurus.server.http.request_counts import CountRequests
 from tokasaurus.server.operations.executor import Executor
 from tokasaurus.server.protocols.table import OPERATIONS
 from tokasaurus.server.routes.batches import BatchRequest, BatchRoutes
+from tokasaurus.server.routes.cartridges import CartridgeRoutes
 from tokasaurus.server.routes.control import CONTROL_SCHEMAS, ControlRoutes
 from tokasaurus.server.routes.engine import EngineRoutes
 from tokasaurus.server.routes.files import FileRoutes
@@ -62,13 +63,15 @@ def create_app(
     """
     app = FastAPI(title="Tokasaurus", version=__version__, redirect_slashes=False)
     executor = Executor(state, OPERATIONS)
-    endpoints = Endpoints(executor)
+    batch = SynchronousBatch(config, executor)
+    endpoints = Endpoints(executor, batch)
     app.include_router(EngineRoutes(config, state).router())
     app.include_router(endpoints.router())
-    app.include_router(SynchronousBatch(config, executor).router())
+    app.include_router(batch.router())
     if batches is not None:
         app.include_router(FileRoutes(batches).router())
         app.include_router(BatchRoutes(batches).router())
+    app.include_router(CartridgeRoutes(config, state).router())
     app.include_router(TokenRoutes(state).router())
     updates = WeightsUpdates(directory)
     control = ControlRoutes(state, updates).router()
@@ -96,9 +99,10 @@ def create_outer_app(config: ServerConfig, state: EngineState, elsewhere: ASGIAp
     """
     app = FastAPI(openapi_url=None, redirect_slashes=False)
     executor = Executor(state, OPERATIONS)
-    endpoints = Endpoints(executor)
+    batch = SynchronousBatch(config, executor)
+    endpoints = Endpoints(executor, batch)
     app.include_router(endpoints.router())
-    app.include_router(SynchronousBatch(config, executor).router())
+    app.include_router(batch.router())
     app.include_router(TokenRoutes(state).router())
     app.router.default = elsewhere
     install_error_handlers(app)

@@ -24,6 +24,7 @@ _JSON = "application/json"
 _STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
 _STRING, _NUMBER, _INTEGER = {"type": "string"}, {"type": "number"}, {"type": "integer"}
 _MAYBE = {"type": ["string", "null"]}
+_BOOLEAN = {"type": "boolean"}
 _OBJECT = {"type": "object"}
 
 
@@ -106,6 +107,37 @@ _SCHEMAS: Mapping[str, Any] = {
         output=_list(_OBJECT),
         usage=_object(input_tokens=_INTEGER, output_tokens=_INTEGER, total_tokens=_INTEGER),
     ),
+    "Cartridge": _object(
+        id=_STRING,
+        object=_const("cartridge"),
+        source=_STRING,
+        uploaded=_BOOLEAN,
+        created_at=_INTEGER,
+        bytes=_INTEGER,
+        tokens=_INTEGER,
+        digest=_STRING,
+        users=_INTEGER,
+        versions=_list(
+            _object(
+                digest=_STRING,
+                current=_BOOLEAN,
+                bytes=_INTEGER,
+                tokens=_INTEGER,
+                frozen_tokens=_INTEGER,
+                dtype=_STRING,
+                model=_MAYBE,
+                users=_INTEGER,
+                residence=_object(
+                    device=_INTEGER, device_pages=_INTEGER, host=_BOOLEAN, disk=_BOOLEAN
+                ),
+                requests=_INTEGER,
+                hits=_INTEGER,
+                loads=_INTEGER,
+                evictions=_INTEGER,
+                idle_s={"type": ["number", "null"]},
+            )
+        ),
+    ),
     "NativeAnswer": _object(
         id=_STRING,
         text=_STRING,
@@ -131,10 +163,14 @@ _SUCCESS = _json(_object(success={"type": "boolean"}, message=_STRING))
 _UPDATE = _json(_object(id=_STRING, object=_const("weights.update"), status=_STRING))
 _BUCKET = _json(_object(index=_INTEGER, bytes=_INTEGER, sha256=_STRING))
 _DROPPED = _json(_object(id=_STRING, object=_const("weights.update"), deleted={"type": "boolean"}))
+_CARTRIDGE = _json(_reference("Cartridge"))
 _FILE, _BATCH = _json(_reference("File")), _json(_reference("Batch"))
 _DELETED = _object(id=_STRING, object=_const("file"), deleted={"type": "boolean"})
 _HEALTH = _json(_object(status=_STRING, running=_INTEGER))
 _CHATS = _list(_reference("ChatCompletion"))
+_COMPLETION = {**_json(_reference("Completion")), **_STREAM}
+_CHAT = {**_json(_reference("ChatCompletion")), **_STREAM}
+_MANY_CHATS = {**_json(_CHATS), "application/msgpack": {"schema": _CHATS}}
 
 _ANSWERS: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("get", "/ping"): _json(_object(message=_const("pong"))),
@@ -143,8 +179,17 @@ _ANSWERS: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("get", "/metrics"): {"text/plain": {"schema": _STRING}},
     ("get", "/v1/models"): _json(_object(object=_const("list"), data=_list(_reference("Model")))),
     ("get", "/v1/models/{model_id}"): _json(_reference("Model")),
-    ("post", "/v1/completions"): {**_json(_reference("Completion")), **_STREAM},
-    ("post", "/v1/chat/completions"): {**_json(_reference("ChatCompletion")), **_STREAM},
+    ("post", "/v1/completions"): _COMPLETION,
+    ("post", "/v1/chat/completions"): _CHAT,
+    ("post", "/custom/cartridge/completions"): _COMPLETION,
+    ("post", "/v1/cartridge/completions"): _COMPLETION,
+    ("post", "/custom/cartridge/chat/completions"): _CHAT,
+    ("post", "/v1/cartridge/chat/completions"): _CHAT,
+    ("post", "/batch/cartridge/chat/completions"): {
+        **_json({"anyOf": [_reference("ChatCompletion"), _CHATS]}),
+        **_STREAM,
+        "application/msgpack": {"schema": _CHATS},
+    },
     ("post", "/v1/responses"): {**_json(_reference("Response")), **_STREAM},
     ("post", "/v1/embeddings"): _json(_reference("Embeddings")),
     ("post", "/generate"): {
@@ -159,15 +204,21 @@ _ANSWERS: Mapping[tuple[str, str], Mapping[str, Any]] = {
         ),
         **_STREAM,
     },
-    ("post", "/custom/synchronous-batch-completions"): {
-        **_json(_CHATS),
-        "application/msgpack": {"schema": _CHATS},
-    },
+    ("post", "/custom/synchronous-batch-completions"): _MANY_CHATS,
+    ("post", "/custom/cartridge/synchronous-batch-completions"): _MANY_CHATS,
     ("get", "/v1/files"): _json(_page("File")),
     ("post", "/v1/files"): _FILE,
     ("get", "/v1/files/{file_id}"): _FILE,
     ("delete", "/v1/files/{file_id}"): _json(_DELETED),
     ("get", "/v1/files/{file_id}/content"): {"application/octet-stream": {"schema": _STRING}},
+    ("get", "/v1/cartridges"): _json(
+        _object(object=_const("list"), data=_list(_reference("Cartridge")))
+    ),
+    ("post", "/v1/cartridges"): _CARTRIDGE,
+    ("get", "/v1/cartridges/{cartridge_id}"): _CARTRIDGE,
+    ("delete", "/v1/cartridges/{cartridge_id}"): _json(
+        _object(id=_STRING, object=_const("cartridge"), deleted=_BOOLEAN)
+    ),
     ("get", "/v1/batches"): _json(_page("Batch")),
     ("post", "/v1/batches"): _BATCH,
     ("get", "/v1/batches/{batch_id}"): _BATCH,
@@ -213,7 +264,11 @@ def _query(name: str, what: str, schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _AFTER = _query("after", "The id that the page before ended with.", _STRING)
-_BOOLEAN = {"type": "boolean"}
+_SOURCE = _query(
+    "source",
+    "Of the cartridge; default local.",
+    {"type": "string", "enum": ["local", "wandb", "huggingface", "s3", "http"]},
+)
 _MODE = _query(
     "mode",
     "abort (default) ends all requests with the tokens that they have, wait lets those that have"
@@ -226,6 +281,11 @@ _PARAMETERS: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]] = {
         _query("limit", "Files of a page.", {**_INTEGER, "minimum": 1, "maximum": 10_000}),
         _query("order", "By age.", {"type": "string", "enum": ["desc", "asc"]}),
         _AFTER,
+    ),
+    ("get", "/v1/cartridges/{cartridge_id}"): (_SOURCE,),
+    ("delete", "/v1/cartridges/{cartridge_id}"): (
+        _SOURCE,
+        _query("force", "Delete it even if requests use it, which finish with it.", _BOOLEAN),
     ),
     ("post", "/pause"): (
         _MODE,

@@ -15,6 +15,7 @@ from tokasaurus.errors import (
     NotFound,
     RequestError,
     RequestTooLong,
+    SourceUnavailable,
     StorageFull,
     TokasaurusError,
 )
@@ -117,6 +118,7 @@ _STATUSES: dict[type[Exception], int] = {
     ClientGone: 499,
     EngineOverloaded: 429,
     StorageFull: 507,
+    SourceUnavailable: 502,
     EngineError: 503,
     CommandTimeout: 504,
     Exception: 500,
@@ -148,6 +150,8 @@ def error_body(error: Exception) -> dict[str, Any]:
         return described(str(error), "timeout_error", code="command_timeout")
     if isinstance(error, StorageFull):
         return described(str(error), "insufficient_storage", code="storage_full")
+    if isinstance(error, SourceUnavailable):
+        return described(str(error), "bad_gateway", "cartridges", "source_unavailable")
     if isinstance(error, EngineError):
         return described(str(error), "service_unavailable")
     return described("internal error; the server's log says more", "internal_error")

@@ -16,12 +16,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from tokasaurus.cartridges.store import CartridgeStore
 from tokasaurus.protocol.messages import Statistics
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.generations import Generations
 from tokasaurus.text.replicas import Replicas
 
-__all__ = ["Figure", "Metrics", "figures", "kv_use"]
+__all__ = ["Figure", "Metrics", "figures", "kv_use", "store_figures"]
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500)
 _SECONDS_PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
@@ -55,6 +56,10 @@ _TOTALS = (
         "Part of device_seconds in which the last stage waited for other workers: the bubble",
     ),
     ("recompiles", "num_recompiles", "Graphs that torch.compile made after the warm-up"),
+    ("cartridge_requests", "num_cartridge_requests", "Prompts behind cartridges"),
+    ("cartridge_hits", "num_cartridge_hits", "Those whose cartridges were in the KV cache"),
+    ("cartridge_loads", "num_cartridge_loads", "Times that cartridges were written to the cache"),
+    ("cartridge_evictions", "num_cartridge_evictions", "Times that cartridges were evicted"),
 )
 _STATE = (
     ("running_sequences", "num_running", "Sequences that run"),
@@ -62,6 +67,7 @@ _STATE = (
     ("kv_pages", "num_pages", "Pages of the KV cache"),
     ("kv_free_pages", "num_free_pages", "Pages that hold nothing"),
     ("kv_cached_pages", "num_evictable_pages", "Pages that only the prefix cache holds"),
+    ("cartridge_pages", "num_cartridge_pages", "Pages that hold cartridges"),
     ("step_seconds", "step_s", "Time of a forward pass at present, a moving average"),
 )
 
@@ -198,6 +204,16 @@ def figures(generations: Generations | None) -> Iterator[Figure]:
     if backlog_s is not None:
         meaning = "Predicted time until everything in flight has ended"
         yield Figure("backlog_seconds", meaning, backlog_s)
+
+
+def store_figures(store: CartridgeStore | None) -> Iterator[Figure]:
+    """The bytes of cartridges on this machine."""
+    if store is None:
+        return
+    meaning = "Bytes of the cartridges that are kept in the memory of the host"
+    yield Figure("cartridge_host_bytes", meaning, store.num_host_bytes)
+    meaning = "Bytes of the cartridges that the store has on its disk"
+    yield Figure("cartridge_disk_bytes", meaning, store.num_disk_bytes)
 
 
 def _replica_figures(replicas: Replicas) -> Iterator[Figure]:

@@ -12,12 +12,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+from tokasaurus.cartridges.store import CartridgeStore
 from tokasaurus.errors import EngineDead, EngineNotReady
 from tokasaurus.protocol.messages import Statistics
-from tokasaurus.server.metrics import Figure, Metrics, figures
+from tokasaurus.server.metrics import Figure, Metrics, figures, store_figures
+from tokasaurus.text.cartridges import PrefixSource
 from tokasaurus.text.generations import Etas, Generations
 from tokasaurus.text.preparation import Preparer
 
@@ -28,10 +32,17 @@ _POLL_S = 0.02
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine whose model is loaded, as requests see it."""
+    """An engine whose model is loaded, as requests see it.
+
+    Attributes:
+        prefixes: for requests with cartridges; None if the engine has none.
+        store: of cartridges; None if it is elsewhere.
+    """
 
     preparer: Preparer
     generations: Generations
+    prefixes: PrefixSource | None = None
+    store: CartridgeStore | None = None
 
 
 class EngineState:
@@ -45,17 +56,25 @@ class EngineState:
         self._status = "loading"
         self._engine: Engine | None = None
         self._reason = ""
+        self._waiting: set[asyncio.Future[Any]] = set()
         self.metrics = Metrics(self.figures)
 
-    def ready(self, preparer: Preparer, generations: Generations) -> None:
+    def ready(
+        self,
+        preparer: Preparer,
+        generations: Generations,
+        prefixes: PrefixSource | None = None,
+        store: CartridgeStore | None = None,
+    ) -> None:
         """The model is loaded, and requests may come."""
         if self._status == "loading":
-            self._status, self._engine = "ok", Engine(preparer, generations)
+            self._status, self._engine = "ok", Engine(preparer, generations, prefixes, store)
 
     def drain(self) -> None:
         """New requests are refused from now on; those in flight go on."""
         if self._status != "dead":
             self._status = "draining"
+            self._end_waiting()
 
     def die(self, reason: str) -> None:
         """Every request in flight, and every later one, ends with this reason."""
@@ -64,6 +83,27 @@ class EngineState:
         self._status, self._reason = "dead", reason
         if self._engine is not None:
             self._engine.generations.fail_all(EngineDead(reason))
+        self._end_waiting()
+
+    @contextlib.contextmanager
+    def waiting(self, task: asyncio.Future[Any]) -> Iterator[None]:
+        """Surrounds the wait for what a request needs before it starts.
+
+        The task is cancelled when the engine drains or dies; then this raises what ``check``
+        raises.
+        """
+        self._waiting.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            self.check()
+            raise
+        finally:
+            self._waiting.discard(task)
+
+    def _end_waiting(self) -> None:
+        for task in [*self._waiting]:
+            task.cancel()
 
     async def drained(self) -> None:
         """Returns when nothing is in flight any more, or nothing of it can go on."""
@@ -113,7 +153,9 @@ class EngineState:
 
     def figures(self) -> Iterator[Figure]:
         """The figures for monitoring; none before the engine is ready."""
-        return figures(None if self._engine is None else self._engine.generations)
+        if self._engine is not None:
+            yield from figures(self._engine.generations)
+            yield from store_figures(self._engine.store)
 
     def check(self) -> None:
         """Raises EngineNotReady or EngineDead if the engine cannot serve."""

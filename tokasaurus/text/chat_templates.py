@@ -21,7 +21,7 @@ from jinja2.utils import Namespace
 from tokasaurus.text.template_meter import Meter
 from tokasaurus.text.template_sandbox import Sandbox
 
-__all__ = ["ChatTemplate"]
+__all__ = ["WITHOUT_DATES", "ChatTemplate", "writes_dates"]
 
 MAX_CHARS = 1 << 28
 """The characters that a template may make, texts on the way to its output included."""
@@ -29,9 +29,23 @@ MAX_CHARS = 1 << 28
 MAX_SECONDS = 10.0
 """The processor time that it may take."""
 
+WITHOUT_DATES = (
+    "{% for message in messages %}"
+    "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+    "{{ message['content'] | trim }}<|eot_id|>"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+"""Writes what a template of Llama 3 writes, without its block of dates."""
+
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "
 # The names of one field. The first is the one that most templates read.
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+
+
+def writes_dates(source: str) -> bool:
+    """Whether a template is one of Llama 3 that puts a block of dates before a conversation."""
+    return "<|start_header_id|>" in source and "Cutting Knowledge Date" in source
 
 
 class ChatTemplate:

@@ -69,12 +69,12 @@ class PrefixPlaces:
             recent.sizes.clear()
             recent.num_tokens = 0
 
-    def blocks(self, prompt_ids: Int32Array, cartridges: Sequence[str] = ()) -> Blocks:
+    def blocks(self, prompt_ids: Int32Array, cartridge: str = "") -> Blocks:
         """The blocks of a prompt, without tokens at its end that do not fill one.
 
         Args:
             prompt_ids: [prompt length].
-            cartridges: what comes before the prompt; other cartridges make other keys.
+            cartridge: the name of what comes before the prompt; another makes other keys.
         """
         if len(prompt_ids) > len(self._factors):
             self._make_room(len(prompt_ids))
@@ -87,8 +87,8 @@ class PrefixPlaces:
         products = (prompt_ids[:length].astype(np.uint64) + _ONE) * self._factors[:length]
         sums = np.add.reduceat(products, [0, *ends[:-1]])
         keys = np.cumsum(sums, dtype=np.uint64).tolist()
-        if cartridges:
-            keys = [hash((key, tuple(cartridges))) for key in keys]
+        if cartridge:
+            keys = [hash((key, cartridge)) for key in keys]
         return list(zip(keys, ends, strict=True))
 
     def cached(self, blocks: Blocks) -> dict[int, int]:

@@ -6,6 +6,7 @@ grammar or tokenizing bad words takes a while.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import secrets
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from tokasaurus.protocol.messages import (
     Sampling,
 )
 from tokasaurus.text.adjustments import adjustments_of, check_token_ids
+from tokasaurus.text.cartridges import Prefix
 from tokasaurus.text.params import SamplingParams
 from tokasaurus.text.receipts import FIELD as RECEIPT
 from tokasaurus.text.receipts import Receipts
@@ -52,6 +54,7 @@ class PreparedRequest:
         pooling: unless it is NONE, the answer is a vector, and the drawn token is ignored.
         grammar: "" if the text is free.
         receipts: write the answer's receipt; None if the client asked for none.
+        prefix: the cartridges before the prompt; None if there are none.
     """
 
     prompt_ids: Int32Array
@@ -64,6 +67,7 @@ class PreparedRequest:
     pooling: Pooling = Pooling.NONE
     grammar: str = ""
     receipts: Receipts | None = None
+    prefix: Prefix | None = None
 
     def message(self, request_id: int, *, stream: bool, client: str) -> GenerateRequest:
         """The message to the manager."""
@@ -84,6 +88,7 @@ class PreparedRequest:
             hold_for_acks=self.stops is not None,
             pooling=self.pooling,
             grammar=self.grammar,
+            cartridge="" if self.prefix is None else self.prefix.name,
             client=client,
         )
 
@@ -95,6 +100,9 @@ class Preparer:
         config: the server's slice.
         tokenizer: of the model.
         receipts: of the engine; None if it gives none.
+
+    Attributes:
+        prefix: the cartridges that come before the prompts; None if none do.
     """
 
     def __init__(
@@ -102,8 +110,21 @@ class Preparer:
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
+        self.prefix: Prefix | None = None
         self._receipts = receipts
         self._grammars = Grammars(lambda: tokenizer.vocabulary(config.eos_token_ids))
+
+    def behind(self, prefix: Prefix) -> Preparer:
+        """The same preparer for prompts behind cartridges."""
+        preparer = copy.copy(self)
+        preparer.prefix = prefix
+        return preparer
+
+    @property
+    def max_request_tokens(self) -> int:
+        """Of a prompt and its completion together, behind the cartridges."""
+        num_taken = 0 if self.prefix is None else self.prefix.num_tokens
+        return self.config.max_request_tokens - num_taken
 
     def prepare(
         self,
@@ -133,7 +154,7 @@ class Preparer:
         late_ids = stop_token_ids.union(config.eos_token_ids)
         if not params.ignore_eos:
             stop_token_ids.update(config.eos_token_ids)
-        max_tokens = _room(len(prompt), params.max_tokens, config.max_request_tokens)
+        max_tokens = self._room(len(prompt), params.max_tokens)
         if params.min_tokens > max_tokens:
             raise RequestError(
                 f"min_tokens must be at most {max_tokens}, the largest number of tokens that each"
@@ -155,6 +176,7 @@ class Preparer:
             stop_token_ids=tuple(sorted(stop_token_ids)),
             grammar=self._grammar(params),
             receipts=self._checked_receipts(params) if params.receipt else None,
+            prefix=self.prefix,
         )
 
     def prepare_pooling(
@@ -187,6 +209,29 @@ class Preparer:
         """Makes the first grammar as quick as later ones. Takes a second or so, in any thread."""
         if self.config.eos_token_ids:
             self._grammars.compiler()
+
+    def _room(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
+        """The number of tokens that each sample may have. Raises RequestTooLong."""
+        limit = self.config.max_request_tokens
+        room = self.max_request_tokens - num_prompt_tokens
+        if max_tokens is not None and max_tokens <= room:
+            return int(max_tokens)
+        if max_tokens is None and room >= 1:
+            return room
+        prompt, together = f"{num_prompt_tokens} tokens", "prompt and completion together"
+        if self.prefix is not None:
+            prompt += f" behind cartridges of {self.prefix.num_tokens} tokens"
+            together = "cartridges, prompt and completion together"
+        if room < 1:
+            raise RequestTooLong(
+                f"prompt has {prompt}; {together} may have max_num_tokens_per_request={limit}",
+                "prompt",
+            )
+        raise RequestTooLong(
+            f"max_tokens is {max_tokens}, and the prompt has {prompt}; together they may be"
+            f" max_num_tokens_per_request={limit}, so max_tokens can be at most {room}",
+            "max_tokens",
+        )
 
     def _checked_receipts(self, params: SamplingParams) -> Receipts:
         if self._receipts is None:
@@ -238,26 +283,6 @@ def _check_sizes(params: SamplingParams, config: ServerConfig) -> None:
                 f" started with max_topk_logprobs={config.max_topk_logprobs}",
                 name,
             )
-
-
-def _room(num_prompt_tokens: int, max_tokens: int | None, limit: int) -> int:
-    """The number of tokens that each sample may have."""
-    room = limit - num_prompt_tokens
-    if room < 1:
-        raise RequestTooLong(
-            f"prompt has {num_prompt_tokens} tokens; prompt and completion together may have"
-            f" max_num_tokens_per_request={limit}",
-            "prompt",
-        )
-    if max_tokens is None:
-        return room
-    if max_tokens > room:
-        raise RequestTooLong(
-            f"max_tokens is {max_tokens}, and the prompt has {num_prompt_tokens} tokens; together"
-            f" they may be max_num_tokens_per_request={limit}, so max_tokens can be at most {room}",
-            "max_tokens",
-        )
-    return int(max_tokens)
 
 
 def _seed(params: SamplingParams) -> int:

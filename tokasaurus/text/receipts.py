@@ -243,6 +243,7 @@ def _request(prepared: PreparedRequest) -> dict[str, Any]:
         "seed": str(prepared.seed),
         "structured_outputs": None if form is None else json.dumps(form, ensure_ascii=False),
         "logprobs_mode": sampling.logprobs_mode.name.lower(),
+        **({} if prepared.prefix is None else {"cartridges": [*prepared.prefix.digests]}),
     }
 
 

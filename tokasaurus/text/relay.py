@@ -40,19 +40,23 @@ from tokasaurus.protocol.messages import (
     ToServer,
 )
 from tokasaurus.protocol.relaying import (
+    AcquirePrefix,
     AnswerCounts,
     EngineNews,
     FromHTTP,
+    ReleasePrefix,
     RequestFailed,
     Submit,
     ToHTTP,
     WeightsUpdate,
 )
 from tokasaurus.receipts.weights import stamped
+from tokasaurus.text.cartridges import PrefixSource
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.generations import Generations
 from tokasaurus.text.numbering import PROCESS_SHIFT, process_of
 from tokasaurus.text.params import SamplingParams
+from tokasaurus.text.prefix_relay import PrefixRelay
 from tokasaurus.text.preparation import PreparedRequest
 from tokasaurus.text.samples import Sample, TokenLogprobs
 from tokasaurus.text.tokenizer import Tokenizer
@@ -71,6 +75,7 @@ class Relay:
         tokenizer: of the model.
         send: gives a message to the managers; must not block.
         count: notes that an HTTP process has answered: path, status, how often.
+        prefixes: for requests with cartridges.
     """
 
     def __init__(
@@ -79,8 +84,10 @@ class Relay:
         tokenizer: Tokenizer,
         send: Callable[[FromServer], None],
         count: Callable[[str, str, int], None],
+        prefixes: PrefixSource,
     ) -> None:
         self._generations = generations
+        self._prefixes = PrefixRelay(prefixes, self._send_to)
         self._tokenizer = tokenizer
         self._send = send
         self._count = count
@@ -112,7 +119,13 @@ class Relay:
         left = self._generations.started_by(number)
         for generation in left:
             self._generations.abort(generation)
+        self._prefixes.close(number)
         return len(left)
+
+    def _send_to(self, number: int, message: ToHTTP) -> None:
+        send = self._processes.get(number)
+        if send is not None:
+            send(message)
 
     # --- from HTTP processes ----------------------------------------------------------------------
 
@@ -130,6 +143,10 @@ class Relay:
             self._greeted.add(message.number)
             for path, status, number in message.counts:
                 self._count(path, status, number)
+        elif isinstance(message, AcquirePrefix):
+            self._prefixes.acquire(message)
+        elif isinstance(message, ReleasePrefix):
+            self._prefixes.release(message.ticket)
         else:
             self._send(message)
 

@@ -17,11 +17,21 @@ from tokasaurus.protocol.messages import (
     GenerateRequest,
     StopSequence,
 )
-from tokasaurus.protocol.relaying import EngineNews, FromHTTP, RequestFailed, Submit, ToHTTP
+from tokasaurus.protocol.relaying import (
+    EngineNews,
+    FromHTTP,
+    PrefixAcquired,
+    PrefixRefused,
+    RequestFailed,
+    Submit,
+    ToHTTP,
+)
 from tokasaurus.receipts.weights import StampedFile
 from tokasaurus.safetensors_file import FileStamp
-from tokasaurus.text.generations import Generations, check_queue
+from tokasaurus.text.generations import Generations
 from tokasaurus.text.numbering import PROCESS_SHIFT
+from tokasaurus.text.prefix_relay import RemotePrefixes
+from tokasaurus.text.queue_limit import check_queue
 from tokasaurus.text.receipts import Receipts
 from tokasaurus.text.tokenizer import Tokenizer
 
@@ -39,6 +49,9 @@ class RemoteGenerations(Generations):
         give: gives a message to the server; must not block.
         receipts: of this process.
         number: of this process.
+
+    Attributes:
+        prefixes: for requests with cartridges.
     """
 
     def __init__(
@@ -53,6 +66,7 @@ class RemoteGenerations(Generations):
             config, tokenizer, self._submit, receipts=receipts, first_id=number << PROCESS_SHIFT
         )
         self.set_num_seats(_NO_LIMIT)
+        self.prefixes = RemotePrefixes(give, number)
         self._give = give
         self._news = EngineNews(0, {})
         self._needs_room = True
@@ -68,7 +82,7 @@ class RemoteGenerations(Generations):
         # The client may have more prompts elsewhere. Then the server refuses the request.
         check_queue(
             self.config.max_queued_requests,
-            num_prompts=news.num_prompts,
+            num_prompts=news.num_prompts + self._num_expected,
             num_clients=news.num_clients,
             num_of_client=num_of_client,
             retry_after_s=lambda: news.retry_after_s,
@@ -78,6 +92,8 @@ class RemoteGenerations(Generations):
         """Takes a message of the server."""
         if isinstance(message, EngineNews):
             self._follow(message)
+        elif isinstance(message, PrefixAcquired | PrefixRefused):
+            self.prefixes.take(message)
         elif isinstance(message, RequestFailed):
             error = EngineError(message.reason)
             if message.retry_after_s is not None:

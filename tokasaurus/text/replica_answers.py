@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import chain
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -10,6 +12,7 @@ import numpy as np
 from tokasaurus.protocol.arrays import EMPTY_FLOAT32, EMPTY_INT32, Int32Array
 from tokasaurus.protocol.commands import CommandDone, CommandFailed
 from tokasaurus.protocol.messages import (
+    CartridgeState,
     FinishReason,
     GenerateRequest,
     SequenceUpdates,
@@ -27,6 +30,7 @@ _STATE_FIELDS = (
     "step_s",
     "weights_version",
     "paused",
+    "num_cartridge_pages",
 )
 # What is not summed over the replicas: of the slowest, of the newest, and whether any is paused.
 _SHARED_FIELDS = ("step_s", "weights_version", "paused")
@@ -99,18 +103,46 @@ def merged_answers(
     named = [f"replica {replica}: {each.reason}" for replica, each in failed.items()]
     if done:
         named.append(f"{len(done)} of {len(answers)} replicas have done it")
-    return CommandFailed(command_id, "; ".join(named), first.field, bool(done))
+    # A field only if it is wrong in each: otherwise the state of a replica forbids the command.
+    field = first.field if all(each.field == first.field for each in others) else None
+    return CommandFailed(command_id, "; ".join(named), field, bool(done))
 
 
 def merged_statistics(each: Iterable[Statistics]) -> Statistics:
     """The sums, as if one manager had counted."""
-    columns = zip(*(msgspec.structs.astuple(statistics) for statistics in each), strict=True)
-    named = zip(Statistics.__struct_fields__, columns, strict=True)
-    return Statistics(
-        **{name: max(column) if name in _SHARED_FIELDS else sum(column) for name, column in named}
-    )
+    each = list(each)
+    values: dict[str, Any] = {
+        name: (max if name in _SHARED_FIELDS else sum)(getattr(one, name) for one in each)
+        for name in Statistics.__struct_fields__
+        if name != "cartridges"
+    }
+    return Statistics(**values, cartridges=_merged_cartridges(one.cartridges for one in each))
+
+
+def _merged_cartridges(
+    each: Iterable[tuple[CartridgeState, ...]],
+) -> tuple[CartridgeState, ...]:
+    """Every cartridge with the sums over the replicas, and the time since its last use at any."""
+    merged: dict[str, CartridgeState] = {}
+    for state in chain.from_iterable(each):
+        before = merged.setdefault(state.name, state)
+        if before is state:
+            continue
+        merged[state.name] = CartridgeState(
+            name=state.name,
+            num_tokens=state.num_tokens,
+            num_copies=before.num_copies + state.num_copies,
+            num_pages=before.num_pages + state.num_pages,
+            num_users=before.num_users + state.num_users,
+            num_requests=before.num_requests + state.num_requests,
+            num_hits=before.num_hits + state.num_hits,
+            num_loads=before.num_loads + state.num_loads,
+            num_evictions=before.num_evictions + state.num_evictions,
+            idle_s=min(before.idle_s, state.idle_s),
+        )
+    return tuple(merged.values())
 
 
 def without_state(statistics: Statistics) -> Statistics:
     """The totals of a replica that is gone, so that sums of totals never fall."""
-    return msgspec.structs.replace(statistics, **dict.fromkeys(_STATE_FIELDS, 0))
+    return msgspec.structs.replace(statistics, cartridges=(), **dict.fromkeys(_STATE_FIELDS, 0))

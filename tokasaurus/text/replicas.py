@@ -397,7 +397,7 @@ class Replicas:
         if not choice:
             route.held.update(indices)
             return
-        blocks = self._places.blocks(request.prompt_ids, request.cartridges)
+        blocks = self._places.blocks(request.prompt_ids, request.cartridge)
         # Others take nothing from the cache.
         takes_hits = request.num_prompt_logprobs < 0 and request.pooling is Pooling.NONE
         cached = self._places.cached(blocks) if takes_hits else {}

@@ -21,7 +21,7 @@ from tokasaurus.errors import ModelError, RequestError, RequestTooLong
 from tokasaurus.grammars import Vocabulary
 from tokasaurus.host_memory import return_freed_memory
 from tokasaurus.receipts.form import digest
-from tokasaurus.text.chat_templates import ChatTemplate
+from tokasaurus.text.chat_templates import WITHOUT_DATES, ChatTemplate, writes_dates
 from tokasaurus.text.fewest_tokens import FewestTokens
 from tokasaurus.text.token_bytes import bytes_from_decoder, decoder_steps
 
@@ -176,6 +176,8 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         overrides: Mapping[str, Any] | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        behind_cartridge: bool = False,
     ) -> list[int]:
         """Ids of a conversation, written by the model's chat template.
 
@@ -185,6 +187,8 @@ class Tokenizer:
             messages: with at least ``role`` and ``content`` each.
             overrides: further arguments for ``apply_chat_template``.
             tools: that the model may call.
+            behind_cartridge: what a cartridge begins with is left out: the BOS token, and the
+                block with dates that templates of Llama 3 write.
 
         Raises:
             RequestError: the template refuses the messages, there is no template, or the request
@@ -192,6 +196,9 @@ class Tokenizer:
         """
         overrides = overrides or {}
         self._check(overrides, len(messages) + len(tools))
+        is_own = not tools and "chat_template" not in overrides
+        if behind_cartridge and is_own and writes_dates(self._own_templates.get("default", "")):
+            overrides = {**overrides, "chat_template": WITHOUT_DATES}
         if self._wrapped.chat_template is None and overrides.get("chat_template") is None:
             raise RequestError(
                 "messages cannot be rendered: this model has no chat template; use /v1/completions,"
@@ -214,7 +221,23 @@ class Tokenizer:
                 f"messages cannot be rendered by the chat template: {error}", "messages"
             ) from error
         self._check_length(text, "messages")
-        return self._encode(text, add_special_tokens=False)
+        ids = self._encode(text, add_special_tokens=False)
+        if behind_cartridge and ids and ids[0] == self._wrapped.bos_token_id:
+            del ids[0]
+        return ids
+
+    def chat_text(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The text of a conversation, up to where the model writes the next message.
+
+        Raises:
+            Exception: what the template raises, or that there is none.
+        """
+        return self._write_chat(messages, {"add_generation_prompt": True})
+
+    @property
+    def bos_text(self) -> str:
+        """What the BOS token is written as; "" if there is none."""
+        return str(self._wrapped.bos_token or "")
 
     def _write_chat(
         self, messages: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]

@@ -68,7 +68,7 @@ def controls_among(path, cartridge, batches):
     actions = [
         UpdateWeights(1, same),
         UpdateWeights(2, ("/absent",)),
-        WriteCartridge(str(cartridge), 20, free),
+        WriteCartridge((str(cartridge),), 20, free),
         ReleaseMemory(weights=True, kv_cache=False),
         RestoreMemory(weights=True, kv_cache=True),
     ]
@@ -109,7 +109,7 @@ def test_grammars_penalties_forks_pooling_and_controls(checkpoint, ranks, tmp_pa
 
 def written_heads(meeting, path, cartridge):
     worker = worker_of(meeting, path)
-    worker.submit(Control(0, WriteCartridge(str(cartridge), 20, ints(3, 5)))).collect()
+    worker.submit(Control(0, WriteCartridge((str(cartridge),), 20, ints(3, 5)))).collect()
     cache = worker._cache
     return [tensor[[3, 5]].transpose(0, 1).flatten(1, 2)[:, :20] for tensor in cache.keys]
 

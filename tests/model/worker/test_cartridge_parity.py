@@ -10,11 +10,12 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from checkpoints import VOCAB_SIZE
 from rows import named
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from simulation import make_config
 from worker_driver import generate, make_driver, worker_config
 
@@ -34,6 +35,7 @@ from tokasaurus.protocol.messages import (
     FromWorker,
     GenerateRequest,
     PromptLogprobs,
+    RequestRejected,
     Sampling,
     SequenceUpdates,
     ToServer,
@@ -115,7 +117,7 @@ class Engine:
         }
 
 
-def request(request_id: int, ids: list[int], *cartridges: str, n: int = 1) -> GenerateRequest:
+def request(request_id: int, ids: list[int], cartridge: str = "", n: int = 1) -> GenerateRequest:
     return GenerateRequest(
         request_id=request_id,
         prompt_ids=np.array(ids, np.int32),
@@ -126,7 +128,7 @@ def request(request_id: int, ids: list[int], *cartridges: str, n: int = 1) -> Ge
         stop_token_ids=(),
         num_logprobs=0,
         num_prompt_logprobs=0,
-        cartridges=cartridges,
+        cartridge=cartridge,
     )
 
 
@@ -143,7 +145,7 @@ def test_a_cartridge_stands_for_the_tokens_that_made_it(checkpoint, tmp_path) ->
 def check_cartridge(engine: Engine, path: Path, ids: list[int], num_tokens: int) -> None:
     engine.run(request(1, ids, n=3))
     scores = engine.prompt_logprobs(1)
-    engine.command(LoadCartridge("a", str(path), num_tokens))
+    engine.command(LoadCartridge("a", (str(path),), num_tokens))
     for request_id in (2, 3):
         engine.run(request(request_id, ids[num_tokens:], "a", n=3))
         tokens = engine.tokens()
@@ -172,7 +174,7 @@ def test_preempted_sequences_behind_a_cartridge_get_the_same_tokens(checkpoint, 
     save_cartridge(model, ids[:21], path)
     requests = [request(i, ids[21:] + make_ids(4, i), "a", n=2) for i in range(4)]
     alone = Engine(model)
-    alone.command(LoadCartridge("a", str(path), 21))
+    alone.command(LoadCartridge("a", (str(path),), 21))
     for each in requests:
         alone.run(each)
     expected = ids_of(alone)
@@ -180,7 +182,83 @@ def test_preempted_sequences_behind_a_cartridge_get_the_same_tokens(checkpoint, 
     for changes in ({"num_pages": 8}, {"force_preemption": True}):
         with named(changes):
             engine = Engine(model, **changes)
-            engine.command(LoadCartridge("a", str(path), 21))
+            engine.command(LoadCartridge("a", (str(path),), 21))
             engine.run(*requests)
             assert ids_of(engine) == expected
             assert engine.manager.counters.num_preemptions > 0
+
+
+def test_cartridges_that_are_evicted_and_written_again_give_the_same_answers(
+    checkpoint, tmp_path
+) -> None:
+    """There is room for one of two cartridges beside the text behind it, and their requests mix."""
+    model, ids = checkpoint("llama"), make_ids(80)
+    roomy, tight = Engine(model), Engine(model, num_pages=9)
+    for name, own in (("a", ids[:61]), ("b", ids[10:80])):
+        save_cartridge(model, own, tmp_path / name)
+        for engine in (roomy, tight):
+            engine.command(LoadCartridge(name, (str(tmp_path / name),), len(own)))
+    requests = [request(i, make_ids(9, i), "ab"[i % 2]) for i in range(8)]
+    for each in requests:
+        roomy.run(each)
+        tight.run(each)
+    tight.run(*[msgspec.structs.replace(each, request_id=i + 8) for i, each in enumerate(requests)])
+    expected, found = ids_of(roomy), ids_of(tight)
+    for i in range(8):
+        assert found[i, 0] == found[i + 8, 0] == expected[i, 0]
+    assert roomy.manager.statistics().num_cartridge_loads == 2
+    assert tight.manager.statistics().num_cartridge_evictions > 6
+
+
+def test_several_files_are_one_cartridge(checkpoint, tmp_path) -> None:
+    """A text's cartridge that is cut in two is the same cartridge again."""
+    model, ids = checkpoint("qwen3"), make_ids(50)
+    save_cartridge(model, ids[:37], tmp_path / "whole")
+    tensors = load_file(tmp_path / "whole")
+    cuts = {"first": slice(0, 21), "second": slice(21, 37)}
+    for name, cut in cuts.items():
+        save_file({key: each[cut].contiguous() for key, each in tensors.items()}, tmp_path / name)
+    engine = Engine(model)
+    engine.command(LoadCartridge("a", (str(tmp_path / "whole"),), 37))
+    engine.command(LoadCartridge("b", tuple(str(tmp_path / name) for name in cuts), 37))
+    engine.run(request(1, ids[37:], "a"))
+    engine.run(request(2, ids[37:], "b"))
+    found = engine.tokens()
+    assert found[1, 0] == found[2, 0]
+
+
+def test_a_file_that_cannot_be_read_ends_the_requests_that_name_it(checkpoint, tmp_path) -> None:
+    model, ids = checkpoint("llama"), make_ids(40)
+    engine = Engine(model)
+    engine.command(LoadCartridge("a", (str(tmp_path / "absent"),), 21))
+    engine.run(request(1, ids, "a"), request(2, ids))
+    (rejection,) = [each for each in engine.messages if isinstance(each, RequestRejected)]
+    assert (rejection.request_id, rejection.field) == (1, "cartridges")
+    assert "absent cannot be read" in rejection.reason
+    assert list(engine.tokens()) == [(2, 0)]
+    # It has come in the meantime.
+    save_cartridge(model, ids[:21], tmp_path / "absent")
+    engine.run(request(3, ids[21:], "a"))
+    assert len(engine.tokens()[3, 0]) == 8
+
+
+def test_attention_reads_the_pages_of_a_cartridge_once_for_all_sequences(
+    checkpoint, tmp_path
+) -> None:
+    model, ids = checkpoint("llama"), make_ids(100)
+    save_cartridge(model, ids, tmp_path / "cartridge")
+    requests = [request(i, make_ids(3, i), "a") for i in range(8)]
+    found: list[dict[tuple[int, int], list[tuple[int, float]]]] = []
+    for use_groups in (True, False):
+        engine = Engine(model, use_groups=use_groups, max_tokens_per_forward=64)
+        engine.command(LoadCartridge("a", (str(tmp_path / "cartridge"),), 100))
+        engine.run(*requests)
+        found.append(engine.tokens())
+        num_decoded = engine.manager.counters.num_decode_tokens
+        num_grouped = engine.manager.counters.num_grouped_tokens
+        assert num_grouped == (num_decoded if use_groups else 0)
+        assert (engine.manager.counters.num_grouped_prefill_tokens > 0) == use_groups
+    for name, expected in found[1].items():
+        assert [token for token, _ in found[0][name]] == [token for token, _ in expected]
+        logprobs = [logprob for _, logprob in expected]
+        assert [each for _, each in found[0][name]] == pytest.approx(logprobs, abs=TOLERANCE)

@@ -96,8 +96,8 @@ def test_controls_among_batches_in_flight_keep_order_and_tokens(checkpoint, tmp_
     actions = [
         update_from(path),
         UpdateWeights(2, (str(tmp_path / "absent"),)),
-        WriteCartridge(str(tmp_path / "cartridge"), 20, free),
-        WriteCartridge(str(tmp_path / "absent"), 20, free),
+        WriteCartridge((str(tmp_path / "cartridge"),), 20, free),
+        WriteCartridge((str(tmp_path / "absent"),), 20, free),
         ReleaseMemory(weights=True, kv_cache=False),
         RestoreMemory(**BOTH),
     ]
@@ -504,7 +504,7 @@ def test_a_cartridge_stands_for_the_tokens_that_made_it(checkpoint, tmp_path, at
         save_file(tensors, path)
         driver = make_driver(checkpoint("qwen3"), attention=attention, page_size=8)
         taken = ints(*driver.free[: -(-num_tokens // 8)])
-        done(driver, WriteCartridge(str(path), num_tokens, taken))
+        done(driver, WriteCartridge((str(path),), num_tokens, taken))
         driver.start(0, num_logprobs=0)
         # The slot's first pages are those.
         result = driver.step(prefill=[Enter(0, prompt[num_tokens:], num_tokens)])
@@ -525,7 +525,7 @@ def test_a_cartridge_is_rounded_to_the_dtype_of_the_cache(checkpoint, tmp_path):
     cache = driver.worker._cache
     for tensor in cache.keys + cache.values:
         tensor.fill_(7)
-    done(driver, WriteCartridge(str(tmp_path / "cartridge"), 20, ints(9, 4)))
+    done(driver, WriteCartridge((str(tmp_path / "cartridge"),), 20, ints(9, 4)))
     for kind, layers in (("keys", cache.keys), ("values", cache.values)):
         for layer, tensor in enumerate(layers):
             written = tensor[[9, 4]].transpose(1, 2).flatten(0, 1)
@@ -533,6 +533,21 @@ def test_a_cartridge_is_rounded_to_the_dtype_of_the_cache(checkpoint, tmp_path):
             assert (written[20:] == 7).all()
             others = [page for page in range(len(tensor)) if page not in (4, 9)]
             assert (tensor[others] == 7).all()
+
+
+def test_files_of_a_cartridge_are_written_one_behind_the_other(checkpoint, tmp_path):
+    sizes = {"b": 7, "a": 20, "c": 3}
+    parts = [save_cartridge(tmp_path / name, size, seed=size) for name, size in sizes.items()]
+    driver = make_driver(checkpoint())
+    paths = tuple(str(tmp_path / name) for name in sizes)
+    done(driver, WriteCartridge(paths, 30, ints(9, 4)))
+    cache = driver.worker._cache
+    for kind, layers in (("keys", cache.keys), ("values", cache.values)):
+        for layer, tensor in enumerate(layers):
+            written = tensor[[9, 4]].transpose(1, 2).flatten(0, 1)[:30]
+            assert torch.equal(written, torch.cat([part[f"{kind}.{layer}"] for part in parts]))
+    refused = driver.control(WriteCartridge((*paths, str(tmp_path / "absent")), 30, ints(9, 4)))
+    assert "absent cannot be read" in refused.error
 
 
 def test_a_cartridge_that_is_refused_writes_nothing(checkpoint, tmp_path):
@@ -549,7 +564,7 @@ def test_a_cartridge_that_is_refused_writes_nothing(checkpoint, tmp_path):
     def check(row):
         name, num_tokens, message = row
         pages = ints(*range(-(-num_tokens // 16)))
-        answer = driver.control(WriteCartridge(str(tmp_path / name), num_tokens, pages))
+        answer = driver.control(WriteCartridge((str(tmp_path / name),), num_tokens, pages))
         assert answer.error is not None
         assert message in answer.error
         assert all((tensor == 7).all() for tensor in cache.keys + cache.values)
@@ -560,7 +575,7 @@ def test_a_cartridge_that_is_refused_writes_nothing(checkpoint, tmp_path):
         ("pickle", 20, "pickle is damaged or incomplete"),
         ("layers", 20, "layers lacks tensors: keys.2, values.2; the model has 3 layers"),
         ("heads", 20, "has shape [20, 4, 16]; this model needs [20, 2, 16]"),
-        ("fits", 21, "fits has 20 tokens, where 21 were announced"),
+        ("fits", 21, "fits: there are 20 tokens, where 21 were announced"),
     ]
     check_each(rows, check)
 
@@ -573,7 +588,7 @@ def test_pages_of_a_cartridge_that_cannot_be_are_a_defect_of_the_manager(checkpo
     def check(row):
         pages, message = row
         with pytest.raises(ProtocolError, match=rf"control \d+ \(WriteCartridge\): .*{message}"):
-            driver.control(WriteCartridge(path, 20, ints(*pages)))
+            driver.control(WriteCartridge((path,), 20, ints(*pages)))
 
     rows = [
         ((1,), "1 pages for 20 tokens"),

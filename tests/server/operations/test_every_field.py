@@ -70,6 +70,9 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServ
     config = with_config(data_dir=str(tmp_path_factory.mktemp("data")))
     with RunningServer(config).running() as server:
         server.engine.largest_step = 1 << 30
+        server.store.put("notes", 21)
+        server.store.put("notes", 5, "another", source="s3")
+        server.store.put("more", 4)
         yield server
 
 

@@ -94,9 +94,9 @@ def test_large_conversations_are_written_away_from_the_event_loop(server, monkey
     threads = []
     render = Tokenizer.render_chat
 
-    def noted(*arguments):
+    def noted(*arguments, **named):
         threads.append(threading.current_thread().name)
-        return render(*arguments)
+        return render(*arguments, **named)
 
     monkeypatch.setattr(Tokenizer, "render_chat", noted)
     text = "a" * size

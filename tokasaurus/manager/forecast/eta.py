@@ -58,7 +58,6 @@ def eta(
     """The estimate for the requests with samples that run or are among the first in the queue."""
     candidates: list[Candidate] = []
     num_rows = 0
-    page_size = running.slots.page_size
     for sequence in chain(running.prefilling, backlog.in_order()):
         if num_rows >= MAX_QUEUED:
             break
@@ -66,7 +65,7 @@ def eta(
         if sequence.slot >= 0:  # it runs already, and only its forks wait
             candidates.append(Candidate(sequence, 0, 0, num_forks))
         else:
-            candidates.append(uncached_candidate(sequence, num_forks, page_size))
+            candidates.append(uncached_candidate(sequence, num_forks))
         num_rows += candidates[-1].num_rows
     slots, running_ends, waiting_ends = admission.finish_steps(candidates)
     counts = [candidate.num_rows for candidate in candidates]

@@ -27,7 +27,9 @@ class Candidate(NamedTuple):
 
     sequence: Sequence
     num_tokens: int  # of its prompt, that it would feed; 0 where it runs already, and has no row
-    num_held_pages: int  # of its prompt's pages, those that have a holder already
+    # Of its prompt's pages, those that have a holder already; less by the end of a cartridge that
+    # has none.
+    num_held_pages: int
     num_forks: int
 
     @property
@@ -37,7 +39,7 @@ class Candidate(NamedTuple):
 
     def most_pages_each(self, page_size: int) -> int:
         """Pages of one of its sequences that becomes as long as it may, without pinned ones."""
-        num_pinned = self.sequence.request.num_pseudo // page_size
+        num_pinned = self.sequence.request.num_pinned_pages
         return ceil_div(self.sequence.final_length, page_size) - num_pinned
 
     def most_pages(self, page_size: int) -> int:
@@ -45,10 +47,10 @@ class Candidate(NamedTuple):
         return self.most_pages_each(page_size) * self.num_rows
 
 
-def uncached_candidate(sequence: Sequence, num_forks: int, page_size: int) -> Candidate:
+def uncached_candidate(sequence: Sequence, num_forks: int) -> Candidate:
     """A sequence of the queue, as if no page of its own prompt were cached."""
-    num_pinned = sequence.request.num_pseudo // page_size
-    return Candidate(sequence, sequence.num_own_tokens, num_pinned, num_forks)
+    num_held = sequence.request.num_pinned_pages
+    return Candidate(sequence, sequence.num_own_tokens, num_held, num_forks)
 
 
 def running_rows(

@@ -1,11 +1,15 @@
-"""Gives out KV pages: free ones first, then the least recently used of the prefix cache.
+"""Gives out KV pages: free ones first, then the least recently used of those without a user.
 
-Joins the page pool and the prefix cache. What ``num_available`` promises, ``allocate`` delivers.
+Joins the page pool, the prefix cache, and pins. A *pin* holds pages without being a sequence. While
+it is in use its pages stay. When it is idle it may be evicted, always as a whole, and with it what
+the prefix cache has behind it. Leaves of the prefix cache and idle pins go in one order, the least
+recently used first. What ``num_available`` promises, ``allocate`` delivers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -13,7 +17,26 @@ from tokasaurus.manager.kv.page_pool import PagePool
 from tokasaurus.manager.kv.prefix_cache import PrefixCache
 from tokasaurus.protocol.arrays import EMPTY_INT32, Int32Array
 
-__all__ = ["PageAllocator"]
+__all__ = ["PageAllocator", "Pin"]
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Pin:
+    """A holder of pages that is not a sequence.
+
+    Attributes:
+        first_id: that no prefix but those behind these pages begins with.
+        pages: that it holds; none if it was not given any, or has been evicted.
+        last_used: the clock of the prefix cache when it became idle.
+    """
+
+    first_id: int
+    pages: Int32Array = field(default_factory=lambda: EMPTY_INT32)
+    last_used: int = 0
+
+    def evicted(self) -> None:
+        """It has lost its pages."""
+        self.pages = EMPTY_INT32
 
 
 class PageAllocator:
@@ -23,7 +46,8 @@ class PageAllocator:
     computed them. What is published or released in a closed namespace is not found any more.
 
     Attributes:
-        num_pinned: pages with a holder that is not a sequence.
+        num_pinned: pages of pins in use.
+        num_idle: pages of idle pins.
 
     Args:
         num_pages: pages are numbered 0 .. num_pages - 1.
@@ -36,12 +60,14 @@ class PageAllocator:
         self.pool = PagePool(num_pages)
         self.cache = PrefixCache(self.pool, page_size)
         self.num_pinned = 0
+        self.num_idle = 0
+        self._idle: dict[Pin, None] = {}  # the least recently used first
         self.cache.open(namespace)
 
     @property
     def num_available(self) -> int:
-        """Pages that can be allocated: free or evictable."""
-        return self.pool.num_free + self.pool.num_evictable
+        """Pages that can be allocated: free, or without a user."""
+        return self.pool.num_free + self.pool.num_evictable + self.num_idle
 
     @property
     def num_held(self) -> int:
@@ -77,36 +103,66 @@ class PageAllocator:
         """
         shortfall = count - self.pool.num_free
         if shortfall > 0:
-            self.cache.evict(shortfall)
+            self._evict(shortfall)
         return self.pool.take(count)
 
+    def _evict(self, count: int) -> None:
+        """Frees at least ``count`` pages."""
+        while self._idle:
+            pin = next(iter(self._idle))
+            count -= self.cache.evict_used_until(pin.last_used, count)
+            if count <= 0:
+                return
+            count -= self.unpin(pin)
+            if count <= 0:
+                return
+        self.cache.evict(count)
+
     def flush(self) -> int:
-        """Frees every cached page that has no holder; returns their number."""
+        """Frees every cached page that has no holder; returns their number. Pins stay."""
         num_pages = self.pool.num_evictable
         self.cache.evict(num_pages)
         return num_pages
 
-    def pin(self, count: int) -> Int32Array:
-        """Returns private pages with a holder that is not a sequence, until ``unpin``.
+    # --- pins -------------------------------------------------------------------------------------
+
+    def pin(self, pin: Pin, count: int) -> None:
+        """Gives private pages to a pin that has none; it is in use.
 
         Raises:
             ProtocolError: ``num_available`` is smaller.
         """
-        pages = self.allocate(count)
+        pin.pages = self.allocate(count)
         self.num_pinned += count
-        return pages
 
-    def unpin(self, pages: Int32Array, first_id: int) -> int:
-        """Gives back pinned pages, and forgets all prefixes that begin with this id.
+    def keep(self, pin: Pin) -> None:
+        """An idle pin is in use again."""
+        del self._idle[pin]
+        self.num_idle -= len(pin.pages)
+        self.num_pinned += len(pin.pages)
+
+    def let_go(self, pin: Pin) -> None:
+        """A pin in use is idle from now on: nothing else holds its pages."""
+        self._idle[pin] = None
+        pin.last_used = self.cache.clock
+        self.num_pinned -= len(pin.pages)
+        self.num_idle += len(pin.pages)
+
+    def unpin(self, pin: Pin) -> int:
+        """Takes the pages of an idle pin, and forgets all prefixes that begin with its id.
 
         Returns:
             The number of pages that this frees.
         """
-        self.num_pinned -= len(pages)
+        del self._idle[pin]
+        self.num_idle -= len(pin.pages)
         num_free = self.pool.num_free
-        self.pool.release(pages)
-        self.cache.drop(first_id)
+        self.pool.release(pin.pages)
+        self.cache.drop(pin.first_id)
+        pin.evicted()
         return self.pool.num_free - num_free
+
+    # --- namespaces -------------------------------------------------------------------------------
 
     def replace_namespace(self, old: int, new: int) -> int:
         """Closes a namespace and opens another; returns the number of pages that this frees."""

@@ -150,16 +150,31 @@ class PrefixCache:
             node.queued = True
             heapq.heappush(self._heap, (node.last_used, node.serial, node))
 
+    @property
+    def clock(self) -> int:
+        """The time of the latest use: uses are numbered."""
+        return self._clock
+
     def evict(self, count: int) -> None:
         """Frees ``count`` pages.
 
         Raises:
             ProtocolError: fewer are unreferenced.
         """
+        num_missing = count - self.evict_used_until(self._clock, count)
+        if num_missing:
+            raise ProtocolError(f"{num_missing} pages to evict, but no leaf is unreferenced")
+
+    def evict_used_until(self, time: int, count: int) -> int:
+        """Frees up to ``count`` pages, of leaves that were not used after this time.
+
+        Returns:
+            The number of pages that this frees.
+        """
         evicted: list[Int32Array] = []
-        while count > 0:
-            if not self._heap:
-                raise ProtocolError(f"{count} pages to evict, but no leaf is unreferenced")
+        wanted = count
+        # The time of an entry is never later than that of its leaf.
+        while count > 0 and self._heap and self._heap[0][0] <= time:
             last_used, _, node = heapq.heappop(self._heap)
             node.queued = False
             if last_used != node.last_used:
@@ -172,6 +187,7 @@ class PrefixCache:
             pages = np.concatenate(evicted)
             self._pool.evict(pages)
             self.num_evicted += len(pages)
+        return wanted - count
 
     def nodes(self) -> Iterator[PrefixNode]:
         """Every node but the roots, parents first."""

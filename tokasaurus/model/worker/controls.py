@@ -20,6 +20,7 @@ from torch import Tensor
 from tokasaurus.cartridge_file import CartridgeFile, key_name, value_name
 from tokasaurus.errors import ModelError, ProtocolError
 from tokasaurus.host_memory import return_freed_memory
+from tokasaurus.listing import listing
 from tokasaurus.model.config import ModelConfig
 from tokasaurus.model.kv_cache import KVCache
 from tokasaurus.model.parallel.ranks import Ranks
@@ -195,25 +196,37 @@ class Controls:
         self._check_pages(action)
         cache = self._cache
         with self._refusing_together():
-            tensors = self._read_cartridge(action)
+            files = self._read_cartridge(action)
+
+        def joined(name: str) -> Tensor:
+            """[kv_heads, num_tokens, head_dim]"""
+            parts = [tensors[name].to(cache.dtype) for tensors in files]
+            return torch.cat(parts).transpose(0, 1)
+
         cache.write_pages(
             upload_indices(action.pages, self._device),
-            [tensors[key_name(layer)].transpose(0, 1) for layer in self._stage],
-            [tensors[value_name(layer)].transpose(0, 1) for layer in self._stage],
+            [joined(key_name(layer)) for layer in self._stage],
+            [joined(value_name(layer)) for layer in self._stage],
             action.num_tokens,
         )
 
-    def _read_cartridge(self, action: WriteCartridge) -> dict[str, Tensor]:
-        """Copies of this rank's part of a cartridge, so that its file may change at once."""
+    def _read_cartridge(self, action: WriteCartridge) -> list[dict[str, Tensor]]:
+        """This rank's part of a cartridge, for each of its files."""
+        files = [self._read_cartridge_file(Path(path)) for path in action.paths]
+        num_tokens = sum(len(next(iter(tensors.values()))) for tensors in files)
+        if num_tokens != action.num_tokens:
+            raise ModelError(
+                f"{listing(list(action.paths))}: there are {num_tokens} tokens, where "
+                f"{action.num_tokens} were announced; load it again"
+            )
+        return files
+
+    def _read_cartridge_file(self, path: Path) -> dict[str, Tensor]:
+        """Copies of the tensors, so that the file may change at once."""
         model = self._model
-        with CartridgeFile(Path(action.path)) as file:
+        names = {name(layer) for layer in self._stage for name in (key_name, value_name)}
+        with CartridgeFile(path) as file:
             file.check(model.num_layers, model.num_kv_heads, model.head_dim)
-            if file.num_tokens != action.num_tokens:
-                raise ModelError(
-                    f"{file.path} has {file.num_tokens} tokens, where {action.num_tokens} were "
-                    "announced; load it again"
-                )
-            names = {name(layer) for layer in self._stage for name in (key_name, value_name)}
             return {
                 name: tensor[:, self._kv_heads].clone()
                 for name, tensor in read_tensors(file)

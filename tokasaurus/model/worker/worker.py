@@ -278,6 +278,19 @@ class Worker:
             clock.stop()
         return self._in_flight.add(message.number, name, answer, clock)
 
+    @torch.inference_mode()
+    def read_pages(self, pages: Int32Array, num_tokens: int) -> tuple[list[Tensor], list[Tensor]]:
+        """The keys and values of consecutive positions that collected batches have computed.
+
+        Args:
+            pages: [ceil(num_tokens / page_size)], in order of position.
+
+        Returns:
+            For each layer of this worker [kv_heads, num_tokens, head_dim], keys after RoPE; copies
+            on the device.
+        """
+        return self._cache.read_pages(torch.from_numpy(pages).long().to(self._device), num_tokens)
+
     @property
     def grammar_wait_s(self) -> float:
         """Seconds that ``submit`` has waited for the masks of grammars, in all batches."""

@@ -71,6 +71,7 @@ class Execution:
         if self._timer is not None:
             self._timer.cancel()
         self._abort()
+        self._task.release()
 
     @property
     def was_aborted(self) -> bool:

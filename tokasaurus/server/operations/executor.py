@@ -9,26 +9,32 @@ There are three ways in, over the same path:
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any, TypeAlias
 
 import msgspec
 
 from tokasaurus.errors import EngineAborted, EngineError, RequestError
 from tokasaurus.protocol.messages import MAX_PRIORITY
-from tokasaurus.server.errors import error_body, error_status
+from tokasaurus.server.errors import TimeIsUp, error_body, error_status
 from tokasaurus.server.operations.execution import Execution
 from tokasaurus.server.operations.heavy_work import MANY_CHARACTERS, in_thread_if
 from tokasaurus.server.operations.operation import Operation, Task
 from tokasaurus.server.operations.schemas import EngineRequest
-from tokasaurus.server.state import EngineState
+from tokasaurus.server.state import Engine, EngineState
+from tokasaurus.text.cartridges import FIELD as CARTRIDGES
+from tokasaurus.text.cartridges import Lease
 from tokasaurus.text.generations import Generations
 from tokasaurus.text.params import renamed
 from tokasaurus.text.preparation import Preparer
 
-__all__ = ["Executor"]
+__all__ = ["Executor", "Waiting"]
+
+Waiting: TypeAlias = Callable[[Coroutine[Any, Any, Lease]], Awaitable[Lease]]
+"""Waits for a lease, or gives up: then it cancels the wait and raises why."""
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +58,7 @@ class Executor:
         share: Callable[[str | None], str],
         max_priority: int,
         name: str = "",
+        waiting: Waiting | None = None,
     ) -> Execution:
         """Starts a client's request, if the engine has room for it.
 
@@ -61,21 +68,26 @@ class Executor:
             share: the client whose share of the engine a request takes, by the user that it names.
             max_priority: by how much the request may outrank the default priority.
             name: of the request, by which it may be aborted.
+            waiting: waits for the request's cartridges, and may give up.
 
         Raises:
             RequestError: the request is wrong; names the field.
             EngineError: the engine cannot serve, or has no room.
         """
         engine = self._state.engine()
-        request = operation.read(body).within(max_priority)
+        request = _read(operation, body, max_priority, engine)
         client = share(request.user)
         # Asked before the prompts are tokenized, so that a flood of refusals is cheap.
         engine.generations.check_room(client)
-        task = await _task(operation, request, engine.preparer)
-        # Asked again: meanwhile the engine may have died, and other requests may have come.
-        table = self._state.engine().generations
-        table.check_room(client)
-        return _started(task, table, client, name)
+        task = await self._prepared(operation, request, engine, client, waiting)
+        try:
+            # Asked again: meanwhile the engine may have died, and other requests may have come.
+            table = self._state.engine().generations
+            table.check_room(client)
+            return _started(task, table, client, name)
+        except BaseException:
+            task.release()
+            raise
 
     def check_room(self, client: str) -> None:
         """Raises EngineError if no further request of this client may start."""
@@ -89,16 +101,19 @@ class Executor:
             body: decoded JSON, of any shape.
             max_priority: by how much the request may outrank the default priority.
 
+        Returns:
+            The task. It must be started or released.
+
         Raises:
             RequestError: the request is wrong; names the field.
             EngineError: the engine cannot serve.
         """
         engine = self._state.engine()
-        request = operation.read(body).within(max_priority)
-        return await _task(operation, request, engine.preparer)
+        request = _read(operation, body, max_priority, engine)
+        return await self._prepared(operation, request, engine, "")
 
     def start(self, task: Task, client: str | None = None) -> Execution:
-        """Sends the prompts to the engine.
+        """Sends the prompts to the engine. The task is released with its execution.
 
         Args:
             task: as prepared.
@@ -107,7 +122,11 @@ class Executor:
         Raises:
             EngineError: the engine cannot serve any more.
         """
-        return _started(task, self._state.engine().generations, client)
+        try:
+            return _started(task, self._state.engine().generations, client)
+        except BaseException:
+            task.release()
+            raise
 
     async def answer(self, path: str, body: Any, *, priority: int = 0) -> tuple[int, bytes]:
         """What the route would answer to this body. Cancelling it ends what runs for it.
@@ -135,6 +154,7 @@ class Executor:
                 limit = self._state.engine().preparer.config.max_request_priority
                 task = await self.prepare(operation, body, limit)
                 if task.stream is not None:
+                    task.release()
                     raise RequestError(
                         "stream must be false: there is no connection to stream to", "stream"
                     )
@@ -148,6 +168,43 @@ class Executor:
             if (status := error_status(error)) >= 500:
                 log.exception("a request to %s failed", path)
             return status, msgspec.json.encode(error_body(error))
+
+    async def _prepared(
+        self,
+        operation: Operation,
+        request: EngineRequest,
+        engine: Engine,
+        client: str,
+        waiting: Waiting | None = None,
+    ) -> Task:
+        """The task behind its cartridges. Raises RequestError, or EngineError."""
+        if not request.cartridge_specs:
+            return await _task(operation, request, engine.preparer)
+        acquiring = self._lease(request, engine)
+        with engine.generations.expecting(client):
+            lease = await (acquiring if waiting is None else waiting(acquiring))
+        try:
+            task = await _task(operation, request, engine.preparer.behind(lease.prefix))
+        except BaseException:
+            lease.release()
+            raise
+        return dataclasses.replace(task, lease=lease)
+
+    async def _lease(self, request: EngineRequest, engine: Engine) -> Lease:
+        if engine.prefixes is None:
+            raise RequestError("this engine has no cartridges", CARTRIDGES)
+        limit_s = engine.preparer.config.request_timeout_s
+        acquiring = asyncio.ensure_future(engine.prefixes.acquire(request.cartridge_specs))
+        with self._state.waiting(acquiring):
+            try:
+                return await asyncio.wait_for(acquiring, limit_s)
+            except asyncio.TimeoutError:
+                raise TimeIsUp(limit_s or 0.0) from None
+
+
+def _read(operation: Operation, body: Any, max_priority: int, engine: Engine) -> EngineRequest:
+    request = operation.read(body).within(max_priority)
+    return request.with_tags_read() if engine.preparer.config.cartridge_tags else request
 
 
 async def _task(operation: Operation, request: EngineRequest, preparer: Preparer) -> Task:

@@ -13,6 +13,7 @@ from typing import Any
 from tokasaurus.errors import RequestError
 from tokasaurus.server.operations.schemas import EngineRequest, parse
 from tokasaurus.server.operations.writer import AnswerWriter, StreamWriter
+from tokasaurus.text.cartridges import Lease
 from tokasaurus.text.preparation import PreparedRequest, Preparer
 
 __all__ = ["Operation", "Task"]
@@ -28,6 +29,8 @@ class Task:
         writer: writes the answer.
         stream: the same writer, if the client asked for a stream.
         names: the client's names for the prompts, one for each; empty if it gave none.
+        lease: of the cartridges before the prompts; None if there are none. It is released when
+            the task has run, or will not.
     """
 
     request: EngineRequest
@@ -35,6 +38,12 @@ class Task:
     writer: AnswerWriter
     stream: StreamWriter | None = None
     names: Sequence[str] = ()
+    lease: Lease | None = None
+
+    def release(self) -> None:
+        """The task has run, or will not. Harmless if called again."""
+        if self.lease is not None:
+            self.lease.release()
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,10 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from pydantic import Field
 
+from tokasaurus.cartridges.specification import CartridgeSpec
 from tokasaurus.errors import RequestError
 from tokasaurus.protocol.messages import MAX_PRIORITY, LogprobsMode
+from tokasaurus.server.operations.cartridges import CartridgeReference
 from tokasaurus.server.operations.fields import HARMLESS, without_harmless
 from tokasaurus.server.operations.strict import StrictSchema, validated
 from tokasaurus.text.params import SamplingParams
@@ -106,6 +108,19 @@ class EngineRequest(RequestBody):
         """Whether a grammar must be compiled, which may take a while."""
         return False
 
+    @property
+    def cartridge_specs(self) -> tuple[CartridgeSpec, ...]:
+        """The cartridges before its prompts, in order."""
+        return ()
+
+    def with_tags_read(self) -> EngineRequest:
+        """The request with the cartridges that tags in its system messages name.
+
+        Raises:
+            RequestError: a tag is wrong, or the request names cartridges in another way, too.
+        """
+        return self
+
     def within(self, max_priority: int) -> EngineRequest:
         """The request, if it may outrank the default priority by this; in a tier that it may have.
 
@@ -184,6 +199,8 @@ class GenerationRequest(EngineRequest):
     json_schema: Any = None
     regex: Any = None
     ebnf: Any = None
+    cartridges: list[CartridgeReference] | None = None
+    """Trained KV caches that come before the prompt, in this order; see docs/cartridges.md."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     metadata: Metadata | None = None
@@ -239,6 +256,10 @@ class GenerationRequest(EngineRequest):
     @property
     def needs_grammar(self) -> bool:
         return bool(self._forms)
+
+    @property
+    def cartridge_specs(self) -> tuple[CartridgeSpec, ...]:
+        return tuple(each.spec for each in self.cartridges or ())
 
     @property
     def num_bad_word_characters(self) -> int:

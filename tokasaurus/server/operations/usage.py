@@ -7,7 +7,15 @@ from typing import Any
 
 from tokasaurus.text.generation import Generation
 
-__all__ = ["usage"]
+__all__ = ["cartridge_tokens", "usage"]
+
+
+def cartridge_tokens(generations: Sequence[Generation]) -> dict[str, int]:
+    """The field that counts the tokens of cartridges, before each prompt; none without any."""
+    prefixes = [each.request.prefix for each in generations]
+    if prefixes[0] is None:
+        return {}
+    return {"cartridge_tokens": sum(each.num_tokens for each in prefixes if each is not None)}
 
 
 def usage(
@@ -28,7 +36,10 @@ def usage(
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_generated_tokens,
         "total_tokens": num_prompt_tokens + num_generated_tokens,
-        "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
+        "prompt_tokens_details": {
+            "cached_tokens": num_cached_tokens,
+            **cartridge_tokens(generations),
+        },
     }
     if num_reasoning_tokens is not None:
         counts["completion_tokens_details"] = {"reasoning_tokens": num_reasoning_tokens}

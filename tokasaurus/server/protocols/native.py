@@ -70,14 +70,14 @@ class NativeRequest(GenerationRequest):
                 "stream_options",
             )
 
-    def ids(self, tokenizer: Tokenizer) -> list[int]:
+    def ids(self, tokenizer: Tokenizer, *, behind_cartridge: bool = False) -> list[int]:
         """The prompt's tokens. Raises RequestError."""
         if isinstance(self.prompt, list):
             return self.prompt
         messages = [{"role": "user", "content": self.prompt}]
         if self.system is not None:
             messages.insert(0, {"role": "system", "content": self.system})
-        return tokenizer.render_chat(messages)
+        return tokenizer.render_chat(messages, behind_cartridge=behind_cartridge)
 
 
 class NativeWriter(StreamWriter):
@@ -156,7 +156,7 @@ class NativeWriter(StreamWriter):
 
 def prepare_native(request: NativeRequest, preparer: Preparer) -> PreparedRequest:
     """The prompt, ready to run. Raises RequestError."""
-    ids = request.ids(preparer.tokenizer)
+    ids = request.ids(preparer.tokenizer, behind_cartridge=preparer.prefix is not None)
     return preparer.prepare(ids, request.params(), default_temperature=CHAT_TEMPERATURE)
 
 

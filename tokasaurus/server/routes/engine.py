@@ -12,6 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.protocol.commands import FlushCache
+from tokasaurus.protocol.messages import Statistics
 from tokasaurus.server.control.commands import CommandRunner
 from tokasaurus.server.http.answers import json_answer
 from tokasaurus.server.state import EngineState
@@ -108,7 +109,7 @@ class EngineRoutes:
                     {
                         "num_running_prompts": state.num_running,
                         "backlog_eta_s": state.etas().backlog_s,
-                        **({} if counted is None else msgspec.structs.asdict(counted)),
+                        **({} if counted is None else _totals(counted)),
                     }
                 ],
             }
@@ -164,3 +165,10 @@ class EngineRoutes:
             "root": self._config.model_root,
             "max_model_len": self._config.max_request_tokens,
         }
+
+
+def _totals(counted: Statistics) -> dict[str, Any]:
+    """The manager's counters, without those of single cartridges, which /v1/cartridges has."""
+    fields = msgspec.structs.asdict(counted)
+    del fields["cartridges"]
+    return fields

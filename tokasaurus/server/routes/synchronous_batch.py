@@ -24,10 +24,21 @@ from tokasaurus.server.operations.executor import Executor
 from tokasaurus.server.operations.operation import Task
 from tokasaurus.text.params import MAX_SAMPLES
 
-__all__ = ["SynchronousBatch"]
+__all__ = ["BATCH_SCHEMA", "SynchronousBatch", "is_batch"]
 
-PATH = "/custom/synchronous-batch-completions"
+PATHS = (
+    "/custom/synchronous-batch-completions",
+    "/custom/cartridge/synchronous-batch-completions",
+)
+_REQUESTS = "requests"
 
+BATCH_SCHEMA = {
+    "type": "object",
+    "properties": {
+        _REQUESTS: {"type": "array", "items": {"$ref": "#/components/schemas/ChatRequest"}}
+    },
+    "required": [_REQUESTS],
+}
 _JSON, _MSGPACK, _PICKLE = "application/json", "application/msgpack", "application/x-pickle"
 _NAMES = {
     _JSON: _JSON,
@@ -52,32 +63,50 @@ class SynchronousBatch:
 
     def router(self) -> APIRouter:
         router = APIRouter()
-        items = {"type": "array", "items": {"$ref": "#/components/schemas/ChatRequest"}}
-        schema = {"type": "object", "properties": {"requests": items}, "required": ["requests"]}
-        body = {"required": True, "content": {_JSON: {"schema": schema}}}
-        router.add_api_route(
-            PATH,
-            self.answer,
-            methods=["POST"],
-            response_model=None,
-            openapi_extra={"requestBody": body},
-        )
+        body = {"required": True, "content": {_JSON: {"schema": BATCH_SCHEMA}}}
+        for path in PATHS:
+            router.add_api_route(
+                path,
+                self.answer,
+                methods=["POST"],
+                response_model=None,
+                openapi_extra={"requestBody": body},
+            )
         return router
 
     async def answer(self, request: Request) -> Response:
         """Answers a list of chats with a list of completions, as JSON or, by Accept, as msgpack."""
+        return await self.answer_to(request, await read_json(request))
+
+    async def answer_to(self, request: Request, body: Any) -> Response:
+        """The same, where the body has been read."""
         media_type = _media_type(request.headers.get("accept", ""), self._default)
-        bodies = _requests(await read_json(request))
+        bodies = _requests(body)
         client = share_of(request.scope, None)
         # Asked before the prompts are tokenized, so that a flood of refusals is cheap, and after.
         self._executor.check_room(client)
-        tasks = await self._prepare(bodies, max_priority_of(request.scope))
-        self._executor.check_room(client)
-        answers = await until_disconnect(request.receive, self._answers(tasks, client))
+        working = self._all(bodies, client, max_priority_of(request.scope))
+        answers = await until_disconnect(request.receive, working)
         content = await asyncio.to_thread(_encode, answers, media_type)
         return Response(content, media_type=media_type)
 
-    async def _prepare(self, bodies: Sequence[Any], max_priority: int) -> list[Task]:
+    async def _all(self, bodies: Sequence[Any], client: str, max_priority: int) -> list[bytes]:
+        with contextlib.ExitStack() as stack:
+            tasks = await self._prepare(bodies, max_priority, stack)
+            self._executor.check_room(client)
+            executions = [stack.enter_context(self._executor.start(task, client)) for task in tasks]
+            answers = []
+            for position, execution in enumerate(executions):
+                try:
+                    answers.append(await execution.answer())
+                except RequestError as error:
+                    raise _at(position, error) from None
+            return answers
+
+    async def _prepare(
+        self, bodies: Sequence[Any], max_priority: int, stack: contextlib.ExitStack
+    ) -> list[Task]:
+        """All chats, ready to run. The stack releases them."""
         tasks = []
         num_samples = 0
         for position, body in enumerate(bodies):
@@ -85,6 +114,7 @@ class SynchronousBatch:
                 await asyncio.sleep(0)  # lets other requests run
             try:
                 task = await self._executor.prepare(self._chat, body, max_priority)
+                stack.callback(task.release)
                 if task.stream is not None:
                     raise RequestError("stream must be false in a synchronous batch", "stream")
             except RequestError as error:
@@ -98,16 +128,10 @@ class SynchronousBatch:
             tasks.append(task)
         return tasks
 
-    async def _answers(self, tasks: Sequence[Task], client: str) -> list[bytes]:
-        with contextlib.ExitStack() as stack:
-            executions = [stack.enter_context(self._executor.start(task, client)) for task in tasks]
-            answers = []
-            for position, execution in enumerate(executions):
-                try:
-                    answers.append(await execution.answer())
-                except RequestError as error:
-                    raise _at(position, error) from None
-            return answers
+
+def is_batch(body: Any) -> bool:
+    """Whether a decoded body is one of a synchronous batch, and not a single chat."""
+    return isinstance(body, dict) and _REQUESTS in body
 
 
 def _requests(body: Any) -> list[Any]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import model_validator
 
 from tokasaurus.errors import RequestError
+from tokasaurus.server.operations.cartridges import CartridgeReference, without_tags
 from tokasaurus.server.operations.strict import StrictSchema
 from tokasaurus.server.protocols.tools.request import Tool, ToolCall
 from tokasaurus.text.tokenizer import Tokenizer
@@ -37,6 +39,7 @@ _EMPTY_FIELDS = frozenset(
         "tool_calls",
     }
 )
+_SYSTEM_ROLES = frozenset({"system", "developer"})
 _MAY_BE_EMPTY = frozenset({"assistant", "function", "tool"})
 """The roles of messages that clients repeat from models and tools, which may have said nothing."""
 
@@ -113,6 +116,30 @@ class ChatMessage(StrictSchema):
         calls = 0 if self.tool_calls is None else len(str(self.tool_calls))
         return sum(len(text) for text in texts if text is not None) + calls
 
+    def without_tags(self, where: str) -> tuple[ChatMessage, list[CartridgeReference]]:
+        """The message without the tags that name cartridges, and what they name.
+
+        Args:
+            where: the message is in the request, for errors.
+
+        Raises:
+            RequestError: a tag is wrong.
+        """
+        if self.role not in _SYSTEM_ROLES or self.content is None:
+            return self, []
+        if isinstance(self.content, str):
+            text, found = without_tags(self.content, where)
+            return (self.model_copy(update={"content": text}), found) if found else (self, [])
+        parts: list[TextPart | RefusalPart] = []
+        all_found: list[CartridgeReference] = []
+        for part in self.content:
+            if isinstance(part, TextPart):
+                text, found = without_tags(part.text, where)
+                part = part.model_copy(update={"text": text})
+                all_found += found
+            parts.append(part)
+        return self.model_copy(update={"content": parts}), all_found
+
     def for_template(self, where: str = "message") -> dict[str, Any]:
         """The message as the chat template sees it.
 
@@ -171,6 +198,8 @@ def rendered(
     messages: Sequence[Mapping[str, Any]],
     arguments: Mapping[str, Any],
     tools: Sequence[Mapping[str, Any]] = (),
+    *,
+    behind_cartridge: bool = False,
 ) -> list[int]:
     """Ids of a conversation, written by the chat template.
 
@@ -182,17 +211,19 @@ def rendered(
         messages: as the template sees them.
         arguments: of the template.
         tools: that the model may call.
+        behind_cartridge: as for ``Tokenizer.render_chat``.
 
     Raises:
         RequestError: the template refuses the messages.
     """
+    render = partial(tokenizer.render_chat, behind_cartridge=behind_cartridge)
     try:
-        return tokenizer.render_chat(messages, arguments, tools)
+        return render(messages, arguments, tools)
     except RequestError:
         mended = [_with_objects(message) for message in messages]
         if mended == messages:
             raise
-        return tokenizer.render_chat(mended, arguments, tools)
+        return render(mended, arguments, tools)
 
 
 def _with_objects(message: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -23,7 +23,9 @@ def _prepare(request: ChatRequest, preparer: Preparer) -> Task:
     ids = request.ids
     if ids is None:
         told = [tool.for_template() for tool in tools]
-        ids = rendered(tokenizer, for_template(request.messages or ()), arguments, told)
+        messages = for_template(request.messages or ())
+        is_behind = preparer.prefix is not None
+        ids = rendered(tokenizer, messages, arguments, told, behind_cartridge=is_behind)
     params = form.enforced(request.params())
     prompt = preparer.prepare(ids, params, default_temperature=CHAT_TEMPERATURE)
     make_parser = form.parser_maker(ids, params, tokenizer)

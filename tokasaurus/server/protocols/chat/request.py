@@ -125,6 +125,23 @@ class ChatRequest(GenerationRequest):
             names["chat_template_kwargs"] = "apply_chat_template_overrides"
         return names
 
+    def with_tags_read(self) -> ChatRequest:
+        read = [
+            message.without_tags(f"messages[{number}]")
+            for number, message in enumerate(self.messages or ())
+        ]
+        found = [reference for _, references in read for reference in references]
+        if not found:
+            return self
+        if self.cartridges:
+            raise RequestError(
+                "cartridges are named in the field and in tags of a system message; leave one out",
+                "cartridges",
+            )
+        return self.model_copy(
+            update={"messages": [message for message, _ in read], "cartridges": found}
+        )
+
     def check(self) -> None:
         super().check()
         if (self.messages is None) == (self.ids is None):

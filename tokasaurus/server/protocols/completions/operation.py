@@ -14,13 +14,16 @@ def _prepare(request: CompletionRequest, preparer: Preparer) -> Task:
     """Continues prompts."""
     tokenizer, config = preparer.tokenizer, preparer.config
     given = request.prompts()
-    special = request.add_special_tokens is not False
+    # A cartridge begins with the BOS token that the model expects.
+    special = request.add_special_tokens
+    if special is None:
+        special = preparer.prefix is None
     ids = [
         tokenizer.encode(each, add_special_tokens=special) if isinstance(each, str) else each
         for each in given
     ]
     prompts = [
-        preparer.prepare(each, request.params_for(len(each), config.max_request_tokens))
+        preparer.prepare(each, request.params_for(len(each), preparer.max_request_tokens))
         for each in ids
     ]
     echoes = None

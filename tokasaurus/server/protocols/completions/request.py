@@ -24,7 +24,8 @@ class CompletionRequest(GenerationRequest):
     best_of: int | None = None
     """Only 1 or ``n``: every sample is returned."""
     add_special_tokens: bool | None = None
-    """Add the special tokens that the model expects around a text. Default true."""
+    """Add the special tokens that the model expects around a text. Default true, or false behind
+    cartridges, which begin with them."""
 
     @property
     def num_logprobs(self) -> int | None:

@@ -66,7 +66,8 @@ def _prepare(request: ResponsesRequest, preparer: Preparer) -> Task:
         request, config, tokenizer.chat_template(arguments, with_tools=bool(tools))
     )
     told = [tool.for_template() for tool in tools]
-    ids = rendered(tokenizer, request.messages(), arguments, told)
+    is_behind = preparer.prefix is not None
+    ids = rendered(tokenizer, request.messages(), arguments, told, behind_cartridge=is_behind)
     params = form.enforced(request.params())
     prompt = preparer.prepare(ids, params, default_temperature=CHAT_TEMPERATURE)
     make_parser = form.parser_maker(ids, params, tokenizer)

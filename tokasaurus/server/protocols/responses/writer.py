@@ -14,6 +14,7 @@ from tokasaurus.errors import TokasaurusError
 from tokasaurus.server.operations.heavy_work import takes_long
 from tokasaurus.server.operations.logprobs import chat_logprobs
 from tokasaurus.server.operations.receipts import receipt_field
+from tokasaurus.server.operations.usage import cartridge_tokens
 from tokasaurus.server.operations.writer import StreamWriter
 from tokasaurus.server.protocols.tools.call_reader import CallBegins
 from tokasaurus.server.protocols.tools.parsing import AnswerParser, Text
@@ -309,7 +310,10 @@ class ResponsesWriter(StreamWriter):
             **receipt_field(generations),
             "usage": {
                 "input_tokens": generation.num_prompt_tokens,
-                "input_tokens_details": {"cached_tokens": generation.num_cached_tokens},
+                "input_tokens_details": {
+                    "cached_tokens": generation.num_cached_tokens,
+                    **cartridge_tokens([generation]),
+                },
                 "output_tokens": num_tokens,
                 "output_tokens_details": {"reasoning_tokens": num_thought},
                 "total_tokens": generation.num_prompt_tokens + num_tokens,
