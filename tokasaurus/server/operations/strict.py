@@ -78,8 +78,8 @@ def _as_request_error(error: ValidationError) -> RequestError:
         key=lambda each: (len(each["loc"]), not each["type"].endswith("_type")),
     )
     field = str(first["loc"][0])
-    if first["type"] == "missing":
-        return RequestError(f"{_path(first['loc'])} is required", field)
+    if first["type"] == "missing" and len(first["loc"]) == 1:
+        return RequestError(f"{field} is required", field)
     if first["type"] == "extra_forbidden":
         return RequestError(f"{_path(first['loc'])} is not a known field", field)
     said = f"{_path(first['loc'])} {_expectation(first)}, not {shown(first['input'])}"
