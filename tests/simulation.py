@@ -346,6 +346,8 @@ class World:
         assert (running.prefixes.leaf == -1).all()
         assert not running.in_flight.flights
         assert not running.claims.sequences()
+        assert not running.claims.aside()
+        assert not running.claims._refused_at
         assert running.pages.num_pinned == 0
         assert running.pages.num_available == self.config.num_pages
         assert running.pages.pool.references.sum() == running.pages.num_idle
@@ -946,6 +948,7 @@ class Simulation(World):
             num_pages=min(world.config.num_pages, 2 * ceil_div(longest, page_size))
             + chance.choice([6, 6, 9, 20]),
             max_request_tokens=longest,
+            share_wait_s=chance.choice([0.0, 0.005, 0.02, 1.0]),
         )
         habits = dataclasses.replace(
             world.habits,

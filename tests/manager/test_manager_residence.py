@@ -281,7 +281,7 @@ def test_whatever_fits_alone_runs_whatever_else_is_wanted() -> None:
 
 
 def test_a_request_with_a_cartridge_gets_its_turn_in_a_crowd_that_never_ends() -> None:
-    world = world_with({"a": 24}, num_pages=12, max_request_tokens=48)
+    world = world_with({"a": 24}, num_pages=12, max_request_tokens=48, share_wait_s=0.02)
     world.turn(*[make_request(i, prompt(8, i), 12) for i in range(10)])
     world.turn(behind("a", 100, 3, 8))
     request_id = 200
@@ -316,6 +316,59 @@ def test_requests_of_cartridges_that_do_not_fit_together_run_in_groups() -> None
     requests = [behind("ab"[i >= 6], i, 3, 4) for i in range(12)]
     finish_all(world, requests)
     assert written(world) == ["a", "b"]
+
+
+def test_requests_of_cartridges_that_do_not_fit_together_are_sorted_by_cartridge() -> None:
+    """For a while, those of the one that is there overtake those of the other."""
+    requests = [behind("ab"[i % 2], i, 3, 4) for i in range(12)]
+    for wait_s, num_writes in ((1.0, 2), (0.0, 12)):
+        with named(wait_s):
+            world = world_with(
+                dict.fromkeys("ab", 24), num_pages=12, max_request_tokens=48, share_wait_s=wait_s
+            )
+            finish_all(world, requests)
+            assert len(world.writes) == num_writes
+
+
+def test_sequences_overtake_one_that_waits_for_room_for_its_cartridge_until_it_has_waited() -> None:
+    world = world_with(
+        dict.fromkeys("ab", 24), num_pages=12, max_request_tokens=48, share_wait_s=0.02
+    )
+    world.finish(behind("a", 0, 3, 4))
+    world.turn(behind("a", 1, 3, 8))
+    world.turn(behind("b", 100, 3, 8))
+    request_id = 200
+    while not world.answers[100, 0].reason:
+        arrivals: list[FromServer] = []
+        if len(world.living) < 4:
+            arrivals = [behind("a", request_id, 3, 8)]
+            request_id += 1
+        world.turn(*arrivals, num_results=1)
+        assert request_id < 260, "it starves"
+    assert request_id > 204  # these came later, and came first
+    assert written(world)[:2] == ["a", "b"]
+    world.drain()
+
+
+@pytest.mark.parametrize("kind", ["abort", "drain", "pause"])
+def test_a_request_that_has_stepped_aside_can_be_ended_and_held_back(kind: str) -> None:
+    world = world_with(dict.fromkeys("ab", 24), num_pages=12, max_request_tokens=48)
+    world.turn(behind("a", 1, 3, 12))
+    world.turn(num_results=1)
+    world.turn(behind("b", 2, 3, 8), num_results=1)
+    assert world.manager._running.claims.aside()
+    if kind == "abort":
+        world.turn(AbortRequest(2))
+        assert world.answers[2, 0].reason is FinishReason.ABORT
+    else:
+        mode = PauseMode.DRAIN if kind == "drain" else PauseMode.KEEP
+        command = world.command(Pause(mode))
+        while command not in world.command_answers:
+            world.turn(num_results=1)
+        assert not world.answers[2, 0].reason
+        world.command(Resume())
+    assert kind == "pause" or not world.manager._running.claims.aside()
+    world.drain()
 
 
 def test_a_more_important_request_takes_the_pages_that_a_claim_keeps() -> None:

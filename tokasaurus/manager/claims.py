@@ -10,9 +10,17 @@ cartridge join. Meanwhile the sequence is parked, so the queue behind it goes on
 
 A claim keeps pages from others, so it can be dropped: for a sequence that comes before it in the
 order, or when running sequences need the pages.
+
+Where there is no room for a cartridge, the sequence *steps aside* for a while, and so do others of
+this cartridge. So sequences run whose cartridges are there, although they come later, and an engine
+does not change cartridges with each request. They are recalled when a cartridge is not used any
+more, and when the first of them has waited for long. A sequence that has waited for long does not
+step aside again: the queue waits behind it.
 """
 
 from __future__ import annotations
+
+import math
 
 from tokasaurus.manager.kv.cartridges import Cartridge, Cartridges
 from tokasaurus.manager.order import NO_ORDER
@@ -29,12 +37,20 @@ class Claims:
 
     Args:
         cartridges: of the replica.
+        wait_s: how long a sequence may step aside, in seconds of the device.
     """
 
-    def __init__(self, cartridges: Cartridges) -> None:
+    def __init__(self, cartridges: Cartridges, wait_s: float) -> None:
         self._cartridges = cartridges
+        self._wait_s = wait_s
         self._by_sequence: dict[Sequence, Cartridge] = {}
         self.woken: list[Sequence] = []
+        self._aside: dict[Sequence, None] = {}
+        # By sequence: when there was no room for its cartridge for the first time.
+        self._refused_at: dict[Sequence, float] = {}
+        self._refused: set[Cartridge] = set()  # since the last recall
+        self._recall_at = math.inf
+        self._num_let_go = 0  # of the cartridges, at the last recall
 
     def __contains__(self, sequence: Sequence) -> bool:
         return sequence in self._by_sequence
@@ -46,6 +62,11 @@ class Claims:
 
     def leave(self, sequence: Sequence) -> None:
         """A sequence has started or ended: its claim is over, if it has one."""
+        self._refused_at.pop(sequence, None)
+        self._aside.pop(sequence, None)
+        self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
         cartridge = self._by_sequence.pop(sequence, None)
         if cartridge is not None:
             self._cartridges.release(cartridge)
@@ -54,7 +75,7 @@ class Claims:
         """Takes the claim of a sequence, which begins anew in the queue."""
         if not self._by_sequence[sequence].is_there:
             self.woken.append(sequence)
-        self.leave(sequence)
+        self._release(sequence)
 
     def drop_all(self) -> None:
         """Takes all claims."""
@@ -68,6 +89,56 @@ class Claims:
     def sequences(self) -> list[Sequence]:
         """All sequences with a claim."""
         return list(self._by_sequence)
+
+    # --- no room ----------------------------------------------------------------------------------
+
+    @property
+    def is_any_aside(self) -> bool:
+        """Whether sequences have stepped aside."""
+        return bool(self._aside)
+
+    def aside(self) -> list[Sequence]:
+        """The sequences that have stepped aside."""
+        return list(self._aside)
+
+    def is_refused(self, cartridge: Cartridge) -> bool:
+        """Whether there was no room for a cartridge that is not in use, since the last recall."""
+        return cartridge in self._refused and not cartridge.num_holders
+
+    def step_aside(self, sequence: Sequence, cartridge: Cartridge, now: float) -> bool:
+        """There is no room for the cartridge of this sequence of the queue.
+
+        Args:
+            sequence: that wants it.
+            cartridge: its own.
+            now: seconds that the device has worked.
+
+        Returns:
+            Whether it steps aside: the caller parks it. Otherwise it has waited for long.
+        """
+        until = self._refused_at.setdefault(sequence, now) + self._wait_s
+        if now >= until:
+            return False
+        self._aside[sequence] = None
+        self._refused.add(cartridge)
+        self._recall_at = min(self._recall_at, until)
+        return True
+
+    def recall_is_due(self, now: float) -> bool:
+        """Whether there may be room for one that has stepped aside, or one has waited for long."""
+        if not self._aside:
+            return False
+        return now >= self._recall_at or self._cartridges.num_let_go != self._num_let_go
+
+    def recall(self) -> None:
+        """Wakes all that have stepped aside."""
+        self.woken += self._aside
+        self._aside.clear()
+        self._refused.clear()
+        self._recall_at = math.inf
+        self._num_let_go = self._cartridges.num_let_go
+
+    # --- order ------------------------------------------------------------------------------------
 
     def last(self) -> Sequence | None:
         """The sequence with a claim that comes last in the order; None if there are no claims."""

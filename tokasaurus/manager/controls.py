@@ -469,7 +469,7 @@ class Controls:
         for sequence in self._running.claims.sequences():
             if not sequence.has_begun:
                 self._running.claims.drop(sequence)
-        self._running.wake()
+        self._running.recall()
 
     def _done(
         self,

@@ -142,6 +142,10 @@ def _check_cartridges(running: RunningSequences, backlog: Backlog) -> None:
     for sequence in claiming:
         states = SequenceState.WAITING, SequenceState.PARKED
         _require(sequence.state in states, f"{sequence.name} claims a cartridge and does not wait")
+    for sequence in running.claims.aside():
+        is_parked = sequence.state is SequenceState.PARKED
+        _require(is_parked, f"{sequence.name} has stepped aside and is elsewhere")
+        _require(sequence not in running.claims, f"{sequence.name} has a claim and stepped aside")
 
 
 def _check_residence(running: RunningSequences, cartridge: Cartridge) -> None:
@@ -316,6 +320,7 @@ def _check_backlog(running: RunningSequences, backlog: Backlog) -> None:
         for sequence in running.claims.sequences()
         if sequence.request.cartridge is not None and not sequence.request.cartridge.is_there
     }
+    waits_for_pages.update(running.claims.aside())
     for sequence in living:
         if sequence.state is SequenceState.PARKED:
             _require(

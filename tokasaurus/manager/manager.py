@@ -235,7 +235,7 @@ class Manager:
             batch = self._scheduler.plan(now)
             if batch is not None:
                 orders.append(batch)
-            if self._scheduler.has_claimed:
+            if self._scheduler.may_find_more:
                 orders += self._controls.write_cartridges(now)
             elif batch is None:
                 break

@@ -80,7 +80,7 @@ class RunningSequences:
         self.weights_version = 0
         self.pages = PageAllocator(config.num_pages, config.page_size, self.weights_version)
         self.cartridges = Cartridges(self.pages)
-        self.claims = Claims(self.cartridges)
+        self.claims = Claims(self.cartridges, config.share_wait_s)
         self.table_changes = TableChanges(self.slots)
         # Of prompts, as far as they were found in the cache or fed.
         self.prefixes = SharedPrefixes(config.num_slots)
@@ -145,6 +145,25 @@ class RunningSequences:
             raise ProtocolError(f"{sequence.name} has no cartridge to wait for")
         self.claims.add(sequence, cartridge)
         self.in_progress.leave(sequence)
+
+    def step_aside(self, sequence: Sequence) -> bool:
+        """There is no room for the cartridge of a sequence of the queue.
+
+        Returns:
+            Whether it gives way to those behind it for now: then the caller parks it.
+        """
+        cartridge = sequence.request.cartridge
+        if cartridge is None:
+            return False
+        if not self.claims.step_aside(sequence, cartridge, self._counters.device_s):
+            return False
+        self.in_progress.leave(sequence)
+        return True
+
+    def recall(self) -> None:
+        """Lets sequences back into the queue that gave way because of their cartridges."""
+        self.claims.recall()
+        self.wake()
 
     def hold_cartridge(self, leader: Sequence, count: int) -> None:
         """This number of samples of a request is about to enter slots, perhaps with its leader."""

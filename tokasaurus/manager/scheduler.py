@@ -142,7 +142,8 @@ class Scheduler:
     """The planner of one replica.
 
     Attributes:
-        has_claimed: whether the last plan has claimed a cartridge: the next may find more to run.
+        may_find_more: whether the last plan has taken a sequence out of the way because of its
+            cartridge: the next plan may find more to run.
 
     Args:
         config: the manager's slice.
@@ -177,11 +178,12 @@ class Scheduler:
         self._lanes = Lanes(config.num_lanes, running.slots) if config.num_lanes > 1 else None
         self._prompt_budget = PromptBudget(config, running, backlog, admission)
         self._max_running = config.max_running
-        self.has_claimed = False
+        self.may_find_more = False
 
     def plan(self, now: float) -> ForwardBatch | None:
         """Plans the next batch and counts it as sent; None if there is nothing to run."""
-        self.has_claimed = False
+        self.may_find_more = False
+        self._recall()
         self._backlog.review_places()
         wanted = self._wanted_by_head()
         while wanted is not None and (victims := self._in_the_way_of(wanted)).size:
@@ -204,6 +206,13 @@ class Scheduler:
         if self._config.force_preemption:
             self.preempt(self._victims_without_need(batch.number))
         return batch
+
+    def _recall(self) -> None:
+        claims = self._running.claims
+        if claims.is_any_aside and (
+            self._is_empty or claims.recall_is_due(self._counters.device_s)
+        ):
+            self._running.recall()
 
     @property
     def num_lanes(self) -> int:
@@ -552,9 +561,18 @@ class Scheduler:
             sequence, following = following, next(queue, None)
             if headroom.is_used_up or sequence.order > first_order or len(waiting) == _MAX_PARKED:
                 break
-            start, cartridge = self._start_of(sequence), sequence.request.cartridge
+            cartridge = sequence.request.cartridge
+            is_refused = cartridge is not None and self._running.claims.is_refused(cartridge)
+            if is_refused and self._running.step_aside(sequence):
+                waiting.append(sequence)
+                continue
+            start = self._start_of(sequence)
             num_needed = self._make_room(start, headroom)
             if num_needed > headroom.num_pages:
+                is_cartridge_too_large = self._num_needed(start) <= headroom.num_pages
+                if is_cartridge_too_large and self._running.step_aside(sequence):
+                    waiting.append(sequence)
+                    continue
                 break
             if cartridge is not None and not cartridge.num_holders:
                 offers.append(_claim_offer(start, num_needed))
@@ -666,6 +684,8 @@ class Scheduler:
         num_rows = self._admission.num_admissible([offer.candidate for offer in offers])
         if self._is_empty or offers[0].candidate.sequence is overdue:
             num_rows = max(num_rows, 1)
+        if offers[-1].claims and num_rows == sum(each.candidate.num_rows for each in offers[:-1]):
+            self._refuse_claim(offers[-1].candidate.sequence)
         accepted: list[_Offer] = []
         for offer in offers:
             if num_rows <= 0:
@@ -686,12 +706,18 @@ class Scheduler:
             self._running.hold_cartridge(offer.chunk.sequence, len(offer.entering))
         return accepted
 
+    def _refuse_claim(self, sequence: Sequence) -> None:
+        """The forecast has room for all before this sequence, and none for its cartridge."""
+        if self._running.step_aside(sequence):
+            self._backlog.park(sequence)
+            self.may_find_more = True
+
     def _claim(self, sequence: Sequence) -> None:
         """Keeps the pages of a cartridge for the head of the queue, which starts when it is there.
 
         Until then the queue behind it goes on.
         """
-        self.has_claimed = True
+        self.may_find_more = True
         cartridge = sequence.request.cartridge
         is_there = cartridge is not None and cartridge.is_there
         self._running.set_aside(sequence)

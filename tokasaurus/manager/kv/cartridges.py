@@ -167,6 +167,9 @@ class Cartridge(Pin):
 class Cartridges:
     """The cartridges of one replica, by name.
 
+    Attributes:
+        num_let_go: how often one came to be idle.
+
     Args:
         pages: where their pages come from.
     """
@@ -177,6 +180,7 @@ class Cartridges:
         self._by_name: dict[str, Cartridge] = {}
         # Those that were given pages since ``take_unwritten``.
         self._unwritten: dict[Cartridge, None] = {}
+        self.num_let_go = 0
         self._past = Tally()  # of those that were removed
 
     def find(self, name: str) -> Cartridge | None:
@@ -256,6 +260,7 @@ class Cartridges:
         cartridge.num_holders -= count
         if not cartridge.num_holders:
             self._pages.let_go(cartridge)
+            self.num_let_go += 1
 
     def take_unwritten(self) -> list[Cartridge]:
         """The cartridges in use whose pages nothing writes yet; they must be written now."""
