@@ -41,10 +41,10 @@ class Address:
         Raises:
             ConfigError: the URL is none.
         """
-        url = (base_url or os.environ.get(BASE_URL_VARIABLE) or _DEFAULT).strip().rstrip("/")
+        url = (base_url or os.environ.get(BASE_URL_VARIABLE) or _DEFAULT).strip()
         if "://" not in url:
             url = f"http://{url}"
-        url = url.removesuffix("/v1").rstrip("/")
+        url = url.rstrip("/").removesuffix("/v1").rstrip("/")
         try:
             parts = urlsplit(url)
             usable = parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query
