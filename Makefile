@@ -123,7 +123,7 @@ test-sources: install
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 	        -e '.[s3]' moto==5.2.5 flask==3.1.3 flask-cors==6.0.5; }
 	@echo "==> pytest, cartridges in S3"
-	@$(BIN)/pytest -m s3 tests/cartridges $(ARGS)
+	@$(BIN)/pytest -m s3 tests/cartridges tests/launch/test_cartridge_sources.py $(ARGS)
 
 # Without PyTorch's own index, TORCH_INDEX=https://pypi.org/simple does, with gigabytes of CUDA.
 TORCH_INDEX ?=

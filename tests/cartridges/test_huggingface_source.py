@@ -2,53 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 
 import pytest
+from cartridge_hosts import COMMIT, Hub
 from fetching import failure, fetch, refusal, with_http
 from file_server import Answer, file_server
 from huggingface_hub import constants
 from rows import check_each
 
 from tokasaurus.cartridges.sources.huggingface import HuggingFaceSource
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub:
-    """A stand-in for the Hub with one repository."""
-
-    def __init__(self, server, name="hazyresearch/cartridge-wauoq23f"):
-        self.server, self.name = server, name
-        self.files = {}
-        server.answers.clear()
-        server.questions.clear()
-        for address in (f"/api/models/{name}", f"/api/models/{name}/revision/main"):
-            server.answers[address] = lambda question: self.describe()
-
-    def put(self, name, data, is_large=True):
-        self.files[name] = (data, is_large)
-        path = f"/{self.name}/resolve/{COMMIT}/{name}"
-        if is_large:  # other hosts have large files
-            self.server.answers[path] = Answer(
-                status=302, headers={"Location": f"{self.server.url}/bucket/{name}?signature=s"}
-            )
-            self.server.answers[f"/bucket/{name}"] = Answer(data)
-        else:
-            self.server.answers[path] = Answer(data)
-
-    def describe(self):
-        siblings = []
-        for name, (data, is_large) in self.files.items():
-            each = {"rfilename": name, "size": len(data), "blobId": hashlib.sha1(data).hexdigest()}
-            if is_large:
-                digest = hashlib.sha256(data).hexdigest()
-                each["lfs"] = {"sha256": digest, "size": len(data), "pointerSize": 134}
-            siblings.append(each)
-        return Answer.json(
-            {"id": self.name, "modelId": self.name, "sha": COMMIT, "siblings": siblings}
-        )
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +103,7 @@ def test_what_is_not_there_is_refused_by_name(hub, asking):
 
     rows = [
         ("owner/gone", "there is no repository owner/gone at .*; check the id, .*HF_TOKEN"),
+        ("owner/plain", "there is no repository owner/plain at .*; check the id, .*HF_TOKEN"),
         ("owner/gated", "owner/gated is gated: ask for access"),
         (f"{hub.name}@v9", "no branch, tag or commit 'v9'"),
         (f"{hub.name}:d.pt", "has no file 'd.pt'"),

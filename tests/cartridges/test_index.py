@@ -32,12 +32,12 @@ while time.monotonic() < end:
     key = index.key("local", name)
     if action < 0.3:
         try:
-            commit(index, name, f"{{rng.randrange(8):064d}}", rng.random() / 50)
+            commit(index, name, f"{{rng.randrange(60):064d}}", rng.random() / 50)
         except ValueError:
             pass  # all that is stored is in use
     elif action < 0.4:
         index.remove(key)
-    elif action < 0.8:
+    elif action < 0.65:
         record = index.find(key)
         if record is not None and index.pin(record.metadata.digest):
             used.append(record.metadata.digest)
@@ -87,6 +87,16 @@ def test_a_version_stays_while_a_name_or_a_pin_has_it(tmp_path):
     assert not index.pin("1")
     with pytest.raises(ValueError, match="not in use"):
         index.unpin("1")
+
+
+def test_a_name_that_means_another_version_by_now_is_not_removed(tmp_path):
+    index = Index(tmp_path, None)
+    key = index.key("local", "a")
+    commit(index, "a", "1")
+    index.remove(key, "2")
+    assert index.find(key) is not None
+    index.remove(key, "1")
+    assert index.find(key) is None
 
 
 def test_a_version_without_a_name_can_be_committed(tmp_path):

@@ -146,7 +146,7 @@ def test_a_large_file_is_read_in_pieces(tmp_path):
         for name in ("trainable_keys", "trainable_values")
     }
     torch.save(saved, tmp_path / "file")
-    metadata = read(tmp_path / "file", tmp_path / "target")
+    metadata = read_here(tmp_path / "file", tmp_path / "target").metadata
     assert metadata.num_bytes == 2 * 8 * 20_000 * 128 * 2
     found = load_file(tmp_path / "target")
     for kind in ("keys", "values"):

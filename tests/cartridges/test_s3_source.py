@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-import socket
-import subprocess
-import sys
-import time
-from contextlib import closing
 
 import pytest
+from cartridge_hosts import s3_server
 from fetching import failure, fetch, refusal
 from rows import check_each
 
@@ -21,27 +17,8 @@ pytestmark = pytest.mark.s3
 
 @pytest.fixture(scope="module")
 def endpoint():
-    with closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        for _ in range(600):
-            try:
-                socket.create_connection(("127.0.0.1", port)).close()
-            except OSError:
-                assert server.poll() is None, "the S3 server has ended"
-                time.sleep(0.05)
-            else:
-                break
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait()
+    with s3_server() as url:
+        yield url
 
 
 @pytest.fixture

@@ -3,54 +3,15 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 
 import pytest
+from cartridge_hosts import Wandb
 from fetching import failure, fetch, refusal, with_http
 from file_server import Answer, file_server
 from rows import check_each
 
 from tokasaurus.cartridges.sources.wandb import WandbSource
-
-
-class Wandb:
-    """A stand-in for W&B, which gives the files of a run two at a time."""
-
-    def __init__(self, server):
-        self.server = server
-        self.runs = {}
-        server.answers.clear()
-        server.questions.clear()
-        server.answers["/graphql"] = self.query
-
-    def put(self, run, name, data, updated="2025-08-01T00:00:00"):
-        path = f"/files/{run}/{name}"
-        self.server.answers[path] = Answer(data)
-        node = {
-            "name": name,
-            "url": f"{self.server.url}{path}",
-            "sizeBytes": str(len(data)),
-            "updatedAt": updated,
-            "md5": None,
-        }
-        self.runs.setdefault(run, {})[name] = node
-
-    def query(self, question):
-        asked = json.loads(question.body)
-        names = asked["variables"]
-        assert question.method == "POST"
-        assert "project(name: $project, entityName: $entity)" in asked["query"]
-        files = self.runs.get(f"{names['entity']}/{names['project']}/{names['run']}")
-        if files is None:
-            return Answer.json({"data": {"project": {"run": None}}})
-        start = int(names["after"] or 0)
-        page = list(files.values())[start : start + 2]
-        info = {"endCursor": str(start + 2), "hasNextPage": start + 2 < len(files)}
-        edges = [{"node": each} for each in page]
-        return Answer.json(
-            {"data": {"project": {"run": {"files": {"edges": edges, "pageInfo": info}}}}}
-        )
 
 
 @pytest.fixture(scope="module")

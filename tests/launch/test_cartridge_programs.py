@@ -93,6 +93,16 @@ def test_a_cartridge_stands_for_the_text_that_it_was_made_of(flags, directory, m
         assert llm.generate(IDS, PARAMS, use_tqdm=False)[0].outputs == whole.outputs
 
 
+@pytest.mark.long
+def test_replicas_in_processes_have_cartridges_too(flags, directory):
+    named = {"id": "first.safetensors", "source": "local"}
+    with LLM(**flags, dp_size=2) as llm:
+        (whole,) = llm.generate(IDS, PARAMS, use_tqdm=False)
+        prompts = [IDS[N:]] * 8
+        for behind in llm.generate(prompts, PARAMS, use_tqdm=False, cartridges=[named]):
+            assert_alike(behind, whole)
+
+
 def test_calls_of_an_async_engine_share_a_cartridge(flags, directory):
     named = {"id": "first.safetensors", "source": "local"}
 

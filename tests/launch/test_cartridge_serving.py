@@ -91,6 +91,9 @@ def test_every_process_answers_behind_a_cartridge_as_behind_its_text(engine, fil
         assert_alike(answer, whole)
         details = answer["usage"]["prompt_tokens_details"]
         assert details["cartridge_tokens"] == N
+    # As veRL's configuration has it: a trainer's file among the temporary ones.
+    path = save_cartridge(model, IDS[:N], engine.private / "cartridge.pt")
+    assert_alike(behind(engine, IDS[N:], str(path)), whole)
     stream = {"prompt": IDS[N:], "cartridges": [{"id": "text.safetensors", "source": "local"}]}
     with httpx.stream(
         "POST",

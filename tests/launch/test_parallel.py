@@ -12,6 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engine_process import EngineProcess, eventually, running
+from text_cartridges import save_cartridge
+
+from tokasaurus.demo import MODEL_DIR
 
 pytestmark = pytest.mark.engine
 
@@ -27,8 +30,12 @@ GRIDS = [
 ]
 
 
-def ask(engine: EngineProcess) -> list[tuple[list[str], list[float]]]:
-    """Tokens and logprobs of every sample, of several requests at a time."""
+def ask(engine: EngineProcess, cartridge: Path) -> list[tuple[list[str], list[float]]]:
+    """Tokens and logprobs of every sample, of several requests at a time.
+
+    One of three is behind a cartridge.
+    """
+    behind = {"cartridges": [{"id": str(cartridge), "source": "local"}]}
 
     def one(number: int) -> list[tuple[list[str], list[float]]]:
         answer = engine.client(timeout=120).completions.create(
@@ -39,7 +46,7 @@ def ask(engine: EngineProcess) -> list[tuple[list[str], list[float]]]:
             temperature=0.0 if number % 2 else 0.8,
             seed=number,
             logprobs=0,
-            extra_body={"ignore_eos": True},
+            extra_body={"ignore_eos": True, **(behind if number % 3 == 0 else {})},
         )
         return [
             (choice.logprobs.tokens, choice.logprobs.token_logprobs) for choice in answer.choices
@@ -50,20 +57,29 @@ def ask(engine: EngineProcess) -> list[tuple[list[str], list[float]]]:
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list]:
-    with running(tmp_path_factory.mktemp("one"), *FLAGS) as engine:
-        yield ask(engine)
+def cartridge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The KV cache of a text whose tokens fill no whole number of pages."""
+    path = tmp_path_factory.mktemp("cartridge") / "text.safetensors"
+    return save_cartridge(MODEL_DIR, list(range(40, 77)), path)
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory, cartridge: Path) -> Iterator[list]:
+    flags = (*FLAGS, f"cartridge_roots={cartridge.parent}")
+    with running(tmp_path_factory.mktemp("one"), *flags) as engine:
+        yield ask(engine, cartridge)
 
 
 @pytest.mark.parametrize(("dp", "pp", "tp"), GRIDS)
 def test_several_devices_give_what_one_gives(
-    tmp_path: Path, expected: list, dp: int, pp: int, tp: int
+    tmp_path: Path, expected: list, cartridge: Path, dp: int, pp: int, tp: int
 ) -> None:
-    flags = (*FLAGS, f"dp_size={dp}", f"pp_size={pp}", f"tp_size={tp}")
+    grid = (f"dp_size={dp}", f"pp_size={pp}", f"tp_size={tp}")
+    flags = (*FLAGS, *grid, f"cartridge_roots={cartridge.parent}")
     engine = EngineProcess(tmp_path / "toka.log", *flags)
     try:
         engine.wait_ready()
-        found = ask(engine)
+        found = ask(engine, cartridge)
         for (tokens, logprobs), (expected_tokens, expected_logprobs) in zip(
             found, expected, strict=True
         ):

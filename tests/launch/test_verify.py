@@ -13,6 +13,7 @@ import pytest
 import torch
 from checkpoints import edit_json, make_checkpoint
 from safetensors.torch import load_file, save_file
+from text_cartridges import save_cartridge
 
 from tokasaurus import LLM, AsyncLLM, SamplingParams
 from tokasaurus.errors import RequestError
@@ -328,3 +329,36 @@ def test_new_weights_are_in_the_next_receipt(model, tmp_path, verify):
     status, said = verify(after, f"model={model}", *SMALL)
     assert status == 1
     assert "weights: model.norm.weight differs" in said
+
+
+# --- cartridges -----------------------------------------------------------------------------------
+
+
+def test_a_receipt_of_a_request_with_cartridges_is_verified_with_their_files(
+    model, tmp_path, verify
+):
+    first = save_cartridge(model, PROMPT[:21], tmp_path / "first.safetensors")
+    second = save_cartridge(model, PROMPT[21:30], tmp_path / "second.safetensors")
+    files = [str(first), str(second)]
+    flags = {"cartridge_dir": str(tmp_path), "page_size": 16, "kv_cache_num_tokens": 4096}
+    with LLM(model, **flags) as llm:
+        outputs = llm.generate([PROMPT], ASKED, use_tqdm=False, cartridges=files)
+    receipt = outputs[0].receipt
+    assert len(receipt["request"][0]["cartridges"]) == 2
+    named = f"cartridges={','.join(files)}"
+    status, said = verify(receipt, *SMALL, named)
+    assert (status, said) == (0, "verified: 24 tokens in 2 samples\n")
+    status, said = verify(receipt, *SMALL, f"cartridges={','.join(reversed(files))}")
+    assert status == 1
+    assert "cartridges" in said
+    for given, problem in ((), "0 are given"), ((f"cartridges={first}",), "1 are given"):
+        status, said = verify(receipt, *SMALL, *given)
+        assert status == 2
+        assert problem in said
+        assert "cartridges=FILE" in said
+
+
+def test_cartridges_for_a_receipt_without_any_are_refused(receipt, verify):
+    status, said = verify(receipt, *SMALL, "cartridges=a.pt")
+    assert status == 2
+    assert "has no cartridges" in said

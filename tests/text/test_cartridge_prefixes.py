@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import random
+from collections import Counter
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,6 +52,9 @@ class World:
             if type(action) in self.refusals:
                 on_done(self.refusals[type(action)])
                 continue
+            if isinstance(action, UnloadCartridge) and self.is_used(action.name):
+                on_done(Conflict("a request names it"))
+                continue
             if isinstance(action, LoadCartridge):
                 assert action.name not in self.known
                 self.known[action.name] = action.paths
@@ -59,6 +65,10 @@ class World:
 
     def named(self, *ids: str, force: bool = False) -> list[CartridgeSpec]:
         return [CartridgeSpec(each, "local", force) for each in ids]
+
+    def is_used(self, name: str) -> bool:
+        """Whether a request of the manager names a prefix."""
+        return False
 
     async def lease(self, *ids: str) -> Lease:
         return await self.cartridges.acquire(self.named(*ids))
@@ -297,3 +307,105 @@ async def test_wrong_requests_are_refused_before_a_manager_hears_of_them(world: 
     await asyncio.sleep(0)
     assert not world.sent
     assert not world.store.held
+
+
+# --- any order of events --------------------------------------------------------------------------
+
+
+KINDS = ("ask", "ask", "change", "delete", "release", "end", "answer", "cancel")
+
+
+class BusyWorld(World):
+    """Managers that answer late, and refuse to forget what requests named until just now."""
+
+    def __init__(self, source: random.Random) -> None:
+        super().__init__()
+        self.source = source
+        self.is_slow = True
+        self.leases: list[Lease] = []
+        self.ending: Counter[str] = Counter()  # requests that managers have not seen the end of
+        self.asking: list[asyncio.Future[Lease]] = []
+
+    def is_used(self, name: str) -> bool:
+        return bool(self.ending[name]) or any(each.prefix.name == name for each in self.leases)
+
+    async def act(self) -> None:
+        source, ids = self.source, ["a", "b", "c"]
+        kind = source.choice(
+            ("ask", "ask", "change", "delete", "release", "end", "answer", "cancel")
+        )
+        if kind == "ask":
+            specs = self.named(*source.sample(ids, source.randint(1, 2)))
+            self.asking.append(asyncio.ensure_future(self.cartridges.acquire(specs)))
+        elif kind == "change":
+            name = source.choice(ids)
+            self.store.put(name, source.randint(1, 9), f"{name}{source.randint(0, 2)}")
+        elif kind == "delete":
+            self.cartridges.forget("local", source.choice(ids))
+        elif kind == "release" and self.leases:
+            lease = self.leases.pop(source.randrange(len(self.leases)))
+            self.ending[lease.prefix.name] += 1
+            lease.release()
+        elif kind == "end":
+            self.ending.clear()
+        elif kind == "answer":
+            self.answer()
+        elif kind == "cancel" and self.asking:
+            source.choice(self.asking).cancel()
+        for _ in range(source.randint(0, 6)):
+            await asyncio.sleep(0)
+        self.collect()
+
+    def collect(self) -> None:
+        for task in [task for task in self.asking if task.done()]:
+            self.asking.remove(task)
+            if not task.cancelled():
+                self.leases.append(task.result())
+
+    def check(self) -> None:
+        """Whatever a request uses is known to the managers, and its files are held."""
+        for lease in self.leases:
+            assert lease.prefix.name in self.known
+            assert self.store.held.issuperset(lease.prefix.digests)
+        for paths in self.known.values():
+            assert {Path(path).stem for path in paths} <= self.store.held
+        assert all(count >= 0 for count in self.store.holds.values())
+
+    async def come_to_rest(self) -> None:
+        for lease in self.leases:
+            lease.release()
+        self.leases.clear()
+        for task in self.asking:
+            task.cancel()
+        self.ending.clear()
+        for _ in range(30):
+            self.answer()
+            await asyncio.sleep(0)
+            self.cartridges._unload_again()
+
+
+def test_any_order_of_events_leaves_nothing_behind() -> None:
+    async def run(seed: int) -> None:
+        world = BusyWorld(random.Random(seed))
+        for name in ("a", "b", "c"):
+            world.store.put(name, 5)
+        for _ in range(80):
+            await world.act()
+            world.check()
+        await world.come_to_rest()
+        uses = world.cartridges.uses()
+        assert not any(use.num_users for use in uses.values())
+        known = {prefix for use in uses.values() for prefix in use.prefixes}
+        assert known == {*world.known}
+        assert world.store.held == {*uses}
+        for name in ("a", "b", "c"):  # and then nothing stands for anything
+            world.cartridges.forget("local", name)
+        await world.come_to_rest()
+        assert not world.known
+        assert not world.store.held
+
+    for seed in range(150):
+        try:
+            asyncio.run(run(seed))
+        except Exception as error:
+            raise AssertionError(f"seed {seed}") from error

@@ -13,9 +13,11 @@ from tokasaurus.protocol.commands import (
     CommandDone,
     CommandFailed,
     FlushCache,
+    LoadCartridge,
     Pause,
     PauseMode,
     ReleaseMemory,
+    UnloadCartridge,
     UpdateWeights,
 )
 from tokasaurus.protocol.messages import (
@@ -254,6 +256,30 @@ def test_prompts_that_take_nothing_from_the_cache_go_where_the_least_work_is() -
         assert engine.last(1).request_id == 1, changes
 
 
+def test_requests_that_name_a_cartridge_go_where_its_pages_are() -> None:
+    # Whether another prompt may take hits or not: the cartridge is never computed.
+    for changes in ({}, {"num_prompt_logprobs": 0}, {"pooling": Pooling.MEAN}):
+        engine = Engine(3, num_seats=16)
+        engine.router.send(Command(1, LoadCartridge("c", ("file",), 1000)))
+        zero, one, two = engine.router.living
+        first = engine.submit(0, prompt=5, max_tokens=1, cartridge="c")
+        assert zero.work == 1000 + 5 + 1
+        engine.end(0, first, 0)
+        zero.work = 900
+        request = engine.submit(1, prompt=7, cartridge="c", **changes)
+        assert engine.last(0) is request, changes
+        assert zero.work == 900 + 7 + 20  # its positions are no work there
+        # A replica that is much busier does not get them all.
+        zero.work, one.work, two.work = 1601, 500, 400
+        request = engine.submit(2, prompt=5, cartridge="c", **changes)
+        assert engine.last(2) is request, changes
+        assert two.work == 400 + 1000 + 5 + 20
+        engine.router.send(Command(2, UnloadCartridge("c")))
+        request = engine.submit(3, prompt=5, cartridge="c")
+        assert engine.last(1) is request
+        assert one.work == 500 + 5 + 20
+
+
 def test_no_beginning_is_cached_after_a_flush_or_an_update() -> None:
     for action in (FlushCache(), UpdateWeights(1, ())):
         engine = Engine(num_seats=16)
@@ -408,17 +434,18 @@ def test_cartridges_are_merged_by_name() -> None:
         return msgspec.structs.replace(statistics(value, 0.5), cartridges=tuple(states))
 
     engine.router.absorb(0, having(1, a=3.0, b=4.0))
-    (message,) = engine.router.absorb(1, having(2, a=2.5, c=7.0))
-    assert message.cartridges == (
+    engine.router.absorb(1, having(2, a=2.5, c=7.0))
+    assert engine.router.statistics.cartridges == (
         CartridgeState("a", 5, *[3] * 7, 2.5),
         CartridgeState("b", 5, *[1] * 7, 4.0),
         CartridgeState("c", 5, *[2] * 7, 7.0),
     )
     engine.router.lost(0, "killed")
-    (message,) = engine.router.absorb(1, having(4, a=1.0))
-    assert message.cartridges == (CartridgeState("a", 5, *[4] * 7, 1.0),)
-    assert message.num_cartridge_loads == 5
-    assert message.num_cartridge_pages == 4
+    engine.router.absorb(1, having(4, a=1.0))
+    merged = engine.router.statistics
+    assert merged.cartridges == (CartridgeState("a", 5, *[4] * 7, 1.0),)
+    assert merged.num_cartridge_loads == 5
+    assert merged.num_cartridge_pages == 4
 
 
 def test_a_version_and_a_pause_are_not_summed() -> None:

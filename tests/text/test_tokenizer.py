@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fake_engine import EOS_ID, TOKENIZER, VOCAB_SIZE, WRAPPED, with_config
 from rows import each_row
+from templates import TEMPLATES, TOOLS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -165,3 +167,43 @@ def test_many_threads_may_tokenize_at_once():
     alone = [TOKENIZER.encode(text) for text in texts]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(TOKENIZER.encode, texts * 5)) == alone * 5
+
+
+def with_template(source: str) -> server_tokenizer.Tokenizer:
+    """The tokenizer of tests with another chat template."""
+    wrapped = copy.deepcopy(WRAPPED)
+    wrapped.chat_template = source
+    return server_tokenizer.Tokenizer(wrapped, VOCAB_SIZE, [EOS_ID], trusts_templates=True)
+
+
+def test_chats_behind_a_cartridge_have_neither_bos_nor_dates():
+    """A cartridge has both; whatever else a template writes stays."""
+    chat = [{"role": "system", "content": " Be kind. "}, {"role": "user", "content": "hi"}]
+    begun = [*chat, {"role": "assistant", "content": "Well,"}]
+    head = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    system, user, assistant = map(head.format, ("system", "user", "assistant"))
+    plain = f"{system}Be kind.<|eot_id|>{user}hi<|eot_id|>{assistant}"
+    for name, messages, arguments, expected in (
+        ("llama_3", chat, {}, plain),
+        ("llama_3", begun, {}, f"{plain}Well,"),
+        ("llama_3", chat, {"add_generation_prompt": False}, plain.removesuffix(assistant)),
+        ("llama_3", chat, {"chat_template": "<s>own"}, "own"),
+        ("llama_3", chat, {"chat_template": "own<s>"}, "own<s>"),
+    ):
+        tokenizer = with_template(TEMPLATES[name])
+        ids = tokenizer.render_chat(messages, arguments, behind_cartridge=True)
+        assert tokenizer.decode_prompt(ids, special=True) == expected, arguments
+    for name, source in TEMPLATES.items():
+        if name == "llama_3":
+            continue
+        tokenizer = with_template(source)
+        whole = tokenizer.render_chat(chat[1:])
+        rest = whole[1:] if whole[0] == WRAPPED.bos_token_id else whole
+        assert tokenizer.render_chat(chat[1:], behind_cartridge=True) == rest, name
+
+
+def test_tools_behind_a_cartridge_are_described_by_the_models_own_template():
+    tokenizer = with_template(TEMPLATES["llama_3"])
+    chat = [{"role": "user", "content": "hi"}]
+    whole = tokenizer.render_chat(chat, None, TOOLS)
+    assert tokenizer.render_chat(chat, None, TOOLS, behind_cartridge=True) == whole[1:]

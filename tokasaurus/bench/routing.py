@@ -1,7 +1,7 @@
 """``toka-bench routing``: how conversations are dealt to replicas, the router against simpler ways.
 
     toka-bench routing
-    toka-bench routing clients=32,64 span_s=30 plot=docs/images/routing.svg
+    toka-bench routing plot=docs/images/routing.svg
 
 Replicas are real managers with simulated devices, in virtual time (``bench.fleet``), and clients
 hold conversations (``bench.conversations``). The ways to deal out requests:
@@ -103,7 +103,7 @@ class RoutingConfig:
 
     replicas: int = flag(4, minimum=1, help="Replicas behind the router.")
     clients: tuple[str, ...] = flag(
-        ("32", "64", "128", "256", "384"), help="Numbers of clients for each replica."
+        ("64", "128", "256", "384"), help="Numbers of clients for each replica."
     )
     policies: tuple[str, ...] = flag(
         tuple(POLICIES), choices=tuple(POLICIES), help="How requests are dealt to replicas."
@@ -122,8 +122,8 @@ class RoutingConfig:
     pause_s: float = flag(
         5.0, minimum=0.001, help="Seconds between an answer and the next turn, on average."
     )
-    warm_up_s: float = flag(60.0, minimum=0, help="Seconds before counting begins.")
-    span_s: float = flag(60.0, minimum=0.001, help="Seconds that are counted.")
+    warm_up_s: float = flag(30.0, minimum=0, help="Seconds before counting begins.")
+    span_s: float = flag(30.0, minimum=0.001, help="Seconds that are counted.")
     seed: int = flag(0, minimum=0, help="The seed of the conversations.")
     jobs: int | None = flag(
         None, minimum=1, help="How many runs at the same time.", adapts="the number of cores"

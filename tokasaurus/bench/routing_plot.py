@@ -73,7 +73,7 @@ def _panel(panel: Lines, left: int, top: int, colours: Mapping[str, str]) -> lis
     for count in sorted({count for count, _ in points}):
         parts.append(_text(x(count), bottom + 16, f"{count:,}", anchor="middle"))
     parts.append(_text(left + _WIDTH / 2, bottom + 34, panel.axis, anchor="middle"))
-    for name, line in panel.lines.items():
+    for name, line in reversed(list(panel.lines.items())):  # the first one on top
         where = " ".join(f"{x(count):.1f},{y(value):.1f}" for count, value in line)
         parts.append(
             f'<polyline points="{where}" fill="none" stroke="{colours[name]}" stroke-width="2"/>'

@@ -34,7 +34,7 @@ from tokasaurus.planner.cost_model import cost_model
 from tokasaurus.planner.lengths import DrawnLengths
 from tokasaurus.planner.simulated_device import STOP_ID, VOCAB_SIZE
 from tokasaurus.protocol.arrays import Int32Array
-from tokasaurus.protocol.messages import GenerateRequest, Sampling
+from tokasaurus.protocol.messages import Eta, GenerateRequest, Sampling
 from tokasaurus.text.replica_reports import Seats
 from tokasaurus.text.replicas import Replicas
 
@@ -148,8 +148,10 @@ def _print(config: ScalingConfig, cells: list[dict[str, Any]]) -> None:
     measured = ("server busy", "us to place", "us an update", "us a report")
     print(f"\nPredicted throughput, {config.cost}, {config.seats} sequences at once each\n")
     print(table((*heads, *measured), rows))
-    print("\nMeasured here: what the router takes for a request, an update of one sequence, and a")
-    print("report of statistics, of which each replica sends one a second. The rest is predicted.")
+    print(
+        "\nMeasured here: what the router takes for a request, an update of one sequence, and what"
+    )
+    print("a replica reports each second: statistics and a prediction. The rest is predicted.")
 
 
 def _manager_config(config: ScalingConfig) -> ManagerConfig:
@@ -203,15 +205,23 @@ class _Strangers:
 
 
 def _reports_us(config: ScalingConfig, num_replicas: int) -> float:
-    """CPU microseconds of the router for a report, if the sums are looked at once a second."""
+    """CPU microseconds of the router for what a replica reports in a second.
+
+    That is a prediction and statistics, of which the sums are looked at once a second.
+    """
     manager = _manager_config(config)
     report = Manager(manager).statistics()
     seats = Seats(manager.max_seqs_per_forward, manager.num_pages * manager.page_size)
     router = Replicas([lambda _: None] * num_replicas, [seats] * num_replicas)
+    clients = _Strangers(np.random.default_rng(config.seed))
+    for _ in range(num_replicas):  # each goes to another replica
+        router.send(clients.first())
+    prediction = Eta(np.zeros(0, np.int64), np.zeros(0, np.float64), 1.0)
     num_rounds = max(2, _NUM_REPORTS // num_replicas)
     started = time.process_time()
     for _ in range(num_rounds):
         for number in range(num_replicas):
+            router.absorb(number, prediction)
             router.absorb(number, report)
         assert router.statistics is not None
     return (time.process_time() - started) / num_rounds / num_replicas * 1e6

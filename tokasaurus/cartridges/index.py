@@ -155,13 +155,18 @@ class Index:
             # The version that the name meant before may have been its last name.
             self._drop_unnamed(but=record.metadata.digest)
 
-    def remove(self, key: str) -> NameRecord | None:
-        """Forgets a name; its version goes, too, if nothing names or uses it."""
+    def remove(self, key: str, digest: str | None = None) -> None:
+        """Forgets a name; its version goes, too, if nothing names or uses it.
+
+        Args:
+            key: of the name.
+            digest: the version that it must mean, or the name stays; None for any.
+        """
         with self._locked():
             record = self.find(key)
-            (self._names / key).unlink(missing_ok=True)
-            self._drop_unnamed()
-        return record
+            if digest is None or (record is not None and record.metadata.digest == digest):
+                (self._names / key).unlink(missing_ok=True)
+                self._drop_unnamed()
 
     # --- versions ---------------------------------------------------------------------------------
 

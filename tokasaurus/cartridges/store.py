@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import re
 import tempfile
@@ -141,17 +142,16 @@ class CartridgeStore:
         key = self._index.key(spec.source, spec.id)
         for _ in range(_NUM_TRIES):
             record = await self._on_disk(lambda: self._index.find(key))
-            if record is None or not record.is_upload:
-                must_look = spec.force_redownload or spec.source == "local"
-                if record is None or must_look:
-                    record = await self._renew(key, source, record, errors)
+            must_look = spec.force_redownload or spec.source == "local"
+            if record is None or (must_look and not record.is_upload):
+                record = await self._renew(key, source, record, errors)
             stored = await self._use(record)
             if stored is not None:
                 return stored
             # Another engine has deleted the version, or it made room for others.
             if record.is_upload:
                 raise errors.wrong("its file has been deleted; upload it again")
-            await self._on_disk(lambda: self._index.remove(key))
+            await self._on_disk(functools.partial(self._index.remove, key, record.metadata.digest))
         raise errors.unavailable("its version is deleted again and again; ask again later")
 
     def release(self, digest: str) -> None:

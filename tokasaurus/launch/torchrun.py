@@ -9,6 +9,7 @@ the first rank of a replica for the manager too. Ranks find rank 0 through torch
 
 from __future__ import annotations
 
+import datetime
 import ipaddress
 import json
 import logging
@@ -34,11 +35,13 @@ from tokasaurus.launch.remote.outposts import Outposts
 from tokasaurus.observability.logging import configure_logging
 from tokasaurus.protocol.role import Role
 
-__all__ = ["Rank", "main", "places_of", "rank_of"]
+__all__ = ["Rank", "address_of_rank_0", "main", "places_of", "rank_of"]
 
 log = logging.getLogger(__name__)
 
-_KEY = "tokasaurus/supervisor"  # in the store
+# In the store.
+_KEY = "tokasaurus/supervisor"
+_SEEN_KEY = "tokasaurus/rank-0-seen-from"
 _DEFAULT_PORT = "29500"
 # What srun says, by the names that torchrun uses.
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
@@ -133,6 +136,46 @@ def _store() -> Any:
     return next(iter(rendezvous("env://")))[0]
 
 
+def address_of_rank_0(name: str, rank: Rank, store: Any, timeout_s: float) -> str:
+    """The name or address by which this rank reaches rank 0, so that others reach this rank, too.
+
+    Doors listen where their outpost reaches the supervisor. Many machines know themselves by a name
+    that they resolve to loopback, and others to an address. So each rank says what the name is to
+    it, and one that gets loopback takes the address that another has got.
+
+    Args:
+        name: of rank 0's machine.
+        rank: this one.
+        store: of the job.
+        timeout_s: for the other ranks.
+
+    Raises:
+        LaunchError: some ranks have not come in time.
+    """
+    own = _resolved(name)
+    store.set(f"{_SEEN_KEY}/{rank.rank}", own)
+    if not _is_loopback(own) or name in ("localhost", own):
+        return name
+    keys = [f"{_SEEN_KEY}/{number}" for number in range(rank.world_size)]
+    try:
+        store.wait(keys, datetime.timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        raise LaunchError(
+            f"some of the {rank.world_size} ranks have not come within {timeout_s:g} s"
+        ) from error
+    seen = (store.get(key).decode() for key in keys)
+    return next((address for address in seen if not _is_loopback(address)), name)
+
+
+def _resolved(name: str) -> str:
+    """The first address of a machine, as this one sees it."""
+    return str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
 # --- rank 0 ---------------------------------------------------------------------------------------
 
 
@@ -140,14 +183,15 @@ def _launch(rank: Rank, store: Any, config: EngineConfig) -> RemoteLauncher:
     """Makes the launcher, tells the others where it is, and waits for them."""
     secret = secret_of(os.environ)
     name = os.environ["MASTER_ADDR"]
+    address = address_of_rank_0(name, rank, store, config.launch_timeout_s)
     outposts = Outposts(_listening_host(name), secret)
     launcher = RemoteLauncher(outposts, places_of(config))
     try:
         port = outposts.address[1]
         # Whoever reaches the store can read it. A secret that the user gave does not go there.
         told = None if SECRET_VARIABLE in os.environ else secret
-        store.set(_KEY, json.dumps({"host": name, "port": port, "secret": told}))
-        own = Outpost((name, port), secret, 0, rank.local_rank)
+        store.set(_KEY, json.dumps({"port": port, "secret": told}))
+        own = Outpost((address, port), secret, 0, rank.local_rank)
         threading.Thread(target=_run_own, args=(own,), name="outpost", daemon=True).start()
         launcher.await_outposts(config.launch_timeout_s)
     except BaseException:
@@ -168,9 +212,8 @@ def _listening_host(name: str) -> str:
 
     Many machines know themselves by a name that others resolve to something else than loopback.
     """
-    host = str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
-    is_local_name = name == "localhost" or name == host
-    if ipaddress.ip_address(host).is_loopback and not is_local_name:
+    host = _resolved(name)
+    if _is_loopback(host) and name not in ("localhost", host):
         return "0.0.0.0"
     return host
 
@@ -180,12 +223,14 @@ def _listening_host(name: str) -> str:
 
 def _serve_as_outpost(config: EngineConfig, rank: Rank, store: Any) -> int:
     configure_logging(f"outpost-{rank.rank}", config.log_level)
+    host = address_of_rank_0(os.environ["MASTER_ADDR"], rank, store, config.launch_timeout_s)
     found: Mapping[str, Any] = json.loads(store.get(_KEY))
     # A terminal's or a job's signal reaches every rank. Rank 0 obeys it, and dismisses the others.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    address = (found["host"], found["port"])
-    Outpost(address, _shared_secret(found["secret"]), rank.rank, rank.local_rank).run()
+    Outpost(
+        (host, found["port"]), _shared_secret(found["secret"]), rank.rank, rank.local_rank
+    ).run()
     return 0
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -62,6 +63,15 @@ class VerifyConfig(EngineConfig):
         help="A PEM file with the certificates to trust at url.",
         adapts="those that the system trusts",
     )
+    cartridges: tuple[str, ...] | None = flag(
+        None,
+        group=_GROUP,
+        help=(
+            "The files of the cartridges that the request has, in their order; with url, their "
+            "names there."
+        ),
+        usually="none",
+    )
 
 
 _SCHEMA = Schema(
@@ -83,6 +93,10 @@ _SCHEMA = Schema(
         "toka-verify receipt.json url=http://127.0.0.1:10210",
     ),
 )
+
+
+_NO_PARAMETERS = frozenset({"prompt_ids", "cartridges"})
+"""What a receipt's request has besides sampling parameters."""
 
 
 class _CannotVerify(Exception):
@@ -122,6 +136,7 @@ def _verify(words: list[str], environment: Mapping[str, str]) -> int:
     params = _params_of_all(receipt)
     words = [*_flags_of(receipt, params), *flags]
     config = parse(_SCHEMA, words, environment.get("OVERRIDES", ""))
+    _check_cartridges(receipt, config)
     again = _run_there(receipt, config) if config.url else _run_here(receipt, params, config)
     found = differences(receipt, again)
     for difference in sorted(found, key=lambda each: not each.decides):
@@ -175,6 +190,22 @@ def _flags_of(receipt: Mapping[str, Any], params: Sequence[SamplingParams]) -> l
     return [f"{name}={_written(value)}" for name, value in words.items()]
 
 
+def _check_cartridges(receipt: Mapping[str, Any], config: VerifyConfig) -> None:
+    """Raises ConfigError where a request with cartridges would run without them, or the reverse."""
+    digests = receipt["request"][0].get("cartridges", [])
+    given = config.cartridges or ()
+    if not isinstance(digests, list) or any(
+        each.get("cartridges", []) != digests for each in receipt["request"]
+    ):
+        raise NotAReceipt("the prompts of its request have different cartridges")
+    if len(digests) != len(given):
+        shown = ", ".join(str(digest)[:12] for digest in digests)
+        has = f"has cartridges with the digests {shown}" if digests else "has no cartridges"
+        raise ConfigError(
+            f"the request {has}, and {len(given)} are given; name as many with cartridges=FILE"
+        )
+
+
 def _written(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
@@ -204,7 +235,7 @@ def _params_of(request: Mapping[str, Any]) -> dict[str, Any]:
             f"its request has structured_outputs that are not JSON: {error}"
         ) from None
     return {
-        **{name: value for name, value in request.items() if name != "prompt_ids"},
+        **{name: each for name, each in request.items() if name not in _NO_PARAMETERS},
         "seed": int(seed),
         "structured_outputs": structured_outputs,
         "receipt": True,
@@ -242,12 +273,22 @@ def _run_here(
 
     model = config.model or "the bundled model"
     print(f"toka-verify: loading {_printable(model)}", file=sys.stderr)
+    paths = [Path(each).absolute() for each in config.cartridges or ()]
+    flags = {name: getattr(config, name) for name in flags_of(EngineConfig)}
     try:
-        with LLM(**{name: getattr(config, name) for name in flags_of(EngineConfig)}) as llm:
-            print("toka-verify: running the request again", file=sys.stderr)
-            prompts = [each["prompt_ids"] for each in receipt["request"]]
-            outputs = llm.generate(prompts, params, use_tqdm=sys.stderr.isatty())
-            return _joined([output.receipt for output in outputs])
+        with tempfile.TemporaryDirectory() as directory:
+            if paths:
+                roots = tuple(str(path.parent) for path in paths)
+                flags.update(cartridge_dir=directory, cartridge_roots=roots)
+            with LLM(**flags) as llm:
+                print("toka-verify: running the request again", file=sys.stderr)
+                outputs = llm.generate(
+                    [each["prompt_ids"] for each in receipt["request"]],
+                    params,
+                    use_tqdm=sys.stderr.isatty(),
+                    cartridges=[str(path) for path in paths],
+                )
+                return _joined([output.receipt for output in outputs])
     except TokasaurusError as error:
         raise _CannotVerify(f"the request cannot be run with {model}: {error}") from None
 
@@ -257,13 +298,19 @@ def _run_there(receipt: Mapping[str, Any], config: VerifyConfig) -> dict[str, An
     client = connect(_connection(config))
     receipts = []
     for request in receipt["request"]:
-        body = {**_params_of(request), "prompt": request["prompt_ids"]}
+        body = {**_params_of(request), "prompt": request["prompt_ids"], **_named(config)}
         try:
             answer: Any = client.post("/completions", body=body, cast_to=object)
         except openai.OpenAIError as error:
             raise _CannotVerify(explain(error, client)) from None
         receipts.append(answer.get("receipt") if isinstance(answer, dict) else None)
     return _joined(receipts)
+
+
+def _named(config: VerifyConfig) -> dict[str, Any]:
+    """The field of a request that has its cartridges; none without any."""
+    named = [{"id": each, "source": "local"} for each in config.cartridges or ()]
+    return {"cartridges": named} if named else {}
 
 
 def _connection(config: VerifyConfig) -> Connection:

@@ -12,8 +12,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from tokasaurus.cartridges.store import CartridgeStore
 from tokasaurus.errors import EngineDead, EngineNotReady
@@ -54,6 +56,7 @@ class EngineState:
         self._status = "loading"
         self._engine: Engine | None = None
         self._reason = ""
+        self._waiting: set[asyncio.Future[Any]] = set()
         self.metrics = Metrics(self.figures)
 
     def ready(
@@ -71,6 +74,7 @@ class EngineState:
         """New requests are refused from now on; those in flight go on."""
         if self._status != "dead":
             self._status = "draining"
+            self._end_waiting()
 
     def die(self, reason: str) -> None:
         """Every request in flight, and every later one, ends with this reason."""
@@ -79,6 +83,27 @@ class EngineState:
         self._status, self._reason = "dead", reason
         if self._engine is not None:
             self._engine.generations.fail_all(EngineDead(reason))
+        self._end_waiting()
+
+    @contextlib.contextmanager
+    def waiting(self, task: asyncio.Future[Any]) -> Iterator[None]:
+        """Surrounds the wait for what a request needs before it starts.
+
+        The task is cancelled when the engine drains or dies; then this raises what ``check``
+        raises.
+        """
+        self._waiting.add(task)
+        try:
+            yield
+        except asyncio.CancelledError:
+            self.check()
+            raise
+        finally:
+            self._waiting.discard(task)
+
+    def _end_waiting(self) -> None:
+        for task in [*self._waiting]:
+            task.cancel()
 
     async def drained(self) -> None:
         """Returns when nothing is in flight any more, or nothing of it can go on."""

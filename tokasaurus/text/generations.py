@@ -16,6 +16,7 @@ the last sample has come, or when the prompt is aborted.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ import msgspec
 import numpy as np
 
 from tokasaurus.config.slices import ServerConfig
-from tokasaurus.errors import EngineOverloaded, RequestError, TokasaurusError
+from tokasaurus.errors import RequestError, TokasaurusError
 from tokasaurus.protocol.commands import (
     Action,
     CommandDone,
@@ -51,6 +52,7 @@ from tokasaurus.text.commands import Commands, OnDone
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.numbering import process_of
 from tokasaurus.text.preparation import PreparedRequest
+from tokasaurus.text.queue_limit import check_queue
 from tokasaurus.text.receipts import Receipts
 from tokasaurus.text.samples import TokenLogprobs
 from tokasaurus.text.tokenizer import Tokenizer
@@ -60,7 +62,7 @@ if TYPE_CHECKING:
     from tokasaurus.text.relay import Relay
     from tokasaurus.text.replicas import Replicas
 
-__all__ = ["Etas", "Generations", "Watcher", "check_queue"]
+__all__ = ["Etas", "Generations", "Watcher"]
 
 # The manager holds this many times the sequences that can run: as many again may be draining, and
 # it must always have others to choose from.
@@ -138,7 +140,8 @@ class Generations:
         self._send = send
         self._watcher = watcher
         self._turnstile = Turnstile(send, _WAITING_ROUNDS * config.max_seqs_per_forward)
-        self._num_of_client: Counter[str] = Counter()  # prompts in flight
+        self._num_of_client: Counter[str] = Counter()  # prompts in flight, and expected ones
+        self._num_expected = 0
         self._table: dict[int, Generation] = {}
         self._next_id = first_id
         self._backlog_eta_s: float | None = None
@@ -203,6 +206,17 @@ class Generations:
         """Sequences held back from the manager, which has enough for now."""
         return self._turnstile.num_held
 
+    @contextlib.contextmanager
+    def expecting(self, client: str) -> Iterator[None]:
+        """Surrounds the wait for what a prompt needs before it starts: it counts as in flight."""
+        self._num_expected += 1
+        self._num_of_client[client] += 1
+        try:
+            yield
+        finally:
+            self._num_expected -= 1
+            self._forget_one(client)
+
     def check_room(self, client: str) -> None:
         """Checks that there is room for one more request.
 
@@ -215,7 +229,7 @@ class Generations:
         others = 1 - (client in self._num_of_client)
         check_queue(
             self.config.max_queued_requests,
-            num_prompts=len(self._table),
+            num_prompts=len(self._table) + self._num_expected,
             num_clients=self.num_clients + others,
             num_of_client=self.num_of(client),
             retry_after_s=lambda: self.retry_after_s,
@@ -348,13 +362,16 @@ class Generations:
 
     def _ended(self, generation: Generation, outcome: str) -> None:
         """Updates the counts after a generation has left the table, for any reason."""
-        self._num_of_client[generation.client] -= 1
-        if not self._num_of_client[generation.client]:
-            del self._num_of_client[generation.client]
+        self._forget_one(generation.client)
         num_tokens = generation.num_generated_tokens if outcome == "finished" else None
         self._turnstile.ended(generation.request_id, num_tokens)
         if self._watcher is not None:
             self._watcher.ended(generation, outcome)
+
+    def _forget_one(self, client: str) -> None:
+        self._num_of_client[client] -= 1
+        if not self._num_of_client[client]:
+            del self._num_of_client[client]
 
     # --- from the manager -------------------------------------------------------------------------
 
@@ -441,33 +458,6 @@ class Generations:
                 num_tokens=np.array(num_tokens, np.int32),
             )
         )
-
-
-def check_queue(
-    limit: int,
-    *,
-    num_prompts: int,
-    num_clients: int,
-    num_of_client: int,
-    retry_after_s: Callable[[], int],
-) -> None:
-    """Raises EngineOverloaded if there is no room for a request of a client.
-
-    Args:
-        limit: prompts that the queue should hold.
-        num_prompts: in flight.
-        num_clients: with prompts in flight, and this one.
-        num_of_client: those of ``num_prompts`` that are this client's.
-        retry_after_s: when to come again.
-    """
-    if num_prompts < limit:
-        return
-    if num_prompts < 2 * limit and num_of_client * num_clients < limit:
-        return
-    raise EngineOverloaded(
-        f"{num_prompts} prompts are in flight, and max_queued_requests={limit}; try again later",
-        retry_after_s(),
-    )
 
 
 def _with_more_sequences(number: int, on_done: OnDone) -> OnDone:

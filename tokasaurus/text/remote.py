@@ -28,9 +28,10 @@ from tokasaurus.protocol.relaying import (
 )
 from tokasaurus.receipts.weights import StampedFile
 from tokasaurus.safetensors_file import FileStamp
-from tokasaurus.text.generations import Generations, check_queue
+from tokasaurus.text.generations import Generations
 from tokasaurus.text.numbering import PROCESS_SHIFT
 from tokasaurus.text.prefix_relay import RemotePrefixes
+from tokasaurus.text.queue_limit import check_queue
 from tokasaurus.text.receipts import Receipts
 from tokasaurus.text.tokenizer import Tokenizer
 
@@ -81,7 +82,7 @@ class RemoteGenerations(Generations):
         # The client may have more prompts elsewhere. Then the server refuses the request.
         check_queue(
             self.config.max_queued_requests,
-            num_prompts=news.num_prompts,
+            num_prompts=news.num_prompts + self._num_expected,
             num_clients=news.num_clients,
             num_of_client=num_of_client,
             retry_after_s=lambda: news.retry_after_s,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -211,6 +213,46 @@ def test_wrong_cartridges_are_refused_by_name(server, cartridges, said):
     assert not server.engine.requests
 
 
+def test_what_clients_of_cartridges_send_and_read(server):
+    """A rollout of veRL, a synchronous batch of the training package, and its chat client."""
+    prompt = ids_of("hello")
+    rollout = {
+        "model": "default",
+        "prompt": prompt,
+        "max_tokens": 5,
+        "temperature": 0.7,
+        "top_p": 1.0,
+        "logprobs_in_fingerprint": True,
+        "cartridges": [{"id": "notes", "source": "local", "force_redownload": True}],
+    }
+    answer = server.post("/custom/cartridge/completions", rollout).json
+    fingerprint = json.loads(answer["system_fingerprint"])
+    assert len(fingerprint["completion_ids"][0]) == 5
+    assert len(base64.b64decode(fingerprint["packed_chosen_logprobs"][0])) == 4 * 5
+    assert fingerprint["packed_topk_indices"] is None
+    assert answer["choices"][0]["logprobs"] is None
+    chat = {
+        "model": "default",
+        "messages": [USER],
+        "max_completion_tokens": 5,
+        "temperature": 0.0,
+        "apply_chat_template_overrides": {"shout": True},
+        "logprobs": True,
+        "top_logprobs": 3,
+        "logprobs_in_fingerprint": True,
+        "logprobs_ignore_temperature": True,
+        "cartridges": [NOTES],
+    }
+    for path in SYNCHRONOUS[1:]:
+        (answer,) = server.post(path, {"requests": [chat]}).json
+        fingerprint = json.loads(answer["system_fingerprint"])
+        assert len(base64.b64decode(fingerprint["packed_topk_indices"][0])) == 4 * 5 * 3
+        assert answer["usage"]["prompt_tokens_details"]["cartridge_tokens"] == 21
+    del chat["messages"], chat["apply_chat_template_overrides"]
+    answer = server.post("/custom/cartridge/chat/completions", {**chat, "ids": prompt}).json
+    assert json.loads(answer["system_fingerprint"])["input_ids"] == [prompt]
+
+
 # --- what they change -----------------------------------------------------------------------------
 
 
@@ -304,6 +346,46 @@ def test_the_time_limit_of_a_request_counts_while_its_cartridge_is_looked_for():
         server.store.gates["notes"] = server.on_loop(make_event())
         answer = server.post("/v1/completions", {"prompt": "a", "cartridges": [NOTES]})
         assert (answer.status, answer.error["code"]) == (408, "request_timeout")
+
+
+def test_requests_that_wait_for_cartridges_count_in_the_queue():
+    with RunningServer(with_config(max_queued_requests=3)).running() as server:
+        fill(server.store)
+        server.store.gates["notes"] = server.on_loop(make_event())
+        body = {"prompt": "a", "cartridges": [NOTES]}
+        waiting = [begin(server, "/v1/completions", body) for _ in range(3)]
+        wait_for(lambda: server.store.num_waiting == 3)
+        answer = server.post("/v1/completions", body)
+        assert (answer.status, answer.error["code"]) == (429, "rate_limit_exceeded")
+        for each in waiting:
+            each.close()
+        wait_for(lambda: server.store.num_waiting == 0)
+        assert server.post("/v1/completions", {"prompt": "a"}).status == 200
+
+
+@each_row(
+    "end, said",
+    [
+        (lambda server: server.state.drain(), "shutting down"),
+        (lambda server: server.state.die("it burnt"), "it burnt"),
+    ],
+)
+def test_requests_that_wait_for_cartridges_end_with_the_engine(end, said):
+    with RunningServer().running() as server:
+        fill(server.store)
+        server.store.gates["notes"] = server.on_loop(make_event())
+        answers: list = []
+        body = {"prompt": "a", "cartridges": [NOTES]}
+        asking = threading.Thread(
+            target=lambda: answers.append(server.post("/v1/completions", body))
+        )
+        asking.start()
+        wait_for(lambda: server.store.num_waiting == 1)
+        server.call(lambda: end(server))
+        asking.join()
+        assert answers[0].status == 503
+        assert said in answers[0].error["message"]
+        assert server.store.num_waiting == 0
 
 
 def test_receipts_have_the_digests_of_cartridges(server):

@@ -99,7 +99,10 @@ class HuggingFaceSource:
         from huggingface_hub import errors as hub
 
         api = HfApi(endpoint=self._endpoint)
-        key = "if it is private, set HF_TOKEN for the engine"
+        missing = (
+            f"there is no repository {repository} at {api.endpoint}; check the id, and if it is"
+            " private, set HF_TOKEN for the engine"
+        )
         try:
             return api.repo_info(
                 repository, revision=revision, files_metadata=True, timeout=_LOOK_S
@@ -110,9 +113,7 @@ class HuggingFaceSource:
                 f" {api.endpoint}/{repository}, then set HF_TOKEN for the engine"
             ) from None
         except hub.RepositoryNotFoundError:
-            raise errors.wrong(
-                f"there is no repository {repository} at {api.endpoint}; check the id, and {key}"
-            ) from None
+            raise errors.wrong(missing) from None
         except hub.RevisionNotFoundError:
             raise errors.wrong(
                 f"the repository {repository} has no branch, tag or commit {revision!r}; check the"
@@ -124,6 +125,8 @@ class HuggingFaceSource:
             raise errors.unavailable("HF_HUB_OFFLINE is set for the engine; unset it") from None
         except hub.HfHubHTTPError as error:
             status = getattr(error.response, "status_code", None)
+            if status == 404:  # of a server that does not say what is missing
+                raise errors.wrong(missing) from None
             if status in (401, 403):
                 raise errors.wrong(
                     f"{api.endpoint} does not show it to this engine (status {status}); set"

@@ -178,20 +178,7 @@ class Http:
         except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
             raise errors.wrong(f"its URL is malformed: {error}") from None
         try:
-            for _ in range(_MAX_REDIRECTS + 2):
-                check(request.url)
-                answer = await self._client.send(request, stream=True)
-                if answer.status_code in fallback and method == "HEAD":
-                    method = "GET"
-                    following = self._follow(request, method, request.url)
-                elif answer.status_code in _REDIRECTS and body is None:
-                    following = self._redirected(request, answer, errors)
-                else:
-                    break
-                await answer.aclose()
-                request = following
-            else:
-                raise errors.unavailable(f"it redirects more than {_MAX_REDIRECTS} times")
+            answer = await self._send(request, errors, check, fallback)
             try:
                 _check_status(answer, errors)
                 yield answer
@@ -206,6 +193,27 @@ class Http:
                 f"{request.url.host} cannot be reached, or ends the connection:"
                 f" {type(error).__name__}; try again later, or check the network"
             ) from None
+
+    async def _send(
+        self,
+        request: httpx2.Request,
+        errors: SourceErrors,
+        check: UrlCheck,
+        fallback: Sequence[int],
+    ) -> httpx2.Response:
+        """The first answer that is no redirect. A HEAD that is not known there becomes a GET."""
+        for _ in range(_MAX_REDIRECTS + 2):
+            check(request.url)
+            answer = await self._client.send(request, stream=True)
+            if answer.status_code in fallback and request.method == "HEAD":
+                following = self._follow(request, "GET", request.url)
+            elif answer.status_code in _REDIRECTS and request.method != "POST":
+                following = self._redirected(request, answer, errors)
+            else:
+                return answer
+            await answer.aclose()
+            request = following
+        raise errors.unavailable(f"it redirects more than {_MAX_REDIRECTS} times")
 
     async def save(
         self,

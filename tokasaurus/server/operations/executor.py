@@ -79,7 +79,7 @@ class Executor:
         client = share(request.user)
         # Asked before the prompts are tokenized, so that a flood of refusals is cheap.
         engine.generations.check_room(client)
-        task = await _prepared(operation, request, engine, waiting)
+        task = await self._prepared(operation, request, engine, client, waiting)
         try:
             # Asked again: meanwhile the engine may have died, and other requests may have come.
             table = self._state.engine().generations
@@ -109,7 +109,8 @@ class Executor:
             EngineError: the engine cannot serve.
         """
         engine = self._state.engine()
-        return await _prepared(operation, _read(operation, body, max_priority, engine), engine)
+        request = _read(operation, body, max_priority, engine)
+        return await self._prepared(operation, request, engine, "")
 
     def start(self, task: Task, client: str | None = None) -> Execution:
         """Sends the prompts to the engine. The task is released with its execution.
@@ -168,39 +169,42 @@ class Executor:
                 log.exception("a request to %s failed", path)
             return status, msgspec.json.encode(error_body(error))
 
+    async def _prepared(
+        self,
+        operation: Operation,
+        request: EngineRequest,
+        engine: Engine,
+        client: str,
+        waiting: Waiting | None = None,
+    ) -> Task:
+        """The task behind its cartridges. Raises RequestError, or EngineError."""
+        if not request.cartridge_specs:
+            return await _task(operation, request, engine.preparer)
+        acquiring = self._lease(request, engine)
+        with engine.generations.expecting(client):
+            lease = await (acquiring if waiting is None else waiting(acquiring))
+        try:
+            task = await _task(operation, request, engine.preparer.behind(lease.prefix))
+        except BaseException:
+            lease.release()
+            raise
+        return dataclasses.replace(task, lease=lease)
+
+    async def _lease(self, request: EngineRequest, engine: Engine) -> Lease:
+        if engine.prefixes is None:
+            raise RequestError("this engine has no cartridges", CARTRIDGES)
+        limit_s = engine.preparer.config.request_timeout_s
+        acquiring = asyncio.ensure_future(engine.prefixes.acquire(request.cartridge_specs))
+        with self._state.waiting(acquiring):
+            try:
+                return await asyncio.wait_for(acquiring, limit_s)
+            except asyncio.TimeoutError:
+                raise TimeIsUp(limit_s or 0.0) from None
+
 
 def _read(operation: Operation, body: Any, max_priority: int, engine: Engine) -> EngineRequest:
     request = operation.read(body).within(max_priority)
     return request.with_tags_read() if engine.preparer.config.cartridge_tags else request
-
-
-async def _prepared(
-    operation: Operation,
-    request: EngineRequest,
-    engine: Engine,
-    waiting: Waiting | None = None,
-) -> Task:
-    """The task behind its cartridges. Raises RequestError, or EngineError."""
-    if not request.cartridge_specs:
-        return await _task(operation, request, engine.preparer)
-    acquiring = _lease(request, engine)
-    lease = await (acquiring if waiting is None else waiting(acquiring))
-    try:
-        task = await _task(operation, request, engine.preparer.behind(lease.prefix))
-    except BaseException:
-        lease.release()
-        raise
-    return dataclasses.replace(task, lease=lease)
-
-
-async def _lease(request: EngineRequest, engine: Engine) -> Lease:
-    if engine.prefixes is None:
-        raise RequestError("this engine has no cartridges", CARTRIDGES)
-    limit_s = engine.preparer.config.request_timeout_s
-    try:
-        return await asyncio.wait_for(engine.prefixes.acquire(request.cartridge_specs), limit_s)
-    except asyncio.TimeoutError:
-        raise TimeIsUp(limit_s or 0.0) from None
 
 
 async def _task(operation: Operation, request: EngineRequest, preparer: Preparer) -> Task:
