@@ -8,6 +8,8 @@
     │   ├── RequestTooLong     the request can never fit                                 (HTTP 400)
     │   ├── NotFound           there is no such file or batch                            (HTTP 404)
     │   └── Conflict           the state of a file, batch or engine forbids the request  (HTTP 409)
+    ├── CallFailed             a call of a language model has no answer after its last attempt
+    │   └── GenerationTruncatedError   its answer reached the limit of tokens
     └── EngineError            the engine cannot serve
         ├── EngineNotReady     it is loading or draining                                 (HTTP 503)
         ├── EngineOverloaded   it has too much to do; says when to try again             (HTTP 429)
@@ -25,6 +27,7 @@ user expects it. ``RequestError`` is a ``ValueError`` too.
 from __future__ import annotations
 
 __all__ = [
+    "CallFailed",
     "ConfigError",
     "Conflict",
     "EngineAborted",
@@ -32,6 +35,7 @@ __all__ = [
     "EngineError",
     "EngineNotReady",
     "EngineOverloaded",
+    "GenerationTruncatedError",
     "LaunchError",
     "ModelError",
     "NotFound",
@@ -89,6 +93,25 @@ class NotFound(RequestError):
 
 class Conflict(RequestError):
     """The state of a file, a batch or the engine forbids the request."""
+
+
+class CallFailed(TokasaurusError):
+    """A call of a language model has no answer; the message says what the last attempt met.
+
+    Args:
+        message: the server's address, what happened, and the remedy.
+        num_attempts: how often the request was sent.
+        status: of the server's last answer; None if there was none.
+    """
+
+    def __init__(self, message: str, num_attempts: int, status: int | None = None) -> None:
+        super().__init__(message)
+        self.num_attempts = num_attempts
+        self.status = status
+
+
+class GenerationTruncatedError(CallFailed):
+    """The answer reached the limit of tokens before its end."""
 
 
 class EngineError(TokasaurusError):

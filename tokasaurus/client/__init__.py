@@ -1,0 +1,1 @@
+"""Clients of a running engine. None of them imports torch."""
