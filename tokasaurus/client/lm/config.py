@@ -90,7 +90,8 @@ class TokasaurusConfig(LMConfig):
             ``retry``: a failure, after further attempts if these can differ; ``return``: an answer.
     """
 
-    model_config = ConfigDict(extra="forbid", validate_default=True)
+    # An error would show the whole input, with the key.
+    model_config = ConfigDict(extra="forbid", validate_default=True, hide_input_in_errors=True)
 
     base_url: str = Field(
         default_factory=lambda: os.environ.get("TOKASAURUS_BASE_URL") or "http://localhost:8080"
@@ -185,8 +186,11 @@ def _differs(name: str, value: Any) -> bool:
 
 def _unknown(key: str, known: list[str]) -> str:
     near = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "extra_body takes further fields of a request"
-    return f"{key!r} is not a key of lm_config for a model with the prefix {PREFIX!r}: {hint}"
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return (
+        f"{key!r} is not a key of lm_config for a model with the prefix {PREFIX!r}: {hint}extra_body"
+        " takes further fields of requests"
+    )
 
 
 def _first_key(keys: str) -> str | None:
