@@ -250,7 +250,10 @@ def test_conversations_bring_ids_and_logprobs_as_arrays():
 
 def test_other_servers_fingerprints_are_no_ids():
     for fingerprint in (None, "fp_44709d6fcb", "3"):
-        with scripted(chat("text", system_fingerprint=fingerprint)) as model, client_of(model) as lm:
+        with (
+            scripted(chat("text", system_fingerprint=fingerprint)) as model,
+            client_of(model) as lm,
+        ):
             reply = lm.call(messages=CONVERSATION)
             assert (reply["text"], reply["output_ids"]) == ("text", None)
 

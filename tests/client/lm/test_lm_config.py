@@ -34,12 +34,6 @@ agent:
 """
 
 
-@pytest.fixture(autouse=True)
-def _no_environment(monkeypatch):
-    monkeypatch.delenv("TOKASAURUS_BASE_URL", raising=False)
-    monkeypatch.delenv("TOKASAURUS_API_KEY", raising=False)
-
-
 class AgentConfig(BaseModel):
     """An agent's program, which knows only the type that all language models share."""
 
@@ -116,8 +110,9 @@ WRONG = [
     ({"stop_sequence": ["END"]}, "'stop_sequence'", "did you mean 'stop_sequences'"),
     ({"top_k": 3}, "'top_k'", "extra_body"),
     ({"protocol": "grpc"}, "protocol", "'openai' or 'toka'"),
-    ({"base_url": "localhost:8080"}, "base_url", "http://localhost:8080"),
-    ({"base_url": "http://h?key=1"}, "base_url", "more than"),
+    ({"base_url": "ftp://localhost:8080"}, "base_url", "http://127.0.0.1:10210"),
+    ({"base_url": "http://h?key=1"}, "base_url", "http://127.0.0.1:10210"),
+    ({"base_url": ""}, "base_url", "at least 1 character"),
     ({"temperature": -1}, "temperature", "greater than or equal to 0"),
     ({"temperature": float("nan")}, "temperature", "finite"),
     ({"max_output_tokens": 0}, "max_output_tokens", "greater than or equal to 1"),
@@ -144,18 +139,24 @@ def test_only_the_prefix_decides():
 
 def test_an_address_may_end_in_v1():
     for url in ("http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"):
-        assert TokasaurusConfig(model="m", base_url=url).root_url == "http://h:1"
-    assert TokasaurusConfig(model="m", base_url="https://h/a/v1").root_url == "https://h/a"
+        assert TokasaurusConfig(model="m", base_url=url).address.url == "http://h:1"
+    assert TokasaurusConfig(model="m", base_url="https://h/a/v1").address.url == "https://h/a"
 
 
 def test_the_environment_has_what_the_file_leaves_out(monkeypatch):
     monkeypatch.setenv("TOKASAURUS_BASE_URL", "http://h:1/v1")
     monkeypatch.setenv("TOKASAURUS_API_KEY", "first, second")
     config = TokasaurusConfig(model="m")
-    assert (config.root_url, config.api_key) == ("http://h:1", "first")
-    assert "first" not in repr(config)
+    assert (config.address.url, config.address.api_key) == ("http://h:1", "first")
     config = TokasaurusConfig(model="m", base_url="http://h:2", api_key="own")
-    assert (config.root_url, config.api_key) == ("http://h:2", "own")
+    assert (config.address.url, config.address.api_key) == ("http://h:2", "own")
+    assert "own" not in repr(config)
+
+
+def test_errors_do_not_show_the_key():
+    with pytest.raises(ValueError, match="stop_sequence") as caught:
+        get_lm_client({"model": "toka:m", "api_key": "secret", "stop_sequence": "x"})
+    assert "secret" not in str(caught.value)
 
 
 def test_null_stands_for_none_of_them():

@@ -12,10 +12,9 @@ from tokasaurus.client.lm.language_model import LanguageModel, LLMResponseMetric
 from tokasaurus.client.lm.lm_factory import get_lm_client
 from tokasaurus.client.lm.tokasaurus_client import LMReply, TokasaurusClient
 from tokasaurus.client.lm.totals import TotalUsage
-from tokasaurus.errors import CallFailed, GenerationTruncatedError
+from tokasaurus.errors import GenerationTruncatedError
 
 __all__ = [
-    "CallFailed",
     "GenerationTruncatedError",
     "LLMResponseMetrics",
     "LMConfig",

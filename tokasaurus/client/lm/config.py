@@ -10,20 +10,21 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
-from urllib.parse import urlsplit
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from tokasaurus.client.address import BASE_URL_VARIABLE, Address
 from tokasaurus.client.lm.call_log import current_context
+from tokasaurus.client.retrying import RetryPolicy
+from tokasaurus.errors import ConfigError
 
-__all__ = ["PREFIX", "CartridgeReference", "LMConfig", "TokasaurusConfig", "given_fields"]
+__all__ = ["PREFIX", "LMConfig", "TokasaurusConfig", "given_fields"]
 
 PREFIX = "toka:"
 """Before the name of a model that an engine serves."""
 
-CartridgeReference: TypeAlias = str | dict[str, Any]
-"""A cartridge of a request: ``{"id", "source", ...}``, or the name of a local one."""
+_DEFAULT_URL = "http://localhost:8080"  # the port of the setup guide, not that of an engine
 
 
 class LMConfig(BaseModel):
@@ -85,7 +86,7 @@ class TokasaurusConfig(LMConfig):
         cartridges: come before the prompt of every call that names none itself.
         extra_body: further fields of each request, such as ``{"top_k": 20}``.
         on_failure: ``return_empty`` logs an error and answers with an empty text; ``raise`` raises
-            :class:`~tokasaurus.errors.CallFailed`.
+            a :class:`~tokasaurus.errors.TokasaurusError`.
         on_truncation: what an answer is that reached ``max_output_tokens``. ``fail``: a failure;
             ``retry``: a failure, after further attempts if these can differ; ``return``: an answer.
     """
@@ -94,19 +95,17 @@ class TokasaurusConfig(LMConfig):
     model_config = ConfigDict(extra="forbid", validate_default=True, hide_input_in_errors=True)
 
     base_url: str = Field(
-        default_factory=lambda: os.environ.get("TOKASAURUS_BASE_URL") or "http://localhost:8080"
+        default_factory=lambda: os.environ.get(BASE_URL_VARIABLE) or _DEFAULT_URL, min_length=1
     )
     protocol: Literal["openai", "toka"] = "openai"
-    api_key: str | None = Field(
-        default_factory=lambda: _first_key(os.environ.get("TOKASAURUS_API_KEY", "")), repr=False
-    )
+    api_key: str | None = Field(None, repr=False)
     stop_sequences: list[str] = Field(default_factory=lambda: ["FEEDBACK", "OBSERVATION"])
     timeout_s: float = Field(900.0, gt=0)
     enable_health_check: bool = False
     seed: int | None = None
     top_p: float | None = Field(None, gt=0, le=1)
     top_logprobs: int | None = Field(None, ge=0)
-    cartridges: list[CartridgeReference] = Field(default_factory=list)
+    cartridges: list[str | dict[str, Any]] = Field(default_factory=list)
     extra_body: dict[str, Any] = Field(default_factory=dict)
     on_failure: Literal["raise", "return_empty"] = "return_empty"
     on_truncation: Literal["fail", "retry", "return"] = "fail"
@@ -143,13 +142,10 @@ class TokasaurusConfig(LMConfig):
     @field_validator("base_url")
     @classmethod
     def _is_an_address(cls, value: str) -> str:
-        address = urlsplit(value)
-        if address.scheme not in ("http", "https") or not address.hostname:
-            raise ValueError(
-                f"{value!r} is not the address of a server; write it like http://localhost:8080"
-            )
-        if address.query or address.fragment:
-            raise ValueError(f"{value!r} has more than scheme, host, port and path")
+        try:
+            Address.of(value, "")
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
         return value
 
     @property
@@ -158,9 +154,19 @@ class TokasaurusConfig(LMConfig):
         return self.model.removeprefix(PREFIX)
 
     @property
-    def root_url(self) -> str:
-        """The server's address without ``/v1`` and without a slash at its end."""
-        return self.base_url.rstrip("/").removesuffix("/v1").rstrip("/")
+    def address(self) -> Address:
+        """The server's address without ``/v1``, and the key."""
+        return Address.of(self.base_url, self.api_key)
+
+    @property
+    def retry(self) -> RetryPolicy:
+        """When a call is sent again."""
+        return RetryPolicy(
+            max_retries=self.max_retries,
+            starting_delay_s=self.starting_delay,
+            backoff_factor=self.backoff_factor,
+            max_delay_s=self.max_delay,
+        )
 
 
 def given_fields(config: LMConfig | Mapping[str, Any]) -> dict[str, Any]:
@@ -188,11 +194,6 @@ def _unknown(key: str, known: list[str]) -> str:
     near = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return (
-        f"{key!r} is not a key of lm_config for a model with the prefix {PREFIX!r}: {hint}extra_body"
-        " takes further fields of requests"
+        f"{key!r} is not a key of lm_config for a model with the prefix {PREFIX!r}: {hint}"
+        "extra_body takes further fields of requests"
     )
-
-
-def _first_key(keys: str) -> str | None:
-    """The first of the keys that an engine takes from the same variable, without its limits."""
-    return keys.partition(",")[0].strip().partition(" ")[0] or None

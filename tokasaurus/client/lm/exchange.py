@@ -9,31 +9,26 @@ Owns the shapes of JSON. Sends nothing.
 
 from __future__ import annotations
 
-import base64
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 
-from tokasaurus.client.lm.config import CartridgeReference, TokasaurusConfig
-from tokasaurus.errors import RequestError
+from tokasaurus.client.lm.config import TokasaurusConfig
+from tokasaurus.client.reading import read_answer, read_usage
+from tokasaurus.client.requests import CartridgeLike, named_cartridges
+from tokasaurus.client.results import Logprobs, Usage
+from tokasaurus.errors import EngineError, RequestError
 
-__all__ = ["Answer", "Message", "Prompt", "UnreadableAnswer", "post_of", "read_answer"]
+__all__ = ["Message", "Post", "Prompt", "Reply", "post_of", "read_reply"]
 
 Message: TypeAlias = Mapping[str, Any]
-Floats: TypeAlias = npt.NDArray[np.float32]
-Ints: TypeAlias = npt.NDArray[np.int32]
 
 _CHAT = "/v1/chat/completions"
 _CHAT_BEHIND_CARTRIDGES = "/custom/cartridge/chat/completions"
 _GENERATE = "/generate"
-
-
-class UnreadableAnswer(ValueError):
-    """An answer whose status is success is none of the protocol."""
 
 
 @dataclass(frozen=True)
@@ -49,37 +44,32 @@ class Prompt:
 
     messages: Sequence[Message]
     temperature: float
-    cartridges: Sequence[CartridgeReference] = ()
+    cartridges: Sequence[CartridgeLike] = ()
     wants_logprobs: bool = False
 
 
-@dataclass(frozen=True)
-class Answer:
+@dataclass(frozen=True, eq=False)
+class Reply:
     """What a server answered.
 
     Attributes:
         text: without the stop sequence.
         finish_reason: ``stop``, ``length`` or another; None if the server says nothing.
-        output_ids: the generated token ids, [tokens]; None if the server does not say.
-        logprobs: of the generated tokens, [tokens]; None if they were not asked for.
-        topk_ids, topk_logprobs: of the likeliest tokens in each place, [tokens, k].
+        usage: zeros where the server says nothing.
+        token_ids: the generated ones, int32 [tokens]; None if the server does not say.
+        logprobs: of the generated tokens; None if they were not asked for.
     """
 
     text: str
     finish_reason: str | None
-    input_tokens: int
-    output_tokens: int
-    total_tokens: int
-    thinking_tokens: int | None = None
-    output_ids: list[int] | None = None
-    logprobs: Floats | None = None
-    topk_ids: Ints | None = None
-    topk_logprobs: Floats | None = None
+    usage: Usage
+    token_ids: NDArray[np.int32] | None = None
+    logprobs: Logprobs | None = None
 
     def is_truncated(self, max_output_tokens: int) -> bool:
         """Whether the answer reached the limit of tokens before its end."""
         if self.finish_reason is None:
-            return self.output_tokens >= max_output_tokens
+            return self.usage.completion_tokens >= max_output_tokens
         return self.finish_reason == "length"
 
 
@@ -117,10 +107,7 @@ def post_of(prompt: Prompt, config: TokasaurusConfig) -> Post:
     if config.top_p is not None:
         body["top_p"] = config.top_p
     if prompt.cartridges:
-        body["cartridges"] = [
-            {"id": each, "source": "local"} if isinstance(each, str) else dict(each)
-            for each in prompt.cartridges
-        ]
+        body["cartridges"] = named_cartridges(prompt.cartridges)
     if prompt.wants_logprobs and config.top_logprobs is not None:
         body |= _logprobs(config.protocol, config.top_logprobs)
     return Post(path, body | config.extra_body)
@@ -150,103 +137,33 @@ def _system_and_prompt(messages: Sequence[Message]) -> dict[str, Any]:
     return {**({"system": system[0]} if system else {}), "prompt": prompt}
 
 
-def read_answer(body: Any, protocol: str) -> Answer:
+def read_reply(body: Any, protocol: str) -> Reply:
     """Reads the JSON of an answer.
 
     Raises:
-        UnreadableAnswer: it is none of the protocol.
+        EngineError: it is none of the protocol.
     """
     try:
-        return _read_openai(body) if protocol == "openai" else _read_toka(body)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        shown = json.dumps(body, default=str)[:500]
-        raise UnreadableAnswer(
-            f"the answer is none of protocol {protocol} ({type(error).__name__}: {error}): {shown}"
+        if protocol == "toka" and "output_ids" not in body:
+            return _read_short(body)
+        answer = read_answer(body)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, EngineError) as error:
+        shown = str(body)[:500]
+        raise EngineError(
+            f"this is no answer of protocol {protocol} ({error!r}): {shown}"
         ) from error
+    choice = answer.choices[0]
+    if not isinstance(choice.text, str):
+        raise EngineError(f"the text of this answer is none: {str(body)[:500]}")
+    return Reply(choice.text, choice.finish_reason, answer.usage, choice.token_ids, choice.logprobs)
 
 
-def _read_openai(body: Any) -> Answer:
-    choice = body["choices"][0]
-    message = choice.get("message") or {}
-    text = message.get("content")
-    if text is None:
-        text = choice.get("text")
-    if text is None and not message:
-        raise KeyError("message")
-    packed = _fingerprint(body.get("system_fingerprint"))
-    logprobs = _packed(packed, "packed_chosen_logprobs", "<f4")
-    num_tokens = 0 if logprobs is None else len(logprobs)
-    ids = packed.get("completion_ids")
-    return Answer(
-        text=_text(text or ""),
-        finish_reason=choice.get("finish_reason"),
-        **_usage(body),
-        output_ids=list(ids[0]) if ids else None,
-        logprobs=logprobs,
-        topk_ids=_rows(_packed(packed, "packed_topk_indices", "<i4"), num_tokens),
-        topk_logprobs=_rows(_packed(packed, "packed_topk_logprobs", "<f4"), num_tokens),
-    )
-
-
-def _read_toka(body: Any) -> Answer:
+def _read_short(body: Mapping[str, Any]) -> Reply:
+    """An answer of ``/generate`` by servers that tell the text only."""
     text = body.get("text")
     if text is None:
         text = body["output"]
-    columns = body.get("logprobs") or {}
-    chosen = columns.get("token_logprobs")
-    ids, top = columns.get("top_ids"), columns.get("top_logprobs")
-    num_tokens = len(chosen or ())
-    return Answer(
-        text=_text(text),
-        finish_reason=body.get("finish_reason", body.get("reason")),
-        **_usage(body),
-        output_ids=body.get("output_ids"),
-        logprobs=None if chosen is None else np.asarray(chosen, np.float32),
-        topk_ids=_rows(np.asarray(ids, np.int32), num_tokens) if ids else None,
-        topk_logprobs=_rows(np.asarray(top, np.float32), num_tokens) if top else None,
-    )
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"the text is {type(value).__name__}")
-    return value
-
-
-def _usage(body: Mapping[str, Any]) -> dict[str, Any]:
-    usage = body.get("usage") or {}
-    details = usage.get("completion_tokens_details") or {}
-    num_input = int(usage.get("prompt_tokens") or 0)
-    num_output = int(usage.get("completion_tokens") or 0)
-    return {
-        "input_tokens": num_input,
-        "output_tokens": num_output,
-        "total_tokens": int(usage.get("total_tokens") or num_input + num_output),
-        "thinking_tokens": details.get("reasoning_tokens"),
-    }
-
-
-def _fingerprint(text: Any) -> dict[str, Any]:
-    """What an engine packs into ``system_fingerprint``; nothing from other servers."""
-    try:
-        fields = json.loads(text)
-    except (TypeError, ValueError):
-        return {}
-    return fields if isinstance(fields, dict) else {}
-
-
-def _packed(fields: Mapping[str, Any], name: str, dtype: str) -> npt.NDArray[Any] | None:
-    values = fields.get(name)
-    if not values:
-        return None
-    # A copy: an array over bytes cannot be written to.
-    return np.frombuffer(base64.b64decode(values[0]), dtype).astype(
-        np.dtype(dtype).newbyteorder("=")
-    )
-
-
-def _rows(values: npt.NDArray[Any] | None, num_tokens: int) -> npt.NDArray[Any] | None:
-    """[tokens * k] -> [tokens, k]"""
-    if values is None or num_tokens == 0:
-        return None
-    return values.reshape(num_tokens, -1)
+    if not isinstance(text, str):
+        raise TypeError("the text is none")
+    reason = body.get("finish_reason", body.get("reason"))
+    return Reply(text, reason, read_usage(body.get("usage")))

@@ -48,7 +48,7 @@ def launched_engine(config: TokasaurusConfig, flags: Mapping[str, Any]) -> Itera
         )
     if "port" in flags:
         raise ConfigError("engine.port: the port is that of lm_config.base_url; leave it out here")
-    with httpx.Client(base_url=config.root_url, trust_env=False) as http:
+    with httpx.Client(base_url=config.address.url, trust_env=False) as http:
         if _status(http, "/ping") is not None:
             raise ConfigError(
                 f"launch: something listens at {config.base_url} already; leave launch out to use"

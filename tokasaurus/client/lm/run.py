@@ -129,7 +129,7 @@ def _run(config: RunConfig) -> int:
     with contextlib.ExitStack() as stack:
         stack.enter_context(lm)
         if config.launch:
-            print(f"starting an engine at {lm.cfg.root_url}", file=sys.stderr)
+            print(f"starting an engine at {lm.cfg.address.url}", file=sys.stderr)
             stack.enter_context(launched_engine(lm.cfg, config.engine or {}))
         started = time.perf_counter()
         outcomes = _ask_all(lm, questions, config.evaluation)
@@ -160,7 +160,7 @@ def _table(
     num_right = sum(outcome.is_right for outcome in outcomes)
     rows = {
         "model": lm.cfg.server_model,
-        "server": f"{lm.cfg.root_url} ({lm.cfg.protocol})",
+        "server": f"{lm.cfg.address.url} ({lm.cfg.protocol})",
         "questions": f"{len(outcomes):,}",
         "right": f"{num_right:,}",
         "accuracy": f"{num_right / len(outcomes):.1%}",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import ssl
 import threading
 import time
 import weakref
@@ -17,27 +18,21 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypedDict, overload
-from urllib.parse import urlsplit
 
 import httpx2 as httpx
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
-from tokasaurus.client.lm.attempts import AttemptFailed, Attempts, refusal, unreachable
-from tokasaurus.client.lm.config import CartridgeReference, LMConfig, TokasaurusConfig
-from tokasaurus.client.lm.exchange import (
-    Answer,
-    Floats,
-    Ints,
-    Message,
-    Post,
-    Prompt,
-    UnreadableAnswer,
-    post_of,
-    read_answer,
-)
+from tokasaurus.client.failures import failed_connection, failed_time, refusal
+from tokasaurus.client.lm.config import LMConfig, TokasaurusConfig
+from tokasaurus.client.lm.exchange import Message, Prompt, Reply, post_of, read_reply
 from tokasaurus.client.lm.language_model import LanguageModel, LLMResponseMetrics
 from tokasaurus.client.lm.totals import Totals, TotalUsage
-from tokasaurus.errors import CallFailed
+from tokasaurus.client.requests import CartridgeLike
+from tokasaurus.client.results import Usage
+from tokasaurus.client.retrying import Attempts, Failure
+from tokasaurus.errors import EngineError, GenerationTruncatedError, TokasaurusError
 
 __all__ = ["LMReply", "TokasaurusClient"]
 
@@ -45,7 +40,6 @@ _CONNECT_S = 10.0
 _PING_S = 5.0
 # Shorter than servers keep a connection without requests, so that none is used as it closes.
 _KEEP_ALIVE_S = 4.0
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class LMReply(TypedDict):
@@ -62,10 +56,10 @@ class LMReply(TypedDict):
 
     text: str
     metrics: dict[str, Any]
-    logprobs: Floats | None
+    logprobs: NDArray[np.float32] | None
     output_ids: list[int] | None
-    topk_logprobs: Floats | None
-    topk_token_ids: Ints | None
+    topk_logprobs: NDArray[np.float32] | None
+    topk_token_ids: NDArray[np.int32] | None
     finish_reason: str | None
 
 
@@ -136,7 +130,7 @@ class TokasaurusClient(LanguageModel):
     def call(
         self,
         messages: Sequence[Message],
-        cartridges: Sequence[CartridgeReference] | None = None,
+        cartridges: Sequence[CartridgeLike] | None = None,
     ) -> LMReply: ...
 
     def call(self, *args: Any, **kwargs: Any) -> str | LMReply:
@@ -148,19 +142,20 @@ class TokasaurusClient(LanguageModel):
                 :class:`LMReply`. A text in the place of a cartridge is a local one.
 
         Raises:
-            CallFailed: with ``on_failure="raise"``, no attempt brought an answer. Otherwise the
-                error is logged and the text is empty.
             RequestError: the protocol has no place for the messages.
+            TokasaurusError: with ``on_failure="raise"``, no attempt brought an answer: an
+                ``EngineError``, a ``RequestError``, or a ``GenerationTruncatedError``. Otherwise
+                the error is logged and the text is empty.
         """
         running = self._begin(*args, **kwargs)
         try:
             while True:
                 try:
                     return running.succeeded(self._attempt(running))
-                except AttemptFailed as failure:
-                    wait_s = running.attempts.wait_after(failure)
+                except Failure as failure:
+                    wait_s = running.attempts.delay_after(failure)
                 time.sleep(wait_s)
-        except CallFailed as error:
+        except TokasaurusError as error:
             return running.failed(error)
         except BaseException as error:
             running.interrupted(error)
@@ -173,7 +168,7 @@ class TokasaurusClient(LanguageModel):
     async def acall(
         self,
         messages: Sequence[Message],
-        cartridges: Sequence[CartridgeReference] | None = None,
+        cartridges: Sequence[CartridgeLike] | None = None,
     ) -> LMReply: ...
 
     async def acall(self, *args: Any, **kwargs: Any) -> str | LMReply:
@@ -183,10 +178,10 @@ class TokasaurusClient(LanguageModel):
             while True:
                 try:
                     return running.succeeded(await self._attempt_in_loop(running))
-                except AttemptFailed as failure:
-                    wait_s = running.attempts.wait_after(failure)
+                except Failure as failure:
+                    wait_s = running.attempts.delay_after(failure)
                 await asyncio.sleep(wait_s)
-        except CallFailed as error:
+        except TokasaurusError as error:
             return running.failed(error)
         except BaseException as error:
             running.interrupted(error)
@@ -206,7 +201,7 @@ class TokasaurusClient(LanguageModel):
         self,
         prompts: Sequence[Sequence[Message]],
         *,
-        cartridges: Sequence[CartridgeReference] | None = None,
+        cartridges: Sequence[CartridgeLike] | None = None,
         num_threads: int = 128,
         progress: bool = False,
     ) -> list[LMReply]: ...
@@ -215,7 +210,7 @@ class TokasaurusClient(LanguageModel):
         self,
         prompts: Sequence[Any],
         *,
-        cartridges: Sequence[CartridgeReference] | None = None,
+        cartridges: Sequence[CartridgeLike] | None = None,
         num_threads: int = 128,
         progress: bool = False,
     ) -> list[Any]:
@@ -231,7 +226,7 @@ class TokasaurusClient(LanguageModel):
             What :meth:`call` returns for each, in their order.
 
         Raises:
-            CallFailed: with ``on_failure="raise"``; prompts that have not begun are left out.
+            TokasaurusError: with ``on_failure="raise"``; prompts that have not begun are left out.
         """
         is_pair = [len(each) == 2 and isinstance(each[0], str) for each in prompts]
         with ThreadPoolExecutor(max(1, min(num_threads, len(prompts)))) as pool:
@@ -256,7 +251,7 @@ class TokasaurusClient(LanguageModel):
             answer = self._http.get("/ping", timeout=_PING_S)
             return bool(answer.json().get("message") == "pong")
         except (httpx.HTTPError, ValueError, AttributeError) as error:
-            self.logger.debug("no pong from %s: %s", self.cfg.root_url, error)
+            self.logger.debug("no pong from %s: %s", self.cfg.address.url, error)
             return False
 
     def _begin(self, *args: Any, **kwargs: Any) -> _RunningCall:
@@ -271,18 +266,18 @@ class TokasaurusClient(LanguageModel):
         )
         return _RunningCall(self, prompt, is_pair=asked.is_pair)
 
-    def _attempt(self, running: _RunningCall) -> Answer:
+    def _attempt(self, running: _RunningCall) -> Reply:
         try:
             response = self._http.post(running.post.path, json=running.post.body)
         except httpx.HTTPError as error:
-            raise unreachable(error, self.cfg) from error
+            raise _broken(error, self.cfg) from error
         return running.read(response)
 
-    async def _attempt_in_loop(self, running: _RunningCall) -> Answer:
+    async def _attempt_in_loop(self, running: _RunningCall) -> Reply:
         try:
             response = await self._http_in_loop().post(running.post.path, json=running.post.body)
         except httpx.HTTPError as error:
-            raise unreachable(error, self.cfg) from error
+            raise _broken(error, self.cfg) from error
         return running.read(response)
 
     def _http_in_loop(self) -> httpx.AsyncClient:
@@ -297,8 +292,8 @@ class _RunningCall:
     """One call from its beginning to its end, whatever sends its requests."""
 
     def __init__(self, owner: TokasaurusClient, prompt: Prompt, *, is_pair: bool) -> None:
-        self.post: Post = post_of(prompt, owner.cfg)
-        self.attempts = Attempts(owner.cfg)
+        self.post = post_of(prompt, owner.cfg)
+        self.attempts = Attempts(owner.cfg.retry)
         self._owner = owner
         self._cfg = owner.cfg
         self._prompt = prompt
@@ -309,79 +304,77 @@ class _RunningCall:
             texts.get("system", ""), texts.get("user", ""), None if is_pair else prompt.messages
         )
 
-    def read(self, response: httpx.Response) -> Answer:
-        """The answer of an attempt.
+    def read(self, response: httpx.Response) -> Reply:
+        """The reply of an attempt.
 
         Raises:
-            AttemptFailed: it is a refusal, is truncated, or cannot be read.
+            Failure: it is a refusal, is truncated, or cannot be read.
         """
         if not response.is_success:
-            raise refusal(response)
+            raise refusal(response.status_code, response.headers, response.content)
         try:
-            answer = read_answer(response.json(), self._cfg.protocol)
-        except ValueError as error:
-            where = response.request.url
-            kind = error if isinstance(error, UnreadableAnswer) else "the answer is not JSON"
-            raise AttemptFailed(f"{where}: {kind}", may_pass=False) from error
-        if self._cfg.on_truncation != "return" and answer.is_truncated(self._cfg.max_output_tokens):
-            raise AttemptFailed(
+            reply = read_reply(response.json(), self._cfg.protocol)
+        except (ValueError, EngineError) as error:
+            said = error if isinstance(error, EngineError) else "the answer is not JSON"
+            raise Failure(EngineError(f"{response.request.url}: {said}"), is_final=True) from error
+        if self._cfg.on_truncation != "return" and reply.is_truncated(self._cfg.max_output_tokens):
+            message = (
                 f"the answer reached max_output_tokens={self._cfg.max_output_tokens} before its"
-                " end; raise it, or set on_truncation: return",
-                may_pass=self._cfg.on_truncation == "retry" and self._may_differ(),
-                is_truncated=True,
+                " end; raise it, or set on_truncation: return"
             )
-        return answer
+            helps = self._cfg.on_truncation == "retry" and self._may_differ()
+            raise Failure(GenerationTruncatedError(message), is_final=not helps)
+        return reply
 
     def _may_differ(self) -> bool:
         return self._prompt.temperature > 0 and self._cfg.seed is None
 
-    def succeeded(self, answer: Answer) -> str | LMReply:
-        metrics = self._metrics(answer)
+    def succeeded(self, reply: Reply) -> str | LMReply:
+        metrics = self._metrics(reply.usage)
         self._owner._totals.add(metrics)
-        self._owner._end_call(self._log_id, answer.text, {"metrics": metrics.model_dump()})
-        return self._result(answer, metrics)
+        self._owner._end_call(self._log_id, reply.text, {"metrics": metrics.model_dump()})
+        return self._result(reply, metrics)
 
-    def failed(self, error: CallFailed) -> str | LMReply:
-        self._close_log(error)
+    def failed(self, error: TokasaurusError) -> str | LMReply:
+        self.interrupted(error)
         if self._cfg.on_failure == "raise":
             raise error
-        self._owner.logger.error("a call has no answer: %s", error)
-        nothing = Answer("", None, 0, 0, 0)
-        return self._result(nothing, self._metrics(nothing))
+        self._owner.logger.error("a call of %s has no answer: %s", self._cfg.address.url, error)
+        nothing = Reply("", None, Usage())
+        return self._result(nothing, self._metrics(nothing.usage))
 
     def interrupted(self, error: BaseException) -> None:
-        """The caller's thread or task was told to stop, or there is a defect."""
-        self._close_log(error)
-
-    def _close_log(self, error: BaseException) -> None:
-        self._owner._totals.add_failure(self.attempts.num_failed)
+        """Counts and logs a call without an answer, such as one whose task was cancelled."""
+        self._owner._totals.add_failure(self.attempts.num_retries)
         said = f"{type(error).__name__}: {error}"
         self._owner._end_call(self._log_id, "", {"error": said})
 
-    def _metrics(self, answer: Answer) -> LLMResponseMetrics:
+    def _metrics(self, usage: Usage) -> LLMResponseMetrics:
         duration = time.perf_counter() - self._started
         return LLMResponseMetrics(
             duration=duration,
-            input_tokens=answer.input_tokens,
-            thinking_tokens=answer.thinking_tokens,
-            output_tokens=answer.output_tokens,
-            total_tokens=answer.total_tokens,
-            retries=self.attempts.num_failed,
-            throughput=answer.output_tokens / duration if duration > 0 else 0.0,
+            input_tokens=usage.prompt_tokens,
+            thinking_tokens=usage.reasoning_tokens,
+            output_tokens=usage.completion_tokens,
+            total_tokens=usage.total_tokens or usage.prompt_tokens + usage.completion_tokens,
+            retries=self.attempts.num_retries,
+            throughput=usage.completion_tokens / duration if duration > 0 else 0.0,
             temperature=self._prompt.temperature,
         )
 
-    def _result(self, answer: Answer, metrics: LLMResponseMetrics) -> str | LMReply:
+    def _result(self, reply: Reply, metrics: LLMResponseMetrics) -> str | LMReply:
         if self._is_pair:
-            return answer.text
+            return reply.text
+        logprobs = reply.logprobs
+        has_top = logprobs is not None and logprobs.top.shape[1] > 0
         return LMReply(
-            text=answer.text,
+            text=reply.text,
             metrics=metrics.model_dump(),
-            logprobs=answer.logprobs,
-            output_ids=answer.output_ids,
-            topk_logprobs=answer.topk_logprobs,
-            topk_token_ids=answer.topk_ids,
-            finish_reason=answer.finish_reason,
+            logprobs=None if logprobs is None else logprobs.chosen,
+            output_ids=None if reply.token_ids is None else reply.token_ids.tolist(),
+            topk_logprobs=logprobs.top if logprobs is not None and has_top else None,
+            topk_token_ids=logprobs.top_ids if logprobs is not None and has_top else None,
+            finish_reason=reply.finish_reason,
         )
 
 
@@ -390,7 +383,7 @@ class _Asked:
     """The arguments of a call, in whichever of the two shapes."""
 
     messages: Sequence[Message]
-    cartridges: Sequence[CartridgeReference] | None
+    cartridges: Sequence[CartridgeLike] | None
     is_pair: bool
 
 
@@ -410,21 +403,33 @@ def _pair(system_prompt: str, user_prompt: str) -> _Asked:
 
 
 def _conversation(
-    messages: Sequence[Message], cartridges: Sequence[CartridgeReference] | None = None
+    messages: Sequence[Message], cartridges: Sequence[CartridgeLike] | None = None
 ) -> _Asked:
     return _Asked(messages, cartridges, is_pair=False)
 
 
 def _http_options(config: TokasaurusConfig) -> dict[str, Any]:
     """What clients of threads and of event loops have in common."""
+    address = config.address
+    is_https = address.url.startswith("https:")
     return {
-        "base_url": config.root_url,
-        "headers": {"Authorization": f"Bearer {config.api_key}"} if config.api_key else {},
+        "base_url": address.url,
+        "headers": {"Authorization": f"Bearer {address.api_key}"} if address.api_key else {},
         "timeout": httpx.Timeout(config.timeout_s, connect=min(_CONNECT_S, config.timeout_s)),
         # No limit: a call that waited for a connection of another would be counted as slow.
         "limits": httpx.Limits(
             max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEP_ALIVE_S
         ),
-        # A connection to this machine needs no proxy, whatever the environment says.
-        "trust_env": urlsplit(config.base_url).hostname not in _LOOPBACK,
+        "proxy": address.proxy,
+        "verify": ssl.create_default_context() if is_https else True,
+        "trust_env": False,  # the address has read it
     }
+
+
+def _broken(error: httpx.HTTPError, config: TokasaurusConfig) -> Failure:
+    """An attempt that had no answer, or none that can be read."""
+    if isinstance(error, httpx.ReadTimeout | httpx.WriteTimeout):
+        return failed_time(config.address.url, config.timeout_s)
+    if isinstance(error, httpx.TransportError):
+        return failed_connection(error, config.address.url)
+    return Failure(EngineError(f"{config.address.url}: {error}"), is_final=True)

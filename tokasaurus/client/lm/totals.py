@@ -53,8 +53,8 @@ class Totals:
             self._usage.output_tokens += metrics.output_tokens
             self._usage.total_tokens += metrics.total_tokens
 
-    def add_failure(self, num_attempts: int) -> None:
+    def add_failure(self, retries: int) -> None:
         """Counts a call that has none."""
         with self._lock:
             self._usage.failures += 1
-            self._usage.retries += max(0, num_attempts - 1)
+            self._usage.retries += retries
