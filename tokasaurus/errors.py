@@ -9,6 +9,7 @@
     │   ├── AccessDenied       the engine wants another key                         (HTTP 401, 403)
     │   ├── NotFound           there is no such file or batch                            (HTTP 404)
     │   └── Conflict           the state of a file, batch or engine forbids the request  (HTTP 409)
+    ├── GenerationTruncatedError   an answer reached the limit of tokens before its end
     └── EngineError            the engine cannot serve
         ├── EngineNotReady     it is loading or draining                                 (HTTP 503)
         ├── Unreachable        nothing answers at its address, or the connection broke
@@ -41,6 +42,7 @@ __all__ = [
     "EngineNotReady",
     "EngineOverloaded",
     "FailedAnswer",
+    "GenerationTruncatedError",
     "LaunchError",
     "ModelError",
     "NotFound",
@@ -127,6 +129,10 @@ class NotFound(RequestError):
 
 class Conflict(RequestError):
     """The state of a file, a batch or the engine forbids the request."""
+
+
+class GenerationTruncatedError(TokasaurusError):
+    """The answer to a language model's call reached the limit of tokens before its end."""
 
 
 class EngineError(TokasaurusError):

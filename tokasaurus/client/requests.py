@@ -24,6 +24,7 @@ __all__ = [
     "completion",
     "encoded",
     "generation",
+    "named_cartridges",
     "path",
 ]
 
@@ -154,14 +155,19 @@ def _common(
     body: dict[str, Any] = {}
     if model is not None:
         body["model"] = model
+    if cartridges is not None:
+        body["cartridges"] = named_cartridges(cartridges)
+    return body
+
+
+def named_cartridges(cartridges: Iterable[CartridgeLike] | CartridgeLike) -> list[dict[str, Any]]:
+    """The field ``cartridges`` of a request."""
     if isinstance(cartridges, str | Mapping):
         cartridges = [cartridges]
-    if cartridges is not None:
-        body["cartridges"] = [
-            {"id": each, "source": "local"} if isinstance(each, str) else dict(each)
-            for each in cartridges
-        ]
-    return body
+    return [
+        {"id": each, "source": "local"} if isinstance(each, str) else dict(each)
+        for each in cartridges
+    ]
 
 
 def _plain(value: Any) -> Any:
