@@ -124,6 +124,12 @@ def test_worlds_with_cartridges(monkeypatch: pytest.MonkeyPatch) -> None:
     assert min(claims[name] for name in ("dropped", "aside", "overdue")) > 10, claims
 
 
+def test_crowded_worlds_with_cartridges() -> None:
+    make_world = Simulation.crowded_with_cartridges_of_seed
+    counts = run_worlds_with_cartridges(740_000, 700, make_world)
+    assert min(counts[name] for name in ("writes", "evictions", "preemptions")) > 10, counts
+
+
 def test_worlds_with_cartridges_and_commands() -> None:
     """Cartridges outlive updates, and are written again when a cache is restored."""
     make_world = Simulation.commanded_with_cartridges_of_seed
@@ -159,6 +165,13 @@ def test_many_worlds_of_several_clients() -> None:
 @pytest.mark.timeout(3600)
 def test_many_worlds_with_cartridges() -> None:
     run_worlds_with_cartridges(60_000, 60_000, Simulation.with_cartridges_of_seed)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_many_crowded_worlds_with_cartridges() -> None:
+    make_world = Simulation.crowded_with_cartridges_of_seed
+    run_worlds_with_cartridges(750_000, 40_000, make_world)
 
 
 @pytest.mark.long
