@@ -57,13 +57,13 @@ class KnownCartridges:
 
     async def resolve(self, spec: CartridgeSpec) -> StoredCartridge:
         self.asked.append(spec)
+        found = self.versions.get((spec.source, spec.id))
         if spec.id in self.gates:
             self.num_waiting += 1
             try:
                 await self.gates[spec.id].wait()
             finally:
                 self.num_waiting -= 1
-        found = self.versions.get((spec.source, spec.id))
         if found is None:
             raise RequestError(
                 f"cartridge {spec.id!r} of source {spec.source}: there is none", "cartridges"

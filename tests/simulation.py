@@ -931,6 +931,14 @@ class Simulation(World):
         return Simulation._with_cartridges(Simulation.of_seed(seed), seed)
 
     @staticmethod
+    def crowded_with_cartridges_of_seed(seed: int) -> Simulation:
+        """The same where most sequences wait long for room, some of several clients."""
+        make_world = random.Random(seed).choice(
+            [Simulation.crowded_of_seed, Simulation.shared_of_seed]
+        )
+        return Simulation._with_cartridges(make_world(seed), seed)
+
+    @staticmethod
     def commanded_with_cartridges_of_seed(seed: int) -> Simulation:
         """The same among other commands: weights change, and what the cache held is lost."""
         world = Simulation._with_cartridges(Simulation.commanded_of_seed(seed), seed)

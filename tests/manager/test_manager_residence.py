@@ -6,6 +6,8 @@ import pytest
 from rows import named
 from simulation import World, make_admission, make_config, make_request, prompt
 
+from tokasaurus.manager.forecast.admission import AdmissionControl
+from tokasaurus.manager.forecast.rows import Candidate
 from tokasaurus.manager.kv.cartridges import Cartridge
 from tokasaurus.protocol.commands import (
     AbortAll,
@@ -425,6 +427,63 @@ def test_a_prompt_that_is_cached_whole_starts_where_no_page_is_left_for_its_copy
     world.finish(behind("a", 1, 2, 1))
     world.finish(make_request(2, prompt(2, 1), 1, cartridge="a"))
     assert written(world) == ["a"]
+
+
+def test_a_claim_is_not_dropped_from_under_a_sequence_that_is_about_to_start() -> None:
+    world = world_with({"a": 24}, num_pages=12, max_request_tokens=48)
+    world.turn(behind("a", 1, 3, 8, priority=1))
+    # The first of these starts with the pages that the claim keeps. The second has no room beside.
+    world.turn(behind("a", 2, 3, 8), make_request(3, prompt(24, 3), 4), num_results=1)
+    assert world.manager._running.num_running == 1
+    world.drain()
+
+
+def test_a_plan_ends_where_sequences_take_each_others_claims() -> None:
+    """The first has room only without the claim of the second, and the forecast refuses it."""
+    careful = make_admission(predict_lengths=False)
+    world = world_with({"a": 32, "b": 16}, num_pages=20, max_request_tokens=64, admission=careful)
+    world.turn(make_request(1, prompt(8), 28))  # up to 9 pages
+    world.turn(num_results=1)
+    world.turn(behind("a", 2, 3, 20), behind("b", 3, 3, 4), num_results=1)
+    world.turn(num_results=1)
+    assert written(world) == ["b"]
+    world.drain()
+    assert written(world) == ["b", "a"]
+
+
+def test_one_refusal_counts_for_all_that_want_the_same_cartridge(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    num_asked, ask = 0, AdmissionControl.num_admissible
+
+    def counted(self: AdmissionControl, candidates: list[Candidate]) -> int:
+        nonlocal num_asked
+        num_asked += 1
+        return ask(self, candidates)
+
+    careful = make_admission(predict_lengths=False)
+    world = world_with({"a": 40}, num_pages=24, max_request_tokens=64, admission=careful)
+    world.turn(make_request(1, prompt(17), 32))  # up to 12 pages
+    monkeypatch.setattr(AdmissionControl, "num_admissible", counted)
+    requests = [behind("a", i, 3, 20) for i in range(2, 42)]  # 10 pages, and up to 6 of their own
+    world.turn(*requests, num_results=3)
+    assert len(world.manager._running.claims.aside()) == 40
+    assert num_asked == 1
+    world.drain()
+
+
+def test_a_dropped_claim_is_no_reason_to_ask_again_for_those_that_stepped_aside() -> None:
+    world = world_with(dict.fromkeys("abc", 24), num_pages=12, max_request_tokens=48)
+    world.turn(behind("a", 1, 3, 8, priority=1))
+    world.turn(behind("b", 2, 3, 8, priority=2))
+    claims = world.manager._running.claims
+    (sequence,) = claims.aside()
+    world.turn(behind("c", 3, 3, 8))  # it drops the claim on "a"
+    assert claims.sequences() != [sequence]
+    assert written(world) == ["a", "c"]
+    assert sequence in claims.aside()
+    assert not claims.recall_is_due(world.manager.counters.device_s)
+    world.drain()
 
 
 # --- groups ---------------------------------------------------------------------------------------

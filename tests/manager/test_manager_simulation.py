@@ -11,6 +11,7 @@ from simulation import Simulation
 
 from tokasaurus.manager.claims import Claims
 from tokasaurus.manager.forecast.admission import AdmissionControl
+from tokasaurus.manager.kv.cartridges import Cartridge
 from tokasaurus.manager.scheduler import Scheduler
 from tokasaurus.manager.sequence import Request, Sequence
 from tokasaurus.manager.shares import Shares
@@ -103,18 +104,30 @@ def test_worlds_of_several_clients(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_worlds_with_cartridges(monkeypatch: pytest.MonkeyPatch) -> None:
     """No page crosses over between a cartridge's versions, other cartridges and plain requests."""
-    num_dropped, drop = 0, Claims.drop
+    claims: Counter[str] = Counter()
+    drop, step_aside = Claims.drop, Claims.step_aside
 
-    def counted(self: Claims, sequence: Sequence) -> None:
-        nonlocal num_dropped
-        num_dropped += 1
+    def dropped(self: Claims, sequence: Sequence) -> None:
+        claims["dropped"] += 1
         drop(self, sequence)
 
-    monkeypatch.setattr(Claims, "drop", counted)
+    def stepped_aside(self: Claims, sequence: Sequence, cartridge: Cartridge, now: float) -> bool:
+        answer = step_aside(self, sequence, cartridge, now)
+        claims["aside" if answer else "overdue"] += 1
+        return answer
+
+    monkeypatch.setattr(Claims, "drop", dropped)
+    monkeypatch.setattr(Claims, "step_aside", stepped_aside)
     counts = run_worlds_with_cartridges(50_000, 10_000, Simulation.with_cartridges_of_seed)
     names = ("loads", "writes", "evictions", "early copies", "preemptions", "hits", "rejections")
-    assert min(counts[name] for name in names) > 70, counts
-    assert num_dropped > 3, num_dropped
+    assert min(counts[name] for name in names) > 50, counts
+    assert min(claims[name] for name in ("dropped", "aside", "overdue")) > 10, claims
+
+
+def test_crowded_worlds_with_cartridges() -> None:
+    make_world = Simulation.crowded_with_cartridges_of_seed
+    counts = run_worlds_with_cartridges(740_000, 700, make_world)
+    assert min(counts[name] for name in ("writes", "evictions", "preemptions")) > 10, counts
 
 
 def test_worlds_with_cartridges_and_commands() -> None:
@@ -152,6 +165,13 @@ def test_many_worlds_of_several_clients() -> None:
 @pytest.mark.timeout(3600)
 def test_many_worlds_with_cartridges() -> None:
     run_worlds_with_cartridges(60_000, 60_000, Simulation.with_cartridges_of_seed)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_many_crowded_worlds_with_cartridges() -> None:
+    make_world = Simulation.crowded_with_cartridges_of_seed
+    run_worlds_with_cartridges(750_000, 40_000, make_world)
 
 
 @pytest.mark.long

@@ -29,6 +29,7 @@ class World:
         known: the prefixes that the managers know, with their files.
         refusals: what commands of a type are answered with, instead of being carried out.
         is_slow: commands wait for ``answer``.
+        source: of the cartridges that requests name.
     """
 
     def __init__(self) -> None:
@@ -37,6 +38,7 @@ class World:
         self.known: dict[str, tuple[str, ...]] = {}
         self.refusals: dict[type, TokasaurusError] = {}
         self.is_slow = False
+        self.source = "local"
         self._waiting: list[tuple[Action, Callable[..., None]]] = []
         self.cartridges = Cartridges(self.store, SHAPE, 100, self._command)
 
@@ -64,7 +66,7 @@ class World:
             on_done(CommandDone(0))
 
     def named(self, *ids: str, force: bool = False) -> list[CartridgeSpec]:
-        return [CartridgeSpec(each, "local", force) for each in ids]
+        return [CartridgeSpec(each, self.source, force) for each in ids]
 
     def is_used(self, name: str) -> bool:
         """Whether a request of the manager names a prefix."""
@@ -159,15 +161,16 @@ async def test_a_version_that_another_name_stands_for_stays(world: World) -> Non
 
 @in_world
 async def test_a_version_that_comes_back_gets_a_name_of_its_own(world: World) -> None:
-    world.store.put("a", 21, "first")
+    world.source = "s3"
+    world.store.put("a", 21, "first", source="s3")
     first = await world.lease("a")
     world.is_slow = True
     first.release()
-    world.store.put("a", 21, "second")
+    world.store.put("a", 21, "second", source="s3")
     asking = asyncio.ensure_future(world.lease("a"))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    world.store.put("a", 21, "first")  # while the first one is being unloaded
+    world.store.put("a", 21, "first", source="s3")  # while the first one is being unloaded
     again = asyncio.ensure_future(world.lease("a"))
     while len(world.sent) < 4:
         await asyncio.sleep(0)
@@ -243,6 +246,27 @@ async def test_a_request_that_is_cancelled_while_it_waits_uses_nothing(world: Wo
 
 
 @in_world
+async def test_a_burst_of_requests_shares_two_looks_at_a_local_file(world: World) -> None:
+    """One that comes while a look is under way gets what was there when it came, or newer."""
+    world.store.put("a", 21)
+    gate = world.store.gates["a"] = asyncio.Event()
+    first = [asyncio.ensure_future(world.lease("a")) for _ in range(50)]
+    while not world.store.num_waiting:
+        await asyncio.sleep(0)
+    world.store.put("a", 30, "other content")
+    later = [asyncio.ensure_future(world.lease("a")) for _ in range(50)]
+    await asyncio.sleep(0)
+    gate.set()
+    before, after = [await each for each in first], [await each for each in later]
+    assert {lease.prefix.num_tokens for lease in before} == {21}
+    assert {lease.prefix.num_tokens for lease in after} == {30}
+    assert len(world.store.asked) == 2
+    for lease in (*before, *after):
+        lease.release()
+    assert {*world.known} == {after[0].prefix.name}
+
+
+@in_world
 async def test_one_that_cannot_be_found_ends_the_search_for_the_others(world: World) -> None:
     world.store.put("a", 21)
     world.store.gates["a"] = asyncio.Event()
@@ -315,12 +339,15 @@ async def test_wrong_requests_are_refused_before_a_manager_hears_of_them(world: 
 KINDS = ("ask", "ask", "change", "delete", "release", "end", "answer", "cancel")
 
 
+KINDS = ("ask", "ask", "change", "delete", "release", "end", "answer", "cancel")
+
+
 class BusyWorld(World):
     """Managers that answer late, and refuse to forget what requests named until just now."""
 
-    def __init__(self, source: random.Random) -> None:
+    def __init__(self, source: str, chance: random.Random) -> None:
         super().__init__()
-        self.source = source
+        self.source, self.chance = source, chance
         self.is_slow = True
         self.leases: list[Lease] = []
         self.ending: Counter[str] = Counter()  # requests that managers have not seen the end of
@@ -330,20 +357,19 @@ class BusyWorld(World):
         return bool(self.ending[name]) or any(each.prefix.name == name for each in self.leases)
 
     async def act(self) -> None:
-        source, ids = self.source, ["a", "b", "c"]
-        kind = source.choice(
-            ("ask", "ask", "change", "delete", "release", "end", "answer", "cancel")
-        )
+        chance, ids = self.chance, ["a", "b", "c"]
+        kind = chance.choice(KINDS)
         if kind == "ask":
-            specs = self.named(*source.sample(ids, source.randint(1, 2)))
+            specs = self.named(*chance.sample(ids, chance.randint(1, 2)))
             self.asking.append(asyncio.ensure_future(self.cartridges.acquire(specs)))
         elif kind == "change":
-            name = source.choice(ids)
-            self.store.put(name, source.randint(1, 9), f"{name}{source.randint(0, 2)}")
+            name = chance.choice(ids)
+            content = f"{name}{chance.randint(0, 2)}"
+            self.store.put(name, chance.randint(1, 9), content, source=self.source)
         elif kind == "delete":
-            self.cartridges.forget("local", source.choice(ids))
+            self.cartridges.forget(self.source, chance.choice(ids))
         elif kind == "release" and self.leases:
-            lease = self.leases.pop(source.randrange(len(self.leases)))
+            lease = self.leases.pop(chance.randrange(len(self.leases)))
             self.ending[lease.prefix.name] += 1
             lease.release()
         elif kind == "end":
@@ -351,8 +377,8 @@ class BusyWorld(World):
         elif kind == "answer":
             self.answer()
         elif kind == "cancel" and self.asking:
-            source.choice(self.asking).cancel()
-        for _ in range(source.randint(0, 6)):
+            chance.choice(self.asking).cancel()
+        for _ in range(chance.randint(0, 6)):
             await asyncio.sleep(0)
         self.collect()
 
@@ -386,9 +412,9 @@ class BusyWorld(World):
 
 def test_any_order_of_events_leaves_nothing_behind() -> None:
     async def run(seed: int) -> None:
-        world = BusyWorld(random.Random(seed))
+        world = BusyWorld(("local", "s3")[seed % 2], random.Random(seed))
         for name in ("a", "b", "c"):
-            world.store.put(name, 5)
+            world.store.put(name, 5, source=world.source)
         for _ in range(80):
             await world.act()
             world.check()
@@ -399,7 +425,7 @@ def test_any_order_of_events_leaves_nothing_behind() -> None:
         assert known == {*world.known}
         assert world.store.held == {*uses}
         for name in ("a", "b", "c"):  # and then nothing stands for anything
-            world.cartridges.forget("local", name)
+            world.cartridges.forget(world.source, name)
         await world.come_to_rest()
         assert not world.known
         assert not world.store.held

@@ -105,3 +105,19 @@ def test_prompts_behind_other_cartridges_have_other_beginnings() -> None:
     places.note(0, places.blocks(ids, "a"))
     assert places.cached(places.blocks(ids, "a")) == {0: 64}
     assert places.cached(places.blocks(ids, "b")) == places.cached(places.blocks(ids)) == {}
+
+
+def test_a_registered_cartridge_is_the_first_block_of_what_comes_behind_it() -> None:
+    places = PrefixPlaces()
+    for replica in (0, 1):
+        places.add(replica, 4096)
+    places.register("a", 300)
+    ids, others = np.arange(100, dtype=np.int32), np.arange(1, 101, dtype=np.int32)
+    assert [end for _, end in places.blocks(ids, "a")] == [300, 364]
+    places.note(0, places.blocks(ids, "a"))
+    places.note(1, places.blocks(ids[:5], "a"))
+    assert places.cached(places.blocks(ids, "a")) == {0: 364, 1: 300}
+    assert places.cached(places.blocks(others, "a")) == {0: 300, 1: 300}
+    assert places.cached(places.blocks(ids)) == {}
+    places.unregister("a")
+    assert [end for _, end in places.blocks(ids, "a")] == [64]

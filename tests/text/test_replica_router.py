@@ -13,9 +13,11 @@ from tokasaurus.protocol.commands import (
     CommandDone,
     CommandFailed,
     FlushCache,
+    LoadCartridge,
     Pause,
     PauseMode,
     ReleaseMemory,
+    UnloadCartridge,
     UpdateWeights,
 )
 from tokasaurus.protocol.messages import (
@@ -252,6 +254,30 @@ def test_prompts_that_take_nothing_from_the_cache_go_where_the_least_work_is() -
         engine.submit(0, prompt=1024)
         engine.submit(1, prompt=1024, **changes)
         assert engine.last(1).request_id == 1, changes
+
+
+def test_requests_that_name_a_cartridge_go_where_its_pages_are() -> None:
+    # Whether another prompt may take hits or not: the cartridge is never computed.
+    for changes in ({}, {"num_prompt_logprobs": 0}, {"pooling": Pooling.MEAN}):
+        engine = Engine(3, num_seats=16)
+        engine.router.send(Command(1, LoadCartridge("c", ("file",), 1000)))
+        zero, one, two = engine.router.living
+        first = engine.submit(0, prompt=5, max_tokens=1, cartridge="c")
+        assert zero.work == 1000 + 5 + 1
+        engine.end(0, first, 0)
+        zero.work = 900
+        request = engine.submit(1, prompt=7, cartridge="c", **changes)
+        assert engine.last(0) is request, changes
+        assert zero.work == 900 + 7 + 20  # its positions are no work there
+        # A replica that is much busier does not get them all.
+        zero.work, one.work, two.work = 1601, 500, 400
+        request = engine.submit(2, prompt=5, cartridge="c", **changes)
+        assert engine.last(2) is request, changes
+        assert two.work == 400 + 1000 + 5 + 20
+        engine.router.send(Command(2, UnloadCartridge("c")))
+        request = engine.submit(3, prompt=5, cartridge="c")
+        assert engine.last(1) is request
+        assert one.work == 500 + 5 + 20
 
 
 def test_no_beginning_is_cached_after_a_flush_or_an_update() -> None:

@@ -383,7 +383,8 @@ class EngineConfig:
         help=(
             "How long a request of a client that runs less than its share waits for room, in "
             "seconds that the device works, before sequences of clients that run more than theirs "
-            "are preempted for it."
+            "are preempted for it. Also how long requests whose cartridges are in the KV cache may "
+            "overtake one for whose cartridge there is no room."
         ),
     )
 

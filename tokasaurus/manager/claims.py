@@ -56,9 +56,13 @@ class Claims:
         return sequence in self._by_sequence
 
     def add(self, sequence: Sequence, cartridge: Cartridge) -> None:
-        """A sequence waits for its cartridge; the pages for that are available."""
-        self._cartridges.hold(cartridge)
-        self._by_sequence[sequence] = cartridge
+        """A sequence waits for its cartridge; the pages for that are available.
+
+        Harmless if it has claimed it already.
+        """
+        if sequence not in self._by_sequence:
+            self._cartridges.hold(cartridge)
+            self._by_sequence[sequence] = cartridge
 
     def leave(self, sequence: Sequence) -> None:
         """A sequence has started or ended: its claim is over, if it has one."""
@@ -75,7 +79,10 @@ class Claims:
         """Takes the claim of a sequence, which begins anew in the queue."""
         if not self._by_sequence[sequence].is_there:
             self.woken.append(sequence)
+        num_before = self._cartridges.num_let_go
         self._release(sequence)
+        # This makes room for the sequence that wants it, not for those that have stepped aside.
+        self._num_let_go += self._cartridges.num_let_go - num_before
 
     def drop_all(self) -> None:
         """Takes all claims."""

@@ -231,6 +231,7 @@ class Manager:
 
     def _plan(self, now: float) -> list[ToWorker]:
         orders: list[ToWorker] = []
+        self._scheduler.recall()
         while self.num_in_flight < self._scheduler.num_lanes - 1 + self._look_ahead.depth:
             batch = self._scheduler.plan(now)
             if batch is not None:

@@ -183,7 +183,6 @@ class Scheduler:
     def plan(self, now: float) -> ForwardBatch | None:
         """Plans the next batch and counts it as sent; None if there is nothing to run."""
         self.may_find_more = False
-        self._recall()
         self._backlog.review_places()
         wanted = self._wanted_by_head()
         while wanted is not None and (victims := self._in_the_way_of(wanted)).size:
@@ -207,7 +206,11 @@ class Scheduler:
             self.preempt(self._victims_without_need(batch.number))
         return batch
 
-    def _recall(self) -> None:
+    def recall(self) -> None:
+        """Lets sequences back into the queue for whose cartridges there may be room now.
+
+        It is called once before the plans of a turn: those that these plans refuse stay aside.
+        """
         claims = self._running.claims
         if claims.is_any_aside and (
             self._is_empty or claims.recall_is_due(self._counters.device_s)
@@ -581,6 +584,8 @@ class Scheduler:
                 self._running.set_aside(sequence)
                 waiting.append(sequence)
             elif self._running.may_feed(sequence, start.num_found_pages):
+                if cartridge is not None:  # else a claim that keeps it might be dropped now
+                    self._running.claims.add(sequence, cartridge)
                 last = first_order if following is None else min(first_order, following.order)
                 offers.append(self._take_start(start, num_needed, headroom, last))
             else:

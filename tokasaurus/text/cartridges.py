@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
 
 from tokasaurus.cartridges.differences import differences
+from tokasaurus.cartridges.joined import JoinedCalls
 from tokasaurus.cartridges.specification import CartridgeSpec, ModelShape, StoredCartridge
 from tokasaurus.errors import Conflict, RequestError, RequestTooLong, TokasaurusError
 from tokasaurus.protocol.commands import Action, CommandDone, LoadCartridge, UnloadCartridge
@@ -177,6 +178,7 @@ class Cartridges:
         self._known: dict[tuple[str, ...], _Known] = {}
         self._leaving: list[_Known] = []  # their unloading was refused, and is tried again
         self._num_entered = 0
+        self._looks: JoinedCalls[tuple[str, ...]] = JoinedCalls(fresh=True)
 
     # --- for requests -----------------------------------------------------------------------------
 
@@ -190,6 +192,21 @@ class Cartridges:
             RequestError: a cartridge cannot be had, or does not fit; names it.
             EngineError: a source or the engine cannot serve.
         """
+        if all(spec.source == "local" for spec in specs):
+            # These are looked at for each request. A burst of equal requests shares two looks.
+            digests = await self._looks.run(tuple(specs), lambda: self._look(specs))
+            known = self._known.get(digests)
+            if known is not None and known.is_entered:
+                return self._use(known, [(spec.source, spec.id) for spec in specs])
+        return await self._acquire(specs)
+
+    async def _look(self, specs: Sequence[CartridgeSpec]) -> tuple[str, ...]:
+        """The digests of a prefix, which the managers know unless it is outdated at once."""
+        lease = await self._acquire(specs)
+        lease.release()
+        return lease.prefix.digests
+
+    async def _acquire(self, specs: Sequence[CartridgeSpec]) -> Lease:
         versions = await self.resolve(specs)
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -251,10 +268,8 @@ class Cartridges:
         outdated = [self._name(name, digest) for name, digest in zip(names, digests, strict=True)]
         found = self._known.pop(digests, None)
         known = found or self._new(digests, versions)
-        self._known[digests] = known  # the last one: it was used last
-        for name, counts in zip(names, known.names, strict=True):
-            counts[name] += 1
-        known.num_users += 1
+        self._known[digests] = known
+        lease = self._use(known, names)
         if known.is_entered:
             on_entered(None)
         else:
@@ -265,6 +280,14 @@ class Cartridges:
             self._release(digests)  # one use is enough
         if any(outdated) or len(self._known) > _MAX_KNOWN:
             self._tidy()
+        return lease
+
+    def _use(self, known: _Known, names: Sequence[tuple[str, str]]) -> Lease:
+        digests = known.prefix.digests
+        self._known[digests] = self._known.pop(digests)  # the last one: it was used last
+        for name, counts in zip(names, known.names, strict=True):
+            counts[name] += 1
+        known.num_users += 1
         return _Lease(known.prefix, known, names, self)
 
     def leave(self, known: _Known, names: Sequence[tuple[str, str]]) -> None:

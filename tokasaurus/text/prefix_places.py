@@ -33,7 +33,10 @@ from tokasaurus.protocol.arrays import Int32Array
 __all__ = ["Blocks", "PrefixPlaces"]
 
 Blocks: TypeAlias = Sequence[tuple[int, int]]
-"""The blocks of a prompt from its beginning on: a key, and the tokens up to the block's end."""
+"""The blocks of a prompt from its beginning on: a key, and the tokens up to the block's end.
+
+Positions of a cartridge before the prompt count.
+"""
 
 _BLOCK_TOKENS = 64
 _GROWTH = 8  # a block has about one token for this many before it
@@ -47,6 +50,7 @@ class PrefixPlaces:
     def __init__(self) -> None:
         self._recent: dict[int, _Recent] = {}  # by replica
         self._holders: dict[int, int] = {}  # by key: a bit for each replica
+        self._cartridges: dict[str, int] = {}  # positions of each that is registered
         self._ends: list[int] = []  # of blocks, in tokens
         self._factors = np.zeros(0, np.uint64)  # by position
         self._random = np.random.default_rng()
@@ -69,13 +73,35 @@ class PrefixPlaces:
             recent.sizes.clear()
             recent.num_tokens = 0
 
+    def register(self, cartridge: str, num_tokens: int) -> None:
+        """There is a cartridge, which takes this many positions before a prompt."""
+        self._cartridges[cartridge] = num_tokens
+
+    def unregister(self, cartridge: str) -> None:
+        """No prompt comes behind this cartridge any more, if one ever did."""
+        self._cartridges.pop(cartridge, None)
+
+    def num_before(self, cartridge: str) -> int:
+        """The positions of what comes before a prompt; 0 for "", and for what is not registered."""
+        return self._cartridges.get(cartridge, 0)
+
     def blocks(self, prompt_ids: Int32Array, cartridge: str = "") -> Blocks:
         """The blocks of a prompt, without tokens at its end that do not fill one.
+
+        A cartridge before it is the first block.
 
         Args:
             prompt_ids: [prompt length].
             cartridge: the name of what comes before the prompt; another makes other keys.
         """
+        blocks = self._blocks_of(prompt_ids)
+        if not cartridge:
+            return blocks
+        num_before = self.num_before(cartridge)
+        behind = [(hash((key, cartridge)), num_before + end) for key, end in blocks]
+        return [(hash(cartridge), num_before), *behind] if num_before else behind
+
+    def _blocks_of(self, prompt_ids: Int32Array) -> Blocks:
         if len(prompt_ids) > len(self._factors):
             self._make_room(len(prompt_ids))
         count = bisect_right(self._ends, len(prompt_ids))
@@ -87,8 +113,6 @@ class PrefixPlaces:
         products = (prompt_ids[:length].astype(np.uint64) + _ONE) * self._factors[:length]
         sums = np.add.reduceat(products, [0, *ends[:-1]])
         keys = np.cumsum(sums, dtype=np.uint64).tolist()
-        if cartridge:
-            keys = [hash((key, cartridge)) for key in keys]
         return list(zip(keys, ends, strict=True))
 
     def cached(self, blocks: Blocks) -> dict[int, int]:

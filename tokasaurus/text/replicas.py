@@ -11,7 +11,7 @@ Which replica gets a request:
 - one that has seats for all samples, where a seat is a sequence that can run; if there is none,
   any;
 - of these, the one that would have the least work with the request. Prompt tokens that are
-  probably in a replica's cache are no work there;
+  probably in a replica's cache are no work there, and so are the positions of a cartridge;
 - but the one that has the most of the prompt in its cache, as long as the difference in work is at
   most half of what the other one has to do. So a conversation stays where it is cached, unless that
   replica is clearly busier than another;
@@ -38,7 +38,14 @@ import msgspec
 import numpy as np
 
 from tokasaurus.errors import ReplicasLost
-from tokasaurus.protocol.commands import Command, CommandDone, CommandFailed, aborts_all
+from tokasaurus.protocol.commands import (
+    Command,
+    CommandDone,
+    CommandFailed,
+    LoadCartridge,
+    UnloadCartridge,
+    aborts_all,
+)
 from tokasaurus.protocol.messages import (
     AbortRequest,
     Acknowledge,
@@ -382,6 +389,10 @@ class Replicas:
         if aborts_all(command.action):
             for route in self._routes.values():
                 route.is_aborted = True
+        if isinstance(command.action, LoadCartridge):
+            self._places.register(command.action.name, command.action.num_tokens)
+        elif isinstance(command.action, UnloadCartridge):
+            self._places.unregister(command.action.name)
         self._broadcasts.send(command, self._replicas.values())
 
     def _abort_parts(self, route: Route) -> None:
@@ -398,14 +409,16 @@ class Replicas:
             route.held.update(indices)
             return
         blocks = self._places.blocks(request.prompt_ids, request.cartridge)
-        # Others take nothing from the cache.
+        num_tokens = self._places.num_before(request.cartridge) + len(request.prompt_ids)
+        # Others take nothing from the cache but a cartridge.
         takes_hits = request.num_prompt_logprobs < 0 and request.pooling is Pooling.NONE
-        cached = self._places.cached(blocks) if takes_hits else {}
+        taken = blocks if takes_hits else blocks[: int(num_tokens > len(request.prompt_ids))]
+        cached = self._places.cached(taken)
         shares = shares_of(request, len(indices), choice, cached)
         route.is_split |= len(shares) > 1
         start = 0
         for replica, count in shares:
-            num_computed = len(request.prompt_ids) - cached.get(replica.number, 0)
+            num_computed = num_tokens - cached.get(replica.number, 0)
             part_indices = indices[start : start + count]
             self._send_part(route, replica, part_indices, generated, num_computed, blocks)
             start += count
