@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from tokasaurus.errors import ConfigError
 
-__all__ = ["API_KEY_VARIABLE", "BASE_URL_VARIABLE", "Address"]
+__all__ = ["API_KEY_VARIABLE", "BASE_URL_VARIABLE", "Address", "first_key"]
 
 BASE_URL_VARIABLE = "TOKASAURUS_BASE_URL"
 API_KEY_VARIABLE = "TOKASAURUS_API_KEY"  # the engine reads it, too
@@ -41,10 +41,10 @@ class Address:
         Raises:
             ConfigError: the URL is none.
         """
-        url = (base_url or os.environ.get(BASE_URL_VARIABLE) or _DEFAULT).strip().rstrip("/")
+        url = (base_url or os.environ.get(BASE_URL_VARIABLE) or _DEFAULT).strip()
         if "://" not in url:
             url = f"http://{url}"
-        url = url.removesuffix("/v1").rstrip("/")
+        url = url.rstrip("/").removesuffix("/v1").rstrip("/")
         try:
             parts = urlsplit(url)
             usable = parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.query
@@ -57,7 +57,7 @@ class Address:
                 f" {_DEFAULT} (or set {BASE_URL_VARIABLE})"
             )
         if api_key is None:
-            api_key = _first_key(os.environ.get(API_KEY_VARIABLE, ""))
+            api_key = first_key(os.environ.get(API_KEY_VARIABLE, ""))
         return cls(url, api_key or None)
 
     @property
@@ -70,6 +70,6 @@ class Address:
         return urllib.request.getproxies().get(parts.scheme)
 
 
-def _first_key(keys: str) -> str:
+def first_key(keys: str) -> str:
     """The first of keys with commas between them, without what the engine is told of it."""
     return keys.partition(",")[0].strip().partition(" ")[0]

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokasaurus.client import requests
-from tokasaurus.client.address import Address
+from tokasaurus.client.address import Address, first_key
 from tokasaurus.client.batches import AsyncBatches, AsyncFiles
 from tokasaurus.client.cartridges import AsyncCartridges
 from tokasaurus.client.connection import Connection
@@ -159,11 +159,11 @@ class AsyncClient:
         """
         from tokasaurus.launch.async_llm import AsyncLLM
 
-        keys = flags.get("api_keys") or ()
         transport = EngineTransport(AsyncLLM(model, **flags))
+        keys = flags.get("api_key") or ""
         return cls(
             EMBEDDED_URL,
-            api_key=keys[0].partition(" ")[0] if keys else "",
+            api_key=first_key(keys if isinstance(keys, str) else keys[0]),
             timeout_s=timeout_s,
             retry=retry,
             _transport=transport,

@@ -32,8 +32,9 @@ __all__ = ["Connection"]
 T = TypeVar("T")
 _KEEP_ALIVE_S = 60.0  # less than the engine's, which is 75
 _UNUSUAL_FILES = 512  # more connections than this need a higher limit of open files
-_CONNECTIONS_PER_POOL = 64
-"""A pool looks at each of its connections for each request, so large ones are slow."""
+_CONNECTIONS_PER_POOL = 16
+"""A pool looks at each of its connections for each request, so large ones are slow: with 1,024
+requests under way, pools of 256 cost 3.9 ms of CPU a request, of 64 1.6 ms, and of 16 1.1 ms."""
 
 
 class Connection:

@@ -81,7 +81,11 @@ def error_of(
     told = body.get("error")
     fields: Mapping[str, Any] = told if isinstance(told, Mapping) else {}
     code = fields.get("code")
-    said = fields.get("message") or (told if isinstance(told, str) else "") or text.strip()[:500]
+    said = (
+        fields.get("message")
+        or (told if isinstance(told, str) else "")
+        or " ".join(text.split())[:300]
+    )
     message = f"{said or 'the answer does not say why'} (status {status})"
     if status == 401:
         message += f"; set {API_KEY_VARIABLE} or api_key to one of the engine's keys"

@@ -173,4 +173,4 @@ def named_cartridges(cartridges: Iterable[CartridgeLike] | CartridgeLike) -> lis
 def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
-    raise NotImplementedError(f"{type(value).__name__} has no form in JSON")
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
