@@ -200,15 +200,42 @@ def test_truncated_answers():
         with scripted(in_turn(*replies)) as model, client_of(model, **keys) as lm:
             assert lm.call("s", "u") == text, keys
             assert len(model.asked) == num_attempts, keys
-    with scripted(cut) as model, client_of(model, on_failure="raise") as lm:
-        with pytest.raises(GenerationTruncatedError, match="max_output_tokens=8192"):
-            lm.call("s", "u")
+    with (
+        scripted(cut) as model,
+        client_of(model, on_failure="raise") as lm,
+        pytest.raises(GenerationTruncatedError, match="max_output_tokens=8192"),
+    ):
+        lm.call("s", "u")
     no_reason = Reply(body={"text": "cut", "usage": {"completion_tokens": 8}})
     with scripted(no_reason) as model:
         with client_of(model, protocol="toka", max_output_tokens=8) as lm:
             assert lm.call("s", "u") == ""
         with client_of(model, protocol="toka", max_output_tokens=9) as lm:
             assert lm.call("s", "u") == "cut"
+
+
+def test_a_limit_that_does_not_fit_the_context_is_left_to_the_server(caplog):
+    """As with max_output_tokens=8192 and a model of 4,096 positions; also without retries."""
+    error = {"message": "max_tokens is 8192", "code": "context_length_exceeded"}
+
+    def answer(asked):
+        return Reply(400, {"error": error}) if "max_tokens" in asked.body else chat("text")
+
+    async def in_loop(lm):
+        text = await lm.acall("s", "u")
+        await lm.aclose()
+        return text
+
+    with scripted(answer) as model, client_of(model, max_retries=0) as lm:
+        assert [lm.call("s", "u"), lm.call("s", "u")] == ["text", "text"]
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "max_output_tokens=8192 does not fit" in caplog.text
+        assert lm.totals.retries == 0
+        model.answer = Reply(400, {"error": error})  # the prompt alone is too long
+        assert lm.call("s", "u") == ""
+        assert len(model.asked) == 6
+        model.answer = answer
+        assert asyncio.run(in_loop(lm)) == "text"
 
 
 def packed(values, dtype):
@@ -222,10 +249,12 @@ def test_conversations_bring_ids_and_logprobs_as_arrays():
         "packed_topk_indices": [packed([[5, 1], [6, 2], [2, 3]], "<i4")],
         "packed_topk_logprobs": [packed([[-0.5, -3], [-1, -4], [-2, -5]], "<f4")],
     }
-    with scripted(chat("text", system_fingerprint=json.dumps(fingerprint))) as model:
-        with client_of(model, top_logprobs=2, cartridges=["notes"]) as lm:
-            reply = lm.call(CONVERSATION, [{"id": "me/run", "source": "wandb"}, "local"])
-            assert lm.call("s", "u") == "text"
+    with (
+        scripted(chat("text", system_fingerprint=json.dumps(fingerprint))) as model,
+        client_of(model, top_logprobs=2, cartridges=["notes"]) as lm,
+    ):
+        reply = lm.call(CONVERSATION, [{"id": "me/run", "source": "wandb"}, "local"])
+        assert lm.call("s", "u") == "text"
     assert reply["text"] == "text"
     assert reply["output_ids"] == [5, 6, 2]
     assert reply["logprobs"].tolist() == [-0.5, -1.0, -2.0]
@@ -261,10 +290,13 @@ def test_other_servers_fingerprints_are_no_ids():
 def test_the_log_has_metrics_or_the_error(tmp_path, monkeypatch):
     monkeypatch.setattr(call_log, "_base", None)
     enable_json_logging(tmp_path)
-    with scripted(in_turn(refusal(500), chat("text"), refusal(400, "bad"))) as model:
-        with client_of(model, log_calls=True) as lm, json_log_context(mode="val", val=1):
-            lm.call("system", "user")
-            lm.call("system", "user")
+    with (
+        scripted(in_turn(refusal(500), chat("text"), refusal(400, "bad"))) as model,
+        client_of(model, log_calls=True) as lm,
+        json_log_context(mode="val"),
+    ):
+        lm.call("system", "user")
+        lm.call("system", "user")
     right, wrong = (json.loads(path.read_text()) for path in sorted(tmp_path.rglob("*.json")))
     assert (right["system_prompt"], right["user_prompt"]) == ("system", "user")
     assert right["output"] == "text"

@@ -32,7 +32,7 @@ from tokasaurus.client.lm.totals import Totals, TotalUsage
 from tokasaurus.client.requests import CartridgeLike
 from tokasaurus.client.results import Usage
 from tokasaurus.client.retrying import Attempts, Failure
-from tokasaurus.errors import EngineError, GenerationTruncatedError, TokasaurusError
+from tokasaurus.errors import EngineError, GenerationTruncatedError, RequestTooLong, TokasaurusError
 
 __all__ = ["LMReply", "TokasaurusClient"]
 
@@ -92,6 +92,7 @@ class TokasaurusClient(LanguageModel):
             weakref.WeakKeyDictionary()
         )
         self._must_ping = self.cfg.enable_health_check
+        self._has_warned = False
         self._lock = threading.Lock()
 
     def __enter__(self) -> TokasaurusClient:
@@ -269,16 +270,27 @@ class TokasaurusClient(LanguageModel):
     def _attempt(self, running: _RunningCall) -> Reply:
         try:
             response = self._http.post(running.post.path, json=running.post.body)
+            if running.fits_only_without_limit(response):
+                response = self._http.post(running.post.path, json=running.post.body)
         except httpx.HTTPError as error:
             raise _broken(error, self.cfg) from error
         return running.read(response)
 
     async def _attempt_in_loop(self, running: _RunningCall) -> Reply:
+        http = self._http_in_loop()
         try:
-            response = await self._http_in_loop().post(running.post.path, json=running.post.body)
+            response = await http.post(running.post.path, json=running.post.body)
+            if running.fits_only_without_limit(response):
+                response = await http.post(running.post.path, json=running.post.body)
         except httpx.HTTPError as error:
             raise _broken(error, self.cfg) from error
         return running.read(response)
+
+    def _say_once(self, warning: str) -> None:
+        with self._lock:
+            is_new, self._has_warned = not self._has_warned, True
+        if is_new:
+            self.logger.warning("%s", warning)
 
     def _http_in_loop(self) -> httpx.AsyncClient:
         loop = asyncio.get_running_loop()
@@ -304,6 +316,24 @@ class _RunningCall:
             texts.get("system", ""), texts.get("user", ""), None if is_pair else prompt.messages
         )
 
+    def fits_only_without_limit(self, response: httpx.Response) -> bool:
+        """Whether the server refuses the limit of tokens, which the request then has no more.
+
+        ``max_output_tokens`` may be more than the context of a model leaves behind a prompt. An
+        answer without a limit ends with the context, which is before this one.
+        """
+        if response.status_code != httpx.codes.BAD_REQUEST or "max_tokens" not in self.post.body:
+            return False
+        failure = refusal(response.status_code, response.headers, response.content)
+        if not isinstance(failure.error, RequestTooLong):
+            return False
+        del self.post.body["max_tokens"]
+        self._owner._say_once(
+            f"max_output_tokens={self._cfg.max_output_tokens} does not fit the model's context, so"
+            f" answers end with it: {failure.error}"
+        )
+        return True
+
     def read(self, response: httpx.Response) -> Reply:
         """The reply of an attempt.
 
@@ -319,8 +349,8 @@ class _RunningCall:
             raise Failure(EngineError(f"{response.request.url}: {said}"), is_final=True) from error
         if self._cfg.on_truncation != "return" and reply.is_truncated(self._cfg.max_output_tokens):
             message = (
-                f"the answer reached max_output_tokens={self._cfg.max_output_tokens} before its"
-                " end; raise it, or set on_truncation: return"
+                f"the answer reached max_output_tokens={self._cfg.max_output_tokens}, or the end of"
+                " the model's context, before its own; on_truncation: return returns it"
             )
             helps = self._cfg.on_truncation == "retry" and self._may_differ()
             raise Failure(GenerationTruncatedError(message), is_final=not helps)
