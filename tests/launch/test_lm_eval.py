@@ -7,10 +7,14 @@ be those of the model.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
+import subprocess
+import sys
 from functools import cache, lru_cache
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
@@ -22,6 +26,7 @@ from oracle import LOGPROB_TOLERANCE, TIE, assert_greedy, reference_generate, re
 from transformers import AutoTokenizer
 
 from tokasaurus.demo import MODEL_DIR
+from tokasaurus.errors import ConfigError, RequestError
 
 pytestmark = pytest.mark.engine
 
@@ -126,6 +131,8 @@ def evaluate(tasks, tmp_path_factory):
     from lm_eval import evaluator, simple_evaluate  # slow to import
     from lm_eval.tasks import TaskManager
 
+    import tokasaurus.integrations.lm_eval  # noqa: F401, registers the model type
+
     flags = (
         f"model={MODEL_DIR}",
         "dtype=float32",
@@ -142,15 +149,17 @@ def evaluate(tasks, tmp_path_factory):
 
         def run(names, *, model="local-completions", batch_size=1, chat=False, **arguments):
             path = "chat/completions" if model == "local-chat-completions" else "completions"
+            if model == "tokasaurus":
+                own = {
+                    "model": str(MODEL_DIR),
+                    "dtype": "float32",
+                    "max_num_tokens_per_request": 1024,
+                }
+            else:
+                own = {"model": "demo", "base_url": f"{engine.url}/v1/{path}", "max_retries": 1}
             return simple_evaluate(
                 model,
-                {
-                    "model": "demo",
-                    "base_url": f"{engine.url}/v1/{path}",
-                    "max_retries": 1,
-                    "max_length": 1024,
-                    **arguments,
-                },
+                {"max_length": 1024, **own, **arguments},
                 tasks=names,
                 batch_size=batch_size,
                 apply_chat_template=chat,
@@ -208,6 +217,7 @@ WAYS = {
         "num_concurrent": 4,
         "batch_size": 3,
     },
+    "embedded": {"model": "tokasaurus", "add_bos_token": True},
 }
 
 
@@ -242,6 +252,8 @@ def test_loglikelihoods_of_continuations(evaluate, way):
         ("text-concurrent", 1024),
         ("ids", 1024),
         ("ids-concurrent", 50),
+        ("embedded", 1024),
+        ("embedded", 50),
     ],
 )
 def test_loglikelihoods_of_whole_texts(evaluate, way, max_length):
@@ -280,7 +292,15 @@ GENERATION = TASKS["toka_questions"]["generation_kwargs"]
 
 @pytest.mark.parametrize(
     "way",
-    ["remote-tokenizer", "ids", "ids-batches", "ids-concurrent", "bos-ids", "text-concurrent"],
+    [
+        "remote-tokenizer",
+        "ids",
+        "ids-batches",
+        "ids-concurrent",
+        "bos-ids",
+        "text-concurrent",
+        "embedded",
+    ],
 )
 def test_generated_texts_are_greedy(evaluate, way):
     options = {"add_bos_token": True, **WAYS[way]}
@@ -299,3 +319,42 @@ def test_chat_answers_are_greedy(evaluate, options):
             json.loads(messages[0]), add_generation_prompt=True, return_dict=False
         )
         check_generated(ids, text, GENERATION["until"], GENERATION["max_gen_toks"])
+
+
+def test_chat_answers_of_the_embedded_engine_are_greedy(evaluate):
+    results = evaluate(["toka_questions"], model="tokasaurus", chat=True)
+    for (context, _), text in asked(results, "toka_questions"):
+        assert context.startswith(TOKENIZER.bos_token)
+        ids = TOKENIZER(context, add_special_tokens=False).input_ids
+        check_generated(ids, text, GENERATION["until"], GENERATION["max_gen_toks"])
+
+
+def test_the_embedded_engine_refuses_what_it_does_not_have():
+    from tokasaurus.integrations.lm_eval import TokasaurusLM
+
+    with pytest.raises(ConfigError, match="page_sizes"):
+        TokasaurusLM(page_sizes=3)
+    with contextlib.closing(TokasaurusLM(max_num_tokens_per_request=64)) as model:
+        for wrong, match in (({"num_beams": 4}, "num_beams"), ({"max_gen_toks": 64}, "no room")):
+            with pytest.raises(RequestError, match=match):
+                model.generate_until([SimpleNamespace(args=("text", wrong))])
+        # A sampled text, and a context that does not fit: its end is what counts.
+        warm = {"do_sample": True, "temperature": 0.5, "seed": 1, "max_gen_toks": 8}
+        long = "word " * 500 + "A B C D A B C D A B"
+        texts = [model.generate_until([SimpleNamespace(args=(long, warm))]) for _ in range(2)]
+        assert texts[0] == texts[1]
+
+
+@pytest.mark.long
+def test_the_command_runs_the_embedded_engine(tasks):
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "tokasaurus.integrations.lm_eval", "run"),
+            *("--model", "tokasaurus", "--model_args", f"model={MODEL_DIR},page_size=32"),
+            *("--include_path", str(tasks), "--tasks", "toka_questions"),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "toka_questions" in done.stdout

@@ -1,1 +1,1 @@
-"""Other people's programs that run engines, each in a package that is imported only on demand."""
+"""Other people's programs that run engines, each in a module that is imported only on demand."""

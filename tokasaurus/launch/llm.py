@@ -241,6 +241,11 @@ class LLM:
         return self._engine.tokenizer
 
     @property
+    def max_model_len(self) -> int:
+        """The most tokens that a prompt and its completion may have together."""
+        return self._engine.config.max_request_tokens
+
+    @property
     def num_preemptions(self) -> int:
         """How many times a running sequence was preempted since the start."""
         return self._engine.num_preemptions

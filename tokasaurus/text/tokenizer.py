@@ -226,13 +226,18 @@ class Tokenizer:
             del ids[0]
         return ids
 
-    def chat_text(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The text of a conversation, up to where the model writes the next message.
+    def chat_text(self, messages: Sequence[Mapping[str, Any]], *, continues: bool = False) -> str:
+        """The text of a conversation, up to where the model writes.
+
+        Args:
+            messages: with at least ``role`` and ``content`` each.
+            continues: it goes on with the last message, instead of writing the next one.
 
         Raises:
             Exception: what the template raises, or that there is none.
         """
-        return self._write_chat(messages, {"add_generation_prompt": True})
+        end = "continue_final_message" if continues else "add_generation_prompt"
+        return self._write_chat(messages, {end: True})
 
     @property
     def bos_text(self) -> str:
