@@ -1,0 +1,94 @@
+"""What docs/coming_from_vllm_and_sglang.md names exists here, and fields of others exist there."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+from documentation import ROOT, examples, mismatch, run_python
+
+from tokasaurus import LLM, SamplingParams
+from tokasaurus.config.engine import EngineConfig
+from tokasaurus.config.schema import flags_of
+
+sys.path.insert(0, str(Path(__file__).parent / "server"))
+
+from peer_fields import PEER_REQUESTS
+
+PAGE = "docs/coming_from_vllm_and_sglang.md"
+NAME = re.compile(r"`([^`]+)`")
+
+
+def rows(section):
+    """The cells of the rows of a section's table, without its head."""
+    text = (ROOT / PAGE).read_text().split(f"\n## {section}\n")[1].split("\n## ")[0]
+    lines = [line for line in text.splitlines() if line.startswith("|")][2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def names(cell):
+    return NAME.findall(cell)
+
+
+def peer_fields(peer):
+    return {
+        name
+        for kind, request in PEER_REQUESTS.items()
+        if kind.startswith(peer)
+        for name in (*request.base, *request.defaults)
+    }
+
+
+def test_flags_exist():
+    flags = {flag.name for flag in flags_of(EngineConfig).values()}
+    assert len(rows("Flags")) > 30
+    wrong = [name for row in rows("Flags") for name in names(row[2]) if name not in flags]
+    assert wrong == []
+    of_others = [name for row in rows("Flags") for cell in row[:2] for name in names(cell)]
+    assert [name for name in of_others if not name.startswith("--")] == []
+
+
+@pytest.mark.engine
+def test_routes_exist(engine):
+    """Of the three columns: a route of others that is named is served here, too."""
+    with urllib.request.urlopen(f"{engine.url}/openapi.json") as answer:
+        paths = set(json.load(answer)["paths"])
+    assert len(rows("Routes")) > 15
+    named = {name for row in rows("Routes") for cell in row for name in names(cell)}
+    routes = {name for name in named if name.startswith("/")}
+    assert sorted(routes - paths) == []
+
+
+@pytest.mark.engine
+def test_fields_exist(engine):
+    with urllib.request.urlopen(f"{engine.url}/openapi.json") as answer:
+        schemas = json.load(answer)["components"]["schemas"]
+    ours = {name for schema in schemas.values() for name in schema.get("properties", {})}
+    table = rows("Fields of requests")
+    assert len(table) > 8
+    for what, vllm, sglang, here in table:
+        assert [name for name in names(vllm) if name not in peer_fields("vLLM")] == [], what
+        assert [name for name in names(sglang) if name not in peer_fields("SGLang")] == [], what
+        known = [name for name in names(here) if not name.startswith("/")]
+        assert [name for name in known if name not in {*ours, "system_fingerprint"}] == [], what
+    text = (ROOT / PAGE).read_text()
+    listed = text.split("Those of OpenAI, and")[1].split("mean the same")[0]
+    for name in names(listed):
+        assert name in ours, name
+        assert name in peer_fields("vLLM"), name
+
+
+def test_methods_exist():
+    listed = (ROOT / PAGE).read_text().split("```\n\n`generate`")[1].split("are methods of")[0]
+    assert [name for name in names(f"`generate`{listed}") if not hasattr(LLM, name)] == []
+    assert SamplingParams.__dataclass_fields__.keys() >= {"temperature", "max_tokens"}
+
+
+@pytest.mark.engine
+def test_the_example_prints_what_the_page_says():
+    (example,) = [each for each in examples(PAGE) if each.language == "python"]
+    assert not mismatch(example.printed, run_python(example.program, {}))
