@@ -82,7 +82,7 @@ def file_server(host: str = "127.0.0.1") -> Iterator[FileServer]:
                     self.wfile.write(answer.body)
             self.close_connection = length != len(answer.body)
 
-        do_GET = do_HEAD = do_POST = respond  # noqa: N815
+        do_GET = do_HEAD = do_POST = do_DELETE = respond  # noqa: N815
 
         def log_message(self, *args: Any) -> None:
             pass

@@ -81,10 +81,12 @@ def environment(
     return directory / "bin"
 
 
-def test_the_wheel_has_the_model_and_the_kernels_and_nothing_else_than_the_package(wheel):
+def test_the_wheel_has_the_data_and_the_kernels_and_nothing_else_than_the_package(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     for name in (
         "py.typed",
+        "client/lm/configs/finer/memoryless_toka_llama3b.yaml",
+        "client/lm/data/finer.jsonl",
         "demo/model/config.json",
         "demo/model/model.safetensors",
         "demo/model/tokenizer.json",
@@ -105,7 +107,7 @@ def test_commands_of_an_installed_wheel_have_help(environment, tmp_path):
         )
 
 
-def test_an_installed_engine_answers_toka_ping_with_the_bundled_model(
+def test_an_installed_engine_answers_toka_ping_and_an_evaluation_with_the_bundled_model(
     environment, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -118,6 +120,11 @@ def test_an_installed_engine_answers_toka_ping_with_the_bundled_model(
         engine.wait_ready()
         ping = (environment / "toka-ping", "prompt=tell me a joke", "max_tokens=64", "chat=True")
         said = run(*ping, f"port={engine.port}", "temperature=0", cwd=tmp_path)
+        evaluation = (environment / "python", "-m", "tokasaurus.client.lm.run")
+        shipped = ("--config", "configs/memoryless_toka_demo.yaml", "evaluation.limit=5")
+        address = f"agent.lm_config.base_url={engine.url}"
+        table = run(*evaluation, *shipped, address, cwd=tmp_path)
     finally:
         engine.stop()
     assert any(joke in said for joke in JOKES)
+    assert "100.0%" in table

@@ -6,10 +6,14 @@
     ├── LaunchError            processes cannot be started on other machines (exit status 2)
     ├── RequestError           a request is wrong; names the field                       (HTTP 400)
     │   ├── RequestTooLong     the request can never fit                                 (HTTP 400)
+    │   ├── AccessDenied       the engine wants another key                         (HTTP 401, 403)
     │   ├── NotFound           there is no such file or batch                            (HTTP 404)
     │   └── Conflict           the state of a file, batch or engine forbids the request  (HTTP 409)
+    ├── GenerationTruncatedError   an answer reached the limit of tokens before its end
     └── EngineError            the engine cannot serve
         ├── EngineNotReady     it is loading or draining                                 (HTTP 503)
+        ├── Unreachable        nothing answers at its address, or the connection broke
+        ├── TimedOut           it has not answered in time                          (HTTP 408, 504)
         ├── EngineOverloaded   it has too much to do; says when to try again             (HTTP 429)
         ├── StorageFull        its disk has no room for a file, batch or cartridge       (HTTP 507)
         ├── SourceUnavailable  a source of cartridges cannot be reached, or fails        (HTTP 502)
@@ -24,7 +28,12 @@ user expects it. ``RequestError`` is a ``ValueError`` too.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 __all__ = [
+    "AccessDenied",
     "ConfigError",
     "Conflict",
     "EngineAborted",
@@ -32,6 +41,8 @@ __all__ = [
     "EngineError",
     "EngineNotReady",
     "EngineOverloaded",
+    "FailedAnswer",
+    "GenerationTruncatedError",
     "LaunchError",
     "ModelError",
     "NotFound",
@@ -41,12 +52,37 @@ __all__ = [
     "RequestTooLong",
     "SourceUnavailable",
     "StorageFull",
+    "TimedOut",
     "TokasaurusError",
+    "Unreachable",
 ]
 
 
+@dataclass(frozen=True)
+class FailedAnswer:
+    """The answer over HTTP that told a client of an error.
+
+    Attributes:
+        status: of HTTP.
+        code: of the error, such as "context_length_exceeded"; None if it has none.
+        request_id: names the request in the engine's log.
+        body: the JSON of the answer; empty if it has none.
+    """
+
+    status: int
+    code: str | None
+    request_id: str | None
+    body: Mapping[str, Any]
+
+
 class TokasaurusError(Exception):
-    """The base of all errors of Tokasaurus."""
+    """The base of all errors of Tokasaurus.
+
+    Attributes:
+        answer: of the engine that a client asked over HTTP; None if the error arose here.
+    """
+
+    answer: FailedAnswer | None = None
 
 
 class ConfigError(TokasaurusError):
@@ -83,6 +119,10 @@ class RequestTooLong(RequestError):
     """The prompt and its completion can never fit the context or the KV cache."""
 
 
+class AccessDenied(RequestError):
+    """The engine wants another key, or does not serve this client."""
+
+
 class NotFound(RequestError):
     """There is no file or batch with this name."""
 
@@ -91,12 +131,24 @@ class Conflict(RequestError):
     """The state of a file, a batch or the engine forbids the request."""
 
 
+class GenerationTruncatedError(TokasaurusError):
+    """The answer to a language model's call reached the limit of tokens before its end."""
+
+
 class EngineError(TokasaurusError):
     """The engine as a whole cannot serve."""
 
 
 class EngineNotReady(EngineError):
     """The engine is loading or draining; try again later."""
+
+
+class Unreachable(EngineError):
+    """Nothing answers at the engine's address, or the connection broke; the message says which."""
+
+
+class TimedOut(EngineError):
+    """The engine has not answered in time: in the client's time, or in its own."""
 
 
 class EngineOverloaded(EngineError):

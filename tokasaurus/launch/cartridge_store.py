@@ -5,7 +5,7 @@ from __future__ import annotations
 from tokasaurus.cartridges.specification import CartridgeSpec, StoredCartridge
 from tokasaurus.cartridges.store import CartridgeStore
 from tokasaurus.config.slices import ServerConfig
-from tokasaurus.launch.loop_thread import LoopThread
+from tokasaurus.loop_thread import LoopThread
 from tokasaurus.text.cartridges import Cartridges, Store
 from tokasaurus.text.generations import Generations
 

@@ -16,7 +16,8 @@ from tokasaurus.config.slices import ServerConfig
 from tokasaurus.launch.doors import FROM_HTTP, TO_HTTP
 from tokasaurus.launch.http_relay import INNER_SOCKET
 from tokasaurus.launch.lifeline import Assignment, Dead, Lifeline, Ready, Stop
-from tokasaurus.launch.web_server import allow_many_files, web_server
+from tokasaurus.launch.web_server import web_server
+from tokasaurus.open_files import allow_many_files
 from tokasaurus.protocol.channels import AsyncReceiver, Sender, door_address
 from tokasaurus.protocol.relaying import AnswerCounts, FromHTTP, ToHTTP
 from tokasaurus.protocol.role import Role

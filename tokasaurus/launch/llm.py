@@ -34,11 +34,11 @@ from tokasaurus.launch.cartridge_store import StoreInThread, cartridges_of
 from tokasaurus.launch.control import Weights, sleep_actions, wake_up_actions, weights_of
 from tokasaurus.launch.embedded import EmbeddedEngine
 from tokasaurus.launch.launching import placed
-from tokasaurus.launch.loop_thread import LoopThread
 from tokasaurus.launch.outputs import RequestOutput, request_output
 from tokasaurus.launch.program_engine import CartridgeLike, Conversation, Prompt, specs_of
 from tokasaurus.launch.replicated import QUIET, ReplicatedEngine, has_processes
 from tokasaurus.launch.unused_flags import warn_of_unused_flags
+from tokasaurus.loop_thread import LoopThread
 from tokasaurus.protocol.commands import Action, CommandDone, FlushCache
 from tokasaurus.server.protocols.embeddings import embedding, pooling_named
 from tokasaurus.text.cartridges import Prefix

@@ -16,7 +16,8 @@ from tokasaurus.config.slices import ServerConfig
 from tokasaurus.launch.http_relay import HTTPRelay
 from tokasaurus.launch.lifeline import Assignment, Joined, Left, Lifeline
 from tokasaurus.launch.text_process import TextProcess
-from tokasaurus.launch.web_server import allow_many_files, web_server
+from tokasaurus.launch.web_server import web_server
+from tokasaurus.open_files import allow_many_files
 from tokasaurus.server.app import create_app
 from tokasaurus.server.reports import report
 from tokasaurus.server.routes.batches import batch_runner

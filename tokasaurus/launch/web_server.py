@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import resource
 from collections.abc import Iterator
 
 import uvicorn
@@ -14,7 +13,7 @@ from tokasaurus.config.slices import ServerConfig
 from tokasaurus.launch.http_protocol import connections
 from tokasaurus.server.http.request_ids import RequestIds
 
-__all__ = ["allow_many_files", "web_server"]
+__all__ = ["web_server"]
 
 _KEEP_ALIVE_S = 75  # seconds that a connection without a request stays open
 _FLUSH_S = 2  # seconds for answers and errors to reach their clients before connections are cut
@@ -27,13 +26,6 @@ class _HTTPServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-def allow_many_files() -> None:
-    """Raises the limit of files: each connection is one, and the usual limit is a thousand."""
-    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # macOS names a limit that it refuses
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 
 
 def web_server(

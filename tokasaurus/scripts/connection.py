@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import openai
 
+from tokasaurus.client.address import API_KEY_VARIABLE, first_key
 from tokasaurus.config.schema import flag
 from tokasaurus.errors import ConfigError
 
 __all__ = ["Connection", "connect", "explain"]
 
 _CONNECT_S = 5.0
-_API_KEY_VARIABLE = "TOKASAURUS_API_KEY"  # the engine reads it too
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -49,7 +49,7 @@ def connect(to: Connection, retries: int = 0) -> openai.OpenAI:
     is_https = to.https or to.ca_file is not None
     return openai.OpenAI(
         # Not OPENAI_API_KEY: a key for OpenAI must not be sent to others.
-        api_key=_first_key(os.environ.get(_API_KEY_VARIABLE, "")) or "none",
+        api_key=first_key(os.environ.get(API_KEY_VARIABLE, "")) or "none",
         base_url=f"{'https' if is_https else 'http'}://{name}:{to.port}/v1",
         max_retries=retries,
         timeout=openai.Timeout(None, connect=_CONNECT_S),
@@ -97,7 +97,7 @@ def explain(error: openai.OpenAIError, client: openai.OpenAI) -> str:
             return f"{address} does not answer in HTTP ({said}); if it serves HTTPS, set https=T"
         return f"the connection to {address} failed: {cause}"
     if isinstance(error, openai.AuthenticationError):
-        return f"{_reason(error)}; set {_API_KEY_VARIABLE} to one of the engine's keys"
+        return f"{_reason(error)}; set {API_KEY_VARIABLE} to one of the engine's keys"
     if isinstance(error, openai.APIStatusError):
         return f"the engine answered with status {error.status_code}: {_reason(error)}"
     return f"{address}: {error}"
@@ -108,8 +108,3 @@ def _reason(error: openai.APIStatusError) -> str:
     if isinstance(body, dict) and isinstance(body.get("message"), str):
         return str(body["message"])
     return error.message
-
-
-def _first_key(keys: str) -> str:
-    """The first of keys with commas between them, without what the engine is told of it."""
-    return keys.partition(",")[0].strip().partition(" ")[0]

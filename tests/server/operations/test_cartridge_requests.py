@@ -354,7 +354,7 @@ def test_requests_that_wait_for_cartridges_count_in_the_queue():
         server.store.gates["notes"] = server.on_loop(make_event())
         body = {"prompt": "a", "cartridges": [NOTES]}
         waiting = [begin(server, "/v1/completions", body) for _ in range(3)]
-        wait_for(lambda: server.store.num_waiting == 3)
+        wait_for(lambda: server.generations.num_of("address 127.0.0.1") == 3)
         answer = server.post("/v1/completions", body)
         assert (answer.status, answer.error["code"]) == (429, "rate_limit_exceeded")
         for each in waiting:
