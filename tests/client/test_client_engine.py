@@ -221,7 +221,7 @@ def test_an_embedded_engine_in_an_event_loop():
 
 
 def test_an_embedded_engine_with_keys_knows_its_client():
-    with Client.embedded(api_key=["sk-test max_request_priority=-5"]) as client:
+    with Client.embedded(api_key=["sk-test max_request_priority=5"]) as client:
         assert client.complete(PROMPT, **GREEDY).text == SAID
 
 

@@ -165,6 +165,37 @@ def test_an_http_process_that_is_killed_leaves_no_cartridge_in_use(engine, files
     assert_alike(behind(engine, IDS[N:], "left.safetensors"), whole)
 
 
+def test_requests_of_a_lost_replica_go_on_behind_their_cartridge(engine, files, model):
+    """The replica that is started again knows the cartridge without being asked."""
+    save_cartridge(model, IDS[:N], files / "moving.safetensors")
+    long = {"max_tokens": 450, "logprobs": None}
+    expected = post(engine, "/v1/completions", prompt=IDS, **long)["choices"][0]["text"]
+    answers: list[dict] = []
+    asking = [
+        threading.Thread(
+            target=lambda: answers.append(
+                behind(engine, IDS[N:], "moving.safetensors", n=6, **long)
+            )
+        )
+        for _ in range(8)
+    ]
+    for each in asking:
+        each.start()
+    eventually(lambda: num_users(engine) == 8, "requests run")
+    os.kill(engine.child("worker"), signal.SIGKILL)
+    for each in asking:
+        each.join()
+    assert len(answers) == 8
+    assert {choice["text"] for each in answers for choice in each["choices"]} == {expected}
+    eventually(lambda: engine.metrics().get('replica_up{replica="0"}') == 1, "it is back")
+    several = behind(engine, IDS[N:], "moving.safetensors", n=12, **long)
+    assert {choice["text"] for choice in several["choices"]} == {expected}
+    eventually(
+        lambda: listed(engine)["moving.safetensors"]["versions"][0]["residence"]["device"] == 2,
+        "both replicas have it",
+    )
+
+
 def test_uploads_are_for_all_processes_and_batches(engine, model, tmp_path):
     data = save_cartridge(model, IDS[:N], tmp_path / "upload.safetensors").read_bytes()
     for _ in range(3):

@@ -472,6 +472,19 @@ def test_one_refusal_counts_for_all_that_want_the_same_cartridge(
     world.drain()
 
 
+def test_a_sequence_for_which_others_were_preempted_does_not_step_aside() -> None:
+    """Others of its cartridge have: there was no room for them, who outrank none."""
+    careful = make_admission(predict_lengths=False)
+    world = world_with({"a": 40}, num_pages=24, max_request_tokens=64, admission=careful)
+    world.turn(make_request(1, prompt(17), 32))  # up to 12 pages
+    world.turn(behind("a", 2, 3, 20), num_results=1)  # 10 pages, and up to 6 of its own
+    assert world.manager._running.claims.aside()
+    assert not world.writes
+    world.turn(behind("a", 3, 3, 20, priority=-1), num_results=1)
+    assert written(world) == ["a"]
+    world.drain()
+
+
 def test_a_dropped_claim_is_no_reason_to_ask_again_for_those_that_stepped_aside() -> None:
     world = world_with(dict.fromkeys("abc", 24), num_pages=12, max_request_tokens=48)
     world.turn(behind("a", 1, 3, 8, priority=1))

@@ -7,17 +7,17 @@ theirs piece by piece, and a stream that is left must end its request.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, MutableMapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import httpx2 as httpx
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp
-
     from tokasaurus.launch.async_llm import AsyncLLM
 
 __all__ = ["EMBEDDED_URL", "EngineTransport"]
+
+ASGIApp: TypeAlias = Callable[[Any, Any, Any], Awaitable[None]]
 
 EMBEDDED_URL = "http://engine"  # a name that no socket sees
 

@@ -179,15 +179,19 @@ class Scheduler:
         self._prompt_budget = PromptBudget(config, running, backlog, admission)
         self._max_running = config.max_running
         self.may_find_more = False
+        self._favoured: Sequence | None = None  # others gave way for it in this plan
 
     def plan(self, now: float) -> ForwardBatch | None:
         """Plans the next batch and counts it as sent; None if there is nothing to run."""
         self.may_find_more = False
         self._backlog.review_places()
         wanted = self._wanted_by_head()
+        self._favoured = None if wanted is None else self._backlog.head()
         while wanted is not None and (victims := self._in_the_way_of(wanted)).size:
             self.preempt(victims)
         overdue = self._make_way()
+        if overdue is not None:
+            self._favoured = overdue
         decode_slots, is_decoding = self._decode()
         chunks, accepted = self._feed(is_decoding, len(decode_slots), overdue)
         if not len(decode_slots) and not chunks:
@@ -566,14 +570,16 @@ class Scheduler:
                 break
             cartridge = sequence.request.cartridge
             is_refused = cartridge is not None and self._running.claims.is_refused(cartridge)
-            if is_refused and self._running.step_aside(sequence):
+            if is_refused and self._steps_aside(sequence):
                 waiting.append(sequence)
                 continue
             start = self._start_of(sequence)
-            num_needed = self._make_room(start, headroom)
+            num_needed = self._num_to_claim(start)
+            if num_needed > headroom.num_pages:
+                num_needed = self._make_room(start, headroom)
             if num_needed > headroom.num_pages:
                 is_cartridge_too_large = self._num_needed(start) <= headroom.num_pages
-                if is_cartridge_too_large and self._running.step_aside(sequence):
+                if is_cartridge_too_large and self._steps_aside(sequence):
                     waiting.append(sequence)
                     continue
                 break
@@ -638,7 +644,10 @@ class Scheduler:
 
     def _num_to_claim(self, start: SlotStart) -> int:
         """The same with its cartridge."""
-        return self._num_needed(start) + _num_unclaimed_pages(start.sequence)
+        num_needed = self._num_needed(start)
+        if start.sequence.request.cartridge is not None:
+            num_needed += _num_unclaimed_pages(start.sequence)
+        return num_needed
 
     def _take_start(
         self, start: SlotStart, num_needed: int, headroom: _Headroom, last_order: int
@@ -708,14 +717,18 @@ class Scheduler:
             num_forks = min(num_rows, offer.candidate.num_forks)
             offer.chunk.followers = self._backlog.pop_followers(offer.chunk.sequence, num_forks)
             num_rows -= num_forks
-            self._running.hold_cartridge(offer.chunk.sequence, len(offer.entering))
+            if offer.chunk.sequence.request.cartridge is not None:
+                self._running.hold_cartridge(offer.chunk.sequence, len(offer.entering))
         return accepted
 
     def _refuse_claim(self, sequence: Sequence) -> None:
         """The forecast has room for all before this sequence, and none for its cartridge."""
-        if self._running.step_aside(sequence):
+        if self._steps_aside(sequence):
             self._backlog.park(sequence)
             self.may_find_more = True
+
+    def _steps_aside(self, sequence: Sequence) -> bool:
+        return sequence is not self._favoured and self._running.step_aside(sequence)
 
     def _claim(self, sequence: Sequence) -> None:
         """Keeps the pages of a cartridge for the head of the queue, which starts when it is there.

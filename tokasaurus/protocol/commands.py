@@ -56,7 +56,7 @@ class PauseMode(enum.IntEnum):
 
 
 class FlushCache(_Action, frozen=True):
-    """Drop every cached page that no running sequence holds."""
+    """Drop every cached page that no running sequence holds. Cartridges stay."""
 
 
 class Pause(_Action, frozen=True):
