@@ -52,3 +52,9 @@ def test_the_configurations_of_the_page_are_read():
         assert words[:3] == ["python", "-m", "tokasaurus.client.lm.run"]
         config = parse(RUN, _with_shipped_file(words[3:]))
         get_lm_client(config.agent["lm_config"]).close()
+
+
+def test_the_shipped_files_stand_in_the_checkout_under_the_names_of_the_page():
+    for name in ("memoryless_toka_demo.yaml", "finer/memoryless_toka_llama3b.yaml"):
+        assert f"configs/{name}" in (ROOT / PAGE).read_text()
+        assert (ROOT / "configs" / name).is_file()

@@ -26,6 +26,8 @@ KNOWN_NAMES = {
     "tokasaurus.scripts.ping": ["main"],
     "tokasaurus.scripts.download": ["main"],
     "tokasaurus.common_types": ["EngineConfig"],
+    "tokasaurus.client.lm.lm_factory": ["get_lm_client"],
+    "tokasaurus.client.lm.tokasaurus_client": ["TokasaurusClient"],
 }
 
 
@@ -65,6 +67,8 @@ def test_an_unknown_name_is_an_attribute_error():
         ("tokasaurus.protocol.messages", HEAVY),
         ("tokasaurus.common_types", HEAVY),
         ("tokasaurus.manager.manager", HEAVY),
+        ("tokasaurus.client.lm", HEAVY),
+        ("tokasaurus.client.lm.run", HEAVY),
         ("tokasaurus.server.app", ("torch",)),
     ],
 )

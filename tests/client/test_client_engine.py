@@ -64,7 +64,7 @@ def test_streams_give_what_whole_answers_give(either):
         (either.chat, either.stream_chat, QUESTION),
         (either.generate, either.stream_generate, QUESTION),
     ):
-        options = {"temperature": 0, "max_tokens": 20, "logprobs": 2}
+        options = {"temperature": 0, "max_tokens": 200, "ignore_eos": True, "logprobs": 2}
         answer = whole(prompt, **options)
         with stream(prompt, **options) as pieces:
             seen = list(pieces)

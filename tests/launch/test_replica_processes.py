@@ -122,6 +122,24 @@ def test_a_replica_that_hangs_is_ended_and_its_requests_go_on(tmp_path: Path, ro
             os.kill(former, 0)
 
 
+@pytest.mark.long
+def test_when_all_replicas_hang_they_are_replaced_one_after_the_other(tmp_path: Path) -> None:
+    with replicas(tmp_path) as engine, ThreadPoolExecutor(4) as pool:
+        expected = stream(engine, 0)
+        for role in ("worker", "worker-1-0"):
+            os.kill(engine.child(role), signal.SIGSTOP)
+        waiting = [pool.submit(stream, engine, 0) for _ in range(4)]
+        eventually(lambda: health(engine)[1].get("status") == "stalled", "all hang", 20)
+        eventually(lambda: all_are_well(engine), "both are back", 90)
+        for each in waiting:  # moved once, or ended twice where it was
+            error = each.exception(60)
+            if error is None:
+                assert each.result() == expected
+            else:
+                assert "two replicas ended while they had this request" in str(error)
+        assert stream(engine, 0) == expected
+
+
 def test_the_engine_ends_with_its_last_replica(tmp_path: Path) -> None:
     with replicas(tmp_path, "replica_restarts=0") as engine:
         os.kill(engine.child("worker"), signal.SIGKILL)

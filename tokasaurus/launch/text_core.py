@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from tokasaurus.config.slices import EngineSlices, ReplicaSlices
 from tokasaurus.errors import ProtocolError
@@ -51,6 +51,13 @@ class Doors(Protocol):
         """Closes a door, and returns what had come through it and was not taken."""
 
 
+class _Notice(NamedTuple):
+    """When a replica was found stalled, and what the others were like then."""
+
+    at: float
+    others: dict[int, tuple[int, int] | None]
+
+
 class TextCore:
     """Joins generations to the managers of all replicas.
 
@@ -79,8 +86,7 @@ class TextCore:
         self._workers: dict[int, tuple[WorkerIdentity, ...]] = {}  # of replicas that live
         self._first_workers: tuple[WorkerIdentity, ...] = ()
         self._stalled: set[Role] = set()
-        # By stalled replica: what the others were like when that was noticed.
-        self._noticed: dict[int, dict[int, tuple[int, int] | None]] = {}
+        self._noticed: dict[int, _Notice] = {}  # by stalled replica
         self._replaced: set[int] = set()  # replicas that the supervisor was asked to end
         self._watches: dict[int, ManagerWatch] = {}  # by replica
         self._check_due_at = 0.0
@@ -186,22 +192,40 @@ class TextCore:
     def _note_others(self) -> None:
         replicas = {role.replica for role in self._stalled}
         marks = {} if self.router is None else self.router.marks()
-        self._noticed = {number: self._noticed.get(number, marks) for number in replicas}
+        notice = _Notice(time.monotonic(), marks)
+        self._noticed = {number: self._noticed.get(number, notice) for number in replicas}
 
     def _replace_stalled(self) -> None:
         """Lets the supervisor end stalled replicas, if their requests can go on elsewhere.
 
         Another one must be idle, or have gone on since the stall was noticed: otherwise the whole
-        machine may stand still, and an end would only cost work.
+        machine may stand still, and an end would only cost work. If that lasts, one replica is
+        ended nevertheless: started again, it shows whether the machine goes on.
         """
         now = {} if self.router is None else self.router.marks()
+        longest = self._longest_stalled()
         for role in sorted(self._stalled):
-            before = self._noticed.get(role.replica, {})
+            before = self._noticed[role.replica].others
             goes_on = any(mark is None or mark != before.get(each) for each, mark in now.items())
-            if goes_on and role.replica not in self._replaced:
+            if (goes_on or role.replica == longest) and role.replica not in self._replaced:
                 self._replaced.add(role.replica)
                 reason = f"the {role} had work and made no progress"
                 self._lifeline.send(Replace(role.replica, reason, again=True))
+
+    def _longest_stalled(self) -> int | None:
+        """The replica that stalled first, if all have been stalled for the time limit since then.
+
+        None while a replica is about to be replaced or to start.
+        """
+        router = self.router
+        if router is None or router.is_starting or self._replaced:
+            return None
+        if self._noticed.keys() != self._watches.keys() or not self._noticed:
+            return None
+        last = max(notice.at for notice in self._noticed.values())
+        if time.monotonic() - last < self._slices.stall_timeout_s:
+            return None
+        return min(self._noticed, key=lambda number: self._noticed[number].at)
 
     # --- notes of the supervisor ------------------------------------------------------------------
 

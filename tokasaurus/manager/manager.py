@@ -269,7 +269,9 @@ class Manager:
     def _accept(self, request: GenerateRequest, now: float) -> None:
         refusal = self._refusal(request)
         if refusal is None:
-            cartridge = self._running.cartridges.find(request.cartridge)
+            cartridge = None
+            if request.cartridge:
+                cartridge = self._running.cartridges.find(request.cartridge)
             if cartridge is not None:
                 cartridge.open()
             accepted = self._backlog.add(request, now, cartridge)
@@ -324,7 +326,7 @@ class Manager:
     def _length_refusal(self, request: GenerateRequest) -> str | None:
         """Why a request never has the pages that it may need; None if it fits."""
         config, page_size = self._config, self._config.page_size
-        cartridge = self._running.cartridges.find(request.cartridge)
+        cartridge = self._running.cartridges.find(request.cartridge) if request.cartridge else None
         num_pseudo = 0 if cartridge is None else cartridge.num_tokens
         total = num_pseudo + len(request.prompt_ids) + request.max_tokens
         # The last token's KV is never needed.

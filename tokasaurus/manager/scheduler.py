@@ -574,7 +574,9 @@ class Scheduler:
                 waiting.append(sequence)
                 continue
             start = self._start_of(sequence)
-            num_needed = self._make_room(start, headroom)
+            num_needed = self._num_to_claim(start)
+            if num_needed > headroom.num_pages:
+                num_needed = self._make_room(start, headroom)
             if num_needed > headroom.num_pages:
                 is_cartridge_too_large = self._num_needed(start) <= headroom.num_pages
                 if is_cartridge_too_large and self._steps_aside(sequence):
@@ -642,7 +644,10 @@ class Scheduler:
 
     def _num_to_claim(self, start: SlotStart) -> int:
         """The same with its cartridge."""
-        return self._num_needed(start) + _num_unclaimed_pages(start.sequence)
+        num_needed = self._num_needed(start)
+        if start.sequence.request.cartridge is not None:
+            num_needed += _num_unclaimed_pages(start.sequence)
+        return num_needed
 
     def _take_start(
         self, start: SlotStart, num_needed: int, headroom: _Headroom, last_order: int
@@ -712,7 +717,8 @@ class Scheduler:
             num_forks = min(num_rows, offer.candidate.num_forks)
             offer.chunk.followers = self._backlog.pop_followers(offer.chunk.sequence, num_forks)
             num_rows -= num_forks
-            self._running.hold_cartridge(offer.chunk.sequence, len(offer.entering))
+            if offer.chunk.sequence.request.cartridge is not None:
+                self._running.hold_cartridge(offer.chunk.sequence, len(offer.entering))
         return accepted
 
     def _refuse_claim(self, sequence: Sequence) -> None:

@@ -169,6 +169,11 @@ class Replicas:
         """Why a replica that lives gets no requests before an update of the weights, if so."""
         return self._replicas[replica].obstacle
 
+    @property
+    def is_starting(self) -> bool:
+        """Whether a lost replica is being started again."""
+        return bool(self._starting)
+
     def is_awaited(self, replica: int) -> bool:
         """Whether a replica has something that it must answer sooner or later."""
         its = self._replicas.get(replica)

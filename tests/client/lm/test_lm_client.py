@@ -114,6 +114,7 @@ def test_what_may_pass_is_tried_again():
                 model.answer = reply
                 assert lm.call("s", "u") == "", reply
             assert len(model.asked) == 4, reply
+            assert len({each.headers["x-request-id"] for each in model.asked}) == 2, reply
 
 
 FINAL = [
@@ -144,6 +145,13 @@ def test_a_failure_is_an_empty_text_and_an_error_in_the_log(caplog):
     assert "wrong key" in caplog.text
     assert "api_key" in caplog.text
     assert {record.name for record in caplog.records} == {"language_model"}
+
+
+def test_a_prompt_that_cannot_be_written_is_a_failure_like_others(caplog):
+    with scripted(chat("text")) as model, client_of(model) as lm:
+        assert lm.call("s", "half of a pair: \ud83d") == ""
+        assert "cannot be written" in caplog.text
+        assert not model.asked
 
 
 def test_nothing_that_listens_is_named_with_a_remedy():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -13,10 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from text_cartridges import save_cartridge
 
 import tokasaurus.client.lm
 from tokasaurus.client.lm import TokasaurusClient, call_log, get_lm_client
 from tokasaurus.client.lm.run import main
+from tokasaurus.demo import MODEL_DIR
 
 pytestmark = pytest.mark.engine
 
@@ -72,6 +75,25 @@ def test_both_protocols_give_the_same_arrays(engine):
     with client_of(engine) as lm:
         reply = lm.call(messages)
         assert (reply["output_ids"], reply["logprobs"]) == (one["output_ids"], None)
+
+
+def test_cartridges_come_before_conversations(engine):
+    """Behind the KV of a text, both protocols see the text."""
+    ids = [random.Random(3).randrange(7, 2048) for _ in range(21)]
+    save_cartridge(MODEL_DIR, ids, engine.log_path.parent / "cartridges" / "lm.safetensors")
+    messages = [{"role": "user", "content": "What is 3 + 4?"}]
+    replies = []
+    for protocol in ("openai", "toka"):
+        with client_of(engine, protocol=protocol, top_logprobs=0, max_output_tokens=20) as lm:
+            lm.config.on_truncation = "return"
+            plain = lm.call(messages)
+            replies.append(lm.call(messages, ["lm.safetensors"]))
+            assert replies[-1]["logprobs"].tolist() != plain["logprobs"].tolist()
+            assert replies[-1]["topk_logprobs"] is None
+            lm.config.cartridges = ["lm.safetensors"]
+            assert lm.call("", "What is 3 + 4?") != ""
+            assert lm.call(messages)["output_ids"] == replies[-1]["output_ids"]
+    assert replies[0]["output_ids"] == replies[1]["output_ids"]
 
 
 def test_an_error_of_the_engine_is_named(engine):

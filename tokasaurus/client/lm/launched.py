@@ -55,7 +55,7 @@ def launched_engine(config: TokasaurusConfig, flags: Mapping[str, Any]) -> Itera
                 " it, or change the port of base_url"
             )
         named = {"port": address.port or 80, **_model(config), **flags}
-        words = [f"{key}={_written(value)}" for key, value in named.items()]
+        words = [f"{key}={value}" for key, value in named.items()]
         with tempfile.TemporaryDirectory(prefix="toka-lm-") as directory:
             log = Path(directory) / "toka.log"
             with log.open("wb") as output:
@@ -75,11 +75,6 @@ def launched_engine(config: TokasaurusConfig, flags: Mapping[str, Any]) -> Itera
 def _model(config: TokasaurusConfig) -> dict[str, str]:
     name = config.server_model
     return {} if name == BUNDLED_MODEL_NAME else {"model": name}
-
-
-def _written(value: Any) -> str:
-    """A flag's value as the command line of the engine reads it."""
-    return str(value)
 
 
 def _status(http: httpx.Client, path: str) -> int | None:

@@ -13,6 +13,7 @@ import logging
 import ssl
 import threading
 import time
+import uuid
 import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,7 @@ from tokasaurus.client.lm.config import LMConfig, TokasaurusConfig
 from tokasaurus.client.lm.exchange import Message, Prompt, Reply, post_of, read_reply
 from tokasaurus.client.lm.language_model import LanguageModel, LLMResponseMetrics
 from tokasaurus.client.lm.totals import Totals, TotalUsage
-from tokasaurus.client.requests import CartridgeLike
+from tokasaurus.client.requests import CartridgeLike, encoded
 from tokasaurus.client.results import Usage
 from tokasaurus.client.retrying import Attempts, Failure
 from tokasaurus.errors import EngineError, GenerationTruncatedError, RequestTooLong, TokasaurusError
@@ -269,9 +270,9 @@ class TokasaurusClient(LanguageModel):
 
     def _attempt(self, running: _RunningCall) -> Reply:
         try:
-            response = self._http.post(running.post.path, json=running.post.body)
+            response = self._http.post(**running.request())
             if running.fits_only_without_limit(response):
-                response = self._http.post(running.post.path, json=running.post.body)
+                response = self._http.post(**running.request())
         except httpx.HTTPError as error:
             raise _broken(error, self.cfg) from error
         return running.read(response)
@@ -279,9 +280,9 @@ class TokasaurusClient(LanguageModel):
     async def _attempt_in_loop(self, running: _RunningCall) -> Reply:
         http = self._http_in_loop()
         try:
-            response = await http.post(running.post.path, json=running.post.body)
+            response = await http.post(**running.request())
             if running.fits_only_without_limit(response):
-                response = await http.post(running.post.path, json=running.post.body)
+                response = await http.post(**running.request())
         except httpx.HTTPError as error:
             raise _broken(error, self.cfg) from error
         return running.read(response)
@@ -310,11 +311,24 @@ class _RunningCall:
         self._cfg = owner.cfg
         self._prompt = prompt
         self._is_pair = is_pair
+        self._request_id = f"lm_{uuid.uuid4().hex}"
         self._started = time.perf_counter()
         texts = {message.get("role"): str(message.get("content")) for message in prompt.messages}
         self._log_id = owner._begin_call(
             texts.get("system", ""), texts.get("user", ""), None if is_pair else prompt.messages
         )
+
+    def request(self) -> dict[str, Any]:
+        """The arguments of a POST. All attempts have the same request id, which servers log.
+
+        Raises:
+            RequestError: a prompt is no text that UTF-8 can write.
+        """
+        return {
+            "url": self.post.path,
+            "content": encoded(self.post.body),
+            "headers": {"Content-Type": "application/json", "X-Request-Id": self._request_id},
+        }
 
     def fits_only_without_limit(self, response: httpx.Response) -> bool:
         """Whether the server refuses the limit of tokens, which the request then has no more.
