@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
+
+from tokasaurus.errors import EngineError
 
 __all__ = ["LoopThread"]
 
@@ -21,10 +24,16 @@ class LoopThread:
         self._thread: threading.Thread | None = None
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """What the work returns. Ctrl-C in the caller cancels the work."""
+        """What the work returns. Ctrl-C in the caller cancels the work.
+
+        Raises:
+            EngineError: another thread has closed it.
+        """
         future = asyncio.run_coroutine_threadsafe(work, self._begun())
         try:
             return future.result()
+        except concurrent.futures.CancelledError:
+            raise EngineError("it was closed during this call") from None
         except BaseException:
             future.cancel()
             raise
@@ -35,7 +44,7 @@ class LoopThread:
             self._loop.call_soon_threadsafe(function, *arguments)
 
     def close(self, last: Coroutine[Any, Any, None]) -> None:
-        """Runs a last coroutine, if others have run, and ends the thread."""
+        """Runs a last coroutine, if others have run, cancels the rest, and ends the thread."""
         if self._loop is None or self._thread is None:
             last.close()
             return
@@ -65,6 +74,10 @@ def _run_until_stopped(loop: asyncio.AbstractEventLoop) -> None:
     asyncio.set_event_loop(loop)
     try:
         loop.run_forever()
+        left = asyncio.all_tasks(loop)
+        for task in left:
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
         loop.run_until_complete(loop.shutdown_asyncgens())
     finally:
         loop.close()

@@ -6,6 +6,7 @@ import base64
 import json
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -81,6 +82,8 @@ def test_fields_reach_the_server_as_they_are(server, client):
 def test_what_is_no_json_is_refused_before_it_is_sent(server, client):
     with pytest.raises(RequestError, match="JSON"):
         client.complete("a", stop=object())
+    with pytest.raises(RequestError, match="temperature=nan"):
+        client.complete("a", temperature=float("nan"))
     assert server.questions == []
 
 
@@ -184,6 +187,27 @@ def test_a_closed_client_says_so(server):
     with pytest.raises(EngineError, match="closed"):
         client.complete("a")
     client.close()
+
+
+def test_closing_a_client_ends_the_calls_of_other_threads(server):
+    release, asked = threading.Event(), threading.Event()
+
+    def answer(question):
+        asked.set()
+        release.wait(30)
+        return Answer.json(SAID)
+
+    server.answers[TEXT] = answer
+    client = Client(server.url)
+    try:
+        with ThreadPoolExecutor(1) as threads:
+            call = threads.submit(client.complete, "a")
+            assert asked.wait(30)
+            client.close()
+            with pytest.raises(EngineError, match="closed"):
+                call.result(30)
+    finally:
+        release.set()
 
 
 def test_a_file_that_is_not_there_is_named(client, tmp_path):

@@ -188,6 +188,8 @@ class Connection:
             try:
                 return await attempt(call, request_id)
             except Failure as failure:
+                if self._is_closed:
+                    raise EngineError("the client was closed during this request") from None
                 delay_s = attempts.delay_after(failure)
             await asyncio.sleep(delay_s)
             if already is not None and attempts.maybe_done:

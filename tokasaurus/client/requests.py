@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,6 +137,10 @@ def encoded(body: Any) -> bytes:
     Raises:
         RequestError: something in it cannot be written as JSON.
     """
+    if isinstance(body, Mapping):
+        for name, value in body.items():
+            if isinstance(value, float) and not math.isfinite(value):  # would be written as null
+                raise RequestError(f"{name}={value} cannot be written as JSON", name)
     try:
         return msgspec.json.encode(body, enc_hook=_plain)
     except (TypeError, ValueError) as error:
