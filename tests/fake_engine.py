@@ -10,6 +10,7 @@ import json
 import math
 import random
 import socket
+import string
 import threading
 import time
 from collections import Counter
@@ -159,9 +160,17 @@ def ids_of(text: str) -> list[int]:
 
 
 def random_ids(request: GenerateRequest, index: int) -> list[int]:
-    """The default answer of the fake model, which depends on the seed and the sample only."""
+    """The default answer of the fake model, which depends on the seed and the sample only.
+
+    It begins with a letter: a part of a character would wait for the rest, and a stream that is
+    held there would have no event.
+    """
     rng = random.Random(f"{request.seed if request.sampling.temperature else 0}:{index}")
-    return [rng.randrange(len(SPECIAL), VOCAB_SIZE) for _ in range(request.max_tokens)]
+    (first,) = ids_of(rng.choice(string.ascii_letters))
+    return [
+        first,
+        *(rng.randrange(len(SPECIAL), VOCAB_SIZE) for _ in range(request.max_tokens - 1)),
+    ]
 
 
 def logprob_row(token_id: int, number: int) -> tuple[float, list[int], list[float]]:

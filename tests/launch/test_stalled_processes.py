@@ -50,7 +50,7 @@ def test_a_process_that_hangs_is_named_until_it_goes_on(watched, role):
     assert f"the {role} makes progress again" in watched.log
 
 
-def test_of_replicas_that_all_hang_none_is_ended_before_another_goes_on(tmp_path):
+def test_of_replicas_that_all_hang_one_that_goes_on_is_kept(tmp_path):
     with running(tmp_path, *FLAGS, "cpu_threads=1", "dp_size=2") as engine:
         client = engine.client(timeout=120)
         workers = [engine.child(role) for role in ("worker", "worker-1-0")]

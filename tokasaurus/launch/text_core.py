@@ -51,6 +51,10 @@ class Doors(Protocol):
         """Closes a door, and returns what had come through it and was not taken."""
 
 
+# When all replicas hang, the machine may: they get this many time limits more.
+_ALL_STALLED_FACTOR = 3
+
+
 class _Notice(NamedTuple):
     """When a replica was found stalled, and what the others were like then."""
 
@@ -213,7 +217,7 @@ class TextCore:
                 self._lifeline.send(Replace(role.replica, reason, again=True))
 
     def _longest_stalled(self) -> int | None:
-        """The replica that stalled first, if all have been stalled for the time limit since then.
+        """The replica that stalled first, if all have been stalled for several time limits.
 
         None while a replica is about to be replaced or to start.
         """
@@ -223,7 +227,7 @@ class TextCore:
         if self._noticed.keys() != self._watches.keys() or not self._noticed:
             return None
         last = max(notice.at for notice in self._noticed.values())
-        if time.monotonic() - last < self._slices.stall_timeout_s:
+        if time.monotonic() - last < _ALL_STALLED_FACTOR * self._slices.stall_timeout_s:
             return None
         return min(self._noticed, key=lambda number: self._noticed[number].at)
 
