@@ -67,7 +67,7 @@ def test_a_cartridge_stands_for_the_text_that_it_was_made_of(flags, directory, m
             assert_alike(behind, whole)
         # Rotated for other positions, the rest of the text is another one.
         (behind,) = llm.generate(
-            IDS[N:], PARAMS, use_tqdm=False, cartridges=str(directory / "short.safetensors")
+            IDS[N:], PARAMS, use_tqdm=False, cartridges=directory / "short.safetensors"
         )
         assert behind.outputs != whole.outputs
         # Another version under the same name.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
 from typing import Any, TypeAlias
 
 from tokasaurus.cartridges.specification import CartridgeSpec
@@ -21,8 +22,9 @@ Prompt: TypeAlias = str | Sequence[int]
 """A text, or its token ids."""
 Conversation: TypeAlias = Sequence[Mapping[str, Any]]
 """Messages, each ``{"role": ..., "content": ...}``."""
-CartridgeLike: TypeAlias = CartridgeSpec | Mapping[str, Any] | str
-"""A cartridge as requests name it, ``{"id": ..., "source": ...}``; a text is a local file."""
+CartridgeLike: TypeAlias = CartridgeSpec | Mapping[str, Any] | str | PathLike[str]
+"""A cartridge as requests name it, ``{"id": ..., "source": ...}``; a text or path is a local file.
+"""
 
 _FIELDS = {"id": str, "source": str, "force_redownload": bool}
 
@@ -31,7 +33,7 @@ def specs_of(cartridges: Sequence[CartridgeLike] | CartridgeLike | None) -> list
     """The cartridges that a program names. Raises RequestError."""
     if cartridges is None:
         return []
-    if isinstance(cartridges, CartridgeSpec | Mapping | str):
+    if isinstance(cartridges, CartridgeSpec | Mapping | str | PathLike):
         cartridges = [cartridges]
     return [_spec(each) for each in cartridges]
 
@@ -39,7 +41,11 @@ def specs_of(cartridges: Sequence[CartridgeLike] | CartridgeLike | None) -> list
 def _spec(cartridge: CartridgeLike) -> CartridgeSpec:
     if isinstance(cartridge, CartridgeSpec):
         return cartridge
-    fields = {"id": cartridge, "source": "local"} if isinstance(cartridge, str) else cartridge
+    fields: Mapping[str, Any] = (
+        {"id": fspath(cartridge), "source": "local"}
+        if isinstance(cartridge, str | PathLike)
+        else cartridge
+    )
     for name, value in fields.items():
         if not isinstance(value, _FIELDS.get(name, ())):
             raise RequestError(
