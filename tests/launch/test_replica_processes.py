@@ -7,16 +7,21 @@ import os
 import re
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from engine_process import EngineProcess, eventually
 from openai.types import Completion
 
 pytestmark = pytest.mark.engine
+
+T = TypeVar("T")
 
 FLAGS = (
     "max_seqs_per_forward=16",
@@ -67,20 +72,33 @@ def health(engine: EngineProcess) -> tuple[int, dict[str, object]]:
 
 
 def check_that_all_goes_on(engine: EngineProcess, strike: Callable[[], None]) -> None:
-    """Two streams and a request of 20 samples get their tokens, whatever strikes."""
-    expected = stream(engine, 0)
-    expected_texts = [choice.text for choice in whole(engine, 9).choices]
+    """Clients ask one request after the other, and get their tokens, whatever strikes."""
+    is_over = threading.Event()
+
+    def answers(ask: Callable[[], T]) -> list[T]:
+        got = [ask()]
+        while not is_over.is_set():
+            got.append(ask())
+        return got
+
+    def texts() -> list[str]:  # of more samples than one replica has seats for
+        return [choice.text for choice in whole(engine, 9).choices]
+
+    expected, expected_texts = stream(engine, 0), texts()
     with ThreadPoolExecutor(4) as pool:
-        streams: list[Future[tuple[str, int]]] = [
-            pool.submit(stream, engine, seed) for seed in range(2)
-        ]
-        answer = pool.submit(whole, engine, 9)  # more samples than one replica has seats for
-        # Those that are 4 or more of a replica have just begun.
-        eventually(lambda: min(samples_of_replicas(engine)) > 3, "both have samples", 60)
-        strike()
-        # Greedy ones are equal.
-        assert [each.result(120) for each in streams] == [expected] * 2
-        assert [choice.text for choice in answer.result(120).choices] == expected_texts
+        streams = [pool.submit(answers, lambda: stream(engine, 0)) for _ in range(2)]
+        wholes = pool.submit(answers, texts)
+        try:
+            eventually(lambda: min(samples_of_replicas(engine)) > 0, "both have samples", 60)
+            strike()
+            time.sleep(0.5)  # one that hangs is noticed by the requests that it has
+        finally:
+            is_over.set()
+        for each in streams:  # greedy ones are equal
+            got = each.result(120)
+            assert got == [expected] * len(got)
+        got_texts = wholes.result(120)
+        assert got_texts == [expected_texts] * len(got_texts)
 
 
 def samples_of_replicas(engine: EngineProcess) -> list[float]:

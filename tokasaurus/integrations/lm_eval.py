@@ -11,9 +11,11 @@ It gives the engine all requests of a kind at once, and the engine makes its bat
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from itertools import groupby
 from typing import Any
 
+import lm_eval.models  # noqa: F401, the harness finds its own only where they come first
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -30,18 +32,9 @@ __all__ = ["TokasaurusLM", "main"]
 _DEFAULT_NEW_TOKENS = 256  # as the harness's other models
 _DEFAULT_DEVICE = "cuda:0"  # what the harness's command says on every machine
 _AT_ONCE = 4096  # prompts, whose logprobs are held together
-_SAMPLING = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "seed",
-    "repetition_penalty",
-    "frequency_penalty",
-    "presence_penalty",
-    "min_tokens",
-    "stop_token_ids",
-)
+# What the harness, or this module, decides about every request.
+_DECIDED = {"n", "first_k", "stop", "max_tokens", "logprobs", "prompt_logprobs", "receipt"}
+_SAMPLING = tuple(each.name for each in fields(SamplingParams) if each.name not in _DECIDED)
 
 
 @register_model("tokasaurus", "toka")
