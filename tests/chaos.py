@@ -116,9 +116,10 @@ class Load:
 
     def check(self) -> None:
         """Call it after the end."""
-        assert self.faults == []
-        assert self.num_right > 5 * NUM_MOMENTS
-        assert self.longest_s < LONGEST_ANSWER_S
+        assert self.faults == [], self.faults
+        # There was load: answers between all moments, although hangs take most of the time.
+        assert self.num_right > 2 * NUM_MOMENTS, self.num_right
+        assert self.longest_s < LONGEST_ANSWER_S, self.longest_s
         # A strike loses what had moved before: less than half of what the clients wait for.
         assert len(self.refusals) < NUM_MOMENTS * NUM_CLIENTS / 2, len(self.refusals)
 
