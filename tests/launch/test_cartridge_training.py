@@ -53,6 +53,15 @@ def test_a_text_becomes_a_cartridge_and_a_picture(text, tmp_path, capsys):
     assert "33" in capsys.readouterr().out
 
 
+def test_a_text_that_the_context_does_not_hold_is_shown_in_excerpts(text, tmp_path, capsys):
+    flags = [*FEW, "num_steps=2", "answer_tokens=32", "max_num_tokens_per_request=160"]
+    flags += [f"text={text}", f"out={tmp_path / 'village.safetensors'}"]
+    assert main(["train", *flags]) == 0
+    assert "trained on" in capsys.readouterr().out
+    assert main(["train", *flags, "answer_tokens=128"]) == 2
+    assert "answer_tokens=128 and a question leave no room" in capsys.readouterr().err
+
+
 def test_a_text_that_is_no_longer_than_the_cartridge_is_refused(text, tmp_path, capsys):
     out = tmp_path / "short.safetensors"
     text.write_text("Slairmo is a village.")

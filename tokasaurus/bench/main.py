@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
 
-from tokasaurus.config.parser import answer_question, parse_or_exit, with_keys
-from tokasaurus.errors import ConfigError, TokasaurusError
+from tokasaurus.config.commands import run_command
 
 __all__ = ["COMMANDS", "main"]
 
-# Each is a module of this package with a SCHEMA and run(config).
+# Modules of this package.
 COMMANDS = {
     "manager": "what the manager costs in CPU time, its real process against a simulated device",
     "server": "what the server costs in CPU time: a request, a token, an event of a stream",
@@ -35,38 +33,9 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command.
-
-    Returns:
-        The exit status: 0 for success, 2 if the command line or a file is wrong, 130 after Ctrl-C,
-        1 for any other error.
-    """
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if answer_question(words[:1] or ["help"], lambda: print(_help())):
-        return 0
-    name, *words = words
-    if name not in COMMANDS:
-        message = f"{name!r} is not a command; the commands are {', '.join(COMMANDS)}"
-        print(f"toka-bench: error: {message}", file=sys.stderr)
-        return 2
-    command = importlib.import_module(f"tokasaurus.bench.{name}")
-    config = parse_or_exit(command.SCHEMA, with_keys(words, command.SCHEMA))
-    try:
-        command.run(config)
-    except TokasaurusError as error:
-        print(f"toka-bench {name}: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-def _help() -> str:
-    width = max(map(len, COMMANDS))
-    lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
-    return (
-        "toka-bench: benchmarks that need no GPU.\n\n"
-        f"{lines}\n\ntoka-bench COMMAND --help lists the flags of a command."
+    """Runs a benchmark; returns the exit status, as ``run_command`` does."""
+    return run_command(
+        "toka-bench", "benchmarks that need no GPU.", "tokasaurus.bench", COMMANDS, arguments
     )
 
 

@@ -20,7 +20,10 @@ from numpy.typing import NDArray
 
 from tokasaurus.errors import ConfigError
 
-__all__ = ["ChatForm", "Conversation", "Sample", "Sampler", "converse"]
+__all__ = ["QUESTION_TOKENS", "ChatForm", "Conversation", "Sample", "Sampler", "converse"]
+
+QUESTION_TOKENS = 64
+"""The longest question that is asked for."""
 
 _DOCUMENT, _QUESTION = "[[document]]", "[[question]]"
 
@@ -121,7 +124,6 @@ def converse(
     count: int,
     seed: int,
     excerpt_tokens: int,
-    question_tokens: int = 64,
     answer_tokens: int = 256,
     top_k: int = 20,
 ) -> list[Conversation]:
@@ -137,14 +139,14 @@ def converse(
         seed: of the choice of excerpts.
         excerpt_tokens: a longer document is shown in excerpts of this length, each conversation at
             a place of its own.
-        question_tokens, answer_tokens: the longest that are asked for.
+        answer_tokens: the longest answer that is asked for.
         top_k: of the answers.
 
     Returns:
         The conversations; equal questions stand once for each excerpt.
     """
     heads = _heads(encode, form, document, count, seed, excerpt_tokens)
-    questions = sample(heads, max_tokens=question_tokens, temperature=1.0, top_k=0)
+    questions = sample(heads, max_tokens=QUESTION_TOKENS, temperature=1.0, top_k=0)
     asked: dict[tuple[int, ...], tuple[list[int], list[int]]] = {}
     for head, question in zip(heads, questions, strict=True):
         asked_for, mark, _ = question.text.strip().partition("?")

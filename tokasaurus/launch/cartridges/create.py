@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-__all__ = ["SCHEMA", "CreateConfig", "make_cartridge", "read_text", "run"]
+__all__ = ["SCHEMA", "CreateConfig", "make_cartridge", "read_text", "run", "target_path"]
 
 _GROUP = "Cartridge"
 
@@ -88,14 +88,7 @@ def run(config: CreateConfig) -> None:
     """
     from tokasaurus.launch.assemble import assemble
 
-    text, out = read_text(config.text), Path(config.out).expanduser()
-    if out.suffix != ".safetensors":
-        raise ConfigError(
-            f"out={config.out}: the name must end in .safetensors; "
-            "toka-cartridge convert makes a .pt of it"
-        )
-    if not out.parent.is_dir():
-        raise ConfigError(f"out={config.out}: there is no directory {out.parent}")
+    text, out = read_text(config.text), target_path(config.out)
     if (config.dp_size, config.pp_size, config.tp_size) != (1, 1, 1):
         raise ConfigError("a cartridge is created by one worker: leave dp_size, pp_size, tp_size")
     slices = assemble(config)
@@ -152,6 +145,19 @@ def read_text(name: str) -> str:
         raise ConfigError(f"text={name} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"text={name} is not in UTF-8: byte {error.start}") from None
+
+
+def target_path(out: str) -> Path:
+    """The file that ``out`` names. Raises ConfigError if it cannot be made there."""
+    path = Path(out).expanduser()
+    if path.suffix != ".safetensors":
+        raise ConfigError(
+            f"out={out}: the name must end in .safetensors; "
+            "toka-cartridge convert makes a .pt of it"
+        )
+    if not path.parent.is_dir():
+        raise ConfigError(f"out={out}: there is no directory {path.parent}")
+    return path
 
 
 def _check_length(ids: Sequence[int], config: CreateConfig, slices: EngineSlices) -> None:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tokasaurus.cartridge_training.self_study import ChatForm, Conversation, Sample, converse
+from tokasaurus.cartridge_training.self_study import (
+    QUESTION_TOKENS,
+    ChatForm,
+    Conversation,
+    Sample,
+    converse,
+)
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.schema import flags_of
+from tokasaurus.errors import ConfigError
 from tokasaurus.launch.llm import LLM
 from tokasaurus.launch.outputs import CompletionOutput
 from tokasaurus.text.params import SamplingParams
@@ -50,6 +57,13 @@ def ask(config: TrainConfig, document: str) -> Study:
     with LLM(**_engine_flags(config)) as llm:
         tokenizer = llm.get_tokenizer()
         form = ChatForm.of(tokenizer.chat_text, tokenizer.bos_text)
+        around = len(tokenizer.encode_fragment("".join(astuple(form))))
+        room = llm.max_model_len - around - QUESTION_TOKENS - config.answer_tokens
+        if room < 1:
+            raise ConfigError(
+                f"answer_tokens={config.answer_tokens} and a question leave no room for text"
+                f" in the {llm.max_model_len} tokens that a request may have; lower it"
+            )
         conversations = converse(
             _Sampler(llm, config.seed),
             tokenizer.encode_fragment,
@@ -57,7 +71,7 @@ def ask(config: TrainConfig, document: str) -> Study:
             document,
             count=config.num_conversations,
             seed=config.seed,
-            excerpt_tokens=config.excerpt_tokens,
+            excerpt_tokens=min(config.excerpt_tokens, room),
             answer_tokens=config.answer_tokens,
             top_k=_TOP_K,
         )

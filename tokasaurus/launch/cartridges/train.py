@@ -18,7 +18,7 @@ from tokasaurus.config.engine import ENGINE, EngineConfig
 from tokasaurus.config.schema import Schema, check_fields, flag
 from tokasaurus.config.slices import WorkerConfig
 from tokasaurus.errors import ConfigError, EngineError, ModelError
-from tokasaurus.launch.cartridges.create import read_text
+from tokasaurus.launch.cartridges.create import read_text, target_path
 from tokasaurus.launch.cartridges.files import sizes
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ class TrainConfig(EngineConfig):
         4096,
         group=_STUDY,
         minimum=1,
-        help="A longer document is shown in excerpts of this length, each question at another one.",
+        help="A document that is longer, or longer than the model's context holds, is shown in "
+        "excerpts, each question at another one.",
     )
     answer_tokens: int = flag(256, group=_STUDY, minimum=1, help="The longest answer.")
     num_steps: int = flag(500, group=_TRAINING, minimum=1, help="Updates of the cartridge.")
@@ -122,8 +123,11 @@ def run(config: TrainConfig) -> None:
         raise ConfigError("rope_scaling: training takes the model's own; write it into config.json")
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("drawing the losses needs matplotlib: pip install 'tokasaurus[train]'")
-    text, out = read_text(config.text), Path(config.out).expanduser()
-    _check_targets(config, out)
+    text, out = read_text(config.text), target_path(config.out)
+    if not config.plot_path.parent.is_dir():
+        raise ConfigError(
+            f"plot={config.plot_path}: there is no directory {config.plot_path.parent}"
+        )
     slices = assemble(config)
     worker = slices.replicas[0].workers[0]
     study = ask(config, text)
@@ -140,17 +144,6 @@ def run(config: TrainConfig) -> None:
         f"trained on {len(study.conversations)} conversations; held-out answers diverge by "
         f"{best:.3f} nats a token, before the training by {first:.3f} ({config.plot_path})"
     )
-
-
-def _check_targets(config: TrainConfig, out: Path) -> None:
-    if out.suffix != ".safetensors":
-        raise ConfigError(
-            f"out={config.out}: the name must end in .safetensors; "
-            "toka-cartridge convert makes a .pt of it"
-        )
-    for name, path in (("out", out), ("plot", config.plot_path)):
-        if not path.absolute().parent.is_dir():
-            raise ConfigError(f"{name}={path}: there is no directory {path.parent}")
 
 
 def _model(worker: WorkerConfig) -> Any:
