@@ -66,7 +66,9 @@ def test_a_text_that_is_no_longer_than_the_cartridge_is_refused(text, tmp_path, 
     out = tmp_path / "short.safetensors"
     text.write_text("Slairmo is a village.")
     assert main(["train", f"text={text}", f"out={out}", *FEW]) == 2
-    assert "num_tokens=33: the text has" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "num_tokens=33: the text has" in said
+    assert "prompts" not in said  # nothing was asked before
     assert not out.exists()
 
 

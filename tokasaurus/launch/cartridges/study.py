@@ -51,7 +51,7 @@ def ask(config: TrainConfig, document: str) -> Study:
     """Starts an engine, lets it ask and answer, and ends it.
 
     Raises:
-        ConfigError: flags do not fit, or the chat template shows no document.
+        ConfigError: flags do not fit the document, or the chat template shows none.
         ModelError: the model cannot be served.
     """
     with LLM(**_engine_flags(config)) as llm:
@@ -64,6 +64,12 @@ def ask(config: TrainConfig, document: str) -> Study:
                 f"answer_tokens={config.answer_tokens} and a question leave no room for text"
                 f" in the {llm.max_model_len} tokens that a request may have; lower it"
             )
+        document_ids = tokenizer.encode_fragment(form.before_document + document)
+        if len(document_ids) < config.num_tokens:
+            raise ConfigError(
+                f"num_tokens={config.num_tokens}: the text has {len(document_ids)} tokens with what"
+                " begins a conversation, and a cartridge that is not shorter saves nothing"
+            )
         conversations = converse(
             _Sampler(llm, config.seed),
             tokenizer.encode_fragment,
@@ -75,11 +81,7 @@ def ask(config: TrainConfig, document: str) -> Study:
             answer_tokens=config.answer_tokens,
             top_k=_TOP_K,
         )
-        return Study(
-            conversations,
-            tokenizer.encode_fragment(form.before_document + document),
-            tokenizer.digests()["digest"],
-        )
+        return Study(conversations, document_ids, tokenizer.digests()["digest"])
 
 
 def _engine_flags(config: TrainConfig) -> dict[str, Any]:

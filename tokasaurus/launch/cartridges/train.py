@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,7 +115,7 @@ def run(config: TrainConfig) -> None:
         ModelError: the model cannot be run.
         EngineError: a file cannot be written.
     """
-    from tokasaurus.cartridge_training.distillation import Settings, train
+    from tokasaurus.cartridge_training.distillation import Settings, TrainableCartridge, train
     from tokasaurus.launch.assemble import assemble
     from tokasaurus.launch.cartridges.study import ask
 
@@ -132,7 +132,8 @@ def run(config: TrainConfig) -> None:
     worker = slices.replicas[0].workers[0]
     study = ask(config, text)
     model = _model(worker)
-    cartridge = _initial(model, study.document_ids, config)
+    first_ids = study.document_ids[: config.num_tokens]
+    cartridge = TrainableCartridge.of_text(model, first_ids, config.num_frozen)
     settings = Settings(config.num_steps, config.batch_size, config.learning_rate, config.seed)
     with _bar(config.num_steps) as report:
         losses = train(model, cartridge, study.conversations, settings, report)
@@ -157,18 +158,6 @@ def _model(worker: WorkerConfig) -> Any:
     except Exception as error:  # transformers raises many kinds
         raise ModelError(f"transformers cannot load {worker.model_path}: {error}") from error
     return model.to(worker.device).eval()
-
-
-def _initial(model: Any, ids: Sequence[int], config: TrainConfig) -> TrainableCartridge:
-    """What the model computes for the beginning of the document."""
-    from tokasaurus.cartridge_training.distillation import TrainableCartridge
-
-    if len(ids) < config.num_tokens:
-        raise ConfigError(
-            f"num_tokens={config.num_tokens}: the text has {len(ids)} tokens with what begins a "
-            "conversation, and a cartridge that is not shorter saves nothing"
-        )
-    return TrainableCartridge.of_text(model, ids[: config.num_tokens], config.num_frozen)
 
 
 def _save(
