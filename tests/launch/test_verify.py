@@ -27,7 +27,15 @@ pytestmark = pytest.mark.engine
 SET_BY_REQUEST = ("deterministic", "max_n", "max_topk_logprobs")
 PROMPT = [20, 21, 22, 23, 24] * 9
 ASKED = SamplingParams(
-    n=2, max_tokens=12, logprobs=2, prompt_logprobs=1, temperature=1.0, top_p=0.9, receipt=True
+    n=2,
+    max_tokens=12,
+    # Its seed is the engine's: no draw may end it sooner.
+    ignore_eos=True,
+    logprobs=2,
+    prompt_logprobs=1,
+    temperature=1.0,
+    top_p=0.9,
+    receipt=True,
 )
 SMALL = ("kv_cache_num_tokens=2048", "max_seqs_per_forward=4", "max_tokens_per_forward=16")
 
