@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from engine_process import EngineProcess, running
 from oracle import reference_logits, reference_model
 
-from tokasaurus.demo import demo_model_path
+import tokasaurus
 from tokasaurus.errors import AccessDenied, RequestError, RequestTooLong
 from tokasaurus.integrations.trainer import BucketSender
 from tokasaurus.integrations.verl.generation import step_label
@@ -19,7 +20,9 @@ from tokasaurus.integrations.verl.server import TokasaurusHttpServer
 
 pytestmark = pytest.mark.engine
 
+MODEL = Path(tokasaurus.__file__).parent / "demo" / "model"
 FLAGS = ("dtype=float32", "kv_cache_num_tokens=16384", "max_seqs_per_forward=64")
+KEY = "sk-admin"
 CONFIG = {"prompt_length": 64, "response_length": 24}
 PROMPTS = [[0, 5, 295, 1488, 1503, 1509, 1514 + k, 37, 2, 6] for k in range(4)]
 LONG = {"max_tokens": 1500, "ignore_eos": True, "temperature": 1.0, "logprobs": True}
@@ -93,7 +96,7 @@ def test_logprobs_are_those_that_transformers_computes_of_the_same_tokens(engine
         for prompt in PROMPTS:
             output = next(outputs)
             assert 0 < len(output.token_ids) == len(output.log_probs) <= 24
-            logits = reference_logits(demo_model_path(), prompt, output.token_ids)
+            logits = reference_logits(MODEL, prompt, output.token_ids)
             expected = processed(logits, params)
             chosen = expected[torch.arange(len(output.token_ids)), output.token_ids]
             assert np.abs(np.array(output.log_probs) - chosen.numpy()).max() < 1e-4
@@ -109,7 +112,7 @@ def test_a_teacher_scores_each_token_as_transformers_does(engine):
         return await server.get_teacher_logprobs(prompt, answer, document, "t"), top.extra_fields
 
     scores, top = run(engine, work)
-    logits = reference_logits(demo_model_path(), [*document, *prompt], answer).log_softmax(-1)
+    logits = reference_logits(MODEL, [*document, *prompt], answer).log_softmax(-1)
     chosen = logits[torch.arange(len(answer)), answer]
     assert np.abs(np.array(scores) - chosen.numpy()).max() < 1e-4
     expected = logits.topk(4)
@@ -181,9 +184,12 @@ def test_memory_goes_and_comes_back_and_requests_wait_for_it(engine):
 
 
 def test_new_weights_change_the_answers_and_no_cached_prompt_is_old(tmp_path: Path):
-    """As veRL does it each step: memory is released, weights come, memory is restored."""
+    """As veRL does it each step: memory is released, weights come, memory is restored.
+
+    The engine has an admin key, which all of this needs.
+    """
     greedy = {"temperature": 0, "max_tokens": 12, "logprobs": True}
-    model = reference_model(demo_model_path())
+    model = deepcopy(reference_model(MODEL))
     prompt = PROMPTS[0] * 5  # whole pages of it are cached
 
     async def work(server):
@@ -194,7 +200,7 @@ def test_new_weights_change_the_answers_and_no_cached_prompt_is_old(tmp_path: Pa
                     if name.endswith("down_proj.weight"):
                         tensor.mul_(0.5)
             await server.sleep()
-            with BucketSender(engine.url, bucket_bytes=1 << 20) as sender:
+            with BucketSender(engine.url, api_key=KEY, bucket_bytes=1 << 20) as sender:
                 await asyncio.to_thread(sender.send, model.state_dict(), step_label(step))
             await server.clear_kv_cache()
             await server.set_global_steps(step)
@@ -204,14 +210,16 @@ def test_new_weights_change_the_answers_and_no_cached_prompt_is_old(tmp_path: Pa
             model.save_pretrained(tmp_path / str(step))
         return outputs
 
-    with running(tmp_path, *FLAGS) as engine:
-        outputs = run(engine, work)
+    with running(tmp_path, *FLAGS, f"admin_api_key={KEY}") as engine:
+        with pytest.raises(AccessDenied, match="TOKASAURUS_ADMIN_API_KEY"):
+            run(engine, work)
+        outputs = run(engine, work, api_key=KEY)
     cached = [output.extra_fields["num_cached_tokens"] for output in outputs]
     assert cached[1] > 0  # the prompt is long enough to be cached
     assert cached[2] == 0  # and is not, with other weights
     assert [output.extra_fields["global_steps"] for output in outputs[2:]] == [1, 1, 2, 2]
     for step, pair in enumerate((outputs[:2], outputs[2:4], outputs[4:])):
-        path = tmp_path / str(step) if step else demo_model_path()
+        path = tmp_path / str(step) if step else MODEL
         for output in pair:
             logits = reference_logits(path, prompt, output.token_ids).log_softmax(-1)
             chosen = logits[torch.arange(len(output.token_ids)), output.token_ids]
@@ -288,15 +296,3 @@ def test_a_prompt_behind_a_cartridge_gets_what_fits(engine):
 
     room, outputs = run(engine, work, cartridges=[spec])
     assert [len(output.token_ids) for output in outputs] == [room] * 2
-
-
-def test_an_engine_with_an_admin_key_says_which_variable_to_set(tmp_path: Path, monkeypatch):
-    with running(tmp_path, "admin_api_key=sk-admin") as engine:
-
-        async def nothing(server):
-            return await server.ping()
-
-        with pytest.raises(AccessDenied, match="TOKASAURUS_ADMIN_API_KEY"):
-            run(engine, nothing)
-        monkeypatch.setenv("TOKASAURUS_ADMIN_API_KEY", "sk-admin")
-        assert run(engine, nothing)

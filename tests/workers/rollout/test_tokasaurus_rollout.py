@@ -336,7 +336,7 @@ def native(ids, prompt, num_top):
     }
 
 
-def test_prompt_logprobs_have_the_shape_that_veRL_reads(engine):
+def test_prompt_logprobs_have_the_shape_that_verl_reads(engine):
     teacher = {"max_tokens": 1, "temperature": 1.0, "detokenize": False}
     for k in (0, 3):
         engine.answers[NATIVE] = Answer.json(native([9], [11, 12, 13], k))
@@ -542,7 +542,7 @@ def test_a_start_waits_for_the_engine_and_says_so(engine, caplog):
 
 def test_a_start_without_an_engine_fails_soon_and_says_what_to_do():
     absent = FileServer(f"127.0.0.1:{unused_port()}")
-    with pytest.raises(TimedOut, match="does not serve within 0.2 s: nothing answers") as raised:
+    with pytest.raises(TimedOut, match=r"does not serve within 0\.2 s: nothing answers") as raised:
         run(absent, lambda server: server.launch_server(), startup_timeout=0.2)
     assert "custom.tokasaurus_url" in str(raised.value)
 
@@ -715,7 +715,7 @@ def memory_commands(engine, **options):
     ]
 
 
-def test_memory_is_released_and_restored_as_veRL_says(engine):
+def test_memory_is_released_and_restored_as_verl_says(engine):
     both, flush = ["weights", "kv_cache"], ("/flush", None)
     release, resume = "/release", "/resume"
     whole = [(release, both), (resume, both), (resume, ["weights"])]
