@@ -128,6 +128,13 @@ def engine(ray_cluster, tmp_path_factory) -> Iterator[EngineProcess]:
         yield ready
 
 
+async def generating(engine: EngineProcess) -> None:
+    """Waits until requests are under way; veRL's actors take a while to get there."""
+    before = engine.metrics()["generated_tokens_total"]
+    while engine.metrics()["generated_tokens_total"] < before + 100:
+        await asyncio.sleep(0.05)
+
+
 def check_logprobs(output: Any, prompt: list[int], model: Path = MODEL) -> None:
     logits = reference_logits(model, prompt, output.token_ids).log_softmax(-1)
     chosen = logits[torch.arange(len(output.token_ids)), output.token_ids]
@@ -299,7 +306,7 @@ def test_an_abort_parks_requests_and_a_resume_lets_them_in(engine):
             )
             for k in range(4)
         ]
-        await asyncio.sleep(1.0)
+        await generating(engine)
         await rollout.on_each("abort_all_requests")
         partial = await asyncio.gather(*running)
         parked = asyncio.ensure_future(
@@ -327,7 +334,7 @@ def test_a_partial_rollout_goes_on_behind_an_abort(engine):
         whole = asyncio.ensure_future(
             client.generate("w", prompt_ids=PROMPT, sampling_params=params)
         )
-        await asyncio.sleep(1.0)
+        await generating(engine)
         await rollout.on_each("abort_all_requests")
         await rollout.on_each("release_kv_cache")
         await rollout.on_each("resume_kv_cache")
