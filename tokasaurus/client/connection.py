@@ -237,6 +237,9 @@ class Connection:
                 data=dict(call.form.fields),
                 files={"file": (call.form.filename, file)},
             )
+        if call.content is not None:
+            headers["Content-Type"] = "application/octet-stream"
+            return pool.build_request(call.method, call.path, headers=headers, content=call.content)
         if call.body is None:
             return pool.build_request(call.method, call.path, headers=headers)
         headers["Content-Type"] = "application/json"

@@ -59,6 +59,7 @@ class Call:
     Attributes:
         path: with the query.
         body: JSON; None sends none.
+        content: bytes that are no JSON, in the place of ``body``.
         timeout_s: for one attempt; None waits for ever.
     """
 
@@ -66,6 +67,7 @@ class Call:
     path: str
     body: Mapping[str, Any] | None = None
     form: Form | None = None
+    content: bytes | None = None
     timeout_s: float | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
