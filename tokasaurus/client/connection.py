@@ -97,7 +97,7 @@ class Connection:
             RequestError: the request is wrong.
             EngineError: the engine cannot be reached, or cannot answer; retries did not help.
         """
-        body = await self._until_it_works(call, self._whole, already)
+        body = await self._until_it_works(call, self.once, already)
         if not isinstance(body, bytes):
             return body
         try:
@@ -198,7 +198,13 @@ class Connection:
                     if done is not None:
                         return done
 
-    async def _whole(self, call: Call, request_id: str) -> bytes:
+    async def once(self, call: Call, request_id: str) -> bytes:
+        """The body of the answer to one attempt.
+
+        Raises:
+            Failure: it has failed; says whether a retry may help.
+            EngineError: the client is closed.
+        """
         async with self._turn() as pool:
             with _content(call.form) as content:
                 request = self._request(pool, call, request_id, content)
