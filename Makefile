@@ -10,6 +10,7 @@
 #   make test-parallel run the end-to-end tests with every grid of replicas, stages and ranks
 #   make test-chaos    kill and stop processes of engines at random moments, under load
 #   make test-ray      install Ray and run the tests with clusters of several raylets on this machine
+#   make test-clients  install LangChain, LiteLLM, Instructor; run their tests and docs/clients.md
 #   make test-sources  install boto3 and moto, and run the tests of cartridges in S3
 #   make test-deploy   check the deployment files, and run the Dockerfile's steps without Docker
 #   make test-pythons  install and run the unit tests on the oldest and the newest Python found
@@ -38,7 +39,7 @@ PYTEST  := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscop
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help install serve chat check format test test-quick test-long test-determinism test-sets test-parallel \
-        test-chaos test-ray test-sources test-deploy test-pythons bench gpu-check dist clean
+        test-chaos test-ray test-clients test-sources test-deploy test-pythons bench gpu-check dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -76,11 +77,11 @@ test: install
 
 test-quick: install
 	@echo "==> pytest, unit tests only"
-	@$(PYTEST) -m 'not long and not engine and not ray and not s3' $(ARGS)
+	@$(PYTEST) -m 'not long and not engine and not ray and not s3 and not clients' $(ARGS)
 
 test-long: install
 	@echo "==> pytest, the heavy tests too"
-	@$(PYTEST) -m 'not ray and not s3' --timeout 3600 $(ARGS)
+	@$(PYTEST) -m 'not ray and not s3 and not clients' --timeout 3600 $(ARGS)
 
 test-determinism: install
 	@echo "==> pytest, random batch compositions"
@@ -116,6 +117,18 @@ test-ray: install
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'; }
 	@echo "==> pytest, Ray clusters"
 	@$(BIN)/pytest -m ray tests/ray $(ARGS)
+
+# They want other versions of what the engine needs, so they have an environment of their own.
+CLIENTS := openai==3.3.0 langchain-openai==1.7.4 litellm==1.110.2 instructor==1.17.0
+
+test-clients: install
+	@.venv-clients/bin/python -c 'import instructor, langchain_openai, litellm, pytest' 2>/dev/null || { \
+	    echo "==> installing clients in .venv-clients (about a minute)"; \
+	    $(BIN)/python -m venv .venv-clients && .venv-clients/bin/python -m pip install --quiet \
+	        --disable-pip-version-check $(CLIENTS) numpy pytest pytest-timeout; }
+	@echo "==> pytest, other people's clients and docs/clients.md"
+	@ENGINE_PYTHON=$(abspath $(BIN))/python .venv-clients/bin/python -m pytest \
+	    -m 'clients or engine' tests/clients tests/launch/test_openai_client.py $(ARGS)
 
 test-sources: install
 	@$(BIN)/python -c 'import boto3, moto.server' 2>/dev/null || { \
