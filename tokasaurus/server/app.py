@@ -12,6 +12,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 from fastapi import APIRouter, FastAPI
@@ -76,7 +78,8 @@ def create_app(
     app.include_router(TokenRoutes(state).router())
     updates = WeightsUpdates(directory)
     control = _control(config, state, updates)
-    app.include_router(control)
+    for router in control:
+        app.include_router(router)
     app.include_router(WeightsRoutes(state, updates).router())
     install_error_handlers(app)
     # From the innermost layer to the outermost.
@@ -113,16 +116,16 @@ def create_outer_app(config: ServerConfig, state: EngineState, elsewhere: ASGIAp
     return app
 
 
-def _control(config: ServerConfig, state: EngineState, updates: WeightsUpdates) -> APIRouter:
+def _control(config: ServerConfig, state: EngineState, updates: WeightsUpdates) -> list[APIRouter]:
     """The routes that need an admin key, but for those of weights over HTTP."""
-    router = ControlRoutes(state, updates).router()
-    router.include_router(WeightsGroupRoutes(config, state, updates).router())
-    return router
+    groups = WeightsGroupRoutes(config, state, updates)
+    return [ControlRoutes(state, updates).router(), groups.router()]
 
 
-def _add_checks(app: FastAPI, config: ServerConfig, control: APIRouter) -> None:
+def _add_checks(app: FastAPI, config: ServerConfig, control: Iterable[APIRouter]) -> None:
     """Adds what may refuse a request before it is read."""
-    control_paths = {route.path for route in control.routes if isinstance(route, APIRoute)}
+    routes = itertools.chain.from_iterable(router.routes for router in control)
+    control_paths = {route.path for route in routes if isinstance(route, APIRoute)}
     app.add_middleware(
         Access,
         config,

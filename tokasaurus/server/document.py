@@ -314,6 +314,9 @@ _PARAMETERS: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]] = {
             _list({"type": "string", "enum": ["weights", "kv_cache", "scheduling"]}),
         ),
     ),
+    ("get", "/get_world_size"): (
+        _query("include_dp", "Count the workers of all replicas; default true.", _BOOLEAN),
+    ),
     ("get", "/v1/batches"): (
         _query("limit", "Batches of a page.", {**_INTEGER, "minimum": 1, "maximum": 100}),
         _AFTER,
