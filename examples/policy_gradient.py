@@ -15,7 +15,7 @@ Each step:
    arXiv:2402.03300).
 5. The new weights go to the engine, which answers with them from then on.
 
-What the model gets right of problems with other numbers is measured from time to time, greedily.
+From time to time, the reward of problems with other numbers is measured, which are not trained on.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class Config:
         help="An engine that runs the bundled model with dtype=float32. Its weights are replaced.",
         usually="one is started, and ended with the program",
     )
+    num_different: int = flag(64, group=_ROLLOUT, minimum=1, help="Different problems.")
     num_problems: int = flag(16, group=_ROLLOUT, minimum=1, help="Problems of a step.")
     num_samples: int = flag(8, group=_ROLLOUT, minimum=2, help="Answers to each.")
     max_tokens: int = flag(48, group=_ROLLOUT, minimum=1, help="The longest answer.")
@@ -72,7 +73,7 @@ class Config:
         help="Ends the program if a logprob of the engine differs by more from the trainer's.",
     )
     num_evaluated: int = flag(
-        128, group=_TRAINING, minimum=1, help="Problems with other numbers, to measure by."
+        256, group=_TRAINING, minimum=1, help="Problems with other numbers, to measure by."
     )
     evaluate_every: int = flag(10, group=_TRAINING, minimum=1, help="Steps from one to the next.")
     seed: int = flag(0, group=_TRAINING, minimum=0, help="Of the problems and the answers.")
@@ -99,12 +100,12 @@ class History:
     Attributes:
         rewards: the mean of each step's answers.
         differences: the largest of each step's, between the logprobs of engine and trainer.
-        right: the share of the problems with other numbers, by the number of steps before.
+        held_out: mean rewards of problems with other numbers, by the number of steps before.
     """
 
     rewards: list[float] = field(default_factory=list)
     differences: list[float] = field(default_factory=list)
-    right: dict[int, float] = field(default_factory=dict)
+    held_out: dict[int, float] = field(default_factory=dict)
 
 
 class Trainer:
@@ -116,11 +117,13 @@ class Trainer:
     """
 
     def __init__(self, config: Config, url: str) -> None:
-        self._config = config
+        self._config, self._url = config, url
         self._tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
         self._model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
         self._optimizer = torch.optim.Adam(self._model.parameters(), config.learning_rate)
         self._rng = Random(config.seed)
+        self._problems = [problem(self._rng) for _ in range(config.num_different)]
+        self._left: list[Problem] = []  # of the present round through all of them
         held_out = Random(f"held out {config.seed}")
         self._held_out = [problem(held_out, held_out=True) for _ in range(config.num_evaluated)]
         self._rollout = Rollout(url, config.seed)
@@ -130,37 +133,57 @@ class Trainer:
     def step(self) -> None:
         """Answers problems, and trains on the answers."""
         config, history = self._config, self.history
-        problems = [problem(self._rng) for _ in range(config.num_problems)]
+        if len(self._left) < config.num_problems:
+            self._left = self._rng.sample(self._problems, len(self._problems))
+        problems = [self._left.pop() for _ in range(config.num_problems)]
         asked = [each for each in problems for _ in range(config.num_samples)]
         prompts = [self._prompt(each) for each in asked]
         answers = self._rollout.answers(
             prompts, max_tokens=config.max_tokens, temperature=config.temperature
         )
+        rewards = torch.tensor([self._reward(*each) for each in zip(asked, answers, strict=True)])
+        of_problem = rewards.view(config.num_problems, config.num_samples)
+        advantages = (of_problem - of_problem.mean(1, keepdim=True)).flatten()
+        # Where all answers to a problem are right, or all wrong, there is nothing to learn.
+        trained = advantages.nonzero()[:, 0].tolist()
+        if trained:
+            self._update(
+                [prompts[row] for row in trained],
+                [answers[row] for row in trained],
+                advantages[trained],
+            )
+        history.rewards.append(rewards.mean().item())
+        self._sender.send(self._model.state_dict(), f"step-{len(history.rewards)}")
+
+    def _update(
+        self, prompts: Sequence[list[int]], answers: Sequence[Answer], advantages: Tensor
+    ) -> None:
+        config, history = self._config, self.history
         logprobs = answer_logprobs(self._model, prompts, answers, config.temperature)
         history.differences.append(
             largest_difference(answers, logprobs.detach(), config.most_difference)
         )
-        rewards = torch.tensor([self._reward(*each) for each in zip(asked, answers, strict=True)])
-        of_problem = rewards.view(config.num_problems, config.num_samples)
-        advantages = (of_problem - of_problem.mean(1, keepdim=True)).flatten()
         lengths = torch.tensor([len(each.token_ids) for each in answers])
-        loss = -(advantages.repeat_interleave(lengths) * logprobs).sum() / len(answers)
+        num_answers = config.num_problems * config.num_samples
+        loss = -(advantages.repeat_interleave(lengths) * logprobs).sum() / num_answers
         self._optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         self._optimizer.step()
-        history.rewards.append(rewards.mean().item())
-        self._sender.send(self._model.state_dict(), f"step-{len(history.rewards)}")
 
     def evaluate(self) -> float:
-        """The share of held-out problems to which the likeliest answer is right."""
+        """The mean reward of answers to held-out problems, drawn with the same seeds each time."""
         prompts = [self._prompt(each) for each in self._held_out]
-        answers = self._rollout.answers(
-            prompts, max_tokens=self._config.max_tokens, temperature=0.0
-        )
-        right = [self._reward(*each) for each in zip(self._held_out, answers, strict=True)]
-        self.history.right[len(self.history.rewards)] = float(np.mean(right))
-        return float(np.mean(right))
+        with Rollout(self._url, self._config.seed + 1) as rollout:
+            answers = rollout.answers(
+                prompts,
+                max_tokens=self._config.max_tokens,
+                temperature=self._config.temperature,
+            )
+        rewards = [self._reward(*each) for each in zip(self._held_out, answers, strict=True)]
+        mean = float(np.mean(rewards))
+        self.history.held_out[len(self.history.rewards)] = mean
+        return mean
 
     def close(self) -> None:
         """Closes the connections to the engine."""
@@ -207,8 +230,8 @@ def train(config: Config, url: str) -> History:
     history = trainer.history
     try:
         with tqdm(total=config.num_steps, desc="training", unit="step", dynamic_ncols=True) as bar:
-            bar.write("step   held-out problems right   mean reward   logprobs differ by at most")
-            bar.write(f"{0:4}   {trainer.evaluate():23.1%}")
+            bar.write("step   reward   of other problems   logprobs differ by at most")
+            bar.write(f"{0:4}            {trainer.evaluate():17.3f}")
             for step in range(1, config.num_steps + 1):
                 trainer.step()
                 bar.set_postfix(reward=f"{history.rewards[-1]:.2f}", refresh=False)
@@ -216,8 +239,8 @@ def train(config: Config, url: str) -> History:
                 if step % config.evaluate_every == 0 or step == config.num_steps:
                     since = step - (step - 1) % config.evaluate_every - 1
                     bar.write(
-                        f"{step:4}   {trainer.evaluate():23.1%}"
-                        f"   {np.mean(history.rewards[since:]):11.3f}"
+                        f"{step:4}   {np.mean(history.rewards[since:]):6.3f}"
+                        f"   {trainer.evaluate():17.3f}"
                         f"   {max(history.differences[since:]):26.1e}"
                     )
     finally:
@@ -239,7 +262,11 @@ def draw(history: History, path: Path) -> None:
     axes.plot(range(1, len(rewards) + 1), rewards, linewidth=0.5, color="C0", alpha=0.5)
     axes.plot(range(window, len(rewards) + 1), means, color="C0", label="reward")
     axes.plot(
-        list(history.right), list(history.right.values()), "o-", color="C1", label="held-out, right"
+        list(history.held_out),
+        list(history.held_out.values()),
+        "o-",
+        color="C1",
+        label="other problems",
     )
     axes.set(xlabel="step", ylabel="share of right answers", ylim=(0, 1))
     axes.legend(loc="lower right")
