@@ -27,6 +27,7 @@ __all__ = [
     "StoredFile",
     "ToolCall",
     "Usage",
+    "WeightsVersion",
 ]
 
 
@@ -264,6 +265,19 @@ class BatchResult:
     answer: Answer | None
     error: TokasaurusError | None
     raw: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class WeightsVersion:
+    """The weights that an engine runs.
+
+    Attributes:
+        version: 0 for those that it started with; each update makes the next number.
+        label: the one that a client gave, or the number.
+    """
+
+    version: int
+    label: str
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,8 @@ class ServerConfig:
     eos_token_ids: tuple[int, ...]
     max_request_tokens: int  # prompt and completion together
     max_seqs_per_forward: int  # of all replicas
+    num_replicas: int
+    num_workers: int  # of each replica
     max_topk_logprobs: int
     logprobs_mode: LogprobsMode
     tool_call_parser: str  # "auto", "hermes" or "llama3"

@@ -31,6 +31,7 @@ from tokasaurus.protocol.commands import (
     CommandFailed,
     Control,
     ControlDone,
+    TransferDone,
 )
 from tokasaurus.protocol.message import Message
 
@@ -556,4 +557,4 @@ ToServer: TypeAlias = (
     | Statistics
 )
 ToWorker: TypeAlias = ForwardBatch | Control
-FromWorker: TypeAlias = ForwardResult | ControlDone
+FromWorker: TypeAlias = ForwardResult | ControlDone | TransferDone

@@ -38,6 +38,7 @@ from tokasaurus.server.routes.generating import Endpoints
 from tokasaurus.server.routes.synchronous_batch import SynchronousBatch
 from tokasaurus.server.routes.tokens import TOKEN_SCHEMAS, TokenRoutes
 from tokasaurus.server.routes.weights import WEIGHTS_PREFIX, WEIGHTS_SCHEMAS, WeightsRoutes
+from tokasaurus.server.routes.weights_groups import WEIGHTS_GROUP_SCHEMAS, WeightsGroupRoutes
 from tokasaurus.server.state import EngineState
 from tokasaurus.version import __version__
 
@@ -74,7 +75,7 @@ def create_app(
     app.include_router(CartridgeRoutes(config, state).router())
     app.include_router(TokenRoutes(state).router())
     updates = WeightsUpdates(directory)
-    control = ControlRoutes(state, updates).router()
+    control = _control(config, state, updates)
     app.include_router(control)
     app.include_router(WeightsRoutes(state, updates).router())
     install_error_handlers(app)
@@ -84,7 +85,7 @@ def create_app(
         _add_checks(app, config, control)
     app.add_middleware(CountRequests, state.metrics.requests)  # refusals too
     operations = [each for operation in OPERATIONS.values() for each in operation.schemas]
-    control_bodies = [*CONTROL_SCHEMAS, *WEIGHTS_SCHEMAS]
+    control_bodies = [*CONTROL_SCHEMAS, *WEIGHTS_SCHEMAS, *WEIGHTS_GROUP_SCHEMAS]
     document_answers(app, [*operations, BatchRequest, *TOKEN_SCHEMAS, *control_bodies])
     return app
 
@@ -107,9 +108,16 @@ def create_outer_app(config: ServerConfig, state: EngineState, elsewhere: ASGIAp
     app.router.default = elsewhere
     install_error_handlers(app)
     app.add_middleware(DirectRoutes, endpoints.handlers)
-    _add_checks(app, config, ControlRoutes(state, WeightsUpdates(None)).router())
+    _add_checks(app, config, _control(config, state, WeightsUpdates(None)))
     app.add_middleware(CountRequests, state.metrics.requests)
     return app
+
+
+def _control(config: ServerConfig, state: EngineState, updates: WeightsUpdates) -> APIRouter:
+    """The routes that need an admin key, but for those of weights over HTTP."""
+    router = ControlRoutes(state, updates).router()
+    router.include_router(WeightsGroupRoutes(config, state, updates).router())
+    return router
 
 
 def _add_checks(app: FastAPI, config: ServerConfig, control: APIRouter) -> None:
