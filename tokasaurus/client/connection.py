@@ -190,6 +190,8 @@ class Connection:
             except Failure as failure:
                 if self._is_closed:
                     raise EngineError("the client was closed during this request") from None
+                if not call.is_repeatable:
+                    raise failure.error from failure.__cause__
                 delay_s = attempts.delay_after(failure)
             await asyncio.sleep(delay_s)
             if already is not None and attempts.maybe_done:

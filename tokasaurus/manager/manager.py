@@ -33,7 +33,13 @@ from tokasaurus.manager.shares import Shares, middle
 from tokasaurus.manager.slots import IndexArray
 from tokasaurus.manager.waiting import Backlog
 from tokasaurus.protocol.arrays import Int32Array
-from tokasaurus.protocol.commands import Command, CommandDone, CommandFailed, ControlDone
+from tokasaurus.protocol.commands import (
+    Command,
+    CommandDone,
+    CommandFailed,
+    ControlDone,
+    TransferDone,
+)
 from tokasaurus.protocol.messages import (
     MAX_PRIORITY,
     AbortRequest,
@@ -154,6 +160,8 @@ class Manager:
         """
         self._num_steps = 0
         self._is_ordinary = True
+        if self.num_in_flight:
+            self.counters.active_s += now - self._now
         self._now = now
         for event in events:
             self._take(event, now)
@@ -225,6 +233,8 @@ class Manager:
             num_evictable_pages=pages.pool.num_evictable + pages.num_idle,
             num_cartridge_pages=pages.num_pinned + pages.num_idle,
             num_evicted_pages=pages.cache.num_evicted,
+            num_seats=self._config.max_running,
+            page_size=self._config.page_size,
             weights_version=self._running.weights_version,
             paused=self._controls.rests,
         )
@@ -259,6 +269,8 @@ class Manager:
                 self._abort(request)
         elif isinstance(event, Command | ControlDone):
             self._take_control(event, now)
+        elif isinstance(event, TransferDone):
+            self._controls.absorb_report(event, now)
         elif isinstance(event, Ping):
             self._messages.append(self.statistics())
         else:

@@ -31,6 +31,7 @@ from tokasaurus.protocol.commands import (
     CommandFailed,
     Control,
     ControlDone,
+    TransferDone,
 )
 from tokasaurus.protocol.message import Message
 
@@ -380,6 +381,19 @@ class Statistics(Message, frozen=True):
     num_cartridge_evictions: int = 0
     num_cartridge_pages: int = 0  # that hold cartridges at present
     cartridges: tuple[CartridgeState, ...] = ()  # that are registered
+    # What kept more sequences from running. Totals; a batch counts in one of them at most.
+    num_full_batches: int = 0  # with as many tokens as a batch may have
+    num_seat_bound_batches: int = 0  # others, while some waited and as many ran as may
+    num_page_bound_batches: int = 0  # others, while some waited: there was no room in the KV cache
+    active_s: float = 0.0  # seconds with batches in flight
+    # How often the use of pages was compared with its forecast, and the differences, summed.
+    num_forecasts: int = 0
+    num_forecast_pages_off: int = 0
+    # The present state.
+    num_in_flight: int = 0  # batches
+    num_seats: int = 0  # sequences that may run at once
+    page_size: int = 0  # tokens
+    num_replicas: int = 1  # that these numbers are of
 
 
 class WorkerStall(Message, frozen=True):
@@ -556,4 +570,4 @@ ToServer: TypeAlias = (
     | Statistics
 )
 ToWorker: TypeAlias = ForwardBatch | Control
-FromWorker: TypeAlias = ForwardResult | ControlDone
+FromWorker: TypeAlias = ForwardResult | ControlDone | TransferDone

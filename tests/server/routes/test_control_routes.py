@@ -184,7 +184,7 @@ def test_nonsense_in_any_body_is_a_400(server):
     assert not commands(server)
 
 
-@each_row("kind", ["tensor", "distributed", "ipc"])
+@each_row("kind", ["tensor", "ipc"])
 def test_pickled_tensors_are_refused_with_the_name_of_the_right_route(kind):
     with RunningServer().running() as server:
         answer = server.post(f"/update_weights_from_{kind}", {"serialized_named_tensors": ["x"]})
