@@ -192,7 +192,7 @@ def test_an_engine_that_is_not_there_and_arguments_that_are_wrong():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("shape", ["dp_size=2 tp_size=2", "pp_size=2", "tp_size=4"])
+@pytest.mark.parametrize("shape", ["dp_size=2 tp_size=2", "pp_size=2"])
 def test_workers_of_any_shape_take_their_parts(tmp_path, shape):
     with (
         running(tmp_path, *FLAGS, *shape.split()) as engine,
@@ -219,7 +219,7 @@ def test_a_replica_that_starts_again_waits_for_the_next_broadcast(tmp_path):
         eventually(lambda: "it waits for the next update" in engine.log, "a replica is back")
         for _ in range(4):
             assert tokens(client) == expected
-        with pytest.raises(EngineError | RequestError):
+        with pytest.raises((EngineError, RequestError)):
             sender.send(noisy_model(2).state_dict())
         assert tokens(client) == expected
         model = noisy_model(3)
