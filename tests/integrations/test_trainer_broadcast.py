@@ -20,6 +20,7 @@ from test_trainer_buckets import PROMPT, check_weights, noisy_model
 from tokasaurus.client import Client, RetryPolicy
 from tokasaurus.errors import ConfigError, Conflict, EngineError, RequestError
 from tokasaurus.integrations.trainer import BroadcastSender
+from tokasaurus.weights_groups import GroupPlace, WeightsGroup
 
 pytestmark = pytest.mark.engine
 
@@ -227,3 +228,25 @@ def test_a_replica_that_starts_again_waits_for_the_next_broadcast(tmp_path):
         eventually(lambda: "waiting for weights" not in engine.get("/server_info")[1], "it serves")
         for number in range(4):
             check_weights(client, model, tmp_path / str(number))
+
+
+@pytest.mark.long
+def test_a_trainer_that_is_silent_is_no_stall_and_delays_no_shutdown(tmp_path):
+    with running(tmp_path, *FLAGS, "stall_timeout_s=1") as engine, Client(engine.url) as client:
+        port = free_port()
+        place = {"first_rank": 1, "world_size": 2, "backend": "gloo", "timeout_s": 60}
+        join = client._async.weights.join_group("g", "127.0.0.1", port, **place)
+        joining = client._loop.begin(join)
+        group = WeightsGroup(GroupPlace("g", "127.0.0.1", port, 0, 2, "gloo"), 30)
+        joining.result(30)
+        tensors = (["model.norm.weight"], ["float32"], [[192]])
+        receive = client._async.weights.receive("g", *tensors, timeout_s=60)
+        receiving = client._loop.begin(receive)
+        for _ in range(12):
+            time.sleep(0.25)
+            assert client.health().status == "ok"
+        engine.signal(signal.SIGTERM)
+        with pytest.raises(EngineError, match="shutting down"):
+            receiving.result(30)
+        assert engine.wait_exit(30) == 0
+        group.close()
