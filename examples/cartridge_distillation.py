@@ -242,9 +242,7 @@ class Trainer:
             max_tokens=config.max_tokens,
             temperature=temperature,
         )
-        wanted = self._teacher.likeliest(
-            [each.with_document for each in asked], [each.token_ids for each in answers], _TOP_K
-        )
+        wanted = self._teacher.likeliest([each.with_document for each in asked], answers, _TOP_K)
         conversations = [
             Conversation(each.behind_cartridge, Sample(answer.token_ids, "", True, *likeliest))
             for each, answer, likeliest in zip(asked, answers, wanted, strict=True)
