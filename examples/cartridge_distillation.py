@@ -91,13 +91,15 @@ class Config:
     )
     max_tokens: int = flag(48, group=_ROLLOUT, minimum=1, help="The longest answer.")
     temperature: float = flag(1.0, group=_ROLLOUT, minimum=0.01, help="Of the answers.")
-    num_tokens: int = flag(64, group=_TRAINING, minimum=2, help="Positions of the cartridge.")
+    num_tokens: int = flag(32, group=_TRAINING, minimum=2, help="Positions of the cartridge.")
     num_frozen: int = flag(
         1, group=_TRAINING, minimum=0, help="Positions at its beginning that are not trained."
     )
     num_steps: int = flag(100, group=_TRAINING, minimum=1, help="Updates of the cartridge.")
     batch_size: int = flag(16, group=_TRAINING, minimum=1, help="Answers of a step.")
-    learning_rate: float = flag(0.03, group=_TRAINING, minimum=0.0, help="Of Adam.")
+    learning_rate: float = flag(
+        0.06, group=_TRAINING, minimum=0.0, help="Of Adam. It falls to zero as a cosine."
+    )
     most_difference: float = flag(
         1e-3,
         group=_TRAINING,
@@ -175,9 +177,12 @@ class Trainer:
         first = ids[: config.num_tokens]
         self._cartridge = TrainableCartridge.of_text(self._model, first, config.num_frozen)
         self._optimizer = torch.optim.Adam(self._cartridge.parameters(), config.learning_rate)
+        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self._optimizer, config.num_steps
+        )
         self.upload()
         asked = self._questions()
-        share = max(1, len(asked) // 8)
+        share = max(1, len(asked) // 5)
         self._held_out, self._trained = asked[:share], asked[share:]
 
     def step(self) -> None:
@@ -187,6 +192,7 @@ class Trainer:
         self._optimizer.zero_grad()
         loss.backward()
         self._optimizer.step()
+        self._schedule.step()
         self.history.losses.append(loss.item())
         self.history.differences.append(difference)
         self.upload()
@@ -242,9 +248,7 @@ class Trainer:
             max_tokens=config.max_tokens,
             temperature=temperature,
         )
-        wanted = self._teacher.likeliest(
-            [each.with_document for each in asked], [each.token_ids for each in answers], _TOP_K
-        )
+        wanted = self._teacher.likeliest([each.with_document for each in asked], answers, _TOP_K)
         conversations = [
             Conversation(each.behind_cartridge, Sample(answer.token_ids, "", True, *likeliest))
             for each, answer, likeliest in zip(asked, answers, wanted, strict=True)
@@ -298,8 +302,8 @@ class Trainer:
 
 
 def invented_passage(seed: int) -> Passage:
-    """Facts that no model has learnt: twenty, about five subjects."""
-    return passage(Random(seed), num_subjects=5, num_facts=4, held_out=True)
+    """Facts that no model has learnt: twelve, about three subjects."""
+    return passage(Random(seed), num_subjects=3, num_facts=4, held_out=True)
 
 
 def read_document(path: str) -> str:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from attention_batches import HEADS, make_cache, random_steps, random_world
+from sampling_driver import draw, random_batch, sent
 from torch import Tensor
 
 from tokasaurus.model.backend import usable_backends
@@ -20,6 +21,7 @@ from tokasaurus.model.backend.base import (
 )
 from tokasaurus.model.backend.reference import ReferenceBackend
 from tokasaurus.model.backend.reference_operators import REFERENCE_OPERATORS
+from tokasaurus.model.sampling.draws import plan_row_draws
 
 __all__ = ["check_kernels"]
 
@@ -29,6 +31,7 @@ _TOLERANCES = {torch.float32: 5e-5, torch.float16: 0.004, torch.bfloat16: 0.03}
 # Rows and sizes of the element-wise kernels.
 _SIZES = [(1, 64), (7, 576), (300, 2048), (33, 4096)]
 _PAGE_SIZES = (16, 20, 64)
+_VOCABULARIES = (1, 300, 9000, 128_256)
 
 
 def check_kernels(device: str) -> list[str]:
@@ -50,6 +53,37 @@ def check_kernels(device: str) -> list[str]:
                     failures.append(
                         f"{what}: {where} differs by {largest:.2g}, over {tolerance:.2g}"
                     )
+        failures += _check_sampling(backend, device)
+    return failures
+
+
+def _check_sampling(backend: type[Backend], device: str) -> list[str]:
+    """Tokens, sums and rankings against those that torch finds on the CPU, from the same logits."""
+    kernels = backend.sampling(DEFAULT_OPTIONS)
+    if kernels is None:
+        return []
+    failures, num_tokens, num_wrong = [], 0, 0
+    for seed, vocab_size in enumerate(_VOCABULARIES):
+        for dtype in _TOLERANCES:
+            logits, chosen = random_batch(60, vocab_size, seed)
+            logits = logits.to(dtype)
+            plan = sent(plan_row_draws, chosen, vocab_size, kernels=kernels, device=device)
+            tokens = plan.draw(logits.to(device)).cpu()
+            wrong = tokens != draw(logits.float(), chosen)
+            num_tokens, num_wrong = num_tokens + len(tokens), num_wrong + int(wrong.sum())
+            norms, _ = kernels.log_sums(logits.to(device), None, None)
+            depth = min(20, vocab_size)
+            _, ids = kernels.ranked(logits.to(device), None, None, depth)
+            sums = logits.double().logsumexp(-1)
+            order = logits.float().sort(dim=-1, descending=True, stable=True)
+            what = f"{backend.name}, {str(dtype).removeprefix('torch.')}, {vocab_size} tokens"
+            if not torch.allclose(norms.cpu().double(), sums, rtol=1e-6, atol=1e-6):
+                failures.append(f"{what}: logarithms of sums differ from the CPU's")
+            if not torch.equal(ids.cpu(), order.indices[:, :depth]):
+                failures.append(f"{what}: rankings differ from the CPU's")
+    print(f"  {backend.name}: {num_wrong} of {num_tokens} drawn tokens differ from the CPU's")
+    if num_wrong:
+        failures.append(f"{backend.name}: {num_wrong} drawn tokens differ from the CPU's")
     return failures
 
 

@@ -9,6 +9,7 @@ import torch
 from checkpoints import make_checkpoint
 
 from tokasaurus.model.backend.cpu.compiled import CompiledAttention
+from tokasaurus.model.backend.cpu.sampling import CompiledSampling
 
 pytestmark = pytest.mark.engine
 
@@ -37,6 +38,7 @@ def test_a_device_that_computes_the_same_passes(checkpoints, capsys):
 @pytest.fixture
 def few_shapes(monkeypatch):
     monkeypatch.setattr(gpu_kernels, "_SHAPES", gpu_kernels._SHAPES[:3])
+    monkeypatch.setattr(gpu_kernels, "_VOCABULARIES", gpu_kernels._VOCABULARIES[:3])
 
 
 def test_kernels_that_compute_the_same_pass(few_shapes, capsys):
@@ -45,6 +47,7 @@ def test_kernels_that_compute_the_same_pass(few_shapes, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len([line for line in lines if "compiled, attention in" in line]) == 3
     assert len([line for line in lines if "compiled, operators in" in line]) == 3
+    assert "  compiled: 0 of 540 drawn tokens differ from the CPU's" in lines
 
 
 def test_kernels_that_compute_something_else_fail(few_shapes, monkeypatch):
@@ -52,10 +55,13 @@ def test_kernels_that_compute_something_else_fail(few_shapes, monkeypatch):
     monkeypatch.setattr(
         CompiledAttention, "attend", lambda *arguments: attend(*arguments) * torch.nan
     )
+    monkeypatch.setattr(CompiledSampling, "draw", lambda _, logits, draws: logits.argmax(-1))
     found = "\n".join(gpu_check.check_kernels("cpu"))
     for dtype in ("float32", "float16", "bfloat16"):
         assert f"compiled, attention in {dtype}: batch" in found
-    assert "operators" not in found
+    assert "drawn tokens differ" in found
+    for right in ("operators", "rankings", "sums"):
+        assert right not in found
 
 
 def test_a_device_that_computes_something_else_fails_in_both_dtypes(checkpoints):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import ssl
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from typing import Any, BinaryIO, TypeVar
@@ -19,6 +18,7 @@ import httpx2 as httpx
 import msgspec
 
 from tokasaurus.client.address import Address
+from tokasaurus.client.certificates import trusted
 from tokasaurus.client.failures import error_of, failed_connection, failed_time, refusal
 from tokasaurus.client.requests import Call, Form, encoded
 from tokasaurus.client.retrying import Attempts, Failure, RetryPolicy
@@ -49,7 +49,8 @@ class Connection:
         transport: None uses sockets.
 
     Raises:
-        ConfigError: the certificates cannot be read, or a number is out of range.
+        ConfigError: the certificates cannot be read, or a number is out of range, or more than the
+            open files that this process may have.
     """
 
     def __init__(
@@ -280,19 +281,13 @@ def _sockets(
 ) -> list[httpx.AsyncBaseTransport]:
     """Pools that have ``max_connections`` together."""
     if max_connections > _UNUSUAL_FILES:
-        allow_many_files()
-    # One for all pools: to read the system's certificates takes 30 ms, and HTTP needs none. This
-    # one trusts nothing.
-    verify = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    if ca_file is not None:
-        try:
-            verify = ssl.create_default_context(cafile=ca_file)
-        except OSError as error:  # includes ssl.SSLError
+        limit = allow_many_files()
+        if max_connections > limit:
             raise ConfigError(
-                f"ca_file={ca_file!r} cannot be read as certificates: {error}"
-            ) from None
-    elif address.url.startswith("https:"):
-        verify = ssl.create_default_context()
+                f"max_connections={max_connections} needs a file for each, and this process may"
+                f" have {limit} open at most; lower it, or raise that limit (ulimit -Hn)"
+            )
+    verify = trusted(address.url, ca_file)
     limits = httpx.Limits(
         max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEP_ALIVE_S
     )

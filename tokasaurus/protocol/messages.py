@@ -1,9 +1,9 @@
 """The messages between the rooms, grouped by direction.
 
-    server ──GenerateRequest, AbortRequest, StopSequence, Acknowledge, Command──▶ manager
+    server ──GenerateRequest, AbortRequest, StopSequence, Acknowledge, Command, Watch──▶ manager
     manager ──ForwardBatch, Control──▶ worker ──ForwardResult, ControlDone──▶ manager
     manager ──SequenceUpdates, PromptLogprobs, PooledState, RequestRejected,
-              Eta, CommandDone, CommandFailed, Statistics──▶ server
+              Eta, CommandDone, CommandFailed, Statistics, Outlook──▶ server
 
 A *sequence* is one sample of a request, identified by (request id, sample index). A *slot* is the
 row that a running sequence owns in every table of the manager and the worker. A message "in
@@ -34,6 +34,7 @@ from tokasaurus.protocol.commands import (
     TransferDone,
 )
 from tokasaurus.protocol.message import Message
+from tokasaurus.protocol.watching import Outlook, Watch
 
 __all__ = [
     "MAX_PRIORITY",
@@ -558,7 +559,9 @@ class ForwardResult(Message, frozen=True):
     waited_s: float = 0.0
 
 
-FromServer: TypeAlias = GenerateRequest | AbortRequest | StopSequence | Acknowledge | Command | Ping
+FromServer: TypeAlias = (
+    GenerateRequest | AbortRequest | StopSequence | Acknowledge | Command | Ping | Watch
+)
 ToServer: TypeAlias = (
     SequenceUpdates
     | PromptLogprobs
@@ -568,6 +571,7 @@ ToServer: TypeAlias = (
     | CommandDone
     | CommandFailed
     | Statistics
+    | Outlook
 )
 ToWorker: TypeAlias = ForwardBatch | Control
 FromWorker: TypeAlias = ForwardResult | ControlDone | TransferDone

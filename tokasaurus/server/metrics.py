@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -26,6 +27,10 @@ __all__ = ["Figure", "Metrics", "figures", "limit_figures", "store_figures"]
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500)
 _SECONDS_PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+
+_NUM_ERRORS = 256  # of predictions, the latest
+_FEWEST_ERRORS = 10
+_SHORTEST_S = 0.1  # a prediction of less is as good as this
 
 # The manager's figures: name after "tokasaurus_", field of Statistics, help.
 _TOTALS = (
@@ -111,6 +116,7 @@ class Metrics:
         prompts = Counter(
             "tokasaurus_prompts", "Prompts that ended", ("outcome",), registry=registry
         )
+        self._errors: deque[float] = deque(maxlen=_NUM_ERRORS)
         self._outcomes = {
             outcome: prompts.labels(outcome)
             for outcome in ("finished", "aborted", "refused", "failed")
@@ -136,6 +142,18 @@ class Metrics:
         )
         registry.register(_Figures(figures))
 
+    @property
+    def eta_band(self) -> tuple[float, float] | None:
+        """What most prompts took, as multiples of their first predictions: of ten, eight.
+
+        None before enough prompts have ended of which a prediction was made.
+        """
+        if len(self._errors) < _FEWEST_ERRORS:
+            return None
+        ordered = sorted(self._errors)
+        last = len(ordered) - 1
+        return ordered[round(0.1 * last)], ordered[round(0.9 * last)]
+
     def text(self) -> bytes:
         """All metrics, in Prometheus' text format."""
         return generate_latest(self._registry)
@@ -149,6 +167,9 @@ class Metrics:
         """Its first token has come."""
         generation.began_at = self._clock()
 
+    def predicted(self, generation: Generation, seconds: float) -> None:
+        generation.predicted = self._clock(), seconds
+
     def ended(self, generation: Generation, outcome: str) -> None:
         """The outcome is finished, aborted, refused by the manager or failed with the engine."""
         self._outcomes[outcome].inc()
@@ -156,6 +177,9 @@ class Metrics:
             return
         now = self._clock()
         self._request_s.observe(now - generation.started_at)
+        if generation.predicted is not None:
+            at, seconds = generation.predicted
+            self._errors.append((now - at) / max(seconds, _SHORTEST_S))
         if generation.began_at is None:
             return
         self._first_token_s.observe(generation.began_at - generation.started_at)
