@@ -13,6 +13,7 @@
 #   make test-clients  install LangChain, LiteLLM, Instructor; run their tests and docs/clients.md
 #   make test-sources  install boto3 and moto, and run the tests of cartridges in S3
 #   make test-cuda     install Triton, interpret its kernels and compile them; needs no GPU
+#   make test-verl     make environments with veRL 0.9.1 and 0.7.1, and run its rollout's tests in each
 #   make test-deploy   check the deployment files, and run the Dockerfile's steps without Docker
 #   make test-pythons  install and run the unit tests on the oldest and the newest Python found
 #   make check         check formatting, lint, import contracts, types
@@ -160,6 +161,17 @@ test-cuda: $(CUDA_STAMP)
 	@echo "==> pytest, Triton's kernels"
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-cuda/bin/python -m pytest -m triton --timeout 1200 \
 	    --numprocesses $(WORKERS) --dist loadfile --durations 10 tests/model/backend $(ARGS)
+
+# On top of the packages of $(VENV), with those that this veRL wants in another version.
+VERLS ?= 0.9.1 0.7.1
+
+test-verl: install
+	@for version in $(VERLS); do \
+	    tests/verl/environment.sh $(VENV) $$version .venv-verl-$$version || exit; \
+	    echo "==> pytest, veRL $$version"; \
+	    .venv-verl-$$version/bin/python -m pytest -m 'verl or not long' \
+	        tests/verl tests/workers/rollout $(ARGS) || exit; \
+	done
 
 # Without PyTorch's own index, TORCH_INDEX=https://pypi.org/simple does, with gigabytes of CUDA.
 TORCH_INDEX ?=
