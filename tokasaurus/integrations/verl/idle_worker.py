@@ -1,4 +1,4 @@
-"""What veRL's checkpoint engines take for a worker of a replica. It imports no veRL, so is quick."""
+"""What checkpoint engines of veRL take for a replica's worker. It imports no veRL, to be quick."""
 
 from __future__ import annotations
 

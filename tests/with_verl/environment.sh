@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes an environment for the tests with veRL, on top of one that has the package and its tools.
 #
-#     tests/verl/environment.sh .venv 0.9.1 .venv-verl-0.9.1
+#     tests/with_verl/environment.sh .venv 0.9.1 .venv-verl-0.9.1
 #
 # Of veRL's own requirements it installs what the rollout needs: no second torch, and no trainer.
 # The lines of veRL until 0.8 want NumPy 1, and with it older builds of what is compiled for it.
