@@ -301,4 +301,4 @@ def test_a_prompt_behind_a_cartridge_gets_what_fits(engine):
 
 def test_the_example_of_the_page_prints_what_the_page_says(engine):
     (example,) = [each for each in examples("docs/verl.md") if each.language == "python"]
-    assert mismatch(example.printed or "", run_python(example.at(engine.port), {})) is None
+    assert not mismatch(example.printed or "", run_python(example.at(engine.port), {}))
