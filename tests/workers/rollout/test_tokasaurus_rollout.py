@@ -30,6 +30,7 @@ from tokasaurus.errors import (
     TimedOut,
     Unreachable,
 )
+from tokasaurus.integrations.verl import server as server_module
 from tokasaurus.integrations.verl.generation import RolloutDefaults
 from tokasaurus.integrations.verl.options import RolloutOptions
 from tokasaurus.integrations.verl.server import TokasaurusHttpServer
@@ -674,6 +675,30 @@ def test_a_request_between_two_attempts_is_aborted_without_tokens(engine):
         return await asyncio.wait_for(request, 5)
 
     output = run(engine, work, retry_delay=60.0)
+    assert (output.token_ids, output.stop_reason) == ([], "aborted")
+
+
+def test_requests_of_an_engine_that_hangs_are_dropped(engine, monkeypatch):
+    monkeypatch.setattr(server_module, "_ABORT_LIMIT_S", 0.3)
+    over = threading.Event()
+
+    def hang(question):
+        over.wait(20)
+        return Answer(status=500)
+
+    engine.answers[TEXT] = engine.answers["/abort_requests"] = hang
+
+    async def work(server):
+        request = asyncio.create_task(server.generate([1], PARAMS, "hangs"))
+        while not asked(engine):
+            await asyncio.sleep(0.01)
+        await asyncio.wait_for(server.abort_all_requests(), 10)
+        return await request
+
+    try:
+        output = run(engine, work)
+    finally:
+        over.set()
     assert (output.token_ids, output.stop_reason) == ([], "aborted")
 
 
