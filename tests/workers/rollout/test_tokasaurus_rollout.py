@@ -460,7 +460,7 @@ def test_a_late_answer_is_awaited_while_the_engine_serves(engine):
     engine.answers[TEXT] = slowly
     assert generate(engine, base_timeout=0.1).token_ids == [5, 6, 2]
     assert len(asked(engine)) == 1
-    assert engine.count("GET", "/health") >= 4
+    assert engine.count("GET", "/health") >= 1
 
 
 def test_a_late_answer_is_given_up_if_the_engine_does_not_serve(engine):
