@@ -118,6 +118,22 @@ class RequestError(TokasaurusError, ValueError):
 class RequestTooLong(RequestError):
     """The prompt and its completion can never fit the context or the KV cache."""
 
+    @classmethod
+    def for_context(cls, have: str, limit: int, rest: str, field: str) -> RequestTooLong:
+        """With the words of OpenAI, by which clients such as litellm know this error.
+
+        Args:
+            have: what is too long, and how long it is.
+            limit: the tokens that a request may have.
+            rest: what the limit is for, or what would be right.
+            field: the field at fault.
+        """
+        return cls(
+            f"{have}; this model's maximum context length is {limit} tokens"
+            f" (max_num_tokens_per_request), {rest}",
+            field,
+        )
+
 
 class AccessDenied(RequestError):
     """The engine wants another key, or does not serve this client."""

@@ -45,6 +45,8 @@ half a second on a busy machine; 10,000 take a tenth of a second. Schemas with s
 need less than half of it.
 """
 _MULTIPLE = re.compile(r"multipleOf\W{1,4}?\s*([0-9][0-9.eE+-]*)")
+_LISTING = re.compile(r"^ +(?:\d+ \|.*|\^)$\n?", re.MULTILINE)
+"""Lines of the grammar in a reason. Clients know theirs; that of enforced calls, none has seen."""
 _STACK_BYTES = 512 << 20
 _stack_size_lock = threading.Lock()
 
@@ -109,7 +111,7 @@ class GrammarCompiler:
         _run_on_large_stack(run)
         (matcher,) = compiled
         if matcher.is_error():
-            raise RequestError(matcher.get_error().strip())
+            raise RequestError(_LISTING.sub("", matcher.get_error()).strip())
         return matcher
 
 

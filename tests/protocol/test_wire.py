@@ -54,6 +54,7 @@ from tokasaurus.protocol.messages import (
     ToWorker,
     WorkerStall,
 )
+from tokasaurus.protocol.watching import Outlook, Watch
 from tokasaurus.protocol.wire import Codec
 
 rng = np.random.default_rng(0)
@@ -130,6 +131,8 @@ EXAMPLES = [
         *[*range(10), 2.5, 3.5, *range(5), 0.125, 3, True, 4, 5, 0.5, *range(5)],
         cartridges=(CartridgeState("notes@1", *range(8), 1.5),),
     ),
+    Watch(2.5),
+    Outlook(7, 0.25, 2, 3, 90, ints(4), ints(4), ints(4), ints(4), 5),
     Command(10, LoadCartridge("notes@1", ("a.safetensors", "b.safetensors"), 7)),
     ForwardBatch(
         number=8,

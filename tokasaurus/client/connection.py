@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-import ssl
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from typing import Any, BinaryIO, TypeVar
@@ -19,6 +18,7 @@ import httpx2 as httpx
 import msgspec
 
 from tokasaurus.client.address import Address
+from tokasaurus.client.certificates import trusted
 from tokasaurus.client.failures import error_of, failed_connection, failed_time, refusal
 from tokasaurus.client.requests import Call, Form, encoded
 from tokasaurus.client.retrying import Attempts, Failure, RetryPolicy
@@ -49,7 +49,8 @@ class Connection:
         transport: None uses sockets.
 
     Raises:
-        ConfigError: the certificates cannot be read, or a number is out of range.
+        ConfigError: the certificates cannot be read, or a number is out of range, or more than the
+            open files that this process may have.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class Connection:
             RequestError: the request is wrong.
             EngineError: the engine cannot be reached, or cannot answer; retries did not help.
         """
-        body = await self._until_it_works(call, self._whole, already)
+        body = await self._until_it_works(call, self.once, already)
         if not isinstance(body, bytes):
             return body
         try:
@@ -200,7 +201,13 @@ class Connection:
                     if done is not None:
                         return done
 
-    async def _whole(self, call: Call, request_id: str) -> bytes:
+    async def once(self, call: Call, request_id: str) -> bytes:
+        """The body of the answer to one attempt.
+
+        Raises:
+            Failure: it has failed; says whether a retry may help.
+            EngineError: the client is closed.
+        """
         async with self._turn() as pool:
             with _content(call.form) as content:
                 request = self._request(pool, call, request_id, content)
@@ -274,17 +281,13 @@ def _sockets(
 ) -> list[httpx.AsyncBaseTransport]:
     """Pools that have ``max_connections`` together."""
     if max_connections > _UNUSUAL_FILES:
-        allow_many_files()
-    verify: ssl.SSLContext | bool = True
-    if ca_file is not None:
-        try:
-            verify = ssl.create_default_context(cafile=ca_file)
-        except OSError as error:  # includes ssl.SSLError
+        limit = allow_many_files()
+        if max_connections > limit:
             raise ConfigError(
-                f"ca_file={ca_file!r} cannot be read as certificates: {error}"
-            ) from None
-    elif address.url.startswith("https:"):
-        verify = ssl.create_default_context()
+                f"max_connections={max_connections} needs a file for each, and this process may"
+                f" have {limit} open at most; lower it, or raise that limit (ulimit -Hn)"
+            )
+    verify = trusted(address.url, ca_file)
     limits = httpx.Limits(
         max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEP_ALIVE_S
     )

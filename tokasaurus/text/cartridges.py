@@ -412,9 +412,10 @@ class Cartridges:
         num_tokens = sum(version.metadata.num_tokens for version in versions)
         if num_tokens > self._max_tokens - 2:  # a token of a prompt, and one that is generated
             have = "the cartridge has" if len(specs) == 1 else "the cartridges have together"
-            raise RequestTooLong(
-                f"{have} {num_tokens} tokens; cartridges, prompt and completion together may have"
-                f" max_num_tokens_per_request={self._max_tokens}",
+            raise RequestTooLong.for_context(
+                f"{have} {num_tokens} tokens",
+                self._max_tokens,
+                "for cartridges, prompt and completion together",
                 FIELD,
             )
 

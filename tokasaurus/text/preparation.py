@@ -196,10 +196,13 @@ class Preparer:
         Raises:
             RequestError: the prompt cannot run; names the field.
         """
-        limit = self.config.max_request_tokens - 1
-        if len(prompt_ids) > limit:
-            raise RequestTooLong(
-                f"prompt has {len(prompt_ids)} tokens; it may have at most {limit}", "prompt"
+        limit = self.config.max_request_tokens
+        if len(prompt_ids) >= limit:
+            raise RequestTooLong.for_context(
+                f"prompt has {len(prompt_ids)} tokens",
+                limit,
+                f"so the prompt of a vector can have at most {limit - 1}",
+                "prompt",
             )
         params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, priority=priority)
         prepared = self.prepare(prompt_ids, params)
@@ -218,18 +221,18 @@ class Preparer:
             return int(max_tokens)
         if max_tokens is None and room >= 1:
             return room
-        prompt, together = f"{num_prompt_tokens} tokens", "prompt and completion together"
+        prompt, together = f"{num_prompt_tokens} tokens", "prompt and completion"
         if self.prefix is not None:
             prompt += f" behind cartridges of {self.prefix.num_tokens} tokens"
-            together = "cartridges, prompt and completion together"
+            together = "cartridges, prompt and completion"
         if room < 1:
-            raise RequestTooLong(
-                f"prompt has {prompt}; {together} may have max_num_tokens_per_request={limit}",
-                "prompt",
+            raise RequestTooLong.for_context(
+                f"prompt has {prompt}", limit, f"for {together} together", "prompt"
             )
-        raise RequestTooLong(
-            f"max_tokens is {max_tokens}, and the prompt has {prompt}; together they may be"
-            f" max_num_tokens_per_request={limit}, so max_tokens can be at most {room}",
+        raise RequestTooLong.for_context(
+            f"max_tokens is {max_tokens}, and the prompt has {prompt}",
+            limit,
+            f"so max_tokens can be at most {room}",
             "max_tokens",
         )
 

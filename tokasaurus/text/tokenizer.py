@@ -329,9 +329,10 @@ class Tokenizer:
         num_tokens = self._fewest_tokens.exceed(text, limit)
         if num_tokens is not None:
             have = "messages have" if field == "messages" else f"{field} has"
-            raise RequestTooLong(
-                f"{have} at least {num_tokens} tokens; prompt and completion together may have"
-                f" max_num_tokens_per_request={limit}",
+            raise RequestTooLong.for_context(
+                f"{have} at least {num_tokens} tokens",
+                limit,
+                "for prompt and completion together",
                 field,
             )
 

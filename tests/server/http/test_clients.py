@@ -311,6 +311,7 @@ def test_errors_are_the_openai_clients_exceptions(server):
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(model="m", messages=MESSAGES, max_tokens=5000)
     assert error.value.code == "context_length_exceeded"
+    assert "this model's maximum context length is" in str(error.value)  # litellm looks for it
     with pytest.raises(openai.NotFoundError):
         client.get("/nothing", cast_to=object)
 

@@ -391,6 +391,7 @@ def test_wrong_tools_and_messages_are_refused_by_field(server, fields, param, sa
     assert answer.status == 400
     assert answer.error["param"] == param
     assert said in answer.error["message"]
+    assert "\n" not in answer.error["message"], "it quotes a grammar that nobody wrote"
 
 
 def test_tools_are_refused_if_the_template_does_not_mention_them(server):
