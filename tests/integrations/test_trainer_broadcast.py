@@ -29,15 +29,6 @@ TRAINER = Path(__file__).with_name("foreign_trainer.py")
 NO_RETRY = RetryPolicy(max_retries=0)
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    with (
-        running(tmp_path_factory.mktemp("engine"), *FLAGS) as engine,
-        Client(engine.url) as made,
-    ):
-        yield made
-
-
 @pytest.fixture
 def sender(client):
     with BroadcastSender(client.base_url, bucket_bytes=1 << 20, timeout_s=10) as made:
@@ -92,7 +83,7 @@ def test_a_trainer_written_for_sglang_needs_no_change(client, tmp_path):
     check_weights(client, model, tmp_path / "again")
 
 
-@pytest.mark.parametrize("mode", ["die", "silent", "short"])
+@pytest.mark.parametrize("mode", ["die", "silent", pytest.param("short", marks=pytest.mark.long)])
 def test_a_trainer_that_fails_leaves_the_weights_as_they_were(client, sender, tmp_path, mode):
     version, expected = client.weights.version(), tokens(client)
     checkpoint = saved(noisy_model(4), tmp_path / "model")
