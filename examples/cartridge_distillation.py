@@ -55,10 +55,11 @@ from tokasaurus.demo.corpus.passages import Passage, passage
 from tokasaurus.errors import ConfigError, TokasaurusError
 from tokasaurus.launch.cartridges.tensors import save_tensors
 
-__all__ = ["SCHEMA", "Config", "History", "train"]
+__all__ = ["SCHEMA", "Config", "History", "run"]
 
 _FILES, _ENGINE, _ROLLOUT, _TRAINING = "Files", "Engine", "Rollout", "Training"
-_TOP_K = 20
+_TOP_K = 20  # of the teacher's tokens in each place
+_FLAGS = ("dtype=float32", f"max_topk_logprobs={_TOP_K}", "log_level=WARNING")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,21 +371,32 @@ def draw(history: History, path: Path) -> None:
     pyplot.close(figure)
 
 
+def run(config: Config) -> History:
+    """Trains, and draws what the training was like.
+
+    Raises:
+        ConfigError: the document does not fit, or is not asked about.
+        EngineError: the engine cannot be started or asked, or runs another model.
+    """
+    flags = [f"model={config.model}", f"device={config.device}", *_FLAGS]
+    if config.device == "cpu":
+        flags.append("kv_cache_num_tokens=32768")
+    with engine(config.url, *flags) as url:
+        history = train(config, url)
+    if config.plot is not None:
+        draw(history, Path(config.plot).expanduser())
+    return history
+
+
 def main() -> None:
     """Runs the program."""
     config = parse_or_exit(SCHEMA, sys.argv[1:])
-    flags = (
-        *(f"model={config.model}", f"device={config.device}", "dtype=float32"),
-        *(f"max_topk_logprobs={_TOP_K}", "log_level=WARNING"),
-        *(("kv_cache_num_tokens=32768",) if config.device == "cpu" else ()),
-    )
     try:
-        with engine(config.url, *flags) as url:
-            history = train(config, url)
+        run(config)
     except TokasaurusError as error:
         raise SystemExit(f"cartridge_distillation.py: error: {error}") from None
-    if config.plot is not None:
-        draw(history, Path(config.plot))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

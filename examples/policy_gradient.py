@@ -42,7 +42,7 @@ from tokasaurus.demo.corpus.arithmetic import Problem, problem
 from tokasaurus.errors import TokasaurusError
 from tokasaurus.integrations.trainer import BucketSender
 
-__all__ = ["SCHEMA", "Config", "History", "train"]
+__all__ = ["SCHEMA", "Config", "History", "run"]
 
 _ENGINE, _ROLLOUT, _TRAINING = "Engine", "Rollout", "Training"
 _FLAGS = ("dtype=float32", "kv_cache_num_tokens=32768", "log_level=WARNING")
@@ -59,7 +59,7 @@ class Config:
         help="An engine that runs the bundled model with dtype=float32. Its weights are replaced.",
         usually="one is started, and ended with the program",
     )
-    num_different: int = flag(64, group=_ROLLOUT, minimum=1, help="Different problems.")
+    num_different: int = flag(64, group=_ROLLOUT, minimum=1, help="Problems that there are.")
     num_problems: int = flag(16, group=_ROLLOUT, minimum=1, help="Problems of a step.")
     num_samples: int = flag(8, group=_ROLLOUT, minimum=2, help="Answers to each.")
     max_tokens: int = flag(48, group=_ROLLOUT, minimum=1, help="The longest answer.")
@@ -274,16 +274,28 @@ def draw(history: History, path: Path) -> None:
     pyplot.close(figure)
 
 
+def run(config: Config) -> History:
+    """Trains, and draws what the training was like.
+
+    Raises:
+        EngineError: the engine cannot be started or asked, or runs another model.
+    """
+    with engine(config.url, *_FLAGS) as url:
+        history = train(config, url)
+    if config.plot is not None:
+        draw(history, Path(config.plot).expanduser())
+    return history
+
+
 def main() -> None:
     """Runs the program."""
     config = parse_or_exit(SCHEMA, sys.argv[1:])
     try:
-        with engine(config.url, *_FLAGS) as url:
-            history = train(config, url)
+        run(config)
     except TokasaurusError as error:
         raise SystemExit(f"policy_gradient.py: error: {error}") from None
-    if config.plot is not None:
-        draw(history, Path(config.plot))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
