@@ -166,8 +166,12 @@ class Trainer:
         self._model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
         self._model.to(config.device).eval().requires_grad_(False)
         self._form = ChatForm.of(self._render, self._tokenizer.bos_token or "")
-        self._passage = invented_passage(config.seed) if config.text is None else None
-        self._document = self._passage.text if self._passage else read_document(config.text)
+        self._passage: Passage | None = None
+        if config.text is None:
+            self._passage = invented_passage(config.seed)
+            self._document = self._passage.text
+        else:
+            self._document = read_document(config.text)
         self._path = directory / "cartridge.safetensors"
         self._student, self._teacher = Rollout(url, config.seed), Rollout(url, config.seed + 1)
         self._rng = Random(config.seed)
@@ -191,7 +195,7 @@ class Trainer:
         asked = self._rng.choices(self._trained, k=self._config.batch_size)
         loss, difference = self._loss(asked, self._config.temperature)
         self._optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         self._optimizer.step()
         self._schedule.step()
         self.history.losses.append(loss.item())
@@ -282,9 +286,9 @@ class Trainer:
         """Continues prompts with the document, for the questions."""
         answers = self._teacher.answers(prompts, max_tokens=max_tokens, temperature=temperature)
         end = self._tokenizer.eos_token_id
-        nothing = np.zeros((0, top_k))
+        no_ids, no_logprobs = np.zeros((0, top_k), np.int64), np.zeros((0, top_k), np.float32)
         return [
-            Sample(ids, self._text(ids), ids[-1] == end, nothing, nothing)
+            Sample(ids, self._text(ids), ids[-1] == end, no_ids, no_logprobs)
             for ids in (each.token_ids for each in answers)
         ]
 

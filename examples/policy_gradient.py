@@ -62,9 +62,9 @@ class Config:
     num_different: int = flag(64, group=_ROLLOUT, minimum=1, help="Problems that there are.")
     num_problems: int = flag(16, group=_ROLLOUT, minimum=1, help="Problems of a step.")
     num_samples: int = flag(8, group=_ROLLOUT, minimum=2, help="Answers to each.")
-    max_tokens: int = flag(48, group=_ROLLOUT, minimum=1, help="The longest answer.")
+    max_tokens: int = flag(32, group=_ROLLOUT, minimum=1, help="The longest answer.")
     temperature: float = flag(1.0, group=_ROLLOUT, minimum=0.01, help="Of the answers.")
-    num_steps: int = flag(100, group=_TRAINING, minimum=1, help="Updates of the weights.")
+    num_steps: int = flag(80, group=_TRAINING, minimum=1, help="Updates of the weights.")
     learning_rate: float = flag(2e-4, group=_TRAINING, minimum=0.0, help="Of Adam.")
     most_difference: float = flag(
         1e-3,
@@ -122,10 +122,9 @@ class Trainer:
         self._model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
         self._optimizer = torch.optim.Adam(self._model.parameters(), config.learning_rate)
         self._rng = Random(config.seed)
-        self._problems = [problem(self._rng) for _ in range(config.num_different)]
+        self._problems = sums(self._rng, config.num_different, held_out=False)
         self._left: list[Problem] = []  # of the present round through all of them
-        held_out = Random(f"held out {config.seed}")
-        self._held_out = [problem(held_out, held_out=True) for _ in range(config.num_evaluated)]
+        self._held_out = sums(self._rng, config.num_evaluated, held_out=True)
         self._rollout = Rollout(url, config.seed)
         self._sender = BucketSender(url)
         self.history = History()
@@ -167,7 +166,7 @@ class Trainer:
         num_answers = config.num_problems * config.num_samples
         loss = -(advantages.repeat_interleave(lengths) * logprobs).sum() / num_answers
         self._optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         self._optimizer.step()
 
@@ -205,6 +204,16 @@ class Trainer:
         return float(said.strip().endswith(f"Answer: {asked.answer}"))
 
 
+def sums(rng: Random, count: int, *, held_out: bool) -> list[Problem]:
+    """Problems of one step, or bare ones, with numbers that the model was trained on or not."""
+    found: list[Problem] = []
+    while len(found) < count:
+        drawn = problem(rng, held_out=held_out)
+        if drawn.kind != "two steps":
+            found.append(drawn)
+    return found
+
+
 def answer_logprobs(
     model: Any, prompts: Sequence[list[int]], answers: Sequence[Answer], temperature: float
 ) -> Tensor:
@@ -221,7 +230,8 @@ def answer_logprobs(
     hidden = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
     logits = model.get_output_embeddings()(hidden.flatten(0, 1)[places]) / temperature
     chosen = torch.tensor([token for answer in answers for token in answer.token_ids])
-    return logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+    logprobs: Tensor = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+    return logprobs
 
 
 def train(config: Config, url: str) -> History:
