@@ -32,6 +32,7 @@ from random import Random
 import numpy as np
 import torch
 from engine import engine
+from plot import check_plot, draw
 from rollout import Rollout, largest_difference
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -116,6 +117,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_plot(self.plot)
         if self.num_frozen >= self.num_tokens:
             raise ConfigError(f"num_frozen={self.num_frozen} must be less than num_tokens")
 
@@ -356,25 +358,6 @@ def run_steps(config: Config, trainer: Trainer) -> None:
                 )
 
 
-def draw(history: History, path: Path) -> None:
-    """The losses by step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    steps = range(1, len(history.losses) + 1)
-    axes.plot(steps, history.losses, linewidth=0.8, label="answers of the step")
-    axes.plot(
-        list(history.held_out), list(history.held_out.values()), "o-", label="held-out questions"
-    )
-    axes.set(xlabel="step", ylabel="KL divergence, nats a token", yscale="log")
-    axes.legend()
-    figure.savefig(path, format="png", dpi=120)
-    pyplot.close(figure)
-
-
 def run(config: Config) -> History:
     """Trains, and draws what the training was like.
 
@@ -388,7 +371,15 @@ def run(config: Config) -> History:
     with engine(config.url, *flags) as url:
         history = train(config, url)
     if config.plot is not None:
-        draw(history, Path(config.plot).expanduser())
+        draw(
+            config.plot,
+            "loss",
+            history.losses,
+            "on held-out questions",
+            history.held_out,
+            ylabel="KL divergence, nats a token",
+            yscale="log",
+        )
     return history
 
 

@@ -23,13 +23,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
 import torch
 from engine import engine
+from plot import check_plot, draw
 from rollout import Answer, Rollout, largest_difference
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -80,6 +80,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_plot(self.plot)
 
 
 SCHEMA = Schema(
@@ -258,32 +259,6 @@ def train(config: Config, url: str) -> History:
     return history
 
 
-def draw(history: History, path: Path) -> None:
-    """The reward by step, its mean over ten steps, and the held-out problems."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rewards = np.array(history.rewards)
-    window = min(10, len(rewards))
-    means = np.convolve(rewards, np.ones(window) / window, mode="valid")
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(range(1, len(rewards) + 1), rewards, linewidth=0.5, color="C0", alpha=0.5)
-    axes.plot(range(window, len(rewards) + 1), means, color="C0", label="reward")
-    axes.plot(
-        list(history.held_out),
-        list(history.held_out.values()),
-        "o-",
-        color="C1",
-        label="other problems",
-    )
-    axes.set(xlabel="step", ylabel="share of right answers", ylim=(0, 1))
-    axes.legend(loc="lower right")
-    figure.savefig(path, format="png", dpi=120)
-    pyplot.close(figure)
-
-
 def run(config: Config) -> History:
     """Trains, and draws what the training was like.
 
@@ -293,7 +268,15 @@ def run(config: Config) -> History:
     with engine(config.url, *_FLAGS) as url:
         history = train(config, url)
     if config.plot is not None:
-        draw(history, Path(config.plot).expanduser())
+        draw(
+            config.plot,
+            "reward",
+            history.rewards,
+            "of other problems",
+            history.held_out,
+            ylabel="share of right answers",
+            ylim=(0, 1),
+        )
     return history
 
 

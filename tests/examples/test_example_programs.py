@@ -19,7 +19,7 @@ SAME_MODEL = 1e-4  # between logprobs of engine and trainer
 def _programs(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     yield
-    for name in ("engine", "rollout", "policy_gradient", "cartridge_distillation"):
+    for name in ("engine", "plot", "rollout", "policy_gradient", "cartridge_distillation"):
         sys.modules.pop(name, None)
 
 
