@@ -11,6 +11,7 @@
 #   make test-chaos    kill and stop processes of engines at random moments, under load
 #   make test-ray      install Ray and run the tests with clusters of several raylets on this machine
 #   make test-sources  install boto3 and moto, and run the tests of cartridges in S3
+#   make test-browser  install Playwright and try the page in a headless Chromium; makes its pictures
 #   make test-deploy   check the deployment files, and run the Dockerfile's steps without Docker
 #   make test-pythons  install and run the unit tests on the oldest and the newest Python found
 #   make check         check formatting, lint, import contracts, types
@@ -38,7 +39,7 @@ PYTEST  := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscop
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help install serve chat check format test test-quick test-long test-determinism test-sets test-parallel \
-        test-chaos test-ray test-sources test-deploy test-pythons bench gpu-check dist clean
+        test-chaos test-ray test-sources test-browser test-deploy test-pythons bench gpu-check dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -76,11 +77,11 @@ test: install
 
 test-quick: install
 	@echo "==> pytest, unit tests only"
-	@$(PYTEST) -m 'not long and not engine and not ray and not s3' $(ARGS)
+	@$(PYTEST) -m 'not long and not engine and not ray and not s3 and not browser' $(ARGS)
 
 test-long: install
 	@echo "==> pytest, the heavy tests too"
-	@$(PYTEST) -m 'not ray and not s3' --timeout 3600 $(ARGS)
+	@$(PYTEST) -m 'not ray and not s3 and not browser' --timeout 3600 $(ARGS)
 
 test-determinism: install
 	@echo "==> pytest, random batch compositions"
@@ -116,6 +117,14 @@ test-ray: install
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'; }
 	@echo "==> pytest, Ray clusters"
 	@$(BIN)/pytest -m ray tests/ray $(ARGS)
+
+# Set CHROMIUM to another browser of the family; Debian: apt-get install chromium-headless-shell.
+test-browser: install
+	@$(BIN)/python -c 'import playwright' 2>/dev/null || { echo "==> installing Playwright"; \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    -e '.[browser]'; }
+	@echo "==> pytest, the page in a browser"
+	@PICTURES=docs/images $(BIN)/pytest -m browser tests/browser $(ARGS)
 
 test-sources: install
 	@$(BIN)/python -c 'import boto3, moto.server' 2>/dev/null || { \

@@ -27,8 +27,8 @@ _MAX_REQUESTS = 100
 _MAX_BATCHES = 20
 _MAX_REPLICAS = 4  # whose forecast is shown
 _WATCH_S = 3.0  # managers send forecasts for this time after each snapshot
-_MAX_PAST = 12  # forecasts that are kept, to see what became of them
-_PAST_EVERY = 15  # snapshots
+_MAX_PAST = 20  # forecasts that are kept, to see what became of them
+_PAST_EVERY = 5  # snapshots
 _MAX_USED = 600
 _DIGITS = 8  # of a key's digest
 

@@ -23,6 +23,8 @@ const HEIGHT = 300;
 const LEFT = 52;
 const BARS = 46; // the height of the bars below the curves
 const BOTTOM = 24;
+const SHOWN_USED = 60; // of the past, about as many seconds
+const PAST_SHARE = 0.4; // of the width
 
 /**
  * The use of pages: what was, what had been forecast, and what is forecast.
@@ -32,11 +34,16 @@ const BOTTOM = 24;
 export function forecastChart({ used, past, ahead, pages }) {
   const now = ahead.step;
   const span = Math.max(ahead.all_pages.length * ahead.stride, 50);
-  const first = Math.max(now - span / 2, used.length ? used[0][0] : now);
+  // Steps pass quickly where sequences are short: the past has a scale of its own.
+  const first = used.length > 1 ? used.at(-Math.min(used.length, SHOWN_USED))[0] : now - span / 2;
   const last = now + span;
   const plotHeight = HEIGHT - BARS - BOTTOM - 10;
   const top = Math.max(ahead.limit, ...ahead.all_pages, ...used.map((each) => each[1]), 1);
-  const x = (step) => LEFT + ((WIDTH - LEFT - 8) * (step - first)) / Math.max(1, last - first);
+  const middle = LEFT + (WIDTH - LEFT - 8) * PAST_SHARE;
+  const x = (step) =>
+    step < now
+      ? LEFT + ((middle - LEFT) * (step - first)) / Math.max(1, now - first)
+      : middle + ((WIDTH - 8 - middle) * (step - now)) / span;
   const y = (value) => 10 + plotHeight * (1 - value / top);
   const bins = (values, from) => values.map((value, index) => [from + index * ahead.stride, value]);
   const points = (pairs) => pairs.filter(([step]) => step >= first && step <= last).map(([step, value]) => [x(step), y(value)]);

@@ -4,7 +4,7 @@ import { byId, count, duration, element, say } from "./elements.js";
 import { forecastChart, legend } from "./charts.js";
 
 const MOST_USED = 600;
-const SHOWN_PAST = 2;
+const SHOWN_PAST = 3;
 const used = new Map(); // by replica: pairs of a step and pages
 const past = new Map(); // by replica: earlier forecasts
 let ticks = 0;
@@ -34,8 +34,8 @@ function remember(number, ahead) {
   if (!pairs.length || pairs.at(-1)[0] < ahead.step) pairs.push([ahead.step, ahead.used]);
   used.set(number, pairs.slice(-MOST_USED));
   const earlier = past.get(number) || [];
-  if (ticks % 15 === 1 && ahead.all_pages.length > 1) earlier.push(ahead);
-  past.set(number, earlier.slice(-12));
+  if (ticks % 5 === 1 && ahead.all_pages.length > 1) earlier.push(ahead);
+  past.set(number, earlier.slice(-20));
 }
 
 function chooseReplica(numbers) {

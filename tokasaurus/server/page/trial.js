@@ -92,7 +92,7 @@ function makeColumns(numSamples) {
   const columns = Array.from({ length: numSamples }, (_, index) => {
     const text = element("p", { class: "text" });
     const title = element("h3", {}, numSamples > 1 ? `Sample ${index + 1}` : "Answer");
-    return { text, title, node: element("div", { class: "answer" }, title, text) };
+    return { text, title, content: "", node: element("div", { class: "answer" }, title, text) };
   });
   byId("answers").replaceChildren(...columns.map((each) => each.node));
   return columns;
@@ -114,8 +114,12 @@ async function read(answer, asked, columns) {
 
 function add(column, choice) {
   const found = choice.delta ? chatTokens(choice) : completionTokens(choice);
-  if (found.length) column.text.append(...found.map(tokenNode));
-  else column.text.append(choice.delta ? choice.delta.content || "" : choice.text || "");
+  const content = (choice.delta ? choice.delta.content : choice.text) || "";
+  column.content += content;
+  // A character may be spread over several tokens: then their texts are not the content.
+  const isWhole = found.map((each) => each.text).join("").startsWith(content);
+  if (found.length && isWhole) column.text.append(...found.map(tokenNode));
+  else column.text.append(content);
 }
 
 function chatTokens(choice) {
@@ -168,7 +172,7 @@ function showCard(node, token) {
 
 function keep(asked, columns) {
   const user = asked.messages.at(-1);
-  const assistant = { role: "assistant", content: columns[0].text.textContent };
+  const assistant = { role: "assistant", content: columns[0].content };
   messages.push(user, assistant);
   const spoken = [user, assistant].map((each) =>
     element("div", { class: "message" }, element("b", {}, each.role), element("p", { class: "text" }, each.content)),
@@ -204,4 +208,5 @@ async function showUsage(usage, asked) {
 export async function showModel() {
   const { data } = await (await ask("v1/models")).json();
   document.title = `${data[0].id} · Tokasaurus`;
+  say(byId("model"), data[0].id);
 }
