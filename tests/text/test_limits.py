@@ -134,6 +134,12 @@ def test_sequences_that_the_server_holds_back_count_as_waiting():
     assert "1036 sequences wait" in limit.sentence
 
 
+def test_what_kept_sequences_waiting_is_over_when_none_waits():
+    before, now = statistics_of([request(100)])
+    now = msgspec.structs.replace(now, num_waiting=0, num_running=3)
+    assert find_limit(before, now).kind == "requests"
+
+
 def test_replicas_are_judged_together_and_values_are_those_of_one():
     before, now = statistics_of([request(100)])
     both = find_limit(merged_statistics([before] * 2), merged_statistics([now] * 2))

@@ -83,6 +83,8 @@ def find_limit(
         "kv_cache": now.num_page_bound_batches - before.num_page_bound_batches,
     }
     batches["requests"] = now.num_batches - before.num_batches - sum(batches.values())
+    if not num_waiting:  # what kept sequences waiting a moment ago is over
+        del batches["seats"], batches["kv_cache"]
     kind = max(batches, key=lambda each: batches[each])
     if kind == "requests" and server_busy >= _SERVER_BUSY:
         return _server(server_busy)
