@@ -30,7 +30,9 @@ CPU = torch.device("cpu")
 MAX_LENGTH = 200
 
 
-def make_cache(num_pages, page_size, num_kv_heads, head_dim, dtype=torch.float32, num_layers=1):
+def make_cache(
+    num_pages, page_size, num_kv_heads, head_dim, dtype=torch.float32, num_layers=1, device="cpu"
+):
     """A cache full of NaN, as uninitialised memory may be, so that reading too far shows."""
     cache = KVCache.allocate(
         num_layers=num_layers,
@@ -39,7 +41,7 @@ def make_cache(num_pages, page_size, num_kv_heads, head_dim, dtype=torch.float32
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         dtype=dtype,
-        device=CPU,
+        device=torch.device(device),
     )
     for tensor in cache.keys + cache.values:
         tensor.fill_(torch.nan)

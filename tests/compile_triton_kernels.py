@@ -26,9 +26,10 @@ from attention_batches import add_prefill, large_group, make_cache, random_steps
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from tokasaurus.model.backend.base import HeadNorms, Rotation, SequenceRows
+from tokasaurus.model.backend.base import DRAW, HeadNorms, Rotation, SequenceRows
 from tokasaurus.model.backend.triton.backend import TritonBackend
 from tokasaurus.model.backend.triton.operators import TRITON_OPERATORS
+from tokasaurus.model.backend.triton.sampling import TRITON_SAMPLING
 
 _TARGET = GPUTarget("cuda", 90, 32)
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -38,6 +39,7 @@ _SHAPES = [  # num_heads, num_kv_heads, head_dim, page_size
     (6, 2, 80, 16),
 ]
 _SIZES = (576, 2048)
+_VOCABULARY = 128_256
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -92,6 +94,9 @@ def main() -> None:
                 TRITON_OPERATORS.add_rms_norm(x, x, x[0], 1e-5)
                 TRITON_OPERATORS.silu_multiply(x)
             num_later[label] = len(compiled) - num_first
+        label = f"{dtype} {_VOCABULARY}"
+        num_first = _sample(dtype, compiled)
+        num_later[label] = len(compiled) - num_first
     json.dump({"compiled": compiled, "num_later": num_later}, sys.stdout)
 
 
@@ -112,6 +117,21 @@ def _attention(dtype, num_heads, num_kv_heads, head_dim, page_size):
         + [(rows, None) for rows in first]
         + [(rows, each) for rows in later for each in (norms, None)],
     )
+
+
+def _sample(dtype, compiled):
+    """Draws, sums up and counts. Returns how many kernels had been compiled after the first row."""
+    for num_rows in (1, 2, 16, 33):
+        if num_rows == 2:
+            num_first = len(compiled)
+        logits = torch.zeros(num_rows, _VOCABULARY, dtype=dtype)
+        # Parts of a staging buffer, which begin anywhere.
+        draws = torch.zeros(num_rows * DRAW.itemsize + num_rows, dtype=torch.uint8)[num_rows:]
+        index = torch.zeros(num_rows + num_rows, dtype=torch.int64)[num_rows:]
+        TRITON_SAMPLING.draw(logits, draws.view(num_rows, -1))
+        TRITON_SAMPLING.log_sums(logits, None, None)
+        TRITON_SAMPLING.log_sums(logits, index, index.float(), index)
+    return num_first
 
 
 def _one_row(length):
@@ -142,6 +162,7 @@ def _described(kernel):
         "is_elf": kernel.asm["cubin"][:4] == b"\x7fELF",
         "target": re.search(r"\.target (\w+)", kernel.asm["ptx"]).group(1),
         "uses_tensor_cores": bool(re.search(r"wgmma|mma\.sync", kernel.asm["ptx"])),
+        "num_fused": len(re.findall(r"\bfma\.", kernel.asm["ptx"])),
         "copies_ahead": "cp.async" in kernel.asm["ptx"],
         "registers": int(found.group(1)),
         "stack_bytes": int(found.group(2)),

@@ -330,9 +330,9 @@ def storage_error(error: OSError, directory: Path) -> EngineError:
 
 
 def _note_use(path: Path) -> None:
-    """The access time of a version's file is that of its last use.
+    """The time of access of a version's file is that of its last use.
 
-    Its modification time stays: readers look at it to know whether the file has changed meanwhile.
+    That of its last change stays: a worker that reads the file looks whether it does.
     """
     with contextlib.suppress(OSError):
         os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))

@@ -20,6 +20,8 @@ KERNELS = {
     "rms_norm",
     "add_rms_norm",
     "silu_multiply",
+    "draw_token",
+    "sum_row",
 }
 DTYPES = {"torch.float32", "torch.float16", "torch.bfloat16"}
 
@@ -63,6 +65,14 @@ def test_no_kernel_spills_registers_or_takes_much_shared_memory(result):
         with named(each):
             assert each["stack_bytes"] == 0
             assert each["shared_bytes"] <= 113 << 10
+
+
+def test_weights_of_tokens_are_computed_without_fused_operations(result):
+    """So they have the same bits as on the CPU. The logarithm of a sum may fuse its own."""
+    for each in result["compiled"]:
+        if each["kernel"] == "draw_token":
+            with named(each):
+                assert each["num_fused"] == 0
 
 
 def test_no_batch_compiles_anything_after_the_first_ones(result):

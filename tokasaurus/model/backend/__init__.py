@@ -15,7 +15,7 @@ from tokasaurus.model.backend.cpu.compiled import CompiledBackend
 from tokasaurus.model.backend.reference import ReferenceBackend
 from tokasaurus.model.backend.triton.backend import TritonBackend, is_interpreted
 
-__all__ = ["choose_backend"]
+__all__ = ["choose_backend", "usable_backends"]
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,21 @@ def choose_backend(
             return backend
     names = " or ".join(backend.name for backend in backends)
     raise ConfigError(f"attention={attention} does not run on device={device.type}: set {names}")
+
+
+def usable_backends(
+    device: torch.device, options: BackendOptions = DEFAULT_OPTIONS
+) -> tuple[type[Backend], ...]:
+    """The backends of a kind of device that run on this machine, the best first.
+
+    Args:
+        device: of the model.
+        options: as for ``choose_backend``.
+
+    Raises:
+        ConfigError: the options cannot run on this machine.
+    """
+    return tuple(backend for backend in _BACKENDS[device.type] if backend.why_not(options) is None)
 
 
 def _best(backends: tuple[type[Backend], ...], options: BackendOptions) -> type[Backend]:

@@ -23,6 +23,7 @@ from tokasaurus.model.backend.base import (
     HeadNorms,
     Operators,
     Rotation,
+    SamplingKernels,
     SequenceRows,
 )
 from tokasaurus.model.backend.grouping import (
@@ -84,8 +85,10 @@ class TritonBackend:
         return TRITON_OPERATORS
 
     @classmethod
-    def sampling(cls, options: BackendOptions) -> None:
-        return None
+    def sampling(cls, options: BackendOptions) -> SamplingKernels:
+        from tokasaurus.model.backend.triton.sampling import TRITON_SAMPLING
+
+        return TRITON_SAMPLING
 
     def __init__(
         self, cache: KVCache, num_heads: int, options: BackendOptions = DEFAULT_OPTIONS
