@@ -247,7 +247,9 @@ def test_heads_are_normed_rotated_and_stored_as_the_reference_does():
                     torch.testing.assert_close(
                         one.keys[1], other.keys[1], atol=tolerance, rtol=tolerance
                     )
-                    assert (one.keys[1] != other.keys[1]).float().mean() < 0.02
+                    is_written = other.keys[1] != 0
+                    differs = (one.keys[1] != other.keys[1])[is_written]
+                    assert differs.float().mean() < (0.9 if dtype == torch.float32 else 0.02)
                     torch.testing.assert_close(*outputs, atol=2 * tolerance, rtol=2 * tolerance)
 
 
