@@ -295,7 +295,20 @@ class Scheduler:
         self._counters.num_batches += 1
         self._counters.num_decode_tokens += len(decode_slots)
         self._counters.num_prefill_tokens += len(batch.prefill_ids)
+        self._count_limit(len(decode_slots) + len(batch.prefill_ids))
         return batch
+
+    def _count_limit(self, num_tokens: int) -> None:
+        """Counts what kept more sequences from running in a batch with this number of tokens."""
+        num_running = self._running.num_running
+        if num_tokens >= self._config.max_tokens_per_forward:
+            self._counters.num_full_batches += 1
+        elif self._backlog.num_sequences <= num_running:
+            pass  # none waits
+        elif num_running >= self._max_running:
+            self._counters.num_seat_bound_batches += 1
+        else:
+            self._counters.num_page_bound_batches += 1
 
     def _enter(self, accepted: list[Offer], now: float) -> tuple[Int32Array, Int32Array]:
         """Gives slots and pages; returns the pages to copy before the pass, and those after it."""

@@ -61,6 +61,18 @@ class CommandRunner:
         self._state.check()
         return await _within(max(map(_limit_s, actions)), self._in_turn(actions))
 
+    async def run_while_serving(self, action: Action) -> CommandDone:
+        """Runs a command that may wait for others; a shutdown does not wait for it.
+
+        Raises:
+            EngineNotReady: the engine shuts down meanwhile.
+            TokasaurusError: as of ``run``.
+        """
+        task = asyncio.ensure_future(self.run(action))
+        with self._state.waiting(task):
+            (done,) = await task
+        return done
+
     async def _in_turn(self, actions: Sequence[Action]) -> list[CommandDone]:
         results = []
         for action in actions:

@@ -62,7 +62,7 @@ class TrainerGroups:
             Conflict: the others did not come in time.
         """
         try:
-            await self._runner.run(action)
+            await self._runner.run_while_serving(action)
         except TokasaurusError:
             await self.leave(action.group)
             raise
@@ -108,7 +108,7 @@ class TrainerGroups:
             timeout_s,
         )
         try:
-            (done,) = await self._runner.run(action)
+            done = await self._runner.run_while_serving(action)
         except TokasaurusError:
             await self.leave(group)
             raise

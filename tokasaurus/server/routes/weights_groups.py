@@ -21,7 +21,6 @@ from tokasaurus.server.http.answers import json_answer
 from tokasaurus.server.http.bodies import read_optional_json
 from tokasaurus.server.http.queries import read_query, truth
 from tokasaurus.server.operations.schemas import RequestBody, body_reference, parse
-from tokasaurus.server.operations.strict import StrictSchema
 from tokasaurus.server.routes.control import ControlBody, Label
 from tokasaurus.server.state import EngineState
 
@@ -40,7 +39,7 @@ _Names = Annotated[list[Annotated[str, Field(min_length=1, max_length=1024)]], F
 _Shape = list[Annotated[int, Field(ge=0, le=2**40)]]
 
 
-class _GroupPlace(StrictSchema):
+class _GroupPlace(ControlBody):
     master_address: _Name
     """The trainer listens there: the name or address of its machine."""
     master_port: Annotated[int, Field(ge=1, le=65535)]
@@ -56,7 +55,7 @@ class _GroupPlace(StrictSchema):
     """For all ranks to come; default 300."""
 
 
-class InitWeightsUpdateGroup(_GroupPlace, ControlBody):
+class InitWeightsUpdateGroup(_GroupPlace):
     """``POST /init_weights_update_group``."""
 
 
@@ -105,7 +104,7 @@ class StartWeightUpdate(ControlBody):
     harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {"is_checkpoint_format": (True,)}
 
 
-class _UpdateInfo(StrictSchema):
+class _UpdateInfo(ControlBody):
     names: _Names
     dtype_names: list[str]
     shapes: list[_Shape]
@@ -259,7 +258,8 @@ class WeightsGroupRoutes:
             info = parse(body, UpdateWeightsOfGroup).update_info
             tensors = _tensors(info.names, info.dtype_names, info.shapes, "dtype_names", False)
         except RequestError:
-            await self._groups.leave(_group_of(body.get("update_info")))
+            info_or_none = body.get("update_info") if isinstance(body, dict) else None
+            await self._groups.leave(_group_of(info_or_none))
             raise
         await self._groups.receive(
             info.group_name or DEFAULT_GROUP, tensors, None, info.timeout_s or _DEFAULT_TIMEOUT_S
