@@ -1,9 +1,8 @@
-"""The examples' rollout: token ids in, token ids and their logprobs out."""
+"""The examples' rollout: veRL's server for Tokasaurus, without veRL and Ray."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokasaurus.client import AsyncClient
 from tokasaurus.errors import EngineError
+from tokasaurus.integrations.verl.server import TokasaurusHttpServer
 from tokasaurus.loop_thread import LoopThread
 
 __all__ = ["Answer", "Rollout", "largest_difference"]
@@ -27,11 +26,11 @@ class Answer:
 
     Attributes:
         token_ids: with the token that ended it.
-        logprobs: float32 [tokens], in the distribution that they were drawn from.
+        logprobs: [tokens], in the distribution that they were drawn from.
     """
 
     token_ids: list[int]
-    logprobs: NDArray[np.float32]
+    logprobs: list[float]
 
 
 class Rollout:
@@ -39,78 +38,67 @@ class Rollout:
 
     Args:
         url: of the engine.
-        seed: of all samples: each has its own.
+        seed: what the seeds of all samples are made of.
     """
 
     def __init__(self, url: str, seed: int) -> None:
         self._loop = LoopThread()
-        self._client = AsyncClient(url)
-        self._seeds = itertools.count(seed << 32)
-        self._cartridges: list[dict[str, Any]] | None = None
+        self._server = TokasaurusHttpServer({"full_determinism": True, "seed": seed}, url)
+        self._num_asked = 0
 
     def use_cartridge(self, path: Path) -> None:
         """Answers are given behind the present content of a file from now on."""
-        self._loop.run(self._client.cartridges.upload(path, name="student"))
-        self._cartridges = [{"id": "student", "source": "local"}]
+        cartridge = {"id": str(path), "source": "local", "force_redownload": True}
+        self._loop.run(self._server.update_cartridges([cartridge]))
 
     def answers(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        max_tokens: int,
-        temperature: float,
+        self, prompts: Sequence[list[int]], *, max_tokens: int, temperature: float
     ) -> list[Answer]:
         """Samples one answer to each prompt, all at once."""
-
-        async def answer(prompt: Sequence[int], seed: int) -> Answer:
-            said = await self._client.complete(
-                prompt,
-                max_tokens=max_tokens,
-                temperature=temperature,
-                seed=seed,
-                logprobs=0,
-                logprobs_mode="processed",
-                cartridges=self._cartridges,
-            )
-            assert said.token_ids is not None
-            assert said.logprobs is not None
-            return Answer(said.token_ids.tolist(), said.logprobs.chosen)
-
-        async def all_answers() -> list[Answer]:
-            return await asyncio.gather(*(answer(each, next(self._seeds)) for each in prompts))
-
-        return self._loop.run(all_answers())
+        parameters = {"max_tokens": max_tokens, "temperature": temperature, "logprobs": True}
+        outputs = self._outputs(prompts, parameters)
+        return [Answer(each.token_ids, each.log_probs) for each in outputs]
 
     def likeliest(
-        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], top_k: int
+        self, prompts: Sequence[list[int]], answers: Sequence[Answer], top_k: int
     ) -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """What the model would say at each place of given answers.
+        """What the model would say in each place of given answers.
 
         Returns:
-            For each answer the most likely ids and their logprobs, both [answer tokens, top_k].
+            For each answer the likeliest ids and their logprobs, both [answer tokens, top_k].
         """
+        outputs = self._outputs(
+            [prompt + answer.token_ids for prompt, answer in zip(prompts, answers, strict=True)],
+            {"max_tokens": 1, "prompt_logprobs": top_k},
+        )
+        found = []
+        for prompt, each in zip(prompts, outputs, strict=True):
+            there = slice(len(prompt) - 1, -1)  # row i is about token i + 1
+            ids = np.array(each.extra_fields["prompt_ids"][there], np.int64)
+            found.append((ids, np.array(each.extra_fields["prompt_logprobs"][there], np.float32)))
+        return found
 
-        async def score(
-            prompt: Sequence[int], answer: Sequence[int]
-        ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-            said = await self._client.generate(
-                [*prompt, *answer], prompt_logprobs=top_k, max_tokens=1
-            )
-            assert said.prompt_logprobs is not None
-            there = slice(len(prompt), None)
-            return (
-                said.prompt_logprobs.top_ids[there].astype(np.int64),
-                said.prompt_logprobs.top[there],
-            )
+    def _outputs(self, prompts: Sequence[list[int]], parameters: dict[str, Any]) -> list[Any]:
+        first, self._num_asked = self._num_asked, self._num_asked + len(prompts)
 
-        async def all_scores() -> list[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-            return await asyncio.gather(*map(score, prompts, answers))
+        async def ask() -> list[Any]:
+            tasks = [
+                asyncio.ensure_future(
+                    self._server.generate(prompt, parameters, request_id=str(first + number))
+                )
+                for number, prompt in enumerate(prompts)
+            ]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()  # where one has failed, the others are of no use
 
-        return self._loop.run(all_scores())
+        return self._loop.run(ask())
 
     def close(self) -> None:
         """Closes the connections."""
-        self._loop.close(self._client.close())
+        self._loop.close(self._server.close())
 
     def __enter__(self) -> Rollout:
         return self

@@ -71,7 +71,7 @@ def run_python(program: str, namespace: dict[str, Any]) -> str:
     """What it prints."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(program, "<example>", "exec"), namespace)
+        exec(compile(program, "<example>", "exec", dont_inherit=True), namespace)
     return printed.getvalue()
 
 

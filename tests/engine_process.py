@@ -18,7 +18,8 @@ from pathlib import Path
 
 import openai
 
-PROGRAM = (sys.executable, "-m", "tokasaurus.entry")
+PROGRAM = (os.environ.get("ENGINE_PYTHON", sys.executable), "-m", "tokasaurus.entry")
+"""The variable names another environment's Python, where tests of clients have none with torch."""
 
 _READY = re.compile(r" server .*ready: .* at https?://\S+:(\d+)/v1$", re.MULTILINE)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import ssl
 import sys
 import threading
 from collections import Counter
@@ -62,7 +63,15 @@ class FileServer:
 
 
 @contextlib.contextmanager
-def file_server(host: str = "127.0.0.1") -> Iterator[FileServer]:
+def file_server(
+    host: str = "127.0.0.1", certificate: tuple[str, str] | None = None
+) -> Iterator[FileServer]:
+    """A server that runs for the length of a with-block.
+
+    Args:
+        certificate: the paths of a certificate and its key, with which it serves HTTPS.
+    """
+
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -88,13 +97,21 @@ def file_server(host: str = "127.0.0.1") -> Iterator[FileServer]:
             pass
 
     class Server(ThreadingHTTPServer):
+        request_queue_size = 512
+
         def handle_error(self, *args: Any) -> None:
-            if not isinstance(sys.exc_info()[1], ConnectionError):  # of clients that have gone
+            # Of clients that have gone, or do not trust it.
+            if not isinstance(sys.exc_info()[1], ConnectionError | ssl.SSLError):
                 super().handle_error(*args)
 
     server = Server((host, 0), Handler)
     server.daemon_threads = True
     served = FileServer(f"{host}:{server.server_address[1]}")
+    if certificate is not None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        served.url = f"https://{served.address}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import email.utils
+import errno
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import httpx2 as httpx
@@ -29,6 +30,7 @@ from tokasaurus.errors import (
     TokasaurusError,
     Unreachable,
 )
+from tokasaurus.open_files import num_files_allowed
 
 __all__ = ["error_of", "failed_connection", "failed_time", "refusal"]
 
@@ -111,12 +113,17 @@ def error_of(
 
 def failed_connection(error: httpx.TransportError, url: str) -> Failure:
     """What a connection that was not made, or that broke, means."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, ssl.SSLCertVerificationError):
-        cause = cause.__cause__ or cause.__context__
-    if cause is not None:
-        said = f"{url} is not trusted: {cause}; name the certificates to trust with ca_file"
-        return Failure(Unreachable(said), is_final=True)
+    for cause in _causes(error):
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            said = f"{url} is not trusted: {cause}; name the certificates to trust with ca_file"
+            return Failure(Unreachable(said), is_final=True)
+        if isinstance(cause, OSError) and cause.errno == errno.EMFILE:
+            said = (
+                f"no more connections to {url}: this process may have {num_files_allowed()} files"
+                " open, and each connection is one; send fewer requests at once, or raise the"
+                " limit (ulimit -n)"
+            )
+            return Failure(Unreachable(said), is_final=False)
     if isinstance(error, httpx.UnsupportedProtocol | httpx.LocalProtocolError):
         return Failure(Unreachable(f"{url} cannot be asked: {error}"), is_final=True)
     if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
@@ -131,6 +138,14 @@ def failed_connection(error: httpx.TransportError, url: str) -> Failure:
     return Failure(
         Unreachable(f"{said}: {error or type(error).__name__}"), is_final=False, maybe_done=True
     )
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, and what it came from."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def failed_time(url: str, timeout_s: float | None) -> Failure:

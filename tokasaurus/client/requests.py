@@ -61,6 +61,7 @@ class Call:
         body: JSON; None sends none.
         content: bytes that are no JSON, in the place of ``body``.
         timeout_s: for one attempt; None waits for ever.
+        is_repeatable: it may be sent again if it fails.
     """
 
     method: str
@@ -70,6 +71,7 @@ class Call:
     content: bytes | None = None
     timeout_s: float | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    is_repeatable: bool = True
 
 
 def completion(

@@ -34,7 +34,13 @@ from tokasaurus.manager.shares import Shares, middle
 from tokasaurus.manager.slots import IndexArray
 from tokasaurus.manager.waiting import Backlog
 from tokasaurus.protocol.arrays import Int32Array
-from tokasaurus.protocol.commands import Command, CommandDone, CommandFailed, ControlDone
+from tokasaurus.protocol.commands import (
+    Command,
+    CommandDone,
+    CommandFailed,
+    ControlDone,
+    TransferDone,
+)
 from tokasaurus.protocol.messages import (
     MAX_PRIORITY,
     AbortRequest,
@@ -272,6 +278,8 @@ class Manager:
                 self._abort(request)
         elif isinstance(event, Command | ControlDone):
             self._take_control(event, now)
+        elif isinstance(event, TransferDone):
+            self._controls.absorb_report(event, now)
         elif isinstance(event, Ping):
             self._messages.append(self.statistics())
         elif isinstance(event, Watch):

@@ -31,6 +31,7 @@ from tokasaurus.protocol.commands import (
     CommandFailed,
     Control,
     ControlDone,
+    TransferDone,
 )
 from tokasaurus.protocol.message import Message
 from tokasaurus.protocol.watching import Outlook, Watch
@@ -573,4 +574,4 @@ ToServer: TypeAlias = (
     | Outlook
 )
 ToWorker: TypeAlias = ForwardBatch | Control
-FromWorker: TypeAlias = ForwardResult | ControlDone
+FromWorker: TypeAlias = ForwardResult | ControlDone | TransferDone

@@ -6,14 +6,13 @@ The engine speaks OpenAI's API, so the client is OpenAI's.
 from __future__ import annotations
 
 import os
-import ssl
 from dataclasses import dataclass
 
 import openai
 
 from tokasaurus.client.address import API_KEY_VARIABLE, first_key
+from tokasaurus.client.certificates import trusted
 from tokasaurus.config.schema import flag
-from tokasaurus.errors import ConfigError
 
 __all__ = ["Connection", "connect", "explain"]
 
@@ -47,24 +46,18 @@ def connect(to: Connection, retries: int = 0) -> openai.OpenAI:
     """
     name = _reachable(to.host)
     is_https = to.https or to.ca_file is not None
+    url = f"{'https' if is_https else 'http'}://{name}:{to.port}/v1"
     return openai.OpenAI(
         # Not OPENAI_API_KEY: a key for OpenAI must not be sent to others.
         api_key=first_key(os.environ.get(API_KEY_VARIABLE, "")) or "none",
-        base_url=f"{'https' if is_https else 'http'}://{name}:{to.port}/v1",
+        base_url=url,
         max_retries=retries,
         timeout=openai.Timeout(None, connect=_CONNECT_S),
         # A connection to this machine needs no proxy, whatever the environment says.
         http_client=openai.DefaultHttpxClient(
-            trust_env=name not in _LOOPBACK, verify=_trusted(to.ca_file) if is_https else True
+            trust_env=name not in _LOOPBACK, verify=trusted(url, to.ca_file)
         ),
     )
-
-
-def _trusted(ca_file: str | None) -> ssl.SSLContext:
-    try:
-        return ssl.create_default_context(cafile=ca_file)
-    except OSError as error:  # includes ssl.SSLError
-        raise ConfigError(f"ca_file={ca_file!r}: cannot be read as certificates: {error}") from None
 
 
 def _reachable(host: str) -> str:

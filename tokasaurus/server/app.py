@@ -12,6 +12,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 from fastapi import APIRouter, FastAPI
@@ -41,6 +43,7 @@ from tokasaurus.server.routes.synchronous_batch import SynchronousBatch
 from tokasaurus.server.routes.tokens import TOKEN_SCHEMAS, TokenRoutes
 from tokasaurus.server.routes.watching import WatchingRoutes
 from tokasaurus.server.routes.weights import WEIGHTS_PREFIX, WEIGHTS_SCHEMAS, WeightsRoutes
+from tokasaurus.server.routes.weights_groups import WEIGHTS_GROUP_SCHEMAS, WeightsGroupRoutes
 from tokasaurus.server.state import EngineState
 from tokasaurus.version import __version__
 
@@ -86,8 +89,9 @@ def create_app(
     app.include_router(PageRoutes().router())
     app.include_router(WatchingRoutes(state, batches).router())
     updates = WeightsUpdates(directory)
-    control = ControlRoutes(state, updates).router()
-    app.include_router(control)
+    control = _control(config, state, updates)
+    for router in control:
+        app.include_router(router)
     app.include_router(WeightsRoutes(state, updates).router())
     install_error_handlers(app)
     # From the innermost layer to the outermost.
@@ -98,7 +102,7 @@ def create_app(
         _add_checks(app, config, control)
     app.add_middleware(CountRequests, state.metrics.requests)  # refusals too
     operations = [each for operation in OPERATIONS.values() for each in operation.schemas]
-    control_bodies = [*CONTROL_SCHEMAS, *WEIGHTS_SCHEMAS]
+    control_bodies = [*CONTROL_SCHEMAS, *WEIGHTS_SCHEMAS, *WEIGHTS_GROUP_SCHEMAS]
     document_answers(app, [*operations, BatchRequest, *TOKEN_SCHEMAS, *control_bodies])
     return app
 
@@ -121,14 +125,21 @@ def create_outer_app(config: ServerConfig, state: EngineState, elsewhere: ASGIAp
     app.router.default = elsewhere
     install_error_handlers(app)
     app.add_middleware(DirectRoutes, endpoints.handlers)
-    _add_checks(app, config, ControlRoutes(state, WeightsUpdates(None)).router())
+    _add_checks(app, config, _control(config, state, WeightsUpdates(None)))
     app.add_middleware(CountRequests, state.metrics.requests)
     return app
 
 
-def _add_checks(app: FastAPI, config: ServerConfig, control: APIRouter) -> None:
+def _control(config: ServerConfig, state: EngineState, updates: WeightsUpdates) -> list[APIRouter]:
+    """The routes that need an admin key, but for those of weights over HTTP."""
+    groups = WeightsGroupRoutes(config, state, updates)
+    return [ControlRoutes(state, updates).router(), groups.router()]
+
+
+def _add_checks(app: FastAPI, config: ServerConfig, control: Iterable[APIRouter]) -> None:
     """Adds what may refuse a request before it is read."""
-    control_paths = {route.path for route in control.routes if isinstance(route, APIRoute)}
+    routes = itertools.chain.from_iterable(router.routes for router in control)
+    control_paths = {route.path for route in routes if isinstance(route, APIRoute)}
     app.add_middleware(
         Access,
         config,

@@ -338,6 +338,7 @@ class Generations:
         *,
         checksums: Sequence[str] = (),
         label: str | None = None,
+        are_received: bool = False,
     ) -> None:
         """Replaces the weights of the model by the next version.
 
@@ -346,13 +347,15 @@ class Generations:
             on_done: as for ``command``.
             checksums: the SHA-256 of each file, in hexadecimal; () does not check.
             label: of the new version; None is its number.
+            are_received: in the place of files, the tensors that ReceiveWeights has brought.
         """
         version = self.commands.weights.reserve(label)
         if self._receipts is not None:
             self._receipts.note_update(version, files)
         if self.relay is not None:
             self.relay.note_update(version, files)
-        self.command(UpdateWeights(version, tuple(files), tuple(checksums)), on_done)
+        action = UpdateWeights(version, tuple(files), tuple(checksums), are_received)
+        self.command(action, on_done)
 
     def fail(self, request_id: int, error: TokasaurusError) -> None:
         """Ends a generation with an error. Harmless if it has ended already."""

@@ -202,7 +202,7 @@ class Relay:
         self._tell(workers=self._workers)
 
     def note_update(self, version: int, files: Sequence[str]) -> None:
-        """The engine is about to read the weights of this version from these files."""
+        """The engine is about to read weights of this version from these files, or from none."""
         found = [WeightFile(each.path, *each.stamp) for each in stamped(files)]
         update = WeightsUpdate(version, tuple(found))
         self._updates = [*self._updates[1 - _NUM_UPDATES :], update]

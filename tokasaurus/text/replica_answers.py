@@ -101,6 +101,7 @@ def merged_answers(
             num_sequences=sum(each.num_sequences for each in done),
             weights_version=max(each.weights_version for each in done),
             lacks_weights=any(each.lacks_weights for each in done),
+            has_all_tensors=all(each.has_all_tensors for each in done),
         )
     first, *others = failed.values()
     if not done and all(each.reason == first.reason for each in others):

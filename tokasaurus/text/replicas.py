@@ -562,7 +562,9 @@ class Replicas:
         self, sender: Replica, message: CommandDone | CommandFailed
     ) -> list[ToServer]:
         was_fit = sender.is_fit
-        messages: list[ToServer] = [*self._broadcasts.absorb(sender, message)]
+        messages: list[ToServer] = [
+            *self._broadcasts.absorb(sender, message, self._replicas.values())
+        ]
         if self._broadcasts.has_emptied_caches:
             self._places.clear()
         if sender.is_fit and not was_fit:

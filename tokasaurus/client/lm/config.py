@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tokasaurus.client.address import BASE_URL_VARIABLE, Address
+from tokasaurus.client.certificates import trusted
 from tokasaurus.client.lm.call_log import current_context
 from tokasaurus.client.retrying import RetryPolicy
 from tokasaurus.errors import ConfigError
@@ -75,6 +76,7 @@ class TokasaurusConfig(LMConfig):
             TOKASAURUS_BASE_URL is the default.
         protocol: ``openai`` posts to ``/v1/chat/completions``, ``toka`` to ``/generate``.
         api_key: sent as a bearer token; TOKASAURUS_API_KEY is the default.
+        ca_file: PEM file of the certificates to trust; default those that the system trusts.
         stop_sequences: texts that end an answer and are left out of it. The default is what
             agents with feedback need; an empty list has none.
         timeout_s: seconds without a byte of the answer after which an attempt has failed.
@@ -99,6 +101,7 @@ class TokasaurusConfig(LMConfig):
     )
     protocol: Literal["openai", "toka"] = "openai"
     api_key: str | None = Field(None, repr=False)
+    ca_file: str | None = None
     stop_sequences: list[str] = Field(default_factory=lambda: ["FEEDBACK", "OBSERVATION"])
     timeout_s: float = Field(900.0, gt=0)
     enable_health_check: bool = False
@@ -147,6 +150,20 @@ class TokasaurusConfig(LMConfig):
         except ConfigError as error:
             raise ValueError(str(error)) from None
         return value
+
+    @field_validator("ca_file", mode="before")
+    @classmethod
+    def _is_a_path(cls, value: Any) -> Any:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    @model_validator(mode="after")
+    def _has_certificates(self) -> TokasaurusConfig:
+        if self.ca_file is not None:
+            try:
+                trusted(self.base_url, self.ca_file)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
+        return self
 
     @property
     def server_model(self) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-import ssl
 import threading
 import time
 import uuid
@@ -25,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from tokasaurus.client.certificates import trusted
 from tokasaurus.client.failures import failed_connection, failed_time, refusal
 from tokasaurus.client.lm.config import LMConfig, TokasaurusConfig
 from tokasaurus.client.lm.exchange import Message, Prompt, Reply, post_of, read_reply
@@ -455,7 +455,6 @@ def _conversation(
 def _http_options(config: TokasaurusConfig) -> dict[str, Any]:
     """What clients of threads and of event loops have in common."""
     address = config.address
-    is_https = address.url.startswith("https:")
     return {
         "base_url": address.url,
         "headers": {"Authorization": f"Bearer {address.api_key}"} if address.api_key else {},
@@ -465,7 +464,7 @@ def _http_options(config: TokasaurusConfig) -> dict[str, Any]:
             max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEP_ALIVE_S
         ),
         "proxy": address.proxy,
-        "verify": ssl.create_default_context() if is_https else True,
+        "verify": trusted(address.url, config.ca_file),
         "trust_env": False,  # the address has read it
     }
 

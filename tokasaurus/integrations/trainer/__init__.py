@@ -8,7 +8,8 @@ with BucketSender("http://127.0.0.1:10210") as sender:
 
 from __future__ import annotations
 
+from tokasaurus.integrations.trainer.broadcast import BroadcastSender
 from tokasaurus.integrations.trainer.buckets import BucketSender
 from tokasaurus.integrations.trainer.sender import NamedTensors, WeightsSender
 
-__all__ = ["BucketSender", "NamedTensors", "WeightsSender"]
+__all__ = ["BroadcastSender", "BucketSender", "NamedTensors", "WeightsSender"]

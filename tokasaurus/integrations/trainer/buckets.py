@@ -22,7 +22,7 @@ from tokasaurus.integrations.trainer.sender import (
     whole_tensors,
 )
 
-__all__ = ["BUCKET_BYTES", "BucketSender"]
+__all__ = ["BUCKET_BYTES", "BucketSender", "grouped"]
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +80,9 @@ class BucketSender(WeightsSender):
         engines, started = self._engines, time.perf_counter()
         num_buckets = num_bytes = 0
         under_way: Future[Any] | None = None
-        for bucket in buckets(whole_tensors(tensors), self._bucket_bytes):
-            content = save(bucket)
+        for bucket in grouped(whole_tensors(tensors), self._bucket_bytes):
+            # Tensors of a file must not share memory: a tied head would, with the embedding.
+            content = save({name: each.to("cpu", copy=True) for name, each in bucket.items()})
             if under_way is not None:
                 under_way.result()
             under_way = engines.begin(_sending(updates, num_buckets, content))
@@ -110,10 +111,10 @@ class BucketSender(WeightsSender):
         self._engines.close()
 
 
-def buckets(
+def grouped(
     tensors: Iterator[tuple[str, Tensor]], bucket_bytes: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Tensors of the host in groups of about this size, in order."""
+    """Tensors in groups of about this size, in order."""
     bucket: dict[str, Tensor] = {}
     num_bytes = 0
     for name, tensor in tensors:
@@ -121,8 +122,7 @@ def buckets(
         if bucket and num_bytes + size > bucket_bytes:
             yield bucket
             bucket, num_bytes = {}, 0
-        # Tensors of a file must not share memory: a tied head would, with the embedding.
-        bucket[name] = tensor.to("cpu", copy=True)
+        bucket[name] = tensor
         num_bytes += size
     if bucket:
         yield bucket

@@ -35,7 +35,7 @@ class Engines:
         urls: str | Sequence[str],
         *,
         api_key: str | None,
-        timeout_s: float,
+        timeout_s: float | None,
         retry: RetryPolicy | None,
         ca_file: str | PathLike[str] | None,
     ) -> None:

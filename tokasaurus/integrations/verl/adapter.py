@@ -127,8 +127,8 @@ class ServerAdapter(BaseRollout):  # type: ignore[misc]  # veRL is not typed
         there = await self._handle().__ray_call__.remote(_node_of)
         if there != _node_of(None):
             raise ConfigError(
-                f"custom.tokasaurus_url={url} leads to one machine only, and this rank of the trainer"
-                " is on another; name an address that all machines reach, or set"
+                f"custom.tokasaurus_url={url} leads to one machine only, and this rank of the"
+                " trainer is on another; name an address that all machines reach, or set"
                 " custom.weight_sync=none if the model stays as it is"
             )
 

@@ -20,6 +20,7 @@ from tokasaurus.errors import ConfigError, EngineError, RequestError
 __all__ = [
     "Ask",
     "RolloutDefaults",
+    "output_class",
     "parse_completion",
     "parse_prompt_logprobs",
     "step_label",
@@ -297,7 +298,7 @@ def token_output(
     **extra_fields: Any,
 ) -> Any:
     """veRL's ``TokenOutput``; without veRL, a class with the same fields."""
-    return _output_class()(
+    return output_class()(
         token_ids=list(token_ids),
         log_probs=None if log_probs is None else list(log_probs),
         stop_reason=stop_reason,
@@ -355,7 +356,8 @@ def _unpacked(packed: Any, num_tokens: int) -> list[float] | None:
     return found
 
 
-def _output_class() -> Any:
+def output_class() -> Any:
+    """veRL's ``TokenOutput``, or the one of this package where veRL is not installed."""
     try:
         from verl.workers.rollout.replica import TokenOutput
     except ModuleNotFoundError as error:

@@ -187,8 +187,8 @@ class TokasaurusReplica(RolloutReplica):  # type: ignore[misc]  # veRL is not ty
         if self.replica_rank == 0 and count is not None and len(options.tokasaurus_url) > count:
             log.warning(
                 "custom.tokasaurus_url names %d engines and veRL starts %d replicas, so some"
-                " engines get no requests; nnodes * n_gpus_per_node / tensor_model_parallel_size is the"
-                " number of replicas",
+                " engines get no requests; there are nnodes * n_gpus_per_node /"
+                " tensor_model_parallel_size replicas",
                 len(options.tokasaurus_url),
                 count,
             )

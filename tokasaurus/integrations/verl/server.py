@@ -31,6 +31,7 @@ from tokasaurus.integrations.verl.gate import Flight, Gate
 from tokasaurus.integrations.verl.generation import (
     Ask,
     RolloutDefaults,
+    output_class,
     parse_completion,
     parse_prompt_logprobs,
     token_ids_of,
@@ -125,7 +126,9 @@ class TokasaurusHttpServer:
             EngineError: the engine does not serve in ``startup_timeout``.
             AccessDenied: it wants another key.
         """
-        await self._engine.wait_until_ready()
+        waiting = asyncio.ensure_future(self._engine.wait_until_ready())
+        await asyncio.to_thread(output_class)  # imports veRL, which takes seconds
+        await waiting
         self._engine_limit = await self._engine.max_model_len()
         await self._check_state()
         if forward_on is None:
