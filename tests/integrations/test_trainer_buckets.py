@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_process import running
 from oracle import reference_logits
 from transformers import AutoModelForCausalLM
 
 import tokasaurus.demo
-from tokasaurus.client import Client
 from tokasaurus.errors import ConfigError, Conflict, NotFound, RequestError
 from tokasaurus.integrations.trainer import BucketSender
 
@@ -19,16 +17,6 @@ pytestmark = pytest.mark.engine
 
 DEMO = Path(tokasaurus.demo.__file__).parent / "model"
 PROMPT = list(range(20, 40))
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory):
-    flags = ("dtype=float32", "kv_cache_num_tokens=4096", "cpu_threads=1")
-    with (
-        running(tmp_path_factory.mktemp("engine"), *flags) as engine,
-        Client(engine.url) as made,
-    ):
-        yield made
 
 
 def noisy_model(seed):

@@ -89,8 +89,8 @@ class Choice:
             tell them.
         logprobs: if they were asked for.
         reasoning: None if there is none.
-        weights_versions: with ``return_weights_versions``: version, label and number of tokens of
-            each run.
+        weights_versions: with ``return_weights_versions``, or once there was an update: version,
+            label and number of tokens of each run.
     """
 
     index: int
