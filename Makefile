@@ -13,6 +13,8 @@
 #   make test-clients  install LangChain, LiteLLM, Instructor; run their tests and docs/clients.md
 #   make test-sources  install boto3 and moto, and run the tests of cartridges in S3
 #   make test-cuda     install Triton, interpret its kernels and compile them; needs no GPU
+#   make test-verl     make environments with veRL 0.9.1 and 0.7.1, and run its rollout's tests in each
+#   make test-browser  install Playwright and try the page in a headless Chromium; makes its pictures
 #   make test-deploy   check the deployment files, and run the Dockerfile's steps without Docker
 #   make test-pythons  install and run the unit tests on the oldest and the newest Python found
 #   make check         check formatting, lint, import contracts, types
@@ -37,14 +39,14 @@ PYTEST  := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscop
              --durations 10
 
 # Tests that need no more than `make install` installs. The others have targets of their own.
-INSTALLED := not ray and not s3 and not verl and not clients and not triton
+INSTALLED := not ray and not s3 and not verl and not clients and not triton and not browser
 
 # Several processes compute on few cores here. Their OpenMP threads must sleep while they wait.
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help install serve chat check format test test-quick test-long test-determinism test-sets test-parallel \
-        test-chaos test-ray test-verl test-clients test-sources test-cuda test-deploy test-pythons bench \
-        gpu-check dist clean
+        test-chaos test-ray test-verl test-clients test-sources test-cuda test-browser test-deploy test-pythons \
+        bench gpu-check dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -135,6 +137,14 @@ test-clients: install
 	@ENGINE_PYTHON=$(abspath $(BIN))/python .venv-clients/bin/python -m pytest \
 	    -m 'clients or engine' tests/clients tests/launch/test_openai_client.py $(ARGS)
 
+# Set CHROMIUM to another browser of the family; Debian: apt-get install chromium-headless-shell.
+test-browser: install
+	@$(BIN)/python -c 'import playwright' 2>/dev/null || { echo "==> installing Playwright"; \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    -e '.[browser]'; }
+	@echo "==> pytest, the page in a browser"
+	@PICTURES=docs/images $(BIN)/pytest -m browser tests/browser $(ARGS)
+
 test-sources: install
 	@$(BIN)/python -c 'import boto3, moto.server' 2>/dev/null || { \
 	    echo "==> installing boto3 and moto"; \
@@ -160,6 +170,17 @@ test-cuda: $(CUDA_STAMP)
 	@echo "==> pytest, Triton's kernels"
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-cuda/bin/python -m pytest -m triton --timeout 1200 \
 	    --numprocesses $(WORKERS) --dist loadfile --durations 10 tests/model/backend $(ARGS)
+
+# On top of the packages of $(VENV), with those that this veRL wants in another version.
+VERLS ?= 0.9.1 0.7.1
+
+test-verl: install
+	@for version in $(VERLS); do \
+	    tests/with_verl/environment.sh $(VENV) $$version .venv-verl-$$version || exit; \
+	    echo "==> pytest, veRL $$version"; \
+	    .venv-verl-$$version/bin/python -m pytest -m 'verl or not long' \
+	        tests/with_verl tests/workers/rollout $(ARGS) || exit; \
+	done
 
 # Without PyTorch's own index, TORCH_INDEX=https://pypi.org/simple does, with gigabytes of CUDA.
 TORCH_INDEX ?=

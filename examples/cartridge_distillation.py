@@ -32,6 +32,7 @@ from random import Random
 import numpy as np
 import torch
 from engine import engine
+from plot import check_plot, draw
 from rollout import Rollout, largest_difference
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -55,10 +56,11 @@ from tokasaurus.demo.corpus.passages import Passage, passage
 from tokasaurus.errors import ConfigError, TokasaurusError
 from tokasaurus.launch.cartridges.tensors import save_tensors
 
-__all__ = ["SCHEMA", "Config", "History", "train"]
+__all__ = ["SCHEMA", "Config", "History", "run"]
 
 _FILES, _ENGINE, _ROLLOUT, _TRAINING = "Files", "Engine", "Rollout", "Training"
-_TOP_K = 20
+_TOP_K = 20  # of the teacher's tokens in each place
+_FLAGS = ("dtype=float32", f"max_topk_logprobs={_TOP_K}", "log_level=WARNING")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +117,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_plot(self.plot)
         if self.num_frozen >= self.num_tokens:
             raise ConfigError(f"num_frozen={self.num_frozen} must be less than num_tokens")
 
@@ -165,8 +168,12 @@ class Trainer:
         self._model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
         self._model.to(config.device).eval().requires_grad_(False)
         self._form = ChatForm.of(self._render, self._tokenizer.bos_token or "")
-        self._passage = invented_passage(config.seed) if config.text is None else None
-        self._document = self._passage.text if self._passage else read_document(config.text)
+        self._passage: Passage | None = None
+        if config.text is None:
+            self._passage = invented_passage(config.seed)
+            self._document = self._passage.text
+        else:
+            self._document = read_document(config.text)
         self._path = directory / "cartridge.safetensors"
         self._student, self._teacher = Rollout(url, config.seed), Rollout(url, config.seed + 1)
         self._rng = Random(config.seed)
@@ -190,7 +197,7 @@ class Trainer:
         asked = self._rng.choices(self._trained, k=self._config.batch_size)
         loss, difference = self._loss(asked, self._config.temperature)
         self._optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         self._optimizer.step()
         self._schedule.step()
         self.history.losses.append(loss.item())
@@ -281,9 +288,9 @@ class Trainer:
         """Continues prompts with the document, for the questions."""
         answers = self._teacher.answers(prompts, max_tokens=max_tokens, temperature=temperature)
         end = self._tokenizer.eos_token_id
-        nothing = np.zeros((0, top_k))
+        no_ids, no_logprobs = np.zeros((0, top_k), np.int64), np.zeros((0, top_k), np.float32)
         return [
-            Sample(ids, self._text(ids), ids[-1] == end, nothing, nothing)
+            Sample(ids, self._text(ids), ids[-1] == end, no_ids, no_logprobs)
             for ids in (each.token_ids for each in answers)
         ]
 
@@ -351,40 +358,40 @@ def run_steps(config: Config, trainer: Trainer) -> None:
                 )
 
 
-def draw(history: History, path: Path) -> None:
-    """The losses by step."""
-    import matplotlib
+def run(config: Config) -> History:
+    """Trains, and draws what the training was like.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    steps = range(1, len(history.losses) + 1)
-    axes.plot(steps, history.losses, linewidth=0.8, label="answers of the step")
-    axes.plot(
-        list(history.held_out), list(history.held_out.values()), "o-", label="held-out questions"
-    )
-    axes.set(xlabel="step", ylabel="KL divergence, nats a token", yscale="log")
-    axes.legend()
-    figure.savefig(path, format="png", dpi=120)
-    pyplot.close(figure)
+    Raises:
+        ConfigError: the document does not fit, or is not asked about.
+        EngineError: the engine cannot be started or asked, or runs another model.
+    """
+    flags = [f"model={config.model}", f"device={config.device}", *_FLAGS]
+    if config.device == "cpu":
+        flags.append("kv_cache_num_tokens=32768")
+    with engine(config.url, *flags) as url:
+        history = train(config, url)
+    if config.plot is not None:
+        draw(
+            config.plot,
+            "loss",
+            history.losses,
+            "on held-out questions",
+            history.held_out,
+            ylabel="KL divergence, nats a token",
+            ylim=(0, None),
+        )
+    return history
 
 
 def main() -> None:
     """Runs the program."""
     config = parse_or_exit(SCHEMA, sys.argv[1:])
-    flags = (
-        *(f"model={config.model}", f"device={config.device}", "dtype=float32"),
-        *(f"max_topk_logprobs={_TOP_K}", "log_level=WARNING"),
-        *(("kv_cache_num_tokens=32768",) if config.device == "cpu" else ()),
-    )
     try:
-        with engine(config.url, *flags) as url:
-            history = train(config, url)
+        run(config)
     except TokasaurusError as error:
         raise SystemExit(f"cartridge_distillation.py: error: {error}") from None
-    if config.plot is not None:
-        draw(history, Path(config.plot))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -23,13 +23,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
 import torch
 from engine import engine
+from plot import check_plot, draw
 from rollout import Answer, Rollout, largest_difference
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -41,8 +41,9 @@ from tokasaurus.demo import MODEL_DIR
 from tokasaurus.demo.corpus.arithmetic import Problem, problem
 from tokasaurus.errors import TokasaurusError
 from tokasaurus.integrations.trainer import BucketSender
+from tokasaurus.integrations.verl.server import key_from_environment
 
-__all__ = ["SCHEMA", "Config", "History", "train"]
+__all__ = ["SCHEMA", "Config", "History", "run"]
 
 _ENGINE, _ROLLOUT, _TRAINING = "Engine", "Rollout", "Training"
 _FLAGS = ("dtype=float32", "kv_cache_num_tokens=32768", "log_level=WARNING")
@@ -59,12 +60,12 @@ class Config:
         help="An engine that runs the bundled model with dtype=float32. Its weights are replaced.",
         usually="one is started, and ended with the program",
     )
-    num_different: int = flag(64, group=_ROLLOUT, minimum=1, help="Different problems.")
+    num_different: int = flag(64, group=_ROLLOUT, minimum=1, help="Problems that there are.")
     num_problems: int = flag(16, group=_ROLLOUT, minimum=1, help="Problems of a step.")
     num_samples: int = flag(8, group=_ROLLOUT, minimum=2, help="Answers to each.")
-    max_tokens: int = flag(48, group=_ROLLOUT, minimum=1, help="The longest answer.")
+    max_tokens: int = flag(32, group=_ROLLOUT, minimum=1, help="The longest answer.")
     temperature: float = flag(1.0, group=_ROLLOUT, minimum=0.01, help="Of the answers.")
-    num_steps: int = flag(100, group=_TRAINING, minimum=1, help="Updates of the weights.")
+    num_steps: int = flag(80, group=_TRAINING, minimum=1, help="Updates of the weights.")
     learning_rate: float = flag(2e-4, group=_TRAINING, minimum=0.0, help="Of Adam.")
     most_difference: float = flag(
         1e-3,
@@ -80,6 +81,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_plot(self.plot)
 
 
 SCHEMA = Schema(
@@ -122,12 +124,11 @@ class Trainer:
         self._model = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).eval()
         self._optimizer = torch.optim.Adam(self._model.parameters(), config.learning_rate)
         self._rng = Random(config.seed)
-        self._problems = [problem(self._rng) for _ in range(config.num_different)]
+        self._problems = sums(self._rng, config.num_different, held_out=False)
         self._left: list[Problem] = []  # of the present round through all of them
-        held_out = Random(f"held out {config.seed}")
-        self._held_out = [problem(held_out, held_out=True) for _ in range(config.num_evaluated)]
+        self._held_out = sums(self._rng, config.num_evaluated, held_out=True)
         self._rollout = Rollout(url, config.seed)
-        self._sender = BucketSender(url)
+        self._sender = BucketSender(url, api_key=key_from_environment())
         self.history = History()
 
     def step(self) -> None:
@@ -167,7 +168,7 @@ class Trainer:
         num_answers = config.num_problems * config.num_samples
         loss = -(advantages.repeat_interleave(lengths) * logprobs).sum() / num_answers
         self._optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         self._optimizer.step()
 
@@ -205,6 +206,16 @@ class Trainer:
         return float(said.strip().endswith(f"Answer: {asked.answer}"))
 
 
+def sums(rng: Random, count: int, *, held_out: bool) -> list[Problem]:
+    """Problems of one step, or bare ones, with numbers that the model was trained on or not."""
+    found: list[Problem] = []
+    while len(found) < count:
+        drawn = problem(rng, held_out=held_out)
+        if drawn.kind != "two steps":
+            found.append(drawn)
+    return found
+
+
 def answer_logprobs(
     model: Any, prompts: Sequence[list[int]], answers: Sequence[Answer], temperature: float
 ) -> Tensor:
@@ -221,7 +232,8 @@ def answer_logprobs(
     hidden = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
     logits = model.get_output_embeddings()(hidden.flatten(0, 1)[places]) / temperature
     chosen = torch.tensor([token for answer in answers for token in answer.token_ids])
-    return logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+    logprobs: Tensor = logits.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+    return logprobs
 
 
 def train(config: Config, url: str) -> History:
@@ -248,42 +260,36 @@ def train(config: Config, url: str) -> History:
     return history
 
 
-def draw(history: History, path: Path) -> None:
-    """The reward by step, its mean over ten steps, and the held-out problems."""
-    import matplotlib
+def run(config: Config) -> History:
+    """Trains, and draws what the training was like.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rewards = np.array(history.rewards)
-    window = min(10, len(rewards))
-    means = np.convolve(rewards, np.ones(window) / window, mode="valid")
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(range(1, len(rewards) + 1), rewards, linewidth=0.5, color="C0", alpha=0.5)
-    axes.plot(range(window, len(rewards) + 1), means, color="C0", label="reward")
-    axes.plot(
-        list(history.held_out),
-        list(history.held_out.values()),
-        "o-",
-        color="C1",
-        label="other problems",
-    )
-    axes.set(xlabel="step", ylabel="share of right answers", ylim=(0, 1))
-    axes.legend(loc="lower right")
-    figure.savefig(path, format="png", dpi=120)
-    pyplot.close(figure)
+    Raises:
+        EngineError: the engine cannot be started or asked, or runs another model.
+    """
+    with engine(config.url, *_FLAGS) as url:
+        history = train(config, url)
+    if config.plot is not None:
+        draw(
+            config.plot,
+            "reward",
+            history.rewards,
+            "of other problems",
+            history.held_out,
+            ylabel="share of right answers",
+            ylim=(0, 1),
+        )
+    return history
 
 
 def main() -> None:
     """Runs the program."""
     config = parse_or_exit(SCHEMA, sys.argv[1:])
     try:
-        with engine(config.url, *_FLAGS) as url:
-            history = train(config, url)
+        run(config)
     except TokasaurusError as error:
         raise SystemExit(f"policy_gradient.py: error: {error}") from None
-    if config.plot is not None:
-        draw(history, Path(config.plot))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ from tokasaurus.protocol.messages import (
     SequenceUpdates,
     StopSequence,
 )
+from tokasaurus.protocol.watching import Watch
 from tokasaurus.server.routes.batches import batch_runner
 from tokasaurus.server.state import EngineState
 from tokasaurus.text import tokenizer as server_tokenizer
@@ -256,7 +257,7 @@ class FakeEngine:
             sequence = self._running.get((message.request_id, message.sample_index))
             if sequence is not None:
                 self._end(sequence, FinishReason.STOP)
-        else:
+        elif not isinstance(message, Watch):
             assert isinstance(message, Acknowledge)
             for request_id, index, count in zip(
                 message.request_ids.tolist(),

@@ -97,6 +97,8 @@ def file_server(
             pass
 
     class Server(ThreadingHTTPServer):
+        request_queue_size = 512
+
         def handle_error(self, *args: Any) -> None:
             # Of clients that have gone, or do not trust it.
             if not isinstance(sys.exc_info()[1], ConnectionError | ssl.SSLError):

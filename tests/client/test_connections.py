@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from file_server import Answer, file_server
 
 from tokasaurus.client import AsyncClient, Client, RetryPolicy
 from tokasaurus.client.lm import TokasaurusClient
-from tokasaurus.errors import ConfigError, Unreachable
+from tokasaurus.errors import ConfigError, TimedOut, Unreachable
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 SAID = {"id": "x", "model": "m", "choices": [{"index": 0, "text": "said", "finish_reason": "stop"}]}
@@ -128,3 +129,51 @@ def test_more_connections_than_files_are_refused_at_once():
     assert done.stdout == "600\n"
     assert "max_connections=601 needs a file for each" in done.stderr.splitlines()[-1]
     assert "600 open at most" in done.stderr.splitlines()[-1]
+
+
+def test_many_connections_are_made_a_few_at_a_time(server, monkeypatch):
+    """The time of each runs while others are made, so that thousands together would be too late."""
+    server.answers[TEXT] = Answer.json(SAID)
+    under_way, most, made = 0, 0, asyncio.BaseEventLoop.create_connection
+
+    async def slowly(loop, *arguments, **options):
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        try:
+            await asyncio.sleep(0.05)
+            return await made(loop, *arguments, **options)
+        finally:
+            under_way -= 1
+
+    async def ask():
+        async with AsyncClient(server.url, retry=ONCE) as client:
+            return await asyncio.gather(*(client.complete("a") for _ in range(300)))
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "create_connection", slowly)
+    assert [answer.text for answer in asyncio.run(ask())] == ["said"] * 300
+    assert 1 < most <= 64
+
+
+def test_connections_that_fail_leave_room_for_others(server, monkeypatch):
+    """More of them than are made at a time: some are refused, some are given up."""
+    server.answers[TEXT] = Answer.json(SAID)
+    made = asyncio.BaseEventLoop.create_connection
+
+    async def refused(*_arguments, **_options):
+        raise ConnectionRefusedError
+
+    async def endless(*_arguments, **_options):
+        await asyncio.sleep(60)
+
+    async def ask():
+        async with AsyncClient(server.url, retry=ONCE) as client:
+            for connect, time_s, error in ((refused, 60, Unreachable), (endless, 0.1, TimedOut)):
+                monkeypatch.setattr(asyncio.BaseEventLoop, "create_connection", connect)
+                asked = (client.complete("a", timeout_s=time_s) for _ in range(100))
+                failed = await asyncio.gather(*asked, return_exceptions=True)
+                assert {type(each) for each in failed} == {error}
+            monkeypatch.setattr(asyncio.BaseEventLoop, "create_connection", made)
+            return await client.complete("a", timeout_s=60)
+
+    assert asyncio.run(ask()).text == "said"

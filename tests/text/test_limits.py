@@ -93,6 +93,17 @@ def test_a_device_that_waits_for_the_manager():
     assert find_limit(*statistics_of(trace, slow, scheduling_steps_ahead=4)).kind == "seats"
 
 
+def test_room_for_twice_as_many_counts_for_more_than_a_device_that_waits_now_and_then():
+    trace, timing = [request(200)], Timing(fixed(0.01), manager_s=0.005)
+    found = statistics_of(trace, timing, scheduling_steps_ahead=1, max_seqs_per_forward=150)
+    assert find_limit(*found).kind == "host"
+    found = statistics_of(trace, timing, scheduling_steps_ahead=1, kv_cache_num_tokens=4096)
+    assert find_limit(*found).kind == "kv_cache"
+    slow = Timing(fixed(0.01), manager_s=0.02)
+    found = statistics_of(trace, slow, scheduling_steps_ahead=1, kv_cache_num_tokens=4096)
+    assert find_limit(*found).kind == "host"
+
+
 def test_few_sequences_are_too_few_requests_though_the_device_waits():
     slow = Timing(fixed(0.01), manager_s=0.01)
     limit = find_limit(*statistics_of([request(3)], slow, scheduling_steps_ahead=1))
@@ -132,6 +143,12 @@ def test_sequences_that_the_server_holds_back_count_as_waiting():
     before, now = statistics_of([request(100)])
     limit = find_limit(before, now, num_held=1000)
     assert "1036 sequences wait" in limit.sentence
+
+
+def test_what_kept_sequences_waiting_is_over_when_none_waits():
+    before, now = statistics_of([request(100)])
+    now = msgspec.structs.replace(now, num_waiting=0, num_running=3)
+    assert find_limit(before, now).kind == "requests"
 
 
 def test_replicas_are_judged_together_and_values_are_those_of_one():

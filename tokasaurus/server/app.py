@@ -25,9 +25,10 @@ from tokasaurus.batch.runner import BatchRunner
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.server.control.weights_updates import WeightsUpdates
 from tokasaurus.server.document import document_answers
-from tokasaurus.server.http.access import Access
+from tokasaurus.server.http.access import OPEN_PATHS, Access
 from tokasaurus.server.http.answers import install_error_handlers
 from tokasaurus.server.http.direct import DirectRoutes
+from tokasaurus.server.http.passing_on import KnownClients
 from tokasaurus.server.http.request_counts import CountRequests
 from tokasaurus.server.operations.executor import Executor
 from tokasaurus.server.protocols.table import OPERATIONS
@@ -37,8 +38,10 @@ from tokasaurus.server.routes.control import CONTROL_SCHEMAS, ControlRoutes
 from tokasaurus.server.routes.engine import EngineRoutes
 from tokasaurus.server.routes.files import FileRoutes
 from tokasaurus.server.routes.generating import Endpoints
+from tokasaurus.server.routes.page import PAGE_PATHS, PageRoutes
 from tokasaurus.server.routes.synchronous_batch import SynchronousBatch
 from tokasaurus.server.routes.tokens import TOKEN_SCHEMAS, TokenRoutes
+from tokasaurus.server.routes.watching import WatchingRoutes
 from tokasaurus.server.routes.weights import WEIGHTS_PREFIX, WEIGHTS_SCHEMAS, WeightsRoutes
 from tokasaurus.server.routes.weights_groups import WEIGHTS_GROUP_SCHEMAS, WeightsGroupRoutes
 from tokasaurus.server.state import EngineState
@@ -64,7 +67,14 @@ def create_app(
         directory: for weights that come over HTTP; None is the system's for temporary files.
         is_inner: requests come from ``create_outer_app``, which has checked them.
     """
-    app = FastAPI(title="Tokasaurus", version=__version__, redirect_slashes=False)
+    # Its pages for the document would load scripts of another host.
+    app = FastAPI(
+        title="Tokasaurus",
+        version=__version__,
+        redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
+    )
     executor = Executor(state, OPERATIONS)
     batch = SynchronousBatch(config, executor)
     endpoints = Endpoints(executor, batch)
@@ -76,6 +86,8 @@ def create_app(
         app.include_router(BatchRoutes(batches).router())
     app.include_router(CartridgeRoutes(config, state).router())
     app.include_router(TokenRoutes(state).router())
+    app.include_router(PageRoutes().router())
+    app.include_router(WatchingRoutes(state, batches).router())
     updates = WeightsUpdates(directory)
     control = _control(config, state, updates)
     for router in control:
@@ -84,7 +96,9 @@ def create_app(
     install_error_handlers(app)
     # From the innermost layer to the outermost.
     app.add_middleware(DirectRoutes, endpoints.handlers)
-    if not is_inner:
+    if is_inner:
+        app.add_middleware(KnownClients)
+    else:
         _add_checks(app, config, control)
     app.add_middleware(CountRequests, state.metrics.requests)  # refusals too
     operations = [each for operation in OPERATIONS.values() for each in operation.schemas]
@@ -130,6 +144,7 @@ def _add_checks(app: FastAPI, config: ServerConfig, control: Iterable[APIRouter]
         Access,
         config,
         lambda path: path in control_paths or path.startswith(WEIGHTS_PREFIX),
+        OPEN_PATHS | PAGE_PATHS,
     )
     if config.cors_origins:
         # Around Access, so that web pages can read refusals, and ask first without a key.

@@ -141,6 +141,11 @@ class EngineState:
         return self._engine is not None and self._engine.generations.commands.hold_everything
 
     @property
+    def generations(self) -> Generations | None:
+        """The table of prompts; None before the engine is ready."""
+        return None if self._engine is None else self._engine.generations
+
+    @property
     def num_running(self) -> int:
         """The number of prompts in flight."""
         return 0 if self._engine is None else len(self._engine.generations)

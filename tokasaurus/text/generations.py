@@ -182,6 +182,10 @@ class Generations:
             return self.replicas.outlooks()
         return {} if self._outlook is None else {0: self._outlook}
 
+    def in_flight(self) -> Iterator[Generation]:
+        """The prompts in flight, the oldest first."""
+        return iter(self._table.values())
+
     def find(self, request_id: int) -> Generation | None:
         """A prompt in flight; None if there is none with this id."""
         return self._table.get(request_id)

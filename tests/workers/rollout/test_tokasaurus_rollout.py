@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import logging
+import re
 import socket
 import struct
 import sys
@@ -13,10 +14,12 @@ import threading
 import time
 import urllib.request
 from contextlib import asynccontextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from file_server import Answer, FileServer, file_server
 
 from tokasaurus.errors import (
@@ -882,3 +885,18 @@ def test_the_package_needs_neither_verl_nor_ray():
         "print({'verl', 'ray', 'torch'} & {*sys.modules})"
     )
     assert subprocess.check_output([sys.executable, "-c", script], text=True).strip() == "set()"
+
+
+# --- its page -------------------------------------------------------------------------------------
+
+
+def test_the_page_has_every_option_and_a_configuration_that_is_read():
+    page = (Path(__file__).parents[3] / "docs" / "verl.md").read_text()
+    (section,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    custom = yaml.safe_load(section)["actor_rollout_ref"]["rollout"]["custom"]
+    assert RolloutOptions.of(custom).cartridges[0]["source"] == "local"
+    table = dict(re.findall(r"^\| `(\w+)` \| `?(.*?)`? \|", page, re.MULTILINE))
+    for field in fields(RolloutOptions):
+        default = field.default[0] if field.name == "tokasaurus_url" else field.default
+        said = table[field.name]
+        assert said == str(default) or said in ("[]",) or float(said) == default, field.name

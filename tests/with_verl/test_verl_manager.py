@@ -17,6 +17,7 @@ import pytest
 import torch
 from engine_process import EngineProcess, running, started
 from oracle import reference_logits, reference_model
+from safetensors.torch import save_file
 
 import tokasaurus
 
@@ -267,12 +268,17 @@ def test_a_frozen_model_is_not_sent(engine, monkeypatch):
 
 
 def test_a_cartridge_is_synchronised_to_all_replicas(engine):
-    path = Path(engine.private) / "cartridge.pt"
+    """veRL's process uploads each content once, where it shares no disk with the engine."""
+    path = Path(engine.private) / "cartridge.safetensors"
 
     def save(seed: int) -> None:
         numbers = torch.Generator().manual_seed(seed)
-        layers = [torch.randn((1, 2, 21, 32), generator=numbers) for _ in range(6)]
-        torch.save({"trainable_keys": layers, "trainable_values": layers}, path.with_suffix(".new"))
+        tensors = {
+            f"{kind}.{layer}": torch.randn((21, 2, 32), generator=numbers)
+            for kind in ("keys", "values")
+            for layer in range(6)
+        }
+        save_file(tensors, path.with_suffix(".new"))
         path.with_suffix(".new").rename(path)
 
     async def work(rollout):
@@ -288,13 +294,12 @@ def test_a_cartridge_is_synchronised_to_all_replicas(engine):
             found.append(await asyncio.gather(*asks))
         return found
 
-    for option in ("auto", "always"):
-        first, second = run(
-            [engine.url], 2, work, f"+actor_rollout_ref.rollout.custom.cartridge_upload={option}"
-        )
-        for outputs in (first, second):
-            assert len({tuple(output.log_probs) for output in outputs}) == 1
-        assert first[0].log_probs != second[0].log_probs
+    option = "+actor_rollout_ref.rollout.custom.cartridge_upload=always"
+    first, second = run([engine.url], 2, work, option)
+    for outputs in (first, second):
+        assert len({tuple(output.log_probs) for output in outputs}) == 1
+    assert first[0].log_probs != second[0].log_probs
+    assert engine.log.count('"POST /v1/cartridges ') == 2
 
 
 def test_an_abort_parks_requests_and_a_resume_lets_them_in(engine):
@@ -391,3 +396,66 @@ def test_an_engine_that_is_not_there_is_said_soon(ray_cluster):
             nothing,
             "+actor_rollout_ref.rollout.custom.startup_timeout=1",
         )
+
+
+@later_only
+def test_a_trainer_elsewhere_sends_weights_by_the_checkpoint_engine(ray_cluster, tmp_path: Path):
+    """veRL's manager aborts, sends and resumes; two replicas have two engines."""
+    import ray
+    from verl.checkpoint_engine.base import CheckpointEngineManager
+
+    @ray.remote
+    class Trainer:
+        """A rank of a trainer, as far as this manager asks it."""
+
+        def __init__(self, rank: int) -> None:
+            from verl.checkpoint_engine.base import CheckpointEngineRegistry
+
+            import tokasaurus.integrations.verl.checkpoint_engine  # noqa: F401
+
+            self._engine = CheckpointEngineRegistry.new(
+                "tokasaurus", is_master=rank == 0, bucket_size=1 << 20
+            )
+
+        def call(self, method: str, **options: Any) -> Any:
+            return getattr(self._engine, method)(**options)
+
+        async def update(self, global_steps: int) -> Any:
+            model = reference_model(MODEL).__class__.from_pretrained(MODEL, dtype=torch.float32)
+            pairs = ((name, tensor * 0.5) for name, tensor in model.state_dict().items())
+            return await self._engine.send_weights(pairs, global_steps=global_steps)
+
+    class Trainers:
+        world_size = 2
+
+        def __init__(self) -> None:
+            self.ranks = [Trainer.remote(rank) for rank in range(2)]
+
+        def execute_checkpoint_engine(self, method: list[str], **options: Any) -> list[Any]:
+            return [rank.call.remote(name) for rank, name in zip(self.ranks, method, strict=True)]
+
+        def update_weights(self, global_steps: int, mode: str) -> list[Any]:
+            assert mode == "tokasaurus"
+            return [rank.update.remote(global_steps) for rank in self.ranks]
+
+    async def work(rollout):
+        settings = SimpleNamespace(
+            backend="tokasaurus",
+            custom_backend_module="tokasaurus.integrations.verl.checkpoint_engine",
+        )
+        manager = CheckpointEngineManager(settings, Trainers(), rollout.replicas)
+        await manager.update_weights(global_steps=4)
+        asks = (
+            rollout.generate(f"r{k}", prompt_ids=PROMPT, sampling_params=GREEDY) for k in range(4)
+        )
+        return await asyncio.gather(*asks)
+
+    with contextlib.ExitStack() as stack:
+        engines = []
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            engines.append(stack.enter_context(running(tmp_path / name, *FLAGS)))
+        outputs = run([each.url for each in engines], 2, work)
+        for each in engines:
+            assert '"global-step-4"' in each.get("/get_weight_version")[1]
+    assert [output.extra_fields["global_steps"] for output in outputs] == [4] * 4
