@@ -12,6 +12,9 @@
 #   make test-ray      install Ray and run the tests with clusters of several raylets on this machine
 #   make test-clients  install LangChain, LiteLLM, Instructor; run their tests and docs/clients.md
 #   make test-sources  install boto3 and moto, and run the tests of cartridges in S3
+#   make test-cuda     install Triton, interpret its kernels and compile them; needs no GPU
+#   make test-verl     make environments with veRL 0.9.1 and 0.7.1, and run its rollout's tests in each
+#   make test-browser  install Playwright and try the page in a headless Chromium; makes its pictures
 #   make test-deploy   check the deployment files, and run the Dockerfile's steps without Docker
 #   make test-pythons  install and run the unit tests on the oldest and the newest Python found
 #   make check         check formatting, lint, import contracts, types
@@ -35,11 +38,15 @@ PYTHONS ?= $(foreach minor,10 11 12 13 14,python3.$(minor) \
 PYTEST  := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder \
              --durations 10
 
+# Tests that need no more than `make install` installs. The others have targets of their own.
+INSTALLED := not ray and not s3 and not verl and not clients and not triton and not browser
+
 # Several processes compute on few cores here. Their OpenMP threads must sleep while they wait.
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help install serve chat check format test test-quick test-long test-determinism test-sets test-parallel \
-        test-chaos test-ray test-clients test-sources test-deploy test-pythons bench gpu-check dist clean
+        test-chaos test-ray test-verl test-clients test-sources test-cuda test-browser test-deploy test-pythons \
+        bench gpu-check dist clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -77,11 +84,11 @@ test: install
 
 test-quick: install
 	@echo "==> pytest, unit tests only"
-	@$(PYTEST) -m 'not long and not engine and not ray and not s3 and not clients' $(ARGS)
+	@$(PYTEST) -m 'not long and not engine and $(INSTALLED)' $(ARGS)
 
 test-long: install
 	@echo "==> pytest, the heavy tests too"
-	@$(PYTEST) -m 'not ray and not s3 and not clients' --timeout 3600 $(ARGS)
+	@$(PYTEST) -m '$(INSTALLED)' --timeout 3600 $(ARGS)
 
 test-determinism: install
 	@echo "==> pytest, random batch compositions"
@@ -130,6 +137,14 @@ test-clients: install
 	@ENGINE_PYTHON=$(abspath $(BIN))/python .venv-clients/bin/python -m pytest \
 	    -m 'clients or engine' tests/clients tests/launch/test_openai_client.py $(ARGS)
 
+# Set CHROMIUM to another browser of the family; Debian: apt-get install chromium-headless-shell.
+test-browser: install
+	@$(BIN)/python -c 'import playwright' 2>/dev/null || { echo "==> installing Playwright"; \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    -e '.[browser]'; }
+	@echo "==> pytest, the page in a browser"
+	@PICTURES=docs/images $(BIN)/pytest -m browser tests/browser $(ARGS)
+
 test-sources: install
 	@$(BIN)/python -c 'import boto3, moto.server' 2>/dev/null || { \
 	    echo "==> installing boto3 and moto"; \
@@ -137,6 +152,35 @@ test-sources: install
 	        -e '.[s3]' moto==5.2.5 flask==3.1.3 flask-cors==6.0.5; }
 	@echo "==> pytest, cartridges in S3"
 	@$(BIN)/pytest -m s3 tests/cartridges tests/launch/test_cartridge_sources.py $(ARGS)
+
+# An environment of its own: Triton's interpreter needs an older numpy than constraints.txt has, and
+# with Triton installed torch takes other ways. It has the packages of the usual one, except for these.
+CUDA_STAMP := .venv-cuda/.installed
+
+$(CUDA_STAMP): $(STAMP)
+	@echo "==> installing Triton in .venv-cuda (about 1 GB)"
+	@test -x .venv-cuda/bin/python || $(BIN)/python -m venv .venv-cuda
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	    > $$(.venv-cuda/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/usual.pth
+	@.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    triton==3.6.0 'numpy<2.4'
+	@touch $@
+
+test-cuda: $(CUDA_STAMP)
+	@echo "==> pytest, Triton's kernels"
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-cuda/bin/python -m pytest -m triton --timeout 1200 \
+	    --numprocesses $(WORKERS) --dist loadfile --durations 10 tests/model/backend $(ARGS)
+
+# On top of the packages of $(VENV), with those that this veRL wants in another version.
+VERLS ?= 0.9.1 0.7.1
+
+test-verl: install
+	@for version in $(VERLS); do \
+	    tests/with_verl/environment.sh $(VENV) $$version .venv-verl-$$version || exit; \
+	    echo "==> pytest, veRL $$version"; \
+	    .venv-verl-$$version/bin/python -m pytest -m 'verl or not long' \
+	        tests/with_verl tests/workers/rollout $(ARGS) || exit; \
+	done
 
 # Without PyTorch's own index, TORCH_INDEX=https://pypi.org/simple does, with gigabytes of CUDA.
 TORCH_INDEX ?=

@@ -26,6 +26,8 @@ from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.protocol.commands import (
     Control,
     ControlDone,
+    GroupAction,
+    ReceiveWeights,
     ReleaseMemory,
     RestoreMemory,
     UpdateWeights,
@@ -38,6 +40,7 @@ VOCAB_SIZE = 61
 
 GOOD_FILES = ("good.safetensors",)
 BAD_FILES = ("bad.safetensors",)  # the device refuses them
+BAD_NAMES = ("bad",)  # of tensors; the same
 
 _MASK = (1 << 64) - 1
 EMPTY_CONTEXT = 0x0123456789ABCDEF
@@ -317,6 +320,9 @@ class FakeDevice:
                 self.has_kv_cache = True
         elif isinstance(action, WriteCartridge):
             error = self._write_cartridge(action)
+        elif isinstance(action, GroupAction):
+            if isinstance(action, ReceiveWeights) and action.names == BAD_NAMES:
+                error = f"it does not use a tensor {action.names[0]}"
         else:
             raise AssertionError(f"the device knows no {type(action).__name__}")
         return ControlDone(control.number, error, self.has_weights)

@@ -39,6 +39,7 @@ from tokasaurus.protocol.commands import (
     FlushCache,
     Pause,
     PauseMode,
+    ReceiveWeights,
     ReleaseMemory,
     RestoreMemory,
     Resume,
@@ -57,6 +58,7 @@ from tokasaurus.protocol.messages import (
     SequenceUpdates,
     StopSequence,
 )
+from tokasaurus.protocol.watching import Watch
 from tokasaurus.server.routes.batches import batch_runner
 from tokasaurus.server.state import EngineState
 from tokasaurus.text import tokenizer as server_tokenizer
@@ -214,6 +216,7 @@ class FakeEngine:
         obeys: carries commands out; otherwise it only answers them.
         refuse: answers commands of this type with an error.
         forgets_weights: a restore does not read the weights again.
+        receives_all: the next tensors of a trainer are the last ones of the model.
         answers_commands: otherwise a command never ends.
     """
 
@@ -230,7 +233,7 @@ class FakeEngine:
         self.most_running = 0
         self.weights_version = 0
         self.obeys = True
-        self.forgets_weights = False
+        self.forgets_weights = self.receives_all = False
         self.answers_commands = True
         self.refuse: dict[type, tuple[str, str | None]] = {}
         self._is_held = False  # by a Pause
@@ -254,7 +257,7 @@ class FakeEngine:
             sequence = self._running.get((message.request_id, message.sample_index))
             if sequence is not None:
                 self._end(sequence, FinishReason.STOP)
-        else:
+        elif not isinstance(message, Watch):
             assert isinstance(message, Acknowledge)
             for request_id, index, count in zip(
                 message.request_ids.tolist(),
@@ -291,6 +294,7 @@ class FakeEngine:
         """Restore the initial settings; running sequences stay."""
         self.obeys, self.answers_commands, self._is_held = True, True, False
         self.refuse, self._draining, self.forgets_weights = {}, None, False
+        self.receives_all = False
         self._released.clear()
         self.script, self.reject, self.paused = random_ids, None, False
         self.hold_at, self.num_cached_tokens, self.largest_step = None, 0, 3
@@ -351,6 +355,12 @@ class FakeEngine:
             assert action.version > self.weights_version
             self.weights_version = action.version
             done = CommandDone(command_id, weights_version=action.version)
+        elif isinstance(action, ReceiveWeights):
+            done = CommandDone(
+                command_id,
+                weights_version=self.weights_version,
+                has_all_tensors=self.receives_all,
+            )
         elif not self.obeys:
             pass
         elif isinstance(action, AbortAll) or (

@@ -2,7 +2,11 @@
 
     python tests/gpu_check.py [DEVICE]     cuda by default
 
-The same small model with random weights runs on both, in fp32 and in bf16:
+Every backend that the device has is compared with the reference on the device itself: attention and
+element-wise kernels, on random batches, in fp32, fp16 and bf16.
+
+Then the same small model with random weights runs on both with each backend, the reference too, in
+fp32 and in bf16:
 
 1. In fp32 both generate the same greedy tokens, and give every id the same logprob to three digits.
 2. In bf16 the logprobs of the GPU differ from the CPU's fp32 by at most twice as much as the CPU's
@@ -25,8 +29,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from checkpoints import VOCAB_SIZE, make_checkpoint
+from gpu_kernels import check_kernels
 
 from tokasaurus import LLM, SamplingParams
+from tokasaurus.model.backend import usable_backends
 
 _NUM_PROMPTS = 8
 _NUM_TOKENS = 48
@@ -46,7 +52,7 @@ def main(device: str = "cuda") -> int:
     print(f"gpu-check: device={device}, {_name(device)}, PyTorch {torch.__version__}")
     with tempfile.TemporaryDirectory() as directory:
         checkpoint = make_model(Path(directory))
-        failures = check(device, checkpoint, checkpoint)
+        failures = check_kernels(device) + check(device, checkpoint, checkpoint)
     for failure in failures:
         print(f"FAILED: {failure}", file=sys.stderr)
     if not failures:
@@ -94,15 +100,37 @@ def check(device: str, checkpoint: Path, reference_checkpoint: Path) -> list[str
         expected = _run(llm, texts)
     with _engine("cpu", "bfloat16", reference_checkpoint) as llm:
         rounded = _run(llm, texts)
+    failures = []
+    for backend in usable_backends(torch.device(device)):
+        print(f" attention={backend.name}")
+        failures += [
+            f"attention={backend.name}: {failure}"
+            for failure in _check_backend(
+                device, backend.name, checkpoint, reference_checkpoint, expected, rounded
+            )
+        ]
+    return failures
+
+
+def _check_backend(
+    device: str,
+    attention: str,
+    checkpoint: Path,
+    reference_checkpoint: Path,
+    expected: Run,
+    rounded: Run,
+) -> list[str]:
+    """What is wrong with a backend; the CPU's results are given in fp32 and in bf16."""
+    texts = _prompts(length=64)
     tolerance = 2 * _distance(rounded, expected)
     mean_tolerance = 1.25 * _mean_distance(rounded, expected)
     failures = []
-    with _engine(device, "float32", checkpoint) as llm:
+    with _engine(device, "float32", checkpoint, attention) as llm:
         found = _run(llm, texts)
     if found.tokens != expected.tokens:
         failures.append("in float32, greedy tokens differ from the CPU's")
     failures += _far("float32", _distance(found, expected), _FP32_TOLERANCE)
-    with _engine(device, "bfloat16", checkpoint) as llm:
+    with _engine(device, "bfloat16", checkpoint, attention) as llm:
         found = _run(llm, texts)
         _print_speed(device, llm)
     failures += _far("bfloat16", _distance(found, expected), tolerance)
@@ -115,10 +143,11 @@ def check(device: str, checkpoint: Path, reference_checkpoint: Path) -> list[str
     return failures
 
 
-def _engine(device: str, dtype: str, checkpoint: Path) -> LLM:
+def _engine(device: str, dtype: str, checkpoint: Path, attention: str = "auto") -> LLM:
     return LLM(
         checkpoint,
         device=device,
+        attention=attention,
         dtype=dtype,
         kv_cache_num_tokens=16384,
         max_topk_logprobs=VOCAB_SIZE,

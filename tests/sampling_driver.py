@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ __all__ = [
     "logprobs_of",
     "parameters",
     "processed",
+    "random_batch",
     "record",
     "sent",
 ]
@@ -34,6 +36,30 @@ def parameters(num_rows: int, **columns: Any) -> SamplingParameters:
     for name, values in columns.items():
         result[name][:] = values
     return result
+
+
+def random_batch(num_rows: int, vocab_size: int, seed: int) -> tuple[Tensor, SamplingParameters]:
+    """All combinations of filters; rows are flat and peaked, some with ties, some with masks."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 3, (num_rows, vocab_size)) * rng.choice([0, 0.01, 0.3, 1], (num_rows, 1))
+    if seed % 2:
+        logits = logits.round()
+    is_masked = (rng.random((num_rows, vocab_size)) < 0.7) & (rng.random((num_rows, 1)) < 0.2)
+    is_masked[:, 0] = False
+    logits[is_masked] = -np.inf
+    chosen = parameters(
+        num_rows,
+        temperature=rng.choice([0, 0.6, 1, 1, 1.5], num_rows),
+        top_k=rng.choice([0, 0, 1, 20, 70, 400, 3000], num_rows),
+        top_p=rng.choice([1, 1, 0.9, 0.3, 0.99], num_rows),
+        min_p=rng.choice([0, 0, 0.05], num_rows),
+        seed=rng.integers(0, 2**63, num_rows),
+        sample_index=rng.integers(0, 1000, num_rows),
+        num_generated=rng.integers(0, 5000, num_rows),
+        num_logprobs=rng.choice([-1, 0, 1, 5], num_rows),
+        logprobs_mode=rng.choice([0, 1, 2], num_rows),
+    )
+    return torch.from_numpy(logits.astype(np.float32)), chosen
 
 
 def sent(plan: Any, *arguments: Any, device: str | torch.device = "cpu", **options: Any) -> Any:

@@ -15,13 +15,16 @@ import dataclasses
 import itertools
 import random
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+import msgspec
 import numpy as np
 from fake_device import (
     BAD_FILES,
+    BAD_NAMES,
     EMPTY_CONTEXT,
     GOOD_FILES,
     VOCAB_SIZE,
@@ -48,12 +51,17 @@ from tokasaurus.protocol.commands import (
     Control,
     ControlDone,
     FlushCache,
+    GroupAction,
+    JoinWeightsGroup,
+    LeaveWeightsGroup,
     LoadCartridge,
     Pause,
     PauseMode,
+    ReceiveWeights,
     ReleaseMemory,
     RestoreMemory,
     Resume,
+    TransferDone,
     UnloadCartridge,
     UpdateWeights,
     WriteCartridge,
@@ -210,13 +218,18 @@ class World:
         self.cartridges: dict[str, LoadCartridge] = {}
         self.writes: dict[int, WriteCartridge] = {}  # by number of the control
         self.failures: dict[tuple[str, ...], str] = {}  # by paths: why a write failed
+        self.group_controls: set[int] = set()  # numbers of those that concern a trainer's group
+        # What the ranks will say of transfers that have begun, in any order.
+        self.reports: list[TransferDone] = []
         self.counts: Counter[str] = Counter()  # what happened to cartridges
         self.behind: dict[int, int] = {}  # by request id: the digest of its cartridge
         self.num_pseudo: dict[int, int] = {}  # by request id
 
-    def turn(self, *events: FromServer, num_results: int = 0) -> None:
+    def turn(
+        self, *events: FromServer, num_results: int = 0, reports: Sequence[TransferDone] = ()
+    ) -> None:
         """One turn of the manager, with these events and some of the results that are ready."""
-        arrived: list[FromServer | FromWorker] = list(events)
+        arrived: list[FromServer | FromWorker] = [*reports, *events]
         for event in events:
             self._note(event)
         for _ in range(min(num_results, len(self.results))):
@@ -422,8 +435,10 @@ class World:
         self.num_pseudo[request.request_id] = num_pseudo
 
     def _lets_batches_run(self, result: FromWorker) -> bool:
-        """Whether it is no answer to a control, or to one that writes a cartridge."""
-        return not isinstance(result, ControlDone) or result.number in self.writes
+        """Whether it is no answer to a control, or to one that goes on beside batches."""
+        if not isinstance(result, ControlDone):
+            return True
+        return result.number in self.writes or result.number in self.group_controls
 
     def _note_written(self, result: FromWorker) -> None:
         if isinstance(result, ControlDone) and result.number in self.writes:
@@ -482,10 +497,19 @@ class World:
             self.controls.append(order)
             if isinstance(order.action, WriteCartridge):
                 self.writes[order.number] = order.action
-            self.results.append(self.device.carry_out(order))
+            done = self.device.carry_out(order)
+            self.results.append(done)
+            if isinstance(order.action, GroupAction):
+                self.group_controls.add(order.number)
+                if done.error is None and not isinstance(order.action, LeaveWeightsGroup):
+                    self.reports += self._reports_of(order)
         else:
             assert not self.is_quiet, "a batch is planned in a pause"
             self._send_batch(order)
+
+    def _reports_of(self, control: Control) -> list[TransferDone]:
+        """What each of three ranks will say."""
+        return [TransferDone(control.number, rank, 3, None, True) for rank in range(3)]
 
     def _send_batch(self, batch: ForwardBatch) -> None:
         if batch.parameters is not None:
@@ -577,11 +601,14 @@ class World:
         assert answer.command_id not in self.command_answers, "a command is answered twice"
         self.command_answers[answer.command_id] = answer
         action = self.commands[answer.command_id].action
-        is_done_at_once = isinstance(action, AbortAll | LoadCartridge | UnloadCartridge)
+        is_done_at_once = isinstance(
+            action, AbortAll | LoadCartridge | UnloadCartridge | GroupAction
+        )
         if not is_done_at_once and action_mode(action) is not PauseMode.DRAIN:
             before = itertools.takewhile(lambda name: name != answer.command_id, self.commands)
             assert all(
                 name in self.command_answers
+                or isinstance(self.commands[name].action, GroupAction)
                 or action_mode(self.commands[name].action) is PauseMode.DRAIN
                 for name in before
             ), "commands are answered in another order"
@@ -628,6 +655,13 @@ class World:
             self._check_cartridge_failed(answer, action)
         elif isinstance(action, Resume):
             assert "nothing can run" in answer.reason
+        elif isinstance(action, GroupAction):
+            self.counts["failed transfers"] += 1
+            is_bad = isinstance(action, ReceiveWeights) and action.names == BAD_NAMES
+            is_refused = answer.field == "names"
+            assert is_refused <= is_bad
+            said = ("it does not use",) if is_refused else ("rank 2 says no", "the group")
+            assert answer.reason.startswith(said), answer
         else:
             assert action_mode(action) is PauseMode.DRAIN
             assert answer.reason.startswith(("it was", "another pause", "sequences cannot"))
@@ -899,14 +933,43 @@ class Simulation(World):
                 events += self._cartridge_commands()
             if self._random.random() < habits.acks:
                 events += self.acknowledgements()
-            self.turn(*events, num_results=self._count(habits.results))
+            reports = self._some_reports(0.3)
+            self.turn(*events, num_results=self._count(habits.results), reports=reports)
         if habits.commands:
             self.open_up()
+        while self.reports:
+            self.turn(num_results=2, reports=self._some_reports(1.0))
         self.drain()
+
+    def _some_reports(self, share: float) -> list[TransferDone]:
+        """Takes some of the reports of ranks, in any order; a few are failures."""
+        self._random.shuffle(self.reports)
+        count = sum(self._random.random() < share for _ in self.reports)
+        some, self.reports = self.reports[:count], self.reports[count:]
+        fails = [each.rank == 2 and self._random.random() < 0.3 for each in some]
+        return [
+            msgspec.structs.replace(each, error="rank 2 says no") if failed else each
+            for each, failed in zip(some, fails, strict=True)
+        ]
+
+    def _group_action(self) -> GroupAction:
+        group = self._random.choice("ab")
+        names = self._random.choice([("good",), ("good",), BAD_NAMES])
+        receive = ReceiveWeights(group, names, ("float32",), ((2,),), False, False, 1.0)
+        join = JoinWeightsGroup(group, "host", 1, 1, 4, "gloo", 1.0)
+        return self._random.choice([receive, receive, join, LeaveWeightsGroup(group)])
 
     def _action(self) -> Action:
         chance = self._random
-        counts = {"pause": 4, "resume": 5, "update": 2, "release": 2, "restore": 5, "other": 1}
+        counts = {
+            "pause": 4,
+            "resume": 5,
+            "update": 2,
+            "release": 2,
+            "restore": 5,
+            "other": 1,
+            "group": 3,
+        }
         kind = chance.choice([kind for kind, count in counts.items() for _ in range(count)])
         if kind == "pause":
             return Pause(chance.choice([*PauseMode, PauseMode.KEEP, PauseMode.DRAIN]))
@@ -916,6 +979,8 @@ class Simulation(World):
             files = chance.choice([GOOD_FILES, GOOD_FILES, GOOD_FILES, BAD_FILES])
             version = self.next_version - chance.choice([0, 0, 0, 0, 0, 1, 2])
             return UpdateWeights(max(0, version), files)
+        if kind == "group":
+            return self._group_action()
         parts = chance.choice([(True, False), (False, True), (True, True)])
         if kind == "release":
             return ReleaseMemory(*parts)

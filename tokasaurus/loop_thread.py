@@ -29,7 +29,7 @@ class LoopThread:
         Raises:
             EngineError: another thread has closed it.
         """
-        future = asyncio.run_coroutine_threadsafe(work, self._begun())
+        future = self.begin(work)
         try:
             return future.result()
         except concurrent.futures.CancelledError:
@@ -37,6 +37,10 @@ class LoopThread:
         except BaseException:
             future.cancel()
             raise
+
+    def begin(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Runs work, and does not wait for it."""
+        return asyncio.run_coroutine_threadsafe(work, self._begun())
 
     def call(self, function: Callable[..., object], *arguments: object) -> None:
         """Calls a function in the loop, soon. Nothing is called if no coroutine has run."""

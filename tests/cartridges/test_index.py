@@ -89,6 +89,19 @@ def test_a_version_stays_while_a_name_or_a_pin_has_it(tmp_path):
         index.unpin("1")
 
 
+def test_the_use_of_a_version_does_not_look_like_a_change_of_its_file(tmp_path):
+    """A worker may be reading it, and refuses a file that was written to meanwhile."""
+    index = Index(tmp_path, None)
+    commit(index, "a", "1")
+    before = index.path("1").stat()
+    time.sleep(0.02)
+    assert index.pin("1")
+    commit(index, "b", "1")
+    after = index.path("1").stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert after.st_atime_ns > before.st_atime_ns
+
+
 def test_a_name_that_means_another_version_by_now_is_not_removed(tmp_path):
     index = Index(tmp_path, None)
     key = index.key("local", "a")

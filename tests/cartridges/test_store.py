@@ -9,12 +9,14 @@ import random
 import re
 import resource
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 from file_server import Answer, file_server
 from small_cartridges import config, has_seed, safetensors_bytes, trained_bytes
 
+from tokasaurus.cartridge_file import CartridgeFile
 from tokasaurus.cartridges.specification import CartridgeSpec
 from tokasaurus.cartridges.store import CartridgeStore
 from tokasaurus.errors import EngineError, NotFound, RequestError, SourceUnavailable, StorageFull
@@ -96,6 +98,23 @@ def test_a_local_file_is_read_once_and_again_when_it_changes(directory, caplog):
         path.unlink()
         with pytest.raises(RequestError, match="no such file"):
             await store.resolve(local("a"))
+
+    with_store(directory, run)
+
+
+def test_a_worker_that_reads_a_version_does_not_see_its_uses(directory):
+    """It would take them for changes of the file, and refuse the requests that wait for it."""
+    for name in ("a", "b"):
+        (directory / f"{name}.safetensors").write_bytes(safetensors_bytes(1))
+
+    async def run(store):
+        first = await store.resolve(local("a"))
+        with CartridgeFile(first.path) as read:
+            time.sleep(0.01)  # longer than the steps in which times of files are kept
+            await store.resolve(local("a", force=True))
+            await store.resolve(local("b"))
+            await store.add("c", pieces(safetensors_bytes(1)))
+            read.check_unchanged()
 
     with_store(directory, run)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import ssl
 import subprocess
 import sys
 import threading
@@ -54,6 +55,19 @@ def test_a_wrong_address_is_refused():
     for url in ("ftp://host", "http://", "http://host:port", "http://host?x=1"):
         with pytest.raises(ConfigError, match="base_url"):
             Client(url)
+
+
+def test_a_client_of_http_reads_no_certificates(server, monkeypatch):
+    """Each pool of connections would read them, which took seconds."""
+
+    def read(*args, **kwargs):
+        raise AssertionError("certificates are read")
+
+    for name in ("load_default_certs", "load_verify_locations"):
+        monkeypatch.setattr(ssl.SSLContext, name, read)
+    server.answers[TEXT] = Answer.json(SAID)
+    with Client(server.url, max_connections=1024) as client:
+        client.complete("a")
 
 
 def test_fields_reach_the_server_as_they_are(server, client):

@@ -337,7 +337,7 @@ def test_a_ping_is_answered_with_statistics_and_changes_nothing() -> None:
     world = World(make_config())
     world.turn(make_request(1, prompt(5), 4))
     before = msgspec.structs.asdict(world.manager.statistics())
-    actions = world.manager.take_turn([Ping()], 0.0)
+    actions = world.manager.take_turn([Ping()], world.now)
     assert actions.to_worker == []
     assert [msgspec.structs.asdict(message) for message in actions.messages] == [before]
 

@@ -12,7 +12,7 @@ from simulation import Simulation
 from tokasaurus.manager.claims import Claims
 from tokasaurus.manager.forecast.admission import AdmissionControl
 from tokasaurus.manager.kv.cartridges import Cartridge
-from tokasaurus.manager.scheduler import Scheduler
+from tokasaurus.manager.preemption import Preemption
 from tokasaurus.manager.sequence import Request, Sequence
 from tokasaurus.manager.shares import Shares
 from tokasaurus.manager.slots import IndexArray
@@ -85,9 +85,9 @@ def test_crowded_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_worlds_of_several_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients displace others' sequences, and places are given anew."""
     counts: Counter[str] = Counter()
-    num_displaced_by, place_anew = Scheduler._num_displaced_by, Shares.place_anew
+    num_displaced_by, place_anew = Preemption._num_displaced_by, Shares.place_anew
 
-    def counted(self: Scheduler, sequence: Sequence, rows: IndexArray) -> int | None:
+    def counted(self: Preemption, sequence: Sequence, rows: IndexArray) -> int | None:
         num_victims = num_displaced_by(self, sequence, rows)
         counts["displaced"] += bool(num_victims)
         return num_victims
@@ -96,7 +96,7 @@ def test_worlds_of_several_clients(monkeypatch: pytest.MonkeyPatch) -> None:
         counts["anew"] += 1
         place_anew(self, priority, requests)
 
-    monkeypatch.setattr(Scheduler, "_num_displaced_by", counted)
+    monkeypatch.setattr(Preemption, "_num_displaced_by", counted)
     monkeypatch.setattr(Shares, "place_anew", noted)
     run_worlds(120_000, num_events=4_000, make_world=Simulation.shared_of_seed)
     assert min(counts["displaced"], counts["anew"]) > 20

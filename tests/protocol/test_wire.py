@@ -15,9 +15,13 @@ from tokasaurus.protocol.commands import (
     Control,
     ControlDone,
     FlushCache,
+    JoinWeightsGroup,
+    LeaveWeightsGroup,
     LoadCartridge,
     Pause,
     PauseMode,
+    ReceiveWeights,
+    TransferDone,
     UpdateWeights,
     WriteCartridge,
 )
@@ -50,6 +54,7 @@ from tokasaurus.protocol.messages import (
     ToWorker,
     WorkerStall,
 )
+from tokasaurus.protocol.watching import Outlook, Watch
 from tokasaurus.protocol.wire import Codec
 
 rng = np.random.default_rng(0)
@@ -94,6 +99,9 @@ EXAMPLES = [
     Command(7, FlushCache()),
     Command(8, Pause(PauseMode.DRAIN)),
     Command(9, UpdateWeights(1, ("a.safetensors",), ("00ff",))),
+    Command(10, JoinWeightsGroup("g", "host", 1234, 1, 3, "gloo", 0.5)),
+    Command(11, ReceiveWeights("g", ("a",), ("bfloat16",), ((2, 3),), True, False, 9.0)),
+    Command(12, LeaveWeightsGroup("g")),
     StopSequence(3, 4),
     Acknowledge(longs(2), ints(2), ints(2)),
     SequenceUpdates(
@@ -116,12 +124,15 @@ EXAMPLES = [
     CommandFailed(8, "no such file", "files"),
     Control(3, WriteCartridge(("notes.safetensors", "more.safetensors"), 5, ints(2))),
     ControlDone(3, "it is damaged", False),
+    TransferDone(3, 1, 2, None, True),
     Eta(longs(3), np.array([0.5, 1e9, np.nan]), 7.25),
     Statistics(*range(10), 2.5, 3.5, *range(5), 0.125, 3, True),
     Statistics(
         *[*range(10), 2.5, 3.5, *range(5), 0.125, 3, True, 4, 5, 0.5, *range(5)],
         cartridges=(CartridgeState("notes@1", *range(8), 1.5),),
     ),
+    Watch(2.5),
+    Outlook(7, 0.25, 2, 3, 90, ints(4), ints(4), ints(4), ints(4), 5),
     Command(10, LoadCartridge("notes@1", ("a.safetensors", "b.safetensors"), 7)),
     ForwardBatch(
         number=8,

@@ -23,7 +23,8 @@ from load import Load
 from prometheus_client.parser import text_string_to_metric_families
 
 from tokasaurus.protocol.messages import Statistics
-from tokasaurus.server.metrics import Figure, Metrics, figures
+from tokasaurus.server.history import History
+from tokasaurus.server.metrics import Figure, Metrics, figures, limit_figures
 from tokasaurus.server.reports import StatisticsLine, report, statsd_packets
 from tokasaurus.text.generations import Generations
 from tokasaurus.text.params import SamplingParams
@@ -184,11 +185,12 @@ def line():
     generations = Generations(CONFIG, TOKENIZER, FakeEngine().send)
     generations.absorb(NOTHING)
     time = [100.0]
-    return StatisticsLine(generations, clock=lambda: time[0]), generations, time
+    history = History(clock=lambda: time[0])
+    return StatisticsLine(generations, history, clock=lambda: time[0]), generations, time, history
 
 
 def test_the_statistics_line_covers_the_time_since_the_previous_one(line):
-    line, generations, time = line
+    line, generations, time, _ = line
     time[0] += 10
     assert line.next() is None
     generations.absorb(SOMETHING)
@@ -203,8 +205,31 @@ def test_the_statistics_line_covers_the_time_since_the_previous_one(line):
     assert line.next() == "in 0 tokens/s, out 3 tokens/s, running 1, waiting 0, KV 50%"
 
 
+def test_the_line_and_the_metrics_say_the_same_of_what_limits_throughput(own_server):
+    generations, history = own_server.generations, own_server.state.history
+    line = StatisticsLine(generations, history)
+    own_server.call(lambda: generations.absorb(NOTHING))
+    history.sample(generations)
+    line.next()
+    full = msgspec.structs.replace(
+        SOMETHING, paused=False, num_page_bound_batches=9, num_seats=2000, page_size=16
+    )
+    own_server.call(lambda: generations.absorb(full))
+    history.sample(generations)
+    assert history.limit.flag == "kv_cache_num_tokens"
+    assert line.next().endswith(f". Limit: {history.limit.sentence}")
+    text = own_server.get("/metrics").content.decode()
+    help_text = f"1 for what limits throughput. {history.limit.sentence}"
+    assert f"# HELP tokasaurus_limit {help_text}\n" in text
+    found = read(own_server)
+    assert found["limit", "kv_cache"] == 1
+    assert sum(value for (name, *_), value in found.items() if name == "limit") == 1
+    (packet,) = statsd_packets(limit_figures(history.limit))
+    assert gauges_of(packet)["limit.kv_cache"] == 1
+
+
 def test_the_statistics_line_comes_while_a_request_is_in_flight(line):
-    line, generations, _ = line
+    line, generations, _, _ = line
     generation = submit(generations, [1], SamplingParams())
     assert line.next() == "in 0 tokens/s, out 0 tokens/s, running 0, waiting 0, KV 0%"
     generations.abort(generation)
@@ -212,11 +237,11 @@ def test_the_statistics_line_comes_while_a_request_is_in_flight(line):
 
 
 def test_the_statistics_line_is_logged(caplog, line):
-    _, generations, _ = line
+    _, generations, _, history = line
 
     async def run():
         config = dataclasses.replace(CONFIG, stats_report_s=0.01)
-        task = asyncio.create_task(report(config, generations))
+        task = asyncio.create_task(report(config, generations, history))
         number = 0
         while not caplog.records:
             number += 1
@@ -239,7 +264,7 @@ def gauges_of(packet):
 
 
 def test_statsd_receives_gauges(line):
-    _, generations, _ = line
+    _, generations, _, history = line
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as daemon:
         daemon.bind(("127.0.0.1", 0))
         daemon.settimeout(PATIENCE_S)
@@ -247,7 +272,7 @@ def test_statsd_receives_gauges(line):
         generations.absorb(SOMETHING)
 
         async def run():
-            task = asyncio.create_task(report(config, generations))
+            task = asyncio.create_task(report(config, generations, history))
             packet = await asyncio.to_thread(daemon.recv, 1 << 16)
             task.cancel()
             return packet
@@ -260,16 +285,20 @@ def test_statsd_receives_gauges(line):
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid", "x..invalid"])
 def test_a_missing_statsd_daemon_does_no_harm(line, host, caplog, monkeypatch):
-    _, generations, _ = line
+    _, generations, _, history = line
     monkeypatch.setattr("tokasaurus.server.reports._GAUGES_EVERY_S", 0.001)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as closed:
         closed.bind(("127.0.0.1", 0))
         port = closed.getsockname()[1]
 
+    config = with_config(statsd_address=(host, port))
+
     async def run():
-        task = asyncio.create_task(report(with_config(statsd_address=(host, port)), generations))
+        task = asyncio.create_task(report(config, generations, history))
         if host != "127.0.0.1":  # the name has no address, which ends the gauges
-            await asyncio.wait_for(task, PATIENCE_S)
+            while not caplog.records:
+                await asyncio.sleep(0.005)
+            task.cancel()
             return
         for _ in range(20):
             generations.absorb(msgspec.structs.replace(SOMETHING))
@@ -336,7 +365,7 @@ def test_each_replica_has_figures_of_its_own_and_ends_are_counted():
 
 def test_the_line_says_what_each_replica_runs():
     generations, router = of_two_replicas()
-    line = StatisticsLine(generations)
+    line = StatisticsLine(generations, History())
     assert ", replicas 0 7" in line.next()
     router.lost(0, "killed", starts_again=True)
     assert ", replicas - 7" in line.next()

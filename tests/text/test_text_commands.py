@@ -180,7 +180,7 @@ def test_the_watcher_counts_aborted_prompts():
         def started(self, generation):
             pass
 
-        began = started
+        began = predicted = started
 
         def ended(self, generation, outcome):
             self.outcomes.append(outcome)

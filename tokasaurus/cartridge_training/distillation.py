@@ -21,7 +21,14 @@ from transformers import DynamicCache
 from tokasaurus.cartridge_training.self_study import Conversation
 from tokasaurus.errors import ConfigError
 
-__all__ = ["Losses", "Settings", "TrainableCartridge", "train"]
+__all__ = [
+    "Losses",
+    "Settings",
+    "TrainableCartridge",
+    "answer_logits",
+    "distillation_loss",
+    "train",
+]
 
 _MOST_VALIDATED = 64  # conversations
 _WARM_UP = 0.05  # of all steps
@@ -110,14 +117,11 @@ class _Batch:
         ids: [rows, tokens].
         mask: [rows, cartridge + tokens].
         positions: [targets] of the predictions, in the flat [rows x tokens].
-        top_ids, top_logprobs: [targets, k].
     """
 
     ids: Tensor
     mask: Tensor
     positions: Tensor
-    top_ids: Tensor
-    top_logprobs: Tensor
 
 
 def train(
@@ -214,6 +218,17 @@ def _loss(
     model: Any, cartridge: TrainableCartridge, conversations: Sequence[Conversation]
 ) -> Tensor:
     """In nats a token of the answers."""
+    return distillation_loss(answer_logits(model, cartridge, conversations), conversations)
+
+
+def answer_logits(
+    model: Any, cartridge: TrainableCartridge, conversations: Sequence[Conversation]
+) -> Tensor:
+    """What a model predicts behind a cartridge.
+
+    Returns:
+        float32 [targets, vocabulary]: of the tokens of all answers, one after the other.
+    """
     batch = _padded(conversations, cartridge.num_tokens, model.device)
     num_rows, length = batch.ids.shape
     past = cartridge.num_tokens
@@ -224,8 +239,23 @@ def _loss(
         past_key_values=cartridge.cache(num_rows),
         use_cache=True,
     ).last_hidden_state
-    logits = model.get_output_embeddings()(hidden.flatten(0, 1)[batch.positions])
-    return _divergence(logits.float(), batch.top_ids, batch.top_logprobs)
+    logits: Tensor = model.get_output_embeddings()(hidden.flatten(0, 1)[batch.positions])
+    return logits.float()
+
+
+def distillation_loss(logits: Tensor, conversations: Sequence[Conversation]) -> Tensor:
+    """The divergence of predictions from those with the document in sight.
+
+    Args:
+        logits: of ``answer_logits`` for the same conversations.
+        conversations: whose answers have what was predicted with the document in sight.
+
+    Returns:
+        The mean, in nats a token.
+    """
+    top_ids = torch.cat([torch.as_tensor(each.answer.top_ids) for each in conversations])
+    top_logprobs = torch.cat([torch.as_tensor(each.answer.top_logprobs) for each in conversations])
+    return _divergence(logits, top_ids.to(logits.device), top_logprobs.to(logits.device))
 
 
 def _divergence(logits: Tensor, top_ids: Tensor, top_logprobs: Tensor) -> Tensor:
@@ -249,12 +279,4 @@ def _padded(conversations: Sequence[Conversation], past: int, device: torch.devi
         mask[row, : past + len(line)] = 1
         first = row * length + len(each.prompt_ids) - 1  # predicts the answer's first token
         positions += range(first, first + len(each.answer.token_ids))
-    top_ids = torch.cat([torch.as_tensor(each.answer.top_ids) for each in conversations])
-    top_logprobs = torch.cat([torch.as_tensor(each.answer.top_logprobs) for each in conversations])
-    return _Batch(
-        ids.to(device),
-        mask.to(device),
-        torch.tensor(positions, device=device),
-        top_ids.to(device),
-        top_logprobs.to(device),
-    )
+    return _Batch(ids.to(device), mask.to(device), torch.tensor(positions, device=device))

@@ -20,7 +20,16 @@ from numpy.typing import NDArray
 
 from tokasaurus.errors import ConfigError
 
-__all__ = ["QUESTION_TOKENS", "ChatForm", "Conversation", "Sample", "Sampler", "converse"]
+__all__ = [
+    "QUESTION_TOKENS",
+    "ChatForm",
+    "Conversation",
+    "Question",
+    "Sample",
+    "Sampler",
+    "converse",
+    "questions",
+]
 
 QUESTION_TOKENS = 64
 """The longest question that is asked for."""
@@ -70,6 +79,19 @@ class Conversation:
 
     prompt_ids: list[int]
     answer: Sample
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a document, as a prompt in two forms.
+
+    Attributes:
+        with_document: what comes before an answer where the document is in sight.
+        behind_cartridge: the same where a cartridge stands for the document.
+    """
+
+    with_document: list[int]
+    behind_cartridge: list[int]
 
 
 @dataclass(frozen=True)
@@ -145,28 +167,45 @@ def converse(
     Returns:
         The conversations; equal questions stand once for each excerpt.
     """
-    heads = _heads(encode, form, document, count, seed, excerpt_tokens)
-    questions = sample(heads, max_tokens=QUESTION_TOKENS, temperature=1.0, top_k=0)
-    asked: dict[tuple[int, ...], tuple[list[int], list[int]]] = {}
-    for head, question in zip(heads, questions, strict=True):
-        asked_for, mark, _ = question.text.strip().partition("?")
-        text = asked_for + mark
-        if text and (question.is_whole or mark):
-            turn = encode(form.before_question + text + form.before_answer)
-            prompt = _without(head, encode(form.before_question)) + turn
-            asked[tuple(prompt)] = (prompt, encode(form.begin + text + form.before_answer))
-    prompts = list(asked.values())
+    asked = questions(
+        sample, encode, form, document, count=count, seed=seed, excerpt_tokens=excerpt_tokens
+    )
     answers = sample(
-        [prompt for prompt, _ in prompts],
+        [each.with_document for each in asked],
         max_tokens=answer_tokens,
         temperature=0.7,
         top_k=top_k,
     )
     return [
-        Conversation(behind, answer)
-        for (_, behind), answer in zip(prompts, answers, strict=True)
+        Conversation(each.behind_cartridge, answer)
+        for each, answer in zip(asked, answers, strict=True)
         if answer.is_whole
     ]
+
+
+def questions(
+    sample: Sampler,
+    encode: Callable[[str], list[int]],
+    form: ChatForm,
+    document: str,
+    *,
+    count: int,
+    seed: int,
+    excerpt_tokens: int,
+) -> list[Question]:
+    """Makes questions about a document; the arguments are those of :func:`converse`."""
+    heads = _heads(encode, form, document, count, seed, excerpt_tokens)
+    written = sample(heads, max_tokens=QUESTION_TOKENS, temperature=1.0, top_k=0)
+    asked: dict[tuple[int, ...], Question] = {}
+    for head, question in zip(heads, written, strict=True):
+        asked_for, mark, _ = question.text.strip().partition("?")
+        text = asked_for + mark
+        if text and (question.is_whole or mark):
+            turn = encode(form.before_question + text + form.before_answer)
+            prompt = _without(head, encode(form.before_question)) + turn
+            behind = encode(form.begin + text + form.before_answer)
+            asked[tuple(prompt)] = Question(prompt, behind)
+    return list(asked.values())
 
 
 def _heads(

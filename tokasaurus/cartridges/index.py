@@ -26,6 +26,7 @@ import os
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -294,7 +295,7 @@ class Index:
         names: dict[str, list[NameRecord]] = {}
         for each in self.records():
             names.setdefault(each.metadata.digest, []).append(each)
-        for path in sorted(versions, key=lambda path: versions[path].st_mtime_ns):
+        for path in sorted(versions, key=lambda path: versions[path].st_atime_ns):
             if stored + record.num_bytes <= limit:
                 return
             owners = names.get(path.name.removesuffix(_SUFFIX), [])
@@ -329,9 +330,12 @@ def storage_error(error: OSError, directory: Path) -> EngineError:
 
 
 def _note_use(path: Path) -> None:
-    """The time of a version's file is that of its last use."""
+    """The time of access of a version's file is that of its last use.
+
+    That of its last change stays: a worker that reads the file looks whether it does.
+    """
     with contextlib.suppress(OSError):
-        os.utime(path)
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
 
 def _delete_unused(path: Path) -> bool:

@@ -26,6 +26,7 @@ from tokasaurus.client.results import (
     StoredFile,
     ToolCall,
     Usage,
+    WeightsVersion,
 )
 from tokasaurus.client.retrying import RetryPolicy
 
@@ -47,4 +48,5 @@ __all__ = [
     "Stream",
     "ToolCall",
     "Usage",
+    "WeightsVersion",
 ]

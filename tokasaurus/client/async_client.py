@@ -38,6 +38,7 @@ from tokasaurus.client.reading import (
 from tokasaurus.client.requests import Call, CartridgeLike, Messages, Prompt
 from tokasaurus.client.results import Answer, Health, Model, Piece, Usage
 from tokasaurus.client.retrying import RetryPolicy
+from tokasaurus.client.weights import AsyncWeights
 from tokasaurus.errors import EngineError, TimedOut
 
 __all__ = ["AsyncClient", "AsyncStream"]
@@ -133,6 +134,7 @@ class AsyncClient:
         self.files = AsyncFiles(self._connection, timeout_s)
         self.batches = AsyncBatches(self._connection, self.files, timeout_s)
         self.cartridges = AsyncCartridges(self._connection, timeout_s)
+        self.weights = AsyncWeights(self._connection, timeout_s)
 
     @classmethod
     def embedded(

@@ -34,11 +34,13 @@ from tokasaurus.client.results import (
     Piece,
     StoredFile,
     Usage,
+    WeightsVersion,
 )
 from tokasaurus.client.retrying import RetryPolicy
+from tokasaurus.client.weights import AsyncWeights
 from tokasaurus.loop_thread import LoopThread
 
-__all__ = ["Batches", "Cartridges", "Client", "Files", "Stream"]
+__all__ = ["Batches", "Cartridges", "Client", "Files", "Stream", "Weights"]
 
 T = TypeVar("T")
 
@@ -155,6 +157,7 @@ class Client:
         self.files = Files(client.files, self._loop)
         self.batches = Batches(client.batches, self._loop)
         self.cartridges = Cartridges(client.cartridges, self._loop)
+        self.weights = Weights(client.weights, self._loop)
 
     @property
     def base_url(self) -> str:
@@ -430,6 +433,34 @@ class Cartridges:
     def delete(self, cartridge_id: str, *, source: str = "local", force: bool = False) -> None:
         """Deletes a name. Raises NotFound, or Conflict while requests use it without ``force``."""
         self._loop.run(self._async.delete(cartridge_id, source=source, force=force))
+
+
+class Weights:
+    """The weights of the engine."""
+
+    def __init__(self, weights: AsyncWeights, loop: LoopThread) -> None:
+        self._async = weights
+        self._loop = loop
+
+    def version(self) -> WeightsVersion:
+        """The weights that run now."""
+        return self._loop.run(self._async.version())
+
+    def begin(self, label: str | None = None, *, replace: bool = False) -> str:
+        """Begins an update; returns its id. Raises Conflict if another one is unfinished."""
+        return self._loop.run(self._async.begin(label, replace=replace))
+
+    def send(self, update_id: str, number: int, bucket: bytes) -> None:
+        """Sends one bucket: a safetensors file. The first one has the number 0."""
+        self._loop.run(self._async.send(update_id, number, bucket))
+
+    def commit(self, update_id: str, num_buckets: int) -> WeightsVersion:
+        """Lets the engine run the weights of all buckets."""
+        return self._loop.run(self._async.commit(update_id, num_buckets))
+
+    def discard(self, update_id: str) -> None:
+        """Drops an update that is not committed. Raises NotFound."""
+        self._loop.run(self._async.discard(update_id))
 
 
 def _items(items: AsyncGenerator[T, None], loop: LoopThread) -> Iterator[T]:

@@ -120,7 +120,7 @@ class Connection:
             RequestError: the request is wrong.
             EngineError: the engine cannot be reached, or cannot answer; retries did not help.
         """
-        body = await self._until_it_works(call, self._whole, already)
+        body = await self._until_it_works(call, self.once, already)
         if not isinstance(body, bytes):
             return body
         try:
@@ -213,6 +213,8 @@ class Connection:
             except Failure as failure:
                 if self._is_closed:
                     raise EngineError("the client was closed during this request") from None
+                if not call.is_repeatable:
+                    raise failure.error from failure.__cause__
                 delay_s = attempts.delay_after(failure)
             await asyncio.sleep(delay_s)
             if already is not None and attempts.maybe_done:
@@ -221,7 +223,13 @@ class Connection:
                     if done is not None:
                         return done
 
-    async def _whole(self, call: Call, request_id: str) -> bytes:
+    async def once(self, call: Call, request_id: str) -> bytes:
+        """The body of the answer to one attempt.
+
+        Raises:
+            Failure: it has failed; says whether a retry may help.
+            EngineError: the client is closed.
+        """
         async with self._turn() as pool:
             with _content(call.form) as content:
                 request = self._request(pool, call, request_id, content)
@@ -258,6 +266,9 @@ class Connection:
                 "data": dict(call.form.fields),
                 "files": {"file": (call.form.filename, file)},
             }
+        elif call.content is not None:
+            headers["Content-Type"] = "application/octet-stream"
+            content = {"content": call.content}
         elif call.body is not None:
             headers["Content-Type"] = "application/json"
             content = {"content": encoded(call.body)}

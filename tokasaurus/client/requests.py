@@ -59,15 +59,19 @@ class Call:
     Attributes:
         path: with the query.
         body: JSON; None sends none.
+        content: bytes that are no JSON, in the place of ``body``.
         timeout_s: for one attempt; None waits for ever.
+        is_repeatable: it may be sent again if it fails.
     """
 
     method: str
     path: str
     body: Mapping[str, Any] | None = None
     form: Form | None = None
+    content: bytes | None = None
     timeout_s: float | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    is_repeatable: bool = True
 
 
 def completion(

@@ -27,6 +27,7 @@ __all__ = [
     "StoredFile",
     "ToolCall",
     "Usage",
+    "WeightsVersion",
 ]
 
 
@@ -88,8 +89,8 @@ class Choice:
             tell them.
         logprobs: if they were asked for.
         reasoning: None if there is none.
-        weights_versions: with ``return_weights_versions``: version, label and number of tokens of
-            each run.
+        weights_versions: with ``return_weights_versions``, or once there was an update: version,
+            label and number of tokens of each run.
     """
 
     index: int
@@ -264,6 +265,19 @@ class BatchResult:
     answer: Answer | None
     error: TokasaurusError | None
     raw: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class WeightsVersion:
+    """The weights that an engine runs.
+
+    Attributes:
+        version: 0 for those that it started with; each update makes the next number.
+        label: the one that a client gave, or the number.
+    """
+
+    version: int
+    label: str
 
 
 @dataclass(frozen=True)

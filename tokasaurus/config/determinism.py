@@ -17,8 +17,10 @@ def check_determinism(config: EngineConfig, device: str) -> str | None:
         return "results depend on the batch on device=cuda for now; set device=cpu"
     if config.torch_compile:
         return "torch_compile=T lets results depend on the batch; leave it out"
-    if config.attention == "reference":
-        return "attention=reference lets results depend on the batch; set attention=compiled"
+    if config.attention in ("reference", "triton"):
+        return (
+            f"attention={config.attention} lets results depend on the batch; set attention=compiled"
+        )
     return None
 
 

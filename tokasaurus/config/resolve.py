@@ -433,6 +433,8 @@ def _server(config: EngineConfig, facts: ModelFacts, limits: _Limits) -> ServerC
         eos_token_ids=facts.eos_token_ids,
         max_request_tokens=limits.max_request_tokens,
         max_seqs_per_forward=config.dp_size * limits.max_seqs,
+        num_replicas=config.dp_size,
+        num_workers=config.tp_size * config.pp_size,
         max_topk_logprobs=_max_topk(config, facts),
         logprobs_mode=_LOGPROBS_MODES[config.logprobs_mode],
         tool_call_parser=config.tool_call_parser,

@@ -103,6 +103,8 @@ class ServerConfig:
     eos_token_ids: tuple[int, ...]
     max_request_tokens: int  # prompt and completion together
     max_seqs_per_forward: int  # of all replicas
+    num_replicas: int
+    num_workers: int  # of each replica
     max_topk_logprobs: int
     logprobs_mode: LogprobsMode
     tool_call_parser: str  # "auto", "hermes" or "llama3"
@@ -195,7 +197,7 @@ class WorkerConfig:
     # Among the visible devices; None on "cpu", and for the device that the process has chosen.
     device_index: int | None
     dtype: str  # "float32", "bfloat16" or "float16"
-    attention: str  # "auto", "compiled" or "reference"
+    attention: str  # "auto", "compiled", "triton" or "reference"
     instruction_set: str  # of the kernels on "cpu"; "auto" for the best one
     use_groups: bool | None  # read a shared prefix once; None where that saves time
     linear: str  # "auto", "plain" or "packed"

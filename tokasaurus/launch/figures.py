@@ -7,11 +7,13 @@ import time
 from tokasaurus.launch.stalls import StallWatch, check_interval_s
 from tokasaurus.manager.manager import Manager
 from tokasaurus.protocol.messages import Statistics, ToServer, WorkerStall
+from tokasaurus.protocol.watching import Outlook
 
 __all__ = ["Figures", "WorkerWatch"]
 
 _STATISTICS_INTERVAL_S = 1.0
 _ETA_INTERVAL_S = 1.0
+_OUTLOOK_INTERVAL_S = 0.9  # not much more than one in a second, and not less
 _ETA_REST = 50  # the interval is at least this many times the duration of the estimate
 
 
@@ -25,6 +27,7 @@ class Figures:
     def __init__(self, manager: Manager) -> None:
         self._manager = manager
         self._eta_due_at = 0.0
+        self._outlook_due_at = 0.0
         self._statistics_due_at = 0.0
         self._at_rest = False  # and the server knows
 
@@ -55,10 +58,22 @@ class Figures:
             if eta is not None:
                 due.append(eta)
             self._eta_due_at = now + max(_ETA_INTERVAL_S, _ETA_REST * (time.monotonic() - now))
+        if now >= self._outlook_due_at:
+            due += self._outlook()
         if now >= self._statistics_due_at:
             due.append(self._manager.statistics())
             self._statistics_due_at = now + _STATISTICS_INTERVAL_S
         return due
+
+    def _outlook(self) -> list[Outlook]:
+        """The forecast, if somebody looks at it: it takes a small share of the time, too."""
+        started = time.monotonic()
+        found = self._manager.outlook()
+        if found is None:
+            return []
+        took_s = time.monotonic() - started
+        self._outlook_due_at = started + max(_OUTLOOK_INTERVAL_S, _ETA_REST * took_s)
+        return [found]
 
 
 class WorkerWatch:

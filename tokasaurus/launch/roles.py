@@ -27,7 +27,8 @@ from tokasaurus.launch.timeline import Timeline
 from tokasaurus.launch.worker_loop import WorkerLoop
 from tokasaurus.observability.logging import configure_logging
 from tokasaurus.protocol.channels import Receiver, Sender
-from tokasaurus.protocol.messages import FromWorker
+from tokasaurus.protocol.commands import TransferDone
+from tokasaurus.protocol.messages import FromServer, FromWorker
 from tokasaurus.protocol.role import Role
 
 __all__ = ["Front", "roles_of", "run_role"]
@@ -194,7 +195,13 @@ def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:
     log.info("%s", assignment.slices.memory_plan)
     slices = assignment.slices
     config = with_threads(slices.replicas[role.replica].workers[role.rank], slices)
-    worker = Worker(config, load_vocabulary, _rendezvous(assignment))
+    worker = Worker(
+        config,
+        load_vocabulary,
+        _rendezvous(assignment),
+        replica=role.replica,
+        report=_Reports(assignment),
+    )
     lifeline.send(Ready(worker.warm_up(), worker.identity()))
     timeline = _timeline(assignment)
     submit = worker.submit if timeline is None else timeline.submitting(worker.submit)
@@ -203,6 +210,25 @@ def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:
     loop = WorkerLoop(submit, door.receive, send)
     while True:
         loop.take_turn()
+
+
+class _Reports:
+    """Tells the manager how transfers of weights ended, from threads beside the worker's own.
+
+    Args:
+        assignment: of the worker.
+    """
+
+    def __init__(self, assignment: Assignment) -> None:
+        self._door = assignment.door(Role("manager", assignment.role.replica))
+        self._sender: Sender[FromServer | FromWorker] | None = None
+        self._lock = threading.Lock()  # a socket may pass from thread to thread, one at a time
+
+    def __call__(self, report: TransferDone) -> None:
+        with self._lock:
+            if self._sender is None:
+                self._sender = Sender(self._door, TO_MANAGER)
+            self._sender.send(report)
 
 
 def _rendezvous(assignment: Assignment) -> str:

@@ -90,7 +90,7 @@ class _Serving(TextProcess):
         await self._batches.start()
         scheme = "http" if config.ssl_certfile is None else "https"
         log.info("ready: %s at %s://%s:%d/v1", config.model_name, scheme, config.host, config.port)
-        self._reports = asyncio.create_task(report(config, generations))
+        self._reports = asyncio.create_task(report(config, generations, self.state.history))
 
     def on_dead(self, reason: str) -> None:
         self._end_task = asyncio.create_task(self._end())

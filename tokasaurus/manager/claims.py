@@ -75,6 +75,14 @@ class Claims:
         if cartridge is not None:
             self._cartridges.release(cartridge)
 
+    def drop_behind(self, order: int) -> bool:
+        """Drops the last claim, if it comes after this order; returns whether it does."""
+        last = self.last()
+        if last is None or last.order <= order:
+            return False
+        self.drop(last)
+        return True
+
     def drop(self, sequence: Sequence) -> None:
         """Takes the claim of a sequence, which begins anew in the queue."""
         if not self._by_sequence[sequence].is_there:

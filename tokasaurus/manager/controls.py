@@ -7,9 +7,13 @@ exceptions:
 
 - An AbortAll is like an abort of every request: it is carried out at once.
 - A cartridge is registered and forgotten at once, as a request is taken in.
-- An unfinished drain may take long. A Pause, a Resume or a FlushCache does not wait for it. A pause
+- An unfinished drain may take long. A Pause, a Resume, a FlushCache or what concerns the group of a
+  trainer does not wait for it. A pause
   with ABORT finishes it, a second drain ends together with it, and a Resume or a pause with KEEP
   cancels it: then the drain fails.
+
+What concerns the group of a trainer is sent in its turn, and then holds up nothing: it goes on
+beside batches and other commands (``Transfers``).
 
 The plans ask for cartridges to be written. These controls are no commands: they hold up none, and
 batches run behind them.
@@ -38,6 +42,7 @@ from tokasaurus.errors import EngineError
 from tokasaurus.manager.kv.cartridges import Cartridge
 from tokasaurus.manager.running import RunningSequences
 from tokasaurus.manager.slots import IndexArray
+from tokasaurus.manager.transfers import Transfers
 from tokasaurus.manager.waiting import Backlog
 from tokasaurus.protocol.commands import (
     AbortAll,
@@ -49,12 +54,17 @@ from tokasaurus.protocol.commands import (
     ControlDone,
     DeviceAction,
     FlushCache,
+    GroupAction,
+    JoinWeightsGroup,
+    LeaveWeightsGroup,
     LoadCartridge,
     Pause,
     PauseMode,
+    ReceiveWeights,
     ReleaseMemory,
     RestoreMemory,
     Resume,
+    TransferDone,
     UnloadCartridge,
     UpdateWeights,
     WriteCartridge,
@@ -73,6 +83,10 @@ TIME_LIMITS_S: Mapping[type[DeviceAction], float] = {
     ReleaseMemory: 120.0,
     RestoreMemory: 1800.0,
     WriteCartridge: 300.0,
+    # These only begin something, or end it.
+    JoinWeightsGroup: 120.0,
+    LeaveWeightsGroup: 120.0,
+    ReceiveWeights: 120.0,
 }
 
 
@@ -90,6 +104,11 @@ class _Sent(NamedTuple):
     control: Control
     command_id: int = -1
     cartridge: Cartridge | None = None
+
+    @property
+    def holds_up(self) -> bool:
+        """Whether commands and batches wait for the worker's answer."""
+        return self.cartridge is None and not isinstance(self.control.action, GroupAction)
 
 
 class Controls:
@@ -128,6 +147,7 @@ class Controls:
         self._orders: list[ToWorker] = []
         # The answers to pauses, for when they are done.
         self._pausing: list[CommandDone] = []
+        self._transfers = Transfers(self._transferred, self._failed, self._leave)
         self._sent: deque[_Sent] = deque()
         self._oldest_since = 0.0  # when the oldest control in flight could begin
         self._has_weights_memory = self._has_kv_cache = self._has_weights = True
@@ -203,10 +223,17 @@ class Controls:
         self._oldest_since = now
         if sent.cartridge is not None:
             self._has_written(sent.cartridge, done)
+        elif isinstance(sent.control.action, GroupAction):
+            self._transfers.answered(done.number, sent.command_id, sent.control.action, done.error)
         elif done.error is not None:
             self._failed(sent.command_id, done.error)
         else:
             self._done(sent.command_id, num_pages=self._has_done(sent.control.action, done))
+        self.advance(now)
+
+    def absorb_report(self, report: TransferDone, now: float) -> None:
+        """Takes a rank's report of a transfer that the worker has carried out beside batches."""
+        self._transfers.reported(report)
         self.advance(now)
 
     def advance(self, now: float) -> None:
@@ -228,7 +255,7 @@ class Controls:
         """Whether a command before this one holds it up."""
         if self._waits_for_worker:
             return True
-        may_interrupt = isinstance(action, Pause | Resume | FlushCache)
+        may_interrupt = isinstance(action, Pause | Resume | FlushCache | GroupAction)
         return bool(self._pausing) and not (self.paused is PauseMode.DRAIN and may_interrupt)
 
     def _finish_pauses(self) -> None:
@@ -258,6 +285,9 @@ class Controls:
             self._resume(command_id)
         elif isinstance(action, UpdateWeights):
             self._update_weights(command_id, action, now)
+        elif isinstance(action, GroupAction):
+            self._transfers.sent(self._running.in_flight.next_number, command_id, action)
+            self._send(action, now, command_id=command_id)
         elif isinstance(action, ReleaseMemory):
             rest = ReleaseMemory(
                 weights=action.weights and self._has_weights_memory,
@@ -325,6 +355,10 @@ class Controls:
             self._send(action, now, command_id=command_id)
         else:
             self._done(command_id)
+
+    def _leave(self, group: str) -> None:
+        """Lets the workers leave a group, without an answer to the server."""
+        self._waiting.append(_Waiting(-1, LeaveWeightsGroup(group), []))
 
     def _send(
         self,
@@ -448,7 +482,7 @@ class Controls:
     @property
     def _waits_for_worker(self) -> bool:
         """Whether what a command asks for is in flight."""
-        return any(sent.cartridge is None for sent in self._sent)
+        return any(sent.holds_up for sent in self._sent)
 
     @property
     def _lack(self) -> str | None:
@@ -477,6 +511,7 @@ class Controls:
         num_pages: int = 0,
         num_tokens: int | None = None,
         num_sequences: int = 0,
+        has_all_tensors: bool = False,
     ) -> None:
         if num_tokens is None:
             num_tokens = num_pages * self._running.pages.page_size
@@ -488,8 +523,12 @@ class Controls:
                 num_sequences=num_sequences,
                 weights_version=self._running.weights_version,
                 lacks_weights=self._has_weights_memory and not self._has_weights,
+                has_all_tensors=has_all_tensors,
             )
         )
+
+    def _transferred(self, command_id: int, has_all_tensors: bool) -> None:
+        self._done(command_id, has_all_tensors=has_all_tensors)
 
     def _failed(self, command_id: int, reason: str, field: str | None = None) -> None:
         self._answer(CommandFailed(command_id, reason, field))

@@ -32,6 +32,11 @@ class Counters:
     device_s: float = 0.0  # as the worker reports it
     waited_s: float = 0.0  # of device_s, as the worker reports it
     num_recompiles: int = 0  # as the worker reports it
+    # Batches, by what kept more sequences from running.
+    num_full_batches: int = 0
+    num_seat_bound_batches: int = 0
+    num_page_bound_batches: int = 0
+    active_s: float = 0.0  # with batches in flight
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,8 @@ class Gauges:
     num_evictable_pages: int  # cached, or of a cartridge, and without a user
     num_cartridge_pages: int
     num_evicted_pages: int  # since the start
+    num_seats: int  # sequences that may run at once
+    page_size: int  # tokens
     weights_version: int
     paused: bool  # by a Pause, or because memory is released or the weights are missing
 
@@ -92,4 +99,13 @@ def statistics(
         num_cartridge_evictions=tally.num_evictions,
         num_cartridge_pages=gauges.num_cartridge_pages,
         cartridges=cartridges,
+        num_full_batches=counters.num_full_batches,
+        num_seat_bound_batches=counters.num_seat_bound_batches,
+        num_page_bound_batches=counters.num_page_bound_batches,
+        active_s=counters.active_s,
+        num_forecasts=counters.num_forecasts,
+        num_forecast_pages_off=counters.num_forecast_pages_off,
+        num_in_flight=gauges.num_in_flight,
+        num_seats=gauges.num_seats,
+        page_size=gauges.page_size,
     )

@@ -20,6 +20,7 @@ from tokasaurus.manager.controls import Controls
 from tokasaurus.manager.counters import Counters, Gauges, statistics
 from tokasaurus.manager.forecast.admission import AdmissionControl
 from tokasaurus.manager.forecast.eta import StepTimer, eta
+from tokasaurus.manager.forecast.outlook import outlook
 from tokasaurus.manager.held_slots import find_holding_slots
 from tokasaurus.manager.in_flight import PromptPiece
 from tokasaurus.manager.invariants import check_invariants
@@ -33,7 +34,13 @@ from tokasaurus.manager.shares import Shares, middle
 from tokasaurus.manager.slots import IndexArray
 from tokasaurus.manager.waiting import Backlog
 from tokasaurus.protocol.arrays import Int32Array
-from tokasaurus.protocol.commands import Command, CommandDone, CommandFailed, ControlDone
+from tokasaurus.protocol.commands import (
+    Command,
+    CommandDone,
+    CommandFailed,
+    ControlDone,
+    TransferDone,
+)
 from tokasaurus.protocol.messages import (
     MAX_PRIORITY,
     AbortRequest,
@@ -54,6 +61,7 @@ from tokasaurus.protocol.messages import (
     ToServer,
     ToWorker,
 )
+from tokasaurus.protocol.watching import Outlook, Watch
 from tokasaurus.rounding import ceil_div
 
 __all__ = ["Actions", "Manager"]
@@ -100,6 +108,7 @@ class Manager:
         )
         self._messages: list[ToServer] = []  # of this turn
         self._now = 0.0
+        self._watched_until = 0.0
         self._num_steps = 0  # that began with batches of which this turn brings the results
         self._is_ordinary = True  # whether this turn has no command and no control
         # In this turn these ended: sequences, those of them that hold pages, and whole requests.
@@ -154,6 +163,8 @@ class Manager:
         """
         self._num_steps = 0
         self._is_ordinary = True
+        if self.num_in_flight:
+            self.counters.active_s += now - self._now
         self._now = now
         for event in events:
             self._take(event, now)
@@ -191,6 +202,12 @@ class Manager:
             return None
         return eta(self._running, self._backlog, self._admission, self._step_timer.seconds)
 
+    def outlook(self) -> Outlook | None:
+        """The forecast; None where nobody watches, and as long as requests wait for a command."""
+        if self._now >= self._watched_until or self._controls.rests:
+            return None
+        return outlook(self._running, self._backlog, self._admission, self._step_timer.seconds)
+
     def statistics(self) -> Statistics:
         """The counters, and the state of this moment."""
         cartridges = self._running.cartridges
@@ -225,6 +242,8 @@ class Manager:
             num_evictable_pages=pages.pool.num_evictable + pages.num_idle,
             num_cartridge_pages=pages.num_pinned + pages.num_idle,
             num_evicted_pages=pages.cache.num_evicted,
+            num_seats=self._config.max_running,
+            page_size=self._config.page_size,
             weights_version=self._running.weights_version,
             paused=self._controls.rests,
         )
@@ -259,8 +278,12 @@ class Manager:
                 self._abort(request)
         elif isinstance(event, Command | ControlDone):
             self._take_control(event, now)
+        elif isinstance(event, TransferDone):
+            self._controls.absorb_report(event, now)
         elif isinstance(event, Ping):
             self._messages.append(self.statistics())
+        elif isinstance(event, Watch):
+            self._watched_until = now + event.seconds
         else:
             raise ProtocolError(f"the manager takes no {type(event).__name__}")
 

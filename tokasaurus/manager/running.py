@@ -98,6 +98,11 @@ class RunningSequences:
         self._counters = counters
 
     @property
+    def is_empty(self) -> bool:
+        """No sequence holds a page that is not pinned: each that runs has some."""
+        return self.pages.num_held == 0
+
+    @property
     def num_running(self) -> int:
         """Sequences that hold pages."""
         return int(np.count_nonzero(self.slots.order >= 0))

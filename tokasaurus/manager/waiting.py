@@ -203,6 +203,10 @@ class Backlog:
         """The sequences that are kept out of the queue because they have not begun."""
         return list(self._held)
 
+    def is_shared(self, sequence: Sequence) -> bool:
+        """Whether another client has sequences of this one's priority."""
+        return self.shares.num_clients(sequence.request.message.priority) > 1
+
     def num_followers(self, leader: Sequence) -> int:
         """How many sequences would fork from this one when it has fed its prompt."""
         request = leader.request

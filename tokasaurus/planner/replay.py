@@ -39,6 +39,7 @@ from tokasaurus.protocol.messages import (
     PromptLogprobs,
     RequestRejected,
     SequenceUpdates,
+    Statistics,
     StopSequence,
     ToServer,
     ToWorker,
@@ -92,7 +93,7 @@ class Replay:
         self._num_events = 0
         self._tally = Tally(trace)
         for number, request in enumerate(trace):
-            self._post(request.arrival_s, generate_request(request, number))
+            self.post(request.arrival_s, generate_request(request, number))
 
     def advance(self) -> bool:
         """Runs one turn of the manager. Returns False if no event is left."""
@@ -115,6 +116,10 @@ class Replay:
         self._tally.observe(Moment.of(done, self._manager.gauges(), num_tokens))
         return True
 
+    def statistics(self) -> Statistics:
+        """The manager's figures at this moment."""
+        return self._manager.statistics()
+
     def report(self) -> Report:
         """The outcome, once :meth:`advance` has returned False.
 
@@ -126,18 +131,19 @@ class Replay:
         num_pages = self._manager.gauges().num_pages
         return self._tally.report(self._manager.counters, num_pages, self._pipeline.waited_s)
 
-    def _post(self, at: float, message: FromServer | FromWorker) -> None:
+    def post(self, at: float, message: FromServer | FromWorker) -> None:
+        """Lets the manager get a message at this time."""
         heapq.heappush(self._events, _Event(at, self._num_events, message))
         self._num_events += 1
 
     def _run(self, order: ToWorker, sent_at: float) -> None:
         if not isinstance(order, ForwardBatch):
             done, done_at = self._pipeline.carry_out(order, sent_at)
-            self._post(done_at, done)
+            self.post(done_at, done)
             return
         result, spans = self._pipeline.run(order, sent_at)
         self._tally.count_batch(len(result.token_ids), spans)
-        self._post(spans[-1].end_s, result)
+        self.post(spans[-1].end_s, result)
 
     def _deliver(self, message: ToServer, at: float) -> None:
         if isinstance(message, SequenceUpdates):
@@ -163,7 +169,7 @@ class Replay:
         for request_id, sample_index in zip(
             request_ids[is_stop].tolist(), sample_indices[is_stop].tolist(), strict=True
         ):
-            self._post(at, StopSequence(request_id, sample_index))
+            self.post(at, StopSequence(request_id, sample_index))
         counts = received[~is_stop].astype(np.int32)
         if len(counts):
-            self._post(at, Acknowledge(request_ids[~is_stop], sample_indices[~is_stop], counts))
+            self.post(at, Acknowledge(request_ids[~is_stop], sample_indices[~is_stop], counts))

@@ -27,12 +27,17 @@ __all__ = [
     "ControlDone",
     "DeviceAction",
     "FlushCache",
+    "GroupAction",
+    "JoinWeightsGroup",
+    "LeaveWeightsGroup",
     "LoadCartridge",
     "Pause",
     "PauseMode",
+    "ReceiveWeights",
     "ReleaseMemory",
     "RestoreMemory",
     "Resume",
+    "TransferDone",
     "UnloadCartridge",
     "UpdateWeights",
     "WriteCartridge",
@@ -94,6 +99,8 @@ class UpdateWeights(_Action, frozen=True):
     files: tuple[str, ...]
     # SHA-256 of each file, in hexadecimal and in the order of the files; () does not check.
     checksums: tuple[str, ...] = ()
+    # In the place of files: the tensors that came by ReceiveWeights, which must be all.
+    is_received: bool = False
 
 
 class ReleaseMemory(_Action, frozen=True):
@@ -119,6 +126,55 @@ class RestoreMemory(_Action, frozen=True):
 
     weights: bool
     kv_cache: bool
+
+
+class JoinWeightsGroup(_Action, frozen=True):
+    """Let every worker join a process group of torch.distributed, in which a trainer is rank 0.
+
+    It is done when all ranks of the group are there, and fails when the time is up. The workers
+    wait for the others beside their batches, and other commands do not wait for it. A group of the
+    same name is left first.
+    """
+
+    group: str  # its name, the same at all ranks
+    address: str  # the trainer listens there
+    port: int
+    # The rank of the first worker of replica 0 in the group. Those of the other workers follow, in
+    # the order of replicas and of ranks within a replica.
+    first_rank: int
+    world_size: int  # ranks of the group, with the trainer
+    backend: str  # "gloo", "nccl", or "" for nccl on CUDA devices and gloo elsewhere
+    timeout_s: float
+
+
+class LeaveWeightsGroup(_Action, frozen=True):
+    """Leave a group; harmless if there is none.
+
+    What it still joins or receives fails, and tensors that came before are dropped.
+    """
+
+    group: str
+
+
+class ReceiveWeights(_Action, frozen=True):
+    """Receive tensors that the trainer of a group broadcasts, one after the other.
+
+    They are checked by name, shape and dtype first. It is done when every worker keeps its part of
+    all of them, beside the weights that run: an UpdateWeights replaces these once all tensors of
+    the model have come. Batches go on, and other commands do not wait for it. Where it fails, the
+    group is of no use any more, and has to be left.
+    """
+
+    group: str
+    names: tuple[str, ...]  # as in UpdateWeights
+    dtypes: tuple[str, ...]  # as torch writes them, such as "bfloat16"
+    shapes: tuple[tuple[int, ...], ...]
+    # All tensors come in one broadcast: the bytes of one behind those of the other.
+    is_flat: bool
+    # Drop tensors that came before: they belong to another update. So does one that has come
+    # already.
+    begins_anew: bool
+    timeout_s: float
 
 
 class LoadCartridge(_Action, frozen=True):
@@ -164,8 +220,15 @@ Action: TypeAlias = (
     | RestoreMemory
     | LoadCartridge
     | UnloadCartridge
+    | JoinWeightsGroup
+    | LeaveWeightsGroup
+    | ReceiveWeights
 )
-DeviceAction: TypeAlias = UpdateWeights | ReleaseMemory | RestoreMemory | WriteCartridge
+GroupAction: TypeAlias = JoinWeightsGroup | LeaveWeightsGroup | ReceiveWeights
+"""What concerns the group of a trainer: it is carried out beside the batches."""
+DeviceAction: TypeAlias = (
+    UpdateWeights | ReleaseMemory | RestoreMemory | WriteCartridge | GroupAction
+)
 
 
 def aborts_all(action: Action) -> bool:
@@ -192,6 +255,8 @@ class CommandDone(Message, frozen=True):
     weights_version: int = 0  # of the weights that run from now on
     # Whether nothing runs before an update: the weights were released and not read again.
     lacks_weights: bool = False
+    # Of ReceiveWeights: whether all tensors of the model have come.
+    has_all_tensors: bool = False
 
 
 class CommandFailed(Message, frozen=True):
@@ -211,8 +276,25 @@ class Control(Message, frozen=True):
 
 
 class ControlDone(Message, frozen=True):
-    """Worker to manager, after the results of all batches before the control."""
+    """Worker to manager, after the results of all batches before the control.
+
+    The answer to a JoinWeightsGroup or a ReceiveWeights says that it has begun; a TransferDone of
+    each worker says how it ended.
+    """
 
     number: int
     error: str | None = None  # why the worker refused, without having changed anything
     weights_ready: bool = True  # false while the weights are released, or were not filled again
+
+
+class TransferDone(Message, frozen=True):
+    """Worker to manager: this rank has joined a group, or has received tensors, or could not.
+
+    It may come before the answer to the control.
+    """
+
+    number: int  # of the control
+    rank: int  # of the worker in its replica
+    num_ranks: int  # of the replica, which all say so
+    error: str | None = None
+    has_all_tensors: bool = False  # that this rank needs for an update

@@ -1,9 +1,9 @@
 """The messages between the rooms, grouped by direction.
 
-    server ──GenerateRequest, AbortRequest, StopSequence, Acknowledge, Command──▶ manager
+    server ──GenerateRequest, AbortRequest, StopSequence, Acknowledge, Command, Watch──▶ manager
     manager ──ForwardBatch, Control──▶ worker ──ForwardResult, ControlDone──▶ manager
     manager ──SequenceUpdates, PromptLogprobs, PooledState, RequestRejected,
-              Eta, CommandDone, CommandFailed, Statistics──▶ server
+              Eta, CommandDone, CommandFailed, Statistics, Outlook──▶ server
 
 A *sequence* is one sample of a request, identified by (request id, sample index). A *slot* is the
 row that a running sequence owns in every table of the manager and the worker. A message "in
@@ -31,8 +31,10 @@ from tokasaurus.protocol.commands import (
     CommandFailed,
     Control,
     ControlDone,
+    TransferDone,
 )
 from tokasaurus.protocol.message import Message
+from tokasaurus.protocol.watching import Outlook, Watch
 
 __all__ = [
     "MAX_PRIORITY",
@@ -380,6 +382,19 @@ class Statistics(Message, frozen=True):
     num_cartridge_evictions: int = 0
     num_cartridge_pages: int = 0  # that hold cartridges at present
     cartridges: tuple[CartridgeState, ...] = ()  # that are registered
+    # What kept more sequences from running. Totals; a batch counts in one of them at most.
+    num_full_batches: int = 0  # with as many tokens as a batch may have
+    num_seat_bound_batches: int = 0  # others, while some waited and as many ran as may
+    num_page_bound_batches: int = 0  # others, while some waited: there was no room in the KV cache
+    active_s: float = 0.0  # seconds with batches in flight
+    # How often the use of pages was compared with its forecast, and the differences, summed.
+    num_forecasts: int = 0
+    num_forecast_pages_off: int = 0
+    # The present state.
+    num_in_flight: int = 0  # batches
+    num_seats: int = 0  # sequences that may run at once
+    page_size: int = 0  # tokens
+    num_replicas: int = 1  # that these numbers are of
 
 
 class WorkerStall(Message, frozen=True):
@@ -544,7 +559,9 @@ class ForwardResult(Message, frozen=True):
     waited_s: float = 0.0
 
 
-FromServer: TypeAlias = GenerateRequest | AbortRequest | StopSequence | Acknowledge | Command | Ping
+FromServer: TypeAlias = (
+    GenerateRequest | AbortRequest | StopSequence | Acknowledge | Command | Ping | Watch
+)
 ToServer: TypeAlias = (
     SequenceUpdates
     | PromptLogprobs
@@ -554,6 +571,7 @@ ToServer: TypeAlias = (
     | CommandDone
     | CommandFailed
     | Statistics
+    | Outlook
 )
 ToWorker: TypeAlias = ForwardBatch | Control
-FromWorker: TypeAlias = ForwardResult | ControlDone
+FromWorker: TypeAlias = ForwardResult | ControlDone | TransferDone

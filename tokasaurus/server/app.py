@@ -12,6 +12,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 
 from fastapi import APIRouter, FastAPI
@@ -23,9 +25,10 @@ from tokasaurus.batch.runner import BatchRunner
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.server.control.weights_updates import WeightsUpdates
 from tokasaurus.server.document import document_answers
-from tokasaurus.server.http.access import Access
+from tokasaurus.server.http.access import OPEN_PATHS, Access
 from tokasaurus.server.http.answers import install_error_handlers
 from tokasaurus.server.http.direct import DirectRoutes
+from tokasaurus.server.http.passing_on import KnownClients
 from tokasaurus.server.http.request_counts import CountRequests
 from tokasaurus.server.operations.executor import Executor
 from tokasaurus.server.protocols.table import OPERATIONS
@@ -35,9 +38,12 @@ from tokasaurus.server.routes.control import CONTROL_SCHEMAS, ControlRoutes
 from tokasaurus.server.routes.engine import EngineRoutes
 from tokasaurus.server.routes.files import FileRoutes
 from tokasaurus.server.routes.generating import Endpoints
+from tokasaurus.server.routes.page import PAGE_PATHS, PageRoutes
 from tokasaurus.server.routes.synchronous_batch import SynchronousBatch
 from tokasaurus.server.routes.tokens import TOKEN_SCHEMAS, TokenRoutes
+from tokasaurus.server.routes.watching import WatchingRoutes
 from tokasaurus.server.routes.weights import WEIGHTS_PREFIX, WEIGHTS_SCHEMAS, WeightsRoutes
+from tokasaurus.server.routes.weights_groups import WEIGHTS_GROUP_SCHEMAS, WeightsGroupRoutes
 from tokasaurus.server.state import EngineState
 from tokasaurus.version import __version__
 
@@ -61,7 +67,14 @@ def create_app(
         directory: for weights that come over HTTP; None is the system's for temporary files.
         is_inner: requests come from ``create_outer_app``, which has checked them.
     """
-    app = FastAPI(title="Tokasaurus", version=__version__, redirect_slashes=False)
+    # Its pages for the document would load scripts of another host.
+    app = FastAPI(
+        title="Tokasaurus",
+        version=__version__,
+        redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
+    )
     executor = Executor(state, OPERATIONS)
     batch = SynchronousBatch(config, executor)
     endpoints = Endpoints(executor, batch)
@@ -73,18 +86,23 @@ def create_app(
         app.include_router(BatchRoutes(batches).router())
     app.include_router(CartridgeRoutes(config, state).router())
     app.include_router(TokenRoutes(state).router())
+    app.include_router(PageRoutes().router())
+    app.include_router(WatchingRoutes(state, batches).router())
     updates = WeightsUpdates(directory)
-    control = ControlRoutes(state, updates).router()
-    app.include_router(control)
+    control = _control(config, state, updates)
+    for router in control:
+        app.include_router(router)
     app.include_router(WeightsRoutes(state, updates).router())
     install_error_handlers(app)
     # From the innermost layer to the outermost.
     app.add_middleware(DirectRoutes, endpoints.handlers)
-    if not is_inner:
+    if is_inner:
+        app.add_middleware(KnownClients)
+    else:
         _add_checks(app, config, control)
     app.add_middleware(CountRequests, state.metrics.requests)  # refusals too
     operations = [each for operation in OPERATIONS.values() for each in operation.schemas]
-    control_bodies = [*CONTROL_SCHEMAS, *WEIGHTS_SCHEMAS]
+    control_bodies = [*CONTROL_SCHEMAS, *WEIGHTS_SCHEMAS, *WEIGHTS_GROUP_SCHEMAS]
     document_answers(app, [*operations, BatchRequest, *TOKEN_SCHEMAS, *control_bodies])
     return app
 
@@ -107,18 +125,26 @@ def create_outer_app(config: ServerConfig, state: EngineState, elsewhere: ASGIAp
     app.router.default = elsewhere
     install_error_handlers(app)
     app.add_middleware(DirectRoutes, endpoints.handlers)
-    _add_checks(app, config, ControlRoutes(state, WeightsUpdates(None)).router())
+    _add_checks(app, config, _control(config, state, WeightsUpdates(None)))
     app.add_middleware(CountRequests, state.metrics.requests)
     return app
 
 
-def _add_checks(app: FastAPI, config: ServerConfig, control: APIRouter) -> None:
+def _control(config: ServerConfig, state: EngineState, updates: WeightsUpdates) -> list[APIRouter]:
+    """The routes that need an admin key, but for those of weights over HTTP."""
+    groups = WeightsGroupRoutes(config, state, updates)
+    return [ControlRoutes(state, updates).router(), groups.router()]
+
+
+def _add_checks(app: FastAPI, config: ServerConfig, control: Iterable[APIRouter]) -> None:
     """Adds what may refuse a request before it is read."""
-    control_paths = {route.path for route in control.routes if isinstance(route, APIRoute)}
+    routes = itertools.chain.from_iterable(router.routes for router in control)
+    control_paths = {route.path for route in routes if isinstance(route, APIRoute)}
     app.add_middleware(
         Access,
         config,
         lambda path: path in control_paths or path.startswith(WEIGHTS_PREFIX),
+        OPEN_PATHS | PAGE_PATHS,
     )
     if config.cors_origins:
         # Around Access, so that web pages can read refusals, and ask first without a key.

@@ -244,7 +244,14 @@ _ANSWERS: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("post", "/resume_memory_occupation"): _STATUS,
     ("post", "/update_weights_from_disk"): _SUCCESS,
     ("post", "/update_weights_from_tensor"): _STATUS,
-    ("post", "/update_weights_from_distributed"): _STATUS,
+    ("post", "/update_weights_from_distributed"): _SUCCESS,
+    ("post", "/init_weights_update_group"): _SUCCESS,
+    ("post", "/destroy_weights_update_group"): _SUCCESS,
+    ("post", "/init_weight_transfer_engine"): _json(_object(message=_STRING)),
+    ("post", "/start_weight_update"): _json(_object(message=_STRING)),
+    ("post", "/update_weights"): _json(_object(message=_STRING)),
+    ("post", "/finish_weight_update"): _json(_object(message=_STRING)),
+    ("get", "/get_world_size"): _json(_object(world_size=_INTEGER)),
     ("post", "/update_weights_from_ipc"): _STATUS,
     ("post", "/update_weight_version"): _SUCCESS,
     ("get", "/weight_info"): _VERSION,
@@ -255,6 +262,10 @@ _ANSWERS: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("put", "/v1/weights/updates/{update_id}/buckets/{number}"): _BUCKET,
     ("post", "/v1/weights/updates/{update_id}/commit"): _UPDATE,
     ("get", "/model_info"): _json(_object(model_path=_STRING, max_model_len=_INTEGER)),
+    ("get", "/v1/engine"): _json(_object(status=_STRING, model=_STRING, requests=_list(_OBJECT))),
+    ("post", "/v1/engine/requests/{request_id}/cancel"): _json(
+        _object(id=_STRING, cancelled=_BOOLEAN)
+    ),
     ("get", "/server_info"): _json(_object(version=_STRING, status=_STRING)),
 }
 
@@ -306,6 +317,9 @@ _PARAMETERS: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]] = {
             "What to restore, once for each; default all.",
             _list({"type": "string", "enum": ["weights", "kv_cache", "scheduling"]}),
         ),
+    ),
+    ("get", "/get_world_size"): (
+        _query("include_dp", "Count the workers of all replicas; default true.", _BOOLEAN),
     ),
     ("get", "/v1/batches"): (
         _query("limit", "Batches of a page.", {**_INTEGER, "minimum": 1, "maximum": 100}),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -17,15 +18,19 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from tokasaurus.cartridges.store import CartridgeStore
-from tokasaurus.protocol.messages import Statistics
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.generations import Generations
+from tokasaurus.text.limits import KINDS, Limit, kv_use
 from tokasaurus.text.replicas import Replicas
 
-__all__ = ["Figure", "Metrics", "figures", "kv_use", "store_figures"]
+__all__ = ["Figure", "Metrics", "figures", "limit_figures", "store_figures"]
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000, 2500)
 _SECONDS_PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+
+_NUM_ERRORS = 256  # of predictions, the latest
+_FEWEST_ERRORS = 10
+_SHORTEST_S = 0.1  # a prediction of less is as good as this
 
 # The manager's figures: name after "tokasaurus_", field of Statistics, help.
 _TOTALS = (
@@ -55,6 +60,9 @@ _TOTALS = (
         "waited_s",
         "Part of device_seconds in which the last stage waited for other workers: the bubble",
     ),
+    ("active_seconds", "active_s", "Time with batches in flight"),
+    ("forecasts", "num_forecasts", "Times that the use of pages was compared with its forecast"),
+    ("forecast_pages_off", "num_forecast_pages_off", "Pages by which it differed, summed"),
     ("recompiles", "num_recompiles", "Graphs that torch.compile made after the warm-up"),
     ("cartridge_requests", "num_cartridge_requests", "Prompts behind cartridges"),
     ("cartridge_hits", "num_cartridge_hits", "Those whose cartridges were in the KV cache"),
@@ -67,6 +75,8 @@ _STATE = (
     ("kv_pages", "num_pages", "Pages of the KV cache"),
     ("kv_free_pages", "num_free_pages", "Pages that hold nothing"),
     ("kv_cached_pages", "num_evictable_pages", "Pages that only the prefix cache holds"),
+    ("batches_in_flight", "num_in_flight", "Forward passes planned and not answered"),
+    ("seats", "num_seats", "Sequences that may run at once"),
     ("cartridge_pages", "num_cartridge_pages", "Pages that hold cartridges"),
     ("step_seconds", "step_s", "Time of a forward pass at present, a moving average"),
 )
@@ -106,6 +116,7 @@ class Metrics:
         prompts = Counter(
             "tokasaurus_prompts", "Prompts that ended", ("outcome",), registry=registry
         )
+        self._errors: deque[float] = deque(maxlen=_NUM_ERRORS)
         self._outcomes = {
             outcome: prompts.labels(outcome)
             for outcome in ("finished", "aborted", "refused", "failed")
@@ -131,6 +142,18 @@ class Metrics:
         )
         registry.register(_Figures(figures))
 
+    @property
+    def eta_band(self) -> tuple[float, float] | None:
+        """What most prompts took, as multiples of their first predictions: of ten, eight.
+
+        None before enough prompts have ended of which a prediction was made.
+        """
+        if len(self._errors) < _FEWEST_ERRORS:
+            return None
+        ordered = sorted(self._errors)
+        last = len(ordered) - 1
+        return ordered[round(0.1 * last)], ordered[round(0.9 * last)]
+
     def text(self) -> bytes:
         """All metrics, in Prometheus' text format."""
         return generate_latest(self._registry)
@@ -144,6 +167,9 @@ class Metrics:
         """Its first token has come."""
         generation.began_at = self._clock()
 
+    def predicted(self, generation: Generation, seconds: float) -> None:
+        generation.predicted = self._clock(), seconds
+
     def ended(self, generation: Generation, outcome: str) -> None:
         """The outcome is finished, aborted, refused by the manager or failed with the engine."""
         self._outcomes[outcome].inc()
@@ -151,6 +177,9 @@ class Metrics:
             return
         now = self._clock()
         self._request_s.observe(now - generation.started_at)
+        if generation.predicted is not None:
+            at, seconds = generation.predicted
+            self._errors.append((now - at) / max(seconds, _SHORTEST_S))
         if generation.began_at is None:
             return
         self._first_token_s.observe(generation.began_at - generation.started_at)
@@ -169,6 +198,7 @@ class Figure:
         value: at this moment.
         is_total: the value counts from the start of the engine.
         replica: that it is of; None for the engine.
+        kind: which of several figures of this name it is; None if there is only one.
     """
 
     name: str
@@ -176,6 +206,13 @@ class Figure:
     value: float
     is_total: bool = False
     replica: int | None = None
+    kind: str | None = None
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Those of Prometheus."""
+        labels = {} if self.replica is None else {"replica": str(self.replica)}
+        return labels if self.kind is None else {**labels, "kind": self.kind}
 
 
 def figures(generations: Generations | None) -> Iterator[Figure]:
@@ -204,6 +241,15 @@ def figures(generations: Generations | None) -> Iterator[Figure]:
     if backlog_s is not None:
         meaning = "Predicted time until everything in flight has ended"
         yield Figure("backlog_seconds", meaning, backlog_s)
+
+
+def limit_figures(limit: Limit | None) -> Iterator[Figure]:
+    """What limits throughput: the sentence is in the help text, where it makes no new series."""
+    if limit is None:
+        return
+    meaning = f"1 for what limits throughput. {limit.sentence}"
+    for kind in KINDS:
+        yield Figure("limit", meaning, int(kind == limit.kind), kind=kind)
 
 
 def store_figures(store: CartridgeStore | None) -> Iterator[Figure]:
@@ -246,14 +292,6 @@ def _replica_figures(replicas: Replicas) -> Iterator[Figure]:
         )
 
 
-def kv_use(statistics: Statistics) -> float:
-    """The share of the KV cache's pages that sequences hold; 0 while there are no pages."""
-    if not statistics.num_pages:
-        return 0.0
-    unused = statistics.num_free_pages + statistics.num_evictable_pages
-    return 1 - unused / statistics.num_pages
-
-
 class _Figures(Collector):
     """Copies the figures when Prometheus asks."""
 
@@ -265,9 +303,8 @@ class _Figures(Collector):
         for name, same in itertools.groupby(self._figures(), key=lambda figure: figure.name):
             each = list(same)
             first = each[0]
-            labels = () if first.replica is None else ("replica",)
             kind = CounterMetricFamily if first.is_total else GaugeMetricFamily
-            family = kind(f"tokasaurus_{name}", first.meaning, labels=labels)
+            family = kind(f"tokasaurus_{name}", first.meaning, labels=tuple(first.labels))
             for figure in each:
-                family.add_metric([] if not labels else [str(figure.replica)], figure.value)
+                family.add_metric(list(figure.labels.values()), figure.value)
             yield family

@@ -8,11 +8,14 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 
 from tokasaurus.config.slices import ServerConfig
 from tokasaurus.protocol.messages import Statistics
-from tokasaurus.server.metrics import Figure, figures, kv_use
+from tokasaurus.server.history import INTERVAL_S, History
+from tokasaurus.server.metrics import Figure, figures, limit_figures
 from tokasaurus.text.generations import Generations
+from tokasaurus.text.limits import kv_use
 from tokasaurus.text.replicas import Replicas
 
 __all__ = ["StatisticsLine", "report", "statsd_packets"]
@@ -23,21 +26,34 @@ _GAUGES_EVERY_S = 1.0
 _PACKET_BYTES = 1400  # fits an Ethernet frame
 
 
-async def report(config: ServerConfig, generations: Generations) -> None:
-    """Reports as configured, until it is cancelled. A report that fails has no other effect."""
+async def report(config: ServerConfig, generations: Generations, history: History) -> None:
+    """Reports as configured, until it is cancelled. A report that fails has no other effect.
+
+    Args:
+        config: the server's slice.
+        generations: of the engine.
+        history: takes a sample every second.
+    """
     await asyncio.gather(
-        _print_lines(config.stats_report_s, generations),
-        _send_gauges(config.statsd_address, generations),
+        _take_samples(generations, history),
+        _print_lines(config.stats_report_s, generations, history),
+        _send_gauges(config.statsd_address, generations, history),
     )
+
+
+async def _take_samples(generations: Generations, history: History) -> None:
+    while True:
+        history.sample(generations)
+        await asyncio.sleep(INTERVAL_S)
 
 
 # --- the line -------------------------------------------------------------------------------------
 
 
-async def _print_lines(period_s: float, generations: Generations) -> None:
+async def _print_lines(period_s: float, generations: Generations, history: History) -> None:
     if period_s == 0:
         return
-    line = StatisticsLine(generations)
+    line = StatisticsLine(generations, history)
     while True:
         await asyncio.sleep(period_s)
         text = line.next()
@@ -50,13 +66,18 @@ class StatisticsLine:
 
     Args:
         generations: of the engine.
+        history: says what limits throughput.
         clock: seconds.
     """
 
     def __init__(
-        self, generations: Generations, clock: Callable[[], float] = time.monotonic
+        self,
+        generations: Generations,
+        history: History,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._generations = generations
+        self._history = history
         self._clock = clock
         self._before = generations.statistics
         self._told_at = clock()
@@ -72,7 +93,9 @@ class StatisticsLine:
         num_batches = current.num_batches - before.num_batches
         if num_batches == 0 and not len(self._generations):
             return None
-        return ", ".join(self._parts(before, current, elapsed_s))
+        line = ", ".join(self._parts(before, current, elapsed_s))
+        limit = self._history.limit
+        return line if limit is None else f"{line}. Limit: {limit.sentence}"
 
     def _parts(self, before: Statistics, current: Statistics, elapsed_s: float) -> Iterator[str]:
         computed = current.num_prefill_tokens - before.num_prefill_tokens
@@ -126,7 +149,9 @@ def _duration(seconds: float) -> str:
 # --- statsd ---------------------------------------------------------------------------------------
 
 
-async def _send_gauges(address: tuple[str, int] | None, generations: Generations) -> None:
+async def _send_gauges(
+    address: tuple[str, int] | None, generations: Generations, history: History
+) -> None:
     if address is None:
         return
     try:
@@ -142,7 +167,9 @@ async def _send_gauges(address: tuple[str, int] | None, generations: Generations
             latest = generations.statistics, generations.stalled
             if latest[0] is not sent[0] or latest[1] != sent[1]:
                 sent = latest
-                for packet in statsd_packets(figures(generations)):
+                for packet in statsd_packets(
+                    chain(figures(generations), limit_figures(history.limit))
+                ):
                     with contextlib.suppress(OSError):  # the daemon is away, or too slow
                         sender.sendto(packet, resolved)
             await asyncio.sleep(_GAUGES_EVERY_S)
@@ -154,8 +181,8 @@ def statsd_packets(found: Iterable[Figure]) -> Iterator[bytes]:
     for figure in found:
         value = figure.value
         text = str(value) if isinstance(value, int) else f"{value:.6f}"
-        replica = "" if figure.replica is None else f".{figure.replica}"
-        line = f"tokasaurus.{figure.name}{replica}:{text}|g".encode()
+        name = ".".join((figure.name, *figure.labels.values()))
+        line = f"tokasaurus.{name}:{text}|g".encode()
         if packet and len(packet) + 1 + len(line) > _PACKET_BYTES:
             yield packet
             packet = b""

@@ -20,7 +20,8 @@ from typing import Any
 from tokasaurus.cartridges.store import CartridgeStore
 from tokasaurus.errors import EngineDead, EngineNotReady
 from tokasaurus.protocol.messages import Statistics
-from tokasaurus.server.metrics import Figure, Metrics, figures, store_figures
+from tokasaurus.server.history import History
+from tokasaurus.server.metrics import Figure, Metrics, figures, limit_figures, store_figures
 from tokasaurus.text.cartridges import PrefixSource
 from tokasaurus.text.generations import Etas, Generations
 from tokasaurus.text.preparation import Preparer
@@ -50,6 +51,7 @@ class EngineState:
 
     Attributes:
         metrics: for monitoring.
+        history: of the last minutes; its owner takes the samples.
     """
 
     def __init__(self) -> None:
@@ -58,6 +60,7 @@ class EngineState:
         self._reason = ""
         self._waiting: set[asyncio.Future[Any]] = set()
         self.metrics = Metrics(self.figures)
+        self.history = History()
 
     def ready(
         self,
@@ -138,6 +141,11 @@ class EngineState:
         return self._engine is not None and self._engine.generations.commands.hold_everything
 
     @property
+    def generations(self) -> Generations | None:
+        """The table of prompts; None before the engine is ready."""
+        return None if self._engine is None else self._engine.generations
+
+    @property
     def num_running(self) -> int:
         """The number of prompts in flight."""
         return 0 if self._engine is None else len(self._engine.generations)
@@ -155,6 +163,7 @@ class EngineState:
         """The figures for monitoring; none before the engine is ready."""
         if self._engine is not None:
             yield from figures(self._engine.generations)
+            yield from limit_figures(self.history.limit)
             yield from store_figures(self._engine.store)
 
     def check(self) -> None:

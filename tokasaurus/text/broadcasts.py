@@ -10,6 +10,8 @@ from tokasaurus.protocol.commands import (
     CommandDone,
     CommandFailed,
     FlushCache,
+    GroupAction,
+    LeaveWeightsGroup,
     UpdateWeights,
 )
 from tokasaurus.text.replica_answers import merged_answers
@@ -49,7 +51,9 @@ class Broadcasts:
     def is_awaited(self, replica: Replica) -> bool:
         """Whether the replica has a command to answer."""
         return bool(replica.catching_up) or any(
-            replica.number in each.awaited for each in self._table.values()
+            replica.number in each.awaited
+            for each in self._table.values()
+            if not isinstance(each.command.action, GroupAction)  # they wait for a trainer
         )
 
     def send(self, command: Command, replicas: Iterable[Replica]) -> None:
@@ -70,13 +74,24 @@ class Broadcasts:
             replica.send(Command(self._next_own_id, action))
             self._next_own_id -= 1
         for broadcast in self._table.values():
+            if isinstance(broadcast.command.action, GroupAction) and broadcast.awaited:
+                continue  # the others are on their way already
             broadcast.awaited.add(replica.number)
             replica.send(broadcast.command)
 
     def absorb(
-        self, sender: Replica, message: CommandDone | CommandFailed
+        self,
+        sender: Replica,
+        message: CommandDone | CommandFailed,
+        replicas: Iterable[Replica] = (),
     ) -> list[CommandDone | CommandFailed]:
-        """Takes a replica's answer; returns that of all, if it was the last one."""
+        """Takes a replica's answer; returns that of all, if it was the last one.
+
+        Args:
+            sender: the replica.
+            message: its answer.
+            replicas: that live: where one cannot go on in a trainer's group, all leave it.
+        """
         self.has_emptied_caches = False
         if message.command_id < 0:
             sender.catching_up.discard(message.command_id)
@@ -87,6 +102,12 @@ class Broadcasts:
         broadcast.answers[sender.number] = message
         if isinstance(broadcast.command.action, UpdateWeights) and isinstance(message, CommandDone):
             sender.obstacle = None
+        action = broadcast.command.action
+        if isinstance(action, GroupAction) and isinstance(message, CommandFailed):
+            for replica in replicas:
+                if replica.number in broadcast.awaited and replica is not sender:
+                    replica.send(Command(self._next_own_id, LeaveWeightsGroup(action.group)))
+                    self._next_own_id -= 1
         return self._answered(message.command_id, sender.number)
 
     def lost(self, replica: Replica) -> list[CommandDone | CommandFailed]:

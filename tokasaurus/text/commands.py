@@ -12,6 +12,7 @@ from tokasaurus.protocol.commands import (
     Command,
     CommandDone,
     CommandFailed,
+    GroupAction,
     Pause,
     PauseMode,
     ReleaseMemory,
@@ -66,12 +67,12 @@ class Commands:
     def hold_everything(self) -> bool:
         """Whether requests can only go on after a command that has not been sent yet."""
         rests = self.is_paused or self.lacks_weights or bool(self.released)
-        return rests and not self._unanswered
+        return rests and not self.num_unanswered
 
     @property
     def num_unanswered(self) -> int:
-        """Commands that were sent and have no answer yet."""
-        return len(self._unanswered)
+        """Commands that were sent and have no answer yet; not those that wait for a trainer."""
+        return sum(not isinstance(each, GroupAction) for each, _ in self._unanswered.values())
 
     def submit(self, action: Action, on_done: OnDone) -> None:
         """Sends a command."""
@@ -90,7 +91,7 @@ class Commands:
         field = message.field
         if isinstance(action, UpdateWeights):
             self.weights.drop(action.version, is_taken=message.is_partial)
-            if "weights" not in self.released:
+            if "weights" not in self.released and not action.is_received:
                 field = field or "files"  # the worker refuses nothing else
         # Where no field is wrong, the state of the engine forbids the command.
         on_done(Conflict(message.reason) if field is None else RequestError(message.reason, field))

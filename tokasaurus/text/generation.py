@@ -53,6 +53,7 @@ class Generation:
         error: why nothing more will come; None while all is well.
         pooled_state: [hidden] of the prompt, not normalised; None if not asked for, and before.
         started_at, began_at: when the prompt arrived and brought its first token; set by a watcher.
+        predicted: when its end was predicted first, and the seconds until then; set by a watcher.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Generation:
         self.pooled_state: Float32Array | None = None
         self.started_at = 0.0
         self.began_at: float | None = None
+        self.predicted: tuple[float, float] | None = None
         self._num_wanted = int(request.params.first_k or len(samples))  # ends that still count
         self._num_running = len(samples)  # samples that have not ended for the client
         self._num_open = len(samples)  # samples that have not ended for the manager

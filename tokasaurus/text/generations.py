@@ -48,6 +48,7 @@ from tokasaurus.protocol.messages import (
     StopSequence,
     ToServer,
 )
+from tokasaurus.protocol.watching import Outlook, Watch
 from tokasaurus.text.commands import Commands, OnDone
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.numbering import process_of
@@ -93,6 +94,9 @@ class Watcher(Protocol):
     def began(self, generation: Generation) -> None:
         """Its first token has come; not called if all tokens come at the end."""
 
+    def predicted(self, generation: Generation, seconds: float) -> None:
+        """Its end is predicted for the first time."""
+
     def ended(self, generation: Generation, outcome: str) -> None:
         """It left the table: finished, aborted, refused by the manager, failed with the engine."""
 
@@ -134,6 +138,7 @@ class Generations:
         self._receipts = receipts
         self.commands = Commands(send)
         self._statistics: Statistics | None = None
+        self._outlook: Outlook | None = None
         self.stalled: tuple[str, ...] = ()
         self.is_stuck = False
         self._tokenizer = tokenizer
@@ -166,6 +171,20 @@ class Generations:
     def statistics(self) -> Statistics | None:
         """The engine's latest figures; None before the first."""
         return self._statistics if self.replicas is None else self.replicas.statistics
+
+    def watch(self, seconds: float) -> None:
+        """Somebody looks at the forecast for this time, so the managers send it."""
+        self._send(Watch(seconds))
+
+    def outlooks(self) -> dict[int, Outlook]:
+        """The latest forecast of each replica; none before ``watch``."""
+        if self.replicas is not None:
+            return self.replicas.outlooks()
+        return {} if self._outlook is None else {0: self._outlook}
+
+    def in_flight(self) -> Iterator[Generation]:
+        """The prompts in flight, the oldest first."""
+        return iter(self._table.values())
 
     def find(self, request_id: int) -> Generation | None:
         """A prompt in flight; None if there is none with this id."""
@@ -319,6 +338,7 @@ class Generations:
         *,
         checksums: Sequence[str] = (),
         label: str | None = None,
+        are_received: bool = False,
     ) -> None:
         """Replaces the weights of the model by the next version.
 
@@ -327,13 +347,15 @@ class Generations:
             on_done: as for ``command``.
             checksums: the SHA-256 of each file, in hexadecimal; () does not check.
             label: of the new version; None is its number.
+            are_received: in the place of files, the tensors that ReceiveWeights has brought.
         """
         version = self.commands.weights.reserve(label)
         if self._receipts is not None:
             self._receipts.note_update(version, files)
         if self.relay is not None:
             self.relay.note_update(version, files)
-        self.command(UpdateWeights(version, tuple(files), tuple(checksums)), on_done)
+        action = UpdateWeights(version, tuple(files), tuple(checksums), are_received)
+        self.command(action, on_done)
 
     def fail(self, request_id: int, error: TokasaurusError) -> None:
         """Ends a generation with an error. Harmless if it has ended already."""
@@ -400,6 +422,8 @@ class Generations:
             self.commands.absorb(message)
         elif isinstance(message, Statistics):
             self._statistics = message
+        elif isinstance(message, Outlook):
+            self._outlook = message
         else:
             self._absorb_rejection(message)
 
@@ -408,8 +432,11 @@ class Generations:
         rows = zip(message.request_ids.tolist(), message.seconds.tolist(), strict=True)
         for request_id, seconds in rows:
             generation = self._table.get(request_id)
-            if generation is not None:
-                generation.eta_s = seconds
+            if generation is None:
+                continue
+            if generation.eta_s is None and self._watcher is not None:
+                self._watcher.predicted(generation, seconds)
+            generation.eta_s = seconds
 
     def _absorb_rejection(self, message: RequestRejected) -> None:
         generation = self._table.pop(message.request_id, None)

@@ -134,12 +134,15 @@ class Receipts:
         self._tokenizer.begin()
 
     def note_update(self, version: int, files: Sequence[str]) -> None:
-        """The engine is about to read the weights of this version from these files."""
+        """The engine is about to read the weights of this version from these files.
+
+        Without files, they have come from a trainer, and have no digest.
+        """
         self.note_stamped(version, stamped(files))
 
     def note_stamped(self, version: int, files: Sequence[StampedFile]) -> None:
         """The same, with the files as they were when the update began."""
-        weights = _digest_later(files)
+        weights = _digest_later(files) if files else Once(_no_digest, "weights digest")
         with self._lock:
             self._weights[version] = weights
             for old in sorted(self._weights)[:-_NUM_VERSIONS]:
@@ -208,6 +211,10 @@ class Receipts:
                 "weights_version": version,
             },
         }
+
+
+def _no_digest() -> WeightsDigest:
+    raise NoDigest("they came from a trainer's group, and no file has them")
 
 
 def _digest_later(files: Sequence[StampedFile]) -> Once[WeightsDigest]:

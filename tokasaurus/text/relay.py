@@ -202,7 +202,7 @@ class Relay:
         self._tell(workers=self._workers)
 
     def note_update(self, version: int, files: Sequence[str]) -> None:
-        """The engine is about to read the weights of this version from these files."""
+        """The engine is about to read weights of this version from these files, or from none."""
         found = [WeightFile(each.path, *each.stamp) for each in stamped(files)]
         update = WeightsUpdate(version, tuple(found))
         self._updates = [*self._updates[1 - _NUM_UPDATES :], update]
@@ -337,7 +337,7 @@ def _prepared(message: GenerateRequest) -> PreparedRequest:
     """What the table must know of a prompt."""
     return PreparedRequest(
         prompt_ids=message.prompt_ids,
-        params=_params(message.n, message.first_k, message.num_prompt_logprobs),
+        params=_params(message.n, message.first_k, message.num_prompt_logprobs, message.priority),
         max_tokens=message.max_tokens,
         sampling=message.sampling,
         seed=message.seed,
@@ -348,10 +348,12 @@ def _prepared(message: GenerateRequest) -> PreparedRequest:
 
 
 @functools.lru_cache(maxsize=256)
-def _params(n: int, first_k: int, num_prompt_logprobs: int) -> SamplingParams:
+def _params(n: int, first_k: int, num_prompt_logprobs: int, priority: int) -> SamplingParams:
     """What counts here of the parameters; checking them takes longer than all the rest."""
     prompt_logprobs = None if num_prompt_logprobs < 0 else num_prompt_logprobs
-    return SamplingParams(n=n, first_k=first_k or None, prompt_logprobs=prompt_logprobs)
+    return SamplingParams(
+        n=n, first_k=first_k or None, prompt_logprobs=prompt_logprobs, priority=priority
+    )
 
 
 def _failure(request_id: int, error: TokasaurusError) -> RequestRejected | RequestFailed:

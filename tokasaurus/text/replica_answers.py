@@ -31,9 +31,14 @@ _STATE_FIELDS = (
     "weights_version",
     "paused",
     "num_cartridge_pages",
+    "num_in_flight",
+    "num_seats",
+    "page_size",
+    "num_replicas",
 )
-# What is not summed over the replicas: of the slowest, of the newest, and whether any is paused.
-_SHARED_FIELDS = ("step_s", "weights_version", "paused")
+# What is not summed over the replicas: of the slowest, of the newest, whether any is paused, and
+# what is the same in all.
+_SHARED_FIELDS = ("step_s", "weights_version", "paused", "page_size")
 
 
 class Endings:
@@ -96,6 +101,7 @@ def merged_answers(
             num_sequences=sum(each.num_sequences for each in done),
             weights_version=max(each.weights_version for each in done),
             lacks_weights=any(each.lacks_weights for each in done),
+            has_all_tensors=all(each.has_all_tensors for each in done),
         )
     first, *others = failed.values()
     if not done and all(each.reason == first.reason for each in others):

@@ -63,6 +63,7 @@ from tokasaurus.protocol.messages import (
     StopSequence,
     ToServer,
 )
+from tokasaurus.protocol.watching import Outlook, Watch
 from tokasaurus.text.broadcasts import Broadcasts
 from tokasaurus.text.expected_lengths import ExpectedLengths
 from tokasaurus.text.generation import Generation
@@ -164,6 +165,11 @@ class Replicas:
             known = [statistics for statistics in each if statistics is not None]
             self._sums = merged_statistics(known) if known else None
         return self._sums
+
+    def outlooks(self) -> dict[int, Outlook]:
+        """The latest forecast of each replica that has sent one, by number."""
+        found = ((each.number, each.outlook) for each in self._replicas.values())
+        return {number: outlook for number, outlook in found if outlook is not None}
 
     def obstacle(self, replica: int) -> str | None:
         """Why a replica that lives gets no requests before an update of the weights, if so."""
@@ -362,7 +368,7 @@ class Replicas:
             route_or_none = self._routes.get(message.request_id)
             if route_or_none is not None:
                 self._abort_parts(route_or_none)
-        elif isinstance(message, Ping):
+        elif isinstance(message, Ping | Watch):
             for replica in self._replicas.values():
                 replica.send(message)
         else:
@@ -475,6 +481,9 @@ class Replicas:
         if isinstance(message, Statistics):
             sender.statistics, self._sums = message, None
             return []
+        if isinstance(message, Outlook):
+            sender.outlook = message
+            return []
         return self._absorb_answer(sender, message)
 
     def _absorb_updates(self, sender: Replica, message: SequenceUpdates) -> SequenceUpdates:
@@ -553,7 +562,9 @@ class Replicas:
         self, sender: Replica, message: CommandDone | CommandFailed
     ) -> list[ToServer]:
         was_fit = sender.is_fit
-        messages: list[ToServer] = [*self._broadcasts.absorb(sender, message)]
+        messages: list[ToServer] = [
+            *self._broadcasts.absorb(sender, message, self._replicas.values())
+        ]
         if self._broadcasts.has_emptied_caches:
             self._places.clear()
         if sender.is_fit and not was_fit:

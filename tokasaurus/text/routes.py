@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tokasaurus.protocol.messages import FromServer, GenerateRequest, Statistics
+from tokasaurus.protocol.watching import Outlook
 
 __all__ = ["Part", "Replica", "Route"]
 
@@ -28,6 +29,7 @@ class Replica:
         work: expected tokens of these samples, of prompts and answers.
         num_delivered: tokens that have come from it.
         statistics: its latest; None before the first.
+        outlook: its latest forecast; None before the first.
         backlog_s: its last prediction.
         is_stalled: it gets nothing as long as another replica is not.
         catching_up: commands that bring a restarted replica to where the others are.
@@ -41,6 +43,7 @@ class Replica:
     work: int = 0
     num_delivered: int = 0
     statistics: Statistics | None = None
+    outlook: Outlook | None = None
     backlog_s: float = 0.0
     is_stalled: bool = False
     catching_up: set[int] = field(default_factory=set)

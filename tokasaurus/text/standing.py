@@ -82,6 +82,11 @@ class Standing:
         """Why no replica can get the present weights any more; None if one can."""
         if self._update is None:
             return None
+        if self._update.is_received:
+            return (
+                f"its weights would be those of version {self._update.version}, which came from a"
+                " trainer; it waits for the next update of the weights"
+            )
         known = self._stamps[self._update.version]
         changed = next(
             (

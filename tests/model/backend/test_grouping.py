@@ -8,7 +8,7 @@ import torch
 
 from tokasaurus.model.backend.base import NO_GROUPS, BackendOptions, PrefixGroups, SequenceRows
 from tokasaurus.model.backend.cpu.compiled import CompiledBackend
-from tokasaurus.model.backend.cpu.grouping import (
+from tokasaurus.model.backend.grouping import (
     ALWAYS,
     GroupCosts,
     GroupSize,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from rows import named
-from sampling_driver import logprobs_of, parameters, sent
+from sampling_driver import logprobs_of, parameters, random_batch, sent
 
 from tokasaurus.model.backend.base import DRAW
 from tokasaurus.model.backend.cpu import sampling
@@ -35,30 +35,6 @@ def draw(logits, chosen, kernels):
 
 def draw_by_torch(logits, chosen):
     return sampler.draw(logits.float(), sent(plan_rows, chosen, logits.shape[1], draws=True))
-
-
-def random_batch(num_rows, vocab_size, seed):
-    """All combinations of filters; rows are flat and peaked, some with ties, some with masks."""
-    rng = np.random.default_rng(seed)
-    logits = rng.normal(0, 3, (num_rows, vocab_size)) * rng.choice([0, 0.01, 0.3, 1], (num_rows, 1))
-    if seed % 2:
-        logits = logits.round()
-    is_masked = (rng.random((num_rows, vocab_size)) < 0.7) & (rng.random((num_rows, 1)) < 0.2)
-    is_masked[:, 0] = False
-    logits[is_masked] = -np.inf
-    chosen = parameters(
-        num_rows,
-        temperature=rng.choice([0, 0.6, 1, 1, 1.5], num_rows),
-        top_k=rng.choice([0, 0, 1, 20, 70, 400, 3000], num_rows),
-        top_p=rng.choice([1, 1, 0.9, 0.3, 0.99], num_rows),
-        min_p=rng.choice([0, 0, 0.05], num_rows),
-        seed=rng.integers(0, 2**63, num_rows),
-        sample_index=rng.integers(0, 1000, num_rows),
-        num_generated=rng.integers(0, 5000, num_rows),
-        num_logprobs=rng.choice([-1, 0, 1, 5], num_rows),
-        logprobs_mode=rng.choice([0, 1, 2], num_rows),
-    )
-    return torch.from_numpy(logits.astype(np.float32)), chosen
 
 
 def test_tokens_are_those_of_torch(kernels):

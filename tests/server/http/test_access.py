@@ -67,7 +67,7 @@ def test_without_a_right_key_every_route_but_health_is_a_401(locked, value):
         locked.get("/version", **headers),
         locked.get("/metrics", **headers),
         locked.get("/openapi.json", **headers),
-        locked.get("/docs", **headers),
+        locked.get("/v1/engine", **headers),
         locked.get("/no/such/path", **headers),
         locked.get("/health/", **headers),
     ):

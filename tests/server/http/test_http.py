@@ -63,7 +63,7 @@ def test_head_has_the_status_and_headers_of_get_without_a_body(ready):
 @each_row(
     "method, path, status",
     [
-        ("GET", "/", 404),
+        ("GET", "/page", 404),
         ("GET", "/v1/nothing", 404),
         ("POST", "/v1/completions/", 404),
         ("GET", "/v1/completions", 405),

@@ -184,7 +184,7 @@ def test_nonsense_in_any_body_is_a_400(server):
     assert not commands(server)
 
 
-@each_row("kind", ["tensor", "distributed", "ipc"])
+@each_row("kind", ["tensor", "ipc"])
 def test_pickled_tensors_are_refused_with_the_name_of_the_right_route(kind):
     with RunningServer().running() as server:
         answer = server.post(f"/update_weights_from_{kind}", {"serialized_named_tensors": ["x"]})
@@ -471,6 +471,12 @@ def test_answers_tell_the_versions_where_a_client_asks(server, tmp_path):
     chat = {"messages": [{"role": "user", "content": "hi"}], "return_weights_versions": True}
     (choice,) = server.post("/v1/chat/completions", chat).json["choices"]
     assert choice["weights_versions"] == [{"version": 1, "label": "new", "num_tokens": 9}]
+    # After an update every answer is stamped, unless the client does not want it.
+    for path, asked_for in ((COMPLETIONS, body), ("/generate", {"prompt": "hi"})):
+        for wanted in (None, False):
+            answer = server.post(path, {**asked_for, "return_weights_versions": wanted}).json
+            (one,) = answer["choices"] if path == COMPLETIONS else [answer]
+            assert ("weights_versions" in one) == (wanted is None)
 
 
 def test_answers_of_an_engine_whose_weights_never_changed_have_no_version(server):

@@ -345,3 +345,25 @@ def test_bodies_are_json_objects(server):
     answer = server._ask("POST", UPDATES, json.dumps({}).encode(), {"Content-Type": "text/plain"})
     assert answer.status == 415
     assert server._ask("POST", UPDATES, b"", {}).status == 200
+
+
+def test_a_begin_that_comes_again_finds_its_update(server):
+    def begun(**headers):
+        headers["Content-Type"] = "application/json"
+        return server._ask("POST", UPDATES, b"{}", headers)
+
+    again = {"X-Request-Id": "begin-7"}
+    first = begun(**again)
+    assert (first.status, begun(**again).json["id"]) == (200, first.json["id"])
+    assert begun(**{"X-Request-Id": "begin-8"}).status == 409
+    assert begun().status == 409
+
+
+def test_a_begin_may_replace_an_update_that_is_open(server, home):
+    first = begin(server)
+    assert put(server, first, 0, bucket()).status == 200
+    second = begin(server, replace=True)
+    assert second != first
+    assert put(server, first, 1, bucket()).status == 404
+    assert files_below(home) == []
+    assert server.post(UPDATES, {"replace": False}).status == 409

@@ -19,7 +19,7 @@ import numpy as np
 
 from tokasaurus.config.slices import ManagerConfig
 from tokasaurus.manager.counters import Counters
-from tokasaurus.manager.forecast.curve import Forecast, ForecastRows, Forest
+from tokasaurus.manager.forecast.curve import Expected, Forecast, ForecastRows, Forest
 from tokasaurus.manager.forecast.learning import LengthLearning
 from tokasaurus.manager.forecast.patience import Patience
 from tokasaurus.manager.forecast.rows import (
@@ -93,6 +93,11 @@ class AdmissionControl:
     def mean_tokens(self, max_tokens: int) -> float:
         """How many tokens a sequence with this limit generates, as far as that is known."""
         return self._learning.mean_tokens(max_tokens)
+
+    @property
+    def step(self) -> int:
+        """The present one: how many were planned."""
+        return self._step
 
     @property
     def limit(self) -> int:
@@ -227,6 +232,11 @@ class AdmissionControl:
         """
         slots, rows = running_rows(self._running, self._learning)
         return slots, *self._whole_forecast(rows, waiting).finish_steps(self.limit)
+
+    def expect(self, waiting: Rows[Candidate]) -> Expected:
+        """The same, with the use of pages that goes with it."""
+        _, rows = running_rows(self._running, self._learning)
+        return self._whole_forecast(rows, waiting).expect(self.limit)
 
     @property
     def refresh_is_due(self) -> bool:

@@ -39,7 +39,7 @@ from tokasaurus.manager.slots import IndexArray
 from tokasaurus.protocol.arrays import EMPTY_INT32, EMPTY_INT64, Int32Array, Int64Array
 from tokasaurus.rounding import ceil_div, round_up
 
-__all__ = ["Forecast", "ForecastRows", "Forest"]
+__all__ = ["Expected", "Forecast", "ForecastRows", "Forest"]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -107,6 +107,25 @@ class Forest:
     def none(cls) -> Forest:
         """Nothing is shared."""
         return cls(EMPTY_INT32, EMPTY_INT32)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Expected:
+    """What happens if all waiting sequences run as soon as there is room.
+
+    Attributes:
+        running_ends: [running] the step in which each ends.
+        waiting_starts: [waiting] the step in which each is admitted.
+        waiting_ends: [waiting] the step in which each ends.
+        running_pages: [steps] pages in use by running sequences.
+        all_pages: [steps] pages in use, up to the last end.
+    """
+
+    running_ends: Int64Array
+    waiting_starts: Int64Array
+    waiting_ends: Int64Array
+    running_pages: Int64Array
+    all_pages: Int64Array
 
 
 class Forecast:
@@ -215,11 +234,22 @@ class Forecast:
         Returns:
             [running], [waiting]
         """
-        num_admitted = self.num_admissible(limit)
-        waiting_end = self._waiting_lives.end.copy()
-        if num_admitted < len(self._waiting):
-            waiting_end[num_admitted:] = self._queue_ends(num_admitted, limit)
-        return self._running_lives.end, waiting_end
+        _, _, ends = self._queue(limit)
+        return self._running_lives.end, ends
+
+    def expect(self, limit: int) -> Expected:
+        """The same as ``finish_steps``, with the starts and the use of pages that go with it."""
+        num_admitted, starts, ends = self._queue(limit)
+        use = self.use(num_admitted)
+        use = _extended(use, max(len(use), int(ends.max(initial=0)) + 2))
+        change: Int64Array = np.zeros(len(use), np.int64)
+        pages = self._waiting_lives.middle_pages()[num_admitted:]
+        np.add.at(change, starts[num_admitted:], pages)
+        np.subtract.at(change, ends[num_admitted:] + 1, pages)
+        use += np.cumsum(change)
+        horizon = max(self._horizon, int(ends.max(initial=-1)) + 1)
+        running = self.use()
+        return Expected(self._running_lives.end, starts, ends, running, use[:horizon])
 
     def prefill_pace(
         self, limit: int, budget: int, round_up_multiple: int, catch_up_steps: int = 32
@@ -363,8 +393,18 @@ class Forecast:
         horizon = max(horizon, self._horizon)
         return round_up(horizon + page_size + 1, page_size)
 
-    def _queue_ends(self, num_admitted: int, limit: int) -> list[int]:
-        """Estimated ends of the waiting sequences behind the first ones; see ``finish_steps``."""
+    def _queue(self, limit: int) -> tuple[int, Int64Array, Int64Array]:
+        """How many may be admitted now; [waiting] starts and ends, see ``finish_steps``."""
+        num_admitted = self.num_admissible(limit)
+        starts: Int64Array = np.zeros(len(self._waiting), np.int64)
+        ends = self._waiting_lives.end.copy()
+        if num_admitted < len(self._waiting):
+            behind = self._queue_lives(num_admitted, limit)
+            starts[num_admitted:], ends[num_admitted:] = behind
+        return num_admitted, starts, ends
+
+    def _queue_lives(self, num_admitted: int, limit: int) -> tuple[list[int], list[int]]:
+        """Estimated starts and ends of the waiting sequences behind the first ones."""
         admitted = self._waiting_lives[:num_admitted]
         ends = np.concatenate([self._running_lives.end, admitted.end])
         pages = np.concatenate([self._running_lives.middle_pages(), admitted.middle_pages()])
@@ -378,7 +418,7 @@ class Forecast:
         if leaving:  # the first of them is not admissible now
             now, freed = heapq.heappop(leaving)
             in_use -= freed
-        queue_ends = []
+        starts, queue_ends = [], []
         for needed, num_tokens, num_steps in zip(
             self._waiting_lives.middle_pages()[num_admitted:].tolist(),
             self._waiting.num_prompt_tokens[num_admitted:].tolist(),
@@ -393,8 +433,9 @@ class Forecast:
             end = int(fed) + 1 + num_steps
             heapq.heappush(leaving, (end, needed))
             in_use += needed
+            starts.append(now)
             queue_ends.append(end)
-        return queue_ends
+        return starts, queue_ends
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -15,7 +15,7 @@ from tokasaurus.manager.running import RunningSequences
 from tokasaurus.manager.waiting import Backlog
 from tokasaurus.protocol.messages import Eta
 
-__all__ = ["MAX_QUEUED", "StepTimer", "eta"]
+__all__ = ["MAX_QUEUED", "StepTimer", "eta", "first_candidates"]
 
 # Sequences of the queue that are looked at one by one; those behind count as a sum.
 MAX_QUEUED = 1024
@@ -52,10 +52,8 @@ class StepTimer:
             self._absorbed_at = None
 
 
-def eta(
-    running: RunningSequences, backlog: Backlog, admission: AdmissionControl, step_s: float
-) -> Eta:
-    """The estimate for the requests with samples that run or are among the first in the queue."""
+def first_candidates(running: RunningSequences, backlog: Backlog) -> list[Candidate]:
+    """The first MAX_QUEUED sequences that wait, in the order in which they may run."""
     candidates: list[Candidate] = []
     num_rows = 0
     for sequence in chain(running.prefilling, backlog.in_order()):
@@ -67,6 +65,14 @@ def eta(
         else:
             candidates.append(uncached_candidate(sequence, num_forks))
         num_rows += candidates[-1].num_rows
+    return candidates
+
+
+def eta(
+    running: RunningSequences, backlog: Backlog, admission: AdmissionControl, step_s: float
+) -> Eta:
+    """The estimate for the requests with samples that run or are among the first in the queue."""
+    candidates = first_candidates(running, backlog)
     slots, running_ends, waiting_ends = admission.finish_steps(candidates)
     counts = [candidate.num_rows for candidate in candidates]
     ids = [candidate.sequence.request.message.request_id for candidate in candidates]

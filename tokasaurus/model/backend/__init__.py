@@ -13,15 +13,16 @@ from tokasaurus.errors import ConfigError
 from tokasaurus.model.backend.base import DEFAULT_OPTIONS, Backend, BackendOptions
 from tokasaurus.model.backend.cpu.compiled import CompiledBackend
 from tokasaurus.model.backend.reference import ReferenceBackend
+from tokasaurus.model.backend.triton.backend import TritonBackend, is_interpreted
 
-__all__ = ["choose_backend"]
+__all__ = ["choose_backend", "usable_backends"]
 
 log = logging.getLogger(__name__)
 
-# By kind of device, the best first.
+# By kind of device, the best first. The last runs everywhere.
 _BACKENDS: dict[str, tuple[type[Backend], ...]] = {
     "cpu": (CompiledBackend, ReferenceBackend),
-    "cuda": (ReferenceBackend,),
+    "cuda": (TritonBackend, ReferenceBackend),
 }
 
 
@@ -41,6 +42,9 @@ def choose_backend(
     backends = _BACKENDS[device.type]
     if attention == "auto":
         return _best(backends, options)
+    if is_interpreted():
+        # For tests: auto does not take it.
+        backends = (*backends, TritonBackend)
     for backend in backends:
         if backend.name == attention:
             if reason := backend.why_not(options):
@@ -50,10 +54,26 @@ def choose_backend(
     raise ConfigError(f"attention={attention} does not run on device={device.type}: set {names}")
 
 
+def usable_backends(
+    device: torch.device, options: BackendOptions = DEFAULT_OPTIONS
+) -> tuple[type[Backend], ...]:
+    """The backends of a kind of device that run on this machine, the best first.
+
+    Args:
+        device: of the model.
+        options: as for ``choose_backend``.
+
+    Raises:
+        ConfigError: the options cannot run on this machine.
+    """
+    return tuple(backend for backend in _BACKENDS[device.type] if backend.why_not(options) is None)
+
+
 def _best(backends: tuple[type[Backend], ...], options: BackendOptions) -> type[Backend]:
     for backend in backends[:-1]:
         reason = backend.why_not(options)
         if reason is None:
+            log.info("attention=%s", backend.name)
             return backend
         log.warning("attention=%s cannot run, and others are slower: %s", backend.name, reason)
     return backends[-1]

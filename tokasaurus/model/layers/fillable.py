@@ -30,6 +30,14 @@ class Fillable(Protocol):
         """Takes one tensor, of that shape; it may have another dtype or device."""
         ...
 
+    def own_part(self, part: str, kind: str, tensor: Tensor) -> Tensor | None:
+        """What ``fill`` takes of a tensor: a view, for ``fill_own``; None if it takes nothing."""
+        ...
+
+    def fill_own(self, part: str, kind: str, own: Tensor) -> None:
+        """Does what ``fill`` does, with an ``own_part``."""
+        ...
+
     def finish(self) -> None:
         """Every tensor has been filled."""
         ...

@@ -37,6 +37,14 @@ class _Weights(nn.Module):
         """Implements ``Fillable``."""
         self.method.fill(part, kind, tensor)
 
+    def own_part(self, part: str, kind: str, tensor: Tensor) -> Tensor | None:
+        """Implements ``Fillable``."""
+        return self.method.own_part(part, kind, tensor)
+
+    def fill_own(self, part: str, kind: str, own: Tensor) -> None:
+        """Implements ``Fillable``."""
+        self.method.fill_own(part, kind, own)
+
     def finish(self) -> None:
         """Implements ``Fillable``."""
         if not self.is_borrowed:

@@ -29,6 +29,14 @@ class RMSNorm(nn.Module):
         """Implements ``Fillable``."""
         self.weight.copy_(tensor)
 
+    def own_part(self, part: str, kind: str, tensor: Tensor) -> Tensor | None:
+        """Implements ``Fillable``."""
+        return tensor
+
+    def fill_own(self, part: str, kind: str, own: Tensor) -> None:
+        """Implements ``Fillable``."""
+        self.weight.copy_(own)
+
     def finish(self) -> None:
         """Implements ``Fillable``."""
 

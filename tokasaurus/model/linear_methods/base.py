@@ -81,6 +81,14 @@ class LinearMethod(ABC):
         The tensor may have another dtype or device. It is copied or converted, not kept.
         """
 
+    def own_part(self, part: str, kind: str, tensor: Tensor) -> Tensor | None:
+        """What ``fill`` takes of a tensor: a view, for ``fill_own``; None if it takes nothing."""
+        return tensor
+
+    def fill_own(self, part: str, kind: str, own: Tensor) -> None:
+        """Does what ``fill`` does, with an ``own_part``."""
+        self.fill(part, kind, own)
+
     @abstractmethod
     def finish(self) -> None:
         """Brings the tensors, which are all filled, into the layout that ``apply`` needs."""
@@ -118,6 +126,12 @@ class WrappedLinear(LinearMethod):
 
     def fill(self, part: str, kind: str, tensor: Tensor) -> None:
         self.method.fill(part, kind, tensor)
+
+    def own_part(self, part: str, kind: str, tensor: Tensor) -> Tensor | None:
+        return self.method.own_part(part, kind, tensor)
+
+    def fill_own(self, part: str, kind: str, own: Tensor) -> None:
+        self.method.fill_own(part, kind, own)
 
     def finish(self) -> None:
         self.method.finish()

@@ -33,10 +33,16 @@ class OverlappedLinear(ShardedLinear):
         has_bias = spec.bias and spec.sharding is Sharding.INPUTS
         self._bias = place.empty(spec.out_size) if has_bias else None
 
-    def fill(self, part: str, kind: str, tensor: Tensor) -> None:
-        super().fill(part, kind, tensor)
+    def own_part(self, part: str, kind: str, tensor: Tensor) -> Tensor | None:
+        is_whole = kind == "bias" and self._bias is not None
+        return tensor if is_whole else super().own_part(part, kind, tensor)
+
+    def fill_own(self, part: str, kind: str, own: Tensor) -> None:
         if kind == "bias" and self._bias is not None:
-            self._bias.copy_(tensor)
+            self._bias.copy_(own)
+            if not self.spec.bias:  # the rank that adds it while nothing overlaps is another one
+                return
+        super().fill_own(part, kind, own)
 
     def release(self) -> None:
         super().release()

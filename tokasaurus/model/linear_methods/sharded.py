@@ -91,11 +91,19 @@ class ShardedLinear(WrappedLinear):
         self._sizes = [len(ids) for ids in share.ids]
 
     def fill(self, part: str, kind: str, tensor: Tensor) -> None:
-        if kind == "bias" and not self.spec.bias:
-            return
-        own = tensor[self._share.rows[part]]
         # A view: of a tensor in a file, only this part is read.
-        self.method.fill(part, kind, own if kind == "bias" else own[:, self._share.columns])
+        own = self.own_part(part, kind, tensor)
+        if own is not None:
+            self.fill_own(part, kind, own)
+
+    def own_part(self, part: str, kind: str, tensor: Tensor) -> Tensor | None:
+        if kind == "bias" and not self.spec.bias:
+            return None
+        own = tensor[self._share.rows[part]]
+        return own if kind == "bias" else own[:, self._share.columns]
+
+    def fill_own(self, part: str, kind: str, own: Tensor) -> None:
+        self.method.fill(part, kind, own)
 
     def apply(self, x: Tensor) -> Tensor:
         """The columns of this rank, or [rows, out]; of a vocabulary [0, out] if not at rank 0."""

@@ -148,6 +148,29 @@ class Weights:
             target.layer.fill(target.part, target.kind, tensor[: target.shape[0]])
         self._unfilled.discard(name)
 
+    def usual_name(self, name: str) -> str:
+        """The name of a tensor that the model uses; a tied head has that of the embedding."""
+        return self._other_names.get(name, name)
+
+    def own_part(self, name: str, tensor: Tensor) -> Tensor | None:
+        """What ``fill`` takes of a tensor: a view, for ``fill_own``; None if it takes nothing.
+
+        Args:
+            name: of a tensor that the model uses.
+            tensor: that ``check`` has nothing against.
+        """
+        target = self._targets[self.usual_name(name)]
+        return target.layer.own_part(target.part, target.kind, tensor[: target.shape[0]])
+
+    def fill_own(self, name: str, own: Tensor | None) -> None:
+        """Does what ``fill`` does, with an ``own_part``."""
+        name = self.usual_name(name)
+        target = self._targets[name]
+        if own is not None:
+            with torch.inference_mode():
+                target.layer.fill_own(target.part, target.kind, own)
+        self._unfilled.discard(name)
+
     def missing(self) -> list[str]:
         """The names of tensors that were not filled in this round, in the order of the layers."""
         return [name for name in self._targets if name in self._unfilled]

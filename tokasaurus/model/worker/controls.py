@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +31,13 @@ from tokasaurus.model.weights.loader import fill_all
 from tokasaurus.model.weights.weight_files import WeightFiles, read_tensors
 from tokasaurus.model.weights.weights import Weights
 from tokasaurus.model.worker.runner import Runner
+from tokasaurus.model.worker.weights_groups import WeightsGroups
 from tokasaurus.protocol.commands import (
     ControlDone,
     DeviceAction,
+    JoinWeightsGroup,
+    LeaveWeightsGroup,
+    ReceiveWeights,
     ReleaseMemory,
     RestoreMemory,
     UpdateWeights,
@@ -69,6 +73,7 @@ class Controls:
         ranks: of the replica, which all carry out the same controls: what one refuses, all do.
         model: the whole model's sizes.
         stage: the numbers of the layers that this worker has.
+        groups: of trainers.
     """
 
     def __init__(
@@ -81,8 +86,10 @@ class Controls:
         ranks: Ranks,
         model: ModelConfig,
         stage: range,
+        groups: WeightsGroups,
     ) -> None:
-        self._weights, self._files = weights, files
+        self._weights, self._files, self._groups = weights, files, groups
+        self._are_random = files is None
         self._cache, self._runner, self._device = cache, runner, device
         self._ranks, self._model, self._stage = ranks, model, stage
         heads = dealt(model.num_kv_heads, ranks.tp_rank, ranks.tp_size)
@@ -98,8 +105,12 @@ class Controls:
             raise ProtocolError("it comes while the KV cache is released")
 
     @torch.inference_mode()
-    def carry_out(self, action: DeviceAction) -> Outcome:
+    def carry_out(self, action: DeviceAction, number: int = 0) -> Outcome:
         """Does what is asked, or refuses and changes nothing.
+
+        Args:
+            action: what is asked.
+            number: of the control, which a later report of a transfer names.
 
         Raises:
             ModelError: the weights are half written. The process has to end.
@@ -109,13 +120,26 @@ class Controls:
         try:
             match action:
                 case UpdateWeights():
-                    self._update(action)
+                    if action.is_received:
+                        self._take_received(action)
+                    else:
+                        self._update(action)
                 case ReleaseMemory():
                     self._release(action)
                 case RestoreMemory():
                     self._restore(action)
                 case WriteCartridge():
                     self._write_cartridge(action)
+                case JoinWeightsGroup():
+                    with self._refusing_together():
+                        self._groups.check_join(action)
+                    self._groups.join(number, action)
+                case ReceiveWeights():
+                    with self._refusing_together():
+                        self._groups.check_receive(action)
+                    self._groups.receive(number, action)
+                case LeaveWeightsGroup():
+                    self._groups.leave(action.group)
         except _Refusal as refusal:
             error = str(refusal)
             log.warning("refused %s: %s", type(action).__name__, error)
@@ -134,14 +158,28 @@ class Controls:
                     files.check_sums(action.checksums)
                 files.check_unchanged()
             checked = time.perf_counter()
-            self._fill(files.tensors(), source)
-        self._files = files
+            self._fill(lambda: fill_all(self._weights, files.tensors(), source))
+        self._files, self._are_random = files, False
         log.info(
             "updated the weights to version %d from %d files in %.1f s, after %.1f s of checks",
             action.version,
             files.num_files,
             time.perf_counter() - checked,
             checked - started,
+        )
+
+    def _take_received(self, action: UpdateWeights) -> None:
+        started, staged = time.perf_counter(), self._groups.staged
+        with self._refusing_together():
+            if missing := staged.missing():
+                raise ModelError(f"these tensors have not come: {listing(missing)}")
+        self._fill(staged.fill)
+        # They came from no file: after a release of memory only another update brings weights.
+        self._files, self._are_random = None, False
+        log.info(
+            "updated the weights to version %d from a trainer's group in %.1f s",
+            action.version,
+            time.perf_counter() - started,
         )
 
     def _release(self, action: ReleaseMemory) -> None:
@@ -164,8 +202,12 @@ class Controls:
             self._read_weights_again()
 
     def _read_weights_again(self) -> None:
+        if self._are_random:
+            tensors = dummy_tensors(self._weights.shapes)
+            self._fill(lambda: fill_all(self._weights, tensors, "random weights"))
+            return
         if self._files is None:
-            self._fill(dummy_tensors(self._weights.shapes), "random weights")
+            log.warning("the weights came from a trainer and stay released until the next update")
             return
         try:
             files = self._files.reopened()
@@ -173,16 +215,16 @@ class Controls:
             log.warning("the weights stay released until the next update: %s", error)
             return
         with files:
-            self._fill(files.tensors(), files.source)
+            self._fill(lambda: fill_all(self._weights, files.tensors(), files.source))
 
-    def _fill(self, tensors: Iterable[tuple[str, Tensor]], source: str) -> None:
+    def _fill(self, fill: Callable[[], None]) -> None:
         """Fills all weights. A failure leaves them half written."""
         self._weights_ready = False
         try:
             if not self._weights_allocated:
                 self._weights.restore()
                 self._weights_allocated = True
-            fill_all(self._weights, tensors, source)
+            fill()
         except Exception as error:
             raise ModelError(
                 f"the weights are half written, so the engine cannot go on ({error}); "

@@ -53,6 +53,7 @@ from tokasaurus.model.worker.runner import EagerRunner, Runner
 from tokasaurus.model.worker.slot_state import PlannedBatch, SlotState
 from tokasaurus.model.worker.stage_costs import choose_stage
 from tokasaurus.model.worker.warm_up import warm_up_batches
+from tokasaurus.model.worker.weights_groups import Report, WeightsGroups
 from tokasaurus.protocol.arrays import Int32Array
 from tokasaurus.protocol.commands import Control
 from tokasaurus.protocol.identity import WorkerIdentity
@@ -77,6 +78,8 @@ class Worker:
         load_vocabulary: returns the bytes of each id, for grammars. Another thread calls it while
             the model is loaded. None means that no sequence will have a grammar.
         rendezvous: where the workers of the replica meet, see ``Ranks``; None if it has one.
+        replica: the number of the replica.
+        report: tells the manager how a transfer of weights ended; without it there are none.
 
     Attributes:
         ranks: the workers of the replica.
@@ -95,6 +98,9 @@ class Worker:
         config: WorkerConfig,
         load_vocabulary: Callable[[], Vocabulary] | None = None,
         rendezvous: str | None = None,
+        *,
+        replica: int = 0,
+        report: Report | None = None,
     ) -> None:
         keep_freed_memory()
         if config.num_threads is not None:
@@ -164,6 +170,7 @@ class Worker:
             self.ranks,
             model_config,
             stage,
+            WeightsGroups(self.weights, self.ranks, self._device, replica, report),
         )
         self._state = SlotState(
             num_slots=config.num_slots,
@@ -269,7 +276,7 @@ class Worker:
             if isinstance(message, Control):
                 wait_for_device(self._device)
                 clock: Clock = HostClock()
-                answer: Answer = self._controls.carry_out(message.action)
+                answer: Answer = self._controls.carry_out(message.action, message.number)
                 wait_for_device(self._device)
             else:
                 self._controls.check_ready()

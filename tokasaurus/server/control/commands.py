@@ -10,8 +10,10 @@ from tokasaurus.errors import TokasaurusError
 from tokasaurus.protocol.commands import (
     Action,
     CommandDone,
+    JoinWeightsGroup,
     Pause,
     PauseMode,
+    ReceiveWeights,
     ReleaseMemory,
     RestoreMemory,
     UpdateWeights,
@@ -59,6 +61,18 @@ class CommandRunner:
         self._state.check()
         return await _within(max(map(_limit_s, actions)), self._in_turn(actions))
 
+    async def run_while_serving(self, action: Action) -> CommandDone:
+        """Runs a command that may wait for others; a shutdown does not wait for it.
+
+        Raises:
+            EngineNotReady: the engine shuts down meanwhile.
+            TokasaurusError: as of ``run``.
+        """
+        task = asyncio.ensure_future(self.run(action))
+        with self._state.waiting(task):
+            (done,) = await task
+        return done
+
     async def _in_turn(self, actions: Sequence[Action]) -> list[CommandDone]:
         results = []
         for action in actions:
@@ -74,6 +88,7 @@ class CommandRunner:
         *,
         checksums: Sequence[str] = (),
         label: str | None = None,
+        are_received: bool = False,
     ) -> CommandDone:
         """Replaces the weights; raises what ``run`` raises.
 
@@ -82,6 +97,7 @@ class CommandRunner:
             on_done: called with the result, also when nothing waits for it any more.
             checksums: of the files.
             label: of the new version.
+            are_received: as for ``Generations.update_weights``.
         """
         generations = self._state.engine().generations
         answer, settle = _future()
@@ -90,13 +106,20 @@ class CommandRunner:
             on_done(result)
             settle(result)
 
-        generations.update_weights(files, done, checksums=checksums, label=label)
+        generations.update_weights(
+            files, done, checksums=checksums, label=label, are_received=are_received
+        )
         return await _within(_WEIGHTS_S, answer)
 
 
 def _limit_s(action: Action) -> float:
     if isinstance(action, Pause):
         return _DRAIN_S if action.mode is PauseMode.DRAIN else _QUICK_S
+    # Their own limits come first. Each step of joining may take as long.
+    if isinstance(action, JoinWeightsGroup):
+        return 2 * action.timeout_s + _QUICK_S
+    if isinstance(action, ReceiveWeights):
+        return action.timeout_s + _QUICK_S
     is_slow = isinstance(action, UpdateWeights | ReleaseMemory | RestoreMemory)
     return _WEIGHTS_S if is_slow else _QUICK_S
 

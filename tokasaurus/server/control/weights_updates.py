@@ -58,6 +58,7 @@ class WeightsUpdate:
         status: "open", "committing" or "committed".
         version: of the weights, once they are committed.
         error: why the engine refused the latest commit.
+        request_id: of the request that began it, which may come again if its answer was lost.
     """
 
     id: str
@@ -68,6 +69,7 @@ class WeightsUpdate:
     status: str = "open"
     version: int | None = None
     error: str | None = None
+    request_id: str | None = None
     buckets: dict[int, _Bucket] = field(default_factory=dict)
 
     def described(self) -> dict[str, Any]:
@@ -110,8 +112,24 @@ class WeightsUpdates:
         self._committed: WeightsUpdate | None = None
         self._expiry: asyncio.TimerHandle | None = None
 
-    def begin(self, label: str | None) -> WeightsUpdate:
-        """Begins an update. Raises Conflict if another one is unfinished."""
+    def begin(
+        self, label: str | None, request_id: str | None = None, *, replace: bool = False
+    ) -> WeightsUpdate:
+        """Begins an update, or finds the one that this request began.
+
+        Args:
+            label: of the new version; None is its number.
+            request_id: of the request.
+            replace: drop another update that is open.
+
+        Raises:
+            Conflict: another one is unfinished.
+        """
+        if self._unfinished is not None:
+            if request_id is not None and self._unfinished.request_id == request_id:
+                return self._unfinished
+            if replace and self._unfinished.status == "open":
+                self._drop(self._unfinished)
         if self._unfinished is not None:
             raise Conflict(
                 f"the update {self._unfinished.id} is unfinished; commit it, or delete it"
@@ -124,7 +142,9 @@ class WeightsUpdates:
             directory.mkdir(mode=0o700)
         except OSError as error:
             raise _disk_error(error) from None
-        self._unfinished = WeightsUpdate(update_id, directory, label, int(time.time()))
+        self._unfinished = WeightsUpdate(
+            update_id, directory, label, int(time.time()), request_id=request_id
+        )
         self._touch(self._unfinished)
         return self._unfinished
 

@@ -30,13 +30,24 @@ from tokasaurus.server.errors import BodyTooLarge, Forbidden, ForeignPage, Unaut
 from tokasaurus.server.http.answers import error_answer
 from tokasaurus.server.http.hosts import Hosts
 
-__all__ = ["CLIENT", "OPEN_PATHS", "Access", "max_priority_of", "share_of"]
+__all__ = [
+    "CLIENT",
+    "MAY_END_ALL",
+    "OPEN_PATHS",
+    "Access",
+    "max_priority_of",
+    "may_end",
+    "share_of",
+]
 
 OPEN_PATHS = frozenset({"/ping", "/health"})
 """Paths that need no key: they are for load balancers, and only say whether the engine serves."""
 
 CLIENT = "tokasaurus.client"
 """Where a scope names the client: a text for each key or, if no key is needed, for each address."""
+
+MAY_END_ALL = "tokasaurus.may_end_all"
+"""Where a scope says whether the client may end requests of other clients."""
 
 _MAX_PRIORITY = "tokasaurus.max_priority"
 _KEY = "key "
@@ -66,6 +77,16 @@ def max_priority_of(scope: Scope) -> int:
     return limit
 
 
+def may_end(scope: Scope, client: str) -> bool:
+    """Whether the sender of a request may end another request.
+
+    Args:
+        scope: of the sender's request.
+        client: whose share the other request takes.
+    """
+    return bool(scope.get(MAY_END_ALL)) or scope.get(CLIENT) == client
+
+
 class Access:
     """Refuses requests without a key, and bodies that are too large.
 
@@ -73,12 +94,18 @@ class Access:
         app: the layer inside.
         config: the server's slice.
         is_control: whether a path is for the control of the engine.
+        open_paths: that need no key.
     """
 
     def __init__(
-        self, app: ASGIApp, config: ServerConfig, is_control: Callable[[str], bool]
+        self,
+        app: ASGIApp,
+        config: ServerConfig,
+        is_control: Callable[[str], bool],
+        open_paths: frozenset[str] = OPEN_PATHS,
     ) -> None:
         self._app = app
+        self._open_paths = open_paths
         self._is_control = is_control
         self._digests: Sequence[bytes] = [bytes.fromhex(each) for each in config.api_key_digests]
         admin_digests = [bytes.fromhex(each) for each in config.admin_key_digests]
@@ -124,6 +151,7 @@ class Access:
             else:
                 client, shown = self._client(scope, authorization), self._digests
             scope[CLIENT] = client
+            scope[MAY_END_ALL] = self._may_end_all(client)
             scope[_MAX_PRIORITY] = self._priorities.get(client, self._max_priority)
             if not shown and (is_control or scope["method"] not in _SAFE_METHODS):
                 host = hosts[0].decode("latin-1") if hosts else ""
@@ -176,9 +204,15 @@ class Access:
                 " in cors_origins, or give the engine an API key"
             )
 
+    def _may_end_all(self, client: str) -> bool:
+        """Whether a client has an admin key, or is on the machine of an engine without keys."""
+        if client.startswith(_KEY):
+            return bytes.fromhex(client.removeprefix(_KEY)) in self._admin_digests
+        return self._is_local and not self._digests
+
     def _client(self, scope: Scope, authorization: bytes) -> str:
         """The name of the client. Raises Unauthorized."""
-        if not self._digests or scope["path"] in OPEN_PATHS:
+        if not self._digests or scope["path"] in self._open_paths:
             return _address(scope)
         known = _known_key(authorization, self._all_digests, "an API key")
         return f"{_KEY}{known.hex()}"

@@ -12,21 +12,33 @@ import contextlib
 from pathlib import Path
 
 import httptools
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tokasaurus.errors import EngineNotReady
+from tokasaurus.server.http.access import CLIENT, MAY_END_ALL
 from tokasaurus.server.http.answers import error_answer
 from tokasaurus.server.http.request_ids import REQUEST_ID, REQUEST_ID_HEADER
 
-__all__ = ["PASSED_ON", "PassOn"]
+__all__ = ["PASSED_ON", "KnownClients", "PassOn"]
 
 PASSED_ON = "tokasaurus.passed_on"
 """Set in the scope of a request that the other server answers."""
 
+# Who has sent the request, and whether the client may end requests of others.
+_CLIENT_HEADER = b"tokasaurus-client"
+_MAY_END_ALL_HEADER = b"tokasaurus-may-end-all"
 _PIECE_BYTES = 1 << 16
 # Of one connection, or made anew by the layers around this one.
 _NOT_PASSED = frozenset(
-    {b"connection", b"keep-alive", b"transfer-encoding", b"expect", REQUEST_ID_HEADER}
+    {
+        b"connection",
+        b"keep-alive",
+        b"transfer-encoding",
+        b"expect",
+        REQUEST_ID_HEADER,
+        _CLIENT_HEADER,
+        _MAY_END_ALL_HEADER,
+    }
 )
 _NOT_PASSED_BACK = frozenset({b"connection", b"transfer-encoding", b"date", REQUEST_ID_HEADER})
 
@@ -64,6 +76,24 @@ class PassOn:
                 await body
 
 
+class KnownClients:
+    """The ASGI layer at the other end: it notes who has sent a request that was passed on.
+
+    Args:
+        app: the layer inside.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = dict(scope["headers"])
+            scope[CLIENT] = headers.get(_CLIENT_HEADER, b"").decode("latin-1")
+            scope[MAY_END_ALL] = _MAY_END_ALL_HEADER in headers
+        await self._app(scope, receive, send)
+
+
 def _head(scope: Scope, is_chunked: bool) -> bytes:
     target = scope.get("raw_path") or scope["path"].encode()
     if scope["query_string"]:
@@ -71,6 +101,9 @@ def _head(scope: Scope, is_chunked: bool) -> bytes:
     lines = [scope["method"].encode() + b" " + target + b" HTTP/1.1"]
     lines += [name + b": " + value for name, value in scope["headers"] if name not in _NOT_PASSED]
     lines.append(REQUEST_ID_HEADER + b": " + scope.get(REQUEST_ID, "").encode())
+    lines.append(_CLIENT_HEADER + b": " + scope.get(CLIENT, "").encode())
+    if scope.get(MAY_END_ALL):
+        lines.append(_MAY_END_ALL_HEADER + b": yes")
     lines.append(b"connection: close")
     if is_chunked:
         lines.append(b"transfer-encoding: chunked")

@@ -169,7 +169,8 @@ class GenerationRequest(EngineRequest):
     logprobs_in_fingerprint: bool | None = None
     """Packed logprobs in ``system_fingerprint`` instead of the ``logprobs`` field."""
     return_weights_versions: bool | None = None
-    """Add ``weights_versions`` to each choice: which version of the weights drew which tokens."""
+    """Add ``weights_versions`` to each choice: which version of the weights drew which tokens.
+    Default: once the engine has had other weights than those that it started with."""
     receipt: bool | None = None
     """Add a ``receipt`` of the answer, which ``toka-verify`` checks; see docs/reproducibility.md.
 

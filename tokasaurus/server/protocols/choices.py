@@ -19,7 +19,7 @@ from tokasaurus.server.operations.logprobs import fingerprint, prompt_logprobs
 from tokasaurus.server.operations.receipts import receipt_field
 from tokasaurus.server.operations.schemas import GenerationRequest
 from tokasaurus.server.operations.usage import usage
-from tokasaurus.server.operations.versions import weights_versions
+from tokasaurus.server.operations.versions import versions_field
 from tokasaurus.server.operations.writer import DONE, StreamWriter, event
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.samples import SampleOutput
@@ -121,9 +121,10 @@ class ChoicesWriter(StreamWriter):
     def _with_versions(
         self, choice: dict[str, Any], generation: Generation, output: SampleOutput
     ) -> dict[str, Any]:
-        if self.request.return_weights_versions:
-            choice["weights_versions"] = weights_versions(generation, output)
-        return choice
+        return {
+            **choice,
+            **versions_field(generation, output, self.request.return_weights_versions),
+        }
 
     def _streamed_usage(self, generations: Sequence[Generation]) -> dict[str, Any]:
         return usage(generations, self._num_streamed_tokens, self._num_reasoning_tokens())

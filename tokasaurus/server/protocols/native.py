@@ -20,7 +20,7 @@ from tokasaurus.server.operations.prompts import TOKEN_IDS
 from tokasaurus.server.operations.receipts import receipt_field
 from tokasaurus.server.operations.schemas import GenerationRequest
 from tokasaurus.server.operations.usage import usage
-from tokasaurus.server.operations.versions import weights_versions
+from tokasaurus.server.operations.versions import versions_field
 from tokasaurus.server.operations.writer import DONE, StreamWriter, event
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.preparation import CHAT_TEMPERATURE, PreparedRequest, Preparer
@@ -149,9 +149,10 @@ class NativeWriter(StreamWriter):
             "logprobs": None if output.logprobs is None else _logprobs(output.logprobs),
             "finish_reason": output.finish_reason,
         }
-        if self._request.return_weights_versions:
-            sample["weights_versions"] = weights_versions(generation, output)
-        return sample
+        return {
+            **sample,
+            **versions_field(generation, output, self._request.return_weights_versions),
+        }
 
 
 def prepare_native(request: NativeRequest, preparer: Preparer) -> PreparedRequest:

@@ -1,7 +1,8 @@
 """Control of a running engine, under the names of vLLM and of SGLang.
 
 Pausing, aborting, releasing memory, and new weights from files. ``routes.weights`` takes new
-weights over HTTP. All these routes need an admin key; see ``http.access``.
+weights over HTTP, and ``routes.weights_groups`` takes them from the process group of a trainer.
+All these routes need an admin key; see ``http.access``.
 """
 
 from __future__ import annotations
@@ -187,7 +188,6 @@ class ControlRoutes:
             ("GET", "/weight_info", self.weight_version),
             ("GET", "/get_weight_version", self.weight_version),
             ("POST", "/update_weights_from_tensor", self.update_otherwise),
-            ("POST", "/update_weights_from_distributed", self.update_otherwise),
             ("POST", "/update_weights_from_ipc", self.update_otherwise),
         ]
         for method, path, simple in without_body:
@@ -337,8 +337,9 @@ class ControlRoutes:
     async def update_otherwise(self) -> Response:
         """Refused: says which routes take new weights."""
         raise RequestError(
-            "this engine unpickles nothing and joins no process group: send tensors as safetensors"
-            " to POST /v1/weights/updates, or name a directory to POST /update_weights_from_disk"
+            "this engine unpickles nothing: send tensors as safetensors to POST"
+            " /v1/weights/updates, broadcast them with POST /update_weights_from_distributed, or"
+            " name a directory to POST /update_weights_from_disk"
         )
 
     async def rename_version(self, request: Request) -> Response:

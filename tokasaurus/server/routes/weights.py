@@ -20,6 +20,7 @@ from tokasaurus.server.control.weights_updates import (
 from tokasaurus.server.errors import ClientGone
 from tokasaurus.server.http.answers import json_answer
 from tokasaurus.server.http.bodies import read_json, read_optional_json, refuse_compressed
+from tokasaurus.server.http.request_ids import REQUEST_ID
 from tokasaurus.server.operations.schemas import RequestBody, body_reference, parse
 from tokasaurus.server.routes.control import ControlBody, Label
 from tokasaurus.server.state import EngineState
@@ -37,6 +38,9 @@ class BeginWeightsUpdate(ControlBody):
 
     weight_version: Label | None = None
     """The label of the new version; default: its number."""
+    replace: bool | None = None
+    """Drop another update that was begun and not committed. Default false: then it is in the
+    way."""
 
 
 class CommitWeightsUpdate(ControlBody):
@@ -88,7 +92,10 @@ class WeightsRoutes:
         """Begins an update of the weights; one at a time."""
         self._state.check()
         body = parse(await read_optional_json(request), BeginWeightsUpdate)
-        return json_answer(self._updates.begin(body.weight_version).described())
+        update = self._updates.begin(
+            body.weight_version, request.scope.get(REQUEST_ID), replace=bool(body.replace)
+        )
+        return json_answer(update.described())
 
     async def retrieve(self, update_id: str) -> Response:
         """The state of an update, and its buckets."""

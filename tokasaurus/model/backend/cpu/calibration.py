@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from tokasaurus.model.backend.base import Backend, PrefixGroups, Rotation, SequenceRows
-from tokasaurus.model.backend.cpu.grouping import (
+from tokasaurus.model.backend.grouping import (
     GroupCosts,
     GroupSize,
     KernelBlocks,

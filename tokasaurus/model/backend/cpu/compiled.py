@@ -31,7 +31,9 @@ from tokasaurus.model.backend.base import (
 from tokasaurus.model.backend.cpu.build import BuildError
 from tokasaurus.model.backend.cpu.calibration import PAGE_SIZE, PAGES, measure_group_costs
 from tokasaurus.model.backend.cpu.calls import call, load_kernels, load_replay, result
-from tokasaurus.model.backend.cpu.grouping import (
+from tokasaurus.model.backend.cpu.operators import ELEMENTS, load_operators
+from tokasaurus.model.backend.cpu.sampling import load_sampling
+from tokasaurus.model.backend.grouping import (
     ALWAYS,
     NEVER,
     ChosenGroups,
@@ -39,8 +41,6 @@ from tokasaurus.model.backend.cpu.grouping import (
     KernelBlocks,
     choose_groups,
 )
-from tokasaurus.model.backend.cpu.operators import ELEMENTS, load_operators
-from tokasaurus.model.backend.cpu.sampling import load_sampling
 from tokasaurus.model.kv_cache import KVCache
 
 __all__ = ["CompiledAttention", "CompiledBackend"]

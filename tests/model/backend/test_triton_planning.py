@@ -1,0 +1,144 @@
+"""The plan of a batch: each row meets each of its positions once, and partial results have room."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from attention_batches import large_group, random_steps, random_world
+
+from tokasaurus.model.backend.base import NO_GROUPS, SequenceRows
+from tokasaurus.model.backend.grouping import ALWAYS, NEVER, choose_groups
+from tokasaurus.model.backend.triton import planning
+from tokasaurus.model.backend.triton.planning import Tiles, plan_tasks
+
+ROOMY = Tiles(few_rows=4, many_rows=16, num_programs=1)
+TIGHT = Tiles(few_rows=1, many_rows=3, num_programs=64)
+
+
+@pytest.fixture(autouse=True)
+def short_tasks(monkeypatch):
+    """Cuts ranges of few positions, too."""
+    monkeypatch.setattr(planning, "_SHORTEST_TASK", 16)
+    monkeypatch.setattr(planning, "_STEP", 16)
+
+
+def rows_of(task):
+    first, num_firsts, second, num_rows = task[3:7]
+    return [*range(first, first + num_firsts), *range(second, second + num_rows - num_firsts)]
+
+
+def check_plan(rows, page_size, tiles, costs=ALWAYS):
+    """Every row sees its own positions through its own pages, and no partial result twice."""
+    groups = choose_groups(rows, page_size, 1, costs)
+    plan = plan_tasks(rows, groups, tiles)
+    table = rows.page_table.numpy()
+    num_rows = len(rows.positions)
+    seen = [[] for _ in range(num_rows)]
+    places = [[] for _ in range(num_rows)]
+    slots = np.repeat(rows.slots, np.diff(rows.query_starts))
+    assert plan.row_slots.tolist() == slots.tolist()
+    assert plan.row_positions.tolist() == rows.positions.tolist()
+    for tasks, most in ((plan.few_tasks, tiles.few_rows), (plan.many_tasks, tiles.many_rows)):
+        assert tasks.dtype == np.int32
+        for task in tasks.tolist():
+            slot, begin, end = task[:3]
+            assert 0 < task[6] <= most
+            assert 0 <= task[4] <= task[6]
+            assert begin < end <= rows.positions[rows_of(task)].max() + 1
+            columns = np.arange(begin, end) // page_size
+            for row in rows_of(task):
+                assert (table[slot, columns] == table[slots[row], columns]).all()
+                seen[row] += [n for n in range(begin, end) if n <= rows.positions[row]]
+                places[row].append(task[7])
+    counts = np.diff(plan.partial_starts)
+    for row in range(num_rows):
+        assert sorted(seen[row]) == list(range(rows.positions[row] + 1))
+        assert sorted(places[row]) == list(range(len(places[row])))
+        assert counts[row] == (len(places[row]) if len(places[row]) > 1 else 0)
+    assert plan.merged_rows.tolist() == np.flatnonzero(counts).tolist()
+    assert plan.num_partials == counts.sum()
+    return plan
+
+
+@pytest.mark.parametrize("tiles", [ROOMY, TIGHT], ids=["roomy", "tight"])
+def test_every_row_meets_each_of_its_positions_once(tiles):
+    for page_size in (1, 7, 16):
+        for seed in range(5):
+            for rows in random_steps(np.random.default_rng(seed), 4, 4, page_size):
+                check_plan(rows, page_size, tiles)
+
+
+@pytest.mark.parametrize("tiles", [ROOMY, TIGHT], ids=["roomy", "tight"])
+def test_rows_of_nested_groups_meet_each_position_once(tiles):
+    num_merged = 0
+    for seed in range(40):
+        page_size = (4, 16, 40)[seed % 3]
+        plain, grouped, shared = random_world(np.random.default_rng(seed), page_size)
+        plan = check_plan(grouped, page_size, tiles)
+        is_shared = np.repeat(shared > 0, np.diff(plain.query_starts))
+        assert (np.diff(plan.partial_starts)[is_shared] > 1).all()
+        num_merged += len(plan.merged_rows)
+        check_plan(grouped, page_size, tiles, NEVER)
+    assert num_merged > 100
+
+
+def test_a_group_inside_one_that_is_not_taken_begins_earlier(monkeypatch):
+    """As ``choose_groups`` says. Here each second group is not worth its while."""
+    taken = []
+    for seed in range(40):
+        _, grouped, _ = random_world(np.random.default_rng(seed), 16)
+        answers = iter([True, False] * 20)
+        monkeypatch.setattr(type(ALWAYS), "saved", lambda *_, of=answers: 1.0 if next(of) else -1.0)
+        check_plan(grouped, 16, ROOMY)
+        taken.append(len(grouped.groups))
+    assert max(taken) > 2
+
+
+def test_the_prefix_of_a_group_is_read_by_few_tasks():
+    plain, grouped = large_group(70, 50, 16)
+    alone = check_plan(plain, 16, ROOMY)
+    together = check_plan(grouped, 16, ROOMY)
+
+    def positions(plan):
+        tasks = np.concatenate((plan.few_tasks, plan.many_tasks))
+        return int((tasks[:, 2] - tasks[:, 1]).sum())
+
+    assert positions(alone) > 70 * 800
+    assert positions(together) <= 5 * 800 + 70 * 16
+
+
+def test_the_number_of_tasks_has_a_bound_that_lengths_do_not_change():
+    """A graph of kernels needs it: one task for each block of rows, and those that keep busy."""
+    for length in (1, 100, 5000, 100_000):
+        lengths = np.array([length, 7, 300], np.int32)
+        rows = SequenceRows(
+            slots=np.arange(3, dtype=np.int32),
+            query_starts=np.arange(4, dtype=np.int32),
+            kv_lengths=lengths,
+            positions=lengths - 1,
+            page_table=torch.zeros(3, 1, dtype=torch.int32),
+            num_decodes=3,
+        )
+        groups = choose_groups(rows, 16, 1, NEVER)
+        plan = plan_tasks(rows, groups, Tiles(4, 16, num_programs=50))
+        assert len(plan.few_tasks) <= 3 + 50
+        assert (length < 5000) == (len(plan.few_tasks) < 30)
+
+
+def test_sequences_without_rows_have_no_tasks():
+    rows = SequenceRows(
+        slots=np.array([2, 0, 1], np.int32),
+        query_starts=np.array([0, 0, 1, 1], np.int32),
+        kv_lengths=np.array([0, 1, 0], np.int32),
+        positions=np.zeros(1, np.int32),
+        page_table=torch.zeros(3, 1, dtype=torch.int32),
+    )
+    plan = check_plan(rows, 16, ROOMY)
+    assert plan.few_tasks.tolist() == [[0, 0, 1, 0, 1, 0, 1, 0]]
+    empty = np.zeros(0, np.int32)
+    nothing = SequenceRows(
+        empty, np.zeros(1, np.int32), empty, empty, rows.page_table, 0, NO_GROUPS
+    )
+    plan = plan_tasks(nothing, choose_groups(nothing, 16, 1, ALWAYS), ROOMY)
+    assert len(plan.few_tasks) == len(plan.many_tasks) == plan.num_partials == 0

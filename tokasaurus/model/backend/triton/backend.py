@@ -1,0 +1,305 @@
+"""The Triton backend: what a batch's kernels get, and their launches.
+
+The kernels are in ``attention_kernels.py`` and ``operator_kernels.py``, which are imported with
+Triton, once a backend is made. ``reference.py`` defines the results.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokasaurus.model.backend.base import (
+    DEFAULT_OPTIONS,
+    NO_GROUPED_ROWS,
+    BackendOptions,
+    HeadNorms,
+    Operators,
+    Rotation,
+    SamplingKernels,
+    SequenceRows,
+)
+from tokasaurus.model.backend.grouping import (
+    ALWAYS,
+    NEVER,
+    GroupCosts,
+    KernelBlocks,
+    choose_groups,
+)
+from tokasaurus.model.backend.triton.planning import Plan, Tiles, plan_tasks
+from tokasaurus.model.backend.triton.shapes import AttentionShape
+from tokasaurus.model.kv_cache import KVCache
+from tokasaurus.model.upload import Staging
+from tokasaurus.rounding import ceil_div, round_up
+
+__all__ = ["TritonAttention", "TritonBackend", "is_interpreted"]
+
+log = logging.getLogger(__name__)
+
+# Programs for each multiprocessor of a device, which it has in part at a time.
+_PROGRAMS_PER_PROCESSOR = 4
+
+# Of a device without any: the interpreter runs one program after the other.
+_PROCESSORS_OF_INTERPRETER = 2
+
+# Of a part of the plan: kernels are compiled for addresses that are multiples of 16 bytes.
+_ALIGNMENT = 4
+
+_OLDEST = (8, 0)
+"""The compute capability of the first devices with bf16 and asynchronous copies."""
+
+
+def is_interpreted() -> bool:
+    """Whether Triton's kernels are interpreted, on tensors of the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+class TritonBackend:
+    """Implements ``Backend``.
+
+    Args:
+        cache: in fp32, bf16 or fp16.
+        num_heads: query heads.
+        options: of the kernels.
+    """
+
+    name: ClassVar[str] = "triton"
+    # How long ranges are cut depends on the batch.
+    is_independent_of_batch: ClassVar[bool] = False
+
+    @classmethod
+    def why_not(cls, options: BackendOptions) -> str | None:
+        return _why_not()
+
+    @classmethod
+    def operators(cls, options: BackendOptions) -> Operators:
+        from tokasaurus.model.backend.triton.operators import TRITON_OPERATORS
+
+        return TRITON_OPERATORS
+
+    @classmethod
+    def sampling(cls, options: BackendOptions) -> SamplingKernels:
+        from tokasaurus.model.backend.triton.sampling import TRITON_SAMPLING
+
+        return TRITON_SAMPLING
+
+    def __init__(
+        self, cache: KVCache, num_heads: int, options: BackendOptions = DEFAULT_OPTIONS
+    ) -> None:
+        self._cache = cache
+        self._shape = AttentionShape(
+            num_heads,
+            cache.num_kv_heads,
+            cache.head_dim,
+            cache.page_size,
+            cache.dtype.itemsize,
+            is_interpreted(),
+        )
+        few, many = (block // self._shape.group for block in self._shape.blocks)
+        num_programs = _num_processors(cache.keys[0].device) * _PROGRAMS_PER_PROCESSOR
+        self._tiles = Tiles(few, many, ceil_div(num_programs, cache.num_kv_heads))
+        if options.use_groups is None:
+            self._costs = _group_bytes(cache, num_heads, self._tiles)
+        else:
+            self._costs = ALWAYS if options.use_groups else NEVER
+        self.grouped_rows = NO_GROUPED_ROWS
+
+    def calibrate(self, shared: Callable[[Sequence[float]], list[float]]) -> None:
+        """Does nothing: which groups save time follows from the bytes that they save."""
+
+    def plan(self, rows: SequenceRows) -> TritonAttention:
+        groups = choose_groups(rows, self._cache.page_size, 1, self._costs)
+        self.grouped_rows = groups.grouped_rows(rows)
+        plan = plan_tasks(rows, groups, self._tiles)
+        return TritonAttention(self._cache, self._shape, plan, rows.page_table)
+
+
+class TritonAttention:
+    """Implements ``Attention`` for one batch.
+
+    Args:
+        cache: of the backend.
+        shape: of the backend.
+        plan: of the batch, which is sent to the device in one copy.
+        page_table: [slots, columns] int32, on the device.
+    """
+
+    def __init__(
+        self, cache: KVCache, shape: AttentionShape, plan: Plan, page_table: Tensor
+    ) -> None:
+        # Where this runs Triton is installed.
+        from tokasaurus.model.backend.triton import attention_kernels
+
+        self._kernels = attention_kernels
+        self._cache, self._shape, self._page_table = cache, shape, page_table
+        device = page_table.device
+        arrays = _sent(plan, device)
+        self._row_slots, self._row_positions, self._partial_starts, self._merged_rows = arrays[:4]
+        counts = len(plan.few_tasks), len(plan.many_tasks)
+        self._launches = [
+            launch for launch in zip(shape.blocks, arrays[4:], counts, strict=True) if launch[2]
+        ]
+        self._num_merged = len(plan.merged_rows)
+        # All layers use the same room, one after the other.
+        room = max(plan.num_partials, 1), shape.num_heads
+        self._partials = torch.empty(*room, shape.head_dim, dtype=torch.float32, device=device)
+        self._lses = torch.empty(room, dtype=torch.float32, device=device)
+
+    def attend(
+        self, layer: int, heads: Tensor, rotation: Rotation, norms: HeadNorms | None
+    ) -> Tensor:
+        num_rows = len(heads)
+        query = heads.new_empty((num_rows, self._shape.num_heads, self._shape.head_dim))
+        output = torch.empty_like(query)
+        if num_rows:
+            self._prepare(layer, heads, rotation, norms, query)
+            for block, tasks, count in self._launches:
+                self._attend(layer, query, output, block, tasks, count)
+            if self._num_merged:
+                self._merge(output)
+        return output.flatten(1)
+
+    def _prepare(
+        self,
+        layer: int,
+        heads: Tensor,
+        rotation: Rotation,
+        norms: HeadNorms | None,
+        query: Tensor,
+    ) -> None:
+        cache, shape, num_rows = self._cache, self._shape, len(heads)
+        if heads.stride()[1:] != (shape.head_dim, 1):
+            heads = heads.contiguous()
+        query_norm, key_norm, eps = (heads, heads, 0.0) if norms is None else norms
+        self._kernels.prepare_heads[shape.num_preparing(num_rows),](
+            heads,
+            rotation.cos.contiguous(),
+            rotation.sin.contiguous(),
+            query_norm,
+            key_norm,
+            query,
+            cache.keys[layer],
+            cache.values[layer],
+            self._page_table,
+            self._row_slots,
+            self._row_positions,
+            num_rows,
+            heads.stride(0),
+            self._page_table.stride(0),
+            eps,
+            HAS_NORMS=norms is not None,
+            **shape.preparing,
+        )
+
+    def _attend(
+        self, layer: int, query: Tensor, output: Tensor, block: int, tasks: Tensor, count: int
+    ) -> None:
+        cache, shape = self._cache, self._shape
+        self._kernels.attend_task[count * shape.num_kv_heads,](
+            query,
+            cache.keys[layer],
+            cache.values[layer],
+            output,
+            self._partials,
+            self._lses,
+            self._page_table,
+            self._row_positions,
+            self._partial_starts,
+            tasks,
+            self._page_table.stride(0),
+            shape.head_dim**-0.5,
+            BLOCK_M=block,
+            **shape.attending,
+        )
+
+    def _merge(self, output: Tensor) -> None:
+        self._kernels.merge_partials[self._num_merged, self._shape.num_merging](
+            output,
+            self._partials,
+            self._lses,
+            self._partial_starts,
+            self._merged_rows,
+            **self._shape.merging,
+        )
+
+
+def _sent(plan: Plan, device: torch.device) -> list[Tensor]:
+    """The arrays of a plan on the device, in one copy. Each begins at a multiple of 16 bytes."""
+    arrays = (
+        plan.row_slots,
+        plan.row_positions,
+        plan.partial_starts,
+        plan.merged_rows,
+        plan.few_tasks.ravel(),
+        plan.many_tasks.ravel(),
+    )
+    sizes = [round_up(len(array), _ALIGNMENT) for array in arrays]
+    whole = np.zeros(sum(sizes), np.int32)
+    for array, part in zip(arrays, np.split(whole, np.cumsum(sizes)[:-1]), strict=True):
+        part[: len(array)] = array
+    staging = Staging(device)
+    staged = staging.add(whole)
+    staging.send()
+    return list(staged.tensor.split_with_sizes(sizes))
+
+
+def _group_bytes(cache: KVCache, num_heads: int, tiles: Tiles) -> GroupCosts:
+    """What a group saves of the memory's traffic, in bytes of a layer.
+
+    A sequence that decodes reads each key and value once, and so does each large tile of a group. A
+    row of a group has two partial results more than it would have, each written once and read once.
+    """
+    token = 2.0 * cache.num_kv_heads * cache.head_dim * cache.dtype.itemsize
+    partial = num_heads * (cache.head_dim + 1) * torch.float32.itemsize
+    return GroupCosts(token, token, 4.0 * partial, 0.0, KernelBlocks(tiles.many_rows, 1))
+
+
+def _num_processors(device: torch.device) -> int:
+    if device.type == "cpu":
+        return _PROCESSORS_OF_INTERPRETER
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+@cache
+def _why_not() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return "Triton is not installed; pip install 'tokasaurus[cuda]'"
+    if is_interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return f"PyTorch {torch.__version__} sees no CUDA device; install its build for CUDA"
+    capability = torch.cuda.get_device_capability()
+    if capability < _OLDEST:
+        return (
+            f"this device has compute capability {'.'.join(map(str, capability))}, and the kernels"
+            f" need {'.'.join(map(str, _OLDEST))}; set attention=reference"
+        )
+    return _failure(triton.__version__)
+
+
+def _failure(triton_version: str) -> str | None:
+    """Builds a kernel and runs it: Triton needs a C compiler, too. Why this fails, if it does."""
+    from tokasaurus.model.backend.triton.operators import TRITON_OPERATORS
+
+    try:
+        ones = torch.ones(1, 16, device="cuda")
+        TRITON_OPERATORS.rms_norm(ones, ones[0], 0.0)
+        torch.cuda.synchronize()
+    except Exception as error:  # whatever a compiler, a driver or a cache may raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        return (
+            f"Triton {triton_version} cannot build its kernels: {reason}; install gcc and the"
+            " headers of Python and CUDA"
+        )
+    log.info("Triton %s builds kernels", triton_version)
+    return None
