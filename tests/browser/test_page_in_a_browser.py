@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import MODEL_NAME, Tab
+from conftest import Tab
 from engine_process import running
 
 pytestmark = [pytest.mark.browser, pytest.mark.engine]
@@ -86,8 +86,13 @@ def test_dark_and_on_a_phone(browser, small, pictures):
     tab.page.screenshot(path=pictures / "page-phone.png")
     width = tab.page.evaluate("document.documentElement.scrollWidth")
     ground = tab.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    wide = tab.page.evaluate(
+        "[...document.querySelectorAll('body *')].filter((each) => !each.closest('.wide')"
+        " && each.getBoundingClientRect().right > 391).map((each) => each.outerHTML.slice(0, 90))"
+    )
     load.join()
     tab.close()
+    assert wide == []
     assert width <= 390  # nothing is wider than the phone
     assert max(map(int, re.findall(r"\d+", ground)[:3])) < 60
 
@@ -135,6 +140,9 @@ def test_the_cached_part_of_a_prompt_is_marked(page):
 
 def test_a_hostile_answer_stays_text(page):
     """The grammar makes the model say it."""
+    models = {"object": "list", "data": [{"id": HOSTILE}]}
+    page.route("**/v1/models", lambda route: route.fulfill(json=models))
+    page.reload()
     page.locator("summary", has_text="Structured output").click()
     page.fill("#schema", json.dumps({"enum": [HOSTILE]}))
     page.fill("#prompt", HOSTILE)
@@ -146,9 +154,8 @@ def test_a_hostile_answer_stays_text(page):
         expect(page.locator(".answer")).to_contain_text("<img src=x", timeout=PATIENCE_MS)
         expect(page.locator("#send")).to_be_enabled(timeout=PATIENCE_MS)
     expect(page.locator("#conversation")).to_contain_text("<script>")
-    expect(page.locator("main img, main script")).to_have_count(0)
-    expect(page.locator("#model")).to_have_text(MODEL_NAME)
-    expect(page.locator("header b")).to_have_count(0)
+    expect(page.locator("body img, body script")).to_have_count(0)
+    expect(page.locator("#model")).to_have_text(HOSTILE)
     assert "owned" not in page.title()
 
 
@@ -188,12 +195,12 @@ def test_a_batch_is_uploaded_watched_and_downloaded(page, tmp_path: Path):
 
 
 def test_a_request_is_cancelled(page, small):
-    load = Load(small, 1, 3000, user=HOSTILE)
+    load = Load(small, 1, 2000, n=60, user=HOSTILE)
     row = page.locator("#request-table tbody tr").first
     expect(row).to_contain_text("<img src=x", timeout=PATIENCE_MS)
     row.get_by_role("button", name=re.compile("^Cancel request")).click()
     load.join()
-    assert load.answers[0].choices[0].finish_reason == "abort"
+    assert "abort" in {choice.finish_reason for choice in load.answers[0].choices}
     expect(page.locator("#request-table tbody tr")).to_have_count(0, timeout=PATIENCE_MS)
 
 
@@ -223,10 +230,10 @@ def test_a_locked_engine_asks_for_a_key_which_stays_in_the_tab(browser, tmp_path
         tab = Tab(browser, f"{engine.url}/")
         page = tab.page
         expect(page.locator("#door")).to_be_visible(timeout=PATIENCE_MS)
-        page.get_by_label("This engine needs an API key").fill("sk-wrong")
+        page.get_by_role("textbox", name="This engine needs an API key").fill("sk-wrong")
         page.keyboard.press("Enter")
         expect(page.locator("#door-problem")).to_contain_text("wrong", timeout=PATIENCE_MS)
-        page.get_by_label("This engine needs an API key").fill("sk-of-the-test")
+        page.get_by_role("textbox", name="This engine needs an API key").fill("sk-of-the-test")
         page.keyboard.press("Enter")
         expect(page.locator("#status")).to_have_text("ok", timeout=PATIENCE_MS)
         expect(page.locator("#door")).to_be_hidden()

@@ -270,3 +270,25 @@ def test_openai_errors_are_those_of_one_process(engine):
     with pytest.raises(openai.BadRequestError) as caught:
         engine.client().completions.create(model="m", prompt="A", max_tokens=10**9)
     assert "max_tokens" in str(caught.value)
+
+
+def test_any_process_shows_and_cancels_the_requests_of_all(engine, two):
+    first, second = two
+    first.begin(GENERATE, {**ENDLESS, "priority": 3})
+    found: list[dict] = []
+
+    def is_shown() -> bool:
+        status, snapshot = second.ask("GET /v1/engine")
+        assert status == 200
+        found[:] = snapshot["requests"]
+        return bool(found)
+
+    eventually(is_shown, "the request is shown", 20)
+    (shown,) = found
+    assert (shown["samples"], shown["priority"]) == (8, 3)
+    status, _ = second.ask(f"/v1/engine/requests/{shown['id']}/cancel", {})
+    assert status == 200
+    status, answer = first.end()
+    assert status == 200
+    assert {choice["finish_reason"] for choice in answer["choices"]} == {"abort"}
+    assert engine.get("/")[0] == 200

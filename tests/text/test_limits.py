@@ -93,6 +93,17 @@ def test_a_device_that_waits_for_the_manager():
     assert find_limit(*statistics_of(trace, slow, scheduling_steps_ahead=4)).kind == "seats"
 
 
+def test_room_for_twice_as_many_counts_for_more_than_a_device_that_waits_now_and_then():
+    trace, timing = [request(200)], Timing(fixed(0.01), manager_s=0.005)
+    found = statistics_of(trace, timing, scheduling_steps_ahead=1, max_seqs_per_forward=150)
+    assert find_limit(*found).kind == "host"
+    found = statistics_of(trace, timing, scheduling_steps_ahead=1, kv_cache_num_tokens=4096)
+    assert find_limit(*found).kind == "kv_cache"
+    slow = Timing(fixed(0.01), manager_s=0.02)
+    found = statistics_of(trace, slow, scheduling_steps_ahead=1, kv_cache_num_tokens=4096)
+    assert find_limit(*found).kind == "host"
+
+
 def test_few_sequences_are_too_few_requests_though_the_device_waits():
     slow = Timing(fixed(0.01), manager_s=0.01)
     limit = find_limit(*statistics_of([request(3)], slow, scheduling_steps_ahead=1))

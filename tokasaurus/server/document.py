@@ -262,7 +262,7 @@ _ANSWERS: Mapping[tuple[str, str], Mapping[str, Any]] = {
     ("put", "/v1/weights/updates/{update_id}/buckets/{number}"): _BUCKET,
     ("post", "/v1/weights/updates/{update_id}/commit"): _UPDATE,
     ("get", "/model_info"): _json(_object(model_path=_STRING, max_model_len=_INTEGER)),
-    ("get", "/v1/engine"): _json(_object(status=_STRING, model=_STRING, requests=_list(_OBJECT))),
+    ("get", "/v1/engine"): _json(_object(status=_STRING, requests=_list(_OBJECT))),
     ("post", "/v1/engine/requests/{request_id}/cancel"): _json(
         _object(id=_STRING, cancelled=_BOOLEAN)
     ),

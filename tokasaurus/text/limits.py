@@ -31,6 +31,7 @@ KINDS = (
 """Everything that can limit throughput; docs/page.md explains them."""
 
 _BUSY = 0.8  # share of the time with batches in flight; a device that computes less is kept waiting
+_HALF_BUSY = 0.5  # the same, while twice as many sequences would run if there were room
 _BUBBLE = 0.25  # share of the computing time; stages that wait for more are a limit
 _SERVER_BUSY = 0.9  # share of one processor
 _ROOM = 1.05  # more is worth a change of a flag
@@ -78,6 +79,7 @@ def find_limit(
     if not now.num_running and not num_waiting:
         return Limit("idle", "idle: no request is in flight")
     batches = {
+        "requests": 0,
         "device": now.num_full_batches - before.num_full_batches,
         "seats": now.num_seat_bound_batches - before.num_seat_bound_batches,
         "kv_cache": now.num_page_bound_batches - before.num_page_bound_batches,
@@ -92,7 +94,12 @@ def find_limit(
     is_loaded = kind != "requests" or 2 * now.num_running >= now.num_seats
     active_s = now.active_s - before.active_s
     device_s = now.device_s - before.device_s
-    if is_loaded and device_s < _BUSY * active_s:
+    # Where twice as many could run, that counts for more than a device that waits now and then.
+    could_run = now.num_running + num_waiting
+    if kind == "kv_cache":
+        could_run = min(could_run, now.num_seats)
+    enough = _HALF_BUSY if could_run >= 2 * now.num_running else _BUSY
+    if is_loaded and device_s < enough * active_s:
         return _host(device_s / active_s)
     waited_s = now.waited_s - before.waited_s
     if is_loaded and waited_s > _BUBBLE * device_s:

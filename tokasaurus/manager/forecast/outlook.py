@@ -30,6 +30,10 @@ def outlook(
     horizon = max(len(expected.all_pages), 1)
     stride = ceil_div(horizon, MAX_BINS)
     num_bins = ceil_div(horizon, stride)
+    # The pages that the queue will have are estimates, whose sum may exceed what admission lets in.
+    all_pages = np.minimum(
+        expected.all_pages, max(admission.limit, int(expected.running_pages.max(initial=0)))
+    )
     return Outlook(
         step=admission.step,
         step_s=step_s,
@@ -37,7 +41,7 @@ def outlook(
         used=running.pages.num_held,
         limit=admission.limit,
         running_pages=_largest(expected.running_pages, stride, num_bins),
-        all_pages=_largest(expected.all_pages, stride, num_bins),
+        all_pages=_largest(all_pages, stride, num_bins),
         num_admitted=_counts(expected.waiting_starts, stride, num_bins),
         num_ended=_counts(ends, stride, num_bins),
         num_unseen=backlog.num_sequences - running.num_begun - num_rows,
