@@ -176,10 +176,10 @@ VERLS ?= 0.9.1 0.7.1
 
 test-verl: install
 	@for version in $(VERLS); do \
-	    tests/verl/environment.sh $(VENV) $$version .venv-verl-$$version || exit; \
+	    tests/with_verl/environment.sh $(VENV) $$version .venv-verl-$$version || exit; \
 	    echo "==> pytest, veRL $$version"; \
 	    .venv-verl-$$version/bin/python -m pytest -m 'verl or not long' \
-	        tests/verl tests/workers/rollout $(ARGS) || exit; \
+	        tests/with_verl tests/workers/rollout $(ARGS) || exit; \
 	done
 
 # Without PyTorch's own index, TORCH_INDEX=https://pypi.org/simple does, with gigabytes of CUDA.

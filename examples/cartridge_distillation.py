@@ -378,7 +378,7 @@ def run(config: Config) -> History:
             "on held-out questions",
             history.held_out,
             ylabel="KL divergence, nats a token",
-            yscale="log",
+            ylim=(0, None),
         )
     return history
 

@@ -41,6 +41,7 @@ from tokasaurus.demo import MODEL_DIR
 from tokasaurus.demo.corpus.arithmetic import Problem, problem
 from tokasaurus.errors import TokasaurusError
 from tokasaurus.integrations.trainer import BucketSender
+from tokasaurus.integrations.verl.server import key_from_environment
 
 __all__ = ["SCHEMA", "Config", "History", "run"]
 
@@ -127,7 +128,7 @@ class Trainer:
         self._left: list[Problem] = []  # of the present round through all of them
         self._held_out = sums(self._rng, config.num_evaluated, held_out=True)
         self._rollout = Rollout(url, config.seed)
-        self._sender = BucketSender(url)
+        self._sender = BucketSender(url, api_key=key_from_environment())
         self.history = History()
 
     def step(self) -> None:

@@ -294,11 +294,12 @@ class World:
     def drain(self, max_turns: int = 10_000) -> None:
         """Lets all living sequences end, with a server that acknowledges all it gets."""
         for _ in range(max_turns):
-            if self.manager.idle:
+            if self.manager.idle and not self.reports:
                 break
             acks = self.acknowledgements()
             before = len(self.results)
-            self.turn(*acks, num_results=2)
+            reports, self.reports = self.reports, []
+            self.turn(*acks, num_results=2, reports=reports)
             assert before or acks or self.results or self.manager.idle, "the manager is stuck"
         assert self.manager.idle, "the manager does not come to an end"
         self.check_all_ended()
@@ -937,8 +938,6 @@ class Simulation(World):
             self.turn(*events, num_results=self._count(habits.results), reports=reports)
         if habits.commands:
             self.open_up()
-        while self.reports:
-            self.turn(num_results=2, reports=self._some_reports(1.0))
         self.drain()
 
     def _some_reports(self, share: float) -> list[TransferDone]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -49,6 +50,17 @@ def printed_json(capsys):
 def loop_turns(microseconds, result):
     """A time in turns of an empty Python loop, which take 10 to 50 ns: plausible on any machine."""
     return microseconds * 1e3 / max(result["loop_turn_ns"])
+
+
+def test_the_cost_of_a_request_to_the_python_client_is_measured(capsys):
+    usual, callbacks = gc.get_threshold(), list(gc.callbacks)
+    assert main(["client", "quick=T", "connections=100"]) == 0
+    result = printed_json(capsys)
+    assert (result["connections"], result["gc_threshold"]) == (100, 20_000)
+    assert 1_000 < loop_turns(result["us_per_request"], result) < 1_000_000
+    assert 0 <= result["gc_share"] < 1
+    assert gc.get_threshold() == usual
+    assert gc.callbacks == callbacks
 
 
 @pytest.mark.parametrize("mix", ["easy", "full"])

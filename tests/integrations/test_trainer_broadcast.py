@@ -19,7 +19,7 @@ from test_trainer_buckets import PROMPT, check_weights, noisy_model
 
 from tokasaurus.client import Client, RetryPolicy
 from tokasaurus.errors import ConfigError, Conflict, EngineError, RequestError
-from tokasaurus.integrations.trainer import BroadcastSender
+from tokasaurus.integrations.trainer import BroadcastSender, BucketSender
 from tokasaurus.weights_groups import GroupPlace, WeightsGroup
 
 pytestmark = pytest.mark.engine
@@ -241,3 +241,27 @@ def test_a_trainer_that_is_silent_is_no_stall_and_delays_no_shutdown(tmp_path):
             receiving.result(30)
         assert engine.wait_exit(30) == 0
         group.close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", [BroadcastSender, BucketSender])
+def test_several_engines_get_the_same_weights(client, tmp_path, kind):
+    (tmp_path / "other").mkdir()
+    with (
+        running(tmp_path / "other", *FLAGS, "tp_size=2") as engine,
+        Client(engine.url) as other,
+        kind([client.base_url, engine.url], bucket_bytes=1 << 20, timeout_s=30) as sender,
+    ):
+        for step in (1, 2):
+            model = noisy_model(step)
+            before = client.weights.version().version
+            assert sender.send(model.state_dict(), f"both-{step}") == [before + 1, step]
+            for number, each in enumerate((client, other)):
+                assert each.weights.version().label == f"both-{step}"
+                check_weights(each, model, tmp_path / f"{step}-{number}")
+        # What one refuses, none gets.
+        expected = [tokens(each) for each in (client, other)]
+        with pytest.raises((RequestError, Conflict)):
+            sender.send(wrong_tensors("missing"))
+        assert [tokens(each) for each in (client, other)] == expected
+        sender.send(noisy_model(3).state_dict())

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from documentation import examples, mismatch, run_python
 from engine_process import EngineProcess, running
 from oracle import reference_logits, reference_model
 
@@ -296,3 +297,8 @@ def test_a_prompt_behind_a_cartridge_gets_what_fits(engine):
 
     room, outputs = run(engine, work, cartridges=[spec])
     assert [len(output.token_ids) for output in outputs] == [room] * 2
+
+
+def test_the_example_of_the_page_prints_what_the_page_says(engine):
+    (example,) = [each for each in examples("docs/verl.md") if each.language == "python"]
+    assert not mismatch(example.printed or "", run_python(example.at(engine.port), {}))

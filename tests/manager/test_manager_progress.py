@@ -50,9 +50,9 @@ class ProgressWorld(World):
         self.drawn_with: dict[int, int] = {}
         self.latest: set[tuple[int, int]] = set()  # names that began elsewhere and came this turn
 
-    def turn(self, *events: FromServer, num_results: int = 0) -> None:
+    def turn(self, *events: FromServer, **options: Any) -> None:
         self.latest.clear()
-        super().turn(*events, num_results=num_results)
+        super().turn(*events, **options)
 
     def _check_drained(self, command_id: int) -> None:
         begun, self.begun = self.begun, self.begun - self.latest

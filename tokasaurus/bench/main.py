@@ -13,6 +13,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "manager": "what the manager costs in CPU time, its real process against a simulated device",
     "server": "what the server costs in CPU time: a request, a token, an event of a stream",
+    "client": "what the Python client costs with thousands of requests under way",
     "grammar": "what structured output costs, compared with the same batch without (runs a model)",
     "sampling": "what drawing a token costs, for each kind of row (needs no model)",
     "attention": "what one layer of attention takes on this processor",

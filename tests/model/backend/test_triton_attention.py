@@ -25,9 +25,10 @@ from rows import named
 from tokasaurus.errors import ConfigError
 from tokasaurus.model.backend import choose_backend
 from tokasaurus.model.backend.base import BackendOptions, HeadNorms, Rotation, SequenceRows
+from tokasaurus.model.backend.grouping import ALWAYS, choose_groups
 from tokasaurus.model.backend.reference import ReferenceBackend
 from tokasaurus.model.backend.triton import planning
-from tokasaurus.model.backend.triton.backend import TritonBackend, is_interpreted
+from tokasaurus.model.backend.triton.backend import TritonAttention, TritonBackend, is_interpreted
 from tokasaurus.rounding import ceil_div
 
 pytestmark = pytest.mark.triton
@@ -179,6 +180,46 @@ def test_a_long_context_is_cut_and_merged():
                 torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
 
 
+def test_a_plan_may_be_filled_up():
+    """As a graph of kernels needs it, whose grids and numbers of rows are fixed."""
+    rows = add_prefill(grouped_decodes(np.random.default_rng(0), 16)[1], 40)
+    num_rows, more = len(rows.positions), 7
+    caches = [filled_cache(100, 16, 2, 64) for _ in range(2)]
+    for one, other in zip(
+        caches[0].keys + caches[0].values, caches[1].keys + caches[1].values, strict=True
+    ):
+        other.copy_(one)
+    heads = torch.randn(num_rows + more, 8, 64)
+    heads[num_rows:] = torch.nan
+    angles = torch.rand(num_rows + more, 1, 32)
+    backends = [TritonBackend(cache, 4) for cache in caches]
+    exact = Rotation(angles[:num_rows].cos(), angles[:num_rows].sin())
+    expected = backends[0].plan(rows).attend(0, heads[:num_rows], exact, None)
+
+    groups = choose_groups(rows, 16, 1, ALWAYS)
+    plan = planning.plan_tasks(rows, groups, backends[1]._tiles)
+    assert len(plan.merged_rows)
+    assert len(plan.many_tasks)
+    zeros = np.zeros((more, planning.TASK_SIZE), np.int32)
+    unmerged = np.flatnonzero(np.diff(plan.partial_starts) == 0)[:1].astype(np.int32)
+    assert len(unmerged)
+    filled = planning.Plan(
+        row_slots=np.append(plan.row_slots, zeros[:, 0]),
+        row_positions=np.append(plan.row_positions, zeros[:, 0] - 1),
+        partial_starts=np.append(plan.partial_starts, zeros[:, 0] + plan.num_partials),
+        merged_rows=np.append(plan.merged_rows, np.repeat(unmerged, more)),
+        few_tasks=np.concatenate((plan.few_tasks, zeros)),
+        many_tasks=np.concatenate((plan.many_tasks, zeros)),
+    )
+    attention = TritonAttention(caches[1], backends[1]._shape, filled, rows.page_table)
+    output = attention.attend(0, heads, Rotation(angles.cos(), angles.sin()), None)
+    assert torch.equal(output[:num_rows], expected)
+    for one, other in zip(
+        caches[0].keys + caches[0].values, caches[1].keys + caches[1].values, strict=True
+    ):
+        assert torch.equal(one, other)
+
+
 def test_sequences_of_no_rows_and_of_one_position_pass():
     cache = make_cache(4, 16, 2, 64)
     rows = SequenceRows(
@@ -247,7 +288,9 @@ def test_heads_are_normed_rotated_and_stored_as_the_reference_does():
                     torch.testing.assert_close(
                         one.keys[1], other.keys[1], atol=tolerance, rtol=tolerance
                     )
-                    assert (one.keys[1] != other.keys[1]).float().mean() < 0.02
+                    is_written = other.keys[1] != 0
+                    differs = (one.keys[1] != other.keys[1])[is_written]
+                    assert differs.float().mean() < (0.9 if dtype == torch.float32 else 0.02)
                     torch.testing.assert_close(*outputs, atol=2 * tolerance, rtol=2 * tolerance)
 
 

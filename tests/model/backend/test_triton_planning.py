@@ -45,7 +45,7 @@ def check_plan(rows, page_size, tiles, costs=ALWAYS):
             slot, begin, end = task[:3]
             assert 0 < task[6] <= most
             assert 0 <= task[4] <= task[6]
-            assert begin < end
+            assert begin < end <= rows.positions[rows_of(task)].max() + 1
             columns = np.arange(begin, end) // page_size
             for row in rows_of(task):
                 assert (table[slot, columns] == table[slots[row], columns]).all()

@@ -42,10 +42,10 @@ def staged_in(driver):
 
 def take(driver, tensors, version=1):
     staged = staged_in(driver)
-    staged.begin(set(tensors), anew=True)
+    update = staged.begin(set(tensors), anew=True)
     for name, tensor in tensors.items():
         staged.check(name, tuple(tensor.shape), tensor.dtype)
-        staged.put(name, tensor.clone())
+        staged.put(name, tensor.clone(), update)
     return driver.control(UpdateWeights(version, (), (), True))
 
 
@@ -89,7 +89,8 @@ def test_an_update_that_lacks_a_tensor_changes_nothing(checkpoint):
     answer = take(driver, tensors)
     assert answer.error == "these tensors have not come: model.norm.weight"
     assert tokens(driver) == expected
-    staged_in(driver).put("model.norm.weight", last)
+    staged = staged_in(driver)
+    staged.put("model.norm.weight", last, staged.begin(set(), anew=False))
     assert driver.control(UpdateWeights(1, (), (), True)).error is None
     assert tokens(driver) == tokens(make_driver(checkpoint(seed=2)))
 
@@ -100,14 +101,16 @@ def test_a_tensor_that_comes_again_begins_another_update(checkpoint):
     tensors = tensors_of(checkpoint(seed=2))
     names = list(tensors)
     for name in names[:3]:
-        staged.begin({name}, anew=False)
-        staged.put(name, tensors[name])
+        staged.put(name, tensors[name], staged.begin({name}, anew=False))
     assert set(names[:3]).isdisjoint(staged.missing())
     staged.begin({names[1], names[5]}, anew=False)
     assert staged.missing() == list(driver.worker.weights.shapes)
-    staged.put(names[1], tensors[names[1]])
+    update = staged.begin({names[1]}, anew=False)
+    staged.put(names[1], tensors[names[1]], update)
     staged.begin({names[7]}, anew=True)
     assert names[1] in staged.missing()
+    staged.put(names[2], tensors[names[2]], update)  # it comes too late
+    assert names[2] in staged.missing()
 
 
 def test_a_tied_head_may_come_if_it_is_the_embedding(checkpoint):

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterable, Iterable
 from typing import Any
 
 import ray
 from verl.workers.rollout.base import BaseRollout
 
 from tokasaurus.errors import ConfigError
-from tokasaurus.integrations.trainer import BucketSender
-from tokasaurus.integrations.verl.cartridges import is_loopback, is_on_this_machine
+from tokasaurus.integrations.verl.cartridges import is_on_this_machine
 from tokasaurus.integrations.verl.generation import step_label
 from tokasaurus.integrations.verl.options import RolloutOptions
 from tokasaurus.integrations.verl.replica import server_name
+from tokasaurus.integrations.verl.sending import BUCKET_BYTES, check_reach, send_to
 
 __all__ = ["ServerAdapter"]
 
@@ -108,29 +107,13 @@ class ServerAdapter(BaseRollout):  # type: ignore[misc]  # veRL is not typed
 
     async def _send(self, weights: Any, global_steps: int | None) -> None:
         """Sends the weights, or only reads them: to gather them takes every rank of the trainer."""
-        pairs: Iterable[Any] = (
-            [pair async for pair in weights] if isinstance(weights, AsyncIterable) else weights
-        )
-        if not (self.is_leader_rank and self._options.is_first_with_its_engine(self.replica_rank)):
-            for _ in pairs:
-                pass
-            return
-        url, key = await self._handle().engine_access.remote()
-        await self._check_reach(url)
-        size_mb = self.config.checkpoint_engine.update_weights_bucket_megabytes
-        with BucketSender(url, api_key=key, bucket_bytes=min(size_mb << 20, _BUCKET_BYTES)) as to:
-            to.send(pairs, step_label(global_steps))
-
-    async def _check_reach(self, url: str) -> None:
-        if not is_loopback(url):
-            return
-        there = await self._handle().__ray_call__.remote(_node_of)
-        if there != _node_of(None):
-            raise ConfigError(
-                f"custom.tokasaurus_url={url} leads to one machine only, and this rank of the"
-                " trainer is on another; name an address that all machines reach, or set"
-                " custom.weight_sync=none if the model stays as it is"
-            )
+        engines = {}
+        if self.is_leader_rank and self._options.is_first_with_its_engine(self.replica_rank):
+            url, key = await self._handle().engine_access.remote()
+            await check_reach(url, self._handle())
+            engines[url] = key
+        size = self.config.checkpoint_engine.update_weights_bucket_megabytes << 20
+        await send_to(engines, weights, step_label(global_steps), min(size, BUCKET_BYTES))
 
     def _handle(self) -> Any:
         """The server of this replica; veRL starts it after this object."""
@@ -153,10 +136,6 @@ class ServerAdapter(BaseRollout):  # type: ignore[misc]  # veRL is not typed
             )
 
 
-_BUCKET_BYTES = 128 << 20
-"""Half of what an engine takes in one body, unless its ``max_body_bytes`` is another."""
-
-
 def _check_form(wire_format: str, peft_config: Any, base_sync_done: bool) -> None:
     if wire_format != "named_tensors":
         raise ConfigError(
@@ -168,8 +147,3 @@ def _check_form(wire_format: str, peft_config: Any, base_sync_done: bool) -> Non
             "the engine has no adapters of the trainer: set"
             " actor_rollout_ref.model.lora.merge=True, which merges them into the weights"
         )
-
-
-def _node_of(actor: Any) -> str:
-    node: str = ray.get_runtime_context().get_node_id()
-    return node

@@ -361,7 +361,7 @@ def output_class() -> Any:
     try:
         from verl.workers.rollout.replica import TokenOutput
     except ModuleNotFoundError as error:
-        if error.name != "verl":
+        if error.name not in ("verl", "verl.workers"):  # a directory may be called verl, too
             raise
         from tokasaurus.integrations.verl.token_output import TokenOutput
     return TokenOutput

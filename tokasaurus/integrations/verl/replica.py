@@ -19,6 +19,7 @@ from tokasaurus.integrations.verl.cartridges import (
     is_loopback,
     shares_no_disk,
 )
+from tokasaurus.integrations.verl.idle_worker import IdleWorker
 from tokasaurus.integrations.verl.options import RolloutOptions
 from tokasaurus.integrations.verl.server import TokasaurusHttpServer, key_from_environment
 
@@ -56,6 +57,8 @@ class TokasaurusReplica(RolloutReplica):  # type: ignore[misc]  # veRL is not ty
     async def init_standalone(self) -> None:
         """Starts without the workers and GPUs that veRL would reserve."""
         self.rollout_mode = RolloutMode.STANDALONE
+        # veRL's checkpoint engines want a worker of each replica.
+        self.workers = [ray.remote(IdleWorker).options(num_cpus=0).remote()]
         await self.launch_servers()
 
     async def init_colocated(self, resource_pool: Any) -> None:

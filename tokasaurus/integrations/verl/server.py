@@ -408,7 +408,9 @@ class TokasaurusHttpServer:
                     flight.is_dropped.set()
             try:
                 ids = [flight.request_id for flight in flights]
-                await self._engine.command("/abort_requests", {"request_ids": ids})
+                await self._engine.command(
+                    "/abort_requests", {"request_ids": ids}, limit_s=_ABORT_LIMIT_S / 3
+                )
             except EngineError as error:
                 log.warning("requests cannot be aborted now: %s", error)
             overs = [asyncio.ensure_future(flight.is_over.wait()) for flight in flights]

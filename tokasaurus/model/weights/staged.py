@@ -29,17 +29,22 @@ class StagedWeights:
         self._lock = threading.Lock()
         self._names: set[str] = set()  # that came, also of tensors that this worker does not use
         self._parts: dict[str, Tensor | None] = {}  # by the usual name
+        self._update = 0  # counts the updates
 
-    def begin(self, names: set[str], *, anew: bool) -> None:
+    def begin(self, names: set[str], *, anew: bool) -> int:
         """Tensors of these names come next.
 
         Args:
             names: if one of them is here already, another update begins.
             anew: another update begins in any case, and what is here goes.
+
+        Returns:
+            The number of the update, for ``put``.
         """
         with self._lock:
             if anew or self._names & names:
                 self._clear()
+            return self._update
 
     def check(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Raises ModelError if a tensor cannot be part of the model's weights."""
@@ -48,15 +53,21 @@ class StagedWeights:
         elif not self._weights.ignores(name):
             raise ModelError(f"this architecture does not use a tensor {name}")
 
-    def put(self, name: str, tensor: Tensor) -> None:
+    def put(self, name: str, tensor: Tensor, update: int) -> None:
         """Keeps this worker's part of a tensor, which nothing else writes to any more.
+
+        Args:
+            name: of the tensor.
+            tensor: that ``check`` has nothing against.
+            update: that it is of. If another one has begun since, it is dropped.
 
         Raises:
             ModelError: it is the head of a model whose embedding is its head, and they differ.
         """
         if not self._weights.uses(name):
             with self._lock:
-                self._names.add(name)
+                if update == self._update:
+                    self._names.add(name)
             return
         part = self._weights.own_part(name, tensor)
         if part is not None:
@@ -64,6 +75,8 @@ class StagedWeights:
             part = part.cpu() if is_whole or part.device.type != "cpu" else part.clone()
         usual = self._weights.usual_name(name)
         with self._lock:
+            if update != self._update:
+                return
             before = self._parts.get(usual)
             if before is not None and part is not None and not torch.equal(before, part):
                 raise ModelError(
@@ -100,6 +113,7 @@ class StagedWeights:
 
     def _clear(self) -> None:
         self._names, self._parts = set(), {}
+        self._update += 1
 
     def _missing(self) -> list[str]:
         return [name for name in self._weights.shapes if name not in self._parts]

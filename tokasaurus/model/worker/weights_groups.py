@@ -163,8 +163,15 @@ class _Member:
         return not self._is_left.is_set()
 
     def _run(self, number: int, timeout_s: float) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
+        if self._device.type != "cuda":
+            self._work(number, timeout_s)
+            return
+        torch.cuda.set_device(self._device)
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):  # not that of the batches
+            self._work(number, timeout_s)
+
+    def _work(self, number: int, timeout_s: float) -> None:
         group = None
         numbers = [number]  # of what is not told yet
         try:
@@ -208,7 +215,7 @@ class _Member:
         self._report(TransferDone(number, self._ranks.rank, self._ranks.size, error, is_whole))
 
     def _receive(self, group: WeightsGroup, action: ReceiveWeights) -> None:
-        self._staged.begin(set(action.names), anew=action.begins_anew)
+        update = self._staged.begin(set(action.names), anew=action.begins_anew)
         deadline = time.monotonic() + action.timeout_s
         kinds = [
             (_dtype(name, dtype), shape)
@@ -217,8 +224,7 @@ class _Member:
         receive = self._receive_flat if action.is_flat else self._receive_each
         for name, tensor in zip(action.names, receive(group, kinds, deadline), strict=True):
             _check_end(tensor)
-            if self._is_wanted():
-                self._staged.put(name, tensor)
+            self._staged.put(name, tensor, update)
 
     def _receive_each(
         self, group: WeightsGroup, kinds: Sequence[_Kind], deadline: float

@@ -115,9 +115,11 @@ class CommandRunner:
 def _limit_s(action: Action) -> float:
     if isinstance(action, Pause):
         return _DRAIN_S if action.mode is PauseMode.DRAIN else _QUICK_S
-    if isinstance(action, JoinWeightsGroup | ReceiveWeights):
-        # Its own limit comes first. Each step of joining may take as long.
+    # Their own limits come first. Each step of joining may take as long.
+    if isinstance(action, JoinWeightsGroup):
         return 2 * action.timeout_s + _QUICK_S
+    if isinstance(action, ReceiveWeights):
+        return action.timeout_s + _QUICK_S
     is_slow = isinstance(action, UpdateWeights | ReleaseMemory | RestoreMemory)
     return _WEIGHTS_S if is_slow else _QUICK_S
 

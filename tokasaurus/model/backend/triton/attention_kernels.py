@@ -80,8 +80,11 @@ def prepare_heads(
     tl.store(to_query, new_left, mask=is_number & is_query[:, None])
     tl.store(to_query + half, new_right, mask=is_number & is_query[:, None])
 
+    # Rows that fill a batch up have no position: nothing is written for them.
     slot = tl.load(row_slots + row).to(tl.int64)
     position = tl.load(row_positions + row)
+    is_number = is_number & (position >= 0)[:, None]
+    position = tl.maximum(position, 0)
     page = tl.load(page_table + slot * page_table_stride + position // PAGE_SIZE).to(tl.int64)
     kv_head = tl.where(is_value, head - NUM_HEADS - NUM_KV_HEADS, head - NUM_HEADS)
     place = (page * NUM_KV_HEADS + kv_head) * PAGE_SIZE + position % PAGE_SIZE
@@ -224,4 +227,5 @@ def merge_partials(
         best = new_best
     mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
     to_output = output + (row * NUM_HEADS + head)[:, None] * HEAD_DIM + d[None, :]
-    tl.store(to_output, mixed.to(output.dtype.element_ty), mask=is_number)
+    # A row without partial results is done, and only fills the list up.
+    tl.store(to_output, mixed.to(output.dtype.element_ty), mask=is_number & (start < end))

@@ -63,6 +63,9 @@ class Tiles:
 class Plan:
     """What the kernels need of a batch, on the host.
 
+    Each array may be filled up, for kernels that run with larger grids: with rows of position -1,
+    merged rows that have no partial results, and tasks of zeros. They change nothing.
+
     Attributes:
         row_slots: [rows].
         row_positions: [rows].

@@ -396,3 +396,66 @@ def test_an_engine_that_is_not_there_is_said_soon(ray_cluster):
             nothing,
             "+actor_rollout_ref.rollout.custom.startup_timeout=1",
         )
+
+
+@later_only
+def test_a_trainer_elsewhere_sends_weights_by_the_checkpoint_engine(ray_cluster, tmp_path: Path):
+    """veRL's manager aborts, sends and resumes; two replicas have two engines."""
+    import ray
+    from verl.checkpoint_engine.base import CheckpointEngineManager
+
+    @ray.remote
+    class Trainer:
+        """A rank of a trainer, as far as this manager asks it."""
+
+        def __init__(self, rank: int) -> None:
+            from verl.checkpoint_engine.base import CheckpointEngineRegistry
+
+            import tokasaurus.integrations.verl.checkpoint_engine  # noqa: F401
+
+            self._engine = CheckpointEngineRegistry.new(
+                "tokasaurus", is_master=rank == 0, bucket_size=1 << 20
+            )
+
+        def call(self, method: str, **options: Any) -> Any:
+            return getattr(self._engine, method)(**options)
+
+        async def update(self, global_steps: int) -> Any:
+            model = reference_model(MODEL).__class__.from_pretrained(MODEL, dtype=torch.float32)
+            pairs = ((name, tensor * 0.5) for name, tensor in model.state_dict().items())
+            return await self._engine.send_weights(pairs, global_steps=global_steps)
+
+    class Trainers:
+        world_size = 2
+
+        def __init__(self) -> None:
+            self.ranks = [Trainer.remote(rank) for rank in range(2)]
+
+        def execute_checkpoint_engine(self, method: list[str], **options: Any) -> list[Any]:
+            return [rank.call.remote(name) for rank, name in zip(self.ranks, method, strict=True)]
+
+        def update_weights(self, global_steps: int, mode: str) -> list[Any]:
+            assert mode == "tokasaurus"
+            return [rank.update.remote(global_steps) for rank in self.ranks]
+
+    async def work(rollout):
+        settings = SimpleNamespace(
+            backend="tokasaurus",
+            custom_backend_module="tokasaurus.integrations.verl.checkpoint_engine",
+        )
+        manager = CheckpointEngineManager(settings, Trainers(), rollout.replicas)
+        await manager.update_weights(global_steps=4)
+        asks = (
+            rollout.generate(f"r{k}", prompt_ids=PROMPT, sampling_params=GREEDY) for k in range(4)
+        )
+        return await asyncio.gather(*asks)
+
+    with contextlib.ExitStack() as stack:
+        engines = []
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            engines.append(stack.enter_context(running(tmp_path / name, *FLAGS)))
+        outputs = run([each.url for each in engines], 2, work)
+        for each in engines:
+            assert '"global-step-4"' in each.get("/get_weight_version")[1]
+    assert [output.extra_fields["global_steps"] for output in outputs] == [4] * 4
