@@ -156,7 +156,7 @@ def test_a_hostile_answer_stays_text(page):
     expect(page.locator("#conversation")).to_contain_text("<script>")
     expect(page.locator("body img, body script")).to_have_count(0)
     expect(page.locator("#model")).to_have_text(HOSTILE)
-    assert "owned" not in page.title()
+    assert page.title().endswith("Tokasaurus")
 
 
 def test_a_problem_is_said_in_the_engines_words(tab):
