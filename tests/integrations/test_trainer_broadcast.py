@@ -83,6 +83,15 @@ def test_a_trainer_written_for_sglang_needs_no_change(client, tmp_path):
     check_weights(client, model, tmp_path / "again")
 
 
+def test_what_a_trainer_has_begun_ends_when_the_next_one_joins(client, tmp_path):
+    client._loop.run(client._async.weights.start())  # it ends before it makes a group
+    before = client.weights.version().version
+    answers = foreign(client, saved(noisy_model(8), tmp_path / "model"), "send")
+    assert [status for status, _ in answers] == [200] * 4
+    assert answers[-1][1]["complete"]
+    assert client.weights.version().version == before + 1
+
+
 @pytest.mark.parametrize("mode", ["die", "silent", pytest.param("short", marks=pytest.mark.long)])
 def test_a_trainer_that_fails_leaves_the_weights_as_they_were(client, sender, tmp_path, mode):
     version, expected = client.weights.version(), tokens(client)

@@ -55,12 +55,13 @@ class TrainerGroups:
         self._label: str | None = None
 
     async def join(self, action: JoinWeightsGroup) -> None:
-        """Joins a group, in which all ranks are then.
+        """Joins a group, in which all ranks are then. An update that was begun before is dropped.
 
         Raises:
             RequestError: the engine cannot be in such a group.
             Conflict: the others did not come in time.
         """
+        self._is_begun = self._awaits_finish = False
         try:
             await self._runner.run_while_serving(action)
         except TokasaurusError:
