@@ -9,12 +9,13 @@ import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from engine_process import eventually, running
+from file_server import Answer, file_server
 from test_trainer_buckets import PROMPT, check_weights, noisy_model
 
 from tokasaurus.client import Client, RetryPolicy
@@ -129,6 +130,38 @@ def test_nothing_waits_for_a_trainer_that_never_comes(client):
         assert num_answers > 1
         with pytest.raises(Conflict, match="no trainer listens at"):
             joining.result()
+
+
+def test_an_engine_that_refuses_is_told_of_while_another_waits_for_it(client):
+    with file_server() as other:
+        other.answers |= {
+            "/get_world_size": Answer.json({"world_size": 1}),
+            "/init_weights_update_group": Answer.json({"error": {"message": "not here"}}, 409),
+            "/destroy_weights_update_group": Answer.json({}),
+        }
+        urls = [client.base_url, other.url]
+        with (
+            BroadcastSender(urls, timeout_s=30) as sender,
+            pytest.raises(Conflict, match="not here"),  # and not that ranks are missing
+        ):
+            sender.send(noisy_model(1).state_dict())
+    assert other.count("POST", "/destroy_weights_update_group") == 1
+
+
+def test_a_group_whose_ranks_do_not_come_is_not_in_the_way_of_the_next():
+    def make(name, world_size, listens=lambda port: None):
+        place = GroupPlace(name, "127.0.0.1", 0, 0, world_size, "gloo")
+        return WeightsGroup(place, 3.0, on_listening=listens)
+
+    listening = Future()
+    with ThreadPoolExecutor(1) as pool:
+        lonely = pool.submit(make, "lonely", 2, listening.set_result)
+        listening.result(20)
+        group = make("next", 1)
+        assert not lonely.done()
+        with pytest.raises(EngineError, match="not all 2 ranks"):
+            lonely.result()
+        group.close()
 
 
 def wrong_tensors(kind):
