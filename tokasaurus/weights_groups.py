@@ -39,7 +39,6 @@ _SIOCGIFADDR = 0x8915
 _NCCL_SURVIVES = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 
 
-
 @dataclass(frozen=True)
 class GroupPlace:
     """Where a group meets, and the place of one rank in it.
@@ -140,13 +139,18 @@ class WeightsGroup:
         work.wait()
         return True
 
-    def close(self) -> None:
-        """Leaves the group. Waits for what a broadcast still does, until its time is up."""
+    def close(self, on_left: Callable[[], None] = lambda: None) -> None:
+        """Leaves the group. Waits for what a broadcast still does, until its time is up.
+
+        Args:
+            on_left: called before it waits: from then on there may be another group of this name.
+        """
         if self.place.backend == "nccl":
             with contextlib.suppress(RuntimeError):
                 self._group.abort()
         with contextlib.suppress(RuntimeError, KeyError):
             dist.destroy_process_group(self._group)
+        on_left()
         del self._group
 
     def _meet(self, deadline: float, on_listening: Callable[[int], None]) -> tuple[Any, str]:

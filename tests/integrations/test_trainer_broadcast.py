@@ -132,6 +132,23 @@ def test_nothing_waits_for_a_trainer_that_never_comes(client):
             joining.result()
 
 
+def test_a_trainer_may_take_the_place_of_one_that_is_silent(client, tmp_path):
+    """With a group of the same name, while the engine still receives from the other one."""
+    name, port, weights = "weight_update_group", free_port(), client._async.weights
+    place = {"first_rank": 1, "world_size": 2, "backend": "gloo", "timeout_s": 60}
+    joining = client._loop.begin(weights.join_group(name, "127.0.0.1", port, **place))
+    silent = WeightsGroup(GroupPlace(name, "127.0.0.1", port, 0, 2, "gloo"), 30)
+    joining.result(30)
+    tensors = (["model.norm.weight"], ["float32"], [[192]])
+    receiving = client._loop.begin(weights.receive(name, *tensors, timeout_s=60))
+    answers = foreign(client, saved(noisy_model(9), tmp_path / "model"), "send")
+    assert [status for status, _ in answers] == [200] * 4, answers
+    assert answers[-1][1]["complete"]
+    with pytest.raises(Conflict, match="left meanwhile"):
+        receiving.result(30)
+    silent.close()
+
+
 def test_an_engine_that_refuses_is_told_of_while_another_waits_for_it(client):
     with file_server() as other:
         other.answers |= {
