@@ -58,7 +58,7 @@ def test_viewers_that_come_together_share_the_first_event_and_all_others():
     asyncio.run(run())
 
 
-def test_nothing_is_made_for_nobody_and_it_begins_again():
+def test_nothing_is_made_without_viewers_and_it_begins_again():
     async def run():
         source = Source()
         many = broadcast(source)
