@@ -12,6 +12,7 @@ import torch
 from documentation import examples, mismatch, run_python
 from engine_process import EngineProcess, running
 from oracle import reference_logits, reference_model
+from safetensors.torch import save_file
 
 import tokasaurus
 from tokasaurus.errors import AccessDenied, RequestError, RequestTooLong
@@ -228,22 +229,30 @@ def test_new_weights_change_the_answers_and_no_cached_prompt_is_old(tmp_path: Pa
 
 
 def save_cartridge(path: Path, seed: int) -> None:
-    """As trainers write it: random keys and values of 21 positions, of which one is frozen."""
+    """Random keys and values of 21 positions, in trainers' layout or in ours."""
     numbers = torch.Generator().manual_seed(seed)
+    kinds = ("keys", "values")
+    tensors = {
+        kind: [torch.randn((21, 2, 32), generator=numbers) for _ in range(6)] for kind in kinds
+    }
+    new = path.with_suffix(".new")
+    if path.suffix == ".pt":
+        layers = {
+            f"trainable_{kind}": torch.nn.ParameterList(
+                [each.transpose(0, 1)[None] for each in own]
+            )
+            for kind, own in tensors.items()
+        }
+        torch.save(layers, new)
+    else:
+        flat = ((kind, layer) for kind in kinds for layer in range(6))
+        save_file({f"{kind}.{layer}": tensors[kind][layer] for kind, layer in flat}, new)
+    new.rename(path)
 
-    def layers(num_tokens: int) -> torch.nn.ParameterList:
-        shape = (1, 2, num_tokens, 32)
-        return torch.nn.ParameterList([torch.randn(shape, generator=numbers) for _ in range(6)])
 
-    kinds = ("trainable_keys", "trainable_values", "frozen_keys", "frozen_values")
-    written = {kind: layers(20 if kind.startswith("trainable") else 1) for kind in kinds}
-    torch.save(written, path.with_suffix(".new"))
-    path.with_suffix(".new").rename(path)
-
-
-@pytest.mark.parametrize("upload", ["never", "always"])
-def test_a_cartridge_that_is_trained_reaches_the_next_request(engine, tmp_path: Path, upload):
-    path = Path(engine.private) / f"{upload}.pt"  # a place from which the engine may read
+@pytest.mark.parametrize(("upload", "ending"), [("never", ".pt"), ("always", ".safetensors")])
+def test_a_cartridge_that_is_trained_reaches_the_next_request(engine, upload, ending):
+    path = Path(engine.private) / f"trained{ending}"  # a place from which the engine may read
     spec = {"id": str(path), "source": "local", "force_redownload": True}
     params = {"temperature": 0, "max_tokens": 8, "logprobs": True}
 
@@ -282,7 +291,7 @@ def test_what_is_wrong_is_said_once_and_by_name(engine, tmp_path: Path):
 
 
 def test_a_prompt_behind_a_cartridge_gets_what_fits(engine):
-    path = Path(engine.private) / "fits.pt"
+    path = Path(engine.private) / "fits.safetensors"
     save_cartridge(path, 3)
     spec = {"id": str(path), "source": "local"}
 

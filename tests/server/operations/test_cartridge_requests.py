@@ -200,7 +200,7 @@ def test_the_fields_of_a_cartridge_reach_its_source(server):
         ([NOTES, NOTES], "named twice"),
         ([{"id": "nothing", "source": "local"}], "'nothing'"),
         ([{"id": "foreign", "source": "local"}], "not for this model"),
-        ([{"id": "long", "source": "local"}], "max_num_tokens_per_request=512"),
+        ([{"id": "long", "source": "local"}], "512 tokens (max_num_tokens_per_request)"),
     ],
 )
 def test_wrong_cartridges_are_refused_by_name(server, cartridges, said):
