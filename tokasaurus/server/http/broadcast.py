@@ -8,7 +8,6 @@ events: it is given the latest one, and nothing is queued for it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 
@@ -118,17 +117,21 @@ class Broadcast:
         if self._first is None:
             self.num_made += 1
             self._first = asyncio.ensure_future(self._make_first())
+            # Also where it fails, or where the viewer is gone before it is made.
+            asyncio.get_running_loop().call_later(self._interval_s, self._forget_first)
         viewer = Viewer(await asyncio.shield(self._first), self._viewers.discard)
         self._viewers.add(viewer)
         if self._task is None:
             self._task = asyncio.create_task(self._run())
         return viewer
 
+    def _forget_first(self) -> None:
+        self._first = None
+
     async def _run(self) -> None:
         try:
             while self._viewers:
                 await asyncio.sleep(self._interval_s)
-                self._first = None
                 self.num_made += 1
                 event = await self._make_next()
                 if event is None:
@@ -138,14 +141,6 @@ class Broadcast:
         except Exception:
             log.exception("the stream of the page failed")
         finally:
-            self._first = self._task = None
+            self._task = None
             for viewer in self._viewers:
                 viewer.end()
-
-    async def close(self) -> None:
-        """Ends all streams."""
-        task = self._task
-        if task is not None:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
