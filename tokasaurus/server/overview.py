@@ -13,6 +13,9 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
+import msgspec
+
+from tokasaurus.batch.records import Batch
 from tokasaurus.batch.runner import BatchRunner
 from tokasaurus.errors import EngineError
 from tokasaurus.protocol.watching import Outlook
@@ -135,7 +138,7 @@ class Overview:
             )
         except EngineError:  # the disk fails; the page shows the rest
             return []
-        return list(found)
+        return [_batch(each) for each in found]
 
 
 def _outlook(outlook: Outlook) -> dict[str, Any]:
@@ -170,6 +173,14 @@ def _request(generation: Generation, now: float) -> dict[str, Any]:
         "eta_s": generation.eta_s,
         "priority": int(params.priority),
     }
+
+
+def _batch(batch: Batch) -> Batch:
+    """A batch without what makes it large: its metadata, and all of its errors but the first."""
+    errors = batch.errors
+    if errors is not None:
+        errors = msgspec.structs.replace(errors, data=errors.data[:1])
+    return msgspec.structs.replace(batch, metadata=None, errors=errors)
 
 
 def _client(name: str) -> str:
