@@ -105,7 +105,8 @@ class Overview:
 
     def _backlog(self) -> dict[str, Any]:
         """When everything will have ended, with a band by how earlier predictions came true."""
-        seconds, band = self._state.etas().backlog_s, self._state.metrics.eta_band
+        generations, band = self._state.generations, self._state.metrics.eta_band
+        seconds = 0.0 if generations is None else generations.backlog_s
         if seconds is None:
             return {"seconds": None, "low": None, "high": None}
         low, high = (None, None) if band is None else (seconds * band[0], seconds * band[1])
