@@ -39,12 +39,16 @@ class Rollout:
     Args:
         url: of the engine.
         seed: what the seeds of all samples are made of.
+
+    Raises:
+        EngineError: the engine does not serve, or wants another key.
     """
 
     def __init__(self, url: str, seed: int) -> None:
         self._loop = LoopThread()
         self._server = TokasaurusHttpServer({"full_determinism": True, "seed": seed}, url)
         self._num_asked = 0
+        self._loop.run(self._server.launch_server())
 
     def use_cartridge(self, path: Path) -> None:
         """Answers are given behind the present content of a file from now on."""

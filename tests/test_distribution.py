@@ -91,6 +91,8 @@ def test_the_wheel_has_the_data_and_the_kernels_and_nothing_else_than_the_packag
         "demo/model/model.safetensors",
         "demo/model/tokenizer.json",
         "model/backend/cpu/operators.cpp",
+        "server/page/index.html",
+        "server/page/main.js",
         "model/backend/cpu/paged_attention.cpp",
         "model/backend/cpu/products.h",
         "model/backend/cpu/vectors.h",

@@ -38,9 +38,6 @@ _SIOCGIFADDR = 0x8915
 # Otherwise NCCL's watchdog ends the process when a peer is gone.
 _NCCL_SURVIVES = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
 
-# torch keeps a table of groups by name, and groups read the environment as they are made.
-_making = threading.Lock()
-
 
 @dataclass(frozen=True)
 class GroupPlace:
@@ -142,13 +139,18 @@ class WeightsGroup:
         work.wait()
         return True
 
-    def close(self) -> None:
-        """Leaves the group. Waits for what a broadcast still does, until its time is up."""
+    def close(self, on_left: Callable[[], None] = lambda: None) -> None:
+        """Leaves the group. Waits for what a broadcast still does, until its time is up.
+
+        Args:
+            on_left: called before it waits: from then on there may be another group of this name.
+        """
         if self.place.backend == "nccl":
             with contextlib.suppress(RuntimeError):
                 self._group.abort()
-        with _making, contextlib.suppress(RuntimeError, KeyError):
+        with contextlib.suppress(RuntimeError, KeyError):
             dist.destroy_process_group(self._group)
+        on_left()
         del self._group
 
     def _meet(self, deadline: float, on_listening: Callable[[int], None]) -> tuple[Any, str]:
@@ -207,7 +209,7 @@ def _new_group(place: GroupPlace, store: Any, timeout: timedelta, more: Mapping[
     # NCCL's own limit would end the process; ours comes before.
     limit = timedelta(days=365) if place.backend == "nccl" else timeout
     environment = {**more, **(_NCCL_SURVIVES if place.backend == "nccl" else {})}
-    with _making, _set(environment):
+    with _environment.has(environment):
         group, _ = c10d._new_process_group_helper(
             place.world_size,
             place.rank,
@@ -222,18 +224,47 @@ def _new_group(place: GroupPlace, store: Any, timeout: timedelta, more: Mapping[
         return group
 
 
-@contextlib.contextmanager
-def _set(variables: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
+class _Environment:
+    """Variables of this process, which groups read as they are made.
+
+    Those that need the same ones are made at the same time: to make a group may take as long as its
+    limit, where another rank does not come, and the next one must not wait for that.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._now: Mapping[str, str] = {}
+        self._before: Mapping[str, str | None] = {}
+        self._num_users = 0
+
+    @contextlib.contextmanager
+    def has(self, variables: Mapping[str, str]) -> Iterator[None]:
+        """The process has these variables inside."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._num_users or self._now == variables)
+            if not self._num_users:
+                self._now = variables
+                self._before = {name: os.environ.get(name) for name in variables}
+                os.environ.update(variables)
+            self._num_users += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._num_users -= 1
+                if not self._num_users:
+                    self._restore()
+                    self._changed.notify_all()
+
+    def _restore(self) -> None:
+        for name, value in self._before.items():
             if value is None:
-                del os.environ[name]
+                os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+_environment = _Environment()
 
 
 def _interface_of(address: str) -> str | None:

@@ -12,8 +12,8 @@ from documentation import ROOT
 from tokasaurus.cartridge_file import CartridgeFile
 from tokasaurus.errors import EngineError
 
-# Between logprobs of engine and trainer. The largest of a thousand or so is mostly below, but that
-# of a rare token is rounded by more, on either side.
+# Between logprobs of engine and trainer. The largest of a thousand or so is mostly below, but those
+# of a rare token are rounded by more, on either side.
 SAME_MODEL = 1e-4
 
 

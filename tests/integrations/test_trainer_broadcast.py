@@ -9,12 +9,13 @@ import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from engine_process import eventually, running
+from file_server import Answer, file_server
 from test_trainer_buckets import PROMPT, check_weights, noisy_model
 
 from tokasaurus.client import Client, RetryPolicy
@@ -83,6 +84,15 @@ def test_a_trainer_written_for_sglang_needs_no_change(client, tmp_path):
     check_weights(client, model, tmp_path / "again")
 
 
+def test_what_a_trainer_has_begun_ends_when_the_next_one_joins(client, tmp_path):
+    client._loop.run(client._async.weights.start())  # it ends before it makes a group
+    before = client.weights.version().version
+    answers = foreign(client, saved(noisy_model(8), tmp_path / "model"), "send")
+    assert [status for status, _ in answers] == [200] * 4
+    assert answers[-1][1]["complete"]
+    assert client.weights.version().version == before + 1
+
+
 @pytest.mark.parametrize("mode", ["die", "silent", pytest.param("short", marks=pytest.mark.long)])
 def test_a_trainer_that_fails_leaves_the_weights_as_they_were(client, sender, tmp_path, mode):
     version, expected = client.weights.version(), tokens(client)
@@ -120,6 +130,55 @@ def test_nothing_waits_for_a_trainer_that_never_comes(client):
         assert num_answers > 1
         with pytest.raises(Conflict, match="no trainer listens at"):
             joining.result()
+
+
+def test_a_trainer_may_take_the_place_of_one_that_is_silent(client, tmp_path):
+    """With a group of the same name, while the engine still receives from the other one."""
+    name, port, weights = "weight_update_group", free_port(), client._async.weights
+    place = {"first_rank": 1, "world_size": 2, "backend": "gloo", "timeout_s": 60}
+    joining = client._loop.begin(weights.join_group(name, "127.0.0.1", port, **place))
+    silent = WeightsGroup(GroupPlace(name, "127.0.0.1", port, 0, 2, "gloo"), 30)
+    joining.result(30)
+    tensors = (["model.norm.weight"], ["float32"], [[192]])
+    receiving = client._loop.begin(weights.receive(name, *tensors, timeout_s=60))
+    answers = foreign(client, saved(noisy_model(9), tmp_path / "model"), "send")
+    assert [status for status, _ in answers] == [200] * 4, answers
+    assert answers[-1][1]["complete"]
+    with pytest.raises(Conflict, match="left meanwhile"):
+        receiving.result(30)
+    silent.close()
+
+
+def test_an_engine_that_refuses_is_told_of_while_another_waits_for_it(client):
+    with file_server() as other:
+        other.answers |= {
+            "/get_world_size": Answer.json({"world_size": 1}),
+            "/init_weights_update_group": Answer.json({"error": {"message": "not here"}}, 409),
+            "/destroy_weights_update_group": Answer.json({}),
+        }
+        urls = [client.base_url, other.url]
+        with (
+            BroadcastSender(urls, timeout_s=30) as sender,
+            pytest.raises(Conflict, match="not here"),  # and not that ranks are missing
+        ):
+            sender.send(noisy_model(1).state_dict())
+    assert other.count("POST", "/destroy_weights_update_group") == 1
+
+
+def test_a_group_whose_ranks_do_not_come_is_not_in_the_way_of_the_next():
+    def make(name, world_size, listens=lambda port: None):
+        place = GroupPlace(name, "127.0.0.1", 0, 0, world_size, "gloo")
+        return WeightsGroup(place, 3.0, on_listening=listens)
+
+    listening = Future()
+    with ThreadPoolExecutor(1) as pool:
+        lonely = pool.submit(make, "lonely", 2, listening.set_result)
+        listening.result(20)
+        group = make("next", 1)
+        assert not lonely.done()
+        with pytest.raises(EngineError, match="not all 2 ranks"):
+            lonely.result()
+        group.close()
 
 
 def wrong_tensors(kind):

@@ -189,7 +189,7 @@ def test_a_pause_ends_or_waits_for_the_requests_of_other_processes(engine, two):
     assert status == 200
     assert {each["finish_reason"] for each in answer["choices"]} == {"abort"}
     assert second.ask("/resume")[0] == 200
-    second.begin(GENERATE, {**LONG, "max_tokens": 400})
+    second.begin(GENERATE, LONG)
     eventually(lambda: figure(engine, "running_sequences") == 4, "it runs")
     assert first.ask("/pause?mode=wait")[0] == 200
     status, answer = second.end()

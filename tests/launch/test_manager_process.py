@@ -32,6 +32,7 @@ from tokasaurus.protocol.messages import (
     Statistics,
 )
 from tokasaurus.protocol.role import Role
+from tokasaurus.protocol.watching import Outlook, Watch
 
 pytestmark = pytest.mark.engine
 
@@ -73,6 +74,19 @@ def test_a_paused_manager_rests_though_a_request_waits() -> None:
         assert engine.manager_cpu_s() - cpu_s < 0.5
         engine.send(Command(2, Resume()))
         received_until(engine, SequenceUpdates)
+
+
+def test_a_manager_sends_outlooks_while_it_is_watched() -> None:
+    request = GenerateRequest(7, np.arange(1, 9, dtype=np.int32), 1, 3000, Sampling(), 5, ())
+    with SimulatedEngine(SLICES, DevicePlan("fixed:0.01", (3000,))) as engine:
+        engine.send(request)
+        messages = received_until(engine, Statistics)
+        assert not any(isinstance(message, Outlook) for message in messages)
+        engine.send(Watch(0.5))
+        received_until(engine, Outlook)
+        received_until(engine, Statistics, 2)  # the time is over by then
+        messages = received_until(engine, Statistics)
+        assert not any(isinstance(message, Outlook) for message in messages)
 
 
 def test_a_manager_whose_worker_hangs_ends_with_the_reason() -> None:

@@ -37,6 +37,7 @@ from tokasaurus.protocol.messages import (
     Statistics,
     StopSequence,
 )
+from tokasaurus.protocol.watching import Outlook, Watch
 from tokasaurus.text.generation import Generation
 from tokasaurus.text.generations import Generations
 from tokasaurus.text.numbering import PART_SHIFT
@@ -404,6 +405,20 @@ def statistics(
     values |= {"step_s": step_s, "weights_version": weights_version, "paused": paused}
     values["cartridges"] = ()
     return Statistics(**values)  # type: ignore[arg-type]
+
+
+def test_all_replicas_are_watched_and_each_has_its_own_outlook() -> None:
+    engine = Engine()
+    engine.router.send(Watch(2.0))
+    for replica in (0, 1):
+        assert [each.seconds for each in engine.sent[replica] if isinstance(each, Watch)] == [2.0]
+    none = np.zeros(1, np.int32)
+    outlooks = [Outlook(step, 0.1, 1, 2, 3, none, none, none, none, 0) for step in (5, 6)]
+    for replica, outlook in enumerate(outlooks):
+        assert engine.router.absorb(replica, outlook) == []
+    assert engine.router.outlooks() == dict(enumerate(outlooks))
+    engine.router.lost(0, "killed")
+    assert engine.router.outlooks() == {1: outlooks[1]}
 
 
 def test_statistics_are_sums_whose_totals_never_fall() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_process import EngineProcess, running, started
+from engine_process import EngineProcess, eventually, running, started
 from oracle import reference_logits, reference_model
 from safetensors.torch import save_file
 
@@ -59,9 +59,24 @@ class Rollout:
     async def close(self) -> None:
         import ray
 
+        from tokasaurus.integrations.verl.replica import server_name
+
         for replica in self.replicas:
             await replica.server_handle.close.remote()
             ray.kill(replica.server_handle)
+        # The next servers have their names, which are free only when Ray has noticed.
+        names = [server_name(each.replica_rank) for each in self.replicas]
+        eventually(lambda: not any(map(is_running, names)), "the servers have ended")
+
+
+def is_running(name: str) -> bool:
+    import ray
+
+    try:
+        ray.get_actor(name)
+    except ValueError:
+        return False
+    return True
 
 
 def veRL_config(*overrides: str) -> Any:  # noqa: N802

@@ -66,7 +66,7 @@ class Figures:
         return due
 
     def _outlook(self) -> list[Outlook]:
-        """The forecast, if somebody looks at it: it takes a small share of the time, too."""
+        """The forecast, if it is watched: it takes a small share of the time, too."""
         started = time.monotonic()
         found = self._manager.outlook()
         if found is None:

@@ -203,7 +203,7 @@ class Manager:
         return eta(self._running, self._backlog, self._admission, self._step_timer.seconds)
 
     def outlook(self) -> Outlook | None:
-        """The forecast; None where nobody watches, and as long as requests wait for a command."""
+        """The forecast; None unless it is watched, and as long as requests wait for a command."""
         if self._now >= self._watched_until or self._controls.rests:
             return None
         return outlook(self._running, self._backlog, self._admission, self._step_timer.seconds)

@@ -1,4 +1,4 @@
-"""What a manager tells of the future, as long as somebody looks at it.
+"""What a manager tells of the future, as long as it is watched.
 
 server ──Watch──▶ manager ──Outlook, about once a second──▶ server
 """

@@ -178,7 +178,7 @@ class Generations:
         return self._statistics if self.replicas is None else self.replicas.statistics
 
     def watch(self, seconds: float) -> None:
-        """Somebody looks at the forecast for this time, so the managers send it."""
+        """The forecast is watched for this time, so the managers send it."""
         self._send(Watch(seconds))
 
     def outlooks(self) -> dict[int, Outlook]:

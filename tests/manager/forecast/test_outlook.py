@@ -25,7 +25,7 @@ def outlook_of(world: World) -> Outlook:
     return found
 
 
-def test_nobody_watches_nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_computed_unless_it_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(make_config())
     world.turn(make_request(1, prompt(5), 20))
 

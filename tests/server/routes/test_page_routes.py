@@ -284,7 +284,7 @@ def test_a_hundred_viewers_cost_one_event_each_second(broadcasting):
     for stream in streams:
         stream.close()
     wait_for(lambda: broadcast.num_viewers == 0)
-    wait_for(lambda: broadcast._task is None)  # nothing is made for nobody
+    wait_for(lambda: broadcast._task is None)  # nothing is made without viewers
 
 
 def test_viewers_beyond_the_limit_are_refused(broadcasting, monkeypatch):

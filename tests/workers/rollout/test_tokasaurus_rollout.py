@@ -876,19 +876,24 @@ def test_local_cartridges_of_this_machine_are_named_and_not_uploaded(engine, tmp
     assert store.uploads == []
 
 
-def test_the_first_request_behind_a_cartridge_finds_out_how_long_it_is(engine):
-    store = Store(engine)
-    store.add("notes")
+def limit_to_64(engine, lengths):
+    """Lets the engine refuse what is longer, with cartridges of these lengths before a prompt."""
     then = engine.answers[TEXT]
 
     def limited(question):
         body = json.loads(question.body)
-        if len(body["prompt"]) + 21 + body["max_tokens"] > 64:
+        num_before = sum(lengths[each["id"]] for each in body["cartridges"])
+        if len(body["prompt"]) + num_before + body["max_tokens"] > 64:
             error = {"message": "too long", "code": "context_length_exceeded"}
             return Answer.json({"error": error}, 400)
         return then
 
     engine.answers[TEXT] = limited
+
+
+def test_the_first_request_behind_a_cartridge_finds_out_how_long_it_is(engine):
+    Store(engine).add("notes")
+    limit_to_64(engine, {"notes": 21})
 
     async def work(server):
         await server.generate([1] * 10, {"max_tokens": 60}, "a")
@@ -897,6 +902,62 @@ def test_the_first_request_behind_a_cartridge_finds_out_how_long_it_is(engine):
     config = {**CONFIG, "max_model_len": None}
     run(engine, work, config=config, cartridges=[{"id": "notes", "source": "local"}])
     assert [body["max_tokens"] for body in asked(engine)] == [54, 33, 33]
+
+
+def test_the_first_requests_behind_a_cartridge_may_be_many(engine):
+    """One is refused when another has found out already how long the cartridge is."""
+    Store(engine).add("notes")
+    limit_to_64(engine, {"notes": 21})
+    limited, is_late, first_is_over = engine.answers[TEXT], threading.Event(), threading.Event()
+
+    def answer(question):
+        if json.loads(question.body)["prompt"] == [2] and not is_late.is_set():
+            is_late.set()
+            assert first_is_over.wait(20)
+        return limited(question)
+
+    engine.answers[TEXT] = answer
+
+    async def work(server):
+        late = asyncio.create_task(server.generate([2], {"max_tokens": 63}, "late"))
+        while not is_late.is_set():
+            await asyncio.sleep(0.01)
+        await server.generate([1], {"max_tokens": 63}, "first")
+        first_is_over.set()
+        await late
+
+    config = {**CONFIG, "max_model_len": None}
+    run(engine, work, config=config, cartridges=[{"id": "notes", "source": "local"}])
+    assert [body["max_tokens"] for body in asked(engine)] == [63, 63, 42, 42]
+
+
+def test_a_refusal_of_former_cartridges_does_not_count_for_those_that_came_meanwhile(engine):
+    store = Store(engine)
+    store.add("notes")
+    store.add("more")
+    limit_to_64(engine, {"notes": 21, "more": 0})
+    limited, is_held, go_on = engine.answers[TEXT], threading.Event(), threading.Event()
+
+    def answer(question):
+        if not is_held.is_set():
+            is_held.set()
+            assert go_on.wait(20)
+        return limited(question)
+
+    engine.answers[TEXT] = answer
+
+    async def work(server):
+        former = asyncio.create_task(server.generate([1], {"max_tokens": 63}, "former"))
+        while not is_held.is_set():
+            await asyncio.sleep(0.01)
+        await server.update_cartridges([{"id": "more", "source": "local"}])
+        go_on.set()
+        await former
+        await server.generate([1], {"max_tokens": 63}, "next")
+
+    config = {**CONFIG, "max_model_len": None}
+    run(engine, work, config=config, cartridges=[{"id": "notes", "source": "local"}])
+    assert [body["max_tokens"] for body in asked(engine)] == [63, 42, 63]
 
 
 # --- without veRL ---------------------------------------------------------------------------------

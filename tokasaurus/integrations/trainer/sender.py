@@ -51,28 +51,42 @@ class Engines:
         ]
 
     def begin(self, work: Callable[[int, AsyncClient], Coroutine[Any, Any, T]]) -> Any:
-        """Runs work for every engine at once; returns a future of their results, in order."""
-        return self._loop.begin(self._all(work))
+        """Runs work for every engine at once; returns a future of their results, in order.
+
+        The first engine that fails ends the work for the others, which may wait for it.
+        """
+        return self._loop.begin(self._all(work, goes_on=False))
 
     def run(self, work: Callable[[int, AsyncClient], Coroutine[Any, Any, T]]) -> list[T]:
-        """The same, and waits for it.
+        """The same for every engine, whether or not others fail, and waits for it.
 
         Raises:
             TokasaurusError: the first engine's that failed; names it if there are several.
         """
-        return self._loop.run(self._all(work))
+        return self._loop.run(self._all(work, goes_on=True))
 
-    async def _all(self, work: Callable[[int, AsyncClient], Coroutine[Any, Any, T]]) -> list[T]:
-        results = await asyncio.gather(
-            *(work(number, client) for number, client in enumerate(self.clients)),
-            return_exceptions=True,
-        )
+    async def _all(
+        self, work: Callable[[int, AsyncClient], Coroutine[Any, Any, T]], *, goes_on: bool
+    ) -> list[T]:
+        tasks = [
+            asyncio.ensure_future(work(number, client))
+            for number, client in enumerate(self.clients)
+        ]
+        if not goes_on:
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            finally:
+                for task in tasks:
+                    task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
         for client, result in zip(self.clients, results, strict=True):
             if isinstance(result, TokasaurusError) and len(self.clients) > 1:
                 log.error("the engine at %s: %s", client.base_url, result)
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
+        failures = [result for result in results if isinstance(result, BaseException)]
+        # The work for the others was ended because of another one.
+        failures.sort(key=lambda failure: isinstance(failure, asyncio.CancelledError))
+        if failures:
+            raise failures[0]
         return [result for result in results if not isinstance(result, BaseException)]
 
     def close(self) -> None:

@@ -102,7 +102,8 @@ class TokasaurusHttpServer:
             max_connections=max_connections,
         )
         self._cartridges = checked_cartridges(cartridges)
-        self._num_before: int | None = None  # positions of the cartridges, once they are known
+        # Positions of the cartridges that requests have now, once they are known.
+        self._num_before: int | None = None
         self._uploads: CartridgeUploads | None = None
         if shares_no_disk(self._engine.url, cartridge_upload):
             self._uploads = CartridgeUploads(self._engine.cartridges)
@@ -270,15 +271,14 @@ class TokasaurusHttpServer:
         cartridges: Sequence[Mapping[str, Any]],
     ) -> Any:
         """The output of a request that was let in; asks again where that may help."""
-        again = True
-        while True:
-            try:
-                ask, answer = await self._ask(ids, sampling_params, flight, cartridges)
-                break
-            except RequestError as error:
-                if not (again and cartridges) or not await self._has_learnt(error, cartridges):
-                    raise
-                again = False
+        num_before = (self._num_before or 0) if cartridges else 0
+        try:
+            ask, answer = await self._ask(ids, sampling_params, flight, cartridges, num_before)
+        except RequestError as error:
+            learnt = await self._learnt(error, cartridges, num_before) if cartridges else None
+            if learnt is None:
+                raise
+            ask, answer = await self._ask(ids, sampling_params, flight, cartridges, learnt)
         if ask.num_prompt_logprobs is None:
             output = self._parse(answer, ask.has_logprobs)
         else:
@@ -292,13 +292,14 @@ class TokasaurusHttpServer:
         sampling_params: Mapping[str, Any],
         flight: Flight,
         cartridges: Sequence[Mapping[str, Any]],
+        num_before: int,
     ) -> tuple[Ask, dict[str, Any]]:
         ask = self._defaults.ask(
             ids,
             sampling_params,
             request_id=flight.request_id,
             engine_limit=await self._limit(),
-            num_before=(self._num_before or 0) if cartridges else 0,
+            num_before=num_before,
         )
         named = await self._named(cartridges)
         body = {**ask.body, "cartridges": named} if named else ask.body
@@ -348,25 +349,30 @@ class TokasaurusHttpServer:
             return [dict(each) for each in cartridges]
         return await self._uploads.named(cartridges)
 
-    async def _has_learnt(
-        self, error: RequestError, cartridges: Sequence[Mapping[str, Any]]
-    ) -> bool:
-        """Whether a request that was refused may be sent again, for what the refusal has told.
+    async def _learnt(
+        self, error: RequestError, cartridges: Sequence[Mapping[str, Any]], num_before: int
+    ) -> int | None:
+        """The positions of the cartridges, if a refused request may be sent again with them.
 
-        The first request with a cartridge may be too long, since how long the cartridge is was not
-        known. And an engine that started anew has lost what was uploaded.
+        A request may be too long, since how long its cartridges are was not known, or they are
+        others by now. And an engine that started anew has lost what was uploaded.
         """
-        if isinstance(error, RequestTooLong) and self._num_before is None:
+        if isinstance(error, RequestTooLong):
+            is_present = cartridges is self._cartridges  # not replaced meanwhile
+            if is_present and self._num_before is not None and self._num_before != num_before:
+                return self._num_before  # another request has found it out
             found = [
                 await self._engine.cartridges.get(each["id"], source=each.get("source", "wandb"))
                 for each in await self._named(cartridges)
             ]
-            self._num_before = sum(each.tokens for each in found)
-            return True
+            now = sum(each.tokens for each in found)
+            if cartridges is self._cartridges:
+                self._num_before = now
+            return None if now == num_before else now
         if self._uploads is not None and (error.field or "").startswith("cartridges"):
             self._uploads.forget()
-            return True
-        return False
+            return num_before
+        return None
 
     # --- aborting ---------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """The forecast as a picture: use of pages, admissions and ends over the next thousands of steps.
 
-It answers by the same forecast as the predicted ends, and costs as much, so it is made only while
-somebody looks.
+It answers by the same forecast as the predicted ends, and costs as much. So it is made only while
+it is watched.
 """
 
 from __future__ import annotations

@@ -76,6 +76,7 @@ class WeightsGroups:
 
     def join(self, number: int, action: JoinWeightsGroup) -> None:
         """Begins to join a group, which ``check_join`` has nothing against."""
+        before = self._members.get(action.group)
         self.leave(action.group)
         place = GroupPlace(
             action.group,
@@ -88,7 +89,7 @@ class WeightsGroups:
         assert self._report is not None
         member = _Member(place, self._device, self.staged, self._ranks, self._report)
         self._members[action.group] = member
-        member.start(number, action.timeout_s)
+        member.start(number, action.timeout_s, before)
 
     def check_receive(self, action: ReceiveWeights) -> None:
         """Raises ModelError if these tensors cannot come, or cannot be part of the weights."""
@@ -133,15 +134,25 @@ class _Member:
         self._ranks, self._report = ranks, report
         self._jobs: queue.SimpleQueue[tuple[int, ReceiveWeights] | None] = queue.SimpleQueue()
         self._is_left = threading.Event()
+        self._has_no_name = threading.Event()  # torch knows no group of this name from here
+        self._has_no_name.set()
         self._lock = threading.Lock()
         self._failure: str | None = None  # why the thread has ended
         self.is_joined = False
 
-    def start(self, number: int, timeout_s: float) -> None:
+    def start(self, number: int, timeout_s: float, before: _Member | None) -> None:
+        """Begins to join.
+
+        Args:
+            number: of the control.
+            timeout_s: for all ranks to come.
+            before: a member of another group of this name, which it has left.
+        """
+
         # A daemon, since a broadcast ends at its limit only, which a worker does not wait for.
         threading.Thread(
             target=self._run,
-            args=(number, timeout_s),
+            args=(number, timeout_s, before),
             name=f"weights-{self._place.name}",
             daemon=True,
         ).start()
@@ -159,10 +170,16 @@ class _Member:
         self._is_left.set()
         self._jobs.put(None)
 
+    def wait_for_name(self, limit_s: float) -> None:
+        """Waits, soon after ``leave``, until there may be another group of this name."""
+        self._has_no_name.wait(limit_s)
+
     def _is_wanted(self) -> bool:
         return not self._is_left.is_set()
 
-    def _run(self, number: int, timeout_s: float) -> None:
+    def _run(self, number: int, timeout_s: float, before: _Member | None) -> None:
+        if before is not None:
+            before.wait_for_name(timeout_s)
         if self._device.type != "cuda":
             self._work(number, timeout_s)
             return
@@ -176,6 +193,7 @@ class _Member:
         numbers = [number]  # of what is not told yet
         try:
             group = WeightsGroup(self._place, timeout_s, self._is_wanted)
+            self._has_no_name.clear()
             self.is_joined = self._is_wanted()
             log.info(
                 "rank %d of %d in the group %r of a trainer at %s:%d",
@@ -195,7 +213,7 @@ class _Member:
             self._fail(numbers, str(error) if known else f"{type(error).__name__}: {error}")
         finally:
             if group is not None:
-                group.close()
+                group.close(self._has_no_name.set)
 
     def _fail(self, numbers: list[int], reason: str) -> None:
         with self._lock:

@@ -53,19 +53,18 @@ class TrainerGroups:
         self._is_begun = False  # some tensors of an update have come
         self._awaits_finish = False  # the client says when the update has all tensors
         self._label: str | None = None
+        self._num_joins = 0
 
     async def join(self, action: JoinWeightsGroup) -> None:
-        """Joins a group, in which all ranks are then.
+        """Joins a group, in which all ranks are then. An update that was begun before is dropped.
 
         Raises:
             RequestError: the engine cannot be in such a group.
             Conflict: the others did not come in time.
         """
-        try:
-            await self._runner.run_while_serving(action)
-        except TokasaurusError:
-            await self.leave(action.group)
-            raise
+        self._is_begun = self._awaits_finish = False
+        self._num_joins += 1
+        await self._run(action.group, action)
 
     async def leave(self, group: str) -> None:
         """Leaves a group, and drops tensors that have come; harmless if there is none."""
@@ -107,14 +106,20 @@ class TrainerGroups:
             begins_anew,
             timeout_s,
         )
-        try:
-            done = await self._runner.run_while_serving(action)
-        except TokasaurusError:
-            await self.leave(group)
-            raise
+        done = await self._run(group, action)
         if done.has_all_tensors and self._is_begun and not self._awaits_finish:
             return await self._commit(label)
         return done
+
+    async def _run(self, group: str, action: JoinWeightsGroup | ReceiveWeights) -> CommandDone:
+        """Runs a command. If it fails, the group is left, unless another one is joined by now."""
+        joins = self._num_joins
+        try:
+            return await self._runner.run_while_serving(action)
+        except TokasaurusError:
+            if joins == self._num_joins:
+                await self.leave(group)
+            raise
 
     async def finish(self, label: str | None) -> CommandDone:
         """Replaces the weights, after ``begin``.

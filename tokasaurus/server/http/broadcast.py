@@ -8,7 +8,6 @@ events: it is given the latest one, and nothing is queued for it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 
@@ -120,9 +119,14 @@ class Broadcast:
             raise EngineOverloaded(
                 f"{self._max_viewers} viewers watch the engine already", _RETRY_AFTER_S
             )
+        if self._first is None:
+            self.num_made += 1
+            self._first = asyncio.ensure_future(self._make_first())
+            # Also where it fails, or where the viewer is gone before it is made.
+            asyncio.get_running_loop().call_later(self._interval_s, self._forget_first)
         self._num_joining += 1
         try:
-            viewer = Viewer(await self._first_event(), self._viewers.discard)
+            viewer = Viewer(await asyncio.shield(self._first), self._viewers.discard)
         finally:
             self._num_joining -= 1
         self._viewers.add(viewer)
@@ -130,25 +134,13 @@ class Broadcast:
             self._task = asyncio.create_task(self._run())
         return viewer
 
-    async def _first_event(self) -> bytes:
-        """What a new viewer reads first: made once for all that come before the next event."""
-        first = self._first
-        if first is None:
-            self.num_made += 1
-            first = self._first = asyncio.ensure_future(self._make_first())
-        try:
-            return await asyncio.shield(first)
-        except BaseException:
-            # Where it failed, or nobody stays to watch, no next event takes its place.
-            if self._first is first:
-                self._first = None
-            raise
+    def _forget_first(self) -> None:
+        self._first = None
 
     async def _run(self) -> None:
         try:
             while self._viewers:
                 await asyncio.sleep(self._interval_s)
-                self._first = None
                 self.num_made += 1
                 event = await self._make_next()
                 if event is None:
@@ -158,14 +150,6 @@ class Broadcast:
         except Exception:
             log.exception("the stream of the page failed")
         finally:
-            self._first = self._task = None
+            self._task = None
             for viewer in self._viewers:
                 viewer.end()
-
-    async def close(self) -> None:
-        """Ends all streams."""
-        task = self._task
-        if task is not None:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
