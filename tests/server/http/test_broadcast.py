@@ -122,7 +122,6 @@ def test_viewers_that_come_together_keep_to_the_limit():
         found = await asyncio.gather(*joins, return_exceptions=True)
         assert sum(isinstance(each, EngineOverloaded) for each in found) == 6
         assert many.num_viewers == 4
-        await many.close()
 
     asyncio.run(run())
 
@@ -137,6 +136,5 @@ def test_a_viewer_that_reads_late_reads_the_first_event_and_then_the_latest():
         found = await read(viewer, 2)
         assert found[0] == b"first 1"
         assert int(found[1].removeprefix(b"next ")) >= 2
-        await many.close()
 
     asyncio.run(run())
