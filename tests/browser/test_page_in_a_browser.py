@@ -204,6 +204,20 @@ def test_a_request_is_cancelled(page, small):
     expect(page.locator("#request-table tbody tr")).to_have_count(0, timeout=PATIENCE_MS)
 
 
+def test_a_stream_that_nobody_reads_further_gives_its_connection_back(page):
+    """A browser has six connections to an engine: without them nothing else would come."""
+    found = page.evaluate(
+        """async () => {
+            const { ask, events } = await import("/page/engine.js");
+            for (let count = 0; count < 8; count += 1) {
+                for await (const event of events(await ask("v1/engine/events"))) break;
+            }
+            return (await ask("v1/models")).status;
+        }"""
+    )
+    assert found == 200
+
+
 def test_everything_has_a_name_and_is_reached_by_keyboard(page):
     expect(page.locator("#status")).to_have_text("ok", timeout=PATIENCE_MS)
     named = page.locator("body").aria_snapshot()

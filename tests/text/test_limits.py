@@ -48,6 +48,14 @@ def test_too_few_requests():
     assert "12 of 64 sequences run" in limit.sentence
 
 
+def test_sequences_that_have_just_come_are_not_denied():
+    """The batches of the last seconds had too few, and now some wait."""
+    before, now = statistics_of([request(12)])
+    limit = find_limit(before, now, num_held=30)
+    assert limit.kind == "requests"
+    assert "12 of 64 sequences run and 30 have just come" in limit.sentence
+
+
 def test_a_full_kv_cache_names_the_size_that_all_that_could_run_need():
     trace = [request(100)]
     before, now = statistics_of(trace, kv_cache_num_tokens=8192)

@@ -38,4 +38,4 @@ class Outlook(Message, frozen=True):
     # [bins] sequences of the queue that begin to run, and sequences that end.
     num_admitted: Int32Array
     num_ended: Int32Array
-    num_unseen: int  # sequences of the queue behind those that were looked at
+    num_unseen: int  # sequences that wait and were not looked at

@@ -237,7 +237,7 @@ def figures(generations: Generations | None) -> Iterator[Figure]:
     meaning = "1 while requests wait for a command: to resume, or to restore memory or weights"
     yield Figure("paused", meaning, int(statistics.paused))
     yield Figure("weights_version", "Updates of the weights", statistics.weights_version)
-    backlog_s = generations.etas().backlog_s
+    backlog_s = generations.backlog_s
     if backlog_s is not None:
         meaning = "Predicted time until everything in flight has ended"
         yield Figure("backlog_seconds", meaning, backlog_s)

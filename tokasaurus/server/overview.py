@@ -13,6 +13,9 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
+import msgspec
+
+from tokasaurus.batch.records import Batch
 from tokasaurus.batch.runner import BatchRunner
 from tokasaurus.errors import EngineError
 from tokasaurus.protocol.watching import Outlook
@@ -102,7 +105,8 @@ class Overview:
 
     def _backlog(self) -> dict[str, Any]:
         """When everything will have ended, with a band by how earlier predictions came true."""
-        seconds, band = self._state.etas().backlog_s, self._state.metrics.eta_band
+        generations, band = self._state.generations, self._state.metrics.eta_band
+        seconds = 0.0 if generations is None else generations.backlog_s
         if seconds is None:
             return {"seconds": None, "low": None, "high": None}
         low, high = (None, None) if band is None else (seconds * band[0], seconds * band[1])
@@ -135,7 +139,7 @@ class Overview:
             )
         except EngineError:  # the disk fails; the page shows the rest
             return []
-        return list(found)
+        return [_batch(each) for each in found]
 
 
 def _outlook(outlook: Outlook) -> dict[str, Any]:
@@ -170,6 +174,14 @@ def _request(generation: Generation, now: float) -> dict[str, Any]:
         "eta_s": generation.eta_s,
         "priority": int(params.priority),
     }
+
+
+def _batch(batch: Batch) -> Batch:
+    """A batch without what makes it large: its metadata, and all of its errors but the first."""
+    errors = batch.errors
+    if errors is not None:
+        errors = msgspec.structs.replace(errors, data=errors.data[:1])
+    return msgspec.structs.replace(batch, metadata=None, errors=errors)
 
 
 def _client(name: str) -> str:

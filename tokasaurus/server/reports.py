@@ -114,7 +114,7 @@ class StatisticsLine:
         preemptions = current.num_preemptions - before.num_preemptions
         if preemptions:
             yield f"preemptions {preemptions}"
-        backlog_s = self._generations.etas().backlog_s
+        backlog_s = self._generations.backlog_s
         if backlog_s:
             yield f"done in {_duration(backlog_s)}"
 

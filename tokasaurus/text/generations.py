@@ -159,13 +159,18 @@ class Generations:
         """The manager's last predictions for everything in flight."""
         etas = ((request_id, each.eta_s) for request_id, each in self._table.items())
         known = {request_id: eta_s for request_id, eta_s in etas if eta_s is not None}
+        return Etas(known, self.backlog_s)
+
+    @property
+    def backlog_s(self) -> float | None:
+        """That of ``etas``, without a look at each prompt."""
         if not self._table:
-            return Etas(known, 0.0)
+            return 0.0
         backlog_s, turnstile = self._backlog_eta_s, self._turnstile
         if backlog_s is not None and turnstile.num_open:
             # A sequence that the manager has not heard of takes as long as one that it has.
             backlog_s *= 1 + turnstile.num_held / turnstile.num_open
-        return Etas(known, backlog_s)
+        return backlog_s
 
     @property
     def statistics(self) -> Statistics | None:

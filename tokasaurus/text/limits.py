@@ -110,11 +110,13 @@ def find_limit(
         return _seats(now, num_waiting)
     if kind == "kv_cache":
         return _kv_cache(now, num_waiting)
-    return _requests(now)
+    return _requests(now, num_waiting)
 
 
-def _requests(now: Statistics) -> Limit:
-    room = f"{now.num_running} of {now.num_seats} sequences run and none waits"
+def _requests(now: Statistics, num_waiting: int) -> Limit:
+    # Those that wait came a moment ago: in most batches none did.
+    waiting = f"{num_waiting} have just come" if num_waiting else "none waits"
+    room = f"{now.num_running} of {now.num_seats} sequences run and {waiting}"
     return Limit("requests", f"too few requests: {room}; send more at once")
 
 

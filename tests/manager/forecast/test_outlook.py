@@ -113,3 +113,14 @@ def test_an_idle_manager_and_one_that_is_paused() -> None:
     assert (seen.used, seen.all_pages.tolist(), seen.num_unseen) == (0, [0], 0)
     world.command(Pause(PauseMode.KEEP))
     assert world.manager.outlook() is None
+
+
+def test_preempted_sequences_are_counted_once() -> None:
+    """They wait in the queue, though they have begun."""
+    greedy = make_admission(target_utilization=1000.0)
+    world = World(make_config(admission=greedy, num_pages=9, scheduling_steps_ahead=1))
+    world.turn(Watch(1e9), *[make_request(index, prompt(8, index), 20) for index in range(3)])
+    while not world.manager.idle:
+        world.turn(num_results=1)
+        assert outlook_of(world).num_unseen >= 0
+    assert world.manager.counters.num_preemptions > 0

@@ -113,3 +113,28 @@ def test_the_source_ends_all_streams_and_too_many_viewers_are_refused():
             assert await read(viewer, 10) == [b"first 1"]
 
     asyncio.run(run())
+
+
+def test_viewers_that_come_together_keep_to_the_limit():
+    async def run():
+        many = broadcast(Source(), most=4)
+        joins = [many.join() for _ in range(10)]
+        found = await asyncio.gather(*joins, return_exceptions=True)
+        assert sum(isinstance(each, EngineOverloaded) for each in found) == 6
+        assert many.num_viewers == 4
+
+    asyncio.run(run())
+
+
+def test_a_viewer_that_reads_late_reads_the_first_event_and_then_the_latest():
+    async def run():
+        source = Source()
+        many = broadcast(source)
+        viewer = await many.join()
+        while source.num_next < 3:
+            await asyncio.sleep(0.01)
+        found = await read(viewer, 2)
+        assert found[0] == b"first 1"
+        assert int(found[1].removeprefix(b"next ")) >= 2
+
+    asyncio.run(run())

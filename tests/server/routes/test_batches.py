@@ -525,3 +525,14 @@ def test_a_batch_leaves_room_in_the_queue_for_other_requests(tmp_path):
         assert own.post(COMPLETIONS, {"prompt": "a"}).status == 200
         assert wait(client, batch.id).request_counts.completed == 100
         assert own.engine.most_running in (10, 11)  # the other request may have met ten lines
+
+
+def test_a_snapshot_of_the_engine_has_no_metadata_and_one_error_of_a_batch(server, client):
+    """Every viewer of the page gets it each second, so clients may not make it large."""
+    lines = [{"custom_id": str(number)} for number in range(50)]
+    wrong = create(client, lines, metadata={"key": "x" * 512})
+    assert len(wait(client, wrong.id).errors.data) == 50
+    (found,) = [each for each in server.get("/v1/engine").json["batches"] if each["id"] == wrong.id]
+    assert found["status"] == "failed"
+    assert len(found["errors"]["data"]) == 1
+    assert found.get("metadata") is None

@@ -233,6 +233,18 @@ def test_requests_are_bounded_and_counted(own_server):
     assert found["num_requests"] == 130
 
 
+def test_a_snapshot_looks_at_no_prompt_that_it_does_not_show(own_server, monkeypatch):
+    """Hundreds of thousands may be in flight: predictions of all of them are for who asks."""
+
+    def fail(_):
+        raise AssertionError("predictions of all prompts were asked for")
+
+    monkeypatch.setattr(own_server.state, "etas", lambda: fail(None))
+    monkeypatch.setattr("tokasaurus.text.generations.Generations.etas", fail)
+    assert own_server.get("/v1/engine").json["backlog"]["seconds"] == 0
+    assert own_server.get("/metrics").status == 200
+
+
 def test_samples_are_kept_for_ten_minutes(own_server):
     history, generations = own_server.state.history, own_server.generations
     own_server.call(lambda: generations.absorb(NOTHING))

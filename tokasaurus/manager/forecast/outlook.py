@@ -44,7 +44,7 @@ def outlook(
         all_pages=_largest(all_pages, stride, num_bins),
         num_admitted=_counts(expected.waiting_starts, stride, num_bins),
         num_ended=_counts(ends, stride, num_bins),
-        num_unseen=backlog.num_sequences - running.num_begun - num_rows,
+        num_unseen=backlog.num_sequences - running.num_running - num_rows,
     )
 
 

@@ -29,7 +29,8 @@ class Viewer:
     """
 
     def __init__(self, first: bytes, leave: Callable[[Viewer], None]) -> None:
-        self._latest: bytes | None = first
+        self._first: bytes | None = first
+        self._latest: bytes | None = None
         self._leave = leave
         self._error: TokasaurusError | None = None
         self._is_over = False
@@ -48,7 +49,7 @@ class Viewer:
         self._news.set()
 
     def give(self, event: bytes) -> None:
-        """Gives it an event, in the place of one that it has not read."""
+        """Gives it an event, in the place of one that it has not read; the first is never lost."""
         self._latest = event
         self._news.set()
 
@@ -64,6 +65,9 @@ class Viewer:
             self._news.clear()
             if self._error is not None:
                 raise self._error
+            first, self._first = self._first, None
+            if first is not None:
+                yield first
             latest, self._latest = self._latest, None
             if latest is not None:
                 yield latest
@@ -97,6 +101,7 @@ class Broadcast:
         self._interval_s = interval_s
         self._max_viewers = max_viewers
         self._viewers: set[Viewer] = set()
+        self._num_joining = 0
         self._first: asyncio.Future[bytes] | None = None  # for all that come in an interval
         self._task: asyncio.Task[None] | None = None
 
@@ -110,7 +115,7 @@ class Broadcast:
         Raises:
             EngineOverloaded: there are too many.
         """
-        if len(self._viewers) >= self._max_viewers:
+        if len(self._viewers) + self._num_joining >= self._max_viewers:
             raise EngineOverloaded(
                 f"{self._max_viewers} viewers watch the engine already", _RETRY_AFTER_S
             )
@@ -119,7 +124,11 @@ class Broadcast:
             self._first = asyncio.ensure_future(self._make_first())
             # Also where it fails, or where the viewer is gone before it is made.
             asyncio.get_running_loop().call_later(self._interval_s, self._forget_first)
-        viewer = Viewer(await asyncio.shield(self._first), self._viewers.discard)
+        self._num_joining += 1
+        try:
+            viewer = Viewer(await asyncio.shield(self._first), self._viewers.discard)
+        finally:
+            self._num_joining -= 1
         self._viewers.add(viewer)
         if self._task is None:
             self._task = asyncio.create_task(self._run())

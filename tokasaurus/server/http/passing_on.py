@@ -15,6 +15,7 @@ import httptools
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tokasaurus.errors import EngineNotReady
+from tokasaurus.server.errors import ClientGone
 from tokasaurus.server.http.access import CLIENT, MAY_END_ALL
 from tokasaurus.server.http.answers import error_answer
 from tokasaurus.server.http.request_ids import REQUEST_ID, REQUEST_ID_HEADER
@@ -68,6 +69,10 @@ class PassOn:
         try:
             while not answer.is_whole:
                 data = await reader.read(_PIECE_BYTES)
+                if not data and body.done() and body.exception() is None:
+                    if answer.has_begun:
+                        return
+                    raise ClientGone("the client disconnected")
                 await answer.feed(data)
         finally:
             body.cancel()
@@ -111,7 +116,7 @@ def _head(scope: Scope, is_chunked: bool) -> bytes:
 
 
 async def _pass_body(receive: Receive, writer: asyncio.StreamWriter, is_chunked: bool) -> None:
-    """Passes the body on, then waits for the client to disconnect."""
+    """Passes the body on, then waits for the client to disconnect, and returns when it has."""
     has_more = True
     while True:
         message = await receive()
@@ -129,7 +134,12 @@ async def _pass_body(receive: Receive, writer: asyncio.StreamWriter, is_chunked:
 
 
 class _Answer:
-    """Parses an answer, and sends it in pieces."""
+    """Parses an answer, and sends it in pieces.
+
+    Attributes:
+        is_whole: nothing more comes.
+        has_begun: its head was sent.
+    """
 
     def __init__(self, send: Send, has_body: bool) -> None:
         self.is_whole = False
@@ -137,7 +147,7 @@ class _Answer:
         self._has_body = has_body
         self._headers: list[tuple[bytes, bytes]] = []
         self._pieces: list[bytes] = []
-        self._has_head = self._has_sent_head = False
+        self.has_begun = self._has_head = False
         self._parser = httptools.HttpResponseParser(self)
 
     async def feed(self, data: bytes) -> None:
@@ -146,13 +156,13 @@ class _Answer:
             self._parser.feed_data(data)
         elif not self._has_head or self._has_body:
             raise ConnectionError("the server's answer ended too soon")
-        if self._has_head and not self._has_sent_head:
-            self._has_sent_head = True
+        if self._has_head and not self.has_begun:
+            self.has_begun = True
             status = self._parser.get_status_code()
             start = {"type": "http.response.start", "status": status, "headers": self._headers}
             await self._send(start)
             self.is_whole |= not self._has_body
-        if not self._has_sent_head:
+        if not self.has_begun:
             return
         piece, self._pieces = b"".join(self._pieces), []
         if piece or self.is_whole:
