@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 
 import tokasaurus
 
+pytest.importorskip("verl", reason="veRL is not installed: make test-verl")
+
 IS_FIRST_LINE = version("verl") < "0.8"
 later_only = pytest.mark.skipif(IS_FIRST_LINE, reason="this veRL has no such client")
 
@@ -154,7 +156,10 @@ async def generating(engine: EngineProcess) -> None:
 def check_logprobs(output: Any, prompt: list[int], model: Path = MODEL) -> None:
     logits = reference_logits(model, prompt, output.token_ids).log_softmax(-1)
     chosen = logits[torch.arange(len(output.token_ids)), output.token_ids]
-    assert np.abs(np.array(output.log_probs) - chosen.numpy()).max() < 1e-4
+    # Of a token that is drawn once in a hundred times or less, single precision rounds more, on
+    # either side.
+    bounds = 1e-4 * np.maximum(1.0, -chosen.numpy() / 5)
+    assert (np.abs(np.array(output.log_probs) - chosen.numpy()) < bounds).all()
 
 
 def test_veRL_generates_and_two_replicas_share_an_engine(engine):  # noqa: N802

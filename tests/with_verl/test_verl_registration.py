@@ -9,6 +9,8 @@ from importlib.metadata import version
 
 import pytest
 
+pytest.importorskip("verl", reason="veRL is not installed: make test-verl")
+
 HAS_PLUGINS = version("verl") >= "0.9"
 LOOK = """
 from verl.workers.rollout.base import get_rollout_class

@@ -102,7 +102,11 @@ class TokasaurusReplica(RolloutReplica):  # type: ignore[misc]  # veRL is not ty
                 max_connections=self.max_concurrency,
             )
         )
-        self._server_address = await server.launch_server.remote(self._forward_on())
+        try:
+            self._server_address = await server.launch_server.remote(self._forward_on())
+        except BaseException:
+            ray.kill(server)  # or its name stays taken, as long as somebody looks at the error
+            raise
         self._server_handle = server
         self.servers = [server]
 
