@@ -387,7 +387,8 @@ def _refuse_other_attention(ranks: Ranks, name: str) -> None:
     if name != first:
         reason = (
             f"the machine of worker {ranks.rank} runs attention={name}, and that of the first"
-            f" worker attention={first}; set attention=reference, or install g++ on all machines"
+            f" worker attention={first}; set attention to one of"
+            " them: a machine that cannot run it says what it lacks"
         )
     if (reason := ranks.agreed(reason)) is not None:
         raise ConfigError(reason)
