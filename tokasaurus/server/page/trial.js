@@ -183,7 +183,10 @@ function keep(asked, columns) {
 
 async function showUsage(usage, asked) {
   const cached = usage.prompt_tokens_details?.cached_tokens || 0;
-  const samples = asked.n > 1 ? ` The prompt is computed once for all ${asked.n} samples.` : "";
+  const isShared = asked.n > 1;
+  const samples = isShared
+    ? ` The prompt (underlined) is computed once for all ${asked.n} samples, which share it.`
+    : "";
   say(
     byId("usage"),
     `${usage.prompt_tokens} prompt tokens, of which ${cached} were found in the cache (marked below);`
@@ -198,6 +201,7 @@ async function showUsage(usage, asked) {
       element("span", { class: "cached" }, strings.slice(0, cached).join("")),
       element("span", {}, strings.slice(cached).join("")),
     );
+    box.classList.toggle("shared", isShared);
     box.hidden = false;
   } catch {
     byId("prompt-tokens").hidden = true; // the numbers say enough
