@@ -109,7 +109,7 @@ def test_the_cost_of_grammars_is_measured(capsys):
 
 
 def test_what_each_depth_of_look_ahead_costs_is_measured(capsys):
-    words = ["fixed=1,8", "num_sequences=16", "mean_length=20", "step_ms=4", "waves=2"]
+    words = ["fixed=1,8", "num_sequences=16", "mean_length=40", "step_ms=4", "waves=3"]
     assert main(["lookahead", *words]) == 0
     rows = printed_json(capsys)["lookahead"]
     assert [row["steps_ahead"] for row in rows] == ["adaptive", "fixed 1", "fixed 8"]

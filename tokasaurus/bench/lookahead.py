@@ -23,6 +23,7 @@ from tokasaurus.bench.output import print_json, progress, table
 from tokasaurus.bench.requests import Requests
 from tokasaurus.config.engine import EngineConfig
 from tokasaurus.config.schema import Schema, check_fields, flag
+from tokasaurus.errors import ConfigError
 from tokasaurus.planner.configuration import simulated_slices
 from tokasaurus.planner.worker_loop import DeviceStatistics
 from tokasaurus.rounding import round_up
@@ -52,6 +53,11 @@ class LookaheadConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         counts("fixed", self.fixed)
+        if self.mean_length * (self.waves - 1) < 2 * _SETTLING_BATCHES:
+            raise ConfigError(
+                f"waves={self.waves}, mean_length={self.mean_length}: the sequences would end before"
+                " there is a step to measure; raise one of them"
+            )
 
 
 SCHEMA = Schema(
@@ -138,6 +144,11 @@ def _measure(config: LookaheadConfig, name: str, steps_ahead: int | None) -> _Ou
         clients.run_to_end(num_requests)
         clients.run_for(0.1 + 0.02 * config.step_ms)  # the batches in flight end
         num_wasted = device.num_drawn - clients.num_tokens
+    if full.num_batches == 0:
+        raise ConfigError(
+            f"waves={config.waves}, mean_length={config.mean_length}: the sequences ended before"
+            " there was a step to measure; raise one of them"
+        )
     busy_s = full.device_s + full.waited_s
     return _Outcome(
         steps_ahead=name,
@@ -146,7 +157,7 @@ def _measure(config: LookaheadConfig, name: str, steps_ahead: int | None) -> _Ou
         ms_per_step=busy_s / full.num_batches * 1e3,
         waited_ms_per_step=full.waited_s / full.num_batches * 1e3,
         manager_ms_per_step=cpu_s / full.num_batches * 1e3,
-        waited_share=full.waited_s / busy_s if busy_s else 0.0,
+        waited_share=full.waited_s / busy_s,
         wasted_tokens=num_wasted,
         wasted_per_sequence=num_wasted / num_requests,
         wasted_share=num_wasted / clients.num_tokens,
