@@ -55,8 +55,8 @@ class LookaheadConfig:
         counts("fixed", self.fixed)
         if self.mean_length * (self.waves - 1) < 2 * _SETTLING_BATCHES:
             raise ConfigError(
-                f"waves={self.waves}, mean_length={self.mean_length}: the sequences would end before"
-                " there is a step to measure; raise one of them"
+                f"waves={self.waves}, mean_length={self.mean_length}: the sequences would end"
+                " before there is a step to measure; raise one of them"
             )
 
 
