@@ -5,17 +5,21 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch.distributed
 from engine_process import EngineProcess, eventually
 
 from tokasaurus import LLM, SamplingParams
@@ -154,11 +158,7 @@ def test_torchrun_starts_an_engine_that_serves_and_drains(tmp_path, sizes):
         for pid in pids:
             with pytest.raises(ProcessLookupError):
                 os.kill(pid, 0)
-        # A rank may still be deleting its own.
-        eventually(
-            lambda: not list(engine.private.glob("tokasaurus-*")),
-            f"no directory stays; there are {[*map(str, engine.private.rglob('*'))]}",
-        )
+        assert list(engine.private.glob("tokasaurus-*")) == []
     finally:
         engine.stop()
 
@@ -355,6 +355,23 @@ def test_a_machine_that_resolves_its_own_name_to_loopback_takes_what_others_see(
     assert addresses_of_rank_0(monkeypatch, "node-0", ["127.0.1.1"] * 2) == ["node-0"] * 2
     assert addresses_of_rank_0(monkeypatch, "127.0.0.1", ["127.0.0.1"]) == ["127.0.0.1"]
     assert addresses_of_rank_0(monkeypatch, "localhost", ["::1", "10.1.2.3"])[0] == "localhost"
+
+
+def test_rank_0_waits_until_its_outpost_has_deleted_its_directory(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    delete = shutil.rmtree
+
+    def delete_late(*args, **options):
+        time.sleep(0.3)
+        delete(*args, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", delete_late)
+    config = EngineConfig(load_format="dummy")
+    launcher = torchrun_module._launch(Rank(0, 1, 0), torch.distributed.HashStore(), config)
+    assert len([*tmp_path.glob("tokasaurus-*")]) == 1
+    launcher.close()
+    assert [*tmp_path.glob("tokasaurus-*")] == []
 
 
 def test_a_rank_that_does_not_come_is_an_error_in_time():

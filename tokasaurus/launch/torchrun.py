@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 _KEY = "tokasaurus/supervisor"
 _SEEN_KEY = "tokasaurus/rank-0-seen-from"
 _DEFAULT_PORT = "29500"
+_OWN_OUTPOST_S = 10.0  # that rank 0 waits for its outpost's end
 # What srun says, by the names that torchrun uses.
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
@@ -185,14 +186,18 @@ def _launch(rank: Rank, store: Any, config: EngineConfig) -> RemoteLauncher:
     name = os.environ["MASTER_ADDR"]
     address = address_of_rank_0(name, rank, store, config.launch_timeout_s)
     outposts = Outposts(_listening_host(name), secret)
-    launcher = RemoteLauncher(outposts, places_of(config))
+    port = outposts.address[1]
+    own = Outpost((address, port), secret, 0, rank.local_rank)
+    thread = threading.Thread(target=_run_own, args=(own,), name="outpost", daemon=True)
+    thread.start()
+    # Or this program might end before its outpost has deleted its directory.
+    launcher = RemoteLauncher(
+        outposts, places_of(config), on_close=partial(thread.join, _OWN_OUTPOST_S)
+    )
     try:
-        port = outposts.address[1]
         # Whoever reaches the store can read it. A secret that the user gave does not go there.
         told = None if SECRET_VARIABLE in os.environ else secret
         store.set(_KEY, json.dumps({"port": port, "secret": told}))
-        own = Outpost((address, port), secret, 0, rank.local_rank)
-        threading.Thread(target=_run_own, args=(own,), name="outpost", daemon=True).start()
         launcher.await_outposts(config.launch_timeout_s)
     except BaseException:
         launcher.close()

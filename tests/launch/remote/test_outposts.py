@@ -7,6 +7,7 @@ import os
 import queue
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -271,7 +272,8 @@ def test_an_outpost_that_does_not_belong_is_refused(cluster, monkeypatch):
     assert cluster.outposts.missing([0, 1, 2]) == [2]
 
 
-def test_an_outpost_that_does_not_come_is_named():
+def test_an_outpost_that_does_not_come_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     outposts = Outposts("127.0.0.1", SECRET)
     launcher = RemoteLauncher(outposts, PLACES)
     running = RunningOutpost(outposts.address, 0)
@@ -282,6 +284,7 @@ def test_an_outpost_that_does_not_come_is_named():
     lonely = RunningOutpost(outposts.address, 0)
     lonely.wait()
     assert "does not answer" in str(lonely.error)
+    assert [*tmp_path.iterdir()] == []  # nor does the directory of either stay
 
 
 def test_what_only_the_server_needs_does_not_travel(cluster):

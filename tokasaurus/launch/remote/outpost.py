@@ -112,7 +112,13 @@ class Outpost:
         """
         sweep()
         self._directory, owner = own_directory()
-        link = self._call(patience_s)
+        try:
+            self._run(self._call(patience_s))
+        finally:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            owner.close()
+
+    def _run(self, link: Link) -> None:
         self._send(link, Joined(self._index, socket.gethostname(), __version__))
         stop_beating = threading.Event()
         threading.Thread(target=self._beat, args=(link, stop_beating), daemon=True).start()
@@ -127,8 +133,6 @@ class Outpost:
             link.close()
             for listener in self._listeners.values():
                 listener.close()
-            shutil.rmtree(self._directory, ignore_errors=True)
-            owner.close()
 
     # --- the link ---------------------------------------------------------------------------------
 
