@@ -42,7 +42,7 @@ from rows import check_each, each_row
 from tokasaurus.server.operations.schemas import RequestBody
 from tokasaurus.server.protocols.sglang.request import _HARMLESS_SAMPLING
 from tokasaurus.server.protocols.table import OPERATIONS
-from tokasaurus.server.routes.control import ControlBody
+from tokasaurus.server.routes.control_bodies import ControlBody
 
 
 def name_of(schema: type[BaseModel]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
@@ -29,16 +29,20 @@ from tokasaurus.server.control.commands import CommandRunner
 from tokasaurus.server.control.weight_files import weight_files
 from tokasaurus.server.control.weights_updates import WeightsUpdates
 from tokasaurus.server.http.answers import json_answer
-from tokasaurus.server.http.bodies import read_optional_json
 from tokasaurus.server.http.queries import choice, choices, read_query, truth, whole_number
-from tokasaurus.server.operations.schemas import RequestBody, body_reference, parse
+from tokasaurus.server.operations.schemas import RequestBody
+from tokasaurus.server.routes.control_bodies import (
+    BodyRoute,
+    ControlBody,
+    Label,
+    add_routes_with_bodies,
+    read_body,
+)
 from tokasaurus.server.state import EngineState
 from tokasaurus.text.commands import MEMORY_KINDS, PAUSE_MODES
 from tokasaurus.text.params import renamed
 
-__all__ = ["CONTROL_SCHEMAS", "ControlBody", "ControlRoutes", "Label"]
-
-Label = Annotated[str, Field(min_length=1, max_length=256)]
+__all__ = ["CONTROL_SCHEMAS", "ControlRoutes"]
 
 _SGLANG_MODES = {
     "abort": PauseMode.ABORT,
@@ -46,12 +50,6 @@ _SGLANG_MODES = {
     "in_place": PauseMode.KEEP,
 }
 _ANY = (True, False)
-
-
-class ControlBody(RequestBody):
-    """A body that may be missing."""
-
-    harmless: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
 
 class PauseGeneration(ControlBody):
@@ -145,9 +143,6 @@ CONTROL_SCHEMAS: tuple[type[RequestBody], ...] = (
     UpdateWeightVersion,
 )
 
-B = TypeVar("B", bound=ControlBody)
-_Handler = Callable[[Request], Awaitable[Response]]
-
 
 class ControlRoutes:
     """The routes.
@@ -164,7 +159,7 @@ class ControlRoutes:
 
     def router(self) -> APIRouter:
         router = APIRouter()
-        with_body: list[tuple[str, _Handler, type[ControlBody]]] = [
+        with_body: list[BodyRoute] = [
             ("/pause_generation", self.pause_generation, PauseGeneration),
             ("/continue_generation", self.continue_generation, ContinueGeneration),
             ("/abort_request", self.abort_request, AbortRequestBody),
@@ -174,10 +169,7 @@ class ControlRoutes:
             ("/update_weights_from_disk", self.update_from_disk, UpdateWeightsFromDisk),
             ("/update_weight_version", self.rename_version, UpdateWeightVersion),
         ]
-        for path, handler, schema in with_body:
-            body = body_reference(schema)
-            body["required"] = any(each.is_required() for each in schema.model_fields.values())
-            _add(router, "POST", path, handler, openapi_extra={"requestBody": body})
+        add_routes_with_bodies(router, with_body)
         without_body: list[tuple[str, str, Callable[..., Awaitable[Response]]]] = [
             ("POST", "/pause", self.pause),
             ("POST", "/resume", self.resume),
@@ -191,7 +183,7 @@ class ControlRoutes:
             ("POST", "/update_weights_from_ipc", self.update_otherwise),
         ]
         for method, path, simple in without_body:
-            _add(router, method, path, simple)
+            router.add_api_route(path, simple, methods=[method], response_model=None, name=path)
         return router
 
     # --- pausing ----------------------------------------------------------------------------------
@@ -217,13 +209,13 @@ class ControlRoutes:
 
     async def pause_generation(self, request: Request) -> Response:
         """Plans no more batches, as SGLang does; requests are accepted and wait."""
-        body = await _body(request, PauseGeneration)
+        body = await read_body(request, PauseGeneration)
         await self._runner.run(Pause(_SGLANG_MODES[body.mode or "abort"]))
         return json_answer({"status": "ok", "message": "Generation paused successfully."})
 
     async def continue_generation(self, request: Request) -> Response:
         """Plans batches again."""
-        await _body(request, ContinueGeneration)
+        await read_body(request, ContinueGeneration)
         await self._resume()
         return json_answer({"status": "ok", "message": "Generation continued successfully."})
 
@@ -234,13 +226,13 @@ class ControlRoutes:
 
     async def abort_request(self, request: Request) -> Response:
         """Ends one request, or all; each is answered with the tokens that it has."""
-        body = await _body(request, AbortRequestBody)
+        body = await read_body(request, AbortRequestBody)
         names = None if body.abort_all else [body.rid or ""]
         return json_answer({"status": "aborted", "aborted": await self._abort(names)})
 
     async def abort_requests(self, request: Request) -> Response:
         """Ends requests; each is answered with the tokens that it has."""
-        body = await _body(request, AbortRequests)
+        body = await read_body(request, AbortRequests)
         return json_answer({"status": "aborted", "aborted": await self._abort(body.request_ids)})
 
     async def _abort(self, names: Sequence[str] | None) -> int:
@@ -288,14 +280,14 @@ class ControlRoutes:
 
     async def release_memory(self, request: Request) -> Response:
         """Releases memory; requests wait until it is restored."""
-        kinds = (await _body(request, MemoryBody)).kinds
+        kinds = (await read_body(request, MemoryBody)).kinds
         if kinds - self._runner.commands.released:
             await self._runner.run(ReleaseMemory("weights" in kinds, "kv_cache" in kinds))
         return json_answer({"status": "ok"})
 
     async def restore_memory(self, request: Request) -> Response:
         """Restores released memory."""
-        await self._restore((await _body(request, MemoryBody)).kinds)
+        await self._restore((await read_body(request, MemoryBody)).kinds)
         if self._runner.commands.lacks_weights:
             waits = "requests wait for an update: the files of the weights are gone or have changed"
             return json_answer({"status": "ok", "message": waits})
@@ -310,7 +302,7 @@ class ControlRoutes:
 
     async def update_from_disk(self, request: Request) -> Response:
         """Replaces the weights by those of a directory on the engine's machine."""
-        body = await _body(request, UpdateWeightsFromDisk)
+        body = await read_body(request, UpdateWeightsFromDisk)
         files = await asyncio.to_thread(weight_files, body.model_path)
         if body.abort_all_requests:
             await self._runner.run(AbortAll())
@@ -344,7 +336,7 @@ class ControlRoutes:
 
     async def rename_version(self, request: Request) -> Response:
         """Gives the present weights another label."""
-        body = await _body(request, UpdateWeightVersion)
+        body = await read_body(request, UpdateWeightVersion)
         if body.abort_all_requests:
             await self._runner.run(AbortAll())
         self._runner.commands.weights.rename(body.new_version)
@@ -355,13 +347,3 @@ class ControlRoutes:
         """The version of the weights that run now."""
         weights = self._runner.commands.weights
         return json_answer({"weight_version": weights.label(), "weights_version": weights.version})
-
-
-def _add(
-    router: APIRouter, method: str, path: str, handler: Callable[..., Any], **more: Any
-) -> None:
-    router.add_api_route(path, handler, methods=[method], response_model=None, name=path, **more)
-
-
-async def _body(request: Request, schema: type[B]) -> B:
-    return parse(await read_optional_json(request), schema)

@@ -22,7 +22,7 @@ from tokasaurus.server.http.answers import json_answer
 from tokasaurus.server.http.bodies import read_json, read_optional_json, refuse_compressed
 from tokasaurus.server.http.request_ids import REQUEST_ID
 from tokasaurus.server.operations.schemas import RequestBody, body_reference, parse
-from tokasaurus.server.routes.control import ControlBody, Label
+from tokasaurus.server.routes.control_bodies import ControlBody, Label
 from tokasaurus.server.state import EngineState
 
 __all__ = ["WEIGHTS_PREFIX", "WEIGHTS_SCHEMAS", "WeightsRoutes"]

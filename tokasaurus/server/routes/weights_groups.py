@@ -5,8 +5,8 @@ The trainer is rank 0 of a process group of torch.distributed, and the workers a
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
@@ -20,8 +20,14 @@ from tokasaurus.server.control.weights_updates import WeightsUpdates
 from tokasaurus.server.http.answers import json_answer
 from tokasaurus.server.http.bodies import read_optional_json
 from tokasaurus.server.http.queries import read_query, truth
-from tokasaurus.server.operations.schemas import RequestBody, body_reference, parse
-from tokasaurus.server.routes.control import ControlBody, Label
+from tokasaurus.server.operations.schemas import RequestBody, parse
+from tokasaurus.server.routes.control_bodies import (
+    BodyRoute,
+    ControlBody,
+    Label,
+    add_routes_with_bodies,
+    read_body,
+)
 from tokasaurus.server.state import EngineState
 
 __all__ = ["WEIGHTS_GROUP_SCHEMAS", "WeightsGroupRoutes"]
@@ -136,9 +142,6 @@ WEIGHTS_GROUP_SCHEMAS: tuple[type[RequestBody], ...] = (
     FinishWeightUpdate,
 )
 
-B = TypeVar("B", bound=ControlBody)
-_Handler = Callable[[Request], Awaitable[Response]]
-
 
 class WeightsGroupRoutes:
     """The routes.
@@ -156,7 +159,7 @@ class WeightsGroupRoutes:
 
     def router(self) -> APIRouter:
         router = APIRouter()
-        with_body: list[tuple[str, _Handler, type[ControlBody]]] = [
+        with_body: list[BodyRoute] = [
             ("/init_weights_update_group", self.init_group, InitWeightsUpdateGroup),
             ("/destroy_weights_update_group", self.destroy_group, DestroyWeightsUpdateGroup),
             (
@@ -169,17 +172,7 @@ class WeightsGroupRoutes:
             ("/update_weights", self.update_weights, UpdateWeightsOfGroup),
             ("/finish_weight_update", self.finish_update, FinishWeightUpdate),
         ]
-        for path, handler, schema in with_body:
-            body = body_reference(schema)
-            body["required"] = any(each.is_required() for each in schema.model_fields.values())
-            router.add_api_route(
-                path,
-                handler,
-                methods=["POST"],
-                response_model=None,
-                name=path,
-                openapi_extra={"requestBody": body},
-            )
+        add_routes_with_bodies(router, with_body)
         router.add_api_route(
             "/get_world_size", self.world_size, methods=["GET"], response_model=None
         )
@@ -189,14 +182,14 @@ class WeightsGroupRoutes:
 
     async def init_group(self, request: Request) -> Response:
         """Lets all workers join a group of torch.distributed, in which the trainer is rank 0."""
-        group = await self._join(await _body(request, InitWeightsUpdateGroup))
+        group = await self._join(await read_body(request, InitWeightsUpdateGroup))
         return json_answer(
             {"success": True, "message": f"Succeeded to initialize the group {group!r}."}
         )
 
     async def destroy_group(self, request: Request) -> Response:
         """Lets all workers leave a group; tensors of an unfinished update are dropped."""
-        body = await _body(request, DestroyWeightsUpdateGroup)
+        body = await read_body(request, DestroyWeightsUpdateGroup)
         group = body.group_name or DEFAULT_GROUP
         await self._groups.leave(group)
         return json_answer({"success": True, "message": f"The group {group!r} is left."})
@@ -240,13 +233,13 @@ class WeightsGroupRoutes:
 
     async def init_transfer(self, request: Request) -> Response:
         """Lets all workers join a group of torch.distributed, in which the trainer is rank 0."""
-        await self._join((await _body(request, InitWeightTransferEngine)).init_info)
+        await self._join((await read_body(request, InitWeightTransferEngine)).init_info)
         return json_answer({"message": "Weight transfer initialized"})
 
     async def start_update(self, request: Request) -> Response:
         """Begins an update, which /finish_weight_update ends."""
         self._state.check()
-        await _body(request, StartWeightUpdate)
+        await read_body(request, StartWeightUpdate)
         self._groups.begin()
         return json_answer({"message": "Weight update started"})
 
@@ -269,7 +262,7 @@ class WeightsGroupRoutes:
     async def finish_update(self, request: Request) -> Response:
         """Replaces the weights by those that have come since /start_weight_update."""
         self._state.check()
-        body = await _body(request, FinishWeightUpdate)
+        body = await read_body(request, FinishWeightUpdate)
         done = await self._groups.finish(body.weight_version)
         label = self._runner.commands.weights.label(done.weights_version)
         return json_answer(
@@ -328,7 +321,3 @@ def _group_of(body: Any) -> str:
     """The group that a message is about, even if the message is wrong."""
     name = body.get("group_name") if isinstance(body, dict) else None
     return name if isinstance(name, str) and name else DEFAULT_GROUP
-
-
-async def _body(request: Request, schema: type[B]) -> B:
-    return parse(await read_optional_json(request), schema)
