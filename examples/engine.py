@@ -17,6 +17,7 @@ from tokasaurus.errors import EngineError, TimedOut
 __all__ = ["engine"]
 
 _LOAD_S, _POLL_S, _STOP_S = 600.0, 0.5, 30.0
+_JOIN_S = 60.0  # for an engine that somebody else starts
 
 
 @contextlib.contextmanager
@@ -33,7 +34,9 @@ def engine(url: str | None, *flags: str) -> Iterator[str]:
     """
     if url is not None:
         with Client(url) as client:
-            client.wait_until_ready(timeout_s=60)
+            if not client.ping():
+                print(f"no engine answers at {url}; waiting {_JOIN_S:g} s for it", file=sys.stderr)
+            client.wait_until_ready(_JOIN_S)
         yield url
         return
     with tempfile.TemporaryDirectory(prefix="tokasaurus-") as name:
