@@ -53,7 +53,7 @@ _ROPE = "the model's rope_scaling only, as JSON or by nested keys"
 # Flags of vLLM, SGLang and llama.cpp's server, which users bring with them.
 OTHER_ENGINES: Mapping[str, Foreign] = {
     "allowed_origins": Foreign("cors_origins", "a list"),
-    "attention_backend": Foreign("attention", "auto, compiled, triton or reference"),
+    "attention_backend": Foreign("attention", "auto, compiled, flashinfer, triton or reference"),
     "batch_size": Foreign("max_seqs_per_forward", _RUNNING),
     "block_size": Foreign("page_size", "tokens in a page"),
     "chat_template": Foreign(None, _TEMPLATE),
