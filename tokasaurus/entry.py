@@ -1,4 +1,7 @@
-"""``toka``: parses the command line, takes the port, and hands the engine to its supervisor."""
+"""``toka``: parses the command line, takes the port, and hands the engine to its supervisor.
+
+A first word that names one of ``tokasaurus.commands`` runs that command instead.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ import socket
 import sys
 from collections.abc import Mapping, Sequence
 
+from tokasaurus.commands import COMMANDS
+from tokasaurus.config.commands import run_command
 from tokasaurus.config.parser import parse_command_line
 from tokasaurus.errors import ConfigError, LaunchError, ModelError
 from tokasaurus.launch.assemble import explain
@@ -37,7 +42,8 @@ def run(
         The exit status: 0 after a drain, 1 if a process died, 2 if the configuration is wrong.
     """
     try:
-        config = with_keys(parse_command_line(arguments, environment, explain), environment)
+        config = parse_command_line(arguments, environment, explain, COMMANDS)
+        config = with_keys(config, environment)
         check_certificate(config)
         listener = listen(config.host, config.port)
         address, port = listener.getsockname()[:2]
@@ -76,7 +82,11 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def main() -> None:
-    sys.exit(run(sys.argv[1:], os.environ))
+    """Runs the command that the first word names, or an engine."""
+    words = sys.argv[1:]
+    if words and words[0] in COMMANDS:
+        sys.exit(run_command("toka", "its commands.", "tokasaurus.commands", COMMANDS, words))
+    sys.exit(run(words, os.environ))
 
 
 if __name__ == "__main__":

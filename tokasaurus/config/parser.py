@@ -42,18 +42,21 @@ def parse_command_line(
     arguments: Sequence[str],
     environment: Mapping[str, str],
     explain: Explain[EngineConfig] | None = None,
+    commands: Mapping[str, str] | None = None,
 ) -> EngineConfig:
     """Reads the command line of ``toka``.
 
     The words of the environment variable OVERRIDES, split as a shell splits them, count as if they
     followed the arguments. Warnings go to standard error. ``--show`` adds what ``explain`` says.
+    ``--help`` lists the program's ``commands``.
 
     Raises:
         ConfigError: one line for each thing that is wrong.
         SystemExit: with status 0, after printing what ``--help``, ``--version`` or ``--show`` asked
             for.
     """
-    return parse(ENGINE, arguments, environment.get("OVERRIDES", ""), explain)
+    schema = dataclasses.replace(ENGINE, commands=commands or {})
+    return parse(schema, arguments, environment.get("OVERRIDES", ""), explain)
 
 
 def parse_or_exit(schema: Schema[C], arguments: Sequence[str]) -> C:

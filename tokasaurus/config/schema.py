@@ -166,6 +166,7 @@ class Schema(Generic[C]):
         foreign: other programs' flags, for errors about them.
         reads_files: whether ``config=FILE`` reads the keys of a YAML file.
         examples: command lines for the help.
+        commands: what the program does instead if the first word is one of these, for its help.
     """
 
     target: type[C]
@@ -176,6 +177,7 @@ class Schema(Generic[C]):
     foreign: Mapping[str, Foreign] = field(default_factory=dict)
     reads_files: bool = False
     examples: tuple[str, ...] = ()
+    commands: Mapping[str, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Flag]:
         return iter(flags_of(self.target).values())
