@@ -917,6 +917,7 @@ ENGINE = Schema(
         "toka model=meta-llama/Llama-3.2-1B-Instruct port=8080",
         "toka model=my_directory kv_cache_num_tokens='(512 * 1024)' .uvsh",
         "toka config=engine.yaml max_seqs_per_forward=256 --show",
+        "toka model=my_directory kv_cache_num_tokens=auto --show-memory",
     ),
     shortcuts={"uvsh": _uvsh, "dmanager": _dmanager, "dmodel": _dmodel, "par": _par},
     retired={
