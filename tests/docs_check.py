@@ -28,8 +28,24 @@ sys.path.insert(0, str(ROOT))
 from docs_site import BESIDE_DOCS
 
 _COUNTED = frozenset(
-    ("h1", "h2", "h3", "h4", "h5", "ul", "ol", "li", "table", "tr", "th", "td", "pre", "img")
-    + ("strong", "em")
+    [
+        "h1",
+        "h2",
+        "h3",
+        "h4",
+        "h5",
+        "ul",
+        "ol",
+        "li",
+        "table",
+        "tr",
+        "th",
+        "td",
+        "pre",
+        "img",
+        "strong",
+        "em",
+    ]
 )
 _LOADED = {"script": "src", "link": "href", "img": "src", "iframe": "src"}
 _FOREIGN = ("http:", "https:", "//")
