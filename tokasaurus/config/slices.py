@@ -219,6 +219,8 @@ class WorkerConfig:
     max_topk_logprobs: int
     torch_compile: bool
     torch_compile_config: str | None  # JSON
+    cudagraph_sizes: tuple[int, ...]  # in rows, ascending; () for none
+    cudagraph_max_tokens: int  # of a sequence in a graph
     # Tokens of a batch from which on products overlap with what ranks exchange; None for none.
     async_tp_threshold: int | None
     num_threads: int | None  # of the CPU backend; None leaves it to torch
