@@ -30,6 +30,7 @@ class ModelFacts:
     path: str  # local directory
     vocab_size: int
     num_layers: int
+    hidden_size: int
     num_heads: int
     num_kv_heads: int
     intermediate_size: int
