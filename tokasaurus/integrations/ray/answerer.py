@@ -60,7 +60,7 @@ class Answerer:
     """
 
     def __init__(self, config: EngineConfig, target: Directory) -> None:
-        configure_logging("engine", config.log_level)
+        configure_logging("engine", config.log_level, config.log_format)
         self._config = config
         self._target = target
         self._state = EngineState()
