@@ -20,33 +20,14 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
+from docs_site import BESIDE_DOCS
 from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from docs_site import BESIDE_DOCS
-
-_COUNTED = frozenset(
-    [
-        "h1",
-        "h2",
-        "h3",
-        "h4",
-        "h5",
-        "ul",
-        "ol",
-        "li",
-        "table",
-        "tr",
-        "th",
-        "td",
-        "pre",
-        "img",
-        "strong",
-        "em",
-    ]
-)
+_COUNTED = {
+    *("h1", "h2", "h3", "h4", "h5", "ul", "ol", "li", "table", "tr", "th", "td"),
+    *("pre", "img", "strong", "em"),
+}
 _LOADED = {"script": "src", "link": "href", "img": "src", "iframe": "src"}
 _FOREIGN = ("http:", "https:", "//")
 
