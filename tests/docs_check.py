@@ -20,8 +20,9 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
-from docs_site import BESIDE_DOCS
 from markdown_it import MarkdownIt
+
+from docs_site import BESIDE_DOCS
 
 ROOT = Path(__file__).parent.parent
 _COUNTED = {
