@@ -107,6 +107,9 @@ class FlashInferBackend:
             self._library, self._cache, self._heads, sent, calls[:num_own], calls[num_own:]
         )
 
+    def graph_plan(self, num_rows: int, page_table: Tensor, max_tokens: int) -> None:
+        """Its wrappers are not planned for graphs."""
+
     def _planned(self, plan: BatchPlan, pages: Iterable[Tensor]) -> Iterator[Any]:
         """A wrapper for each own call, then for each level."""
         its_pages = iter(pages)
