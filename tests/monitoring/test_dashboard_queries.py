@@ -112,7 +112,7 @@ class Prometheus:
 
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
-    """It has scraped an engine under load: two replicas, streams, refusals, a cache that is full."""
+    """It has scraped an engine of two replicas whose queue and KV cache were full."""
     directory = tmp_path_factory.mktemp("prometheus")
     port = free_port()
     small = ("max_tokens_per_forward=64", "max_seqs_per_forward=8", "kv_cache_num_tokens=512")
@@ -199,9 +199,7 @@ def test_prometheus_evaluates_every_alert(prometheus: Prometheus):
 
 def test_the_dashboard_finds_the_engine(prometheus: Prometheus):
     dashboard = json.loads((MONITORING / "dashboard.json").read_text())
-    (variable,) = [
-        each for each in dashboard["templating"]["list"] if each["name"] == "instance"
-    ]
+    (variable,) = [each for each in dashboard["templating"]["list"] if each["name"] == "instance"]
     called = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"])
     assert called is not None
     values = prometheus.ask(f"label/{called[2]}/values", **{"match[]": called[1]})
