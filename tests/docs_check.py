@@ -23,8 +23,6 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from docs_site import BESIDE_DOCS, ROOT
 
 _COUNTED = re.compile(r"h[1-5]|ul|ol|li|table|t[rhd]|pre|img|strong|em")
