@@ -1,4 +1,4 @@
-"""What docs/coming_from_vllm_and_sglang.md names exists here, and fields of others exist there."""
+"""What docs/coming_from_other_engines.md names exists here, and fields of others exist there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent / "server"))
 
 from peer_fields import PEER_REQUESTS
 
-PAGE = "docs/coming_from_vllm_and_sglang.md"
+PAGE = "docs/coming_from_other_engines.md"
 NAME = re.compile(r"`([^`]+)`")
 
 

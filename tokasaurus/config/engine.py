@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tokasaurus.config.builder import Builder
+from tokasaurus.config.other_engines import OTHER_ENGINES
 from tokasaurus.config.schema import Retired, Schema, check_fields, flag
-from tokasaurus.config.suggestions import OTHER_ENGINES
 
 __all__ = ["ENGINE", "EngineConfig"]
 
@@ -75,6 +75,13 @@ class EngineConfig:
         "auto",
         group=_MODEL,
         choices=("auto", "float32", "bfloat16", "float16"),
+        synonyms={
+            "float": "float32",
+            "fp32": "float32",
+            "bf16": "bfloat16",
+            "half": "float16",
+            "fp16": "float16",
+        },
         help=(
             "Precision of weights, activations and KV cache. auto: bfloat16 on cuda; on cpu, "
             "bfloat16 if the checkpoint has it and the processor, or instruction_set, multiplies "
@@ -94,6 +101,7 @@ class EngineConfig:
         "auto",
         group=_MODEL,
         choices=("auto", "cpu", "cuda"),
+        synonyms={"gpu": "cuda"},
         help="Where the model runs. auto: cuda if the machine has it.",
     )
     attention: str = flag(
@@ -907,6 +915,7 @@ ENGINE = Schema(
         "toka model=meta-llama/Llama-3.2-1B-Instruct port=8080",
         "toka model=my_directory kv_cache_num_tokens='(512 * 1024)' .uvsh",
         "toka config=engine.yaml max_seqs_per_forward=256 --show",
+        "toka model=my_directory kv_cache_num_tokens=auto --show-memory",
     ),
     shortcuts={"uvsh": _uvsh, "dmanager": _dmanager, "dmodel": _dmodel, "par": _par},
     retired={

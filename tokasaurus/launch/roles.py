@@ -192,7 +192,7 @@ def _run_worker(assignment: Assignment, lifeline: Lifeline) -> None:
     server = assignment.slices.server
     load_vocabulary = partial(_load_vocabulary, server) if server.eos_token_ids else None
     log.info("%s", assignment.slices.dtype_plan)
-    log.info("%s", assignment.slices.memory_plan)
+    log.info("%s", assignment.slices.memory_plan.line)
     slices = assignment.slices
     config = with_threads(slices.replicas[role.replica].workers[role.rank], slices)
     worker = Worker(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tokasaurus.model.kv_cache import KVCache
@@ -29,6 +30,7 @@ __all__ = [
     "GraphPlan",
     "GroupedRows",
     "HeadNorms",
+    "ModelHeads",
     "Operators",
     "PrefixGroups",
     "Rotation",
@@ -313,6 +315,23 @@ class BackendOptions:
 DEFAULT_OPTIONS = BackendOptions()
 
 
+@dataclass(frozen=True)
+class ModelHeads:
+    """What a model asks of attention, on one device.
+
+    Attributes:
+        num_heads: query heads.
+        num_kv_heads: key heads, and as many value heads.
+        head_dim: numbers of a head.
+        dtype: of the heads.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+
 class Backend(Protocol):
     """The kernels of one device over one KV cache.
 
@@ -339,6 +358,14 @@ class Backend(Protocol):
 
         Raises:
             ConfigError: these options exist on another machine only.
+        """
+        ...
+
+    @classmethod
+    def why_not_model(cls, heads: ModelHeads) -> str | None:
+        """Why it cannot run a model with such heads, and the remedy; None if it can.
+
+        Called only if ``why_not`` returns None.
         """
         ...
 

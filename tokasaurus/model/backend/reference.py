@@ -33,6 +33,7 @@ from tokasaurus.model.backend.base import (
     BackendOptions,
     GroupedRows,
     HeadNorms,
+    ModelHeads,
     Operators,
     PrefixGroups,
     Rotation,
@@ -63,6 +64,10 @@ class ReferenceBackend:
 
     @classmethod
     def why_not(cls, options: BackendOptions) -> str | None:
+        return None
+
+    @classmethod
+    def why_not_model(cls, heads: ModelHeads) -> str | None:
         return None
 
     @classmethod

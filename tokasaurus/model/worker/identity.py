@@ -38,6 +38,8 @@ _WITHOUT_EFFECT = frozenset(
         "use_groups",
         "page_size",
         "num_pages",
+        "least_pages",
+        "most_pages",
         "num_slots",
         "max_seqs_per_forward",
         "max_tokens_per_forward",

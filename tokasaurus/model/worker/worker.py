@@ -25,9 +25,15 @@ from tokasaurus.errors import ConfigError, ProtocolError
 from tokasaurus.grammars import Vocabulary
 from tokasaurus.host_memory import keep_freed_memory
 from tokasaurus.model.backend import choose_backend
-from tokasaurus.model.backend.base import NO_GROUPED_ROWS, BackendOptions, GroupedRows
+from tokasaurus.model.backend.base import (
+    NO_GROUPED_ROWS,
+    BackendOptions,
+    GroupedRows,
+    ModelHeads,
+)
 from tokasaurus.model.backend.cpu.compiled import CompiledBackend
 from tokasaurus.model.backend.reference_operators import REFERENCE_OPERATORS
+from tokasaurus.model.config import ModelConfig
 from tokasaurus.model.download import Download
 from tokasaurus.model.facts import read_model_config
 from tokasaurus.model.kv_cache import KVCache
@@ -110,7 +116,9 @@ class Worker:
         self._config = config
         self._device = _device(config)
         options = BackendOptions(config.instruction_set, config.use_groups)
-        backend = choose_backend(config.attention, self._device, options)
+        model_config = read_model_config(config.model_path, config.rope_scaling)
+        heads = _heads(config, model_config)
+        backend = choose_backend(config.attention, self._device, options, heads)
         place = Placement(
             _DTYPES[config.dtype],
             self._device,
@@ -121,7 +129,6 @@ class Worker:
             quantization=config.quantization,
         )
         place = choose_linear(place)
-        model_config = read_model_config(config.model_path, config.rope_scaling)
         self._vocab_size = model_config.vocab_size
         self.ranks = Ranks(
             config.rank, config.tp_size, config.pp_size, rendezvous, device=self._device
@@ -131,10 +138,6 @@ class Worker:
         parallel = open_tensor_parallel(self.ranks.tp_group, self._device, config.instruction_set)
         overlap = open_overlap(self.ranks, place.linear, config.async_tp_threshold)
         place = replace(place, parallel=parallel, overlap=overlap)
-        num_heads, num_kv_heads = (
-            len(dealt(count, self.ranks.tp_rank, self.ranks.tp_size))
-            for count in (model_config.num_heads, model_config.num_kv_heads)
-        )
         vocabulary = load_vocabulary if self.ranks.samples else None
         self._matchers = Matchers(config.num_slots, self._vocab_size, vocabulary)
         self._model, self.weights, files = load_model(
@@ -154,12 +157,12 @@ class Worker:
             num_layers=len(stage),
             num_pages=config.num_pages,
             page_size=config.page_size,
-            num_kv_heads=num_kv_heads,
-            head_dim=model_config.head_dim,
+            num_kv_heads=heads.num_kv_heads,
+            head_dim=heads.head_dim,
             dtype=place.dtype,
             device=place.device,
         )
-        self._backend = backend(self._cache, num_heads, options)
+        self._backend = backend(self._cache, heads.num_heads, options)
         self._state = SlotState(
             num_slots=config.num_slots,
             num_pages=config.num_pages,
@@ -169,7 +172,7 @@ class Worker:
             device=self._device,
             kernels=sampling,
         )
-        self._runner = self._make_runner(num_heads, model_config.hidden_size)
+        self._runner = self._make_runner(heads.num_heads, model_config.hidden_size)
         if overlap is not None:
             self._runner = OverlappedRunner(self._runner, self._model, self._backend, overlap)
         self._controls = Controls(
@@ -396,6 +399,16 @@ def _device(config: WorkerConfig) -> torch.device:
     device = torch.device(config.device, config.device_index)
     torch.cuda.set_device(device)  # for kernels and streams that name no device
     return device
+
+
+def _heads(config: WorkerConfig, model: ModelConfig) -> ModelHeads:
+    """Those that this rank has."""
+    tp_rank = config.rank % config.tp_size
+    num_heads, num_kv_heads = (
+        len(dealt(count, tp_rank, config.tp_size))
+        for count in (model.num_heads, model.num_kv_heads)
+    )
+    return ModelHeads(num_heads, num_kv_heads, model.head_dim, _DTYPES[config.dtype])
 
 
 def _refuse_other_attention(ranks: Ranks, name: str) -> None:

@@ -23,6 +23,7 @@ from tokasaurus.model.backend.base import (
     NO_GROUPED_ROWS,
     BackendOptions,
     HeadNorms,
+    ModelHeads,
     Operators,
     Rotation,
     SamplingKernels,
@@ -139,6 +140,10 @@ class CompiledBackend:
             load_sampling(options.instruction_set)
         except BuildError as error:
             return f"no kernel can be built: {error}; install g++"
+        return None
+
+    @classmethod
+    def why_not_model(cls, heads: ModelHeads) -> str | None:
         return None
 
     @classmethod

@@ -21,6 +21,7 @@ from tokasaurus.model.backend.base import (
     NO_GROUPED_ROWS,
     BackendOptions,
     HeadNorms,
+    ModelHeads,
     Operators,
     Rotation,
     SamplingKernels,
@@ -75,6 +76,10 @@ class TritonBackend:
     @classmethod
     def why_not(cls, options: BackendOptions) -> str | None:
         return _why_not()
+
+    @classmethod
+    def why_not_model(cls, heads: ModelHeads) -> str | None:
+        return None
 
     @classmethod
     def operators(cls, options: BackendOptions) -> Operators:
