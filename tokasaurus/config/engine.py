@@ -411,6 +411,15 @@ class EngineConfig:
         help="Log level of the web server; warning hides the line for each request.",
     )
     log_level: str = flag("INFO", group=_LOGGING, choices=_LEVELS, help="Log level of the engine.")
+    log_format: str = flag(
+        "text",
+        group=_LOGGING,
+        choices=("text", "json"),
+        help=(
+            "text: lines for people. json: one JSON object per line, from every process, with "
+            "time, level, process, message and, where they apply, request_id and traceback."
+        ),
+    )
     log_procs: tuple[str, ...] | None = flag(
         None,
         group=_LOGGING,

@@ -134,6 +134,7 @@ def resolve(
         profile_path=f"{_data_dir(config)}/profile.json" if config.profile else None,
         profile_num_batches=config.profile_num_batches,
         log_level=config.log_level,
+        log_format=config.log_format,
         log_procs=None
         if config.log_procs is None
         else tuple(_KINDS[name] for name in config.log_procs),

@@ -30,6 +30,7 @@ class ModelFacts:
     path: str  # local directory
     vocab_size: int
     num_layers: int
+    hidden_size: int
     num_heads: int
     num_kv_heads: int
     intermediate_size: int
@@ -276,6 +277,7 @@ class EngineSlices:
     profile_path: str | None  # of a trace; None for no trace
     profile_num_batches: int
     log_level: str
+    log_format: str  # "text" or "json"
     # Kinds of processes, as roles name them.
     log_procs: tuple[str, ...] | None
     # The kind of the process in the foreground; of several, it is the first.

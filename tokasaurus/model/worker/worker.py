@@ -46,6 +46,7 @@ from tokasaurus.model.placement import Placement
 from tokasaurus.model.sampling.drawing import draw_tokens, give_logits, score_prompts
 from tokasaurus.model.sampling.logprobs import Logprobs
 from tokasaurus.model.sampling.matchers import Matchers, OpenMatchers
+from tokasaurus.model.sampling.slot_names import SlotNames
 from tokasaurus.model.weights.loader import load_model
 from tokasaurus.model.worker.clock import Clock, HostClock, start_clock, wait_for_device
 from tokasaurus.model.worker.controls import Controls
@@ -139,7 +140,8 @@ class Worker:
         overlap = open_overlap(self.ranks, place.linear, config.async_tp_threshold)
         place = replace(place, parallel=parallel, overlap=overlap)
         vocabulary = load_vocabulary if self.ranks.samples else None
-        self._matchers = Matchers(config.num_slots, self._vocab_size, vocabulary)
+        names = SlotNames()
+        self._matchers = Matchers(config.num_slots, self._vocab_size, vocabulary, names)
         self._model, self.weights, files = load_model(
             config.model_path, model_config, place, config.load_format, stage
         )
@@ -171,6 +173,7 @@ class Worker:
             vocab_size=self._vocab_size,
             device=self._device,
             kernels=sampling,
+            names=names,
         )
         self._runner = self._make_runner(heads.num_heads, model_config.hidden_size)
         if overlap is not None:
