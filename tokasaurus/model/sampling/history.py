@@ -91,10 +91,9 @@ class History:
     """
 
     def __init__(self, num_slots: int, max_length: int, num_ids: int, device: torch.device) -> None:
-        num_blocks = num_slots + ceil_div(num_ids, _BLOCK)
-        self._memory = torch.zeros(num_blocks, _BLOCK, dtype=torch.int32, device=device)
         self._device = device
-        self._free = list(range(num_blocks))
+        self._num_slots = num_slots
+        self.resize(num_ids)
         self._blocks: Int32Array = np.zeros((num_slots, ceil_div(max_length, _BLOCK)), np.int32)
         self.keeps: NDArray[np.bool_] = np.zeros(num_slots, np.bool_)
         self.is_lost: NDArray[np.bool_] = np.zeros(num_slots, np.bool_)
@@ -106,6 +105,12 @@ class History:
     def num_bytes(self) -> int:
         """The memory of the ids, on the device."""
         return self._memory.numel() * self._memory.element_size()
+
+    def resize(self, num_ids: int) -> None:
+        """Makes room for another number of ids. No slot keeps a history yet."""
+        num_blocks = self._num_slots + ceil_div(num_ids, _BLOCK)
+        self._memory = torch.zeros(num_blocks, _BLOCK, dtype=torch.int32, device=self._device)
+        self._free = list(range(num_blocks))
 
     def leave(self, slots: Int32Array) -> None:
         """Forgets the histories of these slots, which keep none from now on."""
